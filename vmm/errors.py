@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error pyvmm raises on purpose, named by who is at fault.
+
+``ConfigError`` is the user's or the runtime's, ``HostError`` and ``KvmError`` are the host's, ``GuestError`` and its
+children are the guest's. What happens next is decided by that alone (docs/design.md, "Who is at fault").
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class VmmError(Exception):
+    """The root of all errors below."""
+
+
+class ConfigError(VmmError, ValueError):
+    """What a user or a runtime asked for cannot be: one line with the field, the value and what is allowed.
+
+    :param field: the option or field as the user wrote it, as ``kernel`` or ``--memory``
+    :param value: the value as the user wrote it
+    :param problem: what is wrong with it and what would be right, one clause
+    """
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{field} {value!s}: {problem}" if value not in (None, "") else f"{field}: {problem}")
+        self.field = field
+        self.value = value
+        self.problem = problem
+
+
+class HostError(VmmError, OSError):
+    """The host refused something that pyvmm needs: an ioctl, a file, a tap.
+
+    :param errno: the system's error number
+    :param what: what was being done, as ``KVM_CREATE_VM`` or ``open disk``
+    :param path: the file or device concerned, if any
+    """
+
+    def __init__(self, errno: int, what: str, path: str | None = None) -> None:
+        super().__init__(errno, os.strerror(errno), path)
+        self.what = what
+
+    def __str__(self) -> str:
+        where = f" {self.filename}" if self.filename else ""
+        return f"{self.what}{where}: {self.strerror}"
+
+
+class KvmError(HostError):
+    """An ioctl on a KVM file descriptor failed; ``what`` is its name in ``<linux/kvm.h>``."""
+
+
+class GuestError(VmmError):
+    """The guest did something that no correct guest does."""
+
+
+class GuestMemoryError(GuestError):
+    """``size`` bytes at guest physical address ``gpa`` are not all inside one region of guest RAM."""
+
+    def __init__(self, gpa: int, size: int) -> None:
+        super().__init__(f"guest address {gpa:#x}+{size:#x} is not in guest memory")
+        self.gpa = gpa
+        self.size = size
+
+
+class BadChain(GuestError):  # noqa: N818 - named after the ring's fault, as the design has it
+    """A virtqueue broke a rule; its device gets DEVICE_NEEDS_RESET and the VM lives.
+
+    :param queue: index of the queue in its device
+    :param head: head descriptor of the chain, or -1 where the ring itself is broken
+    :param index: descriptor at which the rule was broken
+    :param rule: the rule, with its section in virtio 1.2
+    """
+
+    def __init__(self, queue: int, head: int, index: int, rule: str) -> None:
+        super().__init__(f"queue {queue}, head {head}, descriptor {index}: {rule}")
+        self.queue = queue
+        self.head = head
+        self.index = index
+        self.rule = rule
