@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+# The C side of an address space: what a device offers so that an exit is finished without the GIL.
+from cpython.object cimport PyObject
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+cdef enum:
+    ACCESS_DONE = 0     # the access is finished
+    ACCESS_PYTHON = 1   # take the GIL and call the device's read() or write()
+
+# One access of `size` bytes (1, 2, 4 or 8) at `offset` from the device's first address. `data` is little endian,
+# borrowed for the call; a read fills it. Called from any vCPU thread, without the GIL, several at once.
+ctypedef int (*access_fn)(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is_write) noexcept nogil
+
+cdef class NativeDevice:
+    cdef access_fn access       # NULL: the device is Python only
+    cdef void *ctx              # handed to access; must live as long as this object
+
+cdef struct Range:
+    uint64_t start              # first address
+    uint64_t size               # in bytes, never 0
+    access_fn access            # copied from NativeDevice, or NULL
+    void *ctx
+    PyObject *device            # borrowed from Bus._claims
+    uint64_t hits               # accesses, written by any vCPU without a lock: a statistic, not a count
+
+cdef struct Table:
+    size_t count
+    Range *ranges               # sorted by start, disjoint
+
+cdef class Bus:
+    cdef Table *table           # replaced whole by add and remove; readers load the pointer once
+    cdef readonly str name      # "pio" or "mmio"
+    cdef readonly uint64_t limit  # first address past the space
+    cdef public uint64_t unclaimed  # accesses that met no device, or straddled two
+    cdef list _claims           # (start, size, device, name), sorted; owns the devices
+    cdef list _retired          # tables and devices that a vCPU may still be reading
+    cdef object _publish(self, object leaving=*)
+
+cdef Range *bus_find(Table *table, uint64_t address, uint32_t size) noexcept nogil

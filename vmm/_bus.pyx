@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""One address space (port I/O or MMIO): who answers which address.
+
+A reader (a vCPU thread without the GIL) loads the table's pointer once and never sees it change: `add` and `remove`
+build a new table and retire the old one until the bus itself goes, a few hundred bytes each.
+"""
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.object cimport PyObject
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+
+from vmm.errors import ConfigError
+
+
+cdef class NativeDevice:
+    """Base of bus devices that answer in C; a subclass sets `access` and `ctx` before it is added to a bus."""
+
+
+cdef Range *bus_find(Table *table, uint64_t address, uint32_t size) noexcept nogil:
+    """The range that holds all of [address, address+size), or NULL."""
+    cdef size_t low = 0, high = table.count, middle
+    cdef Range *r
+    while low < high:
+        middle = (low + high) >> 1
+        r = &table.ranges[middle]
+        if address < r.start:
+            high = middle
+        elif address - r.start >= r.size:
+            low = middle + 1
+        elif size <= r.size - (address - r.start):
+            return r
+        else:
+            return NULL     # straddles the end of a device
+    return NULL
+
+
+cdef class Bus:
+    """An address space of disjoint ranges, each answered by one device.
+
+    :param name: ``"pio"`` or ``"mmio"``, used in messages
+    :param limit: first address past the space, as ``0x10000`` for port I/O
+
+    A device has ``read(offset, data)`` and ``write(offset, data)`` (``vmm.bus.BusDevice``) and does not know its own
+    address. Safe to change while vCPUs run.
+    """
+
+    def __cinit__(self, str name, uint64_t limit):
+        self.name = name
+        self.limit = limit
+        self._claims = []
+        self._retired = []
+        self.table = NULL
+        self._publish()
+
+    def __dealloc__(self):
+        for retired in self._retired or ():
+            PyMem_RawFree(<void *><uintptr_t>retired[0])
+        PyMem_RawFree(self.table)
+
+    def add(self, uint64_t start, uint64_t size, device, str name):
+        """Give [start, start+size) to `device`.
+
+        :param start: first address
+        :param size: bytes, at least 1
+        :param device: has ``read(offset, data)`` and ``write(offset, data)``
+        :param name: for messages and statistics
+        :raises ConfigError: the range is empty, leaves the space, or meets one that is already claimed
+        """
+        where = f"{start:#x}-{start + size - 1:#x}" if size else f"{start:#x}"
+        if size == 0 or start >= self.limit or size > self.limit - start:
+            raise ConfigError(f"{self.name} range", where, f"{name} must lie within 0-{self.limit - 1:#x}")
+        for other_start, other_size, _, other in self._claims:
+            if start < other_start + other_size and other_start < start + size:
+                raise ConfigError(
+                    f"{self.name} range", where,
+                    f"wanted by {name}, claimed by {other} at {other_start:#x}-{other_start + other_size - 1:#x}")
+        self._claims.append((start, size, device, name))
+        self._claims.sort(key=lambda claim: claim[0])
+        self._publish()
+
+    def remove(self, device):
+        """Take every range of `device` off the bus; a vCPU inside the device now still finishes its access."""
+        self._claims = [claim for claim in self._claims if claim[2] is not device]
+        self._publish(device)
+
+    @property
+    def claims(self):
+        """What is claimed: a tuple of (start, size, device, name), by address."""
+        return tuple(self._claims)
+
+    def hits(self, device):
+        """Accesses that met `device` since the bus last changed; a statistic, not an exact count."""
+        cdef size_t i
+        cdef uint64_t total = 0
+        for i in range(self.table.count):
+            if self.table.ranges[i].device == <PyObject *>device:
+                total += self.table.ranges[i].hits
+        return total
+
+    cdef object _publish(self, object leaving=None):
+        cdef size_t count = len(self._claims), i
+        cdef Table *table = <Table *>PyMem_RawMalloc(sizeof(Table) + count * sizeof(Range))
+        cdef Table *old = self.table
+        if table == NULL:
+            raise MemoryError()
+        table.count = count
+        table.ranges = <Range *>(table + 1)
+        for i in range(count):
+            start, size, device, _ = self._claims[i]
+            table.ranges[i].start = start
+            table.ranges[i].size = size
+            table.ranges[i].device = <PyObject *>device
+            table.ranges[i].access = NULL
+            table.ranges[i].ctx = NULL
+            table.ranges[i].hits = 0
+            if isinstance(device, NativeDevice):
+                table.ranges[i].access = (<NativeDevice>device).access
+                table.ranges[i].ctx = (<NativeDevice>device).ctx
+        self.table = table      # one aligned pointer store: a reader has the old table or the new one, never half
+        if old != NULL:
+            self._retired.append((<uintptr_t>old, leaving))
+
+    def access(self, uint64_t address, data, bint is_write):
+        """Do one access as a vCPU would; for tests and tools.
+
+        :param data: writable buffer of 1, 2, 4 or 8 bytes, little endian
+        :returns: whether a device answered; where none did a read leaves all ones
+        """
+        cdef uint8_t[::1] view = data
+        cdef uint32_t size = <uint32_t>view.shape[0]
+        cdef Range *r = bus_find(self.table, address, size)
+        if r == NULL:
+            self.unclaimed += 1
+            if not is_write:
+                view[:] = 0xff
+            return False
+        r.hits += 1
+        if r.access != NULL and r.access(r.ctx, address - r.start, &view[0], size, is_write) == ACCESS_DONE:
+            return True
+        device = <object>r.device
+        if is_write:
+            device.write(address - r.start, memoryview(data))
+        else:
+            device.read(address - r.start, memoryview(data))
+        return True

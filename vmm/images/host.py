@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fetching and building images needs from the host: a cache directory, tools, and errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from vmm.errors import VmmError
+
+# Called with a step ("linux-image-... 26.5 MB") and how much of it is done, 0.0 to 1.0, or None where that is unknown.
+Progress = Callable[[str, float | None], None]
+
+# The Debian package of each program that images are made with.
+PACKAGE_OF = {
+    "apt-get": "apt",
+    "apt-cache": "apt",
+    "dpkg-deb": "dpkg",
+    "mke2fs": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
+}
+
+
+class PullError(VmmError):
+    """An image cannot be fetched or built on this host; the message is one line that says what to do."""
+
+
+def silent(step: str, done: float | None) -> None:
+    """Ignore progress."""
+
+
+def cache_root() -> Path:
+    """Return pyvmm's cache directory, ``$XDG_CACHE_HOME/pyvmm``; nothing is created.
+
+    Source: XDG Base Directory Specification: a relative XDG_CACHE_HOME is invalid and ignored.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "pyvmm")
+
+
+def tool(name: str) -> str:
+    """Return the path of a program, looking in sbin too, which an ordinary user's PATH leaves out.
+
+    :raises PullError: it is not installed; names the Debian package that has it
+    """
+    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin")
+    if path is None:
+        package = PACKAGE_OF.get(name, name)
+        raise PullError(f"{name} is not installed: run `apt-get install {package}`")
+    return path
+
+
+def need(*names: str) -> None:
+    """Check that every program is installed, so that a long build does not stop halfway.
+
+    :raises PullError: one line with the one command that installs all that are missing
+    """
+    packages = []
+    for name in names:
+        try:
+            tool(name)
+        except PullError:
+            packages.append(PACKAGE_OF.get(name, name))
+    if packages:
+        raise PullError(f"missing programs: run `apt-get install {' '.join(dict.fromkeys(packages))}`")
+
+
+def run(argv: list[str], *, cwd: str | Path | None = None) -> str:
+    """Run a program whose messages are in English and return what it wrote to standard output.
+
+    :raises PullError: it failed; carries the last line of its standard error
+    """
+    done = subprocess.run(
+        [tool(argv[0]), *argv[1:]],
+        cwd=cwd,
+        env={**os.environ, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PullError(f"{argv[0]}: {said[-1].removeprefix('E: ')}")
+    return done.stdout
