@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian packages by name: apt chooses, fetches and verifies them; they are unpacked in the cache, never installed.
+"""Debian packages by name: apt chooses, fetches and verifies them; unpacked in the cache, not installed.
 
-The cache is ``$XDG_CACHE_HOME/pyvmm/debs``: one directory ``NAME_VERSION`` per unpacked package, and one file
-``NAME.chosen`` that says which directory a name meant last time, so that the next use needs neither apt nor a network.
+The cache is ``$XDG_CACHE_HOME/pyvmm/debs``: a directory ``NAME_VERSION`` per unpacked package, and a file
+``NAME.chosen`` that says which one a name meant last time, so that the next use needs no apt, no network.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Package(NamedTuple):
 def package(name: str, *, refresh: bool = False, progress: Progress = silent) -> Package:
     """Return a package unpacked in the cache, fetching apt's candidate version if no version is there.
 
-    A kernel meta package (``linux-image-cloud-amd64``) stands for the kernel it depends on. apt verifies what it
-    fetches against the signed Release files of the sources this host trusts. Works as root and as ordinary user.
+    A kernel meta package (``linux-image-cloud-amd64``) stands for the kernel it depends on. apt verifies what
+    it fetches against the signed Release files of the sources this host trusts. Works as any user.
 
     :param name: name of a binary package, as apt knows it
     :param refresh: ask apt again, and fetch its candidate if that is another version than the cached one
@@ -89,7 +89,9 @@ def _candidate(name: str) -> tuple[str, str, int]:
         # "linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)", perhaps after other dependencies
         kernels = [d.split()[0] for d in fields.get("Depends", "").split(",") if "linux-image-" in d]
         if len(kernels) != 1:
-            raise PullError(f"apt's {name} depends on {len(kernels)} kernels, one is expected: name one yourself")
+            raise PullError(
+                f"apt's {name} depends on {len(kernels)} kernels, one is expected: name one yourself"
+            )
         name, fields = kernels[0], _show(kernels[0])
     return name, fields["Version"], int(fields["Size"])
 
@@ -105,7 +107,9 @@ def _show(name: str) -> dict[str, str]:
             raise
         if not _knows_any():
             raise PullError("apt has no package lists: run `apt-get update` as root") from None
-        raise PullError(f"apt knows no package {name}: run `apt-get update` as root, or check the name") from None
+        raise PullError(
+            f"apt knows no package {name}: run `apt-get update` as root, or check the name"
+        ) from None
     fields = {}
     for line in text.split("\n\n")[0].splitlines():
         key, colon, value = line.partition(": ")

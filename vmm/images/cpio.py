@@ -22,8 +22,8 @@ class _Entry(NamedTuple):
 class Archive:
     """A tree of files to be written as one archive; owner root, time zero, parent directories made as needed.
 
-    Paths are absolute in the guest; a leading slash may be left out. An entry added again replaces the first, so that
-    a caller can override a file. Entries come out sorted by path, which puts each directory before what is in it.
+    Paths are absolute in the guest; a leading slash may be left out. An entry added again replaces the first,
+    so that a caller can override a file. Entries come out sorted by path: directories before what is in them.
     """
 
     def __init__(self) -> None:

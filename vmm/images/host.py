@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fetching and building images needs from the host: a cache directory, tools, and errors that say what to do."""
+"""What building images needs from the host: a cache directory, programs, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmm.errors import VmmError
 
-# Called with a step ("linux-image-... 26.5 MB") and how much of it is done, 0.0 to 1.0, or None where that is unknown.
+# Called with a step ("busybox-static (0.9 MB)") and how much of it is done, 0.0 to 1.0, None where unknown.
 Progress = Callable[[str, float | None], None]
 
 # The Debian package of each program that images are made with.

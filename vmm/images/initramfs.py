@@ -17,7 +17,7 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/modules/$module" || echo "init: cannot load $module"; done </lib/modules/order
+while read -r name; do insmod "/lib/modules/$name" || echo "init: cannot load $name"; done </lib/modules/order
 """
 
 
@@ -33,7 +33,7 @@ def build_initramfs(
     """Return a newc archive, uncompressed: small, and unpacking it costs a guest more than reading it.
 
     It holds busybox with all its applets (``busybox-static``, fetched if not in the cache), the modules in
-    ``/lib/modules`` and their names in loading order in ``/lib/modules/order``, and empty proc, sys, dev, run and mnt.
+    ``/lib/modules`` and their names in loading order in ``/lib/modules/order``, and empty mount points.
 
     :param kernel: an unpacked kernel package, as ``apt.package(...).tree``
     :param module_names: modules to include with what they depend on; may be empty

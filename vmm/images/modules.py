@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel modules of an unpacked kernel package: which files to load, in which order.
 
-A package that was unpacked and not installed has no modules.dep. Each module names what it needs in its own ``.modinfo``
-section (``depends=``, written by the kernel's build from the symbols it uses), so no depmod is needed either.
+A package that was unpacked and not installed has no modules.dep, but each module names what it needs in its
+own ``.modinfo`` section (``depends=``, which the kernel's build wrote from the symbols it uses).
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from vmm.images.host import PullError
 _SUFFIXES = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 
 
-def load_order(
-    tree: Path, version: str, names: Iterable[str], *, optional: Sequence[str] = ()
-) -> list[Path]:
+def load_order(tree: Path, version: str, names: Iterable[str], *, optional: Sequence[str] = ()) -> list[Path]:
     """Return the files of the named modules and of all they depend on, each after what it needs.
 
     Modules built into the kernel need no file and are left out, ``-`` and ``_`` in names are the same.
@@ -96,7 +94,10 @@ def modinfo(elf: bytes, key: str) -> list[str]:
         entry, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
         # sh_name, then sh_offset and sh_size, of each section
         sections = [
-            (*struct.unpack_from("<I", elf, table + i * entry), *struct.unpack_from("<QQ", elf, table + i * entry + 24))
+            (
+                *struct.unpack_from("<I", elf, table + i * entry),
+                *struct.unpack_from("<QQ", elf, table + i * entry + 24),
+            )
             for i in range(count)
         ]
         names = sections[names_index][1]
