@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""One vCPU's run loop: KVM_RUN, and the exits that can be finished without Python, all without the GIL.
+
+A vCPU's thread calls ``attach`` once, then ``run`` again and again. ``run`` comes back only when a person must decide:
+a kick, an end of the guest, an error. Port and MMIO accesses of Python devices take the GIL for that access alone.
+"""
+from cpython.buffer cimport PyBUF_WRITE
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, Bus, Range, Table, bus_find
+
+from vmm.errors import KvmError
+
+
+cdef extern from "<linux/kvm.h>" nogil:
+    cdef struct kvm_run:
+        uint8_t immediate_exit
+        uint32_t exit_reason
+    enum:
+        KVM_EXIT_IO
+        KVM_EXIT_MMIO
+        KVM_EXIT_INTR
+
+cdef extern from *:
+    """
+    #include <linux/kvm.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+    #include <sys/prctl.h>
+
+    /* kvm_run's union, reached by accessors: Cython cannot name an anonymous member. */
+    static inline uint16_t io_port(struct kvm_run *r) { return r->io.port; }
+    static inline uint8_t io_size(struct kvm_run *r) { return r->io.size; }
+    static inline uint32_t io_count(struct kvm_run *r) { return r->io.count; }
+    static inline int io_out(struct kvm_run *r) { return r->io.direction == KVM_EXIT_IO_OUT; }
+    static inline uint8_t *io_data(struct kvm_run *r) { return (uint8_t *)r + r->io.data_offset; }
+    static inline uint64_t mmio_addr(struct kvm_run *r) { return r->mmio.phys_addr; }
+    static inline uint8_t *mmio_data(struct kvm_run *r) { return r->mmio.data; }
+    static inline uint32_t mmio_len(struct kvm_run *r) { return r->mmio.len; }
+    static inline int mmio_out(struct kvm_run *r) { return r->mmio.is_write; }
+    static inline uint64_t fail_reason(struct kvm_run *r) { return r->fail_entry.hardware_entry_failure_reason; }
+    static inline uint32_t suberror(struct kvm_run *r) { return r->internal.suberror; }
+    static inline uint32_t internal_ndata(struct kvm_run *r) { return r->internal.ndata; }
+    static inline uint64_t internal_data(struct kvm_run *r, int i) { return r->internal.data[i]; }
+    static inline uint32_t event_type(struct kvm_run *r) { return r->system_event.type; }
+    static inline void set_immediate_exit(struct kvm_run *r, uint8_t v)
+    { __atomic_store_n(&r->immediate_exit, v, __ATOMIC_SEQ_CST); }
+    static inline uint8_t take_immediate_exit(struct kvm_run *r)
+    { return __atomic_exchange_n(&r->immediate_exit, 0, __ATOMIC_SEQ_CST); }
+
+    #define KICK_SIGNAL SIGRTMIN
+    static void on_kick(int signal) { (void)signal; }
+    /* The kick must interrupt KVM_RUN, so no SA_RESTART; every other signal is left to Python's main thread. */
+    static int arm_kick(void)
+    {
+        struct sigaction action = { .sa_handler = on_kick };
+        sigset_t mask;
+        if (sigaction(KICK_SIGNAL, &action, NULL)) return -1;
+        sigfillset(&mask);
+        sigdelset(&mask, KICK_SIGNAL);
+        sigdelset(&mask, SIGSEGV); sigdelset(&mask, SIGBUS); sigdelset(&mask, SIGFPE); sigdelset(&mask, SIGILL);
+        return pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    }
+    static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }
+    static int enter_guest(int fd) { return ioctl(fd, KVM_RUN, 0); }
+    static void name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
+    """
+    ctypedef unsigned long pthread_t
+    uint16_t io_port(kvm_run *r) nogil
+    uint8_t io_size(kvm_run *r) nogil
+    uint32_t io_count(kvm_run *r) nogil
+    int io_out(kvm_run *r) nogil
+    uint8_t *io_data(kvm_run *r) nogil
+    uint64_t mmio_addr(kvm_run *r) nogil
+    uint8_t *mmio_data(kvm_run *r) nogil
+    uint32_t mmio_len(kvm_run *r) nogil
+    int mmio_out(kvm_run *r) nogil
+    uint64_t fail_reason(kvm_run *r) nogil
+    uint32_t suberror(kvm_run *r) nogil
+    uint32_t internal_ndata(kvm_run *r) nogil
+    uint64_t internal_data(kvm_run *r, int i) nogil
+    uint32_t event_type(kvm_run *r) nogil
+    void set_immediate_exit(kvm_run *r, uint8_t v) nogil
+    uint8_t take_immediate_exit(kvm_run *r) nogil
+    int arm_kick() nogil
+    void send_kick(pthread_t thread) nogil
+    int enter_guest(int fd) nogil
+    void name_thread(const char *name) nogil
+    pthread_t pthread_self() nogil
+    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
+    int munmap(void *address, size_t length) nogil
+    enum:
+        PROT_READ
+        PROT_WRITE
+        MAP_SHARED
+
+
+KICKED = -1     # run() returns it where a KVM_EXIT_* number would not do: somebody called kick()
+
+cdef enum:
+    NEEDS_PYTHON = -2
+    FAILED = -3
+
+
+cdef class VcpuLoop:
+    """The run loop of one vCPU.
+
+    :param fd: the vCPU's file descriptor; borrowed, must outlive the loop
+    :param mmap_size: what ``KVM_GET_VCPU_MMAP_SIZE`` returned
+    :param pio: port address space
+    :param mmio: memory-mapped address space
+    """
+    cdef int _fd
+    cdef kvm_run *_run              # shared with KVM, mapped until __dealloc__
+    cdef size_t _run_size
+    cdef Bus _pio
+    cdef Bus _mmio
+    cdef uint32_t _done             # items of the current string I/O that are finished
+    cdef pthread_t _thread          # valid while _attached
+    cdef bint _attached
+    cdef int _errno                 # of the KVM_RUN that failed
+    cdef readonly uint64_t exits    # times KVM_RUN came back with an exit
+    cdef readonly uint64_t python_exits  # of these, the ones that took the GIL
+
+    def __cinit__(self, int fd, size_t mmap_size, Bus pio not None, Bus mmio not None):
+        cdef void *p = mmap(NULL, mmap_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if <long>p == -1:
+            raise KvmError(errno, "mmap of a vCPU")
+        self._run = <kvm_run *>p
+        self._run_size = mmap_size
+        self._fd = fd
+        self._pio = pio
+        self._mmio = mmio
+
+    def __dealloc__(self):
+        if self._run != NULL:
+            munmap(self._run, self._run_size)
+
+    def attach(self, str name):
+        """Make the calling thread this vCPU's thread: named `name`, deaf to every signal but the kick."""
+        cdef bytes c_name = name.encode()[:15]
+        if arm_kick() != 0:
+            raise KvmError(errno, "sigaction of the kick signal")
+        name_thread(c_name)
+        self._thread = pthread_self()
+        self._attached = True
+
+    def detach(self):
+        """The calling thread stops being this vCPU's; from here a kick only leaves its mark."""
+        self._attached = False
+
+    def kick(self):
+        """Make ``run`` return ``KICKED`` soon, from any thread; kicks before the next ``run`` count once."""
+        set_immediate_exit(self._run, 1)
+        if self._attached:
+            send_kick(self._thread)
+
+    def run(self):
+        """Run the guest until an exit that only the machine can judge.
+
+        :returns: ``KICKED``, or the ``KVM_EXIT_*`` number
+        :raises KvmError: KVM_RUN failed
+        :raises Exception: what a Python device's ``read`` or ``write`` raised, ``vmm.events.Stop`` among them
+        """
+        cdef int reason
+        while True:
+            with nogil:
+                reason = self._spin()
+            if reason == NEEDS_PYTHON:
+                self.python_exits += 1
+                self._python_access()
+            elif reason == FAILED:
+                raise KvmError(self._errno, "KVM_RUN")
+            else:
+                return reason
+
+    cdef int _spin(self) noexcept nogil:
+        cdef kvm_run *run = self._run
+        while True:
+            if enter_guest(self._fd) < 0:
+                if errno == EINTR:
+                    if take_immediate_exit(run):
+                        return -1       # KICKED
+                    continue            # a stray signal
+                if errno == EAGAIN:
+                    continue            # an application processor that just got its INIT
+                self._errno = errno
+                return FAILED
+            self.exits += 1
+            if run.exit_reason == KVM_EXIT_IO:
+                self._done = 0
+                if self._port_access() != ACCESS_DONE:
+                    return NEEDS_PYTHON
+            elif run.exit_reason == KVM_EXIT_MMIO:
+                if self._access(self._mmio.table, self._mmio, mmio_addr(run), mmio_data(run), mmio_len(run),
+                                mmio_out(run)) != ACCESS_DONE:
+                    return NEEDS_PYTHON
+            elif run.exit_reason != KVM_EXIT_INTR:
+                return run.exit_reason
+
+    cdef inline int _access(self, Table *table, Bus bus, uint64_t address, uint8_t *data, uint32_t size,
+                            int is_write) noexcept nogil:
+        cdef Range *r = bus_find(table, address, size)
+        if r == NULL:
+            bus.unclaimed += 1
+            if not is_write:
+                memset(data, 0xff, size)
+            return ACCESS_DONE
+        r.hits += 1
+        if r.access == NULL:
+            return ACCESS_PYTHON
+        return r.access(r.ctx, address - r.start, data, size, is_write)
+
+    cdef int _port_access(self) noexcept nogil:
+        # String I/O comes as io_count() items at one port, packed one after the other.
+        cdef kvm_run *run = self._run
+        cdef uint32_t size = io_size(run)
+        while self._done < io_count(run):
+            if self._access(self._pio.table, self._pio, io_port(run), io_data(run) + self._done * size, size,
+                            io_out(run)) != ACCESS_DONE:
+                return ACCESS_PYTHON
+            self._done += 1
+        return ACCESS_DONE
+
+    cdef _python_access(self):
+        cdef kvm_run *run = self._run
+        cdef uint32_t size
+        if run.exit_reason == KVM_EXIT_MMIO:
+            self._call(self._mmio.table, mmio_addr(run), mmio_data(run), mmio_len(run), mmio_out(run))
+            return
+        size = io_size(run)
+        while self._done < io_count(run):
+            self._call(self._pio.table, io_port(run), io_data(run) + self._done * size, size, io_out(run))
+            self._done += 1
+
+    cdef _call(self, Table *table, uint64_t address, uint8_t *data, uint32_t size, int is_write):
+        cdef Range *r = bus_find(table, address, size)
+        if r == NULL:   # removed since the exit
+            if not is_write:
+                memset(data, 0xff, size)
+            return
+        device = <object>r.device
+        view = PyMemoryView_FromMemory(<char *>data, size, PyBUF_WRITE)
+        try:
+            if is_write:
+                device.write(address - r.start, view)
+            else:
+                device.read(address - r.start, view)
+        finally:
+            view.release()  # kvm_run is KVM's again: a device that kept the view must not see it
+
+    @property
+    def suberror(self):
+        """After ``KVM_EXIT_INTERNAL_ERROR``: which; see ``KVM_INTERNAL_ERROR_*``."""
+        return suberror(self._run)
+
+    @property
+    def internal_data(self):
+        """After ``KVM_EXIT_INTERNAL_ERROR``: KVM's words about it, a tuple of 64-bit integers."""
+        cdef int i
+        return tuple([internal_data(self._run, i) for i in range(min(<int>internal_ndata(self._run), 16))])
+
+    @property
+    def fail_entry_reason(self):
+        """After ``KVM_EXIT_FAIL_ENTRY``: the hardware's reason."""
+        return fail_reason(self._run)
+
+    @property
+    def system_event(self):
+        """After ``KVM_EXIT_SYSTEM_EVENT``: ``KVM_SYSTEM_EVENT_*``."""
+        return event_type(self._run)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/dev/kvm and one VM on it: capabilities, memory slots, interrupt lines, doorbells."""
+
+from __future__ import annotations
+
+import errno
+import os
+from ctypes import c_uint64
+
+from vmm import kvm_abi as abi
+from vmm.errors import ConfigError, HostError, KvmError
+from vmm.kvm_abi import kvm_ioctl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.memory import GuestMemory
+
+# Below 4 GiB, in the hole between RAM and the top: Intel's KVM keeps a task state segment and an identity map there.
+TSS_ADDRESS = 0xFFFBD000
+IDENTITY_MAP_ADDRESS = 0xFFFBC000
+
+# Without any of these no guest of ours runs. All are older than the oldest kernel we boot (Linux 4.11, 2017).
+REQUIRED = {
+    "KVM_CAP_IRQCHIP": abi.KVM_CAP_IRQCHIP,
+    "KVM_CAP_USER_MEMORY": abi.KVM_CAP_USER_MEMORY,
+    "KVM_CAP_SET_TSS_ADDR": abi.KVM_CAP_SET_TSS_ADDR,
+    "KVM_CAP_EXT_CPUID": abi.KVM_CAP_EXT_CPUID,
+    "KVM_CAP_IRQFD": abi.KVM_CAP_IRQFD,
+    "KVM_CAP_PIT2": abi.KVM_CAP_PIT2,
+    "KVM_CAP_IOEVENTFD": abi.KVM_CAP_IOEVENTFD,
+    "KVM_CAP_IMMEDIATE_EXIT": abi.KVM_CAP_IMMEDIATE_EXIT,
+}
+# Used where they are there.
+OPTIONAL = {
+    "KVM_CAP_CLOCKSOURCE": abi.KVM_CAP_CLOCKSOURCE,
+    "KVM_CAP_TSC_DEADLINE_TIMER": abi.KVM_CAP_TSC_DEADLINE_TIMER,
+    "KVM_CAP_SET_IDENTITY_MAP_ADDR": abi.KVM_CAP_SET_IDENTITY_MAP_ADDR,
+}
+
+
+class Kvm:
+    """An open /dev/kvm; owns its file descriptor.
+
+    :param path: the device, ``/dev/kvm`` unless a test says otherwise
+    :raises ConfigError: it is missing, not permitted, or no KVM; says what to do
+    """
+
+    def __init__(self, path: str = "/dev/kvm") -> None:
+        try:
+            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ConfigError(
+                "--kvm", path, "does not exist; load kvm_intel or kvm_amd, or use --lab (an emulated machine)"
+            ) from None
+        except PermissionError:
+            raise ConfigError("--kvm", path, "not permitted; join the group that owns it, often kvm") from None
+        except OSError as error:
+            raise ConfigError("--kvm", path, f"cannot be opened: {error.strerror}") from None
+        self.path = path
+        try:
+            version = kvm_ioctl(self.fd, abi.KVM_GET_API_VERSION)
+        except KvmError as error:
+            self.close()
+            raise ConfigError("--kvm", path, f"is not a KVM device ({error.strerror})") from None
+        if version != abi.KVM_API_VERSION:
+            self.close()
+            raise ConfigError(
+                "--kvm", path, f"speaks API version {version}; pyvmm needs {abi.KVM_API_VERSION} (Linux 4.11 or later)"
+            )
+
+    def check(self, capability: int) -> int:
+        """What ``KVM_CHECK_EXTENSION`` says of one ``KVM_CAP_*``: 0 is no, else yes or a number."""
+        return kvm_ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
+
+    def lacking(self) -> list[str]:
+        """Names of the required capabilities that this KVM has not."""
+        return [name for name, number in REQUIRED.items() if not self.check(number)]
+
+    def max_vcpus(self) -> int:
+        """The most vCPUs a VM can have here."""
+        return self.check(abi.KVM_CAP_MAX_VCPUS) or self.check(abi.KVM_CAP_NR_VCPUS) or 4
+
+    def supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """The CPUID leaves that KVM can show a guest; the entries are the caller's to change."""
+        for room in (128, 256, 512):
+            table = abi.cpuid(room)
+            try:
+                kvm_ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, table.buffer)
+            except KvmError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                continue
+            return list(table.entries[: table.header.nent])
+        raise KvmError(errno.E2BIG, "KVM_GET_SUPPORTED_CPUID")
+
+    def create_vm(self) -> Vm:
+        """A new VM with no memory, no interrupt controller and no vCPU."""
+        for _ in range(10):
+            try:
+                return Vm(self, kvm_ioctl(self.fd, abi.KVM_CREATE_VM))
+            except KvmError as error:
+                # A signal during the creation; the kernel gives the half-made VM back.
+                if error.errno != errno.EINTR:
+                    raise
+        raise KvmError(errno.EINTR, "KVM_CREATE_VM")
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Vm:
+    """One VM's file descriptor and what hangs on it; made by ``Kvm.create_vm``."""
+
+    def __init__(self, kvm: Kvm, fd: int) -> None:
+        self.kvm = kvm
+        self.fd = fd
+        self.vcpu_mmap_size = kvm_ioctl(kvm.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
+
+    def create_irqchip(self) -> None:
+        """PIC, IOAPIC, local APICs and PIT in the kernel. Must come before the first vCPU."""
+        kvm_ioctl(self.fd, abi.KVM_SET_TSS_ADDR, TSS_ADDRESS)
+        # KVM takes the address by pointer, hence a buffer.
+        address = c_uint64(IDENTITY_MAP_ADDRESS)
+        if self.kvm.check(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
+            kvm_ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, bytearray(address))
+        kvm_ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
+        kvm_ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=abi.KVM_PIT_SPEAKER_DUMMY))
+
+    def map_memory(self, memory: GuestMemory) -> None:
+        """Give the guest `memory`, one slot a region. The mappings must outlive the VM."""
+        for slot, region in enumerate(memory.regions):
+            kvm_ioctl(
+                self.fd,
+                abi.KVM_SET_USER_MEMORY_REGION,
+                abi.kvm_userspace_memory_region(
+                    slot=slot,
+                    guest_phys_addr=region.gpa,
+                    memory_size=region.size,
+                    userspace_addr=memory.host_address(region.gpa, region.size),
+                ),
+            )
+
+    def irqfd(self, fd: int, gsi: int) -> None:
+        """From now on a write to eventfd `fd` is an edge on interrupt line `gsi`. `fd` is borrowed."""
+        kvm_ioctl(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=fd, gsi=gsi))
+
+    def ioeventfd(self, fd: int, address: int, value: int) -> None:
+        """From now on a guest's 32-bit write of `value` to MMIO `address` signals eventfd `fd`, with no exit."""
+        kvm_ioctl(
+            self.fd,
+            abi.KVM_IOEVENTFD,
+            abi.kvm_ioeventfd(
+                datamatch=value, addr=address, len=4, fd=fd, flags=abi.KVM_IOEVENTFD_FLAG_DATAMATCH
+            ),
+        )
+
+    def create_vcpu(self, index: int) -> int:
+        """A new vCPU's file descriptor; its APIC id is `index`."""
+        try:
+            return kvm_ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
+        except KvmError as error:
+            raise HostError(error.errno or 0, f"KVM_CREATE_VCPU {index}") from None
+
+    def close(self) -> None:
+        """Idempotent. The VM goes when its vCPUs' descriptors are closed too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVM's ioctls and structures, under the names of ``<linux/kvm.h>`` and ``<asm/kvm.h>`` and in their layout.
+
+Numbers are derived from the structures, as the header derives them; ``tests/vmm/test_kvm_abi.py`` compares every one
+of them, every size and every offset with the host's own headers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from ctypes import LittleEndianStructure, addressof, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+
+from vmm.errors import KvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import Array
+
+KVMIO = 0xAE
+KVM_API_VERSION = 12
+
+
+class kvm_userspace_memory_region(LittleEndianStructure):  # noqa: N801 - the header's own names, here and below
+    _fields_ = [
+        ("slot", c_uint32),
+        ("flags", c_uint32),
+        ("guest_phys_addr", c_uint64),
+        ("memory_size", c_uint64),
+        ("userspace_addr", c_uint64),
+    ]
+
+
+class kvm_regs(LittleEndianStructure):
+    _fields_ = [
+        (name, c_uint64)
+        for name in (
+            "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"
+        ).split()
+    ]
+
+
+class kvm_segment(LittleEndianStructure):
+    _fields_ = [
+        ("base", c_uint64),
+        ("limit", c_uint32),
+        ("selector", c_uint16),
+        ("type", c_uint8),
+        ("present", c_uint8),
+        ("dpl", c_uint8),
+        ("db", c_uint8),
+        ("s", c_uint8),
+        ("l", c_uint8),
+        ("g", c_uint8),
+        ("avl", c_uint8),
+        ("unusable", c_uint8),
+        ("padding", c_uint8),
+    ]
+
+
+class kvm_dtable(LittleEndianStructure):
+    _fields_ = [("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3)]
+
+
+class kvm_sregs(LittleEndianStructure):
+    _fields_ = [
+        *((name, kvm_segment) for name in "cs ds es fs gs ss tr ldt".split()),
+        ("gdt", kvm_dtable),
+        ("idt", kvm_dtable),
+        *((name, c_uint64) for name in "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()),
+        ("interrupt_bitmap", c_uint64 * 4),
+    ]
+
+
+class kvm_msr_entry(LittleEndianStructure):
+    _fields_ = [("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64)]
+
+
+class kvm_msrs(LittleEndianStructure):
+    """Header of an array of ``kvm_msr_entry``; see ``msrs``."""
+
+    _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
+
+
+class kvm_cpuid_entry2(LittleEndianStructure):
+    _fields_ = [
+        ("function", c_uint32),
+        ("index", c_uint32),
+        ("flags", c_uint32),
+        ("eax", c_uint32),
+        ("ebx", c_uint32),
+        ("ecx", c_uint32),
+        ("edx", c_uint32),
+        ("padding", c_uint32 * 3),
+    ]
+
+
+class kvm_cpuid2(LittleEndianStructure):
+    """Header of an array of ``kvm_cpuid_entry2``; see ``cpuid``."""
+
+    _fields_ = [("nent", c_uint32), ("padding", c_uint32)]
+
+
+class kvm_mp_state(LittleEndianStructure):
+    _fields_ = [("mp_state", c_uint32)]
+
+
+class kvm_irqfd(LittleEndianStructure):
+    _fields_ = [
+        ("fd", c_uint32),
+        ("gsi", c_uint32),
+        ("flags", c_uint32),
+        ("resamplefd", c_uint32),
+        ("pad", c_uint8 * 16),
+    ]
+
+
+class kvm_ioeventfd(LittleEndianStructure):
+    _fields_ = [
+        ("datamatch", c_uint64),
+        ("addr", c_uint64),
+        ("len", c_uint32),
+        ("fd", c_int32),
+        ("flags", c_uint32),
+        ("pad", c_uint8 * 36),
+    ]
+
+
+class kvm_pit_config(LittleEndianStructure):
+    _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
+
+
+def _ioc(direction: int, number: int, size: int) -> int:
+    # Source: <asm-generic/ioctl.h>: 8 bits number, 8 bits type, 14 bits size, 2 bits direction.
+    return direction << 30 | size << 16 | KVMIO << 8 | number
+
+
+def _io(number: int) -> int:
+    return _ioc(0, number, 0)
+
+
+def _iow(number: int, kind: type) -> int:
+    return _ioc(1, number, sizeof(kind))
+
+
+def _ior(number: int, kind: type) -> int:
+    return _ioc(2, number, sizeof(kind))
+
+
+def _iowr(number: int, kind: type) -> int:
+    return _ioc(3, number, sizeof(kind))
+
+
+# On /dev/kvm
+KVM_GET_API_VERSION = _io(0x00)
+KVM_CREATE_VM = _io(0x01)
+KVM_CHECK_EXTENSION = _io(0x03)
+KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
+KVM_GET_SUPPORTED_CPUID = _iowr(0x05, kvm_cpuid2)
+# On a VM
+KVM_CREATE_VCPU = _io(0x41)
+KVM_SET_USER_MEMORY_REGION = _iow(0x46, kvm_userspace_memory_region)
+KVM_SET_TSS_ADDR = _io(0x47)
+KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, c_uint64)
+KVM_CREATE_IRQCHIP = _io(0x60)
+KVM_IRQFD = _iow(0x76, kvm_irqfd)
+KVM_CREATE_PIT2 = _iow(0x77, kvm_pit_config)
+KVM_IOEVENTFD = _iow(0x79, kvm_ioeventfd)
+# On a vCPU
+KVM_RUN = _io(0x80)
+KVM_GET_REGS = _ior(0x81, kvm_regs)
+KVM_SET_REGS = _iow(0x82, kvm_regs)
+KVM_GET_SREGS = _ior(0x83, kvm_sregs)
+KVM_SET_SREGS = _iow(0x84, kvm_sregs)
+KVM_GET_MSRS = _iowr(0x88, kvm_msrs)
+KVM_SET_MSRS = _iow(0x89, kvm_msrs)
+KVM_SET_CPUID2 = _iow(0x90, kvm_cpuid2)
+KVM_GET_MP_STATE = _ior(0x98, kvm_mp_state)
+
+KVM_CAP_IRQCHIP = 0
+KVM_CAP_HLT = 1
+KVM_CAP_USER_MEMORY = 3
+KVM_CAP_SET_TSS_ADDR = 4
+KVM_CAP_EXT_CPUID = 7
+KVM_CAP_CLOCKSOURCE = 8
+KVM_CAP_NR_VCPUS = 9
+KVM_CAP_NR_MEMSLOTS = 10
+KVM_CAP_MP_STATE = 14
+KVM_CAP_SYNC_MMU = 16
+KVM_CAP_IRQFD = 32
+KVM_CAP_PIT2 = 33
+KVM_CAP_IOEVENTFD = 36
+KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
+KVM_CAP_ADJUST_CLOCK = 39
+KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_X86_SMM = 117
+KVM_CAP_IMMEDIATE_EXIT = 136
+KVM_CAP_X2APIC_API = 129
+
+KVM_PIT_SPEAKER_DUMMY = 1
+KVM_IRQFD_FLAG_DEASSIGN = 1
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1
+KVM_IOEVENTFD_FLAG_PIO = 2
+KVM_IOEVENTFD_FLAG_DEASSIGN = 4
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1
+
+KVM_EXIT_UNKNOWN = 0
+KVM_EXIT_EXCEPTION = 1
+KVM_EXIT_IO = 2
+KVM_EXIT_HYPERCALL = 3
+KVM_EXIT_DEBUG = 4
+KVM_EXIT_HLT = 5
+KVM_EXIT_MMIO = 6
+KVM_EXIT_IRQ_WINDOW_OPEN = 7
+KVM_EXIT_SHUTDOWN = 8
+KVM_EXIT_FAIL_ENTRY = 9
+KVM_EXIT_INTR = 10
+KVM_EXIT_INTERNAL_ERROR = 17
+KVM_EXIT_SYSTEM_EVENT = 24
+
+KVM_INTERNAL_ERROR_EMULATION = 1
+KVM_INTERNAL_ERROR_SIMUL_EX = 2
+KVM_INTERNAL_ERROR_DELIVERY_EV = 3
+KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
+
+_NAMES = {value: name for name, value in globals().items() if name.startswith("KVM_") and value >> 8 & 0xFF == KVMIO}
+
+
+def kvm_ioctl(fd: int, request: int, argument: LittleEndianStructure | Array[c_uint8] | int = 0) -> int:
+    """Do one KVM ioctl.
+
+    :param fd: /dev/kvm, a VM or a vCPU
+    :param request: one of the numbers above
+    :param argument: a structure that KVM reads or fills, or an unsigned integer
+    :returns: what the ioctl returned
+    :raises KvmError: it failed; names the ioctl
+    """
+    try:
+        if isinstance(argument, int):
+            # fcntl.ioctl takes a C int: addresses at and above 2 GiB are handed over as their negative twin.
+            return fcntl.ioctl(fd, request, argument - (1 << 32) if argument >= 1 << 31 else argument)
+        return fcntl.ioctl(fd, request, argument, True)
+    except OSError as error:
+        raise KvmError(error.errno or 0, _NAMES.get(request, hex(request))) from None
+
+
+class _Counted:
+    """A KVM structure that is a header and ``count`` entries in one buffer; ``entries`` looks into it."""
+
+    __slots__ = ("buffer", "entries", "header")
+
+    def __init__(self, header: type, entry: type, count: int) -> None:
+        self.buffer = (c_uint8 * (sizeof(header) + count * sizeof(entry)))()
+        self.header = header.from_buffer(self.buffer)
+        self.entries = (entry * count).from_buffer(self.buffer, sizeof(header))
+
+
+def cpuid(count: int) -> _Counted:
+    """A ``kvm_cpuid2`` with room for `count` entries, ``header.nent`` set to it."""
+    table = _Counted(kvm_cpuid2, kvm_cpuid_entry2, count)
+    table.header.nent = count
+    return table
+
+
+def msrs(values: dict[int, int]) -> _Counted:
+    """A ``kvm_msrs`` that holds `values`, by index."""
+    table = _Counted(kvm_msrs, kvm_msr_entry, len(values))
+    table.header.nmsrs = len(values)
+    for entry, (index, data) in zip(table.entries, values.items(), strict=True):
+        entry.index, entry.data = index, data
+    return table
+
+
+__all__ = [name for name in globals() if name.lower().startswith("kvm_")] + ["addressof", "cpuid", "msrs"]

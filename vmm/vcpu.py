@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One virtual CPU: its registers, and the judgement of each exit that the run loop hands back."""
+
+from __future__ import annotations
+
+import os
+
+from vmm import kvm_abi as abi
+from vmm._vcpu import KICKED, VcpuLoop
+from vmm.errors import KvmError
+from vmm.events import Stop, StopReason
+from vmm.kvm_abi import kvm_ioctl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm._bus import Bus
+    from vmm.kvm import Vm
+
+# What KVM_INTERNAL_ERROR_EMULATION adds since Linux 5.13: flags in data[0], then the length and bytes it stumbled on.
+_EMULATION_HAS_BYTES = 1
+
+
+class Vcpu:
+    """vCPU `index` of a VM; owns its file descriptor. `run` belongs to one thread, the rest to any.
+
+    Registers are readable and writable while the vCPU does not run: before ``Machine.start``, paused, or stopped.
+    """
+
+    def __init__(self, vm: Vm, index: int, pio: Bus, mmio: Bus) -> None:
+        self.index = index
+        self.fd = vm.create_vcpu(index)
+        try:
+            self._loop: VcpuLoop | None = VcpuLoop(self.fd, vm.vcpu_mmap_size, pio, mmio)
+        except KvmError:
+            os.close(self.fd)
+            raise
+
+    @property
+    def loop(self) -> VcpuLoop:
+        """The run loop, for its counters."""
+        if self._loop is None:
+            raise ValueError(f"vCPU {self.index} is closed")
+        return self._loop
+
+    @property
+    def regs(self) -> abi.kvm_regs:
+        """A copy of the general registers; assign to change them."""
+        regs = abi.kvm_regs()
+        kvm_ioctl(self.fd, abi.KVM_GET_REGS, regs)
+        return regs
+
+    @regs.setter
+    def regs(self, regs: abi.kvm_regs) -> None:
+        kvm_ioctl(self.fd, abi.KVM_SET_REGS, regs)
+
+    @property
+    def sregs(self) -> abi.kvm_sregs:
+        """A copy of the segment and control registers; assign to change them."""
+        sregs = abi.kvm_sregs()
+        kvm_ioctl(self.fd, abi.KVM_GET_SREGS, sregs)
+        return sregs
+
+    @sregs.setter
+    def sregs(self, sregs: abi.kvm_sregs) -> None:
+        kvm_ioctl(self.fd, abi.KVM_SET_SREGS, sregs)
+
+    def set_cpuid(self, entries: list[abi.kvm_cpuid_entry2]) -> None:
+        """What CPUID answers in the guest; before the first run only."""
+        table = abi.cpuid(len(entries))
+        for place, entry in enumerate(entries):
+            table.entries[place] = entry
+        kvm_ioctl(self.fd, abi.KVM_SET_CPUID2, table.buffer)
+
+    def set_msrs(self, values: dict[int, int]) -> None:
+        """Set model-specific registers, by index.
+
+        :raises KvmError: KVM refused one; ``what`` names it
+        """
+        done = kvm_ioctl(self.fd, abi.KVM_SET_MSRS, abi.msrs(values).buffer)
+        if done < len(values):
+            raise KvmError(22, f"KVM_SET_MSRS {list(values)[done]:#x}")
+
+    def run(self) -> bool:
+        """Run the guest until it was kicked or ended.
+
+        :returns: True: kicked
+        :raises Stop: the guest ended, by a device's word or by an exit that ends it
+        :raises KvmError: KVM_RUN failed
+        """
+        loop = self.loop
+        reason = loop.run()
+        match reason:
+            case int(r) if r == KICKED:
+                return True
+            case abi.KVM_EXIT_SHUTDOWN:
+                raise Stop(StopReason.TRIPLE_FAULT, detail=f"vCPU {self.index} at {self.regs.rip:#x}")
+            case abi.KVM_EXIT_INTERNAL_ERROR:
+                raise Stop(StopReason.INTERNAL_ERROR, detail=self._internal_error())
+            case abi.KVM_EXIT_FAIL_ENTRY:
+                raise Stop(
+                    StopReason.FAIL_ENTRY,
+                    detail=f"vCPU {self.index}, hardware reason {loop.fail_entry_reason:#x}",
+                )
+            case _:
+                raise Stop(StopReason.INTERNAL_ERROR, detail=f"vCPU {self.index}: unexpected exit reason {reason}")
+
+    def _internal_error(self) -> str:
+        loop = self.loop
+        text = f"vCPU {self.index}, suberror {loop.suberror}, rip {self.regs.rip:#x}"
+        data = loop.internal_data
+        if loop.suberror == abi.KVM_INTERNAL_ERROR_EMULATION and len(data) >= 3 and data[0] & _EMULATION_HAS_BYTES:
+            packed = data[1].to_bytes(8, "little") + data[2].to_bytes(8, "little")
+            text += f", cannot emulate {packed[1:1 + min(packed[0], 15)].hex(' ')}"
+        return text
+
+    def kick(self) -> None:
+        """Make ``run`` return True soon; from any thread."""
+        if self._loop is not None:
+            self._loop.kick()
+
+    def close(self) -> None:
+        """Idempotent; not while the vCPU runs."""
+        if self.fd >= 0:
+            self._loop = None
+            os.close(self.fd)
+            self.fd = -1
