@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a kernel, an initrd and a command line: the one entry to the loaders."""
+
+from __future__ import annotations
+
+from boot import bzimage, elf, layout, params, payload, pvh
+from boot.cmdline import DEFAULT_LIMIT, encode
+from boot.source import Source
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+
+    from vmm.memory import GuestMemory
+
+    Path = str | os.PathLike[str]
+
+# What people hand over by mistake, by the bytes it begins with.
+_NOT_KERNELS = (
+    (b"\x1f\x8b", "is compressed by gzip; unpack it first (gunzip)"),
+    (b"\xfd7zXZ", "is compressed by xz; unpack it first (unxz)"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it first (unzstd)"),
+    (b"\x02\x21\x4c\x18", "is compressed by lz4; unpack it first (unlz4)"),
+    (b"\x04\x22\x4d\x18", "is compressed by lz4; unpack it first (unlz4)"),
+    (b"BZh", "is compressed by bzip2; unpack it first (bunzip2)"),
+    (b"070701", "is a cpio archive: an initrd, not a kernel"),
+    (b"\x27\x05\x19\x56", "is a U-Boot image, not an x86-64 kernel"),
+    (b"QFI\xfb", "is a qcow2 disk image, not a kernel"),
+    (b"!<arch>", "is an archive (a Debian package?), not a kernel"),
+    (b"#!", "is a script, not a kernel"),
+)
+
+
+class Kind:
+    """What a kernel file is, told from its headers.
+
+    :ivar format: ``elf`` or ``bzimage``
+    :ivar bits: 32 or 64
+    :ivar protocols: the boot protocols it can be started by without being unpacked, preferred first
+    :ivar release: the version text of a bzImage, else empty
+    :ivar compression: the method of a bzImage's payload, else empty
+    """
+
+    __slots__ = ("_linux", "_path", "bits", "compression", "format", "protocols", "release")
+
+    def __init__(self, source: Source, image: elf.Elf | bzimage.Setup) -> None:
+        self._path = source.path
+        self._linux: bool | None = True
+        self.release = ""
+        self.compression = ""
+        self.bits = 64
+        self.protocols: tuple[str, ...] = ("linux64",)
+        if isinstance(image, bzimage.Setup):
+            self.format = "bzimage"
+            self.release = image.release
+            self.compression = payload.compression(source, image)
+        else:
+            self.format = "elf"
+            self.bits = image.bits
+            self._linux = image.linux_notes or None
+            if image.pvh_entry is not None:
+                self.protocols = ("pvh", "linux64") if image.bits == 64 else ("pvh",)
+
+    @property
+    def is_linux(self) -> bool:
+        """Whether this is a Linux kernel; searches an ELF file without Linux's notes for its banner, once.
+
+        :raises ConfigError, HostError: when the file has gone since
+        """
+        if self._linux is None:
+            with Source("kernel", self._path) as source:
+                self._linux = elf.has_linux_banner(source)
+        return self._linux
+
+
+class Loaded:
+    """What was loaded where: all that the first vCPU's registers and the report to the user need.
+
+    :ivar entry: guest physical address of the first instruction
+    :ivar protocol: ``linux64`` (64-bit mode, rsi = ``boot_info``) or ``pvh`` (32-bit mode, ebx =
+        ``boot_info``)
+    :ivar boot_info: guest physical address of the zero page, or of PVH's start info
+    :ivar kernel: address and bytes of guest memory that the kernel takes, from its first to its last byte
+    :ivar initrd: address and bytes, (0, 0) without one
+    :ivar highest_used: end of the highest thing loaded
+    :ivar unpacked: the method by which the host unpacked a bzImage, empty where it did not
+    """
+
+    __slots__ = ("_kind", "boot_info", "entry", "highest_used", "initrd", "kernel", "protocol", "unpacked")
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self.entry = 0
+        self.protocol = ""
+        self.boot_info = 0
+        self.kernel = (0, 0)
+        self.initrd = (0, 0)
+        self.highest_used = 0
+        self.unpacked = ""
+
+    @property
+    def kind(self) -> str:
+        """``elf`` or ``bzimage``."""
+        return self._kind.format
+
+    @property
+    def is_linux(self) -> bool:
+        """See :attr:`Kind.is_linux`."""
+        return self._kind.is_linux
+
+
+def probe(kernel_path: Path) -> Kind:
+    """Read the headers of a kernel file and tell what it is.
+
+    :raises ConfigError: when no kernel that could be loaded is there
+    :raises HostError: when the host fails to read it
+    """
+    with Source("kernel", kernel_path) as source:
+        return Kind(source, _identify(source))
+
+
+def load(
+    memory: GuestMemory,
+    kernel_path: Path,
+    *,
+    initrd_path: Path | None = None,
+    cmdline: str = "",
+    protocol: str = "auto",
+    unpack: str = "auto",
+    rsdp: int = layout.RSDP,
+) -> Loaded:
+    """Load a kernel into fresh guest memory, and all that it expects there except firmware tables.
+
+    Fresh, because memory that a kernel wants zero is not written. On an error guest memory may be half
+    written; it is of no use then.
+
+    :param protocol: ``linux64``, ``pvh``, or ``auto``: PVH where an ELF file offers it, else 64-bit Linux
+    :param unpack: whether the host unpacks a bzImage: ``always``, ``never``, or ``auto``: where that is
+        faster. A kernel unpacked by the host has no KASLR; it runs at the address it was linked at
+    :param rsdp: guest physical address of the ACPI RSDP that will be there, 0 for none
+    :raises ConfigError: when a file, the command line or their size cannot be; one line says what and where
+    :raises HostError: when the host fails to read a file
+    """
+    if protocol not in ("auto", "linux64", "pvh"):
+        raise ConfigError("protocol", protocol, "auto, linux64 or pvh are allowed")
+    if unpack not in ("auto", "always", "never"):
+        raise ConfigError("unpack", unpack, "auto, always or never are allowed")
+    if memory.regions[0].size < layout.HIMEM:
+        raise ConfigError("memory", memory.size, "bytes are too few to boot in; give it more than 1 MiB")
+    with Source("kernel", kernel_path) as source:
+        image = _identify(source)
+        loaded = Loaded(Kind(source, image))
+        if isinstance(image, bzimage.Setup):
+            text = encode(cmdline, min(image.cmdline_size, layout.CMDLINE_END - layout.CMDLINE - 1))
+            taken = _load_bzimage(image, source, memory, loaded, protocol, unpack)
+            header, initrd_max = image.header, image.initrd_addr_max
+        else:
+            text = encode(cmdline)
+            taken = _load_elf(image, source, memory, loaded, protocol)
+            header, initrd_max = params.elf_setup_header(DEFAULT_LIMIT), layout.MMIO_HOLE - 1
+    loaded.kernel = (taken[0][0], taken[-1][1] - taken[0][0])
+    loaded.highest_used = taken[-1][1]
+    if initrd_path is not None:
+        loaded.initrd = _load_initrd(initrd_path, memory, taken, initrd_max)
+        loaded.highest_used = max(loaded.highest_used, sum(loaded.initrd))
+    memory.write(layout.CMDLINE, text)
+    if loaded.protocol == "pvh":
+        loaded.boot_info = pvh.write_start_info(memory, initrd=loaded.initrd, rsdp=rsdp)
+    else:
+        loaded.boot_info = layout.ZERO_PAGE
+        page = params.zero_page(
+            memory, header, load_address=loaded.kernel[0], initrd=loaded.initrd, rsdp=rsdp
+        )
+        memory.write(layout.ZERO_PAGE, page)
+    return loaded
+
+
+def _identify(source: Source) -> elf.Elf | bzimage.Setup:
+    """Read the headers of the kernel ``source``, whichever of the two formats it has."""
+    head = source.head(0x240)
+    if head.startswith(elf.MAGIC):
+        return elf.read_file(source)
+    for magic, problem in _NOT_KERNELS:
+        if head.startswith(magic):
+            raise source.fail(problem)
+    if head[0x38:0x3C] == b"ARM\x64":
+        raise source.fail("is an arm64 Image, not an x86-64 kernel")
+    if head[0x30:0x35] == b"RISCV":
+        raise source.fail("is a RISC-V Image, not an x86-64 kernel")
+    if head.startswith(b"MZ") and head[0x202:0x206] != bzimage.MAGIC:
+        raise source.fail("is an EFI program without a Linux setup header; give the kernel itself")
+    if head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] != bzimage.MAGIC:
+        raise source.fail("is a boot sector or disk image, not a kernel")
+    if head[0x202:0x206] != bzimage.MAGIC:
+        raise source.fail("is neither an ELF kernel nor a bzImage")
+    return bzimage.parse(source)
+
+
+def _load_elf(
+    image: elf.Elf, source: Source, memory: GuestMemory, loaded: Loaded, protocol: str
+) -> list[tuple[int, int]]:
+    """Load the segments, settle the protocol; return the stretches of memory taken, by rising address."""
+    _settle(image, loaded, protocol, source, prefer="pvh")
+    elf.load_file(image, source, memory)
+    return [(segment.start, segment.end) for segment in image.segments]
+
+
+def _settle(image: elf.Elf, loaded: Loaded, protocol: str, source: Source, prefer: str) -> None:
+    if protocol == "auto":
+        protocol = prefer if image.pvh_entry is not None else "linux64"
+    pvh_wanted = protocol == "pvh"
+    loaded.protocol = protocol
+    loaded.entry = image.checked_pvh_entry(source.fail) if pvh_wanted else image.linux64_entry(source.fail)
+
+
+def _load_bzimage(
+    setup: bzimage.Setup, source: Source, memory: GuestMemory, loaded: Loaded, protocol: str, unpack: str
+) -> list[tuple[int, int]]:
+    """Load the kernel, packed or unpacked; return the stretches of memory taken, by rising address."""
+    address = bzimage.choose_address(setup, memory, source)
+    method = payload.compression(source, setup)
+    wanted = unpack == "always" or protocol == "pvh"
+    if protocol == "pvh" and unpack == "never":
+        raise source.fail("is a bzImage: the PVH protocol needs it unpacked, which unpack=never forbids")
+    if wanted or (unpack == "auto" and method in payload.FASTER):
+        try:
+            image = payload.unpack(method, source, setup, memory)
+        except payload.Unsupported as error:
+            if wanted:
+                raise source.fail(f"cannot be unpacked: {error}") from None
+        else:
+            loaded.unpacked = method
+            _settle(image, loaded, protocol, source, prefer="linux64")
+            return [(segment.start, segment.end) for segment in image.segments]
+    bzimage.load(setup, address, source, memory)
+    loaded.protocol = "linux64"
+    loaded.entry = address + bzimage.ENTRY_64
+    return [(address, address + setup.needs)]
+
+
+def _load_initrd(
+    path: Path, memory: GuestMemory, taken: list[tuple[int, int]], address_max: int
+) -> tuple[int, int]:
+    """Read the initrd to the highest free place that the kernel allows; return its address and bytes.
+
+    :param taken: what the kernel takes, by rising address
+    :param address_max: the highest address its last byte may have
+    """
+    with Source("initrd", path) as source:
+        limit = min(memory.regions[0].size, layout.MMIO_HOLE, address_max + 1)
+        address = (limit - source.size) // layout.PAGE * layout.PAGE
+        for start, end in reversed(taken):
+            if address < end and start < address + source.size:
+                address = (start - source.size) // layout.PAGE * layout.PAGE
+        if address < layout.HIMEM:
+            kernel = sum(end - start for start, end in taken)
+            raise source.fail(
+                f"does not fit: {source.size >> 10} KiB beside a kernel of {kernel >> 10} KiB"
+                f" in memory below {limit >> 20} MiB"
+            )
+        source.read_into(0, memory.slice(address, source.size), "the initrd")
+        return address, source.size

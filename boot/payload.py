@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unpack the kernel inside a bzImage on the host, straight into guest memory.
+
+The libraries here are faster than the kernel's own unpacker. The unpacked kernel runs at the address it was
+linked at: KASLR needs the relocations that only the kernel's own unpacker applies (``unpack="never"``).
+
+Nothing is trusted: output is made in chunks, so that a payload that swells costs no host memory, and no
+more time than filling guest RAM. Source: arch/x86/boot/compressed/Makefile, scripts/Makefile.lib (what
+follows each format).
+"""
+
+from __future__ import annotations
+
+from boot import elf
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from boot.bzimage import Setup
+    from boot.source import Source
+    from vmm.errors import ConfigError
+    from vmm.memory import GuestMemory
+
+    Chunk = bytes | memoryview
+
+_MAGICS = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\x02\x21\x4c\x18", "lz4"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x5d\0\0", "lzma"),
+    (b"BZh", "bzip2"),
+    (b"\x89LZO", "lzo"),
+)
+#: Methods that "auto" unpacks on the host.
+FASTER = frozenset(("gzip", "lz4", "zstd", "xz", "lzma", "bzip2"))
+
+_IN = 1 << 20
+_OUT = 4 << 20
+_LZ4_MAGIC = 0x184C2102
+_LZ4_BLOCK = 8 << 20  # what the legacy frame's blocks unpack to, the last one to less
+_LZ4_BLOCK_PACKED = _LZ4_BLOCK + _LZ4_BLOCK // 255 + 16
+_WINDOW = 128 << 20  # xz and zstd of newer kernels use this much
+_HEADERS = 64 << 10  # the program headers of the kernel lie in here
+
+
+class Unsupported(Exception):
+    """This payload cannot be unpacked on this host; the text says why. "auto" then lets the guest do it."""
+
+
+def compression(source: Source, setup: Setup) -> str:
+    """Return the name of the payload's compression, empty where there is none that is known."""
+    if setup.payload_length < 16:
+        return ""
+    head = source.read(setup.payload, 8, "the payload")
+    return next((name for magic, name in _MAGICS if head.startswith(magic)), "")
+
+
+def unpack(name: str, source: Source, setup: Setup, memory: GuestMemory) -> elf.Elf:
+    """Unpack the payload's ELF kernel into guest memory, which must be fresh; return its headers and notes.
+
+    :param name: what :func:`compression` returned
+    :raises Unsupported: for a method without a library here; nothing was written then
+    :raises ConfigError: when the payload is broken, or its kernel does not fit
+    """
+
+    def fail(problem: str) -> ConfigError:
+        return source.fail(f"holds a {name} payload that {problem}")
+
+    opener = _METHODS.get(name)
+    if opener is None:
+        raise Unsupported(f"no way to unpack {name or 'an unknown compression'} on the host")
+    trailer = source.read(setup.payload + setup.payload_length - 4, 4, "the payload")
+    size = int.from_bytes(trailer, "little")  # gzip has it by itself, to others the build adds it
+    if size > memory.size or (setup.init_size and size > setup.init_size):
+        room = min(memory.size, setup.init_size or memory.size)
+        raise fail(f"unpacks to {size} bytes, more than the {room} that it may take")
+    scatter = _Scatter(memory, size, fail)
+    packed = setup.payload_length - (0 if name == "gzip" else 4)
+    for chunk in opener(_Input(source, setup.payload, packed), fail):
+        scatter.feed(chunk)
+    return scatter.finish()
+
+
+class _Input:
+    """The packed bytes, as a file to read once."""
+
+    __slots__ = ("_at", "_source", "left")
+
+    def __init__(self, source: Source, offset: int, size: int) -> None:
+        self._source = source
+        self._at = offset
+        self.left = size
+
+    def read(self, size: int = _IN) -> bytes:
+        size = min(size, self.left) if size >= 0 else self.left
+        data = self._source.read(self._at, size, "the payload")
+        self._at += size
+        self.left -= size
+        return data
+
+
+class _Scatter:
+    """Takes the bytes of an ELF file in order and puts those of its segments into guest memory."""
+
+    def __init__(self, memory: GuestMemory, size: int, fail: Callable[[str], ConfigError]) -> None:
+        self._memory = memory
+        self._size = size
+        self._fail = fail
+        self._at = 0
+        self._start = b""
+        self._elf: elf.Elf | None = None
+        self._notes: list[tuple[bytearray, int]] = []
+        self._pieces: list[tuple[int, memoryview]] = []
+
+    def feed(self, chunk: Chunk) -> None:
+        """Take the next bytes of the file; they are not kept."""
+        if self._elf is None:
+            self._start += bytes(chunk) if self._start or len(chunk) < _HEADERS else b""
+            if not self._start:
+                self._begin(memoryview(chunk))
+            elif len(self._start) >= _HEADERS:
+                chunk, self._start = self._start, b""
+                self._begin(memoryview(chunk))
+            else:
+                return
+        end = self._at + len(chunk)
+        if end > self._size:
+            raise self._fail(f"unpacks to more than the {self._size} bytes it declares")
+        view = memoryview(chunk)
+        for offset, target in self._pieces:
+            if offset >= end:
+                break
+            first = max(offset, self._at)
+            last = min(offset + len(target), end)
+            if first < last:
+                target[first - offset : last - offset] = view[first - self._at : last - self._at]
+        self._at = end
+
+    def finish(self) -> elf.Elf:
+        """Return the headers after the last byte.
+
+        :raises ConfigError: when bytes are missing
+        """
+        if self._elf is None:  # all of it is shorter than the room for headers
+            start, self._start = self._start, b""
+            self._begin(memoryview(start))
+            self.feed(start)
+        if self._at != self._size or self._elf is None:
+            raise self._fail(f"ends early: {self._at} of {self._size} bytes")
+        for data, align in self._notes:
+            self._elf.add_notes(bytes(data), align, self._kernel_fail)
+        return self._elf
+
+    def _kernel_fail(self, problem: str) -> ConfigError:
+        return self._fail(f"unpacks to a file that {problem}")
+
+    def _begin(self, start: memoryview) -> None:
+        def read(offset: int, size: int, what: str) -> bytes:
+            if offset + size > len(start):
+                raise self._kernel_fail(f"has no room for {what}: it ends at byte {offset + size}")
+            return bytes(start[offset : offset + size])
+
+        found = elf.parse(read, self._size, self._kernel_fail)
+        elf.check_room(found, self._memory, self._kernel_fail)
+        self._pieces = [(s.offset, self._memory.slice(s.start, s.filesz)) for s in found.segments if s.filesz]
+        for offset, size, align in found.note_spans:
+            data = bytearray(size)
+            self._notes.append((data, align))
+            self._pieces.append((offset, memoryview(data)))
+        self._pieces.sort(key=lambda piece: piece[0])
+        self._elf = found
+
+
+def _gzip(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+    import zlib
+
+    unpacker = zlib.decompressobj(31)  # 31: with gzip's header and checksum
+    while not unpacker.eof:
+        data = unpacker.unconsumed_tail or packed.read()
+        try:
+            chunk = unpacker.decompress(data, _OUT)
+        except zlib.error as error:
+            raise fail(f"is broken: {error}") from None
+        if not data and not chunk:
+            return
+        yield chunk
+
+
+def _xz(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+    import lzma
+
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=_WINDOW + (32 << 20))
+    while not unpacker.eof:
+        data = packed.read() if unpacker.needs_input else b""
+        try:
+            chunk = unpacker.decompress(data, _OUT)
+        except (lzma.LZMAError, EOFError) as error:
+            raise fail(f"is broken: {error}") from None
+        if not data and not chunk:
+            return
+        yield chunk
+
+
+def _bzip2(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+    import bz2
+
+    unpacker = bz2.BZ2Decompressor()
+    while not unpacker.eof:
+        data = packed.read() if unpacker.needs_input else b""
+        try:
+            chunk = unpacker.decompress(data, _OUT)
+        except (OSError, EOFError, ValueError) as error:
+            raise fail(f"is broken: {error}") from None
+        if not data and not chunk:
+            return
+        yield chunk
+
+
+def _lz4(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+    try:
+        from lz4 import block  # type: ignore[import-untyped]
+    except ImportError:
+        raise Unsupported("the Python package lz4 is not installed") from None
+
+    while packed.left >= 4:
+        length = int.from_bytes(packed.read(4), "little")
+        if length == _LZ4_MAGIC:
+            continue
+        if length > min(packed.left, _LZ4_BLOCK_PACKED):
+            raise fail(f"is broken: a block of {length} bytes where {packed.left} are left")
+        try:
+            chunk = block.decompress(packed.read(length), uncompressed_size=_LZ4_BLOCK)
+        except (block.LZ4BlockError, ValueError) as error:
+            raise fail(f"is broken: {error}") from None
+        yield chunk
+
+
+def _zstd(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+    try:
+        import zstandard
+    except ImportError:
+        raise Unsupported("the Python package zstandard is not installed") from None
+
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
+    reader = unpacker.stream_reader(packed, read_size=_IN)  # type: ignore[arg-type]  # read() is all it calls
+    buffer = bytearray(_OUT)
+    view = memoryview(buffer)
+    while True:
+        try:
+            size = reader.readinto(buffer)
+        except zstandard.ZstdError as error:
+            raise fail(f"is broken: {error}") from None
+        if not size:
+            return
+        yield view[:size]
+
+
+_METHODS: dict[str, Callable[[_Input, Callable[[str], ConfigError]], Iterator[Chunk]]] = {
+    "gzip": _gzip,
+    "xz": _xz,
+    "lzma": _xz,
+    "bzip2": _bzip2,
+    "lz4": _lz4,
+    "zstd": _zstd,
+}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that a user named, and reads from it that are checked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from vmm.errors import ConfigError, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_USERS_MISTAKES = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+)  # fmt: skip
+_HEAD = 4096
+
+
+class Source:
+    """A regular, non-empty file open for reading; a context manager that closes it.
+
+    :param field: the option that named it, for messages
+    :param path: the path as the user wrote it
+    :raises ConfigError: missing, not permitted, not a regular file, empty
+    :raises HostError: when the host fails to open or read it
+    """
+
+    __slots__ = ("_fd", "_head", "field", "path", "size")
+
+    def __init__(self, field: str, path: str | os.PathLike[str]) -> None:
+        self._fd = -1
+        self.field = field
+        self.path = os.fspath(path)
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for its writer.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            status = os.fstat(self._fd)
+            if stat.S_ISDIR(status.st_mode):
+                raise self.fail("is a directory, not a file")
+            if not stat.S_ISREG(status.st_mode):
+                raise self.fail("is not a regular file")
+            if status.st_size == 0:
+                raise self.fail("is empty")
+            self.size = status.st_size
+            self._head = os.pread(self._fd, _HEAD, 0)
+        except ConfigError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            if error.errno in _USERS_MISTAKES:
+                raise self.fail(os.strerror(error.errno).lower()) from None
+            raise HostError(error.errno or errno.EIO, f"open {field}", self.path) from error
+        except ValueError:
+            raise self.fail("is not a path") from None
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def fail(self, problem: str) -> ConfigError:
+        """Return the error that blames this file."""
+        return ConfigError(self.field, self.path, problem)
+
+    def head(self, size: int) -> bytes:
+        """Return the first ``size`` bytes (at most 4096), or fewer where the file is shorter."""
+        return self._head[:size]
+
+    def read(self, offset: int, size: int, what: str) -> bytes:
+        """Return exactly ``size`` bytes at ``offset``; the caller bounds ``size``.
+
+        :param what: the structure being read, for the message
+        :raises ConfigError: when the file ends before that
+        """
+        if offset + size > self.size:
+            raise self._truncated(offset + size, what)
+        if offset + size <= len(self._head):
+            return self._head[offset : offset + size]
+        data = bytearray(size)
+        self.read_into(offset, memoryview(data), what)
+        return bytes(data)
+
+    def read_into(self, offset: int, view: memoryview, what: str) -> None:
+        """Fill ``view`` with the bytes at ``offset``, without a copy in between.
+
+        :raises ConfigError: when the file ends before that
+        """
+        if offset + len(view) > self.size:
+            raise self._truncated(offset + len(view), what)
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise HostError(error.errno or errno.EIO, f"read {self.field}", self.path) from error
+            if count == 0:  # it shrank since it was opened
+                raise self._truncated(offset + len(view), what)
+            done += count
+
+    def _truncated(self, need: int, what: str) -> ConfigError:
+        return self.fail(f"is truncated: {what} ends at byte {need}, the file at {self.size}")
