@@ -1,1 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Guest images: a kernel, an initramfs and a root file system under one name, made by `pyvmm pull`.
+
+``resolve`` is on the way of every `pyvmm run`, so this module imports only os; the rest comes when used.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from vmm.images.host import Progress
+
+FORMAT = 1  # of image.json; an image of another format is pulled again
+
+
+class Image:
+    """A pulled image: paths of its files, and the kernel command line that brings it up on a virtio disk."""
+
+    __slots__ = ("cmdline", "initrd", "kernel", "name", "rootfs")
+
+    def __init__(self, name: str, kernel: str, initrd: str, rootfs: str, cmdline: str) -> None:
+        self.name = name
+        self.kernel = kernel
+        self.initrd = initrd
+        self.rootfs = rootfs
+        self.cmdline = cmdline
+
+    def __repr__(self) -> str:
+        return f"Image({self.name!r}, {os.path.dirname(self.kernel)!r})"
+
+
+def cache_root() -> str:
+    """Return pyvmm's cache directory, ``$XDG_CACHE_HOME/pyvmm``; nothing is created.
+
+    Source: XDG Base Directory Specification: a relative XDG_CACHE_HOME is invalid and ignored.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "pyvmm")
+
+
+def resolve(name: str) -> Image | None:
+    """Return the image of that name, or None if it was not pulled (or by a pyvmm with another format).
+
+    :raises ConfigError: it is there but damaged
+    """
+    if not name or "/" in name or name.startswith("."):
+        return None
+    directory = os.path.join(cache_root(), "images", name)
+    described = os.path.join(directory, "image.json")
+    if not os.path.exists(described):
+        return None
+    import json
+
+    from vmm.errors import ConfigError
+
+    again = f"the cached image is damaged: run `pyvmm pull {name} --refresh`"
+    try:
+        with open(described, encoding="utf-8") as file:
+            facts = json.load(file)
+        if facts["format"] != FORMAT:
+            return None
+        kernel, initrd, rootfs = (
+            os.path.join(directory, facts[key]) for key in ("kernel", "initrd", "rootfs")
+        )
+        image = Image(name, kernel, initrd, rootfs, facts["cmdline"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("image", name, again) from error
+    for path in (image.kernel, image.initrd, image.rootfs):
+        if not os.path.isfile(path):
+            raise ConfigError("image", name, f"{os.path.basename(path)} is missing, {again}")
+    return image
+
+
+def pull(
+    name: str,
+    *,
+    refresh: bool = False,
+    size: int | None = None,
+    packages: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Image:
+    """Return the image of that name, making it first if it is not in the cache.
+
+    Two pulls of one image wait for each other; a pull that fails or is killed leaves what was there.
+
+    :param refresh: make it again, from what apt offers now
+    :param size: bytes of the root file system (sparse); None for the image's own default
+    :param packages: further Debian packages in the root file system
+    :param progress: called with each step and how much of it is done
+    :raises ConfigError: no such image; or it is in the cache with another size or other packages
+    :raises PullError: a program is missing, or a package cannot be fetched
+    """
+    from vmm.images import store
+    from vmm.images.host import silent
+
+    return store.pull(name, refresh=refresh, size=size, packages=packages, progress=progress or silent)
+
+
+def available() -> list[dict[str, Any]]:
+    """Return what can be pulled: name and summary, and for what is in the cache also image.json's facts.
+
+    Keys: ``name``, ``summary``, ``cached`` (bool); if cached ``bytes`` (on disk), ``kernel_version``,
+    ``built`` (UTC, ISO 8601), ``packages``, ``size`` (of the root file system, bytes); else perhaps ``damaged``.
+    """
+    from vmm.images import store
+
+    return store.available()

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from vmm import images
 from vmm.errors import VmmError
 
 # Called with a step ("busybox-static (0.9 MB)") and how much of it is done, 0.0 to 1.0, None where unknown.
@@ -20,7 +21,8 @@ PACKAGE_OF = {
     "apt-cache": "apt",
     "dpkg-deb": "dpkg",
     "mke2fs": "e2fsprogs",
-    "mmdebstrap": "mmdebstrap",
+    "depmod": "kmod",
+    "newuidmap": "uidmap",
 }
 
 
@@ -33,12 +35,8 @@ def silent(step: str, done: float | None) -> None:
 
 
 def cache_root() -> Path:
-    """Return pyvmm's cache directory, ``$XDG_CACHE_HOME/pyvmm``; nothing is created.
-
-    Source: XDG Base Directory Specification: a relative XDG_CACHE_HOME is invalid and ignored.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "pyvmm")
+    """Return pyvmm's cache directory, ``$XDG_CACHE_HOME/pyvmm``; nothing is created."""
+    return Path(images.cache_root())
 
 
 def tool(name: str) -> str:

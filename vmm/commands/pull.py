@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyvmm pull`: fetch and make guest images."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vmm import images
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+SUMMARY = "fetch and make a guest image: a kernel, an initramfs and a root file system"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add this command's arguments to its parser."""
+    parser.add_argument("image", nargs="?", help="name of the image; --list shows them")
+    parser.add_argument("--list", action="store_true", help="show what there is and what is in the cache")
+    parser.add_argument(
+        "--refresh",
+        "--force",
+        action="store_true",
+        help="make it again from what apt offers now, even if it is there",
+    )
+    parser.add_argument("--size", metavar="SIZE", help="size of the root file system, as 2G (sparse)")
+    parser.add_argument(
+        "--packages", metavar="A,B", default="", help="further Debian packages for the root file system"
+    )
+
+
+def main(args: Namespace) -> int:
+    """Run the command; returns its exit status.
+
+    :raises ConfigError: the arguments
+    :raises PullError: the image cannot be made on this host, or not now
+    """
+    from vmm.config import parse_size
+    from vmm.errors import ConfigError
+
+    if args.list:
+        _list()
+        return 0
+    if args.image is None:
+        raise ConfigError("image", "", "name one, as `pyvmm pull debian`; `pyvmm pull --list` shows them")
+    packages = [name for name in args.packages.split(",") if name]
+    size = None if args.size is None else parse_size("--size", args.size)
+    there = None if args.refresh else _quietly_resolve(args.image)
+    with _Progress() as progress:
+        image = images.pull(args.image, refresh=args.refresh, size=size, packages=packages, progress=progress)
+    state = "is in the cache (--refresh makes it again)" if there else "is ready"
+    print(f"{image.name} {state}: {os.path.dirname(image.kernel)}")
+    print(f"run it with: pyvmm run {image.name}")
+    return 0
+
+
+def _quietly_resolve(name: str) -> images.Image | None:
+    from vmm.errors import ConfigError
+
+    try:
+        return images.resolve(name)
+    except ConfigError:  # damaged: pull makes it again
+        return None
+
+
+def _list() -> None:
+    for entry in images.available():
+        if entry["cached"]:
+            state = (
+                f"cached: kernel {entry['kernel_version']}, {_size(entry['bytes'])} on disk, {entry['built']}"
+            )
+            if entry["packages"]:
+                state += f", with {', '.join(entry['packages'])}"
+        else:
+            state = f"damaged: {entry['damaged']}" if "damaged" in entry else "not pulled"
+        print(f"{entry['name']:<10}{entry['summary']}\n{'':<10}{state}")
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 20):.0f} MiB"
+
+
+class _Progress:
+    # on a terminal one line that is drawn again, otherwise a line for each step
+
+    def __init__(self) -> None:
+        self._tty = sys.stderr.isatty()
+        self._step = ""
+        self._drawn = -1
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._tty and self._step:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def __call__(self, step: str, done: float | None) -> None:
+        percent = -1 if done is None else int(done * 100)
+        if step == self._step and percent == self._drawn:
+            return
+        if not self._tty:
+            if step != self._step:
+                print(step, file=sys.stderr, flush=True)
+        else:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            bar = "" if percent < 0 else f" [{'#' * (percent // 5):<20}] {percent:3d} %"
+            sys.stderr.write(f"\r\x1b[K{(step[: max(width - len(bar) - 1, 10)] + bar)[: width - 1]}")
+            sys.stderr.flush()
+        self._step, self._drawn = step, percent

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pyvmm puts into a guest: /init of the initramfs, process 1 of the root file system, poweroff, exit."""
+
+from __future__ import annotations
+
+import struct
+
+from vmm.config import DEFAULT_EXIT_PORT
+from vmm.images.initramfs import LOAD_MODULES
+
+# What a stock Debian kernel has as modules and needs for a root on virtio, and what its guests use soon.
+MODULES = (
+    "virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "virtiofs", "overlay",
+)  # fmt: skip
+OPTIONAL_MODULES = ("vmw_vsock_virtio_transport", "virtio_rng", "pvpanic-mmio", "crc32c-intel")
+
+# /init of the initramfs. It understands root=, rootfstype=, rootflags=, ro, rw and init= as the kernel does;
+# it hands on its own arguments (what the kernel's command line has after --) to the root file system's init.
+INIT = (
+    LOAD_MODULES
+    + r"""
+root='' type='' flags='' mode=ro init=/sbin/init panic=''
+read -r cmdline </proc/cmdline
+for word in $cmdline; do
+    case $word in
+    --) break ;;
+    root=*) root=${word#*=} ;;
+    rootfstype=*) type=${word#*=} ;;
+    rootflags=*) flags=,${word#*=} ;;
+    ro | rw) mode=$word ;;
+    init=*) init=${word#*=} ;;
+    panic=*) panic=yes ;;
+    esac
+done
+
+read -r consoles </sys/class/tty/console/active
+console=/dev/${consoles##* }
+case " $cmdline " in *" -- -s "*) stty -echo <"$console" ;; esac
+
+shell() {
+    [ "$1" ] && echo "init: $1"
+    [ "$1" ] && [ "$panic" ] && exit 1
+    echo "init: a shell in the initramfs; \`exit\` powers off"
+    setsid -c sh -l <"$console" >"$console" 2>&1
+    poweroff -f
+}
+
+[ "$root" ] || shell "$root"
+
+# a device may take a moment to appear, and LABEL= or UUID= is found only when it has
+found() {
+    case $root in
+    LABEL=* | UUID=*) device=$(findfs "$root" 2>/dev/null) ;;
+    /dev/*) device=$root && [ -b "$root" ] ;;
+    *) device=$root ;; # a virtiofs tag
+    esac
+}
+tries=0
+until found; do
+    tries=$((tries + 1))
+    [ $tries -le 100 ] || shell "root=$root is not there after 10 s; there is: $(echo $(ls /sys/class/block))"
+    sleep 0.1
+done
+mount ${type:+-t "$type"} -o "$mode$flags" "$device" /mnt || shell "cannot mount root=$root"
+[ -x "/mnt$init" ] || [ -L "/mnt$init" ] || shell "$root has no $init"
+for dir in proc sys dev; do mount --move /$dir /mnt/$dir; done
+exec switch_root /mnt "$init" "$@"
+"""
+)
+
+# /usr/lib/pyvmm/init of a root file system, and its /sbin/init unless a package brought another.
+ROOT_INIT = r"""#!/bin/sh
+# Process 1 of a pyvmm image: one session on the console; when it ends the machine powers off, and pyvmm exits
+# with the session's status. The kernel's command line says which, after --:
+#   (nothing)       a login shell
+#   -s              a shell that reads commands from the console, without prompt and echo
+#   COMMAND ARG...  that command
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export HOME=/root USER=root LOGNAME=root SHELL=/bin/bash
+[ -x $SHELL ] || SHELL=/bin/sh
+
+[ -e /proc/mounts ] || mount -t proc proc /proc
+[ -e /sys/class ] || mount -t sysfs sysfs /sys
+[ -e /dev/kmsg ] || mount -t devtmpfs dev /dev
+read -r cmdline </proc/cmdline
+case " $cmdline " in
+*" ro "*) ;;
+*) grep -q '^[^ ]* / [^ ]* ro' /proc/mounts && mount -o remount,rw / ;;
+esac
+mkdir -p /dev/pts /dev/shm
+mount -a
+read -r name </etc/hostname && echo "$name" >/proc/sys/kernel/hostname
+ip link set lo up
+
+# the kernel hands over words that it does not know, too: only those after -- are ours
+case " $cmdline " in
+*" -- "*)
+    first=${cmdline#*-- }
+    first=${first#\"}
+    first=${first%%[ \"]*}
+    while [ $# -gt 0 ] && [ "${1#"$first"}" = "$1" ]; do shift; done
+    ;;
+*) set -- ;;
+esac
+
+read -r consoles </sys/class/tty/console/active
+console=/dev/${consoles##* }
+[ -c "$console" ] || console=/dev/null
+[ "$LINES" ] && [ "$COLUMNS" ] && stty rows "$LINES" columns "$COLUMNS" <$console
+unset LINES COLUMNS
+cd /root
+if [ $# -eq 0 ]; then
+    set -- $SHELL -l
+elif [ "$1" = -s ]; then
+    stty -echo -onlcr <$console
+    set -- sh "$console" # as a file, so that the shell is not interactive
+fi
+setsid -c "$@" <$console >$console 2>&1
+status=$?
+
+[ -s /run/init.action ] && status=0 && read -r action </run/init.action
+kill -TERM -1 && sleep 0.1 && kill -KILL -1
+sync
+mount -o remount,ro / 2>/dev/null
+[ $status -eq 0 ] || /usr/lib/pyvmm/exit $status
+exec busybox "${action:-poweroff}" -f
+"""
+
+# /sbin/poweroff, reboot and halt: end the session, so that init does the rest.
+POWEROFF = r"""#!/bin/sh
+action=${0##*/}
+case $1 in -f | --force) exec busybox "$action" -f ;; esac
+trap '' HUP TERM
+echo "$action" >/run/init.action
+kill -HUP -1
+sleep 0.2
+kill -KILL -1
+"""
+
+FSTAB = """\
+devpts /dev/pts devpts gid=5,mode=620,ptmxmode=666 0 0
+tmpfs /dev/shm tmpfs nosuid,nodev 0 0
+tmpfs /run tmpfs nosuid,nodev,mode=755 0 0
+cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec 0 0
+"""
+
+# For an image with systemd (--packages systemd-sysv): the serial console logs root in, as everywhere else.
+AUTOLOGIN = """\
+[Service]
+ExecStart=
+ExecStart=-/sbin/agetty --autologin root --noclear --keep-baud %I 115200,38400,9600 $TERM
+"""
+
+
+def exit_program(port: int = DEFAULT_EXIT_PORT) -> bytes:
+    """Return /usr/lib/pyvmm/exit: a static x86-64 ELF that writes its argument, 0 to 255, to the exit port.
+
+    A program and no script, because Debian's cloud kernel has no /dev/port. Where nothing answers at the port
+    (or ioperm is refused) it ends with status 1 and the machine goes on.
+    """
+    code = bytes.fromhex(
+        "488b742410"  # mov rsi, [rsp+16]      argv[1]
+        "31db"  # xor ebx, ebx
+        "4885f6 7415"  # test rsi, rsi; jz write
+        "0fb606 48ffc6"  # digit: movzx eax, byte [rsi]; inc rsi
+        "83e830 83f809 7707"  # sub eax, '0'; cmp eax, 9; ja write
+        "6bdb0a 01c3 ebeb"  # imul ebx, ebx, 10; add ebx, eax; jmp digit
+        f"b8ad000000 bf{struct.pack('<I', port).hex()}"  # write: mov eax, SYS_ioperm; mov edi, port
+        "be01000000 ba01000000 0f05"  # mov esi, 1; mov edx, 1; syscall
+        "85c0 7508"  # test eax, eax; jnz end
+        f"89d8 ba{struct.pack('<I', port).hex()} ee"  # mov eax, ebx; mov edx, port; out dx, al
+        "bf01000000 b83c000000 0f05"  # end: mov edi, 1; mov eax, SYS_exit; syscall
+    )
+    base, headers = 0x400000, 64 + 56
+    size = headers + len(code)
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    elf = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)  # PT_LOAD, read and execute
+    return elf + segment + code

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root file systems, each made as a directory tree and turned into an ext4 image with `mke2fs -d`.
+
+An ordinary user makes them too: fakeroot remembers who owns what between unpacking and mke2fs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmm.images import apt, guest, initramfs
+from vmm.images.host import Progress, PullError, need, run, tool
+
+DEBIAN_SUITE = "bookworm"
+# Beyond minbase: a network tool, modprobe, ps and free, and busybox, whose poweroff the image's init uses.
+DEBIAN_PACKAGES = ("busybox-static", "iproute2", "kmod", "procps")
+
+_LIB = "usr/lib/pyvmm"
+
+
+def check_tools(name: str) -> None:
+    """Check that the programs for the image of that name are here, before minutes are spent.
+
+    :raises PullError: one line with the command that installs what is missing
+    """
+    programs = ["apt-get", "dpkg-deb", "mke2fs"]
+    if name == "debian":
+        programs += ["mmdebstrap", "depmod", "tar"]
+    if os.geteuid():
+        programs.append("fakeroot")
+        if name == "debian":
+            programs.append("newuidmap")
+    need(*programs)
+
+
+def busybox(
+    image: Path, size: int, kernel: apt.Package, packages: Sequence[str], work: Path, progress: Progress
+) -> None:
+    """Make an ext4 image that holds busybox and pyvmm's init."""
+    if packages:
+        raise PullError("the busybox image takes no packages: pull debian")
+    tree = work / "tree"
+    binary, applets = initramfs.busybox(progress)
+    for directory in ("proc", "sys", "dev", "run", "tmp", "mnt", "var/log", "bin"):
+        (tree / directory).mkdir(parents=True)
+    (tree / "tmp").chmod(0o1777)
+    _write(tree / "bin/busybox", binary, 0o755)
+    for applet in applets:
+        link = tree / applet
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to("/bin/busybox")
+    _write(tree / "etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
+    _write(tree / "etc/group", "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")
+    _write(tree / "etc/profile", "PS1='\\u@\\h:\\w\\$ '\n")
+    (tree / "root").mkdir(mode=0o700)
+    _add_init(tree, "busybox")
+    for program in ("init", "poweroff", "reboot", "halt"):
+        (tree / "sbin" / program).unlink(missing_ok=True)
+    progress("making the root file system", None)
+    _finish(work, "true", image, size, "busybox")
+
+
+def debian(
+    image: Path, size: int, kernel: apt.Package, packages: Sequence[str], work: Path, progress: Progress
+) -> None:
+    """Make an ext4 image that holds a small Debian, the kernel's modules and pyvmm's init."""
+    _mmdebstrap(work / "debian.tar", packages, progress)
+    progress("making the root file system", None)
+    added = work / "added"
+    version = apt.kernel_of(kernel.tree)[1]
+    modules = added / "usr/lib/modules"
+    modules.mkdir(parents=True)
+    run(["cp", "-a", "--", str(kernel.tree / "lib/modules" / version), str(modules)])
+    run(["depmod", "-b", str(added / "usr"), version])
+    _add_init(added, "debian")
+    _write(added / "etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf", guest.AUTOLOGIN)
+    (work / "tree").mkdir()
+    # devices are left out: not every root may make them, and devtmpfs brings them
+    unpack = """
+        tar --extract --numeric-owner --exclude='./dev/*' --directory tree --file debian.tar
+        cp -a --no-preserve=ownership added/. tree/
+    """
+    _finish(work, unpack, image, size, "debian")
+
+
+def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> None:
+    names = [*DEBIAN_PACKAGES, *packages]
+    for name in names:
+        if not name or not all(c.isalnum() or c in "+-.:" for c in name):
+            raise PullError(f"{name!r} is no package name")
+    argv = [
+        tool("mmdebstrap"),
+        "--variant=minbase",
+        f"--include={','.join(names)}",
+        DEBIAN_SUITE,
+        str(archive),
+    ]
+    last = "no message"
+    progress(f"debian {DEBIAN_SUITE}: mmdebstrap", None)
+    with subprocess.Popen(
+        argv,
+        cwd=archive.parent,
+        env={**os.environ, "LC_ALL": "C", "TMPDIR": os.environ.get("TMPDIR", "/var/tmp")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as mmdebstrap:
+        assert mmdebstrap.stderr is not None
+        for line in mmdebstrap.stderr:
+            kind, _, message = line.strip().partition(": ")
+            if kind == "I":
+                progress(f"debian {DEBIAN_SUITE}: {message.rstrip('.')}", None)
+            elif kind == "E":
+                last = message
+    if mmdebstrap.returncode:
+        raise PullError(f"cannot make the Debian root, mmdebstrap says: {last}")
+
+
+def _add_init(tree: Path, hostname: str) -> None:
+    _write(tree / _LIB / "init", guest.ROOT_INIT, 0o755)
+    _write(tree / _LIB / "poweroff", guest.POWEROFF, 0o755)
+    _write(tree / _LIB / "exit", guest.exit_program(), 0o755)
+    _write(tree / "etc/fstab", guest.FSTAB)
+    _write(tree / "etc/hostname", f"{hostname}\n")
+    _write(tree / "etc/hosts", f"127.0.0.1 localhost {hostname}\n::1 localhost\n")
+
+
+def _finish(work: Path, unpack: str, image: Path, size: int, label: str) -> None:
+    # one shell under one fakeroot, which forgets owners when it ends
+    with open(image, "wb") as file:
+        file.truncate(size)
+    script = f"""set -e
+        {unpack}
+        for program in init poweroff reboot halt; do
+            target=poweroff; [ $program = init ] && target=init
+            [ -e tree/sbin/$program ] || [ -L tree/sbin/$program ] || ln -s /{_LIB}/$target tree/sbin/$program
+        done
+        {tool("mke2fs")} -q -F -t ext4 -L {label} -m 0 -E root_owner=0:0 -d tree {shlex.quote(str(image))}
+    """
+    run([*(["fakeroot", "--"] if os.geteuid() else []), "sh", "-c", script], cwd=work)
+
+
+def _write(path: Path, data: str | bytes, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    path.chmod(mode)

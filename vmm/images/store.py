@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image cache, ``$XDG_CACHE_HOME/pyvmm/images``: one directory per image, there complete or not at all.
+
+``NAME/{kernel,initrd,rootfs.ext4,image.json}``; ``NAME.lock`` is held while NAME is being made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vmm.errors import ConfigError
+from vmm.images import FORMAT, Image, apt, guest, resolve, rootfs
+from vmm.images.host import Progress, cache_root
+from vmm.images.initramfs import build_initramfs
+
+KERNEL = "linux-image-cloud-amd64"
+MIN_SIZE = 16 << 20  # bytes; below this mke2fs makes no useful journal
+
+# Writes an ext4 image of so many bytes: (image, size, kernel, packages, work, progress)
+MakeRoot = Callable[[Path, int, apt.Package, Sequence[str], Path, Progress], None]
+
+
+class Recipe(NamedTuple):
+    """How an image is made."""
+
+    summary: str
+    size: int  # default for the root file system, bytes; sparse, so only what is used takes space
+    make_root: MakeRoot
+
+
+RECIPES = {
+    "busybox": Recipe(
+        "stock Debian kernel, busybox root file system: made in seconds", 64 << 20, rootfs.busybox
+    ),
+    "debian": Recipe("stock Debian kernel, small Debian 12 root file system", 1 << 30, rootfs.debian),
+}
+
+
+def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str], progress: Progress) -> Image:
+    """Return the image, making it if it is not in the cache; see ``vmm.images.pull``."""
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        raise ConfigError("image", name, f"not known; there is {', '.join(RECIPES)}")
+    if size is not None and (size < MIN_SIZE or size % 4096):
+        raise ConfigError("--size", size, f"must be a multiple of 4096 and at least {MIN_SIZE >> 20}M")
+    images = cache_root() / "images"
+    if not refresh and (image := _cached(name, size, packages)):
+        return image
+    rootfs.check_tools(name)
+    images.mkdir(parents=True, exist_ok=True)
+    with _locked(
+        images / f"{name}.lock", lambda: progress(f"another pull of {name} is running, waiting for it", None)
+    ):
+        # another pull may have made it in the meantime
+        if not refresh and (image := _cached(name, size, packages)):
+            return image
+        for left in images.glob(f".{name}-*"):  # by a pull that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=images))
+        try:
+            _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
+            _replace(work / "image", images / name, work / "old")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    made = resolve(name)
+    assert made is not None
+    return made
+
+
+def available() -> list[dict[str, Any]]:
+    """Return what can be pulled and what is in the cache; see ``vmm.images.available``."""
+    found: list[dict[str, Any]] = []
+    for name, recipe in RECIPES.items():
+        entry: dict[str, Any] = {"name": name, "summary": recipe.summary, "cached": False}
+        directory = cache_root() / "images" / name
+        try:
+            facts = _facts(name) if resolve(name) else None
+        except ConfigError as error:
+            entry["damaged"] = str(error)
+            facts = None
+        if facts is not None:
+            used = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+            entry |= {"cached": True, "bytes": used}
+            entry |= {key: facts[key] for key in ("kernel_version", "built", "packages", "size")}
+        found.append(entry)
+    return found
+
+
+def _cached(name: str, size: int | None, packages: Sequence[str]) -> Image | None:
+    try:
+        image = resolve(name)
+    except ConfigError:
+        return None  # damaged: made again
+    if image is None:
+        return None
+    facts = _facts(name)
+    if size not in (None, facts["size"]):
+        raise ConfigError("--size", size, f"{name} is in the cache with {facts['size']}: add --refresh")
+    if not set(packages) <= set(facts["packages"]):
+        have = ", ".join(facts["packages"]) or "none"
+        raise ConfigError(
+            "--packages", ",".join(packages), f"{name} is in the cache with {have}: add --refresh"
+        )
+    return image
+
+
+def _facts(name: str) -> dict[str, Any]:
+    with open(cache_root() / "images" / name / "image.json", encoding="utf-8") as file:
+        facts: dict[str, Any] = json.load(file)
+    return facts
+
+
+def _make(
+    name: str,
+    recipe: Recipe,
+    size: int,
+    packages: Sequence[str],
+    refresh: bool,
+    work: Path,
+    progress: Progress,
+) -> None:
+    out = work / "image"
+    out.mkdir()
+    kernel = apt.package(KERNEL, refresh=refresh, progress=progress)
+    if refresh:
+        apt.package("busybox-static", refresh=True, progress=progress)
+    bzimage, version = apt.kernel_of(kernel.tree)
+    shutil.copyfile(bzimage, out / "kernel")
+    progress("making the initramfs", None)
+    (out / "initrd").write_bytes(
+        build_initramfs(
+            kernel.tree, guest.MODULES, guest.INIT, optional=guest.OPTIONAL_MODULES, progress=progress
+        )
+    )
+    recipe.make_root(out / "rootfs.ext4", size, kernel, packages, work, progress)
+    facts = {
+        "format": FORMAT,
+        "kernel": "kernel",
+        "initrd": "initrd",
+        "rootfs": "rootfs.ext4",
+        "cmdline": "root=/dev/vda rw quiet",
+        "kernel_package": f"{kernel.name} {kernel.version}",
+        "kernel_version": version,
+        "packages": sorted(packages),
+        "size": size,
+        "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    (out / "image.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(new: Path, place: Path, old: Path) -> None:
+    # rename() does not replace a directory that holds files; whoever has the old files open keeps them
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+
+
+@contextmanager
+def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
