@@ -5,18 +5,12 @@ from __future__ import annotations
 
 import struct
 
+from boot import layout
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.kvm_abi import kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs
     from vmm.memory import GuestMemory
-
-# Where the tables lie, below the zero page and the command line (boot/layout.py draws the whole map).
-GDT = 0x500
-IDT = 0x540
-PML4 = 0x9000
-PDPT = 0xA000
-PD = 0xB000
-STACK = 0x8FF0
 
 # Selectors that the 64-bit Linux boot protocol asks for: __BOOT_CS and __BOOT_DS, then a TSS.
 BOOT_CS = 0x10
@@ -68,9 +62,9 @@ def _segment(segment: kvm_segment, selector: int, kind: int, *, long: bool = Fal
 
 
 def _tables(memory: GuestMemory, sregs: kvm_sregs, code: int, *, long: bool) -> None:
-    memory.write(GDT, struct.pack("<5Q", 0, 0, code, _DATA, _TSS))
-    sregs.gdt.base, sregs.gdt.limit = GDT, 5 * 8 - 1
-    sregs.idt.base, sregs.idt.limit = IDT, 0
+    memory.write(layout.GDT, struct.pack("<5Q", 0, 0, code, _DATA, _TSS))
+    sregs.gdt.base, sregs.gdt.limit = layout.GDT, 5 * 8 - 1
+    sregs.idt.base, sregs.idt.limit = layout.IDT, 0
     _segment(sregs.cs, BOOT_CS, 0xB, long=long)
     for name in ("ds", "es", "fs", "gs", "ss"):
         _segment(getattr(sregs, name), BOOT_DS, 0x3)
@@ -88,18 +82,19 @@ def enter_linux64(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entr
     """
     _tables(memory, sregs, _CODE64, long=True)
     present_writable = 0x3
-    memory.write(PML4, struct.pack("<Q", PDPT | present_writable))
-    memory.write(PDPT, struct.pack("<4Q", *(PD + i * 0x1000 | present_writable for i in range(4))))
+    pml4, pdpt, directories = (layout.PAGE_TABLES + i * layout.PAGE for i in range(3))
+    memory.write(pml4, struct.pack("<Q", pdpt | present_writable))
+    memory.write(pdpt, struct.pack("<4Q", *(directories + i * layout.PAGE | present_writable for i in range(4))))
     huge = 0x80
-    memory.write(PD, struct.pack("<2048Q", *range(huge | present_writable, 4 << 30, 2 << 20)))
-    sregs.cr3 = PML4
+    memory.write(directories, struct.pack("<2048Q", *range(huge | present_writable, 4 << 30, 2 << 20)))
+    sregs.cr3 = pml4
     sregs.cr4 = CR4_PAE
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG
     sregs.efer = EFER_LME | EFER_LMA
     regs.rflags = RFLAGS_RESERVED
     regs.rip = entry
     regs.rsi = zero_page
-    regs.rsp = regs.rbp = STACK
+    regs.rsp = regs.rbp = layout.BOOT_STACK
 
 
 def enter_pvh(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entry: int, start_info: int) -> None:

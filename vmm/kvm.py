@@ -15,9 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
-# Below 4 GiB, in the hole between RAM and the top: Intel's KVM keeps a task state segment and an identity map there.
-TSS_ADDRESS = 0xFFFBD000
+# Below 4 GiB, in the hole between RAM and the top: Intel's KVM keeps an identity map (one page) and a task state
+# segment (three) there. They are the machine's, not a guest's: boot/layout.py names them too, on the guest's map.
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
+TSS_ADDRESS = 0xFFFBD000
 
 # Without any of these no guest of ours runs. All are older than the oldest kernel we boot (Linux 4.11, 2017).
 REQUIRED = {

@@ -1,0 +1,55 @@
+# pyvmm: `make demo` and `make test` are the whole set-up on a fresh Debian 12; each installs what it lacks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd) setup.py pyproject.toml
+
+.PHONY: install demo test check bench bench-peers debug clean distclean system-packages
+
+install: $(VENV)/.built
+
+# Debian packages, asked for only where their programs are missing.
+system-packages:
+	@tools/system-packages
+
+$(VENV)/.made: pyproject.toml | system-packages
+	@echo "make: virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.made $(SOURCES)
+	@echo "make: building and installing pyvmm (a minute the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1" "cffi>=1.17"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--config-settings editable_mode=compat --editable ".[dev]"
+	@touch $@
+
+demo: install
+	@$(BIN)/python tools/demo.py
+
+test: install
+	@$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/cython-lint vmm devices virtio
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: install
+	$(BIN)/python -m pytest benches --benchmark-only --benchmark-columns=min,median,ops
+
+bench-peers: install
+	$(BIN)/python -m benches.peers
+
+# Line tracing and annotated HTML beside each .pyx; `make clean install` goes back.
+debug: $(VENV)/.made
+	PYVMM_DEBUG=1 $(BIN)/python setup.py -q build_ext --inplace --force
+
+clean:
+	rm -rf build *.egg-info $(VENV)/.built
+	find vmm devices virtio -name '*.so' -delete -o -name '*.html' -delete -o -name '_*.c' -delete
+
+distclean: clean
+	rm -rf $(VENV)

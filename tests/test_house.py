@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house's rules that a linter does not know: which room may import which, and what a launch may import."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("boot", "devices", "virtio", "vmm")
+# The leaves of `vmm` that every room may use; they import nothing of ours but one another.
+LEAVES = {
+    "vmm.errors", "vmm.memory", "vmm._fastpath", "vmm._fastpath_py", "vmm.bus", "vmm._bus", "vmm.irq", "vmm.events",
+    "vmm.kvm_abi",
+}  # fmt: skip
+# These know every room.
+ASSEMBLERS = ("vmm.machine", "vmm.commands.")
+ALLOWED = {
+    "boot": {"boot", "vmm.errors", "vmm.memory", "vmm.kvm_abi"},
+    "devices": {"devices", "vmm.errors", "vmm.bus", "vmm._bus", "vmm.irq", "vmm.events"},
+    "virtio": {"virtio"} | LEAVES - {"vmm.kvm_abi"},
+    "vmm": {"vmm"},
+}
+
+
+def _modules() -> list[tuple[str, Path]]:
+    found = []
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.suffix in (".py", ".pyx", ".pyi", ".pxd"):
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+                found.append((name, path))
+    return found
+
+
+def _imports(path: Path) -> set[str]:
+    text = path.read_text()
+    if path.suffix in (".pyx", ".pxd"):
+        names = re.findall(r"^\s*from\s+([\w.]+)\s+c?import\b", text, re.MULTILINE)
+        return set(names) | set(re.findall(r"^\s*c?import\s+([\w.]+)", text, re.MULTILINE))
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the rooms' names are absolute"
+            base = node.module or ""
+            names |= {f"{base}.{alias.name}" if base in ROOMS else base for alias in node.names}
+    return names
+
+
+def _ours(name: str) -> bool:
+    return name.split(".")[0] in ROOMS
+
+
+@pytest.mark.parametrize(("module", "path"), _modules(), ids=lambda value: str(value).replace(str(ROOT), ""))
+def test_import_arrows(module: str, path: Path) -> None:
+    room = module.split(".")[0]
+    if module.startswith(ASSEMBLERS):
+        return
+    for name in filter(_ours, _imports(path)):
+        allowed = ALLOWED[room]
+        assert name in allowed or name.split(".")[0] in allowed, f"{module} must not import {name}"
+
+
+def test_leaves_import_only_leaves() -> None:
+    for module, path in _modules():
+        if module in LEAVES:
+            assert {name for name in _imports(path) if _ours(name)} <= LEAVES, module
+
+
+def test_launch_imports_nothing_heavy() -> None:
+    heavy = ("numpy", "asyncio", "dataclasses", "inspect", "json", "logging", "subprocess", "vmm.api", "cffi", "pathlib")
+    code = "import sys, vmm.cli, vmm.commands.run, vmm.machine; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert not set(heavy) & set(loaded)

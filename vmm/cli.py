@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``pyvmm`` command: finds the subcommand, parses its arguments, turns errors into one line and a status.
+
+Only the subcommand that runs is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from vmm.errors import ConfigError, VmmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+VERSION = "0.1.0"
+
+COMMANDS = {
+    "run": "boot a kernel, with a shell on this terminal",
+    "pull": "fetch a kernel and a root file system to run",
+    "check": "tell what this host offers",
+    "lab": "run a command on an emulated machine that has real KVM",
+}
+
+STATUS_HOST = 1
+STATUS_CONFIG = 2
+STATUS_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # One line, where argparse would print its usage too.
+        self.exit(STATUS_CONFIG, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _help() -> str:
+    lines = ["usage: pyvmm COMMAND ...", "", "A KVM virtual machine monitor for Linux micro-VMs.", ""]
+    lines += [f"  {name:8}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join([*lines, "", "pyvmm COMMAND --help says more."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one ``pyvmm`` command line.
+
+    :param argv: arguments without the program's name; ``sys.argv`` if left out
+    :returns: the exit status: the command's own, 1 for a host failure, 2 for a mistake in the arguments
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    match arguments[:1]:
+        case [] | ["-h"] | ["--help"] | ["help"]:
+            print(_help())
+            return 0 if arguments else STATUS_CONFIG
+        case ["--version"] | ["-V"]:
+            print(f"pyvmm {VERSION}")
+            return 0
+        case [name] if name not in COMMANDS:
+            print(f"pyvmm: {name} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+            return STATUS_CONFIG
+    name, *rest = arguments
+    module = __import__(f"vmm.commands.{name}", fromlist=["main"])
+    parser = _Parser(prog=f"pyvmm {name}", description=COMMANDS[name], allow_abbrev=False)
+    module.add_arguments(parser)
+    try:
+        status: int = module.main(parser.parse_args(rest))
+        sys.stdout.flush()
+        return status
+    except VmmError as error:
+        print(f"pyvmm {name}: {error}", file=sys.stderr)
+        return STATUS_CONFIG if isinstance(error, ConfigError) else STATUS_HOST
+    except KeyboardInterrupt:
+        return STATUS_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away; nothing more can be said, not even by the interpreter's own flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STATUS_HOST
+
+
+def entry() -> NoReturn:
+    """The ``pyvmm`` program."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

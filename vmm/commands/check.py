@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm check``: what this host offers a VMM, and what to do about what it lacks."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+import time
+
+from boot import cpu
+from vmm import kvm_abi as abi
+from vmm._bus import Bus
+from vmm.errors import ConfigError, VmmError
+from vmm.kvm import OPTIONAL, REQUIRED, Kvm
+from vmm.memory import GuestMemory
+from vmm.vcpu import Vcpu
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    # (status, what, finding): status is "ok", "lack" (something optional) or "FAIL" (no VM runs without it).
+    Line = tuple[str, str, str]
+
+MEASURE_SECONDS = 0.1
+# Emulated kernel code was measured at about 1 instruction per microsecond, native code at a thousand and more.
+NATIVE_INSTRUCTIONS_PER_US = 50
+_SYS_IO_URING_SETUP = 425
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``pyvmm check``."""
+    parser.add_argument("--kvm", metavar="PATH", default="/dev/kvm", help="the KVM device (default: /dev/kvm)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print one line a finding; 0 where a VM can run, else 1."""
+    worst = 0
+    for status, what, finding in findings(args.kvm):
+        print(f"{status:5}{what:32}{finding}", flush=True)
+        worst |= status == "FAIL"
+    return int(worst)
+
+
+def findings(path: str) -> Iterator[Line]:
+    """Every check, in the order in which a lack matters."""
+    try:
+        kvm = Kvm(path)
+    except ConfigError as error:
+        yield "FAIL", path, error.problem
+    else:
+        try:
+            yield "ok", path, "there and permitted"
+            yield from _kvm_findings(kvm)
+        finally:
+            kvm.close()
+    yield _device("/dev/net/tun", "tap networking", "modprobe tun")
+    yield _device("/dev/vhost-vsock", "vsock in the host kernel", "modprobe vhost_vsock; pyvmm's own vsock needs none")
+    yield _io_uring()
+    yield _hugepages()
+
+
+def _kvm_findings(kvm: Kvm) -> Iterator[Line]:
+    yield "ok", "API version", str(abi.KVM_API_VERSION)
+    for name, number in REQUIRED.items():
+        if kvm.check(number):
+            yield "ok", name, "yes"
+        else:
+            yield "FAIL", name, "missing, and no VM runs without it: use Linux 4.11 or later"
+    for name, number in OPTIONAL.items():
+        yield ("ok", name, "yes") if kvm.check(number) else ("lack", name, "missing; guests keep time less well")
+    yield "ok", "vCPUs a VM", f"up to {kvm.max_vcpus()}"
+    if os.path.exists("/sys/module/kvm_pvm"):
+        yield "lack", "hardware KVM", "no: this is kvm_pvm, a software KVM; for Linux guests use pyvmm lab, or --lab"
+    else:
+        yield "ok", "hardware KVM", "yes"
+    try:
+        speed = ring0_speed(kvm)
+    except VmmError as error:
+        yield "FAIL", "a guest in ring 0", f"does not run: {error}"
+        return
+    finding = f"{speed:.1f} instructions per microsecond"
+    if speed < NATIVE_INSTRUCTIONS_PER_US:
+        yield "lack", "ring-0 speed", f"{finding}: emulated, too slow for Linux; use pyvmm lab, or --lab"
+    else:
+        yield "ok", "ring-0 speed", finding
+
+
+def ring0_speed(kvm: Kvm) -> float:
+    """Instructions per microsecond of a counting loop in ring 0, measured for a tenth of a second.
+
+    :raises VmmError: the guest did not run
+    """
+    vm, memory = kvm.create_vm(), GuestMemory(2 << 20)
+    vcpu: Vcpu | None = None
+    try:
+        vm.create_irqchip()
+        vm.map_memory(memory)
+        vcpu = Vcpu(vm, 0, Bus("pio", 1 << 16), Bus("mmio", 1 << 52))
+        vcpu.set_cpuid(kvm.supported_cpuid())
+        loop_of_two = bytes.fromhex("41ebfd")  # inc ecx; jmp back to it
+        memory.write(0x100000, loop_of_two)
+        sregs, regs = vcpu.sregs, vcpu.regs
+        cpu.enter_pvh(memory, sregs, regs, entry=0x100000, start_info=0)
+        regs.rcx = 0
+        vcpu.sregs, vcpu.regs = sregs, regs
+        runner = vcpu
+        result: list[float | BaseException] = []
+
+        def run() -> None:
+            runner.loop.attach("ring0 speed")
+            try:
+                start = time.perf_counter()
+                runner.run()
+                result.append(time.perf_counter() - start)
+            except Exception as error:  # handed to the caller below
+                result.append(error)
+            finally:
+                runner.loop.detach()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(MEASURE_SECONDS)
+        vcpu.kick()
+        thread.join()
+        if isinstance(result[0], BaseException):
+            raise VmmError(str(result[0]))
+        return 2 * vcpu.regs.rcx / (result[0] * 1e6)
+    finally:
+        if vcpu is not None:
+            vcpu.close()
+        vm.close()
+        memory.close()
+
+
+def _device(path: str, what: str, remedy: str) -> Line:
+    if not os.path.exists(path):
+        return "lack", path, f"missing ({what}); {remedy}"
+    if not os.access(path, os.R_OK | os.W_OK):
+        return "lack", path, f"not permitted ({what}); join its group or run as root"
+    return "ok", path, what
+
+
+def _io_uring() -> Line:
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params, all zero
+    fd = libc.syscall(_SYS_IO_URING_SETUP, 1, parameters)
+    if fd >= 0:
+        os.close(fd)
+        return "ok", "io_uring", "yes"
+    if ctypes.get_errno() == errno.ENOSYS:
+        return "lack", "io_uring", "not in this kernel; disks use preadv and pwritev"
+    return "lack", "io_uring", "refused; set kernel.io_uring_disabled to 0, or disks use preadv and pwritev"
+
+
+def _hugepages() -> Line:
+    with open("/proc/meminfo") as meminfo:
+        values = dict(line.split(":", 1) for line in meminfo)
+    free = int(values.get("HugePages_Free", "0"))
+    size = values.get("Hugepagesize", "").strip()
+    if free:
+        return "ok", "hugepages", f"{free} free of {size}"
+    return "lack", "hugepages", "none reserved; write a number to /proc/sys/vm/nr_hugepages for faster guests"

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole machine: the only file that knows every room. Builds it, starts, pauses and ends it.
+
+    with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
+        vm.start()
+        print(vm.wait())
+"""
+
+from __future__ import annotations
+
+import threading
+
+from boot import acpi, cpu, layout, load, mptable
+from boot.cmdline import Cmdline
+from devices._serial import Serial
+from devices.exit_port import ExitPort
+from devices.i8042 import I8042
+from devices.power import AcpiPower
+from devices.pvpanic import PvPanic
+from devices.rtc import Rtc
+from virtio.blk import Block, Disk
+from virtio.mmio import VirtioMmio
+from vmm import kvm_abi as abi
+from vmm._bus import Bus
+from vmm.config import VmConfig
+from vmm.console import Console
+from vmm.errors import ConfigError, VmmError
+from vmm.events import Stop, StopReason
+from vmm.irq import IrqLine
+from vmm.kvm import Kvm
+from vmm.memory import GuestMemory
+from vmm.vcpu import Vcpu
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Protocol, TypeVar
+
+    class Closable(Protocol):
+        def close(self) -> None: ...
+
+    _T = TypeVar("_T", bound=Closable)
+
+# Interrupt lines for virtio-mmio: the IOAPIC's 24 less those of the timer, the keyboard, the cascade, the serial
+# ports, the RTC and the FPU.
+VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, 24))
+SERIAL_PORT = 0x3F8
+SERIAL_GSI = 4
+
+
+class Machine:
+    """A virtual machine: made whole by the constructor, run by ``start``, ended by ``close``. A context manager.
+
+    :param config: what it is to be; or give ``VmConfig``'s own parameters by name
+    :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
+    :raises HostError: the host failed
+
+    ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
+    (:class:`vmm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a bus
+    device of your own is added by ``vm.pio.add(port, size, device, name)``.
+    """
+
+    def __init__(self, config: VmConfig | None = None, /, **settings: object) -> None:
+        if config is None:
+            config = VmConfig(**settings)  # type: ignore[arg-type]  # checked by VmConfig itself
+        elif settings:
+            raise TypeError("Machine takes a VmConfig or its parameters, not both")
+        self.config = config
+        self.vcpus: tuple[Vcpu, ...] = ()
+        self.virtio: tuple[VirtioMmio, ...] = ()
+        self._closers: list[Callable[[], None]] = []
+        self._threads: list[threading.Thread] = []
+        self._exit_callbacks: list[Callable[[Stop], None]] = []
+        self._console_callbacks: list[Callable[[bytes], None]] = []
+        self._change = threading.Condition()
+        self._started = False
+        self._paused = False
+        self._parked = 0
+        self._stop: Stop | None = None
+        self._failure: BaseException | None = None
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    # Building: in the order in which a user's mistake is cheapest to find.
+
+    def _build(self) -> None:
+        config = self.config
+        if len(config.drives) > len(VIRTIO_GSIS):
+            raise ConfigError("drives", len(config.drives), f"at most {len(VIRTIO_GSIS)} devices fit")
+        disks = [self._owned(Disk(d.path_on_host, read_only=d.is_read_only)) for d in config.drives]
+        self.memory = self._owned(GuestMemory(config.memory))
+        windows = [
+            (layout.VIRTIO_MMIO + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])
+            for i in range(len(disks))
+        ]
+        cmdline = Cmdline(config.full_cmdline)
+        for window in windows:
+            cmdline.append(mptable.virtio_mmio_parameter(*window))
+        self.cmdline = str(cmdline)
+        self.loaded = load.load(
+            self.memory, config.kernel, initrd_path=config.initrd, cmdline=self.cmdline,
+            protocol=config.protocol, unpack=config.unpack,
+        )  # fmt: skip
+        acpi.write(self.memory, cpus=config.cpus, virtio=windows, serial=[(SERIAL_PORT, SERIAL_GSI)])
+        mptable.write(self.memory, cpus=config.cpus)
+
+        self.kvm = self._owned(Kvm(config.kvm))
+        if lacking := self.kvm.lacking():
+            raise ConfigError("--kvm", config.kvm, f"lacks {', '.join(lacking)}; use Linux 4.11 or later")
+        if config.cpus > self.kvm.max_vcpus():
+            raise ConfigError("cpus", config.cpus, f"this KVM allows at most {self.kvm.max_vcpus()}")
+        self.vm = self._owned(self.kvm.create_vm())
+        self.vm.create_irqchip()
+        self.vm.map_memory(self.memory)
+        self._add_platform()
+        for window, disk in zip(windows, disks, strict=True):
+            self._add_virtio(Block(disk), *window)
+        self._add_vcpus()
+
+    def _owned(self, thing: _T) -> _T:
+        self._closers.append(thing.close)
+        return thing
+
+    def _add_platform(self) -> None:
+        self.pio = Bus("pio", 1 << 16)
+        self.mmio = Bus("mmio", 1 << 52)
+        self.serial = self._owned(Serial(self._irq(SERIAL_GSI)))
+        self.console = self._owned(
+            Console(self.serial, mode=self.config.console, on_output=self._on_output, on_quit=self.stop)
+        )
+        i8042 = I8042()
+        self.pio.add(SERIAL_PORT, 8, self.serial, "serial")
+        self.pio.add(0x60, 1, i8042.data, "i8042")
+        self.pio.add(0x64, 1, i8042.command, "i8042")
+        self.pio.add(0x70, 2, Rtc(), "rtc")
+        AcpiPower().attach(self.pio)
+        self.pio.add(0x505, 1, PvPanic(), "pvpanic")
+        if self.config.exit_port is not None:
+            self.pio.add(self.config.exit_port, 4, ExitPort(), "exit port")
+
+    def _irq(self, gsi: int) -> IrqLine:
+        line = self._owned(IrqLine(gsi))
+        self.vm.irqfd(line.fd, gsi)
+        return line
+
+    def _add_virtio(self, device: Block, base: int, size: int, gsi: int) -> None:
+        transport = self._owned(VirtioMmio(device, self.memory, self._irq(gsi)))
+        self.mmio.add(base, size, transport, f"virtio {len(self.virtio)}")
+        for queue, fd in enumerate(transport.notify_fds):
+            self.vm.ioeventfd(fd, base + 0x50, queue)
+        self.virtio += (transport,)
+
+    def _add_vcpus(self) -> None:
+        entries = self.kvm.supported_cpuid()
+        deadline = bool(self.kvm.check(abi.KVM_CAP_TSC_DEADLINE_TIMER))
+        for index in range(self.config.cpus):
+            vcpu = self._owned(Vcpu(self.vm, index, self.pio, self.mmio))
+            cpu.shape_cpuid(entries, index=index, count=self.config.cpus, tsc_deadline=deadline)
+            vcpu.set_cpuid(entries)
+            vcpu.set_msrs(cpu.BOOT_MSRS)
+            self.vcpus += (vcpu,)
+        first = self.vcpus[0]
+        sregs, regs = first.sregs, first.regs
+        if self.loaded.protocol == "pvh":
+            cpu.enter_pvh(self.memory, sregs, regs, entry=self.loaded.entry, start_info=self.loaded.boot_info)
+        else:
+            cpu.enter_linux64(self.memory, sregs, regs, entry=self.loaded.entry, zero_page=self.loaded.boot_info)
+        first.sregs, first.regs = sregs, regs
+
+    # Running
+
+    def on_exit(self, callback: Callable[[Stop], None]) -> None:
+        """Call `callback` once with how the VM ended, on the thread that ended it, before ``wait`` returns."""
+        self._exit_callbacks.append(callback)
+
+    def on_console(self, callback: Callable[[bytes], None]) -> None:
+        """Call `callback` with the serial port's output as it comes, on the console's thread."""
+        self._console_callbacks.append(callback)
+
+    def _on_output(self, data: bytes) -> None:
+        for callback in self._console_callbacks:
+            callback(data)
+
+    def start(self) -> None:
+        """Let every vCPU run, each on a thread of its own.
+
+        :raises ValueError: it was started before
+        """
+        if self._started:
+            raise ValueError("a machine is started once")
+        self._started = True
+        self.console.start()
+        for vcpu in self.vcpus:
+            thread = threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"fc_vcpu {vcpu.index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _run_vcpu(self, vcpu: Vcpu) -> None:
+        vcpu.loop.attach(f"fc_vcpu {vcpu.index}")
+        try:
+            while vcpu.run() and self._stop is None:
+                self._park_while_paused()
+        except Stop as stop:
+            self._end(stop)
+        except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
+            self._end(Stop(StopReason.REQUESTED), failure)
+        finally:
+            vcpu.loop.detach()
+
+    def _park_while_paused(self) -> None:
+        with self._change:
+            self._parked += 1
+            self._change.notify_all()
+            self._change.wait_for(lambda: not self._paused or self._stop is not None)
+            self._parked -= 1
+
+    def _end(self, stop: Stop, failure: BaseException | None = None) -> None:
+        with self._change:
+            if self._stop is not None:
+                return
+            if stop.reason is StopReason.RESET and self.console.panic_seen:
+                stop = Stop(StopReason.PANIC)
+            self._stop, self._failure = stop, failure
+            self._change.notify_all()
+        for vcpu in self.vcpus:
+            vcpu.kick()
+        for callback in self._exit_callbacks:
+            callback(stop)
+
+    def wait(self, timeout: float | None = None) -> Stop | None:
+        """Wait until the VM has ended.
+
+        :param timeout: seconds, or None for as long as it takes
+        :returns: how it ended, or None: still running
+        :raises Exception: what a device of yours or the host's KVM raised in a vCPU's thread
+        """
+        with self._change:
+            if not self._change.wait_for(lambda: self._stop is not None, timeout):
+                return None
+        for thread in self._threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._stop
+
+    def stop(self) -> None:
+        """End the VM as if its power were cut; idempotent, from any thread."""
+        self._end(Stop(StopReason.REQUESTED))
+
+    def pause(self) -> None:
+        """Hold every vCPU before its next instruction; returns when all are held. Devices finish what they have."""
+        with self._change:
+            if not self._started or self._stop is not None:
+                raise VmmError("only a running machine can be paused")
+            self._paused = True
+        for vcpu in self.vcpus:
+            vcpu.kick()
+        with self._change:
+            self._change.wait_for(lambda: self._parked == len(self.vcpus) or self._stop is not None)
+
+    def resume(self) -> None:
+        """Let the vCPUs go on; harmless on a machine that is not paused."""
+        with self._change:
+            self._paused = False
+            self._change.notify_all()
+
+    @property
+    def state(self) -> str:
+        """``Not started``, ``Running``, ``Paused`` or ``Stopped``."""
+        if self._stop is not None:
+            return "Stopped"
+        if not self._started:
+            return "Not started"
+        return "Paused" if self._paused else "Running"
+
+    def close(self) -> None:
+        """End the VM and give everything back; idempotent."""
+        if self._started:
+            self.stop()
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join()
+            self._threads.clear()
+        while self._closers:
+            self._closers.pop()()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
