@@ -254,11 +254,10 @@ def load_file(elf: Elf, source: Source, memory: GuestMemory) -> None:
     """Read the segments of ``source`` straight into guest memory.
 
     What a segment has beyond its bytes in the file (.bss) is not written: fresh RAM is zero and :func:`parse`
-    refused segments that overlap. So ``memory`` must be fresh.
+    refused segments that overlap. So ``memory`` must be fresh, and :func:`check_room` must have passed.
 
-    :raises ConfigError: see :func:`check_room`; or the file shrank
+    :raises ConfigError: when the file shrank
     """
-    check_room(elf, memory, source.fail)
     for segment in elf.segments:
         if segment.filesz:
             view = memory.slice(segment.start, segment.filesz)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from boot import bzimage, elf, layout, params, payload, pvh
+from boot import elf, layout, params, pvh
 from boot.cmdline import DEFAULT_LIMIT, encode
 from boot.source import Source
 from vmm.errors import ConfigError
@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
 
+    from boot.bzimage import Setup
     from vmm.memory import GuestMemory
 
     Path = str | os.PathLike[str]
@@ -44,23 +45,25 @@ class Kind:
 
     __slots__ = ("_linux", "_path", "bits", "compression", "format", "protocols", "release")
 
-    def __init__(self, source: Source, image: elf.Elf | bzimage.Setup) -> None:
+    def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
         self._path = source.path
         self._linux: bool | None = True
         self.release = ""
         self.compression = ""
         self.bits = 64
         self.protocols: tuple[str, ...] = ("linux64",)
-        if isinstance(image, bzimage.Setup):
-            self.format = "bzimage"
-            self.release = image.release
-            self.compression = payload.compression(source, image)
-        else:
+        if isinstance(image, elf.Elf):
             self.format = "elf"
             self.bits = image.bits
             self._linux = image.linux_notes or None
             if image.pvh_entry is not None:
                 self.protocols = ("pvh", "linux64") if image.bits == 64 else ("pvh",)
+        else:
+            from boot import payload
+
+            self.format = "bzimage"
+            self.release = image.release
+            self.compression = payload.compression(source, image)
 
     @property
     def is_linux(self) -> bool:
@@ -151,14 +154,14 @@ def load(
     with Source("kernel", kernel_path) as source:
         image = _identify(source)
         loaded = Loaded(Kind(source, image))
-        if isinstance(image, bzimage.Setup):
-            text = encode(cmdline, min(image.cmdline_size, layout.CMDLINE_END - layout.CMDLINE - 1))
-            taken = _load_bzimage(image, source, memory, loaded, protocol, unpack)
-            header, initrd_max = image.header, image.initrd_addr_max
-        else:
+        if isinstance(image, elf.Elf):
             text = encode(cmdline)
             taken = _load_elf(image, source, memory, loaded, protocol)
             header, initrd_max = params.elf_setup_header(DEFAULT_LIMIT), layout.MMIO_HOLE - 1
+        else:
+            text = encode(cmdline, min(image.cmdline_size, layout.CMDLINE_END - layout.CMDLINE - 1))
+            taken = _load_bzimage(image, source, memory, loaded, protocol, unpack)
+            header, initrd_max = image.header, image.initrd_addr_max
     loaded.kernel = (taken[0][0], taken[-1][1] - taken[0][0])
     loaded.highest_used = taken[-1][1]
     if initrd_path is not None:
@@ -176,7 +179,7 @@ def load(
     return loaded
 
 
-def _identify(source: Source) -> elf.Elf | bzimage.Setup:
+def _identify(source: Source) -> elf.Elf | Setup:
     """Read the headers of the kernel ``source``, whichever of the two formats it has."""
     head = source.head(0x240)
     if head.startswith(elf.MAGIC):
@@ -188,19 +191,22 @@ def _identify(source: Source) -> elf.Elf | bzimage.Setup:
         raise source.fail("is an arm64 Image, not an x86-64 kernel")
     if head[0x30:0x35] == b"RISCV":
         raise source.fail("is a RISC-V Image, not an x86-64 kernel")
-    if head.startswith(b"MZ") and head[0x202:0x206] != bzimage.MAGIC:
+    from boot import bzimage
+
+    if head[0x202:0x206] == bzimage.MAGIC:
+        return bzimage.parse(source)
+    if head.startswith(b"MZ"):
         raise source.fail("is an EFI program without a Linux setup header; give the kernel itself")
-    if head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] != bzimage.MAGIC:
-        raise source.fail("is a boot sector or disk image, not a kernel")
-    if head[0x202:0x206] != bzimage.MAGIC:
-        raise source.fail("is neither an ELF kernel nor a bzImage")
-    return bzimage.parse(source)
+    if head[0x1FE:0x200] == b"\x55\xaa":
+        raise source.fail("is a boot sector, a disk image or a kernel before boot protocol 2.00")
+    raise source.fail("is neither an ELF kernel nor a bzImage")
 
 
 def _load_elf(
     image: elf.Elf, source: Source, memory: GuestMemory, loaded: Loaded, protocol: str
 ) -> list[tuple[int, int]]:
     """Load the segments, settle the protocol; return the stretches of memory taken, by rising address."""
+    elf.check_room(image, memory, source.fail)
     _settle(image, loaded, protocol, source, prefer="pvh")
     elf.load_file(image, source, memory)
     return [(segment.start, segment.end) for segment in image.segments]
@@ -215,9 +221,11 @@ def _settle(image: elf.Elf, loaded: Loaded, protocol: str, source: Source, prefe
 
 
 def _load_bzimage(
-    setup: bzimage.Setup, source: Source, memory: GuestMemory, loaded: Loaded, protocol: str, unpack: str
+    setup: Setup, source: Source, memory: GuestMemory, loaded: Loaded, protocol: str, unpack: str
 ) -> list[tuple[int, int]]:
     """Load the kernel, packed or unpacked; return the stretches of memory taken, by rising address."""
+    from boot import bzimage, payload  # not needed for an ELF file
+
     address = bzimage.choose_address(setup, memory, source)
     method = payload.compression(source, setup)
     wanted = unpack == "always" or protocol == "pvh"

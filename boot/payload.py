@@ -184,7 +184,7 @@ def _gzip(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]
         except zlib.error as error:
             raise fail(f"is broken: {error}") from None
         if not data and not chunk:
-            return
+            raise fail("is broken: it has no end")
         yield chunk
 
 
@@ -199,7 +199,7 @@ def _xz(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
         except (lzma.LZMAError, EOFError) as error:
             raise fail(f"is broken: {error}") from None
         if not data and not chunk:
-            return
+            raise fail("is broken: it has no end")
         yield chunk
 
 
@@ -214,7 +214,7 @@ def _bzip2(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk
         except (OSError, EOFError, ValueError) as error:
             raise fail(f"is broken: {error}") from None
         if not data and not chunk:
-            return
+            raise fail("is broken: it has no end")
         yield chunk
 
 

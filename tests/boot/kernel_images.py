@@ -94,7 +94,8 @@ def elf(
 def pvh_elf(code: bytes = b"\xf4", *, bits: int = 64, notes: bytes | None = None) -> bytes:
     """The smallest guest: code at 1 MiB and the note."""
     return elf(
-        [Phdr(data=code, paddr=MIB), Phdr(kind=PT_NOTE, data=pvh_note() if notes is None else notes)], bits=bits
+        [Phdr(data=code, paddr=MIB), Phdr(kind=PT_NOTE, data=pvh_note() if notes is None else notes)],
+        bits=bits,
     )
 
 
@@ -174,8 +175,12 @@ def bzimage(
     struct.pack_into("<H", setup, 0x206, version)
     setup[0x211] = loadflags
     struct.pack_into("<I", setup, 0x214, 0x10_0000)
-    struct.pack_into("<IIBBHI", setup, 0x22C, initrd_addr_max, kernel_alignment, relocatable, 21, xloadflags, cmdline_size)
-    struct.pack_into("<II", setup, 0x248, payload_offset, len(payload) if payload_length is None else payload_length)
+    struct.pack_into(
+        "<IIBBHI", setup, 0x22C, initrd_addr_max, kernel_alignment, relocatable, 21, xloadflags, cmdline_size
+    )
+    struct.pack_into(
+        "<II", setup, 0x248, payload_offset, len(payload) if payload_length is None else payload_length
+    )
     struct.pack_into("<QI", setup, 0x258, pref_address, init_size)
     if release:
         struct.pack_into("<H", setup, 0x20E, 0x300 - 0x200)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bzImage: the setup header judged field by field, and where the kernel goes."""
+
+from __future__ import annotations
+
+import pytest
+from kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
+
+from boot import layout
+from boot.load import load, probe
+from vmm.errors import ConfigError
+from vmm.memory import GuestMemory
+
+METHODS = ("gzip", "xz", "lzma", "bzip2", "zstd", "lz4")
+
+
+@pytest.fixture
+def memory():
+    with GuestMemory(64 * MIB) as ram:
+        yield ram
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    path = tmp_path / "bzImage"
+
+    def write(data: bytes) -> str:
+        path.write_bytes(data)
+        return str(path)
+
+    return write
+
+
+def refused(memory, path, **options) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(memory, path, **options)
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.startswith(f"kernel {path}: ")
+    return text
+
+
+def test_a_kernel_is_loaded_at_its_preferred_address(memory, kernel):
+    image = bzimage(b"\xcc" * 512)
+    loaded = load(memory, kernel(image), unpack="never")
+    assert (loaded.kind, loaded.protocol, loaded.is_linux) == ("bzimage", "linux64", True)
+    assert loaded.entry == 16 * MIB + 0x200
+    assert loaded.kernel == (16 * MIB, 8 * MIB)
+    assert loaded.boot_info == layout.ZERO_PAGE
+    assert memory.read(16 * MIB, len(image) - 1024) == image[1024:]
+
+
+def test_setup_sects_of_0_means_4(memory, kernel):
+    image = bzimage(setup_sects=0)
+    load(memory, kernel(image), unpack="never")
+    assert memory.read(16 * MIB, 1024) == image[5 * 512 : 5 * 512 + 1024].ljust(1024, b"\0")
+
+
+def test_a_preferred_address_below_1_mib_is_moved_up_where_the_kernel_can_be(memory, kernel):
+    loaded = load(memory, kernel(bzimage(pref_address=0x8000, kernel_alignment=0x20_0000)), unpack="never")
+    assert loaded.entry == 2 * MIB + 0x200
+    text = refused(memory, kernel(bzimage(pref_address=0x8000, relocatable=0)))
+    assert "at 0x8000, below 1 MiB, and is not relocatable" in text
+
+
+def test_the_release_and_compression_are_told(kernel):
+    kind = probe(kernel(bzimage(compress("xz", vmlinux()))))
+    assert (kind.format, kind.bits, kind.protocols, kind.is_linux) == ("bzimage", 64, ("linux64",), True)
+    assert kind.release.startswith("6.1.0-test")
+    assert kind.compression == "xz"
+    assert probe(kernel(bzimage(release=b""))).release == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"loadflags": 0}, "is a zImage (boot protocol 2.15)"),
+        ({"version": 0x20B}, "speaks boot protocol 2.11; the 64-bit entry needs 2.12"),
+        ({"version": 0x200}, "speaks boot protocol 2.00"),
+        ({"xloadflags": 0}, "is a 32-bit kernel"),
+        ({"xloadflags": 0xFFFE}, "is a 32-bit kernel"),
+        ({"boot_flag": 0}, "lacks the setup header"),
+        ({"kernel_alignment": 0}, "kernel_alignment 0x0"),
+        ({"kernel_alignment": 0x30_0000}, "kernel_alignment 0x300000"),
+        ({"setup_sects": 255, "start": b"MZ"}, ""),
+        ({"syssize": 0xFFFF_FFFF}, "is truncated: the kernel ends at byte 68719477"),
+        ({"payload_length": 0xFFFF_FFFF}, "is truncated: the payload ends at byte"),
+        ({"payload_offset": 0x240, "payload_length": 1 << 20}, "is truncated: the payload"),
+        (
+            {"init_size": 0xFFFF_FFFF},
+            "needs 4194303 KiB at 0x1000000, so 4112 MiB of guest memory or more; there are 64",
+        ),
+        ({"pref_address": 2**64 - 1}, "of guest memory or more"),
+        (
+            {"pref_address": 60 * MIB},
+            "needs 8192 KiB at 0x3c00000, so 68 MiB of guest memory or more; there are 64",
+        ),
+    ],
+)
+def test_headers_that_cannot_be(memory, kernel, options, found):
+    image = bzimage(**options)
+    if options.get("setup_sects") == 255:
+        load(memory, kernel(image), unpack="never")  # the most that fits in the field is legal
+        image, found = image[: 256 * 512], "its setup ends at byte 131072"
+    assert found in refused(memory, kernel(image))
+
+
+def test_truncated_at_every_byte(memory, kernel):
+    image = bzimage(b"\xcc" * 64)
+    for size in range(1, len(image) - 15):
+        text = refused(memory, kernel(image[:size]))
+        if size >= 0x206:
+            assert "truncated" in text
+
+
+def test_a_signature_behind_the_kernel_is_no_harm(memory, kernel):
+    image = bzimage() + b"signature" * 100
+    assert load(memory, kernel(image), unpack="never").kernel == (16 * MIB, 8 * MIB)
+
+
+# Unpacking on the host.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_compression_gives_the_kernel_inside(memory, kernel, method):
+    text = bytes(range(256)) * 1000
+    loaded = load(memory, kernel(bzimage(compress(method, vmlinux(text) + b"relocations"))), unpack="always")
+    assert (loaded.unpacked, loaded.protocol, loaded.entry) == (method, "linux64", 16 * MIB)
+    assert loaded.kernel == (16 * MIB, 2 * MIB + 256 + 8192)
+    assert memory.read(16 * MIB, len(text)) == text
+    assert memory.read(18 * MIB, 256 + 8192) == b"data" * 64 + bytes(8192)
+
+
+def test_a_kernel_of_several_lz4_blocks(kernel):
+    text = b"".join(i.to_bytes(4, "little") for i in range(5 << 20))  # 20 MiB: three blocks
+    image = elf([Phdr(data=text, paddr=16 * MIB)], entry=16 * MIB)
+    with GuestMemory(64 * MIB) as memory:
+        load(memory, kernel(bzimage(compress("lz4", image), init_size=40 * MIB)), unpack="always")
+        assert memory.read(16 * MIB, len(text)) == text
+
+
+def test_pvh_from_a_bzimage(memory, kernel):
+    path = kernel(bzimage(compress("gzip", vmlinux())))
+    loaded = load(memory, path, protocol="pvh")
+    assert (loaded.protocol, loaded.entry, loaded.boot_info) == (
+        "pvh",
+        16 * MIB + 0x10,
+        layout.PVH_START_INFO,
+    )
+    assert "needs it unpacked" in refused(memory, path, protocol="pvh", unpack="never")
+
+
+def test_a_compression_that_is_unknown_is_left_to_the_guest(memory, kernel):
+    for payload in (b"\x89LZO\0\r\n\x1a\n" + bytes(64), b"no compression" * 8, b""):
+        path = kernel(bzimage(payload))
+        assert load(memory, path).unpacked == ""
+        assert "cannot be unpacked" in refused(memory, path, unpack="always")
+
+
+@pytest.mark.parametrize("package", ["lz4", "zstandard"])
+def test_without_the_library_the_guest_unpacks(memory, kernel, package, monkeypatch):
+    import sys
+
+    path = kernel(bzimage(compress({"lz4": "lz4", "zstandard": "zstd"}[package], vmlinux())))
+    monkeypatch.setitem(sys.modules, package, None)
+    loaded = load(memory, path)
+    assert (loaded.unpacked, loaded.entry) == ("", 16 * MIB + 0x200)
+    assert f"the Python package {package} is not installed" in refused(memory, path, unpack="always")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_payload_cut_short_or_corrupt(memory, kernel, method):
+    good = compress(method, vmlinux(bytes(range(256)) * 100))
+    size = good[-4:]
+    for cut in (20, len(good) // 2, len(good) - 8):
+        text = refused(memory, kernel(bzimage(good[:cut] + size)), unpack="always")
+        assert f"holds a {method} payload that" in text
+    for at in range(12, len(good) - 4, 97):
+        bad = bytearray(good)
+        bad[at] ^= 0xFF
+        try:
+            load(memory, kernel(bzimage(bytes(bad))), unpack="always")
+        except ConfigError as error:
+            assert f"holds a {method} payload that" in str(error)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_payload_that_swells_beyond_what_it_declares(kernel, method):
+    bomb = bytearray(compress(method, vmlinux() + bytes(64 * MIB)))
+    bomb[-4:] = (2 * MIB).to_bytes(4, "little")
+    with GuestMemory(128 * MIB) as memory:
+        text = refused(memory, kernel(bzimage(bytes(bomb))), unpack="always")
+    assert "unpacks to more than the 2097152 bytes it declares" in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_payload_that_declares_more_than_the_kernel_may_take(memory, kernel, method):
+    bomb = bytearray(compress(method, vmlinux()))
+    bomb[-4:] = b"\xff\xff\xff\xff"
+    text = refused(memory, kernel(bzimage(bytes(bomb))), unpack="always")
+    assert f"unpacks to 4294967295 bytes, more than the {8 * MIB} that it may take" in text
+
+
+def test_an_unpacked_kernel_is_judged_like_any_other(memory, kernel):
+    low = elf([Phdr(data=b"x", paddr=0x7000)], entry=0x7000)
+    for image, found in (
+        (low, "unpacks to a file that has segment 0 (0x7000 to 0x7001) on the zero page"),
+        (b"not an ELF file" * 100, "unpacks to a file that is not a valid ELF file"),
+        (b"\x7fELF", "unpacks to a file that has no room for the ELF identification"),
+        (elf([Phdr(data=b"x", offset=1 << 40)]), "unpacks to a file that is truncated"),
+        (elf([Phdr(data=b"x", paddr=1 << 40)], entry=1 << 40), "outside guest memory"),
+    ):
+        assert found in refused(memory, kernel(bzimage(compress("gzip", image))), unpack="always")

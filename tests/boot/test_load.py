@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loader's entry: files that are no kernels, the initrd's place, options."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+
+import pytest
+from kernel_images import MIB, Phdr, bzimage, elf, pvh_elf, vmlinux
+
+from boot import layout
+from boot.load import load, probe
+from vmm.errors import ConfigError, HostError
+from vmm.memory import GuestMemory
+
+
+@pytest.fixture
+def memory():
+    with GuestMemory(64 * MIB) as ram:
+        yield ram
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    path = tmp_path / "kernel"
+    path.write_bytes(pvh_elf())
+    return path
+
+
+def refused(field, path, call, *args, **options) -> str:
+    with pytest.raises(ConfigError) as error:
+        call(*args, **options)
+    text = str(error.value)
+    assert "\n" not in text
+    assert (error.value.field, error.value.value) == (field, str(path))
+    return text
+
+
+def unusable(tmp_path):
+    """Paths that no file can be read from, with a word of what is said."""
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    server.close()
+    return {
+        "missing": "no such file",
+        "empty": "is empty",
+        ".": "is a directory",
+        "fifo": "not a regular file",
+        "socket": "no such device or address",
+        "loop": "too many levels of symbolic links",
+        "empty/x": "not a directory",
+        "x" * 300: "file name too long",
+    }
+
+
+def test_paths_that_are_no_files(memory, kernel, tmp_path):
+    for name, found in unusable(tmp_path).items():
+        path = tmp_path / name
+        assert found in refused("kernel", path, load, memory, path)
+        assert found in refused("kernel", path, probe, path)
+        assert found in refused("initrd", path, load, memory, kernel, initrd_path=path)
+    assert "not a path" in refused("kernel", "a\0b", load, memory, "a\0b")
+
+
+def test_a_file_that_may_not_be_read(memory, kernel):
+    kernel.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        assert "permission denied" in refused("kernel", kernel, load, memory, kernel)
+    finally:
+        os.seteuid(user)
+
+
+def test_what_the_host_fails_at_is_not_the_users_mistake(memory, kernel, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(HostError, match=r"open kernel .*Input/output error"):
+        load(memory, kernel)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(HostError, match=r"read kernel .*Input/output error"):
+        load(memory, kernel)
+
+
+def arm64() -> bytes:
+    image = bytearray(4096)
+    image[0x38:0x3C] = b"ARM\x64"
+    return bytes(image)
+
+
+def riscv() -> bytes:
+    image = bytearray(4096)
+    image[0x30:0x38] = b"RISCV\0\0\0"
+    return bytes(image)
+
+
+def boot_sector() -> bytes:
+    return bytes(510) + b"\x55\xaa" + bytes(4096)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"\x1f\x8b\x08" + bytes(600), "compressed by gzip"),
+        (b"\xfd7zXZ\0" + bytes(600), "compressed by xz"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed by zstd"),
+        (b"\x02\x21\x4c\x18" + bytes(600), "compressed by lz4"),
+        (b"BZh9" + bytes(600), "compressed by bzip2"),
+        (b"070701" + bytes(600), "an initrd, not a kernel"),
+        (b"QFI\xfb" + bytes(600), "qcow2"),
+        (b"!<arch>\ndebian-binary" + bytes(600), "archive"),
+        (b"#!/bin/sh\n", "script"),
+        (b"\x27\x05\x19\x56" + bytes(600), "U-Boot"),
+        (arm64(), "arm64 Image"),
+        (riscv(), "RISC-V Image"),
+        (b"MZ" + bytes(4096), "EFI program without a Linux setup header"),
+        (boot_sector(), "boot sector"),
+        (b"hello, world\n", "neither an ELF kernel nor a bzImage"),
+        (bytes(1 << 20), "neither an ELF kernel nor a bzImage"),
+        (b"\x7fELF", "truncated: the ELF identification ends at byte 16, the file at 4"),
+        (b"\0", "neither"),
+    ],
+)
+def test_files_that_are_no_kernels(memory, tmp_path, data, found):
+    path = tmp_path / "kernel"
+    path.write_bytes(data)
+    assert found in refused("kernel", path, load, memory, path)
+    assert found in refused("kernel", path, probe, path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("protocol", "multiboot"), ("unpack", "yes"), ("protocol", "")]
+)
+def test_options_that_do_not_exist(memory, kernel, option, value):
+    with pytest.raises(ConfigError, match=option):
+        load(memory, kernel, **{option: value})
+
+
+def test_memory_too_small_to_boot_in(kernel):
+    with GuestMemory(512 << 10) as memory, pytest.raises(ConfigError, match="memory"):
+        load(memory, kernel)
+
+
+def test_the_initrd_lies_as_high_as_it_can(memory, kernel, tmp_path):
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(os.urandom(10_000))
+    loaded = load(memory, kernel, initrd_path=initrd)
+    assert loaded.initrd == (64 * MIB - 12288, 10_000)
+    assert loaded.highest_used == 64 * MIB - 12288 + 10_000
+    assert memory.read(*loaded.initrd) == initrd.read_bytes()
+
+
+def test_the_initrd_stays_below_the_hole(kernel, tmp_path):
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"x" * 4097)
+    with GuestMemory(6 << 30) as memory:
+        assert load(memory, kernel, initrd_path=initrd).initrd == ((3 << 30) - 8192, 4097)
+
+
+def test_the_initrd_obeys_initrd_addr_max(memory, tmp_path):
+    path, initrd = tmp_path / "kernel", tmp_path / "initrd"
+    initrd.write_bytes(b"x" * 4096)
+    path.write_bytes(bzimage(initrd_addr_max=0x37F_FFFF))
+    assert load(memory, path, initrd_path=initrd).initrd == (0x37F_F000, 4096)
+
+
+def test_the_initrd_makes_way_for_the_kernel(memory, tmp_path):
+    """The kernel ends at the top of memory, so the initrd goes below it, and further where that is taken."""
+    path, initrd = tmp_path / "kernel", tmp_path / "initrd"
+    initrd.write_bytes(b"i" * 4096)
+    image = elf(
+        [Phdr(data=b"\xf4", paddr=63 * MIB, memsz=MIB), Phdr(data=b"a", paddr=62 * MIB, memsz=MIB - 4095)]
+    )
+    path.write_bytes(image.replace(struct.pack("<Q", MIB), struct.pack("<Q", 63 * MIB), 1))
+    loaded = load(memory, path, initrd_path=initrd)
+    assert loaded.initrd == (62 * MIB - 4096, 4096)
+    assert loaded.highest_used == 64 * MIB
+
+
+def test_an_initrd_that_does_not_fit(memory, tmp_path):
+    path, initrd = tmp_path / "kernel", tmp_path / "initrd"
+    path.write_bytes(vmlinux())
+    with open(initrd, "wb") as file:
+        file.truncate(46 * MIB)
+    text = refused("initrd", initrd, load, memory, path, initrd_path=initrd)
+    assert "does not fit: 47104 KiB beside a kernel of" in text
+    assert "below 64 MiB" in text
+    with open(initrd, "wb") as file:
+        file.truncate(0xFFFF_FFFF)
+    assert "does not fit" in refused("initrd", initrd, load, memory, path, initrd_path=initrd)
+
+
+def test_the_command_line_is_bounded_by_the_kernels_own_limit(memory, tmp_path):
+    path = tmp_path / "kernel"
+    path.write_bytes(bzimage(cmdline_size=255))
+    load(memory, path, cmdline="x" * 255)
+    with pytest.raises(ConfigError, match="is 256 characters long; this kernel takes 255"):
+        load(memory, path, cmdline="x" * 256)
+    path.write_bytes(bzimage(cmdline_size=0xFFFF_FFFF))
+    room = layout.CMDLINE_END - layout.CMDLINE - 1
+    load(memory, path, cmdline="x" * room)
+    assert memory.read(layout.CMDLINE_END - 1, 1) == b"\0"
+    with pytest.raises(ConfigError, match=f"takes {room}"):
+        load(memory, path, cmdline="x" * (room + 1))
+
+
+def test_an_elf_kernel_takes_what_linux_takes(memory, kernel):
+    load(memory, kernel, cmdline="x" * 2047)
+    with pytest.raises(ConfigError, match="cmdline"):
+        load(memory, kernel, cmdline="x" * 2048)
+
+
+def test_no_descriptor_is_left_open(memory, kernel, tmp_path):
+    before = os.listdir("/proc/self/fd")
+    load(memory, kernel, initrd_path=kernel)
+    for bad in ("missing", "."):
+        with pytest.raises(ConfigError):
+            load(memory, tmp_path / bad)
+    with pytest.raises(ConfigError):
+        load(memory, kernel, cmdline="\n")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_file_that_shrinks_while_it_is_read(memory, tmp_path, monkeypatch):
+    path = tmp_path / "kernel"
+    path.write_bytes(elf([Phdr(data=b"x" * 65536)]))
+    real = os.preadv
+
+    def shrunk(fd, buffers, offset):
+        os.truncate(path, 8192)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", shrunk)
+    assert "truncated" in refused("kernel", path, load, memory, path)
