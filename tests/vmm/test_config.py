@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: sizes as people write them, and every wrong value in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmm.config import DEFAULT_CMDLINE, DriveConfig, VmConfig, parse_size
+from vmm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512M", 512 << 20), ("2G", 2 << 30), ("2g", 2 << 30), ("2GiB", 2 << 30), ("2GB", 2 << 30), ("65536", 65536),
+        ("1.5G", 3 << 29), ("64k", 65536), (" 1 G ", 1 << 30), ("1T", 1 << 40), (4096, 4096),
+    ],
+)  # fmt: skip
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size("memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1G", "1X", "1..5G", "1e9", "0x10", "1GM", "٣G", "1.G", "G1", "9" * 40])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="as 512M or 2G"):
+        parse_size("memory", text)
+
+
+@pytest.mark.parametrize("memory", ["0", 0, -1, "4095", "999999T", 1 << 70])
+def test_memory_out_of_range(memory: int | str) -> None:
+    with pytest.raises(ConfigError, match="memory .*must be 1048576"):
+        VmConfig("k", memory=memory)
+
+
+@pytest.mark.parametrize("cpus", [0, -1, 65, 1 << 40])
+def test_cpus_out_of_range(cpus: int) -> None:
+    with pytest.raises(ConfigError, match="must be 1 to 64"):
+        VmConfig("k", cpus=cpus)
+
+
+@pytest.mark.parametrize("console", ["", "tty", "file", "file:", "FILE:x"])
+def test_console_out_of_range(console: str) -> None:
+    with pytest.raises(ConfigError, match="console"):
+        VmConfig("k", console=console)
+
+
+def test_disk_options() -> None:
+    drive = DriveConfig.parse("a,,b.img,ro")
+    assert (drive.path_on_host, drive.is_read_only) == ("a,b.img", True)
+    assert not DriveConfig.parse("a.img").is_read_only
+    with pytest.raises(ConfigError, match="unknown option 'rw'; allowed: ro"):
+        DriveConfig.parse("a.img,rw")
+    with pytest.raises(ConfigError, match="the path is empty"):
+        DriveConfig.parse(",ro")
+
+
+def test_root_is_named_by_its_place() -> None:
+    root = DriveConfig("r", is_root_device=True, is_read_only=True)
+    assert VmConfig("k", drives=[DriveConfig("a"), root]).full_cmdline == f"{DEFAULT_CMDLINE} root=/dev/vdb ro"
+    assert VmConfig("k", drives=[root], append="root=LABEL=x").full_cmdline == f"{DEFAULT_CMDLINE} root=LABEL=x"
+    assert VmConfig("k", drives=[root], cmdline="mine").full_cmdline == "mine"
+    with pytest.raises(ConfigError, match="only one"):
+        VmConfig("k", drives=[root, DriveConfig("b", is_root_device=True)])

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest RAM: the hole, the one checked accessor, lifetimes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm.errors import ConfigError, GuestMemoryError
+from vmm.memory import GIB, GuestMemory
+
+MIB = 1 << 20
+
+
+def test_small_guest_is_one_region() -> None:
+    with GuestMemory(64 * MIB) as memory:
+        assert [(r.gpa, r.size) for r in memory.regions] == [(0, 64 * MIB)]
+
+
+@pytest.mark.parametrize(
+    ("size", "regions"),
+    [
+        (3 * GIB, [(0, 3 * GIB)]),
+        (3 * GIB + 4096, [(0, 3 * GIB), (4 * GIB, 4096)]),
+        (64 * GIB, [(0, 3 * GIB), (4 * GIB, 61 * GIB)]),
+        (1024 * GIB, [(0, 3 * GIB), (4 * GIB, 1021 * GIB)]),
+    ],
+)
+def test_ram_goes_on_above_the_hole(size: int, regions: list[tuple[int, int]]) -> None:
+    with GuestMemory(size) as memory:
+        assert [(r.gpa, r.size) for r in memory.regions] == regions
+        last = regions[-1]
+        memory.write(sum(last) - 1, b"x")
+        assert memory.read(sum(last) - 1, 1) == b"x"
+
+
+@pytest.mark.parametrize("size", [0, -4096, 1, 4095, 4097])
+def test_size_must_be_whole_pages(size: int) -> None:
+    with pytest.raises(ConfigError, match="4096"):
+        GuestMemory(size)
+
+
+def test_last_byte_is_legal_and_the_next_is_not() -> None:
+    with GuestMemory(MIB) as memory:
+        memory.write(MIB - 4, b"last")
+        assert memory.read(MIB - 4, 4) == b"last"
+        assert len(memory.slice(MIB, 0)) == 0
+        for gpa, size in ((MIB - 3, 4), (MIB, 1), (MIB + 1, 0), (-1, 1), (1 << 64, 1), ((1 << 64) - 1, 2), (0, -1)):
+            with pytest.raises(GuestMemoryError) as caught:
+                memory.slice(gpa, size)
+            assert (caught.value.gpa, caught.value.size) == (gpa, size)
+            with pytest.raises(GuestMemoryError):
+                memory.read(gpa, size)
+
+
+def test_nothing_reaches_across_the_hole() -> None:
+    with GuestMemory(4 * GIB) as memory:
+        for gpa, size in ((3 * GIB - 1, 2), (3 * GIB, 1), (4 * GIB - 1, 1), (4 * GIB - 1, 2), (0, 4 * GIB)):
+            with pytest.raises(GuestMemoryError):
+                memory.slice(gpa, size)
+
+
+@given(gpa=st.integers(-(1 << 65), 1 << 65), size=st.integers(-(1 << 65), 1 << 65))
+def test_accessor_agrees_with_arithmetic(gpa: int, size: int) -> None:
+    with GuestMemory(MIB) as memory:
+        if 0 <= gpa and 0 <= size and gpa + size <= MIB:
+            assert len(memory.slice(gpa, size)) == size
+        else:
+            with pytest.raises(GuestMemoryError):
+                memory.slice(gpa, size)
+
+
+def test_slice_is_the_memory_itself() -> None:
+    with GuestMemory(MIB) as memory:
+        memory.slice(100, 3)[:] = b"abc"
+        assert memory.read(99, 5) == b"\0abc\0"
+
+
+def test_view_is_a_shared_numpy_array() -> None:
+    with GuestMemory(MIB) as memory:
+        words = memory.view(0, MIB, dtype="<u4")
+        assert words.shape == (MIB // 4,)
+        words[1] = 0x04030201
+        assert memory.read(4, 4) == bytes((1, 2, 3, 4))
+        memory.write(8, b"\xff\xff\xff\xff")
+        assert words[2] == 0xFFFFFFFF
+        assert numpy.shares_memory(memory.view(), memory.view())
+        with pytest.raises(GuestMemoryError):
+            memory.view(MIB)
+
+
+def test_slices_outlive_close() -> None:
+    memory = GuestMemory(MIB)
+    memory.write(0, b"kept")
+    view, array = memory.slice(0, 4), memory.view(0, 4)
+    memory.close()
+    memory.close()
+    assert bytes(view) == array.tobytes() == b"kept"
+    with pytest.raises(GuestMemoryError):
+        memory.read(0, 1)
+
+
+def test_close_gives_every_descriptor_back() -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(10):
+        GuestMemory(4 * GIB).close()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
