@@ -31,6 +31,11 @@ STATUS_CONFIG = 2
 STATUS_INTERRUPTED = 130
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    # With a width given argparse does not import shutil, and the four decompressors behind it, to ask the terminal.
+    return argparse.HelpFormatter(prog, width=100)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # One line, where argparse would print its usage too.
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return STATUS_CONFIG
     name, *rest = arguments
     module = __import__(f"vmm.commands.{name}", fromlist=["main"])
-    parser = _Parser(prog=f"pyvmm {name}", description=COMMANDS[name], allow_abbrev=False)
+    parser = _Parser(prog=f"pyvmm {name}", description=COMMANDS[name], formatter_class=_formatter, allow_abbrev=False)
     module.add_arguments(parser)
     try:
         status: int = module.main(parser.parse_args(rest))

@@ -55,7 +55,7 @@ def config_from(args: argparse.Namespace) -> VmConfig:
         if image is not None:
             kernel, initrd, rootfs = image.kernel, initrd or image.initrd, rootfs or image.rootfs
             append = f"{image.cmdline} {append}".strip()
-        elif kernel in images.NAMES:
+        elif any(offered["name"] == kernel for offered in images.available()):
             raise ConfigError("kernel", kernel, f"is not here yet; fetch it with: pyvmm pull {kernel}")
     drives = [DriveConfig.parse(text) for text in args.disk]
     if rootfs is not None:
