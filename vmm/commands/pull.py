@@ -12,8 +12,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-SUMMARY = "fetch and make a guest image: a kernel, an initramfs and a root file system"
-
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add this command's arguments to its parser."""

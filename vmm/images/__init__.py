@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from vmm.images.host import Progress
 
+NAMES = ("busybox", "debian")
 FORMAT = 1  # of image.json; an image of another format is pulled again
 
 
@@ -105,7 +106,7 @@ def available() -> list[dict[str, Any]]:
     """Return what can be pulled: name and summary, and for what is in the cache also image.json's facts.
 
     Keys: ``name``, ``summary``, ``cached`` (bool); if cached ``bytes`` (on disk), ``kernel_version``,
-    ``built`` (UTC, ISO 8601), ``packages``, ``size`` (of the root file system, bytes); else perhaps ``damaged``.
+    ``built`` (UTC, ISO 8601), ``packages``, ``size`` (bytes of the root file system); or ``damaged`` (why).
     """
     from vmm.images import store
 

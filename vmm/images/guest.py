@@ -8,17 +8,20 @@ import struct
 from vmm.config import DEFAULT_EXIT_PORT
 from vmm.images.initramfs import LOAD_MODULES
 
-# What a stock Debian kernel has as modules and needs for a root on virtio, and what its guests use soon.
-MODULES = (
-    "virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "virtiofs", "overlay",
-)  # fmt: skip
-OPTIONAL_MODULES = ("vmw_vsock_virtio_transport", "virtio_rng", "pvpanic-mmio", "crc32c-intel")
+# What a stock Debian kernel has as modules and needs for a root on virtio.
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
+OPTIONAL_MODULES = ("pvpanic-mmio", "crc32c-intel")
+# Loaded where there is such a device, or when such a file system is mounted.
+ON_DEMAND_MODULES = ("virtio_net", "virtio_rng", "virtiofs", "vmw_vsock_virtio_transport", "overlay")
 
 # /init of the initramfs. It understands root=, rootfstype=, rootflags=, ro, rw and init= as the kernel does;
 # it hands on its own arguments (what the kernel's command line has after --) to the root file system's init.
 INIT = (
     LOAD_MODULES
     + r"""
+# the drivers of the other virtio devices that are here
+for file in /sys/bus/virtio/devices/*/modalias; do read -r alias <"$file" && modprobe -q "$alias"; done
+
 root='' type='' flags='' mode=ro init=/sbin/init panic=''
 read -r cmdline </proc/cmdline
 for word in $cmdline; do
@@ -135,6 +138,13 @@ echo "$action" >/run/init.action
 kill -HUP -1
 sleep 0.2
 kill -KILL -1
+"""
+
+# busybox's shell prefers its own applets to programs, and its poweroff signals a busybox init.
+BUSYBOX_PROFILE = r"""PS1='\u@\h:\w\$ '
+poweroff() { /sbin/poweroff "$@"; }
+reboot() { /sbin/reboot "$@"; }
+halt() { /sbin/halt "$@"; }
 """
 
 FSTAB = """\

@@ -27,19 +27,22 @@ def build_initramfs(
     init: str,
     *,
     optional: Sequence[str] = (),
+    on_demand: Sequence[str] = (),
     files: Mapping[str, bytes] | None = None,
     progress: Progress = silent,
 ) -> bytes:
     """Return a newc archive, uncompressed: small, and unpacking it costs a guest more than reading it.
 
-    It holds busybox with all its applets (``busybox-static``, fetched if not in the cache), the modules in
-    ``/lib/modules`` and their names in loading order in ``/lib/modules/order``, and empty mount points.
+    It holds busybox with all its applets (``busybox-static``, fetched if not in the cache), mount points, the
+    modules in ``/lib/modules``, and in ``/lib/modules/order`` the paths there of those to load at once, each
+    after what it needs. modprobe works too, so the kernel itself finds what it wants, as a file system.
 
     :param kernel: an unpacked kernel package, as ``apt.package(...).tree``
     :param module_names: modules to include with what they depend on; may be empty
     :param init: text of /init, a shell script; ``LOAD_MODULES`` is a good beginning
     :param optional: more modules, which this kernel may lack
-    :param files: further files by their path in the guest, executable if they begin with ``#!`` or as ELF
+    :param on_demand: modules, which this kernel may lack, for modprobe and not for the loading order
+    :param files: further files by their path in the guest, executable if ``#!`` or ELF
     :raises ConfigError: an unknown module
     :raises PullError: busybox cannot be fetched, or the kernel's tree is damaged
     """
@@ -48,18 +51,15 @@ def build_initramfs(
         archive.directory(directory)
     archive.node("dev/console", "c", 5, 1)  # devtmpfs is not mounted yet when the kernel opens it for /init
     add_busybox(archive, progress)
-    order = []
-    if names := list(module_names) + list(optional):
-        version = apt.kernel_of(kernel)[1]
-        required = names[: len(names) - len(optional)]
-        for path in modules.load_order(kernel, version, required, optional=optional):
-            name = path.name.partition(".ko")[0] + ".ko"
-            archive.file(f"lib/modules/{name}", modules.read(path))
-            order.append(name)
-    archive.file("lib/modules/order", "".join(f"{name}\n" for name in order).encode())
+    names = list(module_names)
+    contents = {"lib/modules/order": b""}
+    if names or optional or on_demand:
+        contents = module_files(kernel, names, optional=optional, on_demand=on_demand)
     archive.file("init", init.encode(), 0o755)
-    for guest_path, data in (files or {}).items():
-        archive.file(guest_path, data, 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644)
+    for path, data in contents.items():
+        archive.file(path, data)
+    for path, data in (files or {}).items():
+        archive.file(path, data, 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644)
     return archive.to_bytes()
 
 
@@ -79,3 +79,33 @@ def add_busybox(archive: Archive, progress: Progress = silent) -> None:
     for applet in applets:
         if applet not in archive:
             archive.symlink(applet, "/bin/busybox")
+
+
+def module_files(
+    kernel: Path, names: Iterable[str], *, optional: Sequence[str] = (), on_demand: Sequence[str] = ()
+) -> dict[str, bytes]:
+    """Return the modules and their tables by path in the guest: ``lib/modules/{order,VERSION/...}``.
+
+    Parameters and errors are those of ``build_initramfs``.
+    """
+    names = list(names)
+    version = apt.kernel_of(kernel)[1]
+    at_once = modules.load_order(kernel, version, names, optional=optional)
+    files = {}
+    order, depends, aliases = "", "", ""
+    for path in modules.load_order(kernel, version, names, optional=[*optional, *on_demand]):
+        name = path.name.partition(".ko")[0]
+        elf = files[f"lib/modules/{version}/{name}.ko"] = modules.read(path)
+        if path in at_once:
+            order += f"{version}/{name}.ko\n"
+        # modules.dep names first what is to be loaded last
+        chain = reversed(modules.load_order(kernel, version, [name]))
+        module, *needed = (part.name.partition(".ko")[0] + ".ko" for part in chain)
+        depends += f"{module}: {' '.join(needed)}\n"
+        aliases += "".join(
+            f"alias {alias} {name.replace('-', '_')}\n" for alias in modules.modinfo(elf, "alias")
+        )
+    files["lib/modules/order"] = order.encode()
+    files[f"lib/modules/{version}/modules.dep"] = depends.encode()
+    files[f"lib/modules/{version}/modules.alias"] = aliases.encode()
+    return files

@@ -54,9 +54,13 @@ def busybox(
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to("/bin/busybox")
+    for path, data in initramfs.module_files(
+        kernel.tree, guest.MODULES, on_demand=guest.ON_DEMAND_MODULES
+    ).items():
+        _write(tree / path, data)
     _write(tree / "etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
     _write(tree / "etc/group", "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")
-    _write(tree / "etc/profile", "PS1='\\u@\\h:\\w\\$ '\n")
+    _write(tree / "etc/profile", guest.BUSYBOX_PROFILE)
     (tree / "root").mkdir(mode=0o700)
     _add_init(tree, "busybox")
     for program in ("init", "poweroff", "reboot", "halt"):
@@ -136,13 +140,15 @@ def _finish(work: Path, unpack: str, image: Path, size: int, label: str) -> None
     # one shell under one fakeroot, which forgets owners when it ends
     with open(image, "wb") as file:
         file.truncate(size)
+    # tables made now, on a sparse file for nothing, are not left to the guest's ext4lazyinit
+    options = "root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0"
     script = f"""set -e
         {unpack}
         for program in init poweroff reboot halt; do
             target=poweroff; [ $program = init ] && target=init
             [ -e tree/sbin/$program ] || [ -L tree/sbin/$program ] || ln -s /{_LIB}/$target tree/sbin/$program
         done
-        {tool("mke2fs")} -q -F -t ext4 -L {label} -m 0 -E root_owner=0:0 -d tree {shlex.quote(str(image))}
+        {tool("mke2fs")} -q -F -t ext4 -L {label} -m 0 -E {options} -d tree {shlex.quote(str(image))}
     """
     run([*(["fakeroot", "--"] if os.geteuid() else []), "sh", "-c", script], cwd=work)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmm.errors import ConfigError
-from vmm.images import FORMAT, Image, apt, guest, resolve, rootfs
+from vmm.images import FORMAT, NAMES, Image, apt, guest, resolve, rootfs
 from vmm.images.host import Progress, cache_root
 from vmm.images.initramfs import build_initramfs
 
@@ -48,7 +48,7 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
     """Return the image, making it if it is not in the cache; see ``vmm.images.pull``."""
     recipe = RECIPES.get(name)
     if recipe is None:
-        raise ConfigError("image", name, f"not known; there is {', '.join(RECIPES)}")
+        raise ConfigError("image", name, f"not known; there is {', '.join(NAMES)}")
     if size is not None and (size < MIN_SIZE or size % 4096):
         raise ConfigError("--size", size, f"must be a multiple of 4096 and at least {MIN_SIZE >> 20}M")
     images = cache_root() / "images"
@@ -137,7 +137,12 @@ def _make(
     progress("making the initramfs", None)
     (out / "initrd").write_bytes(
         build_initramfs(
-            kernel.tree, guest.MODULES, guest.INIT, optional=guest.OPTIONAL_MODULES, progress=progress
+            kernel.tree,
+            guest.MODULES,
+            guest.INIT,
+            optional=guest.OPTIONAL_MODULES,
+            on_demand=guest.ON_DEMAND_MODULES,
+            progress=progress,
         )
     )
     recipe.make_root(out / "rootfs.ext4", size, kernel, packages, work, progress)
