@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from vmm import images
 from vmm.commands.check import findings
+from vmm.kvm import runs_linux
 
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
 TINY_STATUS = 42
@@ -71,9 +71,7 @@ def run_debian(*, lab: bool) -> int:
 
 def main() -> int:
     """Run both; the guest's own status is ours."""
-    found = list(findings("/dev/kvm"))
-    usable = not any(status == "FAIL" for status, _, _ in found)
-    linux = usable and not any(status == "lack" and what in ("hardware KVM", "ring-0 speed") for status, what, _ in found)
+    usable = not any(status == "FAIL" for status, _, _ in findings("/dev/kvm"))
     if usable:
         if run_tiny():
             return 1
@@ -81,7 +79,7 @@ def main() -> int:
         say("no usable /dev/kvm here, so the tiny guest is left out; `pyvmm check` says why")
     if images.resolve("debian") is None and subprocess.run([PYVMM, "pull", "debian"]).returncode:
         return 1
-    return run_debian(lab=not linux and not os.environ.get("PYVMM_LAB"))
+    return run_debian(lab=not runs_linux())
 
 
 if __name__ == "__main__":

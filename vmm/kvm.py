@@ -39,6 +39,19 @@ OPTIONAL = {
 }
 
 
+def software_kvm() -> str | None:
+    """The name of the software KVM that /dev/kvm is here, or None where KVM is the hardware's.
+
+    A software KVM emulates the guest's kernel instruction by instruction: tiny guests run, Linux does not get far.
+    """
+    return "kvm_pvm" if os.path.exists("/sys/module/kvm_pvm") else None
+
+
+def runs_linux(path: str = "/dev/kvm") -> bool:
+    """Whether a Linux guest can run here: KVM is there, permitted, and the hardware's."""
+    return os.access(path, os.R_OK | os.W_OK) and software_kvm() is None
+
+
 class Kvm:
     """An open /dev/kvm; owns its file descriptor.
 

@@ -13,7 +13,7 @@ from boot import cpu
 from vmm import kvm_abi as abi
 from vmm._bus import Bus
 from vmm.errors import ConfigError, VmmError
-from vmm.kvm import OPTIONAL, REQUIRED, Kvm
+from vmm.kvm import OPTIONAL, REQUIRED, Kvm, software_kvm
 from vmm.memory import GuestMemory
 from vmm.vcpu import Vcpu
 
@@ -73,8 +73,8 @@ def _kvm_findings(kvm: Kvm) -> Iterator[Line]:
     for name, number in OPTIONAL.items():
         yield ("ok", name, "yes") if kvm.check(number) else ("lack", name, "missing; guests keep time less well")
     yield "ok", "vCPUs a VM", f"up to {kvm.max_vcpus()}"
-    if os.path.exists("/sys/module/kvm_pvm"):
-        yield "lack", "hardware KVM", "no: this is kvm_pvm, a software KVM; for Linux guests use pyvmm lab, or --lab"
+    if software := software_kvm():
+        yield "lack", "hardware KVM", f"no: this is {software}, a software KVM; for Linux guests use pyvmm lab, or --lab"
     else:
         yield "ok", "hardware KVM", "yes"
     try:

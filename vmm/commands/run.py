@@ -144,15 +144,15 @@ def describe(vm: Machine) -> str:
 
 
 def _refuse_linux_on_software_kvm(config: VmConfig) -> None:
-    # PVM brings no Linux to user space: it stops in its first second, or crawls for minutes (docs/platforms.md).
-    if config.kvm != "/dev/kvm" or not os.path.exists("/sys/module/kvm_pvm") or os.environ.get("PYVMM_LAB"):
-        return
+    # Linux would stop in its first second there, or crawl for minutes, without a word.
     from boot import load
+    from vmm.kvm import software_kvm
 
-    if load.probe(config.kernel).is_linux:
+    software = software_kvm()
+    if software and load.probe(config.kernel).is_linux:
         raise ConfigError(
             "--kvm", config.kvm,
-            "is a software KVM (kvm_pvm), on which Linux does not reach user space; add --lab to run it on an"
+            f"is a software KVM ({software}), on which Linux does not reach user space; add --lab to run it on an"
             " emulated machine with real KVM",
         )  # fmt: skip
 

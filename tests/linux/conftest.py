@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linux layer: stock kernels. Runs right here on hardware KVM, else in one boot of the lab; never skipped silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmm import images, lab
+from vmm.errors import VmmError
+from vmm.kvm import runs_linux
+
+ROOT = Path(__file__).parents[2]
+MINUTES = 25
+
+
+@pytest.fixture(scope="session")
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The result of one scenario, by name; the first test that asks runs them all."""
+    directory = tmp_path_factory.mktemp("scenarios")
+    images.pull("busybox")
+    command = [sys.executable, "-m", "tests.linux.scenarios", str(directory)]
+    if runs_linux():
+        log = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    else:
+        if lacks := lab.missing():
+            pytest.fail(f"LAYER MISSING: linux: {'; '.join(lacks)}")
+        log = _in_lab(command, directory)
+    print(log.decode(errors="replace"))
+
+    def result(name: str) -> dict[str, Any]:
+        path = directory / f"{name}.json"
+        if not path.exists():
+            pytest.fail(f"scenario {name} left no result; the lab said:\n{log.decode(errors='replace')[-4000:]}")
+        facts: dict[str, Any] = json.loads(path.read_text())
+        return facts
+
+    return result
+
+
+def _in_lab(command: list[str], directory: Path) -> bytes:
+    log = directory / "lab.log"
+    with log.open("wb") as output:
+        try:
+            lab.run(
+                ["env", "-C", str(ROOT), *command], write=[str(directory)], timeout=MINUTES * 60,
+                stdout=output.fileno(), stderr=output.fileno(),
+            )  # fmt: skip
+        except VmmError as error:
+            os.write(output.fileno(), f"{error}\n".encode())
+    return log.read_bytes()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Linux scenarios: run where KVM runs Linux, one after the other, each writing NAME.json for its test to judge.
+
+    python -m tests.linux.scenarios DIRECTORY [NAME...]
+
+In the lab that is one boot for all of them; on a host with hardware KVM it runs right there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vmm import images
+
+PYVMM = [sys.executable, "-m", "vmm.cli", "run"]
+# A guest that hangs must not eat the whole lab's time.
+PATIENCE = 240
+PASTE = b"".join(b"%07d " % i for i in range(1 << 17))  # 1 MiB, no two lines alike
+
+
+def _image() -> images.Image:
+    image = images.resolve("busybox")
+    if image is None:
+        raise SystemExit("scenarios: no busybox image; run: pyvmm pull busybox")
+    return image
+
+
+def _pyvmm(*arguments: str, stdin: bytes = b"", command: list[str] | None = None) -> dict[str, Any]:
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command or [*PYVMM, *arguments], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            timeout=PATIENCE,
+        )  # fmt: skip
+        status, out, err = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        status, out, err = 124, late.stdout or b"", late.stderr or b""
+    return {
+        "status": status,
+        "stdout": out.decode(errors="replace"),
+        "stderr": err.decode(errors="replace"),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _initrd_only(script: str, *arguments: str) -> dict[str, Any]:
+    # Without root= the image's initramfs gives a shell of its own: the quickest Linux there is.
+    image = _image()
+    return _pyvmm(image.kernel, "--initrd", image.initrd, *arguments, stdin=script.encode())
+
+
+def disk() -> dict[str, Any]:
+    """Root on a virtio disk found through ACPI; what is written and synced is in the image afterwards."""
+    image = _image()
+    rootfs = Path(os.environ.get("TMPDIR", "/tmp"), "scenario.ext4")
+    shutil.copyfile(image.rootfs, rootfs)
+    script = b"""
+echo "kernel=$(uname -r)"
+echo "cpus=$(nproc)"
+echo "memory=$(grep MemTotal /proc/meminfo | tr -dc 0-9)"
+echo "root=$(grep ' / ' /proc/mounts)"
+echo "virtio=$(ls /sys/bus/virtio/devices | wc -l)"
+echo "interrupts=$(grep -c virtio /proc/interrupts)"
+echo "clock=$(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+seq 1 100000 > /root/written
+sync
+echo "sum=$(md5sum < /root/written)"
+poweroff -f
+"""
+    result = _pyvmm(
+        image.kernel, str(rootfs), "--initrd", image.initrd, "--append", image.cmdline, "--cpus", "2",
+        "--memory", "512M", stdin=script,
+    )  # fmt: skip
+    listing = subprocess.run(["debugfs", "-R", "cat /root/written", str(rootfs)], capture_output=True).stdout
+    result["in_image"] = hashlib.md5(listing).hexdigest()
+    result["fsck"] = subprocess.run(["e2fsck", "-fn", str(rootfs)], capture_output=True).returncode
+    rootfs.unlink()
+    return result
+
+
+def smp_without_acpi() -> dict[str, Any]:
+    """Four CPUs by the MP table; a reboot is told from a power-off."""
+    return _initrd_only('echo "cpus=$(nproc)"; echo "acpi=$(ls /sys/firmware/acpi 2>&1)"; reboot -f\n', "--cpus", "4", "--append", "acpi=off")
+
+
+def panic_by_pvh() -> dict[str, Any]:
+    """The PVH entry of the same kernel, unpacked here, to a panic."""
+    return _initrd_only("echo c > /proc/sysrq-trigger\n", "--protocol", "pvh", "-v")
+
+
+def exit_port_by_bzimage() -> dict[str, Any]:
+    """The bzImage's own unpacker, and an exit code from the guest's user space."""
+    return _initrd_only("printf '\\007' | dd of=/dev/port bs=1 seek=244\n", "--unpack", "never", "-v")
+
+
+def triple_fault() -> dict[str, Any]:
+    """A guest that resets itself by a triple fault."""
+    return _initrd_only("reboot -f\n", "--cmdline", "console=ttyS0 reboot=t")
+
+
+def paste() -> dict[str, Any]:
+    """1 MiB through the serial port's input, without a byte lost."""
+    image = _image()
+    script = b"stty raw -echo crtscts; echo ready; head -c 1048576 | md5sum; poweroff -f\n"
+    process = subprocess.Popen(
+        [*PYVMM, image.kernel, "--initrd", image.initrd], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(script)
+    process.stdin.flush()
+    heard = b""
+    while b"\nready" not in heard:
+        piece = os.read(process.stdout.fileno(), 4096)
+        if not piece:
+            break
+        heard += piece
+    out, err = process.communicate(PASTE, timeout=PATIENCE)
+    return {
+        "status": process.returncode,
+        "stdout": (heard + out).decode(errors="replace"),
+        "stderr": err.decode(errors="replace"),
+        "expected": hashlib.md5(PASTE).hexdigest(),
+    }
+
+
+def idle() -> dict[str, Any]:
+    """CPU time of the whole VMM while the guest sleeps, and an end by SIGTERM."""
+    image = _image()
+    process = subprocess.Popen(
+        [*PYVMM, image.kernel, "--initrd", image.initrd], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"echo re''ady; sleep 1000\n")
+    process.stdin.flush()
+    heard = b""
+    while b"ready" not in heard:
+        piece = os.read(process.stdout.fileno(), 4096)
+        if not piece:
+            break
+        heard += piece
+    time.sleep(2)
+    before, start = _cpu_ticks(process.pid), time.monotonic()
+    time.sleep(5)
+    busy = (_cpu_ticks(process.pid) - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    return {
+        "status": process.returncode,
+        "stdout": (heard + out).decode(errors="replace"),
+        "stderr": err.decode(errors="replace"),
+        "busy": busy,
+    }
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
+    function.__name__: function
+    for function in (disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, paste, idle)
+}
+
+
+def main(directory: str, *names: str) -> int:
+    """Run the scenarios; a scenario's own failure is written down, not raised."""
+    for name in names or SCENARIOS:
+        try:
+            result = SCENARIOS[name]()
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            result = {"status": -1, "stdout": "", "stderr": f"{type(error).__name__}: {error}"}
+        Path(directory, f"{name}.json").write_text(json.dumps(result))
+        print(f"scenario {name}: status {result['status']}, {result.get('seconds', '-')} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stock Debian kernel from its first instruction to its end, every way in and every way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+# The session's first test here waits for every scenario.
+pytestmark = pytest.mark.timeout(1800)
+
+Scenario = Callable[[str], dict[str, Any]]
+
+
+def _values(result: dict[str, Any]) -> dict[str, str]:
+    """What the guest printed as ``name=value``; an echo of the command itself starts otherwise."""
+    return dict(re.findall(r"^(\w+)=([^\r\n]*)\r?$", result["stdout"], re.MULTILINE))
+
+
+def _show(result: dict[str, Any]) -> str:
+    return f"status {result['status']}\n{result['stdout'][-3000:]}\n--\n{result['stderr'][-1000:]}"
+
+
+def test_root_on_a_virtio_disk(scenario: Scenario) -> None:
+    result = scenario("disk")
+    assert result["status"] == 0, _show(result)
+    values = _values(result)
+    assert values["cpus"] == "2"
+    assert 400_000 < int(values["memory"]) < 512 * 1024
+    assert values["root"].startswith("/dev/vda / ext4 rw")
+    assert int(values["virtio"]) == 1
+    assert int(values["interrupts"]) >= 1
+    assert values["clock"] == "kvm-clock"
+
+
+def test_what_was_synced_is_in_the_image(scenario: Scenario) -> None:
+    result = scenario("disk")
+    assert _values(result)["sum"].split()[0] == result["in_image"], _show(result)
+    assert result["fsck"] in (0, 1, 4), "the journal may want a replay after poweroff -f, the file system no repair"
+
+
+def test_smp_without_acpi(scenario: Scenario) -> None:
+    result = scenario("smp_without_acpi")
+    assert _values(result)["cpus"] == "4", _show(result)
+    assert "No such file" in _values(result)["acpi"]
+    assert result["status"] == 80, "a reboot has a status of its own"
+
+
+def test_panic(scenario: Scenario) -> None:
+    result = scenario("panic_by_pvh")
+    assert result["status"] == 81, _show(result)
+    assert "pvh entry" in result["stderr"]
+    assert "guest ended: panic" in result["stderr"]
+
+
+def test_exit_code_from_user_space(scenario: Scenario) -> None:
+    result = scenario("exit_port_by_bzimage")
+    assert result["status"] == 7, _show(result)
+    assert "bzimage, linux64 entry" in result["stderr"]
+
+
+def test_triple_fault(scenario: Scenario) -> None:
+    result = scenario("triple_fault")
+    assert result["status"] == 82, _show(result)
+
+
+def test_one_megabyte_pasted_loses_no_byte(scenario: Scenario) -> None:
+    result = scenario("paste")
+    assert result["expected"] in result["stdout"], _show(result)
+    assert result["status"] == 0
+
+
+def test_idle_guest_and_sigterm(scenario: Scenario) -> None:
+    result = scenario("idle")
+    assert result["status"] == 130, _show(result)
+    assert result["busy"] < 0.5, "a sleeping guest must leave the host's CPU alone"
