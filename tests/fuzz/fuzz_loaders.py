@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzz the kernel loaders, guided by coverage: ``python tests/fuzz/fuzz_loaders.py --seconds 600``.
 
-Needs atheris (pip install atheris). What it finds is left in tests/regressions/loaders, where a test replays it; the
-corpus that it learns from goes to ``--corpus``, and is kept out of the repository.
+Needs atheris (pip install atheris). What it finds is left in tests/regressions/loaders, where a test
+replays it; the corpus that it learns from goes to ``--corpus``, and is kept out of the repository.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from pathlib import Path
 try:
     import atheris
 except ImportError:
-    sys.exit("atheris is not installed: pip install atheris (or run tests/fuzz with pytest, which needs only hypothesis)")
+    sys.exit("atheris is not installed: pip install atheris (pytest tests/fuzz needs only hypothesis)")
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent / "boot")]
 
 with atheris.instrument_imports(include=["boot"]):
     import loader_input
 
-from kernel_images import bzimage, compress, pvh_elf, vmlinux
+    import boot.bzimage
+    import boot.payload  # noqa: F401 - load() imports it when it needs it, which would be too late
+
+from kernel_images import bzimage, compress, pvh_elf, vmlinux  # noqa: E402
 
 FOUND = HERE.parent / "regressions" / "loaders"
 
@@ -59,8 +62,9 @@ def main() -> None:
         (options.corpus / f"seed-{name}").write_bytes(data)
     FOUND.mkdir(parents=True, exist_ok=True)
     arguments = [
-        sys.argv[0], str(options.corpus), str(FOUND), f"-max_total_time={options.seconds}", f"-artifact_prefix={FOUND}/",
-        "-max_len=8192", "-timeout=20", "-rss_limit_mb=1024", f"-seed={options.seed}", "-print_final_stats=1",
+        sys.argv[0], str(options.corpus), str(FOUND), f"-artifact_prefix={FOUND}/",
+        f"-max_total_time={options.seconds}", f"-seed={options.seed}", "-print_final_stats=1",
+        "-max_len=8192", "-timeout=20", "-rss_limit_mb=1024",
     ]  # fmt: skip
     atheris.Setup(arguments, one_input)
     atheris.Fuzz()
