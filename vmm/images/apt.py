@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -171,17 +171,20 @@ def _download(name: str, version: str, step: str, work: Path, progress: Progress
         stderr.seek(0)
         said = stderr.read().strip().splitlines()
     if apt.returncode or not list(work.glob("*.deb")):
-        errors = [line.removeprefix("E: ") for line in said if line.startswith("E: ")]
-        raise PullError(_why(name, errors[0] if errors else f"apt-get exit status {apt.returncode}"))
+        raise PullError(f"cannot fetch {name}: {reason(said)}")
     progress(step, 1.0)
 
 
-def _why(name: str, error: str) -> str:
-    if "Can't find a source" in error or "404" in error:
-        return f"no source has that version of {name} any more: run `apt-get update` as root"
-    if "Failed to fetch" in error:
-        return f"cannot fetch {name}, is this host offline? apt says: {error}"
-    return f"cannot fetch {name}: {error}"
+def reason(said: Iterable[str]) -> str:
+    """Return why apt failed, in one clause, from the lines it wrote to standard error."""
+    errors = [line.removeprefix("E: ") for line in said if line.startswith("E: ")] or ["apt does not say why"]
+    for error in errors:
+        if "Can't find a source" in error or " 404 " in error:
+            return "apt's package lists are old: run `apt-get update` as root"
+        # Failed to fetch http://.../x.deb  Temporary failure resolving '...'
+        if error.startswith("Failed to fetch "):
+            return f"is this host offline? apt says: {error.split(maxsplit=4)[-1]}"
+    return errors[0]
 
 
 @contextmanager

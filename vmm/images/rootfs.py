@@ -19,6 +19,16 @@ DEBIAN_SUITE = "bookworm"
 # Beyond minbase: a network tool, modprobe, ps and free, and busybox, whose poweroff the image's init uses.
 DEBIAN_PACKAGES = ("busybox-static", "iproute2", "kmod", "procps")
 
+# How mmdebstrap's messages begin, and how much of its time has gone when they come.
+_MMDEBSTRAP_STEPS = {
+    "running apt-get update": 0.0,
+    "downloading packages": 0.25,
+    "extracting archives": 0.35,
+    "installing essential": 0.4,
+    "installing remaining": 0.7,
+    "creating": 0.95,
+}
+_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _LIB = "usr/lib/pyvmm"
 
 
@@ -97,15 +107,11 @@ def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> N
     for name in names:
         if not name or not all(c.isalnum() or c in "+-.:" for c in name):
             raise PullError(f"{name!r} is no package name")
-    argv = [
-        tool("mmdebstrap"),
-        "--variant=minbase",
-        f"--include={','.join(names)}",
-        DEBIAN_SUITE,
-        str(archive),
-    ]
-    last = "no message"
-    progress(f"debian {DEBIAN_SUITE}: mmdebstrap", None)
+    argv = [tool("mmdebstrap"), "--variant=minbase", f"--include={','.join(names)}"]
+    if os.path.exists(_KEYRING):
+        argv.append(f"--keyring={_KEYRING}")
+    argv += [DEBIAN_SUITE, str(archive), *_sources()]
+    errors = []
     with subprocess.Popen(
         argv,
         cwd=archive.parent,
@@ -118,13 +124,21 @@ def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> N
     ) as mmdebstrap:
         assert mmdebstrap.stderr is not None
         for line in mmdebstrap.stderr:
-            kind, _, message = line.strip().partition(": ")
-            if kind == "I":
-                progress(f"debian {DEBIAN_SUITE}: {message.rstrip('.')}", None)
-            elif kind == "E":
-                last = message
+            message = line.strip().removeprefix("I: ")
+            for step, done in _MMDEBSTRAP_STEPS.items():
+                if message.startswith(step):
+                    progress(f"debian {DEBIAN_SUITE}: {message.rstrip('.')}", done)
+            if message.startswith("E: "):
+                errors.append(message)
     if mmdebstrap.returncode:
-        raise PullError(f"cannot make the Debian root, mmdebstrap says: {last}")
+        raise PullError(f"cannot make the Debian root: {apt.reason(errors)}")
+
+
+def _sources() -> list[str]:
+    # the Debian sources that this host uses, perhaps a mirror nearby; none means mmdebstrap's own default
+    form = "deb $(REPO_URI) $(RELEASE) $(COMPONENT)"
+    found = run(["apt-get", "indextargets", "--format", form, "Created-By: Packages", "Origin: Debian"])
+    return [line for line in dict.fromkeys(found.splitlines()) if line.split()[2].startswith(DEBIAN_SUITE)]
 
 
 def _add_init(tree: Path, hostname: str) -> None:
