@@ -11,11 +11,28 @@ cdef extern from *:
     static inline uint16_t load_relaxed16(const void *p) { return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED); }
     static inline void store_release16(void *p, uint16_t v) { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
     static inline void fence_seq_cst(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+    /* One descriptor as the guest has it at this moment; the clobber keeps the compiler from reading it again. */
+    struct vring_desc_copy { uint64_t addr; uint32_t len; uint16_t flags; uint16_t next; };
+    static inline void copy_desc(struct vring_desc_copy *to, const void *from) {
+        __builtin_memcpy(to, from, 16);
+        __asm__ __volatile__("" : "+r"(to) : : "memory");
+    }
     """
     uint16_t load_acquire16(const void *p) noexcept nogil
     uint16_t load_relaxed16(const void *p) noexcept nogil
     void store_release16(void *p, uint16_t v) noexcept nogil
     void fence_seq_cst() noexcept nogil
+    struct vring_desc_copy:     # virtio 1.2 §2.7.5
+        uint64_t addr
+        uint32_t len
+        uint16_t flags
+        uint16_t next
+    void copy_desc(vring_desc_copy *to, const void *source) noexcept nogil
+
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
 
 cdef enum:
     MAX_REGIONS = 8
@@ -32,3 +49,72 @@ cdef class GuestRam:
     # Host address of [gpa, gpa+size), or NULL where it is not all inside one region. Overflow-safe; size 0 is legal
     # at every address inside a region and at its end.
     cdef uint8_t *host(self, uint64_t gpa, uint64_t size) noexcept nogil
+
+# What queue_pop returns; each negative one is a rule of virtio 1.2 that the driver broke (RULES in the .pyx).
+cdef enum:
+    QUEUE_CHAIN = 1
+    QUEUE_EMPTY = 0
+    QUEUE_NOT_READY = -1
+    QUEUE_AVAIL_IDX = -2
+    QUEUE_HEAD = -3
+    QUEUE_NEXT = -4
+    QUEUE_TOO_LONG = -5
+    QUEUE_ADDRESS = -6
+    QUEUE_ORDER = -7
+    QUEUE_TOTAL = -8
+    QUEUE_INDIRECT_OFF = -9
+    QUEUE_INDIRECT_NESTED = -10
+    QUEUE_INDIRECT_NEXT = -11
+    QUEUE_INDIRECT_LENGTH = -12
+    QUEUE_INDIRECT_ADDRESS = -13
+
+# One split virtqueue. Device thread only, but for what the guest shares by the three host addresses.
+cdef struct Ring:
+    uint8_t *desc               # size descriptors of 16 bytes
+    uint8_t *avail              # u16 flags, u16 idx, u16 ring[size], u16 used_event
+    uint8_t *used               # u16 flags, u16 idx, {u32 id, u32 len} ring[size], u16 avail_event
+    uint16_t size               # a power of two, at most 32768; 0 where the queue is not ready
+    uint16_t last_avail         # avail entries taken so far, mod 65536
+    uint16_t next_used          # used entries written so far, mod 65536
+    uint16_t published          # used.idx as the driver sees it
+    bint event_idx              # VIRTIO_F_EVENT_IDX was negotiated
+    bint indirect               # VIRTIO_F_INDIRECT_DESC was negotiated
+
+# One request: n_readable iovecs, then n_writable. They point into guest RAM and are the device's until add_used.
+cdef struct DescChain:
+    iovec *iov                  # room for the ring's size; owned by the caller
+    uint32_t n_readable
+    uint32_t n_writable
+    uint64_t readable_bytes     # readable + writable is at most 2^32
+    uint64_t writable_bytes
+    uint16_t head
+    uint16_t index              # the descriptor looked at last; on a broken rule, the one that broke it
+
+# The protocol without Python: no GIL, no exception. VirtQueue below shows the loop they are for.
+cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil
+cdef void queue_add_used(Ring *ring, uint16_t head, uint32_t written) noexcept nogil
+cdef bint queue_flush(Ring *ring) noexcept nogil
+cdef bint queue_enable_notify(Ring *ring) noexcept nogil
+cdef void queue_disable_notify(Ring *ring) noexcept nogil
+
+cdef class VirtQueue:
+    cdef Ring ring
+    cdef DescChain scratch          # what pop fills; its iov has max_size entries
+    cdef readonly GuestRam memory
+    cdef readonly int index         # in its device
+    cdef readonly int max_size
+    cdef public uint32_t size       # what the driver asked for; judged by enable()
+    cdef public uint64_t desc
+    cdef public uint64_t avail
+    cdef public uint64_t used
+
+cdef class Chain:
+    cdef readonly uint16_t head
+    cdef readonly uint64_t readable_bytes
+    cdef readonly uint64_t writable_bytes
+    cdef GuestRam memory
+    cdef iovec *iov
+    cdef uint32_t n_readable
+    cdef uint32_t n_writable
+    cdef bint returned
+    cdef list _views(self, uint32_t first, uint32_t count)

@@ -1,9 +1,103 @@
+"""Guest memory and the split virtqueue: the contract of the C module and of its Python twin's queue."""
+
 from collections.abc import Buffer
 
 class GuestRam:
-    def map_region(self, gpa: int, mapping: Buffer) -> None: ...
-    def unmap_all(self) -> None: ...
-    def host_address(self, gpa: int, size: int) -> int: ...
-    def slice(self, gpa: int, size: int) -> memoryview: ...
-    def write(self, gpa: int, data: Buffer) -> None: ...
-    def read(self, gpa: int, size: int) -> bytes: ...
+    """The guest's RAM: up to 8 mapped regions; each access lies within one or raises ``GuestMemoryError``."""
+
+    def map_region(self, gpa: int, mapping: Buffer) -> None:
+        """Take `mapping`, page aligned and writable, as RAM from `gpa`; in address order, before the VM runs."""
+    def unmap_all(self) -> None:
+        """Forget every region; a mapping goes when its last slice does."""
+    def host_address(self, gpa: int, size: int) -> int:
+        """Host virtual address of [gpa, gpa + size)."""
+    def slice(self, gpa: int, size: int) -> memoryview:
+        """A writable memoryview over [gpa, gpa + size), not copied; keeps the mapping alive."""
+    def write(self, gpa: int, data: Buffer) -> None:
+        """Copy `data` to guest memory at `gpa`."""
+    def read(self, gpa: int, size: int) -> bytes:
+        """The `size` bytes at `gpa`, copied."""
+
+class Chain:
+    """One request of the driver. Its buffers are guest memory, borrowed until ``VirtQueue.add_used``."""
+
+    @property
+    def head(self) -> int:
+        """Index of its first descriptor, by which the driver knows it."""
+    @property
+    def readable_bytes(self) -> int:
+        """Bytes in ``readable``."""
+    @property
+    def writable_bytes(self) -> int:
+        """Bytes in ``writable``; together at most 2^32."""
+    @property
+    def readable(self) -> list[memoryview]:
+        """What the driver wrote for the device, in order; no buffer is empty. Made anew by each call."""
+    @property
+    def writable(self) -> list[memoryview]:
+        """Where the device may write, in order; no buffer is empty. Made anew by each call."""
+
+class VirtQueue:
+    """The device's side of one split virtqueue (virtio 1.2 §2.7). One thread uses it at a time. The loop it is for::
+
+        while True:
+            queue.disable_notify()
+            while (chain := queue.pop()) is not None:
+                queue.add_used(chain, serve(chain))
+                if queue.flush():
+                    interrupt()
+            if not queue.enable_notify():
+                break                       # now wait for the notification
+
+    :param memory: guest RAM that holds the rings and the buffers
+    :param max_size: a power of two up to 32768
+    :param index: of the queue in its device, for messages
+    """
+
+    size: int
+    desc: int
+    avail: int
+    used: int
+    def __init__(self, memory: GuestRam, max_size: int, index: int = 0) -> None: ...
+    @property
+    def memory(self) -> GuestRam: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def max_size(self) -> int: ...
+    @property
+    def ready(self) -> bool:
+        """Whether ``enable`` found the set-up good."""
+    @property
+    def last_avail(self) -> int:
+        """Chains taken so far, mod 65536."""
+    @property
+    def next_used(self) -> int:
+        """Chains returned so far, mod 65536."""
+    def reset(self) -> None:
+        """Not ready, ``size`` is ``max_size``, no addresses."""
+    def enable(self, *, event_idx: bool, indirect: bool, last_avail: int = 0, next_used: int = 0) -> None:
+        """Judge ``size`` and the guest addresses ``desc``, ``avail`` and ``used``, and make the queue ready.
+
+        :param event_idx: VIRTIO_F_EVENT_IDX was negotiated
+        :param indirect: VIRTIO_F_INDIRECT_DESC was negotiated
+        :param last_avail: where a restored device goes on
+        :param next_used: the same for the used ring
+        :raises BadChain: size not a power of two or too large, an address misaligned or outside RAM
+        """
+    def pop(self) -> Chain | None:
+        """The next chain, each descriptor copied once and then judged; None: no more for now.
+
+        :raises BadChain: the driver broke a rule; the queue stays where it is until ``reset``
+        """
+    def add_used(self, chain: Chain, written: int) -> None:
+        """Return `chain`, its first `written` writable bytes filled; the driver sees it after ``flush``.
+
+        :raises ValueError: returned before, or `written` above its ``writable_bytes``
+        """
+    def flush(self) -> bool:
+        """Show the driver the chains returned since the last call; True: it wants an interrupt for them."""
+    def enable_notify(self) -> bool:
+        """Ask the driver for notifications; True: more chains came meanwhile, take them first."""
+    def disable_notify(self) -> None:
+        """Tell the driver that it need not notify; only a hint."""

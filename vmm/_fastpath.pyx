@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Guest memory as every hot path sees it: one checked accessor from a guest address to a host address."""
-from cpython.buffer cimport PyBUF_WRITE
-from cpython.memoryview cimport PyMemoryView_FromMemory
+"""Guest memory and the split virtqueue as every hot path sees them.
+
+One checked accessor from a guest address to a host address, and the device's side of virtio 1.2 §2.7: C functions
+without the GIL (``queue_*``), which ``VirtQueue`` hands to Python.
+"""
+from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
-from vmm.errors import GuestMemoryError
+from vmm.errors import BadChain, GuestMemoryError
 
 
 cdef class GuestRam:
@@ -90,3 +93,297 @@ cdef class GuestRam:
         if p == NULL:
             raise GuestMemoryError(gpa, size)
         return (<char *>p)[:<Py_ssize_t>size]
+
+
+cdef enum:
+    DESC_F_NEXT = 1
+    DESC_F_WRITE = 2
+    DESC_F_INDIRECT = 4
+    AVAIL_F_NO_INTERRUPT = 1
+    USED_F_NO_NOTIFY = 1
+
+cdef dict RULES = {
+    QUEUE_NOT_READY: "the queue is not ready (§4.2.2.2)",
+    QUEUE_AVAIL_IDX: "avail.idx is further ahead than the queue is long (§2.7.13.3)",
+    QUEUE_HEAD: "the head is not below the queue size (§2.7.6)",
+    QUEUE_NEXT: "next is not below the size of its table (§2.7.5)",
+    QUEUE_TOO_LONG: "the chain loops or is longer than the queue (§2.7.5.2, §2.7.5.3.1)",
+    QUEUE_ADDRESS: "the buffer is not inside guest memory (§2.7.5)",
+    QUEUE_ORDER: "a device-readable buffer follows a device-writable one (§2.7.4.2)",
+    QUEUE_TOTAL: "the chain holds more than 2^32 bytes (§2.7.5.2)",
+    QUEUE_INDIRECT_OFF: "INDIRECT without VIRTIO_F_INDIRECT_DESC (§2.7.5.3.1)",
+    QUEUE_INDIRECT_NESTED: "INDIRECT inside an indirect table (§2.7.5.3.1)",
+    QUEUE_INDIRECT_NEXT: "INDIRECT together with NEXT (§2.7.5.3.1)",
+    QUEUE_INDIRECT_LENGTH: "the indirect table is empty, not whole descriptors or longer than the queue (§2.7.5.3.1)",
+    QUEUE_INDIRECT_ADDRESS: "the indirect table is not inside guest memory (§2.7.5.3)",
+}
+
+
+cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
+    """Take the next chain that the driver made available; QUEUE_CHAIN, QUEUE_EMPTY or the rule it broke."""
+    cdef vring_desc_copy d
+    cdef uint8_t *table = ring.desc
+    cdef uint8_t *host
+    cdef uint32_t table_size = ring.size
+    cdef uint32_t seen = 0
+    cdef uint64_t total = 0
+    cdef uint16_t index, ahead
+    cdef bint inside_indirect = False
+    chain.head = 0
+    chain.index = 0
+    if ring.size == 0:
+        return QUEUE_NOT_READY
+    # pairs with the driver's write barrier between avail.ring[] and avail.idx (§2.7.13.3.1)
+    ahead = <uint16_t>(load_acquire16(ring.avail + 2) - ring.last_avail)
+    if ahead == 0:
+        return QUEUE_EMPTY
+    if ahead > ring.size:
+        return QUEUE_AVAIL_IDX
+    index = load_relaxed16(ring.avail + 4 + 2 * (ring.last_avail & (ring.size - 1)))
+    chain.head = chain.index = index
+    if index >= ring.size:
+        return QUEUE_HEAD
+    chain.n_readable = chain.n_writable = 0
+    chain.readable_bytes = chain.writable_bytes = 0
+    while True:
+        chain.index = index
+        copy_desc(&d, table + 16 * <size_t>index)
+        if d.flags & DESC_F_INDIRECT:
+            # §2.7.5.3.2: zero or more direct descriptors may come first; WRITE has no meaning here.
+            if not ring.indirect:
+                return QUEUE_INDIRECT_OFF
+            if inside_indirect:
+                return QUEUE_INDIRECT_NESTED
+            if d.flags & DESC_F_NEXT:
+                return QUEUE_INDIRECT_NEXT
+            if d.len == 0 or d.len & 15 or d.len >> 4 > ring.size:
+                return QUEUE_INDIRECT_LENGTH
+            table = ram.host(d.addr, d.len)
+            if table == NULL:
+                return QUEUE_INDIRECT_ADDRESS
+            table_size = d.len >> 4
+            inside_indirect = True
+            index = 0
+            continue
+        seen += 1
+        if seen > ring.size:
+            return QUEUE_TOO_LONG
+        host = ram.host(d.addr, d.len)
+        if host == NULL:
+            return QUEUE_ADDRESS
+        total += d.len
+        if total > <uint64_t>1 << 32:
+            return QUEUE_TOTAL
+        if not d.flags & DESC_F_WRITE and chain.n_writable:
+            return QUEUE_ORDER
+        if d.len:       # an empty buffer is legal and means nothing
+            chain.iov[chain.n_readable + chain.n_writable].iov_base = host
+            chain.iov[chain.n_readable + chain.n_writable].iov_len = d.len
+            if d.flags & DESC_F_WRITE:
+                chain.n_writable += 1
+                chain.writable_bytes += d.len
+            else:
+                chain.n_readable += 1
+                chain.readable_bytes += d.len
+        if not d.flags & DESC_F_NEXT:
+            break
+        index = d.next
+        if index >= table_size:
+            return QUEUE_NEXT
+    ring.last_avail += 1
+    return QUEUE_CHAIN
+
+
+cdef void queue_add_used(Ring *ring, uint16_t head, uint32_t written) noexcept nogil:
+    """Return the chain of `head`, its first `written` writable bytes filled; the driver sees it after queue_flush."""
+    cdef uint32_t *element = <uint32_t *>(ring.used + 4 + 8 * <size_t>(ring.next_used & (ring.size - 1)))
+    element[0] = head
+    element[1] = written
+    ring.next_used += 1
+
+
+cdef bint queue_flush(Ring *ring) noexcept nogil:
+    """Show the driver what queue_add_used returned; whether it wants an interrupt for it."""
+    cdef uint16_t old = ring.published, new = ring.next_used, event
+    if new == old:
+        return False
+    # pairs with the driver's read barrier between used.idx and used.ring[] (§2.7.14)
+    store_release16(ring.used + 2, new)
+    ring.published = new
+    # pairs with the driver's full barrier between writing used_event (or flags) and looking at used.idx again:
+    # either it sees the new index or this sees its new wish (§2.7.7.2)
+    fence_seq_cst()
+    if ring.event_idx:
+        event = load_relaxed16(ring.avail + 4 + 2 * <size_t>ring.size)
+        return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
+    return not load_relaxed16(ring.avail) & AVAIL_F_NO_INTERRUPT
+
+
+cdef bint queue_enable_notify(Ring *ring) noexcept nogil:
+    """Ask the driver to notify; whether more came meanwhile, for which no notification will come."""
+    if ring.size == 0:
+        return False
+    if ring.event_idx:
+        store_release16(ring.used + 4 + 8 * <size_t>ring.size, ring.last_avail)
+    else:
+        store_release16(ring.used, 0)
+    # pairs with the driver's full barrier between writing avail.idx and reading avail_event (or flags): either it
+    # notifies or this sees its index (§2.7.13.4.1)
+    fence_seq_cst()
+    return load_acquire16(ring.avail + 2) != ring.last_avail
+
+
+cdef void queue_disable_notify(Ring *ring) noexcept nogil:
+    """Tell the driver that notifications are not needed; only a hint. With EVENT_IDX an old avail_event says it."""
+    if ring.size and not ring.event_idx:
+        store_release16(ring.used, USED_F_NO_NOTIFY)
+
+
+cdef class Chain:
+    """One request of the driver: ``readable`` then ``writable`` buffers in guest memory, borrowed until add_used."""
+
+    def __dealloc__(self):
+        PyMem_Free(self.iov)
+
+    cdef list _views(self, uint32_t first, uint32_t count):
+        cdef list views = []
+        cdef uint32_t i
+        cdef int r
+        cdef uintptr_t start
+        cdef RamRegion *region
+        for i in range(first, first + count):
+            for r in range(self.memory._count):
+                region = &self.memory._regions[r]
+                start = <uintptr_t>self.iov[i].iov_base - <uintptr_t>region.host
+                if start < region.size:
+                    views.append(self.memory._maps[r][1][start:start + self.iov[i].iov_len])
+                    break
+        return views
+
+    @property
+    def readable(self):
+        """Memoryviews over what the driver wrote for the device, in order; none is empty."""
+        return self._views(0, self.n_readable)
+
+    @property
+    def writable(self):
+        """Memoryviews over what the device may write, in order; none is empty."""
+        return self._views(self.n_readable, self.n_writable)
+
+
+cdef class VirtQueue:
+    """The device's side of one split virtqueue (virtio 1.2 §2.7). One thread uses it at a time. The loop it is for::
+
+        while True:
+            queue.disable_notify()
+            while (chain := queue.pop()) is not None:
+                queue.add_used(chain, serve(chain))
+                if queue.flush():
+                    interrupt()
+            if not queue.enable_notify():
+                break                       # now wait for the notification
+    """
+
+    def __cinit__(self, GuestRam memory, int max_size, int index=0):
+        if not 0 < max_size <= 32768 or max_size & (max_size - 1):
+            raise ValueError("a queue's maximum size is a power of two up to 32768")
+        self.memory = memory
+        self.index = index
+        self.max_size = max_size
+        self.scratch.iov = <iovec *>PyMem_Calloc(max_size, sizeof(iovec))
+        if self.scratch.iov == NULL:
+            raise MemoryError()
+        self.reset()
+
+    def __dealloc__(self):
+        PyMem_Free(self.scratch.iov)
+
+    def reset(self):
+        """Forget what the driver set; the queue is not ready."""
+        self.ring = Ring(NULL, NULL, NULL, 0, 0, 0, 0, False, False)
+        self.size = self.max_size
+        self.desc = self.avail = self.used = 0
+
+    @property
+    def ready(self):
+        """Whether the driver has set the queue up and it was found good."""
+        return self.ring.size != 0
+
+    @property
+    def last_avail(self):
+        """Chains taken so far, mod 65536."""
+        return self.ring.last_avail
+
+    @property
+    def next_used(self):
+        """Chains returned so far, mod 65536."""
+        return self.ring.next_used
+
+    def enable(self, *, bint event_idx, bint indirect, uint16_t last_avail=0, uint16_t next_used=0):
+        """Judge ``size``, ``desc``, ``avail`` and ``used`` as the driver set them, and make the queue ready."""
+        if not 0 < self.size <= <uint32_t>self.max_size or self.size & (self.size - 1):
+            raise BadChain(self.index, -1, -1, f"the queue size {self.size} is not a power of two up to "
+                           f"{self.max_size} (§2.7, §4.2.3.2)")
+        parts = (("descriptor table", self.desc, 16, 16 * self.size),
+                 ("available ring", self.avail, 2, 6 + 2 * self.size),
+                 ("used ring", self.used, 4, 6 + 8 * self.size))
+        for name, gpa, alignment, length in parts:
+            if gpa % alignment:
+                raise BadChain(self.index, -1, -1, f"the {name} at {gpa:#x} is not aligned to {alignment} (§2.7)")
+            if self.memory.host(gpa, length) == NULL:
+                raise BadChain(self.index, -1, -1, f"the {name} at {gpa:#x} is not inside guest memory (§2.7)")
+        self.ring.desc = self.memory.host(self.desc, 16 * <uint64_t>self.size)
+        self.ring.avail = self.memory.host(self.avail, 6 + 2 * <uint64_t>self.size)
+        self.ring.used = self.memory.host(self.used, 6 + 8 * <uint64_t>self.size)
+        self.ring.last_avail = last_avail
+        self.ring.next_used = self.ring.published = next_used
+        self.ring.event_idx = event_idx
+        self.ring.indirect = indirect
+        self.ring.size = <uint16_t>self.size
+
+    def pop(self):
+        """The next chain, or None where the driver has made no more available."""
+        cdef int status = queue_pop(&self.ring, self.memory, &self.scratch)
+        cdef uint32_t count
+        cdef Chain chain
+        if status == QUEUE_EMPTY:
+            return None
+        if status < 0:
+            head = -1 if status in (QUEUE_NOT_READY, QUEUE_AVAIL_IDX) else self.scratch.head
+            raise BadChain(self.index, head, self.scratch.index, RULES[status])
+        chain = Chain.__new__(Chain)
+        count = self.scratch.n_readable + self.scratch.n_writable
+        chain.iov = <iovec *>PyMem_Malloc(count * sizeof(iovec))
+        if chain.iov == NULL:
+            raise MemoryError()
+        memcpy(chain.iov, self.scratch.iov, count * sizeof(iovec))
+        chain.memory = self.memory
+        chain.head = self.scratch.head
+        chain.n_readable = self.scratch.n_readable
+        chain.n_writable = self.scratch.n_writable
+        chain.readable_bytes = self.scratch.readable_bytes
+        chain.writable_bytes = self.scratch.writable_bytes
+        return chain
+
+    def add_used(self, Chain chain not None, uint32_t written):
+        """Return `chain`, its first `written` writable bytes filled; the driver sees it after ``flush``."""
+        if chain.returned:
+            raise ValueError("the chain was returned before")
+        if written > chain.writable_bytes:
+            raise ValueError("more was written than the chain has room for")
+        if self.ring.size == 0:
+            raise ValueError("the queue is not ready")
+        chain.returned = True
+        queue_add_used(&self.ring, chain.head, written)
+
+    def flush(self):
+        """Show the driver the chains returned since the last call; whether it wants an interrupt for them."""
+        return queue_flush(&self.ring)
+
+    def enable_notify(self):
+        """Ask the driver for notifications; True: more chains came meanwhile, take them first."""
+        return queue_enable_notify(&self.ring)
+
+    def disable_notify(self):
+        """Tell the driver that it need not notify while the device looks anyway."""
+        queue_disable_notify(&self.ring)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver's side of a split virtqueue and of virtio-mmio, played in guest memory by the tests.
+
+``SplitDriver`` does what a correct driver does; a test that wants a wrong one writes over what it did, with
+``write_desc`` and the addresses ``desc``, ``avail`` and ``used``.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from virtio import spec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from virtio.mmio import VirtioMmio
+    from vmm._fastpath import GuestRam, VirtQueue
+
+U16 = struct.Struct("<H")
+USED = struct.Struct("<HHII")
+
+
+class Buffer(NamedTuple):
+    """One descriptor's worth: guest address, bytes, whether the device writes it."""
+
+    addr: int
+    size: int
+    device_writes: bool = False
+
+
+class Allocator:
+    """Hands out disjoint stretches of [base, base+size), with random gaps if asked."""
+
+    def __init__(self, base: int, size: int, *, gaps: random.Random | None = None) -> None:
+        self.next = base
+        self.end = base + size
+        self.gaps = gaps
+        self.taken: list[tuple[int, int]] = []
+
+    def alloc(self, size: int, align: int = 1) -> int:
+        gap = self.gaps.randrange(64) if self.gaps else 0
+        start = -(-(self.next + gap) // align) * align
+        if start + size > self.end:
+            raise MemoryError("the test gave its driver too little memory")
+        self.next = start + size
+        self.taken.append((start, size))
+        return start
+
+
+class SplitDriver:
+    """A driver with a queue of `size` whose rings and buffers come from `allocator`.
+
+    :param event_idx: keep used_event and read avail_event (VIRTIO_F_EVENT_IDX)
+    :param start: first value of avail.idx and used.idx, so that a test reaches the wrap at 65536 soon
+    """
+
+    def __init__(
+        self, ram: GuestRam, allocator: Allocator, size: int, *, event_idx: bool = False, start: int = 0
+    ) -> None:
+        self.ram = ram
+        self.allocator = allocator
+        self.size = size
+        self.event_idx = event_idx
+        self.desc = allocator.alloc(16 * size, 16)
+        self.avail = allocator.alloc(6 + 2 * size, 2)
+        self.used = allocator.alloc(6 + 8 * size, 4)
+        self.start = start
+        self.avail_idx = start  # next entry of the available ring, mod 65536
+        self.used_idx = start  # next entry of the used ring to reap, mod 65536
+        self.kicked_idx = start  # avail_idx at the last kick
+        self.free = list(range(size))[::-1]
+        self.chains: dict[int, list[int]] = {}  # head: descriptors of the main table
+        for ring in (self.avail, self.used):
+            ram.write(ring + 2, U16.pack(start))
+        self.want_interrupt()
+
+    def attach(self, queue: VirtQueue, *, indirect: bool = True) -> VirtQueue:
+        """Tell the device's `queue` where the rings are, without a transport."""
+        queue.size, queue.desc, queue.avail, queue.used = self.size, self.desc, self.avail, self.used
+        queue.enable(event_idx=self.event_idx, indirect=indirect, last_avail=self.start, next_used=self.start)
+        return queue
+
+    def buffer(self, data: bytes | int, *, device_writes: bool = False) -> Buffer:
+        """A buffer with `data`, or of so many zero bytes."""
+        content = bytes(data) if isinstance(data, int) else data
+        addr = self.allocator.alloc(len(content))
+        self.ram.write(addr, content)
+        return Buffer(addr, len(content), device_writes)
+
+    def write_desc(self, index: int, addr: int, size: int, flags: int, following: int = 0) -> None:
+        """Write descriptor `index` of the main table, right or wrong."""
+        self.ram.write(self.desc + 16 * index, spec.DESC.pack(addr, size, flags, following))
+
+    def write_chain(self, buffers: Sequence[Buffer], indices: Sequence[int]) -> None:
+        """Write `buffers` as a chain over `indices` of the main table."""
+        for at, (index, buffer) in enumerate(zip(indices, buffers, strict=True)):
+            more = at + 1 < len(buffers)
+            flags = spec.DESC_F_NEXT * more | spec.DESC_F_WRITE * buffer.device_writes
+            self.write_desc(index, buffer.addr, buffer.size, flags, indices[at + 1] if more else 0)
+
+    def add(self, buffers: Sequence[Buffer]) -> int:
+        """Make `buffers` available as one chain; its head."""
+        indices = [self.free.pop() for _ in buffers]
+        self.write_chain(buffers, indices)
+        return self.offer(indices[0], indices)
+
+    def add_indirect(self, buffers: Sequence[Buffer], *, direct: int = 0) -> int:
+        """Make `buffers` available, all but the first `direct` in an indirect table; its head."""
+        indices = [self.free.pop() for _ in range(direct + 1)]
+        rest = buffers[direct:]
+        table = self.allocator.alloc(16 * len(rest), 16)
+        for at, buffer in enumerate(rest):
+            more = at + 1 < len(rest)
+            flags = spec.DESC_F_NEXT * more | spec.DESC_F_WRITE * buffer.device_writes
+            descriptor = spec.DESC.pack(buffer.addr, buffer.size, flags, at + 1 if more else 0)
+            self.ram.write(table + 16 * at, descriptor)
+        self.write_chain([*buffers[:direct], Buffer(table, 16 * len(rest))], indices)
+        self.write_desc(indices[-1], table, 16 * len(rest), spec.DESC_F_INDIRECT)
+        return self.offer(indices[0], indices)
+
+    def offer(self, head: int, indices: Sequence[int] = ()) -> int:
+        """Put `head` into the available ring and show it to the device."""
+        self.chains[head] = list(indices)
+        self.ram.write(self.avail + 4 + 2 * (self.avail_idx % self.size), U16.pack(head))
+        self.avail_idx = self.avail_idx + 1 & 0xFFFF
+        self.ram.write(self.avail + 2, U16.pack(self.avail_idx))
+        return head
+
+    def needs_kick(self) -> bool:
+        """Whether the device wants to be told of what was added since the last call (§2.7.10)."""
+        old, self.kicked_idx = self.kicked_idx, self.avail_idx
+        if self.event_idx:
+            event = self._u16(self.used + 4 + 8 * self.size)
+            return (self.avail_idx - event - 1) % 65536 < (self.avail_idx - old) % 65536
+        return not self._u16(self.used) & spec.USED_F_NO_NOTIFY
+
+    def want_interrupt(self, wanted: bool = True, *, after: int = 0) -> None:
+        """Ask for an interrupt once `after` more chains than the next have come back, or for none."""
+        event = self.used_idx + after if wanted else self.used_idx - 1
+        if self.event_idx:
+            self.ram.write(self.avail + 4 + 2 * self.size, U16.pack(event & 0xFFFF))
+        else:
+            self.ram.write(self.avail, U16.pack(0 if wanted else spec.AVAIL_F_NO_INTERRUPT))
+
+    def reap(self) -> list[tuple[int, int]]:
+        """What the device has returned since the last call: (head, bytes written); frees the descriptors."""
+        done = []
+        while self.used_idx != self._u16(self.used + 2):
+            at = self.used + 4 + 8 * (self.used_idx % self.size)
+            head, written = struct.unpack("<II", self.ram.read(at, 8))
+            self.free.extend(reversed(self.chains.pop(head)))
+            self.used_idx = self.used_idx + 1 & 0xFFFF
+            done.append((head, written))
+        return done
+
+    def _u16(self, gpa: int) -> int:
+        return int(U16.unpack(self.ram.read(gpa, 2))[0])
+
+
+class MmioDriver:
+    """Drives a ``VirtioMmio`` through its registers as Linux does (§3.1.1, §4.2.3)."""
+
+    def __init__(self, transport: VirtioMmio, allocator: Allocator) -> None:
+        self.transport = transport
+        self.allocator = allocator
+        self.queues: list[SplitDriver] = []
+
+    def get(self, offset: int) -> int:
+        data = bytearray(4)
+        self.transport.read(offset, memoryview(data))
+        return int.from_bytes(data, "little")
+
+    def set(self, offset: int, value: int) -> None:
+        self.transport.write(offset, memoryview(bytearray(value.to_bytes(4, "little"))))
+
+    def config(self, offset: int, size: int) -> bytes:
+        data = bytearray(size)
+        self.transport.read(spec.MMIO_CONFIG + offset, memoryview(data))
+        return bytes(data)
+
+    def add_status(self, bit: int) -> int:
+        self.set(spec.MMIO_STATUS, self.get(spec.MMIO_STATUS) | bit)
+        return self.get(spec.MMIO_STATUS)
+
+    def offered(self) -> int:
+        features = 0
+        for page in (0, 1):
+            self.set(spec.MMIO_DEVICE_FEATURES_SEL, page)
+            features |= self.get(spec.MMIO_DEVICE_FEATURES) << 32 * page
+        return features
+
+    def accept(self, features: int) -> None:
+        for page in (0, 1):
+            self.set(spec.MMIO_DRIVER_FEATURES_SEL, page)
+            self.set(spec.MMIO_DRIVER_FEATURES, features >> 32 * page & 0xFFFF_FFFF)
+
+    def negotiate(self, *, without: int = 0) -> int:
+        """Reset the device and go as far as FEATURES_OK; the features accepted."""
+        self.set(spec.MMIO_STATUS, 0)
+        self.add_status(spec.ACKNOWLEDGE)
+        self.add_status(spec.DRIVER)
+        features = self.offered() & ~without
+        self.accept(features)
+        assert self.add_status(spec.FEATURES_OK) & spec.FEATURES_OK
+        return features
+
+    def place_queue(self, index: int, driver: SplitDriver) -> None:
+        """Write the addresses of `driver` as queue `index`, all but QueueReady."""
+        self.set(spec.MMIO_QUEUE_SEL, index)
+        self.set(spec.MMIO_QUEUE_NUM, driver.size)
+        for low, addr in (
+            (spec.MMIO_QUEUE_DESC_LOW, driver.desc),
+            (spec.MMIO_QUEUE_DRIVER_LOW, driver.avail),
+            (spec.MMIO_QUEUE_DEVICE_LOW, driver.used),
+        ):
+            self.set(low, addr & 0xFFFF_FFFF)
+            self.set(low + 4, addr >> 32)
+
+    def bring_up(self, *, without: int = 0, size: int | None = None) -> list[SplitDriver]:
+        """From reset to DRIVER_OK with every queue set up; the queues."""
+        features = self.negotiate(without=without)
+        self.queues = []
+        for index in range(len(self.transport.queues)):
+            self.set(spec.MMIO_QUEUE_SEL, index)
+            largest = self.get(spec.MMIO_QUEUE_NUM_MAX)
+            event_idx = bool(features & spec.F_EVENT_IDX)
+            driver = SplitDriver(self.transport.memory, self.allocator, size or largest, event_idx=event_idx)
+            self.place_queue(index, driver)
+            self.set(spec.MMIO_QUEUE_READY, 1)
+            assert self.get(spec.MMIO_QUEUE_READY) == 1
+            self.queues.append(driver)
+        assert self.add_status(spec.DRIVER_OK) & spec.DRIVER_OK
+        return self.queues
+
+    def kick(self, index: int = 0) -> None:
+        """Notify the device of queue `index`, if it wants to know."""
+        if self.queues[index].needs_kick():
+            self.set(spec.MMIO_QUEUE_NOTIFY, index)
+
+    def take_interrupt(self) -> int:
+        """Read and acknowledge InterruptStatus."""
+        status = self.get(spec.MMIO_INTERRUPT_STATUS)
+        self.set(spec.MMIO_INTERRUPT_ACK, status)
+        return status

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base class of virtio devices, what one gets when its driver is ready, and its worker thread."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+
+from virtio import spec
+from vmm.errors import GuestError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmm._fastpath import Chain, GuestRam, VirtQueue
+
+
+def warn_stderr(message: str) -> None:
+    """Write one line for the person who runs the VM."""
+    print(f"pyvmm: {message}", file=sys.stderr)
+
+
+class Warner:
+    """Passes on the 1st, 2nd, 4th, 8th, ... message of each kind, so that no guest can flood the log.
+
+    :param sink: takes one line without a newline
+    """
+
+    def __init__(self, sink: Callable[[str], None] = warn_stderr) -> None:
+        self._sink = sink
+        self._seen: dict[str, int] = {}
+
+    def __call__(self, kind: str, message: str) -> None:
+        count = self._seen[kind] = self._seen.get(kind, 0) + 1
+        if count & (count - 1) == 0:
+            self._sink(message if count == 1 else f"{message} (seen {count} times)")
+
+
+class ActivateContext:
+    """All that a device sees of its VM while a driver has it.
+
+    :ivar memory: guest RAM
+    :ivar queues: one a queue, ready or not; used by the worker thread only
+    :ivar features: what the driver accepted, a subset of what the device offers
+    :ivar interrupt: tell the driver to look at its used rings; any thread
+    :ivar warn: ``warn(kind, message)``, rate limited by kind
+    :ivar stopping: True once the driver has reset the device; a loop over a queue then returns
+    """
+
+    __slots__ = ("features", "interrupt", "memory", "queues", "stopping", "warn")
+
+    def __init__(
+        self,
+        memory: GuestRam,
+        queues: Sequence[VirtQueue],
+        features: int,
+        interrupt: Callable[[], None],
+        warn: Callable[[str, str], None],
+    ) -> None:
+        self.memory = memory
+        self.queues = queues
+        self.features = features
+        self.interrupt = interrupt
+        self.warn = warn
+        self.stopping = False
+
+
+class VirtioDevice:
+    """Base of the devices. A device has to have ``device_type``, ``queue_sizes`` and ``process``.
+
+    :ivar device_type: §5
+    :ivar queue_sizes: the largest size of each queue, powers of two
+    :ivar features: offered beside VERSION_1, INDIRECT_DESC and EVENT_IDX, which the transport adds
+    :ivar config: the configuration space as the driver reads it, little endian
+    :ivar stats: counters by name; a device adds its own
+    """
+
+    name: str = "virtio"
+    device_type: int
+    queue_sizes: tuple[int, ...]
+    features: int = 0
+    config: bytes = b""
+    context: ActivateContext
+
+    def __init__(self) -> None:
+        self.stats: dict[str, int] = {"requests": 0, "bad_requests": 0, "needs_reset": 0}
+        # Set by the transport: makes it announce a change of `config` to the driver.
+        self.config_changed: Callable[[], None] = lambda: None
+
+    def process(self, queue_index: int) -> None:
+        """Serve what is in the queue; on the worker's thread, after a notification; ``drain`` does the most.
+
+        :raises GuestError: a ring is broken; the transport sets DEVICE_NEEDS_RESET
+        """
+        raise NotImplementedError
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote `data` within the configuration space; without a writable field, ignore it."""
+
+    def activate(self, context: ActivateContext) -> None:
+        """The driver is ready; ``self.context`` is set already."""
+
+    def reset(self) -> None:
+        """The driver is gone, the worker has stopped; forget what was negotiated."""
+
+    def drain(self, queue: VirtQueue, serve: Callable[[Chain], int]) -> None:
+        """Give each chain to `serve`, which returns the bytes it wrote, until the queue is empty."""
+        context = self.context
+        while True:
+            queue.disable_notify()
+            while not context.stopping and (chain := queue.pop()) is not None:
+                queue.add_used(chain, serve(chain))
+                if queue.flush():
+                    context.interrupt()
+            if not queue.enable_notify() or context.stopping:
+                return
+
+
+class Worker:
+    """A thread that calls ``process(index)`` of a device whenever ``notify_fds[index]`` is written to.
+
+    :param on_failure: called on the thread, which then ends, with what ``process`` raised
+    """
+
+    def __init__(
+        self, device: VirtioDevice, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
+    ) -> None:
+        self._device = device
+        self._context = device.context
+        self._on_failure = on_failure
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._queue_of = {fd: index for index, fd in enumerate(notify_fds)}
+        for fd in (*notify_fds, self._stop):
+            self._epoll.register(fd, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name=device.name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
+                comm.write(self._device.name[:15])  # what `top -H` shows
+        except OSError:
+            pass  # no /proc in a jail: the thread goes without its name
+        try:
+            while not self._context.stopping:
+                for fd, _ in self._epoll.poll():
+                    if fd == self._stop:
+                        return
+                    try:
+                        os.eventfd_read(fd)
+                    except BlockingIOError:
+                        continue
+                    self._device.process(self._queue_of[fd])
+        except Exception as failure:  # the thread's boundary: this device stops, the VM lives
+            self._on_failure(failure)
+
+    def stop(self) -> None:
+        """End the thread and wait for it: the request that it serves now is finished first."""
+        self._context.stopping = True
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        self._epoll.close()
+        os.close(self._stop)
+
+
+def describe(failure: Exception) -> str:
+    """One clause for the log: a guest's fault by itself, anything else with its type."""
+    own = isinstance(failure, GuestError | OSError)
+    return str(failure) if own else f"{type(failure).__name__}: {failure}"
+
+
+# What the transport offers for every device.
+RING_FEATURES = spec.F_VERSION_1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX

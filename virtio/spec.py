@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Constants of virtio. A bare § is one of OASIS Virtual I/O Device (VIRTIO) Version 1.2 in all of pyvmm."""
+
+from __future__ import annotations
+
+import struct
+
+# Device status, §2.1
+ACKNOWLEDGE = 1
+DRIVER = 2
+DRIVER_OK = 4
+FEATURES_OK = 8
+DEVICE_NEEDS_RESET = 64
+FAILED = 128
+
+# Device types, §5
+TYPE_NET = 1
+TYPE_BLOCK = 2
+
+# Feature bits of the ring and the transport, §6, as masks
+F_INDIRECT_DESC = 1 << 28
+F_EVENT_IDX = 1 << 29
+F_VERSION_1 = 1 << 32
+
+# The split virtqueue, §2.7
+DESC = struct.Struct("<QIHH")  # addr, len, flags, next
+DESC_F_NEXT = 1
+DESC_F_WRITE = 2
+DESC_F_INDIRECT = 4
+AVAIL_F_NO_INTERRUPT = 1
+USED_F_NO_NOTIFY = 1
+QUEUE_SIZE_MAX = 32768
+
+# virtio-mmio registers, §4.2.2, table 4.1
+MMIO_MAGIC_VALUE = 0x000
+MMIO_VERSION = 0x004
+MMIO_DEVICE_ID = 0x008
+MMIO_VENDOR_ID = 0x00C
+MMIO_DEVICE_FEATURES = 0x010
+MMIO_DEVICE_FEATURES_SEL = 0x014
+MMIO_DRIVER_FEATURES = 0x020
+MMIO_DRIVER_FEATURES_SEL = 0x024
+MMIO_QUEUE_SEL = 0x030
+MMIO_QUEUE_NUM_MAX = 0x034
+MMIO_QUEUE_NUM = 0x038
+MMIO_QUEUE_READY = 0x044
+MMIO_QUEUE_NOTIFY = 0x050
+MMIO_INTERRUPT_STATUS = 0x060
+MMIO_INTERRUPT_ACK = 0x064
+MMIO_STATUS = 0x070
+MMIO_QUEUE_DESC_LOW = 0x080
+MMIO_QUEUE_DESC_HIGH = 0x084
+MMIO_QUEUE_DRIVER_LOW = 0x090
+MMIO_QUEUE_DRIVER_HIGH = 0x094
+MMIO_QUEUE_DEVICE_LOW = 0x0A0
+MMIO_QUEUE_DEVICE_HIGH = 0x0A4
+MMIO_SHM_SEL = 0x0AC
+MMIO_SHM_LEN_LOW = 0x0B0
+MMIO_SHM_LEN_HIGH = 0x0B4
+MMIO_SHM_BASE_LOW = 0x0B8
+MMIO_SHM_BASE_HIGH = 0x0BC
+MMIO_QUEUE_RESET = 0x0C0
+MMIO_CONFIG_GENERATION = 0x0FC
+MMIO_CONFIG = 0x100
+MMIO_MAGIC = 0x74726976  # "virt"
+
+INTERRUPT_USED = 1  # §4.2.2, InterruptStatus
+INTERRUPT_CONFIG = 2
+
+# Block device, §5.2
+BLK_F_SEG_MAX = 1 << 2
+BLK_F_RO = 1 << 5
+BLK_F_BLK_SIZE = 1 << 6
+BLK_F_FLUSH = 1 << 9
+
+BLK_T_IN = 0
+BLK_T_OUT = 1
+BLK_T_FLUSH = 4
+BLK_T_GET_ID = 8
+BLK_T_DISCARD = 11
+BLK_T_WRITE_ZEROES = 13
+
+BLK_S_OK = 0
+BLK_S_IOERR = 1
+BLK_S_UNSUPP = 2
+
+BLK_SECTOR = 512
+BLK_ID_BYTES = 20
+BLK_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+# capacity; size_max, seg_max; cylinders, heads, sectors; blk_size; physical_block_exp, alignment_offset,
+# min_io_size, opt_io_size; writeback, unused, num_queues; discard and write-zeroes limits: 60 bytes
+BLK_CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
