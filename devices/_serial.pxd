@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+# State of one 16550A; every field is guarded by `lock`, which several vCPUs and the two console threads take.
+from libc.stdint cimport uint8_t, uint32_t
+
+from vmm._bus cimport NativeDevice
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+
+cdef enum:
+    FIFO_SIZE = 16
+    WIRE_SIZE = 4096            # bytes that the host has sent and the FIFO has not taken; a power of two
+    RING_SIZE = 65536           # bytes that the guest has sent and the host has not taken; a power of two
+
+cdef struct State:
+    pthread_mutex_t lock
+    pthread_cond_t output_cond  # there is output, or the port is closed
+    pthread_cond_t input_cond   # the wire has room, or the port is closed
+    int irq_fd                  # borrowed from the IrqLine
+    int level                   # what the interrupt pin is at; an edge goes out when it rises
+    int thre_pending            # transmitter empty, and the guest has not read that from IIR yet
+    int closed
+    int rts_seen                # the guest has raised RTS once, so its absence means "wait"
+    uint32_t polls              # LSR reads with no other access in between
+    uint8_t ier, fcr, lcr, mcr, msr, scr, dll, dlm
+    uint8_t fifo[FIFO_SIZE]     # what the guest reads next is fifo[fifo_head]
+    uint32_t fifo_head, fifo_count
+    uint8_t wire[WIRE_SIZE]
+    uint32_t wire_head, wire_count
+    uint8_t ring[RING_SIZE]
+    uint32_t ring_head, ring_count
+
+cdef class Serial(NativeDevice):
+    cdef State state
+    cdef object _irq            # keeps irq_fd open

@@ -1,0 +1,25 @@
+from vmm.bus import NativeDevice
+from vmm.irq import IrqLine
+
+class Serial(NativeDevice):
+    """A 16550A serial port of 8 ports: FIFO, interrupts, modem lines, loopback.
+
+    :param irq: its interrupt line; kept, and borrowed from its owner, who closes it after this
+    """
+
+    def __init__(self, irq: IrqLine) -> None: ...
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Send `data` to the guest; returns when all of it is on the wire, at most 4 KiB ahead of the guest.
+
+        Blocks without the GIL while the guest does not read, or holds RTS down; ``close`` ends the wait, and what
+        was not taken by then is lost.
+        """
+
+    def wait_output(self) -> bytes:
+        """Take all that the guest has sent, waiting without the GIL until there is something; for one thread.
+
+        :returns: at most 64 KiB; ``b""`` when the port is closed and everything was taken
+        """
+
+    def close(self) -> None:
+        """Wake ``feed`` and ``wait_output``; the port itself keeps answering the guest. Idempotent."""

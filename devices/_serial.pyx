@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""A 16550A serial port in C: a guest's console output costs no Python object and no GIL.
+
+Output goes to a ring that a console thread takes from (``wait_output``). When it is full THRE stays clear and the guest
+waits, as on a slow line. Input lies "on the wire" until the FIFO has room and the guest wants it (``feed``).
+
+Source: National Semiconductor PC16550D data sheet, section 8 (registers); Linux drivers/tty/serial/8250/8250_port.c.
+"""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from vmm._bus cimport ACCESS_DONE, NativeDevice
+
+cdef extern from "<pthread.h>" nogil:
+    int pthread_mutex_init(pthread_mutex_t *m, void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *m)
+    int pthread_mutex_lock(pthread_mutex_t *m)
+    int pthread_mutex_unlock(pthread_mutex_t *m)
+    int pthread_cond_init(pthread_cond_t *c, void *attributes)
+    int pthread_cond_destroy(pthread_cond_t *c)
+    int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
+    int pthread_cond_broadcast(pthread_cond_t *c)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int fd, const void *data, size_t size)
+    int usleep(unsigned int microseconds)
+
+# Registers, by offset.
+cdef enum:
+    RBR_THR = 0
+    IER = 1
+    IIR_FCR = 2
+    LCR = 3
+    MCR = 4
+    LSR = 5
+    MSR = 6
+    SCR = 7
+
+cdef enum:
+    IER_RDA = 0x01
+    IER_THRE = 0x02
+    IER_MSI = 0x08
+    IIR_NONE = 0x01
+    IIR_MSI = 0x00
+    IIR_THRE = 0x02
+    IIR_RDA = 0x04
+    IIR_TIMEOUT = 0x0c
+    IIR_FIFO = 0xc0
+    FCR_ENABLE = 0x01
+    FCR_CLEAR_RX = 0x02
+    LCR_DLAB = 0x80
+    MCR_DTR = 0x01
+    MCR_RTS = 0x02
+    MCR_OUT1 = 0x04
+    MCR_OUT2 = 0x08
+    MCR_LOOP = 0x10
+    LSR_DR = 0x01
+    LSR_THRE = 0x20
+    LSR_TEMT = 0x40
+    MSR_DELTA = 0x0f
+    MSR_CTS = 0x10
+    MSR_DSR = 0x20
+    MSR_RI = 0x40
+    MSR_DCD = 0x80
+
+cdef enum:
+    # A driver that waits for the transmitter reads LSR once or twice; one that reads it this often wants input.
+    POLLING = 16
+    # The console thread lets a burst gather for a moment: a boot log is hundreds of writes instead of thousands.
+    GATHER_US = 1000
+
+
+cdef inline int wants_input(State *s) noexcept nogil:
+    # Linux empties the FIFO and reads RBR blindly while it opens the port: what is on the wire before the guest is
+    # ready must stay there, or the first bytes typed (or piped) are lost.
+    if s.mcr & MCR_LOOP:
+        return 0
+    if s.rts_seen:
+        return s.mcr & MCR_RTS
+    return s.ier & IER_RDA or s.polls >= POLLING
+
+
+cdef int cause(State *s) noexcept nogil:
+    # The pending interrupt of the highest priority, as IIR shows it. Line errors do not happen here.
+    cdef uint32_t trigger
+    if s.ier & IER_RDA and s.fifo_count:
+        if not s.fcr & FCR_ENABLE:
+            return IIR_RDA
+        trigger = 1 if s.fcr >> 6 == 0 else 4 if s.fcr >> 6 == 1 else 8 if s.fcr >> 6 == 2 else 14
+        return IIR_RDA if s.fifo_count >= trigger else IIR_TIMEOUT
+    if s.ier & IER_THRE and s.thre_pending:
+        return IIR_THRE
+    if s.ier & IER_MSI and s.msr & MSR_DELTA:
+        return IIR_MSI
+    return IIR_NONE
+
+
+cdef void update(State *s) noexcept nogil:
+    # The line is edge triggered at the IOAPIC. The pin stays up while any cause is pending, so a driver that serves
+    # until IIR says "none", as all do, misses nothing between two edges.
+    cdef uint64_t one = 1
+    cdef int level = cause(s) != IIR_NONE
+    if level and not s.level:
+        write(s.irq_fd, &one, 8)
+    s.level = level
+
+
+cdef void receive(State *s, uint8_t byte) noexcept nogil:
+    if s.fifo_count < FIFO_SIZE:
+        s.fifo[(s.fifo_head + s.fifo_count) % FIFO_SIZE] = byte
+        s.fifo_count += 1
+
+
+cdef void refill(State *s) noexcept nogil:
+    # From the wire to an empty FIFO, and never before the guest has seen it empty: a FIFO that fills while it is
+    # read keeps Linux's handler in its loop until it gives up, with the pin high and no edge to come.
+    cdef uint32_t room = FIFO_SIZE if s.fcr & FCR_ENABLE else 1
+    if s.fifo_count or not s.wire_count or not wants_input(s):
+        return
+    while s.wire_count and s.fifo_count < room:
+        receive(s, s.wire[s.wire_head])
+        s.wire_head = (s.wire_head + 1) % WIRE_SIZE
+        s.wire_count -= 1
+    pthread_cond_broadcast(&s.input_cond)
+
+
+cdef void transmit(State *s, uint8_t byte) noexcept nogil:
+    if s.mcr & MCR_LOOP:
+        receive(s, byte)
+    elif s.ring_count < RING_SIZE:
+        # A full ring was announced by a clear THRE; a guest that sends all the same loses its byte, as on a UART.
+        s.ring[(s.ring_head + s.ring_count) % RING_SIZE] = byte
+        s.ring_count += 1
+        if s.ring_count == 1:
+            pthread_cond_broadcast(&s.output_cond)
+    s.thre_pending = s.ring_count < RING_SIZE
+
+
+cdef void set_modem_lines(State *s) noexcept nogil:
+    # A terminal is always there and ready; in loopback the outputs are wired to the inputs.
+    cdef uint8_t lines = MSR_CTS | MSR_DSR | MSR_DCD
+    cdef uint8_t changed
+    if s.mcr & MCR_LOOP:
+        lines = (MSR_CTS if s.mcr & MCR_RTS else 0) | (MSR_DSR if s.mcr & MCR_DTR else 0) \
+            | (MSR_RI if s.mcr & MCR_OUT1 else 0) | (MSR_DCD if s.mcr & MCR_OUT2 else 0)
+    changed = (s.msr ^ lines) >> 4
+    if changed & 4 and lines & MSR_RI:
+        changed &= ~4       # the ring indicator reports its trailing edge only
+    s.msr = lines | (s.msr & MSR_DELTA) | changed
+
+
+cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
+    cdef uint8_t value
+    cdef int pending
+    s.polls = s.polls + 1 if offset == LSR else 0
+    if offset == RBR_THR:
+        if s.lcr & LCR_DLAB:
+            return s.dll
+        if not s.fifo_count:
+            return 0
+        value = s.fifo[s.fifo_head]
+        s.fifo_head = (s.fifo_head + 1) % FIFO_SIZE
+        s.fifo_count -= 1
+        return value
+    if offset == IER:
+        return s.dlm if s.lcr & LCR_DLAB else s.ier
+    if offset == IIR_FCR:
+        pending = cause(s)
+        if pending == IIR_THRE:
+            s.thre_pending = 0
+        elif pending == IIR_NONE:
+            refill(s)       # the handler saw "none" and leaves; the refill is an edge of its own
+        return pending | (IIR_FIFO if s.fcr & FCR_ENABLE else 0)
+    if offset == LCR:
+        return s.lcr
+    if offset == MCR:
+        return s.mcr
+    if offset == LSR:
+        value = (LSR_THRE | LSR_TEMT if s.ring_count < RING_SIZE else 0) | (LSR_DR if s.fifo_count else 0)
+        if not s.ier & IER_RDA or s.polls >= POLLING:
+            refill(s)       # a polling guest has just seen the FIFO empty
+        return value
+    if offset == MSR:
+        value = s.msr
+        s.msr &= ~MSR_DELTA
+        return value
+    return s.scr
+
+
+cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogil:
+    s.polls = 0
+    if offset == RBR_THR:
+        if s.lcr & LCR_DLAB:
+            s.dll = value
+        else:
+            transmit(s, value)
+    elif offset == IER:
+        if s.lcr & LCR_DLAB:
+            s.dlm = value
+        else:
+            # Enabling the transmitter's interrupt while it is empty raises it at once; Linux tests for that.
+            if value & IER_THRE and not s.ier & IER_THRE and s.ring_count < RING_SIZE:
+                s.thre_pending = 1
+            s.ier = value & 0x0f
+            refill(s)
+    elif offset == IIR_FCR:
+        if (value ^ s.fcr) & FCR_ENABLE or value & FCR_CLEAR_RX:
+            s.fifo_count = 0
+        s.fcr = value & 0xc9 if value & FCR_ENABLE else 0
+    elif offset == LCR:
+        s.lcr = value
+    elif offset == MCR:
+        s.mcr = value & 0x1f
+        set_modem_lines(s)
+        if not s.mcr & MCR_LOOP and s.mcr & MCR_RTS:
+            s.rts_seen = 1
+            refill(s)
+    elif offset == SCR:
+        s.scr = value
+
+
+cdef int serial_access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is_write) noexcept nogil:
+    cdef State *s = <State *>ctx
+    cdef uint32_t i
+    pthread_mutex_lock(&s.lock)
+    for i in range(size):       # a wide access is that many registers in a row
+        if is_write:
+            write_register(s, offset + i, data[i])
+        else:
+            data[i] = read_register(s, offset + i)
+    update(s)
+    pthread_mutex_unlock(&s.lock)
+    return ACCESS_DONE
+
+
+cdef class Serial(NativeDevice):
+    """A 16550A at 8 ports; see ``_serial.pyi``."""
+
+    def __cinit__(self, irq):
+        cdef State *s = &self.state
+        pthread_mutex_init(&s.lock, NULL)
+        pthread_cond_init(&s.output_cond, NULL)
+        pthread_cond_init(&s.input_cond, NULL)
+        self._irq = irq
+        s.irq_fd = irq.fd
+        s.dll = 1               # 115200 baud, for a guest that asks
+        s.lcr = 3               # 8 bits, no parity
+        s.thre_pending = 1
+        s.msr = MSR_CTS | MSR_DSR | MSR_DCD
+        self.access = serial_access
+        self.ctx = s
+
+    def __dealloc__(self):
+        pthread_cond_destroy(&self.state.output_cond)
+        pthread_cond_destroy(&self.state.input_cond)
+        pthread_mutex_destroy(&self.state.lock)
+
+    def read(self, uint64_t offset, data):
+        cdef uint8_t[::1] view = data
+        serial_access(&self.state, offset, &view[0], <uint32_t>view.shape[0], 0)
+
+    def write(self, uint64_t offset, data):
+        cdef const uint8_t[::1] view = data
+        serial_access(&self.state, offset, <uint8_t *>&view[0], <uint32_t>view.shape[0], 1)
+
+    def feed(self, data):
+        cdef const uint8_t[::1] view = memoryview(data).cast("B")
+        cdef State *s = &self.state
+        cdef Py_ssize_t done = 0, size = view.shape[0]
+        with nogil:
+            pthread_mutex_lock(&s.lock)
+            while done < size and not s.closed:
+                if s.wire_count == WIRE_SIZE:
+                    pthread_cond_wait(&s.input_cond, &s.lock)
+                    continue
+                s.wire[(s.wire_head + s.wire_count) % WIRE_SIZE] = view[done]
+                s.wire_count += 1
+                done += 1
+                if done == size or s.wire_count == WIRE_SIZE:
+                    refill(s)
+                    update(s)
+            pthread_mutex_unlock(&s.lock)
+
+    def wait_output(self):
+        cdef State *s = &self.state
+        cdef uint32_t count, first
+        cdef bytes taken
+        cdef char *room
+        with nogil:
+            pthread_mutex_lock(&s.lock)
+            while not s.ring_count and not s.closed:
+                pthread_cond_wait(&s.output_cond, &s.lock)
+            if not s.closed and s.ring_count < RING_SIZE / 2:
+                pthread_mutex_unlock(&s.lock)
+                usleep(GATHER_US)
+                pthread_mutex_lock(&s.lock)
+            count = s.ring_count
+            pthread_mutex_unlock(&s.lock)
+        taken = PyBytes_FromStringAndSize(NULL, count)
+        room = PyBytes_AS_STRING(taken)
+        with nogil:
+            # Only this consumer shrinks the ring, so `count` bytes are still there.
+            pthread_mutex_lock(&s.lock)
+            first = min(count, RING_SIZE - s.ring_head)
+            memcpy(room, &s.ring[s.ring_head], first)
+            memcpy(room + first, &s.ring[0], count - first)
+            if count and s.ring_count == RING_SIZE:
+                s.thre_pending = 1      # the transmitter was stopped and goes on
+            s.ring_head = (s.ring_head + count) % RING_SIZE
+            s.ring_count -= count
+            update(s)
+            pthread_mutex_unlock(&s.lock)
+        return taken
+
+    def close(self):
+        cdef State *s = &self.state
+        with nogil:
+            pthread_mutex_lock(&s.lock)
+            s.closed = 1
+            pthread_cond_broadcast(&s.output_cond)
+            pthread_cond_broadcast(&s.input_cond)
+            pthread_mutex_unlock(&s.lock)
