@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 QUEUE_SIZE = 256
 _IOV_MAX = 1024  # Linux UIO_MAXIOV: buffers that one preadv or pwritev takes
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: l_type, l_whence, l_start, l_len, l_pid
-_F_OFD_SETLK = 37  # <fcntl.h>; in Python's fcntl since 3.9 only where the libc header showed it
 
 
 class Disk:
@@ -66,7 +65,7 @@ class Disk:
     def _lock(self) -> None:
         kind = fcntl.F_RDLCK if self.read_only else fcntl.F_WRLCK
         try:
-            fcntl.fcntl(self.fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
@@ -200,13 +199,17 @@ class Block(VirtioDevice):
         self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_FLUSH
         if disk.read_only:
             self.features |= spec.BLK_F_RO
-        self._set_config()
+        self.config = self._config_space()
 
-    def _set_config(self) -> None:
-        self.capacity = self.disk.size // spec.BLK_SECTOR
+    @property
+    def capacity(self) -> int:
+        """Sectors of 512 bytes."""
+        return self.disk.size // spec.BLK_SECTOR
+
+    def _config_space(self) -> bytes:
         # A request is a header, the data and a status byte, and no chain is longer than its queue.
         seg_max = QUEUE_SIZE - 2
-        self.config = spec.BLK_CONFIG.pack(self.capacity, 0, seg_max, 0, 0, 0, 512, *[0] * 12)
+        return spec.BLK_CONFIG.pack(self.capacity, 0, seg_max, 0, 0, 0, spec.BLK_SECTOR, *[0] * 12)
 
     def set_capacity(self, size: int) -> None:
         """Tell the driver that the disk has `size` bytes from now on; the backing file was changed before.
@@ -216,8 +219,7 @@ class Block(VirtioDevice):
         if size <= 0 or size % spec.BLK_SECTOR:
             raise ConfigError("disk size", size, "must be a positive multiple of 512 bytes")
         self.disk.size = size
-        self._set_config()
-        self.config_changed()
+        self.publish_config(self._config_space())
 
     def process(self, queue_index: int) -> None:
         """Serve requests until the queue is empty."""

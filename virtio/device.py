@@ -87,8 +87,11 @@ class VirtioDevice:
 
     def __init__(self) -> None:
         self.stats: dict[str, int] = {"requests": 0, "bad_requests": 0, "needs_reset": 0}
-        # Set by the transport: makes it announce a change of `config` to the driver.
-        self.config_changed: Callable[[], None] = lambda: None
+        # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.
+        self.publish_config: Callable[[bytes], None] = self._set_config
+
+    def _set_config(self, config: bytes) -> None:
+        self.config = config
 
     def process(self, queue_index: int) -> None:
         """Serve what is in the queue; on the worker's thread, after a notification; ``drain`` does the most.
@@ -123,46 +126,60 @@ class Worker:
     """A thread that calls ``process(index)`` of a device whenever ``notify_fds[index]`` is written to.
 
     :param on_failure: called on the thread, which then ends, with what ``process`` raised
+    :raises OSError: no file descriptor left
     """
 
     def __init__(
         self, device: VirtioDevice, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
     ) -> None:
         self._device = device
-        self._context = device.context
         self._on_failure = on_failure
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._queue_of = {fd: index for index, fd in enumerate(notify_fds)}
         for fd in (*notify_fds, self._stop):
             self._epoll.register(fd, select.EPOLLIN)
-        self._thread = threading.Thread(target=self._run, name=device.name, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread for the device's present ``context``."""
+        self._device.context.stopping = False
+        thread = threading.Thread(target=self._run, name=self._device.name, daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _run(self) -> None:
+        device, context = self._device, self._device.context
         try:
             with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
-                comm.write(self._device.name[:15])  # what `top -H` shows
+                comm.write(device.name[:15])  # what `top -H` shows
         except OSError:
             pass  # no /proc in a jail: the thread goes without its name
         try:
-            while not self._context.stopping:
+            while not context.stopping:
                 for fd, _ in self._epoll.poll():
                     if fd == self._stop:
                         return
-                    try:
-                        os.eventfd_read(fd)
-                    except BlockingIOError:
-                        continue
-                    self._device.process(self._queue_of[fd])
+                    os.eventfd_read(fd)
+                    index = self._queue_of[fd]
+                    if context.queues[index].ready:  # KVM's ioeventfd fires for any queue
+                        device.process(index)
         except Exception as failure:  # the thread's boundary: this device stops, the VM lives
             self._on_failure(failure)
 
     def stop(self) -> None:
-        """End the thread and wait for it: the request that it serves now is finished first."""
-        self._context.stopping = True
+        """End the thread and wait for it: the request that it serves now is finished first. Idempotent."""
+        if self._thread is None:
+            return
+        self._device.context.stopping = True
         os.eventfd_write(self._stop, 1)
         self._thread.join()
+        self._thread = None
+        os.eventfd_read(self._stop)
+
+    def close(self) -> None:
+        """Stop the thread and give its file descriptors back; once."""
+        self.stop()
         self._epoll.close()
         os.close(self._stop)
 

@@ -53,7 +53,7 @@ class VirtioMmio:
     :param warn: takes a line for the log, rate limited here
     :raises OSError: no file descriptor left for a queue's notification
 
-    ``notify_fds[i]`` is an eventfd: who writes it, KVM's ioeventfd or a write to QueueNotify, wakes the worker
+    ``notify_fds[i]`` is an eventfd that KVM's ioeventfd or a write to QueueNotify writes to; it wakes the worker
     for queue ``i``. ``stats`` counts what the driver did wrong at the registers; the device has its own.
     """
 
@@ -70,12 +70,13 @@ class VirtioMmio:
         self._offered = device.features | RING_FEATURES
         self._lock = threading.Lock()  # registers: several vCPUs at once
         self._irq_lock = threading.Lock()  # what the worker changes too; taken inside _lock, never around it
-        self._worker: Worker | None = None
         self._generation = 0
         self._interrupt_status = 0
         self._needs_reset = False
+        self._closed = False
+        self._worker = Worker(device, self.notify_fds, self._fail)
         self._forget()
-        device.config_changed = self.config_changed
+        device.publish_config = self.publish_config
 
     def _forget(self) -> None:
         self._status = 0
@@ -95,9 +96,13 @@ class VirtioMmio:
         """Tell the driver that a used ring has changed; any thread."""
         self._raise(spec.INTERRUPT_USED)
 
-    def config_changed(self) -> None:
-        """Tell the driver that the configuration space has changed; any thread."""
-        with self._irq_lock:
+    def publish_config(self, config: bytes) -> None:
+        """Show the driver another configuration space and tell it; any thread.
+
+        :param config: as long as the one before
+        """
+        with self._irq_lock:  # with the generation, or a driver could put two halves together (§2.5.1)
+            self.device.config = config
             self._generation += 1
         if self._status & spec.DRIVER_OK:
             self._raise(spec.INTERRUPT_CONFIG)
@@ -131,7 +136,8 @@ class VirtioMmio:
         size = len(data)
         if offset >= spec.MMIO_CONFIG:
             start = offset - spec.MMIO_CONFIG
-            data[:] = self.device.config[start : start + size].ljust(size, b"\0")
+            with self._irq_lock:
+                data[:] = self.device.config[start : start + size].ljust(size, b"\0")
             return
         if size != 4 or offset & 3:
             self.stats["bad_access"] += 1
@@ -190,7 +196,7 @@ class VirtioMmio:
             self._write_register(offset, value)
 
     def _notify(self, index: int) -> None:
-        if index < len(self.queues) and self.queues[index].ready:
+        if index < len(self.notify_fds) and self.queues[index].ready:
             os.eventfd_write(self.notify_fds[index], 1)
         else:
             self.stats["bad_notify"] += 1
@@ -255,10 +261,12 @@ class VirtioMmio:
     def _write_queue(self, offset: int, value: int) -> None:
         queue = self._queue()
         stage = self._status & (spec.FEATURES_OK | spec.DRIVER_OK)
-        if queue is None or stage != spec.FEATURES_OK or self._needs_reset:
+        if queue is not None and offset == spec.MMIO_QUEUE_READY and value == 0:
+            self._stop_queue(queue)  # at every stage (§4.2.2.2)
+        elif queue is None or stage != spec.FEATURES_OK or self._needs_reset:
             self.stats["bad_queue"] += 1
         elif offset == spec.MMIO_QUEUE_READY:
-            self._set_ready(queue, value)
+            self._start_queue(queue)
         elif queue.ready:
             self.stats["bad_queue"] += 1  # §4.2.2.2: not while QueueReady is not 0
         elif offset == spec.MMIO_QUEUE_NUM:
@@ -267,18 +275,25 @@ class VirtioMmio:
             name, shift = _QUEUE_ADDRESS[offset]
             setattr(queue, name, getattr(queue, name) & ~(_LOW << shift) | value << shift)
 
-    def _set_ready(self, queue: VirtQueue, value: int) -> None:
-        if not value:
-            queue.reset()
-        elif not queue.ready:
-            try:
-                queue.enable(
-                    event_idx=bool(self._driver_features & spec.F_EVENT_IDX),
-                    indirect=bool(self._driver_features & spec.F_INDIRECT_DESC),
-                )
-            except BadChain as bad:
-                self.stats["bad_queue"] += 1
-                self._fail(bad)
+    def _start_queue(self, queue: VirtQueue) -> None:
+        if queue.ready:
+            return
+        try:
+            queue.enable(
+                event_idx=bool(self._driver_features & spec.F_EVENT_IDX),
+                indirect=bool(self._driver_features & spec.F_INDIRECT_DESC),
+            )
+        except BadChain as bad:
+            self.stats["bad_queue"] += 1
+            self._fail(bad)
+
+    def _stop_queue(self, queue: VirtQueue) -> None:
+        if not queue.ready:
+            return
+        self._worker.stop()  # the driver may take its memory back once QueueReady reads 0
+        queue.reset()
+        if self._status & spec.DRIVER_OK and not self._needs_reset:
+            self._start_worker()
 
     def _activate(self) -> None:
         if self._needs_reset:
@@ -290,14 +305,19 @@ class VirtioMmio:
         )
         try:
             device.activate(device.context)
-            self._worker = Worker(device, self.notify_fds, self._fail)
         except OSError as failure:
+            self._fail(failure)
+            return
+        self._start_worker()
+
+    def _start_worker(self) -> None:
+        try:
+            self._worker.start()
+        except RuntimeError as failure:  # no thread to be had
             self._fail(failure)
 
     def _reset(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.stop()
+        self._worker.stop()
         if self._status & spec.DRIVER_OK:
             self.device.reset()
         self._forget()
@@ -305,8 +325,11 @@ class VirtioMmio:
     def close(self) -> None:
         """Stop the worker and give the eventfds back; idempotent. Device and line are others' to close."""
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             self._reset()
+            self._worker.close()
             for fd in self.notify_fds:
                 os.close(fd)
-            self.notify_fds = []
-            self.queues = ()
+            self.notify_fds.clear()

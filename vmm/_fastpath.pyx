@@ -349,8 +349,9 @@ cdef class VirtQueue:
         if status == QUEUE_EMPTY:
             return None
         if status < 0:
-            head = -1 if status in (QUEUE_NOT_READY, QUEUE_AVAIL_IDX) else self.scratch.head
-            raise BadChain(self.index, head, self.scratch.index, RULES[status])
+            if status == QUEUE_NOT_READY or status == QUEUE_AVAIL_IDX:
+                raise BadChain(self.index, -1, -1, RULES[status])
+            raise BadChain(self.index, self.scratch.head, self.scratch.index, RULES[status])
         chain = Chain.__new__(Chain)
         count = self.scratch.n_readable + self.scratch.n_writable
         chain.iov = <iovec *>PyMem_Malloc(count * sizeof(iovec))
