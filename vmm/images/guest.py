@@ -20,7 +20,9 @@ INIT = (
     LOAD_MODULES
     + r"""
 # the drivers of the other virtio devices that are here
-for file in /sys/bus/virtio/devices/*/modalias; do read -r alias <"$file" && modprobe -q "$alias"; done
+for file in /sys/bus/virtio/devices/*/modalias; do
+    [ -e "$file" ] && read -r alias <"$file" && modprobe -q "$alias"
+done
 
 root='' type='' flags='' mode=ro init=/sbin/init panic=''
 read -r cmdline </proc/cmdline
@@ -36,19 +38,18 @@ for word in $cmdline; do
     esac
 done
 
-read -r consoles </sys/class/tty/console/active
-console=/dev/${consoles##* }
-case " $cmdline " in *" -- -s "*) stty -echo <"$console" ;; esac
+case " $cmdline " in *" -- -s "*) stty -echo ;; esac
 
-shell() {
-    [ "$1" ] && echo "init: $1"
-    [ "$1" ] && [ "$panic" ] && exit 1
-    echo "init: a shell in the initramfs; \`exit\` powers off"
-    setsid -c sh -l <"$console" >"$console" 2>&1
-    poweroff -f
+# without a root this is the system: its session is the one of the images
+[ "$root" ] || exec /usr/lib/pyvmm/init "$@"
+
+# as the kernel does, panic= decides whether a machine that cannot go on ends or waits for a person
+fail() {
+    echo "init: $1"
+    stty echo # waits until that is out
+    [ "$panic" ] && exit 1
+    exec /usr/lib/pyvmm/init
 }
-
-[ "$root" ] || shell "$root"
 
 # a device may take a moment to appear, and LABEL= or UUID= is found only when it has
 found() {
@@ -61,11 +62,12 @@ found() {
 tries=0
 until found; do
     tries=$((tries + 1))
-    [ $tries -le 100 ] || shell "root=$root is not there after 10 s; there is: $(echo $(ls /sys/class/block))"
-    sleep 0.1
+    [ $tries -le 100 ] && sleep 0.1 && continue
+    disks=$(ls /sys/class/block)
+    fail "root=$root is not there after 10 s; there is: $(echo ${disks:-no disk})"
 done
-mount ${type:+-t "$type"} -o "$mode$flags" "$device" /mnt || shell "cannot mount root=$root"
-[ -x "/mnt$init" ] || [ -L "/mnt$init" ] || shell "$root has no $init"
+mount ${type:+-t "$type"} -o "$mode$flags" "$device" /mnt || fail "cannot mount root=$root"
+[ -x "/mnt$init" ] || [ -L "/mnt$init" ] || fail "$root has no $init"
 for dir in proc sys dev; do mount --move /$dir /mnt/$dir; done
 exec switch_root /mnt "$init" "$@"
 """
@@ -116,17 +118,23 @@ if [ $# -eq 0 ]; then
     set -- $SHELL -l
 elif [ "$1" = -s ]; then
     stty -echo -onlcr <$console
+    printf '\021' >$console # DC1, "start the tape reader": whoever waits for it sees no byte echoed or lost
     set -- sh "$console" # as a file, so that the shell is not interactive
 fi
 setsid -c "$@" <$console >$console 2>&1
 status=$?
+stty echo <$console # waits until the session's output is out
 
+action=poweroff
 [ -s /run/init.action ] && status=0 && read -r action </run/init.action
 kill -TERM -1 && sleep 0.1 && kill -KILL -1
 sync
 mount -o remount,ro / 2>/dev/null
-[ $status -eq 0 ] || /usr/lib/pyvmm/exit $status
-exec busybox "${action:-poweroff}" -f
+# a status to tell, or no ACPI to power off with
+if [ $status -ne 0 ] || { [ ! -d /sys/firmware/acpi ] && [ $action != reboot ]; }; then
+    /usr/lib/pyvmm/exit $status
+fi
+exec busybox "$action" -f
 """
 
 # /sbin/poweroff, reboot and halt: end the session, so that init does the rest.
@@ -160,6 +168,30 @@ AUTOLOGIN = """\
 ExecStart=
 ExecStart=-/sbin/agetty --autologin root --noclear --keep-baud %I 115200,38400,9600 $TERM
 """
+
+
+def session_files(hostname: str) -> dict[str, str | bytes]:
+    """Return the files of process 1 and what it reads, by path in the guest."""
+    return {
+        "usr/lib/pyvmm/init": ROOT_INIT,
+        "usr/lib/pyvmm/poweroff": POWEROFF,
+        "usr/lib/pyvmm/exit": exit_program(),
+        "etc/fstab": FSTAB,
+        "etc/hostname": f"{hostname}\n",
+        "etc/hosts": f"127.0.0.1 localhost {hostname}\n::1 localhost\n",
+    }
+
+
+def busybox_files(hostname: str) -> dict[str, str | bytes]:
+    """Return ``session_files`` and what busybox needs beside them."""
+    return session_files(hostname) | {
+        "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+        "etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
+        "etc/profile": BUSYBOX_PROFILE,
+        "sbin/poweroff": POWEROFF,
+        "sbin/reboot": POWEROFF,
+        "sbin/halt": POWEROFF,
+    }
 
 
 def exit_program(port: int = DEFAULT_EXIT_PORT) -> bytes:

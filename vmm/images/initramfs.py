@@ -28,7 +28,7 @@ def build_initramfs(
     *,
     optional: Sequence[str] = (),
     on_demand: Sequence[str] = (),
-    files: Mapping[str, bytes] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     progress: Progress = silent,
 ) -> bytes:
     """Return a newc archive, uncompressed: small, and unpacking it costs a guest more than reading it.
@@ -58,7 +58,8 @@ def build_initramfs(
     archive.file("init", init.encode(), 0o755)
     for path, data in contents.items():
         archive.file(path, data)
-    for path, data in (files or {}).items():
+    for path, text in (files or {}).items():
+        data = text.encode() if isinstance(text, str) else text
         archive.file(path, data, 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644)
     return archive.to_bytes()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vmm.images import apt, guest, initramfs
@@ -59,6 +59,7 @@ def busybox(
         (tree / directory).mkdir(parents=True)
     (tree / "tmp").chmod(0o1777)
     _write(tree / "bin/busybox", binary, 0o755)
+    _write_all(tree, guest.busybox_files("busybox"))
     for applet in applets:
         link = tree / applet
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +69,8 @@ def busybox(
         kernel.tree, guest.MODULES, on_demand=guest.ON_DEMAND_MODULES
     ).items():
         _write(tree / path, data)
-    _write(tree / "etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
-    _write(tree / "etc/group", "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")
-    _write(tree / "etc/profile", guest.BUSYBOX_PROFILE)
     (tree / "root").mkdir(mode=0o700)
-    _add_init(tree, "busybox")
-    for program in ("init", "poweroff", "reboot", "halt"):
-        (tree / "sbin" / program).unlink(missing_ok=True)
+    (tree / "sbin/init").unlink(missing_ok=True)
     progress("making the root file system", None)
     _finish(work, "true", image, size, "busybox")
 
@@ -91,7 +87,7 @@ def debian(
     modules.mkdir(parents=True)
     run(["cp", "-a", "--", str(kernel.tree / "lib/modules" / version), str(modules)])
     run(["depmod", "-b", str(added / "usr"), version])
-    _add_init(added, "debian")
+    _write_all(added, guest.session_files("debian"))
     _write(added / "etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf", guest.AUTOLOGIN)
     (work / "tree").mkdir()
     # devices are left out: not every root may make them, and devtmpfs brings them
@@ -141,15 +137,6 @@ def _sources() -> list[str]:
     return [line for line in dict.fromkeys(found.splitlines()) if line.split()[2].startswith(DEBIAN_SUITE)]
 
 
-def _add_init(tree: Path, hostname: str) -> None:
-    _write(tree / _LIB / "init", guest.ROOT_INIT, 0o755)
-    _write(tree / _LIB / "poweroff", guest.POWEROFF, 0o755)
-    _write(tree / _LIB / "exit", guest.exit_program(), 0o755)
-    _write(tree / "etc/fstab", guest.FSTAB)
-    _write(tree / "etc/hostname", f"{hostname}\n")
-    _write(tree / "etc/hosts", f"127.0.0.1 localhost {hostname}\n::1 localhost\n")
-
-
 def _finish(work: Path, unpack: str, image: Path, size: int, label: str) -> None:
     # one shell under one fakeroot, which forgets owners when it ends
     with open(image, "wb") as file:
@@ -171,3 +158,12 @@ def _write(path: Path, data: str | bytes, mode: int = 0o644) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     path.chmod(mode)
+
+
+def _write_all(tree: Path, files: Mapping[str, str | bytes]) -> None:
+    for path, data in files.items():
+        _write(tree / path, data, _mode(data))
+
+
+def _mode(data: str | bytes) -> int:
+    return 0o755 if data[:2] == "#!" or data[:4] == b"\x7fELF" else 0o644

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -65,10 +66,12 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         for left in images.glob(f".{name}-*"):  # by a pull that was killed
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=images))
+        umask = os.umask(0o022)  # modes of the trees are the guest's
         try:
             _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
             _replace(work / "image", images / name, work / "old")
         finally:
+            os.umask(umask)
             shutil.rmtree(work, ignore_errors=True)
     made = resolve(name)
     assert made is not None
@@ -142,6 +145,7 @@ def _make(
             guest.INIT,
             optional=guest.OPTIONAL_MODULES,
             on_demand=guest.ON_DEMAND_MODULES,
+            files=guest.busybox_files("initramfs"),
             progress=progress,
         )
     )
