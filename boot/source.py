@@ -89,9 +89,13 @@ class Source:
             raise self._truncated(offset + size, what)
         if offset + size <= len(self._head):
             return self._head[offset : offset + size]
-        data = bytearray(size)
-        self.read_into(offset, memoryview(data), what)
-        return bytes(data)
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise HostError(error.errno or errno.EIO, f"read {self.field}", self.path) from error
+        if len(data) < size:  # it shrank since it was opened
+            raise self._truncated(offset + size, what)
+        return data
 
     def read_into(self, offset: int, view: memoryview, what: str) -> None:
         """Fill ``view`` with the bytes at ``offset``, without a copy in between.
