@@ -6,12 +6,20 @@ cdef extern from *:
     """
     #include <stdint.h>
     /* Every access to memory that the guest writes at the same time goes through one of these: the compiler may
-       neither tear it nor load it twice. x86 needs no instruction for acquire and release, only for the full fence. */
-    static inline uint16_t load_acquire16(const void *p) { return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE); }
-    static inline uint16_t load_relaxed16(const void *p) { return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED); }
-    static inline void store_release16(void *p, uint16_t v) { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
-    static inline void fence_seq_cst(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-    /* One descriptor as the guest has it at this moment; the clobber keeps the compiler from reading it again. */
+       neither tear it nor load it twice. x86 needs an instruction for the full fence only. */
+    static inline uint16_t load_acquire16(const void *p) {
+        return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE);
+    }
+    static inline uint16_t load_relaxed16(const void *p) {
+        return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED);
+    }
+    static inline void store_release16(void *p, uint16_t v) {
+        __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE);
+    }
+    static inline void fence_seq_cst(void) {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+    /* One descriptor as the guest has it at this moment; the clobber keeps it from being read again. */
     struct vring_desc_copy { uint64_t addr; uint32_t len; uint16_t flags; uint16_t next; };
     static inline void copy_desc(struct vring_desc_copy *to, const void *from) {
         __builtin_memcpy(to, from, 16);
@@ -46,8 +54,8 @@ cdef class GuestRam:
     cdef RamRegion _regions[MAX_REGIONS]    # by address, disjoint; fixed once the VM runs
     cdef int _count
     cdef list _maps                         # (mmap, memoryview) a region: keep the mappings alive
-    # Host address of [gpa, gpa+size), or NULL where it is not all inside one region. Overflow-safe; size 0 is legal
-    # at every address inside a region and at its end.
+    # Host address of [gpa, gpa+size), or NULL where it is not all inside one region. Overflow-safe; size 0 is
+    # legal at every address inside a region and at its end.
     cdef uint8_t *host(self, uint64_t gpa, uint64_t size) noexcept nogil
 
 # What queue_pop returns; each negative one is a rule of virtio 1.2 that the driver broke (RULES in the .pyx).
@@ -80,7 +88,7 @@ cdef struct Ring:
     bint event_idx              # VIRTIO_F_EVENT_IDX was negotiated
     bint indirect               # VIRTIO_F_INDIRECT_DESC was negotiated
 
-# One request: n_readable iovecs, then n_writable. They point into guest RAM and are the device's until add_used.
+# One request: n_readable iovecs, then n_writable; they point into guest RAM.
 cdef struct DescChain:
     iovec *iov                  # room for the ring's size; owned by the caller
     uint32_t n_readable

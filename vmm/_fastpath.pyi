@@ -38,7 +38,7 @@ class Chain:
         """Where the device may write, in order; no buffer is empty. Made anew by each call."""
 
 class VirtQueue:
-    """The device's side of one split virtqueue (virtio 1.2 §2.7). One thread uses it at a time. The loop it is for::
+    """The device's side of one split virtqueue (virtio 1.2 §2.7), used by one thread at a time. Its loop::
 
         while True:
             queue.disable_notify()

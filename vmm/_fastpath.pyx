@@ -2,8 +2,8 @@
 # cython: language_level=3
 """Guest memory and the split virtqueue as every hot path sees them.
 
-One checked accessor from a guest address to a host address, and the device's side of virtio 1.2 §2.7: C functions
-without the GIL (``queue_*``), which ``VirtQueue`` hands to Python.
+One checked accessor from a guest address to a host address, and the device's side of virtio 1.2 §2.7:
+C functions without the GIL (``queue_*``), which ``VirtQueue`` hands to Python.
 """
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -33,7 +33,7 @@ cdef class GuestRam:
         return NULL
 
     def map_region(self, uint64_t gpa, mapping):
-        """Take `mapping` (a writable buffer, page aligned) as guest RAM from `gpa`; regions come in address order."""
+        """Take `mapping` (writable, page aligned) as guest RAM from `gpa`; regions come in address order."""
         cdef uint8_t[::1] view = mapping
         cdef RamRegion *last
         if self._count == MAX_REGIONS:
@@ -114,7 +114,8 @@ cdef dict RULES = {
     QUEUE_INDIRECT_OFF: "INDIRECT without VIRTIO_F_INDIRECT_DESC (§2.7.5.3.1)",
     QUEUE_INDIRECT_NESTED: "INDIRECT inside an indirect table (§2.7.5.3.1)",
     QUEUE_INDIRECT_NEXT: "INDIRECT together with NEXT (§2.7.5.3.1)",
-    QUEUE_INDIRECT_LENGTH: "the indirect table is empty, not whole descriptors or longer than the queue (§2.7.5.3.1)",
+    QUEUE_INDIRECT_LENGTH: "the indirect table is empty, not whole descriptors or longer than the queue "
+                           "(§2.7.5.3.1)",
     QUEUE_INDIRECT_ADDRESS: "the indirect table is not inside guest memory (§2.7.5.3)",
 }
 
@@ -195,7 +196,7 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
 
 
 cdef void queue_add_used(Ring *ring, uint16_t head, uint32_t written) noexcept nogil:
-    """Return the chain of `head`, its first `written` writable bytes filled; the driver sees it after queue_flush."""
+    """Return the chain of `head`, its first `written` writable bytes filled; queue_flush shows it."""
     cdef uint32_t *element = <uint32_t *>(ring.used + 4 + 8 * <size_t>(ring.next_used & (ring.size - 1)))
     element[0] = head
     element[1] = written
@@ -210,8 +211,8 @@ cdef bint queue_flush(Ring *ring) noexcept nogil:
     # pairs with the driver's read barrier between used.idx and used.ring[] (§2.7.14)
     store_release16(ring.used + 2, new)
     ring.published = new
-    # pairs with the driver's full barrier between writing used_event (or flags) and looking at used.idx again:
-    # either it sees the new index or this sees its new wish (§2.7.7.2)
+    # pairs with the driver's full barrier between writing used_event or flags and looking at used.idx once
+    # more: either it sees the new index or this sees its new wish (§2.7.7.2)
     fence_seq_cst()
     if ring.event_idx:
         event = load_relaxed16(ring.avail + 4 + 2 * <size_t>ring.size)
@@ -227,20 +228,20 @@ cdef bint queue_enable_notify(Ring *ring) noexcept nogil:
         store_release16(ring.used + 4 + 8 * <size_t>ring.size, ring.last_avail)
     else:
         store_release16(ring.used, 0)
-    # pairs with the driver's full barrier between writing avail.idx and reading avail_event (or flags): either it
-    # notifies or this sees its index (§2.7.13.4.1)
+    # pairs with the driver's full barrier between writing avail.idx and reading avail_event or flags: either
+    # it notifies or this sees its index (§2.7.13.4.1)
     fence_seq_cst()
     return load_acquire16(ring.avail + 2) != ring.last_avail
 
 
 cdef void queue_disable_notify(Ring *ring) noexcept nogil:
-    """Tell the driver that notifications are not needed; only a hint. With EVENT_IDX an old avail_event says it."""
+    """Tell the driver not to notify; only a hint. With EVENT_IDX an avail_event left behind says it."""
     if ring.size and not ring.event_idx:
         store_release16(ring.used, USED_F_NO_NOTIFY)
 
 
 cdef class Chain:
-    """One request of the driver: ``readable`` then ``writable`` buffers in guest memory, borrowed until add_used."""
+    """One request of the driver: ``readable``, then ``writable`` buffers, borrowed until add_used."""
 
     def __dealloc__(self):
         PyMem_Free(self.iov)
@@ -272,7 +273,7 @@ cdef class Chain:
 
 
 cdef class VirtQueue:
-    """The device's side of one split virtqueue (virtio 1.2 §2.7). One thread uses it at a time. The loop it is for::
+    """The device's side of one split virtqueue (virtio 1.2 §2.7), used by one thread at a time. Its loop::
 
         while True:
             queue.disable_notify()
@@ -329,9 +330,11 @@ cdef class VirtQueue:
                  ("used ring", self.used, 4, 6 + 8 * self.size))
         for name, gpa, alignment, length in parts:
             if gpa % alignment:
-                raise BadChain(self.index, -1, -1, f"the {name} at {gpa:#x} is not aligned to {alignment} (§2.7)")
+                raise BadChain(
+                    self.index, -1, -1, f"the {name} at {gpa:#x} is not aligned to {alignment} (§2.7)")
             if self.memory.host(gpa, length) == NULL:
-                raise BadChain(self.index, -1, -1, f"the {name} at {gpa:#x} is not inside guest memory (§2.7)")
+                raise BadChain(
+                    self.index, -1, -1, f"the {name} at {gpa:#x} is not inside guest memory (§2.7)")
         self.ring.desc = self.memory.host(self.desc, 16 * <uint64_t>self.size)
         self.ring.avail = self.memory.host(self.avail, 6 + 2 * <uint64_t>self.size)
         self.ring.used = self.memory.host(self.used, 6 + 8 * <uint64_t>self.size)
