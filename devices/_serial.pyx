@@ -68,17 +68,16 @@ cdef enum:
 cdef enum:
     # A driver that waits for the transmitter reads LSR once or twice; one that reads it this often wants input.
     POLLING = 16
+    WIRE_LIMIT = WIRE_SIZE - FIFO_SIZE
     # The console thread lets a burst gather for a moment: a boot log is hundreds of writes instead of thousands.
     GATHER_US = 1000
 
 
 cdef inline int wants_input(State *s) noexcept nogil:
-    # Linux empties the FIFO and reads RBR blindly while it opens the port: what is on the wire before the guest is
-    # ready must stay there, or the first bytes typed (or piped) are lost.
-    if s.mcr & MCR_LOOP:
+    # Linux reads RBR blindly while it opens and closes the port, with its interrupts off: what is on the wire must
+    # stay there until it listens, or the first bytes typed (or piped) are lost.
+    if s.mcr & MCR_LOOP or (s.rts_seen and not s.mcr & MCR_RTS):
         return 0
-    if s.rts_seen:
-        return s.mcr & MCR_RTS
     return s.ier & IER_RDA or s.polls >= POLLING
 
 
@@ -124,6 +123,15 @@ cdef void refill(State *s) noexcept nogil:
         s.wire_head = (s.wire_head + 1) % WIRE_SIZE
         s.wire_count -= 1
     pthread_cond_broadcast(&s.input_cond)
+
+
+cdef void give_back(State *s) noexcept nogil:
+    # A guest that resets its FIFO says that it does not want what is in there yet; feed() leaves room for it.
+    while s.fifo_count:
+        s.fifo_count -= 1
+        s.wire_head = (s.wire_head - 1) % WIRE_SIZE
+        s.wire[s.wire_head] = s.fifo[(s.fifo_head + s.fifo_count) % FIFO_SIZE]
+        s.wire_count += 1
 
 
 cdef void transmit(State *s, uint8_t byte) noexcept nogil:
@@ -207,7 +215,9 @@ cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogi
             refill(s)
     elif offset == IIR_FCR:
         if (value ^ s.fcr) & FCR_ENABLE or value & FCR_CLEAR_RX:
-            s.fifo_count = 0
+            if s.mcr & MCR_LOOP:
+                s.fifo_count = 0
+            give_back(s)
         s.fcr = value & 0xc9 if value & FCR_ENABLE else 0
     elif offset == LCR:
         s.lcr = value
@@ -272,13 +282,13 @@ cdef class Serial(NativeDevice):
         with nogil:
             pthread_mutex_lock(&s.lock)
             while done < size and not s.closed:
-                if s.wire_count == WIRE_SIZE:
+                if s.wire_count == WIRE_LIMIT:
                     pthread_cond_wait(&s.input_cond, &s.lock)
                     continue
                 s.wire[(s.wire_head + s.wire_count) % WIRE_SIZE] = view[done]
                 s.wire_count += 1
                 done += 1
-                if done == size or s.wire_count == WIRE_SIZE:
+                if done == size or s.wire_count == WIRE_LIMIT:
                     refill(s)
                     update(s)
             pthread_mutex_unlock(&s.lock)

@@ -48,12 +48,22 @@ def _help() -> str:
     return "\n".join([*lines, "", "pyvmm COMMAND --help says more."])
 
 
+def _hold_standard_descriptors() -> None:
+    # Started with stdin or stdout closed, the next open would become them: a guest's memory as our terminal.
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one ``pyvmm`` command line.
 
     :param argv: arguments without the program's name; ``sys.argv`` if left out
     :returns: the exit status: the command's own, 1 for a host failure, 2 for a mistake in the arguments
     """
+    _hold_standard_descriptors()
     arguments = list(sys.argv[1:] if argv is None else argv)
     match arguments[:1]:
         case [] | ["-h"] | ["--help"] | ["help"]:

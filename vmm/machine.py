@@ -243,6 +243,7 @@ class Machine:
                 return None
         for thread in self._threads:
             thread.join()
+        self.console.close()  # its last words are out before anybody hears that it ended
         if self._failure is not None:
             raise self._failure
         return self._stop

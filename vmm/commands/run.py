@@ -112,6 +112,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_signal)
+    signal.signal(signal.SIGCONT, lambda number, frame: vm.console.enter_raw_mode())
     vm.start()
     stop = vm.wait()
     assert stop is not None  # wait() without a time limit

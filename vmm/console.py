@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side of the serial console: this terminal, a file, or nothing.
+
+One thread takes the guest's output, one hands over the input; a terminal that nobody reads, or a guest that reads
+nothing, holds up its own thread and no more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    class Port(Protocol):
+        """What a console needs of a serial port."""
+
+        def feed(self, data: bytes) -> None: ...
+        def wait_output(self) -> bytes: ...
+        def close(self) -> None: ...
+
+
+ESCAPE = 0x01  # Ctrl-A, as in QEMU
+INTERRUPT = 0x03  # Ctrl-C
+# Two Ctrl-C with nothing between them and no longer apart than this end the VM; one alone is the guest's.
+INTERRUPT_SECONDS = 1.0
+# How long an end of the VM waits for whoever reads our output.
+DRAIN_SECONDS = 5.0
+PANIC = b"Kernel panic - not syncing"
+HELP = "press Ctrl-A x to quit, Ctrl-C twice to end the VM, Ctrl-A Ctrl-A for Ctrl-A itself"
+
+
+class Console:
+    """Joins a serial port to the host.
+
+    :param serial: the port; ``close`` closes it
+    :param mode: ``"stdio"``, ``"file:PATH"`` (created or emptied) or ``"none"``
+    :param on_output: also called with the output as it comes, on the console's thread
+    :param on_quit: called once when the person at the terminal asks for the end
+    :raises ConfigError: the file cannot be written
+    """
+
+    def __init__(
+        self,
+        serial: Port,
+        *,
+        mode: str = "stdio",
+        on_output: Callable[[bytes], None] | None = None,
+        on_quit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._serial = serial
+        self._on_output = on_output
+        self._on_quit = on_quit
+        self._out: int | None = None
+        self._in: int | None = None
+        self._owned: int | None = None
+        self._saved: list[Any] | None = None
+        self._wake: int | None = None
+        self._threads: list[threading.Thread] = []
+        self._tail = b""
+        self._pressed = 0  # the key before: Ctrl-A opens an escape, Ctrl-C may be the first of two
+        self._pressed_at = 0.0
+        self.panic_seen = False
+        self.lost = 0  # bytes of output that nobody took
+        if mode == "stdio":
+            self._out, self._in = 1, 0
+        elif mode.startswith("file:"):
+            path = mode.removeprefix("file:")
+            try:
+                self._owned = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise ConfigError("--console", mode, f"cannot be written: {error.strerror}") from None
+            self._out = self._owned
+
+    def start(self) -> None:
+        """Make the terminal raw, if stdin is one, and let the bytes flow."""
+        if self._in is not None and os.isatty(self._in):
+            self.enter_raw_mode()
+            print(f"pyvmm: {HELP}\r", file=sys.stderr, flush=True)
+        self._spawn(self._pump_output, "console out")
+        if self._in is not None:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+            self._spawn(self._pump_input, "console in")
+
+    def _spawn(self, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # Output
+
+    def _pump_output(self) -> None:
+        while data := self._serial.wait_output():
+            window = self._tail + data
+            self.panic_seen = self.panic_seen or PANIC in window
+            self._tail = window[-len(PANIC) :]
+            if self._out is not None:
+                self._write(data)
+            if self._on_output is not None:
+                self._on_output(data)
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view and self._out is not None:
+            try:
+                view = view[os.write(self._out, view) :]
+            except BlockingIOError:
+                # Somebody made our stdout non-blocking, as a shell's other jobs may.
+                import select
+
+                select.select([], [self._out], [])
+            except OSError:
+                # A broken pipe, a full disk, a terminal that is gone: the guest runs on without us.
+                self._out = None
+        self.lost += len(view)
+
+    # Input
+
+    def _pump_input(self) -> None:
+        import select
+
+        assert self._in is not None and self._wake is not None
+        poll = select.poll()
+        poll.register(self._in, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        terminal = self._saved is not None
+        while not any(fd == self._wake for fd, _ in poll.poll()):
+            try:
+                data = os.read(self._in, 4096)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return  # the terminal is gone
+            if not data:
+                return  # end of the input; the guest runs on
+            if terminal:
+                data = self._keys(data)
+            if data:
+                self._serial.feed(data)
+
+    def _keys(self, data: bytes) -> bytes:
+        # What is left for the guest after our own keys.
+        kept = bytearray()
+        for key in data:
+            before, self._pressed = self._pressed, key
+            if before == ESCAPE:
+                self._pressed = 0
+                if key in b"xX":
+                    self._on_quit()
+                elif key == ESCAPE:
+                    kept.append(ESCAPE)
+                else:
+                    os.write(2, f"\r\npyvmm: {HELP}\r\n".encode())
+                continue
+            if key == ESCAPE:
+                continue
+            if key == INTERRUPT:
+                now = time.monotonic()
+                if before == INTERRUPT and now - self._pressed_at < INTERRUPT_SECONDS:
+                    self._on_quit()
+                self._pressed_at = now
+            kept.append(key)
+        return bytes(kept)
+
+    # The terminal
+
+    def enter_raw_mode(self) -> None:
+        """Give every key to the guest; also right after a SIGCONT, when the shell has set its own mode."""
+        if self._in is None or not os.isatty(self._in):
+            return
+        import termios
+
+        mode = termios.tcgetattr(self._in)
+        if self._saved is None:
+            self._saved = [*mode[:6], list(mode[6])]
+        mode[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
+        # OPOST stays: our own messages, and output of programs that share the terminal, still end their lines.
+        mode[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
+        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(self._in, termios.TCSADRAIN, mode)
+
+    def restore_terminal(self) -> None:
+        """Put the terminal back as it was; idempotent, and safe in a signal handler."""
+        if self._saved is None or self._in is None:
+            return
+        import termios
+
+        saved, self._saved = self._saved, None
+        try:
+            # Not TCSADRAIN: a terminal whose output is stopped must not hold us.
+            termios.tcsetattr(self._in, termios.TCSANOW, saved)
+        except termios.error:
+            pass  # the terminal is gone
+
+    def close(self) -> None:
+        """Write out what the guest has sent, for 5 seconds at most, and restore the terminal; idempotent."""
+        self._serial.close()
+        if self._wake is not None:
+            os.eventfd_write(self._wake, 1)
+        deadline = time.monotonic() + DRAIN_SECONDS
+        current = threading.current_thread()
+        stuck = False
+        for thread in self._threads:
+            if thread is not current:
+                thread.join(max(0.0, deadline - time.monotonic()))
+                stuck = stuck or thread.is_alive()
+        self.restore_terminal()
+        if stuck:
+            # A thread still waits for the reader of our output: it keeps its descriptors until the process ends.
+            self._threads.clear()
+            self._wake = self._owned = None
+            print("pyvmm: nobody takes the console's output; the rest of it is lost", file=sys.stderr)
+            return
+        self._threads.clear()
+        for fd in (self._wake, self._owned):
+            if fd is not None:
+                os.close(fd)
+        self._wake = self._owned = None
