@@ -41,6 +41,7 @@ def package(name: str, *, refresh: bool = False, progress: Progress = silent) ->
     :param refresh: ask apt again, and fetch its candidate if that is another version than the cached one
     :raises PullError: apt is missing, knows no such package, or cannot reach its sources
     """
+    check_name(name)
     debs = cache_root() / "debs"
     if not refresh and (cached := _chosen(debs, name)):
         return cached
@@ -65,6 +66,16 @@ def kernel_of(tree: Path) -> tuple[Path, str]:
     if len(found) != 1:
         raise PullError(f"{tree.name} holds {len(found)} kernels (boot/vmlinuz-*), one is expected")
     return found[0], found[0].name.removeprefix("vmlinuz-")
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be the name of a Debian package, before a program takes it for something else.
+
+    Source: Debian Policy Manual 5.6.7; ``:`` is for ``NAME:ARCHITECTURE``.
+    :raises PullError: it is not
+    """
+    if not name or not all(c.isascii() and (c.isalnum() or c in "+-.:") for c in name) or name[0] in "+-.:":
+        raise PullError(f"{name!r} is no package name")
 
 
 def _chosen(debs: Path, name: str) -> Package | None:
@@ -98,8 +109,6 @@ def _candidate(name: str) -> tuple[str, str, int]:
 
 def _show(name: str) -> dict[str, str]:
     # `show`, unlike `policy`, prints nothing and fails for a package that is known but not to be had
-    if not name or name.startswith("-"):
-        raise PullError(f"{name!r} is no package name")
     try:
         text = run(["apt-cache", "--no-all-versions", "show", name])
     except PullError as error:
@@ -121,8 +130,11 @@ def _show(name: str) -> dict[str, str]:
 
 
 def _knows_any() -> bool:
-    # apt itself is installed, so dpkg's status file knows it; only package lists add a Size
-    return "\nSize: " in run(["apt-cache", "show", "apt", "dpkg"])
+    # of what is only installed, and in no package list, apt knows no Size
+    try:
+        return "\nSize: " in run(["apt-cache", "show", "apt", "dpkg"])
+    except PullError:
+        return False
 
 
 def _fetch(name: str, version: str, size: int, tree: Path, progress: Progress) -> None:

@@ -24,6 +24,7 @@ PACKAGE_OF = {
     "depmod": "kmod",
     "newuidmap": "uidmap",
 }
+SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # not in an ordinary user's PATH
 
 
 class PullError(VmmError):
@@ -44,7 +45,7 @@ def tool(name: str) -> str:
 
     :raises PullError: it is not installed; names the Debian package that has it
     """
-    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin")
+    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + SBIN)
     if path is None:
         package = PACKAGE_OF.get(name, name)
         raise PullError(f"{name} is not installed: run `apt-get install {package}`")

@@ -101,8 +101,7 @@ def debian(
 def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> None:
     names = [*DEBIAN_PACKAGES, *packages]
     for name in names:
-        if not name or not all(c.isalnum() or c in "+-.:" for c in name):
-            raise PullError(f"{name!r} is no package name")
+        apt.check_name(name)
     argv = [tool("mmdebstrap"), "--variant=minbase", f"--include={','.join(names)}"]
     if os.path.exists(_KEYRING):
         argv.append(f"--keyring={_KEYRING}")
