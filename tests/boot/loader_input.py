@@ -148,7 +148,7 @@ def run(data: bytes) -> Loaded | None:
     source = Bytes(data)
     flags = source.byte()
     protocol = ("auto", "auto", "linux64", "pvh")[flags & 3]
-    unpack = ("auto", "auto", "always", "never")[flags >> 2 & 3]
+    unpack = ("always", "auto", "always", "never")[flags >> 2 & 3]
     cmdline = "x" * source.number(16) if flags & 16 else "console=ttyS0"
     initrd_size = source.number(32) if flags & 32 else 0
     kernel = os.memfd_create("kernel")

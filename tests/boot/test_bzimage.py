@@ -10,6 +10,7 @@ from kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
 
 from boot import layout
 from boot.load import load, probe
+from boot.payload import FASTER
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 
@@ -131,6 +132,13 @@ def test_every_compression_gives_the_kernel_inside(memory, kernel, method):
     assert loaded.kernel == (16 * MIB, 2 * MIB + 256 + 8192)
     assert memory.read(16 * MIB, len(text)) == text
     assert memory.read(18 * MIB, 256 + 8192) == b"data" * 64 + bytes(8192)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_auto_unpacks_what_the_host_is_faster_at(memory, kernel, method):
+    loaded = load(memory, kernel(bzimage(compress(method, vmlinux()))))
+    assert loaded.unpacked == (method if method in FASTER else "")
+    assert loaded.entry == (16 * MIB if method in FASTER else 16 * MIB + 0x200)
 
 
 def test_a_kernel_of_several_lz4_blocks(kernel):
