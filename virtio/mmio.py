@@ -53,8 +53,8 @@ class VirtioMmio:
     :param warn: takes a line for the log, rate limited here
     :raises OSError: no file descriptor left for a queue's notification
 
-    ``notify_fds[i]`` is an eventfd that KVM's ioeventfd or a write to QueueNotify signals; it wakes the worker
-    for queue ``i``. ``stats`` counts what the driver did wrong at the registers; the device has its own.
+    ``notify_fds[i]`` is an eventfd, signalled by an ioeventfd of KVM or a write to QueueNotify: it wakes the
+    worker for queue ``i``. ``stats`` counts what the driver did wrong at registers; the device has its own.
     """
 
     def __init__(

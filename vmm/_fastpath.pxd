@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 cdef extern from *:
     """
     #include <stdint.h>
-    /* Every access to memory that the guest writes at the same time goes through one of these: the compiler may
+    /* Every access to memory that the guest writes meanwhile goes through one of these: the compiler may
        neither tear it nor load it twice. x86 needs an instruction for the full fence only. */
     static inline uint16_t load_acquire16(const void *p) {
         return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE);

@@ -3,10 +3,10 @@
 from collections.abc import Buffer
 
 class GuestRam:
-    """The guest's RAM: up to 8 mapped regions; each access lies within one or raises ``GuestMemoryError``."""
+    """The guest's RAM: up to 8 regions; each access lies within one or raises ``GuestMemoryError``."""
 
     def map_region(self, gpa: int, mapping: Buffer) -> None:
-        """Take `mapping`, page aligned and writable, as RAM from `gpa`; in address order, before the VM runs."""
+        """Take `mapping`, page aligned and writable, as RAM from `gpa`; in address order."""
     def unmap_all(self) -> None:
         """Forget every region; a mapping goes when its last slice does."""
     def host_address(self, gpa: int, size: int) -> int:

@@ -321,7 +321,7 @@ cdef class VirtQueue:
         return self.ring.next_used
 
     def enable(self, *, bint event_idx, bint indirect, uint16_t last_avail=0, uint16_t next_used=0):
-        """Judge ``size``, ``desc``, ``avail`` and ``used`` as the driver set them, and make the queue ready."""
+        """Judge ``size``, ``desc``, ``avail`` and ``used`` as the driver set them; the queue is ready."""
         if not 0 < self.size <= <uint32_t>self.max_size or self.size & (self.size - 1):
             raise BadChain(self.index, -1, -1, f"the queue size {self.size} is not a power of two up to "
                            f"{self.max_size} (§2.7, §4.2.3.2)")

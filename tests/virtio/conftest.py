@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory, interrupt lines and both queues for the virtio tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.guest_driver import Allocator
+from vmm import _fastpath, _fastpath_py
+from vmm.irq import IrqLine
+from vmm.memory import GuestMemory
+
+RAM = 4 << 20
+
+
+@pytest.fixture(params=["c", "py"])
+def queue_class(request: pytest.FixtureRequest) -> Any:
+    """``VirtQueue`` in C, then its Python twin."""
+    return {"c": _fastpath.VirtQueue, "py": _fastpath_py.VirtQueue}[request.param]
+
+
+@pytest.fixture
+def ram() -> Iterator[GuestMemory]:
+    with GuestMemory(RAM) as memory:
+        yield memory
+
+
+@pytest.fixture
+def allocator() -> Allocator:
+    return Allocator(0x1000, RAM - 0x1000)
+
+
+@pytest.fixture
+def irq() -> Iterator[IrqLine]:
+    line = IrqLine(5)
+    yield line
+    line.close()
