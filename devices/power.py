@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Power off and reset, as ACPI asks for them: three one-byte ports that the FADT points to.
+
+Source: ACPI 6.5 section 4.8.3.7, Sleep Control and Status Registers; section 4.8.3.6, Reset Register.
+"""
+
+from __future__ import annotations
+
+from vmm.events import Stop, StopReason
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.bus import Bus
+
+# boot/acpi.py tells the guest the same (tests/devices/test_power.py compares them).
+SLEEP_CONTROL_PORT = 0x600
+SLEEP_STATUS_PORT = 0x601
+RESET_PORT = 0x602
+RESET_VALUE = 1
+SLEEP_TYPE_S5 = 5  # the first element of \_S5
+
+SLP_TYP_SHIFT = 2
+SLP_TYP_MASK = 7
+SLP_EN = 1 << 5
+
+
+class AcpiPower:
+    """Bus device of three ports: sleep control, sleep status, reset.
+
+    The status register's only bit, WAK_STS, never sets: S5 is the only sleep, and nothing wakes from it.
+    """
+
+    __slots__ = ()
+
+    def attach(self, bus: Bus) -> None:
+        """Add the ports to `bus`, the port I/O space.
+
+        :raises ValueError: a port is taken
+        """
+        bus.add(SLEEP_CONTROL_PORT, 3, self, "ACPI power")
+
+    def read(self, offset: int, data: memoryview) -> None:
+        """Answer 0: SLP_EN is write-only, and neither WAK_STS nor the reset register holds anything."""
+        data[:] = bytes(len(data))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Obey; a sleep type or a reset value that no table names is ignored.
+
+        :raises Stop: ``POWEROFF`` or ``RESET``
+        """
+        port, value = SLEEP_CONTROL_PORT + offset, data[0]
+        if port == SLEEP_CONTROL_PORT:
+            if value & SLP_EN and value >> SLP_TYP_SHIFT & SLP_TYP_MASK == SLEEP_TYPE_S5:
+                raise Stop(StopReason.POWEROFF)
+        elif port == RESET_PORT and value == RESET_VALUE:
+            raise Stop(StopReason.RESET)
