@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ACPI tables of a hardware-reduced machine: no PIC, no PM timer, no SCI; sleep and reset are three ports.
+
+Source: ACPI 6.5 chapter 5 (tables), section 4.8.3 (sleep and reset registers); Linux
+arch/x86/kernel/acpi/boot.c.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from boot import aml, layout
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.memory import GuestMemory
+
+# devices/power.py listens there (tests/devices/test_power.py compares them).
+SLEEP_CONTROL_PORT = 0x600
+SLEEP_STATUS_PORT = 0x601
+RESET_PORT = 0x602
+RESET_VALUE = 1
+SLEEP_TYPE_S5 = 5
+PVPANIC_PORT = 0x505
+RTC_PORT = 0x70
+RTC_CENTURY = 0x32
+
+#: Local APIC ids are 8 bits wide and 255 means all of them.
+MAX_CPUS = 255
+
+_OEM = b"PYVMM "
+_CREATOR = b"PYVM"
+_HEADER = struct.Struct("<4sIBB6s8sI4sI")
+
+_FADT_LENGTH = 276
+_RESET_REG_SUP = 1 << 10
+_HW_REDUCED_ACPI = 1 << 20
+_VGA_NOT_PRESENT = 1 << 2  # IAPC_BOOT_ARCH; that its 8042 bit is clear spares Linux the probe
+
+
+def write(
+    memory: GuestMemory,
+    *,
+    cpus: int,
+    virtio: Sequence[tuple[int, int, int]],
+    serial: Sequence[tuple[int, int]],
+) -> int:
+    """Write all tables to guest memory, from 0xe0000; return the RSDP's address, which is ``layout.RSDP``.
+
+    :param cpus: processors; processor i has local APIC id i
+    :param virtio: address, bytes and interrupt (GSI) of each virtio-mmio window, below 4 GiB
+    :param serial: first port and interrupt (GSI) of each 16550
+    :raises ConfigError: more processors than have an id, or more devices than the tables' room holds
+    :raises GuestMemoryError: the guest has less than 1 MiB
+    """
+    if not 1 <= cpus <= MAX_CPUS:
+        raise ConfigError("cpus", cpus, f"must be 1 to {MAX_CPUS}")
+    end = layout.RSDP + 36
+    blobs: list[tuple[int, bytes]] = []
+
+    def place(table: bytes) -> int:
+        nonlocal end
+        at = (end + 15) & ~15
+        end = at + len(table)
+        blobs.append((at, table))
+        return at
+
+    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, serial)))
+    fadt = place(_table(b"FACP", 6, _fadt(dsdt)))
+    madt = place(_table(b"APIC", 5, _madt(cpus)))
+    xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
+    if end > layout.HIMEM:
+        room = layout.HIMEM - layout.ACPI
+        raise ConfigError("drives", len(virtio), f"their ACPI tables need more than {room} bytes")
+    for at, table in blobs:
+        memory.write(at, table)
+    memory.write(layout.RSDP, _rsdp(xsdt))
+    return layout.RSDP
+
+
+def _checksum(data: bytes | bytearray) -> int:
+    return -sum(data) & 0xFF
+
+
+def _table(signature: bytes, revision: int, body: bytes) -> bytes:
+    length = _HEADER.size + len(body)
+    header = _HEADER.pack(signature, length, revision, 0, _OEM, b"PYVMM" + signature[:3], 1, _CREATOR, 1)
+    table = bytearray(header + body)
+    table[9] = _checksum(table)
+    return bytes(table)
+
+
+def _rsdp(xsdt: int) -> bytes:
+    rsdp = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, _OEM, 2, 0, 36, xsdt, 0))
+    rsdp[8] = _checksum(rsdp[:20])
+    rsdp[32] = _checksum(rsdp)
+    return bytes(rsdp)
+
+
+def _io_register(port: int) -> bytes:
+    """Return the Generic Address Structure of a one-byte port. Section 5.2.3.2."""
+    return struct.pack("<BBBBQ", 1, 8, 0, 1, port)
+
+
+def _fadt(dsdt: int) -> bytes:
+    """Return the FADT's body; what hardware-reduced machines have no use for is 0. Section 5.2.9."""
+    fadt = bytearray(_FADT_LENGTH)
+    fadt[108] = RTC_CENTURY
+    struct.pack_into("<H", fadt, 109, _VGA_NOT_PRESENT)
+    struct.pack_into("<I", fadt, 112, _RESET_REG_SUP | _HW_REDUCED_ACPI)
+    fadt[116:128] = _io_register(RESET_PORT)
+    fadt[128] = RESET_VALUE
+    fadt[131] = 5  # minor version: ACPI 6.5
+    struct.pack_into("<Q", fadt, 140, dsdt)
+    fadt[244:256] = _io_register(SLEEP_CONTROL_PORT)
+    fadt[256:268] = _io_register(SLEEP_STATUS_PORT)
+    fadt[268:276] = b"PYVMM\0\0\0"
+    return bytes(fadt[_HEADER.size :])
+
+
+def _madt(cpus: int) -> bytes:
+    """Return the MADT's body. Section 5.2.12."""
+    madt = [struct.pack("<II", layout.LAPIC, 0)]  # flags 0: no 8259s
+    madt += [struct.pack("<BBBBI", 0, 8, cpu, cpu, 1) for cpu in range(cpus)]
+    madt.append(struct.pack("<BBBBII", 1, 12, 0, 0, layout.IOAPIC, 0))
+    madt.append(struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1))  # NMI at LINT1 of every processor
+    return b"".join(madt)
+
+
+def _dsdt(cpus: int, virtio: Sequence[tuple[int, int, int]], serial: Sequence[tuple[int, int]]) -> bytes:
+    devices = [
+        aml.device(
+            f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu))
+        )
+        for cpu in range(cpus)
+    ]
+    devices += [
+        _device(
+            f"V{index:03X}", aml.string("LNRO0005"), index, aml.memory32_fixed(base, size), aml.interrupt(gsi)
+        )
+        for index, (base, size, gsi) in enumerate(virtio)
+    ]
+    devices += [
+        _device(f"COM{index + 1:X}", aml.eisa_id("PNP0501"), index + 1, aml.io(port, 8), aml.interrupt(gsi))
+        for index, (port, gsi) in enumerate(serial)
+    ]
+    devices.append(_device("RTC0", aml.eisa_id("PNP0B00"), 0, aml.io(RTC_PORT, 2)))
+    devices.append(_device("PEVT", aml.string("QEMU0001"), 0, aml.io(PVPANIC_PORT, 1)))
+    s5 = aml.name(
+        "_S5", aml.package(aml.integer(SLEEP_TYPE_S5), aml.integer(0), aml.integer(0), aml.integer(0))
+    )
+    return aml.scope("\\_SB", *devices) + s5
+
+
+def _device(segment: str, hid: bytes, uid: int, *descriptors: bytes) -> bytes:
+    return aml.device(
+        segment,
+        aml.name("_HID", hid),
+        aml.name("_UID", aml.integer(uid)),
+        aml.name("_CRS", aml.resources(*descriptors)),
+    )

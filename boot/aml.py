@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few words of AML that a DSDT of plain devices needs: each function returns encoded bytes.
+
+Source: ACPI 6.5 chapter 20 (AML) and section 6.4 (resource descriptors).
+"""
+
+from __future__ import annotations
+
+import struct
+
+_NAME_OP = b"\x08"
+_SCOPE_OP = b"\x10"
+_BUFFER_OP = b"\x11"
+_PACKAGE_OP = b"\x12"
+_DEVICE_OP = b"\x5b\x82"
+_STRING_PREFIX = b"\x0d"
+_END_TAG = b"\x79\0"  # checksum 0: not checked
+
+
+def _sized(op: bytes, body: bytes) -> bytes:
+    """Return ``op``, PkgLength, ``body``; the length counts its own bytes. Section 20.2.4."""
+    length = len(body) + 1
+    if length < 1 << 6:
+        return op + bytes((length,)) + body
+    for more in (1, 2, 3):
+        length = len(body) + 1 + more
+        if length < 1 << (4 + 8 * more):
+            return op + bytes((more << 6 | length & 15,)) + (length >> 4).to_bytes(more, "little") + body
+    raise ValueError("an AML package holds at most 256 MiB")
+
+
+def integer(value: int) -> bytes:
+    """Encode `value`, 0 to 2^64 - 1, in its shortest form."""
+    if value in (0, 1):
+        return bytes((value,))  # ZeroOp, OneOp
+    for prefix, code in ((0x0A, "B"), (0x0B, "<H"), (0x0C, "<I"), (0x0E, "<Q")):
+        if value < 1 << 8 * struct.calcsize(code):
+            return bytes((prefix,)) + struct.pack(code, value)
+    raise ValueError(f"{value:#x} does not fit in 64 bits")
+
+
+def string(text: str) -> bytes:
+    """Encode `text`, ASCII without NUL."""
+    return _STRING_PREFIX + text.encode("ascii") + b"\0"
+
+
+def eisa_id(text: str) -> bytes:
+    """Encode a device id as ``PNP0501``, three letters and four hexadecimal digits. Section 19.3.4."""
+    letters = 0
+    for letter in text[:3]:
+        letters = letters << 5 | ord(letter) - 0x40
+    return b"\x0c" + struct.pack(
+        ">HH", letters, int(text[3:], 16)
+    )  # a DWord constant, bytes as on the EISA bus
+
+
+def package(*elements: bytes) -> bytes:
+    """Encode a Package of at most 255 `elements`."""
+    return _sized(_PACKAGE_OP, bytes((len(elements),)) + b"".join(elements))
+
+
+def name(segment: str, value: bytes) -> bytes:
+    """Encode ``Name (segment, value)``; shorter segments are filled up with ``_``."""
+    return _NAME_OP + segment.ljust(4, "_").encode("ascii") + value
+
+
+def scope(path: str, *body: bytes) -> bytes:
+    """Encode ``Scope (path) {...}`` for one segment from the root, as ``\\_SB``."""
+    return _sized(_SCOPE_OP, b"\\" + path[1:].ljust(4, "_").encode("ascii") + b"".join(body))
+
+
+def device(segment: str, *body: bytes) -> bytes:
+    """Encode ``Device (segment) {...}``; `segment` has four characters."""
+    return _sized(_DEVICE_OP, segment.encode("ascii") + b"".join(body))
+
+
+def resources(*descriptors: bytes) -> bytes:
+    """Encode ``ResourceTemplate () {...}``, the value of ``_CRS``."""
+    body = b"".join(descriptors) + _END_TAG
+    return _sized(_BUFFER_OP, integer(len(body)) + body)
+
+
+def io(port: int, size: int) -> bytes:
+    """Encode ``IO (Decode16, port, port, 1, size)``. Section 6.4.2.5."""
+    return struct.pack("<BBHHBB", 0x47, 1, port, port, 1, size)
+
+
+def memory32_fixed(base: int, size: int) -> bytes:
+    """Encode ``Memory32Fixed (ReadWrite, base, size)``. Section 6.4.3.4."""
+    return struct.pack("<BHBII", 0x86, 9, 1, base, size)
+
+
+def interrupt(gsi: int) -> bytes:
+    """Encode ``Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}``. Section 6.4.3.6."""
+    return struct.pack("<BHBBI", 0x89, 6, 0x03, 1, gsi)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kernels without ACPI (``acpi=off``) need: the MP table, and virtio-mmio windows on the command line.
+
+Source: Intel MultiProcessor Specification 1.4, chapter 4; Linux arch/x86/kernel/mpparse.c,
+drivers/virtio/virtio_mmio.c.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from boot import layout
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.memory import GuestMemory
+
+MAX_CPUS = 255
+IOAPIC_PINS = 24
+#: KVM's IOAPIC has id 0 after reset, and Linux wants the table to say what the chip says.
+IOAPIC_ID = 0
+ISA_BUS = 0
+
+_LAPIC_VERSION = 0x14
+_IOAPIC_VERSION = 0x11
+_CPU_ENABLED, _CPU_BOOT = 1, 2
+_CPU_SIGNATURE = 0x600  # family 6; Linux takes both of these from CPUID
+_CPU_FEATURES = 0x201  # FPU and APIC
+_ALL_LAPICS = 0xFF
+_INT, _NMI, _EXTINT = 0, 1, 3
+
+_FLOATING = struct.Struct("<4sIBBB5s")
+_CONFIG = struct.Struct("<4sHBB8s12sIHHIHBx")
+_PROCESSOR = struct.Struct("<BBBBII8x")
+_BUS = struct.Struct("<BB6s")
+_IOAPIC = struct.Struct("<BBBBI")
+_INTERRUPT = struct.Struct("<BBHBBBB")
+
+
+def write(memory: GuestMemory, *, cpus: int) -> int:
+    """Write floating pointer and table to guest memory; return the pointer's address, ``layout.MPTABLE``.
+
+    IOAPIC pin i is ISA interrupt i, as KVM wires it, so that an interrupt's number in Linux is its GSI.
+
+    :param cpus: processors; processor i has local APIC id i, and 0 boots
+    :raises ConfigError: more processors than have an id
+    :raises GuestMemoryError: the guest has less than 1 MiB
+    """
+    if not 1 <= cpus <= MAX_CPUS:
+        raise ConfigError("cpus", cpus, f"must be 1 to {MAX_CPUS}")
+    entries = [
+        _PROCESSOR.pack(
+            0, cpu, _LAPIC_VERSION, _CPU_ENABLED | (0 if cpu else _CPU_BOOT), _CPU_SIGNATURE, _CPU_FEATURES
+        )
+        for cpu in range(cpus)
+    ]
+    entries.append(_BUS.pack(1, ISA_BUS, b"ISA   "))
+    entries.append(_IOAPIC.pack(2, IOAPIC_ID, _IOAPIC_VERSION, 1, layout.IOAPIC))
+    entries += [_INTERRUPT.pack(3, _INT, 0, ISA_BUS, pin, IOAPIC_ID, pin) for pin in range(IOAPIC_PINS)]
+    entries.append(_INTERRUPT.pack(4, _EXTINT, 0, ISA_BUS, 0, _ALL_LAPICS, 0))
+    entries.append(_INTERRUPT.pack(4, _NMI, 0, ISA_BUS, 0, _ALL_LAPICS, 1))
+    body = b"".join(entries)
+    table = bytearray(
+        _CONFIG.pack(
+            b"PCMP",
+            _CONFIG.size + len(body),
+            4,
+            0,
+            b"PYVMM   ",
+            b"PYVMM       ",
+            0,
+            0,
+            len(entries),
+            layout.LAPIC,
+            0,
+            0,
+        )
+        + body
+    )
+    table[7] = -sum(table) & 0xFF
+    at = layout.MPTABLE + _FLOATING.size
+    pointer = bytearray(_FLOATING.pack(b"_MP_", at, 1, 4, 0, bytes(5)))
+    pointer[10] = -sum(pointer) & 0xFF
+    memory.write(at, table)
+    memory.write(layout.MPTABLE, pointer)
+    return layout.MPTABLE
+
+
+def virtio_mmio_parameter(base: int, size: int, gsi: int) -> str:
+    """Return the kernel parameter for one virtio-mmio window, as ``virtio_mmio.device=4K@0xd0000000:5``.
+
+    :param base: guest physical address
+    :param size: bytes, a multiple of 1024
+    :param gsi: interrupt
+    """
+    return f"virtio_mmio.device={size >> 10}K@{base:#x}:{gsi}"
