@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = module.main(parser.parse_args(rest))
         sys.stdout.flush()
         return status
+    except SystemExit as end:  # argparse's, after --help or a mistake
+        return end.code if isinstance(end.code, int) else STATUS_HOST
     except VmmError as error:
         print(f"pyvmm {name}: {error}", file=sys.stderr)
         return STATUS_CONFIG if isinstance(error, ConfigError) else STATUS_HOST
@@ -95,8 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The ``pyvmm`` program."""
-    sys.exit(main())
+    """The ``pyvmm`` program. Ends without taking the interpreter down, which costs as much as starting it."""
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # its reader is gone, or it was closed from the start
+    os._exit(status)
 
 
 if __name__ == "__main__":
