@@ -99,14 +99,16 @@ def pvh_elf(code: bytes = b"\xf4", *, bits: int = 64, notes: bytes | None = None
     )
 
 
-def vmlinux(text: bytes = b"\x90" * 64, *, paddr: int = 16 * MIB, bss: int = 8192) -> bytes:
+def vmlinux(
+    text: bytes = b"\x90" * 64, *, paddr: int = 16 * MIB, gap: int = 2 * MIB, bss: int = 8192
+) -> bytes:
     """What Linux looks like: linked high, loaded at 16 MiB, notes inside the text, .bss at the end."""
     notes = note(b"Xen", 6, b"linux\0") + pvh_note(paddr + 0x10)
     high = 0xFFFFFFFF80000000
     image = elf(
         [
             Phdr(data=text + notes, paddr=paddr, vaddr=high + paddr, align=0x200000),
-            Phdr(data=b"data" * 64, paddr=paddr + 2 * MIB, vaddr=high + paddr + 2 * MIB, memsz=256 + bss),
+            Phdr(data=b"data" * 64, paddr=paddr + gap, vaddr=high + paddr + gap, memsz=256 + bss),
             Phdr(kind=PT_NOTE, data=b"", offset=64 + 3 * 56 + len(text), filesz=len(notes), paddr=0, memsz=0),
         ],
         entry=paddr,
