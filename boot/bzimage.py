@@ -144,7 +144,9 @@ def choose_address(setup: Setup, memory: GuestMemory, source: Source) -> int:
         align = setup.kernel_alignment
         address = (layout.HIMEM + align - 1) // align * align
     end = address + setup.needs
-    if not any(region.gpa <= address and end <= region.gpa + region.size for region in memory.regions):
+    if end > layout.MMIO_HOLE:
+        raise source.fail(f"needs {setup.needs >> 10} KiB at {address:#x}, not all of it below 3 GiB")
+    if end > memory.regions[0].size:
         raise source.fail(
             f"needs {setup.needs >> 10} KiB at {address:#x}, so {-(-end >> 20)} MiB of guest memory or more;"
             f" there are {memory.size >> 20} MiB"

@@ -107,16 +107,18 @@ class Elf:
     def linux64_entry(self, fail: Fail) -> int:
         """Return the physical address of ``e_entry``.
 
-        :raises ConfigError: when it is in no segment, or the file has 32-bit code
+        :raises ConfigError: when it is in no segment or above 4 GiB (not mapped), or the code is 32-bit
         """
         if self.bits != 64:
             raise fail("is a 32-bit ELF file without a PVH note; only that or a 64-bit entry can be booted")
-        for segment in self.segments:
-            if segment.start <= self.entry < segment.end:
-                return self.entry
-        for segment in self.segments:  # linked high, loaded low
-            if segment.vaddr <= self.entry < segment.vaddr + segment.end - segment.start:
-                return self.entry - segment.vaddr + segment.start
+        # A physical address, as Linux means it; or a virtual one, of a kernel linked high and loaded low.
+        for virtual in (False, True):
+            for segment in self.segments:
+                offset = self.entry - (segment.vaddr if virtual else segment.start)
+                if 0 <= offset < segment.end - segment.start:
+                    if segment.start + offset >= layout.MMIO_HOLE_END:
+                        raise fail(f"has its entry point at {segment.start + offset:#x}, above 4 GiB")
+                    return segment.start + offset
         raise fail(f"has its entry point at {self.entry:#x}, which is in none of its segments")
 
     def checked_pvh_entry(self, fail: Fail) -> int:

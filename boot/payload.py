@@ -15,7 +15,9 @@ from boot import elf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import bz2
     import ctypes
+    import lzma
     from collections.abc import Callable, Iterator
 
     from boot.bzimage import Setup
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
     Chunk = bytes | memoryview
+    Fail = Callable[[str], ConfigError]
 
 _MAGICS = (
     (b"\x1f\x8b", "gzip"),
@@ -40,7 +43,6 @@ FASTER = frozenset(("lz4", "zstd", "lzma", "bzip2"))
 
 _IN = 1 << 20
 _OUT = 1 << 20
-_LZ4_MAGIC = 0x184C2102
 _LZ4_BLOCK = 8 << 20  # what the legacy frame's blocks unpack to, the last one to less
 _LZ4_BLOCK_PACKED = _LZ4_BLOCK + _LZ4_BLOCK // 255 + 16
 _WINDOW = 128 << 20  # xz and zstd of newer kernels use this much
@@ -112,7 +114,7 @@ class _Input:
 class _Scatter:
     """Takes the bytes of an ELF file in order and puts those of its segments into guest memory."""
 
-    def __init__(self, memory: GuestMemory, size: int, fail: Callable[[str], ConfigError]) -> None:
+    def __init__(self, memory: GuestMemory, size: int, fail: Fail) -> None:
         self._memory = memory
         self._size = size
         self._fail = fail
@@ -125,14 +127,12 @@ class _Scatter:
     def feed(self, chunk: Chunk) -> None:
         """Take the next bytes of the file; they are not kept."""
         if self._elf is None:
-            self._start += bytes(chunk) if self._start or len(chunk) < _HEADERS else b""
-            if not self._start:
-                self._begin(memoryview(chunk))
-            elif len(self._start) >= _HEADERS:
+            if self._start or len(chunk) < _HEADERS:
+                self._start += bytes(chunk)
+                if len(self._start) < _HEADERS:
+                    return
                 chunk, self._start = self._start, b""
-                self._begin(memoryview(chunk))
-            else:
-                return
+            self._begin(memoryview(chunk))
         end = self._at + len(chunk)
         if end > self._size:
             raise self._fail(f"unpacks to more than the {self._size} bytes it declares")
@@ -201,7 +201,7 @@ def _buffer(size: int) -> tuple[ctypes.Array[ctypes.c_char], memoryview]:
     return (ctypes.c_char * size).from_buffer(view), view
 
 
-def _gzip(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+def _gzip(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import zlib
 
     unpacker = zlib.decompressobj(31)  # 31: with gzip's header and checksum
@@ -216,37 +216,37 @@ def _gzip(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]
         yield chunk
 
 
-def _xz(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+def _xz(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import lzma
 
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=_WINDOW + (32 << 20))
-    while not unpacker.eof:
-        data = packed.read() if unpacker.needs_input else b""
-        try:
-            chunk = unpacker.decompress(data, _OUT)
-        except (lzma.LZMAError, EOFError) as error:
-            raise fail(f"is broken: {error}") from None
-        if not data and not chunk:
-            raise fail("is broken: it has no end")
-        yield chunk
+    return _stream(unpacker, lzma.LZMAError, packed, fail)
 
 
-def _bzip2(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+def _bzip2(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import bz2
 
-    unpacker = bz2.BZ2Decompressor()
+    return _stream(bz2.BZ2Decompressor(), OSError, packed, fail)
+
+
+def _stream(
+    unpacker: lzma.LZMADecompressor | bz2.BZ2Decompressor,
+    broken: type[Exception],
+    packed: _Input,
+    fail: Fail,
+) -> Iterator[Chunk]:
     while not unpacker.eof:
         data = packed.read() if unpacker.needs_input else b""
         try:
             chunk = unpacker.decompress(data, _OUT)
-        except (OSError, EOFError, ValueError) as error:
+        except broken as error:
             raise fail(f"is broken: {error}") from None
         if not data and not chunk:
             raise fail("is broken: it has no end")
         yield chunk
 
 
-def _lz4(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+def _lz4(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import ctypes
 
     decompress = _library("liblz4.so.1").LZ4_decompress_safe
@@ -254,10 +254,9 @@ def _lz4(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
     # One pair of buffers for all blocks: to touch the pages of a new one takes longer than to unpack into it.
     block, packed_view = _buffer(_LZ4_BLOCK_PACKED)
     buffer, view = _buffer(_LZ4_BLOCK)
+    packed.read(4)  # the magic number
     while packed.left >= 4:
         length = int.from_bytes(packed.read(4), "little")
-        if length == _LZ4_MAGIC:
-            continue
         if length > min(packed.left, _LZ4_BLOCK_PACKED):
             raise fail(f"is broken: a block of {length} bytes where {packed.left} are left")
         packed.read_into(packed_view[:length])
@@ -267,7 +266,7 @@ def _lz4(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
         yield view[:size]
 
 
-def _zstd(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]:
+def _zstd(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import ctypes
 
     class Buffer(ctypes.Structure):  # ZSTD_inBuffer and ZSTD_outBuffer
@@ -279,6 +278,8 @@ def _zstd(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]
     for name in ("ZSTD_decompressStream", "ZSTD_DCtx_setParameter"):
         getattr(zstd, name).restype = ctypes.c_size_t
     context = ctypes.c_void_p(zstd.ZSTD_createDCtx())
+    if not context:
+        raise Unsupported("libzstd has no memory left")
     buffer, view = _buffer(_OUT)
     source = Buffer(None, 0, 0)
     try:
@@ -299,7 +300,7 @@ def _zstd(packed: _Input, fail: Callable[[str], ConfigError]) -> Iterator[Chunk]
         zstd.ZSTD_freeDCtx(context)
 
 
-_METHODS: dict[str, Callable[[_Input, Callable[[str], ConfigError]], Iterator[Chunk]]] = {
+_METHODS: dict[str, Callable[[_Input, Fail], Iterator[Chunk]]] = {
     "gzip": _gzip,
     "xz": _xz,
     "lzma": _xz,

@@ -91,9 +91,10 @@ def test_the_release_and_compression_are_told(kernel):
         ({"payload_offset": 0x240, "payload_length": 1 << 20}, "is truncated: the payload"),
         (
             {"init_size": 0xFFFF_FFFF},
-            "needs 4194303 KiB at 0x1000000, so 4112 MiB of guest memory or more; there are 64",
+            "needs 4194303 KiB at 0x1000000, not all of it below 3 GiB",
         ),
-        ({"pref_address": 2**64 - 1}, "of guest memory or more"),
+        ({"pref_address": 2**64 - 1}, "not all of it below 3 GiB"),
+        ({"pref_address": 1 << 32}, "needs 8192 KiB at 0x100000000, not all of it below 3 GiB"),
         (
             {"pref_address": 60 * MIB},
             "needs 8192 KiB at 0x3c00000, so 68 MiB of guest memory or more; there are 64",

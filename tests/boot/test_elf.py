@@ -109,6 +109,12 @@ def test_a_segment_above_4_gib(kernel):
         assert memory.read(4 << 30, 4) == b"high"
 
 
+def test_an_entry_above_4_gib_is_not_mapped(kernel):
+    with GuestMemory(4 << 30) as memory:
+        image = elf([Phdr(data=b"\xf4", paddr=4 << 30)], entry=4 << 30)
+        assert "entry point at 0x100000000, above 4 GiB" in refused(memory, kernel(image))
+
+
 @pytest.mark.parametrize(("name", "start", "end"), layout.BOOT_AREAS)
 def test_a_segment_on_what_the_vmm_writes(memory, kernel, name, start, end):
     for paddr, size in ((start, 1), (end - 1, 1), (start, end - start), (end - 1, 2)):
