@@ -114,7 +114,7 @@ class Rtc:
         ram[DAY] = encode(now.tm_mday)
         ram[MONTH] = encode(now.tm_mon)
         ram[YEAR] = encode(now.tm_year % 100)
-        ram[CENTURY] = encode(now.tm_year // 100)
+        ram[CENTURY] = encode(now.tm_year // 100 % 100)
 
     def _set_time(self) -> None:
         from calendar import timegm

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest that says it panicked."""
+
+from __future__ import annotations
+
+import pytest
+
+from devices.pvpanic import PvPanic
+from vmm.events import Stop, StopReason
+
+
+def test_it_offers_panicked_and_crashloaded() -> None:
+    data = bytearray(1)
+    PvPanic().read(0, memoryview(data))
+    assert data == b"\x03"
+
+
+@pytest.mark.parametrize("value", [b"\x01", b"\x03", b"\xff"])
+def test_panicked_ends_the_vm(value: bytes) -> None:
+    with pytest.raises(Stop) as stop:
+        PvPanic().write(0, memoryview(value))
+    assert stop.value.reason is StopReason.PANIC
+    assert stop.value.status == 81
+
+
+def test_panic_that_a_crash_kernel_takes_over_is_counted() -> None:
+    device = PvPanic()
+    device.write(0, memoryview(b"\x02"))
+    device.write(0, memoryview(b"\x02"))
+    assert device.crashes == 2
+
+
+@pytest.mark.parametrize("value", [b"\x00", b"\x04", b"\xfc"])
+def test_event_that_was_not_offered_is_ignored(value: bytes) -> None:
+    device = PvPanic()
+    device.write(0, memoryview(value))
+    assert device.crashes == 0
