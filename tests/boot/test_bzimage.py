@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tracemalloc
 
 import pytest
 from kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
@@ -224,3 +225,17 @@ def test_an_unpacked_kernel_is_judged_like_any_other(memory, kernel):
         (elf([Phdr(data=b"x", paddr=1 << 40)], entry=1 << 40), "outside guest memory"),
     ):
         assert found in refused(memory, kernel(bzimage(compress("gzip", image))), unpack="always")
+
+
+@pytest.mark.parametrize("method", ["gzip", "xz", "bzip2"])
+def test_a_payload_that_swells_costs_no_host_memory(kernel, method):
+    """32 MiB of zeros behind the kernel, all of them declared: chunks come and go."""
+    path = kernel(bzimage(compress(method, vmlinux() + bytes(32 * MIB)), init_size=64 * MIB))
+    with GuestMemory(128 * MIB) as memory:
+        tracemalloc.start()
+        try:
+            load(memory, path, unpack="always")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 12 * MIB
