@@ -2,6 +2,9 @@
 
 from collections.abc import Buffer
 
+RULES: dict[int, str]
+"""By status of the C queue: the rule that a driver broke, with its section of virtio 1.2."""
+
 class GuestRam:
     """The guest's RAM: up to 8 regions; each access lies within one or raises ``GuestMemoryError``."""
 

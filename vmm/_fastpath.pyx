@@ -102,7 +102,7 @@ cdef enum:
     AVAIL_F_NO_INTERRUPT = 1
     USED_F_NO_NOTIFY = 1
 
-cdef dict RULES = {
+RULES = {
     QUEUE_NOT_READY: "the queue is not ready (§4.2.2.2)",
     QUEUE_AVAIL_IDX: "avail.idx is further ahead than the queue is long (§2.7.13.3)",
     QUEUE_HEAD: "the head is not below the queue size (§2.7.6)",
