@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm lab``: run a command on an emulated machine that has real KVM."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vmm import lab
+from vmm.config import parse_size
+from vmm.errors import ConfigError
+from vmm.kvm import runs_linux
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``pyvmm lab``."""
+    add = parser.add_argument
+    add("--write", metavar="DIR", action="append", default=[], help="keep what is written in DIR; may be repeated")
+    add("--timeout", metavar="S", type=float, default=600, help="seconds for everything (default: 600)")
+    add("--cpus", metavar="N", type=int, default=2, help="CPUs of the machine (default: 2)")
+    add("--memory", metavar="SIZE", default="3G", help="its memory (default: 3G)")
+    add("-v", "--verbose", action="store_true", help="show the machine's own console afterwards")
+    add("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="what to run, with its arguments")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; its exit status is ours."""
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise ConfigError("COMMAND", "", "what shall the lab run?")
+    if args.timeout <= 0:
+        raise ConfigError("--timeout", args.timeout, "must be more than 0 seconds")
+    if not 1 <= args.cpus <= 64:
+        raise ConfigError("--cpus", args.cpus, "must be 1 to 64")
+    memory = parse_size("--memory", args.memory)
+    if memory < 512 << 20:
+        raise ConfigError("--memory", args.memory, "must be 512M or more")
+    if runs_linux():
+        print("pyvmm lab: this host's own KVM runs Linux; the lab is not needed, only slower", file=sys.stderr)
+    return lab.run(
+        command, write=args.write, timeout=args.timeout, cpus=args.cpus, memory=f"{memory >> 20}M",
+        verbose=args.verbose,
+    )  # fmt: skip

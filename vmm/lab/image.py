@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's kernel and initramfs: Debian's own kernel, busybox, and an init that turns into this host's root."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from vmm.images import apt, cache_root, initramfs
+from vmm.images.host import Progress, silent
+
+KERNEL_PACKAGE = "linux-image-amd64"
+MODULES = (
+    "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console", "kvm_amd", "virtio_net", "virtio_blk", "tun",
+)  # fmt: skip
+OPTIONAL_MODULES = ("vhost_net", "vhost_vsock", "loop")
+
+# The job directory, a 9p export of its own, says what to run: `run` (a script), `writable` (lines of tag and path)
+# and, where there is a terminal, `terminal` (rows and columns). Ports are virtio-console's, found by name.
+INIT = (
+    initramfs.LOAD_MODULES
+    + r"""
+share() { mount -t 9p -o "trans=virtio,version=9p2000.L,msize=1048576,$3" "$1" "$2"; }
+port() { for p in /sys/class/virtio-ports/*; do [ "$(cat "$p/name")" = "$1" ] && echo "/dev/${p##*/}" && return; done; }
+mkdir -p /job /host /rw /new
+share job /job cache=none
+share host /host cache=loose,ro
+mount -t tmpfs -o size=75% rw /rw
+mkdir /rw/upper /rw/work
+mount -t overlay -o lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work overlay /new
+mount -t proc proc /new/proc
+mount -t sysfs sysfs /new/sys
+mount --bind /dev /new/dev
+mkdir -p /new/dev/pts /new/dev/shm
+mount -t devpts -o mode=620,ptmxmode=666 devpts /new/dev/pts
+mount -t tmpfs shm /new/dev/shm
+mount -t tmpfs run /new/run
+while read -r tag path; do mkdir -p "/new$path"; share "$tag" "/new$path" cache=mmap; done </job/writable
+hostname pyvmm-lab
+ip link set lo up
+chmod 666 /dev/kvm /dev/vhost-net /dev/vhost-vsock /dev/net/tun 2>/dev/null
+mkfifo /out /err
+in=$(port in)
+cat /out >"$(port out)" & out=$!
+cat /err >"$(port err)" & err=$!
+exec 3<>"$(port control)"
+echo up >&3
+cp /job/run /new/run/pyvmm-lab
+if [ -e /job/terminal ]; then
+    read -r rows columns </job/terminal
+    command="stty rows $rows cols $columns; exec sh /run/pyvmm-lab"
+    setsid chroot /new script -qec "$command" /dev/null <"$in" >/out 2>/err & pid=$!
+else
+    setsid chroot /new sh /run/pyvmm-lab <"$in" >/out 2>/err & pid=$!
+fi
+(while read -r word <&3; do [ "$word" = interrupt ] && kill -INT "-$pid"; done) &
+wait $pid
+status=$?
+# The pumps end with the last holder of their pipes; a daemon that the command left behind must not hold us up.
+(sleep 5; kill $out $err) 2>/dev/null &
+wait $out $err
+sync
+echo "exit $status" >&3
+reboot -f
+"""
+)
+
+
+class LabImage(NamedTuple):
+    """Paths of the two files that QEMU boots."""
+
+    kernel: str
+    initramfs: str
+
+
+def lab_image(progress: Progress = silent) -> LabImage:
+    """The lab's image, made the first time and kept under the cache directory.
+
+    :raises PullError: the kernel or busybox cannot be fetched
+    """
+    package = apt.package(KERNEL_PACKAGE, progress=progress)
+    kernel, version = apt.kernel_of(package.tree)
+    key = hashlib.sha256(repr((version, MODULES, OPTIONAL_MODULES, INIT)).encode()).hexdigest()[:16]
+    path = Path(cache_root(), "lab", f"{version}-{key}.cpio")
+    if not path.exists():
+        data = initramfs.build_initramfs(
+            package.tree, MODULES, INIT, optional=OPTIONAL_MODULES, progress=progress
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_bytes(data)
+        new.rename(path)
+        for old in path.parent.glob("*.cpio"):
+            if old != path:
+                old.unlink()
+    return LabImage(str(kernel), str(path))

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One boot of the lab: QEMU, its ports, and the pumps between them and our own descriptors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vmm.lab.image import LabImage
+
+QEMU = "qemu-system-x86_64"
+PORTS = ("in", "out", "err", "control")
+# A machine that has not come up by then is stuck: the emulated CPUs starved each other. It is up in 5 to 10 s.
+UP_SECONDS = 90
+PR_SET_PDEATHSIG = 1
+
+
+class NotUp(Exception):
+    """The machine did not get as far as running the command."""
+
+
+def qemu_argv(
+    image: LabImage, *, cpus: int, memory: str, job: str, writable: Sequence[str], ports: dict[str, int]
+) -> list[str]:
+    """QEMU's command line.
+
+    :param job: directory that says what to run
+    :param writable: directories to export writable, as ``w0``, ``w1``, ...
+    :param ports: file descriptor of a connected socket for each of ``PORTS``
+    """
+
+    def export(tag: str, path: str, options: str) -> list[str]:
+        # A comma in a value is written twice.
+        return [
+            "-fsdev", f"local,id={tag},path={path.replace(',', ',,')},security_model=none,multidevs=remap{options}",
+            "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
+        ]  # fmt: skip
+
+    argv = [
+        QEMU, "-accel", "tcg,thread=multi", "-cpu", "max,+svm", "-smp", str(cpus), "-m", memory, "-M", "q35",
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel", image.kernel, "-initrd",
+        image.initramfs, "-append", "console=ttyS0 quiet reboot=t panic=-1 mitigations=off random.trust_cpu=on",
+        "-serial", f"file:{job}/console", *export("host", "/", ",readonly=on"), *export("job", job, ""),
+        "-device", "virtio-serial-pci",
+    ]  # fmt: skip
+    for index, path in enumerate(writable):
+        argv += export(f"w{index}", path, "")
+    for name, fd in ports.items():
+        argv += [
+            "-chardev", f"socket,id={name},fd={fd}", "-device", f"virtserialport,chardev={name},name={name}",
+        ]  # fmt: skip
+    return argv
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Boot:
+    """One boot: ``run`` it, then ``close``. A context manager.
+
+    :param argv: makes QEMU's command line of the ports' descriptors
+    :param stdin: descriptor the command reads from, or None
+    :param stdout: descriptor for its output
+    :param stderr: descriptor for its errors
+    """
+
+    def __init__(
+        self, argv: Callable[[dict[str, int]], list[str]], stdin: int | None, stdout: int, stderr: int
+    ) -> None:
+        pairs = {name: socket.socketpair() for name in PORTS}
+        theirs = {name: pair[1].fileno() for name, pair in pairs.items()}
+        self._ours = {name: pair[0] for name, pair in pairs.items()}
+        self._stdin = stdin
+        self._sinks: dict[str, int | None] = {"out": stdout, "err": stderr}
+        self._words = b""
+        self._status: int | None = None
+        self._up = False
+        self._interrupts = 0
+        self._process = subprocess.Popen(
+            argv(theirs), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            pass_fds=tuple(theirs.values()), start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        for _, their in pairs.values():
+            their.close()
+
+    def __enter__(self) -> Boot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the first is the command's, the second ends the machine. For a signal handler."""
+        self._interrupts += 1
+        if self._interrupts == 1 and self._up:
+            self._ours["control"].send(b"interrupt\n")
+        else:
+            self._process.kill()
+
+    def run(self, deadline: float) -> int | None:
+        """Pump until the machine is gone.
+
+        :param deadline: ``time.monotonic()`` at which to give up
+        :returns: the command's exit status; None: the time is over
+        :raises NotUp: the command was never started
+        """
+        poll = select.poll()
+        names = {sock.fileno(): name for name, sock in self._ours.items() if name != "in"}
+        for fd in names:
+            poll.register(fd, select.POLLIN)
+        feeding = False
+        pending = b""
+        up_deadline = time.monotonic() + UP_SECONDS
+        if self._stdin is None:
+            self._end_input()
+        source = self._ours["in"]
+        while names:
+            now = time.monotonic()
+            if now >= deadline:
+                return None
+            if not self._up and now >= up_deadline:
+                raise NotUp(f"it was not up after {UP_SECONDS} s")
+            if self._up and not feeding and self._stdin is not None and not pending:
+                poll.register(self._stdin, select.POLLIN)
+                feeding = True
+            wait = min(deadline, deadline if self._up else up_deadline) - now
+            for fd, _ in poll.poll(max(1, min(wait, 1.0) * 1000)):
+                if self._stdin is not None and fd == self._stdin and feeding:
+                    poll.unregister(fd)
+                    feeding = False
+                    pending = _read(fd)
+                    if not pending:
+                        self._stdin = None
+                        self._end_input()
+                    else:
+                        source.setblocking(False)
+                        poll.register(source, select.POLLOUT)
+                elif source.fileno() >= 0 and fd == source.fileno():
+                    try:
+                        pending = pending[source.send(pending) :]
+                    except BlockingIOError:
+                        continue
+                    except OSError:
+                        pending, self._stdin = b"", None
+                    if not pending:
+                        poll.unregister(source)
+                elif fd in names and not self._take(names[fd]):
+                    poll.unregister(fd)
+                    del names[fd]
+        self._process.wait()
+        if self._interrupts > 1:
+            return 128 + signal.SIGINT
+        if not self._up:
+            raise NotUp(self._last_words())
+        if self._status is None:
+            raise NotUp(f"it died under the command: {self._last_words()}")
+        return self._status
+
+    def _take(self, name: str) -> bool:
+        # False: the machine has closed that port, by ending.
+        try:
+            data = self._ours[name].recv(1 << 16)
+        except ConnectionResetError:
+            return False
+        if not data:
+            return False
+        if name == "control":
+            self._words += data
+            *words, self._words = self._words.split(b"\n")
+            for word in words:
+                if word == b"up":
+                    self._up = True
+                elif word.startswith(b"exit "):
+                    self._status = int(word[5:])
+            return True
+        sink = self._sinks[name]
+        view = memoryview(data)
+        while view and sink is not None:
+            try:
+                view = view[os.write(sink, view) :]
+            except BlockingIOError:
+                select.select([], [sink], [])
+            except OSError:
+                self._sinks[name] = sink = None  # our reader is gone; the command runs on
+        return True
+
+    def _end_input(self) -> None:
+        self._ours["in"].close()
+
+    def _last_words(self) -> str:
+        assert self._process.stderr is not None
+        said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        return said[-1] if said else f"QEMU ended with status {self._process.returncode}"
+
+    def close(self) -> None:
+        """End the machine, if it still runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for sock in self._ours.values():
+            sock.close()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:
+        return b""
+
+
+def missing() -> list[str]:
+    """What the lab needs and this host lacks, a line each with what to do; empty: ready."""
+    lacks = []
+    if shutil.which(QEMU) is None:
+        lacks.append(f"{QEMU} is not installed: apt-get install qemu-system-x86 seabios")
+    if not sys.platform.startswith("linux"):
+        lacks.append("the lab needs Linux")
+    if os.geteuid():
+        lacks.append("root: the lab shows this host's root file system as it is, which only root can read whole")
+    return lacks
+
+
+def console_of(job: str) -> str:
+    """What the machine's own console said."""
+    path = Path(job, "console")
+    return path.read_text(errors="replace") if path.exists() else ""
