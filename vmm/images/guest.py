@@ -123,7 +123,7 @@ elif [ "$1" = -s ]; then
 fi
 setsid -c "$@" <$console >$console 2>&1
 status=$?
-stty echo <$console # waits until the session's output is out
+stty echo <$console 2>/dev/null # waits until the session's output is out
 
 action=poweroff
 [ -s /run/init.action ] && status=0 && read -r action </run/init.action
@@ -162,7 +162,7 @@ tmpfs /run tmpfs nosuid,nodev,mode=755 0 0
 cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec 0 0
 """
 
-# For an image with systemd (--packages systemd-sysv): the serial console logs root in, as everywhere else.
+# For an image with systemd (--packages systemd-sysv,udev): root is logged in on the serial console here, too.
 AUTOLOGIN = """\
 [Service]
 ExecStart=
