@@ -1,6 +1,6 @@
 """Guest memory and the split virtqueue: the contract of the C module and of its Python twin's queue."""
 
-from collections.abc import Buffer
+from typing_extensions import Buffer
 
 RULES: dict[int, str]
 """By status of the C queue: the rule that a driver broke, with its section of virtio 1.2."""
