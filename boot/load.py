@@ -139,8 +139,8 @@ def load(
     written; it is of no use then.
 
     :param protocol: ``linux64``, ``pvh``, or ``auto``: PVH where an ELF file offers it, else 64-bit Linux
-    :param unpack: whether the host unpacks a bzImage: ``always``, ``never``, or ``auto``: where that is
-        faster. A kernel unpacked by the host has no KASLR; it runs at the address it was linked at
+    :param unpack: whether the host unpacks a bzImage, which is faster: ``always``, ``never``, or ``auto``:
+        where it can. A kernel unpacked by the host has no KASLR; it runs at the address it was linked at
     :param rsdp: guest physical address of the ACPI RSDP that will be there, 0 for none
     :raises ConfigError: when a file, the command line or their size cannot be; one line says what and where
     :raises HostError: when the host fails to read a file
@@ -231,7 +231,7 @@ def _load_bzimage(
     wanted = unpack == "always" or protocol == "pvh"
     if protocol == "pvh" and unpack == "never":
         raise source.fail("is a bzImage: the PVH protocol needs it unpacked, which unpack=never forbids")
-    if wanted or (unpack == "auto" and method in payload.FASTER):
+    if wanted or unpack == "auto":
         try:
             image = payload.unpack(method, source, setup, memory)
         except payload.Unsupported as error:

@@ -4,6 +4,10 @@
 The unpacked kernel runs at the address it was linked at: KASLR needs the relocations that only the kernel's
 own unpacker applies (``unpack="never"``).
 
+Why: writing fresh memory is cheaper from the host than by a guest, whose every first touch of a page is an
+exit. From process start to the kernel's first line, KVM in the lab: lz4 (Debian 6.1) 0.7 s instead of 2.2,
+gzip (Alpine 6.18) 2.2 instead of 4.0, xz (Debian 6.1) 6.3 instead of 7.6.
+
 Nothing is trusted: output is made in chunks, so that a payload that swells costs no host memory, and no
 more time than filling guest RAM. Source: arch/x86/boot/compressed/Makefile, scripts/Makefile.lib (what
 follows each format).
@@ -37,10 +41,6 @@ _MAGICS = (
     (b"BZh", "bzip2"),
     (b"\x89LZO", "lzo"),
 )
-#: Methods that "auto" unpacks on the host. The others lose with Debian's 6.1 cloud kernel (51 MiB) to the
-#: kernel's own lib/decompress_*.c, run natively in fresh memory: gzip 226 ms to 124, xz 770 to 663.
-FASTER = frozenset(("lz4", "zstd", "lzma", "bzip2"))
-
 _IN = 1 << 20
 _OUT = 1 << 20
 _LZ4_BLOCK = 8 << 20  # what the legacy frame's blocks unpack to, the last one to less

@@ -12,7 +12,6 @@ from kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
 
 from boot import layout
 from boot.load import load, probe
-from boot.payload import FASTER
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 
@@ -130,18 +129,11 @@ def test_a_signature_behind_the_kernel_is_no_harm(memory, kernel):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_compression_gives_the_kernel_inside(memory, kernel, method):
     text = bytes(range(256)) * 1000
-    loaded = load(memory, kernel(bzimage(compress(method, vmlinux(text) + b"relocations"))), unpack="always")
+    loaded = load(memory, kernel(bzimage(compress(method, vmlinux(text) + b"relocations"))))
     assert (loaded.unpacked, loaded.protocol, loaded.entry) == (method, "linux64", 16 * MIB)
     assert loaded.kernel == (16 * MIB, 2 * MIB + 256 + 8192)
     assert memory.read(16 * MIB, len(text)) == text
     assert memory.read(18 * MIB, 256 + 8192) == b"data" * 64 + bytes(8192)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_auto_unpacks_what_the_host_is_faster_at(memory, kernel, method):
-    loaded = load(memory, kernel(bzimage(compress(method, vmlinux()))))
-    assert loaded.unpacked == (method if method in FASTER else "")
-    assert loaded.entry == (16 * MIB if method in FASTER else 16 * MIB + 0x200)
 
 
 def test_a_kernel_of_several_lz4_blocks(kernel):
