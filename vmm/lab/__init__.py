@@ -80,7 +80,7 @@ def run(
                 lambda ports: qemu_argv(
                     image, cpus=cpus, memory=memory, job=job, writable=writable, ports=ports
                 ),
-                stdin, stdout, stderr,
+                stdin, stdout, stderr, framed=not terminal,
             )  # fmt: skip
             try:
                 with boot:

@@ -41,8 +41,11 @@ while read -r tag path; do mkdir -p "/new$path"; share "$tag" "/new$path" cache=
 hostname pyvmm-lab
 ip link set lo up
 chmod 666 /dev/kvm /dev/vhost-net /dev/vhost-vsock /dev/net/tun 2>/dev/null
-mkfifo /out /err
-in=$(port in)
+mkfifo /in /out /err
+# Input comes in frames, a length on a line and then its bytes; 0 is the end. A port that the host closes would lose
+# what QEMU has not passed on yet.
+feed() { while read -r n <&4 && [ "$n" != 0 ]; do dd bs="$n" count=1 iflag=fullblock <&4 2>/dev/null; done; }
+exec 4<"$(port in)"
 cat /out >"$(port out)" & out=$!
 cat /err >"$(port err)" & err=$!
 exec 3<>"$(port control)"
@@ -51,9 +54,10 @@ cp /job/run /new/run/pyvmm-lab
 if [ -e /job/terminal ]; then
     read -r rows columns </job/terminal
     command="stty rows $rows cols $columns; exec sh /run/pyvmm-lab"
-    setsid chroot /new script -qec "$command" /dev/null <"$in" >/out 2>/err & pid=$!
+    setsid chroot /new script -qec "$command" /dev/null <&4 >/out 2>/err & pid=$!
 else
-    setsid chroot /new sh /run/pyvmm-lab <"$in" >/out 2>/err & pid=$!
+    feed >/in &
+    setsid chroot /new sh /run/pyvmm-lab </in >/out 2>/err & pid=$!
 fi
 (while read -r word <&3; do [ "$word" = interrupt ] && kill -INT "-$pid"; done) &
 wait $pid

@@ -70,17 +70,20 @@ class Boot:
 
     :param argv: makes QEMU's command line of the ports' descriptors
     :param stdin: descriptor the command reads from, or None
+    :param framed: whether input goes in frames (image.py's ``feed``) or as it is, to a terminal
     :param stdout: descriptor for its output
     :param stderr: descriptor for its errors
     """
 
     def __init__(
-        self, argv: Callable[[dict[str, int]], list[str]], stdin: int | None, stdout: int, stderr: int
+        self, argv: Callable[[dict[str, int]], list[str]], stdin: int | None, stdout: int, stderr: int,
+        *, framed: bool,
     ) -> None:
         pairs = {name: socket.socketpair() for name in PORTS}
         theirs = {name: pair[1].fileno() for name, pair in pairs.items()}
         self._ours = {name: pair[0] for name, pair in pairs.items()}
         self._stdin = stdin
+        self._framed = framed
         self._sinks: dict[str, int | None] = {"out": stdout, "err": stderr}
         self._words = b""
         self._status: int | None = None
@@ -119,11 +122,12 @@ class Boot:
         for fd in names:
             poll.register(fd, select.POLLIN)
         feeding = False
-        pending = b""
+        pending = b"0\n" if self._stdin is None else b""
         up_deadline = time.monotonic() + UP_SECONDS
-        if self._stdin is None:
-            self._end_input()
         source = self._ours["in"]
+        source.setblocking(False)
+        if pending:
+            poll.register(source, select.POLLOUT)
         while names:
             now = time.monotonic()
             if now >= deadline:
@@ -141,11 +145,11 @@ class Boot:
                     pending = _read(fd)
                     if not pending:
                         self._stdin = None
-                        self._end_input()
-                    else:
-                        source.setblocking(False)
+                    if self._framed:
+                        pending = b"%d\n" % len(pending) + pending
+                    if pending:
                         poll.register(source, select.POLLOUT)
-                elif source.fileno() >= 0 and fd == source.fileno():
+                elif fd == source.fileno():
                     try:
                         pending = pending[source.send(pending) :]
                     except BlockingIOError:
@@ -193,9 +197,6 @@ class Boot:
             except OSError:
                 self._sinks[name] = sink = None  # our reader is gone; the command runs on
         return True
-
-    def _end_input(self) -> None:
-        self._ours["in"].close()
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
