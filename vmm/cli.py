@@ -6,7 +6,6 @@ Only the subcommand that runs is imported.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -15,7 +14,8 @@ from vmm.errors import ConfigError, VmmError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import NoReturn
+    from types import ModuleType
+    from typing import Any, NoReturn
 
 VERSION = "0.1.0"
 
@@ -31,15 +31,24 @@ STATUS_CONFIG = 2
 STATUS_INTERRUPTED = 130
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    # With a width given argparse does not import shutil, and the four decompressors behind it, to ask the terminal.
-    return argparse.HelpFormatter(prog, width=100)
+def _parse(name: str, module: ModuleType, words: list[str]) -> Any:
+    # The parsed arguments, or an exit status: after --help, or a mistake.
+    quick = getattr(module, "parse_quickly", None)
+    if quick is not None and (parsed := quick(words)) is not None:
+        return parsed
+    import argparse
 
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            # One line, where argparse would print its usage too.
+            self.exit(STATUS_CONFIG, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # One line, where argparse would print its usage too.
-        self.exit(STATUS_CONFIG, f"{self.prog}: {message} (see {self.prog} --help)\n")
+    parser = Parser(prog=f"pyvmm {name}", description=COMMANDS[name], allow_abbrev=False)
+    module.add_arguments(parser)
+    try:
+        return parser.parse_args(words)
+    except SystemExit as end:
+        return end.code
 
 
 def _help() -> str:
@@ -77,14 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return STATUS_CONFIG
     name, *rest = arguments
     module = __import__(f"vmm.commands.{name}", fromlist=["main"])
-    parser = _Parser(prog=f"pyvmm {name}", description=COMMANDS[name], formatter_class=_formatter, allow_abbrev=False)
-    module.add_arguments(parser)
+    args = _parse(name, module, rest)
+    if isinstance(args, int):
+        return args
     try:
-        status: int = module.main(parser.parse_args(rest))
+        status: int = module.main(args)
         sys.stdout.flush()
         return status
-    except SystemExit as end:  # argparse's, after --help or a mistake
-        return end.code if isinstance(end.code, int) else STATUS_HOST
     except VmmError as error:
         print(f"pyvmm {name}: {error}", file=sys.stderr)
         return STATUS_CONFIG if isinstance(error, ConfigError) else STATUS_HOST

@@ -19,35 +19,113 @@ if TYPE_CHECKING:
 STATUS_INTERRUPTED = 130
 
 
+# (option, metavar, default, help); what has no metavar is a switch.
+OPTIONS = (
+    ("--initrd", "F", None, "initial ramdisk"),
+    ("--cmdline", "S", None, f"kernel command line, instead of {DEFAULT_CMDLINE!r}"),
+    ("--append", "S", "", "added to the default command line"),
+    ("--cpus", "N", 1, f"vCPUs, 1 to {MAX_VCPUS} (default: 1)"),
+    ("--memory", "SIZE", "512M", "guest RAM, as 512M or 2G (default: 512M)"),
+    ("--disk", "PATH[,ro]", [], "a further disk; may be repeated"),
+    ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
+    ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
+    ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
+    ("--unpack", "WHEN", "auto", "unpack a bzImage on the host: always, never or auto, where that is faster (default)"),
+    ("--lab", None, False, "run it on an emulated machine that has real KVM (see pyvmm lab)"),
+    ("--dry-run", None, False, "check everything, say what would run, run nothing"),
+    ("--verbose", None, False, "say what is run and how it ended"),
+)
+
+
+class Arguments:
+    """The parsed command line; the attributes of an ``argparse.Namespace``, without argparse."""
+
+    kernel: str
+    rootfs: str | None = None
+    initrd: str | None
+    cmdline: str | None
+    append: str
+    cpus: int
+    memory: str
+    disk: list[str]
+    console: str
+    kvm: str
+    protocol: str
+    unpack: str
+    lab: bool
+    dry_run: bool
+    verbose: bool
+
+    def __init__(self) -> None:
+        for option, _, default, _ in OPTIONS:
+            setattr(self, _attribute(option), list(default) if isinstance(default, list) else default)
+
+
+def _attribute(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm run``."""
     add = parser.add_argument
     add("kernel", metavar="KERNEL", help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian")
     add("rootfs", metavar="ROOTFS", nargs="?", help="raw image of the root file system; the first disk, /dev/vda")
-    add("--initrd", metavar="F", help="initial ramdisk")
-    cmdline = parser.add_mutually_exclusive_group()
-    cmdline.add_argument("--cmdline", metavar="S", help=f"kernel command line (default: {DEFAULT_CMDLINE!r})")
-    cmdline.add_argument("--append", metavar="S", default="", help="added to the default command line")
-    add("--cpus", metavar="N", type=int, default=1, help=f"vCPUs, 1 to {MAX_VCPUS} (default: 1)")
-    add("--memory", metavar="SIZE", default="512M", help="guest RAM, as 512M or 2G (default: 512M)")
-    add("--disk", metavar="PATH[,ro]", action="append", default=[], help="a further disk; may be repeated")
-    add("--console", metavar="WHERE", default="stdio", help="serial console: stdio, file:PATH or none")
-    add("--kvm", metavar="PATH", default="/dev/kvm", help="the KVM device (default: /dev/kvm)")
-    add("--protocol", default="auto", choices=("auto", "linux64", "pvh"), help="boot protocol (default: auto)")
-    add("--unpack", default="auto", choices=("auto", "always", "never"),
-        help="unpack a bzImage on the host (default: auto, where that is faster)")  # fmt: skip
-    add("--lab", action="store_true", help="run it on an emulated machine that has real KVM (see pyvmm lab)")
-    add("--dry-run", action="store_true", help="check everything, say what would run, run nothing")
-    add("-v", "--verbose", action="store_true", help="say what is run and how it ended")
+    for option, metavar, default, text in OPTIONS:
+        if metavar is None:
+            names = ("-v", option) if option == "--verbose" else (option,)
+            add(*names, action="store_true", help=text)
+        elif isinstance(default, list):
+            add(option, metavar=metavar, action="append", default=[], help=text)
+        else:
+            add(option, metavar=metavar, type=int if isinstance(default, int) else str, default=default, help=text)
 
 
-def config_from(args: argparse.Namespace) -> VmConfig:
+def parse_quickly(words: list[str]) -> Arguments | None:
+    """The arguments, where `words` are plain: exact long options, each with its value as the next word.
+
+    :returns: what argparse would make of them; None: leave it to argparse, its help and its messages
+
+    Importing argparse costs as much as all of a VM's own start; ``tests/vmm/test_run_arguments.py`` compares the two.
+    """
+    parsed = Arguments()
+    known = {option: (metavar, default) for option, metavar, default, _ in OPTIONS}
+    positional: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            positional.append(word)
+            continue
+        if word not in known:
+            return None
+        metavar, default = known[word]
+        if metavar is None:
+            setattr(parsed, _attribute(word), True)
+            continue
+        value = next(rest, "-")
+        if value.startswith("-"):
+            return None
+        if isinstance(default, list):
+            getattr(parsed, _attribute(word)).append(value)
+        elif isinstance(default, int):
+            if not (value.isascii() and value.isdigit()):
+                return None
+            setattr(parsed, _attribute(word), int(value))
+        else:
+            setattr(parsed, _attribute(word), value)
+    if not 1 <= len(positional) <= 2:
+        return None
+    parsed.kernel, parsed.rootfs = positional[0], positional[1] if len(positional) > 1 else None
+    return parsed
+
+
+def config_from(args: Arguments) -> VmConfig:
     """The configuration that the command line means.
 
     :raises ConfigError: it means none
     """
     kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append
-    cmdline = args.cmdline
+    if args.cmdline is not None and append:
+        raise ConfigError("--append", append, "cannot go with --cmdline, which is the whole command line")
     if not os.path.exists(kernel) and "/" not in kernel:
         from vmm import images
 
@@ -65,7 +143,7 @@ def config_from(args: argparse.Namespace) -> VmConfig:
     return VmConfig(
         kernel,
         initrd=initrd,
-        cmdline=cmdline,
+        cmdline=args.cmdline,
         append=append,
         cpus=args.cpus,
         memory=args.memory,
@@ -77,7 +155,7 @@ def config_from(args: argparse.Namespace) -> VmConfig:
     )
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: Arguments) -> int:
     """Run the VM; see ``vmm.events.EXIT_STATUS`` for what is returned."""
     config = config_from(args)
     if args.lab and not os.environ.get("PYVMM_LAB"):

@@ -53,11 +53,11 @@ echo up >&3
 cp /job/run /new/run/pyvmm-lab
 if [ -e /job/terminal ]; then
     read -r rows columns </job/terminal
-    command="stty rows $rows cols $columns; exec sh /run/pyvmm-lab"
-    setsid chroot /new script -qec "$command" /dev/null <&4 >/out 2>/err & pid=$!
+    command="stty rows $rows cols $columns; exec /bin/sh /run/pyvmm-lab"
+    setsid chroot /new /usr/bin/script -qec "$command" /dev/null <&4 >/out 2>/err & pid=$!
 else
     feed >/in &
-    setsid chroot /new sh /run/pyvmm-lab </in >/out 2>/err & pid=$!
+    setsid chroot /new /bin/sh /run/pyvmm-lab </in >/out 2>/err & pid=$!
 fi
 (while read -r word <&3; do [ "$word" = interrupt ] && kill -INT "-$pid"; done) &
 wait $pid
