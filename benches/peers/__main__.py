@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every side-by-side run: ``python -m benches.peers [launch|memory|exits|boot]...``.
+
+Prints a line for each figure, writes bench-results/peers.json and peers.png, and ends with 1 where a goal is
+missed or a figure cannot be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benches.peers.common import ROOT, Missing, Row
+
+NAMES = ("launch", "memory", "exits", "boot")
+
+
+def _facts() -> dict[str, object]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit.stdout.strip() or None,
+        "cpu": models[0] if models else platform.machine(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "software_kvm": os.path.exists("/sys/module/kvm_pvm"),
+        "python": platform.python_version(),
+    }
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 1.1 * len(rows) + 0.5), squeeze=False)
+    for row, ax in zip(rows, axes[:, 0], strict=True):
+        ax.boxplot([list(values) for values in row.samples.values()], orientation="horizontal", widths=0.6)
+        ax.set_yticklabels(list(row.samples), fontsize=8)
+        ax.tick_params(axis="x", labelsize=7)
+        ax.set_title(str(row), fontsize=7, loc="left", color="black" if row.held else "red")
+        ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Run what was asked for, or all of it; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benches.peers", description=__doc__)
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench-results", metavar="DIR")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"{', '.join(sorted(unknown))}: unknown; there are {', '.join(NAMES)}")
+
+    rows: list[Row] = []
+    missing: dict[str, str] = {}
+    for name in arguments.names or NAMES:
+        try:
+            found = importlib.import_module(f"benches.peers.{name}").rows()
+        except Missing as problem:
+            missing[name] = str(problem)
+            print(f"{name}: MISSING: {problem}", flush=True)
+            continue
+        rows += found
+        print(*found, sep="\n", flush=True)
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    report = {**_facts(), "rows": [row._asdict() | {"held": row.held} for row in rows], "missing": missing}
+    (arguments.output / "peers.json").write_text(json.dumps(report, indent=1) + "\n")
+    if rows:
+        _plot(rows, arguments.output / "peers.png")
+    return 1 if missing or not all(row.held for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the boot bench that runs where KVM runs Linux: ``python -m benches.peers.boot_inside DIR``.
+
+Finds bzImage, vmlinux and initrd in the directory, and leaves seconds.json there: lists of seconds by
+program, or a string that says what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benches.peers import common
+from benches.peers.common import PYVMM, Missing
+
+ROUNDS = 4
+MEMORY_MIB = 256
+MARK = b"@init@"
+PATIENCE = 120.0
+CMDLINE = "console=ttyS0 quiet reboot=k panic=-1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd"
+
+
+def seconds(command: Sequence[str]) -> float:
+    """Time from the start of a VMM to its guest's mark.
+
+    :raises Missing: there was none
+    """
+    start = time.perf_counter()
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+    )
+    assert process.stdout is not None
+    heard = b""
+    try:
+        os.set_blocking(process.stdout.fileno(), False)
+        while MARK not in heard:
+            heard += process.stdout.read(65536) or b""
+            if process.poll() is not None or time.perf_counter() - start > PATIENCE:
+                tail = heard[-2000:].decode(errors="replace")
+                raise Missing(f"no sign of its guest's init: {' '.join(command)}\n{tail}")
+            time.sleep(0.002)
+        return time.perf_counter() - start
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def main(name: str) -> int:
+    """Measure; a program that cannot be measured is written down too."""
+    directory = Path(name)
+    initrd, memory = directory / "initrd", MEMORY_MIB
+    elf, packed = directory / "vmlinux", directory / "bzImage"
+    more = ("-initrd", str(initrd), "-append", CMDLINE, "-serial", "stdio")
+
+    def ours(kernel: Path) -> list[str]:
+        options = ["--initrd", str(initrd), "--cmdline", CMDLINE, "--memory", f"{memory}M"]
+        return [*PYVMM, str(kernel), *options]
+
+    report: object
+    try:
+        commands = {
+            "pyvmm": ours(elf),
+            "qemu": common.qemu_command(elf, *more, memory=memory, cpu="host"),
+            "firecracker": common.firecracker_command(
+                directory, elf, initrd=initrd, cmdline=CMDLINE, memory=memory
+            ),
+            "pyvmm_bzimage": ours(packed),
+            "qemu_bzimage": common.qemu_command(packed, *more, memory=memory, cpu="host"),
+        }
+        report = common.in_turn(ROUNDS, **{name: (lambda c=c: seconds(c)) for name, c in commands.items()})
+    except Missing as problem:
+        report = str(problem)
+    (directory / "seconds.json").write_text(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory: what a VMM keeps resident, without guest RAM, while its guest idles; on this host's /dev/kvm."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benches.peers import common
+from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Missing, Row, alone, compare
+
+ROUNDS = 5
+GOAL_MIB = 25.0
+PATIENCE = 20.0
+MARK = b"@"
+# mov dx, 0x3f8; mov al, '@'; out dx, al; cli; hlt; jmp to the hlt
+IDLE = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, MARK[0], 0xEE, 0xFA, 0xF4, 0xEB, 0xFD))
+# The guest's RAM is mapped whole, and nothing else in a VMM is as large.
+GUEST_RAM_KIB = MEMORY_MIB << 10
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process in MiB, less the mappings that are guest RAM.
+
+    :raises Missing: no mapping is large enough to be guest RAM
+    """
+    total = guests = 0
+    text = Path(f"/proc/{pid}/smaps").read_text()
+    for size, rss in re.findall(r"^Size: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB", text, re.MULTILINE):
+        if int(size) >= GUEST_RAM_KIB:
+            guests += 1
+        else:
+            total += int(rss)
+    if not guests:
+        raise Missing(f"process {pid} maps no {MEMORY_MIB} MiB of guest RAM")
+    return total / 1024
+
+
+def idle(command: Sequence[str]) -> float:
+    """Start a VMM, wait for its guest's mark on the serial port, measure, end it."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    )
+    assert process.stdout is not None
+    try:
+        os.set_blocking(process.stdout.fileno(), False)
+        end = time.monotonic() + PATIENCE
+        while MARK not in (process.stdout.read(65536) or b""):
+            if process.poll() is not None or time.monotonic() > end:
+                raise Missing(f"no sign of its guest: {' '.join(command)}")
+            time.sleep(0.01)
+        time.sleep(0.2)  # what runs beside the guest has come to rest
+        return resident_mib(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def rows() -> list[Row]:
+    """Resident memory beside QEMU microvm and Firecracker, and against the goal."""
+    common.need_kvm()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        guest = directory / "idle.elf"
+        guest.write_bytes(common.pvh_elf(IDLE))
+        ours = [*common.pyvmm(), "--memory", f"{MEMORY_MIB}M", str(guest)]
+        microvm = common.qemu_command(guest, "-serial", "stdio")
+        fire = common.firecracker_command(directory, guest)
+        found = common.in_turn(
+            ROUNDS, pyvmm=lambda: idle(ours), qemu=lambda: idle(microvm), firecracker=lambda: idle(fire)
+        )
+    name = "memory, resident without guest RAM"
+    return [
+        alone(name, "MiB", found["pyvmm"], GOAL_MIB),
+        compare(name, "MiB", found["pyvmm"], found["qemu"], QEMU_NAME, 1.0),
+        compare(name, "MiB", found["pyvmm"], found["firecracker"], FIRECRACKER_NAME, None),
+    ]
