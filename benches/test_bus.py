@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bus dispatch: one access through an address space, to devices in Cython and in Python, and to none.
 
-``Bus.access`` is how a test or a tool does it: a Python call. A vCPU has the same lookup without one; what that
-costs is in ``python -m benches.peers exits``.
+``Bus.access`` is how a test or a tool does it: a Python call. A vCPU has the same lookup without one; what
+that costs is in ``python -m benches.peers exits``.
 """
 
 from __future__ import annotations
