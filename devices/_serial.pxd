@@ -22,6 +22,7 @@ cdef struct State:
     int irq_fd                  # borrowed from the IrqLine
     int level                   # what the interrupt pin is at; an edge goes out when it rises
     int thre_pending            # transmitter empty, and the guest has not read that from IIR yet
+    int sending                 # the last access was a write to THR
     int closed
     int rts_seen                # the guest has raised RTS once, so its absence means "wait"
     uint32_t polls              # LSR reads with no other access in between

@@ -11,8 +11,8 @@ class Serial(NativeDevice):
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` to the guest; returns when all of it is on the wire, at most 4 KiB ahead of the guest.
 
-        Blocks without the GIL while the guest does not read, or holds RTS down; ``close`` ends the wait, and what
-        was not taken by then is lost.
+        Blocks without the GIL while the guest does not read, or holds RTS down; ``close`` ends the wait, and
+        what was not taken by then is lost.
         """
 
     def wait_output(self) -> bytes:

@@ -2,10 +2,12 @@
 # cython: language_level=3
 """A 16550A serial port in C: a guest's console output costs no Python object and no GIL.
 
-Output goes to a ring that a console thread takes from (``wait_output``). When it is full THRE stays clear and the guest
-waits, as on a slow line. Input lies "on the wire" until the FIFO has room and the guest wants it (``feed``).
+Output goes to a ring that a console thread takes from (``wait_output``). When it is full THRE stays clear
+and the guest waits, as on a slow line: Linux's tty layer for ever, its printk for 10 ms a byte. Input lies
+"on the wire" until the FIFO has room and the guest wants it (``feed``).
 
-Source: National Semiconductor PC16550D data sheet, section 8 (registers); Linux drivers/tty/serial/8250/8250_port.c.
+Source: National Semiconductor PC16550D data sheet, section 8 (registers); Linux
+drivers/tty/serial/8250/8250_port.c.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -66,16 +68,17 @@ cdef enum:
     MSR_DCD = 0x80
 
 cdef enum:
-    # A driver that waits for the transmitter reads LSR once or twice; one that reads it this often wants input.
+    # A driver that waits for the transmitter reads LSR once or twice; one that reads it this often wants
+    # input.
     POLLING = 16
     WIRE_LIMIT = WIRE_SIZE - FIFO_SIZE
-    # The console thread lets a burst gather for a moment: a boot log is hundreds of writes instead of thousands.
+    # The console thread lets a burst gather: a boot log is hundreds of writes instead of thousands.
     GATHER_US = 1000
 
 
 cdef inline int wants_input(State *s) noexcept nogil:
-    # Linux reads RBR blindly while it opens and closes the port, with its interrupts off: what is on the wire must
-    # stay there until it listens, or the first bytes typed (or piped) are lost.
+    # Linux reads RBR blindly while it opens and closes the port, with its interrupts off: what is on the wire
+    # must stay there until it listens, or the first bytes typed (or piped) are lost.
     if s.mcr & MCR_LOOP or (s.rts_seen and not s.mcr & MCR_RTS):
         return 0
     return s.ier & IER_RDA or s.polls >= POLLING
@@ -97,8 +100,8 @@ cdef int cause(State *s) noexcept nogil:
 
 
 cdef void update(State *s) noexcept nogil:
-    # The line is edge triggered at the IOAPIC. The pin stays up while any cause is pending, so a driver that serves
-    # until IIR says "none", as all do, misses nothing between two edges.
+    # The line is edge triggered at the IOAPIC. The pin stays up while any cause is pending, so a driver that
+    # serves until IIR says "none", as all do, misses nothing between two edges.
     cdef uint64_t one = 1
     cdef int level = cause(s) != IIR_NONE
     if level and not s.level:
@@ -113,8 +116,8 @@ cdef void receive(State *s, uint8_t byte) noexcept nogil:
 
 
 cdef void refill(State *s) noexcept nogil:
-    # From the wire to an empty FIFO, and never before the guest has seen it empty: a FIFO that fills while it is
-    # read keeps Linux's handler in its loop until it gives up, with the pin high and no edge to come.
+    # From the wire to an empty FIFO, and never before the guest has seen it empty: a FIFO that fills while it
+    # is read keeps Linux's handler in its loop until it gives up, with the pin high and no edge to come.
     cdef uint32_t room = FIFO_SIZE if s.fcr & FCR_ENABLE else 1
     if s.fifo_count or not s.wire_count or not wants_input(s):
         return
@@ -138,7 +141,8 @@ cdef void transmit(State *s, uint8_t byte) noexcept nogil:
     if s.mcr & MCR_LOOP:
         receive(s, byte)
     elif s.ring_count < RING_SIZE:
-        # A full ring was announced by a clear THRE; a guest that sends all the same loses its byte, as on a UART.
+        # A full ring was announced by a clear THRE; a guest that sends all the same loses its byte, as on a
+        # UART.
         s.ring[(s.ring_head + s.ring_count) % RING_SIZE] = byte
         s.ring_count += 1
         if s.ring_count == 1:
@@ -162,6 +166,7 @@ cdef void set_modem_lines(State *s) noexcept nogil:
 cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
     cdef uint8_t value
     cdef int pending
+    s.sending = 0
     s.polls = s.polls + 1 if offset == LSR else 0
     if offset == RBR_THR:
         if s.lcr & LCR_DLAB:
@@ -198,11 +203,19 @@ cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
 
 
 cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogil:
+    cdef int sending = s.sending
+    s.sending = 0
     s.polls = 0
     if offset == RBR_THR:
         if s.lcr & LCR_DLAB:
             s.dll = value
         else:
+            if not sending:
+                # The pin goes down and up again, once for a burst of bytes: a driver that answers this
+                # interrupt by a byte and never reads IIR is interrupted for the next.
+                s.thre_pending = 0
+                update(s)
+            s.sending = 1
             transmit(s, value)
     elif offset == IER:
         if s.lcr & LCR_DLAB:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's side of the serial console: this terminal, a file, or nothing.
 
-One thread takes the guest's output, one hands over the input; a terminal that nobody reads, or a guest that reads
-nothing, holds up its own thread and no more.
+One thread takes the guest's output, one hands over the input; a terminal that nobody reads, or a guest that
+reads nothing, holds up its own thread and no more. On a terminal a third one waits for the guest to read, so
+that our own keys work all the same.
+
+A 16550A has no way to tell the guest how large the window is: SIGWINCH does nothing here. In the guest,
+``resize`` or ``stty rows R cols C`` does.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from vmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from queue import SimpleQueue
     from typing import Any, Protocol
 
     class Port(Protocol):
@@ -42,9 +47,14 @@ class Console:
 
     :param serial: the port; ``close`` closes it
     :param mode: ``"stdio"``, ``"file:PATH"`` (created or emptied) or ``"none"``
-    :param on_output: also called with the output as it comes, on the console's thread
-    :param on_quit: called once when the person at the terminal asks for the end
+    :param on_output: also called with the output as it comes, on the console's thread; one that raises is
+        reported and not called again
+    :param on_quit: called when the person at the terminal asks for the end, on a thread of the console's;
+        again where they ask again
     :raises ConfigError: the file cannot be written
+
+    ``panic_seen`` tells whether Linux's last words of a panic went by; ``lost``, how many bytes of output
+    could not be written.
     """
 
     def __init__(
@@ -62,37 +72,45 @@ class Console:
         self._in: int | None = None
         self._owned: int | None = None
         self._saved: list[Any] | None = None
+        self._closed = False
         self._wake: int | None = None
-        self._threads: list[threading.Thread] = []
+        self._typed: SimpleQueue[bytes] | None = None  # on a terminal: keys that the guest has not taken
+        self._writer: threading.Thread | None = None
+        self._readers: list[threading.Thread] = []
+        self._write_error = ""
         self._tail = b""
         self._pressed = 0  # the key before: Ctrl-A opens an escape, Ctrl-C may be the first of two
         self._pressed_at = 0.0
         self.panic_seen = False
-        self.lost = 0  # bytes of output that nobody took
+        self.lost = 0
         if mode == "stdio":
             self._out, self._in = 1, 0
         elif mode.startswith("file:"):
             path = mode.removeprefix("file:")
             try:
-                self._owned = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+                self._owned = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
                 raise ConfigError("--console", mode, f"cannot be written: {error.strerror}") from None
             self._out = self._owned
 
     def start(self) -> None:
-        """Make the terminal raw, if stdin is one, and let the bytes flow."""
+        """Empty the file, make the terminal raw if stdin is one, and let the bytes flow."""
+        if self._owned is not None:
+            try:
+                os.ftruncate(self._owned, 0)
+            except OSError:
+                pass  # a FIFO or a device, which has nothing to empty
         if self._in is not None and os.isatty(self._in):
+            from queue import SimpleQueue
+
             self.enter_raw_mode()
-            print(f"pyvmm: {HELP}\r", file=sys.stderr, flush=True)
-        self._spawn(self._pump_output, "console out")
+            _tell(HELP)
+            self._typed = SimpleQueue()
+            self._readers.append(_spawn(self._pump_typed, "console keys"))
+        self._writer = _spawn(self._pump_output, "console out")
         if self._in is not None:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-            self._spawn(self._pump_input, "console in")
-
-    def _spawn(self, target: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+            self._readers.append(_spawn(self._pump_input, "console in"))
 
     # Output
 
@@ -101,10 +119,14 @@ class Console:
             window = self._tail + data
             self.panic_seen = self.panic_seen or PANIC in window
             self._tail = window[-len(PANIC) :]
-            if self._out is not None:
-                self._write(data)
+            self._write(data)
             if self._on_output is not None:
-                self._on_output(data)
+                try:
+                    self._on_output(data)
+                except Exception:
+                    # The guest would stop at a full ring if this thread ended.
+                    self._on_output = None
+                    sys.excepthook(*sys.exc_info())
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -116,10 +138,12 @@ class Console:
                 import select
 
                 select.select([], [self._out], [])
-            except OSError:
+            except OSError as error:
                 # A broken pipe, a full disk, a terminal that is gone: the guest runs on without us.
                 self._out = None
-        self.lost += len(view)
+                self._write_error = error.strerror or str(error)
+        if self._write_error:
+            self.lost += len(view)
 
     # Input
 
@@ -130,7 +154,6 @@ class Console:
         poll = select.poll()
         poll.register(self._in, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
-        terminal = self._saved is not None
         while not any(fd == self._wake for fd, _ in poll.poll()):
             try:
                 data = os.read(self._in, 4096)
@@ -140,24 +163,30 @@ class Console:
                 return  # the terminal is gone
             if not data:
                 return  # end of the input; the guest runs on
-            if terminal:
-                data = self._keys(data)
-            if data:
+            if self._typed is None:
                 self._serial.feed(data)
+            elif data := self._keys(data):
+                self._typed.put(data)
+
+    def _pump_typed(self) -> None:
+        # What is pasted waits in memory, not in the terminal, where it would stand before our own keys.
+        assert self._typed is not None
+        while data := self._typed.get():
+            self._serial.feed(data)
 
     def _keys(self, data: bytes) -> bytes:
         # What is left for the guest after our own keys.
         kept = bytearray()
         for key in data:
             before, self._pressed = self._pressed, key
-            if before == ESCAPE:
+            if before == ESCAPE and key != INTERRUPT:
                 self._pressed = 0
                 if key in b"xX":
                     self._on_quit()
                 elif key == ESCAPE:
                     kept.append(ESCAPE)
                 else:
-                    os.write(2, f"\r\npyvmm: {HELP}\r\n".encode())
+                    _tell(HELP)
                 continue
             if key == ESCAPE:
                 continue
@@ -173,15 +202,18 @@ class Console:
 
     def enter_raw_mode(self) -> None:
         """Give every key to the guest; also right after a SIGCONT, when the shell has set its own mode."""
-        if self._in is None or not os.isatty(self._in):
+        if self._closed or self._in is None or not os.isatty(self._in):
             return
+        import atexit
         import termios
 
         mode = termios.tcgetattr(self._in)
         if self._saved is None:
             self._saved = [*mode[:6], list(mode[6])]
-        mode[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
-        # OPOST stays: our own messages, and output of programs that share the terminal, still end their lines.
+            atexit.register(self.restore_terminal)  # for a program that ends without close()
+        mode[0] &= ~(termios.BRKINT | termios.INLCR | termios.IGNCR | termios.ICRNL)
+        mode[0] &= ~(termios.INPCK | termios.ISTRIP | termios.IXON)
+        # OPOST stays: our own messages, and those of programs that share the terminal, still end their lines.
         mode[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
         termios.tcsetattr(self._in, termios.TCSADRAIN, mode)
@@ -200,26 +232,48 @@ class Console:
             pass  # the terminal is gone
 
     def close(self) -> None:
-        """Write out what the guest has sent, for 5 seconds at most, and restore the terminal; idempotent."""
+        """Restore the terminal, and write out what the guest has sent, for 5 seconds at most; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         self._serial.close()
         if self._wake is not None:
             os.eventfd_write(self._wake, 1)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        current = threading.current_thread()
-        stuck = False
-        for thread in self._threads:
-            if thread is not current:
-                thread.join(max(0.0, deadline - time.monotonic()))
-                stuck = stuck or thread.is_alive()
+        if self._typed is not None:
+            self._typed.put(b"")
+        read_on = [thread for thread in self._readers if not _ended(thread, 1.0)]
+        # Before the wait for our output's reader: from here Ctrl-C is a signal again.
         self.restore_terminal()
-        if stuck:
-            # A thread still waits for the reader of our output: it keeps its descriptors until the process ends.
-            self._threads.clear()
-            self._wake = self._owned = None
-            print("pyvmm: nobody takes the console's output; the rest of it is lost", file=sys.stderr)
-            return
-        self._threads.clear()
-        for fd in (self._wake, self._owned):
-            if fd is not None:
-                os.close(fd)
+        if self._writer is not None and not _ended(self._writer, DRAIN_SECONDS):
+            if self._writer is not threading.current_thread():
+                _tell("nobody takes the console's output; the rest of it is lost")
+        else:
+            if self._write_error:
+                _tell(f"{self.lost} bytes of the console's output are lost: {self._write_error}")
+            if self._owned is not None:
+                os.close(self._owned)
+        # A thread that is still there keeps its descriptors until the process ends.
+        if self._wake is not None and not read_on:
+            os.close(self._wake)
         self._wake = self._owned = None
+
+
+def _spawn(target: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _ended(thread: threading.Thread, seconds: float) -> bool:
+    if thread is threading.current_thread():
+        return False
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def _tell(text: str) -> None:
+    try:
+        # On a raw terminal the cursor may stand in the middle of a line.
+        os.write(2, f"\rpyvmm: {text}\r\n".encode() if os.isatty(2) else f"pyvmm: {text}\n".encode())
+    except OSError:
+        pass  # nobody listens
