@@ -130,8 +130,8 @@ class Machine:
         from virtio.blk import Block, Disk
 
         return [
-            Block(self._owned(Disk(drive.path_on_host, read_only=drive.is_read_only)))
-            for drive in self.config.drives
+            Block(self._owned(Disk(drive.path_on_host, read_only=drive.is_read_only)), name=f"virtio-blk{place}")
+            for place, drive in enumerate(self.config.drives)
         ]
 
     def _owned(self, thing: _T) -> _T:
@@ -149,7 +149,7 @@ class Machine:
         self.pio.add(SERIAL_PORT, 8, self.serial, "serial")
         self.pio.add(0x60, 1, i8042.data, "i8042")
         self.pio.add(0x64, 1, i8042.command, "i8042")
-        self.pio.add(0x70, 2, Rtc(), "rtc")
+        self.pio.add(0x70, 2, Rtc(self.config.memory), "rtc")
         AcpiPower().attach(self.pio)
         self.pio.add(0x505, 1, PvPanic(), "pvpanic")
         if self.config.exit_port is not None:
