@@ -64,6 +64,9 @@ def _hold_standard_descriptors() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    # The interpreter has none where the descriptor was closed.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
