@@ -45,7 +45,7 @@ def parse_size(field: str, text: str | int) -> int:
     if len(number) > 18:
         raise ConfigError(field, text, allowed)
     scale = 10 ** len(part)
-    return int(whole + part) * _UNITS[unit] // scale
+    return int(int(whole + part) * _UNITS[unit] // scale)
 
 
 class DriveConfig:

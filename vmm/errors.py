@@ -63,7 +63,7 @@ class GuestMemoryError(GuestError):
         self.size = size
 
 
-class BadChain(GuestError):  # noqa: N818 - named after the ring's fault, as the design has it
+class BadChain(GuestError):
     """A virtqueue broke a rule; its device gets DEVICE_NEEDS_RESET and the VM lives.
 
     :param queue: index of the queue in its device

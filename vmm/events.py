@@ -31,7 +31,7 @@ EXIT_STATUS = {
 }
 
 
-class Stop(Exception):  # noqa: N818 - not an error: a bus device raises it to end the VM
+class Stop(Exception):
     """Raised by a bus device inside a guest's access: the VM ends, and the guest runs no further instruction.
 
     :param reason: why

@@ -15,12 +15,13 @@ from vmm.errors import KvmError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ctypes import Array
+    from typing import Any
 
 KVMIO = 0xAE
 KVM_API_VERSION = 12
 
 
-class kvm_userspace_memory_region(LittleEndianStructure):  # noqa: N801 - the header's own names, here and below
+class kvm_userspace_memory_region(LittleEndianStructure):
     _fields_ = [
         ("slot", c_uint32),
         ("flags", c_uint32),
@@ -226,7 +227,7 @@ KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
 _NAMES = {value: name for name, value in globals().items() if name.startswith("KVM_") and value >> 8 & 0xFF == KVMIO}
 
 
-def kvm_ioctl(fd: int, request: int, argument: LittleEndianStructure | Array[c_uint8] | int = 0) -> int:
+def kvm_ioctl(fd: int, request: int, argument: LittleEndianStructure | Array[c_uint8] | bytearray | int = 0) -> int:
     """Do one KVM ioctl.
 
     :param fd: /dev/kvm, a VM or a vCPU
@@ -238,8 +239,9 @@ def kvm_ioctl(fd: int, request: int, argument: LittleEndianStructure | Array[c_u
     try:
         if isinstance(argument, int):
             # fcntl.ioctl takes a C int: addresses at and above 2 GiB are handed over as their negative twin.
-            return fcntl.ioctl(fd, request, argument - (1 << 32) if argument >= 1 << 31 else argument)
-        return fcntl.ioctl(fd, request, argument, True)
+            argument -= (1 << 32) if argument >= 1 << 31 else 0
+        result: int = fcntl.ioctl(fd, request, argument, True)
+        return result
     except OSError as error:
         raise KvmError(error.errno or 0, _NAMES.get(request, hex(request))) from None
 
@@ -249,10 +251,12 @@ class _Counted:
 
     __slots__ = ("buffer", "entries", "header")
 
-    def __init__(self, header: type, entry: type, count: int) -> None:
+    def __init__(
+        self, header: type[LittleEndianStructure], entry: type[LittleEndianStructure], count: int
+    ) -> None:
         self.buffer = (c_uint8 * (sizeof(header) + count * sizeof(entry)))()
-        self.header = header.from_buffer(self.buffer)
-        self.entries = (entry * count).from_buffer(self.buffer, sizeof(header))
+        self.header: Any = header.from_buffer(self.buffer)
+        self.entries: Any = (entry * count).from_buffer(self.buffer, sizeof(header))
 
 
 def cpuid(count: int) -> _Counted:

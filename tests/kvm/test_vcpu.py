@@ -260,7 +260,8 @@ def test_cpuid_says_hypervisor_and_x2apic(guest: MakeGuest) -> None:
 
 
 def test_guest_output_reaches_on_console(guest: MakeGuest) -> None:
-    vm = guest("mov esi, offset text\n mov ecx, 14\n mov dx, 0x3f8\n rep outsb\n" + EXIT + 'text: .ascii "hello, console"')
+    text = 'text: .ascii "hello, console"'
+    vm = guest("mov esi, offset text\n mov ecx, 14\n mov dx, 0x3f8\n rep outsb\n" + EXIT + text)
     heard: list[bytes] = []
     vm.on_console(heard.append)
     run(vm)

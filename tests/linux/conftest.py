@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linux layer: stock kernels. Runs right here on hardware KVM, else in one boot of the lab; never skipped silently."""
+"""The linux layer: stock kernels, right here on hardware KVM, else in one boot of the lab; never skipped silently."""
 
 from __future__ import annotations
 

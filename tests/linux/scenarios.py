@@ -44,7 +44,7 @@ def _pyvmm(*arguments: str, stdin: bytes = b"", command: list[str] | None = None
     start = time.monotonic()
     try:
         done = subprocess.run(
-            command or [*PYVMM, *arguments], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            command or [*PYVMM, *arguments], input=stdin, capture_output=True,
             timeout=PATIENCE,
         )  # fmt: skip
         status, out, err = done.returncode, done.stdout, done.stderr

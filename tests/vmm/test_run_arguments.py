@@ -28,7 +28,7 @@ def test_quick_parse_agrees_with_argparse(words: list[str]) -> None:
     add_arguments(parser)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            full = parser.parse_args(words)
+            full = parser.parse_intermixed_args(words)
     except SystemExit:
         raise AssertionError(f"argparse refuses what was parsed quickly: {words}") from None
     assert vars(quick) | {"rootfs": quick.rootfs} == vars(full)

@@ -74,7 +74,7 @@ def _kvm_findings(kvm: Kvm) -> Iterator[Line]:
         yield ("ok", name, "yes") if kvm.check(number) else ("lack", name, "missing; guests keep time less well")
     yield "ok", "vCPUs a VM", f"up to {kvm.max_vcpus()}"
     if software := software_kvm():
-        yield "lack", "hardware KVM", f"no: this is {software}, a software KVM; for Linux guests use pyvmm lab, or --lab"
+        yield "lack", "hardware KVM", f"no: this is {software}, in software; for Linux guests use pyvmm lab, or --lab"
     else:
         yield "ok", "hardware KVM", "yes"
     try:
@@ -128,7 +128,8 @@ def ring0_speed(kvm: Kvm) -> float:
         thread.join()
         if isinstance(result[0], BaseException):
             raise VmmError(str(result[0]))
-        return 2 * vcpu.regs.rcx / (result[0] * 1e6)
+        instructions: int = 2 * vcpu.regs.rcx
+        return instructions / (result[0] * 1e6)
     finally:
         if vcpu is not None:
             vcpu.close()

@@ -15,7 +15,8 @@ from vmm.kvm import runs_linux
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm lab``."""
     add = parser.add_argument
-    add("--write", metavar="DIR", action="append", default=[], help="keep what is written in DIR; may be repeated")
+    keep = "keep what is written in DIR; may be repeated"
+    add("--write", metavar="DIR", action="append", default=[], help=keep)
     add("--timeout", metavar="S", type=float, default=600, help="seconds for everything (default: 600)")
     add("--cpus", metavar="N", type=int, default=2, help="CPUs of the machine (default: 2)")
     add("--memory", metavar="SIZE", default="3G", help="its memory (default: 3G)")
@@ -36,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     if memory < 512 << 20:
         raise ConfigError("--memory", args.memory, "must be 512M or more")
     if runs_linux():
-        print("pyvmm lab: this host's own KVM runs Linux; the lab is not needed, only slower", file=sys.stderr)
+        print("pyvmm lab: this host's own KVM runs Linux; the lab is only slower", file=sys.stderr)
     return lab.run(
         command, write=args.write, timeout=args.timeout, cpus=args.cpus, memory=f"{memory >> 20}M",
         verbose=args.verbose,

@@ -13,6 +13,7 @@ from vmm.events import StopReason
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from vmm.machine import Machine
 
@@ -20,7 +21,7 @@ STATUS_INTERRUPTED = 130
 
 
 # (option, metavar, default, help); what has no metavar is a switch.
-OPTIONS = (
+OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--initrd", "F", None, "initial ramdisk"),
     ("--cmdline", "S", None, f"kernel command line, instead of {DEFAULT_CMDLINE!r}"),
     ("--append", "S", "", "added to the default command line"),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab: a machine with real KVM, emulated by QEMU, that sees this host's files; runs one command and ends.
 
-QEMU's TCG emulates AMD's SVM, so Debian's kernel in it has a working kvm_amd, on any host. The host's root is there read-only
-under an overlay of the lab's own: what the command writes is gone afterwards, except in directories given as writable.
+QEMU's TCG emulates AMD's SVM, so Debian's kernel in it has a working kvm_amd, on any host. The host's root is
+there read-only under an overlay of the lab's own: what the command writes is gone afterwards, except in
+directories given as writable. /proc, /sys, /dev and /run are the lab's own.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vmm.config import parse_size
 from vmm.errors import ConfigError, VmmError
 from vmm.lab.image import lab_image
-from vmm.lab.machine import Boot, NotUp, console_of, missing, qemu_argv
+from vmm.lab.machine import Boot, Died, NotUp, console_of, missing, qemu_argv
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
 
 __all__ = ["LabError", "missing", "run"]
 
@@ -56,7 +63,7 @@ def run(
     :param stdout: descriptor for its output, which comes byte for byte
     :param stderr: likewise for its errors
     :returns: its exit status, 128 + the number of the signal that ended it; 124 when the time was over
-    :raises ConfigError: a directory is not there
+    :raises ConfigError: a directory is not there, or the memory is more than this host has free
     :raises LabError: something is missing here, or the machine died, twice
     """
     if lacks := missing():
@@ -65,8 +72,13 @@ def run(
     for path in write:
         if not os.path.isdir(path):
             raise ConfigError("--write", path, "is not a directory")
+        if "\n" in path:
+            raise ConfigError("--write", repr(path), "must not have a newline in its name")
         writable.append(os.path.realpath(path))
-    image = lab_image(_progress(verbose))
+    size, free = parse_size("--memory", memory), _free_memory()
+    if size > free:
+        raise ConfigError("--memory", memory, f"this host has {free >> 20}M free")
+    image = lab_image(_progress)
     deadline = time.monotonic() + timeout
     terminal = stdin is not None and os.isatty(stdin) and os.isatty(stdout)
     with tempfile.TemporaryDirectory(prefix="pyvmm-lab-") as job:
@@ -78,15 +90,15 @@ def run(
         for attempt in range(1, TRIES + 1):
             boot = Boot(
                 lambda ports: qemu_argv(
-                    image, cpus=cpus, memory=memory, job=job, writable=writable, ports=ports
+                    image, cpus=cpus, memory=f"{size >> 20}M", job=job, writable=writable, ports=ports
                 ),
                 stdin, stdout, stderr, framed=not terminal,
             )  # fmt: skip
             try:
                 with boot:
                     status = _attended(boot, deadline, stdin if terminal else None)
-            except NotUp as failure:
-                if attempt < TRIES and "under the command" not in str(failure):
+            except Died as failure:
+                if attempt < TRIES and isinstance(failure, NotUp):
                     print(f"pyvmm lab: the machine failed ({failure}); trying once more", file=sys.stderr)
                     continue
                 tail = "\n".join(console_of(job).splitlines()[-20:])
@@ -102,13 +114,13 @@ def run(
 
 
 def _attended(boot: Boot, deadline: float, terminal: int | None) -> int | None:
-    # With Ctrl-C passed on, and the terminal, if there is one, in raw mode.
+    # With Ctrl-C passed on, and the terminal, if there is one, in raw mode. If we are to end, the machine is first.
     saved = None
-    before = None
-    try:
-        before = signal.signal(signal.SIGINT, lambda number, frame: boot.interrupt())
-    except ValueError:
-        pass  # not the main thread: signals are somebody else's
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere signals are somebody else's
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: boot.interrupt())
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, _end)
     try:
         if terminal is not None:
             import termios
@@ -122,8 +134,12 @@ def _attended(boot: Boot, deadline: float, terminal: int | None) -> int | None:
             import termios
 
             termios.tcsetattr(terminal, termios.TCSANOW, saved)
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _environment() -> dict[str, str]:
@@ -136,12 +152,16 @@ def _script(argv: Sequence[str], env: Mapping[str, str]) -> str:
     # dash cannot export a name that is no identifier; env can.
     pairs = [f"{name}={value}" for name, value in {**env, "PYVMM_LAB": "1"}.items()]
     command = shlex.join(["env", "-i", *pairs, *argv])
-    return f"cd {shlex.quote(os.getcwd())} || cd /\nexec {command}\n"
+    return f"echo $$ >/run/pyvmm-lab.pid\ncd {shlex.quote(os.getcwd())} || exit\nexec {command}\n"
 
 
-def _progress(verbose: bool):  # type: ignore[no-untyped-def]  # of vmm.images.host.Progress's shape
-    def say(step: str, done: float | None) -> None:
-        if verbose and not done:
-            print(f"pyvmm lab: {step}", file=sys.stderr)
+def _free_memory() -> int:
+    # Bytes that may be had, the file cache and swap included.
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
 
-    return say
+
+def _progress(step: str, done: float | None) -> None:
+    # The first time only: a kernel to fetch, 70 MB.
+    if not done:
+        print(f"pyvmm lab: {step}", file=sys.stderr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's kernel and initramfs: Debian's own kernel, busybox, and an init that turns into this host's root."""
+"""The lab's kernel and initramfs: Debian's kernel, busybox, an init that runs the command in this host's root."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from vmm.images.host import Progress, silent
 
 KERNEL_PACKAGE = "linux-image-amd64"
 MODULES = (
-    "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console", "kvm_amd", "virtio_net", "virtio_blk", "tun",
+    "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console", "kvm_amd", "virtio_net", "virtio_blk",
+    "tun",
 )  # fmt: skip
 OPTIONAL_MODULES = ("vhost_net", "vhost_vsock", "loop")
 
-# The job directory, a 9p export of its own, says what to run: `run` (a script), `writable` (lines of tag and path)
-# and, where there is a terminal, `terminal` (rows and columns). Ports are virtio-console's, found by name.
+# The job directory, a 9p export of its own, says what to run: `run` (a script), `writable` (lines of tag and
+# path) and, where there is a terminal, `terminal` (rows and columns). Ports are virtio-console's, found by name.
+# On `control` init says "up" and "exit STATUS", and the host says names of signals for the command.
 INIT = (
     initramfs.LOAD_MODULES
     + r"""
 share() { mount -t 9p -o "trans=virtio,version=9p2000.L,msize=1048576,$3" "$1" "$2"; }
-port() { for p in /sys/class/virtio-ports/*; do [ "$(cat "$p/name")" = "$1" ] && echo "/dev/${p##*/}" && return; done; }
+port() {
+    for p in /sys/class/virtio-ports/*; do [ "$(cat "$p/name")" = "$1" ] && echo "/dev/${p##*/}" && return; done
+}
 mkdir -p /job /host /rw /new
 share job /job cache=none
 share host /host cache=loose,ro
@@ -37,32 +41,39 @@ mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts -o mode=620,ptmxmode=666 devpts /new/dev/pts
 mount -t tmpfs shm /new/dev/shm
 mount -t tmpfs run /new/run
-while read -r tag path; do mkdir -p "/new$path"; share "$tag" "/new$path" cache=mmap; done </job/writable
+while IFS= read -r line; do
+    path=${line#* }
+    mkdir -p "/new$path"
+    share "${line%% *}" "/new$path" cache=mmap || exit
+done </job/writable
 hostname pyvmm-lab
 ip link set lo up
 chmod 666 /dev/kvm /dev/vhost-net /dev/vhost-vsock /dev/net/tun 2>/dev/null
 mkfifo /in /out /err
-# Input comes in frames, a length on a line and then its bytes; 0 is the end. A port that the host closes would lose
-# what QEMU has not passed on yet.
-feed() { while read -r n <&4 && [ "$n" != 0 ]; do dd bs="$n" count=1 iflag=fullblock <&4 2>/dev/null; done; }
+# Input comes in frames, a length on a line and then its bytes; 0 is the end. A port that the host closes would
+# lose what QEMU has not passed on yet.
+feed() {
+    while read -r n <&4 && [ "$n" != 0 ]; do dd bs="$n" count=1 iflag=fullblock <&4 2>/dev/null || return; done
+}
 exec 4<"$(port in)"
 cat /out >"$(port out)" & out=$!
 cat /err >"$(port err)" & err=$!
 exec 3<>"$(port control)"
 echo up >&3
 cp /job/run /new/run/pyvmm-lab
+pid() { cat /new/run/pyvmm-lab.pid 2>/dev/null || { sleep 1; cat /new/run/pyvmm-lab.pid; }; }
+(while read -r name <&3; do kill "-$name" "-$(pid)"; done) &
+# In the foreground: a shell's background command would start with SIGINT ignored, and Ctrl-C pass it by.
 if [ -e /job/terminal ]; then
     read -r rows columns </job/terminal
     command="stty rows $rows cols $columns; exec /bin/sh /run/pyvmm-lab"
-    setsid chroot /new /usr/bin/script -qec "$command" /dev/null <&4 >/out 2>/err & pid=$!
+    setsid chroot /new /usr/bin/script -qec "$command" /dev/null <&4 >/out 2>/err
 else
     feed >/in &
-    setsid chroot /new /bin/sh /run/pyvmm-lab </in >/out 2>/err & pid=$!
+    setsid chroot /new /bin/sh /run/pyvmm-lab </in >/out 2>/err
 fi
-(while read -r word <&3; do [ "$word" = interrupt ] && kill -INT "-$pid"; done) &
-wait $pid
 status=$?
-# The pumps end with the last holder of their pipes; a daemon that the command left behind must not hold us up.
+# The pumps end with the last holder of their pipes; a daemon that the command left must not hold us up.
 (sleep 5; kill $out $err) 2>/dev/null &
 wait $out $err
 sync
@@ -79,6 +90,12 @@ class LabImage(NamedTuple):
     initramfs: str
 
 
+def image_key(version: str) -> str:
+    """What the image is made of, as one word: the kernel package's version, its modules, our init."""
+    parts = (version, MODULES, OPTIONAL_MODULES, INIT)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def lab_image(progress: Progress = silent) -> LabImage:
     """The lab's image, made the first time and kept under the cache directory.
 
@@ -86,8 +103,7 @@ def lab_image(progress: Progress = silent) -> LabImage:
     """
     package = apt.package(KERNEL_PACKAGE, progress=progress)
     kernel, version = apt.kernel_of(package.tree)
-    key = hashlib.sha256(repr((version, MODULES, OPTIONAL_MODULES, INIT)).encode()).hexdigest()[:16]
-    path = Path(cache_root(), "lab", f"{version}-{key}.cpio")
+    path = Path(cache_root(), "lab", f"{version}-{image_key(package.version)}.cpio")
     if not path.exists():
         data = initramfs.build_initramfs(
             package.tree, MODULES, INIT, optional=OPTIONAL_MODULES, progress=progress

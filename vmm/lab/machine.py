@@ -19,13 +19,17 @@ from vmm.lab.image import LabImage
 
 QEMU = "qemu-system-x86_64"
 PORTS = ("in", "out", "err", "control")
-# A machine that has not come up by then is stuck: the emulated CPUs starved each other. It is up in 5 to 10 s.
+# A machine that is not up by then is stuck: the emulated CPUs starved each other. It takes 5 to 10 s.
 UP_SECONDS = 90
 PR_SET_PDEATHSIG = 1
 
 
-class NotUp(Exception):
-    """The machine did not get as far as running the command."""
+class Died(Exception):
+    """The machine ended without the command's exit status."""
+
+
+class NotUp(Died):
+    """It came to nothing before the command was started: to try again is safe."""
 
 
 def qemu_argv(
@@ -41,7 +45,8 @@ def qemu_argv(
     def export(tag: str, path: str, options: str) -> list[str]:
         # A comma in a value is written twice.
         return [
-            "-fsdev", f"local,id={tag},path={path.replace(',', ',,')},security_model=none,multidevs=remap{options}",
+            "-fsdev",
+            f"local,id={tag},path={path.replace(',', ',,')},security_model=none,multidevs=remap{options}",
             "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
         ]  # fmt: skip
 
@@ -90,6 +95,7 @@ class Boot:
         self._status: int | None = None
         self._up = False
         self._interrupts = 0
+        self._ended = False
         self._process = subprocess.Popen(
             argv(theirs), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             pass_fds=tuple(theirs.values()), start_new_session=True, preexec_fn=_die_with_parent,
@@ -107,9 +113,13 @@ class Boot:
         """Ctrl-C: the first is the command's, the second ends the machine. For a signal handler."""
         self._interrupts += 1
         if self._interrupts == 1 and self._up:
-            self._ours["control"].send(b"interrupt\n")
+            self._signal("INT")
         else:
+            self._ended = True
             self._process.kill()
+
+    def _signal(self, name: str) -> None:
+        self._ours["control"].send(f"{name}\n".encode())
 
     def run(self, deadline: float) -> int | None:
         """Pump until the machine is gone.
@@ -117,6 +127,7 @@ class Boot:
         :param deadline: ``time.monotonic()`` at which to give up
         :returns: the command's exit status; None: the time is over
         :raises NotUp: the command was never started
+        :raises Died: it was, and the machine ended under it
         """
         poll = select.poll()
         names = {sock.fileno(): name for name, sock in self._ours.items() if name != "in"}
@@ -163,12 +174,12 @@ class Boot:
                     poll.unregister(fd)
                     del names[fd]
         self._process.wait()
-        if self._interrupts > 1:
+        if self._ended:
             return 128 + signal.SIGINT
         if not self._up:
             raise NotUp(self._last_words())
         if self._status is None:
-            raise NotUp(f"it died under the command: {self._last_words()}")
+            raise Died(f"it ended under the command: {self._last_words()}")
         return self._status
 
     def _take(self, name: str) -> bool:
@@ -196,13 +207,16 @@ class Boot:
             except BlockingIOError:
                 select.select([], [sink], [])
             except OSError:
-                self._sinks[name] = sink = None  # our reader is gone; the command runs on
+                # Our reader is gone (`pyvmm lab yes | head`): here the command's next write would tell it.
+                self._sinks[name] = sink = None
+                self._signal("PIPE")
         return True
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-        return said[-1] if said else f"QEMU ended with status {self._process.returncode}"
+        ended = f"QEMU ended with status {self._process.returncode}"
+        return said[-1].removeprefix(f"{QEMU}: ") if said else ended
 
     def close(self) -> None:
         """End the machine, if it still runs."""
@@ -230,7 +244,7 @@ def missing() -> list[str]:
     if not sys.platform.startswith("linux"):
         lacks.append("the lab needs Linux")
     if os.geteuid():
-        lacks.append("root: the lab shows this host's root file system as it is, which only root can read whole")
+        lacks.append("root: only root can read all of this host's files, which the lab shows")
     return lacks
 
 
