@@ -23,6 +23,7 @@ $(VENV)/.built: $(VENV)/.made $(SOURCES)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1" "cffi>=1.17"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 		--config-settings editable_mode=compat --editable ".[dev]"
+	@$(BIN)/python -m compileall -q vmm boot devices virtio
 	@touch $@
 
 demo: install
@@ -34,7 +35,7 @@ test: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/cython-lint vmm devices virtio
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint vmm devices virtio
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 bench: install

@@ -70,16 +70,19 @@ def main() -> int:
         parser.error(f"{', '.join(sorted(unknown))}: unknown; there are {', '.join(NAMES)}")
 
     rows: list[Row] = []
-    missing: dict[str, str] = {}
+    missing: list[str] = []
     for name in arguments.names or NAMES:
         try:
             found = importlib.import_module(f"benches.peers.{name}").rows()
         except Missing as problem:
-            missing[name] = str(problem)
-            print(f"{name}: MISSING: {problem}", flush=True)
-            continue
-        rows += found
-        print(*found, sep="\n", flush=True)
+            found = [problem]
+        for one in found:
+            if isinstance(one, Missing):
+                missing.append(f"{name}: {one}")
+                print(f"MISSING: {missing[-1]}", flush=True)
+            else:
+                rows.append(one)
+                print(one, flush=True)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = {**_facts(), "rows": [row._asdict() | {"held": row.held} for row in rows], "missing": missing}
