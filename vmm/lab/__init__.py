@@ -143,9 +143,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {
-        name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)
-    }
+    return {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
 
 
 def _script(argv: Sequence[str], env: Mapping[str, str]) -> str:

@@ -105,9 +105,7 @@ def lab_image(progress: Progress = silent) -> LabImage:
     kernel, version = apt.kernel_of(package.tree)
     path = Path(cache_root(), "lab", f"{version}-{image_key(package.version)}.cpio")
     if not path.exists():
-        data = initramfs.build_initramfs(
-            package.tree, MODULES, INIT, optional=OPTIONAL_MODULES, progress=progress
-        )
+        data = initramfs.build_initramfs(package.tree, MODULES, INIT, optional=OPTIONAL_MODULES, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(f".{os.getpid()}")
         new.write_bytes(data)

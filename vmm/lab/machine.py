@@ -82,8 +82,13 @@ class Boot:
     """
 
     def __init__(
-        self, argv: Callable[[dict[str, int]], list[str]], stdin: int | None, stdout: int, stderr: int,
-        *, framed: bool,
+        self,
+        argv: Callable[[dict[str, int]], list[str]],
+        stdin: int | None,
+        stdout: int,
+        stderr: int,
+        *,
+        framed: bool,
     ) -> None:
         pairs = {name: socket.socketpair() for name in PORTS}
         theirs = {name: pair[1].fileno() for name, pair in pairs.items()}

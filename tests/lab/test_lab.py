@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab around its machine: ports, statuses, time, signals. The machine itself is tests/linux/test_lab.py's."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vmm import lab
+from vmm.errors import ConfigError
+from vmm.lab import image
+from vmm.lab.machine import PORTS, missing, qemu_argv
+
+IMAGE = image.LabImage("/kernel", "/initramfs")
+Fake = Callable[..., tuple[int, bytes, bytes]]
+
+
+@pytest.fixture
+def boots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that is no machine, and the file where each boot of it leaves its process's number."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    fake = shlex.quote(str(Path(__file__).with_name("fake_qemu.py")))
+    qemu = programs / "qemu-system-x86_64"
+    qemu.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {fake} "$@"\n')
+    qemu.chmod(0o755)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("FAKE_LAB_BOOTS", str(tmp_path / "boots"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(lab, "missing", list)
+    monkeypatch.setattr(lab, "lab_image", lambda progress: IMAGE)
+    return tmp_path / "boots"
+
+
+@pytest.fixture
+def run(boots: Path, tmp_path: Path) -> Iterator[Fake]:
+    """``lab.run``, which gives status, output and errors; afterwards nothing of it may be left."""
+
+    def call(*argv: str, given: bytes | None = None, **options: object) -> tuple[int, bytes, bytes]:
+        source = tmp_path / "given"
+        source.write_bytes(given or b"")
+        with open(source, "rb") as stdin, open(tmp_path / "o", "w+b") as out, open(tmp_path / "e", "w+b") as err:
+            status = lab.run(
+                argv, stdin=None if given is None else stdin.fileno(), stdout=out.fileno(), stderr=err.fileno(),
+                **options,  # type: ignore[arg-type]
+            )  # fmt: skip
+        return status, (tmp_path / "o").read_bytes(), (tmp_path / "e").read_bytes()
+
+    yield call
+    assert os.listdir(tmp_path / "tmp") == []
+    for pid in boots.read_text().split() if boots.exists() else ():
+        assert not Path("/proc", pid).exists()
+
+
+def test_status_output_and_errors_come_back(run: Fake) -> None:
+    assert run("sh", "-c", "echo out; echo err >&2; exit 7") == (7, b"out\n", b"err\n")
+
+
+def test_a_signal_is_128_and_its_number(run: Fake) -> None:
+    assert run("sh", "-c", "kill -TERM $$")[0] == 128 + signal.SIGTERM
+
+
+def test_every_byte_goes_in_and_comes_out(run: Fake) -> None:
+    data = os.urandom(1 << 20)
+    assert run("tee", "/dev/stderr", given=data) == (0, data, data)
+
+
+def test_no_stdin_is_an_empty_one(run: Fake) -> None:
+    assert run("wc", "-c")[1].split() == [b"0"]
+    assert run("wc", "-c", given=b"")[1].split() == [b"0"]
+
+
+def test_the_command_may_leave_its_input(run: Fake) -> None:
+    assert run("true", given=os.urandom(4 << 20))[0] == 0
+
+
+def test_directory_and_environment(run: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "it's a 'place'"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("PYVMM_WORD", "a 'b' $c")
+    monkeypatch.setenv("SECRET", "not for the lab")
+    status, out, _ = run("sh", "-c", 'pwd; echo "$PYVMM_WORD;$PYVMM_LAB;$SECRET"')
+    assert (status, out.decode()) == (0, f"{there}\na 'b' $c;1;\n")
+    assert run("env", env={"ONLY": "this"})[1] == b"ONLY=this\nPYVMM_LAB=1\n"
+
+
+def test_time_is_over(run: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("sleep", "600", timeout=1.5)[0] == 124
+    assert capfd.readouterr().err == "pyvmm lab: the time limit of 1.5 s is over\n"
+
+
+def test_a_boot_that_fails_is_tried_again(
+    run: Fake, boots: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_LAB", "once")
+    assert run("echo", "here")[:2] == (0, b"here\n")
+    assert "no such machine" in capfd.readouterr().err
+    assert boots.read_text().count("\n") == 2
+
+
+def test_a_machine_that_hangs_is_tried_again(run: Fake, boots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LAB", "mute")
+    monkeypatch.setattr("vmm.lab.machine.UP_SECONDS", 1)
+    with pytest.raises(lab.LabError, match="not up after 1 s"):
+        run("true")
+    assert boots.read_text().count("\n") == 2
+
+
+def test_a_boot_that_fails_twice_shows_the_console(run: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LAB", "stillborn")
+    with pytest.raises(lab.LabError, match="no such machine\na line on the console"):
+        run("true")
+
+
+def test_a_command_is_not_run_twice(run: Fake, boots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LAB", "dies")
+    with pytest.raises(lab.LabError, match="ended under the command"):
+        run("true")
+    assert boots.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"write": ["/there/is/none"]}, "--write /there/is/none: is not a directory"),
+        ({"memory": "1000T"}, "--memory 1000T: this host has .*M free"),
+        ({"memory": "much"}, "--memory much: a size is"),
+    ],
+)
+def test_mistakes_are_one_line(run: Fake, options: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as error:
+        run("true", **options)
+    assert "\n" not in str(error.value)
+
+
+def _process(boots: Path, script: str, **options: object) -> subprocess.Popen[bytes]:
+    # In a process of its own, for signals to it. Returns once the command has said a line.
+    code = f"""
+import sys
+from vmm import lab
+lab.missing, lab.lab_image = list, lambda progress: lab.image.LabImage("/kernel", "/initramfs")
+sys.exit(lab.run(["sh", "-c", {script!r}], stdin=None))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **options)  # type: ignore[call-overload]
+    assert process.stdout.readline() == b"here\n"
+    return process  # type: ignore[no-any-return]
+
+
+def _gone(boots: Path) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(int(boots.read_text()), 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_first_interrupt_is_the_commands(boots: Path) -> None:
+    with _process(boots, "trap 'echo got it; exit 9' INT; echo here; while :; do sleep 0.1; done") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == (b"got it\n", None)
+    assert process.returncode == 9
+
+
+def test_the_second_interrupt_ends_it(boots: Path) -> None:
+    with _process(boots, "trap 'echo no' INT; echo here; while :; do sleep 0.1; done") as process:
+        assert process.stdout is not None
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == b"no\n"
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert _gone(boots)
+
+
+def test_told_to_end_it_leaves_nothing(boots: Path, tmp_path: Path) -> None:
+    with _process(boots, "echo here; exec sleep 600") as process:
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert _gone(boots)
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_killed_it_leaves_no_machine(boots: Path) -> None:
+    with _process(boots, "echo here; exec sleep 600") as process:
+        process.kill()
+    assert _gone(boots)
+
+
+def test_the_readers_end_is_the_commands(boots: Path) -> None:
+    with _process(boots, "trap 'exit 5' PIPE; echo here; while :; do echo more; sleep 0.1; done") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert process.returncode == 5
+
+
+def _argv(**changes: object) -> list[str]:
+    ports = {name: fd for fd, name in enumerate(PORTS)}
+    options = {"cpus": 3, "memory": "1G", "job": "/job", "writable": ["/a,b"], "ports": ports}
+    return qemu_argv(IMAGE, **(options | changes))  # type: ignore[arg-type]
+
+
+def test_only_writable_directories_are_writable() -> None:
+    exports = {part.split(",")[1]: part for part in _argv() if part.startswith("local,")}
+    assert set(exports) == {"id=host", "id=job", "id=w0"}
+    assert [name for name, export in exports.items() if "readonly=on" in export] == ["id=host"]
+    assert ",path=/a,,b," in exports["id=w0"]
+
+
+def test_the_machine_has_what_was_asked_for() -> None:
+    argv = _argv()
+    for option, value in (("-smp", "3"), ("-m", "1G"), ("-kernel", "/kernel"), ("-initrd", "/initramfs")):
+        assert argv[argv.index(option) + 1] == value
+    assert "+svm" in argv[argv.index("-cpu") + 1]
+    for fd, name in enumerate(PORTS):
+        assert f"socket,id={name},fd={fd}" in argv and f"virtserialport,chardev={name},name={name}" in argv
+
+
+def test_init_is_a_shell_script() -> None:
+    assert image.INIT.startswith("#!/bin/sh\n")
+    subprocess.run(["sh", "-n"], input=image.INIT.encode(), check=True)
+
+
+@pytest.mark.parametrize("name", ["MODULES", "OPTIONAL_MODULES", "INIT"])
+def test_the_image_is_made_anew_when_it_would_differ(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = image.image_key("6.1.1")
+    assert before == image.image_key("6.1.1") != image.image_key("6.1.2")
+    monkeypatch.setattr(image, name, getattr(image, name) * 2)
+    assert image.image_key("6.1.1") != before
+
+
+def test_a_host_without_qemu_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert any("apt-get install qemu-system-x86" in line for line in missing())
