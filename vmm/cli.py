@@ -46,7 +46,7 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> Any:
     parser = Parser(prog=f"pyvmm {name}", description=COMMANDS[name], allow_abbrev=False)
     module.add_arguments(parser)
     try:
-        # Intermixed: KERNEL --option value ROOTFS. `lab` takes the rest of its line as it is, which argparse cannot mix.
+        # Intermixed: KERNEL --option value ROOTFS. What `lab` takes, the rest of its line, argparse cannot mix.
         return parser.parse_intermixed_args(words) if quick is not None else parser.parse_args(words)
     except SystemExit as end:
         return end.code
