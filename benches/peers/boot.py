@@ -55,9 +55,7 @@ def vmlinux(kernel: Path) -> bytes:
         name = payload.compression(source, setup)
         try:
             # unpack() puts the segments into guest memory; here the file itself is wanted.
-            packed = payload._Input(
-                source, setup.payload, setup.payload_length - (0 if name == "gzip" else 4)
-            )
+            packed = payload._Input(source, setup.payload, setup.payload_length - (0 if name == "gzip" else 4))
             chunks = payload._METHODS[name](packed, source.fail)
             return b"".join(bytes(chunk) for chunk in chunks)
         except (KeyError, payload.Unsupported) as error:
@@ -111,12 +109,8 @@ def rows() -> list[Row | Missing]:
         ("boot, vmlinux", "pyvmm", "firecracker", FIRECRACKER_NAME, None),
         ("boot, bzImage", "pyvmm_bzimage", "qemu_bzimage", QEMU_NAME, 1.0),
     ):
-        if lacking := [
-            report["missing"][program] for program in (ours, peer) if program in report["missing"]
-        ]:
+        if lacking := [report["missing"][program] for program in (ours, peer) if program in report["missing"]]:
             found.append(Missing(f"{name} beside {peer_name}: {lacking[0]}"))
         else:
-            found.append(
-                compare(name, "s", report["seconds"][ours], report["seconds"][peer], peer_name, goal)
-            )
+            found.append(compare(name, "s", report["seconds"][ours], report["seconds"][peer], peer_name, goal))
     return found

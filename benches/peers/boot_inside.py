@@ -33,9 +33,7 @@ def seconds(command: Sequence[str]) -> float:
     """
     start = time.perf_counter()
     null = subprocess.DEVNULL
-    process = subprocess.Popen(
-        command, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
-    )
+    process = subprocess.Popen(command, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
     assert process.stdout is not None
     heard = b""
     try:
@@ -63,9 +61,7 @@ def main(name: str) -> int:
     commands = {
         "pyvmm": [*PYVMM, str(elf), *options],
         "qemu": common.qemu_command(elf, *more, memory=memory, cpu="host"),
-        "firecracker": common.firecracker_command(
-            directory, elf, initrd=initrd, cmdline=CMDLINE, memory=memory
-        ),
+        "firecracker": common.firecracker_command(directory, elf, initrd=initrd, cmdline=CMDLINE, memory=memory),
         "pyvmm_bzimage": [*PYVMM, str(packed), *options],
         "qemu_bzimage": common.qemu_command(packed, *more, memory=memory, cpu="host"),
     }

