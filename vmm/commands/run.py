@@ -133,7 +133,7 @@ def config_from(args: Arguments) -> VmConfig:
         image = images.resolve(kernel)
         if image is not None:
             kernel, initrd, rootfs = image.kernel, initrd or image.initrd, rootfs or image.rootfs
-            append = f"{image.cmdline} {append}".strip()
+            append = f"{image.cmdline} {_terminal_size()} {append}".strip()
         elif any(offered["name"] == kernel for offered in images.available()):
             raise ConfigError("kernel", kernel, f"is not here yet; fetch it with: pyvmm pull {kernel}")
     drives = [DriveConfig.parse(text) for text in args.disk]
@@ -154,6 +154,14 @@ def config_from(args: Arguments) -> VmConfig:
         protocol=args.protocol,
         unpack=args.unpack,
     )
+
+
+def _terminal_size() -> str:
+    # A serial line cannot say how large the terminal is; our images' init takes it from the command line.
+    if not os.isatty(1):
+        return ""
+    columns, lines = os.get_terminal_size(1)
+    return f"LINES={lines} COLUMNS={columns} TERM={os.environ.get('TERM', 'vt100')}"
 
 
 def main(args: Arguments) -> int:
