@@ -203,10 +203,10 @@ class Machine:
     def start(self) -> None:
         """Let every vCPU run, each on a thread of its own.
 
-        :raises ValueError: it was started before
+        :raises VmmError: it was started or stopped before
         """
-        if self._started:
-            raise ValueError("a machine is started once")
+        if self._started or self._stop is not None:
+            raise VmmError("a machine is started once, and not after it was stopped")
         self._started = True
         self.console.start()
         for vcpu in self.vcpus:
@@ -215,8 +215,8 @@ class Machine:
             thread.start()
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
-        vcpu.loop.attach(f"fc_vcpu {vcpu.index}")
         try:
+            vcpu.loop.attach(f"fc_vcpu {vcpu.index}")
             while vcpu.run() and self._stop is None:
                 self._park_while_paused()
         except Stop as stop:
