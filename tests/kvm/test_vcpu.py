@@ -279,3 +279,11 @@ def test_kicks_are_not_lost(guest: MakeGuest) -> None:
     vm.on_exit(lambda stop: finished.set())
     vm.stop()
     assert finished.wait(10)
+
+
+def test_ram_above_four_gib_is_a_slot_of_its_own(guest: MakeGuest) -> None:
+    # PAE off and 32 bits: the guest cannot reach up there, but KVM has the slot and a device finds it.
+    vm = guest("mov al, 1\n" + EXIT, memory="5G")
+    assert [(r.gpa, r.size) for r in vm.memory.regions] == [(0, 3 << 30), (4 << 30, 2 << 30)]
+    vm.memory.write((6 << 30) - 4, b"last")
+    assert run(vm).code == 1
