@@ -21,7 +21,7 @@ $(VENV)/.made: pyproject.toml | system-packages
 $(VENV)/.built: $(VENV)/.made $(SOURCES)
 	@echo "make: building and installing pyvmm (a minute the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1" "cffi>=1.17"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 		--config-settings editable_mode=compat --editable ".[dev]"
 	@$(BIN)/python -m compileall -q vmm boot devices virtio
 	@touch $@

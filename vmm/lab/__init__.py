@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vmm.config import parse_size
 from vmm.errors import ConfigError, VmmError
+from vmm.images.host import Progress
 from vmm.lab.image import lab_image
 from vmm.lab.machine import Boot, Died, NotUp, console_of, missing, qemu_argv
 
@@ -78,7 +79,7 @@ def run(
     size, free = parse_size("--memory", memory), _free_memory()
     if size > free:
         raise ConfigError("--memory", memory, f"this host has {free >> 20}M free")
-    image = lab_image(_progress)
+    image = lab_image(_progress())
     deadline = time.monotonic() + timeout
     terminal = stdin is not None and os.isatty(stdin) and os.isatty(stdout)
     with tempfile.TemporaryDirectory(prefix="pyvmm-lab-") as job:
@@ -159,7 +160,13 @@ def _free_memory() -> int:
     return sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
 
 
-def _progress(step: str, done: float | None) -> None:
-    # The first time only: a kernel to fetch, 70 MB.
-    if not done:
-        print(f"pyvmm lab: {step}", file=sys.stderr)
+def _progress() -> Progress:
+    # The first time only: a kernel to fetch, 70 MB. Each step is said once.
+    said: set[str] = set()
+
+    def say(step: str, done: float | None) -> None:
+        if step not in said:
+            said.add(step)
+            print(f"pyvmm lab: {step}", file=sys.stderr)
+
+    return say
