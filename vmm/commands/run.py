@@ -169,7 +169,8 @@ def main(args: Arguments) -> int:
     config = config_from(args)
     if args.lab and not os.environ.get("PYVMM_LAB"):
         return _run_in_lab(config)
-    _refuse_linux_on_software_kvm(config)
+    if not args.dry_run:
+        _refuse_linux_on_software_kvm(config)
     from vmm.machine import Machine
 
     vm = Machine(config)
@@ -254,6 +255,3 @@ def _run_in_lab(config: VmConfig) -> int:
     argv = [word for word in sys.argv[1:] if word != "--lab"]
     print("pyvmm run: in the lab, a machine emulated by QEMU with real KVM inside", file=sys.stderr, flush=True)
     return lab.run([sys.executable, "-m", "vmm.cli", *argv], write=sorted(set(written)))
-
-
-
