@@ -33,12 +33,11 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--timeout", args.timeout, "must be more than 0 seconds")
     if not 1 <= args.cpus <= 64:
         raise ConfigError("--cpus", args.cpus, "must be 1 to 64")
-    memory = parse_size("--memory", args.memory)
-    if memory < 512 << 20:
+    if parse_size("--memory", args.memory) < 512 << 20:
         raise ConfigError("--memory", args.memory, "must be 512M or more")
     if runs_linux():
         print("pyvmm lab: this host's own KVM runs Linux; the lab is only slower", file=sys.stderr)
     return lab.run(
-        command, write=args.write, timeout=args.timeout, cpus=args.cpus, memory=f"{memory >> 20}M",
+        command, write=args.write, timeout=args.timeout, cpus=args.cpus, memory=args.memory,
         verbose=args.verbose,
     )  # fmt: skip
