@@ -153,7 +153,12 @@ from vmm import lab
 lab.missing, lab.lab_image = list, lambda progress: lab.image.LabImage("/kernel", "/initramfs")
 sys.exit(lab.run(["sh", "-c", {script!r}], stdin=None))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **options)  # type: ignore[call-overload]
+    # A test run in the background of a shell was started deaf to SIGINT, and a shell's trap cannot undo that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **options)  # type: ignore[call-overload]
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout.readline() == b"here\n"
     return process  # type: ignore[no-any-return]
 
