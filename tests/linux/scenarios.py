@@ -27,9 +27,9 @@ from vmm.lab.image import KERNEL_PACKAGE
 
 PYVMM = [sys.executable, "-m", "vmm.cli", "run"]
 # A guest that hangs must not eat the whole lab's time.
-PATIENCE = 240
+PATIENCE = 100
 # In the lab a byte costs two emulated exits: 1 MiB takes two to five minutes.
-PASTE_PATIENCE = 480
+PASTE_PATIENCE = 400
 PASTE = b"".join(b"%07d " % i for i in range(1 << 17))  # 1 MiB, no two words alike
 
 

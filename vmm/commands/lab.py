@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         raise ConfigError("COMMAND", "", "what shall the lab run?")
-    if args.timeout <= 0:
+    if not 0 < args.timeout < float("inf"):
         raise ConfigError("--timeout", args.timeout, "must be more than 0 seconds")
     if not 1 <= args.cpus <= 64:
         raise ConfigError("--cpus", args.cpus, "must be 1 to 64")

@@ -73,6 +73,8 @@ def run(
     for path in write:
         if not os.path.isdir(path):
             raise ConfigError("--write", path, "is not a directory")
+        if os.path.realpath(path).split("/")[1] in ("", "dev", "proc", "sys"):
+            raise ConfigError("--write", path, "is the machine's own; give a directory below it")
         if "\n" in path:
             raise ConfigError("--write", repr(path), "must not have a newline in its name")
         writable.append(os.path.realpath(path))
