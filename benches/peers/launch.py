@@ -9,7 +9,7 @@ from pathlib import Path
 from benches.peers import common
 from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Row, compare
 
-ROUNDS = 15
+ROUNDS = 25
 STATUS = 42
 # mov al, value; out port, al; hlt. Firecracker has no exit port; it ends when its guest resets by the i8042.
 EXIT = bytes((0xB0, STATUS, 0xE6, 0xF4, 0xF4))
