@@ -38,6 +38,10 @@ mount -t proc proc /new/proc
 mount -t sysfs sysfs /new/sys
 mount --bind /dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
+for name in fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do
+    link=${name%:*} target=${name#*:}
+    ln -s "/proc/self/$target" "/dev/$link"
+done
 mount -t devpts -o mode=620,ptmxmode=666 devpts /new/dev/pts
 mount -t tmpfs shm /new/dev/shm
 mount -t tmpfs run /new/run
@@ -63,14 +67,15 @@ echo up >&3
 cp /job/run /new/run/pyvmm-lab
 pid() { cat /new/run/pyvmm-lab.pid 2>/dev/null || { sleep 1; cat /new/run/pyvmm-lab.pid; }; }
 (while read -r name <&3; do kill "-$name" "-$(pid)"; done) &
-# In the foreground: a shell's background command would start with SIGINT ignored, and Ctrl-C pass it by.
+# In the foreground: a shell's background command would start with SIGINT ignored, and Ctrl-C pass it by. In a
+# subshell: the shell itself would write of the command's death into the command's errors.
 if [ -e /job/terminal ]; then
     read -r rows columns </job/terminal
     command="stty rows $rows cols $columns; exec /bin/sh /run/pyvmm-lab"
-    setsid chroot /new /usr/bin/script -qec "$command" /dev/null <&4 >/out 2>/err
+    (exec setsid chroot /new /usr/bin/script -qec "$command" /dev/null) <&4 >/out 2>/err
 else
     feed >/in &
-    setsid chroot /new /bin/sh /run/pyvmm-lab </in >/out 2>/err
+    (exec setsid chroot /new /bin/sh /run/pyvmm-lab) </in >/out 2>/err
 fi
 status=$?
 # The pumps end with the last holder of their pipes; a daemon that the command left must not hold us up.
