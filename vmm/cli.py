@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["--version"] | ["-V"]:
             print(f"pyvmm {VERSION}")
             return 0
-        case [name] if name not in COMMANDS:
+        case [name, *_] if name not in COMMANDS:
             print(f"pyvmm: {name} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments
