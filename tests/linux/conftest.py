@@ -34,8 +34,8 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
         if lacks := lab.missing():
             pytest.fail(f"LAYER MISSING: linux: {'; '.join(lacks)}")
         log = b""
-        # About one guest in ten stops dead in the emulated machine, pyvmm's and QEMU's own alike. What did not finish is
-        # run again, in a boot of its own, and said; a scenario that finished with a wrong result keeps it.
+        # Now and then a guest stops dead in the emulated machine; QEMU's own guests in there have too. What did not
+        # finish is run again, in a boot of its own, and said; a scenario that finished with a wrong result keeps it.
         for minutes in MINUTES:
             if unfinished := [name for name in SCENARIOS if not _finished(directory, name)]:
                 log += f"in the lab: {', '.join(unfinished)}\n".encode()
