@@ -81,3 +81,11 @@ def test_launch_imports_nothing_heavy() -> None:
         [sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True
     ).stdout.split()
     assert not heavy & set(loaded)
+
+
+def test_one_version() -> None:
+    import tomllib
+
+    from vmm.cli import VERSION
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION
