@@ -16,6 +16,7 @@ from vmm.kvm import runs_linux
 SCRIPT = """
 pwd >/dev/stderr
 cat
+cat /dev/stdin
 echo kept >"$1/by the command"
 echo lost >"$2/by the command" && echo "overlay=ok" >&2
 [ -c /dev/kvm ] && [ -c /dev/net/tun ] && echo "devices=ok" >&2

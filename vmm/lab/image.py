@@ -53,7 +53,7 @@ done </job/writable
 hostname pyvmm-lab
 ip link set lo up
 chmod 666 /dev/kvm /dev/vhost-net /dev/vhost-vsock /dev/net/tun 2>/dev/null
-mkfifo /in /out /err
+mkfifo /out /err
 # Input comes in frames, a length on a line and then its bytes; 0 is the end. A port that the host closes would
 # lose what QEMU has not passed on yet.
 feed() {
@@ -74,8 +74,8 @@ if [ -e /job/terminal ]; then
     command="stty rows $rows cols $columns; exec /bin/sh /run/pyvmm-lab"
     (exec setsid chroot /new /usr/bin/script -qec "$command" /dev/null) <&4 >/out 2>/err
 else
-    feed >/in &
-    (exec setsid chroot /new /bin/sh /run/pyvmm-lab) </in >/out 2>/err
+    # A pipe without a name: to open one that has a name, as /dev/stdin, would wait for a writer after the end.
+    { feed & } | (exec setsid chroot /new /bin/sh /run/pyvmm-lab) >/out 2>/err
 fi
 status=$?
 # The pumps end with the last holder of their pipes; a daemon that the command left must not hold us up.
