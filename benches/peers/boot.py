@@ -106,7 +106,7 @@ def rows() -> list[Row | Missing]:
     """Boot time beside QEMU microvm and Firecracker, from the ELF kernel and from the bzImage."""
     common.pyvmm()
     common.firecracker()  # fetched out here: the lab has no network
-    # Not in /tmp: the lab has its own.
+    # Not in /tmp, which may be a tmpfs: the kernels are 60 MB.
     with tempfile.TemporaryDirectory(prefix="pyvmm-boot-", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:
         directory = Path(name)
         try:
