@@ -8,7 +8,7 @@ of them, every size and every offset with the host's own headers.
 from __future__ import annotations
 
 import fcntl
-from ctypes import LittleEndianStructure, addressof, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+from ctypes import LittleEndianStructure, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 
 from vmm.errors import KvmError
 
@@ -273,6 +273,3 @@ def msrs(values: dict[int, int]) -> _Counted:
     for entry, (index, data) in zip(table.entries, values.items(), strict=True):
         entry.index, entry.data = index, data
     return table
-
-
-__all__ = [name for name in globals() if name.lower().startswith("kvm_")] + ["addressof", "cpuid", "msrs"]
