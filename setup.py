@@ -12,7 +12,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
-MODULES = ["vmm._fastpath", "vmm._bus", "vmm._vcpu", "devices._serial"]
+MODULES = ["vmm._fastpath", "vmm._bus", "vmm._vcpu", "devices._serial", "virtio._mmio", "virtio._worker", "virtio._limiter"]
 
 setup(
     ext_modules=cythonize(

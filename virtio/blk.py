@@ -195,7 +195,7 @@ class Block(VirtioDevice):
         self.name = name
         self.disk = disk
         self.serial = (serial or "pyvmm").encode()[: spec.BLK_ID_BYTES]
-        self.stats |= {"bytes_read": 0, "bytes_written": 0, "flushes": 0, "io_errors": 0}
+        self.counters |= {"bytes_read": 0, "bytes_written": 0, "flushes": 0, "io_errors": 0}
         self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_FLUSH
         if disk.read_only:
             self.features |= spec.BLK_F_RO
@@ -227,16 +227,16 @@ class Block(VirtioDevice):
 
     def _serve(self, chain: Chain) -> int:
         request = parse(chain.readable, chain.writable, self.capacity, self.disk.read_only)
-        self.stats["requests"] += 1
+        self.counters["requests"] += 1
         written, status = 0, request.verdict
         if status != spec.BLK_S_OK:
-            self.stats["bad_requests"] += 1
+            self.counters["bad_requests"] += 1
         else:
             try:
                 written = self._execute(request)
             except OSError as error:
                 status = spec.BLK_S_IOERR
-                self.stats["io_errors"] += 1
+                self.counters["io_errors"] += 1
                 kind = f"{self.disk.path}: {errno.errorcode.get(error.errno or 0, error.errno)}"
                 self.context.warn(kind, f"{self.name}: {self.disk.path}: {error.strerror}")
         if request.status is None:
@@ -253,16 +253,16 @@ class Block(VirtioDevice):
         match request.type:
             case spec.BLK_T_IN:
                 self._transfer(os.preadv, request)
-                self.stats["bytes_read"] += request.length
+                self.counters["bytes_read"] += request.length
                 return request.length
             case spec.BLK_T_OUT:
                 self._transfer(os.pwritev, request)
-                self.stats["bytes_written"] += request.length
+                self.counters["bytes_written"] += request.length
                 if not self.context.features & spec.BLK_F_FLUSH:
                     os.fdatasync(self.disk.fd)  # §5.2.6.2: a driver that cannot flush gets stable writes
             case spec.BLK_T_FLUSH:
                 os.fdatasync(self.disk.fd)
-                self.stats["flushes"] += 1
+                self.counters["flushes"] += 1
             case spec.BLK_T_GET_ID:
                 left = self.serial.ljust(spec.BLK_ID_BYTES, b"\0")
                 for buffer in request.data:

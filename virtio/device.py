@@ -14,8 +14,17 @@ from vmm.errors import GuestError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Protocol
 
+    from virtio._mmio import Interrupt
     from vmm._fastpath import Chain, GuestRam, VirtQueue
+
+    class AnyWorker(Protocol):
+        """A thread that serves some queues of a device; ``Worker`` and ``virtio._worker.QueueWorker`` are."""
+
+        def start(self, context: ActivateContext) -> None: ...
+        def stop(self) -> None: ...
+        def close(self) -> None: ...
 
 
 def warn_stderr(message: str) -> None:
@@ -45,7 +54,7 @@ class ActivateContext:
     :ivar memory: guest RAM
     :ivar queues: one a queue, ready or not; used by the worker thread only
     :ivar features: what the driver accepted, a subset of what the device offers
-    :ivar interrupt: tell the driver to look at its used rings; any thread
+    :ivar interrupt: ``interrupt()`` tells the driver to look at its used rings; any thread
     :ivar warn: ``warn(kind, message)``, rate limited by kind
     :ivar stopping: True once the driver has reset the device; a loop over a queue then returns
     """
@@ -57,7 +66,7 @@ class ActivateContext:
         memory: GuestRam,
         queues: Sequence[VirtQueue],
         features: int,
-        interrupt: Callable[[], None],
+        interrupt: Interrupt,
         warn: Callable[[str, str], None],
     ) -> None:
         self.memory = memory
@@ -69,13 +78,15 @@ class ActivateContext:
 
 
 class VirtioDevice:
-    """Base of the devices. A device has to have ``device_type``, ``queue_sizes`` and ``process``.
+    """Base of the devices. A device has to have ``device_type``, ``queue_sizes``, and ``process`` or ``make_workers``.
 
     :ivar device_type: §5
     :ivar queue_sizes: the largest size of each queue, powers of two
     :ivar features: offered beside VERSION_1, INDIRECT_DESC and EVENT_IDX, which the transport adds
     :ivar config: the configuration space as the driver reads it, little endian
-    :ivar stats: counters by name; a device adds its own
+    :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
+    :ivar poll_us: microseconds that a native worker looks at its queues before it sleeps; 0: it sleeps at once
+    :ivar counters: what Python code counts; ``stats`` is all there is to read
     """
 
     name: str = "virtio"
@@ -83,12 +94,29 @@ class VirtioDevice:
     queue_sizes: tuple[int, ...]
     features: int = 0
     config: bytes = b""
+    poll_us: float = 0
     context: ActivateContext
 
     def __init__(self) -> None:
-        self.stats: dict[str, int] = {"requests": 0, "bad_requests": 0, "needs_reset": 0}
+        self.counters: dict[str, int] = {"requests": 0, "bad_requests": 0, "needs_reset": 0}
+        self.shm_regions: dict[int, tuple[int, int]] = {}
         # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.
         self.publish_config: Callable[[bytes], None] = self._set_config
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by name; a device whose loop counts in C adds those."""
+        return self.counters
+
+    def make_workers(
+        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
+    ) -> Sequence[AnyWorker]:
+        """The threads that serve the queues; asked for once, by the transport, which owns them.
+
+        :param notify_fds: an eventfd a queue, signalled when the driver notifies
+        :param on_failure: to be called by a thread that ends before it was stopped
+        """
+        return [Worker(self, range(len(notify_fds)), notify_fds, on_failure)]
 
     def _set_config(self, config: bytes) -> None:
         self.config = config
@@ -123,33 +151,44 @@ class VirtioDevice:
 
 
 class Worker:
-    """A thread that calls ``process(index)`` of a device whenever ``notify_fds[index]`` is written to.
+    """A thread that calls ``process(index)`` of a device whenever the eventfd of queue `index` is written to.
 
+    :param indices: the queues that it serves
+    :param notify_fds: an eventfd for each of them; not owned
     :param on_failure: called on the thread, which then ends, with what ``process`` raised
     :raises OSError: no file descriptor left
     """
 
     def __init__(
-        self, device: VirtioDevice, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
+        self,
+        device: VirtioDevice,
+        indices: Sequence[int],
+        notify_fds: Sequence[int],
+        on_failure: Callable[[Exception], None],
     ) -> None:
         self._device = device
         self._on_failure = on_failure
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
-        self._queue_of = {fd: index for index, fd in enumerate(notify_fds)}
+        self._queue_of = dict(zip(notify_fds, indices, strict=True))
         for fd in (*notify_fds, self._stop):
             self._epoll.register(fd, select.EPOLLIN)
+        self._context: ActivateContext
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Start the thread for the device's present ``context``."""
-        self._device.context.stopping = False
+    def start(self, context: ActivateContext) -> None:
+        """Start the thread for the driver of `context`.
+
+        :raises RuntimeError: no thread to be had
+        """
+        self._context = context
+        context.stopping = False
         thread = threading.Thread(target=self._run, name=self._device.name, daemon=True)
         thread.start()
         self._thread = thread
 
     def _run(self) -> None:
-        device, context = self._device, self._device.context
+        device, context = self._device, self._context
         try:
             with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
                 comm.write(device.name[:15])  # what `top -H` shows
@@ -171,7 +210,7 @@ class Worker:
         """End the thread and wait for it: the request that it serves now is finished first. Idempotent."""
         if self._thread is None:
             return
-        self._device.context.stopping = True
+        self._context.stopping = True
         os.eventfd_write(self._stop, 1)
         self._thread.join()
         self._thread = None

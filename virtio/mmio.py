@@ -7,7 +7,8 @@ import os
 import threading
 
 from virtio import spec
-from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, Worker, describe, warn_stderr
+from virtio._mmio import MmioRegisters
+from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, describe, warn_stderr
 from vmm._fastpath import VirtQueue
 from vmm.errors import BadChain
 
@@ -36,15 +37,17 @@ _QUEUE_ADDRESS = {
     spec.MMIO_QUEUE_DEVICE_LOW: ("used", 0),
     spec.MMIO_QUEUE_DEVICE_HIGH: ("used", 32),
 }
-_NO_SHM = (
-    spec.MMIO_SHM_LEN_LOW,
-    spec.MMIO_SHM_LEN_HIGH,
-    spec.MMIO_SHM_BASE_LOW,
-    spec.MMIO_SHM_BASE_HIGH,
-)
+# Registers of the selected shared memory region: which of (address, bytes), and the shift of the 32 bits in it.
+_SHM = {
+    spec.MMIO_SHM_BASE_LOW: (0, 0),
+    spec.MMIO_SHM_BASE_HIGH: (0, 32),
+    spec.MMIO_SHM_LEN_LOW: (1, 0),
+    spec.MMIO_SHM_LEN_HIGH: (1, 32),
+}
+_NO_REGION = (-1, -1)  # §4.2.2
 
 
-class VirtioMmio:
+class VirtioMmio(MmioRegisters):
     """A virtio device behind 4 KiB of registers; a bus device. Registers take 4-byte accesses (§4.2.2.2).
 
     :param device: the device; this transport is its only owner
@@ -60,21 +63,20 @@ class VirtioMmio:
     def __init__(
         self, device: VirtioDevice, memory: GuestRam, irq: IrqLine, warn: Callable[[str], None] = warn_stderr
     ) -> None:
+        super().__init__(irq)
         self.device = device
         self.memory = memory
-        self.irq = irq
         self.queues = tuple(VirtQueue(memory, size, i) for i, size in enumerate(device.queue_sizes))
         self.notify_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.queues]
         self.stats = {"bad_access": 0, "bad_status": 0, "bad_features": 0, "bad_queue": 0, "bad_notify": 0}
         self._warn = Warner(warn)
         self._offered = device.features | RING_FEATURES
         self._lock = threading.Lock()  # registers: several vCPUs at once
-        self._irq_lock = threading.Lock()  # what the worker changes too; taken inside _lock, never around it
+        self._config_lock = threading.Lock()  # the configuration space and its generation; inside _lock, never around
         self._generation = 0
-        self._interrupt_status = 0
         self._needs_reset = False
         self._closed = False
-        self._worker = Worker(device, self.notify_fds, self._fail)
+        self._workers = device.make_workers(self.notify_fds, self._fail)
         self._forget()
         device.publish_config = self.publish_config
 
@@ -84,45 +86,34 @@ class VirtioMmio:
         self._device_features_sel = 0
         self._driver_features_sel = 0
         self._queue_sel = 0
+        self._shm_sel = 0
         for queue in self.queues:
             queue.reset()
-        with self._irq_lock:
-            self._interrupt_status = 0
-            self._needs_reset = False
+            self.interrupt.set_notify(queue.index, -1)
+        self.interrupt.acknowledge(_LOW)
+        self._needs_reset = False
 
     # Towards the driver
-
-    def interrupt(self) -> None:
-        """Tell the driver that a used ring has changed; any thread."""
-        self._raise(spec.INTERRUPT_USED)
 
     def publish_config(self, config: bytes) -> None:
         """Show the driver another configuration space and tell it; any thread.
 
         :param config: as long as the one before
         """
-        with self._irq_lock:  # with the generation, or a driver could put two halves together (§2.5.1)
+        with self._config_lock:  # with the generation, or a driver could put two halves together (§2.5.1)
             self.device.config = config
             self._generation += 1
         if self._status & spec.DRIVER_OK:
-            self._raise(spec.INTERRUPT_CONFIG)
-
-    def _raise(self, bit: int) -> None:
-        with self._irq_lock:
-            self._interrupt_status |= bit
-        self.irq.trigger()  # after the bit is there: the handler that this edge starts sees it
+            self.interrupt.config()
 
     def _fail(self, failure: Exception) -> None:
         """Set DEVICE_NEEDS_RESET: this device stops until its driver resets it, the VM lives (§2.1.2)."""
-        self.device.stats["needs_reset"] += 1
+        self.device.counters["needs_reset"] += 1
         name = self.device.name
         self._warn("needs reset", f"{name} stopped until its driver resets it: {describe(failure)}")
-        with self._irq_lock:
-            self._needs_reset = True
-            if self._status & spec.DRIVER_OK:
-                self._interrupt_status |= spec.INTERRUPT_CONFIG
+        self._needs_reset = True
         if self._status & spec.DRIVER_OK:
-            self.irq.trigger()
+            self.interrupt.config()
 
     @property
     def status(self) -> int:
@@ -136,7 +127,7 @@ class VirtioMmio:
         size = len(data)
         if offset >= spec.MMIO_CONFIG:
             start = offset - spec.MMIO_CONFIG
-            with self._irq_lock:
+            with self._config_lock:
                 data[:] = self.device.config[start : start + size].ljust(size, b"\0")
             return
         if size != 4 or offset & 3:
@@ -149,7 +140,7 @@ class VirtioMmio:
     def _read_register(self, offset: int) -> int:
         match offset:
             case spec.MMIO_INTERRUPT_STATUS:
-                return self._interrupt_status
+                return self.interrupt.status
             case spec.MMIO_STATUS:
                 return self.status
             case spec.MMIO_CONFIG_GENERATION:
@@ -168,8 +159,9 @@ class VirtioMmio:
                 return queue.max_size if (queue := self._queue()) else 0
             case spec.MMIO_QUEUE_READY:
                 return int(queue.ready) if (queue := self._queue()) else 0
-            case offset if offset in _NO_SHM:
-                return -1  # §4.2.2: no such shared memory region
+            case offset if offset in _SHM:
+                which, shift = _SHM[offset]
+                return self.device.shm_regions.get(self._shm_sel, _NO_REGION)[which] >> shift
             case _:
                 return 0
 
@@ -204,8 +196,7 @@ class VirtioMmio:
     def _write_register(self, offset: int, value: int) -> None:
         match offset:
             case spec.MMIO_INTERRUPT_ACK:
-                with self._irq_lock:
-                    self._interrupt_status &= ~value
+                self.interrupt.acknowledge(value)
             case spec.MMIO_STATUS:
                 self._write_status(value)
             case spec.MMIO_DEVICE_FEATURES_SEL:
@@ -221,7 +212,7 @@ class VirtioMmio:
             case offset if offset in _QUEUE_ADDRESS:
                 self._write_queue(offset, value)
             case spec.MMIO_SHM_SEL:
-                pass  # there is none to select
+                self._shm_sel = value
             case _:
                 self.stats["bad_access"] += 1
 
@@ -286,18 +277,21 @@ class VirtioMmio:
         except BadChain as bad:
             self.stats["bad_queue"] += 1
             self._fail(bad)
+        else:
+            self.interrupt.set_notify(queue.index, self.notify_fds[queue.index])
 
     def _stop_queue(self, queue: VirtQueue) -> None:
         if not queue.ready:
             return
-        self._worker.stop()  # the driver may take its memory back once QueueReady reads 0
+        self._stop_workers()  # the driver may take its memory back once QueueReady reads 0
         queue.reset()
+        self.interrupt.set_notify(queue.index, -1)
         if self._status & spec.DRIVER_OK and not self._needs_reset:
-            self._start_worker()
+            self._start_workers()
 
     def _activate(self) -> None:
         if self._needs_reset:
-            self._raise(spec.INTERRUPT_CONFIG)
+            self.interrupt.config()
             return
         device = self.device
         device.context = ActivateContext(
@@ -308,16 +302,21 @@ class VirtioMmio:
         except OSError as failure:
             self._fail(failure)
             return
-        self._start_worker()
+        self._start_workers()
 
-    def _start_worker(self) -> None:
+    def _start_workers(self) -> None:
         try:
-            self._worker.start()
-        except RuntimeError as failure:  # no thread to be had
+            for worker in self._workers:
+                worker.start(self.device.context)
+        except (RuntimeError, OSError) as failure:  # no thread or no descriptor to be had
             self._fail(failure)
 
+    def _stop_workers(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+
     def _reset(self) -> None:
-        self._worker.stop()
+        self._stop_workers()
         if self._status & spec.DRIVER_OK:
             self.device.reset()
         self._forget()
@@ -329,7 +328,8 @@ class VirtioMmio:
                 return
             self._closed = True
             self._reset()
-            self._worker.close()
+            for worker in self._workers:
+                worker.close()
             for fd in self.notify_fds:
                 os.close(fd)
             self.notify_fds.clear()

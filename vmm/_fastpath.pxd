@@ -104,6 +104,8 @@ cdef void queue_add_used(Ring *ring, uint16_t head, uint32_t written) noexcept n
 cdef bint queue_flush(Ring *ring) noexcept nogil
 cdef bint queue_enable_notify(Ring *ring) noexcept nogil
 cdef void queue_disable_notify(Ring *ring) noexcept nogil
+cdef void queue_mute(Ring *ring) noexcept nogil
+cdef void queue_unpop(Ring *ring) noexcept nogil
 
 cdef class VirtQueue:
     cdef Ring ring

@@ -93,6 +93,8 @@ class VirtQueue:
 
         :raises BadChain: the driver broke a rule; the queue stays where it is until ``reset``
         """
+    def failure(self, status: int) -> BadChain:
+        """The exception for what ``queue_pop`` of this queue returned last, a negative status."""
     def add_used(self, chain: Chain, written: int) -> None:
         """Return `chain`, its first `written` writable bytes filled; the driver sees it after ``flush``.
 

@@ -240,6 +240,21 @@ cdef void queue_disable_notify(Ring *ring) noexcept nogil:
         store_release16(ring.used, USED_F_NO_NOTIFY)
 
 
+cdef void queue_mute(Ring *ring) noexcept nogil:
+    """Tell the driver not to notify until queue_enable_notify, as strongly as either way of saying it can."""
+    if ring.size == 0:
+        return
+    if ring.event_idx:
+        store_release16(ring.used + 4 + 8 * <size_t>ring.size, <uint16_t>(ring.last_avail + 0x8000))
+    else:
+        store_release16(ring.used, USED_F_NO_NOTIFY)
+
+
+cdef void queue_unpop(Ring *ring) noexcept nogil:
+    """Put the chain popped last, and not returned, back: the next pop sees it, or what the driver made of it."""
+    ring.last_avail -= 1
+
+
 cdef class Chain:
     """One request of the driver: ``readable``, then ``writable`` buffers, borrowed until add_used."""
 
@@ -352,9 +367,7 @@ cdef class VirtQueue:
         if status == QUEUE_EMPTY:
             return None
         if status < 0:
-            if status == QUEUE_NOT_READY or status == QUEUE_AVAIL_IDX:
-                raise BadChain(self.index, -1, -1, RULES[status])
-            raise BadChain(self.index, self.scratch.head, self.scratch.index, RULES[status])
+            raise self.failure(status)
         chain = Chain.__new__(Chain)
         count = self.scratch.n_readable + self.scratch.n_writable
         chain.iov = <iovec *>PyMem_Malloc(count * sizeof(iovec))
@@ -368,6 +381,12 @@ cdef class VirtQueue:
         chain.readable_bytes = self.scratch.readable_bytes
         chain.writable_bytes = self.scratch.writable_bytes
         return chain
+
+    def failure(self, int status):
+        """The ``BadChain`` for what ``queue_pop`` of this queue returned last, a negative status."""
+        if status == QUEUE_NOT_READY or status == QUEUE_AVAIL_IDX:
+            return BadChain(self.index, -1, -1, RULES[status])
+        return BadChain(self.index, self.scratch.head, self.scratch.index, RULES[status])
 
     def add_used(self, Chain chain not None, uint32_t written):
         """Return `chain`, its first `written` writable bytes filled; the driver sees it after ``flush``."""

@@ -42,7 +42,7 @@ class Echo(VirtioDevice):
     def serve(self, chain: Chain) -> int:
         if self.fault is not None:
             raise self.fault
-        self.stats["requests"] += 1
+        self.counters["requests"] += 1
         data = b"".join(bytes(b) for b in chain.readable).upper()
         if not chain.writable:
             return 0
@@ -174,7 +174,7 @@ def test_interrupts_from_many_threads_lose_no_bit(host: Host) -> None:
     other.start()
     try:
         for _ in range(2000):
-            host.transport._raise(spec.INTERRUPT_CONFIG)
+            host.transport.interrupt.config()
             assert host.driver.get(spec.MMIO_INTERRUPT_STATUS) & spec.INTERRUPT_CONFIG
             host.driver.set(spec.MMIO_INTERRUPT_ACK, spec.INTERRUPT_CONFIG)
     finally:

@@ -37,8 +37,8 @@ class Counter(VirtioDevice):
         self.drain(self.context.queues[queue_index], self.serve)
 
     def serve(self, chain: Chain) -> int:
-        self.stats["requests"] += 1
-        chain.writable[0][:8] = self.stats["requests"].to_bytes(8, "little")
+        self.counters["requests"] += 1
+        chain.writable[0][:8] = self.counters["requests"].to_bytes(8, "little")
         return 8
 
 

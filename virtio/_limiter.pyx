@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""Rate limits by token buckets, with Firecracker's parameters: size, one-time burst, refill time."""
+from libc.stdint cimport uint64_t
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <time.h>
+    static inline uint64_t limiter_now(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    static inline void limiter_lock(int *p) {
+        while (__atomic_exchange_n(p, 1, __ATOMIC_ACQUIRE)) __builtin_ia32_pause();
+    }
+    static inline void limiter_unlock(int *p) { __atomic_store_n(p, 0, __ATOMIC_RELEASE); }
+    """
+    uint64_t limiter_now() noexcept nogil
+    void limiter_lock(int *p) noexcept nogil
+    void limiter_unlock(int *p) noexcept nogil
+
+
+cdef uint64_t wait_for(Bucket *b, uint64_t want, uint64_t now) noexcept nogil:
+    # Nanoseconds until `want` may be taken. What is larger than the bucket needs a full one, and leaves a debt.
+    cdef double need, rate
+    if b.size == 0 or want <= b.burst:
+        return 0
+    rate = <double>b.size / <double>b.refill_ns
+    b.tokens = min(b.tokens + <double>(now - b.filled_at) * rate, <double>b.size)
+    b.filled_at = now
+    need = <double>min(want - b.burst, b.size)
+    if b.tokens >= need:
+        return 0
+    return <uint64_t>((need - b.tokens) / rate) + 1
+
+
+cdef void spend(Bucket *b, uint64_t want) noexcept nogil:
+    cdef uint64_t burst = min(want, b.burst)
+    b.burst -= burst
+    b.tokens -= <double>(want - burst)
+
+
+cdef class RateLimiter:
+    """Limits bytes and operations a second; shared by the queues of a device, changeable while it runs.
+
+    :param bandwidth: ``(size, one_time_burst, refill_time)``: tokens, tokens, milliseconds; None: no limit
+    :param ops: the same for operations
+    """
+
+    def __init__(self, bandwidth=None, ops=None):
+        self.update(bandwidth or (0, 0, 1), ops or (0, 0, 1))
+
+    def update(self, bandwidth=None, ops=None):
+        """Replace the buckets that are given, full; ``(0, 0, 0)`` takes a limit away; None leaves it. Any thread."""
+        cdef Bucket new_bandwidth = bucket(bandwidth or (0, 0, 0)), new_ops = bucket(ops or (0, 0, 0))
+        limiter_lock(&self.lock)
+        if bandwidth is not None:
+            self.bandwidth = new_bandwidth
+        if ops is not None:
+            self.ops = new_ops
+        limiter_unlock(&self.lock)
+
+    cdef uint64_t take(self, uint64_t nbytes, uint64_t ops) noexcept nogil:
+        cdef uint64_t now, wait, other
+        if self.bandwidth.size == 0 and self.ops.size == 0:
+            return 0
+        limiter_lock(&self.lock)
+        now = limiter_now()
+        wait = wait_for(&self.bandwidth, nbytes, now)
+        other = wait_for(&self.ops, ops, now)
+        wait = max(wait, other)
+        if wait == 0:
+            spend(&self.bandwidth, nbytes)
+            spend(&self.ops, ops)
+        else:
+            self.throttled += 1
+        limiter_unlock(&self.lock)
+        return wait
+
+    def ask(self, uint64_t nbytes, uint64_t ops=1):
+        """Take tokens for `ops` operations of `nbytes` together; 0, or the nanoseconds to wait before asking again."""
+        return self.take(nbytes, ops)
+
+
+cdef Bucket bucket(parameters):
+    size, burst, refill_ms = parameters
+    cdef Bucket b
+    b.size = size if refill_ms else 0
+    b.burst = burst
+    b.refill_ns = <uint64_t>(refill_ms or 1) * 1000000
+    b.tokens = <double>b.size
+    b.filled_at = limiter_now()
+    return b

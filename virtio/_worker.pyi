@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Sequence
+
+from virtio.device import ActivateContext, VirtioDevice
+
+class QueueWorker:
+    """A thread for some of a device's queues; base of the devices' Cython loops, used through the transport."""
+
+    device: VirtioDevice
+    name: str
+    indices: tuple[int, ...]
+    def __init__(
+        self,
+        device: VirtioDevice,
+        indices: Sequence[int],
+        notify_fds: Sequence[int],
+        on_failure: Callable[[Exception], None],
+        name: str | None = None,
+    ) -> None: ...
+    def start(self, context: ActivateContext) -> None:
+        """Start the thread for the driver of `context`."""
+    def begin(self) -> None:
+        """Make ready for a driver, before the thread starts; for a subclass."""
+    def stop(self) -> None:
+        """End the thread and wait for it; idempotent."""
+    def close(self) -> None:
+        """Stop the thread and give its file descriptors back; idempotent."""
+    def wake(self) -> None:
+        """Make the thread call ``event(TOKEN_TIMER)`` soon; any thread."""

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The thread of a device's queues: asleep in epoll, awake in the device's loop, never with the GIL."""
+import os
+import threading
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint32_t, uint64_t
+
+from virtio._mmio cimport Interrupt, interrupt_used
+from vmm._fastpath cimport (
+    Ring, VirtQueue, load_relaxed16, queue_disable_notify, queue_enable_notify, queue_flush, queue_mute,
+)
+from vmm.errors import HostError
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <sys/epoll.h>
+    #include <sys/eventfd.h>
+    #include <sys/prctl.h>
+    #include <sys/timerfd.h>
+    #include <time.h>
+    #include <unistd.h>
+    static inline int worker_stop_seen(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void worker_set_stop(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+    static inline void worker_pause(void) { __builtin_ia32_pause(); }
+    static inline uint64_t worker_now(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    static inline int worker_ctl(int epoll, int op, int fd, uint32_t events, uint32_t token) {
+        struct epoll_event e = { .events = events, .data = { .u32 = token } };
+        return epoll_ctl(epoll, op, fd, &e);
+    }
+    static inline void worker_arm(int timer, uint64_t ns) {
+        struct itimerspec t = { .it_value = { (time_t)(ns / 1000000000u), (long)(ns % 1000000000u) } };
+        timerfd_settime(timer, 0, &t, NULL);
+    }
+    static inline void worker_name(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
+    """
+    int worker_stop_seen(const int *p) noexcept nogil
+    void worker_set_stop(int *p, int v) noexcept nogil
+    void worker_pause() noexcept nogil
+    uint64_t worker_now() noexcept nogil
+    int worker_ctl(int epoll, int op, int fd, uint32_t events, uint32_t token) noexcept nogil
+    void worker_arm(int timer, uint64_t ns) noexcept nogil
+    void worker_name(const char *name) noexcept nogil
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint32_t u32
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout)
+    enum: EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLET, EPOLL_CLOEXEC
+
+cdef extern from "<sys/timerfd.h>" nogil:
+    int timerfd_create(int clockid, int flags)
+    enum: TFD_CLOEXEC, TFD_NONBLOCK
+    enum: CLOCK_MONOTONIC
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initval, int flags)
+    int eventfd_write(int fd, uint64_t value)
+    enum: EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void *buf, size_t count)
+    int close(int fd)
+
+cdef enum:
+    EVENTS = 32
+    TOKEN_QUEUE = 0xffff_0100       # and the place of the queue
+    TOKEN_STOP = 0xffff_0000
+    POLL_LEAST_NS = 2000
+
+
+cdef class QueueWorker:
+    """A thread for some of a device's queues; base of the devices' Cython loops, used through the transport.
+
+    :param device: its ``name`` names the thread, its ``poll_us`` is the longest look before a sleep
+    :param indices: numbers of the queues in the device
+    :param notify_fds: an eventfd for each of them, not owned
+    :param on_failure: called on the thread, which then ends, with ``BadChain`` or ``HostError``
+    :raises OSError: no file descriptor left
+
+    ``start`` takes the ``ActivateContext`` of a driver; ``stop`` ends the thread once what is in flight is done.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        self._epoll = self._stop_fd = self._timer = -1
+
+    def __init__(self, device, indices, notify_fds, on_failure, str name=None):
+        cdef uint32_t place
+        self.device = device
+        self.name = name or device.name
+        self.indices = tuple(indices)
+        self._on_failure = on_failure
+        self.n_queues = len(self.indices)
+        if self.n_queues > MAX_WORKER_QUEUES:
+            raise ValueError(f"a worker serves at most {MAX_WORKER_QUEUES} queues")
+        self._epoll = epoll_create1(EPOLL_CLOEXEC)
+        self._stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        self._timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+        if self._epoll < 0 or self._stop_fd < 0 or self._timer < 0:
+            raise OSError(errno, os.strerror(errno))
+        # Edge-triggered: nobody has to read the eventfds, which saves a system call at every notification.
+        for place, fd in enumerate(notify_fds):
+            self._must_watch(fd, TOKEN_QUEUE + place, EPOLLIN | EPOLLET)
+        self._must_watch(self._stop_fd, TOKEN_STOP, EPOLLIN | EPOLLET)
+        self._must_watch(self._timer, TOKEN_TIMER, EPOLLIN)
+
+    def __dealloc__(self):
+        self._close_fds()
+
+    cdef void _close_fds(self) noexcept:
+        cdef int fd
+        for fd in (self._epoll, self._stop_fd, self._timer):
+            if fd >= 0:
+                close(fd)
+        self._epoll = self._stop_fd = self._timer = -1
+
+    def _must_watch(self, int fd, uint32_t token, uint32_t events):
+        if self.watch(fd, token, events) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    # From the transport
+
+    def start(self, context):
+        """Start the thread for the driver of `context`."""
+        cdef Interrupt interrupt = context.interrupt
+        cdef VirtQueue queue
+        cdef uint32_t place
+        self._context = context         # keeps the queues, the memory and the interrupt
+        self.ram = context.memory
+        self.line = &interrupt.line
+        self.features = context.features
+        for place, index in enumerate(self.indices):
+            queue = context.queues[index]
+            self.rings[place] = &queue.ring
+            self.chains[place] = &queue.scratch
+            self._stalled[place] = False
+        self.poll_ns = <uint64_t>int(self.device.poll_us * 1000)
+        self._poll_now = self.poll_ns
+        worker_set_stop(&self._stop, 0)
+        self.begin()
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
+            raise
+
+    def begin(self):
+        """Make ready for a driver, before the thread starts; for a subclass."""
+
+    def stop(self):
+        """End the thread and wait for it; idempotent."""
+        if self._thread is None:
+            return
+        worker_set_stop(&self._stop, 1)
+        eventfd_write(self._stop_fd, 1)
+        self._thread.join()
+        self._thread = None
+
+    def close(self):
+        """Stop the thread and give its file descriptors back; idempotent."""
+        self.stop()
+        self._close_fds()
+
+    def wake(self):
+        """Make the thread call ``event(TOKEN_TIMER)`` soon; any thread."""
+        self.wake_after(1)
+
+    def _run(self):
+        cdef int status
+        cdef bytes name = self.name.encode()[:15]
+        worker_name(name)               # what `top -H` shows
+        with nogil:
+            status = self._loop()
+            self.finish()
+        if status < 0:
+            self._on_failure(self._failure(status))
+
+    def _failure(self, int status):
+        cdef VirtQueue queue
+        if status == WORKER_HOST:
+            return HostError(self.host_errno, self.name)
+        queue = self._context.queues[self.indices[self.broken]]
+        return queue.failure(status)
+
+    # The thread
+
+    cdef int _loop(self) noexcept nogil:
+        cdef epoll_event[EVENTS] events
+        cdef uint32_t token, place
+        cdef uint64_t expired
+        cdef int count, i, status
+        # What was made available before DRIVER_OK, or while the thread was stopped, is notified by nobody.
+        for place in range(self.n_queues):
+            status = self._kicked(place)
+            if status < 0:
+                return status
+        while not self.stopping():
+            if self.poll_ns and self._look():
+                count = epoll_wait(self._epoll, events, EVENTS, 0)
+                for place in range(self.n_queues):
+                    status = 0 if self._stalled[place] else self._kicked(place)
+                    if status < 0:
+                        return status
+            else:
+                count = epoll_wait(self._epoll, events, EVENTS, -1)
+            if count < 0:
+                if errno == EINTR:
+                    continue
+                self.host_errno = errno
+                return WORKER_HOST
+            for i in range(count):
+                token = events[i].data.u32
+                if token == TOKEN_STOP:
+                    if self.stopping():
+                        return 0
+                    continue            # of an earlier stop
+                if token >= TOKEN_QUEUE:
+                    status = self._kicked(token - TOKEN_QUEUE)
+                else:
+                    if token == TOKEN_TIMER and read(self._timer, &expired, 8) < 0:
+                        continue        # set anew meanwhile
+                    status = self.event(token)
+                if status < 0:
+                    return status
+        return 0
+
+    cdef int _kicked(self, uint32_t place) noexcept nogil:
+        # KVM's ioeventfd fires for any queue, ready or not.
+        if self.rings[place].size == 0:
+            return 0
+        return self.run_queue(place)
+
+    cdef bint _look(self) noexcept nogil:
+        # Look at the available rings for a while before sleeping, with notifications off. A look that found something
+        # is worth a longer one the next time, one in vain a shorter one.
+        cdef uint64_t end
+        cdef uint32_t place
+        cdef Ring *ring
+        cdef bint found = False
+        for place in range(self.n_queues):
+            queue_mute(self.rings[place])
+        end = worker_now() + self._poll_now
+        while not found and not self.stopping() and worker_now() < end:
+            worker_pause()
+            for place in range(self.n_queues):
+                ring = self.rings[place]
+                if ring.size and not self._stalled[place] and load_relaxed16(ring.avail + 2) != ring.last_avail:
+                    found = True
+        for place in range(self.n_queues):
+            if not found and not self._stalled[place] and queue_enable_notify(self.rings[place]):
+                found = True
+        self._poll_now = min(self._poll_now * 2, self.poll_ns) if found \
+            else max(self._poll_now // 2, <uint64_t>POLL_LEAST_NS)
+        return found
+
+    cdef int run_queue(self, uint32_t place) noexcept nogil:
+        cdef Ring *ring = self.rings[place]
+        cdef int status
+        while True:
+            queue_disable_notify(ring)
+            status = self.serve(place)
+            if status < 0:
+                self.broken = place
+                return status
+            self._stalled[place] = status == SERVE_STALLED
+            if status == SERVE_STALLED or self.stopping() or not queue_enable_notify(ring):
+                return status
+
+    cdef void publish(self, uint32_t place) noexcept nogil:
+        if queue_flush(self.rings[place]):
+            interrupt_used(self.line)
+
+    cdef int watch(self, int fd, uint32_t token, uint32_t events) noexcept nogil:
+        if worker_ctl(self._epoll, EPOLL_CTL_ADD, fd, events, token) == 0:
+            return 0
+        return worker_ctl(self._epoll, EPOLL_CTL_MOD, fd, events, token)
+
+    cdef void unwatch(self, int fd) noexcept nogil:
+        worker_ctl(self._epoll, EPOLL_CTL_DEL, fd, 0, 0)
+
+    cdef void wake_after(self, uint64_t nanoseconds) noexcept nogil:
+        worker_arm(self._timer, nanoseconds)
+
+    cdef bint stopping(self) noexcept nogil:
+        return worker_stop_seen(&self._stop)
+
+    # What a device overrides
+
+    cdef int serve(self, uint32_t place) noexcept nogil:
+        return SERVE_EMPTY
+
+    cdef int event(self, uint32_t token) noexcept nogil:
+        return 0
+
+    cdef void finish(self) noexcept nogil:
+        pass
