@@ -12,7 +12,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
-MODULES = ["vmm._fastpath", "vmm._bus", "vmm._vcpu", "devices._serial", "virtio._mmio", "virtio._worker", "virtio._limiter"]
+ROOMS = ("vmm", "devices", "virtio")
+MODULES = sorted(f"{room}.{file[:-4]}" for room in ROOMS for file in os.listdir(room) if file.endswith(".pyx"))
 
 setup(
     ext_modules=cythonize(
@@ -24,7 +25,6 @@ setup(
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )
             for name in MODULES
-            if os.path.exists(name.replace(".", "/") + ".pyx")
         ],
         compiler_directives={
             "language_level": 3,

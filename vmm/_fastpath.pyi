@@ -2,6 +2,8 @@
 
 from typing_extensions import Buffer
 
+from vmm.errors import BadChain
+
 RULES: dict[int, str]
 """By status of the C queue: the rule that a driver broke, with its section of virtio 1.2."""
 
