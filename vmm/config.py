@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_VCPUS = 64
+MAX_QUEUES = 8
+MAX_POLL_US = 10_000
 MIN_MEMORY = 1 << 20
 DEFAULT_MEMORY = 512 << 20
 DEFAULT_EXIT_PORT = 0xF4
@@ -48,6 +50,76 @@ def parse_size(field: str, text: str | int) -> int:
     return int(int(whole + part) * _UNITS[unit] // scale)
 
 
+def parse_options(
+    option: str, text: str, flags: Sequence[str], keys: Sequence[str], *, first: bool = False
+) -> tuple[str, dict[str, str]]:
+    """Take ``flag,key=value,...`` apart; a comma inside a word is written twice.
+
+    :param option: where it came from, for the message
+    :param flags: words that stand alone; each is there with the value ``""`` where it was given
+    :param keys: words with a value
+    :param first: the first word is a path or the like, taken as it is
+    :returns: the first word, or ``""``, and the rest by name
+    :raises ConfigError: an unknown word, a value missing or too much, a word given twice
+    """
+    words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
+    found: dict[str, str] = {}
+    for word in words[1:] if first else words:
+        key, equals, value = word.partition("=")
+        if key not in (keys if equals else flags) or (equals and not value):
+            allowed = ", ".join([*flags, *(f"{key}=" for key in keys)])
+            raise ConfigError(option, text, f"unknown option {word!r}; allowed: {allowed}")
+        if key in found:
+            raise ConfigError(option, text, f"has {key} twice")
+        found[key] = value
+    return words[0] if first else "", found
+
+
+def parse_count(field: str, text: str, least: int, most: int) -> int:
+    """A whole number as people write it.
+
+    :raises ConfigError: none, or not within `least` and `most`
+    """
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+    if not least <= value <= most:
+        raise ConfigError(field, text, f"must be a number from {least} to {most}")
+    return value
+
+
+class RateLimiterConfig:
+    """Token buckets, as Firecracker's API has them: ``(size, one_time_burst, refill_time)``, the last in milliseconds.
+
+    :param bandwidth: in bytes; None: no limit
+    :param ops: in operations; None: no limit
+    :raises ConfigError: a number below 0, or above 2^63 - 1
+    """
+
+    __slots__ = ("bandwidth", "ops")
+
+    def __init__(
+        self, bandwidth: tuple[int, int, int] | None = None, ops: tuple[int, int, int] | None = None
+    ) -> None:
+        for field, bucket in (("bandwidth", bandwidth), ("ops", ops)):
+            if bucket is not None and not all(0 <= value < 1 << 63 for value in bucket):
+                raise ConfigError(f"rate_limiter.{field}", bucket, "must be three numbers from 0 to 2^63 - 1")
+        self.bandwidth = bandwidth
+        self.ops = ops
+
+    @classmethod
+    def per_second(cls, bps: str | None, iops: str | None) -> RateLimiterConfig | None:
+        """From the words ``bps=`` (bytes, with K, M, G) and ``iops=``: steady, in buckets of a tenth of a second.
+
+        :raises ConfigError: not a number from 10
+        """
+        buckets: list[tuple[int, int, int] | None] = []
+        for field, text in (("bps", bps), ("iops", iops)):
+            value = None if text is None else parse_size(field, text)
+            if value is not None and value < 10:
+                raise ConfigError(field, text, "must be a number from 10, with K, M or G if you like")
+            buckets.append(None if value is None else (value // 10, 0, 100))
+        return None if buckets == [None, None] else cls(*buckets)
+
+
 class DriveConfig:
     """One disk.
 
@@ -55,9 +127,17 @@ class DriveConfig:
     :param is_read_only: the guest cannot write it
     :param is_root_device: the guest's root file system is on it
     :param drive_id: its name in messages and in the API; made up from its place if left out
+    :param queues: virtqueues, each with a thread of its own
+    :param io_engine: ``Sync``, ``Async`` (io_uring), or None: what suits the file
+    :param direct: open it with O_DIRECT, past the host's page cache
+    :param cache_type: ``Writeback``: a flush of the guest's reaches the disk; ``Unsafe``: it does not
+    :param rate_limiter: None: no limit
     """
 
-    __slots__ = ("drive_id", "is_read_only", "is_root_device", "path_on_host")
+    __slots__ = (
+        "cache_type", "direct", "drive_id", "io_engine", "is_read_only", "is_root_device", "path_on_host", "queues",
+        "rate_limiter",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -66,25 +146,175 @@ class DriveConfig:
         is_read_only: bool = False,
         is_root_device: bool = False,
         drive_id: str | None = None,
+        queues: int = 1,
+        io_engine: str | None = None,
+        direct: bool = False,
+        cache_type: str = "Writeback",
+        rate_limiter: RateLimiterConfig | None = None,
     ) -> None:
         if not path_on_host:
             raise ConfigError("disk", "", "the path is empty")
+        if not 1 <= queues <= MAX_QUEUES:
+            raise ConfigError("disk queues", queues, f"must be 1 to {MAX_QUEUES}")
+        if io_engine not in (None, "Sync", "Async"):
+            raise ConfigError("io_engine", io_engine, "must be Sync or Async")
+        if cache_type not in ("Writeback", "Unsafe"):
+            raise ConfigError("cache_type", cache_type, "must be Writeback or Unsafe")
         self.path_on_host = os.fspath(path_on_host)
         self.is_read_only = is_read_only
         self.is_root_device = is_root_device
         self.drive_id = drive_id
+        self.queues = queues
+        self.io_engine = io_engine
+        self.direct = direct
+        self.cache_type = cache_type
+        self.rate_limiter = rate_limiter
 
     @classmethod
     def parse(cls, text: str) -> DriveConfig:
-        """From ``PATH[,ro]``. A comma in the path itself is written twice.
+        """From ``PATH[,ro][,id=][,queues=][,engine=][,direct][,cache=][,bps=][,iops=]``.
 
-        :raises ConfigError: an option that is not known
+        :raises ConfigError: it is something else
         """
-        path, *options = text.replace(",,", "\0").split(",")
-        for option in options:
-            if option != "ro":
-                raise ConfigError("--disk", text, f"unknown option {option!r}; allowed: ro")
-        return cls(path.replace("\0", ","), is_read_only="ro" in options)
+        keys = ("id", "queues", "engine", "cache", "bps", "iops")
+        path, found = parse_options("--disk", text, ("ro", "direct"), keys, first=True)
+        engine, cache = found.get("engine"), found.get("cache", "writeback")
+        if engine not in (None, "sync", "io_uring"):
+            raise ConfigError("engine", engine, "must be io_uring or sync")
+        if cache not in ("writeback", "unsafe"):
+            raise ConfigError("cache", cache, "must be writeback or unsafe")
+        return cls(
+            path,
+            is_read_only="ro" in found,
+            drive_id=found.get("id"),
+            queues=parse_count("queues", found.get("queues", "1"), 1, MAX_QUEUES),
+            io_engine={None: None, "sync": "Sync", "io_uring": "Async"}[engine],
+            direct="direct" in found,
+            cache_type=cache.capitalize(),
+            rate_limiter=RateLimiterConfig.per_second(found.get("bps"), found.get("iops")),
+        )
+
+
+class NetConfig:
+    """One network interface.
+
+    :param host_dev_name: of a tap that is there; None: `mode` says where frames go
+    :param mode: ``tap``; ``auto``: a tap of our own, gone with the VM; ``user``: passt, without privileges; ``fd``
+    :param fd: for mode ``fd``: an open tap, owned by the VM from here on
+    :param guest_mac: as ``06:00:ac:10:00:02``; None: one of ours, the same each time for the same place
+    :param queues: pairs of virtqueues, each pair with a thread of its own
+    :param mtu: in bytes; None: the guest's own default
+    :param pcap: path of a file that gets every frame, both ways
+    :param iface_id: its name in messages and in the API; made up from its place if left out
+    """
+
+    __slots__ = (
+        "fd", "guest_mac", "host_dev_name", "iface_id", "mode", "mtu", "pcap", "queues", "rx_rate_limiter",
+        "tx_rate_limiter",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        host_dev_name: str | None = None,
+        *,
+        mode: str = "tap",
+        fd: int | None = None,
+        guest_mac: str | None = None,
+        queues: int = 1,
+        mtu: int | None = None,
+        pcap: str | None = None,
+        iface_id: str | None = None,
+        rx_rate_limiter: RateLimiterConfig | None = None,
+        tx_rate_limiter: RateLimiterConfig | None = None,
+    ) -> None:
+        self.host_dev_name = host_dev_name
+        self.mode = mode
+        self.fd = fd
+        self.guest_mac = guest_mac
+        self.queues = queues
+        self.mtu = mtu
+        self.pcap = pcap
+        self.iface_id = iface_id
+        self.rx_rate_limiter = rx_rate_limiter
+        self.tx_rate_limiter = tx_rate_limiter
+
+
+class VsockConfig:
+    """The socket device.
+
+    :param guest_cid: of the guest, 3 to 2^32 - 2
+    :param uds_path: the unix socket that host programs connect to; guest connections go to ``PATH_PORT``
+    """
+
+    __slots__ = ("guest_cid", "uds_path", "vsock_id")
+
+    def __init__(self, guest_cid: int, uds_path: str, *, vsock_id: str | None = None) -> None:
+        self.guest_cid = guest_cid
+        self.uds_path = uds_path
+        self.vsock_id = vsock_id
+
+
+class FsConfig:
+    """One shared directory.
+
+    :param tag: the name by which the guest mounts it, up to 36 bytes
+    :param shared_dir: the directory
+    :param read_only: the guest cannot change anything
+    :param cache_policy: ``auto``, ``always`` or ``none``
+    :param dax: bytes of the DAX window; 0: none
+    :param is_root_device: the guest's root file system
+    :param rate_limiter: None: no limit
+    """
+
+    __slots__ = ("cache_policy", "dax", "is_root_device", "rate_limiter", "read_only", "shared_dir", "tag")
+
+    def __init__(
+        self,
+        tag: str,
+        shared_dir: str,
+        *,
+        read_only: bool = False,
+        cache_policy: str = "auto",
+        dax: int = 0,
+        is_root_device: bool = False,
+        rate_limiter: RateLimiterConfig | None = None,
+    ) -> None:
+        self.tag = tag
+        self.shared_dir = shared_dir
+        self.read_only = read_only
+        self.cache_policy = cache_policy
+        self.dax = dax
+        self.is_root_device = is_root_device
+        self.rate_limiter = rate_limiter
+
+
+class BalloonConfig:
+    """The memory balloon.
+
+    :param amount_mib: what the guest is asked to give back
+    :param deflate_on_oom: the guest may take it again when it runs out of memory
+    :param stats_polling_interval_s: seconds between two readings of the guest's statistics; 0: none
+    :param free_page_reporting: the guest gives back what it does not use, by itself
+    """
+
+    __slots__ = ("amount_mib", "deflate_on_oom", "free_page_reporting", "stats_polling_interval_s")
+
+    def __init__(
+        self,
+        amount_mib: int = 0,
+        *,
+        deflate_on_oom: bool = True,
+        stats_polling_interval_s: int = 0,
+        free_page_reporting: bool = True,
+    ) -> None:
+        if amount_mib < 0:
+            raise ConfigError("balloon amount_mib", amount_mib, "must be 0 or more")
+        if not 0 <= stats_polling_interval_s < 1 << 16:
+            raise ConfigError("stats_polling_interval_s", stats_polling_interval_s, "must be 0 to 65535 seconds")
+        self.amount_mib = amount_mib
+        self.deflate_on_oom = deflate_on_oom
+        self.stats_polling_interval_s = stats_polling_interval_s
+        self.free_page_reporting = free_page_reporting
 
 
 class VmConfig:
@@ -97,6 +327,12 @@ class VmConfig:
     :param cpus: vCPUs, 1 to 64
     :param memory: bytes of guest RAM, or a size such as ``"512M"``
     :param drives: disks in the order in which the guest finds them
+    :param network_interfaces: in the order in which the guest finds them
+    :param vsock: the socket device, or None
+    :param shares: shared directories
+    :param entropy: whether the guest gets the host's random numbers
+    :param balloon: the memory balloon, or None
+    :param poll_us: microseconds that an idle device looks for work before it sleeps: less latency, more CPU
     :param console: where the serial port's output goes: ``"stdio"``, ``"file:PATH"`` or ``"none"``
     :param kvm: the KVM device
     :param exit_port: port of the exit device, or None for no such device
@@ -106,8 +342,8 @@ class VmConfig:
     """
 
     __slots__ = (
-        "append", "cmdline", "console", "cpus", "drives", "exit_port", "initrd", "kernel", "kvm", "memory",
-        "protocol", "unpack",
+        "append", "balloon", "cmdline", "console", "cpus", "drives", "entropy", "exit_port", "initrd", "kernel", "kvm",
+        "memory", "network_interfaces", "poll_us", "protocol", "shares", "unpack", "vsock",
     )  # fmt: skip
 
     def __init__(
@@ -120,6 +356,12 @@ class VmConfig:
         cpus: int = 1,
         memory: int | str = DEFAULT_MEMORY,
         drives: Sequence[DriveConfig] = (),
+        network_interfaces: Sequence[NetConfig] = (),
+        vsock: VsockConfig | None = None,
+        shares: Sequence[FsConfig] = (),
+        entropy: bool = False,
+        balloon: BalloonConfig | None = None,
+        poll_us: int = 0,
         console: str = "none",
         kvm: str = "/dev/kvm",
         exit_port: int | None = DEFAULT_EXIT_PORT,
@@ -133,6 +375,12 @@ class VmConfig:
         self.cpus = cpus
         self.memory = parse_size("memory", memory)
         self.drives = tuple(drives)
+        self.network_interfaces = tuple(network_interfaces)
+        self.vsock = vsock
+        self.shares = tuple(shares)
+        self.entropy = entropy
+        self.balloon = balloon
+        self.poll_us = poll_us
         self.console = console
         self.kvm = kvm
         self.exit_port = exit_port
@@ -146,6 +394,8 @@ class VmConfig:
         host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if not MIN_MEMORY <= self.memory <= host:
             raise ConfigError("memory", self.memory, f"bytes must be {MIN_MEMORY} (1M) to {host} (all this host has)")
+        if not 0 <= self.poll_us <= MAX_POLL_US:
+            raise ConfigError("poll", self.poll_us, f"must be 0 to {MAX_POLL_US} microseconds")
         # KVM's slots are whole pages.
         self.memory &= -4096
         if self.console not in ("stdio", "none") and not self.console.removeprefix("file:") != self.console:
@@ -155,7 +405,8 @@ class VmConfig:
         for field, allowed in (("protocol", ("auto", "linux64", "pvh")), ("unpack", ("auto", "always", "never"))):
             if getattr(self, field) not in allowed:
                 raise ConfigError(field, getattr(self, field), f"must be one of {', '.join(allowed)}")
-        if sum(drive.is_root_device for drive in self.drives) > 1:
+        roots = [drive.is_root_device for drive in self.drives] + [share.is_root_device for share in self.shares]
+        if sum(roots) > 1:
             raise ConfigError("drives", "", "only one can be the root device")
 
     @property

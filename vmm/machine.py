@@ -31,7 +31,7 @@ from vmm.vcpu import Vcpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Protocol, TypeVar
 
@@ -54,6 +54,7 @@ class Machine:
     """A virtual machine: made whole by the constructor, run by ``start``, ended by ``close``. A context manager.
 
     :param config: what it is to be; or give ``VmConfig``'s own parameters by name
+    :param devices: virtio devices of your own, after the configured ones; yours to close
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
 
@@ -62,7 +63,9 @@ class Machine:
     device of your own is added by ``vm.pio.add(port, size, device, name)``.
     """
 
-    def __init__(self, config: VmConfig | None = None, /, **settings: object) -> None:
+    def __init__(
+        self, config: VmConfig | None = None, /, *, devices: Sequence[VirtioDevice] = (), **settings: object
+    ) -> None:
         if config is None:
             config = VmConfig(**settings)  # type: ignore[arg-type]  # checked by VmConfig itself
         elif settings:
@@ -81,18 +84,18 @@ class Machine:
         self._stop: Stop | None = None
         self._failure: BaseException | None = None
         try:
-            self._build()
+            self._build(devices)
         except BaseException:
             self.close()
             raise
 
     # Building: in the order in which a user's mistake is cheapest to find.
 
-    def _build(self) -> None:
+    def _build(self, devices: Sequence[VirtioDevice]) -> None:
         config = self.config
-        if len(config.drives) > len(VIRTIO_GSIS):
-            raise ConfigError("drives", len(config.drives), f"at most {len(VIRTIO_GSIS)} devices fit")
-        devices = self._virtio_devices()
+        devices = [*self._virtio_devices(), *devices]
+        if len(devices) > len(VIRTIO_GSIS):
+            raise ConfigError("devices", len(devices), f"at most {len(VIRTIO_GSIS)} fit")
         self.memory = self._owned(GuestMemory(config.memory))
         windows = [
             (layout.VIRTIO_MMIO + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])
@@ -124,15 +127,18 @@ class Machine:
         self._add_vcpus()
 
     def _virtio_devices(self) -> list[VirtioDevice]:
-        if not self.config.drives:
-            return []
-        # A guest without a device does not pay for importing them.
-        from virtio.blk import Block, Disk
+        # In the order in which the guest finds them. A guest without a device does not pay for importing it.
+        config = self.config
+        devices: list[VirtioDevice] = []
+        if config.drives:
+            from virtio.blk import Block, Disk
 
-        return [
-            Block(self._owned(Disk(drive.path_on_host, read_only=drive.is_read_only)), name=f"virtio-blk{place}")
-            for place, drive in enumerate(self.config.drives)
-        ]
+            for place, drive in enumerate(config.drives):
+                disk = self._owned(Disk(drive.path_on_host, read_only=drive.is_read_only))
+                devices.append(Block(disk, name=f"virtio-blk{place}"))
+        for device in devices:
+            device.poll_us = config.poll_us
+        return devices
 
     def _owned(self, thing: _T) -> _T:
         self._closers.append(thing.close)

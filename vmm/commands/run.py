@@ -27,7 +27,8 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--append", "S", "", "added to the default command line"),
     ("--cpus", "N", 1, f"vCPUs, 1 to {MAX_VCPUS} (default: 1)"),
     ("--memory", "SIZE", "512M", "guest RAM, as 512M or 2G (default: 512M)"),
-    ("--disk", "PATH[,ro]", [], "a further disk; may be repeated"),
+    ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
+    ("--poll", "US", 0, "microseconds that an idle device looks for work before it sleeps (default: 0)"),
     ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
     ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
     ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
@@ -49,6 +50,7 @@ class Arguments:
     cpus: int
     memory: str
     disk: list[str]
+    poll: int
     console: str
     kvm: str
     protocol: str
@@ -149,6 +151,7 @@ def config_from(args: Arguments) -> VmConfig:
         cpus=args.cpus,
         memory=args.memory,
         drives=drives,
+        poll_us=args.poll,
         console=args.console,
         kvm=args.kvm,
         protocol=args.protocol,
