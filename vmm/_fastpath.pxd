@@ -100,12 +100,39 @@ cdef struct DescChain:
 
 # The protocol without Python: no GIL, no exception. VirtQueue below shows the loop they are for.
 cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil
-cdef void queue_add_used(Ring *ring, uint16_t head, uint32_t written) noexcept nogil
-cdef bint queue_flush(Ring *ring) noexcept nogil
 cdef bint queue_enable_notify(Ring *ring) noexcept nogil
 cdef void queue_disable_notify(Ring *ring) noexcept nogil
 cdef void queue_mute(Ring *ring) noexcept nogil
 cdef void queue_unpop(Ring *ring) noexcept nogil
+cdef bint queue_flush_call(Ring *ring) noexcept nogil   # queue_flush, for who needs its address
+
+cdef enum:
+    AVAIL_F_NO_INTERRUPT = 1
+
+# Here, so that every device's loop has them inline.
+
+# Return the chain of `head`, its first `written` writable bytes filled; queue_flush shows it.
+cdef inline void queue_add_used(Ring *ring, uint16_t head, uint32_t written) noexcept nogil:
+    cdef uint32_t *element = <uint32_t *>(ring.used + 4 + 8 * <size_t>(ring.next_used & (ring.size - 1)))
+    element[0] = head
+    element[1] = written
+    ring.next_used += 1
+
+# Show the driver what queue_add_used returned; whether it wants an interrupt for it.
+cdef inline bint queue_flush(Ring *ring) noexcept nogil:
+    cdef uint16_t old = ring.published, new = ring.next_used, event
+    if new == old:
+        return False
+    # pairs with the driver's read barrier between used.idx and used.ring[] (§2.7.14)
+    store_release16(ring.used + 2, new)
+    ring.published = new
+    # pairs with the driver's full barrier between writing used_event or flags and looking at used.idx once
+    # more: either it sees the new index or this sees its new wish (§2.7.7.2)
+    fence_seq_cst()
+    if ring.event_idx:
+        event = load_relaxed16(ring.avail + 4 + 2 * <size_t>ring.size)
+        return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
+    return not load_relaxed16(ring.avail) & AVAIL_F_NO_INTERRUPT
 
 cdef class VirtQueue:
     cdef Ring ring

@@ -12,6 +12,17 @@ from libc.string cimport memcpy
 from vmm.errors import BadChain, GuestMemoryError
 
 
+cdef inline uint8_t *find(const RamRegion *region, int count, uint64_t gpa, uint64_t size) noexcept nogil:
+    cdef uint64_t offset
+    while count:
+        offset = gpa - region.gpa       # wraps to above every size where gpa is below
+        if offset <= region.size and size <= region.size - offset:
+            return region.host + offset
+        region += 1
+        count -= 1
+    return NULL
+
+
 cdef class GuestRam:
     """The guest's RAM: up to 8 mapped regions. ``vmm.memory.GuestMemory`` makes the mappings.
 
@@ -23,14 +34,7 @@ cdef class GuestRam:
         self._maps = []
 
     cdef uint8_t *host(self, uint64_t gpa, uint64_t size) noexcept nogil:
-        cdef int i
-        cdef uint64_t offset
-        for i in range(self._count):
-            if gpa >= self._regions[i].gpa:
-                offset = gpa - self._regions[i].gpa
-                if offset <= self._regions[i].size and size <= self._regions[i].size - offset:
-                    return self._regions[i].host + offset
-        return NULL
+        return find(self._regions, self._count, gpa, size)
 
     def map_region(self, uint64_t gpa, mapping):
         """Take `mapping` (writable, page aligned) as guest RAM from `gpa`; regions come in address order."""
@@ -99,7 +103,6 @@ cdef enum:
     DESC_F_NEXT = 1
     DESC_F_WRITE = 2
     DESC_F_INDIRECT = 4
-    AVAIL_F_NO_INTERRUPT = 1
     USED_F_NO_NOTIFY = 1
 
 RULES = {
@@ -125,31 +128,32 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
     cdef vring_desc_copy d
     cdef uint8_t *table = ring.desc
     cdef uint8_t *host
-    cdef uint32_t table_size = ring.size
-    cdef uint32_t seen = 0
-    cdef uint64_t total = 0
+    cdef iovec *iov = chain.iov
+    cdef const RamRegion *regions = ram._regions
+    cdef int n_regions = ram._count
+    cdef uint32_t size = ring.size, table_size = size, seen = 0, n = 0, n_readable = 0
+    cdef uint64_t readable = 0, total = 0
     cdef uint16_t index, ahead
     cdef bint inside_indirect = False
     chain.head = 0
     chain.index = 0
-    if ring.size == 0:
+    if size == 0:
         return QUEUE_NOT_READY
     # pairs with the driver's write barrier between avail.ring[] and avail.idx (§2.7.13.3.1)
     ahead = <uint16_t>(load_acquire16(ring.avail + 2) - ring.last_avail)
     if ahead == 0:
         return QUEUE_EMPTY
-    if ahead > ring.size:
+    if ahead > size:
         return QUEUE_AVAIL_IDX
-    index = load_relaxed16(ring.avail + 4 + 2 * (ring.last_avail & (ring.size - 1)))
-    chain.head = chain.index = index
-    if index >= ring.size:
+    index = load_relaxed16(ring.avail + 4 + 2 * (ring.last_avail & (size - 1)))
+    chain.head = index
+    chain.index = index
+    if index >= size:
         return QUEUE_HEAD
-    chain.n_readable = chain.n_writable = 0
-    chain.readable_bytes = chain.writable_bytes = 0
     while True:
-        chain.index = index
         copy_desc(&d, table + 16 * <size_t>index)
         if d.flags & DESC_F_INDIRECT:
+            chain.index = index
             # §2.7.5.3.2: zero or more direct descriptors may come first; WRITE has no meaning here.
             if not ring.indirect:
                 return QUEUE_INDIRECT_OFF
@@ -157,67 +161,45 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
                 return QUEUE_INDIRECT_NESTED
             if d.flags & DESC_F_NEXT:
                 return QUEUE_INDIRECT_NEXT
-            if d.len == 0 or d.len & 15 or d.len >> 4 > ring.size:
+            if d.len == 0 or d.len & 15 or d.len >> 4 > size:
                 return QUEUE_INDIRECT_LENGTH
-            table = ram.host(d.addr, d.len)
+            table = find(regions, n_regions, d.addr, d.len)
             if table == NULL:
                 return QUEUE_INDIRECT_ADDRESS
             table_size = d.len >> 4
             inside_indirect = True
             index = 0
             continue
+        chain.index = index
         seen += 1
-        if seen > ring.size:
+        if seen > size:
             return QUEUE_TOO_LONG
-        host = ram.host(d.addr, d.len)
+        host = find(regions, n_regions, d.addr, d.len)
         if host == NULL:
             return QUEUE_ADDRESS
         total += d.len
         if total > <uint64_t>1 << 32:
             return QUEUE_TOTAL
-        if not d.flags & DESC_F_WRITE and chain.n_writable:
+        if not d.flags & DESC_F_WRITE and n != n_readable:
             return QUEUE_ORDER
         if d.len:       # an empty buffer is legal and means nothing
-            chain.iov[chain.n_readable + chain.n_writable].iov_base = host
-            chain.iov[chain.n_readable + chain.n_writable].iov_len = d.len
-            if d.flags & DESC_F_WRITE:
-                chain.n_writable += 1
-                chain.writable_bytes += d.len
-            else:
-                chain.n_readable += 1
-                chain.readable_bytes += d.len
+            if not d.flags & DESC_F_WRITE:
+                readable = total
+                n_readable += 1
+            iov[n].iov_base = host
+            iov[n].iov_len = d.len
+            n += 1
         if not d.flags & DESC_F_NEXT:
             break
         index = d.next
         if index >= table_size:
             return QUEUE_NEXT
+    chain.n_readable = n_readable
+    chain.n_writable = n - n_readable
+    chain.readable_bytes = readable
+    chain.writable_bytes = total - readable
     ring.last_avail += 1
     return QUEUE_CHAIN
-
-
-cdef void queue_add_used(Ring *ring, uint16_t head, uint32_t written) noexcept nogil:
-    """Return the chain of `head`, its first `written` writable bytes filled; queue_flush shows it."""
-    cdef uint32_t *element = <uint32_t *>(ring.used + 4 + 8 * <size_t>(ring.next_used & (ring.size - 1)))
-    element[0] = head
-    element[1] = written
-    ring.next_used += 1
-
-
-cdef bint queue_flush(Ring *ring) noexcept nogil:
-    """Show the driver what queue_add_used returned; whether it wants an interrupt for it."""
-    cdef uint16_t old = ring.published, new = ring.next_used, event
-    if new == old:
-        return False
-    # pairs with the driver's read barrier between used.idx and used.ring[] (§2.7.14)
-    store_release16(ring.used + 2, new)
-    ring.published = new
-    # pairs with the driver's full barrier between writing used_event or flags and looking at used.idx once
-    # more: either it sees the new index or this sees its new wish (§2.7.7.2)
-    fence_seq_cst()
-    if ring.event_idx:
-        event = load_relaxed16(ring.avail + 4 + 2 * <size_t>ring.size)
-        return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
-    return not load_relaxed16(ring.avail) & AVAIL_F_NO_INTERRUPT
 
 
 cdef bint queue_enable_notify(Ring *ring) noexcept nogil:
@@ -253,6 +235,10 @@ cdef void queue_mute(Ring *ring) noexcept nogil:
 cdef void queue_unpop(Ring *ring) noexcept nogil:
     """Put the chain popped last, and not returned, back: the next pop sees it, or what the driver made of it."""
     ring.last_avail -= 1
+
+
+cdef bint queue_flush_call(Ring *ring) noexcept nogil:
+    return queue_flush(ring)
 
 
 cdef class Chain:

@@ -134,6 +134,6 @@ def c_function(harness: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("event_idx", [1, 0], ids=["event_idx", "flags"])
-@pytest.mark.parametrize(("kind", "name"), [(0, "queue_enable_notify"), (1, "queue_flush")])
+@pytest.mark.parametrize(("kind", "name"), [(0, "queue_enable_notify"), (1, "queue_flush_call")])
 def test_neither_side_misses_the_other(harness: Any, kind: int, name: str, event_idx: int) -> None:
     assert harness.lib.race(c_function(harness, name), kind, event_idx, 1, ROUNDS) == 0
