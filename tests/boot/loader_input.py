@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import struct
 
-from kernel_images import MIB, Phdr, bzimage, compress, elf, note, pvh_note
-
 from boot import layout
 from boot.load import Loaded, load, probe
+from tests.boot.kernel_images import MIB, Phdr, bzimage, compress, elf, note, pvh_note
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 

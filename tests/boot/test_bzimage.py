@@ -8,40 +8,15 @@ import os
 import tracemalloc
 
 import pytest
-from kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
 
 from boot import layout
 from boot.load import load, probe
+from tests.boot.conftest import refused
+from tests.boot.kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 
 METHODS = ("gzip", "xz", "lzma", "bzip2", "zstd", "lz4")
-
-
-@pytest.fixture
-def memory():
-    with GuestMemory(64 * MIB) as ram:
-        yield ram
-
-
-@pytest.fixture
-def kernel(tmp_path):
-    path = tmp_path / "bzImage"
-
-    def write(data: bytes) -> str:
-        path.write_bytes(data)
-        return str(path)
-
-    return write
-
-
-def refused(memory, path, **options) -> str:
-    with pytest.raises(ConfigError) as error:
-        load(memory, path, **options)
-    text = str(error.value)
-    assert "\n" not in text
-    assert text.startswith(f"kernel {path}: ")
-    return text
 
 
 def test_a_kernel_is_loaded_at_its_preferred_address(memory, kernel):

@@ -6,40 +6,14 @@ from __future__ import annotations
 import struct
 
 import pytest
-from kernel_images import MIB, PT_INTERP, PT_NOTE, Phdr, elf, note, pvh_elf, pvh_note, vmlinux
 
 from boot import layout
 from boot.load import load, probe
-from vmm.errors import ConfigError
+from tests.boot.conftest import refused
+from tests.boot.kernel_images import MIB, PT_INTERP, PT_NOTE, Phdr, elf, note, pvh_elf, pvh_note, vmlinux
 from vmm.memory import GuestMemory
 
 HIGH = 0xFFFFFFFF80000000
-
-
-@pytest.fixture
-def memory():
-    with GuestMemory(64 * MIB) as ram:
-        yield ram
-
-
-@pytest.fixture
-def kernel(tmp_path):
-    path = tmp_path / "kernel"
-
-    def write(data: bytes) -> str:
-        path.write_bytes(data)
-        return str(path)
-
-    return write
-
-
-def refused(memory, path, **options) -> str:
-    with pytest.raises(ConfigError) as error:
-        load(memory, path, **options)
-    text = str(error.value)
-    assert "\n" not in text
-    assert text.startswith(f"kernel {path}: ")
-    return text
 
 
 def test_a_pvh_guest_of_one_instruction(memory, kernel):

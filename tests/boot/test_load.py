@@ -9,18 +9,12 @@ import socket
 import struct
 
 import pytest
-from kernel_images import MIB, Phdr, bzimage, elf, pvh_elf, vmlinux
 
 from boot import layout
 from boot.load import load, probe
+from tests.boot.kernel_images import MIB, Phdr, bzimage, elf, pvh_elf, vmlinux
 from vmm.errors import ConfigError, HostError
 from vmm.memory import GuestMemory
-
-
-@pytest.fixture
-def memory():
-    with GuestMemory(64 * MIB) as ram:
-        yield ram
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from kernel_images import MIB, bzimage, compress, pvh_elf, vmlinux
 
 from boot import bzimage as bz
 from boot import layout, params
 from boot.load import load
+from tests.boot.kernel_images import MIB, bzimage, compress, pvh_elf, vmlinux
 from vmm.memory import GuestMemory
 
 GIB = 1 << 30
@@ -255,9 +255,8 @@ def test_the_boot_areas_do_not_overlap_and_lie_in_low_memory():
 
 
 def test_what_the_cpu_is_set_up_with_lies_in_the_boot_areas():
-    from loader_input import Watched
-
     from boot import cpu
+    from tests.boot.loader_input import Watched
     from vmm.kvm_abi import kvm_regs, kvm_sregs
 
     with Watched(2 * MIB) as memory:

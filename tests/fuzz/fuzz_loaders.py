@@ -17,15 +17,14 @@ except ImportError:
     sys.exit("atheris is not installed: pip install atheris (pytest tests/fuzz needs only hypothesis)")
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent / "boot")]
+sys.path.insert(0, str(HERE.parent.parent))
 
 with atheris.instrument_imports(include=["boot"]):
-    import loader_input
-
     import boot.bzimage
     import boot.payload  # noqa: F401 - load() imports it when it needs it, which would be too late
+    from tests.boot import loader_input
 
-from kernel_images import bzimage, compress, pvh_elf, vmlinux  # noqa: E402
+from tests.boot.kernel_images import bzimage, compress, pvh_elf, vmlinux  # noqa: E402
 
 FOUND = HERE.parent / "regressions" / "loaders"
 

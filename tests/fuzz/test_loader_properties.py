@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import struct
 
-import loader_input
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_images import MIB, bzimage, compress, pvh_elf, vmlinux
+
+from tests.boot import loader_input
+from tests.boot.kernel_images import MIB, bzimage, compress, pvh_elf, vmlinux
 
 GOOD = {
     "pvh": pvh_elf(),

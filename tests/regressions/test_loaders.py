@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import loader_input
 import pytest
+
+from tests.boot import loader_input
 
 FILES = sorted((Path(__file__).parent / "loaders").iterdir())
 
