@@ -57,6 +57,7 @@ cdef class QueueWorker:
     cdef bint[MAX_WORKER_QUEUES] _stalled
     cdef uint64_t _poll_now                     # adaptive: how long the next look lasts
     cdef void _close_fds(self) noexcept
+    cdef int _must_watch(self, int fd, uint32_t token, uint32_t events) except -1
     cdef int _loop(self) noexcept nogil
     cdef int _kicked(self, uint32_t place) noexcept nogil
     cdef bint _look(self) noexcept nogil

@@ -124,7 +124,7 @@ cdef class QueueWorker:
                 close(fd)
         self._epoll = self._stop_fd = self._timer = -1
 
-    def _must_watch(self, int fd, uint32_t token, uint32_t events):
+    cdef int _must_watch(self, int fd, uint32_t token, uint32_t events) except -1:
         if self.watch(fd, token, events) < 0:
             raise OSError(errno, os.strerror(errno))
 
@@ -269,9 +269,9 @@ cdef class QueueWorker:
         cdef int status
         while True:
             queue_disable_notify(ring)
+            self.broken = place         # before: serve() may run another queue, which may be the broken one
             status = self.serve(place)
             if status < 0:
-                self.broken = place
                 return status
             self._stalled[place] = status == SERVE_STALLED
             if status == SERVE_STALLED or self.stopping() or not queue_enable_notify(ring):
