@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every side-by-side run: ``python -m benches.peers [launch|memory|exits|boot]...``.
+"""Every side-by-side run: ``python -m benches.peers [launch|memory|exits|boot|blk|net|vsock|fs]...``.
 
 Prints a line for each figure, writes bench-results/peers.json and peers.png, and ends with 1 where a goal is
 missed or a figure cannot be measured.
@@ -19,7 +19,8 @@ from pathlib import Path
 
 from benches.peers.common import ROOT, Missing, Row
 
-NAMES = ("launch", "memory", "exits", "boot")
+DEVICES = ("blk", "net", "vsock", "fs")
+NAMES = ("launch", "memory", "exits", "boot", *DEVICES)
 
 
 def _facts() -> dict[str, object]:
@@ -71,7 +72,10 @@ def main() -> int:
     missing: list[str] = []
     for name in arguments.names or NAMES:
         try:
-            found = importlib.import_module(f"benches.peers.{name}").rows()
+            if name in DEVICES:
+                found = importlib.import_module("benches.peers.devices").rows(name)
+            else:
+                found = importlib.import_module(f"benches.peers.{name}").rows()
         except Missing as problem:
             found = [problem]
         for one in found:

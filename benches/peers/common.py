@@ -40,7 +40,8 @@ class Row(NamedTuple):
     """One line of the report: a figure of ours beside a peer's, and whether the goal on it is held.
 
     ``goal`` is the largest ratio ours/peer that holds it, or where ``peer`` is None the largest value of
-    ours; a goal of None is a figure for the record. ``samples`` are what the medians are of, by program.
+    ours; where more is better, the smallest. A goal of None is a figure for the record. ``samples`` are what the
+    medians are of, by program.
     """
 
     name: str
@@ -51,17 +52,24 @@ class Row(NamedTuple):
     ratio: float | None
     goal: float | None
     samples: Mapping[str, Sequence[float]]
+    more_is_better: bool = False
 
     @property
     def held(self) -> bool:
         """Whether the goal is held."""
-        return self.goal is None or (self.ours if self.ratio is None else self.ratio) <= self.goal
+        if self.goal is None:
+            return True
+        value = self.ours if self.ratio is None else self.ratio
+        return value >= self.goal if self.more_is_better else value <= self.goal
 
     def __str__(self) -> str:
         peer = "peer none, ratio none"
         if self.peer is not None:
             peer = f"{self.peer_name} {self.peer:.1f} {self.unit}, ratio {self.ratio:.2f}"
-        goal = "goal none" if self.goal is None else f"goal {self.goal:g}, {'held' if self.held else 'missed'}"
+        goal = "goal none"
+        if self.goal is not None:
+            bound = "at least " if self.more_is_better else ""
+            goal = f"goal {bound}{self.goal:g}, {'held' if self.held else 'missed'}"
         return f"{self.name}: pyvmm {self.ours:.1f} {self.unit}, {peer}, {goal}"
 
 
@@ -108,12 +116,19 @@ def firecracker() -> str:
 
 
 def firecracker_command(
-    directory: Path, kernel: Path, *, initrd: Path | None = None, cmdline: str = "", memory: int = MEMORY_MIB
+    directory: Path,
+    kernel: Path,
+    *,
+    initrd: Path | None = None,
+    cmdline: str = "",
+    memory: int = MEMORY_MIB,
+    more: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Command line that boots `kernel`, an ELF file, in Firecracker without its API.
 
     :param directory: where its configuration is written
     :param memory: MiB
+    :param more: further objects of its configuration, as its devices
     :raises Missing: it cannot be fetched
     """
     source = {"kernel_image_path": str(kernel), "boot_args": cmdline}
@@ -123,6 +138,7 @@ def firecracker_command(
         "boot-source": source,
         "drives": [],
         "machine-config": {"vcpu_count": 1, "mem_size_mib": memory},
+        **(more or {}),
     }
     if " xsave " not in Path("/proc/cpuinfo").read_text():
         # It insists on KVM_CAP_XCRS, which KVM has only with XSAVE, and the lab's CPU has none.
@@ -134,17 +150,24 @@ def firecracker_command(
     return [firecracker(), "--no-api", "--config-file", str(config)]
 
 
-def qemu_command(kernel: Path, *more: str, memory: int = MEMORY_MIB, cpu: str = "host,-arch-capabilities") -> list[str]:
+def qemu_command(
+    kernel: Path,
+    *more: str,
+    memory: int = MEMORY_MIB,
+    cpu: str = "host,-arch-capabilities",
+    machine: str = "microvm",
+) -> list[str]:
     """Command line that boots `kernel` in QEMU's microvm with nothing that is not asked for in `more`.
 
     :param memory: MiB
+    :param machine: microvm, perhaps with properties
     :param cpu: what a software KVM can do by default: it has no MSR_IA32_ARCH_CAPABILITIES
     :raises Missing: not installed
     """
     if shutil.which(QEMU) is None:
         raise Missing(f"{QEMU}: apt-get install qemu-system-x86")
     return [
-        QEMU, "-M", "microvm", "-accel", "kvm", "-cpu", cpu, "-m", str(memory), "-nodefaults",
+        QEMU, "-M", machine, "-accel", "kvm", "-cpu", cpu, "-m", str(memory), "-nodefaults",
         "-no-user-config", "-display", "none", "-kernel", str(kernel), *more,
     ]  # fmt: skip
 
@@ -187,12 +210,21 @@ def in_turn(count: int, **what: Callable[[], _T]) -> dict[str, list[_T]]:
 
 
 def compare(
-    name: str, unit: str, ours: Sequence[float], peer: Sequence[float], peer_name: str, goal: float | None
+    name: str,
+    unit: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    peer_name: str,
+    goal: float | None,
+    *,
+    more_is_better: bool = False,
 ) -> Row:
     """Make a row of medians; the ratio is the median of the pairs' ratios."""
     ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
     samples = {"pyvmm": list(ours), peer_name: list(peer)}
-    return Row(name, unit, statistics.median(ours), statistics.median(peer), peer_name, ratio, goal, samples)
+    return Row(
+        name, unit, statistics.median(ours), statistics.median(peer), peer_name, ratio, goal, samples, more_is_better
+    )  # fmt: skip
 
 
 def alone(name: str, unit: str, ours: Sequence[float], goal: float | None) -> Row:

@@ -27,6 +27,13 @@ def test_goal_is_on_the_ratio(goal: float | None, held: bool) -> None:
     assert compare("x", "ms", [1.0], [2.0], "peer", goal).held is held
 
 
+@pytest.mark.parametrize(("goal", "held"), [(2.01, False), (2.0, True), (None, True)])
+def test_goal_where_more_is_better(goal: float | None, held: bool) -> None:
+    row = compare("x", "MB/s", [2.0], [1.0], "peer", goal, more_is_better=True)
+    assert row.held is held
+    assert ("goal at least" in str(row)) is (goal is not None)
+
+
 @pytest.mark.parametrize(("goal", "held"), [(25.0, True), (24.0, False)])
 def test_goal_without_a_peer_is_on_the_value(goal: float, held: bool) -> None:
     assert alone("x", "MiB", [24.5], goal).held is held

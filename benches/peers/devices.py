@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four devices beside QEMU's and Firecracker's: what a guest gets out of them, and the host's CPU time for it.
+
+One guest of Debian's kernel and tools in every VMM, files on tmpfs; in the lab, except on hardware KVM. A row compares
+with the best of the peers, in each figure. ``PYVMM_BENCH_ROUNDS`` and ``PYVMM_BENCH_SECONDS`` shorten or lengthen it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benches.peers import common
+from benches.peers.boot import vmlinux
+from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, ROOT, Missing, Row, compare
+from benches.peers.devices_inside import GUEST_SH, MARK, TABLES, Phase
+from tests.linux.tools_guest import initrd_with, probe, tools_image
+from vmm import lab
+from vmm.errors import VmmError
+from vmm.kvm import runs_linux
+
+ROUNDS = int(os.environ.get("PYVMM_BENCH_ROUNDS", "3"))
+TRIES = 2 * ROUNDS  # the emulated machine stops dead now and then
+ROUND_SECONDS = 420
+LAB_MEMORY = "5G"
+NAMES = {
+    "qemu": QEMU_NAME,
+    "firecracker": FIRECRACKER_NAME,
+    "firecracker_sync": f"{FIRECRACKER_NAME} sync",
+    "firecracker_async": f"{FIRECRACKER_NAME} async",
+}
+GOAL_RATE, GOAL_CPU, GOAL_DAX = 1.0, 1.1, 2.0
+CEILING = {"vsock": "qemu"}  # vhost, in the kernel: for the record
+
+# By program and phase: "rate" and "cpu".
+Round = dict[tuple[str, str], dict[str, Any]]
+
+
+def _prepare(directory: Path) -> None:
+    image = tools_image()
+    program = probe()
+    (directory / "vmlinux").write_bytes(vmlinux(image.kernel))
+    (directory / "rootfs").symlink_to(image.rootfs)
+    (directory / "probe").write_bytes(program)
+    (directory / "probe").chmod(0o755)
+    initrd_with(image, directory / "initrd", {"bench.sh": GUEST_SH, "mark": MARK, "probe": program})
+
+
+def _round(directory: Path, table: str, number: int) -> Round:
+    command = [sys.executable, "-m", "benches.peers.devices_inside", str(directory), table, str(number)]
+    runs = directory / "runs"
+    runs.unlink(missing_ok=True)
+    if runs_linux():
+        subprocess.run(command, cwd=ROOT, check=False)
+    elif lacks := lab.missing():
+        raise Missing(f"the lab lacks {'; '.join(lacks)}")
+    else:
+        shell = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(command)}"
+        try:
+            lab.run(
+                ["sh", "-c", shell], write=[str(directory)], timeout=ROUND_SECONDS, memory=LAB_MEMORY, stdin=None,
+                stdout=2,
+            )  # fmt: skip
+        except VmmError as error:
+            print(f"{table}: a round was cut short: {error}", file=sys.stderr)
+    lines = runs.read_text().splitlines() if runs.exists() else []
+    return {(line["program"], line["phase"]): line for line in map(json.loads, lines)}
+
+
+def _values(rounds: list[Round], phase: Phase, ours: str, peer: str, key: str) -> tuple[list[float], list[float]]:
+    pairs = [(each.get((ours, phase.name), {}), each.get((peer, phase.name), {})) for each in rounds]
+    whole = [(a[key], b[key]) for a, b in pairs if a.get(key) and b.get(key)]
+    return [a for a, _ in whole], [b for _, b in whole]
+
+
+def _row(
+    name: str, unit: str, rounds: list[Round], phase: Phase, ours: str, peers: list[str], key: str, goal: float | None
+) -> Row | Missing:
+    # The best of the peers, as a median.
+    more = key == "rate"
+    found = {peer: _values(rounds, phase, ours, peer, key) for peer in peers}
+    medians = {peer: statistics.median(theirs) for peer, (_, theirs) in found.items() if theirs}
+    if not medians:
+        why = [
+            f"{program}: {line['missing']}"
+            for each in rounds
+            for (program, _), line in each.items()
+            if "missing" in line and program in (ours, *peers)
+        ]
+        return Missing(f"{name}: {why[0] if why else 'no round came to its end'}")
+    best = (max if more else min)(medians, key=lambda peer: medians[peer])
+    scale = 1.0 if more else 1e6
+    mine, theirs = ([value * scale for value in values] for values in found[best])
+    return compare(name, unit, mine, theirs, NAMES[best], goal, more_is_better=more)
+
+
+def rows(table: str) -> list[Row | Missing]:
+    """One table: blk, net, vsock or fs."""
+    common.pyvmm()
+    common.firecracker()  # fetched out here: the lab has no network
+    # Not in /tmp, which may be a tmpfs: the kernel is 50 MB.
+    with tempfile.TemporaryDirectory(prefix="pyvmm-devices-", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:
+        directory = Path(name)
+        try:
+            _prepare(directory)
+        except VmmError as error:
+            raise Missing(str(error)) from None
+        phases = TABLES[table][0]()
+        rounds: list[Round] = []
+        for number in range(TRIES):
+            found = _round(directory, table, number)
+            if found:
+                rounds.append(found)
+            # One that was cut short still counts for the phases that it reached.
+            if sum(("pyvmm", phases[-1].name) in each for each in rounds) >= ROUNDS:
+                break
+    programs = {program for each in rounds for program, _ in each}
+    rated = [peer for peer in NAMES if peer in programs and CEILING.get(table) != peer]
+    result: list[Row | Missing] = []
+    for phase in phases:
+        result.append(_row(phase.name, phase.unit, rounds, phase, "pyvmm", rated, "rate", GOAL_RATE))
+        per = f"us/{phase.unit.removesuffix('/s').replace('IOPS', 'op')}"
+        result.append(_row(f"{phase.name}, host CPU", per, rounds, phase, "pyvmm", rated, "cpu", GOAL_CPU))
+        if table in CEILING:
+            result.append(_row(phase.name, phase.unit, rounds, phase, "pyvmm", [CEILING[table]], "rate", None))
+        if table == "fs" and "read" in phase.name:
+            goal = GOAL_DAX if "buffered read" in phase.name else None
+            name = f"{phase.name}, DAX"
+            result.append(_row(name, phase.unit, rounds, phase, "pyvmm_dax", rated, "rate", goal))
+    return result

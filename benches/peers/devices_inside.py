@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the device tables that runs where KVM runs Linux: ``python -m benches.peers.devices_inside DIR TABLE``.
+
+One round: all VMMs of a table are up side by side with the same guest, and one after the other does the same
+phase of work while the others idle. Each phase adds a line to the directory's file ``runs``. Needs root, for taps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benches.peers import common
+from benches.peers.common import PYVMM, Missing
+from tests.linux.tools_guest import CMDLINE, Guest, GuestFailed
+
+MEMORY_MIB = 256
+DISK_MIB = 128
+FILE_MIB = 64
+DAX_MIB = 128
+RUNTIME = float(os.environ.get("PYVMM_BENCH_SECONDS", "2"))
+FILES = 500
+PATIENCE = 60.0
+SHM = Path("/dev/shm/pyvmm-devices")
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+
+# What the guests know to do; each prints units a second, and units in all.
+GUEST_SH = rf"""
+RUNTIME={RUNTIME:g}
+disk() {{ for d in /sys/block/vd*; do [ "$(cat $d/ro)" = 0 ] && echo /dev/${{d##*/}} && return; done; }}
+measure() {{
+    fio --name=x --thread --time_based --runtime=$RUNTIME --gtod_reduce=1 --randrepeat=1 --norandommap --disk_util=0 \
+        --exec_prerun='mark go' --exec_postrun='mark stop' --output-format=terse --terse-version=3 \
+        --output=/tmp/fio "$@" >/dev/null || {{ cat /tmp/fio; return 1; }}
+    awk -F';' '/^3;/ {{ print $8 + $49, ($8 * $9 + $49 * $50) / 1000 }}' /tmp/fio
+}}
+blk() {{ measure --filename=$(disk) --direct=1 --ioengine=libaio --rw=$1 --bs=$2 --iodepth=$3; }}
+fs() {{ measure --filename=/mnt/a/big --size={FILE_MIB}m --ioengine=psync --rw=$1 --bs=$2 --direct=${{3-1}}; }}
+timed() {{ mark go; said=$("$@" 2>&1); result=$?; mark stop; echo "$said"; return $result; }}
+unpack() {{
+    rm -rf /mnt/a/unpacked && mkdir /mnt/a/unpacked || return
+    mark go
+    start=$(cut -d' ' -f1 /proc/uptime)
+    tar -xf /tmp/headers.tar -C /mnt/a/unpacked && sync -f /mnt/a || return
+    end=$(cut -d' ' -f1 /proc/uptime)
+    mark stop
+    find /mnt/a/unpacked -type f | wc -l | awk "{{ print \$1 / ($end - $start), \$1 }}"
+}}
+create() {{ rm -rf /mnt/a/small; mkdir /mnt/a/small && timed probe create /mnt/a/small {FILES}; }}
+stat_again() {{ echo 3 >/proc/sys/vm/drop_caches; timed probe stat /mnt/a/small {FILES}; }}
+"""
+# A program, because fio sends what a command of it writes to a file.
+MARK = """#!/bin/sh
+echo "@$1" >/dev/ttyS0
+"""
+
+
+class Phase(NamedTuple):
+    """One piece of work, started in the guest; `host` is what runs on this side meanwhile, if that is the measure."""
+
+    name: str
+    unit: str
+    guest: str
+    scale: float = 1.0
+    host: str = ""
+
+
+class Vmm(NamedTuple):
+    """How to start a VMM with its guest, and what the guest is to do first."""
+
+    start: Callable[[], Guest]
+    setup: str = ":"
+    facts: Mapping[str, str] = {}  # for the phases' commands
+
+
+# What runs beside a table for all of it: servers on this side.
+Servers = list["subprocess.Popen[bytes]"]
+
+
+def _pyvmm(files: Path, *more: str) -> list[str]:
+    return [
+        *PYVMM, str(files / "vmlinux"), "--initrd", str(files / "initrd"), "--cmdline", CMDLINE, "--memory",
+        f"{MEMORY_MIB}M", "--disk", f"{files / 'rootfs'},ro", *more,
+    ]  # fmt: skip
+
+
+def _qemu(files: Path, *more: str, machine: str = "microvm") -> list[str]:
+    root = f"file={files / 'rootfs'},if=none,id=root,format=raw,readonly=on,file.locking=off"
+    return common.qemu_command(
+        files / "vmlinux", "-initrd", str(files / "initrd"), "-append", CMDLINE, "-serial", "stdio", "-no-reboot",
+        "-global", "virtio-mmio.force-legacy=false", "-drive", root, "-device", "virtio-blk-device,drive=root", *more,
+        memory=MEMORY_MIB, cpu="host", machine=machine,
+    )  # fmt: skip
+
+
+def _firecracker(files: Path, name: str, more: Mapping[str, object], drives: Sequence[object] = ()) -> list[str]:
+    root = {"drive_id": "root", "path_on_host": str(files / "rootfs"), "is_root_device": False, "is_read_only": True}
+    place = SHM / f"{name}.d"
+    place.mkdir(exist_ok=True)
+    return common.firecracker_command(
+        place, files / "vmlinux", initrd=files / "initrd", cmdline=CMDLINE, memory=MEMORY_MIB,
+        more={"drives": [root, *drives], **more},
+    )  # fmt: skip
+
+
+def _probe(files: Path, address: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([files / "probe", "serve", address])
+
+
+# -- blk
+
+
+def _blk_phases() -> list[Phase]:
+    phases = [
+        Phase(f"blk {rw} 4k QD{depth}", "IOPS", f"blk {rw} 4k {depth}")
+        for rw in ("randread", "randwrite")
+        for depth in (1, 8, 32)
+    ]
+    return [*phases, *(Phase(f"blk {rw} 1m", "MB/s", f"blk {rw} 1m 4", 1.048576) for rw in ("read", "write"))]
+
+
+def _disk(name: str) -> Path:
+    # Written, not sparse: the same pages for all.
+    path = SHM / name
+    block = os.urandom(1 << 20)
+    with path.open("wb") as file:
+        for _ in range(DISK_MIB):
+            file.write(block)
+    return path
+
+
+def _blk(files: Path, servers: Servers) -> dict[str, Vmm]:
+    def pyvmm(name: str, options: str) -> Vmm:
+        return Vmm(lambda: Guest(name, _pyvmm(files, "--disk", f"{_disk(name)}{options}")))
+
+    def fire(name: str, engine: str) -> Vmm:
+        def start() -> Guest:
+            drive = {
+                "drive_id": "d", "path_on_host": str(_disk(name)), "is_root_device": False, "is_read_only": False,
+                "io_engine": engine, "cache_type": "Writeback",
+            }  # fmt: skip
+            return Guest(name, _firecracker(files, name, {}, [drive]))
+
+        return Vmm(start)
+
+    def qemu() -> Guest:
+        drive = f"file={_disk('qemu')},if=none,id=d,format=raw,aio=io_uring,cache=writeback"
+        device = "virtio-blk-device,drive=d,iothread=io"
+        return Guest("qemu", _qemu(files, "-object", "iothread,id=io", "-drive", drive, "-device", device))
+
+    # pyvmm's engines, by the name of a program each, as the environment may choose others to compare.
+    engines = json.loads(os.environ.get("PYVMM_BENCH_BLK", '{"pyvmm": ""}'))
+    return {name: pyvmm(name, options) for name, options in engines.items()} | {
+        "qemu": Vmm(qemu),
+        "firecracker_sync": fire("firecracker_sync", "Sync"),
+        "firecracker_async": fire("firecracker_async", "Async"),
+    }
+
+
+# -- net
+
+
+def _net_phases() -> list[Phase]:
+    return [
+        Phase("net TCP guest to host", "MB/s", "timed probe send tcp:$HOST:7000 $RUNTIME 131072", 1e-6),
+        Phase("net TCP host to guest", "MB/s", "timed probe recv tcp:$HOST:7000 $RUNTIME 131072", 1e-6),
+        Phase("net TCP round trip", "1/s", "timed probe ping tcp:$HOST:7000 $RUNTIME"),
+        Phase("net UDP 64 B guest to host", "packets/s", "timed probe udp udp:$HOST:7000 $RUNTIME 64"),
+        Phase("net UDP 64 B host to guest", "packets/s", "", host="udp udp:{guest}:7000 {seconds} 64"),
+    ]
+
+
+def _tap(name: str, address: str) -> str:
+    subprocess.run(["ip", "link", "del", name], stderr=subprocess.DEVNULL, check=False)
+    subprocess.run(["ip", "tuntap", "add", "dev", name, "mode", "tap"], check=True)
+    subprocess.run(["ip", "addr", "add", f"{address}/24", "dev", name], check=True)
+    subprocess.run(["ip", "link", "set", name, "up"], check=True)
+    return name
+
+
+def _net(files: Path, servers: Servers) -> dict[str, Vmm]:
+    def pyvmm(tap: str, mac: str) -> list[str]:
+        return _pyvmm(files, "--net", f"tap={tap},mac={mac}")
+
+    def qemu(tap: str, mac: str) -> list[str]:
+        netdev = f"tap,id=n,ifname={tap},script=no,downscript=no,vhost=off"
+        return _qemu(files, "-netdev", netdev, "-device", f"virtio-net-device,netdev=n,mac={mac}")
+
+    def fire(tap: str, mac: str) -> list[str]:
+        interface = {"iface_id": "eth0", "host_dev_name": tap, "guest_mac": mac}
+        return _firecracker(files, "firecracker", {"network-interfaces": [interface]})
+
+    found = {}
+    for number, (name, command) in enumerate((("pyvmm", pyvmm), ("qemu", qemu), ("firecracker", fire)), start=1):
+        host, guest = f"10.77.{number}.1", f"10.77.{number}.2"
+
+        def start(
+            name: str = name, command: Callable[[str, str], list[str]] = command, host: str = host, number: int = number
+        ) -> Guest:
+            return Guest(name, command(_tap(f"bench{number}", host), f"06:00:00:00:00:0{number}"))
+
+        setup = (
+            f"HOST={host}; ip addr add {guest}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 5 {host} >/dev/null"
+            " && { probe serve udp:0.0.0.0:7000 & }"
+        )
+        found[name] = Vmm(start, setup, {"guest": guest})
+    servers += [_probe(files, "tcp:0.0.0.0:7000"), _probe(files, "udp:0.0.0.0:7000")]
+    return found
+
+
+# -- vsock
+
+
+def _vsock_phases() -> list[Phase]:
+    return [
+        Phase("vsock guest to host", "MB/s", "timed probe send vsock:2:7000 $RUNTIME 65536", 1e-6),
+        Phase("vsock host to guest", "MB/s", "timed probe recv vsock:2:7000 $RUNTIME 65536", 1e-6),
+        Phase("vsock round trip", "1/s", "timed probe ping vsock:2:7000 $RUNTIME"),
+        Phase("vsock connections by the guest", "1/s", "timed probe connect vsock:2:7000 $RUNTIME"),
+        Phase("vsock connections by the host", "1/s", "", host="connect {guest} {seconds}"),
+    ]
+
+
+def _vsock(files: Path, servers: Servers) -> dict[str, Vmm]:
+    # 4294967295 is VMADDR_CID_ANY
+    setup = "{ probe serve vsock:4294967295:7000 & }; sleep 1"
+    found = {}
+    for name in ("pyvmm", "firecracker"):
+        path = SHM / f"{name}.vsock"
+
+        def start(name: str = name, path: Path = path) -> Guest:
+            path.unlink(missing_ok=True)
+            if name == "pyvmm":
+                return Guest(name, _pyvmm(files, "--vsock", f"cid=3,uds={path}"))
+            return Guest(name, _firecracker(files, name, {"vsock": {"guest_cid": 3, "uds_path": str(path)}}))
+
+        servers.append(_probe(files, f"unix:{path}_7000"))
+        found[name] = Vmm(start, setup, {"guest": f"hybrid:{path}:7000"})
+    servers.append(_probe(files, "vsock:4294967295:7000"))
+    device = "vhost-vsock-device,guest-cid=42"
+    found["qemu"] = Vmm(lambda: Guest("qemu", _qemu(files, "-device", device)), setup, {"guest": "vsock:42:7000"})
+    return found
+
+
+# -- fs
+
+
+def _fs_phases() -> list[Phase]:
+    mib = 1.048576
+    return [
+        Phase("fs write 1m", "MB/s", "fs write 1m", mib),
+        Phase("fs read 1m", "MB/s", "fs read 1m", mib),
+        Phase("fs randread 4k", "IOPS", "fs randread 4k"),
+        Phase("fs randwrite 4k", "IOPS", "fs randwrite 4k"),
+        Phase("fs buffered read 1m", "MB/s", "echo 3 >/proc/sys/vm/drop_caches; fs read 1m 0", mib),
+        Phase("fs files created", "1/s", "create"),
+        Phase("fs stat", "1/s", "stat_again"),
+        Phase("fs files unpacked", "1/s", "unpack"),
+    ]
+
+
+def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
+    def share(name: str) -> Path:
+        path = SHM / f"{name}.share"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        with (path / "big").open("wb") as file:
+            for _ in range(FILE_MIB):
+                file.write(os.urandom(1 << 20))
+        return path
+
+    def pyvmm(name: str, options: str) -> Guest:
+        return Guest(name, _pyvmm(files, "--share", f"share={share(name)},cache=auto{options}"))
+
+    def qemu() -> Guest:
+        path, listens = share("qemu"), SHM / "virtiofsd"
+        if not os.access(VIRTIOFSD, os.X_OK):
+            raise Missing(f"{VIRTIOFSD}: apt-get install qemu-system-common")
+        listens.unlink(missing_ok=True)
+        log = (files / "virtiofsd.log").open("wb")
+        daemon = subprocess.Popen(
+            [VIRTIOFSD, f"--socket-path={listens}", "-o", f"source={path}", "-o", "cache=auto"],
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 20
+        while not listens.exists():
+            if daemon.poll() is not None or time.monotonic() > end:
+                daemon.kill()
+                raise Missing(f"virtiofsd: {(files / 'virtiofsd.log').read_text()[-500:]}")
+            time.sleep(0.05)
+        command = _qemu(
+            files, "-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on", "-chardev",
+            f"socket,id=fs,path={listens}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
+            machine="microvm,memory-backend=ram",
+        )  # fmt: skip
+        return Guest("qemu", command, [daemon])
+
+    setup = "mount -t virtiofs {options} share /mnt/a && tar -cf /tmp/headers.tar -C /usr/include linux"
+    return {
+        "pyvmm": Vmm(lambda: pyvmm("pyvmm", ""), setup.format(options="")),
+        "pyvmm_dax": Vmm(lambda: pyvmm("pyvmm_dax", f",dax={DAX_MIB}M"), setup.format(options="-o dax=always")),
+        "qemu": Vmm(qemu, setup.format(options="")),
+    }
+
+
+TABLES: dict[str, tuple[Callable[[], list[Phase]], Callable[[Path, Servers], dict[str, Vmm]]]] = {
+    "blk": (_blk_phases, _blk),
+    "net": (_net_phases, _net),
+    "vsock": (_vsock_phases, _vsock),
+    "fs": (_fs_phases, _fs),
+}
+
+
+def _measure(files: Path, guest: Guest, vmm: Vmm, phase: Phase) -> dict[str, float]:
+    if phase.host:
+        command = [str(files / "probe"), *phase.host.format(seconds=f"{RUNTIME:g}", **vmm.facts).split()]
+        cpu, start = guest.cpu(), time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        said, failed = done.stdout, done.stderr if done.returncode else ""
+        cpu, wall = guest.cpu() - cpu, time.monotonic() - start
+    else:
+        guest.tell(phase.guest)
+        guest.until(b"@go", PATIENCE)
+        cpu, start = guest.cpu(), time.monotonic()
+        guest.until(b"@stop", PATIENCE)
+        cpu, wall = guest.cpu() - cpu, time.monotonic() - start
+        status, said = guest.answer(PATIENCE)
+        failed = said if status else ""
+    if failed:
+        raise GuestFailed(f"{guest.name}: {phase.name}: {failed}")
+    rate, count = (float(word) * phase.scale for word in said.split())
+    return {"rate": rate, "cpu": cpu / count if count else 0.0, "busy": cpu / wall}
+
+
+def main(name: str, table: str, first: str = "0") -> int:
+    """Measure one round of a table; the phases of each program begin with the `first`."""
+    files = Path(name)
+    make_phases, make_vmms = TABLES[table]
+    only = os.environ.get("PYVMM_BENCH_ONLY", "").split()
+    shutil.rmtree(SHM, ignore_errors=True)
+    SHM.mkdir()
+    for program in (PYVMM[0], common.QEMU, common.firecracker()):
+        subprocess.run([program, "--version"], stdout=subprocess.DEVNULL, check=False)
+    guests: dict[str, Guest] = {}
+    servers: Servers = []
+    with (files / "runs").open("a") as runs:
+
+        def note(**facts: object) -> None:
+            print(f"{table}: {facts}", file=sys.stderr, flush=True)
+            runs.write(json.dumps(facts) + "\n")
+            runs.flush()
+
+        def failed(program: str, what: str, problem: Exception) -> None:
+            note(program=program, phase=what, missing=str(problem))
+            if program in guests:
+                guests.pop(program).close()
+
+        try:
+            vmms = make_vmms(files, servers)
+            for program, vmm in vmms.items():
+                if only and program not in only:
+                    continue
+                start = time.monotonic()
+                try:
+                    guest = guests[program] = vmm.start()
+                    guest.wait_ready(PATIENCE)
+                    guest.ask(vmm.setup)
+                    print(f"{program}: up after {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+                except (GuestFailed, Missing) as problem:
+                    failed(program, "start", problem)
+            for phase in make_phases():
+                order = list(guests)
+                shift = int(first) % max(1, len(order))
+                for program in order[shift:] + order[:shift]:
+                    try:
+                        facts = _measure(files, guests[program], vmms[program], phase)
+                        note(program=program, phase=phase.name, **facts)
+                    except (GuestFailed, subprocess.TimeoutExpired) as problem:
+                        failed(program, phase.name, problem)
+        finally:
+            for guest in guests.values():
+                guest.close()
+            for server in servers:
+                server.kill()
+                server.wait()
+            shutil.rmtree(SHM, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
