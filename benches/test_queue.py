@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from tests.guest_driver import Allocator, SplitDriver
-from virtio import blk
-from virtio.spec import BLK_HEADER, BLK_T_IN
 from vmm import _fastpath, _fastpath_py
 from vmm.memory import GuestMemory
 
@@ -72,12 +70,6 @@ def test_chain_views(benchmark: Any, ram: GuestMemory, queue_class: Any) -> None
     )
     chain = queue.pop()
     benchmark(lambda: (chain.readable, chain.writable))
-
-
-def test_blk_parse(benchmark: Any) -> None:
-    header = memoryview(bytearray(BLK_HEADER.pack(BLK_T_IN, 0, 8)))
-    data, status = memoryview(bytearray(4096)), memoryview(bytearray(1))
-    benchmark(lambda: blk.parse([header], [data, status], 1 << 20, False))
 
 
 @pytest.mark.parametrize("size", [8, 4096, 1 << 20])

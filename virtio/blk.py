@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block device (§5.2): a disk image or a host block device behind one queue, flush is fdatasync."""
+"""The block device (§5.2): a disk image or a host block device; its loop is in ``_blk.pyx``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import stat
 import struct
 
 from virtio import spec
+from virtio._blk import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Backend, BlockWorker, punch_hole
+from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
 from vmm.errors import ConfigError
 
@@ -17,10 +19,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vmm._fastpath import Chain
+    from virtio._limiter import Bucket
 
 QUEUE_SIZE = 256
-_IOV_MAX = 1024  # Linux UIO_MAXIOV: buffers that one preadv or pwritev takes
+# Linux linux/fs.h and linux/falloc.h
+_BLKSSZGET, _BLKIOMIN, _BLKIOOPT, _BLKPBSZGET = 0x1268, 0x1278, 0x1279, 0x127B
+_PAGE = 4096
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -29,20 +33,25 @@ class Disk:
 
     :param path: a regular file or a block device, a positive multiple of 512 bytes long
     :param read_only: open it for reading, and let other readers in
+    :param direct: past the host's page cache
     :raises ConfigError: it cannot be opened so, is something else, has another size, or is in use
 
     The lock is an open file description lock on the whole file, so QEMU's own image locks meet it too.
-    ``size`` is in bytes. Source: Linux fcntl(2), "Open file description locks".
+    ``size`` is in bytes, as is ``block_size``, the least that the host takes at a time.
+    Source: Linux fcntl(2), "Open file description locks".
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
+    def __init__(self, path: str, *, read_only: bool = False, direct: bool = False) -> None:
         self.path = path
         self.read_only = read_only
+        self.direct = direct
         self.fd = -1
+        flags = os.O_RDONLY if read_only else os.O_RDWR
         try:
-            self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
-            self.size = self._measure()
+            self.fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if direct else 0))
+            self.size = self.measure()
             self._lock()
+            self.block_size = self._least_direct() if direct else spec.BLK_SECTOR
         except OSError as error:
             self.close()
             raise ConfigError("disk", path, self._explain(error)) from None
@@ -50,11 +59,16 @@ class Disk:
             self.close()
             raise
 
-    def _measure(self) -> int:
+    def measure(self) -> int:
+        """Bytes that it has now.
+
+        :raises ConfigError: not what a disk has, or it is no disk
+        """
         mode = os.fstat(self.fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
             raise ConfigError("disk", self.path, f"is {kind}; a disk is a file or a block device")
+        self.block_device = stat.S_ISBLK(mode)
         size = os.lseek(self.fd, 0, os.SEEK_END)
         if size == 0:
             raise ConfigError("disk", self.path, "is empty; a disk has a positive multiple of 512 bytes")
@@ -84,9 +98,59 @@ class Disk:
             pass  # no /proc, or a format of another kernel: say what is known
         return "is in use by another VM; one writer or several readers may have it (,ro)"
 
+    def _least_direct(self) -> int:
+        if self.block_device:
+            return self._ask(_BLKSSZGET)
+        import mmap
+
+        with mmap.mmap(-1, _PAGE) as page:  # page aligned, as direct I/O wants it
+            for size in (spec.BLK_SECTOR, _PAGE):
+                try:
+                    os.preadv(self.fd, [memoryview(page)[:size]], 0)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                else:
+                    return size
+        raise ConfigError("disk", self.path, "takes no direct I/O in blocks of 512 or 4096 bytes; leave ,direct out")
+
+    def _ask(self, request: int) -> int:
+        return int.from_bytes(fcntl.ioctl(self.fd, request, bytes(4)), "little")
+
+    def topology(self) -> tuple[int, int, int]:
+        """What the host likes best, in bytes: its physical block, the least and the best transfer (0: any)."""
+        if self.block_device:
+            # Without direct I/O, the page cache reads a page to write a part of one.
+            least = self.block_size if self.direct else _PAGE
+            return max(self._ask(_BLKPBSZGET), least), max(self._ask(_BLKIOMIN), least), self._ask(_BLKIOOPT)
+        return _PAGE, _PAGE, 0
+
+    def can_discard(self) -> bool:
+        """Whether the host can give blocks back; asked where the file has none, after its end."""
+        if self.read_only:
+            return False
+        if self.block_device:
+            number = os.fstat(self.fd).st_rdev
+            try:
+                with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/queue/discard_max_bytes") as file:
+                    return int(file.read()) > 0
+            except (OSError, ValueError):
+                return False  # a partition, or no /sys: nothing is lost but space
+        return punch_hole(self.fd, self.size, _PAGE) == 0
+
+    def can_wait_aside(self) -> bool:
+        """Whether a read that would have to wait says so (RWF_NOWAIT): without it io_uring takes a detour."""
+        try:
+            os.preadv(self.fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except OSError as error:
+            return error.errno != errno.EOPNOTSUPP
+        return True
+
     def _explain(self, error: OSError) -> str:
         if error.errno == errno.EISDIR:
             return "is a directory; a disk is a file or a block device"
+        if error.errno == errno.EINVAL and self.direct:
+            return "is on a file system without direct I/O; leave ,direct out"
         refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         if refused and not self.read_only and os.access(self.path, os.R_OK):
             return "cannot be opened for writing; add ,ro for a read-only disk"
@@ -105,101 +169,88 @@ class Disk:
         self.close()
 
 
-class Request:
-    """What the driver asks, as far as it can be judged without touching the disk.
-
-    :ivar type: BLK_T_*
-    :ivar offset: bytes from the disk's start, for IN and OUT
-    :ivar data: buffers to fill or to write, in order
-    :ivar length: their bytes
-    :ivar status: view of the status byte, None where the driver gave none
-    :ivar verdict: BLK_S_OK, or the status to answer without doing anything
-    """
-
-    __slots__ = ("data", "length", "offset", "status", "type", "verdict")
-
-    def __init__(self, status: memoryview | None) -> None:
-        self.type = -1
-        self.offset = 0
-        self.data: list[memoryview] = []
-        self.length = 0
-        self.status = status
-        self.verdict = spec.BLK_S_IOERR
-
-
-def parse(
-    readable: Sequence[memoryview], writable: Sequence[memoryview], capacity: int, read_only: bool
-) -> Request:
-    """Judge a request (§5.2.6): pure, total for every input, reads the header once.
-
-    :param readable: buffers the driver filled: header, then data of OUT; any framing (§2.7.4)
-    :param writable: buffers to fill: data of IN and GET_ID, then the status byte
-    :param capacity: of the disk, in sectors of 512 bytes
-    """
-    request = Request(writable[-1][-1:] if writable else None)
-    header, out = _split(readable, spec.BLK_HEADER.size)
-    if request.status is None or len(header) < spec.BLK_HEADER.size:
-        return request
-    room = [*writable[:-1], writable[-1][:-1]]
-    if not len(room[-1]):
-        room.pop()
-    request.type, _, sector = spec.BLK_HEADER.unpack(header)
-    match request.type:
-        case spec.BLK_T_IN | spec.BLK_T_OUT:
-            request.data, wrong = (room, out) if request.type == spec.BLK_T_IN else (out, room)
-            request.length = sum(map(len, request.data))
-            request.offset = sector * spec.BLK_SECTOR
-            sectors, rest = divmod(request.length, spec.BLK_SECTOR)
-            if wrong or rest or not sectors or sector + sectors > capacity:
-                return request
-            if request.type == spec.BLK_T_OUT and read_only:
-                return request  # §5.2.6.2: a read-only device fails writes
-        case spec.BLK_T_FLUSH:
-            if out or room:
-                return request
-        case spec.BLK_T_GET_ID:
-            request.data, request.length = room, sum(map(len, room))
-            if out or request.length < spec.BLK_ID_BYTES:
-                return request
-        case _:
-            request.verdict = spec.BLK_S_UNSUPP
-            return request
-    request.verdict = spec.BLK_S_OK
-    return request
-
-
-def _split(buffers: Sequence[memoryview], size: int) -> tuple[bytes, list[memoryview]]:
-    """The first `size` bytes, copied, and what follows them."""
-    head, rest = b"", []
-    for buffer in buffers:
-        taken = min(size - len(head), len(buffer))
-        head += bytes(buffer[:taken])
-        if taken < len(buffer):
-            rest.append(buffer[taken:])
-    return head, rest
-
-
 class Block(VirtioDevice):
     """A virtio block device over `disk`.
 
     :param disk: open and locked; not owned
     :param serial: what GET_ID answers, at most 20 bytes
-    :param name: of the worker's thread
+    :param name: of the device in messages, and of its threads
+    :param queues: each with a thread of its own
+    :param engine: ``Sync``: system calls; ``Async``: io_uring; None: what is faster for the file
+    :param unsafe: a flush does nothing: what the guest wrote may be lost with the host
+    :param limiter: of all queues together; None: one without a limit
+    :raises ConfigError: io_uring was asked for, and the kernel has none
     """
 
     device_type = spec.TYPE_BLOCK
-    queue_sizes = (QUEUE_SIZE,)
 
-    def __init__(self, disk: Disk, *, serial: str = "", name: str = "virtio-blk") -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        serial: str = "",
+        name: str = "virtio-blk",
+        queues: int = 1,
+        engine: str | None = None,
+        unsafe: bool = False,
+        limiter: RateLimiter | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.disk = disk
         self.serial = (serial or "pyvmm").encode()[: spec.BLK_ID_BYTES]
-        self.counters |= {"bytes_read": 0, "bytes_written": 0, "flushes": 0, "io_errors": 0}
-        self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_FLUSH
+        self.queue_sizes = (QUEUE_SIZE,) * queues
+        self.engine = self._choose(engine)
+        self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_FLUSH | spec.BLK_F_TOPOLOGY
+        if queues > 1:
+            self.features |= spec.BLK_F_MQ
         if disk.read_only:
             self.features |= spec.BLK_F_RO
+        else:
+            self.features |= spec.BLK_F_WRITE_ZEROES | (spec.BLK_F_DISCARD if disk.can_discard() else 0)
+        self.limiter = limiter or RateLimiter()
+        self._backend = Backend(
+            disk.fd, disk.size, self.serial, self.limiter, read_only=disk.read_only, block_device=disk.block_device,
+            direct=disk.direct, unsafe=unsafe, use_uring=self.engine == "Async",
+        )  # fmt: skip
+        self._workers: list[BlockWorker] = []
         self.config = self._config_space()
+
+    def _choose(self, engine: str | None) -> str:
+        if engine is None and not self.disk.can_wait_aside():
+            return "Sync"  # as on tmpfs before Linux 6.6: each request would go to a thread of the kernel's
+        if engine != "Sync":
+            from virtio import _uring
+
+            if not (refused := _uring.probe()):
+                return "Async"
+            if engine is not None:
+                problem = f"the kernel gives no io_uring ({os.strerror(refused)}); use sync"
+                raise ConfigError("engine", "io_uring", problem)
+        return "Sync"
+
+    def make_workers(
+        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
+    ) -> Sequence[BlockWorker]:
+        """A thread a queue."""
+        many = len(notify_fds) > 1
+        self._workers = [
+            BlockWorker(
+                self, [queue], [fd], on_failure, f"{self.name}.{queue}" if many else self.name,
+                backend=self._backend, size=QUEUE_SIZE,
+            )
+            for queue, fd in enumerate(notify_fds)
+        ]  # fmt: skip
+        return self._workers
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by name, of all queues together."""
+        total = dict(self.counters)
+        for worker in self._workers:
+            for name, value in worker.stats.items():
+                total[name] = total.get(name, 0) + value
+        return total | {"throttled": self.limiter.throttled}
 
     @property
     def capacity(self) -> int:
@@ -209,7 +260,13 @@ class Block(VirtioDevice):
     def _config_space(self) -> bytes:
         # A request is a header, the data and a status byte, and no chain is longer than its queue.
         seg_max = QUEUE_SIZE - 2
-        return spec.BLK_CONFIG.pack(self.capacity, 0, seg_max, 0, 0, 0, spec.BLK_SECTOR, *[0] * 12)
+        block = self.disk.block_size
+        physical, least, best = self.disk.topology()
+        return spec.BLK_CONFIG.pack(
+            self.capacity, 0, seg_max, 0, 0, 0, block,
+            max(0, (physical // block).bit_length() - 1), 0, least // block, best // block, 0, len(self.queue_sizes),
+            MAX_DISCARD_SECTORS, 1, physical // spec.BLK_SECTOR, MAX_WRITE_ZEROES_SECTORS, 1, 1,
+        )  # fmt: skip
 
     def set_capacity(self, size: int) -> None:
         """Tell the driver that the disk has `size` bytes from now on; the backing file was changed before.
@@ -218,70 +275,38 @@ class Block(VirtioDevice):
         """
         if size <= 0 or size % spec.BLK_SECTOR:
             raise ConfigError("disk size", size, "must be a positive multiple of 512 bytes")
+        self._backend.change(size)
         self.disk.size = size
         self.publish_config(self._config_space())
 
-    def process(self, queue_index: int) -> None:
-        """Serve requests until the queue is empty."""
-        self.drain(self.context.queues[queue_index], self._serve)
+    def replace(self, path: str) -> None:
+        """Go on with the file `path`, which may be the same, grown or shrunk; the driver is told its size.
 
-    def _serve(self, chain: Chain) -> int:
-        request = parse(chain.readable, chain.writable, self.capacity, self.disk.read_only)
-        self.counters["requests"] += 1
-        written, status = 0, request.verdict
-        if status != spec.BLK_S_OK:
-            self.counters["bad_requests"] += 1
-        else:
-            try:
-                written = self._execute(request)
-            except OSError as error:
-                status = spec.BLK_S_IOERR
-                self.counters["io_errors"] += 1
-                kind = f"{self.disk.path}: {errno.errorcode.get(error.errno or 0, error.errno)}"
-                self.context.warn(kind, f"{self.name}: {self.disk.path}: {error.strerror}")
-        if request.status is None:
-            return 0
-        request.status[0] = status
-        # The length is of a prefix (§2.7.8.2): after an error not all before the status byte is written.
-        return written + 1 if written + 1 == chain.writable_bytes else written
-
-    def _execute(self, request: Request) -> int:
-        """Do it; the bytes written to the guest before the status byte.
-
-        :raises OSError: the host's error
+        :raises ConfigError: it is no disk, or in use; the disk stays as it was
         """
-        match request.type:
-            case spec.BLK_T_IN:
-                self._transfer(os.preadv, request)
-                self.counters["bytes_read"] += request.length
-                return request.length
-            case spec.BLK_T_OUT:
-                self._transfer(os.pwritev, request)
-                self.counters["bytes_written"] += request.length
-                if not self.context.features & spec.BLK_F_FLUSH:
-                    os.fdatasync(self.disk.fd)  # §5.2.6.2: a driver that cannot flush gets stable writes
-            case spec.BLK_T_FLUSH:
-                os.fdatasync(self.disk.fd)
-                self.counters["flushes"] += 1
-            case spec.BLK_T_GET_ID:
-                left = self.serial.ljust(spec.BLK_ID_BYTES, b"\0")
-                for buffer in request.data:
-                    buffer[: len(left)] = left[: len(buffer)]
-                    left = left[len(buffer) :]
-                return spec.BLK_ID_BYTES
-        return 0
+        disk = self.disk
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(disk.fd)):
+            self.set_capacity(disk.measure())
+            return
+        with Disk(path, read_only=disk.read_only, direct=disk.direct) as other:
+            if other.block_size > disk.block_size:
+                allowed = f"has blocks of {other.block_size} bytes, the guest knows {disk.block_size}"
+                raise ConfigError("disk", path, allowed)
+            self._backend.change(other.size, other.fd, other.block_device)
+            disk.path, disk.size, disk.block_device = path, other.size, other.block_device
+        self.publish_config(self._config_space())
 
-    def _transfer(self, call: Callable[[int, list[memoryview], int], int], request: Request) -> None:
-        buffers, offset = request.data, request.offset
-        end = offset + request.length
-        while True:
-            done = call(self.disk.fd, buffers[:_IOV_MAX], offset)
-            if done == 0:
-                raise OSError(errno.EIO, f"the file ends before byte {end}")
-            offset += done
-            if offset == end:
-                return
-            while done >= len(buffers[0]):  # short, or more than _IOV_MAX buffers: go on where it stopped
-                done -= len(buffers[0])
-                buffers = buffers[1:]
-            buffers = [buffers[0][done:], *buffers[1:]]
+    def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
+        """Replace the buckets that are given; ``(0, 0, 0)`` takes a limit away. While the guest runs, or before."""
+        self.limiter.update(bandwidth, ops)
+        for worker in self._workers:
+            worker.wake()
+
+    def report(self, number: int, end: int, seen: int) -> None:
+        """Warn of a request that the host failed; on a worker's thread, at the 1st, 2nd, 4th, 8th, ... of a kind.
+
+        :param number: the host's error; 0: the file ends before byte `end`
+        """
+        problem = os.strerror(number) if number else f"the file ends before byte {end}"
+        more = f" (seen {seen} times)" if seen > 1 else ""
+        self.context.warn(f"{number} {seen}", f"{self.name}: {self.disk.path}: {problem}{more}")

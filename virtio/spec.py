@@ -72,6 +72,10 @@ BLK_F_SEG_MAX = 1 << 2
 BLK_F_RO = 1 << 5
 BLK_F_BLK_SIZE = 1 << 6
 BLK_F_FLUSH = 1 << 9
+BLK_F_TOPOLOGY = 1 << 10
+BLK_F_MQ = 1 << 12
+BLK_F_DISCARD = 1 << 13
+BLK_F_WRITE_ZEROES = 1 << 14
 
 BLK_T_IN = 0
 BLK_T_OUT = 1
@@ -87,6 +91,8 @@ BLK_S_UNSUPP = 2
 BLK_SECTOR = 512
 BLK_ID_BYTES = 20
 BLK_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+BLK_RANGE = struct.Struct("<QII")  # of DISCARD and WRITE_ZEROES: sector, sectors, flags
+BLK_RANGE_UNMAP = 1
 # capacity; size_max, seg_max; cylinders, heads, sectors; blk_size; physical_block_exp, alignment_offset,
 # min_io_size, opt_io_size; writeback, unused, num_queues; discard and write-zeroes limits: 60 bytes
 BLK_CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")

@@ -131,11 +131,18 @@ class Machine:
         config = self.config
         devices: list[VirtioDevice] = []
         if config.drives:
+            from virtio._limiter import RateLimiter
             from virtio.blk import Block, Disk
 
             for place, drive in enumerate(config.drives):
-                disk = self._owned(Disk(drive.path_on_host, read_only=drive.is_read_only))
-                devices.append(Block(disk, name=f"virtio-blk{place}"))
+                disk = self._owned(Disk(drive.path_on_host, read_only=drive.is_read_only, direct=drive.direct))
+                limits = drive.rate_limiter
+                block = Block(
+                    disk, serial=drive.drive_id or "", name=f"virtio-blk{place}", queues=drive.queues,
+                    engine=drive.io_engine, unsafe=drive.cache_type == "Unsafe",
+                    limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
+                )  # fmt: skip
+                devices.append(block)
         for device in devices:
             device.poll_us = config.poll_us
         return devices

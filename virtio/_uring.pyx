@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""io_uring by its three system calls and two shared rings; one thread uses a ring. Source: Linux io_uring(7)."""
+from libc.errno cimport EINTR, EINVAL, errno
+from libc.stdint cimport uint32_t
+from libc.string cimport memset
+
+cdef extern from *:
+    """
+    #include <linux/io_uring.h>
+    #include <sys/mman.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    static inline int uring_setup(unsigned entries, struct io_uring_params *p) {
+        return (int)syscall(__NR_io_uring_setup, entries, p);
+    }
+    static inline int uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags) {
+        return (int)syscall(__NR_io_uring_enter, fd, submit, wait, flags, NULL, 0);
+    }
+    static inline void *uring_map(int fd, size_t size, off_t what) {
+        void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, what);
+        return p == MAP_FAILED ? NULL : p;
+    }
+    static inline unsigned load_acquire(const unsigned *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void store_release(unsigned *p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+    """
+    struct io_sqring_offsets:
+        uint32_t head
+        uint32_t tail
+        uint32_t ring_mask
+        uint32_t array
+    struct io_cqring_offsets:
+        uint32_t head
+        uint32_t tail
+        uint32_t ring_mask
+        uint32_t cqes
+    struct io_uring_params:
+        uint32_t sq_entries
+        uint32_t cq_entries
+        uint32_t flags
+        uint32_t features
+        io_sqring_offsets sq_off
+        io_cqring_offsets cq_off
+    enum:
+        IORING_SETUP_CLAMP, IORING_SETUP_COOP_TASKRUN, IORING_FEAT_RW_CUR_POS, IORING_ENTER_GETEVENTS
+        IORING_OFF_SQ_RING, IORING_OFF_SQES
+    int uring_setup(unsigned int entries, io_uring_params *p) noexcept nogil
+    int uring_enter(int fd, unsigned int submit, unsigned int wait, unsigned int flags) noexcept nogil
+    void *uring_map(int fd, size_t size, long what) noexcept nogil
+    unsigned int load_acquire(const unsigned int *p) noexcept nogil
+    void store_release(unsigned int *p, unsigned int v) noexcept nogil
+
+cdef extern from "<sys/mman.h>" nogil:
+    int munmap(void *addr, size_t length)
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+
+cdef int uring_open(Uring *ring, unsigned int entries) noexcept nogil:
+    cdef io_uring_params p
+    cdef unsigned int *array
+    cdef unsigned int i
+    cdef char *base
+    memset(ring, 0, sizeof(Uring))
+    memset(&p, 0, sizeof(p))
+    # No interrupt of this thread for a completion (Linux 5.19): it wakes from its sleep anyway. DEFER_TASKRUN would
+    # save more, but does not wake who sleeps in epoll on the ring.
+    p.flags = IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN
+    ring.fd = uring_setup(entries, &p)
+    if ring.fd < 0 and errno == EINVAL:
+        memset(&p, 0, sizeof(p))
+        p.flags = IORING_SETUP_CLAMP
+        ring.fd = uring_setup(entries, &p)
+    if ring.fd < 0:
+        return -errno
+    if not p.features & IORING_FEAT_RW_CUR_POS:     # Linux 5.6: one mapping, and the operations that we use
+        uring_close(ring)
+        return -EINVAL
+    ring.rings_size = max(p.sq_off.array + p.sq_entries * sizeof(unsigned int),
+                          p.cq_off.cqes + p.cq_entries * sizeof(io_uring_cqe))
+    ring.sqes_size = p.sq_entries * sizeof(io_uring_sqe)
+    ring.rings = uring_map(ring.fd, ring.rings_size, IORING_OFF_SQ_RING)
+    ring.sqes = <io_uring_sqe *>uring_map(ring.fd, ring.sqes_size, IORING_OFF_SQES)
+    if ring.rings == NULL or ring.sqes == NULL:
+        i = errno
+        uring_close(ring)
+        return -<int>i
+    base = <char *>ring.rings
+    ring.sq_head = <unsigned int *>(base + p.sq_off.head)
+    ring.sq_tail = <unsigned int *>(base + p.sq_off.tail)
+    ring.sq_mask = (<unsigned int *>(base + p.sq_off.ring_mask))[0]
+    ring.cq_head = <unsigned int *>(base + p.cq_off.head)
+    ring.cq_tail = <unsigned int *>(base + p.cq_off.tail)
+    ring.cq_mask = (<unsigned int *>(base + p.cq_off.ring_mask))[0]
+    ring.cqes = <io_uring_cqe *>(base + p.cq_off.cqes)
+    array = <unsigned int *>(base + p.sq_off.array)
+    for i in range(p.sq_entries):
+        array[i] = i
+    return 0
+
+
+cdef void uring_close(Uring *ring) noexcept nogil:
+    if ring.fd < 0:
+        return
+    if ring.rings != NULL:
+        munmap(ring.rings, ring.rings_size)
+    if ring.sqes != NULL:
+        munmap(ring.sqes, ring.sqes_size)
+    close(ring.fd)
+    ring.fd = -1
+
+
+cdef io_uring_sqe *uring_next(Uring *ring) noexcept nogil:
+    cdef io_uring_sqe *sqe
+    if ring.tail - load_acquire(ring.sq_head) > ring.sq_mask:
+        return NULL
+    sqe = &ring.sqes[ring.tail & ring.sq_mask]
+    memset(sqe, 0, sizeof(io_uring_sqe))
+    ring.tail += 1
+    return sqe
+
+
+cdef int uring_submit(Uring *ring, unsigned int wait) noexcept nogil:
+    cdef unsigned int flags, left
+    store_release(ring.sq_tail, ring.tail)
+    flags = IORING_ENTER_GETEVENTS if wait else 0
+    while True:
+        left = ring.tail - load_acquire(ring.sq_head)
+        if uring_enter(ring.fd, left, wait, flags) < 0:
+            if errno != EINTR:
+                return -errno
+        elif ring.tail == load_acquire(ring.sq_head):
+            return 0
+
+
+cdef io_uring_cqe *uring_peek(Uring *ring) noexcept nogil:
+    # pairs with the kernel's release of its tail, after the completions before it
+    if ring.cq_head[0] == load_acquire(ring.cq_tail):
+        return NULL
+    return &ring.cqes[ring.cq_head[0] & ring.cq_mask]
+
+
+cdef void uring_seen(Uring *ring) noexcept nogil:
+    store_release(ring.cq_head, ring.cq_head[0] + 1)
+
+
+def probe():
+    """Try to have a ring: 0, or why the kernel gives none, as an error number."""
+    cdef Uring ring
+    cdef int status
+    with nogil:
+        status = uring_open(&ring, 1)
+        uring_close(&ring)
+    return -status
