@@ -16,6 +16,7 @@ FAILED = 128
 # Device types, §5
 TYPE_NET = 1
 TYPE_BLOCK = 2
+TYPE_FS = 26
 
 # Feature bits of the ring and the transport, §6, as masks
 F_INDIRECT_DESC = 1 << 28

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_VCPUS = 64
 MAX_QUEUES = 8
+MAX_FS_THREADS = 32
 MAX_POLL_US = 10_000
 MIN_MEMORY = 1 << 20
 DEFAULT_MEMORY = 512 << 20
@@ -257,16 +258,21 @@ class VsockConfig:
 class FsConfig:
     """One shared directory.
 
-    :param tag: the name by which the guest mounts it, up to 36 bytes
+    :param tag: the name by which the guest mounts it, 1 to 36 bytes
     :param shared_dir: the directory
     :param read_only: the guest cannot change anything
     :param cache_policy: ``auto``, ``always`` or ``none``
-    :param dax: bytes of the DAX window; 0: none
+    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
+    :param threads: request queues, each with a thread
+    :param squash: (uid, gid) of every access, or None
     :param is_root_device: the guest's root file system
     :param rate_limiter: None: no limit
+    :raises ConfigError: a value out of its range
     """
 
-    __slots__ = ("cache_policy", "dax", "is_root_device", "rate_limiter", "read_only", "shared_dir", "tag")
+    __slots__ = (
+        "cache_policy", "dax", "is_root_device", "rate_limiter", "read_only", "shared_dir", "squash", "tag", "threads",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -276,16 +282,61 @@ class FsConfig:
         read_only: bool = False,
         cache_policy: str = "auto",
         dax: int = 0,
+        threads: int = 1,
+        squash: tuple[int, int] | None = None,
         is_root_device: bool = False,
         rate_limiter: RateLimiterConfig | None = None,
     ) -> None:
+        if not shared_dir:
+            raise ConfigError("share", shared_dir, "the path of the directory is empty")
+        # The tag is a word of the kernel's command line where the share is the root file system.
+        if not 0 < len(tag.encode()) <= 36 or not tag.isprintable() or " " in tag:
+            raise ConfigError("share tag", tag, "must be 1 to 36 bytes without spaces")
+        if cache_policy not in ("auto", "always", "none"):
+            raise ConfigError("share cache", cache_policy, "must be auto, always or none")
+        if dax < 0 or dax % (2 << 20):
+            raise ConfigError("share dax", dax, "bytes must be a multiple of 2 MiB")
+        if not 1 <= threads <= MAX_FS_THREADS:
+            raise ConfigError("share threads", threads, f"must be 1 to {MAX_FS_THREADS}")
+        if squash is not None and not all(0 <= number < (1 << 32) - 1 for number in squash):
+            raise ConfigError("share squash", squash, "must be a user and a group number")
         self.tag = tag
-        self.shared_dir = shared_dir
+        self.shared_dir = os.fspath(shared_dir)
         self.read_only = read_only
         self.cache_policy = cache_policy
         self.dax = dax
+        self.threads = threads
+        self.squash = squash
         self.is_root_device = is_root_device
         self.rate_limiter = rate_limiter
+
+    @classmethod
+    def parse(cls, text: str, *, is_root_device: bool = False) -> FsConfig:
+        """From ``TAG=DIR[,ro][,cache=][,dax=][,threads=][,squash=UID:GID][,bps=][,iops=]``.
+
+        :raises ConfigError: it is something else
+        """
+        keys = ("cache", "dax", "threads", "squash", "bps", "iops")
+        first, found = parse_options("--share", text, ("ro",), keys, first=True)
+        tag, equals, path = first.partition("=")
+        if not equals:
+            raise ConfigError("--share", text, "must begin with TAG=DIRECTORY")
+        squash = None
+        if "squash" in found:
+            uid, _, gid = found["squash"].partition(":")
+            most = (1 << 32) - 2
+            squash = parse_count("squash", uid, 0, most), parse_count("squash", gid, 0, most)
+        return cls(
+            tag,
+            path,
+            read_only="ro" in found,
+            cache_policy=found.get("cache", "auto"),
+            dax=parse_size("dax", found.get("dax", "0")),
+            threads=parse_count("threads", found.get("threads", "1"), 1, MAX_FS_THREADS),
+            squash=squash,
+            is_root_device=is_root_device,
+            rate_limiter=RateLimiterConfig.per_second(found.get("bps"), found.get("iops")),
+        )
 
 
 class BalloonConfig:
@@ -408,6 +459,9 @@ class VmConfig:
         roots = [drive.is_root_device for drive in self.drives] + [share.is_root_device for share in self.shares]
         if sum(roots) > 1:
             raise ConfigError("drives", "", "only one can be the root device")
+        tags = [share.tag for share in self.shares]
+        if twice := [tag for tag in tags if tags.count(tag) > 1]:
+            raise ConfigError("share tag", twice[0], "must be another for each share")
 
     @property
     def full_cmdline(self) -> str:
@@ -416,4 +470,7 @@ class VmConfig:
         for place, drive in enumerate(self.drives):
             if drive.is_root_device and self.cmdline is None and "root=" not in self.append:
                 parts.append(f"root=/dev/vd{chr(ord('a') + place)} {'ro' if drive.is_read_only else 'rw'}")
+        for share in self.shares:
+            if share.is_root_device and self.cmdline is None and "root=" not in self.append:
+                parts.append(f"root={share.tag} rootfstype=virtiofs {'ro' if share.read_only else 'rw'}")
         return " ".join(part for part in (*parts, self.append) if part)

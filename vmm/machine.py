@@ -143,6 +143,18 @@ class Machine:
                     limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
                 )  # fmt: skip
                 devices.append(block)
+        if config.shares:
+            from virtio._limiter import RateLimiter
+            from virtio.fs import Fs
+
+            for place, share in enumerate(config.shares):
+                limits = share.rate_limiter
+                fs = Fs(
+                    share.tag, share.shared_dir, read_only=share.read_only, cache=share.cache_policy,
+                    threads=share.threads, squash=share.squash, name=f"virtio-fs{place}",
+                    limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
+                )  # fmt: skip
+                devices.append(self._owned(fs))
         for device in devices:
             device.poll_us = config.poll_us
         return devices
@@ -305,11 +317,6 @@ class Machine:
         if not self._started:
             return "Not started"
         return "Paused" if self._paused else "Running"
-
-    @property
-    def stats(self) -> dict[str, dict[str, int]]:
-        """Counters by virtio device, its transport's among them; read while it runs, so no two of one moment."""
-        return {each.device.name: {**each.device.stats, **each.stats} for each in self.virtio}
 
     def close(self) -> None:
         """End the VM and give everything back; idempotent."""

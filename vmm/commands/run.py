@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, DriveConfig, VmConfig
+from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, DriveConfig, FsConfig, VmConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 
@@ -28,6 +28,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--cpus", "N", 1, f"vCPUs, 1 to {MAX_VCPUS} (default: 1)"),
     ("--memory", "SIZE", "512M", "guest RAM, as 512M or 2G (default: 512M)"),
     ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
+    ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
     ("--poll", "US", 0, "microseconds that an idle device looks for work before it sleeps (default: 0)"),
     ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
     ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
@@ -50,6 +51,7 @@ class Arguments:
     cpus: int
     memory: str
     disk: list[str]
+    share: list[str]
     poll: int
     console: str
     kvm: str
@@ -72,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm run``."""
     add = parser.add_argument
     add("kernel", metavar="KERNEL", help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian")
-    add("rootfs", metavar="ROOTFS", nargs="?", help="raw image of the root file system; the first disk, /dev/vda")
+    add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, or dir:DIRECTORY")
     for option, metavar, default, text in OPTIONS:
         if metavar is None:
             names = ("-v", option) if option == "--verbose" else (option,)
@@ -139,7 +141,10 @@ def config_from(args: Arguments) -> VmConfig:
         elif any(offered["name"] == kernel for offered in images.available()):
             raise ConfigError("kernel", kernel, f"is not here yet; fetch it with: pyvmm pull {kernel}")
     drives = [DriveConfig.parse(text) for text in args.disk]
-    if rootfs is not None:
+    shares = [FsConfig.parse(text) for text in args.share]
+    if rootfs is not None and rootfs.startswith("dir:"):
+        shares.insert(0, FsConfig.parse(f"rootfs={rootfs.removeprefix('dir:')}", is_root_device=True))
+    elif rootfs is not None:
         root = DriveConfig.parse(rootfs)
         root.is_root_device = True
         drives.insert(0, root)
@@ -151,6 +156,7 @@ def config_from(args: Arguments) -> VmConfig:
         cpus=args.cpus,
         memory=args.memory,
         drives=drives,
+        shares=shares,
         poll_us=args.poll,
         console=args.console,
         kvm=args.kvm,
@@ -208,10 +214,6 @@ def _run(vm: Machine, *, verbose: bool) -> int:
     stop = vm.wait()
     assert stop is not None  # wait() without a time limit
     vm.close()
-    if verbose:
-        for name, counters in vm.stats.items():
-            counted = ", ".join(f"{what} {count}" for what, count in counters.items() if count)
-            print(f"pyvmm: {name}: {counted or 'idle'}", file=sys.stderr)
     if verbose or stop.reason not in (StopReason.POWEROFF, StopReason.GUEST_EXIT, StopReason.REQUESTED):
         print(f"pyvmm: guest ended: {stop}", file=sys.stderr)
     return stop.status
@@ -236,6 +238,9 @@ def describe(vm: Machine) -> str:
     for place, drive in enumerate(config.drives):
         mode = "read-only" if drive.is_read_only else "read-write"
         lines.append(f"disk     /dev/vd{chr(ord('a') + place)} {drive.path_on_host}, {mode}")
+    for share in config.shares:
+        mode = "read-only" if share.read_only else "read-write"
+        lines.append(f"share    {share.tag} {share.shared_dir}, {mode}")
     return "\n".join(lines)
 
 
@@ -257,6 +262,7 @@ def _run_in_lab(config: VmConfig) -> int:
     from vmm import lab
 
     written = [os.path.dirname(os.path.abspath(d.path_on_host)) for d in config.drives if not d.is_read_only]
+    written += [os.path.abspath(share.shared_dir) for share in config.shares if not share.read_only]
     if config.console.startswith("file:"):
         written.append(os.path.dirname(os.path.abspath(config.console.removeprefix("file:"))))
     argv = [word for word in sys.argv[1:] if word != "--lab"]

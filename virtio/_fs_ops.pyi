@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+def raise_descriptor_limit() -> int:
+    """Let this process have as many descriptors as the host allows it; how many that are."""
+
+class Share:
+    """What all threads of one share have in common."""
+
+    def __init__(
+        self,
+        root_fd: int,
+        proc_fd: int,
+        budget: int,
+        *,
+        read_only: bool,
+        writeback: bool,
+        valid: int,
+        direct_io: bool,
+        keep_cache: bool,
+        squash: tuple[int, int] | None,
+    ) -> None: ...
+    def clear(self) -> None:
+        """Forget what the guest was told: its driver is gone."""
+    @property
+    def nodes(self) -> int:
+        """Files that the guest knows of, the directory itself included."""
+    @property
+    def handles(self) -> int:
+        """Files and directories that the guest has open."""

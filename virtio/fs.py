@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file system device (§5.11): a directory of the host in the guest, served here, without a daemon."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from virtio import spec
+from virtio._fs import Backlog, FsHelper, FsWorker
+from virtio._fs_ops import Share, raise_descriptor_limit
+from virtio._limiter import RateLimiter
+from virtio.device import VirtioDevice
+from vmm.errors import ConfigError, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from virtio._worker import QueueWorker
+
+TAG_BYTES = 36
+MAX_THREADS = 32
+# So that a request of 256 pages, the most that Linux sends, fits with its headers.
+QUEUE_SIZE = 1024
+_CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
+# Descriptors that the rest of the process keeps, whatever guests do to their shares.
+_RESERVED_FDS = 512
+# Seconds that the guest may believe what it was told, by cache policy.
+_VALID = {"auto": 1, "always": 86400, "none": 0}
+
+
+class Fs(VirtioDevice):
+    """A virtio-fs device over a directory; owns the descriptors by which it is reached.
+
+    :param tag: what the guest mounts, 1 to 36 bytes
+    :param path: the directory; later changes of this path itself do not matter
+    :param read_only: nothing that the guest sends changes anything below the directory
+    :param cache: ``auto``: the guest believes what it was told for a second; ``always``: for a day, and it keeps
+        what it writes until it has to write it, so nobody else may change the files; ``none``: it asks each time
+    :param threads: request queues, each with a thread
+    :param squash: ``(uid, gid)`` of every access; needs root. None: as root the files that a guest's user makes are
+        that user's, otherwise every access is that of the VMM's own user
+    :param limiter: of the bytes read and written, and of READ and WRITE requests
+    :param name: of the threads
+    :raises ConfigError: a parameter, or the directory, cannot be used
+    """
+
+    device_type = spec.TYPE_FS
+
+    def __init__(
+        self,
+        tag: str,
+        path: str,
+        *,
+        read_only: bool = False,
+        cache: str = "auto",
+        threads: int = 1,
+        squash: tuple[int, int] | None = None,
+        limiter: RateLimiter | None = None,
+        name: str = "virtio-fs",
+    ) -> None:
+        super().__init__()
+        if not 0 < len(tag.encode()) <= TAG_BYTES:
+            raise ConfigError("share tag", tag, f"must have 1 to {TAG_BYTES} bytes")
+        if cache not in _VALID:
+            raise ConfigError("share cache", cache, f"must be one of {', '.join(_VALID)}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ConfigError("share threads", threads, f"must be 1 to {MAX_THREADS}")
+        if squash is not None and os.geteuid() != 0:
+            raise ConfigError("share squash", "{}:{}".format(*squash), "needs root; without, all is done as your user")
+        self.tag = tag
+        self.path = path
+        self.name = name
+        self.limiter = limiter or RateLimiter()
+        self.queue_sizes = (QUEUE_SIZE,) * (1 + threads)
+        self.config = _CONFIG.pack(tag.encode(), threads)
+        self._workers: list[FsWorker | FsHelper] = []
+        self._proc = -1
+        budget = raise_descriptor_limit() - _RESERVED_FDS
+        if budget < _RESERVED_FDS:
+            raise ConfigError("share", path, f"needs RLIMIT_NOFILE of {2 * _RESERVED_FDS} or more")
+        try:
+            root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError("share", path, f"cannot be used: {error.strerror}") from None
+        try:
+            # Held, so that a jail without /proc is as good.
+            self._proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(root)
+            raise HostError(error.errno or 0, "open /proc/self/fd") from None
+        self.share = Share(
+            root, self._proc, budget, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
+            direct_io=cache == "none", keep_cache=cache == "always", squash=squash,
+        )  # fmt: skip
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by name, with what the guest holds now."""
+        total = dict(self.counters)
+        for worker in self._workers:
+            for key, value in worker.stats.items():
+                total[key] = total.get(key, 0) + value
+        return total | {
+            "nodes": self.share.nodes,
+            "handles": self.share.handles,
+            "rate_limiter_throttled": self.limiter.throttled,
+        }
+
+    def make_workers(
+        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
+    ) -> Sequence[QueueWorker]:
+        """A thread a request queue, the first with the queue of forgets too, and as many helpers."""
+        backlog = Backlog(QUEUE_SIZE)
+        groups = [(0, 1), *((index,) for index in range(2, len(notify_fds)))]
+        for place, group in enumerate(groups):
+            fds = [notify_fds[index] for index in group]
+            name = f"{self.name}.{place}" if place else self.name
+            worker = FsWorker(self, group, fds, on_failure, self.share, backlog, name, self.limiter)
+            self._workers.append(worker)
+        for _ in groups:
+            self._workers.append(FsHelper(self, on_failure, self.share, backlog, f"{self.name}.slow"))
+        return tuple(self._workers)
+
+    def reset(self) -> None:
+        """Close what the guest had open and forget what it knew."""
+        self.share.clear()
+
+    def close(self) -> None:
+        """Give the descriptors back; idempotent. The transport is closed before."""
+        self.share.clear()
+        if self._proc >= 0:
+            os.close(self._proc)
+            self._proc = -1
