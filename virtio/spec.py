@@ -16,6 +16,7 @@ FAILED = 128
 # Device types, §5
 TYPE_NET = 1
 TYPE_BLOCK = 2
+TYPE_VSOCK = 19
 TYPE_FS = 26
 
 # Feature bits of the ring and the transport, §6, as masks
@@ -97,3 +98,21 @@ BLK_RANGE_UNMAP = 1
 # capacity; size_max, seg_max; cylinders, heads, sectors; blk_size; physical_block_exp, alignment_offset,
 # min_io_size, opt_io_size; writeback, unused, num_queues; discard and write-zeroes limits: 60 bytes
 BLK_CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+
+# Socket device, §5.10
+VSOCK_F_STREAM = 1 << 0
+
+VSOCK_CONFIG = struct.Struct("<Q")  # guest_cid
+# src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt: 44 bytes
+VSOCK_HEADER = struct.Struct("<QQIIIHHIII")
+VSOCK_HOST_CID = 2
+VSOCK_TYPE_STREAM = 1
+VSOCK_OP_REQUEST = 1
+VSOCK_OP_RESPONSE = 2
+VSOCK_OP_RST = 3
+VSOCK_OP_SHUTDOWN = 4
+VSOCK_OP_RW = 5
+VSOCK_OP_CREDIT_UPDATE = 6
+VSOCK_OP_CREDIT_REQUEST = 7
+VSOCK_SHUTDOWN_RCV = 1
+VSOCK_SHUTDOWN_SEND = 2

@@ -22,6 +22,7 @@ VERSION = "0.1.0"
 COMMANDS = {
     "run": "boot a kernel, with a shell on this terminal",
     "pull": "fetch a kernel and a root file system to run",
+    "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",
     "lab": "run a command on an emulated machine that has real KVM",
 }

@@ -19,6 +19,10 @@ MAX_QUEUES = 8
 MAX_FS_THREADS = 32
 MAX_POLL_US = 10_000
 MIN_MEMORY = 1 << 20
+# Those below and all ones are reserved (virtio 1.2 §5.10.4).
+MIN_CID = 3
+MAX_CID = 0xFFFF_FFFE
+MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
 DEFAULT_MEMORY = 512 << 20
 DEFAULT_EXIT_PORT = 0xF4
 # What a stock kernel needs to talk to us and to end: a console, a reset that we see, and no waiting after a panic.
@@ -245,14 +249,34 @@ class VsockConfig:
 
     :param guest_cid: of the guest, 3 to 2^32 - 2
     :param uds_path: the unix socket that host programs connect to; guest connections go to ``PATH_PORT``
+    :param vsock_id: its name in the API, where it means nothing
+    :raises ConfigError: a reserved CID, or a path that no unix socket can have
     """
 
     __slots__ = ("guest_cid", "uds_path", "vsock_id")
 
     def __init__(self, guest_cid: int, uds_path: str, *, vsock_id: str | None = None) -> None:
+        if not MIN_CID <= guest_cid <= MAX_CID:
+            raise ConfigError("guest_cid", guest_cid, f"must be a number from {MIN_CID} to {MAX_CID}")
+        if not uds_path or "\0" in uds_path:
+            raise ConfigError("uds_path", repr(uds_path), "must be the path of a unix socket")
+        if len(os.fsencode(uds_path)) > MAX_UDS_PATH:
+            raise ConfigError("uds_path", uds_path, f"must be at most {MAX_UDS_PATH} bytes long")
         self.guest_cid = guest_cid
-        self.uds_path = uds_path
+        self.uds_path = os.fspath(uds_path)
         self.vsock_id = vsock_id
+
+    @classmethod
+    def parse(cls, text: str) -> VsockConfig:
+        """From ``cid=N,uds=PATH``.
+
+        :raises ConfigError: it is something else
+        """
+        _, found = parse_options("--vsock", text, (), ("cid", "uds"))
+        for key in ("cid", "uds"):
+            if key not in found:
+                raise ConfigError("--vsock", text, f"lacks {key}=; give cid=N,uds=PATH")
+        return cls(parse_count("cid", found["cid"], MIN_CID, MAX_CID), found["uds"])
 
 
 class FsConfig:

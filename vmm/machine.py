@@ -155,6 +155,10 @@ class Machine:
                     limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
                 )  # fmt: skip
                 devices.append(self._owned(fs))
+        if config.vsock is not None:
+            from virtio.vsock import Listener, Vsock
+
+            devices.append(Vsock(self._owned(Listener(config.vsock.uds_path)), config.vsock.guest_cid))
         for device in devices:
             device.poll_us = config.poll_us
         return devices

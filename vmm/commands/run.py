@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, DriveConfig, FsConfig, VmConfig
+from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, DriveConfig, FsConfig, VmConfig, VsockConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 
@@ -29,6 +29,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--memory", "SIZE", "512M", "guest RAM, as 512M or 2G (default: 512M)"),
     ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
     ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
+    ("--vsock", "cid=N,uds=PATH", None, "sockets between host and guest (see pyvmm vsock)"),
     ("--poll", "US", 0, "microseconds that an idle device looks for work before it sleeps (default: 0)"),
     ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
     ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
@@ -52,6 +53,7 @@ class Arguments:
     memory: str
     disk: list[str]
     share: list[str]
+    vsock: str | None
     poll: int
     console: str
     kvm: str
@@ -157,6 +159,7 @@ def config_from(args: Arguments) -> VmConfig:
         memory=args.memory,
         drives=drives,
         shares=shares,
+        vsock=None if args.vsock is None else VsockConfig.parse(args.vsock),
         poll_us=args.poll,
         console=args.console,
         kvm=args.kvm,
@@ -241,6 +244,8 @@ def describe(vm: Machine) -> str:
     for share in config.shares:
         mode = "read-only" if share.read_only else "read-write"
         lines.append(f"share    {share.tag} {share.shared_dir}, {mode}")
+    if config.vsock is not None:
+        lines.append(f"vsock    CID {config.vsock.guest_cid}, {config.vsock.uds_path}")
     return "\n".join(lines)
 
 
@@ -261,6 +266,11 @@ def _refuse_linux_on_software_kvm(config: VmConfig) -> None:
 def _run_in_lab(config: VmConfig) -> int:
     from vmm import lab
 
+    if config.vsock is not None:
+        raise ConfigError(
+            "--vsock", config.vsock.uds_path,
+            "would be a socket inside the lab; run the VM and its clients there together: pyvmm lab -- COMMAND",
+        )  # fmt: skip
     written = [os.path.dirname(os.path.abspath(d.path_on_host)) for d in config.drives if not d.is_read_only]
     written += [os.path.abspath(share.shared_dir) for share in config.shares if not share.read_only]
     if config.console.startswith("file:"):

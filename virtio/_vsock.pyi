@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+from virtio._worker import QueueWorker
+
+COUNTERS: tuple[str, ...]
+
+class VsockWorker(QueueWorker):
+    """The thread of a :class:`virtio.vsock.Vsock`, from which it takes guest_cid and the listener."""
+
+    @property
+    def connections(self) -> int:
+        """How many there are, open or on their way in or out."""
+    @property
+    def counters(self) -> dict[str, int]:
+        """Everything counted since the device was made, by name."""

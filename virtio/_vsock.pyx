@@ -1,0 +1,1058 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The socket device's thread (§5.10): the guest's packets to unix sockets and back, without the GIL.
+
+Every connection is a `Conn` of a fixed pool, and its place there is its epoll token. Its descriptor is watched
+edge-triggered, so that what cannot go on now costs nothing: `readable` remembers that there may be data, `used` that
+guest data waits for room in the socket. What a connection has for the guest is a bit in `pending`, and it waits for
+its turn in one list: nobody can make that longer than the pool, and nobody is served twice before the others.
+"""
+import os
+
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memchr, memcpy, memset
+
+from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, QueueWorker
+from vmm._fastpath cimport QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, queue_add_used, queue_pop, queue_unpop
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <poll.h>
+    #include <time.h>
+    /* Guest memory into a local, once: the compiler may not look there again. */
+    static inline void copy_once(void *to, const void *from, size_t n) {
+        __builtin_memcpy(to, from, n);
+        __asm__ __volatile__("" : "+r"(to) : : "memory");
+    }
+    static inline uint64_t vsock_now(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    /* Whether the other end is closed, not only shut down for writing. */
+    static inline int hung_up(int fd) {
+        struct pollfd p = { .fd = fd, .events = 0 };
+        return poll(&p, 1, 0) > 0;
+    }
+    /* Whether the other end will write no more. */
+    static inline int shut_up(int fd) {
+        struct pollfd p = { .fd = fd, .events = POLLRDHUP };
+        return poll(&p, 1, 0) > 0;
+    }
+    static inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
+    """
+    void copy_once(void *to, const void *source, size_t n) noexcept nogil
+    uint64_t vsock_now() noexcept nogil
+    bint hung_up(int fd) noexcept nogil
+    bint shut_up(int fd) noexcept nogil
+    int lowest_bit(unsigned int bits) noexcept nogil
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct sockaddr:
+        pass
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    int socket(int domain, int kind, int protocol)
+    int connect(int fd, const sockaddr *address, unsigned int length)
+    int accept4(int fd, sockaddr *address, unsigned int *length, int flags)
+    int shutdown(int fd, int how)
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    ssize_t send(int fd, const void *data, size_t length, int flags)
+    ssize_t recv(int fd, void *data, size_t length, int flags)
+    enum: AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
+    enum: SHUT_RD_ "SHUT_RD"
+    enum: SHUT_WR_ "SHUT_WR"
+
+cdef extern from "<sys/un.h>" nogil:
+    struct sockaddr_un:
+        unsigned short sun_family
+        char[108] sun_path
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t readv(int fd, const iovec *iov, int count)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    enum: EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLET
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd_write(int fd, uint64_t value)
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+# <linux/virtio_vsock.h>, §5.10.6
+cdef enum:
+    OP_REQUEST = 1
+    OP_RESPONSE = 2
+    OP_RST = 3
+    OP_SHUTDOWN = 4
+    OP_RW = 5
+    OP_CREDIT_UPDATE = 6
+    OP_CREDIT_REQUEST = 7
+    TYPE_STREAM = 1
+    SHUT_RCV = 1                # the flags of SHUTDOWN: will not receive,
+    SHUT_SEND = 2               # will not send
+    SHUT_BOTH = 3
+    HOST_CID = 2
+    HEADER = 44
+
+cdef packed struct Header:
+    uint64_t src_cid
+    uint64_t dst_cid
+    uint32_t src_port
+    uint32_t dst_port
+    uint32_t len
+    uint16_t type
+    uint16_t op
+    uint32_t flags
+    uint32_t buf_alloc
+    uint32_t fwd_cnt
+
+cdef enum:
+    RX = 0                      # places of the queues, which are their numbers too (§5.10.2)
+    TX = 1
+    CONNECTIONS = 4096
+    BUCKETS = 8192
+    NONE = -1
+    TOKEN_LISTENER = 0x10000
+    MAX_PACKET = 65536          # payload of one packet, as Linux has it (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)
+    BUFFER = 262144             # what we grant the guest for each connection, bytes
+    TURN = 128                  # chains of one queue before the other sockets are looked at
+    BATCH = 16                  # chains that one readv fills
+    MAX_CHAIN = 256             # buffers of a chain: the size of its queue
+    IOV_MAX = 1024              # Linux UIO_MAXIOV
+    PUBLISH = 16                # chains returned between two looks at whether the driver sleeps
+    REPLIES = 256               # resets to packets that belong to no connection
+    LINE = 32                   # "CONNECT 4294967294\r\n" has 20
+    FIRST_HOST_PORT = 1 << 30
+    ACCEPTS = 64
+    SECOND = 1000000000
+    TICK = SECOND // 8
+
+cdef int64_t PORT_ANY = 4294967295      # VMADDR_PORT_ANY: nobody can listen there
+
+cdef enum State:
+    FREE = 0
+    GREETING                    # a host program, its CONNECT line is not here yet; no ports
+    CONNECTING                  # REQUEST is sent or pending
+    OPEN
+    CLOSING                     # no descriptor; the guest was told, its RST or the deadline ends it
+    KILLED                      # no descriptor; ends when RST is sent
+    LEAVING                     # the guest is done with it; no ports; what it sent is still to be written
+
+cdef struct Conn:
+    int fd                      # -1: none
+    State state
+    uint32_t pending            # 1 << OP_*: packets to send
+    uint32_t shut               # SHUT_*: what the guest was told; SEND: the host sent its last, RCV: it reads no more
+    uint32_t guest_shut         # SHUT_*: what the guest told
+    bint readable               # there may be data: the last read did not say EAGAIN
+    bint asked                  # CREDIT_REQUEST was sent since there was credit last
+    bint queued                 # is in the list of turns
+    bint entered                # has its ports in the hash table
+    uint32_t guest_port
+    uint32_t host_port
+    uint32_t peer_buf_alloc     # the guest's credit: free = peer_buf_alloc - (tx_cnt - peer_fwd_cnt)
+    uint32_t peer_fwd_cnt
+    uint32_t tx_cnt
+    uint32_t rx_cnt             # ours: free = BUFFER - (rx_cnt - fwd_cnt); the guest knows of fwd_sent
+    uint32_t fwd_cnt
+    uint32_t fwd_sent
+    uint8_t *buffer             # ring of BUFFER bytes; NULL while used is 0
+    uint32_t start
+    uint32_t used
+    uint32_t batch              # chains to try to fill at once
+    uint64_t deadline           # on the monotonic clock, ns; 0: none
+    int32_t hash_next
+    int32_t previous            # in the list of turns
+    int32_t next                # in it, or of the free ones
+
+cdef struct Reply:
+    uint64_t src_cid
+    uint32_t src_port
+    uint32_t dst_port
+    uint16_t type
+
+# What the loop counts, by name; plain words, read by Python at any time.
+COUNTERS = (
+    "packets_tx", "packets_rx", "bytes_tx", "bytes_rx", "opened_by_guest", "opened_by_host", "refused", "closed",
+    "resets_sent", "bad_requests", "bad_credit", "bad_lines", "timeouts", "full",
+)
+
+cdef struct Counters:
+    uint64_t packets_tx         # tx: guest to host
+    uint64_t packets_rx
+    uint64_t bytes_tx
+    uint64_t bytes_rx
+    uint64_t opened_by_guest
+    uint64_t opened_by_host
+    uint64_t refused            # no program behind the port, on either side
+    uint64_t closed
+    uint64_t resets_sent
+    uint64_t bad_requests
+    uint64_t bad_credit
+    uint64_t bad_lines
+    uint64_t timeouts
+    uint64_t full               # connections refused for want of a place or a descriptor
+
+
+cdef size_t gather(DescChain *chain, uint8_t *to, size_t size) noexcept nogil:
+    # The first bytes of the readable buffers, however they are cut (§2.7.4).
+    cdef size_t done = 0, n
+    cdef uint32_t i
+    for i in range(chain.n_readable):
+        n = min(chain.iov[i].iov_len, size - done)
+        copy_once(to + done, chain.iov[i].iov_base, n)
+        done += n
+        if done == size:
+            break
+    return done
+
+
+cdef uint32_t skip(iovec *iov, uint32_t count, size_t offset, size_t length) noexcept nogil:
+    # Make iov[0:count] what remains of it from offset, length bytes long; how many there are then. They hold enough.
+    cdef uint32_t i = 0, kept = 0
+    cdef uint8_t *base
+    cdef size_t n
+    while i < count and length:
+        n = iov[i].iov_len
+        if offset >= n:
+            offset -= n
+        else:
+            base = <uint8_t *>iov[i].iov_base
+            n = min(n - offset, length)
+            iov[kept].iov_base = base + offset
+            iov[kept].iov_len = n
+            length -= n
+            offset = 0
+            kept += 1
+        i += 1
+    return kept
+
+
+cdef void scatter(iovec *iov, const void *source, size_t size) noexcept nogil:
+    cdef const uint8_t *p = <const uint8_t *>source
+    cdef size_t n
+    while size:
+        n = min(iov.iov_len, size)
+        memcpy(iov.iov_base, p, n)
+        p += n
+        size -= n
+        iov += 1
+
+
+cdef int64_t parse_line(const char *line, size_t length) noexcept nogil:
+    # The port of "CONNECT port", any letter case; negative: it is something else.
+    cdef const char *verb = b"connect"
+    cdef size_t i
+    cdef int64_t port = 0
+    for i in range(7):
+        if i >= length or (line[i] | 0x20) != verb[i]:
+            return -1
+    i = 7
+    while i < length and line[i] == c" ":
+        i += 1
+    if i == 7 or i == length or not c"0" <= line[i] <= c"9":
+        return -1
+    while i < length and c"0" <= line[i] <= c"9":
+        if port < PORT_ANY:             # or enough digits would overflow it
+            port = port * 10 + (line[i] - c"0")
+        i += 1
+    if i < length and line[i] == c"\r":
+        i += 1
+    if i < length or port >= PORT_ANY:
+        return -1
+    return port
+
+
+cdef class VsockWorker(QueueWorker):
+    """The thread of a :class:`virtio.vsock.Vsock`, from which it takes guest_cid and the listener."""
+
+    cdef Conn *conns
+    cdef int32_t[BUCKETS] buckets
+    cdef int32_t free_head
+    cdef uint32_t fresh                 # conns from here on were never used
+    cdef uint32_t live
+    cdef int32_t turn_head
+    cdef int32_t turn_tail
+    cdef Reply[REPLIES] replies
+    cdef uint32_t reply_head
+    cdef uint32_t reply_count
+    cdef uint32_t deadlines             # conns that have one
+    cdef uint32_t last_port
+    cdef uint32_t unpublished
+    cdef bint tx_waits                  # until there is room in replies
+    cdef bint listening
+    cdef uint64_t guest_cid
+    cdef int listener
+    cdef int[2] notify
+    cdef bytes prefix                   # of guest-initiated connections' sockets
+    cdef const char *path
+    cdef Counters count
+    cdef uint64_t line_wait             # nanoseconds
+    cdef uint64_t guest_wait
+    cdef uint64_t host_wait
+    cdef iovec[BATCH * MAX_CHAIN] data_iov
+    cdef iovec[BATCH * HEADER] header_iov
+
+    def __cinit__(self, *args, **kwargs):
+        self.conns = <Conn *>calloc(CONNECTIONS, sizeof(Conn))
+        if self.conns == NULL:
+            raise MemoryError()
+
+    def __init__(self, device, indices, notify_fds, on_failure, name=None):
+        super().__init__(device, indices, notify_fds, on_failure, name)
+        if max(device.queue_sizes) > MAX_CHAIN:
+            raise ValueError(f"the queues have at most {MAX_CHAIN} entries")
+        self.notify = [notify_fds[RX], notify_fds[TX]]
+        self.guest_cid = device.guest_cid
+        self.listener = device.listener.fd
+        self.prefix = os.fsencode(device.listener.path)
+        self.path = self.prefix
+        self.last_port = FIRST_HOST_PORT - 1
+        self.forget()
+
+    def __dealloc__(self):
+        free(self.conns)
+
+    @property
+    def connections(self):
+        """How many there are, open or on their way in or out."""
+        return self.live
+
+    @property
+    def counters(self):
+        """Everything counted since the device was made, by name."""
+        cdef uint64_t *words = <uint64_t *>&self.count
+        return {name: words[i] for i, name in enumerate(COUNTERS)}
+
+    def begin(self):
+        """Let host programs in."""
+        self.line_wait, self.guest_wait, self.host_wait = (
+            int(seconds * SECOND) for seconds in (self.device.line_wait, self.device.guest_wait, self.device.host_wait))
+        self.listening = False
+        self.listen()
+
+    cdef void forget(self) noexcept nogil:
+        memset(self.conns, 0, self.fresh * sizeof(Conn))
+        memset(self.buckets, 0xff, sizeof(self.buckets))
+        self.free_head = self.turn_head = self.turn_tail = NONE
+        self.fresh = self.live = self.reply_head = self.reply_count = self.deadlines = self.unpublished = 0
+        self.tx_waits = False
+
+    cdef void finish(self) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.fresh):
+            if self.conns[i].state != FREE:
+                self.close_host(&self.conns[i])
+                self.count.closed += 1
+        self.forget()
+        self.unwatch(self.listener)
+        self.wake_after(0)
+
+    # What the worker calls
+
+    cdef int serve(self, uint32_t place) noexcept nogil:
+        if place == RX:
+            return self.serve_rx()
+        if place == TX:
+            return self.serve_tx()
+        return SERVE_STALLED            # no event to tell: its buffers stay where they are
+
+    cdef int event(self, uint32_t token) noexcept nogil:
+        if token == TOKEN_LISTENER:
+            self.accept_some()
+        elif token == TOKEN_TIMER:
+            self.tick()
+        elif token < self.fresh:
+            self.woken(&self.conns[token])
+        return self.run_rx()
+
+    cdef int run_rx(self) noexcept nogil:
+        if self.turn_head == NONE and self.reply_count == 0:
+            return 0
+        return self.run_queue(RX)
+
+    # Connections
+
+    cdef uint32_t bucket(self, uint32_t guest_port, uint32_t host_port) noexcept nogil:
+        return ((guest_port * <uint32_t>2654435761) ^ (host_port * <uint32_t>2246822519)) >> 19
+
+    cdef Conn *find(self, uint32_t guest_port, uint32_t host_port) noexcept nogil:
+        cdef int32_t i = self.buckets[self.bucket(guest_port, host_port)]
+        while i != NONE:
+            if self.conns[i].guest_port == guest_port and self.conns[i].host_port == host_port:
+                return &self.conns[i]
+            i = self.conns[i].hash_next
+        return NULL
+
+    cdef void enter(self, Conn *c, uint32_t guest_port, uint32_t host_port) noexcept nogil:
+        cdef int32_t *head = &self.buckets[self.bucket(guest_port, host_port)]
+        c.guest_port = guest_port
+        c.host_port = host_port
+        c.entered = True
+        c.hash_next = head[0]
+        head[0] = <int32_t>(c - self.conns)
+
+    cdef void leave(self, Conn *c) noexcept nogil:
+        # Its ports may be used again.
+        cdef int32_t *link = &self.buckets[self.bucket(c.guest_port, c.host_port)]
+        if not c.entered:
+            return
+        c.entered = False
+        while link[0] != <int32_t>(c - self.conns):
+            link = &self.conns[link[0]].hash_next
+        link[0] = c.hash_next
+
+    cdef Conn *make(self, int fd, State state) noexcept nogil:
+        # A place for fd, which is closed where there is none.
+        cdef Conn *c
+        cdef uint32_t i
+        if self.free_head != NONE:
+            i = <uint32_t>self.free_head
+            self.free_head = self.conns[i].next
+        elif self.fresh < CONNECTIONS:
+            i = self.fresh
+            self.fresh += 1
+        else:
+            self.count.full += 1
+            close(fd)
+            return NULL
+        c = &self.conns[i]
+        memset(c, 0, sizeof(Conn))
+        c.fd = fd
+        c.state = state
+        c.batch = 1
+        self.live += 1
+        if self.watch(fd, i, EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
+            self.count.full += 1
+            self.drop(c)
+            return NULL
+        return c
+
+    cdef void close_host(self, Conn *c) noexcept nogil:
+        # Its descriptor and what waits for it: closing takes it out of epoll.
+        if c.fd >= 0:
+            close(c.fd)
+        free(c.buffer)
+        c.fd = -1
+        c.buffer = NULL
+        c.used = 0
+        c.readable = False
+
+    cdef void drop(self, Conn *c) noexcept nogil:
+        # The end of every connection.
+        self.close_host(c)
+        self.leave(c)
+        if c.queued:
+            self.unqueue(c)
+        self.set_deadline(c, 0)
+        c.state = FREE
+        c.next = self.free_head
+        self.free_head = <int32_t>(c - self.conns)
+        self.live -= 1
+        self.count.closed += 1
+        self.listen()
+
+    cdef void kill(self, Conn *c) noexcept nogil:
+        # Reset it: the host program sees the end now, the guest when RST has its turn.
+        self.close_host(c)
+        self.set_deadline(c, 0)
+        c.state = KILLED
+        c.pending = 1 << OP_RST
+        self.wish(c)
+
+    cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil:
+        if c.deadline:
+            self.deadlines -= 1
+        c.deadline = 0
+        if nanoseconds:
+            c.deadline = vsock_now() + nanoseconds
+            if self.deadlines == 0:
+                self.wake_after(TICK)
+            self.deadlines += 1
+
+    cdef void tick(self) noexcept nogil:
+        cdef uint64_t now = vsock_now()
+        cdef uint32_t i
+        cdef Conn *c
+        self.listen()
+        for i in range(self.fresh):
+            c = &self.conns[i]
+            if c.state == FREE or c.deadline == 0 or c.deadline > now:
+                continue
+            self.count.timeouts += 1
+            if c.state == GREETING or c.state == LEAVING:
+                self.drop(c)
+            else:
+                self.kill(c)
+        if self.deadlines or not self.listening:
+            self.wake_after(TICK)
+
+    # Turns: what a connection has for the guest
+
+    cdef uint32_t credit(self, Conn *c) noexcept nogil:
+        # Payload bytes that the guest has room for (§5.10.6.3); a guest may have taken room away.
+        cdef uint32_t under_way = c.tx_cnt - c.peer_fwd_cnt
+        return c.peer_buf_alloc - under_way if c.peer_buf_alloc > under_way else 0
+
+    cdef bint has_data(self, Conn *c) noexcept nogil:
+        return c.readable and c.state == OPEN and not c.shut & SHUT_SEND and not c.guest_shut & SHUT_RCV
+
+    cdef void wish(self, Conn *c) noexcept nogil:
+        # Give it a turn, if it has something that can go now.
+        cdef bint data = self.has_data(c)
+        cdef int32_t i = <int32_t>(c - self.conns)
+        if data and self.credit(c) == 0:
+            data = False
+            if not c.asked:
+                c.asked = True
+                c.pending |= 1 << OP_CREDIT_REQUEST
+        if c.queued or not (data or c.pending):
+            return
+        c.queued = True
+        c.next = NONE
+        c.previous = self.turn_tail
+        if self.turn_tail == NONE:
+            self.turn_head = i
+        else:
+            self.conns[self.turn_tail].next = i
+        self.turn_tail = i
+
+    cdef void unqueue(self, Conn *c) noexcept nogil:
+        c.queued = False
+        if c.previous == NONE:
+            self.turn_head = c.next
+        else:
+            self.conns[c.previous].next = c.next
+        if c.next == NONE:
+            self.turn_tail = c.previous
+        else:
+            self.conns[c.next].previous = c.previous
+
+    cdef int serve_rx(self) noexcept nogil:
+        cdef uint64_t end = self.count.packets_rx + TURN
+        cdef int status = QUEUE_CHAIN
+        if self.rings[RX].size == 0:
+            return SERVE_STALLED
+        while status == QUEUE_CHAIN and (self.reply_count or self.turn_head != NONE):
+            if self.count.packets_rx >= end:
+                eventfd_write(self.notify[RX], 1)       # go on after the others
+                break
+            if self.reply_count:
+                status = self.send_reply()
+            if status == QUEUE_CHAIN and self.turn_head != NONE:
+                status = self.turn(&self.conns[self.turn_head])
+        self.publish(RX)
+        self.unpublished = 0
+        if self.tx_waits and self.reply_count < REPLIES:
+            self.tx_waits = False
+            eventfd_write(self.notify[TX], 1)
+        # No buffers left: the driver is to tell when there are. Nothing left to say: a socket will.
+        return SERVE_STALLED if status == QUEUE_CHAIN else status
+
+    cdef int turn(self, Conn *c) noexcept nogil:
+        cdef int status
+        while c.pending:
+            status = self.send_control(c, <uint16_t>lowest_bit(c.pending))
+            if status != QUEUE_CHAIN:
+                return status
+            if c.state == FREE:
+                return QUEUE_CHAIN
+        if self.has_data(c) and self.credit(c):
+            status = self.send_data(c)
+            if status != QUEUE_CHAIN:
+                return status
+        self.unqueue(c)
+        self.wish(c)
+        return QUEUE_CHAIN
+
+    cdef int rx_chain(self, uint64_t size) noexcept nogil:
+        # The next chain with room for size bytes. One without is no use: it goes back empty.
+        cdef DescChain *chain = self.chains[RX]
+        cdef int status, _
+        for _ in range(TURN):           # a driver could make bad ones as fast as this finds them
+            status = queue_pop(self.rings[RX], self.ram, chain)
+            if status != QUEUE_CHAIN or chain.writable_bytes >= size:
+                return status
+            self.count.bad_requests += 1
+            self.give(chain.head, 0)
+        return QUEUE_EMPTY
+
+    cdef void give(self, uint16_t head, uint32_t written) noexcept nogil:
+        queue_add_used(self.rings[RX], head, written)
+        self.count.packets_rx += 1
+        self.unpublished += 1
+        if self.unpublished >= PUBLISH:
+            self.unpublished = 0
+            self.publish(RX)
+
+    cdef void fill(self, Header *h, Conn *c, uint16_t op) noexcept nogil:
+        # Every packet carries our credit, so that none is needed for it alone.
+        h.src_cid = HOST_CID
+        h.dst_cid = self.guest_cid
+        h.src_port = c.host_port
+        h.dst_port = c.guest_port
+        h.len = 0
+        h.type = TYPE_STREAM
+        h.op = op
+        h.flags = c.shut if op == OP_SHUTDOWN else 0
+        h.buf_alloc = BUFFER
+        h.fwd_cnt = c.fwd_sent = c.fwd_cnt
+        c.pending &= ~(<uint32_t>1 << OP_CREDIT_UPDATE)
+
+    cdef int send_control(self, Conn *c, uint16_t op) noexcept nogil:
+        cdef DescChain *chain = self.chains[RX]
+        cdef Header h
+        cdef int status = self.rx_chain(HEADER)
+        if status != QUEUE_CHAIN:
+            return status
+        self.fill(&h, c, op)
+        c.pending &= ~(<uint32_t>1 << op)
+        scatter(chain.iov + chain.n_readable, &h, HEADER)
+        self.give(chain.head, HEADER)
+        if op == OP_RST:
+            self.count.resets_sent += 1
+            self.drop(c)
+        return QUEUE_CHAIN
+
+    cdef int send_reply(self) noexcept nogil:
+        cdef DescChain *chain = self.chains[RX]
+        cdef Reply *r = &self.replies[self.reply_head]
+        cdef Header h
+        cdef int status = self.rx_chain(HEADER)
+        if status != QUEUE_CHAIN:
+            return status
+        memset(&h, 0, HEADER)
+        h.src_cid, h.dst_cid = r.src_cid, self.guest_cid
+        h.src_port, h.dst_port = r.src_port, r.dst_port
+        h.type, h.op = r.type, OP_RST
+        scatter(chain.iov + chain.n_readable, &h, HEADER)
+        self.give(chain.head, HEADER)
+        self.count.resets_sent += 1
+        self.reply_head = (self.reply_head + 1) % REPLIES
+        self.reply_count -= 1
+        return QUEUE_CHAIN
+
+    cdef int send_data(self, Conn *c) noexcept nogil:
+        # One readv from the socket into the buffers of several packets, each behind the header that it will get.
+        cdef uint16_t[BATCH] heads
+        cdef uint32_t[BATCH] headers            # first header_iov of each packet
+        cdef size_t[BATCH] rooms
+        cdef DescChain *chain = self.chains[RX]
+        cdef iovec *iov
+        cdef Header h
+        cdef size_t want = min(self.credit(c), <uint32_t>MAX_PACKET), room = 0, n
+        cdef uint32_t packets = 0, data = 0, header = 0, i, pieces
+        cdef ssize_t got
+        cdef int status = QUEUE_CHAIN, failure
+        while packets < c.batch and room < want:
+            status = queue_pop(self.rings[RX], self.ram, chain) if packets else self.rx_chain(HEADER + 1)
+            if status != QUEUE_CHAIN:
+                break
+            if chain.writable_bytes <= HEADER:
+                # To be returned empty, but not between others that may still have to be put back.
+                queue_unpop(self.rings[RX])
+                break
+            iov = chain.iov + chain.n_readable
+            heads[packets] = chain.head
+            headers[packets] = header
+            n = 0
+            i = 0
+            while n < HEADER:
+                self.header_iov[header] = iov[i]
+                n += iov[i].iov_len
+                header += 1
+                i += 1
+            n = min(chain.writable_bytes - HEADER, want - room)
+            pieces = skip(iov, chain.n_writable, HEADER, n)
+            memcpy(&self.data_iov[data], iov, pieces * sizeof(iovec))
+            data += pieces
+            rooms[packets] = n
+            room += n
+            packets += 1
+        if status < 0 or packets == 0:
+            return status
+        got = readv(c.fd, self.data_iov, <int>min(data, <uint32_t>IOV_MAX))
+        failure = errno if got < 0 else 0
+        n = 0
+        i = 0
+        while i < packets and got > 0:
+            n = min(rooms[i], <size_t>got)
+            self.fill(&h, c, OP_RW)
+            h.len = <uint32_t>n
+            scatter(&self.header_iov[headers[i]], &h, HEADER)
+            self.give(heads[i], HEADER + h.len)
+            c.tx_cnt += h.len
+            self.count.bytes_rx += n
+            got -= <ssize_t>n
+            i += 1
+        # Double what was enough to fill, or one more than was needed.
+        c.batch = min(c.batch * 2, <uint32_t>BATCH) if i == packets and n == rooms[i - 1] \
+            else min(i + 1, <uint32_t>BATCH)
+        if i == 0:
+            if failure == EAGAIN:
+                c.readable = False
+            elif failure != EINTR:
+                # Its last byte was read, or it is gone.
+                self.tell_shut(c, SHUT_BOTH if failure or hung_up(c.fd) else SHUT_SEND)
+        while i < packets:
+            queue_unpop(self.rings[RX])
+            i += 1
+        return QUEUE_CHAIN
+
+    # The host's side
+
+    cdef void listen(self) noexcept nogil:
+        if not self.listening and not self.stopping():
+            self.listening = self.watch(self.listener, TOKEN_LISTENER, EPOLLIN) == 0
+
+    cdef void accept_some(self) noexcept nogil:
+        cdef int fd, _
+        cdef Conn *c
+        for _ in range(ACCEPTS):
+            fd = accept4(self.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+            if fd < 0:
+                if errno == EINTR or errno == ECONNABORTED:
+                    continue
+                if errno != EAGAIN:
+                    # No descriptor left: what waits there would wake us again and again. drop() or tick() looks again.
+                    self.count.full += 1
+                    self.unwatch(self.listener)
+                    self.listening = False
+                    self.wake_after(TICK)
+                return
+            c = self.make(fd, GREETING)
+            if c != NULL:
+                self.set_deadline(c, self.line_wait)
+                self.greeted(c)
+
+    cdef void greeted(self, Conn *c) noexcept nogil:
+        # Look for the CONNECT line, and take no byte more than it: what follows is the guest's.
+        cdef char[LINE] line
+        cdef ssize_t n = recv(c.fd, line, LINE, MSG_PEEK)
+        cdef const char *end
+        cdef int64_t port
+        if n <= 0:
+            if n == 0 or (errno != EAGAIN and errno != EINTR):
+                self.drop(c)
+            return
+        end = <const char *>memchr(line, 10, <size_t>n)
+        if end == NULL and n < LINE and not shut_up(c.fd):
+            return                      # the rest is on its way
+        port = parse_line(line, <size_t>(end - line)) if end != NULL else -1
+        if port < 0 or recv(c.fd, line, <size_t>(end - line) + 1, 0) != end - line + 1:
+            self.count.bad_lines += 1
+            self.drop(c)
+            return
+        while True:
+            self.last_port = FIRST_HOST_PORT | ((self.last_port + 1) & (FIRST_HOST_PORT - 1))
+            if self.find(<uint32_t>port, self.last_port) == NULL:
+                break
+        self.enter(c, <uint32_t>port, self.last_port)
+        c.state = CONNECTING
+        c.pending = 1 << OP_REQUEST
+        self.set_deadline(c, self.guest_wait)
+        self.wish(c)
+
+    cdef void woken(self, Conn *c) noexcept nogil:
+        # An event of its descriptor, maybe of one that had its place before: only a hint.
+        if c.fd < 0:
+            return
+        if c.state == GREETING:
+            self.greeted(c)
+            return
+        if c.used:
+            self.flush(c)
+        if c.state == OPEN:
+            c.readable = True
+            # Closed altogether, which nobody would find out by reading.
+            if (c.shut & SHUT_SEND or c.guest_shut & SHUT_RCV) and hung_up(c.fd):
+                self.tell_shut(c, SHUT_BOTH)
+            self.wish(c)
+        elif c.state == CONNECTING:
+            c.readable = True
+            if hung_up(c.fd):
+                self.kill(c)
+
+    cdef void tell_shut(self, Conn *c, uint32_t flags) noexcept nogil:
+        if c.shut | flags == c.shut:
+            return
+        c.shut |= flags
+        c.pending |= 1 << OP_SHUTDOWN
+        if c.shut == SHUT_BOTH:
+            self.close_host(c)
+            c.state = CLOSING
+            self.set_deadline(c, self.guest_wait)
+
+    cdef void host_broke(self, Conn *c) noexcept nogil:
+        # The host program reads no more. What it sent before is still for the guest.
+        c.fwd_cnt += c.used
+        free(c.buffer)
+        c.buffer = NULL
+        c.used = 0
+        if c.state == LEAVING:
+            self.drop(c)
+        else:
+            self.tell_shut(c, SHUT_RCV)
+            self.wish(c)
+
+    cdef ssize_t write(self, Conn *c, iovec *iov, size_t count) noexcept nogil:
+        # Bytes that the socket took; -1: it takes no more for ever.
+        cdef msghdr message
+        cdef ssize_t n
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = iov
+        message.msg_iovlen = count
+        n = sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < 0 and (errno == EAGAIN or errno == EINTR):
+            return 0
+        return n
+
+    cdef void flush(self, Conn *c) noexcept nogil:
+        cdef iovec[2] iov
+        cdef uint32_t first
+        cdef ssize_t n = 1
+        while c.used and n > 0:
+            first = min(c.used, <uint32_t>BUFFER - c.start)
+            iov[0].iov_base = c.buffer + c.start
+            iov[0].iov_len = first
+            iov[1].iov_base = c.buffer
+            iov[1].iov_len = c.used - first
+            n = self.write(c, iov, 2)
+            if n < 0:
+                self.host_broke(c)
+                return
+            c.start = (c.start + <uint32_t>n) % <uint32_t>BUFFER
+            c.used -= <uint32_t>n
+            self.forwarded(c, <uint32_t>n)
+            if n and c.state == LEAVING:
+                self.set_deadline(c, self.host_wait)
+        if c.used:
+            return
+        free(c.buffer)
+        c.buffer = NULL
+        if c.state == LEAVING:
+            self.drop(c)
+            return
+        self.watch(c.fd, <uint32_t>(c - self.conns), EPOLLIN | EPOLLRDHUP | EPOLLET)
+        if c.guest_shut & SHUT_SEND:
+            shutdown(c.fd, SHUT_WR_)
+
+    cdef void forwarded(self, Conn *c, uint32_t n) noexcept nogil:
+        c.fwd_cnt += n
+        if c.state == OPEN and c.fwd_cnt - c.fwd_sent >= BUFFER // 2:
+            c.pending |= 1 << OP_CREDIT_UPDATE
+            self.wish(c)
+
+    # The guest's side
+
+    cdef int serve_tx(self) noexcept nogil:
+        cdef DescChain *chain = self.chains[TX]
+        cdef int status = QUEUE_EMPTY, taken = 0
+        while taken < TURN and self.reply_count < REPLIES:
+            status = queue_pop(self.rings[TX], self.ram, chain)
+            if status != QUEUE_CHAIN:
+                break
+            self.packet(chain)
+            queue_add_used(self.rings[TX], chain.head, 0)
+            taken += 1
+            if taken % PUBLISH == 0:
+                self.publish(TX)
+        self.publish(TX)
+        if status < 0:
+            return status
+        if self.reply_count == REPLIES:
+            # §5.10.6.1.2: a guest that asks and takes no answers has to wait.
+            self.tx_waits = True
+            status = SERVE_STALLED
+        elif taken == TURN:
+            eventfd_write(self.notify[TX], 1)           # go on after the others
+            status = SERVE_STALLED
+        else:
+            status = SERVE_EMPTY
+        taken = self.run_rx()
+        return taken if taken < 0 else status
+
+    cdef void reply_reset(self, Header *h) noexcept nogil:
+        # serve_tx sees to it that there is room.
+        cdef Reply *r
+        if h.op == OP_RST:
+            return
+        r = &self.replies[(self.reply_head + self.reply_count) % REPLIES]
+        r.src_cid, r.src_port, r.dst_port, r.type = h.dst_cid, h.dst_port, h.src_port, h.type
+        self.reply_count += 1
+
+    cdef void packet(self, DescChain *chain) noexcept nogil:
+        cdef Header h
+        cdef Conn *c
+        self.count.packets_tx += 1
+        if gather(chain, <uint8_t *>&h, HEADER) < HEADER or h.src_cid != self.guest_cid:
+            self.count.bad_requests += 1
+            return
+        if h.dst_cid != HOST_CID or h.type != TYPE_STREAM:
+            self.count.bad_requests += 1
+            self.reply_reset(&h)
+            return
+        c = self.find(h.src_port, h.dst_port)
+        if h.len > MAX_PACKET or h.len > chain.readable_bytes - HEADER:
+            # Bytes of the stream are lost, so it cannot go on.
+            self.count.bad_requests += 1
+            if c == NULL:
+                self.reply_reset(&h)
+            elif c.state != KILLED:
+                self.kill(c)
+        elif c == NULL:
+            if h.op == OP_REQUEST:
+                self.open(&h)
+            else:
+                self.reply_reset(&h)
+        elif h.op == OP_RST:
+            self.guest_left(c)
+        elif c.state != KILLED:
+            self.known(c, &h, chain)
+
+    cdef void known(self, Conn *c, Header *h, DescChain *chain) noexcept nogil:
+        # A packet of a connection, which may be ending.
+        if not self.credited(c, h):
+            self.kill(c)
+        elif h.op == OP_RESPONSE and c.state == CONNECTING:
+            self.accepted(c)
+        elif c.state == CONNECTING or not OP_SHUTDOWN <= h.op <= OP_CREDIT_REQUEST:
+            self.count.bad_requests += 1
+            self.kill(c)
+        elif h.op == OP_RW:
+            self.data(c, h, chain)
+        elif h.op == OP_SHUTDOWN:
+            self.guest_shuts(c, h.flags & SHUT_BOTH)
+        elif h.op == OP_CREDIT_REQUEST:
+            c.pending |= 1 << OP_CREDIT_UPDATE
+        if c.state != FREE and c.state != LEAVING:
+            self.wish(c)
+
+    cdef bint credited(self, Conn *c, Header *h) noexcept nogil:
+        # Take the credit that every packet carries; False: it confirms what was never sent.
+        cdef uint32_t under_way = c.tx_cnt - h.fwd_cnt
+        if under_way > c.tx_cnt - c.peer_fwd_cnt:
+            self.count.bad_credit += 1
+            # Older than what we know: not an increase, whatever it is.
+            return under_way < <uint32_t>1 << 31
+        c.peer_buf_alloc = h.buf_alloc
+        c.peer_fwd_cnt = h.fwd_cnt
+        if self.credit(c):
+            c.asked = False
+        return True
+
+    cdef void open(self, Header *h) noexcept nogil:
+        cdef sockaddr_un address
+        cdef Conn *c
+        cdef int length, fd
+        address.sun_family = AF_UNIX
+        length = snprintf(address.sun_path, sizeof(address.sun_path), "%s_%u", self.path, h.dst_port)
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+        if fd < 0 or length >= <int>sizeof(address.sun_path) \
+                or connect(fd, <sockaddr *>&address, sizeof(address)) < 0:
+            if fd < 0:
+                self.count.full += 1
+            else:
+                close(fd)
+                self.count.refused += 1
+            self.reply_reset(h)
+            return
+        c = self.make(fd, OPEN)
+        if c == NULL:
+            self.reply_reset(h)
+            return
+        self.count.opened_by_guest += 1
+        self.enter(c, h.src_port, h.dst_port)
+        c.peer_buf_alloc = h.buf_alloc
+        c.pending = 1 << OP_RESPONSE
+        self.wish(c)
+
+    cdef void accepted(self, Conn *c) noexcept nogil:
+        # The guest answered the CONNECT of a host program.
+        cdef char[LINE] line
+        cdef int n = snprintf(line, LINE, "OK %u\n", c.host_port)
+        self.set_deadline(c, 0)
+        c.state = OPEN
+        c.readable = True
+        self.count.opened_by_host += 1
+        if send(c.fd, line, <size_t>n, MSG_DONTWAIT | MSG_NOSIGNAL) != n:
+            self.kill(c)
+
+    cdef void data(self, Conn *c, Header *h, DescChain *chain) noexcept nogil:
+        cdef ssize_t n = 0
+        cdef uint32_t count, at, room
+        cdef size_t i
+        if c.guest_shut & SHUT_SEND or c.rx_cnt - c.fwd_sent + h.len > BUFFER:
+            self.count.bad_credit += 1
+            self.kill(c)
+            return
+        self.count.bytes_tx += h.len
+        c.rx_cnt += h.len
+        if c.fd < 0 or c.shut & SHUT_RCV:
+            c.fwd_cnt += h.len          # nobody reads it any more
+            return
+        count = skip(chain.iov, chain.n_readable, HEADER, h.len)
+        if c.used == 0 and count:
+            n = self.write(c, chain.iov, count)
+            if n < 0:
+                c.fwd_cnt += h.len
+                self.host_broke(c)
+                return
+            self.forwarded(c, <uint32_t>n)
+        if <uint32_t>n == h.len:
+            return
+        if c.buffer == NULL:
+            c.buffer = <uint8_t *>malloc(BUFFER)
+            c.start = 0
+            if c.buffer == NULL or self.watch(
+                    c.fd, <uint32_t>(c - self.conns), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
+                self.kill(c)
+                return
+        count = skip(chain.iov, count, <size_t>n, h.len - <size_t>n)
+        for i in range(count):
+            at = (c.start + c.used) % <uint32_t>BUFFER
+            room = min(<uint32_t>chain.iov[i].iov_len, <uint32_t>BUFFER - at)
+            memcpy(c.buffer + at, chain.iov[i].iov_base, room)
+            memcpy(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
+            c.used += <uint32_t>chain.iov[i].iov_len
+
+    cdef void guest_shuts(self, Conn *c, uint32_t flags) noexcept nogil:
+        cdef uint32_t fresh = flags & ~c.guest_shut
+        cdef Header h
+        c.guest_shut |= flags           # never taken back (§5.10.6.6)
+        if c.guest_shut == SHUT_BOTH:
+            # RST is the answer, after which the guest may use its port again.
+            h.src_port, h.dst_port, h.dst_cid = c.guest_port, c.host_port, HOST_CID
+            h.type, h.op = TYPE_STREAM, OP_SHUTDOWN
+            self.reply_reset(&h)
+            self.guest_left(c)
+            return
+        if c.fd < 0:
+            return
+        if fresh & SHUT_RCV:
+            shutdown(c.fd, SHUT_RD_)
+        if fresh & SHUT_SEND and c.used == 0:
+            shutdown(c.fd, SHUT_WR_)
+
+    cdef void guest_left(self, Conn *c) noexcept nogil:
+        # The guest knows it no more. What it sent before is still for the host program, if that goes on reading.
+        if c.state == CONNECTING:
+            self.count.refused += 1
+        if c.used == 0 or c.state != OPEN:
+            self.drop(c)
+            return
+        self.leave(c)
+        if c.queued:
+            self.unqueue(c)
+        c.state = LEAVING
+        c.pending = 0
+        self.set_deadline(c, self.host_wait)

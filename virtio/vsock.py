@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The socket device (§5.10): unix sockets of the host on one side, AF_VSOCK of the guest on the other.
+
+The hybrid scheme of Firecracker and its kin: a host program connects to the unix socket PATH and says
+``CONNECT port\\n``; what the guest connects to, port P of CID 2, is the unix socket ``PATH_P``. What moves the bytes is
+``virtio/_vsock.pyx``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+
+from virtio import spec
+from virtio._vsock import VsockWorker
+from virtio.device import VirtioDevice
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+QUEUE_SIZE = 256
+MAX_CONNECTIONS = 4096
+_BACKLOG = 1024
+_SPARE_DESCRIPTORS = 1024  # for all that the rest of the VM and its API clients open
+
+
+class Listener:
+    """The unix socket that host programs connect to, listening, and its file, removed by ``close``.
+
+    :param path: a file that a VM left behind is replaced
+    :raises ConfigError: somebody listens there, something else is there, or it cannot be made
+
+    Source: Linux unix(7).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: tuple[int, int] | None = None
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._clear()
+            self._socket.bind(path)
+            status = os.lstat(path)
+            self._file = status.st_dev, status.st_ino
+            self._socket.listen(_BACKLOG)
+        except (OSError, ValueError) as error:
+            self.close()
+            if isinstance(error, ConfigError):
+                raise
+            # An over-long path and one with a NUL are Python's own messages.
+            problem = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+            raise ConfigError("vsock uds_path", path, f"cannot be made: {problem}") from None
+
+    @property
+    def fd(self) -> int:
+        """The listening descriptor; owned by this object."""
+        return self._socket.fileno()
+
+    def _clear(self) -> None:
+        """Remove a socket file that nobody listens on any more."""
+        try:
+            mode = os.lstat(self.path).st_mode
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(mode):
+            raise ConfigError("vsock uds_path", self.path, "is there and is not a socket; give a path that is free")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+            answer = probe.connect_ex(self.path)
+        if answer == errno.ECONNREFUSED:
+            os.unlink(self.path)
+        elif answer != errno.ENOENT:  # 0, or EAGAIN: its backlog is full
+            raise ConfigError("vsock uds_path", self.path, "is in use by another program; give a path that is free")
+
+    def close(self) -> None:
+        """Stop listening and remove the file, if it is still ours; idempotent."""
+        self._socket.close()
+        if self._file is None:
+            return
+        try:
+            status = os.lstat(self.path)
+            if (status.st_dev, status.st_ino) == self._file:
+                os.unlink(self.path)
+        except OSError:
+            pass  # gone already, or its directory is
+        self._file = None
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open a descriptor for each of MAX_CONNECTIONS, as far as its hard limit allows."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + _SPARE_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class Vsock(VirtioDevice):
+    """A virtio socket device.
+
+    :param listener: where host programs come in; not owned
+    :param guest_cid: 3 to 2^32 - 2
+    :param name: of the worker's thread
+
+    :ivar line_wait: seconds that a host program has for its CONNECT line
+    :ivar guest_wait: seconds that the guest has to answer a connection's beginning or end
+    :ivar host_wait: seconds in which a host program must read something of what a closed connection has left
+    :ivar connections: how many there are, open or on their way in or out
+
+    Until a driver is there host programs wait in the listener's backlog. When it goes, every connection is closed.
+    """
+
+    device_type = spec.TYPE_VSOCK
+    queue_sizes = (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE)  # rx, tx, event
+    features = spec.VSOCK_F_STREAM
+    line_wait: float = 60
+    guest_wait: float = 10
+    host_wait: float = 30
+
+    def __init__(self, listener: Listener, guest_cid: int, *, name: str = "virtio-vsock") -> None:
+        super().__init__()
+        self.name = name
+        self.listener = listener
+        self.guest_cid = guest_cid
+        self.config = spec.VSOCK_CONFIG.pack(guest_cid)
+        self._worker: VsockWorker | None = None
+        raise_descriptor_limit()
+
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[VsockWorker]:
+        """One thread for all three queues and every connection."""
+        self._worker = VsockWorker(self, range(len(notify_fds)), notify_fds, on_failure)
+        return [self._worker]
+
+    @property
+    def connections(self) -> int:
+        """Connections there are now, open or on their way in or out."""
+        return self._worker.connections if self._worker else 0
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by name."""
+        return self.counters | (self._worker.counters if self._worker else {})

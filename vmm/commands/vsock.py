@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm vsock``: standard input and output to a port of a guest, by the VM's unix socket."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+
+from vmm.config import parse_count
+from vmm.errors import ConfigError, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+MAX_PORT = 0xFFFF_FFFE
+_LINE = 32  # bytes of the longest answer, "OK 4294967294\n", and some more
+_CHUNK = 1 << 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``pyvmm vsock``."""
+    parser.add_argument("path", metavar="PATH", help="the unix socket of the VM: uds= of its --vsock")
+    parser.add_argument(
+        "port", metavar="PORT", help=f"the port that a program of the guest listens on, 0 to {MAX_PORT}"
+    )
+
+
+def connect(path: str, port: int) -> socket.socket:
+    """Connect to a guest's `port` by the unix socket `path` of its VM.
+
+    :raises ConfigError: there is no such socket
+    :raises HostError: no VM listens there, or nobody in the guest listens on the port
+    """
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        stream.connect(path)
+        stream.sendall(b"CONNECT %d\n" % port)
+        answer = b""
+        # Byte by byte: what follows the line is the guest's.
+        while not answer.endswith(b"\n") and len(answer) < _LINE and (byte := stream.recv(1)):
+            answer += byte
+    except (FileNotFoundError, NotADirectoryError):
+        stream.close()
+        raise ConfigError("PATH", path, "is not there; it is the uds= of a running VM's --vsock") from None
+    except OSError as error:
+        stream.close()
+        if str(error).startswith("AF_UNIX path"):
+            raise ConfigError("PATH", path, "is too long for a unix socket") from None
+        raise HostError(error.errno or 0, "connect to", path) from None
+    if not answer.startswith(b"OK "):
+        stream.close()
+        raise HostError(errno.ECONNREFUSED, f"connect to port {port} of the guest behind", path)
+    return stream
+
+
+def bridge(stream: socket.socket, source: int, sink: int) -> None:
+    """Copy `source` to `stream` and `stream` to `sink`, until the guest ends its side.
+
+    The end of `source` is passed on as the end of our side only; what the guest still says comes through. A guest that
+    does not read holds up `source` and nothing else.
+
+    :raises OSError: `sink` cannot be written, or `source` not read
+    """
+    stream.setblocking(False)
+    waiting = b""  # of source, for the guest
+    more = True  # source has not ended, and the guest reads
+    while True:
+        poll = select.poll()
+        poll.register(stream, select.POLLIN | (select.POLLOUT if waiting else 0))
+        if more and not waiting:
+            poll.register(source, select.POLLIN)
+        ready = dict(poll.poll())
+        if source in ready:
+            waiting = os.read(source, _CHUNK)
+            more = bool(waiting)
+            if not more:
+                stream.shutdown(socket.SHUT_WR)
+        if waiting:
+            try:
+                waiting = waiting[stream.send(waiting) :]
+            except BlockingIOError:
+                pass
+            except (BrokenPipeError, ConnectionResetError):
+                waiting, more = b"", False  # the guest reads no more; it may still say something
+        if stream.fileno() in ready:
+            try:
+                data = stream.recv(_CHUNK)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                return
+            if not data:
+                return
+            while data:
+                data = data[os.write(sink, data) :]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Connect and copy; 0 once the guest has ended the connection."""
+    port = parse_count("PORT", args.port, 0, MAX_PORT)
+    with connect(args.path, port) as stream:
+        bridge(stream, 0, 1)
+    return 0
