@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd) setup.py pyproject.toml
 
-.PHONY: install demo test check bench bench-peers debug clean distclean system-packages
+.PHONY: install demo test check bench bench-peers debug asan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -47,6 +47,15 @@ bench-peers: install
 # Line tracing and annotated HTML beside each .pyx; `make clean install` goes back.
 debug: $(VENV)/.made
 	PYVMM_DEBUG=1 $(BIN)/python setup.py -q build_ext --inplace --force
+
+# The devices' tests and PROGRAMS random driver programs a device, with the extensions built by AddressSanitizer.
+PROGRAMS ?= 20000
+ASAN_RUN = env -u PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH=1 PYTHONPATH=build/asan/lib:. PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=1 LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
+asan: install
+	PYVMM_ASAN=1 $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	$(ASAN_RUN) $(BIN)/python -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= tests/virtio tests/fuzz
+	$(ASAN_RUN) $(BIN)/python -m tests.fuzz.fuzz_devices --programs $(PROGRAMS)
 
 clean:
 	rm -rf build *.egg-info $(VENV)/.built

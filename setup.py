@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the Cython extensions; everything else about the package is in pyproject.toml.
 
-``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``).
+``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``), ``PYVMM_ASAN=1`` with AddressSanitizer
+(``make asan``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
+ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVMM_ASAN") else []
 ROOMS = ("vmm", "devices", "virtio")
 MODULES = sorted(f"{room}.{file[:-4]}" for room in ROOMS for file in os.listdir(room) if file.endswith(".pyx"))
 
@@ -21,7 +23,8 @@ setup(
             Extension(
                 name,
                 [name.replace(".", "/") + ".pyx"],
-                extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function"],
+                extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *ASAN],
+                extra_link_args=ASAN,
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )
             for name in MODULES

@@ -13,6 +13,9 @@ class Interrupt:
     @property
     def status(self) -> int:
         """InterruptStatus as the driver reads it."""
+    @property
+    def notified(self) -> int:
+        """Writes to QueueNotify that came by an exit to user space, not by KVM's ioeventfd; a statistic."""
     def acknowledge(self, bits: int) -> None:
         """The driver has seen `bits`."""
     def set_notify(self, queue: int, fd: int) -> None:

@@ -63,6 +63,11 @@ cdef class Interrupt:
         """InterruptStatus as the driver reads it."""
         return load32(&self.line.status)
 
+    @property
+    def notified(self):
+        """Writes to QueueNotify that came by an exit to user space, not by KVM's ioeventfd; a statistic."""
+        return self.line.notified
+
     def acknowledge(self, uint32_t bits):
         """The driver has seen `bits`."""
         and32(&self.line.status, ~bits)
@@ -84,6 +89,7 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
             and32(&line.status, ~value)
             return ACCESS_DONE
         if offset == MMIO_QUEUE_NOTIFY and value < MAX_QUEUES and line.notify[value] >= 0:
+            line.notified += 1
             eventfd_write(line.notify[value], 1)
             return ACCESS_DONE
     elif offset == MMIO_INTERRUPT_STATUS:

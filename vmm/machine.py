@@ -322,6 +322,11 @@ class Machine:
             return "Not started"
         return "Paused" if self._paused else "Running"
 
+    @property
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Counters by virtio device, its transport's among them; read while it runs, so no two of one moment."""
+        return {each.device.name: {**each.device.stats, **each.stats} for each in self.virtio}
+
     def close(self) -> None:
         """End the VM and give everything back; idempotent."""
         if self._started:

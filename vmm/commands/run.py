@@ -217,6 +217,10 @@ def _run(vm: Machine, *, verbose: bool) -> int:
     stop = vm.wait()
     assert stop is not None  # wait() without a time limit
     vm.close()
+    if verbose:
+        for name, counters in vm.stats.items():
+            counted = ", ".join(f"{what} {count}" for what, count in counters.items() if count)
+            print(f"pyvmm: {name}: {counted or 'idle'}", file=sys.stderr)
     if verbose or stop.reason not in (StopReason.POWEROFF, StopReason.GUEST_EXIT, StopReason.REQUESTED):
         print(f"pyvmm: guest ended: {stop}", file=sys.stderr)
     return stop.status

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random driver programs for any device: requests that are nearly right in rings that are sometimes wrong.
+
+A program is made from a seed, so that one that finds something can be run again: ``Victim(kind).run(seed)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import random
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.guest_driver import Allocator, MmioDriver, SplitDriver
+from virtio import spec
+from virtio.device import VirtioDevice
+from virtio.mmio import VirtioMmio
+from vmm.irq import IrqLine
+from vmm.memory import GuestMemory
+
+RAM = 1 << 20
+ARENA = 0x8000, RAM - 0x8000
+QUEUE_SIZE = 16
+PATIENCE = 10.0
+# What a request of one descriptor or of several is: bytes to read, lengths to write.
+Request = tuple[list[bytes], list[int]]
+SIZES = (0, 1, 8, 16, 40, 44, 64, 511, 512, 513, 4096, 65536, RAM, 0xFFFF_FFFF)
+
+
+def number(rng: random.Random, bits: int) -> int:
+    """A number that is likely to be at some edge."""
+    return rng.choice((0, 1, 2, 3, rng.getrandbits(bits), rng.getrandbits(8), (1 << bits) - 1, 1 << bits - 1))
+
+
+def blk_request(rng: random.Random) -> Request:
+    kind = rng.choice((0, 0, 1, 1, 4, 8, 11, 13, number(rng, 32)))
+    data = rng.choice((512, 1024, 4096, rng.choice(SIZES[:11])))
+    header = struct.pack("<IIQ", kind, number(rng, 32), rng.choice((0, 1, 7, 60, 64, number(rng, 64))))
+    if kind in (11, 13):
+        segments = [struct.pack("<QII", rng.randrange(80), rng.randrange(80), rng.choice((0, 1, 2)))]
+        return [header, b"".join(segments * rng.choice((1, 1, 2, 300)))], [1]
+    return ([header, rng.randbytes(data)], [1]) if kind == 1 else ([header], [data, 1])
+
+
+def net_request(rng: random.Random) -> Request:
+    gso = (rng.choice((0, 1, 4, number(rng, 8))), rng.choice((0, 1, 3, 4, 5, 0x80, number(rng, 8))))
+    header = struct.pack("<BBHHHHH", *gso, *(number(rng, 16) for _ in range(5)))
+    frame = rng.randbytes(12) + struct.pack(">H", rng.choice((0x800, 0x86DD, 0x806, 0x8100)))
+    return [header + frame + rng.randbytes(rng.choice((0, 20, 46, 1500, 9000)))], []
+
+
+def vsock_request(rng: random.Random) -> Request:
+    data = rng.randbytes(rng.choice((0, 0, 1, 100, 4096)))
+    header = struct.pack(
+        "<QQIIIHHIII", rng.choice((3, number(rng, 64))), rng.choice((2, number(rng, 64))), rng.choice((1, 2, 1024)),
+        rng.choice((52, 53, number(rng, 32))), rng.choice((len(data), len(data), number(rng, 32))),
+        rng.choice((1, 1, number(rng, 16))), rng.choice((1, 1, 2, 3, 4, 5, 5, 5, 6, 7, number(rng, 16))),
+        number(rng, 32), rng.choice((65536, number(rng, 32))), number(rng, 32),
+    )  # fmt: skip
+    return [header, data], []
+
+
+NAMES = (b"file", b"dir", b"link", b"new", b".", b"..", b"a/b", b"", b"x" * 255, b"x" * 256, b"../escape", b"\xff")
+
+
+def fs_request(rng: random.Random) -> Request:
+    opcode = rng.choice((rng.randrange(1, 54), rng.randrange(1, 54), number(rng, 32)))
+    node = rng.choice((1, 1, 2, 3, 4, 5, number(rng, 64)))
+    if opcode == 26:
+        body = struct.pack("<IIII", 7, rng.choice((38, 31, number(rng, 32))), 1 << 20, number(rng, 32)) + bytes(48)
+    else:
+        words = [rng.choice((0, 1, 2, 3, 8, 4096, number(rng, 64))) for _ in range(rng.choice((0, 1, 2, 5, 8, 11)))]
+        body = b"".join(word.to_bytes(8, "little") for word in words)
+        body += b"".join(rng.choice(NAMES) + b"\0" for _ in range(rng.randrange(3)))
+    length = rng.choice((40 + len(body), 40 + len(body), 40 + len(body), number(rng, 32)))
+    header = struct.pack("<IIQQIIII", length, opcode, number(rng, 64), node, *(number(rng, 16) for _ in range(3)), 0)
+    parts = [header, body] if rng.random() < 0.7 else [header + body]
+    return [part for part in parts if part], rng.choice(([], [16], [16, 4096], [128], [16, 128], [4096], [65536]))
+
+
+def plain_request(rng: random.Random) -> Request:
+    """For the small devices: some bytes either way."""
+    return [rng.randbytes(rng.choice((0, 4, 10, 12, 40)))], [rng.choice((0, 1, 64, 4096))]
+
+
+_GUARD = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000  # MAP_FIXED_NOREPLACE
+# The kinds: what makes the device, a request, and the queues whose chains a device may keep for itself.
+Maker = Callable[[contextlib.ExitStack, Path], VirtioDevice]
+KINDS: dict[str, tuple[Maker, Callable[[random.Random], Request], frozenset[int]]] = {}
+
+
+def kind(
+    name: str, request: Callable[[random.Random], Request], keeps: set[int] | None = None
+) -> Callable[[Maker], Maker]:
+    """Register what makes a device; `keeps` are queues whose chains it may hold for as long as it likes."""
+
+    def register(maker: Maker) -> Maker:
+        KINDS[name] = maker, request, frozenset(keeps or ())
+        return maker
+
+    return register
+
+
+class Victim:
+    """A device of one kind behind its transport, and random programs against it."""
+
+    def __init__(self, name: str) -> None:
+        maker, self.request, self.keeps = KINDS[name]
+        self._stack = contextlib.ExitStack()
+        directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self.ram = self._stack.enter_context(GuestMemory(RAM))
+        guard(self.ram.host_address(0, RAM) - 4096)
+        guard(self.ram.host_address(0, RAM) + RAM)
+        self.irq = IrqLine(5)
+        self._stack.callback(self.irq.close)
+        self.device = maker(self._stack, directory)
+        self.log: list[str] = []
+        self.transport = VirtioMmio(self.device, self.ram, self.irq, warn=self.log.append)
+        self._stack.callback(self.transport.close)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Victim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, seed: int) -> None:
+        """One program, from reset.
+
+        :raises AssertionError: the device hangs, or returned what it was not given
+        """
+        rng = random.Random(seed)
+        driver = MmioDriver(self.transport, Allocator(*ARENA, gaps=rng))
+        without = rng.choice((0, 0, spec.F_EVENT_IDX, spec.F_INDIRECT_DESC))
+        driver.bring_up(without=without, size=QUEUE_SIZE)
+        for _ in range(rng.randrange(1, 12)):
+            place = rng.randrange(len(driver.queues))
+            try:
+                self._step(rng, driver, driver.queues[place], place)
+            except (MemoryError, IndexError):
+                break  # the driver's own memory or descriptors are used up
+        self._settle(driver)
+
+    def _step(self, rng: random.Random, driver: MmioDriver, ring: SplitDriver, place: int) -> None:
+        readable, writable = self.request(rng)
+        buffers = [ring.buffer(part) for part in readable]
+        buffers += [ring.buffer(min(size, 70000), device_writes=True) for size in writable]
+        if rng.random() < 0.1:
+            rng.shuffle(buffers)
+        if not buffers:
+            return
+        if rng.random() < 0.4:
+            ring.add_indirect(buffers, direct=rng.choice((0, 0, 1)) if len(buffers) > 1 else 0)
+        else:
+            ring.add(buffers)
+        if rng.random() < 0.15:
+            self._spoil(rng, ring)
+        driver.set(spec.MMIO_QUEUE_NOTIFY, place)
+        if rng.random() < 0.05:
+            driver.set(rng.randrange(0, 0x100, 4), number(rng, 32))
+            driver.set(spec.MMIO_QUEUE_SEL, place)
+
+    def _spoil(self, rng: random.Random, ring: SplitDriver) -> None:
+        match rng.randrange(4):
+            case 0:  # a descriptor
+                addr = rng.choice((rng.randrange(RAM), RAM - 1, RAM, number(rng, 64)))
+                ring.write_desc(
+                    rng.randrange(ring.size), addr, rng.choice(SIZES), rng.choice((0, 1, 2, 3, 4, 5, number(rng, 16))),
+                    number(rng, 16),
+                )  # fmt: skip
+            case 1:  # the available index
+                self.ram.write(ring.avail + 2, struct.pack("<H", number(rng, 16)))
+            case 2:  # a head
+                self.ram.write(ring.avail + 4 + 2 * rng.randrange(ring.size), struct.pack("<H", number(rng, 16)))
+            case _:  # anywhere at all, the rings among it
+                at = rng.randrange(ARENA[0], RAM - 64)
+                self.ram.write(at, rng.randbytes(rng.choice((1, 2, 8, 64))))
+
+    def _settle(self, driver: MmioDriver) -> None:
+        # Until each queue is served or the device has given up.
+        end = time.monotonic() + PATIENCE
+        for queue, ring in zip(self.transport.queues, driver.queues, strict=True):
+            while queue.index not in self.keeps and queue.ready and not self._broken():
+                if queue.last_avail == struct.unpack("<H", self.ram.read(ring.avail + 2, 2))[0]:
+                    break
+                assert time.monotonic() < end, f"queue {queue.index} is not served"
+                time.sleep(0)
+        driver.set(spec.MMIO_STATUS, 0)
+        assert driver.get(spec.MMIO_STATUS) == 0
+
+    def _broken(self) -> bool:
+        return bool(self.transport.status & spec.DEVICE_NEEDS_RESET) or not self.transport.status & spec.DRIVER_OK
+
+
+@kind("blk", blk_request)
+def make_blk(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.blk import Block, Disk
+
+    image = directory / "disk"
+    image.write_bytes(bytes(64 * 512))
+    return Block(stack.enter_context(Disk(str(image))))
+
+
+def guard(address: int) -> None:
+    """Make the page at `address` one that nobody may touch, unless it is in use: one step outside RAM then shows."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    # PROT_NONE
+    libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(4096), 0, _GUARD, -1, ctypes.c_long(0))
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextlib.contextmanager
+def unix_server(path: Path) -> Iterator[socket.socket]:
+    """A socket that listens and never accepts."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen(100)
+        yield server
