@@ -16,6 +16,9 @@ FAILED = 128
 # Device types, §5
 TYPE_NET = 1
 TYPE_BLOCK = 2
+TYPE_CONSOLE = 3
+TYPE_ENTROPY = 4
+TYPE_BALLOON = 5
 TYPE_VSOCK = 19
 TYPE_FS = 26
 
@@ -98,6 +101,38 @@ BLK_RANGE_UNMAP = 1
 # capacity; size_max, seg_max; cylinders, heads, sectors; blk_size; physical_block_exp, alignment_offset,
 # min_io_size, opt_io_size; writeback, unused, num_queues; discard and write-zeroes limits: 60 bytes
 BLK_CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+
+# Console device, §5.3
+CONSOLE_F_SIZE = 1 << 0
+CONSOLE_F_MULTIPORT = 1 << 1
+CONSOLE_F_EMERG_WRITE = 1 << 2
+
+CONSOLE_DEVICE_READY = 0
+CONSOLE_DEVICE_ADD = 1
+CONSOLE_DEVICE_REMOVE = 2
+CONSOLE_PORT_READY = 3
+CONSOLE_CONSOLE_PORT = 4
+CONSOLE_RESIZE = 5
+CONSOLE_PORT_OPEN = 6
+CONSOLE_PORT_NAME = 7
+
+CONSOLE_CONFIG = struct.Struct("<HHII")  # cols, rows, max_nr_ports, emerg_wr
+CONSOLE_CONFIG_EMERG_WR = 8  # its offset
+CONSOLE_CONTROL = struct.Struct("<IHH")  # id, event, value
+# What Linux reads after a RESIZE: rows, cols. §5.3.6.2 has cols first, and so had Linux for a few releases.
+CONSOLE_SIZE = struct.Struct("<HH")
+
+# Traditional memory balloon device, §5.5
+BALLOON_F_MUST_TELL_HOST = 1 << 0
+BALLOON_F_STATS_VQ = 1 << 1
+BALLOON_F_DEFLATE_ON_OOM = 1 << 2
+BALLOON_F_FREE_PAGE_HINT = 1 << 3
+BALLOON_F_PAGE_POISON = 1 << 4
+BALLOON_F_PAGE_REPORTING = 1 << 5
+
+BALLOON_PAGE = 4096  # whatever the guest's own page size
+BALLOON_CONFIG = struct.Struct("<IIII")  # num_pages, actual, free_page_hint_cmd_id, poison_val
+BALLOON_STAT = struct.Struct("<HQ")  # tag, val
 
 # Socket device, §5.10
 VSOCK_F_STREAM = 1 << 0

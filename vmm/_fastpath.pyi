@@ -22,6 +22,16 @@ class GuestRam:
         """Copy `data` to guest memory at `gpa`."""
     def read(self, gpa: int, size: int) -> bytes:
         """The `size` bytes at `gpa`, copied."""
+    def discard(self, part: memoryview) -> int:
+        """Give the host the pages back that lie wholly inside `part`: holes in the memfd, which read as zeros.
+
+        :param part: what ``slice`` or a chain gave, of any alignment
+        :returns: bytes given back
+        :raises ValueError: it is no slice of this RAM
+        :raises OSError: the host refused, as for RAM that is no shared memory
+
+        Without the GIL. Source: Linux madvise(2), MADV_REMOVE.
+        """
 
 class Chain:
     """One request of the driver. Its buffers are guest memory, borrowed until ``VirtQueue.add_used``."""

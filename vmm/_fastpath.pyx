@@ -6,10 +6,19 @@ One checked accessor from a guest address to a host address, and the device's si
 C functions without the GIL (``queue_*``), which ``VirtQueue`` hands to Python.
 """
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
+from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, strerror
 
 from vmm.errors import BadChain, GuestMemoryError
+
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *address, size_t size, int advice)
+    enum:
+        MADV_REMOVE
+
+cdef enum:
+    PAGE_SIZE = 4096
 
 
 cdef inline uint8_t *find(const RamRegion *region, int count, uint64_t gpa, uint64_t size) noexcept nogil:
@@ -97,6 +106,29 @@ cdef class GuestRam:
         if p == NULL:
             raise GuestMemoryError(gpa, size)
         return (<char *>p)[:<Py_ssize_t>size]
+
+    def discard(self, part):
+        """Give the host the pages back that lie wholly inside `part`, a slice of this RAM; they read as zeros."""
+        cdef uint8_t[::1] view = part
+        cdef uintptr_t first, start, end
+        cdef int i, failed
+        if not view.shape[0]:
+            return 0
+        first = <uintptr_t>&view[0]
+        for i in range(self._count):
+            if first - <uintptr_t>self._regions[i].host < self._regions[i].size:
+                break
+        else:
+            raise ValueError("not a slice of this guest's memory")
+        start = (first + PAGE_SIZE - 1) & ~<uintptr_t>(PAGE_SIZE - 1)
+        end = (first + <size_t>view.shape[0]) & ~<uintptr_t>(PAGE_SIZE - 1)
+        if start >= end:
+            return 0
+        with nogil:
+            failed = madvise(<void *>start, end - start, MADV_REMOVE)
+        if failed:
+            raise OSError(errno, f"discard guest memory: {strerror(errno).decode()}")
+        return end - start
 
 
 cdef enum:

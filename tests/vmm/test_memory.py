@@ -109,3 +109,32 @@ def test_close_gives_every_descriptor_back() -> None:
     for _ in range(10):
         GuestMemory(4 * GIB).close()
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@given(start=st.integers(0, 5 * 4096), size=st.integers(0, 5 * 4096))
+def test_discard_makes_holes_of_whole_pages_only(start: int, size: int) -> None:
+    with GuestMemory(16 * 4096) as memory:
+        memory.write(0, b"\xff" * memory.size)
+        first, end = -(-start // 4096), (start + size) // 4096
+        holes = max(0, end - first)
+        assert memory.discard(memory.slice(start, size)) == 4096 * holes
+        assert os.fstat(memory.regions[0].fd).st_blocks * 512 == (16 - holes) * 4096
+        for page in range(16):
+            inside = holes and first <= page < end
+            assert memory.read(page * 4096, 4096) == (b"\0" if inside else b"\xff") * 4096
+
+
+def test_discard_in_the_second_region_reaches_its_memfd() -> None:
+    with GuestMemory(3 * GIB + 4 * 4096) as memory:
+        memory.write(4 * GIB, b"x" * 4 * 4096)
+        assert memory.discard(memory.slice(4 * GIB + 4096, 2 * 4096)) == 2 * 4096
+        assert [os.fstat(region.fd).st_blocks for region in memory.regions] == [0, 16]
+
+
+def test_discard_takes_nothing_but_this_memory() -> None:
+    with GuestMemory(MIB) as memory, GuestMemory(MIB) as other:
+        for part in (memoryview(bytearray(8192)), other.slice(0, 4096)):
+            with pytest.raises(ValueError, match="slice of this guest"):
+                memory.discard(part)
+        with pytest.raises(BufferError):
+            memory.discard(memoryview(bytes(8192)))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entropy device (§5.4): the host's random numbers for the guest."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from virtio import spec
+from virtio.device import VirtioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtio._limiter import RateLimiter
+    from vmm._fastpath import Chain
+
+# As in Firecracker: what one request gets at most, however large its buffers.
+REQUEST_MAX = 64 << 10
+_NAP = 0.05  # seconds that a throttled worker sleeps before it looks whether it is to stop
+
+
+class Entropy(VirtioDevice):
+    """A virtio entropy device.
+
+    :param limiter: of bytes and requests; kept, and changeable while the guest runs; None: no limit
+    :param name: of the worker's thread
+
+    ``stats``: ``bytes`` given to the guest; ``bad_requests`` have no buffer to fill, or one that is not to be filled.
+    Source: Linux getrandom(2), the pool of /dev/urandom, which is never empty once the host has booted.
+    """
+
+    device_type = spec.TYPE_ENTROPY
+    queue_sizes = (256,)
+
+    def __init__(self, *, limiter: RateLimiter | None = None, name: str = "virtio-rng") -> None:
+        super().__init__()
+        self.name = name
+        self.limiter = limiter
+        self.counters["bytes"] = 0
+
+    def process(self, queue_index: int) -> None:
+        """Fill the buffers of each request."""
+        self.drain(self.context.queues[queue_index], self._serve)
+
+    def _serve(self, chain: Chain) -> int:
+        self.counters["requests"] += 1
+        if chain.readable_bytes or not chain.writable_bytes:  # §5.4.6.1: the driver must not
+            self.counters["bad_requests"] += 1
+            return 0
+        wanted = min(chain.writable_bytes, REQUEST_MAX)
+        if not self._granted(wanted):
+            return 0
+        written = 0
+        for buffer in chain.writable:
+            part = buffer[: wanted - written]
+            while part and (got := os.getrandom(len(part))):  # short where a signal came in between
+                part[: len(got)] = got
+                part = part[len(got) :]
+                written += len(got)
+            if written == wanted:
+                break
+        self.counters["bytes"] += written
+        return written
+
+    def _granted(self, size: int) -> bool:
+        """Wait until the limiter grants `size` bytes; False: the driver resets the device meanwhile."""
+        while self.limiter is not None and (wait_ns := self.limiter.ask(size)):
+            if self.context.stopping:
+                return False
+            time.sleep(min(wait_ns / 1e9, _NAP))
+        return True
