@@ -14,7 +14,7 @@ from virtio._uring cimport (
     uring_submit,
 )
 from virtio._worker cimport SERVE_STALLED, WORKER_HOST, QueueWorker
-from vmm._fastpath cimport QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop
+from vmm._fastpath cimport QUEUE_CHAIN, DescChain, Ring, iovec, load_relaxed16, queue_add_used, queue_pop, queue_unpop
 
 cdef extern from *:
     """
@@ -56,9 +56,10 @@ cdef extern from *:
     const void *zeroes
 
 cdef extern from "<sys/uio.h>" nogil:
+    ssize_t preadv2(int fd, const iovec *iov, int count, long offset, int flags)
     ssize_t preadv(int fd, const iovec *iov, int count, long offset)
     ssize_t pwritev2(int fd, const iovec *iov, int count, long offset, int flags)
-    enum: RWF_DSYNC
+    enum: RWF_DSYNC, RWF_NOWAIT
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buf, size_t count, long offset)
@@ -158,6 +159,7 @@ cdef class Backend:
     cdef uint64_t generation
     cdef uint8_t[ID_BYTES] serial
     cdef bint read_only, block_device, direct, unsafe, use_uring
+    cdef bint cached                    # a regular file by the host's page cache
     cdef readonly RateLimiter limiter
     cdef int changing                   # atomic: a worker that sees it lets change() go first
     cdef pthread_mutex_t gate           # held by change(), and by no one else for long
@@ -175,6 +177,7 @@ cdef class Backend:
         self.direct = direct
         self.unsafe = unsafe
         self.use_uring = use_uring
+        self.cached = not block_device and not direct
         self.workers = []
         pthread_mutex_init(&self.gate, NULL)
 
@@ -195,6 +198,7 @@ cdef class Backend:
             self.generation += 1
             if fd >= 0:
                 self.block_device = block_device
+                self.cached = not block_device and not self.direct
         for worker in self.workers:
             pthread_mutex_unlock(&worker.lock)
         set_flag(&self.changing, 0)
@@ -419,6 +423,8 @@ cdef class BlockWorker(QueueWorker):
     cdef uint32_t written               # to the submission ring, since it was handed over
     cdef uint32_t done                  # since the used ring was shown
     cdef uint64_t done_bytes
+    cdef bint warm                      # the last reads were in the page cache
+    cdef bint no_nowait                 # the file system has no RWF_NOWAIT
     cdef int dsync                      # RWF_DSYNC: the driver cannot flush, its writes are stable (§5.2.6.2)
 
     def __cinit__(self, *args, **kwargs):
@@ -498,6 +504,7 @@ cdef class BlockWorker(QueueWorker):
                 break
         if self.written:
             self.submit(0)
+            self.warm = self.flying == 0 and not self.no_nowait
         self.show()
         pthread_mutex_unlock(&self.lock)
         return status
@@ -603,8 +610,19 @@ cdef class BlockWorker(QueueWorker):
     # By io_uring
 
     cdef bint hand_over(self, Request *r) noexcept nogil:
-        # False: it is to be done here and now.
+        # False: it is to be done here and now. A write to the page cache is: io_uring would give it to a thread of the
+        # kernel's, one at a time for a file, four times slower (measured; Linux 6.18, tmpfs and ext4).
         cdef io_uring_sqe *sqe
+        if r.type == T_OUT and self.disk.cached and not self.dsync:
+            return False
+        if r.type == T_IN and self.warm and self.written == 0 \
+                and load_relaxed16(self.rings[0].avail + 2) == self.rings[0].last_avail:
+            # One alone is read at once if it is cached, as the last was: cheaper than by the ring.
+            if preadv2(self.disk.fd, r.data, r.count, r.offset, RWF_NOWAIT) == <ssize_t>r.length:
+                self.complete(r, 0)
+                return True
+            self.warm = False
+            self.no_nowait = errno == EOPNOTSUPP
         if r.type == T_GET_ID or (r.type == T_FLUSH and self.disk.unsafe) \
                 or (r.type == T_DISCARD and self.disk.block_device) \
                 or (r.type == T_WRITE_ZEROES and self.dsync):

@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 
 from virtio import spec
 from virtio._blk import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Backend, BlockWorker, punch_hole
@@ -25,6 +26,7 @@ QUEUE_SIZE = 256
 # Linux linux/fs.h and linux/falloc.h
 _BLKSSZGET, _BLKIOMIN, _BLKIOOPT, _BLKPBSZGET = 0x1268, 0x1278, 0x1279, 0x127B
 _PAGE = 4096
+_PATIENCE = 0.3  # seconds: requests of io_uring, and the lock with them, outlive a VMM that was killed
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -78,12 +80,17 @@ class Disk:
 
     def _lock(self) -> None:
         kind = fcntl.F_RDLCK if self.read_only else fcntl.F_WRLCK
-        try:
-            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ConfigError("disk", self.path, self._in_use()) from None
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+            if time.monotonic() > deadline:
+                raise ConfigError("disk", self.path, self._in_use())
+            time.sleep(0.005)
 
     def _in_use(self) -> str:
         # An OFD lock has no owner in /proc/locks (pid -1); a classic lock of QEMU or a tool has.

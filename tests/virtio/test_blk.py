@@ -9,6 +9,8 @@ import fcntl
 import os
 import select
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from tests.guest_driver import Allocator, Buffer, MmioDriver
 from virtio import _blk, _uring, blk, spec
+from virtio._limiter import RateLimiter
 from virtio.blk import Block, Disk
 from virtio.mmio import VirtioMmio
 from vmm.errors import ConfigError
@@ -352,6 +355,193 @@ def test_capacity_change_at_run_time(vm: Vm, image: Path) -> None:
 def test_capacity_that_no_disk_has(vm: Vm, size: int) -> None:
     with pytest.raises(ConfigError, match="multiple of 512"):
         vm.device.set_capacity(size)
+
+
+def test_another_file_at_run_time(vm: Vm, image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(b"o" * 512 * 2 * SECTORS)
+    vm.device.replace(str(other))
+    assert vm.driver.take_interrupt() == spec.INTERRUPT_CONFIG
+    assert vm.driver.config(0, 8) == (2 * SECTORS).to_bytes(8, "little")
+    assert vm.read(2 * SECTORS - 1, 512) == b"o" * 512
+    assert vm.request(spec.BLK_T_OUT, 1, vm.buffer(b"n" * 512)) == spec.BLK_S_OK
+    assert other.read_bytes()[512:1024] == b"n" * 512
+    Disk(str(image)).close()  # its lock is gone
+    assert problem(other).startswith("is in use by another VM")
+    vm.device.replace(str(image))
+    assert vm.driver.config(0, 8) == SECTORS.to_bytes(8, "little")
+    assert vm.request(spec.BLK_T_IN, SECTORS, vm.buffer(512, device_writes=True)) == spec.BLK_S_IOERR
+    assert vm.read(3, 512) == bytes([3]) * 512
+
+
+def test_the_same_file_grown_at_run_time(vm: Vm, image: Path) -> None:
+    os.truncate(image, 3 * SECTORS * 512)
+    vm.device.replace(str(image))
+    assert vm.driver.config(0, 8) == (3 * SECTORS).to_bytes(8, "little")
+    assert vm.read(3 * SECTORS - 1, 512) == bytes(512)
+    assert problem(image).startswith("is in use by another VM")
+
+
+def test_a_file_that_is_no_disk_changes_nothing(vm: Vm, tmp_path: Path) -> None:
+    (tmp_path / "odd").write_bytes(bytes(100))
+    for path in (tmp_path / "odd", tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigError):
+            vm.device.replace(str(path))
+    alive(vm)
+
+
+def test_files_that_change_while_the_driver_reads(boot: Callable[..., Vm], image: Path, tmp_path: Path) -> None:
+    """Each read is of one file or the other, and none is beyond the end of the smaller."""
+    vm = boot(queues=2)
+    small = tmp_path / "small.img"
+    small.write_bytes(b"s" * 512 * 8)
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            vm.device.replace(str(small))
+            vm.device.replace(str(image))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        start = vm.driver.allocator.next
+        for turn in range(400):
+            vm.driver.allocator.next = start
+            data = vm.buffer(512, device_writes=True)
+            assert vm.request(spec.BLK_T_IN, 5, data, queue=turn % 2) == spec.BLK_S_OK
+            assert vm.ram.read(data.addr, 512) in (bytes([5]) * 512, b"s" * 512)
+            data = vm.buffer(b"\xee" * 512, device_writes=True)
+            if vm.request(spec.BLK_T_IN, 20, data, queue=turn % 2) == spec.BLK_S_OK:
+                assert vm.ram.read(data.addr, 512) == bytes([20]) * 512
+    finally:
+        stop.set()
+        thread.join()
+    assert vm.log == [], "no request reached a file that is too short for it"
+
+
+# Engines
+
+
+def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_uring, "probe", lambda: errno.EPERM)
+    with Disk(str(image)) as disk:
+        assert Block(disk).engine == "Sync"
+        with pytest.raises(ConfigError) as error:
+            Block(disk, engine="Async")
+    expected = "engine io_uring: the kernel gives no io_uring (Operation not permitted); use sync"
+    assert str(error.value) == expected
+
+
+def test_the_engine_follows_the_file(image: Path) -> None:
+    with Disk(str(image)) as disk:
+        can = disk.can_wait_aside() and not _uring.probe()
+        assert Block(disk).engine == ("Async" if can else "Sync")
+    with in_memory(4096) as path, Disk(path) as disk:
+        assert disk.can_wait_aside() or Block(disk).engine == "Sync"
+
+
+def test_reset_waits_for_what_is_under_way(boot: Callable[..., Vm], image: Path) -> None:
+    """After a reset the driver's memory is its own again: no byte arrives late."""
+    vm = boot(direct=True)
+    for _ in range(20):
+        ring = vm.driver.queues[0]
+        data = [vm.driver.allocator.alloc(4096, 4096) for _ in range(16)]
+        for at in data:
+            status = vm.buffer(1, device_writes=True)
+            ring.add_indirect([vm.header(spec.BLK_T_IN, 8), Buffer(at, 4096, True), status])
+        vm.driver.kick()
+        vm.driver.set(spec.MMIO_STATUS, 0)
+        for at in data:
+            vm.ram.write(at, b"\xaa" * 4096)
+        time.sleep(0.002)
+        for at in data:
+            assert vm.ram.read(at, 4096) == b"\xaa" * 4096
+        vm.driver.allocator.next = 0x1000
+        vm.driver.bring_up()
+    alive(vm)
+
+
+def test_more_requests_than_there_are_places(boot: Callable[..., Vm]) -> None:
+    """A driver that lies about its chains makes the same one available again and again, while it is under way."""
+    vm = boot()
+    ring = vm.driver.queues[0]
+    data, status = vm.buffer(512, device_writes=True), vm.buffer(b"\xee", device_writes=True)
+    ring.write_chain([vm.header(spec.BLK_T_IN, 3), data, status], [0, 1, 2])
+    ring.want_interrupt(after=5 * ring.size - 1)
+    for _ in range(5):
+        before = vm.device.stats["requests"]
+        for _ in range(ring.size):
+            ring.offer(0)
+        vm.driver.set(spec.MMIO_QUEUE_NOTIFY, 0)
+        deadline = time.monotonic() + 30
+        while vm.device.stats["requests"] < before + ring.size and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert vm.device.stats["requests"] == 5 * ring.size
+    assert vm.device.stats["needs_reset"] == 0
+    assert vm.ram.read(data.addr, 512) == bytes([3]) * 512
+
+
+# Rate limits
+
+
+@pytest.mark.parametrize(
+    ("limit", "size", "expected"),
+    [
+        pytest.param({"ops": (100, 0, 100)}, 512, 1000, id="1000 operations a second"),
+        pytest.param({"bandwidth": (1 << 18, 0, 100)}, 4096, 640, id="2.5 MiB a second"),
+    ],
+)
+def test_rate_limit_within_a_tenth(
+    boot: Callable[..., Vm], limit: dict[str, tuple[int, int, int]], size: int, expected: int
+) -> None:
+    """Shared by the queues; what is counted is requests, and the clock is that of the limiter."""
+    vm = boot(queues=2, limiter=RateLimiter(**limit))
+    data = vm.buffer(size, device_writes=True)
+    status = vm.buffer(1, device_writes=True)
+    heads = [ring.add_indirect([vm.header(spec.BLK_T_IN), data, status]) for ring in vm.driver.queues]
+    while not vm.device.limiter.ask(size):  # the bucket starts full
+        pass
+
+    def measure() -> float:
+        start, first = time.monotonic(), vm.device.stats["requests"]
+        while time.monotonic() < start + 0.7:
+            for index, ring in enumerate(vm.driver.queues):
+                for _ in ring.reap():
+                    ring.free.pop()
+                    ring.offer(heads[index], [heads[index]])
+                vm.driver.set(spec.MMIO_QUEUE_NOTIFY, index)
+            time.sleep(0.0005)
+        return (vm.device.stats["requests"] - first) / (time.monotonic() - start) / expected
+
+    # A busy machine may keep this driver from asking, never the device from giving too much.
+    rates: list[float] = []
+    while not rates or (max(rates) < 0.9 and len(rates) < 8):
+        rates.append(measure())
+    assert 0.9 <= max(rates) <= 1.1, rates
+    assert vm.device.stats["throttled"] > 0
+
+
+def test_a_limit_is_changed_while_a_request_waits_for_it(boot: Callable[..., Vm]) -> None:
+    vm = boot(limiter=RateLimiter(ops=(1, 0, 1 << 40)))  # one operation in 35 years
+    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    timer = threading.Timer(0.2, lambda: vm.device.set_rate_limit(ops=(0, 0, 0)))
+    timer.start()
+    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    timer.join()
+    assert vm.device.stats["throttled"] >= 1
+
+
+def test_reset_while_a_request_waits_for_the_limit(boot: Callable[..., Vm]) -> None:
+    vm = boot(limiter=RateLimiter(ops=(1, 0, 1 << 40)))
+    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    status = vm.buffer(b"\xee", device_writes=True)
+    vm.driver.queues[0].add([vm.header(spec.BLK_T_FLUSH), status])
+    vm.driver.kick()
+    vm.driver.bring_up()
+    assert vm.ram.read(status.addr, 1) == b"\xee"
+    vm.device.set_rate_limit(ops=(0, 0, 0))
+    alive(vm)
 
 
 # hostile-guest: block. Each request comes back, with a status where there is room for one.
