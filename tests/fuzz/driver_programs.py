@@ -15,8 +15,9 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.guest_driver import Allocator, MmioDriver, SplitDriver
 from virtio import spec
@@ -90,19 +91,34 @@ def plain_request(rng: random.Random) -> Request:
     return [rng.randbytes(rng.choice((0, 4, 10, 12, 40)))], [rng.choice((0, 1, 64, 4096))]
 
 
+SECRET = "not for the guest"
 _GUARD = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000  # MAP_FIXED_NOREPLACE
-# The kinds: what makes the device, a request, and the queues whose chains a device may keep for itself.
 Maker = Callable[[contextlib.ExitStack, Path], VirtioDevice]
-KINDS: dict[str, tuple[Maker, Callable[[random.Random], Request], frozenset[int]]] = {}
+
+
+class Kind(NamedTuple):
+    """How to fuzz one kind of device: what makes it, a request, queues whose chains it may keep, a first request."""
+
+    make: Maker
+    request: Callable[[random.Random], Request]
+    keeps: frozenset[int]
+    first: tuple[int, Request] | None
+
+
+KINDS: dict[str, Kind] = {}
 
 
 def kind(
-    name: str, request: Callable[[random.Random], Request], keeps: set[int] | None = None
+    name: str,
+    request: Callable[[random.Random], Request],
+    *,
+    keeps: Sequence[int] = (),
+    first: tuple[int, Request] | None = None,
 ) -> Callable[[Maker], Maker]:
-    """Register what makes a device; `keeps` are queues whose chains it may hold for as long as it likes."""
+    """Register the function that makes a device; it may put what is to be closed or checked on the stack."""
 
     def register(maker: Maker) -> Maker:
-        KINDS[name] = maker, request, frozenset(keeps or ())
+        KINDS[name] = Kind(maker, request, frozenset(keeps), first)
         return maker
 
     return register
@@ -112,7 +128,7 @@ class Victim:
     """A device of one kind behind its transport, and random programs against it."""
 
     def __init__(self, name: str) -> None:
-        maker, self.request, self.keeps = KINDS[name]
+        self.kind = KINDS[name]
         self._stack = contextlib.ExitStack()
         directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self.ram = self._stack.enter_context(GuestMemory(RAM))
@@ -120,7 +136,7 @@ class Victim:
         guard(self.ram.host_address(0, RAM) + RAM)
         self.irq = IrqLine(5)
         self._stack.callback(self.irq.close)
-        self.device = maker(self._stack, directory)
+        self.device = self.kind.make(self._stack, directory)
         self.log: list[str] = []
         self.transport = VirtioMmio(self.device, self.ram, self.irq, warn=self.log.append)
         self._stack.callback(self.transport.close)
@@ -143,6 +159,11 @@ class Victim:
         driver = MmioDriver(self.transport, Allocator(*ARENA, gaps=rng))
         without = rng.choice((0, 0, spec.F_EVENT_IDX, spec.F_INDIRECT_DESC))
         driver.bring_up(without=without, size=QUEUE_SIZE)
+        if self.kind.first is not None and rng.random() < 0.9:
+            place, (readable, writable) = self.kind.first
+            ring = driver.queues[place]
+            ring.add([ring.buffer(part) for part in readable] + [ring.buffer(n, device_writes=True) for n in writable])
+            driver.set(spec.MMIO_QUEUE_NOTIFY, place)
         for _ in range(rng.randrange(1, 12)):
             place = rng.randrange(len(driver.queues))
             try:
@@ -152,7 +173,7 @@ class Victim:
         self._settle(driver)
 
     def _step(self, rng: random.Random, driver: MmioDriver, ring: SplitDriver, place: int) -> None:
-        readable, writable = self.request(rng)
+        readable, writable = self.kind.request(rng)
         buffers = [ring.buffer(part) for part in readable]
         buffers += [ring.buffer(min(size, 70000), device_writes=True) for size in writable]
         if rng.random() < 0.1:
@@ -190,7 +211,7 @@ class Victim:
         # Until each queue is served or the device has given up.
         end = time.monotonic() + PATIENCE
         for queue, ring in zip(self.transport.queues, driver.queues, strict=True):
-            while queue.index not in self.keeps and queue.ready and not self._broken():
+            while queue.index not in self.kind.keeps and queue.ready and not self._broken():
                 if queue.last_avail == struct.unpack("<H", self.ram.read(ring.avail + 2, 2))[0]:
                     break
                 assert time.monotonic() < end, f"queue {queue.index} is not served"
@@ -217,6 +238,55 @@ def guard(address: int) -> None:
     libc.mmap.restype = ctypes.c_void_p
     # PROT_NONE
     libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(4096), 0, _GUARD, -1, ctypes.c_long(0))
+
+
+FUSE_INIT = struct.pack("<IIQQIIII", 104, 26, 1, 0, 0, 0, 0, 0) + struct.pack("<IIII48x", 7, 38, 1 << 20, 0xFFFF_FFFF)
+
+
+@kind("fs", fs_request, first=(1, ([FUSE_INIT], [128])))
+def make_fs(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.fs import Fs
+
+    outside, share = directory / "outside", directory / "share"
+    outside.mkdir()
+    (outside / "secret").write_text(SECRET)
+    (share / "dir").mkdir(parents=True)
+    (share / "file").write_bytes(bytes(range(256)) * 64)
+    (share / "link").symlink_to("../outside/secret")
+    device = Fs("fuzz", str(share))
+    stack.callback(device.close)
+    stack.callback(check_outside, outside)
+    return device
+
+
+# Connections stay with the device: the queue of received packets keeps its chains, and so may the one of events.
+@kind("vsock", vsock_request, keeps=(0, 2))
+def make_vsock(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.vsock import Listener, Vsock
+
+    for port in (52, 53):
+        stack.enter_context(unix_server(directory / f"v_{port}"))
+    return Vsock(stack.enter_context(Listener(str(directory / "v"))), 3)
+
+
+@kind("rng", plain_request)
+def make_rng(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.rng import Entropy
+
+    return Entropy()
+
+
+@kind("balloon", plain_request, keeps=(2,))
+def make_balloon(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.balloon import Balloon
+
+    return Balloon(stats_polling_interval_s=1, free_page_reporting=True)
+
+
+def check_outside(outside: Path) -> None:
+    """Nothing beside the share was touched."""
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    assert (outside / "secret").read_text() == SECRET
 
 
 def descriptors() -> int:
