@@ -14,6 +14,7 @@ import random
 import socket
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -87,8 +88,20 @@ def fs_request(rng: random.Random) -> Request:
 
 
 def plain_request(rng: random.Random) -> Request:
-    """For the small devices: some bytes either way."""
-    return [rng.randbytes(rng.choice((0, 4, 10, 12, 40)))], [rng.choice((0, 1, 64, 4096))]
+    """For the small devices: some bytes one way, or both."""
+    readable, writable = [rng.randbytes(rng.choice((0, 4, 10, 12, 40)))], [rng.choice((0, 1, 64, 4096))]
+    return rng.choice(((readable, []), ([], writable), ([], writable * 2), (readable, writable)))
+
+
+def balloon_request(rng: random.Random) -> Request:
+    pages = [rng.choice((rng.randrange(RAM // 4096), number(rng, 32))) for _ in range(rng.choice((1, 2, 200)))]
+    stats = b"".join(struct.pack("<HQ", number(rng, 16), number(rng, 64)) for _ in range(rng.choice((0, 1, 10))))
+    return rng.choice((([struct.pack(f"<{len(pages)}I", *pages)], []), ([stats], []), plain_request(rng)))
+
+
+def console_request(rng: random.Random) -> Request:
+    control = struct.pack("<IHH", rng.choice((0, 1, number(rng, 32))), rng.choice((0, 3, 6, number(rng, 16))), 1)
+    return rng.choice((([control], []), ([], [4096]), plain_request(rng)))
 
 
 SECRET = "not for the guest"
@@ -232,6 +245,38 @@ def make_blk(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     return Block(stack.enter_context(Disk(str(image))))
 
 
+@kind("rng", plain_request)
+def make_rng(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.rng import Entropy
+
+    return Entropy()
+
+
+@kind("balloon", balloon_request)
+def make_balloon(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.balloon import Balloon
+
+    return Balloon(64, deflate_on_oom=True, stats_polling_interval_s=1, free_page_reporting=True)
+
+
+@kind("console", console_request, keeps=(0, 2, 4))
+def make_console(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.console import Console, ConsolePort
+
+    def take_all(port: ConsolePort) -> None:
+        while port.wait_output():
+            if not port.has_input():
+                port.feed(b"x")
+
+    device = Console(["second"])
+    for port in device.ports:
+        reader = threading.Thread(target=take_all, args=(port,))
+        reader.start()
+        stack.callback(reader.join)
+        stack.callback(port.close)
+    return device
+
+
 def guard(address: int) -> None:
     """Make the page at `address` one that nobody may touch, unless it is in use: one step outside RAM then shows."""
     libc = ctypes.CDLL(None)
@@ -267,20 +312,6 @@ def make_vsock(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     for port in (52, 53):
         stack.enter_context(unix_server(directory / f"v_{port}"))
     return Vsock(stack.enter_context(Listener(str(directory / "v"))), 3)
-
-
-@kind("rng", plain_request)
-def make_rng(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.rng import Entropy
-
-    return Entropy()
-
-
-@kind("balloon", plain_request, keeps=(2,))
-def make_balloon(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.balloon import Balloon
-
-    return Balloon(stats_polling_interval_s=1, free_page_reporting=True)
 
 
 def check_outside(outside: Path) -> None:
