@@ -110,12 +110,16 @@ Maker = Callable[[contextlib.ExitStack, Path], VirtioDevice]
 
 
 class Kind(NamedTuple):
-    """How to fuzz one kind of device: what makes it, a request, queues whose chains it may keep, a first request."""
+    """How to fuzz one kind of device: what makes it, a request, queues whose chains it may keep, a first request.
+
+    ``rewrites``: a request may change the ring of any queue, which nobody then notifies the device of.
+    """
 
     make: Maker
     request: Callable[[random.Random], Request]
     keeps: frozenset[int]
     first: tuple[int, Request] | None
+    rewrites: bool
 
 
 KINDS: dict[str, Kind] = {}
@@ -127,11 +131,12 @@ def kind(
     *,
     keeps: Sequence[int] = (),
     first: tuple[int, Request] | None = None,
+    rewrites: bool = False,
 ) -> Callable[[Maker], Maker]:
     """Register the function that makes a device; it may put what is to be closed or checked on the stack."""
 
     def register(maker: Maker) -> Maker:
-        KINDS[name] = Kind(maker, request, frozenset(keeps), first)
+        KINDS[name] = Kind(maker, request, frozenset(keeps), first, rewrites)
         return maker
 
     return register
@@ -227,6 +232,8 @@ class Victim:
             while queue.index not in self.kind.keeps and queue.ready and not self._broken():
                 if queue.last_avail == struct.unpack("<H", self.ram.read(ring.avail + 2, 2))[0]:
                     break
+                if self.kind.rewrites:
+                    driver.set(spec.MMIO_QUEUE_NOTIFY, queue.index)
                 assert time.monotonic() < end, f"queue {queue.index} is not served"
                 time.sleep(0)
         driver.set(spec.MMIO_STATUS, 0)
@@ -252,7 +259,7 @@ def make_rng(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     return Entropy()
 
 
-@kind("balloon", balloon_request)
+@kind("balloon", balloon_request, rewrites=True)
 def make_balloon(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     from virtio.balloon import Balloon
 
