@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The socket device between a driver and unix sockets of this process: ``pytest benches/test_vsock.py``.
 
-The driver offers the chains that were used again by its index alone, so that what is measured is the device's thread and
-the two copies of a unix socket. ``extra_info`` has the bytes of a round.
+The driver offers the chains that were used again by its index alone, so that what is measured is the device's thread
+and the two copies of a unix socket. ``extra_info`` has the bytes of a round.
 """
 
 from __future__ import annotations
