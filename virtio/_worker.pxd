@@ -12,6 +12,7 @@ cdef enum:
 cdef enum:
     SERVE_EMPTY = 0             # the queue is drained: ask the driver to notify, look once more, sleep
     SERVE_STALLED = 1           # it cannot go on now (no tokens, no space, nothing to give): an event() will
+    SERVE_MORE = 2              # its turn is over, not its work: the others next, then this one again
     WORKER_HOST = -100          # the host failed for good; self.host_errno says how
 
 # Tokens of event(); a device's own are those below TOKEN_OWN_END.
@@ -55,6 +56,7 @@ cdef class QueueWorker:
     cdef int _timer
     cdef int _stop                              # atomic
     cdef bint[MAX_WORKER_QUEUES] _stalled
+    cdef uint32_t _again                        # places that returned SERVE_MORE, as bits
     cdef uint64_t _poll_now                     # adaptive: how long the next look lasts
     cdef void _close_fds(self) noexcept
     cdef int _must_watch(self, int fd, uint32_t token, uint32_t events) except -1

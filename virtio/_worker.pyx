@@ -146,6 +146,7 @@ cdef class QueueWorker:
             self._stalled[place] = False
         self.poll_ns = <uint64_t>int(self.device.poll_us * 1000)
         self._poll_now = self.poll_ns
+        self._again = 0
         worker_set_stop(&self._stop, 0)
         self.begin()
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -197,7 +198,7 @@ cdef class QueueWorker:
 
     cdef int _loop(self) noexcept nogil:
         cdef epoll_event[EVENTS] events
-        cdef uint32_t token, place
+        cdef uint32_t token, place, again
         cdef uint64_t expired
         cdef int count, i, status
         # What was made available before DRIVER_OK, or while the thread was stopped, is notified by nobody.
@@ -206,7 +207,15 @@ cdef class QueueWorker:
             if status < 0:
                 return status
         while not self.stopping():
-            if self.poll_ns and self._look():
+            if self._again:
+                again = self._again
+                self._again = 0
+                for place in range(self.n_queues):
+                    status = self._kicked(place) if again >> place & 1 else 0
+                    if status < 0:
+                        return status
+                count = epoll_wait(self._epoll, events, EVENTS, 0 if self._again else -1)
+            elif self.poll_ns and self._look():
                 count = epoll_wait(self._epoll, events, EVENTS, 0)
                 for place in range(self.n_queues):
                     status = 0 if self._stalled[place] else self._kicked(place)
@@ -273,8 +282,10 @@ cdef class QueueWorker:
             status = self.serve(place)
             if status < 0:
                 return status
-            self._stalled[place] = status == SERVE_STALLED
-            if status == SERVE_STALLED or self.stopping() or not queue_enable_notify(ring):
+            self._stalled[place] = status != SERVE_EMPTY
+            if status == SERVE_MORE:
+                self._again |= <uint32_t>1 << place
+            if status != SERVE_EMPTY or self.stopping() or not queue_enable_notify(ring):
                 return status
 
     cdef void publish(self, uint32_t place) noexcept nogil:

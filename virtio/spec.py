@@ -151,3 +151,41 @@ VSOCK_OP_CREDIT_UPDATE = 6
 VSOCK_OP_CREDIT_REQUEST = 7
 VSOCK_SHUTDOWN_RCV = 1
 VSOCK_SHUTDOWN_SEND = 2
+
+# Network device, §5.1
+NET_F_CSUM = 1 << 0
+NET_F_GUEST_CSUM = 1 << 1
+NET_F_CTRL_GUEST_OFFLOADS = 1 << 2
+NET_F_MTU = 1 << 3
+NET_F_MAC = 1 << 5
+NET_F_GUEST_TSO4 = 1 << 7
+NET_F_GUEST_TSO6 = 1 << 8
+NET_F_GUEST_ECN = 1 << 9
+NET_F_GUEST_UFO = 1 << 10
+NET_F_HOST_TSO4 = 1 << 11
+NET_F_HOST_TSO6 = 1 << 12
+NET_F_HOST_ECN = 1 << 13
+NET_F_HOST_UFO = 1 << 14
+NET_F_MRG_RXBUF = 1 << 15
+NET_F_STATUS = 1 << 16
+NET_F_CTRL_VQ = 1 << 17
+NET_F_CTRL_RX = 1 << 18
+NET_F_CTRL_VLAN = 1 << 19
+NET_F_MQ = 1 << 22
+NET_F_CTRL_MAC_ADDR = 1 << 23
+
+NET_S_LINK_UP = 1
+NET_CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
+NET_HEADER = struct.Struct("<BBHHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
+# class and command of a request on the control queue, §5.1.6.5
+NET_CTRL_RX = 0  # commands 0 to 5: PROMISC, ALLMULTI, ALLUNI, NOMULTI, NOUNI, NOBCAST
+NET_CTRL_MAC = 1
+NET_CTRL_MAC_TABLE_SET = 0
+NET_CTRL_MAC_ADDR_SET = 1
+NET_CTRL_VLAN = 2  # commands 0 and 1: ADD, DEL
+NET_CTRL_MQ = 4
+NET_CTRL_MQ_VQ_PAIRS_SET = 0
+NET_CTRL_GUEST_OFFLOADS = 5
+NET_CTRL_GUEST_OFFLOADS_SET = 0
+NET_OK = 0
+NET_ERR = 1

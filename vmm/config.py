@@ -203,19 +203,24 @@ class DriveConfig:
 class NetConfig:
     """One network interface.
 
-    :param host_dev_name: of a tap that is there; None: `mode` says where frames go
+    :param host_dev_name: of a tap that is there; for mode ``auto`` of the one to be made, or None for ``pyvmmN``
     :param mode: ``tap``; ``auto``: a tap of our own, gone with the VM; ``user``: passt, without privileges; ``fd``
     :param fd: for mode ``fd``: an open tap, owned by the VM from here on
-    :param guest_mac: as ``06:00:ac:10:00:02``; None: one of ours, the same each time for the same place
+    :param guest_mac: as ``06:00:ac:10:00:02``; None: one of ours, the same each time for the same tap
     :param queues: pairs of virtqueues, each pair with a thread of its own
-    :param mtu: in bytes; None: the guest's own default
+    :param mtu: in bytes, told to the guest, and set on a tap of our own; None: the guest's own default
     :param pcap: path of a file that gets every frame, both ways
+    :param address: IPv4 of the host's side of a tap of our own, as ``10.0.0.1/24``
+    :param nat: let the guest out by the host's address; needs `address`
     :param iface_id: its name in messages and in the API; made up from its place if left out
+    :param rx_rate_limiter: of what the guest receives; None: no limit
+    :param tx_rate_limiter: of what the guest sends; None: no limit
+    :raises ConfigError: a value out of its range, or one that does not go with the mode
     """
 
     __slots__ = (
-        "fd", "guest_mac", "host_dev_name", "iface_id", "mode", "mtu", "pcap", "queues", "rx_rate_limiter",
-        "tx_rate_limiter",
+        "address", "fd", "guest_mac", "host_dev_name", "iface_id", "mode", "mtu", "nat", "pcap", "queues",
+        "rx_rate_limiter", "tx_rate_limiter",
     )  # fmt: skip
 
     def __init__(
@@ -228,10 +233,28 @@ class NetConfig:
         queues: int = 1,
         mtu: int | None = None,
         pcap: str | None = None,
+        address: str | None = None,
+        nat: bool = False,
         iface_id: str | None = None,
         rx_rate_limiter: RateLimiterConfig | None = None,
         tx_rate_limiter: RateLimiterConfig | None = None,
     ) -> None:
+        if mode not in ("tap", "auto", "user", "fd"):
+            raise ConfigError("net mode", mode, "must be tap, auto, user or fd")
+        if mode == "tap" and not host_dev_name:
+            raise ConfigError("host_dev_name", host_dev_name, "must be the name of a tap")
+        if (mode == "fd") != (fd is not None):
+            raise ConfigError("net fd", fd, "goes with the mode fd, and only with it")
+        if not 1 <= queues <= MAX_QUEUES:
+            raise ConfigError("net queues", queues, f"must be 1 to {MAX_QUEUES}")
+        if queues > 1 and mode in ("user", "fd"):
+            raise ConfigError("net queues", queues, f"must be 1 for the mode {mode}")
+        if mtu is not None and not 68 <= mtu <= 65535:
+            raise ConfigError("mtu", mtu, "must be 68 to 65535 bytes")
+        if mode != "auto" and (address is not None or nat):
+            raise ConfigError("net addr", address, "and nat go with the mode auto: another's tap is left as it is")
+        if nat and address is None:
+            raise ConfigError("nat", True, "needs addr=, the host's side of the guest's network")
         self.host_dev_name = host_dev_name
         self.mode = mode
         self.fd = fd
@@ -239,9 +262,37 @@ class NetConfig:
         self.queues = queues
         self.mtu = mtu
         self.pcap = pcap
+        self.address = address
+        self.nat = nat
         self.iface_id = iface_id
         self.rx_rate_limiter = rx_rate_limiter
         self.tx_rate_limiter = tx_rate_limiter
+
+    @classmethod
+    def parse(cls, text: str) -> NetConfig:
+        """From ``tap=NAME|auto|user|fd=N[,mac=][,queues=][,mtu=][,pcap=][,addr=][,nat][,id=][,rx_bps=][,tx_bps=]``.
+
+        :raises ConfigError: it is something else
+        """
+        keys = ("tap", "fd", "mac", "queues", "mtu", "pcap", "addr", "id", "rx_bps", "tx_bps")
+        _, found = parse_options("--net", text, ("auto", "user", "nat"), keys)
+        modes = [mode for mode in ("tap", "auto", "user", "fd") if mode in found]
+        if len(modes) != 1:
+            raise ConfigError("--net", text, "must have one of tap=NAME, auto, user and fd=N")
+        return cls(
+            found.get("tap"),
+            mode=modes[0],
+            fd=parse_count("fd", found["fd"], 0, 1 << 20) if "fd" in found else None,
+            guest_mac=found.get("mac"),
+            queues=parse_count("queues", found.get("queues", "1"), 1, MAX_QUEUES),
+            mtu=parse_count("mtu", found["mtu"], 68, 65535) if "mtu" in found else None,
+            pcap=found.get("pcap"),
+            address=found.get("addr"),
+            nat="nat" in found,
+            iface_id=found.get("id"),
+            rx_rate_limiter=RateLimiterConfig.per_second(found.get("rx_bps"), None),
+            tx_rate_limiter=RateLimiterConfig.per_second(found.get("tx_bps"), None),
+        )
 
 
 class VsockConfig:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from virtio.device import VirtioDevice
     from virtio.mmio import VirtioMmio
+    from vmm.config import NetConfig
 
     class Closable(Protocol):
         def close(self) -> None: ...
@@ -143,6 +144,8 @@ class Machine:
                     limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
                 )  # fmt: skip
                 devices.append(block)
+        for place, net in enumerate(config.network_interfaces):
+            devices.append(self._net(net, place))
         if config.shares:
             from virtio._limiter import RateLimiter
             from virtio.fs import Fs
@@ -162,6 +165,30 @@ class Machine:
         for device in devices:
             device.poll_us = config.poll_us
         return devices
+
+    def _net(self, config: NetConfig, place: int) -> VirtioDevice:
+        from virtio._limiter import RateLimiter
+        from virtio.net import Net, default_mac, parse_mac
+        from virtio.net_host import Nat, Passt, Tap, network_of
+
+        backend: Tap | Passt
+        if config.mode == "user":
+            backend = self._owned(Passt())
+        elif config.fd is not None:
+            backend = self._owned(Tap.inherited(config.fd))
+        else:
+            backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues))
+            if config.mode == "auto":
+                backend.configure(address=config.address, mtu=config.mtu)
+                if config.nat and config.address:
+                    self._owned(Nat(network_of(config.address), backend.name))
+        limits = config.rx_rate_limiter, config.tx_rate_limiter
+        rx, tx = (RateLimiter(limit.bandwidth, limit.ops) if limit else None for limit in limits)
+        mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{place}")
+        net = Net(
+            backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=rx, tx_limiter=tx, name=f"virtio-net{place}"
+        )
+        return self._owned(net)
 
     def _owned(self, thing: _T) -> _T:
         self._closers.append(thing.close)

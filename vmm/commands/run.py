@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, DriveConfig, FsConfig, VmConfig, VsockConfig
+from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, DriveConfig, FsConfig, NetConfig, VmConfig, VsockConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 
@@ -29,6 +29,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--memory", "SIZE", "512M", "guest RAM, as 512M or 2G (default: 512M)"),
     ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
     ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
+    ("--net", "tap=NAME|auto|user[,...]", [], "a network interface; may be repeated"),
     ("--vsock", "cid=N,uds=PATH", None, "sockets between host and guest (see pyvmm vsock)"),
     ("--poll", "US", 0, "microseconds that an idle device looks for work before it sleeps (default: 0)"),
     ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
@@ -53,6 +54,7 @@ class Arguments:
     memory: str
     disk: list[str]
     share: list[str]
+    net: list[str]
     vsock: str | None
     poll: int
     console: str
@@ -159,6 +161,7 @@ def config_from(args: Arguments) -> VmConfig:
         memory=args.memory,
         drives=drives,
         shares=shares,
+        network_interfaces=[NetConfig.parse(text) for text in args.net],
         vsock=None if args.vsock is None else VsockConfig.parse(args.vsock),
         poll_us=args.poll,
         console=args.console,
@@ -248,6 +251,8 @@ def describe(vm: Machine) -> str:
     for share in config.shares:
         mode = "read-only" if share.read_only else "read-write"
         lines.append(f"share    {share.tag} {share.shared_dir}, {mode}")
+    for interface, net in enumerate(config.network_interfaces):
+        lines.append(f"net      eth{interface}: {net.host_dev_name or net.mode}")
     if config.vsock is not None:
         lines.append(f"vsock    CID {config.vsock.guest_cid}, {config.vsock.uds_path}")
     return "\n".join(lines)

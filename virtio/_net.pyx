@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""A pair of network queues without the GIL: frames go between the guest's buffers and a tap, or a stream to passt."""
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memmove, memset
+
+from virtio._limiter cimport RateLimiter
+from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
+from vmm._fastpath cimport (
+    QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
+)
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <sys/epoll.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    #include <time.h>
+    #include <unistd.h>
+    static inline uint64_t net_clock(clockid_t clock) {
+        struct timespec t;
+        clock_gettime(clock, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    static inline ssize_t net_send(int fd, struct iovec *iov, size_t n) {
+        struct msghdr m = { .msg_iov = iov, .msg_iovlen = n };
+        return sendmsg(fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+    }
+    """
+    uint64_t net_clock(int clock) noexcept nogil
+    ssize_t net_send(int fd, iovec *iov, size_t n) noexcept nogil
+    enum: CLOCK_MONOTONIC, CLOCK_REALTIME, EPOLLIN, EPOLLOUT, EPOLLET
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t readv(int fd, const iovec *iov, int count)
+    ssize_t writev(int fd, const iovec *iov, int count)
+
+cdef enum:
+    RX = 0
+    TX = 1
+    TOKEN_HOST = 1
+    VNET_HEADER = 12            # virtio 1.2 §5.1.6: struct virtio_net_hdr with num_buffers
+    NUM_BUFFERS = 10            # its offset
+    ETH_HEADER = 14
+    FRAME_MAX = 65535 + ETH_HEADER + 4
+    UIO_MAXIOV = 1024
+    HELD = 256                  # RX chains taken in advance at most
+    BUDGET = 64                 # frames one way before the other has its turn
+    LEAST_NS = 5_000_000        # wait so long for buffers that hold the largest frame, then do with what is there
+    F_GUEST_LARGE = 1 << 7 | 1 << 8 | 1 << 10       # GUEST_TSO4, GUEST_TSO6, GUEST_UFO
+    F_MRG_RXBUF = 1 << 15
+    F_MQ = 1 << 22
+
+# An RX chain taken from the ring and not yet returned.
+cdef struct Held:
+    uint16_t head
+    uint32_t n_iov              # of its buffers, which follow one another in NetWorker.iov
+    uint64_t size
+
+cdef struct Counters:
+    uint64_t rx_packets
+    uint64_t rx_bytes
+    uint64_t rx_bad_buffers     # not writable, or too short for the header
+    uint64_t rx_truncated       # frames that the guest's buffers were too short for
+    uint64_t rx_errors
+    uint64_t tx_packets
+    uint64_t tx_bytes
+    uint64_t tx_bad             # not readable, too short, too long
+    uint64_t tx_errors          # the host refused the frame; it is dropped
+
+
+cdef class NetWorker(QueueWorker):
+    """The thread of one pair of queues, the receive queue first.
+
+    :param fd: a tap with a header of 12 bytes, or with `stream` a socket to passt; non-blocking, not owned
+    :param stream: frames come and go with a length of 4 bytes before each, big endian, and no header
+    :param pair: 0 for the first
+    :param rx_limiter: of what the guest receives
+    :param tx_limiter: of what the guest sends
+    :param frame: bytes of the largest frame without segmentation, Ethernet header included
+    :param pcap: a file for a copy of each frame, opened for appending; -1: none
+    """
+    cdef int fd
+    cdef int pcap
+    cdef uint32_t pair
+    cdef bint stream
+    cdef bint lost                          # the stream has ended
+    cdef bint idle                          # a pair beyond the first of a driver without MQ
+    cdef bint mergeable
+    cdef readonly RateLimiter rx_limiter
+    cdef readonly RateLimiter tx_limiter
+    cdef uint64_t frame
+    cdef uint64_t want                      # bytes of RX buffers to hold before a frame is read
+    cdef bint patient                       # false: any buffer at all will do
+    cdef uint64_t[2] resume                 # when a stalled queue may go on, CLOCK_MONOTONIC; 0: not by time
+    cdef bint paid                          # the next TX chain has its tokens
+    cdef uint64_t received                  # bytes of a frame that is read and waits for tokens
+    cdef Held[HELD] held
+    cdef uint32_t n_held
+    cdef iovec[UIO_MAXIOV + 1] iov          # one more for the stream's length
+    cdef uint32_t n_iov
+    cdef uint64_t held_bytes
+    # The stream's state: how much of the length, and of the frame, has come; what is left to send.
+    cdef uint8_t[4] length
+    cdef uint32_t length_got
+    cdef uint64_t frame_size
+    cdef uint64_t frame_got
+    cdef uint8_t[4] tx_length
+    cdef bint dropping                      # the rest of this frame was for a driver that is gone
+    cdef uint64_t tx_left
+    cdef uint64_t tx_size
+    cdef Counters counters
+
+    def __init__(self, device, indices, notify_fds, on_failure, name=None, *, int fd, bint stream, uint32_t pair,
+                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, uint64_t frame, int pcap=-1):
+        super().__init__(device, indices, notify_fds, on_failure, name)
+        self.fd = fd
+        self.stream = stream
+        self.pair = pair
+        self.rx_limiter = rx_limiter
+        self.tx_limiter = tx_limiter
+        self.frame = frame
+        self.pcap = pcap
+
+    @property
+    def stats(self):
+        """Counters of this pair by name."""
+        return self.counters
+
+    def begin(self):
+        """Forget the driver before."""
+        self.idle = self.pair > 0 and not self.features & F_MQ
+        self.mergeable = self.features & F_MRG_RXBUF != 0
+        self.want = VNET_HEADER + (FRAME_MAX if self.stream or self.features & F_GUEST_LARGE else self.frame)
+        self.n_held = self.n_iov = 0
+        self.held_bytes = self.received = 0
+        self.patient = True
+        self.resume[RX] = self.resume[TX] = 0
+        self.paid = False
+        self.dropping = self.length_got == 4
+        self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
+
+    cdef int serve(self, uint32_t place) noexcept nogil:
+        cdef int status
+        if self.idle:
+            return SERVE_STALLED
+        self.resume[place] = 0
+        status = self.receive() if place == RX else self.transmit()
+        self.publish(place)
+        return status
+
+    cdef int event(self, uint32_t token) noexcept nogil:
+        # A frame has come, or there is room for one; or it is time to go on.
+        cdef uint64_t now
+        cdef uint32_t place
+        cdef int status
+        if token == TOKEN_TIMER:
+            now = net_clock(CLOCK_MONOTONIC)
+            for place in range(2):
+                if 0 < self.resume[place] <= now:
+                    self.resume[place] = 0
+                    status = self._kicked(place)
+                    if status < 0:
+                        return status
+            self.arm()
+            return 0
+        for place in range(2):
+            if self.resume[place] == 0:
+                status = self._kicked(place)
+                if status < 0:
+                    return status
+        return 0
+
+    cdef void finish(self) noexcept nogil:
+        # The chains held go back, as if they had never been taken: the queue may be served on by a later thread. A
+        # driver whose bad buffer lay between them gets that one twice.
+        while self.n_held and self.rings[RX].size:
+            queue_unpop(self.rings[RX])
+            self.n_held -= 1
+        self.n_held = self.n_iov = 0
+
+    cdef void stall(self, uint32_t place, uint64_t nanoseconds) noexcept nogil:
+        self.resume[place] = net_clock(CLOCK_MONOTONIC) + nanoseconds
+        self.arm()
+
+    cdef void arm(self) noexcept nogil:
+        # One timer for both queues: the earlier.
+        cdef uint64_t first = self.resume[RX]
+        cdef uint64_t now
+        if first == 0 or (self.resume[TX] and self.resume[TX] < first):
+            first = self.resume[TX]
+        if first:
+            now = net_clock(CLOCK_MONOTONIC)
+            self.wake_after(first - now if first > now else 1)
+
+    # To the guest
+
+    cdef int receive(self) noexcept nogil:
+        cdef uint32_t budget = BUDGET
+        cdef uint64_t wait
+        cdef ssize_t size
+        cdef int status
+        while not self.stopping():
+            if self.received == 0:
+                if budget == 0:
+                    return SERVE_MORE
+                status = self.gather()
+                if status <= 0:
+                    return status
+                size = self.read_frame() if self.stream else readv(self.fd, self.iov, self.n_iov)
+                if size <= 0:
+                    if size < 0 and errno == EINTR:
+                        continue
+                    if size == 0 or errno != EAGAIN:
+                        self.counters.rx_errors += 1
+                        if self.stream:
+                            self.lose()
+                    return SERVE_STALLED
+                self.received = size
+                budget -= 1
+            wait = self.rx_limiter.take(self.received - VNET_HEADER, 1)
+            if wait:
+                self.stall(RX, wait)
+                return SERVE_STALLED
+            self.deliver(self.received)
+            self.received = 0
+        return SERVE_STALLED
+
+    cdef int gather(self) noexcept nogil:
+        # Hold chains for the largest frame that may come: 1; SERVE_EMPTY: the driver has to offer more first.
+        cdef Ring *ring = self.rings[RX]
+        cdef DescChain *chain = self.chains[RX]
+        cdef uint32_t n
+        cdef int status
+        while self.n_held == 0 or (self.mergeable and self.held_bytes < self.want):
+            if self.n_held == HELD:
+                return 1
+            status = queue_pop(ring, self.ram, chain)
+            if status < 0:
+                return status
+            if status != QUEUE_CHAIN:
+                if self.n_held == 0:
+                    return SERVE_EMPTY
+                if self.patient:        # a driver with few buffers may never have as many
+                    self.patient = False
+                    self.stall(RX, LEAST_NS)
+                    return SERVE_EMPTY
+                return 1
+            n = chain.n_writable
+            if chain.n_readable or chain.writable_bytes < VNET_HEADER:
+                self.counters.rx_bad_buffers += 1
+                queue_add_used(ring, chain.head, 0)
+                continue
+            if self.n_iov + n > UIO_MAXIOV:
+                queue_unpop(ring)
+                return 1
+            memcpy(&self.iov[self.n_iov], chain.iov, n * sizeof(iovec))
+            self.held[self.n_held] = Held(chain.head, n, chain.writable_bytes)
+            self.n_iov += n
+            self.n_held += 1
+            self.held_bytes += chain.writable_bytes
+        self.patient = True
+        return 1
+
+    cdef void deliver(self, uint64_t size) noexcept nogil:
+        # The first `size` bytes of the chains held are a header and a frame: return the chains that they fill.
+        cdef Ring *ring = self.rings[RX]
+        cdef uint64_t left = size, part
+        cdef uint32_t used = 0, iovs = 0
+        cdef uint8_t[2] count
+        if self.pcap >= 0:
+            self.capture(self.iov, self.n_iov, size)
+        if size == self.held_bytes:
+            self.counters.rx_truncated += 1     # or fits to the byte: the tap does not say
+        while left:
+            part = min(left, self.held[used].size)
+            left -= part
+            used += 1
+        count[0] = <uint8_t>used
+        count[1] = <uint8_t>(used >> 8)
+        scatter(self.iov, NUM_BUFFERS, count, 2)
+        left = size
+        for i in range(used):
+            part = min(left, self.held[i].size)
+            left -= part
+            queue_add_used(ring, self.held[i].head, <uint32_t>part)
+            iovs += self.held[i].n_iov
+            self.held_bytes -= self.held[i].size
+        self.n_held -= used
+        self.n_iov -= iovs
+        memmove(self.held, &self.held[used], self.n_held * sizeof(Held))
+        memmove(self.iov, &self.iov[iovs], self.n_iov * sizeof(iovec))
+        self.counters.rx_packets += 1
+        self.counters.rx_bytes += size - VNET_HEADER
+
+    cdef ssize_t read_frame(self) noexcept nogil:
+        # From the stream: the size of a whole frame and its header, or what a read of it gave.
+        cdef ssize_t got
+        cdef uint8_t[VNET_HEADER] header
+        while True:
+            got = self.read_rest()
+            if got <= 0:
+                return got
+            self.length_got = 0
+            if not self.dropping:
+                break
+            self.dropping = False
+        memset(header, 0, VNET_HEADER)
+        scatter(self.iov, 0, header, VNET_HEADER)
+        return min(VNET_HEADER + self.frame_size, self.held_bytes)
+
+    cdef ssize_t read_rest(self) noexcept nogil:
+        # The rest of a frame behind its header's place in the chains held: 1, or what a read gave.
+        cdef ssize_t got
+        cdef uint8_t[4096] scrap
+        cdef uint64_t room
+        cdef iovec[UIO_MAXIOV] rest
+        cdef iovec one
+        cdef uint32_t n
+        while self.length_got < 4:
+            one = iovec(<void *>&self.length[self.length_got], 4 - self.length_got)
+            got = readv(self.fd, &one, 1)
+            if got <= 0:
+                return got
+            self.length_got += <uint32_t>got
+            if self.length_got == 4:
+                self.frame_size = <uint64_t>self.length[0] << 24 | self.length[1] << 16 | self.length[2] << 8 \
+                    | self.length[3]
+                self.frame_got = 0
+        while self.frame_got < self.frame_size:
+            room = 0 if self.dropping else self.held_bytes - VNET_HEADER
+            if self.frame_got < room:
+                n = skip(self.iov, self.n_iov, VNET_HEADER + self.frame_got, self.frame_size - self.frame_got, rest)
+                got = readv(self.fd, rest, n)
+            else:
+                one = iovec(<void *>scrap, min(<uint64_t>sizeof(scrap), self.frame_size - self.frame_got))
+                got = readv(self.fd, &one, 1)
+            if got <= 0:
+                return got
+            self.frame_got += got
+        return 1
+
+    # From the guest
+
+    cdef int transmit(self) noexcept nogil:
+        cdef Ring *ring = self.rings[TX]
+        cdef DescChain *chain = self.chains[TX]
+        cdef uint32_t budget = BUDGET
+        cdef uint64_t wait
+        cdef ssize_t sent
+        cdef int status
+        while not self.stopping():
+            if budget == 0:
+                return SERVE_MORE
+            status = queue_pop(ring, self.ram, chain)
+            if status != QUEUE_CHAIN:
+                return status
+            budget -= 1
+            if chain.n_writable or not VNET_HEADER + ETH_HEADER <= chain.readable_bytes <= VNET_HEADER + FRAME_MAX \
+                    or chain.n_readable > UIO_MAXIOV:
+                self.counters.tx_bad += 1
+                queue_add_used(ring, chain.head, 0)
+                continue
+            if not self.paid:
+                wait = self.tx_limiter.take(chain.readable_bytes - VNET_HEADER, 1)
+                if wait:
+                    queue_unpop(ring)
+                    self.stall(TX, wait)
+                    return SERVE_STALLED
+                self.paid = True
+            # The header is the tap's to judge: the kernel copies it once and refuses what makes no sense.
+            sent = self.write_frame(chain) if self.stream else writev(self.fd, chain.iov, chain.n_readable)
+            if sent < 0:
+                if errno == EINTR:
+                    queue_unpop(ring)
+                    continue
+                if errno == EAGAIN or (errno == ENOBUFS and self.stream):
+                    queue_unpop(ring)
+                    return SERVE_STALLED
+                self.counters.tx_errors += 1
+                if self.stream:
+                    self.lose()
+            else:
+                self.counters.tx_packets += 1
+                self.counters.tx_bytes += chain.readable_bytes - VNET_HEADER
+                if self.pcap >= 0:
+                    self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
+            self.paid = False
+            queue_add_used(ring, chain.head, 0)
+        return SERVE_STALLED
+
+    cdef void lose(self) noexcept nogil:
+        # The other end of the stream is gone, once and for all.
+        if not self.lost:
+            self.lost = True
+            with gil:
+                self.device.lose()
+
+    cdef ssize_t write_frame(self, DescChain *chain) noexcept nogil:
+        # To the stream: 0 once all of it is there, -1 and errno. A chain put back after a part of it went is the next
+        # one again, unless the driver changed it meanwhile: then the stream gets its length in other bytes.
+        cdef iovec[UIO_MAXIOV + 1] rest
+        cdef uint64_t size = chain.readable_bytes - VNET_HEADER, done
+        cdef uint8_t[4096] filler
+        cdef ssize_t sent
+        cdef uint32_t n
+        if self.tx_left == 0:
+            self.tx_size = size
+            self.tx_left = 4 + size
+            for n in range(4):
+                self.tx_length[n] = <uint8_t>(size >> (24 - 8 * n))
+        while self.tx_left:
+            done = 4 + self.tx_size - self.tx_left
+            n = 0
+            if done < 4:
+                rest[0] = iovec(<void *>&self.tx_length[done], 4 - done)
+                n = 1
+                done = 4
+            done -= 4
+            if done < size:
+                n += skip(chain.iov, chain.n_readable, VNET_HEADER + done, min(size, self.tx_size) - done, &rest[n])
+            elif done < self.tx_size:
+                memset(filler, 0, sizeof(filler))
+                rest[n] = iovec(<void *>filler, min(<uint64_t>sizeof(filler), self.tx_size - done))
+                n += 1
+            sent = net_send(self.fd, rest, n)
+            if sent < 0:
+                if errno != EAGAIN and errno != EINTR:
+                    self.tx_left = 0
+                return -1
+            self.tx_left -= sent
+        return 0
+
+    # A copy for the one who looks on
+
+    cdef void capture(self, const iovec *iov, uint32_t n_iov, uint64_t size) noexcept nogil:
+        # One write, so that the records of several threads do not mix. Source: pcap-savefile(5).
+        cdef iovec[UIO_MAXIOV + 1] record
+        cdef uint32_t[4] head
+        cdef uint64_t now = net_clock(CLOCK_REALTIME)
+        head[0] = <uint32_t>(now // 1_000_000_000)
+        head[1] = <uint32_t>(now % 1_000_000_000)
+        head[2] = head[3] = <uint32_t>(size - VNET_HEADER)
+        record[0] = iovec(<void *>head, 16)
+        writev(self.pcap, record, 1 + skip(iov, n_iov, VNET_HEADER, size - VNET_HEADER, &record[1]))
+
+
+cdef uint32_t skip(const iovec *iov, uint32_t count, uint64_t start, uint64_t size, iovec *into) noexcept nogil:
+    # The buffers of `size` bytes from `start`, of at most UIO_MAXIOV: how many were put into `into`.
+    cdef uint32_t i, n = 0
+    cdef uint64_t length
+    for i in range(count):
+        length = iov[i].iov_len
+        if start >= length:
+            start -= length
+            continue
+        length = min(length - start, size)
+        if length == 0 or n == UIO_MAXIOV - 1:
+            break
+        into[n] = iovec(<void *>(<uint8_t *>iov[i].iov_base + start), length)
+        n += 1
+        size -= length
+        start = 0
+    return n
+
+
+cdef void scatter(iovec *iov, uint64_t start, const uint8_t *data, uint64_t size) noexcept nogil:
+    # Write `data` at `start` of the buffers, which are long enough.
+    cdef uint64_t i = 0
+    while i < size:
+        if start >= iov.iov_len:
+            start -= iov.iov_len
+            iov += 1
+            continue
+        (<uint8_t *>iov.iov_base)[start] = data[i]
+        start += 1
+        i += 1

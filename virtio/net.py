@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network device (§5.1): pairs of queues over a tap or passt, and the control queue."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+from virtio import spec
+from virtio._limiter import RateLimiter
+from virtio._net import NetWorker
+from virtio.device import VirtioDevice, Worker
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Protocol
+
+    from virtio.device import ActivateContext, AnyWorker
+    from vmm._fastpath import Chain
+
+    class Backend(Protocol):
+        """Where frames come from and go to; see ``virtio.net_host``."""
+
+        fds: list[int]
+        stream: bool
+
+        def set_offloads(self, features: int) -> None: ...
+        def set_pairs(self, count: int) -> None: ...
+
+
+QUEUE_SIZE = 512
+CTRL_QUEUE_SIZE = 64
+MAX_PAIRS = 8
+DEFAULT_MTU = 1500
+# Those that the driver can switch while it runs (§5.1.6.5.6.1), and the tap by them.
+GUEST_OFFLOADS = (
+    spec.NET_F_GUEST_CSUM | spec.NET_F_GUEST_TSO4 | spec.NET_F_GUEST_TSO6 | spec.NET_F_GUEST_ECN | spec.NET_F_GUEST_UFO
+)
+_TAP_FEATURES = (
+    GUEST_OFFLOADS | spec.NET_F_CSUM | spec.NET_F_HOST_TSO4 | spec.NET_F_HOST_TSO6 | spec.NET_F_HOST_ECN
+    | spec.NET_F_HOST_UFO | spec.NET_F_CTRL_GUEST_OFFLOADS
+)  # fmt: skip
+_CTRL_FEATURES = spec.NET_F_CTRL_VQ | spec.NET_F_CTRL_RX | spec.NET_F_CTRL_VLAN | spec.NET_F_CTRL_MAC_ADDR
+# Source: pcap-savefile(5): nanoseconds, version 2.4, whole frames, LINKTYPE_ETHERNET.
+_PCAP_HEADER = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0x40000, 1)
+
+
+def parse_mac(text: str) -> bytes:
+    """The six bytes of a hardware address as people write it.
+
+    :raises ConfigError: it is none, or one of a group
+    """
+    parts = text.split(":")
+    plain = len(parts) == 6 and all(len(part) == 2 and part.isalnum() and part.isascii() for part in parts)
+    try:
+        mac = bytes.fromhex("".join(parts)) if plain else b""
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or mac[0] & 1 or not any(mac):
+        raise ConfigError("mac", text, "must be six bytes as 06:00:ac:10:00:02, and not of a group")
+    return mac
+
+
+def default_mac(name: str) -> bytes:
+    """A hardware address of our own making, the same each time for the same interface of the host."""
+    import zlib
+
+    return b"\x02\x56" + zlib.crc32(name.encode()).to_bytes(4, "big")
+
+
+class Net(VirtioDevice):
+    """A virtio network device over `backend`.
+
+    :param backend: a :class:`virtio.net_host.Tap` or :class:`virtio.net_host.Passt`; not owned
+    :param mac: six bytes
+    :param mtu: told to the guest; None: not told
+    :param pcap: path of a file that gets each frame, both ways; it is made anew
+    :param rx_limiter: of what the guest receives; None: no limit
+    :param tx_limiter: of what the guest sends; None: no limit
+    :param name: of the threads
+    :raises ConfigError: the pcap file cannot be made
+    """
+
+    device_type = spec.TYPE_NET
+
+    def __init__(
+        self,
+        backend: Backend,
+        mac: bytes,
+        *,
+        mtu: int | None = None,
+        pcap: str | None = None,
+        rx_limiter: RateLimiter | None = None,
+        tx_limiter: RateLimiter | None = None,
+        name: str = "virtio-net",
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.backend = backend
+        self.mac = mac
+        self.mtu = mtu
+        self.rx_limiter = rx_limiter or RateLimiter()
+        self.tx_limiter = tx_limiter or RateLimiter()
+        self.link_up = True
+        self.pairs = len(backend.fds)
+        self.queue_sizes = (QUEUE_SIZE,) * (2 * self.pairs) + (CTRL_QUEUE_SIZE,)
+        self.features = spec.NET_F_MAC | spec.NET_F_STATUS | spec.NET_F_MRG_RXBUF | _CTRL_FEATURES
+        if not backend.stream:
+            self.features |= _TAP_FEATURES
+        if self.pairs > 1:
+            self.features |= spec.NET_F_MQ
+        if mtu is not None:
+            self.features |= spec.NET_F_MTU
+        self.counters |= {"control": 0, "bad_control": 0}
+        self.config = self._config_space()
+        self._workers: list[NetWorker] = []
+        self._pcap = -1 if pcap is None else _open_pcap(pcap)
+
+    def _config_space(self) -> bytes:
+        return spec.NET_CONFIG.pack(self.mac, spec.NET_S_LINK_UP * self.link_up, self.pairs, self.mtu or DEFAULT_MTU)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by name, of all pairs together."""
+        total = dict(self.counters)
+        for worker in self._workers:
+            for key, value in worker.stats.items():
+                total[key] = total.get(key, 0) + value
+        total["rx_rate_limiter_throttled"] = self.rx_limiter.throttled
+        total["tx_rate_limiter_throttled"] = self.tx_limiter.throttled
+        return total
+
+    def make_workers(
+        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
+    ) -> Sequence[AnyWorker]:
+        """A thread a pair, and one for the control queue."""
+        frame = (self.mtu or DEFAULT_MTU) + 18  # the Ethernet header and a VLAN tag
+        for pair, fd in enumerate(self.backend.fds):
+            self._workers.append(
+                NetWorker(
+                    self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
+                    f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
+                    rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, frame=frame, pcap=self._pcap,
+                )
+            )  # fmt: skip
+        # Without MQ the control queue is the third, whatever we have (§5.1.2).
+        control = sorted({2, 2 * self.pairs})
+        return [*self._workers, Worker(self, control, [notify_fds[index] for index in control], on_failure)]
+
+    def activate(self, context: ActivateContext) -> None:
+        """Let the tap do what the driver negotiated."""
+        self.backend.set_pairs(1)
+        self.backend.set_offloads(context.features)
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or pull it, as the guest sees it; any thread."""
+        self.link_up = up
+        self.publish_config(self._config_space())
+
+    def lose(self) -> None:
+        """The other end is gone: pull the cable and say so; called by a worker, once."""
+        self.context.warn("lost", f"{self.name}: passt has ended; the link is down")
+        self.set_link(False)
+
+    def process(self, queue_index: int) -> None:
+        """Serve the control queue."""
+        if queue_index == (2 * self.pairs if self.context.features & spec.NET_F_MQ else 2):
+            self.drain(self.context.queues[queue_index], self._control)
+
+    def _control(self, chain: Chain) -> int:
+        self.counters["control"] += 1
+        if not chain.writable_bytes:
+            self.counters["bad_control"] += 1
+            return 0
+        request = b"".join(bytes(part) for part in chain.readable)[: 1 << 16]
+        try:
+            done = len(request) >= 2 and self._command(request[0], request[1], request[2:])
+        except OSError as error:
+            self.context.warn("control", f"{self.name}: {os.strerror(error.errno or 0)}")
+            done = False
+        if not done:
+            self.counters["bad_control"] += 1
+        chain.writable[0][0] = spec.NET_OK if done else spec.NET_ERR
+        return 1
+
+    def _command(self, kind: int, command: int, data: bytes) -> bool:
+        # Whether it is done. We filter nothing: what the tap gives is the guest's, so modes and tables need no more.
+        match kind, command:
+            case spec.NET_CTRL_RX, command:
+                return command <= 5 and len(data) == 1
+            case spec.NET_CTRL_MAC, spec.NET_CTRL_MAC_TABLE_SET:
+                return _is_two_tables(data)
+            case spec.NET_CTRL_MAC, spec.NET_CTRL_MAC_ADDR_SET:
+                if len(data) != 6 or data[0] & 1:
+                    return False
+                self.mac = data
+                self.config = self._config_space()  # the driver knows: no interrupt
+                return True
+            case spec.NET_CTRL_VLAN, command:
+                return command <= 1 and len(data) == 2
+            case spec.NET_CTRL_MQ, spec.NET_CTRL_MQ_VQ_PAIRS_SET:
+                count = int.from_bytes(data, "little")
+                if len(data) != 2 or not 1 <= count <= self.pairs or not self.context.features & spec.NET_F_MQ:
+                    return False
+                self.backend.set_pairs(count)
+                return True
+            case spec.NET_CTRL_GUEST_OFFLOADS, spec.NET_CTRL_GUEST_OFFLOADS_SET:
+                wanted = int.from_bytes(data, "little")
+                allowed = self.context.features & GUEST_OFFLOADS
+                if len(data) != 8 or wanted & ~allowed or not self.context.features & spec.NET_F_CTRL_GUEST_OFFLOADS:
+                    return False
+                self.backend.set_offloads(wanted)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Close the pcap file; idempotent. The transport is closed before."""
+        if self._pcap >= 0:
+            os.close(self._pcap)
+            self._pcap = -1
+
+
+def _is_two_tables(data: bytes) -> bool:
+    # A table of unicast addresses and one of multicast: each a count of 4 bytes and so many times 6.
+    for _ in range(2):
+        count = int.from_bytes(data[:4], "little")
+        if len(data) < 4 + 6 * count:
+            return False
+        data = data[4 + 6 * count :]
+    return not data
+
+
+def _open_pcap(path: str) -> int:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError("pcap", path, f"cannot be made: {os.strerror(error.errno or errno.EIO)}") from None
+    os.write(fd, _PCAP_HEADER)
+    return fd
