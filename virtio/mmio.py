@@ -288,6 +288,9 @@ class VirtioMmio(MmioRegisters):
         self.interrupt.set_notify(queue.index, -1)
         if self._status & spec.DRIVER_OK and not self._needs_reset:
             self._start_workers()
+            for other in self.queues:  # a worker may have taken a notification, and stopped before the chain
+                if other.ready:
+                    os.eventfd_write(self.notify_fds[other.index], 1)
 
     def _activate(self) -> None:
         if self._needs_reset:

@@ -476,6 +476,29 @@ def test_4_2_2_2_queue_ready_0_stops_one_queue(host: Host) -> None:
     assert host.driver.get(spec.MMIO_STATUS) == 0xF
 
 
+def test_stopping_one_queue_loses_no_notification_of_another(host: Host) -> None:
+    host.driver.bring_up()
+    process, taken = host.device.process, threading.Event()
+
+    def too_late(queue_index: int) -> None:
+        taken.set()
+        while not host.device.context.stopping:
+            os.sched_yield()
+        process(queue_index)
+
+    host.device.process = too_late  # type: ignore[method-assign]
+    ring = host.driver.queues[1]
+    answer = ring.buffer(4, device_writes=True)
+    ring.add([ring.buffer(b"kept"), answer])
+    host.driver.kick(1)
+    assert taken.wait(30)
+    host.device.process = process  # type: ignore[method-assign]
+    host.driver.set(spec.MMIO_QUEUE_SEL, 0)
+    host.driver.set(spec.MMIO_QUEUE_READY, 0)
+    host.wait_for(lambda: bool(ring.reap()))
+    assert host.transport.memory.read(answer.addr, 4) == b"KEPT"
+
+
 def test_queue_registers_before_features_ok(host: Host) -> None:
     ring = SplitDriver(host.transport.memory, host.driver.allocator, 8)
     host.driver.place_queue(0, ring)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,6 +179,13 @@ class Vm:
         self.send(RW, 1, 1)
         packet = self.receive(RST)
         assert (packet.dst_port, packet.src_port) == (1, 1), packet
+
+    def settle(self, connections: int) -> None:
+        """Wait until the device has so many connections: what its sockets say comes in no order."""
+        end = time.monotonic() + PATIENCE
+        while self.device.connections != connections:
+            assert time.monotonic() < end, f"{self.device.connections} connections"
+            time.sleep(0.001)
 
     def silence_without_buffers(self) -> None:
         """The device has looked at everything up to here, and could say nothing."""
