@@ -36,7 +36,7 @@ class ConsolePort:
     """One port: bytes both ways, each way bounded.
 
     :ivar name: what the guest finds in /sys/class/virtio-ports/*/name, for a port other than the first
-    :ivar guest_open: whether a program in the guest has it open; known for ports beside a control queue
+    :ivar guest_open: whether the guest takes input; beside a control queue, whether a program there has it open
     :ivar lost: bytes of output that came after ``close`` or found no room in an emergency
     """
 
@@ -94,12 +94,17 @@ class ConsolePort:
         with self._change:
             self._wake = wake
             self.guest_open = False
-            if wake is not None:
-                wake()  # for what was fed before
+
+    def open(self, is_open: bool) -> None:
+        """The guest takes input from now on, or no more; Linux drops what comes to a port that nobody has open."""
+        with self._change:
+            self.guest_open = is_open
+            if self._wake is not None:
+                self._wake()
 
     def has_input(self) -> bool:
-        """Whether there is something for the guest."""
-        return bool(self._input)
+        """Whether there is something for the guest, and somebody there to take it."""
+        return self.guest_open and bool(self._input)
 
     def take_input(self, room: int) -> bytes:
         """At most `room` bytes for the guest."""
@@ -206,6 +211,8 @@ class Console(VirtioDevice):
         self._multiport = bool(context.features & spec.CONSOLE_F_MULTIPORT)
         for number, port in enumerate(self.ports if self._multiport else self.ports[:1]):
             port.attach(partial(os.eventfd_write, self._notify_fds[2 * number + 2 * bool(number)], 1))
+        if not self._multiport:
+            self.ports[0].open(True)
 
     def reset(self) -> None:
         """Forget the driver; input that it has not taken waits for the next one."""
@@ -306,7 +313,7 @@ class Console(VirtioDevice):
                 self._introduce(number, port)
             return True
         if event == spec.CONSOLE_PORT_OPEN and number in self._ready:
-            port.guest_open = value == 1
+            port.open(value == 1)
             return True
         return False
 

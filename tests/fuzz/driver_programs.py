@@ -272,7 +272,7 @@ def make_console(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
 
     def take_all(port: ConsolePort) -> None:
         while port.wait_output():
-            if not port.has_input():
+            if not port._input:
                 port.feed(b"x")
 
     device = Console(["second"])

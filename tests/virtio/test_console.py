@@ -247,6 +247,8 @@ def bring_up_ports(host: Host) -> None:
         say(host, number, spec.CONSOLE_PORT_READY, 1)
         assert told(host) == (number, spec.CONSOLE_PORT_NAME, 1, port.name.encode())
         assert told(host) == (number, spec.CONSOLE_PORT_OPEN, 1)
+    for number in range(len(host.device.ports)):
+        say(host, number, spec.CONSOLE_PORT_OPEN, 1)
 
 
 def test_5_3_6_2_ports_are_announced_named_and_opened(boot: Boot) -> None:
@@ -255,13 +257,29 @@ def test_5_3_6_2_ports_are_announced_named_and_opened(boot: Boot) -> None:
     assert host.driver.config(4, 4) == struct.pack("<I", 3)
     assert len(host.driver.queues) == 8
     bring_up_ports(host)
-    say(host, 2, spec.CONSOLE_PORT_OPEN, 1)
-    assert [port.guest_open for port in host.device.ports] == [False, False, True]
+    assert all(port.guest_open for port in host.device.ports)
     for number in range(3):
         alive(host, number)
     say(host, 2, spec.CONSOLE_PORT_OPEN, 0)
     assert not host.device.ports[2].guest_open
     assert host.device.stats["bad_requests"] == 0
+
+
+def test_input_waits_until_somebody_in_the_guest_opens_the_port(boot: Boot) -> None:
+    host = boot("agent")
+    bring_up_ports(host)
+    say(host, 1, spec.CONSOLE_PORT_OPEN, 0)
+    ring = host.driver.queues[4]
+    room = host.room(16)
+    ring.want_interrupt()
+    head = ring.add([room])
+    host.driver.kick(4)
+    host.device.ports[1].feed(b"orders")
+    alive(host)  # the thread that serves both has been there
+    assert ring.reap() == []
+    say(host, 1, spec.CONSOLE_PORT_OPEN, 1)
+    assert host.reap(4, head) == 6
+    assert host.ram.read(room.addr, 6) == b"orders"
 
 
 def test_a_resize_is_told_once_with_the_last_size(boot: Boot) -> None:
@@ -301,7 +319,6 @@ def test_a_driver_without_multiport_has_a_console_and_no_control_queue(boot: Boo
 def test_a_reset_begins_again(boot: Boot) -> None:
     host = boot("agent")
     bring_up_ports(host)
-    say(host, 1, spec.CONSOLE_PORT_OPEN, 1)
     host.device.resize(5, 5)
     host.driver.bring_up()
     assert not host.device.ports[1].guest_open
@@ -380,12 +397,14 @@ def test_a_broken_chain_stops_this_device_until_its_driver_resets_it(boot: Boot,
         host.device.ports[1].feed(b"x")
         ring = host.driver.queues[queue]
         ring.write_desc(0, ram.size - 8, 16, 0)
-        if queue == CONTROL_IN:
-            say(host, 0, spec.CONSOLE_DEVICE_READY, 1)
+        if queue & 1 == 0:
+            for event in (spec.CONSOLE_DEVICE_READY, spec.CONSOLE_PORT_READY, spec.CONSOLE_PORT_OPEN):
+                say(host, queue // 4, event, 1)
         ring.offer(0, [0])
         host.driver.set(spec.MMIO_QUEUE_NOTIFY, queue)
         host.until(host.broken)
         host.driver.bring_up()
+    bring_up_ports(host)
     assert len(read(host)) == 6
     alive(host)
 

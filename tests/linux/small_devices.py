@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stock kernel with virtio-rng, -balloon and -console: what its drivers find, and what the host gets back.
+
+    python -m tests.linux.small_devices      # where KVM runs Linux; writes one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from virtio.balloon import Balloon
+from virtio.console import Console
+from virtio.rng import Entropy
+from vmm import Machine
+from vmm.images import apt, initramfs
+
+MIB = 1 << 20
+PATIENCE = 60.0
+MODULES = ("virtio_mmio", "virtio_rng", "virtio_balloon", "virtio_console")
+# A shell that reads the serial port as a file: neither prompt nor echo.
+INIT = initramfs.LOAD_MODULES + "stty -echo -onlcr </dev/ttyS0\nexec setsid sh /dev/ttyS0 >/dev/ttyS0 2>&1\n"
+FILL = "dd if=/dev/zero of=/fill bs=1M count=64 2>/dev/null; rm /fill"
+
+
+class Guest:
+    """A running guest and its shell."""
+
+    def __init__(self, kernel: str, initrd: str, *devices: Any) -> None:
+        self.vm = Machine(
+            kernel=kernel, initrd=initrd, memory="192M", console="none", append="quiet", devices=devices
+        )
+        self._heard = bytearray()
+        self._change = threading.Condition()
+        self.vm.on_console(self._hear)
+        self.vm.start()
+
+    def _hear(self, data: bytes) -> None:
+        with self._change:
+            self._heard += data
+            self._change.notify_all()
+
+    def run(self, command: str) -> str:
+        """What `command` prints."""
+        self.vm.serial.feed(f"{{ {command}\n}}; echo '<'end'>'\n".encode())
+        with self._change:
+            if not self._change.wait_for(lambda: b"<end>\n" in self._heard, PATIENCE):
+                raise TimeoutError(f"{command}: only {bytes(self._heard)!r}")
+            answer, _, rest = bytes(self._heard).partition(b"<end>\n")
+            self._heard[:] = rest
+        return answer.decode(errors="replace").strip()
+
+    def resident(self) -> dict[str, int]:
+        """Bytes of guest RAM in the host's memory: of the memfds, and mapped into this process."""
+        status = Path("/proc/self/status").read_text()
+        mapped = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssShmem"))
+        blocks = sum(os.fstat(region.fd).st_blocks for region in self.vm.memory.regions)
+        return {"memfd": blocks * 512, "mapped": mapped * 1024}
+
+
+def until(condition: Any) -> bool:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def small(kernel: str, initrd: str) -> dict[str, Any]:
+    """Random numbers, a console with a further port, a balloon with statistics; drivers that go and come again."""
+    rng, console = Entropy(), Console(["org.pyvmm.test"], cols=91, rows=37)
+    balloon = Balloon(deflate_on_oom=True, stats_polling_interval_s=1)
+    guest = Guest(kernel, initrd, rng, balloon, console)
+    port, agent = console.ports
+    try:
+        facts: dict[str, Any] = {
+            "drivers": guest.run("for d in /sys/bus/virtio/devices/*/driver; do readlink $d | sed 's|.*/||'; done"),
+            "rng": guest.run("cat /sys/class/misc/hw_random/rng_current; head -c 1000 /dev/hwrng | wc -c"),
+        }
+        guest.run("stty -echo raw </dev/hvc0; echo from the guest >/dev/hvc0")
+        facts["hvc0"] = port.wait_output().decode()
+        facts["size"] = guest.run("stty size </dev/hvc0")
+        port.feed(b"from the host\n")
+        facts["hvc0_read"] = guest.run("head -n 1 /dev/hvc0")
+        console.resize(100, 50)
+        facts["resized"] = until(lambda: guest.run("stty size </dev/hvc0") == "50 100")
+        facts["port"] = guest.run("cat /sys/class/virtio-ports/*/name")
+        guest.run("p=$(basename $(dirname $(ls /sys/class/virtio-ports/*/name)))\necho agent >/dev/$p")
+        facts["agent"] = agent.wait_output().decode()
+        agent.feed(b"orders\n")
+        facts["agent_read"] = guest.run("head -n 1 /dev/$p")
+
+        guest.run(FILL)
+        before = guest.resident()
+        free = "grep MemFree /proc/meminfo | tr -dc 0-9"
+        facts["free_before"] = int(guest.run(free))
+        start = time.monotonic()
+        balloon.set_amount(96)
+        facts["inflated"] = until(lambda: balloon.actual_pages == 96 * 256)
+        facts["inflate_seconds"] = round(time.monotonic() - start, 2)
+        facts["before"], facts["after"] = before, guest.resident()
+        facts["free_after"] = int(guest.run(free))
+        facts["statistics_came"] = until(lambda: 0 < balloon.statistics().get("free_memory", 0) < 96 * MIB)
+        facts["statistics"] = balloon.statistics()
+        balloon.set_amount(0)
+        facts["deflated"] = until(lambda: balloon.actual_pages == 0)
+        facts["used_again"] = guest.run(f"{FILL} && echo yes")
+        balloon.set_amount(32)
+        until(lambda: balloon.actual_pages == 32 * 256)
+        facts["reloaded"] = guest.run(
+            "rmmod virtio_balloon virtio_rng && modprobe virtio_balloon && modprobe virtio_rng\n"
+            "head -c 100 /dev/hwrng | wc -c"
+        )
+        facts["inflated_after_reload"] = until(lambda: balloon.actual_pages == 32 * 256)
+        facts["stats"] = {"rng": rng.stats, "balloon": balloon.stats, "console": console.stats}
+    finally:
+        for one in console.ports:
+            one.close()
+        guest.vm.close()
+    return facts
+
+
+def reporting(kernel: str, initrd: str) -> dict[str, Any]:
+    """Memory that the guest has used and freed comes back by itself."""
+    balloon = Balloon(free_page_reporting=True)
+    guest = Guest(kernel, initrd, balloon)
+    try:
+        guest.run(FILL)
+        before = guest.resident()
+        came = until(lambda: guest.resident()["memfd"] < before["memfd"] - 40 * MIB)
+        return {"came": came, "before": before, "after": guest.resident(), "stats": balloon.stats}
+    finally:
+        guest.vm.close()
+
+
+def main() -> int:
+    package = apt.package("linux-image-cloud-amd64")
+    kernel, _ = apt.kernel_of(package.tree)
+    initrd = Path(os.environ.get("TMPDIR", "/tmp"), "small_devices.cpio")
+    initrd.write_bytes(initramfs.build_initramfs(package.tree, MODULES, INIT))
+    json.dump({"small": small(str(kernel), str(initrd)), "reporting": reporting(str(kernel), str(initrd))}, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
