@@ -442,6 +442,20 @@ class BalloonConfig:
         self.stats_polling_interval_s = stats_polling_interval_s
         self.free_page_reporting = free_page_reporting
 
+    @classmethod
+    def parse(cls, text: str) -> BalloonConfig:
+        """From ``[MIB][,stats=SECONDS][,no-oom][,no-reporting]``.
+
+        :raises ConfigError: it is something else
+        """
+        amount, found = parse_options("--balloon", text, ("no-oom", "no-reporting"), ("stats",), first=True)
+        return cls(
+            parse_count("--balloon", amount or "0", 0, 1 << 30),
+            deflate_on_oom="no-oom" not in found,
+            stats_polling_interval_s=parse_count("stats", found.get("stats", "0"), 0, 65535),
+            free_page_reporting="no-reporting" not in found,
+        )
+
 
 class VmConfig:
     """A whole VM.
@@ -459,7 +473,8 @@ class VmConfig:
     :param entropy: whether the guest gets the host's random numbers
     :param balloon: the memory balloon, or None
     :param poll_us: microseconds that an idle device looks for work before it sleeps: less latency, more CPU
-    :param console: where the serial port's output goes: ``"stdio"``, ``"file:PATH"`` or ``"none"``
+    :param console: where the console's output goes: ``"stdio"``, ``"file:PATH"`` or ``"none"``
+    :param virtio_console: the console is /dev/hvc0, much faster than the serial port, whose output then goes nowhere
     :param kvm: the KVM device
     :param exit_port: port of the exit device, or None for no such device
     :param protocol: boot protocol: ``"auto"``, ``"linux64"`` or ``"pvh"``
@@ -469,7 +484,7 @@ class VmConfig:
 
     __slots__ = (
         "append", "balloon", "cmdline", "console", "cpus", "drives", "entropy", "exit_port", "initrd", "kernel", "kvm",
-        "memory", "network_interfaces", "poll_us", "protocol", "shares", "unpack", "vsock",
+        "memory", "network_interfaces", "poll_us", "protocol", "shares", "unpack", "virtio_console", "vsock",
     )  # fmt: skip
 
     def __init__(
@@ -489,6 +504,7 @@ class VmConfig:
         balloon: BalloonConfig | None = None,
         poll_us: int = 0,
         console: str = "none",
+        virtio_console: bool = False,
         kvm: str = "/dev/kvm",
         exit_port: int | None = DEFAULT_EXIT_PORT,
         protocol: str = "auto",
@@ -508,6 +524,7 @@ class VmConfig:
         self.balloon = balloon
         self.poll_us = poll_us
         self.console = console
+        self.virtio_console = virtio_console
         self.kvm = kvm
         self.exit_port = exit_port
         self.protocol = protocol
@@ -541,7 +558,8 @@ class VmConfig:
     @property
     def full_cmdline(self) -> str:
         """The command line as the guest's kernel gets it, but for what the machine adds about its own devices."""
-        parts = [DEFAULT_CMDLINE if self.cmdline is None else self.cmdline]
+        default = DEFAULT_CMDLINE.replace("ttyS0", "hvc0") if self.virtio_console else DEFAULT_CMDLINE
+        parts = [default if self.cmdline is None else self.cmdline]
         for place, drive in enumerate(self.drives):
             if drive.is_root_device and self.cmdline is None and "root=" not in self.append:
                 parts.append(f"root=/dev/vd{chr(ord('a') + place)} {'ro' if drive.is_read_only else 'rw'}")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Protocol, TypeVar
 
+    from virtio.console import ConsolePort
     from virtio.device import VirtioDevice
     from virtio.mmio import VirtioMmio
     from vmm.config import NetConfig
@@ -74,6 +75,7 @@ class Machine:
         self.config = config
         self.vcpus: tuple[Vcpu, ...] = ()
         self.virtio: tuple[VirtioMmio, ...] = ()
+        self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
         self._exit_callbacks: list[Callable[[Stop], None]] = []
@@ -162,6 +164,29 @@ class Machine:
             from virtio.vsock import Listener, Vsock
 
             devices.append(Vsock(self._owned(Listener(config.vsock.uds_path)), config.vsock.guest_cid))
+        if config.entropy:
+            from virtio.rng import Entropy
+
+            devices.append(Entropy())
+        if config.balloon is not None:
+            from virtio.balloon import Balloon
+
+            balloon = config.balloon
+            if balloon.amount_mib >= config.memory >> 20:
+                raise ConfigError("balloon amount_mib", balloon.amount_mib, f"must be below {config.memory >> 20}")
+            devices.append(
+                Balloon(
+                    balloon.amount_mib, deflate_on_oom=balloon.deflate_on_oom,
+                    stats_polling_interval_s=balloon.stats_polling_interval_s,
+                    free_page_reporting=balloon.free_page_reporting,
+                )
+            )  # fmt: skip
+        if config.virtio_console:
+            from virtio.console import Console as VirtioConsole
+
+            hvc = VirtioConsole()
+            devices.append(hvc)
+            self._hvc = hvc.ports[0]
         for device in devices:
             device.poll_us = config.poll_us
         return devices
@@ -198,9 +223,12 @@ class Machine:
         self.pio = Bus("pio", 1 << 16)
         self.mmio = Bus("mmio", 1 << 52)
         self.serial = self._owned(Serial(self._irq(SERIAL_GSI)))
+        port = self.serial if self._hvc is None else self._hvc
         self.console = self._owned(
-            Console(self.serial, mode=self.config.console, on_output=self._on_output, on_quit=self.stop)
+            Console(port, mode=self.config.console, on_output=self._on_output, on_quit=self.stop)
         )
+        if self._hvc is not None:
+            self._owned(Console(self.serial, mode="none")).start()  # its output goes nowhere, and holds nobody up
         i8042 = I8042()
         self.pio.add(SERIAL_PORT, 8, self.serial, "serial")
         self.pio.add(0x60, 1, i8042.data, "i8042")

@@ -6,7 +6,16 @@ from __future__ import annotations
 import os
 import sys
 
-from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, DriveConfig, FsConfig, NetConfig, VmConfig, VsockConfig
+from vmm.config import (
+    DEFAULT_CMDLINE,
+    MAX_VCPUS,
+    BalloonConfig,
+    DriveConfig,
+    FsConfig,
+    NetConfig,
+    VmConfig,
+    VsockConfig,
+)
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 
@@ -31,6 +40,9 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
     ("--net", "tap=NAME|auto|user[,...]", [], "a network interface; may be repeated"),
     ("--vsock", "cid=N,uds=PATH", None, "sockets between host and guest (see pyvmm vsock)"),
+    ("--rng", None, False, "give the guest the host's random numbers"),
+    ("--balloon", "MIB[,...]", None, "a memory balloon of that size, which can be changed while the VM runs"),
+    ("--virtio-console", None, False, "the console is /dev/hvc0, faster than the serial port"),
     ("--poll", "US", 0, "microseconds that an idle device looks for work before it sleeps (default: 0)"),
     ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
     ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
@@ -56,6 +68,9 @@ class Arguments:
     share: list[str]
     net: list[str]
     vsock: str | None
+    rng: bool
+    balloon: str | None
+    virtio_console: bool
     poll: int
     console: str
     kvm: str
@@ -163,6 +178,9 @@ def config_from(args: Arguments) -> VmConfig:
         shares=shares,
         network_interfaces=[NetConfig.parse(text) for text in args.net],
         vsock=None if args.vsock is None else VsockConfig.parse(args.vsock),
+        entropy=args.rng,
+        balloon=None if args.balloon is None else BalloonConfig.parse(args.balloon),
+        virtio_console=args.virtio_console,
         poll_us=args.poll,
         console=args.console,
         kvm=args.kvm,
