@@ -36,6 +36,8 @@ class Disk:
     :param path: a regular file or a block device, a positive multiple of 512 bytes long
     :param read_only: open it for reading, and let other readers in
     :param direct: past the host's page cache
+    :param image_format: ``raw``; None: the same, but an image that looks like qcow2 is refused. It is never taken for
+        anything else than raw: what a guest writes at the start of its disk must not change how that is read.
     :raises ConfigError: it cannot be opened so, is something else, has another size, or is in use
 
     The lock is an open file description lock on the whole file, so QEMU's own image locks meet it too.
@@ -43,16 +45,23 @@ class Disk:
     Source: Linux fcntl(2), "Open file description locks".
     """
 
-    def __init__(self, path: str, *, read_only: bool = False, direct: bool = False) -> None:
+    def __init__(
+        self, path: str, *, read_only: bool = False, direct: bool = False, image_format: str | None = None
+    ) -> None:
         self.path = path
         self.read_only = read_only
         self.direct = direct
         self.fd = -1
         flags = os.O_RDONLY if read_only else os.O_RDWR
         try:
-            self.fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if direct else 0))
+            self.fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
             self.size = self.measure()
             self._lock()
+            if image_format is None and os.pread(self.fd, 4, 0) == b"QFI\xfb":
+                advice = "convert it by `qemu-img convert -O raw`, or add ,format=qcow2; ,format=raw takes it as it is"
+                raise ConfigError("disk", path, f"is a qcow2 image; {advice}")
+            if direct:
+                fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
             self.block_size = self._least_direct() if direct else spec.BLK_SECTOR
         except OSError as error:
             self.close()

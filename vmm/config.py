@@ -128,7 +128,7 @@ class RateLimiterConfig:
 class DriveConfig:
     """One disk.
 
-    :param path_on_host: a raw image or a block device
+    :param path_on_host: a raw image, a block device or a qcow2 image
     :param is_read_only: the guest cannot write it
     :param is_root_device: the guest's root file system is on it
     :param drive_id: its name in messages and in the API; made up from its place if left out
@@ -137,11 +137,12 @@ class DriveConfig:
     :param direct: open it with O_DIRECT, past the host's page cache
     :param cache_type: ``Writeback``: a flush of the guest's reaches the disk; ``Unsafe``: it does not
     :param rate_limiter: None: no limit
+    :param image_format: ``raw``, ``qcow2``, or None: raw, unless it looks like qcow2, which is refused
     """
 
     __slots__ = (
-        "cache_type", "direct", "drive_id", "io_engine", "is_read_only", "is_root_device", "path_on_host", "queues",
-        "rate_limiter",
+        "cache_type", "direct", "drive_id", "image_format", "io_engine", "is_read_only", "is_root_device",
+        "path_on_host", "queues", "rate_limiter",
     )  # fmt: skip
 
     def __init__(
@@ -156,6 +157,7 @@ class DriveConfig:
         direct: bool = False,
         cache_type: str = "Writeback",
         rate_limiter: RateLimiterConfig | None = None,
+        image_format: str | None = None,
     ) -> None:
         if not path_on_host:
             raise ConfigError("disk", "", "the path is empty")
@@ -165,6 +167,8 @@ class DriveConfig:
             raise ConfigError("io_engine", io_engine, "must be Sync or Async")
         if cache_type not in ("Writeback", "Unsafe"):
             raise ConfigError("cache_type", cache_type, "must be Writeback or Unsafe")
+        if image_format not in (None, "raw", "qcow2"):
+            raise ConfigError("format", image_format, "must be raw or qcow2")
         self.path_on_host = os.fspath(path_on_host)
         self.is_read_only = is_read_only
         self.is_root_device = is_root_device
@@ -174,14 +178,15 @@ class DriveConfig:
         self.direct = direct
         self.cache_type = cache_type
         self.rate_limiter = rate_limiter
+        self.image_format = image_format
 
     @classmethod
     def parse(cls, text: str) -> DriveConfig:
-        """From ``PATH[,ro][,id=][,queues=][,engine=][,direct][,cache=][,bps=][,iops=]``.
+        """From ``PATH[,ro][,id=][,queues=][,engine=][,direct][,cache=][,bps=][,iops=][,format=]``.
 
         :raises ConfigError: it is something else
         """
-        keys = ("id", "queues", "engine", "cache", "bps", "iops")
+        keys = ("id", "queues", "engine", "cache", "bps", "iops", "format")
         path, found = parse_options("--disk", text, ("ro", "direct"), keys, first=True)
         engine, cache = found.get("engine"), found.get("cache", "writeback")
         if engine not in (None, "sync", "io_uring"):
@@ -197,6 +202,7 @@ class DriveConfig:
             direct="direct" in found,
             cache_type=cache.capitalize(),
             rate_limiter=RateLimiterConfig.per_second(found.get("bps"), found.get("iops")),
+            image_format=found.get("format"),
         )
 
 

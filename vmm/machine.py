@@ -138,7 +138,15 @@ class Machine:
             from virtio.blk import Block, Disk
 
             for place, drive in enumerate(config.drives):
-                disk = self._owned(Disk(drive.path_on_host, read_only=drive.is_read_only, direct=drive.direct))
+                path, image_format = drive.path_on_host, drive.image_format
+                if image_format == "qcow2":
+                    from virtio.qcow2 import Qcow2
+
+                    path = self._owned(Qcow2(path, read_only=drive.is_read_only)).raw
+                    image_format = "raw"
+                disk = self._owned(
+                    Disk(path, read_only=drive.is_read_only, direct=drive.direct, image_format=image_format)
+                )
                 limits = drive.rate_limiter
                 block = Block(
                     disk, serial=drive.drive_id or "", name=f"virtio-blk{place}", queues=drive.queues,

@@ -100,9 +100,13 @@ def test_guest_reads_a_sector(guest: MakeGuest, image: Path) -> None:
     assert vm.virtio[0].interrupt.notified == 0, "KVM's ioeventfd takes them"
 
 
-def test_guest_writes_a_sector(guest: MakeGuest, image: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    ["", ",engine=sync", ",engine=io_uring", ",direct,queues=3,id=data,cache=unsafe,bps=10M,iops=1000,format=raw"],
+)
+def test_guest_writes_a_sector(guest: MakeGuest, image: Path, options: str) -> None:
     code = BRING_UP + REQUEST + f"mov al, byte ptr [{STATUS:#x}]\nend:\n" + EXIT
-    vm = guest(code, drives=(DriveConfig(str(image)),))
+    vm = guest(code, drives=(DriveConfig.parse(f"{image}{options}"),))
     place_request(vm, spec.BLK_T_OUT, 7, b"guest-- " * 64)
     assert run(vm).code == spec.BLK_S_OK
     assert image.read_bytes()[7 * 512 : 8 * 512] == b"guest-- " * 64

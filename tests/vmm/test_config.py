@@ -54,6 +54,29 @@ def test_disk_options() -> None:
         DriveConfig.parse(",ro")
 
 
+def test_every_disk_option() -> None:
+    drive = DriveConfig.parse(
+        "a.img,id=data,queues=4,engine=io_uring,direct,cache=unsafe,bps=100M,iops=5000,format=qcow2"
+    )
+    assert (drive.drive_id, drive.queues, drive.io_engine, drive.direct) == ("data", 4, "Async", True)
+    assert (drive.cache_type, drive.image_format) == ("Unsafe", "qcow2")
+    assert drive.rate_limiter is not None
+    assert drive.rate_limiter.bandwidth == ((100 << 20) // 10, 0, 100)
+    assert drive.rate_limiter.ops == (500, 0, 100)
+    plain = DriveConfig.parse("a.img")
+    assert (plain.queues, plain.io_engine, plain.direct, plain.cache_type) == (1, None, False, "Writeback")
+    assert (plain.rate_limiter, plain.image_format, plain.drive_id) == (None, None, None)
+    assert DriveConfig.parse("a.img,engine=sync").io_engine == "Sync"
+
+
+@pytest.mark.parametrize(
+    "option", ["queues=0", "queues=9", "queues=x", "engine=aio", "cache=none", "bps=1", "iops=x", "format=vmdk"]
+)
+def test_disk_options_out_of_range(option: str) -> None:
+    with pytest.raises(ConfigError, match=option.partition("=")[0]):
+        DriveConfig.parse(f"a.img,{option}")
+
+
 def test_root_is_named_by_its_place() -> None:
     root = DriveConfig("r", is_root_device=True, is_read_only=True)
     assert VmConfig("k", drives=[DriveConfig("a"), root]).full_cmdline == f"{DEFAULT_CMDLINE} root=/dev/vdb ro"
