@@ -46,6 +46,13 @@ LAPIC = 0xFEE0_0000
 IDENTITY_MAP = 0xFFFB_C000  # one page that KVM on Intel CPUs without unrestricted guest needs for itself ...
 TSS = 0xFFFB_D000  # ... and three more (KVM_SET_TSS_ADDR)
 
+
+def dax_windows(memory: int) -> int:
+    """Where shared memory regions begin that are no RAM: the first GiB boundary above `memory` bytes of it."""
+    end = max(MMIO_HOLE_END, MMIO_HOLE_END - MMIO_HOLE + memory)
+    return -(-end >> 30) << 30
+
+
 #: ``(name, start, end)`` of what the VMM writes, which no segment of a kernel may overlap.
 BOOT_AREAS: tuple[tuple[str, int, int], ...] = (
     ("descriptor tables", GDT, DESCRIPTOR_TABLES_END),

@@ -80,6 +80,8 @@ cdef extern from *:
         OP(RENAME2, IN(rename2), 0, 2, OP_CHANGES),
         OP(LSEEK, IN(lseek), OUT(lseek), 0, OP_HANDLE),
         OP(COPY_FILE_RANGE, IN(copy_file_range), OUT(write), 0, OP_CHANGES | OP_SLOW | OP_HANDLE),
+        OP(SETUPMAPPING, IN(setupmapping), 0, 0, 0),
+        OP(REMOVEMAPPING, IN(removemapping), 0, 0, 0),
         OP(SYNCFS, IN(syncfs), 0, 0, OP_SLOW),
         OP(TMPFILE, IN(create), OUT(entry) + OUT(open), 0, OP_CHANGES),
     };

@@ -2,6 +2,7 @@
 # The FUSE operations of a share: one request in, one reply out, for any thread that has a Server of its own.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from virtio._fs_dax cimport Window
 from virtio._fs_host cimport __user_cap_data_struct, statx
 from virtio._fs_table cimport Handle, Node, Table
 from virtio._fuse cimport fuse_attr, fuse_entry_out, fuse_in_header, fuse_open_out
@@ -19,7 +20,9 @@ cdef class Share:
     cdef uint64_t valid         # seconds that the guest may believe what it was told
     cdef uint32_t open_flags    # FOPEN_* of every file
     cdef uint32_t dir_flags     # and of every directory
+    cdef readonly Window window         # of DAX, or None
     cdef int initialised        # atomic: INIT was answered
+    cdef bint dax_inodes        # the guest maps files that FUSE_ATTR_DAX marks
 
 # What the thread may do as whom.
 cdef struct Credentials:
@@ -83,6 +86,8 @@ cdef class Server:
     cdef int64_t op_statfs(self, Node *node) noexcept nogil
     cdef int64_t op_access(self, Node *node, const fuse_in_header *h) noexcept nogil
     cdef int64_t op_xattr(self, Node *node, uint32_t opcode) noexcept nogil
+    cdef int64_t op_setupmapping(self, Node *node) noexcept nogil
+    cdef int64_t op_removemapping(self) noexcept nogil
     cdef int64_t op_syncfs(self, Node *node) noexcept nogil
     cdef int64_t op_read(self, Handle *handle, DescChain *chain) noexcept nogil
     cdef int64_t op_write(self, Handle *handle, DescChain *chain) noexcept nogil

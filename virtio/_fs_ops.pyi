@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from virtio._fs_dax import Window
+
 def raise_descriptor_limit() -> int:
     """Let this process have as many descriptors as the host allows it; how many that are."""
 
@@ -17,7 +19,9 @@ class Share:
         direct_io: bool,
         keep_cache: bool,
         squash: tuple[int, int] | None,
+        dax: int = 0,
     ) -> None: ...
+    window: Window | None
     def clear(self) -> None:
         """Forget what the guest was told: its driver is gone."""
     @property

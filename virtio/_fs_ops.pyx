@@ -16,6 +16,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memchr, memcpy, memmove, memset, strcmp, strlen
 
+from virtio._fs_dax cimport DAX_SHIFT, Window
 from virtio._fs_host cimport *
 from virtio._fs_table cimport (
     DIRECTORY, DIRENTS, FILE, ROOT, Handle, Node, Table, pthread_mutex_lock, pthread_mutex_unlock,
@@ -141,10 +142,12 @@ cdef class Share:
     :param budget: descriptors that the guest may make this process hold
     :param valid: seconds that the guest may believe names and attributes
     :param squash: ``(uid, gid)`` of every access, or None: root acts as the user that the guest names
+    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
+    :raises OSError: no address space left for the window
     """
 
     def __init__(self, int root_fd, int proc_fd, uint64_t budget, *, bint read_only, bint writeback, uint64_t valid,
-                 bint direct_io, bint keep_cache, squash):
+                 bint direct_io, bint keep_cache, squash, uint64_t dax=0):
         cdef host_statfs st
         self.flush_matters = fstatfs(root_fd, &st) == 0 and <uint32_t>st.f_type in _NETWORK_FS
         self.table = Table(root_fd, budget)
@@ -156,6 +159,7 @@ cdef class Share:
             self.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
         if keep_cache:
             self.open_flags, self.dir_flags = FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR
+        self.window = Window(dax) if dax else None
         if squash is not None:
             self.squash = True
             self.uid, self.gid = squash
@@ -163,6 +167,8 @@ cdef class Share:
     def clear(self):
         """Forget what the guest was told: its driver is gone."""
         fs_store(&self.initialised, 0)
+        if self.window is not None:
+            self.window.clear()
         self.table.clear()
 
     @property
@@ -230,6 +236,8 @@ cdef class Server:
         cdef int64_t result
         self.counters.requests += 1
         self.direct = False
+        if self.share.window is not None:
+            self.share.window.heal()
         result = self.judge(header, chain)
         if result == NO_REPLY:
             return 0
@@ -308,8 +316,12 @@ cdef class Server:
             return -ENOTTY
         if opcode == FUSE_DESTROY:
             fs_store(&self.share.initialised, 0)
+            if self.share.window is not None:
+                self.share.window.clear()
             self.table.clear()
             return 0
+        if opcode == FUSE_REMOVEMAPPING:
+            return self.op_removemapping()
         if opcode == FUSE_RELEASE or opcode == FUSE_RELEASEDIR:
             if self.table.handle_release((<fuse_release_in *>self.request).fh, h.nodeid,
                                          FILE if opcode == FUSE_RELEASE else DIRECTORY):
@@ -355,6 +367,8 @@ cdef class Server:
             result = self.op_access(node, h)
         elif opcode == FUSE_SYNCFS:
             result = self.op_syncfs(node)
+        elif opcode == FUSE_SETUPMAPPING:
+            result = self.op_setupmapping(node)
         else:
             result = self.op_xattr(node, opcode)
         self.table.node_put(node)
@@ -396,6 +410,8 @@ cdef class Server:
         if arg.major > 7:
             return sizeof(fuse_init_out)        # the kernel asks again, with ours
         # A kernel that starts anew (kexec, a second mount) knows nothing of before.
+        if self.share.window is not None:
+            self.share.window.clear()
         self.table.clear()
         offered = arg.flags
         if offered & FUSE_INIT_EXT and self.length >= 20:
@@ -408,7 +424,11 @@ cdef class Server:
             want |= FUSE_CACHE_SYMLINKS
         else:
             want |= FUSE_AUTO_INVAL_DATA
+        if self.share.window is not None:
+            want |= FUSE_MAP_ALIGNMENT | FUSE_HAS_INODE_DAX
+            out.map_alignment = DAX_SHIFT
         want &= offered
+        self.share.dax_inodes = (want & FUSE_HAS_INODE_DAX) != 0
         out.max_readahead = arg.max_readahead
         out.flags = <uint32_t>want
         out.flags2 = <uint32_t>(want >> 32)
@@ -455,7 +475,7 @@ cdef class Server:
         # new_encode_dev() of Linux
         attr.rdev = (st.stx_rdev_minor & 0xff) | st.stx_rdev_major << 8 | (st.stx_rdev_minor & ~<uint32_t>0xff) << 12
         attr.blksize = st.stx_blksize
-        attr.flags = 0
+        attr.flags = FUSE_ATTR_DAX if self.share.dax_inodes and st.stx_mode & S_IFMT == S_IFREG else 0
 
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil:
         entry.nodeid = nodeid
@@ -677,6 +697,44 @@ cdef class Server:
         status = -errno if syncfs(fd) < 0 else 0
         close(fd)
         return status
+
+    # The DAX window
+
+    cdef int64_t op_setupmapping(self, Node *node) noexcept nogil:
+        # Linux names no handle: the node says which file, and the mapping outlives every open of it.
+        cdef const fuse_setupmapping_in *arg = <const fuse_setupmapping_in *>self.request
+        cdef bint writable = arg.flags & FUSE_SETUPMAPPING_FLAG_WRITE
+        cdef int64_t result
+        cdef int fd
+        if self.share.window is None:
+            return -ENOSYS
+        if arg.flags & ~<uint64_t>(FUSE_SETUPMAPPING_FLAG_WRITE | FUSE_SETUPMAPPING_FLAG_READ) \
+                or node.type != S_IFREG:
+            return -EINVAL
+        if writable and self.share.read_only:
+            return -EROFS
+        fd = openat(AT_FDCWD, self.path_of(node.fd), (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
+        if fd < 0:
+            return -errno
+        result = self.share.window.map(fd, arg.foffset, arg.len, arg.moffset, writable)
+        close(fd)
+        return result
+
+    cdef int64_t op_removemapping(self) noexcept nogil:
+        cdef const fuse_removemapping_in *arg = <const fuse_removemapping_in *>self.request
+        cdef const fuse_removemapping_one *one = <const fuse_removemapping_one *>(
+            self.request + sizeof(fuse_removemapping_in))
+        cdef uint64_t i
+        cdef int64_t result = 0
+        if self.share.window is None:
+            return -ENOSYS
+        if arg.count > (self.length - sizeof(fuse_removemapping_in)) // sizeof(fuse_removemapping_one):
+            self.counters.bad_requests += 1
+            return -EINVAL
+        for i in range(arg.count):
+            if self.share.window.unmap(one[i].moffset, one[i].len) < 0:
+                result = -EINVAL
+        return result
 
     cdef int64_t op_xattr(self, Node *node, uint32_t opcode) noexcept nogil:
         # GETXATTR, LISTXATTR, SETXATTR, REMOVEXATTR. ACLs are not offered: a guest that does not obey them must not

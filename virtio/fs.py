@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TAG_BYTES = 36
 MAX_THREADS = 32
+DAX_ALIGNMENT = 2 << 20
 # So that a request of 256 pages, the most that Linux sends, fits with its headers.
 QUEUE_SIZE = 1024
 _CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
@@ -41,6 +42,8 @@ class Fs(VirtioDevice):
     :param threads: request queues, each with a thread
     :param squash: ``(uid, gid)`` of every access; needs root. None: as root the files that a guest's user makes are
         that user's, otherwise every access is that of the VMM's own user
+    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none. Whoever has the VM shows ``window`` to the guest
+        and says where in ``shm_regions[0]``
     :param limiter: of the bytes read and written, and of READ and WRITE requests
     :param name: of the threads
     :raises ConfigError: a parameter, or the directory, cannot be used
@@ -57,6 +60,7 @@ class Fs(VirtioDevice):
         cache: str = "auto",
         threads: int = 1,
         squash: tuple[int, int] | None = None,
+        dax: int = 0,
         limiter: RateLimiter | None = None,
         name: str = "virtio-fs",
     ) -> None:
@@ -67,6 +71,8 @@ class Fs(VirtioDevice):
             raise ConfigError("share cache", cache, f"must be one of {', '.join(_VALID)}")
         if not 1 <= threads <= MAX_THREADS:
             raise ConfigError("share threads", threads, f"must be 1 to {MAX_THREADS}")
+        if dax % DAX_ALIGNMENT:
+            raise ConfigError("share dax", dax, "bytes must be a multiple of 2 MiB")
         if squash is not None and os.geteuid() != 0:
             raise ConfigError("share squash", "{}:{}".format(*squash), "needs root; without, all is done as your user")
         self.tag = tag
@@ -90,10 +96,15 @@ class Fs(VirtioDevice):
         except OSError as error:
             os.close(root)
             raise HostError(error.errno or 0, "open /proc/self/fd") from None
-        self.share = Share(
-            root, self._proc, budget, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
-            direct_io=cache == "none", keep_cache=cache == "always", squash=squash,
-        )  # fmt: skip
+        try:
+            self.share = Share(
+                root, self._proc, budget, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
+                direct_io=cache == "none", keep_cache=cache == "always", squash=squash, dax=dax,
+            )  # fmt: skip
+        except (OSError, MemoryError):
+            os.close(self._proc)
+            raise ConfigError("share dax", dax, "bytes are more address space than this host has") from None
+        self.window = self.share.window
 
     @property
     def stats(self) -> dict[str, int]:
@@ -105,6 +116,8 @@ class Fs(VirtioDevice):
         return total | {
             "nodes": self.share.nodes,
             "handles": self.share.handles,
+            "dax_mapped": self.window.mapped if self.window else 0,
+            "dax_repairs": self.window.repairs if self.window else 0,
             "rate_limiter_throttled": self.limiter.throttled,
         }
 

@@ -131,6 +131,7 @@ class Vm:
     def __init__(self, kvm: Kvm, fd: int) -> None:
         self.kvm = kvm
         self.fd = fd
+        self._slots = 0  # memory slots in use: numbered as they come
         self.vcpu_mmap_size = kvm_ioctl(kvm.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
 
     def create_irqchip(self) -> None:
@@ -145,17 +146,22 @@ class Vm:
 
     def map_memory(self, memory: GuestMemory) -> None:
         """Give the guest `memory`, one slot a region. The mappings must outlive the VM."""
-        for slot, region in enumerate(memory.regions):
-            kvm_ioctl(
-                self.fd,
-                abi.KVM_SET_USER_MEMORY_REGION,
-                abi.kvm_userspace_memory_region(
-                    slot=slot,
-                    guest_phys_addr=region.gpa,
-                    memory_size=region.size,
-                    userspace_addr=memory.host_address(region.gpa, region.size),
-                ),
-            )
+        for region in memory.regions:
+            self.map_window(region.gpa, region.size, memory.host_address(region.gpa, region.size))
+
+    def map_window(self, gpa: int, size: int, address: int) -> None:
+        """Show the guest [`address`, `address` + `size`) of this process at `gpa`, in a slot of its own.
+
+        Whole pages; the mapping must outlive the VM, and may change meanwhile: KVM follows it.
+        """
+        kvm_ioctl(
+            self.fd,
+            abi.KVM_SET_USER_MEMORY_REGION,
+            abi.kvm_userspace_memory_region(
+                slot=self._slots, guest_phys_addr=gpa, memory_size=size, userspace_addr=address
+            ),
+        )
+        self._slots += 1
 
     def irqfd(self, fd: int, gsi: int) -> None:
         """From now on a write to eventfd `fd` is an edge on interrupt line `gsi`. `fd` is borrowed."""

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 
 from boot import acpi, cpu, layout, load, mptable
@@ -22,7 +23,7 @@ from vmm import kvm_abi as abi
 from vmm._bus import Bus
 from vmm.config import VmConfig
 from vmm.console import Console
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError, KvmError, VmmError
 from vmm.events import Stop, StopReason
 from vmm.irq import IrqLine
 from vmm.kvm import Kvm
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Protocol, TypeVar
 
+    from virtio._fs_dax import Window
     from virtio.console import ConsolePort
     from virtio.device import VirtioDevice
     from virtio.mmio import VirtioMmio
@@ -75,6 +77,7 @@ class Machine:
         self.config = config
         self.vcpus: tuple[Vcpu, ...] = ()
         self.virtio: tuple[VirtioMmio, ...] = ()
+        self._windows: tuple[Window, ...] = ()
         self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
@@ -123,6 +126,7 @@ class Machine:
         self.vm = self._owned(self.kvm.create_vm())
         # In this order: a memory slot that comes after the irqchip makes KVM wait twice for its readers.
         self.vm.map_memory(self.memory)
+        self._map_dax_windows(devices)
         self.vm.create_irqchip()
         self._add_platform()
         for window, device in zip(windows, devices, strict=True):
@@ -164,7 +168,7 @@ class Machine:
                 limits = share.rate_limiter
                 fs = Fs(
                     share.tag, share.shared_dir, read_only=share.read_only, cache=share.cache_policy,
-                    threads=share.threads, squash=share.squash, name=f"virtio-fs{place}",
+                    threads=share.threads, squash=share.squash, dax=share.dax, name=f"virtio-fs{place}",
                     limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
                 )  # fmt: skip
                 devices.append(self._owned(fs))
@@ -199,6 +203,15 @@ class Machine:
             device.poll_us = config.poll_us
         return devices
 
+    def _map_dax_windows(self, devices: Sequence[VirtioDevice]) -> None:
+        # Above RAM, which ends at 4 GiB at least as far as a window is concerned, one after the other.
+        gpa = layout.dax_windows(self.config.memory)
+        for device in devices:
+            if window := getattr(device, "window", None):
+                self.vm.map_window(gpa, window.size, window.address)
+                device.shm_regions[0] = (gpa, window.size)
+                self._windows += (window,)
+                gpa += window.size
     def _net(self, config: NetConfig, place: int) -> VirtioDevice:
         from virtio._limiter import RateLimiter
         from virtio.net import Net, default_mac, parse_mac
@@ -309,7 +322,7 @@ class Machine:
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
             vcpu.loop.attach(f"fc_vcpu {vcpu.index}")
-            while vcpu.run() and self._stop is None:
+            while self._run_once(vcpu) and self._stop is None:
                 self._park_while_paused()
         except Stop as stop:
             self._end(stop)
@@ -317,6 +330,19 @@ class Machine:
             self._end(Stop(StopReason.REQUESTED), failure)
         finally:
             vcpu.loop.detach()
+
+    def _run_once(self, vcpu: Vcpu) -> bool:
+        while True:
+            seen = [window.repairs for window in self._windows]
+            try:
+                return vcpu.run()
+            except KvmError as error:
+                # Somebody truncated a file that the guest has mapped, and it touched what is gone: it gets zeros there.
+                # Another vCPU that touched it too may have been first.
+                for window in self._windows:
+                    window.repair()
+                if error.errno != errno.EFAULT or seen == [window.repairs for window in self._windows]:
+                    raise
 
     def _park_while_paused(self) -> None:
         with self._change:

@@ -36,8 +36,8 @@ SETATTR_IN = struct.Struct("<II8Q3I2I2II")  # see setattr()
 # INIT flags
 ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, WRITEBACK_CACHE = 1 << 0, 1 << 3, 1 << 5, 1 << 16
 MAP_ALIGNMENT, HANDLE_KILLPRIV_V2, INIT_EXT, HAS_INODE_DAX = 1 << 26, 1 << 28, 1 << 30, 1 << 33
-# What Linux 6.1 offers.
-LINUX_FLAGS = 0x2_73FF_FFFB
+# What Linux 6.1 offers where there is a DAX window.
+LINUX_FLAGS = 0x2_77FF_FFFB
 FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME, FATTR_FH = (1 << i for i in range(7))
 FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_KILL_SUIDGID = 1 << 7, 1 << 8, 1 << 11
 OUT_ROOM = 8192
@@ -81,22 +81,22 @@ def entry(data: bytes) -> Entry:
     return Entry(nodeid, valid, Attr(*ATTR.unpack_from(data, ENTRY.size)))
 
 
-class FuseVm:
-    """A guest with one share whose driver is up; ``init`` was exchanged unless told otherwise.
+class FuseClient:
+    """The driver of a share behind `transport`; ``init`` is exchanged unless told otherwise.
 
-    :param settings: of :class:`virtio.fs.Fs`
+    :param irq: tells of interrupts; None: KVM takes them, and the client looks at its rings without pause
+    :param settings: of ``MmioDriver.bring_up``
     """
 
-    RAM = 16 << 20
-
-    def __init__(self, path: Path | str, *, init: bool = True, flags: int = LINUX_FLAGS, **settings: Any) -> None:
-        self.log: list[str] = []
-        self.ram = GuestMemory(self.RAM)
-        self.irq = IrqLine(5)
-        self.device = Fs("share", os.fspath(path), **settings)
-        self.transport = VirtioMmio(self.device, self.ram, self.irq, warn=self.log.append)
-        self.driver = MmioDriver(self.transport, Allocator(0x1000, self.RAM - 0x1000))
-        self.driver.bring_up()
+    def __init__(
+        self, transport: VirtioMmio, ram: GuestMemory, allocator: Allocator, irq: IrqLine | None, *, init: bool = True,
+        flags: int = LINUX_FLAGS, **settings: Any,
+    ) -> None:  # fmt: skip
+        self.transport = transport
+        self.ram = ram
+        self.irq = irq
+        self.driver = MmioDriver(transport, allocator)
+        self.driver.bring_up(**settings)
         self.base = self.driver.allocator.next
         self.unique = 0
         self.uid = self.gid = 0
@@ -104,18 +104,6 @@ class FuseVm:
         self.init_reply: tuple[int, ...] = ()
         if init:
             self.init(flags)
-
-    def close(self) -> None:
-        self.transport.close()
-        self.device.close()
-        self.irq.close()
-        self.ram.close()
-
-    def __enter__(self) -> FuseVm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # Raw requests
 
@@ -129,8 +117,9 @@ class FuseVm:
         head = ring.add_indirect(buffers) if indirect else ring.add(buffers)
         self.driver.kick(queue)
         while not (done := ring.reap()):
-            assert select.select([self.irq.fd], [], [], 30)[0], "no interrupt came"
-            self.irq.take()
+            if self.irq is not None:
+                assert select.select([self.irq.fd], [], [], 30)[0], "no interrupt came"
+                self.irq.take()
             ring.want_interrupt()
         assert [h for h, _ in done] == [head]
         self.written = done[0][1]
@@ -247,6 +236,14 @@ class FuseVm:
         data = self.ask(READDIR, nodeid, struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0), room=size)
         return [(name, off, kind) for name, off, kind, _ in dirents(data, plus=False)]
 
+    def setupmapping(self, nodeid: int, foffset: int, size: int, moffset: int, flags: int = 2) -> None:
+        """Flags: 1 to write, 2 to read. Linux sends no handle either."""
+        self.ask(SETUPMAPPING, nodeid, struct.pack("<5Q", (1 << 64) - 1, foffset, size, flags, moffset))
+
+    def removemapping(self, *ranges: tuple[int, int]) -> None:
+        body = b"".join(struct.pack("<QQ", *one) for one in ranges)
+        self.ask(REMOVEMAPPING, ROOT, struct.pack("<I", len(ranges)) + body)
+
     def readdirplus(self, nodeid: int, fh: int, offset: int = 0, *, size: int = 4096) -> list[tuple[str, int, Entry]]:
         data = self.ask(READDIRPLUS, nodeid, struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0), room=size)
         return [(name, off, found) for name, off, _, found in dirents(data, plus=True) if found is not None]
@@ -267,6 +264,34 @@ class FuseVm:
             self.ask(RENAME, parent, struct.pack("<Q", newdir) + names)
         else:
             self.ask(RENAME2, parent, struct.pack("<QII", newdir, flags, 0) + names)
+
+
+class FuseVm(FuseClient):
+    """A guest with one share, without KVM.
+
+    :param settings: of :class:`virtio.fs.Fs`
+    """
+
+    RAM = 16 << 20
+
+    def __init__(self, path: Path | str, *, init: bool = True, flags: int = LINUX_FLAGS, **settings: Any) -> None:
+        self.log: list[str] = []
+        self.device = Fs("share", os.fspath(path), **settings)
+        ram, self.line = GuestMemory(self.RAM), IrqLine(5)
+        transport = VirtioMmio(self.device, ram, self.line, warn=self.log.append)
+        super().__init__(transport, ram, Allocator(0x1000, self.RAM - 0x1000), self.line, init=init, flags=flags)
+
+    def close(self) -> None:
+        self.transport.close()
+        self.device.close()
+        self.line.close()
+        self.ram.close()
+
+    def __enter__(self) -> FuseVm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def dirents(data: bytes, *, plus: bool) -> list[tuple[str, int, int, Entry | None]]:

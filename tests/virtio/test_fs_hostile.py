@@ -271,8 +271,8 @@ def test_a_broken_ring_stops_this_device_until_it_is_reset(tree: Path, mount: Ca
     vm.driver.queues[1].offer(5000)
     vm.driver.set(spec.MMIO_QUEUE_NOTIFY, 1)
     while not vm.driver.get(spec.MMIO_STATUS) & spec.DEVICE_NEEDS_RESET:
-        assert select.select([vm.irq.fd], [], [], 30)[0]
-        vm.irq.take()
+        assert select.select([vm.line.fd], [], [], 30)[0]
+        vm.line.take()
     vm.driver.bring_up()
     vm.base = vm.driver.allocator.next
     vm.init()
@@ -532,7 +532,7 @@ def test_random_requests_never_crash_and_leak_nothing(chaos: Chaos, data: st.Dat
         while len(done) < len(room):
             done |= dict(ring.reap())
             ring.want_interrupt()
-            select.select([vm.irq.fd], [], [], 0.001)
+            select.select([vm.line.fd], [], [], 0.001)
             assert not vm.log
         assert all(done[head] <= room[head] for head in room)
     vm.init()

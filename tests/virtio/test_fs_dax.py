@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A share's DAX window: what is mapped is the file, what is refused changes nothing, and truncation kills nobody."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.virtio import fuse_client as fuse
+from tests.virtio.fuse_client import FuseVm
+from tests.virtio.test_fs import held, mount, refused, tree
+from virtio import spec
+from vmm.errors import ConfigError
+
+__all__ = ["mount", "tree"]
+
+MIB = 1 << 20
+SLOT = 2 * MIB
+WINDOW = 8 * MIB
+
+
+def at(vm: FuseVm, offset: int, size: int) -> bytes:
+    """What a guest would read in the window."""
+    assert vm.device.window is not None
+    return ctypes.string_at(vm.device.window.address + offset, size)
+
+
+def put(vm: FuseVm, offset: int, data: bytes) -> None:
+    """What a guest would write there."""
+    assert vm.device.window is not None
+    ctypes.memmove(vm.device.window.address + offset, data, len(data))
+
+
+def test_the_transport_tells_where_the_window_is(mount: Callable[..., FuseVm]) -> None:
+    vm = mount(dax=WINDOW)
+    vm.device.shm_regions[0] = (0x1_4000_0000, WINDOW)
+    vm.driver.set(spec.MMIO_SHM_SEL, 0)
+    registers = (spec.MMIO_SHM_BASE_LOW, spec.MMIO_SHM_BASE_HIGH, spec.MMIO_SHM_LEN_LOW, spec.MMIO_SHM_LEN_HIGH)
+    assert [vm.driver.get(register) for register in registers] == [0x4000_0000, 1, WINDOW, 0]
+
+
+def test_dax_is_offered_with_a_window_only(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "a").touch()
+    flags = fuse.MAP_ALIGNMENT | fuse.HAS_INODE_DAX
+    plain, dax = mount(), mount(dax=WINDOW)
+    assert not plain.flags & flags and plain.lookup("a").attr.flags == 0
+    assert dax.flags & flags == flags and dax.init_reply[9] == 21
+    assert dax.lookup("a").attr.flags == 2  # FUSE_ATTR_DAX
+    assert dax.getattr(fuse.ROOT).flags == 0
+    assert mount(dax=WINDOW, flags=fuse.LINUX_FLAGS & ~fuse.HAS_INODE_DAX).lookup("a").attr.flags == 0
+    assert refused(plain.setupmapping, plain.lookup("a").nodeid, 0, SLOT, 0) == "ENOSYS"
+    assert refused(plain.removemapping, (0, SLOT)) == "ENOSYS"
+
+
+def test_a_mapping_is_the_file_both_ways(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "a").write_bytes(os.urandom(5 * MIB))
+    data = (tree / "a").read_bytes()
+    vm = mount(dax=WINDOW)
+    node = vm.lookup("a").nodeid
+    vm.setupmapping(node, 0, 2 * SLOT, SLOT, 3)
+    vm.setupmapping(node, 2 * SLOT, MIB, 0, 3)
+    assert at(vm, SLOT, 2 * SLOT) == data[: 2 * SLOT]
+    assert at(vm, 0, MIB) == data[2 * SLOT :]
+    put(vm, SLOT + 100, b"guest")
+    assert (tree / "a").read_bytes()[100:105] == b"guest"
+    with open(tree / "a", "r+b") as file:
+        file.write(b"host")
+    assert at(vm, SLOT, 4) == b"host"
+    assert vm.device.stats["dax_mapped"] == 3
+    vm.forget(node)  # the mapping needs no node
+    assert at(vm, SLOT, 4) == b"host"
+    vm.removemapping((SLOT, SLOT), (0, SLOT))
+    assert at(vm, SLOT, SLOT) == at(vm, 0, SLOT) == bytes(SLOT)
+    assert at(vm, 2 * SLOT, 100) == data[SLOT : SLOT + 100]
+    assert vm.device.stats["dax_mapped"] == 1
+
+
+def test_mapping_again_replaces_what_was_there(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "a").write_bytes(b"a" * SLOT)
+    (tree / "b").write_bytes(b"b" * 8192)
+    vm = mount(dax=WINDOW)
+    vm.setupmapping(vm.lookup("a").nodeid, 0, SLOT, 0)
+    vm.setupmapping(vm.lookup("b").nodeid, 0, 4096, 0)
+    assert at(vm, 0, 4097) == b"b" * 4096 + b"\0"
+    assert vm.device.stats["dax_mapped"] == 1
+
+
+def test_a_mapping_to_read_never_reaches_the_file(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "a").write_bytes(b"a" * 8192)
+    vm = mount(dax=WINDOW, read_only=True)
+    node = vm.lookup("a").nodeid
+    assert refused(vm.setupmapping, node, 0, SLOT, 0, 3) == "EROFS"
+    assert refused(vm.setupmapping, node, 0, SLOT, 0, 1) == "EROFS"
+    vm.setupmapping(node, 0, SLOT, 0, 2)
+    with open(tree / "a", "r+b") as file:
+        file.write(b"host")
+    assert at(vm, 0, 5) == b"hosta"
+    put(vm, 0, b"guest")
+    assert (tree / "a").read_bytes()[:5] == b"hosta"
+
+
+@pytest.mark.parametrize(
+    ("foffset", "size", "moffset", "flags"),
+    [
+        (0, SLOT, WINDOW, 2),
+        (0, SLOT, WINDOW - MIB, 2),
+        (0, 2 * SLOT, WINDOW - SLOT, 2),
+        (0, WINDOW + SLOT, 0, 2),
+        (0, SLOT, (1 << 64) - SLOT, 2),
+        (0, (1 << 64) - SLOT, SLOT, 2),
+        (0, (1 << 64) - 4096, 0, 2),
+        (0, 0, 0, 2),
+        (0, 1, 0, 2),
+        (0, 4095, 0, 2),
+        (0, SLOT, 4096, 2),
+        (4096, SLOT, 0, 2),
+        (1 << 63, SLOT, 0, 2),
+        ((1 << 63) - SLOT, SLOT, 0, 2),
+        ((1 << 64) - SLOT, SLOT, 0, 2),
+        (0, SLOT, 0, 4),
+        (0, SLOT, 0, 1 << 63),
+    ],
+)
+def test_bounds_alignment_and_flags(
+    tree: Path, mount: Callable[..., FuseVm], foffset: int, size: int, moffset: int, flags: int
+) -> None:
+    (tree / "a").write_bytes(b"a" * 4096)
+    vm = mount(dax=WINDOW)
+    answer = refused(vm.setupmapping, vm.lookup("a").nodeid, foffset, size, moffset, flags)
+    assert answer in ("EINVAL", "EOVERFLOW")
+    assert at(vm, 0, WINDOW) == bytes(WINDOW)
+    assert vm.device.stats["dax_mapped"] == 0
+    if answer == "EINVAL" and foffset == 0 and flags == 2:
+        assert refused(vm.removemapping, (moffset, size)) == "EINVAL"
+
+
+def test_only_regular_files_are_mapped(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "link").symlink_to("../secret")
+    os.mkfifo(tree / "fifo")
+    vm = mount(dax=WINDOW)
+    for node in (fuse.ROOT, vm.lookup("link").nodeid, vm.lookup("fifo").nodeid):
+        assert refused(vm.setupmapping, node, 0, SLOT, 0) == "EINVAL"
+    assert refused(vm.setupmapping, 99, 0, SLOT, 0) == "ESTALE"
+
+
+def test_a_removal_that_claims_more_ranges_than_it_has(mount: Callable[..., FuseVm]) -> None:
+    vm = mount(dax=WINDOW)
+    for count in (1, 0xFFFF_FFFF):
+        assert refused(vm.ask, fuse.REMOVEMAPPING, 1, count.to_bytes(4, "little")) == "EINVAL"
+    vm.ask(fuse.REMOVEMAPPING, 1, bytes(4))
+
+
+def test_mappings_go_with_the_session(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "a").write_bytes(b"a" * 4096)
+    vm = mount(dax=WINDOW)
+    for again in range(3):
+        vm.setupmapping(vm.lookup("a").nodeid, 0, SLOT, 0)
+        assert at(vm, 0, 1) == b"a"
+        if again == 0:
+            vm.ask(fuse.DESTROY, 0)
+        if again == 2:
+            vm.driver.bring_up()
+            vm.base = vm.driver.allocator.next
+        else:
+            vm.init()
+        assert at(vm, 0, 1) == b"\0"
+        assert held(tree) == 1
+
+
+def test_a_truncated_file_is_repaired_and_comes_back(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "a").write_bytes(b"a" * SLOT)
+    (tree / "small").write_bytes(b"s" * 100)
+    vm = mount(dax=WINDOW)
+    window = vm.device.window
+    assert window is not None
+    vm.setupmapping(vm.lookup("a").nodeid, 0, SLOT, 0, 3)
+    vm.setupmapping(vm.lookup("small").nodeid, 0, SLOT, SLOT, 3)
+    os.truncate(tree / "a", 5000)
+    assert window.repair()
+    assert not window.repair(), "all was mended"
+    assert at(vm, 0, SLOT) == b"a" * 5000 + bytes(SLOT - 5000)
+    assert at(vm, SLOT, SLOT) == b"s" * 100 + bytes(SLOT - 100)
+    with open(tree / "small", "ab") as file:
+        file.write(b"t" * 10000)
+    assert vm.getattr(vm.lookup("small").nodeid).size == 10100  # from here on the guest may look there
+    assert at(vm, SLOT, 10100) == b"s" * 100 + b"t" * 10000
+    assert vm.device.stats["dax_repairs"] == 1
+
+
+def test_random_mappings_are_what_a_model_says(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    for name in "ab":
+        (tree / name).write_bytes(name.encode() * WINDOW)
+    vm = mount(dax=WINDOW)
+    nodes = {name: vm.lookup(name).nodeid for name in "ab"}
+    model = ["\0"] * (WINDOW // SLOT)
+    choose = random.Random(3)
+    for _ in range(300):
+        slot = choose.randrange(len(model))
+        count = choose.randint(1, len(model) - slot)
+        name = choose.choice("ab\0")
+        if name == "\0":
+            vm.removemapping((slot * SLOT, count * SLOT))
+        else:
+            vm.setupmapping(nodes[name], slot * SLOT, count * SLOT, slot * SLOT, choose.choice((2, 3)))
+        model[slot : slot + count] = [name] * count
+        for place, expected in enumerate(model):
+            assert at(vm, place * SLOT + choose.randrange(SLOT), 1) == expected.encode()
+    assert vm.device.stats["dax_mapped"] == sum(name != "\0" for name in model)
+
+
+def test_a_window_that_cannot_be(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    for size in (1, 4096, MIB, 3 * MIB, 1 << 60):
+        with pytest.raises(ConfigError):
+            mount(dax=size)
