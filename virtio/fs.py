@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from virtio._limiter import Bucket
     from virtio._worker import QueueWorker
 
 TAG_BYTES = 36
@@ -118,7 +119,7 @@ class Fs(VirtioDevice):
             "handles": self.share.handles,
             "dax_mapped": self.window.mapped if self.window else 0,
             "dax_repairs": self.window.repairs if self.window else 0,
-            "rate_limiter_throttled": self.limiter.throttled,
+            "throttled": self.limiter.throttled,
         }
 
     def make_workers(
@@ -135,6 +136,12 @@ class Fs(VirtioDevice):
         for _ in groups:
             self._workers.append(FsHelper(self, on_failure, self.share, backlog, f"{self.name}.slow"))
         return tuple(self._workers)
+
+    def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
+        """Replace the buckets that are given; ``(0, 0, 0)`` takes a limit away. While the guest runs, or before."""
+        self.limiter.update(bandwidth, ops)
+        for worker in self._workers:
+            worker.wake()
 
     def reset(self) -> None:
         """Close what the guest had open and forget what it knew."""
