@@ -192,7 +192,7 @@ class Console(VirtioDevice):
         """
         self.publish_config(self._config_space(cols, rows))
         if 0 in self._ready:
-            self._send(0, spec.CONSOLE_RESIZE, 0, spec.CONSOLE_SIZE.pack(rows, cols))
+            self._send(0, spec.CONSOLE_RESIZE, 0, spec.CONSOLE_SIZE.pack(cols, rows))
 
     # The driver
 
@@ -321,7 +321,7 @@ class Console(VirtioDevice):
         if number == 0:
             cols, rows, _, _ = spec.CONSOLE_CONFIG.unpack(self.config)
             self._send(0, spec.CONSOLE_CONSOLE_PORT, 1)
-            self._send(0, spec.CONSOLE_RESIZE, 0, spec.CONSOLE_SIZE.pack(rows, cols))
+            self._send(0, spec.CONSOLE_RESIZE, 0, spec.CONSOLE_SIZE.pack(cols, rows))
         else:
             self._send(number, spec.CONSOLE_PORT_NAME, 1, port.name.encode())
         self._send(number, spec.CONSOLE_PORT_OPEN, 1)

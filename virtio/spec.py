@@ -119,7 +119,7 @@ CONSOLE_PORT_NAME = 7
 CONSOLE_CONFIG = struct.Struct("<HHII")  # cols, rows, max_nr_ports, emerg_wr
 CONSOLE_CONFIG_EMERG_WR = 8  # its offset
 CONSOLE_CONTROL = struct.Struct("<IHH")  # id, event, value
-# What Linux reads after a RESIZE: rows, cols. §5.3.6.2 has cols first, and so had Linux for a few releases.
+# Of a RESIZE: cols, rows. Linux has read it so and the other way round; Debian 12's 6.1.192 does as §5.3.6.2 says.
 CONSOLE_SIZE = struct.Struct("<HH")
 
 # Traditional memory balloon device, §5.5

@@ -289,7 +289,7 @@ def test_a_resize_is_told_once_with_the_last_size(boot: Boot) -> None:
     for cols in range(80, 100):
         host.device.resize(cols, 40)
     size = b""
-    while not size.startswith(struct.pack("<HH", 40, 99)):
+    while not size.startswith(struct.pack("<HH", 99, 40)):
         *message, size = told(host)
         assert message == [0, spec.CONSOLE_RESIZE, 0]
     assert host.device._messages == []

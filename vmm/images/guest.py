@@ -12,7 +12,9 @@ from vmm.images.initramfs import LOAD_MODULES
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
 OPTIONAL_MODULES = ("pvpanic-mmio", "crc32c-intel")
 # Loaded where there is such a device, or when such a file system is mounted.
-ON_DEMAND_MODULES = ("virtio_net", "virtio_rng", "virtiofs", "vmw_vsock_virtio_transport", "overlay")
+ON_DEMAND_MODULES = (
+    "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console", "virtiofs", "vmw_vsock_virtio_transport", "overlay",
+)  # fmt: skip
 
 # /init of the initramfs. It understands root=, rootfstype=, rootflags=, ro, rw and init= as the kernel does;
 # it hands on its own arguments (what the kernel's command line has after --) to the root file system's init.
