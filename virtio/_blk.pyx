@@ -500,16 +500,22 @@ cdef class BlockWorker(QueueWorker):
                 self.answer(r, refusal)
             elif not self.disk.use_uring or not self.hand_over(r):
                 self.complete(r, self.execute(r))
-            if self.done >= BATCH or self.done_bytes >= BATCH_BYTES:
-                self.show()
+            if self.done + self.written >= BATCH or self.done_bytes >= BATCH_BYTES:
+                self.settle()
             if self.stopping():
                 break
+        self.settle()
+        pthread_mutex_unlock(&self.lock)
+        return status
+
+    cdef void settle(self) noexcept nogil:
+        # Hand over what was prepared, take what is done, show it.
         if self.written:
             self.submit(0)
             self.warm = self.flying == 0 and not self.no_nowait
+        elif self.flying:
+            self.reap()
         self.show()
-        pthread_mutex_unlock(&self.lock)
-        return status
 
     cdef void give_way(self) noexcept nogil:
         # Backend.change waits for this lock, which this thread would take again before it gets it.
@@ -523,10 +529,10 @@ cdef class BlockWorker(QueueWorker):
     cdef int event(self, uint32_t token) noexcept nogil:
         if token == TOKEN_RING:
             pthread_mutex_lock(&self.lock)
-            self.reap()
-            self.show()
+            self.settle()
             pthread_mutex_unlock(&self.lock)
-        return self.run_queue(0)
+        # set_rate_limit wakes the threads of queues that the driver does not use, too.
+        return self.run_queue(0) if self.rings[0].size else 0
 
     cdef void finish(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)
@@ -688,16 +694,20 @@ cdef class BlockWorker(QueueWorker):
 
     cdef int landed(self, Request *r, int32_t result) noexcept nogil:
         # What the kernel did not do whole is done here.
-        if r.type == T_DISCARD or r.type == T_WRITE_ZEROES:
-            if result == -EOPNOTSUPP and r.generation == self.disk.generation:
-                return clear(r, self.disk, False)
+        cdef bint again = result == -EAGAIN or result == -EINTR
+        if r.type == T_IN or r.type == T_OUT:
+            if <int64_t>result == <int64_t>r.length:
+                return 0
+            if result > 0:
+                advance(r, result)
+            elif result == 0:
+                return FILE_ENDS
+            elif not again and not (result == -EINVAL and self.disk.direct):
+                return -result
+        elif not again and not (result == -EOPNOTSUPP and r.type != T_FLUSH):
             return -result
-        if r.type == T_FLUSH or <int64_t>result == <int64_t>r.length:
-            return -min(result, 0)
-        if result > 0:
-            advance(r, result)
-        elif result == 0:
-            return FILE_ENDS
-        elif result != -EAGAIN and result != -EINTR and not (result == -EINVAL and self.disk.direct):
-            return -result
-        return transfer(r, self.disk, self.dsync) if r.generation == self.disk.generation else EIO
+        if r.generation != self.disk.generation:
+            return EIO                  # Backend.change has put another file in its place
+        if result == -EOPNOTSUPP:
+            return clear(r, self.disk, False)
+        return self.execute(r)

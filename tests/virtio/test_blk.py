@@ -424,6 +424,49 @@ def test_files_that_change_while_the_driver_reads(boot: Callable[..., Vm], image
     assert vm.log == [], "no request reached a file that is too short for it"
 
 
+# Block devices
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A block device, and the file behind it."""
+    if os.geteuid() or not os.path.exists("/dev/loop-control") or not shutil.which("losetup"):
+        pytest.skip("LAYER MISSING: block devices: no loop device for this user")
+    backing = tmp_path / "backing"
+    backing.write_bytes(b"".join(bytes([i % 251]) * 4096 for i in range(256)))
+    made = subprocess.run(["losetup", "--find", "--show", backing], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"LAYER MISSING: block devices: {made.stderr.strip()}")
+    yield made.stdout.strip(), backing
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_block_device(boot: Callable[..., Vm], loop: tuple[str, Path], direct: bool) -> None:
+    device, backing = loop
+    vm = boot(path=device, direct=direct)
+    assert vm.device.capacity == 2048
+    assert vm.driver.offered() & spec.BLK_F_DISCARD
+    at = vm.driver.allocator.alloc(8192, 4096)
+    vm.ram.write(at, b"w" * 4096)
+    assert vm.request(spec.BLK_T_OUT, 8, Buffer(at, 4096)) == spec.BLK_S_OK
+    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert backing.read_bytes()[4096:8192] == b"w" * 4096
+    assert vm.request(spec.BLK_T_IN, 80, Buffer(at, 4096, True)) == spec.BLK_S_OK
+    assert vm.ram.read(at, 4096) == bytes([10]) * 4096
+    before = blocks_of(backing)
+    assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 1024, 1024)) == spec.BLK_S_OK
+    assert blocks_of(backing) <= before - (1 << 19)
+    for flags in (0, spec.BLK_RANGE_UNMAP):
+        assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 80 + 8 * flags, 8, flags)) == spec.BLK_S_OK
+    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert backing.read_bytes()[80 * 512 : 96 * 512] == bytes(8192)
+    os.truncate(backing, 1 << 18)
+    data = Buffer(at, 4096, True)
+    assert vm.request(spec.BLK_T_IN, 1000, data) == spec.BLK_S_IOERR
+    assert vm.log == [f"virtio-blk: {device}: {os.strerror(errno.EIO)}"]
+
+
 # Engines
 
 
@@ -534,6 +577,15 @@ def test_a_limit_is_changed_while_a_request_waits_for_it(boot: Callable[..., Vm]
     assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
     timer.join()
     assert vm.device.stats["throttled"] >= 1
+
+
+def test_a_limit_is_changed_though_the_driver_uses_one_queue_of_two(boot: Callable[..., Vm]) -> None:
+    vm = boot(queues=2)
+    vm.driver.set(spec.MMIO_QUEUE_SEL, 1)
+    vm.driver.set(spec.MMIO_QUEUE_READY, 0)
+    vm.device.set_rate_limit(ops=(0, 0, 0))
+    time.sleep(0.05)
+    alive(vm)
 
 
 def test_reset_while_a_request_waits_for_the_limit(boot: Callable[..., Vm]) -> None:
