@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from tests.kvm.guests import PATIENCE, registers
@@ -54,6 +55,18 @@ class Ring3:
         self.vm = Machine(kernel=kernel(name), cmdline=cmdline, **settings)
         self._output = bytearray()
         self.vm.on_console(self._output.extend)
+
+    def times_of(self, word: bytes) -> list[float]:
+        """A list that gets the host's time (perf_counter) of each of the guest's lines with `word` in it."""
+        times: list[float] = []
+
+        def look(data: bytes) -> None:
+            # Lines come in pieces; _output has this one already.
+            found = self._output.count(word, 0, self._output.rfind(b"\n") + 1)
+            times.extend([time.perf_counter()] * (found - len(times)))
+
+        self.vm.on_console(look)
+        return times
 
     def start(self) -> Ring3:
         """Let it run."""

@@ -52,7 +52,7 @@ def test_interrupt_arrives_when_it_is_wanted_only(tmp_path: Path, event_idx: int
 
 def test_driver_that_lies_to_one_disk_has_the_other_whole(tmp_path: Path) -> None:
     drives = [DriveConfig(str(make_disk(tmp_path / name))) for name in ("bad", "good")]
-    _, stats = drive("blk", "test=2 rounds=8", drives=drives)
+    _, stats = drive("blk", "test=2 rounds=8 count=100", drives=drives)
     assert stats["virtio-blk0"]["needs_reset"] == 8
     assert stats["virtio-blk1"]["needs_reset"] == 0
-    assert stats["virtio-blk1"]["requests"] == DISK // 4096 + 2 * 8 * 64
+    assert stats["virtio-blk1"]["requests"] == DISK // 4096 + 2 * 8 * 100

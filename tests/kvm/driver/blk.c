@@ -161,28 +161,23 @@ static void liar(void)
     struct disk *good = &disks[1];
     u64 rounds = option("rounds=", 8), count = option("count=", 64);
     int depth = option("depth=", 32);
-    u64 quiet = 0, lying = 0;
     bring_up(&disks[0], 0);
     bring_up(good, 1);
     run(good, OUT, good->pages, depth, in_order, false);
-    for (u64 round = 0; round < rounds; round++) {
-        u64 from = ticks();
-        run(good, IN, count, depth, at_random, true);
-        quiet += ticks() - from;
+    for (u64 round = 0; round < 2 * rounds; round++) {
+        bool lying = round & 1;
         bring_up(&disks[0], 0);
-        from = ticks();
-        lie(&disks[0], round % 8);
-        for (int tell = 0; tell < 10; tell++) {
-            run(good, IN, count / 10, depth, at_random, true);
+        u64 from = ticks();
+        if (lying)
+            lie(&disks[0], round / 2 % 8);
+        for (int part = 0; part < 10; part++) {
             write32(disks[0].device.base + QUEUE_NOTIFY, 0);
+            run(good, IN, count / 10, depth, at_random, true);
         }
-        run(good, IN, count % 10, depth, at_random, true);
-        lying += ticks() - from;
-        while (!(read32(disks[0].device.base + STATUS) & NEEDS_RESET))
+        report(lying ? "lying" : "quiet", ticks() - from);
+        while (lying && !(read32(disks[0].device.base + STATUS) & NEEDS_RESET))
             relax();
     }
-    report("quiet", quiet);
-    report("lying", lying);
     bring_up(&disks[0], 0);     // and a reset mends it
     run(&disks[0], OUT, 64, depth, in_order, false);
     run(&disks[0], IN, 64, depth, in_order, true);
