@@ -15,8 +15,11 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcpy, memset
 
+from virtio._mmio cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, QueueWorker
-from vmm._fastpath cimport QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, queue_add_used, queue_pop, queue_unpop
+from vmm._fastpath cimport (
+    QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
+)
 
 # What the loop counts, by name; plain words, read by Python at any time.
 COUNTERS = (
@@ -113,6 +116,9 @@ cdef class VsockWorker(QueueWorker):
     cdef uint32_t last_port
     cdef uint32_t unpublished
     cdef bint tx_waits                  # until there is room in replies
+    cdef bint tx_owed                   # the driver is to be told of returned chains of tx: see return_tx
+    cdef uint32_t tx_returned           # since it was told last
+    cdef bint tx_timed                  # the timer will tell it
     cdef bint listening
     cdef uint64_t guest_cid
     cdef int listener
@@ -123,6 +129,7 @@ cdef class VsockWorker(QueueWorker):
     cdef uint64_t line_wait             # nanoseconds
     cdef uint64_t guest_wait
     cdef uint64_t host_wait
+    cdef uint64_t tx_delay
     cdef iovec[BATCH * MAX_CHAIN] data_iov
     cdef iovec[BATCH * HEADER] header_iov
 
@@ -159,8 +166,8 @@ cdef class VsockWorker(QueueWorker):
 
     def begin(self):
         """Let host programs in."""
-        self.line_wait, self.guest_wait, self.host_wait = (
-            int(seconds * SECOND) for seconds in (self.device.line_wait, self.device.guest_wait, self.device.host_wait))
+        self.line_wait, self.guest_wait, self.host_wait, self.tx_delay = (
+            int(getattr(self.device, name) * SECOND) for name in ("line_wait", "guest_wait", "host_wait", "tx_delay"))
         self.listening = False
         self.poll_ns = 0                # a look at the rings would keep the sockets waiting
         self.listen()
@@ -170,7 +177,8 @@ cdef class VsockWorker(QueueWorker):
         memset(self.buckets, 0xff, sizeof(self.buckets))
         self.free_head = self.turn_head = self.turn_tail = NONE
         self.fresh = self.live = self.reply_head = self.reply_count = self.deadlines = self.unpublished = 0
-        self.tx_waits = False
+        self.tx_returned = 0
+        self.tx_waits = self.tx_owed = self.tx_timed = False
 
     cdef void finish(self) noexcept nogil:
         cdef uint32_t i
@@ -300,7 +308,7 @@ cdef class VsockWorker(QueueWorker):
         c.deadline = 0
         if nanoseconds:
             c.deadline = vsock_now() + nanoseconds
-            if self.deadlines == 0:
+            if self.deadlines == 0 and not self.tx_timed:
                 self.wake_after(TICK)
             self.deadlines += 1
 
@@ -308,6 +316,9 @@ cdef class VsockWorker(QueueWorker):
         cdef uint64_t now = vsock_now()
         cdef uint32_t i
         cdef Conn *c
+        self.tx_timed = False
+        if self.tx_owed:
+            self.interrupt()
         self.listen()
         for i in range(self.fresh):
             c = &self.conns[i]
@@ -375,8 +386,7 @@ cdef class VsockWorker(QueueWorker):
                 status = self.send_reply()
             if status == QUEUE_CHAIN and self.turn_head != NONE:
                 status = self.turn(&self.conns[self.turn_head])
-        self.publish(RX)
-        self.unpublished = 0
+        self.show()
         if self.tx_waits and self.reply_count < REPLIES:
             self.tx_waits = False
             eventfd_write(self.notify[TX], 1)
@@ -416,8 +426,31 @@ cdef class VsockWorker(QueueWorker):
         self.count.packets_rx += 1
         self.unpublished += 1
         if self.unpublished >= PUBLISH:
-            self.unpublished = 0
-            self.publish(RX)
+            self.show()
+
+    cdef void show(self) noexcept nogil:
+        self.unpublished = 0
+        if queue_flush(self.rings[RX]):
+            self.interrupt()
+
+    cdef void interrupt(self) noexcept nogil:
+        # One interrupt for the device: its handler looks at every used ring (§4.2.2, InterruptStatus).
+        self.tx_owed = False
+        self.tx_returned = 0
+        interrupt_used(self.line)
+
+    cdef void return_tx(self) noexcept nogil:
+        # A driver that hears of a packet that was sent can free it, and that is all. So the interrupt is put off, most
+        # often until there is one for rx anyhow: an answer then costs the guest one interrupt and not two.
+        if queue_flush(self.rings[TX]):
+            self.tx_owed = True
+        if not self.tx_owed:
+            return
+        if self.tx_delay == 0 or self.tx_returned >= self.rings[TX].size // 8:
+            self.interrupt()
+        elif not self.tx_timed:
+            self.tx_timed = True
+            self.wake_after(self.tx_delay)
 
     cdef void fill(self, Header *h, Conn *c, uint16_t op) noexcept nogil:
         # Every packet carries our credit, so that none is needed for it alone.
@@ -552,7 +585,8 @@ cdef class VsockWorker(QueueWorker):
                     self.count.full += 1
                     self.unwatch(self.listener)
                     self.listening = False
-                    self.wake_after(TICK)
+                    if not self.tx_timed:
+                        self.wake_after(TICK)
                 return
             c = self.make(fd, GREETING)
             if c != NULL:
@@ -689,10 +723,13 @@ cdef class VsockWorker(QueueWorker):
             self.packet(chain)
             queue_add_used(self.rings[TX], chain.head, 0)
             taken += 1
+            self.tx_returned += 1
             if taken % PUBLISH == 0:
-                self.publish(TX)
-        self.publish(TX)
+                self.return_tx()
+        if queue_flush(self.rings[TX]):
+            self.tx_owed = True         # before an interrupt for rx
         if status < 0:
+            self.return_tx()
             return status
         if self.reply_count == REPLIES:
             # §5.10.6.1.2: a guest that asks and takes no answers has to wait.
@@ -704,6 +741,7 @@ cdef class VsockWorker(QueueWorker):
         else:
             status = SERVE_EMPTY
         taken = self.run_rx()
+        self.return_tx()
         return taken if taken < 0 else status
 
     cdef void reply_reset(self, Header *h) noexcept nogil:

@@ -652,6 +652,51 @@ def test_a_client_killed_at_any_moment_leaves_nothing(vm: Vm) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_an_answer_is_one_interrupt(make: Make) -> None:
+    """The driver hears of the packet it sent when it hears of the answer."""
+    vm = make()
+    vm.device.tx_delay = 1000
+    vm.up()
+    client, port = vm.host_open()
+    vm.receive_nothing_more()
+    for queue in (TX, RX):
+        vm.queue(queue).want_interrupt()
+    vm.irq.take()
+    vm.offer(vm.packet(RW, 5000, port, b"question").pack())
+    assert client.recv(100) == b"question"
+    client.sendall(b"answer")
+    assert select.select([vm.irq.fd], [], [], PATIENCE)[0]
+    assert vm.irq.take() == 1
+    assert len(vm.queue(TX).reap()) == 1
+    assert vm.receive(RW).data == b"answer"
+
+
+def test_a_packet_without_an_answer_is_heard_of(vm: Vm) -> None:
+    _client, port = vm.host_open()
+    vm.receive_nothing_more()
+    for queue in (TX, RX):
+        vm.queue(queue).want_interrupt()
+    vm.irq.take()
+    vm.offer(vm.packet(RW, 5000, port, b"statement").pack())
+    assert select.select([vm.irq.fd], [], [], PATIENCE)[0]
+    assert len(vm.queue(TX).reap()) == 1
+
+
+def test_many_packets_are_heard_of_before_the_ring_is_full(make: Make) -> None:
+    vm = make()
+    vm.device.tx_delay = 1000
+    vm.up()
+    _, port = vm.host_open()
+    vm.receive_nothing_more()
+    for queue in (TX, RX):
+        vm.queue(queue).want_interrupt()
+    vm.irq.take()
+    for _ in range(32):
+        vm.queue(TX).add([vm.queue(TX).buffer(vm.packet(RW, 5000, port, b"x").pack())])
+    vm.driver.kick(TX)
+    assert select.select([vm.irq.fd], [], [], PATIENCE)[0]
+
+
 def test_event_buffers_are_kept(vm: Vm) -> None:
     queue = vm.queue(EVENT)
     queue.add([queue.buffer(4, device_writes=True)])
