@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Sequence
 
-from virtio._fs_ops import Share
+from virtio._fs_share import Share
 from virtio._limiter import RateLimiter
 from virtio._worker import QueueWorker
 from virtio.device import VirtioDevice

@@ -8,7 +8,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from virtio._fs_ops cimport Counters, Server, Share, chain_gather, is_slow
+from virtio._fs_ops cimport Server, chain_gather, is_slow
+from virtio._fs_share cimport IN_HEADER, Counters, Share
 from virtio._fs_table cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from virtio._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header
 from virtio._limiter cimport RateLimiter
@@ -31,7 +32,6 @@ cdef extern from "<unistd.h>" nogil:
 cdef enum:
     JOBS = 64                   # slow requests that wait or are served; further ones are served in the queue's thread
     MAX_SHARE_QUEUES = 64
-    IN_HEADER = 40
     TOKEN_JOB = 1
 
 # One request on its way to a helper.

@@ -8,7 +8,7 @@ import struct
 
 from virtio import spec
 from virtio._fs import Backlog, FsHelper, FsWorker
-from virtio._fs_ops import Share, raise_descriptor_limit
+from virtio._fs_share import Share, raise_descriptor_limit
 from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
 from vmm.errors import ConfigError, HostError

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+# The operations on what the guest has open.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from virtio._fs_nodes cimport NodeOperations
+from virtio._fs_table cimport Handle
+from virtio._fuse cimport fuse_in_header
+from vmm._fastpath cimport DescChain
+
+cdef class FileOperations(NodeOperations):
+    cdef int64_t op_read(self, Handle *handle, DescChain *chain) noexcept nogil
+    cdef int64_t op_write(self, Handle *handle, DescChain *chain) noexcept nogil
+    cdef int64_t op_readdir(self, Handle *handle, uint64_t nodeid, bint plus) noexcept nogil
+    cdef int64_t op_file(self, Handle *handle, uint32_t opcode) noexcept nogil
+    cdef int64_t on_handle(self, const fuse_in_header *h, DescChain *chain) noexcept nogil

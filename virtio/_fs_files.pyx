@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""Operations on what the guest has open: reading and writing straight between file and guest memory, listing."""
+from libc.errno cimport EBADF, EIO, ENOMEM, ENOSYS, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc
+from libc.string cimport memcpy, memset, strlen
+
+from virtio._fs_host cimport *
+from virtio._fs_nodes cimport NodeOperations
+from virtio._fs_share cimport IN_HEADER, MASK, MAX_WRITE, OUT_HEADER, OUT_MAX
+from virtio._fs_table cimport (
+    DIRECTORY, DIRENTS, FILE, ROOT, Handle, pthread_mutex_lock, pthread_mutex_unlock,
+)
+from virtio._fuse cimport *
+from vmm._fastpath cimport DescChain, iovec
+
+
+cdef uint32_t iov_window(iovec **iov, uint32_t count, uint64_t skip, uint64_t size) noexcept nogil:
+    # Narrow *iov to `size` bytes from offset `skip`, in place; the number of buffers left.
+    cdef uint32_t n = 0
+    cdef iovec *v
+    while count and skip >= iov[0].iov_len:
+        skip -= iov[0].iov_len
+        iov[0] += 1
+        count -= 1
+    if count:
+        iov[0].iov_base = <uint8_t *>iov[0].iov_base + skip
+        iov[0].iov_len -= skip
+    while n < count and size:
+        v = &iov[0][n]
+        v.iov_len = min(v.iov_len, size)
+        size -= v.iov_len
+        n += 1
+    return n
+
+cdef class FileOperations(NodeOperations):
+    """What READ, WRITE, READDIRPLUS, FSYNC, ... do."""
+
+    cdef int64_t on_handle(self, const fuse_in_header *h, DescChain *chain) noexcept nogil:
+        cdef uint32_t opcode = h.opcode
+        cdef int64_t result
+        cdef bint directory = opcode == FUSE_READDIR or opcode == FUSE_READDIRPLUS or opcode == FUSE_FSYNCDIR
+        cdef Handle *handle
+        if opcode == FUSE_FLUSH and not self.share.flush_matters:
+            return -ENOSYS      # and Linux asks no more, which saves a round trip at every close
+        # Every structure of these operations begins with the handle.
+        handle = self.table.handle_get((<fuse_read_in *>self.request).fh, h.nodeid, DIRECTORY if directory else FILE)
+        if handle == NULL:
+            return -EBADF
+        if opcode == FUSE_READ:
+            result = self.op_read(handle, chain)
+        elif opcode == FUSE_WRITE:
+            result = self.op_write(handle, chain)
+        elif opcode == FUSE_READDIR or opcode == FUSE_READDIRPLUS:
+            result = self.op_readdir(handle, h.nodeid, opcode == FUSE_READDIRPLUS)
+        else:
+            result = self.op_file(handle, opcode)
+        self.table.handle_put(handle)
+        return result
+    cdef int64_t op_read(self, Handle *handle, DescChain *chain) noexcept nogil:
+        cdef const fuse_read_in *arg = <const fuse_read_in *>self.request
+        cdef iovec *iov = chain.iov + chain.n_readable
+        cdef iovec *end = iov + chain.n_writable
+        cdef uint64_t skip = OUT_HEADER
+        cdef uint32_t count
+        cdef ssize_t done
+        if arg.size > self.room:
+            self.counters.bad_requests += 1
+            return -EIO
+        while skip >= iov.iov_len:      # the header's room ends somewhere in the writable buffers: room says so
+            skip -= iov.iov_len
+            iov += 1
+            if iov == end:
+                return 0                # nothing but the header
+        self.direct = True
+        self.narrowed, self.before = iov, iov[0]
+        count = iov_window(&iov, <uint32_t>(end - iov), skip, arg.size)
+        done = preadv(handle.fd, iov, <int>count, arg.offset)
+        if done < 0:
+            return -errno
+        self.counters.bytes_read += done
+        return done
+
+    cdef int64_t op_write(self, Handle *handle, DescChain *chain) noexcept nogil:
+        cdef const fuse_write_in *arg = <const fuse_write_in *>self.request
+        cdef fuse_write_out *out = <fuse_write_out *>self.out
+        cdef iovec *iov = chain.iov
+        cdef uint64_t size = chain.readable_bytes - IN_HEADER - sizeof(fuse_write_in)
+        cdef bint kill = arg.write_flags & FUSE_WRITE_KILL_SUIDGID and self.credentials.switches
+        cdef uint32_t count
+        cdef ssize_t done
+        cdef int error
+        if arg.size != size or size > MAX_WRITE:
+            self.counters.bad_requests += 1
+            return -EIO
+        count = iov_window(&iov, chain.n_readable, IN_HEADER + sizeof(fuse_write_in), size)
+        if kill:
+            fs_capset(self.credentials.no_fsetid)
+        done = pwritev(handle.fd, iov, <int>count, arg.offset)
+        error = errno
+        if kill:
+            fs_capset(self.credentials.full)
+        if done < 0:
+            return -error
+        self.counters.bytes_written += done
+        out.size = <uint32_t>done
+        out.padding = 0
+        return sizeof(fuse_write_out)
+
+    cdef int64_t op_file(self, Handle *handle, uint32_t opcode) noexcept nogil:
+        # FSYNC, FSYNCDIR, FLUSH, FALLOCATE, LSEEK, COPY_FILE_RANGE
+        cdef const fuse_fallocate_in *space
+        cdef const fuse_copy_file_range_in *copy
+        cdef Handle *target
+        cdef int64_t result = 0, off_in, off_out
+        if opcode == FUSE_FSYNC or opcode == FUSE_FSYNCDIR:
+            result = fdatasync(handle.fd) if (<const fuse_fsync_in *>self.request).fsync_flags & FUSE_FSYNC_FDATASYNC \
+                else fsync(handle.fd)
+        elif opcode == FUSE_FLUSH:
+            result = close(dup(handle.fd))
+        elif opcode == FUSE_FALLOCATE:
+            space = <const fuse_fallocate_in *>self.request
+            result = fallocate(handle.fd, space.mode, space.offset, space.length)
+        elif opcode == FUSE_LSEEK:
+            result = lseek(handle.fd, (<const fuse_lseek_in *>self.request).offset,
+                           (<const fuse_lseek_in *>self.request).whence)
+            if result >= 0:
+                (<fuse_lseek_out *>self.out).offset = result
+                return sizeof(fuse_lseek_out)
+        else:
+            copy = <const fuse_copy_file_range_in *>self.request
+            target = self.table.handle_get(copy.fh_out, copy.nodeid_out, FILE)
+            if target == NULL:
+                return -EBADF
+            off_in, off_out = copy.off_in, copy.off_out
+            result = copy_file_range(handle.fd, &off_in, target.fd, &off_out, min(copy.len, <uint64_t>1 << 31), 0)
+            if result < 0:
+                result = -errno
+            self.table.handle_put(target)
+            if result < 0:
+                return result
+            memset(self.out, 0, sizeof(fuse_write_out))
+            (<fuse_write_out *>self.out).size = <uint32_t>result
+            return sizeof(fuse_write_out)
+        return -errno if result < 0 else 0
+
+    cdef int64_t op_readdir(self, Handle *handle, uint64_t nodeid, bint plus) noexcept nogil:
+        # READDIR and READDIRPLUS. Entries are read ahead into the handle, so that a guest that asks for a page at a
+        # time costs one system call for hundreds of them.
+        cdef const fuse_read_in *arg = <const fuse_read_in *>self.request
+        cdef uint64_t room = min(min(<uint64_t>arg.size, self.room), <uint64_t>OUT_MAX), at = 0, size, length
+        cdef uint32_t prefix = sizeof(fuse_entry_out) if plus else 0
+        cdef linux_dirent64 *d
+        cdef fuse_dirent *entry
+        cdef statx st
+        cdef int64_t result = 0
+        cdef bint dots
+        cdef uint64_t dev = 0, mnt = 0
+        if arg.size > self.room:
+            self.counters.bad_requests += 1
+            return -EIO
+        if plus and statx_call(handle.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
+            dev, mnt = <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor, st.stx_mnt_id
+        pthread_mutex_lock(&handle.lock)
+        if handle.entries == NULL:
+            handle.entries = <uint8_t *>calloc(1, DIRENTS)
+            if handle.entries == NULL:
+                result = -ENOMEM
+        if result == 0 and arg.offset != handle.position:
+            if lseek(handle.fd, arg.offset, 0) < 0:
+                result = -errno
+            else:
+                handle.at = handle.have = 0
+                handle.position = arg.offset
+        while result == 0:
+            if handle.at >= handle.have:
+                result = fs_getdents(handle.fd, handle.entries, DIRENTS)
+                if result <= 0:
+                    result = -errno if result < 0 else 0
+                    break
+                handle.at, handle.have, result = 0, <uint32_t>result, 0
+            d = <linux_dirent64 *>(handle.entries + handle.at)
+            length = strlen(d.d_name)
+            size = prefix + sizeof(fuse_dirent) + (length + 7 & ~<uint64_t>7)
+            if at + size > room:
+                break
+            memset(self.out + at, 0, size)
+            dots = length <= 2 and d.d_name[0] == c'.' and (length == 1 or d.d_name[1] == c'.')
+            entry = <fuse_dirent *>(self.out + at + prefix)
+            entry.ino = d.d_ino
+            if nodeid == ROOT and dots:
+                entry.ino = self.table._node(ROOT).ino      # what is above is no concern of the guest's
+            entry.off = d.d_off
+            entry.namelen = <uint32_t>length
+            entry.type = d.d_type
+            memcpy(<uint8_t *>entry + sizeof(fuse_dirent), d.d_name, length)
+            if plus and not dots:
+                # Where it cannot be looked up, node 0 says so, and the guest has the name.
+                if self.lookup(handle.fd, d.d_name, <fuse_entry_out *>(self.out + at),
+                               self.table.node_known(dev, d.d_ino, mnt)) < 0:
+                    memset(self.out + at, 0, prefix)
+            at += size
+            handle.at += d.d_reclen
+            handle.position = d.d_off
+        pthread_mutex_unlock(&handle.lock)
+        return result if result < 0 and at == 0 else at

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# What all threads of a share have in common, and what each of them has for itself.
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from virtio._fs_dax cimport Window
+from virtio._fs_host cimport __user_cap_data_struct, statx
+from virtio._fs_table cimport Table
+from virtio._fuse cimport fuse_attr, fuse_entry_out
+from vmm._fastpath cimport iovec
+
+cdef enum:
+    IN_HEADER = 40
+    OUT_HEADER = 16
+    MAX_WRITE = 1 << 20             # bytes of a WRITE; 256 pages, the most that Linux sends
+    REQUEST_MAX = 65536 + 8192      # an extended attribute's value, its name, and what is around them
+    OUT_MAX = 65536 + 8192          # the same in a reply
+    NAME_MAX = 255
+    PATH_MAX = 4096
+    XATTR_MAX = 65536
+    MINOR_LEAST = 31                # Linux 5.4, the first with virtiofs
+    MASK = 0x17ff                   # STATX_BASIC_STATS | STATX_MNT_ID
+
+cdef class Share:
+    cdef Table table
+    cdef int proc_fd            # /proc/self/fd, from which descriptors are opened anew
+    cdef bint read_only
+    cdef bint writeback         # the guest may keep what it writes (cache=always)
+    cdef bint flush_matters     # close() of the host's file system may fail, as NFS's does
+    cdef bint squash
+    cdef uint32_t uid           # with squash: whose every access is
+    cdef uint32_t gid
+    cdef uint64_t valid         # seconds that the guest may believe what it was told
+    cdef uint32_t open_flags    # FOPEN_* of every file
+    cdef uint32_t dir_flags     # and of every directory
+    cdef readonly Window window         # of DAX, or None
+    cdef int initialised        # atomic: INIT was answered
+    cdef bint dax_inodes        # the guest maps files that FUSE_ATTR_DAX marks
+
+# What the thread may do as whom.
+cdef struct Credentials:
+    bint switches               # it can take on the user that the guest names
+    __user_cap_data_struct[2] full
+    __user_cap_data_struct[2] create        # of that user, while a file is made: the guest's kernel has judged
+    __user_cap_data_struct[2] no_fsetid     # so that the host's kernel clears set-id bits
+
+cdef struct Counters:
+    uint64_t requests
+    uint64_t bad_requests       # malformed; answered with an error where there is room for one
+    uint64_t bad_forgets        # of what the guest was not told, or more often than it was told
+    uint64_t bytes_read
+    uint64_t bytes_written
+    uint64_t handed_over        # to a helper thread
+
+cdef class Agent:
+    cdef Share share
+    cdef Table table
+    cdef Counters counters
+    cdef Credentials credentials
+    cdef uint8_t *request       # what follows the header, and a 0
+    cdef uint8_t *out           # what follows the reply's header
+    cdef const char *name       # components that were judged
+    cdef const char *name2
+    cdef uint64_t length        # bytes in request
+    cdef uint64_t room          # bytes that a reply may have after its header
+    cdef bint direct            # the payload is in the guest's memory already
+    cdef iovec *narrowed        # with direct: the first buffer of the payload, and what it was
+    cdef iovec before
+    cdef char[40] path          # of a descriptor in /proc/self/fd
+    cdef uint32_t path_start    # where its number goes
+
+    cdef int enter(self) noexcept nogil         # once on the thread; 0 or an errno
+    cdef const char *path_of(self, int fd) noexcept nogil
+    cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil
+    cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil
+    cdef int64_t lookup(self, int dirfd, const char *name, fuse_entry_out *entry, bint likely) noexcept nogil
+    cdef int64_t adopt(self, int fd, fuse_entry_out *entry) noexcept nogil

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""What all threads of a share have in common, and what each of them has for itself."""
+import resource
+
+from libc.errno cimport ENFILE, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, strlen
+
+from virtio._fs_dax cimport Window
+from virtio._fs_host cimport *
+from virtio._fs_table cimport Table
+from virtio._fuse cimport *
+
+# NFS, CIFS, SMB2, FUSE, 9p, Ceph
+_NETWORK_FS = {0x6969, 0xFF534D42, 0xFE534D42, 0x65735546, 0x01021997, 0x00C36400}
+
+
+def raise_descriptor_limit():
+    """Let this process have as many descriptors as the host allows it; how many that are."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with open("/proc/sys/fs/nr_open") as limit:
+            most = int(limit.read())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return most
+    except (OSError, ValueError):
+        pass        # not root, or no /proc
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+cdef class Share:
+    """What all threads of one share have in common.
+
+    :param root_fd: O_PATH descriptor of the directory; owned from here on
+    :param proc_fd: of /proc/self/fd; borrowed
+    :param budget: descriptors that the guest may make this process hold
+    :param valid: seconds that the guest may believe names and attributes
+    :param squash: ``(uid, gid)`` of every access, or None: root acts as the user that the guest names
+    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
+    :raises OSError: no address space left for the window
+    """
+
+    def __init__(self, int root_fd, int proc_fd, uint64_t budget, *, bint read_only, bint writeback, uint64_t valid,
+                 bint direct_io, bint keep_cache, squash, uint64_t dax=0):
+        cdef host_statfs st
+        self.flush_matters = fstatfs(root_fd, &st) == 0 and <uint32_t>st.f_type in _NETWORK_FS
+        self.table = Table(root_fd, budget)
+        self.proc_fd = proc_fd
+        self.read_only = read_only
+        self.writeback = writeback and not read_only
+        self.valid = valid
+        if direct_io:
+            self.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
+        if keep_cache:
+            self.open_flags, self.dir_flags = FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR
+        self.window = Window(dax) if dax else None
+        if squash is not None:
+            self.squash = True
+            self.uid, self.gid = squash
+
+    def clear(self):
+        """Forget what the guest was told: its driver is gone."""
+        fs_store(&self.initialised, 0)
+        if self.window is not None:
+            self.window.clear()
+        self.table.clear()
+
+    @property
+    def nodes(self):
+        """Files that the guest knows of, the directory itself included."""
+        return self.table.nodes
+
+    @property
+    def handles(self):
+        """Files and directories that the guest has open."""
+        return self.table.handles
+
+cdef class Agent:
+    """The thread's own: buffers, credentials, and the way from a descriptor to what the guest is told of it."""
+
+    def __cinit__(self, Share share):
+        self.share = share
+        self.table = share.table
+        self.request = <uint8_t *>calloc(1, REQUEST_MAX + 1)
+        self.out = <uint8_t *>calloc(1, OUT_MAX)
+        if self.request == NULL or self.out == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self.request)
+        free(self.out)
+
+    cdef int enter(self) noexcept nogil:
+        cdef int error
+        cdef const char *prefix = b"/proc/self/fd/"
+        self.path_start = 0
+        if not fs_own(self.share.proc_fd):
+            self.path_start = <uint32_t>strlen(prefix)
+            memcpy(self.path, prefix, self.path_start)
+        self.credentials.switches = False
+        if self.share.squash:
+            error = fs_squash(self.share.uid, self.share.gid)
+            if error:
+                return error
+        else:
+            self.credentials.switches = fs_prepare(
+                self.credentials.full, self.credentials.create, self.credentials.no_fsetid)
+        return 0
+
+    cdef const char *path_of(self, int fd) noexcept nogil:
+        # The magic link to `fd`, which leads to its very inode; what is done by it was judged by the node's type.
+        cdef char[12] digits
+        cdef uint32_t n = 0, i
+        while True:
+            digits[n] = <char>(c'0' + fd % 10)
+            n += 1
+            fd //= 10
+            if fd == 0:
+                break
+        for i in range(n):
+            self.path[self.path_start + i] = digits[n - 1 - i]
+        self.path[self.path_start + n] = 0
+        return self.path
+    cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil:
+        attr.ino = st.stx_ino
+        attr.size = st.stx_size
+        attr.blocks = st.stx_blocks
+        attr.atime = st.stx_atime.tv_sec
+        attr.mtime = st.stx_mtime.tv_sec
+        attr.ctime = st.stx_ctime.tv_sec
+        attr.atimensec = st.stx_atime.tv_nsec
+        attr.mtimensec = st.stx_mtime.tv_nsec
+        attr.ctimensec = st.stx_ctime.tv_nsec
+        attr.mode = st.stx_mode
+        attr.nlink = st.stx_nlink
+        attr.uid = st.stx_uid
+        attr.gid = st.stx_gid
+        # new_encode_dev() of Linux
+        attr.rdev = (st.stx_rdev_minor & 0xff) | st.stx_rdev_major << 8 | (st.stx_rdev_minor & ~<uint32_t>0xff) << 12
+        attr.blksize = st.stx_blksize
+        attr.flags = FUSE_ATTR_DAX if self.share.dax_inodes and st.stx_mode & S_IFMT == S_IFREG else 0
+
+    cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil:
+        entry.nodeid = nodeid
+        entry.generation = 0            # a node id is used once
+        entry.entry_valid = entry.attr_valid = self.share.valid
+        entry.entry_valid_nsec = entry.attr_valid_nsec = 0
+        self.fill_attr(&entry.attr, st)
+
+    cdef int64_t lookup(self, int dirfd, const char *name, fuse_entry_out *entry, bint likely) noexcept nogil:
+        # What is at `name` now; `likely`: the guest may know it already, so that no descriptor has to be opened.
+        cdef statx st
+        cdef uint64_t nodeid
+        cdef int fd
+        if likely:
+            if statx_call(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) < 0:
+                return -errno
+            nodeid = self.table.node_find(<uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor, st.stx_ino,
+                                          st.stx_mnt_id)
+            if nodeid:
+                self.fill_entry(entry, nodeid, &st)
+                return sizeof(fuse_entry_out)
+        if self.table.full():
+            return -ENFILE
+        fd = openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
+        if fd < 0:
+            return -errno
+        return self.adopt(fd, entry)
+
+    cdef int64_t adopt(self, int fd, fuse_entry_out *entry) noexcept nogil:
+        # Tell the guest of the O_PATH descriptor `fd`, which this takes.
+        cdef statx st
+        cdef uint64_t nodeid
+        cdef int error
+        if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
+            error = errno
+            close(fd)
+            return -error
+        nodeid = self.table.node_add(fd, st.stx_mode & S_IFMT, <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor,
+                                     st.stx_ino, st.stx_mnt_id)
+        if nodeid == 0:
+            return -ENFILE
+        self.fill_entry(entry, nodeid, &st)
+        return sizeof(fuse_entry_out)
