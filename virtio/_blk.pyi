@@ -8,9 +8,6 @@ from virtio.device import VirtioDevice
 MAX_DISCARD_SECTORS: int
 MAX_WRITE_ZEROES_SECTORS: int
 
-def punch_hole(fd: int, offset: int, length: int) -> int:
-    """Give the blocks of a part of the file back, which then reads as zeroes: 0, or an error number."""
-
 class Backend:
     """What the workers of one disk share: the file, its size, how it is to be treated."""
 

@@ -11,7 +11,8 @@ import struct
 import time
 
 from virtio import spec
-from virtio._blk import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Backend, BlockWorker, punch_hole
+from virtio._blk import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Backend, BlockWorker
+from virtio._blk_request import punch_hole
 from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
 from vmm.errors import ConfigError
@@ -326,3 +327,7 @@ class Block(VirtioDevice):
         problem = os.strerror(number) if number else f"the file ends before byte {end}"
         more = f" (seen {seen} times)" if seen > 1 else ""
         self.context.warn(f"{number} {seen}", f"{self.name}: {self.disk.path}: {problem}{more}")
+
+    def report_no_ring(self, number: int) -> None:
+        """Warn that a worker does without io_uring; on its thread."""
+        self.context.warn("no ring", f"{self.name}: no io_uring, goes on with system calls: {os.strerror(number)}")

@@ -480,6 +480,25 @@ def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch)
     assert str(error.value) == expected
 
 
+def test_a_thread_that_gets_no_ring_goes_on_without(image: Path, ram: GuestMemory, allocator: Allocator) -> None:
+    import resource
+
+    if refused := _uring.probe():
+        pytest.skip(f"LAYER MISSING: io_uring: {os.strerror(refused)}")
+    vm = Vm(image, ram, allocator, engine="Async")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # what is open stays open
+    try:
+        vm.driver.bring_up()
+        assert vm.request(spec.BLK_T_OUT, 9, vm.buffer(b"n" * 512)) == spec.BLK_S_OK
+        alive(vm)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert vm.log == [f"virtio-blk: no io_uring, goes on with system calls: {os.strerror(errno.EMFILE)}"]
+    assert image.read_bytes()[9 * 512 : 10 * 512] == b"n" * 512
+    vm.close()
+
+
 def test_the_engine_follows_the_file(image: Path) -> None:
     with Disk(str(image)) as disk:
         can = disk.can_wait_aside() and not _uring.probe()

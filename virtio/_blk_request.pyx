@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""A block device's requests: judged without the disk, done by system calls straight from and to guest memory."""
+from libc.errno cimport EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy
+
+from vmm._fastpath cimport DescChain, iovec
+
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <linux/falloc.h>
+    #include <linux/fs.h>
+    #include <stdint.h>
+    #include <stdlib.h>
+    #include <sys/ioctl.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    struct blk_header { uint32_t type, reserved; uint64_t sector; };                /* virtio 1.2 §5.2.6 */
+    struct blk_range { uint64_t sector; uint32_t sectors, flags; };
+    static const _Alignas(4096) uint8_t zeroes[1 << 16];
+    /* Once, whatever the guest does to it meanwhile. */
+    static inline void copy_once(void *to, const void *from, size_t n) {
+        __builtin_memcpy(to, from, n);
+        __asm__ __volatile__("" : : "r"(to) : "memory");
+    }
+    static inline int discard_device(int fd, uint64_t start, uint64_t length) {
+        uint64_t range[2] = { start, length };
+        return ioctl(fd, BLKDISCARD, range);
+    }
+    """
+    struct blk_header:
+        uint32_t type
+        uint64_t sector
+    struct blk_range:
+        uint64_t sector
+        uint32_t sectors
+        uint32_t flags
+    const void *zeroes
+    void copy_once(void *to, const void *source, size_t n) noexcept nogil
+    int discard_device(int fd, uint64_t start, uint64_t length) noexcept nogil
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t preadv(int fd, const iovec *iov, int count, long offset)
+    ssize_t pwritev2(int fd, const iovec *iov, int count, long offset, int flags)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buf, size_t count, long offset)
+    ssize_t pwrite(int fd, const void *buf, size_t count, long offset)
+    int fdatasync(int fd)
+
+cdef extern from "<fcntl.h>" nogil:
+    int fallocate(int fd, int mode, long offset, long length)
+    enum: FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **p, size_t alignment, size_t size)
+
+cdef enum:
+    RANGE_BYTES = 16
+    RANGE_UNMAP = 1
+    NO_TYPE = 0xffff_ffff
+    ZEROES = 1 << 16        # bytes written at a time where the file system cannot zero
+    BOUNCE = 1 << 20        # bytes moved at a time where direct I/O refuses the guest's buffers
+
+
+# What the driver asks
+
+cdef void gather(void *to, iovec **data, uint32_t *count, size_t size) noexcept nogil:
+    # Copy the first `size` bytes of the buffers, which hold as many, and cut them off.
+    cdef size_t piece
+    cdef uint8_t *at = <uint8_t *>to
+    while size:
+        piece = min(size, data[0].iov_len)
+        copy_once(at, data[0].iov_base, piece)
+        at += piece
+        size -= piece
+        cut(data, count, piece)
+
+
+cdef inline void cut(iovec **data, uint32_t *count, size_t size) noexcept nogil:
+    # Leave out the first `size` bytes of the buffers, which hold as many.
+    while count[0] and size >= data[0].iov_len:
+        size -= data[0].iov_len
+        data[0] += 1
+        count[0] -= 1
+    if size:
+        data[0].iov_base = <uint8_t *>data[0].iov_base + size
+        data[0].iov_len -= size
+
+
+cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil:
+    cdef DescChain *chain = &r.chain
+    cdef iovec *out = chain.iov
+    cdef iovec *last
+    cdef uint32_t n_out = chain.n_readable
+    cdef uint64_t room, sectors
+    cdef blk_header header
+    cdef blk_range part
+    r.type = NO_TYPE
+    r.status = NULL
+    r.offset = r.length = 0
+    if chain.n_writable == 0:
+        return S_IOERR
+    # The last byte that the driver lets us write is the status, however the rest is framed (§2.7.4).
+    last = &out[chain.n_readable + chain.n_writable - 1]
+    last.iov_len -= 1
+    r.status = <uint8_t *>last.iov_base + last.iov_len
+    room = chain.writable_bytes - 1
+    r.data = &chain.iov[chain.n_readable]
+    r.count = chain.n_writable - (last.iov_len == 0)
+    if chain.readable_bytes < HEADER_BYTES:
+        return S_IOERR
+    gather(&header, &out, &n_out, HEADER_BYTES)
+    r.type = header.type
+    if header.type == T_IN or header.type == T_OUT:
+        r.length = room
+        if header.type == T_OUT:
+            r.data = out
+            r.count = n_out
+            r.length = chain.readable_bytes - HEADER_BYTES
+            if room or disk.read_only:      # §5.2.6.2: a read-only device fails writes
+                return S_IOERR
+        elif n_out:
+            return S_IOERR
+        sectors = r.length // SECTOR
+        if r.length % SECTOR:
+            return S_IOERR
+    elif header.type == T_FLUSH:
+        return S_IOERR if n_out or room else S_OK
+    elif header.type == T_GET_ID:
+        return S_IOERR if n_out or room < ID_BYTES else S_OK
+    elif (header.type == T_DISCARD and features & F_DISCARD) \
+            or (header.type == T_WRITE_ZEROES and features & F_WRITE_ZEROES):
+        if room or chain.readable_bytes != HEADER_BYTES + RANGE_BYTES:      # one segment, as the configuration says
+            return S_IOERR
+        gather(&part, &out, &n_out, RANGE_BYTES)
+        r.unmap = part.flags & RANGE_UNMAP != 0
+        if part.flags & ~<uint32_t>RANGE_UNMAP or (r.unmap and header.type == T_DISCARD):
+            return S_UNSUPP                 # §5.2.6.2
+        if disk.read_only or part.sectors > <uint32_t>(MAX_DISCARD if header.type == T_DISCARD else MAX_WRITE_ZEROES):
+            return S_IOERR
+        header.sector = part.sector
+        sectors = part.sectors
+        r.length = sectors * SECTOR
+    else:
+        return S_UNSUPP
+    if sectors == 0 or header.sector > disk.sectors or sectors > disk.sectors - header.sector:
+        return S_IOERR
+    r.offset = header.sector * SECTOR
+    return S_OK
+
+
+# Doing it, by system calls. Each returns 0, an errno or FILE_ENDS; r.offset, r.length and r.data say what is left.
+
+cdef void advance(Request *r, uint64_t done) noexcept nogil:
+    r.offset += done
+    r.length -= done
+    cut(&r.data, &r.count, done)
+
+
+cdef inline int transfer(Request *r, const BlockFile *disk, int flags) noexcept nogil:
+    cdef ssize_t done
+    while True:
+        # No chain has more buffers than its queue is long, so never more than the 1024 of UIO_MAXIOV.
+        if r.type == T_IN:
+            if r.count == 1:
+                done = pread(disk.fd, r.data.iov_base, r.data.iov_len, r.offset)
+            else:
+                done = preadv(disk.fd, r.data, r.count, r.offset)
+        elif r.count == 1 and not flags:
+            done = pwrite(disk.fd, r.data.iov_base, r.data.iov_len, r.offset)
+        else:
+            done = pwritev2(disk.fd, r.data, r.count, r.offset, flags)
+        if <uint64_t>done == r.length:
+            return 0
+        if done > 0:
+            advance(r, done)
+        elif done == 0:
+            return FILE_ENDS
+        elif errno == EINVAL and disk.direct:
+            return bounce(r, disk, flags)
+        elif errno != EINTR:
+            return errno
+
+
+cdef int bounce(Request *r, const BlockFile *disk, int flags) noexcept nogil:
+    # Direct I/O wants aligned memory, which a guest need not have.
+    cdef void *buffer
+    cdef ssize_t done = 1
+    cdef int failed = 0
+    cdef iovec one
+    if posix_memalign(&buffer, 4096, BOUNCE):
+        return ENOMEM
+    while r.length and done > 0:
+        one.iov_base = buffer
+        one.iov_len = min(r.length, <uint64_t>BOUNCE)
+        if r.type == T_IN:
+            done = preadv(disk.fd, &one, 1, r.offset)
+            if done > 0:
+                copy(r, <uint8_t *>buffer, done)
+        else:
+            copy(r, <uint8_t *>buffer, one.iov_len)
+            done = pwritev2(disk.fd, &one, 1, r.offset, flags)
+        if done > 0:
+            advance(r, done)
+        else:
+            failed = errno if done < 0 else FILE_ENDS
+    free(buffer)
+    return failed
+
+
+cdef void copy(Request *r, uint8_t *buffer, size_t size) noexcept nogil:
+    # Between `buffer` and the guest's first `size` bytes: to the guest for IN, from it otherwise.
+    cdef iovec *v = r.data
+    cdef size_t piece
+    while size:
+        piece = min(size, v.iov_len)
+        if r.type == T_OUT:
+            memcpy(buffer, v.iov_base, piece)
+        else:
+            memcpy(v.iov_base, buffer, piece)
+        buffer += piece
+        size -= piece
+        v += 1
+
+
+cdef int range_mode(const Request *r) noexcept nogil:
+    if r.type == T_DISCARD or r.unmap:
+        return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    return FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+
+
+cdef int clear(Request *r, const BlockFile *disk, bint ask) noexcept nogil:
+    # DISCARD and WRITE_ZEROES; `ask`: the file system was not asked yet.
+    cdef ssize_t done
+    if r.type == T_DISCARD and disk.block_device:
+        return errno if discard_device(disk.fd, r.offset, r.length) < 0 else 0
+    while ask:
+        if fallocate(disk.fd, range_mode(r), r.offset, r.length) == 0:
+            return 0
+        if errno != EINTR:
+            if errno != EOPNOTSUPP:
+                return errno
+            break
+    if r.type == T_DISCARD:
+        return EOPNOTSUPP
+    while r.length:
+        done = pwrite(disk.fd, zeroes, min(r.length, <uint64_t>ZEROES), r.offset)
+        if done > 0:
+            r.offset += done
+            r.length -= done
+        elif done == 0 or errno != EINTR:
+            return EIO if done == 0 else errno
+    return 0
+
+
+cdef int execute(Request *r, const BlockFile *disk, int dsync) noexcept nogil:
+    cdef int failed
+    if r.type == T_IN or r.type == T_OUT:
+        return transfer(r, disk, dsync)
+    if r.type == T_GET_ID:
+        copy(r, <uint8_t *>disk.serial, ID_BYTES)
+        return 0
+    if r.type == T_DISCARD or r.type == T_WRITE_ZEROES:
+        failed = clear(r, disk, True)
+        if failed or not dsync:
+            return failed
+    elif disk.unsafe:
+        return 0
+    return errno if fdatasync(disk.fd) < 0 else 0
+
+
+def punch_hole(int fd, uint64_t offset, uint64_t length):
+    """Give the blocks of a part of the file back, which then reads as zeroes: 0, or an error number."""
+    return errno if fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) < 0 else 0
