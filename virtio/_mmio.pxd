@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the transport, a vCPU and a device's own thread share without the GIL: the interrupt and the notifications.
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmm._bus cimport NativeDevice
 
@@ -8,7 +8,7 @@ cdef enum:
     MAX_QUEUES = 64
 
 cdef struct Line:
-    uint32_t status             # InterruptStatus (§4.2.2); atomic: the device's threads set bits, vCPUs clear them
+    uint32_t *status            # InterruptStatus (§4.2.2); atomic: the device's threads set bits, vCPUs clear them
     int irq                     # eventfd of the interrupt line; not owned
     uint64_t notified           # writes to QueueNotify that met us, not KVM's ioeventfd; written without a lock
     int[MAX_QUEUES] notify      # eventfd by queue; -1: not ready, or no such queue
@@ -20,6 +20,8 @@ cdef void interrupt_used(Line *line) noexcept nogil
 cdef class Interrupt:
     cdef Line line
     cdef object owner           # the IrqLine: keeps the eventfd open
+    cdef object mapping         # an mmap of one page: the registers as the driver reads them, InterruptStatus among them
+    cdef uint8_t *page
 
 
 cdef class MmioRegisters(NativeDevice):

@@ -6,6 +6,13 @@ class Interrupt:
     """The one interrupt of a virtio-mmio device: InterruptStatus and its line; safe from any thread."""
 
     def __init__(self, owner: IrqLine) -> None: ...
+    @property
+    def page_address(self) -> int:
+        """Host address of a page with the registers as the driver reads them; it lives as long as this object."""
+    def show(self, offset: int, value: int) -> None:
+        """Let the driver read `value` in the register at `offset`, which is not InterruptStatus."""
+    def show_config(self, config: bytes) -> None:
+        """Let the driver read `config` as the configuration space."""
     def __call__(self) -> None:
         """Tell the driver that a used ring has changed."""
     def config(self) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """The registers of virtio-mmio that a driver uses at every interrupt, answered without the GIL; and the interrupt."""
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+import mmap
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, NativeDevice
@@ -9,10 +11,12 @@ from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, NativeDevice
 cdef extern from *:
     """
     #include <stdint.h>
+    typedef volatile uint32_t volatile_u32;
     static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void or32(uint32_t *p, uint32_t v) { __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
     static inline void and32(uint32_t *p, uint32_t v) { __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
     """
+    ctypedef uint32_t volatile_u32
     uint32_t load32(const uint32_t *p) noexcept nogil
     void or32(uint32_t *p, uint32_t v) noexcept nogil
     void and32(uint32_t *p, uint32_t v) noexcept nogil
@@ -26,12 +30,14 @@ cdef enum:
     MMIO_QUEUE_NOTIFY = 0x050
     MMIO_INTERRUPT_STATUS = 0x060
     MMIO_INTERRUPT_ACK = 0x064
+    MMIO_CONFIG = 0x100
+    PAGE = 4096
 
 
 cdef void interrupt_used(Line *line) noexcept nogil:
     # The bit before the edge: the handler that the edge starts sees it. An edge each time, though the bit may be set
     # still: a driver may acknowledge after it has looked at its rings.
-    or32(&line.status, INTERRUPT_USED)
+    or32(line.status, INTERRUPT_USED)
     eventfd_write(line.irq, 1)
 
 
@@ -43,11 +49,30 @@ cdef class Interrupt:
 
     def __cinit__(self, owner):
         cdef int i
+        cdef uint8_t[::1] view
         self.owner = owner
         self.line.irq = owner.fd
-        self.line.status = 0
+        self.mapping = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        view = self.mapping
+        self.page = &view[0]
+        self.line.status = <uint32_t *>(self.page + MMIO_INTERRUPT_STATUS)
         for i in range(MAX_QUEUES):
             self.line.notify[i] = -1
+
+    @property
+    def page_address(self):
+        """Host address of a page with the registers as the driver reads them; it lives as long as this object."""
+        return <uintptr_t>self.page
+
+    def show(self, uint32_t offset, uint32_t value):
+        """Let the driver read `value` in the register at `offset`, which is not InterruptStatus."""
+        if offset <= PAGE - 4 and not offset & 3 and offset != MMIO_INTERRUPT_STATUS:
+            (<volatile_u32 *>(self.page + offset))[0] = value
+
+    def show_config(self, const uint8_t[::1] config):
+        """Let the driver read `config` as the configuration space."""
+        if 0 < config.shape[0] <= PAGE - MMIO_CONFIG:
+            memcpy(self.page + MMIO_CONFIG, &config[0], config.shape[0])
 
     def __call__(self):
         """Tell the driver that a used ring has changed."""
@@ -55,13 +80,13 @@ cdef class Interrupt:
 
     def config(self):
         """Tell the driver that the configuration space, or DEVICE_NEEDS_RESET, has changed."""
-        or32(&self.line.status, INTERRUPT_CONFIG)
+        or32(self.line.status, INTERRUPT_CONFIG)
         eventfd_write(self.line.irq, 1)
 
     @property
     def status(self):
         """InterruptStatus as the driver reads it."""
-        return load32(&self.line.status)
+        return load32(self.line.status)
 
     @property
     def notified(self):
@@ -70,7 +95,7 @@ cdef class Interrupt:
 
     def acknowledge(self, uint32_t bits):
         """The driver has seen `bits`."""
-        and32(&self.line.status, ~bits)
+        and32(self.line.status, ~bits)
 
     def set_notify(self, int queue, int fd):
         """Let a write of `queue` to QueueNotify signal the eventfd `fd`; -1: leave it to Python, as a mistake."""
@@ -86,14 +111,14 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
     if is_write:
         memcpy(&value, data, 4)
         if offset == MMIO_INTERRUPT_ACK:
-            and32(&line.status, ~value)
+            and32(line.status, ~value)
             return ACCESS_DONE
         if offset == MMIO_QUEUE_NOTIFY and value < MAX_QUEUES and line.notify[value] >= 0:
             line.notified += 1
             eventfd_write(line.notify[value], 1)
             return ACCESS_DONE
     elif offset == MMIO_INTERRUPT_STATUS:
-        value = load32(&line.status)
+        value = load32(line.status)
         memcpy(data, &value, 4)
         return ACCESS_DONE
     return ACCESS_PYTHON

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
         def stop(self) -> None: ...
         def close(self) -> None: ...
 
+    class PublishConfig(Protocol):
+        """Shows the driver another configuration space, and tells it unless it knows."""
+
+        def __call__(self, config: bytes, *, tell: bool = True) -> None: ...
+
 
 def warn_stderr(message: str) -> None:
     """Write one line for the person who runs the VM."""
@@ -101,7 +106,7 @@ class VirtioDevice:
         self.counters: dict[str, int] = {"requests": 0, "bad_requests": 0, "needs_reset": 0}
         self.shm_regions: dict[int, tuple[int, int]] = {}
         # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.
-        self.publish_config: Callable[[bytes], None] = self._set_config
+        self.publish_config: PublishConfig = self._set_config
 
     @property
     def stats(self) -> dict[str, int]:
@@ -118,7 +123,7 @@ class VirtioDevice:
         """
         return [Worker(self, range(len(notify_fds)), notify_fds, on_failure)]
 
-    def _set_config(self, config: bytes) -> None:
+    def _set_config(self, config: bytes, *, tell: bool = True) -> None:
         self.config = config
 
     def process(self, queue_index: int) -> None:

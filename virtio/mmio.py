@@ -45,6 +45,11 @@ _SHM = {
     spec.MMIO_SHM_LEN_HIGH: (1, 32),
 }
 _NO_REGION = (-1, -1)  # §4.2.2
+# What a driver reads, but for InterruptStatus, which is in the page itself, and the configuration space.
+_READABLE = (
+    spec.MMIO_MAGIC_VALUE, spec.MMIO_VERSION, spec.MMIO_DEVICE_ID, spec.MMIO_VENDOR_ID, spec.MMIO_DEVICE_FEATURES,
+    spec.MMIO_QUEUE_NUM_MAX, spec.MMIO_QUEUE_READY, spec.MMIO_STATUS, spec.MMIO_CONFIG_GENERATION, *_SHM,
+)  # fmt: skip
 
 
 class VirtioMmio(MmioRegisters):
@@ -56,6 +61,8 @@ class VirtioMmio(MmioRegisters):
     :param warn: takes a line for the log, rate limited here
     :raises OSError: no file descriptor left for a queue's notification
 
+    ``interrupt.page_address`` is a page with all that a read would find, kept up to date, so that a VM may show it to
+    the guest read-only and reads cost no exit; writes have to come here.
     ``notify_fds[i]`` is an eventfd, signalled by an ioeventfd of KVM or a write to QueueNotify: it wakes the
     worker for queue ``i``. ``stats`` counts what the driver did wrong at registers; the device has its own.
     """
@@ -68,6 +75,8 @@ class VirtioMmio(MmioRegisters):
         self.memory = memory
         self.queues = tuple(VirtQueue(memory, size, i) for i, size in enumerate(device.queue_sizes))
         self.notify_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.queues]
+        # For KVM to take acknowledgements of used rings by; nobody reads it.
+        self.ack_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.stats = {"bad_access": 0, "bad_status": 0, "bad_features": 0, "bad_queue": 0, "bad_notify": 0}
         self._warn = Warner(warn)
         self._offered = device.features | RING_FEATURES
@@ -79,6 +88,7 @@ class VirtioMmio(MmioRegisters):
         self._workers = device.make_workers(self.notify_fds, self._fail)
         self._forget()
         device.publish_config = self.publish_config
+        self._show()
 
     def _forget(self) -> None:
         self._status = 0
@@ -95,16 +105,30 @@ class VirtioMmio(MmioRegisters):
 
     # Towards the driver
 
-    def publish_config(self, config: bytes) -> None:
+    def publish_config(self, config: bytes, *, tell: bool = True) -> None:
         """Show the driver another configuration space and tell it; any thread.
 
         :param config: as long as the one before
+        :param tell: False: the driver made the change itself
         """
         with self._config_lock:  # with the generation, or a driver could put two halves together (§2.5.1)
+            # Before and after: in the page a driver may meet any moment between.
+            self._next_generation()
             self.device.config = config
-            self._generation += 1
-        if self._status & spec.DRIVER_OK:
+            self.interrupt.show_config(config)
+            self._next_generation()
+        if tell and self._status & spec.DRIVER_OK:
             self.interrupt.config()
+
+    def _next_generation(self) -> None:
+        self._generation = self._generation + 1 & _LOW
+        self.interrupt.show(spec.MMIO_CONFIG_GENERATION, self._generation)
+
+    def _show(self) -> None:
+        # The page follows what a write changed.
+        for offset in _READABLE:
+            self.interrupt.show(offset, self._read_register(offset) & _LOW)
+        self.interrupt.show_config(self.device.config)
 
     def _fail(self, failure: Exception) -> None:
         """Set DEVICE_NEEDS_RESET: this device stops until its driver resets it, the VM lives (§2.1.2)."""
@@ -112,6 +136,7 @@ class VirtioMmio(MmioRegisters):
         name = self.device.name
         self._warn("needs reset", f"{name} stopped until its driver resets it: {describe(failure)}")
         self._needs_reset = True
+        self.interrupt.show(spec.MMIO_STATUS, self.status)
         if self._status & spec.DRIVER_OK:
             self.interrupt.config()
 
@@ -174,6 +199,7 @@ class VirtioMmio(MmioRegisters):
             start = offset - spec.MMIO_CONFIG
             if start + len(data) <= len(self.device.config):
                 self.device.write_config(start, bytes(data))
+                self.interrupt.show_config(self.device.config)
             else:
                 self.stats["bad_access"] += 1
             return
@@ -186,6 +212,7 @@ class VirtioMmio(MmioRegisters):
             return
         with self._lock:
             self._write_register(offset, value)
+            self._show()
 
     def _notify(self, index: int) -> None:
         if index < len(self.notify_fds) and self.queues[index].ready:
@@ -336,3 +363,4 @@ class VirtioMmio(MmioRegisters):
             for fd in self.notify_fds:
                 os.close(fd)
             self.notify_fds.clear()
+            os.close(self.ack_fd)

@@ -197,7 +197,7 @@ class Net(VirtioDevice):
                 if len(data) != 6 or data[0] & 1:
                     return False
                 self.mac = data
-                self.config = self._config_space()  # the driver knows: no interrupt
+                self.publish_config(self._config_space(), tell=False)
                 return True
             case spec.NET_CTRL_VLAN, command:
                 return command <= 1 and len(data) == 2

@@ -149,18 +149,20 @@ class Vm:
         for region in memory.regions:
             self.map_window(region.gpa, region.size, memory.host_address(region.gpa, region.size))
 
-    def map_window(self, gpa: int, size: int, address: int) -> None:
+    def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False) -> None:
         """Show the guest [`address`, `address` + `size`) of this process at `gpa`, in a slot of its own.
 
-        Whole pages; the mapping must outlive the VM, and may change meanwhile: KVM follows it.
+        Whole pages; the mapping must outlive the VM, and may change meanwhile: KVM follows it. Where it is read-only
+        to the guest, writes are MMIO exits as if nothing were there; needs KVM_CAP_READONLY_MEM.
         """
         kvm_ioctl(
             self.fd,
             abi.KVM_SET_USER_MEMORY_REGION,
             abi.kvm_userspace_memory_region(
-                slot=self._slots, guest_phys_addr=gpa, memory_size=size, userspace_addr=address
+                slot=self._slots, guest_phys_addr=gpa, memory_size=size, userspace_addr=address,
+                flags=abi.KVM_MEM_READONLY if read_only else 0,
             ),
-        )
+        )  # fmt: skip
         self._slots += 1
 
     def irqfd(self, fd: int, gsi: int) -> None:

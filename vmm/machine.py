@@ -127,10 +127,15 @@ class Machine:
         # In this order: a memory slot that comes after the irqchip makes KVM wait twice for its readers.
         self.vm.map_memory(self.memory)
         self._map_dax_windows(devices)
+        lines = [self._owned(IrqLine(gsi)) for _, _, gsi in windows]
+        self.virtio = tuple(self._transport(device, line) for device, line in zip(devices, lines, strict=True))
+        if self.kvm.check(abi.KVM_CAP_READONLY_MEM):
+            for (base, size, _), transport in zip(windows, self.virtio, strict=True):
+                self.vm.map_window(base, size, transport.interrupt.page_address, read_only=True)
         self.vm.create_irqchip()
         self._add_platform()
-        for window, device in zip(windows, devices, strict=True):
-            self._add_virtio(device, *window)
+        for window, transport, line in zip(windows, self.virtio, lines, strict=True):
+            self._add_virtio(transport, line, *window[:2])
         self._add_vcpus()
 
     def _virtio_devices(self) -> list[VirtioDevice]:
@@ -265,14 +270,21 @@ class Machine:
         self.vm.irqfd(line.fd, gsi)
         return line
 
-    def _add_virtio(self, device: VirtioDevice, base: int, size: int, gsi: int) -> None:
+    def _transport(self, device: VirtioDevice, line: IrqLine) -> VirtioMmio:
         from virtio.mmio import VirtioMmio
 
-        transport = self._owned(VirtioMmio(device, self.memory, self._irq(gsi)))
-        self.mmio.add(base, size, transport, f"virtio {len(self.virtio)}")
+        return self._owned(VirtioMmio(device, self.memory, line))
+
+    def _add_virtio(self, transport: VirtioMmio, line: IrqLine, base: int, size: int) -> None:
+        from virtio import spec
+
+        self.mmio.add(base, size, transport, transport.device.name)
+        self.vm.irqfd(line.fd, line.gsi)
         for queue, fd in enumerate(transport.notify_fds):
-            self.vm.ioeventfd(fd, base + 0x50, queue)
-        self.virtio += (transport,)
+            self.vm.ioeventfd(fd, base + spec.MMIO_QUEUE_NOTIFY, queue)
+        # That a used ring was seen is said at every interrupt, and means nothing to us: KVM takes it. InterruptStatus
+        # then goes on saying that rings may have changed; that the configuration was seen comes here.
+        self.vm.ioeventfd(transport.ack_fd, base + spec.MMIO_INTERRUPT_ACK, spec.INTERRUPT_USED)
 
     def _add_vcpus(self) -> None:
         entries = self.kvm.supported_cpuid()

@@ -13,6 +13,7 @@ from boot.layout import VIRTIO_MMIO
 from tests.kvm.guests import run
 from virtio import spec
 from vmm import Machine
+from vmm import kvm_abi as abi
 from vmm.config import DriveConfig
 
 MakeGuest = Callable[..., Machine]
@@ -127,3 +128,19 @@ def test_guest_that_breaks_the_ring_lives_and_sees_needs_reset(guest: MakeGuest,
     vm = guest(BRING_UP + wait + EXIT, drives=(DriveConfig(str(image)),))
     assert run(vm).code == 0xF | spec.DEVICE_NEEDS_RESET
     assert vm.virtio[0].device.stats["needs_reset"] == 1
+
+
+def test_reads_of_registers_cost_no_exit(guest: MakeGuest, image: Path) -> None:
+    reads = f"""
+        mov ebx, {VIRTIO_MMIO:#x}
+        mov ecx, 100
+    again:
+        mov eax, dword ptr [ebx + {spec.MMIO_INTERRUPT_STATUS}]
+        mov eax, dword ptr [ebx + {spec.MMIO_DEVICE_ID}]
+        dec ecx
+        jnz again
+    """
+    vm = guest(reads + EXIT, drives=(DriveConfig(str(image)),))
+    assert run(vm).code == spec.TYPE_BLOCK
+    if vm.kvm.check(abi.KVM_CAP_READONLY_MEM):
+        assert vm.mmio.hits(vm.virtio[0]) == 0
