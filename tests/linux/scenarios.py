@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.guide import programs
 from vmm import images
 from vmm.images import apt, initramfs
 from vmm.lab.image import KERNEL_PACKAGE
@@ -40,12 +41,14 @@ def _image() -> images.Image:
     return image
 
 
-def _pyvmm(*arguments: str, stdin: bytes = b"", command: list[str] | None = None) -> dict[str, Any]:
+def _pyvmm(
+    *arguments: str, stdin: bytes = b"", command: list[str] | None = None, patience: float = PATIENCE
+) -> dict[str, Any]:
     start = time.monotonic()
     try:
         done = subprocess.run(
             command or [*PYVMM, *arguments], input=stdin, capture_output=True,
-            timeout=PATIENCE,
+            timeout=patience,
         )  # fmt: skip
         status, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
@@ -177,6 +180,18 @@ def idle() -> dict[str, Any]:
         return _finish(process, heard) | {"busy": busy}
 
 
+def small_devices() -> dict[str, Any]:
+    """virtio-rng, -balloon and -console; its stdout is what was found."""
+    return _pyvmm(command=[sys.executable, "-m", "tests.linux.small_devices"], patience=2 * PATIENCE)
+
+
+def device_guide() -> dict[str, Any]:
+    """The device of docs/devices.md in a machine, as the guide has it."""
+    device, _, machine = programs("devices.md")
+    script = b"stty -echo; head -c 48 /dev/hwrng | od -An -v -tx1; poweroff -f\n"
+    return _pyvmm(command=[sys.executable, "-c", device + machine], stdin=script)
+
+
 def _cpu_ticks(pid: int) -> int:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
@@ -184,7 +199,10 @@ def _cpu_ticks(pid: int) -> int:
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
-    for function in (disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, paste, idle)
+    for function in (
+        disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, small_devices, device_guide, paste,
+        idle,
+    )
 }
 
 

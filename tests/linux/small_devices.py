@@ -39,6 +39,7 @@ class Guest:
         self._change = threading.Condition()
         self.vm.on_console(self._hear)
         self.vm.start()
+        self.run("true")  # what the kernel says, and what was fed before the echo was off
 
     def _hear(self, data: bytes) -> None:
         with self._change:
@@ -72,18 +73,16 @@ def until(condition: Any) -> bool:
     return True
 
 
-def small(kernel: str, initrd: str) -> dict[str, Any]:
+def small(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
     """Random numbers, a console with a further port, a balloon with statistics; drivers that go and come again."""
     rng, console = Entropy(), Console(["org.pyvmm.test"], cols=91, rows=37)
     balloon = Balloon(deflate_on_oom=True, stats_polling_interval_s=1)
     guest = Guest(kernel, initrd, rng, balloon, console)
     port, agent = console.ports
     try:
-        facts: dict[str, Any] = {
-            "drivers": guest.run("for d in /sys/bus/virtio/devices/*/driver; do readlink $d | sed 's|.*/||'; done"),
-            "rng": guest.run("cat /sys/class/misc/hw_random/rng_current; head -c 1000 /dev/hwrng | wc -c"),
-        }
-        guest.run("stty -echo raw </dev/hvc0; echo from the guest >/dev/hvc0")
+        facts["drivers"] = guest.run("for d in /sys/bus/virtio/devices/*/driver; do readlink $d | sed 's|.*/||'; done")
+        facts["rng"] = guest.run("cat /sys/class/misc/hw_random/rng_current; head -c 1000 /dev/hwrng | wc -c")
+        guest.run("echo from the guest >/dev/hvc0")
         facts["hvc0"] = port.wait_output().decode()
         facts["size"] = guest.run("stty size </dev/hvc0")
         port.feed(b"from the host\n")
@@ -123,18 +122,17 @@ def small(kernel: str, initrd: str) -> dict[str, Any]:
         for one in console.ports:
             one.close()
         guest.vm.close()
-    return facts
 
 
-def reporting(kernel: str, initrd: str) -> dict[str, Any]:
+def reporting(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
     """Memory that the guest has used and freed comes back by itself."""
     balloon = Balloon(free_page_reporting=True)
     guest = Guest(kernel, initrd, balloon)
     try:
         guest.run(FILL)
         before = guest.resident()
-        came = until(lambda: guest.resident()["memfd"] < before["memfd"] - 40 * MIB)
-        return {"came": came, "before": before, "after": guest.resident(), "stats": balloon.stats}
+        facts["came"] = until(lambda: guest.resident()["memfd"] < before["memfd"] - 40 * MIB)
+        facts.update(before=before, after=guest.resident(), stats=balloon.stats)
     finally:
         guest.vm.close()
 
@@ -144,7 +142,12 @@ def main() -> int:
     kernel, _ = apt.kernel_of(package.tree)
     initrd = Path(os.environ.get("TMPDIR", "/tmp"), "small_devices.cpio")
     initrd.write_bytes(initramfs.build_initramfs(package.tree, MODULES, INIT))
-    json.dump({"small": small(str(kernel), str(initrd)), "reporting": reporting(str(kernel), str(initrd))}, sys.stdout)
+    facts: dict[str, dict[str, Any]] = {"small": {}, "reporting": {}}
+    try:
+        small(str(kernel), str(initrd), facts["small"])
+        reporting(str(kernel), str(initrd), facts["reporting"])
+    finally:
+        json.dump(facts, sys.stdout)  # what was found before it went wrong, too
     return 0
 
 
