@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 
 settings.register_profile("pyvmm", deadline=None)
 settings.load_profile("pyvmm")
+
+CLONE_NEWNET = 0x40000000
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -16,3 +22,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     missing = [report for report in reports if "LAYER MISSING" in str(report.longrepr)]
     if missing:
         terminalreporter.write_line(f"LAYER MISSING: {len(missing)} tests did not run; the reasons are above", red=True)
+
+
+@pytest.fixture
+def namespace() -> Iterator[None]:
+    """This thread in a network namespace of its own, where a tap harms nobody."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as before:
+        if not os.path.exists("/dev/net/tun") or libc.unshare(CLONE_NEWNET):
+            pytest.fail("LAYER MISSING: tap: /dev/net/tun and CAP_SYS_ADMIN")
+        yield
+        assert libc.setns(before.fileno(), CLONE_NEWNET) == 0

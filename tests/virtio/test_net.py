@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import select
 import socket
 import struct
@@ -19,25 +17,13 @@ from tests.guest_driver import Allocator, MmioDriver
 from virtio import spec
 from virtio.mmio import VirtioMmio
 from virtio.net import Net
-from virtio.net_host import TUN, Tap
+from virtio.net_host import Tap
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 
-CLONE_NEWNET = 0x40000000
 GUEST_MAC = bytes.fromhex("025600000002")
 HOST, GUEST = "10.9.8.1", "10.9.8.2"
 RX, TX = 0, 1
-
-
-@pytest.fixture
-def namespace() -> Iterator[None]:
-    """This thread in a network namespace of its own, where a tap harms nobody."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net") as before:
-        if not os.path.exists(TUN) or libc.unshare(CLONE_NEWNET):
-            pytest.fail(f"LAYER MISSING: tap: {TUN} and CAP_SYS_ADMIN")
-        yield
-        assert libc.setns(before.fileno(), CLONE_NEWNET) == 0
 
 
 class Vm:

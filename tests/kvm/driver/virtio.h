@@ -14,7 +14,6 @@ typedef uint64_t u64;
 #define expect(truth) ((truth) ? (void)0 : fail(__FILE__, __LINE__, #truth))
 #define barrier() __asm__ volatile("" ::: "memory")    // x86 keeps loads in order, and stores in order
 #define full_barrier() __asm__ volatile("mfence" ::: "memory")
-#define relax() __asm__ volatile("pause" ::: "memory")
 
 int main(void);
 
@@ -35,6 +34,8 @@ void *memset(void *at, int value, size_t n)
     __asm__ volatile("rep stosb" : "+D"(at), "+c"(n) : "a"(value) : "memory");
     return start;
 }
+
+static void relax(void) { __asm__ volatile("pause" ::: "memory"); }
 
 // Words: by the serial port, each line flushed by its end.
 
