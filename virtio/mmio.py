@@ -128,7 +128,11 @@ class VirtioMmio(MmioRegisters):
         # The page follows what a write changed.
         for offset in _READABLE:
             self.interrupt.show(offset, self._read_register(offset) & _LOW)
-        self.interrupt.show_config(self.device.config)
+        self._show_config()
+
+    def _show_config(self) -> None:
+        with self._config_lock:  # or what another thread publishes meanwhile would be shown and taken back
+            self.interrupt.show_config(self.device.config)
 
     def _fail(self, failure: Exception) -> None:
         """Set DEVICE_NEEDS_RESET: this device stops until its driver resets it, the VM lives (§2.1.2)."""
@@ -199,7 +203,7 @@ class VirtioMmio(MmioRegisters):
             start = offset - spec.MMIO_CONFIG
             if start + len(data) <= len(self.device.config):
                 self.device.write_config(start, bytes(data))
-                self.interrupt.show_config(self.device.config)
+                self._show_config()
             else:
                 self.stats["bad_access"] += 1
             return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import threading
@@ -516,6 +517,31 @@ def test_notify_for_a_queue_that_is_not_ready_or_not_there(host: Host) -> None:
         host.driver.set(spec.MMIO_QUEUE_NOTIFY, index)
     assert host.transport.stats["bad_notify"] == 7
     assert host.ask(b"x") == b"X"
+
+
+def test_what_is_published_while_a_register_is_written_stays_published(host: Host) -> None:
+    host.driver.bring_up()
+    new = bytes(range(100, 120))
+    publisher = threading.Thread(target=host.transport.publish_config, args=(new,))
+
+    class Interrupted(Echo):
+        @property
+        def config(self) -> bytes:  # type: ignore[override]
+            config = bytes(self.__dict__["config"])
+            if publisher.ident is None:
+                publisher.start()
+                publisher.join(0.2)  # with a lock around the two it only begins here
+            return config
+
+        @config.setter
+        def config(self, config: bytes) -> None:
+            self.__dict__["config"] = config
+
+    host.device.__class__ = Interrupted
+    host.driver.set(spec.MMIO_QUEUE_SEL, 1)
+    publisher.join(30)
+    host.device.__class__ = Echo
+    assert ctypes.string_at(host.transport.interrupt.page_address + spec.MMIO_CONFIG, 20) == new
 
 
 def test_a_notification_without_a_request(host: Host) -> None:
