@@ -34,7 +34,7 @@ class FsWorker(FsThread):
     ) -> None: ...
 
 class FsHelper(FsThread):
-    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies."""
+    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, reads of what is not in memory."""
 
     def __init__(
         self,

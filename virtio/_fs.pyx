@@ -8,7 +8,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from virtio._fs_ops cimport Server, chain_gather, is_slow
+from virtio._fs_ops cimport HAND_OVER, Server, chain_gather, is_slow
 from virtio._fs_share cimport IN_HEADER, Counters, Share
 from virtio._fs_table cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from virtio._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header
@@ -182,6 +182,7 @@ cdef class FsWorker(FsThread):
         cdef DescChain *chain = self.chains[place]
         cdef fuse_in_header header
         cdef uint64_t wait
+        cdef uint32_t written
         cdef int status
         while not self.stopping():
             status = queue_pop(ring, self.ram, chain)
@@ -196,12 +197,16 @@ cdef class FsWorker(FsThread):
                     queue_unpop(ring)
                     self.wake_after(wait)
                     return SERVE_STALLED
-            elif is_slow(header.opcode):
+            self.server.may_wait = False
+            written = HAND_OVER if is_slow(header.opcode) else self.server.answer(&header, chain)
+            if written == HAND_OVER:
                 self.server.counters.handed_over += 1
                 if self.backlog.put(&header, chain, ring, self.queues[place]):
                     continue
                 self.server.counters.handed_over -= 1
-            self.give_back(ring, self.queues[place], chain.head, self.server.answer(&header, chain))
+                self.server.may_wait = True
+                written = self.server.answer(&header, chain)
+            self.give_back(ring, self.queues[place], chain.head, written)
         return SERVE_EMPTY
 
     cdef int event(self, uint32_t token) noexcept nogil:
@@ -217,10 +222,11 @@ cdef class FsWorker(FsThread):
 
 
 cdef class FsHelper(FsThread):
-    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies."""
+    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, reads of what is not in memory."""
 
     def __init__(self, device, on_failure, share, backlog, name):
         super().__init__(device, (), (), on_failure, share, backlog, name)
+        self.server.may_wait = True
         if self.watch(self.backlog.wake, TOKEN_JOB, EPOLLIN) < 0:
             raise OSError(errno, os.strerror(errno))
 

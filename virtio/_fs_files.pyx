@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """Operations on what the guest has open: reading and writing straight between file and guest memory, listing."""
-from libc.errno cimport EBADF, EIO, ENOMEM, ENOSYS, errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EBADF, EIO, ENOMEM, ENOSYS, EOPNOTSUPP, errno
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport memcpy, memset, strlen
 
@@ -64,6 +64,7 @@ cdef class FileOperations(NodeOperations):
         cdef iovec *end = iov + chain.n_writable
         cdef uint64_t skip = OUT_HEADER
         cdef uint32_t count
+        cdef host_stat st
         cdef ssize_t done
         if arg.size > self.room:
             self.counters.bad_requests += 1
@@ -76,7 +77,18 @@ cdef class FileOperations(NodeOperations):
         self.direct = True
         self.narrowed, self.before = iov, iov[0]
         count = iov_window(&iov, <uint32_t>(end - iov), skip, arg.size)
-        done = preadv(handle.fd, iov, <int>count, arg.offset)
+        if self.may_wait or self.share.no_nowait or arg.offset > <uint64_t>INT64_MAX:
+            done = preadv(handle.fd, iov, <int>count, arg.offset)
+        else:
+            done = preadv2(handle.fd, iov, <int>count, arg.offset, RWF_NOWAIT)
+            if done < 0 and errno == EOPNOTSUPP:
+                self.share.no_nowait = True
+                done = preadv(handle.fd, iov, <int>count, arg.offset)
+            elif done < 0 and errno == EAGAIN:
+                return WOULD_WAIT
+            elif 0 <= done < <ssize_t>arg.size and fstat(handle.fd, &st) == 0 \
+                    and <int64_t>arg.offset + done < st.st_size:
+                return WOULD_WAIT       # not the file's end: the rest is on the disk still
         if done < 0:
             return -errno
         self.counters.bytes_read += done
@@ -94,6 +106,8 @@ cdef class FileOperations(NodeOperations):
         if arg.size != size or size > MAX_WRITE:
             self.counters.bad_requests += 1
             return -EIO
+        if handle.synchronous and not self.may_wait:
+            return WOULD_WAIT
         count = iov_window(&iov, chain.n_readable, IN_HEADER + sizeof(fuse_write_in), size)
         if kill:
             fs_capset(self.credentials.no_fsetid)

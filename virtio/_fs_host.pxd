@@ -34,6 +34,7 @@ cdef extern from *:
 
     enum { OP_KNOWN = 1, OP_CHANGES = 2, OP_SLOW = 4, OP_SILENT = 8, OP_HANDLE = 16 };
     #define NO_REPLY (INT64_C(1) << 62)
+    #define WOULD_WAIT (INT64_C(1) << 61)
     #define OP(name, args, reply, names_, flags_) \
         [FUSE_##name] = { .in = (args), .out = (reply), .names = (names_), .flags = OP_KNOWN | (flags_) }
     #define IN(type) sizeof(struct fuse_##type##_in)
@@ -157,7 +158,7 @@ cdef extern from *:
         uint8_t names
         uint8_t flags
     const fuse_op[52] fuse_ops
-    int64_t NO_REPLY
+    int64_t NO_REPLY, WOULD_WAIT
     enum: OP_KNOWN, OP_CHANGES, OP_SLOW, OP_SILENT, OP_HANDLE
     struct linux_dirent64:
         uint64_t d_ino
@@ -188,6 +189,9 @@ cdef extern from "<sys/stat.h>" nogil:
     enum: STATX_BASIC_STATS, STATX_MNT_ID, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
     # `statx` names both the structure, which virtio._fs_ops.pxd has, and the function.
     int statx_call "statx"(int dirfd, const char *path, int flags, unsigned int mask, statx *st)
+    struct host_stat "stat":
+        int64_t st_size
+    int fstat(int fd, host_stat *st)
     struct timespec:
         int64_t tv_sec
         long tv_nsec
@@ -209,6 +213,8 @@ cdef extern from "<sys/statfs.h>" nogil:
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t preadv(int fd, const iovec *iov, int count, int64_t offset)
+    ssize_t preadv2(int fd, const iovec *iov, int count, int64_t offset, int flags)
+    enum: RWF_NOWAIT
     ssize_t pwritev(int fd, const iovec *iov, int count, int64_t offset)
 
 cdef extern from "<sys/xattr.h>" nogil:

@@ -352,7 +352,7 @@ cdef class NodeOperations(Agent):
         if fd < 0:
             return -error
         memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, FILE, nodeid)
+        out.fh = self.table.handle_add(fd, FILE, nodeid, (flags & O_DSYNC) != 0)
         out.open_flags = self.share.open_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
@@ -367,7 +367,7 @@ cdef class NodeOperations(Agent):
         if fd < 0:
             return -errno
         memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, DIRECTORY, nodeid)
+        out.fh = self.table.handle_add(fd, DIRECTORY, nodeid, False)
         out.open_flags = self.share.dir_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
@@ -407,7 +407,7 @@ cdef class NodeOperations(Agent):
                 close(fd)
                 return result
             memset(opened, 0, sizeof(fuse_open_out))
-            opened.fh = self.table.handle_add(fd, FILE, entry.nodeid)
+            opened.fh = self.table.handle_add(fd, FILE, entry.nodeid, (flags & O_DSYNC) != 0)
             opened.open_flags = self.share.open_flags
             result = sizeof(fuse_open_out) if opened.fh else -ENFILE
         elif h.opcode == FUSE_TMPFILE or error != EEXIST or arg.flags & O_EXCL:

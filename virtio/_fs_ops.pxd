@@ -6,8 +6,11 @@ from virtio._fs_files cimport FileOperations
 from virtio._fuse cimport fuse_in_header
 from vmm._fastpath cimport DescChain
 
+cdef enum:
+    HAND_OVER = 0xffff_ffff
+
 cdef class Server(FileOperations):
-    # The bytes written to the guest, for the used ring.
+    # The bytes written to the guest, for the used ring; HAND_OVER: nothing was done, it would wait.
     cdef uint32_t answer(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
     cdef int64_t judge(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
     cdef int64_t dispatch(self, const fuse_in_header *h, DescChain *chain) noexcept nogil

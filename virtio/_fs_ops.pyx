@@ -84,6 +84,11 @@ cdef class Server(FileOperations):
         if self.share.window is not None:
             self.share.window.heal()
         result = self.judge(header, chain)
+        if result == WOULD_WAIT:
+            self.counters.requests -= 1
+            if self.direct:
+                self.narrowed[0] = self.before
+            return HAND_OVER
         if result == NO_REPLY:
             return 0
         if chain.writable_bytes < OUT_HEADER:

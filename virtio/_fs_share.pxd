@@ -34,6 +34,7 @@ cdef class Share:
     cdef uint32_t dir_flags     # and of every directory
     cdef readonly Window window         # of DAX, or None
     cdef int initialised        # atomic: INIT was answered
+    cdef bint no_nowait         # the host's file system cannot say whether a read would wait
     cdef bint dax_inodes        # the guest maps files that FUSE_ATTR_DAX marks
 
 # What the thread may do as whom.
@@ -62,6 +63,7 @@ cdef class Agent:
     cdef const char *name2
     cdef uint64_t length        # bytes in request
     cdef uint64_t room          # bytes that a reply may have after its header
+    cdef bint may_wait          # for the host's disk; a queue's own thread may not, while helpers have room
     cdef bint direct            # the payload is in the guest's memory already
     cdef iovec *narrowed        # with direct: the first buffer of the payload, and what it was
     cdef iovec before

@@ -40,6 +40,7 @@ cdef struct Handle:
     uint32_t next
     bint live
     bint open                   # the guest has not released it
+    bint synchronous            # a write waits for the disk (O_SYNC, O_DSYNC)
     pthread_mutex_t lock        # of the rest: a directory is read by one thread at a time
     bint locked_once            # lock was initialised
     uint8_t *entries            # linux_dirent64s read ahead; DIRENTS bytes
@@ -72,7 +73,7 @@ cdef class Table:
     cdef uint64_t node_add(self, int fd, uint32_t type, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
     cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil     # False: more than it was told
     # A handle's id for the open `fd`, which it takes; 0: no room.
-    cdef uint64_t handle_add(self, int fd, Kind kind, uint64_t nodeid) noexcept nogil
+    cdef uint64_t handle_add(self, int fd, Kind kind, uint64_t nodeid, bint synchronous) noexcept nogil
     cdef Handle *handle_get(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil
     cdef void handle_put(self, Handle *handle) noexcept nogil
     cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil

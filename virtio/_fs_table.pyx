@@ -57,7 +57,7 @@ cdef class Table:
                 if handle.live:
                     close(handle.fd)
                 free(handle.entries)
-            for i in range(CHUNKS):
+            for i in range(<uint32_t>CHUNKS):
                 free(self.node_chunks[i])
                 free(self.handle_chunks[i])
         free(self.node_chunks)
@@ -223,7 +223,7 @@ cdef class Table:
 
     # Handles
 
-    cdef uint64_t handle_add(self, int fd, Kind kind, uint64_t nodeid) noexcept nogil:
+    cdef uint64_t handle_add(self, int fd, Kind kind, uint64_t nodeid, bint synchronous) noexcept nogil:
         cdef uint64_t fh = 0
         cdef uint32_t index
         cdef Handle *handle = NULL
@@ -248,6 +248,7 @@ cdef class Table:
             handle.fd = fd
             handle.kind = kind
             handle.nodeid = nodeid
+            handle.synchronous = synchronous
             handle.refs = 0
             handle.live = handle.open = True
             handle.at = handle.have = 0

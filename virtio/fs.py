@@ -28,6 +28,8 @@ QUEUE_SIZE = 1024
 _CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
 # Descriptors that the rest of the process keeps, whatever guests do to their shares.
 _RESERVED_FDS = 512
+# Requests that wait for the host's disk at once, at least.
+_HELPERS = 4
 # Seconds that the guest may believe what it was told, by cache policy.
 _VALID = {"auto": 1, "always": 86400, "none": 0}
 
@@ -125,7 +127,7 @@ class Fs(VirtioDevice):
     def make_workers(
         self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
     ) -> Sequence[QueueWorker]:
-        """A thread a request queue, the first with the queue of forgets too, and as many helpers."""
+        """A thread a request queue, the first with the queue of forgets too, and helpers for what waits for a disk."""
         backlog = Backlog(QUEUE_SIZE)
         groups = [(0, 1), *((index,) for index in range(2, len(notify_fds)))]
         for place, group in enumerate(groups):
@@ -133,7 +135,7 @@ class Fs(VirtioDevice):
             name = f"{self.name}.{place}" if place else self.name
             worker = FsWorker(self, group, fds, on_failure, self.share, backlog, name, self.limiter)
             self._workers.append(worker)
-        for _ in groups:
+        for _ in range(max(_HELPERS, len(groups))):
             self._workers.append(FsHelper(self, on_failure, self.share, backlog, f"{self.name}.slow"))
         return tuple(self._workers)
 

@@ -639,3 +639,39 @@ def test_a_users_mistakes_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError):
             Fs(**settings)  # type: ignore[arg-type]
+
+
+def test_a_read_that_would_wait_for_the_disk_is_handed_over(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    data = os.urandom(1 << 20)
+    with open(tree / "a", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    vm = mount()
+    node = vm.lookup("a").nodeid
+    fh = vm.open(node)
+    with open(tree / "a", "rb") as file:
+        page = bytearray(1)
+        try:
+            os.preadv(file.fileno(), [page], 0, os.RWF_NOWAIT)
+            cold = False
+        except BlockingIOError:
+            cold = True
+        except OSError:
+            cold = False  # the file system here cannot tell
+    assert vm.read(node, fh, 65536) == data[:65536]
+    assert vm.device.stats["handed_over"] == int(cold)
+    assert vm.read(node, fh, 65536) == data[:65536]  # now it is in memory
+    assert vm.device.stats["handed_over"] == int(cold)
+    assert vm.read(node, fh, 1 << 20, 4096) == data[4096:]  # to the file's end, partly cold
+    for size, offset in ((10, 5), (100, (1 << 20) - 50), (10, 1 << 20)):
+        assert vm.read(node, fh, size, offset) == data[offset : offset + size]
+
+
+def test_a_synchronous_write_is_handed_over(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    vm = mount()
+    found, fh = vm.create("a", os.O_WRONLY | os.O_CREAT | os.O_DSYNC)
+    vm.write(found.nodeid, fh, b"x" * 10000, 3)
+    assert (tree / "a").read_bytes() == bytes(3) + b"x" * 10000
+    assert vm.device.stats["handed_over"] == 1
