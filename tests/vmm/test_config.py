@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmm.config import DEFAULT_CMDLINE, DriveConfig, VmConfig, parse_size
+from vmm.config import DEFAULT_CMDLINE, DriveConfig, FsConfig, VmConfig, parse_size
 from vmm.errors import ConfigError
 
 
@@ -84,3 +84,20 @@ def test_root_is_named_by_its_place() -> None:
     assert VmConfig("k", drives=[root], cmdline="mine").full_cmdline == "mine"
     with pytest.raises(ConfigError, match="only one"):
         VmConfig("k", drives=[root, DriveConfig("b", is_root_device=True)])
+    share = FsConfig.parse("rootfs=/srv/a,,b,ro", is_root_device=True)
+    assert VmConfig("k", shares=[share]).full_cmdline == f"{DEFAULT_CMDLINE} root=rootfs rootfstype=virtiofs ro"
+    with pytest.raises(ConfigError):
+        VmConfig("k", drives=[root], shares=[share])
+
+
+def test_a_share_as_people_write_it() -> None:
+    share = FsConfig.parse("tag=/a,,b=c,ro,cache=always,dax=1G,threads=4,squash=1000:100,bps=10M,iops=100")
+    assert (share.tag, share.shared_dir, share.read_only, share.cache_policy) == ("tag", "/a,b=c", True, "always")
+    assert (share.dax, share.threads, share.squash) == (1 << 30, 4, (1000, 100))
+    assert share.rate_limiter is not None and share.rate_limiter.ops == (10, 0, 100)
+    for wrong in ("/dir", "t=", "=/dir", f"{'t' * 37}=/", "t t=/", "t=/,cache=some", "t=/,dax=3M", "t=/,threads=0",
+                  "t=/,squash=1", "t=/,squash=root:root", "t=/,rw", "t=/,ro,ro"):  # fmt: skip
+        with pytest.raises(ConfigError):
+            FsConfig.parse(wrong)
+    with pytest.raises(ConfigError):
+        VmConfig("k", shares=[FsConfig("t", "/a"), FsConfig("t", "/b")])

@@ -6,11 +6,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import types
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.commands.run import OPTIONS, add_arguments, parse_quickly
+from vmm.commands.run import OPTIONS, add_arguments, config_from, parse_quickly
+from vmm.config import DEFAULT_CMDLINE
 
 WORDS = st.one_of(
     st.sampled_from([option for option, *_ in OPTIONS]),
@@ -39,3 +43,23 @@ def test_every_plain_command_line_is_quick() -> None:
     for option, metavar, default, _ in OPTIONS:
         words += [option] if metavar is None else [option, "2" if isinstance(default, int) else "value"]
     assert parse_quickly(words) is not None
+
+
+def test_a_directory_is_a_root_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmm import images
+
+    image = types.SimpleNamespace(kernel="K", initrd="I", rootfs="R", cmdline="root=/dev/vda rw quiet")
+    monkeypatch.setattr(images, "resolve", lambda name: image)
+    args = parse_quickly(["debian", "dir:/srv/root,cache=always"])
+    assert args is not None
+    config = config_from(args)
+    assert [(s.tag, s.shared_dir, s.cache_policy, s.is_root_device) for s in config.shares] == [
+        ("rootfs", "/srv/root", "always", True)
+    ]
+    assert not config.drives
+    assert config.full_cmdline == f"{DEFAULT_CMDLINE} root=rootfs rootfstype=virtiofs rw quiet"
+    args = parse_quickly(["debian", "--share", "t=/srv"])
+    assert args is not None
+    config = config_from(args)
+    assert config.full_cmdline == f"{DEFAULT_CMDLINE} root=/dev/vda rw quiet"
+    assert [share.tag for share in config.shares] == ["t"]

@@ -156,7 +156,9 @@ def config_from(args: Arguments) -> VmConfig:
         image = images.resolve(kernel)
         if image is not None:
             kernel, initrd, rootfs = image.kernel, initrd or image.initrd, rootfs or image.rootfs
-            append = f"{image.cmdline} {_terminal_size()} {append}".strip()
+            # Where the root is, the configuration says: it may be another than the image's own.
+            own = [word for word in image.cmdline.split() if word not in ("ro", "rw") and not word.startswith("root=")]
+            append = " ".join([*own, _terminal_size(), append]).strip()
         elif any(offered["name"] == kernel for offered in images.available()):
             raise ConfigError("kernel", kernel, f"is not here yet; fetch it with: pyvmm pull {kernel}")
     drives = [DriveConfig.parse(text) for text in args.disk]
