@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +114,22 @@ def test_guest_writes_a_sector(guest: MakeGuest, image: Path, options: str) -> N
     place_request(vm, spec.BLK_T_OUT, 7, b"guest-- " * 64)
     assert run(vm).code == spec.BLK_S_OK
     assert image.read_bytes()[7 * 512 : 8 * 512] == b"guest-- " * 64
+
+
+def test_guest_writes_a_sector_of_a_qcow2_image(guest: MakeGuest, tmp_path: Path) -> None:
+    if not shutil.which("qemu-img") or not shutil.which("qemu-storage-daemon"):
+        pytest.skip("LAYER MISSING: qcow2: apt install qemu-utils qemu-system-common")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK) or (os.geteuid() and not shutil.which("fusermount3")):
+        pytest.skip("LAYER MISSING: qcow2: no /dev/fuse for this user")
+    image, raw = tmp_path / "disk.qcow2", tmp_path / "disk.raw"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    code = BRING_UP + REQUEST + f"mov al, byte ptr [{STATUS:#x}]\nend:\n" + EXIT
+    vm = guest(code, drives=(DriveConfig.parse(f"{image},format=qcow2"),))
+    place_request(vm, spec.BLK_T_OUT, 7, b"guest-- " * 64)
+    assert run(vm).code == spec.BLK_S_OK
+    vm.close()
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw], check=True)
+    assert raw.read_bytes() == bytes(7 * 512) + b"guest-- " * 64 + bytes((1 << 20) - 8 * 512)
 
 
 def test_guest_that_breaks_the_ring_lives_and_sees_needs_reset(guest: MakeGuest, image: Path) -> None:
