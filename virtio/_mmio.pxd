@@ -20,7 +20,7 @@ cdef void interrupt_used(Line *line) noexcept nogil
 cdef class Interrupt:
     cdef Line line
     cdef object owner           # the IrqLine: keeps the eventfd open
-    cdef object mapping         # an mmap of one page: the registers as the driver reads them, InterruptStatus among them
+    cdef object mapping         # an mmap of one page: the registers as the driver reads them
     cdef uint8_t *page
 
 
