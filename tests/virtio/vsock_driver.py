@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,9 @@ REQUEST, RESPONSE, RST = spec.VSOCK_OP_REQUEST, spec.VSOCK_OP_RESPONSE, spec.VSO
 SHUTDOWN, RW = spec.VSOCK_OP_SHUTDOWN, spec.VSOCK_OP_RW
 CREDIT_UPDATE, CREDIT_REQUEST = spec.VSOCK_OP_CREDIT_UPDATE, spec.VSOCK_OP_CREDIT_REQUEST
 RCV, SEND = spec.VSOCK_SHUTDOWN_RCV, spec.VSOCK_SHUTDOWN_SEND
+
+
+_barrier = threading.Lock()  # Python has no fence; this is a locked instruction on x86
 
 
 class Packet(NamedTuple):
@@ -150,12 +154,18 @@ class Vm:
 
     def _wait(self, done: object, look: object) -> None:
         assert callable(done) and callable(look)
+        queues = self.driver.queues[:2]
         while True:
-            for queue in self.driver.queues[:2]:
+            before = [queue.used_idx for queue in queues]
+            for queue in queues:
                 queue.want_interrupt()
+            with _barrier:  # used_event before used.idx (§2.7.7.2)
+                pass
             look()
             if done():
                 return
+            if before != [queue.used_idx for queue in queues]:
+                continue  # an interrupt was asked for that has come: ask for the next
             assert select.select([self.irq.fd], [], [], PATIENCE)[0], "no interrupt came"
             self.irq.take()
 
