@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcpy, memset
 
 from virtio._mmio cimport interrupt_used
-from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, QueueWorker
+from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
 from vmm._fastpath cimport (
     QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
@@ -122,7 +122,7 @@ cdef class VsockWorker(QueueWorker):
     cdef bint listening
     cdef uint64_t guest_cid
     cdef int listener
-    cdef int[2] notify
+    cdef int notify_tx
     cdef bytes prefix                   # of guest-initiated connections' sockets
     cdef const char *path
     cdef Counters count
@@ -142,7 +142,7 @@ cdef class VsockWorker(QueueWorker):
         super().__init__(device, indices, notify_fds, on_failure, name)
         if max(device.queue_sizes) > MAX_CHAIN:
             raise ValueError(f"the queues have at most {MAX_CHAIN} entries")
-        self.notify = [notify_fds[RX], notify_fds[TX]]
+        self.notify_tx = notify_fds[TX]
         self.guest_cid = device.guest_cid
         self.listener = device.listener.fd
         self.prefix = os.fsencode(device.listener.path)
@@ -376,11 +376,12 @@ cdef class VsockWorker(QueueWorker):
     cdef int serve_rx(self) noexcept nogil:
         cdef uint64_t end = self.count.packets_rx + TURN
         cdef int status = QUEUE_CHAIN
+        cdef bint more = False
         if self.rings[RX].size == 0:
             return SERVE_STALLED
         while status == QUEUE_CHAIN and (self.reply_count or self.turn_head != NONE):
             if self.count.packets_rx >= end:
-                eventfd_write(self.notify[RX], 1)       # go on after the others
+                more = True
                 break
             if self.reply_count:
                 status = self.send_reply()
@@ -389,9 +390,10 @@ cdef class VsockWorker(QueueWorker):
         self.show()
         if self.tx_waits and self.reply_count < REPLIES:
             self.tx_waits = False
-            eventfd_write(self.notify[TX], 1)
-        # No buffers left: the driver is to tell when there are. Nothing left to say: a socket will.
-        return SERVE_STALLED if status == QUEUE_CHAIN else status
+            eventfd_write(self.notify_tx, 1)
+        if status != QUEUE_CHAIN:
+            return status               # no buffers left: the driver is to tell when there are; or a broken ring
+        return SERVE_MORE if more else SERVE_STALLED    # nothing left to say: a socket will
 
     cdef int turn(self, Conn *c) noexcept nogil:
         cdef int status
@@ -736,8 +738,7 @@ cdef class VsockWorker(QueueWorker):
             self.tx_waits = True
             status = SERVE_STALLED
         elif taken == TURN:
-            eventfd_write(self.notify[TX], 1)           # go on after the others
-            status = SERVE_STALLED
+            status = SERVE_MORE
         else:
             status = SERVE_EMPTY
         taken = self.run_rx()
