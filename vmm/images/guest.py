@@ -113,6 +113,7 @@ esac
 read -r consoles </sys/class/tty/console/active
 console=/dev/${consoles##* }
 [ -c "$console" ] || console=/dev/null
+exec 3<>$console # held open: what is typed early is lost when the last one closes it
 [ "$LINES" ] && [ "$COLUMNS" ] && stty rows "$LINES" columns "$COLUMNS" <$console
 unset LINES COLUMNS
 cd /root
@@ -123,7 +124,7 @@ elif [ "$1" = -s ]; then
     printf '\021' >$console # DC1, "start the tape reader": whoever waits for it sees no byte echoed or lost
     set -- sh "$console" # as a file, so that the shell is not interactive
 fi
-setsid -c "$@" <$console >$console 2>&1
+setsid -c "$@" <$console >$console 2>&1 3>&-
 status=$?
 stty echo <$console 2>/dev/null # waits until the session's output is out
 
