@@ -143,7 +143,7 @@ class ConsolePort:
 class Console(VirtioDevice):
     """A virtio console. Its first port is a console, /dev/hvc0; the others are /dev/virtio-ports/NAME.
 
-    :param ports: names of further ports, each of its own; without any there is no control queue either
+    :param ports: names of further ports, each of its own
     :param cols: width of the first port's terminal in characters; 0: unknown
     :param rows: height
     :param name: of the workers' threads
@@ -165,11 +165,10 @@ class Console(VirtioDevice):
                 raise ConfigError("console port", port, "must have a name of 1 to 255 bytes that no other has")
         self.name = name
         self.ports = (ConsolePort(), *map(ConsolePort, ports))
-        self.features = spec.CONSOLE_F_SIZE | spec.CONSOLE_F_EMERG_WRITE
-        self.queue_sizes = (64, 64)
-        if ports:
-            self.features |= spec.CONSOLE_F_MULTIPORT
-            self.queue_sizes = (64,) * (2 + 2 * len(self.ports))
+        # MULTIPORT for a single port, too: Linux throws away what comes before it has set its port up, and only a
+        # control message tells when it has.
+        self.features = spec.CONSOLE_F_SIZE | spec.CONSOLE_F_MULTIPORT | spec.CONSOLE_F_EMERG_WRITE
+        self.queue_sizes = (64,) * (2 + 2 * len(self.ports))
         self.config = self._config_space(cols, rows)
         self._notify_fds: Sequence[int] = ()
         self._multiport = False

@@ -32,7 +32,7 @@ def boot(ram: GuestMemory, allocator: Allocator) -> Iterator[Boot]:
 
     def boot(*ports: str, without: int = 0, **how: Any) -> Host:
         hosts.append(DeviceHost(Console(ports, **how), ram, allocator))
-        hosts[-1].driver.bring_up(without=without)
+        hosts[-1].driver.bring_up(without=without if ports else without | spec.CONSOLE_F_MULTIPORT)
         return hosts[-1]
 
     yield boot
@@ -62,14 +62,14 @@ def alive(host: Host, number: int = 0) -> None:
     assert not host.broken()
 
 
-# One port
+# One port, and a driver without MULTIPORT
 
 
 def test_5_3_4_configuration(boot: Boot) -> None:
     host = boot(cols=132, rows=43)
     assert host.driver.get(spec.MMIO_DEVICE_ID) == 3
-    assert len(host.driver.queues) == 2
-    assert host.driver.offered() & 0xFF == spec.CONSOLE_F_SIZE | spec.CONSOLE_F_EMERG_WRITE
+    assert len(host.driver.queues) == 4
+    assert host.driver.offered() & 0xFF == 0b111
     assert struct.unpack("<HHII", host.driver.config(0, 12)) == (132, 43, 1, 0)
 
 
@@ -124,12 +124,12 @@ def test_input_is_taken_4_kib_ahead_of_the_guest_and_close_ends_the_wait(boot: B
 def test_input_from_before_the_driver_reaches_it(ram: GuestMemory, allocator: Allocator) -> None:
     host = DeviceHost(Console(), ram, allocator)
     host.device.ports[0].feed(b"typed early")
-    host.driver.bring_up()
+    host.driver.bring_up(without=spec.CONSOLE_F_MULTIPORT)
     assert read(host) == b"typed early"
     host.device.ports[0].feed(b"and while ")
     host.driver.set(spec.MMIO_STATUS, 0)
     host.device.ports[0].feed(b"there is none")
-    host.driver.bring_up()
+    host.driver.bring_up(without=spec.CONSOLE_F_MULTIPORT)
     assert read(host) == b"and while there is none"
     host.close()
     host.device.ports[0].feed(b"too late")  # wakes nobody, and no descriptor that is somebody else's by now
@@ -166,7 +166,7 @@ def test_a_reset_does_not_wait_for_whoever_takes_the_output(boot: Boot) -> None:
     host.driver.kick(TRANSMIT)
     while len(host.device.ports[0]._output) < console.OUTPUT_MAX:
         os.sched_yield()
-    host.driver.bring_up()
+    host.driver.bring_up(without=spec.CONSOLE_F_MULTIPORT)
     alive(host)
 
 
@@ -263,6 +263,23 @@ def test_5_3_6_2_ports_are_announced_named_and_opened(boot: Boot) -> None:
     say(host, 2, spec.CONSOLE_PORT_OPEN, 0)
     assert not host.device.ports[2].guest_open
     assert host.device.stats["bad_requests"] == 0
+
+
+def test_a_single_port_gets_what_was_typed_early_once_its_driver_has_set_it_up(
+    ram: GuestMemory, allocator: Allocator
+) -> None:
+    host = DeviceHost(Console(), ram, allocator)
+    host.device.ports[0].feed(b"typed early")
+    host.driver.bring_up()
+    ring = host.driver.queues[RECEIVE]
+    ring.want_interrupt()
+    room = host.room(64)
+    head = ring.add([room])
+    host.driver.kick(RECEIVE)
+    bring_up_ports(host)
+    assert host.reap(RECEIVE, head) == 11
+    assert host.ram.read(room.addr, 11) == b"typed early"
+    host.close()
 
 
 def test_input_waits_until_somebody_in_the_guest_opens_the_port(boot: Boot) -> None:
@@ -417,7 +434,7 @@ def test_a_broken_chain_stops_this_device_until_its_driver_resets_it(boot: Boot,
 def test_whatever_the_framing_the_bytes_are_the_same(pieces: list[bytes], sizes: list[int]) -> None:
     with GuestMemory(4 << 20) as ram:
         host = DeviceHost(Console(), ram, Allocator(0x1000, (4 << 20) - 0x1000))
-        host.driver.bring_up()
+        host.driver.bring_up(without=spec.CONSOLE_F_MULTIPORT)
         (port,) = host.device.ports
         for piece in pieces:
             write(host, piece)
