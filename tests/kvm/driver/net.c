@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A driver of the network device at 10.99.0.2. It answers ARP and pings until a UDP datagram comes to port 9 (test=0);
-// sends count= datagrams of 64 bytes to port 7 of 10.99.0.1 a round (test=1); takes count= datagrams (test=2).
+// sends count= datagrams of 64 bytes to port 7 of 10.99.0.1 a round (test=1); takes count= datagrams (test=2);
+// pings 10.99.0.1 count= times, one after the other (test=3).
 #include "virtio.h"
 
 enum { NETWORK = 1, RX = 0, TX = 1, HEADER = 12, BUFFERS = 256, FRAME = 2048 - HEADER };
@@ -31,7 +32,7 @@ static struct buffer buffers[BUFFERS], sent;
 static int buffer_of[2][QUEUE_MAX];
 static u8 mac[6];
 static const u32 address = 0x0200630a, host = 0x0100630a;
-static u64 echoes, datagrams;
+static u64 echoes, datagrams, replies;
 static bool ended;
 
 static u16 swap(u16 value) { return value << 8 | value >> 8; }
@@ -67,6 +68,7 @@ static bool answer(struct buffer *buffer, u32 len)
     } else if (len >= sizeof *ip && ip->ethernet.type == swap(0x0800) && ip->version == 0x45 && ip->to == address) {
         ended |= ip->protocol == 17 && ip->udp.to == swap(9);
         datagrams += ip->protocol == 17 && ip->udp.to == swap(7);
+        replies += ip->protocol == 1 && ip->icmp.type == 0;
         if (ip->protocol != 1 || ip->icmp.type != 8)
             return false;
         ip->icmp.type = 0;
@@ -129,7 +131,21 @@ static void flood(u64 count)
     }
 }
 
-static void frame_to_host(void)
+static void ping(u64 count)
+{
+    struct part parts[] = {{sent.header, HEADER}, {sent.frame, sizeof sent.ip + 64}};
+    while (count--) {
+        u64 before = replies;
+        int head = add(&queues[TX], parts, 2, 0);
+        expect(head >= 0);
+        buffer_of[TX][head] = -1;
+        kick(&queues[TX]);
+        while (replies == before)
+            serve();
+    }
+}
+
+static void frame_to_host(u8 protocol)
 {
     struct ip *ip = &sent.ip;
     u32 sum = 0;
@@ -139,11 +155,16 @@ static void frame_to_host(void)
     ip->version = 0x45;
     ip->len = swap(28 + 64);
     ip->ttl = 64;
-    ip->protocol = 17;
+    ip->protocol = protocol;
     ip->from = address;
     ip->to = host;
-    ip->udp.from = ip->udp.to = swap(7);
-    ip->udp.len = swap(8 + 64);
+    if (protocol == 17) {
+        ip->udp.from = ip->udp.to = swap(7);
+        ip->udp.len = swap(8 + 64);
+    } else {
+        ip->icmp.type = 8;
+        ip->icmp.checksum = swap(0xf7ff);   // of that, and zeros
+    }
     for (int i = 0; i < 10; i++)
         sum += ((u16 *)&ip->version)[i];
     sum = (sum & 0xffff) + (sum >> 16);
@@ -166,7 +187,7 @@ int main(void)
         buffer_of[TX][i] = -1;
     }
     kick(&queues[RX]);
-    frame_to_host();
+    frame_to_host(test == 3 ? 1 : 17);
     report("ready", 1);
     for (; test == 0 && !ended;)
         serve();
@@ -174,6 +195,8 @@ int main(void)
         u64 from = ticks(), kicks = queues[TX].kicks + queues[RX].kicks;
         if (test == 1)
             flood(count);
+        if (test == 3)
+            ping(count);
         for (u64 before = datagrams; test == 2 && datagrams - before < count;)
             serve();
         report("ticks", ticks() - from);
