@@ -35,6 +35,7 @@ cdef extern from *:
     enum { OP_KNOWN = 1, OP_CHANGES = 2, OP_SLOW = 4, OP_SILENT = 8, OP_HANDLE = 16 };
     #define NO_REPLY (INT64_C(1) << 62)
     #define WOULD_WAIT (INT64_C(1) << 61)
+    #define DIRECT_IO_ALLOW_MMAP (UINT64_C(1) << 36)    /* of FUSE 7.39, younger than the header that is assumed */
     #define OP(name, args, reply, names_, flags_) \
         [FUSE_##name] = { .in = (args), .out = (reply), .names = (names_), .flags = OP_KNOWN | (flags_) }
     #define IN(type) sizeof(struct fuse_##type##_in)
@@ -159,6 +160,7 @@ cdef extern from *:
         uint8_t flags
     const fuse_op[52] fuse_ops
     int64_t NO_REPLY, WOULD_WAIT
+    uint64_t DIRECT_IO_ALLOW_MMAP
     enum: OP_KNOWN, OP_CHANGES, OP_SLOW, OP_SILENT, OP_HANDLE
     struct linux_dirent64:
         uint64_t d_ino

@@ -206,6 +206,8 @@ cdef class Server(FileOperations):
             want |= FUSE_CACHE_SYMLINKS
         else:
             want |= FUSE_AUTO_INVAL_DATA
+        if self.share.open_flags & FOPEN_DIRECT_IO:
+            want |= DIRECT_IO_ALLOW_MMAP
         if self.share.window is not None:
             want |= FUSE_MAP_ALIGNMENT | FUSE_HAS_INODE_DAX
             out.map_alignment = DAX_SHIFT

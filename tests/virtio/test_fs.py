@@ -675,3 +675,10 @@ def test_a_synchronous_write_is_handed_over(tree: Path, mount: Callable[..., Fus
     vm.write(found.nodeid, fh, b"x" * 10000, 3)
     assert (tree / "a").read_bytes() == bytes(3) + b"x" * 10000
     assert vm.device.stats["handed_over"] == 1
+
+
+def test_files_past_the_guests_cache_can_be_mapped_by_kernels_that_know_how(mount: Callable[..., FuseVm]) -> None:
+    allow_mmap = 1 << 36
+    assert mount(cache="none", flags=fuse.LINUX_FLAGS | allow_mmap).flags & allow_mmap
+    assert not mount(cache="none").flags & allow_mmap
+    assert not mount(flags=fuse.LINUX_FLAGS | allow_mmap).flags & allow_mmap
