@@ -23,7 +23,6 @@ class NetWorker(QueueWorker):
         pair: int,
         rx_limiter: RateLimiter,
         tx_limiter: RateLimiter,
-        frame: int,
         pcap: int = -1,
     ) -> None: ...
     @property

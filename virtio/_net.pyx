@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """A pair of network queues without the GIL: frames go between the guest's buffers and a tap, or a stream to passt."""
-from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
+from libc.errno cimport EAGAIN, EBADFD, ECONNRESET, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
 
@@ -13,6 +13,7 @@ from vmm._fastpath cimport (
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <stdint.h>
     #include <sys/epoll.h>
     #include <sys/socket.h>
@@ -24,12 +25,14 @@ cdef extern from *:
         clock_gettime(clock, &t);
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
+    static inline void net_set_errno(int value) { errno = value; }
     static inline ssize_t net_send(int fd, struct iovec *iov, size_t n) {
         struct msghdr m = { .msg_iov = iov, .msg_iovlen = n };
         return sendmsg(fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
     }
     """
     uint64_t net_clock(int clock) noexcept nogil
+    void net_set_errno(int value) noexcept nogil
     ssize_t net_send(int fd, iovec *iov, size_t n) noexcept nogil
     enum: CLOCK_MONOTONIC, CLOCK_REALTIME, EPOLLIN, EPOLLOUT, EPOLLET
 
@@ -46,10 +49,10 @@ cdef enum:
     ETH_HEADER = 14
     FRAME_MAX = 65535 + ETH_HEADER + 4
     UIO_MAXIOV = 1024
+    RX_IOV = UIO_MAXIOV - 2     # of the chains held: room for the byte too many, and for a record's head
     HELD = 256                  # RX chains taken in advance at most
     BUDGET = 64                 # frames one way before the other has its turn
     LEAST_NS = 5_000_000        # wait so long for buffers that hold the largest frame, then do with what is there
-    F_GUEST_LARGE = 1 << 7 | 1 << 8 | 1 << 10       # GUEST_TSO4, GUEST_TSO6, GUEST_UFO
     F_MRG_RXBUF = 1 << 15
     F_MQ = 1 << 22
 
@@ -63,12 +66,13 @@ cdef struct Counters:
     uint64_t rx_packets
     uint64_t rx_bytes
     uint64_t rx_bad_buffers     # not writable, or too short for the header
-    uint64_t rx_truncated       # frames that the guest's buffers were too short for
+    uint64_t rx_too_long        # frames that the guest's buffers were too short for; dropped
     uint64_t rx_errors
     uint64_t tx_packets
     uint64_t tx_bytes
     uint64_t tx_bad             # not readable, too short, too long
     uint64_t tx_errors          # the host refused the frame; it is dropped
+    uint64_t pcap_errors        # a frame could not be recorded; the ones after it are not
 
 
 cdef class NetWorker(QueueWorker):
@@ -79,20 +83,17 @@ cdef class NetWorker(QueueWorker):
     :param pair: 0 for the first
     :param rx_limiter: of what the guest receives
     :param tx_limiter: of what the guest sends
-    :param frame: bytes of the largest frame without segmentation, Ethernet header included
     :param pcap: a file for a copy of each frame, opened for appending; -1: none
     """
     cdef int fd
     cdef int pcap
     cdef uint32_t pair
     cdef bint stream
-    cdef bint lost                          # the stream has ended
-    cdef bint idle                          # a pair beyond the first of a driver without MQ
+    cdef bint lost                          # the stream has ended, or the tap was deleted
     cdef bint mergeable
+    cdef Ring none                          # never ready: of a pair beyond the first, for a driver without MQ
     cdef readonly RateLimiter rx_limiter
     cdef readonly RateLimiter tx_limiter
-    cdef uint64_t frame
-    cdef uint64_t want                      # bytes of RX buffers to hold before a frame is read
     cdef bint patient                       # false: any buffer at all will do
     cdef uint64_t[2] resume                 # when a stalled queue may go on, CLOCK_MONOTONIC; 0: not by time
     cdef bint paid                          # the next TX chain has its tokens
@@ -114,14 +115,13 @@ cdef class NetWorker(QueueWorker):
     cdef Counters counters
 
     def __init__(self, device, indices, notify_fds, on_failure, name=None, *, int fd, bint stream, uint32_t pair,
-                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, uint64_t frame, int pcap=-1):
+                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, int pcap=-1):
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.fd = fd
         self.stream = stream
         self.pair = pair
         self.rx_limiter = rx_limiter
         self.tx_limiter = tx_limiter
-        self.frame = frame
         self.pcap = pcap
 
     @property
@@ -131,9 +131,10 @@ cdef class NetWorker(QueueWorker):
 
     def begin(self):
         """Forget the driver before."""
-        self.idle = self.pair > 0 and not self.features & F_MQ
+        if self.pair > 0 and not self.features & F_MQ:
+            # One of these may be the control queue then, which is another thread's.
+            self.rings[RX] = self.rings[TX] = &self.none
         self.mergeable = self.features & F_MRG_RXBUF != 0
-        self.want = VNET_HEADER + (FRAME_MAX if self.stream or self.features & F_GUEST_LARGE else self.frame)
         self.n_held = self.n_iov = 0
         self.held_bytes = self.received = 0
         self.patient = True
@@ -144,30 +145,18 @@ cdef class NetWorker(QueueWorker):
 
     cdef int serve(self, uint32_t place) noexcept nogil:
         cdef int status
-        if self.idle:
-            return SERVE_STALLED
         self.resume[place] = 0
         status = self.receive() if place == RX else self.transmit()
         self.publish(place)
         return status
 
     cdef int event(self, uint32_t token) noexcept nogil:
-        # A frame has come, or there is room for one; or it is time to go on.
-        cdef uint64_t now
+        # A frame has come, or there is room for one: for who does not wait for the clock. Or the clock: set_rate_limit
+        # has it wake the thread early, and who has to wait on says so again.
         cdef uint32_t place
         cdef int status
-        if token == TOKEN_TIMER:
-            now = net_clock(CLOCK_MONOTONIC)
-            for place in range(2):
-                if 0 < self.resume[place] <= now:
-                    self.resume[place] = 0
-                    status = self._kicked(place)
-                    if status < 0:
-                        return status
-            self.arm()
-            return 0
         for place in range(2):
-            if self.resume[place] == 0:
+            if (self.resume[place] != 0) == (token == TOKEN_TIMER):
                 status = self._kicked(place)
                 if status < 0:
                     return status
@@ -182,18 +171,13 @@ cdef class NetWorker(QueueWorker):
         self.n_held = self.n_iov = 0
 
     cdef void stall(self, uint32_t place, uint64_t nanoseconds) noexcept nogil:
-        self.resume[place] = net_clock(CLOCK_MONOTONIC) + nanoseconds
-        self.arm()
-
-    cdef void arm(self) noexcept nogil:
         # One timer for both queues: the earlier.
-        cdef uint64_t first = self.resume[RX]
-        cdef uint64_t now
-        if first == 0 or (self.resume[TX] and self.resume[TX] < first):
-            first = self.resume[TX]
-        if first:
-            now = net_clock(CLOCK_MONOTONIC)
-            self.wake_after(first - now if first > now else 1)
+        cdef uint64_t now = net_clock(CLOCK_MONOTONIC), first
+        self.resume[place] = now + nanoseconds
+        first = self.resume[place]
+        if self.resume[1 - place]:
+            first = min(first, self.resume[1 - place])
+        self.wake_after(first - now if first > now else 1)
 
     # To the guest
 
@@ -209,17 +193,25 @@ cdef class NetWorker(QueueWorker):
                 status = self.gather()
                 if status <= 0:
                     return status
-                size = self.read_frame() if self.stream else readv(self.fd, self.iov, self.n_iov)
-                if size <= 0:
-                    if size < 0 and errno == EINTR:
-                        continue
-                    if size == 0 or errno != EAGAIN:
-                        self.counters.rx_errors += 1
-                        if self.stream:
-                            self.lose()
-                    return SERVE_STALLED
-                self.received = size
                 budget -= 1
+                size = self.read_frame() if self.stream else self.read_tap()
+                if size < 0:
+                    if errno == EINTR:
+                        continue
+                    if errno == EAGAIN:
+                        return SERVE_STALLED
+                    self.counters.rx_errors += 1
+                    if self.stream or errno == EBADFD:
+                        self.lose()
+                        return SERVE_STALLED
+                    continue            # of this frame; the next has no event of its own
+                if <uint64_t>size > self.held_bytes:
+                    self.counters.rx_too_long += 1
+                    continue
+                if size < VNET_HEADER + ETH_HEADER:
+                    self.counters.rx_errors += 1
+                    continue
+                self.received = size
             wait = self.rx_limiter.take(self.received - VNET_HEADER, 1)
             if wait:
                 self.stall(RX, wait)
@@ -234,7 +226,7 @@ cdef class NetWorker(QueueWorker):
         cdef DescChain *chain = self.chains[RX]
         cdef uint32_t n
         cdef int status
-        while self.n_held == 0 or (self.mergeable and self.held_bytes < self.want):
+        while self.n_held == 0 or (self.mergeable and self.held_bytes < VNET_HEADER + FRAME_MAX):
             if self.n_held == HELD:
                 return 1
             status = queue_pop(ring, self.ram, chain)
@@ -253,7 +245,7 @@ cdef class NetWorker(QueueWorker):
                 self.counters.rx_bad_buffers += 1
                 queue_add_used(ring, chain.head, 0)
                 continue
-            if self.n_iov + n > UIO_MAXIOV:
+            if self.n_iov + n > RX_IOV:
                 queue_unpop(ring)
                 return 1
             memcpy(&self.iov[self.n_iov], chain.iov, n * sizeof(iovec))
@@ -272,8 +264,6 @@ cdef class NetWorker(QueueWorker):
         cdef uint8_t[2] count
         if self.pcap >= 0:
             self.capture(self.iov, self.n_iov, size)
-        if size == self.held_bytes:
-            self.counters.rx_truncated += 1     # or fits to the byte: the tap does not say
         while left:
             part = min(left, self.held[used].size)
             left -= part
@@ -295,21 +285,30 @@ cdef class NetWorker(QueueWorker):
         self.counters.rx_packets += 1
         self.counters.rx_bytes += size - VNET_HEADER
 
+    cdef ssize_t read_tap(self) noexcept nogil:
+        # A frame and its header: their size, larger than the chains held if they are too short for it; -1 and errno.
+        cdef uint8_t scrap
+        self.iov[self.n_iov] = iovec(<void *>&scrap, 1)     # the tap cuts off and does not say
+        return readv(self.fd, self.iov, <int>self.n_iov + 1)
+
     cdef ssize_t read_frame(self) noexcept nogil:
-        # From the stream: the size of a whole frame and its header, or what a read of it gave.
+        # The same from the stream, whose end is ECONNRESET.
         cdef ssize_t got
         cdef uint8_t[VNET_HEADER] header
         while True:
             got = self.read_rest()
-            if got <= 0:
-                return got
+            if got < 0:
+                return -1
+            if got == 0:
+                net_set_errno(ECONNRESET)
+                return -1
             self.length_got = 0
             if not self.dropping:
                 break
             self.dropping = False
         memset(header, 0, VNET_HEADER)
         scatter(self.iov, 0, header, VNET_HEADER)
-        return min(VNET_HEADER + self.frame_size, self.held_bytes)
+        return VNET_HEADER + self.frame_size
 
     cdef ssize_t read_rest(self) noexcept nogil:
         # The rest of a frame behind its header's place in the chains held: 1, or what a read gave.
@@ -376,11 +375,11 @@ cdef class NetWorker(QueueWorker):
                 if errno == EINTR:
                     queue_unpop(ring)
                     continue
-                if errno == EAGAIN or (errno == ENOBUFS and self.stream):
+                if errno == EAGAIN:
                     queue_unpop(ring)
                     return SERVE_STALLED
                 self.counters.tx_errors += 1
-                if self.stream:
+                if self.stream or errno == EBADFD:
                     self.lose()
             else:
                 self.counters.tx_packets += 1
@@ -392,7 +391,7 @@ cdef class NetWorker(QueueWorker):
         return SERVE_STALLED
 
     cdef void lose(self) noexcept nogil:
-        # The other end of the stream is gone, once and for all.
+        # The host's end is gone, once and for all.
         if not self.lost:
             self.lost = True
             with gil:
@@ -444,7 +443,10 @@ cdef class NetWorker(QueueWorker):
         head[1] = <uint32_t>(now % 1_000_000_000)
         head[2] = head[3] = <uint32_t>(size - VNET_HEADER)
         record[0] = iovec(<void *>head, 16)
-        writev(self.pcap, record, 1 + skip(iov, n_iov, VNET_HEADER, size - VNET_HEADER, &record[1]))
+        if writev(self.pcap, record, 1 + skip(iov, n_iov, VNET_HEADER, size - VNET_HEADER, &record[1])) \
+                != <ssize_t>(16 + size - VNET_HEADER):
+            self.counters.pcap_errors += 1
+            self.pcap = -1          # a file that is full; what followed half a record could not be read
 
 
 cdef uint32_t skip(const iovec *iov, uint32_t count, uint64_t start, uint64_t size, iovec *into) noexcept nogil:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
 
 from virtio import spec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Protocol
 
+    from virtio._limiter import Bucket
     from virtio.device import ActivateContext, AnyWorker
     from vmm._fastpath import Chain
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         fds: list[int]
         stream: bool
 
+        def gone(self) -> str: ...
         def set_offloads(self, features: int) -> None: ...
         def set_pairs(self, count: int) -> None: ...
 
@@ -133,22 +136,22 @@ class Net(VirtioDevice):
         total["tx_rate_limiter_throttled"] = self.tx_limiter.throttled
         return total
 
-    def make_workers(
-        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
-    ) -> Sequence[AnyWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
         """A thread a pair, and one for the control queue."""
-        frame = (self.mtu or DEFAULT_MTU) + 18  # the Ethernet header and a VLAN tag
         for pair, fd in enumerate(self.backend.fds):
             self._workers.append(
                 NetWorker(
                     self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
                     f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
-                    rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, frame=frame, pcap=self._pcap,
+                    rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, pcap=self._pcap,
                 )
             )  # fmt: skip
-        # Without MQ the control queue is the third, whatever we have (§5.1.2).
         control = sorted({2, 2 * self.pairs})
-        return [*self._workers, Worker(self, control, [notify_fds[index] for index in control], on_failure)]
+        return [*self._workers, _ControlWorker(self, control, [notify_fds[index] for index in control], on_failure)]
+
+    def control_queue(self, features: int) -> int:
+        """Its number: without MQ it is the third, whatever we have (§5.1.2)."""
+        return 2 * self.pairs if features & spec.NET_F_MQ else 2
 
     def activate(self, context: ActivateContext) -> None:
         """Let the tap do what the driver negotiated."""
@@ -160,15 +163,20 @@ class Net(VirtioDevice):
         self.link_up = up
         self.publish_config(self._config_space())
 
+    def set_rate_limit(self, limiter: RateLimiter, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
+        """Change ``rx_limiter`` or ``tx_limiter`` at once, also for a frame that waits for it; any thread."""
+        limiter.update(bandwidth, ops)
+        for worker in self._workers:
+            worker.wake()
+
     def lose(self) -> None:
         """The other end is gone: pull the cable and say so; called by a worker, once."""
-        self.context.warn("lost", f"{self.name}: passt has ended; the link is down")
+        self.context.warn("lost", f"{self.name}: {self.backend.gone()}; the link is down")
         self.set_link(False)
 
     def process(self, queue_index: int) -> None:
         """Serve the control queue."""
-        if queue_index == (2 * self.pairs if self.context.features & spec.NET_F_MQ else 2):
-            self.drain(self.context.queues[queue_index], self._control)
+        self.drain(self.context.queues[queue_index], self._control)
 
     def _control(self, chain: Chain) -> int:
         self.counters["control"] += 1
@@ -223,6 +231,15 @@ class Net(VirtioDevice):
             self._pcap = -1
 
 
+class _ControlWorker(Worker):
+    def start(self, context: ActivateContext) -> None:
+        # The other queue, if there is one, is a pair's: to read its eventfd would take its notification away.
+        for fd, index in self._queue_of.items():
+            mine = index == self._device.control_queue(context.features)  # type: ignore[attr-defined]
+            self._epoll.modify(fd, select.EPOLLIN if mine else 0)
+        super().start(context)
+
+
 def _is_two_tables(data: bytes) -> bool:
     # A table of unicast addresses and one of multicast: each a count of 4 bytes and so many times 6.
     for _ in range(2):
@@ -234,9 +251,12 @@ def _is_two_tables(data: bytes) -> bool:
 
 
 def _open_pcap(path: str) -> int:
+    fd = -1
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.write(fd, _PCAP_HEADER)
     except OSError as error:
+        if fd >= 0:
+            os.close(fd)
         raise ConfigError("pcap", path, f"cannot be made: {os.strerror(error.errno or errno.EIO)}") from None
-    os.write(fd, _PCAP_HEADER)
     return fd

@@ -31,6 +31,7 @@ IFF_VNET_HDR = 0x4000
 IFF_MULTI_QUEUE = 0x0100
 IFF_ATTACH_QUEUE = 0x0200
 IFF_DETACH_QUEUE = 0x0400
+IFF_TUN_EXCL = 0x8000
 VNET_HEADER = 12
 _TUN_F = {
     spec.NET_F_GUEST_CSUM: 0x01,
@@ -54,9 +55,9 @@ _IFREQ_ADDR = struct.Struct("=16sHH4s16x")  # ifr_name and a struct sockaddr_in
 class Tap:
     """A tap device, one descriptor a pair of queues; owns the descriptors.
 
-    :param name: of a tap that is there, or that is made and is gone with the descriptors; ``%d`` in it is replaced by
-        a number that is free
+    :param name: of the interface; ``%d`` in the name of one to be made is replaced by a number that is free
     :param queues: pairs, 1 to 8
+    :param make: it is made, and is gone with the descriptors; otherwise it has to be there
     :raises ConfigError: it cannot be opened so
 
     ``name`` is its real name. Which of the queues the host uses is ``set_pairs``.
@@ -64,15 +65,20 @@ class Tap:
 
     stream = False
 
-    def __init__(self, name: str, queues: int = 1) -> None:
+    def __init__(self, name: str, queues: int = 1, *, make: bool = False) -> None:
         self.name = name
         self.fds: list[int] = []
         self._attached = queues
         if not 0 < len(name.encode()) < IFNAMSIZ or "/" in name or name.isspace():
             raise ConfigError("tap", name, f"must be the name of an interface, of 1 to {IFNAMSIZ - 1} bytes")
         try:
-            for _ in range(queues):
-                self.fds.append(self._open(queues > 1))
+            if not make:
+                socket.if_nametoindex(name)  # or the kernel would make what a slip of the finger named
+        except OSError:
+            raise ConfigError("tap", name, "is not here: ip tuntap add makes one, or auto") from None
+        try:
+            for place in range(queues):
+                self.fds.append(self._open(IFF_MULTI_QUEUE * (queues > 1) | IFF_TUN_EXCL * (make and place == 0)))
         except OSError as error:
             self.close()
             raise ConfigError("tap", name, _explain(error)) from None
@@ -98,14 +104,18 @@ class Tap:
         tap.fds.append(fd)
         return tap
 
-    def _open(self, several: bool) -> int:
+    def gone(self) -> str:
+        """Say why nothing comes any more."""
+        return f"its tap {self.name} is gone"
+
+    def _open(self, options: int) -> int:
         fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
             try:
-                made = self._attach(fd, flags | IFF_MULTI_QUEUE * several)
+                made = self._attach(fd, flags | options)
             except OSError as error:
-                if error.errno != errno.EINVAL or several:
+                if error.errno != errno.EINVAL or options:
                     raise
                 made = self._attach(fd, flags | IFF_MULTI_QUEUE)  # made by somebody for several
             self.name = made.rstrip(b"\0").decode()
@@ -217,44 +227,59 @@ class Nat:
     _FORWARD = "/proc/sys/net/ipv4/ip_forward"
 
     def __init__(self, network: str, tap: str) -> None:
+        if not all(letter.isascii() and (letter.isalnum() or letter in "-_.") for letter in tap):
+            raise ConfigError("nat", tap, "needs a tap whose name is of letters, digits, - _ and .")
         self.table = f"pyvmm_{tap}"
         self._nft(
+            f"table ip {self.table}; delete table ip {self.table};"  # one of a VM that was killed
             f"table ip {self.table} {{"
             f" chain postrouting {{ type nat hook postrouting priority srcnat;"
             f' ip saddr {network} oifname != "{tap}" masquerade; }} }}'
         )
         try:
             with open(self._FORWARD) as file:
-                self._before = file.read()
-            with open(self._FORWARD, "w") as file:
-                file.write("1")
+                self._was_off = file.read().strip() == "0"
+            self._forward("1")
         except OSError as error:
             self._nft(f"delete table ip {self.table}")
             raise ConfigError("nat", tap, f"forwarding cannot be turned on: {error.strerror}") from None
 
-    def _nft(self, rules: str) -> None:
+    def _forward(self, value: str) -> None:
+        with open(self._FORWARD, "w") as file:
+            file.write(value)
+
+    def _nft(self, rules: str) -> str:
         import subprocess
 
         try:
             done = subprocess.run(["nft", "-f", "-"], input=rules.encode(), capture_output=True)
-        except FileNotFoundError:
+        except OSError:
             raise ConfigError("nat", self.table, "needs the program nft: apt-get install nftables") from None
         if done.returncode:
-            raise ConfigError("nat", self.table, f"nft refuses: {done.stderr.decode(errors='replace').strip()!r}")
+            said = done.stderr.decode(errors="replace").strip().splitlines()[:1]
+            raise ConfigError("nat", self.table, f"nft refuses: {' '.join(said)!r}")
+        return done.stdout.decode()
 
     def close(self) -> None:
-        """Take the rules away; forwarding stays on where it was on."""
-        self._nft(f"delete table ip {self.table}")
-        if self._before.strip() == "0":
-            with open(self._FORWARD, "w") as file:
-                file.write(self._before)
+        """Take the rules away, and forwarding unless it was on before or another VM's network needs it; idempotent."""
+        if not self.table:
+            return
+        try:
+            others = self._nft(f"delete table ip {self.table}; list tables ip")
+            if self._was_off and " pyvmm_" not in others:
+                self._forward("0")
+        except (ConfigError, OSError):
+            pass  # somebody has taken them away before
+        self.table = ""
 
 
 class Passt:
     """The user's own network, by a passt process of ours: no privileges; owns the process and the socket to it.
 
     :param options: further ones for passt, as ``("-t", "8080")``
-    :raises ConfigError: passt is not here or does not start
+    :raises ConfigError: passt is not here
+
+    What passt does not like it says at once and ends: then the link is down from the start.
     """
 
     stream = True
@@ -265,26 +290,31 @@ class Passt:
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
-        self.fds = [ours.detach()]
+        self._said, said = os.pipe()
+        os.set_blocking(self._said, False)
+        os.set_blocking(said, False)  # what nobody reads must not hold passt up
         command = ["passt", "--foreground", "--quiet", "--fd", str(theirs.fileno()), *options]
         try:
             self._process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )  # fmt: skip
-        except FileNotFoundError:
-            os.close(self.fds.pop())
-            raise ConfigError("--net", "user", "needs the program passt: apt-get install passt") from None
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+            )
+        except OSError as error:
+            ours.close()
+            os.close(self._said)
+            why = "apt-get install passt" if error.errno == errno.ENOENT else os.strerror(error.errno or 0)
+            raise ConfigError("--net", "user", f"needs the program passt: {why}") from None
         finally:
             theirs.close()
+            os.close(said)
+        self.fds = [ours.detach()]
+
+    def gone(self) -> str:
+        """Say that passt has ended, and its last words."""
         try:
-            status = self._process.wait(0.1)  # what it does not like it says at once
-        except subprocess.TimeoutExpired:
-            return
-        assert self._process.stderr is not None
-        last = self._process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
-        self.close()
-        raise ConfigError("--net", "user", f"passt ended with {status}: {' '.join(last)!r}")
+            words = os.read(self._said, 65536).decode(errors="replace").strip().splitlines()[-1:]
+        except OSError:
+            words = []
+        return ": ".join(["passt has ended", *words])
 
     def set_offloads(self, features: int) -> None:
         """None are offered."""
@@ -299,5 +329,6 @@ class Passt:
         if self._process.poll() is None:
             self._process.terminate()
         self._process.wait()
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        if self._said >= 0:
+            os.close(self._said)
+            self._said = -1

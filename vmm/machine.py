@@ -228,7 +228,7 @@ class Machine:
         elif config.fd is not None:
             backend = self._owned(Tap.inherited(config.fd))
         else:
-            backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues))
+            backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues, make=config.mode == "auto"))
             if config.mode == "auto":
                 backend.configure(address=config.address, mtu=config.mtu)
                 if config.nat and config.address:

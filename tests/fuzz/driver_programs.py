@@ -58,6 +58,16 @@ def net_request(rng: random.Random) -> Request:
     return [header + frame + rng.randbytes(rng.choice((0, 20, 46, 1500, 9000)))], []
 
 
+def net_request_any(rng: random.Random) -> Request:
+    """For whatever queue: a frame, a buffer for one, or a command."""
+    if rng.random() < 0.4:
+        return [], [rng.choice((1, 12, 100, 1536, 65562, rng.choice(SIZES))) for _ in range(rng.choice((1, 1, 2, 5)))]
+    if rng.random() < 0.3:
+        data = rng.choice((b"\1", b"\1\0", b"\2\0", rng.randbytes(6), rng.randbytes(8), bytes(8), bytes(14)))
+        return [bytes((rng.choice((0, 1, 2, 4, 5, 9)), rng.choice((0, 0, 1, 2)))), data], [1]
+    return net_request(rng)
+
+
 def vsock_request(rng: random.Random) -> Request:
     data = rng.randbytes(rng.choice((0, 0, 1, 100, 4096)))
     header = struct.pack(
@@ -319,6 +329,97 @@ def make_vsock(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     for port in (52, 53):
         stack.enter_context(unix_server(directory / f"v_{port}"))
     return Vsock(stack.enter_context(Listener(str(directory / "v"))), 3)
+
+
+# The receive queues keep their chains: filled ones only come back.
+@kind("net", net_request_any, keeps=(0, 2))
+def make_net(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.net import Net
+    from virtio.net_host import Tap
+
+    enter_namespace(stack)
+    tap = Tap("fuzz%d", 2, make=True)
+    stack.callback(tap.close)
+    tap.configure(address="10.9.8.1/24")
+    device = Net(tap, b"\2\x56\0\0\0\2", pcap=str(directory / "pcap"))
+    stack.callback(device.close)
+    _keep_busy(stack, lambda udp: udp.sendto(bytes(1200), ("10.9.8.255", 9)))
+    return device
+
+
+class StreamBackend:
+    """A socket pair in place of passt, whose other end sends any lengths, and takes what comes."""
+
+    stream = True
+    name = "stream"
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        ours, self.theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.theirs.setblocking(False)
+        self.fds = [stack.enter_context(ours).fileno()]
+        stack.enter_context(self.theirs)
+        self._rng = random.Random(0)
+
+    def exchange(self, _: socket.socket) -> None:
+        """Send a frame in two pieces, and take what there is."""
+        size = self._rng.choice((60, 1514, 65550, 0, 13, 14, 70000, 20))
+        frame = struct.pack(">I", size) + bytes(size)
+        cut = self._rng.randrange(len(frame))
+        for piece in (frame[:cut], frame[cut:]):
+            while piece:
+                with contextlib.suppress(BlockingIOError):
+                    piece = piece[self.theirs.send(piece) :]
+                with contextlib.suppress(BlockingIOError):
+                    self.theirs.recv(1 << 20)
+                time.sleep(0.0005)
+
+    def gone(self) -> str:
+        return "the stream has ended"
+
+    def set_offloads(self, features: int) -> None:
+        pass
+
+    def set_pairs(self, count: int) -> None:
+        pass
+
+
+@kind("net-stream", net_request_any, keeps=(0,))
+def make_net_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.net import Net
+
+    backend = StreamBackend(stack)
+    device = Net(backend, b"\2\x56\0\0\0\2")
+    stack.callback(device.close)
+    _keep_busy(stack, backend.exchange)
+    return device
+
+
+def _keep_busy(stack: contextlib.ExitStack, send: Callable[[socket.socket], object]) -> None:
+    # A thread that has the host send all the while; the thread of the test made the namespace, which it inherits.
+    stop = threading.Event()
+
+    def run() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            while not stop.is_set():
+                with contextlib.suppress(OSError):
+                    send(udp)
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(stop.set)
+
+
+def enter_namespace(stack: contextlib.ExitStack) -> None:
+    """Move this thread into a network namespace of its own, until the stack is left."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = stack.enter_context(open("/proc/thread-self/ns/net"))
+    if libc.unshare(0x40000000):
+        raise OSError(ctypes.get_errno(), "LAYER MISSING: tap: CAP_SYS_ADMIN for a network namespace")
+    stack.callback(lambda: libc.setns(before.fileno(), 0x40000000))
 
 
 def check_outside(outside: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,3 +39,10 @@ def irq() -> Iterator[IrqLine]:
     line = IrqLine(5)
     yield line
     line.close()
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """What a test enters here, or gives a callback, ends with it."""
+    with contextlib.ExitStack() as stack:
+        yield stack

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver's side of a network device over a tap, for its tests and benches."""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from tests.guest_driver import Allocator, Buffer, MmioDriver
+from virtio import spec
+from virtio.mmio import VirtioMmio
+from virtio.net import Net
+from virtio.net_host import Tap
+from vmm.irq import IrqLine
+from vmm.memory import GuestMemory
+
+GUEST_MAC = bytes.fromhex("025600000002")
+HOST, GUEST = "10.9.8.1", "10.9.8.2"
+RX, TX = 0, 1
+
+
+class Vm:
+    """A guest's driver for one interface over a tap."""
+
+    def __init__(self, stack: Any, *, queues: int = 1, without: int = 0, **options: Any) -> None:
+        self.log: list[str] = []
+        self.ram = stack.enter_context(GuestMemory(16 << 20))
+        self.irq = IrqLine(5)
+        stack.callback(self.irq.close)
+        self.tap = Tap("t%d", queues, make=True)
+        stack.callback(self.tap.close)
+        self.tap.configure(address=f"{HOST}/24")
+        self.device = Net(self.tap, GUEST_MAC, **options)
+        stack.callback(self.device.close)
+        self.transport = VirtioMmio(self.device, self.ram, self.irq, warn=self.log.append)
+        stack.callback(self.transport.close)
+        self.driver = MmioDriver(self.transport, Allocator(1 << 20, 15 << 20))
+        self.buffers: dict[int, Buffer] = {}
+        self.frames: list[tuple[bytes, bytes]] = []
+        self._parts: list[bytes] = []
+        self.bring_up(without=without)
+
+    def offer(self, count: int = 64, size: int = 1536) -> None:
+        ring = self.driver.queues[RX]
+        for _ in range(count):
+            buffer = ring.buffer(size, device_writes=True)
+            self.buffers[ring.add([buffer])] = buffer
+        self.driver.set(spec.MMIO_QUEUE_NOTIFY, RX)
+
+    def send(self, frame: bytes, header: bytes = bytes(12)) -> None:
+        ring = self.driver.queues[TX]
+        ring.add([ring.buffer(header), ring.buffer(frame)])
+        self.driver.set(spec.MMIO_QUEUE_NOTIFY, TX)
+
+    def receive(self, wanted: Callable[[bytes], bool]) -> tuple[bytes, bytes]:
+        """The header and the first frame that is wanted; those before it are dropped, and all buffers offered again."""
+        ring = self.driver.queues[RX]
+        while True:
+            while self.frames:
+                header, frame = self.frames.pop(0)
+                if wanted(frame):
+                    return header, frame
+            ring.want_interrupt()
+            if done := ring.reap():
+                self._collect(done)
+                continue
+            assert select.select([self.irq.fd], [], [], 10)[0], f"no frame came; {self.device.stats} {self.log}"
+            self.irq.take()
+
+    def _collect(self, done: list[tuple[int, int]]) -> None:
+        ring = self.driver.queues[RX]
+        buffers = [self.buffers.pop(head) for head, _ in done]
+        for buffer, (_, size) in zip(buffers, done, strict=True):
+            self._parts.append(self.ram.read(buffer.addr, size))
+            if len(self._parts) == spec.NET_HEADER.unpack(self._parts[0][:12])[6]:
+                whole = b"".join(self._parts)
+                self._parts.clear()
+                self.frames.append((whole[:12], whole[12:]))
+            self.buffers[ring.add([buffer])] = buffer
+        self.driver.kick(RX)
+
+    def bring_up(self, *, without: int = 0) -> None:
+        """Reset the device and drive it anew."""
+        self.buffers.clear()
+        self.frames.clear()
+        self._parts.clear()
+        self.driver.bring_up(without=without)
+
+
+def arp_request() -> bytes:
+    body = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + GUEST_MAC + socket.inet_aton(GUEST)
+    return b"\xff" * 6 + GUEST_MAC + b"\x08\x06" + body + bytes(6) + socket.inet_aton(HOST)
+
+
+def is_arp_reply(frame: bytes) -> bool:
+    return frame[12:14] == b"\x08\x06" and frame[20:22] == b"\0\2"
