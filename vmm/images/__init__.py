@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vmm.images.host import Progress
 
 NAMES = ("busybox", "debian")
-FORMAT = 1  # of image.json; an image of another format is pulled again
+FORMAT = 2  # of image.json; an image of another format is pulled again. 2: drivers of every device of ours
 
 
 class Image:
