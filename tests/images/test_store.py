@@ -154,7 +154,9 @@ def test_names_and_recipes_agree() -> None:
     assert tuple(store.RECIPES) == images.NAMES
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", f'{{"format": {images.FORMAT}}}', f'{{"format": {images.FORMAT}, "kernel": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", f'{{"format": {images.FORMAT}}}', f'{{"format": {images.FORMAT}, "kernel": 3}}']
+)
 def test_damaged_description_says_what_to_do_and_pull_heals_it(made: Made, cache: Path, text: str) -> None:
     images.pull("debian")
     (cache / "images/debian/image.json").write_text(text)
