@@ -45,10 +45,10 @@ _SHM = {
     spec.MMIO_SHM_LEN_HIGH: (1, 32),
 }
 _NO_REGION = (-1, -1)  # §4.2.2
-# What a driver reads, but for InterruptStatus, which is in the page itself, and the configuration space.
+# What a driver reads that only its own writes change.
 _READABLE = (
     spec.MMIO_MAGIC_VALUE, spec.MMIO_VERSION, spec.MMIO_DEVICE_ID, spec.MMIO_VENDOR_ID, spec.MMIO_DEVICE_FEATURES,
-    spec.MMIO_QUEUE_NUM_MAX, spec.MMIO_QUEUE_READY, spec.MMIO_STATUS, spec.MMIO_CONFIG_GENERATION, *_SHM,
+    spec.MMIO_QUEUE_NUM_MAX, spec.MMIO_QUEUE_READY, *_SHM,
 )  # fmt: skip
 
 
@@ -128,11 +128,20 @@ class VirtioMmio(MmioRegisters):
         # The page follows what a write changed.
         for offset in _READABLE:
             self.interrupt.show(offset, self._read_register(offset) & _LOW)
+        self._show_status()
         self._show_config()
+
+    def _show_status(self) -> None:
+        while True:  # until no other thread has set DEVICE_NEEDS_RESET meanwhile
+            status = self.status
+            self.interrupt.show(spec.MMIO_STATUS, status)
+            if status == self.status:
+                return
 
     def _show_config(self) -> None:
         with self._config_lock:  # or what another thread publishes meanwhile would be shown and taken back
             self.interrupt.show_config(self.device.config)
+            self.interrupt.show(spec.MMIO_CONFIG_GENERATION, self._generation)
 
     def _fail(self, failure: Exception) -> None:
         """Set DEVICE_NEEDS_RESET: this device stops until its driver resets it, the VM lives (§2.1.2)."""
@@ -140,7 +149,7 @@ class VirtioMmio(MmioRegisters):
         name = self.device.name
         self._warn("needs reset", f"{name} stopped until its driver resets it: {describe(failure)}")
         self._needs_reset = True
-        self.interrupt.show(spec.MMIO_STATUS, self.status)
+        self._show_status()
         if self._status & spec.DRIVER_OK:
             self.interrupt.config()
 
