@@ -276,7 +276,7 @@ def make_balloon(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     return Balloon(64, deflate_on_oom=True, stats_polling_interval_s=1, free_page_reporting=True)
 
 
-@kind("console", console_request, keeps=(0, 2, 4))
+@kind("console", console_request, keeps=(0, 2, 4), rewrites=True)
 def make_console(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     from virtio.console import Console, ConsolePort
 
