@@ -231,10 +231,9 @@ class Nat:
             raise ConfigError("nat", tap, "needs a tap whose name is of letters, digits, - _ and .")
         self.table = f"pyvmm_{tap}"
         self._nft(
-            f"table ip {self.table}; delete table ip {self.table};"  # one of a VM that was killed
-            f"table ip {self.table} {{"
-            f" chain postrouting {{ type nat hook postrouting priority srcnat;"
-            f' ip saddr {network} oifname != "{tap}" masquerade; }} }}'
+            f"table ip {self.table}; delete table ip {self.table}\n"  # one of a VM that was killed
+            f"table ip {self.table} {{ chain postrouting {{ type nat hook postrouting priority srcnat\n"
+            f'ip saddr {network} oifname != "{tap}" masquerade\n}}\n}}\n'
         )
         try:
             with open(self._FORWARD) as file:
@@ -309,12 +308,15 @@ class Passt:
         self.fds = [ours.detach()]
 
     def gone(self) -> str:
-        """Say that passt has ended, and its last words."""
+        """Say that passt has ended, and why, as far as it told."""
+        import subprocess
+
         try:
+            status = self._process.wait(1)
             words = os.read(self._said, 65536).decode(errors="replace").strip().splitlines()[-1:]
-        except OSError:
-            words = []
-        return ": ".join(["passt has ended", *words])
+        except (subprocess.TimeoutExpired, OSError):
+            return "passt has left"
+        return ": ".join([f"passt has ended with {status}", *(words if status > 0 else ())])
 
     def set_offloads(self, features: int) -> None:
         """None are offered."""

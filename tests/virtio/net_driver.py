@@ -13,7 +13,7 @@ from tests.guest_driver import Allocator, Buffer, MmioDriver
 from virtio import spec
 from virtio.mmio import VirtioMmio
 from virtio.net import Net
-from virtio.net_host import Tap
+from virtio.net_host import Passt, Tap
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 
@@ -25,15 +25,19 @@ RX, TX = 0, 1
 class Vm:
     """A guest's driver for one interface over a tap."""
 
-    def __init__(self, stack: Any, *, queues: int = 1, without: int = 0, **options: Any) -> None:
+    def __init__(
+        self, stack: Any, *, queues: int = 1, without: int = 0, tap: Tap | Passt | None = None, **options: Any
+    ) -> None:
         self.log: list[str] = []
         self.ram = stack.enter_context(GuestMemory(16 << 20))
         self.irq = IrqLine(5)
         stack.callback(self.irq.close)
-        self.tap = Tap("t%d", queues, make=True)
-        stack.callback(self.tap.close)
-        self.tap.configure(address=f"{HOST}/24")
-        self.device = Net(self.tap, GUEST_MAC, **options)
+        if tap is None:
+            tap = Tap("t%d", queues, make=True)
+            stack.callback(tap.close)
+            tap.configure(address=f"{HOST}/24")
+        self.tap = tap
+        self.device = Net(tap, GUEST_MAC, **options)
         stack.callback(self.device.close)
         self.transport = VirtioMmio(self.device, self.ram, self.irq, warn=self.log.append)
         stack.callback(self.transport.close)
