@@ -392,6 +392,7 @@ cdef class BlockWorker(QueueWorker):
             sqe.len = range_mode(r)
         r.generation = self.disk.generation
         self.flying += 1
+        self.in_flight = True
         self.written += 1
         return True
 
@@ -416,6 +417,7 @@ cdef class BlockWorker(QueueWorker):
             result = cqe.res
             uring_seen(&self.ring)
             self.flying -= 1
+            self.in_flight = self.flying != 0
             self.complete(r, self.landed(r, result))
 
     cdef int landed(self, Request *r, int32_t result) noexcept nogil:

@@ -147,6 +147,7 @@ cdef class QueueWorker:
         self.poll_ns = <uint64_t>int(self.device.poll_us * 1000)
         self._poll_now = self.poll_ns
         self._again = 0
+        self.in_flight = False
         worker_set_stop(&self._stop, 0)
         self.begin()
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -215,7 +216,7 @@ cdef class QueueWorker:
                     if status < 0:
                         return status
                 count = epoll_wait(self._epoll, events, EVENTS, 0 if self._again else -1)
-            elif self.poll_ns and self._look():
+            elif self.poll_ns and not self.in_flight and self._look():
                 count = epoll_wait(self._epoll, events, EVENTS, 0)
                 for place in range(self.n_queues):
                     status = 0 if self._stalled[place] else self._kicked(place)
