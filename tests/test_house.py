@@ -19,7 +19,7 @@ LEAVES = {
     "vmm.kvm_abi",
 }  # fmt: skip
 # These know every room.
-ASSEMBLERS = ("vmm.machine", "vmm.commands.")
+ASSEMBLERS = ("vmm.machine", "vmm.commands.", "vmm.api.actions")
 ALLOWED = {
     "boot": {"boot", "vmm.errors", "vmm.memory", "vmm.kvm_abi"},
     "devices": {"devices", "vmm.errors", "vmm.bus", "vmm._bus", "vmm.irq", "vmm.events"},

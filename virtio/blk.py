@@ -39,6 +39,7 @@ class Disk:
     :param direct: past the host's page cache
     :param image_format: ``raw``; None: the same, but an image that looks like qcow2 is refused. It is never taken for
         anything else than raw: what a guest writes at the start of its disk must not change how that is read.
+    :param any_size: it may be empty, or have some bytes more than a multiple of 512, which are left out
     :raises ConfigError: it cannot be opened so, is something else, has another size, or is in use
 
     The lock is an open file description lock on the whole file, so QEMU's own image locks meet it too.
@@ -47,9 +48,16 @@ class Disk:
     """
 
     def __init__(
-        self, path: str, *, read_only: bool = False, direct: bool = False, image_format: str | None = None
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        direct: bool = False,
+        image_format: str | None = None,
+        any_size: bool = False,
     ) -> None:
         self.path = path
+        self.any_size = any_size
         self.read_only = read_only
         self.direct = direct
         self.fd = -1
@@ -82,6 +90,8 @@ class Disk:
             raise ConfigError("disk", self.path, f"is {kind}; a disk is a file or a block device")
         self.block_device = stat.S_ISBLK(mode)
         size = os.lseek(self.fd, 0, os.SEEK_END)
+        if self.any_size:
+            return size & -spec.BLK_SECTOR
         if size == 0:
             raise ConfigError("disk", self.path, "is empty; a disk has a positive multiple of 512 bytes")
         if size % spec.BLK_SECTOR:
@@ -290,7 +300,7 @@ class Block(VirtioDevice):
 
         :raises ConfigError: not a positive multiple of 512
         """
-        if size <= 0 or size % spec.BLK_SECTOR:
+        if size < (0 if self.disk.any_size else 1) or size % spec.BLK_SECTOR:
             raise ConfigError("disk size", size, "must be a positive multiple of 512 bytes")
         self._backend.change(size)
         self.disk.size = size
@@ -305,7 +315,7 @@ class Block(VirtioDevice):
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(disk.fd)):
             self.set_capacity(disk.measure())
             return
-        with Disk(path, read_only=disk.read_only, direct=disk.direct) as other:
+        with Disk(path, read_only=disk.read_only, direct=disk.direct, any_size=disk.any_size) as other:
             if other.block_size > disk.block_size:
                 allowed = f"has blocks of {other.block_size} bytes, the guest knows {disk.block_size}"
                 raise ConfigError("disk", path, allowed)

@@ -21,11 +21,16 @@ VERSION = "0.1.0"
 
 COMMANDS = {
     "run": "boot a kernel, with a shell on this terminal",
+    "serve": "wait for a runtime on a unix socket, with Firecracker's API and options",
     "pull": "fetch a kernel and a root file system to run",
+    "link": "make a link by which a runtime starts pyvmm as firecracker",
     "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",
     "lab": "run a command on an emulated machine that has real KVM",
 }
+
+# By the name of a link to this program, what it is (pyvmm link).
+PROGRAMS = {"firecracker": "serve"}
 
 STATUS_HOST = 1
 STATUS_CONFIG = 2
@@ -42,7 +47,8 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> Any:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             # One line, where argparse would print its usage too.
-            self.exit(STATUS_CONFIG, f"{self.prog}: {message} (see {self.prog} --help)\n")
+            status = getattr(module, "STATUS_ARGUMENTS", STATUS_CONFIG)
+            self.exit(status, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     parser = Parser(prog=f"pyvmm {name}", description=COMMANDS[name], allow_abbrev=False)
     module.add_arguments(parser)
@@ -79,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _hold_standard_descriptors()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    program = os.path.basename(sys.argv[0]) if argv is None else ""
+    if program in PROGRAMS:
+        arguments.insert(0, PROGRAMS[program])
+    elif arguments and arguments[0].startswith("--") and arguments[0] not in ("--help", "--version"):
+        arguments.insert(0, "serve")
     match arguments[:1]:
         case [] | ["-h"] | ["--help"] | ["help"]:
             print(_help())
@@ -86,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["--version"] | ["-V"]:
             print(f"pyvmm {VERSION}")
             return 0
-        case [name, *_] if name not in COMMANDS:
+        case [str(name), *_] if name not in COMMANDS:
             print(f"pyvmm: {name} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments

@@ -19,9 +19,9 @@ MAX_QUEUES = 8
 MAX_FS_THREADS = 32
 MAX_POLL_US = 10_000
 MIN_MEMORY = 1 << 20
-# Those below and all ones are reserved (virtio 1.2 §5.10.4).
+# Those below are reserved (virtio 1.2 §5.10.4), and so are all ones, which Kata gives nevertheless.
 MIN_CID = 3
-MAX_CID = 0xFFFF_FFFE
+MAX_CID = 0xFFFF_FFFF
 MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
 DEFAULT_MEMORY = 512 << 20
 DEFAULT_EXIT_PORT = 0xF4
@@ -138,10 +138,12 @@ class DriveConfig:
     :param cache_type: ``Writeback``: a flush of the guest's reaches the disk; ``Unsafe``: it does not
     :param rate_limiter: None: no limit
     :param image_format: ``raw``, ``qcow2``, or None: raw, unless it looks like qcow2, which is refused
+    :param any_size: an empty file is a disk, and one that is no multiple of 512 bytes long one without its last bytes:
+        a runtime's placeholders, which are replaced by real disks while the VM runs
     """
 
     __slots__ = (
-        "cache_type", "direct", "drive_id", "image_format", "io_engine", "is_read_only", "is_root_device",
+        "any_size", "cache_type", "direct", "drive_id", "image_format", "io_engine", "is_read_only", "is_root_device",
         "path_on_host", "queues", "rate_limiter",
     )  # fmt: skip
 
@@ -158,6 +160,7 @@ class DriveConfig:
         cache_type: str = "Writeback",
         rate_limiter: RateLimiterConfig | None = None,
         image_format: str | None = None,
+        any_size: bool = False,
     ) -> None:
         if not path_on_host:
             raise ConfigError("disk", "", "the path is empty")
@@ -179,6 +182,7 @@ class DriveConfig:
         self.cache_type = cache_type
         self.rate_limiter = rate_limiter
         self.image_format = image_format
+        self.any_size = any_size
 
     @classmethod
     def parse(cls, text: str) -> DriveConfig:
@@ -304,7 +308,7 @@ class NetConfig:
 class VsockConfig:
     """The socket device.
 
-    :param guest_cid: of the guest, 3 to 2^32 - 2
+    :param guest_cid: of the guest, 3 to 2^32 - 1
     :param uds_path: the unix socket that host programs connect to; guest connections go to ``PATH_PORT``
     :param vsock_id: its name in the API, where it means nothing
     :raises ConfigError: a reserved CID, or a path that no unix socket can have
@@ -463,6 +467,18 @@ class BalloonConfig:
         )
 
 
+class EntropyConfig:
+    """The host's random numbers for the guest.
+
+    :param rate_limiter: None: no limit
+    """
+
+    __slots__ = ("rate_limiter",)
+
+    def __init__(self, rate_limiter: RateLimiterConfig | None = None) -> None:
+        self.rate_limiter = rate_limiter
+
+
 class VmConfig:
     """A whole VM.
 
@@ -476,7 +492,7 @@ class VmConfig:
     :param network_interfaces: in the order in which the guest finds them
     :param vsock: the socket device, or None
     :param shares: shared directories
-    :param entropy: whether the guest gets the host's random numbers
+    :param entropy: whether the guest gets the host's random numbers; True is the same as ``EntropyConfig()``
     :param balloon: the memory balloon, or None
     :param poll_us: microseconds that an idle device looks for work before it sleeps: less latency, more CPU
     :param console: where the console's output goes: ``"stdio"``, ``"file:PATH"`` or ``"none"``
@@ -506,7 +522,7 @@ class VmConfig:
         network_interfaces: Sequence[NetConfig] = (),
         vsock: VsockConfig | None = None,
         shares: Sequence[FsConfig] = (),
-        entropy: bool = False,
+        entropy: EntropyConfig | bool | None = None,
         balloon: BalloonConfig | None = None,
         poll_us: int = 0,
         console: str = "none",
@@ -526,7 +542,7 @@ class VmConfig:
         self.network_interfaces = tuple(network_interfaces)
         self.vsock = vsock
         self.shares = tuple(shares)
-        self.entropy = entropy
+        self.entropy = (EntropyConfig() if entropy else None) if isinstance(entropy, bool) else entropy
         self.balloon = balloon
         self.poll_us = poll_us
         self.console = console
@@ -562,14 +578,21 @@ class VmConfig:
             raise ConfigError("share tag", twice[0], "must be another for each share")
 
     @property
+    def root_parameters(self) -> str:
+        """What the command line is given about the root device; ``""`` where its words say it themselves."""
+        if self.cmdline is not None or "root=" in self.append:
+            return ""
+        for place, drive in enumerate(self.drives):
+            if drive.is_root_device:
+                return f"root=/dev/vd{chr(ord('a') + place)} {'ro' if drive.is_read_only else 'rw'}"
+        for share in self.shares:
+            if share.is_root_device:
+                return f"root={share.tag} rootfstype=virtiofs {'ro' if share.read_only else 'rw'}"
+        return ""
+
+    @property
     def full_cmdline(self) -> str:
         """The command line as the guest's kernel gets it, but for what the machine adds about its own devices."""
         default = DEFAULT_CMDLINE.replace("ttyS0", "hvc0") if self.virtio_console else DEFAULT_CMDLINE
-        parts = [default if self.cmdline is None else self.cmdline]
-        for place, drive in enumerate(self.drives):
-            if drive.is_root_device and self.cmdline is None and "root=" not in self.append:
-                parts.append(f"root=/dev/vd{chr(ord('a') + place)} {'ro' if drive.is_read_only else 'rw'}")
-        for share in self.shares:
-            if share.is_root_device and self.cmdline is None and "root=" not in self.append:
-                parts.append(f"root={share.tag} rootfstype=virtiofs {'ro' if share.read_only else 'rw'}")
-        return " ".join(part for part in (*parts, self.append) if part)
+        parts = default if self.cmdline is None else self.cmdline, self.root_parameters, self.append
+        return " ".join(part for part in parts if part)

@@ -37,9 +37,14 @@ if TYPE_CHECKING:
     from typing import Protocol, TypeVar
 
     from virtio._fs_dax import Window
+    from virtio.balloon import Balloon
+    from virtio.blk import Block
     from virtio.console import ConsolePort
     from virtio.device import VirtioDevice
+    from virtio.fs import Fs
     from virtio.mmio import VirtioMmio
+    from virtio.net import Net
+    from virtio.vsock import Listener
     from vmm.config import NetConfig
 
     class Closable(Protocol):
@@ -59,16 +64,25 @@ class Machine:
 
     :param config: what it is to be; or give ``VmConfig``'s own parameters by name
     :param devices: virtio devices of your own, after the configured ones; yours to close
+    :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
 
     ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
     (:class:`vmm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a bus
-    device of your own is added by ``vm.pio.add(port, size, device, name)``.
+    device of your own is added by ``vm.pio.add(port, size, device, name)``. ``blocks``, ``nets`` and ``shares`` hold
+    those devices by their ``drive_id``, ``iface_id`` and ``tag``, ``balloon`` that one or None, to be changed while
+    the guest runs.
     """
 
     def __init__(
-        self, config: VmConfig | None = None, /, *, devices: Sequence[VirtioDevice] = (), **settings: object
+        self,
+        config: VmConfig | None = None,
+        /,
+        *,
+        devices: Sequence[VirtioDevice] = (),
+        listener: Listener | None = None,
+        **settings: object,
     ) -> None:
         if config is None:
             config = VmConfig(**settings)  # type: ignore[arg-type]  # checked by VmConfig itself
@@ -77,6 +91,11 @@ class Machine:
         self.config = config
         self.vcpus: tuple[Vcpu, ...] = ()
         self.virtio: tuple[VirtioMmio, ...] = ()
+        self.blocks: dict[str, Block] = {}
+        self.nets: dict[str, Net] = {}
+        self.shares: dict[str, Fs] = {}
+        self.balloon: Balloon | None = None
+        self._listener = listener
         self._windows: tuple[Window, ...] = ()
         self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []
@@ -154,17 +173,22 @@ class Machine:
                     path = self._owned(Qcow2(path, read_only=drive.is_read_only)).raw
                     image_format = "raw"
                 disk = self._owned(
-                    Disk(path, read_only=drive.is_read_only, direct=drive.direct, image_format=image_format)
-                )
+                    Disk(
+                        path, read_only=drive.is_read_only, direct=drive.direct, image_format=image_format,
+                        any_size=drive.any_size,
+                    )
+                )  # fmt: skip
                 limits = drive.rate_limiter
                 block = Block(
                     disk, serial=drive.drive_id or "", name=f"virtio-blk{place}", queues=drive.queues,
                     engine=drive.io_engine, unsafe=drive.cache_type == "Unsafe",
                     limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
                 )  # fmt: skip
+                self.blocks[drive.drive_id or f"drive_{place}"] = block
                 devices.append(block)
         for place, net in enumerate(config.network_interfaces):
-            devices.append(self._net(net, place))
+            interface = self.nets[net.iface_id or f"eth{place}"] = self._net(net, place)
+            devices.append(interface)
         if config.shares:
             from virtio._limiter import RateLimiter
             from virtio.fs import Fs
@@ -176,28 +200,31 @@ class Machine:
                     threads=share.threads, squash=share.squash, dax=share.dax, name=f"virtio-fs{place}",
                     limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
                 )  # fmt: skip
-                devices.append(self._owned(fs))
+                self.shares[share.tag] = self._owned(fs)
+                devices.append(fs)
         if config.vsock is not None:
             from virtio.vsock import Listener, Vsock
 
-            devices.append(Vsock(self._owned(Listener(config.vsock.uds_path)), config.vsock.guest_cid))
-        if config.entropy:
+            listener = self._owned(self._listener or Listener(config.vsock.uds_path))
+            devices.append(Vsock(listener, config.vsock.guest_cid))
+        if config.entropy is not None:
+            from virtio._limiter import RateLimiter
             from virtio.rng import Entropy
 
-            devices.append(Entropy())
+            limits = config.entropy.rate_limiter
+            devices.append(Entropy(limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None))
         if config.balloon is not None:
             from virtio.balloon import Balloon
 
             balloon = config.balloon
             if balloon.amount_mib >= config.memory >> 20:
                 raise ConfigError("balloon amount_mib", balloon.amount_mib, f"must be below {config.memory >> 20}")
-            devices.append(
-                Balloon(
-                    balloon.amount_mib, deflate_on_oom=balloon.deflate_on_oom,
-                    stats_polling_interval_s=balloon.stats_polling_interval_s,
-                    free_page_reporting=balloon.free_page_reporting,
-                )
+            self.balloon = Balloon(
+                balloon.amount_mib, deflate_on_oom=balloon.deflate_on_oom,
+                stats_polling_interval_s=balloon.stats_polling_interval_s,
+                free_page_reporting=balloon.free_page_reporting,
             )  # fmt: skip
+            devices.append(self.balloon)
         if config.virtio_console:
             from virtio.console import Console as VirtioConsole
 
@@ -217,7 +244,8 @@ class Machine:
                 device.shm_regions[0] = (gpa, window.size)
                 self._windows += (window,)
                 gpa += window.size
-    def _net(self, config: NetConfig, place: int) -> VirtioDevice:
+
+    def _net(self, config: NetConfig, place: int) -> Net:
         from virtio._limiter import RateLimiter
         from virtio.net import Net, default_mac, parse_mac
         from virtio.net_host import Nat, Passt, Tap, network_of

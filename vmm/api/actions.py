@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be asked of a VMM, one ``VmmAction`` at a time, and the state machine that does it or refuses.
+
+Nothing of an action that was refused is applied. Source: Firecracker 1.12's behaviour, compared with the real one in
+``tests/api/test_differential.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vmm.api import API_VERSION, translate, types
+from vmm.errors import ConfigError, HostError, VmmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtio.vsock import Listener
+    from vmm.machine import Machine
+
+NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
+PRE_BOOT, POST_BOOT, ANY = "pre-boot", "post-boot", "any"
+_AFTER = "The requested operation is not supported after starting the microVM."
+_BEFORE = "The requested operation is not supported before starting the microVM."
+SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
+
+
+class ApiError(VmmError):
+    """A request is refused, and nothing of it was done.
+
+    :param message: the ``fault_message``
+    :param status: of the answer
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+class VmmAction(NamedTuple):
+    """One thing to do.
+
+    :param name: one of ``ACTIONS``; Firecracker's names
+    :param body: of the type that the action's route names, or None
+    """
+
+    name: str
+    body: Any = None
+
+
+class Vmm:
+    """One VM, from its configuration to its end; every call from any thread, one after the other.
+
+    :param vmm_id: the instance's id
+    :param on_start: called with the machine as soon as it runs
+
+    The machine is owned: ``close`` ends it.
+    """
+
+    def __init__(
+        self, vmm_id: str = "anonymous-instance", *, on_start: Callable[[Machine], None] = lambda machine: None
+    ) -> None:
+        self.vmm_id = vmm_id
+        self.machine: Machine | None = None
+        self._on_start = on_start
+        self._lock = threading.RLock()
+        self._listener: Listener | None = None
+        self._boot_source: types.BootSource | None = None
+        self._machine_config = translate.DEFAULT_MACHINE
+        self._cpu_config: types.CpuConfig | None = None
+        self._drives: dict[str, types.Drive] = {}
+        self._interfaces: dict[str, types.NetworkInterface] = {}
+        self._shares: dict[str, types.SharedFs] = {}
+        self._vsock: types.Vsock | None = None
+        self._balloon: types.Balloon | None = None
+        self._entropy: types.EntropyDevice | None = None
+        self._logger: types.Logger | None = None
+        self._metrics: types.Metrics | None = None
+        self._host: types.Host | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def state(self) -> str:
+        """``Not started``, ``Running`` or ``Paused``."""
+        if self.machine is None:
+            return NOT_STARTED
+        return PAUSED if self.machine.state == PAUSED else RUNNING
+
+    def handle(self, action: VmmAction) -> object:
+        """Do it.
+
+        :returns: the answer's body, or None
+        :raises ApiError: it is refused
+        """
+        when, do = ACTIONS[action.name]
+        with self._lock:
+            if when == PRE_BOOT and self.machine is not None:
+                raise ApiError(_AFTER)
+            if when == POST_BOOT and self.machine is None:
+                raise ApiError(_BEFORE)
+            return do(self, action.body)
+
+    def configure(self, whole: types.VmConfiguration) -> None:
+        """Take a whole configuration, by the same actions as one after the other over the socket.
+
+        :raises ApiError: something of it is refused
+        """
+        self._host = whole.pyvmm
+        for name, body in (
+            ("ConfigureLogger", whole.logger),
+            ("ConfigureMetrics", whole.metrics),
+            ("ConfigureBootSource", whole.boot_source),
+            ("PutMachineConfiguration", whole.machine_config),
+            ("PutCpuConfiguration", whole.cpu_config),
+            *(("InsertBlockDevice", drive) for drive in whole.drives),
+            *(("InsertNetworkDevice", interface) for interface in whole.network_interfaces),
+            ("SetVsockDevice", whole.vsock),
+            ("SetBalloonDevice", whole.balloon),
+            ("SetEntropyDevice", whole.entropy),
+            *(("InsertFsDevice", share) for share in (whole.fs or [])),
+        ):
+            if body is not None:
+                self.handle(VmmAction(name, body))
+
+    def close(self) -> None:
+        """End the VM and give everything back; idempotent."""
+        if self.machine is not None:
+            self.machine.close()
+        elif self._listener is not None:
+            self._listener.close()
+
+    # What is told
+
+    def _get_info(self, _: None) -> types.InstanceInfo:
+        return types.InstanceInfo(
+            id=self.vmm_id,
+            state=self.state,  # type: ignore[arg-type]
+            vmm_version=API_VERSION,
+            app_name="Firecracker",
+        )
+
+    def _get_version(self, _: None) -> types.Version:
+        return types.Version(firecracker_version=API_VERSION)
+
+    def _get_machine_config(self, _: None) -> types.MachineConfiguration:
+        return self._machine_config
+
+    def whole(self, _: None = None) -> types.VmConfiguration:
+        """The configuration as ``GET /vm/config`` has it."""
+        return types.VmConfiguration(
+            balloon=self._balloon,
+            drives=list(self._drives.values()),
+            boot_source=self._boot_source or types.BootSource(kernel_image_path=""),
+            cpu_config=self._cpu_config,
+            logger=self._logger,
+            machine_config=self._machine_config,
+            metrics=self._metrics,
+            network_interfaces=list(self._interfaces.values()),
+            vsock=self._vsock,
+            entropy=self._entropy,
+            fs=list(self._shares.values()) or msgspec.UNSET,
+            pyvmm=self._host,
+        )
+
+    # Before the start
+
+    def _boot_source_is(self, body: types.BootSource) -> None:
+        for what, path in (("kernel", body.kernel_image_path), ("initrd", body.initrd_path)):
+            if path is None:
+                continue
+            try:
+                os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            except (OSError, ValueError) as error:
+                raise ApiError(f"Boot source error: The {what} file {path} cannot be opened: {_why(error)}") from None
+        self._boot_source = body
+
+    def _machine_config_is(self, body: types.MachineConfiguration) -> None:
+        self._check_machine(body)
+        self._machine_config = body
+
+    def _update_machine_config(self, body: types.MachineConfigurationUpdate) -> None:
+        given = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
+        if not given:
+            raise ApiError("Empty PATCH request.")
+        self._machine_config_is(msgspec.structs.replace(self._machine_config, **given))
+
+    def _check_machine(self, body: types.MachineConfiguration) -> None:
+        def refuse(problem: str) -> ApiError:
+            return ApiError(f"Machine config error: {problem}")
+
+        if not 1 <= body.vcpu_count <= translate.MAX_VCPUS:
+            raise refuse(f"vcpu_count {body.vcpu_count}: must be 1 to {translate.MAX_VCPUS}")
+        if body.smt and body.vcpu_count > 1 and body.vcpu_count % 2:
+            raise refuse(f"vcpu_count {body.vcpu_count}: {SMT_RULE}")
+        if not body.mem_size_mib or (body.huge_pages == "2M" and body.mem_size_mib % 2):
+            raise refuse(f"mem_size_mib {body.mem_size_mib}: The memory size (MiB) is invalid.")
+        if self._balloon is not None and self._balloon.amount_mib > body.mem_size_mib:
+            raise refuse(f"mem_size_mib {body.mem_size_mib}: the balloon is {self._balloon.amount_mib} MiB large")
+
+    def _insert_drive(self, body: types.Drive) -> None:
+        roots = [each for each in self._drives.values() if each.is_root_device and each.drive_id != body.drive_id]
+        if body.is_root_device and roots:
+            raise ApiError(f"Drive config error: A root block device already exists: {roots[0].drive_id}")
+        with _refusing("Drive config error"):
+            from virtio.blk import Disk
+
+            config = translate.drive(body)
+            if config.image_format == "raw":
+                Disk(
+                    config.path_on_host, read_only=config.is_read_only, direct=config.direct, image_format="raw",
+                    any_size=True,
+                ).close()  # fmt: skip
+        self._drives[body.drive_id] = body
+
+    def _insert_interface(self, body: types.NetworkInterface) -> None:
+        others = [each for each in self._interfaces.values() if each.iface_id != body.iface_id]
+        with _refusing("Network config error"):
+            config = translate.net(body)
+            if body.guest_mac is not None:
+                from virtio.net import parse_mac
+
+                parse_mac(body.guest_mac)
+                if body.guest_mac in [each.guest_mac for each in others]:
+                    raise ConfigError("guest_mac", body.guest_mac, "The MAC address is already in use")
+            if config.mode == "tap":
+                if body.host_dev_name in [each.host_dev_name for each in others]:
+                    raise ConfigError("host_dev_name", body.host_dev_name, "is the tap of another interface")
+                from virtio.net_host import Tap
+
+                Tap(body.host_dev_name, config.queues).close()
+        self._interfaces[body.iface_id] = body
+
+    def _insert_share(self, body: types.SharedFs) -> None:
+        with _refusing("Filesystem config error"):
+            config = translate.share(body)
+            if not os.path.isdir(config.shared_dir):
+                raise ConfigError("shared_dir", config.shared_dir, "is no directory")
+        self._shares[body.tag] = body
+
+    def _vsock_is(self, body: types.Vsock) -> None:
+        from virtio.vsock import Listener
+
+        with _refusing("Vsock config error"):
+            config = translate.vsock(body)
+            # Firecracker makes the socket now. The one before goes first: it may be of the same name.
+            if self._listener is not None:
+                self._listener.close()
+                self._listener = None
+                self._vsock = None
+            self._listener = Listener(config.uds_path)
+        self._vsock = body
+
+    def _balloon_is(self, body: types.Balloon) -> None:
+        with _refusing("Balloon config error"):
+            if body.amount_mib > self._machine_config.mem_size_mib:
+                most = self._machine_config.mem_size_mib
+                raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
+            translate.balloon(body)
+        self._balloon = body
+
+    def _entropy_is(self, body: types.EntropyDevice) -> None:
+        with _refusing("Entropy device error"):
+            translate.entropy(body)
+        self._entropy = body
+
+    def _start(self, _: types.Action) -> None:
+        from vmm.machine import Machine
+
+        if self._boot_source is None:
+            raise ApiError("Start microvm error: Cannot start microvm without kernel configuration.")
+        with _refusing("Start microvm error"):
+            config = translate.vm_config(self.whole())
+            machine = Machine(config, listener=self._listener)
+        self._listener = None
+        self.machine = machine
+        machine.start()
+        self._on_start(machine)
+
+    # While it runs
+
+    def _running(self) -> Machine:
+        assert self.machine is not None  # handle() has seen to it
+        return self.machine
+
+    def _set_state(self, body: types.VmState) -> None:
+        machine = self._running()
+        if body.state == "Resumed":
+            machine.resume()
+        elif machine.state != PAUSED:
+            with _refusing("Internal VMM error"):
+                machine.pause()
+
+    def _flush_metrics(self, _: types.Action) -> None:
+        raise ApiError("Metrics error: no metrics_path was configured")
+
+    def _ctrl_alt_del(self, _: types.Action) -> None:
+        raise ApiError("Internal VMM error: there is no keyboard")
+
+    def _update_drive(self, body: types.PartialDrive) -> None:
+        block = self._running().blocks.get(body.drive_id)
+        if block is None:
+            raise ApiError(f"Drive config error: drive_id {body.drive_id}: there is no such drive")
+        old = self._drives[body.drive_id]
+        with _refusing("Drive config error"):
+            translate.limiter(body.rate_limiter)
+            if body.path_on_host is not None:
+                block.replace(body.path_on_host)
+                self._drives[body.drive_id] = msgspec.structs.replace(old, path_on_host=body.path_on_host)
+            self._limit(body.rate_limiter, block.set_rate_limit)
+
+    def _update_interface(self, body: types.PartialNetworkInterface) -> None:
+        net = self._running().nets.get(body.iface_id)
+        if net is None:
+            raise ApiError(f"Network config error: iface_id {body.iface_id}: there is no such interface")
+        with _refusing("Network config error"):
+            for limits, limiter in ((body.rx_rate_limiter, net.rx_limiter), (body.tx_rate_limiter, net.tx_limiter)):
+                translate.limiter(limits)
+                self._limit(limits, lambda *buckets, limiter=limiter: net.set_rate_limit(limiter, *buckets))
+
+    def _update_share(self, body: types.PartialFs) -> None:
+        fs = self._running().shares.get(body.tag)
+        if fs is None:
+            raise ApiError(f"Filesystem config error: tag {body.tag}: there is no such share")
+        with _refusing("Filesystem config error"):
+            translate.limiter(body.rate_limiter)
+            self._limit(body.rate_limiter, fs.set_rate_limit)
+
+    @staticmethod
+    def _limit(body: types.RateLimiter | None, change: Callable[..., None]) -> None:
+        if body is not None:
+            change(translate.bucket(body.bandwidth), translate.bucket(body.ops))
+
+    # The balloon
+
+    def _get_balloon(self, _: None) -> types.Balloon:
+        if self._balloon is None:
+            raise ApiError("Balloon config error: there is no balloon")
+        return self._balloon
+
+    def _update_balloon(self, body: types.BalloonUpdate) -> None:
+        balloon = self._get_balloon(None)
+        device = self._running().balloon
+        assert device is not None
+        with _refusing("Balloon update error"):
+            if body.amount_mib > self._machine_config.mem_size_mib:
+                most = self._machine_config.mem_size_mib
+                raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
+            device.set_amount(body.amount_mib)
+        self._balloon = msgspec.structs.replace(balloon, amount_mib=body.amount_mib)
+
+    def _get_balloon_stats(self, _: None) -> types.BalloonStats:
+        balloon = self._get_balloon(None)
+        device = self._running().balloon
+        assert device is not None
+        if not balloon.stats_polling_interval_s:
+            raise ApiError("Balloon config error: statistics are not enabled; stats_polling_interval_s is 0")
+        return types.BalloonStats(**device.statistics())
+
+    def _update_balloon_stats(self, body: types.BalloonStatsUpdate) -> None:
+        balloon = self._get_balloon(None)
+        device = self._running().balloon
+        assert device is not None
+        with _refusing("Balloon update error"):
+            device.set_polling_interval(body.stats_polling_interval_s)
+        self._balloon = msgspec.structs.replace(balloon, stats_polling_interval_s=body.stats_polling_interval_s)
+
+    # Not yet
+
+    def _no_snapshot(self, _: object) -> None:
+        raise ApiError("Snapshots are not supported by this version of pyvmm.")
+
+    def _logger_is(self, body: types.Logger) -> None:
+        self._logger = body
+
+    def _metrics_is(self, body: types.Metrics) -> None:
+        self._metrics = body
+
+    def _cpu_config_is(self, body: types.CpuConfig | str) -> None:
+        if isinstance(body, str):  # a configuration file may name another
+            from vmm.api.routes import decode
+
+            try:
+                with open(body, "rb") as file:
+                    self._cpu_config = decode(types.CpuConfig, file.read())
+            except OSError as error:
+                raise ApiError(f"Configure CPU error: {body}: {error.strerror}") from None
+        else:
+            self._cpu_config = body
+
+
+class _refusing:
+    """A context in which what is wrong with the request or the host becomes an ``ApiError`` that begins so."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ConfigError, HostError, VmmError)) and not isinstance(error, ApiError):
+            raise ApiError(f"{self._prefix}: {error}") from error
+
+
+def _why(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+# By name: when, and what.
+ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
+    "GetVmInstanceInfo": (ANY, Vmm._get_info),
+    "GetVmmVersion": (ANY, Vmm._get_version),
+    "GetVmMachineConfig": (ANY, Vmm._get_machine_config),
+    "GetFullVmConfig": (ANY, Vmm.whole),
+    "ConfigureBootSource": (PRE_BOOT, Vmm._boot_source_is),
+    "PutMachineConfiguration": (PRE_BOOT, Vmm._machine_config_is),
+    "UpdateMachineConfiguration": (PRE_BOOT, Vmm._update_machine_config),
+    "PutCpuConfiguration": (PRE_BOOT, Vmm._cpu_config_is),
+    "InsertBlockDevice": (PRE_BOOT, Vmm._insert_drive),
+    "UpdateBlockDevice": (POST_BOOT, Vmm._update_drive),
+    "InsertNetworkDevice": (PRE_BOOT, Vmm._insert_interface),
+    "UpdateNetworkInterface": (POST_BOOT, Vmm._update_interface),
+    "SetVsockDevice": (PRE_BOOT, Vmm._vsock_is),
+    "SetBalloonDevice": (PRE_BOOT, Vmm._balloon_is),
+    "GetBalloonConfig": (ANY, Vmm._get_balloon),
+    "UpdateBalloon": (POST_BOOT, Vmm._update_balloon),
+    "GetBalloonStats": (POST_BOOT, Vmm._get_balloon_stats),
+    "UpdateBalloonStatistics": (POST_BOOT, Vmm._update_balloon_stats),
+    "SetEntropyDevice": (PRE_BOOT, Vmm._entropy_is),
+    "InsertFsDevice": (PRE_BOOT, Vmm._insert_share),
+    "UpdateFsDevice": (POST_BOOT, Vmm._update_share),
+    "ConfigureLogger": (PRE_BOOT, Vmm._logger_is),
+    "ConfigureMetrics": (PRE_BOOT, Vmm._metrics_is),
+    "StartMicroVm": (PRE_BOOT, Vmm._start),
+    "FlushMetrics": (POST_BOOT, Vmm._flush_metrics),
+    "SendCtrlAltDel": (POST_BOOT, Vmm._ctrl_alt_del),
+    "SetVmState": (POST_BOOT, Vmm._set_state),
+    "CreateSnapshot": (POST_BOOT, Vmm._no_snapshot),
+    "LoadSnapshot": (PRE_BOOT, Vmm._no_snapshot),
+}

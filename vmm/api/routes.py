@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which request is which action: the table that the server answers by and the OpenAPI document is made of."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vmm.api import types
+from vmm.api.actions import ApiError, Vmm, VmmAction
+
+MAX_ID = 64
+
+
+class Route(NamedTuple):
+    """One request.
+
+    :param method: GET, PUT or PATCH
+    :param path: ``{name}`` stands for an id, which must be the body's field of that name
+    :param action: its name; of ``/actions``, the body says which
+    :param body: type of the request's body, or None
+    :param result: type of the answer's body, or None: 204
+    """
+
+    method: str
+    path: str
+    action: str
+    body: Any = None
+    result: Any = None
+
+
+ROUTES = (
+    Route("GET", "/", "GetVmInstanceInfo", None, types.InstanceInfo),
+    Route("GET", "/version", "GetVmmVersion", None, types.Version),
+    Route("GET", "/vm/config", "GetFullVmConfig", None, types.VmConfiguration),
+    Route("PATCH", "/vm", "SetVmState", types.VmState),
+    Route("PUT", "/actions", "", types.Action),
+    Route("PUT", "/boot-source", "ConfigureBootSource", types.BootSource),
+    Route("GET", "/machine-config", "GetVmMachineConfig", None, types.MachineConfiguration),
+    Route("PUT", "/machine-config", "PutMachineConfiguration", types.MachineConfiguration),
+    Route("PATCH", "/machine-config", "UpdateMachineConfiguration", types.MachineConfigurationUpdate),
+    Route("PUT", "/cpu-config", "PutCpuConfiguration", types.CpuConfig),
+    Route("PUT", "/drives/{drive_id}", "InsertBlockDevice", types.Drive),
+    Route("PATCH", "/drives/{drive_id}", "UpdateBlockDevice", types.PartialDrive),
+    Route("PUT", "/network-interfaces/{iface_id}", "InsertNetworkDevice", types.NetworkInterface),
+    Route("PATCH", "/network-interfaces/{iface_id}", "UpdateNetworkInterface", types.PartialNetworkInterface),
+    Route("PUT", "/vsock", "SetVsockDevice", types.Vsock),
+    Route("GET", "/balloon", "GetBalloonConfig", None, types.Balloon),
+    Route("PUT", "/balloon", "SetBalloonDevice", types.Balloon),
+    Route("PATCH", "/balloon", "UpdateBalloon", types.BalloonUpdate),
+    Route("GET", "/balloon/statistics", "GetBalloonStats", None, types.BalloonStats),
+    Route("PATCH", "/balloon/statistics", "UpdateBalloonStatistics", types.BalloonStatsUpdate),
+    Route("PUT", "/entropy", "SetEntropyDevice", types.EntropyDevice),
+    Route("PUT", "/fs/{tag}", "InsertFsDevice", types.SharedFs),
+    Route("PATCH", "/fs/{tag}", "UpdateFsDevice", types.PartialFs),
+    Route("PUT", "/logger", "ConfigureLogger", types.Logger),
+    Route("PUT", "/metrics", "ConfigureMetrics", types.Metrics),
+    Route("PUT", "/snapshot/create", "CreateSnapshot", types.SnapshotCreate),
+    Route("PUT", "/snapshot/load", "LoadSnapshot", types.SnapshotLoad),
+)
+_START = {"InstanceStart": "StartMicroVm"}
+_FIRST = {path.split("/")[1]: None for _, path, *_ in ROUTES}
+
+
+def _key(method: str, path: str) -> tuple[str, ...]:
+    return (method, *("{" if part.startswith("{") else part for part in path.strip("/").split("/")))
+
+
+_BY_KEY = {_key(route.method, route.path): route for route in ROUTES}
+_encode = msgspec.json.Encoder().encode
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+def find(method: str, path: str) -> tuple[Route, str | None]:
+    """The route of a request, and the id in its path.
+
+    :raises ApiError: there is none
+    """
+    words = path.partition("?")[0].lstrip("/").removesuffix("/").split("/")
+    if route := _BY_KEY.get((method, *words)):
+        return route, None
+    if len(words) <= 2 and (route := _BY_KEY.get((method, words[0], "{"))):
+        identity = words[1] if len(words) == 2 else ""
+        if not identity:
+            raise ApiError("The ID cannot be empty.")
+        if not all(char.isalnum() or char == "_" for char in identity):
+            raise ApiError("API Resource IDs can only contain alphanumeric characters and underscores.")
+        return route, identity
+    raise ApiError(f"Invalid request method and/or path: {method} {words[0]}.")
+
+
+def parse(method: str, path: str, body: bytes) -> VmmAction:
+    """The action that a request means.
+
+    :raises ApiError: it means none
+    """
+    if method == "GET" and body:
+        raise ApiError("GET request cannot have a body.")
+    if method != "GET" and not body:
+        raise ApiError(f"Empty {method} request.")
+    route, identity = find(method, path)
+    if route.body is None:
+        return VmmAction(route.action)
+    value = decode(route.body, body)
+    if identity is not None:
+        name = route.path.partition("{")[2].rstrip("}")
+        if getattr(value, name) != identity:
+            raise ApiError(f"The id from the path [{identity}] does not match the id from the body!")
+    action = route.action or _START.get(value.action_type, value.action_type)
+    return VmmAction(action, value)
+
+
+def decode(kind: Any, body: bytes) -> Any:
+    """A body as a value of type `kind`.
+
+    :raises ApiError: it is none; names the field, the value and what is allowed
+    """
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        problem = explain(kind, body, error)
+        raise ApiError(f"An error occurred when deserializing the json body of a request: {problem}.") from None
+
+
+def explain(kind: Any, body: bytes, error: Exception) -> str:
+    """What is wrong with `body`, with the value that is, and the fields that are allowed where one is not."""
+    text = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return text
+    problem, _, where = text.partition(" - at `")
+    path = where.removesuffix("`").removeprefix("$")
+    if "unknown field" in problem:
+        allowed = _fields(kind, path)
+        return f"{text}; allowed: {', '.join(allowed)}" if allowed else text
+    if "missing required field" in problem or not path:
+        return text
+    value = _at(msgspec.json.decode(body), path)
+    shown = _encode(value).decode()
+    return f"{path.lstrip('.')} {shown if len(shown) <= 64 else shown[:61] + '...'}: {problem}"
+
+
+def _at(value: Any, path: str) -> Any:
+    for step in path.replace("[", ".[").split("."):
+        if step.startswith("["):
+            value = value[int(step[1:-1])] if step[1:-1].isdigit() else next(iter(value.values()), None)
+        elif step:
+            value = value.get(step)
+    return value
+
+
+def _fields(kind: Any, path: str) -> list[str]:
+    # Of the object at `path` in a value of type `kind`, by msgspec's own view of the type.
+    found: Any = msgspec.inspect.type_info(kind)
+    for step in path.replace("[", ".[").split("."):
+        if isinstance(found, msgspec.inspect.UnionType):
+            found = next(each for each in found.types if hasattr(each, "fields") or hasattr(each, "item_type"))
+        if step.startswith("["):
+            found = getattr(found, "item_type", None)
+        elif step:
+            found = next((each.type for each in found.fields if each.encode_name == step), None)
+    if isinstance(found, msgspec.inspect.UnionType):
+        found = next((each for each in found.types if hasattr(each, "fields")), None)
+    return [each.encode_name for each in getattr(found, "fields", ())]
+
+
+def answerer(vmm: Vmm) -> Any:
+    """What ``vmm.api.server.Server`` asks: request in, answer out, for `vmm`."""
+
+    def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
+        try:
+            action = parse(method, path, body)
+            result = vmm.handle(action)
+        except ApiError as error:
+            return error.status, _encode(types.Fault(fault_message=error.message)), ()
+        except Exception as error:  # a mistake of ours must cost neither the VM nor the API
+            sys.excepthook(*sys.exc_info())
+            return 500, _encode(types.Fault(fault_message=f"Internal error: {type(error).__name__}: {error}")), ()
+        headers: tuple[str, ...] = ()
+        if isinstance(action.body, types.Vsock) and action.body.vsock_id is not msgspec.UNSET:
+            headers = ("Deprecation: true",)
+        return (204, b"", headers) if result is None else (200, _encode(result), headers)
+
+    return answer

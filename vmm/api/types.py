@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bodies of the API, typed: what a request may hold, what an answer holds, one for the socket and the config file.
+
+Names and defaults are those of Firecracker 1.12. Fields of ours are left out of an answer where nobody set them, so
+that a configuration without them is one that Firecracker takes.
+
+Source: the OpenAPI document of Firecracker 1.12.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from vmm.config import MAX_FS_THREADS, MAX_QUEUES
+
+U8 = Annotated[int, Meta(ge=0, le=(1 << 8) - 1)]
+U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
+U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # as far as msgspec, and any file or memory, goes
+Queues = Annotated[int, Meta(ge=1, le=MAX_QUEUES)]
+Level = Literal["Off", "Error", "Warning", "Warn", "Info", "Debug", "Trace"]
+
+
+class Body(Struct, forbid_unknown_fields=True):
+    """A JSON object in which an unknown field is a mistake."""
+
+
+class TokenBucket(Body, kw_only=True):
+    """`size` tokens, after a burst of `one_time_burst` more, filled again within `refill_time` milliseconds."""
+
+    size: U64
+    one_time_burst: U64 | None = None
+    refill_time: U64
+
+
+class RateLimiter(Body, kw_only=True):
+    """Buckets of bytes and of operations; a bucket that is left out limits nothing, or is left as it is."""
+
+    bandwidth: TokenBucket | None = None
+    ops: TokenBucket | None = None
+
+
+class BootSource(Body, kw_only=True):
+    """What the guest boots."""
+
+    kernel_image_path: str
+    initrd_path: str | None = None
+    boot_args: str | None = None
+
+
+class MachineConfiguration(Body, kw_only=True):
+    """The machine's size and its CPU's looks."""
+
+    vcpu_count: U8
+    mem_size_mib: U64
+    smt: bool = False
+    cpu_template: Literal["C3", "T2", "T2S", "T2CL", "T2A", "V1N1", "None"] | None = None
+    track_dirty_pages: bool = False
+    huge_pages: Literal["None", "2M"] = "None"
+
+
+class MachineConfigurationUpdate(Body, kw_only=True):
+    """What is given replaces what was there."""
+
+    vcpu_count: U8 | None = None
+    mem_size_mib: U64 | None = None
+    smt: bool | None = None
+    cpu_template: Literal["C3", "T2", "T2S", "T2CL", "T2A", "V1N1", "None"] | None = None
+    track_dirty_pages: bool | None = None
+    huge_pages: Literal["None", "2M"] | None = None
+
+
+class CpuidRegisterModifier(Body, kw_only=True):
+    """Bits of one register of a CPUID leaf: ``0b`` and, from the highest, 0, 1, or x for what stays."""
+
+    register: Literal["eax", "ebx", "ecx", "edx"]
+    bitmap: str
+
+
+class CpuidLeafModifier(Body, kw_only=True):
+    """Changes to one leaf; numbers are ``0x`` or ``0b`` strings or decimal ones."""
+
+    leaf: str
+    subleaf: str
+    flags: U32
+    modifiers: list[CpuidRegisterModifier]
+
+
+class RegisterModifier(Body, kw_only=True):
+    """Bits of one model-specific register."""
+
+    addr: str
+    bitmap: str
+
+
+class CpuConfig(Body, kw_only=True):
+    """A CPU template: what the guest's CPUID and MSRs are changed to before its first instruction."""
+
+    kvm_capabilities: list[str] = []
+    cpuid_modifiers: list[CpuidLeafModifier] = []
+    msr_modifiers: list[RegisterModifier] = []
+
+
+class Drive(Body, kw_only=True):
+    """A disk. `num_queues`, `is_direct` and `image_format` are ours."""
+
+    drive_id: str
+    partuuid: str | None = None
+    is_root_device: bool
+    cache_type: Literal["Unsafe", "Writeback"] = "Unsafe"
+    is_read_only: bool | None = None
+    path_on_host: str | None = None
+    rate_limiter: RateLimiter | None = None
+    io_engine: Literal["Sync", "Async"] | None = None
+    socket: str | None = None
+    num_queues: Queues | UnsetType = UNSET
+    is_direct: bool | UnsetType = UNSET
+    image_format: Literal["raw", "qcow2"] | UnsetType = UNSET
+
+
+class PartialDrive(Body, kw_only=True):
+    """A change of a running VM's disk."""
+
+    drive_id: str
+    path_on_host: str | None = None
+    rate_limiter: RateLimiter | None = None
+
+
+class NetworkInterface(Body, kw_only=True):
+    """A network interface. All from `mode` on is ours, as in ``pyvmm run --net``."""
+
+    iface_id: str
+    host_dev_name: str = ""
+    guest_mac: str | None = None
+    rx_rate_limiter: RateLimiter | None = None
+    tx_rate_limiter: RateLimiter | None = None
+    mode: Literal["tap", "auto", "user"] | UnsetType = UNSET
+    num_queues: Queues | UnsetType = UNSET
+    mtu: U16 | UnsetType = UNSET
+    pcap: str | UnsetType = UNSET
+    address: str | UnsetType = UNSET
+    nat: bool | UnsetType = UNSET
+
+
+class PartialNetworkInterface(Body, kw_only=True):
+    """A change of a running VM's interface."""
+
+    iface_id: str
+    rx_rate_limiter: RateLimiter | None = None
+    tx_rate_limiter: RateLimiter | None = None
+
+
+class Vsock(Body, kw_only=True):
+    """The socket device; `vsock_id` means nothing any more."""
+
+    guest_cid: U32
+    uds_path: str
+    vsock_id: str | UnsetType = UNSET
+
+
+class Balloon(Body, kw_only=True):
+    """The memory balloon. `free_page_reporting` is ours, and newer Firecrackers'."""
+
+    amount_mib: U32
+    deflate_on_oom: bool
+    stats_polling_interval_s: U16 = 0
+    free_page_reporting: bool | UnsetType = UNSET
+
+
+class BalloonUpdate(Body, kw_only=True):
+    """A new size."""
+
+    amount_mib: U32
+
+
+class BalloonStatsUpdate(Body, kw_only=True):
+    """A new interval."""
+
+    stats_polling_interval_s: U16
+
+
+class EntropyDevice(Body, kw_only=True):
+    """The host's random numbers."""
+
+    rate_limiter: RateLimiter | None = None
+
+
+class SharedFs(Body, kw_only=True):
+    """A shared directory, served by this process; ours, with Dragonball's names.
+
+    `cache_size` is that of the DAX window in bytes, `squash` the user and group of every access.
+    """
+
+    tag: str
+    shared_dir: str
+    read_only: bool = False
+    cache_policy: Literal["auto", "always", "none"] = "auto"
+    cache_size: U64 = 0
+    num_queues: Annotated[int, Meta(ge=1, le=MAX_FS_THREADS)] = 1
+    squash: tuple[U32, U32] | None = None
+    is_root_device: bool = False
+    rate_limiter: RateLimiter | None = None
+
+
+class PartialFs(Body, kw_only=True):
+    """A change of a running VM's shared directory."""
+
+    tag: str
+    rate_limiter: RateLimiter | None = None
+
+
+class Logger(Body, kw_only=True):
+    """Where messages go, and which."""
+
+    log_path: str | None = None
+    level: str | None = None
+    show_level: bool | None = None
+    show_log_origin: bool | None = None
+    module: str | None = None
+
+
+class Metrics(Body, kw_only=True):
+    """Where metrics go: a file or a FIFO."""
+
+    metrics_path: str
+
+
+class Serial(Body, kw_only=True):
+    """Where the serial port's output goes instead of stdout: a file or a FIFO."""
+
+    serial_out_path: str | None = None
+
+
+class MmdsConfig(Body, kw_only=True):
+    """Which interfaces reach the metadata service, and how."""
+
+    version: Literal["V1", "V2"] = "V1"
+    network_interfaces: list[str]
+    ipv4_address: str | None = "169.254.169.254"
+
+
+class Action(Body, kw_only=True):
+    """Something to do once."""
+
+    action_type: Literal["InstanceStart", "FlushMetrics", "SendCtrlAltDel"]
+
+
+class VmState(Body, kw_only=True):
+    """The vCPUs held, or going on."""
+
+    state: Literal["Paused", "Resumed"]
+
+
+class SnapshotCreate(Body, kw_only=True):
+    """Comes with a later release."""
+
+    snapshot_path: str
+    mem_file_path: str
+    snapshot_type: Literal["Full", "Diff"] = "Full"
+
+
+class MemBackend(Body, kw_only=True):
+    """Where a snapshot's memory is."""
+
+    backend_type: Literal["File", "Uffd"]
+    backend_path: str
+
+
+class SnapshotLoad(Body, kw_only=True):
+    """Comes with a later release."""
+
+    snapshot_path: str
+    mem_backend: MemBackend | None = None
+    mem_file_path: str | None = None
+    enable_diff_snapshots: bool = False
+    track_dirty_pages: bool = False
+    resume_vm: bool = False
+    network_overrides: list[dict[str, str]] = []
+
+
+class Host(Body, kw_only=True):
+    """What only `pyvmm run` sets: see ``VmConfig``."""
+
+    console: str | UnsetType = UNSET
+    virtio_console: bool | UnsetType = UNSET
+    poll_us: U32 | UnsetType = UNSET
+    protocol: str | UnsetType = UNSET
+    unpack: str | UnsetType = UNSET
+    exit_port: U16 | UnsetType | None = UNSET
+    memory: U64 | UnsetType = UNSET
+
+
+class VmConfiguration(Struct, kw_only=True, rename="kebab"):
+    """A whole VM: what ``GET /vm/config`` answers and ``--config-file`` takes; other keys there are ignored."""
+
+    balloon: Balloon | None = None
+    drives: list[Drive] = []
+    boot_source: BootSource
+    cpu_config: CpuConfig | str | None = None
+    logger: Logger | None = None
+    machine_config: MachineConfiguration | None = None
+    metrics: Metrics | None = None
+    mmds_config: MmdsConfig | None = None
+    network_interfaces: list[NetworkInterface] = []
+    vsock: Vsock | None = None
+    entropy: EntropyDevice | None = None
+    serial: Serial | UnsetType = UNSET
+    fs: list[SharedFs] | UnsetType = UNSET
+    pyvmm: Host | UnsetType = UNSET
+
+
+class InstanceInfo(Body, kw_only=True):
+    """Who this is, and whether it runs."""
+
+    id: str
+    state: Literal["Not started", "Running", "Paused"]
+    vmm_version: str
+    app_name: str
+
+
+class Version(Body, kw_only=True):
+    """The level of the API."""
+
+    firecracker_version: str
+
+
+class Fault(Body, kw_only=True):
+    """Why a request was refused."""
+
+    fault_message: str
+
+
+class BalloonStats(Body, kw_only=True):
+    """The balloon's amounts, and what the guest said of its memory, in bytes and counts."""
+
+    target_pages: U32
+    actual_pages: U32
+    target_mib: U32
+    actual_mib: U32
+    swap_in: U64 | UnsetType = UNSET
+    swap_out: U64 | UnsetType = UNSET
+    major_faults: U64 | UnsetType = UNSET
+    minor_faults: U64 | UnsetType = UNSET
+    free_memory: U64 | UnsetType = UNSET
+    total_memory: U64 | UnsetType = UNSET
+    available_memory: U64 | UnsetType = UNSET
+    disk_caches: U64 | UnsetType = UNSET
+    hugetlb_allocations: U64 | UnsetType = UNSET
+    hugetlb_failures: U64 | UnsetType = UNSET
+    oom_kill: U64 | UnsetType = UNSET
+    alloc_stall: U64 | UnsetType = UNSET
+    async_scan: U64 | UnsetType = UNSET
+    direct_scan: U64 | UnsetType = UNSET
+    async_reclaim: U64 | UnsetType = UNSET
+    direct_reclaim: U64 | UnsetType = UNSET

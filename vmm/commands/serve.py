@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm serve``: the VMM that a runtime launches and drives over a unix socket, with Firecracker's own options."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+from vmm.api import API_VERSION
+from vmm.errors import ConfigError
+from vmm.events import StopReason
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from vmm.machine import Machine
+
+# Firecracker's exit codes.
+STATUS_OK = 0
+STATUS_GENERIC = 1
+STATUS_BAD_CONFIGURATION = 152
+STATUS_ARGUMENTS = 153
+DEFAULT_SOCKET = "/run/firecracker.socket"
+MAX_ID = 64
+
+# (option, metavar, default, help); what has no metavar is a switch.
+OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
+    ("--api-sock", "PATH", DEFAULT_SOCKET, f"the API's unix socket (default: {DEFAULT_SOCKET})"),
+    ("--id", "ID", "anonymous-instance", "the VM's id (default: anonymous-instance)"),
+    ("--config-file", "FILE", None, "a VM to start at once, in JSON"),
+    ("--no-api", None, False, "no API; needs --config-file"),
+    ("--version", None, False, "print the API's version and pyvmm's own, and end"),
+    ("--http-api-max-payload-size", "BYTES", 51200, "of a request's body (default: 51200)"),
+)
+
+
+class Arguments:
+    """The parsed command line; the attributes of an ``argparse.Namespace``, without argparse."""
+
+    api_sock: str
+    id: str
+    config_file: str | None
+    no_api: bool
+    version: bool
+    http_api_max_payload_size: int
+
+
+def _attribute(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``pyvmm serve``."""
+    for option, metavar, default, text in OPTIONS:
+        if metavar is None:
+            parser.add_argument(option, action="store_true", help=text)
+        else:
+            kind = int if isinstance(default, int) else str
+            parser.add_argument(option, metavar=metavar, type=kind, default=default, help=text)
+
+
+def parse_quickly(words: list[str]) -> Arguments | None:
+    """The arguments, where `words` are plain: ``--option value`` and ``--option=value``.
+
+    :returns: what argparse would make of them; None: leave it to argparse, its help and its messages
+    """
+    parsed = Arguments()
+    known = {option: (metavar, default) for option, metavar, default, _ in OPTIONS}
+    for option, (_, default) in known.items():
+        setattr(parsed, _attribute(option), default)
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option not in known:
+            return None
+        metavar, default = known[option]
+        if metavar is None:
+            if equals:
+                return None
+            setattr(parsed, _attribute(option), True)
+            continue
+        if not equals:
+            value = next(rest, "-")
+            if value.startswith("-"):
+                return None
+        if isinstance(default, int):
+            if not (value.isascii() and value.isdigit()):
+                return None
+            setattr(parsed, _attribute(option), int(value))
+        else:
+            setattr(parsed, _attribute(option), value)
+    return parsed
+
+
+def check_id(vmm_id: str) -> None:
+    """:raises ConfigError: not 1 to 64 letters, digits and hyphens"""
+    if not 0 < len(vmm_id) <= MAX_ID or not all(c.isascii() and (c.isalnum() or c == "-") for c in vmm_id):
+        raise ConfigError("--id", vmm_id, f"must be 1 to {MAX_ID} letters, digits and hyphens")
+
+
+def main(args: Arguments) -> int:
+    """Serve until the VM ends or a signal asks for the end; Firecracker's exit codes."""
+    if args.version:
+        from vmm.cli import VERSION
+
+        # A version gate reads the first line; Firecracker's own has an empty one after it.
+        print(f"Firecracker v{API_VERSION}\n\npyvmm {VERSION}")
+        return STATUS_OK
+    try:
+        check_id(args.id)
+        if args.no_api and args.config_file is None:
+            raise ConfigError("--no-api", "", "needs --config-file: there would be no way to say what to run")
+    except ConfigError as error:
+        print(f"pyvmm serve: {error}", file=sys.stderr)
+        return STATUS_ARGUMENTS
+    return _Serve(args).run()
+
+
+class _Serve:
+    def __init__(self, args: Arguments) -> None:
+        self._args = args
+        self._ended = threading.Event()
+        self._machine: Machine | None = None
+        self._signal = 0
+
+    def run(self) -> int:
+        """From the socket to the exit code."""
+        import signal
+
+        args = self._args
+        server = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        if not args.no_api:
+            from vmm.api.server import Server, bind
+
+            # First of all: a runtime waits for it, and all that is imported below takes longer.
+            try:
+                listener = bind(args.api_sock)
+            except ConfigError as error:
+                print(f"pyvmm serve: {error}", file=sys.stderr)
+                return STATUS_GENERIC
+            server = Server(listener, self._answer, max_payload=args.http_api_max_payload_size)
+        from vmm._vcpu import set_thread_name
+
+        set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
+        from vmm.api.actions import Vmm
+        from vmm.api.routes import answerer
+
+        self._vmm = Vmm(args.id, on_start=self._on_start)
+        self._answerer = answerer(self._vmm)
+        try:
+            if args.config_file is not None and (status := self._start_from(args.config_file)):
+                return status
+            if server is not None:
+                server.start(lambda: set_thread_name("fc_api"))
+            self._ended.wait()
+            return self._status()
+        finally:
+            if server is not None:
+                server.close()
+            self._vmm.close()
+
+    def _answer(self, method: str, path: str, body: bytes) -> Any:
+        return self._answerer(method, path, body)
+
+    def _start_from(self, path: str) -> int:
+        from vmm.api import types
+        from vmm.api.actions import ApiError, VmmAction
+        from vmm.api.routes import decode
+
+        try:
+            with open(path, "rb") as file:
+                text = file.read()
+            self._vmm.configure(decode(types.VmConfiguration, text))
+            self._vmm.handle(VmmAction("StartMicroVm"))
+        except OSError as error:
+            print(f"pyvmm serve: --config-file {path}: {error.strerror}", file=sys.stderr)
+            return STATUS_BAD_CONFIGURATION
+        except ApiError as error:
+            print(f"pyvmm serve: --config-file {path}: {error}", file=sys.stderr)
+            return STATUS_BAD_CONFIGURATION
+        return STATUS_OK
+
+    def _on_start(self, machine: Machine) -> None:
+        self._machine = machine
+        machine.on_exit(lambda stop: self._ended.set())
+        if machine.state == "Stopped":
+            self._ended.set()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signal = number
+        self._ended.set()
+
+    def _status(self) -> int:
+        machine = self._machine
+        if machine is None or self._signal:
+            return STATUS_OK
+        stop = machine.wait()
+        assert stop is not None  # wait() without a time limit
+        if stop.reason is StopReason.GUEST_EXIT:
+            return stop.status
+        if stop.reason in (StopReason.INTERNAL_ERROR, StopReason.FAIL_ENTRY):
+            print(f"pyvmm serve: guest ended: {stop}", file=sys.stderr)
+            return STATUS_GENERIC
+        return STATUS_OK
+
