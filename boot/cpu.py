@@ -114,16 +114,18 @@ def enter_pvh(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entry: i
 
 
 def shape_cpuid(
-    entries: list[kvm_cpuid_entry2], *, index: int, count: int, tsc_deadline: bool
+    entries: list[kvm_cpuid_entry2], *, index: int, count: int, tsc_deadline: bool, threads: int = 1
 ) -> None:
-    """Turn KVM's supported CPUID into that of vCPU `index` of `count`: one package, `count` cores of one thread.
+    """Turn KVM's supported CPUID into that of vCPU `index` of `count`: one package of cores.
 
     :param entries: changed in place; other leaves stay as KVM gave them
     :param tsc_deadline: whether KVM's local APIC has the TSC-deadline timer
+    :param threads: of each core, 1 or 2; `count` is a multiple of it
 
     Source: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E.
     """
     core_bits = (count - 1).bit_length()
+    thread_bits = (threads - 1).bit_length()
     for entry in entries:
         match entry.function:
             case 0x1:
@@ -136,13 +138,14 @@ def shape_cpuid(
             case 0x4:
                 # Deterministic caches: ids that share this cache, and cores in the package.
                 if entry.eax & 0x1F:
-                    shared = (1 << core_bits) - 1 if entry.eax >> 5 & 7 >= 3 else 0
-                    entry.eax = entry.eax & 0x3FFF | shared << 14 | ((1 << core_bits) - 1) << 26
+                    shared = (1 << core_bits) - 1 if entry.eax >> 5 & 7 >= 3 else threads - 1
+                    cores = (1 << core_bits - thread_bits) - 1
+                    entry.eax = entry.eax & 0x3FFF | shared << 14 | cores << 26
             case 0xB | 0x1F:
                 # Extended topology: level 0 threads, level 1 cores.
                 entry.edx = index
                 if entry.index == 0:
-                    entry.eax, entry.ebx, entry.ecx = 0, 1, 1 << 8
+                    entry.eax, entry.ebx, entry.ecx = thread_bits, threads, 1 << 8
                 elif entry.index == 1:
                     entry.eax, entry.ebx, entry.ecx = core_bits, count, 2 << 8 | 1
                 else:
@@ -156,9 +159,9 @@ def shape_cpuid(
                 entry.ecx = (count - 1) & 0xFF | core_bits << 12
             case 0x8000001D:
                 if entry.eax & 0x1F:
-                    shared = count - 1 if entry.eax >> 5 & 7 >= 3 else 0
+                    shared = count - 1 if entry.eax >> 5 & 7 >= 3 else threads - 1
                     entry.eax = entry.eax & ~(0xFFF << 14) | (shared & 0xFFF) << 14
             case 0x8000001E:
                 entry.eax = index
-                entry.ebx = index & 0xFF    # core id, one thread a core
+                entry.ebx = index // threads & 0xFF | threads - 1 << 8  # the core's id, its threads less one
                 entry.ecx = 0               # one node

@@ -14,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm.cpu_template import CpuTemplate
+
 MAX_VCPUS = 64
 MAX_QUEUES = 8
 MAX_FS_THREADS = 32
@@ -487,7 +489,11 @@ class VmConfig:
     :param cmdline: the kernel's command line; None for ``DEFAULT_CMDLINE``
     :param append: added to the command line
     :param cpus: vCPUs, 1 to 64
+    :param smt: two of them make a core
+    :param cpu_template: what CPUID and MSRs are to be otherwise (:class:`vmm.cpu_template.CpuTemplate`), or None
     :param memory: bytes of guest RAM, or a size such as ``"512M"``
+    :param huge_pages: ``"None"``, or ``"2M"``: in huge pages that the host has set aside
+    :param track_dirty_pages: KVM notes which pages the guest writes
     :param drives: disks in the order in which the guest finds them
     :param network_interfaces: in the order in which the guest finds them
     :param vsock: the socket device, or None
@@ -505,8 +511,9 @@ class VmConfig:
     """
 
     __slots__ = (
-        "append", "balloon", "cmdline", "console", "cpus", "drives", "entropy", "exit_port", "initrd", "kernel", "kvm",
-        "memory", "network_interfaces", "poll_us", "protocol", "shares", "unpack", "virtio_console", "vsock",
+        "append", "balloon", "cmdline", "console", "cpu_template", "cpus", "drives", "entropy", "exit_port",
+        "huge_pages", "initrd", "kernel", "kvm", "memory", "network_interfaces", "poll_us", "protocol", "shares", "smt",
+        "track_dirty_pages", "unpack", "virtio_console", "vsock",
     )  # fmt: skip
 
     def __init__(
@@ -517,7 +524,11 @@ class VmConfig:
         cmdline: str | None = None,
         append: str = "",
         cpus: int = 1,
+        smt: bool = False,
+        cpu_template: CpuTemplate | None = None,
         memory: int | str = DEFAULT_MEMORY,
+        huge_pages: str = "None",
+        track_dirty_pages: bool = False,
         drives: Sequence[DriveConfig] = (),
         network_interfaces: Sequence[NetConfig] = (),
         vsock: VsockConfig | None = None,
@@ -537,6 +548,10 @@ class VmConfig:
         self.cmdline = cmdline
         self.append = append
         self.cpus = cpus
+        self.smt = smt
+        self.cpu_template = cpu_template
+        self.huge_pages = huge_pages
+        self.track_dirty_pages = track_dirty_pages
         self.memory = parse_size("memory", memory)
         self.drives = tuple(drives)
         self.network_interfaces = tuple(network_interfaces)
@@ -556,6 +571,8 @@ class VmConfig:
     def _check(self) -> None:
         if not 1 <= self.cpus <= MAX_VCPUS:
             raise ConfigError("cpus", self.cpus, f"must be 1 to {MAX_VCPUS}")
+        if self.smt and self.cpus > 1 and self.cpus % 2:
+            raise ConfigError("cpus", self.cpus, "must be 1 or an even number with smt")
         host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if not MIN_MEMORY <= self.memory <= host:
             raise ConfigError("memory", self.memory, f"bytes must be {MIN_MEMORY} (1M) to {host} (all this host has)")
@@ -567,7 +584,11 @@ class VmConfig:
             raise ConfigError("console", self.console, "must be stdio, none or file:PATH")
         if self.console == "file:":
             raise ConfigError("console", self.console, "the path is empty")
-        for field, allowed in (("protocol", ("auto", "linux64", "pvh")), ("unpack", ("auto", "always", "never"))):
+        for field, allowed in (
+            ("protocol", ("auto", "linux64", "pvh")),
+            ("unpack", ("auto", "always", "never")),
+            ("huge_pages", ("None", "2M")),
+        ):
             if getattr(self, field) not in allowed:
                 raise ConfigError(field, getattr(self, field), f"must be one of {', '.join(allowed)}")
         roots = [drive.is_root_device for drive in self.drives] + [share.is_root_device for share in self.shares]

@@ -13,6 +13,8 @@ from vmm.kvm_abi import kvm_ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.memory import GuestMemory
 
 # Below 4 GiB, in the hole between RAM and the top: Intel's KVM keeps an identity map (one page) and a task state
@@ -86,9 +88,14 @@ class Kvm:
         """What ``KVM_CHECK_EXTENSION`` says of one ``KVM_CAP_*``: 0 is no, else yes or a number."""
         return kvm_ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
 
-    def lacking(self) -> list[str]:
-        """Names of the required capabilities that this KVM has not."""
-        return [name for name, number in REQUIRED.items() if not self.check(number)]
+    def lacking(self, more: Sequence[int] = (), less: Sequence[int] = ()) -> list[str]:
+        """Names of the required capabilities that this KVM has not.
+
+        :param more: numbers of further ones that are required
+        :param less: numbers of those that are not, after all
+        """
+        required = {**REQUIRED, **{f"capability {number}": number for number in more}}
+        return [name for name, number in required.items() if number not in less and not self.check(number)]
 
     def max_vcpus(self) -> int:
         """The most vCPUs a VM can have here."""
@@ -144,12 +151,17 @@ class Vm:
         kvm_ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
         kvm_ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=abi.KVM_PIT_SPEAKER_DUMMY))
 
-    def map_memory(self, memory: GuestMemory) -> None:
-        """Give the guest `memory`, one slot a region. The mappings must outlive the VM."""
-        for region in memory.regions:
-            self.map_window(region.gpa, region.size, memory.host_address(region.gpa, region.size))
+    def map_memory(self, memory: GuestMemory, *, log_dirty: bool = False) -> None:
+        """Give the guest `memory`, one slot a region. The mappings must outlive the VM.
 
-    def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False) -> None:
+        :param log_dirty: KVM notes which pages the guest writes
+        """
+        flags = abi.KVM_MEM_LOG_DIRTY_PAGES if log_dirty else 0
+        for region in memory.regions:
+            address = memory.host_address(region.gpa, region.size)
+            self.map_window(region.gpa, region.size, address, flags=flags)
+
+    def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False, flags: int = 0) -> None:
         """Show the guest [`address`, `address` + `size`) of this process at `gpa`, in a slot of its own.
 
         Whole pages; the mapping must outlive the VM, and may change meanwhile: KVM follows it. Where it is read-only
@@ -160,7 +172,7 @@ class Vm:
             abi.KVM_SET_USER_MEMORY_REGION,
             abi.kvm_userspace_memory_region(
                 slot=self._slots, guest_phys_addr=gpa, memory_size=size, userspace_addr=address,
-                flags=abi.KVM_MEM_READONLY if read_only else 0,
+                flags=flags | (abi.KVM_MEM_READONLY if read_only else 0),
             ),
         )  # fmt: skip
         self._slots += 1

@@ -121,7 +121,7 @@ class Machine:
         devices = [*self._virtio_devices(), *devices]
         if len(devices) > len(VIRTIO_GSIS):
             raise ConfigError("devices", len(devices), f"at most {len(VIRTIO_GSIS)} fit")
-        self.memory = self._owned(GuestMemory(config.memory))
+        self.memory = self._owned(GuestMemory(config.memory, huge=config.huge_pages == "2M"))
         windows = [
             (layout.VIRTIO_MMIO + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])
             for i in range(len(devices))
@@ -138,13 +138,15 @@ class Machine:
         mptable.write(self.memory, cpus=config.cpus)
 
         self.kvm = self._owned(Kvm(config.kvm))
-        if lacking := self.kvm.lacking():
+        template = config.cpu_template
+        more, less = (template.capabilities, template.not_required) if template else ((), ())
+        if lacking := self.kvm.lacking(more, less):
             raise ConfigError("--kvm", config.kvm, f"lacks {', '.join(lacking)}; use Linux 4.11 or later")
         if config.cpus > self.kvm.max_vcpus():
             raise ConfigError("cpus", config.cpus, f"this KVM allows at most {self.kvm.max_vcpus()}")
         self.vm = self._owned(self.kvm.create_vm())
         # In this order: a memory slot that comes after the irqchip makes KVM wait twice for its readers.
-        self.vm.map_memory(self.memory)
+        self.vm.map_memory(self.memory, log_dirty=config.track_dirty_pages)
         self._map_dax_windows(devices)
         lines = [self._owned(IrqLine(gsi)) for _, _, gsi in windows]
         self.virtio = tuple(self._transport(device, line) for device, line in zip(devices, lines, strict=True))
@@ -316,12 +318,19 @@ class Machine:
 
     def _add_vcpus(self) -> None:
         entries = self.kvm.supported_cpuid()
+        template = self.config.cpu_template
+        if template is not None:
+            template.change_cpuid(entries)
+        count, threads = self.config.cpus, 2 if self.config.smt and self.config.cpus > 1 else 1
         deadline = bool(self.kvm.check(abi.KVM_CAP_TSC_DEADLINE_TIMER))
-        for index in range(self.config.cpus):
+        for index in range(count):
             vcpu = self._owned(Vcpu(self.vm, index, self.pio, self.mmio))
-            cpu.shape_cpuid(entries, index=index, count=self.config.cpus, tsc_deadline=deadline)
+            cpu.shape_cpuid(entries, index=index, count=count, threads=threads, tsc_deadline=deadline)
             vcpu.set_cpuid(entries)
             vcpu.set_msrs(cpu.BOOT_MSRS)
+            if template is not None and template.msrs:
+                old = vcpu.get_msrs(tuple(template.msrs))
+                vcpu.set_msrs({index: bits(old[index]) for index, bits in template.msrs.items()})
             self.vcpus += (vcpu,)
         first = self.vcpus[0]
         sregs, regs = first.sregs, first.regs

@@ -23,6 +23,7 @@ HOLE_START = 3 * GIB
 HOLE_END = 4 * GIB
 # Shared memory with no swap reserved for it: a guest may be given more than the host has free, and pays as it touches.
 _MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0x4000)
+_HUGE_2MB = os.MFD_HUGETLB | os.MFD_HUGE_2MB
 
 
 class Region:
@@ -46,13 +47,15 @@ class GuestMemory(GuestRam):
     that outlive it stay readable.
 
     :param size: bytes, a positive multiple of the page size (4096)
+    :param huge: in pages of 2 MiB that the host has set aside (hugetlbfs); `size` is a multiple of that then
     :raises ConfigError: size is not that
     :raises HostError: the host has no room to map it
     """
 
-    def __init__(self, size: int) -> None:
-        if size <= 0 or size % mmap.PAGESIZE:
-            raise ConfigError("memory", size, "bytes of RAM must be a positive multiple of 4096")
+    def __init__(self, size: int, *, huge: bool = False) -> None:
+        page = 2 << 20 if huge else mmap.PAGESIZE
+        if size <= 0 or size % page:
+            raise ConfigError("memory", size, f"bytes of RAM must be a positive multiple of {page}")
         self.size = size
         self.regions: tuple[Region, ...] = ()
         spans = [(0, min(size, HOLE_START))]
@@ -60,13 +63,15 @@ class GuestMemory(GuestRam):
             spans.append((HOLE_END, size - HOLE_START))
         try:
             for gpa, length in spans:
-                fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
+                fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | (_HUGE_2MB if huge else 0))
                 self.regions += (Region(gpa, length, fd),)
                 os.ftruncate(fd, length)
-                self.map_region(gpa, mmap.mmap(fd, length, flags=_MAP_FLAGS))
+                # Huge pages are reserved: one that is not there at a touch would kill us.
+                self.map_region(gpa, mmap.mmap(fd, length, flags=mmap.MAP_SHARED if huge else _MAP_FLAGS))
         except OSError as error:
             self.close()
-            raise HostError(error.errno or 0, f"map {size >> 20} MiB of guest memory") from error
+            pages = " in huge pages (/proc/sys/vm/nr_hugepages)" if huge else ""
+            raise HostError(error.errno or 0, f"map {size >> 20} MiB of guest memory{pages}") from error
 
     def view(self, gpa: int = 0, size: int | None = None, dtype: Any = "u1") -> npt.NDArray[np.generic]:
         """A numpy array over guest RAM: shared with the running guest, not copied.

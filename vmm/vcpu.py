@@ -13,6 +13,8 @@ from vmm.kvm_abi import kvm_ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm._bus import Bus
     from vmm.kvm import Vm
 
@@ -79,6 +81,17 @@ class Vcpu:
         done = kvm_ioctl(self.fd, abi.KVM_SET_MSRS, abi.msrs(values).buffer)
         if done < len(values):
             raise KvmError(22, f"KVM_SET_MSRS {list(values)[done]:#x}")
+
+    def get_msrs(self, indices: Sequence[int]) -> dict[int, int]:
+        """Model-specific registers, by index.
+
+        :raises KvmError: KVM has no such register; ``what`` names it
+        """
+        table = abi.msrs(dict.fromkeys(indices, 0))
+        done = kvm_ioctl(self.fd, abi.KVM_GET_MSRS, table.buffer)
+        if done < len(indices):
+            raise KvmError(22, f"KVM_GET_MSRS {indices[done]:#x}")
+        return {entry.index: entry.data for entry in table.entries[:done]}
 
     def run(self) -> bool:
         """Run the guest until it was kicked or ended.

@@ -116,7 +116,7 @@ class Vmm:
             ("ConfigureMetrics", whole.metrics),
             ("ConfigureBootSource", whole.boot_source),
             ("PutMachineConfiguration", whole.machine_config),
-            ("PutCpuConfiguration", whole.cpu_config),
+            ("PutCpuConfiguration", _cpu_config_of(whole.cpu_config)),
             *(("InsertBlockDevice", drive) for drive in whole.drives),
             *(("InsertNetworkDevice", interface) for interface in whole.network_interfaces),
             ("SetVsockDevice", whole.vsock),
@@ -197,10 +197,17 @@ class Vmm:
             raise refuse(f"vcpu_count {body.vcpu_count}: must be 1 to {translate.MAX_VCPUS}")
         if body.smt and body.vcpu_count > 1 and body.vcpu_count % 2:
             raise refuse(f"vcpu_count {body.vcpu_count}: {SMT_RULE}")
+        if body.cpu_template not in (None, "None"):
+            raise refuse(f"cpu_template {body.cpu_template}: static templates are not supported; use /cpu-config")
         if not body.mem_size_mib or (body.huge_pages == "2M" and body.mem_size_mib % 2):
             raise refuse(f"mem_size_mib {body.mem_size_mib}: The memory size (MiB) is invalid.")
         if self._balloon is not None and self._balloon.amount_mib > body.mem_size_mib:
             raise refuse(f"mem_size_mib {body.mem_size_mib}: the balloon is {self._balloon.amount_mib} MiB large")
+
+    def _cpu_config_is(self, body: types.CpuConfig) -> None:
+        with _refusing("Configure CPU error"):
+            translate.template(body)
+        self._cpu_config = body
 
     def _insert_drive(self, body: types.Drive) -> None:
         roots = [each for each in self._drives.values() if each.is_root_device and each.drive_id != body.drive_id]
@@ -380,18 +387,6 @@ class Vmm:
     def _metrics_is(self, body: types.Metrics) -> None:
         self._metrics = body
 
-    def _cpu_config_is(self, body: types.CpuConfig | str) -> None:
-        if isinstance(body, str):  # a configuration file may name another
-            from vmm.api.routes import decode
-
-            try:
-                with open(body, "rb") as file:
-                    self._cpu_config = decode(types.CpuConfig, file.read())
-            except OSError as error:
-                raise ApiError(f"Configure CPU error: {body}: {error.strerror}") from None
-        else:
-            self._cpu_config = body
-
 
 class _refusing:
     """A context in which what is wrong with the request or the host becomes an ``ApiError`` that begins so."""
@@ -405,6 +400,20 @@ class _refusing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (ConfigError, HostError, VmmError)) and not isinstance(error, ApiError):
             raise ApiError(f"{self._prefix}: {error}") from error
+
+
+def _cpu_config_of(config: types.CpuConfig | str | None) -> types.CpuConfig | None:
+    # A configuration file has it, or the path of the file that has.
+    if not isinstance(config, str):
+        return config
+    from vmm.api.routes import decode
+
+    try:
+        with open(config, "rb") as file:
+            body: types.CpuConfig = decode(types.CpuConfig, file.read())
+    except OSError as error:
+        raise ApiError(f"Configure CPU error: {config}: {error.strerror}") from None
+    return body
 
 
 def _why(error: Exception) -> str:

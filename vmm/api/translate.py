@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from msgspec import UnsetType
 
+    from vmm.cpu_template import CpuTemplate
+
     _T = TypeVar("_T")
     Bucket = tuple[int, int, int]
 
@@ -141,6 +143,20 @@ def entropy(body: types.EntropyDevice) -> EntropyConfig:
     return EntropyConfig(limiter(body.rate_limiter))
 
 
+def template(body: types.CpuConfig) -> CpuTemplate:
+    """:raises ConfigError: a number or a bitmap that is none"""
+    from vmm.cpu_template import parse_template
+
+    return parse_template(
+        body.kvm_capabilities,
+        [
+            (each.leaf, each.subleaf, each.flags, [(register.register, register.bitmap) for register in each.modifiers])
+            for each in body.cpuid_modifiers
+        ],
+        [(each.addr, each.bitmap) for each in body.msr_modifiers],
+    )
+
+
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
     """The machine's configuration.
 
@@ -164,6 +180,10 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         initrd=boot.initrd_path,
         cmdline=" ".join(word for word in words if word),
         cpus=machine.vcpu_count,
+        smt=machine.smt,
+        cpu_template=template(whole.cpu_config) if isinstance(whole.cpu_config, types.CpuConfig) else None,
+        huge_pages=machine.huge_pages,
+        track_dirty_pages=machine.track_dirty_pages,
         memory=_given(host.memory, machine.mem_size_mib * _MIB),
         drives=[drive(each) for each in drives],
         network_interfaces=[net(each) for each in whole.network_interfaces],
@@ -268,6 +288,8 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
 
     :raises ConfigError: something of it cannot be said in a file
     """
+    if config.cpu_template is not None:
+        raise ConfigError("cpu_template", "", "is made of a file already; name that")
     if config.kvm != "/dev/kvm":
         raise ConfigError("--kvm", config.kvm, "cannot be said in a configuration file")
     # The command line names the root device by itself, unless its words were all given.
@@ -293,7 +315,13 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         boot_source=types.BootSource(
             kernel_image_path=config.kernel, initrd_path=config.initrd, boot_args=boot_args
         ),
-        machine_config=types.MachineConfiguration(vcpu_count=config.cpus, mem_size_mib=config.memory // _MIB),
+        machine_config=types.MachineConfiguration(
+            vcpu_count=config.cpus,
+            mem_size_mib=config.memory // _MIB,
+            smt=config.smt,
+            track_dirty_pages=config.track_dirty_pages,
+            huge_pages=config.huge_pages,  # type: ignore[arg-type]  # VmConfig checked it
+        ),
         drives=[_drive_body(each, index, root=index == place) for index, each in enumerate(config.drives)],
         network_interfaces=[_net_body(each, index) for index, each in enumerate(config.network_interfaces)],
         vsock=_vsock_body(config.vsock) if config.vsock else None,

@@ -49,6 +49,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
     ("--unpack", "WHEN", "auto", "unpack a bzImage on the host: always, never or auto, where that is faster (default)"),
     ("--lab", None, False, "run it on an emulated machine that has real KVM (see pyvmm lab)"),
+    ("--write-config", "FILE", None, "write it as a file for pyvmm serve --config-file, run nothing"),
     ("--dry-run", None, False, "check everything, say what would run, run nothing"),
     ("--verbose", None, False, "say what is run and how it ended"),
 )
@@ -77,6 +78,7 @@ class Arguments:
     protocol: str
     unpack: str
     lab: bool
+    write_config: str | None
     dry_run: bool
     verbose: bool
 
@@ -202,6 +204,8 @@ def _terminal_size() -> str:
 def main(args: Arguments) -> int:
     """Run the VM; see ``vmm.events.EXIT_STATUS`` for what is returned."""
     config = config_from(args)
+    if args.write_config is not None:
+        return _write_config(config, args.write_config)
     if args.lab and not os.environ.get("PYVMM_LAB"):
         return _run_in_lab(config)
     if not args.dry_run:
@@ -217,6 +221,20 @@ def main(args: Arguments) -> int:
         return _run(vm, verbose=args.verbose)
     finally:
         vm.close()
+
+
+def _write_config(config: VmConfig, path: str) -> int:
+    import msgspec
+
+    from vmm.api.translate import vm_body
+
+    text = msgspec.json.format(msgspec.json.encode(vm_body(config)), indent=2)
+    try:
+        with open(path, "wb") as file:
+            file.write(text + b"\n")
+    except OSError as error:
+        raise ConfigError("--write-config", path, f"cannot be written: {error.strerror}") from None
+    return 0
 
 
 def _run(vm: Machine, *, verbose: bool) -> int:

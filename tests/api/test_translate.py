@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One VM said in four ways: command line, ``VmConfig``, configuration file, ``GET /vm/config``; all mean the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm.api import translate, types
+from vmm.commands import run
+from vmm.config import (
+    BalloonConfig,
+    DriveConfig,
+    FsConfig,
+    NetConfig,
+    RateLimiterConfig,
+    VmConfig,
+    VsockConfig,
+)
+from vmm.errors import ConfigError
+
+_PLAIN = {"image_format", "any_size", "io_engine", "drive_id", "iface_id", "is_root_device", "append", "cmdline"}
+_buckets = st.none() | st.tuples(st.integers(1, 1 << 40), st.integers(0, 1 << 40), st.integers(1, 1 << 20))
+_limits = st.none() | st.builds(RateLimiterConfig, _buckets, _buckets)
+_drives = st.builds(
+    DriveConfig, st.just("/disk"), is_read_only=st.booleans(), is_root_device=st.booleans(), queues=st.integers(1, 8),
+    io_engine=st.sampled_from(["Sync", "Async"]), direct=st.booleans(),
+    cache_type=st.sampled_from(["Writeback", "Unsafe"]), rate_limiter=_limits,
+    image_format=st.sampled_from(["raw", "qcow2"]),
+)  # fmt: skip
+_nets = st.one_of(
+    st.builds(NetConfig, st.just("tap0"), guest_mac=st.sampled_from([None, "06:00:00:00:00:01"]),
+              rx_rate_limiter=_limits, tx_rate_limiter=_limits),
+    st.builds(NetConfig, st.none(), mode=st.just("auto"), address=st.just("10.0.0.1/24"), nat=st.booleans(),
+              mtu=st.sampled_from([None, 1400]), queues=st.integers(1, 8)),
+    st.builds(NetConfig, st.none(), mode=st.just("user"), pcap=st.sampled_from([None, "/pcap"])),
+)  # fmt: skip
+_shares = st.builds(
+    FsConfig, st.uuids().map(str), st.just("/share"), read_only=st.booleans(), dax=st.sampled_from([0, 2 << 20]),
+    cache_policy=st.sampled_from(["auto", "always", "none"]), threads=st.integers(1, 32),
+    squash=st.sampled_from([None, (1000, 1000)]), rate_limiter=_limits,
+)  # fmt: skip
+
+
+def _facts(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_facts(each) for each in value]
+    slots = getattr(type(value), "__slots__", None)
+    if slots is None or isinstance(value, str | int):
+        return value
+    return {name: _facts(getattr(value, name)) for name in slots if name not in _PLAIN}
+
+
+@given(
+    st.lists(_drives, max_size=3).filter(lambda drives: sum(drive.is_root_device for drive in drives) < 2),
+    st.lists(_nets, max_size=2),
+    st.lists(_shares, max_size=2),
+    st.booleans(),
+    st.sampled_from([None, "console=ttyS0 mine"]),
+    st.sampled_from(["", "quiet", "root=/dev/nfs"]),
+    st.sampled_from([1 << 20, 512 << 20, (64 << 20) + 4096]),
+)
+def test_a_machine_by_a_file_is_the_machine(
+    drives: list[DriveConfig], nets: list[NetConfig], shares: list[FsConfig], every: bool, cmdline: str | None,
+    append: str, memory: int,
+) -> None:  # fmt: skip
+    config = VmConfig(
+        "/kernel", cmdline=cmdline, append=append, memory=memory, drives=drives, network_interfaces=nets,
+        shares=shares, cpus=2, smt=every, entropy=every, balloon=BalloonConfig(0) if every else None,
+        vsock=VsockConfig(3, "/vsock") if every else None, console="none" if every else "stdio",
+        exit_port=None if every else 0xF4, poll_us=7 * every, track_dirty_pages=every,
+    )  # fmt: skip
+    text = msgspec.json.encode(translate.vm_body(config))
+    again = translate.vm_config(msgspec.json.decode(text, type=types.VmConfiguration))
+    assert _facts(again) == _facts(config)
+    assert sorted(again.full_cmdline.split()) == sorted(config.full_cmdline.split())
+    # What a file says, it says again.
+    assert msgspec.json.encode(translate.vm_body(again)) != b"" and again.initrd is None
+
+
+def test_the_command_line_as_a_file() -> None:
+    devices = ["--disk", "/d,queues=2", "--share", "work=/srv,ro", "--net", "auto,addr=10.0.0.1/24", "--rng"]
+    more = ["--vsock", "cid=7,uds=/v", "--balloon", "16", "--append", "quiet"]
+    args = run.parse_quickly(["/kernel", "/root.img,ro", *devices, *more])
+    assert args is not None
+    body = translate.vm_body(run.config_from(args))
+    assert [drive.is_root_device for drive in body.drives] == [True, False]
+    assert "root=" not in (body.boot_source.boot_args or "")
+    again = translate.vm_config(body)
+    assert sorted(again.full_cmdline.split()) == sorted(run.config_from(args).full_cmdline.split())
+    assert (again.vsock and again.vsock.guest_cid, again.balloon and again.balloon.amount_mib) == (7, 16)
+
+
+def test_a_root_disk_is_the_first_as_in_firecracker() -> None:
+    drives = [types.Drive(drive_id=name, is_root_device=name == "c", path_on_host=f"/{name}") for name in "abc"]
+    whole = types.VmConfiguration(boot_source=types.BootSource(kernel_image_path="/k", boot_args="a"), drives=drives)
+    config = translate.vm_config(whole)
+    assert [drive.drive_id for drive in config.drives] == ["c", "a", "b"]
+    assert config.full_cmdline == "a root=/dev/vda rw"
+
+
+def test_partuuid() -> None:
+    root = types.Drive(drive_id="r", is_root_device=True, path_on_host="/r", partuuid="0eaa", is_read_only=True)
+    whole = types.VmConfiguration(boot_source=types.BootSource(kernel_image_path="/k", boot_args=""), drives=[root])
+    assert translate.vm_config(whole).full_cmdline == "root=PARTUUID=0eaa ro"
+
+
+@pytest.mark.parametrize(("size", "refill", "bucket"), [(0, 5, None), (5, 0, None), (5, 6, (5, 0, 6))])
+def test_a_bucket_that_never_fills_limits_nothing(size: int, refill: int, bucket: tuple[int, int, int] | None) -> None:
+    limits = translate.limiter(types.RateLimiter(ops=types.TokenBucket(size=size, refill_time=refill)))
+    assert limits is not None and limits.ops == bucket
+
+
+def test_what_no_file_can_say() -> None:
+    with pytest.raises(ConfigError, match="open descriptor"):
+        translate.vm_body(VmConfig("/k", network_interfaces=[NetConfig(None, mode="fd", fd=7)]))
+    with pytest.raises(ConfigError, match="--kvm"):
+        translate.vm_body(VmConfig("/k", kvm="/dev/other"))
+
+
+def test_vhost_user_drives_are_refused() -> None:
+    with pytest.raises(ConfigError, match="vhost-user"):
+        translate.drive(types.Drive(drive_id="a", is_root_device=False, socket="/s"))

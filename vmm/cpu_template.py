@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU templates: bits of CPUID and of model-specific registers that a guest is to see otherwise than KVM has them.
+
+Source: Firecracker docs/cpu_templates/cpu-templates.md.
+"""
+
+from __future__ import annotations
+
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vmm.kvm_abi import kvm_cpuid_entry2
+
+REGISTERS = ("eax", "ebx", "ecx", "edx")
+_CPUID_BITS = 32
+_MSR_BITS = 64
+
+
+class Bits:
+    """Which bits of a register are changed, and to what: the new value is ``old & ~mask | value``."""
+
+    __slots__ = ("mask", "value")
+
+    def __init__(self, mask: int, value: int) -> None:
+        self.mask = mask
+        self.value = value
+
+    @classmethod
+    def parse(cls, field: str, text: str, width: int) -> Bits:
+        """From ``0b``, then 0, 1 and x from the highest bit on; bits that are not written stay, ``_`` is for the eye.
+
+        :raises ConfigError: it is something else, or longer than `width` bits
+        """
+        digits = text.removeprefix("0b").replace("_", "")
+        if text == digits or not 0 < len(digits) <= width or digits.strip("01x"):
+            raise ConfigError(field, text, f"must be 0b and at most {width} of 0, 1 and x")
+        return cls(
+            int("".join("0" if digit == "x" else "1" for digit in digits), 2), int(digits.replace("x", "0"), 2)
+        )
+
+    def __call__(self, old: int) -> int:
+        return old & ~self.mask | self.value
+
+
+def parse_number(field: str, text: str) -> int:
+    """A 32-bit number: ``0x``, ``0b`` or decimal.
+
+    :raises ConfigError: it is none
+    """
+    try:
+        value = int(text, 0) if text.isascii() and "_" not in text else -1
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1 << 32:
+        raise ConfigError(field, text, "must be a 32-bit number, as 0x1f or 31")
+    return value
+
+
+class CpuTemplate:
+    """What is to be changed.
+
+    :param capabilities: numbers of ``KVM_CAP_*`` that KVM must have
+    :param not_required: numbers that it need not have after all
+    :param cpuid: by leaf, subleaf and flags: bits by register's name
+    :param msrs: bits by the register's address
+    """
+
+    __slots__ = ("capabilities", "cpuid", "msrs", "not_required")
+
+    def __init__(
+        self,
+        *,
+        capabilities: Sequence[int] = (),
+        not_required: Sequence[int] = (),
+        cpuid: Mapping[tuple[int, int, int], Mapping[str, Bits]] | None = None,
+        msrs: Mapping[int, Bits] | None = None,
+    ) -> None:
+        self.capabilities = tuple(capabilities)
+        self.not_required = tuple(not_required)
+        self.cpuid = dict(cpuid or {})
+        self.msrs = dict(msrs or {})
+
+    def change_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
+        """Change `entries`, which KVM gave.
+
+        :raises ConfigError: KVM has no such leaf
+        """
+        by_leaf = {(entry.function, entry.index): entry for entry in entries}
+        for (leaf, subleaf, _), registers in self.cpuid.items():
+            entry = by_leaf.get((leaf, subleaf))
+            if entry is None:
+                raise ConfigError("cpuid_modifiers", f"{leaf:#x}/{subleaf:#x}", "this KVM has no such leaf")
+            for name, bits in registers.items():
+                setattr(entry, name, bits(getattr(entry, name)))
+
+
+def parse_template(
+    capabilities: Sequence[str],
+    cpuid: Sequence[tuple[str, str, int, Sequence[tuple[str, str]]]],
+    msrs: Sequence[tuple[str, str]],
+) -> CpuTemplate:
+    """A template from its words in Firecracker's JSON.
+
+    :param capabilities: decimal numbers; ``!`` before one takes it from what is required
+    :param cpuid: leaf, subleaf, flags, and pairs of a register's name and its bits
+    :param msrs: pairs of an address and its bits
+    :raises ConfigError: a word that is none
+    """
+    added: list[int] = []
+    removed: list[int] = []
+    for word in capabilities:
+        number = word.removeprefix("!")
+        if not (number.isascii() and number.isdigit()):
+            raise ConfigError("kvm_capabilities", word, "must be the number of a capability, perhaps after a !")
+        (removed if word.startswith("!") else added).append(int(number))
+    leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}
+    for leaf, subleaf, flags, registers in cpuid:
+        place = parse_number("cpuid_modifiers leaf", leaf), parse_number("cpuid_modifiers subleaf", subleaf), flags
+        leaves[place] = {
+            name: Bits.parse("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers
+        }
+    return CpuTemplate(
+        capabilities=added,
+        not_required=removed,
+        cpuid=leaves,
+        msrs={
+            parse_number("msr_modifiers addr", address): Bits.parse("msr_modifiers bitmap", text, _MSR_BITS)
+            for address, text in msrs
+        },
+    )
