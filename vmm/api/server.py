@@ -7,17 +7,13 @@ sends no HTTP costs its own connection, and nobody else's.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
-import stat
 import threading
 import time
 
 import httptools
-
-from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,39 +28,11 @@ MAX_CONNECTIONS = 10
 MAX_PAYLOAD = 51200
 MAX_HEAD = 8192  # bytes of a request line and its headers
 REQUEST_SECONDS = 10.0  # from a request's first byte to its last, and for an answer to be read
-_BACKLOG = 128
 _CHUNK = 65536
 FULL = (
     b"HTTP/1.1 503 \r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n"
     b'{ "error": "Too many open connections" }'
 )
-
-
-def bind(path: str) -> socket.socket:
-    """A listening socket at `path`; a file that a dead process left there is replaced.
-
-    :raises ConfigError: somebody listens there, something else is there, or it cannot be made
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise ConfigError("--api-sock", path, "is there and is not a socket; give a path that is free")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-                if probe.connect_ex(path) != errno.ECONNREFUSED:
-                    raise ConfigError("--api-sock", path, "is in use by another program; give a path that is free")
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        listener.bind(path)
-        listener.listen(_BACKLOG)
-    except (OSError, ValueError) as error:
-        listener.close()
-        if isinstance(error, ConfigError):
-            raise
-        problem = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise ConfigError("--api-sock", path, f"cannot be made: {problem}") from None
-    return listener
 
 
 class _Refused(Exception):
@@ -173,7 +141,7 @@ class _Connection:
 class Server:
     """Serves `answer` to the clients of `listener`; owned, closed by ``close``.
 
-    :param listener: from ``bind``; owned
+    :param listener: from ``vmm.api.listen.bind``; owned
     :param answer: called with method, path and body, on the server's thread; must not raise. Gives the status, the
         body and further headers
     :param max_payload: bytes of a request's body

@@ -32,6 +32,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--id", "ID", "anonymous-instance", "the VM's id (default: anonymous-instance)"),
     ("--config-file", "FILE", None, "a VM to start at once, in JSON"),
     ("--no-api", None, False, "no API; needs --config-file"),
+    ("--no-seccomp", None, False, "no system call filters"),
     ("--version", None, False, "print the API's version and pyvmm's own, and end"),
     ("--http-api-max-payload-size", "BYTES", 51200, "of a request's body (default: 51200)"),
 )
@@ -44,6 +45,7 @@ class Arguments:
     id: str
     config_file: str | None
     no_api: bool
+    no_seccomp: bool
     version: bool
     http_api_max_payload_size: int
 
@@ -136,14 +138,15 @@ class _Serve:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         if not args.no_api:
-            from vmm.api.server import Server, bind
+            from vmm.api.listen import bind
 
-            # First of all: a runtime waits for it, and all that is imported below takes longer.
             try:
                 listener = bind(args.api_sock)
             except ConfigError as error:
                 print(f"pyvmm serve: {error}", file=sys.stderr)
                 return STATUS_GENERIC
+            from vmm.api.server import Server
+
             server = Server(listener, self._answer, max_payload=args.http_api_max_payload_size)
         from vmm._vcpu import set_thread_name
 
@@ -158,6 +161,9 @@ class _Serve:
                 return status
             if server is not None:
                 server.start(lambda: set_thread_name("fc_api"))
+            # While a runtime makes up its mind: the start of the VM will not wait for them.
+            import vmm.machine  # noqa: F401
+
             self._ended.wait()
             return self._status()
         finally:
