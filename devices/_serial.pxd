@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # State of one 16550A; every field is guarded by `lock`, which several vCPUs and the two console threads take.
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmm._bus cimport NativeDevice
 
@@ -24,6 +24,7 @@ cdef struct State:
     int thre_pending            # transmitter empty, and the guest has not read that from IIR yet
     int sending                 # the last access was a write to THR
     int closed
+    uint64_t reads, writes      # accesses of the guest's
     int rts_seen                # the guest has raised RTS once, so its absence means "wait"
     uint32_t polls              # LSR reads with no other access in between
     uint8_t ier, fcr, lcr, mcr, msr, scr, dll, dlm

@@ -8,6 +8,10 @@ class Serial(NativeDevice):
     """
 
     def __init__(self, irq: IrqLine) -> None: ...
+    @property
+    def stats(self) -> dict[str, int]:
+        """Accesses of the guest's, by name."""
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` to the guest; returns when all of it is on the wire, at most 4 KiB ahead of the guest.
 

@@ -248,6 +248,10 @@ cdef int serial_access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size,
     cdef State *s = <State *>ctx
     cdef uint32_t i
     pthread_mutex_lock(&s.lock)
+    if is_write:
+        s.writes += 1
+    else:
+        s.reads += 1
     for i in range(size):       # a wide access is that many registers in a row
         if is_write:
             write_register(s, offset + i, data[i])
@@ -287,6 +291,10 @@ cdef class Serial(NativeDevice):
     def write(self, uint64_t offset, data):
         cdef const uint8_t[::1] view = data
         serial_access(&self.state, offset, <uint8_t *>&view[0], <uint32_t>view.shape[0], 1)
+
+    @property
+    def stats(self):
+        return {"read_count": self.state.reads, "write_count": self.state.writes}
 
     def feed(self, data):
         cdef const uint8_t[::1] view = memoryview(data).cast("B")

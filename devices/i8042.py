@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PC's keyboard controller with nothing plugged in: kernels probe it, and pulse its output port to reset.
+"""The PC's keyboard controller and its keyboard: kernels probe them, pulse a line to reset, and hear Ctrl-Alt-Del.
 
-Each command that a driver waits for is answered at once: an unanswered one costs Linux half a second.
-Source: Intel 8042 as in the IBM PS/2 Technical Reference (Keyboard and Auxiliary Device Controller);
-Linux drivers/input/serio/i8042.c and i8042.h.
+Each command that a driver waits for is answered at once: an unanswered one costs Linux half a second. The keyboard has
+the keys that ``press_ctrl_alt_del`` needs; there is no mouse.
+Source: Intel 8042 as in the IBM PS/2 Technical Reference (Keyboard and Auxiliary Device Controller; Keyboards, for the
+commands and scan codes); Linux drivers/input/serio/i8042.c and i8042.h, drivers/input/keyboard/atkbd.c.
 """
 
 from __future__ import annotations
 
+import threading
+
+from vmm.errors import VmmError
 from vmm.events import Stop, StopReason
 
 TYPE_CHECKING = False
@@ -19,6 +23,7 @@ STATUS_SYSTEM = 0x04  # the self test passed
 STATUS_COMMAND = 0x08  # the last write was a command
 STATUS_UNLOCKED = 0x10
 
+CTR_KEYBOARD_INTERRUPT = 0x01
 CTR_SYSTEM = 0x04
 CTR_KEYBOARD_DISABLED = 0x10
 CTR_AUX_DISABLED = 0x20
@@ -42,23 +47,74 @@ CLOCK_STUCK_LOW = 0x01  # what an interface test answers for a line with no devi
 # Commands whose parameter comes by the data port.
 _WITH_PARAMETER = frozenset({WRITE_OUTPUT_PORT, LOOP_KEYBOARD, LOOP_AUX, WRITE_AUX})
 
+# The keyboard: what it is told, and what it answers.
+KEYBOARD_SET_LEDS, KEYBOARD_SCAN_CODES, KEYBOARD_SET_RATE = 0xED, 0xF0, 0xF3  # a parameter follows
+KEYBOARD_ECHO, KEYBOARD_ID, KEYBOARD_RESET = 0xEE, 0xF2, 0xFF
+KEYBOARD_FIRST = KEYBOARD_SET_LEDS  # below it there are no commands
+KEYBOARD_ACK, KEYBOARD_WHAT, KEYBOARD_PASSED = 0xFA, 0xFE, 0xAA
+KEYBOARD_BUFFER = 16  # bytes, as in the real one
+SCAN_CODE_SET = 2
+# Down, down, down, up, up, up: in set 2, and as the controller turns that into set 1.
+CTRL_ALT_DEL = bytes.fromhex("14 11 e071  e0f071 f011 f014")
+CTRL_ALT_DEL_TRANSLATED = bytes.fromhex("1d 38 e053  e0d3 b8 9d")
+_TRANSLATED_ID = b"\xab\x41"
+_ID = b"\xab\x83"
+
 
 class I8042:
-    """The controller; ``data`` is the bus device for port 0x60 and ``command`` the one for 0x64."""
+    """The controller; ``data`` is the bus device for port 0x60 and ``command`` the one for 0x64.
 
-    __slots__ = ("_last_was_command", "_output", "_pending", "_ram", "command", "data")
+    :param interrupt: raises IRQ 1, the keyboard's, an edge each time
 
-    def __init__(self) -> None:
+    ``stats`` counts accesses by Firecracker's names; those wider than a byte are ``missed``.
+    """
+
+    def __init__(self, interrupt: Callable[[], None] = lambda: None) -> None:
+        self._interrupt = interrupt
+        self._lock = threading.Lock()  # vCPUs, and who presses keys
         self._ram = bytearray(32)
         self._ram[0] = CTR_TRANSLATE | CTR_AUX_DISABLED | CTR_KEYBOARD_DISABLED | CTR_SYSTEM
         self._output: int | None = None
+        self._of_keyboard = False  # what is in _output
+        self._keys = bytearray()  # what the keyboard has to say and the controller has not taken
+        self._keyboard_command: int | None = None
         self._pending: int | None = None
         self._last_was_command = False
-        self.data = _Port(self._read_data, self._write_data)
-        self.command = _Port(self._read_status, self._write_command)
+        self.stats = dict.fromkeys(
+            ("error_count", "missed_read_count", "missed_write_count", "read_count", "reset_count", "write_count"), 0
+        )
+        self.data = _Port(self, self._read_data, self._write_data)
+        self.command = _Port(self, self._read_status, self._write_command)
+
+    def press_ctrl_alt_del(self) -> None:
+        """Press and let go of the three keys; any thread. A guest that listens to its keyboard later hears it then.
+
+        :raises VmmError: the guest has not read what was pressed before
+        """
+        with self._lock:
+            keys = CTRL_ALT_DEL_TRANSLATED if self._ram[0] & CTR_TRANSLATE else CTRL_ALT_DEL
+            if len(self._keys) + len(keys) > KEYBOARD_BUFFER:
+                self.stats["error_count"] += 1
+                raise VmmError("the keyboard's buffer is full: the guest does not read it")
+            self._keys += keys
+            self._take_key()
+
+    def _take_key(self) -> None:
+        # From the keyboard to the controller, if it has room and listens.
+        if self._output is None and self._keys and not self._ram[0] & CTR_KEYBOARD_DISABLED:
+            self._output, self._of_keyboard = self._keys.pop(0), True
+            if self._ram[0] & CTR_KEYBOARD_INTERRUPT:
+                self._interrupt()
+
+    def _answer(self, value: int) -> None:
+        # A driver that asks the controller wants its answer, not a key that came before.
+        if self._of_keyboard and self._output is not None:
+            self._keys.insert(0, self._output)
+        self._output, self._of_keyboard = value, False
 
     def _read_data(self) -> int:
         value, self._output = self._output, None
+        self._take_key()
         return value or 0
 
     def _read_status(self) -> int:
@@ -74,16 +130,16 @@ class I8042:
         self._pending = None
         ram = self._ram
         if READ_RAM <= command < READ_RAM + len(ram):
-            self._output = ram[command - READ_RAM]
+            self._answer(ram[command - READ_RAM])
         elif WRITE_RAM <= command < WRITE_RAM + len(ram) or command in _WITH_PARAMETER:
             self._pending = command
         elif command == SELF_TEST:
             ram[0] |= CTR_SYSTEM
-            self._output = SELF_TEST_PASSED
+            self._answer(SELF_TEST_PASSED)
         elif command == TEST_KEYBOARD:
-            self._output = LINE_OK  # an error here makes Linux warn; an absent keyboard is silent
+            self._answer(LINE_OK)
         elif command == TEST_AUX:
-            self._output = CLOCK_STUCK_LOW
+            self._answer(CLOCK_STUCK_LOW)
         elif command == DISABLE_AUX:
             ram[0] |= CTR_AUX_DISABLED
         elif command == ENABLE_AUX:
@@ -92,43 +148,80 @@ class I8042:
             ram[0] |= CTR_KEYBOARD_DISABLED
         elif command == ENABLE_KEYBOARD:
             ram[0] &= 0xFF ^ CTR_KEYBOARD_DISABLED
+            self._take_key()
         elif command == READ_INPUT_PORT:
-            self._output = 0
+            self._answer(0)
         elif command == READ_OUTPUT_PORT:
-            self._output = OUTPUT_NOT_RESET | OUTPUT_A20
+            self._answer(OUTPUT_NOT_RESET | OUTPUT_A20)
         elif command >= PULSE_OUTPUT_PORT and not command & OUTPUT_NOT_RESET:
-            raise Stop(StopReason.RESET)
+            self._reset()
+
+    def _reset(self) -> None:
+        self.stats["reset_count"] += 1
+        raise Stop(StopReason.RESET)
 
     def _write_data(self, value: int) -> None:
         self._last_was_command = False
         command, self._pending = self._pending, None
-        if command is None or command == WRITE_AUX:
-            return  # for a keyboard or a mouse, and none is there to answer
-        if command == WRITE_OUTPUT_PORT:
+        if command is None:
+            self._tell_keyboard(value)
+        elif command == WRITE_AUX:
+            return  # for a mouse, and none is there to answer
+        elif command == WRITE_OUTPUT_PORT:
             if not value & OUTPUT_NOT_RESET:
-                raise Stop(StopReason.RESET)
+                self._reset()
         elif command in (LOOP_KEYBOARD, LOOP_AUX):
             # Also for the auxiliary loop without the status bit that says so: the driver sees at once that
             # there is no such port, and does not wait for an answer.
-            self._output = value
+            self._answer(value)
         else:
             self._ram[command - WRITE_RAM] = value
+            self._take_key()
+
+    def _tell_keyboard(self, value: int) -> None:
+        command, self._keyboard_command = self._keyboard_command, None
+        translated = self._ram[0] & CTR_TRANSLATE
+        if command is not None:
+            answer = bytes((KEYBOARD_ACK,))
+            if command == KEYBOARD_SCAN_CODES and value == 0:
+                answer += b"\x41" if translated else bytes((SCAN_CODE_SET,))
+        elif value == KEYBOARD_ECHO:
+            answer = bytes((KEYBOARD_ECHO,))
+        elif value == KEYBOARD_ID:
+            answer = bytes((KEYBOARD_ACK,)) + (_TRANSLATED_ID if translated else _ID)
+        elif value == KEYBOARD_RESET:
+            answer = bytes((KEYBOARD_ACK, KEYBOARD_PASSED))
+        elif value in (KEYBOARD_SET_LEDS, KEYBOARD_SCAN_CODES, KEYBOARD_SET_RATE):
+            self._keyboard_command = value
+            answer = bytes((KEYBOARD_ACK,))
+        else:
+            answer = bytes((KEYBOARD_ACK if value > KEYBOARD_FIRST else KEYBOARD_WHAT,))
+        # It drops what it was about to say for the answer.
+        if self._of_keyboard:
+            self._output = None
+        self._keys[:] = answer
+        self._take_key()
 
 
 class _Port:
     """One of the two ports as a bus device: a byte wide, whatever width the guest uses."""
 
-    __slots__ = ("_get", "_put")
+    __slots__ = ("_controller", "_get", "_put")
 
-    def __init__(self, get: Callable[[], int], put: Callable[[int], None]) -> None:
+    def __init__(self, controller: I8042, get: Callable[[], int], put: Callable[[int], None]) -> None:
+        self._controller = controller
         self._get = get
         self._put = put
 
     def read(self, offset: int, data: memoryview) -> None:
         data[:] = b"\xff" * len(data)
-        if offset == 0:
-            data[0] = self._get()
+        with self._controller._lock:
+            self._controller.stats["read_count" if len(data) == 1 else "missed_read_count"] += 1
+            if offset == 0:
+                data[0] = self._get()
 
     def write(self, offset: int, data: memoryview) -> None:
-        if offset == 0:
-            self._put(data[0])
+        with self._controller._lock:
+            self._controller.stats["write_count" if len(data) == 1 else "missed_write_count"] += 1
+            if offset == 0:
+                self._put(data[0])

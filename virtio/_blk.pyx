@@ -67,7 +67,9 @@ MAX_WRITE_ZEROES_SECTORS = MAX_WRITE_ZEROES
 cdef struct Counters:
     uint64_t requests
     uint64_t bad_requests
+    uint64_t reads
     uint64_t bytes_read
+    uint64_t writes
     uint64_t bytes_written
     uint64_t flushes
     uint64_t discards
@@ -297,10 +299,12 @@ cdef class BlockWorker(QueueWorker):
             return
         if r.type == T_IN:
             size = r.chain.writable_bytes - 1
+            self.counters.reads += 1
             self.counters.bytes_read += size
             self.done_bytes += size
         elif r.type == T_OUT:
             size = r.chain.readable_bytes - HEADER_BYTES
+            self.counters.writes += 1
             self.counters.bytes_written += size
             self.done_bytes += size
         elif r.type == T_FLUSH:

@@ -57,6 +57,7 @@ cdef class QueueWorker:
     cdef int _timer
     cdef int _stop                              # atomic
     cdef bint[MAX_WORKER_QUEUES] _stalled
+    cdef uint64_t[MAX_WORKER_QUEUES] _notified  # by place
     cdef uint32_t _again                        # places that returned SERVE_MORE, as bits
     cdef uint64_t _poll_now                     # adaptive: how long the next look lasts
     cdef void _close_fds(self) noexcept

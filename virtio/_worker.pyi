@@ -25,5 +25,8 @@ class QueueWorker:
         """End the thread and wait for it; idempotent."""
     def close(self) -> None:
         """Stop the thread and give its file descriptors back; idempotent."""
+    @property
+    def notified(self) -> dict[int, int]:
+        """How often the driver's notification woke this thread, by the queue's number."""
     def wake(self) -> None:
         """Make the thread call ``event(TOKEN_TIMER)`` soon; any thread."""

@@ -174,6 +174,11 @@ cdef class QueueWorker:
         self.stop()
         self._close_fds()
 
+    @property
+    def notified(self):
+        """How often the driver's notification woke this thread, by the queue's number."""
+        return {index: self._notified[place] for place, index in enumerate(self.indices)}
+
     def wake(self):
         """Make the thread call ``event(TOKEN_TIMER)`` soon; any thread."""
         self.wake_after(1)
@@ -236,6 +241,7 @@ cdef class QueueWorker:
                         return 0
                     continue            # of an earlier stop
                 if token >= TOKEN_QUEUE:
+                    self._notified[token - TOKEN_QUEUE] += 1
                     status = self._kicked(token - TOKEN_QUEUE)
                 else:
                     if token == TOKEN_TIMER and read(self._timer, &expired, 8) < 0:

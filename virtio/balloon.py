@@ -69,7 +69,8 @@ class Balloon(VirtioDevice):
         super().__init__()
         self.name = name
         self.counters |= {
-            "inflated": 0, "deflated": 0, "reported": 0, "bytes_discarded": 0, "bad_pages": 0, "io_errors": 0
+            "inflated": 0, "deflated": 0, "reported": 0, "bytes_discarded": 0, "bad_pages": 0, "io_errors": 0,
+            "stats_updates": 0, "bad_stats": 0,
         }  # fmt: skip
         # With PAGE_POISON a guest that fills its free pages tells with what, and may report them all the same.
         for wanted, bits in (
@@ -293,7 +294,9 @@ class Balloon(VirtioDevice):
         size = chain.readable_bytes
         if chain.writable_bytes or size % spec.BALLOON_STAT.size or size > _STATS_MAX * spec.BALLOON_STAT.size:
             self.counters["bad_requests"] += 1
+            self.counters["bad_stats"] += 1
             return
+        self.counters["stats_updates"] += 1
         given = spec.BALLOON_STAT.iter_unpack(b"".join(chain.readable))
         # A new dictionary: another thread may read the one before.
         self._latest = self._latest | {STATISTICS[tag]: value for tag, value in given if tag < len(STATISTICS)}

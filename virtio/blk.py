@@ -223,6 +223,7 @@ class Block(VirtioDevice):
         limiter: RateLimiter | None = None,
     ) -> None:
         super().__init__()
+        self.counters["updates"] = 0
         self.name = name
         self.disk = disk
         self.serial = (serial or "pyvmm").encode()[: spec.BLK_ID_BYTES]
@@ -304,7 +305,7 @@ class Block(VirtioDevice):
             raise ConfigError("disk size", size, "must be a positive multiple of 512 bytes")
         self._backend.change(size)
         self.disk.size = size
-        self.publish_config(self._config_space())
+        self._tell_size()
 
     def replace(self, path: str) -> None:
         """Go on with the file `path`, which may be the same, grown or shrunk; the driver is told its size.
@@ -321,6 +322,10 @@ class Block(VirtioDevice):
                 raise ConfigError("disk", path, allowed)
             self._backend.change(other.size, other.fd, other.block_device)
             disk.path, disk.size, disk.block_device = path, other.size, other.block_device
+        self._tell_size()
+
+    def _tell_size(self) -> None:
+        self.counters["updates"] += 1
         self.publish_config(self._config_space())
 
     def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import threading
 
 from virtio import spec
+from vmm import logger
 from vmm.errors import GuestError
 
 TYPE_CHECKING = False
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     class AnyWorker(Protocol):
         """A thread that serves some queues of a device; ``Worker`` and ``virtio._worker.QueueWorker`` are."""
 
+        @property
+        def notified(self) -> dict[int, int]: ...
         def start(self, context: ActivateContext) -> None: ...
         def stop(self) -> None: ...
         def close(self) -> None: ...
@@ -32,18 +34,13 @@ if TYPE_CHECKING:
         def __call__(self, config: bytes, *, tell: bool = True) -> None: ...
 
 
-def warn_stderr(message: str) -> None:
-    """Write one line for the person who runs the VM."""
-    print(f"pyvmm: {message}", file=sys.stderr)
-
-
 class Warner:
     """Passes on the 1st, 2nd, 4th, 8th, ... message of each kind, so that no guest can flood the log.
 
     :param sink: takes one line without a newline
     """
 
-    def __init__(self, sink: Callable[[str], None] = warn_stderr) -> None:
+    def __init__(self, sink: Callable[[str], None] = logger.warn) -> None:
         self._sink = sink
         self._seen: dict[str, int] = {}
 
@@ -176,6 +173,7 @@ class Worker:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._queue_of = dict(zip(notify_fds, indices, strict=True))
+        self.notified = dict.fromkeys(indices, 0)  # how often the driver's notification woke the thread, by queue
         for fd in (*notify_fds, self._stop):
             self._epoll.register(fd, select.EPOLLIN)
         self._context: ActivateContext
@@ -206,6 +204,7 @@ class Worker:
                         return
                     os.eventfd_read(fd)
                     index = self._queue_of[fd]
+                    self.notified[index] += 1
                     if context.queues[index].ready:  # KVM's ioeventfd fires for any queue
                         device.process(index)
         except Exception as failure:  # the thread's boundary: this device stops, the VM lives

@@ -8,7 +8,8 @@ import threading
 
 from virtio import spec
 from virtio._mmio import MmioRegisters
-from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, describe, warn_stderr
+from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, describe
+from vmm import logger
 from vmm._fastpath import VirtQueue
 from vmm.errors import BadChain
 
@@ -68,7 +69,7 @@ class VirtioMmio(MmioRegisters):
     """
 
     def __init__(
-        self, device: VirtioDevice, memory: GuestRam, irq: IrqLine, warn: Callable[[str], None] = warn_stderr
+        self, device: VirtioDevice, memory: GuestRam, irq: IrqLine, warn: Callable[[str], None] = logger.warn
     ) -> None:
         super().__init__(irq)
         self.device = device
@@ -102,6 +103,12 @@ class VirtioMmio(MmioRegisters):
             self.interrupt.set_notify(queue.index, -1)
         self.interrupt.acknowledge(_LOW)
         self._needs_reset = False
+
+    @property
+    def notifications(self) -> tuple[int, ...]:
+        """How often the driver's notifications woke the device, by queue."""
+        counts = {index: count for worker in self._workers for index, count in worker.notified.items()}
+        return tuple(counts.get(index, 0) for index in range(len(self.queues)))
 
     # Towards the driver
 

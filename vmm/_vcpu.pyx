@@ -131,6 +131,7 @@ cdef class VcpuLoop:
     cdef bint _attached
     cdef int _errno                 # of the KVM_RUN that failed
     cdef readonly uint64_t exits    # times KVM_RUN came back with an exit
+    cdef uint64_t[4] _accesses      # of these, reads and writes of ports, reads and writes of MMIO
     cdef readonly uint64_t python_exits  # of these, the ones that took the GIL
 
     def __cinit__(self, int fd, size_t mmap_size, Bus pio not None, Bus mmio not None):
@@ -200,9 +201,11 @@ cdef class VcpuLoop:
             self.exits += 1
             if run.exit_reason == KVM_EXIT_IO:
                 self._done = 0
+                self._accesses[io_out(run)] += 1
                 if self._port_access() != ACCESS_DONE:
                     return NEEDS_PYTHON
             elif run.exit_reason == KVM_EXIT_MMIO:
+                self._accesses[2 + mmio_out(run)] += 1
                 if self._access(self._mmio.table, self._mmio, mmio_addr(run), mmio_data(run), mmio_len(run),
                                 mmio_out(run)) != ACCESS_DONE:
                     return NEEDS_PYTHON
@@ -259,6 +262,11 @@ cdef class VcpuLoop:
                 device.read(address - r.start, view)
         finally:
             view.release()  # kvm_run is KVM's again: a device that kept the view must not see it
+
+    @property
+    def accesses(self):
+        """Exits by what the guest did; the rest of ``exits`` is neither."""
+        return dict(zip(("io_in", "io_out", "mmio_read", "mmio_write"), self._accesses))
 
     @property
     def suberror(self):

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, 24))
 SERIAL_PORT = 0x3F8
 SERIAL_GSI = 4
+KEYBOARD_GSI = 1
 
 
 class Machine:
@@ -285,10 +286,10 @@ class Machine:
         )
         if self._hvc is not None:
             self._owned(Console(self.serial, mode="none")).start()  # its output goes nowhere, and holds nobody up
-        i8042 = I8042()
+        self.i8042 = I8042(self._irq(KEYBOARD_GSI).trigger)
         self.pio.add(SERIAL_PORT, 8, self.serial, "serial")
-        self.pio.add(0x60, 1, i8042.data, "i8042")
-        self.pio.add(0x64, 1, i8042.command, "i8042")
+        self.pio.add(0x60, 1, self.i8042.data, "i8042")
+        self.pio.add(0x64, 1, self.i8042.command, "i8042")
         self.pio.add(0x70, 2, Rtc(self.config.memory), "rtc")
         AcpiPower().attach(self.pio)
         self.pio.add(0x505, 1, PvPanic(), "pvpanic")
@@ -450,6 +451,15 @@ class Machine:
         with self._change:
             self._paused = False
             self._change.notify_all()
+
+    def send_ctrl_alt_del(self) -> None:
+        """Press Ctrl-Alt-Del: a guest with a driver for the keyboard reboots, or what else it is set to do.
+
+        :raises VmmError: it is not running, or the guest has not read the keys that were pressed before
+        """
+        if not self._started or self._stop is not None:
+            raise VmmError("only a running machine has a keyboard")
+        self.i8042.press_ctrl_alt_del()
 
     @property
     def state(self) -> str:

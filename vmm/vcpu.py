@@ -30,6 +30,7 @@ class Vcpu:
 
     def __init__(self, vm: Vm, index: int, pio: Bus, mmio: Bus) -> None:
         self.index = index
+        self._exits: dict[str, int] = {}
         self.fd = vm.create_vcpu(index)
         try:
             self._loop: VcpuLoop | None = VcpuLoop(self.fd, vm.vcpu_mmap_size, pio, mmio)
@@ -43,6 +44,13 @@ class Vcpu:
         if self._loop is None:
             raise ValueError(f"vCPU {self.index} is closed")
         return self._loop
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """Exits so far by kind: ``io_in``, ``io_out``, ``mmio_read``, ``mmio_write``."""
+        if self._loop is not None:
+            self._exits = self._loop.accesses
+        return self._exits
 
     @property
     def regs(self) -> abi.kvm_regs:
@@ -134,6 +142,7 @@ class Vcpu:
     def close(self) -> None:
         """Idempotent; not while the vCPU runs."""
         if self.fd >= 0:
+            self._exits = self.exits
             self._loop = None
             os.close(self.fd)
             self.fd = -1

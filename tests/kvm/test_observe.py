@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a VM on /dev/kvm says of itself: metrics of its exits and devices, written at its start and at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kvm.guests import run
+from tests.kvm.ring3 import Ring3
+from vmm import Machine
+from vmm.config import DriveConfig
+from vmm.metrics import Metrics
+
+Guest = Callable[..., Machine]
+DISK = 1 << 20
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Metrics:
+    (tmp_path / "metrics").touch()
+    made = Metrics("kvm")
+    made.configure(str(tmp_path / "metrics"))
+    return made
+
+
+def lines(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "metrics").read_text().splitlines()]
+
+
+def test_accesses_of_a_guest_are_counted_by_kind(guest: Guest, metrics: Metrics, tmp_path: Path) -> None:
+    vm = guest(
+        "mov edi, 0xd0000000; mov al, 123; mov [edi], al; mov al, [edi + 8]; mov dx, 0x64; in al, dx;"
+        "mov al, 'x'; mov dx, 0x3f8; out dx, al; out dx, al; mov al, 0xfe; out 0x64, al",
+        exit_port=None,
+    )
+    metrics.attach(vm)
+    run(vm)
+    first, last = lines(tmp_path)
+    assert not any(first["vcpu"][kind] for kind in ("exit_io_in", "exit_io_out", "exit_mmio_read", "exit_mmio_write"))
+    assert [last["vcpu"][kind] for kind in ("exit_io_in", "exit_io_out", "exit_mmio_read", "exit_mmio_write")] == [
+        1, 3, 1, 1
+    ]  # fmt: skip
+    assert [last["i8042"][name] for name in ("read_count", "write_count", "reset_count")] == [1, 1, 1]
+    assert last["uart"]["write_count"] == 2
+    assert last["vcpu"]["failures"] == 0
+
+
+def test_triple_fault_is_a_failure(guest: Guest, metrics: Metrics, tmp_path: Path) -> None:
+    vm = guest("lidt [1f]; int3; 1: .word 0; .long 0")
+    metrics.attach(vm)
+    run(vm)
+    assert lines(tmp_path)[-1]["vcpu"]["failures"] == 1
+
+
+def test_requests_of_a_disk_are_counted(metrics: Metrics, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(DISK))
+    drives = (DriveConfig(str(tmp_path / "disk"), drive_id="ring3"),)
+    with Ring3("blk", "test=0", drives=drives) as guest:
+        metrics.attach(guest.vm)
+        guest.start().end()
+    block = lines(tmp_path)[-1]["block_ring3"]
+    assert (block["read_count"], block["read_bytes"]) == (DISK // 4096, DISK)
+    assert (block["write_count"], block["write_bytes"]) == (DISK // 4096, DISK)
+    assert block["flush_count"] == 1
+    assert 0 < block["queue_event_count"] <= 2 * DISK // 4096 + 2
+    assert lines(tmp_path)[-1]["block"] == block

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the VMM has to say, a line each, in Firecracker's form, to a file or FIFO that can hold up nobody.
+
+    2026-11-23T14:24:07.133634532 [anonymous-instance:fc_api:ERROR:vmm/api/server.py:140] text
+
+The level and the place in the source are there if asked for. Until ``configure`` is called, errors and warnings go to
+stderr as ``pyvmm: text``, for the person at the terminal, and the rest nowhere. A leaf of the house: any room may use
+it. Not the library's ``logging``, whose import takes longer than the rest of a launch.
+
+Source: Firecracker 1.12.1 as it runs; its API's Logger object.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+OFF, ERROR, WARN, INFO, DEBUG, TRACE = range(6)
+LABELS = ("OFF", "ERROR", "WARN", "INFO", "DEBUG", "TRACE")
+_LEVELS = {"off": OFF, "error": ERROR, "warn": WARN, "warning": WARN, "info": INFO, "debug": DEBUG, "trace": TRACE}
+PIPE_BUF = 4096  # what a pipe that poll(2) calls writable takes without blocking (pipe(7))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+class LineFile:
+    """Lines for a reader that may be slow or absent: each comes whole, in order, or is lost; nothing waits.
+
+    :param fd: where to; of somebody else, and perhaps blocking
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._owned = False
+        self._rest = b""  # of a line whose beginning is out: it goes before the next
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, field: str, path: str) -> LineFile:
+        """Open `path`, a file to append to or a FIFO, which is there already.
+
+        :param field: the option it came from, for the message
+        :raises ConfigError: it cannot be written
+        """
+        # Reading, too: a FIFO without a reader would refuse to be opened, and then end us with EPIPE.
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            opened = cls(os.open(path, flags))
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(field, path, f"must be a file or a FIFO that is there and writable: {why}") from None
+        opened._owned = True
+        return opened
+
+    def put(self, line: bytes) -> int:
+        """Write `line`, which ends with its newline; any thread.
+
+        :returns: 0, or the errno for which it is lost
+        """
+        with self._lock:
+            self._rest, failed = self._push(self._rest)
+            if failed:
+                return failed
+            rest, failed = self._push(line)
+            if len(rest) == len(line):
+                return failed
+            self._rest = rest
+            return 0
+
+    def _push(self, data: bytes) -> tuple[bytes, int]:
+        # What is left, and why.
+        while data:
+            try:
+                if not self._owned and not _writable(self._fd):
+                    raise BlockingIOError(11, "full")
+                data = data[os.write(self._fd, data if self._owned else data[:PIPE_BUF]) :]
+            except OSError as error:
+                return data, error.errno or 5
+        return data, 0
+
+    def close(self) -> None:
+        """Give the descriptor back if it is ours; idempotent."""
+        with self._lock:
+            if self._owned and self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
+def _writable(fd: int) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+class Throttle:
+    """Lets `burst` messages through in each `seconds`, for what a guest can bring about; counts the others."""
+
+    def __init__(self, burst: int = 10, seconds: float = 5.0) -> None:
+        self._burst = burst
+        self._seconds = seconds
+        self._since = float("-inf")
+        self._passed = 0
+        self._held_back = 0
+
+    def log(self, level: int, text: str) -> None:
+        """Log `text`, unless there were too many; the first after those tells how many. Any thread."""
+        now = time.monotonic()
+        if now - self._since >= self._seconds:
+            self._since, self._passed = now, 0
+        if self._passed >= self._burst:
+            self._held_back += 1
+            return
+        self._passed += 1
+        if self._held_back:
+            text, self._held_back = f"{text} ({self._held_back} such messages were held back)", 0
+        log(level, text)
+
+
+class _Settings:
+    """How lines look and where they go; replaced whole, so that no line is half of one and half of the other."""
+
+    __slots__ = ("level", "module", "show_level", "show_log_origin", "sink", "vmm_id")
+
+    def __init__(self) -> None:
+        self.sink: LineFile | None = None
+        self.level = WARN
+        self.show_level = False
+        self.show_log_origin = False
+        self.module = ""
+        self.vmm_id = "anonymous-instance"
+
+
+_settings = _Settings()
+_lock = threading.Lock()
+_missed = 0
+_second = (-1, "")
+
+
+def parse_level(level: str) -> int:
+    """The number of a level's name, in any letters' case.
+
+    :raises ConfigError: there is none of that name
+    """
+    number = _LEVELS.get(level.lower())
+    if number is None:
+        raise ConfigError("level", level, "must be Off, Error, Warn (or Warning), Info, Debug or Trace")
+    return number
+
+
+def configure(
+    *,
+    log_path: str | None = None,
+    level: str | None = None,
+    show_level: bool | None = None,
+    show_log_origin: bool | None = None,
+    module: str | None = None,
+    vmm_id: str | None = None,
+) -> None:
+    """Set what is given and leave the rest; from the first call on, lines have Firecracker's form, at level Info.
+
+    :param log_path: a file or FIFO that is there; before the first one, lines go to stdout
+    :param level: the least important that is logged
+    :param show_level: whether a line tells its level
+    :param show_log_origin: whether it tells the file and line of the source
+    :param module: log only what comes from modules whose names begin so, as ``vmm.api``; ``::`` serves for the dot
+    :param vmm_id: of the VM, in every line
+    :raises ConfigError: of `log_path` or `level`; nothing is changed then
+    """
+    global _settings
+    with _lock:
+        before, now = _settings, _Settings()
+        now.level = before.level if before.sink else INFO
+        if level is not None:
+            now.level = parse_level(level)
+        now.sink = before.sink or LineFile(1)
+        if log_path is not None:
+            now.sink = LineFile.open("log_path", log_path)
+        now.show_level = before.show_level if show_level is None else show_level
+        now.show_log_origin = before.show_log_origin if show_log_origin is None else show_log_origin
+        now.module = before.module if module is None else module.replace("::", ".")
+        now.vmm_id = before.vmm_id if vmm_id is None else vmm_id
+        _settings = now
+    if before.sink is not None and before.sink is not now.sink:
+        before.sink.close()
+
+
+def reset() -> None:
+    """Be as before the first ``configure``."""
+    global _settings, _missed
+    with _lock:
+        before, _settings, _missed = _settings, _Settings(), 0
+    if before.sink is not None:
+        before.sink.close()
+
+
+def enabled(level: int) -> bool:
+    """Whether a line of this level goes anywhere: for a text that is dear to make."""
+    return level <= _settings.level
+
+
+def missed() -> int:
+    """Lines lost so far because nobody took them."""
+    return _missed
+
+
+def log(level: int, text: str) -> None:
+    """Log one line; any thread, and it never waits for a reader. What cannot be written is counted.
+
+    :param level: ``ERROR`` to ``TRACE``
+    """
+    settings = _settings
+    if level > settings.level:
+        return
+    if settings.sink is None:
+        _tell(text)
+        return
+    origin = ""
+    if settings.show_log_origin or settings.module:
+        frame = _caller()
+        name = frame.f_globals.get("__name__", "") if frame is not None else ""
+        if not name.startswith(settings.module):
+            return
+        if settings.show_log_origin:
+            origin = ":-" if frame is None else f":{frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno}"
+    thread = threading.current_thread()
+    who = "main" if thread is threading.main_thread() else thread.name
+    label = f":{LABELS[level]}" if settings.show_level else ""
+    if not text.isprintable():  # a newline in a request would be a line of its own
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    line = f"{_timestamp()} [{settings.vmm_id}:{who}{label}{origin}] {text}\n"
+    if settings.sink.put(line.encode(errors="backslashreplace")):
+        global _missed
+        with _lock:
+            _missed += 1
+
+
+def error(text: str) -> None:
+    """Log at level Error."""
+    log(ERROR, text)
+
+
+def warn(text: str) -> None:
+    """Log at level Warn."""
+    log(WARN, text)
+
+
+def info(text: str) -> None:
+    """Log at level Info."""
+    log(INFO, text)
+
+
+def debug(text: str) -> None:
+    """Log at level Debug."""
+    log(DEBUG, text)
+
+
+def _tell(text: str) -> None:
+    try:
+        # On a raw terminal the cursor may stand in the middle of a line.
+        sys.stderr.write(f"\rpyvmm: {text}\r\n" if sys.stderr.isatty() else f"pyvmm: {text}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # stderr is closed, full or none: nobody listens
+
+
+def _timestamp() -> str:
+    global _second
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    known, text = _second
+    if known != seconds:
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+        _second = seconds, text
+    return f"{text}.{nanoseconds:09}"
+
+
+def _caller() -> FrameType | None:
+    # Who had something to say: not this file, nor what holds back repetitions (virtio.device.Warner). None: a thread
+    # of C code without Python code beneath.
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and (frame.f_code.co_filename == __file__ or frame.f_code.co_name == "__call__"):
+        frame = frame.f_back
+    return frame
