@@ -38,7 +38,7 @@ _HEADER = struct.Struct("<4sIBB6s8sI4sI")
 _FADT_LENGTH = 276
 _RESET_REG_SUP = 1 << 10
 _HW_REDUCED_ACPI = 1 << 20
-_VGA_NOT_PRESENT = 1 << 2  # IAPC_BOOT_ARCH; that its 8042 bit is clear spares Linux the probe
+_HAS_8042, _VGA_NOT_PRESENT = 1 << 1, 1 << 2  # IAPC_BOOT_ARCH; without the former, Linux spares itself the probe
 
 
 def write(
@@ -47,12 +47,14 @@ def write(
     cpus: int,
     virtio: Sequence[tuple[int, int, int]],
     serial: Sequence[tuple[int, int]],
+    keyboard: int | None = None,
 ) -> int:
     """Write all tables to guest memory, from 0xe0000; return the RSDP's address, which is ``layout.RSDP``.
 
     :param cpus: processors; processor i has local APIC id i
     :param virtio: address, bytes and interrupt (GSI) of each virtio-mmio window, below 4 GiB
     :param serial: first port and interrupt (GSI) of each 16550
+    :param keyboard: interrupt (GSI) of the 8042's; None: it is not spoken of
     :raises ConfigError: more processors than have an id, or more devices than the tables' room holds
     :raises GuestMemoryError: the guest has less than 1 MiB
     """
@@ -68,8 +70,8 @@ def write(
         blobs.append((at, table))
         return at
 
-    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, serial)))
-    fadt = place(_table(b"FACP", 6, _fadt(dsdt)))
+    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, serial, keyboard)))
+    fadt = place(_table(b"FACP", 6, _fadt(dsdt, _VGA_NOT_PRESENT | (_HAS_8042 if keyboard is not None else 0))))
     madt = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
     if end > layout.HIMEM:
@@ -105,11 +107,11 @@ def _io_register(port: int) -> bytes:
     return struct.pack("<BBBBQ", 1, 8, 0, 1, port)
 
 
-def _fadt(dsdt: int) -> bytes:
+def _fadt(dsdt: int, boot_arch: int) -> bytes:
     """Return the FADT's body; what hardware-reduced machines have no use for is 0. Section 5.2.9."""
     fadt = bytearray(_FADT_LENGTH)
     fadt[108] = RTC_CENTURY
-    struct.pack_into("<H", fadt, 109, _VGA_NOT_PRESENT)
+    struct.pack_into("<H", fadt, 109, boot_arch)
     struct.pack_into("<I", fadt, 112, _RESET_REG_SUP | _HW_REDUCED_ACPI)
     fadt[116:128] = _io_register(RESET_PORT)
     fadt[128] = RESET_VALUE
@@ -130,7 +132,9 @@ def _madt(cpus: int) -> bytes:
     return b"".join(madt)
 
 
-def _dsdt(cpus: int, virtio: Sequence[tuple[int, int, int]], serial: Sequence[tuple[int, int]]) -> bytes:
+def _dsdt(
+    cpus: int, virtio: Sequence[tuple[int, int, int]], serial: Sequence[tuple[int, int]], keyboard: int | None
+) -> bytes:
     devices = [
         aml.device(
             f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu))
@@ -147,6 +151,9 @@ def _dsdt(cpus: int, virtio: Sequence[tuple[int, int, int]], serial: Sequence[tu
         _device(f"COM{index + 1:X}", aml.eisa_id("PNP0501"), index + 1, aml.io(port, 8), aml.interrupt(gsi))
         for index, (port, gsi) in enumerate(serial)
     ]
+    if keyboard is not None:
+        ports = aml.io(0x60, 1), aml.io(0x64, 1)
+        devices.append(_device("KBD0", aml.eisa_id("PNP0303"), 0, *ports, aml.interrupt(keyboard)))
     devices.append(_device("RTC0", aml.eisa_id("PNP0B00"), 0, aml.io(RTC_PORT, 2)))
     devices.append(_device("PEVT", aml.string("QEMU0001"), 0, aml.io(PVPANIC_PORT, 1)))
     s5 = aml.name(

@@ -119,12 +119,18 @@ class Machine:
 
     def _build(self, devices: Sequence[VirtioDevice]) -> None:
         config = self.config
+        timer = None
+        if config.boot_timer:
+            from devices.boot_timer import BootTimer
+
+            timer = BootTimer()
         devices = [*self._virtio_devices(), *devices]
         if len(devices) > len(VIRTIO_GSIS):
             raise ConfigError("devices", len(devices), f"at most {len(VIRTIO_GSIS)} fit")
         self.memory = self._owned(GuestMemory(config.memory, huge=config.huge_pages == "2M"))
+        first = layout.VIRTIO_MMIO + config.boot_timer * layout.VIRTIO_MMIO_STRIDE
         windows = [
-            (layout.VIRTIO_MMIO + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])
+            (first + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])
             for i in range(len(devices))
         ]
         cmdline = Cmdline(config.full_cmdline)
@@ -135,7 +141,10 @@ class Machine:
             self.memory, config.kernel, initrd_path=config.initrd, cmdline=self.cmdline,
             protocol=config.protocol, unpack=config.unpack,
         )  # fmt: skip
-        acpi.write(self.memory, cpus=config.cpus, virtio=windows, serial=[(SERIAL_PORT, SERIAL_GSI)])
+        acpi.write(
+            self.memory, cpus=config.cpus, virtio=windows, serial=[(SERIAL_PORT, SERIAL_GSI)],
+            keyboard=KEYBOARD_GSI if config.keyboard else None,
+        )  # fmt: skip
         mptable.write(self.memory, cpus=config.cpus)
 
         self.kvm = self._owned(Kvm(config.kvm))
@@ -156,6 +165,8 @@ class Machine:
                 self.vm.map_window(base, size, transport.interrupt.page_address, read_only=True)
         self.vm.create_irqchip()
         self._add_platform()
+        if timer is not None:
+            self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, timer, "boot timer")
         for window, transport, line in zip(windows, self.virtio, lines, strict=True):
             self._add_virtio(transport, line, *window[:2])
         self._add_vcpus()

@@ -97,6 +97,7 @@ class Metrics:
         self._file: logger.LineFile | None = None
         self._machine: Machine | None = None
         self._own: dict[tuple[str, str], int] = {}
+        self._ids: dict[str, str] = {}  # what the API calls a device, by its name here
         self._sources: dict[str, Callable[[], Values]] = {}
         self._written: dict[tuple[str, str], int] = {}
         self._end = threading.Event()
@@ -159,6 +160,8 @@ class Metrics:
     def attach(self, machine: Machine) -> None:
         """From here on count what `machine` does: a line now, one every 60 seconds, and one at its end."""
         self._machine = machine
+        named = {**machine.blocks, **machine.nets, **machine.shares}
+        self._ids = {device.name: name for name, device in named.items()}
         for place in range(len(machine.virtio)):
             self._add_device(machine, place)
         self.add_source("i8042", lambda: machine.i8042.stats)
@@ -177,7 +180,7 @@ class Metrics:
         if kind is not None:
             group, per_device, translate = kind
             if per_device:
-                group = f"{group}_{_device_id(machine, device.name)}"
+                group = f"{group}_{self._ids.get(device.name, device.name)}"
             self.add_source(group, lambda: translate(device.stats, transport.notifications))
 
     def _every_period(self) -> None:
@@ -281,7 +284,7 @@ class Metrics:
             for device, counters in machine.stats.items():
                 about = "Counted by virtio devices."
                 for counter, count in counters.items():
-                    labels = {"device": device, "id": _device_id(machine, device)}
+                    labels = {"device": device, "id": self._ids.get(device, device)}
                     add(f"pyvmm_virtio_{counter}_total", "counter", about, count, **labels)
         lines = []
         for name, (kind, about, samples) in families.items():
@@ -385,18 +388,6 @@ def _vcpus(machine: Machine) -> Values:
 
 def _whole(group: str) -> str:
     return group if group in FIELDS else group.partition("_")[0]
-
-
-def _device_id(machine: Machine, name: str) -> str:
-    """What the API calls the device that its thread calls ``virtio-blk0``; that, where it has no name."""
-    for prefix, things, attribute in (
-        ("virtio-blk", machine.config.drives, "drive_id"),
-        ("virtio-net", machine.config.network_interfaces, "iface_id"),
-    ):
-        place = name.removeprefix(prefix)
-        if place != name and place.isdecimal() and int(place) < len(things):
-            return getattr(things[int(place)], attribute) or name
-    return name
 
 
 def _json(value: object) -> str:

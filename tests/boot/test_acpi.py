@@ -22,10 +22,11 @@ def windows(count: int) -> Windows:
     return [(0xD000_0000 + 0x1000 * index, 0x1000, 5 + index) for index in range(count)]
 
 
-def written(cpus: int = 1, virtio: int = 0) -> dict[str, bytes]:
+def written(cpus: int = 1, virtio: int = 0, keyboard: int | None = None) -> dict[str, bytes]:
     """Write tables; return each by its signature, found from the RSDP as a kernel does; checksums hold."""
     with GuestMemory(2 << 20) as memory:
-        assert acpi.write(memory, cpus=cpus, virtio=windows(virtio), serial=[(0x3F8, 4)]) == layout.RSDP
+        start = acpi.write(memory, cpus=cpus, virtio=windows(virtio), serial=[(0x3F8, 4)], keyboard=keyboard)
+        assert start == layout.RSDP
 
         def table(at: int) -> bytes:
             assert layout.ACPI <= at and at % 16 == 0
@@ -149,12 +150,19 @@ def test_eisa_id() -> None:
     assert aml.eisa_id("PNP0B00") == bytes.fromhex("0c41d00b00")
 
 
-@pytest.mark.parametrize(("cpus", "virtio"), [(1, 0), (2, 1), (64, 17), (255, 64)])
-def test_acpica_reads_and_recompiles_every_table(cpus: int, virtio: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keyboard", "flags"), [(None, 1 << 2), (1, 1 << 2 | 1 << 1)])
+def test_8042_is_spoken_of_where_there_is_a_use_for_it(keyboard: int | None, flags: int) -> None:
+    tables = written(keyboard=keyboard)
+    assert struct.unpack_from("<H", tables["FACP"], 109)[0] == flags
+    assert (aml.eisa_id("PNP0303") in tables["DSDT"]) is (keyboard is not None)
+
+
+@pytest.mark.parametrize(("cpus", "virtio", "keyboard"), [(1, 0, None), (2, 1, 1), (64, 17, None), (255, 64, 1)])
+def test_acpica_reads_and_recompiles_every_table(cpus: int, virtio: int, keyboard: int | None, tmp_path: Path) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
         pytest.skip("NOT CHECKED against ACPICA: iasl is not installed (package acpica-tools)")
-    tables = written(cpus, virtio)
+    tables = written(cpus, virtio, keyboard)
     for signature in ("XSDT", "FACP", "APIC", "DSDT"):
         source = tmp_path / f"{signature}.dsl"
         (tmp_path / f"{signature}.aml").write_bytes(tables[signature])
@@ -175,6 +183,6 @@ def test_acpica_reads_and_recompiles_every_table(cpus: int, virtio: int, tmp_pat
     interrupts = re.findall(
         r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive.*?0x([0-9A-F]{8})", text, re.S
     )
-    assert [int(gsi, 16) for gsi in interrupts] == [*range(5, 5 + virtio), 4]
+    assert [int(gsi, 16) for gsi in interrupts] == [*range(5, 5 + virtio), 4, *([keyboard] if keyboard else [])]
     addresses = re.findall(r"Memory32Fixed \(ReadWrite,\s*0x([0-9A-F]{8}),.*\n\s*0x00001000", text)
     assert [int(base, 16) for base in addresses] == [base for base, _, _ in windows(virtio)]

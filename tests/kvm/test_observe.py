@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kvm.guests import run
+from tests.kvm.guests import PATIENCE, run
 from tests.kvm.ring3 import Ring3
-from vmm import Machine
+from vmm import Machine, logger
 from vmm.config import DriveConfig
 from vmm.metrics import Metrics
 
@@ -69,3 +71,51 @@ def test_requests_of_a_disk_are_counted(metrics: Metrics, tmp_path: Path) -> Non
     assert block["flush_count"] == 1
     assert 0 < block["queue_event_count"] <= 2 * DISK // 4096 + 2
     assert lines(tmp_path)[-1]["block"] == block
+
+
+def test_guest_says_when_it_is_up(guest: Guest, tmp_path: Path) -> None:
+    """As the same guest did to Firecracker 1.12.1, where 0xd0000000 is the timer's and 0xc0000000 is nobody's."""
+    (tmp_path / "log").touch()
+    (tmp_path / "disk").write_bytes(bytes(DISK))
+    logger.configure(log_path=str(tmp_path / "log"), vmm_id="vm1")
+    try:
+        vm = guest(
+            "mov al, 123; mov edi, 0xc0000000; mov [edi], al; mov edi, 0xd0000000; mov [edi], al; mov eax, [edi];"
+            "mov ebx, [edi + 0x1000]; cmp ebx, 0x74726976; setne al; out 0xf4, al",
+            boot_timer=True,
+            drives=[DriveConfig(str(tmp_path / "disk"))],
+        )
+        assert run(vm).status == 0, "the timer reads as 0, and the disk's magic value is one window further up"
+    finally:
+        logger.reset()
+    text = (tmp_path / "log").read_text()
+    line = r".* \[vm1:fc_vcpu 0\] Guest-boot-time = +(\d+) us (\d+) ms, +(\d+) CPU us (\d+) CPU ms\n"
+    match = re.fullmatch(line, text)
+    assert match, text
+    wall, wall_ms, cpu, cpu_ms = map(int, match.groups())
+    assert 0 < wall < 30_000_000 and wall // 1000 == wall_ms and cpu // 1000 == cpu_ms and cpu > 0
+
+
+@pytest.mark.parametrize("translate", [0x40, 0])
+def test_guest_hears_ctrl_alt_del(guest: Guest, translate: int) -> None:
+    """It turns the keyboard on, waits, polling, for Del to go down, and exits with the codes that it saw."""
+    delete = 0x53 if translate else 0x71
+    vm = guest(
+        f"mov al, 0x60; out 0x64, al; mov al, {0x04 | translate}; out 0x60, al; mov dx, 0x3f8; mov al, '!'; out dx, al;"
+        "1: in al, 0x64; test al, 1; jz 1b; in al, 0x60; out dx, al; "
+        f"cmp al, {delete}; jne 1b; xor al, al; out 0xf4, al"
+    )
+    seen = bytearray()
+    ready = threading.Event()
+
+    def on_console(data: bytes) -> None:
+        seen.extend(data)
+        ready.set()
+
+    vm.on_console(on_console)
+    vm.start()
+    assert ready.wait(PATIENCE)
+    vm.send_ctrl_alt_del()
+    stop = vm.wait(PATIENCE)
+    assert stop is not None and stop.status == 0
+    assert seen == b"!" + bytes.fromhex("1d38e053" if translate else "1411e071")

@@ -50,9 +50,10 @@ class FakeMachine:
 
     def __init__(self, *devices: FakeDevice, events: tuple[int, ...] = (0, 0, 0)) -> None:
         self.virtio = [FakeTransport(device, events) for device in devices]
-        self.config = Named(
-            drives=[Named(drive_id="disk0"), Named(drive_id="_2")], network_interfaces=[Named(iface_id="eth0")]
-        )
+        blocks, nets = ([each for each in devices if each.device_type == kind] for kind in (2, 1))
+        self.blocks = dict(zip(("disk0", "_2"), blocks, strict=False))
+        self.nets = dict(zip(("eth0",), nets, strict=False))
+        self.shares: dict[str, FakeDevice] = {}
         self.i8042 = Named(stats={"read_count": 0, "reset_count": 0})
         self.serial = Named(stats={"read_count": 0, "write_count": 0})
         self.console = Named(lost=0)
@@ -302,7 +303,7 @@ def test_lost_log_lines_are_counted(reader: Reader) -> None:
 
 def test_odd_names_are_still_json(reader: Reader) -> None:
     machine = FakeMachine(*devices())
-    machine.config.drives[0].drive_id = 'a"\\b\n\x01'  # type: ignore[attr-defined]
+    machine.blocks['a"\\b\n\x01'] = machine.blocks.pop("disk0")
     reader.metrics.attach(machine)  # type: ignore[arg-type]
     assert any(group.startswith('block_a"') for group in reader.lines[0])
 
