@@ -25,6 +25,7 @@ MIN_MEMORY = 1 << 20
 MIN_CID = 3
 MAX_CID = 0xFFFF_FFFF
 MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
+DEFAULT_MMDS_ADDRESS = "169.254.169.254"
 DEFAULT_MEMORY = 512 << 20
 DEFAULT_EXIT_PORT = 0xF4
 # What a stock kernel needs to talk to us and to end: a console, a reset that we see, and no waiting after a panic.
@@ -481,6 +482,43 @@ class EntropyConfig:
         self.rate_limiter = rate_limiter
 
 
+class MmdsConfig:
+    """How the guest reaches the metadata service.
+
+    :param network_interfaces: ``iface_id`` of those by which it does
+    :param version: ``V1``: whoever asks is told; ``V2``: whoever has asked for a token before
+    :param ipv4_address: of the service, 169.254.1.0 to 169.254.254.255
+    :param imds_compat: the guest gets text, whatever it says it accepts
+    :raises ConfigError: no interface, or a value out of its range
+    """
+
+    __slots__ = ("imds_compat", "ipv4_address", "network_interfaces", "version")
+
+    def __init__(
+        self,
+        network_interfaces: Sequence[str],
+        *,
+        version: str = "V1",
+        ipv4_address: str = DEFAULT_MMDS_ADDRESS,
+        imds_compat: bool = False,
+    ) -> None:
+        if not network_interfaces:
+            problem = "The list of network interface IDs that allow forwarding MMDS requests is empty."
+            raise ConfigError("network_interfaces", "", problem)
+        if version not in ("V1", "V2"):
+            raise ConfigError("mmds version", version, "must be V1 or V2")
+        parts = ipv4_address.split(".")
+        plain = all(part.isascii() and part.isdigit() and len(part) < 4 and str(int(part)) == part for part in parts)
+        numbers = [int(part) for part in parts] if plain and len(parts) == 4 else [0] * 4
+        # Source: RFC 3927 §2.1: the first and the last 256 are reserved.
+        if numbers[:2] != [169, 254] or not 1 <= numbers[2] <= 254 or numbers[3] > 255:
+            raise ConfigError("ipv4_address", ipv4_address, "The MMDS IPv4 address is not link local.")
+        self.network_interfaces = tuple(network_interfaces)
+        self.version = version
+        self.ipv4_address = ipv4_address
+        self.imds_compat = imds_compat
+
+
 class VmConfig:
     """A whole VM.
 
@@ -500,6 +538,7 @@ class VmConfig:
     :param shares: shared directories
     :param entropy: whether the guest gets the host's random numbers; True is the same as ``EntropyConfig()``
     :param balloon: the memory balloon, or None
+    :param mmds: how the guest reaches the metadata service; None: not at all
     :param poll_us: microseconds that an idle device looks for work before it sleeps: less latency, more CPU
     :param console: where the console's output goes: ``"stdio"``, ``"file:PATH"`` or ``"none"``
     :param keyboard: ACPI tells the guest of its keyboard, for ``Machine.send_ctrl_alt_del``; a driver for it costs time
@@ -514,8 +553,8 @@ class VmConfig:
 
     __slots__ = (
         "append", "balloon", "boot_timer", "cmdline", "console", "cpu_template", "cpus", "drives", "entropy",
-        "exit_port", "huge_pages", "initrd", "kernel", "keyboard", "kvm", "memory", "network_interfaces", "poll_us",
-        "protocol", "shares", "smt", "track_dirty_pages", "unpack", "virtio_console", "vsock",
+        "exit_port", "huge_pages", "initrd", "kernel", "keyboard", "kvm", "memory", "mmds", "network_interfaces",
+        "poll_us", "protocol", "shares", "smt", "track_dirty_pages", "unpack", "virtio_console", "vsock",
     )  # fmt: skip
 
     def __init__(
@@ -537,6 +576,7 @@ class VmConfig:
         shares: Sequence[FsConfig] = (),
         entropy: EntropyConfig | bool | None = None,
         balloon: BalloonConfig | None = None,
+        mmds: MmdsConfig | None = None,
         poll_us: int = 0,
         console: str = "none",
         keyboard: bool = False,
@@ -563,6 +603,7 @@ class VmConfig:
         self.shares = tuple(shares)
         self.entropy = (EntropyConfig() if entropy else None) if isinstance(entropy, bool) else entropy
         self.balloon = balloon
+        self.mmds = mmds
         self.poll_us = poll_us
         self.console = console
         self.keyboard = keyboard
@@ -600,6 +641,13 @@ class VmConfig:
         roots = [drive.is_root_device for drive in self.drives] + [share.is_root_device for share in self.shares]
         if sum(roots) > 1:
             raise ConfigError("drives", "", "only one can be the root device")
+        interfaces = [net.iface_id or f"eth{place}" for place, net in enumerate(self.network_interfaces)]
+        if self.mmds and (unknown := [name for name in self.mmds.network_interfaces if name not in interfaces]):
+            problem = (
+                "The list of network interface IDs provided contains at least one ID that does not correspond to any "
+                "existing network interface."
+            )
+            raise ConfigError("network_interfaces", unknown[0], problem)
         tags = [share.tag for share in self.shares]
         if twice := [tag for tag in tags if tags.count(tag) > 1]:
             raise ConfigError("share tag", twice[0], "must be another for each share")
