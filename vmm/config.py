@@ -540,7 +540,9 @@ class VmConfig:
     :param balloon: the memory balloon, or None
     :param mmds: how the guest reaches the metadata service; None: not at all
     :param poll_us: microseconds that an idle device looks for work before it sleeps: less latency, more CPU
-    :param console: where the console's output goes: ``"stdio"``, ``"file:PATH"`` or ``"none"``
+    :param console: where the console's output goes: ``"stdio"``, ``"raw"`` (the same, without keys of our own, and
+        output that nobody takes is lost), ``"file:PATH"`` or ``"none"``
+    :param console_rate_limiter: of the bytes of its output: what is too much is lost; None: no limit
     :param keyboard: ACPI tells the guest of its keyboard, for ``Machine.send_ctrl_alt_del``; a driver for it costs time
     :param boot_timer: a byte 123 at 0xd0000000 logs how long the guest took; devices are one window further up
     :param virtio_console: the console is /dev/hvc0, much faster than the serial port, whose output then goes nowhere
@@ -552,9 +554,10 @@ class VmConfig:
     """
 
     __slots__ = (
-        "append", "balloon", "boot_timer", "cmdline", "console", "cpu_template", "cpus", "drives", "entropy",
-        "exit_port", "huge_pages", "initrd", "kernel", "keyboard", "kvm", "memory", "mmds", "network_interfaces",
-        "poll_us", "protocol", "shares", "smt", "track_dirty_pages", "unpack", "virtio_console", "vsock",
+        "append", "balloon", "boot_timer", "cmdline", "console", "console_rate_limiter", "cpu_template", "cpus",
+        "drives", "entropy", "exit_port", "huge_pages", "initrd", "kernel", "keyboard", "kvm", "memory", "mmds",
+        "network_interfaces", "poll_us", "protocol", "shares", "smt", "track_dirty_pages", "unpack", "virtio_console",
+        "vsock",
     )  # fmt: skip
 
     def __init__(
@@ -579,6 +582,7 @@ class VmConfig:
         mmds: MmdsConfig | None = None,
         poll_us: int = 0,
         console: str = "none",
+        console_rate_limiter: RateLimiterConfig | None = None,
         keyboard: bool = False,
         boot_timer: bool = False,
         virtio_console: bool = False,
@@ -606,6 +610,7 @@ class VmConfig:
         self.mmds = mmds
         self.poll_us = poll_us
         self.console = console
+        self.console_rate_limiter = console_rate_limiter
         self.keyboard = keyboard
         self.boot_timer = boot_timer
         self.virtio_console = virtio_console
@@ -627,8 +632,8 @@ class VmConfig:
             raise ConfigError("poll", self.poll_us, f"must be 0 to {MAX_POLL_US} microseconds")
         # KVM's slots are whole pages.
         self.memory &= -4096
-        if self.console not in ("stdio", "none") and not self.console.removeprefix("file:") != self.console:
-            raise ConfigError("console", self.console, "must be stdio, none or file:PATH")
+        if self.console not in ("stdio", "raw", "none") and not self.console.removeprefix("file:") != self.console:
+            raise ConfigError("console", self.console, "must be stdio, raw, none or file:PATH")
         if self.console == "file:":
             raise ConfigError("console", self.console, "the path is empty")
         for field, allowed in (

@@ -3,7 +3,8 @@
 
 One thread takes the guest's output, one hands over the input; a terminal that nobody reads, or a guest that
 reads nothing, holds up its own thread and no more. On a terminal a third one waits for the guest to read, so
-that our own keys work all the same.
+that our own keys work all the same. Where no person looks on, in the mode ``raw`` and with a FIFO, output that nobody
+takes is lost instead: it would hold up the guest.
 
 A 16550A has no way to tell the guest how large the window is: SIGWINCH does nothing here. In the guest,
 ``resize`` or ``stty rows R cols C`` does.
@@ -12,10 +13,12 @@ A 16550A has no way to tell the guest how large the window is: SIGWINCH does not
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import threading
 import time
 
+from vmm import logger
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -38,6 +41,9 @@ INTERRUPT = 0x03  # Ctrl-C
 INTERRUPT_SECONDS = 1.0
 # How long an end of the VM waits for whoever reads our output.
 DRAIN_SECONDS = 5.0
+# How long a reader who kept up so far may take a rest before output is lost.
+PATIENCE_MS = 100
+LIMITED_PIECE = 256  # bytes of output that pass a rate limit together
 PANIC = b"Kernel panic - not syncing"
 HELP = "press Ctrl-A x to quit, Ctrl-C twice to end the VM, Ctrl-A Ctrl-A for Ctrl-A itself"
 
@@ -46,7 +52,9 @@ class Console:
     """Joins a serial port to the host.
 
     :param serial: the port; ``close`` closes it
-    :param mode: ``"stdio"``, ``"file:PATH"`` (created or emptied) or ``"none"``
+    :param mode: ``"stdio"``; ``"raw"``, the same without keys of our own; ``"file:PATH"`` (a FIFO, or a file, created
+        or emptied); or ``"none"``
+    :param limit: called with a number of bytes, it says whether they have to wait: those are lost; None: no limit
     :param on_output: also called with the output as it comes, on the console's thread; one that raises is
         reported and not called again
     :param on_quit: called when the person at the terminal asks for the end, on a thread of the console's;
@@ -54,7 +62,7 @@ class Console:
     :raises ConfigError: the file cannot be written
 
     ``panic_seen`` tells whether Linux's last words of a panic went by; ``lost``, how many bytes of output
-    could not be written.
+    could not be written, or were too many.
     """
 
     def __init__(
@@ -64,10 +72,15 @@ class Console:
         mode: str = "stdio",
         on_output: Callable[[bytes], None] | None = None,
         on_quit: Callable[[], None] = lambda: None,
+        limit: Callable[[int], int] | None = None,
     ) -> None:
         self._serial = serial
         self._on_output = on_output
         self._on_quit = on_quit
+        self._limit = limit
+        self._own_keys = mode == "stdio"
+        self._lossy = mode == "raw"
+        self._patience_ms = PATIENCE_MS
         self._out: int | None = None
         self._in: int | None = None
         self._owned: int | None = None
@@ -83,14 +96,20 @@ class Console:
         self._pressed_at = 0.0
         self.panic_seen = False
         self.lost = 0
-        if mode == "stdio":
+        if mode in ("stdio", "raw"):
             self._out, self._in = 1, 0
+            if mode == "raw" and _of_another_job(0):
+                self._in = None  # to touch it would stop us (SIGTTIN, SIGTTOU)
         elif mode.startswith("file:"):
             path = mode.removeprefix("file:")
             try:
-                self._owned = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except OSError as error:
-                raise ConfigError("--console", mode, f"cannot be written: {error.strerror}") from None
+                self._lossy = os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
+                # A FIFO for reading, too, or its opening would wait for a reader, and its last reader take us along.
+                flags = os.O_RDWR | os.O_NONBLOCK if self._lossy else os.O_WRONLY | os.O_CREAT
+                self._owned = os.open(path, flags | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+            except (OSError, ValueError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise ConfigError("--console", mode, f"cannot be written: {why}") from None
             self._out = self._owned
 
     def start(self) -> None:
@@ -101,12 +120,13 @@ class Console:
             except OSError:
                 pass  # a FIFO or a device, which has nothing to empty
         if self._in is not None and os.isatty(self._in):
-            from queue import SimpleQueue
-
             self.enter_raw_mode()
-            _tell(HELP)
-            self._typed = SimpleQueue()
-            self._readers.append(_spawn(self._pump_typed, "console keys"))
+            if self._own_keys:
+                from queue import SimpleQueue
+
+                _tell(HELP)
+                self._typed = SimpleQueue()
+                self._readers.append(_spawn(self._pump_typed, "console keys"))
         self._writer = _spawn(self._pump_output, "console out")
         if self._in is not None:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -119,7 +139,7 @@ class Console:
             window = self._tail + data
             self.panic_seen = self.panic_seen or PANIC in window
             self._tail = window[-len(PANIC) :]
-            self._write(data)
+            self._write(data if self._limit is None else self._limited(data))
             if self._on_output is not None:
                 try:
                     self._on_output(data)
@@ -128,12 +148,32 @@ class Console:
                     self._on_output = None
                     sys.excepthook(*sys.exc_info())
 
+    def _limited(self, data: bytes) -> bytes:
+        assert self._limit is not None
+        kept = []
+        for at in range(0, len(data), LIMITED_PIECE):
+            piece = data[at : at + LIMITED_PIECE]
+            if self._limit(len(piece)):
+                self.lost += len(piece)
+            else:
+                kept.append(piece)
+        return b"".join(kept)
+
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while view and self._out is not None:
             try:
-                view = view[os.write(self._out, view) :]
+                if not self._lossy:
+                    view = view[os.write(self._out, view) :]
+                elif self._taken():
+                    view = view[os.write(self._out, view[: logger.PIPE_BUF]) :]
+                else:
+                    self.lost += len(view)
+                    return
             except BlockingIOError:
+                if self._lossy:
+                    self.lost += len(view)
+                    return
                 # Somebody made our stdout non-blocking, as a shell's other jobs may.
                 import select
 
@@ -144,6 +184,17 @@ class Console:
                 self._write_error = error.strerror or str(error)
         if self._write_error:
             self.lost += len(view)
+
+    def _taken(self) -> bool:
+        # Whether there is room for PIPE_BUF bytes; a reader who was too slow once gets no time again until he is not.
+        import select
+
+        assert self._out is not None
+        poll = select.poll()
+        poll.register(self._out, select.POLLOUT)
+        room = bool(poll.poll(self._patience_ms))
+        self._patience_ms = PATIENCE_MS if room else 0
+        return room
 
     # Input
 
@@ -246,10 +297,11 @@ class Console:
         self.restore_terminal()
         if self._writer is not None and not _ended(self._writer, DRAIN_SECONDS):
             if self._writer is not threading.current_thread():
-                _tell("nobody takes the console's output; the rest of it is lost")
+                logger.warn("nobody takes the console's output; the rest of it is lost")
         else:
-            if self._write_error:
-                _tell(f"{self.lost} bytes of the console's output are lost: {self._write_error}")
+            if self.lost:
+                why = self._write_error or "nobody took them"
+                logger.warn(f"{self.lost} bytes of the console's output are lost: {why}")
             if self._owned is not None:
                 os.close(self._owned)
         # A thread that is still there keeps its descriptors until the process ends.
@@ -269,6 +321,13 @@ def _ended(thread: threading.Thread, seconds: float) -> bool:
         return False
     thread.join(seconds)
     return not thread.is_alive()
+
+
+def _of_another_job(fd: int) -> bool:
+    try:
+        return os.isatty(fd) and os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:
+        return False  # a terminal, but not ours to control
 
 
 def _tell(text: str) -> None:

@@ -292,8 +292,13 @@ class Machine:
         self.mmio = Bus("mmio", 1 << 52)
         self.serial = self._owned(Serial(self._irq(SERIAL_GSI)))
         port = self.serial if self._hvc is None else self._hvc
+        limit = None
+        if (limits := self.config.console_rate_limiter) is not None:
+            from virtio._limiter import RateLimiter
+
+            limit = RateLimiter(limits.bandwidth, limits.ops).ask
         self.console = self._owned(
-            Console(port, mode=self.config.console, on_output=self._on_output, on_quit=self.stop)
+            Console(port, mode=self.config.console, on_output=self._on_output, on_quit=self.stop, limit=limit)
         )
         if self._hvc is not None:
             self._owned(Console(self.serial, mode="none")).start()  # its output goes nowhere, and holds nobody up

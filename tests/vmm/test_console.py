@@ -77,7 +77,7 @@ def join() -> Iterator[Callable[..., Console]]:
     consoles = []
 
     def make(guest: Guest, stdin: int, stdout: int, **settings: Any) -> Console:
-        console = Console(guest.serial, mode="stdio", **settings)
+        console = Console(guest.serial, **settings)
         console._in, console._out = stdin, stdout
         consoles.append(console)
         return console
@@ -392,10 +392,86 @@ def test_file_is_emptied_by_start_and_not_before(guest: Guest, tmp_path: Path) -
     assert path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("path", ["", "/nonexistent/log"])
+@pytest.mark.parametrize("path", ["", "/nonexistent/log", "a\0b"])
 def test_file_that_cannot_be_written(guest: Guest, path: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--console.*cannot be written: (Is a directory|No such file)"):
+    with pytest.raises(ConfigError, match=r"--console.*cannot be written: (Is a directory|No such file|embedded null)"):
         Console(guest.serial, mode=f"file:{path or tmp_path}")
+
+
+def test_fifo_without_a_reader_holds_up_no_guest(guest: Guest, tmp_path: Path, capfd: Any) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    console = Console(guest.serial, mode=f"file:{tmp_path}/fifo")
+    console.start()
+    sent = bytes(range(256)) * 1024
+    guest.write(sent)
+    console.close()
+    assert len(sent) - 65536 <= console.lost < len(sent), "what a FIFO holds is there for who comes later"
+    assert f"{console.lost} bytes of the console's output are lost: nobody took them" in capfd.readouterr().err
+
+
+def test_reader_of_a_fifo_may_come_and_go(guest: Guest, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    console = Console(guest.serial, mode=f"file:{tmp_path}/fifo")
+    console.start()
+    for word in (b"one", b"two"):
+        guest.write(word)
+        with open(tmp_path / "fifo", "rb", buffering=0) as reader:
+            heard = b""
+            while len(heard) < 3:
+                heard += reader.read(3)
+        assert heard == word
+    console.close()
+    assert console.lost == 0
+
+
+def test_raw_output_that_nobody_takes_is_lost(guest: Guest, join: Any, pipes: Any) -> None:
+    stdin, _, shown, stdout = pipes
+    console = join(guest, stdin, stdout, mode="raw")
+    console.start()
+    guest.write(b"x" * 300_000)
+    assert comes_true(lambda: console.lost > 0)
+    while len(os.read(shown, 1 << 20)) == 1 << 16:
+        pass
+    guest.write(b"heard again")
+    assert read_until(shown, b"heard again").endswith(b"heard again")
+    console.close()
+    assert os.get_blocking(stdout), "it is another's, and stays as it was"
+
+
+def test_raw_has_no_keys_of_its_own(guest: Guest, join: Any, terminal: tuple[int, int], capfd: Any) -> None:
+    master, slave = terminal
+    quits: list[int] = []
+    console = join(guest, slave, slave, mode="raw", on_quit=lambda: quits.append(1))
+    console.start()
+    os.write(master, b"\x01x\x03\x03")
+    assert guest.read(4) == b"\x01x\x03\x03"
+    console.close()
+    assert not quits
+    assert capfd.readouterr().err == ""
+
+
+def test_raw_leaves_a_terminal_to_the_job_that_has_it(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
+    monkeypatch.setattr(os, "tcgetpgrp", lambda fd: os.getpgrp() + 1)
+    console = Console(guest.serial, mode="raw")
+    assert console._in is None
+    console.close()
+
+
+def test_limit_loses_what_is_too_much(guest: Guest, tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def limit(size: int) -> int:
+        taken.append(size)
+        return 0 if sum(taken) <= 1000 else 1
+
+    console = Console(guest.serial, mode=f"file:{tmp_path}/log", limit=limit)
+    console.start()
+    guest.write(b"y" * 5000)
+    console.close()
+    size = (tmp_path / "log").stat().st_size
+    assert 744 < size <= 1000
+    assert console.lost == 5000 - size
 
 
 def test_none_has_callbacks_all_the_same(guest: Guest) -> None:
