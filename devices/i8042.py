@@ -54,9 +54,9 @@ KEYBOARD_FIRST = KEYBOARD_SET_LEDS  # below it there are no commands
 KEYBOARD_ACK, KEYBOARD_WHAT, KEYBOARD_PASSED = 0xFA, 0xFE, 0xAA
 KEYBOARD_BUFFER = 16  # bytes, as in the real one
 SCAN_CODE_SET = 2
-# Down, down, down, up, up, up: in set 2, and as the controller turns that into set 1.
-CTRL_ALT_DEL = bytes.fromhex("14 11 e071  e0f071 f011 f014")
-CTRL_ALT_DEL_TRANSLATED = bytes.fromhex("1d 38 e053  e0d3 b8 9d")
+# Three keys down, and up: in set 2, and as the controller turns that into set 1.
+CTRL_ALT_DEL = bytes.fromhex("14 11 e071"), bytes.fromhex("e0f071 f011 f014")
+CTRL_ALT_DEL_TRANSLATED = bytes.fromhex("1d 38 e053"), bytes.fromhex("e0d3 b8 9d")
 _TRANSLATED_ID = b"\xab\x41"
 _ID = b"\xab\x83"
 
@@ -77,6 +77,7 @@ class I8042:
         self._output: int | None = None
         self._of_keyboard = False  # what is in _output
         self._keys = bytearray()  # what the keyboard has to say and the controller has not taken
+        self._release = b""  # of the keys that are down
         self._keyboard_command: int | None = None
         self._pending: int | None = None
         self._last_was_command = False
@@ -87,20 +88,24 @@ class I8042:
         self.command = _Port(self, self._read_status, self._write_command)
 
     def press_ctrl_alt_del(self) -> None:
-        """Press and let go of the three keys; any thread. A guest that listens to its keyboard later hears it then.
+        """Press the three keys, and let go once the guest has read that; any thread, and before the guest listens, too.
 
         :raises VmmError: the guest has not read what was pressed before
         """
         with self._lock:
             keys = CTRL_ALT_DEL_TRANSLATED if self._ram[0] & CTR_TRANSLATE else CTRL_ALT_DEL
-            if len(self._keys) + len(keys) > KEYBOARD_BUFFER:
+            if len(self._keys) + len(keys[0]) > KEYBOARD_BUFFER:
                 self.stats["error_count"] += 1
                 raise VmmError("the keyboard's buffer is full: the guest does not read it")
-            self._keys += keys
+            self._keys += keys[0]
+            self._release = keys[1]
             self._take_key()
 
     def _take_key(self) -> None:
         # From the keyboard to the controller, if it has room and listens.
+        if self._output is None and not self._keys:
+            self._keys += self._release
+            self._release = b""
         if self._output is None and self._keys and not self._ram[0] & CTR_KEYBOARD_DISABLED:
             self._output, self._of_keyboard = self._keys.pop(0), True
             if self._ram[0] & CTR_KEYBOARD_INTERRUPT:

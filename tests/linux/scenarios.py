@@ -185,6 +185,11 @@ def small_devices() -> dict[str, Any]:
     return _pyvmm(command=[sys.executable, "-m", "tests.linux.small_devices"], patience=2 * PATIENCE)
 
 
+def keyboard() -> dict[str, Any]:
+    """Ctrl-Alt-Del, with ACPI and without; the boot timer; metrics and the log. Its stdout is what was found."""
+    return _pyvmm(command=[sys.executable, "-m", "tests.linux.keyboard"], patience=2 * PATIENCE)
+
+
 def device_guide() -> dict[str, Any]:
     """The device of docs/devices.md in a machine, as the guide has it."""
     device, _, machine = programs("devices.md")
@@ -200,8 +205,8 @@ def _cpu_ticks(pid: int) -> int:
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, small_devices, device_guide, paste,
-        idle,
+        disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, small_devices, keyboard, device_guide,
+        paste, idle,
     )
 }
 

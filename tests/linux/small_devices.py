@@ -31,9 +31,9 @@ FILL = "dd if=/dev/zero of=/fill bs=1M count=64 2>/dev/null; rm /fill"
 class Guest:
     """A running guest and its shell."""
 
-    def __init__(self, kernel: str, initrd: str, *devices: Any) -> None:
+    def __init__(self, kernel: str, initrd: str, *devices: Any, append: str = "quiet", **settings: Any) -> None:
         self.vm = Machine(
-            kernel=kernel, initrd=initrd, memory="192M", console="none", append="quiet", devices=devices
+            kernel=kernel, initrd=initrd, memory="192M", console="none", append=append, devices=devices, **settings
         )
         self._heard = bytearray()
         self._change = threading.Condition()
