@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any, NamedTuple
 
 import msgspec
 
+from vmm import logger
 from vmm.api import API_VERSION, translate, types
 from vmm.errors import ConfigError, HostError, VmmError
+from vmm.metrics import Metrics
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,14 +62,21 @@ class Vmm:
 
     :param vmm_id: the instance's id
     :param on_start: called with the machine as soon as it runs
+    :param boot_timer: the guest's machine has one
 
-    The machine is owned: ``close`` ends it.
+    The machine is owned: ``close`` ends it. ``metrics`` counts what is asked for, too.
     """
 
     def __init__(
-        self, vmm_id: str = "anonymous-instance", *, on_start: Callable[[Machine], None] = lambda machine: None
+        self,
+        vmm_id: str = "anonymous-instance",
+        *,
+        on_start: Callable[[Machine], None] = lambda machine: None,
+        boot_timer: bool = False,
     ) -> None:
         self.vmm_id = vmm_id
+        self.metrics = Metrics(vmm_id)
+        self._boot_timer = boot_timer
         self.machine: Machine | None = None
         self._on_start = on_start
         self._lock = threading.RLock()
@@ -82,6 +92,7 @@ class Vmm:
         self._entropy: types.EntropyDevice | None = None
         self._logger: types.Logger | None = None
         self._metrics: types.Metrics | None = None
+        self._serial: types.Serial | msgspec.UnsetType = msgspec.UNSET
         self._host: types.Host | msgspec.UnsetType = msgspec.UNSET
 
     @property
@@ -123,6 +134,7 @@ class Vmm:
             ("SetBalloonDevice", whole.balloon),
             ("SetEntropyDevice", whole.entropy),
             *(("InsertFsDevice", share) for share in (whole.fs or [])),
+            ("ConfigureSerial", whole.serial or None),
         ):
             if body is not None:
                 self.handle(VmmAction(name, body))
@@ -163,6 +175,7 @@ class Vmm:
             network_interfaces=list(self._interfaces.values()),
             vsock=self._vsock,
             entropy=self._entropy,
+            serial=self._serial,
             fs=list(self._shares.values()) or msgspec.UNSET,
             pyvmm=self._host,
         )
@@ -275,6 +288,25 @@ class Vmm:
             translate.entropy(body)
         self._entropy = body
 
+    def _logger_is(self, body: types.Logger) -> None:
+        with _refusing("Logger error"):
+            logger.configure(**msgspec.structs.asdict(body), vmm_id=self.vmm_id)
+        self._logger = body
+
+    def _metrics_is(self, body: types.Metrics) -> None:
+        with _refusing("Metrics error"):
+            self.metrics.configure(body.metrics_path)
+        self._metrics = body
+
+    def _serial_is(self, body: types.Serial) -> None:
+        with _refusing("Serial error"):
+            if body.serial_out_path is not None:
+                logger.LineFile.open("serial_out_path", body.serial_out_path).close()
+        self._serial = body
+
+    def _prometheus(self, _: None) -> str:
+        return self.metrics.prometheus()
+
     def _start(self, _: types.Action) -> None:
         from vmm.machine import Machine
 
@@ -282,9 +314,12 @@ class Vmm:
             raise ApiError("Start microvm error: Cannot start microvm without kernel configuration.")
         with _refusing("Start microvm error"):
             config = translate.vm_config(self.whole())
+            config.boot_timer = self._boot_timer
+            config.keyboard = True
             machine = Machine(config, listener=self._listener)
         self._listener = None
         self.machine = machine
+        self.metrics.attach(machine)
         machine.start()
         self._on_start(machine)
 
@@ -295,18 +330,22 @@ class Vmm:
         return self.machine
 
     def _set_state(self, body: types.VmState) -> None:
-        machine = self._running()
+        machine, begun = self._running(), time.monotonic_ns()
         if body.state == "Resumed":
             machine.resume()
         elif machine.state != PAUSED:
             with _refusing("Internal VMM error"):
                 machine.pause()
+        field = "pause_vm" if body.state == "Paused" else "resume_vm"
+        self.metrics.store("latencies_us", field, (time.monotonic_ns() - begun) // 1000)
 
     def _flush_metrics(self, _: types.Action) -> None:
-        raise ApiError("Metrics error: no metrics_path was configured")
+        with _refusing("Internal Vmm error"):
+            if not self.metrics.flush():
+                raise ConfigError("metrics_path", "", "was not configured")
 
     def _ctrl_alt_del(self, _: types.Action) -> None:
-        raise ApiError("Internal VMM error: there is no keyboard")
+        self._running().send_ctrl_alt_del()
 
     def _update_drive(self, body: types.PartialDrive) -> None:
         block = self._running().blocks.get(body.drive_id)
@@ -381,11 +420,6 @@ class Vmm:
     def _no_snapshot(self, _: object) -> None:
         raise ApiError("Snapshots are not supported by this version of pyvmm.")
 
-    def _logger_is(self, body: types.Logger) -> None:
-        self._logger = body
-
-    def _metrics_is(self, body: types.Metrics) -> None:
-        self._metrics = body
 
 
 class _refusing:
@@ -445,6 +479,8 @@ ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "UpdateFsDevice": (POST_BOOT, Vmm._update_share),
     "ConfigureLogger": (PRE_BOOT, Vmm._logger_is),
     "ConfigureMetrics": (PRE_BOOT, Vmm._metrics_is),
+    "ConfigureSerial": (PRE_BOOT, Vmm._serial_is),
+    "GetPrometheusMetrics": (ANY, Vmm._prometheus),
     "StartMicroVm": (PRE_BOOT, Vmm._start),
     "FlushMetrics": (POST_BOOT, Vmm._flush_metrics),
     "SendCtrlAltDel": (POST_BOOT, Vmm._ctrl_alt_del),

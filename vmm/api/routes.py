@@ -8,10 +8,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from vmm import logger
 from vmm.api import types
 from vmm.api.actions import ApiError, Vmm, VmmAction
+from vmm.metrics import FIELDS
 
-MAX_ID = 64
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.metrics import Metrics
+
 
 
 class Route(NamedTuple):
@@ -57,11 +62,19 @@ ROUTES = (
     Route("PATCH", "/fs/{tag}", "UpdateFsDevice", types.PartialFs),
     Route("PUT", "/logger", "ConfigureLogger", types.Logger),
     Route("PUT", "/metrics", "ConfigureMetrics", types.Metrics),
+    Route("PUT", "/serial", "ConfigureSerial", types.Serial),
+    Route("GET", "/metrics/prometheus", "GetPrometheusMetrics", None, str),
     Route("PUT", "/snapshot/create", "CreateSnapshot", types.SnapshotCreate),
     Route("PUT", "/snapshot/load", "LoadSnapshot", types.SnapshotLoad),
 )
 _START = {"InstanceStart": "StartMicroVm"}
-_FIRST = {path.split("/")[1]: None for _, path, *_ in ROUTES}
+# How the metrics call what a request is about: a field of {put,get,patch}_api_requests is NAME_count or NAME_fails.
+_METRICS = {
+    "": "instance_info", "version": "vmm_version", "actions": "actions", "boot-source": "boot_source",
+    "drives": "drive", "logger": "logger", "machine-config": "machine_cfg", "cpu-config": "cpu_cfg",
+    "metrics": "metrics", "network-interfaces": "network", "mmds": "mmds", "vsock": "vsock",
+}  # fmt: skip
+PROMETHEUS = "Content-Type: text/plain; version=0.0.4"
 
 
 def _key(method: str, path: str) -> tuple[str, ...]:
@@ -168,21 +181,43 @@ def _fields(kind: Any, path: str) -> list[str]:
     return [each.encode_name for each in getattr(found, "fields", ())]
 
 
+def _count(metrics: Metrics, method: str, path: str, *, failed: bool) -> None:
+    group = f"{method.lower()}_api_requests"
+    name = _METRICS.get(path.split("/")[1] if path.startswith("/") else path)
+    for suffix in ("count", "fails") if failed else ("count",):
+        if f"{name}_{suffix}" in FIELDS.get(group, ()):
+            metrics.count(group, f"{name}_{suffix}")
+
+
 def answerer(vmm: Vmm) -> Any:
     """What ``vmm.api.server.Server`` asks: request in, answer out, for `vmm`."""
 
     def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
-        try:
-            action = parse(method, path, body)
-            result = vmm.handle(action)
-        except ApiError as error:
-            return error.status, _encode(types.Fault(fault_message=error.message)), ()
-        except Exception as error:  # a mistake of ours must cost neither the VM nor the API
-            sys.excepthook(*sys.exc_info())
-            return 500, _encode(types.Fault(fault_message=f"Internal error: {type(error).__name__}: {error}")), ()
-        headers: tuple[str, ...] = ()
-        if isinstance(action.body, types.Vsock) and action.body.vsock_id is not msgspec.UNSET:
-            headers = ("Deprecation: true",)
-        return (204, b"", headers) if result is None else (200, _encode(result), headers)
+        if logger.enabled(logger.INFO):
+            shown = f" with body {body.decode(errors='replace')!r}" if body and path != "/mmds" else ""
+            logger.info(f"The API server received a {method.capitalize()} request on {path!r}{shown}.")
+        status, answered, headers = _answer(vmm, method, path, body)
+        _count(vmm.metrics, method, path, failed=status >= 400)
+        if status >= 400:
+            logger.error(f"Received Error. Status code: {status}. Message: {answered.decode(errors='replace')}")
+        return status, answered, headers
 
     return answer
+
+
+def _answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
+    try:
+        action = parse(method, path, body)
+        result = vmm.handle(action)
+    except ApiError as error:
+        return error.status, _encode(types.Fault(fault_message=error.message)), ()
+    except Exception as error:  # a mistake of ours must cost neither the VM nor the API
+        sys.excepthook(*sys.exc_info())
+        return 500, _encode(types.Fault(fault_message=f"Internal error: {type(error).__name__}: {error}")), ()
+    if isinstance(result, str):
+        return 200, result.encode(), (PROMETHEUS,)
+    headers: tuple[str, ...] = ()
+    if isinstance(action.body, types.Vsock) and action.body.vsock_id is not msgspec.UNSET:
+        headers = ("Deprecation: true",)
+        vmm.metrics.count("deprecated_api", "deprecated_http_api_calls")
+    return (204, b"", headers) if result is None else (200, _encode(result), headers)

@@ -157,6 +157,11 @@ def template(body: types.CpuConfig) -> CpuTemplate:
     )
 
 
+def _console(whole: types.VmConfiguration, host: types.Host) -> str:
+    path = _given(whole.serial, types.Serial()).serial_out_path
+    return _given(host.console, "stdio") if path is None else f"file:{path}"
+
+
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
     """The machine's configuration.
 
@@ -191,7 +196,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         shares=[share(each) for each in _given(whole.fs, [])],
         entropy=None if whole.entropy is None else entropy(whole.entropy),
         balloon=None if whole.balloon is None else balloon(whole.balloon),
-        console=_given(host.console, "stdio"),
+        console=_console(whole, host),
         virtio_console=_given(host.virtio_console, False),
         poll_us=_given(host.poll_us, 0),
         protocol=_given(host.protocol, "auto"),

@@ -8,6 +8,7 @@ import sys
 import threading
 
 from vmm.api import API_VERSION
+from vmm.config import parse_count
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 
@@ -32,6 +33,16 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--id", "ID", "anonymous-instance", "the VM's id (default: anonymous-instance)"),
     ("--config-file", "FILE", None, "a VM to start at once, in JSON"),
     ("--no-api", None, False, "no API; needs --config-file"),
+    ("--log-path", "PATH", None, "messages go to this file or FIFO, which is there already"),
+    ("--level", "LEVEL", None, "the least important messages: Off, Error, Warn, Info, Debug or Trace"),
+    ("--module", "MODULE", None, "messages of this module only"),
+    ("--show-level", None, False, "messages tell their level"),
+    ("--show-log-origin", None, False, "messages tell their source file and line"),
+    ("--metrics-path", "PATH", None, "metrics go to this file or FIFO, which is there already"),
+    ("--boot-timer", None, False, "the guest can have the time of its boot logged"),
+    ("--start-time-us", "US", None, "when the process was started, by the monotonic clock"),
+    ("--start-time-cpu-us", "US", None, "when the process was started, by its CPU clock"),
+    ("--parent-cpu-time-us", "US", None, "CPU time of the process that started this one"),
     ("--no-seccomp", None, False, "no system call filters"),
     ("--version", None, False, "print the API's version and pyvmm's own, and end"),
     ("--http-api-max-payload-size", "BYTES", 51200, "of a request's body (default: 51200)"),
@@ -45,6 +56,16 @@ class Arguments:
     id: str
     config_file: str | None
     no_api: bool
+    log_path: str | None
+    level: str | None
+    module: str | None
+    show_level: bool
+    show_log_origin: bool
+    metrics_path: str | None
+    boot_timer: bool
+    start_time_us: str | None
+    start_time_cpu_us: str | None
+    parent_cpu_time_us: str | None
     no_seccomp: bool
     version: bool
     http_api_max_payload_size: int
@@ -115,15 +136,26 @@ def main(args: Arguments) -> int:
         check_id(args.id)
         if args.no_api and args.config_file is None:
             raise ConfigError("--no-api", "", "needs --config-file: there would be no way to say what to run")
+        times = [_microseconds(args, option) for option in _TIMES]
     except ConfigError as error:
         print(f"pyvmm serve: {error}", file=sys.stderr)
         return STATUS_ARGUMENTS
-    return _Serve(args).run()
+    return _Serve(args, times).run()
+
+
+_SHOW = ("show_level", "show_log_origin")
+_TIMES = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us")
+
+
+def _microseconds(args: Arguments, option: str) -> int | None:
+    text = getattr(args, _attribute(option))
+    return None if text is None else parse_count(option, text, 0, (1 << 63) - 1)
 
 
 class _Serve:
-    def __init__(self, args: Arguments) -> None:
+    def __init__(self, args: Arguments, times: list[int | None]) -> None:
         self._args = args
+        self._times = times
         self._ended = threading.Event()
         self._machine: Machine | None = None
         self._signal = 0
@@ -154,9 +186,11 @@ class _Serve:
         from vmm.api.actions import Vmm
         from vmm.api.routes import answerer
 
-        self._vmm = Vmm(args.id, on_start=self._on_start)
+        self._vmm = Vmm(args.id, on_start=self._on_start, boot_timer=args.boot_timer)
         self._answerer = answerer(self._vmm)
         try:
+            if status := self._observe():
+                return status
             if args.config_file is not None and (status := self._start_from(args.config_file)):
                 return status
             if server is not None:
@@ -170,6 +204,25 @@ class _Serve:
             if server is not None:
                 server.close()
             self._vmm.close()
+
+    def _observe(self) -> int:
+        # The logger and the metrics, as far as the command line says where they go.
+        from vmm.api import types
+        from vmm.api.actions import ApiError, VmmAction
+
+        args = self._args
+        start, start_cpu, parent = self._times
+        self._vmm.metrics.report_start(start, start_cpu, parent or 0)
+        chosen = {name: getattr(args, name) or None for name in ("log_path", "level", "module", *_SHOW)}
+        try:
+            if any(chosen.values()):
+                self._vmm.handle(VmmAction("ConfigureLogger", types.Logger(**chosen)))
+            if args.metrics_path is not None:
+                self._vmm.handle(VmmAction("ConfigureMetrics", types.Metrics(metrics_path=args.metrics_path)))
+        except ApiError as error:
+            print(f"pyvmm serve: {error}", file=sys.stderr)
+            return STATUS_GENERIC
+        return STATUS_OK
 
     def _answer(self, method: str, path: str, body: bytes) -> Any:
         return self._answerer(method, path, body)
