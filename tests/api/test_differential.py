@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Firecracker 1.12.1 is the oracle: both get the same requests, and what they answer and what comes of it agrees.
+
+All that may differ is in docs/api-differences.md. PYVMM_DIFFERENTIAL=N runs N random sequences instead of the usual few.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from benches.peers.common import pvh_elf
+from tests.api import requests
+from tests.api.oracle import PYVMM, ROOT, Answer, Process, firecracker
+from tests.api.requests import GETS, KERNEL, PAUSE, START, Request, put
+
+EXAMPLES = int(os.environ.get("PYVMM_DIFFERENTIAL", "0"))
+HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))  # cli; hlt; jmp to the hlt
+DIFFERENCES = ROOT / "docs" / "api-differences.md"
+# What the examples of docs/api-differences.md find, from "not started" on.
+SETUP = (
+    put("/drives/a", {"drive_id": "a", "path_on_host": "a.img", "is_root_device": False, "is_read_only": False}),
+    put("/network-interfaces/a", {"iface_id": "a", "host_dev_name": "tap0"}),
+    put("/balloon", {"amount_mib": 10, "deflate_on_oom": False}),
+)
+_HEADERS = ("Server", "Connection", "Content-Type", "Deprecation")
+
+Pair = tuple[Process, Process]
+
+
+class Row(NamedTuple):
+    """A line of docs/api-differences.md."""
+
+    pattern: str
+    example: str
+    when: str
+    theirs: str
+    ours: str
+    why: str
+
+
+def rows(table: str) -> list[Row]:
+    """The lines of one table."""
+    text = DIFFERENCES.read_text().partition(f"<!-- {table} -->")[2].partition("<!-- end -->")[0]
+    cells = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in text.strip().splitlines()[2:]]
+    return [Row(*(cell.strip().removeprefix("`").removesuffix("`").replace("\\|", "|") for cell in line)) for line in cells]
+
+
+def kind(answer: Answer | None) -> str:
+    """What an answer means."""
+    if answer is None:
+        return "dies"
+    if answer.status < 400:
+        return str(answer.status)
+    body = answer.body.decode()
+    if body.startswith('{ "error": "'):
+        return f"{answer.status} error"
+    assert list(answer.json) == ["fault_message"], f"an error body is a fault_message: {body}"
+    message = answer.json["fault_message"]
+    if not message.startswith("An error occurred when deserializing the json body of a request: "):
+        return f"{answer.status} {message.partition(': ')[0]}"
+    field = re.search(r"(missing|unknown) [^`]*field `([^`]*)`", message)
+    return f"{answer.status} json " + (f"{field[1]} {field[2]}" if field else "value")
+
+
+def send(process: Process, request: Request) -> Answer | None:
+    """The answer to a request; None: the VMM ended instead."""
+    try:
+        return process.request(request.method, request.path, request.body)
+    except (AssertionError, OSError):
+        process.process.wait(5)
+        return None
+
+
+def state(process: Process) -> str:
+    """What the VM does."""
+    answer = send(process, GETS[0])
+    return "" if answer is None else answer.json["state"]
+
+
+def difference(request: Request, theirs: Answer | None, ours: Answer | None) -> str | None:
+    """What differs between two answers."""
+    if kind(theirs) != kind(ours):
+        return f"{kind(theirs)} | {kind(ours)}"
+    if theirs is None or ours is None:
+        return None
+    for name in _HEADERS:
+        if theirs.headers.get(name) != ours.headers.get(name):
+            return f"{name}: {theirs.headers.get(name)} | {ours.headers.get(name)}"
+    if theirs.status == 200 and theirs.body != ours.body:
+        return f"{theirs.body.decode()} | {ours.body.decode()}"
+    return None
+
+
+def allowed(request: Request, theirs: Answer | None, ours: Answer | None, when: str) -> bool:
+    """Whether docs/api-differences.md says that it may be."""
+    return any(
+        re.search(row.pattern, str(request))
+        and row.when in ("any", when)
+        and re.fullmatch(row.theirs, kind(theirs)) and re.fullmatch(row.ours, kind(ours))
+        for row in rows("differences")
+    )  # fmt: skip
+
+
+def furnish(directory: Path, code: bytes = HALT) -> None:
+    """What requests name: a tiny guest, disks, a log."""
+    directory.mkdir()
+    for name in requests.GUEST_FILES:
+        (directory / name).write_bytes(b"")
+    (directory / "kernel").write_bytes(pvh_elf(code))
+    (directory / "junk").write_bytes(b"no kernel")
+    (directory / "initrd").write_bytes(b"0707")
+    for name, size in (("a.img", 1 << 20), ("b.img", 1 << 21), ("odd.img", 1000)):
+        os.truncate(directory / name, size)
+    (directory / "dir").mkdir()
+
+
+def files(process: Process) -> list[str]:
+    """The names in its directory."""
+    return sorted(path.name for path in process.directory.iterdir())
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
+    """Starts Firecracker and pyvmm, each in a directory and a network namespace of its own."""
+    started: list[Process] = []
+    number = itertools.count()
+
+    def start(options: Sequence[str] = (), *, api: bool = True, prepare: Callable[[Path], object] = lambda _: None) -> Pair:
+        close()
+        made = []
+        for name, command in (("theirs", [firecracker()]), ("ours", [*PYVMM])):
+            directory = tmp_path / f"{name}{next(number)}"
+            furnish(directory)
+            prepare(directory)
+            made.append(Process(["unshare", "-n", *command], directory, options, api=api))
+            started.append(made[-1])
+        return made[0], made[1]
+
+    def close() -> None:
+        for process in started:
+            process.close()
+            output = process.output.read_text(errors="replace")
+            assert "Traceback" not in output and "Internal error" not in output, output
+        started.clear()
+
+    yield start
+    close()
+
+
+def play(theirs: Process, ours: Process, sequence: Sequence[Request]) -> None:
+    """Send `sequence` to both and compare, until they are allowed to differ in what they have done."""
+    when = "Not started"
+    for number, request in enumerate(sequence):
+        answers = send(theirs, request), send(ours, request)
+        if differs := difference(request, *answers):
+            said = [answer.body.decode() if answer else "" for answer in answers]
+            story = "\n".join(map(str, sequence[: number + 1]))
+            assert allowed(request, *answers, when), f"{when}: {request}: {differs}\n{said[0]}\n{said[1]}\nafter\n{story}"
+            if {True, False} == {answer is not None and answer.status < 300 for answer in answers}:
+                return
+        if request.method == "GET" or answers[0] is None:
+            continue
+        look = Request("GET", "/vm/config")
+        assert (found := difference(look, send(theirs, look), send(ours, look))) is None, f"after {sequence[: number + 1]}: {found}"
+        when = state(theirs)
+    for look in GETS:
+        answers = send(theirs, look), send(ours, look)
+        assert (found := difference(look, *answers)) is None or allowed(look, *answers, when), f"after {sequence}: {look}: {found}"
+    assert files(theirs) == files(ours), f"after {sequence}"
+
+
+@settings(
+    max_examples=EXAMPLES or 120,
+    derandomize=not EXAMPLES,
+    database=None,
+    print_blob=True,
+    report_multiple_bugs=False,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@pytest.mark.timeout(max(300, EXAMPLES * 3))
+@given(sequence=requests.sequences())
+def test_same_answers_and_same_state(pair: Callable[..., Pair], sequence: list[Request]) -> None:
+    play(*pair(), sequence)
+
+
+@pytest.mark.parametrize("row", rows("differences"), ids=lambda row: f"{row.when}: {row.example}")
+def test_every_allowed_difference_is_one(pair: Callable[..., Pair], row: Row) -> None:
+    theirs, ours = pair()
+    request = requests.parse(row.example)
+    for one in (*SETUP, *([KERNEL, START] if row.when in ("Running", "Paused") else []), *([PAUSE] if row.when == "Paused" else [])):
+        assert kind(send(theirs, one)) == kind(send(ours, one)) == "204", one
+    answers = send(theirs, request), send(ours, request)
+    assert re.search(row.pattern, str(request)), "the example is none of the pattern"
+    assert (re.fullmatch(row.theirs, kind(answers[0])) and re.fullmatch(row.ours, kind(answers[1]))), (
+        f"{kind(answers[0])} | {kind(answers[1])}"
+    )
+    assert difference(request, *answers), "there is no difference any more"
