@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests for the differential test: what a client may send, right, wrong and out of order, as hypothesis strategies."""
+"""What a client may send, right, wrong and out of order, as hypothesis strategies."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ KERNEL = put("/boot-source", {"kernel_image_path": "kernel"})
 START = put("/actions", {"action_type": "InstanceStart"})
 PAUSE = patch("/vm", {"state": "Paused"})
 RESUME = patch("/vm", {"state": "Resumed"})
+CONFIG = Request("GET", "/vm/config")
 GETS = tuple(Request("GET", path) for path in ("/", "/version", "/vm/config", "/machine-config", "/balloon", "/mmds"))
 
 _SOME = st.sampled_from
@@ -121,7 +122,10 @@ BODIES: tuple[tuple[str, str, st.SearchStrategy[Any], int], ...] = (
         {"iface_id": _id}, optional={"rx_rate_limiter": _limiter, "tx_rate_limiter": _limiter}
     ), 3),
     ("PUT", "/vsock", _fields(
-        {"guest_cid": _SOME((3, 4, 0xFFFFFFFE)), "uds_path": _SOME(("v.sock", "w.sock", "./v.sock", "no/v.sock", "dir"))},
+        {
+            "guest_cid": _SOME((3, 4, 0xFFFFFFFE)),
+            "uds_path": _SOME(("v.sock", "w.sock", "./v.sock", "no/v.sock", "dir")),
+        },
         optional={"vsock_id": _SOME((None, "vsock0"))},
     ), 3),
     ("PUT", "/balloon", _fields(
@@ -158,10 +162,12 @@ BODIES: tuple[tuple[str, str, st.SearchStrategy[Any], int], ...] = (
 _WRONG = (
     None, True, "x", "", 1, -1, 0, 1.5, [], {}, ["x"], {"x": 1}, 1 << 8, 1 << 16, 1 << 32, 1 << 64, "1", "None",
 )  # fmt: skip
-_PATHS = tuple(dict.fromkeys(path.split("/{")[0] for _, path, _, _ in BODIES)) + (
-    "/", "/version", "/vm/config", "/balloon/statistics", "/mmds/a", "/mmds/config/", "/nope", "//", "/drives/", "/drives/a",
-    "/drives/a/b", "/drives/a-b", "/network-interfaces/a", "/network-interfaces/a/", "/machine-config/", "/vm/", "/snapshot",
-    "/snapshot/load", "/snapshot/other", "/balloon/other", "/serial/x", "/pmem/a", "/hotplug/memory", "/version?x=1",
+_PATHS = (
+    *dict.fromkeys(path.split("/{")[0] for _, path, _, _ in BODIES),
+    "/", "/version", "/vm/config", "/balloon/statistics", "/mmds/a", "/mmds/config/", "/nope", "//", "/drives/",
+    "/drives/a", "/drives/a/b", "/drives/a-b", "/network-interfaces/a", "/network-interfaces/a/", "/machine-config/",
+    "/vm/", "/snapshot", "/snapshot/load", "/snapshot/other", "/balloon/other", "/serial/x", "/pmem/a",
+    "/hotplug/memory", "/version?x=1",
 )  # fmt: skip
 _RAW = (
     None, b"", b"{}", b"{", b"[]", b"null", b"junk", b"{} {}", b'{"x": 1}', b'"x"', b"1", INTERRUPTED,
@@ -174,8 +180,9 @@ def _as_request(draw: st.DrawFn, method: str, path: str, body: Any) -> Request:
     head, brace, name = path.partition("{")
     if brace:
         inside = body.get(name.rstrip("}")) if isinstance(body, dict) else None
-        odd = draw(_SOME((False,) * 19 + (True,)))
-        path = head + (draw(_SOME(("b", "a", "a-b", "a.b", "", "zz"))) if odd or not isinstance(inside, str) else inside)
+        if not isinstance(inside, str) or draw(_SOME((*(False,) * 19, True))):
+            inside = draw(_SOME(("b", "a", "a-b", "a.b", "", "zz")))
+        path = head + inside
     return Request(method, path, json.dumps(body).encode())
 
 

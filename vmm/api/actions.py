@@ -33,6 +33,9 @@ _BEFORE = "The requested operation is not supported before starting the microVM.
 SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
 
 
+HUGE_RULE = "huge pages cannot be given back one by one, as a balloon does it"
+
+
 class ApiError(VmmError):
     """A request is refused, and nothing of it was done.
 
@@ -194,12 +197,10 @@ class Vmm:
 
     def _machine_config_is(self, body: types.MachineConfiguration) -> None:
         self._check_machine(body)
-        self._machine_config = body
+        self._machine_config = msgspec.structs.replace(body, cpu_template=msgspec.UNSET)  # it can only be "None"
 
     def _update_machine_config(self, body: types.MachineConfigurationUpdate) -> None:
         given = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
-        if not given:
-            raise ApiError("Empty PATCH request.")
         self._machine_config_is(msgspec.structs.replace(self._machine_config, **given))
 
     def _check_machine(self, body: types.MachineConfiguration) -> None:
@@ -210,12 +211,14 @@ class Vmm:
             raise refuse(f"vcpu_count {body.vcpu_count}: must be 1 to {translate.MAX_VCPUS}")
         if body.smt and body.vcpu_count > 1 and body.vcpu_count % 2:
             raise refuse(f"vcpu_count {body.vcpu_count}: {SMT_RULE}")
-        if body.cpu_template not in (None, "None"):
+        if body.cpu_template not in (None, "None", msgspec.UNSET):
             raise refuse(f"cpu_template {body.cpu_template}: static templates are not supported; use /cpu-config")
         if not body.mem_size_mib or (body.huge_pages == "2M" and body.mem_size_mib % 2):
             raise refuse(f"mem_size_mib {body.mem_size_mib}: The memory size (MiB) is invalid.")
         if self._balloon is not None and self._balloon.amount_mib > body.mem_size_mib:
             raise refuse(f"mem_size_mib {body.mem_size_mib}: the balloon is {self._balloon.amount_mib} MiB large")
+        if self._balloon is not None and body.huge_pages != "None":
+            raise refuse(f"huge_pages {body.huge_pages}: {HUGE_RULE}")
 
     def _cpu_config_is(self, body: types.CpuConfig) -> None:
         with _refusing("Configure CPU error"):
@@ -235,7 +238,7 @@ class Vmm:
                     config.path_on_host, read_only=config.is_read_only, direct=config.direct, image_format="raw",
                     any_size=True,
                 ).close()  # fmt: skip
-        self._drives[body.drive_id] = body
+        self._drives[body.drive_id] = translate.shown_drive(body)
 
     def _insert_interface(self, body: types.NetworkInterface) -> None:
         others = [each for each in self._interfaces.values() if each.iface_id != body.iface_id]
@@ -253,7 +256,11 @@ class Vmm:
                 from virtio.net_host import Tap
 
                 Tap(body.host_dev_name, config.queues).close()
-        self._interfaces[body.iface_id] = body
+        self._interfaces.pop(body.iface_id, None)
+        self._interfaces[body.iface_id] = msgspec.structs.replace(
+            body, rx_rate_limiter=translate.shown_limiter(body.rx_rate_limiter),
+            tx_rate_limiter=translate.shown_limiter(body.tx_rate_limiter),
+        )  # fmt: skip
 
     def _insert_share(self, body: types.SharedFs) -> None:
         with _refusing("Filesystem config error"):
@@ -273,20 +280,22 @@ class Vmm:
                 self._listener = None
                 self._vsock = None
             self._listener = Listener(config.uds_path)
-        self._vsock = body
+        self._vsock = types.Vsock(guest_cid=body.guest_cid, uds_path=body.uds_path)
 
     def _balloon_is(self, body: types.Balloon) -> None:
         with _refusing("Balloon config error"):
             if body.amount_mib > self._machine_config.mem_size_mib:
                 most = self._machine_config.mem_size_mib
                 raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
+            if self._machine_config.huge_pages != "None":
+                raise ConfigError("huge_pages", self._machine_config.huge_pages, HUGE_RULE)
             translate.balloon(body)
         self._balloon = body
 
     def _entropy_is(self, body: types.EntropyDevice) -> None:
         with _refusing("Entropy device error"):
             translate.entropy(body)
-        self._entropy = body
+        self._entropy = types.EntropyDevice(rate_limiter=translate.shown_limiter(body.rate_limiter))
 
     def _logger_is(self, body: types.Logger) -> None:
         with _refusing("Logger error"):
@@ -351,13 +360,19 @@ class Vmm:
         block = self._running().blocks.get(body.drive_id)
         if block is None:
             raise ApiError(f"Drive config error: drive_id {body.drive_id}: there is no such drive")
+        if body.path_on_host is None and body.rate_limiter is None:
+            raise ApiError("Drive config error: nothing to update; give path_on_host or rate_limiter")
         old = self._drives[body.drive_id]
         with _refusing("Drive config error"):
             translate.limiter(body.rate_limiter)
             if body.path_on_host is not None:
                 block.replace(body.path_on_host)
-                self._drives[body.drive_id] = msgspec.structs.replace(old, path_on_host=body.path_on_host)
             self._limit(body.rate_limiter, block.set_rate_limit)
+        self._drives[body.drive_id] = msgspec.structs.replace(
+            old,
+            path_on_host=body.path_on_host or old.path_on_host,
+            rate_limiter=translate.shown_limiter(body.rate_limiter, old.rate_limiter),
+        )
 
     def _update_interface(self, body: types.PartialNetworkInterface) -> None:
         net = self._running().nets.get(body.iface_id)
@@ -367,6 +382,12 @@ class Vmm:
             for limits, limiter in ((body.rx_rate_limiter, net.rx_limiter), (body.tx_rate_limiter, net.tx_limiter)):
                 translate.limiter(limits)
                 self._limit(limits, lambda *buckets, limiter=limiter: net.set_rate_limit(limiter, *buckets))
+        old = self._interfaces[body.iface_id]
+        self._interfaces[body.iface_id] = msgspec.structs.replace(
+            old,
+            rx_rate_limiter=translate.shown_limiter(body.rx_rate_limiter, old.rx_rate_limiter),
+            tx_rate_limiter=translate.shown_limiter(body.tx_rate_limiter, old.tx_rate_limiter),
+        )
 
     def _update_share(self, body: types.PartialFs) -> None:
         fs = self._running().shares.get(body.tag)
@@ -392,7 +413,7 @@ class Vmm:
         balloon = self._get_balloon(None)
         device = self._running().balloon
         assert device is not None
-        with _refusing("Balloon update error"):
+        with _refusing("Balloon config error"):
             if body.amount_mib > self._machine_config.mem_size_mib:
                 most = self._machine_config.mem_size_mib
                 raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
@@ -411,7 +432,7 @@ class Vmm:
         balloon = self._get_balloon(None)
         device = self._running().balloon
         assert device is not None
-        with _refusing("Balloon update error"):
+        with _refusing("Balloon config error"):
             device.set_polling_interval(body.stats_polling_interval_s)
         self._balloon = msgspec.structs.replace(balloon, stats_polling_interval_s=body.stats_polling_interval_s)
 

@@ -91,7 +91,7 @@ def find(method: str, path: str) -> tuple[Route, str | None]:
 
     :raises ApiError: there is none
     """
-    words = path.partition("?")[0].lstrip("/").removesuffix("/").split("/")
+    words = path.lstrip("/").removesuffix("/").split("/")
     if route := _BY_KEY.get((method, *words)):
         return route, None
     if len(words) <= 2 and (route := _BY_KEY.get((method, words[0], "{"))):
@@ -119,8 +119,11 @@ def parse(method: str, path: str, body: bytes) -> VmmAction:
     value = decode(route.body, body)
     if identity is not None:
         name = route.path.partition("{")[2].rstrip("}")
-        if getattr(value, name) != identity:
-            raise ApiError(f"The id from the path [{identity}] does not match the id from the body!")
+        found = getattr(value, name)
+        if found != identity:
+            raise ApiError(f"The id from the path [{identity}] does not match the id from the body [{found}]!")
+    if isinstance(value, types.MachineConfigurationUpdate) and value == types.MachineConfigurationUpdate():
+        raise ApiError("Empty PATCH request.")
     action = route.action or _START.get(value.action_type, value.action_type)
     return VmmAction(action, value)
 
@@ -206,18 +209,31 @@ def answerer(vmm: Vmm) -> Any:
 
 
 def _answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
+    headers: tuple[str, ...] = ()
     try:
         action = parse(method, path, body)
+        if _deprecated(action.body):
+            headers = ("Deprecation: true",)
+            vmm.metrics.count("deprecated_api", "deprecated_http_api_calls")
         result = vmm.handle(action)
     except ApiError as error:
-        return error.status, _encode(types.Fault(fault_message=error.message)), ()
+        return error.status, _encode(types.Fault(fault_message=error.message)), headers
     except Exception as error:  # a mistake of ours must cost neither the VM nor the API
         sys.excepthook(*sys.exc_info())
         return 500, _encode(types.Fault(fault_message=f"Internal error: {type(error).__name__}: {error}")), ()
     if isinstance(result, str):
         return 200, result.encode(), (PROMETHEUS,)
-    headers: tuple[str, ...] = ()
-    if isinstance(action.body, types.Vsock) and action.body.vsock_id is not msgspec.UNSET:
-        headers = ("Deprecation: true",)
-        vmm.metrics.count("deprecated_api", "deprecated_http_api_calls")
     return (204, b"", headers) if result is None else (200, _encode(result), headers)
+
+
+def _deprecated(body: Any) -> bool:
+    # Whether it sets a field that clients should do without, as Firecracker tells them.
+    match body:
+        case types.Vsock():
+            return body.vsock_id not in (None, msgspec.UNSET)
+        case types.MachineConfiguration() | types.MachineConfigurationUpdate():
+            return body.cpu_template not in (None, msgspec.UNSET)
+        case types.MmdsConfig():
+            return body.version == "V1"
+        case _:
+            return False

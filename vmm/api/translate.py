@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from vmm.api import types
 from vmm.config import (
@@ -68,6 +69,31 @@ def limiter(body: types.RateLimiter | None) -> RateLimiterConfig | None:
         return None
     buckets = bucket(body.bandwidth), bucket(body.ops)
     return RateLimiterConfig(*(each if each != (0, 0, 0) else None for each in buckets))
+
+
+def shown_limiter(body: types.RateLimiter | None, old: types.RateLimiter | None = None) -> types.RateLimiter | None:
+    """A limiter as it is told of: what limits nothing is left out, what was not given is as it was."""
+
+    def shown(new: types.TokenBucket | None, before: types.TokenBucket | None) -> types.TokenBucket | None:
+        if new is None:
+            return before
+        if bucket(new) == (0, 0, 0):
+            return None
+        return types.TokenBucket(size=new.size, one_time_burst=new.one_time_burst or None, refill_time=new.refill_time)
+
+    given, before = body or types.RateLimiter(), old or types.RateLimiter()
+    found = types.RateLimiter(
+        bandwidth=shown(given.bandwidth, before.bandwidth), ops=shown(given.ops, before.ops)
+    )
+    return None if found == types.RateLimiter() else found
+
+
+def shown_drive(body: types.Drive) -> types.Drive:
+    """A drive as it is told of, with what was left out."""
+    return replace(
+        body, is_read_only=bool(body.is_read_only), io_engine=body.io_engine or "Sync",
+        rate_limiter=shown_limiter(body.rate_limiter),
+    )  # fmt: skip
 
 
 def drive(body: types.Drive) -> DriveConfig:
@@ -135,7 +161,7 @@ def balloon(body: types.Balloon) -> BalloonConfig:
 
 def vsock(body: types.Vsock) -> VsockConfig:
     """:raises ConfigError: it is no socket device that we have"""
-    return VsockConfig(body.guest_cid, body.uds_path, vsock_id=_given(body.vsock_id, None))
+    return VsockConfig(body.guest_cid, body.uds_path, vsock_id=_given(body.vsock_id, None) or None)
 
 
 def entropy(body: types.EntropyDevice) -> EntropyConfig:

@@ -20,6 +20,8 @@ U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # as far as msgspec, and any file or memory, goes
 Queues = Annotated[int, Meta(ge=1, le=MAX_QUEUES)]
+_HEX = set("0123456789abcdefABCDEF")
+Template = Literal["C3", "T2", "T2S", "T2CL", "T2A", "None"]
 Level = Literal["Off", "Error", "Warning", "Warn", "Info", "Debug", "Trace"]
 
 
@@ -56,7 +58,7 @@ class MachineConfiguration(Body, kw_only=True):
     vcpu_count: U8
     mem_size_mib: U64
     smt: bool = False
-    cpu_template: Literal["C3", "T2", "T2S", "T2CL", "T2A", "V1N1", "None"] | None = None
+    cpu_template: Template | UnsetType | None = UNSET
     track_dirty_pages: bool = False
     huge_pages: Literal["None", "2M"] = "None"
 
@@ -67,7 +69,7 @@ class MachineConfigurationUpdate(Body, kw_only=True):
     vcpu_count: U8 | None = None
     mem_size_mib: U64 | None = None
     smt: bool | None = None
-    cpu_template: Literal["C3", "T2", "T2S", "T2CL", "T2A", "V1N1", "None"] | None = None
+    cpu_template: Template | None = None
     track_dirty_pages: bool | None = None
     huge_pages: Literal["None", "2M"] | None = None
 
@@ -143,6 +145,14 @@ class NetworkInterface(Body, kw_only=True):
     address: str | UnsetType = UNSET
     nat: bool | UnsetType = UNSET
 
+    def __post_init__(self) -> None:
+        mac = self.guest_mac
+        if mac is not None:
+            parts = mac.split(":")
+            if len(parts) != 6 or not all(len(part) == 2 and set(part) <= _HEX for part in parts):
+                raise ValueError(f"guest_mac {mac}: must be six bytes as 06:00:ac:10:00:02")
+            self.guest_mac = mac.lower()
+
 
 class PartialNetworkInterface(Body, kw_only=True):
     """A change of a running VM's interface."""
@@ -157,7 +167,7 @@ class Vsock(Body, kw_only=True):
 
     guest_cid: U32
     uds_path: str
-    vsock_id: str | UnsetType = UNSET
+    vsock_id: str | UnsetType | None = UNSET
 
 
 class Balloon(Body, kw_only=True):
