@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from virtio._limiter import RateLimiter
 from virtio._worker import QueueWorker
 from virtio.device import VirtioDevice
+from virtio.mmds_net import Endpoint
 
 class NetWorker(QueueWorker):
     """The thread of one pair of queues, the receive queue first."""
@@ -23,6 +24,7 @@ class NetWorker(QueueWorker):
         pair: int,
         rx_limiter: RateLimiter,
         tx_limiter: RateLimiter,
+        mmds: Endpoint | None = None,
         pcap: int = -1,
     ) -> None: ...
     @property

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """A pair of network queues without the GIL: frames go between the guest's buffers and a tap, or a stream to passt."""
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EBADFD, ECONNRESET, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 from virtio._limiter cimport RateLimiter
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
@@ -50,6 +51,10 @@ cdef enum:
     FRAME_MAX = 65535 + ETH_HEADER + 4
     UIO_MAXIOV = 1024
     RX_IOV = UIO_MAXIOV - 2     # of the chains held: room for the byte too many, and for a record's head
+    NEEDS_CSUM = 1              # in the header's flags
+    DETOUR_HEAD = VNET_HEADER + 42  # as much of a frame as tells where it goes: an ARP packet for IPv4
+    ANSWER_MAX = ETH_HEADER + 1500
+    MMDS = 2                    # a place of NetWorker.resume only
     HELD = 256                  # RX chains taken in advance at most
     BUDGET = 64                 # frames one way before the other has its turn
     LEAST_NS = 5_000_000        # wait so long for buffers that hold the largest frame, then do with what is there
@@ -72,6 +77,7 @@ cdef struct Counters:
     uint64_t tx_bytes
     uint64_t tx_bad             # not readable, too short, too long
     uint64_t tx_errors          # the host refused the frame; it is dropped
+    uint64_t mmds_errors        # frames for the metadata service that it failed at: our mistake
     uint64_t pcap_errors        # a frame could not be recorded; the ones after it are not
 
 
@@ -83,6 +89,7 @@ cdef class NetWorker(QueueWorker):
     :param pair: 0 for the first
     :param rx_limiter: of what the guest receives
     :param tx_limiter: of what the guest sends
+    :param mmds: the metadata service's endpoint, whose address's frames never reach `fd`; None: there is none
     :param pcap: a file for a copy of each frame, opened for appending; -1: none
     """
     cdef int fd
@@ -95,7 +102,7 @@ cdef class NetWorker(QueueWorker):
     cdef readonly RateLimiter rx_limiter
     cdef readonly RateLimiter tx_limiter
     cdef bint patient                       # false: any buffer at all will do
-    cdef uint64_t[2] resume                 # when a stalled queue may go on, CLOCK_MONOTONIC; 0: not by time
+    cdef uint64_t[3] resume                 # when a stalled queue may go on, CLOCK_MONOTONIC; 0: not by time
     cdef bint paid                          # the next TX chain has its tokens
     cdef uint64_t received                  # bytes of a frame that is read and waits for tokens
     cdef Held[HELD] held
@@ -112,16 +119,28 @@ cdef class NetWorker(QueueWorker):
     cdef bint dropping                      # the rest of this frame was for a driver that is gone
     cdef uint64_t tx_left
     cdef uint64_t tx_size
+    # The metadata service's.
+    cdef object mmds
+    cdef bint detour
+    cdef uint8_t[4] mmds_address
+    cdef bint mmds_due                      # ask it for frames
+    cdef uint32_t answer_size               # of the one that waits for buffers; 0: none does
+    cdef uint8_t[VNET_HEADER + ANSWER_MAX] answer
     cdef Counters counters
 
     def __init__(self, device, indices, notify_fds, on_failure, name=None, *, int fd, bint stream, uint32_t pair,
-                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, int pcap=-1):
+                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, mmds=None, int pcap=-1):
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.fd = fd
         self.stream = stream
         self.pair = pair
         self.rx_limiter = rx_limiter
         self.tx_limiter = tx_limiter
+        self.mmds = mmds
+        self.detour = mmds is not None
+        if self.detour:
+            address = bytes(mmds.address)
+            memcpy(self.mmds_address, <const char *>address, 4)
         self.pcap = pcap
 
     @property
@@ -138,16 +157,22 @@ cdef class NetWorker(QueueWorker):
         self.n_held = self.n_iov = 0
         self.held_bytes = self.received = 0
         self.patient = True
-        self.resume[RX] = self.resume[TX] = 0
+        self.resume[RX] = self.resume[TX] = self.resume[MMDS] = 0
+        self.mmds_due = False
+        self.answer_size = 0
         self.paid = False
         self.dropping = self.length_got == 4
         self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
 
     cdef int serve(self, uint32_t place) noexcept nogil:
-        cdef int status
+        cdef int status, answered
         self.resume[place] = 0
         status = self.receive() if place == RX else self.transmit()
         self.publish(place)
+        if place == TX and status >= 0 and self.mmds_due:
+            answered = self._kicked(RX)
+            if answered < 0:
+                return answered
         return status
 
     cdef int event(self, uint32_t token) noexcept nogil:
@@ -160,6 +185,10 @@ cdef class NetWorker(QueueWorker):
                 status = self._kicked(place)
                 if status < 0:
                     return status
+        if self.resume[MMDS] and token == TOKEN_TIMER:
+            self.resume[MMDS] = 0
+            self.mmds_due = True
+            return self._kicked(RX)
         return 0
 
     cdef void finish(self) noexcept nogil:
@@ -171,12 +200,14 @@ cdef class NetWorker(QueueWorker):
         self.n_held = self.n_iov = 0
 
     cdef void stall(self, uint32_t place, uint64_t nanoseconds) noexcept nogil:
-        # One timer for both queues: the earlier.
+        # One timer for all: the earliest.
         cdef uint64_t now = net_clock(CLOCK_MONOTONIC), first
+        cdef uint32_t other
         self.resume[place] = now + nanoseconds
         first = self.resume[place]
-        if self.resume[1 - place]:
-            first = min(first, self.resume[1 - place])
+        for other in range(3):
+            if self.resume[other]:
+                first = min(first, self.resume[other])
         self.wake_after(first - now if first > now else 1)
 
     # To the guest
@@ -190,6 +221,14 @@ cdef class NetWorker(QueueWorker):
             if self.received == 0:
                 if budget == 0:
                     return SERVE_MORE
+                # Not where a part of a frame is in the buffers.
+                if self.mmds_due and (self.length_got < 4 or self.dropping) \
+                        and (self.answer_size or self.ask_mmds()):
+                    status = self.give_answer()
+                    if status <= 0:
+                        return status
+                    budget -= 1
+                    continue
                 status = self.gather()
                 if status <= 0:
                     return status
@@ -362,6 +401,13 @@ cdef class NetWorker(QueueWorker):
                 self.counters.tx_bad += 1
                 queue_add_used(ring, chain.head, 0)
                 continue
+            if self.detour and self.tx_left == 0 and self.is_for_mmds(chain):
+                self.tell_mmds(chain)
+                if self.pcap >= 0:
+                    self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
+                self.paid = False
+                queue_add_used(ring, chain.head, 0)
+                continue
             if not self.paid:
                 wait = self.tx_limiter.take(chain.readable_bytes - VNET_HEADER, 1)
                 if wait:
@@ -432,6 +478,72 @@ cdef class NetWorker(QueueWorker):
             self.tx_left -= sent
         return 0
 
+    # The metadata service, which is inside this process: a slow path, one GIL a frame
+
+    cdef bint is_for_mmds(self, DescChain *chain) noexcept nogil:
+        # By a copy of its head; what the driver makes of it meanwhile, the endpoint judges anew.
+        cdef uint8_t[DETOUR_HEAD] head
+        cdef uint8_t *frame = &head[VNET_HEADER]
+        cdef uint64_t size
+        memset(head, 0, DETOUR_HEAD)
+        size = gather_bytes(chain.iov, chain.n_readable, head, DETOUR_HEAD) - VNET_HEADER
+        if frame[12] != 0x08:
+            return False
+        if frame[13] == 0x00:
+            return size >= 34 and memcmp(&frame[30], self.mmds_address, 4) == 0
+        # ARP over Ethernet for IPv4, a request.
+        return frame[13] == 0x06 and size >= 42 and memcmp(&frame[14], b"\0\1\x08\0\6\4\0\1", 8) == 0 \
+            and memcmp(&frame[38], self.mmds_address, 4) == 0
+
+    cdef void tell_mmds(self, DescChain *chain) noexcept with gil:
+        cdef bytes copy
+        self.mmds_due = True
+        try:
+            copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>chain.readable_bytes)
+            gather_bytes(chain.iov, chain.n_readable, <uint8_t *><char *>copy, chain.readable_bytes)
+            self.mmds.receive(copy[VNET_HEADER:], partial=copy[0] & NEEDS_CSUM != 0)
+        except Exception as error:
+            self.blame(error)
+
+    cdef bint ask_mmds(self) noexcept with gil:
+        # Whether there is a frame for the guest in self.answer.
+        cdef bytes frame
+        try:
+            frame = self.mmds.next_frame()
+            if frame is not None:
+                if len(frame) > ANSWER_MAX:
+                    raise ValueError(f"a frame of {len(frame)} bytes")
+                memset(self.answer, 0, VNET_HEADER)
+                memcpy(&self.answer[VNET_HEADER], <const char *>frame, <size_t>len(frame))
+                self.answer_size = VNET_HEADER + <uint32_t>len(frame)
+                return True
+            self.mmds_due = False
+            self.resume[MMDS] = 0
+            seconds = self.mmds.timeout()
+            if seconds is not None:
+                self.stall(MMDS, 1 + <uint64_t>(seconds * 1_000_000_000))
+        except Exception as error:
+            self.mmds_due = False
+            self.blame(error)
+        return False
+
+    cdef int give_answer(self) noexcept nogil:
+        # To the guest: 1, or what gather() said.
+        cdef int status = self.gather()
+        if status <= 0:
+            return status
+        if self.answer_size > self.held_bytes:
+            self.counters.rx_too_long += 1
+        else:
+            scatter(self.iov, 0, self.answer, self.answer_size)
+            self.deliver(self.answer_size)
+        self.answer_size = 0
+        return 1
+
+    cdef object blame(self, object error):
+        self.counters.mmds_errors += 1
+        self.device.context.warn("mmds", f"{self.name}: metadata service: {type(error).__name__}: {error}")
+
     # A copy for the one who looks on
 
     cdef void capture(self, const iovec *iov, uint32_t n_iov, uint64_t size) noexcept nogil:
@@ -447,6 +559,19 @@ cdef class NetWorker(QueueWorker):
                 != <ssize_t>(16 + size - VNET_HEADER):
             self.counters.pcap_errors += 1
             self.pcap = -1          # a file that is full; what followed half a record could not be read
+
+
+cdef uint64_t gather_bytes(const iovec *iov, uint32_t count, uint8_t *into, uint64_t size) noexcept nogil:
+    # Copy the first `size` bytes of the buffers: how many there were.
+    cdef uint64_t done = 0, part
+    cdef uint32_t i
+    for i in range(count):
+        part = min(<uint64_t>iov[i].iov_len, size - done)
+        memcpy(into + done, iov[i].iov_base, part)
+        done += part
+        if done == size:
+            break
+    return done
 
 
 cdef uint32_t skip(const iovec *iov, uint32_t count, uint64_t start, uint64_t size, iovec *into) noexcept nogil:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from virtio._limiter import Bucket
     from virtio.device import ActivateContext, AnyWorker
+    from virtio.mmds_net import Endpoint
     from vmm._fastpath import Chain
 
     class Backend(Protocol):
@@ -83,6 +84,7 @@ class Net(VirtioDevice):
     :param pcap: path of a file that gets each frame, both ways; it is made anew
     :param rx_limiter: of what the guest receives; None: no limit
     :param tx_limiter: of what the guest sends; None: no limit
+    :param mmds: the metadata service's endpoint: what the guest sends to its address does not reach `backend`
     :param name: of the threads
     :raises ConfigError: the pcap file cannot be made
     """
@@ -98,6 +100,7 @@ class Net(VirtioDevice):
         pcap: str | None = None,
         rx_limiter: RateLimiter | None = None,
         tx_limiter: RateLimiter | None = None,
+        mmds: Endpoint | None = None,
         name: str = "virtio-net",
     ) -> None:
         super().__init__()
@@ -107,6 +110,7 @@ class Net(VirtioDevice):
         self.mtu = mtu
         self.rx_limiter = rx_limiter or RateLimiter()
         self.tx_limiter = tx_limiter or RateLimiter()
+        self.mmds = mmds
         self.link_up = True
         self.pairs = len(backend.fds)
         self.queue_sizes = (QUEUE_SIZE,) * (2 * self.pairs) + (CTRL_QUEUE_SIZE,)
@@ -132,6 +136,8 @@ class Net(VirtioDevice):
         for worker in self._workers:
             for key, value in worker.stats.items():
                 total[key] = total.get(key, 0) + value
+        if self.mmds is not None:
+            total |= {f"mmds_{key}": value for key, value in self.mmds.counters.items()}
         total["rx_rate_limiter_throttled"] = self.rx_limiter.throttled
         total["tx_rate_limiter_throttled"] = self.tx_limiter.throttled
         return total
@@ -143,7 +149,8 @@ class Net(VirtioDevice):
                 NetWorker(
                     self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
                     f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
-                    rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, pcap=self._pcap,
+                    rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, mmds=self.mmds,
+                    pcap=self._pcap,
                 )
             )  # fmt: skip
         control = sorted({2, 2 * self.pairs})
@@ -155,6 +162,8 @@ class Net(VirtioDevice):
 
     def activate(self, context: ActivateContext) -> None:
         """Let the tap do what the driver negotiated."""
+        if self.mmds is not None:
+            self.mmds.reset()
         self.backend.set_pairs(1)
         self.backend.set_offloads(context.features)
 

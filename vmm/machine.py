@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from virtio.net import Net
     from virtio.vsock import Listener
     from vmm.config import NetConfig
+    from vmm.mmds import Mmds
 
     class Closable(Protocol):
         def close(self) -> None: ...
@@ -66,6 +67,7 @@ class Machine:
     :param config: what it is to be; or give ``VmConfig``'s own parameters by name
     :param devices: virtio devices of your own, after the configured ones; yours to close
     :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
+    :param mmds: the metadata service's document, made before. None: an empty one
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
 
@@ -83,6 +85,7 @@ class Machine:
         *,
         devices: Sequence[VirtioDevice] = (),
         listener: Listener | None = None,
+        mmds: Mmds | None = None,
         **settings: object,
     ) -> None:
         if config is None:
@@ -97,6 +100,7 @@ class Machine:
         self.shares: dict[str, Fs] = {}
         self.balloon: Balloon | None = None
         self._listener = listener
+        self._mmds = mmds
         self._windows: tuple[Window, ...] = ()
         self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []
@@ -278,9 +282,18 @@ class Machine:
         limits = config.rx_rate_limiter, config.tx_rate_limiter
         rx, tx = (RateLimiter(limit.bandwidth, limit.ops) if limit else None for limit in limits)
         mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{place}")
+        endpoint = None
+        if self.config.mmds is not None and (config.iface_id or f"eth{place}") in self.config.mmds.network_interfaces:
+            from socket import inet_aton
+
+            from virtio.mmds_net import Endpoint
+
+            self.mmds.configure(self.config.mmds)
+            endpoint = Endpoint(self.mmds.serve, inet_aton(self.config.mmds.ipv4_address))
         net = Net(
-            backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=rx, tx_limiter=tx, name=f"virtio-net{place}"
-        )
+            backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=rx, tx_limiter=tx, mmds=endpoint,
+            name=f"virtio-net{place}",
+        )  # fmt: skip
         return self._owned(net)
 
     def _owned(self, thing: _T) -> _T:
@@ -485,6 +498,15 @@ class Machine:
         if not self._started:
             return "Not started"
         return "Paused" if self._paused else "Running"
+
+    @property
+    def mmds(self) -> Mmds:
+        """The metadata service's document: what the guest is told of, if the configuration lets it ask."""
+        if self._mmds is None:
+            from vmm.mmds import Mmds
+
+            self._mmds = Mmds()
+        return self._mmds
 
     @property
     def stats(self) -> dict[str, dict[str, int]]:
