@@ -18,6 +18,7 @@ from vmm import logger
 from vmm.api import API_VERSION, translate, types
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.metrics import Metrics
+from vmm.mmds import SIZE_LIMIT, Mmds, MmdsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Vmm:
     :param vmm_id: the instance's id
     :param on_start: called with the machine as soon as it runs
     :param boot_timer: the guest's machine has one
+    :param mmds_limit: bytes of the metadata service's document
 
     The machine is owned: ``close`` ends it. ``metrics`` counts what is asked for, too.
     """
@@ -76,9 +78,11 @@ class Vmm:
         *,
         on_start: Callable[[Machine], None] = lambda machine: None,
         boot_timer: bool = False,
+        mmds_limit: int = SIZE_LIMIT,
     ) -> None:
         self.vmm_id = vmm_id
         self.metrics = Metrics(vmm_id)
+        self.mmds = Mmds(limit=mmds_limit, instance_id=vmm_id)
         self._boot_timer = boot_timer
         self.machine: Machine | None = None
         self._on_start = on_start
@@ -95,6 +99,7 @@ class Vmm:
         self._entropy: types.EntropyDevice | None = None
         self._logger: types.Logger | None = None
         self._metrics: types.Metrics | None = None
+        self._mmds_config: types.MmdsConfig | None = None
         self._serial: types.Serial | msgspec.UnsetType = msgspec.UNSET
         self._host: types.Host | msgspec.UnsetType = msgspec.UNSET
 
@@ -133,6 +138,7 @@ class Vmm:
             ("PutCpuConfiguration", _cpu_config_of(whole.cpu_config)),
             *(("InsertBlockDevice", drive) for drive in whole.drives),
             *(("InsertNetworkDevice", interface) for interface in whole.network_interfaces),
+            ("SetMmdsConfiguration", whole.mmds_config),
             ("SetVsockDevice", whole.vsock),
             ("SetBalloonDevice", whole.balloon),
             ("SetEntropyDevice", whole.entropy),
@@ -175,6 +181,7 @@ class Vmm:
             logger=self._logger,
             machine_config=self._machine_config,
             metrics=self._metrics,
+            mmds_config=self._mmds_config,
             network_interfaces=list(self._interfaces.values()),
             vsock=self._vsock,
             entropy=self._entropy,
@@ -325,7 +332,7 @@ class Vmm:
             config = translate.vm_config(self.whole())
             config.boot_timer = self._boot_timer
             config.keyboard = True
-            machine = Machine(config, listener=self._listener)
+            machine = Machine(config, listener=self._listener, mmds=self.mmds)
         self._listener = None
         self.machine = machine
         self.metrics.attach(machine)
@@ -436,6 +443,32 @@ class Vmm:
             device.set_polling_interval(body.stats_polling_interval_s)
         self._balloon = msgspec.structs.replace(balloon, stats_polling_interval_s=body.stats_polling_interval_s)
 
+    # The metadata service
+
+    def _mmds_config_is(self, body: types.MmdsConfig) -> None:
+        with _refusing("MMMDS config error"):
+            config = translate.mmds(body)
+            if unknown := [name for name in config.network_interfaces if name not in self._interfaces]:
+                raise ConfigError("network_interfaces", unknown[0], "does not correspond to any network interface")
+        self.mmds.configure(config)
+        self._mmds_config = body
+
+    def _get_mmds(self, _: None) -> object:
+        return self.mmds.get()
+
+    def _put_mmds(self, body: Any) -> None:
+        self._change_mmds(self.mmds.put, body)
+
+    def _patch_mmds(self, body: Any) -> None:
+        self._change_mmds(self.mmds.patch, body)
+
+    @staticmethod
+    def _change_mmds(change: Callable[[Any], None], body: Any) -> None:
+        try:
+            change(body)
+        except MmdsError as error:
+            raise ApiError(str(error), error.status) from None
+
     # Not yet
 
     def _no_snapshot(self, _: object) -> None:
@@ -502,6 +535,10 @@ ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "ConfigureMetrics": (PRE_BOOT, Vmm._metrics_is),
     "ConfigureSerial": (PRE_BOOT, Vmm._serial_is),
     "GetPrometheusMetrics": (ANY, Vmm._prometheus),
+    "SetMmdsConfiguration": (PRE_BOOT, Vmm._mmds_config_is),
+    "GetMMDS": (ANY, Vmm._get_mmds),
+    "PutMMDS": (ANY, Vmm._put_mmds),
+    "PatchMMDS": (ANY, Vmm._patch_mmds),
     "StartMicroVm": (PRE_BOOT, Vmm._start),
     "FlushMetrics": (POST_BOOT, Vmm._flush_metrics),
     "SendCtrlAltDel": (POST_BOOT, Vmm._ctrl_alt_del),

@@ -13,6 +13,7 @@ from vmm.config import (
     DriveConfig,
     EntropyConfig,
     FsConfig,
+    MmdsConfig,
     NetConfig,
     RateLimiterConfig,
     VmConfig,
@@ -164,6 +165,20 @@ def vsock(body: types.Vsock) -> VsockConfig:
     return VsockConfig(body.guest_cid, body.uds_path, vsock_id=_given(body.vsock_id, None) or None)
 
 
+def mmds(body: types.MmdsConfig) -> MmdsConfig:
+    """:raises ConfigError: the address is not link-local"""
+    address = body.ipv4_address or "169.254.169.254"
+    return MmdsConfig(body.network_interfaces, version=body.version, ipv4_address=address)
+
+
+def _mmds_body(config: MmdsConfig) -> types.MmdsConfig:
+    return types.MmdsConfig(
+        version=config.version,  # type: ignore[arg-type]  # MmdsConfig checked it
+        network_interfaces=list(config.network_interfaces),
+        ipv4_address=config.ipv4_address,
+    )
+
+
 def entropy(body: types.EntropyDevice) -> EntropyConfig:
     """:raises ConfigError: a number that no limiter can count to"""
     return EntropyConfig(limiter(body.rate_limiter))
@@ -218,6 +233,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         memory=_given(host.memory, machine.mem_size_mib * _MIB),
         drives=[drive(each) for each in drives],
         network_interfaces=[net(each) for each in whole.network_interfaces],
+        mmds=None if whole.mmds_config is None else mmds(whole.mmds_config),
         vsock=None if whole.vsock is None else vsock(whole.vsock),
         shares=[share(each) for each in _given(whole.fs, [])],
         entropy=None if whole.entropy is None else entropy(whole.entropy),
@@ -355,6 +371,7 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         ),
         drives=[_drive_body(each, index, root=index == place) for index, each in enumerate(config.drives)],
         network_interfaces=[_net_body(each, index) for index, each in enumerate(config.network_interfaces)],
+        mmds_config=_mmds_body(config.mmds) if config.mmds else None,
         vsock=_vsock_body(config.vsock) if config.vsock else None,
         fs=[_share_body(each, root=bool(added) and each.is_root_device) for each in config.shares] or UNSET,
         entropy=_entropy_body(config.entropy) if config.entropy else None,

@@ -43,6 +43,8 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--start-time-us", "US", None, "when the process was started, by the monotonic clock"),
     ("--start-time-cpu-us", "US", None, "when the process was started, by its CPU clock"),
     ("--parent-cpu-time-us", "US", None, "CPU time of the process that started this one"),
+    ("--mmds-size-limit", "BYTES", None, "of the metadata service's document (default: the payload's limit)"),
+    ("--metadata", "FILE", None, "the metadata service's document, in JSON"),
     ("--no-seccomp", None, False, "no system call filters"),
     ("--version", None, False, "print the API's version and pyvmm's own, and end"),
     ("--http-api-max-payload-size", "BYTES", 51200, "of a request's body (default: 51200)"),
@@ -66,6 +68,8 @@ class Arguments:
     start_time_us: str | None
     start_time_cpu_us: str | None
     parent_cpu_time_us: str | None
+    mmds_size_limit: str | None
+    metadata: str | None
     no_seccomp: bool
     version: bool
     http_api_max_payload_size: int
@@ -136,25 +140,27 @@ def main(args: Arguments) -> int:
         check_id(args.id)
         if args.no_api and args.config_file is None:
             raise ConfigError("--no-api", "", "needs --config-file: there would be no way to say what to run")
-        times = [_microseconds(args, option) for option in _TIMES]
+        times = [_number(args, option) for option in _TIMES]
+        limit = _number(args, "--mmds-size-limit")
     except ConfigError as error:
         print(f"pyvmm serve: {error}", file=sys.stderr)
         return STATUS_ARGUMENTS
-    return _Serve(args, times).run()
+    return _Serve(args, times, args.http_api_max_payload_size if limit is None else limit).run()
 
 
 _SHOW = ("show_level", "show_log_origin")
 _TIMES = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us")
 
 
-def _microseconds(args: Arguments, option: str) -> int | None:
+def _number(args: Arguments, option: str) -> int | None:
     text = getattr(args, _attribute(option))
     return None if text is None else parse_count(option, text, 0, (1 << 63) - 1)
 
 
 class _Serve:
-    def __init__(self, args: Arguments, times: list[int | None]) -> None:
+    def __init__(self, args: Arguments, times: list[int | None], mmds_limit: int) -> None:
         self._args = args
+        self._mmds_limit = mmds_limit
         self._times = times
         self._ended = threading.Event()
         self._machine: Machine | None = None
@@ -186,7 +192,9 @@ class _Serve:
         from vmm.api.actions import Vmm
         from vmm.api.routes import answerer
 
-        self._vmm = Vmm(args.id, on_start=self._on_start, boot_timer=args.boot_timer)
+        self._vmm = Vmm(
+            args.id, on_start=self._on_start, boot_timer=args.boot_timer, mmds_limit=self._mmds_limit
+        )
         self._answerer = answerer(self._vmm)
         try:
             if status := self._observe():
@@ -207,8 +215,11 @@ class _Serve:
 
     def _observe(self) -> int:
         # The logger and the metrics, as far as the command line says where they go.
+        from typing import Any
+
         from vmm.api import types
         from vmm.api.actions import ApiError, VmmAction
+        from vmm.api.routes import decode
 
         args = self._args
         start, start_cpu, parent = self._times
@@ -219,8 +230,14 @@ class _Serve:
                 self._vmm.handle(VmmAction("ConfigureLogger", types.Logger(**chosen)))
             if args.metrics_path is not None:
                 self._vmm.handle(VmmAction("ConfigureMetrics", types.Metrics(metrics_path=args.metrics_path)))
+            if args.metadata is not None:
+                with open(args.metadata, "rb") as file:
+                    self._vmm.handle(VmmAction("PutMMDS", decode(Any, file.read())))
         except ApiError as error:
             print(f"pyvmm serve: {error}", file=sys.stderr)
+            return STATUS_GENERIC
+        except OSError as error:
+            print(f"pyvmm serve: --metadata {args.metadata}: {error.strerror}", file=sys.stderr)
             return STATUS_GENERIC
         return STATUS_OK
 
