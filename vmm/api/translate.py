@@ -200,7 +200,7 @@ def template(body: types.CpuConfig) -> CpuTemplate:
 
 def _console(whole: types.VmConfiguration, host: types.Host) -> str:
     path = _given(whole.serial, types.Serial()).serial_out_path
-    return _given(host.console, "stdio") if path is None else f"file:{path}"
+    return _given(host.console, "raw") if path is None else f"file:{path}"
 
 
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
@@ -350,7 +350,7 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
     boot_args = " ".join(config.full_cmdline.replace(added, "", 1).split()) if added else config.full_cmdline
     whole_mib = config.memory % _MIB == 0
     host = types.Host(
-        console=_unless(config.console, "stdio"),
+        console=_unless(config.console, "raw"),
         virtio_console=_unless(config.virtio_console, False),
         poll_us=_unless(config.poll_us, 0),
         protocol=_unless(config.protocol, "auto"),

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm serve``'s log, metrics, serial output, boot timer and keyboard, by its own process and a tiny guest."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kvm.guests import write_guest
+from vmm.errors import ConfigError
+from vmm.kvm import Kvm
+
+PATIENCE = 30.0
+IDLE = "1: hlt; jmp 1b"
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}"
+
+
+@pytest.fixture(autouse=True)
+def _kvm() -> None:
+    try:
+        Kvm().close()
+    except ConfigError as error:
+        pytest.skip(f"LAYER MISSING: kvm: {error}")
+
+
+class Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(str(self._path))
+
+
+class Served:
+    """A ``pyvmm serve`` and its API."""
+
+    def __init__(self, directory: Path, *options: str, stdout: int = subprocess.DEVNULL) -> None:
+        self.directory = directory
+        self._socket = directory / "api.sock"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vmm.cli", "serve", "--api-sock", str(self._socket), "--id", "vm1", *options],
+            stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        until(lambda: self._connects() or self.process.poll() is not None)
+
+    def _connects(self) -> bool:
+        with contextlib.closing(Connection(self._socket)) as connection, contextlib.suppress(OSError):
+            connection.connect()
+            return True
+        return False
+
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, str, str | None]:
+        with contextlib.closing(Connection(self._socket)) as connection:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(), answer.getheader("Content-Type")
+
+    def put(self, path: str, **body: object) -> None:
+        status, text, _ = self.ask("PUT", path, body)
+        assert status == 204, text
+
+    def act(self, action: str) -> tuple[int, str]:
+        return self.ask("PUT", "/actions", {"action_type": action})[:2]
+
+    def boot(self, source: str) -> None:
+        self.put("/boot-source", kernel_image_path=write_guest(self.directory, source))
+        self.put("/machine-config", vcpu_count=1, mem_size_mib=16)
+        self.put("/actions", action_type="InstanceStart")
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    running: list[Served] = []
+
+    def start(*options: str, **more: Any) -> Served:
+        running.append(Served(tmp_path, *options, **more))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_come_at_the_start_by_the_action_and_at_the_end(serve: Serve, tmp_path: Path) -> None:
+    path = touched(tmp_path / "metrics")
+    vm = serve("--metrics-path", str(path), "--start-time-us", "0", "--start-time-cpu-us", "0")
+    vm.boot("mov al, 'x'; mov dx, 0x3f8; out dx, al;" + IDLE)
+    until(lambda: path.stat().st_size)
+    assert vm.act("FlushMetrics") == (204, "")
+    assert len(lines(path)) == 2
+    assert vm.end() == 0
+    first, _, last = lines(path)
+    assert first["api_server"]["process_startup_time_us"] > 0
+    assert first["put_api_requests"]["boot_source_count"] == 1
+    assert sum(line["uart"]["write_count"] for line in lines(path)) == 1
+    assert last["put_api_requests"]["boot_source_count"] == 0
+
+
+def test_flush_without_a_path_is_no_error(serve: Serve) -> None:
+    vm = serve()
+    vm.boot(IDLE)
+    assert vm.act("FlushMetrics") == (204, "")
+
+
+def test_full_metrics_fifo_is_an_error_of_the_action_and_of_nothing_else(serve: Serve, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    vm = serve()
+    vm.put("/metrics", metrics_path=str(tmp_path / "fifo"))
+    vm.boot(IDLE)
+    answers = [vm.act("FlushMetrics") for _ in range(40)]
+    assert answers[0] == (204, "")
+    assert answers[-1][0] == 400
+    assert "Resource temporarily unavailable" in answers[-1][1]
+    assert json.loads(vm.ask("GET", "/")[1])["state"] == "Running"
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    while os.read(reader, 1 << 20):
+        if vm.act("FlushMetrics") == (204, ""):
+            break
+    os.close(reader)
+    assert vm.end() == 0
+
+
+def test_log_goes_to_a_fifo_that_nobody_reads(serve: Serve, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    metrics = touched(tmp_path / "metrics")
+    vm = serve("--log-path", str(tmp_path / "fifo"), "--level=debug", "--show-level", f"--metrics-path={metrics}")
+    for _ in range(1000):
+        assert vm.ask("GET", "/")[0] == 200
+    vm.boot(IDLE)
+    vm.act("FlushMetrics")
+    assert lines(metrics)[-1]["logger"]["missed_log_count"] + lines(metrics)[0]["logger"]["missed_log_count"] > 100
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    text = os.read(reader, 1 << 20).decode()
+    os.close(reader)
+    assert re.match(rf"{STAMP} \[vm1:[^:\]]+:INFO\] ", text)
+    assert all(re.match(rf"{STAMP} \[vm1:", line) for line in text.splitlines())
+
+
+def test_stdout_that_nobody_reads_holds_up_neither_api_nor_guest(serve: Serve) -> None:
+    reader, writer = os.pipe()
+    vm = serve(stdout=writer)
+    os.close(writer)
+    # The port shows itself ready only if somebody takes what was sent, beyond the 128 KiB that pipe and port hold.
+    vm.boot(
+        "mov ebx, 800; 1: mov dx, 0x3fd; 2: in al, dx; test al, 0x20; jz 2b; mov dx, 0x3f8; mov ecx, 256;"
+        "lea esi, [text]; cld; rep outsb; dec ebx; jnz 1b; mov al, 0xfe; out 0x64, al; 3: hlt; jmp 3b;"
+        "text: .fill 256, 1, 'y'"
+    )
+    assert vm.process.wait(PATIENCE) == 0
+    data = os.read(reader, 1 << 20)
+    assert data.count(b"y") >= 50000
+    os.close(reader)
+
+
+def test_serial_output_goes_to_a_fifo(serve: Serve, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "serial")
+    vm = serve()
+    vm.put("/serial", serial_out_path=str(tmp_path / "serial"))
+    vm.boot("mov al, 'x'; mov dx, 0x3f8; out dx, al;" + IDLE)
+    with open(tmp_path / "serial", "rb", buffering=0) as reader:
+        assert reader.read(1) == b"x"
+
+
+def test_guest_tells_the_boot_timer(serve: Serve, tmp_path: Path) -> None:
+    log = touched(tmp_path / "log")
+    vm = serve("--boot-timer", "--log-path", str(log), "--show-level")
+    vm.boot("mov edi, 0xd0000000; mov al, 123; mov [edi], al;" + IDLE)
+    until(lambda: "Guest-boot-time" in log.read_text())
+    form = rf"^{STAMP} \[vm1:fc_vcpu 0:INFO\] Guest-boot-time = +\d+ us \d+ ms, +\d+ CPU us \d+ CPU ms$"
+    assert re.search(form, log.read_text(), re.MULTILINE)
+
+
+def test_ctrl_alt_del_is_refused_once_the_guest_does_not_read_it(serve: Serve) -> None:
+    """As Firecracker 1.12.1: four presses fit."""
+    vm = serve()
+    vm.boot(IDLE)
+    assert [vm.act("SendCtrlAltDel")[0] for _ in range(6)] == [204] * 4 + [400] * 2
+
+
+def test_prometheus_reads_the_counters(serve: Serve) -> None:
+    vm = serve()
+    vm.boot("mov al, 'x'; mov dx, 0x3f8; out dx, al;" + IDLE)
+    until(lambda: "pyvmm_uart_write_total 1\n" in vm.ask("GET", "/metrics/prometheus")[1])
+    status, text, kind = vm.ask("GET", "/metrics/prometheus")
+    assert (status, kind) == (200, "text/plain; version=0.0.4")
+    assert 'pyvmm_info{id="vm1",state="Running",version="' in text
+    assert 'pyvmm_vcpu_exits_total{vcpu="0",kind="io_out"} 1\n' in text
+    assert "pyvmm_put_api_requests_boot_source_total 1\n" in text
+
+
+def test_log_options_may_come_by_the_api_again_and_again(serve: Serve, tmp_path: Path) -> None:
+    first, second = touched(tmp_path / "first"), touched(tmp_path / "second")
+    vm = serve()
+    vm.put("/logger", log_path=str(first), level="Info")
+    vm.put("/logger", log_path=str(second))
+    vm.put("/logger", level="OFF")
+    status, text, _ = vm.ask("PUT", "/logger", {"log_path": str(tmp_path / "none"), "level": "Info"})
+    assert status == 400 and "log_path" in text
+    vm.ask("GET", "/")
+    assert "/logger" in first.read_text() and "/logger" in second.read_text()
+    assert "GET" not in second.read_text().upper().replace("TARGET", "")
