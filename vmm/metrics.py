@@ -167,6 +167,7 @@ class Metrics:
         self.add_source("i8042", lambda: machine.i8042.stats)
         self.add_source("uart", lambda: {**machine.serial.stats, "missed_write_count": machine.console.lost})
         self.add_source("vcpu", lambda: _vcpus(machine))
+        self.add_source("mmds", lambda: _mmds(machine))
         machine.on_exit(self._last)
         if self._file is not None:
             self._try()
@@ -383,6 +384,16 @@ def _vcpus(machine: Machine) -> Values:
     for vcpu in machine.vcpus:
         for kind, count in vcpu.exits.items():
             total[f"exit_{kind}"] = total.get(f"exit_{kind}", 0) + count
+    return total
+
+
+def _mmds(machine: Machine) -> Values:
+    total: Values = {}
+    for net in machine.nets.values():
+        for name, count in net.stats.items():
+            if name.startswith("mmds_"):
+                field = name.removeprefix("mmds_")
+                total[field] = total.get(field, 0) + count
     return total
 
 

@@ -244,3 +244,27 @@ def test_log_options_may_come_by_the_api_again_and_again(serve: Serve, tmp_path:
     vm.ask("GET", "/")
     assert "/logger" in first.read_text() and "/logger" in second.read_text()
     assert "GET" not in second.read_text().upper().replace("TARGET", "")
+
+
+def test_log_of_requests_is_firecrackers(serve: Serve, tmp_path: Path) -> None:
+    log = touched(tmp_path / "log")
+    vm = serve("--log-path", str(log), "--level", "Debug", "--show-level")
+    vm.put("/drives/a", drive_id="a", path_on_host=str(touched(tmp_path / "disk")), is_root_device=False)
+    assert vm.ask("PUT", "/drives/a", {"drive_id": "b"})[0] == 400
+    vm.ask("GET", "/version")
+    # As Firecracker 1.12.1 wrote it, but for the texts of errors.
+    forms = [
+        r'INFO\] The API server received a Put request on "/drives/a" with body "\{\\"drive_id\\": \\"a\\", .*\}"\.',
+        r"INFO\] The request was executed successfully\. Status code: 204 No Content\.",
+        r"DEBUG\] Total previous API call duration: \d+ us\.",
+        r'INFO\] The API server received a Put request on "/drives/a" with body .*',
+        r"ERROR\] Received Error\. Status code: 400 Bad Request\. Message: [^{].*",
+        r"DEBUG\] Total previous API call duration: \d+ us\.",
+        r'INFO\] The API server received a Get request on "/version"\.',
+        r"INFO\] The request was executed successfully\. Status code: 200 OK\.",
+        r"DEBUG\] Total previous API call duration: \d+ us\.",
+    ]
+    written = [line for line in log.read_text().splitlines() if ":fc_api:" in line]
+    assert len(written) == len(forms), written
+    for line, form in zip(written, forms, strict=True):
+        assert re.fullmatch(rf"{STAMP} \[vm1:fc_api:{form}", line), line

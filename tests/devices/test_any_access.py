@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from devices.boot_timer import BootTimer
 from devices.exit_port import ExitPort
 from devices.i8042 import I8042
 from devices.power import AcpiPower
@@ -31,12 +32,12 @@ ACCESSES = st.lists(
 def machine() -> Bus:
     """Return a bus with every device, 16 bytes wide each, at 0, 16, ...: all offsets can be reached."""
     bus, i8042 = Bus("pio", 1 << 16), I8042()
-    for index, device in enumerate((ExitPort(), AcpiPower(), PvPanic(), Rtc(), i8042.data, i8042.command)):
+    for index, device in enumerate((ExitPort(), AcpiPower(), PvPanic(), Rtc(), i8042.data, i8042.command, BootTimer())):
         bus.add(index * 16, 16, device, str(index))
     return bus
 
 
-@pytest.mark.parametrize("at", range(0, 96, 16))
+@pytest.mark.parametrize("at", range(0, 112, 16))
 @given(accesses=ACCESSES)
 def test_only_stop_is_raised(at: int, accesses: list[tuple[int, int, bool, int]]) -> None:
     bus = machine()

@@ -207,6 +207,14 @@ def test_source_of_somebody_else(reader: Reader) -> None:
     assert "internal" not in line["mmds"]
 
 
+def test_metadata_service_counts_in_every_interface(reader: Reader) -> None:
+    nets = [FakeDevice(1, f"virtio-net{n}", **NET, mmds_rx_accepted=2, mmds_errors=1) for n in (0, 1)]
+    machine = FakeMachine(*nets)
+    machine.nets = dict(zip(("eth0", "eth1"), nets, strict=True))
+    reader.metrics.attach(machine)  # type: ignore[arg-type]
+    assert reader.lines[0]["mmds"]["rx_accepted"] == 4
+
+
 def test_lines_at_start_every_period_and_at_the_end(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "PERIOD_SECONDS", 0.01)
     machine = FakeMachine()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any, NamedTuple
 
 import msgspec
@@ -78,6 +79,8 @@ _METRICS = {
     "drives": "drive", "logger": "logger", "machine-config": "machine_cfg", "cpu-config": "cpu_cfg",
     "metrics": "metrics", "network-interfaces": "network", "mmds": "mmds", "vsock": "vsock",
 }  # fmt: skip
+# As the log names statuses.
+_REASON = {200: "OK", 204: "No Content", 400: "Bad Request", 413: "Payload Too Large", 500: "Internal Server Error"}
 PROMETHEUS = "Content-Type: text/plain; version=0.0.4"
 
 
@@ -200,16 +203,27 @@ def answerer(vmm: Vmm) -> Any:
     """What ``vmm.api.server.Server`` asks: request in, answer out, for `vmm`."""
 
     def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
+        begun = time.monotonic_ns()
         if logger.enabled(logger.INFO):
-            shown = f" with body {body.decode(errors='replace')!r}" if body and path != "/mmds" else ""
-            logger.info(f"The API server received a {method.capitalize()} request on {path!r}{shown}.")
+            shown = f" with body {_quoted(body.decode(errors='replace'))}" if body and path != "/mmds" else ""
+            logger.info(f"The API server received a {method.capitalize()} request on {_quoted(path)}{shown}.")
         status, answered, headers = _answer(vmm, method, path, body)
         _count(vmm.metrics, method, path, failed=status >= 400)
         if status >= 400:
-            logger.error(f"Received Error. Status code: {status}. Message: {answered.decode(errors='replace')}")
+            fault = msgspec.json.decode(answered, type=types.Fault).fault_message
+            logger.error(f"Received Error. Status code: {status} {_REASON.get(status, '')}. Message: {fault}")
+        else:
+            logger.info(f"The request was executed successfully. Status code: {status} {_REASON.get(status, '')}.")
+        if logger.enabled(logger.DEBUG):
+            logger.debug(f"Total previous API call duration: {(time.monotonic_ns() - begun) // 1000} us.")
         return status, answered, headers
 
     return answer
+
+
+def _quoted(text: str) -> str:
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
 
 
 def _answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
