@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kata Containers from the VMM's side: its two drivers' requests, byte for byte, and what they do between them.
+
+Source: kata-containers 4.x, src/runtime/virtcontainers/fc.go and src/runtime-rs/crates/hypervisor/src/firecracker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tests.api.oracle import Answer, Client
+
+FIXTURES = Path(__file__).parent / "kata"
+ID = "6c1e2f0a9d3b47c58e6f7a8b9c0d1e2f"
+TAP = "tap0_kata"
+AGENT_PORT = 1024
+GO_TIMEOUT, RUST_RETRIES, PAUSE = 10.0, 500, 0.01  # seconds to be running; tries of one request; between two
+# /run is the room's; the pod's network namespace has the tap. It stays one process: exec.
+ENTER = f'mount --bind "$1" /run && shift && ip link set lo up && ip tuntap add {TAP} mode tap && exec "$@"'
+
+
+class Sandbox:
+    """One sandbox, its files in a room that is /run to the VMM; used by ``with``.
+
+    :param program: the VMM; its base name is ``firecracker``
+    :param kernel: the guest's
+    :param image: the guest's root disk
+    """
+
+    runtime: str
+    placeholders: tuple[str, ...]  # drives of no length, in order, after the root drive
+
+    def __init__(self, program: str, kernel: str | Path, image: str | Path) -> None:
+        self.program = program
+        self.room = Path(tempfile.mkdtemp(prefix="pyvmm-kata-"))
+        self.process: subprocess.Popen[bytes] | None = None
+        self._files = (kernel, image)
+        self._client: Client | None = None
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disconnect()
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait()
+            if self.process.stderr is not None:
+                self.process.stderr.close()
+        shutil.rmtree(self.room)
+
+    def path(self, inside: str) -> Path:
+        """Where the VMM's `inside` is for us."""
+        return self.room / inside.lstrip("/")
+
+    def fixture(self, name: str) -> bytes:
+        """A request's bytes."""
+        return (FIXTURES / self.runtime / f"{name}.http").read_bytes()
+
+    def disconnect(self) -> None:
+        """End the connection to the API."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _lay(self, inside: str, file: str | Path) -> None:
+        # Hard to read twice and easy to mount: a copy, as sparse as the file.
+        self.path(inside).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "--sparse=always", str(file), str(self.path(inside))], check=True)
+
+    def _launch(self, options: Sequence[str], environment: Mapping[str, str], **streams: int) -> None:
+        command = ["unshare", "-n", "-m", "sh", "-c", ENTER, "sh", str(self.room / "run"), self.program, *options]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, **streams
+        )  # fmt: skip
+
+    def _send(self, socket_path: str, request: bytes) -> Answer | None:
+        # On the connection there is, as both clients' pools do; None: there is none to be had, or it broke.
+        try:
+            if self._client is None:
+                with directory_of(self.path(socket_path)) as short:
+                    self._client = Client(short)
+            self._client.send(request)
+            answer = self._client.receive()
+        except OSError:
+            answer = None
+        if answer is None:
+            self.disconnect()
+        return answer
+
+    @property
+    def pid(self) -> int:
+        """The VMM's."""
+        assert self.process is not None
+        return self.process.pid
+
+    def mount(self, image: Path, inside: str) -> None:
+        """Bind `image` over the VMM's file `inside`, as Kata does with what it plugs."""
+        self._inside("mount", "--bind", str(image), inside)
+
+    def unmount(self, inside: str) -> None:
+        """Take it away again."""
+        self._inside("umount", "-l", inside)
+
+    def _inside(self, *command: str) -> None:
+        subprocess.run(["nsenter", "-m", "-t", str(self.pid), *command], check=True)
+
+    def threads(self) -> list[str]:
+        """Names of the VMM's threads."""
+        return [path.read_text().strip() for path in Path(f"/proc/{self.pid}/task").glob("*/comm")]
+
+    def call(self, uds: str, hello: bytes) -> Agent:
+        """Reach the guest's agent behind the socket device's `uds` by a handshake."""
+        with directory_of(self.path(uds)) as short:
+            return Agent(short, hello)
+
+
+class Agent:
+    """A connection to the guest's program behind the socket; a line is a question, and so is the answer."""
+
+    def __init__(self, path: str, hello: bytes, patience: float = 30.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(patience)
+        self._socket.connect(path)
+        self._socket.sendall(hello)
+        self._file = self._socket.makefile("rb")
+        # Both runtimes take any line with OK in it.
+        self.greeting = self._file.readline()
+
+    def ask(self, line: str) -> str:
+        """Its answer to a line; "" where it hung up."""
+        self._socket.sendall(line.encode() + b"\n")
+        return self._file.readline().decode().strip()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._file.close()
+        self._socket.close()
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def directory_of(path: Path) -> Iterator[str]:
+    """A name for `path` short enough for a socket's address."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+class Go(Sandbox):
+    """The Go runtime: a configuration file, then ``GET /`` until the VM runs."""
+
+    runtime = "go"
+    root = f"/run/vc/firecracker/{ID}/root"
+    api = f"{root}/run/firecracker.socket"
+    uds = f"{root}/kata.hvsock"
+    placeholders = tuple(f"drive_{i}" for i in range(8))
+
+    def start(self, environment: Mapping[str, str] | None = None) -> float:
+        """From the files to a running VM.
+
+        :returns: seconds until it was told to be running
+        :raises AssertionError: it was not in Kata's time
+        """
+        kernel, image = self._files
+        self.path(f"{self.root}/run").mkdir(parents=True, exist_ok=True)
+        self._lay(f"{self.root}/vmlinux", kernel)
+        self._lay(f"{self.root}/rootfs", image)
+        for name in self.placeholders:
+            self.path(f"{self.root}/{name}").touch()
+        self._lay(f"{self.root}/fcConfig.json", FIXTURES / "go" / "fcConfig.json")
+        self.fifos = {}
+        for name in ("logs", "metrics"):
+            os.mkfifo(fifo := self.path(f"{self.root}/{name}.fifo"), 0o600)
+            self.fifos[name] = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        with open(self.room / "console", "wb") as console:
+            options = ["--api-sock", self.api, "--config-file", f"{self.root}/fcConfig.json"]
+            self._launch(options, environment or {}, stdout=console.fileno(), stderr=console.fileno())
+        begun = time.monotonic()
+        while not self.running():
+            late = time.monotonic() - begun > GO_TIMEOUT
+            assert not late and self.process is not None and self.process.poll() is None, self.console()
+            time.sleep(PAUSE)
+        # Nobody else may use the socket; that it is not there yet would be the end of the sandbox.
+        os.chmod(self.path(self.uds), 0o640)
+        return time.monotonic() - begun
+
+    def running(self) -> bool:
+        """What one ``GET /`` says."""
+        answer = self._send(self.api, self.fixture("describe"))
+        if answer is None:
+            return False
+        # go-openapi finds no way to read another type.
+        assert answer.status == 200 and answer.headers["Content-Type"] == "application/json", answer
+        return bool(answer.json["state"] == "Running")
+
+    def console(self) -> str:
+        """What the VMM printed."""
+        return (self.room / "console").read_text(errors="replace")
+
+    def plug(self, number: int, image: Path) -> Answer | None:
+        """Put `image` where placeholder `number` was, by the same path."""
+        self.mount(image, f"{self.root}/drive_{number}")
+        return self._send(self.api, self.fixture(f"plug-drive_{number}"))
+
+    def unplug(self, number: int) -> Answer | None:
+        """Give the placeholder back."""
+        self.unmount(f"{self.root}/drive_{number}")
+        return self._send(self.api, self.fixture(f"plug-drive_{number}"))
+
+    def agent(self) -> Agent:
+        """Its agent, by the Go runtime's handshake."""
+        return self.call(self.uds, b"CONNECT %d\n" % AGENT_PORT)
+
+    def stop(self) -> float:
+        """SIGTERM, and the seconds until the process was gone."""
+        assert self.process is not None
+        begun = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(15)
+        return time.monotonic() - begun
+
+    def heard(self, name: str) -> bytes:
+        """What came through a FIFO so far."""
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.fifos[name], 1 << 16):
+                data += piece
+        return data
+
+
+class RuntimeRs(Sandbox):
+    """The Rust runtime: requests, each tried again until it succeeds."""
+
+    runtime = "runtime-rs"
+    root = f"/run/kata/{ID}{ID}"
+    api = f"{root}/run/fc.sock"
+    uds = f"{root}/kata.hvsock"
+    placeholders = tuple(f"drive{i}" for i in range(1, 6))
+
+    def start(self, environment: Mapping[str, str] | None = None) -> dict[str, int]:
+        """From nothing to ``InstanceStart``.
+
+        :returns: how often each request was sent
+        """
+        kernel, image = self._files
+        self.path(f"{self.root}/run").mkdir(parents=True, exist_ok=True)
+        self.path(f"{self.root}/root").mkdir(exist_ok=True)
+        self._lay("/run/kata-static/vmlinux.container", kernel)
+        self._lay("/run/kata-static/kata-containers.img", image)
+        for name in self.placeholders:
+            self.path(f"{self.root}/root/{name}").touch()
+        with open(self.room / "console", "ab") as console:
+            self._launch(
+                ["--api-sock", self.api], environment or {}, stdout=console.fileno(), stderr=subprocess.PIPE
+            )  # fmt: skip
+        sent = {}
+        for file in sorted((FIXTURES / self.runtime).glob("[0-9]*.http")):
+            sent[file.stem] = self.insist(file.stem)
+        return sent
+
+    def insist(self, name: str) -> int:
+        """Send a request until it succeeds; how often.
+
+        :raises AssertionError: it did not in as many tries as Kata makes
+        """
+        answer = None
+        for tried in range(1, RUST_RETRIES + 1):
+            answer = self._send(self.api, self.fixture(name))
+            if answer is not None and 200 <= answer.status < 300:
+                return tried
+            time.sleep(PAUSE)
+        raise AssertionError(f"{name}: {answer}")
+
+    def plug(self, number: int, image: Path) -> int:
+        """Put `image` in the place of placeholder `number`, by another path."""
+        self._lay(f"{self.root}/root/container{number}", image)
+        return self.insist(f"plug-drive{number}")
+
+    def agent(self) -> Agent:
+        """Its agent, by the Rust runtime's handshake."""
+        return self.call(self.uds, b"connect %d\n" % AGENT_PORT)
+
+    def ended(self, patience: float) -> bool:
+        """Whether stderr came to its end, which is how Kata learns of the VMM's."""
+        assert self.process is not None and self.process.stderr is not None
+        os.set_blocking(self.process.stderr.fileno(), False)
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                if not os.read(self.process.stderr.fileno(), 1 << 16):
+                    return True
+            time.sleep(PAUSE)
+        return False
