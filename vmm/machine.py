@@ -235,8 +235,9 @@ class Machine:
             from virtio.balloon import Balloon
 
             balloon = config.balloon
-            if balloon.amount_mib >= config.memory >> 20:
-                raise ConfigError("balloon amount_mib", balloon.amount_mib, f"must be below {config.memory >> 20}")
+            if balloon.amount_mib > config.memory >> 20:
+                most = config.memory >> 20
+                raise ConfigError("balloon amount_mib", balloon.amount_mib, f"must be at most {most}, the memory")
             self.balloon = Balloon(
                 balloon.amount_mib, deflate_on_oom=balloon.deflate_on_oom,
                 stats_polling_interval_s=balloon.stats_polling_interval_s,

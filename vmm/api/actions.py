@@ -262,7 +262,7 @@ class Vmm:
                     raise ConfigError("host_dev_name", body.host_dev_name, "is the tap of another interface")
                 from virtio.net_host import Tap
 
-                Tap(body.host_dev_name, config.queues).close()
+                Tap(config.host_dev_name or "", config.queues).close()
         self._interfaces.pop(body.iface_id, None)
         self._interfaces[body.iface_id] = msgspec.structs.replace(
             body, rx_rate_limiter=translate.shown_limiter(body.rx_rate_limiter),

@@ -121,7 +121,7 @@ def drive(body: types.Drive) -> DriveConfig:
 def net(body: types.NetworkInterface) -> NetConfig:
     """:raises ConfigError: it is no interface that we have"""
     return NetConfig(
-        body.host_dev_name or None,
+        _given(body.host_dev_name, "") or None,
         mode=_given(body.mode, "tap"),
         guest_mac=body.guest_mac,
         queues=_given(body.num_queues, 1),
@@ -282,7 +282,7 @@ def _net_body(config: NetConfig, place: int) -> types.NetworkInterface:
         raise ConfigError("net fd", config.fd, "is an open descriptor, which no file can hold")
     return types.NetworkInterface(
         iface_id=config.iface_id or f"eth{place}",
-        host_dev_name=config.host_dev_name or "",
+        host_dev_name=config.host_dev_name or UNSET,
         guest_mac=config.guest_mac,
         rx_rate_limiter=_limiter_body(config.rx_rate_limiter),
         tx_rate_limiter=_limiter_body(config.tx_rate_limiter),

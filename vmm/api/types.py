@@ -104,6 +104,11 @@ class CpuConfig(Body, kw_only=True):
     cpuid_modifiers: list[CpuidLeafModifier] = []
     msr_modifiers: list[RegisterModifier] = []
 
+    def __post_init__(self) -> None:
+        from vmm.api.translate import template
+
+        template(self)
+
 
 class Drive(Body, kw_only=True):
     """A disk. `num_queues`, `is_direct` and `image_format` are ours."""
@@ -134,7 +139,7 @@ class NetworkInterface(Body, kw_only=True):
     """A network interface. All from `mode` on is ours, as in ``pyvmm run --net``."""
 
     iface_id: str
-    host_dev_name: str = ""
+    host_dev_name: str | UnsetType = UNSET
     guest_mac: str | None = None
     rx_rate_limiter: RateLimiter | None = None
     tx_rate_limiter: RateLimiter | None = None
@@ -146,6 +151,8 @@ class NetworkInterface(Body, kw_only=True):
     nat: bool | UnsetType = UNSET
 
     def __post_init__(self) -> None:
+        if self.host_dev_name is UNSET and self.mode in (UNSET, "tap"):
+            raise ValueError("Object missing required field `host_dev_name`")
         mac = self.guest_mac
         if mac is not None:
             parts = mac.split(":")
@@ -229,6 +236,12 @@ class Logger(Body, kw_only=True):
     show_level: bool | None = None
     show_log_origin: bool | None = None
     module: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.level is not None:
+            from vmm.logger import parse_level
+
+            parse_level(self.level)
 
 
 class Metrics(Body, kw_only=True):
