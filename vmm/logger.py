@@ -277,7 +277,9 @@ def _timestamp() -> str:
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     known, text = _second
     if known != seconds:
-        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+        # By hand: strftime(3) looks at the time zone's file each time, and a jail may have none.
+        t = time.localtime(seconds)
+        text = f"{t.tm_year}-{t.tm_mon:02}-{t.tm_mday:02}T{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02}"
         _second = seconds, text
     return f"{text}.{nanoseconds:09}"
 

@@ -268,3 +268,21 @@ def test_log_of_requests_is_firecrackers(serve: Serve, tmp_path: Path) -> None:
     assert len(written) == len(forms), written
     for line, form in zip(written, forms, strict=True):
         assert re.fullmatch(rf"{STAMP} \[vm1:fc_api:{form}", line), line
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["--level", "bogus"], 152, "--level bogus: must be Off, Error, Warn"),
+        (["--level="], 152, "--level: must be Off, Error, Warn"),
+        (["--log-path", "/nonexistent/x"], 1, "log_path /nonexistent/x: must be a file or a FIFO that is there"),
+        (["--metrics-path", "/nonexistent/x"], 1, "metrics_path /nonexistent/x: must be a file or a FIFO"),
+    ],
+)
+def test_options_that_cannot_be_end_it_with_firecrackers_status(
+    serve: Serve, options: list[str], status: int, words: str
+) -> None:
+    vm = serve(*options)
+    assert vm.process.wait(PATIENCE) == status
+    assert vm.process.stderr is not None
+    assert words in vm.process.stderr.read().decode()

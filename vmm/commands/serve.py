@@ -217,11 +217,18 @@ class _Serve:
         # The logger and the metrics, as far as the command line says where they go.
         from typing import Any
 
+        from vmm import logger
         from vmm.api import types
         from vmm.api.actions import ApiError, VmmAction
         from vmm.api.routes import decode
 
         args = self._args
+        try:
+            if args.level is not None:
+                logger.parse_level(args.level)
+        except ConfigError as error:
+            print(f"pyvmm serve: --{error}", file=sys.stderr)
+            return STATUS_BAD_CONFIGURATION
         start, start_cpu, parent = self._times
         self._vmm.metrics.report_start(start, start_cpu, parent or 0)
         chosen = {name: getattr(args, name) or None for name in ("log_path", "level", "module", *_SHOW)}
