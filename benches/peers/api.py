@@ -121,7 +121,7 @@ def turn(command: Sequence[str], directory: Path, guest: Path) -> Turn:
             get = [_microseconds(client, "GET", "/machine-config") for _ in range(REQUESTS)]
             put = [_microseconds(client, "PUT", "/machine-config", machine) for _ in range(REQUESTS)]
             client.request("PUT", "/boot-source", {"kernel_image_path": str(guest), "boot_args": ""})
-            if "firecracker" in command[0] and " xsave " not in Path("/proc/cpuinfo").read_text():
+            if "firecracker" in command[0] and common.lacks_xsave():
                 client.request("PUT", "/cpu-config", {"kvm_capabilities": [f"!{common.KVM_CAP_XCRS}"]})
             begun = time.perf_counter()
             client.request("PUT", "/actions", {"action_type": "InstanceStart"})

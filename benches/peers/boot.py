@@ -119,6 +119,7 @@ def rows() -> list[Row | Missing]:
         ("boot, vmlinux", "pyvmm", "qemu", QEMU_NAME, 1.0),
         ("boot, vmlinux", "pyvmm", "firecracker", FIRECRACKER_NAME, None),
         ("boot, bzImage", "pyvmm_bzimage", "qemu_bzimage", QEMU_NAME, 1.0),
+        ("boot, InstanceStart to init", "pyvmm_api", "firecracker_api", FIRECRACKER_NAME, 1.5),
     ):
         pairs = [(each.get(ours, {}), each.get(peer, {})) for each in rounds]
         whole = [(a["seconds"], b["seconds"]) for a, b in pairs if "seconds" in a and "seconds" in b]

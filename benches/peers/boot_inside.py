@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benches.peers import common
+from benches.peers.api import connected
 from benches.peers.common import PYVMM, Missing
 
 MEMORY_MIB = 256
@@ -24,11 +25,14 @@ PATIENCE = 60.0
 CMDLINE = "console=ttyS0 quiet reboot=k panic=-1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd"
 
 
-def seconds(command: Sequence[str]) -> float:
-    """Time from the start of a VMM to its guest's mark.
+def seconds(command: Sequence[str], requests: Sequence[tuple[str, object]] = (), path: Path = Path()) -> float:
+    """Time from the start of a VMM to its guest's mark; from the last of `requests` where there are any.
 
+    :param requests: paths and bodies of PUTs to the socket at `path`
     :raises Missing: there was none
     """
+    if requests:
+        path.unlink(missing_ok=True)
     start = time.perf_counter()
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
@@ -36,6 +40,11 @@ def seconds(command: Sequence[str]) -> float:
     heard = b""
     try:
         os.set_blocking(process.stdout.fileno(), False)
+        client = connected(path) if requests else None
+        for where, body in requests:
+            start = time.perf_counter()
+            assert client is not None
+            client.request("PUT", where, body)
         while MARK not in heard:
             heard += process.stdout.read(65536) or b""
             if process.poll() is not None or time.perf_counter() - start > PATIENCE:
@@ -63,6 +72,18 @@ def main(name: str) -> int:
         "pyvmm_bzimage": [*PYVMM, str(packed), *options],
         "qemu_bzimage": common.qemu_command(packed, *more, memory=memory, cpu="host"),
     }
+    # By the socket: configured by the first requests, started by the last.
+    path = directory / "api.sock"
+    source = {"kernel_image_path": str(elf), "initrd_path": str(initrd), "boot_args": CMDLINE}
+    machine = {"vcpu_count": 1, "mem_size_mib": memory}
+    requests: list[tuple[str, object]] = [("/boot-source", source), ("/machine-config", machine)]
+    if common.lacks_xsave():
+        requests.append(("/cpu-config", {"kvm_capabilities": [f"!{common.KVM_CAP_XCRS}"]}))
+    requests.append(("/actions", {"action_type": "InstanceStart"}))
+    by_socket = {
+        "pyvmm_api": [PYVMM[0], "serve", "--api-sock", str(path)],
+        "firecracker_api": [common.firecracker(), "--api-sock", str(path), "--level", "Error"],
+    }
     # The lab reads all files from the host, over 9p, the first time: not what is to be measured.
     for program in (PYVMM[0], common.QEMU, common.firecracker()):
         subprocess.run([program, "--version"], stdout=subprocess.DEVNULL, check=False)
@@ -70,9 +91,10 @@ def main(name: str) -> int:
     for file in (elf, packed, initrd):
         file.read_bytes()
     with (directory / "runs").open("a") as runs:
-        for program, command in commands.items():
+        for program, command in {**commands, **by_socket}.items():
             try:
-                result: dict[str, object] = {"program": program, "seconds": seconds(command)}
+                asked = requests if program in by_socket else ()
+                result: dict[str, object] = {"program": program, "seconds": seconds(command, asked, path)}
             except Missing as problem:
                 result = {"program": program, "missing": str(problem)}
             print(f"boot: {result}", file=sys.stderr, flush=True)

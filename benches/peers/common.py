@@ -85,6 +85,11 @@ def pyvmm() -> list[str]:
     return PYVMM
 
 
+def lacks_xsave() -> bool:
+    """Whether this CPU is the lab's, in which Firecracker needs a template."""
+    return " xsave " not in Path("/proc/cpuinfo").read_text()
+
+
 def firecracker_command(
     directory: Path,
     kernel: Path,
@@ -110,7 +115,7 @@ def firecracker_command(
         "machine-config": {"vcpu_count": 1, "mem_size_mib": memory},
         **(more or {}),
     }
-    if " xsave " not in Path("/proc/cpuinfo").read_text():
+    if lacks_xsave():
         # It insists on KVM_CAP_XCRS, which KVM has only with XSAVE, and the lab's CPU has none.
         template = directory / "cpu.json"
         template.write_text(json.dumps({"kvm_capabilities": [f"!{KVM_CAP_XCRS}"]}))
