@@ -67,7 +67,7 @@ class Machine:
     :param config: what it is to be; or give ``VmConfig``'s own parameters by name
     :param devices: virtio devices of your own, after the configured ones; yours to close
     :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
-    :param mmds: the metadata service's document, made before. None: an empty one
+    :param metadata: the metadata service's document, made before, which is ``mmds`` then. None: an empty one
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
 
@@ -85,7 +85,7 @@ class Machine:
         *,
         devices: Sequence[VirtioDevice] = (),
         listener: Listener | None = None,
-        mmds: Mmds | None = None,
+        metadata: Mmds | None = None,
         **settings: object,
     ) -> None:
         if config is None:
@@ -100,7 +100,7 @@ class Machine:
         self.shares: dict[str, Fs] = {}
         self.balloon: Balloon | None = None
         self._listener = listener
-        self._mmds = mmds
+        self._mmds = metadata
         self._windows: tuple[Window, ...] = ()
         self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []

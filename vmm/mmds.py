@@ -72,6 +72,7 @@ class Mmds:
         self._there = False
         self._data: Json = None  # never changed in place: who has read it can go on reading
         self._key = b""
+        self._made = time.monotonic()
 
     def configure(self, config: MmdsConfig) -> None:
         """Serve the guest by `config`'s version; with a version of before, its tokens stay valid."""
@@ -121,8 +122,12 @@ class Mmds:
         """A token for so many seconds, 1 to 21600; of version 2."""
         import secrets
 
-        expiry = int((time.monotonic() + ttl_seconds) * 1000)
+        expiry = int((self._age() + ttl_seconds) * 1000)
         return self._sign(expiry.to_bytes(8, "big") + secrets.token_bytes(12))
+
+    def _age(self) -> float:
+        # Not the clock itself, which would tell the guest how long the host has been up.
+        return time.monotonic() - self._made
 
     def _sign(self, what: bytes) -> str:
         import base64
@@ -145,7 +150,7 @@ class Mmds:
         # Compared as text, too: another spelling of the same bytes is not what we gave out.
         return (
             hmac.compare_digest(self._sign(what).encode(), token.encode())
-            and int.from_bytes(what[:8], "big") > time.monotonic() * 1000
+            and int.from_bytes(what[:8], "big") > self._age() * 1000
         )
 
     # The guest's side
@@ -259,8 +264,8 @@ class _Request:
         self.length = int(self.headers.get(b"content-length", b"0"))
         choices = [each.strip() for each in self.headers.get(b"connection", b"").lower().split(b",")]
         self.keep_alive = b"close" not in choices and (words[2] == b"HTTP/1.1" or b"keep-alive" in choices)
-        media = self.headers.get(b"accept", b"").partition(b",")[0].partition(b";")[0]
-        self.wants_json = media.strip().lower() == _JSON.encode()
+        # Firecracker takes this one type; whoever names several gets text there, and so here.
+        self.wants_json = self.headers.get(b"accept", b"").strip().lower() == _JSON.encode()
         path = self.url.decode()  # what is not ASCII the parser has refused
         if not path.startswith("/"):
             path = "/".join(["", *path.partition("://")[2].split("/")[1:]]) if path.count("/") > 2 else ""
@@ -293,9 +298,10 @@ def _ttl(headers: Mapping[bytes, bytes]) -> int | None:
     if found is None:
         return None
     name, value = found[0].decode().replace("x-", "X-", 1), found[1].decode("latin-1")
-    if not value.isascii() or not value.isdigit() or len(value) > 10 or int(value) >= 1 << 32:
+    digits = value.removeprefix("+")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 10 or int(digits) >= 1 << 32:
         raise _Refusal(400, f"Invalid header. Reason: Invalid value. Key:{name}; Value:{value}")
-    return int(value)
+    return int(digits)
 
 
 def _pointer(path: str) -> str:

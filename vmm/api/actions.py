@@ -332,7 +332,7 @@ class Vmm:
             config = translate.vm_config(self.whole())
             config.boot_timer = self._boot_timer
             config.keyboard = True
-            machine = Machine(config, listener=self._listener, mmds=self.mmds)
+            machine = Machine(config, listener=self._listener, metadata=self.mmds)
         self._listener = None
         self.machine = machine
         self.metrics.attach(machine)
