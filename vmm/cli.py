@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "boot a kernel, with a shell on this terminal",
     "serve": "wait for a runtime on a unix socket, with Firecracker's API and options",
     "pull": "fetch a kernel and a root file system to run",
+    "ctl": "look at a served VM, and change it while it runs",
     "link": "make a link by which a runtime starts pyvmm as firecracker",
     "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",

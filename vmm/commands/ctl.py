@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm ctl``: a person's client of the API that runtimes drive; works with Firecracker's socket, too."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+from vmm.config import parse_size
+from vmm.errors import ConfigError, HostError
+
+STATUS_REFUSED = 1
+PATIENCE = 30.0
+_MILLISECONDS = 100  # a limit by the second is a bucket of a tenth of it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``pyvmm ctl``."""
+    parser.add_argument("--api-sock", metavar="PATH", required=True, help="the API's unix socket")
+    parser.add_argument("--json", action="store_true", help="print what the API answers, as it is")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    add("status", "who it is, and whether it runs")
+    add("config", "the whole configuration, as a file for --config-file")
+    add("start", "start the configured VM")
+    add("pause", "hold the VM")
+    add("resume", "let it go on")
+    add("ctrl-alt-del", "press these keys")
+    drive = add("drive", "give a disk another file, or other limits")
+    drive.add_argument("id")
+    drive.add_argument("--path", help="the file; the same one if it has another size now")
+    net = add("net", "give an interface other limits")
+    net.add_argument("id")
+    share = add("fs", "give a share other limits")
+    share.add_argument("tag")
+    for each, directions in ((drive, ("",)), (share, ("",)), (net, ("rx-", "tx-"))):
+        for direction in directions:
+            each.add_argument(f"--{direction}bps", metavar="BYTES", help="bytes a second, with K, M, G; 0: no limit")
+            each.add_argument(f"--{direction}iops", metavar="N", help="operations a second; 0: no limit")
+    balloon = add("balloon", "how large the balloon is, or is to be")
+    balloon.add_argument("mib", nargs="?", type=int, help="the new size")
+    balloon.add_argument("--stats", action="store_true", help="what the guest says of its memory")
+    metrics = add("metrics", "what was counted, as Prometheus' text")
+    metrics.add_argument("--flush", action="store_true", help="write a line to the configured file instead")
+    mmds = add("mmds", "the metadata service's document")
+    mmds.add_argument("action", nargs="?", choices=("get", "put", "patch"), default="get")
+    mmds.add_argument("document", nargs="?", metavar="JSON", help="for put and patch; - or nothing: stdin")
+    request = add("request", "any request")
+    request.add_argument("method", choices=("GET", "PUT", "PATCH"))
+    request.add_argument("path")
+    request.add_argument("body", nargs="?", metavar="JSON", help="-: stdin")
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(self._path)
+
+
+class Refused(Exception):
+    """The API's answer is an error; the text is its own."""
+
+
+class Client:
+    """The API of one VM.
+
+    :param path: its unix socket
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def ask(self, method: str, path: str, body: object = None) -> str:
+        """The answer's body.
+
+        :raises Refused: it is an error
+        :raises HostError: nobody answers
+        """
+        connection = _Connection(self.path)
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {} if text is None else {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read().decode(errors="replace")
+        except http.client.HTTPException as error:
+            raise Refused(f"{path}: the answer is no HTTP: {error}") from None
+        except OSError as error:
+            raise HostError(error.errno or 0, "ask the API", self.path) from None
+        finally:
+            connection.close()
+        if response.status >= 300:
+            try:
+                fault = json.loads(answer)
+                answer = fault.get("fault_message") or fault.get("error") or answer
+            except (ValueError, AttributeError):
+                pass
+            raise Refused(f"{method} {path}: {answer.strip() or response.status}")
+        return answer
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what was asked for; 0, or 1: the API refused it."""
+    client = Client(args.api_sock)
+    try:
+        _COMMANDS[args.command](client, args)
+    except Refused as error:
+        print(f"pyvmm ctl: {error}", file=sys.stderr)
+        return STATUS_REFUSED
+    return 0
+
+
+def _show(answer: str, args: argparse.Namespace) -> None:
+    # Plain, a name and its value a line.
+    if args.json or not answer:
+        print(answer, end="\n" if answer else "")
+        return
+    facts = json.loads(answer)
+    if not isinstance(facts, dict):
+        print(answer)
+        return
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _status(client: Client, args: argparse.Namespace) -> None:
+    answer = client.ask("GET", "/")
+    if args.json:
+        print(answer)
+    else:
+        facts = json.loads(answer)
+        print(f"{facts['id']}: {facts['state']} ({facts['app_name']} API {facts['vmm_version']})")
+
+
+def _config(client: Client, args: argparse.Namespace) -> None:
+    answer = client.ask("GET", "/vm/config")
+    print(answer if args.json else json.dumps(json.loads(answer), indent=2))
+
+
+def _act(name: str) -> Any:
+    return lambda client, args: client.ask("PUT", "/actions", {"action_type": name})
+
+
+def _state(name: str) -> Any:
+    return lambda client, args: client.ask("PATCH", "/vm", {"state": name})
+
+
+def _bucket(option: str, text: str | None) -> dict[str, int] | None:
+    # What a second may have, as a bucket of a tenth of it, which is filled in a tenth of a second.
+    if text is None:
+        return None
+    value = parse_size(option, text)
+    if 0 < value < 10:
+        raise ConfigError(option, text, "must be 0, or a number from 10")
+    return {"size": value // 10, "refill_time": _MILLISECONDS if value else 0}
+
+
+def _limits(args: argparse.Namespace, direction: str = "") -> dict[str, Any] | None:
+    buckets = {}
+    for option, name in (("bps", "bandwidth"), ("iops", "ops")):
+        bucket = _bucket(f"--{direction}{option}", getattr(args, f"{direction}{option}".replace("-", "_")))
+        if bucket is not None:
+            buckets[name] = bucket
+    return buckets or None
+
+
+def _change(client: Client, path: str, body: dict[str, Any], least: int) -> None:
+    given = {name: value for name, value in body.items() if value is not None}
+    if len(given) <= least:
+        raise ConfigError("ctl", path.split("/")[1], "nothing is to be changed; see --help")
+    client.ask("PATCH", path, given)
+
+
+def _drive(client: Client, args: argparse.Namespace) -> None:
+    path = None if args.path is None else os.path.abspath(args.path)
+    body = {"drive_id": args.id, "path_on_host": path, "rate_limiter": _limits(args)}
+    _change(client, f"/drives/{args.id}", body, 1)
+
+
+def _net(client: Client, args: argparse.Namespace) -> None:
+    limits = {f"{way}_rate_limiter": _limits(args, f"{way}-") for way in ("rx", "tx")}
+    _change(client, f"/network-interfaces/{args.id}", {"iface_id": args.id, **limits}, 1)
+
+
+def _fs(client: Client, args: argparse.Namespace) -> None:
+    _change(client, f"/fs/{args.tag}", {"tag": args.tag, "rate_limiter": _limits(args)}, 1)
+
+
+def _balloon(client: Client, args: argparse.Namespace) -> None:
+    if args.mib is not None:
+        client.ask("PATCH", "/balloon", {"amount_mib": args.mib})
+    else:
+        _show(client.ask("GET", "/balloon/statistics" if args.stats else "/balloon"), args)
+
+
+def _metrics(client: Client, args: argparse.Namespace) -> None:
+    if args.flush:
+        client.ask("PUT", "/actions", {"action_type": "FlushMetrics"})
+    else:
+        print(client.ask("GET", "/metrics/prometheus"), end="")
+
+
+def _document(text: str | None) -> object:
+    try:
+        return json.loads(sys.stdin.read() if text in (None, "-") else text or "")
+    except ValueError as error:
+        raise ConfigError("JSON", text or "", f"is none: {error}") from None
+
+
+def _mmds(client: Client, args: argparse.Namespace) -> None:
+    if args.action == "get":
+        answer = client.ask("GET", "/mmds")
+        print(answer if args.json else json.dumps(json.loads(answer), indent=2))
+    else:
+        client.ask(args.action.upper(), "/mmds", _document(args.document))
+
+
+def _request(client: Client, args: argparse.Namespace) -> None:
+    body = None if args.body is None else _document(args.body)
+    answer = client.ask(args.method, args.path, body)
+    print(answer, end="\n" if answer else "")
+
+
+_COMMANDS = {
+    "status": _status,
+    "config": _config,
+    "start": _act("InstanceStart"),
+    "pause": _state("Paused"),
+    "resume": _state("Resumed"),
+    "ctrl-alt-del": _act("SendCtrlAltDel"),
+    "drive": _drive,
+    "net": _net,
+    "fs": _fs,
+    "balloon": _balloon,
+    "metrics": _metrics,
+    "mmds": _mmds,
+    "request": _request,
+}
