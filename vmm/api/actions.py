@@ -320,6 +320,11 @@ class Vmm:
                 logger.LineFile.open("serial_out_path", body.serial_out_path).close()
         self._serial = body
 
+    def _openapi(self, _: None) -> object:
+        from vmm.api.openapi import document
+
+        return document()
+
     def _prometheus(self, _: None) -> str:
         return self.metrics.prometheus()
 
@@ -534,6 +539,7 @@ ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "ConfigureLogger": (PRE_BOOT, Vmm._logger_is),
     "ConfigureMetrics": (PRE_BOOT, Vmm._metrics_is),
     "ConfigureSerial": (PRE_BOOT, Vmm._serial_is),
+    "GetOpenApi": (ANY, Vmm._openapi),
     "GetPrometheusMetrics": (ANY, Vmm._prometheus),
     "SetMmdsConfiguration": (PRE_BOOT, Vmm._mmds_config_is),
     "GetMMDS": (ANY, Vmm._get_mmds),

@@ -69,6 +69,7 @@ ROUTES = (
     Route("PUT", "/metrics", "ConfigureMetrics", types.Metrics),
     Route("PUT", "/serial", "ConfigureSerial", types.Serial),
     Route("GET", "/metrics/prometheus", "GetPrometheusMetrics", None, str),
+    Route("GET", "/openapi.json", "GetOpenApi", None, Any),
     Route("PUT", "/snapshot/create", "CreateSnapshot", types.SnapshotCreate),
     Route("PUT", "/snapshot/load", "LoadSnapshot", types.SnapshotLoad),
 )
@@ -162,17 +163,18 @@ def explain(kind: Any, body: bytes, error: Exception) -> str:
         return f"{text}; allowed: {', '.join(allowed)}" if allowed else text
     if "missing required field" in problem or not path:
         return text
-    value = _at(msgspec.json.decode(body), path)
+    try:
+        value = _at(msgspec.json.decode(body), path)
+    except (LookupError, TypeError, ValueError):
+        return f"{path.lstrip('.')}: {problem}"  # "[...]": somewhere in a list or an object, it does not say where
     shown = _encode(value).decode()
     return f"{path.lstrip('.')} {shown if len(shown) <= 64 else shown[:61] + '...'}: {problem}"
 
 
 def _at(value: Any, path: str) -> Any:
     for step in path.replace("[", ".[").split("."):
-        if step.startswith("["):
-            value = value[int(step[1:-1])] if step[1:-1].isdigit() else next(iter(value.values()), None)
-        elif step:
-            value = value.get(step)
+        if step:
+            value = value[int(step[1:-1]) if step.startswith("[") else step]
     return value
 
 

@@ -355,6 +355,12 @@ class Fault(Body, kw_only=True):
     fault_message: str
 
 
+class HttpFault(Body, kw_only=True):
+    """Why what came was no request for this API."""
+
+    error: str
+
+
 class BalloonStats(Body, kw_only=True):
     """The balloon's amounts, and what the guest said of its memory, in bytes and counts."""
 
