@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVMM_ASAN") else []
+LIBRARIES = {"vmm._seccomp": ["seccomp"]}
 ROOMS = ("vmm", "devices", "virtio")
 MODULES = sorted(f"{room}.{file[:-4]}" for room in ROOMS for file in os.listdir(room) if file.endswith(".pyx"))
 
@@ -25,6 +26,7 @@ setup(
                 [name.replace(".", "/") + ".pyx"],
                 extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *ASAN],
                 extra_link_args=ASAN,
+                libraries=LIBRARIES.get(name, []),
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )
             for name in MODULES

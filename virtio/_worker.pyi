@@ -3,6 +3,9 @@ from collections.abc import Callable, Sequence
 
 from virtio.device import ActivateContext, VirtioDevice
 
+def set_thread_name(name: str) -> None:
+    """Name the calling thread for ``top -H``: its first 15 bytes."""
+
 class QueueWorker:
     """A thread for some of a device's queues; base of the devices' Cython loops, used through the transport."""
 

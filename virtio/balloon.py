@@ -15,6 +15,7 @@ import threading
 from virtio import spec
 from virtio.device import VirtioDevice
 from vmm.errors import ConfigError, GuestMemoryError
+from vmm.threads import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,8 +172,7 @@ class Balloon(VirtioDevice):
         self._serve_queue = [self._inflate, self._deflate]
         if context.features & spec.BALLOON_F_STATS_VQ:
             self._ticking = True
-            self._ticker = threading.Thread(target=self._tick, name="balloon stats", daemon=True)
-            self._ticker.start()
+            self._ticker = spawn(self.thread_kind, "balloon stats", self._tick)
             self._serve_queue.append(self._statistics)
         if context.features & spec.BALLOON_F_PAGE_REPORTING:
             self._serve_queue.append(self._report)

@@ -210,6 +210,7 @@ class Block(VirtioDevice):
     """
 
     device_type = spec.TYPE_BLOCK
+    thread_kind = "blk"
 
     def __init__(
         self,

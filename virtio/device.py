@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import os
 import select
-import threading
 
 from virtio import spec
+from virtio._worker import set_thread_name
 from vmm import logger
 from vmm.errors import GuestError
+from vmm.threads import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from threading import Thread
     from typing import Protocol
 
     from virtio._mmio import Interrupt
@@ -87,11 +89,13 @@ class VirtioDevice:
     :ivar features: offered beside VERSION_1, INDIRECT_DESC and EVENT_IDX, which the transport adds
     :ivar config: the configuration space as the driver reads it, little endian
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
+    :ivar thread_kind: what its threads may ask of the host where seccomp is on: one of ``vmm.seccomp.KINDS``
     :ivar poll_us: microseconds that a native worker looks at its queues before it sleeps; 0: it sleeps at once
     :ivar counters: what Python code counts; ``stats`` is all there is to read
     """
 
     name: str = "virtio"
+    thread_kind: str = "device"
     device_type: int
     queue_sizes: tuple[int, ...]
     features: int = 0
@@ -177,7 +181,7 @@ class Worker:
         for fd in (*notify_fds, self._stop):
             self._epoll.register(fd, select.EPOLLIN)
         self._context: ActivateContext
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     def start(self, context: ActivateContext) -> None:
         """Start the thread for the driver of `context`.
@@ -186,17 +190,11 @@ class Worker:
         """
         self._context = context
         context.stopping = False
-        thread = threading.Thread(target=self._run, name=self._device.name, daemon=True)
-        thread.start()
-        self._thread = thread
+        self._thread = spawn(self._device.thread_kind, self._device.name, self._run)
 
     def _run(self) -> None:
         device, context = self._device, self._context
-        try:
-            with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
-                comm.write(device.name[:15])  # what `top -H` shows
-        except OSError:
-            pass  # no /proc in a jail: the thread goes without its name
+        set_thread_name(device.name)
         try:
             while not context.stopping:
                 for fd, _ in self._epoll.poll():

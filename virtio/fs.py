@@ -53,6 +53,7 @@ class Fs(VirtioDevice):
     """
 
     device_type = spec.TYPE_FS
+    thread_kind = "fs"
 
     def __init__(
         self,

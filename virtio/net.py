@@ -90,6 +90,7 @@ class Net(VirtioDevice):
     """
 
     device_type = spec.TYPE_NET
+    thread_kind = "net"
 
     def __init__(
         self,

@@ -124,6 +124,7 @@ class Vsock(VirtioDevice):
     """
 
     device_type = spec.TYPE_VSOCK
+    thread_kind = "vsock"
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE)  # rx, tx, event
     features = spec.VSOCK_F_STREAM
     line_wait: float = 60

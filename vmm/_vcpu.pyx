@@ -65,6 +65,7 @@ cdef extern from *:
         sigfillset(&mask);
         sigdelset(&mask, KICK_SIGNAL);
         sigdelset(&mask, SIGSEGV); sigdelset(&mask, SIGBUS); sigdelset(&mask, SIGFPE); sigdelset(&mask, SIGILL);
+        sigdelset(&mask, SIGSYS);
         return pthread_sigmask(SIG_SETMASK, &mask, NULL);
     }
     static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }

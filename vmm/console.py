@@ -20,6 +20,7 @@ import time
 
 from vmm import logger
 from vmm.errors import ConfigError
+from vmm.threads import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,11 +127,11 @@ class Console:
 
                 _tell(HELP)
                 self._typed = SimpleQueue()
-                self._readers.append(_spawn(self._pump_typed, "console keys"))
-        self._writer = _spawn(self._pump_output, "console out")
+                self._readers.append(spawn("console", "console keys", self._pump_typed))
+        self._writer = spawn("console", "console out", self._pump_output)
         if self._in is not None:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-            self._readers.append(_spawn(self._pump_input, "console in"))
+            self._readers.append(spawn("console", "console in", self._pump_input))
 
     # Output
 
@@ -308,12 +309,6 @@ class Console:
         if self._wake is not None and not read_on:
             os.close(self._wake)
         self._wake = self._owned = None
-
-
-def _spawn(target: Callable[[], None], name: str) -> threading.Thread:
-    thread = threading.Thread(target=target, name=name, daemon=True)
-    thread.start()
-    return thread
 
 
 def _ended(thread: threading.Thread, seconds: float) -> bool:

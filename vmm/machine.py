@@ -20,6 +20,7 @@ from devices.power import AcpiPower
 from devices.pvpanic import PvPanic
 from devices.rtc import Rtc
 from vmm import kvm_abi as abi
+from vmm import threads
 from vmm._bus import Bus
 from vmm.config import VmConfig
 from vmm.console import Console
@@ -186,6 +187,7 @@ class Machine:
             for place, drive in enumerate(config.drives):
                 path, image_format = drive.path_on_host, drive.image_format
                 if image_format == "qcow2":
+                    _will_start("disk", path, "qemu-storage-daemon")
                     from virtio.qcow2 import Qcow2
 
                     path = self._owned(Qcow2(path, read_only=drive.is_read_only)).raw
@@ -271,10 +273,13 @@ class Machine:
 
         backend: Tap | Passt
         if config.mode == "user":
+            _will_start("net", "user", "passt")
             backend = self._owned(Passt())
         elif config.fd is not None:
             backend = self._owned(Tap.inherited(config.fd))
         else:
+            if config.mode == "auto" and threads.no_programs:
+                raise ConfigError("net", "auto", "makes a tap, and this process may not; make one before (tap=NAME)")
             backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues, make=config.mode == "auto"))
             if config.mode == "auto":
                 backend.configure(address=config.address, mtu=config.mtu)
@@ -395,9 +400,7 @@ class Machine:
         self._started = True
         self.console.start()
         for vcpu in self.vcpus:
-            thread = threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"fc_vcpu {vcpu.index}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._threads.append(threads.spawn("vcpu", f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
@@ -532,3 +535,8 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _will_start(field: str, value: str, program: str) -> None:
+    if threads.no_programs:
+        raise ConfigError(field, value, f"needs {program} to be started, {threads.no_programs}")

@@ -17,6 +17,7 @@ import time
 from vmm import logger
 from vmm.errors import ConfigError, HostError
 from vmm.events import StopReason
+from vmm.threads import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,8 +172,7 @@ class Metrics:
         machine.on_exit(self._last)
         if self._file is not None:
             self._try()
-            self._timer = threading.Thread(target=self._every_period, name="metrics", daemon=True)
-            self._timer.start()
+            self._timer = spawn("metrics", "metrics", self._every_period)
 
     def _add_device(self, machine: Machine, place: int) -> None:
         transport = machine.virtio[place]

@@ -7,9 +7,10 @@ import os
 import sys
 import threading
 
+from vmm import threads
 from vmm.api import API_VERSION
 from vmm.config import parse_count
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, HostError
 from vmm.events import StopReason
 
 TYPE_CHECKING = False
@@ -46,6 +47,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--mmds-size-limit", "BYTES", None, "of the metadata service's document (default: the payload's limit)"),
     ("--metadata", "FILE", None, "the metadata service's document, in JSON"),
     ("--no-seccomp", None, False, "no system call filters"),
+    ("--seccomp-filter", "FILE", None, "refused: pyvmm's threads have filters of their own"),
     ("--version", None, False, "print the API's version and pyvmm's own, and end"),
     ("--http-api-max-payload-size", "BYTES", 51200, "of a request's body (default: 51200)"),
 )
@@ -71,6 +73,7 @@ class Arguments:
     mmds_size_limit: str | None
     metadata: str | None
     no_seccomp: bool
+    seccomp_filter: str | None
     version: bool
     http_api_max_payload_size: int
 
@@ -142,6 +145,9 @@ def main(args: Arguments) -> int:
             raise ConfigError("--no-api", "", "needs --config-file: there would be no way to say what to run")
         times = [_number(args, option) for option in _TIMES]
         limit = _number(args, "--mmds-size-limit")
+        if args.seccomp_filter is not None:
+            fits = "is for Firecracker's threads; leave it out: pyvmm's have their own (docs/jailer.md)"
+            raise ConfigError("--seccomp-filter", args.seccomp_filter, fits)
     except ConfigError as error:
         print(f"pyvmm serve: {error}", file=sys.stderr)
         return STATUS_ARGUMENTS
@@ -172,6 +178,8 @@ class _Serve:
 
         args = self._args
         server = None
+        if not args.no_seccomp:
+            threads.expect_guard()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -199,15 +207,22 @@ class _Serve:
         try:
             if status := self._observe():
                 return status
-            if args.config_file is not None and (status := self._start_from(args.config_file)):
-                return status
+            if args.config_file is not None:
+                self._confine()
+                if status := self._start_from(args.config_file):
+                    return status
             if server is not None:
-                server.start(lambda: set_thread_name("fc_api"))
+                server.start(self._on_api_thread)
             # While a runtime makes up its mind: the start of the VM will not wait for them.
             import vmm.machine  # noqa: F401
 
+            self._confine()
+            threads.enter("vmm")
             self._ended.wait()
             return self._status()
+        except HostError as error:
+            print(f"pyvmm serve: {error}", file=sys.stderr)
+            return STATUS_GENERIC
         finally:
             if server is not None:
                 server.close()
@@ -248,6 +263,19 @@ class _Serve:
             return STATUS_GENERIC
         return STATUS_OK
 
+    def _confine(self) -> None:
+        if not self._args.no_seccomp:
+            from vmm import seccomp
+
+            seccomp.enable()
+
+    def _on_api_thread(self) -> None:
+        from vmm._vcpu import set_thread_name
+
+        set_thread_name("fc_api")
+        if self._machine is not None:
+            threads.enter("api")
+
     def _answer(self, method: str, path: str, body: bytes) -> Any:
         return self._answerer(method, path, body)
 
@@ -274,6 +302,8 @@ class _Serve:
         machine.on_exit(lambda stop: self._ended.set())
         if machine.state == "Stopped":
             self._ended.set()
+        if threading.current_thread() is not threading.main_thread():
+            threads.enter("api")  # for what comes now, it needs less
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number

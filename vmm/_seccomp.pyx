@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""Seccomp filters: built by libseccomp, put on threads, and what happens to a thread that breaks one.
+
+Source: Linux seccomp(2); libseccomp's seccomp.h.
+"""
+import os
+
+from libc.errno cimport ENOSYS, errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport strncpy
+
+cdef extern from "<seccomp.h>" nogil:
+    ctypedef void *scmp_filter_ctx
+    enum scmp_compare:
+        SCMP_CMP_MASKED_EQ
+    enum scmp_filter_attr:
+        SCMP_FLTATR_CTL_OPTIMIZE
+    struct scmp_arg_cmp:
+        unsigned int arg
+        scmp_compare op
+        uint64_t datum_a
+        uint64_t datum_b
+    enum: SCMP_ACT_ALLOW, SCMP_ACT_TRAP, __NR_SCMP_ERROR, SCMP_ARCH_NATIVE
+    uint32_t SCMP_ACT_ERRNO(unsigned int value)
+    scmp_filter_ctx seccomp_init(uint32_t default_action)
+    void seccomp_release(scmp_filter_ctx ctx)
+    int seccomp_attr_set(scmp_filter_ctx ctx, scmp_filter_attr attribute, uint32_t value)
+    int seccomp_rule_add_array(scmp_filter_ctx ctx, uint32_t action, int syscall, unsigned int count,
+                               const scmp_arg_cmp *compare)
+    int seccomp_export_bpf(scmp_filter_ctx ctx, int fd)
+    int seccomp_syscall_resolve_name(const char *name)
+    char *seccomp_syscall_resolve_num_arch(uint32_t arch, int number)
+
+cdef extern from *:
+    """
+    #include <linux/filter.h>
+    #include <linux/seccomp.h>
+    #include <signal.h>
+    #include <string.h>
+    #include <sys/prctl.h>
+    #include <sys/syscall.h>
+    #include <ucontext.h>
+    #include <unistd.h>
+
+    enum { SYSCALLS = 512, NAME = 32, STATUS_BAD_SYSCALL = 148 /* Firecracker's */ };
+    static char syscall_names[SYSCALLS][NAME];
+    static __thread char thread_kind[NAME];
+
+    static size_t put(char *line, size_t at, const char *text) {
+        while (*text && at < 220) line[at++] = *text++;
+        return at;
+    }
+    static size_t put_number(char *line, size_t at, unsigned long value, unsigned base) {
+        char digits[24];
+        size_t n = sizeof(digits);
+        digits[--n] = 0;
+        do digits[--n] = "0123456789abcdef"[value % base]; while (value /= base);
+        return put(line, at, digits + n);
+    }
+    /* On the thread that broke its filter, in the middle of anything: only what is safe in a signal handler. */
+    static void on_sigsys(int number, siginfo_t *info, void *context) {
+        static const int registers[] = { REG_RDI, REG_RSI, REG_RDX };
+        char line[256];
+        size_t at = 0;
+        unsigned call = (unsigned)info->si_syscall;
+        (void)number;
+        at = put(line, at, "pyvmm: seccomp: a thread of kind ");
+        at = put(line, at, thread_kind[0] ? thread_kind : "base");
+        at = put(line, at, " made the forbidden system call ");
+        at = put(line, at, call < SYSCALLS && syscall_names[call][0] ? syscall_names[call] : "number");
+        at = put(line, at, " (");
+        at = put_number(line, at, call, 10);
+        at = put(line, at, "), arguments");
+        for (int i = 0; i < 3; i++) {
+            at = put(line, at, i ? ", 0x" : " 0x");
+            at = put_number(line, at, ((ucontext_t *)context)->uc_mcontext.gregs[registers[i]], 16);
+        }
+        at = put(line, at, "\\n");
+        if (write(2, line, at) < 0) {}
+        _exit(STATUS_BAD_SYSCALL);
+    }
+    static int trap_sigsys(void) {
+        struct sigaction action;
+        sigset_t mask;
+        memset(&action, 0, sizeof(action));
+        action.sa_sigaction = on_sigsys;
+        action.sa_flags = SA_SIGINFO;
+        sigfillset(&action.sa_mask);
+        if (sigaction(SIGSYS, &action, NULL)) return -1;
+        sigemptyset(&mask);
+        sigaddset(&mask, SIGSYS);
+        return pthread_sigmask(SIG_UNBLOCK, &mask, NULL);
+    }
+    static int filter_install(const char *code, size_t bytes, int whole_process) {
+        struct sock_fprog program = { bytes / sizeof(struct sock_filter), (struct sock_filter *)code };
+        unsigned long flags = whole_process ? SECCOMP_FILTER_FLAG_TSYNC : 0;
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return -1;
+        return (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
+    }
+    """
+    enum: SYSCALLS, NAME
+    char[512][32] syscall_names
+    char[32] thread_kind
+    int trap_sigsys() noexcept nogil
+    long filter_install(const char *code, size_t size, bint whole_process) noexcept nogil
+
+
+def compile_filter(rules, absent=()):
+    """The BPF program that allows what `rules` say, and traps everything else.
+
+    :param rules: ``(system call, tests)``; tests: ``(argument, mask, value)``, all of which must hold
+    :param absent: names of system calls that fail with ENOSYS, as if the kernel did not have them
+    :raises OSError: libseccomp refused a rule
+    :raises ValueError: there is no such system call
+    """
+    cdef scmp_filter_ctx ctx = seccomp_init(SCMP_ACT_TRAP)
+    cdef scmp_arg_cmp[6] compare
+    cdef unsigned int count
+    if ctx == NULL:
+        raise MemoryError()
+    try:
+        # A binary tree of system calls, not a list of them.
+        _check(seccomp_attr_set(ctx, SCMP_FLTATR_CTL_OPTIMIZE, 2), "optimize")
+        for name in absent:
+            _check(seccomp_rule_add_array(ctx, SCMP_ACT_ERRNO(ENOSYS), _number(name), 0, compare), name)
+        for name, tests in rules:
+            count = 0
+            for argument, mask, value in tests:
+                compare[count].arg = argument
+                compare[count].op = SCMP_CMP_MASKED_EQ
+                compare[count].datum_a = mask
+                compare[count].datum_b = value
+                count += 1
+            _check(seccomp_rule_add_array(ctx, SCMP_ACT_ALLOW, _number(name), count, compare), name)
+        fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+        try:
+            _check(seccomp_export_bpf(ctx, fd), "export")
+            return os.pread(fd, os.fstat(fd).st_size, 0)
+        finally:
+            os.close(fd)
+    finally:
+        seccomp_release(ctx)
+
+
+cdef int _number(str name) except *:
+    cdef int number = seccomp_syscall_resolve_name(name.encode())
+    if number == __NR_SCMP_ERROR:
+        raise ValueError(f"no system call {name}")
+    return number
+
+
+cdef _check(int status, str what):
+    if status < 0:
+        raise OSError(-status, f"libseccomp: {what}: {os.strerror(-status)}")
+
+
+def catch_faults():
+    """Make a thread that breaks its filter name the system call on stderr, and end the process with status 148.
+
+    :raises OSError: the host refused
+    """
+    cdef int number
+    cdef char *name
+    for number in range(SYSCALLS):
+        name = seccomp_syscall_resolve_num_arch(SCMP_ARCH_NATIVE, number)
+        if name != NULL:
+            strncpy(syscall_names[number], name, NAME - 1)
+            free(name)
+    if trap_sigsys():
+        raise OSError(errno, os.strerror(errno))
+
+
+def install(bytes code, str kind, bint whole_process=False):
+    """Put a filter on the calling thread, or on all threads; it stays, and further ones only take away.
+
+    :param code: from ``compile_filter``
+    :param kind: of the thread, for the message
+    :raises OSError: the kernel refused it
+    """
+    cdef bytes name = kind.encode()[:NAME - 1]
+    cdef const char *at = code
+    cdef size_t size = len(code)
+    cdef long status
+    strncpy(thread_kind, name, NAME - 1)
+    status = filter_install(at, size, whole_process)
+    if status:
+        raise OSError(errno, f"seccomp: {os.strerror(errno) if status < 0 else 'a thread could not follow'}")

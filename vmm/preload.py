@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a VMM may import after it can no longer: in a jail, which has no files of Python's, or behind a seccomp filter.
+
+``tests/vmm/test_preload.py`` finds every import inside a function, and fails where one is not here.
+"""
+
+from __future__ import annotations
+
+# Of ours, what any VM of `pyvmm serve` can use.
+OURS = """
+    boot.acpi boot.aml boot.bzimage boot.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable boot.params
+    boot.payload boot.pvh boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042 devices.power
+    devices.pvpanic devices.rtc virtio._blk virtio._fs virtio._fs_dax virtio._limiter virtio._net virtio._uring
+    virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmio virtio.net
+    virtio.net_host virtio.rng virtio.spec virtio.vsock vmm.api.actions vmm.api.listen vmm.api.routes vmm.api.server
+    vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console vmm.cpu_template vmm.events
+    vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds vmm.seccomp vmm.threads
+""".split()  # fmt: skip
+# Of the standard library, what is imported where it is used: in a thread of a running machine,
+LATER = "atexit calendar json mmap queue resource select termios".split()
+# and before it runs.
+EARLIER = """
+    base64 bz2 collections.abc ctypes hmac httptools json.decoder lzma msgspec secrets signal traceback zlib
+""".split()
+# What the standard library and msgspec import by themselves, when they first need it.
+HIDDEN = "_datetime datetime encodings.ascii encodings.idna encodings.latin_1 linecache decimal uuid".split()
+# Shared libraries by ctypes, and what the C library loads when a thread is cancelled.
+LIBRARIES = ("liblz4.so.1", "libzstd.so.1", "libgcc_s.so.1")
+
+
+def preload_later() -> None:
+    """Import what threads of a running machine import, and let the C library learn the time zone."""
+    import time
+
+    for name in LATER:
+        __import__(name)
+    time.localtime()
+
+
+def preload() -> None:
+    """Import all of it."""
+    import ctypes
+
+    for name in (*OURS, *EARLIER, *HIDDEN):
+        __import__(name)
+    preload_later()
+    for library in LIBRARIES:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            pass  # a kernel packed so is refused then, as anywhere without the library

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each thread may ask of the host: one seccomp filter a kind of thread, an allowlist, built by libseccomp.
+
+``enable`` puts the filter ``base`` on the whole process, and then every thread that ``vmm.threads.spawn`` starts puts
+its own over it. Filters only ever take away, and a new thread inherits its maker's: so threads are made by one of their
+own, ``fc_spawn``, whose filter has all that any kind has, and not by the vCPU that brings a driver up.
+
+A system call that is not allowed ends the process with status 148 and one line on stderr that names it.
+Source: Linux seccomp(2), Documentation/userspace-api/seccomp_filter.rst; ioctl numbers of linux/kvm.h, if_tun.h, fs.h.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from queue import SimpleQueue
+
+from vmm import _seccomp, threads
+from vmm.errors import HostError
+from vmm.preload import preload_later
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    Test = tuple[int, int, int]  # argument, mask, value
+    Rule = tuple[str, tuple[Test, ...]]
+
+STATUS_BAD_SYSCALL = 148
+
+_LOW = 0xFFFF_FFFF  # an int argument: the kernel does not look at the rest of the register
+_PROT_EXEC = 4
+_AF_UNIX = 1
+_AT_EMPTY_PATH = 0x1000
+_CLONE_FS = 0x200
+# What glibc's pthread_create asks for: a thread of this process and nothing else.
+_CLONE_THREAD_FLAGS = 0x3D_0F00
+# Its flags are behind a pointer, where no filter looks; without it glibc takes clone.
+_ABSENT = ("clone3",)
+_PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 15, 38
+_SECCOMP_SET_MODE_FILTER = 1
+_FCNTL = (1, 2, 3, 4, 1030)  # F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
+_LOCKS = (5, 36, 37)  # F_GETLK, F_OFD_GETLK, F_OFD_SETLK
+_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS = 0xAE80, 0x8090_AE81, 0x8138_AE83
+_TUN = (0x4004_54D0, 0x4004_54D9)  # TUNSETOFFLOAD, TUNSETQUEUE
+_TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ
+_SIOCGIFINDEX = 0x8933
+_KICK = 34  # SIGRTMIN as glibc has it
+_TERMINAL = (0x5401, 0x5402, 0x5403, 0x5404, 0x5413)  # TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ
+_DESCRIPTOR = (0x5421, 0x5451)  # FIONBIO, FIOCLEX
+# BLKSSZGET, BLKIOMIN, BLKIOOPT, BLKPBSZGET, BLKGETSIZE64
+_BLOCK_ASK = (0x1268, 0x1278, 0x1279, 0x127B, 0x8008_1272)
+_BLOCK_CHANGE = (0x1277, 0x127F)  # BLKDISCARD, BLKZEROOUT
+
+
+def _allow(names: str) -> tuple[Rule, ...]:
+    return tuple((name, ()) for name in names.split())
+
+
+def _ints(name: str, argument: int, *values: int) -> tuple[Rule, ...]:
+    return tuple((name, ((argument, _LOW, value & _LOW),)) for value in values)
+
+
+def _ioctl(*requests: int) -> tuple[Rule, ...]:
+    return _ints("ioctl", 1, *requests)
+
+
+# What the interpreter, the allocator, locks and the end of a thread take. tgkill is to this process only: see _rules.
+_COMMON = (
+    *_allow(
+        "read write writev close futex munmap mremap madvise brk rt_sigprocmask rt_sigreturn getpid gettid sched_yield"
+        " clock_gettime clock_nanosleep nanosleep gettimeofday exit exit_group getrandom restart_syscall poll lseek"
+        " fstat rseq set_robust_list"
+    ),
+    ("mmap", ((2, _PROT_EXEC, 0),)),
+    ("mprotect", ((2, _PROT_EXEC, 0),)),
+    ("newfstatat", ((3, _AT_EMPTY_PATH, _AT_EMPTY_PATH),)),
+    *_ints("prctl", 0, _PR_SET_NAME),
+    *_ints("fcntl", 1, *_FCNTL),
+    *_ioctl(_TERMINAL[0]),  # a message asks whether stderr is a terminal
+)
+_EVENTS = _allow("epoll_wait epoll_pwait epoll_ctl timerfd_settime")
+_STREAM = _allow("readv sendmsg recvmsg recvfrom sendto")
+_SOCKETS = (
+    *_ints("socket", 0, _AF_UNIX),
+    *_allow("accept4 connect shutdown getsockopt setsockopt getsockname"),
+)
+_FILES = (
+    *_allow("openat newfstatat readlink unlink getcwd pread64 preadv preadv2 ftruncate fallocate dup3 access"),
+    *_ints("fcntl", 1, *_LOCKS),
+)
+_ENDING = _allow("unlink newfstatat timerfd_settime epoll_ctl")  # what closing a machine takes
+_SHARE = (
+    *_allow(
+        "openat statx newfstatat fstatfs preadv preadv2 pwritev fsync fdatasync syncfs ftruncate truncate fallocate"
+        " getdents64 readlinkat mkdirat mknodat symlinkat linkat unlinkat renameat renameat2 fchmod fchmodat fchownat"
+        " utimensat getxattr listxattr setxattr removexattr copy_file_range dup umask fchdir"
+        # A share of root's acts as the guest's users: on credentials of this thread alone.
+        " geteuid capget capset setgroups setresuid setresgid"
+    ),
+    *_ints("unshare", 0, _CLONE_FS),
+    *_ints("fcntl", 1, *_LOCKS),
+)
+
+# By kind of thread, what it has beside _COMMON.
+KINDS: dict[str, tuple[Rule, ...]] = {
+    # The main thread, once the machine runs; it ends it.
+    "vmm": (*_ENDING, *_allow("openat rt_sigaction"), *_ioctl(*_TERMINAL)),
+    # The API, once the machine runs: PATCHes open files, and it may be this thread that ends the machine.
+    "api": (
+        *_ENDING, *_EVENTS, *_STREAM, *_SOCKETS, *_FILES, *_ioctl(*_TERMINAL, *_DESCRIPTOR, *_BLOCK_ASK),
+    ),
+    # It activates and resets devices, too, and says why a guest ended.
+    "vcpu": (*_EVENTS, *_ints("rt_sigaction", 0, _KICK), *_ioctl(_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS, *_TUN)),
+    "blk": (
+        *_EVENTS, *_allow("preadv preadv2 pread64 pwritev pwritev2 pwrite64 fsync fdatasync fallocate"),
+        *_allow("io_uring_setup io_uring_enter"), *_ioctl(*_BLOCK_CHANGE),
+    ),
+    "net": (*_EVENTS, *_allow("readv recvmsg sendmsg"), *_ioctl(*_TUN)),
+    "vsock": (*_EVENTS, *_STREAM, *_SOCKETS),
+    "fs": (*_EVENTS, *_SHARE),
+    # Devices in Python: random numbers, balloon, console.
+    "device": (*_EVENTS, *_allow("fallocate")),
+    "metrics": _allow("select poll"),
+    "console": (*_ioctl(*_TERMINAL), *_allow("select pselect6 ppoll")),
+}  # fmt: skip
+# What makes threads, and lets them put their filters on.
+_SPAWN = (
+    *_ints("clone", 0, _CLONE_THREAD_FLAGS),
+    *_ints("seccomp", 0, _SECCOMP_SET_MODE_FILTER),
+    *_ints("prctl", 0, _PR_SET_NO_NEW_PRIVS),
+)
+# While the machine is put together, before the guest's first instruction.
+_BUILD = (
+    *_FILES, *_SOCKETS, *_STREAM,
+    *_allow(
+        "memfd_create eventfd2 timerfd_create epoll_create1 pipe2 getdents64 readlinkat access faccessat2 stat lstat"
+        " getuid geteuid getgid getegid uname sysinfo rt_sigaction sigaltstack bind listen statfs fstatfs fadvise64"
+        " unlinkat rename sched_getaffinity getrusage mincore mlock mkdir umask chmod times statx dup dup2 select"
+    ),
+    *_allow("mmap mprotect"),  # executable, too: extension modules of devices are imported when they are needed
+    *_ints("prlimit64", 0, 0),
+    ("ioctl", ((1, 0xFF00, 0xAE00),)),  # all of KVM's
+    *_ioctl(*_TUN_OPEN, *_BLOCK_ASK, *_DESCRIPTOR, *_TERMINAL, _SIOCGIFINDEX),
+)  # fmt: skip
+
+
+def _rules(kind: str) -> list[Rule]:
+    # Without doubles, and without tests of arguments where all are allowed.
+    union = [rule for rules in KINDS.values() for rule in rules]
+    own = {"spawn": (*union, *_SPAWN), "base": (*union, *_SPAWN, *_BUILD)}.get(kind) or KINDS[kind]
+    rules = dict.fromkeys((*_COMMON, *own, *_ints("tgkill", 0, os.getpid())))
+    whole = {name for name, tests in rules if not tests}
+    return [rule for rule in rules if not rule[1] or rule[0] not in whole]
+
+
+class Filters:
+    """The filters of this process, compiled; ``vmm.threads`` calls ``start`` and ``install``."""
+
+    def __init__(self) -> None:
+        try:
+            self.code = {kind: _seccomp.compile_filter(_rules(kind), _ABSENT) for kind in (*KINDS, "spawn", "base")}
+        except OSError as error:
+            raise HostError(error.errno or 0, "compile the seccomp filters") from None
+        self._wanted: SimpleQueue[tuple[threading.Thread, SimpleQueue[BaseException | None]]] = SimpleQueue()
+
+    def install(self, kind: str) -> None:
+        """Put the filter of `kind` over what the calling thread has; it stays.
+
+        :raises HostError: the kernel refused it
+        """
+        try:
+            _seccomp.install(self.code[kind], kind)
+        except OSError as error:
+            raise HostError(error.errno or 0, f"install the seccomp filter of {kind}") from None
+
+    def enforce(self) -> None:
+        """Put ``base`` on every thread there is, and begin to make threads.
+
+        :raises HostError: the kernel refused it
+        """
+        try:
+            _seccomp.catch_faults()
+            _seccomp.install(self.code["base"], "base", whole_process=True)
+        except OSError as error:
+            raise HostError(error.errno or 0, "install seccomp filters") from None
+        threading.Thread(target=self._make_threads, name="fc_spawn", daemon=True).start()
+
+    def start(self, thread: threading.Thread) -> None:
+        """Start `thread`, from whatever thread.
+
+        :raises RuntimeError: no thread to be had
+        """
+        done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._wanted.put((thread, done))
+        if (problem := done.get()) is not None:
+            raise problem
+
+    def _make_threads(self) -> None:
+        import signal
+
+        # Threads inherit this: signals are the main thread's.
+        ours = {signal.SIGSYS, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - ours)
+        self.install("spawn")
+        while True:
+            thread, done = self._wanted.get()
+            try:
+                thread.start()
+                done.put(None)
+            except RuntimeError as error:
+                done.put(error)
+            del thread, done
+
+
+def prepare() -> Filters:
+    """Compile the filters; in the main thread.
+
+    :raises HostError: libseccomp failed
+    """
+    return Filters()
+
+
+def enable() -> None:
+    """Compile the filters and put them in force, for this process and for good; idempotent.
+
+    Before a machine is made, in the main thread. From here on this process can start no other program.
+
+    :raises HostError: the kernel or libseccomp refuses
+    """
+    if isinstance(threads.guard, Filters):
+        return
+    try:
+        filters = prepare()
+        filters.enforce()
+    except HostError as error:
+        threads.set_guard(error)
+        raise
+    preload_later()
+    threads.no_programs = threads.no_programs or "and seccomp forbids that to this process; --no-seccomp allows it"
+    threads.set_guard(filters)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a thread of a VM starts: plainly, or where seccomp is on, behind the filter of its kind (``vmm.seccomp``)."""
+
+from __future__ import annotations
+
+import threading
+
+from vmm.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Guard(Protocol):
+        """What ``vmm.seccomp`` puts in the way of every thread."""
+
+        def start(self, thread: threading.Thread) -> None: ...
+        def install(self, kind: str) -> None: ...
+
+
+class _Coming:
+    # In the guard's place until it is there: who wants a thread waits.
+    def __init__(self) -> None:
+        self._there = threading.Event()
+        self._guard: Guard | HostError | None = None
+
+    def settle(self, outcome: Guard | HostError) -> None:
+        self._guard = outcome
+        self._there.set()
+
+    def _wait(self) -> Guard:
+        self._there.wait()
+        if isinstance(self._guard, HostError):
+            raise self._guard
+        assert self._guard is not None
+        return self._guard
+
+    def start(self, thread: threading.Thread) -> None:
+        self._wait().start(thread)
+
+    def install(self, kind: str) -> None:
+        self._wait().install(kind)
+
+
+# Of the whole process.
+guard: Guard | None = None
+# Why it can start no other program: a clause for a ConfigError; empty: it can.
+no_programs = ""
+
+
+def expect_guard() -> None:
+    """Let every thread that is wanted from here on wait for ``set_guard``."""
+    global guard
+    guard = _Coming()
+
+
+def set_guard(new: Guard | HostError) -> None:
+    """From here on every thread passes `new`; an error: there will be none, who waits for it gets that."""
+    global guard
+    before = guard
+    if not isinstance(new, HostError):
+        guard = new
+    if isinstance(before, _Coming):
+        before.settle(new)
+
+
+def spawn(kind: str, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
+    """Start a daemon thread.
+
+    :param kind: what it will do, which decides what it may ask of the host: one of ``vmm.seccomp.KINDS``
+    :param name: of the thread, for Python
+    :raises RuntimeError: no thread to be had
+    :raises HostError: the filters could not be had
+    """
+
+    def run() -> None:
+        enter(kind)
+        target(*args)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    if guard is None:
+        thread.start()
+    else:
+        guard.start(thread)
+    return thread
+
+
+def enter(kind: str) -> None:
+    """From here on the calling thread does only what its kind does; nothing without seccomp."""
+    if guard is not None:
+        guard.install(kind)
