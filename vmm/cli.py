@@ -22,24 +22,25 @@ VERSION = "0.1.0"
 COMMANDS = {
     "run": "boot a kernel, with a shell on this terminal",
     "serve": "wait for a runtime on a unix socket, with Firecracker's API and options",
+    "jailer": "serve in a jail, with the options of Firecracker's jailer",
     "pull": "fetch a kernel and a root file system to run",
     "ctl": "look at a served VM, and change it while it runs",
-    "link": "make a link by which a runtime starts pyvmm as firecracker",
+    "link": "make a link by which a runtime starts pyvmm as firecracker or jailer",
     "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",
     "lab": "run a command on an emulated machine that has real KVM",
 }
 
 # By the name of a link to this program, what it is (pyvmm link).
-PROGRAMS = {"firecracker": "serve"}
+PROGRAMS = {"firecracker": "serve", "jailer": "jailer"}
 
 STATUS_HOST = 1
 STATUS_CONFIG = 2
 STATUS_INTERRUPTED = 130
 
 
-def _parse(name: str, module: ModuleType, words: list[str]) -> Any:
-    # The parsed arguments, or an exit status: after --help, or a mistake.
+def parse(name: str, module: ModuleType, words: list[str]) -> Any:
+    """The parsed arguments of a subcommand, or an exit status: after --help, or a mistake, which was told."""
     quick = getattr(module, "parse_quickly", None)
     if quick is not None and (parsed := quick(words)) is not None:
         return parsed
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return STATUS_CONFIG
     name, *rest = arguments
     module = __import__(f"vmm.commands.{name}", fromlist=["main"])
-    args = _parse(name, module, rest)
+    args = parse(name, module, rest)
     if isinstance(args, int):
         return args
     try:
