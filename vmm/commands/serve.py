@@ -168,7 +168,10 @@ class _Serve:
         self._args = args
         self._mmds_limit = mmds_limit
         self._times = times
-        self._ended = threading.Event()
+        self._ended = False
+        # A pipe, not an Event: a signal that comes while the main thread takes the Event's lock would wait for itself.
+        self._wake_in, self._wake_out = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._wake_out, False)
         self._machine: Machine | None = None
         self._signal = 0
 
@@ -183,6 +186,7 @@ class _Serve:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wake_out, warn_on_full_buffer=False)
         if not args.no_api:
             from vmm.api.listen import bind
 
@@ -218,7 +222,8 @@ class _Serve:
 
             self._confine()
             threads.enter("vmm")
-            self._ended.wait()
+            while not self._ended:
+                os.read(self._wake_in, 1)
             return self._status()
         except HostError as error:
             print(f"pyvmm serve: {error}", file=sys.stderr)
@@ -299,15 +304,22 @@ class _Serve:
 
     def _on_start(self, machine: Machine) -> None:
         self._machine = machine
-        machine.on_exit(lambda stop: self._ended.set())
+        machine.on_exit(lambda stop: self._end())
         if machine.state == "Stopped":
-            self._ended.set()
+            self._end()
         if threading.current_thread() is not threading.main_thread():
             threads.enter("api")  # for what comes now, it needs less
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
-        self._ended.set()
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        try:
+            os.write(self._wake_out, b"\0")
+        except BlockingIOError:
+            pass  # there is enough in it to wake anybody
 
     def _status(self) -> int:
         machine = self._machine
