@@ -12,9 +12,9 @@ OURS = """
     boot.payload boot.pvh boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042 devices.power
     devices.pvpanic devices.rtc virtio._blk virtio._fs virtio._fs_dax virtio._limiter virtio._net virtio._uring
     virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmds_net virtio.mmio
-    virtio.net virtio.net_host virtio.rng virtio.spec virtio.vsock vmm.api.actions vmm.api.listen vmm.api.routes
-    vmm.api.server vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console vmm.cpu_template
-    vmm.events vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds vmm.seccomp vmm.threads
+    virtio.net virtio.net_host virtio.rng virtio.spec virtio.vsock vmm.api.actions vmm.api.listen vmm.api.openapi
+    vmm.api.routes vmm.api.server vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console
+    vmm.cpu_template vmm.events vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds vmm.seccomp vmm.threads
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = "atexit calendar json mmap queue resource select termios".split()
@@ -23,7 +23,7 @@ EARLIER = """
     base64 bz2 collections.abc ctypes hmac httptools json.decoder lzma msgspec secrets signal socket traceback zlib
 """.split()
 # What the standard library and msgspec import by themselves, when they first need it.
-HIDDEN = "_datetime datetime encodings.ascii encodings.idna encodings.latin_1 linecache decimal uuid".split()
+HIDDEN = "_datetime datetime encodings.ascii encodings.idna encodings.latin_1 linecache decimal msgspec._json_schema uuid".split()
 # Shared libraries by ctypes, and what the C library loads when a thread is cancelled.
 LIBRARIES = ("liblz4.so.1", "libzstd.so.1", "libgcc_s.so.1")
 
