@@ -23,7 +23,9 @@ EARLIER = """
     base64 bz2 collections.abc ctypes hmac httptools json.decoder lzma msgspec secrets signal socket traceback zlib
 """.split()
 # What the standard library and msgspec import by themselves, when they first need it.
-HIDDEN = "_datetime datetime encodings.ascii encodings.idna encodings.latin_1 linecache decimal msgspec._json_schema uuid".split()
+HIDDEN = """
+    _datetime datetime decimal encodings.ascii encodings.idna encodings.latin_1 linecache msgspec._json_schema uuid
+""".split()
 # Shared libraries by ctypes, and what the C library loads when a thread is cancelled.
 LIBRARIES = ("liblz4.so.1", "libzstd.so.1", "libgcc_s.so.1")
 
