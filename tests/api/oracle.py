@@ -136,11 +136,10 @@ class Process:
                 words, cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
-        if api:
-            self._await_socket()
         self._client: Client | None = None
 
-    def _await_socket(self) -> None:
+    def await_socket(self) -> None:
+        """Wait until it listens, or has ended."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError):

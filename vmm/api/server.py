@@ -56,13 +56,22 @@ class _Connection:
     def on_message_begin(self) -> None:
         self.url = b""
         self.body = b""
-        self.head = 0
+        self.fields = self.pending = 0
+        self.in_head = self.begun = True
         self.length: int | None = None
+        self.expects = False
 
     def on_url(self, url: bytes) -> None:
         self.url += url
+        self.measure(len(url))
+
+    def measure(self, size: int) -> None:
+        self.fields += size
+        if max(self.fields, self.pending) > MAX_HEAD:
+            raise _Refused(f"A request's head is larger than the limit of {MAX_HEAD} bytes allowed by server.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self.measure(len(name) + len(value))
         match name.lower():
             case b"content-length":
                 self.length = int(value)
@@ -76,12 +85,16 @@ class _Connection:
             case b"expect":
                 if value.lower() != b"100-continue":
                     raise _Refused("Invalid header: Reason: Unsupported value. Key:Expect; only 100-continue")
-                self.out += b"HTTP/1.1 100 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
+                self.expects = True
 
     def on_headers_complete(self) -> None:
-        self.head = 0
+        self.in_head = False
         if self.parser.get_method() not in (b"GET", b"PUT", b"PATCH"):
-            raise _Refused("Invalid HTTP Method.")
+            raise _Refused("Invalid HTTP Method: Unsupported HTTP method; only GET, PUT and PATCH.")
+        if self.parser.get_http_version() not in ("1.1", "1.0"):
+            raise _Refused("Invalid HTTP Version: Unsupported HTTP version; only HTTP/1.1 and HTTP/1.0.")
+        if self.expects and self.length:
+            self.out += b"HTTP/1.1 100 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
 
     def on_body(self, body: bytes) -> None:
         self.body += body
@@ -109,11 +122,12 @@ class _Connection:
         """Parse and answer what has come."""
         if self.deadline is None:
             self.deadline = time.monotonic() + REQUEST_SECONDS
-        self.head += len(data)
         try:
             self.parser.feed_data(data)
-            if self.head > MAX_HEAD and not self.length:
-                raise _Refused(f"A request's head is larger than the limit of {MAX_HEAD} bytes allowed by server.")
+            if self.in_head and not self.begun:
+                self.pending += len(data)  # of a field that does not end, which only the parser has
+                self.measure(0)
+            self.begun = False
         except httptools.HttpParserUpgrade:
             self.fail("Invalid header: Reason: Unsupported value. Key:Upgrade")
         except httptools.HttpParserCallbackError as error:

@@ -20,6 +20,7 @@ U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # as far as msgspec, and any file or memory, goes
 Queues = Annotated[int, Meta(ge=1, le=MAX_QUEUES)]
+_BYTES = set(map(str, range(256)))
 _HEX = set("0123456789abcdefABCDEF")
 Template = Literal["C3", "T2", "T2S", "T2CL", "T2A", "None"]
 Level = Literal["Off", "Error", "Warning", "Warn", "Info", "Debug", "Trace"]
@@ -262,6 +263,11 @@ class MmdsConfig(Body, kw_only=True):
     version: Literal["V1", "V2"] = "V1"
     network_interfaces: list[str]
     ipv4_address: str | None = "169.254.169.254"
+
+    def __post_init__(self) -> None:
+        parts = (self.ipv4_address or "0.0.0.0").split(".")
+        if len(parts) != 4 or not all(part in _BYTES for part in parts):
+            raise ValueError(f"ipv4_address {self.ipv4_address}: must be four numbers as 169.254.169.254")
 
 
 class Action(Body, kw_only=True):
