@@ -286,6 +286,8 @@ class RuntimeRs(Sandbox):
             answer = self._send(self.api, self.fixture(name))
             if answer is not None and 200 <= answer.status < 300:
                 return tried
+            if self.process is None or self.process.poll() is not None:
+                break
             time.sleep(PAUSE)
         raise AssertionError(f"{name}: {answer}")
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A sandbox's guest, as Kata's is from outside: disks=N block devices, and what answers behind port 1024 of the socket
-// device. A line is a disk's place; the answer is its capacity now, whether a change was told since, and its first word.
+// A sandbox's guest, as Kata's is from outside: block devices, and what answers behind port 1024 of the socket device.
+// A line is a disk's place; the answer is its capacity now, whether a change was told since, and its first word.
 #include "virtio.h"
 
 enum {
@@ -25,7 +25,7 @@ static struct device sockets;
 static struct queue queues[3];
 static struct header headers[QUEUE_MAX], answer;
 static u8 buffers[QUEUE_MAX][ROOM / 16], text[128], sector[SECTOR];
-static u64 cid;
+static u64 cid, count;         // of disks
 static u32 received, length;    // of the one connection at a time
 
 static void post(void)
@@ -99,7 +99,7 @@ static void receive(const struct header *from, const u8 *data)
         u64 place = DISKS_MAX;
         if (from->len)
             number((const char *)data, &place);
-        if (place < option("disks=", 0)) {
+        if (place < count) {
             tell(&disks[place]);
             say(from, RW, length);
         }
@@ -111,7 +111,11 @@ static void receive(const struct header *from, const u8 *data)
 
 int main(void)
 {
-    u64 count = option("disks=", 0);
+    u64 base;
+    for (const char *at = cmdline; (at = find(at, "virtio_mmio.device="));) {
+        number(find(at, "@"), &base);
+        count += read32(base + DEVICE_ID) == BLOCK;
+    }
     expect(count <= DISKS_MAX);
     for (u64 i = 0; i < count; i++) {
         disks[i].device = find_device(BLOCK, i);
