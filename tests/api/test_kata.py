@@ -25,15 +25,21 @@ WORD = 0x1122334455667788
 SECTOR = 512
 
 
-@pytest.fixture(params=["pyvmm", "Firecracker 1.12.1"])
-def program(request: pytest.FixtureRequest, tmp_path: Path, namespace: None) -> str:
-    """The path that a runtime is told."""
+# Before any test is in a namespace without a network: pip may have to fetch Firecracker.
+@pytest.fixture(scope="session", params=["pyvmm", "Firecracker 1.12.1"])
+def peer(request: pytest.FixtureRequest) -> str | None:
     try:
         Kvm().close()
     except ConfigError as error:
-        pytest.fail(f"LAYER MISSING: kata: {error}")
-    if request.param != "pyvmm":
-        return firecracker()
+        pytest.fail(f"LAYER MISSING: kata: {error}", pytrace=False)
+    return None if request.param == "pyvmm" else firecracker()
+
+
+@pytest.fixture
+def program(peer: str | None, tmp_path: Path, namespace: None) -> str:
+    """The path that a runtime is told."""
+    if peer is not None:
+        return peer
     command = [sys.executable, "-c", "from vmm.cli import main; raise SystemExit(main())", "link", "firecracker"]
     return subprocess.run([*command, str(tmp_path)], check=True, capture_output=True, text=True).stdout.strip()
 
@@ -148,7 +154,7 @@ def test_runtime_rs_from_nothing_to_its_end(rust: RuntimeRs, tmp_path: Path) -> 
 
 
 # Firecracker does not replace a socket that is there.
-@pytest.mark.parametrize("program", ["pyvmm"], indirect=True)
+@pytest.mark.parametrize("peer", ["pyvmm"], indirect=True)
 def test_runtime_rs_starts_again_over_the_sockets_of_a_killed_one(rust: RuntimeRs) -> None:
     rust.start()
     rust.process.kill()  # type: ignore[union-attr]

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benches.peers.common import Missing
 from tests.api.oracle import ROOT
 from tests.api.sandbox import Agent, Go, RuntimeRs
 from tests.linux.kata_guest import guest
@@ -104,7 +105,7 @@ def main(*arguments: str) -> int:
         for run in (go, runtime_rs):
             try:
                 result[run.__name__] = run(program, Path(room))
-            except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            except (AssertionError, Missing, OSError, subprocess.SubprocessError) as error:
                 result[run.__name__] = {"failed": f"{type(error).__name__}: {error}"}
     print(json.dumps(result))
     return 0

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Firecracker clients that others wrote boot a Linux by the socket; what its agent says behind vsock port 1024.
+
+    python -m tests.linux.clients     # as root, where KVM runs Linux; writes one JSON object
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import sys
+import tempfile
+from typing import Any
+
+from benches.peers.common import Missing
+from tests.api.third_party import ClientFailed, run
+from tests.linux.kata import link
+from tests.linux.kata_guest import guest
+from vmm.images import apt, modules
+from vmm.images.host import PullError
+from vmm.lab.image import KERNEL_PACKAGE
+
+FINIT_MODULE = 313
+# What firecracker-python's rules are made of.
+NFT = ("nf_tables", "nft_chain_nat", "nft_masq")
+PATIENCE = 240
+ROOT = "grep ' / ' /proc/mounts"
+SIZE = "cat /sys/block/vda/size"
+PING = "ip addr add 172.16.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 -W 30 172.16.0.1 | grep -c 'bytes from'"
+METADATA = (
+    "ip route add 169.254.169.254 dev eth0; "
+    r"token=$(printf 'PUT /latest/api/token HTTP/1.1\r\nX-metadata-token-ttl-seconds: 60\r\n\r\n'"
+    " | nc -w 20 169.254.169.254 80 | tail -n 1); "
+    r'printf "GET /latest/user-data HTTP/1.1\r\nX-metadata-token: $token\r\n\r\n" | nc -w 20 169.254.169.254 80'
+    " | tail -n 1"
+)
+
+
+def load_modules() -> None:
+    """Give the lab's kernel what a host's has; elsewhere modprobe does it by itself."""
+    package = apt.package(KERNEL_PACKAGE)
+    _, version = apt.kernel_of(package.tree)
+    if version != platform.release():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    for path in modules.load_order(package.tree, version, NFT):
+        fd = os.memfd_create("module")
+        os.write(fd, modules.read(path))
+        libc.syscall(FINIT_MODULE, fd, b"", 0)  # one that is there already says so
+        os.close(fd)
+
+
+def main() -> int:
+    """All of them; a failure is written down."""
+    load_modules()
+    made = guest()
+    result: dict[str, Any] = {}
+    for client, questions in (("firecracker-python", (ROOT, SIZE, PING, METADATA)), ("smolvm", (ROOT, SIZE))):
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                result[client] = run(client, link(directory), made.kernel, made.rootfs, questions, PATIENCE)
+            except (ClientFailed, Missing, PullError, OSError) as error:
+                result[client] = {"failed": f"{type(error).__name__}: {error}"}
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
