@@ -48,12 +48,15 @@ class _Connection:
         self.keep_alive = True
         self.out = b""
         self.closing = False
-        self.deadline: float | None = None
+        self.read_by: float | None = None  # the rest of a request that has begun
+        self.written_by: float | None = None  # an answer that the client has not taken
         self.requests: list[tuple[str, str, bytes, bool]] = []
         self.parser = httptools.HttpRequestParser(self)
         self.on_message_begin()
+        self.read_by = None
 
     def on_message_begin(self) -> None:
+        self.read_by = time.monotonic() + self.server.patience
         self.url = b""
         self.body = b""
         self.fields = self.pending = 0
@@ -100,7 +103,7 @@ class _Connection:
         self.body += body
 
     def on_message_complete(self) -> None:
-        self.deadline = None
+        self.read_by = None
         method, path = self.parser.get_method().decode(), self.url.decode("latin-1")
         if "://" in path:
             path = "/" + path.partition("://")[2].partition("/")[2]
@@ -120,8 +123,6 @@ class _Connection:
 
     def feed(self, data: bytes) -> None:
         """Parse and answer what has come."""
-        if self.deadline is None:
-            self.deadline = time.monotonic() + REQUEST_SECONDS
         try:
             self.parser.feed_data(data)
             if self.in_head and not self.begun:
@@ -159,10 +160,19 @@ class Server:
     :param answer: called with method, path and body, on the server's thread; must not raise. Gives the status, the
         body and further headers
     :param max_payload: bytes of a request's body
+    :param patience: seconds for a client to finish a request that it began, and to take an answer
     """
 
-    def __init__(self, listener: socket.socket, answer: Answer, *, max_payload: int = MAX_PAYLOAD) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        answer: Answer,
+        *,
+        max_payload: int = MAX_PAYLOAD,
+        patience: float = REQUEST_SECONDS,
+    ) -> None:
         self.answer = answer
+        self.patience = patience
         self.max_payload = max_payload
         self.refused = 0
         self._path = listener.getsockname()
@@ -197,8 +207,8 @@ class Server:
             self._expire()
 
     def _patience(self) -> float | None:
-        deadlines = [each.deadline for each in self._connections.values() if each.deadline is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        ends = [end for each in self._connections.values() for end in (each.read_by, each.written_by) if end]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _accept(self) -> None:
         try:
@@ -234,17 +244,19 @@ class Server:
             return
         if connection.out:
             # Nothing more is read, so nothing more is done, for a client that does not read its answers.
-            connection.deadline = connection.deadline or time.monotonic() + REQUEST_SECONDS
+            connection.written_by = connection.written_by or time.monotonic() + self.patience
             self._poll.modify(connection.sock, select.EPOLLOUT)
         elif connection.closing:
             self._drop(connection)
         else:
+            connection.written_by = None
             self._poll.modify(connection.sock, select.EPOLLIN)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for connection in [each for each in self._connections.values() if each.deadline and each.deadline < now]:
-            self._drop(connection)
+        for connection in list(self._connections.values()):
+            if min(connection.read_by or now, connection.written_by or now) < now:
+                self._drop(connection)
 
     def _drop(self, connection: _Connection) -> None:
         del self._connections[connection.sock.fileno()]
