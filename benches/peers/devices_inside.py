@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of the device tables that runs where KVM runs Linux: ``python -m benches.peers.devices_inside DIR TABLE``.
+"""The part of the device tables that runs where KVM runs Linux.
 
-One round: all VMMs of a table are up side by side with the same guest, and one after the other does the same
-phase of work while the others idle. Each phase adds a line to the directory's file ``runs``. Needs root, for taps.
+    python -m benches.peers.devices_inside DIRECTORY TABLE [PHASE...]
+
+All VMMs of a table are up side by side with the same guest, and one after the other does the same phase of work, again
+and again, while the others idle. Each time adds a line to the directory's file ``runs``. Needs root, for taps.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ DISK_MIB = 128
 FILE_MIB = 64
 DAX_MIB = 128
 RUNTIME = float(os.environ.get("PYVMM_BENCH_SECONDS", "2"))
+REPEATS = int(os.environ.get("PYVMM_BENCH_REPEATS", "3"))
 FILES = 500
 PATIENCE = 60.0
 SHM = Path("/dev/shm/pyvmm-devices")
@@ -43,7 +46,7 @@ measure() {{
 }}
 blk() {{ measure --filename=$(disk) --direct=1 --ioengine=libaio --rw=$1 --bs=$2 --iodepth=$3; }}
 fs() {{ measure --filename=/mnt/a/big --size={FILE_MIB}m --ioengine=psync --rw=$1 --bs=$2 --direct=${{3-1}}; }}
-# A second of it first: the emulated machine translates what it runs for the first time.
+# A second of it first, unmeasured: the emulated machine translates what it runs for the first time.
 warm() {{
     export NO_MARK=1 RUNTIME=1
     eval "$*" >/dev/null
@@ -327,7 +330,7 @@ TABLES: dict[str, tuple[Callable[[], list[Phase]], Callable[[Path, Servers], dic
 }
 
 
-def _measure(files: Path, guest: Guest, vmm: Vmm, phase: Phase) -> dict[str, float]:
+def _measure(files: Path, guest: Guest, vmm: Vmm, phase: Phase, *, warm: bool) -> dict[str, float]:
     if phase.host:
         command = [str(files / "probe"), *phase.host.format(seconds=f"{RUNTIME:g}", **vmm.facts).split()]
         cpu, start = guest.cpu(), time.monotonic()
@@ -335,7 +338,8 @@ def _measure(files: Path, guest: Guest, vmm: Vmm, phase: Phase) -> dict[str, flo
         said, failed = done.stdout, done.stderr if done.returncode else ""
         cpu, wall = guest.cpu() - cpu, time.monotonic() - start
     else:
-        guest.ask(f"warm '{phase.guest}'", PATIENCE)
+        if warm:
+            guest.ask(f"warm '{phase.guest}'", PATIENCE)
         guest.tell(phase.guest)
         guest.until(b"@go", PATIENCE)
         cpu, start = guest.cpu(), time.monotonic()
@@ -349,8 +353,8 @@ def _measure(files: Path, guest: Guest, vmm: Vmm, phase: Phase) -> dict[str, flo
     return {"rate": rate, "cpu": cpu / count if count else 0.0, "busy": cpu / wall}
 
 
-def main(name: str, table: str, first: str = "0") -> int:
-    """Measure one round of a table; the phases of each program begin with the `first`."""
+def main(name: str, table: str, *wanted: str) -> int:
+    """Measure a table, or the phases of it that are `wanted`."""
     files = Path(name)
     make_phases, make_vmms = TABLES[table]
     only = os.environ.get("PYVMM_BENCH_ONLY", "").split()
@@ -386,14 +390,17 @@ def main(name: str, table: str, first: str = "0") -> int:
                 except (GuestFailed, Missing) as problem:
                     failed(program, "start", problem)
             for phase in make_phases():
-                order = list(guests)
-                shift = int(first) % max(1, len(order))
-                for program in order[shift:] + order[:shift]:
-                    try:
-                        facts = _measure(files, guests[program], vmms[program], phase)
-                        note(program=program, phase=phase.name, **facts)
-                    except (GuestFailed, subprocess.TimeoutExpired) as problem:
-                        failed(program, phase.name, problem)
+                if wanted and phase.name not in wanted:
+                    continue
+                for repeat in range(REPEATS):
+                    # Each is the first at some time.
+                    order = list(guests)
+                    for program in order[repeat % max(1, len(order)) :] + order[: repeat % max(1, len(order))]:
+                        try:
+                            facts = _measure(files, guests[program], vmms[program], phase, warm=repeat == 0)
+                            note(program=program, phase=phase.name, repeat=repeat, **facts)
+                        except (GuestFailed, subprocess.TimeoutExpired) as problem:
+                            failed(program, phase.name, problem)
         finally:
             for guest in guests.values():
                 guest.close()

@@ -5,6 +5,8 @@
 //   probe send|recv|ping|connect|udp ADDRESS SECONDS [SIZE]
 //   probe check ADDRESS CONNECTIONS BYTES   all at once, both ways, every byte compared
 //   probe create|stat|unlink DIRECTORY COUNT
+//   probe map FILE BYTES                    written through a shared mapping, read by read(), and the other way round
+//   probe lie ADDRESS                       be the driver of the virtio-mmio device there, with rings that are not
 //
 // ADDRESS: tcp:IP:PORT, udp:IP:PORT, vsock:CID:PORT, unix:PATH, or hybrid:PATH:PORT (Firecracker's CONNECT).
 // A client prints its rate and its count: bytes, round trips, connections, packets that arrived, files.
@@ -20,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -398,6 +401,56 @@ static void files(const char *what, const char *directory, long count)
     result(count, now() - start);
 }
 
+// Both ways: what is stored in the mapping is what read() finds, what is written is what the mapping shows.
+static void map(const char *path, size_t size)
+{
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0644);
+    if (fd < 0 || ftruncate(fd, size)) fail(path);
+    uint8_t *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    uint8_t *data = malloc(size), *right = malloc(size);
+    if (memory == MAP_FAILED) fail("mmap");
+    double start = now();
+    pattern(right, 1, 0, size);
+    memcpy(memory, right, size);
+    if (msync(memory, size, MS_SYNC)) fail("msync");
+    if (pread(fd, data, size, 0) != (ssize_t)size || memcmp(data, right, size)) { errno = EIO; fail("read"); }
+    pattern(right, 2, 0, size);
+    if (pwrite(fd, right, size, 0) != (ssize_t)size || memcmp(memory, right, size)) { errno = EIO; fail("mapping"); }
+    munmap(memory, size);
+    close(fd);
+    result(size, now() - start);
+}
+
+// virtio 1.2, 4.2.2: the registers of a device whose own driver was taken off it.
+static void lie(unsigned long address)
+{
+    static const uint64_t places[] = {0xfffffffffffff000, 0xdead0000, 0x1000, 0xffffffff0000};
+    int fd = open("/dev/mem", O_RDWR | O_SYNC);
+    uint8_t *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, address & ~4095ul);
+    if (fd < 0 || page == MAP_FAILED) fail("/dev/mem");
+    volatile uint32_t *r = (volatile uint32_t *)(page + (address & 4095));
+    unsigned broken = 0, count = 0;
+    for (; count < sizeof places / sizeof *places; count++) {
+        r[0x70 / 4] = 0;
+        r[0x70 / 4] = 3;
+        r[0x24 / 4] = 1, r[0x20 / 4] = 1;  // VIRTIO_F_VERSION_1
+        r[0x24 / 4] = 0, r[0x20 / 4] = 0;
+        r[0x70 / 4] = 11;
+        r[0x30 / 4] = 0;
+        r[0x38 / 4] = r[0x34 / 4];
+        for (int which = 0x80; which <= 0xa0; which += 0x10) {
+            r[which / 4] = (uint32_t)places[count];
+            r[(which + 4) / 4] = places[count] >> 32;
+        }
+        r[0x44 / 4] = 1;
+        r[0x70 / 4] = 15;
+        for (int i = 0; i < 100; i++) r[0x50 / 4] = i & 3;
+        usleep(100000);
+        broken += (r[0x70 / 4] & 0x40) != 0;
+    }
+    printf("%u %u\n", broken, count);
+}
+
 int main(int argc, char **argv)
 {
     signal(SIGPIPE, SIG_IGN);
@@ -412,6 +465,8 @@ int main(int argc, char **argv)
     else if (!strcmp(mode, "udp")) packets(address, number, argc > 4 ? size : 64);
     else if (!strcmp(mode, "check")) check(address, number, size);
     else if (!strcmp(mode, "create") || !strcmp(mode, "stat") || !strcmp(mode, "unlink")) files(mode, address, number);
+    else if (!strcmp(mode, "map")) map(address, number);
+    else if (!strcmp(mode, "lie")) lie(strtoul(address, NULL, 16));
     else return 2;
     return 0;
 }

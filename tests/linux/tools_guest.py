@@ -14,11 +14,14 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vmm import Machine
+from vmm.config import VmConfig
 from vmm.images import apt, cache_root
 from vmm.images.cpio import Archive
 from vmm.images.guest import MODULES, OPTIONAL_MODULES
@@ -36,6 +39,14 @@ CMDLINE = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 pci=off i8042.noaux 
 # What can be loaded and unloaded by name.
 DEVICE_MODULES = ("virtio_net", "virtio_rng", "virtio_balloon", "virtiofs", "vmw_vsock_virtio_transport", "overlay")
 # The root has no maintainer scripts behind it: what those would have made, and nobody needs.
+_LINKS = {
+    "usr/bin/cc": "gcc",
+    "usr/bin/awk": "mawk",
+    "usr/lib/modules": "/run/modules",
+    **{f"usr/sbin/{name}": "/bin/busybox" for name in ("modprobe", "rmmod", "insmod", "reboot")},
+}
+_LOADER = "ld-linux-x86-64.so.2"
+_ON_THE_HOST = "iperf3"  # wanted at the other end, too
 _LEFT_OUT = ("./usr/share/doc", "./usr/share/man", "./usr/share/locale", "./usr/share/info", "./usr/share/lintian")
 
 INIT = (
@@ -61,7 +72,7 @@ mkdir -p /mnt/dev/pts /mnt/dev/shm
 mount -t devpts devpts /mnt/dev/pts
 mount -t tmpfs shm /mnt/dev/shm
 umount -l /dev
-exec switch_root /mnt /bin/busybox sh -c '
+exec switch_root /mnt /bin/dash -c '
 export PATH=/run/own:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 ip link set lo up
 cd /root
@@ -85,6 +96,7 @@ class ToolsImage(NamedTuple):
     kernel: Path  # bzImage
     initrd: Path
     rootfs: Path
+    iperf3: tuple[str, ...]  # how to run it on this side
 
 
 class GuestFailed(Exception):
@@ -100,13 +112,15 @@ def tools_image(progress: Progress = silent) -> ToolsImage:
     kernel, version = apt.kernel_of(package.tree)
     home = Path(cache_root(), "tools")
     initrd = home / f"{version}-{_key(package.version, INIT)}.cpio"
-    rootfs = home / f"root-{_key(PACKAGES, _LEFT_OUT)}.ext4"
+    rootfs = home / f"root-{_key(PACKAGES, _LINKS, _LEFT_OUT)}.ext4"
     home.mkdir(parents=True, exist_ok=True)
     if not initrd.exists():
         _replace(initrd, _initrd(package.tree))
     if not rootfs.exists():
         _make_root(rootfs, progress)
-    return ToolsImage(kernel, initrd, rootfs)
+    here = rootfs.with_suffix(".host")
+    iperf3 = (str(here / _LOADER), "--library-path", str(here), str(here / _ON_THE_HOST))
+    return ToolsImage(kernel, initrd, rootfs, iperf3)
 
 
 def initrd_with(image: ToolsImage, place: Path, files: Mapping[str, str | bytes]) -> Path:
@@ -125,39 +139,24 @@ def initrd_with(image: ToolsImage, place: Path, files: Mapping[str, str | bytes]
     return place
 
 
-class Guest:
-    """A running VMM with the tools guest in it; a context manager that kills it.
+class Asked:
+    """A tools guest's console: questions and answers. `_send` and `_more` are a kind of guest's own."""
 
-    :param name: what to call it in errors
-    :param command: the VMM's, with the guest's console on its standard input and output
-    :param helpers: processes that belong to it: their CPU time counts, and they are killed with it
-    """
+    name: str
 
-    def __init__(self, name: str, command: Sequence[str], helpers: Sequence[subprocess.Popen[bytes]] = ()) -> None:
-        self.name = name
-        self.command = list(command)
-        self.helpers = helpers
+    def __init__(self) -> None:
         self.heard = b""
         self._at = 0
-        self._stderr = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0
-        )
 
-    def __enter__(self) -> Guest:
-        return self
+    def _send(self, data: bytes) -> None:
+        raise NotImplementedError
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def _more(self, seconds: float) -> None:
+        """Wait that long at most for more to be heard; raise GuestFailed where nothing more will come."""
+        raise NotImplementedError
 
-    def close(self) -> None:
-        """Kill the VMM and its helpers."""
-        for process in (self.process, *self.helpers):
-            process.kill()
-            process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self._stderr):
-            if pipe is not None:
-                pipe.close()
+    def _why(self, what: str) -> str:
+        return f"{self.name}: {what}\n{self.heard[-1500:].decode(errors='replace')}"
 
     def wait_ready(self, seconds: float = 120) -> None:
         """Wait until the guest obeys.
@@ -183,19 +182,62 @@ class Guest:
 
     def tell(self, line: str) -> None:
         """Give the guest a command; `answer` waits for its end."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(line.encode() + b"\n")
-        except BrokenPipeError:
-            raise GuestFailed(self._why("ended")) from None
+        self._send(line.encode() + b"\n")
 
     def answer(self, seconds: float = 60) -> tuple[int, str]:
         """Wait for the end of the last command; return its status and what it wrote."""
         said = self.until(b"\n@done ", seconds)
         return int(self.until(b"\n", 10)), said.decode(errors="replace").replace("\r\n", "\n").strip("\n")
 
+    def until(self, mark: bytes, seconds: float) -> bytes:
+        """Wait for the guest to say `mark`; return what it said before."""
+        end = time.monotonic() + seconds
+        while (found := self.heard.find(mark, self._at)) < 0:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise GuestFailed(self._why(f"said nothing of {mark!r} for {seconds:g} s"))
+            self._more(left)
+        said = self.heard[self._at : found]
+        self._at = found + len(mark)
+        return said
+
+
+class Guest(Asked):
+    """A running VMM with the tools guest in it; a context manager that kills it.
+
+    :param name: what to call it in errors
+    :param command: the VMM's, with the guest's console on its standard input and output
+    :param helpers: processes that belong to it: their CPU time counts, and they are killed with it
+    """
+
+    def __init__(self, name: str, command: Sequence[str], helpers: Sequence[subprocess.Popen[bytes]] = ()) -> None:
+        super().__init__()
+        self.name = name
+        self.command = list(command)
+        self.helpers = helpers
+        self._stderr = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0
+        )
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the VMM and its helpers."""
+        for process in (self.process, *self.helpers):
+            process.kill()
+            process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self._stderr):
+            if pipe is not None:
+                pipe.close()
+
     def cpu(self) -> float:
         """CPU seconds that the VMM has used up to now, with its helpers, and the kernel's vhost threads for it."""
+        ours = {self.process.pid, *(each.pid for each in self.helpers)}
         ticks = 0
         for entry in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -203,35 +245,70 @@ class Guest:
             except OSError:
                 continue
             pid, _, comm = head.partition(" (")
-            if int(pid) in (self.process.pid, *(each.pid for each in self.helpers)) or (
-                comm == f"vhost-{self.process.pid}"
-            ):
-                fields = tail.split()
+            fields = tail.split()
+            if {int(pid), int(fields[1])} & ours or comm == f"vhost-{self.process.pid}":
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
-    def until(self, mark: bytes, seconds: float) -> bytes:
-        """Wait for the guest to say `mark`; return what it said before."""
+    def _send(self, data: bytes) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(data)
+        except BrokenPipeError:
+            raise GuestFailed(self._why("ended")) from None
+
+    def _more(self, seconds: float) -> None:
         assert self.process.stdout is not None
-        end = time.monotonic() + seconds
-        while (found := self.heard.find(mark, self._at)) < 0:
-            left = end - time.monotonic()
-            if left <= 0:
-                raise GuestFailed(self._why(f"said nothing of {mark!r} for {seconds:g} s"))
-            if select.select([self.process.stdout], [], [], left)[0]:
-                piece = os.read(self.process.stdout.fileno(), 65536)
-                if not piece:
-                    raise GuestFailed(self._why(f"ended with {self.process.wait()}"))
-                self.heard += piece
-        said = self.heard[self._at : found]
-        self._at = found + len(mark)
-        return said
+        if select.select([self.process.stdout], [], [], seconds)[0]:
+            piece = os.read(self.process.stdout.fileno(), 65536)
+            if not piece:
+                raise GuestFailed(self._why(f"ended with {self.process.wait()}"))
+            self.heard += piece
 
     def _why(self, what: str) -> str:
         self._stderr.seek(0)
         errors = self._stderr.read()[-1500:].decode(errors="replace")
-        said = self.heard[-1500:].decode(errors="replace")
-        return f"{self.name}: {what}: {shlex.join(self.command)}\n{said}\n{errors}"
+        return f"{super()._why(f'{what}: {shlex.join(self.command)}')}\n{errors}"
+
+
+class MachineGuest(Asked):
+    """The tools guest in a ``vmm.Machine`` of this process, whose devices can be spoken to; a context manager.
+
+    :param config: the Machine's; the console and the command line are this class's own
+    """
+
+    def __init__(self, name: str, config: VmConfig) -> None:
+        super().__init__()
+        self.name = name
+        self._news = threading.Condition()
+        config.console, config.cmdline = "none", CMDLINE
+        self.vm = Machine(config)
+        self.vm.on_console(self._hear)
+        self.vm.start()
+
+    def __enter__(self) -> MachineGuest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the machine."""
+        self.vm.close()
+
+    def _hear(self, data: bytes) -> None:
+        with self._news:
+            self.heard += data
+            self._news.notify_all()
+
+    def _send(self, data: bytes) -> None:
+        self.vm.serial.feed(data)
+
+    def _more(self, seconds: float) -> None:
+        with self._news:
+            self._news.wait(min(seconds, 0.5))
+        if stop := self.vm.wait(0):
+            raise GuestFailed(self._why(f"the machine ended: {stop}"))
 
 
 def _key(*parts: object) -> str:
@@ -282,7 +359,7 @@ def _make_root(image: Path, progress: Progress) -> None:
         (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
         (tree / "etc/group").write_text("root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")
         (tree / "etc/mtab").symlink_to("/proc/self/mounts")
-        for link, target in (("usr/bin/cc", "gcc"), ("usr/bin/awk", "mawk"), ("usr/lib/modules", "/run/modules")):
+        for link, target in _LINKS.items():
             (tree / link).unlink(missing_ok=True)
             (tree / link).symlink_to(target)
         used = sum(path.lstat().st_size + 4096 for path in tree.rglob("*") if not path.is_symlink())
@@ -291,7 +368,21 @@ def _make_root(image: Path, progress: Progress) -> None:
             file.truncate((used * 21 // 20 + (32 << 20)) & -(1 << 20))
         command = ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-L", LABEL]
         run([*command, "-E", "root_owner=0:0,lazy_itable_init=0", "-d", str(tree), str(new)])
+        for old in image.parent.glob("root-*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        _for_the_host(tree, image.with_suffix(".host"))
         new.rename(image)
+
+
+def _for_the_host(tree: Path, place: Path) -> None:
+    # The program, its libraries and their loader, in one directory: this host may have others, or none.
+    libraries = tree / "usr/lib/x86_64-linux-gnu"
+    program = tree / "usr/bin" / _ON_THE_HOST
+    listed = run([str(libraries / _LOADER), "--library-path", str(libraries), "--list", str(program)])
+    needed = [Path(word) for word in listed.split() if word.startswith(str(libraries))]
+    place.mkdir(exist_ok=True)
+    for path in (program, libraries / _LOADER, *needed):
+        shutil.copy(path, place)
 
 
 def _with_dependencies() -> list[str]:
