@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -182,49 +181,6 @@ def idle() -> dict[str, Any]:
         return _finish(process, heard) | {"busy": busy}
 
 
-def share() -> dict[str, Any]:
-    """A shared directory under a stock kernel: files, links, renames, a mapping with DAX, a second mount that is ro."""
-    with tempfile.TemporaryDirectory() as name:
-        shared, fixed = Path(name, "shared"), Path(name, "fixed")
-        (shared / "sub").mkdir(parents=True)
-        fixed.mkdir()
-        (fixed / "kept").write_text("as it was")
-        data = random.Random(0).randbytes(5_000_000)
-        (shared / "data").write_bytes(data)
-        for i in range(300):
-            (shared / "sub" / f"{i}").write_text(f"{i}")
-        script = """
-modprobe virtiofs
-mkdir /a /b && mount -t virtiofs a /a && mount -t virtiofs -o dax=always b /b
-echo "sum=$(md5sum </a/data)"
-echo "dax=$(md5sum </b/data)"
-echo "listed=$(ls /a/sub | wc -l)"
-cd /a && tar -cf t.tar sub && mkdir out && tar -xf t.tar -C out && echo "unpacked=$(cat out/sub/* | md5sum)"
-mv data moved && ln moved hard && ln -s moved soft && echo "soft=$(md5sum <soft)"
-mkdir -p d/e && rmdir d/e && mv d f && rm t.tar
-echo appended >>moved && truncate -s 1000 hard && chown 12:34 hard && chmod 4750 hard
-cp moved copy && dd if=/dev/zero of=sparse bs=1 count=1 seek=9999999 2>/dev/null
-echo twice >/b/twice && echo "seen=$(cat /a/twice)"
-cd / && umount /a /b && mkdir /c && mount -t virtiofs c /c && echo "kept=$(cat /c/kept)"
-echo x >/c/new; rm /c/kept; mv /c/kept /c/other; mkdir /c/d; chmod 0 /c/kept; mount -o remount,rw /c; echo y >/c/kept
-poweroff -f
-"""
-        result = _initrd_only(
-            script, "--share", f"a={shared}", "--share", f"b={shared},dax=16M,cache=none",
-            "--share", f"c={fixed},ro", "--memory", "256M",
-        )  # fmt: skip
-        status = (shared / "moved").stat() if (shared / "moved").exists() else None
-        return result | {
-            "data": hashlib.md5(data).hexdigest(),
-            "sub": hashlib.md5("".join(sorted(map(str, range(300)))).encode()).hexdigest(),  # as the shell sorts, too
-            "names": sorted(path.name for path in shared.iterdir()),
-            "moved": [status.st_size, status.st_mode, status.st_uid, status.st_gid, status.st_nlink] if status else [],
-            "sparse": (shared / "sparse").stat().st_size if (shared / "sparse").exists() else -1,
-            "fixed": {path.name: path.read_text() for path in fixed.iterdir()},
-            "fixed_mode": (fixed / "kept").stat().st_mode & 0o777,
-        }
-
-
 def root_directory() -> dict[str, Any]:
     """A directory as the root file system; what the guest wrote is there afterwards."""
     image = _image()
@@ -266,7 +222,7 @@ def _cpu_ticks(pid: int) -> int:
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, share, root_directory, net_devices,
+        disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, root_directory, net_devices,
         small_devices, keyboard, device_guide, paste, idle,
     )
 }

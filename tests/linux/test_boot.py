@@ -79,24 +79,6 @@ def test_idle_guest_and_sigterm(scenario: Scenario) -> None:
     assert result["busy"] < 0.5, "a sleeping guest must leave the host's CPU alone"
 
 
-def test_a_share_is_a_directory_of_the_host(scenario: Scenario) -> None:
-    result = scenario("share")
-    assert result["status"] == 0, _show(result)
-    values = _values(result)
-    assert values["sum"].split()[0] == values["dax"].split()[0] == values["soft"].split()[0] == result["data"]
-    assert (values["listed"], values["unpacked"].split()[0]) == ("300", result["sub"])
-    assert values["seen"] == "twice"
-    assert result["names"] == ["copy", "f", "hard", "moved", "out", "soft", "sparse", "sub", "twice"]
-    assert result["moved"] == [1000, 0o100750 | 0o4000, 12, 34, 2]
-    assert result["sparse"] == 10_000_000
-
-
-def test_a_read_only_share_stays_as_it_is(scenario: Scenario) -> None:
-    result = scenario("share")
-    assert _values(result)["kept"] == "as it was", _show(result)
-    assert (result["fixed"], result["fixed_mode"]) == ({"kept": "as it was"}, 0o644)
-
-
 def test_a_directory_as_root(scenario: Scenario) -> None:
     result = scenario("root_directory")
     assert result["status"] == 7, _show(result)
