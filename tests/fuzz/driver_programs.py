@@ -18,11 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 from tests.guest_driver import Allocator, MmioDriver, SplitDriver
 from virtio import spec
 from virtio.device import VirtioDevice
+from virtio.mmds_net import Endpoint
 from virtio.mmio import VirtioMmio
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
@@ -31,6 +34,7 @@ RAM = 1 << 20
 ARENA = 0x8000, RAM - 0x8000
 QUEUE_SIZE = 16
 PATIENCE = 10.0
+MMDS_ADDRESS = bytes((169, 254, 169, 254))
 # What a request of one descriptor or of several is: bytes to read, lengths to write.
 Request = tuple[list[bytes], list[int]]
 SIZES = (0, 1, 8, 16, 40, 44, 64, 511, 512, 513, 4096, 65536, RAM, 0xFFFF_FFFF)
@@ -66,6 +70,30 @@ def net_request_any(rng: random.Random) -> Request:
         data = rng.choice((b"\1", b"\1\0", b"\2\0", rng.randbytes(6), rng.randbytes(8), bytes(8), bytes(14)))
         return [bytes((rng.choice((0, 1, 2, 4, 5, 9)), rng.choice((0, 0, 1, 2)))), data], [1]
     return net_request(rng)
+
+
+def mmds_request(rng: random.Random) -> Request:
+    """A frame for the metadata service, where connections begin at 0; or whatever a network device may get."""
+    if rng.random() < 0.4:
+        return net_request_any(rng)
+    head = bytes((rng.choice((1, 1, 1, 0, number(rng, 8))),)) + bytes(11) + rng.randbytes(12)
+    if rng.random() < 0.1:
+        arp = struct.pack(">HHBBH", 1, 0x800, 6, 4, rng.choice((1, 1, 2))) + rng.randbytes(16) + MMDS_ADDRESS
+        return [head + b"\x08\x06" + arp[: rng.choice((28, 28, 27, 8))]], []
+    ask = b"GET / HTTP/1.1\r\n\r\n", b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n"
+    data = rng.choice((b"", b"", *ask, bytes(3000)))
+    flags = rng.choice((2, 2, 0x10, 0x10, 0x10, 0x11, 4, number(rng, 8)))
+    near = [rng.choice((0, 1, 1, rng.randrange(100), number(rng, 32))) for _ in range(2)]
+    ports = rng.choice((1, 2, number(rng, 16))), rng.choice((80, 80, 80, 81))
+    offset = rng.choice((0x50, 0x50, 0x50, 0x60, number(rng, 8)))
+    tcp = struct.pack(">HHIIBBHHH", *ports, *near, offset, flags, number(rng, 16), 0, 0) + data
+    size = rng.choice((20 + len(tcp), 20 + len(tcp), 20 + len(tcp), number(rng, 16)))
+    words = 0x45, 0, size, 0, rng.choice((0, 0, 0, number(rng, 16))), 64, rng.choice((6, 6, 6, number(rng, 8)))
+    ip = struct.pack(">BBHHHBB", *words) + bytes(2) + b"\x0a\x09\x08\x02" + MMDS_ADDRESS
+    ip = ip[:10] + (0xFFFF - int.from_bytes(ip, "big") % 0xFFFF).to_bytes(2, "big") + ip[12:]
+    frame = head + b"\x08\0" + ip + tcp
+    cut = rng.choice((len(frame), len(frame), rng.randrange(len(frame))))
+    return [part for part in (frame[:cut], frame[cut:]) if part], []
 
 
 def vsock_request(rng: random.Random) -> Request:
@@ -347,6 +375,35 @@ def make_net(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     return device
 
 
+@kind("net-mmds", mmds_request, keeps=(0, 2))
+def make_net_mmds(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.net import Net
+    from virtio.net_host import Tap
+
+    enter_namespace(stack)
+    tap = Tap("fuzz%d", 2, make=True)
+    stack.callback(tap.close)
+    device = Net(tap, b"\2\x56\0\0\0\2", mmds=_mmds(stack))
+    stack.callback(device.close)
+    stack.callback(_check_mmds, device)
+    return device
+
+
+def _mmds(stack: contextlib.ExitStack) -> Endpoint:
+    from vmm.mmds import Mmds
+
+    store = Mmds()
+    store.put({"x": "value", "large": "y" * 20_000})
+    # A random program would never guess where a connection begins.
+    stack.enter_context(mock.patch("virtio.mmds_net.os", SimpleNamespace(urandom=bytes)))
+    return Endpoint(store.serve, MMDS_ADDRESS)
+
+
+def _check_mmds(device: VirtioDevice) -> None:
+    assert device.stats["mmds_errors"] == 0
+    assert not device.stats["mmds_rx_count"] or device.stats["mmds_tx_frames"]
+
+
 class StreamBackend:
     """A socket pair in place of passt, whose other end sends any lengths, and takes what comes."""
 
@@ -391,6 +448,18 @@ def make_net_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevic
     backend = StreamBackend(stack)
     device = Net(backend, b"\2\x56\0\0\0\2")
     stack.callback(device.close)
+    _keep_busy(stack, backend.exchange)
+    return device
+
+
+@kind("net-mmds-stream", mmds_request, keeps=(0,))
+def make_net_mmds_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.net import Net
+
+    backend = StreamBackend(stack)
+    device = Net(backend, b"\2\x56\0\0\0\2", mmds=_mmds(stack))
+    stack.callback(device.close)
+    stack.callback(_check_mmds, device)
     _keep_busy(stack, backend.exchange)
     return device
 
