@@ -417,6 +417,11 @@ class StreamBackend:
         self.fds = [stack.enter_context(ours).fileno()]
         stack.enter_context(self.theirs)
         self._rng = random.Random(0)
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Let ``exchange`` wait no more for a device that takes nothing."""
+        self._stopped = True
 
     def exchange(self, _: socket.socket) -> None:
         """Send a frame in two pieces, and take what there is."""
@@ -424,7 +429,7 @@ class StreamBackend:
         frame = struct.pack(">I", size) + bytes(size)
         cut = self._rng.randrange(len(frame))
         for piece in (frame[:cut], frame[cut:]):
-            while piece:
+            while piece and not self._stopped:
                 with contextlib.suppress(BlockingIOError):
                     piece = piece[self.theirs.send(piece) :]
                 with contextlib.suppress(BlockingIOError):
@@ -449,6 +454,7 @@ def make_net_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevic
     device = Net(backend, b"\2\x56\0\0\0\2")
     stack.callback(device.close)
     _keep_busy(stack, backend.exchange)
+    stack.callback(backend.stop)
     return device
 
 
@@ -461,6 +467,7 @@ def make_net_mmds_stream(stack: contextlib.ExitStack, directory: Path) -> Virtio
     stack.callback(device.close)
     stack.callback(_check_mmds, device)
     _keep_busy(stack, backend.exchange)
+    stack.callback(backend.stop)
     return device
 
 
