@@ -50,15 +50,15 @@ def main() -> int:
             "nowhere": guest.run(f"wget -O - {URL}/nowhere 2>&1"),
             "number": guest.run(f"wget -O - {URL}/count 2>&1"),
             "large": guest.run(f"{GET}/large | md5sum"),
-            "hundred": guest.run(f"for i in $(seq 100); do {GET}/latest/meta-data/ami-id; echo; done | sort | uniq -c"),
-            "at_once": guest.run(f"for i in $(seq 8); do {GET}/large | md5sum & done | sort | uniq -c; wait"),
+            "again": guest.run(f"for i in $(seq 20); do {GET}/latest/meta-data/ami-id; echo; done | sort | uniq -c"),
+            "at_once": guest.run(f"for i in $(seq 4); do {GET}/large | md5sum & done | sort | uniq -c; wait"),
             "arp": guest.run("ip neigh show 169.254.169.254"),
             "another_port": guest.run("nc -w 5 169.254.169.254 81 </dev/null; echo $?"),
         }
         store.patch({"latest": {"meta-data": {"ami-id": "ami-2"}}})
         facts["patched"] = guest.run(f"{GET}/latest/meta-data/ami-id")
         facts["ping"] = guest.run(
-            f"(for i in $(seq 30); do {GET}/large; done >/dev/null) & ping -q -i 0.02 -c 100 10.77.0.1; wait"
+            f"(for i in $(seq 8); do {GET}/large; done >/dev/null) & ping -q -i 0.02 -c 50 10.77.0.1; wait"
         )
         store.configure(MmdsConfig(["net"], version="V2"))
         guest.run(f"token=$({ASK_TOKEN})")

@@ -33,8 +33,8 @@ def test_v1(facts: dict[str, Any]) -> None:
     assert "404" in v1["nowhere"]
     assert "501" in v1["number"]
     assert v1["large"].split()[0] == digest
-    assert v1["hundred"].split() == ["100", "ami-1"]
-    assert v1["at_once"].split()[:2] == ["8", digest]
+    assert v1["again"].split() == ["20", "ami-1"]
+    assert v1["at_once"].split()[:2] == ["4", digest]
     assert "06:01:23:45:67:01" in v1["arp"]
     assert v1["another_port"].endswith("1")
     assert facts["patched"] == "ami-2"
@@ -54,7 +54,7 @@ def test_the_driver_may_be_loaded_again(facts: dict[str, Any]) -> None:
 
 
 def test_other_traffic_is_the_taps(facts: dict[str, Any]) -> None:
-    assert "100 packets transmitted, 100 packets received" in facts["ping"]
+    assert "50 packets transmitted, 50 packets received" in facts["ping"]
     stats = facts["stats"]
-    assert stats["mmds_connections_created"] >= 140
+    assert stats["mmds_connections_created"] >= 40
     assert stats["mmds_rx_accepted_err"] == stats["mmds_errors"] == stats["tx_bad"] == 0
