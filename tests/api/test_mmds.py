@@ -45,6 +45,7 @@ def vmm(command: Sequence[str], directory: Path, version: str) -> Iterator[Proce
     directory.mkdir(parents=True)
     try:
         with Process(command, directory) as process:
+            process.await_socket()
             for path, body in [
                 ("/boot-source", {"kernel_image_path": kernel("bridge"), "boot_args": ""}),
                 ("/machine-config", {"vcpu_count": 1, "mem_size_mib": 32}),
