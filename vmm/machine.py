@@ -293,7 +293,9 @@ class Machine:
             from socket import inet_aton
 
             from virtio.mmds_net import Endpoint
+            from vmm import preload
 
+            preload.load(preload.METADATA)  # the device's thread may not import
             self.mmds.configure(self.config.mmds)
             endpoint = Endpoint(self.mmds.serve, inet_aton(self.config.mmds.ipv4_address))
         net = Net(

@@ -6,6 +6,10 @@
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 # Of ours, what any VM of `pyvmm serve` can use.
 OURS = """
     boot.acpi boot.aml boot.bzimage boot.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable boot.params
@@ -14,13 +18,16 @@ OURS = """
     virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmds_net virtio.mmio
     virtio.net virtio.net_host virtio.rng virtio.spec virtio.vsock vmm.api.actions vmm.api.listen vmm.api.openapi
     vmm.api.routes vmm.api.server vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console
-    vmm.cpu_template vmm.events vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds vmm.seccomp vmm.threads
+    vmm.cpu_template vmm.events vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds vmm.preload vmm.seccomp
+    vmm.threads
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = "atexit calendar json mmap queue resource select termios".split()
+# of one with the metadata service,
+METADATA = "base64 hmac httptools msgspec secrets".split()
 # and before it runs.
 EARLIER = """
-    base64 bz2 collections.abc ctypes hmac httptools json.decoder lzma msgspec secrets signal socket traceback zlib
+    bz2 collections.abc ctypes json.decoder lzma signal socket traceback zlib
 """.split()
 # What the standard library and msgspec import by themselves, when they first need it.
 HIDDEN = """
@@ -34,17 +41,21 @@ def preload_later() -> None:
     """Import what threads of a running machine import, and let the C library learn the time zone."""
     import time
 
-    for name in LATER:
-        __import__(name)
+    load(LATER)
     time.localtime()
+
+
+def load(names: Iterable[str]) -> None:
+    """Import `names`."""
+    for name in names:
+        __import__(name)
 
 
 def preload() -> None:
     """Import all of it."""
     import ctypes
 
-    for name in (*OURS, *EARLIER, *HIDDEN):
-        __import__(name)
+    load((*OURS, *EARLIER, *HIDDEN, *METADATA))
     preload_later()
     for library in LIBRARIES:
         try:
