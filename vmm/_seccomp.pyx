@@ -37,6 +37,7 @@ cdef extern from *:
     """
     #include <linux/filter.h>
     #include <linux/seccomp.h>
+    #include <malloc.h>
     #include <signal.h>
     #include <string.h>
     #include <sys/prctl.h>
@@ -81,6 +82,12 @@ cdef extern from *:
         if (write(2, line, at) < 0) {}
         _exit(STATUS_BAD_SYSCALL);
     }
+    /* glibc's malloc reads files, which no filter allows: at its ninth arena to count the CPUs, and before it first makes
+       a thread's arena smaller the host's overcommit policy. */
+    static void calm_malloc(void) {
+        mallopt(M_ARENA_MAX, 8);
+        mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    }
     static int trap_sigsys(void) {
         struct sigaction action;
         sigset_t mask;
@@ -104,6 +111,7 @@ cdef extern from *:
     char[512][32] syscall_names
     char[32] thread_kind
     int trap_sigsys() noexcept nogil
+    void calm_malloc() noexcept nogil
     long filter_install(const char *code, size_t size, bint whole_process) noexcept nogil
 
 
@@ -168,6 +176,7 @@ def catch_faults():
         if name != NULL:
             strncpy(syscall_names[number], name, NAME - 1)
             free(name)
+    calm_malloc()
     if trap_sigsys():
         raise OSError(errno, os.strerror(errno))
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm jailer`` as its tests start it: a jail, what is put into it before, and the process."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 30.0
+UID = 1234
+ID = "vm-1"
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        directory = os.open(self._path.parent, os.O_PATH)  # pytest's own directory's name fills most of 108 bytes
+        try:
+            self.sock.connect(f"/proc/self/fd/{directory}/{self._path.name}")
+        finally:
+            os.close(directory)
+
+
+def until(found: Any) -> Any:
+    """What `found` gives once it gives something true."""
+    deadline = time.monotonic() + PATIENCE
+    while not (what := found()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+    return what
+
+
+class Jailed:
+    """A jail below `base`, and one VMM in it.
+
+    ``root`` is its root directory as the host sees it; files are put there by ``put`` before ``start``.
+    """
+
+    def __init__(self, base: Path, *, uid: int = UID) -> None:
+        self.base = base
+        self.uid = uid
+        self.program = base / "link" / "firecracker"
+        self.program.parent.mkdir(parents=True)
+        self.program.symlink_to(ROOT / "vmm" / "cli.py")
+        self.root = base / "firecracker" / ID / "root"
+        self.root.mkdir(parents=True)
+        self.process: subprocess.Popen[str] | None = None
+
+    def put(self, name: str, data: bytes | Path) -> Path:
+        """A file of the jail's user."""
+        path = self.root / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(data, Path):
+            shutil.copy(data, path)
+        else:
+            path.write_bytes(data)
+        for each in (path.parent, path):
+            os.chown(each, self.uid, self.uid)
+        return path
+
+    def configure(self, **sections: object) -> tuple[str, str]:
+        """Write a configuration file; the VMM's arguments that name it."""
+        self.put("config.json", json.dumps({name.replace("_", "-"): body for name, body in sections.items()}).encode())
+        return "--config-file", "/config.json"
+
+    def command(self, *options: str, vmm: tuple[str, ...] = (), recorded: bool = False) -> list[str]:
+        """The command line."""
+        program = [str(ROOT / "tests/jail/recorded.py")] if recorded else [str(ROOT / "vmm/cli.py"), "jailer"]
+        return [
+            sys.executable, *program, "--id", ID, "--exec-file", str(self.program), f"--uid={self.uid}",
+            "--gid", str(self.uid), "--chroot-base-dir", str(self.base), *options, "--", *vmm,
+        ]  # fmt: skip
+
+    def start(self, *options: str, vmm: tuple[str, ...] = (), recorded: bool = False) -> Jailed:
+        """Start it."""
+        self.process = subprocess.Popen(
+            self.command(*options, vmm=vmm, recorded=recorded), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "SECRET": "not for the jail"}, cwd=ROOT,
+        )  # fmt: skip
+        return self
+
+    @property
+    def pid(self) -> int:
+        """Of the VMM, from its pid file, as soon as it is there."""
+        path = self.root / "firecracker.pid"
+        return int(until(lambda: path.exists() and path.read_text()))
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """One request to the API's default socket."""
+        sock = self.root / "run/firecracker.socket"
+        until(sock.exists)
+        connection = _Connection(sock)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        until(lambda: self._try(connection))
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        is_json = "json" in response.headers.get("Content-Type", "")
+        return response.status, json.loads(text) if text and is_json else text.decode()
+
+    @staticmethod
+    def _try(connection: _Connection) -> bool:
+        try:
+            connection.connect()
+        except ConnectionRefusedError:
+            return False  # bound, and not yet listening
+        return True
+
+    def end(self) -> str:
+        """Wait for its end, which must be exit status 0; what it said."""
+        assert self.process is not None
+        said, told = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 0, (self.process.returncode, said, told)
+        return said
+
+    def close(self) -> None:
+        """Kill what is left."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+        pid_file = self.root / "firecracker.pid"
+        if pid_file.exists() and pid_file.read_text():
+            pid = int(pid_file.read_text())
+            try:
+                if os.readlink(f"/proc/{pid}/root") != "/" or "firecracker" in Path(f"/proc/{pid}/comm").read_text():
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass  # it has ended

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm jailer`` that tells at its end which imports were tried in the jail, where there is nothing to import."""
+
+from __future__ import annotations
+
+import sys
+
+from vmm import cli
+from vmm.commands import jailer, serve
+
+
+class Recorder:
+    """A finder that finds nothing and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        self.asked.append(name)
+
+
+def main() -> int:
+    """The jailer's own exit code."""
+    sys.argv[0] = cli.__file__  # which --exec-file is a link to
+    real, recorder = serve.main, Recorder()
+
+    def recorded(args: serve.Arguments) -> int:
+        sys.meta_path.insert(0, recorder)
+        status = real(args)
+        print("imports tried in the jail:", *recorder.asked)
+        return status
+
+    serve.main = recorded
+    args = jailer.parse_quickly(sys.argv[1:])
+    assert args is not None
+    return jailer.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
