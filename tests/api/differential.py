@@ -156,17 +156,21 @@ def pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     number = itertools.count()
 
     def start(
-        options: Sequence[str] = (), *, api: bool = True, prepare: Callable[[Path], object] = lambda _: None
+        options: Sequence[str] = (),
+        *,
+        wait: bool = True,
+        code: bytes = HALT,
+        prepare: Callable[[Path], object] = lambda _: None,
     ) -> Pair:
         close()
         made = []
         for name, command in (("theirs", [firecracker()]), ("ours", [*PYVMM])):
             directory = tmp_path / f"{name}{next(number)}"
-            furnish(directory)
+            furnish(directory, code)
             prepare(directory)
-            made.append(Process([*ALONE, *command], directory, options, api=api))
+            made.append(Process([*ALONE, *command], directory, options))
             started.append(made[-1])
-        if api:
+        if wait:
             for process in made:
                 process.await_socket()
         return made[0], made[1]

@@ -121,19 +121,21 @@ class Process:
 
     :param command: up to the options
     :param options: after ``--api-sock``
+    :param output: name of the file that has what it prints
     """
 
     def __init__(
-        self, command: Sequence[str], directory: Path, options: Sequence[str] = (), *, api: bool = True
+        self, command: Sequence[str], directory: Path, options: Sequence[str] = (), *, output: str = "output"
     ) -> None:
+        self.command = command
         self.directory = directory
         self.socket = directory / "api.sock"
-        self.output = directory / "output"
-        words = [*command, *(["--api-sock", "api.sock"] if api else []), *options]
+        self.output = directory / output
+        words = [*command, "--api-sock", "api.sock", *options]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        with open(self.output, "wb") as output:
+        with open(self.output, "wb") as printed:
             self.process = subprocess.Popen(
-                words, cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                words, cwd=directory, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed,
                 env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
         self._client: Client | None = None
@@ -149,8 +151,9 @@ class Process:
 
     @property
     def client(self) -> Client:
-        """A connection, kept."""
+        """A connection, kept; waits until it listens."""
         if self._client is None:
+            self.await_socket()
             self._client = Client(self.socket)
         return self._client
 

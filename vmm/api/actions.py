@@ -245,7 +245,19 @@ class Vmm:
                     config.path_on_host, read_only=config.is_read_only, direct=config.direct, image_format="raw",
                     any_size=True,
                 ).close()  # fmt: skip
+        self._place(body)
         self._drives[body.drive_id] = translate.shown_drive(body)
+
+    def _place(self, body: types.Drive) -> None:
+        # The root device is the first, and one that becomes it changes places with what was, as in Firecracker.
+        if body.is_root_device:
+            names = list(self._drives)
+            if body.drive_id in names:
+                place = names.index(body.drive_id)
+                names[0], names[place] = names[place], names[0]
+            else:
+                names.insert(0, body.drive_id)
+            self._drives = {name: self._drives.get(name, body) for name in names}
 
     def _insert_interface(self, body: types.NetworkInterface) -> None:
         others = [each for each in self._interfaces.values() if each.iface_id != body.iface_id]

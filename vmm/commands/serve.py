@@ -145,6 +145,9 @@ def main(args: Arguments) -> int:
             raise ConfigError("--no-api", "", "needs --config-file: there would be no way to say what to run")
         times = [_number(args, option) for option in _TIMES]
         limit = _number(args, "--mmds-size-limit")
+        payload = args.http_api_max_payload_size
+        if payload < 0:  # by argparse; whatever is plain has been seen to be none
+            raise ConfigError("--http-api-max-payload-size", payload, "must be 0 or more")
         if args.seccomp_filter is not None:
             fits = "is for Firecracker's threads; leave it out: pyvmm's have their own (docs/jailer.md)"
             raise ConfigError("--seccomp-filter", args.seccomp_filter, fits)
@@ -296,10 +299,10 @@ class _Serve:
             self._vmm.handle(VmmAction("StartMicroVm"))
         except OSError as error:
             print(f"pyvmm serve: --config-file {path}: {error.strerror}", file=sys.stderr)
-            return STATUS_BAD_CONFIGURATION
+            return STATUS_GENERIC
         except ApiError as error:
             print(f"pyvmm serve: --config-file {path}: {error}", file=sys.stderr)
-            return STATUS_BAD_CONFIGURATION
+            return STATUS_GENERIC
         return STATUS_OK
 
     def _on_start(self, machine: Machine) -> None:
