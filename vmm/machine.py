@@ -75,8 +75,8 @@ class Machine:
     ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
     (:class:`vmm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a bus
     device of your own is added by ``vm.pio.add(port, size, device, name)``. ``blocks``, ``nets`` and ``shares`` hold
-    those devices by their ``drive_id``, ``iface_id`` and ``tag``, ``balloon`` that one or None, to be changed while
-    the guest runs.
+    those devices by their ``drive_id``, ``iface_id`` and ``tag``, ``balloon`` that one or None, ``mmds``
+    (:class:`vmm.mmds.Mmds`) is the metadata service's document; all to be changed while the guest runs.
     """
 
     def __init__(
