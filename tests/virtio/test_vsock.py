@@ -793,7 +793,7 @@ def test_config_from_words() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "cid=3", "uds=x", "cid=2,uds=x", "cid=4294967295,uds=x", "cid=x,uds=x", "cid=3,uds=", "cid=3,uds=x,ro",
+    ["", "cid=3", "uds=x", "cid=2,uds=x", "cid=4294967296,uds=x", "cid=x,uds=x", "cid=3,uds=", "cid=3,uds=x,ro",
      "cid=3,cid=4,uds=x", "cid=3,uds=" + "x" * 108],
 )  # fmt: skip
 def test_config_mistakes(text: str) -> None:
@@ -801,7 +801,7 @@ def test_config_mistakes(text: str) -> None:
         VsockConfig.parse(text)
 
 
-@pytest.mark.parametrize("cid", [0, 1, 2, 0xFFFF_FFFF, 1 << 32, -1])
+@pytest.mark.parametrize("cid", [0, 1, 2, 1 << 32, -1])
 def test_reserved_cids(cid: int) -> None:
     """§5.10.4"""
     with pytest.raises(ConfigError, match="guest_cid"):
