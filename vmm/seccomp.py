@@ -235,5 +235,5 @@ def enable() -> None:
         threads.set_guard(error)
         raise
     preload_later()
-    threads.no_programs = threads.no_programs or "and seccomp forbids that to this process; --no-seccomp allows it"
+    threads.no_programs = threads.no_programs or "and seccomp, which is on, forbids that"
     threads.set_guard(filters)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
+from vmm import threads
 from vmm.config import (
     DEFAULT_CMDLINE,
     MAX_VCPUS,
@@ -48,6 +49,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
     ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
     ("--unpack", "WHEN", "auto", "unpack a bzImage on the host: always, never or auto, where that is faster (default)"),
+    ("--seccomp", None, False, "system call filters, as pyvmm serve has them: no qcow2, passt or NAT (docs/jailer.md)"),
     ("--lab", None, False, "run it on an emulated machine that has real KVM (see pyvmm lab)"),
     ("--write-config", "FILE", None, "write it as a file for pyvmm serve --config-file, run nothing"),
     ("--dry-run", None, False, "check everything, say what would run, run nothing"),
@@ -77,6 +79,7 @@ class Arguments:
     kvm: str
     protocol: str
     unpack: str
+    seccomp: bool
     lab: bool
     write_config: str | None
     dry_run: bool
@@ -212,6 +215,10 @@ def main(args: Arguments) -> int:
         _refuse_linux_on_software_kvm(config)
     from vmm.machine import Machine
 
+    if args.seccomp:
+        from vmm import seccomp
+
+        seccomp.enable()
     vm = Machine(config)
     try:
         if args.verbose or args.dry_run:
@@ -255,6 +262,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
         signal.signal(number, on_signal)
     signal.signal(signal.SIGCONT, lambda number, frame: vm.console.enter_raw_mode())
     vm.start()
+    threads.enter("vmm")
     stop = vm.wait()
     assert stop is not None  # wait() without a time limit
     vm.close()

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seccomp filters: what they allow, that every thread has its own, and what a fault does; each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmm import _seccomp, seccomp
+from vmm.seccomp import KINDS, STATUS_BAD_SYSCALL
+
+ROOT = Path(__file__).parents[2]
+NOBODYS = (
+    "execve execveat fork vfork clone3 ptrace process_vm_readv process_vm_writev kill tkill mount umount2 pivot_root"
+    " chroot setns bpf perf_event_open keyctl add_key request_key init_module finit_module delete_module kexec_load reboot"
+    " settimeofday clock_settime iopl ioperm modify_ldt userfaultfd open_by_handle_at name_to_handle_at setuid setgid"
+    " swapon swapoff acct quotactl personality pidfd_getfd pidfd_open mknod process_madvise move_mount open_tree fsopen"
+).split()
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    whole = f"from vmm import seccomp, threads\nimport threading, os, time\nseccomp.enable()\n{code}"
+    return subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "spawn", "base"])
+def test_what_no_thread_may_do(kind: str) -> None:
+    allowed = {name for name, _ in seccomp._rules(kind)}
+    assert not allowed & set(NOBODYS)
+    assert len(_seccomp.compile_filter(seccomp._rules(kind))) > 100
+
+
+def test_threads_are_made_by_one_that_may_do_what_each_of_them_may() -> None:
+    made = set(seccomp._rules("spawn"))
+    whole = {name for name, tests in made if not tests}
+    for kind in KINDS:
+        assert {rule for rule in seccomp._rules(kind) if rule[0] not in whole} <= made, kind
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_every_kind_of_thread_lives_and_ends(kind: str) -> None:
+    code = f"""
+def work():
+    for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24):
+        blocks = [bytearray(size) for _ in range(4)]
+        del blocks
+    time.sleep(0.001)
+    print("stat", os.stat in (None,), time.time() > 0, len(os.getrandom(8)))
+    try:
+        raise ValueError("caught")
+    except ValueError as error:
+        print(error)
+for _ in range(5):
+    thread = threads.spawn({kind!r}, "worker", work)
+    thread.join()
+every = [threads.spawn({kind!r}, "worker", work) for _ in range(20)]
+for thread in every:
+    thread.join()
+print("all ended")
+"""
+    done = run(code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "all ended"
+
+
+def test_a_fault_names_the_thread_and_the_system_call() -> None:
+    done = run("threads.spawn('blk', 'x', lambda: os.open('/etc/hosts', os.O_RDONLY)); time.sleep(20)")
+    assert done.returncode == STATUS_BAD_SYSCALL
+    assert done.stderr.startswith("pyvmm: seccomp: a thread of kind blk made the forbidden system call openat (257), ")
+
+
+def test_a_thread_may_make_threads_of_another_kind_and_not_by_itself() -> None:
+    code = """
+def outer():
+    threads.spawn("fs", "inner", lambda: print(len(os.listdir("."))  > 0)).join()
+    print("made", flush=True)
+    threading.Thread(target=print).start()
+threads.spawn("vcpu", "outer", outer).join()
+time.sleep(20)
+"""
+    done = run(code)
+    assert done.stdout.splitlines() == ["True", "made"]
+    assert done.returncode in (STATUS_BAD_SYSCALL, -31), "glibc has blocked even SIGSYS where it makes a thread"
+
+
+def test_filters_only_take_away() -> None:
+    done = run("threads.enter('vcpu'); threads.enter('base'); print(1); os.open('/etc/hosts', os.O_RDONLY)")
+    assert done.returncode in (STATUS_BAD_SYSCALL, 1), done
+
+
+def test_a_signal_is_not_masked_in_the_main_thread_and_is_in_the_others() -> None:
+    code = """
+import signal
+masks = []
+threads.spawn("fs", "x", lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))).join()
+assert signal.SIGTERM in masks[0] and signal.SIGSYS not in masks[0], masks
+assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+    done = run(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_filter_language_is_refused() -> None:
+    line = [sys.executable, "-m", "vmm.cli", "serve", "--seccomp-filter", "f.bpf"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 153
+    assert done.stderr.startswith("pyvmm serve: --seccomp-filter f.bpf: is for Firecracker's threads")
+
+
+def test_no_such_system_call_is_an_error() -> None:
+    with pytest.raises(ValueError, match="teleport"):
+        _seccomp.compile_filter([("teleport", ())])
