@@ -212,6 +212,11 @@ def mmds() -> dict[str, Any]:
     return _pyvmm(command=[sys.executable, "-m", "tests.linux.mmds"], patience=2 * PATIENCE)
 
 
+def jailed() -> dict[str, Any]:
+    """All devices in a jail behind seccomp filters; its stdout is what was found."""
+    return _pyvmm(command=[sys.executable, "-m", "tests.linux.jailed"], patience=3 * PATIENCE)
+
+
 def device_guide() -> dict[str, Any]:
     """The device of docs/devices.md in a machine, as the guide has it."""
     device, _, machine = programs("devices.md")
@@ -228,7 +233,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, root_directory, net_devices,
-        small_devices, keyboard, mmds, device_guide, paste, idle,
+        small_devices, keyboard, mmds, jailed, device_guide, paste, idle,
     )
 }
 

