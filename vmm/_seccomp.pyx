@@ -82,8 +82,8 @@ cdef extern from *:
         if (write(2, line, at) < 0) {}
         _exit(STATUS_BAD_SYSCALL);
     }
-    /* glibc's malloc reads files, which no filter allows: at its ninth arena to count the CPUs, and before it first makes
-       a thread's arena smaller the host's overcommit policy. */
+    /* glibc's malloc reads files, which no filter allows: at its ninth arena to count the CPUs, and before it first
+       makes a thread's arena smaller the host's overcommit policy. */
     static void calm_malloc(void) {
         mallopt(M_ARENA_MAX, 8);
         mallopt(M_TRIM_THRESHOLD, 1 << 30);
