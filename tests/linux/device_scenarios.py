@@ -9,6 +9,7 @@ again where a scenario lost it. ``PYVMM_MANY_FILES`` is how many small files the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -63,6 +64,9 @@ class World:
         )
         self.share = self.files / "share"
         self.share.mkdir()
+        self.fixed = self.files / "fixed"
+        self.fixed.mkdir()
+        (self.fixed / "kept").write_text("as it was")
         self.disks = {name: self.files / f"{name}.raw" for name in DISKS}
         for path in self.disks.values():
             with path.open("wb") as file:
@@ -101,8 +105,11 @@ class World:
                 ],
                 network_interfaces=[NetConfig(TAP)],
                 vsock=VsockConfig(3, str(self.uds)),
-                shares=[FsConfig("share", str(self.share)), FsConfig("dax", str(self.share), dax=_dax("64M"))],
-            )
+                shares=[
+                    FsConfig("share", str(self.share)), FsConfig("dax", str(self.share), dax=_dax("64M")),
+                    FsConfig("fixed", str(self.fixed), read_only=True),
+                ],
+            )  # fmt: skip
             self.guest.ask("mount -t virtiofs share /mnt/a && mount -t virtiofs -o dax=always dax /mnt/b")
             self.guest.ask(f"ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up")
         return self.guest
@@ -280,6 +287,24 @@ def fs_work(world: World) -> dict[str, Any]:
     return facts
 
 
+def fs_read_only(world: World) -> dict[str, Any]:
+    """A share that is read-only stays as it is, however its guest mounts it."""
+    guest = world.main()
+    guest.ask("mkdir -p /tmp/c && mount -t virtiofs -o rw fixed /tmp/c")
+    changes = (
+        "echo x >/tmp/c/new", "echo x >>/tmp/c/kept", "truncate -s 0 /tmp/c/kept", "rm /tmp/c/kept",
+        "mv /tmp/c/kept /tmp/c/other", "ln /tmp/c/kept /tmp/c/hard", "mkdir /tmp/c/d", "chmod 0 /tmp/c/kept",
+        "mount -o remount,rw /tmp/c && touch /tmp/c/kept",
+    )  # fmt: skip
+    return {
+        "read": guest.ask("cat /tmp/c/kept"),
+        "done": [change for change in changes if guest.try_(f"{change} 2>&1")[0] == 0],
+        "here": {path.name: path.read_text() for path in world.fixed.iterdir()},
+        "mode": (world.fixed / "kept").stat().st_mode & 0o777,
+        "unmounted": guest.try_("umount /tmp/c")[0],
+    }
+
+
 def fs_many_files(world: World) -> dict[str, Any]:
     """Many small files, seen on both sides, and gone from both."""
     guest = world.main()
@@ -334,6 +359,13 @@ def fs_stress(world: World) -> dict[str, Any]:
         status, said = guest.try_(f"{command} 2>&1", 60 + float(seconds))
         facts[name] = {"status": status, "said": said[-600:] if status else ""}
     facts["left"] = guest.ask("ls -A /mnt/a/stress | wc -l")
+    try:
+        os.setxattr(world.share, "user.pyvmm", b"")
+        facts["xattrs"] = True
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        facts["xattrs"] = False  # tmpfs before Linux 6.6
     return facts
 
 
@@ -389,7 +421,7 @@ SCENARIOS: dict[str, Callable[[World], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         blk_verify, blk_filesystem, blk_resize, blk_reload, net_traffic, net_reload, vsock_connections, vsock_reload,
-        fs_work, fs_many_files, fs_mmap, fs_stress, fs_two_guests, liar,
+        fs_work, fs_read_only, fs_many_files, fs_mmap, fs_stress, fs_two_guests, liar,
     )
 }  # fmt: skip
 
