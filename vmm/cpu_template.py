@@ -113,7 +113,7 @@ def parse_template(
     removed: list[int] = []
     for word in capabilities:
         number = word.removeprefix("!")
-        if not (number.isascii() and number.isdigit()):
+        if not (number.isascii() and number.isdigit() and int(number) < 1 << 32):
             raise ConfigError("kvm_capabilities", word, "must be the number of a capability, perhaps after a !")
         (removed if word.startswith("!") else added).append(int(number))
     leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}

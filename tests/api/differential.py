@@ -15,13 +15,10 @@ import pytest
 
 from benches.peers.common import pvh_elf
 from tests.api import requests
-from tests.api.oracle import PYVMM, ROOT, Answer, Process, firecracker
+from tests.api.oracle import ALONE, PYVMM, ROOT, Answer, Process, firecracker
 from tests.api.requests import GETS, Request
 
 HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))  # cli; hlt; jmp to the hlt
-TAPS = "".join(f"tuntap add tap{number} mode tap\n" for number in range(3))
-# In a network namespace of its own, with the taps that requests name.
-ALONE = ("unshare", "-n", "sh", "-c", f'printf "{TAPS}" | ip -batch - && exec "$0" "$@"')
 DIFFERENCES = ROOT / "docs" / "api-differences.md"
 _HEADERS = ("Server", "Connection", "Content-Type", "Deprecation")
 
@@ -70,7 +67,7 @@ def kind(answer: Answer | None) -> str:
         return f"{answer.status} error"
     assert list(answer.json) == ["fault_message"], f"an error body is a fault_message: {body}"
     message = re.sub(r" \[[^]]*\]", "", answer.json["fault_message"])
-    if message.startswith(("Invalid request method and/or path", "Unrecognized ")):
+    if message.startswith(("Invalid request method and/or path", "Unrecognized ", "Missing snapshot operation")):
         return f"{answer.status} path"
     if not message.startswith("An error occurred when deserializing the json body of a request: "):
         return f"{answer.status} {message.partition(': ')[0]}"

@@ -22,6 +22,9 @@ from benches.peers import firecracker as peer
 
 PYVMM = (sys.executable, "-c", "import sys; from vmm.cli import entry; sys.exit(entry())", "serve")
 ROOT = Path(__file__).parents[2]
+TAPS = "".join(f"tuntap add tap{number} mode tap\n" for number in range(3))
+# In a network namespace of its own, with the taps that requests name.
+ALONE = ("unshare", "-n", "sh", "-c", f'printf "{TAPS}" | ip -batch - && exec "$0" "$@"')
 PATIENCE = 10.0
 
 

@@ -217,6 +217,11 @@ def jailed() -> dict[str, Any]:
     return _pyvmm(command=[sys.executable, "-m", "tests.linux.jailed"], patience=3 * PATIENCE)
 
 
+def same_config() -> dict[str, Any]:
+    """A configuration file booted by Firecracker, and by pyvmm; its stdout is what each is like."""
+    return _pyvmm(command=[sys.executable, "-m", "tests.linux.same_config"], patience=3 * PATIENCE)
+
+
 def device_guide() -> dict[str, Any]:
     """The device of docs/devices.md in a machine, as the guide has it."""
     device, _, machine = programs("devices.md")
@@ -233,7 +238,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, root_directory, net_devices,
-        small_devices, keyboard, mmds, jailed, device_guide, paste, idle,
+        small_devices, keyboard, mmds, jailed, same_config, device_guide, paste, idle,
     )
 }
 

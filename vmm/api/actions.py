@@ -31,6 +31,7 @@ NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 PRE_BOOT, POST_BOOT, ANY = "pre-boot", "post-boot", "any"
 _AFTER = "The requested operation is not supported after starting the microVM."
 _BEFORE = "The requested operation is not supported before starting the microVM."
+MAX_BOOT_ARGS = 2048  # COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h
 SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
 
 
@@ -200,6 +201,8 @@ class Vmm:
                 os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
             except (OSError, ValueError) as error:
                 raise ApiError(f"Boot source error: The {what} file {path} cannot be opened: {_why(error)}") from None
+        if len((body.boot_args or "").encode()) >= MAX_BOOT_ARGS:
+            raise ApiError(f"Boot source error: boot_args: must be shorter than {MAX_BOOT_ARGS} bytes")
         self._boot_source = body
 
     def _machine_config_is(self, body: types.MachineConfiguration) -> None:
