@@ -101,7 +101,9 @@ _fields = st.fixed_dictionaries
 BODIES: tuple[tuple[str, str, st.SearchStrategy[Any], int], ...] = (
     ("PUT", "/boot-source", _fields(
         {"kernel_image_path": _SOME(("kernel", "kernel", "kernel", "junk", "empty", "missing", "dir"))},
-        optional={"initrd_path": _SOME((None, "initrd", "missing")), "boot_args": _SOME((None, "", "quiet", "x" * 2048))},
+        optional={
+            "initrd_path": _SOME((None, "initrd", "missing")), "boot_args": _SOME((None, "", "quiet", "x" * 2048)),
+        },
     ), 2),
     ("PUT", "/machine-config", _fields({"vcpu_count": _vcpus, "mem_size_mib": _memory}, optional=_machine), 3),
     ("PATCH", "/machine-config", _fields(

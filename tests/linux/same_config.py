@@ -122,7 +122,7 @@ def main() -> int:
         (directory / "vmlinux").write_bytes(vmlinux(kernel))
         initrd = directory / "initrd"
         initrd.write_bytes(initramfs.build_initramfs(package.tree, MODULES, INIT))
-        binary = directory / "firecracker"
+        binary = directory / "firecracker-1.12.1"
         shutil.copyfile(firecracker(), binary)  # from here it starts as fast as any local program
         binary.chmod(0o755)
         config = configuration(directory, initrd)
