@@ -26,6 +26,23 @@ AGENT_PORT = 1024
 GO_TIMEOUT, RUST_RETRIES, PAUSE = 10.0, 500, 0.01  # seconds to be running; tries of one request; between two
 # /run is the room's; the pod's network namespace has the tap. It stays one process: exec.
 ENTER = f'mount --bind "$1" /run && shift && ip link set lo up && ip tuntap add {TAP} mode tap && exec "$@"'
+# The same, and Kata's own preparation of a jail's root: a shared mount, so that what is plugged arrives in there. This
+# process stays, as the shim does: what it mounts is seen by no other.
+SHIM = f"""
+set -e
+mount --bind "$1" /run
+root=$2; shift 2
+ip link set lo up
+ip tuntap add {TAP} mode tap
+mkdir /run/netns
+touch /run/netns/pod
+mount --bind /proc/self/ns/net /run/netns/pod
+mount --bind "$root" "$root"
+mount --make-shared "$root"
+mount -o remount,bind,nosuid,relatime "$root"
+"$@"
+exec sleep infinity
+"""
 
 
 class Sandbox:
@@ -113,29 +130,42 @@ class Sandbox:
         self._inside("umount", "-l", inside)
 
     def _inside(self, *command: str) -> None:
-        subprocess.run(["nsenter", "-m", "-t", str(self.pid), *command], check=True)
+        subprocess.run(["nsenter", "-m", "-r", "-t", str(self.pid), *command], check=True)
 
     def threads(self) -> list[str]:
         """Names of the VMM's threads."""
         return [path.read_text().strip() for path in Path(f"/proc/{self.pid}/task").glob("*/comm")]
 
-    def call(self, uds: str, hello: bytes) -> Agent:
-        """Reach the guest's agent behind the socket device's `uds` by a handshake."""
-        with directory_of(self.path(uds)) as short:
-            return Agent(short, hello)
-
 
 class Agent:
-    """A connection to the guest's program behind the socket; a line is a question, and so is the answer."""
+    """A connection to the guest's program behind the socket; a line is a question, and so is the answer.
 
-    def __init__(self, path: str, hello: bytes, patience: float = 30.0) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(patience)
-        self._socket.connect(path)
-        self._socket.sendall(hello)
-        self._file = self._socket.makefile("rb")
-        # Both runtimes take any line with OK in it.
-        self.greeting = self._file.readline()
+    :param path: of the socket device's own
+    :param hello: the line that asks for a port
+    :param patience: seconds until there has to be such a program, and for each answer
+    :raises TimeoutError: there is none
+    """
+
+    def __init__(self, path: Path, hello: bytes, patience: float = 90.0) -> None:
+        end = time.monotonic() + patience
+        self.greeting = b""
+        # As both runtimes do: until there is a line with OK in it, and the connection ends while nobody listens.
+        while b"OK" not in self.greeting:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{path}: nobody behind it: {self.greeting!r}")
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(patience)
+            try:
+                with directory_of(path) as short:
+                    self._socket.connect(short)
+                self._socket.sendall(hello)
+                self._file = self._socket.makefile("rb")
+                self.greeting = self._file.readline()
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            if b"OK" not in self.greeting:
+                self._socket.close()
+                time.sleep(PAUSE)
 
     def ask(self, line: str) -> str:
         """Its answer to a line; "" where it hung up."""
@@ -185,14 +215,13 @@ class Go(Sandbox):
         self._lay(f"{self.root}/rootfs", image)
         for name in self.placeholders:
             self.path(f"{self.root}/{name}").touch()
-        self._lay(f"{self.root}/fcConfig.json", FIXTURES / "go" / "fcConfig.json")
+        self._lay(f"{self.root}/fcConfig.json", FIXTURES / self.runtime / "fcConfig.json")
         self.fifos = {}
         for name in ("logs", "metrics"):
             os.mkfifo(fifo := self.path(f"{self.root}/{name}.fifo"), 0o600)
             self.fifos[name] = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         with open(self.room / "console", "wb") as console:
-            options = ["--api-sock", self.api, "--config-file", f"{self.root}/fcConfig.json"]
-            self._launch(options, environment or {}, stdout=console.fileno(), stderr=console.fileno())
+            self._launch(self.options(), environment or {}, stdout=console.fileno(), stderr=console.fileno())
         begun = time.monotonic()
         while not self.running():
             late = time.monotonic() - begun > GO_TIMEOUT
@@ -201,6 +230,10 @@ class Go(Sandbox):
         # Nobody else may use the socket; that it is not there yet would be the end of the sandbox.
         os.chmod(self.path(self.uds), 0o640)
         return time.monotonic() - begun
+
+    def options(self) -> list[str]:
+        """What the VMM is started with."""
+        return ["--api-sock", self.api, "--config-file", f"{self.root}/fcConfig.json"]
 
     def running(self) -> bool:
         """What one ``GET /`` says."""
@@ -227,7 +260,7 @@ class Go(Sandbox):
 
     def agent(self) -> Agent:
         """Its agent, by the Go runtime's handshake."""
-        return self.call(self.uds, b"CONNECT %d\n" % AGENT_PORT)
+        return Agent(self.path(self.uds), b"CONNECT %d\n" % AGENT_PORT)
 
     def stop(self) -> float:
         """SIGTERM, and the seconds until the process was gone."""
@@ -244,6 +277,45 @@ class Go(Sandbox):
             while piece := os.read(self.fifos[name], 1 << 16):
                 data += piece
         return data
+
+
+class GoJailed(Go):
+    """The Go runtime with a jailer, which is ``jailer`` in the directory of the VMM."""
+
+    runtime = "go-jailed"
+
+    def options(self) -> list[str]:
+        """What the jailer is started with."""
+        return [
+            "--id", ID, "--exec-file", self.program, "--uid", "0", "--gid", "0", "--chroot-base-dir", "/run/vc",
+            "--daemonize", "--netns", "/run/netns/pod", "--", "--config-file", "/fcConfig.json",
+        ]  # fmt: skip
+
+    def _launch(self, options: Sequence[str], environment: Mapping[str, str], **streams: int) -> None:
+        jailer = str(Path(self.program).with_name("jailer"))
+        command = ["unshare", "-n", "-m", "sh", "-c", SHIM, "sh", str(self.room / "run"), self.root, jailer, *options]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, **streams
+        )  # fmt: skip
+
+    @property
+    def vmm(self) -> int:
+        """The VMM's process id, as its file in the jail has it."""
+        return int(self.path(f"{self.root}/firecracker.pid").read_text())
+
+    def threads(self) -> list[str]:
+        """Names of the VMM's threads."""
+        return [path.read_text().strip() for path in Path(f"/proc/{self.vmm}/task").glob("*/comm")]
+
+    def stop(self) -> float:
+        """SIGTERM, and the seconds until the process was gone."""
+        vmm, begun = self.vmm, time.monotonic()
+        os.kill(vmm, signal.SIGTERM)
+        while os.path.exists(f"/proc/{vmm}") and time.monotonic() - begun < 15:
+            if Path(f"/proc/{vmm}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                break  # nobody here waits for it
+            time.sleep(PAUSE)
+        return time.monotonic() - begun
 
 
 class RuntimeRs(Sandbox):
@@ -298,7 +370,7 @@ class RuntimeRs(Sandbox):
 
     def agent(self) -> Agent:
         """Its agent, by the Rust runtime's handshake."""
-        return self.call(self.uds, b"connect %d\n" % AGENT_PORT)
+        return Agent(self.path(self.uds), b"connect %d\n" % AGENT_PORT)
 
     def ended(self, patience: float) -> bool:
         """Whether stderr came to its end, which is how Kata learns of the VMM's."""

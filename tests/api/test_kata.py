@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.oracle import ROOT, firecracker
-from tests.api.sandbox import Go, RuntimeRs
+from tests.api.sandbox import Go, GoJailed, RuntimeRs
 from tests.kvm.ring3 import kernel
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm
@@ -40,8 +40,10 @@ def program(peer: str | None, tmp_path: Path, namespace: None) -> str:
     """The path that a runtime is told."""
     if peer is not None:
         return peer
-    command = [sys.executable, "-c", "from vmm.cli import main; raise SystemExit(main())", "link", "firecracker"]
-    return subprocess.run([*command, str(tmp_path)], check=True, capture_output=True, text=True).stdout.strip()
+    command = [sys.executable, "-c", "from vmm.cli import main; raise SystemExit(main())", "link"]
+    for name in ("jailer", "firecracker"):
+        link = subprocess.run([*command, name, str(tmp_path)], check=True, capture_output=True, text=True).stdout
+    return link.strip()
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +130,21 @@ def test_go_runtime_gets_metrics_that_it_can_read(go: Go) -> None:
         # What Kata's FirecrackerMetrics has fields for.
         assert {"api_server", "block", "get_api_requests", "logger", "net", "vcpu", "vmm", "vsock"} <= metrics.keys()
     assert metrics["vsock"]["rx_packets_count"] or metrics["vsock"]["tx_packets_count"]
+
+
+def test_go_runtime_with_a_jailer(program: str, image: Path, tmp_path: Path) -> None:
+    with GoJailed(program, kernel("kata"), image) as go:
+        go.start()
+        assert {"fc_api", "fc_vcpu 0"} <= set(go.threads())
+        with go.agent() as agent:
+            assert [agent.ask(str(place)) for place in range(9)] == [line(2048, 0, WORD)] + [line(0, 0, 0)] * 8
+            answer = go.plug(3, disk(tmp_path / "container", 640, WORD + 3))
+            assert answer is not None and answer.status == 204, answer
+            assert agent.ask("4") == line(640, 1, WORD + 3)
+            answer = go.unplug(3)
+            assert answer is not None and answer.status == 204, answer
+            assert agent.ask("4") == line(0, 1, 0)
+        assert go.stop() < 1, go.console()
 
 
 # The Rust runtime

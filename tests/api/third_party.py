@@ -18,13 +18,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benches.peers.common import Missing
-from tests.api.sandbox import Agent, directory_of
+from tests.api.sandbox import Agent
 from vmm.images import apt, cache_root
 
 # From PyPI; pip brings what they need.
@@ -166,18 +165,8 @@ def _surround(room: Path) -> None:
 # The clients
 
 
-def _agent(uds: str, patience: float = 120.0) -> Agent:
-    # The guest's program listens a while after the VM runs; until then the handshake ends with the connection.
-    end = time.monotonic() + patience
-    while True:
-        with directory_of(Path(uds)) as short:
-            agent = Agent(short, b"CONNECT 1024\n", patience)
-        if agent.greeting.startswith(b"OK "):
-            return agent
-        agent.close()
-        if time.monotonic() > end:
-            raise TimeoutError(f"{uds}: nobody behind port 1024")
-        time.sleep(0.1)
+def _agent(uds: str | Path) -> Agent:
+    return Agent(Path(uds), b"CONNECT 1024\n")
 
 
 def firecracker_python(kernel: str, rootfs: str, questions: list[str]) -> dict[str, Any]:
@@ -223,7 +212,7 @@ def smolvm(kernel: str, rootfs: str, questions: list[str]) -> dict[str, Any]:
         client.add_network_interface("eth0", "tap0", "06:00:ac:10:00:02", rate_limit_mbps=100)
         client.add_vsock_device(3, str(room / "s.vsock"))
         client.start_instance()
-        with _agent(str(room / "s.vsock")) as agent:
+        with _agent(room / "s.vsock") as agent:
             found["agent"] = [agent.ask(question) for question in questions]
             client.pause_vm()
             found["paused"] = client.get_instance_info()["state"]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -22,9 +23,9 @@ from vmm.images import apt, modules
 from vmm.images.host import PullError
 from vmm.lab.image import KERNEL_PACKAGE
 
-FINIT_MODULE = 313
+INIT_MODULE = 175
 # What firecracker-python's rules are made of.
-NFT = ("nf_tables", "nft_chain_nat", "nft_masq")
+NFT = ("crc32c_generic", "nf_tables", "nft_chain_nat", "nft_masq")
 PATIENCE = 240
 ROOT = "grep ' / ' /proc/mounts"
 SIZE = "cat /sys/block/vda/size"
@@ -46,10 +47,9 @@ def load_modules() -> None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     for path in modules.load_order(package.tree, version, NFT):
-        fd = os.memfd_create("module")
-        os.write(fd, modules.read(path))
-        libc.syscall(FINIT_MODULE, fd, b"", 0)  # one that is there already says so
-        os.close(fd)
+        data = modules.read(path)
+        if libc.syscall(INIT_MODULE, data, ctypes.c_ulong(len(data)), b"") and ctypes.get_errno() != errno.EEXIST:
+            raise OSError(ctypes.get_errno(), f"module {path.name}: {os.strerror(ctypes.get_errno())}")
 
 
 def main() -> int:

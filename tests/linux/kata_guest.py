@@ -103,7 +103,7 @@ def _make_rootfs(path: Path) -> None:
         new = path.with_suffix(".new")
         new.unlink(missing_ok=True)
         subprocess.run(
-            ["mkfs.ext4", "-q", "-F", "-L", "kata", "-O", "^has_journal", "-d", directory, new, f"{IMAGE_MIB}M"],
+            ["mkfs.ext4", "-q", "-F", "-L", "kata", "-d", directory, new, f"{IMAGE_MIB}M"],
             check=True, capture_output=True,
         )  # fmt: skip
         new.rename(path)
