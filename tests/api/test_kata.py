@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from benches.peers.firecracker import jailer
 from tests.api.oracle import ROOT, firecracker
 from tests.api.sandbox import Go, GoJailed, RuntimeRs
 from tests.kvm.ring3 import kernel
@@ -32,7 +34,10 @@ def peer(request: pytest.FixtureRequest) -> str | None:
         Kvm().close()
     except ConfigError as error:
         pytest.fail(f"LAYER MISSING: kata: {error}", pytrace=False)
-    return None if request.param == "pyvmm" else firecracker()
+    if request.param == "pyvmm":
+        return None
+    jailer()
+    return firecracker()
 
 
 @pytest.fixture
@@ -132,7 +137,11 @@ def test_go_runtime_gets_metrics_that_it_can_read(go: Go) -> None:
     assert metrics["vsock"]["rx_packets_count"] or metrics["vsock"]["tx_packets_count"]
 
 
-def test_go_runtime_with_a_jailer(program: str, image: Path, tmp_path: Path) -> None:
+def test_go_runtime_with_a_jailer(program: str, peer: str | None, image: Path, tmp_path: Path) -> None:
+    if peer is not None:
+        # It names the jail after the file itself.
+        program = shutil.copy(peer, tmp_path / "firecracker")
+        shutil.copy(jailer(), tmp_path / "jailer")
     with GoJailed(program, kernel("kata"), image) as go:
         go.start()
         assert {"fc_api", "fc_vcpu 0"} <= set(go.threads())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benches.peers.common import Missing
+from benches.peers.firecracker import Missing
 from tests.api import third_party
 from tests.api.oracle import firecracker
 from tests.kvm.ring3 import kernel

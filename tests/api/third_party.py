@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benches.peers.common import Missing
+from benches.peers.firecracker import Missing
 from tests.api.sandbox import Agent
 from vmm.images import apt, cache_root
 

@@ -13,10 +13,11 @@ import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benches.peers.common import Missing
-from tests.api.third_party import ClientFailed, run
+from benches.peers.firecracker import Missing
+from tests.api.third_party import ClientFailed, installed, run
 from tests.linux.kata import link
 from tests.linux.kata_guest import guest
 from vmm.images import apt, modules
@@ -56,15 +57,34 @@ def main() -> int:
     """All of them; a failure is written down."""
     load_modules()
     made = guest()
-    result: dict[str, Any] = {}
-    for client, questions in (("firecracker-python", (ROOT, SIZE, PING, METADATA)), ("smolvm", (ROOT, SIZE))):
+
+    def boot(client: str, *questions: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as directory:
             try:
-                result[client] = run(client, link(directory), made.kernel, made.rootfs, questions, PATIENCE)
+                return run(client, link(directory), made.kernel, made.rootfs, questions, PATIENCE)
             except (ClientFailed, Missing, PullError, OSError) as error:
-                result[client] = {"failed": f"{type(error).__name__}: {error}"}
-    print(json.dumps(result))
+                return {"failed": f"{type(error).__name__}: {error}"}
+
+    # Both at once: most of the time is imports.
+    with ThreadPoolExecutor() as pool:
+        ours = {
+            "firecracker-python": pool.submit(boot, "firecracker-python", ROOT, SIZE, PING, METADATA),
+            "smolvm": pool.submit(boot, "smolvm", ROOT, SIZE),
+        }
+        print(json.dumps({client: future.result() for client, future in ours.items()}))
     return 0
+
+
+def fetch() -> None:
+    """What the lab, which has no network, needs of this and of ``tests.linux.kata``.
+
+    :raises Missing: it cannot be had
+    :raises PullError: a Debian package of it cannot be had
+    """
+    guest()
+    installed()
+    apt.package("python3-nftables")
+    apt.package(KERNEL_PACKAGE)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benches.peers.common import Missing
+from benches.peers.firecracker import Missing
 from tests.api.oracle import ROOT
 from tests.api.sandbox import Agent, Go, RuntimeRs
 from tests.linux.kata_guest import guest

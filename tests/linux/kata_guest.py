@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benches.peers.common import Missing
+from benches.peers.firecracker import Missing
 from vmm.images import cache_root
 from vmm.images.initramfs import busybox
 

@@ -222,6 +222,16 @@ def same_config() -> dict[str, Any]:
     return _pyvmm(command=[sys.executable, "-m", "tests.linux.same_config"], patience=3 * PATIENCE)
 
 
+def kata() -> dict[str, Any]:
+    """Kata's two drivers, by Kata's own kernel arguments; its stdout is what was found."""
+    return _pyvmm(command=[sys.executable, "-m", "tests.linux.kata"], patience=3 * PATIENCE)
+
+
+def clients() -> dict[str, Any]:
+    """Firecracker clients that others wrote; its stdout is what was found."""
+    return _pyvmm(command=[sys.executable, "-m", "tests.linux.clients"], patience=3 * PATIENCE)
+
+
 def device_guide() -> dict[str, Any]:
     """The device of docs/devices.md in a machine, as the guide has it."""
     device, _, machine = programs("devices.md")
@@ -238,7 +248,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         disk, smp_without_acpi, panic_by_pvh, exit_port_by_bzimage, triple_fault, root_directory, net_devices,
-        small_devices, keyboard, mmds, jailed, same_config, device_guide, paste, idle,
+        small_devices, keyboard, mmds, jailed, same_config, kata, clients, device_guide, paste, idle,
     )
 }
 
