@@ -251,12 +251,18 @@ struct queue {
 static u16 *used_event(struct queue *queue) { return &queue->avail.ring[queue->size]; }
 static u16 *avail_event(struct queue *queue) { return (u16 *)&queue->used.ring[queue->size]; }
 
+// For no interrupt far ahead: at the chain just seen, the device may be about to look, and find it wanted.
+static void set_used_event(struct queue *queue)
+{
+    *(volatile u16 *)used_event(queue) = queue->interrupts ? queue->seen : queue->seen + 0x8000;
+}
+
 // Ask for an interrupt at the next used chain, or for none.
 static void want_interrupts(struct queue *queue, bool wanted)
 {
     queue->interrupts = wanted;
     queue->avail.flags = !wanted && !(queue->device->features & EVENT_IDX);
-    *(volatile u16 *)used_event(queue) = wanted ? queue->seen : queue->seen - 1;
+    set_used_event(queue);
     full_barrier();
 }
 
@@ -339,7 +345,7 @@ static int poll(struct queue *queue, u32 *written)
     if (written)
         *written = queue->used.ring[queue->seen & (queue->size - 1)].len;
     queue->seen++;
-    *(volatile u16 *)used_event(queue) = queue->interrupts ? queue->seen : queue->seen - 1;
+    set_used_event(queue);
     expect(head < queue->size);
     u16 last = head;
     queue->free_count++;
