@@ -24,7 +24,7 @@ from vmm import threads
 from vmm._bus import Bus
 from vmm.config import VmConfig
 from vmm.console import Console
-from vmm.errors import ConfigError, KvmError, VmmError
+from vmm.errors import ConfigError, HostError, KvmError, VmmError
 from vmm.events import Stop, StopReason
 from vmm.irq import IrqLine
 from vmm.kvm import Kvm
@@ -396,13 +396,19 @@ class Machine:
         """Let every vCPU run, each on a thread of its own.
 
         :raises VmmError: it was started or stopped before
+        :raises HostError: no thread to be had; the machine has ended, and ``wait`` raises this, too
         """
         if self._started or self._stop is not None:
             raise VmmError("a machine is started once, and not after it was stopped")
         self._started = True
         self.console.start()
-        for vcpu in self.vcpus:
-            self._threads.append(threads.spawn("vcpu", f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
+        try:
+            for vcpu in self.vcpus:
+                self._threads.append(threads.spawn("vcpu", f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
+        except RuntimeError:
+            failure = HostError(errno.EAGAIN, "start a vCPU's thread")
+            self._end(Stop(StopReason.REQUESTED), failure)
+            raise failure from None
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:

@@ -7,11 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from tests.kvm.guests import run
-from vmm import Machine, Stop, StopReason
+from tests.kvm.guests import PATIENCE, run
+from vmm import Machine, Stop, StopReason, threads
+from vmm.errors import HostError
 
 MakeGuest = Callable[..., Machine]
 
@@ -249,6 +251,22 @@ def test_sixty_four_processors_can_be_made(guest: MakeGuest) -> None:
     vm = guest("mov eax, 1\n cpuid\n shr ebx, 24\n mov al, bl\n" + EXIT, cpus=64)
     assert len(vm.vcpus) == 64
     assert run(vm).code == 0
+
+
+def test_a_host_without_threads_ends_the_machine(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = guest("again: jmp again", cpus=2)
+    spawn = threads.spawn
+
+    def scarce(kind: str, name: str, *rest: Any) -> Any:
+        if name == "fc_vcpu 1":
+            raise RuntimeError("can't start new thread")
+        return spawn(kind, name, *rest)
+
+    monkeypatch.setattr(threads, "spawn", scarce)
+    with pytest.raises(HostError, match="start a vCPU's thread"):
+        vm.start()
+    with pytest.raises(HostError, match="start a vCPU's thread"):
+        vm.wait(PATIENCE)
 
 
 def test_cpuid_says_hypervisor_and_x2apic(guest: MakeGuest) -> None:

@@ -1,4 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The REST API on a unix socket: Firecracker 1.12's, and a few calls of our own in its style."""
 
+from __future__ import annotations
+
+from vmm.errors import VmmError
+
 API_VERSION = "1.12.1"
+
+
+class ApiError(VmmError):
+    """A request is refused, and nothing of it was done.
+
+    :param message: the ``fault_message``
+    :param status: of the answer
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status

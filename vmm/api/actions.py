@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from vmm import logger
-from vmm.api import API_VERSION, translate, types
+from vmm.api import API_VERSION, ApiError, translate, types
+from vmm.api.bodies import decode
+from vmm.api.routes import VmmAction
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.metrics import Metrics
 from vmm.mmds import SIZE_LIMIT, Mmds, MmdsError
@@ -33,33 +35,7 @@ _AFTER = "The requested operation is not supported after starting the microVM."
 _BEFORE = "The requested operation is not supported before starting the microVM."
 MAX_BOOT_ARGS = 2048  # COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h
 SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
-
-
 HUGE_RULE = "huge pages cannot be given back one by one, as a balloon does it"
-
-
-class ApiError(VmmError):
-    """A request is refused, and nothing of it was done.
-
-    :param message: the ``fault_message``
-    :param status: of the answer
-    """
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-
-
-class VmmAction(NamedTuple):
-    """One thing to do.
-
-    :param name: one of ``ACTIONS``; Firecracker's names
-    :param body: of the type that the action's route names, or None
-    """
-
-    name: str
-    body: Any = None
 
 
 class Vmm:
@@ -232,7 +208,7 @@ class Vmm:
 
     def _cpu_config_is(self, body: types.CpuConfig) -> None:
         with _refusing("Configure CPU error"):
-            translate.template(body)
+            body.template()
         self._cpu_config = body
 
     def _insert_drive(self, body: types.Drive) -> None:
@@ -353,11 +329,13 @@ class Vmm:
             config.boot_timer = self._boot_timer
             config.keyboard = True
             machine = Machine(config, listener=self._listener, metadata=self.mmds)
-        self._listener = None
-        self.machine = machine
-        self.metrics.attach(machine)
-        machine.start()
-        self._on_start(machine)
+            self._listener = None
+            self.machine = machine
+            self.metrics.attach(machine)
+            try:
+                machine.start()
+            finally:
+                self._on_start(machine)  # who waits for its end hears of a start that failed, too
 
     # While it runs
 
@@ -495,7 +473,6 @@ class Vmm:
         raise ApiError("Snapshots are not supported by this version of pyvmm.")
 
 
-
 class _refusing:
     """A context in which what is wrong with the request or the host becomes an ``ApiError`` that begins so."""
 
@@ -514,8 +491,6 @@ def _cpu_config_of(config: types.CpuConfig | str | None) -> types.CpuConfig | No
     # A configuration file has it, or the path of the file that has.
     if not isinstance(config, str):
         return config
-    from vmm.api.routes import decode
-
     try:
         with open(config, "rb") as file:
             body: types.CpuConfig = decode(types.CpuConfig, file.read())

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from msgspec import UnsetType
 
-    from vmm.cpu_template import CpuTemplate
 
     _T = TypeVar("_T")
     Bucket = tuple[int, int, int]
@@ -184,20 +183,6 @@ def entropy(body: types.EntropyDevice) -> EntropyConfig:
     return EntropyConfig(limiter(body.rate_limiter))
 
 
-def template(body: types.CpuConfig) -> CpuTemplate:
-    """:raises ConfigError: a number or a bitmap that is none"""
-    from vmm.cpu_template import parse_template
-
-    return parse_template(
-        body.kvm_capabilities,
-        [
-            (each.leaf, each.subleaf, each.flags, [(register.register, register.bitmap) for register in each.modifiers])
-            for each in body.cpuid_modifiers
-        ],
-        [(each.addr, each.bitmap) for each in body.msr_modifiers],
-    )
-
-
 def _console(whole: types.VmConfiguration, host: types.Host) -> str:
     path = _given(whole.serial, types.Serial()).serial_out_path
     return _given(host.console, "raw") if path is None else f"file:{path}"
@@ -227,7 +212,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         cmdline=" ".join(word for word in words if word),
         cpus=machine.vcpu_count,
         smt=machine.smt,
-        cpu_template=template(whole.cpu_config) if isinstance(whole.cpu_config, types.CpuConfig) else None,
+        cpu_template=whole.cpu_config.template() if isinstance(whole.cpu_config, types.CpuConfig) else None,
         huge_pages=machine.huge_pages,
         track_dirty_pages=machine.track_dirty_pages,
         memory=_given(host.memory, machine.mem_size_mib * _MIB),

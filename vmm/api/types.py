@@ -15,6 +15,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from vmm.config import MAX_FS_THREADS, MAX_QUEUES
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.cpu_template import CpuTemplate
+
 U8 = Annotated[int, Meta(ge=0, le=(1 << 8) - 1)]
 U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
@@ -106,9 +110,18 @@ class CpuConfig(Body, kw_only=True):
     msr_modifiers: list[RegisterModifier] = []
 
     def __post_init__(self) -> None:
-        from vmm.api.translate import template
+        self.template()
 
-        template(self)
+    def template(self) -> CpuTemplate:
+        """:raises ConfigError: a number or a bitmap that is none"""
+        from vmm.cpu_template import parse_template
+
+        return parse_template(
+            self.kvm_capabilities,
+            [(leaf.leaf, leaf.subleaf, leaf.flags, [(each.register, each.bitmap) for each in leaf.modifiers])
+             for leaf in self.cpuid_modifiers],
+            [(each.addr, each.bitmap) for each in self.msr_modifiers],
+        )  # fmt: skip
 
 
 class Drive(Body, kw_only=True):

@@ -205,7 +205,7 @@ class _Serve:
 
         set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
         from vmm.api.actions import Vmm
-        from vmm.api.routes import answerer
+        from vmm.api.answer import answerer
 
         self._vmm = Vmm(
             args.id, on_start=self._on_start, boot_timer=args.boot_timer, mmds_limit=self._mmds_limit
@@ -241,9 +241,9 @@ class _Serve:
         from typing import Any
 
         from vmm import logger
-        from vmm.api import types
-        from vmm.api.actions import ApiError, VmmAction
-        from vmm.api.routes import decode
+        from vmm.api import ApiError, types
+        from vmm.api.bodies import decode
+        from vmm.api.routes import VmmAction
 
         args = self._args
         try:
@@ -288,9 +288,9 @@ class _Serve:
         return self._answerer(method, path, body)
 
     def _start_from(self, path: str) -> int:
-        from vmm.api import types
-        from vmm.api.actions import ApiError, VmmAction
-        from vmm.api.routes import decode
+        from vmm.api import ApiError, types
+        from vmm.api.bodies import decode
+        from vmm.api.routes import VmmAction
 
         try:
             with open(path, "rb") as file:
