@@ -10,12 +10,24 @@ its turn in one list: nobody can make that longer than the pool, and nobody is s
 import os
 
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memset
 
 from virtio._mmio cimport interrupt_used
+from virtio._vsock_conns cimport (
+    BUFFER, CLOSING, CONNECTING, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN, State,
+)
+from virtio._vsock_host cimport (
+    AF_UNIX, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, accept4, close, connect, eventfd_write, hung_up, lowest_bit, msghdr,
+    readv, recv, send, sendmsg, shut_up, shutdown, sockaddr, sockaddr_un, socket, vsock_now,
+)
+from virtio._vsock_packet cimport (
+    HEADER, HOST_CID, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
+    OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM, gather, parse_line, scatter, skip,
+)
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
 from vmm._fastpath cimport (
     QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
@@ -27,88 +39,49 @@ COUNTERS = (
     "resets_sent", "bad_requests", "bad_credit", "bad_lines", "timeouts", "full",
 )
 
-cdef int64_t PORT_ANY = 4294967295      # VMADDR_PORT_ANY: nobody can listen there
+cdef enum:
+    RX = 0                      # places of the queues, which are their numbers too (§5.10.2)
+    TX = 1
+    TOKEN_LISTENER = 0x10000
+    MAX_PACKET = 65536          # payload of one packet, as Linux has it (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)
+    TURN = 128                  # chains of one queue before the other sockets are looked at
+    BATCH = 16                  # chains that one readv fills
+    MAX_CHAIN = 256             # buffers of a chain: the size of its queue
+    IOV_MAX = 1024              # Linux UIO_MAXIOV
+    PUBLISH = 16                # chains returned between two looks at whether the driver sleeps
+    REPLIES = 256               # resets to packets that belong to no connection
+    FIRST_HOST_PORT = 1 << 30
+    ACCEPTS = 64
+    SECOND = 1000000000
+    TICK = SECOND // 8
 
+cdef struct Reply:
+    uint64_t src_cid
+    uint32_t src_port
+    uint32_t dst_port
+    uint16_t type
 
-cdef size_t gather(DescChain *chain, uint8_t *to, size_t size) noexcept nogil:
-    # The first bytes of the readable buffers, however they are cut (§2.7.4).
-    cdef size_t done = 0, n
-    cdef uint32_t i
-    for i in range(chain.n_readable):
-        n = min(chain.iov[i].iov_len, size - done)
-        copy_once(to + done, chain.iov[i].iov_base, n)
-        done += n
-        if done == size:
-            break
-    return done
-
-
-cdef uint32_t skip(iovec *iov, uint32_t count, size_t offset, size_t length) noexcept nogil:
-    # Make iov[0:count] what remains of it from offset, length bytes long; how many there are then. They hold enough.
-    cdef uint32_t i = 0, kept = 0
-    cdef uint8_t *base
-    cdef size_t n
-    while i < count and length:
-        n = iov[i].iov_len
-        if offset >= n:
-            offset -= n
-        else:
-            base = <uint8_t *>iov[i].iov_base
-            n = min(n - offset, length)
-            iov[kept].iov_base = base + offset
-            iov[kept].iov_len = n
-            length -= n
-            offset = 0
-            kept += 1
-        i += 1
-    return kept
-
-
-cdef void scatter(iovec *iov, const void *source, size_t size) noexcept nogil:
-    cdef const uint8_t *p = <const uint8_t *>source
-    cdef size_t n
-    while size:
-        n = min(iov.iov_len, size)
-        memcpy(iov.iov_base, p, n)
-        p += n
-        size -= n
-        iov += 1
-
-
-cdef int64_t parse_line(const char *line, size_t length) noexcept nogil:
-    # The port of "CONNECT port", any letter case; negative: it is something else.
-    cdef const char *verb = b"connect"
-    cdef size_t i
-    cdef int64_t port = 0
-    for i in range(7):
-        if i >= length or (line[i] | 0x20) != verb[i]:
-            return -1
-    i = 7
-    while i < length and line[i] == c" ":
-        i += 1
-    if i == 7 or i == length or not c"0" <= line[i] <= c"9":
-        return -1
-    while i < length and c"0" <= line[i] <= c"9":
-        if port < PORT_ANY:             # or enough digits would overflow it
-            port = port * 10 + (line[i] - c"0")
-        i += 1
-    if i < length and line[i] == c"\r":
-        i += 1
-    if i < length or port >= PORT_ANY:
-        return -1
-    return port
+cdef struct Counters:
+    uint64_t packets_tx         # tx: guest to host
+    uint64_t packets_rx
+    uint64_t bytes_tx
+    uint64_t bytes_rx
+    uint64_t opened_by_guest
+    uint64_t opened_by_host
+    uint64_t refused            # no program behind the port, on either side
+    uint64_t closed
+    uint64_t resets_sent
+    uint64_t bad_requests
+    uint64_t bad_credit
+    uint64_t bad_lines
+    uint64_t timeouts
+    uint64_t full               # connections refused for want of a place or a descriptor
 
 
 cdef class VsockWorker(QueueWorker):
     """The thread of a :class:`virtio.vsock.Vsock`, from which it takes guest_cid and the listener."""
 
-    cdef Conn *conns
-    cdef int32_t[BUCKETS] buckets
-    cdef int32_t free_head
-    cdef uint32_t fresh                 # conns from here on were never used
-    cdef uint32_t live
-    cdef int32_t turn_head
-    cdef int32_t turn_tail
+    cdef Connections table
     cdef Reply[REPLIES] replies
     cdef uint32_t reply_head
     cdef uint32_t reply_count
@@ -133,13 +106,9 @@ cdef class VsockWorker(QueueWorker):
     cdef iovec[BATCH * MAX_CHAIN] data_iov
     cdef iovec[BATCH * HEADER] header_iov
 
-    def __cinit__(self, *args, **kwargs):
-        self.conns = <Conn *>calloc(CONNECTIONS, sizeof(Conn))
-        if self.conns == NULL:
-            raise MemoryError()
-
     def __init__(self, device, indices, notify_fds, on_failure, name=None):
         super().__init__(device, indices, notify_fds, on_failure, name)
+        self.table = Connections()
         if max(device.queue_sizes) > MAX_CHAIN:
             raise ValueError(f"the queues have at most {MAX_CHAIN} entries")
         self.notify_tx = notify_fds[TX]
@@ -150,13 +119,10 @@ cdef class VsockWorker(QueueWorker):
         self.last_port = FIRST_HOST_PORT - 1
         self.forget()
 
-    def __dealloc__(self):
-        free(self.conns)
-
     @property
     def connections(self):
         """How many there are, open or on their way in or out."""
-        return self.live
+        return self.table.live
 
     @property
     def counters(self):
@@ -173,18 +139,15 @@ cdef class VsockWorker(QueueWorker):
         self.listen()
 
     cdef void forget(self) noexcept nogil:
-        memset(self.conns, 0, self.fresh * sizeof(Conn))
-        memset(self.buckets, 0xff, sizeof(self.buckets))
-        self.free_head = self.turn_head = self.turn_tail = NONE
-        self.fresh = self.live = self.reply_head = self.reply_count = self.deadlines = self.unpublished = 0
-        self.tx_returned = 0
+        self.table.forget()
+        self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = 0
         self.tx_waits = self.tx_owed = self.tx_timed = False
 
     cdef void finish(self) noexcept nogil:
         cdef uint32_t i
-        for i in range(self.fresh):
-            if self.conns[i].state != FREE:
-                self.close_host(&self.conns[i])
+        for i in range(self.table.fresh):
+            if self.table.conns[i].state != FREE:
+                self.close_host(&self.table.conns[i])
                 self.count.closed += 1
         self.forget()
         self.unwatch(self.listener)
@@ -204,67 +167,31 @@ cdef class VsockWorker(QueueWorker):
             self.accept_some()
         elif token == TOKEN_TIMER:
             self.tick()
-        elif token < self.fresh:
-            self.woken(&self.conns[token])
+        elif token < self.table.fresh:
+            self.woken(&self.table.conns[token])
         return self.run_rx()
 
     cdef int run_rx(self) noexcept nogil:
-        if self.turn_head == NONE and self.reply_count == 0:
+        if self.table.turn_head == NONE and self.reply_count == 0:
             return 0
         return self.run_queue(RX)
 
     # Connections
 
-    cdef uint32_t bucket(self, uint32_t guest_port, uint32_t host_port) noexcept nogil:
-        return ((guest_port * <uint32_t>2654435761) ^ (host_port * <uint32_t>2246822519)) >> 19
-
-    cdef Conn *find(self, uint32_t guest_port, uint32_t host_port) noexcept nogil:
-        cdef int32_t i = self.buckets[self.bucket(guest_port, host_port)]
-        while i != NONE:
-            if self.conns[i].guest_port == guest_port and self.conns[i].host_port == host_port:
-                return &self.conns[i]
-            i = self.conns[i].hash_next
-        return NULL
-
-    cdef void enter(self, Conn *c, uint32_t guest_port, uint32_t host_port) noexcept nogil:
-        cdef int32_t *head = &self.buckets[self.bucket(guest_port, host_port)]
-        c.guest_port = guest_port
-        c.host_port = host_port
-        c.entered = True
-        c.hash_next = head[0]
-        head[0] = <int32_t>(c - self.conns)
-
-    cdef void leave(self, Conn *c) noexcept nogil:
-        # Its ports may be used again.
-        cdef int32_t *link = &self.buckets[self.bucket(c.guest_port, c.host_port)]
-        if not c.entered:
-            return
-        c.entered = False
-        while link[0] != <int32_t>(c - self.conns):
-            link = &self.conns[link[0]].hash_next
-        link[0] = c.hash_next
+    cdef uint32_t token(self, Conn *c) noexcept nogil:
+        return <uint32_t>(c - self.table.conns)
 
     cdef Conn *make(self, int fd, State state) noexcept nogil:
         # A place for fd, which is closed where there is none.
-        cdef Conn *c
-        cdef uint32_t i
-        if self.free_head != NONE:
-            i = <uint32_t>self.free_head
-            self.free_head = self.conns[i].next
-        elif self.fresh < CONNECTIONS:
-            i = self.fresh
-            self.fresh += 1
-        else:
+        cdef Conn *c = self.table.take()
+        if c == NULL:
             self.count.full += 1
             close(fd)
             return NULL
-        c = &self.conns[i]
-        memset(c, 0, sizeof(Conn))
         c.fd = fd
         c.state = state
         c.batch = 1
-        self.live += 1
-        if self.watch(fd, i, EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
+        if self.watch(fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
             self.count.full += 1
             self.drop(c)
             return NULL
@@ -283,14 +210,11 @@ cdef class VsockWorker(QueueWorker):
     cdef void drop(self, Conn *c) noexcept nogil:
         # The end of every connection.
         self.close_host(c)
-        self.leave(c)
+        self.table.leave(c)
         if c.queued:
-            self.unqueue(c)
+            self.table.unqueue(c)
         self.set_deadline(c, 0)
-        c.state = FREE
-        c.next = self.free_head
-        self.free_head = <int32_t>(c - self.conns)
-        self.live -= 1
+        self.table.give_back(c)
         self.count.closed += 1
         self.listen()
 
@@ -320,8 +244,8 @@ cdef class VsockWorker(QueueWorker):
         if self.tx_owed:
             self.interrupt()
         self.listen()
-        for i in range(self.fresh):
-            c = &self.conns[i]
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
             if c.state == FREE or c.deadline == 0 or c.deadline > now:
                 continue
             self.count.timeouts += 1
@@ -345,33 +269,13 @@ cdef class VsockWorker(QueueWorker):
     cdef void wish(self, Conn *c) noexcept nogil:
         # Give it a turn, if it has something that can go now.
         cdef bint data = self.has_data(c)
-        cdef int32_t i = <int32_t>(c - self.conns)
         if data and self.credit(c) == 0:
             data = False
             if not c.asked:
                 c.asked = True
                 c.pending |= 1 << OP_CREDIT_REQUEST
-        if c.queued or not (data or c.pending):
-            return
-        c.queued = True
-        c.next = NONE
-        c.previous = self.turn_tail
-        if self.turn_tail == NONE:
-            self.turn_head = i
-        else:
-            self.conns[self.turn_tail].next = i
-        self.turn_tail = i
-
-    cdef void unqueue(self, Conn *c) noexcept nogil:
-        c.queued = False
-        if c.previous == NONE:
-            self.turn_head = c.next
-        else:
-            self.conns[c.previous].next = c.next
-        if c.next == NONE:
-            self.turn_tail = c.previous
-        else:
-            self.conns[c.next].previous = c.previous
+        if not c.queued and (data or c.pending):
+            self.table.queue(c)
 
     cdef int serve_rx(self) noexcept nogil:
         cdef uint64_t end = self.count.packets_rx + TURN
@@ -379,14 +283,14 @@ cdef class VsockWorker(QueueWorker):
         cdef bint more = False
         if self.rings[RX].size == 0:
             return SERVE_STALLED
-        while status == QUEUE_CHAIN and (self.reply_count or self.turn_head != NONE):
+        while status == QUEUE_CHAIN and (self.reply_count or self.table.turn_head != NONE):
             if self.count.packets_rx >= end:
                 more = True
                 break
             if self.reply_count:
                 status = self.send_reply()
-            if status == QUEUE_CHAIN and self.turn_head != NONE:
-                status = self.turn(&self.conns[self.turn_head])
+            if status == QUEUE_CHAIN and self.table.turn_head != NONE:
+                status = self.turn(&self.table.conns[self.table.turn_head])
         self.show()
         if self.tx_waits and self.reply_count < REPLIES:
             self.tx_waits = False
@@ -407,7 +311,7 @@ cdef class VsockWorker(QueueWorker):
             status = self.send_data(c)
             if status != QUEUE_CHAIN:
                 return status
-        self.unqueue(c)
+        self.table.unqueue(c)
         self.wish(c)
         return QUEUE_CHAIN
 
@@ -615,9 +519,9 @@ cdef class VsockWorker(QueueWorker):
             return
         while True:
             self.last_port = FIRST_HOST_PORT | ((self.last_port + 1) & (FIRST_HOST_PORT - 1))
-            if self.find(<uint32_t>port, self.last_port) == NULL:
+            if self.table.find(<uint32_t>port, self.last_port) == NULL:
                 break
-        self.enter(c, <uint32_t>port, self.last_port)
+        self.table.enter(c, <uint32_t>port, self.last_port)
         c.state = CONNECTING
         c.pending = 1 << OP_REQUEST
         self.set_deadline(c, self.guest_wait)
@@ -703,7 +607,7 @@ cdef class VsockWorker(QueueWorker):
         if c.state == LEAVING:
             self.drop(c)
             return
-        self.watch(c.fd, <uint32_t>(c - self.conns), EPOLLIN | EPOLLRDHUP | EPOLLET)
+        self.watch(c.fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET)
         if c.guest_shut & SHUT_SEND:
             shutdown(c.fd, SHUT_WR_)
 
@@ -765,7 +669,7 @@ cdef class VsockWorker(QueueWorker):
             self.count.bad_requests += 1
             self.reply_reset(&h)
             return
-        c = self.find(h.src_port, h.dst_port)
+        c = self.table.find(h.src_port, h.dst_port)
         if h.len > MAX_PACKET or h.len > chain.readable_bytes - HEADER:
             # Bytes of the stream are lost, so it cannot go on.
             self.count.bad_requests += 1
@@ -835,7 +739,7 @@ cdef class VsockWorker(QueueWorker):
             self.reply_reset(h)
             return
         self.count.opened_by_guest += 1
-        self.enter(c, h.src_port, h.dst_port)
+        self.table.enter(c, h.src_port, h.dst_port)
         c.peer_buf_alloc = h.buf_alloc
         c.pending = 1 << OP_RESPONSE
         self.wish(c)
@@ -878,7 +782,7 @@ cdef class VsockWorker(QueueWorker):
             c.buffer = <uint8_t *>malloc(BUFFER)
             c.start = 0
             if c.buffer == NULL or self.watch(
-                    c.fd, <uint32_t>(c - self.conns), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
+                    c.fd, self.token(c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
                 self.kill(c)
                 return
         count = skip(chain.iov, count, <size_t>n, h.len - <size_t>n)
@@ -914,9 +818,9 @@ cdef class VsockWorker(QueueWorker):
         if c.used == 0 or c.state != OPEN:
             self.drop(c)
             return
-        self.leave(c)
+        self.table.leave(c)
         if c.queued:
-            self.unqueue(c)
+            self.table.unqueue(c)
         c.state = LEAVING
         c.pending = 0
         self.set_deadline(c, self.host_wait)

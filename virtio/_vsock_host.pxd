@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# What the socket device calls of the host's.
+from libc.stdint cimport uint64_t
+
+from vmm._fastpath cimport iovec
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <poll.h>
+    #include <time.h>
+    static inline uint64_t vsock_now(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    /* Whether the other end is closed, not only shut down for writing. */
+    static inline int hung_up(int fd) {
+        struct pollfd p = { .fd = fd, .events = 0 };
+        return poll(&p, 1, 0) > 0;
+    }
+    /* Whether the other end will write no more. */
+    static inline int shut_up(int fd) {
+        struct pollfd p = { .fd = fd, .events = POLLRDHUP };
+        return poll(&p, 1, 0) > 0;
+    }
+    static inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
+    """
+    uint64_t vsock_now() noexcept nogil
+    bint hung_up(int fd) noexcept nogil
+    bint shut_up(int fd) noexcept nogil
+    int lowest_bit(unsigned int bits) noexcept nogil
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct sockaddr:
+        pass
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    int socket(int domain, int kind, int protocol)
+    int connect(int fd, const sockaddr *address, unsigned int length)
+    int accept4(int fd, sockaddr *address, unsigned int *length, int flags)
+    int shutdown(int fd, int how)
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    ssize_t send(int fd, const void *data, size_t length, int flags)
+    ssize_t recv(int fd, void *data, size_t length, int flags)
+    enum: AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
+    enum: SHUT_RD_ "SHUT_RD"
+    enum: SHUT_WR_ "SHUT_WR"
+
+cdef extern from "<sys/un.h>" nogil:
+    struct sockaddr_un:
+        unsigned short sun_family
+        char[108] sun_path
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t readv(int fd, const iovec *iov, int count)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    enum: EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLET
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd_write(int fd, uint64_t value)
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# The packets of the socket device (§5.10.6) and the line by which a host program asks for a port.
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from vmm._fastpath cimport DescChain, iovec
+
+# <linux/virtio_vsock.h>, §5.10.6
+cdef enum:
+    OP_REQUEST = 1
+    OP_RESPONSE = 2
+    OP_RST = 3
+    OP_SHUTDOWN = 4
+    OP_RW = 5
+    OP_CREDIT_UPDATE = 6
+    OP_CREDIT_REQUEST = 7
+    TYPE_STREAM = 1
+    SHUT_RCV = 1                # the flags of SHUTDOWN: will not receive,
+    SHUT_SEND = 2               # will not send
+    SHUT_BOTH = 3
+    HOST_CID = 2
+    HEADER = 44
+
+cdef packed struct Header:
+    uint64_t src_cid
+    uint64_t dst_cid
+    uint32_t src_port
+    uint32_t dst_port
+    uint32_t len
+    uint16_t type
+    uint16_t op
+    uint32_t flags
+    uint32_t buf_alloc
+    uint32_t fwd_cnt
+
+cdef enum:
+    LINE = 32                   # "CONNECT 4294967294\r\n" has 20
+
+# The first bytes of the readable buffers, however they are cut (§2.7.4); how many.
+cdef size_t gather(DescChain *chain, uint8_t *to, size_t size) noexcept nogil
+# Make iov[0:count] what remains of it from offset, length bytes long; how many there are then. They hold enough.
+cdef uint32_t skip(iovec *iov, uint32_t count, size_t offset, size_t length) noexcept nogil
+# Into the first of iov, which have room for size bytes.
+cdef void scatter(iovec *iov, const void *source, size_t size) noexcept nogil
+# The port of "CONNECT port", any letter case; negative: it is something else.
+cdef int64_t parse_line(const char *line, size_t length) noexcept nogil
