@@ -62,6 +62,26 @@ def compression(source: Source, setup: Setup) -> str:
     return next((name for magic, name in _MAGICS if head.startswith(magic)), "")
 
 
+def chunks(name: str, source: Source, setup: Setup) -> Iterator[Chunk]:
+    """The bytes of the payload's kernel, which is an ELF file, in order.
+
+    :param name: what :func:`compression` returned
+    :returns: an iterator; what it gives is valid until the next, and is not kept. Its user has to bound it: a small
+        payload can be a large kernel. A broken payload raises ConfigError on the way.
+    :raises Unsupported: for a method without a library here
+    """
+    opener = _METHODS.get(name)
+    if opener is None:
+        raise Unsupported(f"no way to unpack {name or 'an unknown compression'} on the host")
+    # To what is not gzip, which has it by itself, the build adds the size.
+    packed = setup.payload_length - (0 if name == "gzip" else 4)
+    return opener(_Input(source, setup.payload, packed), _failing(name, source))
+
+
+def _failing(name: str, source: Source) -> Fail:
+    return lambda problem: source.fail(f"holds a {name} payload that {problem}")
+
+
 def unpack(name: str, source: Source, setup: Setup, memory: GuestMemory) -> elf.Elf:
     """Unpack the payload's ELF kernel into guest memory, which must be fresh; return its headers and notes.
 
@@ -69,21 +89,15 @@ def unpack(name: str, source: Source, setup: Setup, memory: GuestMemory) -> elf.
     :raises Unsupported: for a method without a library here; nothing was written then
     :raises ConfigError: when the payload is broken, or its kernel does not fit
     """
-
-    def fail(problem: str) -> ConfigError:
-        return source.fail(f"holds a {name} payload that {problem}")
-
-    opener = _METHODS.get(name)
-    if opener is None:
-        raise Unsupported(f"no way to unpack {name or 'an unknown compression'} on the host")
+    packed = chunks(name, source, setup)
+    fail = _failing(name, source)
     trailer = source.read(setup.payload + setup.payload_length - 4, 4, "the payload")
-    size = int.from_bytes(trailer, "little")  # gzip has it by itself, to others the build adds it
+    size = int.from_bytes(trailer, "little")
     if size > memory.size or (setup.init_size and size > setup.init_size):
         room = min(memory.size, setup.init_size or memory.size)
         raise fail(f"unpacks to {size} bytes, more than the {room} that it may take")
     scatter = _Scatter(memory, size, fail)
-    packed = setup.payload_length - (0 if name == "gzip" else 4)
-    for chunk in opener(_Input(source, setup.payload, packed), fail):
+    for chunk in packed:
         scatter.feed(chunk)
     return scatter.finish()
 

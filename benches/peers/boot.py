@@ -57,11 +57,8 @@ def vmlinux(kernel: Path) -> bytes:
         setup = bzimage.parse(source)
         name = payload.compression(source, setup)
         try:
-            # unpack() puts the segments into guest memory; here the file itself is wanted.
-            packed = payload._Input(source, setup.payload, setup.payload_length - (0 if name == "gzip" else 4))
-            chunks = payload._METHODS[name](packed, source.fail)
-            return b"".join(bytes(chunk) for chunk in chunks)
-        except (KeyError, payload.Unsupported) as error:
+            return b"".join(bytes(chunk) for chunk in payload.chunks(name, source, setup))
+        except payload.Unsupported as error:
             raise Missing(f"{kernel}: {name} cannot be unpacked here: {error}") from None
 
 
