@@ -71,8 +71,9 @@ def main() -> int:
             "firecracker-python": pool.submit(boot, "firecracker-python", ROOT, SIZE, PING, METADATA),
             "smolvm": pool.submit(boot, "smolvm", ROOT, SIZE),
         }
-        print(json.dumps({client: future.result() for client, future in ours.items()}))
-    return 0
+        found = {client: future.result() for client, future in ours.items()}
+    print(json.dumps(found))
+    return 1 if any("failed" in each for each in found.values()) else 0
 
 
 def fetch() -> None:

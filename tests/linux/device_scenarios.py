@@ -169,7 +169,7 @@ def blk_filesystem(world: World) -> dict[str, Any]:
     guest.ask("umount /tmp/disk")
     facts["fsck_guest"] = guest.try_("fsck.ext4 -fn $(dev plain)")[0]
     facts["fsck_host"] = subprocess.run(["e2fsck", "-fn", str(path)], capture_output=True).returncode
-    guest.ask("blkdiscard $(dev plain)")
+    guest.ask("blkdiscard -f $(dev plain)")
     facts["discarded"] = path.stat().st_blocks * 512
     return facts
 

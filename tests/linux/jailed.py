@@ -112,10 +112,11 @@ def exercise(jail: Jailed, facts: dict[str, Any]) -> None:
     pid = jail.pid
     os.kill(pid, signal.SIGTERM)
     start = time.monotonic()
-    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-        if time.monotonic() - start > 20:
-            raise TimeoutError("SIGTERM did not end it")
-        time.sleep(0.01)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+            if time.monotonic() - start > 20:
+                raise TimeoutError("SIGTERM did not end it")
+            time.sleep(0.01)
     facts["end_seconds"] = time.monotonic() - start
 
 
@@ -145,7 +146,7 @@ def main() -> int:
             facts["said"] = [text[-2000:] for text in jail.process.communicate(timeout=20)]
         subprocess.run(["ip", "netns", "del", NETWORK], check=True)
     json.dump(facts, sys.stdout)
-    return 0
+    return 1 if "error" in facts else 0
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def main(*arguments: str) -> int:
             except (AssertionError, Missing, OSError, subprocess.SubprocessError) as error:
                 result[run.__name__] = {"failed": f"{type(error).__name__}: {error}"}
     print(json.dumps(result))
-    return 0
+    return 1 if any("failed" in each for each in result.values()) else 0
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def outside_chroot(command: list[str]) -> list[str]:
     """The command; in the lab outside of its chroot, in which passt could not have a user namespace."""
     if not os.path.exists("/proc/1/root/job/run"):
         return command
-    script = 'cd /new && busybox mount --move . / && exec busybox chroot . env -C "$@"'
+    script = 'cd /new && busybox mount --move . / && exec busybox chroot . /usr/bin/env -C "$@"'
     shell = ["busybox", "unshare", "-m", "busybox", "sh", "-c", script, "sh", os.getcwd()]
     return ["chroot", "/proc/1/root", *shell, *command]
 
@@ -151,7 +151,7 @@ def main() -> int:
         finally:
             server.shutdown()
     json.dump(facts, sys.stdout)
-    return 0
+    return 1 if "error" in facts else 0
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ def main() -> int:
         try:
             for vmm, command in (("firecracker", [str(binary)]), ("pyvmm", [*PYVMM])):
                 found[vmm] = boot(command, directory / vmm, config)
+                if "Segmentation fault" in found[vmm]["console"]:
+                    return 1  # of the guest's stock busybox: see emulators_fault() in conftest.py
         finally:
             json.dump(found, sys.stdout)  # what was found before it went wrong, too
     return 0

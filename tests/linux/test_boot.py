@@ -67,7 +67,7 @@ def test_triple_fault(scenario: Scenario) -> None:
     assert result["status"] == 82, _show(result)
 
 
-def test_one_megabyte_pasted_loses_no_byte(scenario: Scenario) -> None:
+def test_what_is_pasted_loses_no_byte(scenario: Scenario) -> None:
     result = scenario("paste")
     assert result["expected"] in result["stdout"], _show(result)
     assert result["status"] == 0
