@@ -204,7 +204,7 @@ class Block(VirtioDevice):
     :param name: of the device in messages, and of its threads
     :param queues: each with a thread of its own
     :param engine: ``Sync``: system calls; ``Async``: io_uring; None: what is faster for the file
-    :param unsafe: a flush does nothing: what the guest wrote may be lost with the host
+    :param unsafe: the guest is offered no flush, and one does nothing: what it wrote may be lost with the host
     :param limiter: of all queues together; None: one without a limit
     :raises ConfigError: io_uring was asked for, and the kernel has none
     """
@@ -230,7 +230,9 @@ class Block(VirtioDevice):
         self.serial = (serial or "pyvmm").encode()[: spec.BLK_ID_BYTES]
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self.engine = self._choose(engine)
-        self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_FLUSH | spec.BLK_F_TOPOLOGY
+        self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_TOPOLOGY
+        if not unsafe:  # as in Firecracker: a guest that is offered none does not wait for any
+            self.features |= spec.BLK_F_FLUSH
         if queues > 1:
             self.features |= spec.BLK_F_MQ
         if disk.read_only:

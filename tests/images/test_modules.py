@@ -148,6 +148,13 @@ def test_modinfo_gives_every_value_of_a_key() -> None:
     assert modules.modinfo(elf, "nosuch") == []
 
 
+def test_table_far_beyond_the_file_is_an_error() -> None:
+    elf = bytearray(module("depends=a"))
+    elf[0x2F] = 0x40  # of e_shoff
+    with pytest.raises(PullError, match="no readable"):
+        modules.modinfo(bytes(elf), "depends")
+
+
 @given(st.data())
 def test_damaged_module_raises_nothing_else(data: st.DataObject) -> None:
     elf = bytearray(module("license=GPL", "depends=a,b"))

@@ -93,9 +93,9 @@ def _result(directory: Path, name: str) -> dict[str, Any] | None:
 
 
 def emulators_fault(result: dict[str, Any] | None) -> bool:
-    """Whether a scenario in the lab has to be run again, in a boot of its own: it did not finish, such as a program that
-    gets no answer of a guest, or its guest ended by a triple fault that it was not to end by. One that finished with a
-    wrong result keeps it.
+    """Whether a scenario in the lab has to be run again, in a boot of its own: it did not finish, such as a program
+    that gets no answer of a guest, or its guest ended by a triple fault that it was not to end by. One that finished
+    with a wrong result keeps it.
 
     Now and then a guest stops dead in the emulated machine, QEMU's own guests in there too (its VMRUN loses the
     interrupt shadow until QEMU 9.1), or faults. On hardware KVM nothing is run again.

@@ -113,6 +113,7 @@ def test_an_inherited_descriptor(namespace: None, stack: Any) -> None:
     vm.send(arp_request())
     vm.receive(is_arp_reply)
     assert not os.get_inheritable(tap.fds[0])
+    stack.close()  # the device first: its thread uses the descriptor
     tap.close()
     assert tap.name not in interfaces()
 

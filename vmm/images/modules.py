@@ -105,7 +105,7 @@ def modinfo(elf: bytes, key: str) -> list[str]:
             if elf[names + name : names + name + 9] == b".modinfo\0":
                 pairs = (item.partition(b"=") for item in elf[offset : offset + size].split(b"\0"))
                 return [value.decode(errors="replace") for name, _, value in pairs if name == key.encode()]
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         pass
     raise PullError("a kernel module with no readable .modinfo section")
 
