@@ -206,6 +206,21 @@ def test_serial_output_goes_to_a_fifo(serve: Serve, tmp_path: Path) -> None:
         assert reader.read(1) == b"x"
 
 
+def test_serial_output_is_limited(serve: Serve, tmp_path: Path) -> None:
+    output = touched(tmp_path / "serial")
+    vm = serve()
+    limit = {"bandwidth": {"size": 1000, "refill_time": 3_600_000}}
+    vm.put("/serial", serial_out_path=str(output), rate_limiter=limit)
+    vm.boot("mov ecx, 5000; mov al, 'x'; mov dx, 0x3f8; again: out dx, al; loop again;" + IDLE)
+
+    def lost() -> int:
+        counted = re.search(r"uart_missed_write_total (\d+)", vm.ask("GET", "/metrics/prometheus")[1])
+        return int(counted[1]) if counted else 0
+
+    until(lambda: output.stat().st_size + lost() == 5000)
+    assert 500 <= output.stat().st_size <= 1000
+
+
 def test_guest_tells_the_boot_timer(serve: Serve, tmp_path: Path) -> None:
     log = touched(tmp_path / "log")
     vm = serve("--boot-timer", "--log-path", str(log), "--show-level")

@@ -309,6 +309,7 @@ class Vmm:
         with _refusing("Serial error"):
             if body.serial_out_path is not None:
                 logger.LineFile.open("serial_out_path", body.serial_out_path).close()
+            translate.limiter(body.rate_limiter)
         self._serial = body
 
     def _openapi(self, _: None) -> object:

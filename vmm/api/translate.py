@@ -183,11 +183,6 @@ def entropy(body: types.EntropyDevice) -> EntropyConfig:
     return EntropyConfig(limiter(body.rate_limiter))
 
 
-def _console(whole: types.VmConfiguration, host: types.Host) -> str:
-    path = _given(whole.serial, types.Serial()).serial_out_path
-    return _given(host.console, "raw") if path is None else f"file:{path}"
-
-
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
     """The machine's configuration.
 
@@ -197,6 +192,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
     """
     boot, machine = whole.boot_source, whole.machine_config or DEFAULT_MACHINE
     host = _given(whole.pyvmm, types.Host())
+    serial = _given(whole.serial, types.Serial())
     drives = sorted(whole.drives, key=lambda each: not each.is_root_device)
     words = [DEFAULT_BOOT_ARGS if boot.boot_args is None else boot.boot_args]
     if drives and drives[0].is_root_device:
@@ -223,7 +219,8 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         shares=[share(each) for each in _given(whole.fs, [])],
         entropy=None if whole.entropy is None else entropy(whole.entropy),
         balloon=None if whole.balloon is None else balloon(whole.balloon),
-        console=_console(whole, host),
+        console=_given(host.console, "raw") if serial.serial_out_path is None else f"file:{serial.serial_out_path}",
+        console_rate_limiter=limiter(serial.rate_limiter),
         virtio_console=_given(host.virtio_console, False),
         poll_us=_given(host.poll_us, 0),
         protocol=_given(host.protocol, "auto"),
@@ -361,5 +358,6 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         fs=[_share_body(each, root=bool(added) and each.is_root_device) for each in config.shares] or UNSET,
         entropy=_entropy_body(config.entropy) if config.entropy else None,
         balloon=_balloon_body(config.balloon) if config.balloon else None,
+        serial=types.Serial(rate_limiter=_limiter_body(limits)) if (limits := config.console_rate_limiter) else UNSET,
         pyvmm=UNSET if host == types.Host() else host,
     )

@@ -265,9 +265,10 @@ class Metrics(Body, kw_only=True):
 
 
 class Serial(Body, kw_only=True):
-    """Where the serial port's output goes instead of stdout: a file or a FIFO."""
+    """Where the serial port's output goes instead of stdout, a file or a FIFO, and how much of it: the rest is lost."""
 
     serial_out_path: str | None = None
+    rate_limiter: RateLimiter | None = None
 
 
 class MmdsConfig(Body, kw_only=True):
