@@ -43,7 +43,7 @@ echo '{WRITTEN}' >/dev/vdb && sync && echo "wrote=$(head -n 1 /dev/vdb)"
 echo "random=$(head -c 16 /dev/hwrng | wc -c)"
 echo "mac=$(cat /sys/class/net/eth0/address)"
 ip link set eth0 up && ip addr add 169.254.1.1/16 dev eth0
-echo "mmds=$(wget -q -T 10 -O - http://169.254.169.254/latest/meta-data/)"
+echo "mmds=$(wget -q -O - http://169.254.169.254/latest/meta-data/)"
 echo '</facts>'
 reboot -f
 """
@@ -129,8 +129,6 @@ def main() -> int:
         try:
             for vmm, command in (("firecracker", [str(binary)]), ("pyvmm", [*PYVMM])):
                 found[vmm] = boot(command, directory / vmm, config)
-                if "Segmentation fault" in found[vmm]["console"]:
-                    return 1  # of the guest's stock busybox: see emulators_fault() in conftest.py
         finally:
             json.dump(found, sys.stdout)  # what was found before it went wrong, too
     return 0
