@@ -424,7 +424,7 @@ static void map(const char *path, size_t size)
 // virtio 1.2, 4.2.2: the registers of a device whose own driver was taken off it.
 static void lie(unsigned long address)
 {
-    static const uint64_t places[] = {0xfffffffffffff000, 0xdead0000, 0x1000, 0xffffffff0000};
+    static const uint64_t places[] = {0xfffffffffffff000, 0xdead0000, 0x1001, 0xffffffff0000};
     int fd = open("/dev/mem", O_RDWR | O_SYNC);
     uint8_t *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, address & ~4095ul);
     if (fd < 0 || page == MAP_FAILED) fail("/dev/mem");
