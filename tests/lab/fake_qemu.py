@@ -2,7 +2,7 @@
 """Stands for QEMU with the lab's machine in it: keeps the ports' protocol, runs the command right here.
 
 ``FAKE_LAB`` says how it fails: ``stillborn`` (before it is up), ``once`` (so, but only the first time), ``dies``
-(under the command), ``mute`` (runs, and is never up).
+(under the command), ``mute`` (runs, and is never up), ``lost`` (one of its CPUs does nothing).
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     control.write(b"up\n")
     if how == "dies":
         os._exit(1)
+    if how == "lost":
+        Path("/proc/self/comm").write_text("CPU 1/TCG")
 
     def obey() -> None:
         for name in control:

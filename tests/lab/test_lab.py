@@ -124,6 +124,13 @@ def test_a_boot_that_fails_twice_shows_the_console(run: Fake, monkeypatch: pytes
         run("true")
 
 
+def test_a_machine_of_which_a_cpu_is_lost_is_ended(run: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LAB", "lost")
+    monkeypatch.setattr("vmm.lab.machine.STILL_SECONDS", 1)
+    with pytest.raises(lab.LabError, match="its CPU 1/TCG has stood still for 1 s"):
+        run("sleep", "60")
+
+
 def test_a_command_is_not_run_twice(run: Fake, boots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_LAB", "dies")
     with pytest.raises(lab.LabError, match="ended under the command"):

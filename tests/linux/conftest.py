@@ -25,7 +25,7 @@ from vmm.images.host import PullError
 from vmm.kvm import runs_linux
 
 ROOT = Path(__file__).parents[2]
-TRIES = 3
+TRIES = 5
 # For all boots of the lab in a session together, and for one of them.
 ALL_MINUTES, BOOT_MINUTES = 20.0, 12.0
 _again: list[str] = []

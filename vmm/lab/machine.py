@@ -21,11 +21,41 @@ QEMU = "qemu-system-x86_64"
 PORTS = ("in", "out", "err", "control")
 # A machine that is not up by then is stuck: the emulated CPUs starved each other. It takes 5 to 10 s.
 UP_SECONDS = 90
+# An emulated CPU that does nothing at all for as long is lost: an idle Linux wakes each of them every four seconds.
+STILL_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
 
 
 class Died(Exception):
     """The machine ended without the command's exit status."""
+
+
+class _Pulse:
+    """Whether each of the machine's CPUs still runs now and then. Under load QEMU 7.2 now and then loses one: it stays
+    halted, with its interrupts pending, and whatever waits for it waits for ever.
+
+    :param pid: QEMU's
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._tasks = Path(f"/proc/{pid}/task")
+        self._seen: dict[Path, tuple[str, float]] = {}
+
+    def lost(self) -> str:
+        """The name of a CPU that is lost; empty: none."""
+        now = time.monotonic()
+        try:
+            for task in self._tasks.iterdir():
+                name = (task / "comm").read_text().strip()
+                if name.startswith("CPU "):
+                    ran = (task / "schedstat").read_text()
+                    if self._seen.get(task, ("", now))[0] != ran:
+                        self._seen[task] = ran, now
+                    elif now - self._seen[task][1] > STILL_SECONDS:
+                        return name
+        except OSError:
+            pass  # it is ending, or this kernel does not tell
+        return ""
 
 
 class NotUp(Died):
@@ -52,9 +82,10 @@ def qemu_argv(
 
     # TCG's SVM does not intercept XSETBV: with XSAVE, guests' FPU set-up is inconsistent, and Linux 6.18 panics there.
     argv = [
-        QEMU, "-accel", "tcg,thread=multi", "-cpu", "max,+svm,-xsave", "-smp", str(cpus), "-m", memory, "-M", "q35",
-        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel", image.kernel, "-initrd",
-        image.initramfs, "-append", "console=ttyS0 quiet reboot=t panic=-1 mitigations=off random.trust_cpu=on",
+        QEMU, "-name", "pyvmm-lab,debug-threads=on", "-accel", "tcg,thread=multi", "-cpu", "max,+svm,-xsave",
+        "-smp", str(cpus), "-m", memory, "-M", "q35", "-nodefaults", "-no-user-config", "-display", "none",
+        "-no-reboot", "-kernel", image.kernel, "-initrd", image.initramfs, "-append",
+        "console=ttyS0 quiet reboot=t panic=-1 mitigations=off random.trust_cpu=on",
         "-serial", f"file:{job}/console", *export("host", "/", ",readonly=on"), *export("job", job, ""),
         "-device", "virtio-serial-pci",
     ]  # fmt: skip
@@ -132,7 +163,7 @@ class Boot:
         :param deadline: ``time.monotonic()`` at which to give up
         :returns: the command's exit status; None: the time is over
         :raises NotUp: the command was never started
-        :raises Died: it was, and the machine ended under it
+        :raises Died: it was, and the machine ended under it, or a CPU of it stood still
         """
         poll = select.poll()
         names = {sock.fileno(): name for name, sock in self._ours.items() if name != "in"}
@@ -141,6 +172,7 @@ class Boot:
         feeding = False
         pending = b"0\n" if self._stdin is None else b""
         up_deadline = time.monotonic() + UP_SECONDS
+        pulse = _Pulse(self._process.pid)
         source = self._ours["in"]
         source.setblocking(False)
         if pending:
@@ -151,6 +183,8 @@ class Boot:
                 return None
             if not self._up and now >= up_deadline:
                 raise NotUp(f"it was not up after {UP_SECONDS} s")
+            if self._up and (cpu := pulse.lost()):
+                raise Died(f"its {cpu} has stood still for {STILL_SECONDS:g} s, a fault of the emulation; try again")
             if self._up and not feeding and self._stdin is not None and not pending:
                 poll.register(self._stdin, select.POLLIN)
                 feeding = True
