@@ -38,7 +38,7 @@ DATA = os.urandom(4 * MIB)
 DISK = """
 dd if=/s/input of=/dev/vda bs=1M conv=fsync 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches
 head -c 4194304 /dev/vda | md5sum
-mkfs.ext2 -F /dev/vda >/dev/null 2>&1; mkdir -p /d; mount -t ext4 /dev/vda /d && cp /s/input /d/copy && umount /d
+mke2fs -F /dev/vda >/dev/null; mkdir -p /d; mount -t ext4 /dev/vda /d && cp /s/input /d/copy && umount /d
 mount -t ext4 /dev/vda /d && md5sum /d/copy && umount /d
 """
 SHARE = """
