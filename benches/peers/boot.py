@@ -27,7 +27,7 @@ from vmm.images.cpio import Archive
 from vmm.kvm import runs_linux
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
-ROUNDS = 5
+ROUNDS = int(os.environ.get("PYVMM_BENCH_ROUNDS", "5"))
 ROUND_SECONDS = 180
 LEAST = 3  # rounds that a median is worth
 # Says its word and sleeps: what follows is not measured.
