@@ -4,7 +4,7 @@
     python -m tests.linux.device_scenarios DIRECTORY [NAME...]
 
 Needs root, for a tap. One guest with all devices does nearly everything, one thing after the other; it is started
-again where a scenario lost it. ``PYVMM_MANY_FILES`` is how many small files there are (the whole test: 100000).
+again where a scenario lost it. ``PYVMM_MANY_FILES`` is how many small files there are: 100000, but 1000 in the lab.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vmm.errors import VmmError
 
 MIB = 1 << 20
 DISK = 64 * MIB
-MANY_FILES = int(os.environ.get("PYVMM_MANY_FILES", "1000"))
+MANY_FILES = int(os.environ.get("PYVMM_MANY_FILES") or (1000 if os.environ.get("PYVMM_LAB") else 100_000))
 HOST, GUEST, TAP = "10.78.0.1", "10.78.0.2", "pyvmmtest0"
 CONNECTIONS = 200
 # Two queues with io_uring, one with plain system calls; found in the guest by their names.

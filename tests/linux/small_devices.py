@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,39 @@ def reporting(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
         guest.vm.close()
 
 
+def _holds(balloon: Balloon, amount_mib: int) -> bool:
+    return balloon.actual_pages == amount_mib << 8
+
+
+def hungry(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
+    """A program that needs what the balloon holds: it gets it, or the kernel kills it."""
+    for name, deflate_on_oom in (("deflates", True), ("holds", False)):
+        balloon = Balloon(deflate_on_oom=deflate_on_oom, free_page_reporting=False)
+        guest = Guest(kernel, initrd, balloon)
+        try:
+            amount = (int(guest.run("grep MemFree /proc/meminfo | tr -dc 0-9")) >> 10) - 40
+            balloon.set_amount(amount)
+            inflated = until(partial(_holds, balloon, amount))
+            # One buffer of its own, which nothing can reclaim.
+            ended = guest.run("dd if=/dev/zero of=/dev/null bs=64M count=1 >/dev/null 2>&1; echo status $?")
+            facts[name] = {
+                "inflated": inflated, "amount_mib": amount, "actual_mib": balloon.actual_pages >> 8,
+                "ended": ended.splitlines()[-1],
+            }  # fmt: skip
+        finally:
+            guest.vm.close()
+
+
 def main() -> int:
     package = apt.package("linux-image-cloud-amd64")
     kernel, _ = apt.kernel_of(package.tree)
     initrd = Path(os.environ.get("TMPDIR", "/tmp"), "small_devices.cpio")
     initrd.write_bytes(initramfs.build_initramfs(package.tree, MODULES, INIT))
-    facts: dict[str, dict[str, Any]] = {"small": {}, "reporting": {}}
+    facts: dict[str, dict[str, Any]] = {"small": {}, "reporting": {}, "hungry": {}}
     try:
         small(str(kernel), str(initrd), facts["small"])
         reporting(str(kernel), str(initrd), facts["reporting"])
+        hungry(str(kernel), str(initrd), facts["hungry"])
     finally:
         json.dump(facts, sys.stdout)  # what was found before it went wrong, too
     return 0

@@ -75,6 +75,13 @@ def test_free_page_reporting_gives_memory_back_without_being_asked(facts: dict[s
     assert reporting["stats"]["inflated"] == 0
 
 
+def test_a_program_gets_what_the_balloon_holds_if_it_deflates_on_oom(facts: dict[str, Any]) -> None:
+    deflates, holds = facts["hungry"]["deflates"], facts["hungry"]["holds"]
+    assert deflates["inflated"] and holds["inflated"], facts["hungry"]
+    assert deflates["ended"] == "status 0" and deflates["actual_mib"] < deflates["amount_mib"] - 10
+    assert holds["ended"] == "status 137" and holds["actual_mib"] == holds["amount_mib"]  # SIGKILL
+
+
 def test_the_guides_device_in_a_stock_kernel(scenario: Callable[[str], dict[str, Any]]) -> None:
     result = scenario("device_guide")
     assert result["status"] == 0, result
