@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.kvm.ring3 import Ring3
-from vmm.config import DriveConfig
+from vmm.device_config import DriveConfig
 
 DISK = 128 << 20
 SHM = Path("/dev/shm")

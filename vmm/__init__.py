@@ -5,14 +5,15 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.config import DriveConfig, VmConfig
+    from vmm.config import VmConfig
+    from vmm.device_config import DriveConfig
     from vmm.events import Stop, StopReason
     from vmm.machine import Machine
 
 __all__ = ["DriveConfig", "Machine", "Stop", "StopReason", "VmConfig"]
 
 _HOMES = {
-    "DriveConfig": "vmm.config",
+    "DriveConfig": "vmm.device_config",
     "Machine": "vmm.machine",
     "Stop": "vmm.events",
     "StopReason": "vmm.events",

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from virtio.mmio import VirtioMmio
     from virtio.net import Net
     from virtio.vsock import Listener
-    from vmm.config import NetConfig
+    from vmm.device_config import NetConfig
     from vmm.mmds import Mmds
 
     class Closable(Protocol):

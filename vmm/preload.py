@@ -18,8 +18,8 @@ OURS = """
     virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmds_net virtio.mmio
     virtio.net virtio.net_host virtio.rng virtio.spec virtio.vsock vmm.api.actions vmm.api.answer vmm.api.bodies
     vmm.api.listen vmm.api.openapi vmm.api.routes vmm.api.server vmm.api.translate vmm.api.types vmm.cli
-    vmm.commands.serve vmm.config vmm.console vmm.cpu_template vmm.events vmm.logger vmm.machine vmm.memory
-    vmm.metrics vmm.mmds vmm.preload vmm.seccomp vmm.threads
+    vmm.commands.serve vmm.config vmm.console vmm.cpu_template vmm.device_config vmm.events vmm.logger vmm.machine
+    vmm.memory vmm.metrics vmm.mmds vmm.options vmm.preload vmm.seccomp vmm.threads
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = "atexit calendar json mmap queue resource select termios".split()

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 
 from vmm.api import translate, types
 from vmm.commands import run
-from vmm.config import (
-    BalloonConfig,
-    DriveConfig,
-    FsConfig,
-    NetConfig,
-    RateLimiterConfig,
-    VmConfig,
-    VsockConfig,
-)
+from vmm.config import VmConfig
+from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, RateLimiterConfig, VsockConfig
 from vmm.errors import ConfigError
 
 _PLAIN = {"image_format", "any_size", "io_engine", "drive_id", "iface_id", "is_root_device", "append", "cmdline"}

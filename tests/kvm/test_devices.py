@@ -15,7 +15,7 @@ import pytest
 
 from tests.kvm.guests import PATIENCE
 from tests.kvm.ring3 import Ring3, drive
-from vmm.config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
+from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
 
 DISK = 1 << 20
 SO_RCVBUFFORCE = 33

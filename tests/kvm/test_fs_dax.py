@@ -14,7 +14,7 @@ from tests.guest_driver import Allocator
 from tests.kvm.guests import run
 from tests.virtio.fuse_client import FuseClient
 from vmm import Machine
-from vmm.config import FsConfig
+from vmm.device_config import FsConfig
 from vmm.kvm import software_kvm
 
 MakeGuest = Callable[..., Machine]

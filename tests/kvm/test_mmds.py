@@ -9,7 +9,7 @@ import pytest
 
 from tests.kvm.guests import PATIENCE
 from tests.kvm.ring3 import Ring3
-from vmm.config import MmdsConfig, NetConfig
+from vmm.device_config import MmdsConfig, NetConfig
 from vmm.mmds import Mmds
 
 

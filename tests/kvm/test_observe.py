@@ -15,7 +15,7 @@ import pytest
 from tests.kvm.guests import PATIENCE, run
 from tests.kvm.ring3 import Ring3
 from vmm import Machine, logger
-from vmm.config import DriveConfig
+from vmm.device_config import DriveConfig
 from vmm.metrics import Metrics
 
 Guest = Callable[..., Machine]

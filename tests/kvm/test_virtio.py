@@ -17,7 +17,7 @@ from tests.kvm.guests import run
 from virtio import spec
 from vmm import Machine
 from vmm import kvm_abi as abi
-from vmm.config import DriveConfig
+from vmm.device_config import DriveConfig
 
 MakeGuest = Callable[..., Machine]
 

@@ -25,8 +25,10 @@ from typing import Any
 
 from tests.linux.tools_guest import GuestFailed, MachineGuest, ToolsImage, initrd_with, probe, tools_image
 from virtio.blk import Block
-from vmm.config import DriveConfig, FsConfig, NetConfig, VmConfig, VsockConfig, parse_size
+from vmm.config import VmConfig
+from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import VmmError
+from vmm.options import parse_size
 
 MIB = 1 << 20
 DISK = 64 * MIB

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.linux.small_devices import INIT, Guest
-from vmm.config import MmdsConfig, NetConfig
+from vmm.device_config import MmdsConfig, NetConfig
 from vmm.images import apt, initramfs
 
 MODULES = ("virtio_mmio", "virtio_net", "af_packet")

@@ -23,7 +23,7 @@ from tests.virtio.test_net import checksum
 from virtio import mmds_net, spec
 from virtio.mmds_net import ACK, FIN, IDLE, MAC, MAX_CONNECTIONS, MAX_RESETS, MSS, PSH, RECEIVE, RST, SYN, Endpoint
 from virtio.net_host import Tap
-from vmm.config import MmdsConfig
+from vmm.device_config import MmdsConfig
 from vmm.mmds import MAX_REQUEST, Mmds
 
 ADDRESS = "169.254.169.254"

@@ -18,7 +18,7 @@ import pytest
 from tests.virtio.net_driver import GUEST_MAC, HOST, Vm, arp_request, is_arp_reply
 from tests.virtio.test_net import checksum, is_udp
 from virtio.net_host import Nat, Passt, Tap, network_of, parse_address
-from vmm.config import NetConfig
+from vmm.device_config import NetConfig
 from vmm.errors import ConfigError
 
 

@@ -38,7 +38,7 @@ from tests.virtio.vsock_driver import (
 )  # fmt: skip
 from virtio import spec
 from virtio.vsock import MAX_CONNECTIONS, Listener, raise_descriptor_limit
-from vmm.config import VsockConfig
+from vmm.device_config import VsockConfig
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from vmm.config import DEFAULT_CMDLINE, DriveConfig, FsConfig, VmConfig, parse_size
+from vmm.config import DEFAULT_CMDLINE, VmConfig
+from vmm.device_config import DriveConfig, FsConfig
 from vmm.errors import ConfigError
+from vmm.options import parse_size
 
 
 @pytest.mark.parametrize(

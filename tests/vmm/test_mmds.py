@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm import mmds as module
-from vmm.config import MmdsConfig, NetConfig, VmConfig
+from vmm.config import VmConfig
+from vmm.device_config import MmdsConfig, NetConfig
 from vmm.errors import ConfigError
 from vmm.mmds import MAX_REQUEST, Mmds, MmdsError
 

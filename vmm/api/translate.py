@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the API's bodies and ``vmm.config``: the same VM, said in two ways."""
+"""Between the API's bodies and ``vmm.config``, ``vmm.device_config``: the same VM, said in two ways."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from vmm.api import types
-from vmm.config import (
-    DEFAULT_EXIT_PORT,
+from vmm.config import DEFAULT_EXIT_PORT, VmConfig
+from vmm.device_config import (
     BalloonConfig,
     DriveConfig,
     EntropyConfig,
@@ -16,7 +16,6 @@ from vmm.config import (
     MmdsConfig,
     NetConfig,
     RateLimiterConfig,
-    VmConfig,
     VsockConfig,
 )
 from vmm.errors import ConfigError
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from msgspec import UnsetType
-
 
     _T = TypeVar("_T")
     Bucket = tuple[int, int, int]

@@ -7,9 +7,9 @@ import argparse
 import sys
 
 from vmm import lab
-from vmm.config import parse_size
 from vmm.errors import ConfigError
 from vmm.kvm import runs_linux
+from vmm.options import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

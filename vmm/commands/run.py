@@ -7,16 +7,8 @@ import os
 import sys
 
 from vmm import threads
-from vmm.config import (
-    DEFAULT_CMDLINE,
-    MAX_VCPUS,
-    BalloonConfig,
-    DriveConfig,
-    FsConfig,
-    NetConfig,
-    VmConfig,
-    VsockConfig,
-)
+from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
+from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 

@@ -9,9 +9,9 @@ import threading
 
 from vmm import threads
 from vmm.api import API_VERSION
-from vmm.config import parse_count
 from vmm.errors import ConfigError, HostError
 from vmm.events import StopReason
+from vmm.options import parse_count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vmm.config import parse_size
 from vmm.errors import ConfigError, VmmError
 from vmm.images.host import Progress
 from vmm.lab.image import lab_image
 from vmm.lab.machine import Boot, Died, NotUp, console_of, missing, qemu_argv
+from vmm.options import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

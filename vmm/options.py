@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words of the command line: sizes, counts, and ``flag,key=value,...``."""
+
+from __future__ import annotations
+
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(field: str, text: str | int) -> int:
+    """Bytes of a size as people write it: ``512M``, ``2G``, ``1.5GiB``, ``65536``.
+
+    :param field: the option it came from, for the message
+    :raises ConfigError: it is no size
+    """
+    allowed = "a size is a positive number with K, M, G or T, as 512M or 2G"
+    if isinstance(text, int):
+        return text
+    number = text.strip().upper()
+    for suffix in ("IB", "B"):
+        number = number.removesuffix(suffix)
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    number = number[: len(number) - len(unit)].strip()
+    whole, point, part = number.partition(".")
+    # str.isdigit() takes other scripts' digits; int() would too, and a size in them is a typing mistake.
+    if not whole.isascii() or not whole.isdigit() or (point and not (part.isascii() and part.isdigit())):
+        raise ConfigError(field, text, allowed)
+    if len(number) > 18:
+        raise ConfigError(field, text, allowed)
+    scale = 10 ** len(part)
+    return int(int(whole + part) * _UNITS[unit] // scale)
+
+
+def parse_options(
+    option: str, text: str, flags: Sequence[str], keys: Sequence[str], *, first: bool = False
+) -> tuple[str, dict[str, str]]:
+    """Take ``flag,key=value,...`` apart; a comma inside a word is written twice.
+
+    :param option: where it came from, for the message
+    :param flags: words that stand alone; each is there with the value ``""`` where it was given
+    :param keys: words with a value
+    :param first: the first word is a path or the like, taken as it is
+    :returns: the first word, or ``""``, and the rest by name
+    :raises ConfigError: an unknown word, a value missing or too much, a word given twice
+    """
+    words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
+    found: dict[str, str] = {}
+    for word in words[1:] if first else words:
+        key, equals, value = word.partition("=")
+        if key not in (keys if equals else flags) or (equals and not value):
+            allowed = ", ".join([*flags, *(f"{key}=" for key in keys)])
+            raise ConfigError(option, text, f"unknown option {word!r}; allowed: {allowed}")
+        if key in found:
+            raise ConfigError(option, text, f"has {key} twice")
+        found[key] = value
+    return words[0] if first else "", found
+
+
+def parse_count(field: str, text: str, least: int, most: int) -> int:
+    """A whole number as people write it.
+
+    :raises ConfigError: none, or not within `least` and `most`
+    """
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+    if not least <= value <= most:
+        raise ConfigError(field, text, f"must be a number from {least} to {most}")
+    return value
