@@ -85,7 +85,7 @@ def test_a_program_gets_what_the_balloon_holds_if_it_deflates_on_oom(facts: dict
 def test_the_guides_device_in_a_stock_kernel(scenario: Callable[[str], dict[str, Any]]) -> None:
     result = scenario("device_guide")
     assert result["status"] == 0, result
+    assert "power-off {" in result["stdout"] and "'bad_requests': 0" in result["stdout"]
     rows = re.findall(r"^((?: [0-9a-f]{2}){16})\r?$", result["stdout"], re.MULTILINE)
     assert len(rows) == 3
     assert bytes.fromhex("".join(rows)) in random.Random(42).randbytes(1 << 20)
-    assert "'bad_requests': 0" in result["stdout"]
