@@ -2,7 +2,7 @@
 """Builds the Cython extensions; everything else about the package is in pyproject.toml.
 
 ``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``), ``PYVMM_ASAN=1`` with AddressSanitizer
-(``make asan``).
+(``make asan``), ``PYVMM_NO_EXTENSIONS=1`` nothing (``make install``, which builds them afterwards, in the checkout).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ ROOMS = ("vmm", "devices", "virtio")
 MODULES = sorted(f"{room}.{file[:-4]}" for room in ROOMS for file in os.listdir(room) if file.endswith(".pyx"))
 
 setup(
-    ext_modules=cythonize(
+    ext_modules=[]
+    if os.environ.get("PYVMM_NO_EXTENSIONS")
+    else cythonize(
         [
             Extension(
                 name,
@@ -40,5 +42,7 @@ setup(
             "linetrace": DEBUG,
         },
         annotate=DEBUG,
+        nthreads=2,
+        quiet=True,
     ),
 )

@@ -15,10 +15,11 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from openapi_spec_validator import validate
 
 from tests.api.oracle import Client
@@ -28,7 +29,8 @@ from vmm.api.routes import ROUTES
 # Of each operation; 20 take half a minute for all.
 EXAMPLES = int(os.environ.get("PYVMM_SCHEMA_EXAMPLES", "20"))
 CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
-schema = schemathesis.openapi.from_dict(document())
+# By hypothesis alone: the pytest plug-in would cost every run of every test its three seconds of import.
+OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(document()).get_all_operations()]
 
 
 class _Proxy(socketserver.BaseRequestHandler):
@@ -95,12 +97,17 @@ def test_it_is_served(served: tuple[str, str]) -> None:
     assert answer.json == json.loads(json.dumps(document()))
 
 
-@schema.parametrize()
-@settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
-def test_what_it_says_is_so(case: schemathesis.Case, served: tuple[str, str]) -> None:
-    response = case.call(base_url=served[1], timeout=20)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_what_it_says_is_so(operation: Any, served: tuple[str, str]) -> None:
     checks = [check for check in schemathesis.checks.CHECKS.get_all() if check.__name__ in CHECKS]
     assert len(checks) == len(CHECKS)
-    case.validate_response(response, checks=checks)
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(operation.as_strategy())
+    def examples(case: schemathesis.Case) -> None:
+        response = case.call(base_url=served[1], timeout=20)
+        case.validate_response(response, checks=checks)
+
+    examples()
