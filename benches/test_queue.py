@@ -65,9 +65,7 @@ def test_chain_views(benchmark: Any, ram: GuestMemory, queue_class: Any) -> None
     """What a device in Python pays to see three buffers of one chain."""
     driver = SplitDriver(ram, Allocator(0x1000, 60 << 20), 8)
     queue = driver.attach(queue_class(ram, 8))
-    driver.add(
-        [driver.buffer(16), driver.buffer(4096, device_writes=True), driver.buffer(1, device_writes=True)]
-    )
+    driver.add([driver.buffer(16), driver.buffer(4096, device_writes=True), driver.buffer(1, device_writes=True)])
     chain = queue.pop()
     benchmark(lambda: (chain.readable, chain.writable))
 

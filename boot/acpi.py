@@ -136,15 +136,11 @@ def _dsdt(
     cpus: int, virtio: Sequence[tuple[int, int, int]], serial: Sequence[tuple[int, int]], keyboard: int | None
 ) -> bytes:
     devices = [
-        aml.device(
-            f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu))
-        )
+        aml.device(f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu)))
         for cpu in range(cpus)
     ]
     devices += [
-        _device(
-            f"V{index:03X}", aml.string("LNRO0005"), index, aml.memory32_fixed(base, size), aml.interrupt(gsi)
-        )
+        _device(f"V{index:03X}", aml.string("LNRO0005"), index, aml.memory32_fixed(base, size), aml.interrupt(gsi))
         for index, (base, size, gsi) in enumerate(virtio)
     ]
     devices += [
@@ -156,9 +152,7 @@ def _dsdt(
         devices.append(_device("KBD0", aml.eisa_id("PNP0303"), 0, *ports, aml.interrupt(keyboard)))
     devices.append(_device("RTC0", aml.eisa_id("PNP0B00"), 0, aml.io(RTC_PORT, 2)))
     devices.append(_device("PEVT", aml.string("QEMU0001"), 0, aml.io(PVPANIC_PORT, 1)))
-    s5 = aml.name(
-        "_S5", aml.package(aml.integer(SLEEP_TYPE_S5), aml.integer(0), aml.integer(0), aml.integer(0))
-    )
+    s5 = aml.name("_S5", aml.package(aml.integer(SLEEP_TYPE_S5), aml.integer(0), aml.integer(0), aml.integer(0)))
     return aml.scope("\\_SB", *devices) + s5
 
 

@@ -49,9 +49,7 @@ def eisa_id(text: str) -> bytes:
     letters = 0
     for letter in text[:3]:
         letters = letters << 5 | ord(letter) - 0x40
-    return b"\x0c" + struct.pack(
-        ">HH", letters, int(text[3:], 16)
-    )  # a DWord constant, bytes as on the EISA bus
+    return b"\x0c" + struct.pack(">HH", letters, int(text[3:], 16))  # a DWord constant, bytes as on the EISA bus
 
 
 def package(*elements: bytes) -> bytes:

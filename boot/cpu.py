@@ -164,4 +164,4 @@ def shape_cpuid(
             case 0x8000001E:
                 entry.eax = index
                 entry.ebx = index // threads & 0xFF | threads - 1 << 8  # the core's id, its threads less one
-                entry.ecx = 0               # one node
+                entry.ecx = 0  # one node

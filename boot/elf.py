@@ -148,9 +148,7 @@ def parse(read: Read, size: int, fail: Fail) -> Elf:
     if ident[5] != 1:
         raise fail("is a big-endian ELF file, not x86-64")
     ehdr = _EHDR[wide]
-    kind, machine, version, entry, phoff, _, _, _, phentsize, phnum = ehdr.unpack(
-        read(16, ehdr.size, "the ELF header")
-    )
+    kind, machine, version, entry, phoff, _, _, _, phentsize, phnum = ehdr.unpack(read(16, ehdr.size, "the ELF header"))
     if machine not in (EM_386, EM_X86_64):
         raise fail(f"is built for {_MACHINES.get(machine, f'ELF machine {machine}')}, not x86-64")
     if kind not in (ET_EXEC, ET_DYN):

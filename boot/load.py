@@ -172,9 +172,7 @@ def load(
         loaded.boot_info = pvh.write_start_info(memory, initrd=loaded.initrd, rsdp=rsdp)
     else:
         loaded.boot_info = layout.ZERO_PAGE
-        page = params.zero_page(
-            memory, header, load_address=loaded.kernel[0], initrd=loaded.initrd, rsdp=rsdp
-        )
+        page = params.zero_page(memory, header, load_address=loaded.kernel[0], initrd=loaded.initrd, rsdp=rsdp)
         memory.write(layout.ZERO_PAGE, page)
     return loaded
 
@@ -247,9 +245,7 @@ def _load_bzimage(
     return [(address, address + setup.needs)]
 
 
-def _load_initrd(
-    path: Path, memory: GuestMemory, taken: list[tuple[int, int]], address_max: int
-) -> tuple[int, int]:
+def _load_initrd(path: Path, memory: GuestMemory, taken: list[tuple[int, int]], address_max: int) -> tuple[int, int]:
     """Read the initrd to the highest free place that the kernel allows; return its address and bytes.
 
     :param taken: what the kernel takes, by rising address

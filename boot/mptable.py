@@ -50,9 +50,7 @@ def write(memory: GuestMemory, *, cpus: int) -> int:
     if not 1 <= cpus <= MAX_CPUS:
         raise ConfigError("cpus", cpus, f"must be 1 to {MAX_CPUS}")
     entries = [
-        _PROCESSOR.pack(
-            0, cpu, _LAPIC_VERSION, _CPU_ENABLED | (0 if cpu else _CPU_BOOT), _CPU_SIGNATURE, _CPU_FEATURES
-        )
+        _PROCESSOR.pack(0, cpu, _LAPIC_VERSION, _CPU_ENABLED | (0 if cpu else _CPU_BOOT), _CPU_SIGNATURE, _CPU_FEATURES)
         for cpu in range(cpus)
     ]
     entries.append(_BUS.pack(1, ISA_BUS, b"ISA   "))

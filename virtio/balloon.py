@@ -159,9 +159,7 @@ class Balloon(VirtioDevice):
 
     # The driver
 
-    def make_workers(
-        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
-    ) -> Sequence[AnyWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
         """One thread for all queues; statistics are asked for on it, too."""
         self._notify_fds = notify_fds
         return super().make_workers(notify_fds, on_failure)

@@ -260,9 +260,7 @@ class Block(VirtioDevice):
                 raise ConfigError("engine", "io_uring", problem)
         return "Sync"
 
-    def make_workers(
-        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
-    ) -> Sequence[BlockWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[BlockWorker]:
         """A thread a queue."""
         many = len(notify_fds) > 1
         self._workers = [

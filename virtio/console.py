@@ -195,9 +195,7 @@ class Console(VirtioDevice):
 
     # The driver
 
-    def make_workers(
-        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
-    ) -> Sequence[AnyWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
         """One thread for what goes to the guest, and one for each port's output, so that none holds up another."""
         self._notify_fds = notify_fds
         outputs = [index for index in range(len(notify_fds)) if index & 1 and index != _CONTROL_OUT]

@@ -114,9 +114,7 @@ class VirtioDevice:
         """Counters by name; a device whose loop counts in C adds those."""
         return self.counters
 
-    def make_workers(
-        self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]
-    ) -> Sequence[AnyWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
         """The threads that serve the queues; asked for once, by the transport, which owns them.
 
         :param notify_fds: an eventfd a queue, signalled when the driver notifies

@@ -344,9 +344,7 @@ class VirtioMmio(MmioRegisters):
             self.interrupt.config()
             return
         device = self.device
-        device.context = ActivateContext(
-            self.memory, self.queues, self._driver_features, self.interrupt, self._warn
-        )
+        device.context = ActivateContext(self.memory, self.queues, self._driver_features, self.interrupt, self._warn)
         try:
             device.activate(device.context)
         except OSError as failure:

@@ -37,9 +37,7 @@ class Bits:
         digits = text.removeprefix("0b").replace("_", "")
         if text == digits or not 0 < len(digits) <= width or digits.strip("01x"):
             raise ConfigError(field, text, f"must be 0b and at most {width} of 0, 1 and x")
-        return cls(
-            int("".join("0" if digit == "x" else "1" for digit in digits), 2), int(digits.replace("x", "0"), 2)
-        )
+        return cls(int("".join("0" if digit == "x" else "1" for digit in digits), 2), int(digits.replace("x", "0"), 2))
 
     def __call__(self, old: int) -> int:
         return old & ~self.mask | self.value
@@ -119,9 +117,7 @@ def parse_template(
     leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}
     for leaf, subleaf, flags, registers in cpuid:
         place = parse_number("cpuid_modifiers leaf", leaf), parse_number("cpuid_modifiers subleaf", subleaf), flags
-        leaves[place] = {
-            name: Bits.parse("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers
-        }
+        leaves[place] = {name: Bits.parse("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers}
     return CpuTemplate(
         capabilities=added,
         not_required=removed,

@@ -34,9 +34,7 @@ class RateLimiterConfig:
 
     __slots__ = ("bandwidth", "ops")
 
-    def __init__(
-        self, bandwidth: tuple[int, int, int] | None = None, ops: tuple[int, int, int] | None = None
-    ) -> None:
+    def __init__(self, bandwidth: tuple[int, int, int] | None = None, ops: tuple[int, int, int] | None = None) -> None:
         for field, bucket in (("bandwidth", bandwidth), ("ops", ops)):
             if bucket is not None and not all(0 <= value < 1 << 63 for value in bucket):
                 raise ConfigError(f"rate_limiter.{field}", bucket, "must be three numbers from 0 to 2^63 - 1")

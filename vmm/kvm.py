@@ -186,9 +186,7 @@ class Vm:
         kvm_ioctl(
             self.fd,
             abi.KVM_IOEVENTFD,
-            abi.kvm_ioeventfd(
-                datamatch=value, addr=address, len=4, fd=fd, flags=abi.KVM_IOEVENTFD_FLAG_DATAMATCH
-            ),
+            abi.kvm_ioeventfd(datamatch=value, addr=address, len=4, fd=fd, flags=abi.KVM_IOEVENTFD_FLAG_DATAMATCH),
         )
 
     def create_vcpu(self, index: int) -> int:

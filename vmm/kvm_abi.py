@@ -34,9 +34,7 @@ class kvm_userspace_memory_region(LittleEndianStructure):
 class kvm_regs(LittleEndianStructure):
     _fields_ = [
         (name, c_uint64)
-        for name in (
-            "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"
-        ).split()
+        for name in ("rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags").split()
     ]
 
 
@@ -238,9 +236,7 @@ class _Counted:
 
     __slots__ = ("buffer", "entries", "header")
 
-    def __init__(
-        self, header: type[LittleEndianStructure], entry: type[LittleEndianStructure], count: int
-    ) -> None:
+    def __init__(self, header: type[LittleEndianStructure], entry: type[LittleEndianStructure], count: int) -> None:
         self.buffer = (c_uint8 * (sizeof(header) + count * sizeof(entry)))()
         self.header: Any = header.from_buffer(self.buffer)
         self.entries: Any = (entry * count).from_buffer(self.buffer, sizeof(header))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole machine: the only file that knows every room. Builds it, starts, pauses and ends it.
 
-    with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
-        vm.start()
-        print(vm.wait())
+with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
+    vm.start()
+    print(vm.wait())
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class Vcpu:
         data = loop.internal_data
         if loop.suberror == abi.KVM_INTERNAL_ERROR_EMULATION and len(data) >= 3 and data[0] & _EMULATION_HAS_BYTES:
             packed = data[1].to_bytes(8, "little") + data[2].to_bytes(8, "little")
-            text += f", cannot emulate {packed[1:1 + min(packed[0], 15)].hex(' ')}"
+            text += f", cannot emulate {packed[1 : 1 + min(packed[0], 15)].hex(' ')}"
         return text
 
     def kick(self) -> None:

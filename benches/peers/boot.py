@@ -90,9 +90,7 @@ def _round(directory: Path) -> dict[str, dict[str, Any]]:
         # A lab of its own for each round: QEMU with KVM in it has hung the whole emulated machine now and then.
         shell = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(command)}"
         try:
-            lab.run(
-                ["sh", "-c", shell], write=[str(directory)], timeout=ROUND_SECONDS, stdin=None, stdout=2
-            )
+            lab.run(["sh", "-c", shell], write=[str(directory)], timeout=ROUND_SECONDS, stdin=None, stdout=2)
         except VmmError as error:
             print(f"boot: a round was cut short: {error}", file=sys.stderr)
     lines = runs.read_text().splitlines() if runs.exists() else []

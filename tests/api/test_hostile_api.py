@@ -293,5 +293,3 @@ def test_sigterm_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
         assert process.wait(5) == 0
         assert not process.socket.exists()
         assert not (tmp_path / "v").exists()
-
-

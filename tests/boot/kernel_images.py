@@ -99,9 +99,7 @@ def pvh_elf(code: bytes = b"\xf4", *, bits: int = 64, notes: bytes | None = None
     )
 
 
-def vmlinux(
-    text: bytes = b"\x90" * 64, *, paddr: int = 16 * MIB, gap: int = 2 * MIB, bss: int = 8192
-) -> bytes:
+def vmlinux(text: bytes = b"\x90" * 64, *, paddr: int = 16 * MIB, gap: int = 2 * MIB, bss: int = 8192) -> bytes:
     """What Linux looks like: linked high, loaded at 16 MiB, notes inside the text, .bss at the end."""
     notes = note(b"Xen", 6, b"linux\0") + pvh_note(paddr + 0x10)
     high = 0xFFFFFFFF80000000
@@ -180,9 +178,7 @@ def bzimage(
     struct.pack_into(
         "<IIBBHI", setup, 0x22C, initrd_addr_max, kernel_alignment, relocatable, 21, xloadflags, cmdline_size
     )
-    struct.pack_into(
-        "<II", setup, 0x248, payload_offset, len(payload) if payload_length is None else payload_length
-    )
+    struct.pack_into("<II", setup, 0x248, payload_offset, len(payload) if payload_length is None else payload_length)
     struct.pack_into("<QI", setup, 0x258, pref_address, init_size)
     if release:
         struct.pack_into("<H", setup, 0x20E, 0x300 - 0x200)

@@ -190,9 +190,7 @@ def _check_written(memory: Watched, loaded: Loaded | None) -> None:
             assert end <= low or high <= start, f"{start:#x}..{end:#x} written over the {name}"
         if loaded is not None:
             spans = [loaded.kernel, loaded.initrd]
-            assert any(at <= start and end <= at + size for at, size in spans), (
-                f"{start:#x}..{end:#x} is nobody's"
-            )
+            assert any(at <= start and end <= at + size for at, size in spans), f"{start:#x}..{end:#x} is nobody's"
 
 
 def _check(memory: GuestMemory, loaded: Loaded, initrd_size: int) -> None:

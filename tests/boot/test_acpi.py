@@ -81,11 +81,7 @@ def test_madt_lists_every_cpu(cpus: int) -> None:
 
 
 def test_virtio_device_is_these_bytes() -> None:
-    crs = (
-        b"\x86\x09\x00\x01\x00\x00\x00\xd0\x00\x10\x00\x00"
-        + b"\x89\x06\x00\x03\x01\x05\x00\x00\x00"
-        + b"\x79\x00"
-    )
+    crs = b"\x86\x09\x00\x01\x00\x00\x00\xd0\x00\x10\x00\x00" + b"\x89\x06\x00\x03\x01\x05\x00\x00\x00" + b"\x79\x00"
     body = (
         b"V000" + b"\x08_HID\x0dLNRO0005\0" + b"\x08_UID\x00" + b"\x08_CRS\x11\x1a\x0a\x17" + crs
     )  # fmt: skip
@@ -180,9 +176,7 @@ def test_acpica_reads_and_recompiles_every_table(cpus: int, virtio: int, keyboar
     assert len(re.findall(r'Name \(_HID, "LNRO0005"', text)) == virtio
     for hid in ('EisaId ("PNP0501")', 'EisaId ("PNP0B00")', '"QEMU0001"'):
         assert text.count(f"Name (_HID, {hid}") == 1
-    interrupts = re.findall(
-        r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive.*?0x([0-9A-F]{8})", text, re.S
-    )
+    interrupts = re.findall(r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive.*?0x([0-9A-F]{8})", text, re.S)
     assert [int(gsi, 16) for gsi in interrupts] == [*range(5, 5 + virtio), 4, *([keyboard] if keyboard else [])]
     addresses = re.findall(r"Memory32Fixed \(ReadWrite,\s*0x([0-9A-F]{8}),.*\n\s*0x00001000", text)
     assert [int(base, 16) for base in addresses] == [base for base, _, _ in windows(virtio)]

@@ -16,9 +16,7 @@ from boot.load import load, probe
 from vmm.memory import GuestMemory
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvmm"
-KERNELS = sorted(
-    p for p in {*CACHE.glob("debs/*/boot/vmlinuz-*"), *Path("/boot").glob("vmlinuz-*")} if p.is_file()
-)
+KERNELS = sorted(p for p in {*CACHE.glob("debs/*/boot/vmlinuz-*"), *Path("/boot").glob("vmlinuz-*")} if p.is_file())
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="no real kernel is cached; run: pyvmm pull busybox")
 
@@ -84,9 +82,7 @@ def test_unpacked_every_segment_is_in_its_place_and_nothing_else_is_written(kern
         assert loaded.entry == struct.unpack_from("<Q", elf, 24)[0]
         at = 1 << 20
         for index in range(phnum):
-            kind, _, offset, _, paddr, filesz, memsz, _ = struct.unpack_from(
-                "<IIQQQQQQ", elf, phoff + 56 * index
-            )
+            kind, _, offset, _, paddr, filesz, memsz, _ = struct.unpack_from("<IIQQQQQQ", elf, phoff + 56 * index)
             if kind != 1:
                 continue
             assert zero(memory, at, paddr - at), "between the segments there is nothing"

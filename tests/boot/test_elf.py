@@ -55,9 +55,7 @@ def test_an_entry_linked_high_is_translated(memory, kernel):
 
 
 def test_segments_need_no_order_and_may_touch(memory, kernel):
-    image = elf(
-        [Phdr(data=b"bb", paddr=MIB + 2), Phdr(data=b"aa", paddr=MIB), Phdr(data=b"", memsz=0, paddr=0)]
-    )
+    image = elf([Phdr(data=b"bb", paddr=MIB + 2), Phdr(data=b"aa", paddr=MIB), Phdr(data=b"", memsz=0, paddr=0)])
     load(memory, kernel(image))
     assert memory.read(MIB, 5) == b"aabb\0"
 
@@ -202,9 +200,7 @@ def test_a_note_that_runs_past_its_segment(memory, kernel, notes):
 
 
 def test_a_pvh_note_of_an_odd_size(memory, kernel):
-    assert "PVH entry note of 3 bytes" in refused(
-        memory, kernel(pvh_elf(notes=note(b"Xen", 18, b"\0\0\x10")))
-    )
+    assert "PVH entry note of 3 bytes" in refused(memory, kernel(pvh_elf(notes=note(b"Xen", 18, b"\0\0\x10"))))
 
 
 def test_zeros_behind_the_last_note_are_padding(memory, kernel):

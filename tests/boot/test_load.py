@@ -132,9 +132,7 @@ def test_files_that_are_no_kernels(memory, tmp_path, data, found):
     assert found in refused("kernel", path, probe, path)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("protocol", "multiboot"), ("unpack", "yes"), ("protocol", "")]
-)
+@pytest.mark.parametrize(("option", "value"), [("protocol", "multiboot"), ("unpack", "yes"), ("protocol", "")])
 def test_options_that_do_not_exist(memory, kernel, option, value):
     with pytest.raises(ConfigError, match=option):
         load(memory, kernel, **{option: value})
@@ -172,9 +170,7 @@ def test_the_initrd_makes_way_for_the_kernel(memory, tmp_path):
     """The kernel ends at the top of memory, so the initrd goes below it, and further where that is taken."""
     path, initrd = tmp_path / "kernel", tmp_path / "initrd"
     initrd.write_bytes(b"i" * 4096)
-    image = elf(
-        [Phdr(data=b"\xf4", paddr=63 * MIB, memsz=MIB), Phdr(data=b"a", paddr=62 * MIB, memsz=MIB - 4095)]
-    )
+    image = elf([Phdr(data=b"\xf4", paddr=63 * MIB, memsz=MIB), Phdr(data=b"a", paddr=62 * MIB, memsz=MIB - 4095)])
     path.write_bytes(image.replace(struct.pack("<Q", MIB), struct.pack("<Q", 63 * MIB), 1))
     loaded = load(memory, path, initrd_path=initrd)
     assert loaded.initrd == (62 * MIB - 4096, 4096)

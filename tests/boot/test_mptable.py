@@ -22,9 +22,7 @@ def written(cpus: int) -> tuple[bytes, list[bytes]]:
         at = next(at for at in range(0, 0x400, 16) if base[at : at + 4] == b"_MP_")
         pointer = base[at : at + 16]
         assert sum(pointer) & 0xFF == 0
-        assert pointer[8:16] == b"\x01\x04" + pointer[10:11] + bytes(
-            5
-        )  # 16 bytes, MP 1.4, no default configuration
+        assert pointer[8:16] == b"\x01\x04" + pointer[10:11] + bytes(5)  # 16 bytes, MP 1.4, no default configuration
         table = struct.unpack_from("<I", pointer, 4)[0]
         header = memory.read(table, 44)
         length = struct.unpack_from("<H", header, 4)[0]
@@ -79,6 +77,4 @@ def test_processors_without_an_id_are_refused(cpus: int) -> None:
 
 def test_kernel_parameter() -> None:
     assert mptable.virtio_mmio_parameter(0xD000_0000, 4096, 5) == "virtio_mmio.device=4K@0xd0000000:5"
-    assert (
-        mptable.virtio_mmio_parameter(0xD001_3000, 512 << 10, 23) == "virtio_mmio.device=512K@0xd0013000:23"
-    )
+    assert mptable.virtio_mmio_parameter(0xD001_3000, 512 << 10, 23) == "virtio_mmio.device=512K@0xd0013000:23"

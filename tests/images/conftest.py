@@ -42,9 +42,7 @@ class Repository:
         """Build a package into the archive; returns its .deb."""
         tree = self.root / f"{name}-{version}".replace(":", "_")
         (tree / "DEBIAN").mkdir(parents=True)
-        control = (
-            f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: t <t@t>\nDescription: t\n"
-        )
+        control = f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: t <t@t>\nDescription: t\n"
         (tree / "DEBIAN/control").write_text(control + (f"Depends: {depends}\n" if depends else ""))
         for path, text in files.items():
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
@@ -61,9 +59,7 @@ class Repository:
         """Index the archive and run `apt-get update`; returns its exit status."""
         packages = ""
         for deb in sorted((self.root / "archive").glob("*.deb")):
-            control = subprocess.run(
-                ["dpkg-deb", "--field", deb], check=True, capture_output=True, text=True
-            ).stdout
+            control = subprocess.run(["dpkg-deb", "--field", deb], check=True, capture_output=True, text=True).stdout
             data = deb.read_bytes()
             digest = hashlib.sha256(data).hexdigest()
             packages += f"{control}Filename: ./{deb.name}\nSize: {len(data)}\nSHA256: {digest}\n\n"

@@ -43,9 +43,7 @@ ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("cmdline", "arguments", "session"), ARGUMENTS)
-def test_session_is_what_stands_after_the_dashes(
-    cmdline: str, arguments: list[str], session: list[str]
-) -> None:
+def test_session_is_what_stands_after_the_dashes(cmdline: str, arguments: list[str], session: list[str]) -> None:
     script = guest.ROOT_INIT
     begin = script.index('case " $cmdline " in\n*" -- "*)')
     part = script[begin : script.index("esac\n", begin) + 5]
@@ -144,7 +142,4 @@ def test_busybox_image_is_a_sound_file_system(shared_cache: Path) -> None:
         assert facts[facts.index("Mode:") + 1] == mode
         assert facts[facts.index("User:") + 1] == "0"
     assert read(Path(image.initrd).read_bytes())["init"].data.decode() == guest.INIT
-    assert (
-        apt.kernel_of(apt.package("linux-image-cloud-amd64").tree)[0].read_bytes()
-        == Path(image.kernel).read_bytes()
-    )
+    assert apt.kernel_of(apt.package("linux-image-cloud-amd64").tree)[0].read_bytes() == Path(image.kernel).read_bytes()

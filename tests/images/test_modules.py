@@ -62,9 +62,7 @@ def tree(tmp_path: Path) -> Path:
     def add(path: str, depends: str) -> None:
         file = tmp_path / "lib/modules" / VERSION / "kernel" / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(
-            PACK["." + path.partition(".")[2]](module("license=GPL", f"depends={depends}", "name=x"))
-        )
+        file.write_bytes(PACK["." + path.partition(".")[2]](module("license=GPL", f"depends={depends}", "name=x")))
 
     add("drivers/virtio/virtio_ring.ko", "")
     add("drivers/virtio/virtio.ko.xz", "virtio_ring")

@@ -29,9 +29,7 @@ def fake_pull(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, ob
     return calls
 
 
-def test_options_reach_the_pull(
-    fake_pull: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_reach_the_pull(fake_pull: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", "debian", "--size", "2G", "--packages", "vim,git", "--force"]) == 0
     (call,) = fake_pull
     assert (call["name"], call["size"], call["packages"], call["refresh"]) == (
@@ -54,9 +52,7 @@ def test_no_name_and_bad_size_are_one_line(cache: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err.startswith("pyvmm pull: --size big: ")
 
 
-def test_host_failure_is_status_1(
-    cache: Path, repository: object, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_host_failure_is_status_1(cache: Path, repository: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", "busybox"]) == 1
     assert capsys.readouterr().err == "pyvmm pull: apt has no package lists: run `apt-get update` as root\n"
 

@@ -114,9 +114,7 @@ def test_two_pulls_at_once_make_it_once(made: Made) -> None:
     made.seconds = 0.3
     waited: list[str] = []
     threads = [
-        threading.Thread(
-            target=lambda: images.pull("debian", progress=lambda step, done: waited.append(step))
-        )
+        threading.Thread(target=lambda: images.pull("debian", progress=lambda step, done: waited.append(step)))
         for _ in range(2)
     ]
     for thread in threads:

@@ -304,5 +304,3 @@ def test_a_signal_ends_it_at_once(jail: Jailed) -> None:
     until(lambda: jail.request("GET", "/")[1]["state"] == "Running")
     os.kill(jail.pid, signal.SIGTERM)
     jail.end()
-
-

@@ -121,7 +121,5 @@ def test_a_bzimage_by_pvh(boot):
 
 
 def test_bss_is_zero_and_the_stack_can_be_pushed_to(boot):
-    code = assemble(
-        "push 5\n pop rax\n add rax, [rip + bss]\n add al, 2\n mov dx, 0xf4\n out dx, al\n bss:", 64
-    )
+    code = assemble("push 5\n pop rax\n add rax, [rip + bss]\n add al, 2\n mov dx, 0xf4\n out dx, al\n bss:", 64)
     boot(elf([Phdr(data=code, paddr=MIB, memsz=len(code) + 4096)]))

@@ -97,9 +97,7 @@ def test_signal_restores_the_terminal(tmp_path: Path, terminal: tuple[int, int],
 
 
 def test_pipe_in_and_out(tmp_path: Path) -> None:
-    done = subprocess.run(
-        pyvmm(write_guest(tmp_path, ECHO)), input=b"hello q", capture_output=True, timeout=PATIENCE
-    )
+    done = subprocess.run(pyvmm(write_guest(tmp_path, ECHO)), input=b"hello q", capture_output=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (9, b">hello ", b"")
 
 

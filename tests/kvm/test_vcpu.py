@@ -71,7 +71,7 @@ def test_unmapped_mmio_reads_all_ones_and_swallows_writes(guest: MakeGuest, regi
 
 
 def test_string_output_advances_the_data_not_the_port(guest: MakeGuest) -> None:
-    vm = guest("mov esi, offset text\n mov ecx, 5\n mov dx, 0x510\n rep outsb\n" + EXIT + "text: .ascii \"hello\"")
+    vm = guest("mov esi, offset text\n mov ecx, 5\n mov dx, 0x510\n rep outsb\n" + EXIT + 'text: .ascii "hello"')
     device, beside = Recorder(), Recorder()
     vm.pio.add(0x510, 1, device, "recorder")
     vm.pio.add(0x511, 1, beside, "beside")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Firecracker clients that others wrote boot a Linux by the socket; what its agent says behind vsock port 1024.
 
-    python -m tests.linux.clients     # as root, where KVM runs Linux; writes one JSON object
+python -m tests.linux.clients     # as root, where KVM runs Linux; writes one JSON object
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kata's two drivers with a Linux that is booted by Kata's own kernel arguments; what its agent says.
 
-    python -m tests.linux.kata [FIRECRACKER]     # where KVM runs Linux; writes one JSON object
+python -m tests.linux.kata [FIRECRACKER]     # where KVM runs Linux; writes one JSON object
 """
 
 from __future__ import annotations

@@ -45,9 +45,7 @@ def guest() -> Guest:
     """
     key = hashlib.sha256(AGENT.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
     home = Path(cache_root(), "kata")
-    made = Guest(
-        home / f"vmlinux-{WHEEL.partition('==')[2]}", home / f"image-{key}.img", home / f"rootfs-{key}.ext4"
-    )
+    made = Guest(home / f"vmlinux-{WHEEL.partition('==')[2]}", home / f"image-{key}.img", home / f"rootfs-{key}.ext4")
     home.mkdir(parents=True, exist_ok=True)
     if not made.kernel.exists():
         _make_kernel(made.kernel)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stock kernel's keyboard driver at our i8042, and what such a VM says of itself.
 
-    python -m tests.linux.keyboard      # where KVM runs Linux; writes one JSON object
+python -m tests.linux.keyboard      # where KVM runs Linux; writes one JSON object
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stock kernel and busybox's own programs at the metadata service, by V1, then V2; other traffic beside it.
 
-    python -m tests.linux.mmds      # where KVM runs Linux; writes one JSON object
+python -m tests.linux.mmds      # where KVM runs Linux; writes one JSON object
 """
 
 from __future__ import annotations

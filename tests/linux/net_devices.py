@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stock kernel with three network interfaces: over a tap with two queues, over a tap of our own, over passt.
 
-    python -m tests.linux.net_devices        # where KVM runs Linux, as root; writes one JSON object
+python -m tests.linux.net_devices        # where KVM runs Linux, as root; writes one JSON object
 """
 
 from __future__ import annotations

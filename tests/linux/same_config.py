@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One configuration file, a stock kernel, two VMMs: Firecracker 1.12.1 boots it, pyvmm boots it; what each is like.
 
-    python -m tests.linux.same_config      # where KVM runs Linux; writes one JSON object
+python -m tests.linux.same_config      # where KVM runs Linux; writes one JSON object
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ MODULES = (
     "af_packet",
 )  # fmt: skip
 WRITTEN = "written by the guest"
-INIT = initramfs.LOAD_MODULES + f"""\
+INIT = (
+    initramfs.LOAD_MODULES
+    + f"""\
 echo '<facts>'
 echo "cmdline=$(cat /proc/cmdline)"
 echo "cpus=$(nproc)"
@@ -47,6 +49,7 @@ echo "mmds=$(wget -q -O - http://169.254.169.254/latest/meta-data/)"
 echo '</facts>'
 reboot -f
 """
+)
 METADATA = {"latest": {"meta-data": {"ami-id": "ami-1", "hostname": "guest"}}}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stock kernel with virtio-rng, -balloon and -console: what its drivers find, and what the host gets back.
 
-    python -m tests.linux.small_devices      # where KVM runs Linux; writes one JSON object
+python -m tests.linux.small_devices      # where KVM runs Linux; writes one JSON object
 """
 
 from __future__ import annotations

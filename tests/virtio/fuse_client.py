@@ -198,9 +198,7 @@ class FuseClient:
 
     def setattr(self, nodeid: int, valid: int, *, fh: int = 0, size: int = 0, atime: int = 0, mtime: int = 0,
                 mode: int = 0, uid: int = 0, gid: int = 0) -> Attr:  # fmt: skip
-        body = struct.pack(
-            "<IIQQQQQQIIIIIIII", valid, 0, fh, size, 0, atime, mtime, 0, 0, 0, 0, mode, 0, uid, gid, 0
-        )
+        body = struct.pack("<IIQQQQQQIIIIIIII", valid, 0, fh, size, 0, atime, mtime, 0, 0, 0, 0, mode, 0, uid, gid, 0)
         return Attr(*ATTR.unpack_from(self.ask(SETATTR, nodeid, body), 16))
 
     def open(self, nodeid: int, flags: int = os.O_RDONLY, *, open_flags: int = 0) -> int:

@@ -718,9 +718,7 @@ def test_sector_beyond_the_end_crossing_it_or_overflowing(
     assert image.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "kind", [2, 3, 5, 7, 9, 10, 12, 14, 0x8000_0000, 0xFFFF_FFFF]
-)
+@pytest.mark.parametrize("kind", [2, 3, 5, 7, 9, 10, 12, 14, 0x8000_0000, 0xFFFF_FFFF])
 def test_unknown_type(vm: Vm, kind: int) -> None:
     refused(vm, vm.request(kind, 0, vm.buffer(16)), spec.BLK_S_UNSUPP)
 
@@ -960,7 +958,7 @@ def judged(out: bytes, room: int, capacity: int, read_only: bool) -> int | None:
             good = not data and not room
         case spec.BLK_T_GET_ID:
             good = not data and room >= 20
-        case (spec.BLK_T_DISCARD | spec.BLK_T_WRITE_ZEROES) if not read_only:
+        case spec.BLK_T_DISCARD | spec.BLK_T_WRITE_ZEROES if not read_only:
             if room or len(data) != 16:
                 return spec.BLK_S_IOERR
             sector, count, flags = spec.BLK_RANGE.unpack(data)
@@ -1063,9 +1061,7 @@ def test_disk_size_not_a_multiple_of_512(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
-def test_disk_that_cannot_be_written_names_ro(
-    image: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_disk_that_cannot_be_written_names_ro(image: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """As root every file can be opened, so the kernel's refusal is put in."""
     real = os.open
 

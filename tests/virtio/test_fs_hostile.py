@@ -123,9 +123,7 @@ def test_a_request_without_any_byte_to_read(mount: Callable[..., FuseVm]) -> Non
 
 
 @pytest.mark.parametrize("length", [0, 39, 40, 41, 44, 46, 1 << 20, 0xFFFF_FFFF])
-def test_a_length_that_disagrees_with_the_buffers(
-    tree: Path, mount: Callable[..., FuseVm], length: int
-) -> None:
+def test_a_length_that_disagrees_with_the_buffers(tree: Path, mount: Callable[..., FuseVm], length: int) -> None:
     vm = mount()
     (tree / "abcd").touch()
     assert refused(vm.ask, fuse.LOOKUP, ROOT, b"abcd\0", length=length) == "EIO"
@@ -317,9 +315,7 @@ def test_devices_and_fifos_are_never_opened(tree: Path, mount: Callable[..., Fus
     assert refused(vm.setattr, node, fuse.FATTR_SIZE, size=0) == "EINVAL"
 
 
-def test_a_directory_swapped_for_a_symbolic_link_stays_what_it_was(
-    tree: Path, mount: Callable[..., FuseVm]
-) -> None:
+def test_a_directory_swapped_for_a_symbolic_link_stays_what_it_was(tree: Path, mount: Callable[..., FuseVm]) -> None:
     outside = tree.parent / "outside"
     outside.mkdir()
     (outside / "file").write_text("outside")
@@ -475,9 +471,9 @@ class Chaos:
 
     def body(self, data: st.DataObject, nodes: list[int], handles: list[int]) -> bytes:
         name = st.sampled_from([b"a", b"b", b"dir", b"link", b"fifo", b"..", b"x/y", b"", b"n" * 256])
-        number = st.one_of(
-            st.sampled_from([*nodes, *handles]), st.integers(0, 20), st.integers(0, 2**64 - 1)
-        ).map(lambda n: struct.pack("<Q", n))
+        number = st.one_of(st.sampled_from([*nodes, *handles]), st.integers(0, 20), st.integers(0, 2**64 - 1)).map(
+            lambda n: struct.pack("<Q", n)
+        )
         part = st.one_of(number, name.map(lambda n: n + b"\0"), st.binary(max_size=16))
         return b"".join(data.draw(st.lists(part, max_size=8)))
 

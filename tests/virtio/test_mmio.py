@@ -328,9 +328,7 @@ def test_a_guest_that_never_stops_cannot_hold_up_its_reset(host: Host) -> None:
     assert host.driver.get(spec.MMIO_STATUS) == 0
 
 
-def test_close_is_idempotent_and_gives_descriptors_back(
-    ram: GuestMemory, irq: IrqLine, allocator: Allocator
-) -> None:
+def test_close_is_idempotent_and_gives_descriptors_back(ram: GuestMemory, irq: IrqLine, allocator: Allocator) -> None:
     before = len(os.listdir("/proc/self/fd"))
     host = Host(ram, irq, allocator)
     host.driver.bring_up()
@@ -551,9 +549,7 @@ def test_a_notification_without_a_request(host: Host) -> None:
     assert host.ask(b"x") == b"X"
 
 
-@pytest.mark.parametrize(
-    ("offset", "size"), [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4), (0x70, 1), (0xFC, 8), (0x71, 2)]
-)
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4), (0x70, 1), (0xFC, 8), (0x71, 2)])
 def test_4_2_2_2_wrong_access_width(host: Host, offset: int, size: int) -> None:
     host.driver.bring_up()
     data = bytearray(size)

@@ -221,9 +221,7 @@ def test_2_7_7_2_used_event(
     assert rig.queue.flush() is (after < batch)
 
 
-def test_2_7_7_2_flags_are_ignored_with_event_idx(
-    ram: GuestMemory, allocator: Allocator, queue_class: Any
-) -> None:
+def test_2_7_7_2_flags_are_ignored_with_event_idx(ram: GuestMemory, allocator: Allocator, queue_class: Any) -> None:
     rig = Rig(ram, allocator, queue_class, event_idx=True)
     ram.write(rig.driver.avail, struct.pack("<H", spec.AVAIL_F_NO_INTERRUPT))
     rig.driver.add([rig.driver.buffer(1)])

@@ -96,9 +96,7 @@ def descriptors(pick: random.Random, count: int, size: int) -> Iterator[tuple[in
         addr = DATA + pick.randrange(0x1000)
         if pick.random() < 0.05:
             addr = pick.choice([0, RAM - 16, RAM - 1, RAM, RAM + 1, (1 << 64) - 16, (1 << 64) - 1])
-        length = (
-            pick.choice([0, 1, 15, 16, 17, 512, 4096]) if pick.random() < 0.95 else pick.randrange(1 << 32)
-        )
+        length = pick.choice([0, 1, 15, 16, 17, 512, 4096]) if pick.random() < 0.95 else pick.randrange(1 << 32)
         flags = NEXT * (index + 1 < count) | WRITE * (index >= turn)
         if pick.random() < 0.05:
             flags ^= pick.choice([NEXT, WRITE, WRITE, 0xFFF8])
@@ -123,9 +121,7 @@ def test_twins_judge_the_same_chains(seed: int) -> None:
             if pick.random() < 0.5:
                 length = 16 * len(inner)
                 if pick.random() < 0.1:
-                    length = pick.choice(
-                        [0, 1, 15, length + 1, length - 16, length + 16, 16 * 9, 0xFFFF_FFF0]
-                    )
+                    length = pick.choice([0, 1, 15, length + 1, length - 16, length + 16, 16 * 9, 0xFFFF_FFF0])
                 flags = INDIRECT | WRITE * pick.randrange(2) | NEXT * (pick.random() < 0.05)
                 main[-1] = (TABLE if pick.random() < 0.95 else RAM - 16, length, flags, pick.randrange(8))
             head = 0 if pick.random() < 0.97 else pick.choice([7, 8, 65535])
@@ -176,11 +172,7 @@ class TwoQueues(RuleBasedStateMachine):
 
     # The driver
 
-    @rule(
-        chains=st.lists(
-            st.tuples(st.integers(1, 4), st.integers(0, 4), st.booleans()), min_size=1, max_size=4
-        )
-    )
+    @rule(chains=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4), st.booleans()), min_size=1, max_size=4))
     def add(self, chains: list[tuple[int, int, bool]]) -> None:
         for count, turn, wide in chains:
             wide = wide and self.indirect and self.tables < 60

@@ -70,9 +70,7 @@ def drive(ring: SplitDriver, kick: Callable[[], int | None], irq: int, burst: in
             done = ring.reap()
             if not done:
                 if not select.select([irq], [], [], PATIENCE)[0]:
-                    raise TimeoutError(
-                        f"asleep with {sent - answered} requests under way, {answered} answered"
-                    )
+                    raise TimeoutError(f"asleep with {sent - answered} requests under way, {answered} answered")
                 os.eventfd_read(irq)
         for head, written in done:
             answered += 1

@@ -290,7 +290,7 @@ def test_any_framing_of_a_received_packet(make: Make) -> None:
         data = pattern(sum(pieces) - 44)
         client.sendall(data)
         vm._wait(lambda: queue.used_idx != queue._u16(queue.used + 2), lambda: None)
-        (head, written), = queue.reap()
+        ((head, written),) = queue.reap()
         vm.rx.pop(head)
         packet = Packet.unpack(vm.ram.read(base, written))
         assert packet.data == data[: packet.len]

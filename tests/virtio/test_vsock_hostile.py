@@ -605,7 +605,7 @@ def play(vm: Vm, server: socket.socket, programs: list[socket.socket], step: tup
             send_anyhow(vm, [(vm.packet(op, guest, host, bytes(size), length=length, flags=flags, buf_alloc=alloc,
                                         fwd_cnt=fwd).pack(), False)])  # fmt: skip
         case ("chain", list(parts), bytes(content)):
-            data = (content * 101)[: 400] or bytes(400)
+            data = (content * 101)[:400] or bytes(400)
             readable = [(data[:size], False) for size, writes in parts if not writes]
             send_anyhow(vm, readable + [(bytes(size), True) for size, writes in parts if writes])
         case ("post", list(parts)):

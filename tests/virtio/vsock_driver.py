@@ -139,9 +139,7 @@ class Vm:
         length: int | None = None,
     ) -> Packet:
         size = len(data) if length is None else length
-        return Packet(
-            src_cid, dst_cid, guest_port, host_port, size, kind, op, flags, buf_alloc, fwd_cnt, data
-        )
+        return Packet(src_cid, dst_cid, guest_port, host_port, size, kind, op, flags, buf_alloc, fwd_cnt, data)
 
     def send(self, op: int, guest_port: int, host_port: int, data: bytes = b"", **fields: int) -> None:
         """Send one packet, header and payload in buffers of their own as Linux does it."""

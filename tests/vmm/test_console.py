@@ -331,9 +331,7 @@ def test_full_disk_is_named(guest: Guest, capfd: Any) -> None:
     console.start()
     guest.write(b"x" * 100)
     console.close()
-    assert capfd.readouterr().err == (
-        "pyvmm: 100 bytes of the console's output are lost: No space left on device\n"
-    )
+    assert capfd.readouterr().err == ("pyvmm: 100 bytes of the console's output are lost: No space left on device\n")
 
 
 def test_reader_that_does_not_read_holds_up_no_one_for_long(

@@ -355,4 +355,4 @@ def test_prometheus_has_what_was_counted_in_all(reader: Reader) -> None:
 
 
 def test_prometheus_answers_before_there_is_a_machine() -> None:
-    assert parse_prometheus(Metrics("a\"b\\c\nd").prometheus())
+    assert parse_prometheus(Metrics('a"b\\c\nd').prometheus())

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     Bucket = tuple[int, int, int]
 
 # For a boot source without boot_args; Firecracker's own.
-DEFAULT_BOOT_ARGS = (
-    "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce"
-)
+DEFAULT_BOOT_ARGS = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce"
 DEFAULT_MACHINE = types.MachineConfiguration(vcpu_count=1, mem_size_mib=128)
 MAX_VCPUS = 32
 _MIB = 1 << 20
@@ -80,9 +78,7 @@ def shown_limiter(body: types.RateLimiter | None, old: types.RateLimiter | None 
         return types.TokenBucket(size=new.size, one_time_burst=new.one_time_burst or None, refill_time=new.refill_time)
 
     given, before = body or types.RateLimiter(), old or types.RateLimiter()
-    found = types.RateLimiter(
-        bandwidth=shown(given.bandwidth, before.bandwidth), ops=shown(given.ops, before.ops)
-    )
+    found = types.RateLimiter(bandwidth=shown(given.bandwidth, before.bandwidth), ops=shown(given.ops, before.ops))
     return None if found == types.RateLimiter() else found
 
 
@@ -339,9 +335,7 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         memory=UNSET if whole_mib else config.memory,
     )
     return types.VmConfiguration(
-        boot_source=types.BootSource(
-            kernel_image_path=config.kernel, initrd_path=config.initrd, boot_args=boot_args
-        ),
+        boot_source=types.BootSource(kernel_image_path=config.kernel, initrd_path=config.initrd, boot_args=boot_args),
         machine_config=types.MachineConfiguration(
             vcpu_count=config.cpus,
             mem_size_mib=config.memory // _MIB,

@@ -66,9 +66,7 @@ def _quietly_resolve(name: str) -> images.Image | None:
 def _list() -> None:
     for entry in images.available():
         if entry["cached"]:
-            state = (
-                f"cached: kernel {entry['kernel_version']}, {_size(entry['bytes'])} on disk, {entry['built']}"
-            )
+            state = f"cached: kernel {entry['kernel_version']}, {_size(entry['bytes'])} on disk, {entry['built']}"
             if entry["packages"]:
                 state += f", with {', '.join(entry['packages'])}"
         else:

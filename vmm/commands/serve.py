@@ -207,9 +207,7 @@ class _Serve:
         from vmm.api.actions import Vmm
         from vmm.api.answer import answerer
 
-        self._vmm = Vmm(
-            args.id, on_start=self._on_start, boot_timer=args.boot_timer, mmds_limit=self._mmds_limit
-        )
+        self._vmm = Vmm(args.id, on_start=self._on_start, boot_timer=args.boot_timer, mmds_limit=self._mmds_limit)
         self._answerer = answerer(self._vmm)
         try:
             if status := self._observe():
@@ -336,4 +334,3 @@ class _Serve:
             print(f"pyvmm serve: guest ended: {stop}", file=sys.stderr)
             return STATUS_GENERIC
         return STATUS_OK
-

@@ -65,9 +65,7 @@ def resolve(name: str) -> Image | None:
             facts = json.load(file)
         if facts["format"] != FORMAT:
             return None
-        kernel, initrd, rootfs = (
-            os.path.join(directory, facts[key]) for key in ("kernel", "initrd", "rootfs")
-        )
+        kernel, initrd, rootfs = (os.path.join(directory, facts[key]) for key in ("kernel", "initrd", "rootfs"))
         image = Image(name, kernel, initrd, rootfs, facts["cmdline"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("image", name, again) from error

@@ -100,9 +100,7 @@ def _candidate(name: str) -> tuple[str, str, int]:
         # "linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)", perhaps after other dependencies
         kernels = [d.split()[0] for d in fields.get("Depends", "").split(",") if "linux-image-" in d]
         if len(kernels) != 1:
-            raise PullError(
-                f"apt's {name} depends on {len(kernels)} kernels, one is expected: name one yourself"
-            )
+            raise PullError(f"apt's {name} depends on {len(kernels)} kernels, one is expected: name one yourself")
         name, fields = kernels[0], _show(kernels[0])
     return name, fields["Version"], int(fields["Size"])
 
@@ -116,9 +114,7 @@ def _show(name: str) -> dict[str, str]:
             raise
         if not _knows_any():
             raise PullError("apt has no package lists: run `apt-get update` as root") from None
-        raise PullError(
-            f"apt knows no package {name}: run `apt-get update` as root, or check the name"
-        ) from None
+        raise PullError(f"apt knows no package {name}: run `apt-get update` as root, or check the name") from None
     fields = {}
     for line in text.split("\n\n")[0].splitlines():
         key, colon, value = line.partition(": ")

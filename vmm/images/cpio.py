@@ -87,9 +87,7 @@ def _normal(path: str) -> str:
     return posixpath.normpath("/" + path).lstrip("/")
 
 
-def _write(
-    out: bytearray, path: str, inode: int, mode: int, links: int, data: bytes, device: tuple[int, int]
-) -> None:
+def _write(out: bytearray, path: str, inode: int, mode: int, links: int, data: bytes, device: tuple[int, int]) -> None:
     name = path.encode() + b"\0"
     # ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
     fields = (inode, mode, 0, 0, links, 0, len(data), 0, 0, *device, len(name), 0)

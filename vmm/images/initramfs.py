@@ -103,9 +103,7 @@ def module_files(
         chain = reversed(modules.load_order(kernel, version, [name]))
         module, *needed = (part.name.partition(".ko")[0] + ".ko" for part in chain)
         depends += f"{module}: {' '.join(needed)}\n"
-        aliases += "".join(
-            f"alias {alias} {name.replace('-', '_')}\n" for alias in modules.modinfo(elf, "alias")
-        )
+        aliases += "".join(f"alias {alias} {name.replace('-', '_')}\n" for alias in modules.modinfo(elf, "alias"))
     files["lib/modules/order"] = order.encode()
     files[f"lib/modules/{version}/modules.dep"] = depends.encode()
     files[f"lib/modules/{version}/modules.alias"] = aliases.encode()

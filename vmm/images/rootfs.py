@@ -65,9 +65,7 @@ def busybox(
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to("/bin/busybox")
-    for path, data in initramfs.module_files(
-        kernel.tree, guest.MODULES, on_demand=guest.ON_DEMAND_MODULES
-    ).items():
+    for path, data in initramfs.module_files(kernel.tree, guest.MODULES, on_demand=guest.ON_DEMAND_MODULES).items():
         _write(tree / path, data)
     (tree / "root").mkdir(mode=0o700)
     (tree / "sbin/init").unlink(missing_ok=True)

@@ -38,9 +38,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "busybox": Recipe(
-        "stock Debian kernel, busybox root file system: made in seconds", 64 << 20, rootfs.busybox
-    ),
+    "busybox": Recipe("stock Debian kernel, busybox root file system: made in seconds", 64 << 20, rootfs.busybox),
     "debian": Recipe("stock Debian kernel, small Debian 12 root file system", 1 << 30, rootfs.debian),
 }
 
@@ -57,9 +55,7 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         return image
     rootfs.check_tools(name)
     images.mkdir(parents=True, exist_ok=True)
-    with _locked(
-        images / f"{name}.lock", lambda: progress(f"another pull of {name} is running, waiting for it", None)
-    ):
+    with _locked(images / f"{name}.lock", lambda: progress(f"another pull of {name} is running, waiting for it", None)):
         # another pull may have made it in the meantime
         if not refresh and (image := _cached(name, size, packages)):
             return image
@@ -109,9 +105,7 @@ def _cached(name: str, size: int | None, packages: Sequence[str]) -> Image | Non
         raise ConfigError("--size", size, f"{name} is in the cache with {facts['size']}: add --refresh")
     if not set(packages) <= set(facts["packages"]):
         have = ", ".join(facts["packages"]) or "none"
-        raise ConfigError(
-            "--packages", ",".join(packages), f"{name} is in the cache with {have}: add --refresh"
-        )
+        raise ConfigError("--packages", ",".join(packages), f"{name} is in the cache with {have}: add --refresh")
     return image
 
 
