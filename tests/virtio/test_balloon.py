@@ -187,7 +187,8 @@ def test_statistics_have_firecrackers_names(boot: Boot) -> None:
         list(found)[4:]
         == (
             "swap_in swap_out major_faults minor_faults free_memory total_memory available_memory disk_caches "
-            "hugetlb_allocations hugetlb_failures oom_kill alloc_stall async_scan direct_scan async_reclaim direct_reclaim"
+            "hugetlb_allocations hugetlb_failures oom_kill alloc_stall async_scan direct_scan async_reclaim "
+            "direct_reclaim"
         ).split()
     )
     assert list(found.values())[4:] == [tag * 10 for tag in range(16)]
