@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from boot import elf, layout, params, pvh
-from boot.cmdline import DEFAULT_LIMIT, encode
+from boot.cmdline import DEFAULT_LIMIT, Cmdline
 from boot.source import Source
 from vmm.errors import ConfigError
 
@@ -155,11 +155,11 @@ def load(
         image = _identify(source)
         loaded = Loaded(Kind(source, image))
         if isinstance(image, elf.Elf):
-            text = encode(cmdline)
+            text = Cmdline(cmdline).encode()
             taken = _load_elf(image, source, memory, loaded, protocol)
             header, initrd_max = params.elf_setup_header(DEFAULT_LIMIT), layout.MMIO_HOLE - 1
         else:
-            text = encode(cmdline, min(image.cmdline_size, layout.CMDLINE_END - layout.CMDLINE - 1))
+            text = Cmdline(cmdline).encode(min(image.cmdline_size, layout.CMDLINE_END - layout.CMDLINE - 1))
             taken = _load_bzimage(image, source, memory, loaded, protocol, unpack)
             header, initrd_max = image.header, image.initrd_addr_max
     loaded.kernel = (taken[0][0], taken[-1][1] - taken[0][0])

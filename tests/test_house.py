@@ -24,7 +24,7 @@ ALLOWED = {
     "boot": {"boot", "vmm.errors", "vmm.memory", "vmm.kvm_abi"},
     "devices": {"devices", "vmm.errors", "vmm.bus", "vmm._bus", "vmm.irq", "vmm.events", "vmm.logger"},
     "virtio": {"virtio"} | LEAVES - {"vmm.kvm_abi"},
-    "vmm": {"vmm"},
+    "vmm": {"vmm", "boot.cmdline"},
 }
 
 

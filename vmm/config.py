@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+from boot.cmdline import Cmdline, parameter
 from vmm.device_config import EntropyConfig
 from vmm.errors import ConfigError
 from vmm.options import parse_size
@@ -174,19 +175,29 @@ class VmConfig:
     @property
     def root_parameters(self) -> str:
         """What the command line is given about the root device; ``""`` where its words say it themselves."""
-        if self.cmdline is not None or "root=" in self.append:
+        if self.cmdline is not None or Cmdline(self.append).has("root"):
             return ""
         for place, drive in enumerate(self.drives):
             if drive.is_root_device:
                 return f"root=/dev/vd{chr(ord('a') + place)} {'ro' if drive.is_read_only else 'rw'}"
         for share in self.shares:
             if share.is_root_device:
-                return f"root={share.tag} rootfstype=virtiofs {'ro' if share.read_only else 'rw'}"
+                return f"{parameter('root', share.tag)} rootfstype=virtiofs {'ro' if share.read_only else 'rw'}"
         return ""
 
     @property
     def full_cmdline(self) -> str:
         """The command line as the guest's kernel gets it, but for what the machine adds about its own devices."""
+        return self._words(self.root_parameters)
+
+    @property
+    def rootless_cmdline(self) -> str:
+        """The same without ``root_parameters``, for who adds them himself."""
+        return self._words("")
+
+    def _words(self, root: str) -> str:
         default = DEFAULT_CMDLINE.replace("ttyS0", "hvc0") if self.virtio_console else DEFAULT_CMDLINE
-        parts = default if self.cmdline is None else self.cmdline, self.root_parameters, self.append
-        return " ".join(part for part in parts if part)
+        line = Cmdline(default if self.cmdline is None else self.cmdline)
+        line.append(root)
+        line.append(self.append)
+        return str(line)

@@ -26,6 +26,9 @@ __all__ = ["pair"]
 
 # mov al, 0xfe; out 0x64, al; hlt: a reset by the keyboard controller.
 RESET = bytes((0xB0, 0xFE, 0xE6, 0x64, 0xF4))
+# mov esi, [ebx + 24], the command line of PVH's start info, to the serial port; then the same.
+TELL_CMDLINE = bytes.fromhex("8b7318baf8030000ac84c07403eeebf8") + RESET
+ADDED = b" root=/dev/vda rw virtio_mmio.device=4K@0xd0000000:5"
 DRIVE = {"drive_id": "a", "path_on_host": "a.img", "is_root_device": False, "is_read_only": False}
 OTHER = {**DRIVE, "drive_id": "b", "path_on_host": "b.img"}
 NET = {"iface_id": "a", "host_dev_name": "tap0", "guest_mac": "06:00:00:00:00:0A"}
@@ -152,6 +155,42 @@ def test_same_configuration_file(pair: Callable[..., Pair], config: Any) -> None
     elif found[0] == "runs":
         assert difference(CONFIG, send(theirs, CONFIG), send(ours, CONFIG)) is None
         assert files(theirs) == files(ours)
+
+
+@pytest.mark.parametrize(
+    "boot_args",
+    [
+        "a",
+        "",
+        'a="x  y"   b -- "c  d"',
+        "a -- b -- c",
+        "a  --  b",
+        "a\nb\tc",
+        "na\xefve",
+        "\x01\x7f",
+        "-- b",
+        'a "--" b',
+    ],
+)
+def test_same_kernel_command_line(pair: Callable[..., Pair], boot_args: str) -> None:
+    config = {**BASE, "boot-source": {"kernel_image_path": "kernel", "boot_args": boot_args}}
+    config["drives"] = [{**DRIVE, "is_root_device": True}]
+
+    def write(directory: Path) -> None:
+        (directory / "config.json").write_text(json.dumps(config))
+
+    both = pair(("--config-file", "config.json", "--log-path", "log"), prepare=write, wait=False, code=TELL_CMDLINE)
+    told = []
+    for process in both:
+        assert process.wait(PATIENCE) == 0
+        told.append([line for line in process.output.read_bytes().split(b"\n") if b"anonymous-instance" not in line])
+    theirs, ours = (b"\n".join(each) for each in told)
+    if boot_args == "-- b":  # taken by Firecracker for the kernel's own
+        assert (theirs, ours) == (b"-- b" + ADDED, ADDED[1:] + b" -- b")
+    elif "--" in boot_args and '"--"' in boot_args:  # by Linux's rules the quotes do not count
+        assert (theirs, ours) == (b'a "--" b' + ADDED, b"a" + ADDED + b" -- b")
+    else:
+        assert theirs == ours
 
 
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=shlex.join)

@@ -53,8 +53,8 @@ def _facts(value: Any) -> Any:
     st.lists(_nets, max_size=2),
     st.lists(_shares, max_size=2),
     st.booleans(),
-    st.sampled_from([None, "console=ttyS0 mine"]),
-    st.sampled_from(["", "quiet", "root=/dev/nfs"]),
+    st.sampled_from([None, "console=ttyS0 mine", 'x="a  b" -- single']),
+    st.sampled_from(["", "quiet", "root=/dev/nfs", 'y="c  root=d" -- init']),
     st.sampled_from([1 << 20, 512 << 20, (64 << 20) + 4096]),
 )
 def test_a_machine_by_a_file_is_the_machine(
@@ -94,6 +94,18 @@ def test_a_root_disk_is_the_first_as_in_firecracker() -> None:
     config = translate.vm_config(whole)
     assert [drive.drive_id for drive in config.drives] == ["c", "a", "b"]
     assert config.full_cmdline == "a root=/dev/vda rw"
+
+
+def test_the_root_device_is_named_before_inits_own_words() -> None:
+    root = types.Drive(drive_id="r", is_root_device=True, path_on_host="/r")
+    source = types.BootSource(kernel_image_path="/k", boot_args='a="x  y" -- b')
+    config = translate.vm_config(types.VmConfiguration(boot_source=source, drives=[root]))
+    assert config.full_cmdline == 'a="x  y" root=/dev/vda rw -- b'
+    # And a command line that was written as a file means the same.
+    args = run.parse_quickly(["/kernel", "/root.img", "--append", 'a="x  y" -- b'])
+    assert args is not None
+    again = translate.vm_config(translate.vm_body(run.config_from(args))).full_cmdline
+    assert again.endswith(' a="x  y" root=/dev/vda rw -- b')
 
 
 def test_partuuid() -> None:

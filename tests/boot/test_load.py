@@ -194,7 +194,7 @@ def test_the_command_line_is_bounded_by_the_kernels_own_limit(memory, tmp_path):
     path = tmp_path / "kernel"
     path.write_bytes(bzimage(cmdline_size=255))
     load(memory, path, cmdline="x" * 255)
-    with pytest.raises(ConfigError, match="is 256 characters long; this kernel takes 255"):
+    with pytest.raises(ConfigError, match="is 256 bytes long; this kernel takes 255"):
         load(memory, path, cmdline="x" * 256)
     path.write_bytes(bzimage(cmdline_size=0xFFFF_FFFF))
     room = layout.CMDLINE_END - layout.CMDLINE - 1
@@ -217,7 +217,7 @@ def test_no_descriptor_is_left_open(memory, kernel, tmp_path):
         with pytest.raises(ConfigError):
             load(memory, tmp_path / bad)
     with pytest.raises(ConfigError):
-        load(memory, kernel, cmdline="\n")
+        load(memory, kernel, cmdline="\0")
     assert os.listdir("/proc/self/fd") == before
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from boot.cmdline import Cmdline
 from vmm import logger
 from vmm.api import API_VERSION, ApiError, translate, types
 from vmm.api.bodies import decode
@@ -179,6 +180,8 @@ class Vmm:
                 raise ApiError(f"Boot source error: The {what} file {path} cannot be opened: {_why(error)}") from None
         if len((body.boot_args or "").encode()) >= MAX_BOOT_ARGS:
             raise ApiError(f"Boot source error: boot_args: must be shorter than {MAX_BOOT_ARGS} bytes")
+        with _refusing("Boot source error: boot_args"):
+            Cmdline(body.boot_args or "")
         self._boot_source = body
 
     def _machine_config_is(self, body: types.MachineConfiguration) -> None:

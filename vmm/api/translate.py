@@ -6,6 +6,7 @@ from __future__ import annotations
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from boot.cmdline import Cmdline, parameter
 from vmm.api import types
 from vmm.config import DEFAULT_EXIT_PORT, VmConfig
 from vmm.device_config import (
@@ -188,18 +189,18 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
     host = _given(whole.pyvmm, types.Host())
     serial = _given(whole.serial, types.Serial())
     drives = sorted(whole.drives, key=lambda each: not each.is_root_device)
-    words = [DEFAULT_BOOT_ARGS if boot.boot_args is None else boot.boot_args]
+    line = Cmdline(DEFAULT_BOOT_ARGS if boot.boot_args is None else boot.boot_args)
     if drives and drives[0].is_root_device:
         root = drives[0]
         device = "/dev/vda" if root.partuuid is None else f"PARTUUID={root.partuuid}"
-        words.append(f"root={device} {'ro' if root.is_read_only else 'rw'}")
+        line.append(f"{parameter('root', device)} {'ro' if root.is_read_only else 'rw'}")
     for each in _given(whole.fs, []):
         if each.is_root_device:
-            words.append(f"root={each.tag} rootfstype=virtiofs {'ro' if each.read_only else 'rw'}")
+            line.append(f"{parameter('root', each.tag)} rootfstype=virtiofs {'ro' if each.read_only else 'rw'}")
     return VmConfig(
         boot.kernel_image_path,
         initrd=boot.initrd_path,
-        cmdline=" ".join(word for word in words if word),
+        cmdline=str(line),
         cpus=machine.vcpu_count,
         smt=machine.smt,
         cpu_template=whole.cpu_config.template() if isinstance(whole.cpu_config, types.CpuConfig) else None,
@@ -323,7 +324,7 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         place = roots.index(True) if True in roots else None
     if place:  # neither none nor the first, where Firecracker would put it
         added, place = "", None
-    boot_args = " ".join(config.full_cmdline.replace(added, "", 1).split()) if added else config.full_cmdline
+    boot_args = config.rootless_cmdline if added else config.full_cmdline
     whole_mib = config.memory % _MIB == 0
     host = types.Host(
         console=_unless(config.console, "raw"),

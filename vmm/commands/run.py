@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
+from boot.cmdline import Cmdline
 from vmm import threads
 from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
 from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
@@ -154,8 +155,11 @@ def config_from(args: Arguments) -> VmConfig:
         if image is not None:
             kernel, initrd, rootfs = image.kernel, initrd or image.initrd, rootfs or image.rootfs
             # Where the root is, the configuration says: it may be another than the image's own.
-            own = [word for word in image.cmdline.split() if word not in ("ro", "rw") and not word.startswith("root=")]
-            append = " ".join([*own, _terminal_size(), append]).strip()
+            line = Cmdline(image.cmdline)
+            line.remove("ro", "rw", "root")
+            line.append(_terminal_size())
+            line.append(append)
+            append = str(line)
         elif any(offered["name"] == kernel for offered in images.available()):
             raise ConfigError("kernel", kernel, f"is not here yet; fetch it with: pyvmm pull {kernel}")
     drives = [DriveConfig.parse(text) for text in args.disk]
