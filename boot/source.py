@@ -19,6 +19,16 @@ _USERS_MISTAKES = (
 _HEAD = 4096
 
 
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    """As os.pread, but fewer bytes mean the end of the file: a 9p or FUSE file system, or a read of more than 2 GiB,
+    gives some of them and the rest when asked again.
+    """
+    data = os.pread(fd, size, offset)
+    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 class Source:
     """A regular, non-empty file open for reading; a context manager that closes it.
 
@@ -45,7 +55,7 @@ class Source:
             if status.st_size == 0:
                 raise self.fail("is empty")
             self.size = status.st_size
-            self._head = os.pread(self._fd, _HEAD, 0)
+            self._head = _pread(self._fd, min(_HEAD, self.size), 0)
         except ConfigError:
             self.close()
             raise
@@ -90,7 +100,7 @@ class Source:
         if offset + size <= len(self._head):
             return self._head[offset : offset + size]
         try:
-            data = os.pread(self._fd, size, offset)
+            data = _pread(self._fd, size, offset)
         except OSError as error:
             raise HostError(error.errno or errno.EIO, f"read {self.field}", self.path) from error
         if len(data) < size:  # it shrank since it was opened

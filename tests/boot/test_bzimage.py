@@ -9,12 +9,20 @@ import tracemalloc
 
 import pytest
 
-from boot import layout
+from boot import layout, payload
+from boot.bzimage import parse as bzimage_header
 from boot.load import load, probe
+from boot.source import Source
 from tests.boot.conftest import refused
 from tests.boot.kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
+
+
+def zlib_stored(count):
+    """A gzip stream of so many stored blocks without a byte."""
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + b"\0\0\0\xff\xff" * count + b"\x01\0\0\xff\xff" + bytes(8)
+
 
 METHODS = ("gzip", "xz", "lzma", "bzip2", "zstd", "lz4")
 
@@ -131,8 +139,8 @@ def test_pvh_from_a_bzimage(memory, kernel):
 
 
 def test_a_compression_that_is_unknown_is_left_to_the_guest(memory, kernel):
-    for payload in (b"\x89LZO\0\r\n\x1a\n" + bytes(64), b"no compression" * 8, b""):
-        path = kernel(bzimage(payload))
+    for packed in (b"\x89LZO\0\r\n\x1a\n" + bytes(64), b"no compression" * 8, b""):
+        path = kernel(bzimage(packed))
         assert load(memory, path).unpacked == ""
         assert "cannot be unpacked" in refused(memory, path, unpack="always")
 
@@ -192,6 +200,33 @@ def test_an_unpacked_kernel_is_judged_like_any_other(memory, kernel):
         (elf([Phdr(data=b"x", paddr=1 << 40)], entry=1 << 40), "outside guest memory"),
     ):
         assert found in refused(memory, kernel(bzimage(compress("gzip", image))), unpack="always")
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_lz4_blocks_of_nothing_are_refused_at_the_first(memory, kernel, size):
+    block = b"\x01\0\0\0\0" if size == 0 else b"\x02\0\0\0\x10x"
+    packed = b"\x02\x21\x4c\x18" + block * 100_000 + MIB.to_bytes(4, "little")
+    text = refused(memory, kernel(bzimage(packed)), unpack="always")
+    assert f"a block of {size} bytes, not 8388608, before the last" in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_in_a_payload_makes_many_small_steps(kernel, method):
+    """As many turns of the loop as MiB go in and out, and a few; whatever the payload is made of."""
+    streams = {
+        "gzip": lambda: zlib_stored(200_000),
+        "zstd": lambda: b"\x28\xb5\x2f\xfd\x00\x58" + bytes(3) * 300_000 + b"\x01\0\0",
+        "lz4": lambda: compress("lz4", bytes(32 * MIB))[:-4],
+    }
+    packed = streams.get(method, lambda: compress(method, bytes(16 * MIB))[:-4])()
+    size = b"" if method == "gzip" else bytes(4)
+    with Source("kernel", kernel(bzimage(packed + size))) as source:
+        setup = bzimage_header(source)
+        assert payload.compression(source, setup) == method
+        steps, out = 0, 0
+        for chunk in payload.chunks(method, source, setup):
+            steps, out = steps + 1, out + len(chunk)
+    assert steps <= (len(packed) >> 20) + (out >> 20) + 3
 
 
 @pytest.mark.parametrize("method", ["gzip", "xz", "bzip2"])

@@ -12,7 +12,7 @@ import pytest
 
 from boot import layout
 from boot.load import load, probe
-from tests.boot.kernel_images import MIB, Phdr, bzimage, elf, pvh_elf, vmlinux
+from tests.boot.kernel_images import MIB, Phdr, bzimage, compress, elf, pvh_elf, vmlinux
 from vmm.errors import ConfigError, HostError
 from vmm.memory import GuestMemory
 
@@ -232,3 +232,24 @@ def test_a_file_that_shrinks_while_it_is_read(memory, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", shrunk)
     assert "truncated" in refused("kernel", path, load, memory, path)
+
+
+@pytest.mark.parametrize("unpack", ["always", "never"])
+def test_a_host_that_reads_a_little_at_a_time(memory, tmp_path, monkeypatch, unpack):
+    """As 9p and FUSE file systems do: some of the bytes, and the rest when asked again. The end is 0 bytes."""
+    elf_path, path, initrd = tmp_path / "elf", tmp_path / "bzimage", tmp_path / "initrd"
+    image = vmlinux(os.urandom(300_000))
+    elf_path.write_bytes(image)
+    path.write_bytes(bzimage(compress("gzip", image)))
+    initrd.write_bytes(os.urandom(100_000))
+    whole = [probe(file).release for file in (elf_path, path)]
+    with GuestMemory(64 * MIB) as other:
+        load(other, path, initrd_path=initrd, unpack=unpack)
+        expected = other.read(16 * MIB, 8 * MIB)
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 300), offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:4999]], offset))
+    assert [probe(file).release for file in (elf_path, path)] == whole
+    loaded = load(memory, path, initrd_path=initrd, unpack=unpack)
+    assert memory.read(16 * MIB, 8 * MIB) == expected
+    assert memory.read(*loaded.initrd) == initrd.read_bytes()
