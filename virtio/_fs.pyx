@@ -13,7 +13,7 @@ from virtio._fs_share cimport IN_HEADER, Counters, Share
 from virtio._fs_table cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from virtio._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header
 from virtio._limiter cimport RateLimiter
-from virtio._mmio cimport interrupt_used
+from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
 
@@ -162,7 +162,7 @@ cdef class FsThread(QueueWorker):
         wanted = queue_flush(ring)
         pthread_mutex_unlock(&self.backlog.used_locks[queue])
         if wanted:
-            interrupt_used(self.line)
+            interrupt_used(self.call, queue)
 
 
 cdef class FsWorker(FsThread):

@@ -6,6 +6,8 @@ COUNTERS: tuple[str, ...]
 class VsockWorker(QueueWorker):
     """The thread of a :class:`virtio.vsock.Vsock`, from which it takes guest_cid and the listener."""
 
+    def reset_transport(self) -> None:
+        """Tell the driver that every connection is gone (§5.10.6.7); before ``start``."""
     @property
     def connections(self) -> int:
         """How many there are, open or on their way in or out."""

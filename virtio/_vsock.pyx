@@ -15,7 +15,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memset
 
-from virtio._mmio cimport interrupt_used
+from virtio._interrupt cimport interrupt_used
 from virtio._vsock_conns cimport (
     BUFFER, CLOSING, CONNECTING, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN, State,
 )
@@ -42,6 +42,7 @@ COUNTERS = (
 cdef enum:
     RX = 0                      # places of the queues, which are their numbers too (§5.10.2)
     TX = 1
+    EVENT = 2
     TOKEN_LISTENER = 0x10000
     MAX_PACKET = 65536          # payload of one packet, as Linux has it (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)
     TURN = 128                  # chains of one queue before the other sockets are looked at
@@ -93,6 +94,7 @@ cdef class VsockWorker(QueueWorker):
     cdef uint32_t tx_returned           # since it was told last
     cdef bint tx_timed                  # the timer will tell it
     cdef bint listening
+    cdef bint reset_due                 # the driver is to hear that its connections are gone
     cdef uint64_t guest_cid
     cdef int listener
     cdef int notify_tx
@@ -117,7 +119,7 @@ cdef class VsockWorker(QueueWorker):
         self.prefix = os.fsencode(device.listener.path)
         self.path = self.prefix
         self.last_port = FIRST_HOST_PORT - 1
-        self.forget()
+        self.clear()
 
     @property
     def connections(self):
@@ -137,19 +139,53 @@ cdef class VsockWorker(QueueWorker):
         self.listening = False
         self.poll_ns = 0                # a look at the rings would keep the sockets waiting
         self.listen()
+        if self.table.live:
+            self.wake_after(1)          # after a stop, for the deadlines
 
-    cdef void forget(self) noexcept nogil:
-        self.table.forget()
-        self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = 0
-        self.tx_waits = self.tx_owed = self.tx_timed = False
-
-    cdef void finish(self) noexcept nogil:
+    def forget(self):
+        """Close every connection: the driver that had them is gone."""
         cdef uint32_t i
         for i in range(self.table.fresh):
             if self.table.conns[i].state != FREE:
                 self.close_host(&self.table.conns[i])
                 self.count.closed += 1
-        self.forget()
+        self.clear()
+
+    cdef void clear(self) noexcept nogil:
+        self.table.forget()
+        self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = 0
+        self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = False
+
+    def reset_transport(self):
+        """Tell the driver that every connection is gone (§5.10.6.7); before ``start``."""
+        self.reset_due = True
+
+    cdef int tell_reset(self) noexcept nogil:
+        # VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, in the next buffer that the driver gives for events.
+        cdef DescChain *chain = self.chains[EVENT]
+        cdef uint32_t event = 0
+        cdef int status
+        while self.reset_due:
+            status = queue_pop(self.rings[EVENT], self.ram, chain)
+            if status != QUEUE_CHAIN:
+                return status
+            if chain.n_readable or chain.writable_bytes < sizeof(event):
+                self.count.bad_requests += 1
+                queue_add_used(self.rings[EVENT], chain.head, 0)
+                continue
+            scatter(chain.iov, &event, sizeof(event))
+            queue_add_used(self.rings[EVENT], chain.head, sizeof(event))
+            self.reset_due = False
+        if queue_flush(self.rings[EVENT]):
+            self.interrupt()
+        return SERVE_STALLED
+
+    cdef void finish(self) noexcept nogil:
+        if self.rings[RX].size:
+            self.show()
+        if self.tx_owed:
+            self.interrupt()
+        self.tx_timed = False
         self.unwatch(self.listener)
         self.wake_after(0)
 
@@ -160,7 +196,7 @@ cdef class VsockWorker(QueueWorker):
             return self.serve_rx()
         if place == TX:
             return self.serve_tx()
-        return SERVE_STALLED            # no event to tell: its buffers stay where they are
+        return self.tell_reset() if self.reset_due else SERVE_STALLED   # its buffers stay where they are
 
     cdef int event(self, uint32_t token) noexcept nogil:
         if token == TOKEN_LISTENER:
@@ -343,7 +379,7 @@ cdef class VsockWorker(QueueWorker):
         # One interrupt for the device: its handler looks at every used ring (§4.2.2, InterruptStatus).
         self.tx_owed = False
         self.tx_returned = 0
-        interrupt_used(self.line)
+        interrupt_used(self.call, RX)
 
     cdef void return_tx(self) noexcept nogil:
         # A driver that hears of a packet that was sent can free it, and that is all. So the interrupt is put off, most

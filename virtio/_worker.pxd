@@ -2,7 +2,7 @@
 # The thread of a device's queues, without the GIL: what a device's Cython loop is a subclass of.
 from libc.stdint cimport uint32_t, uint64_t
 
-from virtio._mmio cimport Line
+from virtio._interrupt cimport Call
 from vmm._fastpath cimport DescChain, GuestRam, Ring
 
 cdef enum:
@@ -23,7 +23,8 @@ cdef enum:
 cdef class QueueWorker:
     # Valid in the thread, from begin() to the end of finish():
     cdef GuestRam ram
-    cdef Line *line                             # for interrupt_used()
+    cdef Call *call                             # for interrupt_used()
+    cdef uint32_t[MAX_WORKER_QUEUES] numbers    # of the queues in the device, by place
     cdef uint64_t features                      # as negotiated
     cdef (Ring *)[MAX_WORKER_QUEUES] rings    # by place in this worker, not by number in the device
     cdef (DescChain *)[MAX_WORKER_QUEUES] chains  # scratch of each queue

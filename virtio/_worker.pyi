@@ -26,6 +26,8 @@ class QueueWorker:
         """Make ready for a driver, before the thread starts; for a subclass."""
     def stop(self) -> None:
         """End the thread and wait for it; idempotent."""
+    def forget(self) -> None:
+        """The driver is gone, and with it what it began; the thread has stopped. For a subclass."""
     def close(self) -> None:
         """Stop the thread and give its file descriptors back; idempotent."""
     @property

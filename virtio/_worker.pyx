@@ -6,7 +6,7 @@ import os
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 
-from virtio._mmio cimport Interrupt, interrupt_used
+from virtio._interrupt cimport Interrupt, interrupt_used
 from vmm._fastpath cimport (
     Ring, VirtQueue, load_relaxed16, queue_disable_notify, queue_enable_notify, queue_flush, queue_mute,
 )
@@ -143,10 +143,11 @@ cdef class QueueWorker:
         cdef uint32_t place
         self._context = context         # keeps the queues, the memory and the interrupt
         self.ram = context.memory
-        self.line = &interrupt.line
+        self.call = &interrupt.call
         self.features = context.features
         for place, index in enumerate(self.indices):
             queue = context.queues[index]
+            self.numbers[place] = index
             self.rings[place] = &queue.ring
             self.chains[place] = &queue.scratch
             self._stalled[place] = False
@@ -169,6 +170,9 @@ cdef class QueueWorker:
         eventfd_write(self._stop_fd, 1)
         self._thread.join()
         self._thread = None
+
+    def forget(self):
+        """The driver is gone, and with it what it began; the thread has stopped. For a subclass."""
 
     def close(self):
         """Stop the thread and give its file descriptors back; idempotent."""
@@ -297,7 +301,7 @@ cdef class QueueWorker:
 
     cdef void publish(self, uint32_t place) noexcept nogil:
         if queue_flush(self.rings[place]):
-            interrupt_used(self.line)
+            interrupt_used(self.call, self.numbers[place])
 
     cdef int watch(self, int fd, uint32_t token, uint32_t events) noexcept nogil:
         if worker_ctl(self._epoll, EPOLL_CTL_ADD, fd, events, token) == 0:

@@ -20,6 +20,7 @@ from vmm.threads import spawn
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from virtio.device import ActivateContext, AnyWorker
     from vmm._fastpath import Chain, VirtQueue
@@ -177,6 +178,22 @@ class Balloon(VirtioDevice):
         # §5.5.6.5.1: it is not changed after this
         self._poison = self._field(_POISON.start) if context.features & spec.BALLOON_F_PAGE_POISON else 0
 
+    def release(self) -> None:
+        """Give the statistics' buffer back: the driver answers with another."""
+        if self._held is not None and self.context.queues[_STATS_QUEUE].ready:
+            self._hold(self.context.queues[_STATS_QUEUE], None)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what the driver has handed back, and its poison."""
+        actual, poison = state["actual"], state["poison"]
+        with self._lock:
+            self.config = self.config[:4] + struct.pack("<I", actual) + self.config[8:12] + struct.pack("<I", poison)
+        self._poison = poison if self.context.features & spec.BALLOON_F_PAGE_POISON else 0
+
+    def save(self) -> dict[str, Any]:
+        """What the driver wrote to the configuration space."""
+        return {"actual": self._field(_ACTUAL.start), "poison": self._field(_POISON.start)}
+
     def reset(self) -> None:
         """Forget the driver: what was in its balloon is its guest's again."""
         if self._ticker is not None:
@@ -285,7 +302,7 @@ class Balloon(VirtioDevice):
         if before is not None:
             queue.add_used(before, 0)
             if queue.flush():
-                self.context.interrupt()
+                self.context.interrupt(queue.index)
 
     def _learn(self, chain: Chain) -> None:
         self.counters["requests"] += 1

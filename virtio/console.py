@@ -18,6 +18,7 @@ from vmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from virtio.device import ActivateContext, AnyWorker
     from vmm._fastpath import Chain, VirtQueue
@@ -220,6 +221,28 @@ class Console(VirtioDevice):
             self._messages.clear()
             self._ready.clear()
 
+    def save(self) -> dict[str, Any]:
+        """Which ports the driver knows and has open, and the messages for it."""
+        with self._messages_lock:
+            return {
+                "announced": self._announced,
+                "ready": sorted(self._ready),
+                "open": [number for number, port in enumerate(self.ports) if port.guest_open],
+                "messages": list(self._messages),
+            }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with that driver."""
+        known = range(len(self.ports))
+        if not {*state["ready"], *state["open"]} <= {*known}:
+            raise ValueError("more ports than there are")
+        with self._messages_lock:
+            self._announced = bool(state["announced"])
+            self._ready = set(state["ready"])
+            self._messages = [bytes(message) for message in state["messages"]]
+        for number in state["open"]:
+            self.ports[number].open(True)
+
     def write_config(self, offset: int, data: bytes) -> None:
         """Take the character of an emergency write (§5.3.5.1), whatever state the device is in."""
         at = spec.CONSOLE_CONFIG_EMERG_WR - offset
@@ -263,7 +286,7 @@ class Console(VirtioDevice):
                 _scatter(data, chain)
                 queue.add_used(chain, len(data))
                 if queue.flush():
-                    context.interrupt()
+                    context.interrupt(queue.index)
             if not queue.enable_notify() or context.stopping or not waiting():
                 return
 

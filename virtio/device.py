@@ -16,9 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from threading import Thread
-    from typing import Protocol
+    from typing import Any, Protocol
 
-    from virtio._mmio import Interrupt
+    from virtio._interrupt import Interrupt
     from vmm._fastpath import Chain, GuestRam, VirtQueue
 
     class AnyWorker(Protocol):
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         def notified(self) -> dict[int, int]: ...
         def start(self, context: ActivateContext) -> None: ...
         def stop(self) -> None: ...
+        def forget(self) -> None: ...
         def close(self) -> None: ...
 
     class PublishConfig(Protocol):
@@ -58,7 +59,7 @@ class ActivateContext:
     :ivar memory: guest RAM
     :ivar queues: one a queue, ready or not; used by the worker thread only
     :ivar features: what the driver accepted, a subset of what the device offers
-    :ivar interrupt: ``interrupt()`` tells the driver to look at its used rings; any thread
+    :ivar interrupt: ``interrupt(queue)`` tells the driver to look at the used ring of that number; any thread
     :ivar warn: ``warn(kind, message)``, rate limited by kind
     :ivar stopping: True once the driver has reset the device; a loop over a queue then returns
     """
@@ -138,8 +139,27 @@ class VirtioDevice:
     def activate(self, context: ActivateContext) -> None:
         """The driver is ready; ``self.context`` is set already."""
 
+    def release(self) -> None:
+        """The workers have stopped: give back every chain that is held. They may be started again."""
+
     def reset(self) -> None:
         """The driver is gone, the worker has stopped; forget what was negotiated."""
+
+    def save(self) -> dict[str, Any]:
+        """What a driver that is there can tell from a new device, beyond the transport's part and ``config``.
+
+        The workers have stopped. What the host gives (paths, taps, sockets, limits) is configuration and not state.
+
+        :returns: integers, strings, bytes and lists and dictionaries of them
+        :raises SnapshotError: this device, or what its driver does with it, cannot be saved
+        """
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what ``save`` told of another device of the kind; after ``activate``, before the workers start.
+
+        The values may be anything of the right type: a KeyError, TypeError, ValueError or SnapshotError refuses them.
+        """
 
     def drain(self, queue: VirtQueue, serve: Callable[[Chain], int]) -> None:
         """Give each chain to `serve`, which returns the bytes it wrote, until the queue is empty."""
@@ -149,7 +169,7 @@ class VirtioDevice:
             while not context.stopping and (chain := queue.pop()) is not None:
                 queue.add_used(chain, serve(chain))
                 if queue.flush():
-                    context.interrupt()
+                    context.interrupt(queue.index)
             if not queue.enable_notify() or context.stopping:
                 return
 
@@ -215,6 +235,9 @@ class Worker:
         self._thread.join()
         self._thread = None
         os.eventfd_read(self._stop)
+
+    def forget(self) -> None:
+        """The driver is gone; nothing of it is kept here."""
 
     def close(self) -> None:
         """Stop the thread and give its file descriptors back; once."""

@@ -11,11 +11,12 @@ from virtio._fs import Backlog, FsHelper, FsWorker
 from virtio._fs_share import Share, raise_descriptor_limit
 from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from virtio._limiter import Bucket
     from virtio._worker import QueueWorker
@@ -143,6 +144,10 @@ class Fs(VirtioDevice):
         self.limiter.update(bandwidth, ops)
         for worker in self._workers:
             worker.wake()
+
+    def save(self) -> dict[str, Any]:
+        """Refuse: what the guest knows of the tree is descriptors of this process."""
+        raise SnapshotError(self.name, "a shared directory in use cannot be saved; unmount it in the guest first")
 
     def reset(self) -> None:
         """Close what the guest had open and forget what it knew."""

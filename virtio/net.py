@@ -17,7 +17,7 @@ from vmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from virtio._limiter import Bucket
     from virtio.device import ActivateContext, AnyWorker
@@ -123,6 +123,7 @@ class Net(VirtioDevice):
         if mtu is not None:
             self.features |= spec.NET_F_MTU
         self.counters |= {"control": 0, "bad_control": 0}
+        self._offloads = self._pairs_used = 0
         self.config = self._config_space()
         self._workers: list[NetWorker] = []
         self._pcap = -1 if pcap is None else _open_pcap(pcap)
@@ -165,8 +166,24 @@ class Net(VirtioDevice):
         """Let the tap do what the driver negotiated."""
         if self.mmds is not None:
             self.mmds.reset()
-        self.backend.set_pairs(1)
-        self.backend.set_offloads(context.features)
+        self._use(1, context.features)
+
+    def _use(self, pairs: int, offloads: int) -> None:
+        self.backend.set_pairs(pairs)
+        self.backend.set_offloads(offloads)
+        self._pairs_used, self._offloads = pairs, offloads
+
+    def save(self) -> dict[str, Any]:
+        """The address, pairs and offloads that the driver has chosen."""
+        return {"mac": self.mac, "pairs": self._pairs_used, "offloads": self._offloads & GUEST_OFFLOADS}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take them; the address is the guest's, whatever this device was to have."""
+        if len(state["mac"]) != 6 or not 1 <= state["pairs"] <= self.pairs:
+            raise ValueError("no such address or number of pairs")
+        self.mac = bytes(state["mac"])
+        self.config = self._config_space()
+        self._use(state["pairs"], state["offloads"] & self.context.features)
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or pull it, as the guest sees it; any thread."""
@@ -223,14 +240,14 @@ class Net(VirtioDevice):
                 count = int.from_bytes(data, "little")
                 if len(data) != 2 or not 1 <= count <= self.pairs or not self.context.features & spec.NET_F_MQ:
                     return False
-                self.backend.set_pairs(count)
+                self._use(count, self._offloads)
                 return True
             case spec.NET_CTRL_GUEST_OFFLOADS, spec.NET_CTRL_GUEST_OFFLOADS_SET:
                 wanted = int.from_bytes(data, "little")
                 allowed = self.context.features & GUEST_OFFLOADS
                 if len(data) != 8 or wanted & ~allowed or not self.context.features & spec.NET_F_CTRL_GUEST_OFFLOADS:
                     return False
-                self.backend.set_offloads(wanted)
+                self._use(self._pairs_used, wanted)
                 return True
         return False
 

@@ -21,6 +21,7 @@ from vmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
 QUEUE_SIZE = 256
 MAX_CONNECTIONS = 4096
@@ -145,6 +146,11 @@ class Vsock(VirtioDevice):
         """One thread for all three queues and every connection."""
         self._worker = VsockWorker(self, range(len(notify_fds)), notify_fds, on_failure)
         return [self._worker]
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Tell the driver that its connections are gone: no copy has the sockets of another machine."""
+        if self._worker is not None:
+            self._worker.reset_transport()
 
     @property
     def connections(self) -> int:

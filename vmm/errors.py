@@ -50,6 +50,19 @@ class KvmError(HostError):
     """An ioctl on a KVM file descriptor failed; ``what`` is its name in ``<linux/kvm.h>``."""
 
 
+class SnapshotError(VmmError):
+    """A machine cannot be saved, or a saved one not be made again.
+
+    :param what: the device, file or part concerned
+    :param problem: what is wrong with it, one clause
+    """
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(f"{what}: {problem}")
+        self.what = what
+        self.problem = problem
+
+
 class GuestError(VmmError):
     """The guest did something that no correct guest does."""
 

@@ -167,7 +167,7 @@ class Machine:
         self.virtio = tuple(self._transport(device, line) for device, line in zip(devices, lines, strict=True))
         if self.kvm.check(abi.KVM_CAP_READONLY_MEM):
             for (base, size, _), transport in zip(windows, self.virtio, strict=True):
-                self.vm.map_window(base, size, transport.interrupt.page_address, read_only=True)
+                self.vm.map_window(base, size, transport.page_address, read_only=True)
         self.vm.create_irqchip()
         self._add_platform()
         if timer is not None:

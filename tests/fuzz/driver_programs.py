@@ -22,6 +22,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+import msgspec
+
 from tests.guest_driver import Allocator, MmioDriver, SplitDriver
 from virtio import spec
 from virtio.device import VirtioDevice
@@ -181,10 +183,14 @@ def kind(
 
 
 class Victim:
-    """A device of one kind behind its transport, and random programs against it."""
+    """A device of one kind behind its transport, and random programs against it.
 
-    def __init__(self, name: str) -> None:
+    :param cuts: how often, of 1, a step is followed by a move of the device to another transport by its state
+    """
+
+    def __init__(self, name: str, *, cuts: float = 0.0) -> None:
         self.kind = KINDS[name]
+        self.cuts = cuts
         self._stack = contextlib.ExitStack()
         directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self.ram = self._stack.enter_context(GuestMemory(RAM))
@@ -195,7 +201,16 @@ class Victim:
         self.device = self.kind.make(self._stack, directory)
         self.log: list[str] = []
         self.transport = VirtioMmio(self.device, self.ram, self.irq, warn=self.log.append)
-        self._stack.callback(self.transport.close)
+        self._stack.callback(lambda: self.transport.close())
+
+    def cut(self, driver: MmioDriver) -> None:
+        """Hold the conversation, save the device's state as a file has it, and go on with another transport."""
+        self.transport.stop()
+        state = msgspec.msgpack.decode(msgspec.msgpack.encode(self.transport.save()))
+        self.transport.close()
+        self.transport = driver.transport = VirtioMmio(self.device, self.ram, self.irq, warn=self.log.append)
+        self.transport.restore(state)
+        self.transport.go_on()
 
     def close(self) -> None:
         self._stack.close()
@@ -226,6 +241,8 @@ class Victim:
                 self._step(rng, driver, driver.queues[place], place)
             except (MemoryError, IndexError):
                 break  # the driver's own memory or descriptors are used up
+            if rng.random() < self.cuts:
+                self.cut(driver)
         self._settle(driver)
 
     def _step(self, rng: random.Random, driver: MmioDriver, ring: SplitDriver, place: int) -> None:

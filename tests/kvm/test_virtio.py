@@ -101,7 +101,7 @@ def test_guest_reads_a_sector(guest: MakeGuest, image: Path) -> None:
     assert vm.memory.read(DATA, 513) == bytes([42]) * 512 + b"\0"
     assert struct.unpack("<II", vm.memory.read(USED + 4, 8)) == (0, 513)
     assert vm.virtio[0].device.stats["requests"] == 1
-    assert vm.virtio[0].interrupt.notified == 0, "KVM's ioeventfd takes them"
+    assert vm.virtio[0].notified == 0, "KVM's ioeventfd takes them"
 
 
 @pytest.mark.parametrize(

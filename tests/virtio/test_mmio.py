@@ -539,7 +539,7 @@ def test_what_is_published_while_a_register_is_written_stays_published(host: Hos
     host.driver.set(spec.MMIO_QUEUE_SEL, 1)
     publisher.join(30)
     host.device.__class__ = Echo
-    assert ctypes.string_at(host.transport.interrupt.page_address + spec.MMIO_CONFIG, 20) == new
+    assert ctypes.string_at(host.transport.page_address + spec.MMIO_CONFIG, 20) == new
 
 
 def test_a_notification_without_a_request(host: Host) -> None:

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device's state: what stops and goes on, what another device takes over, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.guest_driver import Allocator, MmioDriver
+from tests.virtio.device_host import DeviceHost
+from tests.virtio.vsock_driver import EVENT, Vm
+from virtio import spec
+from virtio.balloon import Balloon
+from virtio.blk import Block, Disk
+from virtio.console import Console
+from virtio.device import VirtioDevice
+from virtio.fs import Fs
+from virtio.mmio import VirtioMmio
+from virtio.rng import Entropy
+from vmm.errors import SnapshotError
+from vmm.irq import IrqLine
+from vmm.memory import GuestMemory
+
+SECTORS = 256
+
+
+def _move(host: DeviceHost[Any], device: VirtioDevice) -> None:
+    """Go on with `device` in place of the host's, on the same memory, as after a snapshot."""
+    host.transport.stop()
+    state = msgspec.msgpack.decode(msgspec.msgpack.encode(host.transport.save()))
+    host.transport.close()
+    host.device = device
+    host.transport = host.driver.transport = VirtioMmio(device, host.ram, host.irq, warn=host.log.append)
+    host.transport.restore(state)
+    host.transport.go_on()
+
+
+@pytest.fixture
+def host(ram: GuestMemory) -> Iterator[DeviceHost[Entropy]]:
+    host = DeviceHost(Entropy(), ram, Allocator(0x1000, ram.size - 0x1000))
+    yield host
+    host.close()
+
+
+def _conversation(path: Path, *, cuts: bool) -> tuple[bytes, bytes, dict[str, int]]:
+    # The same requests, with the device replaced between and below them; what the guest and the disk have then.
+    path.write_bytes(bytes(SECTORS * 512))
+    rng, dice = random.Random(5), random.Random(7)
+    with GuestMemory(4 << 20) as ram, Disk(str(path)) as disk:
+        host = DeviceHost(Block(disk, queues=2, serial="s"), ram, Allocator(0x1000, ram.size - 0x1000))
+        host.driver.bring_up(size=64)
+        answers = b""
+        for _ in range(120):
+            queue = rng.randrange(2)
+            ring = host.driver.queues[queue]
+            write = rng.random() < 0.6
+            size = 512 * rng.randrange(1, 5)
+            header = struct.pack("<IIQ", int(write), 0, rng.randrange(SECTORS - 4))
+            data = ring.buffer(rng.randbytes(size)) if write else ring.buffer(size, device_writes=True)
+            head = ring.add([ring.buffer(header), data, ring.buffer(1, device_writes=True)])
+            status = data.addr + size
+            ring.want_interrupt()
+            host.driver.kick(queue)
+            if cuts and dice.random() < 0.5:
+                _move(host, Block(disk, queues=2, serial="s"))
+            host.reap(queue, head)
+            if cuts and dice.random() < 0.3:
+                _move(host, Block(disk, queues=2, serial="s"))
+            answers += ram.read(data.addr, size) + ram.read(status, 1)
+        counters = {queue: driver.used_idx for queue, driver in enumerate(host.driver.queues)}
+        host.close()
+    return answers, path.read_bytes(), {str(key): value for key, value in counters.items()}
+
+
+def test_a_conversation_with_cuts_ends_as_one_without(tmp_path: Path) -> None:
+    whole = _conversation(tmp_path / "whole", cuts=False)
+    assert _conversation(tmp_path / "cut", cuts=True) == whole
+    assert any(whole[1])
+
+
+def test_a_stopped_device_holds_nothing_and_goes_on(host: DeviceHost[Entropy]) -> None:
+    ring = host.driver.bring_up()[0]
+    for _ in range(50):
+        host.transport.stop()
+        ring.want_interrupt()
+        head = ring.add([ring.buffer(16, device_writes=True)])
+        host.driver.kick()
+        assert not ring.reap(), "it is stopped"
+        host.transport.go_on()
+        assert host.reap(0, head) == 16
+
+
+def test_a_device_at_every_stage_of_its_start(ram: GuestMemory, host: DeviceHost[Entropy]) -> None:
+    driver = host.driver
+    steps: list[Any] = [
+        lambda: driver.set(spec.MMIO_STATUS, 0),
+        lambda: driver.add_status(spec.ACKNOWLEDGE),
+        lambda: driver.add_status(spec.DRIVER),
+        lambda: driver.accept(driver.offered()),
+        lambda: driver.add_status(spec.FEATURES_OK),
+        lambda: driver.set(spec.MMIO_QUEUE_SEL, 0),
+    ]
+    for step in steps:
+        step()
+        before = {offset: driver.get(offset) for offset in range(0, 0x100, 4)}
+        _move(host, Entropy())
+        assert {offset: driver.get(offset) for offset in range(0, 0x100, 4)} == before
+    ring = driver.bring_up()[0]
+    assert host.submit(0, [ring.buffer(8, device_writes=True)]) == 8
+
+
+def test_the_driver_hears_of_a_changed_configuration(tmp_path: Path, ram: GuestMemory) -> None:
+    for name, sectors in (("small", 8), ("large", 16)):
+        (tmp_path / name).write_bytes(bytes(sectors * 512))
+    with Disk(str(tmp_path / "small")) as small, Disk(str(tmp_path / "large")) as large:
+        host = DeviceHost(Block(small), ram, Allocator(0x1000, ram.size - 0x1000))
+        host.driver.bring_up()
+        generation = host.driver.get(spec.MMIO_CONFIG_GENERATION)
+        _move(host, Block(large))
+        assert host.driver.get(spec.MMIO_CONFIG_GENERATION) != generation
+        assert host.driver.take_interrupt() & spec.INTERRUPT_CONFIG
+        assert host.driver.config(0, 8) == (16).to_bytes(8, "little")
+        host.close()
+
+
+def test_the_balloon_hands_its_buffer_back(ram: GuestMemory) -> None:
+    host = DeviceHost(Balloon(stats_polling_interval_s=3600), ram, Allocator(0x1000, 1 << 20))
+    host.driver.bring_up()
+    stats = host.driver.queues[2]
+    stats.want_interrupt()
+    head = stats.add([stats.buffer(spec.BALLOON_STAT.pack(0, 1))])
+    host.driver.kick(2)
+    while host.device.counters["stats_updates"] == 0:
+        pass
+    assert not stats.reap(), "it keeps the buffer until it asks for the next"
+    host.transport.stop()
+    assert stats.reap() == [(head, 0)]
+    host.transport.go_on()
+    host.close()
+
+
+def test_the_balloon_remembers_what_it_was_given(ram: GuestMemory) -> None:
+    host = DeviceHost(Balloon(2), ram, Allocator(0x1000, 1 << 20))
+    host.driver.bring_up()
+    host.transport.write(spec.MMIO_CONFIG + 4, memoryview((512).to_bytes(4, "little")))
+    _move(host, Balloon(2))
+    assert host.device.actual_pages == 512
+    assert host.driver.config(4, 4) == (512).to_bytes(4, "little")
+    host.close()
+
+
+def test_a_console_goes_on_with_its_ports(ram: GuestMemory) -> None:
+    host = DeviceHost(Console(["second"]), ram, Allocator(0x1000, 1 << 20))
+    host.driver.bring_up()
+    control = host.driver.queues[3]
+    for port, event in ((0xFFFF_FFFF, 0), (0, 3), (1, 3), (1, 6)):
+        host.submit(3, [control.buffer(spec.CONSOLE_CONTROL.pack(port, event, 1))])
+    assert host.device.ports[1].guest_open
+    _move(host, Console(["second"]))
+    assert [port.guest_open for port in host.device.ports] == [False, True]
+    host.device.ports[1].feed(b"hello")
+    data = host.driver.queues[4].buffer(16, device_writes=True)
+    assert host.submit(4, [data]) == 5
+    assert ram.read(data.addr, 5) == b"hello"
+    host.close()
+
+
+def test_connections_survive_a_stop_and_a_copy_hears_that_they_are_gone(tmp_path: Path, ram: GuestMemory) -> None:
+    vm = Vm(tmp_path / "v", ram)
+    try:
+        client, _ = vm.host_open()
+        vm.transport.stop()
+        client.sendall(b"while it stands")
+        vm.transport.go_on()
+        assert vm.receive(spec.VSOCK_OP_RW).data == b"while it stands"
+        assert vm.device.connections == 1
+        events = vm.queue(EVENT)
+        events.want_interrupt()
+        head = events.add([events.buffer(b"\xff" * 4)._replace(device_writes=True)])
+        buffer = vm.allocator.taken[-1][0]
+        vm.driver.kick(EVENT)
+        vm.transport.stop()
+        state = vm.transport.save()
+        vm.transport.close()
+        vm.transport = vm.driver.transport = VirtioMmio(vm.device, ram, vm.irq, warn=vm.log.append)
+        vm.transport.restore(state)
+        vm.transport.go_on()
+        done: list[tuple[int, int]] = []
+        while not done:
+            done = events.reap()
+        assert done == [(head, 4)]
+        assert ram.read(buffer, 4) == bytes(4), "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET"
+        assert vm.device.connections == 0
+        vm.host_open()
+    finally:
+        vm.close()
+
+
+def test_a_share_in_use_is_refused(tmp_path: Path, ram: GuestMemory, irq: IrqLine) -> None:
+    device = Fs("tag", str(tmp_path))
+    transport = VirtioMmio(device, ram, irq)
+    assert transport.save()["status"] == 0, "one that no driver has found yet is as good as new"
+    MmioDriver(transport, Allocator(0x1000, 1 << 20)).bring_up(size=16)
+    transport.stop()
+    with pytest.raises(SnapshotError, match="virtio-fs: a shared directory in use cannot be saved"):
+        transport.save()
+    transport.close()
+    device.close()
+
+
+def test_another_devices_state_is_refused(ram: GuestMemory, irq: IrqLine, host: DeviceHost[Entropy]) -> None:
+    host.driver.bring_up()
+    host.transport.stop()
+    good = host.transport.save()
+
+    def refusal(change: dict[str, Any], device: VirtioDevice | None = None) -> str:
+        transport = VirtioMmio(device or Entropy(), ram, irq)
+        with pytest.raises(SnapshotError) as refused:
+            transport.restore({**copy.deepcopy(good), **change})
+        transport.close()
+        return str(refused.value)
+
+    assert refusal({}, Console()) == "virtio-console: the state is that of a device of type 4"
+    assert refusal({"queues": []}) == "virtio-rng: has 1 queues, the state 0"
+    assert "does not offer feature bits 0x1," in refusal({"features": good["features"] | 1})
+    assert "is not inside guest memory" in refusal({"queues": [{**good["queues"][0], "used": 1 << 40}]})
+    assert "not a power of two" in refusal({"queues": [{**good["queues"][0], "size": 3}]})
+    assert "the state is damaged" in refusal({"select": {}})
+
+
+def test_no_damaged_state_does_more_than_be_refused(ram: GuestMemory, irq: IrqLine) -> None:
+    host = DeviceHost(Console(["x"]), ram, Allocator(0x1000, 1 << 20))
+    host.driver.bring_up()
+    host.transport.stop()
+    good = host.transport.save()
+    host.close()
+    rng = random.Random(1)
+    odd = [None, -1, 0, 1, 1 << 16, 1 << 64, "x", b"", b"x" * 300, [], [1], {}, {"a": 1}, 1.5, True]
+    refused = 0
+    for _ in range(600):
+        state = copy.deepcopy(good)
+        at: Any = state
+        while True:
+            key = rng.choice(list(at) if isinstance(at, dict) else range(len(at)))
+            if isinstance(at[key], dict | list) and at[key] and rng.random() < 0.7:
+                at = at[key]
+                continue
+            at[key] = rng.choice(odd)
+            break
+        transport = VirtioMmio(Console(["x"]), ram, irq)
+        try:
+            transport.restore(state)
+            transport.go_on()
+        except SnapshotError:
+            refused += 1
+        transport.close()
+    assert refused > 200

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""How a device tells its driver: an edge by queue, and virtio-mmio's InterruptStatus."""
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline void or32(uint32_t *p, uint32_t v) { __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+    static inline void and32(uint32_t *p, uint32_t v) { __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
+    """
+    uint32_t load32(const uint32_t *p) noexcept nogil
+    void store32(uint32_t *p, uint32_t v) noexcept nogil
+    void or32(uint32_t *p, uint32_t v) noexcept nogil
+    void and32(uint32_t *p, uint32_t v) noexcept nogil
+
+cdef extern from "sys/eventfd.h" nogil:
+    int eventfd_write(int fd, uint64_t value)
+
+cdef enum:
+    INTERRUPT_USED = 1
+    INTERRUPT_CONFIG = 2
+
+
+cdef void interrupt_used(Call *call, uint32_t queue) noexcept nogil:
+    # The bit before the edge: the handler that the edge starts sees it. An edge each time, though the bit may be set
+    # still: a driver may acknowledge after it has looked at its rings.
+    or32(call.status, INTERRUPT_USED)
+    eventfd_write(call.queue[queue], 1)
+
+
+cdef class Interrupt:
+    """How a device tells its driver; safe from any thread.
+
+    :param owner: a :class:`vmm.irq.IrqLine`, the line of every queue and of the configuration; not owned
+    """
+
+    def __cinit__(self, owner):
+        cdef int queue
+        self.owner = owner
+        self.call.status = &self.no_status
+        self.call.config = owner.fd
+        for queue in range(MAX_QUEUES):
+            self.call.queue[queue] = owner.fd
+
+    def __call__(self, uint32_t queue=0):
+        """Tell the driver that the used ring of `queue` has changed."""
+        if queue < MAX_QUEUES:
+            interrupt_used(&self.call, queue)
+
+    def config(self):
+        """Tell the driver that the configuration space, or DEVICE_NEEDS_RESET, has changed."""
+        or32(self.call.status, INTERRUPT_CONFIG)
+        eventfd_write(self.call.config, 1)
+
+    @property
+    def status(self):
+        """InterruptStatus as the driver reads it."""
+        return load32(self.call.status)
+
+    def acknowledge(self, uint32_t bits):
+        """The driver has seen `bits`."""
+        and32(self.call.status, ~bits)
+
+    def restore(self, uint32_t status):
+        """Set InterruptStatus to that of another machine, without an interrupt."""
+        store32(self.call.status, status & (INTERRUPT_USED | INTERRUPT_CONFIG))
