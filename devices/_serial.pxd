@@ -30,6 +30,7 @@ cdef struct State:
     uint8_t ier, fcr, lcr, mcr, msr, scr, dll, dlm
     uint8_t fifo[FIFO_SIZE]     # what the guest reads next is fifo[fifo_head]
     uint32_t fifo_head, fifo_count
+    uint32_t looped             # the last so many of them are the guest's own, by the loopback
     uint8_t wire[WIRE_SIZE]
     uint32_t wire_head, wire_count
     uint8_t ring[RING_SIZE]

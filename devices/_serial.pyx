@@ -109,10 +109,12 @@ cdef void update(State *s) noexcept nogil:
     s.level = level
 
 
-cdef void receive(State *s, uint8_t byte) noexcept nogil:
-    if s.fifo_count < FIFO_SIZE:
-        s.fifo[(s.fifo_head + s.fifo_count) % FIFO_SIZE] = byte
-        s.fifo_count += 1
+cdef bint receive(State *s, uint8_t byte) noexcept nogil:
+    if s.fifo_count == FIFO_SIZE:
+        return False
+    s.fifo[(s.fifo_head + s.fifo_count) % FIFO_SIZE] = byte
+    s.fifo_count += 1
+    return True
 
 
 cdef void refill(State *s) noexcept nogil:
@@ -129,7 +131,10 @@ cdef void refill(State *s) noexcept nogil:
 
 
 cdef void give_back(State *s) noexcept nogil:
-    # A guest that resets its FIFO says that it does not want what is in there yet; feed() leaves room for it.
+    # A guest that resets its FIFO says that it does not want what is in there yet; feed() leaves room for it. Only what
+    # the host sent goes back: bytes of the loopback, always the last in the FIFO, would fill the wire past its end.
+    s.fifo_count -= s.looped
+    s.looped = 0
     while s.fifo_count:
         s.fifo_count -= 1
         s.wire_head = (s.wire_head - 1) % WIRE_SIZE
@@ -139,7 +144,7 @@ cdef void give_back(State *s) noexcept nogil:
 
 cdef void transmit(State *s, uint8_t byte) noexcept nogil:
     if s.mcr & MCR_LOOP:
-        receive(s, byte)
+        s.looped += receive(s, byte)
     elif s.ring_count < RING_SIZE:
         # A full ring was announced by a clear THRE; a guest that sends all the same loses its byte, as on a
         # UART.
@@ -176,6 +181,7 @@ cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
         value = s.fifo[s.fifo_head]
         s.fifo_head = (s.fifo_head + 1) % FIFO_SIZE
         s.fifo_count -= 1
+        s.looped = min(s.looped, s.fifo_count)
         return value
     if offset == IER:
         return s.dlm if s.lcr & LCR_DLAB else s.ier
@@ -228,8 +234,6 @@ cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogi
             refill(s)
     elif offset == IIR_FCR:
         if (value ^ s.fcr) & FCR_ENABLE or value & FCR_CLEAR_RX:
-            if s.mcr & MCR_LOOP:
-                s.fifo_count = 0
             give_back(s)
         s.fcr = value & 0xc9 if value & FCR_ENABLE else 0
     elif offset == LCR:
@@ -303,13 +307,13 @@ cdef class Serial(NativeDevice):
         with nogil:
             pthread_mutex_lock(&s.lock)
             while done < size and not s.closed:
-                if s.wire_count == WIRE_LIMIT:
+                if s.wire_count >= WIRE_LIMIT:
                     pthread_cond_wait(&s.input_cond, &s.lock)
                     continue
                 s.wire[(s.wire_head + s.wire_count) % WIRE_SIZE] = view[done]
                 s.wire_count += 1
                 done += 1
-                if done == size or s.wire_count == WIRE_LIMIT:
+                if done == size or s.wire_count >= WIRE_LIMIT:
                     refill(s)
                     update(s)
             pthread_mutex_unlock(&s.lock)

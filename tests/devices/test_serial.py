@@ -124,6 +124,45 @@ def test_linux_measures_a_fifo_of_16(port: Port) -> None:
     assert port.irq.take() == 0
 
 
+def test_loopback_puts_nothing_before_what_the_host_sent(port: Port) -> None:
+    # What is looped back is the guest's own: a FIFO that is reset gives back only what came from the host.
+    port.open()
+    port.serial.feed(b"from the host")
+    assert port[RBR] == ord("f")
+    for _ in range(300):  # 16 bytes each time, beyond the 4 KiB that wait for the guest
+        port[MCR] = LOOP
+        for byte in b"0123456789abcdef":
+            port[THR] = byte
+        port[MCR] = DTR | RTS | OUT2
+        port[FCR] = 0x83
+    assert port.serve() + port.serve() == b"rom the host"  # IIR says none first: what waits is an interrupt of its own
+    assert not port[LSR] & DR
+
+
+def test_reset_of_the_fifo_in_loopback_keeps_what_the_host_sent(port: Port) -> None:
+    port.open()
+    port.serial.feed(b"typed")
+    port[MCR] = LOOP
+    port[THR] = ord("x")
+    port[FCR] = 0x83
+    port[MCR] = DTR | RTS | OUT2
+    assert port.serve() + port.serve() == b"typed"
+
+
+def test_a_full_wire_and_a_fifo_that_is_reset_again_and_again(port: Port) -> None:
+    # feed() goes on at a wire that the FIFO's bytes came back to: it must not go round it.
+    port.open()
+    sent = bytes(range(256)) * 20
+    feeder = threading.Thread(target=port.serial.feed, args=(sent,))
+    feeder.start()
+    taken = bytearray()
+    while len(taken) < len(sent):
+        port[FCR] = 0x83
+        taken += port.serve() + port.serve()
+    feeder.join()
+    assert taken == sent
+
+
 def test_transmitter_interrupt_comes_back_when_it_is_enabled_again(port: Port) -> None:
     # serial8250_THRE_test(): a UART that does not is worked around by a slow timer.
     port[IER] = THRI
