@@ -89,3 +89,28 @@ def test_one_version() -> None:
     from vmm.cli import VERSION
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION
+
+
+def _materialises(path: Path) -> list[int]:
+    """Lines at which a device in Python takes a chain's buffers as a list, other than one at a time to write to."""
+    tree = ast.parse(path.read_text())
+    loops = [node.iter for node in ast.walk(tree) if isinstance(node, ast.For)]
+    return [
+        node.lineno for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("readable", "writable")
+        and not (node.attr == "writable" and node in loops)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "virtio").glob("*.py")), ids=lambda path: path.name)
+def test_devices_copy_a_chain_once_and_bounded(path: Path) -> None:
+    # A driver names 4 GiB by a few descriptors: a list of a chain's buffers invites to join it before it is judged.
+    assert not _materialises(path), "Chain.gather(limit) copies what a driver wrote, Chain.scatter what it gets"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "virtio").glob("*.pyx")), ids=lambda path: path.name)
+def test_no_copy_as_long_as_a_chain_says(path: Path) -> None:
+    made = re.findall(
+        r"(?:FromStringAndSize|malloc|Malloc|calloc|Calloc)\(.*(?:readable|writable)_bytes", path.read_text()
+    )
+    assert not made, "min() with a limit of ours comes first"

@@ -496,11 +496,12 @@ cdef class NetWorker(QueueWorker):
             and memcmp(&frame[38], self.mmds_address, 4) == 0
 
     cdef void tell_mmds(self, DescChain *chain) noexcept with gil:
+        cdef uint64_t size = min(chain.readable_bytes, <uint64_t>VNET_HEADER + FRAME_MAX)
         cdef bytes copy
         self.mmds_due = True
         try:
-            copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>chain.readable_bytes)
-            gather_bytes(chain.iov, chain.n_readable, <uint8_t *><char *>copy, chain.readable_bytes)
+            copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
+            gather_bytes(chain.iov, chain.n_readable, <uint8_t *><char *>copy, size)
             self.mmds.receive(copy[VNET_HEADER:], partial=copy[0] & NEEDS_CSUM != 0)
         except Exception as error:
             self.blame(error)

@@ -248,7 +248,7 @@ class Balloon(VirtioDevice):
         if chain.writable_bytes or size % 4 or not 0 < size <= 4 * REQUEST_PAGES_MAX:
             self.counters["bad_requests"] += 1
             return ()
-        return struct.unpack(f"<{size // 4}I", b"".join(chain.readable))
+        return struct.unpack(f"<{size // 4}I", chain.gather(4 * REQUEST_PAGES_MAX))
 
     def _discard(self, gpa: int, count: int) -> None:
         memory = self.context.memory
@@ -312,7 +312,7 @@ class Balloon(VirtioDevice):
             self.counters["bad_stats"] += 1
             return
         self.counters["stats_updates"] += 1
-        given = spec.BALLOON_STAT.iter_unpack(b"".join(chain.readable))
+        given = spec.BALLOON_STAT.iter_unpack(chain.gather(_STATS_MAX * spec.BALLOON_STAT.size))
         # A new dictionary: another thread may read the one before.
         self._latest = self._latest | {STATISTICS[tag]: value for tag, value in given if tag < len(STATISTICS)}
 

@@ -27,6 +27,7 @@ MAX_PORTS = 16
 # A guest whose output nobody takes waits, as on a serial line that is held up.
 OUTPUT_MAX = 256 << 10
 TAKE_MAX = 64 << 10
+PIECE = 64 << 10  # of the guest's output that is copied at once
 # As on the serial port: how far the host may be ahead of a guest that does not read.
 INPUT_MAX = 4 << 10
 _NAP = 0.05  # seconds that a held-up worker sleeps before it looks whether it is to stop
@@ -115,16 +116,23 @@ class ConsolePort:
             self._change.notify_all()
         return taken
 
-    def put(self, data: memoryview, context: ActivateContext) -> None:
-        """Take all of the guest's `data`, waiting for room while the driver stays."""
-        while data:
+    def put(self, data: bytes, context: ActivateContext) -> bool:
+        """Take all of the guest's `data`, waiting for room while the driver stays; False: the rest is lost."""
+        rest = memoryview(data)
+        while rest:
             with self._change:
                 while len(self._output) >= OUTPUT_MAX and not (self._closed or context.stopping):
                     self._change.wait(_NAP)
-                taken = self._append(data)
+                taken = self._append(rest)
             if not taken:
-                return
-            data = data[taken:]
+                return False
+            rest = rest[taken:]
+        return True
+
+    def lose(self, count: int) -> None:
+        """Count `count` bytes of output that nobody took."""
+        with self._change:
+            self.lost += count
 
     def put_at_once(self, data: bytes) -> None:
         """Take the guest's `data` if there is room: for a vCPU, which must not wait."""
@@ -269,8 +277,12 @@ class Console(VirtioDevice):
         if chain.writable_bytes:  # §5.3.6.1: the driver must not
             self.counters["bad_requests"] += 1
             return 0
-        for part in chain.readable:
-            port.put(part, self.context)
+        done = 0
+        while part := chain.gather(PIECE, done):
+            done += len(part)
+            if not port.put(part, self.context):
+                port.lose(chain.readable_bytes - done)  # nobody takes the rest of gigabytes either
+                break
         return 0
 
     def _fill(self, queue: VirtQueue, waiting: Callable[[], bool], take: Callable[[int], bytes]) -> None:
@@ -283,8 +295,7 @@ class Console(VirtioDevice):
                 data = b"" if chain.readable_bytes else take(chain.writable_bytes)
                 if not data:  # readable, empty, or too small for a message
                     self.counters["bad_requests"] += 1
-                _scatter(data, chain)
-                queue.add_used(chain, len(data))
+                queue.add_used(chain, chain.scatter(data))
                 if queue.flush():
                     context.interrupt(queue.index)
             if not queue.enable_notify() or context.stopping or not waiting():
@@ -309,9 +320,7 @@ class Console(VirtioDevice):
 
     def _serve_control(self, chain: Chain) -> int:
         self.counters["requests"] += 1
-        head = b""
-        for part in chain.readable:
-            head += part[: spec.CONSOLE_CONTROL.size - len(head)]
+        head = chain.gather(spec.CONSOLE_CONTROL.size)
         if chain.writable_bytes or len(head) < spec.CONSOLE_CONTROL.size or not self._obey(head):
             self.counters["bad_requests"] += 1
         return 0
@@ -345,10 +354,3 @@ class Console(VirtioDevice):
         else:
             self._send(number, spec.CONSOLE_PORT_NAME, 1, port.name.encode())
         self._send(number, spec.CONSOLE_PORT_OPEN, 1)
-
-
-def _scatter(data: bytes, chain: Chain) -> None:
-    for buffer in chain.writable if data else ():
-        part = data[: len(buffer)]
-        buffer[: len(part)] = part
-        data = data[len(part) :]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 QUEUE_SIZE = 512
 CTRL_QUEUE_SIZE = 64
+CTRL_REQUEST_MAX = 1 << 16  # a table of 10,000 addresses; Linux sends what its multicast list has
 MAX_PAIRS = 8
 DEFAULT_MTU = 1500
 # Those that the driver can switch while it runs (§5.1.6.5.6.1), and the tap by them.
@@ -210,16 +211,15 @@ class Net(VirtioDevice):
         if not chain.writable_bytes:
             self.counters["bad_control"] += 1
             return 0
-        request = b"".join(bytes(part) for part in chain.readable)[: 1 << 16]
+        request = chain.gather(CTRL_REQUEST_MAX)
         try:
-            done = len(request) >= 2 and self._command(request[0], request[1], request[2:])
+            done = 2 <= chain.readable_bytes <= CTRL_REQUEST_MAX and self._command(request[0], request[1], request[2:])
         except OSError as error:
             self.context.warn("control", f"{self.name}: {os.strerror(error.errno or 0)}")
             done = False
         if not done:
             self.counters["bad_control"] += 1
-        chain.writable[0][0] = spec.NET_OK if done else spec.NET_ERR
-        return 1
+        return chain.scatter(bytes([spec.NET_OK if done else spec.NET_ERR]))
 
     def _command(self, kind: int, command: int, data: bytes) -> bool:
         # Whether it is done. We filter nothing: what the tap gives is the guest's, so modes and tables need no more.

@@ -55,15 +55,10 @@ class Entropy(VirtioDevice):
         wanted = min(chain.writable_bytes, REQUEST_MAX)
         if not self._granted(wanted):
             return 0
-        written = 0
-        for buffer in chain.writable:
-            part = buffer[: wanted - written]
-            while part and (got := os.getrandom(len(part))):  # short where a signal came in between
-                part[: len(got)] = got
-                part = part[len(got) :]
-                written += len(got)
-            if written == wanted:
-                break
+        data = os.getrandom(wanted)
+        while len(data) < wanted:  # short where a signal came in between
+            data += os.getrandom(wanted - len(data))
+        written = chain.scatter(data)
         self.counters["bytes"] += written
         return written
 

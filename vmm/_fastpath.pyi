@@ -45,6 +45,13 @@ class Chain:
     @property
     def writable_bytes(self) -> int:
         """Bytes in ``writable``; together at most 2^32."""
+    def gather(self, limit: int, start: int = 0) -> bytes:
+        """What the driver wrote for the device, from `start` on, copied once: at most `limit` bytes of it.
+
+        Judge ``readable_bytes`` first: a driver can name gigabytes by a few descriptors.
+        """
+    def scatter(self, data: Buffer) -> int:
+        """Copy `data` to where the device may write, from the first byte on; how much of it had room."""
     @property
     def readable(self) -> list[memoryview]:
         """What the driver wrote for the device, in order; no buffer is empty. Made anew by each call."""

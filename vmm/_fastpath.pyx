@@ -5,6 +5,7 @@
 One checked accessor from a guest address to a host address, and the device's side of virtio 1.2 §2.7:
 C functions without the GIL (``queue_*``), which ``VirtQueue`` hands to Python.
 """
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -293,6 +294,39 @@ cdef class Chain:
                     views.append(self.memory._maps[r][1][start:start + self.iov[i].iov_len])
                     break
         return views
+
+    def gather(self, uint64_t limit, uint64_t start=0):
+        """At most `limit` of the readable bytes from `start` on, copied once."""
+        cdef uint64_t size = min(limit, self.readable_bytes - start) if start < self.readable_bytes else 0
+        cdef bytes copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
+        cdef uint8_t *to = <uint8_t *>PyBytes_AS_STRING(copy)
+        cdef uint64_t n
+        cdef uint32_t i
+        for i in range(self.n_readable):
+            if size == 0:
+                break
+            if start >= self.iov[i].iov_len:
+                start -= self.iov[i].iov_len
+                continue
+            n = min(size, self.iov[i].iov_len - start)
+            memcpy(to, <uint8_t *>self.iov[i].iov_base + start, n)
+            to += n
+            size -= n
+            start = 0
+        return copy
+
+    def scatter(self, data):
+        """Copy `data` to the writable buffers; how much of it had room."""
+        cdef const uint8_t[::1] view = data
+        cdef uint64_t size = min(<uint64_t>view.shape[0], self.writable_bytes), done = 0, n
+        cdef uint32_t i
+        for i in range(self.n_readable, self.n_readable + self.n_writable):
+            if done == size:
+                break
+            n = min(size - done, self.iov[i].iov_len)
+            memcpy(self.iov[i].iov_base, &view[done], n)
+            done += n
+        return done
 
     @property
     def readable(self):

@@ -38,6 +38,21 @@ class Chain:
     def writable_bytes(self) -> int:
         return sum(map(len, self.writable))
 
+    def gather(self, limit: int, start: int = 0) -> bytes:
+        copy = bytearray()
+        for part in self.readable:
+            copy += part[start : start + limit - len(copy)]
+            start = max(0, start - len(part))
+        return bytes(copy)
+
+    def scatter(self, data: bytes) -> int:
+        done = 0
+        for part in self.writable:
+            piece = data[done : done + len(part)]
+            part[: len(piece)] = piece
+            done += len(piece)
+        return done
+
 
 class VirtQueue:
     """The device's side of one split virtqueue, single-threaded."""

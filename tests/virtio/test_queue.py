@@ -92,6 +92,21 @@ def test_chain_is_the_drivers_own_memory(rig: Rig) -> None:
     assert rig.queue.pop() is None
 
 
+def test_gather_and_scatter_go_across_buffers_and_stop_at_their_limit(rig: Rig) -> None:
+    buffer = rig.driver.buffer
+    room = [buffer(size, device_writes=True) for size in (1, 3, 2)]
+    rig.driver.add([buffer(b"abc"), buffer(b"d"), buffer(b"efgh"), *room])
+    chain = rig.queue.pop()
+    assert [chain.gather(limit) for limit in (0, 2, 3, 5, 8, 9, 1 << 40)] == [
+        b"", b"ab", b"abc", b"abcde", b"abcdefgh", b"abcdefgh", b"abcdefgh",
+    ]  # fmt: skip
+    assert [chain.gather(3, start) for start in (0, 2, 3, 4, 7, 8, 1 << 63)] == [
+        b"abc", b"cde", b"def", b"efg", b"h", b"", b"",
+    ]  # fmt: skip
+    assert (chain.scatter(b""), chain.scatter(b"1234"), chain.scatter(memoryview(b"ABCDEFGH"))) == (0, 4, 6)
+    assert [rig.ram.read(each.addr, each.size) for each in room] == [b"A", b"BCD", b"EF"]
+
+
 def test_views_outlive_queue_and_memory(rig: Rig, ram: GuestMemory) -> None:
     rig.driver.add([rig.driver.buffer(b"still here")])
     (view,) = rig.queue.pop().readable

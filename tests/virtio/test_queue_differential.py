@@ -38,7 +38,8 @@ def shape(chain: Any) -> Any:
     if chain is None or isinstance(chain, str):
         return chain
     parts = [[(len(b), bytes(b[:64])) for b in side] for side in (chain.readable, chain.writable)]
-    return chain.head, chain.readable_bytes, chain.writable_bytes, parts
+    copies = [chain.gather(limit, start) for limit in (0, 1, 64, 4096) for start in (0, 1, 63, 1 << 40)]
+    return chain.head, chain.readable_bytes, chain.writable_bytes, parts, copies
 
 
 class Pair:
