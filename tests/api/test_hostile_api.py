@@ -7,6 +7,8 @@ import contextlib
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -131,9 +133,20 @@ def test_an_answer_that_nobody_takes_holds_up_nobody(echo: tuple[Path, Server]) 
         assert answer is not None and len(answer.body) > 1 << 20
 
 
-def test_more_connections_than_allowed(echo: tuple[Path, Server]) -> None:
+def test_of_ten_silent_connections_the_oldest_makes_room(echo: tuple[Path, Server]) -> None:
     held = [Client(echo[0]) for _ in range(MAX_CONNECTIONS)]
-    assert all(client.request("GET", "/").status == 200 for client in held)
+    assert held[0].request("GET", "/").status == 200  # it has asked, so it keeps its place
+    more = [Client(echo[0]) for _ in range(2)]
+    assert all(client.request("GET", "/").status == 200 for client in more)
+    assert held[1].receive() is None and held[2].receive() is None
+    assert held[0].request("GET", "/").status == 200 and held[-1].request("GET", "/").status == 200
+
+
+def test_more_connections_at_work_than_allowed(echo: tuple[Path, Server]) -> None:
+    held = [Client(echo[0]) for _ in range(MAX_CONNECTIONS)]
+    for client in held:
+        client.send(b"GET /long HTTP/1.1\r\n\r\n")
+    time.sleep(0.05)
     assert b"503" in ask(echo[0], b"")
     held.pop().close()
     for _ in range(100):  # until the server has seen it
@@ -141,6 +154,90 @@ def test_more_connections_than_allowed(echo: tuple[Path, Server]) -> None:
             break
     else:
         pytest.fail("a place that was given up is not given to another")
+
+
+def test_who_asks_very_much_at_once_waits_behind_who_asks_little(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
+        asked.append(path)
+        time.sleep(0.002)
+        return 200, bytes(2000), ()
+
+    server = Server(bind(str(tmp_path / "s")), answer)
+    server.start()
+    flood, polite = Client(tmp_path / "s"), Client(tmp_path / "s")
+    many = b"GET /flood HTTP/1.1\r\n\r\n" * (1 << 11)
+    pouring = threading.Thread(target=flood.sock.sendall, args=(many,), daemon=True)
+    try:
+        pouring.start()
+        slowest = 0.0
+        for number in range(20):
+            begun = time.monotonic()
+            assert polite.request("GET", f"/{number}").status == 200
+            slowest = max(slowest, time.monotonic() - begun)
+        assert slowest < 0.2, "one request of each client, and then the next client's turn"
+        time.sleep(0.3)
+        assert len(asked) < 20 + 300, "nothing is done for who takes no answer"
+        for _ in range(1 << 11):  # once it reads, all of its requests are answered
+            reply = flood.receive()
+            assert reply is not None and len(reply.body) == 2000
+    finally:
+        server.close()
+
+
+def test_without_a_descriptor_left_it_answers_one_and_does_not_spin(tmp_path: Path) -> None:
+    program = """
+import os, resource, sys, time
+from vmm.api.listen import bind
+from vmm.api.server import Server
+server = Server(bind(sys.argv[1]), lambda method, path, body: (200, b'{}', ()))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError:
+    print(len(taken), flush=True)
+server.start()
+sys.stdin.readline()
+print(time.process_time(), flush=True)
+sys.stdin.readline()
+for fd in taken:
+    os.close(fd)
+print(flush=True)
+sys.stdin.readline()
+server.close()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "s")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdout.readline()
+        for _ in range(3):  # one at a time, by the spare
+            client = Client(tmp_path / "s")
+            assert client.request("GET", "/").status == 200
+            client.close()
+        busy = Client(tmp_path / "s")
+        busy.send(b"GET / HT")
+        late = [Client(tmp_path / "s") for _ in range(3)]
+        for client in late:
+            client.send(b"GET / HTTP/1.1\r\n\r\n")
+        time.sleep(1)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert float(process.stdout.readline()) < 0.6, "it waits, it does not spin"
+        busy.close()
+        for client in late:
+            reply = client.receive()
+            assert reply is not None and reply.status == 200
+        process.stdin.write("\n\n")
+        process.stdin.flush()
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_thousand_connections(served: Process) -> None:
@@ -154,8 +251,10 @@ def test_a_thousand_connections(served: Process) -> None:
     for sock in sockets:
         sock.close()
     for _ in range(200):
-        if b"200" in ask(served.socket, b"GET / HTTP/1.1\r\n\r\n")[:16]:
-            return
+        with contextlib.suppress(BlockingIOError):  # it is still
+            if b"200" in ask(served.socket, b"GET / HTTP/1.1\r\n\r\n")[:16]:
+                return
+        time.sleep(0.01)
     pytest.fail("it does not come back")
 
 

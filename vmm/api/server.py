@@ -2,16 +2,19 @@
 """HTTP/1.1 on a unix socket: one thread, one request at a time, no more connections than Firecracker allows.
 
 What a request means is `answer`'s business; here are bytes, limits and patience. A client that is slow, vanishes or
-sends no HTTP costs its own connection, and nobody else's.
+sends no HTTP costs its own connection, and nobody else's. Clients take turns: one request of each, and nothing more is
+read of one whose requests wait, or who has not taken its last answer.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import threading
 import time
+from collections import deque
 
 import httptools
 
@@ -28,7 +31,10 @@ MAX_CONNECTIONS = 10
 MAX_PAYLOAD = 51200
 MAX_HEAD = 8192  # bytes of a request line and its headers
 REQUEST_SECONDS = 10.0  # from a request's first byte to its last, and for an answer to be read
-_CHUNK = 65536
+# Read of one client in one turn: what it holds has to be taken apart before anybody else is heard.
+_CHUNK = 4096
+_ACCEPTS = 16  # new clients in one turn
+BACK_OFF = 0.1  # seconds without new clients after the host had no descriptor for one
 FULL = (
     b"HTTP/1.1 503 \r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n"
     b'{ "error": "Too many open connections" }'
@@ -46,11 +52,14 @@ class _Connection:
         self.sock = sock
         self.server = server
         self.keep_alive = True
-        self.out = b""
+        self.out = memoryview(b"")
         self.closing = False
+        self.asked = False
+        self.heard = time.monotonic()
+        self.interest = select.EPOLLIN
         self.read_by: float | None = None  # the rest of a request that has begun
         self.written_by: float | None = None  # an answer that the client has not taken
-        self.requests: list[tuple[str, str, bytes, bool]] = []
+        self.requests: deque[tuple[str, str, bytes, bool]] = deque()
         self.parser = httptools.HttpRequestParser(self)
         self.on_message_begin()
         self.read_by = None
@@ -58,7 +67,7 @@ class _Connection:
     def on_message_begin(self) -> None:
         self.read_by = time.monotonic() + self.server.patience
         self.url = b""
-        self.body = b""
+        self.body: list[bytes] = []
         self.fields = self.pending = 0
         self.in_head = self.begun = True
         self.length: int | None = None
@@ -97,17 +106,20 @@ class _Connection:
         if self.parser.get_http_version() not in ("1.1", "1.0"):
             raise _Refused("Invalid HTTP Version: Unsupported HTTP version; only HTTP/1.1 and HTTP/1.0.")
         if self.expects and self.length:
-            self.out += b"HTTP/1.1 100 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
+            self._put(b"HTTP/1.1 100 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
-        self.body += body
+        self.body.append(body)
 
     def on_message_complete(self) -> None:
         self.read_by = None
         method, path = self.parser.get_method().decode(), self.url.decode("latin-1")
         if "://" in path:
             path = "/" + path.partition("://")[2].partition("/")[2]
-        self.requests.append((method, path, self.body, self.parser.should_keep_alive()))
+        self.requests.append((method, path, b"".join(self.body), self.parser.should_keep_alive()))
+
+    def _put(self, data: bytes) -> None:
+        self.out = memoryview(bytes(self.out) + data)
 
     def respond(self, status: int, body: bytes, headers: tuple[str, ...] = ()) -> None:
         lines = [
@@ -118,11 +130,13 @@ class _Connection:
             if not any(header.startswith("Content-Type:") for header in headers):
                 lines.append("Content-Type: application/json")
             lines.append(f"Content-Length: {len(body)}")
-        self.out += "\r\n".join([*lines, "", ""]).encode() + body
+        self._put("\r\n".join([*lines, "", ""]).encode() + body)
         self.closing = self.closing or not self.keep_alive
 
     def feed(self, data: bytes) -> None:
-        """Parse and answer what has come."""
+        """Take apart what has come, into ``requests``."""
+        self.asked = True
+        self.heard = time.monotonic()
         try:
             self.parser.feed_data(data)
             if self.in_head and not self.begun:
@@ -138,10 +152,25 @@ class _Connection:
             self.fail(str(cause))
         except (_Refused, httptools.HttpParserError) as error:
             self.fail(str(error))
-        for method, path, body, keep_alive in self.requests:
-            self.keep_alive = keep_alive
-            self.respond(*self.server.answer(method, path, body))
-        self.requests.clear()
+
+    def answer_one(self) -> None:
+        """Answer the first of what was asked."""
+        method, path, body, self.keep_alive = self.requests.popleft()
+        self.respond(*self.server.answer(method, path, body))
+        if not self.keep_alive:
+            self.requests.clear()
+        if not self.requests and self.read_by is not None:
+            self.read_by = time.monotonic() + self.server.patience  # the rest of the next is waited for from here
+
+    @property
+    def idle(self) -> bool:
+        """It has asked nothing that is not answered, nor begun to."""
+        if self.read_by is not None or self.requests or self.out:
+            return False
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def fail(self, problem: str) -> None:
         """Say why this is no request, and no more to this client: what else it sent cannot be told apart."""
@@ -179,10 +208,15 @@ class Server:
         self._file = os.stat(self._path).st_ino
         self._listener = listener
         self._connections: dict[int, _Connection] = {}
+        self._accepting_from: float | None = None  # None: it accepts
+        # For a client that comes when the host has no other descriptor for it; None: it is in use.
+        self._spare: int | None = os.dup(listener.fileno())
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.epoll()
         self._poll.register(listener, select.EPOLLIN)
         self._poll.register(self._wake, select.EPOLLIN)
+        self._knocking = select.poll()
+        self._knocking.register(listener, select.POLLIN)
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -199,42 +233,90 @@ class Server:
     def run(self) -> None:
         """Serve until ``close``."""
         while not self._closing:
-            for fd, events in self._poll.poll(self._patience()):
+            waiting = [each for each in self._connections.values() if each.requests and not each.out]
+            for fd, events in self._poll.poll(0 if waiting else self._patience()):
                 if fd == self._listener.fileno():
-                    self._accept()
-                elif fd in self._connections:
-                    self._serve(self._connections[fd], events)
+                    self._accept_some()
+                elif (connection := self._connections.get(fd)) is not None and connection not in waiting:
+                    self._serve(connection, events)
+            for connection in waiting:
+                if not self._closing:
+                    self._serve(connection, 0)
             self._expire()
 
     def _patience(self) -> float | None:
         ends = [end for each in self._connections.values() for end in (each.read_by, each.written_by) if end]
+        if self._accepting_from is not None:
+            ends.append(self._accepting_from)
         return max(0.0, min(ends) - time.monotonic()) if ends else None
 
+    def _accept_some(self) -> None:
+        for _ in range(_ACCEPTS):
+            # Asked first: accept(2) wants a descriptor before it looks whether there is anybody.
+            if self._accepting_from is not None or not self._knocking.poll(0):
+                return
+            self._accept()
+
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return  # it went away again, or there is no descriptor left for it just now
-        sock.setblocking(False)
-        if len(self._connections) >= MAX_CONNECTIONS:
-            self.refused += 1
-            try:
-                sock.send(FULL)
-            except OSError:
-                pass
-            sock.close()
+        sock = self._accepted()
+        if sock is None:
             return
-        self._connections[sock.fileno()] = _Connection(sock, self)
-        self._poll.register(sock, select.EPOLLIN)
+        sock.setblocking(False)
+        if len(self._connections) < MAX_CONNECTIONS or self._make_room():
+            self._connections[sock.fileno()] = _Connection(sock, self)
+            self._poll.register(sock, select.EPOLLIN)
+            return
+        self.refused += 1
+        try:
+            sock.send(FULL)
+        except OSError:
+            pass
+        sock.close()
+        self._keep_spare()
+
+    def _accepted(self) -> socket.socket | None:
+        # None: it went away again, or the host has no descriptor for it: then it waits until one is free.
+        for _ in range(3):
+            try:
+                return self._listener.accept()[0]
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    return None
+            if self._spare is not None:
+                os.close(self._spare)
+                self._spare = None
+            elif not self._make_room():
+                break
+        self._accepting_from = time.monotonic() + BACK_OFF
+        self._poll.modify(self._listener, 0)
+        return None
+
+    def _make_room(self) -> bool:
+        # The client that has said nothing for the longest time, and is owed nothing, goes; one that never said anything
+        # before one that keeps its connection for the next request.
+        idle = [each for each in self._connections.values() if each.idle]
+        if idle:
+            self._drop(min(idle, key=lambda each: (each.asked, each.heard)))
+        return bool(idle)
+
+    def _keep_spare(self) -> None:
+        if self._spare is None:
+            try:
+                self._spare = os.dup(self._listener.fileno())
+            except OSError:
+                pass  # later
 
     def _serve(self, connection: _Connection, events: int) -> None:
+        # One step: what is left of an answer, or else the next request, or else what has come.
         try:
-            if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not connection.closing:
+            if not connection.out and not connection.requests and not connection.closing and events:
                 data = connection.sock.recv(_CHUNK)
                 if not data:
                     self._drop(connection)
                     return
                 connection.feed(data)
+            if not connection.out and connection.requests:
+                connection.answer_one()
             if connection.out:
                 connection.out = connection.out[connection.sock.send(connection.out) :]
         except BlockingIOError:
@@ -245,22 +327,37 @@ class Server:
         if connection.out:
             # Nothing more is read, so nothing more is done, for a client that does not read its answers.
             connection.written_by = connection.written_by or time.monotonic() + self.patience
-            self._poll.modify(connection.sock, select.EPOLLOUT)
+            self._watch(connection, select.EPOLLOUT)
         elif connection.closing:
             self._drop(connection)
         else:
             connection.written_by = None
-            self._poll.modify(connection.sock, select.EPOLLIN)
+            self._watch(connection, 0 if connection.requests else select.EPOLLIN)
+
+    def _watch(self, connection: _Connection, interest: int) -> None:
+        if connection.interest != interest:
+            connection.interest = interest
+            self._poll.modify(connection.sock, interest)
 
     def _expire(self) -> None:
         now = time.monotonic()
         for connection in list(self._connections.values()):
-            if min(connection.read_by or now, connection.written_by or now) < now:
+            waits = connection.written_by if connection.out or connection.requests else connection.read_by
+            if waits is not None and waits < now:
                 self._drop(connection)
+        if self._accepting_from is not None and self._accepting_from <= now:
+            self._accept_again()
+
+    def _accept_again(self) -> None:
+        self._accepting_from = None
+        self._poll.modify(self._listener, select.EPOLLIN)
 
     def _drop(self, connection: _Connection) -> None:
         del self._connections[connection.sock.fileno()]
         connection.sock.close()
+        self._keep_spare()
+        if self._accepting_from is not None:
+            self._accept_again()
 
     def close(self) -> None:
         """Stop serving and remove the socket's file, if it is still ours; idempotent."""
@@ -273,6 +370,8 @@ class Server:
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._listener.close()
+        if self._spare is not None:
+            os.close(self._spare)
         try:
             if os.stat(self._path).st_ino == self._file:
                 os.unlink(self._path)
