@@ -1,3 +1,5 @@
+from typing import Any
+
 from vmm.bus import NativeDevice
 from vmm.irq import IrqLine
 
@@ -12,6 +14,10 @@ class Serial(NativeDevice):
     def stats(self) -> dict[str, int]:
         """Accesses of the guest's, by name."""
 
+    def save(self) -> dict[str, Any]:
+        """What the guest can see of the port; what the host has not taken yet, or sent, stays here."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what ``save`` told of another port, and raise the interrupt if there is a cause."""
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` to the guest; returns when all of it is on the wire, at most 4 KiB ahead of the guest.
 

@@ -300,6 +300,38 @@ cdef class Serial(NativeDevice):
     def stats(self):
         return {"read_count": self.state.reads, "write_count": self.state.writes}
 
+    def save(self):
+        cdef State *s = &self.state
+        cdef uint32_t i
+        pthread_mutex_lock(&s.lock)
+        state = {
+            # A full ring stays here: the transmitter of a copy is empty.
+            "thre_pending": s.thre_pending or s.ring_count == RING_SIZE,
+            "rts_seen": s.rts_seen, "ier": s.ier, "fcr": s.fcr, "lcr": s.lcr,
+            "mcr": s.mcr, "msr": s.msr, "scr": s.scr, "dll": s.dll, "dlm": s.dlm,
+            "fifo": bytes([s.fifo[(s.fifo_head + i) % FIFO_SIZE] for i in range(s.fifo_count)]),
+        }
+        pthread_mutex_unlock(&s.lock)
+        return state
+
+    def restore(self, state):
+        cdef State *s = &self.state
+        cdef bytes fifo = state["fifo"]
+        cdef uint32_t i
+        if len(fifo) > FIFO_SIZE:
+            raise ValueError(f"a FIFO of {len(fifo)} bytes")
+        s.thre_pending, s.rts_seen = bool(state["thre_pending"]), bool(state["rts_seen"])
+        s.ier, s.fcr, s.lcr, s.mcr = state["ier"], state["fcr"], state["lcr"], state["mcr"]
+        s.msr, s.scr, s.dll, s.dlm = state["msr"], state["scr"], state["dll"], state["dlm"]
+        s.fifo_head, s.fifo_count = 0, len(fifo)
+        for i in range(s.fifo_count):
+            s.fifo[i] = fifo[i]
+        # An edge, if there is a cause: one that was on its way may not have come with the interrupt controller.
+        s.level = 0
+        pthread_mutex_lock(&s.lock)
+        update(s)
+        pthread_mutex_unlock(&s.lock)
+
     def feed(self, data):
         cdef const uint8_t[::1] view = memoryview(data).cast("B")
         cdef State *s = &self.state

@@ -17,6 +17,7 @@ from vmm.events import Stop, StopReason
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 STATUS_OUTPUT_FULL = 0x01
 STATUS_SYSTEM = 0x04  # the self test passed
@@ -57,6 +58,10 @@ SCAN_CODE_SET = 2
 # Three keys down, and up: in set 2, and as the controller turns that into set 1.
 CTRL_ALT_DEL = bytes.fromhex("14 11 e071"), bytes.fromhex("e0f071 f011 f014")
 CTRL_ALT_DEL_TRANSLATED = bytes.fromhex("1d 38 e053"), bytes.fromhex("e0d3 b8 9d")
+# What of the two a driver could tell, by attribute.
+_STATE = (
+    "ram", "output", "of_keyboard", "keys", "release", "keyboard_command", "pending", "last_was_command",
+)  # fmt: skip
 _TRANSLATED_ID = b"\xab\x41"
 _ID = b"\xab\x83"
 
@@ -86,6 +91,25 @@ class I8042:
         )
         self.data = _Port(self, self._read_data, self._write_data)
         self.command = _Port(self, self._read_status, self._write_command)
+
+    def save(self) -> dict[str, Any]:
+        """The controller's registers and buffers, and the keyboard's."""
+        with self._lock:
+            return {
+                name: bytes(value) if isinstance(value := getattr(self, f"_{name}"), bytearray) else value
+                for name in _STATE
+            }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what ``save`` told of another one."""
+        if len(state["ram"]) != len(self._ram):
+            raise ValueError(f"{len(state['ram'])} bytes of RAM")
+        with self._lock:
+            for name in _STATE:
+                before = getattr(self, f"_{name}")
+                setattr(self, f"_{name}", bytearray(state[name]) if isinstance(before, bytearray) else state[name])
+            if self._output is not None and self._of_keyboard and self._ram[0] & CTR_KEYBOARD_INTERRUPT:
+                self._interrupt()  # one that was on its way may not have come with the interrupt controller
 
     def press_ctrl_alt_del(self) -> None:
         """Press the three keys, and let go once the guest has read that; any thread, and before the guest listens, too.

@@ -11,6 +11,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR = 0x00, 0x02, 0x04, 0x06, 0x07, 0x08, 0x09
 REG_A, REG_B, REG_C, REG_D = 0x0A, 0x0B, 0x0C, 0x0D
@@ -61,6 +62,18 @@ class Rtc:
             (MEMORY_ABOVE_4G, 3, min((memory - low) >> 16, 0xFFFFFF)),
         ):
             self._ram[register : register + width] = value.to_bytes(width, "little")
+
+    def save(self) -> dict[str, Any]:
+        """The index, the bytes, and how far the guest's time is from the host's, in seconds."""
+        return {"index": self._index, "ram": bytes(self._ram), "offset": self._offset}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what ``save`` told of another one."""
+        if len(state["ram"]) != len(self._ram):
+            raise ValueError(f"{len(state['ram'])} bytes of RAM")
+        self._index = int(state["index"]) & 0x7F
+        self._ram = bytearray(state["ram"])
+        self._offset = float(state["offset"])
 
     def read(self, offset: int, data: memoryview) -> None:
         """Answer the register last named; the index port itself is write-only and reads as 0xff."""

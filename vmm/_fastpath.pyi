@@ -22,6 +22,11 @@ class GuestRam:
         """Copy `data` to guest memory at `gpa`."""
     def read(self, gpa: int, size: int) -> bytes:
         """The `size` bytes at `gpa`, copied."""
+    def whole_pages(self, part: memoryview) -> tuple[int, int]:
+        """(guest address, bytes) of the pages that lie wholly inside `part`, a slice of this RAM.
+
+        :raises ValueError: it is no slice of this RAM
+        """
     def discard(self, part: memoryview) -> int:
         """Give the host the pages back that lie wholly inside `part`: holes in the memfd, which read as zeros.
 

@@ -108,13 +108,13 @@ cdef class GuestRam:
             raise GuestMemoryError(gpa, size)
         return (<char *>p)[:<Py_ssize_t>size]
 
-    def discard(self, part):
-        """Give the host the pages back that lie wholly inside `part`, a slice of this RAM; they read as zeros."""
+    def whole_pages(self, part):
+        """(guest address, bytes) of the pages that lie wholly inside `part`, a slice of this RAM."""
         cdef uint8_t[::1] view = part
         cdef uintptr_t first, start, end
-        cdef int i, failed
+        cdef int i
         if not view.shape[0]:
-            return 0
+            return 0, 0
         first = <uintptr_t>&view[0]
         for i in range(self._count):
             if first - <uintptr_t>self._regions[i].host < self._regions[i].size:
@@ -123,13 +123,22 @@ cdef class GuestRam:
             raise ValueError("not a slice of this guest's memory")
         start = (first + PAGE_SIZE - 1) & ~<uintptr_t>(PAGE_SIZE - 1)
         end = (first + <size_t>view.shape[0]) & ~<uintptr_t>(PAGE_SIZE - 1)
-        if start >= end:
+        return self._regions[i].gpa + (start - <uintptr_t>self._regions[i].host), end - start if start < end else 0
+
+    def discard(self, part):
+        """Give the host the pages back that lie wholly inside `part`, a slice of this RAM; they read as zeros."""
+        cdef uint64_t gpa, size
+        cdef int failed
+        cdef uint8_t *start
+        gpa, size = self.whole_pages(part)
+        if not size:
             return 0
+        start = self.host(gpa, size)
         with nogil:
-            failed = madvise(<void *>start, end - start, MADV_REMOVE)
+            failed = madvise(start, size, MADV_REMOVE)
         if failed:
             raise OSError(errno, f"discard guest memory: {strerror(errno).decode()}")
-        return end - start
+        return size
 
 
 cdef enum:

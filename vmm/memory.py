@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest RAM: memfds mapped shared around the hole below 4 GiB, and numpy views over them."""
+"""Guest RAM around the hole below 4 GiB: memfds mapped shared, or pieces of files copied on write; numpy views."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import mmap
 import os
 
 from vmm._fastpath import GuestRam
-from vmm.errors import ConfigError, HostError
+from vmm._mapping import copy_out, map_over, private_runs
+from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Any
 
@@ -23,55 +25,206 @@ HOLE_START = 3 * GIB
 HOLE_END = 4 * GIB
 # Shared memory with no swap reserved for it: a guest may be given more than the host has free, and pays as it touches.
 _MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0x4000)
+_PRIVATE_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+# A process has 65,530 mappings (vm.max_map_count): so many pieces at most for what was written since the last freeze,
+# and for what the guest has given back, which from this size on is worth one.
+_RUNS_MAX = 512
+_PIECES_MAX = 4096
+_HOLE_LEAST = 64 << 10
 _HUGE_2MB = os.MFD_HUGETLB | os.MFD_HUGE_2MB
 
 
-class Region:
-    """One stretch of guest RAM: ``gpa`` and ``size`` in bytes, backed from offset 0 of memfd ``fd``."""
+class MemoryFile:
+    """A memfd or file with contents of guest RAM, that machines and images map; closed with the last of them.
 
-    __slots__ = ("fd", "gpa", "size")
+    :param fd: owned from here on
+    """
 
-    def __init__(self, gpa: int, size: int, fd: int) -> None:
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Piece:
+    """`size` bytes of guest RAM from `gpa`: those of `file` from `offset`, or zeros where it is None. Not changed."""
+
+    __slots__ = ("file", "gpa", "offset", "size")
+
+    def __init__(self, gpa: int, size: int, file: MemoryFile | None, offset: int = 0) -> None:
         self.gpa = gpa
         self.size = size
-        self.fd = fd
+        self.file = file
+        self.offset = offset
+
+    def part(self, start: int, end: int) -> Piece:
+        """What of it lies in the guest addresses [start, end), which it overlaps."""
+        first, last = max(start, self.gpa), min(end, self.gpa + self.size)
+        return Piece(first, last - first, self.file, self.offset + first - self.gpa)
+
+    def __repr__(self) -> str:
+        source = f"{self.offset:#x} of file {self.file.fd}" if self.file is not None else "zeros"
+        return f"Piece({self.gpa:#x}, {self.size:#x}, {source})"
+
+
+class Region:
+    """One stretch of guest RAM: ``gpa`` and ``size`` in bytes.
+
+    ``file`` is a memfd that backs all of it from offset 0, mapped shared, until ``GuestMemory.freeze``.
+    """
+
+    __slots__ = ("file", "gpa", "size")
+
+    def __init__(self, gpa: int, size: int, file: MemoryFile | None) -> None:
+        self.gpa = gpa
+        self.size = size
+        self.file = file
+
+    @property
+    def fd(self) -> int:
+        """The memfd; -1: the pages are this process's own."""
+        return self.file.fd if self.file is not None else -1
 
     def __repr__(self) -> str:
         return f"Region({self.gpa:#x}, {self.size:#x})"
 
 
-class GuestMemory(GuestRam):
-    """``size`` bytes of guest RAM, zero-filled, from address 0, going on at 4 GiB where it reaches 3 GiB.
+def spans(size: int) -> list[tuple[int, int]]:
+    """(guest address, bytes) of each stretch of `size` bytes of RAM."""
+    return [(0, min(size, HOLE_START)), *([(HOLE_END, size - HOLE_START)] if size > HOLE_START else [])]
 
-    Owns one memfd and one shared mapping a region. A context manager; ``close`` is idempotent, and slices and views
-    that outlive it stay readable.
+
+def overlay(pieces: list[Piece], new: Piece) -> list[Piece]:
+    """`pieces`, in order of address and disjoint, with `new` over what was there."""
+    end = new.gpa + new.size
+    before = [piece.part(0, new.gpa) for piece in pieces if piece.gpa < new.gpa]
+    after = [piece.part(end, 1 << 64) for piece in pieces if piece.gpa + piece.size > end]
+    return [*before, new, *after]
+
+
+class GuestMemory(GuestRam):
+    """``size`` bytes of guest RAM from address 0, going on at 4 GiB where it reaches 3 GiB.
+
+    Owns one mapping a region. A context manager; ``close`` is idempotent, and slices and views that outlive it stay
+    readable.
 
     :param size: bytes, a positive multiple of the page size (4096)
     :param huge: in pages of 2 MiB that the host has set aside (hugetlbfs); `size` is a multiple of that then
+    :param pieces: what is in it, disjoint and in order of address, as ``freeze`` returns it; it is mapped and not
+        copied, and stays as it is. None: zeros, in a memfd a region
     :raises ConfigError: size is not that
     :raises HostError: the host has no room to map it
     """
 
-    def __init__(self, size: int, *, huge: bool = False) -> None:
+    def __init__(self, size: int, *, huge: bool = False, pieces: Sequence[Piece] | None = None) -> None:
         page = 2 << 20 if huge else mmap.PAGESIZE
         if size <= 0 or size % page:
             raise ConfigError("memory", size, f"bytes of RAM must be a positive multiple of {page}")
         self.size = size
+        self.huge = huge
         self.regions: tuple[Region, ...] = ()
-        spans = [(0, min(size, HOLE_START))]
-        if size > HOLE_START:
-            spans.append((HOLE_END, size - HOLE_START))
+        self._pieces: list[Piece] | None = None if pieces is None else list(pieces)
+        self._pagemap = -1
         try:
-            for gpa, length in spans:
-                fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | (_HUGE_2MB if huge else 0))
-                self.regions += (Region(gpa, length, fd),)
-                os.ftruncate(fd, length)
-                # Huge pages are reserved: one that is not there at a touch would kill us.
-                self.map_region(gpa, mmap.mmap(fd, length, flags=mmap.MAP_SHARED if huge else _MAP_FLAGS))
+            for gpa, length in spans(size):
+                if pieces is None:
+                    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | (_HUGE_2MB if huge else 0))
+                    self.regions += (Region(gpa, length, MemoryFile(fd)),)
+                    os.ftruncate(fd, length)
+                    # Huge pages are reserved: one that is not there at a touch would kill us.
+                    self.map_region(gpa, mmap.mmap(fd, length, flags=mmap.MAP_SHARED if huge else _MAP_FLAGS))
+                else:
+                    self.regions += (Region(gpa, length, None),)
+                    self.map_region(gpa, mmap.mmap(-1, length, flags=_PRIVATE_FLAGS))
+            for piece in pieces or ():
+                self._map_piece(piece)
         except OSError as error:
             self.close()
             pages = " in huge pages (/proc/sys/vm/nr_hugepages)" if huge else ""
             raise HostError(error.errno or 0, f"map {size >> 20} MiB of guest memory{pages}") from error
+
+    def _map_piece(self, piece: Piece) -> None:
+        fd = piece.file.fd if piece.file is not None else -1
+        map_over(self.host_address(piece.gpa, piece.size), piece.size, fd, piece.offset)
+
+    def freeze(self) -> list[Piece]:
+        """What is in RAM now, to be mapped by others; this memory goes on from it, copying what it writes.
+
+        Nobody writes to RAM meanwhile. The first call moves no byte; a later one copies what was written since.
+        Addresses, slices and views stay as they are.
+
+        :returns: pieces that cover all of RAM and never change
+        :raises SnapshotError: RAM is in huge pages
+        :raises OSError: the host has no memory left for it; RAM is as before
+        """
+        if self.huge:
+            raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
+        if self._pieces is None:
+            pieces = [Piece(region.gpa, region.size, region.file) for region in self.regions]
+            for piece in pieces:
+                self._map_piece(piece)
+            for region in self.regions:
+                region.file = None
+        else:
+            pieces = self._pieces
+            for region in self.regions:
+                pieces = self._settle(region, pieces)
+        self._pieces = pieces
+        return list(pieces)
+
+    def written(self) -> list[tuple[int, int]]:
+        """(guest address, bytes) of what was written since the last ``freeze``; all of RAM before the first."""
+        if self._pieces is None:
+            return [(region.gpa, region.size) for region in self.regions]
+        return [(region.gpa + at, size) for region in self.regions for at, size in self._private(region)]
+
+    def _private(self, region: Region) -> list[tuple[int, int]]:
+        if self._pagemap < 0:
+            self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        return private_runs(self._pagemap, self.host_address(region.gpa, region.size), region.size)
+
+    def _settle(self, region: Region, pieces: list[Piece]) -> list[Piece]:
+        # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there.
+        runs = self._private(region)
+        if not runs:
+            return pieces
+        gap = mmap.PAGESIZE
+        while len(runs) > _RUNS_MAX:  # each is a mapping in every copy: pages between near ones go with them
+            gap *= 2
+            runs = _joined(runs, gap)
+        file = MemoryFile(os.memfd_create("guest-ram-written", os.MFD_CLOEXEC))
+        os.ftruncate(file.fd, region.size)
+        address = self.host_address(region.gpa, region.size)
+        for at, size in runs:
+            copy_out(address + at, size, file.fd, at)
+        for at, size in runs:
+            piece = Piece(region.gpa + at, size, file, at)
+            self._map_piece(piece)
+            pieces = overlay(pieces, piece)
+        return pieces
+
+    def discard(self, part: memoryview) -> int:
+        """Give the host the pages back that lie wholly inside `part`; they read as zeros from here on.
+
+        :param part: what ``slice`` or a chain gave, of any alignment
+        :returns: bytes that read as zeros now
+        :raises ValueError: it is no slice of this RAM
+        :raises OSError: the host refused
+        """
+        if self._pieces is None:
+            return super().discard(part)
+        gpa, size = self.whole_pages(part)
+        # The file below is others', too, and shows through a page that is merely dropped.
+        if size >= _HOLE_LEAST and len(self._pieces) < _PIECES_MAX:
+            piece = Piece(gpa, size, None)
+            self._map_piece(piece)
+            self._pieces = overlay(self._pieces, piece)
+        elif size:
+            self.slice(gpa, size)[:] = bytes(size)
+        return size
 
     def view(self, gpa: int = 0, size: int | None = None, dtype: Any = "u1") -> npt.NDArray[np.generic]:
         """A numpy array over guest RAM: shared with the running guest, not copied.
@@ -91,9 +244,11 @@ class GuestMemory(GuestRam):
     def close(self) -> None:
         """Give the mappings and memfds back."""
         self.unmap_all()
-        for region in self.regions:
-            os.close(region.fd)
         self.regions = ()
+        self._pieces = None
+        if self._pagemap >= 0:
+            os.close(self._pagemap)
+            self._pagemap = -1
 
     def __enter__(self) -> GuestMemory:
         return self
@@ -102,3 +257,15 @@ class GuestMemory(GuestRam):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _joined(runs: list[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """`runs` with those made one between which there are at most `gap` bytes."""
+    joined = [runs[0]]
+    for at, size in runs[1:]:
+        start, length = joined[-1]
+        if at - (start + length) <= gap:
+            joined[-1] = (start, at + size - start)
+        else:
+            joined.append((at, size))
+    return joined

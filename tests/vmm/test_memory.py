@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 
 import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmm import _mapping
 from vmm.errors import ConfigError, GuestMemoryError
 from vmm.memory import GIB, GuestMemory
 
@@ -138,3 +141,109 @@ def test_discard_takes_nothing_but_this_memory() -> None:
                 memory.discard(part)
         with pytest.raises(BufferError):
             memory.discard(memoryview(bytes(8192)))
+
+
+# Freezing
+
+
+def _fill(memory: GuestMemory, rng: random.Random, model: dict[int, bytes], changes: int) -> None:
+    for _ in range(changes):
+        region = rng.choice(memory.regions)
+        page = region.gpa + rng.randrange(region.size // 4096) * 4096
+        model[page] = rng.randbytes(8)
+        memory.write(page, model[page])
+
+
+def _same(memory: GuestMemory, model: dict[int, bytes]) -> None:
+    for page, data in model.items():
+        assert memory.read(page, 8) == data, hex(page)
+
+
+@pytest.mark.parametrize("by", ["scan", "walk"])
+def test_frozen_memory_stays_while_its_machine_and_its_copies_write(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "walk":  # as before Linux 6.7
+        monkeypatch.setattr("vmm.memory.private_runs", _mapping.walk_private_runs)
+    rng = random.Random(1)
+    now: dict[int, bytes] = {}
+    frozen: list[tuple[GuestMemory, dict[int, bytes]]] = []
+    with GuestMemory(64 * MIB) as memory:
+        for round_ in range(5):
+            _fill(memory, rng, now, 300)
+            copy = GuestMemory(memory.size, pieces=memory.freeze())
+            assert memory.written() == [], "what was written is in the file"
+            frozen.append((copy, dict(now)))
+            if round_ % 2:
+                _fill(copy, rng, frozen[-1][1], 50)
+                again = GuestMemory(memory.size, pieces=copy.freeze())
+                frozen.append((again, dict(frozen[-1][1])))
+        for copy, model in frozen:
+            _same(copy, model)
+        _same(memory, now)
+    for copy, _ in frozen:
+        copy.close()
+
+
+def test_only_what_was_written_since_is_copied() -> None:
+    with GuestMemory(256 * MIB) as memory:
+        memory.write(0, b"x" * (8 * MIB))
+        assert [(piece.gpa, piece.size) for piece in memory.freeze()] == [(0, 256 * MIB)]
+        memory.write(5 * 4096 + 7, b"y")
+        memory.write(100 * MIB, b"z" * 8192)
+        assert memory.written() == [(5 * 4096, 4096), (100 * MIB, 8192)]
+        pieces = memory.freeze()
+        assert [piece.size for piece in pieces if piece.file is not pieces[0].file] == [4096, 8192]
+        assert sum(piece.size for piece in pieces) == memory.size
+
+
+def test_many_scattered_pages_are_few_mappings() -> None:
+    with GuestMemory(64 * MIB) as memory:
+        memory.freeze()
+        for page in range(0, 64 * MIB, 2 * 4096):
+            memory.write(page, b"x")
+        pieces = memory.freeze()
+        assert len(pieces) <= 1100
+        with GuestMemory(memory.size, pieces=pieces) as copy:
+            assert copy.read(0, 64 * MIB) == memory.read(0, 64 * MIB)
+
+
+@pytest.mark.parametrize("size", [4096, 64 << 10, 2 * MIB])
+def test_what_is_given_back_after_a_freeze_is_zeros_here_and_as_it_was_there(size: int) -> None:
+    with GuestMemory(16 * MIB) as memory:
+        memory.write(0, b"\x5a" * (16 * MIB))
+        pieces = memory.freeze()
+        assert memory.discard(memory.slice(4 * MIB, size)) == size
+        assert memory.read(4 * MIB, size) == bytes(size)
+        memory.write(4 * MIB + 100, b"again")
+        second = memory.freeze()
+        with GuestMemory(memory.size, pieces=pieces) as first_copy, GuestMemory(memory.size, pieces=second) as copy:
+            assert first_copy.read(4 * MIB, size) == b"\x5a" * size
+            assert copy.read(4 * MIB, size) == memory.read(4 * MIB, size)
+            assert copy.read(4 * MIB + 100, 5) == b"again"
+            assert copy.read(4 * MIB + size, 10) == b"\x5a" * 10
+
+
+def test_slices_and_addresses_survive_a_freeze() -> None:
+    with GuestMemory(4 * MIB) as memory:
+        view, address = memory.slice(0, 4096), memory.host_address(0, 4096)
+        view[0] = 7
+        memory.freeze()
+        view[1] = 8
+        assert memory.host_address(0, 4096) == address
+        assert memory.read(0, 2) == b"\x07\x08"
+
+
+def test_its_files_go_with_the_last_that_maps_them() -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        memory = GuestMemory(4 * MIB)
+        memory.write(0, b"x")
+        copy = GuestMemory(memory.size, pieces=memory.freeze())
+        memory.write(0, b"y")
+        memory.freeze()
+        memory.close()
+        assert copy.read(0, 1) == b"x"
+        copy.close()
+    del memory, copy
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

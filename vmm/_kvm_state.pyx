@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""What KVM knows of a vCPU and of a VM, out of it and into another: one ioctl a part, each a few hundred nanoseconds.
+
+Source: Linux Documentation/virt/kvm/api.rst. The orders are those in which no part changes another:
+MP_STATE is read first, because reading it may accept events, and VCPU_EVENTS last. The local APIC is set after SREGS,
+which say where it is, and before the MSRs, or it drops the TSC deadline; the deadline is written after the TSC.
+"""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EINVAL, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from vmm.errors import KvmError, SnapshotError
+
+cdef extern from *:
+    """
+    #include <linux/kvm.h>
+    #include <sys/ioctl.h>
+    static inline int kvm_call(int fd, unsigned long request, void *argument) { return ioctl(fd, request, argument); }
+    #ifndef KVM_CLOCK_REALTIME
+    #define KVM_CLOCK_REALTIME (1 << 2)
+    #endif
+    #ifndef KVM_CAP_XSAVE2
+    #define KVM_CAP_XSAVE2 208
+    #define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
+    #endif
+    """
+    int kvm_call(int fd, unsigned long request, void *argument) nogil
+    struct kvm_msr_entry:
+        uint32_t index
+        uint32_t reserved
+        uint64_t data
+    struct kvm_msrs:
+        uint32_t nmsrs
+        uint32_t pad
+    struct kvm_msr_list:
+        uint32_t nmsrs
+    struct kvm_cpuid_entry2:
+        uint32_t function
+    struct kvm_cpuid2:
+        uint32_t nent
+        uint32_t padding
+    struct kvm_mp_state:
+        uint32_t mp_state
+    struct kvm_regs:
+        uint64_t rip
+    struct kvm_sregs:
+        uint64_t cr0
+    struct kvm_sregs2:
+        uint64_t cr0
+    struct kvm_xsave:
+        uint32_t region[1024]
+    struct kvm_xcrs:
+        uint32_t nr_xcrs
+    struct kvm_debugregs:
+        uint64_t dr6
+    struct kvm_lapic_state:
+        char regs[1024]
+    struct kvm_vcpu_events:
+        uint32_t flags
+    struct kvm_pit_state2:
+        uint32_t flags
+    struct kvm_irqchip:
+        uint32_t chip_id
+    struct kvm_clock_data:
+        uint64_t clock
+        uint32_t flags
+    unsigned long KVM_CHECK_EXTENSION, KVM_GET_MSR_INDEX_LIST, KVM_GET_MSRS, KVM_SET_MSRS, KVM_GET_CPUID2
+    unsigned long KVM_SET_CPUID2, KVM_GET_MP_STATE, KVM_SET_MP_STATE, KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS
+    unsigned long KVM_SET_SREGS, KVM_GET_SREGS2, KVM_SET_SREGS2, KVM_GET_XSAVE, KVM_GET_XSAVE2, KVM_SET_XSAVE
+    unsigned long KVM_GET_XCRS, KVM_SET_XCRS, KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_LAPIC, KVM_SET_LAPIC
+    unsigned long KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, KVM_GET_PIT2, KVM_SET_PIT2, KVM_GET_IRQCHIP
+    unsigned long KVM_SET_IRQCHIP, KVM_GET_CLOCK, KVM_SET_CLOCK, KVM_KVMCLOCK_CTRL, KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ
+    uint32_t KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_CAP_XCRS, KVM_CAP_TSC_CONTROL, KVM_CLOCK_REALTIME
+
+cdef enum:
+    MSRS = 512
+    CPUID_ENTRIES = 256
+    IRQCHIPS = 3
+    MSR_IA32_TSC = 0x10
+    MSR_IA32_TSC_DEADLINE = 0x6e0
+    TSC_TOLERANCE_PPM = 250     # as in every VMM: what NTP corrects
+
+cdef struct MsrBatch:
+    kvm_msrs header
+    kvm_msr_entry[MSRS] entries
+
+cdef struct CpuidTable:
+    kvm_cpuid2 header
+    uint8_t[CPUID_ENTRIES * 40] entries
+
+
+cdef bytes _get(int fd, unsigned long request, size_t size, str name):
+    cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
+    if kvm_call(fd, request, PyBytes_AS_STRING(data)) < 0:
+        raise KvmError(errno, name)
+    return data
+
+
+cdef int _set(int fd, unsigned long request, data, size_t size, str name) except -1:
+    # What comes from a file is judged by its size here, and by KVM.
+    if not isinstance(data, bytes) or <size_t>len(data) != size:
+        raise SnapshotError(name, f"has {len(data) if isinstance(data, bytes) else 'no'} bytes, KVM takes {size}")
+    # KVM copies it in; a bytes object is not written to.
+    if kvm_call(fd, request, PyBytes_AS_STRING(data)) < 0:
+        raise KvmError(errno, name)
+    return 0
+
+
+cdef class StateAccess:
+    """How the state of this host's KVM is laid out; one a process is enough.
+
+    :param kvm_fd: /dev/kvm; used by the constructor only
+    """
+
+    cdef size_t xsave_bytes         # what KVM_SET_XSAVE reads
+    cdef bint has_xsave2
+    cdef bint has_sregs2
+    cdef bint has_xcrs
+    cdef bint has_tsc_control
+    cdef list msr_indices           # those that KVM lists, less those that it does not give
+
+    def __init__(self, int kvm_fd):
+        cdef uint32_t[MSRS + 1] indices
+        cdef int size = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_XSAVE2)
+        self.has_xsave2 = size > 0
+        self.xsave_bytes = max(<size_t>(size if size > 0 else 0), sizeof(kvm_xsave))
+        self.has_sregs2 = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_SREGS2) > 0
+        self.has_xcrs = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_XCRS) > 0
+        self.has_tsc_control = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_TSC_CONTROL) > 0
+        indices[0] = MSRS
+        if kvm_call(kvm_fd, KVM_GET_MSR_INDEX_LIST, indices) < 0:
+            raise KvmError(errno, "KVM_GET_MSR_INDEX_LIST")
+        self.msr_indices = [indices[1 + i] for i in range(indices[0])]
+
+    def save_vcpu(self, int fd):
+        """The state of a vCPU that is not in KVM_RUN, nor between an exit and the next KVM_RUN.
+
+        :returns: each part by its name in the API, as the bytes of its structure
+        :raises KvmError: KVM refused a part; ``what`` names it
+        """
+        state = {
+            "mp_state": _get(fd, KVM_GET_MP_STATE, sizeof(kvm_mp_state), "KVM_GET_MP_STATE"),
+            "regs": _get(fd, KVM_GET_REGS, sizeof(kvm_regs), "KVM_GET_REGS"),
+        }
+        if self.has_sregs2:
+            state["sregs2"] = _get(fd, KVM_GET_SREGS2, sizeof(kvm_sregs2), "KVM_GET_SREGS2")
+        else:
+            state["sregs"] = _get(fd, KVM_GET_SREGS, sizeof(kvm_sregs), "KVM_GET_SREGS")
+        state["xsave"] = _get(
+            fd, KVM_GET_XSAVE2 if self.has_xsave2 else KVM_GET_XSAVE, self.xsave_bytes, "KVM_GET_XSAVE")
+        if self.has_xcrs:
+            state["xcrs"] = _get(fd, KVM_GET_XCRS, sizeof(kvm_xcrs), "KVM_GET_XCRS")
+        state["debugregs"] = _get(fd, KVM_GET_DEBUGREGS, sizeof(kvm_debugregs), "KVM_GET_DEBUGREGS")
+        state["lapic"] = _get(fd, KVM_GET_LAPIC, sizeof(kvm_lapic_state), "KVM_GET_LAPIC")
+        state["tsc_khz"] = max(kvm_call(fd, KVM_GET_TSC_KHZ, NULL), 0)
+        state["cpuid"] = self._cpuid(fd)
+        state["msrs"] = self._msrs(fd)
+        state["vcpu_events"] = _get(fd, KVM_GET_VCPU_EVENTS, sizeof(kvm_vcpu_events), "KVM_GET_VCPU_EVENTS")
+        return state
+
+    cdef bytes _cpuid(self, int fd):
+        cdef CpuidTable table
+        table.header.nent = CPUID_ENTRIES
+        table.header.padding = 0
+        if kvm_call(fd, KVM_GET_CPUID2, &table) < 0:
+            raise KvmError(errno, "KVM_GET_CPUID2")
+        return (<char *>table.entries)[:40 * table.header.nent]
+
+    cdef dict _msrs(self, int fd):
+        cdef MsrBatch batch
+        cdef int i, got
+        cdef list indices = self.msr_indices
+        while True:
+            batch.header.nmsrs = len(indices)
+            batch.header.pad = 0
+            for i in range(len(indices)):
+                batch.entries[i].index = indices[i]
+                batch.entries[i].reserved = 0
+            got = kvm_call(fd, KVM_GET_MSRS, &batch)
+            if got < 0:
+                raise KvmError(errno, "KVM_GET_MSRS")
+            if got == len(indices):
+                break
+            # Listed, and not to be had: neither is it of another host's.
+            indices = indices[:got] + indices[got + 1:]
+        self.msr_indices = indices
+        return {batch.entries[i].index: batch.entries[i].data for i in range(got)}
+
+    def restore_vcpu(self, int fd, dict state):
+        """Give a new vCPU that state.
+
+        :raises SnapshotError: a part is not there or has another size than here
+        :raises KvmError: KVM refused a part; ``what`` names it
+        """
+        cdef CpuidTable table
+        cdef bytes cpuid = state["cpuid"]
+        if len(cpuid) % 40 or <size_t>len(cpuid) > sizeof(table.entries):
+            raise SnapshotError("KVM_SET_CPUID2", f"{len(cpuid)} bytes are no list of CPUID entries")
+        table.header.nent = len(cpuid) // 40
+        table.header.padding = 0
+        memcpy(table.entries, <char *>cpuid, len(cpuid))
+        if kvm_call(fd, KVM_SET_CPUID2, &table) < 0:
+            raise KvmError(errno, "KVM_SET_CPUID2")
+        self._set_tsc_khz(fd, state["tsc_khz"])
+        _set(fd, KVM_SET_MP_STATE, state["mp_state"], sizeof(kvm_mp_state), "KVM_SET_MP_STATE")
+        _set(fd, KVM_SET_REGS, state["regs"], sizeof(kvm_regs), "KVM_SET_REGS")
+        if "sregs2" in state:
+            _set(fd, KVM_SET_SREGS2, state["sregs2"], sizeof(kvm_sregs2), "KVM_SET_SREGS2")
+        else:
+            _set(fd, KVM_SET_SREGS, state["sregs"], sizeof(kvm_sregs), "KVM_SET_SREGS")
+        _set(fd, KVM_SET_XSAVE, state["xsave"], self.xsave_bytes, "KVM_SET_XSAVE")
+        if "xcrs" in state:
+            _set(fd, KVM_SET_XCRS, state["xcrs"], sizeof(kvm_xcrs), "KVM_SET_XCRS")
+        _set(fd, KVM_SET_DEBUGREGS, state["debugregs"], sizeof(kvm_debugregs), "KVM_SET_DEBUGREGS")
+        _set(fd, KVM_SET_LAPIC, state["lapic"], sizeof(kvm_lapic_state), "KVM_SET_LAPIC")
+        self._set_msrs(fd, state["msrs"])
+        _set(fd, KVM_SET_VCPU_EVENTS, state["vcpu_events"], sizeof(kvm_vcpu_events), "KVM_SET_VCPU_EVENTS")
+        # So that a guest's watchdog does not take the pause for a hang; EINVAL: it has no kvm-clock.
+        if kvm_call(fd, KVM_KVMCLOCK_CTRL, NULL) < 0 and errno != EINVAL:
+            raise KvmError(errno, "KVM_KVMCLOCK_CTRL")
+
+    cdef int _set_tsc_khz(self, int fd, khz) except -1:
+        cdef uint64_t wanted = khz
+        cdef int here = kvm_call(fd, KVM_GET_TSC_KHZ, NULL)
+        if here <= 0 or wanted == 0 or abs(<int64_t>wanted - here) * 1000000 <= <int64_t>here * TSC_TOLERANCE_PPM:
+            return 0
+        if not self.has_tsc_control or kvm_call(fd, KVM_SET_TSC_KHZ, <void *>wanted) < 0:
+            raise SnapshotError("TSC", f"ran at {wanted} kHz, this host's runs at {here} kHz and cannot be scaled")
+        return 0
+
+    cdef int _set_msrs(self, int fd, dict msrs) except -1:
+        cdef MsrBatch batch
+        cdef uint32_t count = 0
+        cdef int done
+        cdef uint64_t tsc = msrs.get(MSR_IA32_TSC, 0)
+        if len(msrs) > MSRS:
+            raise SnapshotError("KVM_SET_MSRS", f"{len(msrs)} registers are more than there are")
+        for index, value in msrs.items():
+            if index != MSR_IA32_TSC_DEADLINE:
+                batch.entries[count].index = index
+                batch.entries[count].reserved = 0
+                batch.entries[count].data = value
+                count += 1
+        if MSR_IA32_TSC_DEADLINE in msrs:
+            # 0 where the deadline has passed and its interrupt is in no register yet: one in the past brings it.
+            batch.entries[count].index = MSR_IA32_TSC_DEADLINE
+            batch.entries[count].reserved = 0
+            batch.entries[count].data = msrs[MSR_IA32_TSC_DEADLINE] or tsc
+            count += 1
+        batch.header.nmsrs = count
+        batch.header.pad = 0
+        done = kvm_call(fd, KVM_SET_MSRS, &batch)
+        if done < 0:
+            raise KvmError(errno, "KVM_SET_MSRS")
+        if <uint32_t>done < count:
+            raise KvmError(EINVAL, f"KVM_SET_MSRS {batch.entries[done].index:#x}")
+        return 0
+
+    def save_vm(self, int fd):
+        """The state of a VM's interrupt controllers, timer and clock; its vCPUs are held."""
+        cdef kvm_irqchip *chip
+        cdef bytes data
+        cdef int i
+        chips = []
+        for i in range(IRQCHIPS):
+            data = bytes(sizeof(kvm_irqchip))
+            chip = <kvm_irqchip *>PyBytes_AS_STRING(data)
+            chip.chip_id = i
+            if kvm_call(fd, KVM_GET_IRQCHIP, chip) < 0:
+                raise KvmError(errno, "KVM_GET_IRQCHIP")
+            chips.append(data)
+        return {
+            "pit2": _get(fd, KVM_GET_PIT2, sizeof(kvm_pit_state2), "KVM_GET_PIT2"),
+            "clock": _get(fd, KVM_GET_CLOCK, sizeof(kvm_clock_data), "KVM_GET_CLOCK"),
+            "irqchips": chips,
+        }
+
+    def restore_vm(self, int fd, dict state, *, bint realtime):
+        """Give a VM that state; its vCPUs have not run.
+
+        :param realtime: the guest's clock has gone on meanwhile; False: it goes on from where it was
+        """
+        if len(state["irqchips"]) != IRQCHIPS:
+            raise SnapshotError("KVM_SET_IRQCHIP", f"{len(state['irqchips'])} chips where there are {IRQCHIPS}")
+        _set(fd, KVM_SET_PIT2, state["pit2"], sizeof(kvm_pit_state2), "KVM_SET_PIT2")
+        for chip in state["irqchips"]:
+            _set(fd, KVM_SET_IRQCHIP, chip, sizeof(kvm_irqchip), "KVM_SET_IRQCHIP")
+        self.set_clock(fd, state["clock"], realtime=realtime)
+
+    def set_clock(self, int fd, clock, *, bint realtime):
+        """Set kvm-clock to what ``save_vm`` said in ``clock``; likewise."""
+        cdef kvm_clock_data data
+        if not isinstance(clock, bytes) or len(clock) != sizeof(data):
+            raise SnapshotError("KVM_SET_CLOCK", "the clock is damaged")
+        memcpy(&data, <char *>clock, sizeof(data))
+        data.flags = data.flags & KVM_CLOCK_REALTIME if realtime else 0
+        if kvm_call(fd, KVM_SET_CLOCK, &data) < 0:
+            raise KvmError(errno, "KVM_SET_CLOCK")

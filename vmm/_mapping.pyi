@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+def map_over(address: int, size: int, fd: int, offset: int) -> None:
+    """Put a private mapping over [`address`, `address` + `size`), which this process has mapped; whole pages.
+
+    :param fd: what it shows until it is written to, from `offset` on; -1: zeros
+    :raises OSError: the kernel refused
+    """
+
+def private_runs(pagemap: int, address: int, size: int) -> list[tuple[int, int]]:
+    """Pages of a private mapping that were written to since it was made.
+
+    :param pagemap: an open /proc/self/pagemap
+    :returns: (offset from `address`, bytes) of each run, in order
+    """
+
+def walk_private_runs(pagemap: int, address: int, size: int) -> list[tuple[int, int]]:
+    """Likewise, page by page: what ``private_runs`` does before Linux 6.7."""
+
+def copy_out(address: int, size: int, fd: int, offset: int) -> None:
+    """Write [`address`, `address` + `size`) to the file `fd` at `offset`.
+
+    :raises OSError: not all of it was written
+    """

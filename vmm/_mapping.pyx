@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""Mappings of guest RAM that change under a VM: from a file to private, from private pages to a file."""
+import os
+
+from libc.errno cimport EINTR, ENOTTY, EINVAL, errno
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+    #include <unistd.h>
+    /* <linux/fs.h> since Linux 6.7 */
+    struct pm_region { uint64_t start, end, categories; };
+    struct pm_arg {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+        uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+    };
+    #define PM_SCAN _IOWR('f', 16, struct pm_arg)
+    #define PM_IS_FILE (1 << 2)
+    #define PM_IS_PRESENT (1 << 3)
+    #define PM_IS_SWAPPED (1 << 4)
+    static inline int pm_scan(int fd, struct pm_arg *arg) { return ioctl(fd, PM_SCAN, arg); }
+    /* Bits of an entry of /proc/PID/pagemap */
+    #define PAGEMAP_PRESENT (1ull << 63)
+    #define PAGEMAP_SWAPPED (1ull << 62)
+    #define PAGEMAP_FILE (1ull << 61)
+    """
+    struct pm_region:
+        uint64_t start
+        uint64_t end
+        uint64_t categories
+    struct pm_arg:
+        uint64_t size
+        uint64_t flags
+        uint64_t start
+        uint64_t end
+        uint64_t walk_end
+        uint64_t vec
+        uint64_t vec_len
+        uint64_t max_pages
+        uint64_t category_inverted
+        uint64_t category_mask
+        uint64_t category_anyof_mask
+        uint64_t return_mask
+    int pm_scan(int fd, pm_arg *arg) nogil
+    uint64_t PM_IS_FILE, PM_IS_PRESENT, PM_IS_SWAPPED
+    uint64_t PAGEMAP_PRESENT, PAGEMAP_SWAPPED, PAGEMAP_FILE
+    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
+    ssize_t pread(int fd, void *data, size_t size, long offset) nogil
+    ssize_t pwrite(int fd, const void *data, size_t size, long offset) nogil
+    enum: PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
+
+cdef enum:
+    PAGE = 4096
+    REGIONS = 512
+    ENTRIES = 8192
+
+
+def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
+    """Put a private mapping over [`address`, `address` + `size`), which this process has mapped; whole pages.
+
+    :param fd: what it shows until it is written to, from `offset` on; -1: zeros
+    :raises OSError: the kernel refused
+    """
+    cdef int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE | (MAP_ANONYMOUS if fd < 0 else 0)
+    cdef void *got
+    with nogil:
+        got = mmap(<void *>address, size, PROT_READ | PROT_WRITE, flags, fd, <long>offset)
+    if <long>got == -1:
+        raise OSError(errno, os.strerror(errno))
+
+
+def private_runs(int pagemap, uintptr_t address, size_t size):
+    """Pages of a private mapping that were written to since it was made.
+
+    :param pagemap: an open /proc/self/pagemap
+    :returns: (offset from `address`, bytes) of each run, in order
+    """
+    runs = _scan(pagemap, address, size)
+    return walk_private_runs(pagemap, address, size) if runs is None else runs
+
+
+cdef list _scan(int pagemap, uintptr_t address, size_t size):
+    # PAGEMAP_SCAN, Linux 6.7: None where there is none.
+    cdef pm_region[REGIONS] regions
+    cdef pm_arg arg
+    cdef int count, i
+    cdef list runs = []
+    arg.size = sizeof(arg)
+    arg.flags = arg.max_pages = arg.category_mask = 0
+    arg.start = address
+    arg.end = address + size
+    arg.vec = <uintptr_t>regions
+    arg.vec_len = REGIONS
+    arg.category_inverted = arg.category_mask = PM_IS_FILE
+    arg.category_anyof_mask = PM_IS_PRESENT | PM_IS_SWAPPED
+    arg.return_mask = PM_IS_FILE
+    while arg.start < arg.end:
+        arg.walk_end = 0
+        with nogil:
+            count = pm_scan(pagemap, &arg)
+        if count < 0:
+            if errno == EINTR:
+                continue
+            if errno == ENOTTY or errno == EINVAL:
+                return None
+            raise OSError(errno, os.strerror(errno))
+        for i in range(count):
+            _add(runs, regions[i].start - address, regions[i].end - regions[i].start)
+        arg.start = arg.walk_end
+    return runs
+
+
+def walk_private_runs(int pagemap, uintptr_t address, size_t size):
+    """Likewise, page by page: what ``private_runs`` does before Linux 6.7."""
+    cdef uint64_t *entries = <uint64_t *>malloc(ENTRIES * sizeof(uint64_t))
+    cdef size_t done = 0, want, i
+    cdef ssize_t got
+    cdef list runs = []
+    if entries == NULL:
+        raise MemoryError()
+    try:
+        while done < size:
+            want = min(<size_t>ENTRIES, (size - done) // PAGE)
+            with nogil:
+                got = pread(pagemap, entries, want * 8, <long>((address + done) // PAGE * 8))
+            if got < 8:
+                raise OSError(errno if got < 0 else EINVAL, "read /proc/self/pagemap")
+            for i in range(<size_t>got // 8):
+                if entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED) and not entries[i] & PAGEMAP_FILE:
+                    _add(runs, done + i * PAGE, PAGE)
+            done += <size_t>got // 8 * PAGE
+    finally:
+        free(entries)
+    return runs
+
+
+cdef int _add(list runs, uint64_t offset, uint64_t size) except -1:
+    cdef Py_ssize_t last = len(runs) - 1
+    if last >= 0 and runs[last][0] + runs[last][1] == offset:
+        runs[last] = (runs[last][0], runs[last][1] + size)
+    else:
+        runs.append((offset, size))
+    return 0
+
+
+def copy_out(uintptr_t address, size_t size, int fd, uint64_t offset):
+    """Write [`address`, `address` + `size`) to the file `fd` at `offset`.
+
+    :raises OSError: not all of it was written
+    """
+    cdef ssize_t done
+    while size:
+        with nogil:
+            done = pwrite(fd, <const void *>address, size, <long>offset)
+        if done < 0:
+            if errno == EINTR:
+                continue
+            raise OSError(errno, os.strerror(errno))
+        address += <size_t>done
+        offset += <size_t>done
+        size -= <size_t>done
