@@ -7,9 +7,9 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from virtio._blk_request cimport (
-    F_FLUSH, FILE_ENDS, HEADER_BYTES, ID_BYTES, MAX_DISCARD, MAX_WRITE_ZEROES, S_IOERR, S_OK, S_UNSUPP, SECTOR,
-    T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, BlockFile, Request, advance, clear, execute, judge,
-    range_mode,
+    F_FLUSH, FILE_ENDS, HEADER_BYTES, ID_BYTES, MAX_DISCARD, MAX_WRITE_ZEROES, PIECE, S_IOERR, S_OK, S_UNSUPP, SECTOR,
+    T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, BlockFile, Request, advance, clear, execute,
+    execute_piece, judge, range_mode,
 )
 from virtio._limiter cimport RateLimiter
 from virtio._uring cimport (
@@ -153,6 +153,7 @@ cdef class BlockWorker(QueueWorker):
     cdef uint64_t[256] failures         # by errno; [0]: FILE_ENDS
     cdef Request *requests
     cdef iovec *iov
+    cdef iovec *piece_iov               # of a long request, as many as a chain has
     cdef Request *idle                  # those not under way
     cdef uint32_t n_requests
     cdef uint32_t flying                # with the kernel
@@ -174,9 +175,10 @@ cdef class BlockWorker(QueueWorker):
         self.disk = backend
         self.n_requests = size if backend.use_uring else 1
         self.requests = <Request *>PyMem_Calloc(self.n_requests, sizeof(Request))
-        self.iov = <iovec *>PyMem_Calloc(<size_t>self.n_requests * size, sizeof(iovec))
+        self.iov = <iovec *>PyMem_Calloc((<size_t>self.n_requests + 1) * size, sizeof(iovec))
         if self.requests == NULL or self.iov == NULL:
             raise MemoryError()
+        self.piece_iov = self.iov + <size_t>self.n_requests * size
         for i in range(self.n_requests):
             self.requests[i].chain.iov = self.iov + <size_t>i * size
             self.requests[i].next = self.idle
@@ -220,7 +222,7 @@ cdef class BlockWorker(QueueWorker):
                 break
             refusal = judge(r, &self.disk.file, self.features)
             if refusal == S_OK:
-                wait = self.disk.limiter.take(r.length if r.type <= T_OUT else 0, 1)
+                wait = self.disk.limiter.take(r.length, 1)      # of a range, too: the host may have to write it
                 if wait:
                     queue_unpop(ring)
                     self.wake_after(wait)
@@ -231,6 +233,14 @@ cdef class BlockWorker(QueueWorker):
             if refusal != S_OK:
                 self.counters.bad_requests += 1
                 self.answer(r, refusal)
+            elif r.length > PIECE:
+                if not self.work_off(r):
+                    # Nothing of it was answered, and doing it again does no harm: the next driver, or this one, may.
+                    queue_unpop(ring)
+                    r.next = self.idle
+                    self.idle = r
+                    self.counters.requests -= 1
+                    break
             elif not self.by_ring or not self.hand_over(r):
                 self.complete(r, execute(r, &self.disk.file, self.dsync))
             if self.done + self.written >= BATCH or self.done_bytes >= BATCH_BYTES:
@@ -240,6 +250,22 @@ cdef class BlockWorker(QueueWorker):
         self.settle()
         pthread_mutex_unlock(&self.lock)
         return status
+
+    cdef bint work_off(self, Request *r) noexcept nogil:
+        # A long request; false: the thread is to stop meanwhile. No guest decides how long that takes.
+        cdef uint64_t generation = self.disk.generation
+        cdef int failed = 0
+        while r.length and not failed:
+            if self.stopping():
+                return False
+            if flag_set(&self.disk.changing):
+                self.give_way()
+            failed = EIO if self.disk.generation != generation \
+                else execute_piece(r, &self.disk.file, self.dsync, self.piece_iov)
+            if not failed:
+                self.settle()           # what others have done is not kept back meanwhile
+        self.complete(r, failed)
+        return True
 
     cdef void open_ring(self) noexcept nogil:
         cdef int failed = -uring_open(&self.ring, self.n_requests)

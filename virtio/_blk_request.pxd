@@ -22,6 +22,8 @@ cdef enum:
     ID_BYTES = 20
     MAX_DISCARD = 1 << 22           # sectors of one request
     MAX_WRITE_ZEROES = 1 << 17      # fewer: where the file system cannot zero, the worker does nothing else meanwhile
+    PIECE = 1 << 22                 # bytes; a longer request is done in pieces, and given up between two of them
+    DISCARD_PIECE = 1 << 26         # of DISCARD, which costs little; the pieces begin at multiples of it
     FILE_ENDS = 1 << 20             # beside the errnos: the file is shorter than the disk
 
 # The file behind a disk, and how it is to be treated.
@@ -51,6 +53,9 @@ cdef struct Request:
 cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil
 # Do it, or what is left of it: 0, an errno or FILE_ENDS. `dsync`: 0, or RWF_DSYNC for writes that are stable at once.
 cdef int execute(Request *r, const BlockFile *disk, int dsync) noexcept nogil
+# Do a piece of a long one, with `room` for as many buffers as it has: 0, an errno or FILE_ENDS. Nothing is left to do
+# once r.length is 0; until then it may be left as it is, and be done again from its beginning.
+cdef int execute_piece(Request *r, const BlockFile *disk, int dsync, iovec *room) noexcept nogil
 # The same for DISCARD and WRITE_ZEROES, `ask`: the file system was not asked yet whether it can.
 cdef int clear(Request *r, const BlockFile *disk, bint ask) noexcept nogil
 cdef int range_mode(const Request *r) noexcept nogil        # FALLOC_FL_*

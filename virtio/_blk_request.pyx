@@ -273,6 +273,32 @@ cdef int execute(Request *r, const BlockFile *disk, int dsync) noexcept nogil:
     return errno if fdatasync(disk.fd) < 0 else 0
 
 
+cdef int execute_piece(Request *r, const BlockFile *disk, int dsync, iovec *room) noexcept nogil:
+    cdef Request piece = r[0]
+    cdef uint64_t size = DISCARD_PIECE - r.offset % DISCARD_PIECE if r.type == T_DISCARD else PIECE
+    cdef uint64_t left
+    cdef int failed
+    size = left = piece.length = min(size, r.length)
+    if r.type == T_IN or r.type == T_OUT:
+        piece.data = room
+        piece.count = 0
+        while left:
+            room[piece.count] = r.data[piece.count]
+            room[piece.count].iov_len = min(left, room[piece.count].iov_len)
+            left -= room[piece.count].iov_len
+            piece.count += 1
+        failed = transfer(&piece, disk, dsync)
+        if failed == 0:
+            advance(r, size)
+        return failed
+    failed = clear(&piece, disk, True)
+    if failed:
+        return failed
+    r.offset += size
+    r.length -= size
+    return errno if dsync and r.length == 0 and fdatasync(disk.fd) < 0 else 0
+
+
 def punch_hole(int fd, uint64_t offset, uint64_t length):
     """Give the blocks of a part of the file back, which then reads as zeroes: 0, or an error number."""
     return errno if fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) < 0 else 0

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 QUEUE_SIZE = 256
 # Linux linux/fs.h and linux/falloc.h
-_BLKSSZGET, _BLKIOMIN, _BLKIOOPT, _BLKPBSZGET = 0x1268, 0x1278, 0x1279, 0x127B
+_BLKROGET, _BLKSSZGET, _BLKIOMIN, _BLKIOOPT, _BLKPBSZGET = 0x125E, 0x1268, 0x1278, 0x1279, 0x127B
 _PAGE = 4096
 _PATIENCE = 0.3  # seconds: requests of io_uring, and the lock with them, outlive a VMM that was killed
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: l_type, l_whence, l_start, l_len, l_pid
@@ -65,13 +65,15 @@ class Disk:
         try:
             self.fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
             self.size = self.measure()
+            if self.block_device and not read_only and self._ask(_BLKROGET):  # opening it for writing succeeds
+                raise ConfigError("disk", path, "is a read-only block device; add ,ro")
             self._lock()
             if image_format is None and os.pread(self.fd, 4, 0) == b"QFI\xfb":
                 advice = "convert it by `qemu-img convert -O raw`, or add ,format=qcow2; ,format=raw takes it as it is"
                 raise ConfigError("disk", path, f"is a qcow2 image; {advice}")
             if direct:
                 fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
-            self.block_size = self._least_direct() if direct else spec.BLK_SECTOR
+            self.block_size = self._least_block()
         except OSError as error:
             self.close()
             raise ConfigError("disk", path, self._explain(error)) from None
@@ -125,9 +127,11 @@ class Disk:
             pass  # no /proc, or a format of another kernel: say what is known
         return "is in use by another VM; one writer or several readers may have it (,ro)"
 
-    def _least_direct(self) -> int:
-        if self.block_device:
+    def _least_block(self) -> int:
+        if self.block_device:  # with the page cache, too: it takes ranges to be zeroed or discarded in its own sectors
             return self._ask(_BLKSSZGET)
+        if not self.direct:
+            return spec.BLK_SECTOR
         import mmap
 
         with mmap.mmap(-1, _PAGE) as page:  # page aligned, as direct I/O wants it
@@ -148,7 +152,7 @@ class Disk:
         """What the host likes best, in bytes: its physical block, the least and the best transfer (0: any)."""
         if self.block_device:
             # Without direct I/O, the page cache reads a page to write a part of one.
-            least = self.block_size if self.direct else _PAGE
+            least = self.block_size if self.direct else max(self.block_size, _PAGE)
             return max(self._ask(_BLKPBSZGET), least), max(self._ask(_BLKIOMIN), least), self._ask(_BLKIOOPT)
         return _PAGE, _PAGE, 0
 

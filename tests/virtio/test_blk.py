@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import select
 import shutil
 import signal
@@ -281,6 +282,83 @@ def in_memory(size: int) -> Iterator[str]:
     os.close(fd)
 
 
+@pytest.mark.parametrize("kind", [spec.BLK_T_DISCARD, spec.BLK_T_WRITE_ZEROES, spec.BLK_T_OUT])
+def test_a_range_costs_its_length(boot: Callable[..., Vm], kind: int) -> None:
+    """The host may have to write every byte of it, so the limiter counts as many."""
+    vm = boot(limiter=RateLimiter(bandwidth=(20 * 512, 0, 1 << 40)))
+    data = vm.buffer(bytes(20 * 512)) if kind == spec.BLK_T_OUT else part(vm, 8, 20)
+    assert vm.device.limiter.ask(1, 0) == 0
+    vm.device.set_rate_limit(bandwidth=(20 * 512, 0, 1 << 40))
+    assert vm.request(kind, 0, data) == spec.BLK_S_OK
+    assert vm.device.limiter.ask(1, 0) > 0
+
+
+def test_long_requests_are_done_in_pieces(boot: Callable[..., Vm]) -> None:
+    with in_memory(16 << 20) as path:
+        vm = boot(path=path)
+        at = vm.driver.allocator.alloc(2 << 20, 4096)
+        vm.ram.write(at, random.Random(1).randbytes(2 << 20))
+        pieces = [Buffer(at + 512 * i, (1 << 20) + 512 * i) for i in range(6)]
+        expected = b"".join(vm.ram.read(each.addr, each.size) for each in pieces)
+        assert vm.request(spec.BLK_T_OUT, 3, *pieces) == spec.BLK_S_OK
+        assert vm.device.stats["bytes_written"] == len(expected)
+        assert Path(path).read_bytes()[3 * 512 : 3 * 512 + len(expected)] == expected
+        for flags in (0, spec.BLK_RANGE_UNMAP):
+            assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 4, 10_000, flags)) == spec.BLK_S_OK
+        assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 10_004, 1000)) == spec.BLK_S_OK
+        start = 11_004 * 512
+        assert Path(path).read_bytes()[:start] == bytes(1536) + expected[:512] + bytes(start - 2048)
+        assert Path(path).read_bytes()[start : 1536 + len(expected)] == expected[start - 1536 :]
+        vm.ram.write(at, bytes(2 << 20))
+        assert vm.request(spec.BLK_T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 5) == spec.BLK_S_OK
+        last = start + (4 << 20)
+        assert vm.ram.read(at, 4096) == Path(path).read_bytes()[last : last + 4096]
+        assert vm.request(spec.BLK_T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 16) == spec.BLK_S_IOERR
+        os.truncate(path, 12 << 20)
+        assert vm.request(spec.BLK_T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 10) == spec.BLK_S_IOERR
+        assert vm.log == [f"virtio-blk: {path}: the file ends before byte {start + (10 << 20)}"]
+
+
+def _zeroings(vm: Vm, count: int) -> dict[int, int]:
+    """Ranges to be zeroed, each 64 MiB, which tmpfs has no call for; where their status goes, by head."""
+    ring = vm.driver.queues[0]
+    header, range_ = vm.header(spec.BLK_T_WRITE_ZEROES), part(vm, 0, 1 << 17)
+    statuses = {}
+    for _ in range(count):
+        status = vm.buffer(b"\xee", device_writes=True)
+        statuses[ring.add_indirect([header, range_, status])] = status.addr
+    vm.driver.kick()
+    return statuses
+
+
+def test_what_nobody_has_begun_is_dropped_at_the_end(boot: Callable[..., Vm]) -> None:
+    with in_memory(64 << 20) as path:
+        vm = boot(path=path)
+        _zeroings(vm, 100)
+        vm.driver.set(spec.MMIO_STATUS, 0)
+        assert vm.device.stats["write_zeroes"] < 50
+        vm.driver.bring_up()
+        assert vm.read(3, 512) == bytes(512)
+
+
+def test_a_stop_between_the_pieces_of_a_request(boot: Callable[..., Vm]) -> None:
+    with in_memory(64 << 20) as path:
+        vm = boot(path=path)
+        assert vm.request(spec.BLK_T_OUT, 131_000, vm.buffer(b"x" * 512)) == spec.BLK_S_OK
+        statuses = _zeroings(vm, 4)
+        for _ in range(10):
+            vm.transport.stop()
+            vm.transport.go_on()
+        done: set[int] = set()
+        deadline = time.monotonic() + 30
+        while len(done) < 4 and time.monotonic() < deadline:
+            done |= {head for head, _ in vm.driver.queues[0].reap()}
+        assert {vm.ram.read(at, 1) for at in statuses.values()} == {bytes([spec.BLK_S_OK])}
+        assert done == set(statuses)
+        assert not any(Path(path).read_bytes())
+        assert vm.device.stats["write_zeroes"] == 4
+
+
 def test_several_queues_with_a_thread_each(boot: Callable[..., Vm], image: Path) -> None:
     vm = boot(queues=4)
     for queue in range(4):
@@ -427,18 +505,26 @@ def test_files_that_change_while_the_driver_reads(boot: Callable[..., Vm], image
 # Block devices
 
 
-@pytest.fixture
-def loop(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+@contextlib.contextmanager
+def loop_device(tmp_path: Path, *options: str) -> Iterator[tuple[str, Path]]:
     """A block device, and the file behind it."""
     if os.geteuid() or not os.path.exists("/dev/loop-control") or not shutil.which("losetup"):
         pytest.skip("LAYER MISSING: block devices: no loop device for this user")
     backing = tmp_path / "backing"
     backing.write_bytes(b"".join(bytes([i % 251]) * 4096 for i in range(256)))
-    made = subprocess.run(["losetup", "--find", "--show", backing], capture_output=True, text=True)
+    made = subprocess.run(["losetup", *options, "--find", "--show", backing], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"LAYER MISSING: block devices: {made.stderr.strip()}")
-    yield made.stdout.strip(), backing
-    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+    try:
+        yield made.stdout.strip(), backing
+    finally:
+        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    with loop_device(tmp_path) as device:
+        yield device
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -465,6 +551,34 @@ def test_block_device(boot: Callable[..., Vm], loop: tuple[str, Path], direct: b
     data = Buffer(at, 4096, True)
     assert vm.request(spec.BLK_T_IN, 1000, data) == spec.BLK_S_IOERR
     assert vm.log == [f"virtio-blk: {device}: {os.strerror(errno.EIO)}"]
+
+
+def test_a_read_only_block_device_is_not_opened_for_writing(tmp_path: Path) -> None:
+    # The kernel lets it be opened, and fails each write.
+    with loop_device(tmp_path, "--read-only") as (device, _):
+        with pytest.raises(ConfigError, match=f"disk {device}: is a read-only block device; add ,ro"):
+            Disk(device)
+        with Disk(device, read_only=True) as disk:
+            assert Block(disk).features & spec.BLK_F_RO
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_block_device_of_4_kib_sectors(boot: Callable[..., Vm], tmp_path: Path, direct: bool) -> None:
+    with loop_device(tmp_path, "--sector-size", "4096") as (device, backing):
+        vm = boot(path=device, direct=direct)
+        try:
+            assert vm.driver.config(20, 4) == (4096).to_bytes(4, "little"), "what the guest's requests are multiples of"
+            assert vm.device.capacity == 2048
+            before = blocks_of(backing)
+            assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 1024, 1024)) == spec.BLK_S_OK
+            assert blocks_of(backing) < before
+            for flags in (0, spec.BLK_RANGE_UNMAP):
+                assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 80 + 8 * flags, 8, flags)) == spec.BLK_S_OK
+            assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+            assert backing.read_bytes()[80 * 512 : 96 * 512] == bytes(8192)
+            assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 1, 1)) == spec.BLK_S_IOERR
+        finally:
+            vm.close()
 
 
 # Engines
