@@ -13,6 +13,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from virtio._fs_table cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from vmm._budget cimport FOR_OPEN, granted
 
 cdef extern from *:
     """
@@ -118,7 +119,7 @@ cdef class Window:
         while at < length and result == 0:
             slot = &self.slots[(where + at) >> DAX_SHIFT]
             self._drop(slot)
-            slot.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+            slot.fd = granted(fcntl(fd, F_DUPFD_CLOEXEC, 0), FOR_OPEN)
             if slot.fd < 0:
                 result = -errno
             else:

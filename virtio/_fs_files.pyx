@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """Operations on what the guest has open: reading and writing straight between file and guest memory, listing."""
-from libc.errno cimport EAGAIN, EBADF, EIO, ENOMEM, ENOSYS, EOPNOTSUPP, errno
+from libc.errno cimport EAGAIN, EBADF, EIO, ENOSYS, EOPNOTSUPP, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc
 from libc.string cimport memcpy, memset, strlen
 
 from virtio._fs_host cimport *
 from virtio._fs_nodes cimport NodeOperations
-from virtio._fs_share cimport IN_HEADER, MASK, MAX_WRITE, OUT_HEADER, OUT_MAX
+from virtio._fs_share cimport DIRENTS, IN_HEADER, MASK, MAX_WRITE, OUT_HEADER, OUT_MAX
 from virtio._fs_table cimport (
-    DIRECTORY, DIRENTS, FILE, ROOT, Handle, pthread_mutex_lock, pthread_mutex_unlock,
+    DIRECTORY, FILE, ROOT, Handle, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from virtio._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
@@ -159,9 +158,22 @@ cdef class FileOperations(NodeOperations):
             return sizeof(fuse_write_out)
         return -errno if result < 0 else 0
 
+    cdef int64_t read_ahead(self, Handle *handle) noexcept nogil:
+        # Entries from entries_next on; how many bytes of them, 0 at the directory's end.
+        cdef int64_t result
+        pthread_mutex_lock(&handle.lock)
+        result = lseek(handle.fd, self.entries_next, 0)
+        if result >= 0:
+            result = fs_getdents(handle.fd, self.entries, DIRENTS)
+        if result < 0:
+            result = -errno
+        pthread_mutex_unlock(&handle.lock)
+        self.entries_at, self.entries_have = 0, <uint32_t>max(result, <int64_t>0)
+        return result
+
     cdef int64_t op_readdir(self, Handle *handle, uint64_t nodeid, bint plus) noexcept nogil:
-        # READDIR and READDIRPLUS. Entries are read ahead into the handle, so that a guest that asks for a page at a
-        # time costs one system call for hundreds of them.
+        # READDIR and READDIRPLUS. Entries are read ahead, so that a guest that asks for a page at a time costs few
+        # system calls for hundreds of them; into one buffer a thread, so that a handle costs no heap.
         cdef const fuse_read_in *arg = <const fuse_read_in *>self.request
         cdef uint64_t room = min(min(<uint64_t>arg.size, self.room), <uint64_t>OUT_MAX), at = 0, size, length
         cdef uint32_t prefix = sizeof(fuse_entry_out) if plus else 0
@@ -176,25 +188,15 @@ cdef class FileOperations(NodeOperations):
             return -EIO
         if plus and statx_call(handle.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
             dev, mnt = <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor, st.stx_mnt_id
-        pthread_mutex_lock(&handle.lock)
-        if handle.entries == NULL:
-            handle.entries = <uint8_t *>calloc(1, DIRENTS)
-            if handle.entries == NULL:
-                result = -ENOMEM
-        if result == 0 and arg.offset != handle.position:
-            if lseek(handle.fd, arg.offset, 0) < 0:
-                result = -errno
-            else:
-                handle.at = handle.have = 0
-                handle.position = arg.offset
-        while result == 0:
-            if handle.at >= handle.have:
-                result = fs_getdents(handle.fd, handle.entries, DIRENTS)
+        if self.entries_fh != arg.fh or self.entries_next != arg.offset or arg.offset == 0:
+            self.entries_fh, self.entries_next = arg.fh, arg.offset
+            self.entries_at = self.entries_have = 0
+        while True:
+            if self.entries_at >= self.entries_have:
+                result = self.read_ahead(handle)
                 if result <= 0:
-                    result = -errno if result < 0 else 0
                     break
-                handle.at, handle.have, result = 0, <uint32_t>result, 0
-            d = <linux_dirent64 *>(handle.entries + handle.at)
+            d = <linux_dirent64 *>(self.entries + self.entries_at)
             length = strlen(d.d_name)
             size = prefix + sizeof(fuse_dirent) + (length + 7 & ~<uint64_t>7)
             if at + size > room:
@@ -215,7 +217,6 @@ cdef class FileOperations(NodeOperations):
                                self.table.node_known(dev, d.d_ino, mnt)) < 0:
                     memset(self.out + at, 0, prefix)
             at += size
-            handle.at += d.d_reclen
-            handle.position = d.d_off
-        pthread_mutex_unlock(&handle.lock)
+            self.entries_at += d.d_reclen
+            self.entries_next = d.d_off
         return result if result < 0 and at == 0 else at

@@ -16,6 +16,7 @@ from virtio._fs_host cimport *
 from virtio._fs_share cimport MASK, NAME_MAX, PATH_MAX, XATTR_MAX, Agent
 from virtio._fs_table cimport DIRECTORY, FILE, Handle, Node
 from virtio._fuse cimport *
+from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
 
 
 cdef bint is_acl(const char *name) noexcept nogil:
@@ -340,12 +341,10 @@ cdef class NodeOperations(Agent):
             return -EISDIR if node.type == S_IFDIR else -ELOOP if node.type == S_IFLNK else -ENXIO
         if self.share.read_only and (wanted & O_ACCMODE != O_RDONLY or wanted & (O_TRUNC | O_CREAT)):
             return -EROFS
-        if self.table.full():
-            return -ENFILE
         kill = kill and flags & O_TRUNC and self.credentials.switches
         if kill:
             fs_capset(self.credentials.no_fsetid)
-        fd = openat(AT_FDCWD, self.path_of(node.fd), flags)
+        fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
         error = errno
         if kill:
             fs_capset(self.credentials.full)
@@ -361,9 +360,7 @@ cdef class NodeOperations(Agent):
         cdef int fd
         if node.type != S_IFDIR:
             return -ENOTDIR
-        if self.table.full():
-            return -ENFILE
-        fd = openat(AT_FDCWD, self.path_of(node.fd), O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        fd = granted(openat(AT_FDCWD, self.path_of(node.fd), O_RDONLY | O_DIRECTORY | O_CLOEXEC), FOR_OPEN)
         if fd < 0:
             return -errno
         memset(out, 0, sizeof(fuse_open_out))
@@ -381,8 +378,11 @@ cdef class NodeOperations(Agent):
         cdef bint switch = self.credentials.switches and (h.uid or h.gid)
         cdef int64_t result
         cdef Node *made
-        if self.table.full():
+        # Before anything is made: is there a number for it?
+        fd = granted(dup(node.fd), FOR_LOOKUP)
+        if fd < 0:
             return -ENFILE
+        close(fd)
         if h.opcode == FUSE_TMPFILE and (node.type != S_IFDIR or flags & O_ACCMODE == O_RDONLY):
             return -EINVAL
         if switch:

@@ -14,6 +14,7 @@ cdef enum:
     MAX_WRITE = 1 << 20             # bytes of a WRITE; 256 pages, the most that Linux sends
     REQUEST_MAX = 65536 + 8192      # an extended attribute's value, its name, and what is around them
     OUT_MAX = 65536 + 8192          # the same in a reply
+    DIRENTS = 32768                 # bytes of entries read at once
     NAME_MAX = 255
     PATH_MAX = 4096
     XATTR_MAX = 65536
@@ -59,6 +60,11 @@ cdef class Agent:
     cdef Credentials credentials
     cdef uint8_t *request       # what follows the header, and a 0
     cdef uint8_t *out           # what follows the reply's header
+    cdef uint8_t *entries       # linux_dirent64s read ahead of what the guest asked; DIRENTS bytes
+    cdef uint64_t entries_fh    # the handle that they are of
+    cdef uint64_t entries_next  # the directory offset of the next of them,
+    cdef uint32_t entries_at    # its place among the bytes,
+    cdef uint32_t entries_have  # and how many those are
     cdef const char *name       # components that were judged
     cdef const char *name2
     cdef uint64_t length        # bytes in request

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from virtio._fs_dax import Window
 
-def raise_descriptor_limit() -> int:
-    """Let this process have as many descriptors as the host allows it; how many that are."""
-
 class Share:
     """What all threads of one share have in common."""
 
@@ -11,7 +8,6 @@ class Share:
         self,
         root_fd: int,
         proc_fd: int,
-        budget: int,
         *,
         read_only: bool,
         writeback: bool,
@@ -24,6 +20,8 @@ class Share:
     window: Window | None
     def clear(self) -> None:
         """Forget what the guest was told: its driver is gone."""
+    def close(self) -> None:
+        """Close the directory itself, too: no thread of the share runs any more."""
     @property
     def nodes(self) -> int:
         """Files that the guest knows of, the directory itself included."""

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """What all threads of a share have in common, and what each of them has for itself."""
-import resource
-
 from libc.errno cimport ENFILE, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -12,23 +10,10 @@ from virtio._fs_dax cimport Window
 from virtio._fs_host cimport *
 from virtio._fs_table cimport Table
 from virtio._fuse cimport *
+from vmm._budget cimport FOR_LOOKUP, granted
 
 # NFS, CIFS, SMB2, FUSE, 9p, Ceph
 _NETWORK_FS = {0x6969, 0xFF534D42, 0xFE534D42, 0x65735546, 0x01021997, 0x00C36400}
-
-
-def raise_descriptor_limit():
-    """Let this process have as many descriptors as the host allows it; how many that are."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        with open("/proc/sys/fs/nr_open") as limit:
-            most = int(limit.read())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        return most
-    except (OSError, ValueError):
-        pass        # not root, or no /proc
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 cdef class Share:
@@ -36,18 +21,17 @@ cdef class Share:
 
     :param root_fd: O_PATH descriptor of the directory; owned from here on
     :param proc_fd: of /proc/self/fd; borrowed
-    :param budget: descriptors that the guest may make this process hold
     :param valid: seconds that the guest may believe names and attributes
     :param squash: ``(uid, gid)`` of every access, or None: root acts as the user that the guest names
     :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
     :raises OSError: no address space left for the window
     """
 
-    def __init__(self, int root_fd, int proc_fd, uint64_t budget, *, bint read_only, bint writeback, uint64_t valid,
+    def __init__(self, int root_fd, int proc_fd, *, bint read_only, bint writeback, uint64_t valid,
                  bint direct_io, bint keep_cache, squash, uint64_t dax=0):
         cdef host_statfs st
         self.flush_matters = fstatfs(root_fd, &st) == 0 and <uint32_t>st.f_type in _NETWORK_FS
-        self.table = Table(root_fd, budget)
+        self.table = Table(root_fd)
         self.proc_fd = proc_fd
         self.read_only = read_only
         self.writeback = writeback and not read_only
@@ -68,6 +52,11 @@ cdef class Share:
             self.window.clear()
         self.table.clear()
 
+    def close(self):
+        """Close the directory itself, too: no thread of the share runs any more."""
+        self.clear()
+        self.table.close_root()
+
     @property
     def nodes(self):
         """Files that the guest knows of, the directory itself included."""
@@ -86,12 +75,14 @@ cdef class Agent:
         self.table = share.table
         self.request = <uint8_t *>calloc(1, REQUEST_MAX + 1)
         self.out = <uint8_t *>calloc(1, OUT_MAX)
-        if self.request == NULL or self.out == NULL:
+        self.entries = <uint8_t *>calloc(1, DIRENTS)
+        if self.request == NULL or self.out == NULL or self.entries == NULL:
             raise MemoryError()
 
     def __dealloc__(self):
         free(self.request)
         free(self.out)
+        free(self.entries)
 
     cdef int enter(self) noexcept nogil:
         cdef int error
@@ -163,9 +154,7 @@ cdef class Agent:
             if nodeid:
                 self.fill_entry(entry, nodeid, &st)
                 return sizeof(fuse_entry_out)
-        if self.table.full():
-            return -ENFILE
-        fd = openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
+        fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
         if fd < 0:
             return -errno
         return self.adopt(fd, entry)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # What a guest of a share may name: its nodes (files by O_PATH descriptor) and handles (files that it has open).
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -11,7 +11,6 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef enum:
     ROOT = 1                    # FUSE_ROOT_ID: never forgotten
-    DIRENTS = 32768             # bytes of entries read at once
 
 cdef struct Node:
     int fd                      # O_PATH; nothing is ever done to a path but through it
@@ -41,12 +40,8 @@ cdef struct Handle:
     bint live
     bint open                   # the guest has not released it
     bint synchronous            # a write waits for the disk (O_SYNC, O_DSYNC)
-    pthread_mutex_t lock        # of the rest: a directory is read by one thread at a time
+    pthread_mutex_t lock        # of fd's place: a directory is read by one thread at a time
     bint locked_once            # lock was initialised
-    uint8_t *entries            # linux_dirent64s read ahead; DIRENTS bytes
-    uint32_t at                 # the next of them
-    uint32_t have
-    uint64_t position           # the directory offset of that next one
 
 cdef class Table:
     cdef pthread_mutex_t lock   # of all below; held for table work only, never for a system call
@@ -60,9 +55,7 @@ cdef class Table:
     cdef uint32_t free_handle
     cdef readonly uint64_t nodes
     cdef readonly uint64_t handles
-    cdef readonly uint64_t budget       # descriptors that nodes and handles may have together
 
-    cdef bint full(self) noexcept nogil
     # A pinned node: its fd stays open until node_put. NULL: the guest was not told of this id, or forgot it.
     cdef Node *node_get(self, uint64_t nodeid) noexcept nogil
     cdef void node_put(self, Node *node) noexcept nogil
@@ -78,6 +71,7 @@ cdef class Table:
     cdef void handle_put(self, Handle *handle) noexcept nogil
     cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil
     cdef void clear(self) noexcept nogil        # as if the guest had forgotten and released everything
+    cdef void close_root(self) noexcept nogil   # after clear: nothing is left
 
     cdef Node *_node(self, uint32_t index) noexcept nogil
     cdef Handle *_handle(self, uint32_t index) noexcept nogil

@@ -24,13 +24,11 @@ cdef class Table:
     """Nodes and handles of one share; safe from any thread.
 
     :param root_fd: O_PATH descriptor of the shared directory; owned from here on
-    :param budget: descriptors that nodes and handles may have together
     """
 
-    def __cinit__(self, int root_fd, uint64_t budget):
+    def __cinit__(self, int root_fd):
         cdef Node *root
         pthread_mutex_init(&self.lock, NULL)
-        self.budget = budget
         self.n_buckets = 1024
         self.node_slots = self.handle_slots = ROOT      # no id is 0
         self.node_chunks = <Node **>calloc(CHUNKS, sizeof(Node *))
@@ -56,7 +54,6 @@ cdef class Table:
                 handle = self._handle(i)
                 if handle.live:
                     close(handle.fd)
-                free(handle.entries)
             for i in range(<uint32_t>CHUNKS):
                 free(self.node_chunks[i])
                 free(self.handle_chunks[i])
@@ -69,9 +66,6 @@ cdef class Table:
 
     cdef Handle *_handle(self, uint32_t index) noexcept nogil:
         return &self.handle_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
-
-    cdef bint full(self) noexcept nogil:
-        return self.nodes + self.handles >= self.budget     # a glance: threads may overstep it by one each
 
     # Nodes
 
@@ -251,8 +245,6 @@ cdef class Table:
             handle.synchronous = synchronous
             handle.refs = 0
             handle.live = handle.open = True
-            handle.at = handle.have = 0
-            handle.position = 0
             self.handles += 1
             fh = <uint64_t>handle.generation << 32 | index
             fd = -1
@@ -286,8 +278,6 @@ cdef class Table:
             close(fd)
 
     cdef int _drop_handle(self, Handle *handle) noexcept nogil:
-        free(handle.entries)
-        handle.entries = NULL
         handle.live = False
         handle.next = self.free_handle
         self.free_handle = handle.index
@@ -303,6 +293,19 @@ cdef class Table:
         pthread_mutex_unlock(&self.lock)
         self.handle_put(handle)
         return True
+
+    cdef void close_root(self) noexcept nogil:
+        cdef Node *root
+        cdef int fd = -1
+        pthread_mutex_lock(&self.lock)
+        root = self._node(ROOT)
+        if root.live:
+            fd = root.fd
+            root.live = False
+            self.nodes -= 1
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)
 
     cdef void clear(self) noexcept nogil:
         cdef uint32_t i

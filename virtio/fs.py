@@ -8,9 +8,10 @@ import struct
 
 from virtio import spec
 from virtio._fs import Backlog, FsHelper, FsWorker
-from virtio._fs_share import Share, raise_descriptor_limit
+from virtio._fs_share import Share
 from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
+from vmm.budget import KEPT, dax_slots, raise_descriptor_limit
 from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
@@ -27,8 +28,6 @@ DAX_ALIGNMENT = 2 << 20
 # So that a request of 256 pages, the most that Linux sends, fits with its headers.
 QUEUE_SIZE = 1024
 _CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
-# Descriptors that the rest of the process keeps, whatever guests do to their shares.
-_RESERVED_FDS = 512
 # Requests that wait for the host's disk at once, at least.
 _HELPERS = 4
 # Seconds that the guest may believe what it was told, by cache policy.
@@ -88,9 +87,9 @@ class Fs(VirtioDevice):
         self.config = _CONFIG.pack(tag.encode(), threads)
         self._workers: list[FsWorker | FsHelper] = []
         self._proc = -1
-        budget = raise_descriptor_limit() - _RESERVED_FDS
-        if budget < _RESERVED_FDS:
-            raise ConfigError("share", path, f"needs RLIMIT_NOFILE of {2 * _RESERVED_FDS} or more")
+        self._dax_slots = 0
+        if raise_descriptor_limit() < 2 * KEPT:
+            raise ConfigError("share", path, f"needs RLIMIT_NOFILE of {2 * KEPT} or more")
         try:
             root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -101,13 +100,21 @@ class Fs(VirtioDevice):
         except OSError as error:
             os.close(root)
             raise HostError(error.errno or 0, "open /proc/self/fd") from None
+        if dax and not dax_slots().ask(dax // DAX_ALIGNMENT):
+            os.close(root)
+            os.close(self._proc)
+            left = (dax_slots().limit - dax_slots().used) * DAX_ALIGNMENT >> 20
+            problem = f"bytes are more mappings and descriptors than this process may have; at most {left}M"
+            raise ConfigError("share dax", dax, problem)
+        self._dax_slots = dax // DAX_ALIGNMENT
         try:
             self.share = Share(
-                root, self._proc, budget, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
+                root, self._proc, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
                 direct_io=cache == "none", keep_cache=cache == "always", squash=squash, dax=dax,
             )  # fmt: skip
         except (OSError, MemoryError):
             os.close(self._proc)
+            dax_slots().put_back(self._dax_slots)
             raise ConfigError("share dax", dax, "bytes are more address space than this host has") from None
         self.window = self.share.window
 
@@ -155,7 +162,10 @@ class Fs(VirtioDevice):
 
     def close(self) -> None:
         """Give the descriptors back; idempotent. The transport is closed before."""
-        self.share.clear()
+        self.share.close()
         if self._proc >= 0:
             os.close(self._proc)
             self._proc = -1
+        if self._dax_slots:
+            dax_slots().put_back(self._dax_slots)
+            self._dax_slots = 0

@@ -16,6 +16,7 @@ import stat
 from virtio import spec
 from virtio._vsock import VsockWorker
 from virtio.device import VirtioDevice
+from vmm.budget import raise_descriptor_limit
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 QUEUE_SIZE = 256
 MAX_CONNECTIONS = 4096
 _BACKLOG = 1024
-_SPARE_DESCRIPTORS = 1024  # for all that the rest of the VM and its API clients open
 
 
 class Listener:
@@ -94,18 +94,6 @@ class Listener:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def raise_descriptor_limit() -> None:
-    """Let this process open a descriptor for each of MAX_CONNECTIONS, as far as its hard limit allows."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + _SPARE_DESCRIPTORS
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Vsock(VirtioDevice):

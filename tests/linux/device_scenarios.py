@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.linux.tools_guest import GuestFailed, MachineGuest, ToolsImage, initrd_with, probe, tools_image
-from virtio._fs_share import raise_descriptor_limit
 from virtio.blk import Block
+from vmm.budget import raise_descriptor_limit
 from vmm.config import VmConfig
 from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import VmmError

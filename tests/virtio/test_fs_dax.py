@@ -15,6 +15,7 @@ from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import FuseVm
 from tests.virtio.test_fs import held, mount, refused, tree
 from virtio import spec
+from vmm.budget import dax_slots
 from vmm.errors import ConfigError
 
 __all__ = ["mount", "tree"]
@@ -217,3 +218,20 @@ def test_a_window_that_cannot_be(tree: Path, mount: Callable[..., FuseVm]) -> No
     for size in (1, 4096, MIB, 3 * MIB, 1 << 60):
         with pytest.raises(ConfigError):
             mount(dax=size)
+
+
+def test_more_slots_than_the_process_may_have_are_refused(tree: Path) -> None:
+    """vm.max_map_count is of the whole process: two windows share it, and a closed one gives its part back."""
+    used, limit = dax_slots().used, dax_slots().limit
+    size = (limit - used) // 2 + 1 << 21
+    with FuseVm(tree, dax=size), pytest.raises(ConfigError, match="more mappings and descriptors than"):
+        FuseVm(tree, dax=size)
+    assert dax_slots().used == used
+    FuseVm(tree, dax=size).close()
+
+
+def test_a_closed_share_holds_nothing(tree: Path) -> None:
+    vm = FuseVm(tree)
+    vm.opendir()
+    vm.close()
+    assert held(tree) == 0

@@ -22,7 +22,8 @@ from tests.guest_driver import Buffer
 from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import ROOT, FuseError, FuseVm
 from tests.virtio.test_fs import held, mount, refused, tree
-from virtio import fs, spec
+from virtio import spec
+from vmm.budget import KEPT, raise_descriptor_limit, set_descriptor_limit
 
 __all__ = ["mount", "tree"]
 
@@ -420,27 +421,69 @@ def test_nothing_changes_a_read_only_share(tree: Path, mount: Callable[..., Fuse
 # Exhaustion
 
 
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """The share has 600 descriptors for guests beyond those in use now; a quarter of all is not for look-ups."""
+    raise_descriptor_limit()
+    limit = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 600
+    yield limit
+    raise_descriptor_limit()
+
+
+def highest() -> int:
+    """The largest number of a descriptor in use."""
+    return max(int(fd) for fd in os.listdir("/proc/self/fd"))  # that of the listing itself, too
+
+
 def test_a_guest_that_opens_everything_runs_out_and_not_the_host(
-    tree: Path, mount: Callable[..., FuseVm], monkeypatch: pytest.MonkeyPatch
+    tree: Path, mount: Callable[..., FuseVm], few_descriptors: int
 ) -> None:
-    monkeypatch.setattr(fs, "raise_descriptor_limit", lambda: 512 + 600)
     for i in range(700):
         (tree / f"{i}").touch()
-    vm = mount()
+    first, second = mount(), mount()
+    set_descriptor_limit(KEPT + few_descriptors)
     nodes = []
     with pytest.raises(FuseError, match="Too many open files in system"):
         for i in range(700):
-            nodes.append(vm.lookup(f"{i}").nodeid)
-    assert len(nodes) == 599
-    assert refused(vm.open, nodes[0]) == refused(vm.opendir) == refused(vm.create, "new") == "ENFILE"
+            nodes.append(first.lookup(f"{i}").nodeid)
+    assert refused(second.lookup, "1") == "ENFILE", "two shares have one budget"
+    handles = [second.opendir(), first.open(nodes[0])]  # what is known can be opened
+    assert refused(first.create, "new") == "ENFILE"
     assert "new" not in os.listdir(tree)
-    assert vm.getattr(nodes[5]) and vm.lookup("5")
-    vm.forget(nodes[0])
-    vm.opendir()
-    fh = None
-    with contextlib.suppress(FuseError):
-        fh = vm.opendir()
-    assert fh is None
+    assert first.getattr(nodes[5]) and first.lookup("5")
+    with pytest.raises(FuseError, match="Too many open files in system"):
+        while True:
+            handles.append(second.opendir())
+    assert len(handles) > few_descriptors // 5
+    assert highest() <= few_descriptors, "the rest of the process has its own"
+    assert os.close(os.dup(0)) is None
+    first.forget(nodes[0])
+    first.opendir()
+
+
+def test_a_directory_that_is_open_costs_no_heap(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    for i in range(100):
+        (tree / f"{i}").touch()
+    vm = mount()
+    handles = [vm.opendir() for _ in range(2000)]
+    before = resident()
+    for fh in handles:
+        assert vm.readdir(ROOT, fh)
+    assert resident() - before < 4 << 20  # 62 MiB, had each a buffer
+    # Each has its own place all the same, whichever was read last.
+    seen: dict[int, list[str]] = {fh: [] for fh in handles[:3]}
+    places = dict.fromkeys(seen, 0)
+    while any(places[fh] >= 0 for fh in seen):
+        for fh in seen:
+            found = vm.readdir(ROOT, fh, places[fh], size=512) if places[fh] >= 0 else []
+            seen[fh] += [name for name, _, _ in found]
+            places[fh] = found[-1][1] if found else -1
+    assert all(sorted(names) == sorted([".", "..", *os.listdir(tree)]) for names in seen.values())
+
+
+def resident() -> int:
+    """Bytes of this process's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_many_nodes_come_and_go(tree: Path, mount: Callable[..., FuseVm]) -> None:

@@ -37,7 +37,8 @@ from tests.virtio.vsock_driver import (
     read_line,
 )  # fmt: skip
 from virtio import spec
-from virtio.vsock import MAX_CONNECTIONS, Listener, raise_descriptor_limit
+from virtio.vsock import MAX_CONNECTIONS, Listener
+from vmm.budget import raise_descriptor_limit
 from vmm.device_config import VsockConfig
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory

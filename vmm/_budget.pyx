@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""What guests may make this process hold: descriptors, judged by their numbers, and anything else, counted.
+
+Linux gives the lowest number that is free, and ``RLIMIT_NOFILE`` limits numbers: a descriptor with number N says that
+all below N are in use. So a guest gets no number near the limit, and what is there stays for the API, the disks and
+whatever else the guest does not decide. Nothing has to be counted, whoever opens, in whichever library.
+"""
+import resource
+
+from libc.errno cimport EMFILE, ENFILE, errno
+from libc.stdint cimport uint64_t
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <stdint.h>
+    static inline void set_errno(int number) { errno = number; }
+    static inline int budget_take(uint64_t *taken, uint64_t limit, uint64_t amount) {
+        uint64_t now = __atomic_load_n(taken, __ATOMIC_RELAXED);
+        do {
+            if (amount > limit || now > limit - amount)
+                return 0;
+        } while (!__atomic_compare_exchange_n(taken, &now, now + amount, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+        return 1;
+    }
+    static inline uint64_t budget_load(const uint64_t *taken) { return __atomic_load_n(taken, __ATOMIC_RELAXED); }
+    static inline void budget_give(uint64_t *taken, uint64_t amount) {
+        __atomic_fetch_sub(taken, amount, __ATOMIC_RELAXED);
+    }
+    static int granted_below[2];        /* numbers, by purpose */
+    """
+    void set_errno(int number) noexcept nogil
+    bint budget_take(uint64_t *taken, uint64_t limit, uint64_t amount) noexcept nogil
+    uint64_t budget_load(const uint64_t *taken) noexcept nogil
+    void budget_give(uint64_t *taken, uint64_t amount) noexcept nogil
+    int[2] granted_below
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+KEPT = 512      # descriptors that no guest gets
+
+
+def set_descriptor_limit(int limit):
+    """Divide `limit` descriptors: KEPT are no guest's, a quarter of the others is not for look-ups."""
+    granted_below[<int>FOR_OPEN] = max(limit - <int>KEPT, 0)
+    granted_below[<int>FOR_LOOKUP] = granted_below[<int>FOR_OPEN] * 3 // 4
+
+
+def raise_descriptor_limit():
+    """Let this process have as many descriptors as the host allows it, and divide them; how many there are."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with open("/proc/sys/fs/nr_open") as limit:
+            most = int(limit.read())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError):       # not root, or no /proc
+        most = hard if hard >= 0 else 1 << 20
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    set_descriptor_limit(most)
+    return most
+
+
+cdef int granted(int fd, Purpose purpose) noexcept nogil:
+    if fd < 0:
+        if errno == EMFILE:
+            set_errno(ENFILE)
+    elif fd >= granted_below[<int>purpose]:
+        close(fd)
+        set_errno(ENFILE)
+        return -1
+    return fd
+
+
+cdef class Budget:
+    """An amount that many holders share; safe from any thread.
+
+    :param limit: what they may have together
+    """
+
+    def __init__(self, uint64_t limit):
+        self.limit = limit
+
+    @property
+    def used(self):
+        """What they have now."""
+        return budget_load(&self.taken)
+
+    def ask(self, uint64_t amount):
+        """Take `amount`; False: there is not so much left."""
+        return self.take(amount)
+
+    def put_back(self, uint64_t amount):
+        """Give `amount` back, which was taken before."""
+        self.give(amount)
+
+    cdef bint take(self, uint64_t amount) noexcept nogil:
+        return budget_take(&self.taken, self.limit, amount)
+
+    cdef void give(self, uint64_t amount) noexcept nogil:
+        budget_give(&self.taken, amount)
+
+
+set_descriptor_limit(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 30))
