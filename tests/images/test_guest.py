@@ -55,6 +55,59 @@ def test_session_is_what_stands_after_the_dashes(cmdline: str, arguments: list[s
     assert done.stdout.splitlines() == session
 
 
+TABLES = {
+    "gpt": (512, "label: gpt\nsize=1MiB, uuid=01234567-89AB-CDEF-0123-456789ABCDEF, name=one\nsize=1MiB\n"),
+    "gpt, 4 KiB sectors": (4096, "label: gpt\nsize=1MiB\nsize=1MiB, uuid=01234567-89AB-CDEF-0123-456789ABCDEF\n"),
+    "mbr": (512, "label: dos\nlabel-id: 0x89abcdef\nsize=1MiB\nsize=1MiB\n"),
+}
+
+
+@pytest.fixture(params=TABLES)
+def partitions(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A directory with the sys and dev of two partitions, and what sfdisk says their PARTUUIDs are."""
+    sector, table = TABLES[request.param]
+    disk, block = tmp_path / "dev/vda", tmp_path / "sys/block/vda"
+    for directory in (disk.parent, block / "queue", tmp_path / "sys/class/block"):
+        directory.mkdir(parents=True)
+    disk.write_bytes(bytes(8 << 20))
+    subprocess.run(["sfdisk", "--quiet", disk], input=table, text=True, check=True)
+    (block / "queue/logical_block_size").write_text(f"{sector}\n")
+    for number in (1, 2):
+        (block / f"vda{number}").mkdir()
+        (block / f"vda{number}/partition").write_text(f"{number}\n")
+        (block / f"vda{number}/uevent").write_text(f"MAJOR=254\nPARTN={number}\nPARTNAME=name {number}\n")
+        (tmp_path / f"sys/class/block/vda{number}").symlink_to(block / f"vda{number}")
+    if request.param == "mbr":
+        return tmp_path, ["89abcdef-01", "89abcdef-02"]
+    said = [subprocess.run(["sfdisk", "--part-uuid", disk, str(n)], capture_output=True, text=True) for n in (1, 2)]
+    if sector == 4096:  # the same header and table, where such a disk has them
+        data = disk.read_bytes()
+        disk.write_bytes(bytes(sector) + data[512:1024].ljust(sector, b"\0") + data[1024 : 1024 + (16 << 10)])
+    return tmp_path, [done.stdout.strip() for done in said]
+
+
+def _found(root: str, place: Path) -> str:
+    # what the initramfs takes for it, by the busybox that it has
+    begin = guest.INIT.index("# of a partition, as")
+    script = guest.INIT[begin : guest.INIT.index("tries=0\n", begin)]
+    for name in ("sys", "dev"):
+        script = script.replace(f"/{name}/", f"{place}/{name}/")
+    shell = [shutil.which("busybox") or "busybox", "sh", "-c", f'root="$1"\n{script}\nfound && echo "$device"', "init"]
+    done = subprocess.run([*shell, root], capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.strip().removeprefix(str(place))
+
+
+def test_a_root_is_found_by_its_partition(partitions: tuple[Path, list[str]]) -> None:
+    place, uuids = partitions
+    for number, uuid in enumerate(uuids, start=1):
+        assert _found(f"PARTUUID={uuid}", place) == _found(f"PARTUUID={uuid.swapcase()}", place) == f"/dev/vda{number}"
+        assert _found(f"PARTLABEL=name {number}", place) == f"/dev/vda{number}"
+    assert _found(f"PARTUUID={uuids[0]}/PARTNROFF=1", place) == "/dev/vda2"
+    assert _found(f"PARTUUID={uuids[1]}/PARTNROFF=1", place) == ""
+    assert _found("PARTUUID=89abcdef-03", place) == _found("PARTLABEL=name", place) == ""
+
+
 def test_exit_program_runs_and_ends_with_1_where_it_may_not_use_ports() -> None:
     with tempfile.TemporaryDirectory() as directory:  # tmp_path is closed to another user
         os.chmod(directory, 0o755)

@@ -9,8 +9,9 @@ from vmm.config import DEFAULT_EXIT_PORT
 from vmm.images.initramfs import LOAD_MODULES
 
 # What a stock Debian kernel has as modules and needs for a root on virtio.
-MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
-OPTIONAL_MODULES = ("pvpanic-mmio", "crc32c-intel")
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "ext4")
+# crc32c is for ext4; since Linux 6.16 it is a library of the kernel's.
+OPTIONAL_MODULES = ("pvpanic-mmio", "crc32c_generic", "crc32c-intel")
 # Loaded where there is such a device, or when such a file system is mounted.
 ON_DEMAND_MODULES = (
     "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console", "virtiofs", "vmw_vsock_virtio_transport", "overlay",
@@ -53,10 +54,45 @@ fail() {
     exec /usr/lib/pyvmm/init
 }
 
-# a device may take a moment to appear, and LABEL= or UUID= is found only when it has
+# of a partition, as the kernel has it: GPT's GUID, or MBR's disk signature and the partition's number
+partuuid() {
+    read -r number <"/sys/class/block/$1/partition"
+    disk=$(readlink -f "/sys/class/block/$1/..")
+    read -r sector <"$disk/queue/logical_block_size"
+    bytes() { hexdump -v -s "$1" -n "$2" -e "$3" "/dev/${disk##*/}"; }
+    if [ "$(bytes "$sector" 8 '8/1 "%02x"')" = 4546492050415254 ]; then
+        table=$(bytes $((sector + 72)) 4 '1/4 "%u"') size=$(bytes $((sector + 84)) 4 '1/4 "%u"')
+        bytes $((table * sector + (number - 1) * size + 16)) 16 '1/4 "%08x-" 2/2 "%04x-" 2/1 "%02x" "-" 6/1 "%02x"'
+    else
+        bytes 440 4 '1/4 "%08x-"'
+        printf %02x "$number"
+    fi
+}
+
+# the device of root=PARTUUID=..., to which /PARTNROFF=N may be added: the partition of a number higher by N
+of_partuuid() {
+    wanted=$(echo "${root#*=}" | tr A-Z a-z) offset=0
+    case $wanted in */partnroff=*) offset=${wanted##*=} wanted=${wanted%%/*} ;; esac
+    for part in /sys/class/block/*/partition; do
+        part=${part%/partition}
+        [ -e "$part" ] && [ "$(partuuid "${part##*/}")" = "$wanted" ] || continue
+        read -r number <"$part/partition"
+        for other in "$part"/../*/partition; do
+            [ "$(cat "$other")" = $((number + offset)) ] && other=${other%/*} && echo "/dev/${other##*/}" && return
+        done
+    done
+    false
+}
+
+# the device whose line in sysfs is this one
+of_uevent() { grep -lxF "$1" /sys/class/block/*/uevent 2>/dev/null | sed -n '1s|.*/\(.*\)/uevent|/dev/\1|p' | grep .; }
+
+# a device may take a moment to appear, and what names it otherwise than by its path is found only when it has
 found() {
     case $root in
     LABEL=* | UUID=*) device=$(findfs "$root" 2>/dev/null) ;;
+    PARTUUID=*) device=$(of_partuuid) ;;
+    PARTLABEL=*) device=$(of_uevent "PARTNAME=${root#*=}") ;;
     /dev/*) device=$root && [ -b "$root" ] ;;
     *) device=$root ;; # a virtiofs tag
     esac
