@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from vmm.images import host
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """pyvmm's cache directory, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(host, "PAUSE", 0.0)
     return tmp_path / "cache/pyvmm"
 
 
@@ -55,8 +58,11 @@ class Repository:
         )
         return deb
 
-    def update(self, *, trusted: bool = True) -> int:
-        """Index the archive and run `apt-get update`; returns its exit status."""
+    def update(self, *, trusted: bool = True, address: str = "") -> int:
+        """Index the archive and run `apt-get update`; returns its exit status.
+
+        :param address: of a server that has the archive, as ``http://127.0.0.1:8000``; else it is fetched as files
+        """
         packages = ""
         for deb in sorted((self.root / "archive").glob("*.deb")):
             control = subprocess.run(["dpkg-deb", "--field", deb], check=True, capture_output=True, text=True).stdout
@@ -65,7 +71,7 @@ class Repository:
             packages += f"{control}Filename: ./{deb.name}\nSize: {len(data)}\nSHA256: {digest}\n\n"
         (self.root / "archive/Packages").write_text(packages)
         trust = "[trusted=yes] " if trusted else ""
-        (self.root / "sources.list").write_text(f"deb {trust}file:{self.root}/archive ./\n")
+        (self.root / "sources.list").write_text(f"deb {trust}{address or f'file:{self.root}/archive'} ./\n")
         return subprocess.run(["apt-get", "update"], env=os.environ, capture_output=True).returncode
 
     def remove(self, deb: Path) -> None:

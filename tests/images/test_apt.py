@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import http.server
+import os
+import pwd
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +63,41 @@ def test_kernel_meta_package_stands_for_its_kernel(cache: Path, repository: Repo
     assert path.read_text() == "kernel"
 
 
+# Each release of Debian has moved something; these are the trees of their packages.
+LAYOUTS = {
+    "12": ("linux-image-6.1.0-9-cloud-amd64", "boot/vmlinuz-6.1.0-9-cloud-amd64", "lib/modules"),
+    "13": ("linux-image-6.12.1+deb13-cloud-amd64", "boot/vmlinuz-6.12.1+deb13-cloud-amd64", "usr/lib/modules"),
+    "14": (
+        "linux-image-7.2.1+deb14-cloud-amd64", "usr/lib/modules/7.2.1+deb14-cloud-amd64/vmlinuz", "usr/lib/modules",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", LAYOUTS)
+def test_kernels_as_each_debian_packs_them(cache: Path, repository: Repository, release: str) -> None:
+    name, image, root = LAYOUTS[release]
+    version = name.removeprefix("linux-image-")
+    files = {image: "kernel", f"{root}/{version}/kernel/virtio.ko": "module", f"{root}/{version}/modules.builtin": ""}
+    exact = "(= 1-1)"
+    if release == "14":
+        for number, part in enumerate(("binary", "modules", "base")):
+            repository.add(f"linux-{part}-{version}", "1-1", dict([list(files.items())[number]]))
+        parts = ", ".join(f"linux-{part}-{version} {exact}" for part in ("base", "binary", "modules"))
+        repository.add(name, "1-1", {}, depends=f"dracut | linux-initramfs-tool, linux-base (>= 4.17~), {parts}")
+        repository.add("linux-base-cloud-amd64", "1-1", {})
+        repository.add("linux-image-cloud-amd64", "1-1", {}, depends=f"linux-base-cloud-amd64 {exact}, {name} {exact}")
+    else:
+        repository.add(name, "1-1", files)
+        repository.add("linux-image-cloud-amd64", "1-1", {}, depends=f"{name} {exact}")
+    assert repository.update() == 0
+    package = apt.package("linux-image-cloud-amd64")
+    assert package.name == name
+    path, found = apt.kernel_of(package.tree)
+    assert (path.read_text(), found) == ("kernel", version)
+    assert (apt.modules_root(package.tree) / version / "kernel/virtio.ko").read_text() == "module"
+    assert (apt.modules_root(package.tree) / version / "modules.builtin").exists()
+
+
 def test_no_kernel_in_the_package(cache: Path, repository: Repository) -> None:
     repository.add("thing", "1.0", {"x": "1"})
     repository.update()
@@ -95,6 +135,79 @@ def test_tampered_package_is_refused(cache: Path, repository: Repository) -> Non
     data[-1] ^= 1
     deb.write_bytes(data)
     with pytest.raises(PullError, match="Hash Sum mismatch"):
+        apt.package("thing")
+
+
+def test_what_fails_now_and_then_is_tried_three_times(
+    cache: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.add("thing", "1.0", {"x": "1"})
+    repository.add("other", "1.0", {"x": "1"})
+    repository.update()
+    download, tries = apt._download, []
+
+    def twice_offline(*arguments: object) -> None:
+        tries.append(arguments)
+        if len(tries) < 3:
+            raise host.FetchError("cannot fetch thing: is this host offline?")
+        download(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(apt, "_download", twice_offline)
+    assert apt.package("thing").version == "1.0"
+    assert len(tries) == 3
+    tries.clear()
+    monkeypatch.setattr(host, "TRIES", 2)
+    with pytest.raises(PullError, match="offline"):
+        apt.package("other")
+    assert len(tries) == 2
+
+
+def _uid_of(port: int) -> int:
+    # of the process that has this end of a connection on the loopback device
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return next(int(line.split()[7]) for line in lines if line.split()[1].endswith(f":{port:04X}"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="apt changes its user only as root")
+def test_as_root_apt_fetches_as_its_own_user(cache: Path, repository: Repository) -> None:
+    users: dict[str, int] = {}
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            users[self.path.rpartition("/")[2]] = _uid_of(self.client_address[1])
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    serve = partial(Handler, directory=str(repository.root / "archive"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            repository.add("thing", "1.0", {"x": "1"})
+            text = repository.configuration.read_text()
+            assert repository.update(address=f"http://127.0.0.1:{server.server_port}") == 0
+            repository.configuration.write_text(text.replace('Sandbox::User "root"', 'Sandbox::User "_apt"'))
+            assert (apt.package("thing").tree / "x").read_text() == "1"
+        finally:
+            server.shutdown()
+    assert users["thing_1.0_amd64.deb"] == pwd.getpwnam("_apt").pw_uid
+
+
+def test_a_file_that_changed_after_apt_looked_is_refused(
+    cache: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.add("thing", "1.0", {"x": "1"})
+    repository.update()
+    download = apt._download
+
+    def then_changed(offer: apt._Offer, spool: Path, *rest: object) -> None:
+        download(offer, spool, *rest)  # type: ignore[arg-type]
+        (deb,) = spool.glob("*.deb")
+        deb.write_bytes(deb.read_bytes() + b"!")
+
+    monkeypatch.setattr(apt, "_download", then_changed)
+    with pytest.raises(PullError, match="cannot fetch thing: Hash Sum mismatch"):
         apt.package("thing")
 
 

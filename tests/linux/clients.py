@@ -26,7 +26,7 @@ from vmm.lab.image import KERNEL_PACKAGE
 
 INIT_MODULE = 175
 # What firecracker-python's rules are made of.
-NFT = ("crc32c_generic", "nf_tables", "nft_chain_nat", "nft_masq")
+NFT = ("nf_tables", "nft_chain_nat", "nft_masq")
 PATIENCE = 240
 ROOT = "grep ' / ' /proc/mounts"
 SIZE = "cat /sys/block/vda/size"
@@ -47,7 +47,8 @@ def load_modules() -> None:
     if version != platform.release():
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    for path in modules.load_order(package.tree, version, NFT):
+    first = modules.load_order(package.tree, version, (), optional=("crc32c_generic",))
+    for path in (*first, *modules.load_order(package.tree, version, NFT)):
         data = modules.read(path)
         if libc.syscall(INIT_MODULE, data, ctypes.c_ulong(len(data)), b"") and ctypes.get_errno() != errno.EEXIST:
             raise OSError(ctypes.get_errno(), f"module {path.name}: {os.strerror(ctypes.get_errno())}")

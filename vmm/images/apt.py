@@ -2,25 +2,34 @@
 """Debian packages by name: apt chooses, fetches and verifies them; unpacked in the cache, not installed.
 
 The cache is ``$XDG_CACHE_HOME/pyvmm/debs``: a directory ``NAME_VERSION`` per unpacked package, and a file
-``NAME.chosen`` that says which one a name meant last time, so that the next use needs no apt, no network.
+``NAME.chosen`` that says which one a name meant last time, so that the next use needs no apt, no network. For a
+package of another suite than this host's it is ``NAME@SUITE.chosen``.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import pwd
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from vmm.images.host import Progress, PullError, cache_root, run, silent, tool
+from vmm.images import suites
+from vmm.images.host import FetchError, Progress, PullError, cache_root, run, silent, tool, tried
 
 # Debian's own meta packages, which contain no kernel but depend on exactly one that does.
 _KERNEL_METAS = ("linux-image-amd64", "linux-image-cloud-amd64", "linux-image-rt-amd64")
+# From Debian 14 on a kernel's package is empty, and these that it depends on have the files: `(= VERSION)` each.
+_KERNEL_PARTS = re.compile(r"(linux-(?:binary|modules|base)-\d\S*) \(= ")
+_OFFLINE = "is this host offline?"
+_SPOOL = "/var/tmp"  # below it _apt may be let in; not below a home or a TMPDIR of root's
 
 
 class Package(NamedTuple):
@@ -31,30 +40,56 @@ class Package(NamedTuple):
     tree: Path  # what would be installed at /
 
 
-def package(name: str, *, refresh: bool = False, progress: Progress = silent) -> Package:
+class _Offer(NamedTuple):
+    """What apt offers under a name."""
+
+    name: str
+    version: str
+    size: int  # of the .deb, bytes
+    sha256: str
+    depends: str
+
+
+def package(name: str, *, suite: str | None = None, refresh: bool = False, progress: Progress = silent) -> Package:
     """Return a package unpacked in the cache, fetching apt's candidate version if no version is there.
 
-    A kernel meta package (``linux-image-cloud-amd64``) stands for the kernel it depends on. apt verifies what
-    it fetches against the signed Release files of the sources this host trusts. Works as any user.
+    A kernel meta package (``linux-image-cloud-amd64``) stands for the kernel it depends on; a kernel that comes in
+    several packages is unpacked as one. apt verifies what it fetches against the signed Release files of the sources
+    this host trusts. Works as any user.
 
     :param name: name of a binary package, as apt knows it
+    :param suite: of a Debian that need not be this host's, as ``trixie``; None for what this host's sources have
     :param refresh: ask apt again, and fetch its candidate if that is another version than the cached one
     :raises PullError: apt is missing, knows no such package, or cannot reach its sources
     """
     check_name(name)
     debs = cache_root() / "debs"
-    if not refresh and (cached := _chosen(debs, name)):
+    key = name if suite is None else f"{name}@{suite}"
+    if not refresh and (cached := _chosen(debs, key)):
         return cached
     debs.mkdir(parents=True, exist_ok=True)
     with _locked(debs / "lock"):
-        if not refresh and (cached := _chosen(debs, name)):
+        if not refresh and (cached := _chosen(debs, key)):
             return cached
-        real, version, size = _candidate(name)
-        tree = debs / f"{real}_{version.replace(':', '%3a')}"
-        if not tree.is_dir():
-            _fetch(real, version, size, tree, progress)
-        _choose(debs, name, Package(real, version, tree))
-    return Package(real, version, tree)
+        with _apt_of(suite, progress) as env:
+            offer = _candidate(name, env)
+            tree = debs / f"{offer.name}_{offer.version.replace(':', '%3a')}"
+            if not tree.is_dir():
+                parts = [_show(part, env) for part in _parts(offer)]
+                _fetch([offer, *parts], tree, env, progress)
+        chosen = Package(offer.name, offer.version, tree)
+        _choose(debs, key, chosen)
+    return chosen
+
+
+def depends(name: str, *, suite: str | None = None) -> list[str]:
+    """Names of the packages that a package depends on, the first of each choice.
+
+    :raises PullError: as ``package``
+    """
+    check_name(name)
+    with _apt_of(suite, silent) as env:
+        return [part.split()[0].split(":")[0] for part in _show(name, env).depends.split(",") if part.strip()]
 
 
 def kernel_of(tree: Path) -> tuple[Path, str]:
@@ -62,10 +97,22 @@ def kernel_of(tree: Path) -> tuple[Path, str]:
 
     :raises PullError: there is not exactly one kernel in it
     """
-    found = sorted(tree.glob("boot/vmlinuz-*"))
+    found = {path: path.name.removeprefix("vmlinuz-") for path in tree.glob("boot/vmlinuz-*")}
+    found |= {path: path.parent.name for path in modules_root(tree).glob("*/vmlinuz")}
     if len(found) != 1:
-        raise PullError(f"{tree.name} holds {len(found)} kernels (boot/vmlinuz-*), one is expected")
-    return found[0], found[0].name.removeprefix("vmlinuz-")
+        raise PullError(f"{tree.name} holds {len(found)} kernels (vmlinuz), one is expected")
+    return next(iter(found.items()))
+
+
+def modules_root(tree: Path) -> Path:
+    """The directory of an unpacked kernel package that is /lib/modules."""
+    return place(tree, "lib/modules")
+
+
+def place(tree: Path, path: str) -> Path:
+    """Where an unpacked package has what is at ``/path``: below /usr, if it is of a Debian with merged directories."""
+    merged = tree / "usr" / path
+    return merged if merged.exists() else tree / path
 
 
 def check_name(name: str) -> None:
@@ -76,6 +123,13 @@ def check_name(name: str) -> None:
     """
     if not name or not all(c.isascii() and (c.isalnum() or c in "+-.:") for c in name) or name[0] in "+-.:":
         raise PullError(f"{name!r} is no package name")
+
+
+def _apt_of(suite: str | None, progress: Progress) -> AbstractContextManager[dict[str, str]]:
+    if suite is None:
+        return nullcontext({})
+    check_name(suite)
+    return suites.apt_of(suite, progress)
 
 
 def _chosen(debs: Path, name: str) -> Package | None:
@@ -93,26 +147,30 @@ def _choose(debs: Path, name: str, chosen: Package) -> None:
     new.rename(debs / f"{name}.chosen")
 
 
-def _candidate(name: str) -> tuple[str, str, int]:
-    # -> the real package's name, apt's candidate version of it, the size of its .deb in bytes
-    fields = _show(name)
+def _candidate(name: str, env: Mapping[str, str]) -> _Offer:
+    offer = _show(name, env)
     if name in _KERNEL_METAS:
         # "linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)", perhaps after other dependencies
-        kernels = [d.split()[0] for d in fields.get("Depends", "").split(",") if "linux-image-" in d]
+        kernels = [d.split()[0] for d in offer.depends.split(",") if "linux-image-" in d]
         if len(kernels) != 1:
             raise PullError(f"apt's {name} depends on {len(kernels)} kernels, one is expected: name one yourself")
-        name, fields = kernels[0], _show(kernels[0])
-    return name, fields["Version"], int(fields["Size"])
+        offer = _show(kernels[0], env)
+    return offer
 
 
-def _show(name: str) -> dict[str, str]:
+def _parts(offer: _Offer) -> list[str]:
+    # the further packages that make up a kernel
+    return _KERNEL_PARTS.findall(offer.depends) if offer.name.startswith("linux-image-") else []
+
+
+def _show(name: str, env: Mapping[str, str]) -> _Offer:
     # `show`, unlike `policy`, prints nothing and fails for a package that is known but not to be had
     try:
-        text = run(["apt-cache", "--no-all-versions", "show", name])
+        text = run(["apt-cache", "--no-all-versions", "show", name], env=env)
     except PullError as error:
         if "No packages found" not in str(error):
             raise
-        if not _knows_any():
+        if not _knows_any(env):
             raise PullError("apt has no package lists: run `apt-get update` as root") from None
         raise PullError(f"apt knows no package {name}: run `apt-get update` as root, or check the name") from None
     fields = {}
@@ -122,47 +180,68 @@ def _show(name: str) -> dict[str, str]:
             fields[key] = value
     if "Size" not in fields:  # installed by hand, in no list
         raise PullError(f"no apt source has {name}: run `apt-get update` as root")
-    return fields
+    return _Offer(name, fields["Version"], int(fields["Size"]), fields.get("SHA256", ""), fields.get("Depends", ""))
 
 
-def _knows_any() -> bool:
+def _knows_any(env: Mapping[str, str]) -> bool:
     # of what is only installed, and in no package list, apt knows no Size
     try:
-        return "\nSize: " in run(["apt-cache", "show", "apt", "dpkg"])
+        return "\nSize: " in run(["apt-cache", "show", "apt", "dpkg"], env=env)
     except PullError:
         return False
 
 
-def _fetch(name: str, version: str, size: int, tree: Path, progress: Progress) -> None:
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=tree.parent))
+def _fetch(offers: list[_Offer], tree: Path, env: Mapping[str, str], progress: Progress) -> None:
+    work = Path(tempfile.mkdtemp(prefix=f".{offers[0].name}-", dir=tree.parent))
     try:
-        _download(name, version, f"{name} {version} ({size / 1e6:.1f} MB)", work, progress)
-        (deb,) = work.glob("*.deb")
-        progress(f"unpacking {name}", None)
-        run(["dpkg-deb", "--extract", str(deb), str(work / "tree")])
+        for offer in offers:
+            with _spool(work) as spool:
+                tried(lambda offer=offer, spool=spool: _download(offer, spool, env, progress))  # type: ignore[misc]
+                (deb,) = spool.glob("*.deb")
+                shutil.move(deb, work / "deb")
+            _check(work / "deb", offer)
+            progress(f"unpacking {offer.name}", None)
+            run(["dpkg-deb", "--extract", str(work / "deb"), str(work / "tree")])
         (work / "tree").rename(tree)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _download(name: str, version: str, step: str, work: Path, progress: Progress) -> None:
+@contextmanager
+def _spool(work: Path) -> Iterator[Path]:
+    # As root apt fetches as its user _apt, who needs a directory that it may write, with a way to it.
+    try:
+        user = pwd.getpwnam("_apt") if os.geteuid() == 0 and os.path.isdir(_SPOOL) else None
+    except KeyError:
+        user = None
+    if user is None:
+        yield work
+        return
+    with tempfile.TemporaryDirectory(prefix="pyvmm-apt-", dir=_SPOOL) as spool:
+        os.chown(spool, user.pw_uid, -1)
+        yield Path(spool)
+
+
+def _check(deb: Path, offer: _Offer) -> None:
+    # apt has compared them; since then _apt could have written the file, and now it cannot
+    with open(deb, "rb") as file:
+        if offer.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != offer.sha256:
+            raise PullError(f"cannot fetch {offer.name}: Hash Sum mismatch")
+
+
+def _download(offer: _Offer, spool: Path, env: Mapping[str, str], progress: Progress) -> None:
+    step = f"{offer.name} {offer.version} ({offer.size / 1e6:.1f} MB)"
     status_r, status_w = os.pipe()
-    argv = [tool("apt-get"), "download", f"{name}={version}", "--quiet=2"]
-    for option in (
-        f"APT::Status-Fd={status_w}",
-        "APT::Get::AllowUnauthenticated=false",
-        "Acquire::Retries=2",
-        # as root apt would drop to user _apt, who may not write here, and warn about it
-        "APT::Sandbox::User=root",
-    ):
+    argv = [tool("apt-get"), "download", f"{offer.name}={offer.version}", "--quiet=2"]
+    for option in (f"APT::Status-Fd={status_w}", "APT::Get::AllowUnauthenticated=false", "Acquire::Retries=2"):
         argv += ["-o", option]
     progress(step, 0.0)
     with (
         tempfile.TemporaryFile("w+", errors="replace") as stderr,
         subprocess.Popen(
             argv,
-            cwd=work,
-            env={**os.environ, "LC_ALL": "C"},
+            cwd=spool,
+            env={**os.environ, **env, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -178,8 +257,9 @@ def _download(name: str, version: str, step: str, work: Path, progress: Progress
         apt.wait()
         stderr.seek(0)
         said = stderr.read().strip().splitlines()
-    if apt.returncode or not list(work.glob("*.deb")):
-        raise PullError(f"cannot fetch {name}: {reason(said)}")
+    if apt.returncode or not list(spool.glob("*.deb")):
+        why = reason(said)
+        raise (FetchError if _OFFLINE in why else PullError)(f"cannot fetch {offer.name}: {why}")
     progress(step, 1.0)
 
 
@@ -191,7 +271,7 @@ def reason(said: Iterable[str]) -> str:
             return "apt's package lists are old: run `apt-get update` as root"
         # Failed to fetch http://.../x.deb  Temporary failure resolving '...'
         if error.startswith("Failed to fetch "):
-            return f"is this host offline? apt says: {error.split(maxsplit=4)[-1]}"
+            return f"{_OFFLINE} apt says: {error.split(maxsplit=4)[-1]}"
     return errors[0]
 
 

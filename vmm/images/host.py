@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from vmm import images
 from vmm.errors import VmmError
@@ -24,11 +26,33 @@ PACKAGE_OF = {
     "depmod": "kmod",
     "newuidmap": "uidmap",
 }
+TRIES = 3
+PAUSE = 2.0  # seconds between two tries
 SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # not in an ordinary user's PATH
 
 
 class PullError(VmmError):
     """An image cannot be fetched or built on this host; the message is one line that says what to do."""
+
+
+class FetchError(PullError):
+    """The network or a server failed; the next try may not."""
+
+
+_T = TypeVar("_T")
+
+
+def tried(fetch: Callable[[], _T], failure: type[Exception] = FetchError) -> _T:
+    """Call ``fetch`` up to three times: a look-up of a name fails now and then.
+
+    :raises failure: the third time, too
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return fetch()
+        except failure:
+            time.sleep(PAUSE)
+    return fetch()
 
 
 def silent(step: str, done: float | None) -> None:
@@ -67,15 +91,16 @@ def need(*names: str) -> None:
         raise PullError(f"missing programs: run `apt-get install {' '.join(dict.fromkeys(packages))}`")
 
 
-def run(argv: list[str], *, cwd: str | Path | None = None) -> str:
+def run(argv: list[str], *, cwd: str | Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Run a program whose messages are in English and return what it wrote to standard output.
 
+    :param env: added to our own environment
     :raises PullError: it failed; carries the last line of its standard error
     """
     done = subprocess.run(
         [tool(argv[0]), *argv[1:]],
         cwd=cwd,
-        env={**os.environ, "LC_ALL": "C"},
+        env={**os.environ, **(env or {}), "LC_ALL": "C"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

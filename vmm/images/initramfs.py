@@ -69,7 +69,7 @@ def busybox(progress: Progress = silent) -> tuple[bytes, list[str]]:
 
     :raises PullError: it cannot be fetched
     """
-    binary = apt.package("busybox-static", progress=progress).tree / "bin/busybox"
+    binary = apt.place(apt.package("busybox-static", progress=progress).tree, "bin/busybox")
     return binary.read_bytes(), run([str(binary), "--list-full"]).split()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vmm.errors import ConfigError
+from vmm.images.apt import modules_root
 from vmm.images.host import PullError
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
@@ -24,12 +25,12 @@ def load_order(tree: Path, version: str, names: Iterable[str], *, optional: Sequ
 
     Modules built into the kernel need no file and are left out, ``-`` and ``_`` in names are the same.
 
-    :param tree: directory that holds ``lib/modules/VERSION``
+    :param tree: an unpacked kernel package
     :param optional: further names, which are left out if this kernel has no such module
     :raises ConfigError: a name that is neither a module nor built in
     :raises PullError: no modules of that version there, or a module file that is no module
     """
-    root = tree / "lib/modules" / version
+    root = modules_root(tree) / version
     files = {_name(path): path for path in root.rglob("*.ko*") if path.name.endswith(_SUFFIXES)}
     if not files:
         raise PullError(f"{root} holds no kernel modules")

@@ -12,10 +12,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vmm.images import apt, guest, initramfs
-from vmm.images.host import Progress, PullError, need, run, tool
+from vmm.images import apt, guest, initramfs, suites
+from vmm.images.host import FetchError, Progress, PullError, need, run, tool, tried
 
-DEBIAN_SUITE = "bookworm"
+DEBIAN_SUITE = "bookworm"  # where the host is no Debian
 # Beyond minbase: a network tool, modprobe, ps and free, and busybox, whose poweroff the image's init uses.
 DEBIAN_PACKAGES = ("busybox-static", "iproute2", "kmod", "procps")
 
@@ -28,7 +28,6 @@ _MMDEBSTRAP_STEPS = {
     "installing remaining": 0.7,
     "creating": 0.95,
 }
-_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _LIB = "usr/lib/pyvmm"
 
 
@@ -77,13 +76,13 @@ def debian(
     image: Path, size: int, kernel: apt.Package, packages: Sequence[str], work: Path, progress: Progress
 ) -> None:
     """Make an ext4 image that holds a small Debian, the kernel's modules and pyvmm's init."""
-    _mmdebstrap(work / "debian.tar", packages, progress)
+    tried(lambda: _mmdebstrap(work / "debian.tar", packages, progress))
     progress("making the root file system", None)
     added = work / "added"
     version = apt.kernel_of(kernel.tree)[1]
     modules = added / "usr/lib/modules"
     modules.mkdir(parents=True)
-    run(["cp", "-a", "--", str(kernel.tree / "lib/modules" / version), str(modules)])
+    run(["cp", "-a", "--", str(apt.modules_root(kernel.tree) / version), str(modules)])
     run(["depmod", "-b", str(added / "usr"), version])
     _write_all(added, guest.session_files("debian"))
     _write(added / "etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf", guest.AUTOLOGIN)
@@ -101,10 +100,12 @@ def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> N
     for name in names:
         apt.check_name(name)
     argv = [tool("mmdebstrap"), "--variant=minbase", f"--include={','.join(names)}"]
-    if os.path.exists(_KEYRING):
-        argv.append(f"--keyring={_KEYRING}")
-    argv += [DEBIAN_SUITE, str(archive), *_sources()]
+    if os.path.exists(suites.KEYRING):
+        argv.append(f"--keyring={suites.KEYRING}")
+    suite = _suite()
+    argv += [suite, str(archive), *_sources(suite)]
     errors = []
+    last = ""
     with subprocess.Popen(
         argv,
         cwd=archive.parent,
@@ -120,18 +121,23 @@ def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> N
             message = line.strip().removeprefix("I: ")
             for step, done in _MMDEBSTRAP_STEPS.items():
                 if message.startswith(step):
-                    progress(f"debian {DEBIAN_SUITE}: {message.rstrip('.')}", done)
+                    progress(f"debian {suite}: {message.rstrip('.')}", done)
+                    last = step
             if message.startswith("E: "):
                 errors.append(message)
     if mmdebstrap.returncode:
-        raise PullError(f"cannot make the Debian root: {apt.reason(errors)}")
+        fetching = last in tuple(_MMDEBSTRAP_STEPS)[:2]
+        raise (FetchError if fetching else PullError)(f"cannot make the Debian root: {apt.reason(errors)}")
 
 
-def _sources() -> list[str]:
+def _suite() -> str:
+    """The Debian of the image: this host's, whose kernel it is, too; elsewhere the one named here."""
+    return suites.own() or DEBIAN_SUITE
+
+
+def _sources(suite: str) -> list[str]:
     # the Debian sources that this host uses, perhaps a mirror nearby; none means mmdebstrap's own default
-    form = "deb $(REPO_URI) $(RELEASE) $(COMPONENT)"
-    found = run(["apt-get", "indextargets", "--format", form, "Created-By: Packages", "Origin: Debian"])
-    return [line for line in dict.fromkeys(found.splitlines()) if line.split()[2].startswith(DEBIAN_SUITE)]
+    return [f"deb {uri} {name} {part}" for uri, name, part in suites.sources() if name.startswith(suite)]
 
 
 def _finish(work: Path, unpack: str, image: Path, size: int, label: str) -> None:

@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "busybox": Recipe("stock Debian kernel, busybox root file system: made in seconds", 64 << 20, rootfs.busybox),
-    "debian": Recipe("stock Debian kernel, small Debian 12 root file system", 1 << 30, rootfs.debian),
+    "debian": Recipe("stock Debian kernel, small Debian root file system", 1 << 30, rootfs.debian),
 }
 
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `pyvmm pull` makes of the kernels of Debian 13 and 14, which a private apt fetches; 12 is this host's.
+
+Each release moved something: directories merged below /usr, a kernel in several packages, modules that were built in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from boot.load import load, probe
+from tests.images.test_cpio import read
+from vmm.images import apt, guest, rootfs, suites
+from vmm.images.host import PullError
+from vmm.images.initramfs import build_initramfs
+from vmm.memory import GuestMemory
+
+
+@pytest.fixture(scope="module", params=["trixie", "forky"])
+def kernel(request: pytest.FixtureRequest) -> apt.Package:
+    """The kernel for virtual machines of that release, in this host's own cache: it is fetched only once."""
+    try:
+        return apt.package("linux-image-cloud-amd64", suite=request.param)
+    except PullError as error:
+        pytest.fail(f"LAYER MISSING: Debian {request.param}: {error}")
+
+
+def test_the_kernel_is_loaded(kernel: apt.Package) -> None:
+    path, version = apt.kernel_of(kernel.tree)
+    kind = probe(str(path))
+    assert kind.is_linux and kind.release.split()[0] == version
+    with GuestMemory(512 << 20) as memory:
+        assert load(memory, str(path)).unpacked == kind.compression
+
+
+def test_the_initramfs_has_what_a_guest_needs(kernel: apt.Package) -> None:
+    data = build_initramfs(
+        kernel.tree, guest.MODULES, guest.INIT, optional=guest.OPTIONAL_MODULES, on_demand=guest.ON_DEMAND_MODULES
+    )
+    entries = read(data)
+    version = apt.kernel_of(kernel.tree)[1]
+    builtin = (apt.modules_root(kernel.tree) / version / "modules.builtin").read_text().replace("-", "_")
+    order = entries["lib/modules/order"].data.decode().split()
+    there = {name.rpartition("/")[2].removesuffix(".ko").replace("-", "_") for name in entries if name.endswith(".ko")}
+    for name in (*guest.MODULES, *guest.ON_DEMAND_MODULES):
+        assert name in there or f"/{name}.ko\n" in builtin, name
+    assert f"{version}/virtio_mmio.ko" in order
+
+
+def test_the_root_file_system_is_of_the_hosts_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    main, updates = ["http://m/d/", "trixie", "main"], ["http://m/d/", "trixie-updates", "main"]
+    monkeypatch.setattr(suites, "sources", lambda: [updates, main])
+    assert (rootfs._suite(), rootfs._sources("trixie")) == (
+        "trixie",
+        [
+            "deb http://m/d/ trixie-updates main",
+            "deb http://m/d/ trixie main",
+        ],
+    )
+    monkeypatch.setattr(suites, "sources", list)
+    assert (rootfs._suite(), rootfs._sources("bookworm")) == ("bookworm", [])
+
+
+def test_a_suite_that_is_not_there_is_one_line(cache: Path) -> None:
+    with pytest.raises(PullError, match="cannot get the package lists of Debian nosuch: ") as error:
+        apt.package("thing", suite="nosuch")
+    assert "\n" not in str(error.value)
+    with pytest.raises(PullError, match="'-x' is no package name"):
+        apt.package("thing", suite="-x")
