@@ -12,5 +12,7 @@ cdef class FileOperations(NodeOperations):
     cdef int64_t op_write(self, Handle *handle, DescChain *chain) noexcept nogil
     cdef int64_t read_ahead(self, Handle *handle) noexcept nogil
     cdef int64_t op_readdir(self, Handle *handle, uint64_t nodeid, bint plus) noexcept nogil
-    cdef int64_t op_file(self, Handle *handle, uint32_t opcode) noexcept nogil
+    cdef int write_flags(self, uint32_t wanted) noexcept nogil
+    cdef int64_t op_copy(self, Handle *handle) noexcept nogil
+    cdef int64_t op_file(self, Handle *handle, const fuse_in_header *h) noexcept nogil
     cdef int64_t on_handle(self, const fuse_in_header *h, DescChain *chain) noexcept nogil

@@ -15,6 +15,9 @@ from virtio._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
 
 
+cdef int64_t or_errno(int64_t result) noexcept nogil:
+    return -errno if result < 0 else result
+
 cdef uint32_t iov_window(iovec **iov, uint32_t count, uint64_t skip, uint64_t size) noexcept nogil:
     # Narrow *iov to `size` bytes from offset `skip`, in place; the number of buffers left.
     cdef uint32_t n = 0
@@ -32,6 +35,19 @@ cdef uint32_t iov_window(iovec **iov, uint32_t count, uint64_t skip, uint64_t si
         size -= v.iov_len
         n += 1
     return n
+
+cdef ssize_t read_all(int fd, iovec *iov, uint32_t count, uint64_t offset, uint64_t size) noexcept nogil:
+    # Up to the file's end: some file systems answer less before it, which a guest's page cache would take for it. An
+    # error on the way is the whole answer. As preadv(2).
+    cdef ssize_t result, done = 0
+    while True:
+        result = preadv(fd, iov, <int>count, offset + <uint64_t>done)
+        if result <= 0:
+            return result if result < 0 else done
+        done += result
+        if <uint64_t>done >= size:
+            return done
+        count = iov_window(&iov, count, <uint64_t>result, size - <uint64_t>done)
 
 cdef class FileOperations(NodeOperations):
     """What READ, WRITE, READDIRPLUS, FSYNC, ... do."""
@@ -54,7 +70,7 @@ cdef class FileOperations(NodeOperations):
         elif opcode == FUSE_READDIR or opcode == FUSE_READDIRPLUS:
             result = self.op_readdir(handle, h.nodeid, opcode == FUSE_READDIRPLUS)
         else:
-            result = self.op_file(handle, opcode)
+            result = self.op_file(handle, h)
         self.table.handle_put(handle)
         return result
     cdef int64_t op_read(self, Handle *handle, DescChain *chain) noexcept nogil:
@@ -77,12 +93,12 @@ cdef class FileOperations(NodeOperations):
         self.narrowed, self.before = iov, iov[0]
         count = iov_window(&iov, <uint32_t>(end - iov), skip, arg.size)
         if self.may_wait or self.share.no_nowait or arg.offset > <uint64_t>INT64_MAX:
-            done = preadv(handle.fd, iov, <int>count, arg.offset)
+            done = read_all(handle.fd, iov, count, arg.offset, arg.size)
         else:
             done = preadv2(handle.fd, iov, <int>count, arg.offset, RWF_NOWAIT)
             if done < 0 and errno == EOPNOTSUPP:
                 self.share.no_nowait = True
-                done = preadv(handle.fd, iov, <int>count, arg.offset)
+                done = read_all(handle.fd, iov, count, arg.offset, arg.size)
             elif done < 0 and errno == EAGAIN:
                 return WOULD_WAIT
             elif 0 <= done < <ssize_t>arg.size and fstat(handle.fd, &st) == 0 \
@@ -99,64 +115,97 @@ cdef class FileOperations(NodeOperations):
         cdef iovec *iov = chain.iov
         cdef uint64_t size = chain.readable_bytes - IN_HEADER - sizeof(fuse_write_in)
         cdef bint kill = arg.write_flags & FUSE_WRITE_KILL_SUIDGID and self.credentials.switches
+        # Pages have their own place, whatever the file's flags; and their guest looks at no count of bytes.
+        cdef bint cached = arg.write_flags & FUSE_WRITE_CACHE
+        cdef int flags = 0 if cached else self.write_flags(arg.flags)
         cdef uint32_t count
+        cdef uint64_t total = 0
         cdef ssize_t done
         cdef int error
         if arg.size != size or size > MAX_WRITE:
             self.counters.bad_requests += 1
             return -EIO
-        if handle.synchronous and not self.may_wait:
+        if (handle.synchronous or flags & RWF_DSYNC) and not self.may_wait:
             return WOULD_WAIT
         count = iov_window(&iov, chain.n_readable, IN_HEADER + sizeof(fuse_write_in), size)
         if kill:
             fs_capset(self.credentials.no_fsetid)
-        done = pwritev(handle.fd, iov, <int>count, arg.offset)
-        error = errno
+        while True:
+            done = pwritev2(handle.fd, iov, <int>count, arg.offset + total, flags) if flags \
+                else pwritev(handle.fd, iov, <int>count, arg.offset + total)
+            error = errno if done < 0 else EIO
+            total += <uint64_t>max(done, 0)
+            if done <= 0 or not cached or total == size:
+                break
+            count = iov_window(&iov, count, <uint64_t>done, size - total)
         if kill:
             fs_capset(self.credentials.full)
-        if done < 0:
+        self.counters.bytes_written += total
+        if done < 0 or (cached and total < size):
             return -error
-        self.counters.bytes_written += done
-        out.size = <uint32_t>done
+        out.size = <uint32_t>total
         out.padding = 0
         return sizeof(fuse_write_out)
 
-    cdef int64_t op_file(self, Handle *handle, uint32_t opcode) noexcept nogil:
+    cdef int write_flags(self, uint32_t wanted) noexcept nogil:
+        # Of the flags that the file has in the guest at this moment, those of pwritev2(2).
+        cdef int flags = 0
+        if wanted & O_APPEND and not self.share.writeback:
+            flags |= RWF_APPEND     # otherwise the guest alone knows where the file ends
+        if wanted & O_SYNC == O_SYNC:
+            flags |= RWF_DSYNC | RWF_SYNC
+        elif wanted & O_DSYNC:
+            flags |= RWF_DSYNC
+        return flags
+
+    cdef int64_t op_file(self, Handle *handle, const fuse_in_header *h) noexcept nogil:
         # FSYNC, FSYNCDIR, FLUSH, FALLOCATE, LSEEK, COPY_FILE_RANGE
         cdef const fuse_fallocate_in *space
-        cdef const fuse_copy_file_range_in *copy
-        cdef Handle *target
-        cdef int64_t result = 0, off_in, off_out
+        cdef uint32_t opcode = h.opcode
+        # Linux does not say whether the caller may keep set-id bits: root may.
+        cdef bint kill = h.uid and self.credentials.switches \
+            and (opcode == FUSE_FALLOCATE or opcode == FUSE_COPY_FILE_RANGE)
+        cdef int64_t result = 0
+        if kill:
+            fs_capset(self.credentials.no_fsetid)
         if opcode == FUSE_FSYNC or opcode == FUSE_FSYNCDIR:
-            result = fdatasync(handle.fd) if (<const fuse_fsync_in *>self.request).fsync_flags & FUSE_FSYNC_FDATASYNC \
-                else fsync(handle.fd)
+            result = or_errno(
+                fdatasync(handle.fd) if (<const fuse_fsync_in *>self.request).fsync_flags & FUSE_FSYNC_FDATASYNC
+                else fsync(handle.fd))
         elif opcode == FUSE_FLUSH:
-            result = close(dup(handle.fd))
+            result = or_errno(dup(handle.fd))
+            if result >= 0:
+                result = or_errno(close(<int>result))
         elif opcode == FUSE_FALLOCATE:
             space = <const fuse_fallocate_in *>self.request
-            result = fallocate(handle.fd, space.mode, space.offset, space.length)
+            result = or_errno(fallocate(handle.fd, space.mode, space.offset, space.length))
         elif opcode == FUSE_LSEEK:
-            result = lseek(handle.fd, (<const fuse_lseek_in *>self.request).offset,
-                           (<const fuse_lseek_in *>self.request).whence)
+            result = or_errno(lseek(handle.fd, (<const fuse_lseek_in *>self.request).offset,
+                                    (<const fuse_lseek_in *>self.request).whence))
             if result >= 0:
                 (<fuse_lseek_out *>self.out).offset = result
-                return sizeof(fuse_lseek_out)
+                result = sizeof(fuse_lseek_out)
         else:
-            copy = <const fuse_copy_file_range_in *>self.request
-            target = self.table.handle_get(copy.fh_out, copy.nodeid_out, FILE)
-            if target == NULL:
-                return -EBADF
-            off_in, off_out = copy.off_in, copy.off_out
-            result = copy_file_range(handle.fd, &off_in, target.fd, &off_out, min(copy.len, <uint64_t>1 << 31), 0)
-            if result < 0:
-                result = -errno
-            self.table.handle_put(target)
-            if result < 0:
-                return result
-            memset(self.out, 0, sizeof(fuse_write_out))
-            (<fuse_write_out *>self.out).size = <uint32_t>result
-            return sizeof(fuse_write_out)
-        return -errno if result < 0 else 0
+            result = self.op_copy(handle)
+        if kill:
+            fs_capset(self.credentials.full)
+        return result
+
+    cdef int64_t op_copy(self, Handle *handle) noexcept nogil:
+        cdef const fuse_copy_file_range_in *arg = <const fuse_copy_file_range_in *>self.request
+        cdef Handle *target = self.table.handle_get(arg.fh_out, arg.nodeid_out, FILE)
+        cdef int64_t off_in = arg.off_in, off_out = arg.off_out
+        cdef int64_t result
+        if target == NULL:
+            return -EBADF
+        result = or_errno(copy_file_range(
+            handle.fd, &off_in, target.fd, &off_out, min(arg.len, <uint64_t>1 << 31), 0))
+        self.table.handle_put(target)
+        if result < 0:
+            return result
+        memset(self.out, 0, sizeof(fuse_write_out))
+        (<fuse_write_out *>self.out).size = <uint32_t>result
+        return sizeof(fuse_write_out)
 
     cdef int64_t read_ahead(self, Handle *handle) noexcept nogil:
         # Entries from entries_next on; how many bytes of them, 0 at the directory's end.

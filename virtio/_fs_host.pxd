@@ -124,22 +124,26 @@ cdef extern from *:
         return 0;
     }
     static int fs_prepare(struct __user_cap_data_struct *full, struct __user_cap_data_struct *create,
-                          struct __user_cap_data_struct *no_fsetid) {
+                          struct __user_cap_data_struct *create_sgid, struct __user_cap_data_struct *no_fsetid) {
         if (syscall(SYS_geteuid) != 0 || fs_capget(full) < 0
                 || !fs_has(full, CAP_SETUID) || !fs_has(full, CAP_SETGID))
             return 0;
         syscall(SYS_setgroups, 0, NULL);
         memcpy(create, full, 2 * sizeof(*full));
+        memcpy(create_sgid, full, 2 * sizeof(*full));
         memcpy(no_fsetid, full, 2 * sizeof(*full));
         create[0].effective &= 1u << CAP_DAC_OVERRIDE;
-        create[1].effective = 0;
+        create_sgid[0].effective &= 1u << CAP_DAC_OVERRIDE | 1u << CAP_FSETID;
+        create[1].effective = create_sgid[1].effective = 0;
         no_fsetid[0].effective &= ~(1u << CAP_FSETID);
         return 1;
     }
-    static int fs_become(uint32_t uid, uint32_t gid, const struct __user_cap_data_struct *create) {
+    static int fs_become(uint32_t uid, uint32_t gid, const struct __user_cap_data_struct *caps) {
+        if (uid == (uint32_t)-1 || gid == (uint32_t)-1)
+            return EINVAL;                          /* to the kernel: no change */
         if (syscall(SYS_setresgid, -1, gid, -1) < 0)
             return errno;
-        if (uid && (syscall(SYS_setresuid, -1, uid, -1) < 0 || fs_capset(create) < 0)) {
+        if (uid && (syscall(SYS_setresuid, -1, uid, -1) < 0 || fs_capset(caps) < 0)) {
             int error = errno;
             syscall(SYS_setresuid, -1, 0, -1);
             syscall(SYS_setresgid, -1, 0, -1);
@@ -175,8 +179,8 @@ cdef extern from *:
     bint fs_own(int proc_fd) noexcept nogil
     int fs_squash(uint32_t uid, uint32_t gid) noexcept nogil
     bint fs_prepare(__user_cap_data_struct *full, __user_cap_data_struct *create,
-                    __user_cap_data_struct *no_fsetid) noexcept nogil
-    int fs_become(uint32_t uid, uint32_t gid, const __user_cap_data_struct *create) noexcept nogil
+                    __user_cap_data_struct *create_sgid, __user_cap_data_struct *no_fsetid) noexcept nogil
+    int fs_become(uint32_t uid, uint32_t gid, const __user_cap_data_struct *caps) noexcept nogil
     void fs_return(uint32_t uid) noexcept nogil
 
 cdef extern from "<fcntl.h>" nogil:
@@ -216,7 +220,8 @@ cdef extern from "<sys/statfs.h>" nogil:
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t preadv(int fd, const iovec *iov, int count, int64_t offset)
     ssize_t preadv2(int fd, const iovec *iov, int count, int64_t offset, int flags)
-    enum: RWF_NOWAIT
+    enum: RWF_NOWAIT, RWF_APPEND, RWF_DSYNC, RWF_SYNC
+    ssize_t pwritev2(int fd, const iovec *iov, int count, int64_t offset, int flags)
     ssize_t pwritev(int fd, const iovec *iov, int count, int64_t offset)
 
 cdef extern from "<sys/xattr.h>" nogil:
@@ -227,7 +232,7 @@ cdef extern from "<sys/xattr.h>" nogil:
 
 cdef extern from "<stdio.h>" nogil:
     int renameat2(int olddir, const char *old, int newdir, const char *new, unsigned int flags)
-    enum: RENAME_NOREPLACE, RENAME_EXCHANGE
+    enum: RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)

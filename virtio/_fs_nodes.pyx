@@ -99,6 +99,8 @@ cdef class NodeOperations(Agent):
             return -EISDIR if node.type == S_IFDIR else -EINVAL
         if valid & FATTR_MODE and node.type == S_IFLNK:
             return -EOPNOTSUPP
+        if (valid & FATTR_UID and arg.uid == <uint32_t>-1) or (valid & FATTR_GID and arg.gid == <uint32_t>-1):
+            return -EINVAL      # to the host: no change
         if valid & FATTR_FH:
             handle = self.table.handle_get(arg.fh, nodeid, FILE)
             if handle == NULL:
@@ -158,7 +160,7 @@ cdef class NodeOperations(Agent):
                 self.counters.bad_requests += 1
                 return -EINVAL
         if switch:
-            error = fs_become(h.uid, h.gid, self.credentials.create)
+            error = self.become(h.uid, h.gid)
             if error:
                 return -error
         if h.opcode == FUSE_SYMLINK:
@@ -183,13 +185,20 @@ cdef class NodeOperations(Agent):
         cdef const fuse_rename2_in *arg = <const fuse_rename2_in *>self.request
         cdef uint32_t flags = arg.flags if h.opcode == FUSE_RENAME2 else 0
         cdef Node *newdir
-        cdef int status
-        if flags & ~<uint32_t>(RENAME_NOREPLACE | RENAME_EXCHANGE):
+        cdef int status = 0
+        # The whiteout is a file that the user makes; the rest of it the guest's kernel has judged.
+        cdef bint switch = flags & RENAME_WHITEOUT and self.credentials.switches and (h.uid or h.gid)
+        if flags & ~<uint32_t>(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT):
             return -EINVAL
         newdir = self.table.node_get(arg.newdir)
         if newdir == NULL:
             return -ESTALE
-        status = -errno if renameat2(node.fd, self.name, newdir.fd, self.name2, flags) < 0 else 0
+        if switch:
+            status = -fs_become(h.uid, h.gid, self.credentials.full)
+        if status == 0:
+            status = -errno if renameat2(node.fd, self.name, newdir.fd, self.name2, flags) < 0 else 0
+            if switch:
+                fs_return(h.uid)
         self.table.node_put(newdir)
         return status
 
@@ -326,12 +335,10 @@ cdef class NodeOperations(Agent):
 
     cdef int host_flags(self, uint32_t wanted) noexcept nogil:
         # Of what the guest asks, that which means something for a regular file here. O_DIRECT is the guest's own.
-        cdef int flags = <int>wanted & (O_ACCMODE | O_TRUNC | O_APPEND | O_SYNC | O_DSYNC)
-        if self.share.writeback:
-            # The guest's cache fills pages by reading, and knows the file's end itself.
-            if flags & O_ACCMODE == O_WRONLY:
-                flags = flags & ~O_ACCMODE | O_RDWR
-            flags &= ~O_APPEND
+        # O_APPEND may change while the file is open: each WRITE says how it is.
+        cdef int flags = <int>wanted & (O_ACCMODE | O_TRUNC | O_SYNC | O_DSYNC)
+        if self.share.writeback and flags & O_ACCMODE == O_WRONLY:
+            flags = flags & ~O_ACCMODE | O_RDWR     # the guest's cache fills pages by reading
         return flags | O_CLOEXEC | O_NOCTTY
 
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil:
@@ -386,7 +393,7 @@ cdef class NodeOperations(Agent):
         if h.opcode == FUSE_TMPFILE and (node.type != S_IFDIR or flags & O_ACCMODE == O_RDONLY):
             return -EINVAL
         if switch:
-            error = fs_become(h.uid, h.gid, self.credentials.create)
+            error = self.become(h.uid, h.gid)
             if error:
                 return -error
         if h.opcode == FUSE_TMPFILE:

@@ -11,7 +11,7 @@ from libc.string cimport memchr, memcpy, memset
 from virtio._fs_dax cimport DAX_SHIFT
 from virtio._fs_files cimport FileOperations
 from virtio._fs_host cimport *
-from virtio._fs_share cimport IN_HEADER, MAX_WRITE, MINOR_LEAST, NAME_MAX, OUT_HEADER, REQUEST_MAX
+from virtio._fs_share cimport IN_HEADER, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, OUT_HEADER, REQUEST_MAX
 from virtio._fs_table cimport DIRECTORY, FILE
 from virtio._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
@@ -212,6 +212,7 @@ cdef class Server(FileOperations):
             want |= FUSE_MAP_ALIGNMENT | FUSE_HAS_INODE_DAX
             out.map_alignment = DAX_SHIFT
         want &= offered
+        self.share.judges_sgid = arg.minor >= MINOR_SGID
         self.share.dax_inodes = (want & FUSE_HAS_INODE_DAX) != 0
         out.max_readahead = arg.max_readahead
         out.flags = <uint32_t>want

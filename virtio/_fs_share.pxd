@@ -19,6 +19,7 @@ cdef enum:
     PATH_MAX = 4096
     XATTR_MAX = 65536
     MINOR_LEAST = 31                # Linux 5.4, the first with virtiofs
+    MINOR_SGID = 37                 # Linux 6.1; since 6.0 its VFS judges set-group-id bits of new files
     MASK = 0x17ff                   # STATX_BASIC_STATS | STATX_MNT_ID
 
 cdef class Share:
@@ -36,6 +37,7 @@ cdef class Share:
     cdef readonly Window window         # of DAX, or None
     cdef int initialised        # atomic: INIT was answered
     cdef bint no_nowait         # the host's file system cannot say whether a read would wait
+    cdef bint judges_sgid       # the guest's kernel takes set-group-id bits away from who may not set them
     cdef bint dax_inodes        # the guest maps files that FUSE_ATTR_DAX marks
 
 # What the thread may do as whom.
@@ -43,6 +45,7 @@ cdef struct Credentials:
     bint switches               # it can take on the user that the guest names
     __user_cap_data_struct[2] full
     __user_cap_data_struct[2] create        # of that user, while a file is made: the guest's kernel has judged
+    __user_cap_data_struct[2] create_sgid   # the same where it has judged set-group-id bits, too
     __user_cap_data_struct[2] no_fsetid     # so that the host's kernel clears set-id bits
 
 cdef struct Counters:
@@ -81,4 +84,5 @@ cdef class Agent:
     cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil
     cdef int64_t lookup(self, int dirfd, const char *name, fuse_entry_out *entry, bint likely) noexcept nogil
+    cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil
     cdef int64_t adopt(self, int fd, fuse_entry_out *entry) noexcept nogil

@@ -98,8 +98,15 @@ cdef class Agent:
                 return error
         else:
             self.credentials.switches = fs_prepare(
-                self.credentials.full, self.credentials.create, self.credentials.no_fsetid)
+                self.credentials.full, self.credentials.create, self.credentials.create_sgid,
+                self.credentials.no_fsetid)
         return 0
+
+    cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
+        # That user, for what it makes; fs_return() ends it. 0 or an errno.
+        if self.share.judges_sgid:
+            return fs_become(uid, gid, self.credentials.create_sgid)
+        return fs_become(uid, gid, self.credentials.create)
 
     cdef const char *path_of(self, int fd) noexcept nogil:
         # The magic link to `fd`, which leads to its very inode; what is done by it was judged by the node's type.

@@ -21,7 +21,7 @@ cdef extern from "<linux/fuse.h>" nogil:
         FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME, FATTR_FH, FATTR_ATIME_NOW
         FATTR_MTIME_NOW, FATTR_KILL_SUIDGID
         FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR, FOPEN_PARALLEL_DIRECT_WRITES
-        FUSE_OPEN_KILL_SUIDGID, FUSE_WRITE_KILL_SUIDGID, FUSE_FSYNC_FDATASYNC, FUSE_ATTR_DAX
+        FUSE_OPEN_KILL_SUIDGID, FUSE_WRITE_KILL_SUIDGID, FUSE_WRITE_CACHE, FUSE_FSYNC_FDATASYNC, FUSE_ATTR_DAX
         FUSE_SETUPMAPPING_FLAG_WRITE, FUSE_SETUPMAPPING_FLAG_READ
         FUSE_COMPAT_SETXATTR_IN_SIZE
 
@@ -136,6 +136,7 @@ cdef extern from "<linux/fuse.h>" nogil:
         uint64_t offset
         uint32_t size
         uint32_t write_flags
+        uint32_t flags
     struct fuse_write_out:
         uint32_t size
         uint32_t padding

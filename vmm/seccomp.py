@@ -90,9 +90,9 @@ _FILES = (
 _ENDING = _allow("unlink newfstatat timerfd_settime epoll_ctl")  # what closing a machine takes
 _SHARE = (
     *_allow(
-        "openat statx newfstatat fstatfs preadv preadv2 pwritev fsync fdatasync syncfs ftruncate truncate fallocate"
-        " getdents64 readlinkat mkdirat mknodat symlinkat linkat unlinkat renameat renameat2 fchmod fchmodat fchownat"
-        " utimensat getxattr listxattr setxattr removexattr copy_file_range dup umask fchdir"
+        "openat statx newfstatat fstatfs preadv preadv2 pwritev pwritev2 fsync fdatasync syncfs ftruncate truncate"
+        " fallocate getdents64 readlinkat mkdirat mknodat symlinkat linkat unlinkat renameat renameat2 fchmod fchmodat"
+        " fchownat utimensat getxattr listxattr setxattr removexattr copy_file_range dup umask fchdir"
         # A share of root's acts as the guest's users: on credentials of this thread alone.
         " geteuid capget capset setgroups setresuid setresgid"
     ),

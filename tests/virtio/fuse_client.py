@@ -225,8 +225,11 @@ class FuseClient:
     def read(self, nodeid: int, fh: int, size: int, offset: int = 0) -> bytes:
         return self.ask(READ, nodeid, struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0), room=size)
 
-    def write(self, nodeid: int, fh: int, data: bytes, offset: int = 0, *, write_flags: int = 0) -> int:
-        body = struct.pack("<QQIIQII", fh, offset, len(data), write_flags, 0, 0, 0) + data
+    def write(
+        self, nodeid: int, fh: int, data: bytes, offset: int = 0, *, write_flags: int = 0, flags: int = 0
+    ) -> int:  # fmt: skip
+        """`flags`: what the file has at this moment, as fcntl(F_GETFL) tells."""
+        body = struct.pack("<QQIIQII", fh, offset, len(data), write_flags, 0, flags, 0) + data
         return int(struct.unpack_from("<I", self.ask(WRITE, nodeid, body))[0])
 
     def readdir(self, nodeid: int, fh: int, offset: int = 0, *, size: int = 4096) -> list[tuple[str, int, int]]:
