@@ -92,6 +92,7 @@ class VirtioDevice:
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
     :ivar thread_kind: what its threads may ask of the host where seccomp is on: one of ``vmm.seccomp.KINDS``
     :ivar poll_us: microseconds that a native worker looks at its queues before it sleeps; 0: it sleeps at once
+    :ivar unsavable: why it cannot be saved now, one clause; empty: it can
     :ivar counters: what Python code counts; ``stats`` is all there is to read
     """
 
@@ -102,6 +103,7 @@ class VirtioDevice:
     features: int = 0
     config: bytes = b""
     poll_us: float = 0
+    unsavable: str = ""
     context: ActivateContext
 
     def __init__(self) -> None:

@@ -53,6 +53,7 @@ class Fs(VirtioDevice):
     """
 
     device_type = spec.TYPE_FS
+    unsavable = "a shared directory in use cannot be saved; unmount it in the guest first"
     thread_kind = "fs"
 
     def __init__(
@@ -154,7 +155,7 @@ class Fs(VirtioDevice):
 
     def save(self) -> dict[str, Any]:
         """Refuse: what the guest knows of the tree is descriptors of this process."""
-        raise SnapshotError(self.name, "a shared directory in use cannot be saved; unmount it in the guest first")
+        raise SnapshotError(self.name, self.unsavable)
 
     def reset(self) -> None:
         """Close what the guest had open and forget what it knew."""

@@ -13,6 +13,7 @@ from vmm.options import parse_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from vmm.cpu_template import CpuTemplate
     from vmm.device_config import (
@@ -134,6 +135,10 @@ class VmConfig:
         self.protocol = protocol
         self.unpack = unpack
         self._check()
+
+    def replaced(self, **changes: Any) -> VmConfig:
+        """The same with other values for some parameters, which are checked."""
+        return VmConfig(**{name: getattr(self, name) for name in self.__slots__} | changes)
 
     def _check(self) -> None:
         if not 1 <= self.cpus <= MAX_VCPUS:

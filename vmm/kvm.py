@@ -8,13 +8,16 @@ import os
 from ctypes import c_uint64
 
 from vmm import kvm_abi as abi
+from vmm import undertaker
 from vmm.errors import ConfigError, HostError, KvmError
 from vmm.kvm_abi import kvm_ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import ClassVar
 
+    from vmm._kvm_state import StateAccess
     from vmm.memory import GuestMemory
 
 # Below 4 GiB, in the hole between RAM and the top: Intel's KVM keeps an identity map (one page) and a task state
@@ -60,6 +63,8 @@ class Kvm:
     :param path: the device, ``/dev/kvm`` unless a test says otherwise
     :raises ConfigError: it is missing, not permitted, or no KVM; says what to do
     """
+
+    _access: ClassVar[dict[str, StateAccess]] = {}
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         try:
@@ -113,6 +118,14 @@ class Kvm:
                 continue
             return list(table.entries[: table.header.nent])
         raise KvmError(errno.E2BIG, "KVM_GET_SUPPORTED_CPUID")
+
+    def state_access(self) -> StateAccess:
+        """How the state of vCPUs and VMs is read and set here; made once a device path."""
+        if self.path not in self._access:
+            from vmm._kvm_state import StateAccess
+
+            self._access[self.path] = StateAccess(self.fd)
+        return self._access[self.path]
 
     def create_vm(self) -> Vm:
         """A new VM with no memory, no interrupt controller and no vCPU."""
@@ -197,7 +210,7 @@ class Vm:
             raise HostError(error.errno or 0, f"KVM_CREATE_VCPU {index}") from None
 
     def close(self) -> None:
-        """Idempotent. The VM goes when its vCPUs' descriptors are closed too."""
+        """Idempotent. The VM goes soon after its vCPUs' descriptors are closed too: the last close waits for KVM."""
         if self.fd >= 0:
-            os.close(self.fd)
+            undertaker.bury([self.fd])
             self.fd = -1

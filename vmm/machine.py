@@ -24,7 +24,7 @@ from vmm import threads
 from vmm._bus import Bus
 from vmm.config import VmConfig
 from vmm.console import Console
-from vmm.errors import ConfigError, HostError, KvmError, VmmError
+from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
 from vmm.events import Stop, StopReason
 from vmm.irq import IrqLine
 from vmm.kvm import Kvm
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from virtio.vsock import Listener
     from vmm.device_config import NetConfig
     from vmm.mmds import Mmds
+    from vmm.snapshot import Image
 
     class Closable(Protocol):
         def close(self) -> None: ...
@@ -69,6 +70,7 @@ class Machine:
     :param devices: virtio devices of your own, after the configured ones; yours to close
     :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
     :param metadata: the metadata service's document, made before, which is ``mmds`` then. None: an empty one
+    :param image: another machine, frozen: this one goes on where that one was; `config` None: with its configuration
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
 
@@ -87,8 +89,11 @@ class Machine:
         devices: Sequence[VirtioDevice] = (),
         listener: Listener | None = None,
         metadata: Mmds | None = None,
+        image: Image | None = None,
         **settings: object,
     ) -> None:
+        if config is None and image is not None:
+            config = image.config
         if config is None:
             config = VmConfig(**settings)  # type: ignore[arg-type]  # checked by VmConfig itself
         elif settings:
@@ -110,34 +115,68 @@ class Machine:
         self._console_callbacks: list[Callable[[bytes], None]] = []
         self._change = threading.Condition()
         self._started = False
-        self._paused = False
+        self._holds: set[str] = set()  # why the vCPUs are held: each reason until it is released
         self._parked = 0
+        self._forks = 0  # children so far, for the names of their sockets
         self._stop: Stop | None = None
         self._failure: BaseException | None = None
         try:
-            self._build(devices)
+            self._build(devices, image)
         except BaseException:
             self.close()
             raise
 
     # Building: in the order in which a user's mistake is cheapest to find.
 
-    def _build(self, devices: Sequence[VirtioDevice]) -> None:
+    def _build(self, devices: Sequence[VirtioDevice], image: Image | None) -> None:
         config = self.config
         timer = None
         if config.boot_timer:
             from devices.boot_timer import BootTimer
 
             timer = BootTimer()
-        devices = [*self._virtio_devices(), *devices]
+        configured = self._virtio_devices()
+        self.configured = len(configured)  # of ``virtio``: the first ones; the others are the embedding program's
+        devices = [*configured, *devices]
         if len(devices) > len(VIRTIO_GSIS):
             raise ConfigError("devices", len(devices), f"at most {len(VIRTIO_GSIS)} fit")
-        self.memory = self._owned(GuestMemory(config.memory, huge=config.huge_pages == "2M"))
+        pieces = None if image is None else image.memory
+        self.memory = self._owned(GuestMemory(config.memory, huge=config.huge_pages == "2M", pieces=pieces))
         first = layout.VIRTIO_MMIO + config.boot_timer * layout.VIRTIO_MMIO_STRIDE
         windows = [
             (first + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])
             for i in range(len(devices))
         ]
+        if image is None:
+            self._load(windows)
+        else:
+            self.cmdline = image.cmdline
+        self.kvm = self._owned(Kvm(config.kvm))
+        if image is None:
+            self._check_kvm()
+        self.vm = self._owned(self.kvm.create_vm())
+        # In this order: a memory slot that comes after the irqchip makes KVM wait twice for its readers.
+        self.vm.map_memory(self.memory, log_dirty=config.track_dirty_pages)
+        self._map_dax_windows(devices)
+        lines = [self._owned(IrqLine(gsi)) for _, _, gsi in windows]
+        self.virtio = tuple(self._transport(device, line) for device, line in zip(devices, lines, strict=True))
+        if windows and self.kvm.check(abi.KVM_CAP_READONLY_MEM):
+            for (base, size, _), transport in zip(windows, self.virtio, strict=True):
+                self.vm.map_window(base, size, transport.page_address, read_only=True)
+        self.vm.create_irqchip()
+        self._add_platform()
+        if timer is not None:
+            self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, timer, "boot timer")
+        for window, transport, line in zip(windows, self.virtio, lines, strict=True):
+            self._add_virtio(transport, line, *window[:2])
+        self.vcpus = tuple(self._owned(Vcpu(self.vm, index, self.pio, self.mmio)) for index in range(config.cpus))
+        if image is None:
+            self._set_up_vcpus()
+        else:
+            self._restore(image)
+
+    def _load(self, windows: list[tuple[int, int, int]]) -> None:
+        config = self.config
         cmdline = Cmdline(config.full_cmdline)
         for window in windows:
             cmdline.append(mptable.virtio_mmio_parameter(*window))
@@ -152,29 +191,14 @@ class Machine:
         )  # fmt: skip
         mptable.write(self.memory, cpus=config.cpus)
 
-        self.kvm = self._owned(Kvm(config.kvm))
+    def _check_kvm(self) -> None:
+        config = self.config
         template = config.cpu_template
         more, less = (template.capabilities, template.not_required) if template else ((), ())
         if lacking := self.kvm.lacking(more, less):
             raise ConfigError("--kvm", config.kvm, f"lacks {', '.join(lacking)}; use Linux 4.11 or later")
         if config.cpus > self.kvm.max_vcpus():
             raise ConfigError("cpus", config.cpus, f"this KVM allows at most {self.kvm.max_vcpus()}")
-        self.vm = self._owned(self.kvm.create_vm())
-        # In this order: a memory slot that comes after the irqchip makes KVM wait twice for its readers.
-        self.vm.map_memory(self.memory, log_dirty=config.track_dirty_pages)
-        self._map_dax_windows(devices)
-        lines = [self._owned(IrqLine(gsi)) for _, _, gsi in windows]
-        self.virtio = tuple(self._transport(device, line) for device, line in zip(devices, lines, strict=True))
-        if self.kvm.check(abi.KVM_CAP_READONLY_MEM):
-            for (base, size, _), transport in zip(windows, self.virtio, strict=True):
-                self.vm.map_window(base, size, transport.page_address, read_only=True)
-        self.vm.create_irqchip()
-        self._add_platform()
-        if timer is not None:
-            self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, timer, "boot timer")
-        for window, transport, line in zip(windows, self.virtio, lines, strict=True):
-            self._add_virtio(transport, line, *window[:2])
-        self._add_vcpus()
 
     def _virtio_devices(self) -> list[VirtioDevice]:
         # In the order in which the guest finds them. A guest without a device does not pay for importing it.
@@ -327,7 +351,8 @@ class Machine:
         self.pio.add(SERIAL_PORT, 8, self.serial, "serial")
         self.pio.add(0x60, 1, self.i8042.data, "i8042")
         self.pio.add(0x64, 1, self.i8042.command, "i8042")
-        self.pio.add(0x70, 2, Rtc(self.config.memory), "rtc")
+        self.rtc = Rtc(self.config.memory)
+        self.pio.add(0x70, 2, self.rtc, "rtc")
         AcpiPower().attach(self.pio)
         self.pio.add(0x505, 1, PvPanic(), "pvpanic")
         if self.config.exit_port is not None:
@@ -354,7 +379,7 @@ class Machine:
         # then goes on saying that rings may have changed; that the configuration was seen comes here.
         self.vm.ioeventfd(transport.ack_fd, base + spec.MMIO_INTERRUPT_ACK, spec.INTERRUPT_USED)
 
-    def _add_vcpus(self) -> None:
+    def _set_up_vcpus(self) -> None:
         entries = self.kvm.supported_cpuid()
         template = self.config.cpu_template
         if template is not None:
@@ -362,14 +387,13 @@ class Machine:
         count, threads = self.config.cpus, 2 if self.config.smt and self.config.cpus > 1 else 1
         deadline = bool(self.kvm.check(abi.KVM_CAP_TSC_DEADLINE_TIMER))
         for index in range(count):
-            vcpu = self._owned(Vcpu(self.vm, index, self.pio, self.mmio))
+            vcpu = self.vcpus[index]
             cpu.shape_cpuid(entries, index=index, count=count, threads=threads, tsc_deadline=deadline)
             vcpu.set_cpuid(entries)
             vcpu.set_msrs(cpu.BOOT_MSRS)
             if template is not None and template.msrs:
                 old = vcpu.get_msrs(tuple(template.msrs))
                 vcpu.set_msrs({index: bits(old[index]) for index, bits in template.msrs.items()})
-            self.vcpus += (vcpu,)
         first = self.vcpus[0]
         sregs, regs = first.sregs, first.regs
         if self.loaded.protocol == "pvh":
@@ -377,6 +401,90 @@ class Machine:
         else:
             cpu.enter_linux64(self.memory, sregs, regs, entry=self.loaded.entry, zero_page=self.loaded.boot_info)
         first.sregs, first.regs = sregs, regs
+
+    # State
+
+    @property
+    def _board(self) -> dict[str, Serial | I8042 | Rtc]:
+        """What of the board has state, by name."""
+        return {"serial": self.serial, "i8042": self.i8042, "rtc": self.rtc}
+
+    def freeze(self) -> Image:
+        """What this machine is now, for others to go on from. It goes on itself, unless it was paused or not started.
+
+        The vCPUs are held meanwhile, and the devices finish what they have. RAM is not copied: it becomes
+        copy-on-write, and a later ``freeze`` copies what was written since the one before. Disks are not looked at:
+        who lets others go on copies those that they write to, while this machine is paused.
+
+        :raises SnapshotError: a device or RAM cannot be saved, by name; nothing was stopped
+        :raises VmmError: it has ended
+        """
+        return self._freeze(lambda: None)
+
+    def fork(self, count: int = 1, *, change: Callable[[VmConfig, int], VmConfig] | None = None) -> list[Machine]:
+        """Machines that go on from where this one is, started; this one goes on, too.
+
+        :param count: how many
+        :param change: is given a child's configuration and its number from 0 on, and returns the one it is to have
+
+        Without a change a child has a copy of every disk that the guest writes to, by reflink where the file system
+        can, which goes with the child; no console of the host's; its socket device at ``PATH.N``, N counting all
+        children of this machine; a passt of its own. A tap is one machine's: give each child another, by `change`.
+        :raises SnapshotError: a device or RAM cannot be saved or shared, by name
+        :raises VmmError: it has ended
+        """
+        from vmm.snapshot import fork
+
+        return fork(self, count, change)
+
+    def _freeze(self, while_held: Callable[[], None]) -> Image:
+        if self._stop is not None:
+            raise VmmError("a machine that has ended cannot be frozen")
+        for transport in self.virtio:
+            if transport.status and (why := transport.device.unsavable):
+                raise SnapshotError(transport.device.name, why)
+        if self.memory.huge:
+            raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
+        from vmm.snapshot import Image
+
+        access = self.kvm.state_access()
+        self._hold("freeze")
+        try:
+            for transport in self.virtio:
+                transport.stop()
+            if self._stop is not None:
+                raise VmmError("a machine that has ended cannot be frozen")
+            while_held()
+            return Image(
+                self.config,
+                cmdline=self.cmdline,
+                vcpus=[access.save_vcpu(vcpu.fd) for vcpu in self.vcpus],
+                vm=access.save_vm(self.vm.fd),
+                board={name: part.save() for name, part in self._board.items()},
+                virtio=[transport.save() for transport in self.virtio],
+                memory=self.memory.freeze(),
+            )
+        finally:
+            if self._stop is None:
+                for transport in self.virtio:
+                    transport.go_on()
+            self._release("freeze")
+
+    def _restore(self, image: Image) -> None:
+        if len(image.vcpus) != len(self.vcpus):
+            raise SnapshotError("vcpus", f"the state has {len(image.vcpus)}, the configuration {len(self.vcpus)}")
+        if len(image.virtio) != len(self.virtio):
+            raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(self.virtio)}")
+        access = self.kvm.state_access()
+        # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
+        access.set_clock(self.vm.fd, image.vm["clock"], realtime=True)
+        for vcpu, state in zip(self.vcpus, image.vcpus, strict=True):
+            access.restore_vcpu(vcpu.fd, state)
+        access.restore_vm(self.vm.fd, image.vm, realtime=True)
+        for name, part in self._board.items():
+            part.restore(image.board[name])
+        for transport, saved in zip(self.virtio, image.virtio, strict=True):
+            transport.restore(saved)
 
     # Running
 
@@ -402,6 +510,8 @@ class Machine:
             raise VmmError("a machine is started once, and not after it was stopped")
         self._started = True
         self.console.start()
+        for transport in self.virtio:
+            transport.go_on()
         try:
             for vcpu in self.vcpus:
                 self._threads.append(threads.spawn("vcpu", f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
@@ -414,7 +524,7 @@ class Machine:
         try:
             vcpu.loop.attach(f"fc_vcpu {vcpu.index}")
             while self._run_once(vcpu) and self._stop is None:
-                self._park_while_paused()
+                self._park_while_held()
         except Stop as stop:
             self._end(stop)
         except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
@@ -435,11 +545,11 @@ class Machine:
                 if error.errno != errno.EFAULT or seen == [window.repairs for window in self._windows]:
                     raise
 
-    def _park_while_paused(self) -> None:
+    def _park_while_held(self) -> None:
         with self._change:
             self._parked += 1
             self._change.notify_all()
-            self._change.wait_for(lambda: not self._paused or self._stop is not None)
+            self._change.wait_for(lambda: not self._holds or self._stop is not None)
             self._parked -= 1
 
     def _end(self, stop: Stop, failure: BaseException | None = None) -> None:
@@ -478,19 +588,28 @@ class Machine:
 
     def pause(self) -> None:
         """Hold every vCPU before its next instruction; returns when all are held. Devices finish what they have."""
+        if not self._started or self._stop is not None:
+            raise VmmError("only a running machine can be paused")
+        self._hold("pause")
+
+    def resume(self) -> None:
+        """Let the vCPUs go on; harmless on a machine that is not paused."""
+        self._release("pause")
+
+    def _hold(self, reason: str) -> None:
+        # Until each reason is released. Returns when no vCPU runs, or will.
         with self._change:
-            if not self._started or self._stop is not None:
-                raise VmmError("only a running machine can be paused")
-            self._paused = True
+            self._holds.add(reason)
+            if not self._started:
+                return
         for vcpu in self.vcpus:
             vcpu.kick()
         with self._change:
             self._change.wait_for(lambda: self._parked == len(self.vcpus) or self._stop is not None)
 
-    def resume(self) -> None:
-        """Let the vCPUs go on; harmless on a machine that is not paused."""
+    def _release(self, reason: str) -> None:
         with self._change:
-            self._paused = False
+            self._holds.discard(reason)
             self._change.notify_all()
 
     def send_ctrl_alt_del(self) -> None:
@@ -509,7 +628,7 @@ class Machine:
             return "Stopped"
         if not self._started:
             return "Not started"
-        return "Paused" if self._paused else "Running"
+        return "Paused" if "pause" in self._holds else "Running"
 
     @property
     def mmds(self) -> Mmds:

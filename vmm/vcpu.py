@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from vmm import kvm_abi as abi
+from vmm import undertaker
 from vmm._vcpu import KICKED, VcpuLoop
 from vmm.errors import KvmError
 from vmm.events import Stop, StopReason
@@ -144,5 +145,5 @@ class Vcpu:
         if self.fd >= 0:
             self._exits = self.exits
             self._loop = None
-            os.close(self.fd)
+            undertaker.bury([self.fd])
             self.fd = -1

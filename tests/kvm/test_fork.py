@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen and forked machines: tiny guests that go on from the same instruction, each on its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kvm.guests import PATIENCE, run
+from vmm import Machine, StopReason, undertaker
+from vmm.errors import SnapshotError, VmmError
+
+MakeGuest = Callable[..., Machine]
+
+# Counts in memory until the byte at 0x200000 is not 0, then ends with it.
+COUNTER = """
+    xor ebx, ebx
+1:  inc ebx
+    mov [0x200004], ebx
+    mov al, [0x200000]
+    test al, al
+    jz 1b
+    mov dx, 0xf4
+    out dx, al
+    hlt
+"""
+
+
+def _end(vm: Machine, status: int) -> None:
+    vm.memory.write(0x200000, bytes((status,)))
+    stop = vm.wait(PATIENCE)
+    assert stop is not None and (stop.reason, stop.code) == (StopReason.GUEST_EXIT, status)
+
+
+def _count(vm: Machine) -> int:
+    return int.from_bytes(vm.memory.read(0x200004, 4), "little")
+
+
+def _until_it_counts(vm: Machine, above: int = 0) -> None:
+    end = time.monotonic() + PATIENCE
+    while _count(vm) <= above:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_children_go_on_from_the_same_instruction_and_each_on_its_own(guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    vm.start()
+    _until_it_counts(vm, 1000)
+    before = _count(vm)
+    children = vm.fork(3)
+    for child in children:
+        assert _count(child) >= before
+        _until_it_counts(child, before + 1000)
+    for status, child in enumerate(children, 5):
+        _end(child, status)
+        child.close()
+    assert vm.state == "Running"
+    _end(vm, 3)
+
+
+def test_a_fork_of_a_fork_of_a_fork(guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    vm.start()
+    line = [vm]
+    for _ in range(5):
+        _until_it_counts(line[-1], _count(line[-1]) + 100)
+        line += line[-1].fork()
+    for status, machine in enumerate(line, 10):
+        _end(machine, status)
+        machine.close()
+
+
+def test_a_paused_machine_stays_paused_and_its_children_run(guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    vm.start()
+    _until_it_counts(vm)
+    vm.pause()
+    at = _count(vm)
+    (child,) = vm.fork()
+    _until_it_counts(child, at)
+    assert _count(vm) == at
+    assert vm.state == "Paused"
+    assert child.vcpus[0].fd != vm.vcpus[0].fd
+    _end(child, 9)
+    child.close()
+    vm.resume()
+    _end(vm, 4)
+
+
+def test_an_image_is_not_changed_by_who_goes_on_from_it(guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    vm.start()
+    _until_it_counts(vm)
+    vm.pause()
+    at, rip = _count(vm), vm.vcpus[0].regs.rip
+    image = vm.freeze()
+    vm.resume()
+    _end(vm, 1)
+    vm.close()
+    for status in (2, 3):
+        with Machine(image=image) as machine:
+            assert (_count(machine), machine.vcpus[0].regs.rip) == (at, rip)
+            machine.start()
+            _until_it_counts(machine, at)
+            _end(machine, status)
+
+
+# A one-shot PIT interrupt after about 50 ms wakes a halted guest, which then ends with 7. 32-bit protected mode.
+HALTED = """
+    lgdt [gdt_descriptor]
+    lidt [idt_descriptor]
+    mov esp, 0x90000
+    mov eax, offset handler
+    mov word ptr [idt + 0x20 * 8], ax
+    shr eax, 16
+    mov word ptr [idt + 0x20 * 8 + 6], ax
+    mov al, 0x11
+    out 0x20, al
+    mov al, 0x20
+    out 0x21, al
+    mov al, 4
+    out 0x21, al
+    mov al, 1
+    out 0x21, al
+    mov al, 0xfe
+    out 0x21, al
+    mov al, 0x30
+    out 0x43, al
+    mov al, 0xff
+    out 0x40, al
+    out 0x40, al
+    mov byte ptr [0x200008], 1
+    sti
+1:  hlt
+    jmp 1b
+handler:
+    mov al, 7
+    mov dx, 0xf4
+    out dx, al
+    hlt
+    .balign 8
+gdt: .quad 0, 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
+gdt_descriptor: .word 31
+    .long gdt
+idt: .fill 0x20, 8, 0
+    .word 0, 0x10, 0x8e00, 0
+idt_descriptor: .word 0x21 * 8 - 1
+    .long idt
+"""
+
+
+def test_guests_frozen_while_halted_wake_by_their_timer(guest: MakeGuest) -> None:
+    for _ in range(20):
+        vm = guest(HALTED)
+        vm.start()
+        while not vm.memory.read(0x200008, 1)[0]:
+            time.sleep(0.0005)
+        (child,) = vm.fork()
+        for machine in (child, vm):
+            stop = machine.wait(PATIENCE)
+            assert stop is not None and stop.code == 7
+            machine.close()
+
+
+def test_a_frozen_machine_before_its_start(guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    image = vm.freeze()
+    with Machine(image=image) as machine:
+        machine.start()
+        _until_it_counts(machine)
+        _end(machine, 6)
+    vm.memory.write(0x200000, b"\x05")
+    assert run(vm).code == 5
+
+
+def test_an_ended_machine_is_refused(guest: MakeGuest) -> None:
+    vm = guest("hlt")
+    vm.start()
+    vm.stop()
+    with pytest.raises(VmmError, match="ended"):
+        vm.fork()
+
+
+def test_what_is_one_machines_is_refused_by_name(tmp_path: Path, guest: MakeGuest) -> None:
+    from virtio.rng import Entropy
+
+    vm = guest("hlt", devices=[Entropy(name="mine")])
+    with pytest.raises(SnapshotError, match="mine: is a device of the embedding program's"):
+        vm.fork()
+
+
+def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> None:
+    from vmm import DriveConfig
+
+    image = tmp_path / "disk"
+    image.write_bytes(b"parent" * 1024)
+    read_only = tmp_path / "ro"
+    read_only.write_bytes(b"shared" * 1024)
+    vm = guest(COUNTER, drives=[DriveConfig(str(image)), DriveConfig(str(read_only), is_read_only=True)])
+    vm.start()
+    children = vm.fork(2)
+    inodes = {os.fstat(machine.blocks["drive_0"].disk.fd).st_ino for machine in (vm, *children)}
+    assert len(inodes) == 3
+    for child in children:
+        os.pwrite(child.blocks["drive_0"].disk.fd, b"child!", 0)
+        assert os.pread(child.blocks["drive_1"].disk.fd, 6, 0) == b"shared"
+        child.close()
+    assert image.read_bytes() == b"parent" * 1024
+
+
+def test_a_thousand_forks_leave_nothing(guest: MakeGuest) -> None:
+    vm = guest("1: hlt\njmp 1b", memory="16M")  # idle, as most of a thousand are
+    vm.start()
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        undertaker.wait()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    for _ in range(2):  # the second one opens what says which pages were written
+        for child in vm.fork(3):
+            child.close()
+    before = count()
+    for _ in range(int(os.environ.get("PYVMM_FORKS", "100"))):
+        for child in vm.fork(10):
+            child.close()
+    assert count() == before

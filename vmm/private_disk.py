@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of a disk image for one machine: reflinked where the file system can, else copied with its holes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+
+from vmm.errors import HostError
+
+_FICLONE = 0x40049409  # <linux/fs.h>
+_PIECE = 1 << 30
+
+
+def private_copy(source: int, path: str) -> int:
+    """Copy what is in the file `source` now.
+
+    :param source: its descriptor, readable
+    :param path: its path, for messages and for where the copy goes: the same directory, or the one for temporary files
+    :returns: the descriptor of a file without a name; ``/proc/self/fd/N`` opens it, the caller closes it
+    :raises HostError: it cannot be read, or there is no room for it
+    """
+    status = os.fstat(source)
+    copy = _nameless(os.path.dirname(path) or ".")
+    try:
+        if stat.S_ISREG(status.st_mode) and _reflink(source, copy):
+            return copy
+        size = os.lseek(source, 0, os.SEEK_END)
+        os.ftruncate(copy, size)
+        at = 0
+        while at < size and (start := _next_data(source, at)) is not None:
+            end = os.lseek(source, start, os.SEEK_HOLE)
+            _copy(source, copy, start, end)
+            at = end
+    except OSError as error:
+        os.close(copy)
+        raise HostError(error.errno or 0, "copy the disk", path) from None
+    return copy
+
+
+def _nameless(directory: str) -> int:
+    for place in (directory, os.environ.get("TMPDIR", "/tmp")):
+        try:
+            return os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError:
+            pass  # a read-only directory, or a file system without nameless files
+    return os.memfd_create("disk", os.MFD_CLOEXEC)
+
+
+def _reflink(source: int, copy: int) -> bool:
+    try:
+        fcntl.ioctl(copy, _FICLONE, source)
+    except OSError:
+        return False  # another file system, or one that has no reflinks
+    return True
+
+
+def _next_data(source: int, at: int) -> int | None:
+    try:
+        return os.lseek(source, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None  # a hole to the end
+        if error.errno == errno.EINVAL:
+            return at  # a block device, which has no holes
+        raise
+
+
+def _copy(source: int, copy: int, start: int, end: int) -> None:
+    while start < end:
+        try:
+            done = os.copy_file_range(source, copy, min(end - start, _PIECE), start, start)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            data = os.pread(source, min(end - start, 1 << 20), start)
+            done = os.pwrite(copy, data, start)
+        if not done:
+            return  # it was made shorter meanwhile
+        start += done

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine as it was at one moment: what ``Machine.freeze`` returns, and a new machine is made of."""
+
+from __future__ import annotations
+
+import os
+
+from vmm.device_config import DriveConfig, VsockConfig
+from vmm.errors import SnapshotError
+from vmm.machine import Machine
+from vmm.private_disk import private_copy
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vmm.config import VmConfig
+    from vmm.memory import Piece
+
+
+class Image:
+    """A frozen machine. It is not changed by the machine that it is of, nor by those that are made of it.
+
+    :ivar config: what the machine was configured to be; its paths, taps and sockets are the host's, and another
+        machine may have others
+    :ivar cmdline: the guest's command line
+    :ivar vcpus: the state of each vCPU (:meth:`vmm._kvm_state.StateAccess.save_vcpu`)
+    :ivar vm: that of interrupt controllers, timer and clock
+    :ivar board: that of the serial port, the keyboard controller and the clock, by name
+    :ivar virtio: that of each virtio device with its transport, in the order in which the guest finds them
+    :ivar memory: guest RAM (:class:`vmm.memory.Piece`)
+    """
+
+    __slots__ = ("board", "cmdline", "config", "memory", "vcpus", "virtio", "vm")
+
+    def __init__(
+        self,
+        config: VmConfig,
+        *,
+        cmdline: str,
+        vcpus: list[dict[str, Any]],
+        vm: dict[str, Any],
+        board: dict[str, dict[str, Any]],
+        virtio: list[dict[str, Any]],
+        memory: list[Piece],
+    ) -> None:
+        self.config = config
+        self.cmdline = cmdline
+        self.vcpus = vcpus
+        self.vm = vm
+        self.board = board
+        self.virtio = virtio
+        self.memory = memory
+
+
+def fork(parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig] | None) -> list[Machine]:
+    """See :meth:`vmm.machine.Machine.fork`."""
+    if len(parent.virtio) > parent.configured:
+        names = ", ".join(transport.device.name for transport in parent.virtio[parent.configured :])
+        raise SnapshotError(names, "is a device of the embedding program's, which a child does not have")
+    if change is None:
+        for net in parent.config.network_interfaces:
+            if net.mode != "user":
+                raise SnapshotError(
+                    net.iface_id or "network interface", "a tap is one machine's: change the children's"
+                )
+    disks: dict[int, int] = {}
+    children: list[Machine] = []
+
+    def copy_disks() -> None:
+        for place, (drive, block) in enumerate(zip(parent.config.drives, parent.blocks.values(), strict=True)):
+            if not drive.is_read_only:
+                disks[place] = private_copy(block.disk.fd, block.disk.path)
+
+    try:
+        image = parent._freeze(copy_disks)
+        for number in range(count):
+            own = {place: private_copy(fd, parent.config.drives[place].path_on_host) for place, fd in disks.items()}
+            try:
+                config = _child_config(parent, own)
+                if change is not None:
+                    config = change(config, number)
+                children.append(Machine(config, image=image))
+            finally:
+                for fd in own.values():
+                    os.close(fd)
+            children[-1].start()
+    except BaseException:
+        for child in children:
+            child.close()
+        raise
+    finally:
+        for fd in disks.values():
+            os.close(fd)
+    return children
+
+
+def _child_config(parent: Machine, disks: dict[int, int]) -> VmConfig:
+    config = parent.config
+    parent._forks += 1
+    drives = list(config.drives)
+    for place, fd in disks.items():
+        # The child opens it by this name while it is made, and is then the only one that has it.
+        drives[place] = _replaced(drives[place], path_on_host=f"/proc/self/fd/{fd}", image_format="raw")
+    vsock = config.vsock
+    if vsock is not None:
+        vsock = VsockConfig(vsock.guest_cid, f"{vsock.uds_path}.{parent._forks - 1}", vsock_id=vsock.vsock_id)
+    return config.replaced(drives=drives, vsock=vsock, console="none")
+
+
+def _replaced(drive: DriveConfig, **changes: Any) -> DriveConfig:
+    return DriveConfig(**{name: getattr(drive, name) for name in drive.__slots__} | changes)
