@@ -27,6 +27,11 @@ QUEUE_SIZE = 256
 # Linux linux/fs.h and linux/falloc.h
 _BLKROGET, _BLKSSZGET, _BLKIOMIN, _BLKIOOPT, _BLKPBSZGET = 0x125E, 0x1268, 0x1278, 0x1279, 0x127B
 _PAGE = 4096
+# What hardly any raw disk begins with; LUKS is not here, as a raw disk may well be encrypted.
+_OTHER_FORMATS = {
+    b"QFI\xfb": "qcow2", b"KDMV": "VMDK", b"COWD": "VMDK", b"# Disk D": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD",
+    b"QED\0": "QED", b"<<< ": "VDI",
+}  # fmt: skip
 _PATIENCE = 0.3  # seconds: requests of io_uring, and the lock with them, outlive a VMM that was killed
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: l_type, l_whence, l_start, l_len, l_pid
 
@@ -37,7 +42,7 @@ class Disk:
     :param path: a regular file or a block device, a positive multiple of 512 bytes long
     :param read_only: open it for reading, and let other readers in
     :param direct: past the host's page cache
-    :param image_format: ``raw``; None: the same, but an image that looks like qcow2 is refused. It is never taken for
+    :param image_format: ``raw``; None: the same, but what looks like qcow2, VMDK, ... is refused. It is never taken for
         anything else than raw: what a guest writes at the start of its disk must not change how that is read.
     :param any_size: it may be empty, or have some bytes more than a multiple of 512, which are left out
     :raises ConfigError: it cannot be opened so, is something else, has another size, or is in use
@@ -68,9 +73,8 @@ class Disk:
             if self.block_device and not read_only and self._ask(_BLKROGET):  # opening it for writing succeeds
                 raise ConfigError("disk", path, "is a read-only block device; add ,ro")
             self._lock()
-            if image_format is None and os.pread(self.fd, 4, 0) == b"QFI\xfb":
-                advice = "convert it by `qemu-img convert -O raw`, or add ,format=qcow2; ,format=raw takes it as it is"
-                raise ConfigError("disk", path, f"is a qcow2 image; {advice}")
+            if image_format is None:
+                self._must_not_look_like_another()
             if direct:
                 fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
             self.block_size = self._least_block()
@@ -80,6 +84,14 @@ class Disk:
         except ConfigError:
             self.close()
             raise
+
+    def _must_not_look_like_another(self) -> None:
+        head = os.pread(self.fd, 8, 0)
+        for magic, name in _OTHER_FORMATS.items():
+            if head.startswith(magic):
+                other = ", or add ,format=qcow2" if name == "qcow2" else ""
+                advice = f"convert it by `qemu-img convert -O raw`{other}; ,format=raw takes it as it is"
+                raise ConfigError("disk", self.path, f"is a {name} image; {advice}")
 
     def measure(self) -> int:
         """Bytes that it has now.

@@ -68,14 +68,17 @@ class DriveConfig:
     :param direct: open it with O_DIRECT, past the host's page cache
     :param cache_type: ``Writeback``: a flush of the guest's reaches the disk; ``Unsafe``: it does not
     :param rate_limiter: None: no limit
-    :param image_format: ``raw``, ``qcow2``, or None: raw, unless it looks like qcow2, which is refused
+    :param image_format: ``raw``, ``qcow2``, or None: raw, unless it looks like another format, which is refused
+    :param backing_file: of a qcow2 image: the file that it is a change of, which is read; without it, an image that
+        names one is refused
+    :param backing_format: of the backing file: ``raw``, which None means, or ``qcow2``
     :param any_size: an empty file is a disk, and one that is no multiple of 512 bytes long one without its last bytes:
         a runtime's placeholders, which are replaced by real disks while the VM runs
     """
 
     __slots__ = (
-        "any_size", "cache_type", "direct", "drive_id", "image_format", "io_engine", "is_read_only", "is_root_device",
-        "path_on_host", "queues", "rate_limiter",
+        "any_size", "backing_file", "backing_format", "cache_type", "direct", "drive_id", "image_format", "io_engine",
+        "is_read_only", "is_root_device", "path_on_host", "queues", "rate_limiter",
     )  # fmt: skip
 
     def __init__(
@@ -91,6 +94,8 @@ class DriveConfig:
         cache_type: str = "Writeback",
         rate_limiter: RateLimiterConfig | None = None,
         image_format: str | None = None,
+        backing_file: str | None = None,
+        backing_format: str | None = None,
         any_size: bool = False,
     ) -> None:
         if not path_on_host:
@@ -103,6 +108,12 @@ class DriveConfig:
             raise ConfigError("cache_type", cache_type, "must be Writeback or Unsafe")
         if image_format not in (None, "raw", "qcow2"):
             raise ConfigError("format", image_format, "must be raw or qcow2")
+        if backing_format not in (None, "raw", "qcow2"):
+            raise ConfigError("backing_format", backing_format, "must be raw or qcow2")
+        if backing_file is not None and image_format != "qcow2":
+            raise ConfigError("backing", backing_file, "goes with a qcow2 image (format=qcow2)")
+        if backing_format is not None and backing_file is None:
+            raise ConfigError("backing_format", backing_format, "goes with a backing file (backing=FILE)")
         self.path_on_host = os.fspath(path_on_host)
         self.is_read_only = is_read_only
         self.is_root_device = is_root_device
@@ -113,15 +124,17 @@ class DriveConfig:
         self.cache_type = cache_type
         self.rate_limiter = rate_limiter
         self.image_format = image_format
+        self.backing_file = backing_file
+        self.backing_format = backing_format
         self.any_size = any_size
 
     @classmethod
     def parse(cls, text: str) -> DriveConfig:
-        """From ``PATH[,ro][,id=][,queues=][,engine=][,direct][,cache=][,bps=][,iops=][,format=]``.
+        """From ``PATH[,ro][,direct]`` and, each with a value, ``id``, ``queues``, ``engine`` and the other keys below.
 
         :raises ConfigError: it is something else
         """
-        keys = ("id", "queues", "engine", "cache", "bps", "iops", "format")
+        keys = ("id", "queues", "engine", "cache", "bps", "iops", "format", "backing", "backing_format")
         path, found = parse_options("--disk", text, ("ro", "direct"), keys, first=True)
         engine, cache = found.get("engine"), found.get("cache", "writeback")
         if engine not in (None, "sync", "io_uring"):
@@ -138,6 +151,8 @@ class DriveConfig:
             cache_type=cache.capitalize(),
             rate_limiter=RateLimiterConfig.per_second(found.get("bps"), found.get("iops")),
             image_format=found.get("format"),
+            backing_file=found.get("backing"),
+            backing_format=found.get("backing_format"),
         )
 
 

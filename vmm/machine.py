@@ -214,7 +214,12 @@ class Machine:
                     _will_start("disk", path, "qemu-storage-daemon")
                     from virtio.qcow2 import Qcow2
 
-                    path = self._owned(Qcow2(path, read_only=drive.is_read_only)).raw
+                    path = self._owned(
+                        Qcow2(
+                            path, read_only=drive.is_read_only, backing_file=drive.backing_file,
+                            backing_format=drive.backing_format or "raw",
+                        )
+                    ).raw  # fmt: skip
                     image_format = "raw"
                 disk = self._owned(
                     Disk(

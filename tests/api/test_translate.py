@@ -24,6 +24,9 @@ _drives = st.builds(
     io_engine=st.sampled_from(["Sync", "Async"]), direct=st.booleans(),
     cache_type=st.sampled_from(["Writeback", "Unsafe"]), rate_limiter=_limits,
     image_format=st.sampled_from(["raw", "qcow2"]),
+) | st.builds(
+    DriveConfig, st.just("/disk"), io_engine=st.just("Sync"), image_format=st.just("qcow2"), backing_file=st.just("/b"),
+    backing_format=st.sampled_from([None, "raw", "qcow2"]),
 )  # fmt: skip
 _nets = st.one_of(
     st.builds(NetConfig, st.just("tap0"), guest_mac=st.sampled_from([None, "06:00:00:00:00:01"]),

@@ -10,7 +10,6 @@ import os
 import random
 import select
 import shutil
-import signal
 import struct
 import subprocess
 import threading
@@ -28,7 +27,6 @@ from virtio import _blk, _uring, blk, spec
 from virtio._limiter import RateLimiter
 from virtio.blk import Block, Disk
 from virtio.mmio import VirtioMmio
-from virtio.qcow2 import Qcow2
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
@@ -1270,95 +1268,12 @@ def test_an_image_that_looks_like_qcow2_is_refused_or_taken_as_it_is(image: Path
         assert os.pread(disk.fd, 4, 0) == b"QFI\xfb"
 
 
-@pytest.fixture
-def qcow2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("LD_PRELOAD", raising=False)  # QEMU's coroutines and AddressSanitizer do not go together
-    if not shutil.which("qemu-img") or not shutil.which("qemu-storage-daemon"):
-        pytest.skip("LAYER MISSING: qcow2: apt install qemu-utils qemu-system-common")
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK) or (os.geteuid() and not shutil.which("fusermount3")):
-        pytest.skip("LAYER MISSING: qcow2: no /dev/fuse for this user")
-    path = tmp_path / "disk,with comma.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "64M"], check=True)
-    return path
-
-
-def raw_of(qcow2: Path) -> bytes:
-    raw = qcow2.with_suffix(".raw")
-    subprocess.run(["qemu-img", "check", "-q", qcow2], check=True)
-    subprocess.run(["qemu-img", "convert", "-O", "raw", qcow2, raw], check=True)
-    return raw.read_bytes()
-
-
-def test_qcow2_read_and_written(qcow2: Path, ram: GuestMemory, allocator: Allocator, engine: str) -> None:
-    with Qcow2(str(qcow2)) as image:
-        vm = Vm(image.raw, ram, allocator, engine=engine)
-        vm.driver.bring_up()
-        assert vm.device.capacity == (64 << 20) // 512
-        assert vm.request(spec.BLK_T_OUT, 100, vm.buffer(b"q" * 4096), vm.buffer(b"r" * 512)) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_OUT, 9999, vm.buffer(b"z" * 1024)) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 0, 64)) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 10000, 1)) == spec.BLK_S_OK
-        assert vm.read(100, 4608) == b"q" * 4096 + b"r" * 512
-        assert vm.read(9999, 1024) == b"z" * 512 + bytes(512)
-        with pytest.raises(ConfigError, match="Is another process using the image"):
-            Qcow2(str(qcow2))
-        vm.close()
-        raw = image.raw
-    assert not os.path.exists(raw)
-    data = raw_of(qcow2)
-    assert data[100 * 512 :][:4608] == b"q" * 4096 + b"r" * 512
-    assert data[9999 * 512 :][:1024] == b"z" * 512 + bytes(512)
-    assert data.strip(b"\0").startswith(b"q") and data.rstrip(b"\0").endswith(b"z")
-
-
-def test_qcow2_read_only(qcow2: Path) -> None:
-    before = qcow2.read_bytes()
-    with Qcow2(str(qcow2), read_only=True) as image:
-        Disk(image.raw, read_only=True).close()
-        with open(image.raw, "r+b", buffering=0) as file, pytest.raises(OSError):
-            file.write(b"x" * 512)
-    assert qcow2.read_bytes() == before
-
-
-def test_what_was_flushed_to_qcow2_survives_kill_9(qcow2: Path, tmp_path: Path) -> None:
-    """The process that shows the image outlives the VMM long enough to end well."""
-    heard, told = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            image = Qcow2(str(qcow2))
-            fd = os.open(image.raw, os.O_RDWR)
-            for n in range(200):
-                os.pwrite(fd, n.to_bytes(4, "little") * 1024, n * 4096)
-            os.fdatasync(fd)
-            os.write(told, image.raw.encode())
-            while True:
-                os.pwrite(fd, os.urandom(4096), 300 * 4096)
-        finally:
-            os._exit(1)
-    os.close(told)
-    try:
-        raw = os.read(heard, 4096)
-    finally:
-        os.close(heard)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert raw
-    deadline = time.monotonic() + 30
-    while os.path.exists(raw) and os.stat(raw).st_size and time.monotonic() < deadline:
-        time.sleep(0.01)  # until it is unmounted
-    data = raw_of(qcow2)
-    shutil.rmtree(os.path.dirname(raw))
-    assert data[: 200 * 4096] == b"".join(n.to_bytes(4, "little") * 1024 for n in range(200))
-
-
-def test_qcow2_that_is_none(image: Path, qcow2: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be opened: .*not in qcow2 format"):
-        Qcow2(str(image))
-
-
-def test_qcow2_without_the_program(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(ConfigError, match="is qcow2, which needs qemu-storage-daemon: apt install"):
-        Qcow2(str(image))
+@pytest.mark.parametrize("head", [b"KDMV", b"# Disk DescriptorFile", b"vhdxfile", b"conectix"])
+def test_an_image_of_another_format_is_refused(image: Path, head: bytes) -> None:
+    with image.open("r+b") as file:
+        file.write(head)
+    with pytest.raises(
+        ConfigError, match=r"is a V\w+ image; convert it by `qemu-img convert -O raw`; ,format=raw takes"
+    ):
+        Disk(str(image))
+    Disk(str(image), image_format="raw").close()

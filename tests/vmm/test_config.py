@@ -67,15 +67,19 @@ def test_every_disk_option() -> None:
     assert drive.rate_limiter.ops == (500, 0, 100)
     plain = DriveConfig.parse("a.img")
     assert (plain.queues, plain.io_engine, plain.direct, plain.cache_type) == (1, None, False, "Writeback")
+    snap = DriveConfig.parse("a.img,format=qcow2,backing=b,,.img,backing_format=qcow2")
+    assert (snap.backing_file, snap.backing_format) == ("b,.img", "qcow2")
     assert (plain.rate_limiter, plain.image_format, plain.drive_id) == (None, None, None)
     assert DriveConfig.parse("a.img,engine=sync").io_engine == "Sync"
 
 
 @pytest.mark.parametrize(
-    "option", ["queues=0", "queues=9", "queues=x", "engine=aio", "cache=none", "bps=1", "iops=x", "format=vmdk"]
-)
+    "option", ["queues=0", "queues=9", "queues=x", "engine=aio", "cache=none", "bps=1", "iops=x", "format=vmdk",
+               "backing=b", "backing_format=raw", "format=qcow2,backing_format=raw",
+               "format=qcow2,backing=b,backing_format=vmdk"]
+)  # fmt: skip
 def test_disk_options_out_of_range(option: str) -> None:
-    with pytest.raises(ConfigError, match=option.partition("=")[0]):
+    with pytest.raises(ConfigError, match=option.rpartition(",")[2].partition("=")[0]):
         DriveConfig.parse(f"a.img,{option}")
 
 

@@ -108,6 +108,8 @@ def drive(body: types.Drive) -> DriveConfig:
         cache_type=body.cache_type,
         rate_limiter=limiter(body.rate_limiter),
         image_format=_given(body.image_format, "raw"),
+        backing_file=_given(body.backing_file, None),
+        backing_format=_given(body.backing_format, None),
         any_size=True,
     )
 
@@ -251,6 +253,8 @@ def _drive_body(config: DriveConfig, place: int, *, root: bool) -> types.Drive:
         num_queues=_unless(config.queues, 1),
         is_direct=_unless(config.direct, False),
         image_format=_unless(config.image_format or "raw", "raw"),  # type: ignore[arg-type]
+        backing_file=UNSET if config.backing_file is None else config.backing_file,
+        backing_format=_unless(config.backing_format, None),  # type: ignore[arg-type]
     )
 
 

@@ -125,7 +125,7 @@ class CpuConfig(Body, kw_only=True):
 
 
 class Drive(Body, kw_only=True):
-    """A disk. `num_queues`, `is_direct` and `image_format` are ours."""
+    """A disk. `num_queues`, `is_direct`, `image_format`, `backing_file` and `backing_format` are ours."""
 
     drive_id: str
     partuuid: str | None = None
@@ -139,6 +139,8 @@ class Drive(Body, kw_only=True):
     num_queues: Queues | UnsetType = UNSET
     is_direct: bool | UnsetType = UNSET
     image_format: Literal["raw", "qcow2"] | UnsetType = UNSET
+    backing_file: str | UnsetType = UNSET
+    backing_format: Literal["raw", "qcow2"] | UnsetType = UNSET
 
 
 class PartialDrive(Body, kw_only=True):
