@@ -7,9 +7,9 @@ from libc.string cimport memcpy, memset, strlen
 
 from virtio._fs_host cimport *
 from virtio._fs_nodes cimport NodeOperations
-from virtio._fs_share cimport DIRENTS, IN_HEADER, MASK, MAX_WRITE, OUT_HEADER, OUT_MAX
+from virtio._fs_share cimport DIRENTS, IN_HEADER, MAX_WRITE, OUT_HEADER, OUT_MAX
 from virtio._fs_table cimport (
-    DIRECTORY, FILE, ROOT, Handle, pthread_mutex_lock, pthread_mutex_unlock,
+    DIRECTORY, FILE, ROOT, Handle, Node, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from virtio._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
@@ -228,15 +228,12 @@ cdef class FileOperations(NodeOperations):
         cdef uint32_t prefix = sizeof(fuse_entry_out) if plus else 0
         cdef linux_dirent64 *d
         cdef fuse_dirent *entry
-        cdef statx st
         cdef int64_t result = 0
         cdef bint dots
-        cdef uint64_t dev = 0, mnt = 0
+        cdef Node *node = handle.node
         if arg.size > self.room:
             self.counters.bad_requests += 1
             return -EIO
-        if plus and statx_call(handle.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
-            dev, mnt = <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor, st.stx_mnt_id
         if self.entries_fh != arg.fh or self.entries_next != arg.offset or arg.offset == 0:
             self.entries_fh, self.entries_next = arg.fh, arg.offset
             self.entries_at = self.entries_have = 0
@@ -262,8 +259,8 @@ cdef class FileOperations(NodeOperations):
             memcpy(<uint8_t *>entry + sizeof(fuse_dirent), d.d_name, length)
             if plus and not dots:
                 # Where it cannot be looked up, node 0 says so, and the guest has the name.
-                if self.lookup(handle.fd, d.d_name, <fuse_entry_out *>(self.out + at),
-                               self.table.node_known(dev, d.d_ino, mnt)) < 0:
+                if self.lookup(node, handle.fd, d.d_name, <fuse_entry_out *>(self.out + at),
+                               self.table.node_known(node.dev, d.d_ino, node.mnt)) < 0:
                     memset(self.out + at, 0, prefix)
             at += size
             self.entries_at += d.d_reclen

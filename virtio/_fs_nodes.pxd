@@ -24,4 +24,5 @@ cdef class NodeOperations(Agent):
     cdef int64_t op_xattr(self, Node *node, uint32_t opcode) noexcept nogil
     cdef int64_t op_setupmapping(self, Node *node) noexcept nogil
     cdef int64_t op_syncfs(self, Node *node) noexcept nogil
+    cdef int64_t sync_of(self, Node *node) noexcept nogil
     cdef int64_t on_node(self, const fuse_in_header *h) noexcept nogil

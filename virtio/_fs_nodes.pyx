@@ -13,11 +13,14 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio._fs_host cimport *
-from virtio._fs_share cimport MASK, NAME_MAX, PATH_MAX, XATTR_MAX, Agent
-from virtio._fs_table cimport DIRECTORY, FILE, Handle, Node
+from virtio._fs_share cimport MASK, NAME_MAX, PATH_MAX, XATTR_MAX, Agent, foreign_ino
+from virtio._fs_table cimport DIRECTORY, FILE, ROOT, Handle, Node
 from virtio._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
 
+
+cdef enum:
+    MAX_SYNCED = 64             # file systems that one SYNCFS reaches
 
 cdef bint is_acl(const char *name) noexcept nogil:
     return strcmp(name, b"system.posix_acl_access") == 0 or strcmp(name, b"system.posix_acl_default") == 0
@@ -71,7 +74,7 @@ cdef class NodeOperations(Agent):
         return result
     cdef int64_t op_lookup(self, Node *node) noexcept nogil:
         cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
-        cdef int64_t result = self.lookup(node.fd, self.name, entry, True)
+        cdef int64_t result = self.lookup(node, node.fd, self.name, entry, True)
         if result == -ENOENT and self.share.dir_flags:
             memset(entry, 0, sizeof(fuse_entry_out))        # node 0: there is none, and it may remember that
             entry.entry_valid = self.share.valid
@@ -86,6 +89,8 @@ cdef class NodeOperations(Agent):
         memset(out, 0, sizeof(fuse_attr_out))
         out.attr_valid = self.share.valid
         self.fill_attr(&out.attr, &st)
+        if node.foreign:
+            out.attr.ino = foreign_ino(&st)
         return sizeof(fuse_attr_out)
 
     cdef int64_t op_setattr(self, Node *node, uint64_t nodeid) noexcept nogil:
@@ -176,7 +181,7 @@ cdef class NodeOperations(Agent):
             fs_return(h.uid)
         if status < 0:
             return -error
-        return self.lookup(node.fd, self.name, <fuse_entry_out *>self.out, False)
+        return self.lookup(node, node.fd, self.name, <fuse_entry_out *>self.out, False)
 
     cdef int64_t op_remove(self, Node *node, int flags) noexcept nogil:
         return -errno if unlinkat(node.fd, self.name, flags) < 0 else 0
@@ -246,10 +251,35 @@ cdef class NodeOperations(Agent):
         return sizeof(fuse_statfs_out)
 
     cdef int64_t op_syncfs(self, Node *node) noexcept nogil:
-        cdef int fd, status
+        # The file system of `node`; by the root, each that the guest knows anything of.
+        cdef uint64_t[MAX_SYNCED] devices
+        cdef uint32_t index = ROOT
+        cdef uint32_t count = 0
+        cdef int64_t result, worst
+        cdef Node *other
         if node.type != S_IFDIR:
             return -EINVAL
-        fd = openat(AT_FDCWD, self.path_of(node.fd), O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        worst = self.sync_of(node)
+        if node.index == ROOT and self.share.submounts:
+            devices[0] = node.dev
+            count = 1
+            while count < MAX_SYNCED:
+                other = self.table.node_elsewhere(index, devices, count)
+                if other == NULL:
+                    break
+                index = other.index + 1
+                result = self.sync_of(other)
+                if result == 0:
+                    devices[count] = other.dev
+                    count += 1
+                elif result != -EACCES:     # a file that this user may not read; another may stand for it
+                    worst = result
+                self.table.node_put(other)
+        return worst
+
+    cdef int64_t sync_of(self, Node *node) noexcept nogil:
+        cdef int fd, status
+        fd = openat(AT_FDCWD, self.path_of(node.fd), O_RDONLY | O_CLOEXEC)
         if fd < 0:
             return -errno
         status = -errno if syncfs(fd) < 0 else 0
@@ -343,7 +373,6 @@ cdef class NodeOperations(Agent):
 
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil:
         cdef int flags = self.host_flags(wanted), fd, error
-        cdef uint64_t nodeid = <uint64_t>node.generation << 32 | node.index
         if node.type != S_IFREG:
             return -EISDIR if node.type == S_IFDIR else -ELOOP if node.type == S_IFLNK else -ENXIO
         if self.share.read_only and (wanted & O_ACCMODE != O_RDONLY or wanted & (O_TRUNC | O_CREAT)):
@@ -358,7 +387,7 @@ cdef class NodeOperations(Agent):
         if fd < 0:
             return -error
         memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, FILE, nodeid, (flags & O_DSYNC) != 0)
+        out.fh = self.table.handle_add(fd, FILE, node, (flags & O_DSYNC) != 0)
         out.open_flags = self.share.open_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
@@ -371,7 +400,7 @@ cdef class NodeOperations(Agent):
         if fd < 0:
             return -errno
         memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, DIRECTORY, nodeid, False)
+        out.fh = self.table.handle_add(fd, DIRECTORY, node, False)
         out.open_flags = self.share.dir_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
@@ -409,18 +438,23 @@ cdef class NodeOperations(Agent):
                 error = errno
                 close(fd)
                 return -error
-            result = self.adopt(path_fd, entry)
+            result = self.adopt(node, path_fd, entry)
             if result < 0:
                 close(fd)
                 return result
+            made = self.table.node_get(entry.nodeid)
+            if made == NULL:
+                close(fd)
+                return -ESTALE
             memset(opened, 0, sizeof(fuse_open_out))
-            opened.fh = self.table.handle_add(fd, FILE, entry.nodeid, (flags & O_DSYNC) != 0)
+            opened.fh = self.table.handle_add(fd, FILE, made, (flags & O_DSYNC) != 0)
+            self.table.node_put(made)
             opened.open_flags = self.share.open_flags
             result = sizeof(fuse_open_out) if opened.fh else -ENFILE
         elif h.opcode == FUSE_TMPFILE or error != EEXIST or arg.flags & O_EXCL:
             return -error
         else:
-            result = self.lookup(node.fd, self.name, entry, True)
+            result = self.lookup(node, node.fd, self.name, entry, True)
             if result < 0:
                 return result
             made = self.table.node_get(entry.nodeid)

@@ -199,7 +199,8 @@ cdef class Server(FileOperations):
         if offered & FUSE_INIT_EXT and self.length >= 20:
             offered |= <uint64_t>arg.flags2 << 32
         want = FUSE_ASYNC_READ | FUSE_ATOMIC_O_TRUNC | FUSE_BIG_WRITES | FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO \
-            | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_HANDLE_KILLPRIV_V2 | FUSE_INIT_EXT
+            | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_HANDLE_KILLPRIV_V2 | FUSE_INIT_EXT \
+            | FUSE_SUBMOUNTS
         if self.share.writeback:
             want |= FUSE_WRITEBACK_CACHE
         if self.share.dir_flags:
@@ -213,6 +214,7 @@ cdef class Server(FileOperations):
             out.map_alignment = DAX_SHIFT
         want &= offered
         self.share.judges_sgid = arg.minor >= MINOR_SGID
+        self.share.announces = (want & FUSE_SUBMOUNTS) != 0
         self.share.dax_inodes = (want & FUSE_HAS_INODE_DAX) != 0
         out.max_readahead = arg.max_readahead
         out.flags = <uint32_t>want

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from virtio._fs_dax cimport Window
 from virtio._fs_host cimport __user_cap_data_struct, statx
-from virtio._fs_table cimport Table
+from virtio._fs_table cimport Node, Table
 from virtio._fuse cimport fuse_attr, fuse_entry_out
 from vmm._fastpath cimport iovec
 
@@ -28,6 +28,8 @@ cdef class Share:
     cdef bint read_only
     cdef bint writeback         # the guest may keep what it writes (cache=always)
     cdef bint flush_matters     # close() of the host's file system may fail, as NFS's does
+    cdef bint submounts         # other mounts below the directory are entered
+    cdef bint announces         # the guest knows what FUSE_ATTR_SUBMOUNT says
     cdef bint squash
     cdef uint32_t uid           # with squash: whose every access is
     cdef uint32_t gid
@@ -56,6 +58,8 @@ cdef struct Counters:
     uint64_t bytes_written
     uint64_t handed_over        # to a helper thread
 
+cdef uint64_t foreign_ino(const statx *st) noexcept nogil
+
 cdef class Agent:
     cdef Share share
     cdef Table table
@@ -83,6 +87,10 @@ cdef class Agent:
     cdef const char *path_of(self, int fd) noexcept nogil
     cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil
-    cdef int64_t lookup(self, int dirfd, const char *name, fuse_entry_out *entry, bint likely) noexcept nogil
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil
-    cdef int64_t adopt(self, int fd, fuse_entry_out *entry) noexcept nogil
+    cdef bint enters(self, const Node *parent, int fd, uint64_t dev, uint64_t mnt) noexcept nogil
+    cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
+                        bint likely) noexcept nogil
+    cdef int64_t adopt(self, const Node *parent, int fd, fuse_entry_out *entry) noexcept nogil
+    cdef void fill_found(self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
+                         const statx *st) noexcept nogil

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from virtio._fs_dax import Window
 
+def stores_files(fd: int) -> tuple[bool, int]:
+    """Whether `fd` is on a file system that stores files, not one that shows the kernel's insides; and its f_type."""
+
 class Share:
     """What all threads of one share have in common."""
 
@@ -15,6 +18,7 @@ class Share:
         direct_io: bool,
         keep_cache: bool,
         squash: tuple[int, int] | None,
+        submounts: bool = False,
         dax: int = 0,
     ) -> None: ...
     window: Window | None

@@ -1,19 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """What all threads of a share have in common, and what each of them has for itself."""
-from libc.errno cimport ENFILE, errno
+import os
+
+from libc.errno cimport ENFILE, EXDEV, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, strlen
 
 from virtio._fs_dax cimport Window
 from virtio._fs_host cimport *
-from virtio._fs_table cimport Table
+from virtio._fs_table cimport Node, Table
+from virtio._fs_types cimport fs_is_remote, fs_stores_files
 from virtio._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, granted
 
-# NFS, CIFS, SMB2, FUSE, 9p, Ceph
-_NETWORK_FS = {0x6969, 0xFF534D42, 0xFE534D42, 0x65735546, 0x01021997, 0x00C36400}
+cdef uint64_t device_of(const statx *st) noexcept nogil:
+    return <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor
+
+
+cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
+    # A number for a file of another file system (one that is mounted on a file), unlike those of the directory's own.
+    return (st.stx_ino ^ device_of(st) * <uint64_t>0x9e3779b97f4a7c15) | <uint64_t>1 << 63
+
+
+def stores_files(int fd):
+    """Whether `fd` is on a file system that stores files, not one that shows the kernel's insides; and its f_type."""
+    cdef host_statfs fs
+    if fstatfs(fd, &fs) < 0:
+        raise OSError(errno, os.strerror(errno))
+    return fs_stores_files(<uint32_t>fs.f_type), <uint32_t>fs.f_type
 
 
 cdef class Share:
@@ -22,16 +38,21 @@ cdef class Share:
     :param root_fd: O_PATH descriptor of the directory; owned from here on
     :param proc_fd: of /proc/self/fd; borrowed
     :param valid: seconds that the guest may believe names and attributes
+    :param submounts: other mounts below the directory are entered
     :param squash: ``(uid, gid)`` of every access, or None: root acts as the user that the guest names
     :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
     :raises OSError: no address space left for the window
     """
 
     def __init__(self, int root_fd, int proc_fd, *, bint read_only, bint writeback, uint64_t valid,
-                 bint direct_io, bint keep_cache, squash, uint64_t dax=0):
-        cdef host_statfs st
-        self.flush_matters = fstatfs(root_fd, &st) == 0 and <uint32_t>st.f_type in _NETWORK_FS
-        self.table = Table(root_fd)
+                 bint direct_io, bint keep_cache, squash, bint submounts=False, uint64_t dax=0):
+        cdef host_statfs fs
+        cdef statx st
+        if fstatfs(root_fd, &fs) < 0 or statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.flush_matters = submounts or fs_is_remote(<uint32_t>fs.f_type)
+        self.submounts = submounts
+        self.table = Table(root_fd, device_of(&st), st.stx_ino, st.stx_mnt_id)
         self.proc_fd = proc_fd
         self.read_only = read_only
         self.writeback = writeback and not read_only
@@ -148,36 +169,63 @@ cdef class Agent:
         entry.entry_valid_nsec = entry.attr_valid_nsec = 0
         self.fill_attr(&entry.attr, st)
 
-    cdef int64_t lookup(self, int dirfd, const char *name, fuse_entry_out *entry, bint likely) noexcept nogil:
-        # What is at `name` now; `likely`: the guest may know it already, so that no descriptor has to be opened.
+    cdef bint enters(self, const Node *parent, int fd, uint64_t dev, uint64_t mnt) noexcept nogil:
+        # Whether what is open as `fd`, which was found in `parent`, may be shown. It is judged by the descriptor: so no
+        # mount that is made meanwhile is taken for what was judged.
+        cdef host_statfs fs
+        if dev == parent.dev and mnt == parent.mnt:
+            return True
+        # Kernels before 5.8 tell no mount's id. A subvolume of btrfs is another device on the same mount.
+        if not self.share.submounts and (mnt != parent.mnt or mnt == 0):
+            return False
+        # To a kernel that cannot be told of another file system, two files would be one.
+        return self.share.announces and fstatfs(fd, &fs) == 0 and fs_stores_files(<uint32_t>fs.f_type)
+
+    cdef void fill_found(self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
+                         const statx *st) noexcept nogil:
+        cdef bint directory = st.stx_mode & S_IFMT == S_IFDIR
+        cdef uint64_t dev = device_of(st)
+        self.fill_entry(entry, nodeid, st)
+        if directory and (dev != parent.dev or st.stx_mnt_id != parent.mnt):
+            entry.attr.flags |= FUSE_ATTR_SUBMOUNT
+        elif dev != parent.dev:
+            entry.attr.ino = foreign_ino(st)
+
+    cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
+                        bint likely) noexcept nogil:
+        # What is at `name` of `parent`, open as `dirfd`, now; `likely`: the guest may know it already, so that no
+        # descriptor has to be opened.
         cdef statx st
         cdef uint64_t nodeid
         cdef int fd
         if likely:
             if statx_call(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) < 0:
                 return -errno
-            nodeid = self.table.node_find(<uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor, st.stx_ino,
-                                          st.stx_mnt_id)
+            nodeid = self.table.node_find(device_of(&st), st.stx_ino, st.stx_mnt_id)
             if nodeid:
-                self.fill_entry(entry, nodeid, &st)
+                self.fill_found(parent, entry, nodeid, &st)
                 return sizeof(fuse_entry_out)
         fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
         if fd < 0:
             return -errno
-        return self.adopt(fd, entry)
+        return self.adopt(parent, fd, entry)
 
-    cdef int64_t adopt(self, int fd, fuse_entry_out *entry) noexcept nogil:
-        # Tell the guest of the O_PATH descriptor `fd`, which this takes.
+    cdef int64_t adopt(self, const Node *parent, int fd, fuse_entry_out *entry) noexcept nogil:
+        # Tell the guest of the O_PATH descriptor `fd`, which this takes; it was found in `parent`.
         cdef statx st
-        cdef uint64_t nodeid
-        cdef int error
+        cdef uint64_t nodeid, dev
+        cdef int error = 0
         if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             error = errno
+        elif not self.enters(parent, fd, device_of(&st), st.stx_mnt_id):
+            error = EXDEV
+        if error:
             close(fd)
             return -error
-        nodeid = self.table.node_add(fd, st.stx_mode & S_IFMT, <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor,
-                                     st.stx_ino, st.stx_mnt_id)
+        dev = device_of(&st)
+        nodeid = self.table.node_add(fd, st.stx_mode & S_IFMT, dev, st.stx_ino, st.stx_mnt_id,
+                                     dev != parent.dev and st.stx_mode & S_IFMT != S_IFDIR)
         if nodeid == 0:
             return -ENFILE
-        self.fill_entry(entry, nodeid, &st)
+        self.fill_found(parent, entry, nodeid, &st)
         return sizeof(fuse_entry_out)

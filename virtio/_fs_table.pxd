@@ -23,6 +23,7 @@ cdef struct Node:
     uint32_t generation         # upper half of its node id: an id is used once
     uint32_t index
     uint32_t next               # in its hash chain, or in the free list
+    bint foreign                # no directory, and on another file system than the one that it was found in
     bint live
 
 cdef enum Kind:
@@ -32,7 +33,8 @@ cdef enum Kind:
 cdef struct Handle:
     int fd
     Kind kind
-    uint64_t nodeid             # the node that was opened
+    uint64_t nodeid             # the node that was opened,
+    Node *node                  # which this pins
     uint32_t refs
     uint32_t generation
     uint32_t index
@@ -61,12 +63,15 @@ cdef class Table:
     cdef void node_put(self, Node *node) noexcept nogil
     # The id of a known inode, looked up once more; 0: not known.
     cdef uint64_t node_find(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
+    # A pinned node from slot `index` on, a file or a directory, of none of `count` devices; NULL: there is none more.
+    cdef Node *node_elsewhere(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
     # The id of the inode behind `fd`, looked up once more; takes fd. 0: no room.
-    cdef uint64_t node_add(self, int fd, uint32_t type, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
+    cdef uint64_t node_add(self, int fd, uint32_t type, uint64_t dev, uint64_t ino, uint64_t mnt,
+                           bint foreign) noexcept nogil
     cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil     # False: more than it was told
     # A handle's id for the open `fd`, which it takes; 0: no room.
-    cdef uint64_t handle_add(self, int fd, Kind kind, uint64_t nodeid, bint synchronous) noexcept nogil
+    cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, bint synchronous) noexcept nogil
     cdef Handle *handle_get(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil
     cdef void handle_put(self, Handle *handle) noexcept nogil
     cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil

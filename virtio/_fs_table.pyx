@@ -5,8 +5,6 @@
 A node is an O_PATH descriptor, so what it names stays what it is, whatever is renamed, mounted or put in its place
 meanwhile. An id is an index and the generation of its slot: a stale or invented one finds nothing.
 """
-import os
-
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -24,10 +22,10 @@ cdef class Table:
     """Nodes and handles of one share; safe from any thread.
 
     :param root_fd: O_PATH descriptor of the shared directory; owned from here on
+    :param dev: with `ino` and `mnt`, what it is
     """
 
-    def __cinit__(self, int root_fd):
-        cdef Node *root
+    def __cinit__(self, int root_fd, uint64_t dev, uint64_t ino, uint64_t mnt):
         pthread_mutex_init(&self.lock, NULL)
         self.n_buckets = 1024
         self.node_slots = self.handle_slots = ROOT      # no id is 0
@@ -36,12 +34,9 @@ cdef class Table:
         self.buckets = <uint32_t *>calloc(self.n_buckets, sizeof(uint32_t))
         if self.node_chunks == NULL or self.handle_chunks == NULL or self.buckets == NULL:
             raise MemoryError()
-        status = os.stat(root_fd)
-        # Under no key that lookup could find: entering a file system's root from below is entering it anew.
-        if self.node_add(root_fd, 0o040000, status.st_dev, 0, 0) != ROOT:
+        # In no hash chain, so that lookup never finds it: entering a file system's root from below is entering it anew.
+        if self.node_add(root_fd, 0o040000, dev, ino, mnt, False) != ROOT:
             raise MemoryError()
-        root = self._node(ROOT)
-        root.ino = status.st_ino
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -134,6 +129,27 @@ cdef class Table:
         self.nodes -= 1
         return node.fd
 
+    cdef Node *node_elsewhere(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil:
+        cdef Node *node = NULL
+        cdef uint32_t i
+        cdef bint known
+        while node == NULL:
+            pthread_mutex_lock(&self.lock)
+            if index >= self.node_slots:
+                pthread_mutex_unlock(&self.lock)
+                return NULL
+            node = self._node(index)
+            known = not node.live or not node.nlookup or (node.type != 0o040000 and node.type != 0o100000)
+            for i in range(count):
+                known = known or node.dev == devices[i]
+            if known:
+                node = NULL
+            else:
+                node.refs += 1
+            pthread_mutex_unlock(&self.lock)
+            index += 1
+        return node
+
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
         cdef bint known
         pthread_mutex_lock(&self.lock)
@@ -152,7 +168,8 @@ cdef class Table:
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
-    cdef uint64_t node_add(self, int fd, uint32_t type, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
+    cdef uint64_t node_add(self, int fd, uint32_t type, uint64_t dev, uint64_t ino, uint64_t mnt,
+                           bint foreign) noexcept nogil:
         cdef uint64_t nodeid = 0
         cdef uint32_t index, bucket
         cdef Node *node
@@ -178,6 +195,7 @@ cdef class Table:
                 node.type = type
                 node.dev, node.ino, node.mnt = dev, ino, mnt
                 node.nlookup = node.refs = 0
+                node.foreign = foreign
                 node.live = True
                 self.nodes += 1
                 if self.nodes > self.n_buckets:
@@ -217,7 +235,7 @@ cdef class Table:
 
     # Handles
 
-    cdef uint64_t handle_add(self, int fd, Kind kind, uint64_t nodeid, bint synchronous) noexcept nogil:
+    cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, bint synchronous) noexcept nogil:
         cdef uint64_t fh = 0
         cdef uint32_t index
         cdef Handle *handle = NULL
@@ -241,7 +259,9 @@ cdef class Table:
             handle.index = index
             handle.fd = fd
             handle.kind = kind
-            handle.nodeid = nodeid
+            handle.node = node
+            handle.nodeid = <uint64_t>node.generation << 32 | node.index
+            node.refs += 1
             handle.synchronous = synchronous
             handle.refs = 0
             handle.live = handle.open = True
@@ -269,6 +289,7 @@ cdef class Table:
 
     cdef void handle_put(self, Handle *handle) noexcept nogil:
         cdef int fd = -1
+        cdef Node *node = handle.node
         pthread_mutex_lock(&self.lock)
         handle.refs -= 1
         if handle.refs == 0 and not handle.open:
@@ -276,6 +297,7 @@ cdef class Table:
         pthread_mutex_unlock(&self.lock)
         if fd >= 0:
             close(fd)
+            self.node_put(node)
 
     cdef int _drop_handle(self, Handle *handle) noexcept nogil:
         handle.live = False
@@ -319,11 +341,13 @@ cdef class Table:
             fd = -1
             if handle.live:
                 handle.open = False
+                node = handle.node
                 if handle.refs == 0:
                     fd = self._drop_handle(handle)
             pthread_mutex_unlock(&self.lock)
             if fd >= 0:
                 close(fd)
+                self.node_put(node)
         for i in range(ROOT + 1, self.node_slots):
             pthread_mutex_lock(&self.lock)
             node = self._node(i)

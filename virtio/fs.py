@@ -8,7 +8,7 @@ import struct
 
 from virtio import spec
 from virtio._fs import Backlog, FsHelper, FsWorker
-from virtio._fs_share import Share
+from virtio._fs_share import Share, stores_files
 from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
 from vmm.budget import KEPT, dax_slots, raise_descriptor_limit
@@ -42,6 +42,8 @@ class Fs(VirtioDevice):
     :param read_only: nothing that the guest sends changes anything below the directory
     :param cache: ``auto``: the guest believes what it was told for a second; ``always``: for a day, and it keeps
         what it writes until it has to write it, so nobody else may change the files; ``none``: it asks each time
+    :param submounts: what is mounted below the directory is shown, too, as mounts of the guest's; otherwise such a
+        mount point is refused with EXDEV. File systems that store no files, as proc, are refused in any case
     :param threads: request queues, each with a thread
     :param squash: ``(uid, gid)`` of every access; needs root. None: as root the files that a guest's user makes are
         that user's, otherwise every access is that of the VMM's own user
@@ -65,6 +67,7 @@ class Fs(VirtioDevice):
         cache: str = "auto",
         threads: int = 1,
         squash: tuple[int, int] | None = None,
+        submounts: bool = False,
         dax: int = 0,
         limiter: RateLimiter | None = None,
         name: str = "virtio-fs",
@@ -95,6 +98,13 @@ class Fs(VirtioDevice):
             root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError("share", path, f"cannot be used: {error.strerror}") from None
+        stores, f_type = stores_files(root)
+        if not stores:
+            os.close(root)
+            problem = (
+                f"is on a file system that shows the kernel's insides (type {f_type:#x}); give one that stores files"
+            )
+            raise ConfigError("share", path, problem)
         try:
             # Held, so that a jail without /proc is as good.
             self._proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -111,7 +121,7 @@ class Fs(VirtioDevice):
         try:
             self.share = Share(
                 root, self._proc, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
-                direct_io=cache == "none", keep_cache=cache == "always", squash=squash, dax=dax,
+                direct_io=cache == "none", keep_cache=cache == "always", squash=squash, submounts=submounts, dax=dax,
             )  # fmt: skip
         except (OSError, MemoryError):
             os.close(self._proc)

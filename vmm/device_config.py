@@ -293,6 +293,7 @@ class FsConfig:
     :param shared_dir: the directory
     :param read_only: the guest cannot change anything
     :param cache_policy: ``auto``, ``always`` or ``none``
+    :param submounts: what is mounted below the directory is shown, too
     :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
     :param threads: request queues, each with a thread
     :param squash: (uid, gid) of every access, or None
@@ -302,7 +303,8 @@ class FsConfig:
     """
 
     __slots__ = (
-        "cache_policy", "dax", "is_root_device", "rate_limiter", "read_only", "shared_dir", "squash", "tag", "threads",
+        "cache_policy", "dax", "is_root_device", "rate_limiter", "read_only", "shared_dir", "squash", "submounts",
+        "tag", "threads",
     )  # fmt: skip
 
     def __init__(
@@ -312,6 +314,7 @@ class FsConfig:
         *,
         read_only: bool = False,
         cache_policy: str = "auto",
+        submounts: bool = False,
         dax: int = 0,
         threads: int = 1,
         squash: tuple[int, int] | None = None,
@@ -335,6 +338,7 @@ class FsConfig:
         self.shared_dir = os.fspath(shared_dir)
         self.read_only = read_only
         self.cache_policy = cache_policy
+        self.submounts = submounts
         self.dax = dax
         self.threads = threads
         self.squash = squash
@@ -343,12 +347,12 @@ class FsConfig:
 
     @classmethod
     def parse(cls, text: str, *, is_root_device: bool = False) -> FsConfig:
-        """From ``TAG=DIR[,ro][,cache=][,dax=][,threads=][,squash=UID:GID][,bps=][,iops=]``.
+        """From ``TAG=DIR[,ro][,submounts][,cache=][,dax=][,threads=][,squash=UID:GID][,bps=][,iops=]``.
 
         :raises ConfigError: it is something else
         """
         keys = ("cache", "dax", "threads", "squash", "bps", "iops")
-        first, found = parse_options("--share", text, ("ro",), keys, first=True)
+        first, found = parse_options("--share", text, ("ro", "submounts"), keys, first=True)
         tag, equals, path = first.partition("=")
         if not equals:
             raise ConfigError("--share", text, "must begin with TAG=DIRECTORY")
@@ -362,6 +366,7 @@ class FsConfig:
             path,
             read_only="ro" in found,
             cache_policy=found.get("cache", "auto"),
+            submounts="submounts" in found,
             dax=parse_size("dax", found.get("dax", "0")),
             threads=parse_count("threads", found.get("threads", "1"), 1, MAX_FS_THREADS),
             squash=squash,

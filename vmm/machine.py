@@ -246,7 +246,8 @@ class Machine:
                 limits = share.rate_limiter
                 fs = Fs(
                     share.tag, share.shared_dir, read_only=share.read_only, cache=share.cache_policy,
-                    threads=share.threads, squash=share.squash, dax=share.dax, name=f"virtio-fs{place}",
+                    threads=share.threads, squash=share.squash, submounts=share.submounts, dax=share.dax,
+                    name=f"virtio-fs{place}",
                     limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
                 )  # fmt: skip
                 self.shares[share.tag] = self._owned(fs)

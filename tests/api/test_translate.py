@@ -38,7 +38,7 @@ _nets = st.one_of(
 _shares = st.builds(
     FsConfig, st.uuids().map(str), st.just("/share"), read_only=st.booleans(), dax=st.sampled_from([0, 2 << 20]),
     cache_policy=st.sampled_from(["auto", "always", "none"]), threads=st.integers(1, 32),
-    squash=st.sampled_from([None, (1000, 1000)]), rate_limiter=_limits,
+    squash=st.sampled_from([None, (1000, 1000)]), submounts=st.booleans(), rate_limiter=_limits,
 )  # fmt: skip
 
 

@@ -101,6 +101,7 @@ def test_a_share_as_people_write_it() -> None:
     assert (share.tag, share.shared_dir, share.read_only, share.cache_policy) == ("tag", "/a,b=c", True, "always")
     assert (share.dax, share.threads, share.squash) == (1 << 30, 4, (1000, 100))
     assert share.rate_limiter is not None and share.rate_limiter.ops == (10, 0, 100)
+    assert not share.submounts and FsConfig.parse("tag=/a,submounts").submounts
     for wrong in ("/dir", "t=", "=/dir", f"{'t' * 37}=/", "t t=/", "t=/,cache=some", "t=/,dax=3M", "t=/,threads=0",
                   "t=/,squash=1", "t=/,squash=root:root", "t=/,rw", "t=/,ro,ro"):  # fmt: skip
         with pytest.raises(ConfigError):

@@ -138,6 +138,7 @@ def share(body: types.SharedFs) -> FsConfig:
         body.shared_dir,
         read_only=body.read_only,
         cache_policy=body.cache_policy,
+        submounts=body.submounts,
         dax=body.cache_size,
         threads=body.num_queues,
         squash=body.squash,
@@ -282,6 +283,7 @@ def _share_body(config: FsConfig, *, root: bool) -> types.SharedFs:
         shared_dir=config.shared_dir,
         read_only=config.read_only,
         cache_policy=config.cache_policy,  # type: ignore[arg-type]
+        submounts=config.submounts,
         cache_size=config.dax,
         num_queues=config.threads,
         squash=config.squash,

@@ -223,13 +223,15 @@ class EntropyDevice(Body, kw_only=True):
 class SharedFs(Body, kw_only=True):
     """A shared directory, served by this process; ours, with Dragonball's names.
 
-    `cache_size` is that of the DAX window in bytes, `squash` the user and group of every access.
+    `cache_size` is that of the DAX window in bytes, `squash` the user and group of every access; with `submounts` what
+    is mounted below the directory is shown, too.
     """
 
     tag: str
     shared_dir: str
     read_only: bool = False
     cache_policy: Literal["auto", "always", "none"] = "auto"
+    submounts: bool = False
     cache_size: U64 = 0
     num_queues: Annotated[int, Meta(ge=1, le=MAX_FS_THREADS)] = 1
     squash: tuple[U32, U32] | None = None
