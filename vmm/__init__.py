@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from vmm.device_config import DriveConfig
     from vmm.events import Stop, StopReason
     from vmm.machine import Machine
+    from vmm.snapshot import Image
 
-__all__ = ["DriveConfig", "Machine", "Stop", "StopReason", "VmConfig"]
+__all__ = ["DriveConfig", "Image", "Machine", "Stop", "StopReason", "VmConfig"]
 
 _HOMES = {
     "DriveConfig": "vmm.device_config",
+    "Image": "vmm.snapshot",
     "Machine": "vmm.machine",
     "Stop": "vmm.events",
     "StopReason": "vmm.events",

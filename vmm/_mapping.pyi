@@ -16,6 +16,14 @@ def private_runs(pagemap: int, address: int, size: int) -> list[tuple[int, int]]
 def walk_private_runs(pagemap: int, address: int, size: int) -> list[tuple[int, int]]:
     """Likewise, page by page: what ``private_runs`` does before Linux 6.7."""
 
+def copy_sparse(source: int, start: int, size: int, target: int, offset: int) -> int:
+    """Copy [`start`, `start` + `size`) of one file to `offset` of another, but for holes and pages of zeros.
+
+    :param target: reads as zeros there already
+    :returns: bytes written
+    :raises OSError: it could not be read or written
+    """
+
 def copy_out(address: int, size: int, fd: int, offset: int) -> None:
     """Write [`address`, `address` + `size`) to the file `fd` at `offset`.
 

@@ -3,13 +3,14 @@
 """Mappings of guest RAM that change under a VM: from a file to private, from private pages to a file."""
 import os
 
-from libc.errno cimport EINTR, ENOTTY, EINVAL, errno
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.errno cimport EINTR, EINVAL, ENOTTY, ENXIO, errno
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 cdef extern from *:
     """
     #include <stdint.h>
+    #include <string.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
     #include <unistd.h>
@@ -24,6 +25,10 @@ cdef extern from *:
     #define PM_IS_PRESENT (1 << 3)
     #define PM_IS_SWAPPED (1 << 4)
     static inline int pm_scan(int fd, struct pm_arg *arg) { return ioctl(fd, PM_SCAN, arg); }
+    static inline int is_zero(const void *data, size_t size) {
+        const unsigned char *p = data;
+        return !p[0] && (size == 1 || !memcmp(p, p + 1, size - 1));
+    }
     /* Bits of an entry of /proc/PID/pagemap */
     #define PAGEMAP_PRESENT (1ull << 63)
     #define PAGEMAP_SWAPPED (1ull << 62)
@@ -50,6 +55,9 @@ cdef extern from *:
     uint64_t PM_IS_FILE, PM_IS_PRESENT, PM_IS_SWAPPED
     uint64_t PAGEMAP_PRESENT, PAGEMAP_SWAPPED, PAGEMAP_FILE
     void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
+    int is_zero(const void *data, size_t size) nogil
+    long lseek(int fd, long offset, int whence) nogil
+    enum: SEEK_DATA, SEEK_HOLE
     ssize_t pread(int fd, void *data, size_t size, long offset) nogil
     ssize_t pwrite(int fd, const void *data, size_t size, long offset) nogil
     enum: PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
@@ -58,6 +66,7 @@ cdef enum:
     PAGE = 4096
     REGIONS = 512
     ENTRIES = 8192
+    CHUNK = 1 << 20
 
 
 def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
@@ -146,6 +155,62 @@ cdef int _add(list runs, uint64_t offset, uint64_t size) except -1:
     else:
         runs.append((offset, size))
     return 0
+
+
+def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t offset):
+    """Copy [`start`, `start` + `size`) of one file to `offset` of another, but for holes and pages of zeros.
+
+    :param target: reads as zeros there already
+    :returns: bytes written
+    :raises OSError: it could not be read or written
+    """
+    cdef uint8_t *buffer = <uint8_t *>malloc(CHUNK)
+    cdef uint64_t end = start + size, at = start, data, hole, written = 0
+    cdef int64_t found
+    cdef ssize_t got
+    if buffer == NULL:
+        raise MemoryError()
+    try:
+        while at < end:
+            found = lseek(source, <long>at, SEEK_DATA)
+            if found < 0 and errno == ENXIO:
+                break
+            data = <uint64_t>found if found >= 0 else at        # a file system that knows no holes
+            found = lseek(source, <long>data, SEEK_HOLE) if found >= 0 else <int64_t>end
+            hole = min(<uint64_t>found if found > 0 else end, end)
+            while data < hole:
+                with nogil:
+                    got = pread(source, buffer, min(<size_t>CHUNK, hole - data), <long>data)
+                if got < 0 and errno == EINTR:
+                    continue
+                if got < 0:
+                    raise OSError(errno, os.strerror(errno))
+                if got == 0:
+                    return written                              # it ends here: what follows reads as zeros
+                written += _write_pages(target, buffer, <size_t>got, offset + (data - start))
+                data += <uint64_t>got
+            at = max(hole, at + 1)
+    finally:
+        free(buffer)
+    return written
+
+
+cdef uint64_t _write_pages(int target, uint8_t *data, size_t size, uint64_t offset) except? 0:
+    # Runs of pages that are not all zeros.
+    cdef size_t first = 0, next, page
+    cdef uint64_t written = 0
+    while first < size:
+        page = min(<size_t>PAGE, size - first)
+        if is_zero(data + first, page):
+            first += page
+            continue
+        next = first + page
+        while next < size and not is_zero(data + next, min(<size_t>PAGE, size - next)):
+            next += min(<size_t>PAGE, size - next)
+        copy_out(<uintptr_t>(data + first), next - first, target, offset + first)
+        written += next - first
+        first = next
+    return written
 
 
 def copy_out(uintptr_t address, size_t size, int fd, uint64_t offset):

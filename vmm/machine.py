@@ -173,7 +173,12 @@ class Machine:
         if image is None:
             self._set_up_vcpus()
         else:
-            self._restore(image)
+            try:
+                self._restore(image)
+            except VmmError:
+                raise
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                raise SnapshotError("snapshot", f"is damaged: {type(error).__name__}: {error}") from None
 
     def _load(self, windows: list[tuple[int, int, int]]) -> None:
         config = self.config

@@ -53,6 +53,27 @@ class Image:
         self.virtio = virtio
         self.memory = memory
 
+    def save(self, directory: str) -> None:
+        """Write it as `directory`: whole, or nothing; see :mod:`vmm.snapshot_file`.
+
+        :raises ConfigError: something that is no snapshot is there
+        :raises HostError: it cannot be written; what was there before is as it was
+        """
+        from vmm.snapshot_file import save
+
+        save(self, directory)
+
+    @staticmethod
+    def load(directory: str) -> Image:
+        """The image in `directory`, whose files stay as they are while it, or a machine made of it, is there.
+
+        :raises HostError: it cannot be read
+        :raises SnapshotError: it is no image, damaged, or of another format
+        """
+        from vmm.snapshot_file import load
+
+        return load(directory)
+
 
 def fork(parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig] | None) -> list[Machine]:
     """See :meth:`vmm.machine.Machine.fork`."""

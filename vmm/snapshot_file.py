@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image in a directory: ``state`` and ``memory``; written whole or not at all, and judged like any input when read.
+
+``state`` is a header of 32 bytes and a msgpack document::
+
+    0   8  magic "PYVMMIMG"
+    8   4  format, little endian
+    12  4  CRC-32 of all that follows
+    16  16 what ``memory`` has in its last 16 bytes, too: the two belong together
+
+``memory`` is guest RAM, one region after the other, with holes for what is zero, and a page that ends in those 16
+bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import struct
+import zlib
+
+import msgspec
+
+from vmm import device_config
+from vmm._mapping import copy_sparse
+from vmm.cli import VERSION
+from vmm.config import VmConfig
+from vmm.errors import ConfigError, HostError, SnapshotError
+from vmm.memory import MemoryFile, Piece, spans
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmm.snapshot import Image
+
+FORMAT = 1
+STATE, MEMORY = "state", "memory"
+_MAGIC = b"PYVMMIMG"
+_HEADER = struct.Struct("<8sII16s")
+_PAGE = 4096
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_CONFIGS = {
+    kind.__name__: kind
+    for kind in (
+        VmConfig, device_config.BalloonConfig, device_config.DriveConfig, device_config.EntropyConfig,
+        device_config.FsConfig, device_config.MmdsConfig, device_config.NetConfig, device_config.RateLimiterConfig,
+        device_config.VsockConfig,
+    )
+}  # fmt: skip
+# Not in a file: a template is in the vCPUs' state already, and a descriptor is this process's.
+_LEFT_OUT = {"cpu_template", "fd"}
+
+
+def save(image: Image, directory: str) -> None:
+    """Write `image` as `directory`, which takes the place of an image that is there; readable to its owner only.
+
+    :raises ConfigError: something else is there
+    :raises HostError: it cannot be written; what was there before is as it was
+    """
+    directory = os.path.abspath(directory)
+    if os.path.lexists(directory) and not _is_ours(directory):
+        raise ConfigError("snapshot", directory, "is there and is no snapshot of pyvmm's: it is left alone")
+    made = f"{directory}.{os.getpid()}.{secrets.token_hex(4)}.new"
+    try:
+        os.mkdir(made, 0o700)
+        try:
+            mark = secrets.token_bytes(16)
+            _write(os.path.join(made, MEMORY), lambda fd: write_memory(image.memory, image.config.memory, fd, mark))
+            _write(os.path.join(made, STATE), lambda fd: _write_all(fd, encode(image, mark)))
+            _sync(made)
+            _put(made, directory)
+        finally:
+            _remove(made)
+        _sync(os.path.dirname(directory))
+    except OSError as error:
+        raise HostError(error.errno or 0, "write the snapshot", directory) from None
+
+
+def load(directory: str) -> Image:
+    """The image in `directory`; its memory is mapped, not read, so the files stay as they are while it is used.
+
+    :raises HostError: it cannot be read
+    :raises SnapshotError: it is no image, damaged, or of another format; says which
+    """
+    try:
+        with open(os.path.join(directory, STATE), "rb") as file:
+            data = file.read()
+        memory = os.open(os.path.join(directory, MEMORY), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(error.errno or 0, "read the snapshot", directory) from None
+    file_of_memory = MemoryFile(memory)
+    image, mark = decode(data, directory)
+    size = image.config.memory
+    try:
+        end = os.fstat(memory).st_size
+        there = os.pread(memory, len(mark), size + _PAGE - len(mark))
+    except OSError as error:
+        raise HostError(error.errno or 0, "read the snapshot", directory) from None
+    if end != size + _PAGE:
+        raise SnapshotError(directory, f"{MEMORY} has {end} bytes, the guest's memory takes {size + _PAGE}")
+    if there != mark:
+        raise SnapshotError(directory, f"{MEMORY} and {STATE} are of different snapshots")
+    image.memory = _pieces(file_of_memory, size)
+    return image
+
+
+def encode(image: Image, mark: bytes) -> bytes:
+    """The file ``state``."""
+    document = {
+        "pyvmm": VERSION,
+        "config": _plain(image.config),
+        "cmdline": image.cmdline,
+        "vcpus": image.vcpus,
+        "vm": image.vm,
+        "board": image.board,
+        "virtio": image.virtio,
+    }
+    body = mark + msgspec.msgpack.encode(document)
+    return _HEADER.pack(_MAGIC, FORMAT, zlib.crc32(body), mark) + body[len(mark) :]
+
+
+def decode(data: bytes, name: str) -> tuple[Image, bytes]:
+    """An image without its memory, and the mark of that.
+
+    :param data: the file ``state``
+    :param name: for messages
+    :raises SnapshotError: it is no image, damaged, or of another format
+    """
+    from vmm.snapshot import Image
+
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise SnapshotError(name, "is no snapshot of pyvmm's")
+    _, number, checksum, mark = _HEADER.unpack_from(data)
+    intact = zlib.crc32(data[_HEADER.size - len(mark) :]) == checksum
+    if number != FORMAT:
+        writer = _writer(data[_HEADER.size :]) if intact else "another pyvmm"
+        raise SnapshotError(name, f"was written by {writer} in format {number}; pyvmm {VERSION} reads format {FORMAT}")
+    if not intact:
+        raise SnapshotError(name, "is damaged: its checksum does not match")
+    try:
+        document = msgspec.msgpack.decode(data[_HEADER.size :])
+        config = _configuration(document.pop("config"))
+        if not isinstance(config, VmConfig):
+            raise TypeError("no configuration")
+        document.pop("pyvmm")
+        return Image(config, memory=[], **document), mark
+    except (msgspec.DecodeError, ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SnapshotError(name, f"is damaged: {error}") from None
+
+
+def write_memory(pieces: list[Piece], size: int, fd: int, mark: bytes) -> None:
+    """Write guest RAM to the new file `fd`, and `mark` behind it."""
+    os.ftruncate(fd, size + _PAGE)
+    for piece in pieces:
+        if piece.file is not None:
+            copy_sparse(piece.file.fd, piece.offset, piece.size, fd, _place(piece.gpa, size))
+    _write_all(fd, mark, size + _PAGE - len(mark))
+
+
+def _place(gpa: int, size: int) -> int:
+    # Regions follow each other in the file, without the hole that is between them in the guest.
+    place = 0
+    for start, length in spans(size):
+        if start <= gpa < start + length:
+            return place + gpa - start
+        place += length
+    raise ValueError(f"{gpa:#x} is not in {size} bytes of guest memory")
+
+
+def _pieces(file: MemoryFile, size: int) -> list[Piece]:
+    return [Piece(start, length, file, _place(start, size)) for start, length in spans(size)]
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind.__name__ in _CONFIGS:
+        fields = {name: _plain(getattr(value, name)) for name in kind.__slots__ if name not in _LEFT_OUT}
+        if fields.get("mode") == "fd":
+            fields |= {"mode": "tap", "host_dev_name": "-"}  # to be named by who goes on from it
+        return {"is": kind.__name__, **fields}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def _configuration(value: Any) -> Any:
+    if isinstance(value, dict):
+        kind = _CONFIGS[value.pop("is")]
+        return kind(**{name: _configuration(field) for name, field in value.items()})
+    return tuple(_configuration(each) for each in value) if isinstance(value, list) else value
+
+
+def _writer(body: bytes) -> str:
+    try:
+        return f"pyvmm {msgspec.msgpack.decode(body)['pyvmm']}"
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return "another pyvmm"
+
+
+def _write(path: str, fill: Any) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fill(fd)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes, offset: int = 0) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _is_ours(directory: str) -> bool:
+    try:
+        return set(os.listdir(directory)) <= {STATE, MEMORY}
+    except OSError:
+        return False
+
+
+def _remove(directory: str) -> None:
+    # The old image, or half of the new one; nothing where all went well.
+    for name in (STATE, MEMORY):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(directory)
+
+
+def _sync(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _put(made: str, directory: str) -> None:
+    # In one step: whoever looks finds the old image whole, or the new one. The old one is `made` then.
+    if not os.path.exists(directory):
+        os.rename(made, directory)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(directory), _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
