@@ -202,6 +202,11 @@ def reset() -> None:
         before.sink.close()
 
 
+def configured() -> bool:
+    """Whether ``configure`` was called: there is a log, apart from stderr."""
+    return _settings.sink is not None
+
+
 def enabled(level: int) -> bool:
     """Whether a line of this level goes anywhere: for a text that is dear to make."""
     return level <= _settings.level

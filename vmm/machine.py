@@ -20,7 +20,7 @@ from devices.power import AcpiPower
 from devices.pvpanic import PvPanic
 from devices.rtc import Rtc
 from vmm import kvm_abi as abi
-from vmm import threads
+from vmm import logger, threads
 from vmm._bus import Bus
 from vmm.config import VmConfig
 from vmm.console import Console
@@ -29,6 +29,7 @@ from vmm.events import Stop, StopReason
 from vmm.irq import IrqLine
 from vmm.kvm import Kvm
 from vmm.memory import GuestMemory
+from vmm.signals import Bell
 from vmm.vcpu import Vcpu
 
 TYPE_CHECKING = False
@@ -114,6 +115,7 @@ class Machine:
         self._exit_callbacks: list[Callable[[Stop], None]] = []
         self._console_callbacks: list[Callable[[bytes], None]] = []
         self._change = threading.Condition()
+        self._bells: list[Bell] = []  # of the main thread's wait(), inside `_change`
         self._started = False
         self._holds: set[str] = set()  # why the vCPUs are held: each reason until it is released
         self._parked = 0
@@ -571,27 +573,42 @@ class Machine:
                 stop = Stop(StopReason.PANIC)
             self._stop, self._failure = stop, failure
             self._change.notify_all()
+            for bell in self._bells:
+                bell.ring()
         for vcpu in self.vcpus:
             vcpu.kick()
+        logger.info(f"The VM ended: {stop if failure is None else failure}")
         for callback in self._exit_callbacks:
             callback(stop)
 
     def wait(self, timeout: float | None = None) -> Stop | None:
-        """Wait until the VM has ended.
+        """Wait until the VM has ended. In the main thread the handlers of signals run meanwhile, none of them late.
 
         :param timeout: seconds, or None for as long as it takes
         :returns: how it ended, or None: still running
         :raises Exception: what a device of yours or the host's KVM raised in a vCPU's thread
         """
-        with self._change:
-            if not self._change.wait_for(lambda: self._stop is not None, timeout):
-                return None
+        if not self._wait_for_stop(timeout):
+            return None
         for thread in self._threads:
             thread.join()
         self.console.close()  # its last words are out before anybody hears that it ended
         if self._failure is not None:
             raise self._failure
         return self._stop
+
+    def _wait_for_stop(self, timeout: float | None) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            with self._change:
+                return self._change.wait_for(lambda: self._stop is not None, timeout)
+        with Bell() as bell:
+            with self._change:
+                self._bells.append(bell)
+            try:
+                return bell.wait(lambda: self._stop is not None, timeout)
+            finally:
+                with self._change:
+                    self._bells.remove(bell)
 
     def stop(self) -> None:
         """End the VM as if its power were cut; idempotent, from any thread."""

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from vmm import _seccomp, threads
 from vmm.errors import HostError
 from vmm.preload import preload_later
+from vmm.signals import deaf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ _SHARE = (
 # By kind of thread, what it has beside _COMMON.
 KINDS: dict[str, tuple[Rule, ...]] = {
     # The main thread, once the machine runs; it ends it.
-    "vmm": (*_ENDING, *_allow("openat rt_sigaction"), *_ioctl(*_TERMINAL)),
+    "vmm": (*_ENDING, *_allow("openat rt_sigaction pipe2"), *_ioctl(*_TERMINAL)),
     # The API, once the machine runs: PATCHes open files, and it may be this thread that ends the machine.
     "api": (
         *_ENDING, *_EVENTS, *_STREAM, *_SOCKETS, *_FILES, *_ioctl(*_TERMINAL, *_DESCRIPTOR, *_BLOCK_ASK),
@@ -195,11 +196,7 @@ class Filters:
             raise problem
 
     def _make_threads(self) -> None:
-        import signal
-
-        # Threads inherit this: signals are the main thread's.
-        ours = {signal.SIGSYS, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - ours)
+        deaf()  # threads inherit this
         self.install("spawn")
         while True:
             thread, done = self._wanted.get()

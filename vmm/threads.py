@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a thread of a VM starts: plainly, or where seccomp is on, behind the filter of its kind (``vmm.seccomp``)."""
+"""How a thread of a VM starts: plainly, or where seccomp is on, behind the filter of its kind (``vmm.seccomp``).
+
+Signals are the main thread's: see ``vmm.signals``.
+"""
 
 from __future__ import annotations
 
 import threading
 
 from vmm.errors import HostError
+from vmm.signals import deaf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,6 +79,7 @@ def spawn(kind: str, name: str, target: Callable[..., None], *args: object) -> t
     """
 
     def run() -> None:
+        deaf()
         enter(kind)
         target(*args)
 

@@ -238,6 +238,42 @@ def test_a_signal_ends_both(pair: Callable[..., Pair], number: int) -> None:
     assert codes[0] in (-number, 156) and codes[1] == 0, "and pyvmm takes its time to do it in good order: 0"
 
 
+# Lines of Firecracker's log that no user or program of its own waits for.
+_THEIRS_ALONE = ("Artificially kick devices.", "immediate_exit", "KVM_EXIT_SHUTDOWN")
+
+
+@pytest.mark.parametrize(
+    ("options", "source"),
+    [
+        (["--config-file", "config.json"], "kernel"),
+        (["--config-file", "config.json"], "junk"),
+        (["--config-file", "config.json"], "missing"),
+        (["--config-file", "config.json", "--no-api"], "kernel"),
+        (["--metrics-path", "missing"], "kernel"),
+    ],
+    ids=" ".join,
+)
+def test_same_words_in_the_log(pair: Callable[..., Pair], options: list[str], source: str) -> None:
+    def write(directory: Path) -> None:
+        config = {**BASE, "boot-source": {"kernel_image_path": source}}
+        (directory / "config.json").write_text(json.dumps(config))
+
+    both = pair(["--log-path", "log", *options], prepare=write, wait=False, code=RESET)
+    told, reasons = [], []
+    for process in both:
+        process.wait(PATIENCE)
+        lines = [line.partition("] ")[2] for line in (process.directory / "log").read_text().splitlines()]
+        assert "Traceback" not in process.output.read_text()
+        # The order of the API's thread is its own; the VM's end is told once and with its reason here.
+        lines = [line for line in lines if not any(part in line for part in _THEIRS_ALONE)]
+        reasons.append([line for line in lines if "error: " in line or (": " in line and "exit_code" not in line)])
+        told.append(list(dict.fromkeys(line for line in lines if line not in reasons[-1] + ["API server started."])))
+    if source != "kernel" or "missing" in options:
+        assert reasons[0] and reasons[1], "each says why"
+    told[0] = [line for line in told[0] if line != "Vmm is stopping." or told[0][-1].endswith("exit_code=0")]
+    assert told[0] == told[1]
+
+
 def test_a_live_socket_is_refused(pair: Callable[..., Pair]) -> None:
     for process in pair():
         again = Process(process.command, process.directory, output="again")

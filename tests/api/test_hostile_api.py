@@ -37,7 +37,7 @@ def echo(tmp_path: Path) -> Iterator[tuple[Path, Server]]:
     def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
         return 200, json.dumps([method, path, len(body)]).encode() + bytes(1 << 20 if path == "/long" else 0), ()
 
-    server = Server(bind(str(path)), answer, patience=0.2)
+    server = Server(bind(str(path)), answer, path=str(path), patience=0.2)
     server.start()
     yield path, server
     server.close()
@@ -164,7 +164,7 @@ def test_who_asks_very_much_at_once_waits_behind_who_asks_little(tmp_path: Path)
         time.sleep(0.002)
         return 200, bytes(2000), ()
 
-    server = Server(bind(str(tmp_path / "s")), answer)
+    server = Server(bind(str(tmp_path / "s")), answer, path=str(tmp_path / "s"))
     server.start()
     flood, polite = Client(tmp_path / "s"), Client(tmp_path / "s")
     many = b"GET /flood HTTP/1.1\r\n\r\n" * (1 << 11)
@@ -191,7 +191,7 @@ def test_without_a_descriptor_left_it_answers_one_and_does_not_spin(tmp_path: Pa
 import os, resource, sys, time
 from vmm.api.listen import bind
 from vmm.api.server import Server
-server = Server(bind(sys.argv[1]), lambda method, path, body: (200, b'{}', ()))
+server = Server(bind(sys.argv[1]), lambda method, path, body: (200, b'{}', ()), path=sys.argv[1])
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 taken = []
 try:

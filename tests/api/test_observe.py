@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.api.oracle import PYVMM
 from tests.kvm.guests import write_guest
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm
@@ -269,6 +270,7 @@ def test_log_of_requests_is_firecrackers(serve: Serve, tmp_path: Path) -> None:
     vm.ask("GET", "/version")
     # As Firecracker 1.12.1 wrote it, but for the texts of errors.
     forms = [
+        r"INFO\] API server started\.",
         r'INFO\] The API server received a Put request on "/drives/a" with body "\{\\"drive_id\\": \\"a\\", .*\}"\.',
         r"INFO\] The request was executed successfully\. Status code: 204 No Content\.",
         r"DEBUG\] Total previous API call duration: \d+ us\.",
@@ -301,3 +303,27 @@ def test_options_that_cannot_be_end_it_with_firecrackers_status(
     assert vm.process.wait(PATIENCE) == status
     assert vm.process.stderr is not None
     assert words in vm.process.stderr.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "reason"),
+    [
+        (["--config-file", "missing"], 1, "--config-file missing: No such file or directory"),
+        (["--api-sock", "/nowhere/s"], 1, "--api-sock /nowhere/s: cannot be made: No such file or directory"),
+        (["--id", "a_b"], 153, "--id a_b: must be 1 to 64 letters, digits and hyphens"),
+        (["--level", "loud"], 152, "--level loud: must be Off, Error, Warn"),
+        (["--metadata", "missing"], 1, "--metadata missing: No such file or directory"),
+        (["--metrics-path", "missing"], 1, "must be a file or a FIFO that is there and writable"),
+    ],
+)
+def test_a_failed_start_leaves_its_reason_in_the_log(
+    tmp_path: Path, options: list[str], status: int, reason: str
+) -> None:
+    log = touched(tmp_path / "log")
+    command = [*PYVMM, "--api-sock", "s", "--log-path", "log", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    lines = log.read_text().splitlines()
+    assert done.returncode == status
+    assert reason in done.stderr and done.stderr.count("\n") == 1
+    assert reason in lines[-2]
+    assert lines[-1].endswith(f"] Firecracker exiting with error. exit_code={status}")

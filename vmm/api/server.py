@@ -18,6 +18,8 @@ from collections import deque
 
 import httptools
 
+from vmm.signals import deaf
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,6 +190,7 @@ class Server:
     :param listener: from ``vmm.api.listen.bind``; owned
     :param answer: called with method, path and body, on the server's thread; must not raise. Gives the status, the
         body and further headers
+    :param path: of its file, which goes with it
     :param max_payload: bytes of a request's body
     :param patience: seconds for a client to finish a request that it began, and to take an answer
     """
@@ -197,6 +200,7 @@ class Server:
         listener: socket.socket,
         answer: Answer,
         *,
+        path: str,
         max_payload: int = MAX_PAYLOAD,
         patience: float = REQUEST_SECONDS,
     ) -> None:
@@ -204,7 +208,7 @@ class Server:
         self.patience = patience
         self.max_payload = max_payload
         self.refused = 0
-        self._path = listener.getsockname()
+        self._path = path
         self._file = os.stat(self._path).st_ino
         self._listener = listener
         self._connections: dict[int, _Connection] = {}
@@ -224,6 +228,7 @@ class Server:
         """Serve on a thread of its own, named ``fc_api``, which calls `on_thread` first."""
 
         def run() -> None:
+            deaf()
             on_thread()
             self.run()
 

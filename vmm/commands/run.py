@@ -7,7 +7,7 @@ import os
 import sys
 
 from boot.cmdline import Cmdline
-from vmm import threads
+from vmm import signals, threads
 from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
 from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import ConfigError
@@ -254,8 +254,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
             os._exit(STATUS_INTERRUPTED)
         vm.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    signals.on_end(on_signal)
     signal.signal(signal.SIGCONT, lambda number, frame: vm.console.enter_raw_mode())
     vm.start()
     threads.enter("vmm")

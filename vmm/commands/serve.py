@@ -7,17 +7,19 @@ import os
 import sys
 import threading
 
-from vmm import threads
+from vmm import logger, signals, threads
 from vmm.api import API_VERSION
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, VmmError
 from vmm.events import StopReason
 from vmm.options import parse_count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
     from typing import Any
 
+    from vmm.api.server import Server
     from vmm.machine import Machine
 
 # Firecracker's exit codes.
@@ -25,6 +27,7 @@ STATUS_OK = 0
 STATUS_GENERIC = 1
 STATUS_BAD_CONFIGURATION = 152
 STATUS_ARGUMENTS = 153
+STATUS_XCPU = 154
 DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
 
@@ -131,8 +134,11 @@ def check_id(vmm_id: str) -> None:
         raise ConfigError("--id", vmm_id, f"must be 1 to {MAX_ID} letters, digits and hyphens")
 
 
-def main(args: Arguments) -> int:
-    """Serve until the VM ends or a signal asks for the end; Firecracker's exit codes."""
+def main(args: Arguments, on_ready: Callable[[], object] = lambda: None) -> int:
+    """Serve until the VM ends or a signal asks for the end; Firecracker's exit codes.
+
+    :param on_ready: called once the VM of the configuration file runs, or the API answers
+    """
     if args.version:
         from vmm.cli import VERSION
 
@@ -152,9 +158,31 @@ def main(args: Arguments) -> int:
             fits = "is for Firecracker's threads; leave it out: pyvmm's have their own (docs/jailer.md)"
             raise ConfigError("--seccomp-filter", args.seccomp_filter, fits)
     except ConfigError as error:
-        print(f"pyvmm serve: {error}", file=sys.stderr)
-        return STATUS_ARGUMENTS
-    return _Serve(args, times, args.http_api_max_payload_size if limit is None else limit).run()
+        _complain(args, str(error))
+        return _leave(STATUS_ARGUMENTS)
+    serve = _Serve(args, times, args.http_api_max_payload_size if limit is None else limit, on_ready)
+    return _leave(serve.run())
+
+
+def _complain(args: Arguments, text: str) -> None:
+    # Where a person looks, and where a runtime does: of a process without a terminal the log is all that is left.
+    print(f"pyvmm serve: {text}", file=sys.stderr)
+    if not logger.configured() and args.log_path is not None:
+        try:
+            logger.configure(log_path=args.log_path, vmm_id=args.id, **{name: getattr(args, name) for name in _SHOW})
+        except ConfigError:
+            return
+    if logger.configured():
+        logger.error(text)
+
+
+def _leave(status: int) -> int:
+    if logger.configured():
+        if status == STATUS_OK:
+            logger.info("Firecracker exiting successfully. exit_code=0")
+        else:
+            logger.error(f"Firecracker exiting with error. exit_code={status}")
+    return status
 
 
 _SHOW = ("show_level", "show_log_origin")
@@ -167,40 +195,47 @@ def _number(args: Arguments, option: str) -> int | None:
 
 
 class _Serve:
-    def __init__(self, args: Arguments, times: list[int | None], mmds_limit: int) -> None:
+    def __init__(
+        self, args: Arguments, times: list[int | None], mmds_limit: int, on_ready: Callable[[], object]
+    ) -> None:
         self._args = args
         self._mmds_limit = mmds_limit
         self._times = times
+        self._on_ready = on_ready
         self._ended = False
-        # A pipe, not an Event: a signal that comes while the main thread takes the Event's lock would wait for itself.
-        self._wake_in, self._wake_out = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._wake_out, False)
         self._machine: Machine | None = None
         self._signal = 0
+        self._broken_pipes = 0
 
     def run(self) -> int:
         """From the socket to the exit code."""
-        import signal
-
-        args = self._args
-        server = None
-        if not args.no_seccomp:
-            threads.expect_guard()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.set_wakeup_fd(self._wake_out, warn_on_full_buffer=False)
-        if not args.no_api:
-            from vmm.api.listen import bind
-
+        with signals.Bell() as self._bell:
+            self._heed_signals()
+            if not self._args.no_seccomp:
+                threads.expect_guard()
+            server = None
             try:
-                listener = bind(args.api_sock)
-            except ConfigError as error:
-                print(f"pyvmm serve: {error}", file=sys.stderr)
+                server = None if self._args.no_api else self._listen()
+                return self._run(server)
+            except VmmError as error:
+                _complain(self._args, str(error))
                 return STATUS_GENERIC
-            from vmm.api.server import Server
+            finally:
+                if server is not None:
+                    server.close()
 
-            server = Server(listener, self._answer, max_payload=args.http_api_max_payload_size)
+    def _listen(self) -> Server:
+        from vmm.api.listen import bind
+
+        listener = bind(self._args.api_sock)
+        from vmm.api.server import Server
+
+        return Server(
+            listener, self._answer, path=self._args.api_sock, max_payload=self._args.http_api_max_payload_size
+        )
+
+    def _run(self, server: Server | None) -> int:
+        args = self._args
         from vmm._vcpu import set_thread_name
 
         set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
@@ -212,33 +247,45 @@ class _Serve:
         try:
             if status := self._observe():
                 return status
+            if server is not None:
+                logger.info(f'Listening on API socket ("{args.api_sock}").')
             if args.config_file is not None:
                 self._confine()
                 if status := self._start_from(args.config_file):
                     return status
+                logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
                 server.start(self._on_api_thread)
+            self._on_ready()
             # While a runtime makes up its mind: the start of the VM will not wait for them.
             import vmm.machine  # noqa: F401
 
             self._confine()
             threads.enter("vmm")
-            while not self._ended:
-                os.read(self._wake_in, 1)
+            self._bell.wait(self._is_over)
             return self._status()
-        except HostError as error:
-            print(f"pyvmm serve: {error}", file=sys.stderr)
-            return STATUS_GENERIC
         finally:
-            if server is not None:
-                server.close()
             self._vmm.close()
+
+    def _heed_signals(self) -> None:
+        import signal
+
+        signals.on_end(self._on_signal)
+        signal.signal(signal.SIGXCPU, self._on_signal)
+        # Where there is none to write to, write(2) says so; who wants to know that it happened reads the metrics.
+        signal.signal(signal.SIGPIPE, self._on_broken_pipe)
+
+    def _is_over(self) -> bool:
+        while self._broken_pipes:
+            self._broken_pipes -= 1
+            self._vmm.metrics.count("signals", "sigpipe")
+            logger.error("Received signal 13, code 0.")
+        return self._ended
 
     def _observe(self) -> int:
         # The logger and the metrics, as far as the command line says where they go.
         from typing import Any
 
-        from vmm import logger
         from vmm.api import ApiError, types
         from vmm.api.bodies import decode
         from vmm.api.routes import VmmAction
@@ -248,7 +295,7 @@ class _Serve:
             if args.level is not None:
                 logger.parse_level(args.level)
         except ConfigError as error:
-            print(f"pyvmm serve: --{error}", file=sys.stderr)
+            _complain(args, f"--{error}")
             return STATUS_BAD_CONFIGURATION
         start, start_cpu, parent = self._times
         self._vmm.metrics.report_start(start, start_cpu, parent or 0)
@@ -256,16 +303,17 @@ class _Serve:
         try:
             if any(chosen.values()):
                 self._vmm.handle(VmmAction("ConfigureLogger", types.Logger(**chosen)))
+            logger.info(f"Running Firecracker v{API_VERSION}")
             if args.metrics_path is not None:
                 self._vmm.handle(VmmAction("ConfigureMetrics", types.Metrics(metrics_path=args.metrics_path)))
             if args.metadata is not None:
                 with open(args.metadata, "rb") as file:
                     self._vmm.handle(VmmAction("PutMMDS", decode(Any, file.read())))
         except ApiError as error:
-            print(f"pyvmm serve: {error}", file=sys.stderr)
+            _complain(args, str(error))
             return STATUS_GENERIC
         except OSError as error:
-            print(f"pyvmm serve: --metadata {args.metadata}: {error.strerror}", file=sys.stderr)
+            _complain(args, f"--metadata {args.metadata}: {error.strerror}")
             return STATUS_GENERIC
         return STATUS_OK
 
@@ -279,6 +327,7 @@ class _Serve:
         from vmm._vcpu import set_thread_name
 
         set_thread_name("fc_api")
+        logger.info("API server started.")
         if self._machine is not None:
             threads.enter("api")
 
@@ -296,10 +345,10 @@ class _Serve:
             self._vmm.configure(decode(types.VmConfiguration, text))
             self._vmm.handle(VmmAction("StartMicroVm"))
         except OSError as error:
-            print(f"pyvmm serve: --config-file {path}: {error.strerror}", file=sys.stderr)
+            _complain(self._args, f"--config-file {path}: {error.strerror}")
             return STATUS_GENERIC
         except ApiError as error:
-            print(f"pyvmm serve: --config-file {path}: {error}", file=sys.stderr)
+            _complain(self._args, f"--config-file {path}: {error}")
             return STATUS_GENERIC
         return STATUS_OK
 
@@ -315,22 +364,35 @@ class _Serve:
         self._signal = number
         self._end()
 
+    def _on_broken_pipe(self, number: int, frame: object) -> None:
+        self._broken_pipes += 1
+
     def _end(self) -> None:
         self._ended = True
-        try:
-            os.write(self._wake_out, b"\0")
-        except BlockingIOError:
-            pass  # there is enough in it to wake anybody
+        self._bell.ring()
 
     def _status(self) -> int:
         machine = self._machine
+        if number := self._signal:
+            # In Firecracker's words, and counted where it counts them.
+            logger.error(f"Shutting down VM after intercepting signal {number}, code 0.")
+            if (field := _SIGNAL_FIELDS.get(number)) is not None:
+                self._vmm.metrics.store("signals", field, 1)
+            if machine is None:
+                self._vmm.metrics.close()
         if machine is None or self._signal:
-            return STATUS_OK
+            logger.info("Vmm is stopping.")
+            return STATUS_XCPU if self._signal == _SIGXCPU else STATUS_OK
         stop = machine.wait()
         assert stop is not None  # wait() without a time limit
+        logger.info("Vmm is stopping.")
         if stop.reason is StopReason.GUEST_EXIT:
             return stop.status
         if stop.reason in (StopReason.INTERNAL_ERROR, StopReason.FAIL_ENTRY):
-            print(f"pyvmm serve: guest ended: {stop}", file=sys.stderr)
+            _complain(self._args, f"guest ended: {stop}")
             return STATUS_GENERIC
         return STATUS_OK
+
+
+_SIGXCPU = 24
+_SIGNAL_FIELDS = {1: "sighup", _SIGXCPU: "sigxcpu"}
