@@ -121,6 +121,7 @@ KINDS: dict[str, tuple[Rule, ...]] = {
     # Devices in Python: random numbers, balloon, console.
     "device": (*_EVENTS, *_allow("fallocate")),
     "metrics": _allow("select poll"),
+    "undertaker": (),
     "console": (*_ioctl(*_TERMINAL), *_allow("select pselect6 ppoll")),
 }  # fmt: skip
 # What makes threads, and lets them put their filters on.

@@ -7,6 +7,8 @@ import os
 import threading
 from _queue import SimpleQueue  # `queue` itself imports more, on the path of a launch
 
+from vmm.threads import spawn
+
 _queue: SimpleQueue[int | threading.Event] = SimpleQueue()
 _thread: threading.Thread | None = None
 _pid = 0
@@ -19,8 +21,7 @@ def bury(fds: list[int]) -> None:
     with _lock:
         if _thread is None or _pid != os.getpid():  # a forked child has none of its parent's threads
             _pid = os.getpid()
-            _thread = threading.Thread(target=_run, name="undertaker", daemon=True)
-            _thread.start()
+            _thread = spawn("undertaker", "undertaker", _run)
     for fd in fds:
         _queue.put(fd)
 

@@ -375,7 +375,8 @@ class _Serve:
         machine = self._machine
         if number := self._signal:
             # In Firecracker's words, and counted where it counts them.
-            logger.error(f"Shutting down VM after intercepting signal {number}, code 0.")
+            if logger.configured():
+                logger.error(f"Shutting down VM after intercepting signal {number}, code 0.")
             if (field := _SIGNAL_FIELDS.get(number)) is not None:
                 self._vmm.metrics.store("signals", field, 1)
             if machine is None:
