@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's side of a network device: a tap, ours or another's, or passt.
+"""The host's side of a network device: a tap, ours or another's, or passt. NAT for a tap is in ``virtio/nat.py``.
 
 Source: Linux linux/if_tun.h, linux/if.h, linux/sockios.h; Documentation/networking/tuntap.rst; passt(1).
 """
@@ -216,65 +216,10 @@ def _explain(error: OSError) -> str:
     return f"cannot be opened: {error.strerror}"
 
 
-class Nat:
-    """Lets a network out by the host's address: one nftables table of our own, and forwarding; ended by ``close``.
-
-    :param network: such as ``10.0.0.0/24``
-    :param tap: the interface that the network is behind
-    :raises ConfigError: ``nft`` is not here, or it refuses
-    """
-
-    _FORWARD = "/proc/sys/net/ipv4/ip_forward"
-
-    def __init__(self, network: str, tap: str) -> None:
-        if not all(letter.isascii() and (letter.isalnum() or letter in "-_.") for letter in tap):
-            raise ConfigError("nat", tap, "needs a tap whose name is of letters, digits, - _ and .")
-        self.table = f"pyvmm_{tap}"
-        self._nft(
-            f"table ip {self.table}; delete table ip {self.table}\n"  # one of a VM that was killed
-            f"table ip {self.table} {{ chain postrouting {{ type nat hook postrouting priority srcnat\n"
-            f'ip saddr {network} oifname != "{tap}" masquerade\n}}\n}}\n'
-        )
-        try:
-            with open(self._FORWARD) as file:
-                self._was_off = file.read().strip() == "0"
-            self._forward("1")
-        except OSError as error:
-            self._nft(f"delete table ip {self.table}")
-            raise ConfigError("nat", tap, f"forwarding cannot be turned on: {error.strerror}") from None
-
-    def _forward(self, value: str) -> None:
-        with open(self._FORWARD, "w") as file:
-            file.write(value)
-
-    def _nft(self, rules: str) -> str:
-        import subprocess
-
-        try:
-            done = subprocess.run(["nft", "-f", "-"], input=rules.encode(), capture_output=True)
-        except OSError:
-            raise ConfigError("nat", self.table, "needs the program nft: apt-get install nftables") from None
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines()[:1]
-            raise ConfigError("nat", self.table, f"nft refuses: {' '.join(said)!r}")
-        return done.stdout.decode()
-
-    def close(self) -> None:
-        """Take the rules away, and forwarding unless it was on before or another VM's network needs it; idempotent."""
-        if not self.table:
-            return
-        try:
-            others = self._nft(f"delete table ip {self.table}; list tables ip")
-            if self._was_off and " pyvmm_" not in others:
-                self._forward("0")
-        except (ConfigError, OSError):
-            pass  # somebody has taken them away before
-        self.table = ""
-
-
 class Passt:
     """The user's own network, by a passt process of ours: no privileges; owns the process and the socket to it.
 
+    :param loopback: the gateway's address is the host's loopback for the guest
     :param options: further ones for passt, as ``("-t", "8080")``
     :raises ConfigError: passt is not here
 
@@ -284,7 +229,7 @@ class Passt:
     stream = True
     name = "passt"
 
-    def __init__(self, options: Sequence[str] = ()) -> None:
+    def __init__(self, options: Sequence[str] = (), *, loopback: bool = False) -> None:
         import subprocess
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -293,6 +238,8 @@ class Passt:
         os.set_blocking(self._said, False)
         os.set_blocking(said, False)  # what nobody reads must not hold passt up
         command = ["passt", "--foreground", "--quiet", "--fd", str(theirs.fileno()), *options]
+        if not loopback:
+            command.append("--no-map-gw")  # or it forwards connections to the gateway's address to 127.0.0.1
         try:
             self._process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said

@@ -168,6 +168,7 @@ class NetConfig:
     :param pcap: path of a file that gets every frame, both ways
     :param address: IPv4 of the host's side of a tap of our own, as ``10.0.0.1/24``
     :param nat: let the guest out by the host's address; needs `address`
+    :param loopback: for mode ``user``: the gateway's address is the host's loopback, with all that listens there
     :param iface_id: its name in messages and in the API; made up from its place if left out
     :param rx_rate_limiter: of what the guest receives; None: no limit
     :param tx_rate_limiter: of what the guest sends; None: no limit
@@ -175,7 +176,7 @@ class NetConfig:
     """
 
     __slots__ = (
-        "address", "fd", "guest_mac", "host_dev_name", "iface_id", "mode", "mtu", "nat", "pcap", "queues",
+        "address", "fd", "guest_mac", "host_dev_name", "iface_id", "loopback", "mode", "mtu", "nat", "pcap", "queues",
         "rx_rate_limiter", "tx_rate_limiter",
     )  # fmt: skip
 
@@ -191,6 +192,7 @@ class NetConfig:
         pcap: str | None = None,
         address: str | None = None,
         nat: bool = False,
+        loopback: bool = False,
         iface_id: str | None = None,
         rx_rate_limiter: RateLimiterConfig | None = None,
         tx_rate_limiter: RateLimiterConfig | None = None,
@@ -199,6 +201,8 @@ class NetConfig:
             raise ConfigError("net mode", mode, "must be tap, auto, user or fd")
         if mode == "tap" and not host_dev_name:
             raise ConfigError("host_dev_name", host_dev_name, "must be the name of a tap")
+        if loopback and mode != "user":
+            raise ConfigError("loopback", mode, "goes with the mode user, and only with it")
         if (mode == "fd") != (fd is not None):
             raise ConfigError("net fd", fd, "goes with the mode fd, and only with it")
         if not 1 <= queues <= MAX_QUEUES:
@@ -220,18 +224,19 @@ class NetConfig:
         self.pcap = pcap
         self.address = address
         self.nat = nat
+        self.loopback = loopback
         self.iface_id = iface_id
         self.rx_rate_limiter = rx_rate_limiter
         self.tx_rate_limiter = tx_rate_limiter
 
     @classmethod
     def parse(cls, text: str) -> NetConfig:
-        """From ``tap=NAME|auto|user|fd=N[,mac=][,queues=][,mtu=][,pcap=][,addr=][,nat][,id=][,rx_bps=][,tx_bps=]``.
+        """From ``tap=NAME|auto|user|fd=N[,nat][,loopback]`` and the keys below, each with a value.
 
         :raises ConfigError: it is something else
         """
         keys = ("tap", "fd", "mac", "queues", "mtu", "pcap", "addr", "id", "rx_bps", "tx_bps")
-        _, found = parse_options("--net", text, ("auto", "user", "nat"), keys)
+        _, found = parse_options("--net", text, ("auto", "user", "nat", "loopback"), keys)
         modes = [mode for mode in ("tap", "auto", "user", "fd") if mode in found]
         if len(modes) != 1:
             raise ConfigError("--net", text, "must have one of tap=NAME, auto, user and fd=N")
@@ -245,6 +250,7 @@ class NetConfig:
             pcap=found.get("pcap"),
             address=found.get("addr"),
             nat="nat" in found,
+            loopback="loopback" in found,
             iface_id=found.get("id"),
             rx_rate_limiter=RateLimiterConfig.per_second(found.get("rx_bps"), None),
             tx_rate_limiter=RateLimiterConfig.per_second(found.get("tx_bps"), None),

@@ -306,12 +306,12 @@ class Machine:
     def _net(self, config: NetConfig, place: int) -> Net:
         from virtio._limiter import RateLimiter
         from virtio.net import Net, default_mac, parse_mac
-        from virtio.net_host import Nat, Passt, Tap, network_of
+        from virtio.net_host import Passt, Tap
 
         backend: Tap | Passt
         if config.mode == "user":
             _will_start("net", "user", "passt")
-            backend = self._owned(Passt())
+            backend = self._owned(Passt(loopback=config.loopback))
         elif config.fd is not None:
             backend = self._owned(Tap.inherited(config.fd))
         else:
@@ -321,7 +321,9 @@ class Machine:
             if config.mode == "auto":
                 backend.configure(address=config.address, mtu=config.mtu)
                 if config.nat and config.address:
-                    self._owned(Nat(network_of(config.address), backend.name))
+                    from virtio.nat import Nat
+
+                    self._owned(Nat(config.address, backend.name))
         limits = config.rx_rate_limiter, config.tx_rate_limiter
         rx, tx = (RateLimiter(limit.bandwidth, limit.ops) if limit else None for limit in limits)
         mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{place}")

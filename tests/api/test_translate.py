@@ -33,7 +33,8 @@ _nets = st.one_of(
               rx_rate_limiter=_limits, tx_rate_limiter=_limits),
     st.builds(NetConfig, st.none(), mode=st.just("auto"), address=st.just("10.0.0.1/24"), nat=st.booleans(),
               mtu=st.sampled_from([None, 1400]), queues=st.integers(1, 8)),
-    st.builds(NetConfig, st.none(), mode=st.just("user"), pcap=st.sampled_from([None, "/pcap"])),
+    st.builds(NetConfig, st.none(), mode=st.just("user"), loopback=st.booleans(),
+              pcap=st.sampled_from([None, "/pcap"])),
 )  # fmt: skip
 _shares = st.builds(
     FsConfig, st.uuids().map(str), st.just("/share"), read_only=st.booleans(), dax=st.sampled_from([0, 2 << 20]),

@@ -17,7 +17,7 @@ import pytest
 
 from tests.virtio.net_driver import GUEST_MAC, HOST, Vm, arp_request, is_arp_reply
 from tests.virtio.test_net import checksum, is_udp
-from virtio.net_host import Nat, Passt, Tap, network_of, parse_address
+from virtio.net_host import Passt, Tap, network_of, parse_address
 from vmm.device_config import NetConfig
 from vmm.errors import ConfigError
 
@@ -165,101 +165,6 @@ def test_options_that_are_taken() -> None:
     assert NetConfig.parse("user").mode == "user"
 
 
-# NAT
-
-
-def tables() -> str:
-    return subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
-
-
-def forwarding(value: str | None = None) -> str:
-    path = Path("/proc/sys/net/ipv4/ip_forward")  # of this namespace
-    if value is not None:
-        path.write_text(value)
-    return path.read_text().strip()
-
-
-@pytest.fixture
-def nft(namespace: None) -> None:
-    if shutil.which("nft") is None:
-        pytest.fail("LAYER MISSING: nft: apt-get install nftables")
-
-
-@pytest.mark.parametrize("before", ["0", "1"])
-def test_nat_is_made_and_taken_away(nft: None, before: str) -> None:
-    forwarding(before)
-    nat = Nat("10.9.8.0/24", "tap-7")
-    rules = tables()
-    assert "table ip pyvmm_tap-7" in rules
-    assert 'ip saddr 10.9.8.0/24 oifname != "tap-7" masquerade' in rules
-    assert forwarding() == "1"
-    nat.close()
-    nat.close()
-    assert tables() == ""
-    assert forwarding() == before
-
-
-def test_nat_of_two_machines(nft: None) -> None:
-    forwarding("0")
-    first, second = Nat("10.9.8.0/24", "a"), Nat("10.9.9.0/24", "b")
-    first.close()
-    assert forwarding() == "1"  # the other needs it
-    assert "pyvmm_b" in tables()
-    second.close()
-    assert tables() == ""
-
-
-def test_nat_left_by_a_killed_machine_is_replaced(nft: None) -> None:
-    Nat("10.1.0.0/24", "a")
-    nat = Nat("10.2.0.0/24", "a")
-    assert tables().count("masquerade") == 1
-    assert "10.2.0.0/24" in tables()
-    subprocess.run(["nft", "flush", "ruleset"], check=True)
-    nat.close()  # somebody else was there before
-
-
-def test_nat_without_nft(namespace: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ConfigError, match="apt-get install nftables"):
-        Nat("10.9.8.0/24", "tap7")
-
-
-def test_nat_of_odd_names(nft: None) -> None:
-    for tap in ('a"b', "a;b", "a}b", "a b"):
-        with pytest.raises(ConfigError, match="letters, digits"):
-            Nat("10.9.8.0/24", tap)
-    assert tables() == ""
-
-
-def test_a_guest_gets_out_by_the_address_of_the_host(nft: None, stack: Any) -> None:
-    """A packet from the guest leaves by another interface with that one's address."""
-    ip("link", "set", "lo", "up")
-    vm = Vm(stack)
-    nat = Nat("10.9.8.0/24", vm.tap.name)
-    stack.callback(nat.close)
-    out = Tap("out%d", make=True)
-    stack.callback(out.close)
-    out.configure(address="10.7.7.1/24")
-    ip("neigh", "add", "10.7.7.2", "lladdr", "02:00:00:00:00:77", "dev", out.name)
-    vm.offer()
-    vm.send(arp_request())
-    _, reply = vm.receive(is_arp_reply)
-    udp = struct.pack(">HHHH", 4000, 53, 8 + 4, 0) + b"data"
-    header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0)
-    addresses = socket.inet_aton("10.9.8.2") + socket.inet_aton("10.7.7.2")
-    header = header[:10] + struct.pack(">H", checksum(header + addresses))
-    vm.send(reply[6:12] + GUEST_MAC + b"\x08\0" + header + addresses + udp)
-    import select
-
-    while True:
-        assert select.select(out.fds, [], [], 10)[0]
-        frame = os.read(out.fds[0], 65536)[12:]
-        if is_udp(frame):
-            break
-    assert frame[26:34] == socket.inet_aton("10.7.7.1") + socket.inet_aton("10.7.7.2")
-    assert frame.endswith(b"data")
-
-
 # passt
 
 
@@ -305,6 +210,35 @@ def test_passt_gives_an_address_and_answers_arp(passt: Passt, stack: Any, withou
     vm.offer()
     vm.send(arp_request()[:38] + socket.inet_aton("10.7.7.1"))
     vm.receive(is_arp_reply)
+
+
+@pytest.mark.parametrize("loopback", [False, True])
+def test_the_gateway_is_the_hosts_loopback_only_where_that_is_asked_for(
+    passt: Passt, stack: Any, loopback: bool
+) -> None:
+    """A datagram to the gateway's address."""
+    if loopback:
+        passt = Passt(loopback=True)
+        stack.callback(passt.close)
+    server = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    server.bind(("127.0.0.1", 0))
+    server.settimeout(10 if loopback else 0.5)
+    vm = Vm(stack, tap=passt)
+    vm.offer()
+    vm.send(dhcp_discover())
+    vm.receive(lambda frame: is_udp(frame) and frame[34:36] == b"\0\x43")
+    vm.send(arp_request()[:38] + socket.inet_aton("10.7.7.1"))
+    _, reply = vm.receive(is_arp_reply)
+    udp = struct.pack(">HHHH", 4000, server.getsockname()[1], 8 + 4, 0) + b"data"
+    header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0)
+    addresses = socket.inet_aton("10.7.7.5") + socket.inet_aton("10.7.7.1")
+    header = header[:10] + struct.pack(">H", checksum(header + addresses))
+    vm.send(reply[6:12] + GUEST_MAC + b"\x08\0" + header + addresses + udp)
+    if loopback:
+        assert server.recv(100) == b"data"
+    else:
+        with pytest.raises(TimeoutError):
+            server.recv(100)
 
 
 def test_the_end_of_passt_pulls_the_cable(passt: Passt, stack: Any) -> None:

@@ -21,6 +21,7 @@ NEVER = {
     "numpy": "GuestMemory.view(), of programs that import us",
     "subprocess": "qcow2, passt and NAT, which start programs",
     "virtio.qcow2": "the same",
+    "virtio.nat": "the same",
     "vmm.bus": "protocols, for type checkers",
     "importlib": "vmm/__init__.py, for programs that import us",
 }

@@ -125,6 +125,7 @@ def net(body: types.NetworkInterface) -> NetConfig:
         pcap=_given(body.pcap, None),
         address=_given(body.address, None),
         nat=_given(body.nat, False),
+        loopback=_given(body.loopback, False),
         iface_id=body.iface_id,
         rx_rate_limiter=limiter(body.rx_rate_limiter),
         tx_rate_limiter=limiter(body.tx_rate_limiter),
@@ -274,6 +275,7 @@ def _net_body(config: NetConfig, place: int) -> types.NetworkInterface:
         pcap=UNSET if config.pcap is None else config.pcap,
         address=UNSET if config.address is None else config.address,
         nat=_unless(config.nat, False),
+        loopback=_unless(config.loopback, False),
     )
 
 

@@ -165,6 +165,7 @@ class NetworkInterface(Body, kw_only=True):
     pcap: str | UnsetType = UNSET
     address: str | UnsetType = UNSET
     nat: bool | UnsetType = UNSET
+    loopback: bool | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.host_dev_name is UNSET and self.mode in (UNSET, "tap"):
