@@ -327,3 +327,26 @@ def test_a_failed_start_leaves_its_reason_in_the_log(
     assert reason in done.stderr and done.stderr.count("\n") == 1
     assert reason in lines[-2]
     assert lines[-1].endswith(f"] Firecracker exiting with error. exit_code={status}")
+
+
+@pytest.mark.parametrize(("value", "status"), [(0, 0), (7, 7), (127, 127), (128, 127), (148, 127), (255, 127)])
+def test_an_exit_port_that_was_asked_for_decides_up_to_127(tmp_path: Path, value: int, status: int) -> None:
+    assert _served_with_exit_port(tmp_path, value, {"exit_port": 244}) == status
+
+
+def test_without_being_asked_for_the_exit_port_is_not_there(tmp_path: Path) -> None:
+    assert _served_with_exit_port(tmp_path, 148, {}) == 0
+
+
+def _served_with_exit_port(directory: Path, value: int, host: dict[str, int]) -> int:
+    # Where the port is not there the guest goes on, and resets itself.
+    guest = write_guest(directory, f"mov al, {value}; out 0xf4, al; mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b")
+    config = {
+        "boot-source": {"kernel_image_path": guest},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 16},
+        "drives": [],
+        "pyvmm": host,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    command = [*PYVMM, "--no-api", "--config-file", "config.json"]
+    return subprocess.run(command, cwd=directory, stdin=subprocess.DEVNULL, timeout=PATIENCE).returncode

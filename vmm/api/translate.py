@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from boot.cmdline import Cmdline, parameter
 from vmm.api import types
-from vmm.config import DEFAULT_EXIT_PORT, VmConfig
+from vmm.config import VmConfig
 from vmm.device_config import (
     BalloonConfig,
     DriveConfig,
@@ -224,7 +224,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         poll_us=_given(host.poll_us, 0),
         protocol=_given(host.protocol, "auto"),
         unpack=_given(host.unpack, "auto"),
-        exit_port=_given(host.exit_port, DEFAULT_EXIT_PORT),
+        exit_port=_given(host.exit_port, None),  # a guest that we do not know has no say in how we end
     )
 
 
@@ -340,7 +340,7 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         poll_us=_unless(config.poll_us, 0),
         protocol=_unless(config.protocol, "auto"),
         unpack=_unless(config.unpack, "auto"),
-        exit_port=_unless(config.exit_port, DEFAULT_EXIT_PORT),
+        exit_port=_unless(config.exit_port, None),
         memory=UNSET if whole_mib else config.memory,
     )
     return types.VmConfiguration(

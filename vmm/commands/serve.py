@@ -28,6 +28,8 @@ STATUS_GENERIC = 1
 STATUS_BAD_CONFIGURATION = 152
 STATUS_ARGUMENTS = 153
 STATUS_XCPU = 154
+# What lies above says something about us, as 148 does, and is not the guest's word.
+MAX_GUEST_STATUS = 127
 DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
 
@@ -388,7 +390,7 @@ class _Serve:
         assert stop is not None  # wait() without a time limit
         logger.info("Vmm is stopping.")
         if stop.reason is StopReason.GUEST_EXIT:
-            return stop.status
+            return min(stop.status, MAX_GUEST_STATUS)
         if stop.reason in (StopReason.INTERNAL_ERROR, StopReason.FAIL_ENTRY):
             _complain(self._args, f"guest ended: {stop}")
             return STATUS_GENERIC
