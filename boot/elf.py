@@ -29,6 +29,8 @@ PT_LOAD, PT_INTERP, PT_NOTE = 1, 3, 4
 XEN_ELFNOTE_GUEST_OS = 6
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 LINUX_BANNER = b"Linux version "
+# Owner b"pyvmm": the kernel's own code runs in ring 3 (docs/software-kvm.md).
+PYVMM_ELFNOTE_CPL3 = 1
 
 # Real kernels have 2 to 20 program headers and under 2 KiB of notes.
 MAX_PROGRAM_HEADERS = 512
@@ -71,9 +73,10 @@ class Elf:
     :ivar segments: non-empty PT_LOADs, by rising address
     :ivar pvh_entry: where a PVH boot starts, None without the note
     :ivar linux_notes: whether a note says that this is Linux
+    :ivar cpl3: whether a note says that it needs no ring 0
     """
 
-    __slots__ = ("bits", "entry", "linux_notes", "note_spans", "pvh_entry", "segments")
+    __slots__ = ("bits", "cpl3", "entry", "linux_notes", "note_spans", "pvh_entry", "segments")
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -82,6 +85,7 @@ class Elf:
         self.note_spans: list[tuple[int, int, int]] = []
         self.pvh_entry: int | None = None
         self.linux_notes = False
+        self.cpl3 = False
 
     def add_notes(self, data: bytes, align: int, fail: Fail) -> None:
         """Take what matters from the notes ``data`` of one PT_NOTE.
@@ -97,6 +101,8 @@ class Elf:
         for name, kind, desc in notes:
             if name == b"Linux":
                 self.linux_notes = True
+            elif name == b"pyvmm" and kind == PYVMM_ELFNOTE_CPL3:
+                self.cpl3 = True
             elif name == b"Xen" and kind == XEN_ELFNOTE_GUEST_OS:
                 self.linux_notes |= desc.rstrip(b"\0").lower() == b"linux"
             elif name == b"Xen" and kind == XEN_ELFNOTE_PHYS32_ENTRY:

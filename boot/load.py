@@ -43,18 +43,20 @@ class Kind:
     :ivar compression: the method of a bzImage's payload, else empty
     """
 
-    __slots__ = ("_linux", "_path", "bits", "compression", "format", "protocols", "release")
+    __slots__ = ("_cpl3", "_linux", "_path", "bits", "compression", "format", "protocols", "release")
 
     def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
         self._path = source.path
         self._linux: bool | None = True
         self.release = ""
         self.compression = ""
+        self._cpl3 = False
         self.bits = 64
         self.protocols: tuple[str, ...] = ("linux64",)
         if isinstance(image, elf.Elf):
             self.format = "elf"
             self.bits = image.bits
+            self._cpl3 = image.cpl3
             self._linux = image.linux_notes or None
             if image.pvh_entry is not None:
                 self.protocols = ("pvh", "linux64") if image.bits == 64 else ("pvh",)
@@ -75,6 +77,11 @@ class Kind:
             with Source("kernel", self._path) as source:
                 self._linux = elf.has_linux_banner(source)
         return self._linux
+
+    @property
+    def needs_ring0(self) -> bool:
+        """Whether this is a Linux, and no note in it says that its code runs in ring 3; as :attr:`is_linux`."""
+        return not self._cpl3 and self.is_linux
 
 
 class Loaded:
@@ -111,6 +118,11 @@ class Loaded:
     def is_linux(self) -> bool:
         """See :attr:`Kind.is_linux`."""
         return self._kind.is_linux
+
+    @property
+    def needs_ring0(self) -> bool:
+        """See :attr:`Kind.needs_ring0`."""
+        return self._kind.needs_ring0
 
 
 def probe(kernel_path: Path) -> Kind:

@@ -52,8 +52,14 @@ def software_kvm() -> str | None:
     return "kvm_pvm" if os.path.exists("/sys/module/kvm_pvm") else None
 
 
+def why_no_linux() -> str | None:
+    """Why KVM here brings no Linux that needs ring 0 to its user space, as a clause; None: it does."""
+    software = software_kvm()
+    return software and f"is a software KVM ({software}), on which Linux does not reach user space"
+
+
 def runs_linux(path: str = "/dev/kvm") -> bool:
-    """Whether a Linux guest can run here: KVM is there, permitted, and the hardware's."""
+    """Whether a stock Linux can run here: KVM is there, permitted, and the hardware's."""
     return os.access(path, os.R_OK | os.W_OK) and software_kvm() is None
 
 

@@ -20,7 +20,7 @@ OURS = """
     vmm.api.bodies vmm.api.listen vmm.api.openapi vmm.api.routes vmm.api.server vmm.api.translate vmm.api.types vmm.cli
     vmm.commands.serve vmm.config vmm.console vmm.cpu_template vmm.device_config vmm.events vmm.logger vmm.machine
     vmm._kvm_state vmm.memory vmm.metrics vmm.mmds vmm.options vmm.preload vmm.private_disk vmm.seccomp vmm.snapshot
-    vmm.snapshot_file     vmm.threads vmm.undertaker
+    vmm.snapshot_file vmm.kvm vmm.threads vmm.undertaker
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = "atexit calendar json mmap queue resource select termios".split()

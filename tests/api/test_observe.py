@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 from tests.api.oracle import PYVMM
+from tests.boot.kernel_images import note, pvh_elf, pvh_note
 from tests.kvm.guests import write_guest
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm
+from vmm.kvm import Kvm, software_kvm
 
 PATIENCE = 30.0
 IDLE = "1: hlt; jmp 1b"
@@ -80,7 +81,10 @@ class Served:
         return self.ask("PUT", "/actions", {"action_type": action})[:2]
 
     def boot(self, source: str) -> None:
-        self.put("/boot-source", kernel_image_path=write_guest(self.directory, source))
+        self.boot_file(write_guest(self.directory, source))
+
+    def boot_file(self, kernel: str) -> None:
+        self.put("/boot-source", kernel_image_path=kernel)
         self.put("/machine-config", vcpu_count=1, mem_size_mib=16)
         self.put("/actions", action_type="InstanceStart")
 
@@ -260,6 +264,17 @@ def test_log_options_may_come_by_the_api_again_and_again(serve: Serve, tmp_path:
     vm.ask("GET", "/")
     assert "/logger" in first.read_text() and "/logger" in second.read_text()
     assert "GET" not in second.read_text().upper().replace("TARGET", "")
+
+
+@pytest.mark.parametrize("notes", [b"", note(b"pyvmm", 1, bytes(4))])
+def test_log_says_that_a_software_kvm_brings_linux_nowhere(serve: Serve, tmp_path: Path, notes: bytes) -> None:
+    log, kernel = touched(tmp_path / "log"), tmp_path / "vmlinux"
+    linux = pvh_note() + note(b"Linux", 0x101, b"6.1\0")
+    kernel.write_bytes(pvh_elf(bytes.fromhex("f4ebfd"), notes=linux + notes))  # 1: hlt; jmp 1b
+    vm = serve("--log-path", str(log), "--show-level")
+    vm.boot_file(str(kernel))
+    said = ":WARN] /dev/kvm is a software KVM" in log.read_text()
+    assert said is (software_kvm() is not None and not notes)
 
 
 def test_log_of_requests_is_firecrackers(serve: Serve, tmp_path: Path) -> None:

@@ -213,6 +213,13 @@ def test_too_many_notes(memory, kernel):
     assert "bytes of ELF notes, at most 1048576" in text
 
 
+def test_a_linux_needs_ring_0_unless_its_note_says_otherwise(kernel):
+    linux = note(b"Linux", 0x101, b"6.1\0") + pvh_note()
+    for more, needs in ((b"", True), (note(b"pyvmm", 1, b"\1\0\0\0"), False), (note(b"pyvmm", 2, b"\1\0\0\0"), True)):
+        assert probe(kernel(pvh_elf(notes=linux + more))).needs_ring0 is needs
+    assert not probe(kernel(pvh_elf())).needs_ring0
+
+
 def test_linux_is_told_by_its_notes_or_its_banner(kernel):
     assert probe(kernel(pvh_elf(notes=note(b"Linux", 0x101, b"6.1\0")))).is_linux
     assert probe(kernel(pvh_elf(notes=note(b"Xen", 6, b"linux\0")))).is_linux

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.boot.kernel_images import elf, pvh_elf, vmlinux
+from tests.boot.kernel_images import elf, note, pvh_elf, pvh_note
 from vmm import kvm as kvm_module
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm, software_kvm
@@ -166,12 +166,24 @@ def test_image_that_is_not_pulled_yet(tmp_path: Path) -> None:
     assert "pyvmm pull debian" in said
 
 
-def test_linux_on_a_software_kvm_names_the_lab(tmp_path: Path) -> None:
+def _linux(tmp_path: Path, *more: bytes) -> str:
+    """A tiny guest that calls itself Linux; ends with 7."""
     if software_kvm() is None:
         pytest.skip("this host's KVM is the hardware's")
     path = tmp_path / "vmlinux"
-    path.write_bytes(vmlinux())
-    assert "--lab" in complaint("run", str(path))
+    notes = pvh_note() + note(b"Linux", 0x101, b"6.1\0") + b"".join(more)
+    path.write_bytes(pvh_elf(bytes((0xB0, 7, 0xE6, 0xF4)), notes=notes))
+    return str(path)
+
+
+def test_linux_on_a_software_kvm_names_the_lab(tmp_path: Path) -> None:
+    said = complaint("run", _linux(tmp_path))
+    assert "--lab" in said and "--any-kernel" in said
+
+
+def test_linux_on_a_software_kvm_runs_if_asked_or_if_it_says_that_it_can(tmp_path: Path) -> None:
+    assert pyvmm("run", "--any-kernel", _linux(tmp_path)).returncode == 7
+    assert pyvmm("run", _linux(tmp_path, note(b"pyvmm", 1, b"\1\0\0\0"))).returncode == 7
 
 
 def test_help_and_version() -> None:

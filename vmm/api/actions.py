@@ -324,6 +324,7 @@ class Vmm:
         return self.metrics.prometheus()
 
     def _start(self, _: types.Action) -> None:
+        from vmm.kvm import why_no_linux
         from vmm.machine import Machine
 
         if self._boot_source is None:
@@ -336,6 +337,8 @@ class Vmm:
             self._listener = None
             self.machine = machine
             self.metrics.attach(machine)
+            if (why := why_no_linux()) and machine.loaded.needs_ring0:
+                logger.warn(f"{config.kvm} {why}")
             try:
                 machine.start()
             finally:

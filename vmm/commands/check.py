@@ -74,7 +74,7 @@ def _kvm_findings(kvm: Kvm) -> Iterator[Line]:
         yield ("ok", name, "yes") if kvm.check(number) else ("lack", name, "missing; guests keep time less well")
     yield "ok", "vCPUs a VM", f"up to {kvm.max_vcpus()}"
     if software := software_kvm():
-        yield "lack", "hardware KVM", f"no: this is {software}, in software; for Linux guests use pyvmm lab, or --lab"
+        yield "lack", "hardware KVM", f"no: this is {software}, in software; for stock Linux use pyvmm lab, or --lab"
     else:
         yield "ok", "hardware KVM", "yes"
     try:

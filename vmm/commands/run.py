@@ -43,6 +43,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
     ("--unpack", "WHEN", "auto", "unpack a bzImage on the host: always, never or auto, where that is faster (default)"),
     ("--seccomp", None, False, "system call filters, as pyvmm serve has them: no qcow2, passt or NAT (docs/jailer.md)"),
+    ("--any-kernel", None, False, "on a software KVM start a Linux that will not get far there (docs/software-kvm.md)"),
     ("--lab", None, False, "run it on an emulated machine that has real KVM (see pyvmm lab)"),
     ("--write-config", "FILE", None, "write it as a file for pyvmm serve --config-file, run nothing"),
     ("--dry-run", None, False, "check everything, say what would run, run nothing"),
@@ -73,6 +74,7 @@ class Arguments:
     protocol: str
     unpack: str
     seccomp: bool
+    any_kernel: bool
     lab: bool
     write_config: str | None
     dry_run: bool
@@ -207,7 +209,7 @@ def main(args: Arguments) -> int:
         return _write_config(config, args.write_config)
     if args.lab and not os.environ.get("PYVMM_LAB"):
         return _run_in_lab(config)
-    if not args.dry_run:
+    if not (args.dry_run or args.any_kernel):
         _refuse_linux_on_software_kvm(config)
     from vmm.machine import Machine
 
@@ -302,15 +304,12 @@ def describe(vm: Machine) -> str:
 def _refuse_linux_on_software_kvm(config: VmConfig) -> None:
     # Linux would stop in its first second there, or crawl for minutes, without a word.
     from boot import load
-    from vmm.kvm import software_kvm
+    from vmm.kvm import why_no_linux
 
-    software = software_kvm()
-    if software and load.probe(config.kernel).is_linux:
-        raise ConfigError(
-            "--kvm", config.kvm,
-            f"is a software KVM ({software}), on which Linux does not reach user space; add --lab to run it on an"
-            " emulated machine with real KVM",
-        )  # fmt: skip
+    # The file is read once more only where KVM is software.
+    if (why := why_no_linux()) and load.probe(config.kernel).needs_ring0:
+        ways = "add --lab to run it on an emulated machine with real KVM, or --any-kernel to try it"
+        raise ConfigError("--kvm", config.kvm, f"{why}; {ways}")
 
 
 def _run_in_lab(config: VmConfig) -> int:
