@@ -19,7 +19,7 @@ $(VENV)/.made: pyproject.toml | system-packages
 	@touch $@
 
 # What pip knows of the checkout: dependencies, the command, where the packages are. It builds no extension.
-$(VENV)/.linked: $(VENV)/.made setup.py
+$(VENV)/.linked: $(VENV)/.made setup.py vmm/launcher.c
 	@echo "make: installing what pyvmm needs from PyPI (a minute the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1" "cffi>=1.17"
 	@PYVMM_NO_EXTENSIONS=1 PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check \

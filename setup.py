@@ -1,24 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the Cython extensions; everything else about the package is in pyproject.toml.
+"""Builds the Cython extensions and the program `pyvmm`, vmm/launcher.c; the rest of the package is in pyproject.toml.
 
 ``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``), ``PYVMM_ASAN=1`` with AddressSanitizer
-(``make asan``), ``PYVMM_NO_EXTENSIONS=1`` nothing (``make install``, which builds them afterwards, in the checkout).
+(``make asan``), ``PYVMM_NO_EXTENSIONS=1`` no extension (``make install`` builds them afterwards, in the checkout).
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
+
+# isort: split
+# setuptools' own, which stand under this name once setuptools is imported.
+from distutils.ccompiler import new_compiler
+from distutils.command.build_scripts import build_scripts
+from distutils.errors import LinkError
+from distutils.sysconfig import customize_compiler
 
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVMM_ASAN") else []
+LAUNCHER = "vmm/launcher.c"
 LIBRARIES = {"vmm._seccomp": ["seccomp"]}
 ROOMS = ("vmm", "devices", "virtio")
 MODULES = sorted(f"{room}.{file[:-4]}" for room in ROOMS for file in os.listdir(room) if file.endswith(".pyx"))
 
+
+class BuildLauncher(build_scripts):
+    """Compiles the one script there is. Statically where the C library allows it: it starts in half the time."""
+
+    distribution: Distribution
+
+    def run(self) -> None:
+        compiler = new_compiler()
+        customize_compiler(compiler)
+        name, version = self.distribution.get_name(), self.distribution.get_version()
+        macros = {
+            "PYTHON": f"python{sys.version_info.major}.{sys.version_info.minor}",
+            "VERSION": version,
+            "EDITABLE": f"__editable__.{name.replace('-', '_')}-{version}.pth",
+        }
+        with tempfile.TemporaryDirectory() as directory:  # nothing but the program may be in build_dir
+            objects = compiler.compile(
+                [LAUNCHER],
+                output_dir=directory,
+                macros=[(macro, f'"{text}"') for macro, text in macros.items()],
+                extra_preargs=["-O2", "-Wall"],
+            )
+            try:
+                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=["-s", "-static"])
+            except LinkError:
+                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=["-s"])
+
+
 setup(
+    scripts=[LAUNCHER],
+    cmdclass={"build_scripts": BuildLauncher},
     ext_modules=[]
     if os.environ.get("PYVMM_NO_EXTENSIONS")
     else cythonize(

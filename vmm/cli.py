@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from vmm import launched
 from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
@@ -25,7 +26,7 @@ COMMANDS = {
     "jailer": "serve in a jail, with the options of Firecracker's jailer",
     "pull": "fetch a kernel and a root file system to run",
     "ctl": "look at a served VM, and change it while it runs",
-    "link": "make a link by which a runtime starts pyvmm as firecracker or jailer",
+    "link": "make the program by which a runtime starts pyvmm as firecracker or jailer",
     "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",
     "lab": "run a command on an emulated machine that has real KVM",
@@ -33,6 +34,9 @@ COMMANDS = {
 
 # By the name of a link to this program, what it is (pyvmm link).
 PROGRAMS = {"firecracker": "serve", "jailer": "jailer"}
+
+# What ends its start by itself.
+STARTS = ("run", "serve", "jailer")
 
 STATUS_HOST = 1
 STATUS_CONFIG = 2
@@ -103,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"pyvmm: {name} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments
+    if name not in STARTS:
+        launched.settle()
     module = __import__(f"vmm.commands.{name}", fromlist=["main"])
     args = parse(name, module, rest)
     if isinstance(args, int):
@@ -125,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The ``pyvmm`` program. Ends without taking the interpreter down, which costs as much as starting it."""
     status = main()
+    launched.drop_socket()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

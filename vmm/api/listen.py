@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 
+from vmm import launched
 from vmm.errors import ConfigError
 
 _BACKLOG = 128
@@ -18,6 +19,8 @@ def bind(path: str) -> socket.socket:
 
     :raises ConfigError: somebody listens there, something else is there, or it cannot be made
     """
+    if (fd := launched.take_socket(path)) is not None:
+        return socket.socket(fileno=fd)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         try:

@@ -141,10 +141,12 @@ def _run(args: Arguments) -> int:
 
 def check_program(path: str) -> None:
     """:raises ConfigError: it is not this program, nor a link to it"""
+    from vmm.commands.link import is_link
+
     own = (sys.argv[0], os.path.join(os.path.dirname(sys.executable), "pyvmm"), shutil.which("pyvmm"))
     if not os.path.isfile(path):
         raise ConfigError("--exec-file", path, "must be a program that is there")
-    if not any(each and os.path.exists(each) and os.path.samefile(each, path) for each in own):
+    if not is_link(path) and not any(each and os.path.exists(each) and os.path.samefile(each, path) for each in own):
         raise ConfigError("--exec-file", path, "must be pyvmm or a link to it (pyvmm link firecracker DIR makes one)")
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm link``: a link to this program under the name by which a runtime starts it."""
+"""``pyvmm link``: this program under the name by which a runtime starts it.
+
+A regular file: a runtime that resolves symbolic links (Kata's) would start ``pyvmm``, which is another program.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +17,74 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
+# At the end of such a file, as vmm/launcher.c reads it.
+MAGIC = b"pyvmm-link-1"
+_ELF = b"\x7fELF"
+_DEPENDENCIES = ("httptools", "msgspec", "numpy", "zstandard")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``pyvmm link``."""
     parser.add_argument("name", metavar="NAME", help=f"the name to be started by: {', '.join(PROGRAMS)}")
-    parser.add_argument("directory", metavar="DIR", help="where the link is made; it has to be there")
+    parser.add_argument("directory", metavar="DIR", help="where the program is put; it has to be there")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Make the link, or replace one of ours.
+    """Make the program, or replace one of ours.
 
-    :raises ConfigError: the name is none that means anything, or the place is taken
+    :raises ConfigError: the name means nothing, or the place is taken
     :raises HostError: the directory cannot be written
     """
     if args.name not in PROGRAMS:
         raise ConfigError("NAME", args.name, f"must be {' or '.join(PROGRAMS)}")
     if not os.path.isdir(args.directory):
-        raise ConfigError("DIR", args.directory, "is no directory")
-    target = _program()
-    link = os.path.join(args.directory, args.name)
+        raise ConfigError("DIR", args.directory, "is not a directory")
+    program = _program()
+    path = os.path.join(args.directory, args.name)
+    if os.path.lexists(path) and not is_link(path):
+        raise ConfigError("DIR", path, "is there already, and is not ours")
+    new = f"{path}.{os.getpid()}"
     try:
-        if os.path.islink(link) and os.path.basename(os.readlink(link)) == os.path.basename(target):
-            os.unlink(link)
-        os.symlink(target, link)
-    except FileExistsError:
-        raise ConfigError("DIR", link, "is there already, and is not ours") from None
+        with open(program, "rb") as source, open(new, "xb") as file:
+            file.write(source.read() + _tail())
+        os.chmod(new, 0o755)
+        os.replace(new, path)  # the old one may be running
     except OSError as error:
-        raise HostError(error.errno or 0, "make the link", link) from None
-    print(link)
+        raise HostError(error.errno or 0, "make the program", path) from None
+    print(path)
     return 0
 
 
+def is_link(path: str) -> bool:
+    """Whether `path` is what ``pyvmm link`` makes, or was once: a symbolic link to ``pyvmm``."""
+    if os.path.islink(path) and os.path.basename(os.readlink(path)) == "pyvmm":
+        return True
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(MAGIC), os.SEEK_END)
+            return file.read() == MAGIC
+    except OSError:
+        return False
+
+
+def _tail() -> bytes:
+    # Where it will find its interpreter and what it imports, wherever it is.
+    from importlib.util import find_spec
+
+    places = [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+    for name in _DEPENDENCIES:
+        spec = find_spec(name)
+        if spec is not None and spec.origin is not None:
+            places.append(os.path.dirname(os.path.dirname(spec.origin)))
+    text = b"%b\0%b\0" % (os.fsencode(sys.executable), os.fsencode(":".join(dict.fromkeys(places))))
+    return text + b"%08x" % len(text) + MAGIC
+
+
 def _program() -> str:
-    # The installed script: this one, or where we were started as a module, the one beside the interpreter.
+    # The installed program: this one, or where we were started as a module, the one beside the interpreter.
     for path in (sys.argv[0], os.path.join(os.path.dirname(sys.executable), "pyvmm"), shutil.which("pyvmm")):
         if path and os.path.basename(path) == "pyvmm" and os.access(path, os.X_OK):
-            return os.path.abspath(path)
+            with open(path, "rb") as file:
+                if file.read(len(_ELF)) == _ELF:
+                    return os.path.abspath(path)
     raise ConfigError("pyvmm", "", "is not installed as a program; pip install makes it")

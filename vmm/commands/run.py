@@ -7,7 +7,7 @@ import os
 import sys
 
 from boot.cmdline import Cmdline
-from vmm import signals, threads
+from vmm import launched, signals, threads
 from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
 from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import ConfigError
@@ -258,6 +258,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
 
     signals.on_end(on_signal)
     signal.signal(signal.SIGCONT, lambda number, frame: vm.console.enter_raw_mode())
+    launched.settle()
     vm.start()
     threads.enter("vmm")
     stop = vm.wait()

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 
-from vmm import logger, signals, threads
+from vmm import launched, logger, signals, threads
 from vmm.api import API_VERSION
 from vmm.errors import ConfigError, VmmError
 from vmm.events import StopReason
@@ -263,6 +263,7 @@ class _Serve:
             import vmm.machine  # noqa: F401
 
             self._confine()
+            launched.settle()
             threads.enter("vmm")
             self._bell.wait(self._is_over)
             return self._status()

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m vmm``; and where ``vmm/launcher.c`` goes on in an interpreter without ``site``."""
+
+import sys
+
+if "pyvmm" in sys._xoptions:
+    # Behind the standard library, which is all there is yet. Nothing before this line may import anything of ours.
+    sys.path += str(sys._xoptions["pyvmm_path"]).split(":")
+    from vmm import launched
+
+    launched.begin()
+
+from vmm.cli import entry
+
+entry()
