@@ -32,7 +32,7 @@ COMMANDS = {
     "lab": "run a command on an emulated machine that has real KVM",
 }
 
-# By the name of a link to this program, what it is (pyvmm link).
+# By the name that it is started by, what it is (pyvmm link).
 PROGRAMS = {"firecracker": "serve", "jailer": "jailer"}
 
 # What ends its start by itself.
