@@ -43,4 +43,5 @@ class FsHelper(FsThread):
         share: Share,
         backlog: Backlog,
         name: str,
+        limiter: RateLimiter,
     ) -> None: ...

@@ -8,10 +8,11 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from virtio._fs_ops cimport HAND_OVER, Server, chain_gather, is_slow
+from virtio._fs_host cimport fs_store
+from virtio._fs_ops cimport HAND_OVER, Server, chain_gather, cost, is_counted, is_slow
 from virtio._fs_share cimport IN_HEADER, Counters, Share
 from virtio._fs_table cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
-from virtio._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header
+from virtio._fuse cimport fuse_in_header
 from virtio._limiter cimport RateLimiter
 from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
@@ -58,6 +59,7 @@ cdef class Backlog:
     cdef Job *first
     cdef Job *last
     cdef int wake               # a semaphore: one for every job
+    cdef int ending             # atomic: what nobody has begun is dropped
 
     def __cinit__(self, uint32_t queue_size):
         cdef int i
@@ -108,6 +110,19 @@ cdef class Backlog:
             eventfd_write(self.wake, 1)
         return job != NULL
 
+    cdef void begin(self) noexcept nogil:
+        fs_store(&self.ending, 0)
+
+    cdef void end(self) noexcept nogil:
+        # Drop what waits: the driver that asked for it is gone, or will be.
+        cdef Job *job
+        fs_store(&self.ending, 1)
+        while True:
+            job = self.take()
+            if job == NULL:
+                return
+            self.done(job)
+
     cdef Job *take(self) noexcept nogil:
         cdef Job *job
         pthread_mutex_lock(&self.lock)
@@ -133,11 +148,14 @@ cdef class FsThread(QueueWorker):
     cdef Server server
     cdef Backlog backlog
 
-    def __init__(self, device, indices, notify_fds, on_failure, Share share not None, Backlog backlog not None, name):
+    def __init__(self, device, indices, notify_fds, on_failure, Share share not None, Backlog backlog not None, name,
+                 RateLimiter limiter not None):
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.share = share
         self.backlog = backlog
         self.server = Server(share)
+        self.server.limiter = limiter
+        self.server.ending = &backlog.ending
 
     @property
     def stats(self):
@@ -168,12 +186,10 @@ cdef class FsThread(QueueWorker):
 cdef class FsWorker(FsThread):
     """The thread of some queues of a share."""
 
-    cdef RateLimiter limiter
     cdef uint32_t[MAX_SHARE_QUEUES] queues
 
-    def __init__(self, device, indices, notify_fds, on_failure, share, backlog, name, RateLimiter limiter not None):
-        super().__init__(device, indices, notify_fds, on_failure, share, backlog, name)
-        self.limiter = limiter
+    def __init__(self, device, indices, notify_fds, on_failure, share, backlog, name, limiter):
+        super().__init__(device, indices, notify_fds, on_failure, share, backlog, name, limiter)
         for place, index in enumerate(self.indices):
             self.queues[place] = index
 
@@ -190,9 +206,8 @@ cdef class FsWorker(FsThread):
                 return status
             memset(&header, 0, sizeof(header))
             chain_gather(chain, 0, &header, IN_HEADER)
-            if header.opcode == FUSE_READ or header.opcode == FUSE_WRITE:
-                wait = self.limiter.take(
-                    chain.writable_bytes if header.opcode == FUSE_READ else chain.readable_bytes, 1)
+            if self.server.limiter.limited() and is_counted(header.opcode):
+                wait = self.server.limiter.take(cost(header.opcode, chain), 1)
                 if wait:
                     queue_unpop(ring)
                     self.wake_after(wait)
@@ -209,6 +224,15 @@ cdef class FsWorker(FsThread):
             self.give_back(ring, self.queues[place], chain.head, written)
         return SERVE_EMPTY
 
+    def begin(self):
+        """What is handed over from here on is wanted."""
+        self.backlog.begin()
+
+    cdef void finish(self) noexcept nogil:
+        # Queues' threads are stopped before helpers.
+        if self.stopping():
+            self.backlog.end()
+
     cdef int event(self, uint32_t token) noexcept nogil:
         cdef uint32_t place
         cdef int status
@@ -224,8 +248,8 @@ cdef class FsWorker(FsThread):
 cdef class FsHelper(FsThread):
     """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, reads of what is not in memory."""
 
-    def __init__(self, device, on_failure, share, backlog, name):
-        super().__init__(device, (), (), on_failure, share, backlog, name)
+    def __init__(self, device, on_failure, share, backlog, name, limiter):
+        super().__init__(device, (), (), on_failure, share, backlog, name, limiter)
         self.server.may_wait = True
         if self.watch(self.backlog.wake, TOKEN_JOB, EPOLLIN) < 0:
             raise OSError(errno, os.strerror(errno))
@@ -247,8 +271,3 @@ cdef class FsHelper(FsThread):
         self.give_back(job.ring, job.queue, job.chain.head, self.server.answer(&job.header, &job.chain))
         self.backlog.done(job)
         return True
-
-    cdef void finish(self) noexcept nogil:
-        # Queues' threads are stopped before helpers: what they handed over is answered, not lost.
-        while self.run_one():
-            pass

@@ -14,5 +14,6 @@ cdef class FileOperations(NodeOperations):
     cdef int64_t op_readdir(self, Handle *handle, uint64_t nodeid, bint plus) noexcept nogil
     cdef int write_flags(self, uint32_t wanted) noexcept nogil
     cdef int64_t op_copy(self, Handle *handle) noexcept nogil
+    cdef int64_t op_fallocate(self, Handle *handle) noexcept nogil
     cdef int64_t op_file(self, Handle *handle, const fuse_in_header *h) noexcept nogil
     cdef int64_t on_handle(self, const fuse_in_header *h, DescChain *chain) noexcept nogil

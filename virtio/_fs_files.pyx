@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """Operations on what the guest has open: reading and writing straight between file and guest memory, listing."""
-from libc.errno cimport EAGAIN, EBADF, EIO, ENOSYS, EOPNOTSUPP, errno
+from libc.errno cimport EAGAIN, EBADF, EINTR, EIO, ENOSPC, ENOSYS, EOPNOTSUPP, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
 from virtio._fs_host cimport *
 from virtio._fs_nodes cimport NodeOperations
-from virtio._fs_share cimport DIRENTS, IN_HEADER, MAX_WRITE, OUT_HEADER, OUT_MAX
+from virtio._fs_share cimport ALLOCATED, DIRENTS, IN_HEADER, MAX_WRITE, OUT_HEADER, OUT_MAX, PIECE
 from virtio._fs_table cimport (
     DIRECTORY, FILE, ROOT, Handle, Node, pthread_mutex_lock, pthread_mutex_unlock,
 )
@@ -160,7 +160,6 @@ cdef class FileOperations(NodeOperations):
 
     cdef int64_t op_file(self, Handle *handle, const fuse_in_header *h) noexcept nogil:
         # FSYNC, FSYNCDIR, FLUSH, FALLOCATE, LSEEK, COPY_FILE_RANGE
-        cdef const fuse_fallocate_in *space
         cdef uint32_t opcode = h.opcode
         # Linux does not say whether the caller may keep set-id bits: root may.
         cdef bint kill = h.uid and self.credentials.switches \
@@ -177,8 +176,7 @@ cdef class FileOperations(NodeOperations):
             if result >= 0:
                 result = or_errno(close(<int>result))
         elif opcode == FUSE_FALLOCATE:
-            space = <const fuse_fallocate_in *>self.request
-            result = or_errno(fallocate(handle.fd, space.mode, space.offset, space.length))
+            result = self.op_fallocate(handle)
         elif opcode == FUSE_LSEEK:
             result = or_errno(lseek(handle.fd, (<const fuse_lseek_in *>self.request).offset,
                                     (<const fuse_lseek_in *>self.request).whence))
@@ -191,6 +189,32 @@ cdef class FileOperations(NodeOperations):
             fs_capset(self.credentials.full)
         return result
 
+    cdef int64_t op_fallocate(self, Handle *handle) noexcept nogil:
+        # In pieces, so that the device's end waits for none that is long. What there cannot be room for is refused
+        # before the first: what earlier pieces took stays.
+        cdef const fuse_fallocate_in *arg = <const fuse_fallocate_in *>self.request
+        cdef uint64_t piece = arg.length, at = 0
+        cdef host_stat st
+        cdef host_statfs disk
+        if arg.length > ALLOCATED and arg.length <= <uint64_t>INT64_MAX and arg.offset <= INT64_MAX - arg.length \
+                and not arg.mode & (FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_INSERT_RANGE):
+            piece = ALLOCATED
+            if not arg.mode & FALLOC_FL_PUNCH_HOLE and fstat(handle.fd, &st) == 0 and fstatfs(handle.fd, &disk) == 0 \
+                    and disk.f_blocks and arg.length > <uint64_t>st.st_blocks * 512 \
+                    and (arg.length - <uint64_t>st.st_blocks * 512) // <uint64_t>disk.f_bsize > disk.f_bfree:
+                return -ENOSPC
+        while True:
+            if fallocate(handle.fd, arg.mode, arg.offset + at, min(piece, arg.length - at)) < 0:
+                return -errno
+            at += piece
+            if at >= arg.length:
+                break
+            if fs_load(self.ending):
+                return -EINTR
+        if arg.length > PIECE:
+            self.limiter.charge(arg.length - PIECE)     # the rest was asked for before
+        return 0
+
     cdef int64_t op_copy(self, Handle *handle) noexcept nogil:
         cdef const fuse_copy_file_range_in *arg = <const fuse_copy_file_range_in *>self.request
         cdef Handle *target = self.table.handle_get(arg.fh_out, arg.nodeid_out, FILE)
@@ -199,7 +223,7 @@ cdef class FileOperations(NodeOperations):
         if target == NULL:
             return -EBADF
         result = or_errno(copy_file_range(
-            handle.fd, &off_in, target.fd, &off_out, min(arg.len, <uint64_t>1 << 31), 0))
+            handle.fd, &off_in, target.fd, &off_out, min(arg.len, <uint64_t>PIECE), 0))
         self.table.handle_put(target)
         if result < 0:
             return result

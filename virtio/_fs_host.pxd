@@ -190,13 +190,15 @@ cdef extern from "<fcntl.h>" nogil:
         AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_SYMLINK_FOLLOW, AT_NO_AUTOMOUNT, AT_REMOVEDIR
     int openat(int dirfd, const char *path, int flags, ...)
     int fallocate(int fd, int mode, int64_t offset, int64_t length)
+    enum:
+        FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
 
 cdef extern from "<sys/stat.h>" nogil:
     enum: STATX_BASIC_STATS, STATX_MNT_ID, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
     # `statx` names both the structure, which virtio._fs_ops.pxd has, and the function.
     int statx_call "statx"(int dirfd, const char *path, int flags, unsigned int mask, statx *st)
     struct host_stat "stat":
-        int64_t st_size
+        int64_t st_size, st_blocks
     int fstat(int fd, host_stat *st)
     struct timespec:
         int64_t tv_sec

@@ -22,3 +22,5 @@ cdef class Server(FileOperations):
 # Copy bytes between a chain and a buffer; the counts were judged before.
 cdef uint64_t chain_gather(DescChain *chain, uint64_t skip, void *to, uint64_t size) noexcept nogil
 cdef bint is_slow(uint32_t opcode) noexcept nogil
+cdef bint is_counted(uint32_t opcode) noexcept nogil
+cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil

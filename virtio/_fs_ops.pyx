@@ -11,7 +11,7 @@ from libc.string cimport memchr, memcpy, memset
 from virtio._fs_dax cimport DAX_SHIFT
 from virtio._fs_files cimport FileOperations
 from virtio._fs_host cimport *
-from virtio._fs_share cimport IN_HEADER, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, OUT_HEADER, REQUEST_MAX
+from virtio._fs_share cimport IN_HEADER, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, OUT_HEADER, PIECE, REQUEST_MAX
 from virtio._fs_table cimport DIRECTORY, FILE
 from virtio._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
@@ -20,6 +20,24 @@ from vmm._fastpath cimport DescChain, iovec
 cdef bint is_slow(uint32_t opcode) noexcept nogil:
     """Whether an operation may wait long for the host's disk, and is better done beside the queue's own thread."""
     return opcode <= FUSE_TMPFILE and fuse_ops[opcode].flags & OP_SLOW
+
+cdef bint is_counted(uint32_t opcode) noexcept nogil:
+    """Whether an operation may move data or change anything, so that limits hold for it."""
+    return opcode <= FUSE_TMPFILE and (fuse_ops[opcode].flags & (OP_SLOW | OP_CHANGES) or opcode == FUSE_READ)
+
+cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil:
+    """Bytes that the host will move, as far as the request tells."""
+    cdef fuse_copy_file_range_in copy
+    cdef fuse_fallocate_in space
+    if opcode == FUSE_READ:
+        return chain.writable_bytes
+    if opcode == FUSE_WRITE or opcode == FUSE_SETXATTR:
+        return chain.readable_bytes
+    if opcode == FUSE_COPY_FILE_RANGE and chain_gather(chain, IN_HEADER, &copy, sizeof(copy)) == sizeof(copy):
+        return 2 * min(copy.len, <uint64_t>PIECE)       # read and written
+    if opcode == FUSE_FALLOCATE and chain_gather(chain, IN_HEADER, &space, sizeof(space)) == sizeof(space):
+        return min(space.length, <uint64_t>PIECE)       # the rest once it is done
+    return 0
 
 cdef uint64_t chain_gather(DescChain *chain, uint64_t skip, void *to, uint64_t size) noexcept nogil:
     """Copy `size` readable bytes from offset `skip`; the bytes that there were."""

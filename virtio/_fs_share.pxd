@@ -6,12 +6,15 @@ from virtio._fs_dax cimport Window
 from virtio._fs_host cimport __user_cap_data_struct, statx
 from virtio._fs_table cimport Node, Table
 from virtio._fuse cimport fuse_attr, fuse_entry_out
+from virtio._limiter cimport RateLimiter
 from vmm._fastpath cimport iovec
 
 cdef enum:
     IN_HEADER = 40
     OUT_HEADER = 16
     MAX_WRITE = 1 << 20             # bytes of a WRITE; 256 pages, the most that Linux sends
+    PIECE = 16 << 20                # bytes that one request copies at most: the device's end waits for no more
+    ALLOCATED = 256 << 20           # bytes that are allocated between two looks at whether the device ends
     REQUEST_MAX = 65536 + 8192      # an extended attribute's value, its name, and what is around them
     OUT_MAX = 65536 + 8192          # the same in a reply
     DIRENTS = 32768                 # bytes of entries read at once
@@ -65,6 +68,8 @@ cdef class Agent:
     cdef Table table
     cdef Counters counters
     cdef Credentials credentials
+    cdef RateLimiter limiter
+    cdef const int *ending      # atomic: the device stops, what is not done yet need not be
     cdef uint8_t *request       # what follows the header, and a 0
     cdef uint8_t *out           # what follows the reply's header
     cdef uint8_t *entries       # linux_dirent64s read ahead of what the guest asked; DIRENTS bytes

@@ -17,3 +17,6 @@ cdef class RateLimiter:
     # 0: granted, for `ops` operations of `nbytes` bytes together; otherwise ask again in so many nanoseconds.
     # Safe from any thread: the queues of one device share a limiter.
     cdef uint64_t take(self, uint64_t nbytes, uint64_t ops) noexcept nogil
+    cdef bint limited(self) noexcept nogil
+    # What was done beyond what take() was asked for: a debt, which the next pay for by waiting.
+    cdef void charge(self, uint64_t nbytes) noexcept nogil

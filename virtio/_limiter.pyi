@@ -5,6 +5,9 @@ class RateLimiter:
     """Limits bytes and operations a second; shared by the queues of a device, changeable while it runs."""
 
     throttled: int
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is any limit."""
     def __init__(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None: ...
     def update(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
         """Replace the buckets that are given, full; ``(0, 0, 0)`` takes a limit away; None leaves it. Any thread."""

@@ -62,9 +62,23 @@ cdef class RateLimiter:
             self.ops = new_ops
         limiter_unlock(&self.lock)
 
+    cdef bint limited(self) noexcept nogil:
+        return self.bandwidth.size or self.ops.size
+
+    cdef void charge(self, uint64_t nbytes) noexcept nogil:
+        limiter_lock(&self.lock)
+        if self.bandwidth.size:
+            spend(&self.bandwidth, nbytes)
+        limiter_unlock(&self.lock)
+
+    @property
+    def is_limited(self):
+        """Whether there is any limit."""
+        return self.limited()
+
     cdef uint64_t take(self, uint64_t nbytes, uint64_t ops) noexcept nogil:
         cdef uint64_t now, wait, other
-        if self.bandwidth.size == 0 and self.ops.size == 0:
+        if not self.limited():
             return 0
         limiter_lock(&self.lock)
         now = limiter_now()

@@ -30,6 +30,7 @@ QUEUE_SIZE = 1024
 _CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
 # Requests that wait for the host's disk at once, at least.
 _HELPERS = 4
+_DAX_LIMIT = "and limits exclude one another: what a guest does in the window asks nobody"
 # Seconds that the guest may believe what it was told, by cache policy.
 _VALID = {"auto": 1, "always": 86400, "none": 0}
 
@@ -49,7 +50,8 @@ class Fs(VirtioDevice):
         that user's, otherwise every access is that of the VMM's own user
     :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none. Whoever has the VM shows ``window`` to the guest
         and says where in ``shm_regions[0]``
-    :param limiter: of the bytes read and written, and of READ and WRITE requests
+    :param limiter: of bytes read, written, copied and allocated, and of requests that do so or change or sync anything;
+        not with ``dax``, where a guest asks nobody
     :param name: of the threads
     :raises ConfigError: a parameter, or the directory, cannot be used
     """
@@ -87,6 +89,8 @@ class Fs(VirtioDevice):
         self.path = path
         self.name = name
         self.limiter = limiter or RateLimiter()
+        if dax and self.limiter.is_limited:
+            raise ConfigError("share dax", dax, _DAX_LIMIT)
         self.queue_sizes = (QUEUE_SIZE,) * (1 + threads)
         self.config = _CONFIG.pack(tag.encode(), threads)
         self._workers: list[FsWorker | FsHelper] = []
@@ -154,11 +158,13 @@ class Fs(VirtioDevice):
             worker = FsWorker(self, group, fds, on_failure, self.share, backlog, name, self.limiter)
             self._workers.append(worker)
         for _ in range(max(_HELPERS, len(groups))):
-            self._workers.append(FsHelper(self, on_failure, self.share, backlog, f"{self.name}.slow"))
+            self._workers.append(FsHelper(self, on_failure, self.share, backlog, f"{self.name}.slow", self.limiter))
         return tuple(self._workers)
 
     def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
         """Replace the buckets that are given; ``(0, 0, 0)`` takes a limit away. While the guest runs, or before."""
+        if self.window and any(bucket is not None and bucket[0] and bucket[2] for bucket in (bandwidth, ops)):
+            raise ConfigError("share dax", self.tag, _DAX_LIMIT)
         self.limiter.update(bandwidth, ops)
         for worker in self._workers:
             worker.wake()

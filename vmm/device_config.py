@@ -41,6 +41,11 @@ class RateLimiterConfig:
         self.bandwidth = bandwidth
         self.ops = ops
 
+    @property
+    def limits(self) -> bool:
+        """Whether there is any limit; a size or a time of 0 is none."""
+        return any(bucket is not None and bucket[0] and bucket[2] for bucket in (self.bandwidth, self.ops))
+
     @classmethod
     def per_second(cls, bps: str | None, iops: str | None) -> RateLimiterConfig | None:
         """From the words ``bps=`` (bytes, with K, M, G) and ``iops=``: steady, in buckets of a tenth of a second.
@@ -340,6 +345,8 @@ class FsConfig:
             raise ConfigError("share threads", threads, f"must be 1 to {MAX_FS_THREADS}")
         if squash is not None and not all(0 <= number < (1 << 32) - 1 for number in squash):
             raise ConfigError("share squash", squash, "must be a user and a group number")
+        if dax and rate_limiter is not None and rate_limiter.limits:
+            raise ConfigError("share dax", dax, "and limits exclude one another: nobody counts what a guest does there")
         self.tag = tag
         self.shared_dir = os.fspath(shared_dir)
         self.read_only = read_only

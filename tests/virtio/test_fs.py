@@ -596,7 +596,7 @@ def test_several_queues_serve_one_tree(tree: Path, mount: Callable[..., FuseVm])
 
 
 def test_limits_hold_reads_and_writes_back_and_can_be_lifted(tree: Path, mount: Callable[..., FuseVm]) -> None:
-    vm = mount(limiter=RateLimiter(ops=(1, 0, 3_600_000)), threads=2)  # one an hour
+    vm = mount(limiter=RateLimiter(ops=(2, 0, 7_200_000)), threads=2)  # one an hour
     found, fh = vm.create("a")
     vm.write(found.nodeid, fh, b"1", 0)
     body = struct.pack("<QQIIQII", fh, 1, 1, 0, 0, 0, 0) + b"2"

@@ -97,13 +97,15 @@ def test_root_is_named_by_its_place() -> None:
 
 
 def test_a_share_as_people_write_it() -> None:
-    share = FsConfig.parse("tag=/a,,b=c,ro,cache=always,dax=1G,threads=4,squash=1000:100,bps=10M,iops=100")
+    share = FsConfig.parse("tag=/a,,b=c,ro,cache=always,dax=1G,threads=4,squash=1000:100")
     assert (share.tag, share.shared_dir, share.read_only, share.cache_policy) == ("tag", "/a,b=c", True, "always")
     assert (share.dax, share.threads, share.squash) == (1 << 30, 4, (1000, 100))
-    assert share.rate_limiter is not None and share.rate_limiter.ops == (10, 0, 100)
+    limited = FsConfig.parse("tag=/a,bps=10M,iops=100").rate_limiter
+    assert limited is not None and limited.ops == (10, 0, 100)
     assert not share.submounts and FsConfig.parse("tag=/a,submounts").submounts
     for wrong in ("/dir", "t=", "=/dir", f"{'t' * 37}=/", "t t=/", "t=/,cache=some", "t=/,dax=3M", "t=/,threads=0",
-                  "t=/,squash=1", "t=/,squash=root:root", "t=/,rw", "t=/,ro,ro"):  # fmt: skip
+                  "t=/,squash=1", "t=/,squash=root:root", "t=/,rw", "t=/,ro,ro",
+                  "t=/,dax=2M,bps=1M"):  # fmt: skip
         with pytest.raises(ConfigError):
             FsConfig.parse(wrong)
     with pytest.raises(ConfigError):
