@@ -51,7 +51,8 @@ class Jail:
     :param cgroup_version: 1 or 2
     :param parent_cgroup: relative path; the program's name if None
     :param resource_limits: ``fsize=BYTES`` and ``no-file=NUMBER``
-    :param daemonize: in a session of its own, and its standard streams closed
+    :param daemonize: in a session of its own; its standard streams are closed by ``settle``, which lets the process end
+        that was started
     :param new_pid_ns: as the first process of a pid namespace
     :raises ConfigError: something of it cannot be
     """
@@ -77,6 +78,7 @@ class Jail:
         self.uid, self.gid = uid, gid
         self.netns = netns
         self.daemonize, self.new_pid_ns = daemonize, new_pid_ns
+        self._word = self._null = -1
         if not os.path.isdir(chroot_base_dir):
             raise ConfigError("--chroot-base-dir", chroot_base_dir, "must be a directory that is there")
         self.root = os.path.join(os.path.realpath(chroot_base_dir), self.program, jail_id, "root")
@@ -105,10 +107,24 @@ class Jail:
         self._pivot()
         self._furnish(userfaultfd)
         if self.daemonize:
-            _daemonize(null)
+            self._word = _daemonize(null)
+            self._null = null
         self._be_written_down()
         _mount_proc()
         _drop_privileges(self.uid, self.gid)
+
+    def settle(self, status: int = 0) -> None:
+        """Tell who started us how the start went, and be without standard streams from here on; once, if daemonized.
+
+        :param status: what the jailer ends with
+        """
+        if self._word >= 0:
+            os.dup2(self._null, 1)
+            os.dup2(self._null, 2)
+            os.close(self._null)
+            os.write(self._word, bytes([status]))
+            os.close(self._word)
+            self._word = -1
 
     def _join_network(self, path: str) -> None:
         fd = _open(path, os.O_RDONLY)
@@ -148,18 +164,30 @@ class Jail:
             os.chown(path, self.uid, self.gid)
 
     def _be_written_down(self) -> None:
-        # The pid as whoever started us sees it.
+        # The pid as whoever started us sees it; the file is whole as soon as it is there.
         path = f"/{self.program}.pid"
-        file = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        new = f"{path}.new"
+        file = _open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         pid = os.getpid()
         if self.new_pid_ns:
             _call("unshare", CLONE_NEWPID)
+            written, writes = os.pipe2(os.O_CLOEXEC)
             pid = os.fork()
-        if pid:
-            os.write(file, str(pid).encode())
-            if self.new_pid_ns:
-                os._exit(0)
+            if not pid:
+                os.close(writes)
+                word = os.read(written, 1)
+                os.close(written)
+                os.close(file)
+                if not word:
+                    os._exit(1)
+                return
+        os.write(file, str(pid).encode())
         os.close(file)
+        _reach("make", path, os.link, new, path)
+        os.unlink(new)
+        if self.new_pid_ns:
+            os.write(writes, b"\0")
+            os._exit(0)
 
 
 def close_what_was_inherited() -> None:
@@ -291,16 +319,20 @@ def _misc_minor(name: str) -> int | None:
     return None
 
 
-def _daemonize(null: int) -> None:
-    # Twice: after the first we lead no process group, as setsid wants it; after the second we can get no terminal.
+def _daemonize(null: int) -> int:
+    # Twice: after the first we lead no process group, as setsid wants it; after the second we can get no terminal. The
+    # process that was started waits for a word of how it went, which goes to what is returned.
+    told, word = os.pipe2(os.O_CLOEXEC)
     if os.fork():
-        os._exit(0)
+        os.close(word)
+        status = os.read(told, 1)
+        os._exit(status[0] if status else 1)
+    os.close(told)
     os.setsid()
     if os.fork():
         os._exit(0)
-    for fd in range(3):
-        os.dup2(null, fd)
-    os.close(null)
+    os.dup2(null, 0)
+    return word
 
 
 def _mount_proc() -> None:

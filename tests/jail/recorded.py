@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from vmm import cli
 from vmm.commands import jailer, serve
@@ -24,9 +25,9 @@ def main() -> int:
     sys.argv[0] = cli.__file__  # which --exec-file is a link to
     real, recorder = serve.main, Recorder()
 
-    def recorded(args: serve.Arguments) -> int:
+    def recorded(args: serve.Arguments, on_ready: Callable[[], object]) -> int:
         sys.meta_path.insert(0, recorder)
-        status = real(args)
+        status = real(args, on_ready)
         print("imports tried in the jail:", *recorder.asked)
         return status
 

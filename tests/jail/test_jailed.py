@@ -246,6 +246,35 @@ def test_a_daemon_in_a_pid_namespace_of_its_own(jail: Jailed) -> None:
     until(lambda: not Path(f"/proc/{jail.pid}/root/run").exists())
 
 
+@pytest.mark.parametrize("options", [(), ("--new-pid-ns",)])
+def test_once_the_jailer_of_a_daemon_ends_all_is_there(jail: Jailed, options: tuple[str, ...]) -> None:
+    guest(jail, None)
+    jail.start("--daemonize", *options, vmm=("--config-file", "/config.json"))
+    jail.end()
+    assert (jail.root / "firecracker.pid").read_text() == str(jail.pid)
+    assert Path(f"/proc/{jail.pid}").exists() and not (jail.root / "firecracker.pid.new").exists()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(jail.root / "run/firecracker.socket"))
+    assert jail.request("GET", "/")[1]["state"] == "Running"
+
+
+@pytest.mark.parametrize("options", [(), ("--new-pid-ns",)])
+def test_a_daemon_that_does_not_start_says_why(jail: Jailed, options: tuple[str, ...]) -> None:
+    jail.put("log", b"")
+    jail.put("junk", b"no kernel")
+    config = jail.configure(
+        boot_source={"kernel_image_path": "/junk"}, drives=[], machine_config={"vcpu_count": 1, "mem_size_mib": 16}
+    )
+    jail.start("--daemonize", *options, vmm=(*config, "--log-path", "/log"))
+    assert jail.process is not None
+    _, told = jail.process.communicate(timeout=30)
+    assert jail.process.returncode == 1
+    assert told.endswith("kernel /junk: is neither an ELF kernel nor a bzImage\n") and told.count("\n") == 1
+    lines = (jail.root / "log").read_text().splitlines()
+    assert "kernel /junk: is neither an ELF kernel nor a bzImage" in lines[-2]
+    assert lines[-1].endswith("Firecracker exiting with error. exit_code=1")
+
+
 def test_what_a_jailed_vmm_is(jail: Jailed) -> None:
     jail.start()
     jail.request("GET", "/")

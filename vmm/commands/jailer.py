@@ -29,7 +29,12 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--cgroup-version", "N", "1", "1 or 2 (default: 1)"),
     ("--parent-cgroup", "PATH", None, "the cgroup above the VMM's (default: the program's name)"),
     ("--resource-limit", "WHAT=N", [], "fsize=BYTES, or no-file=NUMBER (default: no-file=2048); may be repeated"),
-    ("--daemonize", None, False, "in a session of its own, without standard streams"),
+    (
+        "--daemonize",
+        None,
+        False,
+        "in a session of its own; the jailer ends once the VM runs, or the API answers",
+    ),
     ("--new-pid-ns", None, False, "as the first process of a pid namespace"),
     ("--version", None, False, "print the jailer's version and pyvmm's own, and end"),
 )
@@ -136,7 +141,9 @@ def _run(args: Arguments) -> int:
     jail.enter()
     threads.no_programs = "and there are no programs in a jail"
     sys.argv[0] = jail.program
-    return serve.main(vmm)
+    status = serve.main(vmm, on_ready=jail.settle)
+    jail.settle(status)  # where it did not come so far
+    return status
 
 
 def check_program(path: str) -> None:
