@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 from virtio._fs_host cimport fs_store
 from virtio._fs_ops cimport HAND_OVER, Server, chain_gather, cost, is_counted, is_slow
 from virtio._fs_share cimport IN_HEADER, Counters, Share
-from virtio._fs_table cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from virtio._fs_inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from virtio._fuse cimport fuse_in_header
 from virtio._limiter cimport RateLimiter
 from virtio._interrupt cimport interrupt_used

@@ -2,7 +2,7 @@
 # The DAX window of a share: files of the host in a stretch of guest physical memory (§5.11.6.4).
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-from virtio._fs_table cimport pthread_mutex_t
+from virtio._fs_inodes cimport pthread_mutex_t
 
 cdef enum:
     DAX_SHIFT = 21              # log2 of a slot; Linux maps 2 MiB at a time and takes no larger alignment

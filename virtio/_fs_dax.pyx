@@ -12,7 +12,7 @@ from libc.errno cimport EINVAL, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from virtio._fs_table cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from virtio._fs_inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 from vmm._budget cimport FOR_OPEN, granted
 
 cdef extern from *:

@@ -6,11 +6,10 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
 from virtio._fs_host cimport *
+from virtio._fs_inodes cimport ROOT, Node, pthread_mutex_lock, pthread_mutex_unlock
 from virtio._fs_nodes cimport NodeOperations
 from virtio._fs_share cimport ALLOCATED, DIRENTS, IN_HEADER, MAX_WRITE, OUT_HEADER, OUT_MAX, PIECE
-from virtio._fs_table cimport (
-    DIRECTORY, FILE, ROOT, Handle, Node, pthread_mutex_lock, pthread_mutex_unlock,
-)
+from virtio._fs_table cimport DIRECTORY, FILE, Handle
 from virtio._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
 

@@ -16,7 +16,7 @@ cdef extern from "<sys/stat.h>" nogil:
         uint32_t stx_mask, stx_blksize, stx_nlink, stx_uid, stx_gid
         uint32_t stx_mode
         uint64_t stx_ino, stx_size, stx_blocks, stx_mnt_id
-        statx_timestamp stx_atime, stx_mtime, stx_ctime
+        statx_timestamp stx_atime, stx_mtime, stx_ctime, stx_btime
         uint32_t stx_rdev_major, stx_rdev_minor, stx_dev_major, stx_dev_minor
 
 cdef extern from *:

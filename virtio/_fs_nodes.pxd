@@ -3,13 +3,16 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from virtio._fs_share cimport Agent
-from virtio._fs_table cimport Node
+from virtio._fs_inodes cimport Node
 from virtio._fuse cimport fuse_in_header, fuse_open_out
 
 cdef class NodeOperations(Agent):
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil
     cdef int host_flags(self, uint32_t wanted) noexcept nogil
     cdef int64_t op_lookup(self, Node *node) noexcept nogil
+    cdef int opened(self, Node *node, int flags) noexcept nogil
+    cdef void moved(self, Node *parent, const char *name) noexcept nogil
+    cdef int64_t op_again(self, uint64_t nodeid, bint above) noexcept nogil
     cdef int64_t op_getattr(self, Node *node) noexcept nogil
     cdef int64_t op_setattr(self, Node *node, uint64_t nodeid) noexcept nogil
     cdef int64_t op_readlink(self, Node *node) noexcept nogil

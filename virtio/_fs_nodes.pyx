@@ -13,8 +13,9 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio._fs_host cimport *
+from virtio._fs_inodes cimport ROOT, Node, device_of, make_room
 from virtio._fs_share cimport MASK, NAME_MAX, PATH_MAX, XATTR_MAX, Agent, foreign_ino
-from virtio._fs_table cimport DIRECTORY, FILE, ROOT, Handle, Node
+from virtio._fs_table cimport DIRECTORY, FILE, Handle
 from virtio._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
 
@@ -31,9 +32,12 @@ cdef class NodeOperations(Agent):
     cdef int64_t on_node(self, const fuse_in_header *h) noexcept nogil:
         cdef uint32_t opcode = h.opcode
         cdef int64_t result
-        cdef Node *node = self.table.node_get(h.nodeid)
+        cdef Node *node
+        if opcode == FUSE_LOOKUP and self.name[0] == c'.' and (self.name[1] == 0 or strcmp(self.name, b"..") == 0):
+            return self.op_again(h.nodeid, self.name[1] == c'.')
+        node = self.table.node_get(h.nodeid)
         if node == NULL:
-            return -ESTALE
+            return -errno
         if opcode == FUSE_LOOKUP:
             result = self.op_lookup(node)
         elif opcode == FUSE_GETATTR:
@@ -80,6 +84,43 @@ cdef class NodeOperations(Agent):
             entry.entry_valid = self.share.valid
             return sizeof(fuse_entry_out)
         return result
+
+    cdef int64_t op_again(self, uint64_t nodeid, bint above) noexcept nogil:
+        # LOOKUP of "." and of "..": who has a file handle (knfsd, open_by_handle_at) asks for its node, and for the
+        # directory that it is in; the guest may have forgotten both since. Nothing is above the root, and what the
+        # guest was never told of is not found.
+        cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
+        cdef Node *node = self.table.node_recall(nodeid)
+        cdef Node *root
+        cdef statx st
+        cdef int64_t result = sizeof(fuse_entry_out)
+        if node == NULL:
+            return -errno
+        if statx_call(node.fd, b".." if above and nodeid != ROOT else b"", AT_EMPTY_PATH, MASK, &st) < 0:
+            result = -errno
+        elif not above or nodeid == ROOT:
+            self.fill_entry(entry, nodeid, &st)
+            if node.foreign:
+                entry.attr.ino = foreign_ino(&st)
+        else:
+            root = self.table._node(ROOT)
+            if root.dev == device_of(&st) and root.ino == st.stx_ino and root.mnt == st.stx_mnt_id:
+                self.fill_entry(entry, ROOT, &st)
+            else:
+                self.fill_entry(entry, self.table.node_find(&st, NULL, NULL), &st)
+                if entry.nodeid == 0:
+                    result = -ESTALE
+        if above or result < 0:
+            self.table.node_forget(nodeid, 1)
+        self.table.node_put(node)
+        return result
+
+    cdef int opened(self, Node *node, int flags) noexcept nogil:
+        # A descriptor of the node for reading or writing, or -1.
+        cdef int fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
+        if fd < 0 and errno == ENFILE and make_room():
+            fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
+        return fd
 
     cdef int64_t op_getattr(self, Node *node) noexcept nogil:
         cdef fuse_attr_out *out = <fuse_attr_out *>self.out
@@ -197,15 +238,24 @@ cdef class NodeOperations(Agent):
             return -EINVAL
         newdir = self.table.node_get(arg.newdir)
         if newdir == NULL:
-            return -ESTALE
+            return -errno
         if switch:
             status = -fs_become(h.uid, h.gid, self.credentials.full)
         if status == 0:
             status = -errno if renameat2(node.fd, self.name, newdir.fd, self.name2, flags) < 0 else 0
             if switch:
                 fs_return(h.uid)
+        if status == 0:
+            self.moved(newdir, self.name2)
+            if flags & RENAME_EXCHANGE:
+                self.moved(node, self.name)
         self.table.node_put(newdir)
         return status
+
+    cdef void moved(self, Node *parent, const char *name) noexcept nogil:
+        cdef statx st
+        if statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
+            self.table.node_moved(&st, parent, name)
 
     cdef int64_t op_link(self, Node *node) noexcept nogil:
         cdef Node *old = self.table.node_get((<const fuse_link_in *>self.request).oldnodeid)
@@ -214,13 +264,13 @@ cdef class NodeOperations(Agent):
         cdef uint64_t nodeid
         cdef int64_t result
         if old == NULL:
-            return -ESTALE
+            return -errno
         # The magic link is followed to the inode itself, a symbolic link's too.
         if linkat(AT_FDCWD, self.path_of(old.fd), node.fd, self.name, AT_SYMLINK_FOLLOW) < 0 \
                 or statx_call(old.fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             result = -errno
         else:
-            nodeid = self.table.node_find(old.dev, old.ino, old.mnt)
+            nodeid = self.table.node_find(&st, node, self.name)
             self.fill_entry(entry, nodeid, &st)
             result = sizeof(fuse_entry_out) if nodeid else -ESTALE
         self.table.node_put(old)
@@ -279,7 +329,7 @@ cdef class NodeOperations(Agent):
 
     cdef int64_t sync_of(self, Node *node) noexcept nogil:
         cdef int fd, status
-        fd = openat(AT_FDCWD, self.path_of(node.fd), O_RDONLY | O_CLOEXEC)
+        fd = self.opened(node, O_RDONLY | O_CLOEXEC)
         if fd < 0:
             return -errno
         status = -errno if syncfs(fd) < 0 else 0
@@ -300,10 +350,12 @@ cdef class NodeOperations(Agent):
             return -EINVAL
         if writable and self.share.read_only:
             return -EROFS
-        fd = openat(AT_FDCWD, self.path_of(node.fd), (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
+        fd = self.opened(node, (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
         if fd < 0:
             return -errno
         result = self.share.window.map(fd, arg.foffset, arg.len, arg.moffset, writable)
+        if result == -ENFILE and make_room():
+            result = self.share.window.map(fd, arg.foffset, arg.len, arg.moffset, writable)
         close(fd)
         return result
     cdef int64_t op_xattr(self, Node *node, uint32_t opcode) noexcept nogil:
@@ -380,7 +432,7 @@ cdef class NodeOperations(Agent):
         kill = kill and flags & O_TRUNC and self.credentials.switches
         if kill:
             fs_capset(self.credentials.no_fsetid)
-        fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
+        fd = self.opened(node, flags)
         error = errno
         if kill:
             fs_capset(self.credentials.full)
@@ -396,7 +448,7 @@ cdef class NodeOperations(Agent):
         cdef int fd
         if node.type != S_IFDIR:
             return -ENOTDIR
-        fd = granted(openat(AT_FDCWD, self.path_of(node.fd), O_RDONLY | O_DIRECTORY | O_CLOEXEC), FOR_OPEN)
+        fd = self.opened(node, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         if fd < 0:
             return -errno
         memset(out, 0, sizeof(fuse_open_out))
@@ -413,9 +465,14 @@ cdef class NodeOperations(Agent):
         cdef int flags = self.host_flags(arg.flags) & ~O_TRUNC, fd, path_fd, error
         cdef bint switch = self.credentials.switches and (h.uid or h.gid)
         cdef int64_t result
+        cdef const char *name = self.name
         cdef Node *made
+        if h.opcode == FUSE_TMPFILE:
+            name = NULL
         # Before anything is made: is there a number for it?
         fd = granted(dup(node.fd), FOR_LOOKUP)
+        if fd < 0 and make_room():
+            fd = granted(dup(node.fd), FOR_LOOKUP)
         if fd < 0:
             return -ENFILE
         close(fd)
@@ -438,7 +495,7 @@ cdef class NodeOperations(Agent):
                 error = errno
                 close(fd)
                 return -error
-            result = self.adopt(node, path_fd, entry)
+            result = self.adopt(node, name, path_fd, entry)
             if result < 0:
                 close(fd)
                 return result

@@ -74,8 +74,8 @@ cdef void chain_scatter(DescChain *chain, uint64_t skip, const void *source, uin
         done += take
         skip = 0
 
-cdef int64_t component(const uint8_t *p, uint64_t room) noexcept nogil:
-    # The length of the name at `p`, one component of a path that goes down, or an errno.
+cdef int64_t component(const uint8_t *p, uint64_t room, bint dots) noexcept nogil:
+    # The length of the name at `p`, one component of a path that goes down, or an errno; `dots`: or "." or "..".
     cdef const uint8_t *end = <const uint8_t *>memchr(p, 0, room)
     cdef uint64_t length
     if end == NULL:
@@ -85,7 +85,7 @@ cdef int64_t component(const uint8_t *p, uint64_t room) noexcept nogil:
         return -ENAMETOOLONG
     if length == 0 or memchr(p, c'/', length) != NULL:
         return -EINVAL
-    if p[0] == c'.' and (length == 1 or (length == 2 and p[1] == c'.')):
+    if not dots and p[0] == c'.' and (length == 1 or (length == 2 and p[1] == c'.')):
         return -EINVAL
     return length
 
@@ -157,12 +157,13 @@ cdef class Server(FileOperations):
         self.request[taken] = 0
         self.length = taken
         if op.names:
-            length = component(self.request + op.size, taken - op.size)
+            length = component(self.request + op.size, taken - op.size, opcode == FUSE_LOOKUP)
             if length > 0:
                 self.name = <const char *>self.request + op.size
                 self.name2 = self.name + length + 1
                 if op.names == 2:
-                    length = component(<const uint8_t *>self.name2, taken - op.size - <uint64_t>length - 1)
+                    length = component(<const uint8_t *>self.name2, taken - op.size - <uint64_t>length - 1,
+                                       False)
             if length < 0:
                 self.counters.bad_requests += length == -EINVAL
                 return length
@@ -218,7 +219,7 @@ cdef class Server(FileOperations):
             offered |= <uint64_t>arg.flags2 << 32
         want = FUSE_ASYNC_READ | FUSE_ATOMIC_O_TRUNC | FUSE_BIG_WRITES | FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO \
             | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_HANDLE_KILLPRIV_V2 | FUSE_INIT_EXT \
-            | FUSE_SUBMOUNTS
+            | FUSE_SUBMOUNTS | FUSE_EXPORT_SUPPORT
         if self.share.writeback:
             want |= FUSE_WRITEBACK_CACHE
         if self.share.dir_flags:

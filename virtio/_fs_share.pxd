@@ -4,7 +4,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from virtio._fs_dax cimport Window
 from virtio._fs_host cimport __user_cap_data_struct, statx
-from virtio._fs_table cimport Node, Table
+from virtio._fs_inodes cimport Node
+from virtio._fs_table cimport Table
 from virtio._fuse cimport fuse_attr, fuse_entry_out
 from virtio._limiter cimport RateLimiter
 from vmm._fastpath cimport iovec
@@ -23,7 +24,7 @@ cdef enum:
     XATTR_MAX = 65536
     MINOR_LEAST = 31                # Linux 5.4, the first with virtiofs
     MINOR_SGID = 37                 # Linux 6.1; since 6.0 its VFS judges set-group-id bits of new files
-    MASK = 0x17ff                   # STATX_BASIC_STATS | STATX_MNT_ID
+    MASK = 0x1fff                   # STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
 
 cdef class Share:
     cdef Table table
@@ -96,6 +97,6 @@ cdef class Agent:
     cdef bint enters(self, const Node *parent, int fd, uint64_t dev, uint64_t mnt) noexcept nogil
     cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
                         bint likely) noexcept nogil
-    cdef int64_t adopt(self, const Node *parent, int fd, fuse_entry_out *entry) noexcept nogil
+    cdef int64_t adopt(self, const Node *parent, const char *name, int fd, fuse_entry_out *entry) noexcept nogil
     cdef void fill_found(self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
                          const statx *st) noexcept nogil

@@ -30,5 +30,8 @@ class Share:
     def nodes(self) -> int:
         """Files that the guest knows of, the directory itself included."""
     @property
+    def reopened(self) -> int:
+        """Times that a file's descriptor was opened again, after others had needed it."""
+    @property
     def handles(self) -> int:
         """Files and directories that the guest has open."""

@@ -10,13 +10,11 @@ from libc.string cimport memcpy, strlen
 
 from virtio._fs_dax cimport Window
 from virtio._fs_host cimport *
-from virtio._fs_table cimport Node, Table
+from virtio._fs_inodes cimport Node, device_of, make_room
+from virtio._fs_table cimport Table
 from virtio._fs_types cimport fs_is_remote, fs_stores_files
 from virtio._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, granted
-
-cdef uint64_t device_of(const statx *st) noexcept nogil:
-    return <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor
 
 
 cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
@@ -47,12 +45,11 @@ cdef class Share:
     def __init__(self, int root_fd, int proc_fd, *, bint read_only, bint writeback, uint64_t valid,
                  bint direct_io, bint keep_cache, squash, bint submounts=False, uint64_t dax=0):
         cdef host_statfs fs
-        cdef statx st
-        if fstatfs(root_fd, &fs) < 0 or statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
+        if fstatfs(root_fd, &fs) < 0:
             raise OSError(errno, os.strerror(errno))
         self.flush_matters = submounts or fs_is_remote(<uint32_t>fs.f_type)
         self.submounts = submounts
-        self.table = Table(root_fd, device_of(&st), st.stx_ino, st.stx_mnt_id)
+        self.table = Table(root_fd)
         self.proc_fd = proc_fd
         self.read_only = read_only
         self.writeback = writeback and not read_only
@@ -82,6 +79,11 @@ cdef class Share:
     def nodes(self):
         """Files that the guest knows of, the directory itself included."""
         return self.table.nodes
+
+    @property
+    def reopened(self):
+        """Times that a file's descriptor was opened again, after others had needed it."""
+        return self.table.reopened
 
     @property
     def handles(self):
@@ -201,19 +203,21 @@ cdef class Agent:
         if likely:
             if statx_call(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) < 0:
                 return -errno
-            nodeid = self.table.node_find(device_of(&st), st.stx_ino, st.stx_mnt_id)
+            nodeid = self.table.node_find(&st, parent, name)
             if nodeid:
                 self.fill_found(parent, entry, nodeid, &st)
                 return sizeof(fuse_entry_out)
         fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
+        if fd < 0 and errno == ENFILE and make_room():
+            fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
         if fd < 0:
             return -errno
-        return self.adopt(parent, fd, entry)
+        return self.adopt(parent, name, fd, entry)
 
-    cdef int64_t adopt(self, const Node *parent, int fd, fuse_entry_out *entry) noexcept nogil:
-        # Tell the guest of the O_PATH descriptor `fd`, which this takes; it was found in `parent`.
+    cdef int64_t adopt(self, const Node *parent, const char *name, int fd, fuse_entry_out *entry) noexcept nogil:
+        # Tell the guest of the O_PATH descriptor `fd`, which this takes; it is `name` of `parent`, or has no name.
         cdef statx st
-        cdef uint64_t nodeid, dev
+        cdef uint64_t nodeid
         cdef int error = 0
         if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             error = errno
@@ -222,9 +226,7 @@ cdef class Agent:
         if error:
             close(fd)
             return -error
-        dev = device_of(&st)
-        nodeid = self.table.node_add(fd, st.stx_mode & S_IFMT, dev, st.stx_ino, st.stx_mnt_id,
-                                     dev != parent.dev and st.stx_mode & S_IFMT != S_IFDIR)
+        nodeid = self.table.node_add(fd, &st, parent, name)
         if nodeid == 0:
             return -ENFILE
         self.fill_found(parent, entry, nodeid, &st)

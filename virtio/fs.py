@@ -143,6 +143,7 @@ class Fs(VirtioDevice):
         return total | {
             "nodes": self.share.nodes,
             "handles": self.share.handles,
+            "reopened": self.share.reopened,
             "dax_mapped": self.window.mapped if self.window else 0,
             "dax_repairs": self.window.repairs if self.window else 0,
             "throttled": self.limiter.throttled,
