@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+READS: tuple[int, ...]
+
 class StateAccess:
     """How the state of this host's KVM is laid out; one a process is enough.
 

@@ -515,15 +515,18 @@ class Machine:
         for callback in self._console_callbacks:
             callback(data)
 
-    def start(self) -> None:
+    def start(self, *, paused: bool = False) -> None:
         """Let every vCPU run, each on a thread of its own.
 
+        :param paused: it begins as if ``pause`` had been called
         :raises VmmError: it was started or stopped before
         :raises HostError: no thread to be had; the machine has ended, and ``wait`` raises this, too
         """
         if self._started or self._stop is not None:
             raise VmmError("a machine is started once, and not after it was stopped")
         self._started = True
+        if paused:
+            self._holds.add("pause")
         self.console.start()
         for transport in self.virtio:
             transport.go_on()

@@ -34,6 +34,20 @@ _HOLE_LEAST = 64 << 10
 _HUGE_2MB = os.MFD_HUGETLB | os.MFD_HUGE_2MB
 
 
+_pagemap = -1
+
+
+def pagemap() -> int:
+    """An open /proc/self/pagemap, kept for the process; to be called before a jail that has no /proc.
+
+    :raises OSError: there is none
+    """
+    global _pagemap
+    if _pagemap < 0:
+        _pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    return _pagemap
+
+
 class MemoryFile:
     """A memfd or file with contents of guest RAM, that machines and images map; closed with the last of them.
 
@@ -127,7 +141,6 @@ class GuestMemory(GuestRam):
         self.huge = huge
         self.regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] | None = None if pieces is None else list(pieces)
-        self._pagemap = -1
         try:
             for gpa, length in spans(size):
                 if pieces is None:
@@ -182,9 +195,7 @@ class GuestMemory(GuestRam):
         return [(region.gpa + at, size) for region in self.regions for at, size in self._private(region)]
 
     def _private(self, region: Region) -> list[tuple[int, int]]:
-        if self._pagemap < 0:
-            self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        return private_runs(self._pagemap, self.host_address(region.gpa, region.size), region.size)
+        return private_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
 
     def _settle(self, region: Region, pieces: list[Piece]) -> list[Piece]:
         # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there.
@@ -246,9 +257,6 @@ class GuestMemory(GuestRam):
         self.unmap_all()
         self.regions = ()
         self._pieces = None
-        if self._pagemap >= 0:
-            os.close(self._pagemap)
-            self._pagemap = -1
 
     def __enter__(self) -> GuestMemory:
         return self

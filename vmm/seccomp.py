@@ -15,7 +15,7 @@ import os
 import threading
 from queue import SimpleQueue
 
-from vmm import _seccomp, threads
+from vmm import _kvm_state, _seccomp, threads
 from vmm.errors import HostError
 from vmm.preload import preload_later
 from vmm.signals import deaf
@@ -44,6 +44,7 @@ _KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS = 0xAE80, 0x8090_AE81, 0x8138_AE83
 _TUN = (0x4004_54D0, 0x4004_54D9)  # TUNSETOFFLOAD, TUNSETQUEUE
 _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ
 _SIOCGIFINDEX = 0x8933
+_PAGEMAP_SCAN = 0xC060_6610
 _KICK = 34  # SIGRTMIN as glibc has it
 _TERMINAL = (0x5401, 0x5402, 0x5403, 0x5404, 0x5413)  # TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ
 _DESCRIPTOR = (0x5421, 0x5451)  # FIONBIO, FIOCLEX
@@ -64,6 +65,11 @@ def _ioctl(*requests: int) -> tuple[Rule, ...]:
     return _ints("ioctl", 1, *requests)
 
 
+# What a snapshot takes: the machine's state is read, its memory mapped anew, and both written to files.
+_SNAPSHOT = (
+    *_allow("memfd_create pwrite64 fsync rename"),
+    *_ioctl(*_kvm_state.READS, _PAGEMAP_SCAN),
+)
 # What the interpreter, the allocator, locks and the end of a thread take. tgkill is to this process only: see _rules.
 _COMMON = (
     *_allow(
@@ -107,7 +113,8 @@ KINDS: dict[str, tuple[Rule, ...]] = {
     "vmm": (*_ENDING, *_allow("openat rt_sigaction pipe2"), *_ioctl(*_TERMINAL)),
     # The API, once the machine runs: PATCHes open files, and it may be this thread that ends the machine.
     "api": (
-        *_ENDING, *_EVENTS, *_STREAM, *_SOCKETS, *_FILES, *_ioctl(*_TERMINAL, *_DESCRIPTOR, *_BLOCK_ASK),
+        *_ENDING, *_EVENTS, *_STREAM, *_SOCKETS, *_FILES, *_SNAPSHOT,
+        *_ioctl(*_TERMINAL, *_DESCRIPTOR, *_BLOCK_ASK),
     ),
     # It activates and resets devices, too, and says why a guest ended.
     "vcpu": (*_EVENTS, *_ints("rt_sigaction", 0, _KICK), *_ioctl(_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS, *_TUN)),

@@ -30,9 +30,11 @@ class Image:
     :ivar board: that of the serial port, the keyboard controller and the clock, by name
     :ivar virtio: that of each virtio device with its transport, in the order in which the guest finds them
     :ivar memory: guest RAM (:class:`vmm.memory.Piece`)
+    :ivar api: what the API has kept with it, or nothing
+    :ivar handler: the socket of a page fault handler that brings ``memory``, in place of pieces; ``""``: none
     """
 
-    __slots__ = ("board", "cmdline", "config", "memory", "vcpus", "virtio", "vm")
+    __slots__ = ("api", "board", "cmdline", "config", "handler", "memory", "vcpus", "virtio", "vm")
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class Image:
         board: dict[str, dict[str, Any]],
         virtio: list[dict[str, Any]],
         memory: list[Piece],
+        api: bytes = b"",
     ) -> None:
         self.config = config
         self.cmdline = cmdline
@@ -52,6 +55,8 @@ class Image:
         self.board = board
         self.virtio = virtio
         self.memory = memory
+        self.api = api
+        self.handler = ""
 
     def save(self, directory: str) -> None:
         """Write it as `directory`: whole, or nothing; see :mod:`vmm.snapshot_file`.

@@ -15,9 +15,7 @@ bytes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import secrets
 import struct
 import zlib
 
@@ -32,6 +30,7 @@ from vmm.memory import MemoryFile, Piece, spans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from vmm.snapshot import Image
@@ -64,12 +63,12 @@ def save(image: Image, directory: str) -> None:
     directory = os.path.abspath(directory)
     if os.path.lexists(directory) and not _is_ours(directory):
         raise ConfigError("snapshot", directory, "is there and is no snapshot of pyvmm's: it is left alone")
-    made = f"{directory}.{os.getpid()}.{secrets.token_hex(4)}.new"
+    made = f"{directory}.{os.getpid()}.{os.urandom(4).hex()}.new"
     try:
         os.mkdir(made, 0o700)
         try:
-            mark = secrets.token_bytes(16)
-            _write(os.path.join(made, MEMORY), lambda fd: write_memory(image.memory, image.config.memory, fd, mark))
+            mark = os.urandom(16)
+            _write(os.path.join(made, MEMORY), lambda fd: _write_marked_memory(image, fd, mark))
             _write(os.path.join(made, STATE), lambda fd: _write_all(fd, encode(image, mark)))
             _sync(made)
             _put(made, directory)
@@ -104,12 +103,15 @@ def load(directory: str) -> Image:
         raise SnapshotError(directory, f"{MEMORY} has {end} bytes, the guest's memory takes {size + _PAGE}")
     if there != mark:
         raise SnapshotError(directory, f"{MEMORY} and {STATE} are of different snapshots")
-    image.memory = _pieces(file_of_memory, size)
+    image.memory = pieces_of(file_of_memory, size)
     return image
 
 
-def encode(image: Image, mark: bytes) -> bytes:
-    """The file ``state``."""
+def encode(image: Image, mark: bytes, *, api: bytes = b"") -> bytes:
+    """The file ``state``.
+
+    :param api: what the API keeps with it; ``Image.api`` when it is read
+    """
     document = {
         "pyvmm": VERSION,
         "config": _plain(image.config),
@@ -118,9 +120,21 @@ def encode(image: Image, mark: bytes) -> bytes:
         "vm": image.vm,
         "board": image.board,
         "virtio": image.virtio,
+        "api": api,
     }
     body = mark + msgspec.msgpack.encode(document)
     return _HEADER.pack(_MAGIC, FORMAT, zlib.crc32(body), mark) + body[len(mark) :]
+
+
+def format_of(data: bytes, name: str) -> int:
+    """The format of a file ``state``, which may be another than ours.
+
+    :raises SnapshotError: it is none
+    """
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise SnapshotError(name, "is no snapshot of pyvmm's")
+    number: int = _HEADER.unpack_from(data)[1]
+    return number
 
 
 def decode(data: bytes, name: str) -> tuple[Image, bytes]:
@@ -132,9 +146,8 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
     """
     from vmm.snapshot import Image
 
-    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
-        raise SnapshotError(name, "is no snapshot of pyvmm's")
-    _, number, checksum, mark = _HEADER.unpack_from(data)
+    number = format_of(data, name)
+    _, _, checksum, mark = _HEADER.unpack_from(data)
     intact = zlib.crc32(data[_HEADER.size - len(mark) :]) == checksum
     if number != FORMAT:
         writer = _writer(data[_HEADER.size :]) if intact else "another pyvmm"
@@ -152,17 +165,23 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
         raise SnapshotError(name, f"is damaged: {error}") from None
 
 
-def write_memory(pieces: list[Piece], size: int, fd: int, mark: bytes) -> None:
-    """Write guest RAM to the new file `fd`, and `mark` behind it."""
-    os.ftruncate(fd, size + _PAGE)
+def write_memory(pieces: list[Piece], size: int, fd: int) -> None:
+    """Write `pieces` of `size` bytes of guest RAM to the new file `fd`, which reads as zeros elsewhere."""
+    os.ftruncate(fd, size)
     for piece in pieces:
         if piece.file is not None:
-            copy_sparse(piece.file.fd, piece.offset, piece.size, fd, _place(piece.gpa, size))
+            copy_sparse(piece.file.fd, piece.offset, piece.size, fd, place_of(piece.gpa, size))
+
+
+def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
+    size = image.config.memory
+    write_memory(image.memory, size, fd)
+    os.ftruncate(fd, size + _PAGE)
     _write_all(fd, mark, size + _PAGE - len(mark))
 
 
-def _place(gpa: int, size: int) -> int:
-    # Regions follow each other in the file, without the hole that is between them in the guest.
+def place_of(gpa: int, size: int) -> int:
+    """Where `gpa` of `size` bytes of guest RAM is in a file of it: regions follow each other, without the hole."""
     place = 0
     for start, length in spans(size):
         if start <= gpa < start + length:
@@ -171,8 +190,9 @@ def _place(gpa: int, size: int) -> int:
     raise ValueError(f"{gpa:#x} is not in {size} bytes of guest memory")
 
 
-def _pieces(file: MemoryFile, size: int) -> list[Piece]:
-    return [Piece(start, length, file, _place(start, size)) for start, length in spans(size)]
+def pieces_of(file: MemoryFile, size: int) -> list[Piece]:
+    """Guest RAM as it is in `file`."""
+    return [Piece(start, length, file, place_of(start, size)) for start, length in spans(size)]
 
 
 def _plain(value: Any) -> Any:
@@ -199,7 +219,23 @@ def _writer(body: bytes) -> str:
         return "another pyvmm"
 
 
-def _write(path: str, fill: Any) -> None:
+def write_whole(path: str, fill: Callable[[int], None]) -> None:
+    """Let `fill` write a file that has the name `path` once it is whole; who has the one before open keeps that.
+
+    :raises OSError: it cannot be written; what was there before is as it was
+    """
+    made = f"{path}.{os.urandom(4).hex()}.new"
+    try:
+        _write(made, fill)
+        os.rename(made, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(made)
+        raise
+    _sync(os.path.dirname(path) or ".")
+
+
+def _write(path: str, fill: Callable[[int], None]) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         fill(fd)
@@ -243,6 +279,8 @@ def _put(made: str, directory: str) -> None:
     if not os.path.exists(directory):
         os.rename(made, directory)
         return
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(directory), _RENAME_EXCHANGE):
         number = ctypes.get_errno()

@@ -19,3 +19,7 @@ class ApiError(VmmError):
         super().__init__(message)
         self.message = message
         self.status = status
+
+
+class FatalError(ApiError):
+    """Refused, and the process ends with status 1 once that was answered: nothing is left to try again with."""

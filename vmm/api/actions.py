@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
     from virtio.vsock import Listener
     from vmm.machine import Machine
+    from vmm.snapshot import Image
 
 NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 PRE_BOOT, POST_BOOT, ANY = "pre-boot", "post-boot", "any"
 _AFTER = "The requested operation is not supported after starting the microVM."
 _BEFORE = "The requested operation is not supported before starting the microVM."
+# Configuration that goes with any machine, one from a snapshot, too.
+_NOT_OF_BOOT = {"ConfigureLogger", "ConfigureMetrics", "ConfigureSerial", "LoadSnapshot"}
 MAX_BOOT_ARGS = 2048  # COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h
 SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
 HUGE_RULE = "huge pages cannot be given back one by one, as a balloon does it"
@@ -63,6 +66,8 @@ class Vmm:
         self.mmds = Mmds(limit=mmds_limit, instance_id=vmm_id)
         self._boot_timer = boot_timer
         self.machine: Machine | None = None
+        self.lost = False  # a snapshot could not be loaded: the process ends once that was answered
+        self.configured = False  # with what a snapshot brings itself
         self._on_start = on_start
         self._lock = threading.RLock()
         self._listener: Listener | None = None
@@ -100,6 +105,7 @@ class Vmm:
                 raise ApiError(_AFTER)
             if when == POST_BOOT and self.machine is None:
                 raise ApiError(_BEFORE)
+            self.configured = self.configured or (when == PRE_BOOT and action.name not in _NOT_OF_BOOT)
             return do(self, action.body)
 
     def configure(self, whole: types.VmConfiguration) -> None:
@@ -474,10 +480,45 @@ class Vmm:
         except MmdsError as error:
             raise ApiError(str(error), error.status) from None
 
-    # Not yet
+    # Snapshots
 
-    def _no_snapshot(self, _: object) -> None:
-        raise ApiError("Snapshots are not supported by this version of pyvmm.")
+    def _create_snapshot(self, body: types.SnapshotCreate) -> None:
+        from vmm.api.snapshots import create
+
+        create(self, self._running(), body)
+
+    def _load_snapshot(self, body: types.SnapshotLoad) -> None:
+        from vmm.api.snapshots import load
+
+        load(self, body)
+
+    def go_on(self, image: Image, shown: types.VmConfiguration, *, resume: bool) -> None:
+        """Make the machine of `image` this VMM's.
+
+        :param shown: its configuration, for those who ask
+        :param resume: it runs; False: it is paused
+        :raises VmmError: it cannot be made
+        """
+        from vmm.machine import Machine
+
+        self._take(shown)
+        machine = Machine(image=image, metadata=self.mmds)
+        self.machine = machine
+        self.metrics.attach(machine)
+        try:
+            machine.start(paused=not resume)
+        finally:
+            self._on_start(machine)
+
+    def _take(self, shown: types.VmConfiguration) -> None:
+        self._boot_source = shown.boot_source
+        self._machine_config = shown.machine_config or translate.DEFAULT_MACHINE
+        self._cpu_config = shown.cpu_config if isinstance(shown.cpu_config, types.CpuConfig) else None
+        self._drives = {each.drive_id: each for each in shown.drives}
+        self._interfaces = {each.iface_id: each for each in shown.network_interfaces}
+        self._vsock, self._balloon, self._entropy = shown.vsock, shown.balloon, shown.entropy
+        self._serial, self._host = shown.serial, shown.pyvmm
+        self._mmds_config = shown.mmds_config
 
 
 class _refusing:
@@ -546,6 +587,6 @@ ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "FlushMetrics": (POST_BOOT, Vmm._flush_metrics),
     "SendCtrlAltDel": (POST_BOOT, Vmm._ctrl_alt_del),
     "SetVmState": (POST_BOOT, Vmm._set_state),
-    "CreateSnapshot": (POST_BOOT, Vmm._no_snapshot),
-    "LoadSnapshot": (PRE_BOOT, Vmm._no_snapshot),
+    "CreateSnapshot": (POST_BOOT, Vmm._create_snapshot),
+    "LoadSnapshot": (PRE_BOOT, Vmm._load_snapshot),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from vmm import logger
-from vmm.api import ApiError, types
+from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.api.routes import parse
 from vmm.metrics import FIELDS
@@ -75,6 +75,7 @@ def _answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, 
             vmm.metrics.count("deprecated_api", "deprecated_http_api_calls")
         result = vmm.handle(action)
     except ApiError as error:
+        vmm.lost = vmm.lost or isinstance(error, FatalError)
         return error.status, encode(types.Fault(fault_message=error.message)), headers
     except Exception as error:  # a mistake of ours must cost neither the VM nor the API
         sys.excepthook(*sys.exc_info())
@@ -91,6 +92,8 @@ def _deprecated(body: Any) -> bool:
             return body.vsock_id not in (None, msgspec.UNSET)
         case types.MachineConfiguration() | types.MachineConfigurationUpdate():
             return body.cpu_template not in (None, msgspec.UNSET)
+        case types.SnapshotLoad():
+            return body.mem_file_path is not None and body.mem_backend is None
         case types.MmdsConfig():
             return body.version == "V1"
         case _:

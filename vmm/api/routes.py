@@ -98,6 +98,9 @@ def find(method: str, path: str) -> tuple[Route, str | None]:
         if not all(char.isalnum() or char == "_" for char in identity):
             raise ApiError("API Resource IDs can only contain alphanumeric characters and underscores.")
         return route, identity
+    if method == "PUT" and words[0] == "snapshot":
+        what = f"Invalid request method and/or path: PUT {path}."
+        raise ApiError(what if len(words) > 1 else "Missing snapshot operation type.")
     raise ApiError(f"Invalid request method and/or path: {method} {words[0]}.")
 
 

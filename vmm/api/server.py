@@ -222,6 +222,7 @@ class Server:
         self._knocking = select.poll()
         self._knocking.register(listener, select.POLLIN)
         self._closing = False
+        self._then: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, on_thread: Callable[[], None] = lambda: None) -> None:
@@ -248,6 +249,10 @@ class Server:
                 if not self._closing:
                     self._serve(connection, 0)
             self._expire()
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the answer that is being made has gone out, or cannot; on the server's thread."""
+        self._then = callback
 
     def _patience(self) -> float | None:
         ends = [end for each in self._connections.values() for end in (each.read_by, each.written_by) if end]
@@ -345,6 +350,9 @@ class Server:
             self._poll.modify(connection.sock, interest)
 
     def _expire(self) -> None:
+        if self._then is not None and not any(each.out for each in self._connections.values()):
+            then, self._then = self._then, None
+            then()
         now = time.monotonic()
         for connection in list(self._connections.values()):
             waits = connection.written_by if connection.out or connection.requests else connection.read_by

@@ -302,7 +302,7 @@ class VmState(Body, kw_only=True):
 
 
 class SnapshotCreate(Body, kw_only=True):
-    """Comes with a later release."""
+    """A snapshot of a paused VM."""
 
     snapshot_path: str
     mem_file_path: str
@@ -310,22 +310,28 @@ class SnapshotCreate(Body, kw_only=True):
 
 
 class MemBackend(Body, kw_only=True):
-    """Where a snapshot's memory is."""
+    """Where a snapshot's memory comes from: a file, or a page fault handler's socket."""
 
     backend_type: Literal["File", "Uffd"]
     backend_path: str
 
 
+class NetworkOverride(Body, kw_only=True):
+    """Another tap for a network interface of the snapshot."""
+
+    iface_id: str
+    host_dev_name: str
+
+
 class SnapshotLoad(Body, kw_only=True):
-    """Comes with a later release."""
+    """A snapshot to go on from; one of `mem_backend` and `mem_file_path`."""
 
     snapshot_path: str
     mem_backend: MemBackend | None = None
     mem_file_path: str | None = None
     enable_diff_snapshots: bool = False
-    track_dirty_pages: bool = False
     resume_vm: bool = False
-    network_overrides: list[dict[str, str]] = []
+    network_overrides: list[NetworkOverride] = []
 
 
 class Host(Body, kw_only=True):

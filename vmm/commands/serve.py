@@ -54,6 +54,8 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--no-seccomp", None, False, "no system call filters"),
     ("--seccomp-filter", "FILE", None, "refused: pyvmm's threads have filters of their own"),
     ("--version", None, False, "print the API's version and pyvmm's own, and end"),
+    ("--snapshot-version", None, False, "print the version of the snapshots that it writes, and end"),
+    ("--describe-snapshot", "FILE", None, "print the version of a snapshot's state file, and end"),
     ("--http-api-max-payload-size", "BYTES", 51200, "of a request's body (default: 51200)"),
 )
 
@@ -78,6 +80,8 @@ class Arguments:
     mmds_size_limit: str | None
     metadata: str | None
     no_seccomp: bool
+    snapshot_version: bool
+    describe_snapshot: str | None
     seccomp_filter: str | None
     version: bool
     http_api_max_payload_size: int
@@ -147,6 +151,8 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None) -> int:
         # A version gate reads the first line; Firecracker's own has an empty one after it.
         print(f"Firecracker v{API_VERSION}\n\npyvmm {VERSION}")
         return STATUS_OK
+    if args.snapshot_version or args.describe_snapshot is not None:
+        return _tell_snapshot_version(args.describe_snapshot)
     try:
         check_id(args.id)
         if args.no_api and args.config_file is None:
@@ -187,6 +193,24 @@ def _leave(status: int) -> int:
     return status
 
 
+def _tell_snapshot_version(path: str | None) -> int:
+    from vmm.errors import SnapshotError
+    from vmm.snapshot_file import FORMAT, format_of
+
+    try:
+        if path is None:
+            number = FORMAT
+        else:
+            with open(path, "rb") as file:
+                number = format_of(file.read(), path)
+    except (OSError, SnapshotError) as error:
+        why = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"pyvmm serve: --describe-snapshot {why}", file=sys.stderr)
+        return STATUS_GENERIC
+    print(f"v{number}.0.0")
+    return STATUS_OK
+
+
 _SHOW = ("show_level", "show_log_origin")
 _TIMES = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us")
 
@@ -208,6 +232,7 @@ class _Serve:
         self._machine: Machine | None = None
         self._signal = 0
         self._broken_pipes = 0
+        self._server: Server | None = None
 
     def run(self) -> int:
         """From the socket to the exit code."""
@@ -217,7 +242,7 @@ class _Serve:
                 threads.expect_guard()
             server = None
             try:
-                server = None if self._args.no_api else self._listen()
+                server = self._server = None if self._args.no_api else self._listen()
                 return self._run(server)
             except VmmError as error:
                 _complain(self._args, str(error))
@@ -335,7 +360,10 @@ class _Serve:
             threads.enter("api")
 
     def _answer(self, method: str, path: str, body: bytes) -> Any:
-        return self._answerer(method, path, body)
+        answer = self._answerer(method, path, body)
+        if self._vmm.lost and self._server is not None:
+            self._server.then(self._end)
+        return answer
 
     def _start_from(self, path: str) -> int:
         from vmm.api import ApiError, types
@@ -384,6 +412,8 @@ class _Serve:
                 self._vmm.metrics.store("signals", field, 1)
             if machine is None:
                 self._vmm.metrics.close()
+        if self._vmm.lost:
+            return STATUS_GENERIC
         if machine is None or self._signal:
             logger.info("Vmm is stopping.")
             return STATUS_XCPU if self._signal == _SIGXCPU else STATUS_OK

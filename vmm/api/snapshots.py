@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``PUT /snapshot/create`` and ``PUT /snapshot/load``: Firecracker's rules, texts and two files, in pyvmm's format.
+
+The memory file is guest RAM, one region after the other, as Firecracker's; the state file is that of
+:mod:`vmm.snapshot_file` with the bodies that ``GET /vm/config`` shows.
+Source: Firecracker 1.12.1, compared with the real one in ``tests/api/test_differential_snapshot.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import msgspec
+
+from vmm.api import ApiError, FatalError, types
+from vmm.api.bodies import encode
+from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
+from vmm.memory import MemoryFile
+from vmm.snapshot_file import decode, pieces_of, place_of, write_memory, write_whole
+from vmm.snapshot_file import encode as encode_state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.api.actions import Vmm
+    from vmm.machine import Machine
+    from vmm.snapshot import Image
+
+_NO_DIFF = (
+    "The requested operation is not supported: Diff snapshots are not allowed on uVMs with dirty page tracking"
+    " disabled."
+)
+_RUNNING = "Cannot save the microVM state: Operation not allowed: save/restore unavailable while running"
+_CONFIGURED = "Loading a microVM snapshot not allowed after configuring boot-specific resources."
+_JSON = "An error occurred when deserializing the json body of a request: "
+_NO_MEMORY = "missing field: either `mem_backend` or `mem_file_path` is required."
+_TWO_MEMORIES = "too many fields: either `mem_backend` or `mem_file_path` exclusively is required."
+_RESTORE = "Failed to restore from snapshot: "
+_STATE = f"{_RESTORE}Failed to get snapshot state from file: "
+_MEMORY = f"{_RESTORE}Failed to load guest memory: Error creating guest memory from file: "
+_BUILD = f"{_RESTORE}Failed to build microVM from snapshot: "
+_NO_MARK = bytes(16)
+
+
+def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
+    """Write a paused machine into two files; of a Diff only the memory that was written since the snapshot before."""
+    begun = time.monotonic_ns()
+    diff = body.snapshot_type == "Diff"
+    if diff and not machine.config.track_dirty_pages:
+        raise ApiError(_NO_DIFF)
+    if machine.state == "Running":
+        raise ApiError(f"Create snapshot error: {_RUNNING}")
+    try:
+        _write(vmm, machine, body, diff=diff)
+    except SnapshotError as error:
+        raise ApiError(f"Create snapshot error: Cannot save the microVM state: {error}") from None
+    vmm.metrics.store(
+        "latencies_us", f"{body.snapshot_type.lower()}_create_snapshot", (time.monotonic_ns() - begun) // 1000
+    )
+
+
+def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool) -> None:
+    written = machine.memory.written()
+    image = machine.freeze()
+    shown = msgspec.structs.replace(vmm.whole(), logger=None, metrics=None)
+    state = encode_state(image, _NO_MARK, api=encode(shown))
+    try:
+        write_whole(body.snapshot_path, lambda fd: _put(fd, state))
+    except OSError as error:
+        raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, 'snapshot')}") from None
+    size = image.config.memory
+    try:
+        if diff and (fd := _existing(body.mem_file_path, size)) >= 0:
+            try:
+                for gpa, length in written:
+                    _put(fd, machine.memory.slice(gpa, length), place_of(gpa, size))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        else:
+            pieces = [piece for piece in image.memory if not diff or _overlaps(written, piece.gpa, piece.size)]
+            write_whole(body.mem_file_path, lambda fd: write_memory(pieces, size, fd))
+    except OSError as error:
+        raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, 'memory')}") from None
+
+
+def _overlaps(runs: list[tuple[int, int]], gpa: int, size: int) -> bool:
+    return any(start < gpa + size and gpa < start + length for start, length in runs)
+
+
+def _existing(path: str, size: int) -> int:
+    # A memory file of the right size takes a Diff's pages in place; anything else is made anew.
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+    if os.fstat(fd).st_size == size:
+        return fd
+    os.close(fd)
+    return -1
+
+
+def _put(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
+    """Make the machine that a snapshot is of, paused unless `resume_vm`.
+
+    :raises ApiError: it may not be loaded now, or the request is wrong
+    :raises FatalError: it cannot be loaded
+    """
+    begun = time.monotonic_ns()
+    if (body.mem_backend is None) == (body.mem_file_path is None):
+        raise ApiError(_JSON + (_NO_MEMORY if body.mem_backend is None else _TWO_MEMORIES))
+    if vmm.configured:
+        raise ApiError(f"Load snapshot error: {_CONFIGURED}")
+    try:
+        _load(vmm, body)
+    except (VmmError, OSError) as error:
+        raise FatalError(f"Load snapshot error: {error}") from error
+    vmm.metrics.store("latencies_us", "load_snapshot", (time.monotonic_ns() - begun) // 1000)
+
+
+def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
+    try:
+        with open(body.snapshot_path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ApiError(f"{_STATE}Failed to open snapshot file: {_io(error)}") from None
+    try:
+        image, _ = decode(data, body.snapshot_path)
+        shown = msgspec.json.decode(image.api, type=types.VmConfiguration)
+    except SnapshotError as error:
+        raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
+    except msgspec.MsgspecError as error:
+        raise ApiError(f"{_STATE}Failed to load snapshot state from file: {body.snapshot_path}: {error}") from None
+    shown = _overridden(image, shown, body.network_overrides)
+    backend = body.mem_backend
+    path = body.mem_file_path or (backend.backend_path if backend is not None else "")
+    if backend is not None and backend.backend_type == "Uffd":
+        image.handler = path
+    else:
+        image.memory = pieces_of(_memory_file(path, image.config.memory), image.config.memory)
+    if shown.machine_config is not None:
+        machine = msgspec.structs.replace(shown.machine_config, track_dirty_pages=body.enable_diff_snapshots)
+        shown = msgspec.structs.replace(shown, machine_config=machine)
+    image.config = image.config.replaced(track_dirty_pages=body.enable_diff_snapshots)
+    try:
+        vmm.go_on(image, shown, resume=body.resume_vm)
+    except (ConfigError, HostError, SnapshotError) as error:
+        raise ApiError(f"{_BUILD}{error}") from error
+
+
+def _memory_file(path: str, size: int) -> MemoryFile:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ApiError(f"{_MEMORY}Failed to load guest memory: {_io(error)}") from None
+    file = MemoryFile(fd)
+    if os.fstat(fd).st_size < size:
+        short = "The specified file offset and length is greater then file length"
+        raise ApiError(f"{_MEMORY}Failed to restore guest memory: Cannot create mmap region: {short}")
+    return file
+
+
+def _overridden(
+    image: Image, shown: types.VmConfiguration, overrides: list[types.NetworkOverride]
+) -> types.VmConfiguration:
+    taps = {each.iface_id: each.host_dev_name for each in overrides}
+    names = [each.iface_id for each in shown.network_interfaces]
+    if any(name not in names for name in taps):
+        raise ApiError(f"{_STATE}Unknown Network Device.")
+    if not taps:
+        return shown
+    interfaces = [
+        msgspec.structs.replace(each, host_dev_name=taps.get(each.iface_id, each.host_dev_name))
+        for each in shown.network_interfaces
+    ]
+    image.config = image.config.replaced(
+        network_interfaces=[_tap(net, taps.get(net.iface_id or "")) for net in image.config.network_interfaces]
+    )
+    return msgspec.structs.replace(shown, network_interfaces=interfaces)
+
+
+def _tap(net: Any, name: str | None) -> Any:
+    if name is None:
+        return net
+    fields = {field: getattr(net, field) for field in net.__slots__}
+    return type(net)(**fields | {"mode": "tap", "host_dev_name": name})
+
+
+def _io(error: OSError) -> str:
+    # As Rust's std::io::Error says it.
+    return f"{os.strerror(error.errno or 0)} (os error {error.errno})"
+
+
+def _opening(error: OSError, what: str) -> str:
+    return f"open on the {what} backing file: {_io(error)}"
