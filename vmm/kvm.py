@@ -9,7 +9,7 @@ from ctypes import c_uint64
 
 from vmm import kvm_abi as abi
 from vmm import undertaker
-from vmm.errors import ConfigError, HostError, KvmError
+from vmm.errors import ConfigError, HostError, KvmError, VmmError
 from vmm.kvm_abi import kvm_ioctl
 
 TYPE_CHECKING = False
@@ -151,17 +151,45 @@ class Kvm:
             self.fd = -1
 
 
+def prepare(path: str = "/dev/kvm") -> Vm | None:
+    """A VM with its interrupt controllers, for a machine that is still to be configured; None where that fails.
+
+    KVM waits for its readers now and then (4 ms) when many such things come at once; who has time makes them before.
+    What is wrong with this KVM, the machine finds out and says.
+    """
+    try:
+        kvm = Kvm(path)
+    except ConfigError:
+        return None
+    try:
+        vm = kvm.create_vm()
+    except VmmError:
+        kvm.close()
+        return None
+    try:
+        vm.create_irqchip()
+    except VmmError:
+        vm.close()
+        kvm.close()
+        return None
+    return vm
+
+
 class Vm:
     """One VM's file descriptor and what hangs on it; made by ``Kvm.create_vm``."""
 
     def __init__(self, kvm: Kvm, fd: int) -> None:
         self.kvm = kvm
         self.fd = fd
+        self._has_irqchip = False
         self._slots = 0  # memory slots in use: numbered as they come
         self.vcpu_mmap_size = kvm_ioctl(kvm.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
 
     def create_irqchip(self) -> None:
-        """PIC, IOAPIC, local APICs and PIT in the kernel. Must come before the first vCPU."""
+        """PIC, IOAPIC, local APICs and PIT in the kernel. Must come before the first vCPU; idempotent."""
+        if self._has_irqchip:
+            return
+        self._has_irqchip = True
         kvm_ioctl(self.fd, abi.KVM_SET_TSS_ADDR, TSS_ADDRESS)
         # KVM takes the address by pointer, hence a buffer.
         address = c_uint64(IDENTITY_MAP_ADDRESS)

@@ -27,7 +27,7 @@ from vmm.console import Console
 from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
 from vmm.events import Stop, StopReason
 from vmm.irq import IrqLine
-from vmm.kvm import Kvm
+from vmm.kvm import Kvm, Vm
 from vmm.memory import GuestMemory
 from vmm.signals import Bell
 from vmm.vcpu import Vcpu
@@ -72,6 +72,7 @@ class Machine:
     :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
     :param metadata: the metadata service's document, made before, which is ``mmds`` then. None: an empty one
     :param image: another machine, frozen: this one goes on where that one was; `config` None: with its configuration
+    :param prepared: from ``vmm.kvm.prepare``, used if it is of this configuration's KVM; owned from here on
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
 
@@ -91,6 +92,7 @@ class Machine:
         listener: Listener | None = None,
         metadata: Mmds | None = None,
         image: Image | None = None,
+        prepared: Vm | None = None,
         **settings: object,
     ) -> None:
         if config is None and image is not None:
@@ -123,15 +125,18 @@ class Machine:
         self._stop: Stop | None = None
         self._failure: BaseException | None = None
         try:
-            self._build(devices, image)
+            self._build(devices, image, prepared)
         except BaseException:
             self.close()
             raise
 
     # Building: in the order in which a user's mistake is cheapest to find.
 
-    def _build(self, devices: Sequence[VirtioDevice], image: Image | None) -> None:
+    def _build(self, devices: Sequence[VirtioDevice], image: Image | None, prepared: Vm | None) -> None:
         config = self.config
+        if prepared is not None:
+            self._owned(prepared.kvm)
+            self._owned(prepared)
         timer = None
         if config.boot_timer:
             from devices.boot_timer import BootTimer
@@ -153,11 +158,12 @@ class Machine:
             self._load(windows)
         else:
             self.cmdline = image.cmdline
-        self.kvm = self._owned(Kvm(config.kvm))
+        usable = prepared is not None and prepared.kvm.path == config.kvm
+        self.kvm = prepared.kvm if prepared is not None and usable else self._owned(Kvm(config.kvm))
         if image is None:
             self._check_kvm()
-        self.vm = self._owned(self.kvm.create_vm())
-        # In this order: a memory slot that comes after the irqchip makes KVM wait twice for its readers.
+        self.vm = prepared if prepared is not None and usable else self._owned(self.kvm.create_vm())
+        # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
         self.vm.map_memory(self.memory, log_dirty=config.track_dirty_pages)
         self._map_dax_windows(devices)
         lines = [self._owned(IrqLine(gsi)) for _, _, gsi in windows]

@@ -190,9 +190,13 @@ int main(int argc, char **argv)
             }
             int status;
             if (!each->ended && each->pid > 0 && waitpid(each->pid, &status, WNOHANG) == each->pid) {
+                char text[4096];
                 each->ended = now();
                 each->pid = 0;
-                if (!each->mark) each->mark = -1;
+                if (!each->mark) {
+                    int got = read(each->out, text, sizeof text);
+                    each->mark = got > 0 && memchr(text, mark, got) ? each->ended : -1;
+                }
             }
         }
         if (now() - start > PATIENCE * 1e6) fail("no end in sight");

@@ -392,3 +392,18 @@ def test_sigterm_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
         assert process.wait(5) == 0
         assert not process.socket.exists()
         assert not (tmp_path / "v").exists()
+
+
+def test_a_start_at_any_moment_of_our_own_start(tmp_path: Path) -> None:
+    # InstanceStart meets the imports, KVM's part of the VM and the filters, which are made behind the first answer.
+    for number in range(8):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with Process(PYVMM, directory) as process:
+            process.await_socket()
+            kernel_path = {"kernel_image_path": write_guest(directory, HALT)}
+            assert process.request("PUT", "/boot-source", kernel_path).status == 204
+            time.sleep(number * 0.005)
+            assert process.request("PUT", "/actions", {"action_type": "InstanceStart"}).status == 204
+            process.process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from virtio.vsock import Listener
+    from vmm.kvm import Vm
     from vmm.machine import Machine
     from vmm.snapshot import Image
 
@@ -71,6 +72,7 @@ class Vmm:
         self._on_start = on_start
         self._lock = threading.RLock()
         self._listener: Listener | None = None
+        self._prepared: list[Vm] = []  # one at most; without the lock, whose holder may wait for who prepares
         self._boot_source: types.BootSource | None = None
         self._machine_config = translate.DEFAULT_MACHINE
         self._cpu_config: types.CpuConfig | None = None
@@ -138,6 +140,17 @@ class Vmm:
             self.machine.close()
         elif self._listener is not None:
             self._listener.close()
+        while self._prepared:
+            prepared = self._prepared.pop()
+            prepared.close()
+            prepared.kvm.close()
+
+    def prepare(self) -> None:
+        """Have KVM's part of a VM made while nobody waits for it; it has no memory yet."""
+        from vmm.kvm import prepare
+
+        if (prepared := prepare()) is not None:
+            self._prepared.append(prepared)
 
     # What is told
 
@@ -339,7 +352,8 @@ class Vmm:
             config = translate.vm_config(self.whole())
             config.boot_timer = self._boot_timer
             config.keyboard = True
-            machine = Machine(config, listener=self._listener, metadata=self.mmds)
+            prepared = self._prepared.pop() if self._prepared else None
+            machine = Machine(config, listener=self._listener, metadata=self.mmds, prepared=prepared)
             self._listener = None
             self.machine = machine
             self.metrics.attach(machine)

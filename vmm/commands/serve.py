@@ -277,6 +277,7 @@ class _Serve:
             if server is not None:
                 logger.info(f'Listening on API socket ("{args.api_sock}").')
             if args.config_file is not None:
+                self._vmm.prepare()
                 self._confine()
                 if status := self._start_from(args.config_file):
                     return status
@@ -287,6 +288,7 @@ class _Serve:
             # While a runtime makes up its mind: the start of the VM will not wait for them.
             import vmm.machine  # noqa: F401
 
+            self._vmm.prepare()
             self._confine()
             launched.settle()
             threads.enter("vmm")
