@@ -63,7 +63,8 @@ def test_it_knows_the_options_of_serve() -> None:
 def test_what_it_says_itself_is_what_python_says(links: Path, name: str, option: str) -> None:
     own = run(links / name, option)
     program = [sys.executable, "-m", "vmm.cli", cli.PROGRAMS[name], option]
-    assert own.stdout == run(*program, env={**os.environ, "COLUMNS": "80"}).stdout
+    update = f"COLUMNS=80 .venv/bin/pyvmm {cli.PROGRAMS[name]} --help > vmm/commands/help/{name}.txt"
+    assert own.stdout == run(*program, env={**os.environ, "COLUMNS": "80"}).stdout, update
     assert (own.returncode, own.stderr) == (0, "")
 
 
