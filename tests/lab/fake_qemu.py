@@ -2,7 +2,8 @@
 """Stands for QEMU with the lab's machine in it: keeps the ports' protocol, runs the command right here.
 
 ``FAKE_LAB`` says how it fails: ``stillborn`` (before it is up), ``once`` (so, but only the first time), ``dies``
-(under the command), ``mute`` (runs, and is never up), ``lost`` (one of its CPUs does nothing).
+(under the command), ``mute`` (runs, and is never up), ``lost`` (one of its CPUs does nothing). Into the file
+``FAKE_LAB_SHOWN`` it writes what would be its root.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ def main(argv: list[str]) -> None:
     ports = {value["id"]: socket.socket(fileno=int(value["fd"])) for value in values if "socket" in value}
     job = next(Path(value["path"]) for value in values if value.get("id") == "job" and "path" in value)
     how = os.environ.get("FAKE_LAB", "")
+    if log := os.environ.get("FAKE_LAB_SHOWN"):
+        host = next(value["path"] for value in values if value.get("id") == "host")
+        Path(log).write_text("\n".join([host, *sorted(os.listdir(host))]))
     console = next(value for option, value in options if option == "-serial").removeprefix("file:")
     Path(console).write_text("a line on the console\n")
     boots = Path(os.environ["FAKE_LAB_BOOTS"])

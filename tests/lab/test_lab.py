@@ -17,9 +17,11 @@ import pytest
 from vmm import lab
 from vmm.errors import ConfigError
 from vmm.lab import image
-from vmm.lab.machine import PORTS, missing, qemu_argv
+from vmm.lab.machine import CPU, PORTS, missing, qemu_argv
+from vmm.lab.qemu import Qemu
 
-IMAGE = image.LabImage("/kernel", "/initramfs")
+IMAGE = image.LabImage("/kernel", "/initramfs", "6.1.0-0-test", "/modules")
+QEMU = Qemu(("/qemu",), {}, (10, 0))
 Fake = Callable[..., tuple[int, bytes, bytes]]
 
 
@@ -30,7 +32,8 @@ def boots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs.mkdir()
     fake = shlex.quote(str(Path(__file__).with_name("fake_qemu.py")))
     qemu = programs / "qemu-system-x86_64"
-    qemu.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {fake} "$@"\n')
+    version = '[ "$1" = --version ] && echo "QEMU emulator version 9.1.0" && exit'
+    qemu.write_text(f'#!/bin/sh\n{version}\nexec {shlex.quote(sys.executable)} {fake} "$@"\n')
     qemu.chmod(0o755)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -96,6 +99,15 @@ def test_directory_and_environment(run: Fake, tmp_path: Path, monkeypatch: pytes
     assert run("env", env={"ONLY": "this"})[1] == b"ONLY=this\nPYVMM_LAB=1\n"
 
 
+def test_it_is_shown_what_it_needs_or_all(run: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LAB_SHOWN", str(tmp_path / "shown"))
+    assert run("true")[0] == 0
+    root, *names = (tmp_path / "shown").read_text().splitlines()
+    assert root != "/" and {"usr", "etc", "tmp", "proc"} <= set(names)
+    assert run("true", host_root=True)[0] == 0
+    assert (tmp_path / "shown").read_text().splitlines() == ["/", *sorted(os.listdir("/"))]
+
+
 def test_time_is_over(run: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("sleep", "600", timeout=1.5)[0] == 124
     assert capfd.readouterr().err == "pyvmm lab: the time limit of 1.5 s is over\n"
@@ -142,6 +154,8 @@ def test_a_command_is_not_run_twice(run: Fake, boots: Path, monkeypatch: pytest.
     ("options", "problem"),
     [
         ({"write": ["/there/is/none"]}, "--write /there/is/none: is not a directory"),
+        ({"read": ["/there/is/none"]}, "--read /there/is/none: is not there"),
+        ({"qemu": "/bin/true"}, "--qemu /bin/true: is not a QEMU that runs here"),
         ({"memory": "1000T"}, "--memory 1000T: this host has .*M free"),
         ({"memory": "much"}, "--memory much: a size is"),
     ],
@@ -157,7 +171,7 @@ def _process(boots: Path, script: str, **options: object) -> subprocess.Popen[by
     code = f"""
 import sys
 from vmm import lab
-lab.missing, lab.lab_image = list, lambda progress: lab.image.LabImage("/kernel", "/initramfs")
+lab.missing, lab.lab_image = list, lambda progress: lab.image.LabImage("/kernel", "/initramfs", "v", "/m")
 sys.exit(lab.run(["sh", "-c", {script!r}], stdin=None))
 """
     # A test run in the background of a shell was started deaf to SIGINT, and a shell's trap cannot undo that.
@@ -221,8 +235,10 @@ def test_the_readers_end_is_the_commands(boots: Path) -> None:
 
 def _argv(**changes: object) -> list[str]:
     ports = {name: fd for fd, name in enumerate(PORTS)}
-    options = {"cpus": 3, "memory": "1G", "job": "/job", "writable": ["/a,b"], "ports": ports}
-    return qemu_argv(IMAGE, **(options | changes))  # type: ignore[arg-type]
+    options = {
+        "cpu": CPU, "cpus": 3, "memory": "1G", "job": "/job", "host": "/view", "writable": ["/a,b"], "ports": ports,
+    }  # fmt: skip
+    return qemu_argv(QEMU, IMAGE, **(options | changes))  # type: ignore[arg-type]
 
 
 def test_only_writable_directories_are_writable() -> None:
@@ -236,7 +252,9 @@ def test_the_machine_has_what_was_asked_for() -> None:
     argv = _argv()
     for option, value in (("-smp", "3"), ("-m", "1G"), ("-kernel", "/kernel"), ("-initrd", "/initramfs")):
         assert argv[argv.index(option) + 1] == value
-    assert "+svm" in argv[argv.index("-cpu") + 1]
+    assert argv[argv.index("-cpu") + 1] == CPU and {"+svm", "-xsave", "-avx", "-avx2"} <= set(CPU.split(","))
+    changed = _argv(cpu="max,+svm,+xsave")
+    assert changed[changed.index("-cpu") + 1] == "max,+svm,+xsave"
     for fd, name in enumerate(PORTS):
         assert f"socket,id={name},fd={fd}" in argv and f"virtserialport,chardev={name},name={name}" in argv
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ cat
 cat /dev/stdin
 echo kept >"$1/by the command"
 echo lost >"$2/by the command" && echo "overlay=ok" >&2
+[ -e "$(dirname "$1")/not named" ] || echo "hidden=ok" >&2
+[ -s /etc/shadow ] || echo "shadow=hidden" >&2
+grep -qw memory /sys/fs/cgroup/cgroup.controllers && mkdir /sys/fs/cgroup/x && echo "cgroup2=ok" >&2
+modprobe br_netfilter && [ -d /sys/module/bridge ] && echo "modprobe=ok" >&2
+grep -cw -e avx -e avx2 -e xsave /proc/cpuinfo >/dev/null || echo "avx=none" >&2
 [ -c /dev/kvm ] && [ -c /dev/net/tun ] && echo "devices=ok" >&2
-python3 -c 'import fcntl, os; print("kvm=%d" % fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE00))' >&2
+"$3" -c 'import fcntl, os; print("kvm=%d" % fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE00))' >&2
 grep SigIgn /proc/self/status >&2
 echo "host=$(hostname)" >&2
 kill -USR1 $$
@@ -31,12 +37,12 @@ kill -USR1 $$
 def test_a_command_in_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if lacks := lab.missing():
         (pytest.skip if runs_linux() else pytest.fail)(f"LAYER MISSING: lab: {'; '.join(lacks)}")
-    for name in ("a directory", "kept, and kept", "lost"):
+    for name in ("a directory", "kept, and kept", "lost", "not named"):
         (tmp_path / name).mkdir()
     data = os.urandom(1 << 20)
     (tmp_path / "given").write_bytes(data)
     monkeypatch.chdir(tmp_path / "a directory")
-    argv = ["sh", "-c", SCRIPT, "sh", str(tmp_path / "kept, and kept"), str(tmp_path / "lost")]
+    argv = ["sh", "-c", SCRIPT, "sh", str(tmp_path / "kept, and kept"), str(tmp_path / "lost"), sys.executable]
     with (
         open(tmp_path / "given", "rb") as given,
         open(tmp_path / "out", "wb") as out,
@@ -51,7 +57,17 @@ def test_a_command_in_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "out").read_bytes() == data
     assert said.splitlines()[0] == str(tmp_path / "a directory")
     facts = dict(re.findall(r"^(\w+)=(.*)$", said, re.MULTILINE))
-    assert facts == {"overlay": "ok", "devices": "ok", "kvm": "12", "host": "pyvmm-lab"}, said
+    assert facts == {
+        "overlay": "ok",
+        "devices": "ok",
+        "kvm": "12",
+        "host": "pyvmm-lab",
+        "hidden": "ok",
+        "shadow": "hidden",
+        "cgroup2": "ok",
+        "modprobe": "ok",
+        "avx": "none",
+    }, said
     assert "SigIgn:\t0000000000000000" in said
     assert (tmp_path / "kept, and kept/by the command").read_text() == "kept\n"
     assert not os.listdir(tmp_path / "lost")

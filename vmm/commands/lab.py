@@ -9,6 +9,7 @@ import sys
 from vmm import lab
 from vmm.errors import ConfigError
 from vmm.kvm import runs_linux
+from vmm.lab.machine import CPU
 from vmm.options import parse_size
 
 
@@ -17,9 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     keep = "keep what is written in DIR; may be repeated"
     add("--write", metavar="DIR", action="append", default=[], help=keep)
+    add(
+        "--read", metavar="PATH", action="append", default=[],
+        help="show it this file or directory, too; may be repeated. It sees the system's directories, this one, and"
+        " what COMMAND names; what changes here while it runs it may see as it was",
+    )  # fmt: skip
+    add("--host-root", action="store_true", help="show it all files of this host")
     add("--timeout", metavar="S", type=float, default=600, help="seconds for everything (default: 600)")
     add("--cpus", metavar="N", type=int, default=2, help="CPUs of the machine (default: 2)")
     add("--memory", metavar="SIZE", default="3G", help="its memory (default: 3G)")
+    add("--cpu", metavar="MODEL", default=CPU, help=f"its CPU, as QEMU's -cpu takes it (default: {CPU})")
+    add("--qemu", metavar="PROGRAM", help="the QEMU to use; without it the newest there is")
     add("-v", "--verbose", action="store_true", help="show the machine's own console afterwards")
     add("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="what to run, with its arguments")
 
@@ -38,6 +47,6 @@ def main(args: argparse.Namespace) -> int:
     if runs_linux():
         print("pyvmm lab: this host's own KVM runs Linux; the lab is only slower", file=sys.stderr)
     return lab.run(
-        command, write=args.write, timeout=args.timeout, cpus=args.cpus, memory=args.memory,
-        verbose=args.verbose,
+        command, write=args.write, read=args.read, host_root=args.host_root, timeout=args.timeout, cpus=args.cpus,
+        memory=args.memory, cpu=args.cpu, qemu=args.qemu, verbose=args.verbose,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab: a machine with real KVM, emulated by QEMU, that sees this host's files; runs one command and ends.
 
-QEMU's TCG emulates AMD's SVM, so Debian's kernel in it has a working kvm_amd, on any host. The host's root is
-there read-only under an overlay of the lab's own: what the command writes is gone afterwards, except in
-directories given as writable. /proc, /sys, /dev and /run are the lab's own.
+QEMU's TCG emulates AMD's SVM, so Debian's kernel in it has a working kvm_amd, on any host. What the command needs of
+this host's files (needed.py) is there read-only under an overlay of the lab's own: what the command writes is gone
+afterwards, except in directories given as writable. /proc, /sys, /dev and /run are the lab's own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 
 from vmm.errors import ConfigError, VmmError
 from vmm.images.host import Progress
+from vmm.lab import qemu as qemus
 from vmm.lab.image import lab_image
-from vmm.lab.machine import Boot, Died, NotUp, console_of, missing, qemu_argv
+from vmm.lab.machine import CPU, Boot, Died, NotUp, console_of, in_view, missing, qemu_argv
+from vmm.lab.needed import needed
 from vmm.options import parse_size
 
 TYPE_CHECKING = False
@@ -45,9 +47,13 @@ def run(
     argv: Sequence[str],
     *,
     write: Sequence[str] = (),
+    read: Sequence[str] = (),
+    host_root: bool = False,
     timeout: float = 600,
     cpus: int = 2,
     memory: str = "3G",
+    cpu: str = CPU,
+    qemu: str | None = None,
     env: Mapping[str, str] | None = None,
     stdin: int | None = 0,
     stdout: int = 1,
@@ -57,14 +63,18 @@ def run(
     """Run a command in the lab, in this directory.
 
     :param write: directories that stay writable: what is written there is written here
+    :param read: files and directories that it sees, beside those it needs and names
+    :param host_root: it sees all files of this host
     :param timeout: seconds for everything, the machine's boot included
     :param memory: of the machine, as QEMU takes it
+    :param cpu: the machine's, as QEMU's -cpu takes it
+    :param qemu: the QEMU to use; None for the best there is
     :param env: the command's environment; None for what matters of ours
     :param stdin: descriptor it reads; None for none. A terminal gives it a terminal
     :param stdout: descriptor for its output, which comes byte for byte
     :param stderr: likewise for its errors
     :returns: its exit status, 128 + the number of the signal that ended it; 124 when the time was over
-    :raises ConfigError: a directory is not there, or the memory is more than this host has free
+    :raises ConfigError: a file or directory is not there, or the memory is more than this host has free
     :raises LabError: something is missing here, or the machine died, twice
     """
     if lacks := missing():
@@ -78,25 +88,40 @@ def run(
         if "\n" in path:
             raise ConfigError("--write", repr(path), "must not have a newline in its name")
         writable.append(os.path.realpath(path))
+    for path in read:
+        if not os.path.exists(path) or "\n" in path:
+            raise ConfigError("--read", repr(path) if "\n" in path else path, "is not there")
     size, free = parse_size("--memory", memory), _free_memory()
     if size > free:
         raise ConfigError("--memory", memory, f"this host has {free >> 20}M free")
-    image = lab_image(_progress())
+    say = _progress()
+    image = lab_image(say)
+    emulator = qemus.choose(qemu, say)
+    environment = _environment() if env is None else dict(env)
     deadline = time.monotonic() + timeout
     terminal = stdin is not None and os.isatty(stdin) and os.isatty(stdout)
-    with tempfile.TemporaryDirectory(prefix="pyvmm-lab-") as job:
-        Path(job, "run").write_text(_script(argv, _environment() if env is None else env))
+    with tempfile.TemporaryDirectory(prefix="pyvmm-lab-") as place:
+        job, view, listing = (f"{place}/{name}" for name in ("job", "view", "listing"))
+        os.mkdir(job)
+        os.mkdir(view)
+        Path(job, "run").write_text(_script(argv, environment))
         Path(job, "writable").write_text("".join(f"w{i} {path}\n" for i, path in enumerate(writable)))
+        Path(job, "modules").write_text(f"{image.version} {image.modules}\n")
+        shown = "\n".join([*needed(argv, environment, read), ""])
+        Path(listing).write_text(shown, encoding="utf-8", errors="surrogateescape")
         if terminal:
             columns, rows = os.get_terminal_size(stdout)
             Path(job, "terminal").write_text(f"{rows} {columns}\n")
-        for attempt in range(1, TRIES + 1):
-            boot = Boot(
-                lambda ports: qemu_argv(
-                    image, cpus=cpus, memory=f"{size >> 20}M", job=job, writable=writable, ports=ports
-                ),
-                stdin, stdout, stderr, framed=not terminal,
+
+        def command(ports: dict[str, int]) -> list[str]:
+            machine = qemu_argv(
+                emulator, image, cpu=cpu, cpus=cpus, memory=f"{size >> 20}M", job=job,
+                host="/" if host_root else view, writable=writable, ports=ports,
             )  # fmt: skip
+            return machine if host_root else in_view(machine, view, listing)
+
+        for attempt in range(1, TRIES + 1):
+            boot = Boot(command, emulator.env, stdin, stdout, stderr, framed=not terminal)
             try:
                 with boot:
                     status = _attended(boot, deadline, stdin if terminal else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmm.images import apt, cache_root, initramfs
-from vmm.images.host import Progress, silent
+from vmm.images.host import Progress, run, silent
 
 KERNEL_PACKAGE = "linux-image-amd64"
 MODULES = (
@@ -19,8 +19,9 @@ MODULES = (
 OPTIONAL_MODULES = ("vhost_net", "vhost_vsock", "loop")
 
 # The job directory, a 9p export of its own, says what to run: `run` (a script), `writable` (lines of tag and
-# path) and, where there is a terminal, `terminal` (rows and columns). Ports are virtio-console's, found by name.
-# On `control` init says "up" and "exit STATUS", and the host says names of signals for the command.
+# path), `modules` (the kernel's version, and where this host has its modules) and, where there is a terminal,
+# `terminal` (rows and columns). Ports are virtio-console's, found by name. On `control` init says "up" and
+# "exit STATUS", and the host says names of signals for the command.
 INIT = (
     initramfs.LOAD_MODULES
     + r"""
@@ -36,6 +37,7 @@ mkdir /rw/upper /rw/work
 mount -t overlay -o lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work overlay /new
 mount -t proc proc /new/proc
 mount -t sysfs sysfs /new/sys
+mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 mount --bind /dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
 for name in fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do
@@ -50,6 +52,15 @@ while IFS= read -r line; do
     mkdir -p "/new$path"
     share "${line%% *}" "/new$path" cache=mmap || exit
 done </job/writable
+read -r version modules </job/modules
+mkdir -p "/new/lib/modules/$version"
+mount --bind "/new$modules" "/new/lib/modules/$version"
+# What the kernel loads by itself it finds there, too, by the host's modprobe.
+if [ -L /new/sbin/modprobe ] || [ -x /new/sbin/modprobe ]; then
+    printf '#!/bin/sh\nexec chroot /new /sbin/modprobe "$@"\n' >/modprobe
+    chmod +x /modprobe
+    echo /modprobe >/proc/sys/kernel/modprobe
+fi
 hostname pyvmm-lab
 ip link set lo up
 chmod 666 /dev/kvm /dev/vhost-net /dev/vhost-vsock /dev/net/tun 2>/dev/null
@@ -89,10 +100,12 @@ reboot -f
 
 
 class LabImage(NamedTuple):
-    """Paths of the two files that QEMU boots."""
+    """Paths of the two files that QEMU boots; the kernel's version, and the directory of its modules."""
 
     kernel: str
     initramfs: str
+    version: str
+    modules: str
 
 
 def image_key(version: str) -> str:
@@ -108,6 +121,9 @@ def lab_image(progress: Progress = silent) -> LabImage:
     """
     package = apt.package(KERNEL_PACKAGE, progress=progress)
     kernel, version = apt.kernel_of(package.tree)
+    modules = apt.modules_root(package.tree)
+    if not (modules / version / "modules.dep").exists():  # installing the package would have made it
+        run(["depmod", "-b", str(modules.parents[1]), version])
     path = Path(cache_root(), "lab", f"{version}-{image_key(package.version)}.cpio")
     if not path.exists():
         data = initramfs.build_initramfs(package.tree, MODULES, INIT, optional=OPTIONAL_MODULES, progress=progress)
@@ -118,4 +134,4 @@ def lab_image(progress: Progress = silent) -> LabImage:
         for old in path.parent.glob("*.cpio"):
             if old != path:
                 old.unlink()
-    return LabImage(str(kernel), str(path))
+    return LabImage(str(kernel), str(path), version, str(modules / version))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 import shutil
 import signal
@@ -12,12 +13,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from vmm.lab import view
 from vmm.lab.image import LabImage
+from vmm.lab.qemu import NAME, Qemu
 
-QEMU = "qemu-system-x86_64"
+# TCG's SVM does not intercept XSETBV: with XSAVE, guests' FPU set-up is inconsistent, and Linux 6.18 panics there.
+# AVX, and what works on its registers, without XSAVE is what no CPU has, and Linux 7.2 panics there.
+CPU = "max,+svm,-xsave,-avx,-avx2,-fma,-f16c,-vaes"
 PORTS = ("in", "out", "err", "control")
 # A machine that is not up by then is stuck: the emulated CPUs starved each other. It takes 5 to 10 s.
 UP_SECONDS = 90
@@ -63,11 +68,14 @@ class NotUp(Died):
 
 
 def qemu_argv(
-    image: LabImage, *, cpus: int, memory: str, job: str, writable: Sequence[str], ports: dict[str, int]
-) -> list[str]:
+    qemu: Qemu, image: LabImage, *, cpu: str, cpus: int, memory: str, job: str, host: str, writable: Sequence[str],
+    ports: dict[str, int],
+) -> list[str]:  # fmt: skip
     """QEMU's command line.
 
+    :param cpu: its model and features, as QEMU's -cpu takes them
     :param job: directory that says what to run
+    :param host: directory that becomes the machine's root, read-only
     :param writable: directories to export writable, as ``w0``, ``w1``, ...
     :param ports: file descriptor of a connected socket for each of ``PORTS``
     """
@@ -80,13 +88,12 @@ def qemu_argv(
             "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
         ]  # fmt: skip
 
-    # TCG's SVM does not intercept XSETBV: with XSAVE, guests' FPU set-up is inconsistent, and Linux 6.18 panics there.
     argv = [
-        QEMU, "-name", "pyvmm-lab,debug-threads=on", "-accel", "tcg,thread=multi", "-cpu", "max,+svm,-xsave",
+        *qemu.argv, "-name", "pyvmm-lab,debug-threads=on", "-accel", "tcg,thread=multi", "-cpu", cpu,
         "-smp", str(cpus), "-m", memory, "-M", "q35", "-nodefaults", "-no-user-config", "-display", "none",
         "-no-reboot", "-kernel", image.kernel, "-initrd", image.initramfs, "-append",
         "console=ttyS0 quiet reboot=t panic=-1 mitigations=off random.trust_cpu=on",
-        "-serial", f"file:{job}/console", *export("host", "/", ",readonly=on"), *export("job", job, ""),
+        "-serial", f"file:{job}/console", *export("host", host, ",readonly=on"), *export("job", job, ""),
         "-device", "virtio-serial-pci",
     ]  # fmt: skip
     for index, path in enumerate(writable):
@@ -98,6 +105,11 @@ def qemu_argv(
     return argv
 
 
+def in_view(argv: list[str], directory: str, listing: str) -> list[str]:
+    """A command line that runs the other one where ``directory`` holds the paths of ``listing`` (view.py)."""
+    return [sys.executable, "-I", view.__file__, directory, listing, *argv]
+
+
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -106,6 +118,7 @@ class Boot:
     """One boot: ``run`` it, then ``close``. A context manager.
 
     :param argv: makes QEMU's command line of the ports' descriptors
+    :param env: of QEMU, beside ours
     :param stdin: descriptor the command reads from, or None
     :param framed: whether input goes in frames (image.py's ``feed``) or as it is, to a terminal
     :param stdout: descriptor for its output
@@ -115,6 +128,7 @@ class Boot:
     def __init__(
         self,
         argv: Callable[[dict[str, int]], list[str]],
+        env: Mapping[str, str],
         stdin: int | None,
         stdout: int,
         stderr: int,
@@ -133,7 +147,8 @@ class Boot:
         self._interrupts = 0
         self._ended = False
         self._process = subprocess.Popen(
-            argv(theirs), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            argv(theirs), env={**os.environ, **env},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             pass_fds=tuple(theirs.values()), start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
         for _, their in pairs.values():
@@ -255,7 +270,7 @@ class Boot:
         assert self._process.stderr is not None
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         ended = f"QEMU ended with status {self._process.returncode}"
-        return said[-1].removeprefix(f"{QEMU}: ") if said else ended
+        return re.sub(rf"^\S*{NAME}: ", "", said[-1]) if said else ended
 
     def close(self) -> None:
         """End the machine, if it still runs."""
@@ -278,8 +293,8 @@ def _read(fd: int) -> bytes:
 def missing() -> list[str]:
     """What the lab needs and this host lacks, a line each with what to do; empty: ready."""
     lacks = []
-    if shutil.which(QEMU) is None:
-        lacks.append(f"{QEMU} is not installed: apt-get install qemu-system-x86 seabios")
+    if shutil.which(NAME) is None:
+        lacks.append(f"{NAME} is not installed: apt-get install qemu-system-x86 seabios")
     if not sys.platform.startswith("linux"):
         lacks.append("the lab needs Linux")
     if os.geteuid():

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The QEMU that emulates the lab's machine: this host's, or a newer one of Debian's backports, unpacked in the cache.
+
+QEMU before 9.1 loses the interrupt shadow at VMRUN: a guest in the lab that executes `sti; hlt` now and then takes its
+interrupt between the two, and sleeps for ever (docs/SPECIFICATION.md has the counts).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from vmm.errors import ConfigError
+from vmm.images import apt, suites
+from vmm.images.host import Progress, PullError, silent
+
+NAME = "qemu-system-x86_64"
+WANTED = (9, 1)
+# The program; what it reads at the start: option ROMs, the BIOS.
+PACKAGES = ("qemu-system-x86", "qemu-system-data", "seabios")
+_DATA = ("usr/share/qemu", "usr/share/seabios")
+_LIBRARIES = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
+
+
+class Qemu(NamedTuple):
+    """A program to run, with its first arguments, and what its environment has beside ours."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    version: tuple[int, int]
+
+
+def choose(program: str | None = None, progress: Progress = silent) -> Qemu:
+    """The QEMU for the lab.
+
+    :param program: one that the user named; None for the best there is
+    :raises ConfigError: it is not a QEMU that runs here
+    """
+    own = Qemu((program or shutil.which(NAME) or NAME,), {}, (0, 0))
+    own = own._replace(version=_version(own))
+    if program is not None and own.version == (0, 0):
+        raise ConfigError("--qemu", program, "is not a QEMU that runs here")
+    if program is not None or own.version >= WANTED:
+        return own
+    try:
+        newer = _of_backports(progress)
+    except PullError as error:
+        progress(f"QEMU {'.'.join(map(str, own.version))}, in which a guest stops dead now and then: {error}", None)
+        return own
+    return newer
+
+
+def _version(qemu: Qemu) -> tuple[int, int]:
+    try:
+        said = subprocess.run(
+            [*qemu.argv, "--version"], env={**os.environ, **qemu.env}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    except OSError:
+        return 0, 0
+    found = re.match(r"QEMU emulator version (\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _of_backports(progress: Progress) -> Qemu:
+    """Debian's backport, with those of its libraries that this host has not installed.
+
+    :raises PullError: there is none, or it cannot be had
+    """
+    release = suites.own()
+    if release is None:
+        raise PullError("this host is not a Debian; another has no backport")
+    suite = f"{release}-backports"
+    trees = [apt.package(name, suite=suite, progress=progress).tree for name in PACKAGES]
+    program = trees[0] / "usr/bin" / NAME
+    missing = _lacks(program)
+    for name in apt.depends(PACKAGES[0], suite=suite) if missing else ():
+        if name.startswith("lib") and not _installed(name):
+            trees.append(apt.package(name, suite=suite, progress=progress).tree)
+    data = [option for tree in trees for path in _DATA if (tree / path).is_dir() for option in ("-L", str(tree / path))]
+    libraries = [str(tree / path) for tree in trees[len(PACKAGES) :] for path in _LIBRARIES if (tree / path).is_dir()]
+    qemu = Qemu((str(program), *data), {"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {}, (0, 0))
+    qemu = qemu._replace(version=_version(qemu))
+    if qemu.version < WANTED:
+        raise PullError(f"{suite}'s QEMU does not run here")
+    return qemu
+
+
+def _lacks(program: Path) -> bool:
+    # whether the linker misses a library
+    done = subprocess.run(["ldd", program], capture_output=True, text=True)
+    return done.returncode != 0 or "not found" in done.stdout
+
+
+def _installed(package: str) -> bool:
+    done = subprocess.run(["dpkg-query", "-W", "-f", "${db:Status-Status}", package], capture_output=True, text=True)
+    return "installed" in done.stdout.split()
