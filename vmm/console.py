@@ -12,6 +12,7 @@ A 16550A has no way to tell the guest how large the window is: SIGWINCH does not
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -44,6 +45,8 @@ INTERRUPT_SECONDS = 1.0
 DRAIN_SECONDS = 5.0
 # How long a reader who kept up so far may take a rest before output is lost.
 PATIENCE_MS = 100
+# How long we look away from a terminal that another job has.
+BACKGROUND_SECONDS = 0.5
 LIMITED_PIECE = 256  # bytes of output that pass a rate limit together
 PANIC = b"Kernel panic - not syncing"
 HELP = "press Ctrl-A x to quit, Ctrl-C twice to end the VM, Ctrl-A Ctrl-A for Ctrl-A itself"
@@ -99,7 +102,7 @@ class Console:
         self.lost = 0
         if mode in ("stdio", "raw"):
             self._out, self._in = 1, 0
-            if mode == "raw" and _of_another_job(0):
+            if mode == "raw" and _of_another_job(0, unknown=True):
                 self._in = None  # to touch it would stop us (SIGTTIN, SIGTTOU)
         elif mode.startswith("file:"):
             path = mode.removeprefix("file:")
@@ -211,8 +214,12 @@ class Console:
                 data = os.read(self._in, 4096)
             except BlockingIOError:
                 continue
-            except OSError:
-                return  # the terminal is gone
+            except OSError as error:
+                # This thread blocks SIGTTIN, so a read in the background fails instead of stopping us.
+                if error.errno != errno.EIO or not os.isatty(self._in):
+                    return  # the terminal is gone
+                select.select([self._wake], [], [], BACKGROUND_SECONDS)
+                continue
             if not data:
                 return  # end of the input; the guest runs on
             if self._typed is None:
@@ -253,13 +260,16 @@ class Console:
     # The terminal
 
     def enter_raw_mode(self) -> None:
-        """Give every key to the guest; also right after a SIGCONT, when the shell has set its own mode."""
+        """Give every key to the guest; a background job is stopped by this, as its shell wants it."""
         if self._closed or self._in is None or not os.isatty(self._in):
             return
         import atexit
         import termios
 
-        mode = termios.tcgetattr(self._in)
+        try:
+            mode = termios.tcgetattr(self._in)
+        except termios.error:
+            return  # the terminal is gone
         if self._saved is None:
             self._saved = [*mode[:6], list(mode[6])]
             atexit.register(self.restore_terminal)  # for a program that ends without close()
@@ -268,20 +278,20 @@ class Console:
         # OPOST stays: our own messages, and those of programs that share the terminal, still end their lines.
         mode[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
-        termios.tcsetattr(self._in, termios.TCSADRAIN, mode)
+        _set_mode(self._in, mode)
+
+    def continued(self) -> None:
+        """After a SIGCONT: in the foreground, where the shell has set its own mode, enter raw mode again."""
+        if self._in is not None and not _of_another_job(self._in):
+            self.enter_raw_mode()
 
     def restore_terminal(self) -> None:
         """Put the terminal back as it was; idempotent, and safe in a signal handler."""
         if self._saved is None or self._in is None:
             return
-        import termios
-
         saved, self._saved = self._saved, None
-        try:
-            # Not TCSADRAIN: a terminal whose output is stopped must not hold us.
-            termios.tcsetattr(self._in, termios.TCSANOW, saved)
-        except termios.error:
-            pass  # the terminal is gone
+        if not _of_another_job(self._in):  # which has set its own mode
+            _set_mode(self._in, saved)
 
     def close(self) -> None:
         """Restore the terminal, and write out what the guest has sent, for 5 seconds at most; idempotent."""
@@ -318,11 +328,26 @@ def _ended(thread: threading.Thread, seconds: float) -> bool:
     return not thread.is_alive()
 
 
-def _of_another_job(fd: int) -> bool:
+def _of_another_job(fd: int, *, unknown: bool = False) -> bool:
+    # `unknown` is the answer where both process groups are outside of our pid namespace.
     try:
-        return os.isatty(fd) and os.tcgetpgrp(fd) != os.getpgrp()
+        owner = os.tcgetpgrp(fd) if os.isatty(fd) else None
     except OSError:
         return False  # a terminal, but not ours to control
+    return owner is not None and (owner != os.getpgrp() or (owner == 0 and unknown))
+
+
+def _set_mode(fd: int, mode: list[Any]) -> None:
+    import termios
+
+    while True:
+        try:
+            # Not TCSADRAIN: a terminal whose output is stopped must not hold us.
+            termios.tcsetattr(fd, termios.TCSANOW, mode)
+            return
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                return  # the terminal is gone, or an orphaned job's
 
 
 def _tell(text: str) -> None:

@@ -32,6 +32,7 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 # SECBIT_NOROOT, SECBIT_NO_CAP_AMBIENT_RAISE, no KEEP_CAPS, no NO_SETUID_FIXUP, all locked: uid 0 is nobody special.
 SECURE_BITS = 0xEB
 CAPABILITY_VERSION_3 = 0x2008_0522
+CAP_DAC_OVERRIDE = 1 << 1
 SYS_PIVOT_ROOT = 155
 DEFAULT_NO_FILE = 2048
 # Directories of the jail, and its devices: path, major, minor.
@@ -103,9 +104,8 @@ class Jail:
         self._set_limits()
         self.cgroups.enter()
         null = _open(os.devnull, os.O_RDWR) if self.daemonize else -1
-        userfaultfd = _misc_minor("userfaultfd")
         self._pivot()
-        self._furnish(userfaultfd)
+        self._furnish()
         if self.daemonize:
             self._word = _daemonize(null)
             self._null = null
@@ -153,13 +153,12 @@ class Jail:
         os.rmdir("old_root")
         os.chroot(".")
 
-    def _furnish(self, userfaultfd: int | None) -> None:
+    def _furnish(self) -> None:
         for folder in FOLDERS:
             _reach("make", folder, os.makedirs, folder, exist_ok=True)
             os.chmod(folder, 0o700)
             os.chown(folder, self.uid, self.gid)
-        devices = [*DEVICES] + ([("/dev/userfaultfd", 10, userfaultfd)] if userfaultfd is not None else [])
-        for path, major, minor in devices:
+        for path, major, minor in DEVICES:
             _reach("mknod", path, os.mknod, path, stat.S_IFCHR | 0o600, os.makedev(major, minor))
             os.chown(path, self.uid, self.gid)
 
@@ -306,19 +305,6 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
-def _misc_minor(name: str) -> int | None:
-    # Devices without a fixed number; None: this kernel has it not.
-    try:
-        with open("/proc/misc") as misc:
-            for line in misc:
-                minor, device = line.split()
-                if device == name:
-                    return int(minor)
-    except OSError:
-        pass
-    return None
-
-
 def _daemonize(null: int) -> int:
     # Twice: after the first we lead no process group, as setsid wants it; after the second we can get no terminal. The
     # process that was started waits for a word of how it went, which goes to what is returned.
@@ -362,7 +348,9 @@ def _drop_privileges(uid: int, gid: int) -> None:
     except OSError as error:
         raise HostError(error.errno or 0, f"become {uid}:{gid}") from None
     header = _CapHeader(CAPABILITY_VERSION_3, 0)
-    _call("capset", ctypes.byref(header), (ctypes.c_uint32 * 6)())
+    # A jail of root's opens what root opens: a file of another user's, a FIFO of mode 0, as Kata makes them.
+    kept = CAP_DAC_OVERRIDE if uid == 0 else 0
+    _call("capset", ctypes.byref(header), (ctypes.c_uint32 * 6)(kept, kept))
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 

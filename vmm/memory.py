@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 
@@ -32,6 +33,7 @@ _RUNS_MAX = 512
 _PIECES_MAX = 4096
 _HOLE_LEAST = 64 << 10
 _HUGE_2MB = os.MFD_HUGETLB | os.MFD_HUGE_2MB
+_MAP_HUGE_2MB = 0x4_0000 | 21 << 26  # MAP_HUGETLB and its MAP_HUGE_2MB
 
 
 _pagemap = -1
@@ -128,7 +130,8 @@ class GuestMemory(GuestRam):
     :param size: bytes, a positive multiple of the page size (4096)
     :param huge: in pages of 2 MiB that the host has set aside (hugetlbfs); `size` is a multiple of that then
     :param pieces: what is in it, disjoint and in order of address, as ``freeze`` returns it; it is mapped and not
-        copied, and stays as it is. None: zeros, in a memfd a region
+        copied, and stays as it is. None: zeros, in a memfd a region; in memory without a file where RLIMIT_FSIZE
+        allows no memfd of that size
     :raises ConfigError: size is not that
     :raises HostError: the host has no room to map it
     """
@@ -142,22 +145,35 @@ class GuestMemory(GuestRam):
         self.regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] | None = None if pieces is None else list(pieces)
         try:
-            for gpa, length in spans(size):
-                if pieces is None:
-                    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | (_HUGE_2MB if huge else 0))
-                    self.regions += (Region(gpa, length, MemoryFile(fd)),)
-                    os.ftruncate(fd, length)
-                    # Huge pages are reserved: one that is not there at a touch would kill us.
-                    self.map_region(gpa, mmap.mmap(fd, length, flags=mmap.MAP_SHARED if huge else _MAP_FLAGS))
-                else:
-                    self.regions += (Region(gpa, length, None),)
-                    self.map_region(gpa, mmap.mmap(-1, length, flags=_PRIVATE_FLAGS))
+            files = self._files() if pieces is None else None
+            if files is None and not huge and pieces is None:
+                self._pieces = pieces = [Piece(*span, None) for span in spans(size)]
+            # Huge pages are reserved: one that is not there at a touch would kill us.
+            shared = mmap.MAP_SHARED if huge else _MAP_FLAGS
+            lone = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_HUGE_2MB if huge and pieces is None else _PRIVATE_FLAGS
+            for place, (gpa, length) in enumerate(spans(size)):
+                file = files[place] if files is not None else None
+                self.regions += (Region(gpa, length, file),)
+                self.map_region(gpa, mmap.mmap(file.fd if file else -1, length, flags=shared if file else lone))
             for piece in pieces or ():
                 self._map_piece(piece)
         except OSError as error:
             self.close()
             pages = " in huge pages (/proc/sys/vm/nr_hugepages)" if huge else ""
             raise HostError(error.errno or 0, f"map {size >> 20} MiB of guest memory{pages}") from error
+
+    def _files(self) -> list[MemoryFile] | None:
+        # A memfd a region; None: the limit on the size of files, which a memfd is, allows none so large.
+        files = []
+        for _, length in spans(self.size):
+            files.append(MemoryFile(os.memfd_create("guest-ram", os.MFD_CLOEXEC | (_HUGE_2MB if self.huge else 0))))
+            try:
+                os.ftruncate(files[-1].fd, length)
+            except OSError as error:
+                if error.errno != errno.EFBIG:
+                    raise
+                return None
+        return files
 
     def _map_piece(self, piece: Piece) -> None:
         fd = piece.file.fd if piece.file is not None else -1

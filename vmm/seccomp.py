@@ -46,7 +46,9 @@ _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUN
 _SIOCGIFINDEX = 0x8933
 _PAGEMAP_SCAN = 0xC060_6610
 _KICK = 34  # SIGRTMIN as glibc has it
-_TERMINAL = (0x5401, 0x5402, 0x5403, 0x5404, 0x5413)  # TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ
+# TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ, TIOCGPGRP; and what glibc 2.42 has for the first four, of termios2.
+_TERMINAL = (0x5401, 0x5402, 0x5403, 0x5404, 0x5413, 0x540F, 0x802C_542A, 0x402C_542B, 0x402C_542C, 0x402C_542D)
+_IS_TERMINAL = (0x5401, 0x802C_542A)
 _DESCRIPTOR = (0x5421, 0x5451)  # FIONBIO, FIOCLEX
 # BLKROGET, BLKSSZGET, BLKIOMIN, BLKIOOPT, BLKPBSZGET, BLKGETSIZE64
 _BLOCK_ASK = (0x125E, 0x1268, 0x1278, 0x1279, 0x127B, 0x8008_1272)
@@ -82,7 +84,7 @@ _COMMON = (
     ("newfstatat", ((3, _AT_EMPTY_PATH, _AT_EMPTY_PATH),)),
     *_ints("prctl", 0, _PR_SET_NAME),
     *_ints("fcntl", 1, *_FCNTL),
-    *_ioctl(_TERMINAL[0]),  # a message asks whether stderr is a terminal
+    *_ioctl(*_IS_TERMINAL),  # a message asks whether stderr is one
 )
 _EVENTS = _allow("epoll_wait epoll_pwait epoll_ctl timerfd_settime")
 _STREAM = _allow("readv sendmsg recvmsg recvfrom sendto")
@@ -110,10 +112,10 @@ _SHARE = (
 # By kind of thread, what it has beside _COMMON.
 KINDS: dict[str, tuple[Rule, ...]] = {
     # The main thread, once the machine runs; it ends it.
-    "vmm": (*_ENDING, *_allow("openat rt_sigaction pipe2"), *_ioctl(*_TERMINAL)),
+    "vmm": (*_ENDING, *_allow("openat rt_sigaction pipe2 getpgrp"), *_ioctl(*_TERMINAL)),
     # The API, once the machine runs: PATCHes open files, and it may be this thread that ends the machine.
     "api": (
-        *_ENDING, *_EVENTS, *_STREAM, *_SOCKETS, *_FILES, *_SNAPSHOT,
+        *_ENDING, *_EVENTS, *_STREAM, *_SOCKETS, *_FILES, *_SNAPSHOT, *_allow("getpgrp"),
         *_ioctl(*_TERMINAL, *_DESCRIPTOR, *_BLOCK_ASK),
     ),
     # It activates and resets devices, too, and says why a guest ended.
@@ -144,6 +146,7 @@ _BUILD = (
         "memfd_create eventfd2 timerfd_create epoll_create1 pipe2 getdents64 readlinkat access faccessat2 stat lstat"
         " getuid geteuid getgid getegid uname sysinfo rt_sigaction sigaltstack bind listen statfs fstatfs fadvise64"
         " unlinkat rename sched_getaffinity getrusage mincore mlock mkdir umask chmod times statx dup dup2 select"
+        " getpgrp"
     ),
     *_allow("mmap mprotect"),  # executable, too: extension modules of devices are imported when they are needed
     *_ints("prlimit64", 0, 0),

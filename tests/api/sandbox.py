@@ -218,7 +218,7 @@ class Go(Sandbox):
         self._lay(f"{self.root}/fcConfig.json", FIXTURES / self.runtime / "fcConfig.json")
         self.fifos = {}
         for name in ("logs", "metrics"):
-            os.mkfifo(fifo := self.path(f"{self.root}/{name}.fifo"), 0o600)
+            os.mkfifo(fifo := self.path(f"{self.root}/{name}.fifo"), 0)  # as Kata's syscall.Mkfifo
             self.fifos[name] = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         with open(self.room / "console", "wb") as console:
             self._launch(self.options(), environment or {}, stdout=console.fileno(), stderr=console.fileno())

@@ -78,19 +78,28 @@ class Jailed:
         self.put("config.json", json.dumps({name.replace("_", "-"): body for name, body in sections.items()}).encode())
         return "--config-file", "/config.json"
 
-    def command(self, *options: str, vmm: tuple[str, ...] = (), recorded: bool = False) -> list[str]:
-        """The command line."""
+    def command(
+        self, *options: str, vmm: tuple[str, ...] = (), recorded: bool = False, jailer: str | None = None
+    ) -> list[str]:
+        """The command line; of `jailer`, if it is another's."""
+        if jailer is not None:
+            user = str(self.uid)
+            line = [jailer, "--id", ID, "--exec-file", str(self.program), "--uid", user, "--gid", user]
+            return [*line, "--chroot-base-dir", str(self.base), *options, "--", *vmm]
         program = [str(ROOT / "tests/jail/recorded.py")] if recorded else [str(ROOT / "vmm/cli.py"), "jailer"]
         return [
             sys.executable, *program, "--id", ID, "--exec-file", str(self.program), f"--uid={self.uid}",
             "--gid", str(self.uid), "--chroot-base-dir", str(self.base), *options, "--", *vmm,
         ]  # fmt: skip
 
-    def start(self, *options: str, vmm: tuple[str, ...] = (), recorded: bool = False) -> Jailed:
+    def start(
+        self, *options: str, vmm: tuple[str, ...] = (), recorded: bool = False, command: str | None = None
+    ) -> Jailed:
         """Start it."""
         self.process = subprocess.Popen(
-            self.command(*options, vmm=vmm, recorded=recorded), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "SECRET": "not for the jail"}, cwd=ROOT,
+            self.command(*options, vmm=vmm, recorded=recorded, jailer=command), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "SECRET": "not for the jail"},
         )  # fmt: skip
         return self
 

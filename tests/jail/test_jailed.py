@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from benches.peers.firecracker import jailer
+from tests.api.oracle import firecracker
 from tests.jail.jailed import PATIENCE, UID, Jailed, until
 from tests.kvm.guests import write_guest
 from tests.kvm.ring3 import Words, kernel
@@ -230,6 +233,51 @@ def test_nothing_is_imported_in_a_jail_that_is_driven_by_its_socket(jail: Jailed
     os.kill(jail.pid, signal.SIGTERM)
     assert jail.end().splitlines()[-1] == "imports tried in the jail:"
     assert (jail.root / "metrics").read_text().count("\n") >= 2
+
+
+@pytest.mark.parametrize("peer", ["pyvmm", "Firecracker 1.12.1"])
+def test_a_jail_of_root_opens_what_root_opens(tmp_path: Path, peer: str) -> None:
+    jail = Jailed(tmp_path, uid=0)
+    try:
+        for name in ("log", "metrics"):
+            os.mkfifo(jail.root / name)
+            (jail.root / name).chmod(0)
+        jail.put("kernel", Path(write_guest(jail.base, IDLE)))
+        jail.put("disk", bytes(DISK))
+        for name in ("kernel", "disk"):
+            os.chown(jail.root / name, UID, UID)
+            (jail.root / name).chmod(0o600)
+        fifos = [os.open(jail.root / name, os.O_RDONLY | os.O_NONBLOCK) for name in ("log", "metrics")]
+        command = None
+        if peer != "pyvmm":
+            jail.program.unlink()
+            shutil.copy(firecracker(), jail.program)
+            command = jailer()
+        jail.start(command=command)
+        for path, body in (
+            ("/logger", {"log_path": "/log", "level": "Debug"}), ("/metrics", {"metrics_path": "/metrics"}),
+            ("/boot-source", {"kernel_image_path": "/kernel", "boot_args": ""}), ("/drives/d", disk()),
+            ("/machine-config", {"vcpu_count": 1, "mem_size_mib": 32}), ("/actions", {"action_type": "InstanceStart"}),
+        ):  # fmt: skip
+            answer = jail.request("PUT", path, body)
+            assert answer[0] == 204, (path, answer)
+        assert os.read(fifos[0], 1 << 16)
+        for fd in fifos:
+            os.close(fd)
+    finally:
+        jail.close()
+
+
+def test_a_jail_of_root_has_one_capability(tmp_path: Path) -> None:
+    jail = Jailed(tmp_path, uid=0)
+    try:
+        jail.start()
+        jail.request("GET", "/")
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{jail.pid}/status").read_text().splitlines())
+        have = [int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")]
+        assert have == [0, 2, 2, 0, 0]
+    finally:
+        jail.close()
 
 
 def test_a_daemon_in_a_pid_namespace_of_its_own(jail: Jailed) -> None:

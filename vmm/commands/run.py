@@ -198,7 +198,10 @@ def _terminal_size() -> str:
     # A serial line cannot say how large the terminal is; our images' init takes it from the command line.
     if not os.isatty(1):
         return ""
-    columns, lines = os.get_terminal_size(1)
+    try:
+        columns, lines = os.get_terminal_size(1)
+    except OSError:
+        return ""  # it has been hung up
     return f"LINES={lines} COLUMNS={columns} TERM={os.environ.get('TERM', 'vt100')}"
 
 
@@ -261,7 +264,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
         vm.stop()
 
     signals.on_end(on_signal)
-    signal.signal(signal.SIGCONT, lambda number, frame: vm.console.enter_raw_mode())
+    signal.signal(signal.SIGCONT, lambda number, frame: vm.console.continued())
     launched.settle()
     vm.start()
     threads.enter("vmm")

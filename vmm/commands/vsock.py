@@ -74,7 +74,12 @@ def bridge(stream: socket.socket, source: int, sink: int) -> None:
             poll.register(source, select.POLLIN)
         ready = dict(poll.poll())
         if source in ready:
-            waiting = os.read(source, _CHUNK)
+            try:
+                waiting = os.read(source, _CHUNK)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                waiting = b""  # a terminal that has been hung up
             more = bool(waiting)
             if not more:
                 stream.shutdown(socket.SHUT_WR)
