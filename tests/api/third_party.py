@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benches.peers.firecracker import Missing
+from benches.peers.firecracker import Missing, pip
 from tests.api.sandbox import Agent
 from vmm.images import apt, cache_root
 
@@ -59,9 +59,7 @@ def installed() -> Path:
     place = Path(cache_root(), "clients", key)
     if not place.exists():
         new = place.with_suffix(".new")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(new)]
-        if subprocess.run([*pip, *WHEELS], capture_output=True).returncode:
-            raise Missing(f"clients: pip cannot install {' '.join(WHEELS)}")
+        pip("clients", "install", "--upgrade", "--target", str(new), *WHEELS)
         new.rename(place)
     return place
 

