@@ -110,6 +110,10 @@ cdef extern from *:
     static inline int fs_has(const struct __user_cap_data_struct *d, int cap) {
         return d[cap / 32].effective >> cap % 32 & 1;
     }
+    static int fs_reads_all(void) {
+        struct __user_cap_data_struct data[2];
+        return fs_capget(data) == 0 && (fs_has(data, CAP_DAC_OVERRIDE) || fs_has(data, CAP_DAC_READ_SEARCH));
+    }
     static inline int fs_own(int proc_fd) {
         /* A umask and a working directory of the thread's own; a container may refuse them. */
         if (unshare(CLONE_FS) < 0 || fchdir(proc_fd) < 0)
@@ -176,6 +180,7 @@ cdef extern from *:
     void fs_store(int *p, int v) noexcept nogil
     long fs_getdents(int fd, void *buffer, size_t size) noexcept nogil
     int fs_capset(const __user_cap_data_struct *data) noexcept nogil
+    bint fs_reads_all() noexcept nogil
     bint fs_own(int proc_fd) noexcept nogil
     int fs_squash(uint32_t uid, uint32_t gid) noexcept nogil
     bint fs_prepare(__user_cap_data_struct *full, __user_cap_data_struct *create,

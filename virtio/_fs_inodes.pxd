@@ -29,6 +29,7 @@ cdef struct Node:
     uint32_t generation         # upper half of its node id: an id is used once
     uint32_t index
     uint32_t next               # in its hash chain, or in the free list
+    uint32_t opened             # the first of its open handles that can be read, 0: there is none
     bint hashed                 # it is in a chain: a look-up may find it
     bint recent                 # it was used since the clock's hand came by
     bint ghost                  # the guest has forgotten it, but may have a file handle (knfsd's) with its id

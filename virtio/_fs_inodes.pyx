@@ -295,7 +295,7 @@ cdef class Inodes:
             node = self._node(index)
         node.generation = generation + 1
         node.index = index
-        node.nlookup = node.refs = 0
+        node.nlookup = node.refs = node.opened = 0
         node.parent = 0
         node.name = NULL
         node.hashed = node.ghost = False

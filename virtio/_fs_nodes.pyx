@@ -6,8 +6,8 @@ A name from the guest is one component, judged, and used at a descriptor that th
 is opened anew through /proc/self/fd, and only as the type of file that it is known to be. No path is ever put together.
 """
 from libc.errno cimport (
-    EACCES, EBADF, EEXIST, EINVAL, EIO, EISDIR, ELOOP, ENFILE, ENOENT, ENOSYS, ENOTDIR, ENXIO, EOPNOTSUPP, ERANGE,
-    EROFS, ESTALE, errno,
+    EACCES, EBADF, EEXIST, EINVAL, EIO, EISDIR, ELOOP, ENFILE, ENOENT, ENOSYS, ENOTDIR, ENXIO, EOPNOTSUPP, EPERM,
+    ERANGE, EROFS, ESTALE, errno,
 )
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memmove, memset, strcmp, strlen
@@ -179,6 +179,10 @@ cdef class NodeOperations(Agent):
             elif valid & FATTR_MTIME_NOW:
                 times[1].tv_nsec = UTIME_NOW
             status = utimensat(AT_FDCWD, self.path_of(node.fd), times, 0)
+            if status < 0 and errno == EPERM and valid & FATTR_FH and valid & FATTR_CTIME and not valid & FATTR_ATIME:
+                # A guest that keeps pages tells when they were written, by a file that it has open. Whose file that
+                # is does not matter for writing; the time is then that of the host's write.
+                status = 0
         if status < 0 and error == 0:
             error = errno
         if handle != NULL:
@@ -343,6 +347,7 @@ cdef class NodeOperations(Agent):
         cdef bint writable = arg.flags & FUSE_SETUPMAPPING_FLAG_WRITE
         cdef int64_t result
         cdef int fd
+        cdef Handle *handle
         if self.share.window is None:
             return -ENOSYS
         if arg.flags & ~<uint64_t>(FUSE_SETUPMAPPING_FLAG_WRITE | FUSE_SETUPMAPPING_FLAG_READ) \
@@ -350,6 +355,12 @@ cdef class NodeOperations(Agent):
             return -EINVAL
         if writable and self.share.read_only:
             return -EROFS
+        # What the guest has open needs no permission once more: the host might say no.
+        handle = self.table.handle_of(node, writable)
+        if handle != NULL:
+            result = self.share.window.map(handle.fd, arg.foffset, arg.len, arg.moffset, writable)
+            self.table.handle_put(handle)
+            return result
         fd = self.opened(node, (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
         if fd < 0:
             return -errno
@@ -419,12 +430,13 @@ cdef class NodeOperations(Agent):
         # Of what the guest asks, that which means something for a regular file here. O_DIRECT is the guest's own.
         # O_APPEND may change while the file is open: each WRITE says how it is.
         cdef int flags = <int>wanted & (O_ACCMODE | O_TRUNC | O_SYNC | O_DSYNC)
-        if self.share.writeback and flags & O_ACCMODE == O_WRONLY:
-            flags = flags & ~O_ACCMODE | O_RDWR     # the guest's cache fills pages by reading
+        if (self.share.writeback or self.share.window is not None) and flags & O_ACCMODE == O_WRONLY:
+            flags = flags & ~O_ACCMODE | O_RDWR     # the guest's cache fills pages by reading, a mapping is read
         return flags | O_CLOEXEC | O_NOCTTY
 
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil:
         cdef int flags = self.host_flags(wanted), fd, error
+        cdef uint32_t open_flags = self.share.open_flags
         if node.type != S_IFREG:
             return -EISDIR if node.type == S_IFDIR else -ELOOP if node.type == S_IFLNK else -ENXIO
         if self.share.read_only and (wanted & O_ACCMODE != O_RDONLY or wanted & (O_TRUNC | O_CREAT)):
@@ -433,14 +445,18 @@ cdef class NodeOperations(Agent):
         if kill:
             fs_capset(self.credentials.no_fsetid)
         fd = self.opened(node, flags)
+        if fd < 0 and errno == EACCES and wanted & O_ACCMODE == O_WRONLY and flags & O_ACCMODE == O_RDWR:
+            flags = flags & ~O_ACCMODE | O_WRONLY       # a file that may be written, not read: past the guest's cache
+            open_flags |= FOPEN_DIRECT_IO
+            fd = self.opened(node, flags)
         error = errno
         if kill:
             fs_capset(self.credentials.full)
         if fd < 0:
             return -error
         memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, FILE, node, (flags & O_DSYNC) != 0)
-        out.open_flags = self.share.open_flags
+        out.fh = self.table.handle_add(fd, FILE, node, flags)
+        out.open_flags = open_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
     cdef int64_t op_opendir(self, Node *node, uint64_t nodeid) noexcept nogil:
@@ -452,7 +468,7 @@ cdef class NodeOperations(Agent):
         if fd < 0:
             return -errno
         memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, DIRECTORY, node, False)
+        out.fh = self.table.handle_add(fd, DIRECTORY, node, O_RDONLY)
         out.open_flags = self.share.dir_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
@@ -504,7 +520,7 @@ cdef class NodeOperations(Agent):
                 close(fd)
                 return -ESTALE
             memset(opened, 0, sizeof(fuse_open_out))
-            opened.fh = self.table.handle_add(fd, FILE, made, (flags & O_DSYNC) != 0)
+            opened.fh = self.table.handle_add(fd, FILE, made, flags)
             self.table.node_put(made)
             opened.open_flags = self.share.open_flags
             result = sizeof(fuse_open_out) if opened.fh else -ENFILE

@@ -35,7 +35,7 @@ cdef class Share:
     cdef bint submounts         # other mounts below the directory are entered
     cdef bint announces         # the guest knows what FUSE_ATTR_SUBMOUNT says
     cdef bint squash
-    cdef uint32_t uid           # with squash: whose every access is
+    cdef uint32_t uid           # whose every access is, but for what root makes for the guest's users
     cdef uint32_t gid
     cdef uint64_t valid         # seconds that the guest may believe what it was told
     cdef uint32_t open_flags    # FOPEN_* of every file
@@ -48,6 +48,7 @@ cdef class Share:
 
 # What the thread may do as whom.
 cdef struct Credentials:
+    bint reads_all              # whatever a file's mode says
     bint switches               # it can take on the user that the guest names
     __user_cap_data_struct[2] full
     __user_cap_data_struct[2] create        # of that user, while a file is made: the guest's kernel has judged
@@ -91,6 +92,7 @@ cdef class Agent:
 
     cdef int enter(self) noexcept nogil         # once on the thread; 0 or an errno
     cdef const char *path_of(self, int fd) noexcept nogil
+    cdef bint may_read(self, const statx *st) noexcept nogil
     cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil

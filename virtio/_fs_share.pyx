@@ -59,9 +59,8 @@ cdef class Share:
         if keep_cache:
             self.open_flags, self.dir_flags = FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR
         self.window = Window(dax) if dax else None
-        if squash is not None:
-            self.squash = True
-            self.uid, self.gid = squash
+        self.squash = squash is not None
+        self.uid, self.gid = squash or (os.geteuid(), os.getegid())
 
     def clear(self):
         """Forget what the guest was told: its driver is gone."""
@@ -123,6 +122,7 @@ cdef class Agent:
             self.credentials.switches = fs_prepare(
                 self.credentials.full, self.credentials.create, self.credentials.create_sgid,
                 self.credentials.no_fsetid)
+        self.credentials.reads_all = fs_reads_all()
         return 0
 
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
@@ -145,6 +145,15 @@ cdef class Agent:
             self.path[self.path_start + i] = digits[n - 1 - i]
         self.path[self.path_start + n] = 0
         return self.path
+    cdef bint may_read(self, const statx *st) noexcept nogil:
+        # By the mode alone: whom other groups or an ACL let read is not known.
+        cdef uint32_t mode = st.stx_mode
+        if st.stx_uid == self.share.uid:
+            mode >>= 6
+        elif st.stx_gid == self.share.gid:
+            mode >>= 3
+        return self.credentials.reads_all or mode & 4
+
     cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil:
         attr.ino = st.stx_ino
         attr.size = st.stx_size
@@ -162,7 +171,9 @@ cdef class Agent:
         # new_encode_dev() of Linux
         attr.rdev = (st.stx_rdev_minor & 0xff) | st.stx_rdev_major << 8 | (st.stx_rdev_minor & ~<uint32_t>0xff) << 12
         attr.blksize = st.stx_blksize
-        attr.flags = FUSE_ATTR_DAX if self.share.dax_inodes and st.stx_mode & S_IFMT == S_IFREG else 0
+        # A mapping is read, too.
+        attr.flags = FUSE_ATTR_DAX if self.share.dax_inodes and st.stx_mode & S_IFMT == S_IFREG \
+            and self.may_read(st) else 0
 
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil:
         entry.nodeid = nodeid

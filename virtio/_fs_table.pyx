@@ -4,6 +4,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from virtio._fs_host cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY
 from virtio._fs_inodes cimport ROOT, Inodes, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
@@ -41,7 +42,7 @@ cdef class Table(Inodes):
     cdef Handle *_handle(self, uint32_t index) noexcept nogil:
         return &self.handle_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
 
-    cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, bint synchronous) noexcept nogil:
+    cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, int flags) noexcept nogil:
         cdef uint64_t fh = 0
         cdef uint32_t index
         cdef Handle *handle = NULL
@@ -68,9 +69,13 @@ cdef class Table(Inodes):
             handle.node = node
             handle.nodeid = <uint64_t>node.generation << 32 | node.index
             node.refs += 1
-            handle.synchronous = synchronous
+            handle.synchronous = flags & O_DSYNC
+            handle.writes = flags & O_ACCMODE == O_RDWR
             handle.refs = 0
             handle.live = handle.open = True
+            handle.after = handle.before = 0
+            if kind == FILE and flags & O_ACCMODE != O_WRONLY:
+                self._join(handle)
             self.handles += 1
             fh = <uint64_t>handle.generation << 32 | index
             fd = -1
@@ -93,6 +98,40 @@ cdef class Table(Inodes):
         pthread_mutex_unlock(&self.lock)
         return handle
 
+    cdef Handle *handle_of(self, Node *node, bint writes) noexcept nogil:
+        cdef Handle *handle = NULL
+        pthread_mutex_lock(&self.lock)
+        if node.opened:
+            handle = self._handle(node.opened)
+            if writes and not handle.writes:
+                handle = NULL
+            else:
+                handle.refs += 1
+        pthread_mutex_unlock(&self.lock)
+        return handle
+
+    cdef void _join(self, Handle *handle) noexcept nogil:
+        # Before the first: a ring's end. What can be written becomes the first.
+        cdef Handle *first
+        if handle.node.opened == 0:
+            handle.before = handle.after = handle.node.opened = handle.index
+            return
+        first = self._handle(handle.node.opened)
+        handle.before, handle.after = first.before, first.index
+        self._handle(first.before).after = handle.index
+        first.before = handle.index
+        if handle.writes:
+            handle.node.opened = handle.index
+
+    cdef void _part(self, Handle *handle) noexcept nogil:
+        if handle.after == 0:
+            return
+        self._handle(handle.before).after = handle.after
+        self._handle(handle.after).before = handle.before
+        if handle.node.opened == handle.index:
+            handle.node.opened = handle.after if handle.after != handle.index else 0
+        handle.after = handle.before = 0
+
     cdef void handle_put(self, Handle *handle) noexcept nogil:
         cdef int fd = -1
         cdef Node *node = handle.node
@@ -106,6 +145,7 @@ cdef class Table(Inodes):
             self.node_put(node)
 
     cdef int _drop_handle(self, Handle *handle) noexcept nogil:
+        self._part(handle)
         handle.live = False
         handle.next = self.free_handle
         self.free_handle = handle.index
@@ -118,6 +158,7 @@ cdef class Table(Inodes):
             return False
         pthread_mutex_lock(&self.lock)
         handle.open = False
+        self._part(handle)
         pthread_mutex_unlock(&self.lock)
         self.handle_put(handle)
         return True
@@ -134,6 +175,7 @@ cdef class Table(Inodes):
             fd = -1
             if handle.live:
                 handle.open = False
+                self._part(handle)
                 node = handle.node
                 if handle.refs == 0:
                     fd = self._drop_handle(handle)

@@ -204,6 +204,12 @@ class FuseClient:
     def open(self, nodeid: int, flags: int = os.O_RDONLY, *, open_flags: int = 0) -> int:
         return int(struct.unpack_from("<Q", self.ask(OPEN, nodeid, struct.pack("<II", flags, open_flags)))[0])
 
+    def open_flags(self, nodeid: int, flags: int = os.O_RDONLY) -> int:
+        """How the guest is to use a file that it opens, FOPEN_*."""
+        fh, open_flags = struct.unpack_from("<QI", self.ask(OPEN, nodeid, struct.pack("<II", flags, 0)))
+        self.release(nodeid, fh)
+        return int(open_flags)
+
     def opendir(self, nodeid: int = ROOT) -> int:
         return int(struct.unpack_from("<Q", self.ask(OPENDIR, nodeid, bytes(8)))[0])
 
