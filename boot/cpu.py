@@ -17,6 +17,8 @@ BOOT_CS = 0x10
 BOOT_DS = 0x18
 BOOT_TSS = 0x20
 
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1  # as <asm/kvm.h> spells it
+
 CR0_PE = 1 << 0
 CR0_ET = 1 << 4
 CR0_PG = 1 << 31
@@ -126,6 +128,8 @@ def shape_cpuid(
     """
     core_bits = (count - 1).bit_length()
     thread_bits = (threads - 1).bit_length()
+    for leaf in (0xB, 0x1F):
+        _extended_topology(entries, leaf, index, (thread_bits, threads, 1), (core_bits, count, 2))
     for entry in entries:
         match entry.function:
             case 0x1:
@@ -141,15 +145,6 @@ def shape_cpuid(
                     shared = (1 << core_bits) - 1 if entry.eax >> 5 & 7 >= 3 else threads - 1
                     cores = (1 << core_bits - thread_bits) - 1
                     entry.eax = entry.eax & 0x3FFF | shared << 14 | cores << 26
-            case 0xB | 0x1F:
-                # Extended topology: level 0 threads, level 1 cores.
-                entry.edx = index
-                if entry.index == 0:
-                    entry.eax, entry.ebx, entry.ecx = thread_bits, threads, 1 << 8
-                elif entry.index == 1:
-                    entry.eax, entry.ebx, entry.ecx = core_bits, count, 2 << 8 | 1
-                else:
-                    entry.eax, entry.ebx, entry.ecx = 0, 0, entry.index
             case 0x80000001:
                 legacy_multicore, topology_extensions = 1 << 1, 1 << 22
                 if count > 1 and entry.ecx & topology_extensions:
@@ -165,3 +160,22 @@ def shape_cpuid(
                 entry.eax = index
                 entry.ebx = index // threads & 0xFF | threads - 1 << 8  # the core's id, its threads less one
                 entry.ecx = 0  # one node
+
+
+def _extended_topology(
+    entries: list[kvm_cpuid_entry2], leaf: int, x2apic_id: int, *levels: tuple[int, int, int]
+) -> None:
+    # Level 0 threads, level 1 cores, and one that says that there are no more. KVM gives level 0 alone since Linux 6.2,
+    # for who runs it to make the others; without them every vCPU is a package of its own.
+    found = {entry.index: entry for entry in entries if entry.function == leaf}
+    if 0 not in found:
+        return
+    for number in range(len(levels) + 1):
+        if number not in found:
+            new = type(found[0])(function=leaf, index=number, flags=KVM_CPUID_FLAG_SIGNIFCANT_INDEX)
+            entries.insert(entries.index(found[number - 1]) + 1, new)
+            found[number] = new
+    for number, entry in found.items():
+        entry.edx = x2apic_id
+        bits, count, kind = levels[number] if number < len(levels) else (0, 0, 0)
+        entry.eax, entry.ebx, entry.ecx = bits, count, kind << 8 | number

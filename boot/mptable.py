@@ -16,10 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
-MAX_CPUS = 255
+MAX_CPUS = 254  # and an id for the IOAPIC, which is not the broadcast's, 255
 IOAPIC_PINS = 24
-#: KVM's IOAPIC has id 0 after reset, and Linux wants the table to say what the chip says.
-IOAPIC_ID = 0
 ISA_BUS = 0
 
 _LAPIC_VERSION = 0x14
@@ -54,8 +52,9 @@ def write(memory: GuestMemory, *, cpus: int) -> int:
         for cpu in range(cpus)
     ]
     entries.append(_BUS.pack(1, ISA_BUS, b"ISA   "))
-    entries.append(_IOAPIC.pack(2, IOAPIC_ID, _IOAPIC_VERSION, 1, layout.IOAPIC))
-    entries += [_INTERRUPT.pack(3, _INT, 0, ISA_BUS, pin, IOAPIC_ID, pin) for pin in range(IOAPIC_PINS)]
+    ioapic_id = cpus  # the first that no CPU has; Linux writes it to the chip
+    entries.append(_IOAPIC.pack(2, ioapic_id, _IOAPIC_VERSION, 1, layout.IOAPIC))
+    entries += [_INTERRUPT.pack(3, _INT, 0, ISA_BUS, pin, ioapic_id, pin) for pin in range(IOAPIC_PINS)]
     entries.append(_INTERRUPT.pack(4, _EXTINT, 0, ISA_BUS, 0, _ALL_LAPICS, 0))
     entries.append(_INTERRUPT.pack(4, _NMI, 0, ISA_BUS, 0, _ALL_LAPICS, 1))
     body = b"".join(entries)

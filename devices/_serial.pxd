@@ -26,6 +26,7 @@ cdef struct State:
     int closed
     uint64_t reads, writes      # accesses of the guest's
     int rts_seen                # the guest has raised RTS once, so its absence means "wait"
+    int iir_read                # the guest has asked IIR since bytes came from the wire, and was told of a cause
     uint32_t polls              # LSR reads with no other access in between
     uint8_t ier, fcr, lcr, mcr, msr, scr, dll, dlm
     uint8_t fifo[FIFO_SIZE]     # what the guest reads next is fifo[fifo_head]

@@ -118,8 +118,9 @@ cdef bint receive(State *s, uint8_t byte) noexcept nogil:
 
 
 cdef void refill(State *s) noexcept nogil:
-    # From the wire to an empty FIFO, and never before the guest has seen it empty: a FIFO that fills while it
-    # is read keeps Linux's handler in its loop until it gives up, with the pin high and no edge to come.
+    # From the wire to an empty FIFO, and of a guest that asks IIR never before it was told that there is no cause:
+    # a FIFO that fills while it is read keeps Linux's handler in its loop until it gives up, with the pin high and
+    # no edge to come.
     cdef uint32_t room = FIFO_SIZE if s.fcr & FCR_ENABLE else 1
     if s.fifo_count or not s.wire_count or not wants_input(s):
         return
@@ -127,6 +128,7 @@ cdef void refill(State *s) noexcept nogil:
         receive(s, s.wire[s.wire_head])
         s.wire_head = (s.wire_head + 1) % WIRE_SIZE
         s.wire_count -= 1
+    s.iir_read = 0
     pthread_cond_broadcast(&s.input_cond)
 
 
@@ -182,14 +184,19 @@ cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
         s.fifo_head = (s.fifo_head + 1) % FIFO_SIZE
         s.fifo_count -= 1
         s.looped = min(s.looped, s.fifo_count)
+        if not s.fifo_count and not s.iir_read and s.ier & IER_RDA:
+            update(s)       # a driver that takes its byte and never asks IIR: the pin goes down and up again
+            refill(s)
         return value
     if offset == IER:
         return s.dlm if s.lcr & LCR_DLAB else s.ier
     if offset == IIR_FCR:
         pending = cause(s)
+        s.iir_read = 1
         if pending == IIR_THRE:
             s.thre_pending = 0
         elif pending == IIR_NONE:
+            s.iir_read = 0
             refill(s)       # the handler saw "none" and leaves; the refill is an edge of its own
         return pending | (IIR_FIFO if s.fcr & FCR_ENABLE else 0)
     if offset == LCR:

@@ -6,6 +6,7 @@ All that may differ is in docs/api-differences.md. PYVMM_DIFFERENTIAL=N runs N r
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.api import requests
 from tests.api.differential import ROWS, Pair, Row, allowed, difference, files, kind, means, pair, send, state
-from tests.api.oracle import Process
+from tests.api.oracle import Client, Process
 from tests.api.requests import CONFIG, GETS, KERNEL, START, Request, put
 
 __all__ = ["pair"]
@@ -82,3 +83,65 @@ def test_every_allowed_difference_is_one(pair: Callable[..., Pair], row: Row) ->
     texts = [answer.body.decode() if answer else "" for answer in answers]
     assert means(answers[0], row.theirs) and means(answers[1], row.ours), f"{texts}"
     assert difference(request, *answers), "there is no difference any more"
+
+
+_DRIVE = {"path_on_host": "a.img", "is_root_device": False, "is_read_only": True}
+_VSOCK = {"guest_cid": 3, "uds_path": "v.sock"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/vsock/x", _VSOCK),
+        ("/vsock/x", {**_VSOCK, "vsock_id": "other"}),
+        ("/vsock/", _VSOCK),
+        ("/drives/ä", {"drive_id": "ä", **_DRIVE}),
+        ("/drives/naïve_1", {"drive_id": "naïve_1", **_DRIVE}),
+        ("/drives/ä", {"drive_id": "ö", **_DRIVE}),
+        ("/drives/☃", {"drive_id": "☃", **_DRIVE}),
+        ("/drives/%C3%A4", {"drive_id": "ä", **_DRIVE}),
+        ("/drives/%~C3%~A4", {"drive_id": "ä", **_DRIVE}),
+        ("/network-interfaces/ñ", {"iface_id": "ñ", "host_dev_name": "tap0"}),
+        ("/mmds/config", {"network_interfaces": [], "ipv4_address": ""}),
+        ("/boot-source", {"kernel_image_path": "kernel", "boot_args": "a\nnaïve\t"}),
+    ],
+    ids=str,
+)
+def test_same_answers_to_what_is_seldom_asked(pair: Callable[..., Pair], path: str, body: dict[str, object]) -> None:
+    data = json.dumps(body, ensure_ascii=False).encode()
+    line = f"PUT {path} HTTP/1.1\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    answers, both = [], pair()
+    for process in both:
+        client = Client(process.socket)
+        client.send(line + data)
+        answers.append(client.receive())
+        client.close()
+    assert kind(answers[0]) == kind(answers[1])
+    told = [send(process, CONFIG) for process in both]
+    assert difference(CONFIG, *told) is None
+
+
+def test_a_target_that_is_no_utf_8_and_one_in_pieces(pair: Callable[..., Pair]) -> None:
+    for process in pair():
+        client = Client(process.socket)
+        client.send(b"GET /\xff HTTP/1.1\r\n\r\n")
+        answer = client.receive()
+        assert answer is not None and kind(answer) == "400 error" and b"URI as UTF-8" in answer.body
+        client.close()
+        client = Client(process.socket)
+        body = json.dumps({"drive_id": "ä", **_DRIVE}).encode()
+        for byte in "PUT /drives/ä HTTP/1.1\r\n".encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body:
+            client.send(bytes([byte]))
+        answer = client.receive()
+        assert answer is not None and answer.status == 204
+        client.close()
+
+
+@pytest.mark.parametrize(("count", "status"), [(18, 204), (19, 400)])
+def test_as_many_devices(pair: Callable[..., Pair], count: int, status: int) -> None:
+    for process in pair():
+        assert send(process, KERNEL).status == 204  # type: ignore[union-attr]
+        for number in range(count):
+            body = {"drive_id": f"d{number}", **_DRIVE}
+            assert process.request("PUT", f"/drives/d{number}", body).status == 204
+        assert send(process, START).status == status  # type: ignore[union-attr]

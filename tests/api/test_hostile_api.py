@@ -312,7 +312,7 @@ def test_nothing_of_a_refused_request_is_applied(served: Process, method: str, p
         (
             "/drives/d",
             {"drive_id": "d", "path_on_host": "disk", "is_root_device": False, "io_engine": "Fast"},
-            ("io_engine", "Fast"),
+            ("io_engine", "Fast", "Async, Sync"),
         ),
         ("/vsock", {"guest_cid": 2, "uds_path": "v"}, ("guest_cid", "2", "3 to")),
         ("/vsock", {"guest_cid": 3, "uds_path": "/nowhere/v"}, ("uds_path", "/nowhere/v", "No such")),

@@ -46,7 +46,7 @@ def test_header() -> None:
     assert struct.unpack_from("<IHHII", header, 28) == (0, 0, len(entries), 0xFEE00000, 0)
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 64, 255])
+@pytest.mark.parametrize("cpus", [1, 2, 64, 254])
 def test_processors(cpus: int) -> None:
     _, entries = written(cpus)
     processors = [entry for entry in entries if entry[0] == 0]
@@ -56,12 +56,12 @@ def test_processors(cpus: int) -> None:
 
 def test_bus_and_ioapic() -> None:
     _, entries = written(1)
-    assert entries[1:3] == [b"\x01\x00ISA   ", b"\x02\x00\x11\x01\x00\x00\xc0\xfe"]
+    assert entries[1:3] == [b"\x01\x00ISA   ", b"\x02\x01\x11\x01\x00\x00\xc0\xfe"]
 
 
 def test_every_pin_is_the_isa_interrupt_of_its_number() -> None:
     _, entries = written(1)
-    assert entries[3:27] == [bytes((3, 0, 0, 0, 0, pin, 0, pin)) for pin in range(24)]
+    assert entries[3:27] == [bytes((3, 0, 0, 0, 0, pin, 1, pin)) for pin in range(24)]
 
 
 def test_local_interrupts() -> None:
@@ -69,9 +69,9 @@ def test_local_interrupts() -> None:
     assert entries[27:] == [b"\x04\x03\x00\x00\x00\x00\xff\x00", b"\x04\x01\x00\x00\x00\x00\xff\x01"]
 
 
-@pytest.mark.parametrize("cpus", [0, 256])
+@pytest.mark.parametrize("cpus", [0, 255])
 def test_processors_without_an_id_are_refused(cpus: int) -> None:
-    with GuestMemory(2 << 20) as memory, pytest.raises(ConfigError, match=f"cpus {cpus}: must be 1 to 255"):
+    with GuestMemory(2 << 20) as memory, pytest.raises(ConfigError, match=f"cpus {cpus}: must be 1 to 254"):
         mptable.write(memory, cpus=cpus)
 
 

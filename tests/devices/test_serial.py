@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import select
 import threading
 from collections.abc import Iterator
 
@@ -457,3 +459,32 @@ def test_any_driver_at_all(program: list[tuple[str, object, int]]) -> None:
         output += data
     assert len(output) <= sent
     port.irq.close()
+
+
+@pytest.mark.parametrize("fifo", [0, 1], ids=["8250", "16550"])
+def test_a_driver_that_never_reads_iir_gets_byte_after_byte(fifo):
+    # One byte an interrupt, taken from RBR and nothing else asked, as tiny kernels and bootloaders do.
+    irq = IrqLine(4)
+    port = Serial(irq)
+    port.write(2, bytes([fifo]))
+    port.write(4, b"\x0b")  # DTR, RTS, OUT2
+    port.write(1, b"\x01")
+    threading.Thread(target=port.feed, args=(b"abcdefgh" * 8,), daemon=True).start()
+    got = b""
+    while len(got) < 64:
+        assert select.select([irq.fd], [], [], 5)[0], f"no interrupt after {got!r}"
+        os.eventfd_read(irq.fd)
+        byte = bytearray(1)
+        if fifo:  # it empties the FIFO, as LSR says
+            lsr = bytearray(1)
+            port.read(5, lsr)
+            while lsr[0] & 1:
+                port.read(0, byte)
+                got += byte
+                port.read(5, lsr)
+        else:
+            port.read(0, byte)
+            got += byte
+    assert got == b"abcdefgh" * 8
+    port.close()
+    irq.close()

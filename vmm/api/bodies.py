@@ -40,6 +40,8 @@ def explain(kind: Any, body: bytes, error: Exception) -> str:
         return f"{text}; allowed: {', '.join(allowed)}" if allowed else text
     if "missing required field" in problem or not path:
         return text
+    if problem.startswith("Invalid enum value") and (words := _words(kind, path)):
+        problem = f"must be one of {', '.join(words)}"
     try:
         value = _at(msgspec.json.decode(body), path)
     except (LookupError, TypeError, ValueError):
@@ -55,8 +57,8 @@ def _at(value: Any, path: str) -> Any:
     return value
 
 
-def _fields(kind: Any, path: str) -> list[str]:
-    # Of the object at `path` in a value of type `kind`, by msgspec's own view of the type.
+def _type_at(kind: Any, path: str) -> Any:
+    # Of the value at `path` in one of type `kind`, by msgspec's own view of the type.
     found: Any = msgspec.inspect.type_info(kind)
     for step in path.replace("[", ".[").split("."):
         if isinstance(found, msgspec.inspect.UnionType):
@@ -64,7 +66,20 @@ def _fields(kind: Any, path: str) -> list[str]:
         if step.startswith("["):
             found = getattr(found, "item_type", None)
         elif step:
-            found = next((each.type for each in found.fields if each.encode_name == step), None)
-    if isinstance(found, msgspec.inspect.UnionType):
-        found = next((each for each in found.types if hasattr(each, "fields")), None)
+            found = next((each.type for each in getattr(found, "fields", ()) if each.encode_name == step), None)
+    return found
+
+
+def _alternatives(found: Any) -> tuple[Any, ...]:
+    return found.types if isinstance(found, msgspec.inspect.UnionType) else (found,)
+
+
+def _fields(kind: Any, path: str) -> list[str]:
+    found = next((each for each in _alternatives(_type_at(kind, path)) if hasattr(each, "fields")), None)
     return [each.encode_name for each in getattr(found, "fields", ())]
+
+
+def _words(kind: Any, path: str) -> list[str]:
+    # What an enumeration allows.
+    enums = [each for each in _alternatives(_type_at(kind, path)) if isinstance(each, msgspec.inspect.LiteralType)]
+    return [str(value) for each in enums for value in each.values]

@@ -91,6 +91,8 @@ def find(method: str, path: str) -> tuple[Route, str | None]:
     words = path.lstrip("/").removesuffix("/").split("/")
     if route := _BY_KEY.get((method, *words)):
         return route, None
+    if len(words) == 2 and words[0] == "vsock" and (route := _BY_KEY.get((method, "vsock"))):
+        return route, None  # as Firecracker takes it: there is one socket device, whatever it is called
     if len(words) <= 2 and (route := _BY_KEY.get((method, words[0], "{"))):
         identity = words[1] if len(words) == 2 else ""
         if not identity:

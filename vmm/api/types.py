@@ -284,7 +284,7 @@ class MmdsConfig(Body, kw_only=True):
     ipv4_address: str | None = "169.254.169.254"
 
     def __post_init__(self) -> None:
-        parts = (self.ipv4_address or "0.0.0.0").split(".")
+        parts = ("0.0.0.0" if self.ipv4_address is None else self.ipv4_address).split(".")
         if len(parts) != 4 or not all(part in _BYTES for part in parts):
             raise ValueError(f"ipv4_address {self.ipv4_address}: must be four numbers as 169.254.169.254")
 
