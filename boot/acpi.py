@@ -25,6 +25,10 @@ RESET_PORT = 0x602
 RESET_VALUE = 1
 SLEEP_TYPE_S5 = 5
 PVPANIC_PORT = 0x505
+# devices/acpi_events.py is behind it (tests/devices/test_acpi_events.py compares them).
+EVENTS_PORT = 0x604
+GENERATION_CHANGED, POWER_BUTTON = 1, 2
+_NOTIFY_CHANGED = 0x80  # both devices' own meaning of it: a new value; pressed
 RTC_PORT = 0x70
 RTC_CENTURY = 0x32
 
@@ -48,6 +52,7 @@ def write(
     virtio: Sequence[tuple[int, int, int]],
     serial: Sequence[tuple[int, int]],
     keyboard: int | None = None,
+    events: int | None = None,
 ) -> int:
     """Write all tables to guest memory, from 0xe0000; return the RSDP's address, which is ``layout.RSDP``.
 
@@ -55,6 +60,8 @@ def write(
     :param virtio: address, bytes and interrupt (GSI) of each virtio-mmio window, below 4 GiB
     :param serial: first port and interrupt (GSI) of each 16550
     :param keyboard: interrupt (GSI) of the 8042's; None: it is not spoken of
+    :param events: interrupt (GSI) of the event device, with the VM generation counter at ``layout.VM_GENERATION`` and
+        the power button behind it; None: there is none
     :raises ConfigError: more processors than have an id, or more devices than the tables' room holds
     :raises GuestMemoryError: the guest has less than 1 MiB
     """
@@ -70,7 +77,7 @@ def write(
         blobs.append((at, table))
         return at
 
-    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, serial, keyboard)))
+    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, serial, keyboard, events)))
     fadt = place(_table(b"FACP", 6, _fadt(dsdt, _VGA_NOT_PRESENT | (_HAS_8042 if keyboard is not None else 0))))
     madt = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
@@ -133,7 +140,11 @@ def _madt(cpus: int) -> bytes:
 
 
 def _dsdt(
-    cpus: int, virtio: Sequence[tuple[int, int, int]], serial: Sequence[tuple[int, int]], keyboard: int | None
+    cpus: int,
+    virtio: Sequence[tuple[int, int, int]],
+    serial: Sequence[tuple[int, int]],
+    keyboard: int | None,
+    events: int | None,
 ) -> bytes:
     devices = [
         aml.device(f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu)))
@@ -152,8 +163,41 @@ def _dsdt(
         devices.append(_device("KBD0", aml.eisa_id("PNP0303"), 0, *ports, aml.interrupt(keyboard)))
     devices.append(_device("RTC0", aml.eisa_id("PNP0B00"), 0, aml.io(RTC_PORT, 2)))
     devices.append(_device("PEVT", aml.string("QEMU0001"), 0, aml.io(PVPANIC_PORT, 1)))
+    if events is not None:
+        devices += _event_devices(events)
     s5 = aml.name("_S5", aml.package(aml.integer(SLEEP_TYPE_S5), aml.integer(0), aml.integer(0), aml.integer(0)))
     return aml.scope("\\_SB", *devices) + s5
+
+
+def _event_devices(gsi: int) -> list[bytes]:
+    address = aml.package(aml.integer(layout.VM_GENERATION), aml.integer(0))
+    counter = (
+        "VM_Gen_Counter"  # what drivers look for; its specification is Microsoft's "Virtual Machine Generation ID"
+    )
+    return [
+        aml.device(
+            "VGEN",
+            aml.name("_HID", aml.string("PYVM0001")),
+            aml.name("_CID", aml.string(counter)),
+            aml.name("_DDN", aml.string(counter)),
+            aml.name("ADDR", address),
+        ),
+        aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.integer(0))),
+        aml.device(
+            "GED0",
+            aml.name("_HID", aml.string("ACPI0013")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name("_CRS", aml.resources(aml.interrupt(gsi))),
+            aml.byte_port("EVTR", "EVTS", EVENTS_PORT),
+            aml.method(
+                "_EVT",
+                1,
+                aml.store("EVTS", aml.LOCAL0),  # once: to read it forgets it
+                aml.notify_if(aml.LOCAL0, GENERATION_CHANGED, "VGEN", _NOTIFY_CHANGED),
+                aml.notify_if(aml.LOCAL0, POWER_BUTTON, "PWRB", _NOTIFY_CHANGED),
+            ),
+        ),
+    ]
 
 
 def _device(segment: str, hid: bytes, uid: int, *descriptors: bytes) -> bytes:

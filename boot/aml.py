@@ -12,6 +12,14 @@ _NAME_OP = b"\x08"
 _SCOPE_OP = b"\x10"
 _BUFFER_OP = b"\x11"
 _PACKAGE_OP = b"\x12"
+_METHOD_OP = b"\x14"
+_OPERATION_REGION_OP = b"\x5b\x80"
+_FIELD_OP = b"\x5b\x81"
+_STORE_OP = b"\x70"
+_AND_OP = b"\x7b"
+_NOTIFY_OP = b"\x86"
+_IF_OP = b"\xa0"
+LOCAL0 = b"\x60"
 _DEVICE_OP = b"\x5b\x82"
 _STRING_PREFIX = b"\x0d"
 _END_TAG = b"\x79\0"  # checksum 0: not checked
@@ -70,6 +78,31 @@ def scope(path: str, *body: bytes) -> bytes:
 def device(segment: str, *body: bytes) -> bytes:
     """Encode ``Device (segment) {...}``; `segment` has four characters."""
     return _sized(_DEVICE_OP, segment.encode("ascii") + b"".join(body))
+
+
+def byte_port(region: str, field: str, port: int) -> bytes:
+    """Encode a SystemIO OperationRegion of one byte, and a Field of 8 bits over it. Section 20.2.5.2."""
+    head = _OPERATION_REGION_OP + region.encode("ascii") + b"\x01" + integer(port) + integer(1)
+    byte_access_no_lock_preserve = b"\x01"
+    return head + _sized(
+        _FIELD_OP, region.encode("ascii") + byte_access_no_lock_preserve + field.encode("ascii") + b"\x08"
+    )
+
+
+def method(segment: str, arguments: int, *terms: bytes) -> bytes:
+    """Encode ``Method (segment, arguments, Serialized) {...}``."""
+    return _sized(_METHOD_OP, segment.encode("ascii") + bytes((arguments | 8,)) + b"".join(terms))
+
+
+def store(source: str, target: bytes) -> bytes:
+    """Encode ``Store (source, target)`` of a named object."""
+    return _STORE_OP + source.encode("ascii") + target
+
+
+def notify_if(value: bytes, bit: int, segment: str, code: int) -> bytes:
+    """Encode ``If (value & bit) { Notify (segment, code) }``."""
+    test = _AND_OP + value + integer(bit) + b"\0"
+    return _sized(_IF_OP, test + _NOTIFY_OP + segment.encode("ascii") + integer(code))
 
 
 def resources(*descriptors: bytes) -> bytes:

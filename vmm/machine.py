@@ -9,11 +9,13 @@ with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
 from __future__ import annotations
 
 import errno
+import os
 import threading
 
 from boot import acpi, cpu, layout, load, mptable
 from boot.cmdline import Cmdline
 from devices._serial import Serial
+from devices.acpi_events import EVENTS_PORT, GENERATION_CHANGED, POWER_BUTTON, AcpiEvents
 from devices.exit_port import ExitPort
 from devices.i8042 import I8042
 from devices.power import AcpiPower
@@ -62,6 +64,7 @@ VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, 24), 13)
 SERIAL_PORT = 0x3F8
 SERIAL_GSI = 4
 KEYBOARD_GSI = 1
+EVENTS_GSI = 13  # the FPU's, which has none
 
 
 class Machine:
@@ -200,9 +203,10 @@ class Machine:
         )  # fmt: skip
         acpi.write(
             self.memory, cpus=config.cpus, virtio=windows, serial=[(SERIAL_PORT, SERIAL_GSI)],
-            keyboard=KEYBOARD_GSI if config.keyboard else None,
+            keyboard=KEYBOARD_GSI if config.keyboard else None, events=EVENTS_GSI,
         )  # fmt: skip
         mptable.write(self.memory, cpus=config.cpus)
+        self._new_generation()
 
     def _check_kvm(self) -> None:
         config = self.config
@@ -375,6 +379,8 @@ class Machine:
         self.rtc = Rtc(self.config.memory)
         self.pio.add(0x70, 2, self.rtc, "rtc")
         AcpiPower().attach(self.pio)
+        self.events = AcpiEvents(self._irq(EVENTS_GSI).trigger)
+        self.pio.add(EVENTS_PORT, 1, self.events, "ACPI events")
         self.pio.add(0x505, 1, PvPanic(), "pvpanic")
         if self.config.exit_port is not None:
             self.pio.add(self.config.exit_port, 4, ExitPort(), "exit port")
@@ -426,9 +432,9 @@ class Machine:
     # State
 
     @property
-    def _board(self) -> dict[str, Serial | I8042 | Rtc]:
+    def _board(self) -> dict[str, Serial | I8042 | Rtc | AcpiEvents]:
         """What of the board has state, by name."""
-        return {"serial": self.serial, "i8042": self.i8042, "rtc": self.rtc}
+        return {"serial": self.serial, "i8042": self.i8042, "rtc": self.rtc, "events": self.events}
 
     def freeze(self) -> Image:
         """What this machine is now, for others to go on from. It goes on itself, unless it was paused or not started.
@@ -506,6 +512,12 @@ class Machine:
             part.restore(image.board[name])
         for transport, saved in zip(self.virtio, image.virtio, strict=True):
             transport.restore(saved)
+        # Before its first instruction: the guest's kernel takes new random numbers.
+        self._new_generation()
+        self.events.tell(GENERATION_CHANGED)
+
+    def _new_generation(self) -> None:
+        self.memory.write(layout.VM_GENERATION, os.urandom(16))
 
     # Running
 
@@ -659,6 +671,15 @@ class Machine:
         if not self._started or self._stop is not None:
             raise VmmError("only a running machine has a keyboard")
         self.i8042.press_ctrl_alt_del()
+
+    def press_power_button(self) -> None:
+        """Ask the guest to end by itself: one that listens to its power button shuts down.
+
+        :raises VmmError: it is not running
+        """
+        if not self._started or self._stop is not None:
+            raise VmmError("only a running machine has a power button")
+        self.events.tell(POWER_BUTTON)
 
     @property
     def state(self) -> str:

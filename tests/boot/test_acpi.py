@@ -22,10 +22,12 @@ def windows(count: int) -> Windows:
     return [(0xD000_0000 + 0x1000 * index, 0x1000, 5 + index) for index in range(count)]
 
 
-def written(cpus: int = 1, virtio: int = 0, keyboard: int | None = None) -> dict[str, bytes]:
+def written(cpus: int = 1, virtio: int = 0, keyboard: int | None = None, events: int | None = None) -> dict[str, bytes]:
     """Write tables; return each by its signature, found from the RSDP as a kernel does; checksums hold."""
     with GuestMemory(2 << 20) as memory:
-        start = acpi.write(memory, cpus=cpus, virtio=windows(virtio), serial=[(0x3F8, 4)], keyboard=keyboard)
+        start = acpi.write(
+            memory, cpus=cpus, virtio=windows(virtio), serial=[(0x3F8, 4)], keyboard=keyboard, events=events
+        )
         assert start == layout.RSDP
 
         def table(at: int) -> bytes:
@@ -153,12 +155,17 @@ def test_8042_is_spoken_of_where_there_is_a_use_for_it(keyboard: int | None, fla
     assert (aml.eisa_id("PNP0303") in tables["DSDT"]) is (keyboard is not None)
 
 
-@pytest.mark.parametrize(("cpus", "virtio", "keyboard"), [(1, 0, None), (2, 1, 1), (64, 17, None), (255, 64, 1)])
-def test_acpica_reads_and_recompiles_every_table(cpus: int, virtio: int, keyboard: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cpus", "virtio", "keyboard", "events"),
+    [(1, 0, None, None), (2, 1, 1, 13), (64, 17, None, 13), (255, 64, 1, None)],
+)
+def test_acpica_reads_and_recompiles_every_table(
+    cpus: int, virtio: int, keyboard: int | None, events: int | None, tmp_path: Path
+) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
         pytest.skip("NOT CHECKED against ACPICA: iasl is not installed (package acpica-tools)")
-    tables = written(cpus, virtio, keyboard)
+    tables = written(cpus, virtio, keyboard, events)
     for signature in ("XSDT", "FACP", "APIC", "DSDT"):
         source = tmp_path / f"{signature}.dsl"
         (tmp_path / f"{signature}.aml").write_bytes(tables[signature])
@@ -177,6 +184,12 @@ def test_acpica_reads_and_recompiles_every_table(cpus: int, virtio: int, keyboar
     for hid in ('EisaId ("PNP0501")', 'EisaId ("PNP0B00")', '"QEMU0001"'):
         assert text.count(f"Name (_HID, {hid}") == 1
     interrupts = re.findall(r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive.*?0x([0-9A-F]{8})", text, re.S)
-    assert [int(gsi, 16) for gsi in interrupts] == [*range(5, 5 + virtio), 4, *([keyboard] if keyboard else [])]
+    assert [int(gsi, 16) for gsi in interrupts] == [*range(5, 5 + virtio), 4, *filter(None, (keyboard, events))]
+    if events is not None:
+        assert re.search(r'Name \(_CID, "VM_Gen_Counter"\).*Package \(0x02\)\s*{\s*0x000DF000,\s*Zero', text, re.S)
+        assert re.search(r"OperationRegion \(EVTR, SystemIO, 0x0604, One\)", text)
+        body = re.search(r"Method \(_EVT, 1, Serialized\)(.*)", text, re.S)
+        assert body is not None
+        assert re.findall(r"Notify \((\w+), 0x80\)", body[1]) == ["VGEN", "PWRB"]
     addresses = re.findall(r"Memory32Fixed \(ReadWrite,\s*0x([0-9A-F]{8}),.*\n\s*0x00001000", text)
     assert [int(base, 16) for base in addresses] == [base for base, _, _ in windows(virtio)]
