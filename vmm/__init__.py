@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from vmm.device_config import DriveConfig
     from vmm.events import Stop, StopReason
     from vmm.machine import Machine
+    from vmm.pool import Pool
     from vmm.snapshot import Image
 
-__all__ = ["DriveConfig", "Image", "Machine", "Stop", "StopReason", "VmConfig"]
+__all__ = ["DriveConfig", "Image", "Machine", "Pool", "Stop", "StopReason", "VmConfig"]
 
 _HOMES = {
     "DriveConfig": "vmm.device_config",
     "Image": "vmm.snapshot",
     "Machine": "vmm.machine",
+    "Pool": "vmm.pool",
     "Stop": "vmm.events",
     "StopReason": "vmm.events",
     "VmConfig": "vmm.config",

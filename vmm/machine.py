@@ -124,7 +124,9 @@ class Machine:
         self._started = False
         self._holds: set[str] = set()  # why the vCPUs are held: each reason until it is released
         self._parked = 0
-        self._forks = 0  # children so far, for the names of their sockets
+        self.children = 0  # made by ``fork``, for the names of their sockets
+        self.closed = False
+        self._clock = b""  # the image's, of a machine that was made of one
         self._stop: Stop | None = None
         self._failure: BaseException | None = None
         try:
@@ -503,6 +505,7 @@ class Machine:
         if len(image.virtio) != len(self.virtio):
             raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(self.virtio)}")
         access = self.kvm.state_access()
+        self._clock = image.vm["clock"]
         # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
         access.set_clock(self.vm.fd, image.vm["clock"], realtime=True)
         for vcpu, state in zip(self.vcpus, image.vcpus, strict=True):
@@ -647,6 +650,12 @@ class Machine:
         """Let the vCPUs go on; harmless on a machine that is not paused."""
         self._release("pause")
 
+    def wake(self) -> None:
+        """Let a machine go on that was made of an image and started paused, by the host's clock as it is now."""
+        if self._clock:
+            self.kvm.state_access().set_clock(self.vm.fd, self._clock, realtime=True)
+        self.resume()
+
     def _hold(self, reason: str) -> None:
         # Until each reason is released. Returns when no vCPU runs, or will.
         with self._change:
@@ -706,6 +715,7 @@ class Machine:
 
     def close(self) -> None:
         """End the VM and give everything back; idempotent."""
+        self.closed = True
         if self._started:
             self.stop()
             for thread in self._threads:

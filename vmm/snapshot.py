@@ -8,6 +8,7 @@ import os
 from vmm.device_config import DriveConfig, VsockConfig
 from vmm.errors import SnapshotError
 from vmm.machine import Machine
+from vmm.memory import MemoryFile
 from vmm.private_disk import private_copy
 
 TYPE_CHECKING = False
@@ -82,56 +83,79 @@ class Image:
 
 def fork(parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig] | None) -> list[Machine]:
     """See :meth:`vmm.machine.Machine.fork`."""
-    if len(parent.virtio) > parent.configured:
-        names = ", ".join(transport.device.name for transport in parent.virtio[parent.configured :])
-        raise SnapshotError(names, "is a device of the embedding program's, which a child does not have")
-    if change is None:
-        for net in parent.config.network_interfaces:
-            if net.mode != "user":
-                raise SnapshotError(
-                    net.iface_id or "network interface", "a tap is one machine's: change the children's"
-                )
-    disks: dict[int, int] = {}
+    make = child_of(parent, change)
     children: list[Machine] = []
-
-    def copy_disks() -> None:
-        for place, (drive, block) in enumerate(zip(parent.config.drives, parent.blocks.values(), strict=True)):
-            if not drive.is_read_only:
-                disks[place] = private_copy(block.disk.fd, block.disk.path)
-
     try:
-        image = parent._freeze(copy_disks)
         for number in range(count):
-            own = {place: private_copy(fd, parent.config.drives[place].path_on_host) for place, fd in disks.items()}
-            try:
-                config = _child_config(parent, own)
-                if change is not None:
-                    config = change(config, number)
-                children.append(Machine(config, image=image))
-            finally:
-                for fd in own.values():
-                    os.close(fd)
+            children.append(make(number))
             children[-1].start()
     except BaseException:
         for child in children:
             child.close()
         raise
-    finally:
-        for fd in disks.values():
-            os.close(fd)
     return children
 
 
-def _child_config(parent: Machine, disks: dict[int, int]) -> VmConfig:
-    config = parent.config
-    parent._forks += 1
+def child_of(
+    source: Machine | Image, change: Callable[[VmConfig, int], VmConfig] | None = None
+) -> Callable[[int], Machine]:
+    """Freeze `source`, if it is a machine; what is returned makes a copy of it, not started, by its number.
+
+    :raises SnapshotError: it cannot be frozen or shared, by name
+    """
+    disks: dict[int, MemoryFile] = {}
+    if isinstance(source, Image):
+        image = source
+        _refuse_taps(image.config, change)
+        for place, drive in enumerate(image.config.drives):
+            if not drive.is_read_only:
+                disks[place] = MemoryFile(os.open(drive.path_on_host, os.O_RDONLY | os.O_CLOEXEC))
+    else:
+        _refuse_devices(source)
+        _refuse_taps(source.config, change)
+
+        def copy_disks() -> None:
+            for place, (drive, block) in enumerate(zip(source.config.drives, source.blocks.values(), strict=True)):
+                if not drive.is_read_only:
+                    disks[place] = MemoryFile(private_copy(block.disk.fd, block.disk.path))
+
+        image = source._freeze(copy_disks)
+    first = 0 if isinstance(source, Image) else source.children
+
+    def make(number: int) -> Machine:
+        if isinstance(source, Machine):
+            source.children += 1
+        own = {place: private_copy(file.fd, image.config.drives[place].path_on_host) for place, file in disks.items()}
+        try:
+            config = _child_config(image.config, own, first + number)
+            return Machine(config if change is None else change(config, number), image=image)
+        finally:
+            for fd in own.values():
+                os.close(fd)
+
+    return make
+
+
+def _refuse_devices(parent: Machine) -> None:
+    if len(parent.virtio) > parent.configured:
+        names = ", ".join(transport.device.name for transport in parent.virtio[parent.configured :])
+        raise SnapshotError(names, "is a device of the embedding program's, which a child does not have")
+
+
+def _refuse_taps(config: VmConfig, change: Callable[[VmConfig, int], VmConfig] | None) -> None:
+    for net in config.network_interfaces if change is None else ():
+        if net.mode != "user":
+            raise SnapshotError(net.iface_id or "network interface", "a tap is one machine's: change the children's")
+
+
+def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmConfig:
     drives = list(config.drives)
     for place, fd in disks.items():
         # The child opens it by this name while it is made, and is then the only one that has it.
         drives[place] = _replaced(drives[place], path_on_host=f"/proc/self/fd/{fd}", image_format="raw")
     vsock = config.vsock
     if vsock is not None:
-        vsock = VsockConfig(vsock.guest_cid, f"{vsock.uds_path}.{parent._forks - 1}", vsock_id=vsock.vsock_id)
+        vsock = VsockConfig(vsock.guest_cid, f"{vsock.uds_path}.{number}", vsock_id=vsock.vsock_id)
     return config.replaced(drives=drives, vsock=vsock, console="none")
 
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pools: copies that are ready go on at once, are made anew, and are never more than the limit."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kvm.guests import PATIENCE
+from tests.kvm.test_fork import COUNTER
+from vmm import DriveConfig, Machine, Pool, undertaker
+from vmm.errors import SnapshotError, VmmError
+
+MakeGuest = Callable[..., Machine]
+
+
+def _count(vm: Machine) -> int:
+    return int.from_bytes(vm.memory.read(0x200004, 4), "little")
+
+
+def _until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def counter(guest: MakeGuest) -> Machine:
+    vm = guest(COUNTER)
+    vm.start()
+    _until(lambda: _count(vm) > 0)
+    vm.pause()
+    return vm
+
+
+def test_what_is_taken_runs_from_where_the_machine_was(counter: Machine) -> None:
+    with Pool(counter, size=2) as pool:
+        at = _count(counter)
+        for _ in range(5):
+            with pool.take(PATIENCE) as vm:
+                assert vm.state == "Running"
+                _until(lambda vm=vm: _count(vm) > at)  # type: ignore[misc]
+        assert _count(counter) == at
+        assert pool.wait_until_full(PATIENCE)
+        assert pool.ready == 2
+
+
+def test_a_limit_is_kept_and_a_closed_copy_makes_room(counter: Machine) -> None:
+    with Pool(counter, size=1, limit=2) as pool:
+        first, second = pool.take(PATIENCE), pool.take(PATIENCE)
+        with pytest.raises(TimeoutError, match=r"no copy was ready within 0\.2 s"):
+            pool.take(0.2)
+        first.close()
+        pool.take(PATIENCE).close()
+        second.close()
+
+
+def test_what_cannot_be_made_is_told_to_who_takes(counter: Machine) -> None:
+    broken = True
+
+    def change(config: object, number: int) -> object:
+        if broken:
+            raise VmmError(f"no {number}")
+        return config
+
+    with Pool(counter, size=1, change=change) as pool:  # type: ignore[arg-type]
+        for _ in range(2):
+            with pytest.raises(VmmError, match="no "):
+                pool.take(PATIENCE)
+        broken = False
+        while True:  # one more failure may be on its way
+            with contextlib.suppress(VmmError):
+                pool.take(PATIENCE).close()
+                break
+
+
+def test_a_closed_pool(counter: Machine) -> None:
+    pool = Pool(counter, size=3)
+    taken = pool.take(PATIENCE)
+    waiting: list[object] = []
+
+    def wait() -> None:
+        with pytest.raises(VmmError, match="the pool is closed"):
+            while True:
+                waiting.append(pool.take(PATIENCE))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.05)
+    pool.close()
+    thread.join()
+    pool.close()
+    assert taken.state == "Running", "what was taken is its taker's"
+    for machine in (taken, *waiting):
+        machine.close()  # type: ignore[attr-defined]
+
+
+def test_an_image_serves_and_each_copy_has_its_disk(tmp_path: Path, guest: MakeGuest) -> None:
+    (tmp_path / "disk").write_bytes(b"parent" * 1024)
+    vm = guest(COUNTER, drives=[DriveConfig(str(tmp_path / "disk"))])
+    image = vm.freeze()
+    vm.close()
+    with Pool(image, size=2) as pool:
+        machines = [pool.take(PATIENCE) for _ in range(3)]
+        for machine in machines:
+            os.pwrite(machine.blocks["drive_0"].disk.fd, b"child!", 0)
+            machine.close()
+    assert (tmp_path / "disk").read_bytes() == b"parent" * 1024
+
+
+def test_what_cannot_be_shared_is_refused_at_once(guest: MakeGuest) -> None:
+    from virtio.rng import Entropy
+
+    vm = guest("hlt", devices=[Entropy(name="mine")])
+    with pytest.raises(SnapshotError, match="mine"):
+        Pool(vm)
+    with pytest.raises(ValueError, match="its limit is not below"):
+        Pool(vm, size=3, limit=2)
+
+
+def test_nothing_is_left(counter: Machine) -> None:
+    def count() -> tuple[int, int]:
+        gc.collect()
+        undertaker.wait()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    for _ in range(2):
+        with Pool(counter, size=2) as pool:
+            pool.take(PATIENCE).close()
+        before = count()
+    for _ in range(5):
+        with Pool(counter, size=3) as pool:
+            for _ in range(5):
+                pool.take(PATIENCE).close()
+    del pool
+    assert count() == before

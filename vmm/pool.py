@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines made ahead of need: copies of one that has booted, each ready to go on at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from vmm.errors import VmmError
+from vmm.machine import Machine
+from vmm.signals import deaf
+from vmm.snapshot import Image, child_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from vmm.config import VmConfig
+
+
+class Pool:
+    """Keeps `size` copies of a machine ready; a context manager.
+
+    :param source: a machine, which is frozen now and goes on, or an image of one
+    :param size: how many copies are ready; a thread makes new ones as they are taken
+    :param limit: how many copies there are at most, ready or taken; who wants one more waits until one is closed.
+        None: as many as are taken
+    :param change: is given a copy's configuration and number, and returns the one it is to have; see ``Machine.fork``
+    :raises SnapshotError: the machine cannot be frozen or shared
+
+    A copy that is taken is its taker's to close. What ``close`` finds here is closed with the pool.
+    """
+
+    def __init__(
+        self,
+        source: Machine | Image,
+        *,
+        size: int = 4,
+        limit: int | None = None,
+        change: Callable[[VmConfig, int], VmConfig] | None = None,
+    ) -> None:
+        if size < 1 or (limit is not None and limit < size):
+            raise ValueError("a pool keeps at least one copy ready, and its limit is not below that")
+        self._make = child_of(source, change)
+        self._size = size
+        self._limit = limit
+        self._ready: list[Machine] = []
+        self._taken: list[Machine] = []
+        self._number = 0
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._refill, name="pool", daemon=True)
+        self._thread.start()
+
+    def take(self, timeout: float | None = None) -> Machine:
+        """A copy that runs.
+
+        :param timeout: seconds to wait for one; None: as long as it takes
+        :raises TimeoutError: none was ready in time
+        :raises VmmError: the pool is closed
+        :raises Exception: what the making of copies failed with
+        """
+        with self._change:
+            self._change.notify_all()  # a limit may have become free: nobody tells of a copy that was closed
+            if not self._change.wait_for(lambda: self._ready or self._closed or self._failure, timeout):
+                raise TimeoutError(f"no copy was ready within {timeout} s")
+            if self._closed:
+                raise VmmError("the pool is closed")
+            if not self._ready and self._failure is not None:
+                failure, self._failure = self._failure, None
+                self._change.notify_all()
+                raise failure
+            machine = self._ready.pop(0)
+            self._taken.append(machine)
+            self._change.notify_all()
+        machine.wake()
+        return machine
+
+    @property
+    def ready(self) -> int:
+        """Copies that wait to be taken."""
+        return len(self._ready)
+
+    def _refill(self) -> None:
+        deaf()
+        while True:
+            with self._change:
+                while not self._closed and not self._may_make():
+                    self._change.wait(0.05 if self._is_full() else None)
+                if self._closed:
+                    return
+                number = self._number
+                self._number += 1
+            try:
+                machine = self._make(number)
+                machine.start(paused=True)
+            except BaseException as failure:  # who takes hears of it
+                with self._change:
+                    self._failure = failure
+                    self._change.notify_all()
+                continue
+            with self._change:
+                if not self._closed:
+                    self._ready.append(machine)
+                    self._change.notify_all()
+                    continue
+            machine.close()
+            return
+
+    def _is_full(self) -> bool:
+        if self._limit is None:
+            return False
+        self._taken = [machine for machine in self._taken if not machine.closed]
+        return len(self._ready) + len(self._taken) >= self._limit
+
+    def _may_make(self) -> bool:
+        return self._failure is None and len(self._ready) < self._size and not self._is_full()
+
+    def wait_until_full(self, timeout: float) -> bool:
+        """Whether `size` copies were ready within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        with self._change:
+            return self._change.wait_for(lambda: len(self._ready) >= self._size, end - time.monotonic())
+
+    def close(self) -> None:
+        """Close the copies that nobody has taken, and make no more; idempotent."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        while self._ready:
+            self._ready.pop().close()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
