@@ -92,6 +92,28 @@ def test_launch_imports_nothing_heavy() -> None:
     assert not heavy & set(loaded)
 
 
+def test_a_served_start_imports_nothing_heavy() -> None:
+    # As vmm/launcher.c starts it: up to the first answer, then up to all others.
+    import msgspec
+
+    code = f"""
+import gc, sys
+sys.path += {[str(ROOT), str(Path(msgspec.__file__).parents[1])]!r}
+gc.disable()
+from vmm import launched
+import vmm.cli, vmm.commands.serve, vmm.api.listen, vmm.api.early, vmm.api.server
+print(*sys.modules)
+launched.spare()
+import vmm.api.actions, vmm.api.answer
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True)
+    first, rest = (set(line.split()) for line in done.stdout.splitlines())
+    never = set("site argparse dataclasses inspect json logging subprocess pathlib socket selectors tokenize".split())
+    assert not first & {*never, "msgspec", "ctypes", "datetime", "vmm.machine", "vmm.config", "vmm.api.types"}
+    assert not rest & {*never, "typing_extensions", "uuid", "decimal", "datetime", "platform", "ctypes", "vmm.machine"}
+
+
 def test_one_version() -> None:
     import tomllib
 

@@ -14,6 +14,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
+# While the main thread imports, the API's waits no longer than this for its turn.
+SWITCH_SECONDS = 0.0005
+_USUAL_SWITCH_SECONDS = sys.getswitchinterval()
 _waits: tuple[int, str] | None = None  # the socket that nobody has taken yet, and its path
 
 
@@ -38,8 +41,7 @@ def begin() -> None:
     options = sys._xoptions
     sys.argv[0] = str(options["pyvmm"])
     sys.meta_path.append(_Site)
-    # msgspec uses it where it is there, for the sake of old Pythons; with all that it brings it is a third of msgspec.
-    sys.modules["typing_extensions"] = None  # type: ignore[assignment]  # the documented way: ModuleNotFoundError
+    sys.setswitchinterval(SWITCH_SECONDS)
     if place := options.get("pyvmm_socket"):
         number, _, path = str(place).partition(":")
         _waits = int(number), path
@@ -64,8 +66,36 @@ def drop_socket() -> None:
         os.close(fd)
 
 
+def spare() -> None:
+    """Import msgspec without what it asks for and we never use, half of its time: UUIDs, decimals, old typing.
+
+    Dates it gets from C alone. A msgspec that cannot do without gets it all.
+    """
+    if gc.isenabled() or "msgspec" in sys.modules:
+        return  # no launch, or too late
+    import _datetime  # type: ignore[import-not-found]  # in no stubs; the half of datetime that is in C
+
+    no_uuid, no_decimal = type(sys)("uuid"), type(sys)("decimal")
+    no_uuid.__dict__.update(UUID=type("UUID", (), {}), SafeUUID=type("SafeUUID", (), {"unknown": None}))
+    no_decimal.__dict__.update(Decimal=type("Decimal", (), {}))
+    # None is the documented way to say that there is no such module.
+    spared = {"typing_extensions": None, "uuid": no_uuid, "decimal": no_decimal, "datetime": _datetime}
+    spared = {name: module for name, module in spared.items() if name not in sys.modules}
+    sys.modules.update(spared)
+    try:
+        import msgspec  # noqa: F401
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "msgspec"]:
+            del sys.modules[name]
+    for name in spared:
+        del sys.modules[name]
+
+
 def settle() -> None:
     """The start is over: what there is will stay, what comes is looked through for garbage as ever; idempotent."""
     if not gc.isenabled():
+        if _Site in sys.meta_path:  # behind a filter or in a jail there is nothing to be found
+            sys.meta_path.remove(_Site)
+        sys.setswitchinterval(_USUAL_SWITCH_SECONDS)
         gc.freeze()
         gc.enable()

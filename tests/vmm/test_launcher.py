@@ -52,7 +52,7 @@ def test_it_knows_the_options_of_serve() -> None:
         for name in ("with_value", "switches")
     }
     # Those that forbid a socket, or that Python refuses, are Python's.
-    left = {"--no-api", "--version", "--seccomp-filter"}
+    left = {"--no-api", "--version", "--seccomp-filter", "--snapshot-version", "--describe-snapshot"}
     assert words["with_value"] | words["switches"] | left == {option for option, _, _, _ in serve.OPTIONS}
     assert words["switches"] == {option for option, metavar, _, _ in serve.OPTIONS if metavar is None} - left
     assert f'"{serve.API_VERSION}"' in source and f'"{serve.DEFAULT_SOCKET}"' in source
@@ -174,3 +174,43 @@ def test_as_pip_lays_it_out(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and "Error" not in done.stderr.replace("ConfigError", ""), done.stderr
     nothing = run(program, "--version", env={"PATH": "/nonexistent"})
     assert nothing.returncode == 1 and "in PATH" in nothing.stderr and len(nothing.stderr.splitlines()) == 1
+
+
+def test_the_first_questions_are_answered_and_counted_as_later_ones_are(links: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process = subprocess.Popen([links / "firecracker", "--api-sock", path, "--id", "a-B9"])
+    try:
+        wait_for(path, process)
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(path))
+        answers: dict[str, set[bytes]] = {"/": set(), "/version": set()}
+        for turn in range(3):
+            for question, heard in answers.items():
+                client.sendall(f"GET {question} HTTP/1.1\r\n\r\n".encode())
+                heard.add(client.recv(4096))
+            time.sleep(turn / 2)  # the last ones are answered by what all others are
+        assert all(len(heard) == 1 for heard in answers.values())
+        client.sendall(b"GET /metrics/prometheus HTTP/1.1\r\n\r\n")
+        counted = client.recv(1 << 20).decode()
+        client.close()
+    finally:
+        process.kill()
+        process.wait()
+    assert "200" in counted.partition("\r\n")[0]
+    assert re.search(r"instance_info_total 3", counted) and re.search(r"vmm_version_total 3", counted)
+
+
+def test_msgspec_spared_is_msgspec() -> None:
+    code = """
+import gc, sys
+gc.disable()
+from vmm import launched
+launched.spare()
+import msgspec, uuid, decimal, datetime
+assert msgspec.json.decode(b'{"a": [1, null]}') == {"a": [1, None]}
+assert uuid.uuid4() != uuid.uuid4() and decimal.Decimal(1) == 1 and datetime.date(2020, 1, 1).day == 1
+from vmm.api.openapi import document
+document()
+"""
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")

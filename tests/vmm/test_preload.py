@@ -15,7 +15,10 @@ from vmm import preload
 ROOT = Path(__file__).parents[2]
 ROOMS = ("boot", "devices", "virtio", "vmm")
 # What `pyvmm serve` never runs, or runs before the jail is closed.
-OTHERS = ("vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/cli.py", "vmm/jailer.py", "vmm/_fastpath_py.py")
+OTHERS = (
+    "vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/cli.py", "vmm/jailer.py", "vmm/_fastpath_py.py",
+    "vmm/__main__.py", "vmm/launched.py",
+)  # fmt: skip
 # Imported where it is used, and not in a jail: by whom.
 NEVER = {
     "numpy": "GuestMemory.view(), of programs that import us",

@@ -12,9 +12,9 @@ import errno
 import os
 import re
 import select
-import socket
 import threading
 import time
+from _socket import MSG_PEEK
 from collections import deque
 
 import httptools
@@ -25,6 +25,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
+
+    from vmm.api.listen import Socket
 
     class Answer(Protocol):
         def __call__(self, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]: ...
@@ -55,7 +57,7 @@ class _Refused(Exception):
 class _Connection:
     """One client; a parser's protocol object, whose callbacks are httptools'."""
 
-    def __init__(self, sock: socket.socket, server: Server) -> None:
+    def __init__(self, sock: Socket, server: Server) -> None:
         self.sock = sock
         self.server = server
         self.keep_alive = True
@@ -202,7 +204,7 @@ class _Connection:
         if self.read_by is not None or self.requests or self.out:
             return False
         try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
+            return not self.sock.recv(1, MSG_PEEK)
         except OSError:
             return True
 
@@ -229,7 +231,7 @@ class Server:
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: Socket,
         answer: Answer,
         *,
         path: str,
@@ -316,7 +318,7 @@ class Server:
         sock.close()
         self._keep_spare()
 
-    def _accepted(self) -> socket.socket | None:
+    def _accepted(self) -> Socket | None:
         # None: it went away again, or the host has no descriptor for it: then it waits until one is free.
         for _ in range(3):
             try:

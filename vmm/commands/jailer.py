@@ -115,7 +115,7 @@ def main(args: Arguments) -> int:
 
 
 def _run(args: Arguments) -> int:
-    from vmm import cli, jailer, threads
+    from vmm import cli, jailer, launched, threads
     from vmm.commands import serve
     from vmm.preload import preload
 
@@ -136,7 +136,9 @@ def _run(args: Arguments) -> int:
         parent_cgroup=values["--parent-cgroup"], resource_limits=values["--resource-limit"],
         daemonize=values["--daemonize"], new_pid_ns=values["--new-pid-ns"],
     )  # fmt: skip
+    launched.spare()
     preload()
+    launched.settle()
     jailer.close_what_was_inherited()
     jail.enter()
     threads.no_programs = "and there are no programs in a jail"

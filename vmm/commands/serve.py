@@ -233,6 +233,8 @@ class _Serve:
         self._signal = 0
         self._broken_pipes = 0
         self._server: Server | None = None
+        # What is logged from the first line on, or starts at once, is not answered before that.
+        self._hasty = not any((args.config_file, args.log_path, args.level, args.module, args.metrics_path))
 
     def run(self) -> int:
         """From the socket to the exit code."""
@@ -242,13 +244,18 @@ class _Serve:
                 threads.expect_guard()
             server = None
             try:
-                server = self._server = None if self._args.no_api else self._listen()
+                if not self._args.no_api:
+                    from vmm.api.early import Early
+
+                    self._early = Early(self._args.id)
+                    server = self._server = self._listen()
                 return self._run(server)
             except VmmError as error:
                 _complain(self._args, str(error))
                 return STATUS_GENERIC
             finally:
                 if server is not None:
+                    self._early.settle(None)
                     server.close()
 
     def _listen(self) -> Server:
@@ -257,15 +264,16 @@ class _Serve:
         listener = bind(self._args.api_sock)
         from vmm.api.server import Server
 
-        return Server(
-            listener, self._answer, path=self._args.api_sock, max_payload=self._args.http_api_max_payload_size
-        )
+        return Server(listener, self._early, path=self._args.api_sock, max_payload=self._args.http_api_max_payload_size)
 
     def _run(self, server: Server | None) -> int:
         args = self._args
         from vmm._vcpu import set_thread_name
 
         set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
+        if server is not None and self._hasty:
+            server.start(self._on_api_thread)
+        launched.spare()
         from vmm.api.actions import Vmm
         from vmm.api.answer import answerer
 
@@ -283,7 +291,10 @@ class _Serve:
                     return status
                 logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
-                server.start(self._on_api_thread)
+                for field in self._early.settle(self._answer):
+                    self._vmm.metrics.count("get_api_requests", field)
+                if not self._hasty:
+                    server.start(self._on_api_thread)
             self._on_ready()
             # While a runtime makes up its mind: the start of the VM will not wait for them.
             import vmm.machine  # noqa: F401
