@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many guests the lab loses, by the QEMU that emulates it.
+
+    python -m benches.lab_boots --boots 100             # QEMU of this host and the lab's own choice, in turn
+    python -m benches.lab_boots --boots 100 --linux     # Debian's kernel and initramfs instead of the sleeper
+
+In turn each QEMU boots the lab, and in it guests one after another. The sleeper (lab_sleeper.S) sets a timer and executes
+`sti; hlt` some thousand times; the Linux sleeps 300 times. A guest that takes no CPU time for so long before its end has
+stopped dead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from vmm import images, lab
+from vmm.errors import VmmError
+
+ROOT = Path(__file__).parents[1]
+IN_ONE_LAB = 20
+STILL, PATIENCE = 10.0, 120.0
+TURNS = 2000
+END = 7  # a guest's own status
+SLEEPS = f"i=0; while [ $i -lt 300 ]; do read -t 0.002 x; i=$((i+1)); done; exit {END}"
+
+
+def sleeper(directory: str) -> str:
+    """Path of the guest that only sleeps, made there."""
+    source, made, guest = ROOT / "benches/lab_sleeper.S", f"{directory}/sleeper.o", f"{directory}/sleeper"
+    subprocess.run(["cc", "-m32", "-c", f"-DTURNS={TURNS}", str(source), "-o", made], check=True)
+    link = ["ld", "-m", "elf_i386", "-N", "-e", "start", "--no-warn-rwx-segments", "-Ttext", "0x101000"]
+    subprocess.run([*link, "--section-start=.note.pvh=0x100000", "-o", guest, made], check=True)
+    return guest
+
+
+def inside(boots: int, run: list[str]) -> None:
+    """Boot guests; a line of JSON for each."""
+    for _ in range(boots):
+        start = time.monotonic()
+        command = [sys.executable, "-m", "vmm.cli", "run", *run]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, **quiet) as process:  # type: ignore[call-overload]
+            end = _end(process)
+        print(json.dumps({"end": end, "seconds": round(time.monotonic() - start, 1)}), flush=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> str:
+    ticks, since, start = -1, time.monotonic(), time.monotonic()
+    while True:
+        try:
+            status = process.wait(1)
+            return "ended" if status == END else f"status {status}"
+        except subprocess.TimeoutExpired:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        now, used = time.monotonic(), int(fields[11]) + int(fields[12])
+        if used != ticks:
+            ticks, since = used, now
+        if now - since > STILL or now - start > PATIENCE:
+            process.kill()
+            return "stopped dead" if now - since > STILL else f"not ended after {PATIENCE:g} s"
+
+
+def batch(qemu: str | None, boots: int, run: list[str]) -> list[dict[str, object]]:
+    """So many guests in one boot of the lab; the lab's own end is one more line, if it was not a good one."""
+    command = ["env", "-C", str(ROOT), sys.executable, "-m", "benches.lab_boots", "--inside", str(boots), *run]
+    with tempfile.TemporaryFile() as out:
+        start = time.monotonic()
+        try:
+            status = lab.run(command, timeout=60 + boots * 60, stdin=None, stdout=out.fileno(), qemu=qemu)
+            end = "ended" if status == 0 else f"lab: status {status}"
+        except VmmError as error:
+            end = f"lab: {str(error).splitlines()[0]}"
+        out.seek(0)
+        lines = [json.loads(line) for line in out.read().splitlines() if line.startswith(b"{")]
+    found = dict(Counter(str(one["end"]) for one in lines))
+    print(f"{qemu or 'newest'}: {found}, {end}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    return lines if end == "ended" else [*lines, {"end": end}]
+
+
+def main() -> int:
+    """Boot, count, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--boots", type=int, default=100, help="guests for each QEMU (default: 100)")
+    parser.add_argument("--qemu", action="append", help="a QEMU; newest for the lab's own choice (default: both)")
+    parser.add_argument("--linux", action="store_true", help="guests that are Debian's Linux")
+    parser.add_argument("--inside", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        inside(int(args.inside[0]), args.inside[1:])
+        return 0
+    ends: dict[str, list[dict[str, object]]] = {name: [] for name in args.qemu or ("qemu-system-x86_64", "newest")}
+    with tempfile.TemporaryDirectory() as directory:
+        if args.linux:
+            image = images.resolve("debian") or images.pull("busybox")
+            append = f'quiet panic=-1 -- sh -c "{SLEEPS}"'
+            run = [image.kernel, "--initrd", image.initrd, "--memory", "256M", "--append", append]
+        else:
+            run = [sleeper(directory)]
+        while short := [name for name, found in ends.items() if len(found) < args.boots]:
+            for name in short:
+                boots = min(IN_ONE_LAB, args.boots - len(ends[name]))
+                ends[name] += batch(None if name == "newest" else name, boots, run)
+    for name, found in ends.items():
+        took = sorted(float(str(one["seconds"])) for one in found if one["end"] == "ended")
+        median = f"median {took[len(took) // 2]} s" if took else ""
+        print(name, dict(Counter(str(one["end"]) for one in found)), median, f"load {os.getloadavg()[0]:.1f}", sep="; ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
