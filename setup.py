@@ -26,7 +26,12 @@ ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVM
 LAUNCHER = "vmm/launcher.c"
 LIBRARIES = {"vmm._seccomp": ["seccomp"]}
 ROOMS = ("vmm", "devices", "virtio")
-MODULES = sorted(f"{room}.{file[:-4]}" for room in ROOMS for file in os.listdir(room) if file.endswith(".pyx"))
+FILES = {f"{room}/{file}" for room in ROOMS for file in os.listdir(room)}
+MODULES = sorted(name[:-4].replace("/", ".") for name in FILES if name.endswith(".pyx"))
+# A tree that lost its sources would make a wheel that cannot be imported. An extension for Python code has a stub.
+LOST = sorted(name[:-1] + "x" for name in FILES if name.endswith(".pyi") and not {name[:-1] + "x", name[:-1]} & FILES)
+if not MODULES or LOST:
+    sys.exit(f"setup.py: no source of {', '.join(LOST) or 'any extension'}: this tree is not whole")
 
 
 class BuildLauncher(build_scripts):

@@ -4,9 +4,9 @@
     python -m benches.lab_boots --boots 100             # QEMU of this host and the lab's own choice, in turn
     python -m benches.lab_boots --boots 100 --linux     # Debian's kernel and initramfs instead of the sleeper
 
-In turn each QEMU boots the lab, and in it guests one after another. The sleeper (lab_sleeper.S) sets a timer and executes
-`sti; hlt` some thousand times; the Linux sleeps 300 times. A guest that takes no CPU time for so long before its end has
-stopped dead.
+In turn each QEMU boots the lab, and in it guests one after another. The sleeper (lab_sleeper.S) sets a timer and
+executes `sti; hlt` some thousand times; the Linux sleeps 300 times. A guest that takes no CPU time for so long before
+its end has stopped dead.
 """
 
 from __future__ import annotations

@@ -9,6 +9,10 @@ if "pyvmm" in sys._xoptions:
     from vmm import launched
 
     launched.begin()
+else:
+    from vmm import launched
+
+    launched.forget_current_directory()
 
 from vmm.cli import entry
 

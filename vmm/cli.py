@@ -141,4 +141,5 @@ def entry() -> NoReturn:
 
 
 if __name__ == "__main__":
+    launched.forget_current_directory()
     entry()

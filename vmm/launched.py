@@ -48,6 +48,19 @@ def begin() -> None:
         os.set_inheritable(int(number), False)
 
 
+def forget_current_directory() -> None:
+    """With ``python -m`` modules are looked for in the current directory first, whosever it is; not from here on.
+
+    It stays where it is ours: a checkout that was not installed.
+    """
+    here, ours = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not sys.flags.safe_path and sys.path[:1] in ([""], [here]):
+        del sys.path[0]
+    sys.path = [place for place in sys.path if place]
+    if here == ours and here not in sys.path:
+        sys.path.append(here)
+
+
 def take_socket(path: str) -> int | None:
     """The descriptor of the socket that listens at `path` already; the caller's from here on. None: there is none."""
     global _waits

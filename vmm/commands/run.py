@@ -334,4 +334,4 @@ def _run_in_lab(config: VmConfig) -> int:
         written.append(os.path.dirname(os.path.abspath(config.console.removeprefix("file:"))))
     argv = [word for word in sys.argv[1:] if word != "--lab"]
     print("pyvmm run: in the lab, a machine emulated by QEMU with real KVM inside", file=sys.stderr, flush=True)
-    return lab.run([sys.executable, "-m", "vmm.cli", *argv], write=sorted(set(written)))
+    return lab.run([sys.executable, "-m", "vmm", *argv], write=sorted(set(written)))

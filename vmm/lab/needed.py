@@ -27,7 +27,8 @@ def needed(argv: Sequence[str], env: Mapping[str, str], more: Iterable[str] = ()
     """
     words = [*argv, *(value for name, value in env.items() if _VARIABLES.fullmatch(name))]
     named = [piece for word in words for piece in (word, *_BETWEEN.split(word)) if "/" in piece]
-    ours = (os.getcwd(), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), images.cache_root())
+    python = (*sys.path, sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(sys.executable)))
+    ours = (os.getcwd(), *python, str(Path(__file__).parents[2]), images.cache_root())
     paths = dict.fromkeys(os.path.abspath(path) for path in (*SYSTEM, *ours, *named, *more) if _is_there(path))
     return [path for path in paths if path not in OWN and not path.startswith(tuple(f"{top}/" for top in OWN[1:]))]
 
