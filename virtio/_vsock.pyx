@@ -10,7 +10,7 @@ its turn in one list: nobody can make that longer than the pool, and nobody is s
 import os
 
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memset
@@ -18,20 +18,24 @@ from libc.string cimport memchr, memcpy, memset
 from virtio._interrupt cimport interrupt_used
 from virtio._vsock_conns cimport (
     BUFFER, CLOSING, CONNECTING, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN, State,
+    packet_sent, packets_forwarded,
 )
 from virtio._vsock_host cimport (
     AF_UNIX, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, accept4, close, connect, eventfd_write, hung_up, lowest_bit, msghdr,
-    readv, recv, send, sendmsg, shut_up, shutdown, sockaddr, sockaddr_un, socket, vsock_now,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, accept4, close, connect,
+    eventfd_write, hung_up, lowest_bit, msghdr, readv, recv, send, sendmsg, setsockopt, shut_up, shutdown,
+    sockaddr, sockaddr_un, socket, vsock_now,
 )
 from virtio._vsock_packet cimport (
     HEADER, HOST_CID, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
     OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM, gather, parse_line, scatter, skip,
 )
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
+from vmm._budget cimport FOR_OPEN, Budget, granted
 from vmm._fastpath cimport (
     QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
+from vmm.budget import memory
 
 # What the loop counts, by name; plain words, read by Python at any time.
 COUNTERS = (
@@ -55,6 +59,10 @@ cdef enum:
     ACCEPTS = 64
     SECOND = 1000000000
     TICK = SECOND // 8
+    RETRY = SECOND // 100
+    # What a packet costs a Linux guest that has not read it, beside its bytes. Since Linux 6.12.92 it resets a
+    # connection of which this alone is more than the buffer that it announced (SKB_TRUESIZE(0): 576, and some slack).
+    OVERHEAD = 1024
 
 cdef struct Reply:
     uint64_t src_cid
@@ -76,7 +84,7 @@ cdef struct Counters:
     uint64_t bad_credit
     uint64_t bad_lines
     uint64_t timeouts
-    uint64_t full               # connections refused for want of a place or a descriptor
+    uint64_t full               # connections refused, or reset, for want of a place, a descriptor or memory
 
 
 cdef class VsockWorker(QueueWorker):
@@ -87,6 +95,8 @@ cdef class VsockWorker(QueueWorker):
     cdef uint32_t reply_head
     cdef uint32_t reply_count
     cdef uint32_t deadlines             # conns that have one
+    cdef uint32_t stuck                 # about so many have asked for credit, and an answer need not come by itself
+    cdef Budget memory                  # what their buffers take is taken from it
     cdef uint32_t last_port
     cdef uint32_t unpublished
     cdef bint tx_waits                  # until there is room in replies
@@ -110,6 +120,7 @@ cdef class VsockWorker(QueueWorker):
 
     def __init__(self, device, indices, notify_fds, on_failure, name=None):
         super().__init__(device, indices, notify_fds, on_failure, name)
+        self.memory = memory
         self.table = Connections()
         if max(device.queue_sizes) > MAX_CHAIN:
             raise ValueError(f"the queues have at most {MAX_CHAIN} entries")
@@ -153,7 +164,7 @@ cdef class VsockWorker(QueueWorker):
 
     cdef void clear(self) noexcept nogil:
         self.table.forget()
-        self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = 0
+        self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = self.stuck = 0
         self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = False
 
     def reset_transport(self):
@@ -220,6 +231,7 @@ cdef class VsockWorker(QueueWorker):
     cdef Conn *make(self, int fd, State state) noexcept nogil:
         # A place for fd, which is closed where there is none.
         cdef Conn *c = self.table.take()
+        cdef int size
         if c == NULL:
             self.count.full += 1
             close(fd)
@@ -227,6 +239,9 @@ cdef class VsockWorker(QueueWorker):
         c.fd = fd
         c.state = state
         c.batch = 1
+        size = <int>self.table.window // 2      # the kernel doubles it
+        if self.table.window < BUFFER:
+            setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))  # or the kernel keeps as much as we do not
         if self.watch(fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
             self.count.full += 1
             self.drop(c)
@@ -237,11 +252,27 @@ cdef class VsockWorker(QueueWorker):
         # Its descriptor and what waits for it: closing takes it out of epoll.
         if c.fd >= 0:
             close(c.fd)
-        free(c.buffer)
         c.fd = -1
+        self.free_buffer(c)
+        c.readable = False
+
+    cdef bint make_buffer(self, Conn *c) noexcept nogil:
+        # As large as what the guest may still send of what it was promised.
+        c.start = 0
+        c.size = c.promised - c.fwd_cnt
+        if not self.memory.take(c.size):
+            return False
+        c.buffer = <uint8_t *>malloc(c.size)
+        if c.buffer == NULL:
+            self.memory.give(c.size)
+        return c.buffer != NULL
+
+    cdef void free_buffer(self, Conn *c) noexcept nogil:
+        if c.buffer != NULL:
+            free(c.buffer)
+            self.memory.give(c.size)
         c.buffer = NULL
         c.used = 0
-        c.readable = False
 
     cdef void drop(self, Conn *c) noexcept nogil:
         # The end of every connection.
@@ -289,15 +320,40 @@ cdef class VsockWorker(QueueWorker):
                 self.drop(c)
             else:
                 self.kill(c)
-        if self.deadlines or not self.listening:
+        if self.stuck:
+            self.ask_again()
+        if self.stuck:
+            self.wake_after(RETRY)
+        elif self.deadlines or not self.listening:
             self.wake_after(TICK)
+
+    cdef void ask_again(self) noexcept nogil:
+        # A guest tells of room for bytes by itself, but not always that it has read some packets.
+        cdef uint32_t i
+        cdef Conn *c
+        self.stuck = 0
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            if c.asked and self.has_data(c) and self.waits_for_packets(c):
+                c.asked = False
+                self.wish(c)
 
     # Turns: what a connection has for the guest
 
     cdef uint32_t credit(self, Conn *c) noexcept nogil:
         # Payload bytes that the guest has room for (§5.10.6.3); a guest may have taken room away.
         cdef uint32_t under_way = c.tx_cnt - c.peer_fwd_cnt
-        return c.peer_buf_alloc - under_way if c.peer_buf_alloc > under_way else 0
+        if c.peer_buf_alloc <= under_way or self.packet_credit(c) == 0:
+            return 0
+        return c.peer_buf_alloc - under_way
+
+    cdef uint32_t packet_credit(self, Conn *c) noexcept nogil:
+        # Packets that it has room for: one, if nothing is under way. What waits meanwhile goes in larger ones.
+        cdef uint32_t room = c.peer_buf_alloc // <uint32_t>OVERHEAD
+        return room - c.packets if room > c.packets else c.packets == 0
+
+    cdef bint waits_for_packets(self, Conn *c) noexcept nogil:
+        return c.peer_buf_alloc > c.tx_cnt - c.peer_fwd_cnt and self.packet_credit(c) == 0
 
     cdef bint has_data(self, Conn *c) noexcept nogil:
         return c.readable and c.state == OPEN and not c.shut & SHUT_SEND and not c.guest_shut & SHUT_RCV
@@ -310,6 +366,10 @@ cdef class VsockWorker(QueueWorker):
             if not c.asked:
                 c.asked = True
                 c.pending |= 1 << OP_CREDIT_REQUEST
+                if self.waits_for_packets(c):
+                    if self.stuck == 0 and not self.tx_timed:
+                        self.wake_after(RETRY)
+                    self.stuck += 1
         if not c.queued and (data or c.pending):
             self.table.queue(c)
 
@@ -394,6 +454,10 @@ cdef class VsockWorker(QueueWorker):
             self.tx_timed = True
             self.wake_after(self.tx_delay)
 
+    cdef uint32_t window(self, Conn *c) noexcept nogil:
+        # What it may have under way to us from now on; while there is a buffer, that is all there is room for.
+        return self.table.window if c.buffer == NULL else min(self.table.window, c.size)
+
     cdef void fill(self, Header *h, Conn *c, uint16_t op) noexcept nogil:
         # Every packet carries our credit, so that none is needed for it alone.
         h.src_cid = HOST_CID
@@ -404,8 +468,10 @@ cdef class VsockWorker(QueueWorker):
         h.type = TYPE_STREAM
         h.op = op
         h.flags = c.shut if op == OP_SHUTDOWN else 0
-        h.buf_alloc = BUFFER
-        h.fwd_cnt = c.fwd_sent = c.fwd_cnt
+        if <int32_t>(c.fwd_cnt + self.window(c) - c.promised) > 0:
+            c.promised = c.fwd_cnt + self.window(c)
+        h.buf_alloc = c.promised - c.fwd_cnt
+        h.fwd_cnt = c.fwd_cnt
         c.pending &= ~(<uint32_t>1 << OP_CREDIT_UPDATE)
 
     cdef int send_control(self, Conn *c, uint16_t op) noexcept nogil:
@@ -450,10 +516,10 @@ cdef class VsockWorker(QueueWorker):
         cdef iovec *iov
         cdef Header h
         cdef size_t want = min(self.credit(c), <uint32_t>MAX_PACKET), room = 0, n
-        cdef uint32_t packets = 0, data = 0, header = 0, i, pieces
+        cdef uint32_t packets = 0, data = 0, header = 0, i, pieces, most = min(c.batch, self.packet_credit(c))
         cdef ssize_t got
         cdef int status = QUEUE_CHAIN, failure
-        while packets < c.batch and room < want:
+        while packets < most and room < want:
             status = queue_pop(self.rings[RX], self.ram, chain) if packets else self.rx_chain(HEADER + 1)
             if status != QUEUE_CHAIN:
                 break
@@ -491,6 +557,7 @@ cdef class VsockWorker(QueueWorker):
             scatter(&self.header_iov[headers[i]], &h, HEADER)
             self.give(heads[i], HEADER + h.len)
             c.tx_cnt += h.len
+            packet_sent(c)
             self.count.bytes_rx += n
             got -= <ssize_t>n
             i += 1
@@ -518,7 +585,7 @@ cdef class VsockWorker(QueueWorker):
         cdef int fd, _
         cdef Conn *c
         for _ in range(ACCEPTS):
-            fd = accept4(self.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+            fd = granted(accept4(self.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC), FOR_OPEN)
             if fd < 0:
                 if errno == EINTR or errno == ECONNABORTED:
                     continue
@@ -596,9 +663,7 @@ cdef class VsockWorker(QueueWorker):
     cdef void host_broke(self, Conn *c) noexcept nogil:
         # The host program reads no more. What it sent before is still for the guest.
         c.fwd_cnt += c.used
-        free(c.buffer)
-        c.buffer = NULL
-        c.used = 0
+        self.free_buffer(c)
         if c.state == LEAVING:
             self.drop(c)
         else:
@@ -622,7 +687,7 @@ cdef class VsockWorker(QueueWorker):
         cdef uint32_t first
         cdef ssize_t n = 1
         while c.used and n > 0:
-            first = min(c.used, <uint32_t>BUFFER - c.start)
+            first = min(c.used, c.size - c.start)
             iov[0].iov_base = c.buffer + c.start
             iov[0].iov_len = first
             iov[1].iov_base = c.buffer
@@ -631,15 +696,14 @@ cdef class VsockWorker(QueueWorker):
             if n < 0:
                 self.host_broke(c)
                 return
-            c.start = (c.start + <uint32_t>n) % <uint32_t>BUFFER
+            c.start = (c.start + <uint32_t>n) % c.size
             c.used -= <uint32_t>n
             self.forwarded(c, <uint32_t>n)
             if n and c.state == LEAVING:
                 self.set_deadline(c, self.host_wait)
         if c.used:
             return
-        free(c.buffer)
-        c.buffer = NULL
+        self.free_buffer(c)
         if c.state == LEAVING:
             self.drop(c)
             return
@@ -649,7 +713,9 @@ cdef class VsockWorker(QueueWorker):
 
     cdef void forwarded(self, Conn *c, uint32_t n) noexcept nogil:
         c.fwd_cnt += n
-        if c.state == OPEN and c.fwd_cnt - c.fwd_sent >= BUFFER // 2:
+        cdef uint32_t window = self.window(c)
+        # What it has left of what it was promised is half of what it could have, or less.
+        if c.state == OPEN and <int32_t>(c.fwd_cnt + window - c.promised) >= <int32_t>(window // 2):
             c.pending |= 1 << OP_CREDIT_UPDATE
             self.wish(c)
 
@@ -750,6 +816,7 @@ cdef class VsockWorker(QueueWorker):
             return under_way < <uint32_t>1 << 31
         c.peer_buf_alloc = h.buf_alloc
         c.peer_fwd_cnt = h.fwd_cnt
+        packets_forwarded(c)
         if self.credit(c):
             c.asked = False
         return True
@@ -760,7 +827,7 @@ cdef class VsockWorker(QueueWorker):
         cdef int length, fd
         address.sun_family = AF_UNIX
         length = snprintf(address.sun_path, sizeof(address.sun_path), "%s_%u", self.path, h.dst_port)
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+        fd = granted(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), FOR_OPEN)
         if fd < 0 or length >= <int>sizeof(address.sun_path) \
                 or connect(fd, <sockaddr *>&address, sizeof(address)) < 0:
             if fd < 0:
@@ -795,7 +862,7 @@ cdef class VsockWorker(QueueWorker):
         cdef ssize_t n = 0
         cdef uint32_t count, at, room
         cdef size_t i
-        if c.guest_shut & SHUT_SEND or c.rx_cnt - c.fwd_sent + h.len > BUFFER:
+        if c.guest_shut & SHUT_SEND or h.len > c.promised - c.rx_cnt:
             self.count.bad_credit += 1
             self.kill(c)
             return
@@ -815,16 +882,15 @@ cdef class VsockWorker(QueueWorker):
         if <uint32_t>n == h.len:
             return
         if c.buffer == NULL:
-            c.buffer = <uint8_t *>malloc(BUFFER)
-            c.start = 0
-            if c.buffer == NULL or self.watch(
+            if not self.make_buffer(c) or self.watch(
                     c.fd, self.token(c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
+                self.count.full += 1
                 self.kill(c)
                 return
         count = skip(chain.iov, count, <size_t>n, h.len - <size_t>n)
         for i in range(count):
-            at = (c.start + c.used) % <uint32_t>BUFFER
-            room = min(<uint32_t>chain.iov[i].iov_len, <uint32_t>BUFFER - at)
+            at = (c.start + c.used) % c.size
+            room = min(<uint32_t>chain.iov[i].iov_len, c.size - at)
             memcpy(c.buffer + at, chain.iov[i].iov_base, room)
             memcpy(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
             c.used += <uint32_t>chain.iov[i].iov_len

@@ -30,6 +30,7 @@ cdef class Connections:
         memset(self.buckets, 0xff, sizeof(self.buckets))
         self.free_head = self.turn_head = self.turn_tail = NONE
         self.fresh = self.live = 0
+        self.window = BUFFER
 
     cdef Conn *take(self) noexcept nogil:
         cdef uint32_t i
@@ -42,14 +43,18 @@ cdef class Connections:
         else:
             return NULL
         memset(&self.conns[i], 0, sizeof(Conn))
-        self.live += 1
+        self.count(1)
         return &self.conns[i]
 
     cdef void give_back(self, Conn *c) noexcept nogil:
         c.state = FREE
         c.next = self.free_head
         self.free_head = <int32_t>(c - self.conns)
-        self.live -= 1
+        self.count(-1)
+
+    cdef void count(self, int32_t more) noexcept nogil:
+        self.live += more
+        self.window = min(<uint32_t>BUFFER, <uint32_t>POOL // max(self.live, <uint32_t>1))
 
     # By their ports
 
@@ -101,3 +106,23 @@ cdef class Connections:
             self.turn_tail = c.previous
         else:
             self.conns[c.next].previous = c.previous
+
+
+# Packets under way, in groups, so that many small ones need no table as long as they are
+
+cdef void packet_sent(Conn *c) noexcept nogil:
+    cdef uint32_t last = (c.group_first + c.group_count - 1) % <uint32_t>GROUPS
+    if c.group_count == 0 or (c.group_packets[last] >= GROUP and c.group_count < GROUPS):
+        last = (c.group_first + c.group_count) % <uint32_t>GROUPS
+        c.group_packets[last] = 0
+        c.group_count += 1
+    c.group_end[last] = c.tx_cnt
+    c.group_packets[last] += 1
+    c.packets += 1
+
+
+cdef void packets_forwarded(Conn *c) noexcept nogil:
+    while c.group_count and <int32_t>(c.peer_fwd_cnt - c.group_end[c.group_first]) >= 0:
+        c.packets -= c.group_packets[c.group_first]
+        c.group_first = (c.group_first + 1) % <uint32_t>GROUPS
+        c.group_count -= 1

@@ -46,7 +46,8 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     ssize_t send(int fd, const void *data, size_t length, int flags)
     ssize_t recv(int fd, void *data, size_t length, int flags)
-    enum: AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
+    int setsockopt(int fd, int level, int name, const void *value, unsigned int length)
+    enum: SOL_SOCKET, SO_SNDBUF, AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
     enum: SHUT_RD_ "SHUT_RD"
     enum: SHUT_WR_ "SHUT_WR"
 

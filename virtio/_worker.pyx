@@ -195,6 +195,7 @@ cdef class QueueWorker:
             status = self._loop()
             self.finish()
         if status < 0:
+            self.forget()               # who waits for something of it hears now that nothing will come
             self._on_failure(self._failure(status))
 
     def _failure(self, int status):

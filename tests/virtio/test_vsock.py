@@ -448,26 +448,26 @@ def test_guest_resets(vm: Vm) -> None:
 
 
 def test_no_more_than_the_guest_has_room_for(vm: Vm) -> None:
-    client, port = vm.host_open(buf_alloc=1000)
-    client.sendall(pattern(5000))
+    client, port = vm.host_open(buf_alloc=3000)
+    client.sendall(pattern(15000))
     got = vm.receive(RW).data
-    assert len(got) == 1000
+    assert len(got) == 3000
     assert vm.receive(CREDIT_REQUEST).src_port == port
     vm.silence()
-    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=300, buf_alloc=1000)
+    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=900, buf_alloc=3000)
     got += vm.receive(RW).data
-    assert len(got) == 1300
+    assert len(got) == 3900
     vm.receive(CREDIT_REQUEST)
-    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=1300, buf_alloc=500)  # room taken away
+    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=3900, buf_alloc=1500)  # room taken away
     got += vm.receive(RW).data
-    assert len(got) == 1800
+    assert len(got) == 5400
     vm.receive(CREDIT_REQUEST)
-    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=1300, buf_alloc=100)  # more away than there is
+    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=3900, buf_alloc=300)  # more away than there is
     vm.silence()
-    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=1800, buf_alloc=1 << 32 - 1)
-    while len(got) < 5000:
+    vm.send(CREDIT_UPDATE, 5000, port, fwd_cnt=5400, buf_alloc=1 << 32 - 1)
+    while len(got) < 15000:
         got += vm.receive(RW).data
-    assert got == pattern(5000)
+    assert got == pattern(15000)
 
 
 def test_the_guest_hears_of_room_when_it_needs_it(vm: Vm) -> None:
