@@ -215,6 +215,12 @@ cdef extern from "<sys/stat.h>" nogil:
     int mknodat(int dirfd, const char *path, unsigned int mode, uint64_t dev)
     int utimensat(int dirfd, const char *path, const timespec *times, int flags)
 
+cdef extern from "<sys/inotify.h>" nogil:
+    enum: IN_NONBLOCK, IN_CLOEXEC, IN_MOVE_SELF
+    int inotify_init1(int flags)
+    int inotify_add_watch(int fd, const char *path, uint32_t mask)
+    int inotify_rm_watch(int fd, int wd)
+
 cdef extern from "<sys/sysmacros.h>" nogil:
     uint64_t makedev(unsigned int major, unsigned int minor)
 
@@ -244,6 +250,7 @@ cdef extern from "<stdio.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
     int dup(int fd)
+    ssize_t read(int fd, void *buffer, size_t size)
     int fsync(int fd)
     int fdatasync(int fd)
     int syncfs(int fd)

@@ -33,6 +33,7 @@ cdef struct Node:
     bint hashed                 # it is in a chain: a look-up may find it
     bint recent                 # it was used since the clock's hand came by
     bint ghost                  # the guest has forgotten it, but may have a file handle (knfsd's) with its id
+    bint overlay                # it is on an overlayfs, whose inodes change what they are at copy-up
     bint foreign                # no directory, and on another file system than the one that it was found in
     bint live
 
@@ -66,8 +67,16 @@ cdef class Inodes:
     cdef void node_put(self, Node *node) noexcept nogil
     # The id of what `st` is, found as `name` of `parent`, looked up once more; 0: not known.
     cdef uint64_t node_find(self, const statx *st, const Node *parent, const char *name) noexcept nogil
-    # The same of what is behind `fd`, which this takes; `name` NULL: it has none. 0: no room.
-    cdef uint64_t node_add(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil
+    # The same of what is behind `fd`, which this takes; `name` NULL: it has none. `alone`: a new one in any case. 0: no
+    # room.
+    cdef uint64_t node_add(self, int fd, const statx *st, const Node *parent, const char *name,
+                           bint overlay, bint alone) noexcept nogil
+    # The next pinned node that says it is what `st` says, after the pinned `before`, which this puts; NULL: none more.
+    cdef Node *node_twin(self, const statx *st, Node *before) noexcept nogil
+    # The id of a pinned node, looked up once more.
+    cdef uint64_t node_told(self, Node *node) noexcept nogil
+    # A pinned node is what `st` says now: it was copied up.
+    cdef void node_became(self, Node *node, const statx *st) noexcept nogil
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
     # A pinned node from slot `index` on, a file or a directory, of none of `count` devices; NULL: there is none more.
     cdef Node *node_elsewhere(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil

@@ -100,9 +100,10 @@ cdef class Inodes:
     """The nodes of one share; safe from any thread.
 
     :param root_fd: O_PATH descriptor of the shared directory; owned from here on
+    :param overlay: it is on an overlayfs
     """
 
-    def __cinit__(self, int root_fd):
+    def __cinit__(self, int root_fd, bint overlay):
         cdef statx st
         pthread_mutex_init(&self.lock, NULL)
         self.memory = memory
@@ -112,7 +113,8 @@ cdef class Inodes:
         self.buckets = <uint32_t *>calloc(self.n_buckets, sizeof(uint32_t))
         if self.node_chunks == NULL or self.buckets == NULL:
             raise MemoryError()
-        if statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or self.node_add(root_fd, &st, NULL, NULL) != ROOT:
+        if statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or \
+                self.node_add(root_fd, &st, NULL, NULL, overlay, True) != ROOT:
             raise MemoryError()
         # No look-up finds it: entering a file system's root from below is entering it anew.
         self._unhash(self._node(ROOT))
@@ -229,6 +231,13 @@ cdef class Inodes:
         node.recent = True
         return id_of(node)
 
+    cdef uint64_t node_told(self, Node *node) noexcept nogil:
+        cdef uint64_t nodeid
+        pthread_mutex_lock(&self.lock)
+        nodeid = self._told(node)
+        pthread_mutex_unlock(&self.lock)
+        return nodeid
+
     cdef uint64_t node_find(self, const statx *st, const Node *parent, const char *name) noexcept nogil:
         cdef uint64_t nodeid = 0
         cdef Node *node
@@ -241,11 +250,12 @@ cdef class Inodes:
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
-    cdef uint64_t node_add(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil:
+    cdef uint64_t node_add(self, int fd, const statx *st, const Node *parent, const char *name,
+                           bint overlay, bint alone) noexcept nogil:
         cdef uint64_t nodeid = 0
         cdef Node *node
         pthread_mutex_lock(&self.lock)
-        node = self._same(st)
+        node = NULL if alone else self._same(st)
         if node == NULL:
             node = self._new()
             if node != NULL:
@@ -253,6 +263,7 @@ cdef class Inodes:
                 node.type = st.stx_mode & S_IFMT
                 node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
                 node.btime = btime_of(st)
+                node.overlay = overlay
                 node.foreign = parent != NULL and node.dev != parent.dev and node.type != S_IFDIR
                 self.nodes += 1
                 if self.nodes + self.ghosts > self.n_buckets:
@@ -268,6 +279,42 @@ cdef class Inodes:
         if fd >= 0:
             close(fd)
         return nodeid
+
+    cdef Node *node_twin(self, const statx *st, Node *before) noexcept nogil:
+        cdef uint64_t dev = device_of(st)
+        cdef Node *node = before
+        cdef uint32_t index
+        while True:
+            pthread_mutex_lock(&self.lock)
+            if node == NULL:
+                index = self.buckets[self._bucket(dev, st.stx_ino, st.stx_mnt_id)]
+            else:
+                index = node.next if node.hashed else 0
+            while index and (self._node(index).ino != st.stx_ino or self._node(index).dev != dev
+                             or self._node(index).mnt != st.stx_mnt_id):
+                index = self._node(index).next
+            node = self._node(index) if index else NULL
+            if node != NULL:
+                node.refs += 1
+            pthread_mutex_unlock(&self.lock)
+            if before != NULL:
+                self.node_put(before)
+            if node == NULL or node.fd >= 0 or self._open_again(node) == 0:
+                return node
+            before = node           # it is gone
+
+    cdef void node_became(self, Node *node, const statx *st) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        if not node.hashed:
+            pass
+        elif node.ino == st.stx_ino and node.dev == device_of(st):
+            node.btime = btime_of(st)
+        else:
+            self._unhash(node)
+            node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
+            node.btime = btime_of(st)
+            self._hash(node)
+        pthread_mutex_unlock(&self.lock)
 
     cdef Node *_new(self) noexcept nogil:
         # A slot: a free one, or one more.
@@ -373,9 +420,7 @@ cdef class Inodes:
         if node == NULL:
             inode_errno(error)
             return NULL
-        pthread_mutex_lock(&self.lock)
-        self._told(node)
-        pthread_mutex_unlock(&self.lock)
+        self.node_told(node)
         return node
 
     cdef int _open_again(self, Node *node) noexcept nogil:

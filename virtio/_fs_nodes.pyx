@@ -125,8 +125,10 @@ cdef class NodeOperations(Agent):
     cdef int64_t op_getattr(self, Node *node) noexcept nogil:
         cdef fuse_attr_out *out = <fuse_attr_out *>self.out
         cdef statx st
-        if statx_call(node.fd, b"", AT_EMPTY_PATH, STATX_BASIC_STATS, &st) < 0:
+        if statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             return -errno
+        if node.overlay:
+            self.table.node_became(node, &st)
         memset(out, 0, sizeof(fuse_attr_out))
         out.attr_valid = self.share.valid
         self.fill_attr(&out.attr, &st)
@@ -265,7 +267,6 @@ cdef class NodeOperations(Agent):
         cdef Node *old = self.table.node_get((<const fuse_link_in *>self.request).oldnodeid)
         cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
         cdef statx st
-        cdef uint64_t nodeid
         cdef int64_t result
         if old == NULL:
             return -errno
@@ -274,9 +275,10 @@ cdef class NodeOperations(Agent):
                 or statx_call(old.fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             result = -errno
         else:
-            nodeid = self.table.node_find(&st, node, self.name)
-            self.fill_entry(entry, nodeid, &st)
-            result = sizeof(fuse_entry_out) if nodeid else -ESTALE
+            if old.overlay:
+                self.table.node_became(old, &st)
+            self.fill_entry(entry, self.table.node_told(old), &st)
+            result = sizeof(fuse_entry_out)
         self.table.node_put(old)
         return result
 
@@ -437,6 +439,7 @@ cdef class NodeOperations(Agent):
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil:
         cdef int flags = self.host_flags(wanted), fd, error
         cdef uint32_t open_flags = self.share.open_flags
+        cdef statx st
         if node.type != S_IFREG:
             return -EISDIR if node.type == S_IFDIR else -ELOOP if node.type == S_IFLNK else -ENXIO
         if self.share.read_only and (wanted & O_ACCMODE != O_RDONLY or wanted & (O_TRUNC | O_CREAT)):
@@ -454,6 +457,8 @@ cdef class NodeOperations(Agent):
             fs_capset(self.credentials.full)
         if fd < 0:
             return -error
+        if node.overlay and flags & (O_ACCMODE | O_TRUNC) and statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
+            self.table.node_became(node, &st)
         memset(out, 0, sizeof(fuse_open_out))
         out.fh = self.table.handle_add(fd, FILE, node, flags)
         out.open_flags = open_flags

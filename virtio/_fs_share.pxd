@@ -74,6 +74,7 @@ cdef class Agent:
     cdef const int *ending      # atomic: the device stops, what is not done yet need not be
     cdef uint8_t *request       # what follows the header, and a 0
     cdef uint8_t *out           # what follows the reply's header
+    cdef int inotify            # by which inodes are compared; -1: none yet
     cdef uint8_t *entries       # linux_dirent64s read ahead of what the guest asked; DIRENTS bytes
     cdef uint64_t entries_fh    # the handle that they are of
     cdef uint64_t entries_next  # the directory offset of the next of them,
@@ -96,7 +97,9 @@ cdef class Agent:
     cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil
-    cdef bint enters(self, const Node *parent, int fd, uint64_t dev, uint64_t mnt) noexcept nogil
+    cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil
+    cdef uint64_t add_linked(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil
+    cdef bint same_inode(self, int one, int other) noexcept nogil
     cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
                         bint likely) noexcept nogil
     cdef int64_t adopt(self, const Node *parent, const char *name, int fd, fuse_entry_out *entry) noexcept nogil

@@ -12,7 +12,7 @@ from virtio._fs_dax cimport Window
 from virtio._fs_host cimport *
 from virtio._fs_inodes cimport Node, device_of, make_room
 from virtio._fs_table cimport Table
-from virtio._fs_types cimport fs_is_remote, fs_stores_files
+from virtio._fs_types cimport fs_is_overlay, fs_is_remote, fs_stores_files
 from virtio._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, granted
 
@@ -49,7 +49,7 @@ cdef class Share:
             raise OSError(errno, os.strerror(errno))
         self.flush_matters = submounts or fs_is_remote(<uint32_t>fs.f_type)
         self.submounts = submounts
-        self.table = Table(root_fd)
+        self.table = Table(root_fd, fs_is_overlay(<uint32_t>fs.f_type))
         self.proc_fd = proc_fd
         self.read_only = read_only
         self.writeback = writeback and not read_only
@@ -93,6 +93,7 @@ cdef class Agent:
     """The thread's own: buffers, credentials, and the way from a descriptor to what the guest is told of it."""
 
     def __cinit__(self, Share share):
+        self.inotify = -1
         self.share = share
         self.table = share.table
         self.request = <uint8_t *>calloc(1, REQUEST_MAX + 1)
@@ -105,6 +106,8 @@ cdef class Agent:
         free(self.request)
         free(self.out)
         free(self.entries)
+        if self.inotify >= 0:
+            close(self.inotify)
 
     cdef int enter(self) noexcept nogil:
         cdef int error
@@ -182,17 +185,51 @@ cdef class Agent:
         entry.entry_valid_nsec = entry.attr_valid_nsec = 0
         self.fill_attr(&entry.attr, st)
 
-    cdef bint enters(self, const Node *parent, int fd, uint64_t dev, uint64_t mnt) noexcept nogil:
+    cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil:
         # Whether what is open as `fd`, which was found in `parent`, may be shown. It is judged by the descriptor: so no
         # mount that is made meanwhile is taken for what was judged.
         cdef host_statfs fs
-        if dev == parent.dev and mnt == parent.mnt:
+        overlay[0] = parent.overlay
+        if device_of(st) == parent.dev and st.stx_mnt_id == parent.mnt:
             return True
-        # Kernels before 5.8 tell no mount's id. A subvolume of btrfs is another device on the same mount.
-        if not self.share.submounts and (mnt != parent.mnt or mnt == 0):
+        # The same file system by another number: a file of an overlayfs's layer, or a subvolume of btrfs, which is
+        # announced, for to a kernel that cannot be told of it two files would be one. Before 5.8 mounts have no id.
+        if st.stx_mnt_id == parent.mnt and parent.mnt:
+            return self.share.announces or st.stx_mode & S_IFMT != S_IFDIR
+        if not self.share.submounts or not self.share.announces or fstatfs(fd, &fs) < 0:
             return False
-        # To a kernel that cannot be told of another file system, two files would be one.
-        return self.share.announces and fstatfs(fd, &fs) == 0 and fs_stores_files(<uint32_t>fs.f_type)
+        overlay[0] = fs_is_overlay(<uint32_t>fs.f_type)
+        return fs_stores_files(<uint32_t>fs.f_type)
+
+    cdef bint same_inode(self, int one, int other) noexcept nogil:
+        # The kernel's own word, where stat's is not enough: a watch on an inode that has one already is that one.
+        cdef char[4096] events
+        cdef int a, b
+        if self.inotify < 0:
+            self.inotify = inotify_init1(IN_NONBLOCK | IN_CLOEXEC)
+        a = inotify_add_watch(self.inotify, self.path_of(one), IN_MOVE_SELF)
+        b = inotify_add_watch(self.inotify, self.path_of(other), IN_MOVE_SELF)
+        if a >= 0:
+            inotify_rm_watch(self.inotify, a)
+        if b >= 0 and a != b:
+            inotify_rm_watch(self.inotify, b)
+        while self.inotify >= 0 and read(self.inotify, events, sizeof(events)) > 0:
+            pass                    # that the watches have ended
+        return a >= 0 and a == b
+
+    cdef uint64_t add_linked(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil:
+        # On an overlayfs two names of a lower layer's file are said to be one inode until one is written, which is
+        # copied then; they are two.
+        cdef uint64_t nodeid
+        cdef Node *node = self.table.node_twin(st, NULL)
+        while node != NULL and not self.same_inode(node.fd, fd):
+            node = self.table.node_twin(st, node)
+        if node == NULL:
+            return self.table.node_add(fd, st, parent, name, True, True)
+        nodeid = self.table.node_told(node)
+        self.table.node_put(node)
+        close(fd)
+        return nodeid
 
     cdef void fill_found(self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
                          const statx *st) noexcept nogil:
@@ -214,7 +251,9 @@ cdef class Agent:
         if likely:
             if statx_call(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) < 0:
                 return -errno
-            nodeid = self.table.node_find(&st, parent, name)
+            nodeid = 0
+            if not parent.overlay or st.stx_nlink == 1 or st.stx_mode & S_IFMT == S_IFDIR:
+                nodeid = self.table.node_find(&st, parent, name)
             if nodeid:
                 self.fill_found(parent, entry, nodeid, &st)
                 return sizeof(fuse_entry_out)
@@ -230,14 +269,18 @@ cdef class Agent:
         cdef statx st
         cdef uint64_t nodeid
         cdef int error = 0
+        cdef bint overlay = False
         if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             error = errno
-        elif not self.enters(parent, fd, device_of(&st), st.stx_mnt_id):
+        elif not self.enters(parent, fd, &st, &overlay):
             error = EXDEV
         if error:
             close(fd)
             return -error
-        nodeid = self.table.node_add(fd, &st, parent, name)
+        if overlay and st.stx_nlink > 1 and st.stx_mode & S_IFMT != S_IFDIR:
+            nodeid = self.add_linked(fd, &st, parent, name)
+        else:
+            nodeid = self.table.node_add(fd, &st, parent, name, overlay, False)
         if nodeid == 0:
             return -ENFILE
         self.fill_found(parent, entry, nodeid, &st)

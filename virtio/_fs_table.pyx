@@ -21,9 +21,10 @@ cdef class Table(Inodes):
     """Nodes and handles of one share; safe from any thread.
 
     :param root_fd: O_PATH descriptor of the shared directory; owned from here on
+    :param overlay: it is on an overlayfs
     """
 
-    def __cinit__(self, int root_fd):
+    def __cinit__(self, int root_fd, bint overlay):
         self.handle_slots = ROOT        # no id is 0
         self.handle_chunks = <Handle **>calloc(CHUNKS, sizeof(Handle *))
         if self.handle_chunks == NULL:

@@ -60,6 +60,7 @@ cdef extern from *:
             return 0;
         }
     }
+    static inline int fs_is_overlay(uint32_t type) { return type == 0x794C7630; }
     /* close() of a file may fail there, so FLUSH matters. */
     static inline int fs_is_remote(uint32_t type) {
         switch (type) {
@@ -73,4 +74,5 @@ cdef extern from *:
     }
     """
     bint fs_stores_files(uint32_t type) noexcept nogil
+    bint fs_is_overlay(uint32_t type) noexcept nogil
     bint fs_is_remote(uint32_t type) noexcept nogil
