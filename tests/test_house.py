@@ -17,7 +17,7 @@ ROOMS = ("boot", "devices", "virtio", "vmm")
 LEAVES = {
     "vmm.errors", "vmm.memory", "vmm._fastpath", "vmm._fastpath_py", "vmm._mapping",
     "vmm.bus", "vmm._bus", "vmm.irq", "vmm.events",
-    "vmm.kvm_abi", "vmm.logger", "vmm.signals", "vmm.threads", "vmm.budget", "vmm._budget",
+    "vmm.kvm_abi", "vmm.logger", "vmm.signals", "vmm.threads", "vmm.unix_socket", "vmm.budget", "vmm._budget",
 }  # fmt: skip
 # These know every room.
 ASSEMBLERS = ("vmm.machine", "vmm.commands.", "vmm.api.actions")

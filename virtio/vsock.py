@@ -8,16 +8,14 @@ The hybrid scheme of Firecracker and its kin: a host program connects to the uni
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
-import stat
 
 from virtio import spec
 from virtio._vsock import VsockWorker
 from virtio.device import VirtioDevice
 from vmm.budget import raise_descriptor_limit
-from vmm.errors import ConfigError
+from vmm.unix_socket import listen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,39 +40,14 @@ class Listener:
         self.path = path
         self._file: tuple[int, int] | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            self._clear()
-            self._socket.bind(path)
-            status = os.lstat(path)
-            self._file = status.st_dev, status.st_ino
-            self._socket.listen(_BACKLOG)
-        except (OSError, ValueError) as error:
-            self.close()
-            if isinstance(error, ConfigError):
-                raise
-            # An over-long path and one with a NUL are Python's own messages.
-            problem = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            raise ConfigError("vsock uds_path", path, f"cannot be made: {problem}") from None
+        listen(self._socket, "vsock uds_path", path, _BACKLOG)
+        status = os.lstat(path)
+        self._file = status.st_dev, status.st_ino
 
     @property
     def fd(self) -> int:
         """The listening descriptor; owned by this object."""
         return self._socket.fileno()
-
-    def _clear(self) -> None:
-        """Remove a socket file that nobody listens on any more."""
-        try:
-            mode = os.lstat(self.path).st_mode
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(mode):
-            raise ConfigError("vsock uds_path", self.path, "is there and is not a socket; give a path that is free")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-            answer = probe.connect_ex(self.path)
-        if answer == errno.ECONNREFUSED:
-            os.unlink(self.path)
-        elif answer != errno.ENOENT:  # 0, or EAGAIN: its backlog is full
-            raise ConfigError("vsock uds_path", self.path, "is in use by another program; give a path that is free")
 
     def close(self) -> None:
         """Stop listening and remove the file, if it is still ours; idempotent."""

@@ -57,7 +57,7 @@ class Console:
 
     :param serial: the port; ``close`` closes it
     :param mode: ``"stdio"``; ``"raw"``, the same without keys of our own; ``"file:PATH"`` (a FIFO, or a file, created
-        or emptied); or ``"none"``
+        for its owner alone, or emptied); or ``"none"``
     :param limit: called with a number of bytes, it says whether they have to wait: those are lost; None: no limit
     :param on_output: also called with the output as it comes, on the console's thread; one that raises is
         reported and not called again
@@ -110,7 +110,7 @@ class Console:
                 self._lossy = os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
                 # A FIFO for reading, too, or its opening would wait for a reader, and its last reader take us along.
                 flags = os.O_RDWR | os.O_NONBLOCK if self._lossy else os.O_WRONLY | os.O_CREAT
-                self._owned = os.open(path, flags | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+                self._owned = os.open(path, flags | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
             except (OSError, ValueError) as error:
                 why = error.strerror if isinstance(error, OSError) else error
                 raise ConfigError("--console", mode, f"cannot be written: {why}") from None

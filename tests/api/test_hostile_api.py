@@ -381,6 +381,43 @@ def test_a_live_socket_is_refused_and_a_stale_one_replaced(tmp_path: Path, serve
         bind(str(tmp_path / "file"))
 
 
+def test_a_socket_has_its_name_once_it_listens(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    refused: list[OSError] = []
+    over = threading.Event()
+
+    def knock() -> None:
+        while not over.is_set():
+            with socket.socket(socket.AF_UNIX) as client:
+                try:
+                    client.connect(path)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    refused.append(error)
+
+    knocker = threading.Thread(target=knock)
+    knocker.start()
+    for _ in range(300):
+        listener = bind(path)
+        Path(path).unlink()  # its name goes first
+        listener.close()
+    over.set()
+    knocker.join()
+    assert not [error for error in refused if isinstance(error, ConnectionRefusedError)], len(refused)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_socket_without_a_path_and_one_with_a_long_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--api-sock: is empty"):
+        bind("")
+    longest = str(tmp_path / "s").ljust(107, "s")
+    bind(longest).close()
+    assert Path(longest).is_socket()
+    with pytest.raises(ConfigError, match="too long"):
+        bind(longest + "s")
+
+
 def test_sigterm_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     with Process(PYVMM, tmp_path) as process:
         process.await_socket()

@@ -592,3 +592,13 @@ def test_stopped_and_continued_it_is_raw_again(terminal: Any) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_file_that_we_make_is_its_owners_alone(tmp_path):
+    path = tmp_path / "console"
+    old = os.umask(0)
+    try:
+        Console(Serial(IrqLine(4)), mode=f"file:{path}").close()
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o600

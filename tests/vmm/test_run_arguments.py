@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -63,3 +65,10 @@ def test_a_directory_is_a_root_file_system(tmp_path: Path, monkeypatch: pytest.M
     config = config_from(args)
     assert config.full_cmdline == f"{DEFAULT_CMDLINE} root=/dev/vda rw quiet"
     assert [share.tag for share in config.shares] == ["t"]
+
+
+def test_a_written_configuration_is_its_owners_alone(tmp_path: Path) -> None:
+    (tmp_path / "kernel").touch()
+    command = [sys.executable, "-m", "vmm.cli", "run", str(tmp_path / "kernel"), "--write-config", str(tmp_path / "c")]
+    subprocess.run(command, check=True, umask=0)
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600

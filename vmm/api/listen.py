@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM
 from _socket import socket as _Socket
 
 from vmm import launched
-from vmm.errors import ConfigError
+from vmm.unix_socket import listen
 
 _BACKLOG = 128
 
@@ -32,24 +29,5 @@ def bind(path: str) -> Socket:
     if (fd := launched.take_socket(path)) is not None:
         return Socket(fileno=fd)
     listener = Socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
-    try:
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise ConfigError("--api-sock", path, "is there and is not a socket; give a path that is free")
-            probe = Socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
-            refused = probe.connect_ex(path) == errno.ECONNREFUSED
-            probe.close()
-            if not refused:
-                raise ConfigError("--api-sock", path, "is in use by another program; give a path that is free")
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        listener.bind(path)
-        listener.listen(_BACKLOG)
-    except (OSError, ValueError) as error:
-        listener.close()
-        if isinstance(error, ConfigError):
-            raise
-        problem = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise ConfigError("--api-sock", path, f"cannot be made: {problem}") from None
+    listen(listener, "--api-sock", path, _BACKLOG)
     return listener

@@ -242,7 +242,8 @@ def _write_config(config: VmConfig, path: str) -> int:
 
     text = msgspec.json.format(msgspec.json.encode(vm_body(config)), indent=2)
     try:
-        with open(path, "wb") as file:
+        # For its owner alone, as all that we make: an address, a path or a boot argument may be somebody's secret.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(text + b"\n")
     except OSError as error:
         raise ConfigError("--write-config", path, f"cannot be written: {error.strerror}") from None

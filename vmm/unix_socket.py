@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A unix socket that has its name only once it listens: whoever sees the file can connect."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+# Not `socket`, which imports more, on the path of a launch.
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
+
+from vmm.errors import ConfigError
+
+_LONGEST = 107  # bytes of sun_path, less the NUL
+
+
+def listen(listener: socket, field: str, path: str, backlog: int) -> None:
+    """Let `listener` listen at `path`; a file that a dead process left there is replaced.
+
+    :param listener: a new socket; closed where it cannot be
+    :param field: the option it came from, for the message
+    :raises ConfigError: somebody listens there, something else is there, or it cannot be made
+    """
+    if not path:
+        listener.close()
+        # Linux would make up a name, and nobody would find it.
+        raise ConfigError(field, "", "is empty; give the path of the socket")
+    try:
+        _clear(field, path)
+        made = f"{path}.{os.getpid()}"
+        if len(os.fsencode(made)) > _LONGEST:
+            listener.bind(path)
+            listener.listen(backlog)
+        else:
+            listener.bind(made)
+            try:
+                listener.listen(backlog)
+                os.rename(made, path)
+            except OSError:
+                os.unlink(made)
+                raise
+    except (OSError, ValueError) as error:
+        listener.close()
+        if isinstance(error, ConfigError):
+            raise
+        # An over-long path and one with a NUL are Python's own messages.
+        problem = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise ConfigError(field, path, f"cannot be made: {problem}") from None
+
+
+def _clear(field: str, path: str) -> None:
+    # A socket file that nobody listens on any more goes.
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(field, path, "is there and is not a socket; give a path that is free")
+    probe = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
+    answer = probe.connect_ex(path)
+    probe.close()
+    if answer == errno.ECONNREFUSED:
+        os.unlink(path)
+    elif answer != errno.ENOENT:  # 0, or EAGAIN: its backlog is full
+        raise ConfigError(field, path, "is in use by another program; give a path that is free")
