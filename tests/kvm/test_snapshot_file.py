@@ -228,3 +228,54 @@ def test_killed_at_any_step_of_a_save_the_old_image_is_whole_or_the_new(tmp_path
     assert len(seen) == 2, "first the old one, then the new"
     _goes_on(Image.load(str(place)), new_count)
     assert old_count != new_count
+
+
+def _pyvmm(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vmm.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+def test_the_commands(tmp_path: Path, guest: MakeGuest) -> None:
+    (tmp_path / "kernel").write_bytes(Path(guest(COUNTER).config.kernel).read_bytes())
+    (tmp_path / "vm.json").write_text(
+        '{"boot-source": {"kernel_image_path": "%s"}, "drives": [],'
+        '"machine-config": {"vcpu_count": 1, "mem_size_mib": 16}, "pyvmm": {"exit_port": 244}}' % (tmp_path / "kernel")
+    )
+    socket, other = str(tmp_path / "a.sock"), str(tmp_path / "b.sock")
+    serve = [sys.executable, "-m", "vmm.cli", "serve", "--api-sock"]
+    processes = [
+        subprocess.Popen([*serve, socket, "--config-file", str(tmp_path / "vm.json")], cwd=ROOT),
+        subprocess.Popen([*serve, other], cwd=ROOT),
+    ]
+    try:
+        for path in (socket, other):
+            end = time.monotonic() + PATIENCE
+            while _pyvmm("ctl", "--api-sock", path, "status").returncode:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        done = _pyvmm("ctl", "--api-sock", socket, "snapshot", str(tmp_path / "image"))
+        assert done.returncode == 0, done.stderr
+        assert "Running" in _pyvmm("ctl", "--api-sock", socket, "status").stdout
+        done = _pyvmm("ctl", "--api-sock", other, "restore", str(tmp_path / "image"), "--paused")
+        assert done.returncode == 0, done.stderr
+        assert "Paused" in _pyvmm("ctl", "--api-sock", other, "status").stdout
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(PATIENCE)
+    image = Image.load(str(tmp_path / "image"))
+    with Machine(image=image) as vm:  # let the guest end itself, by what it looks at
+        vm.memory.write(0x200000, b"\x07")
+        vm.freeze().save(str(tmp_path / "ending"))
+    done = _pyvmm("run", "--restore", str(tmp_path / "ending"), "--console", "none")
+    assert done.returncode == 7, done.stderr
+    for words, message in (
+        (["run", "--restore", str(tmp_path / "none")], "No such file or directory"),
+        (["run", "--restore", str(tmp_path)], "No such file or directory"),
+        (["run", "--restore", str(tmp_path / "image"), "--memory", "1G"], "which --memory cannot change"),
+        (["run", "--restore", str(tmp_path / "image"), "vmlinux"], "which vmlinux cannot change"),
+        (["run"], "KERNEL: is missing"),
+    ):
+        done = _pyvmm(*words)
+        assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

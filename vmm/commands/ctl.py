@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("start", "start the configured VM")
     add("pause", "hold the VM")
     add("resume", "let it go on")
+    snapshot = add("snapshot", "hold the VM, write what it is now into a directory, and let it go on")
+    snapshot.add_argument("directory", metavar="DIR", help="gets state and memory; made if it is not there")
+    snapshot.add_argument("--diff", action="store_true", help="only the memory that was written since the one before")
+    restore = add("restore", "make this VM, which is not configured, the one of a snapshot")
+    restore.add_argument("directory", metavar="DIR")
+    restore.add_argument("--paused", action="store_true", help="it waits for resume")
     add("ctrl-alt-del", "press these keys")
     drive = add("drive", "give a disk another file, or other limits")
     drive.add_argument("id")
@@ -234,12 +240,41 @@ def _request(client: Client, args: argparse.Namespace) -> None:
     print(answer, end="\n" if answer else "")
 
 
+def _snapshot(client: Client, args: argparse.Namespace) -> None:
+    # The VMM writes the files: a directory that it finds, too, by a path that does not hang on where we are.
+    directory = os.path.abspath(args.directory)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    running = json.loads(client.ask("GET", "/"))["state"] == "Running"
+    if running:
+        client.ask("PATCH", "/vm", {"state": "Paused"})
+    try:
+        body = _files(directory) | {"snapshot_type": "Diff" if args.diff else "Full"}
+        client.ask("PUT", "/snapshot/create", body)
+    finally:
+        if running:
+            client.ask("PATCH", "/vm", {"state": "Resumed"})
+
+
+def _restore(client: Client, args: argparse.Namespace) -> None:
+    files = _files(os.path.abspath(args.directory))
+    backend = {"backend_type": "File", "backend_path": files["mem_file_path"]}
+    body = {"snapshot_path": files["snapshot_path"], "mem_backend": backend, "resume_vm": not args.paused}
+    client.ask("PUT", "/snapshot/load", body)
+
+
+def _files(directory: str) -> dict[str, str]:
+    # As pyvmm's own images have them: `pyvmm run --restore DIR` takes them, too.
+    return {"snapshot_path": os.path.join(directory, "state"), "mem_file_path": os.path.join(directory, "memory")}
+
+
 _COMMANDS = {
     "status": _status,
     "config": _config,
     "start": _act("InstanceStart"),
     "pause": _state("Paused"),
     "resume": _state("Resumed"),
+    "snapshot": _snapshot,
+    "restore": _restore,
     "ctrl-alt-del": _act("SendCtrlAltDel"),
     "drive": _drive,
     "net": _net,

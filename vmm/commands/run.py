@@ -38,6 +38,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--balloon", "MIB[,...]", None, "a memory balloon of that size, which can be changed while the VM runs"),
     ("--virtio-console", None, False, "the console is /dev/hvc0, faster than the serial port"),
     ("--poll", "US", 0, "microseconds that an idle device looks for work before it sleeps (default: 0)"),
+    ("--restore", "DIR", None, "go on with a snapshot in place of a kernel (docs/snapshots.md)"),
     ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
     ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
     ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
@@ -54,7 +55,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
 class Arguments:
     """The parsed command line; the attributes of an ``argparse.Namespace``, without argparse."""
 
-    kernel: str
+    kernel: str | None
     rootfs: str | None = None
     initrd: str | None
     cmdline: str | None
@@ -69,6 +70,7 @@ class Arguments:
     balloon: str | None
     virtio_console: bool
     poll: int
+    restore: str | None
     console: str
     kvm: str
     protocol: str
@@ -92,7 +94,12 @@ def _attribute(option: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm run``."""
     add = parser.add_argument
-    add("kernel", metavar="KERNEL", help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian")
+    add(
+        "kernel",
+        metavar="KERNEL",
+        nargs="?",
+        help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian",
+    )
     add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, or dir:DIRECTORY")
     for option, metavar, default, text in OPTIONS:
         if metavar is None:
@@ -148,6 +155,8 @@ def config_from(args: Arguments) -> VmConfig:
     :raises ConfigError: it means none
     """
     kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append
+    if kernel is None:
+        raise ConfigError("KERNEL", "", "is missing: a kernel's file or a pulled image's name; or --restore DIR")
     if args.cmdline is not None and append:
         raise ConfigError("--append", append, "cannot go with --cmdline, which is the whole command line")
     if not os.path.exists(kernel) and "/" not in kernel:
@@ -207,6 +216,8 @@ def _terminal_size() -> str:
 
 def main(args: Arguments) -> int:
     """Run the VM; see ``vmm.events.EXIT_STATUS`` for what is returned."""
+    if args.restore is not None:
+        return _restore(args)
     config = config_from(args)
     if args.write_config is not None:
         return _write_config(config, args.write_config)
@@ -230,6 +241,28 @@ def main(args: Arguments) -> int:
             print(describe(vm), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
         if args.dry_run:
             return 0
+        return _run(vm, verbose=args.verbose)
+    finally:
+        vm.close()
+
+
+def _restore(args: Arguments) -> int:
+    from vmm.machine import Machine
+    from vmm.snapshot import Image
+
+    others = [option for option, _, default, _ in OPTIONS if getattr(args, _attribute(option)) not in (default, None)]
+    strangers = sorted({*others} - {"--restore", "--console", "--verbose", "--seccomp", "--kvm"})
+    if args.kernel is not None or strangers:
+        what = args.kernel or strangers[0]
+        raise ConfigError("--restore", args.restore, f"has its own configuration, which {what} cannot change")
+    image = Image.load(args.restore or "")
+    image.config = image.config.replaced(console=args.console, kvm=args.kvm)
+    if args.seccomp:
+        from vmm import seccomp
+
+        seccomp.enable()
+    vm = Machine(image=image)
+    try:
         return _run(vm, verbose=args.verbose)
     finally:
         vm.close()
