@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The four devices beside QEMU's and Firecracker's: what a guest gets out of them, and the host's CPU time for it.
 
-One guest of Debian's kernel and tools in every VMM, files on tmpfs; in the lab, except on hardware KVM. A row compares
-with the best of the peers, in each figure. ``PYVMM_BENCH_REPEATS`` and ``PYVMM_BENCH_SECONDS`` shorten or lengthen it.
+One guest of Debian's tools in every VMM, files on tmpfs: natively, with Debian's kernel on hardware KVM and r3 on a
+software KVM; with ``PYVMM_BENCH_LAB=1`` in the lab, for what needs that (vhost). A row compares with the best of the
+peers, in each figure. ``PYVMM_BENCH_REPEATS`` and ``PYVMM_BENCH_SECONDS`` shorten or lengthen it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benches.peers import common
+from benches.peers import common, native
 from benches.peers.boot import vmlinux
 from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, ROOT, Missing, Row, compare
 from benches.peers.devices_inside import GUEST_SH, MARK, REPEATS, TABLES, Phase
@@ -45,7 +46,10 @@ Round = dict[tuple[str, str], dict[str, Any]]
 def _prepare(directory: Path) -> None:
     image = tools_image()
     program = probe()
-    (directory / "vmlinux").write_bytes(vmlinux(image.kernel))
+    if native.here():
+        (directory / "vmlinux").symlink_to(native.kernel())
+    else:
+        (directory / "vmlinux").write_bytes(vmlinux(image.kernel))
     (directory / "rootfs").symlink_to(image.rootfs)
     (directory / "probe").write_bytes(program)
     (directory / "probe").chmod(0o755)
@@ -57,7 +61,7 @@ def _try(directory: Path, table: str, phases: list[str]) -> list[Round]:
     command = [sys.executable, "-m", "benches.peers.devices_inside", str(directory), table, *phases]
     runs = directory / "runs"
     runs.unlink(missing_ok=True)
-    if runs_linux():
+    if runs_linux() or native.here():
         subprocess.run(command, cwd=ROOT, check=False)
     elif lacks := lab.missing():
         raise Missing(f"the lab lacks {'; '.join(lacks)}")
@@ -122,17 +126,18 @@ def rows(table: str) -> list[Row | Missing]:
             todo = [name for name in todo if "rate" not in rounds[-1].get(("pyvmm", name), {})]
             if not todo:
                 break
+    prefix = "native " if native.here() else ""
     programs = {program for each in rounds for program, _ in each}
     rated = [peer for peer in NAMES if peer in programs and CEILING.get(table) != peer]
     result: list[Row | Missing] = []
     for phase in phases:
-        result.append(_row(phase.name, phase.unit, rounds, phase, "pyvmm", rated, "rate", GOAL_RATE))
+        result.append(_row(prefix + phase.name, phase.unit, rounds, phase, "pyvmm", rated, "rate", GOAL_RATE))
         per = f"us/{phase.unit.removesuffix('/s').replace('IOPS', 'op')}"
-        result.append(_row(f"{phase.name}, host CPU", per, rounds, phase, "pyvmm", rated, "cpu", GOAL_CPU))
+        result.append(_row(f"{prefix}{phase.name}, host CPU", per, rounds, phase, "pyvmm", rated, "cpu", GOAL_CPU))
         if table in CEILING:
-            result.append(_row(phase.name, phase.unit, rounds, phase, "pyvmm", [CEILING[table]], "rate", None))
+            result.append(_row(prefix + phase.name, phase.unit, rounds, phase, "pyvmm", [CEILING[table]], "rate", None))
         if table == "fs" and "read" in phase.name:
             goal = GOAL_DAX if "read 1m" in phase.name else None
-            name = f"{phase.name}, DAX"
+            name = f"{prefix}{phase.name}, DAX"
             result.append(_row(name, phase.unit, rounds, phase, "pyvmm_dax", rated, "rate", goal))
     return result

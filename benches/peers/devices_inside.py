@@ -19,10 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benches.peers import common
+from benches.peers import common, native
 from benches.peers.common import PYVMM, Missing
-from tests.linux.tools_guest import CMDLINE, Guest, GuestFailed
+from tests.linux.tools_guest import CMDLINE as STOCK_CMDLINE
+from tests.linux.tools_guest import Guest, GuestFailed
 
+CMDLINE = native.CMDLINE if native.here() else STOCK_CMDLINE
+QEMU_CPU, QEMU_MACHINE = (native.QEMU_CPU, native.QEMU_MACHINE) if native.here() else ("host", "microvm")
 MEMORY_MIB = 256
 DISK_MIB = 128
 FILE_MIB = 64
@@ -103,12 +106,12 @@ def _pyvmm(files: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _qemu(files: Path, *more: str, machine: str = "microvm") -> list[str]:
+def _qemu(files: Path, *more: str, machine: str = QEMU_MACHINE) -> list[str]:
     root = f"file={files / 'rootfs'},if=none,id=root,format=raw,readonly=on,file.locking=off"
     return common.qemu_command(
         files / "vmlinux", "-initrd", str(files / "initrd"), "-append", CMDLINE, "-serial", "stdio", "-no-reboot",
         "-global", "virtio-mmio.force-legacy=false", "-drive", root, "-device", "virtio-blk-device,drive=root", *more,
-        memory=MEMORY_MIB, cpu="host", machine=machine,
+        memory=MEMORY_MIB, cpu=QEMU_CPU, machine=machine,
     )  # fmt: skip
 
 
@@ -297,8 +300,9 @@ def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
             raise Missing(f"{VIRTIOFSD}: apt-get install qemu-system-common")
         listens.unlink(missing_ok=True)
         log = (files / "virtiofsd.log").open("wb")
+        sandbox = ("-o", "sandbox=chroot") if native.here() else ()  # a container may forbid it namespaces
         daemon = subprocess.Popen(
-            [VIRTIOFSD, f"--socket-path={listens}", "-o", f"source={path}", "-o", "cache=auto"],
+            [VIRTIOFSD, f"--socket-path={listens}", "-o", f"source={path}", "-o", "cache=auto", *sandbox],
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         end = time.monotonic() + 20
@@ -310,7 +314,7 @@ def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
         command = _qemu(
             files, "-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on", "-chardev",
             f"socket,id=fs,path={listens}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
-            machine="microvm,memory-backend=ram",
+            machine=f"{QEMU_MACHINE},memory-backend=ram",
         )  # fmt: skip
         return Guest("qemu", command, [daemon])
 

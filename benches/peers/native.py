@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Linux that runs natively on this /dev/kvm, for every VMM alike: r3 on a software KVM."""
+"""A Linux that runs natively on this /dev/kvm, for every VMM alike: r3, where KVM is a software KVM.
+
+``PYVMM_BENCH_LAB=1`` goes to the lab instead, where stock kernels run, slowed by emulation.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,26 @@ import os
 from pathlib import Path
 
 from benches.peers.firecracker import Missing
+from tests.linux import r3
+from vmm.errors import VmmError
+from vmm.kvm import software_kvm
 
-# Source: tests/linux/r3/README.md. QEMU's microvm wants reboot=t.
-CMDLINE = "console=ttyS0 quiet panic=-1 no-kvmapf 8250.nr_uarts=1 random.trust_cpu=1 reboot=k"
+CMDLINE = f"{r3.CMDLINE} quiet loglevel=1"
+# What QEMU's microvm needs for it; it also wants reboot=t.
+QEMU_CPU, QEMU_MACHINE = "host,-arch-capabilities", "microvm,acpi=off,rtc=off"
 
 
-def kernel(flavour: str = "small") -> Path:
-    """The vmlinux.
+def here() -> bool:
+    """Whether r3 is the kernel to measure with."""
+    return software_kvm() is not None and not os.environ.get("PYVMM_BENCH_LAB")
 
-    :param flavour: small, or full: with ACPI, PCI, rng, balloon, virtio-console, DAX
+
+def kernel() -> Path:
+    """r3's vmlinux, built the first time.
+
     :raises Missing: it cannot be built here
     """
-    if place := os.environ.get("PYVMM_R3"):
-        return Path(place, flavour, "vmlinux")
     try:
-        from tests.linux.r3 import vmlinux
-    except ImportError:
-        raise Missing("r3: no tests/linux/r3 here; set PYVMM_R3 to the directory of small/vmlinux") from None
-    return Path(vmlinux(flavour))
+        return r3.vmlinux()
+    except VmmError as error:
+        raise Missing(str(error)) from None

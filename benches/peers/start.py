@@ -19,7 +19,7 @@ from typing import NamedTuple
 from benches.peers import common
 from benches.peers.boot import INIT
 from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Missing, Row, compare
-from benches.peers.native import CMDLINE, kernel
+from benches.peers.native import CMDLINE, QEMU_MACHINE, kernel
 from vmm.images.cpio import Archive
 
 ROUNDS = int(os.environ.get("PYVMM_BENCH_ROUNDS", "5")) * 3
@@ -227,7 +227,7 @@ def _linux(starter: Starter, count: int) -> list[Row]:
     commands = {
         # As Firecracker is started, by the same file.
         "pyvmm": [common.pyvmm()[0], "serve", *fire[1:]],
-        "qemu": common.qemu_command(image, *qemu, machine="microvm,acpi=off,rtc=off"),
+        "qemu": common.qemu_command(image, *qemu, machine=QEMU_MACHINE),
         "firecracker": fire,
     }
 
