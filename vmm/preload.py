@@ -29,7 +29,7 @@ LATER = "atexit calendar json mmap queue resource select termios vmm.api.snapsho
 METADATA = "base64 hmac httptools msgspec secrets".split()
 # and before it runs.
 EARLIER = """
-    bz2 collections.abc ctypes json.decoder lzma signal socket traceback zlib
+    bz2 collections.abc ctypes json.decoder lzma re signal socket traceback zlib
 """.split()
 # What the standard library and msgspec import by themselves, when they first need it.
 HIDDEN = """

@@ -205,7 +205,7 @@ def test_msgspec_spared_is_msgspec() -> None:
 import gc, sys
 gc.disable()
 from vmm import launched
-launched.spare()
+launched.spare_msgspec()
 import msgspec, uuid, decimal, datetime
 assert msgspec.json.decode(b'{"a": [1, null]}') == {"a": [1, None]}
 assert uuid.uuid4() != uuid.uuid4() and decimal.Decimal(1) == 1 and datetime.date(2020, 1, 1).day == 1

@@ -27,6 +27,7 @@ NEVER = {
     "virtio.nat": "the same",
     "vmm.bus": "protocols, for type checkers",
     "importlib": "vmm/__init__.py, for programs that import us",
+    "vmm.pool": "the same",
 }
 
 

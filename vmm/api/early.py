@@ -23,6 +23,7 @@ class Early:
     def __init__(self, vmm_id: str) -> None:
         info = f'{{"id":"{vmm_id}","state":"Not started","vmm_version":"{API_VERSION}","app_name":"Firecracker"}}'
         self._known = {"/": info.encode(), "/version": f'{{"firecracker_version":"{API_VERSION}"}}'.encode()}
+        self.first = threading.Event()  # there was a question
         self._lock = threading.Lock()
         self._settled = threading.Event()
         self._answer: Answer | None = None
@@ -32,7 +33,9 @@ class Early:
         with self._lock:
             if not self._settled.is_set() and method == "GET" and path in self._known and not body:
                 self._answered.append("instance_info_count" if path == "/" else "vmm_version_count")
+                self.first.set()
                 return 200, self._known[path], ()
+        self.first.set()
         self._settled.wait()
         return (500, _ENDING, ()) if self._answer is None else self._answer(method, path, body)
 

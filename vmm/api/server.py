@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import select
 import threading
 import time
@@ -44,10 +43,6 @@ FULL = (
     b"HTTP/1.1 503 \r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n"
     b'{ "error": "Too many open connections" }'
 )
-
-
-_NOT_ASCII = re.compile(rb"[\x80-\xff]")
-_DISGUISED = re.compile(rb"%~([0-9A-F]{2})")
 
 
 class _Refused(Exception):
@@ -100,12 +95,16 @@ class _Connection:
         if data[:end].isascii():
             return data
         self.disguised = True
-        return _NOT_ASCII.sub(lambda byte: b"%%~%02X" % byte[0][0], data[:end]) + data[end:]
+        import re
+
+        return re.sub(rb"[\x80-\xff]", lambda byte: b"%%~%02X" % byte[0][0], data[:end]) + data[end:]
 
     def _path(self) -> str:
         url = self.url
         if self.disguised:
-            url = _DISGUISED.sub(lambda found: bytes([int(found[1], 16)]), url)
+            import re
+
+            url = re.sub(rb"%~([0-9A-F]{2})", lambda found: bytes([int(found[1], 16)]), url)
         self.disguised = False
         try:
             return url.decode()
@@ -258,6 +257,10 @@ class Server:
         self._closing = False
         self._then: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
+
+    def somebody_waits(self) -> bool:
+        """Whether a client is there already; before ``start``."""
+        return bool(self._knocking.poll(0))
 
     def start(self, on_thread: Callable[[], None] = lambda: None) -> None:
         """Serve on a thread of its own, named ``fc_api``, which calls `on_thread` first."""

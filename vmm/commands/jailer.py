@@ -136,7 +136,8 @@ def _run(args: Arguments) -> int:
         parent_cgroup=values["--parent-cgroup"], resource_limits=values["--resource-limit"],
         daemonize=values["--daemonize"], new_pid_ns=values["--new-pid-ns"],
     )  # fmt: skip
-    launched.spare()
+    launched.spare_httptools()
+    launched.spare_msgspec()
     preload()
     launched.settle()
     jailer.close_what_was_inherited()

@@ -32,6 +32,7 @@ STATUS_XCPU = 154
 MAX_GUEST_STATUS = 127
 DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
+FIRST_SECONDS = 0.02
 
 # (option, metavar, default, help); what has no metavar is a switch.
 OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
@@ -262,6 +263,7 @@ class _Serve:
         from vmm.api.listen import bind
 
         listener = bind(self._args.api_sock)
+        launched.spare_httptools()
         from vmm.api.server import Server
 
         return Server(listener, self._early, path=self._args.api_sock, max_payload=self._args.http_api_max_payload_size)
@@ -272,8 +274,11 @@ class _Serve:
 
         set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
         if server is not None and self._hasty:
+            waits = server.somebody_waits()
             server.start(self._on_api_thread)
-        launched.spare()
+            if waits:  # who is there first is not to wait for what is imported for the second question
+                self._early.first.wait(FIRST_SECONDS)
+        launched.spare_msgspec()
         from vmm.api.actions import Vmm
         from vmm.api.answer import answerer
 
