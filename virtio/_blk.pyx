@@ -12,10 +12,10 @@ from virtio._blk_request cimport (
     execute_piece, judge, range_mode,
 )
 from virtio._limiter cimport RateLimiter
-from virtio._uring cimport (
+from vmm._uring cimport (
     IORING_FSYNC_DATASYNC, IORING_OP_FALLOCATE, IORING_OP_FSYNC, IORING_OP_READ, IORING_OP_READV, IORING_OP_WRITE,
-    IORING_OP_WRITEV, Uring, io_uring_cqe, io_uring_sqe, uring_close, uring_next, uring_open, uring_peek, uring_seen,
-    uring_submit,
+    IORING_OP_WRITEV, RING_ENTRIES, Uring, io_uring_cqe, io_uring_sqe, uring_close, uring_next, uring_open, uring_peek,
+    uring_seen, uring_submit,
 )
 from virtio._worker cimport SERVE_STALLED, QueueWorker
 from vmm._fastpath cimport (
@@ -148,7 +148,8 @@ cdef class BlockWorker(QueueWorker):
     """
     cdef Backend disk
     cdef pthread_mutex_t lock           # held while requests are judged and handed over; Backend.change takes it
-    cdef Uring ring                     # open while the thread runs, if the backend says so
+    cdef Uring ring                     # if the backend says so; kept from driver to driver
+    cdef int no_ring                    # why there is none; 0: it has been told
     cdef Counters counters
     cdef uint64_t[256] failures         # by errno; [0]: FILE_ENDS
     cdef Request *requests
@@ -160,7 +161,7 @@ cdef class BlockWorker(QueueWorker):
     cdef uint32_t written               # to the submission ring, since it was handed over
     cdef uint32_t done                  # since the used ring was shown
     cdef uint64_t done_bytes
-    cdef bint by_ring                   # as the backend says, unless this thread gets no ring
+    cdef bint by_ring                   # as the backend says, unless there is no ring
     cdef bint warm                      # the last reads were in the page cache
     cdef bint no_nowait                 # the file system has no RWF_NOWAIT
     cdef int dsync                      # RWF_DSYNC: the driver cannot flush, its writes are stable (§5.2.6.2)
@@ -173,7 +174,12 @@ cdef class BlockWorker(QueueWorker):
         cdef uint32_t i
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.disk = backend
-        self.n_requests = size if backend.use_uring else 1
+        if backend.use_uring:
+            self.no_ring = -uring_open(&self.ring)
+            self.by_ring = self.no_ring == 0
+            if self.by_ring:
+                self._must_watch(self.ring.fd, TOKEN_RING, EPOLLIN)
+        self.n_requests = min(size, <uint32_t>RING_ENTRIES) if self.by_ring else 1
         self.requests = <Request *>PyMem_Calloc(self.n_requests, sizeof(Request))
         self.iov = <iovec *>PyMem_Calloc((<size_t>self.n_requests + 1) * size, sizeof(iovec))
         if self.requests == NULL or self.iov == NULL:
@@ -186,6 +192,7 @@ cdef class BlockWorker(QueueWorker):
         backend.workers.append(self)
 
     def __dealloc__(self):
+        uring_close(&self.ring)
         PyMem_Free(self.requests)
         PyMem_Free(self.iov)
 
@@ -194,9 +201,16 @@ cdef class BlockWorker(QueueWorker):
         """Counters of this queue by name."""
         return self.counters
 
+    def close(self):
+        """Stop the thread and give its file descriptors and its ring back; idempotent."""
+        super().close()
+        uring_close(&self.ring)
+
     def begin(self):
         """Forget the driver before."""
-        self.by_ring = self.disk.use_uring
+        if self.no_ring:
+            self.device.report_no_ring(self.no_ring)
+            self.no_ring = 0
         self.dsync = 0 if self.features & F_FLUSH or self.disk.file.unsafe else RWF_DSYNC
 
     cdef int serve(self, uint32_t place) noexcept nogil:
@@ -204,8 +218,6 @@ cdef class BlockWorker(QueueWorker):
         cdef Request *r
         cdef uint64_t wait
         cdef int status, refusal
-        if self.by_ring and self.ring.fd < 0:
-            self.open_ring()
         pthread_mutex_lock(&self.lock)
         while True:
             status = SERVE_STALLED
@@ -267,16 +279,6 @@ cdef class BlockWorker(QueueWorker):
         self.complete(r, failed)
         return True
 
-    cdef void open_ring(self) noexcept nogil:
-        cdef int failed = -uring_open(&self.ring, self.n_requests)
-        if failed == 0 and self.watch(self.ring.fd, TOKEN_RING, EPOLLIN) < 0:
-            failed = errno
-        if failed:
-            uring_close(&self.ring)
-            self.by_ring = False
-            with gil:
-                self.device.report_no_ring(failed)
-
     cdef void settle(self) noexcept nogil:
         # Hand over what was prepared, take what is done, show it.
         if self.written:
@@ -308,7 +310,6 @@ cdef class BlockWorker(QueueWorker):
         while self.flying:
             self.submit(1)
         self.show()
-        uring_close(&self.ring)
         pthread_mutex_unlock(&self.lock)
 
     # One request

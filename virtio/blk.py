@@ -256,6 +256,8 @@ class Block(VirtioDevice):
         else:
             self.features |= spec.BLK_F_WRITE_ZEROES | (spec.BLK_F_DISCARD if disk.can_discard() else 0)
         self.limiter = limiter or RateLimiter()
+        # Only a thread that has a ring may enter one.
+        self.thread_kind = "blk-uring" if self.engine == "Async" else "blk"
         self._backend = Backend(
             disk.fd, disk.size, self.serial, self.limiter, read_only=disk.read_only, block_device=disk.block_device,
             direct=disk.direct, unsafe=unsafe, use_uring=self.engine == "Async",
@@ -267,7 +269,7 @@ class Block(VirtioDevice):
         if engine is None and not self.disk.can_wait_aside():
             return "Sync"  # as on tmpfs before Linux 6.6: each request would go to a thread of the kernel's
         if engine != "Sync":
-            from virtio import _uring
+            from vmm import _uring
 
             if not (refused := _uring.probe()):
                 return "Async"

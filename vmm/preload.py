@@ -15,13 +15,13 @@ OURS = """
     boot.acpi boot.aml boot.bzimage boot.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable boot.params
     boot.payload boot.pvh boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042
     devices.power devices.pvpanic devices.rtc virtio._blk virtio._fs virtio._fs_dax virtio._limiter virtio._net
-    virtio._uring virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmds_net
+    virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmds_net
     virtio.mmio virtio.net virtio.net_host virtio.rng virtio.spec virtio.transport virtio.vsock vmm._kvm_state
     vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.early vmm.api.listen vmm.api.openapi vmm.api.routes
     vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console
     vmm.cpu_template vmm.device_config vmm.events vmm.kvm vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds
     vmm.options vmm.preload vmm.private_disk vmm.seccomp vmm.snapshot vmm.snapshot_file vmm.threads vmm.undertaker
-    vmm.unix_socket
+    vmm.unix_socket vmm._uring
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = "atexit calendar json mmap queue resource select termios vmm.api.snapshots vmm.snapshot zlib".split()

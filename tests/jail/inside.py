@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program that goes into a jail and tries one thing there: ``inside.py BASE UID KIND ATTEMPT``.
+"""A program that goes into a jail and tries things there: ``inside.py BASE UID KIND ATTEMPT ...``.
 
-KIND is the kind of thread that tries, behind its seccomp filter, or ``none`` for a thread without one. It ends with
-status 0 and the word ``done`` if the thing was done, else with the error's name or by what seccomp makes of it.
+KIND is the kind of thread that tries, behind its seccomp filter, or ``none`` for a thread without one. Each thing is
+tried in a process of its own, which says ``done`` if it was done, else the error's name, or ends by what seccomp makes
+of it. Printed is a JSON object: by attempt, the exit status, what it said and what it was told on stderr.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
+import mmap
 import os
+import signal
+import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 
@@ -84,6 +90,60 @@ def terminal_types() -> None:
     call(16, 0, 0x5412, ctypes.byref(ctypes.c_char(b"x")))  # TIOCSTI
 
 
+def ring_of_a_disk() -> int:
+    """What ``vmm._uring`` has made before the filter; there is none without one."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[io_uring]":
+                return int(name)
+        except OSError:
+            pass  # the directory's own
+    return -1
+
+
+def by_ring(ring: int, opcode: int, fd: int, off: int, address: int, length: int, flags: int = 0) -> None:
+    """One submission; what came of it has to be a descriptor."""
+    if ring < 0:
+        raise OSError(errno.ENOENT, "no ring")
+    sizes = (12288, 16384) if ring == RING else (4096, 4096)  # of 256 entries, and of 4
+    with mmap.mmap(ring, sizes[0]) as rings, mmap.mmap(ring, sizes[1], offset=0x1000_0000) as entries:
+        at = int.from_bytes(rings[OFFSETS[0] :][:4], "little")
+        entry = opcode.to_bytes(4, "little") + (fd & 0xFFFF_FFFF).to_bytes(4, "little")
+        entry += off.to_bytes(8, "little") + address.to_bytes(8, "little")
+        entry += length.to_bytes(4, "little") + flags.to_bytes(4, "little")
+        entries[64 * at : 64 * at + 64] = entry.ljust(64, b"\0")
+        rings[OFFSETS[0] : OFFSETS[0] + 4] = (at + 1).to_bytes(4, "little")
+        call(426, ring, 1, 1, 1, 0, 0)
+        assert rings[OFFSETS[1] :][:4] == bytes(4), "a ring is used once here"
+        result = int.from_bytes(rings[OFFSETS[2] + 8 :][:4], "little", signed=True)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    assert result > 2
+
+
+PATH = ctypes.create_string_buffer(b"/run/file")
+
+
+def open_by(ring: int) -> None:
+    by_ring(ring, 18, AT_FDCWD, 0, ctypes.addressof(PATH), 0)
+
+
+def socket_by(ring: int) -> None:
+    by_ring(ring, 45, 2, 1, 0, 0)
+
+
+def new_ring() -> int:
+    return call(425, 4, bytes(120))
+
+
+def ring_offsets() -> tuple[int, ...]:
+    """Of the submissions' tail, of the completions' head and of the first completion, the same in every ring."""
+    params = ctypes.create_string_buffer(120)
+    os.close(call(425, 4, params))
+    words = struct.unpack("30I", params.raw)
+    return words[11], words[20], words[25]
+
+
 # Numbers of x86_64.
 ATTEMPTS: dict[str, Callable[[], object]] = {
     "open the host's passwd": lambda: open_("/etc/passwd"),
@@ -136,7 +196,12 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "keyctl": lambda: call(250, 0, -3, 1),
     "add_key": lambda: call(248, "user", "a", "b", 1, -3),
     "userfaultfd": lambda: call(323, 0),
-    "io_uring_setup": lambda: call(425, 1, bytes(120)),
+    "io_uring_setup": new_ring,
+    "openat by a new ring": lambda: open_by(new_ring()),
+    "socket(AF_INET) by a new ring": lambda: socket_by(new_ring()),
+    "openat by a disk's ring": lambda: open_by(RING),
+    "socket(AF_INET) by a disk's ring": lambda: socket_by(RING),
+    "io_uring_register": lambda: call(427, RING, 9, 0, 0),  # a personality
     "init_module": lambda: call(175, bytes(64), 64, ""),
     "finit_module": lambda: call(313, open_("/run"), "", 0),
     "kexec_load": lambda: call(246, 0, 0, 0, 0),
@@ -151,22 +216,45 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
 }
 
 
-def main(base: str, uid: int, kind: str, attempt: str) -> None:
-    """Be jailed, become a thread of that kind, try it, and say what came of it."""
+RING = -1
+OFFSETS: tuple[int, ...] = ()
+
+
+def main(base: str, uid: int, kind: str, attempts: list[str]) -> None:
+    """Be jailed, and let a process each try one thing as a thread of that kind."""
+    global OFFSETS
+    OFFSETS = ring_offsets()
     jail = jailer.Jail("/bin/firecracker", "attempt", uid, uid, chroot_base_dir=base)
     jailer.close_what_was_inherited()
     if kind != "none":
-        from vmm import seccomp, threads
         from vmm.preload import preload
 
         preload()
     jail.enter()
     with open("/run/file", "w"):
         pass
+    told = {}
+    for attempt in attempts:
+        with tempfile.TemporaryFile(dir="/run") as said, tempfile.TemporaryFile(dir="/run") as heard:
+            pid = os.fork()
+            if pid == 0:
+                os.dup2(said.fileno(), 1)
+                os.dup2(heard.fileno(), 2)
+                signal.alarm(20)
+                in_a_process(kind, ATTEMPTS[attempt])
+            _, status = os.waitpid(pid, 0)
+            words = [os.pread(file.fileno(), 4096, 0).decode().strip() for file in (said, heard)]
+            told[attempt] = (os.waitstatus_to_exitcode(status), *words)
+    print(json.dumps(told))
+
+
+def in_a_process(kind: str, attempt: Callable[[], object]) -> None:
+    """Try it, and end."""
+    global RING
 
     def try_it() -> None:
         try:
-            ATTEMPTS[attempt]()
+            attempt()
         except OSError as error:
             print(errno.errorcode.get(error.errno or 0, str(error.errno)), flush=True)
             os._exit(1)
@@ -175,11 +263,13 @@ def main(base: str, uid: int, kind: str, attempt: str) -> None:
 
     if kind == "none":
         try_it()
-    else:
-        seccomp.enable()
-        threads.spawn(kind, "tries", try_it)
-        threading.Event().wait(20)
+    from vmm import seccomp, threads
+
+    seccomp.enable()
+    RING = ring_of_a_disk()
+    threads.spawn(kind, "tries", try_it)
+    threading.Event().wait(20)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])

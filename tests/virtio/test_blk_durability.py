@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from tests.guest_driver import Allocator, MmioDriver
-from virtio import _uring, spec
+from virtio import spec
 from virtio.blk import Block, Disk
 from virtio.mmio import VirtioMmio
+from vmm import _uring
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""io_uring by its three system calls and two shared rings; one thread uses a ring. Source: Linux io_uring(7)."""
-from libc.errno cimport EINTR, EINVAL, errno
+"""io_uring by its three system calls and two shared rings; one thread uses a ring. Source: Linux io_uring(7).
+
+A seccomp filter sees no submission: a ring may do what its thread may not. So each ring is restricted, for good, to
+what disks ask of it, and none is made behind a filter: ``stock`` makes them before.
+"""
+from libc.errno cimport EINTR, EINVAL, EMFILE, errno
 from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <linux/io_uring.h>
     #include <sys/mman.h>
     #include <sys/syscall.h>
@@ -16,6 +21,20 @@ cdef extern from *:
     }
     static inline int uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags) {
         return (int)syscall(__NR_io_uring_enter, fd, submit, wait, flags, NULL, 0);
+    }
+    /* Of a ring made with IORING_SETUP_R_DISABLED, for good: these operations, without flags, and no registration. */
+    static inline int uring_restrict(int fd) {
+        static const unsigned char allowed[] = {
+            IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_READ, IORING_OP_WRITE, IORING_OP_FSYNC, IORING_OP_FALLOCATE,
+        };
+        struct io_uring_restriction rules[sizeof(allowed)] = { { 0 } };
+        for (unsigned i = 0; i < sizeof(allowed); i++) {
+            rules[i].opcode = IORING_RESTRICTION_SQE_OP;
+            rules[i].sqe_op = allowed[i];
+        }
+        if (syscall(__NR_io_uring_register, fd, IORING_REGISTER_RESTRICTIONS, rules, sizeof(allowed)))
+            return -errno;
+        return syscall(__NR_io_uring_register, fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) ? -errno : 0;
     }
     static inline void *uring_map(int fd, size_t size, off_t what) {
         void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, what);
@@ -42,9 +61,10 @@ cdef extern from *:
         io_sqring_offsets sq_off
         io_cqring_offsets cq_off
     enum:
-        IORING_SETUP_CLAMP, IORING_SETUP_COOP_TASKRUN, IORING_FEAT_RW_CUR_POS, IORING_ENTER_GETEVENTS
+        IORING_SETUP_CLAMP, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_R_DISABLED, IORING_ENTER_GETEVENTS
         IORING_OFF_SQ_RING, IORING_OFF_SQES
     int uring_setup(unsigned int entries, io_uring_params *p) noexcept nogil
+    int uring_restrict(int fd) noexcept nogil
     int uring_enter(int fd, unsigned int submit, unsigned int wait, unsigned int flags) noexcept nogil
     void *uring_map(int fd, size_t size, long what) noexcept nogil
     unsigned int load_acquire(const unsigned int *p) noexcept nogil
@@ -57,35 +77,54 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
 
-cdef int uring_open(Uring *ring, unsigned int entries) noexcept nogil:
+cdef Uring[64] _stock
+cdef int _stocked = -1                  # -1: rings are made when they are wanted
+cdef int _refusal = 0                   # why there were none to stock
+
+
+cdef int uring_open(Uring *ring) noexcept:
+    global _stocked
+    if _stocked < 0:
+        return _make(ring)
+    if _stocked == 0:
+        ring.fd = -1
+        return -EMFILE
+    _stocked -= 1
+    ring[0] = _stock[_stocked]
+    return 0
+
+
+cdef int _make(Uring *ring) noexcept nogil:
     cdef io_uring_params p
     cdef unsigned int *array
     cdef unsigned int i
+    cdef int status
     cdef char *base
     memset(ring, 0, sizeof(Uring))
     memset(&p, 0, sizeof(p))
     # No interrupt of this thread for a completion (Linux 5.19): it wakes from its sleep anyway. DEFER_TASKRUN would
     # save more, but does not wake who sleeps in epoll on the ring.
-    p.flags = IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN
-    ring.fd = uring_setup(entries, &p)
+    p.flags = IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_R_DISABLED
+    ring.fd = uring_setup(RING_ENTRIES, &p)
     if ring.fd < 0 and errno == EINVAL:
         memset(&p, 0, sizeof(p))
-        p.flags = IORING_SETUP_CLAMP
-        ring.fd = uring_setup(entries, &p)
+        p.flags = IORING_SETUP_CLAMP | IORING_SETUP_R_DISABLED      # Linux 5.10
+        ring.fd = uring_setup(RING_ENTRIES, &p)
     if ring.fd < 0:
         return -errno
-    if not p.features & IORING_FEAT_RW_CUR_POS:     # Linux 5.6: one mapping, and the operations that we use
-        uring_close(ring)
-        return -EINVAL
+    status = uring_restrict(ring.fd)
+    if status < 0:
+        _free(ring)
+        return status
     ring.rings_size = max(p.sq_off.array + p.sq_entries * sizeof(unsigned int),
                           p.cq_off.cqes + p.cq_entries * sizeof(io_uring_cqe))
     ring.sqes_size = p.sq_entries * sizeof(io_uring_sqe)
     ring.rings = uring_map(ring.fd, ring.rings_size, IORING_OFF_SQ_RING)
     ring.sqes = <io_uring_sqe *>uring_map(ring.fd, ring.sqes_size, IORING_OFF_SQES)
     if ring.rings == NULL or ring.sqes == NULL:
-        i = errno
-        uring_close(ring)
-        return -<int>i
+        status = -errno
+        _free(ring)
+        return status
     base = <char *>ring.rings
     ring.sq_head = <unsigned int *>(base + p.sq_off.head)
     ring.sq_tail = <unsigned int *>(base + p.sq_off.tail)
@@ -100,9 +139,19 @@ cdef int uring_open(Uring *ring, unsigned int entries) noexcept nogil:
     return 0
 
 
-cdef void uring_close(Uring *ring) noexcept nogil:
+cdef void uring_close(Uring *ring) noexcept:
+    global _stocked
     if ring.fd < 0:
         return
+    if 0 <= _stocked < 64:
+        _stock[_stocked] = ring[0]
+        _stocked += 1
+        ring.fd = -1
+    else:
+        _free(ring)
+
+
+cdef void _free(Uring *ring) noexcept nogil:
     if ring.rings != NULL:
         munmap(ring.rings, ring.rings_size)
     if ring.sqes != NULL:
@@ -146,10 +195,28 @@ cdef void uring_seen(Uring *ring) noexcept nogil:
 
 
 def probe():
-    """Try to have a ring: 0, or why the kernel gives none, as an error number."""
+    """Whether there are rings: 0, or why there are none, as an error number."""
     cdef Uring ring
     cdef int status
-    with nogil:
-        status = uring_open(&ring, 1)
+    if _stocked >= 0:
+        return _refusal
+    status = uring_open(&ring)
+    if status == 0:
         uring_close(&ring)
     return -status
+
+
+def stock(int count):
+    """Make up to `count` rings, 64 at most; from here on this process makes no other, and gives them out by turns.
+
+    :returns: how many there are
+    """
+    global _refusal, _stocked
+    cdef int status = 0
+    if _stocked < 0:
+        _stocked = 0
+        while status == 0 and _stocked < min(count, 64):
+            status = _make(&_stock[_stocked])
+            _stocked += status == 0
+        _refusal = 0 if _stocked else -status
+    return _stocked

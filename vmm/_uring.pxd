@@ -34,9 +34,13 @@ cdef struct Uring:
     size_t rings_size
     size_t sqes_size
 
-# On the thread that is to use it; room for `entries` submissions and twice the completions. 0 or -errno.
-cdef int uring_open(Uring *ring, unsigned int entries) noexcept nogil
-cdef void uring_close(Uring *ring) noexcept nogil
+cdef enum:
+    RING_ENTRIES = 256
+
+# Room for RING_ENTRIES submissions and twice the completions, for any thread, but one at a time. 0 or -errno.
+cdef int uring_open(Uring *ring) noexcept
+# With nothing under way.
+cdef void uring_close(Uring *ring) noexcept
 # The next submission, all zero, or NULL: no room. The kernel sees it after uring_submit.
 cdef io_uring_sqe *uring_next(Uring *ring) noexcept nogil
 # Hand over what was written, and wait for `wait` completions. 0 or -errno; EINTR is tried again.
