@@ -6,11 +6,12 @@ Only the subcommand that runs is imported.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
 from vmm import launched
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError, host_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def parse(name: str, module: ModuleType, words: list[str]) -> Any:
 
     parser = Parser(prog=f"pyvmm {name}", description=COMMANDS[name], allow_abbrev=False)
     module.add_arguments(parser)
+    # argparse passes over what cannot be written.
+    parser.print_help = lambda file=None: print(parser.format_help(), end="", file=file)  # type: ignore[method-assign]
     try:
         # Intermixed: KERNEL --option value ROOTFS. What `lab` takes, the rest of its line, argparse cannot mix.
         return parser.parse_intermixed_args(words) if quick is not None else parser.parse_args(words)
@@ -81,6 +84,8 @@ def _hold_standard_descriptors() -> None:
     # The interpreter has none where the descriptor was closed.
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,13 +94,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: arguments without the program's name; ``sys.argv`` if left out
     :returns: the exit status: the command's own, 1 for a host failure, 2 for a mistake in the arguments
     """
-    _hold_standard_descriptors()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    program = os.path.basename(sys.argv[0]) if argv is None else ""
-    if program in PROGRAMS:
-        arguments.insert(0, PROGRAMS[program])
-    elif arguments and arguments[0].startswith("--") and arguments[0] not in ("--help", "--version"):
-        arguments.insert(0, "serve")
+    name = ""
+    try:
+        _hold_standard_descriptors()
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        program = os.path.basename(sys.argv[0]) if argv is None else ""
+        if program in PROGRAMS:
+            arguments.insert(0, PROGRAMS[program])
+        elif arguments and arguments[0].startswith("--") and arguments[0] not in ("--help", "--version"):
+            arguments.insert(0, "serve")
+        name = " ".join(arguments[:1])
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except ConfigError as error:
+        return _tell(name, str(error), STATUS_CONFIG)
+    except KeyboardInterrupt:
+        return STATUS_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away; nothing more can be said, not even by the interpreter's own flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STATUS_HOST
+    except Exception as error:
+        problem = host_problem(error)
+        if problem is None:
+            raise  # a mistake of ours, which a traceback says best
+        return _tell(name, problem, STATUS_HOST)
+
+
+def _tell(name: str, problem: str, status: int) -> int:
+    try:
+        print(f"pyvmm {name}".strip() + f": {problem}", file=sys.stderr)
+    except (OSError, ValueError):
+        pass  # nobody listens
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     match arguments[:1]:
         case [] | ["-h"] | ["--help"] | ["help"]:
             print(_help())
@@ -111,21 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         launched.settle()
     module = __import__(f"vmm.commands.{name}", fromlist=["main"])
     args = parse(name, module, rest)
-    if isinstance(args, int):
-        return args
-    try:
-        status: int = module.main(args)
-        sys.stdout.flush()
-        return status
-    except VmmError as error:
-        print(f"pyvmm {name}: {error}", file=sys.stderr)
-        return STATUS_CONFIG if isinstance(error, ConfigError) else STATUS_HOST
-    except KeyboardInterrupt:
-        return STATUS_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away; nothing more can be said, not even by the interpreter's own flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return STATUS_HOST
+    status: int = args if isinstance(args, int) else module.main(args)
+    return status
 
 
 def entry() -> NoReturn:

@@ -91,3 +91,23 @@ class BadChain(GuestError):
         self.head = head
         self.index = index
         self.rule = rule
+
+
+def host_problem(error: BaseException) -> str | None:
+    """One line for what the host or its limits did, whoever met it; None: `error` is a mistake of ours."""
+    match error:
+        case VmmError():
+            return str(error)
+        case OSError():
+            return (
+                f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
+            )
+        case MemoryError():
+            return "the host has no memory for it"
+        case RuntimeError() if "can't start new thread" in str(error):
+            return "the host has no thread for it: a limit of processes or of memory is reached"
+        case ImportError() if "Too many open files" in str(error):
+            return "Too many open files"
+        case UnicodeEncodeError():
+            return f"{error.object!a} is not UTF-8, which is needed here"
+    return None

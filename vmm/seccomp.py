@@ -11,6 +11,7 @@ Source: Linux seccomp(2), Documentation/userspace-api/seccomp_filter.rst; ioctl 
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from queue import SimpleQueue
@@ -200,7 +201,10 @@ class Filters:
             _seccomp.install(self.code["base"], "base", whole_process=True)
         except OSError as error:
             raise HostError(error.errno or 0, "install seccomp filters") from None
-        threading.Thread(target=self._make_threads, name="fc_spawn", daemon=True).start()
+        try:
+            threading.Thread(target=self._make_threads, name="fc_spawn", daemon=True).start()
+        except RuntimeError:
+            raise HostError(errno.EAGAIN, "start a thread") from None
 
     def start(self, thread: threading.Thread) -> None:
         """Start `thread`, from whatever thread.

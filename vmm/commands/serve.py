@@ -9,7 +9,7 @@ import threading
 
 from vmm import launched, logger, signals, threads
 from vmm.api import API_VERSION
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
 from vmm.options import parse_count
 
@@ -251,8 +251,11 @@ class _Serve:
                     self._early = Early(self._args.id)
                     server = self._server = self._listen()
                 return self._run(server)
-            except VmmError as error:
-                _complain(self._args, str(error))
+            except Exception as error:
+                problem = host_problem(error)
+                _complain(self._args, problem or f"{type(error).__name__}: {error}")
+                if problem is None:
+                    raise  # a mistake of ours, which a traceback says best
                 return STATUS_GENERIC
             finally:
                 if server is not None:

@@ -38,10 +38,19 @@ class Image:
 def cache_root() -> str:
     """Return pyvmm's cache directory, ``$XDG_CACHE_HOME/pyvmm``; nothing is created.
 
+    :raises ConfigError: neither the environment nor the password file says where this user's files are
+
     Source: XDG Base Directory Specification: a relative XDG_CACHE_HOME is invalid and ignored.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "pyvmm")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        from vmm.errors import ConfigError
+
+        problem = "is not set, and this user has no home directory; set it, or XDG_CACHE_HOME, to an absolute path"
+        raise ConfigError("HOME", os.environ.get("HOME", ""), problem)
+    return os.path.join(base, "pyvmm")
 
 
 def resolve(name: str) -> Image | None:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host refuses is said in one line, by every command: no traceback, no stray file, a status of failure."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kvm.guests import write_guest
+
+NOBODY = 54321  # in no password file
+PROGRAM = "import sys; from vmm.cli import entry; sys.exit(entry())"
+# A user without a name, who may read our sources wherever they are, and for whom limits hold.
+AS_NOBODY = f"""
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.prctl(28, 4, 0, 0, 0)  # PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP: what is kept is said below
+os.setgroups([])
+os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+libc.capset((ctypes.c_uint32 * 2)(0x2008_0522, 0), (ctypes.c_uint32 * 6)(6, 6))  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+"""
+QUIT = "mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b"
+COMMANDS = {
+    "help": ["--help"],
+    "version": ["--version"],
+    "run": ["run", "kernel", "--memory", "4M", "--any-kernel"],
+    "run a name": ["run", "nosuchimage"],
+    "run --dry-run": ["run", "kernel", "--memory", "4M", "--dry-run"],
+    "run --write-config": ["run", "kernel", "--write-config", "written"],
+    "run --help": ["run", "--help"],
+    "serve": ["serve", "--no-api", "--config-file", "config.json"],
+    "serve a socket": ["serve", "--api-sock", "no/s"],
+    "serve nothing": ["serve", "--api-sock", ""],
+    "serve --version": ["serve", "--version"],
+    "check": ["check"],
+    "ctl": ["ctl", "--api-sock", "no/s", "status"],
+    "link": ["link", "firecracker", "."],
+    "vsock": ["vsock", "no/v", "1"],
+    "jailer": ["jailer", "--id", "a", "--exec-file", "x", "--uid", "0", "--gid", "0"],
+}
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    directory = tmp_path / "room"
+    directory.mkdir()
+    os.rename(write_guest(tmp_path, QUIT), directory / "kernel")
+    config = '{"boot-source": {"kernel_image_path": "kernel"}, "drives": [],'
+    (directory / "config.json").write_text(f'{config} "machine-config": {{"vcpu_count": 1, "mem_size_mib": 8}}}}')
+    for path in (directory, *directory.parents):
+        if path.stat().st_uid == os.getuid() and path != Path("/") and str(path).startswith("/tmp/"):
+            path.chmod(0o777)
+    return directory
+
+
+# What comes before the program, and HOME.
+HOSTS = {
+    "no home, no passwd entry": (AS_NOBODY, None),
+    "home is read-only": ("", "/proc"),
+    "8 descriptors": ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))\n", "/root"),
+    "one process": (AS_NOBODY + "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))\n", "/tmp"),
+    "full": ("", "/root"),
+}
+
+
+def command_and_environment(host: str, words: list[str]) -> dict[str, Any]:
+    before, home = HOSTS[host]
+    if os.getuid() and before.startswith(AS_NOBODY):
+        pytest.fail("LAYER MISSING: host errors: becoming another user takes root", pytrace=False)
+    environment = {name: value for name, value in os.environ.items() if name != "HOME" and not name.startswith("XDG_")}
+    return {
+        "args": [sys.executable, "-c", before + PROGRAM, *words],
+        "env": environment if home is None else {**environment, "HOME": home},
+        "stdin": subprocess.DEVNULL,
+        "timeout": 60,
+    }
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_line(room: Path, host: str, command: str) -> None:
+    before = set(os.listdir(room))
+    with open("/dev/full" if host == "full" else os.devnull, "wb") as sink:
+        done = subprocess.run(
+            **command_and_environment(host, COMMANDS[command]), cwd=room, stdout=sink, stderr=subprocess.PIPE
+        )
+    said = done.stderr.decode(errors="replace")
+    assert ("Traceback" not in said and 0 <= done.returncode < 128) or done.returncode == 153, (done.returncode, said)
+    if done.returncode:
+        assert said.count("\n") <= 1 and (said.startswith("pyvmm") or done.returncode != 1), said
+    if host == "full" and command in ("help", "version", "run --help", "run --dry-run", "serve --version", "check"):
+        assert done.returncode == 1 and "No space left on device" in said
+    assert set(os.listdir(room)) - before <= {"written", "firecracker"}, "a directory named ~, or another"
+
+
+def test_a_name_that_is_not_utf_8(room: Path) -> None:
+    name = os.fsdecode(b"k\xff")
+    os.rename(room / "kernel", room / name)
+    for options, status in ((["--dry-run"], 0), ([], 80), (["--write-config", "w"], 1), (["--console", "x\udcff"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "run", name, "--memory", "4M", "--any-kernel", *options], cwd=room,
+            capture_output=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == status and b"Traceback" not in done.stderr, done.stderr
+        if options == ["--dry-run"]:
+            assert b"k\xff" in done.stdout
+        elif status:
+            assert done.stderr.count(b"\n") == 1
+
+
+def test_nowhere_to_put_images_is_said(room: Path) -> None:
+    for words in (["run", "debian"], ["pull", "busybox"]):
+        done = subprocess.run(
+            **command_and_environment("no home, no passwd entry", words), cwd=room, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HOME: is not set" in done.stderr, done.stderr
+        assert not (room / "~").exists()
