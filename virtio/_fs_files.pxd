@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from virtio._fs_nodes cimport NodeOperations
-from virtio._fs_table cimport Handle
+from virtio._fs_table cimport Handle, Kind
 from virtio._fuse cimport fuse_in_header
 from vmm._fastpath cimport DescChain
 
@@ -12,6 +12,9 @@ cdef class FileOperations(NodeOperations):
     cdef int64_t op_write(self, Handle *handle, DescChain *chain) noexcept nogil
     cdef int64_t read_ahead(self, Handle *handle) noexcept nogil
     cdef int64_t op_readdir(self, Handle *handle, uint64_t nodeid, bint plus) noexcept nogil
+    cdef Handle *handle_of(self, uint64_t fh, uint64_t nodeid, Kind kind, int access,
+                           Handle *passing) noexcept nogil
+    cdef void done_with(self, Handle *handle, Handle *passing) noexcept nogil
     cdef int write_flags(self, uint32_t wanted) noexcept nogil
     cdef int64_t op_copy(self, Handle *handle) noexcept nogil
     cdef int64_t op_fallocate(self, Handle *handle) noexcept nogil

@@ -6,10 +6,10 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
 from virtio._fs_host cimport *
-from virtio._fs_inodes cimport ROOT, Node, pthread_mutex_lock, pthread_mutex_unlock
+from virtio._fs_inodes cimport ROOT, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 from virtio._fs_nodes cimport NodeOperations
 from virtio._fs_share cimport ALLOCATED, DIRENTS, IN_HEADER, MAX_WRITE, OUT_HEADER, OUT_MAX, PIECE
-from virtio._fs_table cimport DIRECTORY, FILE, Handle
+from virtio._fs_table cimport DIRECTORY, FILE, Handle, Kind
 from virtio._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
 
@@ -55,13 +55,16 @@ cdef class FileOperations(NodeOperations):
         cdef uint32_t opcode = h.opcode
         cdef int64_t result
         cdef bint directory = opcode == FUSE_READDIR or opcode == FUSE_READDIRPLUS or opcode == FUSE_FSYNCDIR
+        cdef Handle passing
         cdef Handle *handle
         if opcode == FUSE_FLUSH and not self.share.flush_matters:
             return -ENOSYS      # and Linux asks no more, which saves a round trip at every close
         # Every structure of these operations begins with the handle.
-        handle = self.table.handle_get((<fuse_read_in *>self.request).fh, h.nodeid, DIRECTORY if directory else FILE)
+        handle = self.handle_of(
+            (<fuse_read_in *>self.request).fh, h.nodeid, DIRECTORY if directory else FILE,
+            O_RDWR if opcode == FUSE_WRITE or opcode == FUSE_FALLOCATE else O_RDONLY, &passing)
         if handle == NULL:
-            return -EBADF
+            return -errno
         if opcode == FUSE_READ:
             result = self.op_read(handle, chain)
         elif opcode == FUSE_WRITE:
@@ -70,8 +73,45 @@ cdef class FileOperations(NodeOperations):
             result = self.op_readdir(handle, h.nodeid, opcode == FUSE_READDIRPLUS)
         else:
             result = self.op_file(handle, h)
-        self.table.handle_put(handle)
+        self.done_with(handle, &passing)
         return result
+
+    cdef Handle *handle_of(self, uint64_t fh, uint64_t nodeid, Kind kind, int access,
+                           Handle *passing) noexcept nogil:
+        # A pinned handle of the guest's, or `passing`, opened for this request alone. NULL, and errno: neither.
+        cdef Handle *handle
+        cdef Node *node
+        cdef int error
+        if not self.share.no_open:
+            handle = self.table.handle_get(fh, nodeid, kind)
+            if handle == NULL:
+                set_errno(EBADF)
+            return handle
+        node = self.table.node_get(nodeid)
+        if node == NULL:
+            return NULL
+        memset(passing, 0, sizeof(Handle))
+        pthread_mutex_init(&passing.lock, NULL)
+        if node.type != <uint32_t>(S_IFDIR if kind == DIRECTORY else S_IFREG):
+            passing.fd = -1
+            error = EBADF
+        else:
+            passing.fd = self.opened(node, access | O_CLOEXEC | (O_DIRECTORY if kind == DIRECTORY else 0))
+            error = errno
+        passing.node = node
+        if passing.fd < 0:
+            self.table.node_put(node)
+            set_errno(error)
+            return NULL
+        return passing
+
+    cdef void done_with(self, Handle *handle, Handle *passing) noexcept nogil:
+        if handle == passing:
+            close(handle.fd)
+            self.table.node_put(handle.node)
+        else:
+            self.table.handle_put(handle)
+
     cdef int64_t op_read(self, Handle *handle, DescChain *chain) noexcept nogil:
         cdef const fuse_read_in *arg = <const fuse_read_in *>self.request
         cdef iovec *iov = chain.iov + chain.n_readable
@@ -216,14 +256,15 @@ cdef class FileOperations(NodeOperations):
 
     cdef int64_t op_copy(self, Handle *handle) noexcept nogil:
         cdef const fuse_copy_file_range_in *arg = <const fuse_copy_file_range_in *>self.request
-        cdef Handle *target = self.table.handle_get(arg.fh_out, arg.nodeid_out, FILE)
+        cdef Handle passing
+        cdef Handle *target = self.handle_of(arg.fh_out, arg.nodeid_out, FILE, O_RDWR, &passing)
         cdef int64_t off_in = arg.off_in, off_out = arg.off_out
         cdef int64_t result
         if target == NULL:
-            return -EBADF
+            return -errno
         result = or_errno(copy_file_range(
             handle.fd, &off_in, target.fd, &off_out, min(arg.len, <uint64_t>PIECE), 0))
-        self.table.handle_put(target)
+        self.done_with(target, &passing)
         if result < 0:
             return result
         memset(self.out, 0, sizeof(fuse_write_out))
@@ -257,8 +298,9 @@ cdef class FileOperations(NodeOperations):
         if arg.size > self.room:
             self.counters.bad_requests += 1
             return -EIO
-        if self.entries_fh != arg.fh or self.entries_next != arg.offset or arg.offset == 0:
-            self.entries_fh, self.entries_next = arg.fh, arg.offset
+        cdef uint64_t fh = nodeid if self.share.no_open else arg.fh
+        if self.entries_fh != fh or self.entries_next != arg.offset or arg.offset == 0:
+            self.entries_fh, self.entries_next = fh, arg.offset
             self.entries_at = self.entries_have = 0
         while True:
             if self.entries_at >= self.entries_have:

@@ -90,6 +90,7 @@ cdef extern from *:
     #undef OP
     #undef IN
     #undef OUT
+    static inline void set_errno(int number) { errno = number; }
     static inline int fs_load(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void fs_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 
@@ -110,9 +111,10 @@ cdef extern from *:
     static inline int fs_has(const struct __user_cap_data_struct *d, int cap) {
         return d[cap / 32].effective >> cap % 32 & 1;
     }
-    static int fs_reads_all(void) {
+    static int fs_may_all(int reading) {
         struct __user_cap_data_struct data[2];
-        return fs_capget(data) == 0 && (fs_has(data, CAP_DAC_OVERRIDE) || fs_has(data, CAP_DAC_READ_SEARCH));
+        return fs_capget(data) == 0
+            && (fs_has(data, CAP_DAC_OVERRIDE) || (reading && fs_has(data, CAP_DAC_READ_SEARCH)));
     }
     static inline int fs_own(int proc_fd) {
         /* A umask and a working directory of the thread's own; a container may refuse them. */
@@ -176,11 +178,12 @@ cdef extern from *:
         uint16_t d_reclen
         uint8_t d_type
         char *d_name
+    void set_errno(int number) noexcept nogil
     int fs_load(const int *p) noexcept nogil
     void fs_store(int *p, int v) noexcept nogil
     long fs_getdents(int fd, void *buffer, size_t size) noexcept nogil
     int fs_capset(const __user_cap_data_struct *data) noexcept nogil
-    bint fs_reads_all() noexcept nogil
+    bint fs_may_all(bint reading) noexcept nogil
     bint fs_own(int proc_fd) noexcept nogil
     int fs_squash(uint32_t uid, uint32_t gid) noexcept nogil
     bint fs_prepare(__user_cap_data_struct *full, __user_cap_data_struct *create,

@@ -82,6 +82,10 @@ cdef class Inodes:
     cdef Node *node_elsewhere(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil
     # What `st` is is `name` of `parent` now: the guest has renamed it.
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil
+    # The id of what `st` is, if the guest knows it; 0: it does not.
+    cdef uint64_t node_id(self, const statx *st) noexcept nogil
+    # It has lost its name: while the guest knows it, its descriptor is the only way to it.
+    cdef void node_unnamed(self, Node *node) noexcept nogil
     cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil     # False: more than it was told
     cdef void clear_nodes(self) noexcept nogil
     cdef void close_root(self) noexcept nogil   # after clear: nothing is left
@@ -97,6 +101,7 @@ cdef class Inodes:
     cdef void _unhash(self, Node *node) noexcept nogil
     cdef void _grow(self) noexcept nogil
     cdef void _rename(self, Node *node, const Node *parent, const char *name) noexcept nogil
+    cdef void _forget_name(self, Node *node) noexcept nogil
     cdef uint64_t _told(self, Node *node) noexcept nogil
     cdef int _let_go(self, Node *node) noexcept nogil
     cdef int _drop(self, Node *node) noexcept nogil

@@ -369,10 +369,7 @@ cdef class Inodes:
             else:
                 memcpy(copy, name, size)
                 self.charged += size
-        if node.name != NULL:
-            self.memory.give(strlen(node.name) + 1)
-            self.charged -= strlen(node.name) + 1
-            free(node.name)
+        self._forget_name(node)
         node.name = copy
 
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil:
@@ -381,6 +378,28 @@ cdef class Inodes:
         node = self._same(st)
         if node != NULL:
             self._rename(node, parent, name)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void _forget_name(self, Node *node) noexcept nogil:
+        if node.name != NULL:
+            self.memory.give(strlen(node.name) + 1)
+            self.charged -= strlen(node.name) + 1
+            free(node.name)
+            node.name = NULL
+
+    cdef uint64_t node_id(self, const statx *st) noexcept nogil:
+        cdef Node *node
+        cdef uint64_t nodeid = 0
+        pthread_mutex_lock(&self.lock)
+        node = self._same(st)
+        if node != NULL and node.nlookup:
+            nodeid = id_of(node)
+        pthread_mutex_unlock(&self.lock)
+        return nodeid
+
+    cdef void node_unnamed(self, Node *node) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self._forget_name(node)
         pthread_mutex_unlock(&self.lock)
 
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil:
@@ -518,11 +537,7 @@ cdef class Inodes:
     cdef int _drop(self, Node *node) noexcept nogil:
         cdef int fd = node.fd
         self._unhash(node)
-        if node.name != NULL:
-            self.memory.give(strlen(node.name) + 1)
-            self.charged -= strlen(node.name) + 1
-            free(node.name)
-            node.name = NULL
+        self._forget_name(node)
         if node.ghost:
             self.ghosts -= 1
         else:

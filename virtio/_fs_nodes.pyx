@@ -149,7 +149,7 @@ cdef class NodeOperations(Agent):
             return -EOPNOTSUPP
         if (valid & FATTR_UID and arg.uid == <uint32_t>-1) or (valid & FATTR_GID and arg.gid == <uint32_t>-1):
             return -EINVAL      # to the host: no change
-        if valid & FATTR_FH:
+        if valid & FATTR_FH and not self.share.no_open:
             handle = self.table.handle_get(arg.fh, nodeid, FILE)
             if handle == NULL:
                 return -EBADF
@@ -231,12 +231,36 @@ cdef class NodeOperations(Agent):
         return self.lookup(node, node.fd, self.name, <fuse_entry_out *>self.out, False)
 
     cdef int64_t op_remove(self, Node *node, int flags) noexcept nogil:
-        return -errno if unlinkat(node.fd, self.name, flags) < 0 else 0
+        cdef Node *victim
+        cdef int status
+        if not self.victim(node, self.name, &victim):
+            return -errno
+        status = -errno if unlinkat(node.fd, self.name, flags) < 0 else 0
+        if victim != NULL:
+            if status == 0:
+                self.table.node_unnamed(victim)
+            self.table.node_put(victim)
+        return status
+
+    cdef bint victim(self, Node *parent, const char *name, Node **node) noexcept nogil:
+        # What is about to lose this name, pinned, where it may be open without a handle: from then on its descriptor is
+        # the only way to it. NULL: nobody has it. False, and errno: it cannot be held.
+        cdef statx st
+        cdef uint64_t nodeid
+        node[0] = NULL
+        if self.share.no_open \
+                and statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
+            nodeid = self.table.node_id(&st)
+            if nodeid:
+                node[0] = self.table.node_get(nodeid)
+                return node[0] != NULL
+        return True
 
     cdef int64_t op_rename(self, Node *node, const fuse_in_header *h) noexcept nogil:
         cdef const fuse_rename2_in *arg = <const fuse_rename2_in *>self.request
         cdef uint32_t flags = arg.flags if h.opcode == FUSE_RENAME2 else 0
         cdef Node *newdir
+        cdef Node *victim = NULL
         cdef int status = 0
         # The whiteout is a file that the user makes; the rest of it the guest's kernel has judged.
         cdef bint switch = flags & RENAME_WHITEOUT and self.credentials.switches and (h.uid or h.gid)
@@ -245,7 +269,9 @@ cdef class NodeOperations(Agent):
         newdir = self.table.node_get(arg.newdir)
         if newdir == NULL:
             return -errno
-        if switch:
+        if not flags & RENAME_EXCHANGE and not self.victim(newdir, self.name2, &victim):
+            status = -errno
+        if switch and status == 0:
             status = -fs_become(h.uid, h.gid, self.credentials.full)
         if status == 0:
             status = -errno if renameat2(node.fd, self.name, newdir.fd, self.name2, flags) < 0 else 0
@@ -255,6 +281,10 @@ cdef class NodeOperations(Agent):
             self.moved(newdir, self.name2)
             if flags & RENAME_EXCHANGE:
                 self.moved(node, self.name)
+        if victim != NULL:
+            if status == 0:
+                self.table.node_unnamed(victim)
+            self.table.node_put(victim)
         self.table.node_put(newdir)
         return status
 
@@ -520,6 +550,11 @@ cdef class NodeOperations(Agent):
             if result < 0:
                 close(fd)
                 return result
+            if self.share.no_open:
+                close(fd)       # TMPFILE: by its node it is reached as any other file
+                memset(opened, 0, sizeof(fuse_open_out))
+                opened.open_flags = self.share.open_flags
+                return sizeof(fuse_entry_out) + sizeof(fuse_open_out)
             made = self.table.node_get(entry.nodeid)
             if made == NULL:
                 close(fd)

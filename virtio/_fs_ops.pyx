@@ -195,7 +195,9 @@ cdef class Server(FileOperations):
             if self.table.handle_release((<fuse_release_in *>self.request).fh, h.nodeid,
                                          FILE if opcode == FUSE_RELEASE else DIRECTORY):
                 return 0
-            return -EBADF
+            return 0 if self.share.no_open else -EBADF
+        if self.share.no_open and (opcode == FUSE_OPEN or opcode == FUSE_OPENDIR or opcode == FUSE_CREATE):
+            return -ENOSYS
         return self.on_node(h)
     # The session
 
@@ -231,6 +233,13 @@ cdef class Server(FileOperations):
         if self.share.window is not None:
             want |= FUSE_MAP_ALIGNMENT | FUSE_HAS_INODE_DAX
             out.map_alignment = DAX_SHIFT
+        # A thread that may read and write all would refuse no open. Linux then truncates by SETATTR, and makes files
+        # by MKNOD: it would release no handle.
+        self.share.no_open = self.share.may_not_open \
+            and (self.credentials.reads_all if self.share.read_only else self.credentials.writes_all) \
+            and offered & FUSE_NO_OPEN_SUPPORT and offered & FUSE_NO_OPENDIR_SUPPORT
+        if self.share.no_open:
+            want &= ~<uint64_t>FUSE_ATOMIC_O_TRUNC
         want &= offered
         self.share.judges_sgid = arg.minor >= MINOR_SGID
         self.share.announces = (want & FUSE_SUBMOUNTS) != 0

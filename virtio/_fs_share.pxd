@@ -42,6 +42,8 @@ cdef class Share:
     cdef uint32_t dir_flags     # and of every directory
     cdef readonly Window window         # of DAX, or None
     cdef int initialised        # atomic: INIT was answered
+    cdef bint may_not_open      # the guest may use files without opening them (cache=always), if it knows how
+    cdef bint no_open           # and it does so: no request names a handle
     cdef bint no_nowait         # the host's file system cannot say whether a read would wait
     cdef bint judges_sgid       # the guest's kernel takes set-group-id bits away from who may not set them
     cdef bint dax_inodes        # the guest maps files that FUSE_ATTR_DAX marks
@@ -49,6 +51,7 @@ cdef class Share:
 # What the thread may do as whom.
 cdef struct Credentials:
     bint reads_all              # whatever a file's mode says
+    bint writes_all
     bint switches               # it can take on the user that the guest names
     __user_cap_data_struct[2] full
     __user_cap_data_struct[2] create        # of that user, while a file is made: the guest's kernel has judged

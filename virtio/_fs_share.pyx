@@ -59,6 +59,7 @@ cdef class Share:
         if keep_cache:
             self.open_flags, self.dir_flags = FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR
         self.window = Window(dax) if dax else None
+        self.may_not_open = keep_cache and not self.flush_matters
         self.squash = squash is not None
         self.uid, self.gid = squash or (os.geteuid(), os.getegid())
 
@@ -125,7 +126,8 @@ cdef class Agent:
             self.credentials.switches = fs_prepare(
                 self.credentials.full, self.credentials.create, self.credentials.create_sgid,
                 self.credentials.no_fsetid)
-        self.credentials.reads_all = fs_reads_all()
+        self.credentials.reads_all = fs_may_all(True)
+        self.credentials.writes_all = fs_may_all(False)
         return 0
 
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:

@@ -35,9 +35,11 @@ DIRENT = struct.Struct("<QQII")
 SETATTR_IN = struct.Struct("<II8Q3I2I2II")  # see setattr()
 # INIT flags
 ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, WRITEBACK_CACHE = 1 << 0, 1 << 3, 1 << 5, 1 << 16
+NO_OPEN_SUPPORT, NO_OPENDIR_SUPPORT = 1 << 17, 1 << 24
 MAP_ALIGNMENT, HANDLE_KILLPRIV_V2, INIT_EXT, HAS_INODE_DAX = 1 << 26, 1 << 28, 1 << 30, 1 << 33
-# What Linux 6.1 offers where there is a DAX window.
-LINUX_FLAGS = 0x2_7FFF_FFFB
+# What Linux 6.1 offers where there is a DAX window: all, and without those for which files may stay unopened.
+ALL_FLAGS = 0x2_7FFF_FFFB
+LINUX_FLAGS = ALL_FLAGS & ~(NO_OPEN_SUPPORT | NO_OPENDIR_SUPPORT)
 FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME, FATTR_FH = (1 << i for i in range(7))
 FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_KILL_SUIDGID = 1 << 7, 1 << 8, 1 << 11
 OUT_ROOM = 8192

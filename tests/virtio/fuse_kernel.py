@@ -50,8 +50,9 @@ class KernelVm(FuseVm):
 
     RAM = 64 << 20
 
-    def __init__(self, path: Path | str, fuse_fd: int, **settings: Any) -> None:
+    def __init__(self, path: Path | str, fuse_fd: int, *, hide: int = 0, **settings: Any) -> None:
         super().__init__(path, init=False, **settings)
+        self.hide = hide  # flags of INIT, as if the kernel did not know them
         self.fd = fuse_fd
         size = REQUEST + REPLY + 4096
         self.slots = [
@@ -96,6 +97,9 @@ class KernelVm(FuseVm):
         size, opcode, *_ = fuse.IN_HEADER.unpack_from(data)
         assert size == len(data)
         self.seen[opcode] = self.seen.get(opcode, 0) + 1
+        if opcode == fuse.INIT:
+            flags = struct.unpack_from("<I", data, 52)[0] & ~self.hide
+            data = data[:52] + struct.pack("<I", flags) + data[56:]
         index, room = 0, 0
         if opcode not in SILENT:
             self.turn += 1

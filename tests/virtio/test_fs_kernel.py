@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_kernel import KernelMount, kernel_mounts, mount
 from tests.virtio.fuse_programs import RENAME_WHITEOUT, differences, empty, picture
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 CACHES = ("auto", "always", "none")
+# What a kernel does not know for which every file has to be opened.
+OPENING = fuse.NO_OPEN_SUPPORT | fuse.NO_OPENDIR_SUPPORT
 PROGRAMS = 40
 LENGTH = 300
 
@@ -43,20 +46,21 @@ def small_disk(size: int) -> int:
     return root
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("cache", "hide"), [("auto", 0), ("none", 0), ("always", 0), ("always", OPENING)])
 def test_random_programs_end_as_on_a_plain_file_system(
-    tmp_path: Path, kernel_mount: Callable[..., KernelMount], cache: str
+    tmp_path: Path, kernel_mount: Callable[..., KernelMount], cache: str, hide: int
 ) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     plain.chmod(0o777)
-    share = kernel_mount(cache=cache, threads=2)
+    share = kernel_mount(cache=cache, threads=2, hide=hide)
     for seed in range(PROGRAMS):
         found = share.call(differences, str(plain), str(share.path), seed, LENGTH)
         assert not found, "\n".join(found)
         assert picture(str(plain)) == picture(str(tmp_path / "shared"))
         for directory in (plain, share.path):
             share.call(empty, str(directory))
+    assert (share.vm.seen[fuse.OPEN] == share.vm.seen[fuse.OPENDIR] == 1) == (cache == "always" and not hide)
     assert share.vm.device.stats["bad_requests"] == share.vm.device.stats["handles"] == 0
 
 
