@@ -14,6 +14,7 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef enum:
     ROOT = 1                    # FUSE_ROOT_ID: never forgotten
+    MASK = 0x1fff               # of statx: STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
 
 cdef struct Node:
     int fd                      # O_PATH; nothing is ever done to a path but through it. -1: closed, to be opened again

@@ -38,8 +38,7 @@ cdef enum:
     STEPS = 1 << 17             # nodes that are looked at for them, at most
     DEPTH = 512                 # directories on the way to a node that is opened again
     GHOSTS = 1 << 16
-    MAP_NAME = 256
-    MASK = 0x1fff               # STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
+    NAME_SIZE = 256             # of a name with its 0; longer ones, which some file systems have, are not kept
     STATX_BTIME = 0x800
 
 
@@ -362,7 +361,7 @@ cdef class Inodes:
             return
         size = strlen(name) + 1
         copy = NULL
-        if self.memory.take(size):
+        if size <= <uint64_t>NAME_SIZE and self.memory.take(size):
             copy = <char *>calloc(1, size)
             if copy == NULL:
                 self.memory.give(size)
@@ -467,7 +466,7 @@ cdef class Inodes:
         return error
 
     cdef int _open_child(self, Node *parent, Node *node) noexcept nogil:
-        cdef char[MAP_NAME] name
+        cdef char[NAME_SIZE] name
         cdef statx st
         cdef int fd
         pthread_mutex_lock(&self.lock)

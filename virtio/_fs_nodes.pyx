@@ -13,8 +13,8 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio._fs_host cimport *
-from virtio._fs_inodes cimport ROOT, Node, device_of, make_room
-from virtio._fs_share cimport MASK, NAME_MAX, PATH_MAX, XATTR_MAX, Agent, foreign_ino
+from virtio._fs_inodes cimport MASK, ROOT, Node, device_of, make_room
+from virtio._fs_share cimport NAME_MAX, PATH_MAX, XATTR_MAX, Agent, foreign_ino
 from virtio._fs_table cimport DIRECTORY, FILE, Handle
 from virtio._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted

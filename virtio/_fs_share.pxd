@@ -24,7 +24,6 @@ cdef enum:
     XATTR_MAX = 65536
     MINOR_LEAST = 31                # Linux 5.4, the first with virtiofs
     MINOR_SGID = 37                 # Linux 6.1; since 6.0 its VFS judges set-group-id bits of new files
-    MASK = 0x1fff                   # STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
 
 cdef class Share:
     cdef Table table

@@ -10,7 +10,7 @@ from libc.string cimport memcpy, strlen
 
 from virtio._fs_dax cimport Window
 from virtio._fs_host cimport *
-from virtio._fs_inodes cimport Node, device_of, make_room
+from virtio._fs_inodes cimport MASK, Node, device_of, make_room
 from virtio._fs_table cimport Table
 from virtio._fs_types cimport fs_is_overlay, fs_is_remote, fs_stores_files
 from virtio._fuse cimport *

@@ -25,7 +25,6 @@ from typing import Any
 
 from tests.linux.tools_guest import GuestFailed, MachineGuest, ToolsImage, initrd_with, probe, tools_image
 from virtio.blk import Block
-from vmm.budget import raise_descriptor_limit
 from vmm.config import VmConfig
 from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import VmmError
@@ -311,7 +310,7 @@ def fs_read_only(world: World) -> dict[str, Any]:
 def fs_many_files(world: World) -> dict[str, Any]:
     """Many small files, seen on both sides, and gone from both."""
     guest = world.main()
-    count = min(MANY_FILES, raise_descriptor_limit() - 2000)  # a share holds a descriptor for each
+    count = MANY_FILES
     patience = 120 + count / 20
     made = guest.ask(f"mkdir /mnt/a/many && probe create /mnt/a/many {count}", patience)
     here = len(os.listdir(world.share / "many"))
