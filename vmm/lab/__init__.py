@@ -106,8 +106,8 @@ def run(
         os.mkdir(view)
         Path(job, "run").write_text(_script(argv, environment))
         Path(job, "writable").write_text("".join(f"w{i} {path}\n" for i, path in enumerate(writable)))
-        Path(job, "modules").write_text(f"{image.version} {image.modules}\n")
-        shown = "\n".join([*needed(argv, environment, read), ""])
+        Path(job, "modules").write_text(f"{image.version} {os.path.realpath(image.modules)}\n")
+        shown = "\n".join([*needed(argv, environment, [*read, image.modules]), ""])
         Path(listing).write_text(shown, encoding="utf-8", errors="surrogateescape")
         if terminal:
             columns, rows = os.get_terminal_size(stdout)
