@@ -21,9 +21,10 @@ from virtio._vsock_conns cimport (
     packet_sent, packets_forwarded,
 )
 from virtio._vsock_host cimport (
-    AF_UNIX, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
+    AF_UNIX, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_CTRUNC, MSG_DONTWAIT,
+    MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
     SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, accept4, close, connect,
-    eventfd_write, hung_up, lowest_bit, msghdr, readv, recv, send, sendmsg, setsockopt, shut_up, shutdown,
+    eventfd_write, hung_up, lowest_bit, msghdr, recv, recvmsg, send, sendmsg, setsockopt, shut_up, shutdown,
     sockaddr, sockaddr_un, socket, vsock_now,
 )
 from virtio._vsock_packet cimport (
@@ -508,7 +509,7 @@ cdef class VsockWorker(QueueWorker):
         return QUEUE_CHAIN
 
     cdef int send_data(self, Conn *c) noexcept nogil:
-        # One readv from the socket into the buffers of several packets, each behind the header that it will get.
+        # One read from the socket into the buffers of several packets, each behind the header that it will get.
         cdef uint16_t[BATCH] heads
         cdef uint32_t[BATCH] headers            # first header_iov of each packet
         cdef size_t[BATCH] rooms
@@ -517,6 +518,7 @@ cdef class VsockWorker(QueueWorker):
         cdef Header h
         cdef size_t want = min(self.credit(c), <uint32_t>MAX_PACKET), room = 0, n
         cdef uint32_t packets = 0, data = 0, header = 0, i, pieces, most = min(c.batch, self.packet_credit(c))
+        cdef msghdr message
         cdef ssize_t got
         cdef int status = QUEUE_CHAIN, failure
         while packets < most and room < want:
@@ -546,8 +548,15 @@ cdef class VsockWorker(QueueWorker):
             packets += 1
         if status < 0 or packets == 0:
             return status
-        got = readv(c.fd, self.data_iov, <int>min(data, <uint32_t>IOV_MAX))
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = self.data_iov
+        message.msg_iovlen = min(data, <uint32_t>IOV_MAX)
+        got = recvmsg(c.fd, &message, MSG_DONTWAIT)
         failure = errno if got < 0 else 0
+        if 0 < got < <ssize_t>room and data <= IOV_MAX and not c.ending and not message.msg_flags & MSG_CTRUNC:
+            # All that there was: what comes next is an event of its own (epoll(7), Q9). Descriptors that came along,
+            # which nobody wants, would have ended the read before that.
+            c.readable = False
         n = 0
         i = 0
         while i < packets and got > 0:
@@ -634,6 +643,8 @@ cdef class VsockWorker(QueueWorker):
         # An event of its descriptor, maybe of one that had its place before: only a hint.
         if c.fd < 0:
             return
+        if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            c.ending = True
         if c.state == GREETING:
             self.greeted(c)
             return

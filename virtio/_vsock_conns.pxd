@@ -27,6 +27,7 @@ cdef struct Conn:
     uint32_t shut               # SHUT_*: what the guest was told; SEND: the host sent its last, RCV: it reads no more
     uint32_t guest_shut         # SHUT_*: what the guest told
     bint readable               # there may be data: the last read did not say EAGAIN
+    bint ending                 # an event said that the host program sends no more: reading tells when all is read
     bint asked                  # CREDIT_REQUEST was sent since there was credit last
     bint queued                 # is in the list of turns
     bint entered                # has its ports in the hash table

@@ -39,15 +39,18 @@ cdef extern from "<sys/socket.h>" nogil:
     struct msghdr:
         iovec *msg_iov
         size_t msg_iovlen
+        int msg_flags
     int socket(int domain, int kind, int protocol)
     int connect(int fd, const sockaddr *address, unsigned int length)
     int accept4(int fd, sockaddr *address, unsigned int *length, int flags)
     int shutdown(int fd, int how)
+    ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     ssize_t send(int fd, const void *data, size_t length, int flags)
     ssize_t recv(int fd, void *data, size_t length, int flags)
     int setsockopt(int fd, int level, int name, const void *value, unsigned int length)
-    enum: SOL_SOCKET, SO_SNDBUF, AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
+    enum: SOL_SOCKET, SO_SNDBUF, AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
+    enum: MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
     enum: SHUT_RD_ "SHUT_RD"
     enum: SHUT_WR_ "SHUT_WR"
 
@@ -56,11 +59,8 @@ cdef extern from "<sys/un.h>" nogil:
         unsigned short sun_family
         char[108] sun_path
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t readv(int fd, const iovec *iov, int count)
-
 cdef extern from "<sys/epoll.h>" nogil:
-    enum: EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLET
+    enum: EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLET
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_write(int fd, uint64_t value)

@@ -251,6 +251,7 @@ cdef class QueueWorker:
                 else:
                     if token == TOKEN_TIMER and read(self._timer, &expired, 8) < 0:
                         continue        # set anew meanwhile
+                    self.events = events[i].events
                     status = self.event(token)
                 if status < 0:
                     return status

@@ -490,6 +490,37 @@ def test_credit_request_is_answered(vm: Vm) -> None:
     assert (packet.fwd_cnt, packet.buf_alloc, packet.src_port) == (5, BUF_ALLOC, port)
 
 
+def test_the_end_right_behind_the_last_bytes_is_heard_of(vm: Vm) -> None:
+    """Both there before the device reads: a read that was not filled is not taken for all that will ever come."""
+    client, port = vm.host_open(buf_alloc=0)
+    client.sendall(b"last words")
+    client.close()
+    vm.receive(CREDIT_REQUEST)
+    vm.send(CREDIT_UPDATE, 5000, port, buf_alloc=10000)
+    assert vm.receive(RW).data == b"last words"
+    assert vm.receive(SHUTDOWN).src_port == port
+
+
+def test_descriptors_that_come_along_hold_up_nothing(vm: Vm) -> None:
+    """The kernel ends a read behind them, however much there is."""
+    client, port = vm.host_open(buf_alloc=0)
+    socket.send_fds(client, [b"one"], [client.fileno()])
+    client.sendall(b"two")
+    vm.receive(CREDIT_REQUEST)
+    vm.send(CREDIT_UPDATE, 5000, port, buf_alloc=10000)
+    got = b""
+    while len(got) < 6:
+        got += vm.receive(RW).data
+    assert got == b"onetwo"
+
+
+def test_bytes_one_by_one(vm: Vm) -> None:
+    client, _ = vm.host_open()
+    for byte in range(200):
+        client.sendall(bytes([byte]))
+        assert vm.receive(RW).data == bytes([byte])
+
+
 # Fairness
 
 
