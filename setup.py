@@ -24,6 +24,8 @@ from distutils.sysconfig import customize_compiler
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVMM_ASAN") else []
 LAUNCHER = "vmm/launcher.c"
+# What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
+HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
 LIBRARIES = {"vmm._seccomp": ["seccomp"]}
 ROOMS = ("vmm", "devices", "virtio")
 FILES = {f"{room}/{file}" for room in ROOMS for file in os.listdir(room)}
@@ -71,8 +73,8 @@ setup(
             Extension(
                 name,
                 [name.replace(".", "/") + ".pyx"],
-                extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *ASAN],
-                extra_link_args=ASAN,
+                extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(ASAN or HARD)],
+                extra_link_args=ASAN or ["-Wl,-z,relro,-z,now"],
                 libraries=LIBRARIES.get(name, []),
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )
