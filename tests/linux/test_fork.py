@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linux frozen, forked and loaded while it works: nothing is lost, nothing is wrong, and each copy goes its own way.
+
+Here on hardware KVM, or with r3 on a software KVM.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.linux import r3
+from vmm import DriveConfig, Image, Machine
+from vmm.device_config import VsockConfig
+from vmm.images import apt, initramfs
+from vmm.images.host import PullError
+from vmm.kvm import Kvm, software_kvm
+from vmm.lab.image import KERNEL_PACKAGE
+
+pytestmark = pytest.mark.timeout(900)  # the first one may build r3
+PATIENCE = 60
+MODULES = ("virtio_mmio", "virtio_blk", "ext4", "vmw_vsock_virtio_transport")
+# A program that writes files and reads them back from the disk, a timer that must not stop, and a shell.
+WORK = """
+mount -t ext4 /dev/vda /mnt
+(i=0; while true; do
+    n=$((i % 6)); dd if=/dev/urandom of=/tmp/new bs=16k count=3 2>/dev/null
+    cp /tmp/new /mnt/f$n && sync && echo 3 >/proc/sys/vm/drop_caches
+    cmp /tmp/new /mnt/f$n || echo "BAD $i"
+    i=$((i + 1)); echo $i >/tmp/written
+done) &
+(while true; do sleep 0.02; echo x >>/tmp/ticks; done) &
+echo 0 >/tmp/written; : >/tmp/ticks; dmesg -c >/dev/null
+echo READY
+while read -r word; do case $word in
+    ask*) echo "told-$word written=$(cat /tmp/written) ticks=$(wc -l </tmp/ticks) date=$(date +%s)." ;;
+    log) dmesg | grep -iE 'bug|error|stall|fail|corrupt|lost|hung' | sed 's/^/DMESG /'; echo "end of the log." ;;
+    rest) kill %1; echo "resting." ;;
+    end) kill %1 %2; sync; umount /mnt; echo "unmounted."; poweroff -f ;;
+esac; done
+"""
+
+
+class Guest:
+    """A machine, and what its serial port has said."""
+
+    def __init__(self, vm: Machine) -> None:
+        self.vm = vm
+        self.said = bytearray()
+        vm.on_console(self.said.extend)
+
+    def await_(self, pattern: str) -> re.Match[str]:
+        end = time.monotonic() + PATIENCE
+        while not (found := re.search(pattern, self.said.decode(errors="replace"))):
+            assert time.monotonic() < end, f"{pattern}: {self.said[-2000:].decode(errors='replace')}"
+            time.sleep(0.002)
+        return found
+
+    def ask(self, name: str) -> tuple[int, int, float]:
+        """What it has written, how often its timer came, and its date."""
+        self.vm.serial.feed(f"ask{name}\n".encode())
+        told = self.await_(rf"told-ask{name} written=(\d+) ticks=(\d+) date=(\d+)\.")
+        return int(told[1]), int(told[2]), float(told[3])
+
+    def must_go_on(self, name: str, *, writes: bool = True) -> None:
+        before = self.ask(f"{name}a")
+        end = time.monotonic() + PATIENCE
+        for number in range(1000):
+            now = self.ask(f"{name}b{number}")
+            if now[1] > before[1] and (now[0] > before[0] or not writes):
+                assert abs(now[2] - time.time()) < 5, "its clock goes with the host's"
+                return
+            assert time.monotonic() < end, (before, now)
+
+    def end_well(self) -> None:
+        self.vm.serial.feed(b"log\n")
+        self.await_(r"end of the log\.\r?\n")
+        self.vm.serial.feed(b"end\n")
+        stop = self.vm.wait(PATIENCE)
+        assert stop is not None and stop.status == 0, (stop, self.said[-1000:])
+        said = self.said.decode(errors="replace")
+        assert "BAD" not in said and "DMESG" not in said, said[-3000:]
+
+
+@pytest.fixture
+def linux(tmp_path: Path) -> Iterator[Callable[..., Guest]]:
+    """Boots the guest above; every machine of the test is closed after it."""
+    guests: list[Guest] = []
+    try:
+        Kvm().close()
+        if software_kvm():
+            kernel, tree, modules = r3.vmlinux(), None, ()
+        else:
+            package = apt.package(KERNEL_PACKAGE)
+            kernel, tree, modules = apt.kernel_of(package.tree)[0], package.tree, MODULES
+        init = initramfs.LOAD_MODULES + "mount -t tmpfs tmp /tmp\n" + WORK
+        (tmp_path / "initrd").write_bytes(initramfs.build_initramfs(tree, modules, init))  # type: ignore[arg-type]
+    except (PullError, ValueError) as error:
+        pytest.fail(f"LAYER MISSING: linux: {error}")
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(disk)], check=True)
+
+    def boot(**settings: object) -> Guest:
+        vm = Machine(
+            kernel=str(kernel), initrd=str(tmp_path / "initrd"), cmdline=f"{r3.CMDLINE} quiet", memory="192M",
+            drives=[DriveConfig(str(disk))], **settings,
+        )  # fmt: skip
+        guest = Guest(vm)
+        guests.append(guest)
+        vm.start()
+        guest.await_("READY")
+        return guest
+
+    yield boot
+    for guest in guests:
+        guest.vm.close()
+
+
+def _fsck(disk: Path) -> None:
+    done = subprocess.run(["e2fsck", "-fn", str(disk)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_two_hundred_freezes_under_work_and_a_look_at_some_copies(linux: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = linux()
+    rng = random.Random(1)
+    for number in range(200):
+        if number % 40 == 20:
+            (child,) = guest.vm.fork()
+            copy = Guest(child)
+            copy.must_go_on(f"c{number}")
+            copy.end_well()
+            child.close()
+        else:
+            guest.vm.freeze()
+        time.sleep(rng.random() * 0.01)
+    guest.must_go_on("after")
+    guest.end_well()
+    guest.vm.close()
+    _fsck(tmp_path / "disk")
+
+
+def test_a_snapshot_on_disk_goes_on_later_with_the_time_right(linux: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = linux(vsock=VsockConfig(3, str(tmp_path / "v")))
+    guest.must_go_on("first")
+    guest.vm.pause()
+    guest.vm.freeze().save(str(tmp_path / "image"))
+    guest.vm.close()
+    time.sleep(6)
+    copy = Guest(Machine(image=Image.load(str(tmp_path / "image"))))
+    copy.vm.start()
+    copy.must_go_on("later")
+    copy.end_well()
+    copy.vm.close()
+    _fsck(tmp_path / "disk")
+
+
+def test_idle_guests_wake_in_every_copy(linux: Callable[..., Guest]) -> None:
+    guest = linux()
+    guest.vm.serial.feed(b"rest\n")
+    guest.await_("resting")
+    for round_ in range(4):
+        children = guest.vm.fork(4)
+        for number, child in enumerate(children):
+            Guest(child).must_go_on(f"i{round_}.{number}", writes=False)
+            child.close()
+    guest.must_go_on("end", writes=False)
