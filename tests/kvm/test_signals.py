@@ -169,18 +169,37 @@ print(heard)
     assert done.stdout == "['asyncio']\n", done.stderr
 
 
-@pytest.mark.parametrize(("number", "field"), [(signal.SIGHUP, "sighup"), (signal.SIGXCPU, "sigxcpu")])
-def test_the_signal_is_logged_and_counted_as_firecracker_does(tmp_path: Path, number: int, field: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "field", "status"),
+    [
+        (signal.SIGHUP, "sighup", 0), (signal.SIGXCPU, "sigxcpu", 154), (signal.SIGBUS, "sigbus", 149),
+        (signal.SIGSEGV, "sigsegv", 150), (signal.SIGXFSZ, "sigxfsz", 151), (signal.SIGILL, "sigill", 157),
+    ],
+)  # fmt: skip
+def test_the_signal_is_logged_and_counted_as_firecracker_does(
+    tmp_path: Path, number: int, field: str, status: int
+) -> None:
     for name in ("log", "metrics"):
         (tmp_path / name).touch()
     with Process(PYVMM, tmp_path, ["--metrics-path", "metrics", "--log-path", "log"]) as process:
         process.await_socket()
+        for path, body in (
+            ("/boot-source", {"kernel_image_path": write_guest(tmp_path, STUCK)}),
+            ("/actions", {"action_type": "InstanceStart"}),
+        ):
+            assert process.request("PUT", path, body).status == 204
         os.kill(process.process.pid, signal.SIGPIPE)
         process.request("GET", "/")
         process.process.send_signal(number)
-        assert process.wait(PATIENCE) == (154 if number == signal.SIGXCPU else 0)
+        assert process.wait(PATIENCE) == status
     log = (tmp_path / "log").read_text()
     assert "] Received signal 13, code 0.\n" in log
     assert f"] Shutting down VM after intercepting signal {int(number)}, code 0.\n" in log
-    metrics = (tmp_path / "metrics").read_text()
-    assert f'"{field}":1' in metrics.replace(" ", "") and '"sigpipe":1' in metrics.replace(" ", "")
+    metrics = (tmp_path / "metrics").read_text().replace(" ", "")
+    assert f'"{field}":1' in metrics and '"sigpipe":1' in metrics
+
+
+def test_a_true_fault_ends_it_with_one_line() -> None:
+    program = "import ctypes; from vmm._faults import catch_faults; catch_faults(-1); ctypes.string_at(8)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (150, "pyvmm: Shutting down VM after intercepting signal 11.\n")

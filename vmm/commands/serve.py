@@ -27,7 +27,6 @@ STATUS_OK = 0
 STATUS_GENERIC = 1
 STATUS_BAD_CONFIGURATION = 152
 STATUS_ARGUMENTS = 153
-STATUS_XCPU = 154
 # What lies above says something about us, as 148 does, and is not the guest's word.
 MAX_GUEST_STATUS = 127
 DEFAULT_SOCKET = "/run/firecracker.socket"
@@ -319,6 +318,10 @@ class _Serve:
     def _heed_signals(self) -> None:
         import signal
 
+        from vmm import _faults
+
+        self._faults = _faults
+        _faults.catch_faults(self._bell.fileno())
         signals.on_end(self._on_signal)
         signal.signal(signal.SIGXCPU, self._on_signal)
         # Where there is none to write to, write(2) says so; who wants to know that it happened reads the metrics.
@@ -329,7 +332,8 @@ class _Serve:
             self._broken_pipes -= 1
             self._vmm.metrics.count("signals", "sigpipe")
             logger.error("Received signal 13, code 0.")
-        return self._ended
+        self._signal = self._signal or self._faults.sent()
+        return self._ended or self._signal > 0
 
     def _observe(self) -> int:
         # The logger and the metrics, as far as the command line says where they go.
@@ -437,7 +441,7 @@ class _Serve:
             return STATUS_GENERIC
         if machine is None or self._signal:
             logger.info("Vmm is stopping.")
-            return STATUS_XCPU if self._signal == _SIGXCPU else STATUS_OK
+            return _SIGNAL_STATUS.get(self._signal, STATUS_OK)
         stop = machine.wait()
         assert stop is not None  # wait() without a time limit
         logger.info("Vmm is stopping.")
@@ -449,5 +453,6 @@ class _Serve:
         return STATUS_OK
 
 
-_SIGXCPU = 24
-_SIGNAL_FIELDS = {1: "sighup", _SIGXCPU: "sigxcpu"}
+# By signal: its field of the metrics, and Firecracker's exit code where the end is not one that was asked for.
+_SIGNAL_FIELDS = {1: "sighup", 4: "sigill", 7: "sigbus", 11: "sigsegv", 24: "sigxcpu", 25: "sigxfsz"}
+_SIGNAL_STATUS = {4: 157, 7: 149, 11: 150, 24: 154, 25: 151}
