@@ -71,6 +71,15 @@ class Kvm:
     """
 
     _access: ClassVar[dict[str, StateAccess]] = {}
+    _shared: ClassVar[dict[str, Kvm]] = {}
+
+    @classmethod
+    def shared(cls, path: str) -> Kvm:
+        """The one that all copies of machines in this process have, opened the first time and not closed."""
+        kvm = cls._shared.get(path)
+        if kvm is None:
+            kvm = cls._shared[path] = cls(path)
+        return kvm
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         try:
@@ -84,6 +93,7 @@ class Kvm:
         except OSError as error:
             raise ConfigError("--kvm", path, f"cannot be opened: {error.strerror}") from None
         self.path = path
+        self._checked: dict[int, int] = {}
         try:
             version = kvm_ioctl(self.fd, abi.KVM_GET_API_VERSION)
         except KvmError as error:
@@ -97,7 +107,9 @@ class Kvm:
 
     def check(self, capability: int) -> int:
         """What ``KVM_CHECK_EXTENSION`` says of one ``KVM_CAP_*``: 0 is no, else yes or a number."""
-        return kvm_ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
+        if capability not in self._checked:
+            self._checked[capability] = kvm_ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
+        return self._checked[capability]
 
     def lacking(self, more: Sequence[int] = (), less: Sequence[int] = ()) -> list[str]:
         """Names of the required capabilities that this KVM has not.

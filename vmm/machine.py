@@ -164,8 +164,10 @@ class Machine:
         else:
             self.cmdline = image.cmdline
         usable = prepared is not None and prepared.kvm.path == config.kvm
-        self.kvm = prepared.kvm if prepared is not None and usable else self._owned(Kvm(config.kvm))
-        if image is None:
+        if image is not None:
+            self.kvm = Kvm.shared(config.kvm)
+        else:
+            self.kvm = prepared.kvm if prepared is not None and usable else self._owned(Kvm(config.kvm))
             self._check_kvm()
         self.vm = prepared if prepared is not None and usable else self._owned(self.kvm.create_vm())
         # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
