@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from vmm.config import VmConfig
 
+_QUIET = 0.01  # seconds
+
 
 class Pool:
     """Keeps `size` copies of a machine ready; a context manager.
@@ -48,6 +50,7 @@ class Pool:
         self._ready: list[Machine] = []
         self._taken: list[Machine] = []
         self._number = 0
+        self._taken_at = 0.0
         self._failure: BaseException | None = None
         self._closed = False
         self._change = threading.Condition()
@@ -74,6 +77,7 @@ class Pool:
                 raise failure
             machine = self._ready.pop(0)
             self._taken.append(machine)
+            self._taken_at = time.monotonic()
             self._change.notify_all()
         machine.wake()
         return machine
@@ -87,8 +91,8 @@ class Pool:
         deaf()
         while True:
             with self._change:
-                while not self._closed and not self._may_make():
-                    self._change.wait(0.05 if self._is_full() else None)
+                while not self._closed and (not self._may_make() or self._is_busy()):
+                    self._change.wait(_QUIET if self._is_busy() else 0.05 if self._is_full() else None)
                 if self._closed:
                     return
                 number = self._number
@@ -114,6 +118,10 @@ class Pool:
             return False
         self._taken = [machine for machine in self._taken if not machine.closed]
         return len(self._ready) + len(self._taken) >= self._limit
+
+    def _is_busy(self) -> bool:
+        # Somebody has just taken one: to make another now would hold that one up, by the interpreter's lock.
+        return bool(self._ready) and time.monotonic() - self._taken_at < _QUIET
 
     def _may_make(self) -> bool:
         return self._failure is None and len(self._ready) < self._size and not self._is_full()

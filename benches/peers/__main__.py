@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every side-by-side run: ``python -m benches.peers [start|launch|memory|exits|boot|ring3|api|blk|net|vsock|fs]...``.
+"""Every side-by-side run: ``python -m benches.peers [NAME]...``; the names are below.
 
 Prints a line for each figure, writes bench-results/peers.json and peers.png, and ends with 1 where a goal is
 missed or a figure cannot be measured.
@@ -20,7 +20,7 @@ from pathlib import Path
 from benches.peers.common import ROOT, Missing, Row
 
 DEVICES = ("blk", "net", "vsock", "fs")
-NAMES = ("start", "launch", "memory", "exits", "boot", "ring3", "api", *DEVICES)
+NAMES = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", *DEVICES)
 
 
 def _facts() -> dict[str, object]:
