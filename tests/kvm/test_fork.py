@@ -169,6 +169,17 @@ def test_guests_frozen_while_halted_wake_by_their_timer(guest: MakeGuest) -> Non
             machine.close()
 
 
+def test_a_machine_that_is_started_paused_runs_no_instruction(guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    vm.start(paused=True)
+    assert vm.state == "Paused"
+    time.sleep(0.1)
+    assert _count(vm) == 0
+    vm.resume()
+    _until_it_counts(vm)
+    _end(vm, 8)
+
+
 def test_a_frozen_machine_before_its_start(guest: MakeGuest) -> None:
     vm = guest(COUNTER)
     image = vm.freeze()
