@@ -18,7 +18,7 @@ LEAVES = {
     "vmm.errors", "vmm.memory", "vmm._fastpath", "vmm._fastpath_py", "vmm._mapping",
     "vmm.bus", "vmm._bus", "vmm.irq", "vmm.events",
     "vmm.kvm_abi", "vmm.logger", "vmm.signals", "vmm.threads", "vmm.unix_socket", "vmm.budget", "vmm._budget",
-    "vmm._uring",
+    "vmm._uring", "vmm.uffd", "vmm._uffd",
 }  # fmt: skip
 # These know every room.
 ASSEMBLERS = ("vmm.machine", "vmm.commands.", "vmm.api.actions")

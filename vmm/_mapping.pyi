@@ -24,6 +24,14 @@ def copy_sparse(source: int, start: int, size: int, target: int, offset: int) ->
     :raises OSError: it could not be read or written
     """
 
+def copy_pages(address: int, size: int, fd: int, offset: int) -> int:
+    """Likewise of memory: write [`address`, `address` + `size`) to the file `fd` at `offset`, but for pages of zeros.
+
+    :param fd: reads as zeros there already
+    :returns: bytes written
+    :raises OSError: not all of it was written
+    """
+
 def copy_out(address: int, size: int, fd: int, offset: int) -> None:
     """Write [`address`, `address` + `size`) to the file `fd` at `offset`.
 

@@ -213,6 +213,16 @@ cdef uint64_t _write_pages(int target, uint8_t *data, size_t size, uint64_t offs
     return written
 
 
+def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
+    """Likewise of memory: write [`address`, `address` + `size`) to the file `fd` at `offset`, but for pages of zeros.
+
+    :param fd: reads as zeros there already
+    :returns: bytes written
+    :raises OSError: not all of it was written
+    """
+    return _write_pages(fd, <uint8_t *>address, size, offset)
+
+
 def copy_out(uintptr_t address, size_t size, int fd, uint64_t offset):
     """Write [`address`, `address` + `size`) to the file `fd` at `offset`.
 

@@ -152,8 +152,9 @@ class Machine:
         devices = [*configured, *devices]
         if len(devices) > len(VIRTIO_GSIS):
             raise ConfigError("devices", len(devices), f"at most {len(VIRTIO_GSIS)} fit")
-        pieces = None if image is None else image.memory
-        self.memory = self._owned(GuestMemory(config.memory, huge=config.huge_pages == "2M", pieces=pieces))
+        pieces, handler = (None, "") if image is None else (image.memory, image.handler)
+        huge = config.huge_pages == "2M"
+        self.memory = self._owned(GuestMemory(config.memory, huge=huge, pieces=pieces, handler=handler))
         first = layout.VIRTIO_MMIO + config.boot_timer * layout.VIRTIO_MMIO_STRIDE
         windows = [
             (first + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])

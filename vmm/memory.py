@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest RAM around the hole below 4 GiB: memfds mapped shared, or pieces of files copied on write; numpy views."""
+"""Guest RAM around the hole below 4 GiB: memfds mapped shared, pieces of files copied on write, or pages that a page
+fault handler brings; numpy views."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import mmap
 import os
 
 from vmm._fastpath import GuestRam
-from vmm._mapping import copy_out, map_over, private_runs
+from vmm._mapping import copy_out, copy_pages, map_over, private_runs
 from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
+
+    from vmm.uffd import FaultHandler
 
 GIB = 1 << 30
 # Between these no RAM is mapped: IOAPIC, local APICs, the TSS of KVM and every virtio-mmio window are there.
@@ -132,18 +135,28 @@ class GuestMemory(GuestRam):
     :param pieces: what is in it, disjoint and in order of address, as ``freeze`` returns it; it is mapped and not
         copied, and stays as it is. None: zeros, in a memfd a region; in memory without a file where RLIMIT_FSIZE
         allows no memfd of that size
+    :param handler: the socket of a program that brings each page when it is first touched, whatever `pieces` are:
+        see :mod:`vmm.uffd`; ``""``: none
     :raises ConfigError: size is not that
-    :raises HostError: the host has no room to map it
+    :raises HostError: the host has no room to map it, or ``vmm.uffd.HandlerError``
+    :raises SnapshotError: a handler, and huge pages
     """
 
-    def __init__(self, size: int, *, huge: bool = False, pieces: Sequence[Piece] | None = None) -> None:
+    def __init__(
+        self, size: int, *, huge: bool = False, pieces: Sequence[Piece] | None = None, handler: str = ""
+    ) -> None:
+        if huge and handler:
+            raise SnapshotError("memory", "in huge pages cannot be brought by a page fault handler")
+        if handler:
+            pieces = ()
         page = 2 << 20 if huge else mmap.PAGESIZE
         if size <= 0 or size % page:
             raise ConfigError("memory", size, f"bytes of RAM must be a positive multiple of {page}")
         self.size = size
         self.huge = huge
         self.regions: tuple[Region, ...] = ()
-        self._pieces: list[Piece] | None = None if pieces is None else list(pieces)
+        self._pieces: list[Piece] | None = None if pieces is None or handler else list(pieces)
+        self._handler: FaultHandler | None = None
         try:
             files = self._files() if pieces is None else None
             if files is None and not huge and pieces is None:
@@ -161,6 +174,21 @@ class GuestMemory(GuestRam):
             self.close()
             pages = " in huge pages (/proc/sys/vm/nr_hugepages)" if huge else ""
             raise HostError(error.errno or 0, f"map {size >> 20} MiB of guest memory{pages}") from error
+        if handler:
+            self._handler = self._connected(handler)
+
+    def _connected(self, path: str) -> FaultHandler:
+        from vmm.uffd import FaultHandler, HandlerError
+
+        offset, mappings = 0, []
+        for region in self.regions:
+            mappings.append((self.host_address(region.gpa, region.size), region.size, offset))
+            offset += region.size
+        try:
+            return FaultHandler(path, mappings)
+        except HandlerError:
+            self.close()
+            raise
 
     def _files(self) -> list[MemoryFile] | None:
         # A memfd a region; None: the limit on the size of files, which a memfd is, allows none so large.
@@ -183,7 +211,8 @@ class GuestMemory(GuestRam):
         """What is in RAM now, to be mapped by others; this memory goes on from it, copying what it writes.
 
         Nobody writes to RAM meanwhile. The first call moves no byte; a later one copies what was written since.
-        Addresses, slices and views stay as they are.
+        Addresses, slices and views stay as they are. Of memory with a page fault handler the first call has all of it
+        brought and copies it; the handler is let go then.
 
         :returns: pieces that cover all of RAM and never change
         :raises SnapshotError: RAM is in huge pages
@@ -192,9 +221,11 @@ class GuestMemory(GuestRam):
         if self.huge:
             raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
         if self._pieces is None:
-            pieces = [Piece(region.gpa, region.size, region.file) for region in self.regions]
+            gathered = self._gathered() if self._handler is not None else [region.file for region in self.regions]
+            pieces = [Piece(region.gpa, region.size, file) for region, file in zip(self.regions, gathered, strict=True)]
             for piece in pieces:
                 self._map_piece(piece)
+            self._let_go()
             for region in self.regions:
                 region.file = None
         else:
@@ -203,6 +234,24 @@ class GuestMemory(GuestRam):
                 pieces = self._settle(region, pieces)
         self._pieces = pieces
         return list(pieces)
+
+    def _gathered(self) -> list[MemoryFile]:
+        # All that the handler has, and what was written over it: a memfd a region, with holes for zeros.
+        from vmm._uffd import touch
+
+        files = []
+        for region in self.regions:
+            files.append(MemoryFile(os.memfd_create("guest-ram", os.MFD_CLOEXEC)))
+            os.ftruncate(files[-1].fd, region.size)
+            address = self.host_address(region.gpa, region.size)
+            touch(address, region.size)
+            copy_pages(address, region.size, files[-1].fd, 0)
+        return files
+
+    def _let_go(self) -> None:
+        if self._handler is not None:
+            self._handler.close()
+            self._handler = None
 
     def written(self) -> list[tuple[int, int]]:
         """(guest address, bytes) of what was written since the last ``freeze``; all of RAM before the first."""
@@ -241,9 +290,16 @@ class GuestMemory(GuestRam):
         :raises ValueError: it is no slice of this RAM
         :raises OSError: the host refused
         """
-        if self._pieces is None:
+        if self._handler is None and self._pieces is None:
             return super().discard(part)
         gpa, size = self.whole_pages(part)
+        if self._pieces is None:
+            # The handler hears of it, and brings zeros from then on.
+            from vmm._uffd import drop
+
+            if size:
+                drop(self.host_address(gpa, size), size)
+            return size
         # The file below is others', too, and shows through a page that is merely dropped.
         if size >= _HOLE_LEAST and len(self._pieces) < _PIECES_MAX:
             piece = Piece(gpa, size, None)
@@ -270,6 +326,7 @@ class GuestMemory(GuestRam):
 
     def close(self) -> None:
         """Give the mappings and memfds back."""
+        self._let_go()
         self.unmap_all()
         self.regions = ()
         self._pieces = None

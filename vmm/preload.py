@@ -21,10 +21,10 @@ OURS = """
     vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console
     vmm.cpu_template vmm.device_config vmm.events vmm.kvm vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds
     vmm.options vmm.preload vmm.private_disk vmm.seccomp vmm.snapshot vmm.snapshot_file vmm.threads vmm.undertaker
-    vmm.unix_socket vmm._faults vmm._uring
+    vmm.uffd vmm.unix_socket vmm._faults vmm._uffd vmm._uring
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
-LATER = "atexit calendar json mmap queue resource select termios vmm.api.snapshots vmm.snapshot zlib".split()
+LATER = "atexit calendar json mmap queue resource select termios vmm._uffd vmm.api.snapshots vmm.snapshot zlib".split()
 # of one with the metadata service,
 METADATA = "base64 hmac httptools msgspec secrets".split()
 # and before it runs.

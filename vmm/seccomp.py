@@ -16,7 +16,7 @@ import os
 import threading
 from queue import SimpleQueue
 
-from vmm import _kvm_state, _seccomp, _uring, threads
+from vmm import _kvm_state, _seccomp, _uffd, _uring, threads
 from vmm.errors import HostError
 from vmm.preload import preload_later
 from vmm.signals import deaf
@@ -158,7 +158,7 @@ _BUILD = (
     *_allow("mmap mprotect"),  # executable, too: extension modules of devices are imported when they are needed
     *_ints("prlimit64", 0, 0),
     ("ioctl", ((1, 0xFF00, 0xAE00),)),  # all of KVM's
-    *_ioctl(*_TUN_OPEN, *_BLOCK_ASK, *_DESCRIPTOR, *_TERMINAL, _SIOCGIFINDEX),
+    *_ioctl(*_TUN_OPEN, *_BLOCK_ASK, *_DESCRIPTOR, *_TERMINAL, _SIOCGIFINDEX, *_uffd.IOCTLS),
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Image:
     :ivar virtio: that of each virtio device with its transport, in the order in which the guest finds them
     :ivar memory: guest RAM (:class:`vmm.memory.Piece`)
     :ivar api: what the API has kept with it, or nothing
-    :ivar handler: the socket of a page fault handler that brings ``memory``, in place of pieces; ``""``: none
+    :ivar handler: the socket of a page fault handler that brings it to machines, in place of ``memory``; ``""``: none
     """
 
     __slots__ = ("api", "board", "cmdline", "config", "handler", "memory", "vcpus", "virtio", "vm")

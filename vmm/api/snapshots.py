@@ -20,6 +20,7 @@ from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.memory import MemoryFile
 from vmm.snapshot_file import decode, pieces_of, place_of, write_memory, write_whole
 from vmm.snapshot_file import encode as encode_state
+from vmm.uffd import HandlerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +40,13 @@ _TWO_MEMORIES = "too many fields: either `mem_backend` or `mem_file_path` exclus
 _RESTORE = "Failed to restore from snapshot: "
 _STATE = f"{_RESTORE}Failed to get snapshot state from file: "
 _MEMORY = f"{_RESTORE}Failed to load guest memory: Error creating guest memory from file: "
+_HANDLER = f"{_RESTORE}Failed to load guest memory: Error creating guest memory from uffd: "
+_STEPS = {
+    "create": "Failed to UFFD object",
+    "register": "Failed to register memory address range with the userfaultfd object",
+    "connect": "Failed to connect to UDS Unix stream",
+    "send": "Failed to sends file descriptor",
+}
 _BUILD = f"{_RESTORE}Failed to build microVM from snapshot: "
 _NO_MARK = bytes(16)
 
@@ -152,6 +160,8 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     image.config = image.config.replaced(track_dirty_pages=body.enable_diff_snapshots)
     try:
         vmm.go_on(image, shown, resume=body.resume_vm)
+    except HandlerError as error:
+        raise ApiError(f"{_HANDLER}{_STEPS[error.step]}: {_io(error)}") from error
     except (ConfigError, HostError, SnapshotError) as error:
         raise ApiError(f"{_BUILD}{error}") from error
 

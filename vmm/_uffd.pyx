@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""userfaultfd(2): memory of ours whose missing pages another program brings."""
+import os
+
+from libc.errno cimport EINTR, ENOENT, errno
+from libc.stdint cimport uintptr_t
+
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <linux/userfaultfd.h>
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #ifndef USERFAULTFD_IOC_NEW /* Linux 6.1 */
+    #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+    #endif
+    #define UFFD_FLAGS (O_CLOEXEC | O_NONBLOCK)
+    static int uffd_device(void) {
+        int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC), fd, error;
+        if (device < 0)
+            return -1;
+        fd = ioctl(device, USERFAULTFD_IOC_NEW, UFFD_FLAGS);
+        error = errno;
+        close(device);
+        errno = error;
+        return fd;
+    }
+    static int uffd_call(void) { return (int)syscall(SYS_userfaultfd, UFFD_FLAGS); }
+    static int uffd_api(int fd) {
+        struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE };
+        return ioctl(fd, UFFDIO_API, &api);
+    }
+    static int uffd_register(int fd, unsigned long address, unsigned long size) {
+        struct uffdio_register range = { .range = { address, size }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+        return ioctl(fd, UFFDIO_REGISTER, &range);
+    }
+    static void uffd_touch(unsigned long address, size_t size) {
+        for (size_t at = 0; at < size; at += 4096)
+            (void)*(const volatile char *)(address + at);
+    }
+    """
+    int uffd_device() nogil
+    int uffd_call() nogil
+    int uffd_api(int fd) nogil
+    int uffd_register(int fd, unsigned long address, unsigned long size) nogil
+    void uffd_touch(unsigned long address, size_t size) nogil
+    int madvise(void *address, size_t size, int advice) nogil
+    int MADV_DONTNEED
+
+# As they are in the filters.
+IOCTLS = (0xAA00, 0xC018AA3F, 0xC020AA00)       # USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER
+
+
+def create(bint by_call):
+    """A userfaultfd for the faults of the kernel, too, which also tells of pages that are given back (EVENT_REMOVE).
+
+    :param by_call: by the system call, where there is no /dev/userfaultfd (before Linux 6.1)
+    :returns: its descriptor, not blocking
+    :raises OSError: the host has none for us
+    """
+    cdef int fd = uffd_device()
+    if fd < 0 and errno == ENOENT and by_call:
+        fd = uffd_call()
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno))
+    if uffd_api(fd) < 0:
+        error = errno
+        os.close(fd)
+        raise OSError(error, os.strerror(error))
+    return fd
+
+
+def register(int fd, uintptr_t address, size_t size):
+    """Let `fd` tell of each page of [`address`, `address` + `size`) that is missing when it is touched.
+
+    :raises OSError: the kernel refused
+    """
+    if uffd_register(fd, address, size) < 0:
+        raise OSError(errno, os.strerror(errno))
+
+
+def drop(uintptr_t address, size_t size):
+    """Give the pages back. Returns once the handler has heard of it.
+
+    :raises OSError: the kernel refused
+    """
+    cdef int failed
+    with nogil:
+        failed = madvise(<void *>address, size, MADV_DONTNEED)
+        while failed and errno == EINTR:
+            failed = madvise(<void *>address, size, MADV_DONTNEED)
+    if failed:
+        raise OSError(errno, os.strerror(errno))
+
+
+def touch(uintptr_t address, size_t size):
+    """Have all pages brought that are missing."""
+    with nogil:
+        uffd_touch(address, size)

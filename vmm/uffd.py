@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest RAM whose pages a program at a unix socket brings when they are first touched: Firecracker's UFFD protocol.
+
+The program gets, in one message, a userfaultfd and a JSON array of the regions of guest RAM: where each is in this
+process, and where in the memory file its contents begin. Source: Firecracker 1.12.1, src/vmm/src/persist.rs.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+
+# Not `socket`, which imports more, on the path of a restore.
+from _socket import AF_UNIX, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
+
+from vmm import _uffd, threads
+from vmm.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class HandlerError(HostError):
+    """A page fault handler cannot be had; ``step`` is which of ``create``, ``register``, ``connect``, ``send`` failed.
+
+    :param step: that
+    :param errno: the system's error number
+    :param path: the handler's socket
+    """
+
+    def __init__(self, step: str, errno: int, path: str) -> None:
+        super().__init__(errno, f"page fault handler: {step}", path)
+        self.step = step
+
+
+class FaultHandler:
+    """The connection to a handler, and our own copy of the userfaultfd: a handler that dies frees no fault.
+
+    :param path: the handler's socket
+    :param regions: host address, bytes and offset in the memory file of each region; mapped private, and untouched
+    :raises HandlerError: the host has no userfaultfd for us, or nobody listens
+    """
+
+    def __init__(self, path: str, regions: Sequence[tuple[int, int, int]]) -> None:
+        self._socket: socket | None = None
+        self._fd = -1
+        step = "create"
+        try:
+            # No filter allows the system call.
+            self._fd = _uffd.create(threads.guard is None)
+            step = "register"
+            for address, size, _ in regions:
+                _uffd.register(self._fd, address, size)
+            step = "connect"
+            # Kept as long as the machine, as Firecracker does: its end tells the handler of ours.
+            self._socket = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+            if "\0" in path:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            self._socket.connect(path)
+            step = "send"
+            data = _mappings(regions)
+            sent = self._socket.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, struct.pack("i", self._fd))])
+            if sent != len(data):
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        except OSError as error:
+            self.close()
+            # A path that is too long has no number.
+            raise HandlerError(step, error.errno or errno.ENAMETOOLONG, path) from None
+
+    def close(self) -> None:
+        """Let the handler go; pages that are still missing are zeros once it has gone, too. Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _mappings(regions: Sequence[tuple[int, int, int]]) -> bytes:
+    page = mmap.PAGESIZE  # in bytes under both names: the second one is Firecracker's mistake, and handlers read it
+    return "[{}]".format(
+        ",".join(
+            f'{{"base_host_virt_addr":{address},"size":{size},"offset":{offset},"page_size":{page},'
+            f'"page_size_kib":{page}}}'
+            for address, size, offset in regions
+        )
+    ).encode()
