@@ -38,6 +38,8 @@ DEFAULT_NO_FILE = 2048
 # Directories of the jail, and its devices: path, major, minor.
 FOLDERS = ("/", "/dev", "/dev/net", "/run")
 DEVICES = (("/dev/net/tun", 10, 200), ("/dev/kvm", 10, 232), ("/dev/urandom", 1, 9))
+# Without a fixed number, and not on every host: for memory from a page fault handler.
+USERFAULTFD = "/dev/userfaultfd"
 CGROUP_ROOT = "/sys/fs/cgroup"
 
 
@@ -104,8 +106,9 @@ class Jail:
         self._set_limits()
         self.cgroups.enter()
         null = _open(os.devnull, os.O_RDWR) if self.daemonize else -1
+        userfaultfd = _device_number(USERFAULTFD)
         self._pivot()
-        self._furnish()
+        self._furnish(userfaultfd)
         if self.daemonize:
             self._word = _daemonize(null)
             self._null = null
@@ -153,13 +156,16 @@ class Jail:
         os.rmdir("old_root")
         os.chroot(".")
 
-    def _furnish(self) -> None:
+    def _furnish(self, userfaultfd: int | None) -> None:
         for folder in FOLDERS:
             _reach("make", folder, os.makedirs, folder, exist_ok=True)
             os.chmod(folder, 0o700)
             os.chown(folder, self.uid, self.gid)
-        for path, major, minor in DEVICES:
-            _reach("mknod", path, os.mknod, path, stat.S_IFCHR | 0o600, os.makedev(major, minor))
+        devices = {path: os.makedev(major, minor) for path, major, minor in DEVICES}
+        if userfaultfd is not None:
+            devices[USERFAULTFD] = userfaultfd
+        for path, number in devices.items():
+            _reach("mknod", path, os.mknod, path, stat.S_IFCHR | 0o600, number)
             os.chown(path, self.uid, self.gid)
 
     def _be_written_down(self) -> None:
@@ -303,6 +309,15 @@ def _write(path: str, text: str) -> None:
         _reach(f"write {text} to", path, os.write, fd, text.encode())
     finally:
         os.close(fd)
+
+
+def _device_number(path: str) -> int | None:
+    # None: this host has it not.
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_rdev if stat.S_ISCHR(found.st_mode) else None
 
 
 def _daemonize(null: int) -> int:

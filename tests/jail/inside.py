@@ -196,6 +196,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "keyctl": lambda: call(250, 0, -3, 1),
     "add_key": lambda: call(248, "user", "a", "b", 1, -3),
     "userfaultfd": lambda: call(323, 0),
+    "userfaultfd by its device": lambda: call(16, open_("/dev/userfaultfd", O_RDWR), 0xAA00, 0),
     "io_uring_setup": new_ring,
     "openat by a new ring": lambda: open_by(new_ring()),
     "socket(AF_INET) by a new ring": lambda: socket_by(new_ring()),

@@ -343,9 +343,40 @@ def test_what_a_jailed_vmm_is(jail: Jailed) -> None:
     mounts = [line.split()[1:3] for line in Path(f"/proc/{jail.pid}/mounts").read_text().splitlines()]
     assert mounts[1:] == [["/proc", "proc"]]
     assert sorted(path.name for path in jail.root.iterdir()) == ["dev", "firecracker.pid", "proc", "run"]
-    for name in ("dev/kvm", "dev/net/tun", "dev/urandom"):
+    for name in ("dev/kvm", "dev/net/tun", "dev/urandom", "dev/userfaultfd"):
         device, own = Path("/", name).stat(), (jail.root / name).stat()
         assert (own.st_rdev, own.st_uid, own.st_gid, own.st_mode & 0o777) == (device.st_rdev, UID, UID, 0o600)
+
+
+def test_memory_comes_from_a_handler_outside_the_jail(tmp_path: Path) -> None:
+    first = Jailed(tmp_path / "1")
+    second = Jailed(tmp_path / "2")
+    try:
+        first.start(vmm=guest(first, None))
+        assert first.request("PATCH", "/vm", {"state": "Paused"})[0] == 204
+        files = {"snapshot_path": "/snap", "mem_file_path": "/mem"}
+        assert first.request("PUT", "/snapshot/create", files) == (204, "")
+        second.put("snap", first.root / "snap")
+        script = Path(__file__).parents[2] / "examples/uffd_handler.py"
+        memory = first.root / "mem"
+        with subprocess.Popen([sys.executable, script, "handler", memory], cwd=second.root) as handler:
+            try:
+                socket_of_it = second.root / "handler"
+                until(socket_of_it.exists)
+                os.chown(socket_of_it, UID, UID)
+                second.start()
+                backend = {"backend_type": "Uffd", "backend_path": "/handler"}
+                load = {"snapshot_path": "/snap", "mem_backend": backend, "resume_vm": True}
+                assert second.request("PUT", "/snapshot/load", load) == (204, "")
+                assert second.request("PATCH", "/vm", {"state": "Paused"})[0] == 204
+                assert second.request("PUT", "/snapshot/create", files) == (204, ""), "behind the API's own filter"
+                assert handler.wait(PATIENCE) == 0
+            finally:
+                handler.kill()
+        assert (second.root / "mem").stat().st_size == memory.stat().st_size
+    finally:
+        first.close()
+        second.close()
 
 
 def test_a_mount_of_the_host_reaches_the_jail_later(tmp_path: Path) -> None:

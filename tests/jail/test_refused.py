@@ -17,14 +17,15 @@ from vmm.seccomp import KINDS, STATUS_BAD_SYSCALL
 
 ROOT = Path(__file__).parents[2]
 KINDS_TRIED = (*KINDS, "spawn", "base")
-# Extension modules of devices are imported behind it; no guest runs yet.
-ALLOWED = {("base", "executable memory")}
+# Extension modules of devices are imported behind it, and memory is loaded; no guest runs yet.
+ALLOWED = {("base", "executable memory"), ("base", "userfaultfd by its device")}
 Told = dict[str, tuple[int, str, str]]
 # What the jail alone does not refuse, and need not where seccomp does: it harms the jail's own process at most, or
 # reaches a network namespace that is the jail's if --netns makes it so.
 SECCOMP_ALONE = {
     "unshare a user namespace", "execve from memory", "execve", "fork", "vfork", "clone a process", "executable memory",
     "socket(AF_INET)", "socket(AF_NETLINK)", "socket(AF_VSOCK)", "keyctl", "add_key", "io_uring_setup", "userfaultfd",
+    "userfaultfd by its device",
     "kill everybody", "kill the parent", "pidfd_open", "link out of the tree", "setuid(0)", "setgroups", "capset",
     "limits of the parent", "perf_event_open", "bpf", "syslog", "unshare a mount namespace", "type into a terminal",
     "openat by a new ring", "socket(AF_INET) by a new ring", "io_uring_register",
