@@ -146,6 +146,7 @@ cdef class Inodes:
 
     def __dealloc__(self):
         cdef uint32_t i
+        cdef Budget budget
         self._leave_ring()
         if self.node_chunks != NULL:
             for i in range(ROOT, self.node_slots):
@@ -156,8 +157,10 @@ cdef class Inodes:
                 free(self.node_chunks[i])
         free(self.node_chunks)
         free(self.buckets)
-        if self.memory is not None:
-            self.memory.give(self.charged)
+        # Not by self.memory: where a cycle is collected, that is gone already.
+        budget = memory
+        if budget is not None:
+            budget.give(self.charged)
 
     cdef Node *_node(self, uint32_t index) noexcept nogil:
         return &self.node_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]

@@ -37,10 +37,10 @@ _nets = st.one_of(
               pcap=st.sampled_from([None, "/pcap"])),
 )  # fmt: skip
 _shares = st.builds(
-    FsConfig, st.uuids().map(str), st.just("/share"), read_only=st.booleans(), dax=st.sampled_from([0, 2 << 20]),
+    FsConfig, st.uuids().map(str), st.just("/share"), read_only=st.booleans(),
     cache_policy=st.sampled_from(["auto", "always", "none"]), threads=st.integers(1, 32),
     squash=st.sampled_from([None, (1000, 1000)]), submounts=st.booleans(), rate_limiter=_limits,
-)  # fmt: skip
+) | st.builds(FsConfig, st.uuids().map(str), st.just("/share"), dax=st.just(2 << 20))  # fmt: skip
 
 
 def _facts(value: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from tests.virtio.fuse_client import LINUX_FLAGS, ROOT, FuseVm
 from tests.virtio.mounts import mounted, private_mounts
 from tests.virtio.test_fs import held, mount, refused, tree
+from virtio.fs import Fs
+from vmm.budget import memory
 
 __all__ = ["mount", "tree"]
 
@@ -87,3 +90,15 @@ def test_a_mount_on_the_way_is_not_entered_again(tree: Path, mount: Mount) -> No
     assert mounted("proc", tree / "a")
     assert refused(vm.lookup, ".", node) == refused(vm.lookup, ".", file) == "ESTALE"
     assert os.listdir(tree) == ["a"]
+
+
+def test_a_share_that_is_collected_gives_its_memory_back(tmp_path: Path) -> None:
+    gc.collect()
+    before = memory.used
+    for _ in range(3):
+        device = Fs("tag", str(tmp_path))
+        device.itself = device  # type: ignore[attr-defined]  # as devices and their threads name one another
+        device.close()
+    del device
+    gc.collect()
+    assert memory.used == before

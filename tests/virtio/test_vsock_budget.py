@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import socket
 import threading
@@ -23,6 +24,8 @@ SKB = 576  # SKB_TRUESIZE(0) of x86-64
 @pytest.fixture
 def vm(tmp_path: Path) -> Iterator[Vm]:
     raise_descriptor_limit()
+    gc.collect()  # other tests' shares
+    assert memory.used == 0
     with GuestMemory(256 << 20) as ram:
         vm = Vm(tmp_path / "v.sock", ram, posted=200)
         yield vm

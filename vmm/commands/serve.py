@@ -234,7 +234,8 @@ class _Serve:
         self._broken_pipes = 0
         self._server: Server | None = None
         # What is logged from the first line on, or starts at once, is not answered before that.
-        self._hasty = not any((args.config_file, args.log_path, args.level, args.module, args.metrics_path))
+        early_words = (args.config_file, args.log_path, args.level, args.module, args.metrics_path, args.metadata)
+        self._hasty = not any(early_words)
 
     def run(self) -> int:
         """From the socket to the exit code."""
