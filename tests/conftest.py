@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,16 @@ settings.register_profile("pyvmm", deadline=None)
 settings.load_profile("pyvmm")
 
 CLONE_NEWNET = 0x40000000
+
+
+def pytest_configure() -> None:
+    """Started by ``make test &`` or nohup, stay deaf to SIGINT and SIGHUP, but start programs that hear them.
+
+    A signal that is ignored is ignored by the programs that we start, too; one with a handler has its default there.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
