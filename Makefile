@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd) setup.py pyproject.toml
 
-.PHONY: install demo test unit kvm check bench bench-peers debug asan clean distclean system-packages
+.PHONY: install demo test unit kvm linux lab-test check bench bench-peers debug asan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -45,6 +45,14 @@ unit: install
 
 kvm: install
 	@$(BIN)/python -m pytest tests/kvm
+
+# Right here: by Debian's kernel on hardware KVM, by r3 on a software KVM.
+linux: install
+	@$(BIN)/python -m pytest tests/linux -m "not lab"
+
+# What only a stock kernel on several CPUs shows, and the lab itself.
+lab-test: install
+	@$(BIN)/python -m pytest tests/linux -m lab
 
 check: install
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock Debian kernel in a jail, every thread behind its seccomp filter: disk, network, sockets and a share at work.
+"""A Linux in a jail, every thread behind its seccomp filter: disk, network, sockets and a share at work.
 
     python -m tests.linux.jailed      # where KVM runs Linux, as root; writes one JSON object
 
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.jail.jailed import UID, Jailed
+from tests.linux import kernels
 from tests.linux.kata_guest import AGENT
-from vmm.images import apt, initramfs
+from vmm.images import initramfs
 
 PATIENCE = 150.0
 MODULES = (
@@ -82,7 +83,7 @@ def exercise(jail: Jailed, facts: dict[str, Any]) -> None:
     drive = {"drive_id": "d", "path_on_host": "/disk", "is_root_device": False, "is_read_only": False}
     for path, body in (
         ("/boot-source", {"kernel_image_path": "/kernel", "initrd_path": "/initrd", "boot_args": CMDLINE}),
-        ("/machine-config", {"vcpu_count": 2, "mem_size_mib": 256}),
+        ("/machine-config", {"vcpu_count": kernels.cpus(2), "mem_size_mib": 256}),
         ("/drives/d", drive | {"io_engine": "Async"}),
         ("/network-interfaces/eth0", {"iface_id": "eth0", "host_dev_name": "tap0"}),
         ("/vsock", {"guest_cid": 3, "uds_path": "/v"}),
@@ -101,7 +102,7 @@ def exercise(jail: Jailed, facts: dict[str, Any]) -> None:
     facts["rng"] = agent.run("head -c 64 /dev/hwrng | wc -c")
     facts["patch"] = jail.request("PATCH", "/drives/d", {"drive_id": "d", "path_on_host": "/other"})[0]
     facts["sectors"] = agent.run("sleep 1; cat /sys/block/vda/size")
-    facts["reloaded"] = agent.run("rmmod virtio_net; modprobe virtio_net; sleep 1; " + NET)
+    facts["reloaded"] = agent.run("reload virtio_net; sleep 1; " + NET)
     facts["balloon"] = jail.request("GET", "/balloon/statistics")[1]
     facts["threads"] = {
         (task / "comm").read_text().strip(): (task / "status").read_text().partition("\nSeccomp:\t")[2][0]
@@ -126,10 +127,9 @@ def main() -> int:
     jail = Jailed(base)
     agent = base / "agent"
     subprocess.run(["gcc", "-O2", "-w", "-static", "-o", agent, AGENT], check=True)
-    package = apt.package("linux-image-cloud-amd64")
-    kernel, _ = apt.kernel_of(package.tree)
-    jail.put("kernel", Path(kernel))
-    jail.put("initrd", initramfs.build_initramfs(package.tree, MODULES, INIT, files={"agent": agent.read_bytes()}))
+    made = kernels.kernel()
+    jail.put("kernel", Path(made.path))
+    jail.put("initrd", made.initrd(MODULES, INIT, {"agent": agent.read_bytes()}))
     jail.put("disk", bytes(32 * MIB))
     jail.put("other", bytes(48 * MIB))
     jail.put("share/input", DATA)

@@ -3,7 +3,8 @@
 
     python -m tests.linux.kata_guest         # makes it; the paths of its files
 
-The kernel is libkrun's, 6.12, out of PyPI's wheel of microsandbox: no distribution's kernel reads virtio_mmio.device=.
+No distribution's kernel reads virtio_mmio.device=. On hardware KVM the kernel is libkrun's, 6.12, out of PyPI's wheel
+of microsandbox; elsewhere r3.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benches.peers.firecracker import Missing, pip
+from tests.linux import r3
 from vmm.images import cache_root
 from vmm.images.initramfs import busybox
+from vmm.kvm import runs_linux
 
 WHEEL = "microsandbox==0.7.11"
 LIBRARY = "microsandbox/_bundled/lib/libkrunfw.so.5.6.1"
@@ -44,7 +47,8 @@ def guest() -> Guest:
     """
     key = hashlib.sha256(AGENT.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
     home = Path(cache_root(), "kata")
-    made = Guest(home / f"vmlinux-{WHEEL.partition('==')[2]}", home / f"image-{key}.img", home / f"rootfs-{key}.ext4")
+    kernel = home / f"vmlinux-{WHEEL.partition('==')[2]}" if runs_linux() else r3.vmlinux()
+    made = Guest(kernel, home / f"image-{key}.img", home / f"rootfs-{key}.ext4")
     home.mkdir(parents=True, exist_ok=True)
     if not made.kernel.exists():
         _make_kernel(made.kernel)

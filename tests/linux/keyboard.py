@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock kernel's keyboard driver at our i8042, and what such a VM says of itself.
+"""Linux's keyboard driver at our i8042, and what such a VM says of itself.
 
 python -m tests.linux.keyboard      # where KVM runs Linux; writes one JSON object
 """
@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.linux.kernels import kernel
 from tests.linux.small_devices import INIT, PATIENCE, Guest
 from vmm import logger
-from vmm.images import apt, initramfs
 from vmm.metrics import Metrics
 
 BASE = "console=ttyS0 reboot=k panic=-1 i8042.noaux i8042.nomux quiet"
@@ -51,14 +51,13 @@ def press(kernel: str, initrd: str, facts: dict[str, Any], **settings: Any) -> N
 
 
 def main() -> int:
-    package = apt.package("linux-image-cloud-amd64")
-    kernel, _ = apt.kernel_of(package.tree)
+    made = kernel()
     initrd = Path(os.environ.get("TMPDIR", "/tmp"), "keyboard.cpio")
-    initrd.write_bytes(initramfs.build_initramfs(package.tree, (), INIT))
+    initrd.write_bytes(made.initrd((), INIT))
     facts: dict[str, dict[str, Any]] = {"acpi": {}, "kata": {}}
     try:
-        press(str(kernel), str(initrd), facts["acpi"], cmdline=BASE, keyboard=True)
-        press(str(kernel), str(initrd), facts["kata"], cmdline=KATA)
+        press(made.path, str(initrd), facts["acpi"], cmdline=BASE, keyboard=True)
+        press(made.path, str(initrd), facts["kata"], cmdline=KATA)
     finally:
         json.dump(facts, sys.stdout)  # what was found before it went wrong, too
     return 0

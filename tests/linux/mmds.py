@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock kernel and busybox's own programs at the metadata service, by V1, then V2; other traffic beside it.
+"""A Linux and busybox's own programs at the metadata service, by V1, then V2; other traffic beside it.
 
 python -m tests.linux.mmds      # where KVM runs Linux; writes one JSON object
 """
@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.linux.kernels import kernel
 from tests.linux.small_devices import INIT, Guest
 from vmm.device_config import MmdsConfig, NetConfig
-from vmm.images import apt, initramfs
 
 MODULES = ("virtio_mmio", "virtio_net", "af_packet")
 LARGE = "0123456789abcdef" * 3000
@@ -31,13 +31,12 @@ ASK_TOKEN = (
 
 
 def main() -> int:
-    package = apt.package("linux-image-cloud-amd64")
-    kernel, _ = apt.kernel_of(package.tree)
+    made = kernel()
     initrd = Path(os.environ.get("TMPDIR", "/tmp"), "mmds.cpio")
-    initrd.write_bytes(initramfs.build_initramfs(package.tree, MODULES, INIT))
+    initrd.write_bytes(made.initrd(MODULES, INIT))
     facts: dict[str, Any] = {}
     net = NetConfig(mode="auto", address="10.77.0.1/24", iface_id="net")
-    guest = Guest(str(kernel), str(initrd), network_interfaces=[net], mmds=MmdsConfig(["net"]))
+    guest = Guest(made.path, str(initrd), network_interfaces=[net], mmds=MmdsConfig(["net"]))
     store = guest.vm.mmds
     store.put(DOCUMENT)
     try:
@@ -69,7 +68,7 @@ def main() -> int:
             "aws": guest.run(f'{GET}/latest/meta-data/ --header "X-aws-ec2-metadata-token: $token"'),
             "wrong": guest.run(f'wget -O - {URL}/latest --header "X-metadata-token: x$token" 2>&1'),
         }
-        guest.run(f"rmmod virtio_net; modprobe virtio_net; sleep 1\n{UP}")
+        guest.run(f"reload virtio_net; sleep 1\n{UP}")
         facts["reloaded"] = guest.run(f'{GET}/latest/meta-data/ami-id --header "X-metadata-token: $token"')
         facts["stats"] = guest.vm.stats["virtio-net0"]
     finally:

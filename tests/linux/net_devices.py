@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock kernel with three network interfaces: over a tap with two queues, over a tap of our own, over passt.
+"""A Linux with three network interfaces: over a tap with two queues, over a tap of our own, over passt.
 
 python -m tests.linux.net_devices        # where KVM runs Linux, as root; writes one JSON object
 """
@@ -18,8 +18,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tests.linux import kernels
 from tests.linux.tools_guest import Guest
-from vmm.images import apt, initramfs
+from vmm.images import initramfs
 
 PYVMM = [sys.executable, "-m", "vmm.cli", "run"]
 INIT = (
@@ -44,7 +45,7 @@ echo "$ip $router" >/tmp/lease
 """
 DATA = os.urandom(4 << 20)
 MISTAKES = ("tap=nothing", "tap=lo", "fd=77", "auto,mac=01:00:00:00:00:01", "auto,pcap=/nowhere/x", "auto,addr=1.2.3/9")
-RELOAD = "rmmod virtio_net && modprobe virtio_net"
+RELOAD = "reload virtio_net"
 
 
 def ip(words: str) -> None:
@@ -112,17 +113,12 @@ def exercise(guest: Guest, facts: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    package = apt.package("linux-image-cloud-amd64")
-    kernel, _ = apt.kernel_of(package.tree)
+    made = kernels.kernel()
     facts: dict[str, Any] = {"md5": hashlib.md5(DATA).hexdigest()}
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "data").write_bytes(DATA)
         initrd = Path(directory, "net.cpio")
-        initrd.write_bytes(
-            initramfs.build_initramfs(
-                package.tree, ["virtio_mmio", "virtio_net"], INIT, files={"usr/lib/pyvmm/udhcpc": UDHCPC.encode()}
-            )
-        )
+        initrd.write_bytes(made.initrd(["virtio_mmio", "virtio_net"], INIT, {"usr/lib/pyvmm/udhcpc": UDHCPC.encode()}))
         ip("tuntap add net7 mode tap multi_queue")
         ip("addr add 10.9.8.1/24 dev net7")
         ip("link set net7 up")
@@ -131,11 +127,12 @@ def main() -> int:
         ip("link set up7 up")
         ip("route add default via 10.7.7.1 dev up7")
         server = serve(directory)
-        facts["mistakes"] = {net: mistake(str(kernel), net) for net in MISTAKES}
+        facts["mistakes"] = {net: mistake(made.path, net) for net in MISTAKES}
         command = [
-            *PYVMM, str(kernel), "--initrd", str(initrd), "--cpus", "2", "--memory", "256M", "--append", "quiet",
+            *PYVMM, made.path, "--initrd", str(initrd), "--cpus", str(kernels.cpus(2)), "--memory", "256M",
+            "--append", "quiet",
             "--net", "tap=net7,queues=2,mac=06:00:ac:10:00:02", "--net", "auto,addr=10.8.8.1/24,mtu=4000",
-            "--net", "user",
+            "--net", "user,loopback",
         ]  # fmt: skip
         try:
             with Guest("net", outside_chroot(command)) as guest:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One configuration file, a stock kernel, two VMMs: Firecracker 1.12.1 boots it, pyvmm boots it; what each is like.
+"""One configuration file, a kernel, two VMMs: Firecracker 1.12.1 boots it, pyvmm boots it; what each is like.
 
 python -m tests.linux.same_config      # where KVM runs Linux; writes one JSON object
 """
@@ -19,7 +19,8 @@ from typing import Any
 from benches.peers.boot import vmlinux
 from benches.peers.common import KVM_CAP_XCRS, firecracker, lacks_xsave
 from tests.api.oracle import ALONE, PYVMM, Process
-from vmm.images import apt, initramfs
+from tests.linux.kernels import cpus, kernel
+from vmm.images import initramfs
 
 PATIENCE = 90.0
 MODULES = (
@@ -70,7 +71,7 @@ def configuration(directory: Path, initrd: Path) -> dict[str, Any]:
             {**drive, "drive_id": "ro", "path_on_host": "ro.img", "is_read_only": True},
             {**drive, "drive_id": "root", "path_on_host": "root.img", "is_root_device": True},
         ],
-        "machine-config": {"vcpu_count": 2, "mem_size_mib": 256},
+        "machine-config": {"vcpu_count": cpus(2), "mem_size_mib": 256},
         "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:AC:10:00:02"}],
         "vsock": {"guest_cid": 3, "uds_path": "v.sock"},
         "balloon": {"amount_mib": 8, "deflate_on_oom": True, "stats_polling_interval_s": 1},
@@ -117,14 +118,13 @@ def boot(command: Sequence[str], directory: Path, config: dict[str, Any]) -> dic
 
 
 def main() -> int:
-    package = apt.package("linux-image-cloud-amd64")
-    kernel, _ = apt.kernel_of(package.tree)
+    made = kernel()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        (directory / "vmlinux").write_bytes(vmlinux(kernel))
+        (directory / "vmlinux").write_bytes(vmlinux(Path(made.path)) if made.tree else Path(made.path).read_bytes())
         initrd = directory / "initrd"
-        initrd.write_bytes(initramfs.build_initramfs(package.tree, MODULES, INIT))
+        initrd.write_bytes(made.initrd(MODULES, INIT))
         binary = directory / "firecracker-1.12.1"
         shutil.copyfile(firecracker(), binary)  # from here it starts as fast as any local program
         binary.chmod(0o755)

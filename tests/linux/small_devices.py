@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock kernel with virtio-rng, -balloon and -console: what its drivers find, and what the host gets back.
+"""A Linux with virtio-rng, -balloon and -console: what its drivers find, and what the host gets back.
 
 python -m tests.linux.small_devices      # where KVM runs Linux; writes one JSON object
 """
@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.linux.kernels import kernel
 from virtio.balloon import Balloon
 from virtio.console import Console
 from virtio.rng import Entropy
 from vmm import Machine
-from vmm.images import apt, initramfs
+from vmm.images import initramfs
 
 MIB = 1 << 20
 PATIENCE = 60.0
@@ -113,10 +114,7 @@ def small(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
         facts["used_again"] = guest.run(f"{FILL} && echo yes")
         balloon.set_amount(32)
         until(lambda: balloon.actual_pages == 32 * 256)
-        facts["reloaded"] = guest.run(
-            "rmmod virtio_balloon virtio_rng && modprobe virtio_balloon && modprobe virtio_rng\n"
-            "head -c 100 /dev/hwrng | wc -c"
-        )
+        facts["reloaded"] = guest.run("reload virtio_balloon && reload virtio_rng\nhead -c 100 /dev/hwrng | wc -c")
         facts["inflated_after_reload"] = until(lambda: balloon.actual_pages == 32 * 256)
         facts["stats"] = {"rng": rng.stats, "balloon": balloon.stats, "console": console.stats}
     finally:
@@ -162,15 +160,14 @@ def hungry(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    package = apt.package("linux-image-cloud-amd64")
-    kernel, _ = apt.kernel_of(package.tree)
+    made = kernel()
     initrd = Path(os.environ.get("TMPDIR", "/tmp"), "small_devices.cpio")
-    initrd.write_bytes(initramfs.build_initramfs(package.tree, MODULES, INIT))
+    initrd.write_bytes(made.initrd(MODULES, INIT))
     facts: dict[str, dict[str, Any]] = {"small": {}, "reporting": {}, "hungry": {}}
     try:
-        small(str(kernel), str(initrd), facts["small"])
-        reporting(str(kernel), str(initrd), facts["reporting"])
-        hungry(str(kernel), str(initrd), facts["hungry"])
+        small(made.path, str(initrd), facts["small"])
+        reporting(made.path, str(initrd), facts["reporting"])
+        hungry(made.path, str(initrd), facts["hungry"])
     finally:
         json.dump(facts, sys.stdout)  # what was found before it went wrong, too
     return 0

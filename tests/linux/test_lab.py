@@ -33,6 +33,7 @@ kill -USR1 $$
 """
 
 
+@pytest.mark.lab
 @pytest.mark.timeout(300)
 def test_a_command_in_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if lacks := lab.missing():

