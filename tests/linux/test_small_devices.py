@@ -51,8 +51,8 @@ def test_console_and_port_both_ways_and_its_size(small: dict[str, Any]) -> None:
 @pytest.mark.parametrize("where", ["memfd", "mapped"])
 def test_inflating_gives_the_host_its_memory_back(small: dict[str, Any], where: str) -> None:
     assert small["inflated"]
-    # 64 MiB of what the balloon took had been used before
-    assert small["before"][where] - small["after"][where] > 50 * MIB
+    # of the 64 MiB that the balloon took, most had been used before: 48 with r3, all with a stock kernel
+    assert small["before"][where] - small["after"][where] > 40 * MIB
     assert small["free_before"] - small["free_after"] > 80 * 1024
 
 
