@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -164,8 +165,12 @@ def _type(process: subprocess.Popen[bytes], line: bytes, until: bytes) -> bytes:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(line + b"\n")
     process.stdin.flush()
-    heard = b""
-    while until not in heard and (piece := os.read(process.stdout.fileno(), 65536)):
+    heard, end = b"", time.monotonic() + PATIENCE
+    while until not in heard:
+        if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            raise subprocess.TimeoutExpired(process.args, PATIENCE, heard)  # the guest stands still: so must not we
+        if not (piece := os.read(process.stdout.fileno(), 65536)):
+            break
         heard += piece
     return heard
 
