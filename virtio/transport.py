@@ -65,6 +65,7 @@ class Transport:
         self._status = 0
         self._driver_features = 0
         self._needs_reset = False
+        self._serving = False  # the workers have been started, and not stopped since
         self._closed = False
         self._workers = device.make_workers(self.notify_fds, self._fail)
         device.publish_config = self.publish_config
@@ -258,6 +259,7 @@ class Transport:
         device.activate(device.context)
 
     def _start_workers(self) -> None:
+        self._serving = True
         try:
             for worker in self._workers:
                 worker.start(self.device.context)
@@ -267,6 +269,7 @@ class Transport:
     def _stop_workers(self) -> None:
         for worker in self._workers:
             worker.stop()
+        self._serving = False
         if self._status & spec.DRIVER_OK and not self._needs_reset:
             self.device.release()
 
@@ -285,12 +288,12 @@ class Transport:
             self._stop_workers()
 
     def go_on(self) -> None:
-        """After ``stop`` or ``restore``: serve the driver again, and look at each queue once.
+        """After ``stop`` or ``restore``: serve the driver again, and look at each queue once. Idempotent.
 
         An interrupt that was on its way when the machine was held may be lost in a copy, so each driver gets one.
         """
         with self.lock:
-            if not self._status & spec.DRIVER_OK or self._closed:
+            if not self._status & spec.DRIVER_OK or self._closed or self._serving:
                 return
             if self._needs_reset:
                 self.interrupt.config()

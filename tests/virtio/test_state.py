@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,17 @@ def test_a_console_goes_on_with_its_ports(ram: GuestMemory) -> None:
     assert host.submit(4, [data]) == 5
     assert ram.read(data.addr, 5) == b"hello"
     host.close()
+
+
+def test_what_serves_already_gets_no_second_thread(host: DeviceHost[Entropy]) -> None:
+    # A driver that is at work before the machine starts: two threads on one epoll take one another's wake-ups.
+    host.driver.bring_up()
+    before = threading.active_count()
+    host.transport.go_on()
+    assert threading.active_count() == before
+    host.transport.stop()
+    host.transport.go_on()
+    assert threading.active_count() == before
 
 
 def test_connections_survive_a_stop_and_a_copy_hears_that_they_are_gone(tmp_path: Path, ram: GuestMemory) -> None:
