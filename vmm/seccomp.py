@@ -72,7 +72,7 @@ def _ioctl(*requests: int) -> tuple[Rule, ...]:
 
 # What a snapshot takes: the machine's state is read, its memory mapped anew, and both written to files.
 _SNAPSHOT = (
-    *_allow("memfd_create pwrite64 fsync rename"),
+    *_allow("memfd_create pwrite64 fsync rename fsetxattr fremovexattr"),
     *_ioctl(*_kvm_state.READS, _PAGEMAP_SCAN),
 )
 # What the interpreter, the allocator, locks and the end of a thread take. tgkill is to this process only: see _rules.
@@ -153,7 +153,7 @@ _BUILD = (
         "memfd_create eventfd2 timerfd_create epoll_create1 pipe2 getdents64 readlinkat access faccessat2 stat lstat"
         " getuid geteuid getgid getegid uname sysinfo rt_sigaction sigaltstack bind listen statfs fstatfs fadvise64"
         " unlinkat rename sched_getaffinity getrusage mincore mlock mkdir umask chmod times statx dup dup2 select"
-        " getpgrp"
+        " getpgrp fgetxattr"
     ),
     *_allow("mmap mprotect"),  # executable, too: extension modules of devices are imported when they are needed
     *_ints("prlimit64", 0, 0),

@@ -138,6 +138,11 @@ def format_of(data: bytes, name: str) -> int:
     return number
 
 
+def checksum_of(data: bytes) -> bytes:
+    """The checksum in a file ``state`` that ``encode`` made or ``decode`` found right."""
+    return data[12:16]
+
+
 def decode(data: bytes, name: str) -> tuple[Image, bytes]:
     """An image without its memory, and the mark of that.
 
@@ -220,20 +225,28 @@ def _writer(body: bytes) -> str:
         return "another pyvmm"
 
 
-def write_whole(path: str, fill: Callable[[int], None]) -> None:
-    """Let `fill` write a file that has the name `path` once it is whole; who has the one before open keeps that.
+def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
+    """Let files be filled that have their names once all of them are whole; who has one before open keeps that.
 
-    :raises OSError: it cannot be written; what was there before is as it was
+    :param files: path, and what is given the descriptor of the new file
+    :raises OSError: one cannot be written, ``filename`` is its path; what was there before is as it was
     """
-    made = f"{path}.{os.urandom(4).hex()}.new"
+    made: list[tuple[str, str]] = []
+    path = ""
     try:
-        _write(made, fill)
-        os.rename(made, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(made)
+        for path, fill in files:
+            made.append((f"{path}.{os.urandom(4).hex()}.new", path))
+            _write(made[-1][0], fill)
+        for new, path in made:
+            os.rename(new, path)
+    except OSError as error:
+        for new, _ in made:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+        error.filename = path
         raise
-    _sync(os.path.dirname(path) or ".")
+    for directory in {os.path.dirname(path) or "." for path, _ in files}:
+        _sync(directory)
 
 
 def _write(path: str, fill: Callable[[int], None]) -> None:

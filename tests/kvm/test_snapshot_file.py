@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -17,9 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.killed import killed_at
 from tests.kvm.guests import PATIENCE
 from tests.kvm.test_fork import COUNTER
 from vmm import DriveConfig, Image, Machine
+from vmm.api import ApiError
+from vmm.api.snapshots import _memory_file, write_files
+from vmm.api.types import SnapshotCreate
 from vmm.config import VmConfig
 from vmm.device_config import NetConfig, RateLimiterConfig, VsockConfig
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
@@ -185,49 +190,94 @@ def test_two_halves_of_different_images_are_refused(tmp_path: Path, guest: MakeG
         Image.load(str(tmp_path / "three"))
 
 
-KILLED = """
-import os, signal, sys
-from vmm import Image
-image, step = Image.load(sys.argv[1]), int(sys.argv[3])
-def count(event, args):
-    global step
-    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.listdir"):
-        step -= 1
-        if step == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-for name in ("fsync", "pwrite", "ftruncate", "unlink"):
-    def hooked(*args, before=getattr(os, name)):
-        count("open", ())
-        return before(*args)
-    setattr(os, name, hooked)
-sys.addaudithook(count)
-image.save(sys.argv[2])
-"""
-
-
-def test_killed_at_any_step_of_a_save_the_old_image_is_whole_or_the_new(tmp_path: Path, guest: MakeGuest) -> None:
-    old, old_count = _frozen(guest)
-    new, new_count = _frozen(guest)
-    old.save(str(tmp_path / "old"))
-    new.save(str(tmp_path / "new"))
-    killed = 0
-    seen = set()
-    for step in range(1, 100):
-        place = tmp_path / "place"
+def test_killed_at_any_system_call_of_a_save_the_old_image_is_whole_or_the_new(
+    tmp_path: Path, guest: MakeGuest
+) -> None:
+    images = {}
+    for name in ("old", "new"):
+        image, count = _frozen(guest)
+        image.save(str(tmp_path / name))
+        images[_vcpus(tmp_path / name)] = name, count
+    assert len(images) == 2
+    new, place = Image.load(str(tmp_path / "new")), tmp_path / "place"
+    seen = []
+    for step in itertools.count(1):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(tmp_path / "old", place)
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(tmp_path / "new"), str(place), str(step)], cwd=ROOT, timeout=PATIENCE
-        )
-        count = int.from_bytes(Image.load(str(place)).vcpus[0]["regs"][8:12], "little")
-        seen.add(count)
-        if done.returncode == 0:
+        if not killed_at(step, lambda: new.save(str(place))):
             break
-        killed += 1
-    assert killed > 8, "it was killed at every step"
-    assert len(seen) == 2, "first the old one, then the new"
-    _goes_on(Image.load(str(place)), new_count)
-    assert old_count != new_count
+        name, _ = images[_vcpus(place)]
+        seen.append(name)
+        memory = (place / "memory").read_bytes()
+        assert memory == (tmp_path / name / "memory").read_bytes()[:-16] + memory[-16:]
+        for left in tmp_path.glob("place.*.new"):
+            shutil.rmtree(left)
+    assert seen == sorted(seen, reverse=True), "first the old one, then the new"
+    assert seen.count("old") > 20 and seen.count("new") > 3, "it was killed at every system call"
+    _goes_on(Image.load(str(place)), images[_vcpus(place)][1])
+
+
+def _vcpus(place: Path) -> bytes:
+    return bytes(Image.load(str(place)).vcpus[0]["regs"])
+
+
+def test_killed_at_any_system_call_of_a_load_the_files_are_as_they_were(tmp_path: Path, guest: MakeGuest) -> None:
+    image, _ = _frozen(guest)
+    image.save(str(tmp_path / "image"))
+    before = _files(tmp_path)
+    steps = 1
+    while killed_at(steps, lambda: Image.load(str(tmp_path / "image"))):
+        steps += 1
+        assert _files(tmp_path) == before
+    assert steps > 8
+
+
+def _files(place: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+
+
+@pytest.mark.parametrize("kind", ["Full", "Diff"])
+def test_killed_at_any_system_call_the_apis_files_are_of_one_moment(
+    tmp_path: Path, guest: MakeGuest, kind: str
+) -> None:
+    vm = guest(COUNTER)
+    states = []
+    for number in range(2):
+        vm.memory.write(0x300000, bytes((7 + number,)) * 8192)
+        written = vm.memory.written() if number else None
+        image = vm.freeze()
+        image.cmdline = f"{number}"
+        states.append((image, encode(image, bytes(16)), written if kind == "Diff" else None))
+    place = tmp_path / "place"
+    place.mkdir()
+    body = SnapshotCreate(snapshot_path=str(place / "snap"), mem_file_path=str(place / "mem"))
+    vm.memory.write(0x300000, b"\7" * 8192)
+    write_files(body, *states[0], vm.memory.slice)
+    vm.memory.write(0x300000, b"\10" * 8192)
+    before = _files(place)
+    seen = []
+    for step in itertools.count(1):
+        for path in place.iterdir():
+            path.unlink()
+        for path, data in before.items():
+            path.write_bytes(data or b"")
+        if not killed_at(step, lambda: write_files(body, *states[1], vm.memory.slice)):
+            break
+        state = (place / "snap").read_bytes()
+        try:
+            _memory_file(body.mem_file_path, 4 << 20, state)
+        except ApiError as error:
+            assert "has half of a Diff" in str(error)
+            seen.append("refused")
+            continue
+        page = (place / "mem").read_bytes()[0x300000 : 0x300000 + 8192]
+        assert page in (b"\7" * 8192, b"\10" * 8192)
+        seen.append(f"state {decode(state, 'x')[0].cmdline} memory {page[0] - 7}")
+    kinds = list(dict.fromkeys(seen))
+    assert kinds[0] == "state 0 memory 0" and kinds[-1] == "state 1 memory 1"
+    # The two names of a Full one cannot be changed in one step.
+    assert kinds[1:-1] == (["refused"] if kind == "Diff" else ["state 1 memory 0"])
+    assert seen.count("state 1 memory 0") == (kind == "Full"), seen
 
 
 def _pyvmm(*words: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ Source: Firecracker 1.12.1, compared with the real one in ``tests/api/test_diffe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -18,12 +19,14 @@ from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.memory import MemoryFile
-from vmm.snapshot_file import decode, pieces_of, place_of, write_memory, write_whole
+from vmm.snapshot_file import checksum_of, decode, pieces_of, place_of, write_memory, write_whole
 from vmm.snapshot_file import encode as encode_state
 from vmm.uffd import HandlerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.api.actions import Vmm
     from vmm.machine import Machine
     from vmm.snapshot import Image
@@ -49,6 +52,8 @@ _STEPS = {
 }
 _BUILD = f"{_RESTORE}Failed to build microVM from snapshot: "
 _NO_MARK = bytes(16)
+# Of a memory file, while a Diff is written into it: the checksum of the state file that belongs to the whole one.
+_MERGING = "user.pyvmm.merging"
 
 
 def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
@@ -69,28 +74,55 @@ def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
 
 
 def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool) -> None:
-    written = machine.memory.written()
+    written = machine.memory.written() if diff else None
     image = machine.freeze()
     shown = msgspec.structs.replace(vmm.whole(), logger=None, metrics=None)
-    state = encode_state(image, _NO_MARK, api=encode(shown))
     try:
-        write_whole(body.snapshot_path, lambda fd: _put(fd, state))
+        write_files(body, image, encode_state(image, _NO_MARK, api=encode(shown)), written, machine.memory.slice)
     except OSError as error:
-        raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, 'snapshot')}") from None
+        what = "snapshot" if error.filename == body.snapshot_path else "memory"
+        raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, what)}") from None
+
+
+def write_files(
+    body: types.SnapshotCreate,
+    image: Image,
+    state: bytes,
+    written: list[tuple[int, int]] | None,
+    read: Callable[[int, int], memoryview],
+) -> None:
+    """Write both files; those that were there before are whole until both are.
+
+    :param state: what ``encode`` made of `image`
+    :param written: (guest address, bytes) of what a Diff has; None: a Full one
+    :param read: gives RAM by guest address and bytes
+    :raises OSError: one cannot be written, ``filename`` is its path
+
+    A Diff over a memory file that is there changes that in place. Whoever is killed meanwhile leaves half of it, which
+    ``load`` refuses, where the file system has extended attributes.
+    """
     size = image.config.memory
+    into = -1
+    state_file: tuple[str, Callable[[int], None]] = body.snapshot_path, lambda fd: _put(fd, state)
+    if written is None or (into := _existing(body.mem_file_path, size)) < 0:
+        pieces = [piece for piece in image.memory if written is None or _overlaps(written, piece.gpa, piece.size)]
+        write_whole(state_file, (body.mem_file_path, lambda fd: write_memory(pieces, size, fd)))
+        return
     try:
-        if diff and (fd := _existing(body.mem_file_path, size)) >= 0:
-            try:
-                for gpa, length in written:
-                    _put(fd, machine.memory.slice(gpa, length), place_of(gpa, size))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        else:
-            pieces = [piece for piece in image.memory if not diff or _overlaps(written, piece.gpa, piece.size)]
-            write_whole(body.mem_file_path, lambda fd: write_memory(pieces, size, fd))
-    except OSError as error:
-        raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, 'memory')}") from None
+        with contextlib.suppress(OSError):
+            os.setxattr(into, _MERGING, checksum_of(state))
+        write_whole(state_file)
+        try:
+            for gpa, length in written:
+                _put(into, read(gpa, length), place_of(gpa, size))
+            os.fsync(into)
+        except OSError as error:
+            error.filename = body.mem_file_path
+            raise
+        with contextlib.suppress(OSError):
+            os.removexattr(into, _MERGING)
+    finally:
+        os.close(into)
 
 
 def _overlaps(runs: list[tuple[int, int]], gpa: int, size: int) -> bool:
@@ -103,6 +135,9 @@ def _existing(path: str, size: int) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return -1
+    except OSError as error:
+        error.filename = path
+        raise
     if os.fstat(fd).st_size == size:
         return fd
     os.close(fd)
@@ -153,7 +188,7 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     if backend is not None and backend.backend_type == "Uffd":
         image.handler = path
     else:
-        image.memory = pieces_of(_memory_file(path, image.config.memory), image.config.memory)
+        image.memory = pieces_of(_memory_file(path, image.config.memory, data), image.config.memory)
     if shown.machine_config is not None:
         machine = msgspec.structs.replace(shown.machine_config, track_dirty_pages=body.enable_diff_snapshots)
         shown = msgspec.structs.replace(shown, machine_config=machine)
@@ -166,7 +201,7 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
         raise ApiError(f"{_BUILD}{error}") from error
 
 
-def _memory_file(path: str, size: int) -> MemoryFile:
+def _memory_file(path: str, size: int, state: bytes) -> MemoryFile:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -175,6 +210,9 @@ def _memory_file(path: str, size: int) -> MemoryFile:
     if os.fstat(fd).st_size < size:
         short = "The specified file offset and length is greater then file length"
         raise ApiError(f"{_MEMORY}Failed to restore guest memory: Cannot create mmap region: {short}")
+    with contextlib.suppress(OSError):
+        if os.getxattr(fd, _MERGING) == checksum_of(state):
+            raise ApiError(f"{_MEMORY}{path}: has half of a Diff, whose writer was killed")
     return file
 
 
