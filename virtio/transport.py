@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 
 from virtio import spec
@@ -373,7 +374,7 @@ class Transport:
                 self._restore(state)
         except BadChain as bad:
             raise SnapshotError(name, str(bad)) from None
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error) as error:
             raise SnapshotError(name, f"the state is damaged: {describe(error)}") from None
         except OSError as error:
             raise SnapshotError(name, f"cannot go on: {describe(error)}") from None

@@ -9,6 +9,16 @@ from __future__ import annotations
 
 import os
 
+_LONGEST = 500
+
+
+def line(value: object) -> str:
+    """`value` as part of one line: control characters escaped, and no longer than anybody reads."""
+    text = str(value)
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
 
 class VmmError(Exception):
     """The root of all errors below."""
@@ -23,7 +33,7 @@ class ConfigError(VmmError, ValueError):
     """
 
     def __init__(self, field: str, value: object, problem: str) -> None:
-        super().__init__(f"{field} {value!s}: {problem}" if value not in (None, "") else f"{field}: {problem}")
+        super().__init__(line(f"{field} {value}: ") + problem if value not in (None, "") else f"{field}: {problem}")
         self.field = field
         self.value = value
         self.problem = problem
@@ -42,7 +52,7 @@ class HostError(VmmError, OSError):
         self.what = what
 
     def __str__(self) -> str:
-        where = f" {self.filename}" if self.filename else ""
+        where = f" {line(self.filename)}" if self.filename else ""
         return f"{self.what}{where}: {self.strerror}"
 
 
@@ -58,7 +68,7 @@ class SnapshotError(VmmError):
     """
 
     def __init__(self, what: str, problem: str) -> None:
-        super().__init__(f"{what}: {problem}")
+        super().__init__(f"{line(what)}: {line(problem)}")
         self.what = what
         self.problem = problem
 

@@ -193,7 +193,7 @@ class Machine:
                 self._restore(image)
             except VmmError:
                 raise
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 raise SnapshotError("snapshot", f"is damaged: {type(error).__name__}: {error}") from None
 
     def _load(self, windows: list[tuple[int, int, int]]) -> None:

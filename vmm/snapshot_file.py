@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 import zlib
 
@@ -40,6 +41,7 @@ STATE, MEMORY = "state", "memory"
 _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
+_STATE_MAX = 64 << 20  # with 64 vCPUs and all devices it takes 1 MiB
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _CONFIGS = {
@@ -86,12 +88,11 @@ def load(directory: str) -> Image:
     :raises SnapshotError: it is no image, damaged, or of another format; says which
     """
     try:
-        with open(os.path.join(directory, STATE), "rb") as file:
-            data = file.read()
-        memory = os.open(os.path.join(directory, MEMORY), os.O_RDONLY | os.O_CLOEXEC)
+        data = read_state(os.path.join(directory, STATE))
+        file_of_memory = MemoryFile(open_regular(os.path.join(directory, MEMORY)))
     except OSError as error:
         raise HostError(error.errno or 0, "read the snapshot", directory) from None
-    file_of_memory = MemoryFile(memory)
+    memory = file_of_memory.fd
     image, mark = decode(data, directory)
     size = image.config.memory
     try:
@@ -106,6 +107,32 @@ def load(directory: str) -> Image:
         raise SnapshotError(directory, f"{MEMORY} and {STATE} are of different snapshots")
     image.memory = pieces_of(file_of_memory, size)
     return image
+
+
+def open_regular(path: str) -> int:
+    """A descriptor to read the file from; a FIFO or a device, which may hold us up or never end, is refused.
+
+    :raises OSError: it cannot be opened
+    :raises SnapshotError: it is no regular file
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SnapshotError(path, "is no regular file")
+    return fd
+
+
+def read_state(path: str) -> bytes:
+    """What is in the file ``state``.
+
+    :raises OSError: it cannot be read
+    :raises SnapshotError: it is no regular file, or too large to be one
+    """
+    with open(open_regular(path), "rb") as file:
+        data = file.read(_STATE_MAX + 1)
+    if len(data) > _STATE_MAX:
+        raise SnapshotError(path, "is no snapshot of pyvmm's: it is too large")
+    return data
 
 
 def encode(image: Image, mark: bytes, *, api: bytes = b"") -> bytes:
@@ -166,8 +193,9 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
         if not isinstance(config, VmConfig):
             raise TypeError("no configuration")
         document.pop("pyvmm")
+        _check(Image, document)
         return Image(config, memory=[], **document), mark
-    except (msgspec.DecodeError, ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (msgspec.DecodeError, ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(name, f"is damaged: {error}") from None
 
 
@@ -214,8 +242,30 @@ def _plain(value: Any) -> Any:
 def _configuration(value: Any) -> Any:
     if isinstance(value, dict):
         kind = _CONFIGS[value.pop("is")]
-        return kind(**{name: _configuration(field) for name, field in value.items()})
+        fields = {name: _configuration(field) for name, field in value.items()}
+        _check(kind, fields)
+        return kind(**fields)
     return tuple(_configuration(each) for each in value) if isinstance(value, list) else value
+
+
+def _check(kind: type, fields: dict[str, Any]) -> None:
+    """See that `fields` have the types that the constructor of `kind` names.
+
+    :raises TypeError: one has another
+    """
+    wanted = vars(kind)["__init__"].__annotations__  # text, because of `from __future__ import annotations`
+    for name, value in fields.items():
+        if not any(_fits(value, each) for each in wanted[name].split(" | ")):
+            raise TypeError(f"{name} is no {wanted[name]}")
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    name, _, inside = wanted.rstrip("]").partition("[")
+    if name in ("Sequence", "tuple"):
+        each = inside.split(", ")
+        counted = name == "Sequence" or len(value) == len(each) if isinstance(value, tuple) else False
+        return counted and all(type(item).__name__ in each for item in value)
+    return type(value).__name__ == name or (value is None and name == "None")
 
 
 def _writer(body: bytes) -> str:

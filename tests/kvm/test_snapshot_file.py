@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import random
@@ -12,12 +13,14 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+from tests.fuzz.damaged_snapshots import Victim, sealed
 from tests.killed import killed_at
 from tests.kvm.guests import PATIENCE
 from tests.kvm.test_fork import COUNTER
@@ -27,7 +30,7 @@ from vmm.api.snapshots import _memory_file, write_files
 from vmm.api.types import SnapshotCreate
 from vmm.config import VmConfig
 from vmm.device_config import NetConfig, RateLimiterConfig, VsockConfig
-from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
+from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.snapshot_file import FORMAT, decode, encode
 
 MakeGuest = Callable[..., Machine]
@@ -144,25 +147,45 @@ def test_whatever_byte_is_changed_it_is_refused(tmp_path: Path, guest: MakeGuest
             decode(good[:size], "image")
 
 
-def test_no_document_does_more_than_be_refused(tmp_path: Path, guest: MakeGuest) -> None:
-    # Its checksum right: by a program that means it, or by a pyvmm that is wrong.
-    image, _ = _frozen(guest)
-    good = encode(image, b"m" * 16)
-    rng = random.Random(4)
-    refused = 0
-    for _ in range(int(os.environ.get("PYVMM_DAMAGES", "300"))):
-        bad = bytearray(good)
-        for _ in range(rng.choice((1, 1, 3))):
-            bad[rng.randrange(32, len(bad))] = rng.randrange(256)
-        bad[12:16] = struct.pack("<I", zlib.crc32(bad[16:]))
-        try:
-            back, _ = decode(bytes(bad), "image")
-            back.memory = image.memory
-            back.config.kvm = "/dev/kvm"
-            Machine(image=back).close()
-        except VmmError:
-            refused += 1
-    assert refused > 30
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Victim]:
+    with Victim() as victim:
+        yield victim
+
+
+def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
+    # python -m tests.fuzz.fuzz_snapshots does so for as long as one likes.
+    ends = [victim.try_(victim.damaged(seed)) for seed in range(100)]
+    assert victim.try_(victim.good) == ""
+    assert 40 < len([why for why in ends if why]) < 100
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "why"),
+    [
+        # What the fuzzer found, and its kin.
+        (("virtio", 3, "device", "actual"), 1 << 32, "virtio-balloon: the state is damaged: "),
+        (("config", "balloon", "free_page_reporting"), 1 << 62, "is damaged: free_page_reporting is no bool"),
+        (("config", "drives", 0, "path_on_host"), "a\nb", r"disk a\nb: "),
+        (("config", "drives", 0, "queues"), True, "is damaged: queues is no int"),
+        (("config", "drives", 0), "x", "is damaged: drives is no Sequence[DriveConfig]"),
+        (("config", "drives", 0, "rate_limiter", "bandwidth", 0), "x", "is damaged: bandwidth is no tuple[int, int"),
+        (("config", "vsock"), b"\0" * 5000, "is damaged: vsock is no VsockConfig | None"),
+        (("cmdline",), 5, "is damaged: cmdline is no str"),
+        (("vcpus",), {}, "is damaged: vcpus is no list"),
+        (("vcpus", 0, "regs"), b"", "KVM_SET_REGS: has 0 bytes, KVM takes"),
+        (("vcpus", 0, "cpuid"), bytes(41), "KVM_SET_CPUID2: 41 bytes are no list"),
+    ],
+    ids=str,
+)
+def test_damage_is_told_in_one_line(victim: Victim, where: tuple[Any, ...], value: object, why: str) -> None:
+    document = copy.deepcopy(victim.document)
+    place: Any = document
+    for name in where[:-1]:
+        place = place[name]
+    place[where[-1]] = value
+    said = victim.try_(sealed(victim.good[:32] + msgspec.msgpack.encode(document)))
+    assert why in said
 
 
 def test_another_format_is_named(guest: MakeGuest) -> None:
@@ -173,6 +196,18 @@ def test_another_format_is_named(guest: MakeGuest) -> None:
         SnapshotError, match=r"x: was written by pyvmm 0\.1\.0 in format 2; pyvmm 0\.1\.0 reads format 1"
     ):
         decode(bytes(data), "x")
+
+
+@pytest.mark.parametrize("name", ["state", "memory"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, guest: MakeGuest, name: str) -> None:
+    image, _ = _frozen(guest)
+    image.save(str(tmp_path / "image"))
+    place = tmp_path / "image" / name
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+        place.unlink()
+        make(place)
+        with pytest.raises(SnapshotError, match=f"{name}: is no regular file"):
+            Image.load(str(tmp_path / "image"))
 
 
 def test_two_halves_of_different_images_are_refused(tmp_path: Path, guest: MakeGuest) -> None:

@@ -19,7 +19,16 @@ from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.memory import MemoryFile
-from vmm.snapshot_file import checksum_of, decode, pieces_of, place_of, write_memory, write_whole
+from vmm.snapshot_file import (
+    checksum_of,
+    decode,
+    open_regular,
+    pieces_of,
+    place_of,
+    read_state,
+    write_memory,
+    write_whole,
+)  # fmt: skip
 from vmm.snapshot_file import encode as encode_state
 from vmm.uffd import HandlerError
 
@@ -171,10 +180,11 @@ def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
 
 def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     try:
-        with open(body.snapshot_path, "rb") as file:
-            data = file.read()
+        data = read_state(body.snapshot_path)
     except OSError as error:
         raise ApiError(f"{_STATE}Failed to open snapshot file: {_io(error)}") from None
+    except SnapshotError as error:
+        raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
     try:
         image, _ = decode(data, body.snapshot_path)
         shown = msgspec.json.decode(image.api, type=types.VmConfiguration)
@@ -203,9 +213,11 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
 
 def _memory_file(path: str, size: int, state: bytes) -> MemoryFile:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
     except OSError as error:
         raise ApiError(f"{_MEMORY}Failed to load guest memory: {_io(error)}") from None
+    except SnapshotError as error:
+        raise ApiError(f"{_MEMORY}Failed to load guest memory: {error}") from None
     file = MemoryFile(fd)
     if os.fstat(fd).st_size < size:
         short = "The specified file offset and length is greater then file length"
