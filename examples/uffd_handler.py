@@ -155,8 +155,9 @@ def main() -> None:
         # Private, for an address: nothing is written.
         memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(sys.argv[1])
+        listener.bind(sys.argv[1] + ".new")
         listener.listen(1)
+        os.rename(sys.argv[1] + ".new", sys.argv[1])  # who sees the file can connect
         vmm, _ = listener.accept()
     os.unlink(sys.argv[1])
     handler = receive(vmm, memory)
