@@ -218,7 +218,11 @@ class Qcow2:
         """Write what is left, end the process and forget the raw file; idempotent."""
         if self._daemon is not None:
             self._daemon.terminate()
-            self._daemon.wait()
+            try:
+                self._daemon.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait()
             self._daemon = None
         if self._guard is not None:
             self._guard.kill()

@@ -74,8 +74,10 @@ class Terminal:
 
     def job(self) -> int:
         """The process of the job."""
-        children = Path(f"/proc/{self.shell.pid}/task/{self.shell.pid}/children")
-        return int(until(children.read_text).split()[0])
+        return int(until(self._children)[0])
+
+    def _children(self) -> list[str]:
+        return Path(f"/proc/{self.shell.pid}/task/{self.shell.pid}/children").read_text().split()
 
     def hang_up(self) -> None:
         """Close the person's side, and ours of the other."""
@@ -86,8 +88,9 @@ class Terminal:
     def close(self) -> None:
         """Kill what is left."""
         if self.shell.poll() is None:
-            with contextlib.suppress(ProcessLookupError, AssertionError):
-                os.kill(self.job(), signal.SIGKILL)
+            for child in self._children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
             self.shell.kill()
             self.shell.wait()
         if self.master >= 0:

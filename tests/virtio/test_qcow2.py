@@ -110,8 +110,10 @@ def test_what_was_flushed_to_qcow2_survives_kill_9(qcow2: Path, tmp_path: Path) 
         os.waitpid(pid, 0)
     assert raw
     deadline = time.monotonic() + 30
-    while os.path.exists(raw) and time.monotonic() < deadline:
-        time.sleep(0.01)  # until it is unmounted
+    # Until the other process has written all and given its lock back.
+    while subprocess.run(["qemu-img", "check", "-q", qcow2], stderr=subprocess.DEVNULL).returncode:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     data = raw_of(qcow2)
     assert data[: 200 * 4096] == b"".join(n.to_bytes(4, "little") * 1024 for n in range(200))
 
