@@ -4,52 +4,63 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.linux import kernels, r3
+from tests.linux import in_lab, kernels, r3
 from tests.linux.scenarios import STOCK
 from tests.linux.tools_guest import tools_image
 from vmm import images, lab
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError
 from vmm.images.host import PullError
 from vmm.kvm import runs_linux
 
 ROOT = Path(__file__).parents[2]
-TRIES = 3
-# For all boots of the lab in a session together, and for one of them.
-ALL_MINUTES, BOOT_MINUTES = 15.0, 8.0
+# Processes of the session: the build of r3, and the lab's boots, which begin when it is there.
+_begun: list[subprocess.Popen[bytes]] = []
+_lab_directory: list[Path] = []
 _again: list[str] = []
-_first_boot: list[float] = []
-_build: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put this layer last, and in it the lab: it runs beside the others."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: (here in item.path.parents) + (item.get_closest_marker("lab") is not None))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin to build r3, if it is not there, while other layers' tests run."""
+    """Begin with what takes long while other layers' tests run: r3's build, if it is not there, and the lab's boots."""
     here = Path(__file__).parent
-    if (
-        not runs_linux()
-        and not session.config.option.collectonly
-        and any(here in i.path.parents for i in session.items)
-    ):
-        _build.append(r3.start())
+    wanted = [item for item in session.items if here in item.path.parents]
+    if runs_linux() or session.config.option.collectonly or not wanted:
+        return
+    if any("scenario" in item.fixturenames and item.get_closest_marker("lab") for item in wanted):
+        if not lab.missing():
+            _lab_directory.append(Path(tempfile.mkdtemp(prefix="pyvmm-lab-")))
+            _begun.append(in_lab.start(_lab_directory[0]))
+    else:
+        _begun.append(r3.start())
 
 
 def pytest_sessionfinish() -> None:
-    """Do not leave the build behind."""
-    for process in _build:
+    """Leave no process behind."""
+    for process in _begun:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()
+    for directory in _lab_directory:
+        if (directory / in_lab.AGAIN).exists():
+            _again.extend((directory / in_lab.AGAIN).read_text().split())
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -73,14 +84,11 @@ def scenario(
     said: dict[str, str] = {}
 
     def result(name: str) -> dict[str, Any]:
-        in_lab = name in STOCK and not runs_linux()
+        if name in STOCK and not runs_linux():
+            return _found(name, *_in_the_lab())
         if name not in said:
-            if in_lab:
-                images.pull("busybox")
-                said.update(dict.fromkeys(STOCK, _in_the_lab("tests.linux.scenarios", STOCK, directory)))
-            else:
-                request.getfixturevalue("native")
-                said[name] = _here("tests.linux.scenarios", directory, name)
+            request.getfixturevalue("native")
+            said[name] = _here("tests.linux.scenarios", directory, name)
         return _found(name, directory, said[name])
 
     return result
@@ -110,67 +118,20 @@ def _here(module: str, directory: Path, *names: str) -> str:
     return said
 
 
-def _in_the_lab(module: str, names: Sequence[str], directory: Path) -> str:
+def _in_the_lab() -> tuple[Path, str]:
     if lacks := lab.missing():
         pytest.fail(f"LAYER MISSING: lab: {'; '.join(lacks)}", pytrace=False)
-    log = b""
-    for attempt in range(TRIES):
-        unfinished = [name for name in names if emulators_fault(_result(directory, name))]
-        _first_boot or _first_boot.append(time.monotonic())
-        left = ALL_MINUTES * 60 - (time.monotonic() - _first_boot[0])
-        if not unfinished or left < 60:
-            break
-        if attempt:
-            _again.extend(unfinished)
-        log += f"in the lab: {', '.join(unfinished)}\n".encode()
-        command = [sys.executable, "-m", module, str(directory), *unfinished]
-        log += _in_lab(command, directory, min(left, BOOT_MINUTES * 60), "3G")
-    said = log.decode(errors="replace")
-    print(said)
-    return said
+    _begun[0].wait()
+    directory = _lab_directory[0]
+    log = directory / in_lab.LOG
+    return directory, log.read_text(errors="replace") if log.exists() else "the lab was not booted"
 
 
 def _found(name: str, directory: Path, said: str) -> dict[str, Any]:
-    facts = _result(directory, name)
+    facts = in_lab.result(directory, name)
     if facts is None:
         pytest.fail(f"scenario {name} left no result; what was said:\n{said[-4000:]}")
     return facts
-
-
-def _result(directory: Path, name: str) -> dict[str, Any] | None:
-    path = directory / f"{name}.json"
-    if not path.exists():
-        return None
-    facts: dict[str, Any] = {"name": name, **json.loads(path.read_text())}
-    return facts
-
-
-def emulators_fault(result: dict[str, Any] | None) -> bool:
-    """Whether a scenario in the lab has to be run again, in a boot of its own: it did not finish, such as a program
-    that gets no answer of a guest, or its guest ended by a triple fault that it was not to end by. One that finished
-    with a wrong result keeps it.
-
-    Now and then a guest stops dead in the emulated machine, QEMU's own guests in there too (its VMRUN loses the
-    interrupt shadow until QEMU 9.1), or faults. On hardware KVM nothing is run again.
-    """
-    if result is None or result["status"] in (-1, 124) or (result["status"] and result.get("program")):
-        return True
-    said = "\n".join(str(result.get(key, "")) for key in ("stdout", "stderr", "error"))
-    return result["name"] != "triple_fault" and "triple fault" in said
-
-
-def _in_lab(command: list[str], directory: Path, seconds: float, memory: str) -> bytes:
-    log = directory / "lab.log"
-    start = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as output:
-        try:
-            lab.run(
-                ["env", "-C", str(ROOT), *command], write=[str(directory)], timeout=seconds, memory=memory,
-                stdout=output.fileno(), stderr=output.fileno(),
-            )  # fmt: skip
-        except VmmError as error:
-            os.write(output.fileno(), f"{error}\n".encode())
-    return log.read_bytes()[start:]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scenarios that only the lab can run, in one boot; what did not finish is run again in a boot of its own.
+
+    python -m tests.linux.in_lab DIRECTORY [NAME...]
+
+It waits for r3's build first: two CPUs are few. The session starts it at its beginning, beside the other layers' tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.linux import r3
+from tests.linux.scenarios import STOCK
+from vmm import images, lab
+from vmm.errors import VmmError
+from vmm.images.host import PullError
+
+ROOT = Path(__file__).parents[2]
+TRIES = 3
+# For all boots together, and for one of them.
+ALL_MINUTES, BOOT_MINUTES = 15.0, 8.0
+# In the directory: what was said, and the names of what was run again.
+LOG, AGAIN = "lab.log", "again"
+
+
+def start(directory: Path) -> subprocess.Popen[bytes]:
+    """Begin in a process of its own, with its own process group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, str(directory)], cwd=ROOT, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def result(directory: Path, name: str) -> dict[str, Any] | None:
+    """What the scenario wrote; None: nothing, yet."""
+    path = directory / f"{name}.json"
+    if not path.exists():
+        return None
+    facts: dict[str, Any] = {"name": name, **json.loads(path.read_text())}
+    return facts
+
+
+def emulators_fault(result: dict[str, Any] | None) -> bool:
+    """Whether a scenario in the lab has to be run again, in a boot of its own: it did not finish, such as a program
+    that gets no answer of a guest, or its guest ended by a triple fault that it was not to end by. One that finished
+    with a wrong result keeps it.
+
+    Now and then a guest stops dead in the emulated machine, QEMU's own guests in there too (its VMRUN loses the
+    interrupt shadow until QEMU 9.1), or faults. On hardware KVM nothing is run again.
+    """
+    if result is None or result["status"] in (-1, 124) or (result["status"] and result.get("program")):
+        return True
+    said = "\n".join(str(result.get(key, "")) for key in ("stdout", "stderr", "error"))
+    return result["name"] != "triple_fault" and "triple fault" in said
+
+
+def _boot(directory: Path, names: list[str], seconds: float) -> None:
+    with (directory / LOG).open("ab") as output:
+        output.write(f"in the lab: {', '.join(names)}\n".encode())
+        output.flush()
+        try:
+            lab.run(
+                ["env", "-C", str(ROOT), sys.executable, "-m", "tests.linux.scenarios", str(directory), *names],
+                write=[str(directory)], timeout=seconds, memory="3G", stdout=output.fileno(), stderr=output.fileno(),
+            )  # fmt: skip
+        except VmmError as error:
+            output.write(f"{error}\n".encode())
+
+
+def main(directory: str, *names: str) -> int:
+    """Run them, as often as ``TRIES`` if they do not finish."""
+    home = Path(directory)
+    with contextlib.suppress(PullError):  # who needs it says why there is none
+        r3.vmlinux()
+    images.pull("busybox")
+    begun = time.monotonic()
+    for attempt in range(TRIES):
+        unfinished = [name for name in names or STOCK if emulators_fault(result(home, name))]
+        left = ALL_MINUTES * 60 - (time.monotonic() - begun)
+        if not unfinished or left < 60:
+            break
+        if attempt:
+            with (home / AGAIN).open("a") as file:
+                file.writelines(f"{name}\n" for name in unfinished)
+        _boot(home, unfinished, min(left, BOOT_MINUTES * 60))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
