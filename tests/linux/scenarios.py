@@ -281,7 +281,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     **{name: partial(_program, name, patience) for name, patience in PROGRAMS.items()},
 }
 # What only a stock kernel shows, or several vCPUs. Without KVM that runs them these are the lab's, in one boot.
-STOCK = ("disk", "smp_without_acpi", "exit_port_by_bzimage", "queues", "keyboard")
+STOCK = ("disk", "smp_without_acpi", "exit_port_by_bzimage", "queues")
 
 
 def main(directory: str, *names: str) -> int:

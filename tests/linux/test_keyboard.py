@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-# r3 has no virtual terminals, whose driver hears Ctrl-Alt-Del.
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.lab]
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(params=["acpi", "kata"])
