@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from vmm import images
+from vmm.cli import STATUS_INTERRUPTED
 from vmm.commands.check import findings
 from vmm.kvm import runs_linux
 
@@ -87,4 +88,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(STATUS_INTERRUPTED)

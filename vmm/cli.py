@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name = ""
     try:
+        launched.hear_interrupts(True)
         _hold_standard_descriptors()
         arguments = list(sys.argv[1:] if argv is None else argv)
         program = os.path.basename(sys.argv[0]) if argv is None else ""
@@ -153,6 +154,7 @@ def _run(arguments: list[str]) -> int:
 def entry() -> NoReturn:
     """The ``pyvmm`` program. Ends without taking the interpreter down, which costs as much as starting it."""
     status = main()
+    launched.hear_interrupts(False)
     launched.drop_socket()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -278,7 +278,7 @@ class Console:
         # OPOST stays: our own messages, and those of programs that share the terminal, still end their lines.
         mode[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
-        _set_mode(self._in, mode)
+        set_mode(self._in, mode)
 
     def continued(self) -> None:
         """After a SIGCONT: in the foreground, where the shell has set its own mode, enter raw mode again."""
@@ -291,7 +291,7 @@ class Console:
             return
         saved, self._saved = self._saved, None
         if not _of_another_job(self._in):  # which has set its own mode
-            _set_mode(self._in, saved)
+            set_mode(self._in, saved)
 
     def close(self) -> None:
         """Restore the terminal, and write out what the guest has sent, for 5 seconds at most; idempotent."""
@@ -337,7 +337,8 @@ def _of_another_job(fd: int, *, unknown: bool = False) -> bool:
     return owner is not None and (owner != os.getpgrp() or (owner == 0 and unknown))
 
 
-def _set_mode(fd: int, mode: list[Any]) -> None:
+def set_mode(fd: int, mode: list[Any]) -> None:
+    """Set a terminal's mode, as ``termios.tcgetattr`` gives it; nothing where the terminal is gone."""
     import termios
 
     while True:

@@ -48,6 +48,14 @@ def begin() -> None:
         os.set_inheritable(int(number), False)
 
 
+def hear_interrupts(hear: bool) -> None:
+    """Let Ctrl-C raise KeyboardInterrupt from here on, or hold it again; nothing where the launcher did not hold it."""
+    if "pyvmm_held" in sys._xoptions:
+        import _signal  # type: ignore[import-not-found]  # `signal` makes enumerations first
+
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK if hear else _signal.SIG_BLOCK, (_signal.SIGINT,))
+
+
 def forget_current_directory() -> None:
     """With ``python -m`` modules are looked for in the current directory first, whosever it is; not from here on.
 

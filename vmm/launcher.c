@@ -8,6 +8,7 @@
        pyvmm         the name it was started by, as sys.argv[0]
        pyvmm_path    where to import from, colons between
        pyvmm_socket  the listening socket's descriptor, a colon and its path, where there is one
+       pyvmm_held    that Ctrl-C waits, which would be a traceback until there is somebody who catches it
 
    An interpreter of the version it was built for stands beside it in a virtual environment, else in PATH; the packages
    stand in the site-packages beside that directory, or where an editable installation points. A copy that `pyvmm link`
@@ -19,6 +20,7 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -223,7 +225,12 @@ int main(int argc, char **argv)
         place = socket_path(argv + 1 + (argv[1][0] == 's'));
     if (place != NULL) fd = listening(place);
 
-    char **words = calloc(argc + 12, sizeof *words), **word = words;
+    sigset_t held, before;
+    sigemptyset(&held);
+    sigaddset(&held, SIGINT);
+    sigprocmask(SIG_BLOCK, &held, &before);
+
+    char **words = calloc(argc + 14, sizeof *words), **word = words;
     if (words == NULL) return STATUS_HOST;
     snprintf(named, sizeof named, "pyvmm=%s", name);
     snprintf(where, sizeof where, "pyvmm_path=%s", path);
@@ -235,6 +242,7 @@ int main(int argc, char **argv)
     *word++ = "-X", *word++ = named;
     *word++ = "-X", *word++ = where;
     if (fd >= 0) *word++ = "-X", *word++ = number;
+    if (!sigismember(&before, SIGINT)) *word++ = "-X", *word++ = "pyvmm_held";
     *word++ = start;
     for (int i = 1; i < argc; i++) *word++ = argv[i];
     execv(interpreter, words);

@@ -57,8 +57,11 @@ def main(argv: list[str]) -> None:
 
     def feed() -> None:
         assert child.stdin is not None
-        source = ports["in"].makefile("rb")
+        source = ports["in"].makefile("rb", 0)
         with child.stdin as sink:
+            while (job / "terminal").exists() and (data := source.read(1 << 16)):
+                sink.write(data)
+                sink.flush()
             while size := int(source.readline()):
                 sink.write(source.read(size))
 

@@ -122,10 +122,13 @@ def ring0_speed(kvm: Kvm) -> float:
                 runner.loop.detach()
 
         thread = threading.Thread(target=run)
-        thread.start()
-        time.sleep(MEASURE_SECONDS)
-        vcpu.kick()
-        thread.join()
+        try:
+            thread.start()
+            time.sleep(MEASURE_SECONDS)
+        finally:  # Ctrl-C, too, must not close a vCPU that runs
+            vcpu.kick()
+            if thread.is_alive():
+                thread.join()
         if isinstance(result[0], BaseException):
             raise VmmError(str(result[0]))
         instructions: int = 2 * vcpu.regs.rcx

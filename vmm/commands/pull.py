@@ -91,8 +91,22 @@ class _Progress:
 
     def __exit__(self, *exc: object) -> None:
         if self._tty and self._step:
-            sys.stderr.write("\r\x1b[K")
+            self._draw("")
+
+    @staticmethod
+    def _width() -> int:
+        try:
+            return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        except OSError:
+            return 80
+
+    @staticmethod
+    def _draw(line: str) -> None:
+        try:
+            sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
+        except OSError:
+            pass  # the terminal is gone: nobody looks on
 
     def __call__(self, step: str, done: float | None) -> None:
         percent = -1 if done is None else int(done * 100)
@@ -102,8 +116,7 @@ class _Progress:
             if step != self._step:
                 print(step, file=sys.stderr, flush=True)
         else:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
             bar = "" if percent < 0 else f" [{'#' * (percent // 5):<20}] {percent:3d} %"
-            sys.stderr.write(f"\r\x1b[K{(step[: max(width - len(bar) - 1, 10)] + bar)[: width - 1]}")
-            sys.stderr.flush()
+            width = self._width()
+            self._draw((step[: max(width - len(bar) - 1, 10)] + bar)[: width - 1])
         self._step, self._drawn = step, percent

@@ -8,6 +8,7 @@ afterwards, except in directories given as writable. /proc, /sys, /dev and /run 
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vmm.console import set_mode
 from vmm.errors import ConfigError, VmmError
 from vmm.images.host import Progress
 from vmm.lab import qemu as qemus
@@ -29,6 +31,7 @@ from vmm.options import parse_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import Any
 
 __all__ = ["LabError", "missing", "run"]
 
@@ -110,7 +113,7 @@ def run(
         shown = "\n".join([*needed(argv, environment, [*read, image.modules]), ""])
         Path(listing).write_text(shown, encoding="utf-8", errors="surrogateescape")
         if terminal:
-            columns, rows = os.get_terminal_size(stdout)
+            columns, rows = _size_of(stdout)
             Path(job, "terminal").write_text(f"{rows} {columns}\n")
 
         def command(ports: dict[str, int]) -> list[str]:
@@ -141,29 +144,46 @@ def run(
     raise LabError("the machine failed")
 
 
+def _size_of(terminal: int) -> tuple[int, int]:
+    try:
+        return os.get_terminal_size(terminal)
+    except OSError:
+        return 80, 24  # it is gone by now
+
+
 def _attended(boot: Boot, deadline: float, terminal: int | None) -> int | None:
     # With Ctrl-C passed on, and the terminal, if there is one, in raw mode. If we are to end, the machine is first.
     saved = None
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere signals are somebody else's
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: boot.interrupt())
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, _end)
+        handlers = {signal.SIGINT: lambda number, frame: boot.interrupt(), signal.SIGTERM: _end, signal.SIGHUP: _end}
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, which it stays
+                before[number] = signal.signal(number, handler)
     try:
         if terminal is not None:
-            import termios
-            import tty
-
-            saved = termios.tcgetattr(terminal)
-            tty.setraw(terminal)
+            saved = _raw_mode(terminal)
         return boot.run(deadline)
     finally:
         if saved is not None and terminal is not None:
-            import termios
+            set_mode(terminal, saved)
+        for number, old in before.items():
+            signal.signal(number, old)
 
-            termios.tcsetattr(terminal, termios.TCSANOW, saved)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+def _raw_mode(terminal: int) -> list[Any] | None:
+    # Its mode before; None: the terminal is gone.
+    import termios
+    import tty
+
+    while True:
+        try:
+            saved = termios.tcgetattr(terminal)
+            tty.setraw(terminal)
+            return saved
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                return None
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What starts no VM, on a terminal: in front, in the background, hung up, interrupted, in a pid namespace.
+
+``run``, ``serve`` and ``jailer`` are tests/jail/test_terminal.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jail.jailed import ROOT, until
+from tests.jail.terminal import Terminal
+
+Start = Callable[[str, list[str]], Terminal]
+PYVMM = str(Path(sys.executable).with_name("pyvmm"))
+FAKES = {
+    # apt offers a kernel, and is not done with fetching it: mark, then nothing.
+    "apt-cache": 'echo "Version: 1\nSize: 1000000\nDepends: linux-image-x (= 1)"',
+    "apt-get": """
+for word; do case $word in APT::Status-Fd=*) eval "echo dlstatus:1:45.2:kernel >&${word#*=}";; esac; done
+exec sleep 60""",
+    # What demo.py starts: the tiny guest ends, the other one says something and runs.
+    "pyvmm": 'case "$*" in *tiny.elf) exit 42;; *) echo up; exec sleep 60;; esac',
+    "qemu-system-x86_64": f"""
+[ "$1" = --version ] && echo "QEMU emulator version 9.1.0" && exit
+exec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / "tests/lab/fake_qemu.py"))} "$@" """,
+}
+# The lab, but for its machine.
+LAB = """
+import sys
+from vmm import cli, lab
+lab.missing = list
+lab.lab_image = lambda progress: lab.image.LabImage("/kernel", "/initramfs", "6.1", "/modules")
+sys.argv[1:1] = ["lab", "--timeout", "60"]
+cli.entry()
+"""
+DEMO = "import runpy, sys; sys.executable = sys.argv.pop(1); runpy.run_path('tools/demo.py', run_name='__main__')"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the programs that stand for others first in PATH, and an empty cache."""
+    for name, text in FAKES.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_LAB_BOOTS", str(tmp_path / "boots"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def start(place: Path) -> Iterator[Start]:
+    terminals = []
+
+    def start(how: str, command: list[str]) -> Terminal:
+        terminals.append(Terminal(how, command))
+        return terminals[-1]
+
+    yield start
+    for terminal in terminals:
+        terminal.close()
+
+
+@pytest.fixture
+def guest(place: Path) -> Iterator[Path]:
+    """A VM's socket, behind which a guest says what it hears."""
+    path = place / "v"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("v")
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # nobody came, or went at once
+                stream, _ = listener.accept()
+                with stream:
+                    if stream.recv(64):
+                        stream.sendall(b"OK 1\n")
+                    while data := stream.recv(64):
+                        stream.sendall(data.upper())
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield path
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+# What comes to its end by itself: the command, its status, and its last word.
+BRIEF = {
+    "check": ([PYVMM, "check"], None, b"hugepages"),
+    "check --help": ([PYVMM, "check", "--help"], 0, b"--kvm"),
+    "pull --list": ([PYVMM, "pull", "--list"], 0, b"not pulled"),
+    "link": ([PYVMM, "link", "jailer", "{place}"], 0, b"/jailer"),
+    "ctl": ([PYVMM, "ctl", "--api-sock", "{place}/no", "status"], 1, b"ask the API"),
+    "vsock": ([PYVMM, "vsock", "{place}/no", "1"], 2, b"is not there"),
+    "lab": ([sys.executable, "-c", LAB, "echo", "it ran"], 0, b"it ran"),
+}
+# What waits: for its keys, for a server, for a program; and what it says first.
+WAITS = {
+    "pull": ([PYVMM, "pull", "busybox"], b"45 %"),
+    "lab": ([sys.executable, "-c", LAB, "sh", "-c", "echo up; exec cat"], b"up"),
+    "demo": ([sys.executable, "-c", DEMO, "{place}/bin/python"], b"up"),
+    "vsock": ([PYVMM, "vsock", "{place}/v", "1"], b""),
+    "ctl": ([PYVMM, "ctl", "--api-sock", "{place}/no", "mmds", "put"], b""),
+}
+
+
+def words(command: list[str], place: Path) -> list[str]:
+    return [word.replace("{place}", str(place)) for word in command]
+
+
+@pytest.mark.parametrize("how", ["fg", "bg", "pid namespace"])
+@pytest.mark.parametrize("name", BRIEF)
+def test_it_does_its_work(place: Path, start: Start, name: str, how: str) -> None:
+    command, status, said = BRIEF[name]
+    command = words(command, place)
+    if how == "pid namespace":
+        if os.geteuid():
+            pytest.skip("LAYER MISSING: pid namespace: needs root")
+        command, how = ["unshare", "--pid", "--fork", *command], "fg"
+    terminal = start(how, command)
+    terminal.hear(said)
+    assert terminal.end() == status or status is None
+    assert b"Traceback" not in terminal.heard
+    assert (b"stopped" in terminal.heard) == (name == "lab" and how == "bg")  # which wants the keys
+    assert termios.tcgetattr(terminal.slave) == terminal.before
+
+
+def test_the_lab_has_the_keys(place: Path, start: Start) -> None:
+    command, said = WAITS["lab"]
+    terminal = start("fg", words(command, place))
+    terminal.hear(said)
+    assert termios.tcgetattr(terminal.slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG) == 0
+    os.write(terminal.master, b"\x03key")
+    terminal.hear(b"\x03key")
+
+
+def test_behind_what_reads_is_stopped_until_it_is_in_front(place: Path, start: Start, guest: Path) -> None:
+    terminal = start("bg", words(WAITS["vsock"][0], place))
+    os.write(terminal.master, b"hello\n\x04")
+    terminal.hear(b"HELLO")
+    assert terminal.end() == 0
+    terminal = start("bg", words(WAITS["ctl"][0], place))
+    os.write(terminal.master, b"{}\n\x04")
+    terminal.hear(b"ask the API")
+    assert terminal.end() == 1 and b"stopped" in terminal.heard
+
+
+def begun(terminal: Terminal, name: str) -> None:
+    """Wait until it waits."""
+    terminal.hear(WAITS[name][1])
+    if not WAITS[name][1]:  # it says nothing, and sleeps at its terminal
+        process = Path("/proc", str(terminal.job()))
+        until(lambda: b"vmm/__main__" in (process / "cmdline").read_bytes())
+        until(lambda: "S (sleeping)" in (process / "status").read_text())
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_hung_up_it_ends(place: Path, start: Start, guest: Path, name: str) -> None:
+    terminal = start("fg", words(WAITS[name][0], place))
+    begun(terminal, name)
+    job = terminal.job()
+    terminal.hang_up()
+    until(lambda: not Path(f"/proc/{job}/status").exists() or "zombie" in Path(f"/proc/{job}/status").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(set(WAITS) - {"lab"}))
+def test_ctrl_c_ends_it_without_a_word(place: Path, start: Start, guest: Path, name: str) -> None:
+    terminal = start("fg", words(WAITS[name][0], place))
+    begun(terminal, name)
+    os.write(terminal.master, b"\x03")
+    assert terminal.end() == 130, terminal.heard
+    terminal.hear(b"^C")
+    assert b"Traceback" not in terminal.heard and terminal.heard.partition(b"^C")[2].count(b"\n") <= 1
+
+
+def test_ctrl_c_while_it_is_imported(place: Path, guest: Path) -> None:
+    # As early as the launcher has held it: the signal waits until somebody catches it.
+    process = subprocess.Popen([PYVMM, "vsock", str(guest), "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    held = Path(f"/proc/{process.pid}/status")
+    until(lambda: f"\nSigBlk:\t{1 << signal.SIGINT - 1:016x}" in held.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"") and process.returncode == 130
+
+
+def test_by_nohup_the_lab_outlives_its_terminal(place: Path, start: Start) -> None:
+    waits = f"echo up; until [ -e {place}/go ]; do sleep 0.02; done"
+    terminal = start("nohup", [sys.executable, "-c", LAB, "sh", "-c", waits])
+    terminal.hear(b"up")
+    terminal.hang_up()
+    (place / "go").touch()
+    assert terminal.end() == 0
+
+
+def test_by_nohup_a_pull_outlives_its_terminal(place: Path, start: Start) -> None:
+    # Its bar cannot be drawn any more, and the size of the terminal not be asked.
+    (place / "bin/apt-get").write_text(
+        f"""#!/bin/sh
+        touch {place}/waits; until [ -e {place}/go ]; do sleep 0.02; done
+        for word; do case $word in APT::Status-Fd=*) eval "echo dlstatus:1:45.2:kernel >&${{word#*=}}";; esac; done
+        touch x.deb
+        """
+    )
+    (place / "bin/dpkg-deb").write_text(f"#!/bin/sh\ntouch {place}/unpacked; exit 1\n")
+    (place / "bin/dpkg-deb").chmod(0o755)
+    terminal = start("nohup", words(WAITS["pull"][0], place))
+    until((place / "waits").exists)
+    terminal.hang_up()
+    (place / "go").touch()
+    assert terminal.end() == 1 and (place / "unpacked").exists()
