@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
 
 MAX_VCPUS = 64
+MAX_EXIT_PORT = 0xFFFC  # the device has four bytes
 MAX_POLL_US = 10_000
 MIN_MEMORY = 1 << 20
 DEFAULT_MEMORY = 512 << 20
@@ -150,6 +151,8 @@ class VmConfig:
             raise ConfigError("memory", self.memory, f"bytes must be {MIN_MEMORY} (1M) to {host} (all this host has)")
         if not 0 <= self.poll_us <= MAX_POLL_US:
             raise ConfigError("poll", self.poll_us, f"must be 0 to {MAX_POLL_US} microseconds")
+        if self.exit_port is not None and not 0 <= self.exit_port <= MAX_EXIT_PORT:
+            raise ConfigError("exit port", self.exit_port, f"must be 0 to {MAX_EXIT_PORT}")
         # KVM's slots are whole pages.
         self.memory &= -4096
         if self.console not in ("stdio", "raw", "none") and not self.console.removeprefix("file:") != self.console:

@@ -38,7 +38,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
-    from typing import Protocol, TypeVar
+    from typing import Any, Protocol, TypeVar
 
     from virtio._fs_dax import Window
     from virtio.balloon import Balloon
@@ -453,10 +453,13 @@ class Machine:
         """
         return self._freeze(lambda: None)
 
-    def fork(self, count: int = 1, *, change: Callable[[VmConfig, int], VmConfig] | None = None) -> list[Machine]:
+    def fork(
+        self, count: int = 1, *, change: Callable[[VmConfig, int], VmConfig] | None = None, isolated: bool = False
+    ) -> list[Any]:
         """Machines that go on from where this one is, started; this one goes on, too.
 
         :param count: how many
+        :param isolated: each in a process of its own (:class:`vmm.isolated.Isolated`), not in this one
         :param change: is given a child's configuration and its number from 0 on, and returns the one it is to have
 
         Without a change a child has a copy of every disk that the guest writes to, by reflink where the file system
@@ -467,7 +470,7 @@ class Machine:
         """
         from vmm.snapshot import fork
 
-        return fork(self, count, change)
+        return fork(self, count, change, isolated=isolated)
 
     def _freeze(self, while_held: Callable[[], None]) -> Image:
         if self._stop is not None:

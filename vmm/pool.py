@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
+    from typing import Any
 
     from vmm.config import VmConfig
 
@@ -29,6 +30,7 @@ class Pool:
     :param limit: how many copies there are at most, ready or taken; who wants one more waits until one is closed.
         None: as many as are taken
     :param change: is given a copy's configuration and number, and returns the one it is to have; see ``Machine.fork``
+    :param isolated: each copy in a process of its own
     :raises SnapshotError: the machine cannot be frozen or shared
 
     A copy that is taken is its taker's to close. What ``close`` finds here is closed with the pool.
@@ -41,14 +43,15 @@ class Pool:
         size: int = 4,
         limit: int | None = None,
         change: Callable[[VmConfig, int], VmConfig] | None = None,
+        isolated: bool = False,
     ) -> None:
         if size < 1 or (limit is not None and limit < size):
             raise ValueError("a pool keeps at least one copy ready, and its limit is not below that")
-        self._make = child_of(source, change)
+        self._make = child_of(source, change, isolated=isolated)
         self._size = size
         self._limit = limit
-        self._ready: list[Machine] = []
-        self._taken: list[Machine] = []
+        self._ready: list[Any] = []  # Machine, or Isolated
+        self._taken: list[Any] = []
         self._number = 0
         self._taken_at = 0.0
         self._failure: BaseException | None = None
@@ -57,8 +60,8 @@ class Pool:
         self._thread = threading.Thread(target=self._refill, name="pool", daemon=True)
         self._thread.start()
 
-    def take(self, timeout: float | None = None) -> Machine:
-        """A copy that runs.
+    def take(self, timeout: float | None = None) -> Any:
+        """A copy that runs: a ``Machine``, or an ``Isolated`` of a pool over processes.
 
         :param timeout: seconds to wait for one; None: as long as it takes
         :raises TimeoutError: none was ready in time

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.config import VmConfig
+    from vmm.isolated import Isolated
     from vmm.memory import Piece
 
 
@@ -81,10 +82,12 @@ class Image:
         return load(directory)
 
 
-def fork(parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig] | None) -> list[Machine]:
+def fork(
+    parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig] | None, *, isolated: bool
+) -> list[Any]:
     """See :meth:`vmm.machine.Machine.fork`."""
-    make = child_of(parent, change)
-    children: list[Machine] = []
+    make = child_of(parent, change, isolated=isolated)
+    children: list[Machine | Isolated] = []
     try:
         for number in range(count):
             children.append(make(number))
@@ -97,10 +100,14 @@ def fork(parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig
 
 
 def child_of(
-    source: Machine | Image, change: Callable[[VmConfig, int], VmConfig] | None = None
-) -> Callable[[int], Machine]:
+    source: Machine | Image,
+    change: Callable[[VmConfig, int], VmConfig] | None = None,
+    *,
+    isolated: bool = False,
+) -> Callable[[int], Machine | Isolated]:
     """Freeze `source`, if it is a machine; what is returned makes a copy of it, not started, by its number.
 
+    :param isolated: a copy in a process of its own
     :raises SnapshotError: it cannot be frozen or shared, by name
     """
     disks: dict[int, MemoryFile] = {}
@@ -122,13 +129,18 @@ def child_of(
         image = source._freeze(copy_disks)
     first = 0 if isinstance(source, Image) else source.children
 
-    def make(number: int) -> Machine:
+    def make(number: int) -> Machine | Isolated:
         if isinstance(source, Machine):
             source.children += 1
         own = {place: private_copy(file.fd, image.config.drives[place].path_on_host) for place, file in disks.items()}
         try:
             config = _child_config(image.config, own, first + number)
-            return Machine(config if change is None else change(config, number), image=image)
+            config = config if change is None else change(config, number)
+            if isolated:
+                from vmm.isolated import Isolated
+
+                return Isolated(config, image, own.values())
+            return Machine(config, image=image)
         finally:
             for fd in own.values():
                 os.close(fd)

@@ -171,6 +171,7 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
         (("config", "drives", 0), "x", "is damaged: drives is no Sequence[DriveConfig]"),
         (("config", "drives", 0, "rate_limiter", "bandwidth", 0), "x", "is damaged: bandwidth is no tuple[int, int"),
         (("config", "vsock"), b"\0" * 5000, "is damaged: vsock is no VsockConfig | None"),
+        (("config", "exit_port"), -1, "is damaged: exit port -1: must be 0 to 65532"),
         (("cmdline",), 5, "is damaged: cmdline is no str"),
         (("vcpus",), {}, "is damaged: vcpus is no list"),
         (("vcpus", 0, "regs"), b"", "KVM_SET_REGS: has 0 bytes, KVM takes"),

@@ -17,7 +17,7 @@ ROOMS = ("boot", "devices", "virtio", "vmm")
 # What `pyvmm serve` never runs, or runs before the jail is closed.
 OTHERS = (
     "vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/cli.py", "vmm/jailer.py", "vmm/_fastpath_py.py",
-    "vmm/__main__.py", "vmm/launched.py",
+    "vmm/__main__.py", "vmm/launched.py", "vmm/isolated.py", "vmm/fork_server.py",
 )  # fmt: skip
 # Imported where it is used, and not in a jail: by whom.
 NEVER = {
@@ -28,6 +28,7 @@ NEVER = {
     "vmm.bus": "protocols, for type checkers",
     "importlib": "vmm/__init__.py, for programs that import us",
     "vmm.pool": "the same",
+    "vmm.isolated": "the same",
 }
 
 

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies in processes of their own: they go on, share memory, are jailed, and end with whoever has asked for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kvm.guests import PATIENCE, write_guest
+from vmm import DriveConfig, Machine, Pool, StopReason
+from vmm.device_config import NetConfig, VsockConfig
+from vmm.errors import SnapshotError, VmmError
+from vmm.isolated import Isolated
+
+MakeGuest = Callable[..., Machine]
+ROOT = Path(__file__).parents[2]
+# Counts until the byte at 0x200000 is not 0, then writes that to the serial port and ends with it.
+GUEST = """
+    xor ebx, ebx
+1:  inc ebx
+    mov [0x200004], ebx
+    mov al, [0x200000]
+    test al, al
+    jz 1b
+    mov dx, 0x3f8
+    out dx, al
+    mov dx, 0xf4
+    out dx, al
+    hlt
+"""
+IDLE = "1: hlt\njmp 1b"
+
+
+def _fork(vm: Machine, count: int = 1, **settings: object) -> list[Isolated]:
+    children = vm.fork(count, isolated=True, **settings)  # type: ignore[arg-type]
+    assert all(isinstance(child, Isolated) for child in children)
+    return children
+
+
+def _until(done: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_each_goes_on_in_a_process_of_its_own_and_says_how_it_ended(tmp_path: Path, guest: MakeGuest) -> None:
+    vm = guest(GUEST)
+    vm.start()
+    _until(lambda: vm.memory.read(0x200004, 4) != bytes(4))
+    vm.pause()
+    vm.memory.write(0x200000, b"\x07")
+    children = _fork(vm, 3, change=lambda config, number: config.replaced(console=f"file:{tmp_path}/said{number}"))
+    assert len({os.getpid(), *(child.pid for child in children)}) == 4
+    for number, child in enumerate(children):
+        stop = child.wait(PATIENCE)
+        assert stop is not None and (stop.reason, stop.code) == (StopReason.GUEST_EXIT, 7)
+        assert child.state == "Stopped" and child.wait() is stop
+        assert (tmp_path / f"said{number}").read_bytes() == b"\x07"
+        child.close()
+    vm.memory.write(0x200000, b"\x03")
+    vm.resume()
+    stop = vm.wait(PATIENCE)
+    assert stop is not None and stop.code == 3, "nothing of the copies is here"
+
+
+def test_it_is_held_goes_on_and_is_ended_as_a_machine_is(guest: MakeGuest) -> None:
+    vm = guest(IDLE)
+    vm.start()
+    (child,) = _fork(vm)
+    assert (child.state, child.wait(0.01)) == ("Running", None)
+    child.pause()
+    child.pause()
+    assert child.state == "Paused"
+    child.resume()
+    assert child.state == "Running"
+    with pytest.raises(VmmError, match="a machine is started once"):
+        child.start()
+    child.stop()
+    child.stop()
+    stop = child.wait(PATIENCE)
+    assert stop is not None and stop.reason is StopReason.REQUESTED
+    with pytest.raises(VmmError, match="the copy has ended"):
+        child.pause()
+    child.close()
+    child.close()
+
+
+def test_one_that_is_killed_is_told_and_the_others_go_on(guest: MakeGuest) -> None:
+    vm = guest(IDLE)
+    vm.start()
+    first, second = _fork(vm, 2)
+    os.kill(first.pid, signal.SIGKILL)
+    with pytest.raises(VmmError, match=f"the copy's process {first.pid} was killed"):
+        first.wait(PATIENCE)
+    assert (second.state, vm.state) == ("Running", "Running")
+    first.close()
+    second.close()
+    assert not Path(f"/proc/{second.pid}").exists()
+
+
+def test_a_fork_server_that_was_killed_is_started_again(guest: MakeGuest) -> None:
+    vm = guest(IDLE)
+    vm.start()
+    (first,) = _fork(vm)
+    server = int(Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(server, signal.SIGKILL)
+    _until(lambda: "Z" in Path(f"/proc/{server}/stat").read_text().rpartition(")")[2])
+    (second,) = _fork(vm)
+    assert (first.state, second.state) == ("Running", "Running")
+    first.close()
+    second.close()
+
+
+def test_what_cannot_be_made_there_says_why_here(tmp_path: Path, guest: MakeGuest) -> None:
+    (tmp_path / "ro").write_bytes(bytes(4096))
+    vm = guest(IDLE, drives=[DriveConfig(str(tmp_path / "ro"), is_read_only=True)])
+    (tmp_path / "ro").unlink()
+    with pytest.raises(VmmError, match=r"ro: .*No such file or directory"):
+        _fork(vm)
+    with pytest.raises(SnapshotError, match="tap0: is a descriptor of this process"):
+        _fork(guest(IDLE), change=lambda config, _: config.replaced(network_interfaces=[_tap()]))
+
+
+def _tap() -> NetConfig:
+    return NetConfig(mode="fd", fd=0, iface_id="tap0")
+
+
+def test_each_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> None:
+    (tmp_path / "disk").write_bytes(b"parent" * 1024)
+    vm = guest(IDLE, drives=[DriveConfig(str(tmp_path / "disk"))])
+    vm.start()
+    own = [os.stat(f"/proc/{child.pid}/fd/{_disk(child, tmp_path)}").st_ino for child in _fork(vm, 2)]
+    assert len({*own, (tmp_path / "disk").stat().st_ino}) == 3
+
+
+def _disk(child: Isolated, place: Path) -> str:
+    fds = Path(f"/proc/{child.pid}/fd")
+    (disk,) = {fd.name for fd in fds.iterdir() if str(fd.readlink()).startswith(str(place))}
+    return disk
+
+
+def test_it_is_behind_filters_and_without_files_and_privileges(tmp_path: Path, guest: MakeGuest) -> None:
+    vm = guest(IDLE, vsock=VsockConfig(3, str(tmp_path / "v")))
+    vm.start()
+    (child,) = _fork(vm)
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    assert "Seccomp:\t2" in status
+    assert (tmp_path / "v.0").is_socket()
+    if os.geteuid():
+        child.close()
+        return  # namespaces are root's to make
+    assert "NoNewPrivs:\t1" in status
+    assert int(status.partition("CapEff:\t")[2][:16], 16) & ~2 == 0, "no more than to open files"
+    top = tmp_path.relative_to("/").parts[0]
+    assert os.listdir(f"/proc/{child.pid}/root") == [top], "the directory of its sockets, and nothing else"
+    for kind in ("mnt", "net", "ipc"):
+        assert os.readlink(f"/proc/{child.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    child.close()
+
+
+def test_an_idle_one_takes_less_than_8_mib(guest: MakeGuest) -> None:
+    vm = guest(IDLE, memory="64M")
+    vm.start()
+    children = _fork(vm, 3)
+    for child in children:
+        sizes = [line.split() for line in Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()[1:]]
+        private = sum(int(words[1]) for words in sizes if words[0].startswith("Private_"))
+        assert private < 8 << 10, f"{private} KiB"
+        child.close()
+
+
+def test_a_pool_over_processes(guest: MakeGuest) -> None:
+    vm = guest(GUEST)
+    vm.memory.write(0x200000, b"\x05")
+    with Pool(vm, size=2, isolated=True) as pool:
+        for _ in range(4):
+            with pool.take(PATIENCE) as copy:
+                assert isinstance(copy, Isolated)
+                stop = copy.wait(PATIENCE)
+                assert stop is not None and stop.code == 5
+
+
+def test_nothing_is_left(guest: MakeGuest) -> None:
+    vm = guest(IDLE)
+    vm.start()
+    counts = []
+    for _ in range(3):
+        pids = []
+        for child in _fork(vm, 2):
+            pids.append(child.pid)
+            child.close()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[1] == counts[2], "the first one has opened what is kept"
+
+
+def test_they_end_with_whoever_has_asked_for_them(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from vmm import Machine; vm = Machine(kernel=sys.argv[1], memory='4M'); vm.start();"
+        "print(*(child.pid for child in vm.fork(2, isolated=True)), flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, write_guest(tmp_path, IDLE)], cwd=ROOT, capture_output=True, text=True
+    )
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    for pid in pids:
+        _until(lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
