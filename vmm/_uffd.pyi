@@ -23,3 +23,5 @@ def drop(address: int, size: int) -> None:
 
 def touch(address: int, size: int) -> None:
     """Have all pages brought that are missing."""
+
+def watch(peer: int, process: int, stop: int) -> None: ...

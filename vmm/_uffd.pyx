@@ -8,8 +8,12 @@ from libc.stdint cimport uintptr_t
 
 cdef extern from *:
     """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
     #include <fcntl.h>
     #include <linux/userfaultfd.h>
+    #include <poll.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
     #include <sys/syscall.h>
@@ -37,6 +41,23 @@ cdef extern from *:
         struct uffdio_register range = { .range = { address, size }, .mode = UFFDIO_REGISTER_MODE_MISSING };
         return ioctl(fd, UFFDIO_REGISTER, &range);
     }
+    /* Not one of the two alone: a handler may close its connection and serve on, or serve from a child. */
+    static int uffd_watch(int peer, int process, int stop) {
+        static const char last[] =
+            "pyvmm: the page fault handler has ended: guest memory is incomplete, so the VM ends\\n";
+        struct pollfd fds[3] = { { stop, POLLIN, 0 }, { peer, POLLRDHUP, 0 }, { process, POLLIN, 0 } };
+        while (fds[1].fd >= 0 || fds[2].fd >= 0) {
+            if (poll(fds, 3, -1) < 0)
+                continue;
+            if (fds[0].revents)
+                return 0;
+            for (int i = 1; i < 3; i++)
+                if (fds[i].revents)
+                    fds[i].fd = -1;
+        }
+        if (write(2, last, sizeof last - 1) < 0) {}
+        _exit(1);
+    }
     static void uffd_touch(unsigned long address, size_t size) {
         for (size_t at = 0; at < size; at += 4096)
             (void)*(const volatile char *)(address + at);
@@ -46,6 +67,7 @@ cdef extern from *:
     int uffd_call() nogil
     int uffd_api(int fd) nogil
     int uffd_register(int fd, unsigned long address, unsigned long size) nogil
+    int uffd_watch(int peer, int process, int stop) nogil
     void uffd_touch(unsigned long address, size_t size) nogil
     int madvise(void *address, size_t size, int advice) nogil
     int MADV_DONTNEED
@@ -94,6 +116,19 @@ def drop(uintptr_t address, size_t size):
             failed = madvise(<void *>address, size, MADV_DONTNEED)
     if failed:
         raise OSError(errno, os.strerror(errno))
+
+
+def watch(int peer, int process, int stop):
+    """Return when `stop` can be read. Before that, end this process by one line and status 1 if the handler dies.
+
+    Whoever touches a page that is missing waits for ever then, and may hold the GIL: nothing else would end it.
+
+    :param peer: the connection to the handler
+    :param process: a pidfd of who listened
+    :param stop: an eventfd
+    """
+    with nogil:
+        uffd_watch(peer, process, stop)
 
 
 def touch(uintptr_t address, size_t size):

@@ -21,6 +21,9 @@ from vmm.errors import HostError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from threading import Thread
+
+SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
 
 
 class HandlerError(HostError):
@@ -47,6 +50,8 @@ class FaultHandler:
     def __init__(self, path: str, regions: Sequence[tuple[int, int, int]]) -> None:
         self._socket: socket | None = None
         self._fd = -1
+        self._stop = self._process = -1
+        self._watcher: Thread | None = None
         step = "create"
         try:
             # No filter allows the system call.
@@ -65,13 +70,32 @@ class FaultHandler:
             sent = self._socket.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, struct.pack("i", self._fd))])
             if sent != len(data):
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+            self._watch(self._socket)
         except OSError as error:
             self.close()
             # A path that is too long has no number.
             raise HandlerError(step, error.errno or errno.ENAMETOOLONG, path) from None
 
+    def _watch(self, peer: socket) -> None:
+        try:
+            self._process = peer.getsockopt(SOL_SOCKET, SO_PEERPIDFD)
+        except OSError:
+            return  # before Linux 6.5, or it has ended already
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._watcher = threads.spawn(
+            "undertaker", "page fault handler", _uffd.watch, peer.fileno(), self._process, self._stop
+        )
+
     def close(self) -> None:
         """Let the handler go; pages that are still missing are zeros once it has gone, too. Idempotent."""
+        if self._watcher is not None:
+            os.eventfd_write(self._stop, 1)
+            self._watcher.join()
+            self._watcher = None
+        for fd in (self._stop, self._process):
+            if fd >= 0:
+                os.close(fd)
+        self._stop = self._process = -1
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -188,3 +189,55 @@ def test_the_message_is_firecrackers(tmp_path: Path) -> None:
                     for (gpa, length), offset in zip(spans(size), (0, 3 << 30), strict=True)
                 ]  # fmt: skip
             assert memory.size == size
+
+
+TOUCHER = """
+import os, sys
+from vmm.memory import GuestMemory
+memory = GuestMemory(int(sys.argv[2]), handler=sys.argv[1])
+print(memory.read(0, 1)[0], flush=True)
+os.read(0, 1)
+print("touches", flush=True)
+print(memory.read(memory.size - 4096, 1)[0])  # holds the GIL while it waits
+"""
+LAST = b"pyvmm: the page fault handler has ended: guest memory is incomplete, so the VM ends\n"
+
+
+@pytest.mark.parametrize("touched", [True, False])
+def test_a_handler_that_dies_ends_the_machine_by_one_line(tmp_path: Path, touched: bool) -> None:
+    (tmp_path / "memory").write_bytes(b"\x05" * SIZE)
+    place = tmp_path / "handler"
+    handler = subprocess.Popen([sys.executable, HANDLER, place, tmp_path / "memory"])
+    while not place.exists():
+        time.sleep(0.005)
+    words = [sys.executable, "-c", TOUCHER, place, str(SIZE)]
+    pipe = subprocess.PIPE
+    toucher = subprocess.Popen(words, cwd=HANDLER.parents[1], stdin=pipe, stdout=pipe, stderr=pipe)
+    assert toucher.stdin is not None and toucher.stdout is not None and toucher.stderr is not None
+    try:
+        assert toucher.stdout.readline() == b"5\n"
+        handler.send_signal(signal.SIGSTOP)
+        if touched:
+            toucher.stdin.write(b"\n")
+            toucher.stdin.flush()
+            assert toucher.stdout.readline() == b"touches\n"
+            time.sleep(0.05)
+        handler.kill()
+        assert toucher.wait(20) == 1
+        assert (toucher.stdout.read(), toucher.stderr.read()) == (b"", LAST)
+    finally:
+        for process in (handler, toucher):
+            process.kill()
+            process.communicate()
+
+
+def test_a_handler_that_serves_on_without_its_connection_is_left_alone(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "handler"))
+        listener.listen()
+        with GuestMemory(SIZE, handler=str(tmp_path / "handler")):
+            vmm, _ = listener.accept()
+            _, (fd,), _, _ = socket.recv_fds(vmm, 1 << 16, 1)
+            vmm.close()
+            time.sleep(0.05)
+            os.close(fd)
