@@ -143,7 +143,9 @@ def _run(arguments: list[str]) -> int:
             print(f"pyvmm: {name} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments
-    if name not in STARTS:
+    if name in STARTS:
+        launched.spare_threading()
+    else:
         launched.settle()
     module = __import__(f"vmm.commands.{name}", fromlist=["main"])
     args = parse(name, module, rest)

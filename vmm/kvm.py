@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-from ctypes import c_uint64
 
 from vmm import kvm_abi as abi
 from vmm import undertaker
@@ -204,9 +203,9 @@ class Vm:
         self._has_irqchip = True
         kvm_ioctl(self.fd, abi.KVM_SET_TSS_ADDR, TSS_ADDRESS)
         # KVM takes the address by pointer, hence a buffer.
-        address = c_uint64(IDENTITY_MAP_ADDRESS)
+        address = bytearray(IDENTITY_MAP_ADDRESS.to_bytes(8, "little"))
         if self.kvm.check(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
-            kvm_ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, bytearray(address))
+            kvm_ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, address)
         kvm_ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
         kvm_ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=abi.KVM_PIT_SPEAKER_DUMMY))
 

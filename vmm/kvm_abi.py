@@ -8,38 +8,44 @@ of them, every size and every offset with the host's own headers.
 from __future__ import annotations
 
 import fcntl
-from ctypes import LittleEndianStructure, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 
 from vmm.errors import KvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ctypes import Array
+    from ctypes import Array, Structure, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
     from typing import Any
+else:
+    # The half of `ctypes` that is in C; the other one costs a launch more than all of this module.
+    from _ctypes import Structure, _SimpleCData, sizeof
+
+    c_uint8, c_uint16, c_int32, c_uint32, c_uint64 = (
+        type(name, (_SimpleCData,), {"_type_": code})
+        for name, code in (("u8", "B"), ("u16", "H"), ("s32", "i"), ("u32", "I"), ("u64", "Q"))
+    )
 
 KVMIO = 0xAE
 KVM_API_VERSION = 12
 
 
-class kvm_userspace_memory_region(LittleEndianStructure):
-    _fields_ = [
+class kvm_userspace_memory_region(Structure):
+    _fields_ = (
         ("slot", c_uint32),
         ("flags", c_uint32),
         ("guest_phys_addr", c_uint64),
         ("memory_size", c_uint64),
         ("userspace_addr", c_uint64),
-    ]
+    )
 
 
-class kvm_regs(LittleEndianStructure):
-    _fields_ = [
-        (name, c_uint64)
-        for name in ("rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags").split()
-    ]
+class kvm_regs(Structure):
+    _fields_ = tuple(
+        (name, c_uint64) for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+    )
 
 
-class kvm_segment(LittleEndianStructure):
-    _fields_ = [
+class kvm_segment(Structure):
+    _fields_ = (
         ("base", c_uint64),
         ("limit", c_uint32),
         ("selector", c_uint16),
@@ -53,35 +59,35 @@ class kvm_segment(LittleEndianStructure):
         ("avl", c_uint8),
         ("unusable", c_uint8),
         ("padding", c_uint8),
-    ]
+    )
 
 
-class kvm_dtable(LittleEndianStructure):
-    _fields_ = [("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3)]
+class kvm_dtable(Structure):
+    _fields_ = (("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3))
 
 
-class kvm_sregs(LittleEndianStructure):
-    _fields_ = [
+class kvm_sregs(Structure):
+    _fields_ = (
         *((name, kvm_segment) for name in "cs ds es fs gs ss tr ldt".split()),
         ("gdt", kvm_dtable),
         ("idt", kvm_dtable),
         *((name, c_uint64) for name in "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()),
         ("interrupt_bitmap", c_uint64 * 4),
-    ]
+    )
 
 
-class kvm_msr_entry(LittleEndianStructure):
-    _fields_ = [("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64)]
+class kvm_msr_entry(Structure):
+    _fields_ = (("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64))
 
 
-class kvm_msrs(LittleEndianStructure):
+class kvm_msrs(Structure):
     """Header of an array of ``kvm_msr_entry``; see ``msrs``."""
 
-    _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
+    _fields_ = (("nmsrs", c_uint32), ("pad", c_uint32))
 
 
-class kvm_cpuid_entry2(LittleEndianStructure):
-    _fields_ = [
+class kvm_cpuid_entry2(Structure):
+    _fields_ = (
         ("function", c_uint32),
         ("index", c_uint32),
         ("flags", c_uint32),
@@ -90,38 +96,38 @@ class kvm_cpuid_entry2(LittleEndianStructure):
         ("ecx", c_uint32),
         ("edx", c_uint32),
         ("padding", c_uint32 * 3),
-    ]
+    )
 
 
-class kvm_cpuid2(LittleEndianStructure):
+class kvm_cpuid2(Structure):
     """Header of an array of ``kvm_cpuid_entry2``; see ``cpuid``."""
 
-    _fields_ = [("nent", c_uint32), ("padding", c_uint32)]
+    _fields_ = (("nent", c_uint32), ("padding", c_uint32))
 
 
-class kvm_irqfd(LittleEndianStructure):
-    _fields_ = [
+class kvm_irqfd(Structure):
+    _fields_ = (
         ("fd", c_uint32),
         ("gsi", c_uint32),
         ("flags", c_uint32),
         ("resamplefd", c_uint32),
         ("pad", c_uint8 * 16),
-    ]
+    )
 
 
-class kvm_ioeventfd(LittleEndianStructure):
-    _fields_ = [
+class kvm_ioeventfd(Structure):
+    _fields_ = (
         ("datamatch", c_uint64),
         ("addr", c_uint64),
         ("len", c_uint32),
         ("fd", c_int32),
         ("flags", c_uint32),
         ("pad", c_uint8 * 36),
-    ]
+    )
 
 
-class kvm_pit_config(LittleEndianStructure):
-    _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
+class kvm_pit_config(Structure):
+    _fields_ = (("flags", c_uint32), ("pad", c_uint32 * 15))
 
 
 def _ioc(direction: int, number: int, size: int) -> int:
@@ -212,7 +218,7 @@ KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
 _NAMES = {value: name for name, value in globals().items() if name.startswith("KVM_") and value >> 8 & 0xFF == KVMIO}
 
 
-def kvm_ioctl(fd: int, request: int, argument: LittleEndianStructure | Array[c_uint8] | bytearray | int = 0) -> int:
+def kvm_ioctl(fd: int, request: int, argument: Structure | Array[c_uint8] | bytearray | int = 0) -> int:
     """Do one KVM ioctl.
 
     :param fd: /dev/kvm, a VM or a vCPU
@@ -236,7 +242,7 @@ class _Counted:
 
     __slots__ = ("buffer", "entries", "header")
 
-    def __init__(self, header: type[LittleEndianStructure], entry: type[LittleEndianStructure], count: int) -> None:
+    def __init__(self, header: type[Structure], entry: type[Structure], count: int) -> None:
         self.buffer = (c_uint8 * (sizeof(header) + count * sizeof(entry)))()
         self.header: Any = header.from_buffer(self.buffer)
         self.entries: Any = (entry * count).from_buffer(self.buffer, sizeof(header))

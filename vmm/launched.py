@@ -102,10 +102,25 @@ def _without(name: str, spared: dict[str, object]) -> None:
         del sys.modules[module]
 
 
-def _module(name: str, **names: type) -> object:
+def _module(name: str, **names: object) -> object:
     module = type(sys)(name)
     module.__dict__.update(names)
     return module
+
+
+def spare_collections(name: str) -> None:
+    """Import `name` without ``collections``, of which Cython wants the abstract classes alone."""
+    import _collections_abc
+
+    collections = _module("collections", abc=_collections_abc)
+    _without(name, {"collections": collections, "collections.abc": _collections_abc})
+
+
+def spare_threading() -> None:
+    """Import threading without ``functools`` and all that it has for types and records: of it, C has what is used."""
+    import _functools  # type: ignore[import-not-found]  # in no stubs
+
+    _without("threading", {"functools": _functools})
 
 
 def spare_httptools() -> None:

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
     Handler = Callable[[int, FrameType | None], object]
+else:
+    # Without `signal` above it, which makes its numbers enums: a tenth of a start.
+    import _signal as signal
 
 # What asks for an end.
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CONTINUED, CPU_LIMIT, BROKEN_PIPE = signal.SIGCONT, signal.SIGXCPU, signal.SIGPIPE
 # Blocked, these could only kill.
 _FAULTS = {signal.SIGSYS, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _OTHERS = signal.valid_signals() - _FAULTS
@@ -37,8 +41,13 @@ def deaf() -> None:
 def on_end(handler: Handler) -> None:
     """Call `handler` when a signal asks for an end; one that was ignored when we started (nohup) stays ignored."""
     for number in ENDS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def on(number: int, handler: Handler) -> None:
+    """Call `handler` when signal `number` comes; in the main thread."""
+    signal.signal(number, handler)
 
 
 class Bell:

@@ -16,7 +16,7 @@ from vmm import kvm_abi
 STRUCTS = {
     name: kind
     for name, kind in vars(kvm_abi).items()
-    if isinstance(kind, type) and issubclass(kind, ctypes.LittleEndianStructure) and name.startswith("kvm_")
+    if isinstance(kind, type) and issubclass(kind, ctypes.Structure) and name.startswith("kvm_")
 }
 CONSTANTS = {name: value for name, value in vars(kvm_abi).items() if name.startswith(("KVM_", "KVMIO"))}
 C_NAMES = {1: "uint8_t", 2: "uint16_t", 4: "uint32_t", 8: "uint64_t"}
@@ -28,7 +28,7 @@ def _declaration(name: str, kind: Any) -> str:
         kind, length = kind._type_, f"[{kind._length_}]"
     if issubclass(kind, ctypes.Structure):
         return f"struct {kind.__name__} {name}{length};"
-    c_name = "int32_t" if kind is ctypes.c_int32 else C_NAMES[ctypes.sizeof(kind)]
+    c_name = "int32_t" if kind is kvm_abi.c_int32 else C_NAMES[ctypes.sizeof(kind)]
     return f"{c_name} {name}{length};"
 
 

@@ -13,8 +13,8 @@ import os
 import select
 import threading
 import time
+from _collections import deque  # type: ignore[import-not-found]  # `collections` takes long to import
 from _socket import MSG_PEEK
-from collections import deque
 
 import httptools
 

@@ -229,6 +229,7 @@ def main(args: Arguments) -> int:
 
     # First, and the memory as late as can be: KVM then has nothing to wait for.
     prepared = None if args.dry_run else kvm.prepare(config.kvm)
+    launched.spare_collections("vmm.machine")
     from vmm.machine import Machine
 
     if args.seccomp:
@@ -247,6 +248,7 @@ def main(args: Arguments) -> int:
 
 
 def _restore(args: Arguments) -> int:
+    launched.spare_collections("vmm.machine")
     from vmm.machine import Machine
     from vmm.snapshot import Image
 
@@ -284,8 +286,6 @@ def _write_config(config: VmConfig, path: str) -> int:
 
 
 def _run(vm: Machine, *, verbose: bool) -> int:
-    import signal
-
     interrupts = 0
 
     def on_signal(number: int, frame: object) -> None:
@@ -298,7 +298,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
         vm.stop()
 
     signals.on_end(on_signal)
-    signal.signal(signal.SIGCONT, lambda number, frame: vm.console.continued())
+    signals.on(signals.CONTINUED, lambda number, frame: vm.console.continued())
     launched.settle()
     vm.start()
     threads.enter("vmm")

@@ -317,16 +317,14 @@ class _Serve:
             self._vmm.close()
 
     def _heed_signals(self) -> None:
-        import signal
-
         from vmm import _faults
 
         self._faults = _faults
         _faults.catch_faults(self._bell.fileno())
         signals.on_end(self._on_signal)
-        signal.signal(signal.SIGXCPU, self._on_signal)
+        signals.on(signals.CPU_LIMIT, self._on_signal)
         # Where there is none to write to, write(2) says so; who wants to know that it happened reads the metrics.
-        signal.signal(signal.SIGPIPE, self._on_broken_pipe)
+        signals.on(signals.BROKEN_PIPE, self._on_broken_pipe)
 
     def _is_over(self) -> bool:
         while self._broken_pipes:

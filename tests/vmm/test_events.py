@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reasons for which a VM stops: what users of an ``Enum`` do with them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from vmm import StopReason
+from vmm.events import EXIT_STATUS
+
+
+def test_there_is_one_of_each_reason() -> None:
+    for reason in {*EXIT_STATUS, StopReason.GUEST_EXIT}:
+        assert getattr(StopReason, reason.name) is StopReason(reason.value) is reason
+        assert pickle.loads(pickle.dumps(reason)) is copy.deepcopy(reason) is reason
+        assert repr(reason) == f"StopReason.{reason.name}"
+
+
+def test_unknown_reason_says_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"^'tired' is no reason why a VM stops; allowed: power-off, reset, "):
+        StopReason("tired")
