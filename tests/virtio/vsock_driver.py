@@ -204,6 +204,13 @@ class Vm:
             assert time.monotonic() < end, f"{self.device.connections} connections"
             time.sleep(0.001)
 
+    def counted(self, name: str, count: int) -> None:
+        """Wait until the device's counter is there: it counts after a host program has noticed."""
+        end = time.monotonic() + PATIENCE
+        while self.device.stats[name] != count:
+            assert time.monotonic() < end, self.device.stats
+            time.sleep(0.001)
+
     def silence_without_buffers(self) -> None:
         """The device has looked at everything up to here, and could say nothing."""
         before = self.device.stats["packets_rx"]
