@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from vmm.images.container import ImageConfig
     from vmm.images.host import Progress
 
 NAMES = ("busybox", "debian")
@@ -20,16 +21,25 @@ FORMAT = 2  # of image.json; an image of another format is pulled again. 2: driv
 
 
 class Image:
-    """A pulled image: paths of its files, and the kernel command line that brings it up on a virtio disk."""
+    """A pulled image: paths of its files, and the kernel command line that brings it up on a virtio disk.
 
-    __slots__ = ("cmdline", "initrd", "kernel", "name", "rootfs")
+    ``disks`` are the image's own, in the order in which a machine has them: /dev/vda is the first, ``rootfs``. With a
+    ``config`` it is a container image: its disk is a squashfs, read-only and shared between machines, and its
+    initramfs puts a writable overlay over it.
+    """
 
-    def __init__(self, name: str, kernel: str, initrd: str, rootfs: str, cmdline: str) -> None:
+    __slots__ = ("cmdline", "config", "disks", "initrd", "kernel", "name", "rootfs")
+
+    def __init__(
+        self, name: str, kernel: str, initrd: str, rootfs: str, cmdline: str, config: ImageConfig | None = None
+    ) -> None:
         self.name = name
         self.kernel = kernel
         self.initrd = initrd
         self.rootfs = rootfs
+        self.disks = [rootfs]
         self.cmdline = cmdline
+        self.config = config
 
     def __repr__(self) -> str:
         return f"Image({self.name!r}, {os.path.dirname(self.kernel)!r})"
