@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ DISK = f"capacity={SECTORS} changed=0 word={WORD}"
 def peer(request: pytest.FixtureRequest) -> str | None:
     try:
         Kvm().close()
-        third_party.installed()
+        for client in third_party.WHEELS:
+            third_party.installed(client)
     except (ConfigError, Missing) as problem:
         pytest.fail(f"LAYER MISSING: clients: {problem}", pytrace=False)
     return None if request.param == "pyvmm" else firecracker()
@@ -74,3 +76,17 @@ def test_smolvm(program: str, tmp_path: Path) -> None:
     assert (found["before"], found["paused"], found["after"]) == ("Not started", "Paused", "Running")
     assert found["agent_again"] == DISK
     assert found["refused"].endswith("The requested operation is not supported after starting the microVM.")
+
+
+@pytest.mark.parametrize("client", ["hysn", "bunkervm", "bandsox"])
+def test_a_snapshot_and_what_goes_on_from_it(program: str, tmp_path: Path, client: str) -> None:
+    if client == "hysn" and "PYVMM_SLOW" not in os.environ:
+        pytest.skip("it sleeps 12 s: run with PYVMM_SLOW=1")
+    found = booted_by(client, program, tmp_path)
+    assert found["agent"] == [DISK]
+    assert found["agent_restored"] == DISK
+    assert found.get("agent_after", DISK) == DISK
+    if client == "hysn":
+        assert found["created"].endswith(" created") and found["restored"].endswith(" created")
+        assert (found["after"], found["state"]) == ("Running", "Running")
+        assert found["deleted"].endswith(" is deleted") and found["deleted_too"].endswith(" is deleted")

@@ -26,8 +26,13 @@ from benches.peers.firecracker import Missing, pip
 from tests.api.sandbox import Agent
 from vmm.images import apt, cache_root
 
-# From PyPI; pip brings what they need.
-WHEELS = ("firecracker-python==0.0.5", "smolvm==0.0.36")
+# From PyPI; pip brings what they need, but for the last one's, which has a hundred packages for what is not used here.
+WHEELS = {
+    "firecracker-python": ("firecracker-python==0.0.5", "smolvm==0.0.36"),
+    "hysn": ("hysn-firecracker-python==1.0.7",),
+    "bunkervm": ("--no-deps", "bunkervm==0.14.0", "bandsox==3.5"),
+}
+_HOMES = {"smolvm": "firecracker-python", "bandsox": "bunkervm"}
 ADDRESS = "198.51.100.7"
 ROOT = Path(__file__).parents[2]
 # $1 is the room; the rest the command. Mounts and interfaces of its own; processes stay.
@@ -50,16 +55,17 @@ class ClientFailed(Exception):
     """A client did not get to its end; with what it said."""
 
 
-def installed() -> Path:
-    """The directory with the clients, fetched the first time; nothing of it is in our own environment.
+def installed(client: str = "firecracker-python") -> Path:
+    """The directory with the client, fetched the first time; nothing of it is in our own environment.
 
-    :raises Missing: they cannot be fetched
+    :raises Missing: it cannot be fetched
     """
-    key = hashlib.sha256(repr((WHEELS, sys.version_info[:2])).encode()).hexdigest()[:12]
+    wheels = WHEELS[_HOMES.get(client, client)]
+    key = hashlib.sha256(repr((wheels, sys.version_info[:2])).encode()).hexdigest()[:12]
     place = Path(cache_root(), "clients", key)
     if not place.exists():
         new = place.with_suffix(".new")
-        pip("clients", "install", "--upgrade", "--target", str(new), *WHEELS)
+        pip("clients", "install", "--upgrade", "--target", str(new), *wheels)
         new.rename(place)
     return place
 
@@ -76,7 +82,7 @@ def run(
     :raises ClientFailed: it did not get to its end
     """
     with tempfile.TemporaryDirectory(prefix="pyvmm-client-") as directory:
-        command = _command(client, program, kernel, rootfs, Path(directory)) + list(questions)
+        command = [*_command(client, program, kernel, rootfs, Path(directory)), *questions]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
         except subprocess.TimeoutExpired as late:
@@ -95,8 +101,10 @@ def _command(client: str, program: str, kernel: Path, rootfs: Path, room: Path) 
     _make_certificate(room)
     # Debian's own binding of nft, which firecracker-python needs and PyPI has not.
     nftables = apt.package("python3-nftables").tree / "usr/lib/python3/dist-packages"
+    clients = [client, "hysn"] if client == "bandsox" else [client]  # which wants hysn's requests, too
+    places = ":".join(map(str, (*map(installed, clients), nftables, ROOT)))
     environment = [
-        f"PYTHONPATH={installed()}:{nftables}:{ROOT}", f"PATH=/usr/local/bin:{os.environ['PATH']}", f"HOME={room}",
+        f"PYTHONPATH={places}", f"PATH=/usr/local/bin:{os.environ['PATH']}", f"HOME={room}",
         f"DOCKER_HOST=unix://{room}/docker.sock", f"REQUESTS_CA_BUNDLE={room}/page.pem", f"ROOM={room}",
     ]  # fmt: skip
     return [
@@ -227,9 +235,118 @@ def smolvm(kernel: str, rootfs: str, questions: list[str]) -> dict[str, Any]:
     return found
 
 
+def hysn(kernel: str, rootfs: str, questions: list[str]) -> dict[str, Any]:
+    """PyPI's hysn-firecracker-python: a MicroVM, its snapshot, and another MicroVM of that."""
+    from firecracker import MicroVM
+
+    room = Path(os.environ["ROOM"])
+    image = Path(shutil.copy(rootfs, room / "rootfs.img"))
+    options = {"kernel_file": kernel, "base_rootfs": str(image), "vcpu": 1, "memory": 128, "vsock_enabled": True}
+    vm = MicroVM(name="one", **options)
+    found: dict[str, Any] = {"created": vm.create()}
+    with _agent(vm._vsock_uds_path) as agent:
+        found["agent"] = [agent.ask(question) for question in questions]
+    vm.snapshot(action="create")
+    found["after"] = vm._vmm.get_vmm_state(vm._microvm_id)
+    with _agent(vm._vsock_uds_path) as agent:
+        found["agent_after"] = agent.ask(questions[0])
+    for path in (vm._mem_file_path, vm._snapshot_path):
+        shutil.copy(path, room)
+    uds = Path(vm._vsock_uds_path)
+    found["deleted"] = vm.delete()
+    # The first disk went with its machine. The client would put it there itself, but its way of doing so fails with
+    # Firecracker, too (it calls methods of its own that are not there).
+    disk = uds.parent / "rootfs" / image.name
+    disk.parent.mkdir(parents=True)
+    shutil.copy(image, disk)
+    other = MicroVM(name="two", **options)
+    found["restored"] = other.create(
+        snapshot=True, memory_path=str(room / "memory"), snapshot_path=str(room / "snapshot"), rootfs_path=str(image)
+    )
+    try:
+        with _agent(uds) as agent:
+            found["agent_restored"] = agent.ask(questions[0])
+        found["state"] = other._vmm.get_vmm_state(other._microvm_id)
+    finally:
+        found["deleted_too"] = other.delete()
+    return found
+
+
+def bunkervm(kernel: str, rootfs: str, questions: list[str]) -> dict[str, Any]:
+    """PyPI's bunkervm: its VMManager, create_snapshot() and start_from_snapshot()."""
+    from bunkervm.config import BunkerVMConfig  # type: ignore[import-not-found]
+    from bunkervm.vm_manager import VMManager  # type: ignore[import-not-found]
+
+    room = os.environ["ROOM"]
+    config = BunkerVMConfig(
+        vcpu_count=1, mem_size_mib=128, firecracker_bin="/usr/local/bin/firecracker", kernel_path=kernel,
+        rootfs_path=rootfs, rootfs_work_path=f"{room}/work.ext4", socket_path=f"{room}/s.sock",
+        vsock_uds_path=f"{room}/v.sock",
+    )  # fmt: skip
+    vm = VMManager(config, network=False)
+    vm.start()
+    found: dict[str, Any] = {}
+    try:
+        with _agent(f"{room}/v.sock") as agent:
+            found["agent"] = [agent.ask(question) for question in questions]
+        found["snapshot"] = vm.create_snapshot("first").name
+        with _agent(f"{room}/v.sock") as agent:
+            found["agent_after"] = agent.ask(questions[0])
+        vm.stop()
+        vm.start_from_snapshot("first")
+        with _agent(f"{room}/v.sock") as agent:
+            found["agent_restored"] = agent.ask(questions[0])
+        found["running"] = vm.is_running()
+    finally:
+        vm.stop()
+    return found
+
+
+def bandsox(kernel: str, rootfs: str, questions: list[str]) -> dict[str, Any]:
+    """PyPI's bandsox: its client for Firecracker's API, by which its sandboxes are saved and restored."""
+    from bandsox.firecracker import FirecrackerClient  # type: ignore[import-not-found]
+
+    room = Path(os.environ["ROOM"])
+    found: dict[str, Any] = {}
+
+    def start(name: str) -> tuple[subprocess.Popen[bytes], Any]:
+        process = subprocess.Popen(["firecracker", "--api-sock", name], cwd=room, stdin=subprocess.DEVNULL)
+        client = FirecrackerClient(str(room / name))
+        assert client.wait_for_socket()
+        return process, client
+
+    process, client = start("one.sock")
+    try:
+        client.put_boot_source(kernel, "reboot=k panic=1")
+        client.put_drives("rootfs", rootfs, is_root_device=True, rate_limit_iops=1000)
+        client.put_machine_config(1, 128)
+        client.put_entropy()
+        client.put_vsock("vsock0", 3, str(room / "v.sock"))
+        client.instance_start()
+        with _agent(room / "v.sock") as agent:
+            found["agent"] = [agent.ask(question) for question in questions]
+        client.pause_vm()
+        client.create_snapshot(str(room / "snap"), str(room / "mem"))
+        process.kill()
+        process.wait()
+        (room / "v.sock").unlink()
+        process, client = start("two.sock")
+        client.load_snapshot(str(room / "snap"), str(room / "mem"))
+        client.resume_vm()
+        with _agent(room / "v.sock") as agent:
+            found["agent_restored"] = agent.ask(questions[0])
+    finally:
+        process.kill()
+        process.wait()
+    return found
+
+
 CLIENTS: dict[str, Callable[[str, str, list[str]], dict[str, Any]]] = {
     "firecracker-python": firecracker_python,
     "smolvm": smolvm,
+    "hysn": hysn,
+    "bunkervm": bunkervm,
+    "bandsox": bandsox,
 }
 
 
