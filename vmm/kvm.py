@@ -197,7 +197,7 @@ class Vm:
         self.vcpu_mmap_size = kvm_ioctl(kvm.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
 
     def create_irqchip(self) -> None:
-        """PIC, IOAPIC, local APICs and PIT in the kernel. Must come before the first vCPU; idempotent."""
+        """PIC, IOAPIC and local APICs in the kernel. Must come before the first vCPU; idempotent."""
         if self._has_irqchip:
             return
         self._has_irqchip = True
@@ -207,7 +207,15 @@ class Vm:
         if self.kvm.check(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
             kvm_ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, address)
         kvm_ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
+
+    def create_pit(self, state: bytes | None = None) -> None:
+        """The PC's timer and port 0x61 in the kernel. Once; after ``create_irqchip``, also while vCPUs run.
+
+        :param state: a ``struct kvm_pit_state2``; None: as after a reset
+        """
         kvm_ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=abi.KVM_PIT_SPEAKER_DUMMY))
+        if state is not None:
+            kvm_ioctl(self.fd, abi.KVM_SET_PIT2, bytearray(state))
 
     def map_memory(self, memory: GuestMemory, *, log_dirty: bool = False) -> None:
         """Give the guest `memory`, one slot a region. The mappings must outlive the VM.

@@ -130,6 +130,9 @@ class kvm_pit_config(Structure):
     _fields_ = (("flags", c_uint32), ("pad", c_uint32 * 15))
 
 
+_PIT_STATE2_SIZE = 112  # struct kvm_pit_state2, which devices/pit.py fills
+
+
 def _ioc(direction: int, number: int, size: int) -> int:
     # Source: <asm-generic/ioctl.h>: 8 bits number, 8 bits type, 14 bits size, 2 bits direction.
     return direction << 30 | size << 16 | KVMIO << 8 | number
@@ -166,6 +169,8 @@ KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_IRQFD = _iow(0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = _iow(0x77, kvm_pit_config)
 KVM_IOEVENTFD = _iow(0x79, kvm_ioeventfd)
+KVM_GET_PIT2 = _ioc(2, 0x9F, _PIT_STATE2_SIZE)
+KVM_SET_PIT2 = _ioc(1, 0xA0, _PIT_STATE2_SIZE)
 # On a vCPU
 KVM_RUN = _io(0x80)
 KVM_GET_REGS = _ior(0x81, kvm_regs)

@@ -18,6 +18,7 @@ from devices._serial import Serial
 from devices.acpi_events import EVENTS_PORT, GENERATION_CHANGED, POWER_BUTTON, AcpiEvents
 from devices.exit_port import ExitPort
 from devices.i8042 import I8042
+from devices.pit import PIT_PORT, PIT_PORTS, SPEAKER_PORT, Pit
 from devices.power import AcpiPower
 from devices.pvpanic import PvPanic
 from devices.rtc import Rtc
@@ -381,6 +382,9 @@ class Machine:
         self.pio.add(SERIAL_PORT, 8, self.serial, "serial")
         self.pio.add(0x60, 1, self.i8042.data, "i8042")
         self.pio.add(0x64, 1, self.i8042.command, "i8042")
+        self._pit = Pit(self.vm.create_pit)
+        self.pio.add(PIT_PORT, PIT_PORTS, self._pit, "timer")
+        self.pio.add(SPEAKER_PORT, 1, self._pit.speaker, "speaker")
         self.rtc = Rtc(self.config.memory)
         self.pio.add(0x70, 2, self.rtc, "rtc")
         AcpiPower().attach(self.pio)
@@ -490,6 +494,7 @@ class Machine:
             if self._stop is not None:
                 raise VmmError("a machine that has ended cannot be frozen")
             while_held()
+            self._pit.make()
             return Image(
                 self.config,
                 cmdline=self.cmdline,
@@ -511,6 +516,7 @@ class Machine:
         if len(image.virtio) != len(self.virtio):
             raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(self.virtio)}")
         access = self.kvm.state_access()
+        self._pit.make()
         self._clock = image.vm["clock"]
         # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
         access.set_clock(self.vm.fd, image.vm["clock"], realtime=True)

@@ -44,6 +44,7 @@ _SECCOMP_SET_MODE_FILTER = 1
 _FCNTL = (1, 2, 3, 4, 1030)  # F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
 _LOCKS = (5, 36, 37)  # F_GETLK, F_OFD_GETLK, F_OFD_SETLK
 _KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS = 0xAE80, 0x8090_AE81, 0x8138_AE83
+_PIT = (0x4040_AE77, 0x4070_AEA0)  # KVM_CREATE_PIT2, KVM_SET_PIT2: a guest's timer is made when it uses it
 _TUN = (0x4004_54D0, 0x4004_54D9)  # TUNSETOFFLOAD, TUNSETQUEUE
 _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ
 _SIOCGIFINDEX = 0x8933
@@ -73,7 +74,7 @@ def _ioctl(*requests: int) -> tuple[Rule, ...]:
 # What a snapshot takes: the machine's state is read, its memory mapped anew, and both written to files.
 _SNAPSHOT = (
     *_allow("memfd_create pwrite64 fsync rename fsetxattr fremovexattr"),
-    *_ioctl(*_kvm_state.READS, _PAGEMAP_SCAN),
+    *_ioctl(*_kvm_state.READS, *_PIT, _PAGEMAP_SCAN),
 )
 # What the interpreter, the allocator, locks and the end of a thread take. tgkill is to this process only: see _rules.
 _COMMON = (
@@ -124,7 +125,9 @@ KINDS: dict[str, tuple[Rule, ...]] = {
         *_ioctl(*_TERMINAL, *_DESCRIPTOR, *_BLOCK_ASK),
     ),
     # It activates and resets devices, too, and says why a guest ended.
-    "vcpu": (*_EVENTS, *_ints("rt_sigaction", 0, _KICK), *_ioctl(_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS, *_TUN)),
+    "vcpu": (
+        *_EVENTS, *_ints("rt_sigaction", 0, _KICK), *_ioctl(_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS, *_PIT, *_TUN),
+    ),
     "blk": (
         *_EVENTS, *_allow("preadv preadv2 pread64 pwritev pwritev2 pwrite64 fsync fdatasync fallocate"),
         *_ioctl(*_BLOCK_CHANGE),
