@@ -253,6 +253,7 @@ class Boot:
                 elif word.startswith(b"exit "):
                     self._status = int(word[5:])
             return True
+        self._up = True  # the command speaks; that it runs is yet to come, by another port
         sink = self._sinks[name]
         view = memoryview(data)
         while view and sink is not None:
