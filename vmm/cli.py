@@ -31,6 +31,7 @@ COMMANDS = {
     "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",
     "lab": "run a command on an emulated machine that has real KVM",
+    "completion": "print a shell's completion of pyvmm's command lines",
 }
 
 # By the name that it is started by, what it is (pyvmm link).
@@ -49,29 +50,14 @@ def parse(name: str, module: ModuleType, words: list[str]) -> Any:
     quick = getattr(module, "parse_quickly", None)
     if quick is not None and (parsed := quick(words)) is not None:
         return parsed
-    import argparse
+    from vmm.commands.parser import make_parser
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            # One line, where argparse would print its usage too.
-            status = getattr(module, "STATUS_ARGUMENTS", STATUS_CONFIG)
-            self.exit(status, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-    parser = Parser(prog=f"pyvmm {name}", description=COMMANDS[name], allow_abbrev=False)
-    module.add_arguments(parser)
-    # argparse passes over what cannot be written.
-    parser.print_help = lambda file=None: print(parser.format_help(), end="", file=file)  # type: ignore[method-assign]
+    parser = make_parser(name, module)
     try:
         # Intermixed: KERNEL --option value ROOTFS. What `lab` takes, the rest of its line, argparse cannot mix.
         return parser.parse_intermixed_args(words) if quick is not None else parser.parse_args(words)
     except SystemExit as end:
         return end.code
-
-
-def _help() -> str:
-    lines = ["usage: pyvmm COMMAND ...", "", "A KVM virtual machine monitor for Linux micro-VMs.", ""]
-    lines += [f"  {name:8}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join([*lines, "", "pyvmm COMMAND --help says more."])
 
 
 def _hold_standard_descriptors() -> None:
@@ -134,13 +120,18 @@ def _tell(name: str, problem: str, status: int) -> int:
 def _run(arguments: list[str]) -> int:
     match arguments[:1]:
         case [] | ["-h"] | ["--help"] | ["help"]:
-            print(_help())
+            from vmm.commands.guide import overview
+
+            print(overview(), end="")
             return 0 if arguments else STATUS_CONFIG
         case ["--version"] | ["-V"]:
             print(f"pyvmm {VERSION}")
             return 0
         case [str(name), *_] if name not in COMMANDS:
-            print(f"pyvmm: {name} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+            from vmm.options import did_you_mean
+
+            guess = did_you_mean(name, COMMANDS) or ";"
+            print(f"pyvmm: {name} is not a command{guess} allowed: {', '.join(COMMANDS)}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments
     if name in STARTS:

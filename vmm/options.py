@@ -7,9 +7,17 @@ from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """``; did you mean X?`` where one of `allowed` is close to `word`, else ``""``."""
+    from difflib import get_close_matches  # only after a mistake
+
+    close = get_close_matches(word, list(allowed), 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse_size(field: str, text: str | int) -> int:
@@ -53,8 +61,9 @@ def parse_options(
     for word in words[1:] if first else words:
         key, equals, value = word.partition("=")
         if key not in (keys if equals else flags) or (equals and not value):
-            allowed = ", ".join([*flags, *(f"{key}=" for key in keys)])
-            raise ConfigError(option, text, f"unknown option {word!r}; allowed: {allowed}")
+            allowed = [*flags, *(f"{known}=" for known in keys)]
+            guess = did_you_mean(key + equals, allowed)
+            raise ConfigError(option, text, f"unknown option {word!r}{guess or ';'} allowed: {', '.join(allowed)}")
         if key in found:
             raise ConfigError(option, text, f"has {key} twice")
         found[key] = value

@@ -6,12 +6,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 import threading
 import time
 
 from boot import cpu
 from vmm import kvm_abi as abi
 from vmm._bus import Bus
+from vmm.commands.parser import paint
 from vmm.errors import ConfigError, VmmError
 from vmm.kvm import OPTIONAL, REQUIRED, Kvm, software_kvm
 from vmm.memory import GuestMemory
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     Line = tuple[str, str, str]
 
 MEASURE_SECONDS = 0.1
+_COLOURS = {"ok": 32, "lack": 33, "FAIL": 31}  # green, yellow, red
 # Emulated kernel code was measured at about 1 instruction per microsecond, native code at a thousand and more.
 NATIVE_INSTRUCTIONS_PER_US = 50
 _SYS_IO_URING_SETUP = 425
@@ -40,7 +43,8 @@ def main(args: argparse.Namespace) -> int:
     """Print one line a finding; 0 where a VM can run, else 1."""
     worst = 0
     for status, what, finding in findings(args.kvm):
-        print(f"{status:5}{what:32}{finding}", flush=True)
+        shown = paint(f"{status:5}", _COLOURS[status], sys.stdout)
+        print(f"{shown}{what:32}{finding}", flush=True)
         worst |= status == "FAIL"
     return int(worst)
 

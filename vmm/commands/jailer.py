@@ -8,6 +8,7 @@ import shutil
 import sys
 
 from vmm.errors import ConfigError, VmmError
+from vmm.options import did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option, action="store_true", help=text)
         else:
             parser.add_argument(option, metavar=metavar, help=text, required=option in REQUIRED)
-    parser.epilog = "What follows -- is for pyvmm serve."
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
@@ -78,7 +78,8 @@ def parse_quickly(words: list[str]) -> Arguments | None:
             elif word in ("-h", "--help"):
                 return None
             elif option not in known:
-                raise ConfigError("jailer", word, "is no option; options of the VMM come after --")
+                guess = did_you_mean(option, known) or ";"
+                raise ConfigError(word, "", f"is not an option{guess} options of the VMM come after --")
             elif known[option] is None:
                 if equals:
                     raise ConfigError("jailer", word, "takes no value")

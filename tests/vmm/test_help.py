@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command says of itself: help held to the parsers, guesses, colours, and completion by the real shells."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vmm import cli, events
+from vmm.commands import guide, jailer, run, serve
+from vmm.commands.completion import SHELLS, completion
+from vmm.commands.parser import coloured, make_parser, paint
+from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
+from vmm.errors import ConfigError
+
+PARSERS: dict[str, Callable[[str], object]] = {
+    "--disk": DriveConfig.parse,
+    "--share": FsConfig.parse,
+    "--net": NetConfig.parse,
+    "--vsock": VsockConfig.parse,
+    "--balloon": BalloonConfig.parse,
+}
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(words) in (1, 2, 153)
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1, output
+    return output.err
+
+
+@pytest.mark.parametrize("option", PARSERS)
+def test_every_word_is_told_and_is_one(option: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PARSERS[option]("x=y,no such word")
+    allowed = str(caught.value).partition("allowed: ")[2].split(", ")
+    told = [word for word in guide.WORDS[option] if word not in ("PATH", "TAG=DIR", "MIB")]
+    assert sorted(told) == sorted(allowed)
+
+
+@pytest.mark.parametrize("module", [run, serve, jailer], ids=lambda module: module.__name__)
+def test_every_option_is_in_one_group(module: ModuleType) -> None:
+    grouped = [option for options in guide.GROUPS[module.__name__.rpartition(".")[2]].values() for option in options]
+    assert sorted(grouped) == sorted(option for option, *_ in module.OPTIONS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_examples_that_parse_and_statuses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "exit status:" in text and "\x1b" not in text
+    module = import_module(f"vmm.commands.{name}")
+    for line in text.partition("examples:\n")[2].partition("\n\n")[0].splitlines():
+        program, command, *words = shlex.split(line.partition(" > ~")[0].partition(' > "$')[0])
+        assert (program, command) == ("pyvmm", name), line
+        parsed = cli.parse(name, module, words)
+        assert not isinstance(parsed, int) and getattr(parsed, "mistake", None) is None, line
+
+
+def test_every_end_of_a_guest_is_told() -> None:
+    text = guide.epilog("run")
+    for reason, status in events.EXIT_STATUS.items():
+        assert f"\n  {status} " in text, reason
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["rnu"], "run"),
+        (["run", "kernel", "--memry", "1G"], "--memory"),
+        (["run", "/dev/null", "--disk", "x,queus=2"], "queues="),
+        (["run", "/dev/null", "--net", "usr"], "user"),
+        (["run", "/dev/null", "--share", "a=b,submount"], "submounts"),
+        (["serve", "--lvel", "Info"], "--level"),
+        (["jailer", "--uidd", "3"], "--uid"),
+        (["ctl", "--api-sock", "x", "statsu"], "status"),
+        (["ctl", "--api-sock", "x", "drive", "d", "--pth"], "--path"),
+        (["completion", "bsh"], "bash"),
+    ],
+)
+def test_what_was_meant(capsys: pytest.CaptureFixture[str], words: list[str], meant: str) -> None:
+    assert f"did you mean {meant}?" in said(capsys, *words)
+
+
+def test_no_guess_at_what_is_close_to_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean" not in said(capsys, "zzzzzz")
+    assert "did you mean" not in said(capsys, "run", "kernel", "--zzzzzz")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "fit"),
+    [
+        (Terminal, {"TERM": "xterm"}, True),
+        (Terminal, {"TERM": "xterm", "NO_COLOR": ""}, True),  # no-color.org: set, and not empty
+        (Terminal, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (Terminal, {"TERM": "dumb"}, False),
+        (Terminal, {}, False),
+        (io.StringIO, {"TERM": "xterm"}, False),
+    ],
+)
+def test_colours(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], environment: dict[str, str], fit: bool
+) -> None:
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    output = stream()
+    assert coloured(output) is fit and (paint("x", 1, output) != "x") is fit
+    make_parser("run", run).print_help(output)
+    assert ("\x1b[1musage:\x1b[0m" in output.getvalue()) is fit
+    assert ("\x1b[1mdevices:\x1b[0m" in output.getvalue()) is fit
+
+
+def _shell(name: str) -> str:
+    if not (path := shutil.which(name)):
+        pytest.skip(f"no {name} here")
+    return path
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("completion")
+    for shell in SHELLS:
+        (directory / shell).write_text(completion(shell))
+    return directory
+
+
+CASES = [("run --memo", "--memory"), ("compl", "completion"), ("ctl --api-sock x snap", "snapshot")]
+
+
+@pytest.mark.parametrize(("line", "whole"), CASES)
+def test_bash_completes(scripts: Path, line: str, whole: str) -> None:
+    words = ["pyvmm", *line.split()]
+    code = (
+        'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _shtab_pyvmm pyvmm "${!#}" x;'
+        ' printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    command = [_shell("bash"), "--norc", "-c", code, "bash", str(scripts / "bash"), *words]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == [whole]
+
+
+@pytest.mark.parametrize(("line", "whole"), CASES)
+def test_fish_completes(scripts: Path, tmp_path: Path, line: str, whole: str) -> None:
+    code = f"source {shlex.quote(str(scripts / 'fish'))}; complete -C {shlex.quote('pyvmm ' + line)}"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    command = [_shell("fish"), "--no-config", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert [each.partition("\t")[0] for each in done.stdout.splitlines()] == [whole]
+
+
+def test_zsh_completes(scripts: Path, tmp_path: Path) -> None:
+    # zsh completes at a prompt alone, so it gets a terminal.
+    (tmp_path / "_pyvmm").write_text((scripts / "zsh").read_text())
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execve(
+            _shell("zsh"), ["zsh", "-f", "-i"], {"HOME": str(tmp_path), "TERM": "dumb", "PATH": os.environ["PATH"]}
+        )
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        end = time.monotonic() + 60
+        while text not in seen:
+            assert select.select([fd], [], [], max(end - time.monotonic(), 0))[0], seen
+            seen += os.read(fd, 4096)
+        seen = seen.partition(text)[2]
+
+    try:
+        setup = f"fpath=({shlex.quote(str(tmp_path))} $fpath); autoload -Uz compinit; compinit -u -D; print rea''dy\n"
+        os.write(fd, setup.encode())
+        until(b"ready")
+        for line, whole in CASES:
+            os.write(fd, f"pyvmm {line}\t".encode())
+            until(f"pyvmm {line}".encode())
+            until(whole.removeprefix(line.split()[-1]).encode())
+            os.write(fd, b"\x15")  # Ctrl-U: the line is taken back
+    finally:
+        os.close(fd)
+        os.waitpid(pid, 0)
+
+
+def test_completion_without_shtab_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install shtab" in said(capsys, "completion", "bash")

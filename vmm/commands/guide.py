@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``--help`` says beyond the options: groups, the words of a value, examples and exit statuses."""
+
+from __future__ import annotations
+
+from vmm.cli import COMMANDS
+
+_OVERVIEW = {
+    "Run a VM": ("run", "pull", "check", "lab"),
+    "Under a runtime": ("serve", "jailer", "link"),
+    "While a VM runs": ("ctl", "vsock"),
+}
+
+# By subcommand: the options under a title; the others stay with --help.
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "run": {
+        "boot": ("--initrd", "--cmdline", "--append", "--protocol", "--unpack", "--restore"),
+        "processor and memory": ("--cpus", "--memory", "--balloon"),
+        "devices": ("--disk", "--share", "--net", "--vsock", "--rng", "--console", "--virtio-console", "--poll"),
+        "host": ("--kvm", "--seccomp", "--any-kernel", "--lab"),
+        "instead of running it, or beside it": ("--write-config", "--dry-run", "--verbose"),
+    },
+    "serve": {
+        "API and VM": ("--api-sock", "--id", "--config-file", "--no-api", "--http-api-max-payload-size"),
+        "logs and metrics": (
+            "--log-path", "--level", "--module", "--show-level", "--show-log-origin", "--metrics-path", "--boot-timer",
+            "--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us",
+        ),
+        "metadata service": ("--metadata", "--mmds-size-limit"),
+        "system call filters": ("--no-seccomp", "--seccomp-filter"),
+        "print something and end": ("--version", "--snapshot-version", "--describe-snapshot"),
+    },
+    "jailer": {
+        "required": ("--id", "--exec-file", "--uid", "--gid"),
+        "the jail": ("--chroot-base-dir", "--netns", "--new-pid-ns", "--daemonize", "--version"),
+        "limits": ("--cgroup", "--cgroup-version", "--parent-cgroup", "--resource-limit"),
+    },
+}  # fmt: skip
+
+# By option: each word of its value. tests/vmm/test_help.py holds them to what the parser allows.
+WORDS: dict[str, dict[str, str]] = {
+    "--disk": {
+        "PATH": "a raw image, a block device or a qcow2 image; a comma in it is written twice",
+        "ro": "the guest cannot write it",
+        "direct": "past the host's page cache (O_DIRECT)",
+        "id=": "its name in messages and in the API",
+        "queues=": "virtqueues, each with a thread, 1 to 8 (default: 1)",
+        "engine=": "sync or io_uring (default: what suits the file)",
+        "cache=": "writeback: a guest's flush reaches the disk (default); unsafe: it does not",
+        "bps=": "bytes a second at most, with K, M or G",
+        "iops=": "operations a second at most",
+        "format=": "raw or qcow2 (default: raw; an image that looks like another format is refused)",
+        "backing=": "the file that a qcow2 image is a change of",
+        "backing_format=": "of the backing file: raw (default) or qcow2",
+    },
+    "--share": {
+        "TAG=DIR": "the guest's name for it, and the directory",
+        "ro": "the guest cannot change anything",
+        "submounts": "what is mounted below DIR is shown, too",
+        "cache=": "auto (default), always or none: how long the guest believes what it read",
+        "dax=": "size of a window by which the guest maps files, a multiple of 2M (default: none)",
+        "threads=": "request queues, each with a thread, 1 to 32 (default: 1)",
+        "squash=": "UID:GID that every access is made as",
+        "bps=": "bytes a second at most, with K, M or G",
+        "iops=": "operations a second at most",
+    },
+    "--net": {
+        "tap=": "a tap that exists already",
+        "auto": "a new tap, removed with the VM; needs CAP_NET_ADMIN",
+        "user": "by passt, without privileges",
+        "fd=": "an open tap, by its descriptor",
+        "mac=": "the guest's address, as 06:00:ac:10:00:02",
+        "queues=": "pairs of virtqueues, each with a thread, 1 to 8 (default: 1)",
+        "mtu=": "in bytes, 68 to 65535",
+        "pcap=": "a file that gets every frame",
+        "addr=": "the host's side of a new tap, as 10.0.0.1/24",
+        "nat": "the host forwards for the guest; needs auto and addr=",
+        "loopback": "with user: the gateway's address is the host's loopback",
+        "id=": "its name in messages and in the API",
+        "rx_bps=": "bytes a second at most that the guest receives, with K, M or G",
+        "tx_bps=": "bytes a second at most that the guest sends, with K, M or G",
+    },
+    "--vsock": {
+        "cid=": "the guest's number, from 3",
+        "uds=": "the unix socket that programs of the host connect to (pyvmm vsock)",
+    },
+    "--balloon": {
+        "MIB": "how much memory the guest is asked to give back, in MiB",
+        "stats=": "seconds between two readings of the guest's statistics",
+        "no-oom": "the guest may not take memory back when it runs out of it",
+        "no-reporting": "the guest does not give back by itself what it does not use",
+    },
+}
+
+_EXAMPLES: dict[str, tuple[str, ...]] = {
+    "run": (
+        "pyvmm run debian",
+        "pyvmm run debian --cpus 4 --memory 2G --net user --share code=.,ro",
+        "pyvmm run vmlinuz root.img --initrd initrd.img --disk data.img,queues=2,iops=500",
+        "pyvmm run vmlinuz root.img --dry-run",
+    ),
+    "serve": (
+        "pyvmm serve --api-sock /run/vm.sock",
+        "pyvmm serve --no-api --config-file vm.json",
+    ),
+    "jailer": ("pyvmm jailer --id vm1 --exec-file /usr/local/bin/firecracker --uid 1000 --gid 1000 -- --level Info",),
+    "pull": ("pyvmm pull --list", "pyvmm pull debian", "pyvmm pull debian --size 4G --packages python3,curl"),
+    "ctl": (
+        "pyvmm ctl --api-sock /run/vm.sock status",
+        "pyvmm ctl --api-sock /run/vm.sock drive data --path new.img",
+        "pyvmm ctl --api-sock /run/vm.sock snapshot /var/lib/snapshots/one",
+    ),
+    "link": ("pyvmm link firecracker /usr/local/bin",),
+    "vsock": ("pyvmm vsock /run/vm.vsock 1024",),
+    "check": ("pyvmm check",),
+    "lab": ("pyvmm lab -- ls -l /dev/kvm", 'pyvmm lab --write "$PWD" -- sh -c "pyvmm check > report"'),
+    "completion": (
+        "pyvmm completion bash > ~/.local/share/bash-completion/completions/pyvmm",
+        'pyvmm completion zsh > "${fpath[1]}/_pyvmm"',
+        "pyvmm completion fish > ~/.config/fish/completions/pyvmm.fish",
+    ),
+}  # fmt: skip
+
+_USUAL = {"0": "done", "1": "the host failed", "2": "a mistake in the arguments"}
+_GUEST = {
+    "80": "the guest rebooted",
+    "81": "it panicked",
+    "82": "triple fault",
+    "83": "KVM internal error",
+    "84": "KVM entry failed",
+}
+_STATUSES: dict[str, dict[str, str]] = {
+    "run": {
+        "0": "the guest powered off",
+        "N": "the guest wrote N to the exit port, 0xf4",
+        "1": "the host failed",
+        "2": "a mistake in the arguments",
+        **_GUEST,
+        "130": "ended from the keyboard, or by SIGTERM",
+    },
+    "serve": {
+        "0": "the VM ended, or a signal asked for the end",
+        "N": "the guest wrote N to the exit port, at most 127",
+        "1": "the host failed, or the configuration cannot run",
+        "148 to 157": "ended by a signal that tells of a fault, as Firecracker has it",
+        "152": "an option has a value that it cannot have",
+        "153": "a mistake in the arguments",
+    },
+    "jailer": {"0": "done", "1": "there is no jail", "others": "those of pyvmm serve"},
+    "ctl": {"0": "done", "1": "the API refused it, or does not answer", "2": "a mistake in the arguments"},
+    "check": {"0": "a VM can run", "1": "a VM cannot run", "2": "a mistake in the arguments"},
+    "lab": {"0 to 255": "the command's own", "1": "the lab failed", "2": "a mistake in the arguments"},
+}
+
+
+def _table(lines: dict[str, str], width: int) -> list[str]:
+    return [f"  {name:{width}}{text}" for name, text in lines.items()]
+
+
+def epilog(name: str) -> str:
+    """What stands below the options in the help of the subcommand `name`."""
+    parts = []
+    if name == "run":
+        parts += [[f"words of {option}:", *_table(words, 17)] for option, words in WORDS.items()]
+    if name == "jailer":
+        parts.append(["What follows -- is for pyvmm serve."])
+    if name in _EXAMPLES:
+        parts.append(["examples:", *(f"  {line}" for line in _EXAMPLES[name])])
+    parts.append(["exit status:", *_table(_STATUSES.get(name, _USUAL), 13)])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def overview() -> str:
+    """The help of ``pyvmm`` itself."""
+    lines = ["usage: pyvmm COMMAND ...", "", "A KVM virtual machine monitor for Linux micro-VMs."]
+    grouped = {name for names in _OVERVIEW.values() for name in names}
+    others = tuple(name for name in COMMANDS if name not in grouped)
+    width = max(map(len, COMMANDS)) + 2
+    for title, names in (_OVERVIEW | {"Other commands": others}).items():
+        lines += ["", f"{title}:", *_table({name: COMMANDS[name] for name in names}, width)]
+    lines += ["", "examples:", "  pyvmm pull debian && pyvmm run debian", "  pyvmm run vmlinuz root.img --memory 2G"]
+    lines += ["", "exit status:", *_table(_USUAL, 4), "", "pyvmm COMMAND --help says more."]
+    return "\n".join(lines) + "\n"

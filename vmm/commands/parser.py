@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""argparse as every subcommand uses it: one line for a mistake, a guess at what was meant, groups and examples."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+
+from vmm.cli import COMMANDS, STATUS_CONFIG
+from vmm.commands import guide
+from vmm.options import did_you_mean
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import ModuleType
+    from typing import IO, Any, NoReturn
+
+_HEADING = re.compile(r"^([A-Za-z][^\n]*:)(?=\n)|^(usage:)", re.MULTILINE)
+
+
+def coloured(stream: IO[str] | None) -> bool:
+    """Whether `stream` may get colours: it is a terminal that has them, and ``NO_COLOR`` is not set.
+
+    Source: https://no-color.org
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return not plain and stream is not None and stream.isatty()
+
+
+def paint(text: str, code: int, stream: IO[str] | None) -> str:
+    """`text` with the terminal's attribute `code` (1: bold, 31: red, 32: green, 33: yellow), where colours are fit.
+
+    Source: ECMA-48 §8.3.117, SGR.
+    """
+    return f"\x1b[{code}m{text}\x1b[0m" if coloured(stream) else text
+
+
+class Parser(argparse.ArgumentParser):
+    """Options are grouped by ``guide.GROUPS``; ``--help`` ends with the command's words, examples and exit statuses."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        self._titles: dict[str, argparse._ArgumentGroup] = {}
+        self.error_status = STATUS_CONFIG
+        super().__init__(*args, **options)
+        self.color = False  # of Python 3.14: the headings are painted here, for every version
+
+    def group(self, groups: dict[str, tuple[str, ...]]) -> None:
+        """Show the options that are added from here on under these titles."""
+        for title, names in groups.items():
+            shown = self.add_argument_group(title)
+            self._titles |= dict.fromkeys(names, shown)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """argparse's own, in the option's group."""
+        for name in names:
+            if name in self._titles:
+                return self._titles[name].add_argument(*names, **options)
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line, where argparse would print its usage too."""
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2].partition("=")[0]
+            message += did_you_mean(word, _options(self)) if word.startswith("-") else ""
+        name = paint(f"{self.prog}:", 1, sys.stderr)
+        self.exit(self.error_status, f"{name} {message} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = [str(choice) for choice in action.choices]
+            guess = did_you_mean(str(value), allowed) or ";"
+            raise argparse.ArgumentError(action, f"{value!r} is not one of them{guess} allowed: {', '.join(allowed)}")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print it where argparse would pass over that it cannot be written."""
+        text = self.format_help()
+        if coloured(file or sys.stdout):
+            text = _HEADING.sub("\x1b[1m\\g<0>\x1b[0m", text)
+        print(text, end="", file=file)
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterable[str]:
+    # All of it, and of its subcommands: argparse tells only the outermost parser that a word is left over.
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for other in action.choices.values():
+                yield from _options(other)
+
+
+def make_parser(name: str, module: ModuleType) -> Parser:
+    """The parser of the subcommand `name`, which `module` has."""
+    parser = Parser(prog=f"pyvmm {name}", description=COMMANDS[name], epilog=guide.epilog(name))
+    fill(parser, name, module)
+    return parser
+
+
+def fill(parser: Parser, name: str, module: ModuleType) -> None:
+    """Declare the arguments of the subcommand `name`, in their groups."""
+    parser.error_status = getattr(module, "STATUS_ARGUMENTS", STATUS_CONFIG)
+    parser.group(guide.GROUPS.get(name, {}))
+    module.add_arguments(parser)
+
+
+def whole(names: Sequence[str] = tuple(COMMANDS)) -> Parser:
+    """One parser of all subcommands, from which a completion or a manual page is made."""
+    parser = Parser(prog="pyvmm", description="A KVM virtual machine monitor for Linux micro-VMs.")
+    parser.add_argument("-V", "--version", action="store_true", help="print the version, and end")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name in names:
+        module = __import__(f"vmm.commands.{name}", fromlist=["main"])
+        one = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], epilog=guide.epilog(name))
+        fill(one, name, module)
+    return parser
