@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from virtio._fs_dax import Window
 
+def type_stores_files(f_type: int) -> bool: ...
 def stores_files(fd: int) -> tuple[bool, int]:
     """Whether `fd` is on a file system that stores files, not one that shows the kernel's insides; and its f_type."""
 

@@ -22,12 +22,17 @@ cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
     return (st.stx_ino ^ device_of(st) * <uint64_t>0x9e3779b97f4a7c15) | <uint64_t>1 << 63
 
 
+def type_stores_files(uint32_t f_type):
+    """Whether a file system of this type, as statfs(2) tells it, stores files."""
+    return bool(fs_stores_files(f_type))
+
+
 def stores_files(int fd):
     """Whether `fd` is on a file system that stores files, not one that shows the kernel's insides; and its f_type."""
     cdef host_statfs fs
     if fstatfs(fd, &fs) < 0:
         raise OSError(errno, os.strerror(errno))
-    return fs_stores_files(<uint32_t>fs.f_type), <uint32_t>fs.f_type
+    return type_stores_files(<uint32_t>fs.f_type), <uint32_t>fs.f_type
 
 
 cdef class Share:

@@ -110,7 +110,8 @@ class World:
                 network_interfaces=[NetConfig(TAP)],
                 vsock=VsockConfig(3, str(self.uds)),
                 shares=[
-                    FsConfig("share", str(self.share)), FsConfig("dax", str(self.share), dax=_dax("64M")),
+                    FsConfig("share", str(self.share)),
+                    FsConfig("dax", str(self.share), dax=_dax("64M"), cache_policy="always"),
                     FsConfig("fixed", str(self.fixed), read_only=True),
                 ],
             )  # fmt: skip
@@ -338,6 +339,15 @@ def fs_mmap(world: World) -> dict[str, Any]:
         here = hashlib.md5((world.share / f"mapped.{name}").read_bytes()).hexdigest()
         facts[name] = [here, guest.ask(f"md5sum </mnt/{name}/mapped.{name}").split()[0]]
     facts["mounts"] = guest.ask("grep virtiofs /proc/mounts")
+    # No file of /mnt/b is opened on this side: cache=always.
+    facts["unlinked"] = guest.ask("cd /mnt/b && echo kept >x && exec 3<x && rm x && cat <&3; exec 3<&-; cd /root")
+    facts["cut"] = guest.ask("echo one >/mnt/b/y; echo two >/mnt/b/y; echo three >>/mnt/b/y; cat /mnt/b/y")
+    facts["cut_here"] = (world.share / "y").read_text()
+    facts["handles"] = [
+        link.device.stats["handles"] for link in guest.vm.virtio if getattr(link.device, "tag", "") == "dax"
+    ]
+    # Which number a file system has that this host's kernel may lack.
+    facts["configfs"] = guest.ask("mkdir -p /tmp/d && mount -t configfs d /tmp/d && stat -fc %t /tmp/d; umount /tmp/d")
     return facts
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.linux.device_scenarios import CONNECTIONS, DISK, DISKS, MIB, STRESSORS
 from tests.linux.kernels import cpus
+from tests.virtio.test_fs_mounts import CONFIGFS
 
 # The session's first test here waits for every scenario.
 pytestmark = pytest.mark.timeout(1500)
@@ -105,6 +106,10 @@ def test_fs_mmap(result: dict[str, Any]) -> None:
     assert result["a"][0] == result["a"][1]
     assert result["b"][0] == result["b"][1]
     assert "dax" in result["mounts"]
+    assert result["unlinked"] == "kept"
+    assert result["cut"] + "\n" == result["cut_here"] == "two\nthree\n"
+    assert result["handles"] == [0], "files are used without being opened"
+    assert int(result["configfs"], 16) == CONFIGFS
 
 
 def test_fs_stress(result: dict[str, Any]) -> None:

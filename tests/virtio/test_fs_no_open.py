@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import ROOT, FuseVm
 from tests.virtio.fuse_kernel import KernelMount
 from tests.virtio.test_fs import held, mount, refused, root_only, tree
+from tests.virtio.test_fs_dax import SLOT, at, put
 from tests.virtio.test_fs_hostile import few_descriptors
 from tests.virtio.test_fs_kernel import OPENING, kernel_mount
 from vmm._budget import KEPT, set_descriptor_limit
@@ -105,6 +108,87 @@ def test_a_file_without_a_name_stays_until_the_guest_forgets_it(
         assert vm.read(nodes[i], 0, 10) == f"{i}".encode()
         vm.forget(nodes[i])
     assert vm.device.stats["bad_forgets"] == 0 and vm.device.stats["reopened"] > 0
+
+
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
+
+
+@contextlib.contextmanager
+def effective(capabilities: int) -> Iterator[None]:
+    """This thread, and those that it makes, without the others, as a jail's: user 0 keeps one there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, data = (ctypes.c_uint32 * 2)(0x2008_0522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, data) == 0
+    before = list(data)
+    data[0], data[3] = capabilities, 0
+    assert libc.capset(header, data) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, (ctypes.c_uint32 * 6)(*before)) == 0
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "read_only", "opens"),
+    [
+        (CAP_DAC_OVERRIDE, False, False),
+        (CAP_DAC_OVERRIDE, True, False),
+        (CAP_DAC_READ_SEARCH, False, True),
+        (CAP_DAC_READ_SEARCH, True, False),
+        (0, False, True),
+        (0, True, True),
+    ],
+)
+def test_it_takes_the_capability_to_open_everything(
+    tree: Path, mount: Callable[..., FuseVm], capabilities: int, read_only: bool, opens: bool
+) -> None:
+    """In a jail there is at most CAP_DAC_OVERRIDE. What the host would refuse is refused when it is opened."""
+    for name, mode in (("theirs", 0o600), ("nobodys", 0)):
+        (tree / name).write_text(name)
+        (tree / name).chmod(mode)
+        os.chown(tree / name, 1234, 1234)
+    with effective(capabilities):
+        vm = mount(cache="always", read_only=read_only, flags=fuse.ALL_FLAGS)
+    for name in ("theirs", "nobodys"):
+        node = vm.lookup(name).nodeid
+        if not opens:
+            assert refused(vm.open, node) == "ENOSYS"
+            assert vm.read(node, 0, 100) == name.encode()
+            if not read_only:
+                assert vm.write(node, 0, b"x") == 1
+        elif capabilities:
+            assert vm.read(node, vm.open(node), 100) == name.encode()
+            assert refused(vm.open, node, os.O_RDWR) == "EACCES"
+        else:
+            assert refused(vm.open, node) == "EACCES"
+
+
+def test_a_file_is_mapped_without_being_opened(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    """DAX names no handle; the mapping is the file's, whatever its mode and once its name is gone."""
+    (tree / "a").write_bytes(b"0123456789")
+    (tree / "a").chmod(0)
+    vm = mount(cache="always", dax=2 * SLOT, flags=fuse.ALL_FLAGS)
+    node = vm.lookup("a").nodeid
+    assert refused(vm.open, node) == "ENOSYS"
+    vm.ask(fuse.UNLINK, ROOT, b"a\0")
+    vm.setupmapping(node, 0, SLOT, 0, 3)
+    assert at(vm, 0, 10) == b"0123456789"
+    put(vm, 0, b"guest")
+    assert vm.read(node, 0, 10) == b"guest56789"
+    vm.removemapping((0, SLOT))
+    vm.forget(node)
+    assert held(tree) == 1 and vm.device.stats["dax_mapped"] == 0
+
+
+def test_a_read_only_share_maps_for_reading(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "a").write_bytes(b"0123456789")
+    vm = mount(cache="always", read_only=True, dax=2 * SLOT, flags=fuse.ALL_FLAGS)
+    node = vm.lookup("a").nodeid
+    assert refused(vm.open, node, os.O_RDWR) == "ENOSYS"
+    assert refused(vm.setupmapping, node, 0, SLOT, 0, 3) == refused(vm.write, node, 0, b"x") == "EROFS"
+    vm.setupmapping(node, 0, SLOT, 0, 2)
+    put(vm, 0, b"guest")
+    assert (tree / "a").read_bytes() == b"0123456789"
 
 
 def read_often(path: str) -> int:
