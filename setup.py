@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the Cython extensions and the program `pyvmm`, vmm/launcher.c; the rest of the package is in pyproject.toml.
+"""Builds the Cython extensions, the program `pyvmm` (vmm/launcher.c) and the agent of sandboxes (vmm/sandbox/agent).
+
+The rest of the package is in pyproject.toml.
 
 ``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``), ``PYVMM_ASAN=1`` with AddressSanitizer
 (``make asan``), ``PYVMM_NO_EXTENSIONS=1`` no extension (``make install`` builds them afterwards, in the checkout).
@@ -13,6 +15,7 @@ import tempfile
 
 from Cython.Build import cythonize
 from setuptools import Distribution, Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # isort: split
 # setuptools' own, which stand under this name once setuptools is imported.
@@ -26,6 +29,12 @@ ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVM
 LAUNCHER = "vmm/launcher.c"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
 HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
+AGENT = [f"vmm/sandbox/agent/{name}.c" for name in "boot exec files frames libc main ports users".split()]
+# No function of the compiler's or the C library's, and nothing that needs one at the start.
+BARE = [
+    "-Os", "-g0", "-Wall", "-Wextra", "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-U_FORTIFY_SOURCE",
+    "-fcf-protection=none", "-fno-pie", "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns",
+]  # fmt: skip
 LIBRARIES = {"vmm._seccomp": ["seccomp"]}
 ROOMS = ("vmm", "devices", "virtio")
 FILES = {f"{room}/{file}" for room in ROOMS for file in os.listdir(room)}
@@ -63,9 +72,24 @@ class BuildLauncher(build_scripts):
                 compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=["-s"])
 
 
+class BuildAgent(build_ext):
+    """Compiles the extensions, and the agent: a program of the guest's, without a C library."""
+
+    def run(self) -> None:
+        super().run()
+        compiler = new_compiler()
+        customize_compiler(compiler)
+        place = os.path.join("." if self.inplace else self.build_lib, "vmm/sandbox")
+        os.makedirs(place, exist_ok=True)
+        with tempfile.TemporaryDirectory() as directory:
+            objects = compiler.compile(AGENT, output_dir=directory, macros=[("_GNU_SOURCE", None)], extra_preargs=BARE)
+            options = ["-static", "-no-pie", "-nostdlib", "-s", "-Wl,-z,noexecstack"]
+            compiler.link_executable(objects, "agent.elf", output_dir=place, extra_postargs=options)
+
+
 setup(
     scripts=[LAUNCHER],
-    cmdclass={"build_scripts": BuildLauncher},
+    cmdclass={"build_scripts": BuildLauncher, "build_ext": BuildAgent},
     ext_modules=[]
     if os.environ.get("PYVMM_NO_EXTENSIONS")
     else cythonize(

@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sdist")
     tree = place / "tree"
     for room in ROOMS:
-        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("*.so", "*.elf", "__pycache__"))
     for path in (
         name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
     ):
@@ -57,7 +57,7 @@ def test_the_sdist_makes_a_wheel_that_can_be_imported(source: Path, tmp_path: Pa
     have = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     want = {f"{room}/{path.name}" for room in ROOMS for path in (ROOT / room).glob("*.p[yx][xdi]*")} - {"vmm/py.typed"}
     assert {name for name in want if name.endswith((".pyx", ".pxd", ".pyi"))} | {"vmm/launcher.c"} <= have
-    assert not [name for name in have if name.endswith(".so") or Path(name).match("_*.c")]
+    assert not [name for name in have if name.endswith((".so", ".elf")) or Path(name).match("_*.c")]
     library = source / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     for module in MODULES:
@@ -75,6 +75,8 @@ def test_the_sdist_makes_a_wheel_that_can_be_imported(source: Path, tmp_path: Pa
         archive.extractall(tmp_path / "installed")
     assert {f"{module}{suffix}" for module in MODULES} <= set(names)
     assert [name for name in names if name.endswith("scripts/pyvmm")]
+    agent = (tmp_path / "installed/vmm/sandbox/agent.elf").read_bytes()
+    assert agent[:4] == b"\x7fELF" and len(agent) < 150_000 and b"ld-linux" not in agent  # static
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(tmp_path / "installed")!r})

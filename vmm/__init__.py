@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from vmm.events import Stop, StopReason
     from vmm.machine import Machine
     from vmm.pool import Pool
+    from vmm.sandbox import Sandbox
     from vmm.snapshot import Image
 
-__all__ = ["DriveConfig", "Image", "Machine", "Pool", "Stop", "StopReason", "VmConfig"]
+__all__ = ["DriveConfig", "Image", "Machine", "Pool", "Sandbox", "Stop", "StopReason", "VmConfig"]
 
 _HOMES = {
     "DriveConfig": "vmm.device_config",
     "Image": "vmm.snapshot",
     "Machine": "vmm.machine",
     "Pool": "vmm.pool",
+    "Sandbox": "vmm.sandbox",
     "Stop": "vmm.events",
     "StopReason": "vmm.events",
     "VmConfig": "vmm.config",

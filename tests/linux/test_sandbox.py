@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandboxes on a real kernel: commands, files, copies, and how each ends, by what the guest's programs say."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.linux import kernels
+from vmm import Sandbox
+from vmm.errors import ConfigError
+from vmm.kvm import runs_linux
+from vmm.sandbox import (
+    CommandKilled,
+    CommandNotExecutable,
+    CommandNotFound,
+    CommandOutOfMemory,
+    CommandTimeout,
+    SandboxError,
+    SandboxGone,
+    registry,
+)
+
+pytestmark = pytest.mark.timeout(900)  # the first one may build r3
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory, native: None) -> Iterator[Path]:
+    """Where the sandboxes of this module are; nothing is left there."""
+    place = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(place))
+        if not runs_linux():
+            patch.setenv("PYVMM_SANDBOX_KERNEL", kernels.kernel().path)
+        yield place
+        assert not list((place / "pyvmm/sandboxes").iterdir())
+
+
+@pytest.fixture(scope="module")
+def sandbox(runtime: Path) -> Iterator[Sandbox]:
+    """One for the tests that leave it as it is."""
+    with Sandbox("busybox", memory="192M", env={"COLOUR": "blue"}) as made:
+        yield made
+
+
+def test_a_command_has_status_streams_environment_and_directory(sandbox: Sandbox) -> None:
+    result = sandbox.run("echo $COLOUR $SHAPE; pwd; echo bad >&2; exit 7", env={"SHAPE": "round"}, cwd="/etc")
+    assert (result.stdout, result.stderr, result.exit_code) == ("blue round\n/etc\n", "bad\n", 7)
+    assert sandbox.run(["printf", "%s|", "a b", "", "c\nd"]).stdout == "a b||c\nd|"
+    assert sandbox.run("hostname").stdout.strip() == sandbox.name
+    assert abs(int(sandbox.run("date +%s").stdout) - time.time()) < 5
+
+
+def test_standard_input_and_binary_output_arrive_whole(sandbox: Sandbox) -> None:
+    data = random.Random(1).randbytes(1_500_000)
+    result = sandbox.run("tee /tmp/data | sha256sum >&2; cat /tmp/data", input=data)
+    assert result.stderr.split()[0] == hashlib.sha256(data).hexdigest()
+    assert result.stdout_bytes == data
+    assert sandbox.run("cat").stdout == ""  # its input is closed
+    assert sandbox.run("head -c 3", input=data).exit_code == 0  # one that does not read it all
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "error"),
+    [
+        ("no-such-program", 127, CommandNotFound),
+        (["no-such-program"], 127, CommandNotFound),
+        (["/no/such/program"], 127, CommandNotFound),
+        (["/etc/passwd"], 126, CommandNotExecutable),
+        (["/tmp"], 126, CommandNotExecutable),
+        ("kill -TERM $$", 128 + 15, CommandKilled),
+    ],
+)
+def test_a_command_that_fails_says_why(
+    sandbox: Sandbox, command: str | list[str], status: int, error: type[Exception]
+) -> None:
+    assert sandbox.run(command).exit_code == status
+    with pytest.raises(error):
+        sandbox.run(command, check=True)
+
+
+def test_a_timeout_kills_what_the_command_had_started(sandbox: Sandbox) -> None:
+    with pytest.raises(CommandTimeout) as caught:
+        sandbox.run("echo begun; sleep 4321 & sleep 4321", timeout=0.5)
+    assert caught.value.result is not None and caught.value.result.stdout == "begun\n"
+    deadline = time.monotonic() + 10
+    while "4321" in sandbox.run("ps").stdout:
+        assert time.monotonic() < deadline
+
+
+def test_output_without_end_is_bounded_and_told(sandbox: Sandbox) -> None:
+    result = sandbox.run("yes | head -c 300000", limit=1000)
+    assert result.truncated and len(result.stdout_bytes) == 1000
+    assert not sandbox.run("yes | head -c 1000", limit=1000).truncated
+
+
+def test_what_is_left_in_the_background_holds_nobody_up(sandbox: Sandbox) -> None:
+    result = sandbox.run("echo before; sleep 77 &", timeout=20)
+    assert result.stdout == "before\n"
+    assert "sleep 77" in sandbox.run("ps").stdout
+    sandbox.run("pkill -f 'sleep 77'")
+
+
+def test_users_groups_and_limits_are_the_kernels(sandbox: Sandbox) -> None:
+    assert "uid=65534(nobody) gid=65534(nogroup)" in sandbox.run("id", user="nobody").stdout
+    assert "uid=1234 gid=5(tty)" in sandbox.run("id", user="1234:tty").stdout
+    assert sandbox.run("grep CapEff /proc/self/status", user="nobody").stdout.split()[1] == "0" * 16
+    assert sandbox.run("ulimit -n; ulimit -f", limits={"nofile": 33, "fsize": 2048}).stdout.split() == ["33", "4"]
+    assert sandbox.run("while :; do :; done", limits={"cpu": 1}, timeout=60).signal in (24, 9)
+    with pytest.raises(ConfigError, match="no such user"):
+        sandbox.run("id", user="nobody-here")
+    with pytest.raises(ConfigError, match="nofile"):
+        sandbox.run("id", limits={"nofiles": 3})
+
+
+def test_a_terminal_has_a_size_keys_and_an_end(sandbox: Sandbox) -> None:
+    with sandbox.exec("stty size; read line; stty size; echo got $line; cat", terminal=(30, 100)) as process:
+        assert process.stdout.readline(10) == b"30 100\r\n"
+        process.resize(40, 120)
+        process.stdin.write("word\n")
+        assert process.stdout.readline(10) == b"word\r\n"  # the terminal's echo
+        assert process.stdout.readline(10) == b"40 120\r\n"
+        assert process.stdout.readline(10) == b"got word\r\n"
+        process.stdin.close()
+        assert process.wait(10).exit_code == 0
+
+
+def test_a_handle_is_like_popen(sandbox: Sandbox) -> None:
+    with sandbox.exec(["cat"]) as process:
+        assert process.poll() is None
+        process.stdin.write(b"one\ntwo\n")
+        assert process.stdout.readline(10) == b"one\n"
+        assert process.stdout.readline(10) == b"two\n"
+        process.stdin.close()
+        assert process.wait(10).exit_code == 0 and process.poll() == 0
+    with sandbox.exec("trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 0.01; done") as process:
+        assert process.stdout.readline(10) == b"ready\n"
+        process.terminate()
+        assert process.wait(10).exit_code == 3
+    with sandbox.exec(["sleep", "100"]) as process:
+        with pytest.raises(CommandTimeout):
+            process.wait(0.01)
+        process.kill()
+        assert process.wait(10).signal == 9
+
+
+def test_orphans_are_reaped(sandbox: Sandbox) -> None:
+    sandbox.run("for i in 1 2 3 4 5; do (true &) ; done")
+    end = time.monotonic() + 10
+    while " Z " in sandbox.run("ps -o pid,stat,comm").stdout:
+        assert time.monotonic() < end
+
+
+def test_files_there_and_back(sandbox: Sandbox) -> None:
+    files = sandbox.files
+    data = random.Random(2).randbytes(700_001)
+    files.write("/data/deep/er/blob", data)
+    assert sandbox.run("sha256sum /data/deep/er/blob").stdout.split()[0] == hashlib.sha256(data).hexdigest()
+    assert files.read("/data/deep/er/blob", "bytes") == data
+    assert files.read_bytes("/data/deep/er/blob", offset=699_999, length=10) == data[699_999:]
+    files.write("/data/text", "a line\n", mode=0o640)
+    files.write("/data/text", io.BytesIO(b"another\n"), append=True)
+    assert files.read("/data/text") == "a line\nanother\n"
+    files.symlink("/data/link", "text")
+    files.chown("/data/text", "nobody:tty")
+    said = sandbox.run("stat -c '%n %a %u %g %s' /data/text; readlink /data/link").stdout
+    assert said == "/data/text 640 65534 5 15\ntext\n"
+    found = {entry.name: entry for entry in files.list("/data")}
+    assert {name: entry.type for name, entry in found.items()} == {"deep": "dir", "text": "file", "link": "symlink"}
+    assert found["link"].target == "text" and (found["text"].size, found["text"].uid) == (15, 65534)
+    assert files.stat("/data/link", follow=True).type == "file"
+    files.rename("/data/text", "/data/new")
+    assert files.exists("/data/new") and not files.exists("/data/text")
+    assert files.read("/proc/version").startswith("Linux ")
+    files.remove("/data")
+    assert sandbox.run("ls /data").exit_code == 1
+    for number in range(60):
+        files.write(f"/many/{number % 7}/{number}", b"")
+    assert len(files.list("/many/3")) == 9
+    files.remove("/many")
+    assert not files.exists("/many")
+
+
+def test_files_fail_as_the_kernel_says(sandbox: Sandbox) -> None:
+    files = sandbox.files
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        files.read("/nowhere")
+    with pytest.raises(IsADirectoryError):
+        files.write("/etc", b"x" * 100_000)
+    with pytest.raises(NotADirectoryError):
+        files.list("/etc/passwd")
+    with pytest.raises(PermissionError):
+        files.write("/etc/mine", b"", user="nobody")
+    with pytest.raises(OSError) as caught:
+        files.write("/dev/full", b"x")
+    assert caught.value.errno == errno.ENOSPC
+    sandbox.run("mkfifo /tmp/fifo")
+    assert files.read("/tmp/fifo", timeout=10) == ""  # nobody is held up
+    with pytest.raises(CommandTimeout):
+        files.read("/dev/zero", "bytes", timeout=0.2)
+    assert files.exists("/etc/passwd")  # and goes on
+
+
+def test_root_does_not_follow_what_a_user_has_left_in_tmp(sandbox: Sandbox) -> None:
+    sandbox.run("ln -s /etc/passwd /tmp/innocent", user="nobody")
+    with pytest.raises(PermissionError):
+        sandbox.files.write("/tmp/innocent", b"gone")
+    assert "root:" in sandbox.files.read("/etc/passwd")
+
+
+def test_a_directory_is_watched(sandbox: Sandbox) -> None:
+    sandbox.files.make_dir("/watched")
+    changes = sandbox.files.watch("/watched", timeout=20)
+    sandbox.run("echo x >/watched/file; rm /watched/file")
+    seen = [(change.name, change.kind) for _, change in zip(range(3), changes, strict=False)]
+    assert seen == [("file", "created"), ("file", "written"), ("file", "removed")]
+    changes.close()  # type: ignore[attr-defined]
+
+
+def test_a_tcp_port_of_the_guest_is_reached(sandbox: Sandbox) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        sandbox.connect(8080)
+    with sandbox.exec("nc -l -p 8080 -e cat") as _server:
+        for _ in range(1000):
+            try:
+                stream = sandbox.connect(8080)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        with stream:
+            stream.sendall(b"through\n")
+            assert stream.recv(100) == b"through\n"
+            stream.shutdown(socket.SHUT_WR)
+            assert stream.recv(100) == b""
+
+
+def test_out_of_memory_is_told(runtime: Path) -> None:
+    with Sandbox("busybox", memory="64M") as small:
+        with pytest.raises(CommandOutOfMemory):
+            small.run("echo 1 >/proc/sys/vm/overcommit_memory; dd if=/dev/zero of=/dev/null bs=99M count=1", check=True)
+        assert small.run("echo alive").stdout == "alive\n"
+        with pytest.raises(OSError) as caught:  # and a full disk is
+            small.files.write("/big", bytes(80 << 20))
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_copies_go_their_own_way(sandbox: Sandbox) -> None:
+    sandbox.run("echo common >/tmp/word; sleep 555 &")
+    copies = sandbox.fork(2)
+    try:
+        names = {each.run("hostname").stdout.strip() for each in (sandbox, *copies)}
+        assert len(names) == 3
+        dice = {each.run("head -c 8 /dev/urandom | hexdump").stdout for each in (sandbox, *copies)}
+        assert len(dice) == 3
+        copies[0].files.write("/tmp/word", "mine")
+        assert [each.files.read("/tmp/word") for each in (sandbox, *copies)] == ["common\n", "mine", "common\n"]
+        assert "sleep 555" in copies[1].run("ps").stdout
+        (grandchild,) = copies[0].fork()
+        with grandchild:
+            assert grandchild.files.read("/tmp/word") == "mine"
+    finally:
+        for copy in copies:
+            copy.close()
+        sandbox.run("pkill -f 'sleep 555'")
+
+
+def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.files.write("/tmp/kept", "kept")
+    sandbox.snapshot(str(tmp_path / "shot"))
+    with Sandbox.restore(str(tmp_path / "shot"), timeout=2) as again:
+        assert again.files.read("/tmp/kept") == "kept"
+        assert again.run("echo $COLOUR").stdout == "blue\n"
+        with pytest.raises(SandboxGone, match="time limit of 2 s"):
+            again.run("sleep 100")
+
+
+def test_pause_holds_and_a_deadline_fires_all_the_same(sandbox: Sandbox) -> None:
+    sandbox.pause()
+    with pytest.raises(CommandTimeout):
+        sandbox.run("true", timeout=0.05)
+    sandbox.resume()
+    assert sandbox.run("echo on").stdout == "on\n"
+
+
+def test_the_end_of_a_vm_fails_every_call_at_once(runtime: Path) -> None:
+    caught: list[BaseException] = []
+
+    def call(work: object) -> None:
+        try:
+            work()  # type: ignore[operator]
+        except BaseException as error:
+            caught.append(error)
+
+    with Sandbox("busybox", memory="64M") as mortal:
+        process = mortal.exec("sleep 100")
+        calls = [
+            lambda: mortal.run("sleep 100", timeout=None), lambda: process.wait(),
+            lambda: next(mortal.files.watch("/tmp")),
+        ]  # fmt: skip
+        threads = [threading.Thread(target=call, args=(each,)) for each in calls]
+        for thread in threads:
+            thread.start()
+        mortal.run("(sleep 0.3; echo o >/proc/sysrq-trigger) >/dev/null 2>&1 &")
+        for thread in threads:
+            thread.join(30)
+        assert len(caught) == 3 and all(type(each) is SandboxGone for each in caught), caught
+        with pytest.raises(SandboxGone, match="has ended"):
+            mortal.run("true")
+        assert not mortal.running
+
+
+def test_a_host_directory_is_mounted(runtime: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("from the host")
+    with Sandbox(
+        "busybox", memory="64M", mounts={"/host": (str(tmp_path), "ro"), "/work": str(tmp_path)}
+    ) as with_mounts:
+        assert with_mounts.files.read("/host/in") == "from the host"
+        assert with_mounts.run("touch /host/x").exit_code == 1
+        with_mounts.files.write("/work/out", "back")
+    assert (tmp_path / "out").read_text() == "back"
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbox, tmp_path: Path) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    for settings, message in (
+        ({"image": "no-such"}, "image no-such: is not here"),
+        ({"image": "busybox", "name": "a/b"}, "letters, digits"),
+        ({"image": "busybox", "name": sandbox.name}, "another sandbox"),
+        ({"image": "busybox", "network": "host"}, "network host"),
+        ({"image": "busybox", "timeout": 0}, "timeout"),
+        ({"image": "busybox", "memory": "1K"}, "memory"),
+        ({"image": "busybox", "mounts": {"x": "/tmp"}}, "mounts"),
+        ({"image": "busybox", "mounts": {"/x": str(tmp_path / "none")}}, "none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Sandbox(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="NUL"):
+        sandbox.run(["a\0b"])
+    with pytest.raises(ConfigError, match="at most"):
+        sandbox.run(["true", *["x"] * 9000])
+    with pytest.raises(SandboxError, match="did not come up"):
+        Sandbox("busybox", memory="64M", kernel=kernels.kernel().path, boot_timeout=0.001)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert [each["name"] for each in registry.all_running()] == [sandbox.name]

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+// A command: arg=... (several), env=NAME=VALUE (several), cwd, user, tty=ROWSxCOLUMNS, term, limit=NUMBER:SOFT:HARD
+// (several), keep (it goes on when the host goes away), nostdin. Answers F_STARTED, output, F_EXIT; or F_FAILED.
+#include "agent.h"
+#include "libc.h"
+#include <sys/signalfd.h>
+#include <termios.h>
+
+enum { WORDS = WORDS_MAX + 16 };
+
+static char *arguments[WORDS + 1], *environment[WORDS + 1];
+static char scratch[5][512];
+static struct identity user;
+static char input[FRAME_MAX], output[FRAME_MAX];
+static size_t pending, taken; // of `input`, and how much of it the command has
+
+struct command {
+    pid_t pid;
+    int in, out, err; // -1: closed; with a terminal `in` and `out` are its one descriptor
+    int terminal;
+};
+
+static void add(char **list, int *count, const char *word)
+{
+    if (*count < WORDS)
+        list[(*count)++] = (char *)word;
+    list[*count] = NULL;
+}
+
+static int has(char **list, const char *pair)
+{
+    size_t length = (size_t)(strchr(pair, '=') + 1 - pair);
+    for (; *list; list++)
+        if (!strncmp(*list, pair, length))
+            return 1;
+    return 0;
+}
+
+static void make_environment(const struct request *request, int terminal)
+{
+    static const char *const names[] = {"PATH=", "HOME=", "USER=", "LOGNAME=", "TERM="};
+    const char *term = value(request, "term");
+    const char *const values[] = {
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", user.home, user.name, user.name,
+        term ? term : "xterm-256color",
+    };
+    int count = 0;
+    environment[0] = NULL;
+    for (int i = 1; i < request->count; i++)
+        if (!strncmp(request->words[i], "env=", 4) && strchr(request->words[i] + 4, '='))
+            add(environment, &count, request->words[i] + 4);
+    for (int i = 0; i < 4 + !!terminal; i++) {
+        join(scratch[i], sizeof scratch[i], names[i], values[i], NULL);
+        if (!has(environment, scratch[i]))
+            add(environment, &count, scratch[i]);
+    }
+}
+
+static void limit(const char *text)
+{
+    char copy[64];
+    join(copy, sizeof copy, text, NULL);
+    char *soft = strchr(copy, ':'), *hard = soft ? strchr(soft + 1, ':') : NULL;
+    if (!hard)
+        return;
+    *soft++ = *hard++ = 0;
+    uint64_t limits[2] = {(uint64_t)number(soft, -1), (uint64_t)number(hard, -1)}; // -1: no limit
+    CALL(prlimit64, 0, number(copy, 0), limits, NULL);
+}
+
+// In the child: what cannot be done is told by the pipe, as errno and what it was.
+static void fail(int report, const char *what)
+{
+    struct {
+        int error;
+        char what[256];
+    } said = {.error = errno};
+    join(said.what, sizeof said.what, what, NULL);
+    write(report, &said, sizeof said);
+    _exit(127);
+}
+
+static void execute(int report)
+{
+    const char *name = arguments[0], *path = "/usr/bin:/bin";
+    char place[4096];
+    int seen = ENOENT;
+    if (strchr(name, '/')) {
+        CALL(execve, name, arguments, environment);
+        fail(report, name);
+    }
+    for (char **each = environment; *each; each++)
+        if (!strncmp(*each, "PATH=", 5))
+            path = *each + 5;
+    while (*path) {
+        size_t length = 0;
+        for (; *path && *path != ':'; path++)
+            if (length + 1 < sizeof place)
+                place[length++] = *path;
+        place[length] = 0;
+        path += *path == ':';
+        if (length + strlen(name) + 2 > sizeof place)
+            continue;
+        join(place + length, sizeof place - length, length ? "/" : "./", name, NULL);
+        CALL(execve, place, arguments, environment);
+        if (errno != ENOENT && errno != ENOTDIR)
+            seen = errno;
+    }
+    errno = seen;
+    fail(report, name);
+}
+
+static void become(const struct request *request, int report, const int ends[3], int terminal)
+{
+    CALL(setsid);
+    for (int i = 0; i < 3; i++)
+        CALL(dup2, ends[i], i);
+    if (terminal)
+        CALL(ioctl, 0, TIOCSCTTY, 0);
+    spit("/proc/self/oom_score_adj", "0");
+    for (int i = 1; i < request->count; i++)
+        if (!strncmp(request->words[i], "limit=", 6))
+            limit(request->words[i] + 6);
+    const char *cwd = value(request, "cwd");
+    if (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
+        CALL(setresuid, user.uid, user.uid, user.uid))
+        fail(report, "user");
+    // As the user: what root alone may enter is refused. Without a cwd the home directory, if there is one.
+    if (cwd ? CALL(chdir, cwd) : CALL(chdir, user.home) && CALL(chdir, "/"))
+        fail(report, cwd ? cwd : "/");
+    struct {
+        void *handler;
+        unsigned long flags;
+        void *restorer;
+        uint64_t mask;
+    } usual = {SIG_DFL, 0, NULL, 0};
+    uint64_t none = 0;
+    CALL(rt_sigaction, SIGPIPE, &usual, NULL, sizeof none);
+    CALL(rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
+    execute(report);
+}
+
+static int open_terminal(const char *size, int *other)
+{
+    struct winsize window = {0};
+    int unlock = 0, fd = open_file(AT_FDCWD, "/dev/ptmx", O_RDWR, 0);
+    if (fd < 0)
+        return -1;
+    for (; *size >= '0' && *size <= '9'; size++)
+        window.ws_row = (unsigned short)(window.ws_row * 10 + (*size - '0'));
+    window.ws_col = (unsigned short)number(size + (*size == 'x'), 80);
+    CALL(ioctl, fd, TIOCSPTLCK, &unlock);
+    CALL(ioctl, fd, TIOCSWINSZ, &window);
+    *other = (int)CALL(ioctl, fd, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
+    CALL(fchown, *other, user.uid, -1);
+    return *other < 0 ? -1 : fd;
+}
+
+// 0: started; otherwise it was told why not.
+static int begin(const struct request *request, struct command *command)
+{
+    const char *size = value(request, "tty");
+    int in[2] = {-1, -1}, out[2] = {-1, -1}, err[2] = {-1, -1}, report[2], other = -1, ends[3];
+    command->terminal = size != NULL;
+    if (CALL(pipe2, report, O_CLOEXEC)) {
+        send_failed(errno, "pipe");
+        return -1;
+    }
+    if (size) {
+        command->in = command->out = open_terminal(size, &other);
+        command->err = -1;
+        if (command->in < 0) {
+            send_failed(errno, "terminal");
+            return -1;
+        }
+        ends[0] = ends[1] = ends[2] = other;
+    } else {
+        if (CALL(pipe2, in, O_CLOEXEC) || CALL(pipe2, out, O_CLOEXEC) || CALL(pipe2, err, O_CLOEXEC)) {
+            send_failed(errno, "pipe");
+            return -1;
+        }
+        command->in = in[1], command->out = out[0], command->err = err[0];
+        ends[0] = in[0], ends[1] = out[1], ends[2] = err[1];
+    }
+    command->pid = (pid_t)CALL(fork);
+    if (command->pid == 0)
+        become(request, report[1], ends, command->terminal);
+    int error = errno;
+    for (int i = 0; i < (size ? 1 : 3); i++)
+        close(ends[i]);
+    close(report[1]);
+    struct {
+        int error;
+        char what[256];
+    } said;
+    ssize_t told = 0;
+    if (command->pid > 0)
+        told = read(report[0], &said, sizeof said);
+    close(report[0]);
+    if (command->pid > 0 && told <= 0) {
+        CALL(fcntl, command->in, F_SETFL, O_NONBLOCK);
+        return 0;
+    }
+    if (command->pid > 0)
+        CALL(wait4, command->pid, NULL, 0, NULL);
+    send_failed(command->pid > 0 ? said.error : error, command->pid > 0 ? said.what : "fork");
+    close(command->in);
+    if (!size)
+        close(command->out), close(command->err);
+    return -1;
+}
+
+// Whether the host has said all it will say for now; its frames for the command.
+static void from_host(struct command *command)
+{
+    char type;
+    size_t length = read_frame(&type, input);
+    uint16_t size[2];
+    if (type == F_WINDOW && length == sizeof size && command->terminal) {
+        memcpy(size, input, sizeof size);
+        struct winsize window = {.ws_row = size[0], .ws_col = size[1]};
+        CALL(ioctl, command->out, TIOCSWINSZ, &window);
+    } else if (type == F_STDIN && length) {
+        taken = 0;
+        pending = command->in < 0 ? 0 : length;
+    } else if (type == F_STDIN && command->terminal) {
+        input[0] = 4; // what the key Ctrl-D sends
+        taken = 0, pending = 1;
+    } else if (type == F_STDIN && command->in >= 0) {
+        close(command->in);
+        command->in = -1;
+    }
+}
+
+static void to_command(struct command *command)
+{
+    ssize_t done = write(command->in, input + taken, pending);
+    if (done < 0 && errno == EAGAIN)
+        return;
+    if (done < 0 && !command->terminal) { // it does not read any more
+        close(command->in);
+        command->in = -1;
+    }
+    if (done < 0)
+        done = (ssize_t)pending;
+    taken += (size_t)done, pending -= (size_t)done;
+}
+
+// What is there of one stream, at most `most` bytes; 0: it has ended.
+static size_t from_command(int *fd, char type, size_t most)
+{
+    ssize_t done = read(*fd, output, most < FRAME_MAX ? most : FRAME_MAX);
+    if (done > 0) {
+        send_frame(type, NULL, 0, output, (size_t)done);
+        return (size_t)done;
+    }
+    close(*fd);
+    *fd = -1;
+    return 0;
+}
+
+// What it has written before it ended; not what others write who hold the stream.
+static void drain(int *fd, char type)
+{
+    int left = 0;
+    if (*fd < 0 || CALL(ioctl, *fd, FIONREAD, &left))
+        return;
+    for (size_t done; left > 0 && *fd >= 0; left -= (int)done)
+        if (!(done = from_command(fd, type, (size_t)left)))
+            return;
+}
+
+static unsigned long out_of_memory(void)
+{
+    static char text[16384];
+    slurp("/proc/vmstat", text, sizeof text);
+    for (char *at = text; at; at = strchr(at, '\n')) {
+        at += *at == '\n';
+        if (!strncmp(at, "oom_kill ", 9)) {
+            unsigned long count = 0;
+            for (at += 9; *at >= '0' && *at <= '9'; at++)
+                count = count * 10 + (unsigned long)(*at - '0');
+            return count;
+        }
+    }
+    return 0;
+}
+
+void run(const struct request *request)
+{
+    struct command command = {.in = -1, .out = -1, .err = -1};
+    const char *who = value(request, "user");
+    int count = 0, status = 0, gone = 0;
+    for (int i = 1; i < request->count; i++)
+        if (!strncmp(request->words[i], "arg=", 4))
+            add(arguments, &count, request->words[i] + 4);
+    if (!count || count == WORDS) {
+        send_failed(count ? E2BIG : EINVAL, "command");
+        return;
+    }
+    if (find_user(who ? who : "0", &user)) {
+        send_failed(EINVAL, "user");
+        return;
+    }
+    make_environment(request, value(request, "tty") != NULL);
+    uint64_t chosen = 1ul << (SIGCHLD - 1);
+    int signals = (int)CALL(signalfd4, -1, &chosen, sizeof chosen, SFD_CLOEXEC | SFD_NONBLOCK);
+    unsigned long before = out_of_memory();
+    if (begin(request, &command)) {
+        close(signals);
+        return;
+    }
+    owned = command.pid, keep = value(request, "keep") != NULL;
+    pending = taken = 0;
+    if (value(request, "nostdin") && !command.terminal) {
+        close(command.in);
+        command.in = -1;
+    }
+    uint32_t pid = (uint32_t)command.pid;
+    send_frame(F_STARTED, &pid, sizeof pid, NULL, 0);
+    for (;;) {
+        short more = (short)(command.in >= 0 && pending ? POLLOUT : 0);
+        struct pollfd fds[5] = {
+            {gone ? -1 : host, (short)(pending ? POLLRDHUP : POLLIN | POLLRDHUP), 0},
+            {signals, POLLIN, 0},
+            {command.out, (short)(POLLIN | (command.terminal ? more : 0)), 0},
+            {command.err, POLLIN, 0},
+            {command.terminal || !more ? -1 : command.in, more, 0},
+        };
+        wait_for(fds, 5, -1);
+        if (fds[0].revents & (POLLRDHUP | POLLHUP | POLLERR)) {
+            host_gone();
+            gone = 1;
+        } else if (fds[0].revents & POLLIN && !pending) {
+            from_host(&command);
+        }
+        if (fds[2].revents & POLLOUT || fds[4].revents)
+            to_command(&command);
+        if (fds[2].revents & (POLLIN | POLLHUP) && !from_command(&command.out, F_STDOUT, FRAME_MAX) && command.terminal)
+            command.in = -1;
+        if (fds[3].revents)
+            from_command(&command.err, F_STDERR, FRAME_MAX);
+        if (fds[1].revents) {
+            struct signalfd_siginfo info;
+            while (read(signals, &info, sizeof info) > 0)
+                continue;
+            if (CALL(wait4, command.pid, &status, WNOHANG, NULL) == command.pid)
+                break;
+        }
+    }
+    drain(&command.out, F_STDOUT);
+    drain(&command.err, F_STDERR);
+    struct {
+        uint8_t signalled;
+        uint8_t code;
+        uint8_t memory;
+    } end = {WIFSIGNALED(status), (uint8_t)(WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status)), 0};
+    end.memory = out_of_memory() != before && (end.signalled ? end.code == SIGKILL : end.code == 128 + SIGKILL);
+    send_frame(F_EXIT, &end, sizeof end, NULL, 0);
+    // Until the host closes: what it still sends would reset the connection, and with it the last frames.
+    while (read(host, input, sizeof input) > 0)
+        continue;
+    _exit(0);
+}

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+// Files of the guest, by path=..., and as user=... if that is given. F_ENTRY is struct entry, the name, NUL, and where
+// a symbolic link points.
+#include "agent.h"
+#include "libc.h"
+#include <sys/inotify.h>
+
+enum { DEEPEST = 256 };
+
+struct entry {
+    uint32_t mode, uid, gid;
+    uint32_t links;
+    uint64_t size;
+    int64_t changed; // nanoseconds since 1970
+};
+
+struct directory_entry { // struct linux_dirent64
+    uint64_t inode;
+    int64_t offset;
+    uint16_t length;
+    uint8_t type;
+    char name[];
+};
+
+static char bytes[FRAME_MAX];
+
+int make_parents(const char *path, int with_last)
+{
+    char part[4096];
+    size_t length = strlen(path);
+    if (length >= sizeof part) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    for (size_t i = 1; i <= length; i++) {
+        if (path[i] != '/' && !(i == length && with_last))
+            continue;
+        memcpy(part, path, i);
+        part[i] = 0;
+        if (CALL(mkdir, part, 0755) && errno != EEXIST)
+            return -1;
+    }
+    return 0;
+}
+
+static void send_entry(int directory, const char *path, const char *name, int flags)
+{
+    struct stat status;
+    if (look(directory, path, flags, &status))
+        return;
+    struct entry entry = {
+        status.st_mode, status.st_uid, status.st_gid, (uint32_t)status.st_nlink, (uint64_t)status.st_size,
+        status.st_mtim.tv_sec * 1000000000 + status.st_mtim.tv_nsec,
+    };
+    static char text[256 + 4096 + 2];
+    size_t length = join(text, 256, name, NULL) + 1;
+    if (S_ISLNK(status.st_mode)) {
+        ssize_t more = CALL(readlinkat, directory, path, text + length, 4096);
+        length += more > 0 ? (size_t)more : 0;
+    }
+    send_frame(F_ENTRY, &entry, sizeof entry, text, length);
+}
+
+static int list(const char *path)
+{
+    static char names[32768];
+    int fd = open_file(AT_FDCWD, path, O_RDONLY | O_DIRECTORY, 0);
+    if (fd < 0)
+        return -1;
+    for (long done; (done = CALL(getdents64, fd, names, sizeof names)) > 0;)
+        for (long at = 0; at < done;) {
+            struct directory_entry *each = (void *)(names + at);
+            if (strcmp(each->name, ".") && strcmp(each->name, ".."))
+                send_entry(fd, each->name, each->name, AT_SYMLINK_NOFOLLOW);
+            at += each->length;
+        }
+    close(fd);
+    return 0;
+}
+
+static int remove_all(int directory, const char *name, int depth)
+{
+    char names[1024];
+    if (!CALL(unlinkat, directory, name, 0))
+        return 0;
+    if (errno != EISDIR)
+        return -1;
+    if (depth == DEEPEST) {
+        errno = ELOOP;
+        return -1;
+    }
+    int fd = open_file(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0), failed = fd < 0, removed;
+    do { // from the beginning after each round: what was removed has moved the rest
+        removed = 0;
+        CALL(lseek, fd, 0, SEEK_SET);
+        for (long done; !failed && (done = CALL(getdents64, fd, names, sizeof names)) > 0;)
+            for (long at = 0; !failed && at < done;) {
+                struct directory_entry *each = (void *)(names + at);
+                if (strcmp(each->name, ".") && strcmp(each->name, "..")) {
+                    failed = remove_all(fd, each->name, depth + 1);
+                    removed = 1;
+                }
+                at += each->length;
+            }
+    } while (removed && !failed);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return failed ? -1 : (int)CALL(unlinkat, directory, name, AT_REMOVEDIR);
+}
+
+static int read_file(const struct request *request, const char *path)
+{
+    int fd = open_file(AT_FDCWD, path, O_RDONLY | O_NONBLOCK, 0); // a pipe holds nobody up
+    long at = number(value(request, "offset"), 0);
+    uint64_t left = (uint64_t)number(value(request, "length"), INT64_MAX);
+    ssize_t done = 1;
+    if (fd < 0 || (at && CALL(lseek, fd, at, SEEK_SET) < 0))
+        done = -1;
+    while (done > 0 && left) {
+        done = read(fd, bytes, left < FRAME_MAX ? left : FRAME_MAX);
+        if (done > 0) {
+            send_frame(F_DATA, NULL, 0, bytes, (size_t)done);
+            left -= (uint64_t)done;
+        }
+    }
+    int error = errno;
+    close(fd);
+    errno = error;
+    return done < 0 ? -1 : 0;
+}
+
+// The frames are read to their end in any case.
+static int write_file(const struct request *request, const char *path)
+{
+    long mode = number(value(request, "mode"), -1);
+    int how = O_WRONLY | O_CREAT | O_NONBLOCK | (value(request, "append") ? O_APPEND : O_TRUNC), fd = -1, error = 0;
+    if ((value(request, "parents") && make_parents(path, 0)) || (fd = open_file(AT_FDCWD, path, how, 0644)) < 0 ||
+        (mode >= 0 && CALL(fchmod, fd, mode & 07777)))
+        error = errno;
+    for (size_t length;;) {
+        char type;
+        length = read_frame(&type, bytes);
+        if (!length)
+            break;
+        for (size_t at = 0; !error && at < length;) {
+            ssize_t done = write(fd, bytes + at, length - at);
+            if (done < 0)
+                error = errno;
+            else
+                at += (size_t)done;
+        }
+    }
+    if (fd >= 0)
+        close(fd);
+    errno = error;
+    return error ? -1 : 0;
+}
+
+static int watch(const char *path)
+{
+    int fd = (int)CALL(inotify_init1, IN_CLOEXEC);
+    uint32_t mask = IN_CREATE | IN_DELETE | IN_MOVED_FROM | IN_MOVED_TO | IN_CLOSE_WRITE | IN_ATTRIB | IN_DELETE_SELF;
+    if (fd < 0 || CALL(inotify_add_watch, fd, path, mask) < 0) {
+        int error = errno;
+        close(fd);
+        errno = error;
+        return -1;
+    }
+    uint32_t none = 0;
+    send_frame(F_STARTED, &none, sizeof none, NULL, 0);
+    for (;;) {
+        struct pollfd fds[2] = {{host, POLLIN | POLLRDHUP, 0}, {fd, POLLIN, 0}};
+        wait_for(fds, 2, -1);
+        if (fds[0].revents)
+            _exit(0);
+        ssize_t done = read(fd, bytes, sizeof bytes);
+        for (ssize_t at = 0; at < done;) {
+            struct inotify_event *event = (void *)(bytes + at);
+            const char *name = event->len ? event->name : "";
+            send_frame(F_CHANGE, &event->mask, sizeof event->mask, name, strlen(name));
+            at += (ssize_t)(sizeof *event + event->len);
+        }
+    }
+}
+
+static int do_verb(const struct request *request, const char *path)
+{
+    const char *verb = request->words[0], *to = value(request, "to");
+    if (!strcmp(verb, "read"))
+        return read_file(request, path);
+    if (!strcmp(verb, "write"))
+        return write_file(request, path);
+    if (!strcmp(verb, "list"))
+        return list(path);
+    if (!strcmp(verb, "watch"))
+        return watch(path);
+    if (!strcmp(verb, "stat")) {
+        struct stat status;
+        int flags = value(request, "follow") ? 0 : AT_SYMLINK_NOFOLLOW;
+        if (look(AT_FDCWD, path, flags, &status))
+            return -1;
+        send_entry(AT_FDCWD, path, "", flags);
+        return 0;
+    }
+    if (!strcmp(verb, "mkdir"))
+        return value(request, "parents") ? make_parents(path, 1) : (int)CALL(mkdir, path, 0755);
+    if (!strcmp(verb, "remove"))
+        return remove_all(AT_FDCWD, path, 0);
+    if (!strcmp(verb, "chmod"))
+        return (int)CALL(chmod, path, number(value(request, "mode"), 0) & 07777);
+    if (!strcmp(verb, "chown")) {
+        struct identity owner;
+        const char *who = value(request, "owner");
+        if (!who || find_user(who, &owner)) {
+            errno = EINVAL;
+            return -1;
+        }
+        return (int)CALL(fchownat, AT_FDCWD, path, owner.uid, owner.gid, AT_SYMLINK_NOFOLLOW);
+    }
+    if (!to) {
+        errno = EINVAL;
+        return -1;
+    }
+    return (int)(!strcmp(verb, "rename") ? CALL(renameat2, AT_FDCWD, path, AT_FDCWD, to, 0) : CALL(symlink, to, path));
+}
+
+static int act_as(const struct identity *who)
+{
+    return CALL(setgroups, who->groups, who->group) || CALL(setresgid, -1, who->gid, -1) ||
+           CALL(setresuid, -1, who->uid, -1);
+}
+
+// 0: it is no verb of files.
+int serve_files(const struct request *request)
+{
+    static const char *const verbs[] = {
+        "read", "write", "list", "stat", "mkdir", "remove", "rename", "symlink", "chmod", "chown", "watch",
+    };
+    static const struct identity root;
+    struct identity user;
+    int known = 0, bad = 0;
+    for (size_t i = 0; i < sizeof verbs / sizeof *verbs; i++)
+        known |= !strcmp(request->words[0], verbs[i]);
+    if (!known)
+        return 0;
+    const char *path = value(request, "path"), *who = value(request, "user");
+    if (!path || !*path || (who && find_user(who, &user))) {
+        errno = EINVAL;
+        bad = 1;
+    }
+    CALL(chdir, !bad && who ? user.home : "/root"); // where a relative path begins
+    if (!bad && who && act_as(&user))
+        bad = 1;
+    int failed, error;
+    if (bad && !strcmp(request->words[0], "write")) {
+        error = errno;
+        for (char type; read_frame(&type, bytes);)
+            continue;
+        failed = 1;
+    } else {
+        failed = bad || do_verb(request, path);
+        error = errno;
+    }
+    if (who) {
+        CALL(setresuid, -1, 0, -1);
+        act_as(&root);
+    }
+    if (failed)
+        send_failed(error, who && bad ? who : path ? path : "path");
+    else
+        send_ok();
+    return 1;
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the agent needs of a C library: system calls, and a few functions for bytes and strings.
+#include "libc.h"
+#include <stdarg.h>
+
+static int error_number;
+
+int *__errno_location(void)
+{
+    return &error_number;
+}
+
+long call(long number, long a, long b, long c, long d, long e, long f)
+{
+    register long fourth __asm__("r10") = d;
+    register long fifth __asm__("r8") = e;
+    register long sixth __asm__("r9") = f;
+    long result;
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "a"(number), "D"(a), "S"(b), "d"(c), "r"(fourth), "r"(fifth), "r"(sixth)
+                     : "rcx", "r11", "memory");
+    if (result < 0 && result > -4096) {
+        errno = (int)-result;
+        return -1;
+    }
+    return result;
+}
+
+void *memcpy(void *restrict to, const void *restrict from, size_t length)
+{
+    void *start = to;
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(length) : : "memory");
+    return start;
+}
+
+void *memset(void *to, int byte, size_t length)
+{
+    void *start = to;
+    __asm__ volatile("rep stosb" : "+D"(to), "+c"(length) : "a"(byte) : "memory");
+    return start;
+}
+
+size_t strlen(const char *text)
+{
+    size_t length = 0;
+    for (; text[length]; length++)
+        __asm__ volatile("");
+    return length;
+}
+
+int strncmp(const char *a, const char *b, size_t length)
+{
+    for (; length; a++, b++, length--)
+        if (*a != *b || !*a)
+            return (unsigned char)*a - (unsigned char)*b;
+    return 0;
+}
+
+int strcmp(const char *a, const char *b)
+{
+    return strncmp(a, b, (size_t)-1);
+}
+
+char *strchr(const char *text, int byte)
+{
+    for (; *text != (char)byte; text++)
+        if (!*text)
+            return NULL;
+    return (char *)text;
+}
+
+char *strrchr(const char *text, int byte)
+{
+    char *found = NULL;
+    for (; *text; text++)
+        if (*text == (char)byte)
+            found = (char *)text;
+    return found;
+}
+
+ssize_t read(int fd, void *to, size_t length)
+{
+    return CALL(read, fd, to, length);
+}
+
+ssize_t write(int fd, const void *from, size_t length)
+{
+    return CALL(write, fd, from, length);
+}
+
+int close(int fd)
+{
+    return (int)CALL(close, fd);
+}
+
+void _exit(int status)
+{
+    for (;;)
+        CALL(exit_group, status);
+}
+
+int open_file(int directory, const char *path, int flags, int mode)
+{
+    return (int)CALL(openat, directory, path, flags | O_CLOEXEC | O_NOCTTY, mode);
+}
+
+int look(int directory, const char *path, int flags, struct stat *status)
+{
+    return (int)CALL(newfstatat, directory, path, status, flags);
+}
+
+int wait_for(struct pollfd *fds, int count, int milliseconds)
+{
+    int ready;
+    do
+        ready = (int)CALL(poll, fds, count, milliseconds);
+    while (ready < 0 && errno == EINTR);
+    return ready;
+}
+
+size_t join(char *to, size_t room, ...)
+{
+    va_list list;
+    size_t length = 0;
+    va_start(list, room);
+    for (const char *part; (part = va_arg(list, const char *));)
+        for (; *part && length + 1 < room; part++)
+            to[length++] = *part;
+    va_end(list);
+    to[length] = 0;
+    return length;
+}
+
+char *decimal(unsigned long value, char buffer[24])
+{
+    char *at = buffer + 23;
+    *at = 0;
+    do
+        *--at = (char)('0' + value % 10);
+    while (value /= 10);
+    return at;
+}
+
+ssize_t slurp(const char *path, char *to, size_t room)
+{
+    int fd = open_file(AT_FDCWD, path, O_RDONLY, 0);
+    if (fd < 0)
+        return -1;
+    size_t length = 0;
+    for (ssize_t more; length + 1 < room && (more = read(fd, to + length, room - 1 - length)) > 0;)
+        length += (size_t)more;
+    to[length] = 0;
+    close(fd);
+    return (ssize_t)length;
+}
+
+int spit(const char *path, const char *text)
+{
+    int fd = open_file(AT_FDCWD, path, O_WRONLY, 0);
+    if (fd < 0)
+        return -1;
+    ssize_t done = write(fd, text, strlen(text));
+    close(fd);
+    return done < 0 ? -1 : 0;
+}
+
+__asm__(".globl _start\n_start: xor %ebp, %ebp\n mov %rsp, %rdi\n and $-16, %rsp\n call start\n hlt\n");
+
+__attribute__((used)) void start(void)
+{
+    _exit(main());
+}

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// Process 1: brings the system up, gives each connection of the host a process, and reaps what nobody else does.
+#include "agent.h"
+#include "libc.h"
+#include <linux/vm_sockets.h>
+#include <sys/signalfd.h>
+
+const char *value(const struct request *request, const char *key)
+{
+    size_t length = strlen(key);
+    for (int i = 1; i < request->count; i++)
+        if (!strncmp(request->words[i], key, length) && request->words[i][length] == '=')
+            return request->words[i] + length + 1;
+    return NULL;
+}
+
+long number(const char *text, long otherwise)
+{
+    long result = 0;
+    if (!text || !*text)
+        return otherwise;
+    for (; *text >= '0' && *text <= '9'; text++) {
+        if (result > (INT64_MAX - 9) / 10)
+            return otherwise;
+        result = result * 10 + (*text - '0');
+    }
+    return *text ? otherwise : result;
+}
+
+// On the console, which the host shows when the system does not come up.
+void say(const char *what, int error)
+{
+    char line[512], digits[24];
+    if (error)
+        join(line, sizeof line, "agent: ", what, ": error ", decimal((unsigned long)error, digits), "\n", NULL);
+    else
+        join(line, sizeof line, "agent: ", what, "\n", NULL);
+    write(2, line, strlen(line));
+}
+
+static void signal_process(const struct request *request)
+{
+    long pid = number(value(request, "pid"), 0), which = number(value(request, "signal"), -1);
+    if (pid < 2 || which < 0 || which > 64)
+        send_failed(EINVAL, "signal");
+    else if (CALL(kill, -pid, which))
+        send_failed(errno, "signal");
+    else
+        send_ok();
+}
+
+static void serve(void)
+{
+    static struct request request;
+    for (;;) {
+        if (!read_request(&request))
+            continue;
+        const char *verb = request.words[0];
+        if (!strcmp(verb, "run")) {
+            run(&request);
+        } else if (!strcmp(verb, "tcp")) {
+            relay(&request);
+        } else if (!strcmp(verb, "signal")) {
+            signal_process(&request);
+        } else if (!strcmp(verb, "wake")) {
+            wake(&request);
+        } else if (!strcmp(verb, "mount")) {
+            const char *tag = value(&request, "tag"), *path = value(&request, "path");
+            if (!tag || !path || mount_share(tag, path, value(&request, "ro") != NULL))
+                send_failed(tag && path ? errno : EINVAL, path ? path : "mount");
+            else
+                send_ok();
+        } else if (!serve_files(&request)) {
+            send_failed(ENOSYS, verb);
+        }
+    }
+}
+
+static int listen_for_host(void)
+{
+    int fd = (int)CALL(socket, AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_port = PORT, .svm_cid = VMADDR_CID_ANY};
+    if (fd < 0 || CALL(bind, fd, &address, sizeof address) || CALL(listen, fd, 128)) {
+        say("no socket device", errno);
+        return -1;
+    }
+    return fd;
+}
+
+static void accept_one(int listener, int signals)
+{
+    struct sockaddr_vm peer = {0};
+    socklen_t length = sizeof peer;
+    int fd = (int)CALL(accept4, listener, &peer, &length, SOCK_CLOEXEC);
+    if (fd < 0)
+        return;
+    // A program of the guest can connect, too (vsock_loopback): it gets nothing.
+    if (peer.svm_cid == VMADDR_CID_HOST) {
+        long child = CALL(fork);
+        if (!child) {
+            CALL(close, listener);
+            CALL(close, signals);
+            host = fd;
+            serve();
+        }
+        if (child < 0)
+            say("fork", errno);
+    }
+    close(fd);
+}
+
+int main(void)
+{
+    if (CALL(getpid) != 1)
+        return 1;
+    boot();
+    // Blocked for ever, and read from a descriptor; SIGPIPE is an error of write.
+    uint64_t chosen = 1ul << (SIGCHLD - 1);
+    CALL(rt_sigprocmask, SIG_BLOCK, &chosen, NULL, sizeof chosen);
+    struct {
+        void *handler;
+        unsigned long flags;
+        void *restorer;
+        uint64_t mask;
+    } ignore = {SIG_IGN, 0, NULL, 0};
+    CALL(rt_sigaction, SIGPIPE, &ignore, NULL, sizeof(uint64_t));
+    spit("/proc/self/oom_score_adj", "-1000");
+    int signals = (int)CALL(signalfd4, -1, &chosen, sizeof chosen, SFD_CLOEXEC | SFD_NONBLOCK);
+    int listener = listen_for_host();
+    if (listener < 0)
+        return 1; // the kernel panics, and the machine ends
+    for (;;) {
+        struct pollfd fds[2] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}};
+        wait_for(fds, 2, -1);
+        if (fds[1].revents) {
+            struct signalfd_siginfo info;
+            while (read(signals, &info, sizeof info) > 0)
+                continue;
+            while (CALL(wait4, -1, NULL, WNOHANG, NULL) > 0)
+                continue;
+        }
+        if (fds[0].revents)
+            accept_one(listener, signals);
+    }
+}

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Users and groups, by the image's /etc/passwd and /etc/group.
+// Source: passwd(5), group(5).
+#include "agent.h"
+#include "libc.h"
+
+static char text[1 << 18];
+
+// The next line of `at` in fields, at most `most`; returns what follows it, or NULL at the end.
+static char *fields_of(char *at, char **fields, int most)
+{
+    if (!*at)
+        return NULL;
+    char *end = strchr(at, '\n'), *next = end ? end + 1 : at + strlen(at);
+    if (end)
+        *end = 0;
+    for (int i = 0; i < most; i++) {
+        char *colon = strchr(at, ':');
+        fields[i] = at;
+        if (colon)
+            *colon = 0;
+        at = colon && i + 1 < most ? colon + 1 : at + strlen(at);
+    }
+    return next;
+}
+
+static int in_list(const char *list, const char *name)
+{
+    size_t length = strlen(name);
+    for (; length && list; list = strchr(list, ',') ? strchr(list, ',') + 1 : NULL)
+        if (!strncmp(list, name, length) && (!list[length] || list[length] == ','))
+            return 1;
+    return 0;
+}
+
+// USER or USER:GROUP, each a name or a number. A number need not be in the files. -1: no such user or group.
+int find_user(const char *who, struct identity *found)
+{
+    char user[64], *fields[7];
+    memset(found, 0, sizeof *found);
+    join(user, sizeof user, who, NULL);
+    char *group = strchr(user, ':');
+    if (group)
+        *group++ = 0;
+    long uid = number(user, -1);
+    if (uid > UINT32_MAX - 1)
+        return -1;
+    int known = 0;
+    join(found->home, sizeof found->home, "/", NULL);
+    join(found->shell, sizeof found->shell, "/bin/sh", NULL);
+    if (slurp("/etc/passwd", text, sizeof text) < 0)
+        text[0] = 0;
+    for (char *at = text; !known && (at = fields_of(at, fields, 7));) {
+        if (uid >= 0 ? number(fields[2], -1) != uid : strcmp(fields[0], user) != 0)
+            continue;
+        known = 1;
+        uid = number(fields[2], -1);
+        found->gid = (gid_t)number(fields[3], 0);
+        join(found->name, sizeof found->name, fields[0], NULL);
+        if (*fields[5])
+            join(found->home, sizeof found->home, fields[5], NULL);
+        if (*fields[6])
+            join(found->shell, sizeof found->shell, fields[6], NULL);
+    }
+    if (!known && !strcmp(user, "root"))
+        uid = 0; // of an image without users
+    if (uid < 0)
+        return -1;
+    if (!known)
+        join(found->name, sizeof found->name, uid ? user : "root", NULL);
+    found->uid = (uid_t)uid;
+    long gid = group ? number(group, -1) : -1;
+    if (slurp("/etc/group", text, sizeof text) < 0)
+        text[0] = 0;
+    for (char *at = text; (at = fields_of(at, fields, 4));) {
+        long number_of = number(fields[2], -1);
+        if (number_of < 0)
+            continue;
+        if (group && gid < 0 && !strcmp(fields[0], group))
+            gid = number_of;
+        if (in_list(fields[3], found->name) && found->groups < 64)
+            found->group[found->groups++] = (gid_t)number_of;
+    }
+    if (group && (gid < 0 || gid > UINT32_MAX - 1))
+        return -1;
+    if (group)
+        found->gid = (gid_t)gid;
+    return 0;
+}

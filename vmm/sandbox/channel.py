@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections to the agent. The protocol is described in agent/agent.h; all that comes from there may be a lie.
+
+Each wait has a time limit, and ends at once with the VM.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+import time
+
+from vmm.errors import ConfigError, HostError
+from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PORT = 521
+REQUEST_MAX = 1 << 20  # bytes
+WORDS_MAX = 8192
+FRAME_MAX = 1 << 16  # bytes the agent takes in one frame
+ANSWER_MAX = FRAME_MAX + 64
+_CHUNK = 1 << 18
+_HEAD = struct.Struct("<BI")
+_ANSWERS = frozenset(b"poexdnckf")
+
+
+class Deadline:
+    """When a wait is over.
+
+    :param seconds: from now on; None: never
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self, doing: str) -> float | None:
+        """Seconds that are left, or None: without limit.
+
+        :param doing: what is waited for, for the error
+        :raises CommandTimeout: none is left
+        """
+        if self._end is None:
+            return None
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise CommandTimeout(f"{doing}: not done within {self.seconds:g} s")
+        return left
+
+
+class Link:
+    """The way to one sandbox's agent: makes connections, and fails them all when the VM ends.
+
+    :param path: of the VM's unix socket
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.ready = False  # the agent has answered before
+        self._open: set[Channel] = set()
+        self._why = ""
+        self._lock = threading.Lock()
+
+    @property
+    def why(self) -> str:
+        """Why the sandbox is gone; empty: it is there."""
+        return self._why
+
+    def fail(self, why: str) -> None:
+        """The sandbox is gone: fail every call that waits, and every one from here on. The first reason counts."""
+        with self._lock:
+            self._why = self._why or why
+            channels = list(self._open)
+        for channel in channels:
+            channel.cut()
+
+    def connect(self, deadline: Deadline, doing: str) -> Channel:
+        """A connection to the agent, as soon as it listens.
+
+        :raises SandboxGone: the sandbox has ended
+        :raises CommandTimeout: the agent does not answer in time
+        """
+        patience = 0.001
+        while True:
+            channel = Channel(self)
+            with self._lock:
+                if self._why:
+                    raise SandboxGone(self._why)
+                self._open.add(channel)
+            if channel.connect(deadline, doing):
+                self.ready = True
+                return channel
+            channel.close()
+            if self._why:
+                raise SandboxGone(self._why)
+            left = deadline.left(doing)
+            time.sleep(patience if left is None else min(patience, left))
+            patience = min(patience * 1.5, 0.02)
+
+    def forget(self, channel: Channel) -> None:
+        """The connection is closed."""
+        with self._lock:
+            self._open.discard(channel)
+
+
+class Channel:
+    """One connection; a context manager. Made by ``Link.connect``."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._received = bytearray()
+        self._at = 0
+        self._closing = threading.Lock()
+
+    def connect(self, deadline: Deadline, doing: str) -> bool:
+        """Whether the agent has taken the connection."""
+        try:
+            self._socket.settimeout(deadline.left(doing))
+            self._socket.connect(self._link.path)
+            self._socket.sendall(b"CONNECT %d\n" % PORT)
+            while b"\n" not in self._received:
+                if len(self._received) > 64 or not self._receive(deadline, doing):
+                    return False
+        except TimeoutError:
+            self.close()
+            raise CommandTimeout(f"{doing}: the agent did not answer within {deadline.seconds:g} s") from None
+        except (FileNotFoundError, ConnectionError):
+            if self._link.ready and not self._link.why:
+                raise SandboxGone("the sandbox has ended") from None
+            return False
+        except OSError as error:
+            self.close()
+            raise HostError(error.errno or 0, "connect to", self._link.path) from None
+        answered = self._received.startswith(b"OK ")
+        self._at = self._received.index(b"\n") + 1
+        return answered
+
+    def fileno(self) -> int:
+        """Of its socket."""
+        return self._socket.fileno()
+
+    def take(self) -> socket.socket:
+        """The connection itself, behind the last frame; the caller's to close.
+
+        :raises AgentError: the guest has said more than that frame
+        """
+        if len(self._received) > self._at:
+            raise AgentError("the guest sent more than was asked")
+        taken = self._socket.dup()
+        taken.settimeout(None)
+        return taken
+
+    def cut(self) -> None:
+        """End it from another thread: who waits there is woken."""
+        with self._closing:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # not connected, or closed
+
+    def close(self) -> None:
+        """Close it; a command of this connection is killed by the agent. Idempotent."""
+        self._link.forget(self)
+        with self._closing:
+            self._socket.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(self, deadline: Deadline, doing: str, words: Iterable[str | bytes]) -> None:
+        """Send a request.
+
+        :param words: a verb, then KEY=VALUE
+        :raises ConfigError: a word with a NUL byte, too many words, or too long
+        """
+        encoded = [word if isinstance(word, bytes) else word.encode(errors="surrogateescape") for word in words]
+        for word in encoded:
+            if b"\0" in word:
+                raise ConfigError(encoded[0].decode(), word.decode(errors="replace"), "must not have a NUL byte")
+        data = b"".join(word + b"\0" for word in encoded)
+        if len(data) > REQUEST_MAX or len(encoded) > WORDS_MAX:
+            what = f"of {len(encoded)} words and {len(data)} bytes"
+            raise ConfigError("request", what, f"must be at most {WORDS_MAX} words and {REQUEST_MAX} bytes")
+        self.send(deadline, doing, struct.pack("<I", len(data)) + data)
+
+    def frame(self, deadline: Deadline, doing: str, kind: bytes, data: bytes | memoryview = b"") -> None:
+        """Send one frame, of at most ``FRAME_MAX`` bytes."""
+        self.send(deadline, doing, _HEAD.pack(kind[0], len(data)) + data)
+
+    def send(self, deadline: Deadline, doing: str, data: bytes) -> None:
+        """Send all of `data`.
+
+        :raises SandboxGone: nobody takes it any more
+        """
+        try:
+            self._socket.settimeout(deadline.left(doing))
+            self._socket.sendall(data)
+        except TimeoutError:
+            raise CommandTimeout(f"{doing}: not done within {deadline.seconds:g} s") from None
+        except OSError:
+            raise self._gone() from None
+
+    def send_some(self, data: bytes | memoryview) -> int:
+        """Send what can be sent at once, and return how much that was.
+
+        :raises SandboxGone: nobody takes it any more
+        """
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            raise self._gone() from None
+
+    def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
+        """Wait until a frame has begun to come, or until something can be sent; whether each is so."""
+        if len(self._received) > self._at:
+            return True, False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN | (select.POLLOUT if writable else 0))
+        left = deadline.left(doing)
+        events = poll.poll(None if left is None else left * 1000 + 1)
+        seen = events[0][1] if events else 0
+        return bool(seen & ~select.POLLOUT), bool(seen & select.POLLOUT)
+
+    def read(self, deadline: Deadline, doing: str) -> tuple[int, bytes]:
+        """The next frame: its type and its bytes.
+
+        :raises AgentError: it is none of the protocol
+        :raises SandboxGone: the connection ended before
+        """
+        while True:
+            there = len(self._received) - self._at
+            if there >= _HEAD.size:
+                kind, length = _HEAD.unpack_from(self._received, self._at)
+                if kind not in _ANSWERS or length > ANSWER_MAX:
+                    raise AgentError(f"{doing}: the guest sent a frame of type {kind:#x} with {length} bytes")
+                if there >= _HEAD.size + length:
+                    start = self._at + _HEAD.size
+                    data = bytes(memoryview(self._received)[start : start + length])
+                    self._at = start + length
+                    if self._at == len(self._received):
+                        self._received.clear()
+                        self._at = 0
+                    return kind, data
+            if not self._receive(deadline, doing):
+                raise self._gone()
+
+    def _receive(self, deadline: Deadline, doing: str) -> bool:
+        if self._at:
+            del self._received[: self._at]
+            self._at = 0
+        try:
+            self._socket.settimeout(deadline.left(doing))
+            data = self._socket.recv(_CHUNK)
+        except TimeoutError:
+            raise CommandTimeout(f"{doing}: not done within {deadline.seconds:g} s") from None
+        except OSError:
+            return False
+        self._received += data
+        return bool(data)
+
+    def _gone(self) -> SandboxGone:
+        return SandboxGone(self._link.why or "the agent has closed the connection")
+
+
+def failure(data: bytes) -> tuple[int, str]:
+    """Error number and what was tried, of an F_FAILED frame.
+
+    :raises AgentError: it is too short
+    """
+    if len(data) < 4:
+        raise AgentError("the guest sent an error without a number")
+    number: int = struct.unpack_from("<I", data)[0]
+    return min(number, 4095), data[4:].decode(errors="replace")

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a sandbox."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import struct
+
+from vmm.sandbox.channel import FRAME_MAX, Channel, Deadline, Link, failure
+from vmm.sandbox.errors import AgentError, SandboxGone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import BinaryIO, Literal, overload
+
+_ENTRY = struct.Struct("<IIIIQq")
+_TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink"}
+# Of inotify(7).
+_CHANGES = {
+    0x4: "attributes", 0x8: "written", 0x40: "removed", 0x80: "created", 0x100: "created", 0x200: "removed",
+    0x400: "removed",
+}  # fmt: skip
+DEFAULT_TIMEOUT = 60.0
+
+
+class Entry:
+    """A file of the guest's, as its kernel described it.
+
+    :ivar name: its last part
+    :ivar path: its whole path
+    :ivar type: ``file``, ``dir``, ``symlink`` or ``other``
+    :ivar size: bytes
+    :ivar mode: permission bits
+    :ivar uid: owner
+    :ivar gid: group
+    :ivar modified: seconds since 1970
+    :ivar target: where a symbolic link points, or None
+    """
+
+    __slots__ = ("gid", "mode", "modified", "name", "path", "size", "target", "type", "uid")
+
+    def __init__(self, directory: str, data: bytes) -> None:
+        if len(data) <= _ENTRY.size:
+            raise AgentError("the guest sent an entry that is cut short")
+        mode, self.uid, self.gid, _, self.size, changed = _ENTRY.unpack_from(data)
+        name, end, target = data[_ENTRY.size :].partition(b"\0")
+        if not end or b"/" in name or name in (b".", b".."):
+            raise AgentError("the guest sent a name that no file has")
+        self.path = posixpath.join(directory, os.fsdecode(name)) if name else directory
+        self.name = posixpath.basename(self.path.rstrip("/")) or "/"
+        self.type = _TYPES.get(stat.S_IFMT(mode), "other")
+        self.mode = stat.S_IMODE(mode)
+        self.modified = changed / 1e9
+        self.target = os.fsdecode(target) if self.type == "symlink" else None
+
+    def __repr__(self) -> str:
+        return f"Entry({self.path!r}, {self.type!r}, size={self.size}, mode={self.mode:#o})"
+
+
+class Change:
+    """Something happened in a directory that is watched.
+
+    :ivar name: of the file, or ``""``: the directory itself
+    :ivar kind: ``created``, ``written``, ``removed`` or ``attributes``
+    """
+
+    __slots__ = ("kind", "name")
+
+    def __init__(self, name: str, kind: str) -> None:
+        self.name = name
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"Change({self.name!r}, {self.kind!r})"
+
+
+class Files:
+    """Files of a sandbox: ``sandbox.files``.
+
+    A path that is not absolute begins in the user's home directory, of root if no `user` is given. Errors are those of
+    the guest: FileNotFoundError and the other OSErrors, with the guest's path. Each call may take `timeout` seconds.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._idle: list[Channel] = []
+
+    def _ask(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> Iterator[tuple[int, bytes]]:
+        # The answer's frames before the last. A connection that was used before may be gone: of another VM than this.
+        deadline = Deadline(timeout)
+        doing = f"{words[0]} {words[1].partition('=')[2]}"
+        channel = self._idle.pop() if self._idle else self._link.connect(deadline, doing)
+        whole = False
+        try:
+            channel.request(deadline, doing, words)
+            for frame in frames:
+                channel.send(deadline, doing, frame)
+            while True:
+                kind, data = channel.read(deadline, doing)
+                if kind in b"kf":
+                    whole = True
+                    break
+                yield kind, data
+        finally:
+            if whole and len(self._idle) < 4 and not self._link.why:
+                self._idle.append(channel)
+            else:
+                channel.close()
+        if kind == 0x66:
+            number, what = failure(data)
+            raise OSError(number, os.strerror(number), what)
+
+    def _do(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> None:
+        for _ in self._ask(words, timeout, frames):
+            raise AgentError(f"{words[0]}: the guest sent something out of turn")
+
+    def close(self) -> None:
+        """Close the connections that are kept for the next call."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def read_bytes(
+        self, path: str, *, offset: int = 0, length: int | None = None, user: str | int | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> bytes:  # fmt: skip
+        """What is in a file, or `length` bytes of it from `offset` on."""
+        return b"".join(self.stream(path, offset=offset, length=length, user=user, timeout=timeout))
+
+    def stream(
+        self, path: str, *, offset: int = 0, length: int | None = None, user: str | int | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> Iterator[bytes]:  # fmt: skip
+        """The same in pieces of at most 64 KiB; `timeout` is for all of it."""
+        words = ["read", f"path={path}", *_user(user)]
+        if offset:
+            words.append(f"offset={offset}")
+        if length is not None:
+            words.append(f"length={length}")
+        for kind, data in self._ask(words, timeout):
+            if kind != 0x64:
+                raise AgentError(f"read {path}: the guest sent something out of turn")
+            yield data
+
+    if TYPE_CHECKING:
+
+        @overload
+        def read(self, path: str, format: Literal["text"] = ..., *, user: str | int | None = ...,
+                 timeout: float = ...) -> str: ...  # fmt: skip
+        @overload
+        def read(self, path: str, format: Literal["bytes"], *, user: str | int | None = ...,
+                 timeout: float = ...) -> bytes: ...  # fmt: skip
+
+    def read(
+        self, path: str, format: str = "text", *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> str | bytes:
+        """What is in a file: as ``text`` (UTF-8) or ``bytes``."""
+        data = self.read_bytes(path, user=user, timeout=timeout)
+        return data.decode() if format == "text" else data
+
+    def write(
+        self, path: str, data: str | bytes | BinaryIO | Iterable[bytes], *, mode: int | None = None,
+        append: bool = False, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:  # fmt: skip
+        """Make a file, or replace what is in it; directories above it are made.
+
+        :param data: text, bytes, an open file or pieces of bytes
+        :param mode: its permission bits; None: as they are, 0644 for a new one
+        """
+        words = ["write", f"path={path}", "parents=1", *_user(user)]
+        if mode is not None:
+            words.append(f"mode={mode}")
+        if append:
+            words.append("append=1")
+        self._do(words, timeout, _data_frames(data))
+
+    def list(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Entry]:
+        """What is in a directory, by name."""
+        return sorted(self._entries("list", path, user, timeout), key=lambda entry: entry.name)
+
+    def stat(
+        self, path: str, *, follow: bool = False, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> Entry:
+        """One file; with `follow` what a symbolic link points to."""
+        found = list(self._entries("stat", path, user, timeout, *(["follow=1"] if follow else [])))
+        if len(found) != 1:
+            raise AgentError(f"stat {path}: the guest sent {len(found)} entries")
+        return found[0]
+
+    get_info = stat
+
+    def _entries(self, verb: str, path: str, user: str | int | None, timeout: float, *more: str) -> Iterator[Entry]:
+        for kind, data in self._ask([verb, f"path={path}", *_user(user), *more], timeout):
+            if kind != 0x6E:
+                raise AgentError(f"{verb} {path}: the guest sent something out of turn")
+            yield Entry(path, data)
+
+    def exists(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> bool:
+        """Whether there is such a file."""
+        try:
+            self.stat(path, follow=True, user=user, timeout=timeout)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def make_dir(
+        self, path: str, *, parents: bool = True, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Make a directory; with `parents` also those above it, and none of them need be missing."""
+        self._do(["mkdir", f"path={path}", *_user(user), *(["parents=1"] if parents else [])], timeout)
+
+    def remove(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Remove a file, or a directory with all that is in it; symbolic links are not followed."""
+        self._do(["remove", f"path={path}", *_user(user)], timeout)
+
+    def rename(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Give a file another path, in place of what is there."""
+        self._do(["rename", f"path={path}", f"to={to}", *_user(user)], timeout)
+
+    def symlink(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Make `path` a symbolic link to `to`."""
+        self._do(["symlink", f"path={path}", f"to={to}", *_user(user)], timeout)
+
+    def chmod(self, path: str, mode: int, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Change permission bits."""
+        self._do(["chmod", f"path={path}", f"mode={mode}", *_user(user)], timeout)
+
+    def chown(self, path: str, owner: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Change the owner: ``USER`` with its group, or ``USER:GROUP``, names or numbers."""
+        self._do(["chown", f"path={path}", f"owner={owner}"], timeout)
+
+    def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Iterator[Change]:
+        """What happens in a directory from here on, as it happens; ``close()`` the iterator to end it.
+
+        :param timeout: seconds until it ends by CommandTimeout
+        """
+        deadline, doing = Deadline(timeout), f"watch {path}"
+        channel = self._link.connect(deadline, doing)
+        try:
+            channel.request(deadline, doing, ["watch", f"path={path}", *_user(user)])
+            kind, data = channel.read(deadline, doing)
+            if kind == 0x66:
+                number, what = failure(data)
+                raise OSError(number, os.strerror(number), what)
+        except BaseException:
+            channel.close()
+            raise
+        return _changes(channel, deadline, doing)
+
+
+def _changes(channel: Channel, deadline: Deadline, doing: str) -> Iterator[Change]:
+    with channel:
+        while True:
+            kind, data = channel.read(deadline, doing)
+            if kind != 0x63 or len(data) < 4:
+                raise AgentError(f"{doing}: the guest sent something out of turn")
+            (mask,) = struct.unpack_from("<I", data)
+            for bit, what in _CHANGES.items():
+                if mask & bit:
+                    yield Change(os.fsdecode(data[4:]), what)
+
+
+def _user(user: str | int | None) -> list[str]:
+    return [] if user is None else [f"user={user}"]
+
+
+def _data_frames(data: str | bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
+    if isinstance(data, str):
+        data = data.encode()
+    pieces: Iterable[bytes | memoryview]
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        pieces = (memoryview(data).cast("B"),)
+    elif hasattr(data, "read"):
+        pieces = iter(lambda: data.read(FRAME_MAX), b"")
+    else:
+        pieces = data
+    for piece in pieces:
+        for at in range(0, len(piece), FRAME_MAX):
+            part = piece[at : at + FRAME_MAX]
+            yield struct.pack("<BI", 0x64, len(part)) + part
+    yield struct.pack("<BI", 0x64, 0)
+
+
+__all__ = ["Change", "Entry", "Files", "SandboxGone"]

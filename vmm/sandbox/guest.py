@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sandbox's VM boots: the image's kernel, its drivers, and the agent as process 1."""
+
+from __future__ import annotations
+
+import os
+
+from vmm.errors import ConfigError
+from vmm.images import Image, resolve
+from vmm.images.cpio import Archive
+from vmm.kvm import runs_linux
+
+# A kernel for all sandboxes, in place of the image's: with every driver built in.
+KERNEL_VARIABLE = "PYVMM_SANDBOX_KERNEL"
+# What a virtual machine need not ask for, or say, costs time.
+CMDLINE = "console=ttyS0 quiet reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd 8250.nr_uarts=1 "
+CMDLINE += "random.trust_cpu=1 cgroup_no_v1=all"
+
+
+def agent() -> bytes:
+    """The agent, an ELF program.
+
+    :raises ConfigError: pyvmm was not built whole
+    """
+    path = os.path.join(os.path.dirname(__file__), "agent.elf")
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ConfigError("agent", path, "is missing: install pyvmm again, or run `make install`") from None
+
+
+def archive() -> bytes:
+    """An initramfs that holds the agent as /init; it goes behind that of an image."""
+    made = Archive()
+    for directory in ("proc", "sys", "dev"):
+        made.directory(directory)
+    made.node("dev/console", "c", 5, 1)
+    made.file("init", agent(), 0o755)
+    return made.to_bytes()
+
+
+def find_image(image: str | Image) -> Image:
+    """The image of that name.
+
+    :raises ConfigError: it was not pulled
+    """
+    if not isinstance(image, str):
+        return image
+    found = resolve(image)
+    if found is None:
+        raise ConfigError("image", image, f"is not here: run `pyvmm pull {image}`")
+    return found
+
+
+def kernel_and_initrd(image: Image, kernel: str | None, directory: str) -> tuple[str, str]:
+    """Paths of the kernel and the initramfs; the latter is made in `directory`, and may go once the machine is made.
+
+    :raises ConfigError: no kernel that this host's KVM runs
+    """
+    kernel = kernel or os.environ.get(KERNEL_VARIABLE) or None
+    drivers = b""
+    if kernel is None:
+        if not runs_linux():
+            problem = f"is a stock kernel, which this host's KVM, a software one, does not run: set {KERNEL_VARIABLE}"
+            raise ConfigError("kernel", image.kernel, problem)
+        kernel = image.kernel
+        with open(image.initrd, "rb") as file:
+            drivers = file.read()
+    path = os.path.join(directory, "initrd")
+    with open(path, "wb") as file:
+        file.write(drivers)
+        file.write(bytes(-len(drivers) % 4))
+        file.write(archive())
+    return kernel, path

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands in a sandbox: a handle like subprocess.Popen, and what a command left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal as signals
+import struct
+import threading
+import time
+
+from vmm.errors import ConfigError, line
+from vmm.sandbox import errors
+from vmm.sandbox.channel import FRAME_MAX, Deadline, Link, failure
+from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+DEFAULT_LIMIT = 16 << 20  # bytes of each stream that are kept
+_NOT_PERMITTED = (errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ETXTBSY, errno.EISDIR)
+_MISSING = (errno.ENOENT, errno.ENOTDIR)
+
+
+class Result:
+    """What a command left.
+
+    :ivar command: the command, as text
+    :ivar exit_code: its status; 128 and the signal's number if one ended it; 127 not found, 126 not executable
+    :ivar signal: the number of the signal that ended it, or None
+    :ivar out_of_memory: the guest's kernel killed it for want of memory
+    :ivar stdout_bytes: what it wrote, as far as it was kept
+    :ivar stderr_bytes: likewise
+    :ivar truncated: it wrote more than was to be kept; the rest was thrown away
+    :ivar duration: seconds from the request to the answer
+    """
+
+    __slots__ = (
+        "command", "duration", "exit_code", "out_of_memory", "signal", "stderr_bytes", "stdout_bytes", "truncated",
+    )  # fmt: skip
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.exit_code = 0
+        self.signal: int | None = None
+        self.out_of_memory = False
+        self.stdout_bytes = b""
+        self.stderr_bytes = b""
+        self.truncated = False
+        self.duration = 0.0
+
+    @property
+    def stdout(self) -> str:
+        """``stdout_bytes`` as text; what is not UTF-8 is replaced."""
+        return self.stdout_bytes.decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        """``stderr_bytes`` as text; what is not UTF-8 is replaced."""
+        return self.stderr_bytes.decode(errors="replace")
+
+    @property
+    def cause(self) -> str:
+        """How it ended, in words."""
+        if self.out_of_memory:
+            return "killed because the sandbox was out of memory"
+        if self.signal is not None:
+            return f"killed by {_signal_name(self.signal)}"
+        return f"exit status {self.exit_code}"
+
+    def check(self) -> Result:
+        """Itself, if the status is 0.
+
+        :raises CommandError: it is not; the class says why, as :class:`vmm.sandbox.CommandKilled`
+        """
+        if self.out_of_memory:
+            raise errors.CommandOutOfMemory(self)
+        if self.signal is not None:
+            raise errors.CommandKilled(self)
+        if self.exit_code:
+            kinds = {126: errors.CommandNotExecutable, 127: errors.CommandNotFound}
+            raise kinds.get(self.exit_code, errors.CommandError)(self)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Result({self.command!r}, {self.cause}, stdout={self.stdout[:200]!r}, stderr={self.stderr[:200]!r})"
+
+
+class Stream:
+    """Output of a command as it comes. Made by ``Process``."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._bytes = bytearray()
+        self.dropped = 0  # bytes beyond the limit
+        self.on_data: Callable[[bytes], object] | None = None
+
+    def _add(self, data: bytes) -> None:
+        if self.on_data is not None:
+            self.on_data(data)
+        room = max(0, self._process.limit - len(self._bytes))
+        self._bytes += data[:room]
+        self.dropped += max(0, len(data) - room)
+
+    def read(self, size: int = -1, timeout: float | None = None) -> bytes:
+        """At most `size` bytes as soon as there are any, or with -1 all until the command ends; empty: it has ended.
+
+        :param timeout: seconds
+        :raises CommandTimeout: nothing came in time; the command goes on
+        """
+        deadline = Deadline(timeout)
+        while not self._process.ended and (size < 0 or not self._bytes):
+            self._process._pump(deadline)
+        return self._take(len(self._bytes) if size < 0 else size)
+
+    def readline(self, timeout: float | None = None) -> bytes:
+        """The next line with its end, or what is left when the command has ended.
+
+        :raises CommandTimeout: as ``read``
+        """
+        deadline = Deadline(timeout)
+        while (end := self._bytes.find(b"\n")) < 0 and not self._process.ended:
+            if len(self._bytes) >= self._process.limit:
+                break
+            self._process._pump(deadline)
+        return self._take(end + 1 if end >= 0 else len(self._bytes))
+
+    def __iter__(self) -> Iterator[bytes]:
+        while line_ := self.readline():
+            yield line_
+
+    def _take(self, size: int) -> bytes:
+        taken = bytes(self._bytes[:size])
+        del self._bytes[:size]
+        return taken
+
+
+class Input:
+    """Standard input of a command. Made by ``Process``."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.closed = False
+
+    def write(self, data: bytes | str, timeout: float | None = None) -> None:
+        """Give it all of `data`.
+
+        :raises CommandTimeout: it does not read
+        :raises SandboxGone: the sandbox, or the command, has ended
+        """
+        if self.closed:
+            raise ValueError("standard input is closed")
+        for frame in input_frames(data):
+            self._process._channel.send(Deadline(timeout), self._process.command, frame)
+
+    def close(self) -> None:
+        """Tell it that there is no more. With a terminal it is the key Ctrl-D that is sent. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            try:
+                self._process._channel.frame(Deadline(10), self._process.command, b"i")
+            except SandboxGone:
+                pass  # the command has ended
+
+
+class Process:
+    """A command that runs in a sandbox; a context manager, which kills it if it still runs.
+
+    :ivar pid: of the guest's
+    :ivar stdin: ``write`` and ``close``
+    :ivar stdout: ``read``, ``readline``, iteration by line. With a terminal all output comes here
+    :ivar stderr: likewise
+
+    Both streams come by one connection: while one is read the other is kept, up to `limit` bytes. A command whose
+    output nobody reads stops when its pipes are full.
+    """
+
+    def __init__(self, link: Link, command: str, words: Sequence[str | bytes], limit: int, deadline: Deadline) -> None:
+        self.command = command
+        self.limit = limit
+        self.pid = 0
+        self.stdout, self.stderr = Stream(self), Stream(self)
+        self.stdin = Input(self)
+        self._link = link
+        self._result = Result(line(command))
+        self._begun = time.monotonic()
+        self._pumping = threading.Lock()
+        self.ended = False
+        self._channel = link.connect(deadline, command)
+        try:
+            self._channel.request(deadline, command, words)
+            while not self.pid and not self.ended:
+                self._pump(deadline)
+        except BaseException:
+            self._channel.close()
+            raise
+
+    def _pump(self, deadline: Deadline) -> None:
+        # One frame.
+        with self._pumping:
+            if self.ended:
+                return
+            kind, data = self._channel.read(deadline, self.command)
+            match kind:
+                case 0x6F:  # o
+                    self.stdout._add(data)
+                case 0x65:  # e
+                    self.stderr._add(data)
+                case 0x70 if len(data) == 4 and not self.pid:  # p
+                    self.pid = struct.unpack("<I", data)[0]
+                case 0x78 if len(data) == 3:  # x
+                    signalled, code, memory = data
+                    self._result.exit_code = (128 + code) & 255 if signalled else code
+                    self._result.signal = code if signalled else None
+                    self._result.out_of_memory = bool(memory)
+                    self._end()
+                case 0x66 if not self.pid:  # f
+                    self._refused(*failure(data))
+                case _:
+                    raise AgentError(f"{self.command}: the guest sent {chr(kind)!r} out of turn")
+
+    def _refused(self, number: int, what: str) -> None:
+        if what == "user" and number == errno.EINVAL:
+            raise ConfigError("user", "", "the guest has no such user or group")
+        self._result.exit_code = 127 if number in _MISSING else 126
+        if number not in (*_MISSING, *_NOT_PERMITTED):
+            raise OSError(number, f"the guest cannot start it: {os.strerror(number)}", what)
+        self.stderr._add(f"{what}: {os.strerror(number)}\n".encode())
+        self._end()
+
+    def _end(self) -> None:
+        self.ended = True
+        self._result.duration = time.monotonic() - self._begun
+        self._channel.close()
+
+    def poll(self) -> int | None:
+        """Its exit status if it has ended, else None. Reads what has come meanwhile."""
+        while not self.ended and self._channel.wait(Deadline(0.001), self.command)[0]:
+            self._pump(Deadline(1))
+        return self._result.exit_code if self.ended else None
+
+    def communicate(self, input: bytes | str | None = None, timeout: float | None = None) -> Result:
+        """Give it `input`, close its standard input, and return what it left.
+
+        :raises CommandTimeout: not within `timeout` seconds; it was killed, and the error has what it wrote
+        :raises SandboxGone: the sandbox has ended
+        """
+        deadline = Deadline(timeout)
+        frames = [*input_frames(input), _CLOSE] if input is not None else [] if self.stdin.closed else [_CLOSE]
+        frames.reverse()
+        try:
+            left = memoryview(b"")
+            while not self.ended:
+                if not left and frames:
+                    left = memoryview(frames.pop())
+                readable, writable = self._channel.wait(deadline, self.command, writable=bool(left))
+                if writable:
+                    try:
+                        left = left[self._channel.send_some(left) :]
+                    except SandboxGone:  # but it may have said something before
+                        left, frames = memoryview(b""), []
+                if readable:
+                    self._pump(deadline)
+        except CommandTimeout as error:
+            self.close()
+            raise CommandTimeout(str(error), self._finish()) from None
+        except BaseException:
+            self.close()
+            raise
+        self.stdin.closed = True
+        return self._finish()
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """Wait until it ends; its standard input stays as it is.
+
+        :param timeout: seconds
+        :raises CommandTimeout: it still runs, and goes on
+        :raises SandboxGone: the sandbox has ended
+        """
+        deadline = Deadline(timeout)
+        while not self.ended:
+            self._pump(deadline)
+        return self._finish()
+
+    def _finish(self) -> Result:
+        result = self._result
+        result.stdout_bytes = bytes(self.stdout._bytes)
+        result.stderr_bytes = bytes(self.stderr._bytes)
+        result.truncated = bool(self.stdout.dropped or self.stderr.dropped)
+        return result
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the command and what it has started, as far as that is in its process group."""
+        if self.ended:
+            return
+        deadline = Deadline(10)
+        with self._link.connect(deadline, "signal") as channel:
+            channel.request(deadline, "signal", ("signal", f"pid={self.pid}", f"signal={int(number)}"))
+            kind, data = channel.read(deadline, "signal")
+        if kind == 0x66 and (number_ := failure(data)[0]) != errno.ESRCH:
+            raise OSError(number_, os.strerror(number_))
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signals.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signals.SIGKILL)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell its terminal another size."""
+        self._channel.frame(Deadline(10), self.command, b"w", struct.pack("<HH", rows, columns))
+
+    def close(self) -> None:
+        """Give it up: one that still runs is killed. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def input_frames(data: bytes | str) -> Iterator[bytes]:
+    """`data` in frames for standard input."""
+    view = memoryview(data.encode() if isinstance(data, str) else data).cast("B")
+    for at in range(0, len(view), FRAME_MAX):
+        piece = view[at : at + FRAME_MAX]
+        yield struct.pack("<BI", 0x69, len(piece)) + piece
+
+
+_CLOSE = struct.pack("<BI", 0x69, 0)
+
+
+def words_of(
+    command: str | Sequence[str], env: Mapping[str, str], *, cwd: str | None, user: str | int | None,
+    terminal: tuple[int, int] | None, limits: Mapping[str, int | tuple[int, int]] | None, keep: bool,
+) -> list[str]:  # fmt: skip
+    """The request for a command. See ``Sandbox.exec``.
+
+    :raises ConfigError: a value that cannot be
+    """
+    argv = ["/bin/sh", "-c", command] if isinstance(command, str) else [os.fspath(word) for word in command]
+    if not argv or not argv[0]:
+        raise ConfigError("command", "", "is empty")
+    words = ["run", *(f"arg={word}" for word in argv)]
+    for name, value in env.items():
+        if not name or "=" in name:
+            raise ConfigError("env", name, "must be a name without =")
+        words.append(f"env={name}={value}")
+    if cwd is not None:
+        words.append(f"cwd={cwd}")
+    if user is not None:
+        words.append(f"user={user}")
+    if terminal is not None:
+        rows, columns = terminal
+        if not (0 < rows < 65536 and 0 < columns < 65536):
+            raise ConfigError("terminal", terminal, "must be rows and columns, 1 to 65535")
+        words.append(f"tty={rows}x{columns}")
+    for name, limit in (limits or {}).items():
+        words.append(f"limit={_limit(name, limit)}")
+    if keep:
+        words.append("keep=1")
+    return words
+
+
+def _limit(name: str, limit: int | tuple[int, int]) -> str:
+    import resource
+
+    known = {key[7:].lower(): getattr(resource, key) for key in dir(resource) if key.startswith("RLIMIT_")}
+    if name not in known:
+        raise ConfigError("limits", name, f"is no limit; allowed: {', '.join(sorted(known))}")
+    soft, hard = (limit, limit) if isinstance(limit, int) else limit
+    if soft < 0 or hard < soft:
+        raise ConfigError("limits", f"{name} {limit}", "must be 0 or more, the second not below the first")
+    return f"{known[name]}:{soft}:{hard}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the sandboxes of this user are: a directory each, with the VM's socket, and a lock held by who runs it.
+
+``$XDG_RUNTIME_DIR/pyvmm/sandboxes/NAME/{v,lock,about.json}``; without that variable below ``/tmp/pyvmm-UID``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import stat
+
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+NAME_MAX = 32
+SOCKET = "v"
+_SOCKET_MAX = 107  # bytes of a unix socket's path
+
+
+def root() -> str:
+    """The directory of the directories, which is made.
+
+    :raises ConfigError: it is another user's
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isabs(base) or not os.path.isdir(base):
+        base = f"/tmp/pyvmm-{os.getuid()}"
+        os.makedirs(base, 0o700, exist_ok=True)
+        status = os.lstat(base)
+        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o077:
+            raise ConfigError(
+                "XDG_RUNTIME_DIR", "", f"is not set, and {base} is not yours alone: set it to a directory that is"
+            )
+    path = os.path.join(base, "pyvmm", "sandboxes")
+    os.makedirs(path, 0o700, exist_ok=True)
+    return path
+
+
+class Place:
+    """The directory of one sandbox, as long as it runs; gone by ``close``.
+
+    :param name: None: one is made up
+    :param about: what ``all_running`` is to tell of it
+    :raises ConfigError: the name cannot be, or another one that runs has it
+    """
+
+    def __init__(self, name: str | None, about: dict[str, Any]) -> None:
+        if name is not None:
+            check(name)
+        directory = root()
+        self.name = name or f"sb-{secrets.token_hex(4)}"
+        self.path = os.path.join(directory, self.name)
+        self.socket = os.path.join(self.path, SOCKET)
+        if len(os.fsencode(self.socket)) > _SOCKET_MAX:
+            raise ConfigError("XDG_RUNTIME_DIR", directory, "is too long for a unix socket in it")
+        os.makedirs(self.path, 0o700, exist_ok=True)
+        self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise ConfigError("name", self.name, "is the name of another sandbox that runs") from None
+        with open(os.path.join(self.path, "about.json"), "w", encoding="utf-8") as file:
+            json.dump({**about, "pid": os.getpid()}, file)
+
+    def close(self) -> None:
+        """Remove the directory; idempotent."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def check(name: str) -> None:
+    """Refuse what cannot be a sandbox's name.
+
+    :raises ConfigError: it cannot
+    """
+    if not 0 < len(name) <= NAME_MAX or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
+        raise ConfigError("name", name, f"must be 1 to {NAME_MAX} letters, digits, - and _")
+
+
+def all_running() -> list[dict[str, Any]]:
+    """What each sandbox told of itself, with its ``name``; what a killed one has left is removed."""
+    found = []
+    directory = root()
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if _is_held(path):
+            try:
+                with open(os.path.join(path, "about.json"), encoding="utf-8") as file:
+                    found.append({**json.load(file), "name": name})
+            except (OSError, ValueError):
+                pass  # it begins, or ends
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def socket_of(name: str) -> str:
+    """The VM's socket of a sandbox that runs.
+
+    :raises ConfigError: there is none of that name
+    """
+    check(name)
+    path = os.path.join(root(), name)
+    if not _is_held(path):
+        names = ", ".join(each["name"] for each in all_running()) or "none"
+        raise ConfigError("NAME", name, f"is no sandbox that runs; there is: {names}")
+    return os.path.join(path, SOCKET)
+
+
+def _is_held(path: str) -> bool:
+    try:
+        fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sandbox: a VM that runs commands of an image."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+
+from vmm import threads
+from vmm.config import VmConfig
+from vmm.device_config import DriveConfig, FsConfig, VsockConfig
+from vmm.errors import ConfigError, SnapshotError, line
+from vmm.machine import Machine
+from vmm.sandbox import guest
+from vmm.sandbox.channel import Deadline, Link, failure
+from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxError, SandboxGone
+from vmm.sandbox.files import Files
+from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, words_of
+from vmm.sandbox.registry import Place
+from vmm.snapshot import Image as Frozen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from vmm.events import Stop
+    from vmm.images import Image
+
+_CONSOLE_KEPT = 4096  # bytes
+_ABOUT = "sandbox.json"
+
+
+class Sandbox:
+    """A VM of an image, up and ready for commands; a context manager.
+
+    :param image: the name of a pulled image, or one of ``vmm.images``
+    :param memory: bytes, or a size as ``"512M"``; files that are written take of it
+    :param cpus: vCPUs
+    :param env: environment of every command
+    :param cwd: directory of every command; None: its user's home directory
+    :param user: of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: root
+    :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
+    :param network: ``"none"``
+    :param timeout: seconds after which the sandbox ends, whatever it does; None: it does not
+    :param name: for ``pyvmm exec`` and the guest's hostname; None: one is made up
+    :param room: how much of the memory files may take, as tmpfs has it: ``"75%"`` or ``"256M"``
+    :param kernel: path of a kernel with all drivers built in; None: the image's
+    :param boot_timeout: seconds that it may take to come up
+    :raises ConfigError: a value that cannot be, or an image that is not here
+    :raises SandboxError: it did not come up; says what its console said last
+
+    The image is never changed: what the guest writes is in its memory, and gone with it.
+
+    ``machine`` (:class:`vmm.Machine`) is the VM itself, ``files`` (:class:`vmm.sandbox.Files`) its files, ``commands``
+    has E2B's names. ``console`` is the end of what the serial port said.
+    """
+
+    machine: Machine
+    files: Files
+
+    def __init__(
+        self,
+        image: str | Image = "debian",
+        *,
+        memory: int | str = "512M",
+        cpus: int = 1,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | int | None = None,
+        mounts: Mapping[str, str | tuple[str, str]] | None = None,
+        network: str = "none",
+        timeout: float | None = None,
+        name: str | None = None,
+        room: str = "75%",
+        kernel: str | None = None,
+        boot_timeout: float = 60,
+    ) -> None:
+        if network != "none":
+            raise ConfigError("network", network, "must be none")
+        if not room or not all(c.isascii() and (c.isalnum() or c == "%") for c in room):
+            raise ConfigError("room", room, "must be a size as 75% or 256M")
+        found = guest.find_image(image)
+        shares = _shares(mounts or {})
+        self._begin(
+            {"image": found.name, "env": dict(env or {}), "cwd": cwd, "user": user, "timeout": timeout}, name, timeout
+        )
+        try:
+            kernel, initrd = guest.kernel_and_initrd(found, kernel, self._place.path)
+            disks = getattr(found, "disks", None) or [found.rootfs]
+            config = VmConfig(
+                kernel, initrd=initrd, memory=memory, cpus=cpus,
+                cmdline=f"{guest.CMDLINE} pyvmm.layers={len(disks)} pyvmm.room={room} pyvmm.name={self.name}",
+                drives=[DriveConfig(disk, is_read_only=True) for disk in disks],
+                shares=[share for _, share in shares], entropy=True, vsock=VsockConfig(3, self._place.socket),
+            )  # fmt: skip
+            self._run(Machine(config), boot_timeout)
+            os.unlink(initrd)
+            for path, share in shares:
+                self._call("mount", f"tag={share.tag}", f"path={path}", *(["ro=1"] if share.read_only else []))
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, about: dict[str, object], name: str | None, timeout: float | None) -> None:
+        if timeout is not None and timeout <= 0:
+            raise ConfigError("timeout", timeout, "must be more than 0 seconds")
+        self._about = about
+        self._env: dict[str, str] = dict(about["env"])  # type: ignore[call-overload]
+        self._closed = threading.Event()
+        self._console = bytearray()
+        self._place = Place(name, {"image": about["image"], "began": time.time()})
+        self.name = self._place.name
+        self._link = Link(self._place.socket)
+        self.files = Files(self._link)
+        self._timeout = timeout
+
+    def _run(self, machine: Machine, boot_timeout: float) -> None:
+        self.machine = machine
+        machine.on_exit(self._ended)
+        machine.on_console(self._heard)
+        if machine.state == "Not started":
+            machine.start()
+        if self._timeout is not None:
+            threads.spawn("vmm", f"time limit of {self.name}", self._limit, self._timeout)
+        try:
+            self._wake(Deadline(boot_timeout))
+        except (SandboxGone, CommandTimeout) as error:
+            said = self.console.strip().splitlines()[-1:]
+            raise SandboxError(
+                f"the sandbox did not come up: {error}" + "".join(f": {line(s)}" for s in said)
+            ) from None
+
+    def _wake(self, deadline: Deadline) -> None:
+        # A copy's driver hears that the connections of before are gone, and may close one that has just begun, too.
+        while True:
+            now = f"time={time.time_ns()}"
+            try:
+                self._ask(deadline, "wake", now, f"name={self.name}", f"random={os.urandom(64).hex()}")
+                return
+            except SandboxGone:
+                if self._link.why:
+                    raise
+
+    def _limit(self, seconds: float) -> None:
+        if not self._closed.wait(seconds):
+            self._link.fail(f"the sandbox has ended: its time limit of {seconds:g} s is over")
+            self.machine.stop()
+
+    def _ended(self, stop: Stop) -> None:
+        self._link.fail(f"the sandbox has ended: {stop}")
+
+    def _heard(self, data: bytes) -> None:
+        self._console += data
+        del self._console[:-_CONSOLE_KEPT]
+
+    @property
+    def console(self) -> str:
+        """The end of what the serial port said: of the kernel, and of the agent before it was ready."""
+        return self._console.decode(errors="replace")
+
+    # Commands
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | int | None = None,
+        limits: Mapping[str, int | tuple[int, int]] | None = None,
+        timeout: float | None = 60,
+        limit: int = DEFAULT_LIMIT,
+        check: bool = False,
+        on_stdout: Callable[[bytes], object] | None = None,
+        on_stderr: Callable[[bytes], object] | None = None,
+    ) -> Result:
+        """Run a command to its end. Parameters are those of ``exec``, and:
+
+        :param input: its standard input; None: it is closed
+        :param timeout: seconds; None: no limit
+        :param check: a status other than 0 is an error
+        :param on_stdout: called with each piece of output as it comes; `on_stderr` likewise
+        :raises CommandTimeout: it took too long, and was killed
+        :raises CommandError: with `check`: its status is not 0; the class says why
+        :raises SandboxGone: the sandbox has ended
+        """
+        deadline = Deadline(timeout)
+        with self.exec(command, env=env, cwd=cwd, user=user, limits=limits, timeout=timeout, limit=limit) as process:
+            process.stdout.on_data, process.stderr.on_data = on_stdout, on_stderr
+            result = process.communicate(input, timeout=deadline.left(process.command))
+        return result.check() if check else result
+
+    def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | int | None = None,
+        terminal: tuple[int, int] | None = None,
+        limits: Mapping[str, int | tuple[int, int]] | None = None,
+        keep: bool = False,
+        timeout: float | None = 60,
+        limit: int = DEFAULT_LIMIT,
+    ) -> Process:
+        """Start a command.
+
+        :param command: a line for /bin/sh, or a program and its arguments
+        :param env: added to that of the sandbox
+        :param cwd: its directory
+        :param user: ``NAME``, ``UID`` or ``USER:GROUP``
+        :param terminal: rows and columns of a terminal that it gets; None: pipes
+        :param limits: by resource, as ``{"nofile": 100, "cpu": (1, 2)}``; see setrlimit(2)
+        :param keep: it goes on when the handle is closed; otherwise it is killed then
+        :param timeout: seconds that it may take to start
+        :param limit: bytes of each stream that are kept; what is more is thrown away and told
+        :raises ConfigError: a value that cannot be
+        :raises SandboxGone: the sandbox has ended
+        """
+        words = words_of(
+            command, {**self._env, **(env or {})}, cwd=cwd or self._about["cwd"],  # type: ignore[arg-type]
+            user=self._about["user"] if user is None else user,  # type: ignore[arg-type]
+            terminal=terminal, limits=limits, keep=keep,
+        )  # fmt: skip
+        doing = command if isinstance(command, str) else " ".join(map(str, command))
+        return Process(self._link, line(doing), words, limit, Deadline(timeout))
+
+    @property
+    def commands(self) -> Commands:
+        """The same by E2B's names."""
+        return Commands(self)
+
+    def connect(self, port: int, timeout: float | None = 10) -> socket.socket:
+        """Connect to a TCP port of the guest's loopback.
+
+        :returns: a stream, yours to close
+        :raises ConnectionRefusedError: nobody in the guest listens there
+        """
+        deadline, doing = Deadline(timeout), f"port {port}"
+        with self._link.connect(deadline, doing) as channel:
+            channel.request(deadline, doing, ("tcp", f"port={port}"))
+            kind, data = channel.read(deadline, doing)
+            if kind == 0x66:
+                number, _ = failure(data)
+                raise OSError(number, os.strerror(number), doing)
+            if kind != 0x6B:
+                raise AgentError(f"{doing}: the guest sent something out of turn")
+            return channel.take()
+
+    def _call(self, *words: str) -> None:
+        self._ask(Deadline(30), *words)
+
+    def _ask(self, deadline: Deadline, *words: str) -> None:
+        with self._link.connect(deadline, words[0]) as channel:
+            channel.request(deadline, words[0], words)
+            kind, data = channel.read(deadline, words[0])
+        if kind == 0x66:
+            number, what = failure(data)
+            raise SandboxError(f"{words[0]}: {line(what)}: {os.strerror(number)}")
+        if kind != 0x6B:
+            raise AgentError(f"{words[0]}: the guest sent something out of turn")
+
+    # The VM
+
+    def pause(self) -> None:
+        """Hold the guest; calls wait until ``resume``, or until their time is over."""
+        self.machine.pause()
+
+    def resume(self) -> None:
+        """Let the guest go on."""
+        self.machine.resume()
+
+    def fork(self, count: int = 1, *, timeout: float | None = None) -> list[Sandbox]:
+        """Copies of this sandbox as it is now, that run; this one goes on, too. They share its memory copy-on-write.
+
+        :param timeout: seconds after which each copy ends; None: as this one was given
+        :raises SnapshotError: it cannot be copied: a mount is in use
+
+        Each has a name, random numbers and a clock of its own. Commands that are running end in a copy, unless they
+        were started with `keep`, or are in the background.
+        """
+        copies: list[Sandbox] = []
+        machines: list[Machine] = []
+
+        def change(config: VmConfig, number: int) -> VmConfig:
+            copy = Sandbox.__new__(Sandbox)
+            copy._begin(dict(self._about), None, timeout or self._timeout)
+            copies.append(copy)
+            return config.replaced(vsock=VsockConfig(3, copy._place.socket))
+
+        try:
+            machines = self.machine.fork(count, change=change)
+            for copy, machine in zip(copies, machines, strict=True):
+                copy._run(machine, 30)
+        except BaseException:
+            for machine in machines:
+                machine.close()
+            for copy in copies:
+                copy.close()
+            raise
+        return copies
+
+    def snapshot(self, directory: str) -> None:
+        """Write this sandbox as it is now; it goes on. The image's disks are not in it.
+
+        :raises SnapshotError: it cannot be saved
+        """
+        self.machine.freeze().save(directory)
+        with open(os.path.join(directory, _ABOUT), "w", encoding="utf-8") as file:
+            json.dump(self._about, file)
+
+    @classmethod
+    def restore(cls, directory: str, *, name: str | None = None, timeout: float | None = None) -> Sandbox:
+        """The sandbox of a ``snapshot``, running.
+
+        :param timeout: seconds after which it ends; None: as the one before was given
+        :raises SnapshotError: it is no snapshot of a sandbox, or damaged
+        """
+        try:
+            with open(os.path.join(directory, _ABOUT), encoding="utf-8") as file:
+                about = json.load(file)
+            limit = about["timeout"] if timeout is None else timeout
+            dict(about["env"]), about["image"], about["cwd"], about["user"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SnapshotError(directory, "is no snapshot of a sandbox") from None
+        frozen = Frozen.load(directory)
+        sandbox = cls.__new__(cls)
+        sandbox._begin(about, name, limit)
+        try:
+            config = frozen.config.replaced(vsock=VsockConfig(3, sandbox._place.socket))
+            sandbox._run(Machine(config, image=frozen), 30)
+        except BaseException:
+            sandbox.close()
+            raise
+        return sandbox
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return not self._link.why
+
+    def close(self) -> None:
+        """End it, as if its power were cut, and give everything back; idempotent."""
+        self._closed.set()
+        self._link.fail("the sandbox was closed")
+        self.files.close()
+        if "machine" in self.__dict__:
+            self.machine.close()
+        self._place.close()
+
+    kill = close
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Sandbox({self.name!r}, {self._about['image']!r}, {'running' if self.running else self._link.why!r})"
+
+
+class Commands:
+    """Commands of a sandbox by E2B's names: ``sandbox.commands``."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    def run(
+        self,
+        cmd: str,
+        background: bool = False,
+        *,
+        envs: Mapping[str, str] | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        on_stdout: Callable[[str], object] | None = None,
+        on_stderr: Callable[[str], object] | None = None,
+        timeout: float | None = 60,
+    ) -> Result | Process:
+        """Run a command; with `background` return its handle.
+
+        :raises CommandError: its status is not 0
+        """
+        if background:
+            return self._sandbox.exec(cmd, env=envs, user=user, cwd=cwd, keep=True)
+        out, err = (f and (lambda data, f=f: f(data.decode(errors="replace"))) for f in (on_stdout, on_stderr))
+        return self._sandbox.run(
+            cmd, env=envs, user=user, cwd=cwd, timeout=timeout, check=True, on_stdout=out, on_stderr=err
+        )
+
+
+def _shares(mounts: Mapping[str, str | tuple[str, str]]) -> list[tuple[str, FsConfig]]:
+    shares = []
+    for place, (path, what) in enumerate(mounts.items()):
+        directory, mode = (what, "rw") if isinstance(what, (str, os.PathLike)) else what
+        if mode not in ("rw", "ro") or not path.startswith("/"):
+            raise ConfigError("mounts", f"{path} {what}", 'must be {"/IN/GUEST": "DIRECTORY" or ("DIRECTORY", "ro")}')
+        shares.append((path, FsConfig(f"mount{place}", directory, read_only=mode == "ro")))
+    return shares
