@@ -13,6 +13,12 @@ def private_runs(pagemap: int, address: int, size: int) -> list[tuple[int, int]]
     :returns: (offset from `address`, bytes) of each run, in order
     """
 
+def touched_runs(pagemap: int, address: int, size: int) -> list[tuple[int, int]] | None:
+    """Pages of a mapping that are there, since they were read or written to; with neighbours that the kernel brought.
+
+    :returns: (offset from `address`, bytes) of each run, in order; None before Linux 6.7
+    """
+
 def walk_private_runs(pagemap: int, address: int, size: int) -> list[tuple[int, int]]:
     """Likewise, page by page: what ``private_runs`` does before Linux 6.7."""
 

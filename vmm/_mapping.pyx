@@ -89,23 +89,31 @@ def private_runs(int pagemap, uintptr_t address, size_t size):
     :param pagemap: an open /proc/self/pagemap
     :returns: (offset from `address`, bytes) of each run, in order
     """
-    runs = _scan(pagemap, address, size)
+    runs = _scan(pagemap, address, size, PM_IS_FILE)
     return walk_private_runs(pagemap, address, size) if runs is None else runs
 
 
-cdef list _scan(int pagemap, uintptr_t address, size_t size):
+def touched_runs(int pagemap, uintptr_t address, size_t size):
+    """Pages of a mapping that are there, since they were read or written to; with neighbours that the kernel brought.
+
+    :returns: (offset from `address`, bytes) of each run, in order; None before Linux 6.7
+    """
+    return _scan(pagemap, address, size, 0)
+
+
+cdef list _scan(int pagemap, uintptr_t address, size_t size, uint64_t without):
     # PAGEMAP_SCAN, Linux 6.7: None where there is none.
     cdef pm_region[REGIONS] regions
     cdef pm_arg arg
     cdef int count, i
     cdef list runs = []
     arg.size = sizeof(arg)
-    arg.flags = arg.max_pages = arg.category_mask = 0
+    arg.flags = arg.max_pages = 0
     arg.start = address
     arg.end = address + size
     arg.vec = <uintptr_t>regions
     arg.vec_len = REGIONS
-    arg.category_inverted = arg.category_mask = PM_IS_FILE
+    arg.category_inverted = arg.category_mask = without
     arg.category_anyof_mask = PM_IS_PRESENT | PM_IS_SWAPPED
     arg.return_mask = PM_IS_FILE
     while arg.start < arg.end:

@@ -476,6 +476,20 @@ class Machine:
 
         return fork(self, count, change, isolated=isolated)
 
+    def record_touched(self, directory: str) -> None:
+        """Have those who load the snapshot in `directory` next get the pages that this machine has touched at once.
+
+        :param directory: of the snapshot that this machine was made of
+        :raises HostError: it cannot be written, or this kernel cannot tell (before Linux 6.7)
+        """
+        from vmm.snapshot_file import TOUCHED, record
+
+        try:
+            touched = self.memory.touched()
+        except OSError as error:
+            raise HostError(error.errno or 0, "tell which pages were touched") from None
+        record(touched, self.config.memory, os.path.join(directory, TOUCHED))
+
     def _freeze(self, while_held: Callable[[], None]) -> Image:
         if self._stop is not None:
             raise VmmError("a machine that has ended cannot be frozen")

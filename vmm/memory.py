@@ -9,7 +9,7 @@ import mmap
 import os
 
 from vmm._fastpath import GuestRam
-from vmm._mapping import copy_out, copy_pages, map_over, private_runs
+from vmm._mapping import copy_out, copy_pages, map_over, private_runs, touched_runs
 from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
@@ -258,6 +258,19 @@ class GuestMemory(GuestRam):
         if self._pieces is None:
             return [(region.gpa, region.size) for region in self.regions]
         return [(region.gpa + at, size) for region in self.regions for at, size in self._private(region)]
+
+    def touched(self) -> list[tuple[int, int]]:
+        """(guest address, bytes) of what is in this process's memory, since it was read or written.
+
+        :raises OSError: this kernel cannot tell (before Linux 6.7)
+        """
+        found = []
+        for region in self.regions:
+            runs = touched_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
+            if runs is None:
+                raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+            found += [(region.gpa + at, size) for at, size in runs]
+        return found
 
     def _private(self, region: Region) -> list[tuple[int, int]]:
         return private_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 STATE, MEMORY = "state", "memory"
+TOUCHED = MEMORY + ".touched"
 _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
@@ -105,6 +106,7 @@ def load(directory: str) -> Image:
         raise SnapshotError(directory, f"{MEMORY} has {end} bytes, the guest's memory takes {wanted}")
     if any(mark) and there != mark:
         raise SnapshotError(directory, f"{MEMORY} and {STATE} are of different snapshots")
+    prefetch(file_of_memory, os.path.join(directory, TOUCHED), size)
     image.memory = pieces_of(file_of_memory, size)
     return image
 
@@ -214,6 +216,31 @@ def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
     _write_all(fd, mark, size + _PAGE - len(mark))
 
 
+def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
+    """Write which pages of `size` bytes of guest RAM a machine has touched, for ``prefetch``.
+
+    :param touched: from ``GuestMemory.touched``
+    :raises HostError: it cannot be written
+    """
+    runs = [(place_of(gpa, size), length) for gpa, length in touched]
+    try:
+        write_whole((path, lambda fd: _write_all(fd, msgspec.msgpack.encode(runs))))
+    except OSError as error:
+        raise HostError(error.errno or 0, "write which pages were touched", path) from None
+
+
+def prefetch(memory: MemoryFile, path: str, size: int) -> None:
+    """Have the kernel read the pages that ``record`` has named at `path`, and wait for none; a hint, never an error."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            runs = msgspec.msgpack.decode(file.read(_STATE_MAX), type=list[tuple[int, int]])
+        for at, length in runs:
+            if 0 <= at < size and 0 < length <= size - at:
+                os.posix_fadvise(memory.fd, at, length, os.POSIX_FADV_WILLNEED)
+    except (OSError, SnapshotError, msgspec.MsgspecError):
+        pass  # nobody has recorded it, or what is there is damaged
+
+
 def place_of(gpa: int, size: int) -> int:
     """Where `gpa` of `size` bytes of guest RAM is in a file of it: regions follow each other, without the hole."""
     place = 0
@@ -316,14 +343,14 @@ def _write_all(fd: int, data: bytes, offset: int = 0) -> None:
 
 def _is_ours(directory: str) -> bool:
     try:
-        return set(os.listdir(directory)) <= {STATE, MEMORY}
+        return set(os.listdir(directory)) <= {STATE, MEMORY, TOUCHED}
     except OSError:
         return False
 
 
 def _remove(directory: str) -> None:
     # The old image, or half of the new one; nothing where all went well.
-    for name in (STATE, MEMORY):
+    for name in (STATE, MEMORY, TOUCHED):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))
     with contextlib.suppress(FileNotFoundError):

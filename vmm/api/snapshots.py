@@ -25,6 +25,7 @@ from vmm.snapshot_file import (
     open_regular,
     pieces_of,
     place_of,
+    prefetch,
     read_state,
     write_memory,
     write_whole,
@@ -198,7 +199,9 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     if backend is not None and backend.backend_type == "Uffd":
         image.handler = path
     else:
-        image.memory = pieces_of(_memory_file(path, image.config.memory, data), image.config.memory)
+        memory = _memory_file(path, image.config.memory, data)
+        prefetch(memory, f"{path}.touched", image.config.memory)
+        image.memory = pieces_of(memory, image.config.memory)
     if shown.machine_config is not None:
         machine = msgspec.structs.replace(shown.machine_config, track_dirty_pages=body.enable_diff_snapshots)
         shown = msgspec.structs.replace(shown, machine_config=machine)

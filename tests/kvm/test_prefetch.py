@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine of a snapshot has touched is read beforehand for the next one; a damaged record harms nobody."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.kvm.guests import PATIENCE
+from vmm import Image, Machine
+from vmm.snapshot_file import TOUCHED
+
+MakeGuest = Callable[..., Machine]
+PAGE = 4096
+SIZE = 16 << 20
+PLACES = [0x400000 + number * (1 << 20) for number in range(8)]
+FAR = PLACES[0] + (512 << 10)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, guest: MakeGuest) -> Path:
+    vm = guest("1: hlt\njmp 1b", memory=SIZE)
+    vm.memory.write(0x400000, b"\x05" * (SIZE - 0x400000))
+    vm.freeze().save(str(tmp_path / "image"))
+    return tmp_path / "image"
+
+
+def _forget(memory: int) -> None:
+    """Take the file out of the page cache."""
+    os.fsync(memory)
+    os.posix_fadvise(memory, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _is_cached(memory: int, at: int) -> bool:
+    # By mincore(2): a read that may not wait starts to read ahead.
+    with mmap.mmap(memory, SIZE, flags=mmap.MAP_PRIVATE) as shown:
+        there = ctypes.create_string_buffer(1)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(shown))
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(base + at), ctypes.c_size_t(PAGE), there)
+        return bool(there.raw[0] & 1)
+
+
+def test_what_was_touched_is_there_at_the_next_load(saved: Path) -> None:
+    memory = os.open(saved / "memory", os.O_RDONLY)
+    _forget(memory)
+    if _is_cached(memory, FAR):
+        os.close(memory)
+        pytest.skip("LAYER MISSING: prefetch: a file system whose files can be out of memory")
+    with Machine(image=Image.load(str(saved))) as vm:
+        for place in PLACES:
+            assert vm.memory.read(place, 1) == b"\x05"
+        vm.record_touched(str(saved))
+    _forget(memory)
+    assert not any(_is_cached(memory, place) for place in (*PLACES, FAR))
+    image = Image.load(str(saved))
+    end = time.monotonic() + PATIENCE
+    while not all(_is_cached(memory, place) for place in PLACES):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    assert not _is_cached(memory, FAR), "nobody has touched it"
+    os.close(memory)
+    image.save(str(saved))
+    assert sorted(os.listdir(saved)) == ["memory", "state"], "of another snapshot nothing is recorded"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xc1", msgspec.msgpack.encode([[-1, 5], [0, 0], [1 << 62, 5], [5, 1 << 62]]), b"\x91\x01"]
+)
+def test_a_damaged_record_harms_nobody(saved: Path, data: bytes) -> None:
+    (saved / TOUCHED).write_bytes(data)
+    with Machine(image=Image.load(str(saved))) as vm:
+        assert vm.memory.read(PLACES[0], 1) == b"\x05"
+
+
+def test_a_record_that_is_no_file_harms_nobody(saved: Path) -> None:
+    os.mkfifo(saved / TOUCHED)
+    Image.load(str(saved))
