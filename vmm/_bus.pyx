@@ -3,7 +3,7 @@
 """One address space (port I/O or MMIO): who answers which address.
 
 A reader (a vCPU thread without the GIL) loads the table's pointer once and never sees it change: `add` and `remove`
-build a new table and retire the old one until the bus itself goes, a few hundred bytes each.
+build a new table and keep the old one until `reclaim` is called, while no vCPU runs, or the bus itself goes.
 """
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject
@@ -82,6 +82,16 @@ cdef class Bus:
         """Take every range of `device` off the bus; a vCPU inside the device now still finishes its access."""
         self._claims = [claim for claim in self._claims if claim[2] is not device]
         self._publish(device)
+
+    def reclaim(self):
+        """Free what changes have replaced. No vCPU is within an access: none has started, or all are held."""
+        while self._retired:
+            PyMem_RawFree(<void *><uintptr_t>self._retired.pop()[0])
+
+    @property
+    def retired(self):
+        """Tables that wait for ``reclaim``."""
+        return len(self._retired)
 
     @property
     def claims(self):

@@ -193,7 +193,7 @@ class Vm:
         self.kvm = kvm
         self.fd = fd
         self._has_irqchip = False
-        self._slots = 0  # memory slots in use: numbered as they come
+        self.slots: dict[int, int] = {}  # memory slots in use, by number: their guest addresses
         self.vcpu_mmap_size = kvm_ioctl(kvm.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
 
     def create_irqchip(self) -> None:
@@ -227,32 +227,51 @@ class Vm:
             address = memory.host_address(region.gpa, region.size)
             self.map_window(region.gpa, region.size, address, flags=flags)
 
-    def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False, flags: int = 0) -> None:
+    def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False, flags: int = 0) -> int:
         """Show the guest [`address`, `address` + `size`) of this process at `gpa`, in a slot of its own.
 
-        Whole pages; the mapping must outlive the VM, and may change meanwhile: KVM follows it. Where it is read-only
+        Whole pages; the mapping must outlive the slot, and may change meanwhile: KVM follows it. Where it is read-only
         to the guest, writes are MMIO exits as if nothing were there; needs KVM_CAP_READONLY_MEM.
+
+        :returns: the slot's number, for ``unmap_window``
         """
+        slot = next(number for number in range(len(self.slots) + 1) if number not in self.slots)
         kvm_ioctl(
             self.fd,
             abi.KVM_SET_USER_MEMORY_REGION,
             abi.kvm_userspace_memory_region(
-                slot=self._slots, guest_phys_addr=gpa, memory_size=size, userspace_addr=address,
+                slot=slot, guest_phys_addr=gpa, memory_size=size, userspace_addr=address,
                 flags=flags | (abi.KVM_MEM_READONLY if read_only else 0),
             ),
         )  # fmt: skip
-        self._slots += 1
+        self.slots[slot] = gpa
+        return slot
 
-    def irqfd(self, fd: int, gsi: int) -> None:
-        """From now on a write to eventfd `fd` is an edge on interrupt line `gsi`. `fd` is borrowed."""
-        kvm_ioctl(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=fd, gsi=gsi))
+    def unmap_window(self, slot: int) -> None:
+        """Take back what ``map_window`` showed; no vCPU sees it any more when this returns."""
+        gpa = self.slots[slot]
+        region = abi.kvm_userspace_memory_region(slot=slot, guest_phys_addr=gpa)  # of no size: KVM deletes the slot
+        kvm_ioctl(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
+        del self.slots[slot]
 
-    def ioeventfd(self, fd: int, address: int, value: int) -> None:
-        """From now on a guest's 32-bit write of `value` to MMIO `address` signals eventfd `fd`, with no exit."""
+    def irqfd(self, fd: int, gsi: int, *, bind: bool = True) -> None:
+        """From now on a write to eventfd `fd` is an edge on interrupt line `gsi`. `fd` is borrowed.
+
+        :param bind: False: no longer
+        """
+        flags = 0 if bind else abi.KVM_IRQFD_FLAG_DEASSIGN
+        kvm_ioctl(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=fd, gsi=gsi, flags=flags))
+
+    def ioeventfd(self, fd: int, address: int, value: int, *, bind: bool = True) -> None:
+        """From now on a guest's 32-bit write of `value` to MMIO `address` signals eventfd `fd`, with no exit.
+
+        :param bind: False: no longer; `fd` is given back
+        """
+        flags = abi.KVM_IOEVENTFD_FLAG_DATAMATCH | (0 if bind else abi.KVM_IOEVENTFD_FLAG_DEASSIGN)
         kvm_ioctl(
             self.fd,
             abi.KVM_IOEVENTFD,
-            abi.kvm_ioeventfd(datamatch=value, addr=address, len=4, fd=fd, flags=abi.KVM_IOEVENTFD_FLAG_DATAMATCH),
+            abi.kvm_ioeventfd(datamatch=value, addr=address, len=4, fd=fd, flags=flags),
         )
 
     def create_vcpu(self, index: int) -> int:

@@ -25,6 +25,8 @@ from devices.rtc import Rtc
 from vmm import kvm_abi as abi
 from vmm import logger, threads
 from vmm._bus import Bus
+from vmm.attach import Devices
+from vmm.build import Builder, Made
 from vmm.config import VmConfig
 from vmm.console import Console
 from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Protocol, TypeVar
 
-    from virtio._fs_dax import Window
     from virtio.balloon import Balloon
     from virtio.blk import Block
     from virtio.console import ConsolePort
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
     from virtio.mmio import VirtioMmio
     from virtio.net import Net
     from virtio.vsock import Listener
-    from vmm.device_config import NetConfig
+    from vmm.attach import Attached
+    from vmm.build import DeviceConfig
     from vmm.mmds import Mmds
     from vmm.snapshot import Image
 
@@ -59,9 +61,6 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T", bound=Closable)
 
-# Interrupt lines for virtio-mmio: the IOAPIC's 24 less those of the timer, the keyboard, the cascade, the serial ports
-# and the RTC; the FPU's, which no 64-bit kernel uses, last.
-VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, 24), 13)
 SERIAL_PORT = 0x3F8
 SERIAL_GSI = 4
 KEYBOARD_GSI = 1
@@ -82,9 +81,9 @@ class Machine:
 
     ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
     (:class:`vmm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a bus
-    device of your own is added by ``vm.pio.add(port, size, device, name)``. ``blocks``, ``nets`` and ``shares`` hold
-    those devices by their ``drive_id``, ``iface_id`` and ``tag``, ``balloon`` that one or None, ``mmds``
-    (:class:`vmm.mmds.Mmds`) is the metadata service's document; all to be changed while the guest runs.
+    device of your own is added by ``vm.pio.add(port, size, device, name)``. ``devices`` has the virtio devices;
+    ``attach`` adds one, ``detach`` takes one away. These and the metadata service's document ``mmds``
+    (:class:`vmm.mmds.Mmds`) can be changed while the guest runs.
     """
 
     def __init__(
@@ -107,14 +106,11 @@ class Machine:
             raise TypeError("Machine takes a VmConfig or its parameters, not both")
         self.config = config
         self.vcpus: tuple[Vcpu, ...] = ()
-        self.virtio: tuple[VirtioMmio, ...] = ()
-        self.blocks: dict[str, Block] = {}
-        self.nets: dict[str, Net] = {}
-        self.shares: dict[str, Fs] = {}
-        self.balloon: Balloon | None = None
-        self._listener = listener
         self._mmds = metadata
-        self._windows: tuple[Window, ...] = ()
+        self._builder = Builder(config, lambda: self.mmds, listener)
+        first = layout.VIRTIO_MMIO + config.boot_timer * layout.VIRTIO_MMIO_STRIDE
+        self._devices = Devices(first, layout.dax_windows(config.memory))
+        self._devices_lock = threading.Lock()  # one change of the devices, or one look at all of them, at a time
         self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
@@ -125,6 +121,7 @@ class Machine:
         self._started = False
         self._holds: set[str] = set()  # why the vCPUs are held: each reason until it is released
         self._parked = 0
+        self._detached = False  # a configured device was
         self.children = 0  # made by ``fork``, for the names of their sockets
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one
@@ -148,21 +145,15 @@ class Machine:
             from devices.boot_timer import BootTimer
 
             timer = BootTimer()
-        configured = self._virtio_devices()
-        self.configured = len(configured)  # of ``virtio``: the first ones; the others are the embedding program's
-        devices = [*configured, *devices]
-        if len(devices) > len(VIRTIO_GSIS):
-            raise ConfigError("devices", len(devices), f"at most {len(VIRTIO_GSIS)} fit")
+        for made in self._builder.all():
+            self._devices.add(made).configured = True
+        for device in devices:
+            self._devices.add(Made("", device.name, device, []))
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
         huge = config.huge_pages == "2M"
         self.memory = self._owned(GuestMemory(config.memory, huge=huge, pieces=pieces, handler=handler))
-        first = layout.VIRTIO_MMIO + config.boot_timer * layout.VIRTIO_MMIO_STRIDE
-        windows = [
-            (first + i * layout.VIRTIO_MMIO_STRIDE, layout.VIRTIO_MMIO_STRIDE, VIRTIO_GSIS[i])
-            for i in range(len(devices))
-        ]
         if image is None:
-            self._load(windows)
+            self._load([(each.base, layout.VIRTIO_MMIO_STRIDE, each.gsi) for each in self.devices.values()])
         else:
             self.cmdline = image.cmdline
         usable = prepared is not None and prepared.kvm.path == config.kvm
@@ -174,18 +165,16 @@ class Machine:
         self.vm = prepared if prepared is not None and usable else self._owned(self.kvm.create_vm())
         # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
         self.vm.map_memory(self.memory, log_dirty=config.track_dirty_pages)
-        self._map_dax_windows(devices)
-        lines = [self._owned(IrqLine(gsi)) for _, _, gsi in windows]
-        self.virtio = tuple(self._transport(device, line) for device, line in zip(devices, lines, strict=True))
-        if windows and self.kvm.check(abi.KVM_CAP_READONLY_MEM):
-            for (base, size, _), transport in zip(windows, self.virtio, strict=True):
-                self.vm.map_window(base, size, transport.page_address, read_only=True)
+        self._closers.append(self._devices.close)
+        for attached in self.devices.values():
+            attached.make(self.memory, self._devices.window_address(attached))
+            attached.map(self.vm)
         self.vm.create_irqchip()
         self._add_platform()
         if timer is not None:
             self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, timer, "boot timer")
-        for window, transport, line in zip(windows, self.virtio, lines, strict=True):
-            self._add_virtio(transport, line, *window[:2])
+        for attached in self.devices.values():
+            attached.bind(self.vm, self.mmio)
         self.vcpus = tuple(self._owned(Vcpu(self.vm, index, self.pio, self.mmio)) for index in range(config.cpus))
         if image is None:
             self._set_up_vcpus()
@@ -222,142 +211,6 @@ class Machine:
             raise ConfigError("--kvm", config.kvm, f"lacks {', '.join(lacking)}; use Linux 4.11 or later")
         if config.cpus > self.kvm.max_vcpus():
             raise ConfigError("cpus", config.cpus, f"this KVM allows at most {self.kvm.max_vcpus()}")
-
-    def _virtio_devices(self) -> list[VirtioDevice]:
-        # In the order in which the guest finds them. A guest without a device does not pay for importing it.
-        config = self.config
-        devices: list[VirtioDevice] = []
-        if config.drives:
-            from virtio._limiter import RateLimiter
-            from virtio.blk import Block, Disk
-
-            for place, drive in enumerate(config.drives):
-                path, image_format = drive.path_on_host, drive.image_format
-                if image_format == "qcow2":
-                    _will_start("disk", path, "qemu-storage-daemon")
-                    from virtio.qcow2 import Qcow2
-
-                    path = self._owned(
-                        Qcow2(
-                            path, read_only=drive.is_read_only, backing_file=drive.backing_file,
-                            backing_format=drive.backing_format or "raw",
-                        )
-                    ).raw  # fmt: skip
-                    image_format = "raw"
-                disk = self._owned(
-                    Disk(
-                        path, read_only=drive.is_read_only, direct=drive.direct, image_format=image_format,
-                        any_size=drive.any_size,
-                    )
-                )  # fmt: skip
-                limits = drive.rate_limiter
-                block = Block(
-                    disk, serial=drive.drive_id or "", name=f"virtio-blk{place}", queues=drive.queues,
-                    engine=drive.io_engine, unsafe=drive.cache_type == "Unsafe",
-                    limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
-                )  # fmt: skip
-                self.blocks[drive.drive_id or f"drive_{place}"] = block
-                devices.append(block)
-        for place, net in enumerate(config.network_interfaces):
-            interface = self.nets[net.iface_id or f"eth{place}"] = self._net(net, place)
-            devices.append(interface)
-        if config.shares:
-            from virtio._limiter import RateLimiter
-            from virtio.fs import Fs
-
-            for place, share in enumerate(config.shares):
-                limits = share.rate_limiter
-                fs = Fs(
-                    share.tag, share.shared_dir, read_only=share.read_only, cache=share.cache_policy,
-                    threads=share.threads, squash=share.squash, submounts=share.submounts, dax=share.dax,
-                    name=f"virtio-fs{place}",
-                    limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None,
-                )  # fmt: skip
-                self.shares[share.tag] = self._owned(fs)
-                devices.append(fs)
-        if config.vsock is not None:
-            from virtio.vsock import Listener, Vsock
-
-            listener = self._owned(self._listener or Listener(config.vsock.uds_path))
-            devices.append(Vsock(listener, config.vsock.guest_cid))
-        if config.entropy is not None:
-            from virtio._limiter import RateLimiter
-            from virtio.rng import Entropy
-
-            limits = config.entropy.rate_limiter
-            devices.append(Entropy(limiter=RateLimiter(limits.bandwidth, limits.ops) if limits else None))
-        if config.balloon is not None:
-            from virtio.balloon import Balloon
-
-            balloon = config.balloon
-            if balloon.amount_mib > config.memory >> 20:
-                most = config.memory >> 20
-                raise ConfigError("balloon amount_mib", balloon.amount_mib, f"must be at most {most}, the memory")
-            self.balloon = Balloon(
-                balloon.amount_mib, deflate_on_oom=balloon.deflate_on_oom,
-                stats_polling_interval_s=balloon.stats_polling_interval_s,
-                free_page_reporting=balloon.free_page_reporting,
-            )  # fmt: skip
-            devices.append(self.balloon)
-        if config.virtio_console:
-            from virtio.console import Console as VirtioConsole
-
-            hvc = VirtioConsole()
-            devices.append(hvc)
-            self._hvc = hvc.ports[0]
-        for device in devices:
-            device.poll_us = config.poll_us
-        return devices
-
-    def _map_dax_windows(self, devices: Sequence[VirtioDevice]) -> None:
-        # Above RAM, which ends at 4 GiB at least as far as a window is concerned, one after the other.
-        gpa = layout.dax_windows(self.config.memory)
-        for device in devices:
-            if window := getattr(device, "window", None):
-                self.vm.map_window(gpa, window.size, window.address)
-                device.shm_regions[0] = (gpa, window.size)
-                self._windows += (window,)
-                gpa += window.size
-
-    def _net(self, config: NetConfig, place: int) -> Net:
-        from virtio._limiter import RateLimiter
-        from virtio.net import Net, default_mac, parse_mac
-        from virtio.net_host import Passt, Tap
-
-        backend: Tap | Passt
-        if config.mode == "user":
-            _will_start("net", "user", "passt")
-            backend = self._owned(Passt(loopback=config.loopback))
-        elif config.fd is not None:
-            backend = self._owned(Tap.inherited(config.fd))
-        else:
-            if config.mode == "auto" and threads.no_programs:
-                raise ConfigError("net", "auto", "makes a tap, and this process may not; make one before (tap=NAME)")
-            backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues, make=config.mode == "auto"))
-            if config.mode == "auto":
-                backend.configure(address=config.address, mtu=config.mtu)
-                if config.nat and config.address:
-                    from virtio.nat import Nat
-
-                    self._owned(Nat(config.address, backend.name))
-        limits = config.rx_rate_limiter, config.tx_rate_limiter
-        rx, tx = (RateLimiter(limit.bandwidth, limit.ops) if limit else None for limit in limits)
-        mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{place}")
-        endpoint = None
-        if self.config.mmds is not None and (config.iface_id or f"eth{place}") in self.config.mmds.network_interfaces:
-            from socket import inet_aton
-
-            from virtio.mmds_net import Endpoint
-            from vmm import preload
-
-            preload.load(preload.METADATA)  # the device's thread may not import
-            self.mmds.configure(self.config.mmds)
-            endpoint = Endpoint(self.mmds.serve, inet_aton(self.config.mmds.ipv4_address))
-        net = Net(
-            backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=rx, tx_limiter=tx, mmds=endpoint,
-            name=f"virtio-net{place}",
-        )  # fmt: skip
-        return self._owned(net)
 
     def _owned(self, thing: _T) -> _T:
         self._closers.append(thing.close)
@@ -398,22 +251,6 @@ class Machine:
         line = self._owned(IrqLine(gsi))
         self.vm.irqfd(line.fd, gsi)
         return line
-
-    def _transport(self, device: VirtioDevice, line: IrqLine) -> VirtioMmio:
-        from virtio.mmio import VirtioMmio
-
-        return self._owned(VirtioMmio(device, self.memory, line))
-
-    def _add_virtio(self, transport: VirtioMmio, line: IrqLine, base: int, size: int) -> None:
-        from virtio import spec
-
-        self.mmio.add(base, size, transport, transport.device.name)
-        self.vm.irqfd(line.fd, line.gsi)
-        for queue, fd in enumerate(transport.notify_fds):
-            self.vm.ioeventfd(fd, base + spec.MMIO_QUEUE_NOTIFY, queue)
-        # That a used ring was seen is said at every interrupt, and means nothing to us: KVM takes it. InterruptStatus
-        # then goes on saying that rings may have changed; that the configuration was seen comes here.
-        self.vm.ioeventfd(transport.ack_fd, base + spec.MMIO_INTERRUPT_ACK, spec.INTERRUPT_USED)
 
     def _set_up_vcpus(self) -> None:
         entries = self.kvm.supported_cpuid()
@@ -493,6 +330,15 @@ class Machine:
     def _freeze(self, while_held: Callable[[], None]) -> Image:
         if self._stop is not None:
             raise VmmError("a machine that has ended cannot be frozen")
+        with self._devices_lock:
+            return self._frozen(while_held)
+
+    def _frozen(self, while_held: Callable[[], None]) -> Image:
+        if self._detached:
+            raise SnapshotError("devices", "one was detached that the configuration has")
+        for attached in self._devices.by_id.values():
+            if attached.kind and not attached.configured:
+                raise SnapshotError(attached.id, "was attached later; the configuration does not have it")
         for transport in self.virtio:
             if transport.status and (why := transport.device.unsavable):
                 raise SnapshotError(transport.device.name, why)
@@ -600,15 +446,16 @@ class Machine:
 
     def _run_once(self, vcpu: Vcpu) -> bool:
         while True:
-            seen = [window.repairs for window in self._windows]
+            windows = self._devices.windows
+            seen = [window.repairs for window in windows]
             try:
                 return vcpu.run()
             except KvmError as error:
                 # Somebody truncated a file that the guest has mapped, and it touched what is gone: it gets zeros there.
                 # Another vCPU that touched it too may have been first.
-                for window in self._windows:
+                for window in windows:
                     window.repair()
-                if error.errno != errno.EFAULT or seen == [window.repairs for window in self._windows]:
+                if error.errno != errno.EFAULT or seen == [window.repairs for window in windows]:
                     raise
 
     def _park_while_held(self) -> None:
@@ -726,6 +573,107 @@ class Machine:
             return "Not started"
         return "Paused" if "pause" in self._holds else "Running"
 
+    # Devices
+
+    @property
+    def devices(self) -> dict[str, Attached]:
+        """The virtio devices there are now, by id: ``drive_id``, ``iface_id``, ``tag``, or the device's name."""
+        return dict(self._devices.by_id)
+
+    @property
+    def virtio(self) -> tuple[VirtioMmio, ...]:
+        """Their transports, in the order in which the devices came."""
+        return tuple(each.transport for each in self._devices.by_id.values())
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The disks by ``drive_id``."""
+        return self._devices.named("drive")
+
+    @property
+    def nets(self) -> dict[str, Net]:
+        """The network interfaces by ``iface_id``."""
+        return self._devices.named("net")
+
+    @property
+    def shares(self) -> dict[str, Fs]:
+        """The shared directories by ``tag``."""
+        return self._devices.named("share")
+
+    @property
+    def balloon(self) -> Balloon | None:
+        """The balloon, or None."""
+        return next(iter(self._devices.named("balloon").values()), None)
+
+    def attach(self, device: VirtioDevice | DeviceConfig) -> Attached:
+        """Give the machine one more device, at any time before it ends: the guest has all of it or nothing.
+
+        :param device: a device of your own, which is yours to close once it is detached; or a configuration, as
+            ``DriveConfig("data.img")``, of which the device is made and owned
+        :returns: its ``id`` for ``detach``, and where the guest finds it: ``base`` and ``gsi``
+        :raises ConfigError: there is no place left, its name is taken, or what it names cannot be used
+        :raises HostError: the host failed; nothing was changed
+        :raises VmmError: the machine has ended, or a vCPU's own thread asks
+
+        The vCPUs are held for a moment. A guest is not told: the tables and the command line are those of the start,
+        so its driver has to be pointed there. A machine whose devices were changed cannot be forked.
+        """
+        from virtio.device import VirtioDevice
+
+        made = Made("", device.name, device, []) if isinstance(device, VirtioDevice) else self._builder.make(device)
+        with self._devices_lock:
+            attached = self._devices.add(made)
+            try:
+                self._change_devices(lambda: self._connect(attached))
+            except BaseException:
+                self._devices.remove(attached)
+                attached.close()
+                raise
+        return attached
+
+    def _connect(self, attached: Attached) -> None:
+        try:
+            attached.make(self.memory, self._devices.window_address(attached))
+            attached.map(self.vm)
+            attached.bind(self.vm, self.mmio)
+        except BaseException:
+            attached.detach()
+            raise
+
+    def detach(self, id: str) -> None:
+        """Take a device out: what it does now is finished, then everything that the machine has for it is given back.
+
+        A guest that uses it nevertheless finds nothing: reads are all ones. Tell the guest's driver before.
+
+        :param id: a key of ``devices``
+        :raises VmmError: no device has this id, the machine has ended, it is the machine's console, or a vCPU's own
+            thread asks
+        """
+        with self._devices_lock:
+            attached = self._devices.by_id.get(id)
+            if attached is None:
+                raise VmmError(f"device {id}: is not there; there are {', '.join(self._devices.by_id) or 'none'}")
+            if attached.kind == "console":
+                raise VmmError(f"device {id}: is the machine's console, which stays")
+            self._change_devices(attached.detach)
+            self._devices.remove(attached)
+            self._detached = self._detached or attached.configured
+
+    def _change_devices(self, change: Callable[[], None]) -> None:
+        # With no vCPU in a device or on its way there.
+        if threading.current_thread() in self._threads:
+            raise VmmError("a vCPU's own thread cannot change the devices")
+        self._hold("devices")
+        try:
+            if self._stop is not None or self.closed:
+                raise VmmError("the devices of a machine that has ended stay as they are")
+            try:
+                change()
+            finally:
+                self.mmio.reclaim()
+        finally:
+            self._release("devices")
+
     @property
     def mmds(self) -> Mmds:
         """The metadata service's document: what the guest is told of, if the configuration lets it ask."""
@@ -749,8 +697,11 @@ class Machine:
                 if thread is not threading.current_thread():
                     thread.join()
             self._threads.clear()
-        while self._closers:
-            self._closers.pop()()
+        with self._devices_lock:
+            while self._closers:
+                self._closers.pop()()
+            self._devices.close()  # where the constructor failed before they had transports
+        self._builder.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -759,8 +710,3 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _will_start(field: str, value: str, program: str) -> None:
-    if threads.no_programs:
-        raise ConfigError(field, value, f"needs {program} to be started, {threads.no_programs}")

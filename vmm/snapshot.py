@@ -149,8 +149,8 @@ def child_of(
 
 
 def _refuse_devices(parent: Machine) -> None:
-    if len(parent.virtio) > parent.configured:
-        names = ", ".join(transport.device.name for transport in parent.virtio[parent.configured :])
+    if own := [each.device.name for each in parent.devices.values() if not each.kind]:
+        names = ", ".join(own)
         raise SnapshotError(names, "is a device of the embedding program's, which a child does not have")
 
 

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One device in a machine: its place, its transport, and all that is bound to it; each undone by ``detach``."""
+
+from __future__ import annotations
+
+from boot import layout
+from vmm import kvm_abi as abi
+from vmm.errors import ConfigError
+from vmm.irq import IrqLine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from virtio._fs_dax import Window
+    from virtio.mmio import VirtioMmio
+    from vmm._bus import Bus
+    from vmm.build import Made
+    from vmm.kvm import Vm
+    from vmm.memory import GuestMemory
+
+# Interrupt lines for virtio-mmio: the IOAPIC's 24 less those of the timer, the keyboard, the cascade, the serial ports
+# and the RTC; the FPU's, which no 64-bit kernel uses, last. A device's place is the index of its line.
+VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, 24), 13)
+
+
+class Attached:
+    """A virtio device and what a machine has for it: made by ``Machine.attach`` and by the machine itself.
+
+    :ivar id: what ``Machine.detach`` knows it by
+    :ivar name: its ``drive_id``, ``iface_id`` or ``tag``, or its device's name; ``id`` is another if two have the same
+    :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``; ``""``: the embedding
+        program's own, which closes it
+    :ivar device: the device
+    :ivar place: 0 for the first
+    :ivar base: guest address of its registers, ``layout.VIRTIO_MMIO_STRIDE`` bytes
+    :ivar gsi: its interrupt line
+    :ivar configured: it is in the machine's configuration
+    """
+
+    def __init__(self, made: Made, id: str, place: int, base: int) -> None:
+        self.id = id
+        self.name = made.id
+        self.kind = made.kind
+        self.device = made.device
+        self.place = place
+        self.base = base
+        self.gsi = VIRTIO_GSIS[place]
+        self.configured = False
+        self._transport: VirtioMmio | None = None
+        self._closers = made.closers
+        self._undo: list[Callable[[], None]] = []  # what the VM and the bus have of it
+
+    @property
+    def transport(self) -> VirtioMmio:
+        """Its registers, queues and workers."""
+        assert self._transport is not None
+        return self._transport
+
+    @property
+    def window(self) -> Window | None:
+        """The stretch of memory that it shows the guest beside RAM, or None."""
+        return getattr(self.device, "window", None)
+
+    def make(self, memory: GuestMemory, window_address: int) -> None:
+        """Make its interrupt line and its transport.
+
+        :param window_address: where the guest is to have its window, if it has one
+        :raises OSError: no file descriptor left
+        """
+        from virtio.mmio import VirtioMmio
+
+        if (window := self.window) is not None:
+            self.device.shm_regions[0] = (window_address, window.size)
+
+        line = IrqLine(self.gsi)
+        self._closers.append(line.close)
+        self._transport = VirtioMmio(self.device, memory, line)
+        self._closers.append(self._transport.close)
+        self._line = line
+
+    def map(self, vm: Vm) -> None:
+        """Show the guest its window, and its registers where KVM has read-only memory.
+
+        :raises KvmError: KVM has no slot left
+        """
+        if (window := self.window) is not None:
+            gpa, size = self.device.shm_regions[0]
+            self._map(vm, gpa, size, window.address, read_only=False)
+        if vm.kvm.check(abi.KVM_CAP_READONLY_MEM):
+            self._map(vm, self.base, layout.VIRTIO_MMIO_STRIDE, self.transport.page_address, read_only=True)
+
+    def _map(self, vm: Vm, gpa: int, size: int, address: int, *, read_only: bool) -> None:
+        slot = vm.map_window(gpa, size, address, read_only=read_only)
+        self._undo.append(lambda: vm.unmap_window(slot))
+
+    def bind(self, vm: Vm, bus: Bus) -> None:
+        """Let the guest reach it: registers, interrupt, doorbells. The VM has its interrupt controllers.
+
+        :raises ConfigError: something else is at its address
+        :raises KvmError: KVM has no room left
+        """
+        from virtio import spec
+
+        transport, line = self.transport, self._line
+        bus.add(self.base, layout.VIRTIO_MMIO_STRIDE, transport, self.device.name)
+        self._undo.append(lambda: bus.remove(transport))
+        vm.irqfd(line.fd, line.gsi)
+        self._undo.append(lambda: vm.irqfd(line.fd, line.gsi, bind=False))
+        for queue, fd in enumerate(transport.notify_fds):
+            self._ring(vm, fd, spec.MMIO_QUEUE_NOTIFY, queue)
+        # That a used ring was seen is said at every interrupt, and means nothing to us: KVM takes it. InterruptStatus
+        # then goes on saying that rings may have changed; that the configuration was seen comes here.
+        self._ring(vm, transport.ack_fd, spec.MMIO_INTERRUPT_ACK, spec.INTERRUPT_USED)
+
+    def _ring(self, vm: Vm, fd: int, register: int, value: int) -> None:
+        vm.ioeventfd(fd, self.base + register, value)
+        self._undo.append(lambda: vm.ioeventfd(fd, self.base + register, value, bind=False))
+
+    def detach(self) -> None:
+        """Take it out of a VM that goes on, and close it. No vCPU runs."""
+        while self._undo:
+            self._undo.pop()()
+        self.device.shm_regions.pop(0, None)
+        self.close()
+
+    def close(self) -> None:
+        """Stop its workers and give back what is the machine's of it; idempotent. For a VM that has ended."""
+        while self._closers:
+            self._closers.pop()()
+
+
+class Devices:
+    """The virtio devices of a machine.
+
+    :param first: guest address of the first place
+    :param window: guest address from which on there is nothing, for windows
+
+    ``by_id`` has them in the order in which they came.
+    """
+
+    def __init__(self, first: int, window: int) -> None:
+        self.by_id: dict[str, Attached] = {}
+        self._first = first
+        self._window = window
+        self.windows: tuple[Window, ...] = ()  # of those that have one; read by vCPUs' threads
+
+    def add(self, made: Made) -> Attached:
+        """Give `made` an id and the first place that is free; its host's parts are owned from here on.
+
+        :raises ConfigError: no place is left, or one of its kind has its name
+        """
+        taken = {each.place: each for each in self.by_id.values()}
+        try:
+            if len(taken) == len(VIRTIO_GSIS):
+                raise ConfigError("devices", len(taken) + 1, f"at most {len(VIRTIO_GSIS)} fit")
+            if made.kind and any((each.kind, each.name) == (made.kind, made.id) for each in taken.values()):
+                raise ConfigError(made.kind, made.id, "is there already; give it another name, or detach that one")
+        except ConfigError:
+            while made.closers:
+                made.closers.pop()()
+            raise
+        place = next(number for number in range(len(VIRTIO_GSIS)) if number not in taken)
+        names = (made.id, made.device.name, f"{made.device.name}.{place}")
+        id = next(name for name in names if name not in self.by_id)
+        attached = Attached(made, id, place, self._first + place * layout.VIRTIO_MMIO_STRIDE)
+        self.by_id[id] = attached
+        self.windows = tuple(each.window for each in self.by_id.values() if each.window is not None)
+        return attached
+
+    def window_address(self, attached: Attached) -> int:
+        """Where the window of `attached` fits, if it has one: above RAM and the other windows' lower ones."""
+        at = self._window
+        if attached.window is not None:
+            others = (each.device.shm_regions for each in self.by_id.values() if each is not attached and each.window)
+            for start, size in sorted(regions[0] for regions in others if 0 in regions):
+                if at + attached.window.size <= start:
+                    break
+                at = start + size
+        return at
+
+    def remove(self, attached: Attached) -> None:
+        """Forget it."""
+        del self.by_id[attached.id]
+        self.windows = tuple(each.window for each in self.by_id.values() if each.window is not None)
+
+    def named(self, kind: str) -> dict[str, Any]:
+        """Devices of `kind` by name."""
+        return {each.name: each.device for each in self.by_id.values() if each.kind == kind}
+
+    def close(self) -> None:
+        """Close all, the last one first; idempotent. For a VM that has ended."""
+        for attached in reversed(self.by_id.values()):
+            attached.close()

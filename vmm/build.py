@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices made of their configuration. A guest without a device does not pay for importing it."""
+
+from __future__ import annotations
+
+from vmm import threads
+from vmm.device_config import BalloonConfig, DriveConfig, EntropyConfig, FsConfig, NetConfig, VsockConfig
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Protocol, TypeVar
+
+    from virtio._limiter import RateLimiter
+    from virtio.balloon import Balloon
+    from virtio.blk import Block
+    from virtio.device import VirtioDevice
+    from virtio.fs import Fs
+    from virtio.net import Net
+    from virtio.net_host import Passt, Tap
+    from virtio.rng import Entropy
+    from virtio.vsock import Listener, Vsock
+    from vmm.config import VmConfig
+    from vmm.device_config import RateLimiterConfig
+    from vmm.mmds import Mmds
+
+    class Closable(Protocol):
+        def close(self) -> None: ...
+
+    _T = TypeVar("_T", bound=Closable)
+    DeviceConfig = DriveConfig | NetConfig | FsConfig | VsockConfig | EntropyConfig | BalloonConfig
+
+
+class Made:
+    """A device that was made of its configuration.
+
+    :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``
+    :ivar id: as its configuration names it, or by its number
+    :ivar closers: what closes the host's parts that were opened for it, the last one first
+    """
+
+    __slots__ = ("closers", "device", "id", "kind")
+
+    def __init__(self, kind: str, id: str, device: VirtioDevice, closers: list[Callable[[], None]]) -> None:
+        self.kind = kind
+        self.id = id
+        self.device = device
+        self.closers = closers
+
+
+class Builder:
+    """Makes the devices of one machine, each with the number of its kind in its name.
+
+    :param config: the machine's
+    :param mmds: the metadata service, asked for by an interface that has it
+    :param listener: the socket device's, made before; owned by the device. None: it is made from the configuration
+    """
+
+    def __init__(self, config: VmConfig, mmds: Callable[[], Mmds], listener: Listener | None = None) -> None:
+        self._config = config
+        self._mmds = mmds
+        self._listener = listener
+        self._numbers: dict[str, int] = {}
+        self._closers: list[Callable[[], None]] = []
+
+    def all(self) -> Iterator[Made]:
+        """Every configured device, in the order in which the guest finds them.
+
+        :raises ConfigError: something that one names cannot be used
+        :raises HostError: the host failed
+        """
+        config = self._config
+        several: tuple[DeviceConfig, ...] = (*config.drives, *config.network_interfaces, *config.shares)
+        single: tuple[DeviceConfig | None, ...] = (config.vsock, config.entropy, config.balloon)
+        for one in (*several, *single):
+            if one is not None:
+                yield self.make(one)
+        if config.virtio_console:
+            from virtio.console import Console
+
+            yield self._made("console", "", Console())
+
+    def make(self, config: DeviceConfig) -> Made:
+        """The device that `config` describes.
+
+        :raises ConfigError: something that it names cannot be used
+        :raises HostError: the host failed
+        :raises TypeError: `config` is none of a device
+        """
+        try:
+            match config:
+                case DriveConfig():
+                    number = self._number("drive")
+                    return self._made("drive", config.drive_id or f"drive_{number}", self._block(config, number))
+                case NetConfig():
+                    number = self._number("net")
+                    name = config.iface_id or f"eth{number}"
+                    return self._made("net", name, self._net(config, number, name))
+                case FsConfig():
+                    return self._made("share", config.tag, self._share(config, self._number("share")))
+                case VsockConfig():
+                    return self._made("vsock", "", self._vsock(config))
+                case EntropyConfig():
+                    return self._made("entropy", "", self._entropy(config))
+                case BalloonConfig():
+                    return self._made("balloon", "", self._balloon(config))
+                case _:
+                    raise TypeError(f"a device or its configuration is wanted, not {type(config).__name__}")
+        except BaseException:
+            self._give_back()
+            raise
+
+    def close(self) -> None:
+        """Give back a socket that no device was made for."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def _made(self, kind: str, id: str, device: VirtioDevice) -> Made:
+        device.poll_us = self._config.poll_us
+        closers, self._closers = self._closers, []
+        return Made(kind, id or device.name, device, closers)
+
+    def _give_back(self) -> None:
+        while self._closers:
+            self._closers.pop()()
+
+    def _owned(self, thing: _T) -> _T:
+        self._closers.append(thing.close)
+        return thing
+
+    def _number(self, kind: str) -> int:
+        number = self._numbers.get(kind, 0)
+        self._numbers[kind] = number + 1
+        return number
+
+    def _block(self, config: DriveConfig, number: int) -> Block:
+        from virtio.blk import Block, Disk
+
+        path, image_format = config.path_on_host, config.image_format
+        if image_format == "qcow2":
+            _will_start("disk", path, "qemu-storage-daemon")
+            from virtio.qcow2 import Qcow2
+
+            path = self._owned(
+                Qcow2(
+                    path, read_only=config.is_read_only, backing_file=config.backing_file,
+                    backing_format=config.backing_format or "raw",
+                )
+            ).raw  # fmt: skip
+            image_format = "raw"
+        disk = self._owned(
+            Disk(
+                path, read_only=config.is_read_only, direct=config.direct, image_format=image_format,
+                any_size=config.any_size,
+            )
+        )  # fmt: skip
+        return Block(
+            disk, serial=config.drive_id or "", name=f"virtio-blk{number}", queues=config.queues,
+            engine=config.io_engine, unsafe=config.cache_type == "Unsafe", limiter=_limiter(config.rate_limiter),
+        )  # fmt: skip
+
+    def _net(self, config: NetConfig, number: int, name: str) -> Net:
+        from virtio.net import Net, default_mac, parse_mac
+        from virtio.net_host import Passt, Tap
+
+        backend: Tap | Passt
+        if config.mode == "user":
+            _will_start("net", "user", "passt")
+            backend = self._owned(Passt(loopback=config.loopback))
+        elif config.fd is not None:
+            backend = self._owned(Tap.inherited(config.fd))
+        else:
+            if config.mode == "auto" and threads.no_programs:
+                raise ConfigError("net", "auto", "makes a tap, and this process may not; make one before (tap=NAME)")
+            backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues, make=config.mode == "auto"))
+            if config.mode == "auto":
+                backend.configure(address=config.address, mtu=config.mtu)
+                if config.nat and config.address:
+                    from virtio.nat import Nat
+
+                    self._owned(Nat(config.address, backend.name))
+        mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{number}")
+        endpoint = None
+        if (mmds := self._config.mmds) is not None and name in mmds.network_interfaces:
+            from socket import inet_aton
+
+            from virtio.mmds_net import Endpoint
+            from vmm import preload
+
+            preload.load(preload.METADATA)  # the device's thread may not import
+            self._mmds().configure(mmds)
+            endpoint = Endpoint(self._mmds().serve, inet_aton(mmds.ipv4_address))
+        net = Net(
+            backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=_limiter(config.rx_rate_limiter),
+            tx_limiter=_limiter(config.tx_rate_limiter), mmds=endpoint, name=f"virtio-net{number}",
+        )  # fmt: skip
+        return self._owned(net)
+
+    def _share(self, config: FsConfig, number: int) -> Fs:
+        from virtio.fs import Fs
+
+        fs = Fs(
+            config.tag, config.shared_dir, read_only=config.read_only, cache=config.cache_policy,
+            threads=config.threads, squash=config.squash, submounts=config.submounts, dax=config.dax,
+            name=f"virtio-fs{number}", limiter=_limiter(config.rate_limiter),
+        )  # fmt: skip
+        return self._owned(fs)
+
+    def _vsock(self, config: VsockConfig) -> Vsock:
+        from virtio.vsock import Listener, Vsock
+
+        listener, self._listener = self._listener, None
+        return Vsock(self._owned(listener or Listener(config.uds_path)), config.guest_cid)
+
+    def _entropy(self, config: EntropyConfig) -> Entropy:
+        from virtio.rng import Entropy
+
+        return Entropy(limiter=_limiter(config.rate_limiter))
+
+    def _balloon(self, config: BalloonConfig) -> Balloon:
+        from virtio.balloon import Balloon
+
+        most = self._config.memory >> 20
+        if config.amount_mib > most:
+            raise ConfigError("balloon amount_mib", config.amount_mib, f"must be at most {most}, the memory")
+        return Balloon(
+            config.amount_mib, deflate_on_oom=config.deflate_on_oom,
+            stats_polling_interval_s=config.stats_polling_interval_s, free_page_reporting=config.free_page_reporting,
+        )  # fmt: skip
+
+
+def _limiter(config: RateLimiterConfig | None) -> RateLimiter | None:
+    if config is None:
+        return None
+    from virtio._limiter import RateLimiter
+
+    return RateLimiter(config.bandwidth, config.ops)
+
+
+def _will_start(field: str, value: str, program: str) -> None:
+    if threads.no_programs:
+        raise ConfigError(field, value, f"needs {program} to be started, {threads.no_programs}")
