@@ -6,24 +6,74 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.config import VmConfig
-    from vmm.device_config import DriveConfig
-    from vmm.events import Stop, StopReason
+    from vmm.cpu_template import CpuTemplate
+    from vmm.device_config import (
+        BalloonConfig,
+        DriveConfig,
+        EntropyConfig,
+        FsConfig,
+        MmdsConfig,
+        NetConfig,
+        RateLimiterConfig,
+        VsockConfig,
+    )
+    from vmm.errors import ConfigError, GuestError, HostError, KvmError, SnapshotError, VmmError
+    from vmm.events import Exit, Stop, StopReason
     from vmm.machine import Machine
     from vmm.pool import Pool
     from vmm.sandbox import Sandbox
     from vmm.snapshot import Image
 
-__all__ = ["DriveConfig", "Image", "Machine", "Pool", "Sandbox", "Stop", "StopReason", "VmConfig"]
+__all__ = [
+    "BalloonConfig",
+    "ConfigError",
+    "CpuTemplate",
+    "DriveConfig",
+    "EntropyConfig",
+    "Exit",
+    "FsConfig",
+    "GuestError",
+    "HostError",
+    "Image",
+    "KvmError",
+    "Machine",
+    "MmdsConfig",
+    "NetConfig",
+    "Pool",
+    "RateLimiterConfig",
+    "Sandbox",
+    "SnapshotError",
+    "Stop",
+    "StopReason",
+    "VmConfig",
+    "VmmError",
+    "VsockConfig",
+]
 
 _HOMES = {
+    "BalloonConfig": "vmm.device_config",
+    "ConfigError": "vmm.errors",
+    "CpuTemplate": "vmm.cpu_template",
     "DriveConfig": "vmm.device_config",
+    "EntropyConfig": "vmm.device_config",
+    "Exit": "vmm.events",
+    "FsConfig": "vmm.device_config",
+    "GuestError": "vmm.errors",
+    "HostError": "vmm.errors",
     "Image": "vmm.snapshot",
+    "KvmError": "vmm.errors",
     "Machine": "vmm.machine",
+    "MmdsConfig": "vmm.device_config",
+    "NetConfig": "vmm.device_config",
     "Pool": "vmm.pool",
+    "RateLimiterConfig": "vmm.device_config",
     "Sandbox": "vmm.sandbox",
+    "SnapshotError": "vmm.errors",
     "Stop": "vmm.events",
     "StopReason": "vmm.events",
     "VmConfig": "vmm.config",
+    "VmmError": "vmm.errors",
+    "VsockConfig": "vmm.device_config",
 }
 
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import os
 
 from boot.cmdline import Cmdline, parameter
-from vmm.device_config import EntropyConfig
+from vmm.device_config import Config, EntropyConfig
 from vmm.errors import ConfigError
-from vmm.options import parse_size
+from vmm.options import did_you_mean, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from vmm.cpu_template import CpuTemplate
@@ -36,7 +36,7 @@ DEFAULT_EXIT_PORT = 0xF4
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd"
 
 
-class VmConfig:
+class VmConfig(Config):
     """A whole VM.
 
     :param kernel: path of a vmlinux or any PVH ELF, or a bzImage
@@ -79,9 +79,9 @@ class VmConfig:
 
     def __init__(
         self,
-        kernel: str,
+        kernel: str | os.PathLike[str],
         *,
-        initrd: str | None = None,
+        initrd: str | os.PathLike[str] | None = None,
         cmdline: str | None = None,
         append: str = "",
         cpus: int = 1,
@@ -136,6 +136,28 @@ class VmConfig:
         self.protocol = protocol
         self.unpack = unpack
         self._check()
+
+    @classmethod
+    def from_settings(cls, kernel: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> VmConfig:
+        """A configuration by its parameters' names; `kernel` None: it is one of them.
+
+        :raises ConfigError: a value out of its range
+        :raises TypeError: there is no such parameter, or the kernel is missing
+        """
+        for name in settings:
+            if name not in cls.__slots__:
+                raise TypeError(f"Machine has no parameter {name!r}{did_you_mean(name, cls.__slots__)}")
+        if kernel is None and "kernel" not in settings:
+            raise TypeError("Machine needs a kernel: its path, or a VmConfig")
+        return cls(**settings) if kernel is None else cls(kernel, **settings)
+
+    def _word(self, name: str, value: object) -> str:
+        if name != "memory" or not isinstance(value, int):
+            return super()._word(name, value)
+        for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
+            if value >> shift << shift == value:
+                return repr(f"{value >> shift}{unit}")
+        return repr(value)
 
     def replaced(self, **changes: Any) -> VmConfig:
         """The same with other values for some parameters, which are checked."""

@@ -6,6 +6,7 @@ Source: Firecracker docs/cpu_templates/cpu-templates.md.
 
 from __future__ import annotations
 
+from vmm.device_config import Config
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -19,7 +20,7 @@ _CPUID_BITS = 32
 _MSR_BITS = 64
 
 
-class Bits:
+class Bits(Config):
     """Which bits of a register are changed, and to what: the new value is ``old & ~mask | value``."""
 
     __slots__ = ("mask", "value")
@@ -57,7 +58,7 @@ def parse_number(field: str, text: str) -> int:
     return value
 
 
-class CpuTemplate:
+class CpuTemplate(Config):
     """What is to be changed.
 
     :param capabilities: numbers of ``KVM_CAP_*`` that KVM must have

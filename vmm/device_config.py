@@ -24,7 +24,38 @@ MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
 DEFAULT_MMDS_ADDRESS = "169.254.169.254"
 
 
-class RateLimiterConfig:
+class Config:
+    """Prints as the call that makes it again; equal to another of the same values. Its slots are its parameters."""
+
+    __slots__: tuple[str, ...] = ()
+    __hash__ = None  # type: ignore[assignment]  # it can be changed
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    def __repr__(self) -> str:
+        make = type(self).__init__
+        code = make.__code__
+        names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        given = make.__defaults__ or ()
+        defaults = dict(zip(code.co_varnames[code.co_argcount - len(given) : code.co_argcount], given, strict=True))
+        defaults |= make.__kwdefaults__ or {}
+        words = []
+        for name in names:
+            value = getattr(self, name)
+            if name not in defaults:
+                words.append(self._word(name, value))
+            elif value != defaults[name]:
+                words.append(f"{name}={self._word(name, value)}")
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    def _word(self, name: str, value: object) -> str:
+        return repr(value)
+
+
+class RateLimiterConfig(Config):
     """Token buckets, as Firecracker's API has them: ``(size, one_time_burst, refill_time)``, the last in milliseconds.
 
     :param bandwidth: in bytes; None: no limit
@@ -61,7 +92,7 @@ class RateLimiterConfig:
         return None if buckets == [None, None] else cls(*buckets)
 
 
-class DriveConfig:
+class DriveConfig(Config):
     """One disk.
 
     :param path_on_host: a raw image, a block device or a qcow2 image
@@ -161,7 +192,7 @@ class DriveConfig:
         )
 
 
-class NetConfig:
+class NetConfig(Config):
     """One network interface.
 
     :param host_dev_name: of a tap that is there; for mode ``auto`` of the one to be made, or None for ``pyvmmN``
@@ -262,7 +293,7 @@ class NetConfig:
         )
 
 
-class VsockConfig:
+class VsockConfig(Config):
     """The socket device.
 
     :param guest_cid: of the guest, 3 to 2^32 - 1
@@ -297,7 +328,7 @@ class VsockConfig:
         return cls(parse_count("cid", found["cid"], MIN_CID, MAX_CID), found["uds"])
 
 
-class FsConfig:
+class FsConfig(Config):
     """One shared directory.
 
     :param tag: the name by which the guest mounts it, 1 to 36 bytes
@@ -388,7 +419,7 @@ class FsConfig:
         )
 
 
-class BalloonConfig:
+class BalloonConfig(Config):
     """The memory balloon.
 
     :param amount_mib: what the guest is asked to give back
@@ -431,7 +462,7 @@ class BalloonConfig:
         )
 
 
-class EntropyConfig:
+class EntropyConfig(Config):
     """The host's random numbers for the guest.
 
     :param rate_limiter: None: no limit
@@ -443,7 +474,7 @@ class EntropyConfig:
         self.rate_limiter = rate_limiter
 
 
-class MmdsConfig:
+class MmdsConfig(Config):
     """How the guest reaches the metadata service.
 
     :param network_interfaces: ``iface_id`` of those by which it does

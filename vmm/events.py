@@ -69,25 +69,49 @@ EXIT_STATUS = {
 }
 
 
-class Stop(Exception):
-    """Raised by a bus device inside a guest's access: the VM ends, and the guest runs no further instruction.
+class Exit:
+    """How a VM ended. Two with the same values are equal.
 
     :param reason: why
     :param code: the guest's own exit code, for ``GUEST_EXIT``, 0 to 255
     :param detail: one line for a person, may be empty
     """
 
+    __slots__ = ("code", "detail", "reason")
+
     def __init__(self, reason: StopReason, code: int = 0, detail: str = "") -> None:
-        super().__init__(reason.value)
         self.reason = reason
         self.code = code
         self.detail = detail
 
     @property
     def status(self) -> int:
-        """The process exit status this end maps to."""
+        """The exit status of ``pyvmm run`` that says so."""
         return self.code if self.reason is StopReason.GUEST_EXIT else EXIT_STATUS[self.reason]
 
     def __str__(self) -> str:
         code = f" {self.code}" if self.reason is StopReason.GUEST_EXIT else ""
         return f"{self.reason.value}{code}" + (f": {self.detail}" if self.detail else "")
+
+    def __repr__(self) -> str:
+        return f"Exit({self.reason!r}, {self.code}, {self.detail!r})"
+
+    def _values(self) -> tuple[StopReason, int, str]:
+        return self.reason, self.code, self.detail
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, Exit) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+
+class Stop(Exception):
+    """Raised by a bus device inside a guest's access: the VM ends, and the guest runs no further instruction.
+
+    The parameters are :class:`Exit`'s; ``exit`` is what ``Machine.wait`` then returns.
+    """
+
+    def __init__(self, reason: StopReason, code: int = 0, detail: str = "") -> None:
+        self.exit = Exit(reason, code, detail)
+        super().__init__(str(self.exit))

@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    from vmm.events import Stop
+    from vmm.events import Exit
 
 CLONE_NEWIPC = 0x0800_0000
 
@@ -67,7 +67,7 @@ def _be_a_copy(descriptors: list[int]) -> NoReturn:
 
     answering = threading.RLock()  # a guest may end while its start is not answered yet
 
-    def report(stop: Stop) -> None:
+    def report(stop: Exit) -> None:
         answering.acquire()
         vm.console.close()  # its last words are out
         failure = vm._failure

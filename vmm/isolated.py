@@ -21,7 +21,7 @@ from array import array
 import msgspec
 
 from vmm.errors import HostError, SnapshotError, VmmError
-from vmm.events import Stop, StopReason
+from vmm.events import Exit, StopReason
 from vmm.memory import MemoryFile
 from vmm.snapshot_file import encode
 
@@ -59,7 +59,7 @@ class Isolated:
         self.config = config
         self.closed = False
         self._started = self._paused = False
-        self._stop: Stop | None = None
+        self._stop: Exit | None = None
         self._lock = threading.Lock()
         self._pidfd = self._end = -1
         self._control, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
@@ -111,7 +111,7 @@ class Isolated:
             except VmmError:
                 self._has_ended(None)
 
-    def wait(self, timeout: float | None = None) -> Stop | None:
+    def wait(self, timeout: float | None = None) -> Exit | None:
         """Wait until it has ended.
 
         :param timeout: seconds, or None for as long as it takes
@@ -156,7 +156,7 @@ class Isolated:
     def _has_ended(self, timeout: float | None) -> bool:
         return self._stop is not None or self._end < 0 or _wait_for(self._end, timeout)
 
-    def _read_end(self) -> Stop:
+    def _read_end(self) -> Exit:
         # Once, and whole: a pipe takes so little in one piece.
         data = b"" if self._end < 0 else os.read(self._end, select.PIPE_BUF)
         if not data:
@@ -164,7 +164,7 @@ class Isolated:
         reason, code, detail, failure = msgspec.msgpack.decode(data)
         if failure:
             raise VmmError(failure)
-        return Stop(StopReason(reason), code, detail)
+        return Exit(StopReason(reason), code, detail)
 
     def _ask(self, word: str) -> None:
         with self._lock:

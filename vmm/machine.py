@@ -30,7 +30,7 @@ from vmm.build import Builder, Made
 from vmm.config import VmConfig
 from vmm.console import Console
 from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
-from vmm.events import Stop, StopReason
+from vmm.events import Exit, Stop, StopReason
 from vmm.irq import IrqLine
 from vmm.kvm import Kvm, Vm
 from vmm.memory import GuestMemory
@@ -41,7 +41,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
-    from typing import Any, Protocol, TypeVar
+    from typing import Any, Protocol, TypeVar, Unpack
 
     from virtio.balloon import Balloon
     from virtio.blk import Block
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vmm.attach import Attached
     from vmm.build import DeviceConfig
     from vmm.mmds import Mmds
+    from vmm.settings import VmSettings
     from vmm.snapshot import Image
 
     class Closable(Protocol):
@@ -70,7 +71,7 @@ EVENTS_GSI = 13  # the FPU's, which has none
 class Machine:
     """A virtual machine: made whole by the constructor, run by ``start``, ended by ``close``. A context manager.
 
-    :param config: what it is to be; or give ``VmConfig``'s own parameters by name
+    :param config: what it is to be, or the kernel's path with ``VmConfig``'s other parameters by name
     :param devices: virtio devices of your own, after the configured ones; yours to close
     :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
     :param metadata: the metadata service's document, made before, which is ``mmds`` then. None: an empty one
@@ -78,6 +79,7 @@ class Machine:
     :param prepared: from ``vmm.kvm.prepare``, used if it is of this configuration's KVM; owned from here on
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
+    :raises TypeError: there is no such parameter
 
     ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
     (:class:`vmm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a bus
@@ -88,7 +90,7 @@ class Machine:
 
     def __init__(
         self,
-        config: VmConfig | None = None,
+        config: VmConfig | str | os.PathLike[str] | None = None,
         /,
         *,
         devices: Sequence[VirtioDevice] = (),
@@ -96,12 +98,12 @@ class Machine:
         metadata: Mmds | None = None,
         image: Image | None = None,
         prepared: Vm | None = None,
-        **settings: object,
+        **settings: Unpack[VmSettings],
     ) -> None:
         if config is None and image is not None:
             config = image.config
-        if config is None:
-            config = VmConfig(**settings)  # type: ignore[arg-type]  # checked by VmConfig itself
+        if not isinstance(config, VmConfig):
+            config = VmConfig.from_settings(config, settings)
         elif settings:
             raise TypeError("Machine takes a VmConfig or its parameters, not both")
         self.config = config
@@ -114,7 +116,7 @@ class Machine:
         self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
-        self._exit_callbacks: list[Callable[[Stop], None]] = []
+        self._exit_callbacks: list[Callable[[Exit], object]] = []
         self._console_callbacks: list[Callable[[bytes], None]] = []
         self._change = threading.Condition()
         self._bells: list[Bell] = []  # of the main thread's wait(), inside `_change`
@@ -125,7 +127,7 @@ class Machine:
         self.children = 0  # made by ``fork``, for the names of their sockets
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one
-        self._stop: Stop | None = None
+        self._stop: Exit | None = None
         self._failure: BaseException | None = None
         try:
             self._build(devices, image, prepared)
@@ -396,7 +398,7 @@ class Machine:
 
     # Running
 
-    def on_exit(self, callback: Callable[[Stop], None]) -> None:
+    def on_exit(self, callback: Callable[[Exit], object]) -> None:
         """Call `callback` once with how the VM ended, on the thread that ended it, before ``wait`` returns."""
         self._exit_callbacks.append(callback)
 
@@ -428,7 +430,7 @@ class Machine:
                 self._threads.append(threads.spawn("vcpu", f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
         except RuntimeError:
             failure = HostError(errno.EAGAIN, "start a vCPU's thread")
-            self._end(Stop(StopReason.REQUESTED), failure)
+            self._end(Exit(StopReason.REQUESTED), failure)
             raise failure from None
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
@@ -438,9 +440,9 @@ class Machine:
             while self._run_once(vcpu) and self._stop is None:
                 self._park_while_held()
         except Stop as stop:
-            self._end(stop)
+            self._end(stop.exit)
         except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
-            self._end(Stop(StopReason.REQUESTED), failure)
+            self._end(Exit(StopReason.REQUESTED), failure)
         finally:
             vcpu.loop.detach()
 
@@ -465,12 +467,12 @@ class Machine:
             self._change.wait_for(lambda: not self._holds or self._stop is not None)
             self._parked -= 1
 
-    def _end(self, stop: Stop, failure: BaseException | None = None) -> None:
+    def _end(self, stop: Exit, failure: BaseException | None = None) -> None:
         with self._change:
             if self._stop is not None:
                 return
             if stop.reason is StopReason.RESET and self.console.panic_seen:
-                stop = Stop(StopReason.PANIC)
+                stop = Exit(StopReason.PANIC)
             self._stop, self._failure = stop, failure
             self._change.notify_all()
             for bell in self._bells:
@@ -481,7 +483,7 @@ class Machine:
         for callback in self._exit_callbacks:
             callback(stop)
 
-    def wait(self, timeout: float | None = None) -> Stop | None:
+    def wait(self, timeout: float | None = None) -> Exit | None:
         """Wait until the VM has ended. In the main thread the handlers of signals run meanwhile, none of them late.
 
         :param timeout: seconds, or None for as long as it takes
@@ -496,6 +498,27 @@ class Machine:
         if self._failure is not None:
             raise self._failure
         return self._stop
+
+    async def run(self) -> Exit:
+        """``start`` and ``wait`` for asyncio: the event loop goes on meanwhile. A task that is cancelled stops the VM.
+
+        :returns: how it ended
+        :raises Exception: what ``start`` and ``wait`` raise
+        """
+        import asyncio
+
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        self.on_exit(lambda stop: loop.call_soon_threadsafe(ended.set))
+        if not self._started:
+            self.start()
+        try:
+            if self._stop is None:  # else it ended before `on_exit`
+                await ended.wait()
+        finally:
+            self.stop()
+            stop = self.wait()
+        assert stop is not None  # wait() without a time limit
+        return stop
 
     def _wait_for_stop(self, timeout: float | None) -> bool:
         if threading.current_thread() is not threading.main_thread():
@@ -512,7 +535,7 @@ class Machine:
 
     def stop(self) -> None:
         """End the VM as if its power were cut; idempotent, from any thread."""
-        self._end(Stop(StopReason.REQUESTED))
+        self._end(Exit(StopReason.REQUESTED))
 
     def pause(self) -> None:
         """Hold every vCPU before its next instruction; returns when all are held. Devices finish what they have."""

@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vmm.events import Stop
+    from vmm.events import Exit
     from vmm.machine import Machine
 
     Values = dict[str, int]
@@ -188,7 +188,7 @@ class Metrics:
         while not self._end.wait(PERIOD_SECONDS):
             self._try()
 
-    def _last(self, stop: Stop) -> None:
+    def _last(self, stop: Exit) -> None:
         if stop.reason in _FAILURES:
             self.count("vcpu", "failures")
         self.close()

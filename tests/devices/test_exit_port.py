@@ -16,8 +16,8 @@ from vmm.events import Stop, StopReason
 def test_low_byte_is_the_exit_status(written: bytes, status: int) -> None:
     with pytest.raises(Stop) as stop:
         ExitPort().write(0, memoryview(written))
-    assert stop.value.reason is StopReason.GUEST_EXIT
-    assert stop.value.status == status
+    assert stop.value.exit.reason is StopReason.GUEST_EXIT
+    assert stop.value.exit.status == status
 
 
 def test_write_to_its_middle_is_ignored() -> None:

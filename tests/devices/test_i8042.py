@@ -103,7 +103,7 @@ def test_command_cancels_one_that_waits_for_its_parameter() -> None:
 def test_pulse_of_the_reset_line_ends_the_vm(value: int) -> None:
     with pytest.raises(Stop) as stop:
         command(I8042(), value)
-    assert stop.value.reason is StopReason.RESET
+    assert stop.value.exit.reason is StopReason.RESET
 
 
 def test_output_port_with_the_reset_line_low_ends_the_vm() -> None:
@@ -111,7 +111,7 @@ def test_output_port_with_the_reset_line_low_ends_the_vm() -> None:
     command(controller, 0xD1, 0x03)
     with pytest.raises(Stop) as stop:
         command(controller, 0xD1, 0x02)
-    assert stop.value.reason is StopReason.RESET
+    assert stop.value.exit.reason is StopReason.RESET
 
 
 def test_wide_read_answers_one_byte_of_the_controller() -> None:

@@ -21,15 +21,15 @@ def ports() -> Bus:
 def test_sleep_type_5_with_enable_powers_off() -> None:
     with pytest.raises(Stop) as stop:
         ports().access(0x600, bytearray(b"\x34"), True)
-    assert stop.value.reason is StopReason.POWEROFF
-    assert stop.value.status == 0
+    assert stop.value.exit.reason is StopReason.POWEROFF
+    assert stop.value.exit.status == 0
 
 
 def test_reset_value_resets() -> None:
     with pytest.raises(Stop) as stop:
         ports().access(0x602, bytearray(b"\x01"), True)
-    assert stop.value.reason is StopReason.RESET
-    assert stop.value.status == 80
+    assert stop.value.exit.reason is StopReason.RESET
+    assert stop.value.exit.status == 80
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ def test_it_offers_panicked_and_crashloaded() -> None:
 def test_panicked_ends_the_vm(value: bytes) -> None:
     with pytest.raises(Stop) as stop:
         PvPanic().write(0, memoryview(value))
-    assert stop.value.reason is StopReason.PANIC
-    assert stop.value.status == 81
+    assert stop.value.exit.reason is StopReason.PANIC
+    assert stop.value.exit.status == 81
 
 
 def test_panic_that_a_crash_kernel_takes_over_is_counted() -> None:

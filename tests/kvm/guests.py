@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tests.boot.kernel_images import MIB, Phdr, elf, pvh_elf
-from vmm import Machine, Stop
+from vmm import Exit, Machine
 
 # Every guest ends by itself; a guest that does not is a failed test after this many seconds.
 PATIENCE = 30
@@ -37,7 +37,7 @@ def write_guest(directory: Path, source: str, bits: int = 32) -> str:
     return str(path)
 
 
-def run(vm: Machine) -> Stop:
+def run(vm: Machine) -> Exit:
     """Start `vm` and wait for its end."""
     vm.start()
     stop = vm.wait(PATIENCE)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.kvm.guests import PATIENCE, run
-from vmm import Machine, Stop, StopReason, threads
+from vmm import Exit, Machine, StopReason, threads
 from vmm.errors import HostError
 
 MakeGuest = Callable[..., Machine]
@@ -187,7 +187,7 @@ def test_device_exception_reaches_the_embedding_program(guest: MakeGuest) -> Non
 
 
 def test_exit_callback_is_called_once(guest: MakeGuest) -> None:
-    ends: list[Stop] = []
+    ends: list[Exit] = []
     vm = guest("mov al, 3\n" + EXIT)
     vm.on_exit(ends.append)
     run(vm)

@@ -15,7 +15,7 @@ import pytest
 from virtio.rng import Entropy
 from vmm import logger, metrics
 from vmm.errors import ConfigError, HostError
-from vmm.events import Stop, StopReason
+from vmm.events import Exit, StopReason
 from vmm.metrics import Metrics
 
 # What the real one wrote with a drive "disk0", a drive "_2" and an interface "eth0", in its order.
@@ -59,18 +59,18 @@ class FakeMachine:
         self.console = Named(lost=0)
         self.vcpus = [Named(index=n, exits={"io_in": 0, "io_out": 0, "mmio_read": 0, "mmio_write": 0}) for n in (0, 1)]
         self.state = "Running"
-        self.callbacks: list[Callable[[Stop], None]] = []
+        self.callbacks: list[Callable[[Exit], None]] = []
 
     @property
     def stats(self) -> dict[str, dict[str, int]]:
         return {each.device.name: each.device.stats for each in self.virtio}  # type: ignore[attr-defined]
 
-    def on_exit(self, callback: Callable[[Stop], None]) -> None:
+    def on_exit(self, callback: Callable[[Exit], None]) -> None:
         self.callbacks.append(callback)
 
     def end(self, reason: StopReason) -> None:
         for callback in self.callbacks:
-            callback(Stop(reason))
+            callback(Exit(reason))
 
 
 class Reader:

@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmm.events import Stop
+    from vmm.events import Exit
     from vmm.images import Image
 
 _CONSOLE_KEPT = 4096  # bytes
@@ -149,7 +149,7 @@ class Sandbox:
             self._link.fail(f"the sandbox has ended: its time limit of {seconds:g} s is over")
             self.machine.stop()
 
-    def _ended(self, stop: Stop) -> None:
+    def _ended(self, stop: Exit) -> None:
         self._link.fail(f"the sandbox has ended: {stop}")
 
     def _heard(self, data: bytes) -> None:

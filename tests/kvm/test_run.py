@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Machine`` as a program meets it: a kernel's path, an exit as a value, asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.kvm.guests import write_guest
+from vmm import Exit, Machine, StopReason
+
+EXIT_7 = "mov al, 7; out 0xf4, al"
+FOREVER = "again: inc ecx; jmp again"
+
+
+def test_a_path_is_enough(tmp_path: Path) -> None:
+    path = Path(write_guest(tmp_path, EXIT_7))
+    for kernel in (path, str(path)):
+        with Machine(kernel, memory="4M") as vm:
+            vm.start()
+            assert vm.wait(10) == Exit(StopReason.GUEST_EXIT, 7)
+
+
+def test_several_machines_in_one_event_loop(tmp_path: Path) -> None:
+    async def main() -> list[Exit]:
+        vms = [Machine(path, memory="4M") for _ in range(4)]
+        try:
+            return await asyncio.gather(*(vm.run() for vm in vms))
+        finally:
+            for vm in vms:
+                vm.close()
+
+    path = write_guest(tmp_path, EXIT_7)
+    assert asyncio.run(main()) == [Exit(StopReason.GUEST_EXIT, 7)] * 4
+
+
+def test_the_event_loop_goes_on_and_a_cancelled_task_stops_the_vm(tmp_path: Path) -> None:
+    async def main() -> None:
+        with Machine(write_guest(tmp_path, FOREVER), memory="4M") as vm:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(vm.run(), 0.05)
+            assert vm.wait(10) == Exit(StopReason.REQUESTED)
+
+    asyncio.run(main())
+
+
+def test_one_that_was_started_or_has_ended(tmp_path: Path) -> None:
+    async def main() -> None:
+        with Machine(write_guest(tmp_path, FOREVER), memory="4M") as vm:
+            vm.start()
+            task = asyncio.create_task(vm.run())
+            await asyncio.sleep(0)
+            vm.stop()
+            assert await task == await vm.run() == Exit(StopReason.REQUESTED)
+
+    asyncio.run(main())
+
+
+def test_a_devices_mistake_is_raised(tmp_path: Path) -> None:
+    class Broken:
+        def read(self, offset: int, data: memoryview) -> None:
+            raise LookupError("the device is broken")
+
+        def write(self, offset: int, data: memoryview) -> None: ...
+
+    async def main() -> None:
+        with Machine(write_guest(tmp_path, "mov dx, 0x510; in al, dx"), memory="4M") as vm:
+            vm.pio.add(0x510, 1, Broken(), "broken")
+            with pytest.raises(LookupError, match="the device is broken"):
+                await vm.run()
+
+    asyncio.run(main())

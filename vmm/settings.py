@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``VmConfig``'s parameters as keywords of ``Machine``: for type checkers, which refuse one that is misspelt."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+    from typing import TypedDict
+
+    from vmm.cpu_template import CpuTemplate
+    from vmm.device_config import (
+        BalloonConfig,
+        DriveConfig,
+        EntropyConfig,
+        FsConfig,
+        MmdsConfig,
+        NetConfig,
+        RateLimiterConfig,
+        VsockConfig,
+    )
+
+    class VmSettings(TypedDict, total=False):
+        """See :class:`vmm.config.VmConfig`."""
+
+        kernel: str | os.PathLike[str]
+        initrd: str | os.PathLike[str] | None
+        cmdline: str | None
+        append: str
+        cpus: int
+        smt: bool
+        cpu_template: CpuTemplate | None
+        memory: int | str
+        huge_pages: str
+        track_dirty_pages: bool
+        drives: Sequence[DriveConfig]
+        network_interfaces: Sequence[NetConfig]
+        vsock: VsockConfig | None
+        shares: Sequence[FsConfig]
+        entropy: EntropyConfig | bool | None
+        balloon: BalloonConfig | None
+        mmds: MmdsConfig | None
+        poll_us: int
+        console: str
+        console_rate_limiter: RateLimiterConfig | None
+        keyboard: bool
+        boot_timer: bool
+        virtio_console: bool
+        kvm: str
+        exit_port: int | None
+        protocol: str
+        unpack: str
