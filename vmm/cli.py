@@ -31,6 +31,10 @@ COMMANDS = {
     "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",
     "lab": "run a command on an emulated machine that has real KVM",
+    "sandbox": "run a command in a VM of its own, of an image that stays as it is",
+    "exec": "run a command in a sandbox that runs",
+    "cp": "copy files to and from a sandbox that runs",
+    "ps": "list the sandboxes that run",
     "completion": "print a shell's completion of pyvmm's command lines",
 }
 

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import random
 import socket
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -352,3 +357,57 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
         Sandbox("busybox", memory="64M", kernel=kernels.kernel().path, boot_timeout=0.001)
     assert sorted(os.listdir("/proc/self/fd")) == before
     assert [each["name"] for each in registry.all_running()] == [sandbox.name]
+
+
+def _pyvmm(*words: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "vmm.cli", *words], input=input, capture_output=True, timeout=100)
+
+
+def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_path: Path) -> None:
+    assert sandbox.name in _pyvmm("ps").stdout.decode()
+    (listed,) = [json.loads(line) for line in _pyvmm("ps", "--json").stdout.splitlines()]
+    assert (listed["name"], listed["image"], listed["pid"]) == (sandbox.name, "busybox", os.getpid())
+    script = "cat; id -u; echo $SHAPE $COLOUR; exit 9"
+    done = _pyvmm("exec", "-e", "SHAPE=round", "-u", "nobody", sandbox.name, "sh", "-c", script)
+    assert (done.stdout, done.returncode) == (b"65534\nround blue\n", 9), done
+    assert _pyvmm("exec", sandbox.name, "wc", "-c", input=b"x" * 300_000).stdout == b"300000\n"
+    missing = _pyvmm("exec", "nobody", "id")
+    assert missing.returncode == 2 and b"NAME nobody: is no sandbox that runs" in missing.stderr
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub/data").write_bytes(b"\0\1")
+    (tree / "sub/data").chmod(0o750)
+    (tree / "link").symlink_to("sub/data")
+    assert _pyvmm("cp", str(tree), f"{sandbox.name}:/tmp").returncode == 0
+    assert sandbox.run("stat -c %a /tmp/tree/sub/data; readlink /tmp/tree/link").stdout == "750\nsub/data\n"
+    assert _pyvmm("cp", f"{sandbox.name}:/tmp/tree", str(tmp_path / "back")).returncode == 0
+    assert (tmp_path / "back/sub/data").read_bytes() == b"\0\1"
+    assert os.stat(tmp_path / "back/sub/data").st_mode & 0o777 == 0o750
+    assert os.readlink(tmp_path / "back/link") == "sub/data"
+    again = _pyvmm("cp", f"{sandbox.name}:/tmp/tree/sub/data", str(tmp_path / "back/sub/data"))
+    assert again.returncode == 1 and again.stderr.count(b"\n") == 1 and b"File exists" in again.stderr
+
+
+def test_the_command_is_a_sandbox_on_a_terminal(runtime: Path) -> None:
+    import pty
+
+    pid, fd = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, "-m", "vmm.cli", "sandbox", "--memory", "64M", "busybox"])
+    termios.tcsetwinsize(fd, (33, 99))
+    said = b""
+
+    def until(word: bytes) -> None:
+        nonlocal said
+        while word not in said:
+            said += os.read(fd, 4096)
+
+    until(b"# ")
+    os.write(fd, b"stty size; tty; exit 5\r")
+    until(b"/dev/pts/0")
+    assert b"33 99" in said
+    with contextlib.suppress(OSError):
+        while os.read(fd, 4096):
+            pass
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5

@@ -7,6 +7,7 @@ from vmm.cli import COMMANDS
 
 _OVERVIEW = {
     "Run a VM": ("run", "pull", "check", "lab"),
+    "Sandboxes": ("sandbox", "exec", "cp", "ps"),
     "Under a runtime": ("serve", "jailer", "link"),
     "While a VM runs": ("ctl", "vsock"),
 }
@@ -111,6 +112,14 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "pyvmm ctl --api-sock /run/vm.sock snapshot /var/lib/snapshots/one",
     ),
     "link": ("pyvmm link firecracker /usr/local/bin",),
+    "sandbox": (
+        "pyvmm sandbox debian",
+        "pyvmm sandbox --memory 1G --mount /work=. --timeout 60 debian sh -c 'make -C /work test'",
+        "pyvmm sandbox --name box --wait debian",
+    ),
+    "exec": ("pyvmm exec box", "pyvmm exec -u nobody -e LANG=C box id"),
+    "cp": ("pyvmm cp data.csv box:/tmp", "pyvmm cp box:/var/log logs"),
+    "ps": ("pyvmm ps", "pyvmm ps --json"),
     "vsock": ("pyvmm vsock /run/vm.vsock 1024",),
     "check": ("pyvmm check",),
     "lab": ("pyvmm lab -- ls -l /dev/kvm", 'pyvmm lab --write "$PWD" -- sh -c "pyvmm check > report"'),
@@ -128,6 +137,14 @@ _GUEST = {
     "82": "triple fault",
     "83": "KVM internal error",
     "84": "KVM entry failed",
+}
+_COMMAND = {
+    "0 to 255": "the command's own",
+    "1": "the sandbox failed, or ended",
+    "2": "a mistake in the arguments",
+    "126": "the command cannot be executed",
+    "127": "it was not found",
+    "128 + N": "signal N ended it",
 }
 _STATUSES: dict[str, dict[str, str]] = {
     "run": {
@@ -147,6 +164,8 @@ _STATUSES: dict[str, dict[str, str]] = {
         "153": "a mistake in the arguments",
     },
     "jailer": {"0": "done", "1": "there is no jail", "others": "those of pyvmm serve"},
+    "sandbox": _COMMAND,
+    "exec": _COMMAND,
     "ctl": {"0": "done", "1": "the API refused it, or does not answer", "2": "a mistake in the arguments"},
     "check": {"0": "a VM can run", "1": "a VM cannot run", "2": "a mistake in the arguments"},
     "lab": {"0 to 255": "the command's own", "1": "the lab failed", "2": "a mistake in the arguments"},

@@ -17,9 +17,10 @@ from vmm.sandbox.errors import (
 from vmm.sandbox.files import Change, Entry, Files
 from vmm.sandbox.process import Process, Result
 from vmm.sandbox.sandbox import Sandbox
+from vmm.sandbox.session import Session, attach
 
 __all__ = [
     "AgentError", "Change", "CommandError", "CommandKilled", "CommandNotExecutable", "CommandNotFound",
     "CommandOutOfMemory", "CommandTimeout", "Entry", "Files", "Process", "Result", "Sandbox", "SandboxError",
-    "SandboxGone",
+    "SandboxGone", "Session", "attach",
 ]  # fmt: skip

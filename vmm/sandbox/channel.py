@@ -221,6 +221,11 @@ class Channel:
         except OSError:
             raise self._gone() from None
 
+    @property
+    def buffered(self) -> bool:
+        """Whether something has come that ``read`` has not returned."""
+        return len(self._received) > self._at
+
     def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
         """Wait until a frame has begun to come, or until something can be sent; whether each is so."""
         if len(self._received) > self._at:

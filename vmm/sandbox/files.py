@@ -9,7 +9,7 @@ import stat
 import struct
 
 from vmm.sandbox.channel import FRAME_MAX, Channel, Deadline, Link, failure
-from vmm.sandbox.errors import AgentError, SandboxGone
+from vmm.sandbox.errors import AgentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _CHANGES = {
     0x400: "removed",
 }  # fmt: skip
 DEFAULT_TIMEOUT = 60.0
+_NO_LIMIT = 1e9
+_DEEPEST = 256
 
 
 class Entry:
@@ -231,6 +233,59 @@ class Files:
         """Change the owner: ``USER`` with its group, or ``USER:GROUP``, names or numbers."""
         self._do(["chown", f"path={path}", f"owner={owner}"], timeout)
 
+    def copy_in(self, source: str, path: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
+        """Copy a file of the host's, or a directory with all that is in it, to `path`.
+
+        :param timeout: seconds for all of it
+        """
+        deadline = Deadline(timeout)
+        mode = os.lstat(source).st_mode
+        left = deadline.left(f"copy {source}") or _NO_LIMIT
+        if stat.S_ISLNK(mode):
+            self.symlink(path, os.readlink(source), user=user, timeout=left)
+        elif stat.S_ISDIR(mode):
+            self.make_dir(path, user=user, timeout=left)
+            for name in sorted(os.listdir(source)):
+                within = deadline.left(f"copy {source}")
+                self.copy_in(os.path.join(source, name), posixpath.join(path, name), user=user, timeout=within)
+            self.chmod(path, stat.S_IMODE(mode) & 0o777, user=user)
+        elif stat.S_ISREG(mode):
+            with open(source, "rb") as file:
+                self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
+
+    def copy_out(self, path: str, target: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
+        """Copy a file, or a directory with all that is in it, to `target` of the host's, which must not be there.
+
+        Links are copied as links, and nothing is written through one, whatever the guest says.
+
+        :param timeout: seconds for all of it
+        :raises FileExistsError: `target` is there
+        """
+        deadline = Deadline(timeout)
+        doing = f"copy {path}"
+        entry = self.stat(path, user=user, timeout=deadline.left(doing) or _NO_LIMIT)
+        self._copy_out(entry, target, deadline, doing, user, 0)
+
+    def _copy_out(
+        self, entry: Entry, target: str, deadline: Deadline, doing: str, user: str | int | None, depth: int
+    ) -> None:
+        left = deadline.left(doing) or _NO_LIMIT
+        mode = entry.mode & 0o777
+        if entry.type == "symlink":
+            os.symlink(entry.target or "", target)
+        elif entry.type == "dir":
+            if depth == _DEEPEST:
+                raise AgentError(f"{doing}: more than {_DEEPEST} directories in one another")
+            os.mkdir(target, 0o700)
+            for each in self.list(entry.path, user=user, timeout=left):
+                self._copy_out(each, os.path.join(target, each.name), deadline, doing, user, depth + 1)
+            os.chmod(target, mode)
+        elif entry.type == "file":
+            with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                for piece in self.stream(entry.path, user=user, timeout=left):
+                    file.write(piece)
+                os.fchmod(file.fileno(), mode)
+
     def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Iterator[Change]:
         """What happens in a directory from here on, as it happens; ``close()`` the iterator to end it.
 
@@ -281,6 +336,3 @@ def _data_frames(data: str | bytes | BinaryIO | Iterable[bytes]) -> Iterator[byt
             part = piece[at : at + FRAME_MAX]
             yield struct.pack("<BI", 0x64, len(part)) + part
     yield struct.pack("<BI", 0x64, 0)
-
-
-__all__ = ["Change", "Entry", "Files", "SandboxGone"]

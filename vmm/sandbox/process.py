@@ -112,8 +112,8 @@ class Stream:
         """
         deadline = Deadline(timeout)
         while not self._process.ended and (size < 0 or not self._bytes):
-            self._process._pump(deadline)
-        return self._take(len(self._bytes) if size < 0 else size)
+            self._process.pump(deadline)
+        return self.take(len(self._bytes) if size < 0 else size)
 
     def readline(self, timeout: float | None = None) -> bytes:
         """The next line with its end, or what is left when the command has ended.
@@ -124,14 +124,15 @@ class Stream:
         while (end := self._bytes.find(b"\n")) < 0 and not self._process.ended:
             if len(self._bytes) >= self._process.limit:
                 break
-            self._process._pump(deadline)
-        return self._take(end + 1 if end >= 0 else len(self._bytes))
+            self._process.pump(deadline)
+        return self.take(end + 1 if end >= 0 else len(self._bytes))
 
     def __iter__(self) -> Iterator[bytes]:
         while line_ := self.readline():
             yield line_
 
-    def _take(self, size: int) -> bytes:
+    def take(self, size: int = 1 << 62) -> bytes:
+        """What has come and was not read, at most `size` bytes; does not wait."""
         taken = bytes(self._bytes[:size])
         del self._bytes[:size]
         return taken
@@ -153,14 +154,14 @@ class Input:
         if self.closed:
             raise ValueError("standard input is closed")
         for frame in input_frames(data):
-            self._process._channel.send(Deadline(timeout), self._process.command, frame)
+            self._process.channel.send(Deadline(timeout), self._process.command, frame)
 
     def close(self) -> None:
         """Tell it that there is no more. With a terminal it is the key Ctrl-D that is sent. Idempotent."""
         if not self.closed:
             self.closed = True
             try:
-                self._process._channel.frame(Deadline(10), self._process.command, b"i")
+                self._process.channel.frame(Deadline(10), self._process.command, b"i")
             except SandboxGone:
                 pass  # the command has ended
 
@@ -188,21 +189,25 @@ class Process:
         self._begun = time.monotonic()
         self._pumping = threading.Lock()
         self.ended = False
-        self._channel = link.connect(deadline, command)
+        self.channel = link.connect(deadline, command)
         try:
-            self._channel.request(deadline, command, words)
+            self.channel.request(deadline, command, words)
             while not self.pid and not self.ended:
-                self._pump(deadline)
+                self.pump(deadline)
         except BaseException:
-            self._channel.close()
+            self.channel.close()
             raise
 
-    def _pump(self, deadline: Deadline) -> None:
-        # One frame.
+    def pump(self, deadline: Deadline) -> None:
+        """Take one frame of the command's: it goes to its stream, or says that it has ended.
+
+        :raises CommandTimeout: none came in time
+        :raises SandboxGone: the sandbox has ended
+        """
         with self._pumping:
             if self.ended:
                 return
-            kind, data = self._channel.read(deadline, self.command)
+            kind, data = self.channel.read(deadline, self.command)
             match kind:
                 case 0x6F:  # o
                     self.stdout._add(data)
@@ -233,12 +238,12 @@ class Process:
     def _end(self) -> None:
         self.ended = True
         self._result.duration = time.monotonic() - self._begun
-        self._channel.close()
+        self.channel.close()
 
     def poll(self) -> int | None:
         """Its exit status if it has ended, else None. Reads what has come meanwhile."""
-        while not self.ended and self._channel.wait(Deadline(0.001), self.command)[0]:
-            self._pump(Deadline(1))
+        while not self.ended and self.channel.wait(Deadline(0.001), self.command)[0]:
+            self.pump(Deadline(1))
         return self._result.exit_code if self.ended else None
 
     def communicate(self, input: bytes | str | None = None, timeout: float | None = None) -> Result:
@@ -248,21 +253,21 @@ class Process:
         :raises SandboxGone: the sandbox has ended
         """
         deadline = Deadline(timeout)
-        frames = [*input_frames(input), _CLOSE] if input is not None else [] if self.stdin.closed else [_CLOSE]
+        frames = [*input_frames(input), CLOSE] if input is not None else [] if self.stdin.closed else [CLOSE]
         frames.reverse()
         try:
             left = memoryview(b"")
             while not self.ended:
                 if not left and frames:
                     left = memoryview(frames.pop())
-                readable, writable = self._channel.wait(deadline, self.command, writable=bool(left))
+                readable, writable = self.channel.wait(deadline, self.command, writable=bool(left))
                 if writable:
                     try:
-                        left = left[self._channel.send_some(left) :]
+                        left = left[self.channel.send_some(left) :]
                     except SandboxGone:  # but it may have said something before
                         left, frames = memoryview(b""), []
                 if readable:
-                    self._pump(deadline)
+                    self.pump(deadline)
         except CommandTimeout as error:
             self.close()
             raise CommandTimeout(str(error), self._finish()) from None
@@ -281,7 +286,7 @@ class Process:
         """
         deadline = Deadline(timeout)
         while not self.ended:
-            self._pump(deadline)
+            self.pump(deadline)
         return self._finish()
 
     def _finish(self) -> Result:
@@ -312,11 +317,11 @@ class Process:
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell its terminal another size."""
-        self._channel.frame(Deadline(10), self.command, b"w", struct.pack("<HH", rows, columns))
+        self.channel.frame(Deadline(10), self.command, b"w", struct.pack("<HH", rows, columns))
 
     def close(self) -> None:
         """Give it up: one that still runs is killed. Idempotent."""
-        self._channel.close()
+        self.channel.close()
 
     def __enter__(self) -> Process:
         return self
@@ -333,7 +338,7 @@ def input_frames(data: bytes | str) -> Iterator[bytes]:
         yield struct.pack("<BI", 0x69, len(piece)) + piece
 
 
-_CLOSE = struct.pack("<BI", 0x69, 0)
+CLOSE = struct.pack("<BI", 0x69, 0)
 
 
 def words_of(

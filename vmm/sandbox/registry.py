@@ -104,17 +104,23 @@ def all_running() -> list[dict[str, Any]]:
     return found
 
 
-def socket_of(name: str) -> str:
-    """The VM's socket of a sandbox that runs.
+def about(name: str) -> dict[str, Any]:
+    """What a sandbox that runs told of itself.
 
     :raises ConfigError: there is none of that name
     """
     check(name)
-    path = os.path.join(root(), name)
-    if not _is_held(path):
-        names = ", ".join(each["name"] for each in all_running()) or "none"
-        raise ConfigError("NAME", name, f"is no sandbox that runs; there is: {names}")
-    return os.path.join(path, SOCKET)
+    found = all_running()
+    for each in found:
+        if each["name"] == name:
+            return each
+    names = ", ".join(each["name"] for each in found) or "none"
+    raise ConfigError("NAME", name, f"is no sandbox that runs; there is: {names}")
+
+
+def socket_of(name: str) -> str:
+    """The VM's socket of the sandbox of that name, whether it runs or not."""
+    return os.path.join(root(), name, SOCKET)
 
 
 def _is_held(path: str) -> bool:

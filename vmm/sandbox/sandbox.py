@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 
@@ -15,16 +14,16 @@ from vmm.device_config import DriveConfig, FsConfig, VsockConfig
 from vmm.errors import ConfigError, SnapshotError, line
 from vmm.machine import Machine
 from vmm.sandbox import guest
-from vmm.sandbox.channel import Deadline, Link, failure
-from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxError, SandboxGone
-from vmm.sandbox.files import Files
-from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, words_of
+from vmm.sandbox.channel import Deadline, Link
+from vmm.sandbox.errors import CommandTimeout, SandboxError, SandboxGone
 from vmm.sandbox.registry import Place
+from vmm.sandbox.session import Session
 from vmm.snapshot import Image as Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
+    from typing import Any
 
     from vmm.events import Exit
     from vmm.images import Image
@@ -33,7 +32,7 @@ _CONSOLE_KEPT = 4096  # bytes
 _ABOUT = "sandbox.json"
 
 
-class Sandbox:
+class Sandbox(Session):
     """A VM of an image, up and ready for commands; a context manager.
 
     :param image: the name of a pulled image, or one of ``vmm.images``
@@ -59,7 +58,6 @@ class Sandbox:
     """
 
     machine: Machine
-    files: Files
 
     def __init__(
         self,
@@ -104,17 +102,14 @@ class Sandbox:
             self.close()
             raise
 
-    def _begin(self, about: dict[str, object], name: str | None, timeout: float | None) -> None:
+    def _begin(self, about: dict[str, Any], name: str | None, timeout: float | None) -> None:
         if timeout is not None and timeout <= 0:
             raise ConfigError("timeout", timeout, "must be more than 0 seconds")
-        self._about = about
-        self._env: dict[str, str] = dict(about["env"])  # type: ignore[call-overload]
         self._closed = threading.Event()
         self._console = bytearray()
-        self._place = Place(name, {"image": about["image"], "began": time.time()})
+        self._place = Place(name, {**about, "began": time.time()})
         self.name = self._place.name
-        self._link = Link(self._place.socket)
-        self.files = Files(self._link)
+        super().__init__(Link(self._place.socket), about)
         self._timeout = timeout
 
     def _run(self, machine: Machine, boot_timeout: float) -> None:
@@ -160,109 +155,6 @@ class Sandbox:
     def console(self) -> str:
         """The end of what the serial port said: of the kernel, and of the agent before it was ready."""
         return self._console.decode(errors="replace")
-
-    # Commands
-
-    def run(
-        self,
-        command: str | Sequence[str],
-        *,
-        input: bytes | str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | int | None = None,
-        limits: Mapping[str, int | tuple[int, int]] | None = None,
-        timeout: float | None = 60,
-        limit: int = DEFAULT_LIMIT,
-        check: bool = False,
-        on_stdout: Callable[[bytes], object] | None = None,
-        on_stderr: Callable[[bytes], object] | None = None,
-    ) -> Result:
-        """Run a command to its end. Parameters are those of ``exec``, and:
-
-        :param input: its standard input; None: it is closed
-        :param timeout: seconds; None: no limit
-        :param check: a status other than 0 is an error
-        :param on_stdout: called with each piece of output as it comes; `on_stderr` likewise
-        :raises CommandTimeout: it took too long, and was killed
-        :raises CommandError: with `check`: its status is not 0; the class says why
-        :raises SandboxGone: the sandbox has ended
-        """
-        deadline = Deadline(timeout)
-        with self.exec(command, env=env, cwd=cwd, user=user, limits=limits, timeout=timeout, limit=limit) as process:
-            process.stdout.on_data, process.stderr.on_data = on_stdout, on_stderr
-            result = process.communicate(input, timeout=deadline.left(process.command))
-        return result.check() if check else result
-
-    def exec(
-        self,
-        command: str | Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | int | None = None,
-        terminal: tuple[int, int] | None = None,
-        limits: Mapping[str, int | tuple[int, int]] | None = None,
-        keep: bool = False,
-        timeout: float | None = 60,
-        limit: int = DEFAULT_LIMIT,
-    ) -> Process:
-        """Start a command.
-
-        :param command: a line for /bin/sh, or a program and its arguments
-        :param env: added to that of the sandbox
-        :param cwd: its directory
-        :param user: ``NAME``, ``UID`` or ``USER:GROUP``
-        :param terminal: rows and columns of a terminal that it gets; None: pipes
-        :param limits: by resource, as ``{"nofile": 100, "cpu": (1, 2)}``; see setrlimit(2)
-        :param keep: it goes on when the handle is closed; otherwise it is killed then
-        :param timeout: seconds that it may take to start
-        :param limit: bytes of each stream that are kept; what is more is thrown away and told
-        :raises ConfigError: a value that cannot be
-        :raises SandboxGone: the sandbox has ended
-        """
-        words = words_of(
-            command, {**self._env, **(env or {})}, cwd=cwd or self._about["cwd"],  # type: ignore[arg-type]
-            user=self._about["user"] if user is None else user,  # type: ignore[arg-type]
-            terminal=terminal, limits=limits, keep=keep,
-        )  # fmt: skip
-        doing = command if isinstance(command, str) else " ".join(map(str, command))
-        return Process(self._link, line(doing), words, limit, Deadline(timeout))
-
-    @property
-    def commands(self) -> Commands:
-        """The same by E2B's names."""
-        return Commands(self)
-
-    def connect(self, port: int, timeout: float | None = 10) -> socket.socket:
-        """Connect to a TCP port of the guest's loopback.
-
-        :returns: a stream, yours to close
-        :raises ConnectionRefusedError: nobody in the guest listens there
-        """
-        deadline, doing = Deadline(timeout), f"port {port}"
-        with self._link.connect(deadline, doing) as channel:
-            channel.request(deadline, doing, ("tcp", f"port={port}"))
-            kind, data = channel.read(deadline, doing)
-            if kind == 0x66:
-                number, _ = failure(data)
-                raise OSError(number, os.strerror(number), doing)
-            if kind != 0x6B:
-                raise AgentError(f"{doing}: the guest sent something out of turn")
-            return channel.take()
-
-    def _call(self, *words: str) -> None:
-        self._ask(Deadline(30), *words)
-
-    def _ask(self, deadline: Deadline, *words: str) -> None:
-        with self._link.connect(deadline, words[0]) as channel:
-            channel.request(deadline, words[0], words)
-            kind, data = channel.read(deadline, words[0])
-        if kind == 0x66:
-            number, what = failure(data)
-            raise SandboxError(f"{words[0]}: {line(what)}: {os.strerror(number)}")
-        if kind != 0x6B:
-            raise AgentError(f"{words[0]}: the guest sent something out of turn")
 
     # The VM
 
@@ -339,6 +231,11 @@ class Sandbox:
         return sandbox
 
     @property
+    def why(self) -> str:
+        """Why it has ended; empty: it has not."""
+        return self._link.why
+
+    @property
     def running(self) -> bool:
         """Whether it has not ended."""
         return not self._link.why
@@ -362,36 +259,6 @@ class Sandbox:
 
     def __repr__(self) -> str:
         return f"Sandbox({self.name!r}, {self._about['image']!r}, {'running' if self.running else self._link.why!r})"
-
-
-class Commands:
-    """Commands of a sandbox by E2B's names: ``sandbox.commands``."""
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
-
-    def run(
-        self,
-        cmd: str,
-        background: bool = False,
-        *,
-        envs: Mapping[str, str] | None = None,
-        user: str | None = None,
-        cwd: str | None = None,
-        on_stdout: Callable[[str], object] | None = None,
-        on_stderr: Callable[[str], object] | None = None,
-        timeout: float | None = 60,
-    ) -> Result | Process:
-        """Run a command; with `background` return its handle.
-
-        :raises CommandError: its status is not 0
-        """
-        if background:
-            return self._sandbox.exec(cmd, env=envs, user=user, cwd=cwd, keep=True)
-        out, err = (f and (lambda data, f=f: f(data.decode(errors="replace"))) for f in (on_stdout, on_stderr))
-        return self._sandbox.run(
-            cmd, env=envs, user=user, cwd=cwd, timeout=timeout, check=True, on_stdout=out, on_stderr=err
-        )
 
 
 def _shares(mounts: Mapping[str, str | tuple[str, str]]) -> list[tuple[str, FsConfig]]:

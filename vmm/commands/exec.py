@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm exec``: a command in a sandbox that runs, on this terminal."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+
+from vmm.errors import ConfigError
+from vmm.sandbox import Process, Session, attach
+from vmm.sandbox.channel import FRAME_MAX, Deadline
+from vmm.sandbox.errors import SandboxGone
+from vmm.sandbox.process import CLOSE, input_frames
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+_FOREVER = Deadline(None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``pyvmm exec``."""
+    parser.add_argument("name", metavar="NAME", help="the sandbox, as pyvmm ps lists it")
+    add_command_arguments(parser)
+
+
+def add_command_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that say how a command runs, and the command."""
+    add = parser.add_argument
+    add("-e", "--env", metavar="NAME=VALUE", action="append", default=[], help="in its environment; may be repeated")
+    add("-u", "--user", metavar="USER[:GROUP]", help="names or numbers (default: root)")
+    add("-w", "--cwd", metavar="DIR", help="its directory (default: the user's home)")
+    import argparse
+
+    add("command", metavar="CMD", nargs=argparse.REMAINDER, help="a program and its arguments (default: a shell)")
+
+
+def environment(words: list[str]) -> dict[str, str]:
+    """The variables of ``--env``.
+
+    :raises ConfigError: one has no =
+    """
+    for word in words:
+        if not word.partition("=")[1]:
+            raise ConfigError("--env", word, "must be NAME=VALUE")
+    return dict(word.split("=", 1) for word in words)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; its exit status is ours."""
+    return run(attach(args.name), args)
+
+
+def run(session: Session, args: argparse.Namespace) -> int:
+    """Run the command of `args` on this terminal, and return its status."""
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    terminal = os.isatty(0) and os.isatty(1)
+    size = os.get_terminal_size(0) if terminal else None
+    with session.exec(
+        command or ["/bin/sh", "-l"] if terminal else command or ["/bin/sh"], env=environment(args.env), user=args.user,
+        cwd=args.cwd, terminal=(size.lines or 24, size.columns or 80) if size else None,
+    ) as process:  # fmt: skip
+        return connect(process, terminal=terminal)
+
+
+def connect(process: Process, *, terminal: bool) -> int:
+    """Copy this process's standard streams to and from a command, until it ends; returns its status."""
+    process.limit = 0
+    process.stdout.on_data, process.stderr.on_data = _writer(1), _writer(2)
+    said = process.stdout.take(), process.stderr.take()  # before it was asked where to
+    for fd, data in zip((1, 2), said, strict=True):
+        _writer(fd)(data)
+    if not terminal:
+        return _bridge(process, -1)
+    import termios
+    import tty
+
+    before = termios.tcgetattr(0)
+    bell, ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    heard = signal.signal(signal.SIGWINCH, lambda *_: os.write(ring, b"w"))
+    try:
+        tty.setraw(0)
+        return _bridge(process, bell)
+    finally:
+        signal.signal(signal.SIGWINCH, heard)
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        os.close(bell)
+        os.close(ring)
+
+
+def _bridge(process: Process, bell: int) -> int:
+    channel = process.channel
+    left = memoryview(b"")
+    more = True
+    while not process.ended:
+        if channel.buffered:
+            process.pump(_FOREVER)
+            continue
+        poll = select.poll()
+        poll.register(channel, select.POLLIN | (select.POLLOUT if left else 0))
+        if more and not left:
+            poll.register(0, select.POLLIN)
+        if bell >= 0:
+            poll.register(bell, select.POLLIN)
+        ready = dict(poll.poll())
+        if bell in ready and not left:
+            os.read(bell, 4096)
+            size = os.get_terminal_size(0)
+            process.resize(size.lines, size.columns)
+        if 0 in ready:
+            data = os.read(0, FRAME_MAX)
+            more = bool(data)
+            left = memoryview(next(input_frames(data)) if data else CLOSE)
+        if left:
+            try:
+                left = left[channel.send_some(left) :]
+            except SandboxGone:  # but it may have said something before
+                left, more = memoryview(b""), False
+        if ready.get(channel.fileno(), 0) & ~select.POLLOUT:
+            process.pump(_FOREVER)
+    result = process.wait()
+    if result.out_of_memory:
+        print("pyvmm: the sandbox was out of memory", file=sys.stderr)
+    return result.exit_code
+
+
+def _writer(fd: int) -> Callable[[bytes], None]:
+    def write(data: bytes) -> None:
+        while data:
+            data = data[os.write(fd, data) :]
+
+    return write

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm sandbox``: a command in a VM of its own, of an image that stays as it is."""
+
+from __future__ import annotations
+
+import sys
+
+from vmm.commands.exec import add_command_arguments, run
+from vmm.errors import ConfigError
+from vmm.sandbox import Sandbox
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``pyvmm sandbox``."""
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="a pulled image, as debian")
+    add("--memory", metavar="SIZE", default="512M", help="files that are written take of it (default: 512M)")
+    add("--cpus", metavar="N", type=int, default=1, help="vCPUs (default: 1)")
+    add(
+        "--mount", metavar="PATH=DIR[,ro]", action="append", default=[],
+        help="this host's DIR at PATH of the guest; may be repeated",
+    )  # fmt: skip
+    add("--timeout", metavar="S", type=float, help="seconds after which it ends (default: none)")
+    add("--name", help="for pyvmm exec, and its hostname (default: one is made up)")
+    add("--kernel", metavar="PATH", help="a kernel with all drivers built in (default: the image's)")
+    add("--wait", action="store_true", help="run no command: print the name, and stay until Ctrl-C, for pyvmm exec")
+    add_command_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; its exit status is ours."""
+    if args.wait and args.command:
+        raise ConfigError("--wait", " ".join(args.command), "takes no command")
+    with Sandbox(
+        args.image, memory=args.memory, cpus=args.cpus, mounts=dict(_mount(word) for word in args.mount),
+        timeout=args.timeout, name=args.name, kernel=args.kernel,
+    ) as sandbox:  # fmt: skip
+        if not args.wait:
+            return run(sandbox, args)
+        print(sandbox.name, flush=True)
+        sandbox.machine.wait()
+        print(f"pyvmm sandbox: {sandbox.why}", file=sys.stderr)
+    return 1
+
+
+def _mount(word: str) -> tuple[str, str | tuple[str, str]]:
+    path, equals, directory = word.partition("=")
+    if not equals or not directory:
+        raise ConfigError("--mount", word, "must be PATH=DIR or PATH=DIR,ro")
+    return path, (directory.removesuffix(",ro"), "ro") if directory.endswith(",ro") else directory
