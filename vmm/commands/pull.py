@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add this command's arguments to its parser."""
-    parser.add_argument("image", nargs="?", help="name of the image; --list shows them")
+    parser.add_argument(
+        "image",
+        nargs="?",
+        help="name of the image, as debian; or a container image: oci:REF, oci:DIR, docker-archive:FILE, dir:DIR",
+    )
     parser.add_argument("--list", action="store_true", help="show what there is and what is in the cache")
     parser.add_argument(
         "--refresh",
         "--force",
         action="store_true",
-        help="make it again from what apt offers now, even if it is there",
+        help="make it again from what apt or the registry offers now, even if it is there",
     )
-    parser.add_argument("--size", metavar="SIZE", help="size of the root file system, as 2G (sparse)")
+    parser.add_argument(
+        "--size",
+        metavar="SIZE",
+        help="size of the root file system, as 2G (sparse); what a container image may have unpacked, at most (8G)",
+    )
     parser.add_argument(
         "--packages", metavar="A,B", default="", help="further Debian packages for the root file system"
     )
@@ -71,7 +79,7 @@ def _list() -> None:
                 state += f", with {', '.join(entry['packages'])}"
         else:
             state = f"damaged: {entry['damaged']}" if "damaged" in entry else "not pulled"
-        print(f"{entry['name']:<10}{entry['summary']}\n{'':<10}{state}")
+        print(f"{entry['name']:<9} {entry['summary']}\n{'':<10}{state}")
 
 
 def _size(count: int) -> str:

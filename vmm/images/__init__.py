@@ -66,11 +66,19 @@ def cache_root() -> str:
 def resolve(name: str) -> Image | None:
     """Return the image of that name, or None if it was not pulled (or by a pyvmm with another format).
 
-    :raises ConfigError: it is there but damaged
+    :raises ConfigError: it is there but damaged; or an ``oci:`` name that is none
     """
-    if not name or "/" in name or name.startswith("."):
+    directory = name
+    if ":" in name:
+        from vmm.images import reference
+
+        container = reference.parse(name)
+        if container is None:
+            return None
+        directory = container.directory
+    elif not name or "/" in name or name.startswith("."):
         return None
-    directory = os.path.join(cache_root(), "images", name)
+    directory = os.path.join(cache_root(), "images", directory)
     described = os.path.join(directory, "image.json")
     if not os.path.exists(described):
         return None
@@ -86,6 +94,12 @@ def resolve(name: str) -> Image | None:
             return None
         kernel, initrd, rootfs = (os.path.join(directory, facts[key]) for key in ("kernel", "initrd", "rootfs"))
         image = Image(name, kernel, initrd, rootfs, facts["cmdline"])
+        if "config" in facts:
+            import msgspec
+
+            from vmm.images.container import ImageConfig
+
+            image.config = msgspec.convert(facts["config"], ImageConfig)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("image", name, again) from error
     for path in (image.kernel, image.initrd, image.rootfs):
@@ -104,14 +118,17 @@ def pull(
 ) -> Image:
     """Return the image of that name, making it first if it is not in the cache.
 
+    Beside ``NAMES`` there is ``oci:REF`` and what else docs/images.md has of container images.
+
     Two pulls of one image wait for each other; a pull that fails or is killed leaves what was there.
 
     :param refresh: make it again, from what apt offers now
-    :param size: bytes of the root file system (sparse); None for the image's own default
+    :param size: bytes of the root file system (sparse); of a container image what it may have unpacked, at most;
+        None for the default
     :param packages: further Debian packages in the root file system
     :param progress: called with each step and how much of it is done
-    :raises ConfigError: no such image; or it is in the cache with another size or other packages
-    :raises PullError: a program is missing, or a package cannot be fetched
+    :raises ConfigError: no such name; or it is in the cache with another size or other packages
+    :raises PullError: a program is missing, or a package or a container image cannot be fetched, or is damaged
     """
     from vmm.images import store
     from vmm.images.host import silent

@@ -25,6 +25,8 @@ PACKAGE_OF = {
     "mke2fs": "e2fsprogs",
     "depmod": "kmod",
     "newuidmap": "uidmap",
+    "mksquashfs": "squashfs-tools",
+    "sqfstar": "squashfs-tools",
 }
 TRIES = 3
 PAUSE = 2.0  # seconds between two tries

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmm.errors import ConfigError
-from vmm.images import FORMAT, NAMES, Image, apt, guest, resolve, rootfs
+from vmm.images import FORMAT, NAMES, Image, apt, guest, reference, resolve, rootfs
 from vmm.images.host import Progress, cache_root
 from vmm.images.initramfs import build_initramfs
 
@@ -45,9 +45,15 @@ RECIPES = {
 
 def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str], progress: Progress) -> Image:
     """Return the image, making it if it is not in the cache; see ``vmm.images.pull``."""
+    if container := reference.parse(name):
+        from vmm.images import oci
+
+        if packages:
+            raise ConfigError("--packages", ",".join(packages), f"is for {' and '.join(NAMES)}, not for {name}")
+        return oci.pull(container, refresh=refresh, limit=size, progress=progress)
     recipe = RECIPES.get(name)
     if recipe is None:
-        raise ConfigError("image", name, f"not known; there is {', '.join(NAMES)}")
+        raise ConfigError("image", name, f"not known; there is {', '.join(NAMES)}, and oci:REF for any container image")
     if size is not None and (size < MIN_SIZE or size % 4096):
         raise ConfigError("--size", size, f"must be a multiple of 4096 and at least {MIN_SIZE >> 20}M")
     images = cache_root() / "images"
@@ -55,7 +61,7 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         return image
     rootfs.check_tools(name)
     images.mkdir(parents=True, exist_ok=True)
-    with _locked(images / f"{name}.lock", lambda: progress(f"another pull of {name} is running, waiting for it", None)):
+    with locked(images / f"{name}.lock", lambda: progress(f"another pull of {name} is running, waiting for it", None)):
         # another pull may have made it in the meantime
         if not refresh and (image := _cached(name, size, packages)):
             return image
@@ -65,7 +71,7 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         umask = os.umask(0o022)  # modes of the trees are the guest's
         try:
             _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
-            _replace(work / "image", images / name, work / "old")
+            replace(work / "image", images / name, work / "old")
         finally:
             os.umask(umask)
             shutil.rmtree(work, ignore_errors=True)
@@ -90,7 +96,9 @@ def available() -> list[dict[str, Any]]:
             entry |= {"cached": True, "bytes": used}
             entry |= {key: facts[key] for key in ("kernel_version", "built", "packages", "size")}
         found.append(entry)
-    return found
+    from vmm.images import oci
+
+    return found + oci.available()
 
 
 def _cached(name: str, size: int | None, packages: Sequence[str]) -> Image | None:
@@ -159,15 +167,17 @@ def _make(
     (out / "image.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _replace(new: Path, place: Path, old: Path) -> None:
-    # rename() does not replace a directory that holds files; whoever has the old files open keeps them
+def replace(new: Path, place: Path, old: Path) -> None:
+    """Put a new image in its place. Whoever has the old one's files open keeps them."""
+    # rename() does not replace a directory that holds files
     if place.exists():
         place.rename(old)
     new.rename(place)
 
 
 @contextmanager
-def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock; ``waiting`` is called first if another process has it."""
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers become one tree: as umoci unpacks them, and whatever is in them, no file of the host is reached."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.images.layouts import Made, directory, entry, hardlink, layer, symlink
+from vmm.images import layers, squashfs
+from vmm.images.host import PullError, silent
+
+
+def merged(*tars: bytes, limit: int = 1 << 20) -> layers.Tree:
+    tree = layers.Tree(limit)
+    for number, tar in enumerate(tars):
+        file = tempfile.TemporaryFile()  # the tree reads it later
+        file.write(tar)
+        file.seek(0)
+        tree.add(f"layer {number}", file, len(tar))  # type: ignore[arg-type]
+    return tree
+
+
+def names(tree: layers.Tree) -> list[str]:
+    return [path for path, _ in tree.walk()]
+
+
+def facts(top: Path) -> dict[str, Any]:
+    """All that a tree of files is, but times of directories; two names of one file are told from two files."""
+    found: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for where, dirs, files in os.walk(top):
+        for name in (*sorted(dirs), *sorted(files)):
+            path = os.path.join(where, name)
+            status = os.lstat(path)
+            kind = stat.S_IFMT(status.st_mode)
+            content: object = None
+            attributes = os.listxattr(path, follow_symlinks=False)
+            if kind == stat.S_IFLNK:
+                content = os.readlink(path)
+            elif kind == stat.S_IFREG:
+                content = Path(path).read_bytes()
+            inner = os.path.relpath(path, top)
+            found[inner] = (
+                oct(status.st_mode), status.st_uid, status.st_gid, status.st_rdev, content,
+                None if kind == stat.S_IFDIR else int(status.st_mtime),
+                {key: os.getxattr(path, key, follow_symlinks=False) for key in sorted(attributes)},
+            )  # fmt: skip
+    for inner in sorted(found):
+        status = os.lstat(top / inner)
+        if stat.S_ISREG(status.st_mode):
+            found[inner] += (first.setdefault(status.st_ino, inner),)
+    return found
+
+
+LOWER = layer(
+    directory("./"), directory("usr/"), directory("usr/lib"), symlink("lib", "usr/lib"), directory("etc", mode=0o700),
+    entry("etc/passwd", b"root:x:0:0::/:/bin/sh\n", mtime=1234567), entry("etc/gone", b"x"), entry("etc/both", b"1"),
+    hardlink("etc/both2", "etc/both"), entry("etc/moved", b"inode"), hardlink("etc/stays", "etc/moved"),
+    directory("opaque"), entry("opaque/old", b"x"), directory("opaque/sub"), entry("opaque/sub/old", b"x"),
+    directory("was-dir"), entry("was-dir/in", b"x"), entry("was-file", b"x"), symlink("was-link", "etc"),
+    entry("bin/su", b"su", mode=0o4755, uid=5, gid=7), entry("tmp/sticky", type=tarfile.DIRTYPE, mode=0o1777),
+    entry("long/" + "n" * 120 + "/" + "m" * 200, b"long"), entry("big", bytes(range(256)) * 5000),
+    entry("fifo", type=tarfile.FIFOTYPE), symlink("dangling", "/nowhere/x"), entry("käse", "grün".encode()),
+    entry("attr", b"a", pax_headers={"SCHILY.xattr.user.a": "b", "SCHILY.xattr.user.raw": "\udcff\udc80z"}),
+)  # fmt: skip
+UPPER = layer(
+    entry("etc/.wh.gone"), entry("lib/added", b"in usr/lib"), hardlink("usr/lib/passwd", "etc/passwd"),
+    entry("opaque/.wh..wh..opq"), entry("opaque/new", b"n"), entry("etc/.wh.moved"), entry("etc/both", b"other"),
+    entry("was-dir", b"file now"), directory("was-file"), entry("was-file/in", b"x"), directory("was-link"),
+    entry(".wh.nosuch"), entry("etc/none/.wh.nosuch"), directory("etc", mode=0o755),
+)  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="owners are unpacked by root")
+def test_tree_is_what_umoci_unpacks(tmp_path: Path) -> None:
+    device = layer(entry("dev/null", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666))
+    home = Made([LOWER, device, UPPER]).write(tmp_path / "layout")
+    image = tmp_path / "image"
+    squashfs.write(merged(LOWER, device, UPPER, limit=1 << 22), image, silent)
+    umoci = ["umoci", "unpack", "--image", f"{home}:latest", str(tmp_path / "bundle")]
+    subprocess.run(umoci, check=True, capture_output=True)
+    subprocess.run(["unsquashfs", "-d", tmp_path / "ours", image], check=True, capture_output=True)
+    theirs, ours = facts(tmp_path / "bundle/rootfs"), facts(tmp_path / "ours")
+    assert ours.keys() == theirs.keys()
+    for name, fact in theirs.items():
+        assert ours[name] == fact, name
+
+
+def test_whiteout_hides_lower_layers_alone() -> None:
+    tree = merged(layer(entry("a/x"), entry("a/y")), layer(entry("a/y", b"new"), entry("a/.wh..wh..opq"), entry("a/z")))
+    assert names(tree) == ["a", "a/y", "a/z"]
+    tree = merged(layer(entry("d/old")), layer(entry("d/new"), entry(".wh.d")))
+    assert names(tree) == ["d", "d/new"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ([entry("../etc/passwd", b"x")], "the name ../etc/passwd has .. in it"),
+        ([entry("a/../../x", b"x")], "has .. in it"),
+        ([entry("a"), hardlink("b", "../../etc/shadow")], "has .. in it"),
+        ([hardlink("b", "/etc/shadow")], "b is a hard link to /etc/shadow, which is no file in it"),
+        ([directory("d"), hardlink("b", "d")], "which is no file in it"),
+        ([symlink("l", "l"), entry("l/x", b"")], "more than 40 symbolic links"),
+        ([entry("f"), entry("f/x")], "f is no directory, and has files in it"),
+        ([entry("f", mode=0o644, uid=1 << 32)], "has the owner 4294967296:0"),
+        ([entry("n" * 256)], "cannot be a file's"),
+        ([entry("p", type=b"9")], "p is of a kind that no file system has: b'9'"),
+        ([entry("c", type=tarfile.CHRTYPE, devmajor=1 << 13)], "has the device number 8192:0"),
+        ([entry("s", type=tarfile.SYMTYPE, linkname="")], "is a symbolic link to what cannot be a name"),
+        ([entry("big", bytes(1 << 20)), entry("more", b"x")], "the files in it are larger than 1 MiB"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_one_line(
+    entries: list[tuple[tarfile.TarInfo, bytes]], problem: str | None
+) -> None:
+    with pytest.raises(PullError) as caught:
+        merged(layer(*entries))
+    assert problem in str(caught.value)
+    assert str(caught.value).startswith("layer 0: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_links_that_leave_stay_inside() -> None:
+    # as a process whose root the tree is would follow them
+    tree = merged(layer(symlink("out", "../../../.."), symlink("abs", "/etc"), entry("out/tmp/x"), entry("abs/y")))
+    assert {"tmp/x", "etc/y"} < set(names(tree))
+
+
+def test_names_with_slashes_in_front_are_inside() -> None:
+    assert names(merged(layer(entry("/etc/x"), entry("./a//b")))) == ["a", "a/b", "etc", "etc/x"]
+
+
+@pytest.mark.parametrize("cut", [100, 700, 1100, 1536, 1700])
+def test_truncated_tar_is_no_image(cut: int) -> None:
+    # headers at 0 and 1536
+    whole = layer(entry("a", b"x" * 600), entry("b", b"y" * 600))
+    with pytest.raises(PullError, match="layer 0"):
+        merged(whole[:cut] if cut != 1536 else whole[:cut] + b"\xff" * 512 + whole[2048:])
+
+
+def test_endless_header_is_not_read() -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 33
+    with pytest.raises(PullError, match="an extended header of 8589934592 bytes"):
+        merged(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+
+def test_number_of_files_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "MAX_ENTRIES", 3)
+    with pytest.raises(PullError, match="more than 3 files"):
+        merged(layer(*(entry(f"f{i}") for i in range(4))))
+
+
+def test_marks_of_overlays_and_what_squashfs_lacks_stay_out() -> None:
+    attributes = {"SCHILY.xattr.trusted.overlay.opaque": "y", "SCHILY.xattr.system.posix_acl_access": "x", "path": "f"}
+    tree = merged(layer(entry("f", pax_headers={**attributes, "SCHILY.xattr.security.capability": "c"})))
+    assert [inode.header.pax_headers for _, inode in tree.walk()] == [{"SCHILY.xattr.security.capability": "c"}]
+
+
+def test_sparse_file_keeps_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with open(path, "wb") as file:
+        file.seek(1 << 18)
+        file.write(b"end")
+    tar = subprocess.run(
+        ["tar", "-cSf", "-", "-C", tmp_path, "sparse"], check=True, capture_output=True
+    ).stdout  # fmt: skip
+    assert len(tar) < 1 << 18
+    image = tmp_path / "image"
+    squashfs.write(merged(tar), image, silent)
+    cat = subprocess.run(["unsquashfs", "-cat", image, "sparse"], check=True, capture_output=True).stdout
+    assert cat == path.read_bytes()
+
+
+def test_failing_sqfstar_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PullError, match="sqfstar: "):
+        squashfs.write(merged(layer(entry("a", b"x"))), tmp_path / "no/such/image", silent)

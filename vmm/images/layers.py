@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of a container image, merged into one tree of names; nothing is unpacked.
+
+A tree says of each file where its bytes are: in which layer's tar, and at which offset. Names are followed inside the
+tree alone, so no layer reaches a file of the host.
+
+Source: OCI Image Format Specification 1.1, layer.md: "Applying Changesets", "Whiteouts".
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+from vmm.errors import line
+from vmm.images.host import PullError
+
+MAX_ENTRIES = 1 << 20
+MAX_LINKS = 40  # symbolic links in one path, as Linux has it
+MAX_PATH = 4095  # bytes
+_MAX_HEADER = 1 << 20  # bytes of an extended header: names and attributes
+_WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
+_XATTR = "SCHILY.xattr."
+# What a squashfs can hold. An overlay's own marks would mean something else below another overlay.
+_XATTRS = ("user.", "trusted.", "security.")
+_NO_XATTRS = ("trusted.overlay.", "user.overlay.")
+_KINDS = (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+
+
+class Inode:
+    """What one or more names stand for: its header as it will be written, and where its bytes are."""
+
+    __slots__ = ("header", "source")
+
+    def __init__(self, header: tarfile.TarInfo, source: _Member | None = None) -> None:
+        self.header = header
+        self.source = source
+
+
+class Node:
+    """A name in the tree."""
+
+    __slots__ = ("children", "inode", "layer")
+
+    def __init__(self, inode: Inode, layer: int) -> None:
+        self.inode = inode
+        self.layer = layer
+        self.children: dict[str, Node] | None = {} if inode.header.isdir() else None
+
+
+class _Member:
+    # a regular file with bytes, in a layer's tar
+    __slots__ = ("archive", "member")
+
+    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        self.archive = archive
+        self.member = member
+
+    def place(self) -> tuple[int, int] | None:
+        """The descriptor and the offset of its bytes; None: they are not in one piece."""
+        if self.member.sparse is not None:
+            return None
+        return cast("BinaryIO", self.archive.fileobj).fileno(), self.member.offset_data
+
+    def open(self) -> BinaryIO:
+        return cast("BinaryIO", self.archive.extractfile(self.member))
+
+
+class _Headers:
+    # The file that tarfile reads: an extended header is read whole, so it must not be larger than one ever is.
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.fileno, self.seek, self.tell = file.fileno, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise PullError(f"an extended header of {size} bytes; at most {_MAX_HEADER} are read")
+        return self._file.read(size)
+
+
+class Tree:
+    """The merged tree; layers are added from the lowest to the highest.
+
+    :param limit: bytes of all files in it
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.root = Node(Inode(_implicit()), -1)
+        self._limit = limit
+        self._bytes = 0
+        self._entries = 0
+        self._layer = -1
+
+    def add(self, what: str, tar: BinaryIO, size: int) -> None:
+        """Apply a layer.
+
+        :param what: its name in an error
+        :param tar: the uncompressed archive, which stays open as long as the tree is used
+        :raises PullError: it is damaged, or has what cannot be in a file system
+        """
+        self._layer += 1
+        if not size:
+            return
+        try:
+            archive = tarfile.open(fileobj=cast("BinaryIO", _Headers(tar)), mode="r:", errors="surrogateescape")
+            for member in archive:
+                self._entries += 1
+                if self._entries > MAX_ENTRIES:
+                    raise PullError(f"the image has more than {MAX_ENTRIES} files")
+                if member.isreg() and member.offset_data + _stored(member) > size:
+                    raise PullError(f"it ends in the middle of {line(member.name)}")
+                self._apply(archive, member)
+            tar.seek(archive.offset)
+            if tar.read(512).strip(b"\0"):  # tarfile takes what is no header for the end
+                raise PullError(f"what is at {archive.offset} is no header of a tar")
+        except PullError as error:
+            raise PullError(f"{what}: {error}") from None
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, IndexError) as error:
+            raise PullError(f"{what} is no sound tar archive: {line(error)}") from None
+
+    def walk(self) -> Iterator[tuple[str, Inode]]:
+        """Yield every name below the root, without a slash in front, and what it stands for; a directory first."""
+        pending = [("", self.root)]
+        while pending:
+            path, node = pending.pop()
+            if path:
+                yield path, node.inode
+            for name in sorted(node.children or (), reverse=True):
+                pending.append((f"{path}/{name}" if path else name, (node.children or {})[name]))
+
+    def read(self, path: str, limit: int = 1 << 20) -> bytes:
+        """Return a small file's bytes; empty if there is no such file."""
+        node = self._find(_parts(path))
+        if node is None or node.inode.source is None:
+            return b""
+        with node.inode.source.open() as file:
+            return file.read(limit)
+
+    def _apply(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        parts = _parts(member.name)
+        if not parts:
+            if member.isdir():
+                self.root.inode = Inode(_header(member))
+            return
+        name = parts[-1]
+        if name.startswith(_WHITEOUT):
+            # they hide what is in the layers below, and nothing of their own
+            parent = self._find(parts[:-1])
+            if parent is None or parent.children is None:
+                return
+            if name == _OPAQUE:
+                for child in list(parent.children):
+                    self._hide(parent.children, child)
+            elif not name.startswith(".wh..wh.") and name[4:] in parent.children:
+                self._hide(parent.children, name[4:])
+            return
+        siblings = self._directory(parts[:-1])
+        if member.islnk():
+            target = self._find(_parts(member.linkname), follow=False)
+            if target is None or target.children is not None:
+                raise PullError(
+                    f"{line(member.name)} is a hard link to {line(member.linkname)}, which is no file in it"
+                )
+            siblings[name] = Node(target.inode, self._layer)
+            return
+        inode = Inode(_header(member))
+        if member.isreg():
+            self._bytes += member.size
+            if self._bytes > self._limit:
+                raise PullError(f"the files in it are larger than {self._limit >> 20} MiB")
+            inode.source = _Member(archive, member) if member.size else None
+        there = siblings.get(name)
+        if there is not None and there.children is not None and member.isdir():
+            there.inode, there.layer = inode, self._layer
+        else:
+            siblings[name] = Node(inode, self._layer)
+
+    def _hide(self, siblings: dict[str, Node], name: str) -> None:
+        # a name of a lower layer goes, with all below it that this layer did not bring
+        node = siblings[name]
+        for child in list(node.children or ()):
+            self._hide(node.children or {}, child)
+        if node.layer < self._layer and not node.children:
+            del siblings[name]
+
+    def _directory(self, parts: list[str]) -> dict[str, Node]:
+        # the directory of that path, made where it is missing
+        node = self._find(parts, make=True)
+        if node is None or node.children is None:
+            raise PullError(f"{line('/'.join(parts))} is no directory, and has files in it")
+        return node.children
+
+    def _find(self, parts: list[str], *, follow: bool = True, make: bool = False) -> Node | None:
+        # as a process whose root the tree is would; a dangling link's target is made, too
+        pending = parts[::-1]
+        trail = [self.root]
+        links = 0
+        while pending:
+            name = pending.pop()
+            if name == "..":
+                trail = trail[:-1] or [self.root]
+                continue
+            children = trail[-1].children
+            if children is None:
+                return None
+            node = children.get(name)
+            if node is None:
+                if not make:
+                    return None
+                node = children[name] = Node(Inode(_implicit()), self._layer)
+            if node.inode.header.issym() and (pending or follow):
+                links += 1
+                if links > MAX_LINKS:
+                    raise PullError(f"{line('/'.join(parts))} has more than {MAX_LINKS} symbolic links in it")
+                target = node.inode.header.linkname
+                if target.startswith("/"):
+                    trail = [self.root]
+                pending += [part for part in target.split("/") if part not in ("", ".")][::-1]
+            else:
+                trail.append(node)
+        return trail[-1]
+
+
+def _parts(path: str) -> list[str]:
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise PullError(f"the name {line(path)} has .. in it")
+    if "\0" in path or len(path) > MAX_PATH or any(len(part.encode(errors="surrogateescape")) > 255 for part in parts):
+        raise PullError(f"the name {line(path)} cannot be a file's")
+    return parts
+
+
+def _stored(member: tarfile.TarInfo) -> int:
+    # bytes in the archive; of a sparse file only the pieces are there
+    pieces: list[tuple[int, int]] | None = member.sparse  # type: ignore[assignment]
+    return member.size if pieces is None else sum(size for _, size in pieces)
+
+
+def _header(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    # numbers as a squashfs has them; owners by number alone
+    if not (member.isreg() or member.type in _KINDS):
+        raise PullError(f"{line(member.name)} is of a kind that no file system has: {member.type!r}")
+    if member.size < 0:
+        raise PullError(f"{line(member.name)} has {member.size} bytes")
+    header = tarfile.TarInfo()
+    header.type = tarfile.REGTYPE if member.isreg() else member.type
+    header.mode = member.mode & 0o7777
+    header.mtime = min(max(int(member.mtime), 0), 0xFFFFFFFF)
+    header.uid, header.gid = member.uid, member.gid
+    if not (0 <= header.uid < 1 << 32 and 0 <= header.gid < 1 << 32):
+        raise PullError(f"{line(member.name)} has the owner {header.uid}:{header.gid}")
+    if member.isreg():
+        header.size = member.size
+    if member.issym():
+        header.linkname = member.linkname
+        if not member.linkname or "\0" in member.linkname or len(member.linkname) > MAX_PATH:
+            raise PullError(f"{line(member.name)} is a symbolic link to what cannot be a name")
+    if member.ischr() or member.isblk():
+        header.devmajor, header.devminor = member.devmajor, member.devminor
+        if not (0 <= header.devmajor < 1 << 12 and 0 <= header.devminor < 1 << 20):
+            raise PullError(f"{line(member.name)} has the device number {header.devmajor}:{header.devminor}")
+    for key, value in member.pax_headers.items():
+        name = key.removeprefix(_XATTR)
+        if name != key and name.startswith(_XATTRS) and not name.startswith(_NO_XATTRS):
+            header.pax_headers[key] = value  # type: ignore[index]
+    return header
+
+
+def _implicit() -> tarfile.TarInfo:
+    # of a directory that no layer has, but a file in it
+    header = tarfile.TarInfo()
+    header.type, header.mode = tarfile.DIRTYPE, 0o755
+    return header

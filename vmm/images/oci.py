@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Container images in the cache: fetched, merged into one read-only disk, described for a machine.
+
+``images/oci-KEY/{kernel,initrd,rootfs.squashfs,image.json}`` is an image, there complete or not at all. ``disks/`` has
+each disk once, however many images have it (hard links); ``blobs/`` has what registries sent, by digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmm.errors import ConfigError, line
+from vmm.images import FORMAT, Image, apt, guest, layers, manifest, resolve, sources, squashfs, store, users
+from vmm.images.container import ImageConfig
+from vmm.images.host import Progress, PullError, cache_root, need, tool
+from vmm.images.initramfs import build_initramfs
+from vmm.images.reference import Name
+
+LIMIT = 8 << 30  # bytes of an image, unpacked, if its user says no other
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "squashfs", "overlay")
+# The overlay is the initramfs's: docs/images.md.
+CMDLINE = "root=/dev/vda ro rootfstype=squashfs overlay=tmpfs quiet"
+
+
+def pull(name: Name, *, refresh: bool, limit: int | None, progress: Progress) -> Image:
+    """Return the image, making it if it is not in the cache; see ``vmm.images.pull``."""
+    images = cache_root() / "images"
+    place = images / name.directory
+    if not refresh and (image := _cached(name)):
+        return image
+    need("sqfstar")
+    images.mkdir(parents=True, exist_ok=True)
+    waiting = f"another pull of {name} is running, waiting for it"
+    with store.locked(images / f"{name.directory}.lock", lambda: progress(waiting, None)):
+        if not refresh and (image := _cached(name)):
+            return image
+        for left in images.glob(f".{name.directory}-*"):  # by a pull that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name.directory}-", dir=images))
+        try:
+            _make(name, limit or LIMIT, refresh, work, progress)
+            store.replace(work / "image", place, work / "old")
+        except OSError as error:
+            raise PullError(f"{name}: {error.strerror}: {line(error.filename or work)}") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    _sweep()
+    made = resolve(str(name))
+    assert made is not None
+    return made
+
+
+def available() -> list[dict[str, Any]]:
+    """Return what is in the cache, as ``vmm.images.available`` does."""
+    found = []
+    for path in sorted((cache_root() / "images").glob("oci-*/image.json")):
+        try:
+            facts = json.loads(path.read_bytes())
+            entry = {key: facts[key] for key in ("name", "kernel_version", "built", "size")}
+            entry["bytes"] = sum(each.stat().st_blocks * 512 for each in path.parent.iterdir())
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # of another pyvmm, or half deleted
+        found.append(entry | {"summary": "container image", "cached": True, "packages": []})
+    return found
+
+
+def _cached(name: Name) -> Image | None:
+    try:
+        return resolve(str(name))
+    except ConfigError:
+        return None  # damaged: made again
+
+
+def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress) -> None:
+    out = work / "image"
+    out.mkdir()
+    kernel = apt.package(store.KERNEL, progress=progress)
+    bzimage, version = apt.kernel_of(kernel.tree)
+    make = _of_directory if name.kind == "dir" else _of_layers
+    config = make(name, limit, work, progress)
+    disk = (work / "disk").rename(out / "rootfs.squashfs")
+    shutil.copyfile(bzimage, out / "kernel")
+    (out / "initrd").write_bytes(
+        build_initramfs(
+            kernel.tree,
+            MODULES,
+            guest.INIT,
+            optional=guest.OPTIONAL_MODULES,
+            on_demand=(*guest.ON_DEMAND_MODULES, "ext4"),
+            files=guest.busybox_files("container"),
+            progress=progress,
+        )
+    )
+    facts = {
+        "format": FORMAT,
+        "name": str(name),
+        "kernel": "kernel",
+        "initrd": "initrd",
+        "rootfs": "rootfs.squashfs",
+        "cmdline": CMDLINE,
+        "kernel_version": version,
+        "config": msgspec.to_builtins(config),
+        "size": disk.stat().st_size,
+        "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    (out / "image.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _of_directory(name: Name, limit: int, work: Path, progress: Progress) -> ImageConfig:
+    if not os.path.isdir(name.place):
+        raise PullError(f"{name.place} is no directory")
+    progress("making the file system", None)
+    argv = [tool("mksquashfs"), name.place, str(work / "disk"), *squashfs.COMPRESSION, "-no-progress", "-exit-on-error"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PullError(f"mksquashfs: {said[0]}")
+    return ImageConfig(home="/root")
+
+
+def _of_layers(name: Name, limit: int, work: Path, progress: Progress) -> ImageConfig:
+    match name:
+        case Name(repository=str(repository)) if repository:
+            content = sources.registry(name, cache_root() / "blobs", progress)
+        case Name(kind="oci"):
+            content = sources.layout(name)
+        case _:
+            content = sources.archive(name)
+    config, diff_ids = manifest.read_config(str(name), content.config)
+    if len(diff_ids) != len(content.layers):
+        raise PullError(f"{name} has {len(content.layers)} layers, and its config says {len(diff_ids)}")
+    key = hashlib.sha256("\n".join(["1", *squashfs.COMPRESSION, *diff_ids]).encode()).hexdigest()
+    shared = cache_root() / "disks" / f"{key}.squashfs"
+    shared.parent.mkdir(exist_ok=True)
+    tree = layers.Tree(limit)
+    left = limit
+    with contextlib.ExitStack() as tars:
+        for number, (opened, diff_id) in enumerate(zip(content.layers, diff_ids, strict=True), 1):
+            what = f"{name}: layer {number}"
+            progress(f"{name}: reading layer {number} of {len(diff_ids)}", None)
+            try:
+                with opened() as file:
+                    tar, size = sources.unpack(what, file, diff_id, left, work)
+            except sources.Damaged:
+                for blob in content.blobs:  # the next pull fetches it again
+                    blob.unlink(missing_ok=True)
+                raise
+            tars.enter_context(tar)
+            left -= size
+            tree.add(what, tar, size)
+        user = users.look_up(config.user, tree.read("etc/passwd"), tree.read("etc/group"))
+        try:
+            os.link(shared, work / "disk")
+        except FileNotFoundError:
+            squashfs.write(tree, work / "disk", progress)
+            with contextlib.suppress(FileExistsError):
+                os.link(work / "disk", shared)
+    return msgspec.structs.replace(config, uid=user.uid, gid=user.gid, groups=user.groups, home=user.home)
+
+
+def _sweep() -> None:
+    # disks that no image has any more
+    for disk in (cache_root() / "disks").glob("*.squashfs"):
+        if disk.stat().st_nlink == 1:
+            disk.unlink(missing_ok=True)
