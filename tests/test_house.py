@@ -130,7 +130,7 @@ print(*sys.modules)
     early = set("collections enum functools signal typing re ctypes datetime".split())
     early |= set("msgspec vmm.machine vmm.config vmm.api.types".split())
     assert first & (never | early) == set()
-    late = set("typing_extensions uuid decimal datetime platform ctypes vmm.machine".split())
+    late = set("typing_extensions uuid decimal datetime platform textwrap ctypes vmm.machine".split())
     assert rest & (never | late) == set()
 
 

@@ -194,7 +194,7 @@ def spare_httptools() -> None:
 def spare_msgspec() -> None:
     """Import msgspec without what it asks for and we never use, half of its time: UUIDs, decimals, old typing.
 
-    Dates it gets from C alone.
+    Dates it gets from C alone, and textwrap when a schema is asked for.
     """
     import _datetime  # type: ignore[import-not-found]  # in no stubs; the half of datetime that is in C
 
@@ -204,6 +204,7 @@ def spare_msgspec() -> None:
         "uuid": _module("uuid", UUID=type("UUID", (), {}), SafeUUID=safe),
         "decimal": _module("decimal", Decimal=type("Decimal", (), {})),
         "datetime": _datetime,
+        "textwrap": _module("textwrap", dedent=lambda text: __import__("textwrap").dedent(text)),
     }
     _without("msgspec", spared)
 

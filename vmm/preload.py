@@ -34,7 +34,8 @@ EARLIER = """
 """.split()
 # What the standard library and msgspec import by themselves, when they first need it.
 HIDDEN = """
-    _datetime datetime decimal encodings.ascii encodings.idna encodings.latin_1 linecache msgspec._json_schema uuid
+    _datetime datetime decimal encodings.ascii encodings.idna encodings.latin_1 linecache msgspec._json_schema textwrap
+    uuid
 """.split()
 # Shared libraries by ctypes, and what the C library loads when a thread is cancelled.
 LIBRARIES = ("liblz4.so.1", "libzstd.so.1", "libgcc_s.so.1")

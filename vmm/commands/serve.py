@@ -273,6 +273,7 @@ class _Serve:
 
     def _run(self, server: Server | None) -> int:
         args = self._args
+        launched.spare_collections("vmm._vcpu")
         from vmm._vcpu import set_thread_name
 
         set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
