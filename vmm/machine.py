@@ -149,6 +149,8 @@ class Machine:
             timer = BootTimer()
         for made in self._builder.all():
             self._devices.add(made).configured = True
+            if made.kind == "console":
+                self._hvc = made.device.ports[0]  # type: ignore[attr-defined]  # VirtioDevice is its base
         for device in devices:
             self._devices.add(Made("", device.name, device, []))
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING
 
 import pytest
@@ -256,6 +257,19 @@ def test_attachment_that_fails_leaves_nothing(guest: MakeGuest, monkeypatch: pyt
     vm.mmio.remove(own)  # type: ignore[arg-type]
     vm.mmio.reclaim()
     assert held(vm)[0] == before
+
+
+def test_configured_console_is_the_machines(guest: MakeGuest) -> None:
+    vm = guest(BUSY, virtio_console=True)
+    output: Queue[bytes] = Queue()
+    vm.on_console(output.put)
+    vm.start()
+    driver = MmioDriver(vm.devices["virtio-console"].transport, Allocator(0x200000, 0x180000))
+    ring = driver.bring_up(size=8, without=spec.CONSOLE_F_MULTIPORT)[1]
+    ring.add([ring.buffer(b"hvc0")])
+    driver.kick(1)
+    assert output.get(timeout=guests.PATIENCE) == b"hvc0"
+    vm.stop()
 
 
 def test_what_cannot_be_changed_says_so(guest: MakeGuest) -> None:
