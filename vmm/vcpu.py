@@ -14,7 +14,7 @@ from vmm.kvm_abi import kvm_ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vmm._bus import Bus
     from vmm.kvm import Vm
@@ -26,12 +26,21 @@ _EMULATION_HAS_BYTES = 1
 class Vcpu:
     """vCPU `index` of a VM; owns its file descriptor. `run` belongs to one thread, the rest to any.
 
+    ``exit_handlers`` has what is done about an exit, by its ``KVM_EXIT_*`` number, on the vCPU's thread; accesses to
+    devices are none of these. A handler raises ``vmm.events.Stop``, or returns, and the guest goes on. An exit without
+    a handler ends the VM with ``INTERNAL_ERROR``.
+
     Registers are readable and writable while the vCPU does not run: before ``Machine.start``, paused, or stopped.
     """
 
     def __init__(self, vm: Vm, index: int, pio: Bus, mmio: Bus) -> None:
         self.index = index
         self._exits: dict[str, int] = {}
+        self.exit_handlers: dict[int, Callable[[Vcpu], None]] = {
+            abi.KVM_EXIT_SHUTDOWN: Vcpu._shutdown,
+            abi.KVM_EXIT_INTERNAL_ERROR: Vcpu._stop_on_internal_error,
+            abi.KVM_EXIT_FAIL_ENTRY: Vcpu._fail_entry,
+        }
         self.fd = vm.create_vcpu(index)
         try:
             self._loop: VcpuLoop | None = VcpuLoop(self.fd, vm.vcpu_mmap_size, pio, mmio)
@@ -110,21 +119,22 @@ class Vcpu:
         :raises KvmError: KVM_RUN failed
         """
         loop = self.loop
-        reason = loop.run()
-        match reason:
-            case int(r) if r == KICKED:
-                return True
-            case abi.KVM_EXIT_SHUTDOWN:
-                raise Stop(StopReason.TRIPLE_FAULT, detail=f"vCPU {self.index} at {self.regs.rip:#x}")
-            case abi.KVM_EXIT_INTERNAL_ERROR:
-                raise Stop(StopReason.INTERNAL_ERROR, detail=self._internal_error())
-            case abi.KVM_EXIT_FAIL_ENTRY:
-                raise Stop(
-                    StopReason.FAIL_ENTRY,
-                    detail=f"vCPU {self.index}, hardware reason {loop.fail_entry_reason:#x}",
-                )
-            case _:
+        while (reason := loop.run()) != KICKED:
+            handler = self.exit_handlers.get(reason)
+            if handler is None:
                 raise Stop(StopReason.INTERNAL_ERROR, detail=f"vCPU {self.index}: unexpected exit reason {reason}")
+            handler(self)
+        return True
+
+    def _shutdown(self) -> None:
+        raise Stop(StopReason.TRIPLE_FAULT, detail=f"vCPU {self.index} at {self.regs.rip:#x}")
+
+    def _fail_entry(self) -> None:
+        detail = f"vCPU {self.index}, hardware reason {self.loop.fail_entry_reason:#x}"
+        raise Stop(StopReason.FAIL_ENTRY, detail=detail)
+
+    def _stop_on_internal_error(self) -> None:
+        raise Stop(StopReason.INTERNAL_ERROR, detail=self._internal_error())
 
     def _internal_error(self) -> str:
         loop = self.loop

@@ -13,7 +13,9 @@ import pytest
 
 from tests.kvm.guests import PATIENCE, run
 from vmm import Exit, Machine, StopReason, threads
+from vmm import kvm_abi as abi
 from vmm.errors import HostError
+from vmm.vcpu import Vcpu
 
 MakeGuest = Callable[..., Machine]
 
@@ -114,6 +116,29 @@ def test_triple_fault(guest: MakeGuest) -> None:
     stop = run(guest("ud2\n"))
     assert (stop.reason, stop.status) == (StopReason.TRIPLE_FAULT, 82)
     assert "0x100000" in str(stop)
+
+
+def test_exit_has_another_handler(guest: MakeGuest) -> None:
+    vm = guest("ud2\n mov al, 5\n out 0xf4, al\n")
+    vcpu = vm.vcpus[0]
+    sregs, regs, seen = vcpu.sregs, vcpu.regs, []
+
+    def again(vcpu: Vcpu) -> None:
+        seen.append(vcpu.index)
+        vcpu.sregs = sregs
+        regs.rip += 2  # past ud2
+        vcpu.regs = regs
+
+    vcpu.exit_handlers = {abi.KVM_EXIT_SHUTDOWN: again}
+    stop = run(vm)
+    assert (stop.reason, stop.code, seen) == (StopReason.GUEST_EXIT, 5, [0])
+
+
+def test_exit_without_a_handler_ends_the_vm(guest: MakeGuest) -> None:
+    vm = guest("ud2\n")
+    vm.vcpus[0].exit_handlers = {}
+    stop = run(vm)
+    assert (stop.reason, stop.detail) == (StopReason.INTERNAL_ERROR, "vCPU 0: unexpected exit reason 8")
 
 
 def test_jump_into_nothing_ends_the_vm(guest: MakeGuest) -> None:
