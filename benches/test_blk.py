@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.guest_driver import Allocator, MmioDriver
 from virtio.blk import Block, Disk
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, MmioDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import namespace
-from tests.guest_driver import SplitDriver
 from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Vm, arp_request, is_arp_reply
 from tests.virtio.test_net import checksum
 from virtio import spec
+from virtio.testing import SplitDriver
 
 assert namespace  # the fixture
 FRAMES = 256

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.guest_driver import Allocator, SplitDriver
+from virtio.testing import Allocator, SplitDriver
 from vmm import _fastpath, _fastpath_py
 from vmm.memory import GuestMemory
 

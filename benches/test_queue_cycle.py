@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.guest_driver import Allocator, SplitDriver
+from virtio.testing import Allocator, SplitDriver
 from vmm._fastpath import VirtQueue
 from vmm.memory import GuestMemory
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from tests.guest_driver import Allocator, MmioDriver
 from tests.kvm.guests import write_guest
+from virtio.testing import Allocator, MmioDriver
 from vmm import DriveConfig, Image, Machine
 from vmm.device_config import BalloonConfig, EntropyConfig, RateLimiterConfig, VsockConfig
 from vmm.errors import VmmError

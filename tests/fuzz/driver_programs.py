@@ -24,11 +24,11 @@ from unittest import mock
 
 import msgspec
 
-from tests.guest_driver import Allocator, MmioDriver, SplitDriver
 from virtio import spec
 from virtio.device import VirtioDevice
 from virtio.mmds_net import Endpoint
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, MmioDriver, SplitDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 

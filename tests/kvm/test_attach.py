@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from boot.layout import VIRTIO_MMIO, VIRTIO_MMIO_STRIDE
-from tests.guest_driver import Allocator, MmioDriver
 from tests.kvm import guests
 from tests.kvm.test_virtio import BRING_UP, DATA, EXIT, REQUEST, place_request
 from virtio import spec
@@ -26,6 +25,7 @@ from virtio.console import Console
 from virtio.device import VirtioDevice
 from virtio.net import Net
 from virtio.rng import Entropy
+from virtio.testing import Allocator, MmioDriver
 from vmm import Machine
 from vmm.attach import VIRTIO_GSIS, Attached
 from vmm.device_config import BalloonConfig, DriveConfig, EntropyConfig, FsConfig, VsockConfig

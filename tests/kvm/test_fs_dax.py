@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from boot import layout
-from tests.guest_driver import Allocator
 from tests.kvm.guests import run
 from tests.virtio.fuse_client import FuseClient
+from virtio.testing import Allocator
 from vmm import Machine
 from vmm.device_config import FsConfig
 from vmm.kvm import software_kvm

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.guest_driver import Allocator
+from virtio.testing import Allocator
 from vmm import _fastpath, _fastpath_py
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory

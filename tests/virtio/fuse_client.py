@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.guest_driver import Allocator, Buffer, MmioDriver
 from virtio.fs import Fs
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 

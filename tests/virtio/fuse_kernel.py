@@ -21,9 +21,9 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tests.guest_driver import Buffer
 from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import FuseVm
+from virtio.testing import Buffer
 
 Result = TypeVar("Result")
 ROOT_DIR = Path(__file__).parents[2]

@@ -9,11 +9,11 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from tests.guest_driver import Allocator, Buffer, MmioDriver
 from virtio import spec
 from virtio.mmio import VirtioMmio
 from virtio.net import Net
 from virtio.net_host import Passt, Tap
+from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 

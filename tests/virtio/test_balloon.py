@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.guest_driver import Allocator, Buffer
-from tests.virtio.device_host import DeviceHost
 from virtio import balloon, spec
 from virtio.balloon import Balloon
+from virtio.testing import Allocator, Buffer, DeviceHost
 from vmm._fastpath import GuestRam
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory

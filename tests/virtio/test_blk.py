@@ -23,11 +23,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.guest_driver import Allocator, Buffer, MmioDriver
 from virtio import _blk, blk, spec
 from virtio._limiter import RateLimiter
 from virtio.blk import Block, Disk
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm import _uring
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
@@ -597,7 +597,7 @@ def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch)
 NO_RING = """
 import sys
 from pathlib import Path
-from tests.guest_driver import Allocator
+from virtio.testing import Allocator
 from tests.virtio.test_blk import Vm, alive
 from virtio import spec
 from vmm import _uring

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest_driver import Allocator, MmioDriver
 from virtio import spec
 from virtio.blk import Block, Disk
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, MmioDriver
 from vmm import _uring
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.guest_driver import Allocator, Buffer
-from tests.virtio.device_host import DeviceHost
 from virtio import console, spec
 from virtio.console import Console
+from virtio.testing import Allocator, Buffer, DeviceHost
 from vmm.console import Console as HostConsole
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory

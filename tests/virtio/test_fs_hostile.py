@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.guest_driver import Buffer
 from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import ROOT, FuseError, FuseVm
 from tests.virtio.test_fs import held, mount, refused, tree
 from virtio import spec
+from virtio.testing import Buffer
 from vmm.budget import KEPT, raise_descriptor_limit, set_descriptor_limit
 
 __all__ = ["mount", "tree"]

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.guest_driver import Allocator, Buffer
-from tests.virtio.device_host import DeviceHost
 from virtio.balloon import Balloon
 from virtio.console import Console
 from virtio.device import VirtioDevice
 from virtio.net import Net
 from virtio.rng import Entropy
+from virtio.testing import Allocator, Buffer, DeviceHost
 from vmm.memory import GuestMemory
 
 PIECE = 8 << 20

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.guest_driver import Allocator, Buffer, SplitDriver
 from virtio import spec
+from virtio.testing import Allocator, Buffer, SplitDriver
 from vmm.memory import GuestMemory
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.guest_driver import Allocator, MmioDriver, SplitDriver
 from tests.virtio.conftest import RAM
 from virtio import spec
 from virtio.device import VirtioDevice, Warner
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, MmioDriver, SplitDriver
 from vmm._fastpath import Chain
 from vmm.irq import IrqLine
 from vmm.memory import HOLE_START, GuestMemory

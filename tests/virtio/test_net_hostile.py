@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.guest_driver import Buffer
 from tests.virtio.net_driver import GUEST, RX, TX, Vm, arp_request, is_arp_reply
 from virtio import spec
 from virtio.net_host import SIOCSIFFLAGS
+from virtio.testing import Buffer
 
 PATIENCE = 10
 LARGE = spec.NET_F_GUEST_TSO4 | spec.NET_F_GUEST_TSO6 | spec.NET_F_GUEST_UFO

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest_driver import Allocator
 from tests.virtio.test_blk import Vm, engine, image, part
 from virtio import spec
 from virtio.blk import Disk
 from virtio.qcow2 import Qcow2
+from virtio.testing import Allocator
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 

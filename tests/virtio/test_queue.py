@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.guest_driver import Allocator, SplitDriver
 from tests.virtio.conftest import RAM
 from virtio import spec
+from virtio.testing import Allocator, SplitDriver
 from vmm._fastpath import GuestRam
 from vmm.errors import BadChain
 from vmm.memory import HOLE_END, HOLE_START, GuestMemory

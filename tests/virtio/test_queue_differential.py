@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.guest_driver import Allocator, Buffer, SplitDriver
 from virtio import spec
+from virtio.testing import Allocator, Buffer, SplitDriver
 from vmm import _fastpath, _fastpath_py
 from vmm.errors import BadChain
 from vmm.memory import GuestMemory

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.guest_driver import Allocator, Buffer
-from tests.virtio.device_host import DeviceHost
 from virtio import rng, spec
 from virtio._limiter import RateLimiter
 from virtio.rng import Entropy
+from virtio.testing import Allocator, Buffer, DeviceHost
 from vmm.memory import GuestMemory
 
 Boot = Callable[..., DeviceHost[Entropy]]

@@ -14,8 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.guest_driver import Allocator, MmioDriver
-from tests.virtio.device_host import DeviceHost
 from tests.virtio.vsock_driver import EVENT, Vm
 from virtio import spec
 from virtio.balloon import Balloon
@@ -25,6 +23,7 @@ from virtio.device import VirtioDevice
 from virtio.fs import Fs
 from virtio.mmio import VirtioMmio
 from virtio.rng import Entropy
+from virtio.testing import Allocator, DeviceHost, MmioDriver
 from vmm.errors import SnapshotError
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.guest_driver import Allocator, MmioDriver, SplitDriver
 from virtio import spec
 from virtio.device import VirtioDevice
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, MmioDriver, SplitDriver
 from vmm._fastpath import Chain
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest_driver import Buffer
 from tests.virtio.vsock_driver import (
     BUF_ALLOC,
     CID,
@@ -37,6 +36,7 @@ from tests.virtio.vsock_driver import (
     read_line,
 )  # fmt: skip
 from virtio import spec
+from virtio.testing import Buffer
 from virtio.vsock import MAX_CONNECTIONS, Listener
 from vmm.budget import raise_descriptor_limit
 from vmm.device_config import VsockConfig

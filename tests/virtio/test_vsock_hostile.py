@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.guest_driver import Buffer
 from tests.virtio.vsock_driver import (
     BUF_ALLOC,
     CID,
@@ -34,6 +33,7 @@ from tests.virtio.vsock_driver import (
     read_line,
 )  # fmt: skip
 from virtio import spec
+from virtio.testing import Buffer
 from vmm.memory import GuestMemory
 
 Make = Callable[..., Vm]

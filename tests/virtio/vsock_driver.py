@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.guest_driver import Allocator, Buffer, MmioDriver, SplitDriver
 from virtio import spec
 from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, Buffer, MmioDriver, SplitDriver
 from virtio.vsock import Listener, Vsock
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory

@@ -17,7 +17,8 @@ ROOMS = ("boot", "devices", "virtio", "vmm")
 # What `pyvmm serve` never runs, or runs before the jail is closed.
 OTHERS = (
     "vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/cli.py", "vmm/jailer.py", "vmm/_fastpath_py.py",
-    "vmm/__main__.py", "vmm/launched.py", "vmm/isolated.py", "vmm/fork_server.py", "vmm/sandbox/",
+    "vmm/__main__.py", "vmm/launched.py", "vmm/isolated.py", "vmm/fork_server.py",
+    "vmm/testing.py", "virtio/testing.py", "vmm/sandbox/",
 )  # fmt: skip
 # Imported where it is used, and not in a jail: by whom.
 NEVER = {
