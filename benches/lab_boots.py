@@ -3,6 +3,7 @@
 
     python -m benches.lab_boots --boots 100             # QEMU of this host and the lab's own choice, in turn
     python -m benches.lab_boots --boots 100 --linux     # Debian's kernel and initramfs instead of the sleeper
+    python -m benches.lab_boots --boots 100 --keep F    # each boot is a line in F; stopped, it goes on from there
 
 In turn each QEMU boots the lab, and in it guests one after another. The sleeper (lab_sleeper.S) sets a timer and
 executes `sti; hlt` some thousand times; the Linux sleeps 300 times. A guest that takes no CPU time for so long before
@@ -91,12 +92,17 @@ def main() -> int:
     parser.add_argument("--boots", type=int, default=100, help="guests for each QEMU (default: 100)")
     parser.add_argument("--qemu", action="append", help="a QEMU; newest for the lab's own choice (default: both)")
     parser.add_argument("--linux", action="store_true", help="guests that are Debian's Linux")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="add each boot to this file; those in it count")
     parser.add_argument("--inside", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
         inside(int(args.inside[0]), args.inside[1:])
         return 0
     ends: dict[str, list[dict[str, object]]] = {name: [] for name in args.qemu or ("qemu-system-x86_64", "newest")}
+    if args.keep and args.keep.exists():
+        for line in args.keep.read_text().splitlines():
+            boot = json.loads(line)
+            ends.setdefault(boot.pop("qemu"), []).append(boot)
     with tempfile.TemporaryDirectory() as directory:
         if args.linux:
             image = images.resolve("debian") or images.pull("busybox")
@@ -107,7 +113,11 @@ def main() -> int:
         while short := [name for name, found in ends.items() if len(found) < args.boots]:
             for name in short:
                 boots = min(IN_ONE_LAB, args.boots - len(ends[name]))
-                ends[name] += batch(None if name == "newest" else name, boots, run)
+                found = batch(None if name == "newest" else name, boots, run)
+                ends[name] += found
+                if args.keep:
+                    with args.keep.open("a") as kept:
+                        kept.writelines(json.dumps({"qemu": name, **boot}) + "\n" for boot in found)
     for name, found in ends.items():
         took = sorted(float(str(one["seconds"])) for one in found if one["end"] == "ended")
         median = f"median {took[len(took) // 2]} s" if took else ""
