@@ -69,12 +69,13 @@ class Disk:
         flags = os.O_RDONLY if read_only else os.O_RDWR
         try:
             self.fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._must_be_a_disk()
+            if image_format is None:
+                self._must_not_look_like_another()  # first: of such an image the size says nothing
             self.size = self.measure()
             if self.block_device and not read_only and self._ask(_BLKROGET):  # opening it for writing succeeds
                 raise ConfigError("disk", path, "is a read-only block device; add ,ro")
             self._lock()
-            if image_format is None:
-                self._must_not_look_like_another()
             if direct:
                 fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
             self.block_size = self._least_block()
@@ -84,6 +85,13 @@ class Disk:
         except ConfigError:
             self.close()
             raise
+
+    def _must_be_a_disk(self) -> None:
+        mode = os.fstat(self.fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+            raise ConfigError("disk", self.path, f"is {kind}; a disk is a file or a block device")
+        self.block_device = stat.S_ISBLK(mode)
 
     def _must_not_look_like_another(self) -> None:
         head = os.pread(self.fd, 8, 0)
@@ -98,11 +106,7 @@ class Disk:
 
         :raises ConfigError: not what a disk has, or it is no disk
         """
-        mode = os.fstat(self.fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
-            raise ConfigError("disk", self.path, f"is {kind}; a disk is a file or a block device")
-        self.block_device = stat.S_ISBLK(mode)
+        self._must_be_a_disk()
         size = os.lseek(self.fd, 0, os.SEEK_END)
         if self.any_size:
             return size & -spec.BLK_SECTOR

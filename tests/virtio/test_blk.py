@@ -1291,6 +1291,17 @@ def test_an_image_that_looks_like_qcow2_is_refused_or_taken_as_it_is(image: Path
             Disk(str(image), direct=direct)
     with Disk(str(image), image_format="raw") as disk:
         assert disk.size == SECTORS * 512
+    os.truncate(image, 196616)  # as qemu-img makes them
+    with pytest.raises(ConfigError, match="is a qcow2 image"):
+        Disk(str(image))
+    with image.open("r+b") as file:
+        file.write(b"raw.")
+    with pytest.raises(ConfigError, match="has 196616 bytes; a disk has a multiple of 512"):
+        Disk(str(image))
+    with image.open("r+b") as file:
+        file.write(b"QFI\xfb")
+    os.truncate(image, SECTORS * 512)
+    with Disk(str(image), image_format="raw") as disk:
         assert os.pread(disk.fd, 4, 0) == b"QFI\xfb"
 
 
