@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def room(tmp_path: Path) -> Path:
 HOSTS = {
     "no home, no passwd entry": (AS_NOBODY, None),
     "home is read-only": ("", "/proc"),
+    "empty home": ("", ""),
     "8 descriptors": ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))\n", "/root"),
     "one process": (AS_NOBODY + "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))\n", "/tmp"),
     "full": ("", "/root"),
@@ -115,9 +117,9 @@ def test_a_name_that_is_not_utf_8(room: Path) -> None:
 
 
 def test_nowhere_to_put_images_is_said(room: Path) -> None:
-    for words in (["run", "debian"], ["pull", "busybox"]):
-        done = subprocess.run(
-            **command_and_environment("no home, no passwd entry", words), cwd=room, capture_output=True, text=True
-        )
+    for host, words in itertools.product(
+        ("no home, no passwd entry", "empty home"), (["run", "debian"], ["pull", "busybox"])
+    ):
+        done = subprocess.run(**command_and_environment(host, words), cwd=room, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HOME: is not set" in done.stderr, done.stderr
         assert not (room / "~").exists()

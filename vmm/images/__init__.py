@@ -54,7 +54,8 @@ def cache_root() -> str:
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
-        base = os.path.expanduser("~/.cache")
+        # An empty HOME would be the root directory.
+        base = os.path.expanduser("~/.cache") if os.environ.get("HOME", "~") else ""
     if not os.path.isabs(base):
         from vmm.errors import ConfigError
 
