@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -26,6 +27,7 @@ from vmm import Sandbox
 from vmm.errors import ConfigError
 from vmm.kvm import runs_linux
 from vmm.sandbox import (
+    AsyncSandbox,
     CommandKilled,
     CommandNotExecutable,
     CommandNotFound,
@@ -411,3 +413,34 @@ def test_the_command_is_a_sandbox_on_a_terminal(runtime: Path) -> None:
             pass
     os.close(fd)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+
+
+def test_the_async_twin_runs_many_at_once_and_hears_a_cancel(sandbox: Sandbox) -> None:
+    async def scenario() -> None:
+        twin = AsyncSandbox.of(sandbox)
+        # More calls at once than an executor would have threads: each waits for a file that the last one makes.
+        wait = "while [ ! -e /tmp/go ]; do sleep 0.01; done; echo went"
+        calls = [asyncio.create_task(twin.run(wait)) for _ in range(12)]
+        await twin.files.write("/tmp/go", "")
+        assert [(await call).stdout for call in calls] == ["went\n"] * 12
+        async with await twin.exec("cat; exit 4") as process:
+            await process.write("one\ntwo\n")
+            await process.close_stdin()
+            assert [line async for line in process] == [b"one\n", b"two\n"]
+            assert (await process.wait(10)).exit_code == 4
+        task = asyncio.create_task(twin.run("echo >/tmp/there; sleep 8642", timeout=None))
+        while not await twin.files.exists("/tmp/there"):
+            pass
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while "8642" in (await twin.run("ps")).stdout:
+            pass
+        with pytest.raises(FileNotFoundError):
+            await twin.files.read("/none")
+        (copy,) = await twin.fork()
+        async with asyncio.timeout(60):
+            assert (await copy.run("echo copied")).stdout == "copied\n"
+        await copy.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 100))

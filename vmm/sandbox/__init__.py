@@ -19,8 +19,22 @@ from vmm.sandbox.process import Process, Result
 from vmm.sandbox.sandbox import Sandbox
 from vmm.sandbox.session import Session, attach
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.sandbox.aio import AsyncFiles, AsyncProcess, AsyncSandbox
+
 __all__ = [
-    "AgentError", "Change", "CommandError", "CommandKilled", "CommandNotExecutable", "CommandNotFound",
+    "AgentError", "AsyncFiles", "AsyncProcess", "AsyncSandbox",
+    "Change", "CommandError", "CommandKilled", "CommandNotExecutable", "CommandNotFound",
     "CommandOutOfMemory", "CommandTimeout", "Entry", "Files", "Process", "Result", "Sandbox", "SandboxError",
     "SandboxGone", "Session", "attach",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    # asyncio is not imported for programs without it.
+    if not name.startswith("Async") or name not in __all__:
+        raise AttributeError(f"module 'vmm.sandbox' has no attribute {name!r}")
+    from vmm.sandbox import aio
+
+    return getattr(aio, name)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side of a sandbox against agents that lie: each call ends, by an error of ours, with bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import struct
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vmm.errors import ConfigError, VmmError
+from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, registry
+from vmm.sandbox.channel import Link
+
+Answer = Callable[[socket.socket], None]
+ABOUT = {"env": {}, "cwd": None, "user": None}
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Callable[[bytes | Answer], Session]]:
+    """A session whose agent answers every request with those bytes, and then ends the connection or does as told."""
+    listeners = []
+
+    def make(answer: bytes | Answer) -> Session:
+        path = str(tmp_path / f"v{len(listeners)}")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        listeners.append(listener)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    stream, _ = listener.accept()
+                    with stream, contextlib.suppress(OSError):
+                        assert stream.recv(64) == b"CONNECT 521\n"
+                        stream.sendall(b"OK 1024\n")
+                        stream.recv(1 << 20)
+                        if callable(answer):
+                            answer(stream)
+                        else:
+                            stream.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return Session(Link(path), ABOUT)
+
+    yield make
+    for listener in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def frame(kind: bytes, data: bytes = b"") -> bytes:
+    return kind + struct.pack("<I", len(data)) + data
+
+
+STARTED = frame(b"p", b"\x05\0\0\0")
+
+
+def test_what_an_agent_says_is_what_comes_back(agent: Callable[[bytes], Session]) -> None:
+    said = STARTED + frame(b"o", b"out") + frame(b"e", b"err") + frame(b"x", b"\0\x03\0")
+    result = agent(said).run("x", timeout=5)
+    assert (result.stdout, result.stderr, result.exit_code, result.signal) == ("out", "err", 3, None)
+    assert agent(STARTED + frame(b"x", b"\1\x09\1")).run("x").cause == "killed because the sandbox was out of memory"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"z\0\0\0\0",  # no type of ours
+        b"o" + struct.pack("<I", 1 << 31),  # a size beyond any frame
+        frame(b"p", b"\1"),
+        STARTED + STARTED,
+        STARTED + frame(b"x", b"\0"),
+        STARTED + frame(b"x", bytes(1000)),
+        STARTED + frame(b"f", struct.pack("<I", 2)),
+        frame(b"f", b""),
+        STARTED + frame(b"k"),
+        STARTED + frame(b"n", bytes(40)),
+        frame(b"i", b"x"),
+    ],
+    ids=lambda said: repr(said[:12]),
+)
+def test_a_frame_that_cannot_be_is_an_error(agent: Callable[[bytes], Session], said: bytes) -> None:
+    with pytest.raises(AgentError):
+        agent(said).run("x", timeout=5)
+
+
+@pytest.mark.parametrize("said", [b"", STARTED, STARTED + b"o\5\0", STARTED + frame(b"o", b"abc")])
+def test_an_agent_that_leaves_is_told_at_once(agent: Callable[[bytes], Session], said: bytes) -> None:
+    with pytest.raises(SandboxGone):
+        agent(said).run("x", timeout=None)
+
+
+def test_an_agent_that_is_silent_meets_the_deadline(agent: Callable[[Answer], Session]) -> None:
+    def listen(stream: socket.socket) -> None:
+        while stream.recv(1 << 16):
+            pass
+
+    session = agent(listen)
+    for call in (
+        lambda: session.run("x", timeout=0.02), lambda: session.files.read("x", timeout=0.02),
+        lambda: session.files.write("x", bytes(8 << 20), timeout=0.02), lambda: session.connect(80, timeout=0.02),
+        lambda: next(session.files.watch("x", timeout=0.02)),
+    ):  # fmt: skip
+        with pytest.raises(CommandTimeout):
+            call()
+
+
+def test_a_flood_takes_no_more_memory_than_was_allowed(agent: Callable[[Answer], Session]) -> None:
+    piece = frame(b"o", bytes(60_000)) * 16
+
+    def flood(stream: socket.socket) -> None:
+        stream.sendall(STARTED)
+        for _ in range(60):
+            stream.sendall(piece)
+        stream.sendall(frame(b"x", b"\0\0\0"))
+
+    session = agent(flood)
+    tracemalloc.start()
+    try:
+        result = session.run("x", limit=100_000, timeout=20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.truncated and len(result.stdout_bytes) == 100_000
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("name", [b"..", b".", b"a/b", b"/etc/passwd"])
+def test_a_name_that_leaves_its_directory_is_refused(agent: Callable[[bytes], Session], name: bytes) -> None:
+    entry = struct.pack("<IIIIQq", 0o100644, 0, 0, 1, 0, 0) + name + b"\0"
+    with pytest.raises(AgentError, match="name"):
+        agent(frame(b"n", entry) + frame(b"k")).files.list("/x")
+
+
+def test_a_copy_to_the_host_is_written_through_no_link(agent: Callable[[Answer], Session], tmp_path: Path) -> None:
+    # A directory that has `a` twice: a link out of the copy, and a file, or a directory, to be written through it.
+    (tmp_path / "outside").mkdir()
+
+    def entry(mode: int, name: bytes, target: bytes = b"") -> bytes:
+        return frame(b"n", struct.pack("<IIIIQq", mode, 0, 0, 1, 0, 0) + name + b"\0" + target)
+
+    for second in (0o100666, 0o040777):
+        link = entry(0o120777, b"a", os.fsencode(tmp_path / "outside"))
+        answers = iter([entry(0o040755, b""), link + entry(second, b"a"), entry(0o100644, b"evil"), b""])
+
+        def answer(stream: socket.socket, answers: Iterator[bytes] = answers) -> None:
+            for said in answers:
+                stream.sendall(said + frame(b"k"))
+                if not stream.recv(1 << 16):
+                    return
+
+        with pytest.raises(FileExistsError):
+            agent(answer).files.copy_out("/x", str(tmp_path / f"copy{second}"), timeout=5)
+        assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_random_answers_end_in_an_error_of_ours(agent: Callable[[Answer], Session]) -> None:
+    rng = random.Random(7)
+
+    def answer(stream: socket.socket) -> None:
+        for _ in range(rng.randrange(1, 6)):
+            kind = rng.choice(b"poexdnckfz").to_bytes(1, "little")
+            data = rng.randbytes(rng.choice((0, 1, 3, 4, 8, 40, 41, 60)))
+            said = bytearray(frame(kind, data))
+            if rng.random() < 0.3:
+                said[rng.randrange(len(said))] = rng.randrange(256)
+            stream.sendall(said)
+
+    session = agent(answer)
+    calls: list[Callable[[], object]] = [
+        lambda: session.run("x", timeout=2), lambda: session.files.read("x", "bytes", timeout=2),
+        lambda: session.files.list("x", timeout=2), lambda: session.files.stat("x", timeout=2),
+        lambda: session.files.write("x", b"data", timeout=2), lambda: session.connect(1, timeout=2).close(),
+        lambda: next(session.files.watch("x", timeout=2)),
+    ]  # fmt: skip
+    for number in range(700):
+        try:
+            calls[number % len(calls)]()
+        except (VmmError, OSError):
+            pass
+        session.files.close()
+
+
+def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    place = registry.Place("box", {**ABOUT, "image": "x", "began": 0.0})
+    with pytest.raises(ConfigError, match="another sandbox"):
+        registry.Place("box", ABOUT)
+    assert [each["name"] for each in registry.all_running()] == ["box"]
+    pid = os.fork()
+    if not pid:
+        registry.Place("orphan", ABOUT)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert (tmp_path / "pyvmm/sandboxes/orphan").exists()
+    assert [each["name"] for each in registry.all_running()] == ["box"]
+    assert not (tmp_path / "pyvmm/sandboxes/orphan").exists()
+    place.close()
+    assert registry.all_running() == []
+    with pytest.raises(ConfigError, match="there is: none"):
+        registry.about("box")

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same for asyncio: each call waits on a thread of its own, so that none holds up the loop or another call."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+from vmm import threads
+from vmm.sandbox.files import Files
+from vmm.sandbox.process import Process
+from vmm.sandbox.sandbox import Sandbox
+from vmm.sandbox.session import Session
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from typing import Any, Concatenate, ParamSpec, TypeVar
+
+    from vmm.sandbox.process import Result
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
+    S = TypeVar("S")
+
+
+async def _in_thread(
+    work: Callable[[], R], *, cancel: Callable[[], object] = lambda: None, undo: Callable[[R], object] | None = None
+) -> R:
+    # `cancel` ends the work when the task is cancelled; `undo` gets a result that nobody waits for any more.
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[R] = loop.create_future()
+
+    def settle(result: R | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def body() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        if undo is not None and result is not None and future.cancelled():
+            undo(result)
+            return
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:  # the loop is closed
+            if undo is not None and result is not None:
+                undo(result)
+
+    threads.spawn("vmm", "sandbox call", body)
+    try:
+        return await future
+    except asyncio.CancelledError:
+        cancel()
+        raise
+
+
+def _twin(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
+    # The method of the wrapped object, awaited.
+    @functools.wraps(method)
+    async def call(self: Any, /, *args: P.args, **settings: P.kwargs) -> R:
+        return await _in_thread(lambda: method(self.sync, *args, **settings))
+
+    return call
+
+
+class AsyncFiles:
+    """Files of a sandbox, as :class:`vmm.sandbox.Files`.
+
+    :ivar sync: that object
+    """
+
+    def __init__(self, sync: Files) -> None:
+        self.sync = sync
+
+    read = _twin(Files.read)
+    read_bytes = _twin(Files.read_bytes)
+    write = _twin(Files.write)
+    list = _twin(Files.list)
+    stat = _twin(Files.stat)
+    get_info = _twin(Files.stat)
+    exists = _twin(Files.exists)
+    make_dir = _twin(Files.make_dir)
+    remove = _twin(Files.remove)
+    rename = _twin(Files.rename)
+    symlink = _twin(Files.symlink)
+    chmod = _twin(Files.chmod)
+    chown = _twin(Files.chown)
+    copy_in = _twin(Files.copy_in)
+    copy_out = _twin(Files.copy_out)
+
+
+class AsyncProcess:
+    """A command that runs, as :class:`vmm.sandbox.Process`; an async context manager. Iteration is by line of output.
+
+    :ivar sync: that object
+    """
+
+    def __init__(self, sync: Process) -> None:
+        self.sync = sync
+
+    send_signal = _twin(Process.send_signal)
+    terminate = _twin(Process.terminate)
+    kill = _twin(Process.kill)
+    resize = _twin(Process.resize)
+
+    @property
+    def pid(self) -> int:
+        """Of the guest's."""
+        return self.sync.pid
+
+    async def write(self, data: bytes | str) -> None:
+        """Give its standard input all of `data`."""
+        await _in_thread(lambda: self.sync.stdin.write(data), cancel=self.sync.channel.cut)
+
+    async def close_stdin(self) -> None:
+        """Tell it that there is no more input."""
+        await _in_thread(self.sync.stdin.close)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while line := await _in_thread(self.sync.stdout.readline, cancel=self.sync.channel.cut):
+            yield line
+
+    async def communicate(self, input: bytes | str | None = None, timeout: float | None = None) -> Result:
+        """As :meth:`vmm.sandbox.Process.communicate`; a task that is cancelled kills the command."""
+        return await _in_thread(lambda: self.sync.communicate(input, timeout), cancel=self.sync.channel.cut)
+
+    async def wait(self, timeout: float | None = None) -> Result:
+        """As :meth:`vmm.sandbox.Process.wait`; a task that is cancelled kills the command."""
+        return await _in_thread(lambda: self.sync.wait(timeout), cancel=self.sync.channel.cut)
+
+    def close(self) -> None:
+        """Give it up: one that still runs is killed. Idempotent."""
+        self.sync.close()
+
+    async def __aenter__(self) -> AsyncProcess:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncSandbox:
+    """A sandbox for asyncio, as :class:`vmm.sandbox.Sandbox`; an async context manager.
+
+    ``async with AsyncSandbox("debian") as sandbox``, or ``sandbox = await AsyncSandbox.create("debian")``.
+
+    :ivar sync: that object, once it is up
+    """
+
+    sync: Sandbox
+
+    def __init__(self, image: Any = "debian", **settings: Any) -> None:
+        self._make = functools.partial(Sandbox, image, **settings)
+
+    @classmethod
+    async def create(cls, image: Any = "debian", **settings: Any) -> AsyncSandbox:
+        """One that is up; parameters are those of ``Sandbox``."""
+        return await cls(image, **settings).__aenter__()
+
+    @classmethod
+    def of(cls, sync: Sandbox) -> AsyncSandbox:
+        """The same sandbox, for asyncio."""
+        self = cls.__new__(cls)
+        self.sync = sync
+        self.files = AsyncFiles(sync.files)
+        return self
+
+    @classmethod
+    async def restore(cls, directory: str, **settings: Any) -> AsyncSandbox:
+        """As :meth:`vmm.sandbox.Sandbox.restore`."""
+        work = functools.partial(Sandbox.restore, directory, **settings)
+        return cls.of(await _in_thread(work, undo=Sandbox.close))
+
+    async def exec(self, command: Any, **settings: Any) -> AsyncProcess:
+        """Start a command; parameters are those of ``Sandbox.exec``."""
+        work = functools.partial(Session.exec, self.sync, command, **settings)
+        return AsyncProcess(await _in_thread(work, undo=Process.close))
+
+    async def run(
+        self, command: Any, *, input: bytes | str | None = None, timeout: float | None = 60, check: bool = False,
+        **settings: Any,
+    ) -> Result:  # fmt: skip
+        """Run a command to its end, as ``Sandbox.run``; a task that is cancelled kills it."""
+        async with await self.exec(command, timeout=timeout, **settings) as process:
+            result = await process.communicate(input, timeout)
+        return result.check() if check else result
+
+    connect = _twin(Session.connect)
+    pause = _twin(Sandbox.pause)
+    resume = _twin(Sandbox.resume)
+    snapshot = _twin(Sandbox.snapshot)
+    close = _twin(Sandbox.close)
+    kill = close
+
+    async def fork(self, count: int = 1, *, timeout: float | None = None) -> list[AsyncSandbox]:
+        """As :meth:`vmm.sandbox.Sandbox.fork`."""
+
+        def undo(copies: list[Sandbox]) -> None:
+            for copy in copies:
+                copy.close()
+
+        return [
+            AsyncSandbox.of(copy)
+            for copy in await _in_thread(lambda: self.sync.fork(count, timeout=timeout), undo=undo)
+        ]
+
+    async def __aenter__(self) -> AsyncSandbox:
+        self.sync = await _in_thread(self._make, undo=Sandbox.close)
+        self.files = AsyncFiles(self.sync.files)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.shield(self.close())
