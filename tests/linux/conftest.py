@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,18 @@ def native() -> None:
         pytest.fail(f"LAYER MISSING: linux: {error}", pytrace=False)
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.fail("LAYER MISSING: linux: /dev/kvm is missing, or not permitted", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory, native: None) -> Iterator[Path]:
+    """Where the sandboxes of a module are; nothing is left there."""
+    place = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(place))
+        if not runs_linux():
+            patch.setenv("PYVMM_SANDBOX_KERNEL", kernels.kernel().path)
+        yield place
+        assert not list((place / "pyvmm/sandboxes").iterdir())
 
 
 @pytest.fixture(scope="session")

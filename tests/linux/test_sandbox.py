@@ -25,7 +25,6 @@ import pytest
 from tests.linux import kernels
 from vmm import Sandbox
 from vmm.errors import ConfigError
-from vmm.kvm import runs_linux
 from vmm.sandbox import (
     AsyncSandbox,
     CommandKilled,
@@ -39,18 +38,6 @@ from vmm.sandbox import (
 )
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
-
-
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory, native: None) -> Iterator[Path]:
-    """Where the sandboxes of this module are; nothing is left there."""
-    place = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(place))
-        if not runs_linux():
-            patch.setenv("PYVMM_SANDBOX_KERNEL", kernels.kernel().path)
-        yield place
-        assert not list((place / "pyvmm/sandboxes").iterdir())
 
 
 @pytest.fixture(scope="module")
