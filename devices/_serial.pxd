@@ -36,6 +36,7 @@ cdef struct State:
     uint32_t wire_head, wire_count
     uint8_t ring[RING_SIZE]
     uint32_t ring_head, ring_count
+    uint64_t taken_ns               # when output was taken last, of the monotonic clock
 
 cdef class Serial(NativeDevice):
     cdef State state

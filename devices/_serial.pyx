@@ -29,6 +29,12 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *data, size_t size)
     int usleep(unsigned int microseconds)
 
+cdef extern from "<time.h>" nogil:
+    enum: CLOCK_MONOTONIC
+    struct timespec:
+        long tv_sec, tv_nsec
+    int clock_gettime(int clock, timespec *now)
+
 # Registers, by offset.
 cdef enum:
     RBR_THR = 0
@@ -72,8 +78,15 @@ cdef enum:
     # input.
     POLLING = 16
     WIRE_LIMIT = WIRE_SIZE - FIFO_SIZE
-    # The console thread lets a burst gather: a boot log is hundreds of writes instead of thousands.
+    # The console thread lets a burst gather, but for its beginning: a boot log is hundreds of writes instead of
+    # thousands, and a key's echo does not wait.
     GATHER_US = 1000
+
+
+cdef inline uint64_t now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
 
 
 cdef inline int wants_input(State *s) noexcept nogil:
@@ -361,16 +374,19 @@ cdef class Serial(NativeDevice):
     def wait_output(self):
         cdef State *s = &self.state
         cdef uint32_t count, first
+        cdef uint64_t since
         cdef bytes taken
         cdef char *room
         with nogil:
             pthread_mutex_lock(&s.lock)
             while not s.ring_count and not s.closed:
                 pthread_cond_wait(&s.output_cond, &s.lock)
-            if not s.closed and s.ring_count < RING_SIZE / 2:
+            since = (now_ns() - s.taken_ns) / 1000
+            if since < GATHER_US and not s.closed and s.ring_count < RING_SIZE / 2:
                 pthread_mutex_unlock(&s.lock)
-                usleep(GATHER_US)
+                usleep(<unsigned int>(GATHER_US - since))
                 pthread_mutex_lock(&s.lock)
+            s.taken_ns = now_ns()
             count = s.ring_count
             pthread_mutex_unlock(&s.lock)
         taken = PyBytes_FromStringAndSize(NULL, count)

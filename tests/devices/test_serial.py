@@ -7,6 +7,7 @@ import os
 import random
 import select
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -310,6 +311,21 @@ def test_full_ring_stops_the_transmitter_and_loses_nothing(port: Port) -> None:
     assert port.serial.wait_output() == sent
     assert port.irq.take() == 1
     assert port[LSR] & THRE and port[IIR] & 0x0F == 0x02
+
+
+def test_only_what_follows_soon_is_gathered(port: Port) -> None:
+    waited = []
+    for _ in range(30):
+        for word in (b"a", b"b"):
+            port[THR] = word[0]
+            before = time.monotonic_ns()
+            assert port.serial.wait_output() == word
+            waited.append(time.monotonic_ns() - before)
+            if word == b"a":
+                taken = time.monotonic_ns()
+        assert time.monotonic_ns() - taken > 900_000
+        time.sleep(0.001)
+    assert min(waited) < 500_000  # of 30 that begin a burst, the quickest
 
 
 def test_one_megabyte_through_a_guest_that_throttles(port: Port) -> None:
