@@ -10,26 +10,23 @@ from __future__ import annotations
 import struct
 
 from boot import aml, layout
+from boot.board import BY_NAME, PARTS
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from boot.board import Part
     from vmm.memory import GuestMemory
 
-# devices/power.py listens there (tests/devices/test_power.py compares them).
-SLEEP_CONTROL_PORT = 0x600
-SLEEP_STATUS_PORT = 0x601
-RESET_PORT = 0x602
+# devices/power.py has the same registers (tests/devices/test_power.py compares them).
+SLEEP_CONTROL, SLEEP_STATUS, RESET = 0, 1, 2
 RESET_VALUE = 1
 SLEEP_TYPE_S5 = 5
-PVPANIC_PORT = 0x505
-# devices/acpi_events.py is behind it (tests/devices/test_acpi_events.py compares them).
-EVENTS_PORT = 0x604
+# devices/acpi_events.py is behind the port (tests/devices/test_acpi_events.py compares them).
 GENERATION_CHANGED, POWER_BUTTON = 1, 2
 _NOTIFY_CHANGED = 0x80  # both devices' own meaning of it: a new value; pressed
-RTC_PORT = 0x70
 RTC_CENTURY = 0x32
 
 #: Local APIC ids are 8 bits wide and 255 means all of them.
@@ -50,18 +47,14 @@ def write(
     *,
     cpus: int,
     virtio: Sequence[tuple[int, int, int]],
-    serial: Sequence[tuple[int, int]],
-    keyboard: int | None = None,
-    events: int | None = None,
+    parts: Sequence[Part] = PARTS,
 ) -> int:
     """Write all tables to guest memory, from 0xe0000; return the RSDP's address, which is ``layout.RSDP``.
 
     :param cpus: processors; processor i has local APIC id i
     :param virtio: address, bytes and interrupt (GSI) of each virtio-mmio window, below 4 GiB
-    :param serial: first port and interrupt (GSI) of each 16550
-    :param keyboard: interrupt (GSI) of the 8042's; None: it is not spoken of
-    :param events: interrupt (GSI) of the event device, with the VM generation counter at ``layout.VM_GENERATION`` and
-        the power button behind it; None: there is none
+    :param parts: of the board, those that are spoken of; behind ``events`` are the VM generation counter at
+        ``layout.VM_GENERATION`` and the power button
     :raises ConfigError: more processors than have an id, or more devices than the tables' room holds
     :raises GuestMemoryError: the guest has less than 1 MiB
     """
@@ -77,8 +70,9 @@ def write(
         blobs.append((at, table))
         return at
 
-    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, serial, keyboard, events)))
-    fadt = place(_table(b"FACP", 6, _fadt(dsdt, _VGA_NOT_PRESENT | (_HAS_8042 if keyboard is not None else 0))))
+    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, parts)))
+    keyboard = _HAS_8042 if any(part.name == "i8042" for part in parts) else 0
+    fadt = place(_table(b"FACP", 6, _fadt(dsdt, _VGA_NOT_PRESENT | keyboard)))
     madt = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
     if end > layout.HIMEM:
@@ -120,12 +114,13 @@ def _fadt(dsdt: int, boot_arch: int) -> bytes:
     fadt[108] = RTC_CENTURY
     struct.pack_into("<H", fadt, 109, boot_arch)
     struct.pack_into("<I", fadt, 112, _RESET_REG_SUP | _HW_REDUCED_ACPI)
-    fadt[116:128] = _io_register(RESET_PORT)
+    power, _ = BY_NAME["power"].ports[0]
+    fadt[116:128] = _io_register(power + RESET)
     fadt[128] = RESET_VALUE
     fadt[131] = 5  # minor version: ACPI 6.5
     struct.pack_into("<Q", fadt, 140, dsdt)
-    fadt[244:256] = _io_register(SLEEP_CONTROL_PORT)
-    fadt[256:268] = _io_register(SLEEP_STATUS_PORT)
+    fadt[244:256] = _io_register(power + SLEEP_CONTROL)
+    fadt[256:268] = _io_register(power + SLEEP_STATUS)
     fadt[268:276] = b"PYVMM\0\0\0"
     return bytes(fadt[_HEADER.size :])
 
@@ -139,13 +134,7 @@ def _madt(cpus: int) -> bytes:
     return b"".join(madt)
 
 
-def _dsdt(
-    cpus: int,
-    virtio: Sequence[tuple[int, int, int]],
-    serial: Sequence[tuple[int, int]],
-    keyboard: int | None,
-    events: int | None,
-) -> bytes:
+def _dsdt(cpus: int, virtio: Sequence[tuple[int, int, int]], parts: Sequence[Part]) -> bytes:
     devices = [
         aml.device(f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu)))
         for cpu in range(cpus)
@@ -154,22 +143,25 @@ def _dsdt(
         _device(f"V{index:03X}", aml.string("LNRO0005"), index, aml.memory32_fixed(base, size), aml.interrupt(gsi))
         for index, (base, size, gsi) in enumerate(virtio)
     ]
-    devices += [
-        _device(f"COM{index + 1:X}", aml.eisa_id("PNP0501"), index + 1, aml.io(port, 8), aml.interrupt(gsi))
-        for index, (port, gsi) in enumerate(serial)
-    ]
-    if keyboard is not None:
-        ports = aml.io(0x60, 1), aml.io(0x64, 1)
-        devices.append(_device("KBD0", aml.eisa_id("PNP0303"), 0, *ports, aml.interrupt(keyboard)))
-    devices.append(_device("RTC0", aml.eisa_id("PNP0B00"), 0, aml.io(RTC_PORT, 2)))
-    devices.append(_device("PEVT", aml.string("QEMU0001"), 0, aml.io(PVPANIC_PORT, 1)))
-    if events is not None:
-        devices += _event_devices(events)
+    for part in parts:
+        if part.name == "events":
+            devices += _event_devices(part)
+        elif part.acpi is not None:
+            segment, hid, uid = part.acpi
+            resources = [aml.io(port, count) for port, count in part.ports]
+            resources += [] if part.gsi is None else [aml.interrupt(part.gsi)]
+            devices.append(_device(segment, _hid(hid), uid, *resources))
     s5 = aml.name("_S5", aml.package(aml.integer(SLEEP_TYPE_S5), aml.integer(0), aml.integer(0), aml.integer(0)))
     return aml.scope("\\_SB", *devices) + s5
 
 
-def _event_devices(gsi: int) -> list[bytes]:
+def _hid(hid: str) -> bytes:
+    return aml.eisa_id(hid) if hid.startswith("PNP") else aml.string(hid)
+
+
+def _event_devices(part: Part) -> list[bytes]:
+    assert part.acpi is not None and part.gsi is not None
+    segment, hid, uid = part.acpi
     address = aml.package(aml.integer(layout.VM_GENERATION), aml.integer(0))
     counter = (
         "VM_Gen_Counter"  # what drivers look for; its specification is Microsoft's "Virtual Machine Generation ID"
@@ -184,11 +176,11 @@ def _event_devices(gsi: int) -> list[bytes]:
         ),
         aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.integer(0))),
         aml.device(
-            "GED0",
-            aml.name("_HID", aml.string("ACPI0013")),
-            aml.name("_UID", aml.integer(0)),
-            aml.name("_CRS", aml.resources(aml.interrupt(gsi))),
-            aml.byte_port("EVTR", "EVTS", EVENTS_PORT),
+            segment,
+            aml.name("_HID", _hid(hid)),
+            aml.name("_UID", aml.integer(uid)),
+            aml.name("_CRS", aml.resources(aml.interrupt(part.gsi))),
+            aml.byte_port("EVTR", "EVTS", part.ports[0][0]),
             aml.method(
                 "_EVT",
                 1,

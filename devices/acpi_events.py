@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 # boot/acpi.py tells the guest the same (tests/devices/test_acpi_events.py compares them).
-EVENTS_PORT = 0x604
 GENERATION_CHANGED = 1  # the VM generation counter has a new value
 POWER_BUTTON = 2
 

@@ -18,8 +18,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PIT_PORT, PIT_PORTS = 0x40, 4
-SPEAKER_PORT = 0x61
 CONTROL = 3  # of the ports
 
 CHANNELS = 3

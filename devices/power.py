@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from vmm.events import Stop, StopReason
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from vmm.bus import Bus
-
-# boot/acpi.py tells the guest the same (tests/devices/test_power.py compares them).
-SLEEP_CONTROL_PORT = 0x600
-SLEEP_STATUS_PORT = 0x601
-RESET_PORT = 0x602
+# The registers, as offsets from the first. boot/acpi.py tells the guest the same (tests/devices/test_power.py compares
+# them).
+SLEEP_CONTROL = 0
+SLEEP_STATUS = 1
+RESET = 2
 RESET_VALUE = 1
 SLEEP_TYPE_S5 = 5  # the first element of \_S5
 
@@ -32,13 +29,6 @@ class AcpiPower:
 
     __slots__ = ()
 
-    def attach(self, bus: Bus) -> None:
-        """Add the ports to `bus`, the port I/O space.
-
-        :raises ValueError: a port is taken
-        """
-        bus.add(SLEEP_CONTROL_PORT, 3, self, "ACPI power")
-
     def read(self, offset: int, data: memoryview) -> None:
         """Answer 0: SLP_EN is write-only, and neither WAK_STS nor the reset register holds anything."""
         data[:] = bytes(len(data))
@@ -48,9 +38,9 @@ class AcpiPower:
 
         :raises Stop: ``POWEROFF`` or ``RESET``
         """
-        port, value = SLEEP_CONTROL_PORT + offset, data[0]
-        if port == SLEEP_CONTROL_PORT:
+        value = data[0]
+        if offset == SLEEP_CONTROL:
             if value & SLP_EN and value >> SLP_TYP_SHIFT & SLP_TYP_MASK == SLEEP_TYPE_S5:
                 raise Stop(StopReason.POWEROFF)
-        elif port == RESET_PORT and value == RESET_VALUE:
+        elif offset == RESET and value == RESET_VALUE:
             raise Stop(StopReason.RESET)

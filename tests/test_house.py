@@ -21,7 +21,7 @@ LEAVES = {
     "vmm._uring", "vmm.uffd", "vmm._uffd",
 }  # fmt: skip
 # These know every room.
-ASSEMBLERS = ("vmm.machine", "vmm.attach", "vmm.build", "vmm.commands.", "vmm.api.actions")
+ASSEMBLERS = ("vmm.machine", "vmm.attach", "vmm.board", "vmm.build", "vmm.commands.", "vmm.api.actions")
 ALLOWED = {
     "boot": {"boot", "vmm.errors", "vmm.memory", "vmm.kvm_abi"},
     "devices": {"devices", "vmm.errors", "vmm.bus", "vmm._bus", "vmm.irq", "vmm.events", "vmm.logger"},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from boot import layout
+from boot.board import VIRTIO_GSIS
 from vmm import kvm_abi as abi
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from vmm.build import Made
     from vmm.kvm import Vm
     from vmm.memory import GuestMemory
-
-# Interrupt lines for virtio-mmio: the IOAPIC's 24 less those of the timer, the keyboard, the cascade, the serial ports
-# and the RTC; the FPU's, which no 64-bit kernel uses, last. A device's place is the index of its line.
-VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, 24), 13)
 
 
 class Attached:

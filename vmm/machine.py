@@ -13,25 +13,20 @@ import os
 import threading
 
 from boot import acpi, cpu, layout, load, mptable
+from boot.board import PARTS
 from boot.cmdline import Cmdline
-from devices._serial import Serial
-from devices.acpi_events import EVENTS_PORT, GENERATION_CHANGED, POWER_BUTTON, AcpiEvents
+from devices.acpi_events import GENERATION_CHANGED, POWER_BUTTON
 from devices.exit_port import ExitPort
-from devices.i8042 import I8042
-from devices.pit import PIT_PORT, PIT_PORTS, SPEAKER_PORT, Pit
-from devices.power import AcpiPower
-from devices.pvpanic import PvPanic
-from devices.rtc import Rtc
 from vmm import kvm_abi as abi
 from vmm import logger, threads
 from vmm._bus import Bus
 from vmm.attach import Devices
+from vmm.board import Board
 from vmm.build import Builder, Made
 from vmm.config import VmConfig
 from vmm.console import Console
 from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
 from vmm.events import Exit, Stop, StopReason
-from vmm.irq import IrqLine
 from vmm.kvm import Kvm, Vm
 from vmm.memory import GuestMemory
 from vmm.signals import Bell
@@ -61,11 +56,6 @@ if TYPE_CHECKING:
         def close(self) -> None: ...
 
     _T = TypeVar("_T", bound=Closable)
-
-SERIAL_PORT = 0x3F8
-SERIAL_GSI = 4
-KEYBOARD_GSI = 1
-EVENTS_GSI = 13  # the FPU's, which has none
 
 
 class Machine:
@@ -201,8 +191,8 @@ class Machine:
             protocol=config.protocol, unpack=config.unpack,
         )  # fmt: skip
         acpi.write(
-            self.memory, cpus=config.cpus, virtio=windows, serial=[(SERIAL_PORT, SERIAL_GSI)],
-            keyboard=KEYBOARD_GSI if config.keyboard else None, events=EVENTS_GSI,
+            self.memory, cpus=config.cpus, virtio=windows,
+            parts=[part for part in PARTS if part.name != "i8042" or config.keyboard],
         )  # fmt: skip
         mptable.write(self.memory, cpus=config.cpus)
         self._new_generation()
@@ -223,7 +213,9 @@ class Machine:
     def _add_platform(self) -> None:
         self.pio = Bus("pio", 1 << 16)
         self.mmio = Bus("mmio", 1 << 52)
-        self.serial = self._owned(Serial(self._irq(SERIAL_GSI)))
+        self._board = self._owned(Board(self.vm, self.pio, self.config.memory))
+        self.serial, self.i8042 = self._board.serial, self._board.i8042
+        self.rtc, self.events = self._board.rtc, self._board.events
         port = self.serial if self._hvc is None else self._hvc
         limit = None
         if (limits := self.config.console_rate_limiter) is not None:
@@ -235,26 +227,8 @@ class Machine:
         )
         if self._hvc is not None:
             self._owned(Console(self.serial, mode="none")).start()  # its output goes nowhere, and holds nobody up
-        self.i8042 = I8042(self._irq(KEYBOARD_GSI).trigger)
-        self.pio.add(SERIAL_PORT, 8, self.serial, "serial")
-        self.pio.add(0x60, 1, self.i8042.data, "i8042")
-        self.pio.add(0x64, 1, self.i8042.command, "i8042")
-        self._pit = Pit(self.vm.create_pit)
-        self.pio.add(PIT_PORT, PIT_PORTS, self._pit, "timer")
-        self.pio.add(SPEAKER_PORT, 1, self._pit.speaker, "speaker")
-        self.rtc = Rtc(self.config.memory)
-        self.pio.add(0x70, 2, self.rtc, "rtc")
-        AcpiPower().attach(self.pio)
-        self.events = AcpiEvents(self._irq(EVENTS_GSI).trigger)
-        self.pio.add(EVENTS_PORT, 1, self.events, "ACPI events")
-        self.pio.add(0x505, 1, PvPanic(), "pvpanic")
         if self.config.exit_port is not None:
             self.pio.add(self.config.exit_port, 4, ExitPort(), "exit port")
-
-    def _irq(self, gsi: int) -> IrqLine:
-        line = self._owned(IrqLine(gsi))
-        self.vm.irqfd(line.fd, gsi)
-        return line
 
     def _set_up_vcpus(self) -> None:
         entries = self.kvm.supported_cpuid()
@@ -280,11 +254,6 @@ class Machine:
         first.sregs, first.regs = sregs, regs
 
     # State
-
-    @property
-    def _board(self) -> dict[str, Serial | I8042 | Rtc | AcpiEvents]:
-        """What of the board has state, by name."""
-        return {"serial": self.serial, "i8042": self.i8042, "rtc": self.rtc, "events": self.events}
 
     def freeze(self) -> Image:
         """What this machine is now, for others to go on from. It goes on itself, unless it was paused or not started.
@@ -358,13 +327,13 @@ class Machine:
             if self._stop is not None:
                 raise VmmError("a machine that has ended cannot be frozen")
             while_held()
-            self._pit.make()
+            self._board.pit.make()
             return Image(
                 self.config,
                 cmdline=self.cmdline,
                 vcpus=[access.save_vcpu(vcpu.fd) for vcpu in self.vcpus],
                 vm=access.save_vm(self.vm.fd),
-                board={name: part.save() for name, part in self._board.items()},
+                board=self._board.save(),
                 virtio=[transport.save() for transport in self.virtio],
                 memory=self.memory.freeze(),
             )
@@ -380,15 +349,14 @@ class Machine:
         if len(image.virtio) != len(self.virtio):
             raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(self.virtio)}")
         access = self.kvm.state_access()
-        self._pit.make()
+        self._board.pit.make()
         self._clock = image.vm["clock"]
         # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
         access.set_clock(self.vm.fd, image.vm["clock"], realtime=True)
         for vcpu, state in zip(self.vcpus, image.vcpus, strict=True):
             access.restore_vcpu(vcpu.fd, state)
         access.restore_vm(self.vm.fd, image.vm, realtime=True)
-        for name, part in self._board.items():
-            part.restore(image.board[name])
+        self._board.restore(image.board)
         for transport, saved in zip(self.virtio, image.virtio, strict=True):
             transport.restore(saved)
         # Before its first instruction: the guest's kernel takes new random numbers.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from boot import acpi, aml, layout
+from boot.board import PARTS
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 
@@ -22,12 +23,12 @@ def windows(count: int) -> Windows:
     return [(0xD000_0000 + 0x1000 * index, 0x1000, 5 + index) for index in range(count)]
 
 
-def written(cpus: int = 1, virtio: int = 0, keyboard: int | None = None, events: int | None = None) -> dict[str, bytes]:
+def written(cpus: int = 1, virtio: int = 0, keyboard: bool = False, events: bool = False) -> dict[str, bytes]:
     """Write tables; return each by its signature, found from the RSDP as a kernel does; checksums hold."""
     with GuestMemory(2 << 20) as memory:
-        start = acpi.write(
-            memory, cpus=cpus, virtio=windows(virtio), serial=[(0x3F8, 4)], keyboard=keyboard, events=events
-        )
+        absent = {name for name, there in (("i8042", keyboard), ("events", events)) if not there}
+        parts = [part for part in PARTS if part.name not in absent]
+        start = acpi.write(memory, cpus=cpus, virtio=windows(virtio), parts=parts)
         assert start == layout.RSDP
 
         def table(at: int) -> bytes:
@@ -98,9 +99,9 @@ def test_s5_is_sleep_type_5() -> None:
 def test_too_many_of_either_is_refused() -> None:
     with GuestMemory(2 << 20) as memory:
         with pytest.raises(ConfigError, match="cpus 256: must be 1 to 255"):
-            acpi.write(memory, cpus=256, virtio=[], serial=[])
+            acpi.write(memory, cpus=256, virtio=[])
         with pytest.raises(ConfigError, match="drives 4000: their ACPI tables need more than 131072 bytes"):
-            acpi.write(memory, cpus=1, virtio=windows(4000), serial=[])
+            acpi.write(memory, cpus=1, virtio=windows(4000))
         assert not any(memory.read(0xE0000, 0x20000)), "nothing is written of what does not fit"
 
 
@@ -148,19 +149,19 @@ def test_eisa_id() -> None:
     assert aml.eisa_id("PNP0B00") == bytes.fromhex("0c41d00b00")
 
 
-@pytest.mark.parametrize(("keyboard", "flags"), [(None, 1 << 2), (1, 1 << 2 | 1 << 1)])
-def test_8042_is_spoken_of_where_there_is_a_use_for_it(keyboard: int | None, flags: int) -> None:
+@pytest.mark.parametrize(("keyboard", "flags"), [(False, 1 << 2), (True, 1 << 2 | 1 << 1)])
+def test_8042_is_spoken_of_where_there_is_a_use_for_it(keyboard: bool, flags: int) -> None:
     tables = written(keyboard=keyboard)
     assert struct.unpack_from("<H", tables["FACP"], 109)[0] == flags
-    assert (aml.eisa_id("PNP0303") in tables["DSDT"]) is (keyboard is not None)
+    assert (aml.eisa_id("PNP0303") in tables["DSDT"]) is keyboard
 
 
 @pytest.mark.parametrize(
     ("cpus", "virtio", "keyboard", "events"),
-    [(1, 0, None, None), (2, 1, 1, 13), (64, 17, None, 13), (255, 64, 1, None)],
+    [(1, 0, False, False), (2, 1, True, True), (64, 17, False, True), (255, 64, True, False)],
 )
 def test_acpica_reads_and_recompiles_every_table(
-    cpus: int, virtio: int, keyboard: int | None, events: int | None, tmp_path: Path
+    cpus: int, virtio: int, keyboard: bool, events: bool, tmp_path: Path
 ) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
@@ -184,8 +185,8 @@ def test_acpica_reads_and_recompiles_every_table(
     for hid in ('EisaId ("PNP0501")', 'EisaId ("PNP0B00")', '"QEMU0001"'):
         assert text.count(f"Name (_HID, {hid}") == 1
     interrupts = re.findall(r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive.*?0x([0-9A-F]{8})", text, re.S)
-    assert [int(gsi, 16) for gsi in interrupts] == [*range(5, 5 + virtio), 4, *filter(None, (keyboard, events))]
-    if events is not None:
+    assert [int(gsi, 16) for gsi in interrupts] == [*range(5, 5 + virtio), 4, *[1] * keyboard, *[13] * events]
+    if events:
         assert re.search(r'Name \(_CID, "VM_Gen_Counter"\).*Package \(0x02\)\s*{\s*0x000DF000,\s*Zero', text, re.S)
         assert re.search(r"OperationRegion \(EVTR, SystemIO, 0x0604, One\)", text)
         body = re.search(r"Method \(_EVT, 1, Serialized\)(.*)", text, re.S)

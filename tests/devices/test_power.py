@@ -14,7 +14,7 @@ from vmm.events import Stop, StopReason
 
 def ports() -> Bus:
     bus = Bus("pio", 1 << 16)
-    AcpiPower().attach(bus)
+    bus.add(0x600, 3, AcpiPower(), "power")
     return bus
 
 
@@ -58,5 +58,5 @@ def test_ports_read_as_zero(port: int) -> None:
 
 
 def test_tables_and_device_agree() -> None:
-    for constant in ("SLEEP_CONTROL_PORT", "SLEEP_STATUS_PORT", "RESET_PORT", "RESET_VALUE", "SLEEP_TYPE_S5"):
+    for constant in ("SLEEP_CONTROL", "SLEEP_STATUS", "RESET", "RESET_VALUE", "SLEEP_TYPE_S5"):
         assert getattr(acpi, constant) == getattr(power, constant), constant

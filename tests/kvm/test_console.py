@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from boot.board import PARTS
 from tests.kvm.guests import PATIENCE, write_guest
 
 # Says "> ", then sends back each byte that comes, by polling; 'q' ends it with status 9.
@@ -151,6 +152,11 @@ def test_file(tmp_path: Path) -> None:
     command = pyvmm(write_guest(tmp_path, FOUR), "--console", f"file:{log}")
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, timeout=PATIENCE)
     assert dry.returncode == 0 and log.read_bytes() == b"of the last run"
+    words = dry.stdout.decode().splitlines()
+    for part in PARTS:
+        for first, count in part.ports:
+            assert f"pio      {first:#x}-{first + count - 1:#x} {part.title}" in words
+        assert part.gsi is None or f"gsi      {part.gsi} {part.title}" in words
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (4, b"", b"")
     assert log.read_bytes() == b"!"

@@ -316,6 +316,8 @@ def _run(vm: Machine, *, verbose: bool) -> int:
 
 def describe(vm: Machine) -> str:
     """What will run, a line each: for ``-v`` and ``--dry-run``."""
+    from boot.board import PARTS
+
     loaded, config = vm.loaded, vm.config
     lines = [
         f"kernel   {config.kernel}: {loaded.kind}, {loaded.protocol} entry {loaded.entry:#x}"
@@ -330,6 +332,8 @@ def describe(vm: Machine) -> str:
     for space in (vm.pio, vm.mmio):
         for start, size, _, name in space.claims:
             lines.append(f"{space.name:8} {start:#x}-{start + size - 1:#x} {name}")
+    lines += [f"gsi      {part.gsi} {part.title}" for part in PARTS if part.gsi is not None]
+    lines += [f"gsi      {each.gsi} {each.device.name}" for each in vm.devices.values()]
     for place, drive in enumerate(config.drives):
         mode = "read-only" if drive.is_read_only else "read-write"
         lines.append(f"disk     /dev/vd{chr(ord('a') + place)} {drive.path_on_host}, {mode}")

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The devices of the board, made and put where ``boot.board`` says."""
+
+from __future__ import annotations
+
+from boot.board import BY_NAME, PARTS
+from devices._serial import Serial
+from devices.acpi_events import AcpiEvents
+from devices.i8042 import I8042
+from devices.pit import Pit
+from devices.power import AcpiPower
+from devices.pvpanic import PvPanic
+from devices.rtc import Rtc
+from vmm.irq import IrqLine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vmm._bus import Bus
+    from vmm.bus import BusDevice
+    from vmm.kvm import Vm
+
+
+class Board:
+    """Serial port, keyboard controller, clock, timer, power and event ports of one VM.
+
+    :param vm: with its interrupt controllers
+    :param pio: the ports
+    :param memory: bytes of guest RAM, for the clock's registers
+    """
+
+    def __init__(self, vm: Vm, pio: Bus, memory: int) -> None:
+        self._vm = vm
+        self._closers: list[Callable[[], None]] = []
+        try:
+            self.serial = Serial(self._irq("serial"))
+            self._closers.append(self.serial.close)
+            self.i8042 = I8042(self._irq("i8042").trigger)
+            self.rtc = Rtc(memory)
+            self.events = AcpiEvents(self._irq("events").trigger)
+            self.pit = Pit(vm.create_pit)
+            behind: dict[str, tuple[BusDevice, ...]] = {
+                "serial": (self.serial,),
+                "i8042": (self.i8042.data, self.i8042.command),
+                "rtc": (self.rtc,),
+                "pvpanic": (PvPanic(),),
+                "events": (self.events,),
+                "power": (AcpiPower(),),
+                "timer": (self.pit, self.pit.speaker),
+            }
+            for part in PARTS:
+                for (port, count), device in zip(part.ports, behind[part.name], strict=True):
+                    pio.add(port, count, device, part.title)
+        except BaseException:
+            self.close()
+            raise
+
+    def _irq(self, name: str) -> IrqLine:
+        gsi = BY_NAME[name].gsi
+        assert gsi is not None
+        line = IrqLine(gsi)
+        self._closers.append(line.close)
+        self._vm.irqfd(line.fd, gsi)
+        return line
+
+    def save(self) -> dict[str, dict[str, Any]]:
+        """The state of each part that has one, by name."""
+        return {part.name: getattr(self, part.name).save() for part in PARTS if part.state}
+
+    def restore(self, state: dict[str, dict[str, Any]]) -> None:
+        """Take what ``save`` told of another board."""
+        for part in PARTS:
+            if part.state:
+                getattr(self, part.name).restore(state[part.name])
+
+    def close(self) -> None:
+        """Give the interrupt lines back; idempotent."""
+        while self._closers:
+            self._closers.pop()()
