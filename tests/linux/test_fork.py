@@ -42,6 +42,9 @@ while read -r word; do case $word in
     ask*) echo "told-$word written=$(cat /tmp/written) ticks=$(wc -l </tmp/ticks) date=$(date +%s)." ;;
     log) dmesg | grep -iE 'bug|error|stall|fail|corrupt|lost|hung' | sed 's/^/DMESG /'; echo "end of the log." ;;
     rest) kill %1; echo "resting." ;;
+    clock)
+        cd /sys/devices/system/clocksource/clocksource0
+        echo clock=$(adjtimex | sed -n 's/.*tv_u*sec: *//p') by $(cat current_clocksource). ;;
     end) kill %1 %2; sync; umount /mnt; echo "unmounted."; poweroff -f ;;
 esac; done
 """
@@ -108,9 +111,9 @@ def linux(tmp_path: Path) -> Iterator[Callable[..., Guest]]:
         file.truncate(64 << 20)
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(disk)], check=True)
 
-    def boot(**settings: object) -> Guest:
+    def boot(more: str = "", **settings: object) -> Guest:
         vm = Machine(
-            kernel=str(kernel), initrd=str(tmp_path / "initrd"), cmdline=f"{r3.CMDLINE} quiet", memory="192M",
+            kernel=str(kernel), initrd=str(tmp_path / "initrd"), cmdline=f"{r3.CMDLINE} quiet {more}", memory="192M",
             drives=[DriveConfig(str(disk))], **settings,
         )  # fmt: skip
         guest = Guest(vm)
@@ -173,3 +176,28 @@ def test_idle_guests_wake_in_every_copy(linux: Callable[..., Guest]) -> None:
             Guest(child).must_go_on(f"i{round_}.{number}", writes=False)
             child.close()
     guest.must_go_on("end", writes=False)
+
+
+def _has_the_hosts_clock(copy: Guest) -> None:
+    before = time.time()
+    copy.vm.serial.feed(b"clock\n")
+    told = copy.await_(r"clock=(\d+) (\d+) by (\S+)\.")
+    assert before - 0.01 < int(told[1]) + int(told[2]) / 1e6 < time.time() + 0.01
+    assert told[3] == "kvm-clock"
+
+
+def test_copies_have_the_hosts_clock(linux: Callable[..., Guest], tmp_path: Path) -> None:
+    # Their random numbers differ by CONFIG_VMGENID, which r3 has not.
+    guest = linux("clocksource=kvm-clock")
+    guest.vm.serial.feed(b"rest\n")
+    guest.await_("resting")
+    for child in guest.vm.fork(2):
+        _has_the_hosts_clock(Guest(child))
+        child.close()
+    guest.vm.pause()
+    guest.vm.freeze().save(str(tmp_path / "image"))
+    guest.vm.close()
+    copy = Guest(Machine(image=Image.load(str(tmp_path / "image"))))
+    copy.vm.start()
+    _has_the_hosts_clock(copy)
+    copy.vm.close()
