@@ -92,10 +92,8 @@ class _Finder:
 
 
 def begin() -> None:
-    """Take over from the launcher, first thing in the process."""
+    """Take over from the launcher, first thing in the process, which looks for no garbage yet."""
     global _waits
-    # What is imported now stays: to look for garbage in it costs a tenth of a start.
-    gc.disable()
     options = sys._xoptions
     sys.argv[0] = str(options["pyvmm"])
     sys.meta_path.append(_Site)
