@@ -14,6 +14,7 @@ import threading
 
 from virtio import spec
 from virtio.device import VirtioDevice
+from vmm import _uffd  # noqa: F401  # what memory.discard() needs: the device's thread may not import
 from vmm.errors import ConfigError, GuestMemoryError
 from vmm.threads import spawn
 
@@ -57,6 +58,7 @@ class Balloon(VirtioDevice):
     ``bad_pages`` that are not in the guest's RAM, which are ignored; ``io_errors`` of the host.
     """
 
+    thread_kind = "device"
     device_type = spec.TYPE_BALLOON
 
     def __init__(

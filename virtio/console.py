@@ -161,6 +161,7 @@ class Console(VirtioDevice):
     ``ports[0]`` is the console's port, ``ports[1:]`` are those of `ports`, in order.
     """
 
+    thread_kind = "device"
     device_type = spec.TYPE_CONSOLE
 
     def __init__(

@@ -90,14 +90,15 @@ class VirtioDevice:
     :ivar features: offered beside VERSION_1, INDIRECT_DESC and EVENT_IDX, which the transport adds
     :ivar config: the configuration space as the driver reads it, little endian
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
-    :ivar thread_kind: what its threads may ask of the host where seccomp is on: one of ``vmm.seccomp.KINDS``
+    :ivar thread_kind: what its code may ask of the host where seccomp is on: one of ``vmm.seccomp.KINDS``; None:
+        anything, on its own threads and on the vCPUs'
     :ivar poll_us: microseconds that a native worker looks at its queues before it sleeps; 0: it sleeps at once
     :ivar unsavable: why it cannot be saved now, one clause; empty: it can
     :ivar counters: what Python code counts; ``stats`` is all there is to read
     """
 
     name: str = "virtio"
-    thread_kind: str = "device"
+    thread_kind: str | None = None
     device_type: int
     queue_sizes: tuple[int, ...]
     features: int = 0

@@ -29,6 +29,7 @@ class Entropy(VirtioDevice):
     Source: Linux getrandom(2), the pool of /dev/urandom, which is never empty once the host has booted.
     """
 
+    thread_kind = "device"
     device_type = spec.TYPE_ENTROPY
     queue_sizes = (256,)
 

@@ -8,7 +8,7 @@ import os
 
 from libc.errno cimport ENOSYS, errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport free
+from libc.stdlib cimport calloc, free
 from libc.string cimport strncpy
 
 cdef extern from "<seccomp.h>" nogil:
@@ -38,7 +38,9 @@ cdef extern from *:
     #include <linux/filter.h>
     #include <linux/seccomp.h>
     #include <malloc.h>
+    #include <pthread.h>
     #include <signal.h>
+    #include <stdlib.h>
     #include <string.h>
     #include <sys/prctl.h>
     #include <sys/syscall.h>
@@ -88,9 +90,28 @@ cdef extern from *:
         mallopt(M_ARENA_MAX, 8);
         mallopt(M_TRIM_THRESHOLD, 1 << 30);
     }
+    /* For a program that embeds us malloc stays as it is: a thread without a filter does these first. */
+    static void *be_a_thread(void *unused) {
+        void *low = malloc(100 << 10), *high = malloc(100 << 10);
+        free(high);
+        free(low);
+        pthread_exit(unused);           /* loads libgcc, as the end of a thread at the interpreter's end does */
+    }
+    static void prepare_malloc(void) {
+        pthread_t thread;
+        if (!getenv("MALLOC_ARENA_MAX") && !getenv("GLIBC_TUNABLES"))
+            mallopt(M_ARENA_MAX, 8 * (int)sysconf(_SC_NPROCESSORS_ONLN));   /* as it would find by itself */
+        if (!pthread_create(&thread, NULL, be_a_thread, NULL)) pthread_join(thread, NULL);
+    }
+    static int can_trap(void) {
+        unsigned action = SECCOMP_RET_TRAP;
+        return (int)syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &action);
+    }
     static int trap_sigsys(void) {
         struct sigaction action;
         sigset_t mask;
+        if (!sigaction(SIGSYS, NULL, &action) && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN)
+            return 0;                   /* the program's own */
         memset(&action, 0, sizeof(action));
         action.sa_sigaction = on_sigsys;
         action.sa_flags = SA_SIGINFO;
@@ -111,8 +132,16 @@ cdef extern from *:
     char[512][32] syscall_names
     char[32] thread_kind
     int trap_sigsys() noexcept nogil
+    int can_trap() noexcept nogil
     void calm_malloc() noexcept nogil
+    void prepare_malloc() noexcept nogil
     long filter_install(const char *code, size_t size, bint whole_process) noexcept nogil
+
+
+cdef struct Rule:
+    int number
+    unsigned int count
+    scmp_arg_cmp[6] tests
 
 
 def compile_filter(rules, absent=()):
@@ -123,35 +152,50 @@ def compile_filter(rules, absent=()):
     :raises OSError: libseccomp refused a rule
     :raises ValueError: there is no such system call
     """
-    cdef scmp_filter_ctx ctx = seccomp_init(SCMP_ACT_TRAP)
-    cdef scmp_arg_cmp[6] compare
-    cdef unsigned int count
-    if ctx == NULL:
-        raise MemoryError()
+    cdef scmp_filter_ctx ctx
+    cdef Rule *table
+    cdef size_t count = 0, i
+    cdef int into, status = 0
+    rules = list(rules)
+    table = <Rule *>calloc(len(rules) + 1, sizeof(Rule))
+    ctx = seccomp_init(SCMP_ACT_TRAP)
     try:
+        if ctx == NULL or table == NULL:
+            raise MemoryError()
+        for name, tests in rules:
+            table[count].number = _number(name)
+            for argument, mask, value in tests:
+                table[count].tests[table[count].count].arg = argument
+                table[count].tests[table[count].count].op = SCMP_CMP_MASKED_EQ
+                table[count].tests[table[count].count].datum_a = mask
+                table[count].tests[table[count].count].datum_b = value
+                table[count].count += 1
+            count += 1
         # A binary tree of system calls, not a list of them.
         _check(seccomp_attr_set(ctx, SCMP_FLTATR_CTL_OPTIMIZE, 2), "optimize")
         for name in absent:
-            _check(seccomp_rule_add_array(ctx, SCMP_ACT_ERRNO(ENOSYS), _number(name), 0, compare), name)
-        for name, tests in rules:
-            count = 0
-            for argument, mask, value in tests:
-                compare[count].arg = argument
-                compare[count].op = SCMP_CMP_MASKED_EQ
-                compare[count].datum_a = mask
-                compare[count].datum_b = value
-                count += 1
-            _check(seccomp_rule_add_array(ctx, SCMP_ACT_ALLOW, _number(name), count, compare), name)
+            _check(seccomp_rule_add_array(ctx, SCMP_ACT_ERRNO(ENOSYS), _number(name), 0, NULL), name)
+        with nogil:
+            for i in range(count):
+                status = seccomp_rule_add_array(ctx, SCMP_ACT_ALLOW, table[i].number, table[i].count, table[i].tests)
+                if status < 0:
+                    break
+        if status < 0:
+            _check(status, rules[i][0])
         # A pipe, which no limit on the size of files reaches; it holds 8,192 instructions, the kernel takes 4,096.
         out, into = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            _check(seccomp_export_bpf(ctx, into), "export")
+            with nogil:
+                status = seccomp_export_bpf(ctx, into)
+            _check(status, "export")
             return os.read(out, 1 << 16)
         finally:
             os.close(out)
             os.close(into)
     finally:
-        seccomp_release(ctx)
+        free(table)
+        if ctx != NULL:
+            seccomp_release(ctx)
 
 
 cdef int _number(str name) except *:
@@ -166,19 +210,30 @@ cdef _check(int status, str what):
         raise OSError(-status, f"libseccomp: {what}: {os.strerror(-status)}")
 
 
-def catch_faults():
+def is_confined():
+    """Whether the calling thread has put a filter on."""
+    return thread_kind[0] != 0
+
+
+def catch_faults(bint alone):
     """Make a thread that breaks its filter name the system call on stderr, and end the process with status 148.
 
-    :raises OSError: the host refused
+    :param alone: no code but ours runs in this process, so its malloc is ours to tune
+    :raises OSError: the kernel has no seccomp filters
     """
     cdef int number
     cdef char *name
+    if can_trap():
+        raise OSError(errno, os.strerror(errno))
     for number in range(SYSCALLS):
         name = seccomp_syscall_resolve_num_arch(SCMP_ARCH_NATIVE, number)
         if name != NULL:
             strncpy(syscall_names[number], name, NAME - 1)
             free(name)
-    calm_malloc()
+    if alone:
+        calm_malloc()
+    else:
+        prepare_malloc()
     if trap_sigsys():
         raise OSError(errno, os.strerror(errno))
 

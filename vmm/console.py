@@ -116,8 +116,11 @@ class Console:
                 raise ConfigError("--console", mode, f"cannot be written: {why}") from None
             self._out = self._owned
 
-    def start(self) -> None:
-        """Empty the file, make the terminal raw if stdin is one, and let the bytes flow."""
+    def start(self, kind: str | None = "console") -> None:
+        """Empty the file, make the terminal raw if stdin is one, and let the bytes flow.
+
+        :param kind: of its threads; see ``vmm.threads.spawn``
+        """
         if self._owned is not None:
             try:
                 os.ftruncate(self._owned, 0)
@@ -130,11 +133,11 @@ class Console:
 
                 _tell(HELP)
                 self._typed = SimpleQueue()
-                self._readers.append(spawn("console", "console keys", self._pump_typed))
-        self._writer = spawn("console", "console out", self._pump_output)
+                self._readers.append(spawn(kind, "console keys", self._pump_typed))
+        self._writer = spawn(kind, "console out", self._pump_output)
         if self._in is not None:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-            self._readers.append(spawn("console", "console in", self._pump_input))
+            self._readers.append(spawn(kind, "console in", self._pump_input))
 
     # Output
 

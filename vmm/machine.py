@@ -67,6 +67,9 @@ class Machine:
     :param metadata: the metadata service's document, made before, which is ``mmds`` then. None: an empty one
     :param image: another machine, frozen: this one goes on where that one was; `config` None: with its configuration
     :param prepared: from ``vmm.kvm.prepare``, used if it is of this configuration's KVM; owned from here on
+    :param seccomp: its threads have system call filters, but for those that run code of yours: devices and ports that
+        are there at ``start``, and callbacks. Your own threads have none. Off, too, where a debugger or profiler looks
+        into every thread at ``start``
     :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
     :raises TypeError: there is no such parameter
@@ -88,6 +91,7 @@ class Machine:
         metadata: Mmds | None = None,
         image: Image | None = None,
         prepared: Vm | None = None,
+        seccomp: bool = True,
         **settings: Unpack[VmSettings],
     ) -> None:
         if config is None and image is not None:
@@ -105,6 +109,8 @@ class Machine:
         self._devices_lock = threading.Lock()  # one change of the devices, or one look at all of them, at a time
         self._hvc: ConsolePort | None = None
         self._closers: list[Callable[[], None]] = []
+        self.seccomp = seccomp
+        self._unconfined = False
         self._threads: list[threading.Thread] = []
         self._exit_callbacks: list[Callable[[Exit], object]] = []
         self._console_callbacks: list[Callable[[bytes], None]] = []
@@ -169,6 +175,7 @@ class Machine:
             self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, timer, "boot timer")
         for attached in self.devices.values():
             attached.bind(self.vm, self.mmio)
+        self._ranges = self._count_ranges()
         self.vcpus = tuple(self._owned(Vcpu(self.vm, index, self.pio, self.mmio)) for index in range(config.cpus))
         if image is None:
             self._set_up_vcpus()
@@ -369,7 +376,7 @@ class Machine:
     # Running
 
     def on_exit(self, callback: Callable[[Exit], object]) -> None:
-        """Call `callback` once with how the VM ended, on the thread that ended it, before ``wait`` returns."""
+        """Call `callback` once with how the VM ended, on whatever thread, before ``wait`` returns."""
         self._exit_callbacks.append(callback)
 
     def on_console(self, callback: Callable[[bytes], None]) -> None:
@@ -392,16 +399,39 @@ class Machine:
         self._started = True
         if paused:
             self._holds.add("pause")
-        self.console.start()
+        vcpu_kind, console_kind = self._confine()
+        self.console.start(console_kind)
         for transport in self.virtio:
             transport.go_on()
         try:
             for vcpu in self.vcpus:
-                self._threads.append(threads.spawn("vcpu", f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
+                self._threads.append(threads.spawn(vcpu_kind, f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
         except RuntimeError:
             failure = HostError(errno.EAGAIN, "start a vCPU's thread")
             self._end(Exit(StopReason.REQUESTED), failure)
             raise failure from None
+
+    def _confine(self) -> tuple[str | None, str | None]:
+        # The kinds of the vCPUs' threads and the console's.
+        traced = (threads.guard is None or not threads.guard.alone) and threads.traced()
+        if not self.seccomp or traced:
+            if traced:
+                logger.debug("No system call filters: a debugger or profiler looks into every thread.")
+            self._unconfined = True
+            for transport in self.virtio:
+                transport.device.thread_kind = None
+            return None, None
+        from vmm import seccomp
+
+        seccomp.guard(alone=False)
+        if threads.guard is not None and threads.guard.alone:
+            return "vcpu", "console"
+        foreign = self._ranges != self._count_ranges()
+        foreign = foreign or any(transport.device.thread_kind is None for transport in self.virtio)
+        return None if foreign else "vcpu", None
+
+    def _count_ranges(self) -> int:
+        return len(self.pio.claims) + len(self.mmio.claims) - len(self.virtio)
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
@@ -450,6 +480,14 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.kick()
         logger.info(f"The VM ended: {stop if failure is None else failure}")
+        if not self._exit_callbacks:
+            return
+        if threads.guard is None or threads.guard.alone or not threads.guard.confines():
+            self._tell_exit(stop)
+        else:  # they are the program's, and no filter is
+            self._threads.append(threads.spawn(None, "on_exit", self._tell_exit, stop))
+
+    def _tell_exit(self, stop: Exit) -> None:
         for callback in self._exit_callbacks:
             callback(stop)
 
@@ -609,7 +647,8 @@ class Machine:
         :raises VmmError: the machine has ended, or a vCPU's own thread asks
 
         The vCPUs are held for a moment. A guest is not told: the tables and the command line are those of the start,
-        so its driver has to be pointed there. A machine whose devices were changed cannot be forked.
+        so its driver has to be pointed there. A machine whose devices were changed cannot be forked. What a device of
+        your own does on a vCPU's thread is behind its system call filter, if the machine runs already and has one.
         """
         from virtio.device import VirtioDevice
 
@@ -625,6 +664,8 @@ class Machine:
         return attached
 
     def _connect(self, attached: Attached) -> None:
+        if self._unconfined:
+            attached.device.thread_kind = None
         try:
             attached.make(self.memory, self._devices.window_address(attached))
             attached.map(self.vm)

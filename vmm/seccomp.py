@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each thread may ask of the host: one seccomp filter a kind of thread, an allowlist, built by libseccomp.
 
-``enable`` puts the filter ``base`` on the whole process, and then every thread that ``vmm.threads.spawn`` starts puts
-its own over it. Filters only ever take away, and a new thread inherits its maker's: so threads are made by one of their
-own, ``fc_spawn``, whose filter has all that any kind has, and not by the vCPU that brings a driver up.
+Every thread that ``vmm.threads.spawn`` starts puts on the filter of its kind before it does anything. ``guard`` sees to
+that, and leaves the threads alone that are there already. ``enable`` does more, for ``pyvmm serve``: it puts the filter
+``base`` on the whole process first.
+
+Filters only ever take away, and a new thread inherits its maker's. So a thread behind a filter, as the vCPU that brings
+a driver up, makes none: ``fc_spawn`` does, whose filter has all that any kind has, or which has none in a program that
+embeds us.
 
 A system call that is not allowed ends the process with status 148 and one line on stderr that names it.
 Source: Linux seccomp(2), Documentation/userspace-api/seccomp_filter.rst; ioctl numbers of linux/kvm.h, if_tun.h, fs.h.
@@ -14,11 +18,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from queue import SimpleQueue
+from _queue import SimpleQueue  # `queue` itself imports more, on the path of a launch
 
-from vmm import _kvm_state, _seccomp, _uffd, _uring, threads
+from vmm import _seccomp, threads
 from vmm.errors import HostError
-from vmm.preload import preload_later
 from vmm.signals import deaf
 
 TYPE_CHECKING = False
@@ -49,6 +52,12 @@ _TUN = (0x4004_54D0, 0x4004_54D9)  # TUNSETOFFLOAD, TUNSETQUEUE
 _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ
 _SIOCGIFINDEX = 0x8933
 _PAGEMAP_SCAN = 0xC060_6610
+# As they are in vmm._kvm_state and vmm._uffd, whose import would cost a launch more than the filters.
+_KVM_READS = (
+    0xAE03, 0xC004_AE02, 0xC008_AE88, 0xC008_AE91, 0x8004_AE98, 0x8090_AE81, 0x8138_AE83, 0x8140_AECC, 0x9000_AEA4,
+    0x9000_AECF, 0x8188_AEA6, 0x8080_AEA1, 0x8400_AE8E, 0x8040_AE9F, 0x8070_AE9F, 0xC208_AE62, 0x8030_AE7C, 0xAEA3,
+)  # fmt: skip
+_UFFD = (0xAA00, 0xC018_AA3F, 0xC020_AA00)
 _KICK = 34  # SIGRTMIN as glibc has it
 # TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ, TIOCGPGRP; and what glibc 2.42 has for the first four, of termios2.
 _TERMINAL = (0x5401, 0x5402, 0x5403, 0x5404, 0x5413, 0x540F, 0x802C_542A, 0x402C_542B, 0x402C_542C, 0x402C_542D)
@@ -74,7 +83,7 @@ def _ioctl(*requests: int) -> tuple[Rule, ...]:
 # What a snapshot takes: the machine's state is read, its memory mapped anew, and both written to files.
 _SNAPSHOT = (
     *_allow("memfd_create pwrite64 fsync rename fsetxattr fremovexattr"),
-    *_ioctl(*_kvm_state.READS, *_PIT, _PAGEMAP_SCAN),
+    *_ioctl(*_KVM_READS, *_PIT, _PAGEMAP_SCAN),
 )
 # What the interpreter, the allocator, locks and the end of a thread take. tgkill is to this process only: see _rules.
 _COMMON = (
@@ -161,7 +170,7 @@ _BUILD = (
     *_allow("mmap mprotect"),  # executable, too: extension modules of devices are imported when they are needed
     *_ints("prlimit64", 0, 0),
     ("ioctl", ((1, 0xFF00, 0xAE00),)),  # all of KVM's
-    *_ioctl(*_TUN_OPEN, *_BLOCK_ASK, *_DESCRIPTOR, *_TERMINAL, _SIOCGIFINDEX, *_uffd.IOCTLS),
+    *_ioctl(*_TUN_OPEN, *_BLOCK_ASK, *_DESCRIPTOR, *_TERMINAL, _SIOCGIFINDEX, *_UFFD),
 )  # fmt: skip
 
 
@@ -175,53 +184,92 @@ def _rules(kind: str) -> list[Rule]:
 
 
 class Filters:
-    """The filters of this process, compiled; ``vmm.threads`` calls ``start`` and ``install``."""
+    """The filters of this process; ``vmm.threads`` calls ``start`` and ``install``.
 
-    def __init__(self) -> None:
-        try:
-            self.code = {kind: _seccomp.compile_filter(_rules(kind), _ABSENT) for kind in (*KINDS, "spawn", "base")}
-        except OSError as error:
-            raise HostError(error.errno or 0, "compile the seccomp filters") from None
+    :param alone: no code but ours runs in this process: ``fc_spawn`` has a filter, too
+    :param whole: there is one on every thread of the process already
+    """
+
+    def __init__(self, *, alone: bool, whole: bool = False) -> None:
+        self.alone = alone
+        self._whole = whole
+        self._code: dict[str, bytes] = {}
+        self._maker = 0  # the process that has fc_spawn: a forked child has none of its parent's threads
+        self._making = threading.Lock()
         self._wanted: SimpleQueue[tuple[threading.Thread, SimpleQueue[BaseException | None]]] = SimpleQueue()
+
+    def compile(self, kind: str) -> bytes:
+        """The filter of `kind`, compiled once.
+
+        :raises HostError: libseccomp failed
+        """
+        code = self._code.get(kind)
+        if code is None:
+            try:
+                code = self._code[kind] = _seccomp.compile_filter(_rules(kind), _ABSENT)
+            except OSError as error:
+                raise HostError(error.errno or 0, f"compile the seccomp filter of {kind}") from None
+        return code
 
     def install(self, kind: str) -> None:
         """Put the filter of `kind` over what the calling thread has; it stays.
 
-        :raises HostError: the kernel refused it
+        :raises HostError: the kernel or libseccomp refused it
         """
+        code = self.compile(kind)
         try:
-            _seccomp.install(self.code[kind], kind)
+            _seccomp.install(code, kind)
         except OSError as error:
             raise HostError(error.errno or 0, f"install the seccomp filter of {kind}") from None
 
     def enforce(self) -> None:
         """Put ``base`` on every thread there is, and begin to make threads.
 
-        :raises HostError: the kernel refused it
+        :raises HostError: the kernel or libseccomp refused
         """
+        for kind in (*KINDS, "spawn"):
+            self.compile(kind)  # behind a filter that could not be done
+        code = self.compile("base")
         try:
-            _seccomp.catch_faults()
-            _seccomp.install(self.code["base"], "base", whole_process=True)
+            _seccomp.install(code, "base", whole_process=True)
         except OSError as error:
             raise HostError(error.errno or 0, "install seccomp filters") from None
-        try:
-            threading.Thread(target=self._make_threads, name="fc_spawn", daemon=True).start()
-        except RuntimeError:
-            raise HostError(errno.EAGAIN, "start a thread") from None
+        self._have_maker()
+
+    def confines(self) -> bool:
+        """Whether the calling thread has a filter."""
+        return self._whole or _seccomp.is_confined()
 
     def start(self, thread: threading.Thread) -> None:
         """Start `thread`, from whatever thread.
 
         :raises RuntimeError: no thread to be had
         """
+        if not self.confines():
+            self._have_maker()
+            thread.start()
+            return
         done: SimpleQueue[BaseException | None] = SimpleQueue()
         self._wanted.put((thread, done))
         if (problem := done.get()) is not None:
             raise problem
 
+    def _have_maker(self) -> None:
+        with self._making:
+            if self._maker == os.getpid():
+                return
+            self._code.clear()  # the process's number is in them, where they were made before a fork
+            self._wanted = SimpleQueue()
+            try:
+                threading.Thread(target=self._make_threads, name="fc_spawn", daemon=True).start()
+            except RuntimeError:
+                raise HostError(errno.EAGAIN, "start a thread") from None
+            self._maker = os.getpid()
+
     def _make_threads(self) -> None:
         deaf()  # threads inherit this
-        self.install("spawn")
+        if self.alone:
+            self.install("spawn")
         while True:
             thread, done = self._wanted.get()
             try:
@@ -232,16 +280,32 @@ class Filters:
             del thread, done
 
 
-def prepare() -> Filters:
-    """Compile the filters; in the main thread.
+def _ready(*, alone: bool) -> None:
+    # What has to be so before there is a filter; in the main thread.
+    import time
 
-    :raises HostError: libseccomp failed
+    try:
+        _seccomp.catch_faults(alone)
+    except OSError as error:
+        raise HostError(error.errno or 0, "use seccomp filters; --no-seccomp, or seccomp=False, goes without") from None
+    # The C library reads files for these, once.
+    time.localtime()
+    os.strerror(errno.EPERM)
+
+
+def guard(*, alone: bool) -> None:
+    """Let every thread that ``vmm.threads`` starts from here on have its filter; idempotent.
+
+    :param alone: no code but ours runs in this process
+    :raises HostError: the kernel has no seccomp filters
     """
-    return Filters()
+    if threads.guard is None:
+        _ready(alone=alone)
+        threads.set_guard(Filters(alone=alone))
 
 
 def enable() -> None:
-    """Compile the filters and put them in force, for this process and for good; idempotent.
+    """Put the filters in force, for this whole process and for good; idempotent.
 
     Before a machine is made, in the main thread. From here on this process can start no other program.
 
@@ -249,9 +313,13 @@ def enable() -> None:
     """
     if isinstance(threads.guard, Filters):
         return
+    from vmm import _uring
+    from vmm.preload import preload_later
+
     try:
-        filters = prepare()
+        filters = Filters(alone=True, whole=True)
         _uring.stock(RINGS)
+        _ready(alone=True)
         filters.enforce()
     except HostError as error:
         threads.set_guard(error)

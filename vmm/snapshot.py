@@ -140,7 +140,7 @@ def child_of(
                 from vmm.isolated import Isolated
 
                 return Isolated(config, image, own.values())
-            return Machine(config, image=image)
+            return Machine(config, image=image, seccomp=isinstance(source, Image) or source.seccomp)
         finally:
             for fd in own.values():
                 os.close(fd)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a thread of a VM starts: plainly, or where seccomp is on, behind the filter of its kind (``vmm.seccomp``).
+"""How a thread of a VM starts: behind the seccomp filter of its kind (``vmm.seccomp``), or plainly where that is off.
 
 Signals are the main thread's: see ``vmm.signals``.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 
 from vmm.errors import HostError
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
     class Guard(Protocol):
         """What ``vmm.seccomp`` puts in the way of every thread."""
 
+        @property
+        def alone(self) -> bool: ...
+        def confines(self) -> bool: ...
         def start(self, thread: threading.Thread) -> None: ...
         def install(self, kind: str) -> None: ...
 
 
 class _Coming:
     # In the guard's place until it is there: who wants a thread waits.
+    alone = True
+
     def __init__(self) -> None:
         self._there = threading.Event()
         self._guard: Guard | HostError | None = None
@@ -39,6 +45,9 @@ class _Coming:
             raise self._guard
         assert self._guard is not None
         return self._guard
+
+    def confines(self) -> bool:
+        return self._wait().confines()
 
     def start(self, thread: threading.Thread) -> None:
         self._wait().start(thread)
@@ -69,10 +78,18 @@ def set_guard(new: Guard | HostError) -> None:
         before.settle(new)
 
 
-def spawn(kind: str, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
+def traced() -> bool:
+    """Whether a debugger or profiler looks into every thread: it does there what no filter allows."""
+    monitoring = getattr(sys, "monitoring", None)  # since Python 3.12
+    tools = () if monitoring is None else map(monitoring.get_tool, range(6))
+    return any(tools) or threading.gettrace() is not None or threading.getprofile() is not None
+
+
+def spawn(kind: str | None, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
     """Start a daemon thread.
 
-    :param kind: what it will do, which decides what it may ask of the host: one of ``vmm.seccomp.KINDS``
+    :param kind: what it will do, which decides what it may ask of the host: one of ``vmm.seccomp.KINDS``;
+        None: what an embedding program's code does, so it has no filter
     :param name: of the thread, for Python
     :raises RuntimeError: no thread to be had
     :raises HostError: the filters could not be had
@@ -91,7 +108,7 @@ def spawn(kind: str, name: str, target: Callable[..., None], *args: object) -> t
     return thread
 
 
-def enter(kind: str) -> None:
-    """From here on the calling thread does only what its kind does; nothing without seccomp."""
-    if guard is not None:
+def enter(kind: str | None) -> None:
+    """From here on the calling thread does only what its kind does; nothing for None, or where filters are off."""
+    if guard is not None and kind is not None:
         guard.install(kind)

@@ -71,7 +71,7 @@ def test_a_jail_with_a_limit_starts_and_outlives_its_log(jail: Jailed) -> None:
 
 def test_run_under_ulimit_ends_as_the_guest_wants_it(tmp_path: Path) -> None:
     console = tmp_path / "console"
-    command = [sys.executable, "-m", "vmm.cli", "run", write_guest(tmp_path, TALK), "--memory", "64M", "--seccomp"]
+    command = [sys.executable, "-m", "vmm.cli", "run", write_guest(tmp_path, TALK), "--memory", "64M"]
     script = f'ulimit -f {LIMIT // 1024}; exec "$@"'
     done = subprocess.run(
         ["bash", "-c", script, "bash", *command, "--console", f"file:{console}"],

@@ -56,7 +56,7 @@ class Place:
         kernel = write_guest(self.jail.base, source)
         self.jail.put("kernel", Path(kernel))
         if name == "run":
-            return [sys.executable, "-m", "vmm.cli", "run", kernel, "--memory", "4M", "--seccomp"]
+            return [sys.executable, "-m", "vmm.cli", "run", kernel, "--memory", "4M"]
         where = "/kernel" if name == "jailer" else kernel
         vmm = self.jail.configure(
             boot_source={"kernel_image_path": where, "boot_args": ""}, drives=[],

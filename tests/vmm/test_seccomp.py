@@ -113,3 +113,10 @@ def test_another_filter_language_is_refused() -> None:
 def test_no_such_system_call_is_an_error() -> None:
     with pytest.raises(ValueError, match="teleport"):
         _seccomp.compile_filter([("teleport", ())])
+
+
+def test_numbers_of_ioctls_are_those_of_who_uses_them() -> None:
+    from vmm import _kvm_state, _uffd
+
+    assert set(seccomp._KVM_READS) == set(_kvm_state.READS)
+    assert set(seccomp._UFFD) == set(_uffd.IOCTLS)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from boot.cmdline import Cmdline
-from vmm import logger
+from vmm import logger, threads
 from vmm.api import API_VERSION, ApiError, translate, types
 from vmm.api.bodies import decode
 from vmm.api.routes import VmmAction
@@ -353,7 +353,10 @@ class Vmm:
             config.boot_timer = self._boot_timer
             config.keyboard = True
             prepared = self._prepared.pop() if self._prepared else None
-            machine = Machine(config, listener=self._listener, metadata=self.mmds, prepared=prepared)
+            machine = Machine(
+                config, listener=self._listener, metadata=self.mmds, prepared=prepared,
+                seccomp=threads.guard is not None,
+            )  # fmt: skip
             self._listener = None
             self.machine = machine
             self.metrics.attach(machine)
@@ -516,7 +519,7 @@ class Vmm:
         from vmm.machine import Machine
 
         self._take(shown)
-        machine = Machine(image=image, metadata=self.mmds)
+        machine = Machine(image=image, metadata=self.mmds, seccomp=threads.guard is not None)
         self.machine = machine
         self.metrics.attach(machine)
         try:

@@ -43,7 +43,7 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
     ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
     ("--unpack", "WHEN", "auto", "unpack a bzImage on the host: always, never or auto, where that is faster (default)"),
-    ("--seccomp", None, False, "system call filters, as pyvmm serve has them: no qcow2, passt or NAT (docs/jailer.md)"),
+    ("--no-seccomp", None, False, "no system call filters"),
     ("--any-kernel", None, False, "on a software KVM start a Linux that will not get far there (docs/software-kvm.md)"),
     ("--lab", None, False, "run it on an emulated machine that has real KVM (see pyvmm lab)"),
     ("--write-config", "FILE", None, "write it as a file for pyvmm serve --config-file, run nothing"),
@@ -75,7 +75,7 @@ class Arguments:
     kvm: str
     protocol: str
     unpack: str
-    seccomp: bool
+    no_seccomp: bool
     any_kernel: bool
     lab: bool
     write_config: str | None
@@ -232,11 +232,11 @@ def main(args: Arguments) -> int:
     launched.spare_collections("vmm.machine")
     from vmm.machine import Machine
 
-    if args.seccomp:
+    if not (args.no_seccomp or args.dry_run):
         from vmm import seccomp
 
-        seccomp.enable()
-    vm = Machine(config, prepared=prepared)
+        seccomp.guard(alone=True)
+    vm = Machine(config, prepared=prepared, seccomp=not args.no_seccomp)
     try:
         if args.verbose or args.dry_run:
             print(describe(vm), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
@@ -253,17 +253,17 @@ def _restore(args: Arguments) -> int:
     from vmm.snapshot import Image
 
     others = [option for option, _, default, _ in OPTIONS if getattr(args, _attribute(option)) not in (default, None)]
-    strangers = sorted({*others} - {"--restore", "--console", "--verbose", "--seccomp", "--kvm"})
+    strangers = sorted({*others} - {"--restore", "--console", "--verbose", "--no-seccomp", "--kvm"})
     if args.kernel is not None or strangers:
         what = args.kernel or strangers[0]
         raise ConfigError("--restore", args.restore, f"has its own configuration, which {what} cannot change")
     image = Image.load(args.restore or "")
     image.config = image.config.replaced(console=args.console, kvm=args.kvm)
-    if args.seccomp:
+    if not args.no_seccomp:
         from vmm import seccomp
 
-        seccomp.enable()
-    vm = Machine(image=image)
+        seccomp.guard(alone=True)
+    vm = Machine(image=image, seccomp=not args.no_seccomp)
     try:
         return _run(vm, verbose=args.verbose)
     finally:
@@ -301,7 +301,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
     signals.on(signals.CONTINUED, lambda number, frame: vm.console.continued())
     launched.settle()
     vm.start()
-    threads.enter("vmm")
+    threads.enter(None if _starts_programs(vm.config) else "vmm")
     stop = vm.wait()
     assert stop is not None  # wait() without a time limit
     vm.close()
@@ -312,6 +312,12 @@ def _run(vm: Machine, *, verbose: bool) -> int:
     if verbose or stop.reason not in (StopReason.POWEROFF, StopReason.GUEST_EXIT, StopReason.REQUESTED):
         print(f"pyvmm: guest ended: {stop}", file=sys.stderr)
     return stop.status
+
+
+def _starts_programs(config: VmConfig) -> bool:
+    # They are ended, and what they did is undone, by the main thread.
+    images = [drive.image_format for drive in config.drives]
+    return "qcow2" in images or any(net.mode in ("user", "auto") for net in config.network_interfaces)
 
 
 def describe(vm: Machine) -> str:
