@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd vmm/sandbox/agent/*.[ch]) setup.py pyproject.toml
 
-.PHONY: install demo test unit kvm linux lab-test check bench bench-peers debug asan clean distclean system-packages
+.PHONY: install demo test unit kvm linux lab-test check coverage bench bench-peers debug asan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -54,12 +54,21 @@ linux: install
 lab-test: install
 	@$(BIN)/python -m pytest tests/linux -m lab
 
+# Stubs are held to the modules that they are of.
+STUBBED = $(subst /,.,$(patsubst %.pyi,%,$(wildcard $(addsuffix /*.pyi,vmm vmm/* devices virtio virtio/*))))
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --concise --ignore-disjoint-bases --allowlist tools/stubtest-allowed $(STUBBED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint vmm devices virtio
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+# Which lines of Python the unit layer runs; COVER=tests/kvm for another. What is in other processes is not seen.
+COVER ?= --ignore tests/kvm --ignore tests/linux
+coverage: install
+	$(BIN)/coverage run -m pytest -q $(COVER)
+	$(BIN)/coverage report
 
 bench: install
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-columns=min,median,ops

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Self
 
 from vmm.bus import NativeDevice
 from vmm.irq import IrqLine
@@ -9,7 +9,7 @@ class Serial(NativeDevice):
     :param irq: its interrupt line; kept, and borrowed from its owner, who closes it after this
     """
 
-    def __init__(self, irq: IrqLine) -> None: ...
+    def __new__(cls, irq: IrqLine) -> Self: ...
     @property
     def stats(self) -> dict[str, int]:
         """Accesses of the guest's, by name."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from virtio._fs_share import Share
 from virtio._limiter import RateLimiter
@@ -9,7 +10,7 @@ from virtio.device import VirtioDevice
 class Backlog:
     """What the threads of a share hand one another."""
 
-    def __init__(self, queue_size: int) -> None: ...
+    def __new__(cls, queue_size: int) -> Self: ...
 
 class FsThread(QueueWorker):
     """What both kinds of thread of a share have: an entry into its credentials, and the way of a reply."""

@@ -1,3 +1,5 @@
+from typing import Self
+
 # SPDX-License-Identifier: Apache-2.0
 class Window:
     """A window of files in guest physical memory; safe from any thread."""
@@ -5,7 +7,7 @@ class Window:
     size: int
     mapped: int
     repairs: int
-    def __init__(self, size: int) -> None: ...
+    def __new__(cls, size: int) -> Self: ...
     @property
     def address(self) -> int:
         """Where this process has it, for ``KVM_SET_USER_MEMORY_REGION``."""

@@ -1,3 +1,5 @@
+from typing import Self
+
 # SPDX-License-Identifier: Apache-2.0
 from vmm.irq import IrqLine
 
@@ -7,7 +9,7 @@ class Interrupt:
     :param owner: the interrupt line of every queue and of the configuration; not owned
     """
 
-    def __init__(self, owner: IrqLine) -> None: ...
+    def __new__(cls, owner: IrqLine) -> Self: ...
     def __call__(self, queue: int = 0) -> None:
         """Tell the driver that the used ring of `queue` has changed."""
     def config(self) -> None:

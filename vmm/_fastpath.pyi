@@ -1,5 +1,7 @@
 """Guest memory and the split virtqueue: the contract of the C module and of its Python twin's queue."""
 
+from typing import Self
+
 from typing_extensions import Buffer
 
 from vmm.errors import BadChain
@@ -85,7 +87,7 @@ class VirtQueue:
     desc: int
     avail: int
     used: int
-    def __init__(self, memory: GuestRam, max_size: int, index: int = 0) -> None: ...
+    def __new__(cls, memory: GuestRam, max_size: int, index: int = 0) -> Self: ...
     @property
     def memory(self) -> GuestRam: ...
     @property
