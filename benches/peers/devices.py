@@ -134,7 +134,7 @@ def rows(table: str) -> list[Row | Missing]:
         result.append(_row(prefix + phase.name, phase.unit, rounds, phase, "pyvmm", rated, "rate", GOAL_RATE))
         per = f"us/{phase.unit.removesuffix('/s').replace('IOPS', 'op')}"
         result.append(_row(f"{prefix}{phase.name}, host CPU", per, rounds, phase, "pyvmm", rated, "cpu", GOAL_CPU))
-        if table in CEILING:
+        if CEILING.get(table) in programs:
             result.append(_row(prefix + phase.name, phase.unit, rounds, phase, "pyvmm", [CEILING[table]], "rate", None))
         if table == "fs" and "read" in phase.name:
             goal = GOAL_DAX if "read 1m" in phase.name else None
