@@ -152,11 +152,14 @@ KINDS: dict[str, tuple[Rule, ...]] = {
 }  # fmt: skip
 # Its rings were made and restricted before there was any filter.
 KINDS["blk-uring"] = (*KINDS["blk"], *_allow("io_uring_enter"))
+# Whose descriptors are open already. By Landlock, too, where the kernel has it, they open, make and remove no file.
+FILELESS = ("vcpu", "blk", "blk-uring", "net", "vsock", "device", "metrics", "undertaker", "console")
 # What makes threads, and lets them put their filters on.
 _SPAWN = (
     *_ints("clone", 0, _CLONE_THREAD_FLAGS),
     *_ints("seccomp", 0, _SECCOMP_SET_MODE_FILTER),
     *_ints("prctl", 0, _PR_SET_NO_NEW_PRIVS),
+    *_allow("landlock_create_ruleset landlock_restrict_self"),
 )
 # While the machine is put together, before the guest's first instruction.
 _BUILD = (
@@ -218,9 +221,11 @@ class Filters:
         """
         code = self.compile(kind)
         try:
+            if kind in KINDS:  # what makes threads would hand it down
+                _seccomp.confine(kind in FILELESS)
             _seccomp.install(code, kind)
         except OSError as error:
-            raise HostError(error.errno or 0, f"install the seccomp filter of {kind}") from None
+            raise HostError(error.errno or 0, f"confine a thread of kind {kind}") from None
 
     def enforce(self) -> None:
         """Put ``base`` on every thread there is, and begin to make threads.

@@ -64,6 +64,7 @@ def findings(path: str) -> Iterator[Line]:
     yield _device("/dev/net/tun", "tap networking", "modprobe tun")
     yield _device("/dev/vhost-vsock", "vsock in the host kernel", "modprobe vhost_vsock; pyvmm's own vsock needs none")
     yield _io_uring()
+    yield _landlock()
     yield _hugepages()
 
 
@@ -162,6 +163,15 @@ def _io_uring() -> Line:
     if ctypes.get_errno() == errno.ENOSYS:
         return "lack", "io_uring", "not in this kernel; disks use preadv and pwritev"
     return "lack", "io_uring", "refused; set kernel.io_uring_disabled to 0, or disks use preadv and pwritev"
+
+
+def _landlock() -> Line:
+    from vmm import _seccomp
+
+    version = _seccomp.landlock()
+    if version < 1:
+        return "lack", "Landlock", "none: threads have their seccomp filters alone (Linux 5.13, lsm=landlock)"
+    return "ok", "Landlock", f"ABI {version}"
 
 
 def _hugepages() -> Line:
