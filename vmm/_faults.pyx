@@ -14,13 +14,14 @@ cdef extern from *:
     #include <unistd.h>
     static volatile sig_atomic_t fault_sent;
     static volatile int fault_wake = -1;
+    static volatile int fault_log = -1;
 
     static int fault_status(int number) {
         return number == SIGBUS ? 149 : number == SIGSEGV ? 150 : number == SIGXFSZ ? 151 : 157;
     }
     static void on_fault(int number, siginfo_t *info, void *context) {
-        static const char before[] = "pyvmm: Shutting down VM after intercepting signal ";
-        char digits[4] = { (char)('0' + number / 10), (char)('0' + number % 10), '.', '\\n' };
+        char line[] = "pyvmm: Shutting down VM after intercepting signal NN.\\n";
+        char *digits = line + sizeof line - 5;
         (void)context;
         if (info->si_code <= 0) {
             /* The limit on files sends SIGXFSZ, too, as if we did ourselves: write(2) says so as well. */
@@ -29,7 +30,10 @@ cdef extern from *:
             if (write(fault_wake, "", 1) < 0) {}
             return;
         }
-        if (write(2, before, sizeof before - 1) < 0 || write(2, digits, 4) < 0) {}
+        digits[0] = (char)('0' + number / 10);
+        digits[1] = (char)('0' + number % 10);
+        if (write(2, line, sizeof line - 1) < 0) {}
+        if (fault_log >= 0 && write(fault_log, line, sizeof line - 1) < 0) {}
         _exit(fault_status(number));
     }
     static int catch_all(int wake) {
@@ -45,6 +49,7 @@ cdef extern from *:
     }
     """
     int fault_sent
+    int fault_log
     int catch_all(int wake) noexcept nogil
 
 
@@ -55,6 +60,12 @@ def catch_faults(int wake):
     """
     if catch_all(wake):
         raise OSError("sigaction")
+
+
+def log_to(int fd):
+    """Write the line to `fd` as well as to stderr; borrowed, -1: none. For ``vmm.logger.watch``."""
+    global fault_log
+    fault_log = fd
 
 
 def sent():

@@ -50,6 +50,7 @@ cdef extern from *:
     enum { SYSCALLS = 512, NAME = 32, STATUS_BAD_SYSCALL = 148 /* Firecracker's */ };
     static char syscall_names[SYSCALLS][NAME];
     static __thread char thread_kind[NAME];
+    static volatile int trap_log = -1;
 
     static size_t put(char *line, size_t at, const char *text) {
         while (*text && at < 220) line[at++] = *text++;
@@ -82,6 +83,7 @@ cdef extern from *:
         }
         at = put(line, at, "\\n");
         if (write(2, line, at) < 0) {}
+        if (trap_log >= 0 && write(trap_log, line, at) < 0) {}
         _exit(STATUS_BAD_SYSCALL);
     }
     /* glibc's malloc reads files, which no filter allows: at its ninth arena to count the CPUs, and before it first
@@ -153,6 +155,7 @@ cdef extern from *:
     enum: SYSCALLS, NAME
     char[512][32] syscall_names
     char[32] thread_kind
+    int trap_log
     int trap_sigsys() noexcept nogil
     int can_trap() noexcept nogil
     void calm_malloc() noexcept nogil
@@ -260,6 +263,12 @@ def catch_faults(bint alone):
         prepare_malloc()
     if trap_sigsys():
         raise OSError(errno, os.strerror(errno))
+
+
+def log_to(int fd):
+    """Write a fault's line to `fd` as well as to stderr; borrowed, -1: none. For ``vmm.logger.watch``."""
+    global trap_log
+    trap_log = fd
 
 
 def landlock():

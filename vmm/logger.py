@@ -21,6 +21,7 @@ from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 OFF, ERROR, WARN, INFO, DEBUG, TRACE = range(6)
@@ -85,6 +86,10 @@ class LineFile:
                 return data, error.errno or 5
         return data, 0
 
+    def fileno(self) -> int:
+        """The descriptor; borrowed."""
+        return self._fd
+
     def close(self) -> None:
         """Give the descriptor back if it is ours; idempotent."""
         with self._lock:
@@ -141,6 +146,7 @@ class _Settings:
 
 _settings = _Settings()
 _lock = threading.Lock()
+_watchers: list[Callable[[int], None]] = []
 _missed = 0
 _second = (-1, "")
 
@@ -189,8 +195,21 @@ def configure(
         now.module = before.module if module is None else module.replace("::", ".")
         now.vmm_id = before.vmm_id if vmm_id is None else vmm_id
         _settings = now
+    _tell_watchers()
     if before.sink is not None and before.sink is not now.sink:
         before.sink.close()
+
+
+def watch(callback: Callable[[int], None]) -> None:
+    """Call `callback` with the log's descriptor, or -1, now and at each change: for signal handlers in C."""
+    _watchers.append(callback)
+    _tell_watchers()
+
+
+def _tell_watchers() -> None:
+    sink = _settings.sink
+    for callback in _watchers:
+        callback(-1 if sink is None else sink.fileno())
 
 
 def reset() -> None:
@@ -198,6 +217,7 @@ def reset() -> None:
     global _settings, _missed
     with _lock:
         before, _settings, _missed = _settings, _Settings(), 0
+    _tell_watchers()
     if before.sink is not None:
         before.sink.close()
 

@@ -20,7 +20,7 @@ import os
 import threading
 from _queue import SimpleQueue  # `queue` itself imports more, on the path of a launch
 
-from vmm import _seccomp, threads
+from vmm import _seccomp, logger, threads
 from vmm.errors import HostError
 from vmm.signals import deaf
 
@@ -293,6 +293,7 @@ def _ready(*, alone: bool) -> None:
         _seccomp.catch_faults(alone)
     except OSError as error:
         raise HostError(error.errno or 0, "use seccomp filters; --no-seccomp, or seccomp=False, goes without") from None
+    logger.watch(_seccomp.log_to)
     # The C library reads files for these, once.
     time.localtime()
     os.strerror(errno.EPERM)

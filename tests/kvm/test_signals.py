@@ -203,3 +203,15 @@ def test_a_true_fault_ends_it_with_one_line() -> None:
     program = "import ctypes; from vmm._faults import catch_faults; catch_faults(-1); ctypes.string_at(8)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (150, "pyvmm: Shutting down VM after intercepting signal 11.\n")
+
+
+def test_a_true_fault_is_in_the_log_too(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    program = (
+        "import ctypes; from vmm import _faults, logger; logger.watch(_faults.log_to); _faults.catch_faults(-1)\n"
+        f"logger.configure(log_path={str(log)!r}); ctypes.string_at(8)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 150
+    assert log.read_text() == done.stderr == "pyvmm: Shutting down VM after intercepting signal 11.\n"

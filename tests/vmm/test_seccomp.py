@@ -120,3 +120,15 @@ def test_numbers_of_ioctls_are_those_of_who_uses_them() -> None:
 
     assert set(seccomp._KVM_READS) == set(_kvm_state.READS)
     assert set(seccomp._UFFD) == set(_uffd.IOCTLS)
+
+
+def test_a_fault_is_in_the_log_too(tmp_path: Path) -> None:
+    # Of a daemon, whose stderr is nowhere, that is all there is.
+    log = tmp_path / "log"
+    log.touch()
+    done = run(
+        f"from vmm import logger; logger.configure(log_path={str(log)!r})\n"
+        "threads.spawn('blk', 'x', lambda: os.open('/etc/hosts', os.O_RDONLY)); time.sleep(20)"
+    )
+    assert done.returncode == STATUS_BAD_SYSCALL
+    assert log.read_text() == done.stderr != ""

@@ -322,6 +322,7 @@ class _Serve:
 
         self._faults = _faults
         _faults.catch_faults(self._bell.fileno())
+        logger.watch(_faults.log_to)
         signals.on_end(self._on_signal)
         signals.on(signals.CPU_LIMIT, self._on_signal)
         # Where there is none to write to, write(2) says so; who wants to know that it happened reads the metrics.
