@@ -42,9 +42,11 @@ VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 GUEST_SH = rf"""
 RUNTIME={RUNTIME:g}
 disk() {{ for d in /sys/block/vd*; do [ "$(cat $d/ro)" = 0 ] && echo /dev/${{d##*/}} && return; done; }}
+# Of a fraction of a second fio knows nothing without a unit: it would do the whole file.
 measure() {{
-    fio --name=x --thread --time_based --runtime=$RUNTIME --gtod_reduce=1 --randrepeat=1 --norandommap --disk_util=0 \
-        --exec_prerun='mark go' --exec_postrun='mark stop' --output-format=terse --terse-version=3 \
+    ms=$(awk "BEGIN {{ print $RUNTIME * 1000 }}")
+    fio --name=x --thread --time_based --runtime="${{ms}}ms" --gtod_reduce=1 --randrepeat=1 --norandommap \
+        --disk_util=0 --exec_prerun='mark go' --exec_postrun='mark stop' --output-format=terse --terse-version=3 \
         --output=/tmp/fio "$@" >/dev/null || {{ cat /tmp/fio; return 1; }}
     awk -F';' '/^3;/ {{ print $8 + $49, ($8 * $9 + $49 * $50) / 1000 }}' /tmp/fio
 }}
