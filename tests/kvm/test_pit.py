@@ -57,7 +57,7 @@ def _program(accesses: list[Access]) -> str:
 
 def _outcome(vm: Machine, accesses: list[Access]) -> tuple[list[dict[str, int]], list[int]]:
     assert run(vm).code == 5
-    vm._pit.make()
+    vm._board.pit.make()
     state = bytearray(STATE.size)
     kvm_abi.kvm_ioctl(vm.vm.fd, kvm_abi.KVM_GET_PIT2, state)
     values = STATE.unpack(state)
@@ -75,7 +75,7 @@ def _outcome(vm: Machine, accesses: list[Access]) -> tuple[list[dict[str, int]],
 def test_timer_made_late_is_as_kvms(guest: MakeGuest, some: list[list[Access]]) -> None:
     for accesses in some:
         late, early = guest(_program(accesses)), guest(_program(accesses))
-        early._pit.make()
+        early._board.pit.make()
         assert _outcome(late, accesses) == _outcome(early, accesses), accesses
         late.close()
         early.close()
@@ -96,5 +96,5 @@ def test_guest_that_uses_no_timer_makes_none(guest: MakeGuest) -> None:
 
 def test_behind_filters_a_vcpu_makes_it(tmp_path: Path) -> None:
     kernel = write_guest(tmp_path, _program(PLAIN[1]))
-    command = [sys.executable, "-m", "vmm", "run", "--seccomp", "--memory", "4M", kernel]
+    command = [sys.executable, "-m", "vmm", "run", "--memory", "4M", kernel]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=PATIENCE).returncode == 5
