@@ -24,7 +24,7 @@ import pytest
 
 from tests.linux import kernels
 from vmm import Sandbox
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, HostError
 from vmm.sandbox import (
     AsyncSandbox,
     CommandKilled,
@@ -431,3 +431,39 @@ def test_the_async_twin_runs_many_at_once_and_hears_a_cancel(sandbox: Sandbox) -
         await copy.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 100))
+
+
+def test_a_port_is_published_on_the_host(sandbox: Sandbox) -> None:
+    data = random.Random(3).randbytes(400_000)
+    sandbox.files.write("/tmp/served", data)
+    with sandbox.exec("while :; do nc -l -p 8090 -e cat /tmp/served; done"), sandbox.publish(8090) as published:
+        end = time.monotonic() + 30
+        while True:  # until the guest listens the host's side is closed at once
+            with socket.create_connection(published.address, timeout=30) as stream:
+                received = b"".join(iter(lambda stream=stream: stream.recv(1 << 16), b""))
+            if received:
+                break
+            assert time.monotonic() < end
+        assert received == data
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(published.address, timeout=5)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(HostError):
+        sandbox.publish(80, taken.getsockname()[1])
+
+
+def test_a_network_by_passt_reaches_the_host_and_no_loopback(runtime: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect(("192.0.2.200", 9))  # sends nothing: asks which address of the host's goes out
+        address = route.getsockname()[0]
+    with socket.create_server((address, 0)) as server, Sandbox("busybox", memory="96M", network="user") as sandbox:
+        server.settimeout(30)
+        port = server.getsockname()[1]
+        with sandbox.exec(["nc", address, str(port)]) as client:
+            stream, _ = server.accept()
+            with stream:
+                stream.sendall(b"from outside\n")
+                assert client.stdout.readline(30) == b"from outside\n"
+        assert sandbox.run("ip -4 -o address show eth0").stdout.split()[3] == "10.0.2.15/24"
+        with socket.create_server(("127.0.0.1", 0)) as hidden:
+            assert sandbox.run(["nc", "-w", "1", "10.0.2.2", str(hidden.getsockname()[1])]).exit_code != 0
+        assert sandbox.run("grep -c eth0 /proc/net/dev").stdout == "1\n"

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mount", metavar="PATH=DIR[,ro]", action="append", default=[],
         help="this host's DIR at PATH of the guest; may be repeated",
     )  # fmt: skip
+    add("--network", choices=("none", "user"), default="none", help="user: out by passt (default: none)")
     add("--timeout", metavar="S", type=float, help="seconds after which it ends (default: none)")
     add("--name", help="for pyvmm exec, and its hostname (default: one is made up)")
     add("--kernel", metavar="PATH", help="a kernel with all drivers built in (default: the image's)")
@@ -37,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--wait", " ".join(args.command), "takes no command")
     with Sandbox(
         args.image, memory=args.memory, cpus=args.cpus, mounts=dict(_mount(word) for word in args.mount),
-        timeout=args.timeout, name=args.name, kernel=args.kernel,
+        timeout=args.timeout, name=args.name, network=args.network, kernel=args.kernel,
     ) as sandbox:  # fmt: skip
         if not args.wait:
             return run(sandbox, args)

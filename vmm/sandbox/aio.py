@@ -194,6 +194,7 @@ class AsyncSandbox:
         return result.check() if check else result
 
     connect = _twin(Session.connect)
+    publish = _twin(Session.publish)
     pause = _twin(Sandbox.pause)
     resume = _twin(Sandbox.resume)
     snapshot = _twin(Sandbox.snapshot)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from vmm.errors import ConfigError
@@ -73,3 +74,17 @@ def kernel_and_initrd(image: Image, kernel: str | None, directory: str) -> tuple
         file.write(bytes(-len(drivers) % 4))
         file.write(archive())
     return kernel, path
+
+
+def network_words() -> str:
+    """The guest's addresses for the kernel's command line: passt takes any, and the nameserver is the host's.
+
+    Source: resolv.conf(5); a nameserver on the host's loopback is systemd-resolved's, which has its own in a file.
+    """
+    servers: list[str] = []
+    for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            words = [line.split() for line in file]
+            servers += [each[1] for each in words if len(each) > 1 and each[0] == "nameserver"]
+    usable = [server for server in servers if ":" not in server and not server.startswith("127.")]
+    return f"pyvmm.net=10.0.2.15/24,10.0.2.2,{usable[0] if usable else ''}"

@@ -10,7 +10,7 @@ import time
 
 from vmm import threads
 from vmm.config import VmConfig
-from vmm.device_config import DriveConfig, FsConfig, VsockConfig
+from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import ConfigError, SnapshotError, line
 from vmm.machine import Machine
 from vmm.sandbox import guest
@@ -42,7 +42,7 @@ class Sandbox(Session):
     :param cwd: directory of every command; None: its user's home directory
     :param user: of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: root
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
-    :param network: ``"none"``
+    :param network: ``"none"``, or ``"user"``: out by passt, with all that this host reaches but its own loopback
     :param timeout: seconds after which the sandbox ends, whatever it does; None: it does not
     :param name: for ``pyvmm exec`` and the guest's hostname; None: one is made up
     :param room: how much of the memory files may take, as tmpfs has it: ``"75%"`` or ``"256M"``
@@ -76,8 +76,8 @@ class Sandbox(Session):
         kernel: str | None = None,
         boot_timeout: float = 60,
     ) -> None:
-        if network != "none":
-            raise ConfigError("network", network, "must be none")
+        if network not in ("none", "user"):
+            raise ConfigError("network", network, "must be none or user")
         if not room or not all(c.isascii() and (c.isalnum() or c == "%") for c in room):
             raise ConfigError("room", room, "must be a size as 75% or 256M")
         found = guest.find_image(image)
@@ -93,6 +93,8 @@ class Sandbox(Session):
                 cmdline=f"{guest.CMDLINE} pyvmm.layers={len(disks)} pyvmm.room={room} pyvmm.name={self.name}",
                 drives=[DriveConfig(disk, is_read_only=True) for disk in disks],
                 shares=[share for _, share in shares], entropy=True, vsock=VsockConfig(3, self._place.socket),
+                network_interfaces=[NetConfig(mode="user")] if network == "user" else (),
+                append=guest.network_words() if network == "user" else "",
             )  # fmt: skip
             self._run(Machine(config), boot_timeout)
             os.unlink(initrd)

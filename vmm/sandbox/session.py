@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
+    from vmm.sandbox.ports import Published
+
 
 def attach(name: str) -> Session:
     """The sandbox of that name, which another process of this user runs.
@@ -126,6 +128,18 @@ class Session:
             if kind != 0x6B:
                 raise AgentError(f"{doing}: the guest sent something out of turn")
             return channel.take()
+
+    def publish(self, port: int, host_port: int = 0, *, host: str = "127.0.0.1") -> Published:
+        """Let programs of the host reach a TCP port of the guest's loopback.
+
+        :param host_port: 0: any that is free
+        :param host: address to listen on
+        :returns: yours to close; its ``address`` says where it listens
+        :raises HostError: the host's port is not to be had
+        """
+        from vmm.sandbox.ports import Published
+
+        return Published(self, port, host, host_port)
 
     def _call(self, *words: str) -> None:
         self._ask(Deadline(30), *words)

@@ -183,6 +183,10 @@ static void bring_network_up(void)
         if (CALL(ioctl, fd, SIOCADDRT, &route))
             say("default route", errno);
         at += *at == ',';
+        if (!*at) {
+            close(fd);
+            return;
+        }
         join(server, sizeof server, "nameserver ", at, "\n", NULL);
         CALL(unlink, "/etc/resolv.conf");
         put_file("/etc/resolv.conf", server);
