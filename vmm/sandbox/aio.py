@@ -54,7 +54,7 @@ async def _in_thread(
             if undo is not None and result is not None:
                 undo(result)
 
-    threads.spawn("vmm", "sandbox call", body)
+    threads.spawn(None, "sandbox call", body)
     try:
         return await future
     except asyncio.CancelledError:

@@ -39,7 +39,7 @@ class Published:
         except OSError as error:
             raise HostError(error.errno or 0, f"listen on {host} port", str(host_port)) from None
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        self._thread = threads.spawn("vmm", f"port {self.address[1]}", self._accept)
+        self._thread = threads.spawn(None, f"port {self.address[1]}", self._accept)
 
     def _accept(self) -> None:
         while True:
@@ -48,7 +48,7 @@ class Published:
                 outside, _ = self._listener.accept()
             except OSError:
                 return  # closed
-            threads.spawn("vmm", f"port {self.address[1]}", self._serve, outside)
+            threads.spawn(None, f"port {self.address[1]}", self._serve, outside)
 
     def _serve(self, outside: socket.socket) -> None:
         try:
@@ -87,7 +87,7 @@ class Published:
 
 
 def _relay(one: socket.socket, other: socket.socket) -> None:
-    there = threads.spawn("vmm", "port", _copy, one, other)
+    there = threads.spawn(None, "port", _copy, one, other)
     _copy(other, one)
     there.join()
 

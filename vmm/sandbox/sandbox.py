@@ -121,7 +121,7 @@ class Sandbox(Session):
         if machine.state == "Not started":
             machine.start()
         if self._timeout is not None:
-            threads.spawn("vmm", f"time limit of {self.name}", self._limit, self._timeout)
+            threads.spawn(None, f"time limit of {self.name}", self._limit, self._timeout)
         try:
             self._wake(Deadline(boot_timeout))
         except (SandboxGone, CommandTimeout) as error:
