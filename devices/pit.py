@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PC's timer (8254) and its speaker's gate, until a guest uses them; from then on they are KVM's.
 
-KVM's own takes 1 to 6 ms to make and 12 to 16 ms to end, as the last thing of its VM, and most guests never touch it:
-Linux with a kvm-clock and the APIC's deadline timer has no use for it. Control words alone are kept here; the first
+KVM's own takes 1 to 6 ms to make and most of the 15 ms that the end of its VM takes, and not every guest touches it:
+Linux 6.1 with a kvm-clock and the APIC's deadline timer does not. Control words alone are kept here; the first
 access to a count or to the gate makes KVM's timer, in that state, and no further access comes here.
 Source: Intel 8254 data sheet; Linux arch/x86/kvm/i8254.c, whose states after a reset and after each access these are,
 and <asm/kvm.h> for the layout.
