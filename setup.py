@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the Cython extensions, the program `pyvmm` (vmm/launcher.c) and the agent of sandboxes (vmm/sandbox/agent).
+"""Builds the Cython extensions, the program `pyvmm` (vmm/launcher.c) and what runs in guests without a C library:
+the agent of sandboxes (vmm/sandbox/agent) and what starts a container image's program (vmm/images/enter.c).
 
 The rest of the package is in pyproject.toml.
 
@@ -30,6 +31,7 @@ LAUNCHER = "vmm/launcher.c"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
 HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
 AGENT = [f"vmm/sandbox/agent/{name}.c" for name in "boot exec files frames libc main ports users".split()]
+ENTER = ["vmm/images/enter.c", "vmm/sandbox/agent/libc.c"]
 # No function of the compiler's or the C library's, and nothing that needs one at the start.
 BARE = [
     "-Os", "-g0", "-Wall", "-Wextra", "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-U_FORTIFY_SOURCE",
@@ -72,24 +74,27 @@ class BuildLauncher(build_scripts):
                 compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=["-s"])
 
 
-class BuildAgent(build_ext):
-    """Compiles the extensions, and the agent: a program of the guest's, without a C library."""
+class BuildBare(build_ext):
+    """Compiles the extensions, and the programs of guests, without a C library."""
 
     def run(self) -> None:
         super().run()
         compiler = new_compiler()
         customize_compiler(compiler)
-        place = os.path.join("." if self.inplace else self.build_lib, "vmm/sandbox")
-        os.makedirs(place, exist_ok=True)
-        with tempfile.TemporaryDirectory() as directory:
-            objects = compiler.compile(AGENT, output_dir=directory, macros=[("_GNU_SOURCE", None)], extra_preargs=BARE)
-            options = ["-static", "-no-pie", "-nostdlib", "-s", "-Wl,-z,noexecstack"]
-            compiler.link_executable(objects, "agent.elf", output_dir=place, extra_postargs=options)
+        options = ["-static", "-no-pie", "-nostdlib", "-s", "-Wl,-z,noexecstack"]
+        for sources, program in ((AGENT, "vmm/sandbox/agent.elf"), (ENTER, "vmm/images/enter.elf")):
+            place, name = os.path.split(os.path.join("." if self.inplace else self.build_lib, program))
+            os.makedirs(place, exist_ok=True)
+            with tempfile.TemporaryDirectory() as directory:
+                objects = compiler.compile(
+                    sources, output_dir=directory, macros=[("_GNU_SOURCE", None)], extra_preargs=BARE
+                )
+                compiler.link_executable(objects, name, output_dir=place, extra_postargs=options)
 
 
 setup(
     scripts=[LAUNCHER],
-    cmdclass={"build_scripts": BuildLauncher, "build_ext": BuildAgent},
+    cmdclass={"build_scripts": BuildLauncher, "build_ext": BuildBare},
     ext_modules=[]
     if os.environ.get("PYVMM_NO_EXTENSIONS")
     else cythonize(

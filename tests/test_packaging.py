@@ -77,6 +77,8 @@ def test_the_sdist_makes_a_wheel_that_can_be_imported(source: Path, tmp_path: Pa
     assert [name for name in names if name.endswith("scripts/pyvmm")]
     agent = (tmp_path / "installed/vmm/sandbox/agent.elf").read_bytes()
     assert agent[:4] == b"\x7fELF" and len(agent) < 150_000 and b"ld-linux" not in agent  # static
+    enter = (tmp_path / "installed/vmm/images/enter.elf").read_bytes()
+    assert enter[:4] == b"\x7fELF" and len(enter) < 20_000
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(tmp_path / "installed")!r})

@@ -50,7 +50,7 @@ def test_every_plain_command_line_is_quick() -> None:
 def test_a_directory_is_a_root_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vmm import images
 
-    image = types.SimpleNamespace(kernel="K", initrd="I", rootfs="R", cmdline="root=/dev/vda rw quiet")
+    image = types.SimpleNamespace(kernel="K", initrd="I", rootfs="R", cmdline="root=/dev/vda rw quiet", config=None)
     monkeypatch.setattr(images, "resolve", lambda name: image)
     args = parse_quickly(["debian", "dir:/srv/root,cache=always"])
     assert args is not None

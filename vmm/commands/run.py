@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
 
 STATUS_INTERRUPTED = 130
+# How the name of a container image begins; as a root file system dir: is a directory that is shared.
+CONTAINERS = ("oci:", "docker-archive:", "dir:")
 
 
 # (option, metavar, default, help); what has no metavar is a switch.
@@ -98,9 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kernel",
         metavar="KERNEL",
         nargs="?",
-        help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian",
+        help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian or oci:python:3.12",
     )
-    add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, or dir:DIRECTORY")
+    add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, dir:DIRECTORY, or oci:REF")
     for option, metavar, default, text in OPTIONS:
         if metavar is None:
             names = ("-v", option) if option == "--verbose" else (option,)
@@ -159,20 +161,23 @@ def config_from(args: Arguments) -> VmConfig:
         raise ConfigError("KERNEL", "", "is missing: a kernel's file or a pulled image's name; or --restore DIR")
     if args.cmdline is not None and append:
         raise ConfigError("--append", append, "cannot go with --cmdline, which is the whole command line")
-    if not os.path.exists(kernel) and "/" not in kernel:
-        from vmm import images
-
-        image = images.resolve(kernel)
+    image = None
+    if rootfs is not None and rootfs.startswith(CONTAINERS[:2]):
+        image = _image(rootfs)
+        initrd, rootfs = initrd or image.initrd, image.rootfs
+    elif not os.path.exists(kernel) and ("/" not in kernel or kernel.startswith(CONTAINERS)):
+        image = _image(kernel)
         if image is not None:
             kernel, initrd, rootfs = image.kernel, initrd or image.initrd, rootfs or image.rootfs
-            # Where the root is, the configuration says: it may be another than the image's own.
-            line = Cmdline(image.cmdline)
-            line.remove("ro", "rw", "root")
-            line.append(_terminal_size())
-            line.append(append)
-            append = str(line)
-        elif any(offered["name"] == kernel for offered in images.available()):
-            raise ConfigError("kernel", kernel, f"is not here yet; fetch it with: pyvmm pull {kernel}")
+    if image is not None:
+        # Where the root is, the configuration says: it may be another than the image's own.
+        line = Cmdline(image.cmdline)
+        line.remove("ro", "rw", "root")
+        if rootfs != image.rootfs:
+            line.remove("rootfstype", "overlay")
+        line.append(_terminal_size())
+        line.append(append)
+        append = str(line)
     drives = [DriveConfig.parse(text) for text in args.disk]
     shares = [FsConfig.parse(text) for text in args.share]
     if rootfs is not None and rootfs.startswith("dir:"):
@@ -180,6 +185,7 @@ def config_from(args: Arguments) -> VmConfig:
     elif rootfs is not None:
         root = DriveConfig.parse(rootfs)
         root.is_root_device = True
+        root.is_read_only |= image is not None and image.config is not None and rootfs == image.rootfs
         drives.insert(0, root)
     return VmConfig(
         kernel,
@@ -201,6 +207,16 @@ def config_from(args: Arguments) -> VmConfig:
         protocol=args.protocol,
         unpack=args.unpack,
     )
+
+
+def _image(name: str) -> Any:
+    # the pulled image of that name; None: it is no image's
+    from vmm import images
+
+    image = images.resolve(name)
+    if image is None and (name.startswith(CONTAINERS) or name in images.NAMES):
+        raise ConfigError("image", name, f"is not here yet; fetch it with: pyvmm pull {name}")
+    return image
 
 
 def _terminal_size() -> str:

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
+from pathlib import Path
 
 from vmm.config import DEFAULT_EXIT_PORT
+from vmm.images.container import ImageConfig
+from vmm.images.host import PullError
 from vmm.images.initramfs import LOAD_MODULES
 
 # What a stock Debian kernel has as modules and needs for a root on virtio.
@@ -24,10 +28,10 @@ INIT = (
     + r"""
 # the drivers of the other virtio devices that are here
 for file in /sys/bus/virtio/devices/*/modalias; do
-    [ -e "$file" ] && read -r alias <"$file" && modprobe -q "$alias"
+    [ -e "$file" ] && read -r alias <"$file" && modprobe -q "$alias" 2>/dev/null
 done
 
-root='' type='' flags='' mode=ro init=/sbin/init panic=''
+root='' type='' flags='' mode=ro init=/sbin/init panic='' overlay=''
 read -r cmdline </proc/cmdline
 for word in $cmdline; do
     case $word in
@@ -37,6 +41,7 @@ for word in $cmdline; do
     rootflags=*) flags=,${word#*=} ;;
     ro | rw) mode=$word ;;
     init=*) init=${word#*=} ;;
+    overlay=*) overlay=${word#*=} ;;
     panic=*) panic=yes ;;
     esac
 done
@@ -104,7 +109,21 @@ until found; do
     disks=$(ls /sys/class/block)
     fail "root=$root is not there after 10 s; there is: $(echo ${disks:-no disk})"
 done
-mount ${type:+-t "$type"} -o "$mode$flags" "$device" /mnt || fail "cannot mount root=$root"
+place=/mnt
+[ "$overlay" ] && place=/lower && mkdir -p /lower /upper
+mount ${type:+-t "$type"} -o "$mode$flags" "$device" $place || fail "cannot mount root=$root"
+if [ "$overlay" ]; then
+    # what is written goes to a disk of its own, or to memory
+    case $overlay in
+    /dev/*) mount -o rw "$overlay" /upper || fail "cannot mount overlay=$overlay" ;;
+    *) mount -t tmpfs -o mode=755 upper /upper ;;
+    esac
+    mkdir -p /upper/upper /upper/work
+    mount -t overlay -o lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work overlay /mnt ||
+        fail "cannot mount the overlay over root=$root"
+fi
+# a container image has no init of its own
+[ -e /etc/pyvmm/enter ] && exec /usr/lib/pyvmm/init "$@"
 [ -x "/mnt$init" ] || [ -L "/mnt$init" ] || fail "$root has no $init"
 for dir in proc sys dev; do mount --move /$dir /mnt/$dir; done
 exec switch_root /mnt "$init" "$@"
@@ -153,7 +172,17 @@ exec 3<>$console # held open: what is typed early is lost when the last one clos
 [ "$LINES" ] && [ "$COLUMNS" ] && stty rows "$LINES" columns "$COLUMNS" <$console
 unset LINES COLUMNS
 cd /root
-if [ $# -eq 0 ]; then
+if [ -e /etc/pyvmm/enter ]; then
+    # the program of the container image at /mnt: its entrypoint, with the words here in place of its own arguments
+    for dir in proc sys dev; do mkdir -p /mnt/$dir && mount --rbind /$dir /mnt/$dir; done
+    ln -sf /proc/self/fd /dev/fd
+    ln -sf fd/0 /dev/stdin && ln -sf fd/1 /dev/stdout && ln -sf fd/2 /dev/stderr
+    mkdir -p /mnt/etc
+    [ -s /mnt/etc/hosts ] || cp /etc/hosts /mnt/etc/hosts
+    cat /etc/pyvmm/enter >/run/enter
+    if [ $# -gt 0 ]; then printf '%s\0' "$@"; else cat /etc/pyvmm/cmd; fi >>/run/enter
+    set -- /usr/lib/pyvmm/enter
+elif [ $# -eq 0 ]; then
     set -- $SHELL -l
 elif [ "$1" = -s ]; then
     stty -echo -onlcr <$console
@@ -231,6 +260,30 @@ def busybox_files(hostname: str) -> dict[str, str | bytes]:
         "sbin/reboot": POWEROFF,
         "sbin/halt": POWEROFF,
     }
+
+
+def container_files(config: ImageConfig) -> dict[str, str | bytes]:
+    """Return the initramfs's files for a container image; what starts its program is ``enter.c``.
+
+    :raises PullError: pyvmm was not built whole
+    """
+    path = Path(__file__).with_name("enter.elf")
+    if not path.is_file():
+        raise PullError(f"{path} is missing: install pyvmm again, or run `make install`")
+    env = {"HOME": config.home, "TERM": "linux"} | config.env
+    env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    groups = ",".join(str(group) for group in config.groups)
+    head = [str(config.uid), str(config.gid), groups, config.working_dir, str(len(env))]
+    words = [*head, *(f"{name}={value}" for name, value in env.items()), *config.entrypoint]
+    return busybox_files("container") | {
+        "usr/lib/pyvmm/enter": path.read_bytes(),
+        "etc/pyvmm/enter": _words(words),
+        "etc/pyvmm/cmd": _words(config.cmd or (() if config.entrypoint else ("/bin/sh",))),
+    }
+
+
+def _words(words: Iterable[str]) -> bytes:
+    return b"".join(word.encode(errors="surrogateescape") + b"\0" for word in words)
 
 
 def exit_program(port: int = DEFAULT_EXIT_PORT) -> bytes:

@@ -17,7 +17,9 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
-while read -r name; do insmod "/lib/modules/$name" || echo "init: cannot load $name"; done </lib/modules/order
+# those of another kernel are of no use: it has these drivers built in
+[ ! -d "/lib/modules/$(uname -r)" ] ||
+    while read -r name; do insmod "/lib/modules/$name" || echo "init: cannot load $name"; done </lib/modules/order
 """
 
 

@@ -98,7 +98,7 @@ def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress)
             guest.INIT,
             optional=guest.OPTIONAL_MODULES,
             on_demand=(*guest.ON_DEMAND_MODULES, "ext4"),
-            files=guest.busybox_files("container"),
+            files=guest.container_files(config),
             progress=progress,
         )
     )

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Starts the program of a container image, from the initramfs: on the root at /mnt, as the image's user.
+//
+// /run/enter says how, in words that each end with a NUL: uid, gid, further groups as 1,2, directory, the number of
+// variables, the variables, and the program with its arguments. Status 127: not found; 126: not to be executed.
+#include "../sandbox/agent/libc.h"
+
+enum { ROOM = 1 << 20, WORDS = 16384, GROUPS = 64 };
+
+static char bytes[ROOM], *words[WORDS + 1];
+
+static void fail(const char *what, const char *why, int status)
+{
+    char line[512];
+    size_t length = join(line, sizeof line, "pyvmm: ", what, why, "\n", NULL);
+    write(2, line, length);
+    _exit(status);
+}
+
+static long number(const char **at)
+{
+    long result = 0;
+    for (; **at >= '0' && **at <= '9'; ++*at)
+        result = result * 10 + (**at - '0');
+    return result;
+}
+
+static long word_number(int index)
+{
+    const char *at = words[index];
+    return number(&at);
+}
+
+// The directory a program begins in is made if the image lacks it.
+static void make_directories(char *path)
+{
+    for (char *at = path + 1; *at; at++)
+        if (*at == '/') {
+            *at = 0;
+            CALL(mkdir, path, 0755);
+            *at = '/';
+        }
+    CALL(mkdir, path, 0755);
+}
+
+static void become(void)
+{
+    gid_t groups[GROUPS];
+    int count = 0;
+    for (const char *at = words[2]; *at && count < GROUPS; at += *at == ',')
+        groups[count++] = (gid_t)number(&at);
+    if (CALL(setgroups, count, groups) || CALL(setgid, word_number(1)) || CALL(setuid, word_number(0)))
+        fail("the image's user", ": cannot be", 126);
+}
+
+static void search(char **arguments, char **environment)
+{
+    const char *path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    int denied = 0;
+    for (char **each = environment; *each; each++)
+        if (!strncmp(*each, "PATH=", 5))
+            path = *each + 5;
+    while (*path) {
+        char directory[1024], place[2048];
+        size_t length = 0;
+        for (; *path && *path != ':'; path++)
+            if (length < sizeof directory - 1)
+                directory[length++] = *path;
+        path += *path == ':';
+        directory[length] = 0;
+        join(place, sizeof place, directory, "/", arguments[0], NULL);
+        CALL(execve, place, arguments, environment);
+        denied |= errno != ENOENT && errno != ENOTDIR;
+    }
+    errno = denied ? EACCES : ENOENT;
+}
+
+int main(void)
+{
+    ssize_t length = slurp("/run/enter", bytes, sizeof bytes);
+    int count = 0;
+    for (char *at = bytes; at < bytes + length && count < WORDS; at += strlen(at) + 1)
+        words[count++] = at;
+    long variables = count > 4 ? word_number(4) : 0;
+    if (count < 6 || variables > count - 6)
+        fail("/run/enter", " is damaged", 126);
+    char **environment = words + 5, **arguments = words + 5 + variables;
+    // The variables' end is where the program begins: its name is kept elsewhere.
+    static char *program[WORDS + 1];
+    for (int i = 0; arguments[i]; i++)
+        program[i] = arguments[i];
+    arguments[0] = NULL;
+    if (CALL(chroot, "/mnt"))
+        fail("/mnt", ": no root", 126);
+    make_directories(words[3]);
+    if (CALL(chdir, words[3]))
+        fail(words[3], ": is no directory", 126);
+    become();
+    if (strchr(program[0], '/'))
+        CALL(execve, program[0], program, environment);
+    else
+        search(program, environment);
+    if (errno == ENOENT || errno == ENOTDIR)
+        fail(program[0], ": not found", 127);
+    fail(program[0], ": cannot be executed", 126);
+    return 126;
+}
