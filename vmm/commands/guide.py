@@ -18,7 +18,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "boot": ("--initrd", "--cmdline", "--append", "--protocol", "--unpack", "--restore"),
         "processor and memory": ("--cpus", "--memory", "--balloon"),
         "devices": ("--disk", "--share", "--net", "--vsock", "--rng", "--console", "--virtio-console", "--poll"),
-        "host": ("--kvm", "--seccomp", "--any-kernel", "--lab"),
+        "host": ("--kvm", "--no-seccomp", "--any-kernel", "--lab"),
         "instead of running it, or beside it": ("--write-config", "--dry-run", "--verbose"),
     },
     "serve": {
