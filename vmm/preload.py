@@ -26,7 +26,9 @@ OURS = """
     vmm.uffd vmm.unix_socket vmm._faults vmm._uffd vmm._uring
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
-LATER = "atexit json mmap queue resource select termios vmm._uffd vmm.api.snapshots vmm.snapshot zlib".split()
+LATER = """
+    atexit json mmap queue resource select termios vmm._kvm_state vmm._uffd vmm.api.snapshots vmm.snapshot zlib
+""".split()
 # of one with the metadata service,
 METADATA = "base64 hmac httptools msgspec secrets".split()
 # and before it runs.
