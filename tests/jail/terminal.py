@@ -59,8 +59,9 @@ class Terminal:
     def close(self) -> None:
         """Kill what is left."""
         if self.shell.poll() is None:
-            with contextlib.suppress(ProcessLookupError, AssertionError):
-                os.kill(self.job(), signal.SIGKILL)
+            for child in self._children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
             self.shell.kill()
             self.shell.wait()
         if self.master >= 0:
