@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scale: 50 VMs that idle, 20 that are busy and the latency of a neighbour, and how a start grows with what a VM has.
+
+Beside Firecracker, on this host's own /dev/kvm; an idle guest is Linux (r3 on a software KVM). Memory is the
+proportional share (PSS) of each process without its guest's RAM: what many share is counted once. Draws
+bench-results/scale.svg.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from benches.peers import common, start
+from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, ROOT, Missing, Row, compare
+from benches.peers.native import CMDLINE, kernel
+from tests.linux import kernels
+
+IDLE, BUSY = 50, 20
+ROUNDS = 3
+SECONDS = 5.0
+GETS = 500
+PATIENCE = 120.0
+MEMORIES = (1, 4, 16, 64)
+DISKS = (1, 4, 8, 17)
+# 1: out 0x80, al; jmp 1b: a port that nobody has, so that each turn is an exit to user space.
+SPIN = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, ord(start.BYTE), 0xEE, 0xE6, 0x80, 0xEB, 0xFC))
+Commands = dict[str, Callable[[int], list[str]]]
+
+
+@contextlib.contextmanager
+def _running(commands: Sequence[list[str]], mark: bytes) -> Iterator[list[int]]:
+    # The processes, once each guest has said `mark` on its serial port.
+    processes = [
+        subprocess.Popen(each, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+        for each in commands
+    ]
+    try:
+        end = time.monotonic() + PATIENCE
+        for process, command in zip(processes, commands, strict=True):
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            said = b""
+            while mark not in said:
+                if process.poll() is not None or time.monotonic() > end:
+                    raise Missing(f"no sign of a guest: {' '.join(command)}")
+                said += process.stdout.read(65536) or b""
+                time.sleep(0.01)
+        yield [process.pid for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+
+
+def _cpu_seconds(pids: Sequence[int]) -> float:
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _own_mib(pid: int) -> float:
+    # PSS of all mappings but the guest's RAM.
+    text = Path(f"/proc/{pid}/smaps").read_text()
+    found = re.findall(r"^Size: +(\d+) kB\n(?:.*\n)*?Pss: +(\d+) kB", text, re.MULTILINE)
+    return sum(int(pss) for size, pss in found if int(size) < MEMORY_MIB << 10) / 1024
+
+
+def _idle(directory: Path) -> list[Row]:
+    image = kernel()
+    initrd = directory / "initrd"
+    script = "#!/bin/sh\necho re''ady\nwhile :; do sleep 1000; done\n"
+    initrd.write_bytes(kernels.kernel().initrd((), script))
+    cmdline = f"{CMDLINE} rdinit=/init"
+    fire = common.firecracker_command(directory, image, initrd=initrd, cmdline=cmdline)
+    commands = {
+        "pyvmm": [
+            *common.pyvmm(),
+            "--memory",
+            f"{MEMORY_MIB}M",
+            "--initrd",
+            str(initrd),
+            "--append",
+            cmdline,
+            str(image),
+        ],
+        "firecracker": fire,
+    }
+
+    def turn(name: str) -> Callable[[], tuple[float, float]]:
+        def run() -> tuple[float, float]:
+            with _running([commands[name]] * IDLE, b"ready") as pids:
+                time.sleep(1)
+                before, begun = _cpu_seconds(pids), time.monotonic()
+                time.sleep(SECONDS)
+                busy = (_cpu_seconds(pids) - before) / (time.monotonic() - begun) / IDLE
+                return busy * 1e3, statistics.fmean(_own_mib(pid) for pid in pids)
+
+        return run
+
+    done = common.in_turn(1, **{name: turn(name) for name in commands})
+    rows = []
+    for place, (what, unit) in enumerate((("CPU of one", "ms/s"), ("memory of one", "MiB"))):
+        ours, theirs = ([each[place] for each in done[name]] for name in ("pyvmm", "firecracker"))
+        rows.append(compare(f"scale, {IDLE} idle: {what}", unit, ours, theirs, FIRECRACKER_NAME, None))
+    return rows
+
+
+def _servers(directory: Path, config: Path) -> Commands:
+    def command(program: Sequence[str]) -> Callable[[int], list[str]]:
+        return lambda number: [
+            *program, "--api-sock", f"{directory}/s{number}.sock", "--config-file", str(config), "--level", "Error",
+        ]  # fmt: skip
+
+    return {"pyvmm": command([common.pyvmm()[0], "serve"]), "firecracker": command([common.firecracker()])}
+
+
+def _gets(path: Path) -> list[float]:
+    # How long each answer takes, in ms.
+    took = []
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        for _ in range(GETS):
+            begun = time.perf_counter()
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            if not client.recv(4096):
+                raise Missing("a VMM that is busy does not answer")
+            took.append((time.perf_counter() - begun) * 1e3)
+            time.sleep(0.005)
+    return took
+
+
+def _busy(directory: Path) -> list[Row]:
+    guest = directory / "spin.elf"
+    guest.write_bytes(common.pvh_elf(SPIN))
+    config = Path(common.firecracker_command(directory, guest)[-1])
+    servers = _servers(directory, config)
+
+    def turn(name: str) -> Callable[[], tuple[float, float, float]]:
+        def run() -> tuple[float, float, float]:
+            for stale in directory.glob("s*.sock"):
+                stale.unlink()
+            with _running([servers[name](number) for number in range(BUSY)], start.BYTE.encode()) as pids:
+                took = sorted(_gets(directory / "s0.sock"))
+                memory = statistics.fmean(_own_mib(pid) for pid in pids)
+            return took[len(took) // 2], took[len(took) * 99 // 100], memory
+
+        return run
+
+    done = common.in_turn(ROUNDS, **{name: turn(name) for name in servers})
+    rows = []
+    for place, (what, unit) in enumerate((("GET /, p50", "ms"), ("GET /, p99", "ms"), ("memory of one", "MiB"))):
+        ours, theirs = ([each[place] for each in done[name]] for name in ("pyvmm", "firecracker"))
+        rows.append(compare(f"scale, {BUSY} busy: {what}", unit, ours, theirs, FIRECRACKER_NAME, None))
+    return rows
+
+
+def _first_byte(starter: start.Starter, command: list[str]) -> float:
+    return starter.run(1, command)[0].mark
+
+
+def _curve(starter: start.Starter, what: str, values: Sequence[int], commands: dict[str, Callable[[int], list[str]]]) \
+        -> list[Row]:  # fmt: skip
+    rows = []
+    for value in values:
+        made = {name: make(value) for name, make in commands.items()}
+        turns = {name: partial(_first_byte, starter, command) for name, command in made.items()}
+        done = common.in_turn(5, **turns)
+        name = f"scale, start to first byte with {value} {what}"
+        rows.append(compare(name, "ms", done["pyvmm"], done["firecracker"], FIRECRACKER_NAME, None))
+    return rows
+
+
+def _curves(directory: Path) -> list[Row]:
+    guest, disk = directory / "hello.elf", directory / "disk"
+    guest.write_bytes(common.pvh_elf(start.HELLO))
+    disk.write_bytes(bytes(1 << 20))
+    starter = start.Starter(directory)
+
+    def drives(count: int) -> list[dict[str, object]]:
+        # The disks of one host file: read-only, so that both take it more than once.
+        one = {"path_on_host": str(disk), "is_root_device": False, "is_read_only": True}
+        return [{**one, "drive_id": f"d{number}"} for number in range(count)]
+
+    run = [*common.pyvmm(), "--memory"]
+    memory: dict[str, Callable[[int], list[str]]] = {
+        "pyvmm": lambda gib: [*run, f"{gib}G", str(guest)],
+        "firecracker": lambda gib: [
+            *common.firecracker_command(directory, guest, memory=gib << 10),
+            "--level",
+            "Error",
+        ],
+    }
+    disks: dict[str, Callable[[int], list[str]]] = {
+        "pyvmm": lambda count: [*run, f"{MEMORY_MIB}M", *["--disk", f"{disk},ro"] * count, str(guest)],
+        "firecracker": lambda count: [
+            *common.firecracker_command(directory, guest, more={"drives": drives(count)}),
+            "--level",
+            "Error",
+        ],
+    }
+    return _curve(starter, "GiB", MEMORIES, memory) + _curve(starter, "disks", DISKS, disks)
+
+
+def _draw(rows: Sequence[Row]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), squeeze=False)
+    for what, ax in zip(("GiB", "disks"), axes[0], strict=True):
+        points = [(int(row.name.split()[-2]), row) for row in rows if row.name.endswith(f" {what}")]
+        for name, of in (("pyvmm", lambda row: row.ours), (FIRECRACKER_NAME, lambda row: row.peer)):
+            ax.plot([value for value, _ in points], [of(row) for _, row in points], marker="o", label=name)
+        ax.set_xlabel(what)
+        ax.set_ylabel("ms to the guest's first byte")
+        ax.set_ylim(bottom=0)
+        ax.legend()
+    figure.tight_layout()
+    (ROOT / "bench-results").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "bench-results/scale.svg", metadata={"Date": None})
+
+
+def rows() -> list[Row | Missing]:
+    """Every row."""
+    common.need_kvm()
+    found: list[Row | Missing] = []
+    with tempfile.TemporaryDirectory(prefix="pyvmm-scale-", dir="/dev/shm") as name:
+        curves = _curves(Path(name))
+        for part in (_idle, _busy):
+            try:
+                found += part(Path(name))
+            except Missing as problem:
+                found.append(problem)
+    _draw(curves)
+    return [*curves, *found]
