@@ -428,6 +428,7 @@ class Machine:
             return "vcpu", "console"
         foreign = self._ranges != self._count_ranges()
         foreign = foreign or any(transport.device.thread_kind is None for transport in self.virtio)
+        foreign = foreign or any(vcpu.has_handlers_of_others for vcpu in self.vcpus)
         return None if foreign else "vcpu", None
 
     def _count_ranges(self) -> int:

@@ -49,6 +49,13 @@ class Vcpu:
             raise
 
     @property
+    def has_handlers_of_others(self) -> bool:
+        """Whether ``exit_handlers`` has one that is not the VMM's own."""
+        return not set(self.exit_handlers.values()) <= {
+            Vcpu._shutdown, Vcpu._stop_on_internal_error, Vcpu._fail_entry
+        }  # fmt: skip
+
+    @property
     def loop(self) -> VcpuLoop:
         """The run loop, for its counters."""
         if self._loop is None:
