@@ -23,14 +23,15 @@ SECTORS, WORD = 2048, 0x1122334455667788
 DISK = f"capacity={SECTORS} changed=0 word={WORD}"
 
 
-# Before any test is in a namespace without a network: pip may have to fetch something.
+# Before any test is in a namespace without a network: pip or apt may have to fetch something.
 @pytest.fixture(scope="session", params=["pyvmm", "Firecracker 1.12.1"])
 def peer(request: pytest.FixtureRequest) -> str | None:
     try:
         Kvm().close()
         for client in third_party.WHEELS:
             third_party.installed(client)
-    except (ConfigError, Missing) as problem:
+        third_party.nftables()
+    except (ConfigError, Missing, PullError) as problem:
         pytest.fail(f"LAYER MISSING: clients: {problem}", pytrace=False)
     return None if request.param == "pyvmm" else firecracker()
 

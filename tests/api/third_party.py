@@ -93,6 +93,14 @@ def run(
     return found
 
 
+def nftables() -> Path:
+    """Where Debian's module of that name is.
+
+    :raises PullError: it cannot be fetched
+    """
+    return apt.package("python3-nftables").tree / "usr/lib/python3/dist-packages"
+
+
 def _command(client: str, program: str, kernel: Path, rootfs: Path, room: Path) -> list[str]:
     for name in ("lib/firecracker", "bin"):
         (room / name).mkdir(parents=True)
@@ -100,9 +108,8 @@ def _command(client: str, program: str, kernel: Path, rootfs: Path, room: Path) 
     (room / "hosts").write_text("127.0.0.1 localhost ifconfig.me ipinfo.io api.ipify.org\n")
     _make_certificate(room)
     # Debian's own binding of nft, which firecracker-python needs and PyPI has not.
-    nftables = apt.package("python3-nftables").tree / "usr/lib/python3/dist-packages"
     clients = [client, "hysn"] if client == "bandsox" else [client]  # which wants hysn's requests, too
-    places = ":".join(map(str, (*map(installed, clients), nftables, ROOT)))
+    places = ":".join(map(str, (*map(installed, clients), nftables(), ROOT)))
     environment = [
         f"PYTHONPATH={places}", f"PATH=/usr/local/bin:{os.environ['PATH']}", f"HOME={room}",
         f"DOCKER_HOST=unix://{room}/docker.sock", f"REQUESTS_CA_BUNDLE={room}/page.pem", f"ROOM={room}",
