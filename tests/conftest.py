@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from vmm import threads
+
 settings.register_profile("pyvmm", deadline=None)
 settings.load_profile("pyvmm")
 
@@ -33,6 +35,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     missing = [report for report in reports if "LAYER MISSING" in str(report.longrepr)]
     if missing:
         terminalreporter.write_line(f"LAYER MISSING: {len(missing)} tests did not run; the reasons are above", red=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_guard_of_others() -> Iterator[None]:
+    """Filters begin with a machine and stay for the process: the next test's devices, without one, have none."""
+    yield
+    threads.guard = None
 
 
 @pytest.fixture
