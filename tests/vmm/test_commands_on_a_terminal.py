@@ -192,7 +192,8 @@ def test_ctrl_c_ends_it_without_a_word(place: Path, start: Start, guest: Path, n
 
 def test_ctrl_c_while_it_is_imported(place: Path, guest: Path) -> None:
     # As early as the launcher has held it: the signal waits until somebody catches it.
-    process = subprocess.Popen([PYVMM, "vsock", str(guest), "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # an empty stdin ends it
+    process = subprocess.Popen([PYVMM, "vsock", str(guest), "1"], **pipes)
     held = Path(f"/proc/{process.pid}/status")
     until(lambda: f"\nSigBlk:\t{1 << signal.SIGINT - 1:016x}" in held.read_text())
     process.send_signal(signal.SIGINT)
