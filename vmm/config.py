@@ -160,10 +160,6 @@ class VmConfig(Config):
                 return repr(f"{value >> shift}{unit}")
         return repr(value)
 
-    def replaced(self, **changes: Any) -> VmConfig:
-        """The same with other values for some parameters, which are checked."""
-        return VmConfig(**{name: getattr(self, name) for name in self.__slots__} | changes)
-
     def _check(self) -> None:
         if not 1 <= self.cpus <= MAX_VCPUS:
             raise ConfigError("cpus", self.cpus, f"must be 1 to {MAX_VCPUS}")

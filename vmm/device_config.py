@@ -14,6 +14,7 @@ from vmm.options import parse_count, parse_options, parse_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any, Self
 
 MAX_QUEUES = 8
 MAX_FS_THREADS = 32
@@ -53,6 +54,10 @@ class Config:
 
     def _word(self, name: str, value: object) -> str:
         return repr(value)
+
+    def replaced(self, **changes: Any) -> Self:
+        """The same with other values for some parameters, which are checked."""
+        return type(self)(**{name: getattr(self, name) for name in self.__slots__} | changes)
 
 
 class RateLimiterConfig(Config):

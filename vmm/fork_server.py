@@ -16,7 +16,6 @@ from array import array
 import msgspec
 
 from vmm import _uring, jailer, preload, seccomp
-from vmm.device_config import DriveConfig
 from vmm.errors import VmmError, line
 from vmm.isolated import DESCRIPTORS_MAX
 from vmm.machine import Machine
@@ -99,7 +98,7 @@ def _made(files: list[int], order: int) -> Machine:
     os.chdir(directory)
     image, _ = decode(state, "copy")
     disks = [
-        drive if place < 0 else _at(drive, f"/proc/self/fd/{files[place]}")
+        drive if place < 0 else drive.replaced(path_on_host=f"/proc/self/fd/{files[place]}")
         for drive, place in zip(image.config.drives, drives, strict=True)
     ]
     image.config = image.config.replaced(drives=disks)
@@ -114,10 +113,6 @@ def _made(files: list[int], order: int) -> Machine:
         _enter_jail(image.config.vsock.uds_path if image.config.vsock is not None else None)
     seccomp.enable()
     return vm
-
-
-def _at(drive: DriveConfig, path: str) -> DriveConfig:
-    return DriveConfig(**{name: getattr(drive, name) for name in drive.__slots__} | {"path_on_host": path})
 
 
 def _enter_jail(vsock: str | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 
-from vmm.device_config import DriveConfig, VsockConfig
 from vmm.errors import SnapshotError
 from vmm.machine import Machine
 from vmm.memory import MemoryFile
@@ -164,12 +163,8 @@ def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmCon
     drives = list(config.drives)
     for place, fd in disks.items():
         # The child opens it by this name while it is made, and is then the only one that has it.
-        drives[place] = _replaced(drives[place], path_on_host=f"/proc/self/fd/{fd}", image_format="raw")
+        drives[place] = drives[place].replaced(path_on_host=f"/proc/self/fd/{fd}", image_format="raw")
     vsock = config.vsock
     if vsock is not None:
-        vsock = VsockConfig(vsock.guest_cid, f"{vsock.uds_path}.{number}", vsock_id=vsock.vsock_id)
+        vsock = vsock.replaced(uds_path=f"{vsock.uds_path}.{number}")
     return config.replaced(drives=drives, vsock=vsock, console="none")
-
-
-def _replaced(drive: DriveConfig, **changes: Any) -> DriveConfig:
-    return DriveConfig(**{name: getattr(drive, name) for name in drive.__slots__} | changes)

@@ -251,10 +251,7 @@ def _overridden(
 
 
 def _tap(net: Any, name: str | None) -> Any:
-    if name is None:
-        return net
-    fields = {field: getattr(net, field) for field in net.__slots__}
-    return type(net)(**fields | {"mode": "tap", "host_dev_name": name})
+    return net if name is None else net.replaced(mode="tap", host_dev_name=name)
 
 
 def _io(error: OSError) -> str:
