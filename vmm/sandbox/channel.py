@@ -17,7 +17,7 @@ from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 PORT = 521
 REQUEST_MAX = 1 << 20  # bytes
@@ -26,7 +26,10 @@ FRAME_MAX = 1 << 16  # bytes the agent takes in one frame
 ANSWER_MAX = FRAME_MAX + 64
 _CHUNK = 1 << 18
 _HEAD = struct.Struct("<BI")
-_ANSWERS = frozenset(b"poexdnckf")
+# Types of frames, as agent/agent.h has them.
+F_STDIN, F_WINDOW, F_DATA = b"iwd"
+F_STARTED, F_STDOUT, F_STDERR, F_EXIT, F_ENTRY, F_CHANGE, F_DONE, F_FAILED = b"poexnckf"
+_ANSWERS = frozenset((F_DATA, F_STARTED, F_STDOUT, F_STDERR, F_EXIT, F_ENTRY, F_CHANGE, F_DONE, F_FAILED))
 
 
 class Deadline:
@@ -192,10 +195,6 @@ class Channel:
             raise ConfigError("request", what, f"must be at most {WORDS_MAX} words and {REQUEST_MAX} bytes")
         self.send(deadline, doing, struct.pack("<I", len(data)) + data)
 
-    def frame(self, deadline: Deadline, doing: str, kind: bytes, data: bytes | memoryview = b"") -> None:
-        """Send one frame, of at most ``FRAME_MAX`` bytes."""
-        self.send(deadline, doing, _HEAD.pack(kind[0], len(data)) + data)
-
     def send(self, deadline: Deadline, doing: str, data: bytes) -> None:
         """Send all of `data`.
 
@@ -276,6 +275,22 @@ class Channel:
 
     def _gone(self) -> SandboxGone:
         return SandboxGone(self._link.why or "the agent has closed the connection")
+
+
+def frame(kind: int, data: bytes | memoryview = b"") -> bytes:
+    """One frame, of at most ``FRAME_MAX`` bytes."""
+    return _HEAD.pack(kind, len(data)) + data
+
+
+def frames(kind: int, data: bytes | memoryview) -> Iterator[bytes]:
+    """`data` in as many frames as it takes."""
+    for at in range(0, len(data), FRAME_MAX):
+        yield frame(kind, data[at : at + FRAME_MAX])
+
+
+def out_of_turn(doing: str) -> AgentError:
+    """The error for a frame that is none of the answer to `doing`."""
+    return AgentError(f"{doing}: the guest sent something out of turn")
 
 
 def failure(data: bytes) -> tuple[int, str]:

@@ -8,7 +8,21 @@ import posixpath
 import stat
 import struct
 
-from vmm.sandbox.channel import FRAME_MAX, Channel, Deadline, Link, failure
+from vmm.sandbox.channel import (
+    F_CHANGE,
+    F_DATA,
+    F_DONE,
+    F_ENTRY,
+    F_FAILED,
+    FRAME_MAX,
+    Channel,
+    Deadline,
+    Link,
+    failure,
+    frame,
+    frames,
+    out_of_turn,
+)  # fmt: skip
 from vmm.sandbox.errors import AgentError
 
 TYPE_CHECKING = False
@@ -102,7 +116,7 @@ class Files:
                 channel.send(deadline, doing, frame)
             while True:
                 kind, data = channel.read(deadline, doing)
-                if kind in b"kf":
+                if kind in (F_DONE, F_FAILED):
                     whole = True
                     break
                 yield kind, data
@@ -111,13 +125,12 @@ class Files:
                 self._idle.append(channel)
             else:
                 channel.close()
-        if kind == 0x66:
-            number, what = failure(data)
-            raise OSError(number, os.strerror(number), what)
+        if kind == F_FAILED:
+            raise _error(data)
 
     def _do(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> None:
         for _ in self._ask(words, timeout, frames):
-            raise AgentError(f"{words[0]}: the guest sent something out of turn")
+            raise out_of_turn(words[0])
 
     def close(self) -> None:
         """Close the connections that are kept for the next call."""
@@ -142,8 +155,8 @@ class Files:
         if length is not None:
             words.append(f"length={length}")
         for kind, data in self._ask(words, timeout):
-            if kind != 0x64:
-                raise AgentError(f"read {path}: the guest sent something out of turn")
+            if kind != F_DATA:
+                raise out_of_turn(f"read {path}")
             yield data
 
     if TYPE_CHECKING:
@@ -195,8 +208,8 @@ class Files:
 
     def _entries(self, verb: str, path: str, user: str | int | None, timeout: float, *more: str) -> Iterator[Entry]:
         for kind, data in self._ask([verb, f"path={path}", *_user(user), *more], timeout):
-            if kind != 0x6E:
-                raise AgentError(f"{verb} {path}: the guest sent something out of turn")
+            if kind != F_ENTRY:
+                raise out_of_turn(f"{verb} {path}")
             yield Entry(path, data)
 
     def exists(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> bool:
@@ -296,9 +309,8 @@ class Files:
         try:
             channel.request(deadline, doing, ["watch", f"path={path}", *_user(user)])
             kind, data = channel.read(deadline, doing)
-            if kind == 0x66:
-                number, what = failure(data)
-                raise OSError(number, os.strerror(number), what)
+            if kind == F_FAILED:
+                raise _error(data)
         except BaseException:
             channel.close()
             raise
@@ -309,12 +321,17 @@ def _changes(channel: Channel, deadline: Deadline, doing: str) -> Iterator[Chang
     with channel:
         while True:
             kind, data = channel.read(deadline, doing)
-            if kind != 0x63 or len(data) < 4:
-                raise AgentError(f"{doing}: the guest sent something out of turn")
+            if kind != F_CHANGE or len(data) < 4:
+                raise out_of_turn(doing)
             (mask,) = struct.unpack_from("<I", data)
             for bit, what in _CHANGES.items():
                 if mask & bit:
                     yield Change(os.fsdecode(data[4:]), what)
+
+
+def _error(data: bytes) -> OSError:
+    number, what = failure(data)
+    return OSError(number, os.strerror(number), what)
 
 
 def _user(user: str | int | None) -> list[str]:
@@ -332,7 +349,5 @@ def _data_frames(data: str | bytes | BinaryIO | Iterable[bytes]) -> Iterator[byt
     else:
         pieces = data
     for piece in pieces:
-        for at in range(0, len(piece), FRAME_MAX):
-            part = piece[at : at + FRAME_MAX]
-            yield struct.pack("<BI", 0x64, len(part)) + part
-    yield struct.pack("<BI", 0x64, 0)
+        yield from frames(F_DATA, piece)
+    yield frame(F_DATA)

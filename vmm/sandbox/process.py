@@ -11,8 +11,9 @@ import threading
 import time
 
 from vmm.errors import ConfigError, line
+from vmm.sandbox import channel as wire
 from vmm.sandbox import errors
-from vmm.sandbox.channel import FRAME_MAX, Deadline, Link, failure
+from vmm.sandbox.channel import Deadline, Link, failure
 from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
 
 TYPE_CHECKING = False
@@ -161,7 +162,7 @@ class Input:
         if not self.closed:
             self.closed = True
             try:
-                self._process.channel.frame(Deadline(10), self._process.command, b"i")
+                self._process.channel.send(Deadline(10), self._process.command, CLOSE)
             except SandboxGone:
                 pass  # the command has ended
 
@@ -209,19 +210,19 @@ class Process:
                 return
             kind, data = self.channel.read(deadline, self.command)
             match kind:
-                case 0x6F:  # o
+                case wire.F_STDOUT:
                     self.stdout._add(data)
-                case 0x65:  # e
+                case wire.F_STDERR:
                     self.stderr._add(data)
-                case 0x70 if len(data) == 4 and not self.pid:  # p
+                case wire.F_STARTED if len(data) == 4 and not self.pid:
                     self.pid = struct.unpack("<I", data)[0]
-                case 0x78 if len(data) == 3:  # x
+                case wire.F_EXIT if len(data) == 3:
                     signalled, code, memory = data
                     self._result.exit_code = (128 + code) & 255 if signalled else code
                     self._result.signal = code if signalled else None
                     self._result.out_of_memory = bool(memory)
                     self._end()
-                case 0x66 if not self.pid:  # f
+                case wire.F_FAILED if not self.pid:
                     self._refused(*failure(data))
                 case _:
                     raise AgentError(f"{self.command}: the guest sent {chr(kind)!r} out of turn")
@@ -304,7 +305,7 @@ class Process:
         with self._link.connect(deadline, "signal") as channel:
             channel.request(deadline, "signal", ("signal", f"pid={self.pid}", f"signal={int(number)}"))
             kind, data = channel.read(deadline, "signal")
-        if kind == 0x66 and (number_ := failure(data)[0]) != errno.ESRCH:
+        if kind == wire.F_FAILED and (number_ := failure(data)[0]) != errno.ESRCH:
             raise OSError(number_, os.strerror(number_))
 
     def terminate(self) -> None:
@@ -317,7 +318,7 @@ class Process:
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell its terminal another size."""
-        self.channel.frame(Deadline(10), self.command, b"w", struct.pack("<HH", rows, columns))
+        self.channel.send(Deadline(10), self.command, wire.frame(wire.F_WINDOW, struct.pack("<HH", rows, columns)))
 
     def close(self) -> None:
         """Give it up: one that still runs is killed. Idempotent."""
@@ -332,13 +333,10 @@ class Process:
 
 def input_frames(data: bytes | str) -> Iterator[bytes]:
     """`data` in frames for standard input."""
-    view = memoryview(data.encode() if isinstance(data, str) else data).cast("B")
-    for at in range(0, len(view), FRAME_MAX):
-        piece = view[at : at + FRAME_MAX]
-        yield struct.pack("<BI", 0x69, len(piece)) + piece
+    return wire.frames(wire.F_STDIN, memoryview(data.encode() if isinstance(data, str) else data).cast("B"))
 
 
-CLOSE = struct.pack("<BI", 0x69, 0)
+CLOSE = wire.frame(wire.F_STDIN)
 
 
 def words_of(

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import stat
 
+from vmm.device_config import MAX_UDS_PATH
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 NAME_MAX = 32
 SOCKET = "v"
-_SOCKET_MAX = 107  # bytes of a unix socket's path
 
 
 def root() -> str:
@@ -58,7 +58,7 @@ class Place:
         self.name = name or f"sb-{secrets.token_hex(4)}"
         self.path = os.path.join(directory, self.name)
         self.socket = os.path.join(self.path, SOCKET)
-        if len(os.fsencode(self.socket)) > _SOCKET_MAX:
+        if len(os.fsencode(self.socket)) > MAX_UDS_PATH:
             raise ConfigError("XDG_RUNTIME_DIR", directory, "is too long for a unix socket in it")
         os.makedirs(self.path, 0o700, exist_ok=True)
         self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

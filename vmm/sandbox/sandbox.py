@@ -87,11 +87,10 @@ class Sandbox(Session):
         )
         try:
             kernel, initrd = guest.kernel_and_initrd(found, kernel, self._place.path)
-            disks = getattr(found, "disks", None) or [found.rootfs]
             config = VmConfig(
                 kernel, initrd=initrd, memory=memory, cpus=cpus,
-                cmdline=f"{guest.CMDLINE} pyvmm.layers={len(disks)} pyvmm.room={room} pyvmm.name={self.name}",
-                drives=[DriveConfig(disk, is_read_only=True) for disk in disks],
+                cmdline=f"{guest.CMDLINE} pyvmm.layers={len(found.disks)} pyvmm.room={room} pyvmm.name={self.name}",
+                drives=[DriveConfig(disk, is_read_only=True) for disk in found.disks],
                 shares=[share for _, share in shares], entropy=True, vsock=VsockConfig(3, self._place.socket),
                 network_interfaces=[NetConfig(mode="user")] if network == "user" else (),
                 append=guest.network_words() if network == "user" else "",

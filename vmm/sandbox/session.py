@@ -7,8 +7,8 @@ import os
 
 from vmm.errors import line
 from vmm.sandbox import registry
-from vmm.sandbox.channel import Deadline, Link, failure
-from vmm.sandbox.errors import AgentError, SandboxError
+from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
+from vmm.sandbox.errors import SandboxError
 from vmm.sandbox.files import Files
 from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, words_of
 
@@ -122,11 +122,11 @@ class Session:
         with self._link.connect(deadline, doing) as channel:
             channel.request(deadline, doing, ("tcp", f"port={port}"))
             kind, data = channel.read(deadline, doing)
-            if kind == 0x66:
+            if kind == F_FAILED:
                 number, _ = failure(data)
                 raise OSError(number, os.strerror(number), doing)
-            if kind != 0x6B:
-                raise AgentError(f"{doing}: the guest sent something out of turn")
+            if kind != F_DONE:
+                raise out_of_turn(doing)
             return channel.take()
 
     def publish(self, port: int, host_port: int = 0, *, host: str = "127.0.0.1") -> Published:
@@ -148,11 +148,11 @@ class Session:
         with self._link.connect(deadline, words[0]) as channel:
             channel.request(deadline, words[0], words)
             kind, data = channel.read(deadline, words[0])
-        if kind == 0x66:
+        if kind == F_FAILED:
             number, what = failure(data)
             raise SandboxError(f"{words[0]}: {line(what)}: {os.strerror(number)}")
-        if kind != 0x6B:
-            raise AgentError(f"{words[0]}: the guest sent something out of turn")
+        if kind != F_DONE:
+            raise out_of_turn(words[0])
 
 
 class Commands:
