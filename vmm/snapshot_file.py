@@ -72,7 +72,7 @@ def save(image: Image, directory: str) -> None:
         try:
             mark = os.urandom(16)
             _write(os.path.join(made, MEMORY), lambda fd: _write_marked_memory(image, fd, mark))
-            _write(os.path.join(made, STATE), lambda fd: _write_all(fd, encode(image, mark)))
+            _write(os.path.join(made, STATE), lambda fd: write_all(fd, encode(image, mark)))
             _sync(made)
             _put(made, directory)
         finally:
@@ -213,7 +213,7 @@ def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
     size = image.config.memory
     write_memory(image.memory, size, fd)
     os.ftruncate(fd, size + _PAGE)
-    _write_all(fd, mark, size + _PAGE - len(mark))
+    write_all(fd, mark, size + _PAGE - len(mark))
 
 
 def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
@@ -224,7 +224,7 @@ def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
     """
     runs = [(place_of(gpa, size), length) for gpa, length in touched]
     try:
-        write_whole((path, lambda fd: _write_all(fd, msgspec.msgpack.encode(runs))))
+        write_whole((path, lambda fd: write_all(fd, msgspec.msgpack.encode(runs))))
     except OSError as error:
         raise HostError(error.errno or 0, "write which pages were touched", path) from None
 
@@ -335,10 +335,15 @@ def _write(path: str, fill: Callable[[int], None]) -> None:
         os.close(fd)
 
 
-def _write_all(fd: int, data: bytes, offset: int = 0) -> None:
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data, offset = data[done:], offset + done
+def write_all(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
+    """Write all of `data` at `offset`.
+
+    :raises OSError: it cannot be written
+    """
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
 
 
 def _is_ours(directory: str) -> bool:

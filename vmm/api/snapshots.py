@@ -27,6 +27,7 @@ from vmm.snapshot_file import (
     place_of,
     prefetch,
     read_state,
+    write_all,
     write_memory,
     write_whole,
 )  # fmt: skip
@@ -113,7 +114,7 @@ def write_files(
     """
     size = image.config.memory
     into = -1
-    state_file: tuple[str, Callable[[int], None]] = body.snapshot_path, lambda fd: _put(fd, state)
+    state_file: tuple[str, Callable[[int], None]] = body.snapshot_path, lambda fd: write_all(fd, state)
     if written is None or (into := _existing(body.mem_file_path, size)) < 0:
         pieces = [piece for piece in image.memory if written is None or _overlaps(written, piece.gpa, piece.size)]
         write_whole(state_file, (body.mem_file_path, lambda fd: write_memory(pieces, size, fd)))
@@ -124,7 +125,7 @@ def write_files(
         write_whole(state_file)
         try:
             for gpa, length in written:
-                _put(into, read(gpa, length), place_of(gpa, size))
+                write_all(into, read(gpa, length), place_of(gpa, size))
             os.fsync(into)
         except OSError as error:
             error.filename = body.mem_file_path
@@ -152,13 +153,6 @@ def _existing(path: str, size: int) -> int:
         return fd
     os.close(fd)
     return -1
-
-
-def _put(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
