@@ -120,20 +120,20 @@ def _enter_jail(vsock: str | None) -> None:
 
     :param vsock: the path of its socket, whose directory is there as the guest's programs connect to sockets in it
     """
-    jailer._call("unshare", jailer.CLONE_NEWNS | jailer.CLONE_NEWNET | CLONE_NEWIPC)
-    jailer._mount(None, "/", None, jailer.MS_SLAVE | jailer.MS_REC)
+    jailer.call("unshare", jailer.CLONE_NEWNS | jailer.CLONE_NEWNET | CLONE_NEWIPC)
+    jailer.mount(None, "/", None, jailer.MS_SLAVE | jailer.MS_REC)
     root = tempfile.gettempdir()
     inside = None
     if vsock is not None:
         inside = os.path.dirname(os.path.abspath(vsock))
         kept = os.open(inside, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    jailer._mount("none", root, "tmpfs", jailer.MS_NOSUID | jailer.MS_NODEV | jailer.MS_NOEXEC, "size=64k,mode=0700")
+    jailer.mount("none", root, "tmpfs", jailer.MS_NOSUID | jailer.MS_NODEV | jailer.MS_NOEXEC, "size=64k,mode=0700")
     if inside is not None:
         os.makedirs(root + inside)
-        jailer._mount(f"/proc/self/fd/{kept}", root + inside, None, jailer.MS_BIND)
+        jailer.mount(f"/proc/self/fd/{kept}", root + inside, None, jailer.MS_BIND)
         os.close(kept)
     os.chdir(root)
-    jailer._call("syscall", jailer.SYS_PIVOT_ROOT, b".", b".")
-    jailer._call("umount2", b".", jailer.MNT_DETACH)
+    jailer.call("syscall", jailer.SYS_PIVOT_ROOT, b".", b".")
+    jailer.call("umount2", b".", jailer.MNT_DETACH)
     os.chdir("/" if inside is None else inside)
-    jailer._drop_privileges(os.getuid(), os.getgid())
+    jailer.drop_privileges(os.getuid(), os.getgid())

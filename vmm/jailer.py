@@ -114,7 +114,7 @@ class Jail:
             self._null = null
         self._be_written_down()
         _mount_proc()
-        _drop_privileges(self.uid, self.gid)
+        drop_privileges(self.uid, self.gid)
 
     def settle(self, status: int = 0) -> None:
         """Tell who started us how the start went, and be without standard streams from here on; once, if daemonized.
@@ -132,7 +132,7 @@ class Jail:
     def _join_network(self, path: str) -> None:
         fd = _open(path, os.O_RDONLY)
         try:
-            _call("setns", fd, CLONE_NEWNET, path=path)
+            call("setns", fd, CLONE_NEWNET, path=path)
         finally:
             os.close(fd)
 
@@ -145,14 +145,14 @@ class Jail:
 
     def _pivot(self) -> None:
         # What the host mounts below the jail's root later comes in, too: runtimes hot-plug drives so. Nothing goes out.
-        _call("unshare", CLONE_NEWNS)
-        _mount(None, "/", None, MS_SLAVE | MS_REC)
-        _mount(self.root, self.root, None, MS_BIND | MS_REC)
+        call("unshare", CLONE_NEWNS)
+        mount(None, "/", None, MS_SLAVE | MS_REC)
+        mount(self.root, self.root, None, MS_BIND | MS_REC)
         _reach("chdir", self.root, os.chdir, self.root)
         _reach("make", "old_root", os.mkdir, "old_root", 0o700)
-        _call("syscall", SYS_PIVOT_ROOT, b".", b"old_root", path=self.root)
+        call("syscall", SYS_PIVOT_ROOT, b".", b"old_root", path=self.root)
         os.chdir("/")
-        _call("umount2", b"old_root", MNT_DETACH)
+        call("umount2", b"old_root", MNT_DETACH)
         os.rmdir("old_root")
         os.chroot(".")
 
@@ -175,7 +175,7 @@ class Jail:
         file = _open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         pid = os.getpid()
         if self.new_pid_ns:
-            _call("unshare", CLONE_NEWPID)
+            call("unshare", CLONE_NEWPID)
             written, writes = os.pipe2(os.O_CLOEXEC)
             pid = os.fork()
             if not pid:
@@ -341,7 +341,7 @@ def _mount_proc() -> None:
     # jail's own processes: no /proc/sys, and read-only.
     os.makedirs("/proc", exist_ok=True)
     try:
-        _mount("proc", "/proc", "proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=ptraceable,subset=pid")
+        mount("proc", "/proc", "proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=ptraceable,subset=pid")
     except HostError as error:
         print(f"pyvmm jailer: no /proc in the jail, so no shares (needs Linux 5.8): {error}", file=sys.stderr)
 
@@ -350,12 +350,16 @@ class _CapHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
 
-def _drop_privileges(uid: int, gid: int) -> None:
-    _call("prctl", PR_SET_SECUREBITS, SECURE_BITS, 0, 0, 0)
+def drop_privileges(uid: int, gid: int) -> None:
+    """Be this user in this group, without capabilities and for good; root keeps CAP_DAC_OVERRIDE.
+
+    :raises HostError: the kernel refused it
+    """
+    call("prctl", PR_SET_SECUREBITS, SECURE_BITS, 0, 0, 0)
     capability = 0
     while not _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
         capability += 1  # up to the last that this kernel has
-    _call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     try:
         os.setgroups([])
         os.setresgid(gid, gid, gid)
@@ -365,8 +369,8 @@ def _drop_privileges(uid: int, gid: int) -> None:
     header = _CapHeader(CAPABILITY_VERSION_3, 0)
     # A jail of root's opens what root opens: a file of another user's, a FIFO of mode 0, as Kata makes them.
     kept = CAP_DAC_OVERRIDE if uid == 0 else 0
-    _call("capset", ctypes.byref(header), (ctypes.c_uint32 * 6)(kept, kept))
-    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("capset", ctypes.byref(header), (ctypes.c_uint32 * 6)(kept, kept))
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -384,12 +388,21 @@ def _reach(what: str, path: str, do: Callable[..., _T], *arguments: Any, **optio
         raise HostError(number or 22, what, path) from None
 
 
-def _call(name: str, *arguments: object, path: str | None = None) -> None:
+def call(name: str, *arguments: object, path: str | None = None) -> None:
+    """Call the C library's `name`, which gives a negative number if it fails.
+
+    :param path: for the error
+    :raises HostError: it failed
+    """
     if getattr(_libc, name)(*arguments) < 0:
         raise HostError(ctypes.get_errno(), "pivot_root" if name == "syscall" else name, path)
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    """See mount(2).
+
+    :raises HostError: it failed
+    """
     words = [None if word is None else word.encode() for word in (source, target, kind)]
     if _libc.mount(*words, ctypes.c_ulong(flags), None if options is None else options.encode()) < 0:
         raise HostError(ctypes.get_errno(), "mount", target)
