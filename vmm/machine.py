@@ -426,9 +426,11 @@ class Machine:
         seccomp.guard(alone=False)
         if threads.guard is not None and threads.guard.alone:
             return "vcpu", "console"
-        foreign = self._ranges != self._count_ranges()
-        foreign = foreign or any(transport.device.thread_kind is None for transport in self.virtio)
-        foreign = foreign or any(vcpu.has_handlers_of_others for vcpu in self.vcpus)
+        foreign = (
+            self._ranges != self._count_ranges()
+            or any(transport.device.thread_kind is None for transport in self.virtio)
+            or any(vcpu.has_handlers_of_others for vcpu in self.vcpus)
+        )
         return None if foreign else "vcpu", None
 
     def _count_ranges(self) -> int:

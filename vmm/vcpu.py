@@ -36,11 +36,7 @@ class Vcpu:
     def __init__(self, vm: Vm, index: int, pio: Bus, mmio: Bus) -> None:
         self.index = index
         self._exits: dict[str, int] = {}
-        self.exit_handlers: dict[int, Callable[[Vcpu], None]] = {
-            abi.KVM_EXIT_SHUTDOWN: Vcpu._shutdown,
-            abi.KVM_EXIT_INTERNAL_ERROR: Vcpu._stop_on_internal_error,
-            abi.KVM_EXIT_FAIL_ENTRY: Vcpu._fail_entry,
-        }
+        self.exit_handlers = dict(_HANDLERS)
         self.fd = vm.create_vcpu(index)
         try:
             self._loop: VcpuLoop | None = VcpuLoop(self.fd, vm.vcpu_mmap_size, pio, mmio)
@@ -51,9 +47,7 @@ class Vcpu:
     @property
     def has_handlers_of_others(self) -> bool:
         """Whether ``exit_handlers`` has one that is not the VMM's own."""
-        return not set(self.exit_handlers.values()) <= {
-            Vcpu._shutdown, Vcpu._stop_on_internal_error, Vcpu._fail_entry
-        }  # fmt: skip
+        return not set(self.exit_handlers.values()) <= set(_HANDLERS.values())
 
     @property
     def loop(self) -> VcpuLoop:
@@ -164,3 +158,10 @@ class Vcpu:
             self._loop = None
             undertaker.bury([self.fd])
             self.fd = -1
+
+
+_HANDLERS: dict[int, Callable[[Vcpu], None]] = {
+    abi.KVM_EXIT_SHUTDOWN: Vcpu._shutdown,
+    abi.KVM_EXIT_INTERNAL_ERROR: Vcpu._stop_on_internal_error,
+    abi.KVM_EXIT_FAIL_ENTRY: Vcpu._fail_entry,
+}
