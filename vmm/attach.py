@@ -163,7 +163,7 @@ class Devices:
         id = next(name for name in names if name not in self.by_id)
         attached = Attached(made, id, place, self._first + place * layout.VIRTIO_MMIO_STRIDE)
         self.by_id[id] = attached
-        self.windows = tuple(each.window for each in self.by_id.values() if each.window is not None)
+        self._list_windows()
         return attached
 
     def window_address(self, attached: Attached) -> int:
@@ -180,6 +180,9 @@ class Devices:
     def remove(self, attached: Attached) -> None:
         """Forget it."""
         del self.by_id[attached.id]
+        self._list_windows()
+
+    def _list_windows(self) -> None:
         self.windows = tuple(each.window for each in self.by_id.values() if each.window is not None)
 
     def named(self, kind: str) -> dict[str, Any]:
