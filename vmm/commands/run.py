@@ -248,10 +248,7 @@ def main(args: Arguments) -> int:
     launched.spare_collections("vmm.machine")
     from vmm.machine import Machine
 
-    if not (args.no_seccomp or args.dry_run):
-        from vmm import seccomp
-
-        seccomp.guard(alone=True)
+    _guard(args)
     vm = Machine(config, prepared=prepared, seccomp=not args.no_seccomp)
     try:
         if args.verbose or args.dry_run:
@@ -261,6 +258,13 @@ def main(args: Arguments) -> int:
         return _run(vm, verbose=args.verbose)
     finally:
         vm.close()
+
+
+def _guard(args: Arguments) -> None:
+    if not (args.no_seccomp or args.dry_run):
+        from vmm import seccomp
+
+        seccomp.guard(alone=True)
 
 
 def _restore(args: Arguments) -> int:
@@ -275,10 +279,7 @@ def _restore(args: Arguments) -> int:
         raise ConfigError("--restore", args.restore, f"has its own configuration, which {what} cannot change")
     image = Image.load(args.restore or "")
     image.config = image.config.replaced(console=args.console, kvm=args.kvm)
-    if not args.no_seccomp:
-        from vmm import seccomp
-
-        seccomp.guard(alone=True)
+    _guard(args)
     vm = Machine(image=image, seccomp=not args.no_seccomp)
     try:
         return _run(vm, verbose=args.verbose)
