@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jail.jailed import until
 from tests.linux import r3
+from tests.waiting import until
 from vmm.images.apt import Package
 from vmm.images.host import PullError
 

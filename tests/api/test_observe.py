@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ import pytest
 from tests.api.oracle import PYVMM
 from tests.boot.kernel_images import note, pvh_elf, pvh_note
 from tests.kvm.guests import write_guest
+from tests.waiting import PATIENCE, until
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm, software_kvm
 
-PATIENCE = 30.0
 IDLE = "1: hlt; jmp 1b"
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}"
 
@@ -113,13 +112,6 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     yield start
     for each in running:
         each.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def touched(path: Path) -> Path:

@@ -11,12 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import PATIENCE, until
+
 ROOT = Path(__file__).parents[2]
-PATIENCE = 30.0
 UID = 1234
 ID = "vm-1"
 
@@ -34,15 +34,6 @@ class _Connection(http.client.HTTPConnection):
             self.sock.connect(f"/proc/self/fd/{directory}/{self._path.name}")
         finally:
             os.close(directory)
-
-
-def until(found: Any) -> Any:
-    """What `found` gives once it gives something true."""
-    deadline = time.monotonic() + PATIENCE
-    while not (what := found()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.01)
-    return what
 
 
 class Jailed:

@@ -13,7 +13,8 @@ import termios
 import time
 from pathlib import Path
 
-from tests.jail.jailed import PATIENCE, ROOT, until
+from tests.jail.jailed import ROOT
+from tests.waiting import PATIENCE, until
 
 SHELL = Path(__file__).with_name("shell.py")
 

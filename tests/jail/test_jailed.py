@@ -20,9 +20,10 @@ import pytest
 
 from benches.peers.firecracker import jailer
 from tests.api.oracle import firecracker
-from tests.jail.jailed import PATIENCE, UID, Jailed, until
+from tests.jail.jailed import UID, Jailed
 from tests.kvm.guests import write_guest
 from tests.kvm.ring3 import Words, kernel
+from tests.waiting import PATIENCE, until
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm
 

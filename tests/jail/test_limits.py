@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.jail.jailed import PATIENCE, ROOT, Jailed, until
+from tests.jail.jailed import ROOT, Jailed
 from tests.kvm.guests import write_guest
+from tests.waiting import PATIENCE, until
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.jail.jailed import Jailed, until
+from tests.jail.jailed import Jailed
 from tests.jail.terminal import Terminal
 from tests.kvm.guests import write_guest
+from tests.waiting import until
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.kvm.guests import PATIENCE, run
+from tests.waiting import until
 from vmm import Machine, StopReason, undertaker
 from vmm.errors import SnapshotError, VmmError
 
@@ -43,10 +44,7 @@ def _count(vm: Machine) -> int:
 
 
 def _until_it_counts(vm: Machine, above: int = 0) -> None:
-    end = time.monotonic() + PATIENCE
-    while _count(vm) <= above:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    until(lambda: _count(vm) > above)
 
 
 def test_children_go_on_from_the_same_instruction_and_each_on_its_own(guest: MakeGuest) -> None:

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.kvm.guests import PATIENCE, write_guest
+from tests.waiting import until
 from vmm import DriveConfig, Machine, Pool, StopReason
 from vmm.device_config import NetConfig, VsockConfig
 from vmm.errors import SnapshotError, VmmError
@@ -44,17 +44,10 @@ def _fork(vm: Machine, count: int = 1, **settings: object) -> list[Isolated]:
     return children
 
 
-def _until(done: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 def test_each_goes_on_in_a_process_of_its_own_and_says_how_it_ended(tmp_path: Path, guest: MakeGuest) -> None:
     vm = guest(GUEST)
     vm.start()
-    _until(lambda: vm.memory.read(0x200004, 4) != bytes(4))
+    until(lambda: vm.memory.read(0x200004, 4) != bytes(4))
     vm.pause()
     vm.memory.write(0x200000, b"\x07")
     children = _fork(vm, 3, change=lambda config, number: config.replaced(console=f"file:{tmp_path}/said{number}"))
@@ -112,7 +105,7 @@ def test_a_fork_server_that_was_killed_is_started_again(guest: MakeGuest) -> Non
     (first,) = _fork(vm)
     server = int(Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(server, signal.SIGKILL)
-    _until(lambda: "Z" in Path(f"/proc/{server}/stat").read_text().rpartition(")")[2])
+    until(lambda: "Z" in Path(f"/proc/{server}/stat").read_text().rpartition(")")[2])
     (second,) = _fork(vm)
     assert (first.state, second.state) == ("Running", "Running")
     first.close()
@@ -213,4 +206,4 @@ def test_they_end_with_whoever_has_asked_for_them(tmp_path: Path) -> None:
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     for pid in pids:
-        _until(lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
+        until(lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]

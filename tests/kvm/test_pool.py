@@ -15,6 +15,7 @@ import pytest
 
 from tests.kvm.guests import PATIENCE
 from tests.kvm.test_fork import COUNTER
+from tests.waiting import until
 from vmm import DriveConfig, Machine, Pool, undertaker
 from vmm.errors import SnapshotError, VmmError
 
@@ -25,18 +26,11 @@ def _count(vm: Machine) -> int:
     return int.from_bytes(vm.memory.read(0x200004, 4), "little")
 
 
-def _until(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 @pytest.fixture
 def counter(guest: MakeGuest) -> Machine:
     vm = guest(COUNTER)
     vm.start()
-    _until(lambda: _count(vm) > 0)
+    until(lambda: _count(vm) > 0)
     vm.pause()
     return vm
 
@@ -47,7 +41,7 @@ def test_what_is_taken_runs_from_where_the_machine_was(counter: Machine) -> None
         for _ in range(5):
             with pool.take(PATIENCE) as vm:
                 assert vm.state == "Running"
-                _until(lambda vm=vm: _count(vm) > at)  # type: ignore[misc]
+                until(lambda vm=vm: _count(vm) > at)  # type: ignore[misc]
         assert _count(counter) == at
         assert pool.wait_until_full(PATIENCE)
         assert pool.ready == 2

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.kvm.guests import PATIENCE, run
+from tests.waiting import until
 from vmm import Exit, Machine, StopReason, threads
 from vmm import kvm_abi as abi
 from vmm.errors import HostError
@@ -150,7 +151,7 @@ def test_jump_into_nothing_ends_the_vm(guest: MakeGuest) -> None:
 def test_halt_with_interrupts_off_costs_no_cpu_and_can_be_stopped(guest: MakeGuest) -> None:
     vm = guest("mov byte ptr [0x200000], 1\n cli\n again: hlt\n jmp again\n")
     vm.start()
-    _until(lambda: vm.memory.read(0x200000, 1) == b"\1")
+    until(lambda: vm.memory.read(0x200000, 1) == b"\1")
     assert vm.wait(0.3) is None
     before = vm.vcpus[0].loop.exits
     assert vm.wait(0.3) is None
@@ -160,18 +161,11 @@ def test_halt_with_interrupts_off_costs_no_cpu_and_can_be_stopped(guest: MakeGue
     assert stop is not None and stop.reason is StopReason.REQUESTED
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "the guest did not get there"
-        time.sleep(0.01)
-
-
 def test_pause_holds_the_guest_and_resume_lets_it_go_on(guest: MakeGuest) -> None:
     vm = guest("again: inc dword ptr [0x200000]\n jmp again\n")
     counter = vm.memory.view(0x200000, 4, dtype="<u4")
     vm.start()
-    _until(lambda: counter[0] > 0)
+    until(lambda: counter[0] > 0)
     vm.pause()
     assert vm.state == "Paused"
     held = int(counter[0])
@@ -180,7 +174,7 @@ def test_pause_holds_the_guest_and_resume_lets_it_go_on(guest: MakeGuest) -> Non
     assert int(counter[0]) == held
     assert vm.vcpus[0].regs.rip == rip
     vm.resume()
-    _until(lambda: int(counter[0]) > held)
+    until(lambda: int(counter[0]) > held)
     vm.stop()
     assert vm.wait(10) is not None
     assert vm.state == "Stopped"
@@ -189,7 +183,7 @@ def test_pause_holds_the_guest_and_resume_lets_it_go_on(guest: MakeGuest) -> Non
 def test_registers_can_be_changed_while_paused(guest: MakeGuest) -> None:
     vm = guest("xor eax, eax\n mov byte ptr [0x200000], 1\n again: test eax, eax\n jz again\n" + EXIT)
     vm.start()
-    _until(lambda: vm.memory.read(0x200000, 1) == b"\1")
+    until(lambda: vm.memory.read(0x200000, 1) == b"\1")
     vm.pause()
     regs = vm.vcpus[0].regs
     regs.rax = 7
@@ -227,7 +221,7 @@ def test_threads_carry_the_names_that_runtimes_look_for(guest: MakeGuest) -> Non
     for task in os.listdir("/proc/self/task"):
         with open(f"/proc/self/task/{task}/comm") as comm:
             names.add(comm.read().strip())
-    _until(lambda: {"fc_vcpu 0", "fc_vcpu 1"} <= names | _thread_names())
+    until(lambda: {"fc_vcpu 0", "fc_vcpu 1"} <= names | _thread_names())
     vm.stop()
 
 

@@ -7,28 +7,19 @@ import fcntl
 import socket
 import struct
 import subprocess
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.virtio.net_driver import GUEST, RX, TX, Vm, arp_request, is_arp_reply
+from tests.waiting import until
 from virtio import spec
 from virtio.net_host import SIOCSIFFLAGS
 from virtio.testing import Buffer
 
-PATIENCE = 10
 LARGE = spec.NET_F_GUEST_TSO4 | spec.NET_F_GUEST_TSO6 | spec.NET_F_GUEST_UFO
 OUTSIDE = 1 << 40
 LONGEST = 65535 + 18  # a frame
-
-
-def until(done: Callable[[], bool], what: Callable[[], object] = lambda: "") -> None:
-    end = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < end, what()
-        time.sleep(0.001)
 
 
 def returned(vm: Vm, index: int, count: int) -> list[tuple[int, int]]:

@@ -14,7 +14,8 @@ import pytest
 from tests.virtio.net_driver import HOST, RX, TX, Vm, arp_request, is_arp_reply
 from tests.virtio.test_mmds_net import ACK, ADDRESS, MAC, MASK, PSH, SERVICE, SYN, Peer, Segment, packet, store
 from tests.virtio.test_net import command, read_pcap
-from tests.virtio.test_net_hostile import OUTSIDE, assert_alive, assert_broken_and_revived, returned, until
+from tests.virtio.test_net_hostile import OUTSIDE, assert_alive, assert_broken_and_revived, returned
+from tests.waiting import until
 from virtio import spec
 from virtio._limiter import RateLimiter
 from virtio.mmds_net import Endpoint

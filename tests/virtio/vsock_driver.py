@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.waiting import PATIENCE, until
 from virtio import spec
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver, SplitDriver
@@ -18,7 +19,6 @@ from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 
 CID = 52
-PATIENCE = 30  # seconds; only a test that fails waits so long
 BUF_ALLOC = 1 << 18  # what the driver grants, and what the device does
 RX, TX, EVENT = 0, 1, 2
 
@@ -199,17 +199,11 @@ class Vm:
 
     def settle(self, connections: int) -> None:
         """Wait until the device has so many connections: what its sockets say comes in no order."""
-        end = time.monotonic() + PATIENCE
-        while self.device.connections != connections:
-            assert time.monotonic() < end, f"{self.device.connections} connections"
-            time.sleep(0.001)
+        until(lambda: self.device.connections == connections, lambda: f"{self.device.connections} connections")
 
     def counted(self, name: str, count: int) -> None:
         """Wait until the device's counter is there: it counts after a host program has noticed."""
-        end = time.monotonic() + PATIENCE
-        while self.device.stats[name] != count:
-            assert time.monotonic() < end, self.device.stats
-            time.sleep(0.001)
+        until(lambda: self.device.stats[name] == count, lambda: self.device.stats)
 
     def silence_without_buffers(self) -> None:
         """The device has looked at everything up to here, and could say nothing."""

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.jail.jailed import ROOT, until
+from tests.jail.jailed import ROOT
 from tests.jail.terminal import Terminal
+from tests.waiting import until
 
 Start = Callable[[str, list[str]], Terminal]
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
