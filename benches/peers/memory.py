@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benches.peers import common
@@ -16,7 +17,7 @@ from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Missin
 
 ROUNDS = 5
 GOAL_MIB = 25.0
-PATIENCE = 20.0
+PATIENCE = 120.0  # for 50 at once
 MARK = b"@"
 # mov dx, 0x3f8; mov al, '@'; out dx, al; cli; hlt; jmp to the hlt
 IDLE = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, MARK[0], 0xEE, 0xFA, 0xF4, 0xEB, 0xFD))
@@ -24,42 +25,58 @@ IDLE = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, MARK[0], 0xEE, 0xFA, 0xF4, 0xEB, 0xF
 GUEST_RAM_KIB = MEMORY_MIB << 10
 
 
-def resident_mib(pid: int) -> float:
-    """Resident memory of a process in MiB, less the mappings that are guest RAM.
+def resident_mib(pid: int, share: str = "Rss") -> float:
+    """Memory of a process in MiB, less the mappings that are guest RAM.
 
+    :param share: ``Rss``, or ``Pss``: what several processes share is counted once in all
     :raises Missing: no mapping is large enough to be guest RAM
     """
     total = guests = 0
     text = Path(f"/proc/{pid}/smaps").read_text()
-    for size, rss in re.findall(r"^Size: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB", text, re.MULTILINE):
+    for size, kib in re.findall(rf"^Size: +(\d+) kB\n(?:.*\n)*?{share}: +(\d+) kB", text, re.MULTILINE):
         if int(size) >= GUEST_RAM_KIB:
             guests += 1
         else:
-            total += int(rss)
+            total += int(kib)
     if not guests:
         raise Missing(f"process {pid} maps no {MEMORY_MIB} MiB of guest RAM")
     return total / 1024
 
 
+@contextlib.contextmanager
+def running(commands: Sequence[Sequence[str]], mark: bytes) -> Iterator[list[int]]:
+    """The processes of VMMs, started all at once, when each guest has said `mark` on its serial port; then killed.
+
+    :raises Missing: one has not, within ``PATIENCE`` seconds
+    """
+    processes = [
+        subprocess.Popen(each, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+        for each in commands
+    ]
+    try:
+        end = time.monotonic() + PATIENCE
+        for process, command in zip(processes, commands, strict=True):
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            said = b""
+            while mark not in said:
+                if process.poll() is not None or time.monotonic() > end:
+                    raise Missing(f"no sign of its guest: {' '.join(command)}")
+                said += process.stdout.read(65536) or b""
+                time.sleep(0.01)
+        yield [process.pid for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+
+
 def idle(command: Sequence[str]) -> float:
     """Start a VMM, wait for its guest's mark on the serial port, measure, end it."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-    )
-    assert process.stdout is not None
-    try:
-        os.set_blocking(process.stdout.fileno(), False)
-        end = time.monotonic() + PATIENCE
-        while MARK not in (process.stdout.read(65536) or b""):
-            if process.poll() is not None or time.monotonic() > end:
-                raise Missing(f"no sign of its guest: {' '.join(command)}")
-            time.sleep(0.01)
+    with running([command], MARK) as (pid,):
         time.sleep(0.2)  # what runs beside the guest has come to rest
-        return resident_mib(process.pid)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        return resident_mib(pid)
 
 
 def rows() -> list[Row]:

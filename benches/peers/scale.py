@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scale: 50 VMs that idle, 20 that are busy and the latency of a neighbour, and how a start grows with what a VM has.
 
-Beside Firecracker, on this host's own /dev/kvm; an idle guest is Linux (r3 on a software KVM). Memory is the
-proportional share (PSS) of each process without its guest's RAM: what many share is counted once. Draws
-bench-results/scale.svg.
+Beside Firecracker, on this host's own /dev/kvm; an idle guest is Linux (r3 on a software KVM) that wakes once a
+second. Memory is the proportional share (PSS) of each process without its guest's RAM: what many share is counted once.
+Draws bench-results/scale.svg.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import socket
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from benches.peers import common, start
 from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, ROOT, Missing, Row, compare
+from benches.peers.memory import resident_mib, running
 from benches.peers.native import CMDLINE, kernel
 from tests.linux import kernels
 
@@ -29,7 +26,6 @@ IDLE, BUSY = 50, 20
 ROUNDS = 3
 SECONDS = 5.0
 GETS = 500
-PATIENCE = 120.0
 MEMORIES = (1, 4, 16, 64)
 DISKS = (1, 4, 8, 17)
 # 1: out 0x80, al; jmp 1b: a port that nobody has, so that each turn is an exit to user space.
@@ -37,51 +33,16 @@ SPIN = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, ord(start.BYTE), 0xEE, 0xE6, 0x80, 0
 Commands = dict[str, Callable[[int], list[str]]]
 
 
-@contextlib.contextmanager
-def _running(commands: Sequence[list[str]], mark: bytes) -> Iterator[list[int]]:
-    # The processes, once each guest has said `mark` on its serial port.
-    processes = [
-        subprocess.Popen(each, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
-        for each in commands
-    ]
-    try:
-        end = time.monotonic() + PATIENCE
-        for process, command in zip(processes, commands, strict=True):
-            assert process.stdout is not None
-            os.set_blocking(process.stdout.fileno(), False)
-            said = b""
-            while mark not in said:
-                if process.poll() is not None or time.monotonic() > end:
-                    raise Missing(f"no sign of a guest: {' '.join(command)}")
-                said += process.stdout.read(65536) or b""
-                time.sleep(0.01)
-        yield [process.pid for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.communicate()
-
-
 def _cpu_seconds(pids: Sequence[int]) -> float:
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _own_mib(pid: int) -> float:
-    # PSS of all mappings but the guest's RAM.
-    text = Path(f"/proc/{pid}/smaps").read_text()
-    found = re.findall(r"^Size: +(\d+) kB\n(?:.*\n)*?Pss: +(\d+) kB", text, re.MULTILINE)
-    return sum(int(pss) for size, pss in found if int(size) < MEMORY_MIB << 10) / 1024
+    # By the scheduler's nanoseconds: ticks are too coarse for a VM that idles.
+    tasks = (task for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
 def _idle(directory: Path) -> list[Row]:
     image = kernel()
     initrd = directory / "initrd"
-    script = "#!/bin/sh\necho re''ady\nwhile :; do sleep 1000; done\n"
+    script = "#!/bin/sh\necho re''ady\nwhile :; do sleep 1; done\n"
     initrd.write_bytes(kernels.kernel().initrd((), script))
     cmdline = f"{CMDLINE} rdinit=/init"
     fire = common.firecracker_command(directory, image, initrd=initrd, cmdline=cmdline)
@@ -101,12 +62,12 @@ def _idle(directory: Path) -> list[Row]:
 
     def turn(name: str) -> Callable[[], tuple[float, float]]:
         def run() -> tuple[float, float]:
-            with _running([commands[name]] * IDLE, b"ready") as pids:
+            with running([commands[name]] * IDLE, b"ready") as pids:
                 time.sleep(1)
                 before, begun = _cpu_seconds(pids), time.monotonic()
                 time.sleep(SECONDS)
                 busy = (_cpu_seconds(pids) - before) / (time.monotonic() - begun) / IDLE
-                return busy * 1e3, statistics.fmean(_own_mib(pid) for pid in pids)
+                return busy * 1e3, statistics.fmean(resident_mib(pid, "Pss") for pid in pids)
 
         return run
 
@@ -152,9 +113,9 @@ def _busy(directory: Path) -> list[Row]:
         def run() -> tuple[float, float, float]:
             for stale in directory.glob("s*.sock"):
                 stale.unlink()
-            with _running([servers[name](number) for number in range(BUSY)], start.BYTE.encode()) as pids:
+            with running([servers[name](number) for number in range(BUSY)], start.BYTE.encode()) as pids:
                 took = sorted(_gets(directory / "s0.sock"))
-                memory = statistics.fmean(_own_mib(pid) for pid in pids)
+                memory = statistics.fmean(resident_mib(pid, "Pss") for pid in pids)
             return took[len(took) // 2], took[len(took) * 99 // 100], memory
 
         return run
