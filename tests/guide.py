@@ -14,3 +14,12 @@ def programs(name: str) -> list[str]:
     text = (DOCS / name).read_text()
     found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return ["\n" * text.count("\n", 0, block.start(1)) + block.group(1) for block in found]
+
+
+def run_programs(name: str) -> int:
+    """Run the programs of a page one after the other, with the names of those before; how many there are."""
+    names: dict[str, object] = {}
+    found = programs(name)
+    for program in found:
+        exec(compile(program, name, "exec"), names)
+    return len(found)

@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.guide import programs
+from tests.guide import run_programs
 
 
 def test_every_program_of_the_library_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    found = programs("library.md")
-    assert len(found) >= 7
-    for program in found:
-        exec(compile(program, "library.md", "exec"), names)
+    assert run_programs("library.md") >= 7
