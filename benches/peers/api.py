@@ -23,6 +23,7 @@ from typing import NamedTuple
 from benches.peers import common
 from benches.peers.common import FIRECRACKER_NAME, Missing, Row, compare
 from tests.kvm.ring3 import kernel
+from vmm.testing import tiny_elf
 
 TURNS = int(os.environ.get("PYVMM_BENCH_ROUNDS", "5")) * 3
 REQUESTS = 1000
@@ -202,7 +203,7 @@ def rows() -> list[Row | Missing]:
     with tempfile.TemporaryDirectory(prefix="pyvmm-api-", dir="/dev/shm") as name:
         directory = Path(name)
         guest = directory / "hello.elf"
-        guest.write_bytes(common.pvh_elf(HELLO))
+        guest.write_bytes(tiny_elf(HELLO))
         fire = [common.firecracker(), "--no-seccomp", "--level", "Error"]  # it would log each request on stdout
         runs = common.in_turn(
             TURNS,

@@ -21,6 +21,7 @@ from benches.peers.firecracker import firecracker, jailer
 from benches.peers.launch import RESET
 from tests.api.oracle import Process
 from tests.boot.kernel_images import bzimage, compress, vmlinux
+from vmm.testing import tiny_elf
 
 PATIENCE = 20
 
@@ -48,7 +49,7 @@ def _guest(directory: Path) -> Path:
     source = Path(__file__).with_name("tables.S")
     subprocess.run(["cc", "-m32", "-c", str(source), "-o", str(made)], check=True)
     subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(made), str(code)], check=True)
-    guest.write_bytes(common.pvh_elf(code.read_bytes()))
+    guest.write_bytes(tiny_elf(code.read_bytes()))
     return guest
 
 
@@ -71,7 +72,7 @@ def _fire_bzimage(directory: Path) -> str:
 def _fire_pvh(directory: Path) -> str:
     # its e_entry halts for ever, so that only the note's entry ends it
     kernel = directory / "pvh"
-    elf = bytearray(common.pvh_elf(RESET + b"\xf4\xeb\xfd"))
+    elf = bytearray(tiny_elf(RESET + b"\xf4\xeb\xfd"))
     elf[24:32] = ((1 << 20) + len(RESET)).to_bytes(8, "little")
     kernel.write_bytes(elf)
     done = subprocess.run(common.firecracker_command(directory, kernel), capture_output=True, timeout=PATIENCE)
@@ -80,7 +81,7 @@ def _fire_pvh(directory: Path) -> str:
 
 def _fire_linux64(directory: Path) -> str:
     kernel = directory / "elf"
-    elf = bytearray(common.pvh_elf(RESET))
+    elf = bytearray(tiny_elf(RESET))
     elf[64 + 56] = 0  # PT_NULL, which was PT_NOTE
     kernel.write_bytes(elf)
     done = subprocess.run(common.firecracker_command(directory, kernel), capture_output=True, timeout=PATIENCE)

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import time
@@ -205,15 +204,3 @@ def compare(
 def alone(name: str, unit: str, ours: Sequence[float], goal: float | None) -> Row:
     """Make a row without a peer."""
     return Row(name, unit, statistics.median(ours), None, "", None, goal, {"pyvmm": list(ours)})
-
-
-def pvh_elf(code: bytes) -> bytes:
-    """Make the smallest guest: `code`, entered in 32-bit protected mode at 1 MiB, and its note."""
-    start = 1 << 20
-    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", start)
-    at = 64 + 2 * 56
-    header = b"\x7fELF\2\1\1".ljust(16, b"\0")
-    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, start, 64, 0, 0, 64, 56, 2, 0, 0, 0)
-    load = struct.pack("<IIQQQQQQ", 1, 5, at, start, start, len(code), len(code), 1)
-    notes = struct.pack("<IIQQQQQQ", 4, 4, at + len(code), 0, 0, len(note), len(note), 4)
-    return header + load + notes + code + note

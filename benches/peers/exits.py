@@ -21,6 +21,7 @@ from typing import NamedTuple
 from benches.peers import common
 from benches.peers.common import Missing, Row, compare
 from vmm import Machine, Stop
+from vmm.testing import tiny_elf
 from vmm.vcpu import Vcpu
 
 EXITS = 1000
@@ -95,7 +96,7 @@ def write_guests(directory: Path, port: int) -> tuple[Guest, Guest]:
     guests = []
     for code, accesses in ((single, EXITS), (string, ITEMS)):
         path = directory / f"{accesses}-{port:x}.elf"
-        path.write_bytes(common.pvh_elf(code))
+        path.write_bytes(tiny_elf(code))
         guests.append(Guest(path, accesses))
     return guests[0], guests[1]
 

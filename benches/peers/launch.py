@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benches.peers import common
 from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Row, compare
+from vmm.testing import tiny_elf
 
 ROUNDS = 25
 STATUS = 42
@@ -22,8 +23,8 @@ def rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         guest, reset = directory / "exit.elf", directory / "reset.elf"
-        guest.write_bytes(common.pvh_elf(EXIT))
-        reset.write_bytes(common.pvh_elf(RESET))
+        guest.write_bytes(tiny_elf(EXIT))
+        reset.write_bytes(tiny_elf(RESET))
         ours = [*common.pyvmm(), "--memory", f"{MEMORY_MIB}M", str(guest)]
         microvm = common.qemu_command(guest, "-device", "isa-debug-exit,iobase=0xf4,iosize=4")
         fire = common.firecracker_command(directory, reset)

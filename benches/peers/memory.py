@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benches.peers import common
 from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Missing, Row, alone, compare
+from vmm.testing import tiny_elf
 
 ROUNDS = 5
 GOAL_MIB = 25.0
@@ -85,7 +86,7 @@ def rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         guest = directory / "idle.elf"
-        guest.write_bytes(common.pvh_elf(IDLE))
+        guest.write_bytes(tiny_elf(IDLE))
         ours = [*common.pyvmm(), "--memory", f"{MEMORY_MIB}M", str(guest)]
         microvm = common.qemu_command(guest, "-serial", "stdio")
         fire = common.firecracker_command(directory, guest)

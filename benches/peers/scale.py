@@ -21,6 +21,7 @@ from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, ROOT, Missing, Ro
 from benches.peers.memory import resident_mib, running
 from benches.peers.native import CMDLINE, kernel
 from tests.linux import kernels
+from vmm.testing import tiny_elf
 
 IDLE, BUSY = 50, 20
 ROUNDS = 3
@@ -105,7 +106,7 @@ def _gets(path: Path) -> list[float]:
 
 def _busy(directory: Path) -> list[Row]:
     guest = directory / "spin.elf"
-    guest.write_bytes(common.pvh_elf(SPIN))
+    guest.write_bytes(tiny_elf(SPIN))
     config = Path(common.firecracker_command(directory, guest)[-1])
     servers = _servers(directory, config)
 
@@ -146,7 +147,7 @@ def _curve(starter: start.Starter, what: str, values: Sequence[int], commands: d
 
 def _curves(directory: Path) -> list[Row]:
     guest, disk = directory / "hello.elf", directory / "disk"
-    guest.write_bytes(common.pvh_elf(start.HELLO))
+    guest.write_bytes(tiny_elf(start.HELLO))
     disk.write_bytes(bytes(1 << 20))
     starter = start.Starter(directory)
 

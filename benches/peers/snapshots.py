@@ -16,6 +16,7 @@ from benches.peers.api import Client, connected, serving
 from benches.peers.common import FIRECRACKER_NAME, Row, alone, compare
 from benches.peers.firecracker import firecracker
 from vmm import Machine, Pool, undertaker
+from vmm.testing import tiny_elf
 
 COPIES, ROUNDS = 100, 5
 SIZES = (64, 1024)  # MiB of the API's guests
@@ -36,7 +37,7 @@ def _first_exit(vm: Machine) -> None:
 def _parent() -> Iterator[Machine]:
     with tempfile.TemporaryDirectory() as name:
         guest = Path(name, "guest.elf")
-        guest.write_bytes(common.pvh_elf(TICKING))
+        guest.write_bytes(tiny_elf(TICKING))
         with Machine(kernel=str(guest), memory=PARENT_MIB << 20) as vm:
             vm.memory.write(32 << 20, b"x" * ((PARENT_MIB - 32) << 20))
             vm.start()
@@ -141,7 +142,7 @@ def _files() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         guest = directory / "guest.elf"
-        guest.write_bytes(common.pvh_elf(FILLED))
+        guest.write_bytes(tiny_elf(FILLED))
         ours, theirs = [*common.pyvmm()[:-1], "serve"], [firecracker()]
         for mib in SIZES:
             found = common.in_turn(

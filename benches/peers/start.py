@@ -21,6 +21,7 @@ from benches.peers.boot import INIT
 from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Missing, Row, compare
 from benches.peers.native import CMDLINE, QEMU_MACHINE, kernel
 from vmm.images.cpio import Archive
+from vmm.testing import tiny_elf
 
 ROUNDS = int(os.environ.get("PYVMM_BENCH_ROUNDS", "5")) * 3
 AT_ONCE = (1, 8, 20)
@@ -134,7 +135,7 @@ def _rounds(count: int) -> int:
 def _api(starter: Starter, count: int) -> list[Row]:
     directory = starter.directory
     guest, disk = directory / "hello.elf", directory / "disk"
-    guest.write_bytes(common.pvh_elf(HELLO))
+    guest.write_bytes(tiny_elf(HELLO))
     disk.write_bytes(bytes(1 << 20))
     drive = {"drive_id": "d", "path_on_host": str(disk), "is_root_device": False, "is_read_only": True}
     requests: list[tuple[str, str, object]] = [
@@ -187,8 +188,8 @@ def _memory(starter: Starter) -> list[Row]:
 
 def _tiny(starter: Starter, count: int) -> list[Row]:
     guest, other = starter.directory / "hello.elf", starter.directory / "exit.elf"
-    guest.write_bytes(common.pvh_elf(HELLO))
-    other.write_bytes(common.pvh_elf(HELLO[:-5] + EXIT))
+    guest.write_bytes(tiny_elf(HELLO))
+    other.write_bytes(tiny_elf(HELLO[:-5] + EXIT))
     exit_port = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4")  # QEMU's microvm has no i8042
     commands = {
         "pyvmm": [*common.pyvmm(), "--memory", f"{MEMORY_MIB}M", str(guest)],

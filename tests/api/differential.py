@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
-from benches.peers.common import pvh_elf
 from tests.api import requests
 from tests.api.oracle import ALONE, PYVMM, ROOT, Answer, Process, firecracker
 from tests.api.requests import GETS, Request
+from vmm.testing import tiny_elf
 
 HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))  # cli; hlt; jmp to the hlt
 DIFFERENCES = ROOT / "docs" / "api-differences.md"
@@ -133,7 +133,7 @@ def furnish(directory: Path, code: bytes = HALT) -> None:
     directory.mkdir()
     for name in requests.GUEST_FILES:
         (directory / name).write_bytes(b"")
-    (directory / "kernel").write_bytes(pvh_elf(code))
+    (directory / "kernel").write_bytes(tiny_elf(code))
     (directory / "junk").write_bytes(b"no kernel")
     (directory / "initrd").write_bytes(b"0707")
     for name, size in (("a.img", 1 << 20), ("b.img", 1 << 21), ("odd.img", 1000)):
