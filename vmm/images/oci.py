@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,11 @@ def pull(name: Name, *, refresh: bool, limit: int | None, progress: Progress) ->
     with store.locked(images / f"{name.directory}.lock", lambda: progress(waiting, None)):
         if not refresh and (image := _cached(name)):
             return image
-        for left in images.glob(f".{name.directory}-*"):  # by a pull that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name.directory}-", dir=images))
         try:
-            _make(name, limit or LIMIT, refresh, work, progress)
-            store.replace(work / "image", place, work / "old")
+            with store.making(place) as work:
+                _make(name, limit or LIMIT, refresh, work, progress)
         except OSError as error:
-            raise PullError(f"{name}: {error.strerror}: {line(error.filename or work)}") from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            raise PullError(f"{name}: {error.strerror}: {line(error.filename or place)}") from error
     _sweep()
     made = resolve(str(name))
     assert made is not None
@@ -85,7 +79,7 @@ def _cached(name: Name) -> Image | None:
 def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress) -> None:
     out = work / "image"
     out.mkdir()
-    kernel = apt.package(store.KERNEL, progress=progress)
+    kernel = apt.package(store.KERNEL, refresh=refresh, progress=progress)
     bzimage, version = apt.kernel_of(kernel.tree)
     make = _of_directory if name.kind == "dir" else _of_layers
     config = make(name, limit, work, progress)

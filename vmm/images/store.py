@@ -65,16 +65,12 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         # another pull may have made it in the meantime
         if not refresh and (image := _cached(name, size, packages)):
             return image
-        for left in images.glob(f".{name}-*"):  # by a pull that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=images))
         umask = os.umask(0o022)  # modes of the trees are the guest's
         try:
-            _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
-            replace(work / "image", images / name, work / "old")
+            with making(images / name) as work:
+                _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
         finally:
             os.umask(umask)
-            shutil.rmtree(work, ignore_errors=True)
     made = resolve(name)
     assert made is not None
     return made
@@ -167,12 +163,23 @@ def _make(
     (out / "image.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def replace(new: Path, place: Path, old: Path) -> None:
-    """Put a new image in its place. Whoever has the old one's files open keeps them."""
-    # rename() does not replace a directory that holds files
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
+@contextmanager
+def making(place: Path) -> Iterator[Path]:
+    """Yield a directory to work in, whose ``image`` then takes its place at `place`; for who holds its lock.
+
+    Whoever has files of the image before open keeps them. What a pull that was killed has left is removed.
+    """
+    for left in place.parent.glob(f".{place.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        yield work
+        # rename() does not replace a directory that holds files
+        if place.exists():
+            place.rename(work / "old")
+        (work / "image").rename(place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager
