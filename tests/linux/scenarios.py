@@ -36,8 +36,8 @@ from vmm.lab.image import KERNEL_PACKAGE
 PYVMM = [sys.executable, "-m", "vmm.cli", "run"]
 # A guest that hangs must not eat the whole lab's time.
 PATIENCE = 100
-# No two words alike; 1 MiB; on a software KVM, where a byte costs exits of a tenth of a millisecond, 16 KiB.
-PASTE = b"".join(b"%07d " % i for i in range(1 << (17 if runs_linux() else 11)))
+# No two words alike; 1 MiB. In the lab, where a byte costs three exits of a tenth of a millisecond, 16 KiB.
+PASTE = b"".join(b"%07d " % i for i in range(1 << (11 if "PYVMM_LAB" in os.environ else 17)))
 PASTE_PATIENCE = 200
 
 
@@ -187,7 +187,7 @@ def _finish(
 
 
 def paste() -> dict[str, Any]:
-    """1 MiB, on a software KVM 16 KiB, through the serial port's input, without a byte lost."""
+    """1 MiB, in the lab 16 KiB, through the serial port's input, without a byte lost."""
     with _session("--append", "quiet") as process:
         # The quotes keep the echo of the line from looking like its output.
         line = b"stty raw -echo crtscts; echo re''ady; head -c %d | md5sum; poweroff -f" % len(PASTE)
@@ -281,7 +281,8 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     **{name: partial(_program, name, patience) for name, patience in PROGRAMS.items()},
 }
 # What only a stock kernel shows, or several vCPUs. Without KVM that runs them these are the lab's, in one boot.
-STOCK = ("disk", "smp_without_acpi", "exit_port_by_bzimage", "queues")
+# And what r3 does not bear: in one of eight pastes its kernel faults ("exited with irqs disabled"), and stands still.
+STOCK = ("disk", "smp_without_acpi", "exit_port_by_bzimage", "queues", "paste")
 
 
 def main(directory: str, *names: str) -> int:

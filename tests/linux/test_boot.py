@@ -93,6 +93,7 @@ def test_triple_fault(scenario: Scenario) -> None:
     assert result["status"] == 82, _show(result)
 
 
+@pytest.mark.lab
 def test_what_is_pasted_loses_no_byte(scenario: Scenario) -> None:
     result = scenario("paste")
     assert result["status"] == 0, _show(result)
