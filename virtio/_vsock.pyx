@@ -25,7 +25,7 @@ from virtio._vsock_host cimport (
     MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
     SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, accept4, close, connect,
     eventfd_write, hung_up, lowest_bit, msghdr, recv, recvmsg, send, sendmsg, setsockopt, shut_up, shutdown,
-    sockaddr, sockaddr_un, socket, vsock_now,
+    sockaddr, sockaddr_un, socket, vsock_now, wait_for_room,
 )
 from virtio._vsock_packet cimport (
     HEADER, HOST_CID, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
@@ -115,6 +115,7 @@ cdef class VsockWorker(QueueWorker):
     cdef uint64_t line_wait             # nanoseconds
     cdef uint64_t guest_wait
     cdef uint64_t host_wait
+    cdef uint64_t end_wait
     cdef uint64_t tx_delay
     cdef iovec[BATCH * MAX_CHAIN] data_iov
     cdef iovec[BATCH * HEADER] header_iov
@@ -146,8 +147,9 @@ cdef class VsockWorker(QueueWorker):
 
     def begin(self):
         """Let host programs in."""
-        self.line_wait, self.guest_wait, self.host_wait, self.tx_delay = (
-            int(getattr(self.device, name) * SECOND) for name in ("line_wait", "guest_wait", "host_wait", "tx_delay"))
+        self.line_wait, self.guest_wait, self.host_wait, self.end_wait, self.tx_delay = (
+            int(getattr(self.device, name) * SECOND)
+            for name in ("line_wait", "guest_wait", "host_wait", "end_wait", "tx_delay"))
         self.listening = False
         self.poll_ns = 0                # a look at the rings would keep the sockets waiting
         self.listen()
@@ -200,6 +202,22 @@ cdef class VsockWorker(QueueWorker):
         self.tx_timed = False
         self.unwatch(self.listener)
         self.wake_after(0)
+        if self.leaving:
+            self.deliver()
+
+    cdef void deliver(self) noexcept nogil:
+        # What the guest sent before its end is still for the host programs: a guest that powers off has no other way
+        # to be heard. One that does not read gets what its socket takes, and no VM waits longer for all of them.
+        cdef uint64_t until = vsock_now() + self.end_wait
+        cdef uint32_t i
+        cdef Conn *c
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            while c.state != FREE and c.used:
+                wait_for_room(c.fd, until)
+                self.flush(c)
+                if vsock_now() >= until:
+                    break
 
     # What the worker calls
 

@@ -21,6 +21,13 @@ cdef extern from *:
         struct pollfd p = { .fd = fd, .events = 0 };
         return poll(&p, 1, 0) > 0;
     }
+    /* Wait until it takes more bytes, or its other end is gone; at most until then. */
+    static inline void wait_for_room(int fd, uint64_t until) {
+        struct pollfd p = { .fd = fd, .events = POLLOUT };
+        uint64_t now = vsock_now();
+        if (now < until)
+            poll(&p, 1, (int)((until - now) / 1000000) + 1);
+    }
     /* Whether the other end will write no more. */
     static inline int shut_up(int fd) {
         struct pollfd p = { .fd = fd, .events = POLLRDHUP };
@@ -30,6 +37,7 @@ cdef extern from *:
     """
     uint64_t vsock_now() noexcept nogil
     bint hung_up(int fd) noexcept nogil
+    void wait_for_room(int fd, uint64_t until) noexcept nogil
     bint shut_up(int fd) noexcept nogil
     int lowest_bit(unsigned int bits) noexcept nogil
 

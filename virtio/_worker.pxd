@@ -32,6 +32,7 @@ cdef class QueueWorker:
     cdef uint32_t broken                        # place of the queue whose negative status serve() or event() returned
     cdef int host_errno
     cdef uint32_t events                        # EPOLL* of the event() under way
+    cdef bint leaving                           # finish(): the driver goes for good, nothing is served again for it
     cdef bint in_flight                         # an event of its own is due: no busy polling until then
     cdef uint64_t poll_ns                       # busy polling: look for so long before sleeping; 0: never
 

@@ -24,7 +24,7 @@ class QueueWorker:
         """Start the thread for the driver of `context`."""
     def begin(self) -> None:
         """Make ready for a driver, before the thread starts; for a subclass."""
-    def stop(self) -> None:
+    def stop(self, leaving: bool = False) -> None:
         """End the thread and wait for it; idempotent."""
     def forget(self) -> None:
         """The driver is gone, and with it what it began; the thread has stopped. For a subclass."""

@@ -162,10 +162,14 @@ cdef class QueueWorker:
     def begin(self):
         """Make ready for a driver, before the thread starts; for a subclass."""
 
-    def stop(self):
-        """End the thread and wait for it; idempotent."""
+    def stop(self, bint leaving=False):
+        """End the thread and wait for it; idempotent.
+
+        :param leaving: the driver goes for good, so that what it left is seen to now
+        """
         if self._thread is None:
             return
+        self.leaving = leaving          # before the stop, which publishes it
         worker_set_stop(&self._stop, 1)
         eventfd_write(self._stop_fd, 1)
         self._thread.join()

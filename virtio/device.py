@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         @property
         def notified(self) -> dict[int, int]: ...
         def start(self, context: ActivateContext) -> None: ...
-        def stop(self) -> None: ...
+        def stop(self, leaving: bool = False) -> None: ...
         def forget(self) -> None: ...
         def close(self) -> None: ...
 
@@ -229,8 +229,11 @@ class Worker:
         except Exception as failure:  # the thread's boundary: this device stops, the VM lives
             self._on_failure(failure)
 
-    def stop(self) -> None:
-        """End the thread and wait for it: the request that it serves now is finished first. Idempotent."""
+    def stop(self, leaving: bool = False) -> None:
+        """End the thread and wait for it: the request that it serves now is finished first. Idempotent.
+
+        :param leaving: the driver goes for good; nothing is left here to be seen to
+        """
         if self._thread is None:
             return
         self._context.stopping = True

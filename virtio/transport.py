@@ -267,9 +267,9 @@ class Transport:
         except (RuntimeError, OSError) as failure:  # no thread or no descriptor to be had
             self._fail(failure)
 
-    def _stop_workers(self) -> None:
+    def _stop_workers(self, *, leaving: bool = False) -> None:
         for worker in self._workers:
-            worker.stop()
+            worker.stop(leaving)
         self._serving = False
         if self._status & spec.DRIVER_OK and not self._needs_reset:
             self.device.release()
@@ -306,7 +306,7 @@ class Transport:
 
     def reset(self) -> None:
         """The driver is gone, or has not come yet."""
-        self._stop_workers()
+        self._stop_workers(leaving=True)
         for worker in self._workers:
             worker.forget()
         if self._status & spec.DRIVER_OK:

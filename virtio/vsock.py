@@ -79,6 +79,7 @@ class Vsock(VirtioDevice):
     :ivar line_wait: seconds that a host program has for its CONNECT line
     :ivar guest_wait: seconds that the guest has to answer a connection's beginning or end
     :ivar host_wait: seconds in which a host program must read something of what a closed connection has left
+    :ivar end_wait: seconds that a driver's end, or the VM's, waits for host programs to read what the guest sent before
     :ivar tx_delay: seconds that the interrupt for a packet that was sent may come late, to come with another
     :ivar connections: how many there are, open or on their way in or out
 
@@ -92,6 +93,7 @@ class Vsock(VirtioDevice):
     line_wait: float = 60
     guest_wait: float = 10
     host_wait: float = 30
+    end_wait: float = 2
     tx_delay: float = 0.005
 
     def __init__(self, listener: Listener, guest_cid: int, *, name: str = "virtio-vsock") -> None:

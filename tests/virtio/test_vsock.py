@@ -417,24 +417,54 @@ def test_guest_closes_and_all_it_sent_arrives(vm: Vm) -> None:
     vm.settle(0)
 
 
-def test_a_host_program_that_never_reads_the_rest(make: Make) -> None:
-    vm = make()
-    vm.device.host_wait = 0.1
-    vm.up()
+def closed_with_bytes_left(vm: Vm, size: int) -> socket.socket:
+    """A host program to which the guest has sent ``size`` bytes, more than its socket takes, and closed."""
     client, port = vm.host_open()
     stream = Stream(vm, 5000, port)
     stream.send(bytes(BUF_ALLOC))
     while stream.confirmed == 0:
         stream.take(vm.receive(CREDIT_UPDATE))
-    stream.send(bytes(100_000))
+    stream.send(bytes(size - BUF_ALLOC))
     vm.send(SHUTDOWN, 5000, port, flags=RCV | SEND)
     vm.receive(RST)
+    return client
+
+
+def test_a_host_program_that_never_reads_the_rest(make: Make) -> None:
+    vm = make()
+    vm.device.host_wait = 0.1
+    vm.up()
+    client = closed_with_bytes_left(vm, BUF_ALLOC + 100_000)
     poll = select.poll()
     poll.register(client, select.POLLRDHUP)
     assert poll.poll(PATIENCE * 1000)
     vm.silence()
     vm.settle(0)
     assert vm.device.stats["timeouts"] == 1
+
+
+def test_a_guest_that_ends_is_heard_to_its_last_byte(vm: Vm) -> None:
+    size = BUF_ALLOC + 100_000
+    client = closed_with_bytes_left(vm, size)
+    ending = threading.Thread(target=vm.driver.set, args=(spec.MMIO_STATUS, 0))
+    ending.start()
+    ending.join(0.1)  # it waits for a program that is slow
+    assert read_exactly(client, size) == bytes(size)
+    assert ended(client)
+    ending.join(PATIENCE)
+    vm.settle(0)
+
+
+def test_a_guest_that_ends_waits_for_no_host_program_for_ever(make: Make) -> None:
+    vm = make()
+    vm.device.end_wait = 0.05
+    vm.up()
+    size = BUF_ALLOC + 100_000
+    client = closed_with_bytes_left(vm, size)
+    vm.driver.set(spec.MMIO_STATUS, 0)
+    vm.settle(0)
+    part = b"".join(iter(lambda: client.recv(65536), b""))
+    assert 0 < len(part) < size
 
 
 def test_guest_resets(vm: Vm) -> None:
