@@ -63,7 +63,7 @@ def _same(pair: Pair, method: str, path: str, body: Any, *, prefix: str | None =
     return str(messages[1])
 
 
-def _boot(pair: Pair, machine: dict[str, Any] = TRACK) -> None:
+def _boot(pair: tuple[Process, ...], machine: dict[str, Any] = TRACK) -> None:
     for process in pair:
         assert process.request("PUT", "/machine-config", machine).status == 204
         assert process.request(KERNEL.method, KERNEL.path, KERNEL.body).status == 204
@@ -94,7 +94,7 @@ def test_what_a_load_asks_for(pair: Start) -> None:
     _same(both, "PUT", "/snapshot/load", {"snapshot_path": "snap"})
     _same(both, "PUT", "/snapshot/load", {**LOAD, "mem_file_path": "mem"})
     _same(
-        both, "PUT", "/snapshot/load", {**LOAD, "clock_realtime": True}, prefix="An error occurred when deserializing"
+        both, "PUT", "/snapshot/load", {**LOAD, "clock": True}, prefix="An error occurred when deserializing"
     )
     _same(both, "PUT", "/snapshot", LOAD)
     _same(both, "PUT", "/snapshot/foo", LOAD)
@@ -207,6 +207,59 @@ def test_a_guest_goes_on_where_it_was_in_another_process(pair: Start, backend: d
     finally:
         for process in others:
             process.close()
+
+
+def _beside(process: Process, output: str) -> Process:
+    (process.directory / "api.sock").unlink()
+    return Process(process.command, process.directory, output=output)
+
+
+def test_copies_have_taps_of_their_own(pair: Start) -> None:
+    both = pair(code=COUNT)
+    for process in both:
+        net = {"iface_id": "eth0", "host_dev_name": "tap0"}
+        assert process.request("PUT", "/network-interfaces/eth0", net).status == 204
+    _boot(both)
+    _same(both, "PATCH", "/vm", PAUSE)
+    _same(both, "PUT", "/snapshot/create", FULL)
+    started = []
+    try:
+        started += (copies := (_beside(both[0], "second"), _beside(both[1], "second")))
+        override = {"iface_id": "eth0", "host_dev_name": "tap1"}
+        assert _same(copies, "PUT", "/snapshot/load", {**LOAD, "network_overrides": [override]}) == ""
+        for copy in copies:
+            networks = copy.request("GET", "/vm/config").json["network-interfaces"]
+            assert [each["host_dev_name"] for each in networks] == ["tap1"]
+        started += (strangers := (_beside(both[0], "third"), _beside(both[1], "third")))
+        unknown = {"iface_id": "eth1", "host_dev_name": "tap1"}
+        _same(strangers, "PUT", "/snapshot/load", {**LOAD, "network_overrides": [unknown]})
+    finally:
+        for process in started:
+            process.close()
+
+
+def test_copies_have_sockets_of_their_own(pair: Start) -> None:
+    """Firecracker 1.16's ``vsock_override`` and ``track_dirty_pages``; 1.12.1 has neither."""
+    _, ours = pair(code=COUNT)
+    assert ours.request("PUT", "/vsock", {"guest_cid": 7, "uds_path": "v"}).status == 204
+    _boot((ours,))
+    assert ours.request("PATCH", "/vm", PAUSE).status == 204
+    assert ours.request("PUT", "/snapshot/create", FULL).status == 204
+    second = {**LOAD, "vsock_override": {"uds_path": "w"}, "track_dirty_pages": True, "clock_realtime": True}
+    other = _go_on(ours, second, "second")
+    try:
+        config = other.request("GET", "/vm/config").json
+        assert config["vsock"] == {"guest_cid": 7, "uds_path": "w"}
+        assert config["machine-config"]["track_dirty_pages"] is True
+        assert (ours.directory / "v").is_socket() and (ours.directory / "w").is_socket()
+    finally:
+        other.close()
+    third = Process(ours.command, ours.directory, output="third")
+    try:
+        answer = third.request("PUT", "/snapshot/load", {**LOAD, "vsock_override": {"uds_path": "x" * 200}})
+        assert answer.status == 400 and "must be at most" in answer.json["fault_message"]
+    finally:
+        third.close()
 
 
 def test_diffs_over_a_full_one_are_what_a_full_one_would_be(pair: Start) -> None:

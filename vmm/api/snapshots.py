@@ -187,7 +187,8 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
         raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
     except msgspec.MsgspecError as error:
         raise ApiError(f"{_STATE}Failed to load snapshot state from file: {body.snapshot_path}: {error}") from None
-    shown = _overridden(image, shown, body.network_overrides)
+    shown = _overridden(image, shown, body)
+    diffs = body.enable_diff_snapshots or body.track_dirty_pages
     backend = body.mem_backend
     path = body.mem_file_path or (backend.backend_path if backend is not None else "")
     if backend is not None and backend.backend_type == "Uffd":
@@ -197,9 +198,9 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
         prefetch(memory, f"{path}.touched", image.config.memory)
         image.memory = pieces_of(memory, image.config.memory)
     if shown.machine_config is not None:
-        machine = msgspec.structs.replace(shown.machine_config, track_dirty_pages=body.enable_diff_snapshots)
+        machine = msgspec.structs.replace(shown.machine_config, track_dirty_pages=diffs)
         shown = msgspec.structs.replace(shown, machine_config=machine)
-    image.config = image.config.replaced(track_dirty_pages=body.enable_diff_snapshots)
+    image.config = image.config.replaced(track_dirty_pages=diffs)
     try:
         vmm.go_on(image, shown, resume=body.resume_vm)
     except HandlerError as error:
@@ -225,13 +226,20 @@ def _memory_file(path: str, size: int, state: bytes) -> MemoryFile:
     return file
 
 
-def _overridden(
-    image: Image, shown: types.VmConfiguration, overrides: list[types.NetworkOverride]
-) -> types.VmConfiguration:
-    taps = {each.iface_id: each.host_dev_name for each in overrides}
+def _overridden(image: Image, shown: types.VmConfiguration, body: types.SnapshotLoad) -> types.VmConfiguration:
+    taps = {each.iface_id: each.host_dev_name for each in body.network_overrides}
     names = [each.iface_id for each in shown.network_interfaces]
     if any(name not in names for name in taps):
         raise ApiError(f"{_STATE}Unknown Network Device.")
+    if body.vsock_override is not None:
+        if shown.vsock is None or image.config.vsock is None:
+            raise ApiError(f"{_STATE}Unknown Vsock Device.")
+        uds_path = body.vsock_override.uds_path
+        try:
+            image.config = image.config.replaced(vsock=image.config.vsock.replaced(uds_path=uds_path))
+        except ConfigError as error:
+            raise ApiError(f"{_STATE}{error}") from None
+        shown = msgspec.structs.replace(shown, vsock=msgspec.structs.replace(shown.vsock, uds_path=uds_path))
     if not taps:
         return shown
     interfaces = [

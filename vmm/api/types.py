@@ -323,8 +323,18 @@ class NetworkOverride(Body, kw_only=True):
     host_dev_name: str
 
 
+class VsockOverride(Body, kw_only=True):
+    """Another socket for the socket device of the snapshot, whose guest keeps its CID."""
+
+    uds_path: str
+
+
 class SnapshotLoad(Body, kw_only=True):
-    """A snapshot to go on from; one of `mem_backend` and `mem_file_path`."""
+    """A snapshot to go on from; one of `mem_backend` and `mem_file_path`.
+
+    `vsock_override`, `track_dirty_pages` (another name for `enable_diff_snapshots`) and `clock_realtime` (which changes
+    nothing: the guest's clock always goes on by the host's) are Firecracker 1.16's.
+    """
 
     snapshot_path: str
     mem_backend: MemBackend | None = None
@@ -332,6 +342,9 @@ class SnapshotLoad(Body, kw_only=True):
     enable_diff_snapshots: bool = False
     resume_vm: bool = False
     network_overrides: list[NetworkOverride] = []
+    vsock_override: VsockOverride | None = None
+    track_dirty_pages: bool = False
+    clock_realtime: bool = False
 
 
 class Host(Body, kw_only=True):
