@@ -93,9 +93,7 @@ def test_what_a_load_asks_for(pair: Start) -> None:
     both = pair()
     _same(both, "PUT", "/snapshot/load", {"snapshot_path": "snap"})
     _same(both, "PUT", "/snapshot/load", {**LOAD, "mem_file_path": "mem"})
-    _same(
-        both, "PUT", "/snapshot/load", {**LOAD, "clock": True}, prefix="An error occurred when deserializing"
-    )
+    _same(both, "PUT", "/snapshot/load", {**LOAD, "clock": True}, prefix="An error occurred when deserializing")
     _same(both, "PUT", "/snapshot", LOAD)
     _same(both, "PUT", "/snapshot/foo", LOAD)
     for process in both:
