@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sandbox guide's programs and the examples, run as a reader would, and what they print."""
+"""The programs of the sandbox guide, and the examples that need a Linux: run as a reader would, and what they print."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.guide import DOCS, run_programs
+from tests.linux import kernels
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
@@ -64,3 +65,12 @@ def test_the_judge(runtime: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert told["right"] == "accepted" and told["wrong"] == "wrong answer: -1"
     assert told["slow"] == "too slow" and told["talkative"] == "too much output"
     assert told["busy"].startswith(("ended by a limit", "too slow")) and told["curious"] == "failed (exit status 1)"
+
+
+def test_the_boot(native: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "initrd").write_bytes(kernels.session())
+    main = runpy.run_path(str(EXAMPLES / "boot_linux.py"))["main"]
+    status = main(kernels.kernel().path, 'quiet -- sh -c "echo it is $((6 * 7)); exit 3"', str(tmp_path / "initrd"))
+    said = capsys.readouterr().out
+    assert re.search(r"^ +\d+\.\d\d s  it is 42$", said, re.MULTILINE), said
+    assert status == 3 and said.splitlines()[-1] == "the guest: guest exit 3"
