@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd vmm/sandbox/agent/*.[ch] vmm/images/*.c) setup.py pyproject.toml
 
-.PHONY: install demo test unit kvm linux lab-test check coverage bench bench-peers debug asan clean distclean system-packages
+.PHONY: install demo test unit kvm linux lab-test check coverage docs bench bench-peers debug asan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -69,6 +69,17 @@ COVER ?= --ignore tests/kvm --ignore tests/linux
 coverage: install
 	$(BIN)/coverage run -m pytest -q $(COVER)
 	$(BIN)/coverage report
+
+# The site, in build/site. A link that leads nowhere is an error; tests/test_docs.py finds most of them in a second.
+$(VENV)/.docs: $(VENV)/.built
+	@echo "make: installing what the site needs from PyPI"
+	@PYVMM_NO_EXTENSIONS=1 PYTHONWARNINGS=ignore tools/thrice $(BIN)/python -m pip install --quiet \
+		--disable-pip-version-check --no-build-isolation --config-settings editable_mode=compat --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "make: the site is build/site/index.html"
 
 bench: install
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-columns=min,median,ops
