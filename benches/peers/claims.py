@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README's table says of Firecracker and QEMU's microvm, each with the command that shows it.
+"""What README and docs/peers.md say of Firecracker and QEMU's microvm, each with the command that shows it.
 
     python -m benches.peers.claims          # seconds, on any /dev/kvm; what is wrong is said, and the status is 1
 
-docs/peers.md has the list. Dragonball is a library of another project's and is not here to be asked.
+docs/peers.md has the list, and the sources of what is said of those that are not here to be asked.
 """
 
 from __future__ import annotations
@@ -144,6 +144,11 @@ def _qemu_offers(device: str) -> Callable[[Path], str]:
     return lambda directory: "yes" if f'name "{device}"' in _said([common.QEMU, "-device", "help"]) else "no"
 
 
+def _qemu_network(directory: Path) -> str:
+    said = _said([common.QEMU, "-netdev", "help"]).split()
+    return ", ".join(name for name in ("tap", "user") if name in said)
+
+
 def _qemu_cpus(directory: Path) -> str:
     said = _said([common.QEMU, "-M", "microvm", "-accel", "tcg", "-display", "none", "-nodefaults", "-smp", "9999"])
     return said.rpartition("'microvm' is ")[2].strip()
@@ -192,6 +197,8 @@ CLAIMS = (
     *(Claim(QEMU, f"{name}: not by itself", _qemu_has(name), "no") for name in ("i8042", "isa-debug-exit", "pvpanic")),
     *(Claim(QEMU, f"{name}: an option", _qemu_offers(name), "yes") for name in ("i8042", "isa-debug-exit", "pvpanic")),
     Claim(QEMU, "virtio transport: mmio", _qemu_has("virtio-mmio"), "yes"),
+    Claim(QEMU, "network: tap, user", _qemu_network, "tap, user"),
+    Claim(QEMU, "devices of your own: by vhost-user", _qemu_offers("vhost-user-i2c-device"), "yes"),
     Claim(QEMU, "virtio-vsock: vhost", _qemu_offers("vhost-vsock-device"), "yes"),
     Claim(QEMU, "virtio-fs: by virtiofsd", _qemu_offers("vhost-user-fs-device"), "yes"),
     *(

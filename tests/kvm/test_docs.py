@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library guide's programs, run as a reader would: one after the other, in one directory."""
+"""README's first program, and the library guide's, run as a reader would: one after the other, in one directory."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.guide import run_programs
+from tests.guide import programs, run_programs
 
 
 def test_every_program_of_the_library_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_programs("library.md") >= 7
+
+
+def test_the_first_program_of_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = programs("../README.md")[0]
+    exec(compile(program, "README.md", "exec"), {})
+    promised = re.findall(r"print\(.*\)  # ([^:\n]*)", program)
+    assert capsys.readouterr().out.splitlines() == promised and len(promised) == 2
