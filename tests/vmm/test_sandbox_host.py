@@ -187,7 +187,7 @@ def test_random_answers_end_in_an_error_of_ours(agent: Callable[[Answer], Sessio
             calls[number % len(calls)]()
         except (VmmError, OSError):
             pass
-        session.files.close()
+        session.close()
 
 
 def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(

@@ -25,6 +25,7 @@ WORDS_MAX = 8192
 FRAME_MAX = 1 << 16  # bytes the agent takes in one frame
 ANSWER_MAX = FRAME_MAX + 64
 _CHUNK = 1 << 18
+_KEPT = 4  # idle connections of a sandbox
 _HEAD = struct.Struct("<BI")
 # Types of frames, as agent/agent.h has them.
 F_STDIN, F_WINDOW, F_DATA = b"iwd"
@@ -66,6 +67,7 @@ class Link:
         self.path = path
         self.ready = False  # the agent has answered before
         self._open: set[Channel] = set()
+        self._idle: list[Channel] = []
         self._why = ""
         self._lock = threading.Lock()
 
@@ -82,8 +84,39 @@ class Link:
         for channel in channels:
             channel.cut()
 
+    def take(self, deadline: Deadline, doing: str) -> Channel:
+        """A connection that was kept, or a new one. Errors are those of ``connect``."""
+        while self._idle:
+            with self._lock:
+                channel = self._idle.pop() if self._idle else None
+            if channel is not None and channel.quiet:
+                return channel
+            if channel is not None:
+                channel.close()
+        return self.connect(deadline, doing)
+
+    def keep(self, channel: Channel) -> None:
+        """Keep a connection whose last request is done for the next one; for the caller it is closed."""
+        successor = channel.succeed()
+        with self._lock:
+            kept = successor is not None and len(self._idle) < _KEPT and not self._why
+            self._open.discard(channel)
+            if successor is not None and kept:
+                self._open.add(successor)
+                self._idle.append(successor)
+        if successor is not None and not kept:
+            successor.close()
+
+    def close(self) -> None:
+        """Close the connections that are kept; idempotent."""
+        while self._idle:
+            with self._lock:
+                idle, self._idle = self._idle, []
+            for channel in idle:
+                channel.close()
+
     def connect(self, deadline: Deadline, doing: str) -> Channel:
-        """A connection to the agent, as soon as it listens.
+        """A new connection to the agent, as soon as it listens.
 
         :raises SandboxGone: the sandbox has ended
         :raises CommandTimeout: the agent does not answer in time
@@ -112,11 +145,14 @@ class Link:
 
 
 class Channel:
-    """One connection; a context manager. Made by ``Link.connect``."""
+    """One connection; a context manager. Made by ``Link.connect`` and ``Link.take``.
 
-    def __init__(self, link: Link) -> None:
+    :param stream: its socket, which it owns; None: a new one
+    """
+
+    def __init__(self, link: Link, stream: socket.socket | None = None) -> None:
         self._link = link
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket = stream or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._received = bytearray()
         self._at = 0
         self._closing = threading.Lock()
@@ -147,6 +183,27 @@ class Channel:
     def fileno(self) -> int:
         """Of its socket."""
         return self._socket.fileno()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is open, and nothing has come that nobody asked for."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return not self._received
+        except OSError:
+            pass
+        return False
+
+    def succeed(self) -> Channel | None:
+        """Another channel with the same socket, in place of this one, which is closed; None: it was closed before."""
+        with self._closing:
+            if self._socket.fileno() < 0:
+                return None
+            stream = socket.socket(fileno=self._socket.detach())
+        successor = Channel(self._link, stream)
+        successor._received = self._received[self._at :]
+        return successor
 
     def take(self) -> socket.socket:
         """The connection itself, behind the last frame; the caller's to close.

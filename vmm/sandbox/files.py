@@ -102,13 +102,12 @@ class Files:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._idle: list[Channel] = []
 
     def _ask(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> Iterator[tuple[int, bytes]]:
-        # The answer's frames before the last. A connection that was used before may be gone: of another VM than this.
+        # The answer's frames before the last.
         deadline = Deadline(timeout)
         doing = f"{words[0]} {words[1].partition('=')[2]}"
-        channel = self._idle.pop() if self._idle else self._link.connect(deadline, doing)
+        channel = self._link.take(deadline, doing)
         whole = False
         try:
             channel.request(deadline, doing, words)
@@ -121,8 +120,8 @@ class Files:
                     break
                 yield kind, data
         finally:
-            if whole and len(self._idle) < 4 and not self._link.why:
-                self._idle.append(channel)
+            if whole:
+                self._link.keep(channel)
             else:
                 channel.close()
         if kind == F_FAILED:
@@ -131,11 +130,6 @@ class Files:
     def _do(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> None:
         for _ in self._ask(words, timeout, frames):
             raise out_of_turn(words[0])
-
-    def close(self) -> None:
-        """Close the connections that are kept for the next call."""
-        while self._idle:
-            self._idle.pop().close()
 
     def read_bytes(
         self, path: str, *, offset: int = 0, length: int | None = None, user: str | int | None = None,

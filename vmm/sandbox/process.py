@@ -144,7 +144,7 @@ class Input:
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        self.closed = False
+        self.closed = self.sent = False  # sent: the agent waits for no more of it
 
     def write(self, data: bytes | str, timeout: float | None = None) -> None:
         """Give it all of `data`.
@@ -163,6 +163,7 @@ class Input:
             self.closed = True
             try:
                 self._process.channel.send(Deadline(10), self._process.command, CLOSE)
+                self.sent = True
             except SandboxGone:
                 pass  # the command has ended
 
@@ -177,9 +178,16 @@ class Process:
 
     Both streams come by one connection: while one is read the other is kept, up to `limit` bytes. A command whose
     output nobody reads stops when its pipes are full.
+
+    :param input: it has a standard input; otherwise that is empty
+    :param quiet: do not wait until it has started, and do not ask for its `pid`
+    :param terminal: it has a terminal, whose input ends with the connection only
     """
 
-    def __init__(self, link: Link, command: str, words: Sequence[str | bytes], limit: int, deadline: Deadline) -> None:
+    def __init__(
+        self, link: Link, command: str, words: Sequence[str | bytes], limit: int, deadline: Deadline, *,
+        input: bool = True, quiet: bool = False, terminal: bool = False,
+    ) -> None:  # fmt: skip
         self.command = command
         self.limit = limit
         self.pid = 0
@@ -189,11 +197,14 @@ class Process:
         self._result = Result(line(command))
         self._begun = time.monotonic()
         self._pumping = threading.Lock()
+        self.stdin.closed = self.stdin.sent = not input
+        self._terminal = terminal
+        words = [*words, *([] if input else ["nostdin=1"]), *(["quiet=1"] if quiet else [])]
         self.ended = False
-        self.channel = link.connect(deadline, command)
+        self.channel = link.take(deadline, command)
         try:
             self.channel.request(deadline, command, words)
-            while not self.pid and not self.ended:
+            while not quiet and not self.pid and not self.ended:
                 self.pump(deadline)
         except BaseException:
             self.channel.close()
@@ -239,7 +250,10 @@ class Process:
     def _end(self) -> None:
         self.ended = True
         self._result.duration = time.monotonic() - self._begun
-        self.channel.close()
+        if self.stdin.sent and not self._terminal:
+            self._link.keep(self.channel)
+        else:
+            self.channel.close()
 
     def poll(self) -> int | None:
         """Its exit status if it has ended, else None. Reads what has come meanwhile."""
@@ -265,6 +279,7 @@ class Process:
                 if writable:
                     try:
                         left = left[self.channel.send_some(left) :]
+                        self.stdin.sent = not left and not frames
                     except SandboxGone:  # but it may have said something before
                         left, frames = memoryview(b""), []
                 if readable:

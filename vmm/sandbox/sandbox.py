@@ -245,7 +245,7 @@ class Sandbox(Session):
         """End it, as if its power were cut, and give everything back; idempotent."""
         self._closed.set()
         self._link.fail("the sandbox was closed")
-        self.files.close()
+        super().close()
         if "machine" in self.__dict__:
             self.machine.close()
         self._place.close()

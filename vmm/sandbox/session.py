@@ -67,7 +67,9 @@ class Session:
         :raises SandboxGone: the sandbox has ended
         """
         deadline = Deadline(timeout)
-        with self.exec(command, env=env, cwd=cwd, user=user, limits=limits, timeout=timeout, limit=limit) as process:
+        with self._exec(
+            command, limit, deadline, env=env, cwd=cwd, user=user, limits=limits, input=input is not None, quiet=True
+        ) as process:
             process.stdout.on_data, process.stderr.on_data = on_stdout, on_stderr
             result = process.communicate(input, timeout=deadline.left(process.command))
         return result.check() if check else result
@@ -99,13 +101,27 @@ class Session:
         :raises ConfigError: a value that cannot be
         :raises SandboxGone: the sandbox has ended
         """
+        return self._exec(
+            command, limit, Deadline(timeout), env=env, cwd=cwd, user=user, terminal=terminal, limits=limits, keep=keep
+        )
+
+    def _exec(
+        self, command: str | Sequence[str], limit: int, deadline: Deadline, *, env: Mapping[str, str] | None,
+        cwd: str | None, user: str | int | None, limits: Mapping[str, int | tuple[int, int]] | None,
+        terminal: tuple[int, int] | None = None, keep: bool = False, input: bool = True, quiet: bool = False,
+    ) -> Process:  # fmt: skip
         words = words_of(
             command, {**self._about["env"], **(env or {})}, cwd=cwd or self._about["cwd"],
-            user=self._about["user"] if user is None else user,
-            terminal=terminal, limits=limits, keep=keep,
+            user=self._about["user"] if user is None else user, terminal=terminal, limits=limits, keep=keep,
         )  # fmt: skip
         doing = command if isinstance(command, str) else " ".join(map(str, command))
-        return Process(self._link, line(doing), words, limit, Deadline(timeout))
+        return Process(
+            self._link, line(doing), words, limit, deadline, input=input, quiet=quiet, terminal=terminal is not None
+        )
+
+    def close(self) -> None:
+        """Close the connections to the agent that are kept for the next call; idempotent."""
+        self._link.close()
 
     @property
     def commands(self) -> Commands:
@@ -145,9 +161,10 @@ class Session:
         self._ask(Deadline(30), *words)
 
     def _ask(self, deadline: Deadline, *words: str) -> None:
-        with self._link.connect(deadline, words[0]) as channel:
+        with self._link.take(deadline, words[0]) as channel:
             channel.request(deadline, words[0], words)
             kind, data = channel.read(deadline, words[0])
+            self._link.keep(channel)
         if kind == F_FAILED:
             number, what = failure(data)
             raise SandboxError(f"{words[0]}: {line(what)}: {os.strerror(number)}")

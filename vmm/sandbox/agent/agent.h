@@ -4,7 +4,8 @@
 //
 // A connection comes from the host (CID 2) to port PORT, and brings requests. A request is a length (u32) and words,
 // each ended by a NUL: a verb, then KEY=VALUE. What follows are frames, both ways: a type (u8), a length (u32), bytes.
-// All numbers are little-endian. The last frame of an answer is F_DONE, F_EXIT or F_FAILED; then the next request.
+// All numbers are little-endian. The last frame of an answer is F_DONE, F_EXIT or F_FAILED; then the next request, behind
+// the end of what the host had to send with this one.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -55,13 +56,16 @@ void say(const char *what, int error);
 extern int host;
 extern pid_t owned; // the command of this connection, or 0
 extern int keep; // it goes on when the host has gone
+extern int gone; // the host has, and `host` is /dev/null
 void host_gone(void);
 int read_request(struct request *request);
 size_t read_frame(char *type, char *bytes);
 void send_frame(char type, const void *head, size_t head_length, const void *bytes, size_t length);
+void flush(void); // what send_frame has kept, before a wait; read_all and its like do it
 void send_ok(void);
 void send_failed(int error, const char *what);
 void read_all(void *to, size_t length);
+int has_read_ahead(void); // bytes of the host's that poll does not see
 
 // boot.c
 void boot(void);

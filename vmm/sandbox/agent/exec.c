@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A command: arg=... (several), env=NAME=VALUE (several), cwd, user, tty=ROWSxCOLUMNS, term, limit=NUMBER:SOFT:HARD
-// (several), keep (it goes on when the host goes away), nostdin. Answers F_STARTED, output, F_EXIT; or F_FAILED.
+// (several), keep (it goes on when the host goes away), nostdin, quiet (no F_STARTED). Answers F_STARTED, output, F_EXIT;
+// or F_FAILED. Without nostdin the host's F_STDIN of length 0 comes before the next request.
 #include "agent.h"
 #include "libc.h"
 #include <sys/signalfd.h>
@@ -13,6 +14,7 @@ static char scratch[5][512];
 static struct identity user;
 static char input[FRAME_MAX], output[FRAME_MAX];
 static size_t pending, taken; // of `input`, and how much of it the command has
+static int all_read; // the host has sent the end of its input
 
 struct command {
     pid_t pid;
@@ -68,26 +70,28 @@ static void limit(const char *text)
     CALL(prlimit64, 0, number(copy, 0), limits, NULL);
 }
 
-// In the child: what cannot be done is told by the pipe, as errno and what it was.
-static void fail(int report, const char *what)
+// What the child is to do, and what it could not: it has its parent's memory.
+static struct {
+    const struct request *request;
+    int ends[3], terminal, error;
+    const char *what;
+} child;
+
+static void fail(const char *what)
 {
-    struct {
-        int error;
-        char what[256];
-    } said = {.error = errno};
-    join(said.what, sizeof said.what, what, NULL);
-    write(report, &said, sizeof said);
+    child.error = errno;
+    child.what = what;
     _exit(127);
 }
 
-static void execute(int report)
+static void execute(void)
 {
     const char *name = arguments[0], *path = "/usr/bin:/bin";
     char place[4096];
     int seen = ENOENT;
     if (strchr(name, '/')) {
         CALL(execve, name, arguments, environment);
-        fail(report, name);
+        fail(name);
     }
     for (char **each = environment; *each; each++)
         if (!strncmp(*each, "PATH=", 5))
@@ -107,37 +111,31 @@ static void execute(int report)
             seen = errno;
     }
     errno = seen;
-    fail(report, name);
+    fail(name);
 }
 
-static void become(const struct request *request, int report, const int ends[3], int terminal)
+static void become(void)
 {
+    const struct request *request = child.request;
     CALL(setsid);
     for (int i = 0; i < 3; i++)
-        CALL(dup2, ends[i], i);
-    if (terminal)
+        CALL(dup2, child.ends[i], i);
+    if (child.terminal)
         CALL(ioctl, 0, TIOCSCTTY, 0);
-    spit("/proc/self/oom_score_adj", "0");
     for (int i = 1; i < request->count; i++)
         if (!strncmp(request->words[i], "limit=", 6))
             limit(request->words[i] + 6);
     const char *cwd = value(request, "cwd");
-    if (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
-        CALL(setresuid, user.uid, user.uid, user.uid))
-        fail(report, "user");
+    if ((user.uid || user.gid || user.groups) &&
+        (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
+            CALL(setresuid, user.uid, user.uid, user.uid)))
+        fail("user");
     // As the user: what root alone may enter is refused. Without a cwd the home directory, if there is one.
     if (cwd ? CALL(chdir, cwd) : CALL(chdir, user.home) && CALL(chdir, "/"))
-        fail(report, cwd ? cwd : "/");
-    struct {
-        void *handler;
-        unsigned long flags;
-        void *restorer;
-        uint64_t mask;
-    } usual = {SIG_DFL, 0, NULL, 0};
+        fail(cwd ? cwd : "/");
     uint64_t none = 0;
-    CALL(rt_sigaction, SIGPIPE, &usual, NULL, sizeof none);
     CALL(rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
-    execute(report);
+    execute();
 }
 
 static int open_terminal(const char *size, int *other)
@@ -156,58 +154,71 @@ static int open_terminal(const char *size, int *other)
     return *other < 0 ? -1 : fd;
 }
 
+static int begin_pipes(int without_input, struct command *command)
+{
+    static int nothing = -1;
+    int in[2] = {-1, -1}, out[2] = {-1, -1}, err[2] = {-1, -1};
+    if (without_input && nothing < 0)
+        nothing = open_file(AT_FDCWD, "/dev/null", O_RDONLY, 0);
+    if ((!without_input && CALL(pipe2, in, O_CLOEXEC)) || CALL(pipe2, out, O_CLOEXEC) || CALL(pipe2, err, O_CLOEXEC)) {
+        int error = errno;
+        for (int i = 0; i < 2; i++)
+            close(in[i]), close(out[i]);
+        errno = error;
+        return -1;
+    }
+    command->in = in[1], command->out = out[0], command->err = err[0];
+    child.ends[0] = without_input ? nothing : in[0], child.ends[1] = out[1], child.ends[2] = err[1];
+    if (!without_input)
+        CALL(fcntl, command->in, F_SETFL, O_NONBLOCK);
+    return 0;
+}
+
 // 0: started; otherwise it was told why not.
 static int begin(const struct request *request, struct command *command)
 {
     const char *size = value(request, "tty");
-    int in[2] = {-1, -1}, out[2] = {-1, -1}, err[2] = {-1, -1}, report[2], other = -1, ends[3];
-    command->terminal = size != NULL;
-    if (CALL(pipe2, report, O_CLOEXEC)) {
-        send_failed(errno, "pipe");
-        return -1;
-    }
+    int without_input = value(request, "nostdin") != NULL, other = -1;
+    all_read = without_input;
+    child.request = request;
+    child.terminal = command->terminal = size != NULL;
+    child.error = 0;
     if (size) {
         command->in = command->out = open_terminal(size, &other);
-        command->err = -1;
-        if (command->in < 0) {
-            send_failed(errno, "terminal");
-            return -1;
-        }
-        ends[0] = ends[1] = ends[2] = other;
-    } else {
-        if (CALL(pipe2, in, O_CLOEXEC) || CALL(pipe2, out, O_CLOEXEC) || CALL(pipe2, err, O_CLOEXEC)) {
-            send_failed(errno, "pipe");
-            return -1;
-        }
-        command->in = in[1], command->out = out[0], command->err = err[0];
-        ends[0] = in[0], ends[1] = out[1], ends[2] = err[1];
+        child.ends[0] = child.ends[1] = child.ends[2] = other;
+        if (command->in >= 0)
+            CALL(fcntl, command->in, F_SETFL, O_NONBLOCK);
     }
-    command->pid = (pid_t)CALL(fork);
-    if (command->pid == 0)
-        become(request, report[1], ends, command->terminal);
-    int error = errno;
-    for (int i = 0; i < (size ? 1 : 3); i++)
-        close(ends[i]);
-    close(report[1]);
-    struct {
-        int error;
-        char what[256];
-    } said;
-    ssize_t told = 0;
-    if (command->pid > 0)
-        told = read(report[0], &said, sizeof said);
-    close(report[0]);
-    if (command->pid > 0 && told <= 0) {
-        CALL(fcntl, command->in, F_SETFL, O_NONBLOCK);
+    if (size ? command->in < 0 : begin_pipes(without_input, command)) {
+        send_failed(errno, size ? "terminal" : "pipe");
+        return -1;
+    }
+    command->pid = (pid_t)spawn(become);
+    int error = command->pid < 0 ? errno : child.error;
+    if (size || !without_input)
+        close(child.ends[0]);
+    if (!size)
+        close(child.ends[1]), close(child.ends[2]);
+    if (!error)
         return 0;
-    }
+    send_failed(error, command->pid > 0 ? child.what : "fork");
     if (command->pid > 0)
         CALL(wait4, command->pid, NULL, 0, NULL);
-    send_failed(command->pid > 0 ? said.error : error, command->pid > 0 ? said.what : "fork");
     close(command->in);
     if (!size)
         close(command->out), close(command->err);
     return -1;
+}
+
+// What the host still sends is for nobody. With a terminal that ends with the connection.
+static void skip_input(int terminal)
+{
+    owned = keep = 0;
+    while (!all_read) {
+        char type;
+        size_t length = read_frame(&type, input);
+        all_read = type == F_STDIN && !length && !terminal;
+    }
 }
 
 // Whether the host has said all it will say for now; its frames for the command.
@@ -226,8 +237,10 @@ static void from_host(struct command *command)
     } else if (type == F_STDIN && command->terminal) {
         input[0] = 4; // what the key Ctrl-D sends
         taken = 0, pending = 1;
-    } else if (type == F_STDIN && command->in >= 0) {
-        close(command->in);
+    } else if (type == F_STDIN) {
+        all_read = 1;
+        if (command->in >= 0)
+            close(command->in);
         command->in = -1;
     }
 }
@@ -246,10 +259,10 @@ static void to_command(struct command *command)
     taken += (size_t)done, pending -= (size_t)done;
 }
 
-// What is there of one stream, at most `most` bytes; 0: it has ended.
-static size_t from_command(int *fd, char type, size_t most)
+// What is there of one stream, at most `most` bytes; 0: it has ended. `events` are poll's.
+static size_t from_command(int *fd, short events, char type, size_t most)
 {
-    ssize_t done = read(*fd, output, most < FRAME_MAX ? most : FRAME_MAX);
+    ssize_t done = !(events & POLLIN) ? 0 : read(*fd, output, most < FRAME_MAX ? most : FRAME_MAX);
     if (done > 0) {
         send_frame(type, NULL, 0, output, (size_t)done);
         return (size_t)done;
@@ -266,14 +279,18 @@ static void drain(int *fd, char type)
     if (*fd < 0 || CALL(ioctl, *fd, FIONREAD, &left))
         return;
     for (size_t done; left > 0 && *fd >= 0; left -= (int)done)
-        if (!(done = from_command(fd, type, (size_t)left)))
+        if (!(done = from_command(fd, POLLIN, type, (size_t)left)))
             return;
 }
 
 static unsigned long out_of_memory(void)
 {
     static char text[16384];
-    slurp("/proc/vmstat", text, sizeof text);
+    static int fd = -1;
+    if (fd < 0)
+        fd = open_file(AT_FDCWD, "/proc/vmstat", O_RDONLY, 0);
+    ssize_t length = CALL(pread64, fd, text, sizeof text - 1, 0);
+    text[length > 0 ? length : 0] = 0;
     for (char *at = text; at; at = strchr(at, '\n')) {
         at += *at == '\n';
         if (!strncmp(at, "oom_kill ", 9)) {
@@ -290,34 +307,37 @@ void run(const struct request *request)
 {
     struct command command = {.in = -1, .out = -1, .err = -1};
     const char *who = value(request, "user");
-    int count = 0, status = 0, gone = 0;
+    static int signals = -1;
+    int count = 0, status = 0;
+    all_read = value(request, "nostdin") != NULL;
+    CALL(chdir, "/");
     for (int i = 1; i < request->count; i++)
         if (!strncmp(request->words[i], "arg=", 4))
             add(arguments, &count, request->words[i] + 4);
     if (!count || count == WORDS) {
         send_failed(count ? E2BIG : EINVAL, "command");
+        skip_input(0);
         return;
     }
     if (find_user(who ? who : "0", &user)) {
         send_failed(EINVAL, "user");
+        skip_input(0);
         return;
     }
     make_environment(request, value(request, "tty") != NULL);
     uint64_t chosen = 1ul << (SIGCHLD - 1);
-    int signals = (int)CALL(signalfd4, -1, &chosen, sizeof chosen, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signals < 0)
+        signals = (int)CALL(signalfd4, -1, &chosen, sizeof chosen, SFD_CLOEXEC | SFD_NONBLOCK);
     unsigned long before = out_of_memory();
     if (begin(request, &command)) {
-        close(signals);
+        skip_input(command.terminal);
         return;
     }
     owned = command.pid, keep = value(request, "keep") != NULL;
     pending = taken = 0;
-    if (value(request, "nostdin") && !command.terminal) {
-        close(command.in);
-        command.in = -1;
-    }
     uint32_t pid = (uint32_t)command.pid;
-    send_frame(F_STARTED, &pid, sizeof pid, NULL, 0);
+    if (!value(request, "quiet"))
+        send_frame(F_STARTED, &pid, sizeof pid, NULL, 0);
     for (;;) {
         short more = (short)(command.in >= 0 && pending ? POLLOUT : 0);
         struct pollfd fds[5] = {
@@ -327,23 +347,22 @@ void run(const struct request *request)
             {command.err, POLLIN, 0},
             {command.terminal || !more ? -1 : command.in, more, 0},
         };
-        wait_for(fds, 5, -1);
+        flush();
+        wait_for(fds, 5, has_read_ahead() && !pending ? 0 : -1);
         if (fds[0].revents & (POLLRDHUP | POLLHUP | POLLERR)) {
             host_gone();
-            gone = 1;
-        } else if (fds[0].revents & POLLIN && !pending) {
+        } else if ((fds[0].revents & POLLIN || has_read_ahead()) && !pending) {
             from_host(&command);
         }
         if (fds[2].revents & POLLOUT || fds[4].revents)
             to_command(&command);
-        if (fds[2].revents & (POLLIN | POLLHUP) && !from_command(&command.out, F_STDOUT, FRAME_MAX) && command.terminal)
+        if (fds[2].revents & (POLLIN | POLLHUP) && !from_command(&command.out, fds[2].revents, F_STDOUT, FRAME_MAX) && command.terminal)
             command.in = -1;
         if (fds[3].revents)
-            from_command(&command.err, F_STDERR, FRAME_MAX);
+            from_command(&command.err, fds[3].revents, F_STDERR, FRAME_MAX);
         if (fds[1].revents) {
             struct signalfd_siginfo info;
-            while (read(signals, &info, sizeof info) > 0)
-                continue;
+            read(signals, &info, sizeof info);
             if (CALL(wait4, command.pid, &status, WNOHANG, NULL) == command.pid)
                 break;
         }
@@ -357,8 +376,11 @@ void run(const struct request *request)
     } end = {WIFSIGNALED(status), (uint8_t)(WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status)), 0};
     end.memory = out_of_memory() != before && (end.signalled ? end.code == SIGKILL : end.code == 128 + SIGKILL);
     send_frame(F_EXIT, &end, sizeof end, NULL, 0);
-    // Until the host closes: what it still sends would reset the connection, and with it the last frames.
-    while (read(host, input, sizeof input) > 0)
-        continue;
-    _exit(0);
+    if (gone)
+        _exit(0);
+    if (!command.terminal)
+        close(command.in);
+    close(command.out);
+    close(command.err);
+    skip_input(command.terminal);
 }

@@ -171,8 +171,9 @@ static int watch(const char *path)
     send_frame(F_STARTED, &none, sizeof none, NULL, 0);
     for (;;) {
         struct pollfd fds[2] = {{host, POLLIN | POLLRDHUP, 0}, {fd, POLLIN, 0}};
+        flush();
         wait_for(fds, 2, -1);
-        if (fds[0].revents)
+        if (fds[0].revents || has_read_ahead())
             _exit(0);
         ssize_t done = read(fd, bytes, sizeof bytes);
         for (ssize_t at = 0; at < done;) {

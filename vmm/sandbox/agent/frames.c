@@ -5,7 +5,7 @@
 
 int host = -1;
 pid_t owned;
-int keep;
+int keep, gone;
 
 // A command ends with whoever wanted it; one that is to be kept writes to nobody.
 void host_gone(void)
@@ -15,16 +15,65 @@ void host_gone(void)
             CALL(kill, -owned, SIGKILL);
         _exit(0);
     }
+    gone = 1;
     close(host);
     host = open_file(AT_FDCWD, "/dev/null", O_RDWR, 0);
 }
 
+static char waiting[1 << 14]; // small frames, until something is waited for: they go as one packet
+static size_t waiting_length;
+
+static void send_all(struct iovec *parts, int count)
+{
+    while (count) {
+        ssize_t done = CALL(writev, host, parts, count);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done < 0) {
+            host_gone();
+            return;
+        }
+        for (; count && (size_t)done >= parts->iov_len; parts++, count--)
+            done -= (ssize_t)parts->iov_len;
+        if (count) {
+            parts->iov_base = (char *)parts->iov_base + done;
+            parts->iov_len -= (size_t)done;
+        }
+    }
+}
+
+void flush(void)
+{
+    struct iovec all = {waiting, waiting_length};
+    waiting_length = 0;
+    if (all.iov_len)
+        send_all(&all, 1);
+}
+
+static char ahead[4096]; // read with what was asked for: a small frame takes one call
+static size_t ahead_at, ahead_length;
 static char request_bytes[REQUEST_MAX + 1];
+
+int has_read_ahead(void)
+{
+    return ahead_at < ahead_length;
+}
 
 void read_all(void *to, size_t length)
 {
+    flush();
     for (char *at = to; length;) {
-        ssize_t done = read(host, at, length);
+        size_t there = ahead_length - ahead_at;
+        if (there) {
+            there = there < length ? there : length;
+            memcpy(at, ahead + ahead_at, there);
+            ahead_at += there;
+            at += there;
+            length -= there;
+            continue;
+        }
+        int small = length < sizeof ahead;
+        ssize_t done = small ? read(host, ahead, sizeof ahead) : read(host, at, length);
         if (done < 0 && errno == EINTR)
             continue;
         if (done <= 0) {
@@ -32,8 +81,10 @@ void read_all(void *to, size_t length)
             memset(at, 0, length);
             return;
         }
-        at += done;
-        length -= (size_t)done;
+        ahead_at = 0;
+        ahead_length = small ? (size_t)done : 0;
+        at += small ? 0 : done;
+        length -= small ? 0 : (size_t)done;
     }
 }
 
@@ -80,20 +131,16 @@ void send_frame(char type, const void *head, size_t head_length, const void *byt
     uint32_t total = (uint32_t)(head_length + length);
     memcpy(first + 1, &total, sizeof total);
     struct iovec parts[3] = {{first, sizeof first}, {(void *)head, head_length}, {(void *)bytes, length}};
-    for (int at = 0; at < 3;) {
-        ssize_t done = CALL(writev, host, parts + at, 3 - at);
-        if (done < 0 && errno == EINTR)
-            continue;
-        if (done < 0) {
-            host_gone();
-            return;
-        }
-        for (; at < 3 && (size_t)done >= parts[at].iov_len; at++)
-            done -= (ssize_t)parts[at].iov_len;
-        if (at < 3) {
-            parts[at].iov_base = (char *)parts[at].iov_base + done;
-            parts[at].iov_len -= (size_t)done;
-        }
+    if (sizeof first + total > sizeof waiting - waiting_length)
+        flush();
+    if (sizeof first + total > sizeof waiting / 4) {
+        flush();
+        send_all(parts, 3);
+        return;
+    }
+    for (int i = 0; i < 3; i++) {
+        memcpy(waiting + waiting_length, parts[i].iov_base, parts[i].iov_len);
+        waiting_length += parts[i].iov_len;
     }
 }
 

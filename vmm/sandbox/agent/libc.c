@@ -165,6 +165,20 @@ int spit(const char *path, const char *text)
     return done < 0 ? -1 : 0;
 }
 
+// long spawn_at(void *stack, void (*body)(void)): by clone(CLONE_VM | CLONE_VFORK | SIGCHLD). Source: clone(2).
+__asm__("spawn_at: mov %rsi, %r8\n mov %rdi, %rsi\n mov $0x4111, %edi\n xor %edx, %edx\n xor %r10d, %r10d\n"
+        " mov $56, %eax\n syscall\n test %rax, %rax\n jnz 1f\n xor %ebp, %ebp\n call *%r8\n hlt\n 1: ret\n");
+long spawn_at(void *stack, void (*body)(void));
+
+long spawn(void (*body)(void))
+{
+    static _Alignas(16) char stack[1 << 15];
+    long result = spawn_at(stack + sizeof stack, body);
+    if (result < 0)
+        errno = (int)-result;
+    return result < 0 ? -1 : result;
+}
+
 __asm__(".globl _start\n_start: xor %ebp, %ebp\n mov %rsp, %rdi\n and $-16, %rsp\n call start\n hlt\n");
 
 __attribute__((used)) void start(void)

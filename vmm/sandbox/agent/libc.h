@@ -28,6 +28,9 @@ int spit(const char *path, const char *text);
 
 int open_file(int directory, const char *path, int flags, int mode); // close on exec, no controlling terminal
 int look(int directory, const char *path, int flags, struct stat *status);
+// A child that shares this process's memory, calls `body` and does not return. It is waited for until it has executed
+// another program or ended. Returns its process id; -1: an error.
+long spawn(void (*body)(void));
 int wait_for(struct pollfd *fds, int count, int milliseconds);
 
 long call(long number, long a, long b, long c, long d, long e, long f);

@@ -100,6 +100,7 @@ static void accept_one(int listener, int signals)
         if (!child) {
             CALL(close, listener);
             CALL(close, signals);
+            spit("/proc/self/oom_score_adj", "0"); // which its commands inherit
             host = fd;
             serve();
         }
@@ -114,16 +115,9 @@ int main(void)
     if (CALL(getpid) != 1)
         return 1;
     boot();
-    // Blocked for ever, and read from a descriptor; SIGPIPE is an error of write.
-    uint64_t chosen = 1ul << (SIGCHLD - 1);
-    CALL(rt_sigprocmask, SIG_BLOCK, &chosen, NULL, sizeof chosen);
-    struct {
-        void *handler;
-        unsigned long flags;
-        void *restorer;
-        uint64_t mask;
-    } ignore = {SIG_IGN, 0, NULL, 0};
-    CALL(rt_sigaction, SIGPIPE, &ignore, NULL, sizeof(uint64_t));
+    // Blocked for ever: SIGCHLD is read from a descriptor, SIGPIPE is an error of write.
+    uint64_t chosen = 1ul << (SIGCHLD - 1), blocked = chosen | 1ul << (SIGPIPE - 1);
+    CALL(rt_sigprocmask, SIG_BLOCK, &blocked, NULL, sizeof blocked);
     spit("/proc/self/oom_score_adj", "-1000");
     int signals = (int)CALL(signalfd4, -1, &chosen, sizeof chosen, SFD_CLOEXEC | SFD_NONBLOCK);
     int listener = listen_for_host();

@@ -22,6 +22,7 @@ void relay(const struct request *request)
         return;
     }
     send_ok();
+    flush();
     int from[2] = {host, fd}, to[2] = {fd, host};
     size_t length[2] = {0, 0}, at[2] = {0, 0};
     int open[2] = {1, 1};
