@@ -92,6 +92,7 @@ class VirtioDevice:
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
     :ivar thread_kind: what its code may ask of the host where seccomp is on: one of ``vmm.seccomp.KINDS``; None:
         anything, on its own threads and on the vCPUs'
+    :ivar below: the only directory below which its threads open files, as ``vmm.threads.spawn`` takes it
     :ivar poll_us: microseconds that a native worker looks at its queues before it sleeps; 0: it sleeps at once
     :ivar unsavable: why it cannot be saved now, one clause; empty: it can
     :ivar counters: what Python code counts; ``stats`` is all there is to read
@@ -99,6 +100,7 @@ class VirtioDevice:
 
     name: str = "virtio"
     thread_kind: str | None = None
+    below: tuple[int, bool] | None = None
     device_type: int
     queue_sizes: tuple[int, ...]
     features: int = 0
@@ -211,7 +213,7 @@ class Worker:
         """
         self._context = context
         context.stopping = False
-        self._thread = spawn(self._device.thread_kind, self._device.name, self._run)
+        self._thread = spawn(self._device.thread_kind, self._device.name, self._run, below=self._device.below)
 
     def _run(self) -> None:
         device, context = self._device, self._context

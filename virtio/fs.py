@@ -132,6 +132,7 @@ class Fs(VirtioDevice):
             dax_slots().put_back(self._dax_slots)
             raise ConfigError("share dax", dax, "bytes are more address space than this host has") from None
         self.window = self.share.window
+        self.below = root, not read_only
 
     @property
     def stats(self) -> dict[str, int]:

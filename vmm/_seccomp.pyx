@@ -125,14 +125,18 @@ cdef extern from *:
     }
     /* Landlock, by its numbers (Linux's include/uapi/linux/landlock.h): Debian 12's headers know half of them. */
     static int landlock_abi(void) { return (int)syscall(444, NULL, (size_t)0, 1u); }
-    static int landlock_confine(int no_files) {
+    static int landlock_confine(int no_files, int below, int changes) {
         static const unsigned long long FILES[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
+        /* Below a directory: to read files and list directories, and with `changes` all but to execute and to IOCTL. */
+        enum { READS = 0xc, CHANGES = 0x7ffe };
         struct { unsigned long long files, net, scoped; } rules = { 0, 0, 0 };
+        struct { unsigned long long allowed; int parent; } __attribute__((packed)) rule = { 0, below };
         int abi = landlock_abi(), fd, status;
         long errata;
         if (abi < 1) return 0;
-        /* A ruleset that handles any right to files forbids renames to another directory, too: all of them or none. */
-        if (no_files) rules.files = FILES[abi < 5 ? abi : 5];
+        /* A ruleset that handles any right to files forbids renames to another directory, too: all of them or none.
+           Only since its second version can they be allowed. */
+        if (no_files && !(changes && abi < 2)) rules.files = FILES[abi < 5 ? abi : 5];
         if (abi >= 4) rules.net = 3;                            /* bind and connect of TCP */
         if (abi >= 6) rules.scoped = 1;                         /* abstract sockets */
         /* Signals between threads of one process: erratum 2 has to be mended. */
@@ -141,7 +145,9 @@ cdef extern from *:
         if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return -1;
         fd = (int)syscall(444, &rules, (size_t)(abi < 4 ? 8 : abi < 6 ? 16 : 24), 0u);
         if (fd < 0) return -1;
-        status = (int)syscall(446, fd, 0u);
+        rule.allowed = rules.files & (changes ? CHANGES : READS);
+        status = below >= 0 && rule.allowed ? (int)syscall(445, fd, 1, &rule, 0u) : 0;
+        if (!status) status = (int)syscall(446, fd, 0u);
         close(fd);
         return status;
     }
@@ -161,7 +167,7 @@ cdef extern from *:
     void calm_malloc() noexcept nogil
     void prepare_malloc() noexcept nogil
     int landlock_abi() noexcept nogil
-    int landlock_confine(bint no_files) noexcept nogil
+    int landlock_confine(bint no_files, int below, bint changes) noexcept nogil
     long filter_install(const char *code, size_t size, bint whole_process) noexcept nogil
 
 
@@ -276,13 +282,16 @@ def landlock():
     return landlock_abi()
 
 
-def confine(bint no_files):
+def confine(bint no_files, int below=-1, bint changes=False):
     """Let the calling thread make no TCP connection and reach no abstract socket, by Landlock, as far as there is any.
 
     :param no_files: it can open, make, change and remove no file either
+    :param below: with `no_files`, a directory's descriptor: files below it can be opened and read even so; borrowed
+    :param changes: with `below`, they can be made, changed and removed, too; that needs Linux 5.19, and before it
+        `no_files` is not kept either, as renames to another directory cannot be allowed there
     :raises OSError: the kernel refused it
     """
-    if landlock_confine(no_files):
+    if landlock_confine(no_files, below, changes):
         raise OSError(errno, f"Landlock: {os.strerror(errno)}")
 
 

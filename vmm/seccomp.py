@@ -159,7 +159,7 @@ _SPAWN = (
     *_ints("clone", 0, _CLONE_THREAD_FLAGS),
     *_ints("seccomp", 0, _SECCOMP_SET_MODE_FILTER),
     *_ints("prctl", 0, _PR_SET_NO_NEW_PRIVS),
-    *_allow("landlock_create_ruleset landlock_restrict_self"),
+    *_allow("landlock_create_ruleset landlock_add_rule landlock_restrict_self"),
 )
 # While the machine is put together, before the guest's first instruction.
 _BUILD = (
@@ -214,15 +214,16 @@ class Filters:
                 raise HostError(error.errno or 0, f"compile the seccomp filter of {kind}") from None
         return code
 
-    def install(self, kind: str) -> None:
+    def install(self, kind: str, below: tuple[int, bool] | None = None) -> None:
         """Put the filter of `kind` over what the calling thread has; it stays.
 
+        :param below: as of ``vmm.threads.spawn``
         :raises HostError: the kernel or libseccomp refused it
         """
         code = self.compile(kind)
         try:
             if kind in KINDS:  # what makes threads would hand it down
-                _seccomp.confine(kind in FILELESS)
+                _seccomp.confine(kind in FILELESS or below is not None, *(below or ()))
             _seccomp.install(code, kind)
         except OSError as error:
             raise HostError(error.errno or 0, f"confine a thread of kind {kind}") from None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         def alone(self) -> bool: ...
         def confines(self) -> bool: ...
         def start(self, thread: threading.Thread) -> None: ...
-        def install(self, kind: str) -> None: ...
+        def install(self, kind: str, below: tuple[int, bool] | None = None) -> None: ...
 
 
 class _Coming:
@@ -52,8 +52,8 @@ class _Coming:
     def start(self, thread: threading.Thread) -> None:
         self._wait().start(thread)
 
-    def install(self, kind: str) -> None:
-        self._wait().install(kind)
+    def install(self, kind: str, below: tuple[int, bool] | None = None) -> None:
+        self._wait().install(kind, below)
 
 
 # Of the whole process.
@@ -85,19 +85,27 @@ def traced() -> bool:
     return any(tools) or threading.gettrace() is not None or threading.getprofile() is not None
 
 
-def spawn(kind: str | None, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
+def spawn(
+    kind: str | None,
+    name: str,
+    target: Callable[..., None],
+    *args: object,
+    below: tuple[int, bool] | None = None,
+) -> threading.Thread:
     """Start a daemon thread.
 
     :param kind: what it will do, which decides what it may ask of the host: one of ``vmm.seccomp.KINDS``;
         None: what an embedding program's code does, so it has no filter
     :param name: of the thread, for Python
+    :param below: descriptor of the only directory below which it opens files, where the kernel has Landlock, and
+        whether it changes any; open until the thread runs. None: as its kind says
     :raises RuntimeError: no thread to be had
     :raises HostError: the filters could not be had
     """
 
     def run() -> None:
         deaf()
-        enter(kind)
+        enter(kind, below)
         target(*args)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
@@ -108,7 +116,7 @@ def spawn(kind: str | None, name: str, target: Callable[..., None], *args: objec
     return thread
 
 
-def enter(kind: str | None) -> None:
+def enter(kind: str | None, below: tuple[int, bool] | None = None) -> None:
     """From here on the calling thread does only what its kind does; nothing for None, or where filters are off."""
     if guard is not None and kind is not None:
-        guard.install(kind)
+        guard.install(kind, below)

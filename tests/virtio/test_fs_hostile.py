@@ -23,6 +23,7 @@ from tests.virtio.fuse_client import ROOT, FuseError, FuseVm
 from tests.virtio.test_fs import held, mount, refused, tree
 from virtio import spec
 from virtio.testing import Buffer
+from vmm._seccomp import landlock
 from vmm.budget import KEPT, raise_descriptor_limit, set_descriptor_limit
 
 __all__ = ["mount", "tree"]
@@ -383,6 +384,26 @@ def test_a_directory_moved_out_gives_no_way_to_its_new_parent(tree: Path, mount:
     os.rename(tree / "dir", tree.parent / "dir")
     assert refused(vm.lookup, "..", node) == "ESTALE"
     assert refused(vm.lookup, "secret", node) == "ENOENT"
+
+
+@pytest.mark.skipif(landlock() < 2, reason="LAYER MISSING: Landlock ABI 2, Linux 5.19")
+def test_what_the_host_has_moved_out_is_opened_no_more(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    (tree / "dir").mkdir()
+    (tree / "dir/file").write_bytes(b"text")
+    vm = mount()
+    directory, file = vm.lookup("dir").nodeid, vm.walk("dir/file").nodeid
+    fh = vm.open(file)
+    os.rename(tree / "dir", tree.parent / "dir")
+    assert vm.read(file, fh, 4) == b"text", "it was open already"
+    assert (
+        refused(vm.open, file)
+        == refused(vm.opendir, directory)
+        == refused(vm.create, "new", parent=directory)
+        == "EACCES"
+    )
+    os.rename(tree.parent / "dir", tree / "back")
+    assert vm.read(file, vm.open(file), 4) == b"text"
+    assert os.listdir(tree / "back") == ["file"]
 
 
 def test_the_shared_directory_replaced_is_the_old_one_still(tree: Path, mount: Callable[..., FuseVm]) -> None:

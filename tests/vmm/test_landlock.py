@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Landlock alone, without filters: what a thread without files cannot reach, and what it still can."""
+"""Landlock alone, without filters: what a thread without files, and one of a share, cannot reach, and what they can."""
 
 from __future__ import annotations
 
@@ -64,9 +64,76 @@ NETWORK = {"connect", "bind", "abstract socket", "signal the parent"}
 KEPT = {"unix socket", "held", "signal a thread"}
 
 
-def _told(directory: Path, level: str) -> dict[str, str]:
+# In place of the attempts above; the shared directory is `shared` of the directory that they are of.
+SHARE = """
+os.mkdir("shared"), os.mkdir("shared/d"), os.mkdir("shared/moved")
+open("shared/in", "w").close(), open("shared/moved/file", "w").close()
+os.symlink("../file", "shared/way out")
+shared, moved = os.open("shared", os.O_PATH), os.open("shared/moved/file", os.O_PATH)
+os.rename("shared/moved", "elsewhere")
+outside = os.open("file", os.O_PATH)
+attempts = {
+    "read": lambda: os.open("shared/in", os.O_RDONLY),
+    "read by a descriptor": lambda: os.open(f"/proc/self/fd/{os.open('shared/in', os.O_PATH)}", os.O_RDONLY),
+    "list": lambda: os.listdir("shared/d"),
+    "write": lambda: os.open("shared/in", os.O_WRONLY),
+    "truncate": lambda: os.truncate("shared/in", 1),
+    "create": lambda: os.close(os.open("shared/new", os.O_CREAT | os.O_EXCL | os.O_RDWR)),
+    "rename to another directory": lambda: os.rename("shared/new", "shared/d/new"),
+    "link in another directory": lambda: os.link("shared/in", "shared/d/link"),
+    "link a file without a name": lambda: os.link(
+        f"/proc/self/fd/{os.open('shared', os.O_TMPFILE | os.O_RDWR)}", "shared/d/named", src_dir_fd=shared),
+    "fifo": lambda: os.mkfifo("shared/f"),
+    "socket": lambda: os.mknod("shared/s", 0o140600),
+    "symlink": lambda: os.symlink("a", "shared/l"),
+    "unlink": lambda: os.unlink("shared/d/new"),
+    "directory": lambda: (os.mkdir("shared/e"), os.rmdir("shared/e")),
+    "read outside": lambda: os.open("file", os.O_RDONLY),
+    "write outside": lambda: os.open("file", os.O_WRONLY),
+    "outside by ..": lambda: os.open("../file", os.O_RDONLY, dir_fd=shared),
+    "outside by a symbolic link": lambda: os.open("shared/way out", os.O_RDONLY),
+    "outside by a descriptor": lambda: os.open(f"/proc/self/fd/{outside}", os.O_RDONLY),
+    "what was moved out": lambda: os.open(f"/proc/self/fd/{moved}", os.O_RDONLY),
+    "list outside": lambda: os.listdir("/"),
+    "create outside": lambda: os.open("new", os.O_CREAT | os.O_RDWR),
+    "rename to the outside": lambda: os.rename("shared/in", "in"),
+    "rename from the outside": lambda: os.rename("file", "shared/file"),
+    "link from the outside": lambda: os.link("file", "shared/link"),
+    "unlink outside": lambda: os.unlink("file"),
+    "truncate outside": lambda: os.truncate("file", 0),
+    "memory": lambda: os.open("/proc/self/mem", os.O_RDWR),
+    "connect": lambda: socket.create_connection(tcp.getsockname()),
+}
+def work():
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            told[name] = "done"
+        except OSError as error:
+            told[name] = "refused" if error.errno in (13, 18) else str(error)
+class Alone:  # the guard's rules without its filters
+    alone = False
+    def confines(self): return False
+    def start(self, thread): thread.start()
+    install = lambda self, kind, below=None: seccomp.Filters.install(self, kind, below)
+    compile = lambda self, kind: b""
+from vmm import seccomp
+_seccomp.install = lambda code, kind: None
+threads.set_guard(Alone())
+thread = threads.spawn("fs", "share", work, below=(shared, sys.argv[2] == "writable"))
+thread.join()
+print(json.dumps(told))
+"""
+OUTSIDE = {
+    "read outside", "write outside", "outside by ..", "outside by a symbolic link", "outside by a descriptor",
+    "what was moved out", "list outside", "create outside", "rename to the outside", "rename from the outside",
+    "link from the outside", "unlink outside", "truncate outside", "memory", "connect",
+}  # fmt: skip
+
+
+def _told(directory: Path, level: str, code: str = TRY) -> dict[str, str]:
     done = subprocess.run(
-        [sys.executable, "-c", TRY, str(directory), level], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-c", code, str(directory), level], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     assert done.returncode == 0, done.stderr
     told: dict[str, str] = json.loads(done.stdout)
@@ -90,3 +157,14 @@ def test_a_thread_with_files_has_them_and_no_network(tmp_path: Path) -> None:
     told = _told(tmp_path, "files")
     assert {name for name, what in told.items() if what == "refused"} == NETWORK
     assert told["rename"] == "done", "to another directory, too"
+
+
+@pytest.mark.parametrize("level", ["writable", "read-only"])
+def test_a_thread_of_a_share_has_its_directory_alone(tmp_path: Path, level: str) -> None:
+    told = _told(tmp_path, level, TRY.partition("attempts = {")[0] + SHARE)
+    reads = {"read", "read by a descriptor", "list"}
+    assert {name for name, what in told.items() if what == "done"} == (
+        set(told) - OUTSIDE if level == "writable" else reads
+    )
+    assert {what for name, what in told.items() if name in OUTSIDE} == {"refused"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "file", "shared", "socket", "there"]
