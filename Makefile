@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd vmm/sandbox/agent/*.[ch] vmm/images/*.c) setup.py pyproject.toml
+SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd vmm/sandbox/agent/*.[ch] vmm/images/*.c) vmm/seccomp_rules.py setup.py pyproject.toml
 
 .PHONY: install demo test unit kvm linux lab-test check coverage docs bench bench-peers debug asan clean distclean system-packages
 
@@ -102,7 +102,7 @@ asan: install
 
 clean:
 	rm -rf build *.egg-info $(VENV)/.built
-	find vmm devices virtio -name '*.so' -delete -o -name '*.elf' -delete -o -name '*.html' -delete -o -name '_*.c' -delete
+	find vmm devices virtio -name '*.so' -delete -o -name '*.elf' -delete -o -name '*.html' -delete -o -name '_*.c' -delete -o -name '_*.h' -delete
 
 distclean: clean
 	rm -rf $(VENV)

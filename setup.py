@@ -11,6 +11,7 @@ The rest of the package is in pyproject.toml.
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import tempfile
 
@@ -37,7 +38,7 @@ BARE = [
     "-Os", "-g0", "-Wall", "-Wextra", "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-U_FORTIFY_SOURCE",
     "-fcf-protection=none", "-fno-pie", "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns",
 ]  # fmt: skip
-LIBRARIES = {"vmm._seccomp": ["seccomp"]}
+FILTERS = "vmm/_seccomp_filters.h"
 ROOMS = ("vmm", "devices", "virtio")
 FILES = {f"{room}/{file}" for room in ROOMS for file in os.listdir(room)}
 MODULES = sorted(name[:-4].replace("/", ".") for name in FILES if name.endswith(".pyx"))
@@ -45,6 +46,14 @@ MODULES = sorted(name[:-4].replace("/", ".") for name in FILES if name.endswith(
 LOST = sorted(name[:-1] + "x" for name in FILES if name.endswith(".pyi") and not {name[:-1] + "x", name[:-1]} & FILES)
 if not MODULES or LOST:
     sys.exit(f"setup.py: no source of {', '.join(LOST) or 'any extension'}: this tree is not whole")
+
+
+def write_filters() -> None:
+    """The system call filters, for ``vmm/_seccomp.pyx``; the same ones are not written again."""
+    text = runpy.run_path("vmm/seccomp_rules.py")["header"]()
+    if not os.path.exists(FILTERS) or open(FILTERS).read() != text:
+        with open(FILTERS, "w") as file:
+            file.write(text)
 
 
 class BuildLauncher(build_scripts):
@@ -75,9 +84,10 @@ class BuildLauncher(build_scripts):
 
 
 class BuildBare(build_ext):
-    """Compiles the extensions, and the programs of guests, without a C library."""
+    """Compiles the system call filters, the extensions, and the programs of guests, without a C library."""
 
     def run(self) -> None:
+        write_filters()
         super().run()
         compiler = new_compiler()
         customize_compiler(compiler)
@@ -104,7 +114,7 @@ setup(
                 [name.replace(".", "/") + ".pyx"],
                 extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(ASAN or HARD)],
                 extra_link_args=ASAN or ["-Wl,-z,relro,-z,now"],
-                libraries=LIBRARIES.get(name, []),
+                depends=[FILTERS] if name == "vmm._seccomp" else [],
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )
             for name in MODULES

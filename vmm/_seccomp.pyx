@@ -1,41 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Seccomp filters: built by libseccomp, put on threads, and what happens to a thread that breaks one; and Landlock.
+"""Seccomp filters, made by ``setup.py`` of ``vmm/seccomp_rules.py``: put on threads, and what happens to a thread that
+breaks one; and Landlock.
 
-Source: Linux seccomp(2); libseccomp's seccomp.h.
+Source: Linux seccomp(2).
 """
 import os
 
-from libc.errno cimport ENOSYS, errno
-from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport strncpy
-
-cdef extern from "<seccomp.h>" nogil:
-    ctypedef void *scmp_filter_ctx
-    enum scmp_compare:
-        SCMP_CMP_MASKED_EQ
-    enum scmp_filter_attr:
-        SCMP_FLTATR_CTL_OPTIMIZE
-    struct scmp_arg_cmp:
-        unsigned int arg
-        scmp_compare op
-        uint64_t datum_a
-        uint64_t datum_b
-    enum: SCMP_ACT_ALLOW, SCMP_ACT_TRAP, __NR_SCMP_ERROR, SCMP_ARCH_NATIVE
-    uint32_t SCMP_ACT_ERRNO(unsigned int value)
-    scmp_filter_ctx seccomp_init(uint32_t default_action)
-    void seccomp_release(scmp_filter_ctx ctx)
-    int seccomp_attr_set(scmp_filter_ctx ctx, scmp_filter_attr attribute, uint32_t value)
-    int seccomp_rule_add_array(scmp_filter_ctx ctx, uint32_t action, int syscall, unsigned int count,
-                               const scmp_arg_cmp *compare)
-    int seccomp_export_bpf(scmp_filter_ctx ctx, int fd)
-    int seccomp_syscall_resolve_name(const char *name)
-    char *seccomp_syscall_resolve_num_arch(uint32_t arch, int number)
+from libc.errno cimport errno
 
 cdef extern from *:
     """
-    #include <linux/filter.h>
+    #include <errno.h>
     #include <linux/seccomp.h>
     #include <malloc.h>
     #include <pthread.h>
@@ -46,10 +22,10 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <ucontext.h>
     #include <unistd.h>
+    #include "_seccomp_filters.h"
 
-    enum { SYSCALLS = 512, NAME = 32, STATUS_BAD_SYSCALL = 148 /* Firecracker's */ };
-    static char syscall_names[SYSCALLS][NAME];
-    static __thread char thread_kind[NAME];
+    enum { FILTERS = sizeof filters / sizeof *filters, MOST = 1024, STATUS_BAD_SYSCALL = 148 /* Firecracker's */ };
+    static __thread char thread_kind[KIND];
     static volatile int trap_log = -1;
 
     static size_t put(char *line, size_t at, const char *text) {
@@ -151,16 +127,39 @@ cdef extern from *:
         close(fd);
         return status;
     }
-    static int filter_install(const char *code, size_t bytes, int whole_process) {
-        struct sock_fprog program = { bytes / sizeof(struct sock_filter), (struct sock_filter *)code };
+    /* The filter of that kind, with this process's number in it; the count of its instructions, 0: there is none. */
+    static int filter_of(const char *kind, struct sock_filter *code) {
+        for (int i = 0; i < FILTERS; i++) {
+            if (strcmp(filters[i].kind, kind) || filters[i].count > MOST) continue;
+            memcpy(code, filter_code + filters[i].start, filters[i].count * sizeof *code);
+            for (int at = 0; at < filters[i].count; at++)
+                if (code[at].code == (BPF_JMP | BPF_JEQ | BPF_K) && code[at].k == PID) code[at].k = (unsigned)getpid();
+            return filters[i].count;
+        }
+        return 0;
+    }
+    static int filter_install(const char *kind, int whole_process) {
+        struct sock_filter code[MOST];
+        struct sock_fprog program = { (unsigned short)filter_of(kind, code), code };
         unsigned long flags = whole_process ? SECCOMP_FILTER_FLAG_TSYNC : 0;
+        if (!program.len) {
+            errno = EINVAL;
+            return -1;
+        }
+        strcpy(thread_kind, kind);
         if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return -1;
         return (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
     }
     """
-    enum: SYSCALLS, NAME
-    char[512][32] syscall_names
-    char[32] thread_kind
+    enum: FILTERS, MOST
+    struct sock_filter:
+        pass
+    struct filter:
+        char[16] kind
+        bint thread
+        bint fileless
+    filter *filters
+    char[16] thread_kind
     int trap_log
     int trap_sigsys() noexcept nogil
     int can_trap() noexcept nogil
@@ -168,79 +167,26 @@ cdef extern from *:
     void prepare_malloc() noexcept nogil
     int landlock_abi() noexcept nogil
     int landlock_confine(bint no_files, int below, bint changes) noexcept nogil
-    long filter_install(const char *code, size_t size, bint whole_process) noexcept nogil
+    int filter_of(const char *kind, sock_filter *code) noexcept nogil
+    long filter_install(const char *kind, bint whole_process) noexcept nogil
 
 
-cdef struct Rule:
-    int number
-    unsigned int count
-    scmp_arg_cmp[6] tests
+def kinds():
+    """By kind of thread, whether it opens no file."""
+    return {filters[i].kind.decode(): filters[i].fileless for i in range(FILTERS) if filters[i].thread}
 
 
-def compile_filter(rules, absent=()):
-    """The BPF program that allows what `rules` say, and traps everything else.
+def program(str kind):
+    """The filter of `kind` for this process, a BPF program.
 
-    :param rules: ``(system call, tests)``; tests: ``(argument, mask, value)``, all of which must hold
-    :param absent: names of system calls that fail with ENOSYS, as if the kernel did not have them
-    :raises OSError: libseccomp refused a rule
-    :raises ValueError: there is no such system call
+    :param kind: of ``kinds``, or ``base`` or ``spawn``
+    :raises ValueError: there is no such kind
     """
-    cdef scmp_filter_ctx ctx
-    cdef Rule *table
-    cdef size_t count = 0, i
-    cdef int into, status = 0
-    rules = list(rules)
-    table = <Rule *>calloc(len(rules) + 1, sizeof(Rule))
-    ctx = seccomp_init(SCMP_ACT_TRAP)
-    try:
-        if ctx == NULL or table == NULL:
-            raise MemoryError()
-        for name, tests in rules:
-            table[count].number = _number(name)
-            for argument, mask, value in tests:
-                table[count].tests[table[count].count].arg = argument
-                table[count].tests[table[count].count].op = SCMP_CMP_MASKED_EQ
-                table[count].tests[table[count].count].datum_a = mask
-                table[count].tests[table[count].count].datum_b = value
-                table[count].count += 1
-            count += 1
-        # A binary tree of system calls, not a list of them.
-        _check(seccomp_attr_set(ctx, SCMP_FLTATR_CTL_OPTIMIZE, 2), "optimize")
-        for name in absent:
-            _check(seccomp_rule_add_array(ctx, SCMP_ACT_ERRNO(ENOSYS), _number(name), 0, NULL), name)
-        with nogil:
-            for i in range(count):
-                status = seccomp_rule_add_array(ctx, SCMP_ACT_ALLOW, table[i].number, table[i].count, table[i].tests)
-                if status < 0:
-                    break
-        if status < 0:
-            _check(status, rules[i][0])
-        # A pipe, which no limit on the size of files reaches; it holds 8,192 instructions, the kernel takes 4,096.
-        out, into = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            with nogil:
-                status = seccomp_export_bpf(ctx, into)
-            _check(status, "export")
-            return os.read(out, 1 << 16)
-        finally:
-            os.close(out)
-            os.close(into)
-    finally:
-        free(table)
-        if ctx != NULL:
-            seccomp_release(ctx)
-
-
-cdef int _number(str name) except *:
-    cdef int number = seccomp_syscall_resolve_name(name.encode())
-    if number == __NR_SCMP_ERROR:
-        raise ValueError(f"no system call {name}")
-    return number
-
-
-cdef _check(int status, str what):
-    if status < 0:
-        raise OSError(-status, f"libseccomp: {what}: {os.strerror(-status)}")
+    cdef sock_filter[MOST] code
+    cdef int count = filter_of(kind.encode(), code)
+    if count == 0:
+        raise ValueError(f"no filter for threads of kind {kind}")
+    return (<char *>code)[:count * sizeof(sock_filter)]
 
 
 def is_confined():
@@ -254,15 +200,8 @@ def catch_faults(bint alone):
     :param alone: no code but ours runs in this process, so its malloc is ours to tune
     :raises OSError: the kernel has no seccomp filters
     """
-    cdef int number
-    cdef char *name
     if can_trap():
         raise OSError(errno, os.strerror(errno))
-    for number in range(SYSCALLS):
-        name = seccomp_syscall_resolve_num_arch(SCMP_ARCH_NATIVE, number)
-        if name != NULL:
-            strncpy(syscall_names[number], name, NAME - 1)
-            free(name)
     if alone:
         calm_malloc()
     else:
@@ -295,18 +234,15 @@ def confine(bint no_files, int below=-1, bint changes=False):
         raise OSError(errno, f"Landlock: {os.strerror(errno)}")
 
 
-def install(bytes code, str kind, bint whole_process=False):
+def install(str kind, bint whole_process=False):
     """Put a filter on the calling thread, or on all threads; it stays, and further ones only take away.
 
-    :param code: from ``compile_filter``
-    :param kind: of the thread, for the message
-    :raises OSError: the kernel refused it
+    :param kind: as for ``program``
+    :raises OSError: the kernel refused it, or there is no such kind
     """
-    cdef bytes name = kind.encode()[:NAME - 1]
-    cdef const char *at = code
-    cdef size_t size = len(code)
+    cdef bytes name = kind.encode()
+    cdef const char *of = name
     cdef long status
-    strncpy(thread_kind, name, NAME - 1)
-    status = filter_install(at, size, whole_process)
+    status = filter_install(of, whole_process)
     if status:
         raise OSError(errno, f"seccomp: {os.strerror(errno) if status < 0 else 'a thread could not follow'}")

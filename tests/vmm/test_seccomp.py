@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from vmm import _seccomp, seccomp
+from vmm import _seccomp, seccomp_rules
 from vmm.seccomp import KINDS, STATUS_BAD_SYSCALL
+from vmm.seccomp_rules import rules_of
 
 ROOT = Path(__file__).parents[2]
 NOBODYS = (
@@ -28,16 +30,31 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("kind", [*KINDS, "spawn", "base"])
 def test_what_no_thread_may_do(kind: str) -> None:
-    allowed = {name for name, _ in seccomp._rules(kind)}
-    assert not allowed & set(NOBODYS)
-    assert len(_seccomp.compile_filter(seccomp._rules(kind))) > 100
+    assert not {name for name, _ in rules_of(kind)} & set(NOBODYS)
+
+
+def test_filters_of_the_build_are_what_libseccomp_makes_of_the_rules_for_this_process() -> None:
+    compiler = seccomp_rules.Compiler()
+    for kind in (*KINDS, "spawn", "base"):
+        assert _seccomp.program(kind) == compiler.compile(rules_of(kind, os.getpid())), kind
+    assert KINDS == {kind: kind in seccomp_rules.FILELESS for kind in seccomp_rules.KINDS}
+    with pytest.raises(ValueError, match="of kind nobody"):
+        _seccomp.program("nobody")
+    with pytest.raises(OSError, match="Invalid argument"):
+        _seccomp.install("nobody")
+
+
+def test_a_start_compiles_no_filter() -> None:
+    done = run("import sys; print(open('/proc/self/maps').read(), *sys.modules)")
+    assert "/_seccomp." in done.stdout
+    assert "libseccomp" not in done.stdout and "vmm.seccomp_rules" not in done.stdout
 
 
 def test_threads_are_made_by_one_that_may_do_what_each_of_them_may() -> None:
-    made = set(seccomp._rules("spawn"))
+    made = set(rules_of("spawn"))
     whole = {name for name, tests in made if not tests}
     for kind in KINDS:
-        assert {rule for rule in seccomp._rules(kind) if rule[0] not in whole} <= made, kind
+        assert {rule for rule in rules_of(kind) if rule[0] not in whole} <= made, kind
 
 
 @pytest.mark.parametrize("kind", [*KINDS])
@@ -112,14 +129,14 @@ def test_another_filter_language_is_refused() -> None:
 
 def test_no_such_system_call_is_an_error() -> None:
     with pytest.raises(ValueError, match="teleport"):
-        _seccomp.compile_filter([("teleport", ())])
+        seccomp_rules.Compiler().compile([("teleport", ())])
 
 
 def test_numbers_of_ioctls_are_those_of_who_uses_them() -> None:
     from vmm import _kvm_state, _uffd
 
-    assert set(seccomp._KVM_READS) == set(_kvm_state.READS)
-    assert set(seccomp._UFFD) == set(_uffd.IOCTLS)
+    assert set(seccomp_rules._KVM_READS) == set(_kvm_state.READS)
+    assert set(seccomp_rules._UFFD) == set(_uffd.IOCTLS)
 
 
 def test_a_fault_is_in_the_log_too(tmp_path: Path) -> None:
