@@ -34,7 +34,7 @@ from virtio._vsock_packet cimport (
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
 from vmm._budget cimport FOR_OPEN, Budget, granted
 from vmm._fastpath cimport (
-    QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
+    QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, load_acquire16, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
 from vmm.budget import memory
 
@@ -61,6 +61,7 @@ cdef enum:
     SECOND = 1000000000
     TICK = SECOND // 8
     RETRY = SECOND // 100
+    SETTLE = SECOND // 4000
     # What a packet costs a Linux guest that has not read it, beside its bytes. Since Linux 6.12.92 it resets a
     # connection of which this alone is more than the buffer that it announced (SKB_TRUESIZE(0): 576, and some slack).
     OVERHEAD = 1024
@@ -106,6 +107,9 @@ cdef class VsockWorker(QueueWorker):
     cdef bint tx_timed                  # the timer will tell it
     cdef bint listening
     cdef bint reset_due                 # the driver is to hear that its connections are gone
+    cdef bint settling                  # host programs wait until it has: it may close one that has just begun, too
+    cdef uint64_t settle_until
+    cdef uint16_t events_given          # buffers for events, ever, when it was told
     cdef uint64_t guest_cid
     cdef int listener
     cdef int notify_tx
@@ -152,8 +156,12 @@ cdef class VsockWorker(QueueWorker):
             for name in ("line_wait", "guest_wait", "host_wait", "end_wait", "tx_delay"))
         self.listening = False
         self.poll_ns = 0                # a look at the rings would keep the sockets waiting
+        self.settling = self.reset_due
+        self.settle_until = vsock_now() + <uint64_t>int(self.device.settle_wait * SECOND)
         self.listen()
-        if self.table.live:
+        if self.settling:
+            self.wake_after(SETTLE)
+        elif self.table.live:
             self.wake_after(1)          # after a stop, for the deadlines
 
     def forget(self):
@@ -168,7 +176,7 @@ cdef class VsockWorker(QueueWorker):
     cdef void clear(self) noexcept nogil:
         self.table.forget()
         self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = self.stuck = 0
-        self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = False
+        self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = self.settling = False
 
     def reset_transport(self):
         """Tell the driver that every connection is gone (§5.10.6.7); before ``start``."""
@@ -188,11 +196,18 @@ cdef class VsockWorker(QueueWorker):
                 queue_add_used(self.rings[EVENT], chain.head, 0)
                 continue
             scatter(chain.iov, &event, sizeof(event))
+            self.events_given = load_acquire16(self.rings[EVENT].avail + 2)
             queue_add_used(self.rings[EVENT], chain.head, sizeof(event))
             self.reset_due = False
         if queue_flush(self.rings[EVENT]):
             self.interrupt()
         return SERVE_STALLED
+
+    cdef bint settled(self) noexcept nogil:
+        # A driver gives the buffer back once it has done what the event says.
+        if vsock_now() >= self.settle_until:
+            return True
+        return not self.reset_due and load_acquire16(self.rings[EVENT].avail + 2) != self.events_given
 
     cdef void finish(self) noexcept nogil:
         if self.rings[RX].size:
@@ -329,6 +344,7 @@ cdef class VsockWorker(QueueWorker):
         self.tx_timed = False
         if self.tx_owed:
             self.interrupt()
+        self.settling = self.settling and not self.settled()
         self.listen()
         for i in range(self.table.fresh):
             c = &self.table.conns[i]
@@ -341,7 +357,9 @@ cdef class VsockWorker(QueueWorker):
                 self.kill(c)
         if self.stuck:
             self.ask_again()
-        if self.stuck:
+        if self.settling:
+            self.wake_after(SETTLE)
+        elif self.stuck:
             self.wake_after(RETRY)
         elif self.deadlines or not self.listening:
             self.wake_after(TICK)
@@ -605,7 +623,7 @@ cdef class VsockWorker(QueueWorker):
     # The host's side
 
     cdef void listen(self) noexcept nogil:
-        if not self.listening and not self.stopping():
+        if not self.listening and not self.settling and not self.stopping():
             self.listening = self.watch(self.listener, TOKEN_LISTENER, EPOLLIN) == 0
 
     cdef void accept_some(self) noexcept nogil:

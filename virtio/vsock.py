@@ -80,6 +80,7 @@ class Vsock(VirtioDevice):
     :ivar guest_wait: seconds that the guest has to answer a connection's beginning or end
     :ivar host_wait: seconds in which a host program must read something of what a closed connection has left
     :ivar end_wait: seconds that a driver's end, or the VM's, waits for host programs to read what the guest sent before
+    :ivar settle_wait: seconds that host programs wait until the driver of a copy is done with the connections of before
     :ivar tx_delay: seconds that the interrupt for a packet that was sent may come late, to come with another
     :ivar connections: how many there are, open or on their way in or out
 
@@ -94,6 +95,7 @@ class Vsock(VirtioDevice):
     guest_wait: float = 10
     host_wait: float = 30
     end_wait: float = 2
+    settle_wait: float = 0.125
     tx_delay: float = 0.005
 
     def __init__(self, listener: Listener, guest_cid: int, *, name: str = "virtio-vsock") -> None:
