@@ -108,3 +108,10 @@ def test_image_that_is_not_here(container: Container) -> None:
     assert container._replace(name="oci:no/such").run() == (
         2, "pyvmm run: image oci:no/such: is not here yet; fetch it with: pyvmm pull oci:no/such\n",
     )  # fmt: skip
+
+
+def test_last_words_are_heard(container: Container) -> None:
+    """What a program has just written when it ends: a session leader's end throws away what waits in its terminal."""
+    status, said = container.run(append='-- "seq 1000 2000"')
+    assert status == 0, said
+    assert [line for line in said.splitlines() if line.isdigit()] == [str(number) for number in range(1000, 2001)]

@@ -189,9 +189,11 @@ elif [ "$1" = -s ]; then
     printf '\021' >$console # DC1, "start the tape reader": whoever waits for it sees no byte echoed or lost
     set -- sh "$console" # as a file, so that the shell is not interactive
 fi
-setsid -c "$@" <$console >$console 2>&1 3>&-
+# What waits in a terminal is thrown away when its session's leader ends, so the leader is a shell that waits for it.
+# Ctrl-C and Ctrl-\ are the program's, not its; nor does it stop where a killed program leaves the terminal to others.
+setsid -c sh -c 'trap : INT QUIT; "$@"; status=$?; trap "" TTOU; stty echo 2>/dev/null; exit $status' sh "$@" \
+    <$console >$console 2>&1 3>&-
 status=$?
-stty echo <$console 2>/dev/null # waits until the session's output is out
 
 action=poweroff
 [ -s /run/init.action ] && status=0 && read -r action </run/init.action
