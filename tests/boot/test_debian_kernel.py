@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real kernels: those that `pyvmm pull` left in the cache, and this host's own."""
+"""Real kernels: Debian's, those that are in the cache already, and this host's own."""
 
 from __future__ import annotations
 
 import bz2
 import lzma
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -13,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from boot.load import load, probe
+from vmm.images import apt, host
+from vmm.lab.image import KERNEL_PACKAGE
 from vmm.memory import GuestMemory
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvmm"
-KERNELS = sorted(p for p in {*CACHE.glob("debs/*/boot/vmlinuz-*"), *Path("/boot").glob("vmlinuz-*")} if p.is_file())
-
-pytestmark = pytest.mark.skipif(not KERNELS, reason="no real kernel is cached; run: pyvmm pull busybox")
+# Beside the one that is fetched: this host's, and what is in the cache for other reasons.
+OTHERS = sorted({*(host.cache_root() / "debs").glob("*/boot/vmlinuz-*"), *Path("/boot").glob("vmlinuz-*")})
 
 
-@pytest.fixture(params=KERNELS or [None], ids=lambda path: path.name if path else "none")
+@pytest.fixture(params=[None, *filter(Path.is_file, OTHERS)], ids=lambda path: path.name if path else "debian")
 def kernel(request):
-    return request.param
+    return request.param or apt.kernel_of(apt.package(KERNEL_PACKAGE).tree)[0]
 
 
 def unpacked(path: Path) -> bytes:
