@@ -41,6 +41,7 @@ def pool(size: int = 4) -> Iterator[Pool]:
         vm.start()
         while not vm.memory.read(READY, 1)[0]:
             time.sleep(0.001)
+        vm.pause()  # or its loop takes a CPU for as long as the server runs
         with Pool(vm, size=size) as made:
             yield made
 
