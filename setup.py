@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the Cython extensions, the program `pyvmm` (vmm/launcher.c) and what runs in guests without a C library:
-the agent of sandboxes (vmm/sandbox/agent) and what starts a container image's program (vmm/images/enter.c).
+the agent of sandboxes (vmm/sandbox/agent) and what starts a container image's program (vmm/images/enter.c). Installs
+the manual page that tools/man_page.py writes.
 
 The rest of the package is in pyproject.toml.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 
@@ -23,12 +25,15 @@ from setuptools.command.build_ext import build_ext
 # setuptools' own, which stand under this name once setuptools is imported.
 from distutils.ccompiler import new_compiler
 from distutils.command.build_scripts import build_scripts
+from distutils.command.install_data import install_data
 from distutils.errors import LinkError
 from distutils.sysconfig import customize_compiler
 
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
+NO_EXTENSIONS = bool(os.environ.get("PYVMM_NO_EXTENSIONS"))
 ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVMM_ASAN") else []
 LAUNCHER = "vmm/launcher.c"
+MANUAL = "build/man/pyvmm.1"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
 HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
 AGENT = [f"vmm/sandbox/agent/{name}.c" for name in "boot exec files frames libc main ports users".split()]
@@ -83,6 +88,17 @@ class BuildLauncher(build_scripts):
                 compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=["-s"])
 
 
+class InstallManual(install_data):
+    """Makes the manual page of what --help says, by what was built, and installs it."""
+
+    def run(self) -> None:
+        path = f"{self.get_finalized_command('build').build_lib}:."
+        subprocess.run(
+            [sys.executable, "tools/man_page.py", MANUAL], check=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        super().run()
+
+
 class BuildBare(build_ext):
     """Compiles the system call filters, the extensions, and the programs of guests, without a C library."""
 
@@ -104,9 +120,10 @@ class BuildBare(build_ext):
 
 setup(
     scripts=[LAUNCHER],
-    cmdclass={"build_scripts": BuildLauncher, "build_ext": BuildBare},
+    data_files=[] if NO_EXTENSIONS else [("share/man/man1", [MANUAL])],
+    cmdclass={"build_scripts": BuildLauncher, "build_ext": BuildBare, "install_data": InstallManual},
     ext_modules=[]
-    if os.environ.get("PYVMM_NO_EXTENSIONS")
+    if NO_EXTENSIONS
     else cythonize(
         [
             Extension(

@@ -42,9 +42,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = place / "tree"
     for room in ROOMS:
         shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("*.so", "*.elf", "__pycache__"))
-    for path in (
-        name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
-    ):
+    (tree / "tools").mkdir()
+    for path in "setup.py pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md tools/man_page.py".split():
         shutil.copy2(ROOT / path, tree / path)
     with tarfile.open(_hook("sdist", tree, place)) as archive:
         archive.extractall(place / "unpacked")  # our own; Debian 12's tarfile has no filters
@@ -75,6 +74,7 @@ def test_the_sdist_makes_a_wheel_that_can_be_imported(source: Path, tmp_path: Pa
         archive.extractall(tmp_path / "installed")
     assert {f"{module}{suffix}" for module in MODULES} <= set(names)
     assert [name for name in names if name.endswith("scripts/pyvmm")]
+    assert [name for name in names if name.endswith("data/share/man/man1/pyvmm.1")]
     agent = (tmp_path / "installed/vmm/sandbox/agent.elf").read_bytes()
     assert agent[:4] == b"\x7fELF" and len(agent) < 150_000 and b"ld-linux" not in agent  # static
     enter = (tmp_path / "installed/vmm/images/enter.elf").read_bytes()

@@ -204,3 +204,17 @@ def test_completion_without_shtab_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert "pip install shtab" in said(capsys, "completion", "bash")
+
+
+def test_the_manual_page_has_every_option_and_no_mistake(tmp_path: Path) -> None:
+    page = tmp_path / "pyvmm.1"
+    root = Path(cli.__file__).parents[1]
+    subprocess.run([sys.executable, str(root / "tools/man_page.py"), str(page)], check=True, cwd=tmp_path)
+    text = page.read_text().replace("\\-", "-")
+    for name in cli.COMMANDS:
+        assert f'.SS "pyvmm {name}"' in text
+        for action in make_parser(name, import_module(f"vmm.commands.{name}"))._actions:
+            assert all(option in text for option in action.option_strings), (name, action)
+    if groff := shutil.which("groff"):
+        drawn = subprocess.run([groff, "-man", "-ww", "-z", "-b", str(page)], capture_output=True, text=True)
+        assert not drawn.returncode and not drawn.stderr
