@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 PORT = 521
 REQUEST_MAX = 1 << 20  # bytes
 WORDS_MAX = 8192
-FRAME_MAX = 1 << 16  # bytes the agent takes in one frame
+FRAME_MAX = 1 << 18  # bytes the agent takes in one frame
 ANSWER_MAX = FRAME_MAX + 64
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 _KEPT = 4  # idle connections of a sandbox
 _HEAD = struct.Struct("<BI")
 # Types of frames, as agent/agent.h has them.
@@ -97,15 +97,15 @@ class Link:
 
     def keep(self, channel: Channel) -> None:
         """Keep a connection whose last request is done for the next one; for the caller it is closed."""
-        successor = channel.succeed()
+        successor = None if channel.buffered else channel.succeed()
         with self._lock:
             kept = successor is not None and len(self._idle) < _KEPT and not self._why
             self._open.discard(channel)
             if successor is not None and kept:
                 self._open.add(successor)
                 self._idle.append(successor)
-        if successor is not None and not kept:
-            successor.close()
+        if not kept:
+            (successor or channel).close()
 
     def close(self) -> None:
         """Close the connections that are kept; idempotent."""
@@ -153,8 +153,8 @@ class Channel:
     def __init__(self, link: Link, stream: socket.socket | None = None) -> None:
         self._link = link
         self._socket = stream or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._received = bytearray()
-        self._at = 0
+        self._room = memoryview(b"")  # what has come, from _at to _end; pages of it are touched as that needs them
+        self._at = self._end = 0
         self._closing = threading.Lock()
 
     def connect(self, deadline: Deadline, doing: str) -> bool:
@@ -163,8 +163,8 @@ class Channel:
             self._socket.settimeout(deadline.left(doing))
             self._socket.connect(self._link.path)
             self._socket.sendall(b"CONNECT %d\n" % PORT)
-            while b"\n" not in self._received:
-                if len(self._received) > 64 or not self._receive(deadline, doing):
+            while b"\n" not in bytes(self._room[: min(self._end, 64)]):
+                if self._end > 64 or not self._receive(deadline, doing):
                     return False
         except TimeoutError:
             self.close()
@@ -176,9 +176,9 @@ class Channel:
         except OSError as error:
             self.close()
             raise HostError(error.errno or 0, "connect to", self._link.path) from None
-        answered = self._received.startswith(b"OK ")
-        self._at = self._received.index(b"\n") + 1
-        return answered
+        first = bytes(self._room[: min(self._end, 64)])
+        self._at = first.index(b"\n") + 1
+        return first.startswith(b"OK ")
 
     def fileno(self) -> int:
         """Of its socket."""
@@ -190,7 +190,7 @@ class Channel:
         try:
             self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return not self._received
+            return not self.buffered
         except OSError:
             pass
         return False
@@ -201,16 +201,14 @@ class Channel:
             if self._socket.fileno() < 0:
                 return None
             stream = socket.socket(fileno=self._socket.detach())
-        successor = Channel(self._link, stream)
-        successor._received = self._received[self._at :]
-        return successor
+        return Channel(self._link, stream)
 
     def take(self) -> socket.socket:
         """The connection itself, behind the last frame; the caller's to close.
 
         :raises AgentError: the guest has said more than that frame
         """
-        if len(self._received) > self._at:
+        if self.buffered:
             raise AgentError("the guest sent more than was asked")
         taken = self._socket.dup()
         taken.settimeout(None)
@@ -280,11 +278,11 @@ class Channel:
     @property
     def buffered(self) -> bool:
         """Whether something has come that ``read`` has not returned."""
-        return len(self._received) > self._at
+        return self._end > self._at
 
     def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
         """Wait until a frame has begun to come, or until something can be sent; whether each is so."""
-        if len(self._received) > self._at:
+        if self.buffered:
             return True, False
         poll = select.poll()
         poll.register(self._socket, select.POLLIN | (select.POLLOUT if writable else 0))
@@ -294,41 +292,46 @@ class Channel:
         return bool(seen & ~select.POLLOUT), bool(seen & select.POLLOUT)
 
     def read(self, deadline: Deadline, doing: str) -> tuple[int, bytes]:
-        """The next frame: its type and its bytes.
+        """The next frame: its type and its bytes. Errors are those of ``read_view``."""
+        kind, data = self.read_view(deadline, doing)
+        return kind, bytes(data)
+
+    def read_view(self, deadline: Deadline, doing: str) -> tuple[int, memoryview]:
+        """The next frame: its type and its bytes, where they are until the next call.
 
         :raises AgentError: it is none of the protocol
         :raises SandboxGone: the connection ended before
         """
         while True:
-            there = len(self._received) - self._at
+            there = self._end - self._at
             if there >= _HEAD.size:
-                kind, length = _HEAD.unpack_from(self._received, self._at)
+                kind, length = _HEAD.unpack_from(self._room, self._at)
                 if kind not in _ANSWERS or length > ANSWER_MAX:
                     raise AgentError(f"{doing}: the guest sent a frame of type {kind:#x} with {length} bytes")
                 if there >= _HEAD.size + length:
                     start = self._at + _HEAD.size
-                    data = bytes(memoryview(self._received)[start : start + length])
                     self._at = start + length
-                    if self._at == len(self._received):
-                        self._received.clear()
-                        self._at = 0
-                    return kind, data
+                    return kind, self._room[start : self._at]
             if not self._receive(deadline, doing):
                 raise self._gone()
 
     def _receive(self, deadline: Deadline, doing: str) -> bool:
-        if self._at:
-            del self._received[: self._at]
-            self._at = 0
+        # More, behind what is there; that moves to the front when the room behind it is less than a frame.
+        if not self._room:
+            self._room = memoryview(bytearray(_CHUNK))
+        there = self._end - self._at
+        if there == 0 or len(self._room) - self._at < _HEAD.size + ANSWER_MAX:
+            self._room[:there] = self._room[self._at : self._end]
+            self._at, self._end = 0, there
         try:
             self._socket.settimeout(deadline.left(doing))
-            data = self._socket.recv(_CHUNK)
+            count = self._socket.recv_into(self._room[self._end :])
         except TimeoutError:
             raise CommandTimeout(f"{doing}: not done within {deadline.seconds:g} s") from None
         except OSError:
             return False
-        self._received += data
-        return bool(data)
+        self._end += count
+        return count > 0
 
     def _gone(self) -> SandboxGone:
         return SandboxGone(self._link.why or "the agent has closed the connection")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import stat
@@ -103,8 +104,8 @@ class Files:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    def _ask(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> Iterator[tuple[int, bytes]]:
-        # The answer's frames before the last.
+    def _ask(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> Iterator[tuple[int, memoryview]]:
+        # The answer's frames before the last, each until the next.
         deadline = Deadline(timeout)
         doing = f"{words[0]} {words[1].partition('=')[2]}"
         channel = self._link.take(deadline, doing)
@@ -114,7 +115,7 @@ class Files:
             for frame in frames:
                 channel.send(deadline, doing, frame)
             while True:
-                kind, data = channel.read(deadline, doing)
+                kind, data = channel.read_view(deadline, doing)
                 if kind in (F_DONE, F_FAILED):
                     whole = True
                     break
@@ -125,7 +126,7 @@ class Files:
             else:
                 channel.close()
         if kind == F_FAILED:
-            raise _error(data)
+            raise _error(bytes(data))
 
     def _do(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> None:
         for _ in self._ask(words, timeout, frames):
@@ -136,13 +137,21 @@ class Files:
         timeout: float = DEFAULT_TIMEOUT,
     ) -> bytes:  # fmt: skip
         """What is in a file, or `length` bytes of it from `offset` on."""
-        return b"".join(self.stream(path, offset=offset, length=length, user=user, timeout=timeout))
+        whole = io.BytesIO()  # gives what it holds without a copy
+        for piece in self._pieces(path, offset, length, user, timeout):
+            whole.write(piece)
+        return whole.getvalue()
 
     def stream(
         self, path: str, *, offset: int = 0, length: int | None = None, user: str | int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Iterator[bytes]:  # fmt: skip
-        """The same in pieces of at most 64 KiB; `timeout` is for all of it."""
+        """The same in pieces of at most 256 KiB; `timeout` is for all of it."""
+        yield from map(bytes, self._pieces(path, offset, length, user, timeout))
+
+    def _pieces(
+        self, path: str, offset: int, length: int | None, user: str | int | None, timeout: float
+    ) -> Iterator[memoryview]:
         words = ["read", f"path={path}", *_user(user)]
         if offset:
             words.append(f"offset={offset}")
@@ -204,7 +213,7 @@ class Files:
         for kind, data in self._ask([verb, f"path={path}", *_user(user), *more], timeout):
             if kind != F_ENTRY:
                 raise out_of_turn(f"{verb} {path}")
-            yield Entry(path, data)
+            yield Entry(path, bytes(data))
 
     def exists(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> bool:
         """Whether there is such a file."""
@@ -289,7 +298,7 @@ class Files:
             os.chmod(target, mode)
         elif entry.type == "file":
             with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-                for piece in self.stream(entry.path, user=user, timeout=left):
+                for piece in self._pieces(entry.path, 0, None, user, left):
                     file.write(piece)
                 os.fchmod(file.fileno(), mode)
 

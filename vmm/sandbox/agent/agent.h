@@ -15,7 +15,7 @@ enum {
     PORT = 521, // below 1024, where no user of the guest but root can listen
     REQUEST_MAX = 1 << 20,
     WORDS_MAX = 8192,
-    FRAME_MAX = 1 << 16,
+    FRAME_MAX = 1 << 18,
 };
 
 enum {

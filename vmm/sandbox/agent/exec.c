@@ -356,7 +356,8 @@ void run(const struct request *request)
         }
         if (fds[2].revents & POLLOUT || fds[4].revents)
             to_command(&command);
-        if (fds[2].revents & (POLLIN | POLLHUP) && !from_command(&command.out, fds[2].revents, F_STDOUT, FRAME_MAX) && command.terminal)
+        if (fds[2].revents & (POLLIN | POLLHUP) && !from_command(&command.out, fds[2].revents, F_STDOUT, FRAME_MAX) &&
+            command.terminal)
             command.in = -1;
         if (fds[3].revents)
             from_command(&command.err, fds[3].revents, F_STDERR, FRAME_MAX);
