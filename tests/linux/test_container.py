@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.images.layouts import Made, directory, entry, layer, symlink
-from tests.linux import kernels, r3
+from tests.images.layouts import Made, directory, entry, layer
+from tests.linux import container_image, kernels, r3
 from vmm import images
-from vmm.images import host, initramfs
+from vmm.images import host
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = {
@@ -48,22 +48,9 @@ class Container(NamedTuple):
 @pytest.fixture(scope="module")
 def container(native: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     """An image of busybox in two layers."""
-    kernel, packages = kernels.kernel().path, host.cache_root() / "debs"
+    kernel = kernels.kernel().path
     cache = tmp_path_factory.mktemp("cache")
-    (cache / "pyvmm").mkdir()
-    (cache / "pyvmm/debs").symlink_to(packages)
-    binary, applets = initramfs.busybox()
-    lower = layer(
-        directory("etc"), entry("etc/passwd", b"root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var:/bin/sh\n"),
-        entry("etc/group", b"www:x:34:\nlog:x:4:web\n"), directory("bin"), entry("bin/busybox", binary, mode=0o755),
-        entry("gone", b"x"), directory("srv", uid=33, gid=34), entry("bin/data", b"data", mode=0o644),
-        *(symlink(applet, "/bin/busybox") for applet in applets if applet != "bin/busybox"),
-    )  # fmt: skip
-    home = Made([lower, layer(entry(".wh.gone"))], PROGRAM).write(cache / "layout")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        images.pull(f"oci:{home}")
-    yield Container(f"oci:{home}", kernel, cache)
+    yield Container(container_image.pull(cache, PROGRAM), kernel, cache)
 
 
 def test_program_runs_as_the_image_says(container: Container) -> None:

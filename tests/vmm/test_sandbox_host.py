@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from vmm.errors import ConfigError, VmmError
-from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, registry
+from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
 from vmm.sandbox.channel import Link
 
 Answer = Callable[[socket.socket], None]
@@ -188,6 +188,18 @@ def test_random_answers_end_in_an_error_of_ours(agent: Callable[[Answer], Sessio
         except (VmmError, OSError):
             pass
         session.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "pull"),
+    [("python:3.12", "oci:python:3.12"), ("host/x", "oci:host/x"), ("debina", "debina"), ("oci:x", "oci:x")],
+)
+def test_an_image_that_is_not_here_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pull: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"run `pyvmm pull {pull}`"):
+        guest.find_image(name)
 
 
 def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(

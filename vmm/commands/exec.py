@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ from vmm.sandbox.process import CLOSE, input_frames
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _FOREVER = Deadline(None)
 
@@ -28,15 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_command_arguments(parser)
 
 
-def add_command_arguments(parser: argparse.ArgumentParser) -> None:
+def add_command_arguments(parser: argparse.ArgumentParser, default: str = "a shell") -> None:
     """Those that say how a command runs, and the command."""
     add = parser.add_argument
     add("-e", "--env", metavar="NAME=VALUE", action="append", default=[], help="in its environment; may be repeated")
-    add("-u", "--user", metavar="USER[:GROUP]", help="names or numbers (default: root)")
-    add("-w", "--cwd", metavar="DIR", help="its directory (default: the user's home)")
+    add("-u", "--user", metavar="USER[:GROUP]", help="names or numbers (default: the image's, or root)")
+    add("-w", "--cwd", metavar="DIR", help="its directory (default: the image's, or the user's home)")
     import argparse
 
-    add("command", metavar="CMD", nargs=argparse.REMAINDER, help="a program and its arguments (default: a shell)")
+    add("command", metavar="CMD", nargs=argparse.REMAINDER, help=f"a program and its arguments (default: {default})")
 
 
 def environment(words: list[str]) -> dict[str, str]:
@@ -74,22 +75,30 @@ def connect(process: Process, *, terminal: bool) -> int:
     said = process.stdout.take(), process.stderr.take()  # before it was asked where to
     for fd, data in zip((1, 2), said, strict=True):
         _writer(fd)(data)
-    if not terminal:
-        return _bridge(process, -1)
+    bell, ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    heard: dict[int, bytes] = {signal.SIGTERM: b"t", **({signal.SIGWINCH: b"w"} if terminal else {})}
+    earlier = {number: signal.signal(number, lambda number, _: os.write(ring, heard[number])) for number in heard}
+    try:
+        with _raw() if terminal else contextlib.nullcontext():
+            return _bridge(process, bell)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        os.close(bell)
+        os.close(ring)
+
+
+@contextlib.contextmanager
+def _raw() -> Iterator[None]:
     import termios
     import tty
 
     before = termios.tcgetattr(0)
-    bell, ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    heard = signal.signal(signal.SIGWINCH, lambda *_: os.write(ring, b"w"))
     try:
         tty.setraw(0)
-        return _bridge(process, bell)
+        yield
     finally:
-        signal.signal(signal.SIGWINCH, heard)
         termios.tcsetattr(0, termios.TCSADRAIN, before)
-        os.close(bell)
-        os.close(ring)
 
 
 def _bridge(process: Process, bell: int) -> int:
@@ -104,13 +113,15 @@ def _bridge(process: Process, bell: int) -> int:
         poll.register(channel, select.POLLIN | (select.POLLOUT if left else 0))
         if more and not left:
             poll.register(0, select.POLLIN)
-        if bell >= 0:
+        if not left:
             poll.register(bell, select.POLLIN)
         ready = dict(poll.poll())
-        if bell in ready and not left:
-            os.read(bell, 4096)
+        rung = os.read(bell, 4096) if bell in ready else b""
+        if b"w" in rung:
             size = os.get_terminal_size(0)
             process.resize(size.lines, size.columns)
+        if b"t" in rung:
+            process.send_signal(process.stop_signal)
         if 0 in ready:
             data = os.read(0, FRAME_MAX)
             more = bool(data)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``pyvmm sandbox``."""
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="a pulled image, as debian")
+    add("image", metavar="IMAGE", help="a pulled image, as debian or python:3.12")
     add("--memory", metavar="SIZE", default="512M", help="files that are written take of it (default: 512M)")
     add("--cpus", metavar="N", type=int, default=1, help="vCPUs (default: 1)")
     add(
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="for pyvmm exec, and its hostname (default: one is made up)")
     add("--kernel", metavar="PATH", help="a kernel with all drivers built in (default: the image's)")
     add("--wait", action="store_true", help="run no command: print the name, and stay until Ctrl-C, for pyvmm exec")
-    add_command_arguments(parser)
+    add_command_arguments(parser, "the image's, or a shell")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -41,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
         timeout=args.timeout, name=args.name, network=args.network, kernel=args.kernel,
     ) as sandbox:  # fmt: skip
         if not args.wait:
+            args.command = args.command or sandbox.program
             return run(sandbox, args)
         print(sandbox.name, flush=True)
         sandbox.machine.wait()

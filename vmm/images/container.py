@@ -32,3 +32,11 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     def argv(self) -> list[str]:
         """The program and its arguments: entrypoint, then cmd. Empty if the image names none."""
         return [*self.entrypoint, *self.cmd]
+
+    @property
+    def stop_number(self) -> int:
+        """The number of ``stop_signal`` in a guest."""
+        import signal
+
+        name, _, above = self.stop_signal.partition("+")
+        return int(signal.Signals[name]) + int(above or 0)

@@ -109,6 +109,7 @@ class AsyncProcess:
     send_signal = _twin(Process.send_signal)
     terminate = _twin(Process.terminate)
     kill = _twin(Process.kill)
+    stop = _twin(Process.stop)
     resize = _twin(Process.resize)
 
     @property

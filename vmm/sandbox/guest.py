@@ -5,11 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+from signal import SIGTERM
 
 from vmm.errors import ConfigError
 from vmm.images import Image, resolve
 from vmm.images.cpio import Archive
+from vmm.images.reference import KINDS
 from vmm.kvm import runs_linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from vmm.images.container import ImageConfig
+
+    Words = dict[str, Any]
 
 # A kernel for all sandboxes, in place of the image's: with every driver built in.
 KERNEL_VARIABLE = "PYVMM_SANDBOX_KERNEL"
@@ -42,16 +53,30 @@ def archive() -> bytes:
 
 
 def find_image(image: str | Image) -> Image:
-    """The image of that name.
+    """The image of that name; a name of a registry's, as ``python:3.12``, need not have ``oci:`` before it.
 
     :raises ConfigError: it was not pulled
     """
     if not isinstance(image, str):
         return image
     found = resolve(image)
+    if found is None and image.partition(":")[0] not in KINDS and (":" in image.strip(":") or "/" in image.strip("/.")):
+        image = f"oci:{image}"
+        found = resolve(image)
     if found is None:
         raise ConfigError("image", image, f"is not here: run `pyvmm pull {image}`")
     return found
+
+
+def commands_of(config: ImageConfig | None, env: Mapping[str, str], cwd: str | None, user: str | int | None) -> Words:
+    """What holds for commands that say nothing else: as they were given, then as the image has it."""
+    if config is None:
+        return {"env": dict(env), "cwd": cwd, "user": user, "program": [], "stop_signal": int(SIGTERM)}
+    return {
+        "env": {**config.env, **env}, "cwd": config.working_dir if cwd is None else cwd,
+        "user": config.user or None if user is None else user, "program": config.argv,
+        "stop_signal": config.stop_number,
+    }  # fmt: skip
 
 
 def kernel_and_initrd(image: Image, kernel: str | None, directory: str) -> tuple[str, str]:

@@ -182,15 +182,17 @@ class Process:
     :param input: it has a standard input; otherwise that is empty
     :param quiet: do not wait until it has started, and do not ask for its `pid`
     :param terminal: it has a terminal, whose input ends with the connection only
+    :param stop_signal: what ``stop`` sends
     """
 
     def __init__(
         self, link: Link, command: str, words: Sequence[str | bytes], limit: int, deadline: Deadline, *,
-        input: bool = True, quiet: bool = False, terminal: bool = False,
+        input: bool = True, quiet: bool = False, terminal: bool = False, stop_signal: int = signals.SIGTERM,
     ) -> None:  # fmt: skip
         self.command = command
         self.limit = limit
         self.pid = 0
+        self.stop_signal = stop_signal
         self.stdout, self.stderr = Stream(self), Stream(self)
         self.stdin = Input(self)
         self._link = link
@@ -330,6 +332,19 @@ class Process:
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(signals.SIGKILL)
+
+    def stop(self, timeout: float = 10) -> Result:
+        """Send the image's stop signal (SIGTERM, if it names none), and SIGKILL if it has not ended in time.
+
+        :param timeout: seconds
+        :raises SandboxGone: the sandbox has ended
+        """
+        self.send_signal(self.stop_signal)
+        try:
+            return self.wait(timeout)
+        except CommandTimeout:
+            self.kill()
+            return self.wait(10)
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell its terminal another size."""

@@ -38,9 +38,9 @@ class Sandbox(Session):
     :param image: the name of a pulled image, or one of ``vmm.images``
     :param memory: bytes, or a size as ``"512M"``; files that are written take of it
     :param cpus: vCPUs
-    :param env: environment of every command
-    :param cwd: directory of every command; None: its user's home directory
-    :param user: of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: root
+    :param env: environment of every command, beside the image's
+    :param cwd: directory of every command; None: a container image's, of others its user's home directory
+    :param user: of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: the image's, or root
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
     :param network: ``"none"``, or ``"user"``: out by passt, with all that this host reaches but its own loopback
     :param timeout: seconds after which the sandbox ends, whatever it does; None: it does not
@@ -82,9 +82,8 @@ class Sandbox(Session):
             raise ConfigError("room", room, "must be a size as 75% or 256M")
         found = guest.find_image(image)
         shares = _shares(mounts or {})
-        self._begin(
-            {"image": found.name, "env": dict(env or {}), "cwd": cwd, "user": user, "timeout": timeout}, name, timeout
-        )
+        about = guest.commands_of(found.config, env or {}, cwd, user)
+        self._begin({"image": found.name, "timeout": timeout, **about}, name, timeout)
         try:
             kernel, initrd = guest.kernel_and_initrd(found, kernel, self._place.path)
             config = VmConfig(
@@ -97,6 +96,8 @@ class Sandbox(Session):
             )  # fmt: skip
             self._run(Machine(config), boot_timeout)
             os.unlink(initrd)
+            for path in (found.config.working_dir, *found.config.volumes) if found.config else ():
+                self._call("mkdir", f"path={path}", "parents=1")
             for path, share in shares:
                 self._call("mount", f"tag={share.tag}", f"path={path}", *(["ro=1"] if share.read_only else []))
         except BaseException:

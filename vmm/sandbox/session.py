@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from vmm.errors import line
 from vmm.sandbox import registry
@@ -116,8 +117,14 @@ class Session:
         )  # fmt: skip
         doing = command if isinstance(command, str) else " ".join(map(str, command))
         return Process(
-            self._link, line(doing), words, limit, deadline, input=input, quiet=quiet, terminal=terminal is not None
-        )
+            self._link, line(doing), words, limit, deadline, input=input, quiet=quiet, terminal=terminal is not None,
+            stop_signal=self._about.get("stop_signal", signal.SIGTERM),
+        )  # fmt: skip
+
+    @property
+    def program(self) -> list[str]:
+        """The program that a container image names, with its arguments; empty: it names none."""
+        return list(self._about.get("program", ()))
 
     def close(self) -> None:
         """Close the connections to the agent that are kept for the next call; idempotent."""

@@ -78,7 +78,7 @@ static int read_user(const char *who, struct identity *found)
             continue;
         if (group && gid < 0 && !strcmp(fields[0], group))
             gid = number_of;
-        if (in_list(fields[3], found->name) && found->groups < 64)
+        if (!group && in_list(fields[3], found->name) && found->groups < 64) // as docker has it
             found->group[found->groups++] = (gid_t)number_of;
     }
     if (group && (gid < 0 || gid > UINT32_MAX - 1))
