@@ -34,7 +34,9 @@ COMMANDS = {
     "sandbox": "run a command in a VM of its own, of an image that stays as it is",
     "exec": "run a command in a sandbox that runs",
     "cp": "copy files to and from a sandbox that runs",
-    "ps": "list the sandboxes that run",
+    "ps": "list the VMs that run on this host",
+    "stop": "end a VM: press its power button, then send SIGTERM",
+    "logs": "print what a VM has logged",
     "completion": "print a shell's completion of pyvmm's command lines",
 }
 

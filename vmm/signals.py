@@ -27,7 +27,7 @@ else:
 
 # What asks for an end.
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CONTINUED, CPU_LIMIT, BROKEN_PIPE = signal.SIGCONT, signal.SIGXCPU, signal.SIGPIPE
+CONTINUED, CPU_LIMIT, BROKEN_PIPE, POWER = signal.SIGCONT, signal.SIGXCPU, signal.SIGPIPE, signal.SIGPWR
 # Blocked, these could only kill.
 _FAULTS = {signal.SIGSYS, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _OTHERS = signal.valid_signals() - _FAULTS

@@ -384,8 +384,9 @@ def _pyvmm(*words: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes
 
 def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_path: Path) -> None:
     assert sandbox.name in _pyvmm("ps").stdout.decode()
-    (listed,) = [json.loads(line) for line in _pyvmm("ps", "--json").stdout.splitlines()]
-    assert (listed["name"], listed["image"], listed["pid"]) == (sandbox.name, "busybox", os.getpid())
+    listed = [json.loads(line) for line in _pyvmm("ps", "--json").stdout.splitlines()]
+    (own,) = (each for each in listed if each["pid"] == os.getpid())
+    assert (own["name"], own["image"], own["state"]) == (sandbox.name, "busybox", "running")
     script = "cat; id -u; echo $SHAPE $COLOUR; exit 9"
     done = _pyvmm("exec", "-e", "SHAPE=round", "-u", "nobody", sandbox.name, "sh", "-c", script)
     assert (done.stdout, done.returncode) == (b"65534\nround blue\n", 9), done

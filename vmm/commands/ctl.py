@@ -66,13 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
+    def __init__(self, path: str, patience: float) -> None:
+        super().__init__("localhost", timeout=patience)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
 
 
@@ -84,10 +84,12 @@ class Client:
     """The API of one VM.
 
     :param path: its unix socket
+    :param patience: seconds to wait for an answer
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, patience: float = PATIENCE) -> None:
         self.path = path
+        self.patience = patience
 
     def ask(self, method: str, path: str, body: object = None) -> str:
         """The answer's body.
@@ -95,7 +97,7 @@ class Client:
         :raises Refused: it is an error
         :raises HostError: nobody answers
         """
-        connection = _Connection(self.path)
+        connection = _Connection(self.path, self.patience)
         try:
             text = None if body is None else json.dumps(body)
             connection.request(method, path, text, {} if text is None else {"Content-Type": "application/json"})

@@ -7,9 +7,9 @@ from vmm.cli import COMMANDS
 
 _OVERVIEW = {
     "Run a VM": ("run", "pull", "check", "lab"),
-    "Sandboxes": ("sandbox", "exec", "cp", "ps"),
+    "Sandboxes": ("sandbox", "exec", "cp"),
     "Under a runtime": ("serve", "jailer", "link"),
-    "While a VM runs": ("ctl", "vsock"),
+    "While a VM runs": ("ps", "logs", "stop", "ctl", "vsock"),
 }
 
 # By subcommand: the options under a title; the others stay with --help.
@@ -120,6 +120,8 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "exec": ("pyvmm exec box", "pyvmm exec -u nobody -e LANG=C box id"),
     "cp": ("pyvmm cp data.csv box:/tmp", "pyvmm cp box:/var/log logs"),
     "ps": ("pyvmm ps", "pyvmm ps --json"),
+    "stop": ("pyvmm stop box", "pyvmm stop --timeout 60 4242"),
+    "logs": ("pyvmm logs box", "pyvmm logs --follow box"),
     "vsock": ("pyvmm vsock /run/vm.vsock 1024",),
     "check": ("pyvmm check",),
     "lab": ("pyvmm lab -- ls -l /dev/kvm", 'pyvmm lab --write "$PWD" -- sh -c "pyvmm check > report"'),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm ps``: this user's sandboxes that run."""
+"""``pyvmm ps``: the VMs that run on this host."""
 
 from __future__ import annotations
 
 import time
 
-from vmm.sandbox import registry
+from vmm.commands import running
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,20 +19,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """List them."""
-    rows = [("NAME", "IMAGE", "PID", "UPTIME")]
-    for each in registry.all_running():
+    rows = [("NAME", "COMMAND", "PID", "STATE", "UPTIME", "MEMORY", "CPU", "IMAGE")]
+    for each in running.find():
+        uptime = max(time.time() - each.began, 0.01)
+        percent = 100 * each.cpu / uptime
         if args.json:
             import json
 
-            print(json.dumps({key: each.get(key) for key in ("name", "image", "pid", "began")}))
-        rows.append((each["name"], str(each["image"]), str(each["pid"]), _span(time.time() - each["began"])))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            facts = {name: getattr(each, name) for name in ("name", "kind", "pid", "state", "image", "began", "memory")}
+            print(json.dumps(facts | {"cpu_percent": round(percent, 1)}))
+        memory = f"{each.memory >> 20} MiB"
+        rows.append(
+            (each.name, each.kind, str(each.pid), each.state, _span(uptime), memory, f"{percent:.0f}%", each.image)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if not args.json else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
 
 
 def _span(seconds: float) -> str:
-    minutes, rest = divmod(int(max(seconds, 0)), 60)
+    minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
