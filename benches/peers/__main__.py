@@ -20,7 +20,7 @@ from pathlib import Path
 from benches.peers.common import ROOT, Missing, Row
 
 DEVICES = ("blk", "net", "vsock", "fs")
-NAMES = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", "scale", *DEVICES)
+NAMES = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", "scale", "sandbox", *DEVICES)
 
 
 def _facts() -> dict[str, object]:
