@@ -131,6 +131,7 @@ print(*sys.modules)
     early |= set("msgspec vmm.machine vmm.config vmm.api.types".split())
     assert first & (never | early) == set()
     late = set("typing_extensions uuid decimal datetime platform textwrap ctypes vmm.machine".split())
+    late |= set("collections contextlib enum functools operator re warnings msgspec.inspect msgspec.toml".split())
     assert rest & (never | late) == set()
 
 

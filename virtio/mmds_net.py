@@ -14,7 +14,7 @@ import os
 import struct
 import threading
 import time
-from collections import deque
+from _collections import deque  # type: ignore[import-not-found]  # `collections` takes long to import
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ Source: Linux linux/if_tun.h, linux/if.h, linux/sockios.h; Documentation/network
 
 from __future__ import annotations
 
+import _socket as socket  # which imports more
 import errno
 import fcntl
 import os
-import socket
 import struct
 
 from virtio import spec
@@ -159,19 +159,21 @@ class Tap:
         :raises ConfigError: no such address, or not permitted
         """
         name = self.name.encode()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            try:
-                if address is not None:
-                    bytes_, bits = parse_address(address)
-                    mask = (0xFFFF_FFFF << (32 - bits) & 0xFFFF_FFFF).to_bytes(4, "big")
-                    for request, value in ((SIOCSIFADDR, bytes_), (SIOCSIFNETMASK, mask)):
-                        fcntl.ioctl(control, request, _IFREQ_ADDR.pack(name, socket.AF_INET, 0, value))
-                if mtu is not None:
-                    fcntl.ioctl(control, SIOCSIFMTU, _IFREQ_INT.pack(name, mtu))
-                flags = _IFREQ.unpack(fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ.pack(name, 0)))[1]
-                fcntl.ioctl(control, SIOCSIFFLAGS, _IFREQ.pack(name, flags | IFF_UP))
-            except OSError as error:
-                raise ConfigError("tap", self.name, f"cannot be configured: {error.strerror}") from None
+        control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            if address is not None:
+                bytes_, bits = parse_address(address)
+                mask = (0xFFFF_FFFF << (32 - bits) & 0xFFFF_FFFF).to_bytes(4, "big")
+                for request, value in ((SIOCSIFADDR, bytes_), (SIOCSIFNETMASK, mask)):
+                    fcntl.ioctl(control, request, _IFREQ_ADDR.pack(name, socket.AF_INET, 0, value))
+            if mtu is not None:
+                fcntl.ioctl(control, SIOCSIFMTU, _IFREQ_INT.pack(name, mtu))
+            flags = _IFREQ.unpack(fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ.pack(name, 0)))[1]
+            fcntl.ioctl(control, SIOCSIFFLAGS, _IFREQ.pack(name, flags | IFF_UP))
+        except OSError as error:
+            raise ConfigError("tap", self.name, f"cannot be configured: {error.strerror}") from None
+        finally:
+            control.close()
 
     def close(self) -> None:
         """Give the descriptors back, and with them a tap of our own; idempotent."""

@@ -9,7 +9,9 @@ The hybrid scheme of Firecracker and its kin: a host program connects to the uni
 from __future__ import annotations
 
 import os
-import socket
+
+# Not `socket`, whose import takes longer than all that a first PUT /vsock does.
+from _socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM, socket
 
 from virtio import spec
 from virtio._vsock import VsockWorker
@@ -39,7 +41,7 @@ class Listener:
     def __init__(self, path: str) -> None:
         self.path = path
         self._file: tuple[int, int] | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._socket = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
         listen(self._socket, "vsock uds_path", path, _BACKLOG)
         status = os.lstat(path)
         self._file = status.st_dev, status.st_ino

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Signals that Python cannot handle: a handler of its would return to the instruction that failed, for ever.
+"""What a process that serves asks of the C library: signals that Python cannot handle, and the names of threads.
 
+A handler of Python's would return to the instruction that failed, for ever.
 Sent by somebody, they ask for an orderly end, in the main thread. Where they are true, one line and the end.
 Source: Firecracker 1.12's src/vmm/src/signal_handler.rs for words and exit codes.
 """
@@ -11,6 +12,7 @@ cdef extern from *:
     #include <signal.h>
     #include <stdio.h>
     #include <string.h>
+    #include <sys/prctl.h>
     #include <unistd.h>
     static volatile sig_atomic_t fault_sent;
     static volatile int fault_wake = -1;
@@ -47,10 +49,12 @@ cdef extern from *:
             if (sigaction(numbers[i], &action, NULL)) return -1;
         return 0;
     }
+    static void name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
     """
     int fault_sent
     int fault_log
     int catch_all(int wake) noexcept nogil
+    void name_thread(const char *name) noexcept nogil
 
 
 def catch_faults(int wake):
@@ -71,3 +75,8 @@ def log_to(int fd):
 def sent():
     """The signal that somebody sent, or 0."""
     return fault_sent
+
+
+def set_thread_name(str name):
+    """Name the calling thread for ps and top; at most 15 bytes are kept."""
+    name_thread(name.encode())

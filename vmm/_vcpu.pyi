@@ -4,8 +4,6 @@ from vmm._bus import Bus
 
 KICKED: int
 
-def set_thread_name(name: str) -> None: ...
-
 class VcpuLoop:
     exits: int
     python_exits: int

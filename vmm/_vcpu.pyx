@@ -109,11 +109,6 @@ cdef enum:
     FAILED = -3
 
 
-def set_thread_name(str name):
-    """Name the calling thread for ps and top; at most 15 bytes are kept."""
-    name_thread(name.encode())
-
-
 cdef class VcpuLoop:
     """The run loop of one vCPU.
 

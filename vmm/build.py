@@ -183,7 +183,7 @@ class Builder:
         mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{number}")
         endpoint = None
         if (mmds := self._config.mmds) is not None and name in mmds.network_interfaces:
-            from socket import inet_aton
+            from _socket import inet_aton  # `socket` imports more
 
             from virtio.mmds_net import Endpoint
             from vmm import preload

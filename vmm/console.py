@@ -129,7 +129,7 @@ class Console:
         if self._in is not None and os.isatty(self._in):
             self.enter_raw_mode()
             if self._own_keys:
-                from queue import SimpleQueue
+                from _queue import SimpleQueue  # `queue` itself imports more
 
                 _tell(HELP)
                 self._typed = SimpleQueue()

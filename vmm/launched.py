@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import CodeType
 
 # While the main thread imports, the API's waits no longer than this for its turn.
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 # Where our modules are, and those of the library that every launch imports.
 ROOMS = ("boot", "devices", "virtio", "vmm")
 EVERY_LAUNCH = ("_weakrefset", "struct", "threading", "types")
@@ -156,14 +156,41 @@ def _without(name: str, spared: dict[str, object]) -> None:
     except Exception:
         for module in [module for module in sys.modules if module.partition(".")[0] == name]:
             del sys.modules[module]
-    for module in spared:
-        del sys.modules[module]
+    for module, other in spared.items():
+        if sys.modules.get(module, spared) is other:  # else somebody needed it
+            del sys.modules[module]
+
+
+def _imported(name: str) -> object:
+    __import__(name)
+    return sys.modules[name]
+
+
+class _StandIn(type(sys)):  # type: ignore[misc]  # the type of modules, without `types`
+    # In the place of a module: what an import asks for in any case; the module itself for whatever else is wanted.
+    __name__: str
+
+    def __getattr__(self, name: str) -> object:
+        if name[:2] == "__":
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(_imported(self.__name__), name)
 
 
 def _module(name: str, **names: object) -> object:
-    module = type(sys)(name)
+    module = _StandIn(name)
     module.__dict__.update(names)
     return module
+
+
+def _late(module: str, name: str) -> object:
+    # A function of a module that is imported when it is called.
+    return lambda *words, **more: getattr(_imported(module), name)(*words, **more)
+
+
+def _class(name: str) -> type:
+    return type(name, (), {})
 
 
 def spare_collections(name: str) -> None:
@@ -189,21 +216,62 @@ def spare_httptools() -> None:
     _without("httptools", {"typing": typing, "httptools.parser.protocol": protocol})
 
 
-def spare_msgspec() -> None:
-    """Import msgspec without what it asks for and we never use, half of its time: UUIDs, decimals, old typing.
+def _spare_typing() -> None:
+    # Of what typing imports most is for names that nobody uses: four fifths of its time, `re` and `enum` the most.
+    import _collections  # type: ignore[import-not-found]  # in no stubs
+    import _collections_abc
+    import _functools
 
-    Dates it gets from C alone, and textwrap when a schema is asked for.
+    def lru_cache(maxsize: int | None = 128, typed: bool = False) -> object:
+        return lambda function: _functools._lru_cache_wrapper(function, maxsize, typed, None)
+
+    collections = _module(
+        "collections", abc=_collections_abc, defaultdict=_collections.defaultdict, deque=_collections.deque,
+        OrderedDict=_collections.OrderedDict, Counter=_class("Counter"), ChainMap=_class("ChainMap"),
+    )  # fmt: skip
+    functools = _module(
+        "functools", partial=_functools.partial, reduce=_functools.reduce, lru_cache=lru_cache,
+        wraps=lambda wrapped: lambda wrapper: wrapper,
+    )  # fmt: skip
+    contextlib = _module(
+        "contextlib", AbstractContextManager=_class("AbstractContextManager"),
+        AbstractAsyncContextManager=_class("AbstractAsyncContextManager"),
+    )  # fmt: skip
+    spared = {
+        "collections": collections,
+        "collections.abc": _collections_abc,
+        "contextlib": contextlib,
+        "functools": functools,
+        "operator": _module("operator"),
+        "re": _module("re", Pattern=_class("Pattern"), Match=_class("Match")),
+        "warnings": _module("warnings"),
+    }
+    _without("typing", spared)
+
+
+def spare_msgspec() -> None:
+    """Import msgspec without what it asks for and we never use, most of its time: UUIDs, decimals, enumerations.
+
+    Dates it gets from C alone; ``re``, textwrap and its own further modules when they are asked for.
     """
+    import _collections_abc
     import _datetime  # type: ignore[import-not-found]  # in no stubs; the half of datetime that is in C
 
+    _spare_typing()
     safe = type("SafeUUID", (), {"unknown": None})
     spared = {
         "typing_extensions": None,  # the documented way to say that there is no such module
-        "uuid": _module("uuid", UUID=type("UUID", (), {}), SafeUUID=safe),
-        "decimal": _module("decimal", Decimal=type("Decimal", (), {})),
+        "uuid": _module("uuid", UUID=_class("UUID"), SafeUUID=safe),
+        "decimal": _module("decimal", Decimal=_class("Decimal")),
         "datetime": _datetime,
-        "textwrap": _module("textwrap", dedent=lambda text: __import__("textwrap").dedent(text)),
+        "collections": _module("collections", abc=_collections_abc),
+        "collections.abc": _collections_abc,
+        "enum": _module("enum", EnumMeta=type("EnumMeta", (type,), {})),
+        "re": _module("re", compile=_late("re", "compile")),
     }
+    spared |= {name: _module(name) for name in (f"msgspec.{each}" for each in ("inspect", "msgpack", "toml", "yaml"))}
+    schema = "msgspec._json_schema"
+    spared[schema] = _module(schema, **{name: _late(schema, name) for name in ("schema", "schema_components")})
     _without("msgspec", spared)
 
 

@@ -27,13 +27,13 @@ OURS = """
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """
-    atexit json mmap queue resource select termios vmm._kvm_state vmm._uffd vmm.api.snapshots vmm.snapshot zlib
+    _json _queue atexit mmap resource select termios vmm._kvm_state vmm._uffd vmm.api.snapshots vmm.snapshot zlib
 """.split()
 # of one with the metadata service,
 METADATA = "base64 hmac httptools msgspec secrets".split()
 # and before it runs.
 EARLIER = """
-    bz2 collections.abc ctypes json.decoder lzma re signal socket traceback zlib
+    _socket bz2 collections.abc ctypes json.decoder lzma re signal traceback zlib
 """.split()
 # What the standard library and msgspec import by themselves, when they first need it.
 HIDDEN = """

@@ -14,7 +14,6 @@ bytes.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import struct
@@ -318,8 +317,10 @@ def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
             os.rename(new, path)
     except OSError as error:
         for new, _ in made:
-            with contextlib.suppress(OSError):
+            try:
                 os.unlink(new)
+            except OSError:
+                pass
         error.filename = path
         raise
     for directory in {os.path.dirname(path) or "." for path, _ in files}:
@@ -356,10 +357,14 @@ def _is_ours(directory: str) -> bool:
 def _remove(directory: str) -> None:
     # The old image, or half of the new one; nothing where all went well.
     for name in (STATE, MEMORY, TOUCHED):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(os.path.join(directory, name))
-    with contextlib.suppress(FileNotFoundError):
+        except FileNotFoundError:
+            pass
+    try:
         os.rmdir(directory)
+    except FileNotFoundError:
+        pass
 
 
 def _sync(directory: str) -> None:

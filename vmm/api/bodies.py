@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -58,28 +59,31 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _type_at(kind: Any, path: str) -> Any:
-    # Of the value at `path` in one of type `kind`, by msgspec's own view of the type.
-    found: Any = msgspec.inspect.type_info(kind)
-    for step in path.replace("[", ".[").split("."):
-        if isinstance(found, msgspec.inspect.UnionType):
-            found = next(each for each in found.types if hasattr(each, "fields") or hasattr(each, "item_type"))
+    # Of the value at `path` in one of type `kind`; None: there is none.
+    for step in filter(None, path.replace("[", ".[").split(".")):
         if step.startswith("["):
-            found = getattr(found, "item_type", None)
-        elif step:
-            found = next((each.type for each in getattr(found, "fields", ()) if each.encode_name == step), None)
-    return found
+            kind = next((get_args(each)[0] for each in _alternatives(kind) if get_origin(each) in (list, tuple)), None)
+        elif (struct := _struct(kind)) is not None:
+            fields = dict(zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True))
+            kind = get_type_hints(struct)[fields[step]] if step in fields else None
+        else:
+            return None
+    return kind
 
 
-def _alternatives(found: Any) -> tuple[Any, ...]:
-    return found.types if isinstance(found, msgspec.inspect.UnionType) else (found,)
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def _fields(kind: Any, path: str) -> list[str]:
-    found = next((each for each in _alternatives(_type_at(kind, path)) if hasattr(each, "fields")), None)
-    return [each.encode_name for each in getattr(found, "fields", ())]
+def _struct(kind: Any) -> Any:
+    return next((each for each in _alternatives(kind) if hasattr(each, "__struct_fields__")), None)
+
+
+def _fields(kind: Any, path: str) -> tuple[str, ...]:
+    return getattr(_struct(_type_at(kind, path)), "__struct_encode_fields__", ())
 
 
 def _words(kind: Any, path: str) -> list[str]:
-    # What an enumeration allows.
-    enums = [each for each in _alternatives(_type_at(kind, path)) if isinstance(each, msgspec.inspect.LiteralType)]
-    return [str(value) for each in enums for value in each.values]
+    # What is allowed where only certain words are.
+    every = [get_args(each) for each in _alternatives(_type_at(kind, path)) if get_origin(each) is Literal]
+    return sorted(str(word) for words in every for word in words)

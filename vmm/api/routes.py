@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+from msgspec import Struct
 
 from vmm.api import ApiError, types
 from vmm.api.bodies import decode
 
 
-class VmmAction(NamedTuple):
+class VmmAction(Struct, frozen=True):
     """One thing to do.
 
     :param name: one of ``vmm.api.actions.ACTIONS``; Firecracker's names
@@ -20,7 +22,7 @@ class VmmAction(NamedTuple):
     body: Any = None
 
 
-class Route(NamedTuple):
+class Route(Struct, frozen=True):
     """One request.
 
     :param method: GET, PUT or PATCH

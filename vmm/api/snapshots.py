@@ -8,7 +8,6 @@ Source: Firecracker 1.12.1, compared with the real one in ``tests/api/test_diffe
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from typing import Any
@@ -120,8 +119,10 @@ def write_files(
         write_whole(state_file, (body.mem_file_path, lambda fd: write_memory(pieces, size, fd)))
         return
     try:
-        with contextlib.suppress(OSError):
+        try:
             os.setxattr(into, _MERGING, checksum_of(state))
+        except OSError:
+            pass
         write_whole(state_file)
         try:
             for gpa, length in written:
@@ -130,8 +131,10 @@ def write_files(
         except OSError as error:
             error.filename = body.mem_file_path
             raise
-        with contextlib.suppress(OSError):
+        try:
             os.removexattr(into, _MERGING)
+        except OSError:
+            pass
     finally:
         os.close(into)
 
@@ -220,9 +223,11 @@ def _memory_file(path: str, size: int, state: bytes) -> MemoryFile:
     if os.fstat(fd).st_size < size:
         short = "The specified file offset and length is greater then file length"
         raise ApiError(f"{_MEMORY}Failed to restore guest memory: Cannot create mmap region: {short}")
-    with contextlib.suppress(OSError):
+    try:
         if os.getxattr(fd, _MERGING) == checksum_of(state):
             raise ApiError(f"{_MEMORY}{path}: has half of a Diff, whose writer was killed")
+    except OSError:
+        pass
     return file
 
 

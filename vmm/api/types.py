@@ -4,10 +4,10 @@
 Names and defaults are those of Firecracker 1.12. Fields of ours are left out of an answer where nobody set them, so
 that a configuration without them is one that Firecracker takes.
 
+Annotations here are values, not text that msgspec would have to compile when a type is first used.
+
 Source: the OpenAPI document of Firecracker 1.12.
 """
-
-from __future__ import annotations
 
 from typing import Annotated, Literal
 
@@ -112,7 +112,7 @@ class CpuConfig(Body, kw_only=True):
     def __post_init__(self) -> None:
         self.template()
 
-    def template(self) -> CpuTemplate:
+    def template(self) -> "CpuTemplate":
         """:raises ConfigError: a number or a bitmap that is none"""
         from vmm.cpu_template import parse_template
 

@@ -273,10 +273,7 @@ class _Serve:
 
     def _run(self, server: Server | None) -> int:
         args = self._args
-        launched.spare_collections("vmm._vcpu")
-        from vmm._vcpu import set_thread_name
-
-        set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
+        self._faults.set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
         if server is not None and self._hasty:
             waits = server.somebody_waits()
             server.start(self._on_api_thread)
@@ -306,6 +303,7 @@ class _Serve:
                     server.start(self._on_api_thread)
             self._on_ready()
             # While a runtime makes up its mind: the start of the VM will not wait for them.
+            launched.spare_collections("vmm.machine")
             import vmm.machine  # noqa: F401
 
             self._vmm.prepare()
@@ -379,9 +377,7 @@ class _Serve:
             seccomp.enable()
 
     def _on_api_thread(self) -> None:
-        from vmm._vcpu import set_thread_name
-
-        set_thread_name("fc_api")
+        self._faults.set_thread_name("fc_api")
         logger.info("API server started.")
         if self._machine is not None:
             threads.enter("api")
