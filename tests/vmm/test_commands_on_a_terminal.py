@@ -23,6 +23,8 @@ import pytest
 from tests.jail.jailed import ROOT
 from tests.jail.terminal import Terminal
 from tests.waiting import until
+from vmm.sandbox.process import CLOSE
+from vmm.sandbox.registry import Place
 
 Start = Callable[[str, list[str]], Terminal]
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
@@ -100,6 +102,36 @@ def guest(place: Path) -> Iterator[Path]:
         yield path
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
+
+
+@pytest.fixture
+def box(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A sandbox that runs, whose agent says what it hears, and whose every command ends with its input."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    there = Place("box", {"env": {}, "cwd": None, "user": None})
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(there.socket)
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    stream, _ = listener.accept()
+                    with stream:
+                        stream.recv(64)
+                        stream.sendall(b"OK 1\n")
+                        stream.recv(4096)
+                        stream.sendall(b"p\4\0\0\0\1\0\0\0" + b"o\2\0\0\0up")
+                        while (heard := stream.recv(4096)) and heard != CLOSE:
+                            stream.sendall(b"o" + heard[1:].upper())
+                        stream.sendall(b"x\3\0\0\0\0\7\0")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    there.close()
 
 
 # What comes to its end by itself: the command, its status, and its last word.
@@ -211,6 +243,28 @@ def test_ctrl_c_while_it_is_imported(place: Path, guest: Path) -> None:
         process = subprocess.Popen([PYVMM, "vsock", str(guest), "1"], **pipes)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == (b"", b"") and process.returncode == 130
+
+
+IN_THE_BOX = [PYVMM, "exec", "box", "sh"]
+
+
+def test_a_signal_gives_the_terminal_back(start: Start, box: None) -> None:
+    terminal = start("fg", IN_THE_BOX)
+    terminal.hear(b"up")
+    os.write(terminal.master, b"\x03key")
+    terminal.hear(b"\x03KEY")
+    assert termios.tcgetattr(terminal.slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG) == 0
+    termios.tcflow(terminal.slave, termios.TCOOFF)  # the person has stopped its output
+    os.kill(terminal.job(), signal.SIGHUP)
+    assert terminal.end() == 128 + signal.SIGHUP
+    assert termios.tcgetattr(terminal.slave) == terminal.before
+
+
+def test_by_nohup_a_command_in_a_sandbox_outlives_its_terminal(start: Start, box: None) -> None:
+    terminal = start("nohup", IN_THE_BOX)
+    terminal.hear(b"up")
+    terminal.hang_up()
+    assert terminal.end() == 7, "its input has ended"
 
 
 def test_by_nohup_the_lab_outlives_its_terminal(place: Path, start: Start) -> None:

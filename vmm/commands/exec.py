@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import select
 import signal
 import sys
 
+from vmm.console import make_raw, set_mode
 from vmm.errors import ConfigError
 from vmm.sandbox import Process, Session, attach
 from vmm.sandbox.channel import FRAME_MAX, Deadline
@@ -18,7 +19,8 @@ from vmm.sandbox.process import CLOSE, input_frames
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from types import FrameType
 
 _FOREVER = Deadline(None)
 
@@ -76,32 +78,30 @@ def connect(process: Process, *, terminal: bool) -> int:
     for fd, data in zip((1, 2), said, strict=True):
         _writer(fd)(data)
     bell, ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    heard: dict[int, bytes] = {signal.SIGTERM: b"t", **({signal.SIGWINCH: b"w"} if terminal else {})}
-    earlier = {number: signal.signal(number, lambda number, _: os.write(ring, heard[number])) for number in heard}
+    ring_with: dict[int, bytes] = {signal.SIGTERM: b"t", **({signal.SIGWINCH: b"w"} if terminal else {})}
+    handlers = {number: lambda number, _: os.write(ring, ring_with[number]) for number in ring_with}
+    heard = {
+        number: signal.signal(number, handler)
+        for number, handler in {**handlers, signal.SIGHUP: _end}.items()
+        if signal.getsignal(number) is not signal.SIG_IGN  # by nohup, which it stays
+    }
+    mode = make_raw(0) if terminal else None
     try:
-        with _raw() if terminal else contextlib.nullcontext():
-            return _bridge(process, bell)
+        return _bridge(process, bell, terminal=terminal)
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        if mode is not None:
+            set_mode(0, mode)
+        for number, before in heard.items():
+            signal.signal(number, before)
         os.close(bell)
         os.close(ring)
 
 
-@contextlib.contextmanager
-def _raw() -> Iterator[None]:
-    import termios
-    import tty
-
-    before = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
-def _bridge(process: Process, bell: int) -> int:
+def _bridge(process: Process, bell: int, *, terminal: bool) -> int:
     channel = process.channel
     left = memoryview(b"")
     more = True
@@ -118,12 +118,15 @@ def _bridge(process: Process, bell: int) -> int:
         ready = dict(poll.poll())
         rung = os.read(bell, 4096) if bell in ready else b""
         if b"w" in rung:
-            size = os.get_terminal_size(0)
-            process.resize(size.lines, size.columns)
+            try:
+                size = os.get_terminal_size(0)
+                process.resize(size.lines, size.columns)
+            except OSError:
+                pass  # the terminal is gone
         if b"t" in rung:
             process.send_signal(process.stop_signal)
         if 0 in ready:
-            data = os.read(0, FRAME_MAX)
+            data = _read(terminal=terminal)
             more = bool(data)
             left = memoryview(next(input_frames(data)) if data else CLOSE)
         if left:
@@ -139,9 +142,25 @@ def _bridge(process: Process, bell: int) -> int:
     return result.exit_code
 
 
+def _read(*, terminal: bool) -> bytes:
+    # Nothing is the end, as of a terminal that is gone.
+    try:
+        return os.read(0, FRAME_MAX)
+    except OSError as error:
+        if error.errno != errno.EIO or not terminal:
+            raise
+        return b""
+
+
 def _writer(fd: int) -> Callable[[bytes], None]:
+    terminal = os.isatty(fd)
+
     def write(data: bytes) -> None:
-        while data:
-            data = data[os.write(fd, data) :]
+        try:
+            while data:
+                data = data[os.write(fd, data) :]
+        except OSError as error:
+            if error.errno != errno.EIO or not terminal:
+                raise  # what a terminal that is gone was to show is lost
 
     return write

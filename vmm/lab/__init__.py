@@ -8,7 +8,6 @@ afterwards, except in directories given as writable. /proc, /sys, /dev and /run 
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
@@ -19,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vmm.console import set_mode
+from vmm.console import make_raw, set_mode
 from vmm.errors import ConfigError, VmmError
 from vmm.images.host import Progress
 from vmm.lab import qemu as qemus
@@ -31,7 +30,6 @@ from vmm.options import parse_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
-    from typing import Any
 
 __all__ = ["LabError", "missing", "run"]
 
@@ -162,28 +160,13 @@ def _attended(boot: Boot, deadline: float, terminal: int | None) -> int | None:
                 before[number] = signal.signal(number, handler)
     try:
         if terminal is not None:
-            saved = _raw_mode(terminal)
+            saved = make_raw(terminal)
         return boot.run(deadline)
     finally:
         if saved is not None and terminal is not None:
             set_mode(terminal, saved)
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def _raw_mode(terminal: int) -> list[Any] | None:
-    # Its mode before; None: the terminal is gone.
-    import termios
-    import tty
-
-    while True:
-        try:
-            saved = termios.tcgetattr(terminal)
-            tty.setraw(terminal)
-            return saved
-        except termios.error as error:
-            if error.args[0] != errno.EINTR:
-                return None
 
 
 def _end(number: int, frame: FrameType | None) -> None:
