@@ -23,7 +23,7 @@ import msgspec
 from vmm.errors import HostError, SnapshotError, VmmError
 from vmm.events import Exit, StopReason
 from vmm.memory import MemoryFile
-from vmm.snapshot_file import encode
+from vmm.snapshot_file import encode, write_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, en
     names = {f"/proc/self/fd/{fd}": place for fd, place in files.items()}
     drives = [names.get(drive.path_on_host, -1) for drive in config.drives]
     order = MemoryFile(os.memfd_create("copy", os.MFD_CLOEXEC))
-    os.write(order.fd, msgspec.msgpack.encode((os.getcwd(), state, pieces, drives)))
+    write_all(order.fd, msgspec.msgpack.encode((os.getcwd(), state, pieces, drives)))
     descriptors = array("i", [*files, control, end, order.fd])
     message = [b"fork"], [(SOL_SOCKET, SCM_RIGHTS, descriptors)]
     try:

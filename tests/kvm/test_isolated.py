@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tests.kvm.guests import PATIENCE, write_guest
 from tests.waiting import until
 from vmm import DriveConfig, Machine, Pool, StopReason
 from vmm.device_config import NetConfig, VsockConfig
-from vmm.errors import SnapshotError, VmmError
+from vmm.errors import HostError, SnapshotError, VmmError
 from vmm.isolated import Isolated
 
 MakeGuest = Callable[..., Machine]
@@ -120,6 +121,17 @@ def test_what_cannot_be_made_there_says_why_here(tmp_path: Path, guest: MakeGues
         _fork(vm)
     with pytest.raises(SnapshotError, match="tap0: is a descriptor of this process"):
         _fork(guest(IDLE), change=lambda config, _: config.replaced(network_interfaces=[_tap()]))
+
+
+def test_what_a_limit_on_files_cuts_short_is_said(guest: MakeGuest) -> None:
+    vm = guest(IDLE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(HostError, match="make a process for the copy: File too large"):
+            _fork(vm)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def _tap() -> NetConfig:
