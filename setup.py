@@ -36,6 +36,7 @@ LAUNCHER = "vmm/launcher.c"
 MANUAL = "build/man/pyvmm.1"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
 HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
+RELRO = ["-Wl,-z,relro,-z,now"]
 AGENT = [f"vmm/sandbox/agent/{name}.c" for name in "boot exec files frames libc main ports users".split()]
 ENTER = ["vmm/images/enter.c", "vmm/sandbox/agent/libc.c"]
 # No function of the compiler's or the C library's, and nothing that needs one at the start.
@@ -80,12 +81,13 @@ class BuildLauncher(build_scripts):
                 [LAUNCHER],
                 output_dir=directory,
                 macros=[(macro, f'"{text}"') for macro, text in macros.items()],
-                extra_preargs=["-O2", "-Wall"],
+                extra_preargs=["-O2", "-Wall", *HARD],
             )
+            link = ["-s", *RELRO]
             try:
-                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=["-s", "-static"])
+                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=[*link, "-static"])
             except LinkError:
-                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=["-s"])
+                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=link)
 
 
 class InstallManual(install_data):
@@ -130,7 +132,7 @@ setup(
                 name,
                 [name.replace(".", "/") + ".pyx"],
                 extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(ASAN or HARD)],
-                extra_link_args=ASAN or ["-Wl,-z,relro,-z,now"],
+                extra_link_args=ASAN or RELRO,
                 depends=[FILTERS] if name == "vmm._seccomp" else [],
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,22 @@ def test_an_extension_is_hardened(path: Path) -> None:
     assert "__stack_chk_fail" in _read("--dyn-syms", path)
 
 
+FLAGS = ("-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-fcf-protection", "-Wl,-z,relro,-z,now")
+
+
 def test_setup_asks_for_it() -> None:
     text = (ROOT / "setup.py").read_text()
-    for flag in ("-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-fcf-protection", "-Wl,-z,relro,-z,now"):
+    for flag in FLAGS:
         assert flag in text
+
+
+def test_the_launcher_is_built_so_too(tmp_path: Path) -> None:
+    said, compiler = tmp_path / "said", tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >>{said}\nexec gcc "$@"\n')
+    compiler.chmod(0o755)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_scripts", "--build-dir", tmp_path], check=True, cwd=ROOT,
+        env={**os.environ, "CC": str(compiler), "PYVMM_NO_EXTENSIONS": "1"},
+    )  # fmt: skip
+    words = said.read_text().split()
+    assert set(FLAGS) <= set(words) and "vmm/launcher.c" in words
