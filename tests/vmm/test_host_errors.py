@@ -43,6 +43,11 @@ COMMANDS = {
     "ctl": ["ctl", "--api-sock", "no/s", "status"],
     "link": ["link", "firecracker", "."],
     "vsock": ["vsock", "no/v", "1"],
+    "ps": ["ps"],
+    "exec": ["exec", "nosuchname", "true"],
+    "cp": ["cp", "nosuchname:/a", "b"],
+    "sandbox": ["sandbox", "nosuchimage", "true"],
+    "pull --list": ["pull", "--list"],
     "jailer": ["jailer", "--id", "a", "--exec-file", "x", "--uid", "0", "--gid", "0"],
 }
 
@@ -96,7 +101,15 @@ def test_one_line(room: Path, host: str, command: str) -> None:
     assert ("Traceback" not in said and 0 <= done.returncode < 128) or done.returncode == 153, (done.returncode, said)
     if done.returncode:
         assert said.count("\n") <= 1 and (said.startswith("pyvmm") or done.returncode != 1), said
-    if host == "full" and command in ("help", "version", "run --help", "run --dry-run", "serve --version", "check"):
+    if host == "full" and command in (
+        "help",
+        "version",
+        "run --help",
+        "run --dry-run",
+        "serve --version",
+        "check",
+        "pull --list",
+    ):
         assert done.returncode == 1 and "No space left on device" in said
     assert set(os.listdir(room)) - before <= {"written", "firecracker"}, "a directory named ~, or another"
 
