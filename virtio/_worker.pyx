@@ -157,7 +157,8 @@ cdef class QueueWorker:
         self.in_flight = False
         worker_set_stop(&self._stop, 0)
         self.begin()
-        self._thread = spawn(self.device.thread_kind, self.name, self._run, below=self.device.below)
+        self._thread = spawn(
+            self.device.thread_kind, self.name, self._run, below=self.device.below, unconfined=self._on_failure)
 
     def begin(self):
         """Make ready for a driver, before the thread starts; for a subclass."""

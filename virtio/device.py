@@ -213,7 +213,10 @@ class Worker:
         """
         self._context = context
         context.stopping = False
-        self._thread = spawn(self._device.thread_kind, self._device.name, self._run, below=self._device.below)
+        device = self._device
+        self._thread = spawn(
+            device.thread_kind, device.name, self._run, below=device.below, unconfined=self._on_failure
+        )
 
     def _run(self) -> None:
         device, context = self._device, self._context

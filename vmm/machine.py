@@ -405,9 +405,11 @@ class Machine:
             transport.go_on()
         try:
             for vcpu in self.vcpus:
-                self._threads.append(threads.spawn(vcpu_kind, f"fc_vcpu {vcpu.index}", self._run_vcpu, vcpu))
-        except RuntimeError:
-            failure = HostError(errno.EAGAIN, "start a vCPU's thread")
+                name = f"fc_vcpu {vcpu.index}"
+                thread = threads.spawn(vcpu_kind, name, self._run_vcpu, vcpu, unconfined=self._end_unconfined)
+                self._threads.append(thread)
+        except (RuntimeError, HostError) as error:
+            failure = error if isinstance(error, HostError) else HostError(errno.EAGAIN, "start a vCPU's thread")
             self._end(Exit(StopReason.REQUESTED), failure)
             raise failure from None
 
@@ -435,6 +437,9 @@ class Machine:
 
     def _count_ranges(self) -> int:
         return len(self.pio.claims) + len(self.mmio.claims) - len(self.virtio)
+
+    def _end_unconfined(self, failure: HostError) -> None:
+        self._end(Exit(StopReason.REQUESTED), failure)
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:

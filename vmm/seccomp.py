@@ -145,17 +145,19 @@ def enable() -> None:
     """
     if isinstance(threads.guard, Filters):
         return
-    from vmm import _uring
-    from vmm.preload import preload_later
-
     try:
+        from vmm import _uring
+        from vmm.preload import preload_later
+
         filters = Filters(alone=True, whole=True)
         _uring.stock(RINGS)
         _ready(alone=True)
         filters.enforce()
-    except HostError as error:
-        threads.set_guard(error)
+    except BaseException:
+        threads.give_up_guard()
         raise
-    preload_later()
     threads.no_programs = threads.no_programs or "and seccomp, which is on, forbids that"
-    threads.set_guard(filters)
+    try:
+        preload_later()
+    finally:
+        threads.set_guard(filters)  # who waits for a thread waits no longer, whatever came of that

@@ -6,6 +6,7 @@ Signals are the main thread's: see ``vmm.signals``.
 
 from __future__ import annotations
 
+import errno
 import sys
 import threading
 
@@ -33,17 +34,16 @@ class _Coming:
 
     def __init__(self) -> None:
         self._there = threading.Event()
-        self._guard: Guard | HostError | None = None
+        self._guard: Guard | None = None
 
-    def settle(self, outcome: Guard | HostError) -> None:
-        self._guard = outcome
+    def settle(self, guard: Guard | None) -> None:
+        self._guard = guard
         self._there.set()
 
     def _wait(self) -> Guard:
         self._there.wait()
-        if isinstance(self._guard, HostError):
-            raise self._guard
-        assert self._guard is not None
+        if self._guard is None:
+            raise HostError(errno.ECANCELED, "start a thread")
         return self._guard
 
     def confines(self) -> bool:
@@ -68,14 +68,19 @@ def expect_guard() -> None:
     guard = _Coming()
 
 
-def set_guard(new: Guard | HostError) -> None:
-    """From here on every thread passes `new`; an error: there will be none, who waits for it gets that."""
+def set_guard(new: Guard) -> None:
+    """From here on every thread passes `new`."""
     global guard
     before = guard
-    if not isinstance(new, HostError):
-        guard = new
+    guard = new
     if isinstance(before, _Coming):
         before.settle(new)
+
+
+def give_up_guard() -> None:
+    """Whoever waits for a guard that is expected waits no longer: a HostError says that there is no thread."""
+    if isinstance(guard, _Coming):
+        guard.settle(None)
 
 
 def traced() -> bool:
@@ -91,6 +96,7 @@ def spawn(
     target: Callable[..., None],
     *args: object,
     below: tuple[int, bool] | None = None,
+    unconfined: Callable[[HostError], object] | None = None,
 ) -> threading.Thread:
     """Start a daemon thread.
 
@@ -99,13 +105,21 @@ def spawn(
     :param name: of the thread, for Python
     :param below: descriptor of the only directory below which it opens files, where the kernel has Landlock, and
         whether it changes any; open until the thread runs. None: as its kind says
+    :param unconfined: called on the thread in `target`'s place where its filter could not be had, as without a
+        descriptor left; None: Python tells it on stderr
     :raises RuntimeError: no thread to be had
     :raises HostError: the filters could not be had
     """
 
     def run() -> None:
         deaf()
-        enter(kind, below)
+        try:
+            enter(kind, below)
+        except HostError as error:
+            if unconfined is None:
+                raise
+            unconfined(error)
+            return
         target(*args)
 
     thread = threading.Thread(target=run, name=name, daemon=True)

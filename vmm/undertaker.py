@@ -7,6 +7,7 @@ import os
 import threading
 from _queue import SimpleQueue  # `queue` itself imports more, on the path of a launch
 
+from vmm.errors import HostError
 from vmm.threads import spawn
 
 _queue: SimpleQueue[int | threading.Event] = SimpleQueue()
@@ -20,10 +21,14 @@ def bury(fds: list[int]) -> None:
     global _thread, _pid
     with _lock:
         if _thread is None or _pid != os.getpid():  # a forked child has none of its parent's threads
-            _pid = os.getpid()
-            _thread = spawn("undertaker", "undertaker", _run)
+            try:
+                _thread = spawn("undertaker", "undertaker", _run, unconfined=lambda error: _run())
+                _pid = os.getpid()
+            except (RuntimeError, HostError):
+                _thread = None  # there is none to be had: the caller waits itself
+        bury_one = os.close if _thread is None else _queue.put
     for fd in fds:
-        _queue.put(fd)
+        bury_one(fd)
 
 
 def wait() -> None:

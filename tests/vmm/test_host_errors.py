@@ -114,6 +114,28 @@ def test_one_line(room: Path, host: str, command: str) -> None:
     assert set(os.listdir(room)) - before <= {"written", "firecracker"}, "a directory named ~, or another"
 
 
+NO_LATER = (
+    "import vmm.preload\ndef fails(): raise ImportError('Too many open files')\nvmm.preload.preload_later = fails\n"
+)
+NO_VM = (
+    "import vmm.api.actions\ndef fails(self): raise OSError(24, 'Too many open files')\n"
+    "vmm.api.actions.Vmm.prepare = fails\n"
+)
+
+
+@pytest.mark.parametrize("socket", [["--no-api"], ["--api-sock", "s"]])
+@pytest.mark.parametrize("fails", [NO_LATER, NO_VM], ids=["after the filters", "before the filters"])
+def test_a_start_that_fails_waits_for_no_thread(room: Path, fails: str, socket: list[str]) -> None:
+    # Whoever wants a thread waits until filters are there, which then will never be.
+    words = ["serve", *socket, "--config-file", "config.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", fails + PROGRAM, *words], cwd=room, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "pyvmm serve: Too many open files\n")
+    assert not (room / "s").exists()
+
+
 def test_a_name_that_is_not_utf_8(room: Path) -> None:
     name = os.fsdecode(b"k\xff")
     os.rename(room / "kernel", room / name)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kvm.guests import write_guest
 from vmm import _seccomp, seccomp_rules
 from vmm.seccomp import KINDS, STATUS_BAD_SYSCALL
 from vmm.seccomp_rules import rules_of
@@ -125,6 +126,45 @@ def test_another_filter_language_is_refused() -> None:
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 153
     assert done.stderr.startswith("pyvmm serve: --seccomp-filter f.bpf: is for Firecracker's threads")
+
+
+NO_ROOM = """
+import errno
+from vmm import _seccomp
+def fails(*how): raise OSError(errno.EMFILE, "no descriptor left")
+_seccomp.confine = fails
+"""
+
+
+def test_a_vcpu_that_cannot_be_confined_ends_its_machine(tmp_path: Path) -> None:
+    code = f"""{NO_ROOM}
+from vmm import Machine, undertaker
+from vmm.errors import HostError
+vm = Machine({write_guest(tmp_path, "1: hlt; jmp 1b")!r}, memory="4M", console="none")
+vm.start()
+try:
+    vm.wait(30)
+except HostError as error:
+    print(error)
+vm.close()
+undertaker.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("confine a thread of kind vcpu: Too many open files\n", "")
+
+
+def test_without_a_thread_descriptors_are_closed_at_once() -> None:
+    code = """
+def fails(thread): raise RuntimeError("can't start new thread")
+threads.guard.start = fails
+from vmm import undertaker
+out, into = os.pipe()
+undertaker.bury([into])
+assert os.read(out, 1) == b""
+undertaker.wait()
+"""
+    done = run(code)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_such_system_call_is_an_error() -> None:

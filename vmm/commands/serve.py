@@ -258,6 +258,7 @@ class _Serve:
                     raise  # a mistake of ours, which a traceback says best
                 return STATUS_GENERIC
             finally:
+                threads.give_up_guard()  # nothing at the end waits for what failed
                 if server is not None:
                     self._early.settle(None)
                     server.close()
@@ -313,6 +314,7 @@ class _Serve:
             self._bell.wait(self._is_over)
             return self._status()
         finally:
+            threads.give_up_guard()
             self._vmm.close()
 
     def _heed_signals(self) -> None:
