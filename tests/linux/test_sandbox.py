@@ -482,6 +482,35 @@ def test_a_port_is_published_on_the_host(sandbox: Sandbox) -> None:
         sandbox.publish(80, taken.getsockname()[1])
 
 
+def test_a_port_of_the_host_is_provided_in_the_guest(sandbox: Sandbox) -> None:
+    data = random.Random(4).randbytes(400_000)
+    sandbox.files.write("/tmp/asked", data)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(2):
+                stream, _ = server.accept()
+                with stream:
+                    asked = b"".join(iter(lambda stream=stream: stream.recv(1 << 16), b""))
+                    stream.sendall(hashlib.sha256(asked).hexdigest().encode() + asked)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        host_port = server.getsockname()[1]
+        with sandbox.provide(host_port) as provided, sandbox.provide(host_port, 0) as other:
+            assert provided.port == host_port != other.port
+            for port in (provided.port, other.port):
+                said = sandbox.run(f"nc 127.0.0.1 {port} </tmp/asked", user="nobody").stdout_bytes
+                assert said == hashlib.sha256(data).hexdigest().encode() + data
+            with pytest.raises(OSError, match="in use"):
+                sandbox.provide(host_port)
+        thread.join()
+    for port in (provided.port, other.port):
+        until(lambda port=port: sandbox.run(f"nc 127.0.0.1 {port} </dev/null").exit_code == 1)
+    with pytest.raises(ConfigError, match="1 to 65535"):
+        sandbox.provide(0)
+
+
 def test_a_network_by_passt_reaches_the_host_and_no_loopback(runtime: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         route.connect(("192.0.2.200", 9))  # sends nothing: asks which address of the host's goes out

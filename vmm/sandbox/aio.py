@@ -196,6 +196,7 @@ class AsyncSandbox:
 
     connect = _twin(Session.connect)
     publish = _twin(Session.publish)
+    provide = _twin(Session.provide)
     pause = _twin(Sandbox.pause)
     resume = _twin(Sandbox.resume)
     snapshot = _twin(Sandbox.snapshot)

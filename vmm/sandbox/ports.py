@@ -1,45 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP ports of a guest, published on the host."""
+"""TCP ports that lead from the host into a guest, and from a guest to the host."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
+import os
 import socket
+import struct
 import threading
 
 from vmm import threads
 from vmm.errors import ConfigError, HostError, VmmError
+from vmm.sandbox.channel import F_FAILED, F_STARTED, Deadline, failure, out_of_turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Self
 
+    from vmm.sandbox.channel import Link
     from vmm.sandbox.session import Session
 
 _CHUNK = 1 << 16
 MOST = 256  # connections at once; who comes then waits
+_FIRST = 1 << 20  # of the host's vsock ports that lead to TCP ports
 
 
-class Published:
-    """A port of the host's that leads to one of the guest's loopback; a context manager. Made by ``Session.publish``.
+class Relay:
+    """Connections to one socket, passed on to another; a context manager.
 
-    :ivar address: host address and port that it listens on
+    :param listener: owned by this object
+    :param connect: makes the other end of a connection
+    :param name: of its threads
     """
 
-    def __init__(self, session: Session, port: int, host: str, host_port: int) -> None:
-        if not 1 <= port <= 65535 or not 0 <= host_port <= 65535:
-            raise ConfigError("port", f"{port} {host_port}", "must be 1 to 65535; 0 of the host is any that is free")
-        self._session = session
-        self._port = port
+    def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket], name: str) -> None:
+        self._listener = listener
+        self._connect = connect
+        self._name = name
         self._room = threading.Semaphore(MOST)
         self._streams: set[socket.socket] = set()
         self._lock = threading.Lock()
-        try:
-            self._listener = socket.create_server((host, host_port))
-        except OSError as error:
-            raise HostError(error.errno or 0, f"listen on {host} port", str(host_port)) from None
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        self._thread = threads.spawn(None, f"port {self.address[1]}", self._accept)
+        threads.spawn(None, name, self._accept)
 
     def _accept(self) -> None:
         while True:
@@ -48,14 +52,14 @@ class Published:
                 outside, _ = self._listener.accept()
             except OSError:
                 return  # closed
-            threads.spawn(None, f"port {self.address[1]}", self._serve, outside)
+            threads.spawn(None, self._name, self._serve, outside)
 
     def _serve(self, outside: socket.socket) -> None:
         try:
-            with outside, self._kept(outside), self._session.connect(self._port) as inside, self._kept(inside):
+            with outside, self._kept(outside), self._connect() as inside, self._kept(inside):
                 _relay(outside, inside)
         except (OSError, VmmError):
-            pass  # nobody listens in the guest, or one side has gone: the other sees its connection closed
+            pass  # nobody listens there, or one side has gone: the other sees its connection closed
         finally:
             self._room.release()
 
@@ -79,11 +83,81 @@ class Published:
                     stream.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def __enter__(self) -> Published:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Published(Relay):
+    """A port of the host's that leads to one of the guest's loopback. Made by ``Session.publish``.
+
+    :ivar address: host address and port that it listens on
+    """
+
+    def __init__(self, session: Session, port: int, host: str, host_port: int) -> None:
+        if not 1 <= port <= 65535 or not 0 <= host_port <= 65535:
+            raise ConfigError("port", f"{port} {host_port}", "must be 1 to 65535; 0 of the host is any that is free")
+        try:
+            listener = socket.create_server((host, host_port))
+        except OSError as error:
+            raise HostError(error.errno or 0, f"listen on {host} port", str(host_port)) from None
+        self.address: tuple[str, int] = listener.getsockname()[:2]
+        super().__init__(listener, lambda: session.connect(port), f"port {self.address[1]}")
+
+
+class Provided(Relay):
+    """A port of the guest's loopback that leads to one of the host's. Made by ``Session.provide``.
+
+    :ivar port: of the guest's loopback, where its agent listens
+    """
+
+    def __init__(self, link: Link, host_port: int, port: int, host: str) -> None:
+        if not 1 <= host_port <= 65535 or not 0 <= port <= 65535:
+            raise ConfigError("port", f"{host_port} {port}", "must be 1 to 65535; 0 of the guest is any that is free")
+        deadline, doing = Deadline(30), f"port {port}"
+        listener, number, self._path = _listen_beside(link.path)
+        self._channel = link.connect(deadline, doing)
+        try:
+            self._channel.request(deadline, doing, ("listen", f"port={port}", f"to={number}"))
+            kind, data = self._channel.read(deadline, doing)
+            if kind == F_FAILED:
+                raise OSError(failure(data)[0], os.strerror(failure(data)[0]), f"port {port} of the guest")
+            if kind != F_STARTED or len(data) != 4:
+                raise out_of_turn(doing)
+            self.port: int = struct.unpack("<I", data)[0]
+            super().__init__(listener, lambda: socket.create_connection((host, host_port)), f"port {host_port}")
+        except BaseException:
+            listener.close()
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        self._channel.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    def close(self) -> None:
+        """Listen no more, and end the connections; idempotent."""
+        self._leave()
+        super().close()
+
+
+def _listen_beside(path: str) -> tuple[socket.socket, int, str]:
+    # What the guest connects to on the host's vsock port N is the unix socket PATH_N: docs/vsock.md.
+    listener = socket.socket(socket.AF_UNIX)
+    for number in itertools.count(_FIRST):
+        try:
+            listener.bind(f"{path}_{number}")
+            listener.listen(MOST)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                listener.close()
+                raise HostError(error.errno or 0, "listen on", f"{path}_{number}") from None
+        else:
+            return listener, number, f"{path}_{number}"
+    raise AssertionError
 
 
 def _relay(one: socket.socket, other: socket.socket) -> None:

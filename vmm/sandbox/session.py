@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from vmm.sandbox.ports import Published
+    from vmm.sandbox.ports import Provided, Published
 
 
 def attach(name: str) -> Session:
@@ -163,6 +163,18 @@ class Session:
         from vmm.sandbox.ports import Published
 
         return Published(self, port, host, host_port)
+
+    def provide(self, host_port: int, port: int | None = None, *, host: str = "127.0.0.1") -> Provided:
+        """Let programs of the guest reach a TCP port of this host at a port of their own loopback.
+
+        :param port: of the guest; 0: any that is free, None: the same
+        :param host: where the host's port is
+        :returns: yours to close; its ``port`` says where it listens
+        :raises OSError: the guest's port is not to be had
+        """
+        from vmm.sandbox.ports import Provided
+
+        return Provided(self._link, host_port, host_port if port is None else port, host)
 
     def _call(self, *words: str) -> None:
         self._ask(Deadline(30), *words)

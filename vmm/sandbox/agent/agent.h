@@ -84,3 +84,4 @@ int serve_files(const struct request *request);
 
 // ports.c
 void relay(const struct request *request);
+void serve_port(const struct request *request);

@@ -60,6 +60,8 @@ static void serve(void)
             run(&request);
         } else if (!strcmp(verb, "tcp")) {
             relay(&request);
+        } else if (!strcmp(verb, "listen")) {
+            serve_port(&request);
         } else if (!strcmp(verb, "signal")) {
             signal_process(&request);
         } else if (!strcmp(verb, "wake")) {
