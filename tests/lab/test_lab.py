@@ -250,7 +250,7 @@ def test_only_writable_directories_are_writable() -> None:
 
 def test_the_machine_has_what_was_asked_for() -> None:
     argv = _argv()
-    for option, value in (("-smp", "3"), ("-m", "1G"), ("-kernel", "/kernel"), ("-initrd", "/initramfs")):
+    for option, value in (("-smp", "4"), ("-m", "1G"), ("-kernel", "/kernel"), ("-initrd", "/initramfs")):
         assert argv[argv.index(option) + 1] == value
     assert argv[argv.index("-cpu") + 1] == CPU and {"+svm", "-xsave", "-avx", "-avx2"} <= set(CPU.split(","))
     changed = _argv(cpu="max,+svm,+xsave")

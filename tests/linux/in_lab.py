@@ -52,8 +52,9 @@ def emulators_fault(result: dict[str, Any] | None) -> bool:
     that gets no answer of a guest, or its guest ended by a triple fault that it was not to end by. One that finished
     with a wrong result keeps it.
 
-    Now and then a guest stops dead in the emulated machine, QEMU's own guests in there too (its VMRUN loses the
-    interrupt shadow until QEMU 9.1), or faults. On hardware KVM nothing is run again.
+    Two faults of QEMU stopped guests dead, its own guests in there too: until 9.1 its VMRUN loses the interrupt shadow,
+    and any CPU that restores its FPU can undo what CPU 0 does at VMRUN and #VMEXIT, which the lab goes round by running
+    no guest on CPU 0 (docs/SPECIFICATION.md, "Guests that the lab loses"). On hardware KVM nothing is run again.
     """
     if result is None or result["status"] in (-1, 124) or (result["status"] and result.get("program")):
         return True

@@ -14,7 +14,7 @@ from vmm import lab
 from vmm.kvm import runs_linux
 
 # On standard error facts, on standard output what came in.
-SCRIPT = """
+SCRIPT = r"""
 pwd >/dev/stderr
 cat
 cat /dev/stdin
@@ -27,6 +27,7 @@ modprobe br_netfilter && [ -d /sys/module/bridge ] && echo "modprobe=ok" >&2
 grep -cw -e avx -e avx2 -e xsave /proc/cpuinfo >/dev/null || echo "avx=none" >&2
 [ -c /dev/kvm ] && [ -c /dev/net/tun ] && echo "devices=ok" >&2
 "$3" -c 'import fcntl, os; print("kvm=%d" % fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE00))' >&2
+sed -n 's/^Cpus_allowed_list:\t/cpus=/p' /proc/self/status >&2
 grep SigIgn /proc/self/status >&2
 echo "host=$(hostname)" >&2
 kill -USR1 $$
@@ -68,6 +69,7 @@ def test_a_command_in_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "cgroup2": "ok",
         "modprobe": "ok",
         "avx": "none",
+        "cpus": "1-2",  # a guest on CPU 0 may stand still
     }, said
     assert "SigIgn:\t0000000000000000" in said
     assert (tmp_path / "kept, and kept/by the command").read_text() == "kept\n"

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--host-root", action="store_true", help="show it all files of this host")
     add("--timeout", metavar="S", type=float, default=600, help="seconds for everything (default: 600)")
-    add("--cpus", metavar="N", type=int, default=2, help="CPUs of the machine (default: 2)")
+    add("--cpus", metavar="N", type=int, default=2, help="CPUs for COMMAND (default: 2)")
     add("--memory", metavar="SIZE", default="3G", help="its memory (default: 3G)")
     add("--cpu", metavar="MODEL", default=CPU, help=f"its CPU, as QEMU's -cpu takes it (default: {CPU})")
     add("--qemu", metavar="PROGRAM", help="the QEMU to use; without it the newest there is")

@@ -67,6 +67,7 @@ def run(
     :param read: files and directories that it sees, beside those it needs and names
     :param host_root: it sees all files of this host
     :param timeout: seconds for everything, the machine's boot included
+    :param cpus: how many the command has: CPU 1 and more. Bound to CPU 0 a guest may stand still
     :param memory: of the machine, as QEMU takes it
     :param cpu: the machine's, as QEMU's -cpu takes it
     :param qemu: the QEMU to use; None for the best there is

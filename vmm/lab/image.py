@@ -29,6 +29,9 @@ share() { mount -t 9p -o "trans=virtio,version=9p2000.L,msize=1048576,$3" "$1" "
 port() {
     for p in /sys/class/virtio-ports/*; do [ "$(cat "$p/name")" = "$1" ] && echo "/dev/${p##*/}" && return; done
 }
+# All but CPU 0, which must run no guest (SPARE_CPUS).
+read -r online </sys/devices/system/cpu/online
+taskset -pc "1-${online#0-}" $$ >/dev/null
 mkdir -p /job /host /rw /new
 share job /job cache=none
 share host /host cache=loose,ro
