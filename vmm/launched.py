@@ -221,6 +221,7 @@ def _spare_typing() -> None:
     import _collections  # type: ignore[import-not-found]  # in no stubs
     import _collections_abc
     import _functools
+    import _operator
 
     def lru_cache(maxsize: int | None = 128, typed: bool = False) -> object:
         return lambda function: _functools._lru_cache_wrapper(function, maxsize, typed, None)
@@ -242,7 +243,7 @@ def _spare_typing() -> None:
         "collections.abc": _collections_abc,
         "contextlib": contextlib,
         "functools": functools,
-        "operator": _module("operator"),
+        "operator": _module("operator", or_=_operator.or_, getitem=_operator.getitem),
         "re": _module("re", Pattern=_class("Pattern"), Match=_class("Match")),
         "warnings": _module("warnings"),
     }

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import sys
+from _frozen_importlib_external import PathFinder
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,7 +22,7 @@ OURS = """
     virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmds_net
     virtio.mmio virtio.net virtio.net_host virtio.rng virtio.spec virtio.transport virtio.vsock vmm._kvm_state
     vmm.attach vmm.board vmm.build
-    vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.early vmm.api.listen vmm.api.openapi vmm.api.routes
+    vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described vmm.api.early vmm.api.listen vmm.api.routes
     vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console
     vmm.cpu_template vmm.device_config vmm.events vmm.kvm vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds
     vmm.options vmm.preload vmm.private_disk vmm.seccomp vmm.snapshot vmm.snapshot_file vmm.threads vmm.undertaker
@@ -27,7 +30,8 @@ OURS = """
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """
-    _json _queue atexit mmap resource select termios vmm._kvm_state vmm._uffd vmm.api.snapshots vmm.snapshot zlib
+    _json _queue atexit mmap resource select termios vmm._kvm_state vmm._uffd vmm.api.described
+    vmm.api.snapshots vmm.snapshot zlib
 """.split()
 # of one with the metadata service,
 METADATA = "base64 hmac httptools msgspec secrets".split()
@@ -37,18 +41,23 @@ EARLIER = """
 """.split()
 # What the standard library and msgspec import by themselves, when they first need it.
 HIDDEN = """
-    _datetime datetime decimal encodings.ascii encodings.idna encodings.latin_1 linecache msgspec._json_schema textwrap
-    uuid
+    _datetime datetime decimal encodings.ascii encodings.idna encodings.latin_1 linecache uuid
 """.split()
 # Shared libraries by ctypes, and what the C library loads when a thread is cancelled.
 LIBRARIES = ("liblz4.so.1", "libzstd.so.1", "libgcc_s.so.1")
 
 
 def preload_later() -> None:
-    """Import what threads of a running machine import, and let the C library learn the time zone."""
+    """Import what threads of a running machine import, and let the C library learn the time zone.
+
+    What is imported after that is compiled in memory alone.
+    """
     import time
 
     load(LATER)
+    # A finder lists its directory when it is first asked, and a loader would write what it compiled: no filter lets it.
+    PathFinder.find_spec("there is none of this name")
+    sys.dont_write_bytecode = True
     time.localtime()
 
 

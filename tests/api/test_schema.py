@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from openapi_spec_validator import validate
 
 from tests.api.oracle import Client
+from vmm.api.described import TEXT
 from vmm.api.openapi import document
 from vmm.api.routes import ROUTES
 
@@ -89,6 +90,11 @@ def test_document_is_valid_and_whole() -> None:
     }
     used = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(made)))
     assert used == set(made["components"]["schemas"])
+
+
+def test_the_file_is_of_these_routes_and_types() -> None:
+    how = "python -m vmm.api.openapi >vmm/api/openapi.json"
+    assert json.loads(TEXT) == json.loads(json.dumps(document())), how
 
 
 def test_it_is_served(served: tuple[str, str]) -> None:

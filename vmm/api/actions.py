@@ -335,9 +335,9 @@ class Vmm:
         self._serial = body
 
     def _openapi(self, _: None) -> object:
-        from vmm.api.openapi import document
+        from vmm.api.described import TEXT
 
-        return document()
+        return msgspec.Raw(TEXT)
 
     def _prometheus(self, _: None) -> str:
         return self.metrics.prometheus()

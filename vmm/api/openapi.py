@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API's own OpenAPI 3.1 document, made of the routes and of the types that judge what comes in."""
+"""The API's own OpenAPI 3.1 document, made of the routes and of the types that judge what comes in.
+
+``vmm.api.described`` has what it makes.
+"""
 
 from __future__ import annotations
 
@@ -79,3 +82,7 @@ def document() -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": components},
     }
+
+
+if __name__ == "__main__":
+    print(msgspec.json.encode(document()).decode())

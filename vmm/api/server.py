@@ -44,6 +44,8 @@ FULL = (
     b'{ "error": "Too many open connections" }'
 )
 
+_HEX = b"0123456789ABCDEF"
+
 
 class _Refused(Exception):
     """A request that is no request; its text goes to the client."""
@@ -95,16 +97,15 @@ class _Connection:
         if data[:end].isascii():
             return data
         self.disguised = True
-        import re
-
-        return re.sub(rb"[\x80-\xff]", lambda byte: b"%%~%02X" % byte[0][0], data[:end]) + data[end:]
+        return b"".join(b"%%~%02X" % byte if byte > 0x7F else b"%c" % byte for byte in data[:end]) + data[end:]
 
     def _path(self) -> str:
         url = self.url
         if self.disguised:
-            import re
-
-            url = re.sub(rb"%~([0-9A-F]{2})", lambda found: bytes([int(found[1], 16)]), url)
+            url, *rest = url.split(b"%~")
+            for part in rest:
+                known = len(part) > 1 and part[0] in _HEX and part[1] in _HEX
+                url += bytes((int(part[:2], 16),)) + part[2:] if known else b"%~" + part
         self.disguised = False
         try:
             return url.decode()

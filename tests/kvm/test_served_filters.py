@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM that the program `pyvmm` serves behind filters: what it imports no sooner than it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from vmm.testing import tiny_elf
+
+PYVMM = Path(sys.executable).with_name("pyvmm")
+PATIENCE = 60
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(str(self._path))
+
+
+def test_a_running_vm_answers_what_needs_more_of_the_library(tmp_path: Path) -> None:
+    from vmm.api.openapi import document
+
+    kernel, path = tmp_path / "kernel", tmp_path / "s"
+    kernel.write_bytes(tiny_elf(b"\xf4\xeb\xfd"))  # hlt, for ever
+    ready, write = os.pipe()
+    process = subprocess.Popen([PYVMM, "serve", "--api-sock", path, "--log-path", f"/dev/fd/{write}"], pass_fds=[write])
+    os.close(write)
+
+    def ask(method: str, place: str, body: object = None) -> tuple[int, bytes]:
+        with contextlib.closing(_Connection(path)) as client:
+            client.request(method, place, None if body is None else json.dumps(body))
+            answer = client.getresponse()
+            return answer.status, answer.read()
+
+    try:
+        os.read(ready, 1)  # the first line of its log comes after its socket
+        assert ask("PUT", "/boot-source", {"kernel_image_path": str(kernel)})[0] == 204
+        assert ask("PUT", "/actions", {"action_type": "InstanceStart"})[0] == 204
+        status, text = ask("PATCH", "/vm", {"state": "Sleeping"})
+        assert (status, b"must be one of Paused, Resumed" in text) == (400, True), text
+        status, text = ask("PATCH", "/balloon", {"amount": 1})
+        assert (status, b"allowed: amount_mib" in text) == (400, True), text
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(path))
+        client.sendall("GET /\u00fc HTTP/1.1\r\n\r\nnonsense\r\n\r\n".encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 400")
+        client.close()
+        status, text = ask("GET", "/openapi.json")
+        assert (status, json.loads(text)) == (200, json.loads(json.dumps(document())))
+        assert ask("GET", "/")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        os.close(ready)
+        process.kill()
+        process.wait()
