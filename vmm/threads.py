@@ -106,7 +106,7 @@ def spawn(
     :param below: descriptor of the only directory below which it opens files, where the kernel has Landlock, and
         whether it changes any; open until the thread runs. None: as its kind says
     :param unconfined: called on the thread in `target`'s place where its filter could not be had, as without a
-        descriptor left; None: Python tells it on stderr
+        descriptor left; None: one line on stderr says so
     :raises RuntimeError: no thread to be had
     :raises HostError: the filters could not be had
     """
@@ -116,9 +116,10 @@ def spawn(
         try:
             enter(kind, below)
         except HostError as error:
-            if unconfined is None:
-                raise
-            unconfined(error)
+            if unconfined is not None:
+                unconfined(error)
+            elif sys.stderr is not None:
+                print(f"pyvmm: {name}: {error}", file=sys.stderr)
             return
         target(*args)
 

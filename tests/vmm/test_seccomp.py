@@ -153,6 +153,12 @@ undertaker.wait()
     assert (done.stdout, done.stderr) == ("confine a thread of kind vcpu: Too many open files\n", "")
 
 
+def test_another_thread_that_cannot_be_confined_is_one_line() -> None:
+    done = run(f"{NO_ROOM}\nthreads.spawn('console', 'console out', lambda: print('ran')).join()")
+    told = "pyvmm: console out: confine a thread of kind console: Too many open files\n"
+    assert (done.stdout, done.stderr) == ("", told)
+
+
 def test_without_a_thread_descriptors_are_closed_at_once() -> None:
     code = """
 def fails(thread): raise RuntimeError("can't start new thread")
