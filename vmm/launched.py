@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SWITCH_SECONDS = 0.0001
 # Where our modules are, and those of the library that every launch imports.
 ROOMS = ("boot", "devices", "virtio", "vmm")
+PACKAGES = (*ROOMS, "vmm.api", "vmm.commands")
 EVERY_LAUNCH = ("_weakrefset", "struct", "threading", "types")
 _USUAL_SWITCH_SECONDS = sys.getswitchinterval()
 _waits: tuple[int, str] | None = None  # the socket that nobody has taken yet, and its path
@@ -72,21 +73,24 @@ class _Finder:
         if (place := self._places.get(room)) is None:
             return None
         base = f"{place}/{name.replace('.', '/')}"
-        directory, _, leaf = base.rpartition("/")
         loader: ExtensionFileLoader | _Loader
-        compiled = None
+        compiled = inside = None
         try:
-            if leaf[0] == "_" and dot:
+            if dot and base[base.rindex("/") + 1] == "_":
                 base += EXTENSION_SUFFIXES[0]
                 os.stat(base)
                 loader = ExtensionFileLoader(name, base)
             else:
+                if name in PACKAGES:
+                    inside, base = [base], f"{base}/__init__"
+                directory, _, leaf = base.rpartition("/")
                 base += ".py"
                 compiled = f"{directory}/__pycache__/{leaf}{self._tag}"
                 loader = _Loader(name, base, compiled, os.stat(base))
         except OSError:
-            return None  # a package, or not here
-        spec = ModuleSpec(name, loader, origin=base)
+            return None  # a package that no launch needs, or not here
+        spec = ModuleSpec(name, loader, origin=base, is_package=inside is not None)
+        spec.submodule_search_locations = inside
         spec.has_location, spec.cached = True, compiled
         return spec
 

@@ -25,7 +25,9 @@ def _load(spec: ModuleSpec | None) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["vmm.kvm_abi", "vmm.api.early", "devices._serial", "boot.elf", "struct", "threading"])
+@pytest.mark.parametrize(
+    "name", ["vmm.kvm_abi", "vmm.api.early", "devices._serial", "boot.elf", "struct", "threading", "boot", "vmm.api"]
+)
 def test_finds_what_the_library_finds(name: str) -> None:
     parent = name.rpartition(".")[0]
     place = [str(ROOT / parent.replace(".", "/"))] if parent else None
@@ -37,7 +39,9 @@ def test_finds_what_the_library_finds(name: str) -> None:
         assert set(vars(_load(mine))) == set(vars(_load(usual)))
 
 
-@pytest.mark.parametrize("name", ["vmm", "vmm.api", "json", "re", "vmm.nothing", "vmm._nothing", "boot.elf.deeper"])
+@pytest.mark.parametrize(
+    "name", ["vmm.images", "vmm.lab", "json", "re", "vmm.nothing", "vmm._nothing", "boot.elf.deeper"]
+)
 def test_leaves_the_rest_to_the_library(name: str) -> None:
     assert FINDER.find_spec(name) is None
 
