@@ -99,7 +99,9 @@ def _bytes(text: str) -> bytes:
     try:
         line = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
-        raise ConfigError("cmdline", None, f"character {error.start} is {text[error.start]!r}, half a one") from None
+        raise ConfigError(
+            "cmdline", None, f"character {error.start} is {text[error.start]!r}, half of a surrogate pair"
+        ) from None
     if b"\0" in line:
         at = text.index("\0")
         raise ConfigError("cmdline", None, f"character {at} is '\\x00', at which the kernel stops reading")

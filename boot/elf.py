@@ -125,7 +125,7 @@ class Elf:
                     if segment.start + offset >= layout.MMIO_HOLE_END:
                         raise fail(f"has its entry point at {segment.start + offset:#x}, above 4 GiB")
                     return segment.start + offset
-        raise fail(f"has its entry point at {self.entry:#x}, which is in none of its segments")
+        raise fail(f"has its entry point at {self.entry:#x}, which is outside its segments")
 
     def checked_pvh_entry(self, fail: Fail) -> int:
         """Return the physical address of the PVH entry.
@@ -136,7 +136,7 @@ class Elf:
         if entry is None:
             raise fail("has no PVH note (owner Xen, type 18); boot it by the linux64 protocol")
         if entry >> 32 or not any(segment.start <= entry < segment.end for segment in self.segments):
-            raise fail(f"has its PVH entry at {entry:#x}, which is in none of its segments below 4 GiB")
+            raise fail(f"has its PVH entry at {entry:#x}, which is outside its segments below 4 GiB")
         return entry
 
 

@@ -162,7 +162,7 @@ def load(
     if unpack not in ("auto", "always", "never"):
         raise ConfigError("unpack", unpack, "auto, always or never are allowed")
     if memory.regions[0].size < layout.HIMEM:
-        raise ConfigError("memory", memory.size, "bytes are too few to boot in; give it more than 1 MiB")
+        raise ConfigError("memory", memory.size, "bytes are too few to boot a kernel; give more than 1 MiB")
     with Source("kernel", kernel_path) as source:
         image = _identify(source)
         loaded = Loaded(Kind(source, image))

@@ -159,7 +159,9 @@ class Disk:
                         raise
                 else:
                     return size
-        raise ConfigError("disk", self.path, "takes no direct I/O in blocks of 512 or 4096 bytes; leave ,direct out")
+        raise ConfigError(
+            "disk", self.path, "does not support direct I/O in blocks of 512 or 4096 bytes; leave ,direct out"
+        )
 
     def _ask(self, request: int) -> int:
         return int.from_bytes(fcntl.ioctl(self.fd, request, bytes(4)), "little")
@@ -278,7 +280,7 @@ class Block(VirtioDevice):
             if not (refused := _uring.probe()):
                 return "Async"
             if engine is not None:
-                problem = f"the kernel gives no io_uring ({os.strerror(refused)}); use sync"
+                problem = f"the kernel refuses io_uring ({os.strerror(refused)}); use sync"
                 raise ConfigError("engine", "io_uring", problem)
         return "Sync"
 
@@ -341,7 +343,7 @@ class Block(VirtioDevice):
             return
         with Disk(path, read_only=disk.read_only, direct=disk.direct, any_size=disk.any_size) as other:
             if other.block_size > disk.block_size:
-                allowed = f"has blocks of {other.block_size} bytes, the guest knows {disk.block_size}"
+                allowed = f"has blocks of {other.block_size} bytes; the guest was told {disk.block_size}"
                 raise ConfigError("disk", path, allowed)
             self._backend.change(other.size, other.fd, other.block_device)
             disk.path, disk.size, disk.block_device = path, other.size, other.block_device

@@ -172,7 +172,7 @@ class Console(VirtioDevice):
             raise ConfigError("console ports", len(ports), f"must be at most {MAX_PORTS - 1}")
         for port in ports:
             if not 0 < len(port.encode()) <= 255 or ports.count(port) > 1:
-                raise ConfigError("console port", port, "must have a name of 1 to 255 bytes that no other has")
+                raise ConfigError("console port", port, "must have a unique name of 1 to 255 bytes")
         self.name = name
         self.ports = (ConsolePort(), *map(ConsolePort, ports))
         # MULTIPORT for a single port, too: Linux throws away what comes before it has set its port up, and only a

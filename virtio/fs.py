@@ -84,7 +84,9 @@ class Fs(VirtioDevice):
         if dax % DAX_ALIGNMENT:
             raise ConfigError("share dax", dax, "bytes must be a multiple of 2 MiB")
         if squash is not None and os.geteuid() != 0:
-            raise ConfigError("share squash", "{}:{}".format(*squash), "needs root; without, all is done as your user")
+            raise ConfigError(
+                "share squash", "{}:{}".format(*squash), "needs root; otherwise every access is made as your user"
+            )
         self.tag = tag
         self.path = path
         self.name = name
@@ -105,9 +107,7 @@ class Fs(VirtioDevice):
         stores, f_type = stores_files(root)
         if not stores:
             os.close(root)
-            problem = (
-                f"is on a file system that shows the kernel's insides (type {f_type:#x}); give one that stores files"
-            )
+            problem = f"is on a kernel pseudo file system (type {f_type:#x}); share one that stores files"
             raise ConfigError("share", path, problem)
         try:
             # Held, so that a jail without /proc is as good.
@@ -119,7 +119,7 @@ class Fs(VirtioDevice):
             os.close(root)
             os.close(self._proc)
             left = (dax_slots().limit - dax_slots().used) * DAX_ALIGNMENT >> 20
-            problem = f"bytes are more mappings and descriptors than this process may have; at most {left}M"
+            problem = f"bytes need more mappings and descriptors than this process may have; at most {left}M"
             raise ConfigError("share dax", dax, problem)
         self._dax_slots = dax // DAX_ALIGNMENT
         try:
@@ -130,7 +130,7 @@ class Fs(VirtioDevice):
         except (OSError, MemoryError):
             os.close(self._proc)
             dax_slots().put_back(self._dax_slots)
-            raise ConfigError("share dax", dax, "bytes are more address space than this host has") from None
+            raise ConfigError("share dax", dax, "bytes exceed this host's address space") from None
         self.window = self.share.window
         self.below = root, not read_only
 

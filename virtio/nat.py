@@ -78,7 +78,7 @@ class Nat:
                 _forward(name, True)
         except OSError as error:
             self.close()
-            raise ConfigError("nat", tap, f"forwarding cannot be turned on: {error.strerror}") from None
+            raise ConfigError("nat", tap, f"forwarding cannot be enabled: {error.strerror}") from None
 
     def _others(self) -> set[str]:
         """Interfaces that forward for other VMs; the tables of VMs that are gone, as their taps are, are taken away."""

@@ -65,7 +65,7 @@ def parse_mac(text: str) -> bytes:
     except ValueError:
         mac = b""
     if len(mac) != 6 or mac[0] & 1 or not any(mac):
-        raise ConfigError("mac", text, "must be six bytes as 06:00:ac:10:00:02, and not of a group")
+        raise ConfigError("mac", text, "must be a unicast MAC address, e.g. 06:00:ac:10:00:02")
     return mac
 
 

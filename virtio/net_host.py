@@ -75,7 +75,7 @@ class Tap:
             if not make:
                 socket.if_nametoindex(name)  # or the kernel would make what a slip of the finger named
         except OSError:
-            raise ConfigError("tap", name, "is not here: ip tuntap add makes one, or auto") from None
+            raise ConfigError("tap", name, "does not exist: make it with ip tuntap add, or use auto") from None
         try:
             for place in range(queues):
                 self.fds.append(self._open(IFF_MULTI_QUEUE * (queues > 1) | IFF_TUN_EXCL * (make and place == 0)))
@@ -99,7 +99,7 @@ class Tap:
             os.set_inheritable(fd, False)
             fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER))
         except OSError as error:
-            raise ConfigError("tap fd", fd, f"is no tap: {error.strerror}") from None
+            raise ConfigError("tap fd", fd, f"is not a tap: {error.strerror}") from None
         tap.name = name.rstrip(b"\0").decode()
         tap.fds.append(fd)
         return tap
@@ -192,7 +192,7 @@ def parse_address(text: str) -> tuple[bytes, int]:
     except OSError:
         packed = b""
     if not packed or not bits.isascii() or not bits.isdigit() or not 1 <= int(bits) <= 30:
-        raise ConfigError("addr", text, "must be an IPv4 address and its network's bits, as 10.0.0.1/24")
+        raise ConfigError("addr", text, "must be an IPv4 address with a prefix length, e.g. 10.0.0.1/24")
     return packed, int(bits)
 
 
@@ -214,7 +214,7 @@ def _explain(error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return "is in use"
     if error.errno == errno.EINVAL:
-        return "is no tap, or one for another number of queues"
+        return "is not a tap, or has another number of queues"
     return f"cannot be opened: {error.strerror}"
 
 

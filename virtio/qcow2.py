@@ -212,7 +212,7 @@ class Qcow2:
                 mine = status.st_nlink == 0 or os.readlink(f"{table}/{entry}").endswith(f"/{ready}")
                 if stat.S_ISREG(status.st_mode) and not (named or mine):
                     other = os.readlink(f"{table}/{entry}")
-                    raise ConfigError("disk", path, f"names another file, {other}, which is not to be opened")
+                    raise ConfigError("disk", path, f"names another file, {other}, which may not be opened")
 
     def close(self) -> None:
         """Write what is left, end the process and forget the raw file; idempotent."""
@@ -258,17 +258,17 @@ def _judge(path: str, backing_file: str | None, backing_format: str) -> None:
         os.close(fd)
     if header.data_file:
         raise ConfigError(
-            "disk", path, "has its data in another file, which is not opened; qemu-img convert joins them"
+            "disk", path, "has its data in an external file, which is not opened; qemu-img convert joins them"
         )
     if header.encrypted:
         raise ConfigError("disk", path, "is encrypted by QEMU; only plain qcow2 images are supported")
     if header.backing and backing_file is None:
         allowed = "backing=FILE (and backing_format=qcow2) says which may be opened in its place"
         if not backing_format:
-            allowed = "a backing file has none of its own; qemu-img rebase or commit joins them"
-        raise ConfigError("disk", path, f"is a change of the file {header.backing!r}, which is not opened: {allowed}")
+            allowed = "a backing file cannot have a backing file of its own; qemu-img rebase or commit joins them"
+        raise ConfigError("disk", path, f"has the backing file {header.backing!r}, which is not opened: {allowed}")
     if backing_file is not None and not header.backing:
-        raise ConfigError("backing", backing_file, f"is named, and the image {path} is not a change of any file")
+        raise ConfigError("backing", backing_file, f"is named, but the image {path} has no backing file")
     if backing_file is not None and header.backing_format not in ("", backing_format):
         said = f"is {header.backing_format!r} by the image {path}, not {backing_format}; say backing_format="
         raise ConfigError("backing", backing_file, said)

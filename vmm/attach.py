@@ -151,9 +151,9 @@ class Devices:
         taken = {each.place: each for each in self.by_id.values()}
         try:
             if len(taken) == len(VIRTIO_GSIS):
-                raise ConfigError("devices", len(taken) + 1, f"at most {len(VIRTIO_GSIS)} fit")
+                raise ConfigError("devices", len(taken) + 1, f"at most {len(VIRTIO_GSIS)} virtio devices fit")
             if made.kind and any((each.kind, each.name) == (made.kind, made.id) for each in taken.values()):
-                raise ConfigError(made.kind, made.id, "is there already; give it another name, or detach that one")
+                raise ConfigError(made.kind, made.id, "is in use; choose another name, or detach that device")
         except ConfigError:
             while made.closers:
                 made.closers.pop()()

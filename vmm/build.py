@@ -172,7 +172,9 @@ class Builder:
             backend = self._owned(Tap.inherited(config.fd))
         else:
             if config.mode == "auto" and threads.no_programs:
-                raise ConfigError("net", "auto", "makes a tap, and this process may not; make one before (tap=NAME)")
+                raise ConfigError(
+                    "net", "auto", "makes a tap, which this process may not; make one beforehand (tap=NAME)"
+                )
             backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues, make=config.mode == "auto"))
             if config.mode == "auto":
                 backend.configure(address=config.address, mtu=config.mtu)

@@ -196,7 +196,7 @@ class VmConfig(Config):
             raise ConfigError("network_interfaces", unknown[0], problem)
         tags = [share.tag for share in self.shares]
         if twice := [tag for tag in tags if tags.count(tag) > 1]:
-            raise ConfigError("share tag", twice[0], "must be another for each share")
+            raise ConfigError("share tag", twice[0], "must be unique for each share")
 
     @property
     def root_parameters(self) -> str:

@@ -37,7 +37,7 @@ class Bits(Config):
         """
         digits = text.removeprefix("0b").replace("_", "")
         if text == digits or not 0 < len(digits) <= width or digits.strip("01x"):
-            raise ConfigError(field, text, f"must be 0b and at most {width} of 0, 1 and x")
+            raise ConfigError(field, text, f"must be 0b and at most {width} digits 0, 1 or x")
         return cls(int("".join("0" if digit == "x" else "1" for digit in digits), 2), int(digits.replace("x", "0"), 2))
 
     def __call__(self, old: int) -> int:
@@ -54,7 +54,7 @@ def parse_number(field: str, text: str) -> int:
     except ValueError:
         value = -1
     if not 0 <= value < 1 << 32:
-        raise ConfigError(field, text, "must be a 32-bit number, as 0x1f or 31")
+        raise ConfigError(field, text, "must be a 32-bit number, e.g. 0x1f or 31")
     return value
 
 
@@ -91,7 +91,7 @@ class CpuTemplate(Config):
         for (leaf, subleaf, _), registers in self.cpuid.items():
             entry = by_leaf.get((leaf, subleaf))
             if entry is None:
-                raise ConfigError("cpuid_modifiers", f"{leaf:#x}/{subleaf:#x}", "this KVM has no such leaf")
+                raise ConfigError("cpuid_modifiers", f"{leaf:#x}/{subleaf:#x}", "this KVM does not have this leaf")
             for name, bits in registers.items():
                 setattr(entry, name, bits(getattr(entry, name)))
 
@@ -113,7 +113,7 @@ def parse_template(
     for word in capabilities:
         number = word.removeprefix("!")
         if not (number.isascii() and number.isdigit() and int(number) < 1 << 32):
-            raise ConfigError("kvm_capabilities", word, "must be the number of a capability, perhaps after a !")
+            raise ConfigError("kvm_capabilities", word, "must be a capability number, optionally after a !")
         (removed if word.startswith("!") else added).append(int(number))
     leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}
     for leaf, subleaf, flags, registers in cpuid:

@@ -73,7 +73,7 @@ class RateLimiterConfig(Config):
     def __init__(self, bandwidth: tuple[int, int, int] | None = None, ops: tuple[int, int, int] | None = None) -> None:
         for field, bucket in (("bandwidth", bandwidth), ("ops", ops)):
             if bucket is not None and not all(0 <= value < 1 << 63 for value in bucket):
-                raise ConfigError(f"rate_limiter.{field}", bucket, "must be three numbers from 0 to 2^63 - 1")
+                raise ConfigError(f"rate_limiter.{field}", bucket, "must have three numbers from 0 to 2^63 - 1")
         self.bandwidth = bandwidth
         self.ops = ops
 
@@ -92,7 +92,7 @@ class RateLimiterConfig(Config):
         for field, text in (("bps", bps), ("iops", iops)):
             value = None if text is None else parse_size(field, text)
             if value is not None and value < 10:
-                raise ConfigError(field, text, "must be a number from 10, with K, M or G if you like")
+                raise ConfigError(field, text, "must be a number of at least 10, optionally with K, M or G")
             buckets.append(None if value is None else (value // 10, 0, 100))
         return None if buckets == [None, None] else cls(*buckets)
 
@@ -152,9 +152,11 @@ class DriveConfig(Config):
         if backing_format not in (None, "raw", "qcow2"):
             raise ConfigError("backing_format", backing_format, "must be raw or qcow2")
         if backing_file is not None and image_format != "qcow2":
-            raise ConfigError("backing", backing_file, "goes with a qcow2 image (format=qcow2)")
+            raise ConfigError("backing", backing_file, "is only for a qcow2 image (format=qcow2)")
         if backing_format is not None and backing_file is None:
-            raise ConfigError("backing_format", backing_format, "goes with a backing file (backing=FILE)")
+            raise ConfigError(
+                "backing_format", backing_format, "is only for an image with a backing file (backing=FILE)"
+            )
         self.path_on_host = os.fspath(path_on_host)
         self.is_read_only = is_read_only
         self.is_root_device = is_root_device
@@ -243,9 +245,9 @@ class NetConfig(Config):
         if mode == "tap" and not host_dev_name:
             raise ConfigError("host_dev_name", host_dev_name, "must be the name of a tap")
         if loopback and mode != "user":
-            raise ConfigError("loopback", mode, "goes with the mode user, and only with it")
+            raise ConfigError("loopback", mode, "is only for the mode user")
         if (mode == "fd") != (fd is not None):
-            raise ConfigError("net fd", fd, "goes with the mode fd, and only with it")
+            raise ConfigError("net fd", fd, "is only for the mode fd")
         if not 1 <= queues <= MAX_QUEUES:
             raise ConfigError("net queues", queues, f"must be 1 to {MAX_QUEUES}")
         if queues > 1 and mode in ("user", "fd"):
@@ -253,7 +255,9 @@ class NetConfig(Config):
         if mtu is not None and not 68 <= mtu <= 65535:
             raise ConfigError("mtu", mtu, "must be 68 to 65535 bytes")
         if mode != "auto" and (address is not None or nat):
-            raise ConfigError("net addr", address, "and nat go with the mode auto: another's tap is left as it is")
+            raise ConfigError(
+                "net addr", address, "and nat are only for the mode auto: an existing tap is left as it is"
+            )
         if nat and address is None:
             raise ConfigError("nat", True, "needs addr=, the host's side of the guest's network")
         self.host_dev_name = host_dev_name
@@ -382,7 +386,7 @@ class FsConfig(Config):
         if squash is not None and not all(0 <= number < (1 << 32) - 1 for number in squash):
             raise ConfigError("share squash", squash, "must be a user and a group number")
         if dax and rate_limiter is not None and rate_limiter.limits:
-            raise ConfigError("share dax", dax, "and limits exclude one another: nobody counts what a guest does there")
+            raise ConfigError("share dax", dax, "and rate limits exclude one another: DAX accesses are not counted")
         self.tag = tag
         self.shared_dir = os.fspath(shared_dir)
         self.read_only = read_only

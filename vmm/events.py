@@ -31,7 +31,7 @@ class StopReason:
 
     def __new__(cls, value: str) -> StopReason:
         if value not in _REASONS:
-            raise ValueError(f"{value!r} is no reason why a VM stops; allowed: {', '.join(_REASONS)}")
+            raise ValueError(f"{value!r} is not a stop reason; allowed: {', '.join(_REASONS)}")
         return _REASONS[value]
 
     def __repr__(self) -> str:

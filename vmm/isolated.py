@@ -55,7 +55,7 @@ class Isolated:
 
     def __init__(self, config: VmConfig, image: Image, disks: Iterable[int] = ()) -> None:
         if image.handler:
-            raise SnapshotError("memory", "that a page fault handler brings cannot go to another process")
+            raise SnapshotError("memory", "that a page fault handler fills cannot move to another process")
         self.config = config
         self.closed = False
         self._started = self._paused = False

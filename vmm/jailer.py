@@ -83,12 +83,12 @@ class Jail:
         self.daemonize, self.new_pid_ns = daemonize, new_pid_ns
         self._word = self._null = -1
         if not os.path.isdir(chroot_base_dir):
-            raise ConfigError("--chroot-base-dir", chroot_base_dir, "must be a directory that is there")
+            raise ConfigError("--chroot-base-dir", chroot_base_dir, "must be an existing directory")
         self.root = os.path.join(os.path.realpath(chroot_base_dir), self.program, jail_id, "root")
         self.limits = _limits(resource_limits)
         parent = self.program if parent_cgroup is None else parent_cgroup
         if parent.startswith("/") or any(part in ("", ".", "..") for part in parent.split("/")):
-            raise ConfigError("--parent-cgroup", parent, "must be a relative path without '.' and '..'")
+            raise ConfigError("--parent-cgroup", parent, "must be a relative path without '.' or '..'")
         if cgroup_version not in (1, 2):
             raise ConfigError("--cgroup-version", cgroup_version, "must be 1 or 2")
         self.cgroups = _Cgroups(cgroup_version, parent, jail_id, cgroups, parent_cgroup is not None)
@@ -237,7 +237,7 @@ class _Cgroups:
             file, _, value = word.partition("=")
             controller, dot, rest = file.partition(".")
             if not (controller and dot and rest and value) or "/" in file or "=" in value:
-                raise ConfigError("--cgroup", word, "must be FILE=VALUE, as cpu.shares=10")
+                raise ConfigError("--cgroup", word, "must be FILE=VALUE, e.g. cpu.shares=10")
             self.settings.append((_hierarchy(version, controller, word), file, value))
         if version == 2 and parent_given and not words:
             self.join_parent = os.path.join(_hierarchy(2, "", parent), parent)
@@ -246,7 +246,7 @@ class _Cgroups:
         if self.join_parent:
             # Firecracker's rule: with a parent and nothing to set, the process joins the parent itself.
             if not os.path.isdir(self.join_parent):
-                raise ConfigError("--parent-cgroup", self.parent, f"is no cgroup below {CGROUP_ROOT}")
+                raise ConfigError("--parent-cgroup", self.parent, f"is not a cgroup below {CGROUP_ROOT}")
             _write(os.path.join(self.join_parent, "cgroup.procs"), str(os.getpid()))
         joined = set()
         for hierarchy, file, value in self.settings:
@@ -290,7 +290,7 @@ def _inherit(hierarchy: str, path: str, file: str) -> None:
     names = [file] if not file.startswith("cpuset.") else ["cpuset.cpus", "cpuset.mems"]
     for name in names:
         if not os.path.exists(os.path.join(path, name)):
-            raise ConfigError("--cgroup", file, f"is no file of {hierarchy}")
+            raise ConfigError("--cgroup", file, f"is not a file of {hierarchy}")
         if not name.startswith("cpuset."):
             continue
         place = hierarchy

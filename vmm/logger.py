@@ -56,7 +56,7 @@ class LineFile:
             opened = cls(os.open(path, flags))
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(field, path, f"must be a file or a FIFO that is there and writable: {why}") from None
+            raise ConfigError(field, path, f"must be an existing, writable file or FIFO: {why}") from None
         opened._owned = True
         return opened
 

@@ -315,10 +315,10 @@ class Machine:
 
     def _frozen(self, while_held: Callable[[], None]) -> Image:
         if self._detached:
-            raise SnapshotError("devices", "one was detached that the configuration has")
+            raise SnapshotError("devices", "a configured device was detached")
         for attached in self._devices.by_id.values():
             if attached.kind and not attached.configured:
-                raise SnapshotError(attached.id, "was attached later; the configuration does not have it")
+                raise SnapshotError(attached.id, "was attached later, so the configuration lacks it")
         for transport in self.virtio:
             if transport.status and (why := transport.device.unsavable):
                 raise SnapshotError(transport.device.name, why)
@@ -395,7 +395,7 @@ class Machine:
         :raises HostError: no thread to be had; the machine has ended, and ``wait`` raises this, too
         """
         if self._started or self._stop is not None:
-            raise VmmError("a machine is started once, and not after it was stopped")
+            raise VmmError("a machine can be started only once, and not after it was stopped")
         self._started = True
         if paused:
             self._holds.add("pause")
@@ -591,7 +591,7 @@ class Machine:
         :raises VmmError: it is not running, or the guest has not read the keys that were pressed before
         """
         if not self._started or self._stop is not None:
-            raise VmmError("only a running machine has a keyboard")
+            raise VmmError("the keyboard needs a running machine")
         self.i8042.press_ctrl_alt_del()
 
     def press_power_button(self) -> None:
@@ -600,7 +600,7 @@ class Machine:
         :raises VmmError: it is not running
         """
         if not self._started or self._stop is not None:
-            raise VmmError("only a running machine has a power button")
+            raise VmmError("the power button needs a running machine")
         self.events.tell(POWER_BUTTON)
 
     @property
@@ -694,9 +694,9 @@ class Machine:
         with self._devices_lock:
             attached = self._devices.by_id.get(id)
             if attached is None:
-                raise VmmError(f"device {id}: is not there; there are {', '.join(self._devices.by_id) or 'none'}")
+                raise VmmError(f"device {id} does not exist; devices: {', '.join(self._devices.by_id) or 'none'}")
             if attached.kind == "console":
-                raise VmmError(f"device {id}: is the machine's console, which stays")
+                raise VmmError(f"device {id} is the machine's console, which cannot be detached")
             self._change_devices(attached.detach)
             self._devices.remove(attached)
             self._detached = self._detached or attached.configured

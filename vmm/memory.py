@@ -146,7 +146,7 @@ class GuestMemory(GuestRam):
         self, size: int, *, huge: bool = False, pieces: Sequence[Piece] | None = None, handler: str = ""
     ) -> None:
         if huge and handler:
-            raise SnapshotError("memory", "in huge pages cannot be brought by a page fault handler")
+            raise SnapshotError("memory", "in huge pages cannot be filled by a page fault handler")
         if handler:
             pieces = ()
         page = 2 << 20 if huge else mmap.PAGESIZE

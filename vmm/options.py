@@ -26,7 +26,7 @@ def parse_size(field: str, text: str | int) -> int:
     :param field: the option it came from, for the message
     :raises ConfigError: it is no size
     """
-    allowed = "a size is a positive number with K, M, G or T, as 512M or 2G"
+    allowed = "a size is a positive number with K, M, G or T, e.g. 512M or 2G"
     if isinstance(text, int):
         return text
     number = text.strip().upper()
@@ -65,7 +65,7 @@ def parse_options(
             guess = did_you_mean(key + equals, allowed)
             raise ConfigError(option, text, f"unknown option {word!r}{guess or ';'} allowed: {', '.join(allowed)}")
         if key in found:
-            raise ConfigError(option, text, f"has {key} twice")
+            raise ConfigError(option, text, f"has {key} more than once")
         found[key] = value
     return words[0] if first else "", found
 

@@ -150,13 +150,15 @@ def child_of(
 def _refuse_devices(parent: Machine) -> None:
     if own := [each.device.name for each in parent.devices.values() if not each.kind]:
         names = ", ".join(own)
-        raise SnapshotError(names, "is a device of the embedding program's, which a child does not have")
+        raise SnapshotError(names, "is a device of the embedding program, which a copy cannot have")
 
 
 def _refuse_taps(config: VmConfig, change: Callable[[VmConfig, int], VmConfig] | None) -> None:
     for net in config.network_interfaces if change is None else ():
         if net.mode != "user":
-            raise SnapshotError(net.iface_id or "network interface", "a tap is one machine's: change the children's")
+            raise SnapshotError(
+                net.iface_id or "network interface", "a tap belongs to one machine: give each copy another by change="
+            )
 
 
 def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmConfig:

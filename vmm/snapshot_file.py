@@ -64,7 +64,7 @@ def save(image: Image, directory: str) -> None:
     """
     directory = os.path.abspath(directory)
     if os.path.lexists(directory) and not _is_ours(directory):
-        raise ConfigError("snapshot", directory, "is there and is no snapshot of pyvmm's: it is left alone")
+        raise ConfigError("snapshot", directory, "exists and is not a snapshot of pyvmm: it is left alone")
     made = f"{directory}.{os.getpid()}.{os.urandom(4).hex()}.new"
     try:
         os.mkdir(made, 0o700)
@@ -102,9 +102,9 @@ def load(directory: str) -> Image:
         raise HostError(error.errno or 0, "read the snapshot", directory) from None
     wanted = size + _PAGE if any(mark) else size  # the API's files have no mark
     if end != wanted:
-        raise SnapshotError(directory, f"{MEMORY} has {end} bytes, the guest's memory takes {wanted}")
+        raise SnapshotError(directory, f"{MEMORY} has {end} bytes; the guest's memory has {wanted}")
     if any(mark) and there != mark:
-        raise SnapshotError(directory, f"{MEMORY} and {STATE} are of different snapshots")
+        raise SnapshotError(directory, f"{MEMORY} and {STATE} belong to different snapshots")
     prefetch(file_of_memory, os.path.join(directory, TOUCHED), size)
     image.memory = pieces_of(file_of_memory, size)
     return image
@@ -114,12 +114,12 @@ def open_regular(path: str) -> int:
     """A descriptor to read the file from; a FIFO or a device, which may hold us up or never end, is refused.
 
     :raises OSError: it cannot be opened
-    :raises SnapshotError: it is no regular file
+    :raises SnapshotError: it is not a regular file
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise SnapshotError(path, "is no regular file")
+        raise SnapshotError(path, "is not a regular file")
     return fd
 
 
@@ -127,12 +127,12 @@ def read_state(path: str) -> bytes:
     """What is in the file ``state``.
 
     :raises OSError: it cannot be read
-    :raises SnapshotError: it is no regular file, or too large to be one
+    :raises SnapshotError: it is not a regular file, or too large to be one
     """
     with open(open_regular(path), "rb") as file:
         data = file.read(_STATE_MAX + 1)
     if len(data) > _STATE_MAX:
-        raise SnapshotError(path, "is no snapshot of pyvmm's: it is too large")
+        raise SnapshotError(path, "is not a snapshot of pyvmm: it is too large")
     return data
 
 
@@ -161,7 +161,7 @@ def format_of(data: bytes, name: str) -> int:
     :raises SnapshotError: it is none
     """
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
-        raise SnapshotError(name, "is no snapshot of pyvmm's")
+        raise SnapshotError(name, "is not a snapshot of pyvmm")
     number: int = _HEADER.unpack_from(data)[1]
     return number
 

@@ -56,11 +56,11 @@ def _clear(field: str, path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ConfigError(field, path, "is there and is not a socket; give a path that is free")
+        raise ConfigError(field, path, "exists and is not a socket; give an unused path")
     probe = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
     answer = probe.connect_ex(path)
     probe.close()
     if answer == errno.ECONNREFUSED:
         os.unlink(path)
     elif answer != errno.ENOENT:  # 0, or EAGAIN: its backlog is full
-        raise ConfigError(field, path, "is in use by another program; give a path that is free")
+        raise ConfigError(field, path, "is in use by another program; give an unused path")

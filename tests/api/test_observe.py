@@ -299,8 +299,12 @@ def test_log_of_requests_is_firecrackers(serve: Serve, tmp_path: Path) -> None:
     [
         (["--level", "bogus"], 152, "--level bogus: must be Off, Error, Warn"),
         (["--level="], 152, "--level: must be Off, Error, Warn"),
-        (["--log-path", "/nonexistent/x"], 1, "log_path /nonexistent/x: must be a file or a FIFO that is there"),
-        (["--metrics-path", "/nonexistent/x"], 1, "metrics_path /nonexistent/x: must be a file or a FIFO"),
+        (["--log-path", "/nonexistent/x"], 1, "log_path /nonexistent/x: must be an existing, writable file or FIFO"),
+        (
+            ["--metrics-path", "/nonexistent/x"],
+            1,
+            "metrics_path /nonexistent/x: must be an existing, writable file or FIFO",
+        ),
     ],
 )
 def test_options_that_cannot_be_end_it_with_firecrackers_status(
@@ -320,7 +324,7 @@ def test_options_that_cannot_be_end_it_with_firecrackers_status(
         (["--id", "a_b"], 153, "--id a_b: must be 1 to 64 letters, digits and hyphens"),
         (["--level", "loud"], 152, "--level loud: must be Off, Error, Warn"),
         (["--metadata", "missing"], 1, "--metadata missing: No such file or directory"),
-        (["--metrics-path", "missing"], 1, "must be a file or a FIFO that is there and writable"),
+        (["--metrics-path", "missing"], 1, "must be an existing, writable file or FIFO"),
     ],
 )
 def test_a_failed_start_leaves_its_reason_in_the_log(

@@ -135,7 +135,7 @@ def test_segments_that_cannot_be(memory, kernel, phdrs, found):
         ({"phnum": 0xFFFF}, "65535 program headers, at most 512"),
         ({"phnum": 3}, "truncated: the program header table"),
         ({"phoff": 2**64 - 1}, "truncated: the program header table"),
-        ({"entry": 0}, "entry point at 0x0, which is in none of its segments"),
+        ({"entry": 0}, "entry point at 0x0, which is outside its segments"),
         ({"entry": MIB + 1}, "entry point at 0x100001"),
     ],
 )

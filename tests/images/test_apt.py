@@ -221,7 +221,7 @@ def test_unsigned_archive_is_refused(cache: Path, repository: Repository) -> Non
 
 @pytest.mark.parametrize("name", ["", "-o=x", "--help", "../x", "a b"])
 def test_what_is_no_name_never_reaches_apt(cache: Path, repository: Repository, name: str) -> None:
-    with pytest.raises(PullError, match="no package name"):
+    with pytest.raises(PullError, match="not a package name"):
         apt.package(name)
 
 

@@ -43,10 +43,10 @@ def test_options_reach_the_pull(fake_pull: list[dict[str, object]], capsys: pyte
 
 def test_no_name_and_bad_size_are_one_line(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, expected in (
-        (["pull"], "pyvmm pull: image: name one, as `pyvmm pull debian`; `pyvmm pull --list` shows them\n"),
+        (["pull"], "pyvmm pull: image: name an image, e.g. `pyvmm pull debian`; `pyvmm pull --list` shows them\n"),
         (
             ["pull", "nosuch"],
-            "pyvmm pull: image nosuch: not known; there is busybox, debian, and oci:REF for any container image\n",
+            "pyvmm pull: image nosuch: not known; allowed: busybox, debian, and oci:REF for any container image\n",
         ),
     ):
         assert main(argv) == 2

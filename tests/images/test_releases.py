@@ -67,5 +67,5 @@ def test_a_suite_that_is_not_there_is_one_line(cache: Path) -> None:
     with pytest.raises(PullError, match="cannot get the package lists of Debian nosuch: ") as error:
         apt.package("thing", suite="nosuch")
     assert "\n" not in str(error.value)
-    with pytest.raises(PullError, match="'-x' is no package name"):
+    with pytest.raises(PullError, match="'-x' is not a package name"):
         apt.package("thing", suite="-x")

@@ -143,7 +143,7 @@ def test_impossible_size_is_refused(made: Made, size: int) -> None:
 
 
 def test_unknown_image_names_those_there_are(cache: Path) -> None:
-    with pytest.raises(ConfigError, match="image fedora: not known; there is busybox, debian, and oci:REF"):
+    with pytest.raises(ConfigError, match="image fedora: not known; allowed: busybox, debian, and oci:REF"):
         images.pull("fedora")
     assert not cache.exists()
 

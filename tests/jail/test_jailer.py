@@ -78,11 +78,11 @@ def test_help_and_version() -> None:
         (f"--id {'a' * 65}", "must be 1 to 64"),
         ("--id=", "--id: must be"),
         ("--exec-file /bin/true", "--exec-file /bin/true: must be pyvmm or a link to it"),
-        ("--exec-file /nowhere", "--exec-file /nowhere: must be a program that is there"),
+        ("--exec-file /nowhere", "--exec-file /nowhere: must be an existing program"),
         ("--uid -1", "--uid -1: must be a number"),
         ("--gid root", "--gid root: must be a number"),
         ("--gid 4294967296", "--gid 4294967296: must be a number below 2^32"),
-        ("--chroot-base-dir /nowhere", "--chroot-base-dir /nowhere: must be a directory"),
+        ("--chroot-base-dir /nowhere", "--chroot-base-dir /nowhere: must be an existing directory"),
         ("--netns /nowhere", "open /nowhere: No such file"),
         ("--netns /dev/null", "setns /dev/null: Invalid argument"),
         ("--cgroup-version 3", "--cgroup-version 3: must be 1 or 2"),
@@ -160,7 +160,7 @@ def test_the_parent_cgroup_of_version_2_is_joined(jail: Jailed, hierarchies: Non
     unified = next((Path(path) for _, path, kind, *_ in mounts if kind == "cgroup2"), None)
     if unified is None:
         pytest.skip("LAYER MISSING: cgroup version 2")
-    assert "is no cgroup" in stopped(jail, "--cgroup-version", "2", "--parent-cgroup", PARENT)
+    assert "is not a cgroup" in stopped(jail, "--cgroup-version", "2", "--parent-cgroup", PARENT)
     (unified / PARENT).mkdir()
     jail.start("--cgroup-version", "2", "--parent-cgroup", PARENT)
     jail.request("GET", "/")
@@ -189,7 +189,7 @@ OWN_TAP = {"network_interfaces": [{"iface_id": "e", "mode": "auto"}]}
     [
         (QCOW2, "disk /image: needs qemu-storage-daemon to be started, and there are no programs in a jail"),
         (PASST, "net user: needs passt to be started, and there are no programs in a jail"),
-        (OWN_TAP, "net auto: makes a tap, and this process may not"),
+        (OWN_TAP, "net auto: makes a tap, which this process may not"),
     ],
 )
 def test_what_starts_programs_is_refused_in_one_line(

@@ -208,7 +208,7 @@ def test_configured_device_gives_its_file_back(guest: MakeGuest, tmp_path: Path)
         vm.attach(config)
     vm.detach("drive_0")
     assert list(vm.devices) == ["virtio-rng"]
-    with pytest.raises(SnapshotError, match="devices: one was detached that the configuration has"):
+    with pytest.raises(SnapshotError, match="devices: a configured device was detached"):
         vm.freeze()
     again = vm.attach(config)
     assert again.place == 0 and vm.state == "Paused"
@@ -218,16 +218,16 @@ def test_place_is_lowest_and_names_are_told_apart(guest: MakeGuest) -> None:
     vm = guest(BUSY)
     ids = [vm.attach(Entropy()).id for _ in VIRTIO_GSIS]
     assert ids[:3] == ["virtio-rng", "virtio-rng.1", "virtio-rng.2"]
-    with pytest.raises(ConfigError, match=f"devices {len(ids) + 1}: at most {len(ids)} fit"):
+    with pytest.raises(ConfigError, match=f"devices {len(ids) + 1}: at most {len(ids)} virtio devices fit"):
         vm.attach(BalloonConfig(0))
     vm.detach("virtio-rng.1")
     assert vm.attach(BalloonConfig(0)).place == 1
     vm.detach("virtio-rng.2")
-    with pytest.raises(ConfigError, match="balloon virtio-balloon: is there already"):
+    with pytest.raises(ConfigError, match="balloon virtio-balloon: is in use"):
         vm.attach(BalloonConfig(0))
     with pytest.raises(SnapshotError, match="virtio-balloon: was attached later"):
         vm.freeze()
-    with pytest.raises(VmmError, match="device nothing: is not there; there are virtio-rng, "):
+    with pytest.raises(VmmError, match="device nothing does not exist; devices: virtio-rng, "):
         vm.detach("nothing")
 
 

@@ -75,7 +75,7 @@ def test_it_is_held_goes_on_and_is_ended_as_a_machine_is(guest: MakeGuest) -> No
     assert child.state == "Paused"
     child.resume()
     assert child.state == "Running"
-    with pytest.raises(VmmError, match="a machine is started once"):
+    with pytest.raises(VmmError, match="a machine can be started only once"):
         child.start()
     child.stop()
     child.stop()

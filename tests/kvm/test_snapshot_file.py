@@ -111,7 +111,7 @@ def test_a_new_image_takes_the_place_of_an_old_one_and_of_nothing_else(tmp_path:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("dear")
     for place in ("home", "guest.elf"):
-        with pytest.raises(ConfigError, match="is there and is no snapshot"):
+        with pytest.raises(ConfigError, match="exists and is not a snapshot"):
             image.save(str(tmp_path / place))
     assert (tmp_path / "home" / "letter").read_text() == "dear"
     with pytest.raises(HostError, match="No such file"):
@@ -207,7 +207,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, guest: MakeG
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
         place.unlink()
         make(place)
-        with pytest.raises(SnapshotError, match=f"{name}: is no regular file"):
+        with pytest.raises(SnapshotError, match=f"{name}: is not a regular file"):
             Image.load(str(tmp_path / "image"))
 
 
@@ -216,7 +216,7 @@ def test_two_halves_of_different_images_are_refused(tmp_path: Path, guest: MakeG
     for name in ("one", "two"):
         image.save(str(tmp_path / name))
     shutil.copyfile(tmp_path / "two" / "memory", tmp_path / "one" / "memory")
-    with pytest.raises(SnapshotError, match="memory and state are of different snapshots"):
+    with pytest.raises(SnapshotError, match="memory and state belong to different snapshots"):
         Image.load(str(tmp_path / "one"))
     with (tmp_path / "two" / "memory").open("r+b") as file:
         file.truncate(12345)
@@ -359,8 +359,8 @@ def test_the_commands(tmp_path: Path, guest: MakeGuest) -> None:
     for words, message in (
         (["run", "--restore", str(tmp_path / "none")], "No such file or directory"),
         (["run", "--restore", str(tmp_path)], "No such file or directory"),
-        (["run", "--restore", str(tmp_path / "image"), "--memory", "1G"], "which --memory cannot change"),
-        (["run", "--restore", str(tmp_path / "image"), "vmlinux"], "which vmlinux cannot change"),
+        (["run", "--restore", str(tmp_path / "image"), "--memory", "1G"], "--memory cannot change it"),
+        (["run", "--restore", str(tmp_path / "image"), "vmlinux"], "vmlinux cannot change it"),
         (["run"], "KERNEL: is missing"),
     ):
         done = _pyvmm(*words)

@@ -155,7 +155,7 @@ def test_a_command_is_not_run_twice(run: Fake, boots: Path, monkeypatch: pytest.
     [
         ({"write": ["/there/is/none"]}, "--write /there/is/none: is not a directory"),
         ({"read": ["/there/is/none"]}, "--read /there/is/none: is not there"),
-        ({"qemu": "/bin/true"}, "--qemu /bin/true: is not a QEMU that runs here"),
+        ({"qemu": "/bin/true"}, "--qemu /bin/true: is not a QEMU that can run here"),
         ({"memory": "1000T"}, "--memory 1000T: this host has .*M free"),
         ({"memory": "much"}, "--memory much: a size is"),
     ],

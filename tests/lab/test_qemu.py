@@ -79,5 +79,5 @@ def test_with_no_backports_the_old_one_is_taken_and_that_is_said(own: Path, monk
 def test_the_users_own_choice_is_taken_as_it_is(own: Path, backports: Path) -> None:
     assert qemu.choose(str(own)).version == (7, 2)
     for program in ("/bin/true", "/nosuch"):
-        with pytest.raises(ConfigError, match=f"--qemu {program}: is not a QEMU that runs here"):
+        with pytest.raises(ConfigError, match=f"--qemu {program}: is not a QEMU that can run here"):
             qemu.choose(program)

@@ -93,7 +93,7 @@ def test_program_that_cannot_run(container: Container, program: str, status: int
 
 def test_image_that_is_not_here(container: Container) -> None:
     assert container._replace(name="oci:no/such").run() == (
-        2, "pyvmm run: image oci:no/such: is not here yet; fetch it with: pyvmm pull oci:no/such\n",
+        2, "pyvmm run: image oci:no/such: is not in the cache; fetch it with: pyvmm pull oci:no/such\n",
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def test_users_groups_and_limits_are_the_kernels(sandbox: Sandbox) -> None:
     assert sandbox.run("grep CapEff /proc/self/status", user="nobody").stdout.split()[1] == "0" * 16
     assert sandbox.run("ulimit -n; ulimit -f", limits={"nofile": 33, "fsize": 2048}).stdout.split() == ["33", "4"]
     assert sandbox.run("while :; do :; done", limits={"cpu": 1}, timeout=60).signal in (24, 9)
-    with pytest.raises(ConfigError, match="no such user"):
+    with pytest.raises(ConfigError, match="does not have this user"):
         sandbox.run("id", user="nobody-here")
     with pytest.raises(ConfigError, match="nofile"):
         sandbox.run("id", limits={"nofiles": 3})
@@ -357,9 +357,9 @@ def test_a_host_directory_is_mounted(runtime: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbox, tmp_path: Path) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     for settings, message in (
-        ({"image": "no-such"}, "image no-such: is not here"),
+        ({"image": "no-such"}, "image no-such: is not in the cache"),
         ({"image": "busybox", "name": "a/b"}, "letters, digits"),
-        ({"image": "busybox", "name": sandbox.name}, "another sandbox"),
+        ({"image": "busybox", "name": sandbox.name}, "another running sandbox"),
         ({"image": "busybox", "network": "host"}, "network host"),
         ({"image": "busybox", "timeout": 0}, "timeout"),
         ({"image": "busybox", "memory": "1K"}, "memory"),
@@ -392,7 +392,7 @@ def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_p
     assert (done.stdout, done.returncode) == (b"65534\nround blue\n", 9), done
     assert _pyvmm("exec", sandbox.name, "wc", "-c", input=b"x" * 300_000).stdout == b"300000\n"
     missing = _pyvmm("exec", "nobody", "id")
-    assert missing.returncode == 2 and b"NAME nobody: is no sandbox that runs" in missing.stderr
+    assert missing.returncode == 2 and b"NAME nobody: is not a running sandbox" in missing.stderr
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
     (tree / "sub/data").write_bytes(b"\0\1")

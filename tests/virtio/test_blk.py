@@ -590,7 +590,7 @@ def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch)
         assert Block(disk).engine == "Sync"
         with pytest.raises(ConfigError) as error:
             Block(disk, engine="Async")
-    expected = "engine io_uring: the kernel gives no io_uring (Operation not permitted); use sync"
+    expected = "engine io_uring: the kernel refuses io_uring (Operation not permitted); use sync"
     assert str(error.value) == expected
 
 

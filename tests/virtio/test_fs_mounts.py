@@ -80,7 +80,7 @@ def test_kernel_file_systems_are_not_entered(tree: Path, mount: Mount, kind: str
 @private_mounts
 def test_kernel_file_systems_are_not_shared_themselves(tree: Path, kind: str) -> None:
     kernel_file_system(kind, tree)
-    with pytest.raises(ConfigError, match="is on a file system that shows the kernel's insides"):
+    with pytest.raises(ConfigError, match="is on a kernel pseudo file system"):
         FuseVm(tree)
     assert held(tree) == 0
 

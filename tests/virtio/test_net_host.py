@@ -61,9 +61,9 @@ def test_names_that_are_no_tap(namespace: None) -> None:
     ip("tuntap", "add", "tap7", "mode", "tap")
     ip("tuntap", "add", "tun7", "mode", "tun")
     for name, said in (
-        ("tap8", "is not here"),
-        ("lo", "is no tap"),
-        ("tun7", "is no tap"),
+        ("tap8", "does not exist"),
+        ("lo", "is not a tap"),
+        ("tun7", "is not a tap"),
         ("a" * 16, "must be the name of an interface"),
         ("", "must be the name of an interface"),
         ("a/b", "must be the name of an interface"),
@@ -121,12 +121,12 @@ def test_an_inherited_descriptor(namespace: None, stack: Any) -> None:
 def test_inherited_descriptors_that_are_no_tap(namespace: None, tmp_path: Path) -> None:
     import fcntl
 
-    with (tmp_path / "file").open("wb") as file, pytest.raises(ConfigError, match="is no tap"):
+    with (tmp_path / "file").open("wb") as file, pytest.raises(ConfigError, match="is not a tap"):
         Tap.inherited(file.fileno())
-    with pytest.raises(ConfigError, match="is no tap: Bad file"):
+    with pytest.raises(ConfigError, match="is not a tap: Bad file"):
         Tap.inherited(1 << 19)
     fd = os.open("/dev/net/tun", os.O_RDWR)
-    with pytest.raises(ConfigError, match="is no tap"):
+    with pytest.raises(ConfigError, match="is not a tap"):
         Tap.inherited(fd)
     fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"plain", 0x1002))
     with pytest.raises(ConfigError, match="IFF_VNET_HDR"):

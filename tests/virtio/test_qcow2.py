@@ -147,7 +147,7 @@ def secret(tmp_path: Path) -> Path:
 def test_a_backing_file_that_nobody_named(qcow2: Path, secret: Path, compat: str) -> None:
     qemu_img("create", "-f", "qcow2", "-o", f"compat={compat}", "-b", secret, "-F", "raw", qcow2)
     for read_only in (False, True):
-        with pytest.raises(ConfigError, match=r"is a change of the file .*secret', which is not opened: backing=FILE"):
+        with pytest.raises(ConfigError, match=r"has the backing file .*secret', which is not opened: backing=FILE"):
             Qcow2(str(qcow2), read_only=read_only)
 
 
@@ -161,7 +161,7 @@ def test_a_backing_files_name_that_is_no_file(qcow2: Path, name: str) -> None:
 def test_an_external_data_file(qcow2: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", qcow2, "1M")
-    with pytest.raises(ConfigError, match="has its data in another file, which is not opened"):
+    with pytest.raises(ConfigError, match="has its data in an external file, which is not opened"):
         Qcow2(str(qcow2))
 
 
@@ -193,7 +193,7 @@ def test_a_backing_file_of_qcow2_has_none_of_its_own(qcow2: Path, secret: Path, 
     with Qcow2(str(qcow2), backing_file=str(base), backing_format="qcow2") as image:
         assert os.stat(image.raw).st_size == 1 << 20
     qemu_img("create", "-f", "qcow2", "-b", secret, "-F", "raw", base, "1M")
-    with pytest.raises(ConfigError, match=f"disk {base}: is a change of the file .*secret', which is not opened"):
+    with pytest.raises(ConfigError, match=f"disk {base}: has the backing file .*secret', which is not opened"):
         Qcow2(str(qcow2), backing_file=str(base), backing_format="qcow2")
 
 
@@ -207,7 +207,7 @@ def test_a_raw_backing_file_with_a_qcow2_header_is_raw(qcow2: Path, secret: Path
 
 
 def test_a_backing_file_for_an_image_without(qcow2: Path, secret: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is named, and the image .* is not a change of any file"):
+    with pytest.raises(ConfigError, match=r"is named, but the image .* has no backing file"):
         Qcow2(str(qcow2), backing_file=str(secret))
 
 

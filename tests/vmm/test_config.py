@@ -24,7 +24,7 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "M", "-1G", "1X", "1..5G", "1e9", "0x10", "1GM", "٣G", "1.G", "G1", "9" * 40])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(ConfigError, match="as 512M or 2G"):
+    with pytest.raises(ConfigError, match=r"e\.g\. 512M or 2G"):
         parse_size("memory", text)
 
 

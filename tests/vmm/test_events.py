@@ -20,5 +20,5 @@ def test_there_is_one_of_each_reason() -> None:
 
 
 def test_unknown_reason_says_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"^'tired' is no reason why a VM stops; allowed: power-off, reset, "):
+    with pytest.raises(ValueError, match=r"^'tired' is not a stop reason; allowed: power-off, reset, "):
         StopReason("tired")

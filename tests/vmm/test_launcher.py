@@ -78,7 +78,7 @@ def test_a_link_is_a_file_of_its_own_name(links: Path, name: str) -> None:
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     (tmp_path / "firecracker").write_text("precious")
     done = run(PYVMM, "link", "firecracker", tmp_path)
-    assert done.returncode == 2 and "is there already" in done.stderr
+    assert done.returncode == 2 and "exists, and was not made by pyvmm link" in done.stderr
     assert (tmp_path / "firecracker").read_text() == "precious"
 
 

@@ -35,7 +35,7 @@ def test_one_of_ours_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     path.write_text("#!/bin/sh\n")
     refused = link("firecracker", tmp_path)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "is there already, and is not ours" in refused.stderr
+    assert "exists, and was not made by pyvmm link" in refused.stderr
     assert path.read_text() == "#!/bin/sh\n"
     assert [each.name for each in tmp_path.iterdir()] == ["firecracker"], "nothing half made is left"
 

@@ -91,7 +91,7 @@ def test_unknown_level_changes_nothing(log: Path, tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("make", ["absent", "directory", "nul"])
 def test_path_that_cannot_be_written_is_refused(tmp_path: Path, make: str) -> None:
     path = {"absent": str(tmp_path / "no"), "directory": str(tmp_path), "nul": "a\0b"}[make]
-    with pytest.raises(ConfigError, match=r"log_path .*must be a file or a FIFO that is there"):
+    with pytest.raises(ConfigError, match=r"log_path .*must be an existing, writable file or FIFO"):
         logger.configure(log_path=path)
 
 

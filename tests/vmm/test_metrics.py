@@ -250,7 +250,7 @@ def test_path_is_set_once(reader: Reader) -> None:
 
 
 def test_path_has_to_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"metrics_path .*must be a file or a FIFO that is there"):
+    with pytest.raises(ConfigError, match=r"metrics_path .*must be an existing, writable file or FIFO"):
         Metrics().configure(str(tmp_path / "none"))
 
 

@@ -207,7 +207,7 @@ def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     place = registry.Place("box", {**ABOUT, "image": "x", "began": 0.0})
-    with pytest.raises(ConfigError, match="another sandbox"):
+    with pytest.raises(ConfigError, match="another running sandbox"):
         registry.Place("box", ABOUT)
     assert [each["name"] for each in registry.all_running()] == ["box"]
     pid = os.fork()
@@ -220,5 +220,5 @@ def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(
     assert not (tmp_path / "pyvmm/sandboxes/orphan").exists()
     place.close()
     assert registry.all_running() == []
-    with pytest.raises(ConfigError, match="there is: none"):
+    with pytest.raises(ConfigError, match="running: none"):
         registry.about("box")

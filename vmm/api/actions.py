@@ -286,7 +286,7 @@ class Vmm:
         with _refusing("Filesystem config error"):
             config = translate.share(body)
             if not os.path.isdir(config.shared_dir):
-                raise ConfigError("shared_dir", config.shared_dir, "is no directory")
+                raise ConfigError("shared_dir", config.shared_dir, "is not a directory")
         self._shares[body.tag] = body
 
     def _vsock_is(self, body: types.Vsock) -> None:

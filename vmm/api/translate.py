@@ -262,7 +262,7 @@ def _drive_body(config: DriveConfig, place: int, *, root: bool) -> types.Drive:
 
 def _net_body(config: NetConfig, place: int) -> types.NetworkInterface:
     if config.mode == "fd":
-        raise ConfigError("net fd", config.fd, "is an open descriptor, which no file can hold")
+        raise ConfigError("net fd", config.fd, "is an open descriptor, which cannot be written to a file")
     return types.NetworkInterface(
         iface_id=config.iface_id or f"eth{place}",
         host_dev_name=config.host_dev_name or UNSET,
@@ -321,9 +321,9 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
     :raises ConfigError: something of it cannot be said in a file
     """
     if config.cpu_template is not None:
-        raise ConfigError("cpu_template", "", "is made of a file already; name that")
+        raise ConfigError("cpu_template", "", "was read from a file; name that file")
     if config.kvm != "/dev/kvm":
-        raise ConfigError("--kvm", config.kvm, "cannot be said in a configuration file")
+        raise ConfigError("--kvm", config.kvm, "cannot be expressed in a configuration file")
     # The command line names the root device by itself, unless its words were all given.
     added = config.root_parameters
     place = None

@@ -172,7 +172,7 @@ def _bucket(option: str, text: str | None) -> dict[str, int] | None:
         return None
     value = parse_size(option, text)
     if 0 < value < 10:
-        raise ConfigError(option, text, "must be 0, or a number from 10")
+        raise ConfigError(option, text, "must be 0, or at least 10")
     return {"size": value // 10, "refill_time": _MILLISECONDS if value else 0}
 
 
@@ -188,7 +188,7 @@ def _limits(args: argparse.Namespace, direction: str = "") -> dict[str, Any] | N
 def _change(client: Client, path: str, body: dict[str, Any], least: int) -> None:
     given = {name: value for name, value in body.items() if value is not None}
     if len(given) <= least:
-        raise ConfigError("ctl", path.split("/")[1], "nothing is to be changed; see --help")
+        raise ConfigError("ctl", path.split("/")[1], "nothing to change; see --help")
     client.ask("PATCH", path, given)
 
 
@@ -225,7 +225,7 @@ def _document(text: str | None) -> object:
     try:
         return json.loads(sys.stdin.read() if text in (None, "-") else text or "")
     except ValueError as error:
-        raise ConfigError("JSON", text or "", f"is none: {error}") from None
+        raise ConfigError("JSON", text or "", f"is not valid JSON: {error}") from None
 
 
 def _mmds(client: Client, args: argparse.Namespace) -> None:

@@ -156,7 +156,7 @@ def check_program(path: str) -> None:
 
     own = (sys.argv[0], os.path.join(os.path.dirname(sys.executable), "pyvmm"), shutil.which("pyvmm"))
     if not os.path.isfile(path):
-        raise ConfigError("--exec-file", path, "must be a program that is there")
+        raise ConfigError("--exec-file", path, "must be an existing program")
     if not is_link(path) and not any(each and os.path.exists(each) and os.path.samefile(each, path) for each in own):
         raise ConfigError("--exec-file", path, "must be pyvmm or a link to it (pyvmm link firecracker DIR makes one)")
 

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     program = _program()
     path = os.path.join(args.directory, args.name)
     if os.path.lexists(path) and not is_link(path):
-        raise ConfigError("DIR", path, "is there already, and is not ours")
+        raise ConfigError("DIR", path, "exists, and was not made by pyvmm link")
     new = f"{path}.{os.getpid()}"
     try:
         with open(program, "rb") as source, open(new, "xb") as file:

@@ -50,7 +50,7 @@ def main(args: Namespace) -> int:
         _list()
         return 0
     if args.image is None:
-        raise ConfigError("image", "", "name one, as `pyvmm pull debian`; `pyvmm pull --list` shows them")
+        raise ConfigError("image", "", "name an image, e.g. `pyvmm pull debian`; `pyvmm pull --list` shows them")
     packages = [name for name in args.packages.split(",") if name]
     size = None if args.size is None else parse_size("--size", args.size)
     there = None if args.refresh else _quietly_resolve(args.image)

@@ -158,9 +158,9 @@ def config_from(args: Arguments) -> VmConfig:
     """
     kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append
     if kernel is None:
-        raise ConfigError("KERNEL", "", "is missing: a kernel's file or a pulled image's name; or --restore DIR")
+        raise ConfigError("KERNEL", "", "is missing: give a kernel file, a pulled image, or --restore DIR")
     if args.cmdline is not None and append:
-        raise ConfigError("--append", append, "cannot go with --cmdline, which is the whole command line")
+        raise ConfigError("--append", append, "cannot be combined with --cmdline, which is the whole command line")
     image = None
     if rootfs is not None and rootfs.startswith(CONTAINERS[:2]):
         image = _image(rootfs)
@@ -215,7 +215,7 @@ def _image(name: str) -> Any:
 
     image = images.resolve(name)
     if image is None and (name.startswith(CONTAINERS) or name in images.NAMES):
-        raise ConfigError("image", name, f"is not here yet; fetch it with: pyvmm pull {name}")
+        raise ConfigError("image", name, f"is not in the cache; fetch it with: pyvmm pull {name}")
     return image
 
 
@@ -276,7 +276,7 @@ def _restore(args: Arguments) -> int:
     strangers = sorted({*others} - {"--restore", "--console", "--verbose", "--no-seccomp", "--kvm"})
     if args.kernel is not None or strangers:
         what = args.kernel or strangers[0]
-        raise ConfigError("--restore", args.restore, f"has its own configuration, which {what} cannot change")
+        raise ConfigError("--restore", args.restore, f"has its own configuration; {what} cannot change it")
     image = Image.load(args.restore or "")
     image.config = image.config.replaced(console=args.console, kvm=args.kvm)
     _guard(args)
@@ -394,7 +394,7 @@ def _run_in_lab(config: VmConfig) -> int:
     if config.vsock is not None:
         raise ConfigError(
             "--vsock", config.vsock.uds_path,
-            "would be a socket inside the lab; run the VM and its clients there together: pyvmm lab -- COMMAND",
+            "would be a socket inside the lab; run the VM and its clients there: pyvmm lab -- COMMAND",
         )  # fmt: skip
     written = [os.path.dirname(os.path.abspath(d.path_on_host)) for d in config.drives if not d.is_read_only]
     written += [os.path.abspath(share.shared_dir) for share in config.shares if not share.read_only]

@@ -156,7 +156,7 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None) -> int:
     try:
         check_id(args.id)
         if args.no_api and args.config_file is None:
-            raise ConfigError("--no-api", "", "needs --config-file: there would be no way to say what to run")
+            raise ConfigError("--no-api", "", "needs --config-file: without an API, it says what to run")
         times = [_number(args, option) for option in _TIMES]
         limit = _number(args, "--mmds-size-limit")
         payload = args.http_api_max_payload_size

@@ -122,7 +122,7 @@ def check_name(name: str) -> None:
     :raises PullError: it is not
     """
     if not name or not all(c.isascii() and (c.isalnum() or c in "+-.:") for c in name) or name[0] in "+-.:":
-        raise PullError(f"{name!r} is no package name")
+        raise PullError(f"{name!r} is not a package name")
 
 
 def _apt_of(suite: str | None, progress: Progress) -> AbstractContextManager[dict[str, str]]:

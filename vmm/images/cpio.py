@@ -71,7 +71,7 @@ class Archive:
     def _add(self, path: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
         name = _normal(path)
         if not name or len(name.encode()) >= _NAME_MAX:
-            raise ValueError(f"{path!r} is no path that an archive can hold")
+            raise ValueError(f"{path!r} is not a path that an archive can hold")
         parent = posixpath.dirname(name)
         if parent and parent not in self._entries:
             self.directory(parent)

@@ -94,7 +94,7 @@ int main(void)
         fail("/mnt", ": no root", 126);
     make_directories(words[3]);
     if (CALL(chdir, words[3]))
-        fail(words[3], ": is no directory", 126);
+        fail(words[3], ": is not a directory", 126);
     become();
     if (strchr(program[0], '/'))
         CALL(execve, program[0], program, environment);

@@ -113,11 +113,11 @@ class Tree:
                 self._apply(archive, member)
             tar.seek(archive.offset)
             if tar.read(512).strip(b"\0"):  # tarfile takes what is no header for the end
-                raise PullError(f"what is at {archive.offset} is no header of a tar")
+                raise PullError(f"there is no tar header at offset {archive.offset}")
         except PullError as error:
             raise PullError(f"{what}: {error}") from None
         except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, IndexError) as error:
-            raise PullError(f"{what} is no sound tar archive: {line(error)}") from None
+            raise PullError(f"{what} is not a valid tar archive: {line(error)}") from None
 
     def walk(self) -> Iterator[tuple[str, Inode]]:
         """Yield every name below the root, without a slash in front, and what it stands for; a directory first."""
@@ -160,7 +160,7 @@ class Tree:
             target = self._find(_parts(member.linkname), follow=False)
             if target is None or target.children is not None:
                 raise PullError(
-                    f"{line(member.name)} is a hard link to {line(member.linkname)}, which is no file in it"
+                    f"{line(member.name)} is a hard link to {line(member.linkname)}, which is not a file in it"
                 )
             siblings[name] = Node(target.inode, self._layer)
             return
@@ -168,7 +168,7 @@ class Tree:
         if member.isreg():
             self._bytes += member.size
             if self._bytes > self._limit:
-                raise PullError(f"the files in it are larger than {self._limit >> 20} MiB")
+                raise PullError(f"its files are larger than {self._limit >> 20} MiB")
             inode.source = _Member(archive, member) if member.size else None
         there = siblings.get(name)
         if there is not None and there.children is not None and member.isdir():
@@ -188,7 +188,7 @@ class Tree:
         # the directory of that path, made where it is missing
         node = self._find(parts, make=True)
         if node is None or node.children is None:
-            raise PullError(f"{line('/'.join(parts))} is no directory, and has files in it")
+            raise PullError(f"{line('/'.join(parts))} is not a directory, but has files in it")
         return node.children
 
     def _find(self, parts: list[str], *, follow: bool = True, make: bool = False) -> Node | None:
@@ -225,9 +225,9 @@ class Tree:
 def _parts(path: str) -> list[str]:
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise PullError(f"the name {line(path)} has .. in it")
+        raise PullError(f"the name {line(path)} contains ..")
     if "\0" in path or len(path) > MAX_PATH or any(len(part.encode(errors="surrogateescape")) > 255 for part in parts):
-        raise PullError(f"the name {line(path)} cannot be a file's")
+        raise PullError(f"the name {line(path)} cannot be a file name")
     return parts
 
 
@@ -240,7 +240,7 @@ def _stored(member: tarfile.TarInfo) -> int:
 def _header(member: tarfile.TarInfo) -> tarfile.TarInfo:
     # numbers as a squashfs has them; owners by number alone
     if not (member.isreg() or member.type in _KINDS):
-        raise PullError(f"{line(member.name)} is of a kind that no file system has: {member.type!r}")
+        raise PullError(f"{line(member.name)} has an unknown file type: {member.type!r}")
     if member.size < 0:
         raise PullError(f"{line(member.name)} has {member.size} bytes")
     header = tarfile.TarInfo()
@@ -255,7 +255,7 @@ def _header(member: tarfile.TarInfo) -> tarfile.TarInfo:
     if member.issym():
         header.linkname = member.linkname
         if not member.linkname or "\0" in member.linkname or len(member.linkname) > MAX_PATH:
-            raise PullError(f"{line(member.name)} is a symbolic link to what cannot be a name")
+            raise PullError(f"{line(member.name)} is a symbolic link to an invalid name")
     if member.ischr() or member.isblk():
         header.devmajor, header.devminor = member.devmajor, member.devminor
         if not (0 <= header.devmajor < 1 << 12 and 0 <= header.devminor < 1 << 20):

@@ -118,7 +118,7 @@ def check(what: str, data: bytes, digest: str) -> None:
     algorithm, _, wanted = digest.partition(":")
     found = hashlib.new(algorithm, data).hexdigest()
     if found != wanted:
-        raise PullError(f"{what} is not what its digest says: wanted {digest}, got {algorithm}:{found}")
+        raise PullError(f"{what} does not match its digest: wanted {digest}, got {algorithm}:{found}")
 
 
 def pick(what: str, index: Index) -> Descriptor:
@@ -156,7 +156,7 @@ def check_layers(what: str, manifest: Manifest) -> None:
     for layer in manifest.layers:
         if layer.media_type not in LAYERS:
             kind = line(layer.media_type) or "unnamed"
-            raise PullError(f"{what} has a layer of type {kind}; readable are tar, tar+gzip and tar+zstd")
+            raise PullError(f"{what} has a layer of type {kind}; supported: tar, tar+gzip and tar+zstd")
 
 
 def read_config(what: str, data: bytes) -> tuple[ImageConfig, list[str]]:
@@ -173,7 +173,7 @@ def read_config(what: str, data: bytes) -> tuple[ImageConfig, list[str]]:
         program.user or "", program.working_dir or "",
     ]  # fmt: skip
     if any("\0" in word for word in words):
-        raise PullError(f"the config of {what} has a zero byte in a word")
+        raise PullError(f"the config of {what} has a NUL byte in a word")
     env = dict(each.split("=", 1) for each in program.env or () if "=" in each)
     return ImageConfig(
         entrypoint=tuple(program.entrypoint or ()),
@@ -202,4 +202,4 @@ def _signal(what: str, name: str) -> str:
     full = full.removesuffix("+0")
     if full in signal.Signals.__members__ or re.fullmatch(r"SIGRTMIN\+([1-9]|[12][0-9]|30)", full):
         return full
-    raise PullError(f"the config of {what} has a stop signal that is none: {line(name)}")
+    raise PullError(f"the config of {what} has an invalid stop signal: {line(name)}")

@@ -113,7 +113,7 @@ def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress)
 
 def _of_directory(name: Name, limit: int, work: Path, progress: Progress) -> ImageConfig:
     if not os.path.isdir(name.place):
-        raise PullError(f"{name.place} is no directory")
+        raise PullError(f"{name.place} is not a directory")
     progress("making the file system", None)
     argv = [tool("mksquashfs"), name.place, str(work / "disk"), *squashfs.COMPRESSION, "-no-progress", "-exit-on-error"]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")

@@ -61,7 +61,7 @@ def parse(text: str) -> Name | None:
         return Name(kind, os.path.abspath(path), "", tag, "")
     found = _REFERENCE.fullmatch(rest)
     if found is None:
-        problem = "is no image's name: it must be as oci:python:3.12 or oci:HOST/NAME:TAG, a directory as oci:./DIR"
+        problem = "is not an image name: write oci:python:3.12, oci:HOST/NAME:TAG, or oci:./DIR for a directory"
         raise ConfigError("image", text, problem)
     host, path = found["host"], found["path"]
     # As docker has it: the first part is a host if it looks like one.

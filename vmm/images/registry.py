@@ -117,7 +117,7 @@ class Registry:
         if have > blob.size or digest.hexdigest() != wanted:
             file.truncate(0)
             if resumed and have == blob.size:
-                raise FetchError(f"{self._name.place}: what an earlier download left of {blob.digest} was bad")
+                raise FetchError(f"{self._name.place}: the rest of an earlier download of {blob.digest} was damaged")
             how = f"is longer than {blob.size} bytes" if have > blob.size else "has another digest"
             raise PullError(f"{self._name.place} sent something else as {blob.digest}: it {how}")
 
@@ -136,16 +136,18 @@ class Registry:
                 raise FetchError(f"{place} sent nothing for {STALL:.0f} s") from None
             raise FetchError(f"cannot reach {place}: {line(error.reason)}") from None
         except (http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
-            raise FetchError(f"{place} broke off: {line(error) or type(error).__name__}") from None
+            raise FetchError(f"{place} closed the connection early: {line(error) or type(error).__name__}") from None
 
     def _refused(self, error: HTTPError) -> PullError:
         name, place = self._name, self._name.place
         if error.code in (401, 403):
-            return PullError(f"{name}: {place} does not permit it: it is not there, or log in (docker login {place})")
+            return PullError(
+                f"{name}: {place} denies access: the image does not exist, or needs a login (docker login {place})"
+            )
         if error.code == 404:
             return PullError(f"{name}: {place} has no such image")
         if error.code == 429:
-            return FetchError(f"{place} permits no more downloads for now; log in, or try later")
+            return FetchError(f"{place} allows no more downloads for now; log in, or try later")
         kind = FetchError if error.code in _AGAIN else PullError
         return kind(f"{place} answered {error.code} {line(error.reason)}")
 
@@ -188,7 +190,7 @@ class Registry:
         realm = challenge.get("realm", "")
         if not realm.startswith(("https://", "http://") if self._base.startswith("http:") else "https://"):
             raise PullError(
-                f"{self._name.place} names {line(realm) or 'nothing'} to get a token from; it must be https:"
+                f"{self._name.place} names {line(realm) or 'nothing'} as its token server; it must be https:"
             )
         query = {"scope": f"repository:{self._name.repository}:pull"}
         if "service" in challenge:
@@ -263,7 +265,7 @@ def credentials(place: str) -> str:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise PullError(f"{path}: cannot be read as a file of logins: {line(error)}") from None
+            raise PullError(f"{path}: is not a readable login file: {line(error)}") from None
     return ""
 
 

@@ -33,7 +33,7 @@ _REF_NAME = "org.opencontainers.image.ref.name"
 
 
 class Damaged(PullError):
-    """A layer is not what its digest says."""
+    """A layer does not match its digest."""
 
 
 class Content(NamedTuple):
@@ -104,7 +104,7 @@ def layout(name: Name) -> Content:
         algorithm, _, wanted = blob.digest.partition(":")
         if hashlib.file_digest(file, algorithm).hexdigest() != wanted:  # type: ignore[arg-type]
             file.close()
-            raise PullError(f"{home}: {blob.digest} is not what its digest says")
+            raise PullError(f"{home}: {blob.digest} does not match its digest")
         file.seek(0)
         return file
 
@@ -127,7 +127,7 @@ def archive(name: Name) -> Content:
         members = {os.path.normpath(member.name): member for member in tar}
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise PullError(
-            f"{name.place} is no archive of `docker save`: {line(error)} (unpack it, if compressed)"
+            f"{name.place} is not an archive of `docker save`: {line(error)} (unpack it, if compressed)"
         ) from None
 
     def member(path: str) -> BinaryIO:
@@ -162,14 +162,16 @@ def _manifest(what: str, data: bytes, kind: str, document: Callable[[str], tuple
     for _ in range(3):
         head = manifest.decode(f"the manifest of {what}", data, manifest.Head)
         if head.schema_version != 2:
-            raise PullError(f"{what} is in docker's old format, schema {head.schema_version}; 2 is read: push it anew")
+            raise PullError(
+                f"{what} is in docker's old manifest schema {head.schema_version}; only 2 is supported: push it again"
+            )
         if not manifest.is_index(kind, head):
             found = manifest.decode(f"the manifest of {what}", data, manifest.Manifest)
             manifest.check_layers(what, found)
             return found
         chosen = manifest.pick(what, manifest.decode(f"the index of {what}", data, manifest.Index))
         data, kind = document(chosen.digest)
-    raise PullError(f"{what} has an index in an index in an index")
+    raise PullError(f"{what} has indexes nested too deeply")
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -179,7 +181,7 @@ def _opened(path: Path) -> BinaryIO:
         raise PullError(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise PullError(f"{path} is no file")
+        raise PullError(f"{path} is not a file")
     return file
 
 
@@ -216,7 +218,7 @@ def unpack(what: str, file: BinaryIO, diff_id: str, limit: int, directory: Path)
         while piece := stream.read(_CHUNK):
             size += len(piece)
             if size > limit:
-                raise PullError(f"{what} is larger than {limit >> 20} MiB unpacked: add --size, if you trust it")
+                raise PullError(f"{what} is larger than {limit >> 20} MiB unpacked: raise --size, if you trust it")
             digest.update(piece)
             if piece == _ZEROS[: len(piece)]:
                 tar.seek(size)
@@ -232,5 +234,5 @@ def unpack(what: str, file: BinaryIO, diff_id: str, limit: int, directory: Path)
         raise
     if digest.hexdigest() != wanted:
         tar.close()
-        raise Damaged(f"{what} is not what its digest says: wanted {diff_id}, got {algorithm}:{digest.hexdigest()}")
+        raise Damaged(f"{what} does not match its digest: wanted {diff_id}, got {algorithm}:{digest.hexdigest()}")
     return tar, size

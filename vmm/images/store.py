@@ -53,7 +53,7 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         return oci.pull(container, refresh=refresh, limit=size, progress=progress)
     recipe = RECIPES.get(name)
     if recipe is None:
-        raise ConfigError("image", name, f"not known; there is {', '.join(NAMES)}, and oci:REF for any container image")
+        raise ConfigError("image", name, f"not known; allowed: {', '.join(NAMES)}, and oci:REF for any container image")
     if size is not None and (size < MIN_SIZE or size % 4096):
         raise ConfigError("--size", size, f"must be a multiple of 4096 and at least {MIN_SIZE >> 20}M")
     images = cache_root() / "images"

@@ -86,9 +86,9 @@ def run(
         if not os.path.isdir(path):
             raise ConfigError("--write", path, "is not a directory")
         if os.path.realpath(path).split("/")[1] in ("", "dev", "proc", "sys"):
-            raise ConfigError("--write", path, "is the machine's own; give a directory below it")
+            raise ConfigError("--write", path, "is a directory of the lab itself; give one below it")
         if "\n" in path:
-            raise ConfigError("--write", repr(path), "must not have a newline in its name")
+            raise ConfigError("--write", repr(path), "must not contain a newline")
         writable.append(os.path.realpath(path))
     for path in read:
         if not os.path.exists(path) or "\n" in path:

@@ -38,12 +38,12 @@ def choose(program: str | None = None, progress: Progress = silent) -> Qemu:
     """The QEMU for the lab.
 
     :param program: one that the user named; None for the best there is
-    :raises ConfigError: it is not a QEMU that runs here
+    :raises ConfigError: it is not a QEMU that can run here
     """
     own = Qemu((program or shutil.which(NAME) or NAME,), {}, (0, 0))
     own = own._replace(version=_version(own))
     if program is not None and own.version == (0, 0):
-        raise ConfigError("--qemu", program, "is not a QEMU that runs here")
+        raise ConfigError("--qemu", program, "is not a QEMU that can run here")
     if program is not None or own.version >= WANTED:
         return own
     try:
@@ -73,7 +73,7 @@ def _of_backports(progress: Progress) -> Qemu:
     """
     release = suites.own()
     if release is None:
-        raise PullError("this host is not a Debian; another has no backport")
+        raise PullError("this host is not a Debian, so there is no backport for it")
     suite = f"{release}-backports"
     trees = [apt.package(name, suite=suite, progress=progress).tree for name in PACKAGES]
     program = trees[0] / "usr/bin" / NAME

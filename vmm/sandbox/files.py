@@ -291,7 +291,7 @@ class Files:
             os.symlink(entry.target or "", target)
         elif entry.type == "dir":
             if depth == _DEEPEST:
-                raise AgentError(f"{doing}: more than {_DEEPEST} directories in one another")
+                raise AgentError(f"{doing}: directories nested more than {_DEEPEST} deep")
             os.mkdir(target, 0o700)
             for each in self.list(entry.path, user=user, timeout=left):
                 self._copy_out(each, os.path.join(target, each.name), deadline, doing, user, depth + 1)

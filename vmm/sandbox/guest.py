@@ -64,7 +64,7 @@ def find_image(image: str | Image) -> Image:
         image = f"oci:{image}"
         found = resolve(image)
     if found is None:
-        raise ConfigError("image", image, f"is not here: run `pyvmm pull {image}`")
+        raise ConfigError("image", image, f"is not in the cache: run `pyvmm pull {image}`")
     return found
 
 

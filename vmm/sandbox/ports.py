@@ -98,7 +98,9 @@ class Published(Relay):
 
     def __init__(self, session: Session, port: int, host: str, host_port: int) -> None:
         if not 1 <= port <= 65535 or not 0 <= host_port <= 65535:
-            raise ConfigError("port", f"{port} {host_port}", "must be 1 to 65535; 0 of the host is any that is free")
+            raise ConfigError(
+                "port", f"{port} {host_port}", "must be 1 to 65535; 0 for the host's side means any free port"
+            )
         try:
             listener = socket.create_server((host, host_port))
         except OSError as error:

@@ -242,7 +242,7 @@ class Process:
 
     def _refused(self, number: int, what: str) -> None:
         if what == "user" and number == errno.EINVAL:
-            raise ConfigError("user", "", "the guest has no such user or group")
+            raise ConfigError("user", "", "the guest does not have this user or group")
         self._result.exit_code = 127 if number in _MISSING else 126
         if number not in (*_MISSING, *_NOT_PERMITTED):
             raise OSError(number, f"the guest cannot start it: {os.strerror(number)}", what)
@@ -406,10 +406,10 @@ def _limit(name: str, limit: int | tuple[int, int]) -> str:
 
     known = {key[7:].lower(): getattr(resource, key) for key in dir(resource) if key.startswith("RLIMIT_")}
     if name not in known:
-        raise ConfigError("limits", name, f"is no limit; allowed: {', '.join(sorted(known))}")
+        raise ConfigError("limits", name, f"is not a known limit; allowed: {', '.join(sorted(known))}")
     soft, hard = (limit, limit) if isinstance(limit, int) else limit
     if soft < 0 or hard < soft:
-        raise ConfigError("limits", f"{name} {limit}", "must be 0 or more, the second not below the first")
+        raise ConfigError("limits", f"{name} {limit}", "must be 0 or more, and the second at least the first")
     return f"{known[name]}:{soft}:{hard}"
 
 

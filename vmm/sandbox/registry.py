@@ -36,7 +36,7 @@ def root() -> str:
         status = os.lstat(base)
         if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o077:
             raise ConfigError(
-                "XDG_RUNTIME_DIR", "", f"is not set, and {base} is not yours alone: set it to a directory that is"
+                "XDG_RUNTIME_DIR", "", f"is not set, and others can access {base}: set it to a private directory"
             )
     path = os.path.join(base, "pyvmm", "sandboxes")
     os.makedirs(path, 0o700, exist_ok=True)
@@ -66,7 +66,7 @@ class Place:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise ConfigError("name", self.name, "is the name of another sandbox that runs") from None
+            raise ConfigError("name", self.name, "is the name of another running sandbox") from None
         with open(os.path.join(self.path, "about.json"), "w", encoding="utf-8") as file:
             json.dump({**about, "pid": os.getpid()}, file)
 
@@ -115,7 +115,7 @@ def about(name: str) -> dict[str, Any]:
         if each["name"] == name:
             return each
     names = ", ".join(each["name"] for each in found) or "none"
-    raise ConfigError("NAME", name, f"is no sandbox that runs; there is: {names}")
+    raise ConfigError("NAME", name, f"is not a running sandbox; running: {names}")
 
 
 def socket_of(name: str) -> str:

@@ -79,7 +79,7 @@ class Sandbox(Session):
         if network not in ("none", "user"):
             raise ConfigError("network", network, "must be none or user")
         if not room or not all(c.isascii() and (c.isalnum() or c == "%") for c in room):
-            raise ConfigError("room", room, "must be a size as 75% or 256M")
+            raise ConfigError("room", room, "must be a size, e.g. 75% or 256M")
         found = guest.find_image(image)
         shares = _shares(mounts or {})
         about = guest.commands_of(found.config, env or {}, cwd, user)
@@ -212,7 +212,7 @@ class Sandbox(Session):
         """The sandbox of a ``snapshot``, running.
 
         :param timeout: seconds after which it ends; None: as the one before was given
-        :raises SnapshotError: it is no snapshot of a sandbox, or damaged
+        :raises SnapshotError: it is not a snapshot of a sandbox, or damaged
         """
         try:
             with open(os.path.join(directory, _ABOUT), encoding="utf-8") as file:
@@ -220,7 +220,7 @@ class Sandbox(Session):
             limit = about["timeout"] if timeout is None else timeout
             dict(about["env"]), about["image"], about["cwd"], about["user"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise SnapshotError(directory, "is no snapshot of a sandbox") from None
+            raise SnapshotError(directory, "is not a snapshot of a sandbox") from None
         frozen = Frozen.load(directory)
         sandbox = cls.__new__(cls)
         sandbox._begin(about, name, limit)
