@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.images.layouts import Made, descriptor, digest, directory, entry, layer
+from tests.virtio.mounts import bind, mounted, private_mounts
 from vmm import images
 from vmm.errors import ConfigError
 from vmm.images import apt, oci, reference, users
@@ -91,6 +92,17 @@ def test_tree_becomes_an_image(kernel: Path, tmp_path: Path) -> None:
     assert image.config is not None and image.config.argv == []
     with pytest.raises(PullError, match="nosuch is not a directory"):
         images.pull(f"dir:{tmp_path}/nosuch")
+
+
+@private_mounts
+def test_what_is_mounted_in_a_tree_is_not_taken(kernel: Path, tmp_path: Path) -> None:
+    for name in ("proc", 'my "home', "proc2/sub"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+    (tmp_path / "tree/mem").touch()
+    assert mounted("proc", tmp_path / "tree/proc") and mounted("tmpfs", tmp_path / 'tree/my "home')
+    (tmp_path / 'tree/my "home/secret').touch()
+    bind("/proc/self/status", tmp_path / "tree/mem")
+    assert listed(images.pull(f"dir:{tmp_path}/tree").rootfs) == ['my "home', "proc", "proc2", "proc2/sub"]
 
 
 def test_list_has_it(kernel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +117,30 @@ def _of_directory(name: Name, limit: int, work: Path, progress: Progress) -> Ima
     if not os.path.isdir(name.place):
         raise PullError(f"{name.place} is not a directory")
     progress("making the file system", None)
-    argv = [tool("mksquashfs"), name.place, str(work / "disk"), *squashfs.COMPRESSION, "-no-progress", "-exit-on-error"]
+    options = [*squashfs.COMPRESSION, "-one-file-system", "-no-progress", "-exit-on-error"]
+    for path, status in _mounts_below(name.place):
+        quoted = path.replace("\\", "\\\\").replace('"', '\\"')
+        options += ["-p", f'"{quoted}" d {status.st_mode & 0o7777:o} {status.st_uid} {status.st_gid}']
+    argv = [tool("mksquashfs"), name.place, str(work / "disk"), *options]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise PullError(f"mksquashfs: {said[0]}")
     return ImageConfig(home="/root")
+
+
+def _mounts_below(place: str) -> Iterator[tuple[str, os.stat_result]]:
+    # Directories of the tree on which another file system is mounted, as proc in a prepared chroot. mksquashfs takes
+    # nothing of those, but a guest mounts something there, too. Source: proc(5), mountinfo.
+    root = os.path.realpath(place)
+    own = os.stat(root).st_dev
+    with open("/proc/thread-self/mountinfo", "rb") as file:
+        points = {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split()[4]) for line in file}
+    for point in sorted(map(os.fsdecode, points)):
+        if point.startswith(root.rstrip("/") + "/") and os.path.isdir(point):
+            status = os.stat(point)
+            if status.st_dev != own == os.stat(os.path.dirname(point)).st_dev:
+                yield os.path.relpath(point, root), status
 
 
 def _of_layers(name: Name, limit: int, work: Path, progress: Progress) -> ImageConfig:
