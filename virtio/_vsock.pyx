@@ -181,6 +181,8 @@ cdef class VsockWorker(QueueWorker):
     def reset_transport(self):
         """Tell the driver that every connection is gone (§5.10.6.7); before ``start``."""
         self.reset_due = True
+        # A program of the guest that has not yet closed one of before holds its ports: new ones get others.
+        self.last_port = FIRST_HOST_PORT | int.from_bytes(os.urandom(4), "little") % FIRST_HOST_PORT
 
     cdef int tell_reset(self) noexcept nogil:
         # VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, in the next buffer that the driver gives for events.
