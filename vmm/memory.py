@@ -119,8 +119,14 @@ def spans(size: int) -> list[tuple[int, int]]:
 def overlay(pieces: list[Piece], new: Piece) -> list[Piece]:
     """`pieces`, in order of address and disjoint, with `new` over what was there."""
     end = new.gpa + new.size
-    before = [piece.part(0, new.gpa) for piece in pieces if piece.gpa < new.gpa]
-    after = [piece.part(end, 1 << 64) for piece in pieces if piece.gpa + piece.size > end]
+    before = [
+        piece if piece.gpa + piece.size <= new.gpa else piece.part(0, new.gpa)
+        for piece in pieces
+        if piece.gpa < new.gpa
+    ]
+    after = [
+        piece if piece.gpa >= end else piece.part(end, 1 << 64) for piece in pieces if piece.gpa + piece.size > end
+    ]
     return [*before, new, *after]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vmm import _mapping
 from vmm.errors import ConfigError, GuestMemoryError
-from vmm.memory import GIB, GuestMemory
+from vmm.memory import GIB, GuestMemory, MemoryFile, Piece, overlay
 
 MIB = 1 << 20
 
@@ -247,3 +247,18 @@ def test_its_files_go_with_the_last_that_maps_them() -> None:
     del memory, copy
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_pieces_over_one_another_are_the_last_of_each_page() -> None:
+    rng = random.Random(5)
+    files = [MemoryFile(os.memfd_create("piece")) for _ in range(3)]
+    pieces = [Piece(0, 64, None)]
+    model: dict[int, tuple[MemoryFile | None, int]] = {at: (None, at) for at in range(64)}
+    for _ in range(300):
+        first = rng.randrange(64)
+        new = Piece(first, rng.randrange(1, 65 - first), rng.choice(files), rng.randrange(1000))
+        pieces = overlay(pieces, new)
+        model |= {at: (new.file, new.offset + at - first) for at in range(first, first + new.size)}
+        found = [(each, at) for each in pieces for at in range(each.gpa, each.gpa + each.size)]
+        assert [at for _, at in found] == list(range(64))
+        assert all(model[at] == (each.file, each.offset + at - each.gpa) for each, at in found)
