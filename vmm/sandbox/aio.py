@@ -7,8 +7,9 @@ import asyncio
 import functools
 
 from vmm import threads
+from vmm.sandbox.channel import Deadline
 from vmm.sandbox.files import Files
-from vmm.sandbox.process import Process
+from vmm.sandbox.process import DEFAULT_LIMIT, Process
 from vmm.sandbox.sandbox import Sandbox
 from vmm.sandbox.session import Session
 
@@ -190,7 +191,11 @@ class AsyncSandbox:
         **settings: Any,
     ) -> Result:  # fmt: skip
         """Run a command to its end, as ``Sandbox.run``; a task that is cancelled kills it."""
-        async with await self.exec(command, timeout=timeout, **settings) as process:
+        limit = settings.pop("limit", DEFAULT_LIMIT)
+        work = functools.partial(
+            Session._exec, self.sync, command, limit, Deadline(timeout), input=input is not None, quiet=True, **settings
+        )
+        async with AsyncProcess(await _in_thread(work, undo=Process.close)) as process:
             result = await process.communicate(input, timeout)
         return result.check() if check else result
 

@@ -107,8 +107,9 @@ class Session:
         )
 
     def _exec(
-        self, command: str | Sequence[str], limit: int, deadline: Deadline, *, env: Mapping[str, str] | None,
-        cwd: str | None, user: str | int | None, limits: Mapping[str, int | tuple[int, int]] | None,
+        self, command: str | Sequence[str], limit: int, deadline: Deadline, *, env: Mapping[str, str] | None = None,
+        cwd: str | None = None, user: str | int | None = None,
+        limits: Mapping[str, int | tuple[int, int]] | None = None,
         terminal: tuple[int, int] | None = None, keep: bool = False, input: bool = True, quiet: bool = False,
     ) -> Process:  # fmt: skip
         words = words_of(
