@@ -104,7 +104,7 @@ class Disk:
     def measure(self) -> int:
         """Bytes that it has now.
 
-        :raises ConfigError: not what a disk has, or it is no disk
+        :raises ConfigError: the file or its size is not a disk's
         """
         self._must_be_a_disk()
         size = os.lseek(self.fd, 0, os.SEEK_END)
@@ -335,7 +335,7 @@ class Block(VirtioDevice):
     def replace(self, path: str) -> None:
         """Go on with the file `path`, which may be the same, grown or shrunk; the driver is told its size.
 
-        :raises ConfigError: it is no disk, or in use; the disk stays as it was
+        :raises ConfigError: the file is not a disk, or is in use; the disk stays as it was
         """
         disk = self.disk
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(disk.fd)):

@@ -56,7 +56,7 @@ _PCAP_HEADER = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0x40000, 1)
 def parse_mac(text: str) -> bytes:
     """The six bytes of a hardware address as people write it.
 
-    :raises ConfigError: it is none, or one of a group
+    :raises ConfigError: it is not a unicast MAC address
     """
     parts = text.split(":")
     plain = len(parts) == 6 and all(len(part) == 2 and part.isalnum() and part.isascii() for part in parts)

@@ -87,7 +87,7 @@ class Tap:
     def inherited(cls, fd: int) -> Tap:
         """The tap of an open descriptor, which is owned from here on.
 
-        :raises ConfigError: it is no tap with IFF_VNET_HDR
+        :raises ConfigError: it is not a tap with IFF_VNET_HDR
         """
         tap = cls.__new__(cls)
         tap.fds, tap._attached = [], 1
@@ -199,7 +199,7 @@ def parse_address(text: str) -> tuple[bytes, int]:
 def network_of(text: str) -> str:
     """The network of an address: ``10.0.0.0/24`` for ``10.0.0.1/24``.
 
-    :raises ConfigError: it is no such address
+    :raises ConfigError: it is not an IPv4 address with a prefix length
     """
     packed, bits = parse_address(text)
     network = int.from_bytes(packed, "big") & 0xFFFF_FFFF << (32 - bits)

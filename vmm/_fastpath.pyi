@@ -27,14 +27,14 @@ class GuestRam:
     def whole_pages(self, part: memoryview) -> tuple[int, int]:
         """(guest address, bytes) of the pages that lie wholly inside `part`, a slice of this RAM.
 
-        :raises ValueError: it is no slice of this RAM
+        :raises ValueError: it is not a slice of this RAM
         """
     def discard(self, part: memoryview) -> int:
         """Give the host the pages back that lie wholly inside `part`: holes in the memfd, which read as zeros.
 
         :param part: what ``slice`` or a chain gave, of any alignment
         :returns: bytes given back
-        :raises ValueError: it is no slice of this RAM
+        :raises ValueError: it is not a slice of this RAM
         :raises OSError: the host refused, as for RAM that is no shared memory
 
         Without the GIL. Source: Linux madvise(2), MADV_REMOVE.

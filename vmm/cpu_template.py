@@ -47,7 +47,7 @@ class Bits(Config):
 def parse_number(field: str, text: str) -> int:
     """A 32-bit number: ``0x``, ``0b`` or decimal.
 
-    :raises ConfigError: it is none
+    :raises ConfigError: the text is malformed
     """
     try:
         value = int(text, 0) if text.isascii() and "_" not in text else -1

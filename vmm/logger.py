@@ -154,7 +154,7 @@ _second = (-1, "")
 def parse_level(level: str) -> int:
     """The number of a level's name, in any letters' case.
 
-    :raises ConfigError: there is none of that name
+    :raises ConfigError: there is no level of that name
     """
     number = _LEVELS.get(level.lower())
     if number is None:

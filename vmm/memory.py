@@ -306,7 +306,7 @@ class GuestMemory(GuestRam):
 
         :param part: what ``slice`` or a chain gave, of any alignment
         :returns: bytes that read as zeros now
-        :raises ValueError: it is no slice of this RAM
+        :raises ValueError: it is not a slice of this RAM
         :raises OSError: the host refused
         """
         if self._handler is None and self._pieces is None:

@@ -24,7 +24,7 @@ def parse_size(field: str, text: str | int) -> int:
     """Bytes of a size as people write it: ``512M``, ``2G``, ``1.5GiB``, ``65536``.
 
     :param field: the option it came from, for the message
-    :raises ConfigError: it is no size
+    :raises ConfigError: it is not a size
     """
     allowed = "a size is a positive number with K, M, G or T, e.g. 512M or 2G"
     if isinstance(text, int):
@@ -73,7 +73,7 @@ def parse_options(
 def parse_count(field: str, text: str, least: int, most: int) -> int:
     """A whole number as people write it.
 
-    :raises ConfigError: none, or not within `least` and `most`
+    :raises ConfigError: it is not a number from `least` to `most`
     """
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
     if not least <= value <= most:

@@ -62,7 +62,7 @@ class Image:
     def save(self, directory: str) -> None:
         """Write it as `directory`: whole, or nothing; see :mod:`vmm.snapshot_file`.
 
-        :raises ConfigError: something that is no snapshot is there
+        :raises ConfigError: the directory holds something other than a snapshot
         :raises HostError: it cannot be written; what was there before is as it was
         """
         from vmm.snapshot_file import save
@@ -74,7 +74,7 @@ class Image:
         """The image in `directory`, whose files stay as they are while it, or a machine made of it, is there.
 
         :raises HostError: it cannot be read
-        :raises SnapshotError: it is no image, damaged, or of another format
+        :raises SnapshotError: it is not an image, is damaged, or of another format
         """
         from vmm.snapshot_file import load
 

@@ -85,7 +85,7 @@ def load(directory: str) -> Image:
     """The image in `directory`; its memory is mapped, not read, so the files stay as they are while it is used.
 
     :raises HostError: it cannot be read
-    :raises SnapshotError: it is no image, damaged, or of another format; says which
+    :raises SnapshotError: it is not an image, is damaged, or of another format; says which
     """
     try:
         data = read_state(os.path.join(directory, STATE))
@@ -158,7 +158,7 @@ def encode(image: Image, mark: bytes, *, api: bytes = b"") -> bytes:
 def format_of(data: bytes, name: str) -> int:
     """The format of a file ``state``, which may be another than ours.
 
-    :raises SnapshotError: it is none
+    :raises SnapshotError: it is not a snapshot
     """
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise SnapshotError(name, "is not a snapshot of pyvmm")
@@ -176,7 +176,7 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
 
     :param data: the file ``state``
     :param name: for messages
-    :raises SnapshotError: it is no image, damaged, or of another format
+    :raises SnapshotError: it is not an image, is damaged, or of another format
     """
     from vmm.snapshot import Image
 

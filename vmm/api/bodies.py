@@ -17,7 +17,7 @@ _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 def decode(kind: Any, body: bytes) -> Any:
     """A body as a value of type `kind`.
 
-    :raises ApiError: it is none; names the field, the value and what is allowed
+    :raises ApiError: the body is invalid; names the field, the value and what is allowed
     """
     decoder = _decoders.get(kind)
     if decoder is None:

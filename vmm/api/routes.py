@@ -88,7 +88,7 @@ _BY_KEY = {_key(route.method, route.path): route for route in ROUTES}
 def find(method: str, path: str) -> tuple[Route, str | None]:
     """The route of a request, and the id in its path.
 
-    :raises ApiError: there is none
+    :raises ApiError: no route matches
     """
     words = path.lstrip("/").removesuffix("/").split("/")
     if route := _BY_KEY.get((method, *words)):

@@ -92,7 +92,7 @@ def shown_drive(body: types.Drive) -> types.Drive:
 
 
 def drive(body: types.Drive) -> DriveConfig:
-    """:raises ConfigError: it is no disk that we have"""
+    """:raises ConfigError: the body does not describe a supported disk"""
     if body.socket is not None:
         raise ConfigError("socket", body.socket, "vhost-user drives are not supported; give path_on_host")
     if body.path_on_host is None:
@@ -115,7 +115,7 @@ def drive(body: types.Drive) -> DriveConfig:
 
 
 def net(body: types.NetworkInterface) -> NetConfig:
-    """:raises ConfigError: it is no interface that we have"""
+    """:raises ConfigError: the body does not describe a supported interface"""
     return NetConfig(
         _given(body.host_dev_name, "") or None,
         mode=_given(body.mode, "tap"),
@@ -133,7 +133,7 @@ def net(body: types.NetworkInterface) -> NetConfig:
 
 
 def share(body: types.SharedFs) -> FsConfig:
-    """:raises ConfigError: it is no share that we have"""
+    """:raises ConfigError: the body does not describe a supported share"""
     return FsConfig(
         body.tag,
         body.shared_dir,
@@ -149,7 +149,7 @@ def share(body: types.SharedFs) -> FsConfig:
 
 
 def balloon(body: types.Balloon) -> BalloonConfig:
-    """:raises ConfigError: it is no balloon that we have"""
+    """:raises ConfigError: the body does not describe a supported balloon"""
     return BalloonConfig(
         body.amount_mib,
         deflate_on_oom=body.deflate_on_oom,
@@ -159,7 +159,7 @@ def balloon(body: types.Balloon) -> BalloonConfig:
 
 
 def vsock(body: types.Vsock) -> VsockConfig:
-    """:raises ConfigError: it is no socket device that we have"""
+    """:raises ConfigError: the body does not describe a supported socket device"""
     return VsockConfig(body.guest_cid, body.uds_path, vsock_id=_given(body.vsock_id, None) or None)
 
 

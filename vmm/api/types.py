@@ -31,11 +31,11 @@ Level = Literal["Off", "Error", "Warning", "Warn", "Info", "Debug", "Trace"]
 
 
 class Body(Struct, forbid_unknown_fields=True):
-    """A JSON object in which an unknown field is a mistake."""
+    """A JSON object; unknown fields are refused."""
 
 
 class TokenBucket(Body, kw_only=True):
-    """`size` tokens, after a burst of `one_time_burst` more, filled again within `refill_time` milliseconds."""
+    """A token bucket: `size` tokens, refilled in `refill_time` milliseconds; `one_time_burst` more at the start."""
 
     size: U64
     one_time_burst: U64 | None = None
@@ -43,14 +43,14 @@ class TokenBucket(Body, kw_only=True):
 
 
 class RateLimiter(Body, kw_only=True):
-    """Buckets of bytes and of operations; a bucket that is left out limits nothing, or is left as it is."""
+    """Token buckets for bytes and operations. A missing bucket sets no limit; in a PATCH it stays as it is."""
 
     bandwidth: TokenBucket | None = None
     ops: TokenBucket | None = None
 
 
 class BootSource(Body, kw_only=True):
-    """What the guest boots."""
+    """The kernel, its initial ramdisk and its command line."""
 
     kernel_image_path: str
     initrd_path: str | None = None
@@ -58,7 +58,7 @@ class BootSource(Body, kw_only=True):
 
 
 class MachineConfiguration(Body, kw_only=True):
-    """The machine's size and its CPU's looks."""
+    """The machine's vCPUs, memory and CPU template."""
 
     vcpu_count: U8
     mem_size_mib: U64
@@ -69,7 +69,7 @@ class MachineConfiguration(Body, kw_only=True):
 
 
 class MachineConfigurationUpdate(Body, kw_only=True):
-    """What is given replaces what was there."""
+    """A change of the machine configuration: the given fields are replaced."""
 
     vcpu_count: U8 | None = None
     mem_size_mib: U64 | None = None
@@ -80,14 +80,14 @@ class MachineConfigurationUpdate(Body, kw_only=True):
 
 
 class CpuidRegisterModifier(Body, kw_only=True):
-    """Bits of one register of a CPUID leaf: ``0b`` and, from the highest, 0, 1, or x for what stays."""
+    """Bits of one register of a CPUID leaf: ``0b``, then from the highest bit 0, 1, or x to keep the bit."""
 
     register: Literal["eax", "ebx", "ecx", "edx"]
     bitmap: str
 
 
 class CpuidLeafModifier(Body, kw_only=True):
-    """Changes to one leaf; numbers are ``0x`` or ``0b`` strings or decimal ones."""
+    """Changes to one CPUID leaf. Numbers are strings in hexadecimal (``0x``), binary (``0b``) or decimal."""
 
     leaf: str
     subleaf: str
@@ -103,7 +103,7 @@ class RegisterModifier(Body, kw_only=True):
 
 
 class CpuConfig(Body, kw_only=True):
-    """A CPU template: what the guest's CPUID and MSRs are changed to before its first instruction."""
+    """A CPU template: changes to the guest's CPUID and MSRs before its first instruction."""
 
     kvm_capabilities: list[str] = []
     cpuid_modifiers: list[CpuidLeafModifier] = []
@@ -113,7 +113,7 @@ class CpuConfig(Body, kw_only=True):
         self.template()
 
     def template(self) -> "CpuTemplate":
-        """:raises ConfigError: a number or a bitmap that is none"""
+        """:raises ConfigError: a number or a bitmap is malformed"""
         from vmm.cpu_template import parse_template
 
         return parse_template(
@@ -125,7 +125,7 @@ class CpuConfig(Body, kw_only=True):
 
 
 class Drive(Body, kw_only=True):
-    """A disk. `num_queues`, `is_direct`, `image_format`, `backing_file` and `backing_format` are ours."""
+    """A disk. `num_queues`, `is_direct`, `image_format`, `backing_file` and `backing_format` are pyvmm's extensions."""
 
     drive_id: str
     partuuid: str | None = None
@@ -152,7 +152,7 @@ class PartialDrive(Body, kw_only=True):
 
 
 class NetworkInterface(Body, kw_only=True):
-    """A network interface. All from `mode` on is ours, as in ``pyvmm run --net``."""
+    """A network interface. The fields from `mode` on are pyvmm's extensions, as in ``pyvmm run --net``."""
 
     iface_id: str
     host_dev_name: str | UnsetType = UNSET
@@ -187,7 +187,7 @@ class PartialNetworkInterface(Body, kw_only=True):
 
 
 class Vsock(Body, kw_only=True):
-    """The socket device; `vsock_id` means nothing any more."""
+    """The socket device; `vsock_id` is deprecated and ignored."""
 
     guest_cid: U32
     uds_path: str
@@ -195,7 +195,7 @@ class Vsock(Body, kw_only=True):
 
 
 class Balloon(Body, kw_only=True):
-    """The memory balloon. `free_page_reporting` is ours, and newer Firecrackers'."""
+    """The memory balloon. `free_page_reporting` is an extension, which newer versions of Firecracker have, too."""
 
     amount_mib: U32
     deflate_on_oom: bool
@@ -204,25 +204,25 @@ class Balloon(Body, kw_only=True):
 
 
 class BalloonUpdate(Body, kw_only=True):
-    """A new size."""
+    """A new target size of the balloon."""
 
     amount_mib: U32
 
 
 class BalloonStatsUpdate(Body, kw_only=True):
-    """A new interval."""
+    """A new interval between two readings of the guest's statistics."""
 
     stats_polling_interval_s: U16
 
 
 class EntropyDevice(Body, kw_only=True):
-    """The host's random numbers."""
+    """The entropy device: the guest reads the host's random numbers."""
 
     rate_limiter: RateLimiter | None = None
 
 
 class SharedFs(Body, kw_only=True):
-    """A shared directory, served by this process; ours, with Dragonball's names.
+    """A shared directory, served by this process: an extension of pyvmm with Dragonball's field names.
 
     `cache_size` is that of the DAX window in bytes, `squash` the user and group of every access; with `submounts` what
     is mounted below the directory is shown, too.
@@ -248,7 +248,7 @@ class PartialFs(Body, kw_only=True):
 
 
 class Logger(Body, kw_only=True):
-    """Where messages go, and which."""
+    """Where log messages are written, and which of them."""
 
     log_path: str | None = None
     level: str | None = None
@@ -264,20 +264,20 @@ class Logger(Body, kw_only=True):
 
 
 class Metrics(Body, kw_only=True):
-    """Where metrics go: a file or a FIFO."""
+    """The file or FIFO to which metrics are written."""
 
     metrics_path: str
 
 
 class Serial(Body, kw_only=True):
-    """Where the serial port's output goes instead of stdout, a file or a FIFO, and how much of it: the rest is lost."""
+    """The file or FIFO for the serial port's output instead of stdout; what exceeds the rate limit is lost."""
 
     serial_out_path: str | None = None
     rate_limiter: RateLimiter | None = None
 
 
 class MmdsConfig(Body, kw_only=True):
-    """Which interfaces reach the metadata service, and how."""
+    """The network interfaces that reach the metadata service, its address and its version."""
 
     version: Literal["V1", "V2"] = "V1"
     network_interfaces: list[str]
@@ -290,19 +290,19 @@ class MmdsConfig(Body, kw_only=True):
 
 
 class Action(Body, kw_only=True):
-    """Something to do once."""
+    """An action to perform."""
 
     action_type: Literal["InstanceStart", "FlushMetrics", "SendCtrlAltDel"]
 
 
 class VmState(Body, kw_only=True):
-    """The vCPUs held, or going on."""
+    """Pause or resume the vCPUs."""
 
     state: Literal["Paused", "Resumed"]
 
 
 class SnapshotCreate(Body, kw_only=True):
-    """A snapshot of a paused VM."""
+    """Where to write a snapshot of the paused VM, and which type."""
 
     snapshot_path: str
     mem_file_path: str
@@ -310,21 +310,21 @@ class SnapshotCreate(Body, kw_only=True):
 
 
 class MemBackend(Body, kw_only=True):
-    """Where a snapshot's memory comes from: a file, or a page fault handler's socket."""
+    """The source of a snapshot's memory: a file, or the socket of a page fault handler."""
 
     backend_type: Literal["File", "Uffd"]
     backend_path: str
 
 
 class NetworkOverride(Body, kw_only=True):
-    """Another tap for a network interface of the snapshot."""
+    """A tap that replaces the one of a network interface in the snapshot."""
 
     iface_id: str
     host_dev_name: str
 
 
 class VsockOverride(Body, kw_only=True):
-    """Another socket for the socket device of the snapshot, whose guest keeps its CID."""
+    """A unix socket that replaces the one of the snapshot's socket device; the guest keeps its CID."""
 
     uds_path: str
 
@@ -348,7 +348,7 @@ class SnapshotLoad(Body, kw_only=True):
 
 
 class Host(Body, kw_only=True):
-    """What only `pyvmm run` sets: see ``VmConfig``."""
+    """Extensions that `pyvmm run` writes: see ``VmConfig``."""
 
     console: str | UnsetType = UNSET
     virtio_console: bool | UnsetType = UNSET
@@ -379,7 +379,7 @@ class VmConfiguration(Struct, kw_only=True, rename="kebab"):
 
 
 class InstanceInfo(Body, kw_only=True):
-    """Who this is, and whether it runs."""
+    """The instance: its id, state and version."""
 
     id: str
     state: Literal["Not started", "Running", "Paused"]
@@ -388,7 +388,7 @@ class InstanceInfo(Body, kw_only=True):
 
 
 class Version(Body, kw_only=True):
-    """The level of the API."""
+    """The Firecracker version whose API this is."""
 
     firecracker_version: str
 
@@ -400,13 +400,13 @@ class Fault(Body, kw_only=True):
 
 
 class HttpFault(Body, kw_only=True):
-    """Why what came was no request for this API."""
+    """Why the HTTP request was malformed."""
 
     error: str
 
 
 class BalloonStats(Body, kw_only=True):
-    """The balloon's amounts, and what the guest said of its memory, in bytes and counts."""
+    """The balloon's target and actual size, and the guest's memory statistics."""
 
     target_pages: U32
     actual_pages: U32

@@ -54,7 +54,7 @@ class Registry:
     def manifest(self, reference: str) -> tuple[bytes, str]:
         """Return a manifest or an index, by tag or digest, and what the registry calls its type.
 
-        :raises PullError: there is none, or it is not permitted; FetchError: the registry failed
+        :raises PullError: the image does not exist, or access is denied; FetchError: the registry failed
         """
 
         def fetch() -> tuple[bytes, str]:

@@ -73,7 +73,7 @@ def layout(name: Name) -> Content:
     """Read an image from a directory.
 
     Source: OCI Image Format Specification 1.1, image-layout.md.
-    :raises PullError: it is none, or damaged
+    :raises PullError: it is not such an image, or is damaged
     """
     home = Path(name.place)
     index = manifest.decode(f"{home}/index.json", _small(home / "index.json"), manifest.Index)
@@ -120,7 +120,7 @@ class _Saved(msgspec.Struct, rename="pascal"):
 def archive(name: Name) -> Content:
     """Read an image from what `docker save` or `podman save` wrote.
 
-    :raises PullError: it is none, or damaged
+    :raises PullError: it is not such an image, or is damaged
     """
     try:
         tar = tarfile.open(fileobj=_opened(Path(name.place)), mode="r:")

@@ -69,7 +69,7 @@ def _version(qemu: Qemu) -> tuple[int, int]:
 def _of_backports(progress: Progress) -> Qemu:
     """Debian's backport, with those of its libraries that this host has not installed.
 
-    :raises PullError: there is none, or it cannot be had
+    :raises PullError: no suitable QEMU exists, or it cannot be fetched
     """
     release = suites.own()
     if release is None:

@@ -299,7 +299,7 @@ class Channel:
     def read_view(self, deadline: Deadline, doing: str) -> tuple[int, memoryview]:
         """The next frame: its type and its bytes, where they are until the next call.
 
-        :raises AgentError: it is none of the protocol
+        :raises AgentError: the frame does not belong to the protocol
         :raises SandboxGone: the connection ended before
         """
         while True:

@@ -107,7 +107,7 @@ def all_running() -> list[dict[str, Any]]:
 def about(name: str) -> dict[str, Any]:
     """What a sandbox that runs told of itself.
 
-    :raises ConfigError: there is none of that name
+    :raises ConfigError: no sandbox of that name is running
     """
     check(name)
     found = all_running()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def attach(name: str) -> Session:
     """The sandbox of that name, which another process of this user runs.
 
-    :raises ConfigError: there is none
+    :raises ConfigError: no such sandbox is running
     """
     about = registry.about(name)
     return Session(Link(registry.socket_of(name)), about)
