@@ -206,10 +206,10 @@ def spare_collections(name: str) -> None:
 
 
 def spare_threading() -> None:
-    """Import threading without ``functools`` and all that it has for types and records: of it, C has what is used."""
+    """Import threading without ``functools``, of which C has what is used, and ``types``, of which it is a name."""
     import _functools  # type: ignore[import-not-found]  # in no stubs
 
-    _without("threading", {"functools": _functools})
+    _without("threading", {"functools": _functools, "types": _module("types", GenericAlias=type(list[int]))})
 
 
 def spare_httptools() -> None:

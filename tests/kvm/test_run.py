@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.kvm.guests import write_guest
-from vmm import Exit, Machine, StopReason
+from vmm import Exit, Machine, StopReason, kvm, kvm_abi
 
 EXIT_7 = "mov al, 7; out 0xf4, al"
 FOREVER = "again: inc ecx; jmp again"
@@ -21,6 +22,21 @@ def test_a_path_is_enough(tmp_path: Path) -> None:
         with Machine(kernel, memory="4M") as vm:
             vm.start()
             assert vm.wait(10) == Exit(StopReason.GUEST_EXIT, 7)
+
+
+def test_memory_comes_before_interrupt_controllers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The other way round KVM lets the memory wait for milliseconds.
+    asked: list[int] = []
+
+    def kvm_ioctl(fd: int, request: int, *words: object) -> int:
+        asked.append(request)
+        return real(fd, request, *words)
+
+    real: Callable[..., int] = kvm.kvm_ioctl
+    monkeypatch.setattr(kvm, "kvm_ioctl", kvm_ioctl)
+    with Machine(write_guest(tmp_path, EXIT_7), memory="4M", prepared=kvm.prepare()):
+        pass
+    assert asked.index(kvm_abi.KVM_SET_USER_MEMORY_REGION) < asked.index(kvm_abi.KVM_CREATE_IRQCHIP)
 
 
 def test_several_machines_in_one_event_loop(tmp_path: Path) -> None:

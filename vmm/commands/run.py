@@ -241,15 +241,11 @@ def main(args: Arguments) -> int:
         return _run_in_lab(config)
     if not (args.dry_run or args.any_kernel):
         _refuse_linux_on_software_kvm(config)
-    from vmm import kvm
-
-    # First, and the memory as late as can be: KVM then has nothing to wait for.
-    prepared = None if args.dry_run else kvm.prepare(config.kvm)
     launched.spare_collections("vmm.machine")
     from vmm.machine import Machine
 
     _guard(args)
-    vm = Machine(config, prepared=prepared, seccomp=not args.no_seccomp)
+    vm = Machine(config, seccomp=not args.no_seccomp)
     try:
         if args.verbose or args.dry_run:
             print(describe(vm), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
