@@ -81,7 +81,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "make: the site is build/site/index.html"
 
-# An sdist, and a wheel for the interpreter PYTHON into which auditwheel puts libseccomp; both in dist/ (docs/packaging.md).
+# An sdist, and a wheel for the interpreter PYTHON which auditwheel repairs; both in dist/ (docs/packaging.md).
 PACKAGES = build/packages
 wheel: | system-packages
 	@rm -rf $(PACKAGES)

@@ -56,7 +56,10 @@ if not MODULES or LOST:
 
 def write_filters() -> None:
     """The system call filters, for ``vmm/_seccomp.pyx``; the same ones are not written again."""
-    text = runpy.run_path("vmm/seccomp_rules.py")["header"]()
+    try:
+        text = runpy.run_path("vmm/seccomp_rules.py")["header"]()
+    except OSError as error:
+        sys.exit(f"setup.py: the system call filters need libseccomp (Debian: libseccomp2): {error}")
     if not os.path.exists(FILTERS) or open(FILTERS).read() != text:
         with open(FILTERS, "w") as file:
             file.write(text)
