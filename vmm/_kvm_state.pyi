@@ -29,5 +29,10 @@ class StateAccess:
 
         :param realtime: the guest's clock has gone on meanwhile; False: it goes on from where it was
         """
+    def get_clock(self, fd: int) -> bytes:
+        """kvm-clock, and the host's time of day beside it."""
     def set_clock(self, fd: int, clock: bytes, *, realtime: bool) -> None:
-        """Set kvm-clock to what ``save_vm`` said in ``clock``; likewise."""
+        """Set kvm-clock to what ``get_clock`` said.
+
+        :param realtime: as for ``restore_vm``
+        """

@@ -9,7 +9,7 @@ which say where it is, and before the MSRs, or it drops the TSC deadline; the de
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EINVAL, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from vmm.errors import KvmError, SnapshotError
 
@@ -17,6 +17,12 @@ cdef extern from *:
     """
     #include <linux/kvm.h>
     #include <sys/ioctl.h>
+    #include <time.h>
+    static inline uint64_t real_ns(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
     static inline int kvm_call(int fd, unsigned long request, void *argument) { return ioctl(fd, request, argument); }
     #ifndef KVM_CLOCK_REALTIME
     #define KVM_CLOCK_REALTIME (1 << 2)
@@ -26,6 +32,7 @@ cdef extern from *:
     #define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
     #endif
     """
+    uint64_t real_ns() nogil
     int kvm_call(int fd, unsigned long request, void *argument) nogil
     struct kvm_msr_entry:
         uint32_t index
@@ -82,6 +89,7 @@ READS = (
 )
 
 cdef enum:
+    REALTIME = 2                # of kvm_clock_data's 64-bit words, as Linux has it since 5.16
     MSRS = 512
     CPUID_ENTRIES = 256
     IRQCHIPS = 3
@@ -280,9 +288,19 @@ cdef class StateAccess:
             chips.append(data)
         return {
             "pit2": _get(fd, KVM_GET_PIT2, sizeof(kvm_pit_state2), "KVM_GET_PIT2"),
-            "clock": _get(fd, KVM_GET_CLOCK, sizeof(kvm_clock_data), "KVM_GET_CLOCK"),
+            "clock": self.get_clock(fd),
             "irqchips": chips,
         }
+
+    def get_clock(self, int fd):
+        """kvm-clock, and the host's time of day beside it."""
+        cdef kvm_clock_data data
+        memset(&data, 0, sizeof(data))
+        if kvm_call(fd, KVM_GET_CLOCK, &data) < 0:
+            raise KvmError(errno, "KVM_GET_CLOCK")
+        if not data.flags & KVM_CLOCK_REALTIME:
+            (<uint64_t *>&data)[REALTIME] = real_ns()
+        return (<char *>&data)[:sizeof(data)]
 
     def restore_vm(self, int fd, dict state, *, bint realtime):
         """Give a VM that state; its vCPUs have not run.
@@ -297,11 +315,21 @@ cdef class StateAccess:
         self.set_clock(fd, state["clock"], realtime=realtime)
 
     def set_clock(self, int fd, clock, *, bint realtime):
-        """Set kvm-clock to what ``save_vm`` said in ``clock``; likewise."""
+        """Set kvm-clock to what ``get_clock`` said.
+
+        :param realtime: as for ``restore_vm``
+        """
         cdef kvm_clock_data data
+        cdef uint64_t then
+        cdef int64_t passed
         if not isinstance(clock, bytes) or len(clock) != sizeof(data):
             raise SnapshotError("KVM_SET_CLOCK", "the clock is damaged")
         memcpy(&data, <char *>clock, sizeof(data))
         data.flags = data.flags & KVM_CLOCK_REALTIME if realtime else 0
+        # KVM adds what has passed only to a clock that it read beside the host's own, for which that has to be the TSC.
+        then = (<uint64_t *>&data)[REALTIME]
+        passed = <int64_t>(real_ns() - then)
+        if realtime and then and not data.flags and passed > 0:
+            data.clock += <uint64_t>passed
         if kvm_call(fd, KVM_SET_CLOCK, &data) < 0:
             raise KvmError(errno, "KVM_SET_CLOCK")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tests.waiting import until
 from vmm import Machine, StopReason, undertaker
 from vmm.errors import SnapshotError, VmmError
 
+KVM_CLOCK_REALTIME = 4
 MakeGuest = Callable[..., Machine]
 
 # Counts in memory until the byte at 0x200000 is not 0, then ends with it.
@@ -256,3 +258,21 @@ def test_a_thousand_forks_leave_nothing(guest: MakeGuest) -> None:
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["alone", "beside the host's"])
+def test_the_clock_has_gone_on_in_a_copy(guest: MakeGuest, paired: bool) -> None:
+    """By the host's time, whether KVM said that of the moment itself (where the host's clock is its TSC) or not."""
+    vm = guest(COUNTER)
+    vm.start()
+    vm.pause()
+    image = vm.freeze()
+    layout = struct.Struct("<QIIQ")  # clock, flags, padding, realtime
+    clock, flags, _, realtime = layout.unpack_from(image.vm["clock"])
+    assert abs(realtime - time.time_ns()) < 60 * 10**9
+    before = 1000 * 10**9
+    rest = image.vm["clock"][layout.size :]
+    image.vm["clock"] = layout.pack(clock, flags | KVM_CLOCK_REALTIME if paired else 0, 0, realtime - before) + rest
+    with Machine(image=image) as copy:
+        now = layout.unpack_from(copy.kvm.state_access().get_clock(copy.vm.fd))[0]
+    assert 0 <= now - clock - before < 60 * 10**9

@@ -34,14 +34,20 @@ class Guest:
     """A running guest and its shell."""
 
     def __init__(self, kernel: str, initrd: str, *devices: Any, append: str = "quiet", **settings: Any) -> None:
-        self.vm = Machine(
-            kernel=kernel, initrd=initrd, memory="192M", console="none", append=append, devices=devices, **settings
+        self.take(
+            Machine(
+                kernel=kernel, initrd=initrd, memory="192M", console="none", append=append, devices=devices, **settings
+            )
         )
-        self._heard = bytearray()
-        self._change = threading.Condition()
-        self.vm.on_console(self._hear)
         self.vm.start()
         self.run("true")  # what the kernel says, and what was fed before the echo was off
+
+    def take(self, vm: Machine) -> None:
+        """Talk to this machine."""
+        self.vm = vm
+        self._heard = bytearray()
+        self._change = threading.Condition()
+        vm.on_console(self._hear)
 
     def _hear(self, data: bytes) -> None:
         with self._change:
