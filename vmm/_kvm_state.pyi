@@ -17,7 +17,7 @@ class StateAccess:
         :raises KvmError: KVM refused a part; ``what`` names it
         """
     def restore_vcpu(self, fd: int, state: dict[str, Any]) -> None:
-        """Give a new vCPU that state.
+        """Give a new vCPU that state. Its TSC has gone on meanwhile, by the host's time of day.
 
         :raises SnapshotError: a part has another size than here
         :raises KvmError: KVM refused a part; ``what`` names it

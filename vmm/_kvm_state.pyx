@@ -88,6 +88,8 @@ READS = (
     KVM_GET_VCPU_EVENTS, KVM_GET_PIT2, KVM_GET_IRQCHIP, KVM_GET_CLOCK, KVM_GET_TSC_KHZ,
 )
 
+WORD = (1 << 64) - 1
+
 cdef enum:
     REALTIME = 2                # of kvm_clock_data's 64-bit words, as Linux has it since 5.16
     MSRS = 512
@@ -96,6 +98,10 @@ cdef enum:
     MSR_IA32_TSC = 0x10
     MSR_IA32_TSC_DEADLINE = 0x6e0
     TSC_TOLERANCE_PPM = 250     # as in every VMM: what NTP corrects
+
+cdef object _passed_since(uint64_t then):
+    # Nanoseconds of time; 0 where the host's was set back, or it cannot be told.
+    return max(<int64_t>(real_ns() - then), 0) if then else 0
 
 cdef struct MsrBatch:
     kvm_msrs header
@@ -171,7 +177,7 @@ cdef class StateAccess:
         state["lapic"] = _get(fd, KVM_GET_LAPIC, sizeof(kvm_lapic_state), "KVM_GET_LAPIC")
         state["tsc_khz"] = max(kvm_call(fd, KVM_GET_TSC_KHZ, NULL), 0)
         state["cpuid"] = self._cpuid(fd)
-        state["msrs"] = self._msrs(fd)
+        state["realtime"], state["msrs"] = real_ns(), self._msrs(fd)
         state["vcpu_events"] = _get(fd, KVM_GET_VCPU_EVENTS, sizeof(kvm_vcpu_events), "KVM_GET_VCPU_EVENTS")
         return state
 
@@ -204,7 +210,7 @@ cdef class StateAccess:
         return {batch.entries[i].index: batch.entries[i].data for i in range(got)}
 
     def restore_vcpu(self, int fd, dict state):
-        """Give a new vCPU that state.
+        """Give a new vCPU that state. Its TSC has gone on meanwhile, by the host's time of day.
 
         :raises SnapshotError: a part is not there or has another size than here
         :raises KvmError: KVM refused a part; ``what`` names it
@@ -230,7 +236,7 @@ cdef class StateAccess:
             _set(fd, KVM_SET_XCRS, state["xcrs"], sizeof(kvm_xcrs), "KVM_SET_XCRS")
         _set(fd, KVM_SET_DEBUGREGS, state["debugregs"], sizeof(kvm_debugregs), "KVM_SET_DEBUGREGS")
         _set(fd, KVM_SET_LAPIC, state["lapic"], sizeof(kvm_lapic_state), "KVM_SET_LAPIC")
-        self._set_msrs(fd, state["msrs"])
+        self._set_msrs(fd, state["msrs"], state.get("realtime", 0), state["tsc_khz"])
         _set(fd, KVM_SET_VCPU_EVENTS, state["vcpu_events"], sizeof(kvm_vcpu_events), "KVM_SET_VCPU_EVENTS")
         # So that a guest's watchdog does not take the pause for a hang; EINVAL: it has no kvm-clock.
         if kvm_call(fd, KVM_KVMCLOCK_CTRL, NULL) < 0 and errno != EINVAL:
@@ -245,24 +251,27 @@ cdef class StateAccess:
             raise SnapshotError("TSC", f"ran at {wanted} kHz, this host's runs at {here} kHz and cannot be scaled")
         return 0
 
-    cdef int _set_msrs(self, int fd, dict msrs) except -1:
+    cdef int _set_msrs(self, int fd, dict msrs, uint64_t then, tsc_khz) except -1:
         cdef MsrBatch batch
-        cdef uint32_t count = 0
+        cdef uint32_t count = 1
         cdef int done
-        cdef uint64_t tsc = msrs.get(MSR_IA32_TSC, 0)
-        if len(msrs) > MSRS:
+        if len(msrs) >= MSRS:
             raise SnapshotError("KVM_SET_MSRS", f"{len(msrs)} registers are more than there are")
         for index, value in msrs.items():
-            if index != MSR_IA32_TSC_DEADLINE:
+            if index != MSR_IA32_TSC_DEADLINE and index != MSR_IA32_TSC:
                 batch.entries[count].index = index
                 batch.entries[count].reserved = 0
                 batch.entries[count].data = value
                 count += 1
+        # As late as can be: what passes until KVM has it the guest loses.
+        batch.entries[0].index = MSR_IA32_TSC
+        batch.entries[0].reserved = 0
+        batch.entries[0].data = msrs.get(MSR_IA32_TSC, 0) + _passed_since(then) * tsc_khz // 1000000 & WORD
         if MSR_IA32_TSC_DEADLINE in msrs:
             # 0 where the deadline has passed and its interrupt is in no register yet: one in the past brings it.
             batch.entries[count].index = MSR_IA32_TSC_DEADLINE
             batch.entries[count].reserved = 0
-            batch.entries[count].data = msrs[MSR_IA32_TSC_DEADLINE] or tsc
+            batch.entries[count].data = msrs[MSR_IA32_TSC_DEADLINE] or batch.entries[0].data
             count += 1
         batch.header.nmsrs = count
         batch.header.pad = 0
@@ -320,16 +329,12 @@ cdef class StateAccess:
         :param realtime: as for ``restore_vm``
         """
         cdef kvm_clock_data data
-        cdef uint64_t then
-        cdef int64_t passed
         if not isinstance(clock, bytes) or len(clock) != sizeof(data):
             raise SnapshotError("KVM_SET_CLOCK", "the clock is damaged")
         memcpy(&data, <char *>clock, sizeof(data))
         data.flags = data.flags & KVM_CLOCK_REALTIME if realtime else 0
         # KVM adds what has passed only to a clock that it read beside the host's own, for which that has to be the TSC.
-        then = (<uint64_t *>&data)[REALTIME]
-        passed = <int64_t>(real_ns() - then)
-        if realtime and then and not data.flags and passed > 0:
-            data.clock += <uint64_t>passed
+        if realtime and not data.flags:
+            data.clock += <uint64_t>_passed_since((<uint64_t *>&data)[REALTIME])
         if kvm_call(fd, KVM_SET_CLOCK, &data) < 0:
             raise KvmError(errno, "KVM_SET_CLOCK")

@@ -17,8 +17,9 @@ from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
 from vmm import Machine, StopReason, undertaker
 from vmm.errors import SnapshotError, VmmError
+from vmm.kvm import software_kvm
 
-KVM_CLOCK_REALTIME = 4
+KVM_CLOCK_REALTIME, IA32_TSC = 4, 0x10
 MakeGuest = Callable[..., Machine]
 
 # Counts in memory until the byte at 0x200000 is not 0, then ends with it.
@@ -273,6 +274,12 @@ def test_the_clock_has_gone_on_in_a_copy(guest: MakeGuest, paired: bool) -> None
     before = 1000 * 10**9
     rest = image.vm["clock"][layout.size :]
     image.vm["clock"] = layout.pack(clock, flags | KVM_CLOCK_REALTIME if paired else 0, 0, realtime - before) + rest
+    image.vcpus[0]["realtime"] -= before
     with Machine(image=image) as copy:
-        now = layout.unpack_from(copy.kvm.state_access().get_clock(copy.vm.fd))[0]
+        access = copy.kvm.state_access()
+        now = layout.unpack_from(access.get_clock(copy.vm.fd))[0]
+        vcpu = access.save_vcpu(copy.vcpus[0].fd)
     assert 0 <= now - clock - before < 60 * 10**9
+    if not software_kvm():  # whose guests have the host's TSC
+        cycles = vcpu["msrs"][IA32_TSC] - image.vcpus[0]["msrs"][IA32_TSC]
+        assert 0 <= cycles / vcpu["tsc_khz"] / 1000 - 1000 < 60
