@@ -25,6 +25,16 @@ MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
 DEFAULT_MMDS_ADDRESS = "169.254.169.254"
 
 
+def check_names(**names: str | None) -> None:
+    """Refuse names of files and interfaces that the kernel would read to their middle.
+
+    :raises ConfigError: one has a NUL in it
+    """
+    for field, name in names.items():
+        if name is not None and "\0" in name:
+            raise ConfigError(field, repr(name), "must have no NUL in it")
+
+
 class Config:
     """Prints as the call that makes it again; equal to another of the same values. Its slots are its parameters."""
 
@@ -158,6 +168,7 @@ class DriveConfig(Config):
                 "backing_format", backing_format, "is only for an image with a backing file (backing=FILE)"
             )
         self.path_on_host = os.fspath(path_on_host)
+        check_names(path_on_host=self.path_on_host, backing_file=backing_file)
         self.is_read_only = is_read_only
         self.is_root_device = is_root_device
         self.drive_id = drive_id
@@ -260,6 +271,7 @@ class NetConfig(Config):
             )
         if nat and address is None:
             raise ConfigError("nat", True, "needs addr=, the host's side of the guest's network")
+        check_names(host_dev_name=host_dev_name, pcap=pcap)
         self.host_dev_name = host_dev_name
         self.mode = mode
         self.fd = fd
@@ -389,6 +401,7 @@ class FsConfig(Config):
             raise ConfigError("share dax", dax, "and rate limits exclude one another: DAX accesses are not counted")
         self.tag = tag
         self.shared_dir = os.fspath(shared_dir)
+        check_names(shared_dir=self.shared_dir)
         self.read_only = read_only
         self.cache_policy = cache_policy
         self.submounts = submounts

@@ -319,6 +319,28 @@ def test_nothing_of_a_refused_request_is_applied(served: Process, method: str, p
         ("/balloon", {"amount_mib": 5000, "deflate_on_oom": True}, ("amount_mib", "5000")),
         ("/fs/a", {"tag": "a", "shared_dir": "/nowhere"}, ("shared_dir", "/nowhere", "directory")),
         ("/mmds/config", {"network_interfaces": ["x"], "ipv4_address": "1.1.1.1"}, ("1.1.1.1", "link local")),
+        # JSON can say what no name of the host's can have.
+        ("/boot-source", {"kernel_image_path": "a\0b"}, ("a\0b", "null byte")),
+        ("/drives/d", {"drive_id": "d", "path_on_host": "a\0b", "is_root_device": False}, ("path_on_host", "NUL")),
+        (
+            "/drives/d",
+            {
+                "drive_id": "d",
+                "path_on_host": "disk",
+                "is_root_device": False,
+                "image_format": "qcow2",
+                "backing_file": "a\0b",
+            },
+            ("backing_file", "NUL"),
+        ),
+        ("/network-interfaces/n", {"iface_id": "n", "host_dev_name": "a\0b"}, ("host_dev_name", "NUL")),
+        ("/network-interfaces/n", {"iface_id": "n", "host_dev_name": "tap0", "pcap": "a\0b"}, ("pcap", "NUL")),
+        ("/vsock", {"guest_cid": 3, "uds_path": "a\0b"}, ("uds_path", "unix socket")),
+        ("/fs/a", {"tag": "a", "shared_dir": "a\0b"}, ("shared_dir", "NUL")),
+        ("/logger", {"log_path": "a\0b"}, ("log_path", "null byte")),
+        ("/metrics", {"metrics_path": "a\0b"}, ("metrics_path", "null byte")),
+        ("/serial", {"serial_out_path": "a\0b"}, ("serial_out_path", "null byte")),
+        ("/snapshot/load", {"snapshot_path": "a\0b", "mem_file_path": "m"}, ("snapshot_path", "NUL")),
     ],
 )
 def test_a_refusal_names_the_field_the_value_and_what_is_allowed(

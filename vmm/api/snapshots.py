@@ -16,6 +16,7 @@ import msgspec
 
 from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
+from vmm.device_config import check_names
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.memory import MemoryFile
 from vmm.snapshot_file import (
@@ -75,8 +76,9 @@ def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
     if machine.state == "Running":
         raise ApiError(f"Create snapshot error: {_RUNNING}")
     try:
+        check_names(snapshot_path=body.snapshot_path, mem_file_path=body.mem_file_path)
         _write(vmm, machine, body, diff=diff)
-    except SnapshotError as error:
+    except (ConfigError, SnapshotError) as error:
         raise ApiError(f"Create snapshot error: Cannot save the microVM state: {error}") from None
     vmm.metrics.store(
         "latencies_us", f"{body.snapshot_type.lower()}_create_snapshot", (time.monotonic_ns() - begun) // 1000
@@ -167,6 +169,11 @@ def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     begun = time.monotonic_ns()
     if (body.mem_backend is None) == (body.mem_file_path is None):
         raise ApiError(_JSON + (_NO_MEMORY if body.mem_backend is None else _TWO_MEMORIES))
+    backend = body.mem_backend.backend_path if body.mem_backend is not None else None
+    try:
+        check_names(snapshot_path=body.snapshot_path, mem_file_path=body.mem_file_path, backend_path=backend)
+    except ConfigError as error:
+        raise ApiError(f"Load snapshot error: {error}") from None
     if vmm.configured:
         raise ApiError(f"Load snapshot error: {_CONFIGURED}")
     try:
