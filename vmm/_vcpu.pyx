@@ -109,6 +109,10 @@ cdef enum:
     FAILED = -3
 
 
+cdef enum:
+    AGAIN_MAX = 1000                # times that the first run of the first processor is tried
+
+
 cdef class VcpuLoop:
     """The run loop of one vCPU.
 
@@ -125,6 +129,7 @@ cdef class VcpuLoop:
     cdef uint32_t _done             # items of the current string I/O that are finished
     cdef pthread_t _thread          # valid while _attached
     cdef bint _attached
+    cdef bint _boots                # it is the first processor, which waits for no other's INIT
     cdef int _errno                 # of the KVM_RUN that failed
     cdef readonly uint64_t exits    # times KVM_RUN came back with an exit
     cdef uint64_t[4] _accesses      # of these, reads and writes of ports, reads and writes of MMIO
@@ -144,12 +149,13 @@ cdef class VcpuLoop:
         if self._run != NULL:
             munmap(self._run, self._run_size)
 
-    def attach(self, str name):
+    def attach(self, str name, bint boots=False):
         """Make the calling thread this vCPU's thread: named `name`, deaf to every signal but the kick."""
         cdef bytes c_name = name.encode()[:15]
         if arm_kick() != 0:
             raise KvmError(errno, "sigaction of the kick signal")
         name_thread(c_name)
+        self._boots = boots
         self._thread = pthread_self()
         self._attached = True
 
@@ -184,14 +190,21 @@ cdef class VcpuLoop:
 
     cdef int _spin(self) noexcept nogil:
         cdef kvm_run *run = self._run
+        cdef uint32_t again = 0
         while True:
             if enter_guest(self._fd) < 0:
                 if errno == EINTR:
                     if take_immediate_exit(run):
                         return -1       # KICKED
                     continue            # a stray signal
+                # An application processor that just got its INIT; or the host has no thread that KVM makes at the first
+                # run, which is said before KVM looks whether we were kicked.
                 if errno == EAGAIN:
-                    continue            # an application processor that just got its INIT
+                    if take_immediate_exit(run):
+                        return -1
+                    again += 1
+                    if self.exits or not self._boots or again < AGAIN_MAX:
+                        continue
                 self._errno = errno
                 return FAILED
             self.exits += 1

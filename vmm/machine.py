@@ -443,7 +443,7 @@ class Machine:
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
-            vcpu.loop.attach(f"fc_vcpu {vcpu.index}")
+            vcpu.loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0)
             self._park_while_held()  # it may have been started paused
             while self._run_once(vcpu) and self._stop is None:
                 self._park_while_held()

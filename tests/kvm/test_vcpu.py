@@ -276,10 +276,10 @@ def test_a_host_without_threads_ends_the_machine(guest: MakeGuest, monkeypatch: 
     vm = guest("again: jmp again", cpus=2)
     spawn = threads.spawn
 
-    def scarce(kind: str, name: str, *rest: Any) -> Any:
+    def scarce(kind: str, name: str, *rest: Any, **how: Any) -> Any:
         if name == "fc_vcpu 1":
             raise RuntimeError("can't start new thread")
-        return spawn(kind, name, *rest)
+        return spawn(kind, name, *rest, **how)
 
     monkeypatch.setattr(threads, "spawn", scarce)
     with pytest.raises(HostError, match="start a vCPU's thread"):

@@ -114,6 +114,19 @@ def test_one_line(room: Path, host: str, command: str) -> None:
     assert set(os.listdir(room)) - before <= {"written", "firecracker"}, "a directory named ~, or another"
 
 
+@pytest.mark.parametrize("command", ["run", "serve", "serve a config by a socket"])
+@pytest.mark.parametrize("most", [3, 4, 5])
+def test_a_few_processes_are_enough_or_that_is_said(room: Path, most: int, command: str) -> None:
+    # KVM may make threads, too, which are counted.
+    words = COMMANDS.get(command) or ["serve", "--api-sock", "s", "--config-file", "config.json"]
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NPROC, ({most}, {most}))\n"
+    how = command_and_environment("no home, no passwd entry", words)
+    how["args"][2] = AS_NOBODY + limit + PROGRAM
+    done = subprocess.run(**how, cwd=room, capture_output=True, text=True)
+    assert done.returncode in (0, 1, 80), done
+    assert "Traceback" not in done.stderr and (done.returncode != 1 or done.stderr.count("\n") == 1), done.stderr
+
+
 NO_LATER = (
     "import vmm.preload\ndef fails(): raise ImportError('Too many open files')\nvmm.preload.preload_later = fails\n"
 )

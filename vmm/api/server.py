@@ -271,8 +271,9 @@ class Server:
             on_thread()
             self.run()
 
-        self._thread = threading.Thread(target=run, name="fc_api", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name="fc_api", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def run(self) -> None:
         """Serve until ``close``."""
