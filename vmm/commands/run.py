@@ -239,13 +239,17 @@ def main(args: Arguments) -> int:
         return _write_config(config, args.write_config)
     if args.lab and not os.environ.get("PYVMM_LAB"):
         return _run_in_lab(config)
+    from vmm import kvm
+
+    # As early as can be, and the memory as late: KVM then has nothing to wait for.
+    prepared = None if args.dry_run else kvm.prepare(config.kvm)
     if not (args.dry_run or args.any_kernel):
         _refuse_linux_on_software_kvm(config)
     launched.spare_collections("vmm.machine")
     from vmm.machine import Machine
 
     _guard(args)
-    vm = Machine(config, seccomp=not args.no_seccomp)
+    vm = Machine(config, prepared=prepared, seccomp=not args.no_seccomp)
     try:
         if args.verbose or args.dry_run:
             print(describe(vm), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
