@@ -88,8 +88,6 @@ READS = (
     KVM_GET_VCPU_EVENTS, KVM_GET_PIT2, KVM_GET_IRQCHIP, KVM_GET_CLOCK, KVM_GET_TSC_KHZ,
 )
 
-WORD = (1 << 64) - 1
-
 cdef enum:
     REALTIME = 2                # of kvm_clock_data's 64-bit words, as Linux has it since 5.16
     MSRS = 512
@@ -266,7 +264,8 @@ cdef class StateAccess:
         # As late as can be: what passes until KVM has it the guest loses.
         batch.entries[0].index = MSR_IA32_TSC
         batch.entries[0].reserved = 0
-        batch.entries[0].data = msrs.get(MSR_IA32_TSC, 0) + _passed_since(then) * tsc_khz // 1000000 & WORD
+        cycles = _passed_since(then) * tsc_khz // 1000000
+        batch.entries[0].data = msrs.get(MSR_IA32_TSC, 0) + cycles & 0xFFFF_FFFF_FFFF_FFFF
         if MSR_IA32_TSC_DEADLINE in msrs:
             # 0 where the deadline has passed and its interrupt is in no register yet: one in the past brings it.
             batch.entries[count].index = MSR_IA32_TSC_DEADLINE
