@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import pytest
 from tests.api.oracle import PYVMM
 from tests.boot.kernel_images import note, pvh_elf, pvh_note
 from tests.kvm.guests import write_guest
+from tests.unix_http import Connection
 from tests.waiting import PATIENCE, until
 from vmm.errors import ConfigError
 from vmm.kvm import Kvm, software_kvm
@@ -35,17 +34,6 @@ def _kvm() -> None:
         Kvm().close()
     except ConfigError as error:
         pytest.skip(f"LAYER MISSING: kvm: {error}")
-
-
-class Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
-        self.sock.connect(str(self._path))
 
 
 class Served:

@@ -3,37 +3,21 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests.unix_http import Connection
 from tests.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
 UID = 1234
 ID = "vm-1"
-
-
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
-        directory = os.open(self._path.parent, os.O_PATH)  # pytest's own directory's name fills most of 108 bytes
-        try:
-            self.sock.connect(f"/proc/self/fd/{directory}/{self._path.name}")
-        finally:
-            os.close(directory)
 
 
 class Jailed:
@@ -104,7 +88,7 @@ class Jailed:
         """One request to the API's default socket."""
         sock = self.root / "run/firecracker.socket"
         until(sock.exists)
-        connection = _Connection(sock)
+        connection = Connection(sock)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         until(lambda: self._try(connection))
         connection.request(method, path, data, {"Content-Type": "application/json"})
@@ -115,7 +99,7 @@ class Jailed:
         return response.status, json.loads(text) if text and is_json else text.decode()
 
     @staticmethod
-    def _try(connection: _Connection) -> bool:
+    def _try(connection: Connection) -> bool:
         try:
             connection.connect()
         except ConnectionRefusedError:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -13,21 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.unix_http import Connection
+from tests.waiting import PATIENCE
 from vmm.testing import tiny_elf
 
 PYVMM = Path(sys.executable).with_name("pyvmm")
-PATIENCE = 60
-
-
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
-        self.sock.connect(str(self._path))
 
 
 def test_a_running_vm_answers_what_needs_more_of_the_library(tmp_path: Path) -> None:
@@ -40,7 +29,7 @@ def test_a_running_vm_answers_what_needs_more_of_the_library(tmp_path: Path) -> 
     os.close(write)
 
     def ask(method: str, place: str, body: object = None) -> tuple[int, bytes]:
-        with contextlib.closing(_Connection(path)) as client:
+        with contextlib.closing(Connection(path)) as client:
             client.request(method, place, None if body is None else json.dumps(body))
             answer = client.getresponse()
             return answer.status, answer.read()
