@@ -47,6 +47,12 @@ def _both(pair: Pair, method: str, path: str, body: Any) -> tuple[Answer | None,
     return theirs, ours
 
 
+def _beside(process: Process, output: str) -> Process:
+    # Another one in its directory.
+    (process.directory / "api.sock").unlink(missing_ok=True)
+    return Process(process.command, process.directory, output=output)
+
+
 def _same(pair: Pair, method: str, path: str, body: Any, *, prefix: str | None = None) -> str:
     """The message of both: equal, or where only the beginning can be, that."""
     theirs, ours = _both(pair, method, path, body)
@@ -145,8 +151,7 @@ def test_files_that_do_not_do_end_the_process(pair: Start, tmp_path: Path, spoil
         else:
             state.write_bytes(state.read_bytes()[:-100])
         process.close()
-        (process.directory / "api.sock").unlink(missing_ok=True)
-        loaders.append(Process(process.command, process.directory, output="second"))
+        loaders.append(_beside(process, "second"))
     prefix = "Load snapshot error: Failed to restore from snapshot: Failed to get" if spoil == "cut state" else None
     try:
         _same((loaders[0], loaders[1]), "PUT", "/snapshot/load", LOAD, prefix=prefix)
@@ -170,8 +175,7 @@ def _until_more(path: Path, than: int) -> int:
 
 def _go_on(process: Process, body: dict[str, Any], output: str) -> Process:
     process.close()
-    (process.directory / "api.sock").unlink(missing_ok=True)
-    other = Process(process.command, process.directory, output=output)
+    other = _beside(process, output)
     answer = other.request("PUT", "/snapshot/load", body)
     assert answer.status == 204, answer.body
     return other
@@ -205,11 +209,6 @@ def test_a_guest_goes_on_where_it_was_in_another_process(pair: Start, backend: d
     finally:
         for process in others:
             process.close()
-
-
-def _beside(process: Process, output: str) -> Process:
-    (process.directory / "api.sock").unlink()
-    return Process(process.command, process.directory, output=output)
 
 
 def test_copies_have_taps_of_their_own(pair: Start) -> None:
@@ -252,7 +251,7 @@ def test_copies_have_sockets_of_their_own(pair: Start) -> None:
         assert (ours.directory / "v").is_socket() and (ours.directory / "w").is_socket()
     finally:
         other.close()
-    third = Process(ours.command, ours.directory, output="third")
+    third = _beside(ours, "third")
     try:
         answer = third.request("PUT", "/snapshot/load", {**LOAD, "vsock_override": {"uds_path": "x" * 200}})
         assert answer.status == 400 and "must be at most" in answer.json["fault_message"]
