@@ -217,5 +217,4 @@ def test_they_end_with_whoever_has_asked_for_them(tmp_path: Path) -> None:
     )
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2, done.stderr
-    for pid in pids:
-        until(lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

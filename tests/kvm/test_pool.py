@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,17 @@ def counter(guest: MakeGuest) -> Machine:
     return vm
 
 
+def _has_gone_on(vm: Machine, at: int) -> bool:
+    return _count(vm) > at
+
+
 def test_what_is_taken_runs_from_where_the_machine_was(counter: Machine) -> None:
     with Pool(counter, size=2) as pool:
         at = _count(counter)
         for _ in range(5):
             with pool.take(PATIENCE) as vm:
                 assert vm.state == "Running"
-                until(lambda vm=vm: _count(vm) > at)  # type: ignore[misc]
+                until(partial(_has_gone_on, vm, at))
         assert _count(counter) == at
         assert pool.wait_until_full(PATIENCE)
         assert pool.ready == 2
