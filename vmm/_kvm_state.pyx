@@ -11,18 +11,14 @@ from libc.errno cimport EINVAL, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from time import time_ns
+
 from vmm.errors import KvmError, SnapshotError
 
 cdef extern from *:
     """
     #include <linux/kvm.h>
     #include <sys/ioctl.h>
-    #include <time.h>
-    static inline uint64_t real_ns(void) {
-        struct timespec t;
-        clock_gettime(CLOCK_REALTIME, &t);
-        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-    }
     static inline int kvm_call(int fd, unsigned long request, void *argument) { return ioctl(fd, request, argument); }
     #ifndef KVM_CLOCK_REALTIME
     #define KVM_CLOCK_REALTIME (1 << 2)
@@ -32,7 +28,6 @@ cdef extern from *:
     #define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
     #endif
     """
-    uint64_t real_ns() nogil
     int kvm_call(int fd, unsigned long request, void *argument) nogil
     struct kvm_msr_entry:
         uint32_t index
@@ -99,7 +94,7 @@ cdef enum:
 
 cdef object _passed_since(uint64_t then):
     # Nanoseconds of time; 0 where the host's was set back, or it cannot be told.
-    return max(<int64_t>(real_ns() - then), 0) if then else 0
+    return max(time_ns() - then, 0) if then else 0
 
 cdef struct MsrBatch:
     kvm_msrs header
@@ -175,7 +170,7 @@ cdef class StateAccess:
         state["lapic"] = _get(fd, KVM_GET_LAPIC, sizeof(kvm_lapic_state), "KVM_GET_LAPIC")
         state["tsc_khz"] = max(kvm_call(fd, KVM_GET_TSC_KHZ, NULL), 0)
         state["cpuid"] = self._cpuid(fd)
-        state["realtime"], state["msrs"] = real_ns(), self._msrs(fd)
+        state["realtime"], state["msrs"] = time_ns(), self._msrs(fd)
         state["vcpu_events"] = _get(fd, KVM_GET_VCPU_EVENTS, sizeof(kvm_vcpu_events), "KVM_GET_VCPU_EVENTS")
         return state
 
@@ -307,7 +302,7 @@ cdef class StateAccess:
         if kvm_call(fd, KVM_GET_CLOCK, &data) < 0:
             raise KvmError(errno, "KVM_GET_CLOCK")
         if not data.flags & KVM_CLOCK_REALTIME:
-            (<uint64_t *>&data)[REALTIME] = real_ns()
+            (<uint64_t *>&data)[REALTIME] = time_ns()
         return (<char *>&data)[:sizeof(data)]
 
     def restore_vm(self, int fd, dict state, *, bint realtime):

@@ -107,9 +107,6 @@ KICKED = -1     # run() returns it where a KVM_EXIT_* number would not do: someb
 cdef enum:
     NEEDS_PYTHON = -2
     FAILED = -3
-
-
-cdef enum:
     AGAIN_MAX = 1000                # times that the first run of the first processor is tried
 
 
