@@ -14,6 +14,8 @@ import os
 import select
 import time
 
+from vmm.errors import VmmError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
@@ -43,6 +45,18 @@ def on_end(handler: Handler) -> None:
     for number in ENDS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def on_power(press: Callable[[], object]) -> None:
+    """SIGPWR presses the guest's power button by `press`, which says by a VmmError that nobody runs who could hear."""
+
+    def handler(number: int, frame: object) -> None:
+        try:
+            press()
+        except VmmError:
+            pass
+
+    on(POWER, handler)
 
 
 def on(number: int, handler: Handler) -> None:

@@ -10,7 +10,7 @@ from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
 from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
 from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError
 from vmm.events import StopReason
 
 TYPE_CHECKING = False
@@ -314,15 +314,9 @@ def _run(vm: Machine, *, verbose: bool) -> int:
             os._exit(STATUS_INTERRUPTED)
         vm.stop()
 
-    def on_power(number: int, frame: object) -> None:
-        try:
-            vm.press_power_button()
-        except VmmError:
-            pass  # it has not started, or has ended
-
     signals.on_end(on_signal)
     signals.on(signals.CONTINUED, lambda number, frame: vm.console.continued())
-    signals.on(signals.POWER, on_power)
+    signals.on_power(vm.press_power_button)
     launched.settle()
     vm.start()
     threads.enter(None if _starts_programs(vm.config) else "vmm")

@@ -9,7 +9,7 @@ import threading
 
 from vmm import launched, logger, signals, threads
 from vmm.api import API_VERSION
-from vmm.errors import ConfigError, VmmError, host_problem
+from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
 from vmm.options import parse_count
 
@@ -327,7 +327,7 @@ class _Serve:
         signals.on(signals.CPU_LIMIT, self._on_signal)
         # Where there is none to write to, write(2) says so; who wants to know that it happened reads the metrics.
         signals.on(signals.BROKEN_PIPE, self._on_broken_pipe)
-        signals.on(signals.POWER, self._on_power)
+        signals.on_power(self._press_power_button)
 
     def _is_over(self) -> bool:
         while self._broken_pipes:
@@ -423,12 +423,9 @@ class _Serve:
     def _on_broken_pipe(self, number: int, frame: object) -> None:
         self._broken_pipes += 1
 
-    def _on_power(self, number: int, frame: object) -> None:
-        try:
-            if self._machine is not None:
-                self._machine.press_power_button()
-        except VmmError:
-            pass  # it has not started, or has ended
+    def _press_power_button(self) -> None:
+        if self._machine is not None:
+            self._machine.press_power_button()
 
     def _end(self) -> None:
         self._ended = True
