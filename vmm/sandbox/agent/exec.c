@@ -179,7 +179,6 @@ static int begin(const struct request *request, struct command *command)
 {
     const char *size = value(request, "tty");
     int without_input = value(request, "nostdin") != NULL, other = -1;
-    all_read = without_input;
     child.request = request;
     child.terminal = command->terminal = size != NULL;
     child.error = 0;
