@@ -4,8 +4,8 @@
     python -m tests.linux.copies [COPIES]      # where KVM runs Linux; writes one JSON object
 
 In the lab (`pyvmm lab env -C "$PWD" .venv/bin/python -m tests.linux.copies 50`) a copy takes some seconds, and one may
-stand still by the emulator's fault: it counts as `still`, and another is made in its place. The lab's own clock is its
-HPET, so kvm-clock runs apart from it there, in the guest that is copied, too; test_fork.py measures the clock.
+stand still by the emulator's fault: it counts as `still`, and another is made in its place. A copy's clock is to be
+as far ahead of the host's as its parent's.
 """
 
 from __future__ import annotations
@@ -17,26 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.linux.kernels import Kernel
+from tests.linux.kernels import debian
 from tests.linux.small_devices import INIT, Guest
 from vmm import Machine
-from vmm.images import apt, initramfs
-from vmm.lab.image import KERNEL_PACKAGE
 
 SUITE = "trixie"  # of Linux 6.12, the first Debian with a VM generation driver in its cloud kernel
 RANDOM = "head -c 16 /dev/urandom | od -A n -t x1 | tr -d ' '"
 CLOCK, ASKED = "echo $EPOCHREALTIME", 20
 RESEEDED = "dmesg | grep -c 'reseeded due to virtual machine fork'"
 SOURCE = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
-
-
-def kernel() -> Kernel:
-    """Linux 6.12.
-
-    :raises PullError: it cannot be fetched
-    """
-    package = apt.package(KERNEL_PACKAGE, suite=SUITE)
-    return Kernel(str(apt.kernel_of(package.tree)[0]), package.version, package.tree)
 
 
 class Copy(Guest):
@@ -57,10 +46,9 @@ def ahead(guest: Guest) -> tuple[float, float]:
     return max(least), min(most)
 
 
-def look(copies: int, clocksource: str, initrd: str) -> dict[str, Any]:
+def look(copies: int, clocksource: str, kernel: str, initrd: str) -> dict[str, Any]:
     """What a guest with this clock source and its copies say."""
-    booted = kernel()
-    guest = Guest(booted.path, initrd, append=f"quiet clocksource={clocksource} tsc=reliable", cpus=4)
+    guest = Guest(kernel, initrd, append=f"quiet clocksource={clocksource} tsc=reliable", cpus=4)
     found: dict[str, Any] = {
         "release": guest.run("uname -r"), "cpus": guest.run("nproc"), "source": guest.run(SOURCE),
         "reseeded_before": guest.run(RESEEDED), "still": 0, "copies": [],
@@ -83,11 +71,14 @@ def look(copies: int, clocksource: str, initrd: str) -> dict[str, Any]:
 
 def main(copies: str = "50") -> int:
     """Print what was found."""
-    booted = kernel()
+    kernel = debian(SUITE)
     with tempfile.TemporaryDirectory() as directory:
         initrd = Path(directory, "initrd")
-        initrd.write_bytes(initramfs.build_initramfs(booted.tree or Path(), (), INIT))
-        found = {source: look(count, source, str(initrd)) for source, count in (("kvm-clock", int(copies)), ("tsc", 2))}
+        initrd.write_bytes(kernel.initrd((), INIT))
+        found = {
+            source: look(count, source, kernel.path, str(initrd))
+            for source, count in (("kvm-clock", int(copies)), ("tsc", 2))
+        }
     print(json.dumps(found))
     return 0
 

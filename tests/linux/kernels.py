@@ -37,12 +37,13 @@ class Kernel(NamedTuple):
         return initramfs.build_initramfs(self.tree, modules, init, on_demand=on_demand, files=more)
 
 
-def debian() -> Kernel:
+def debian(suite: str | None = None) -> Kernel:
     """Debian's cloud kernel, a bzImage.
 
+    :param suite: of a Debian other than this host's
     :raises PullError: it cannot be fetched
     """
-    package = apt.package("linux-image-cloud-amd64")
+    package = apt.package("linux-image-cloud-amd64", suite=suite)
     return Kernel(str(apt.kernel_of(package.tree)[0]), package.version, package.tree)
 
 
