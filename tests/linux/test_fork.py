@@ -33,7 +33,7 @@ mount -t ext4 /dev/vda /mnt
     n=$((i % 6)); dd if=/dev/urandom of=/tmp/new bs=16k count=3 2>/dev/null
     cp /tmp/new /mnt/f$n && sync && echo 3 >/proc/sys/vm/drop_caches
     cmp /tmp/new /mnt/f$n || echo "BAD $i"
-    i=$((i + 1)); echo $i >/tmp/written
+    i=$((i + 1)); echo $i >/tmp/next && mv /tmp/next /tmp/written
 done) &
 (while true; do sleep 0.02; echo x >>/tmp/ticks; done) &
 echo 0 >/tmp/written; : >/tmp/ticks; dmesg -c >/dev/null
