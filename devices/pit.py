@@ -96,6 +96,16 @@ class Pit:
         self._touched = False
         self.speaker = _Speaker(self)
 
+    def save(self) -> bool:
+        """Whether the timer is KVM's, which has its state then; False: the guest has not used it at all.
+
+        :raises KvmError: KVM cannot make it
+        """
+        with self._lock:
+            if self._touched:
+                self._settle()
+            return self._made
+
     def make(self) -> None:
         """From here on the timer is KVM's: for who reads or sets its state. Idempotent; any thread.
 

@@ -22,10 +22,13 @@ class StateAccess:
         :raises SnapshotError: a part has another size than here
         :raises KvmError: KVM refused a part; ``what`` names it
         """
-    def save_vm(self, fd: int) -> dict[str, Any]:
-        """The state of a VM's interrupt controllers, timer and clock; its vCPUs are held."""
+    def save_vm(self, fd: int, *, timer: bool) -> dict[str, Any]:
+        """The state of a VM's interrupt controllers, timer and clock; its vCPUs are held.
+
+        :param timer: it has KVM's timer; False: the state of that is empty
+        """
     def restore_vm(self, fd: int, state: dict[str, Any], *, realtime: bool) -> None:
-        """Give a VM that state; its vCPUs have not run.
+        """Give a VM that state; its vCPUs have not run, and it has KVM's timer if the state has one.
 
         :param realtime: the guest's clock has gone on meanwhile; False: it goes on from where it was
         """

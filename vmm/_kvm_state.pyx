@@ -276,8 +276,11 @@ cdef class StateAccess:
             raise KvmError(EINVAL, f"KVM_SET_MSRS {batch.entries[done].index:#x}")
         return 0
 
-    def save_vm(self, int fd):
-        """The state of a VM's interrupt controllers, timer and clock; its vCPUs are held."""
+    def save_vm(self, int fd, *, bint timer):
+        """The state of a VM's interrupt controllers, timer and clock; its vCPUs are held.
+
+        :param timer: it has KVM's timer; False: the state of that is empty
+        """
         cdef kvm_irqchip *chip
         cdef bytes data
         cdef int i
@@ -290,7 +293,7 @@ cdef class StateAccess:
                 raise KvmError(errno, "KVM_GET_IRQCHIP")
             chips.append(data)
         return {
-            "pit2": _get(fd, KVM_GET_PIT2, sizeof(kvm_pit_state2), "KVM_GET_PIT2"),
+            "pit2": _get(fd, KVM_GET_PIT2, sizeof(kvm_pit_state2), "KVM_GET_PIT2") if timer else b"",
             "clock": self.get_clock(fd),
             "irqchips": chips,
         }
@@ -306,13 +309,14 @@ cdef class StateAccess:
         return (<char *>&data)[:sizeof(data)]
 
     def restore_vm(self, int fd, dict state, *, bint realtime):
-        """Give a VM that state; its vCPUs have not run.
+        """Give a VM that state; its vCPUs have not run, and it has KVM's timer if the state has one.
 
         :param realtime: the guest's clock has gone on meanwhile; False: it goes on from where it was
         """
         if len(state["irqchips"]) != IRQCHIPS:
             raise SnapshotError("KVM_SET_IRQCHIP", f"{len(state['irqchips'])} chips where there are {IRQCHIPS}")
-        _set(fd, KVM_SET_PIT2, state["pit2"], sizeof(kvm_pit_state2), "KVM_SET_PIT2")
+        if state["pit2"] != b"":
+            _set(fd, KVM_SET_PIT2, state["pit2"], sizeof(kvm_pit_state2), "KVM_SET_PIT2")
         for chip in state["irqchips"]:
             _set(fd, KVM_SET_IRQCHIP, chip, sizeof(kvm_irqchip), "KVM_SET_IRQCHIP")
         self.set_clock(fd, state["clock"], realtime=realtime)

@@ -334,12 +334,12 @@ class Machine:
             if self._stop is not None:
                 raise VmmError("a machine that has ended cannot be frozen")
             while_held()
-            self._board.pit.make()
+            timer = self._board.pit.save()
             return Image(
                 self.config,
                 cmdline=self.cmdline,
                 vcpus=[access.save_vcpu(vcpu.fd) for vcpu in self.vcpus],
-                vm=access.save_vm(self.vm.fd),
+                vm=access.save_vm(self.vm.fd, timer=timer),
                 board=self._board.save(),
                 virtio=[transport.save() for transport in self.virtio],
                 memory=self.memory.freeze(),
@@ -356,7 +356,8 @@ class Machine:
         if len(image.virtio) != len(self.virtio):
             raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(self.virtio)}")
         access = self.kvm.state_access()
-        self._board.pit.make()
+        if image.vm["pit2"]:
+            self._board.pit.make()
         self._clock = image.vm["clock"]
         # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
         access.set_clock(self.vm.fd, image.vm["clock"], realtime=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.kvm.guests import PATIENCE, run, write_guest
+from tests.waiting import until
 from vmm import Machine, kvm_abi
 
 MakeGuest = Callable[..., Machine]
@@ -23,7 +24,7 @@ FIELDS = (
     "count latched_count count_latched status_latched status read_state write_state write_latch rw_mode mode bcd gate"
     " count_load_time"
 ).split()
-RESULTS = 0x20_0000
+RESULTS, HELD = 0x20_0000, 0x20_1000
 # What the time decides: the output, the refresh of memory, how far a count is. What port 0x43 reads as, nobody says.
 OUTPUT, MOVING = 0x80, 0x30
 
@@ -92,6 +93,32 @@ def test_guest_that_uses_no_timer_makes_none(guest: MakeGuest) -> None:
     run(vm)
     with pytest.raises(kvm_abi.KvmError, match="KVM_GET_PIT2"):
         kvm_abi.kvm_ioctl(vm.vm.fd, kvm_abi.KVM_GET_PIT2, bytearray(STATE.size))
+
+
+def _is_there(vm: Machine) -> bool:
+    try:
+        kvm_abi.kvm_ioctl(vm.vm.fd, kvm_abi.KVM_GET_PIT2, bytearray(STATE.size))
+    except kvm_abi.KvmError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("before", [[], [(0x43, 0x36)], PLAIN[4]], ids=["unused", "control word", "counting"])
+def test_a_copy_has_the_timer_that_the_guest_has_used(guest: MakeGuest, before: list[Access]) -> None:
+    waits = f"mov byte ptr [{HELD}], 1\n1: mov al, [{HELD}]\ncmp al, 2\njne 1b\n"
+    after: list[Access] = [(0x43, 0xE2), (0x40, None)]
+    vm = guest(_program(before).rsplit("mov al, 5", 1)[0] + waits + _program(after))
+    vm.start()
+    until(lambda: vm.memory.read(HELD, 1) == b"\x01")
+    (copy,) = vm.fork()
+    assert _is_there(copy) == _is_there(vm) == bool(before)
+    for machine in (vm, copy):
+        machine.memory.write(HELD, b"\x02")
+        stop = machine.wait(PATIENCE)
+        assert stop is not None and stop.code == 5
+    told = [machine.memory.read(RESULTS, 1)[0] & ~OUTPUT for machine in (vm, copy)]
+    assert told[0] == told[1]
+    copy.close()
 
 
 def test_behind_filters_a_vcpu_makes_it(tmp_path: Path) -> None:
