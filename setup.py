@@ -46,7 +46,7 @@ BARE = [
 ]  # fmt: skip
 FILTERS = "vmm/_seccomp_filters.h"
 ROOMS = ("vmm", "devices", "virtio")
-FILES = {f"{room}/{file}" for room in ROOMS for file in os.listdir(room)}
+FILES = {f"{place}/{file}" for room in ROOMS for place, _, files in os.walk(room) for file in files}
 MODULES = sorted(name[:-4].replace("/", ".") for name in FILES if name.endswith(".pyx"))
 # A tree that lost its sources would make a wheel that cannot be imported. An extension for Python code has a stub.
 LOST = sorted(name[:-1] + "x" for name in FILES if name.endswith(".pyi") and not {name[:-1] + "x", name[:-1]} & FILES)

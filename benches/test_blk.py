@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from virtio.blk import Block, Disk
+from virtio.blk.device import Block, Disk
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, MmioDriver
 from vmm.irq import IrqLine

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from virtio._fs_dax import Window
+    from virtio.fs._dax import Window
     from virtio.mmio import VirtioMmio
     from vmm._bus import Bus
     from vmm.build import Made

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from virtio._limiter import RateLimiter
     from virtio.balloon import Balloon
-    from virtio.blk import Block
+    from virtio.blk.device import Block
     from virtio.device import VirtioDevice
-    from virtio.fs import Fs
-    from virtio.net import Net
-    from virtio.net_host import Passt, Tap
+    from virtio.fs.device import Fs
+    from virtio.net.device import Net
+    from virtio.net.host import Passt, Tap
     from virtio.rng import Entropy
-    from virtio.vsock import Listener, Vsock
+    from virtio.vsock.device import Listener, Vsock
     from vmm.config import VmConfig
     from vmm.device_config import RateLimiterConfig
     from vmm.mmds import Mmds
@@ -135,12 +135,12 @@ class Builder:
         return number
 
     def _block(self, config: DriveConfig, number: int) -> Block:
-        from virtio.blk import Block, Disk
+        from virtio.blk.device import Block, Disk
 
         path, image_format = config.path_on_host, config.image_format
         if image_format == "qcow2":
             _will_start("disk", path, "qemu-storage-daemon")
-            from virtio.qcow2 import Qcow2
+            from virtio.blk.qcow2 import Qcow2
 
             path = self._owned(
                 Qcow2(
@@ -161,8 +161,8 @@ class Builder:
         )  # fmt: skip
 
     def _net(self, config: NetConfig, number: int, name: str) -> Net:
-        from virtio.net import Net, default_mac, parse_mac
-        from virtio.net_host import Passt, Tap
+        from virtio.net.device import Net, default_mac, parse_mac
+        from virtio.net.host import Passt, Tap
 
         backend: Tap | Passt
         if config.mode == "user":
@@ -179,7 +179,7 @@ class Builder:
             if config.mode == "auto":
                 backend.configure(address=config.address, mtu=config.mtu)
                 if config.nat and config.address:
-                    from virtio.nat import Nat
+                    from virtio.net.nat import Nat
 
                     self._owned(Nat(config.address, backend.name))
         mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{number}")
@@ -187,7 +187,7 @@ class Builder:
         if (mmds := self._config.mmds) is not None and name in mmds.network_interfaces:
             from _socket import inet_aton  # `socket` imports more
 
-            from virtio.mmds_net import Endpoint
+            from virtio.net.mmds import Endpoint
             from vmm import preload
 
             preload.load(preload.METADATA)  # the device's thread may not import
@@ -200,7 +200,7 @@ class Builder:
         return self._owned(net)
 
     def _share(self, config: FsConfig, number: int) -> Fs:
-        from virtio.fs import Fs
+        from virtio.fs.device import Fs
 
         fs = Fs(
             config.tag, config.shared_dir, read_only=config.read_only, cache=config.cache_policy,
@@ -210,7 +210,7 @@ class Builder:
         return self._owned(fs)
 
     def _vsock(self, config: VsockConfig) -> Vsock:
-        from virtio.vsock import Listener, Vsock
+        from virtio.vsock.device import Listener, Vsock
 
         listener, self._listener = self._listener, None
         return Vsock(self._owned(listener or Listener(config.uds_path)), config.guest_cid)

@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, TypeVar, Unpack
 
     from virtio.balloon import Balloon
-    from virtio.blk import Block
+    from virtio.blk.device import Block
     from virtio.console import ConsolePort
     from virtio.device import VirtioDevice
-    from virtio.fs import Fs
+    from virtio.fs.device import Fs
     from virtio.mmio import VirtioMmio
-    from virtio.net import Net
-    from virtio.vsock import Listener
+    from virtio.net.device import Net
+    from virtio.vsock.device import Listener
     from vmm.attach import Attached
     from vmm.build import DeviceConfig
     from vmm.mmds import Mmds

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The microVM metadata service: one JSON document, written by the host, read by the guest over HTTP.
 
-How the guest's requests come here is ``virtio.mmds_net``'s business. Source: Firecracker 1.12's docs/mmds, its answers
+How the guest's requests come here is ``virtio.net.mmds``'s business. Source: Firecracker 1.12's docs/mmds, its answers
 compared with the real one's in ``tests/vmm/test_mmds.py``; RFC 7396 (merge patch), RFC 6901 (paths).
 """
 

@@ -16,17 +16,16 @@ if TYPE_CHECKING:
 # Of ours, what any VM of `pyvmm serve` can use.
 OURS = """
     boot.acpi boot.aml boot.board boot.bzimage boot.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable
-    boot.params boot.payload boot.pvh boot.source
-    devices._serial devices.boot_timer devices.exit_port devices.i8042 devices.pit
-    devices.power devices.pvpanic devices.rtc virtio._blk virtio._fs virtio._fs_dax virtio._limiter virtio._net
-    virtio._vsock virtio.balloon virtio.blk virtio.console virtio.device virtio.fs virtio.mmds_net
-    virtio.mmio virtio.net virtio.net_host virtio.rng virtio.spec virtio.transport virtio.vsock vmm._kvm_state
-    vmm.attach vmm.board vmm.build
-    vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described vmm.api.early vmm.api.listen vmm.api.routes
-    vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console
-    vmm.cpu_template vmm.device_config vmm.events vmm.kvm vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds
-    vmm.options vmm.preload vmm.private_disk vmm.seccomp vmm.snapshot vmm.snapshot_file vmm.threads vmm.undertaker
-    vmm.uffd vmm.unix_socket vmm._faults vmm._uffd vmm._uring
+    boot.params boot.payload boot.pvh boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042
+    devices.pit devices.power devices.pvpanic devices.rtc virtio.blk._worker virtio.fs._worker virtio.fs._dax
+    virtio._limiter virtio.net._worker virtio.vsock._worker virtio.balloon virtio.blk.device virtio.console
+    virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device virtio.net.host virtio.rng virtio.spec
+    virtio.transport virtio.vsock.device vmm._kvm_state vmm.attach vmm.board vmm.build vmm.api.actions vmm.api.answer
+    vmm.api.bodies vmm.api.described vmm.api.early vmm.api.listen vmm.api.routes vmm.api.server vmm.api.snapshots
+    vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console vmm.cpu_template
+    vmm.device_config vmm.events vmm.kvm vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds vmm.options vmm.preload
+    vmm.private_disk vmm.seccomp vmm.snapshot vmm.snapshot_file vmm.threads vmm.undertaker vmm.uffd vmm.unix_socket
+    vmm._faults vmm._uffd vmm._uring
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """

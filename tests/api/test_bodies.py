@@ -98,5 +98,5 @@ def test_the_first_request_of_each_kind_imports_no_more_than_its_device(tmp_path
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     imported = done.stderr.split()
-    assert "virtio.vsock" in imported
+    assert "virtio.vsock.device" in imported
     assert {name for name in imported if not name.startswith(("virtio", "vmm.", "_"))} == set()

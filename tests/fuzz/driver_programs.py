@@ -26,8 +26,8 @@ import msgspec
 
 from virtio import spec
 from virtio.device import VirtioDevice
-from virtio.mmds_net import Endpoint
 from virtio.mmio import VirtioMmio
+from virtio.net.mmds import Endpoint
 from virtio.testing import Allocator, MmioDriver, SplitDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
@@ -300,7 +300,7 @@ class Victim:
 
 @kind("blk", blk_request)
 def make_blk(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.blk import Block, Disk
+    from virtio.blk.device import Block, Disk
 
     image = directory / "disk"
     image.write_bytes(bytes(64 * 512))
@@ -352,7 +352,7 @@ FUSE_INIT = struct.pack("<IIQQIIII", 104, 26, 1, 0, 0, 0, 0, 0) + struct.pack("<
 
 @kind("fs", fs_request, first=(1, ([FUSE_INIT], [128])))
 def make_fs(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.fs import Fs
+    from virtio.fs.device import Fs
 
     outside, share = directory / "outside", directory / "share"
     outside.mkdir()
@@ -369,7 +369,7 @@ def make_fs(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
 # Connections stay with the device: the queue of received packets keeps its chains, and so may the one of events.
 @kind("vsock", vsock_request, keeps=(0, 2))
 def make_vsock(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.vsock import Listener, Vsock
+    from virtio.vsock.device import Listener, Vsock
 
     for port in (52, 53):
         stack.enter_context(unix_server(directory / f"v_{port}"))
@@ -379,8 +379,8 @@ def make_vsock(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
 # The receive queues keep their chains: filled ones only come back.
 @kind("net", net_request_any, keeps=(0, 2))
 def make_net(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.net import Net
-    from virtio.net_host import Tap
+    from virtio.net.device import Net
+    from virtio.net.host import Tap
 
     enter_namespace(stack)
     tap = Tap("fuzz%d", 2, make=True)
@@ -394,8 +394,8 @@ def make_net(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
 
 @kind("net-mmds", mmds_request, keeps=(0, 2))
 def make_net_mmds(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.net import Net
-    from virtio.net_host import Tap
+    from virtio.net.device import Net
+    from virtio.net.host import Tap
 
     enter_namespace(stack)
     tap = Tap("fuzz%d", 2, make=True)
@@ -412,7 +412,7 @@ def _mmds(stack: contextlib.ExitStack) -> Endpoint:
     store = Mmds()
     store.put({"x": "value", "large": "y" * 20_000})
     # A random program would never guess where a connection begins.
-    stack.enter_context(mock.patch("virtio.mmds_net.os", SimpleNamespace(urandom=bytes)))
+    stack.enter_context(mock.patch("virtio.net.mmds.os", SimpleNamespace(urandom=bytes)))
     return Endpoint(store.serve, MMDS_ADDRESS)
 
 
@@ -465,7 +465,7 @@ class StreamBackend:
 
 @kind("net-stream", net_request_any, keeps=(0,))
 def make_net_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.net import Net
+    from virtio.net.device import Net
 
     backend = StreamBackend(stack)
     device = Net(backend, b"\2\x56\0\0\0\2")
@@ -477,7 +477,7 @@ def make_net_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevic
 
 @kind("net-mmds-stream", mmds_request, keeps=(0,))
 def make_net_mmds_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.net import Net
+    from virtio.net.device import Net
 
     backend = StreamBackend(stack)
     device = Net(backend, b"\2\x56\0\0\0\2", mmds=_mmds(stack))

@@ -23,7 +23,7 @@ from tests.kvm.test_virtio import BRING_UP, DATA, EXIT, REQUEST, place_request
 from virtio import spec
 from virtio.console import Console
 from virtio.device import VirtioDevice
-from virtio.net import Net
+from virtio.net.device import Net
 from virtio.rng import Entropy
 from virtio.testing import Allocator, MmioDriver
 from vmm import Machine

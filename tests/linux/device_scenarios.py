@@ -25,7 +25,7 @@ from typing import Any
 
 from tests.linux.kernels import cpus, kernel
 from tests.linux.tools_guest import GuestFailed, MachineGuest, ToolsImage, initrd_with, probe, tools_image
-from virtio.blk import Block
+from virtio.blk.device import Block
 from vmm.config import VmConfig
 from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import VmmError

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from virtio.fs import Fs
+from virtio.fs.device import Fs
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm.irq import IrqLine
@@ -278,7 +278,7 @@ class FuseClient:
 class FuseVm(FuseClient):
     """A guest with one share, without KVM.
 
-    :param settings: of :class:`virtio.fs.Fs`
+    :param settings: of :class:`virtio.fs.device.Fs`
     """
 
     RAM = 16 << 20

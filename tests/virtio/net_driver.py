@@ -11,8 +11,8 @@ from typing import Any
 
 from virtio import spec
 from virtio.mmio import VirtioMmio
-from virtio.net import Net
-from virtio.net_host import Passt, Tap
+from virtio.net.device import Net
+from virtio.net.host import Passt, Tap
 from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory

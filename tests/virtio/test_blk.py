@@ -23,9 +23,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtio import _blk, blk, spec
+from virtio import spec
 from virtio._limiter import RateLimiter
-from virtio.blk import Block, Disk
+from virtio.blk import _worker as _blk
+from virtio.blk import device as blk
+from virtio.blk.device import Block, Disk
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm import _uring

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from virtio import spec
-from virtio.blk import Block, Disk
+from virtio.blk.device import Block, Disk
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, MmioDriver
 from vmm import _uring

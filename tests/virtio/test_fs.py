@@ -620,7 +620,7 @@ def test_limits_hold_reads_and_writes_back_and_can_be_lifted(tree: Path, mount: 
 
 
 def test_a_users_mistakes_are_named(tmp_path: Path) -> None:
-    from virtio.fs import Fs
+    from virtio.fs.device import Fs
 
     (tmp_path / "file").touch()
     for settings in (

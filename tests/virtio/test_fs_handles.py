@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.virtio.fuse_client import LINUX_FLAGS, ROOT, FuseVm
 from tests.virtio.mounts import mounted, private_mounts
 from tests.virtio.test_fs import held, mount, refused, tree
-from virtio.fs import Fs
+from virtio.fs.device import Fs
 from vmm.budget import memory
 
 __all__ = ["mount", "tree"]

@@ -16,7 +16,7 @@ from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import LINUX_FLAGS, ROOT, FuseVm
 from tests.virtio.mounts import bind, ext4, mounted, private_mounts, unmount
 from tests.virtio.test_fs import held, mount, refused, tree
-from virtio._fs_share import type_stores_files
+from virtio.fs._share import type_stores_files
 from vmm.errors import ConfigError
 
 __all__ = ["mount", "tree"]

@@ -13,7 +13,7 @@ import pytest
 from virtio.balloon import Balloon
 from virtio.console import Console
 from virtio.device import VirtioDevice
-from virtio.net import Net
+from virtio.net.device import Net
 from virtio.rng import Entropy
 from virtio.testing import Allocator, Buffer, DeviceHost
 from vmm.memory import GuestMemory

@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.virtio.test_net import checksum
-from virtio import mmds_net, spec
-from virtio.mmds_net import ACK, FIN, IDLE, MAC, MAX_CONNECTIONS, MAX_RESETS, MSS, PSH, RECEIVE, RST, SYN, Endpoint
-from virtio.net_host import Tap
+from virtio import spec
+from virtio.net import mmds as mmds_net
+from virtio.net.host import Tap
+from virtio.net.mmds import ACK, FIN, IDLE, MAC, MAX_CONNECTIONS, MAX_RESETS, MSS, PSH, RECEIVE, RST, SYN, Endpoint
 from vmm.device_config import MmdsConfig
 from vmm.mmds import MAX_REQUEST, Mmds
 

@@ -17,8 +17,8 @@ import pytest
 
 from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, Vm, arp_request, is_arp_reply
 from tests.virtio.test_net import checksum, is_udp
-from virtio.nat import Nat
-from virtio.net_host import Tap
+from virtio.net.host import Tap
+from virtio.net.nat import Nat
 from vmm.errors import ConfigError
 
 OUT, NEIGHBOUR = "10.7.7.1", "10.7.7.2"  # behind one interface

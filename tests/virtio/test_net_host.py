@@ -17,7 +17,7 @@ import pytest
 
 from tests.virtio.net_driver import GUEST_MAC, HOST, Vm, arp_request, is_arp_reply
 from tests.virtio.test_net import checksum, is_udp
-from virtio.net_host import Passt, Tap, network_of, parse_address
+from virtio.net.host import Passt, Tap, network_of, parse_address
 from vmm.device_config import NetConfig
 from vmm.errors import ConfigError
 
@@ -84,7 +84,7 @@ def test_names_that_are_no_tap(namespace: None) -> None:
 def test_without_the_capability_it_is_one_line_that_says_so(namespace: None) -> None:
     code = """if 1:
         import os
-        from virtio.net_host import Tap
+        from virtio.net.host import Tap
         from vmm.errors import ConfigError
         os.setgroups([]); os.setgid(65534); os.setuid(65534)
         for options in {"make": True}, {}:

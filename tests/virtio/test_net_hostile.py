@@ -14,7 +14,7 @@ import pytest
 from tests.virtio.net_driver import GUEST, RX, TX, Vm, arp_request, is_arp_reply
 from tests.waiting import until
 from virtio import spec
-from virtio.net_host import SIOCSIFFLAGS
+from virtio.net.host import SIOCSIFFLAGS
 from virtio.testing import Buffer
 
 LARGE = spec.NET_F_GUEST_TSO4 | spec.NET_F_GUEST_TSO6 | spec.NET_F_GUEST_UFO

@@ -18,7 +18,7 @@ from tests.virtio.test_net_hostile import OUTSIDE, assert_alive, assert_broken_a
 from tests.waiting import until
 from virtio import spec
 from virtio._limiter import RateLimiter
-from virtio.mmds_net import Endpoint
+from virtio.net.mmds import Endpoint
 
 DOCUMENT = {"name": "value", "large": "x" * 50_000}
 PARTIAL = spec.NET_HEADER.pack(1, 0, 0, 0, 34, 16, 0)

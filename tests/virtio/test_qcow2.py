@@ -15,8 +15,8 @@ import pytest
 
 from tests.virtio.test_blk import Vm, engine, image, part
 from virtio import spec
-from virtio.blk import Disk
-from virtio.qcow2 import Qcow2
+from virtio.blk.device import Disk
+from virtio.blk.qcow2 import Qcow2
 from virtio.testing import Allocator
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
@@ -219,7 +219,7 @@ def test_a_header_that_changes_after_it_was_read(
     if not walled:
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={data}", qcow2, "1M")
-    monkeypatch.setattr("virtio.qcow2._judge", lambda *_: None)
+    monkeypatch.setattr("virtio.blk.qcow2._judge", lambda *_: None)
     with pytest.raises(ConfigError, match=r"cannot be opened: .*|names another file"):
         Qcow2(str(qcow2))
 

@@ -17,10 +17,10 @@ import pytest
 from tests.virtio.vsock_driver import EVENT, Vm
 from virtio import spec
 from virtio.balloon import Balloon
-from virtio.blk import Block, Disk
+from virtio.blk.device import Block, Disk
 from virtio.console import Console
 from virtio.device import VirtioDevice
-from virtio.fs import Fs
+from virtio.fs.device import Fs
 from virtio.mmio import VirtioMmio
 from virtio.rng import Entropy
 from virtio.testing import Allocator, DeviceHost, MmioDriver

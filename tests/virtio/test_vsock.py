@@ -37,7 +37,7 @@ from tests.virtio.vsock_driver import (
 )  # fmt: skip
 from virtio import spec
 from virtio.testing import Buffer
-from virtio.vsock import MAX_CONNECTIONS, Listener
+from virtio.vsock.device import MAX_CONNECTIONS, Listener
 from vmm.budget import raise_descriptor_limit
 from vmm.device_config import VsockConfig
 from vmm.errors import ConfigError

@@ -14,7 +14,7 @@ from tests.waiting import PATIENCE, until
 from virtio import spec
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver, SplitDriver
-from virtio.vsock import Listener, Vsock
+from virtio.vsock.device import Listener, Vsock
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 

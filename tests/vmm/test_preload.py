@@ -24,8 +24,8 @@ OTHERS = (
 NEVER = {
     "numpy": "GuestMemory.view(), of programs that import us",
     "subprocess": "qcow2, passt and NAT, which start programs",
-    "virtio.qcow2": "the same",
-    "virtio.nat": "the same",
+    "virtio.blk.qcow2": "the same",
+    "virtio.net.nat": "the same",
     "vmm.bus": "protocols, for type checkers",
     "difflib": "a mistake on the command line, before the jail",
     "vmm.settings": "type checkers",

@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from virtio.vsock import Listener
+    from virtio.vsock.device import Listener
     from vmm.kvm import Vm
     from vmm.machine import Machine
     from vmm.snapshot import Image
@@ -238,7 +238,7 @@ class Vmm:
         if body.is_root_device and roots:
             raise ApiError(f"Drive config error: A root block device already exists: {roots[0].drive_id}")
         with _refusing("Drive config error"):
-            from virtio.blk import Disk
+            from virtio.blk.device import Disk
 
             config = translate.drive(body)
             if config.image_format == "raw":
@@ -265,7 +265,7 @@ class Vmm:
         with _refusing("Network config error"):
             config = translate.net(body)
             if body.guest_mac is not None:
-                from virtio.net import parse_mac
+                from virtio.net.device import parse_mac
 
                 parse_mac(body.guest_mac)
                 if body.guest_mac in [each.guest_mac for each in others]:
@@ -273,7 +273,7 @@ class Vmm:
             if config.mode == "tap":
                 if body.host_dev_name in [each.host_dev_name for each in others]:
                     raise ConfigError("host_dev_name", body.host_dev_name, "is the tap of another interface")
-                from virtio.net_host import Tap
+                from virtio.net.host import Tap
 
                 Tap(config.host_dev_name or "", config.queues).close()
         self._interfaces.pop(body.iface_id, None)
@@ -290,7 +290,7 @@ class Vmm:
         self._shares[body.tag] = body
 
     def _vsock_is(self, body: types.Vsock) -> None:
-        from virtio.vsock import Listener
+        from virtio.vsock.device import Listener
 
         with _refusing("Vsock config error"):
             config = translate.vsock(body)

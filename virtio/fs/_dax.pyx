@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The DAX window of a share: a stretch of this process's memory that KVM shows the guest, with files mapped into it.
+
+No part of it is guest RAM to the devices: a descriptor that points into it is refused, so no thread here ever touches
+a page that a file's truncation may take away. Where no file is mapped there is memory, which a guest may use as it
+likes; what a guest may only read is mapped privately, so that its write changes nothing but its own copy.
+"""
+import os
+
+from libc.errno cimport EINVAL, errno
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+from virtio.fs._inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from vmm._budget cimport FOR_OPEN, granted
+
+cdef extern from *:
+    """
+    static inline int dax_load(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void dax_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+    """
+    int dax_load(const int *p) noexcept nogil
+    void dax_store(int *p, int v) noexcept nogil
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum: PROT_NONE, PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
+    void *MAP_FAILED
+    void *mmap(void *addr, size_t length, int prot, int flags, int fd, int64_t offset)
+    int munmap(void *addr, size_t length)
+
+cdef extern from "<sys/stat.h>" nogil:
+    struct host_stat "stat":
+        int64_t st_size
+    int fstat(int fd, host_stat *st)
+
+cdef extern from "<fcntl.h>" nogil:
+    enum: F_DUPFD_CLOEXEC
+    int fcntl(int fd, int command, ...)
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+cdef enum:
+    PAGE = 4096
+    SLOT = 1 << DAX_SHIFT
+
+
+cdef class Window:
+    """A window of `size` bytes, a multiple of 2 MiB, for mappings of files; safe from any thread.
+
+    :raises OSError: no address space left
+    """
+
+    def __cinit__(self, uint64_t size):
+        cdef void *p
+        cdef uint64_t i
+        if size == 0 or size & (SLOT - 1):
+            raise ValueError("a DAX window is a multiple of 2 MiB")
+        pthread_mutex_init(&self.lock, NULL)
+        self.size = size
+        self.slots = <Slot *>calloc(size >> DAX_SHIFT, sizeof(Slot))
+        if self.slots == NULL:
+            raise MemoryError()
+        for i in range(size >> DAX_SHIFT):
+            self.slots[i].fd = -1
+        self.reserved_size = size + SLOT
+        p = mmap(NULL, self.reserved_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if p == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        self.reserved = <uint8_t *>p
+        self.base = <uint8_t *>((<uintptr_t>p + SLOT - 1) & ~<uintptr_t>(SLOT - 1))
+        if not self._blank(0, size):
+            raise OSError(errno, os.strerror(errno))
+
+    def __dealloc__(self):
+        if self.reserved != NULL:
+            self.clear()
+            munmap(self.reserved, self.reserved_size)
+        free(self.slots)
+
+    @property
+    def address(self):
+        """Where this process has it, for ``KVM_SET_USER_MEMORY_REGION``."""
+        return <uintptr_t>self.base
+
+    cdef bint _aligned(self, uint64_t where, uint64_t length) noexcept nogil:
+        # The start is a slot's, the end a page's, all of it inside; no sum can overflow.
+        return not where & (SLOT - 1) and length and not length & (PAGE - 1) and where < self.size \
+            and length <= self.size - where
+
+    cdef bint _blank(self, uint64_t where, uint64_t length) noexcept nogil:
+        return mmap(self.base + where, length, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED
+
+    cdef void _drop(self, Slot *slot) noexcept nogil:
+        if slot.fd >= 0:
+            close(slot.fd)
+            slot.fd = -1
+            self.mapped -= 1
+        slot.length = slot.backed = 0
+
+    cdef int _put(self, uint64_t where, Slot *slot, uint64_t at) noexcept nogil:
+        # Map the slot's file from byte `at` of the slot on. KVM's MMU notifier takes what was there out of the guest.
+        if mmap(self.base + where + at, slot.length - at, PROT_READ | PROT_WRITE,
+                MAP_FIXED | (MAP_SHARED if slot.writable else MAP_PRIVATE | MAP_NORESERVE), slot.fd,
+                slot.offset + at) == MAP_FAILED:
+            return -errno
+        slot.backed = slot.length
+        return 0
+
+    cdef int64_t map(self, int fd, uint64_t offset, uint64_t length, uint64_t where, bint writable) noexcept nogil:
+        cdef uint64_t at = 0
+        cdef int64_t result = 0
+        cdef Slot *slot
+        if not self._aligned(where, length) or offset & (SLOT - 1) or offset > <uint64_t>INT64_MAX - length:
+            return -EINVAL
+        pthread_mutex_lock(&self.lock)
+        while at < length and result == 0:
+            slot = &self.slots[(where + at) >> DAX_SHIFT]
+            self._drop(slot)
+            slot.fd = granted(fcntl(fd, F_DUPFD_CLOEXEC, 0), FOR_OPEN)
+            if slot.fd < 0:
+                result = -errno
+            else:
+                self.mapped += 1
+                slot.writable, slot.offset, slot.length = writable, offset + at, min(length - at, <uint64_t>SLOT)
+                result = self._put(where + at, slot, 0)
+            if result < 0:
+                self._drop(slot)
+            if slot.length < SLOT:
+                self._blank(where + at + slot.length, SLOT - slot.length)
+            at += SLOT
+        pthread_mutex_unlock(&self.lock)
+        return result
+
+    cdef int64_t unmap(self, uint64_t where, uint64_t length) noexcept nogil:
+        cdef uint64_t at = 0
+        cdef int64_t result = 0
+        if not self._aligned(where, length):
+            return -EINVAL
+        length = (length + SLOT - 1) & ~<uint64_t>(SLOT - 1)
+        pthread_mutex_lock(&self.lock)
+        if not self._blank(where, length):
+            result = -errno
+        else:
+            while at < length:
+                self._drop(&self.slots[(where + at) >> DAX_SHIFT])
+                at += SLOT
+        pthread_mutex_unlock(&self.lock)
+        return result
+
+    cdef void clear(self) noexcept nogil:
+        self.unmap(0, self.size)
+
+    def repair(self):
+        """Put memory where a mapped file has ended meanwhile, so that the guest reads zeros and lives.
+
+        :returns: whether there was such a place: the vCPU whose KVM_RUN failed with EFAULT may try again
+        """
+        cdef uint64_t i, end, left
+        cdef host_stat st
+        cdef bint found = False
+        cdef Slot *slot
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            for i in range(self.size >> DAX_SHIFT):
+                slot = &self.slots[i]
+                if slot.fd < 0 or fstat(slot.fd, &st) < 0:
+                    continue
+                end = (<uint64_t>st.st_size + PAGE - 1) & ~<uint64_t>(PAGE - 1)
+                left = end - slot.offset if end > slot.offset else 0
+                if left < slot.backed and self._blank((i << DAX_SHIFT) + left, slot.backed - left):
+                    slot.backed = left
+                    found = True
+            if found:
+                self.repairs += 1
+                dax_store(&self.patched, 1)
+            pthread_mutex_unlock(&self.lock)
+        return found
+
+    cdef void heal(self) noexcept nogil:
+        # A guest touches no page beyond the size that it was told, but it may be told of a larger one now.
+        cdef uint64_t i
+        cdef Slot *slot
+        if not dax_load(&self.patched):
+            return
+        pthread_mutex_lock(&self.lock)
+        dax_store(&self.patched, 0)
+        for i in range(self.size >> DAX_SHIFT):
+            slot = &self.slots[i]
+            if slot.fd >= 0 and slot.backed < slot.length:
+                self._put(i << DAX_SHIFT, slot, slot.backed)
+        pthread_mutex_unlock(&self.lock)

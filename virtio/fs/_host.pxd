@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+# What the operations of a share ask of the host: system calls as they are, and the few that glibc has not as needed.
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from vmm._fastpath cimport iovec
+
+cdef extern from "<linux/capability.h>" nogil:
+    struct __user_cap_data_struct:
+        uint32_t effective
+
+cdef extern from "<sys/stat.h>" nogil:
+    struct statx_timestamp:
+        int64_t tv_sec
+        uint32_t tv_nsec
+    struct statx:
+        uint32_t stx_mask, stx_blksize, stx_nlink, stx_uid, stx_gid
+        uint32_t stx_mode
+        uint64_t stx_ino, stx_size, stx_blocks, stx_mnt_id
+        statx_timestamp stx_atime, stx_mtime, stx_ctime, stx_btime
+        uint32_t stx_rdev_major, stx_rdev_minor, stx_dev_major, stx_dev_minor
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <linux/capability.h>
+    #include <linux/fuse.h>
+    #include <sched.h>
+    #include <stdint.h>
+    #include <string.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    enum { OP_KNOWN = 1, OP_CHANGES = 2, OP_SLOW = 4, OP_SILENT = 8, OP_HANDLE = 16 };
+    #define NO_REPLY (INT64_C(1) << 62)
+    #define WOULD_WAIT (INT64_C(1) << 61)
+    #define DIRECT_IO_ALLOW_MMAP (UINT64_C(1) << 36)    /* of FUSE 7.39, younger than the header that is assumed */
+    #define OP(name, args, reply, names_, flags_) \
+        [FUSE_##name] = { .in = (args), .out = (reply), .names = (names_), .flags = OP_KNOWN | (flags_) }
+    #define IN(type) sizeof(struct fuse_##type##_in)
+    #define OUT(type) sizeof(struct fuse_##type##_out)
+    /* What a request must bring and have room for at least, and the names (components) after its fixed part. */
+    struct fuse_op { uint16_t in, out; uint8_t names, flags; };
+    __attribute__((unused)) static const struct fuse_op fuse_ops[FUSE_TMPFILE + 1] = {
+        OP(LOOKUP, 0, OUT(entry), 1, 0),
+        OP(FORGET, IN(forget), 0, 0, OP_SILENT),
+        OP(GETATTR, IN(getattr), OUT(attr), 0, 0),
+        OP(SETATTR, IN(setattr), OUT(attr), 0, OP_CHANGES),
+        OP(READLINK, 0, 0, 0, 0),
+        OP(SYMLINK, 0, OUT(entry), 1, OP_CHANGES),
+        OP(MKNOD, IN(mknod), OUT(entry), 1, OP_CHANGES),
+        OP(MKDIR, IN(mkdir), OUT(entry), 1, OP_CHANGES),
+        OP(UNLINK, 0, 0, 1, OP_CHANGES),
+        OP(RMDIR, 0, 0, 1, OP_CHANGES),
+        OP(RENAME, IN(rename), 0, 2, OP_CHANGES),
+        OP(LINK, IN(link), OUT(entry), 1, OP_CHANGES),
+        OP(OPEN, IN(open), OUT(open), 0, 0),
+        OP(READ, IN(read), 0, 0, OP_HANDLE),
+        OP(WRITE, IN(write), OUT(write), 0, OP_CHANGES | OP_HANDLE),
+        OP(STATFS, 0, OUT(statfs), 0, 0),
+        OP(RELEASE, IN(release), 0, 0, 0),
+        OP(FSYNC, IN(fsync), 0, 0, OP_SLOW | OP_HANDLE),
+        OP(SETXATTR, FUSE_COMPAT_SETXATTR_IN_SIZE, 0, 0, OP_CHANGES),
+        OP(GETXATTR, IN(getxattr), 0, 0, 0),
+        OP(LISTXATTR, IN(getxattr), 0, 0, 0),
+        OP(REMOVEXATTR, 0, 0, 0, OP_CHANGES),
+        OP(FLUSH, IN(flush), 0, 0, OP_SLOW | OP_HANDLE),
+        OP(INIT, 16, OUT(init), 0, 0),
+        OP(OPENDIR, IN(open), OUT(open), 0, 0),
+        OP(READDIR, IN(read), 0, 0, OP_HANDLE),
+        OP(RELEASEDIR, IN(release), 0, 0, 0),
+        OP(FSYNCDIR, IN(fsync), 0, 0, OP_SLOW | OP_HANDLE),
+        OP(ACCESS, IN(access), 0, 0, 0),
+        OP(CREATE, IN(create), OUT(entry) + OUT(open), 1, OP_CHANGES),
+        OP(INTERRUPT, IN(interrupt), 0, 0, OP_SILENT),
+        OP(DESTROY, 0, 0, 0, 0),
+        OP(IOCTL, IN(ioctl), 0, 0, 0),
+        OP(BATCH_FORGET, IN(batch_forget), 0, 0, OP_SILENT),
+        OP(FALLOCATE, IN(fallocate), 0, 0, OP_CHANGES | OP_SLOW | OP_HANDLE),
+        OP(READDIRPLUS, IN(read), 0, 0, OP_HANDLE),
+        OP(RENAME2, IN(rename2), 0, 2, OP_CHANGES),
+        OP(LSEEK, IN(lseek), OUT(lseek), 0, OP_HANDLE),
+        OP(COPY_FILE_RANGE, IN(copy_file_range), OUT(write), 0, OP_CHANGES | OP_SLOW | OP_HANDLE),
+        OP(SETUPMAPPING, IN(setupmapping), 0, 0, 0),
+        OP(REMOVEMAPPING, IN(removemapping), 0, 0, 0),
+        OP(SYNCFS, IN(syncfs), 0, 0, OP_SLOW),
+        OP(TMPFILE, IN(create), OUT(entry) + OUT(open), 0, OP_CHANGES),
+    };
+    #undef OP
+    #undef IN
+    #undef OUT
+    static inline void set_errno(int number) { errno = number; }
+    static inline int fs_load(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void fs_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+
+    struct linux_dirent64 { uint64_t d_ino; int64_t d_off; uint16_t d_reclen; uint8_t d_type; char d_name[]; };
+    static inline long fs_getdents(int fd, void *buffer, size_t size) {
+        return syscall(SYS_getdents64, fd, buffer, size);
+    }
+
+    /* Credentials are the thread's own in the kernel; glibc's functions would change every thread's. */
+    static int fs_capget(struct __user_cap_data_struct *data) {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        return syscall(SYS_capget, &header, data);
+    }
+    static int fs_capset(const struct __user_cap_data_struct *data) {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        return syscall(SYS_capset, &header, data);
+    }
+    static inline int fs_has(const struct __user_cap_data_struct *d, int cap) {
+        return d[cap / 32].effective >> cap % 32 & 1;
+    }
+    static int fs_may_all(int reading) {
+        struct __user_cap_data_struct data[2];
+        return fs_capget(data) == 0
+            && (fs_has(data, CAP_DAC_OVERRIDE) || (reading && fs_has(data, CAP_DAC_READ_SEARCH)));
+    }
+    static inline int fs_own(int proc_fd) {
+        /* A umask and a working directory of the thread's own; a container may refuse them. */
+        if (unshare(CLONE_FS) < 0 || fchdir(proc_fd) < 0)
+            return 0;
+        umask(0);
+        return 1;
+    }
+    static int fs_squash(uint32_t uid, uint32_t gid) {
+        if (syscall(SYS_setgroups, 0, NULL) < 0 || syscall(SYS_setresgid, gid, gid, gid) < 0
+                || syscall(SYS_setresuid, uid, uid, uid) < 0)
+            return errno;
+        return 0;
+    }
+    static int fs_prepare(struct __user_cap_data_struct *full, struct __user_cap_data_struct *create,
+                          struct __user_cap_data_struct *create_sgid, struct __user_cap_data_struct *no_fsetid) {
+        if (syscall(SYS_geteuid) != 0 || fs_capget(full) < 0
+                || !fs_has(full, CAP_SETUID) || !fs_has(full, CAP_SETGID))
+            return 0;
+        syscall(SYS_setgroups, 0, NULL);
+        memcpy(create, full, 2 * sizeof(*full));
+        memcpy(create_sgid, full, 2 * sizeof(*full));
+        memcpy(no_fsetid, full, 2 * sizeof(*full));
+        create[0].effective &= 1u << CAP_DAC_OVERRIDE;
+        create_sgid[0].effective &= 1u << CAP_DAC_OVERRIDE | 1u << CAP_FSETID;
+        create[1].effective = create_sgid[1].effective = 0;
+        no_fsetid[0].effective &= ~(1u << CAP_FSETID);
+        return 1;
+    }
+    static int fs_become(uint32_t uid, uint32_t gid, const struct __user_cap_data_struct *caps) {
+        if (uid == (uint32_t)-1 || gid == (uint32_t)-1)
+            return EINVAL;                          /* to the kernel: no change */
+        if (syscall(SYS_setresgid, -1, gid, -1) < 0)
+            return errno;
+        if (uid && (syscall(SYS_setresuid, -1, uid, -1) < 0 || fs_capset(caps) < 0)) {
+            int error = errno;
+            syscall(SYS_setresuid, -1, 0, -1);
+            syscall(SYS_setresgid, -1, 0, -1);
+            return error;
+        }
+        return 0;
+    }
+    static void fs_return(uint32_t uid) {
+        if (uid)
+            syscall(SYS_setresuid, -1, 0, -1);      /* raises the capabilities again */
+        syscall(SYS_setresgid, -1, 0, -1);
+    }
+    """
+    struct fuse_op:
+        uint16_t size "in"
+        uint16_t out
+        uint8_t names
+        uint8_t flags
+    const fuse_op[52] fuse_ops
+    int64_t NO_REPLY, WOULD_WAIT
+    uint64_t DIRECT_IO_ALLOW_MMAP
+    enum: OP_KNOWN, OP_CHANGES, OP_SLOW, OP_SILENT, OP_HANDLE
+    struct linux_dirent64:
+        uint64_t d_ino
+        int64_t d_off
+        uint16_t d_reclen
+        uint8_t d_type
+        char *d_name
+    void set_errno(int number) noexcept nogil
+    int fs_load(const int *p) noexcept nogil
+    void fs_store(int *p, int v) noexcept nogil
+    long fs_getdents(int fd, void *buffer, size_t size) noexcept nogil
+    int fs_capset(const __user_cap_data_struct *data) noexcept nogil
+    bint fs_may_all(bint reading) noexcept nogil
+    bint fs_own(int proc_fd) noexcept nogil
+    int fs_squash(uint32_t uid, uint32_t gid) noexcept nogil
+    bint fs_prepare(__user_cap_data_struct *full, __user_cap_data_struct *create,
+                    __user_cap_data_struct *create_sgid, __user_cap_data_struct *no_fsetid) noexcept nogil
+    int fs_become(uint32_t uid, uint32_t gid, const __user_cap_data_struct *caps) noexcept nogil
+    void fs_return(uint32_t uid) noexcept nogil
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        O_ACCMODE, O_RDONLY, O_WRONLY, O_RDWR, O_TRUNC, O_APPEND, O_SYNC, O_DSYNC, O_CLOEXEC, O_NOFOLLOW, O_NOCTTY
+        O_NONBLOCK, O_DIRECTORY, O_PATH, O_CREAT, O_EXCL, O_TMPFILE
+        AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_SYMLINK_FOLLOW, AT_NO_AUTOMOUNT, AT_REMOVEDIR
+    int openat(int dirfd, const char *path, int flags, ...)
+    int fallocate(int fd, int mode, int64_t offset, int64_t length)
+    enum:
+        FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
+
+cdef extern from "<sys/stat.h>" nogil:
+    enum: STATX_BASIC_STATS, STATX_MNT_ID, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
+    # `statx` names both the structure, which virtio.fs._ops.pxd has, and the function.
+    int statx_call "statx"(int dirfd, const char *path, int flags, unsigned int mask, statx *st)
+    struct host_stat "stat":
+        int64_t st_size, st_blocks
+    int fstat(int fd, host_stat *st)
+    struct timespec:
+        int64_t tv_sec
+        long tv_nsec
+    enum: UTIME_NOW, UTIME_OMIT
+    int fchmod(int fd, unsigned int mode)
+    int fchmodat(int dirfd, const char *path, unsigned int mode, int flags)
+    int mkdirat(int dirfd, const char *path, unsigned int mode)
+    int mknodat(int dirfd, const char *path, unsigned int mode, uint64_t dev)
+    int utimensat(int dirfd, const char *path, const timespec *times, int flags)
+
+cdef extern from "<sys/inotify.h>" nogil:
+    enum: IN_NONBLOCK, IN_CLOEXEC, IN_MOVE_SELF
+    int inotify_init1(int flags)
+    int inotify_add_watch(int fd, const char *path, uint32_t mask)
+    int inotify_rm_watch(int fd, int wd)
+
+cdef extern from "<sys/sysmacros.h>" nogil:
+    uint64_t makedev(unsigned int major, unsigned int minor)
+
+cdef extern from "<sys/statfs.h>" nogil:
+    struct host_statfs "statfs":
+        long f_type, f_bsize, f_frsize, f_namelen
+        uint64_t f_blocks, f_bfree, f_bavail, f_files, f_ffree
+    int fstatfs(int fd, host_statfs *st)
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t preadv(int fd, const iovec *iov, int count, int64_t offset)
+    ssize_t preadv2(int fd, const iovec *iov, int count, int64_t offset, int flags)
+    enum: RWF_NOWAIT, RWF_APPEND, RWF_DSYNC, RWF_SYNC
+    ssize_t pwritev2(int fd, const iovec *iov, int count, int64_t offset, int flags)
+    ssize_t pwritev(int fd, const iovec *iov, int count, int64_t offset)
+
+cdef extern from "<sys/xattr.h>" nogil:
+    ssize_t getxattr(const char *path, const char *name, void *value, size_t size)
+    ssize_t listxattr(const char *path, char *names, size_t size)
+    int setxattr(const char *path, const char *name, const void *value, size_t size, int flags)
+    int removexattr(const char *path, const char *name)
+
+cdef extern from "<stdio.h>" nogil:
+    int renameat2(int olddir, const char *old, int newdir, const char *new, unsigned int flags)
+    enum: RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+    int dup(int fd)
+    ssize_t read(int fd, void *buffer, size_t size)
+    int fsync(int fd)
+    int fdatasync(int fd)
+    int syncfs(int fd)
+    int ftruncate(int fd, int64_t length)
+    int truncate(const char *path, int64_t length)
+    int fchownat(int dirfd, const char *path, uint32_t uid, uint32_t gid, int flags)
+    int linkat(int olddir, const char *old, int newdir, const char *new, int flags)
+    int symlinkat(const char *target, int newdir, const char *path)
+    int unlinkat(int dirfd, const char *path, int flags)
+    int64_t lseek(int fd, int64_t offset, int whence)
+    ssize_t readlinkat(int dirfd, const char *path, char *buffer, size_t size)
+    ssize_t copy_file_range(int fd_in, int64_t *off_in, int fd_out, int64_t *off_out, size_t len, unsigned int flags)

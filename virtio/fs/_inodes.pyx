@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The inode table of a share: the only way from a number of the guest's to a host file.
+
+A node is an O_PATH descriptor, so what it names stays what it is, whatever is renamed, mounted or put in its place
+meanwhile. An id is an index and the generation of its slot: a stale or invented one finds nothing.
+
+Linux keeps what it has looked up as long as it has memory, and descriptors are few: where they run out, those that were
+not used lately are closed, and opened again when they are: the same name in the same directory, no symbolic link, and
+the very inode, by device, mount, number and the time when it was made. What has been replaced meanwhile is ESTALE,
+upon which Linux looks the path up anew. File handles (open_by_handle_at) would need no name, but CAP_DAC_READ_SEARCH,
+which no ordinary user has, and with which a jail is none.
+"""
+from libc.errno cimport ENFILE, ESTALE, errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, strcmp, strlen
+
+from virtio.fs._host cimport *
+from vmm._budget cimport FOR_LOOKUP, granted
+
+from vmm.budget import memory
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    static inline void inode_errno(int number) { errno = number; }
+    """
+    void inode_errno(int number) noexcept nogil
+
+ctypedef Node *NodePointer
+
+cdef enum:
+    CHUNK_BITS = 9
+    CHUNK = 1 << CHUNK_BITS
+    CHUNKS = 8192               # of 512: 4 million nodes
+    BATCH = 64                  # descriptors that are closed at once
+    STEPS = 1 << 17             # nodes that are looked at for them, at most
+    DEPTH = 512                 # directories on the way to a node that is opened again
+    GHOSTS = 1 << 16
+    NAME_SIZE = 256             # of a name with its 0; longer ones, which some file systems have, are not kept
+    STATX_BTIME = 0x800
+
+
+cdef uint64_t device_of(const statx *st) noexcept nogil:
+    return <uint64_t>st.stx_dev_major << 32 | st.stx_dev_minor
+
+cdef uint64_t btime_of(const statx *st) noexcept nogil:
+    return <uint64_t>st.stx_btime.tv_sec * 1000000000 + st.stx_btime.tv_nsec if st.stx_mask & STATX_BTIME else 0
+
+cdef uint64_t id_of(const Node *node) noexcept nogil:
+    return <uint64_t>node.generation << 32 | node.index
+
+cdef pthread_mutex_t clocks_lock
+cdef Clock *clocks = NULL       # a ring of all shares: the one that gives next
+pthread_mutex_init(&clocks_lock, NULL)
+
+cdef uint32_t close_some(Clock *clock) noexcept nogil:
+    cdef int[BATCH] fds
+    cdef uint32_t count = 0, i
+    cdef uint32_t steps = 0
+    cdef Node *node
+    pthread_mutex_lock(clock.lock)
+    while count < BATCH and steps < STEPS and steps < 2 * clock.slots[0]:
+        steps += 1
+        clock.hand += 1
+        if clock.hand >= clock.slots[0]:
+            clock.hand = ROOT
+        node = &clock.chunks[clock.hand >> CHUNK_BITS][clock.hand & (CHUNK - 1)]
+        if not node.live or node.fd < 0 or node.refs or node.name == NULL or node.btime == 0:
+            continue
+        if node.recent:
+            node.recent = False
+            continue
+        fds[count] = node.fd
+        node.fd = -1
+        count += 1
+    pthread_mutex_unlock(clock.lock)
+    for i in range(count):
+        close(fds[i])
+    return count
+
+cdef bint make_room() noexcept nogil:
+    global clocks
+    cdef uint32_t count = 0
+    cdef Clock *first
+    pthread_mutex_lock(&clocks_lock)
+    first = clocks
+    while first != NULL:
+        count = close_some(clocks)
+        clocks = clocks.next
+        if count or clocks == first:
+            break
+    pthread_mutex_unlock(&clocks_lock)
+    return count != 0
+
+
+cdef class Inodes:
+    """The nodes of one share; safe from any thread.
+
+    :param root_fd: O_PATH descriptor of the shared directory; owned from here on
+    :param overlay: it is on an overlayfs
+    """
+
+    def __cinit__(self, int root_fd, bint overlay):
+        cdef statx st
+        pthread_mutex_init(&self.lock, NULL)
+        self.memory = memory
+        self.n_buckets = 1024
+        self.node_slots = self.clock.hand = self.ghost_hand = ROOT      # no id is 0
+        self.node_chunks = <Node **>calloc(CHUNKS, sizeof(Node *))
+        self.buckets = <uint32_t *>calloc(self.n_buckets, sizeof(uint32_t))
+        if self.node_chunks == NULL or self.buckets == NULL:
+            raise MemoryError()
+        if statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or \
+                self.node_add(root_fd, &st, NULL, NULL, overlay, True) != ROOT:
+            raise MemoryError()
+        # No look-up finds it: entering a file system's root from below is entering it anew.
+        self._unhash(self._node(ROOT))
+        self.clock.lock, self.clock.chunks, self.clock.slots = &self.lock, self.node_chunks, &self.node_slots
+        self._enter_ring()
+
+    cdef void _enter_ring(self) noexcept nogil:
+        global clocks
+        pthread_mutex_lock(&clocks_lock)
+        if clocks == NULL:
+            clocks = &self.clock
+            clocks.next = clocks
+        else:
+            self.clock.next = clocks.next
+            clocks.next = &self.clock
+        pthread_mutex_unlock(&clocks_lock)
+
+    cdef void _leave_ring(self) noexcept nogil:
+        global clocks
+        cdef Clock *before = &self.clock
+        pthread_mutex_lock(&clocks_lock)
+        if self.clock.next != NULL:
+            while before.next != &self.clock:
+                before = before.next
+            before.next = self.clock.next
+            if clocks == &self.clock:
+                clocks = before if before != &self.clock else NULL
+        self.clock.next = NULL
+        pthread_mutex_unlock(&clocks_lock)
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        cdef Budget budget
+        self._leave_ring()
+        if self.node_chunks != NULL:
+            for i in range(ROOT, self.node_slots):
+                if self._node(i).live and self._node(i).fd >= 0:
+                    close(self._node(i).fd)
+                free(self._node(i).name)
+            for i in range(<uint32_t>CHUNKS):
+                free(self.node_chunks[i])
+        free(self.node_chunks)
+        free(self.buckets)
+        # Not by self.memory: where a cycle is collected, that is gone already.
+        budget = memory
+        if budget is not None:
+            budget.give(self.charged)
+
+    cdef Node *_node(self, uint32_t index) noexcept nogil:
+        return &self.node_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
+
+    # By what it is
+
+    cdef uint32_t _bucket(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
+        cdef uint64_t mixed = (ino ^ (dev << 32 | dev >> 32) ^ mnt << 17) * <uint64_t>0x9e3779b97f4a7c15
+        return <uint32_t>(mixed >> 32) & (self.n_buckets - 1)
+
+    cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
+        cdef uint32_t index = self.buckets[self._bucket(dev, ino, mnt)]
+        cdef Node *node
+        while index:
+            node = self._node(index)
+            if node.ino == ino and node.dev == dev and node.mnt == mnt:
+                return node
+            index = node.next
+        return NULL
+
+    cdef Node *_same(self, const statx *st) noexcept nogil:
+        cdef Node *node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id)
+        if node != NULL and node.fd < 0 and node.btime != btime_of(st):
+            self._unhash(node)      # the number was given to another: this one is gone
+            return NULL
+        return node
+
+    cdef void _hash(self, Node *node) noexcept nogil:
+        cdef uint32_t bucket = self._bucket(node.dev, node.ino, node.mnt)
+        node.next = self.buckets[bucket]
+        self.buckets[bucket] = node.index
+        node.hashed = True
+
+    cdef void _unhash(self, Node *node) noexcept nogil:
+        cdef uint32_t *link = &self.buckets[self._bucket(node.dev, node.ino, node.mnt)]
+        if not node.hashed:
+            return
+        while link[0] != node.index:
+            link = &self._node(link[0]).next
+        link[0] = node.next
+        node.hashed = False
+
+    cdef void _grow(self) noexcept nogil:
+        # Twice as many buckets; where there is no memory for them, longer chains do.
+        cdef uint32_t i
+        cdef uint32_t *buckets = <uint32_t *>calloc(2 * <size_t>self.n_buckets, sizeof(uint32_t))
+        if buckets == NULL:
+            return
+        free(self.buckets)
+        self.buckets = buckets
+        self.n_buckets *= 2
+        for i in range(ROOT + 1, self.node_slots):
+            if self._node(i).hashed:
+                self._hash(self._node(i))
+
+    cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
+        cdef bint known
+        pthread_mutex_lock(&self.lock)
+        known = self._find(dev, ino, mnt) != NULL
+        pthread_mutex_unlock(&self.lock)
+        return known
+
+    cdef uint64_t _told(self, Node *node) noexcept nogil:
+        # The guest is told of it once more.
+        if node.ghost:
+            node.ghost = False
+            self.ghosts -= 1
+            self.nodes += 1
+        node.nlookup += 1
+        node.recent = True
+        return id_of(node)
+
+    cdef uint64_t node_told(self, Node *node) noexcept nogil:
+        cdef uint64_t nodeid
+        pthread_mutex_lock(&self.lock)
+        nodeid = self._told(node)
+        pthread_mutex_unlock(&self.lock)
+        return nodeid
+
+    cdef uint64_t node_find(self, const statx *st, const Node *parent, const char *name) noexcept nogil:
+        cdef uint64_t nodeid = 0
+        cdef Node *node
+        pthread_mutex_lock(&self.lock)
+        node = self._same(st)
+        if node != NULL:
+            nodeid = self._told(node)
+            if node.fd < 0:
+                self._rename(node, parent, name)
+        pthread_mutex_unlock(&self.lock)
+        return nodeid
+
+    cdef uint64_t node_add(self, int fd, const statx *st, const Node *parent, const char *name,
+                           bint overlay, bint alone) noexcept nogil:
+        cdef uint64_t nodeid = 0
+        cdef Node *node
+        pthread_mutex_lock(&self.lock)
+        node = NULL if alone else self._same(st)
+        if node == NULL:
+            node = self._new()
+            if node != NULL:
+                node.fd = -1
+                node.type = st.stx_mode & S_IFMT
+                node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
+                node.btime = btime_of(st)
+                node.overlay = overlay
+                node.foreign = parent != NULL and node.dev != parent.dev and node.type != S_IFDIR
+                self.nodes += 1
+                if self.nodes + self.ghosts > self.n_buckets:
+                    self._grow()
+                self._hash(node)
+        if node != NULL:
+            nodeid = self._told(node)
+            self._rename(node, parent, name)
+            if node.fd < 0:
+                node.fd = fd
+                fd = -1
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)
+        return nodeid
+
+    cdef Node *node_twin(self, const statx *st, Node *before) noexcept nogil:
+        cdef uint64_t dev = device_of(st)
+        cdef Node *node = before
+        cdef uint32_t index
+        while True:
+            pthread_mutex_lock(&self.lock)
+            if node == NULL:
+                index = self.buckets[self._bucket(dev, st.stx_ino, st.stx_mnt_id)]
+            else:
+                index = node.next if node.hashed else 0
+            while index and (self._node(index).ino != st.stx_ino or self._node(index).dev != dev
+                             or self._node(index).mnt != st.stx_mnt_id):
+                index = self._node(index).next
+            node = self._node(index) if index else NULL
+            if node != NULL:
+                node.refs += 1
+            pthread_mutex_unlock(&self.lock)
+            if before != NULL:
+                self.node_put(before)
+            if node == NULL or node.fd >= 0 or self._open_again(node) == 0:
+                return node
+            before = node           # it is gone
+
+    cdef void node_became(self, Node *node, const statx *st) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        if not node.hashed:
+            pass
+        elif node.ino == st.stx_ino and node.dev == device_of(st):
+            node.btime = btime_of(st)
+        else:
+            self._unhash(node)
+            node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
+            node.btime = btime_of(st)
+            self._hash(node)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef Node *_new(self) noexcept nogil:
+        # A slot: a free one, or one more.
+        cdef uint32_t index = self.free_node, generation = <uint32_t>-1     # so that the root's becomes 0
+        cdef uint64_t size = CHUNK * sizeof(Node)
+        cdef Node **chunk = &self.node_chunks[self.node_slots >> CHUNK_BITS]
+        cdef Node *node
+        if index:
+            node = self._node(index)
+            self.free_node = node.next
+            generation = node.generation
+        else:
+            if self.node_slots >= <uint32_t>CHUNK * CHUNKS:
+                return NULL
+            if chunk[0] == NULL:
+                if not self.memory.take(size):
+                    return NULL             # a guest's own caches are a hundred times as large by then
+                chunk[0] = <Node *>calloc(CHUNK, sizeof(Node))
+                if chunk[0] == NULL:
+                    self.memory.give(size)
+                    return NULL
+                self.charged += size
+            index = self.node_slots
+            self.node_slots += 1
+            node = self._node(index)
+        node.generation = generation + 1
+        node.index = index
+        node.nlookup = node.refs = node.opened = 0
+        node.parent = 0
+        node.name = NULL
+        node.hashed = node.ghost = False
+        node.live = True
+        return node
+
+    # By where it is
+
+    cdef void _rename(self, Node *node, const Node *parent, const char *name) noexcept nogil:
+        # Where it can be found; without memory for that its descriptor stays.
+        cdef uint64_t size
+        cdef char *copy
+        if parent == NULL or name == NULL:
+            return
+        node.parent = id_of(parent)
+        if node.name != NULL and strcmp(node.name, name) == 0:
+            return
+        size = strlen(name) + 1
+        copy = NULL
+        if size <= <uint64_t>NAME_SIZE and self.memory.take(size):
+            copy = <char *>calloc(1, size)
+            if copy == NULL:
+                self.memory.give(size)
+            else:
+                memcpy(copy, name, size)
+                self.charged += size
+        self._forget_name(node)
+        node.name = copy
+
+    cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil:
+        cdef Node *node
+        pthread_mutex_lock(&self.lock)
+        node = self._same(st)
+        if node != NULL:
+            self._rename(node, parent, name)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void _forget_name(self, Node *node) noexcept nogil:
+        if node.name != NULL:
+            self.memory.give(strlen(node.name) + 1)
+            self.charged -= strlen(node.name) + 1
+            free(node.name)
+            node.name = NULL
+
+    cdef uint64_t node_id(self, const statx *st) noexcept nogil:
+        cdef Node *node
+        cdef uint64_t nodeid = 0
+        pthread_mutex_lock(&self.lock)
+        node = self._same(st)
+        if node != NULL and node.nlookup:
+            nodeid = id_of(node)
+        pthread_mutex_unlock(&self.lock)
+        return nodeid
+
+    cdef void node_unnamed(self, Node *node) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self._forget_name(node)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil:
+        cdef uint32_t index = <uint32_t>nodeid
+        cdef Node *node = NULL
+        pthread_mutex_lock(&self.lock)
+        if 0 < index < self.node_slots:
+            node = self._node(index)
+            if node.live and node.generation == nodeid >> 32 and (node.nlookup or (ghosts and node.ghost)):
+                node.refs += 1
+                node.recent = True
+            else:
+                node = NULL
+        pthread_mutex_unlock(&self.lock)
+        return node
+
+    cdef Node *node_get(self, uint64_t nodeid) noexcept nogil:
+        cdef Node *node = self._pin(nodeid, False)
+        cdef int error = ESTALE
+        if node != NULL and node.fd < 0:
+            error = self._open_again(node)
+            if error:
+                self.node_put(node)
+                node = NULL
+        if node == NULL:
+            inode_errno(error)
+        return node
+
+    cdef Node *node_recall(self, uint64_t nodeid) noexcept nogil:
+        cdef Node *node = self._pin(nodeid, True)
+        cdef int error = ESTALE
+        if node != NULL:
+            error = self._open_again(node) if node.fd < 0 else 0
+            if error:
+                self.node_put(node)
+                node = NULL
+        if node == NULL:
+            inode_errno(error)
+            return NULL
+        self.node_told(node)
+        return node
+
+    cdef int _open_again(self, Node *node) noexcept nogil:
+        # Open a pinned node, and the directories on the way to it that are closed, too. 0 or an errno.
+        cdef NodePointer[DEPTH] way
+        cdef Node *at = node
+        cdef uint32_t n = 0, i
+        cdef int error = 0
+        while at != NULL and at.fd < 0 and n < DEPTH:
+            way[n] = at
+            n += 1
+            at = self._pin(at.parent, True)
+        if at == NULL or at.fd < 0:
+            error = ESTALE
+        else:
+            while n and error == 0:
+                n -= 1
+                error = self._open_child(at, way[n])
+                self.node_put(at)
+                at = way[n]
+        if at != NULL and at != node:
+            self.node_put(at)
+        for i in range(1, n):           # way[0] is the caller's
+            self.node_put(way[i])
+        return error
+
+    cdef int _open_child(self, Node *parent, Node *node) noexcept nogil:
+        cdef char[NAME_SIZE] name
+        cdef statx st
+        cdef int fd
+        pthread_mutex_lock(&self.lock)
+        name[0] = 0
+        if node.name != NULL:
+            memcpy(name, node.name, strlen(node.name) + 1)
+        pthread_mutex_unlock(&self.lock)
+        if name[0] == 0:
+            return ESTALE
+        fd = granted(openat(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
+        if fd < 0 and errno == ENFILE and make_room():
+            fd = granted(openat(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
+        if fd < 0:
+            return ENFILE if errno == ENFILE else ESTALE
+        if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or device_of(&st) != node.dev or st.stx_ino != node.ino \
+                or st.stx_mnt_id != node.mnt or btime_of(&st) != node.btime:
+            close(fd)
+            return ESTALE
+        pthread_mutex_lock(&self.lock)
+        self.reopened += 1
+        if node.fd < 0:
+            node.fd = fd
+            fd = -1
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)
+        return 0
+
+    # Coming to an end
+
+    cdef void node_put(self, Node *node) noexcept nogil:
+        cdef int fd = -1
+        pthread_mutex_lock(&self.lock)
+        node.refs -= 1
+        if node.refs == 0 and node.nlookup == 0:
+            fd = self._let_go(node)
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)
+
+    cdef int _let_go(self, Node *node) noexcept nogil:
+        # Nobody knows it any more: its descriptor, to be closed. The last of such nodes are kept for file handles.
+        cdef int fd = node.fd
+        if node.name == NULL or node.btime == 0 or not node.hashed:
+            return self._drop(node)
+        node.fd = -1
+        if not node.ghost:
+            node.ghost = True
+            self.ghosts += 1
+            self.nodes -= 1
+            if self.ghosts > GHOSTS:
+                self._lay_ghosts()
+        return fd
+
+    cdef void _lay_ghosts(self) noexcept nogil:
+        cdef uint32_t _step
+        cdef Node *node
+        for _step in range(self.node_slots):
+            self.ghost_hand += 1
+            if self.ghost_hand >= self.node_slots:
+                self.ghost_hand = ROOT
+            node = self._node(self.ghost_hand)
+            if node.live and node.ghost and node.refs == 0:
+                self._drop(node)
+                return
+
+    cdef int _drop(self, Node *node) noexcept nogil:
+        cdef int fd = node.fd
+        self._unhash(node)
+        self._forget_name(node)
+        if node.ghost:
+            self.ghosts -= 1
+        else:
+            self.nodes -= 1
+        node.live = node.ghost = False
+        node.fd = -1
+        node.next = self.free_node
+        self.free_node = node.index
+        return fd
+
+    cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil:
+        cdef uint32_t index = <uint32_t>nodeid
+        cdef Node *node
+        cdef int fd = -1
+        cdef bint told = False
+        if nodeid == ROOT:
+            return True
+        pthread_mutex_lock(&self.lock)
+        if 0 < index < self.node_slots:
+            node = self._node(index)
+            if node.live and node.generation == nodeid >> 32 and not node.ghost:
+                told = count <= node.nlookup
+                node.nlookup -= min(count, node.nlookup)
+                if node.nlookup == 0 and node.refs == 0:
+                    fd = self._let_go(node)
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)
+        return told
+
+    cdef Node *node_elsewhere(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil:
+        cdef Node *node = NULL
+        cdef uint64_t nodeid
+        cdef uint32_t i
+        cdef bint known
+        while node == NULL:
+            pthread_mutex_lock(&self.lock)
+            if index >= self.node_slots:
+                pthread_mutex_unlock(&self.lock)
+                return NULL
+            node = self._node(index)
+            known = not node.live or not node.nlookup or (node.type != S_IFDIR and node.type != S_IFREG)
+            for i in range(count):
+                known = known or node.dev == devices[i]
+            nodeid = id_of(node)
+            pthread_mutex_unlock(&self.lock)
+            node = NULL if known else self.node_get(nodeid)
+            index += 1
+        return node
+
+    cdef void clear_nodes(self) noexcept nogil:
+        cdef uint32_t i
+        cdef int fd
+        cdef Node *node
+        # One at a time, so that the lock is not held for a million closes.
+        for i in range(ROOT + 1, self.node_slots):
+            pthread_mutex_lock(&self.lock)
+            node = self._node(i)
+            fd = -1
+            if node.live:
+                node.nlookup = 0
+                if node.refs == 0:
+                    fd = self._drop(node)
+            pthread_mutex_unlock(&self.lock)
+            if fd >= 0:
+                close(fd)
+
+    cdef void close_root(self) noexcept nogil:
+        cdef int fd = -1
+        pthread_mutex_lock(&self.lock)
+        if self._node(ROOT).live:
+            fd = self._drop(self._node(ROOT))
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)

@@ -1,0 +1,581 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The operations on what the guest knows by a node: names, attributes, opening.
+
+A name from the guest is one component, judged, and used at a descriptor that the guest's node stands for; a descriptor
+is opened anew through /proc/self/fd, and only as the type of file that it is known to be. No path is ever put together.
+"""
+from libc.errno cimport (
+    EACCES, EBADF, EEXIST, EINVAL, EIO, EISDIR, ELOOP, ENFILE, ENOENT, ENOSYS, ENOTDIR, ENXIO, EOPNOTSUPP, EPERM,
+    ERANGE, EROFS, ESTALE, errno,
+)
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.string cimport memchr, memmove, memset, strcmp, strlen
+
+from virtio.fs._host cimport *
+from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room
+from virtio.fs._share cimport NAME_MAX, PATH_MAX, XATTR_MAX, Agent, foreign_ino
+from virtio.fs._table cimport DIRECTORY, FILE, Handle
+from virtio.fs._fuse cimport *
+from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
+
+
+cdef enum:
+    MAX_SYNCED = 64             # file systems that one SYNCFS reaches
+
+cdef bint is_acl(const char *name) noexcept nogil:
+    return strcmp(name, b"system.posix_acl_access") == 0 or strcmp(name, b"system.posix_acl_default") == 0
+
+cdef class NodeOperations(Agent):
+    """What LOOKUP, GETATTR, CREATE, ... do."""
+
+    cdef int64_t on_node(self, const fuse_in_header *h) noexcept nogil:
+        cdef uint32_t opcode = h.opcode
+        cdef int64_t result
+        cdef Node *node
+        if opcode == FUSE_LOOKUP and self.name[0] == c'.' and (self.name[1] == 0 or strcmp(self.name, b"..") == 0):
+            return self.op_again(h.nodeid, self.name[1] == c'.')
+        node = self.table.node_get(h.nodeid)
+        if node == NULL:
+            return -errno
+        if opcode == FUSE_LOOKUP:
+            result = self.op_lookup(node)
+        elif opcode == FUSE_GETATTR:
+            result = self.op_getattr(node)
+        elif opcode == FUSE_SETATTR:
+            result = self.op_setattr(node, h.nodeid)
+        elif opcode == FUSE_READLINK:
+            result = self.op_readlink(node)
+        elif opcode == FUSE_SYMLINK or opcode == FUSE_MKNOD or opcode == FUSE_MKDIR:
+            result = self.op_make(node, h)
+        elif opcode == FUSE_UNLINK:
+            result = self.op_remove(node, 0)
+        elif opcode == FUSE_RMDIR:
+            result = self.op_remove(node, AT_REMOVEDIR)
+        elif opcode == FUSE_RENAME or opcode == FUSE_RENAME2:
+            result = self.op_rename(node, h)
+        elif opcode == FUSE_LINK:
+            result = self.op_link(node)
+        elif opcode == FUSE_OPEN:
+            result = self.open_node(
+                node, (<fuse_open_in *>self.request).flags,
+                (<fuse_open_in *>self.request).open_flags & FUSE_OPEN_KILL_SUIDGID, <fuse_open_out *>self.out)
+        elif opcode == FUSE_OPENDIR:
+            result = self.op_opendir(node, h.nodeid)
+        elif opcode == FUSE_CREATE or opcode == FUSE_TMPFILE:
+            result = self.op_create(node, h)
+        elif opcode == FUSE_STATFS:
+            result = self.op_statfs(node)
+        elif opcode == FUSE_ACCESS:
+            result = self.op_access(node, h)
+        elif opcode == FUSE_SYNCFS:
+            result = self.op_syncfs(node)
+        elif opcode == FUSE_SETUPMAPPING:
+            result = self.op_setupmapping(node)
+        else:
+            result = self.op_xattr(node, opcode)
+        self.table.node_put(node)
+        return result
+    cdef int64_t op_lookup(self, Node *node) noexcept nogil:
+        cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
+        cdef int64_t result = self.lookup(node, node.fd, self.name, entry, True)
+        if result == -ENOENT and self.share.dir_flags:
+            memset(entry, 0, sizeof(fuse_entry_out))        # node 0: there is none, and it may remember that
+            entry.entry_valid = self.share.valid
+            return sizeof(fuse_entry_out)
+        return result
+
+    cdef int64_t op_again(self, uint64_t nodeid, bint above) noexcept nogil:
+        # LOOKUP of "." and of "..": who has a file handle (knfsd, open_by_handle_at) asks for its node, and for the
+        # directory that it is in; the guest may have forgotten both since. Nothing is above the root, and what the
+        # guest was never told of is not found.
+        cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
+        cdef Node *node = self.table.node_recall(nodeid)
+        cdef Node *root
+        cdef statx st
+        cdef int64_t result = sizeof(fuse_entry_out)
+        if node == NULL:
+            return -errno
+        if statx_call(node.fd, b".." if above and nodeid != ROOT else b"", AT_EMPTY_PATH, MASK, &st) < 0:
+            result = -errno
+        elif not above or nodeid == ROOT:
+            self.fill_entry(entry, nodeid, &st)
+            if node.foreign:
+                entry.attr.ino = foreign_ino(&st)
+        else:
+            root = self.table._node(ROOT)
+            if root.dev == device_of(&st) and root.ino == st.stx_ino and root.mnt == st.stx_mnt_id:
+                self.fill_entry(entry, ROOT, &st)
+            else:
+                self.fill_entry(entry, self.table.node_find(&st, NULL, NULL), &st)
+                if entry.nodeid == 0:
+                    result = -ESTALE
+        if above or result < 0:
+            self.table.node_forget(nodeid, 1)
+        self.table.node_put(node)
+        return result
+
+    cdef int opened(self, Node *node, int flags) noexcept nogil:
+        # A descriptor of the node for reading or writing, or -1.
+        cdef int fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
+        if fd < 0 and errno == ENFILE and make_room():
+            fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
+        return fd
+
+    cdef int64_t op_getattr(self, Node *node) noexcept nogil:
+        cdef fuse_attr_out *out = <fuse_attr_out *>self.out
+        cdef statx st
+        if statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
+            return -errno
+        if node.overlay:
+            self.table.node_became(node, &st)
+        memset(out, 0, sizeof(fuse_attr_out))
+        out.attr_valid = self.share.valid
+        self.fill_attr(&out.attr, &st)
+        if node.foreign:
+            out.attr.ino = foreign_ino(&st)
+        return sizeof(fuse_attr_out)
+
+    cdef int64_t op_setattr(self, Node *node, uint64_t nodeid) noexcept nogil:
+        cdef const fuse_setattr_in *arg = <const fuse_setattr_in *>self.request
+        cdef uint32_t valid = arg.valid
+        cdef Handle *handle = NULL
+        cdef timespec[2] times
+        cdef int status = 0, error = 0
+        cdef bint kill
+        if valid & FATTR_SIZE and (node.type != S_IFREG or arg.size > <uint64_t>INT64_MAX):
+            return -EISDIR if node.type == S_IFDIR else -EINVAL
+        if valid & FATTR_MODE and node.type == S_IFLNK:
+            return -EOPNOTSUPP
+        if (valid & FATTR_UID and arg.uid == <uint32_t>-1) or (valid & FATTR_GID and arg.gid == <uint32_t>-1):
+            return -EINVAL      # to the host: no change
+        if valid & FATTR_FH and not self.share.no_open:
+            handle = self.table.handle_get(arg.fh, nodeid, FILE)
+            if handle == NULL:
+                return -EBADF
+        if valid & FATTR_MODE:
+            status = fchmod(handle.fd, arg.mode & 0o7777) if handle != NULL \
+                else fchmodat(AT_FDCWD, self.path_of(node.fd), arg.mode & 0o7777, 0)
+        if status == 0 and valid & (FATTR_UID | FATTR_GID):
+            status = fchownat(node.fd, b"", arg.uid if valid & FATTR_UID else <uint32_t>-1,
+                              arg.gid if valid & FATTR_GID else <uint32_t>-1, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW)
+        if status == 0 and valid & FATTR_SIZE:
+            kill = valid & FATTR_KILL_SUIDGID and self.credentials.switches
+            if kill:
+                fs_capset(self.credentials.no_fsetid)
+            status = ftruncate(handle.fd, arg.size) if handle != NULL \
+                else truncate(self.path_of(node.fd), arg.size)
+            if status < 0:
+                error = errno
+            if kill:
+                fs_capset(self.credentials.full)
+        if status == 0 and valid & (FATTR_ATIME | FATTR_MTIME):
+            times[0].tv_sec, times[0].tv_nsec = arg.atime, arg.atimensec
+            times[1].tv_sec, times[1].tv_nsec = arg.mtime, arg.mtimensec
+            if not valid & FATTR_ATIME:
+                times[0].tv_nsec = UTIME_OMIT
+            elif valid & FATTR_ATIME_NOW:
+                times[0].tv_nsec = UTIME_NOW
+            if not valid & FATTR_MTIME:
+                times[1].tv_nsec = UTIME_OMIT
+            elif valid & FATTR_MTIME_NOW:
+                times[1].tv_nsec = UTIME_NOW
+            status = utimensat(AT_FDCWD, self.path_of(node.fd), times, 0)
+            if status < 0 and errno == EPERM and valid & FATTR_FH and valid & FATTR_CTIME and not valid & FATTR_ATIME:
+                # A guest that keeps pages tells when they were written, by a file that it has open. Whose file that
+                # is does not matter for writing; the time is then that of the host's write.
+                status = 0
+        if status < 0 and error == 0:
+            error = errno
+        if handle != NULL:
+            self.table.handle_put(handle)
+        return -error if status < 0 else self.op_getattr(node)
+
+    cdef int64_t op_readlink(self, Node *node) noexcept nogil:
+        cdef ssize_t size
+        if node.type != S_IFLNK:
+            return -EINVAL
+        size = readlinkat(node.fd, b"", <char *>self.out, PATH_MAX)
+        if size < 0:
+            return -errno
+        return size if <uint64_t>size <= self.room else -EIO
+
+    cdef int64_t op_make(self, Node *node, const fuse_in_header *h) noexcept nogil:
+        # SYMLINK, MKNOD, MKDIR
+        cdef const fuse_mknod_in *arg = <const fuse_mknod_in *>self.request
+        cdef int status, error
+        cdef bint switch = self.credentials.switches and (h.uid or h.gid)
+        cdef uint64_t target = 0
+        if h.opcode == FUSE_SYMLINK:
+            target = self.name2 - <const char *>self.request
+            if target >= self.length or memchr(self.name2, 0, self.length - target) == NULL or self.name2[0] == 0:
+                self.counters.bad_requests += 1
+                return -EINVAL
+        if switch:
+            error = self.become(h.uid, h.gid)
+            if error:
+                return -error
+        if h.opcode == FUSE_SYMLINK:
+            status = symlinkat(self.name2, node.fd, self.name)
+        elif h.opcode == FUSE_MKDIR:
+            status = mkdirat(node.fd, self.name, (<const fuse_mkdir_in *>arg).mode & 0o7777)
+        else:
+            # new_decode_dev() of Linux
+            status = mknodat(node.fd, self.name, arg.mode, makedev(
+                (arg.rdev & 0xfff00) >> 8, (arg.rdev & 0xff) | (arg.rdev >> 12 & 0xfff00)))
+        error = errno
+        if switch:
+            fs_return(h.uid)
+        if status < 0:
+            return -error
+        return self.lookup(node, node.fd, self.name, <fuse_entry_out *>self.out, False)
+
+    cdef int64_t op_remove(self, Node *node, int flags) noexcept nogil:
+        cdef Node *victim
+        cdef int status
+        if not self.victim(node, self.name, &victim):
+            return -errno
+        status = -errno if unlinkat(node.fd, self.name, flags) < 0 else 0
+        if victim != NULL:
+            if status == 0:
+                self.table.node_unnamed(victim)
+            self.table.node_put(victim)
+        return status
+
+    cdef bint victim(self, Node *parent, const char *name, Node **node) noexcept nogil:
+        # What is about to lose this name, pinned, where it may be open without a handle: from then on its descriptor is
+        # the only way to it. NULL: nobody has it. False, and errno: it cannot be held.
+        cdef statx st
+        cdef uint64_t nodeid
+        node[0] = NULL
+        if self.share.no_open \
+                and statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
+            nodeid = self.table.node_id(&st)
+            if nodeid:
+                node[0] = self.table.node_get(nodeid)
+                return node[0] != NULL
+        return True
+
+    cdef int64_t op_rename(self, Node *node, const fuse_in_header *h) noexcept nogil:
+        cdef const fuse_rename2_in *arg = <const fuse_rename2_in *>self.request
+        cdef uint32_t flags = arg.flags if h.opcode == FUSE_RENAME2 else 0
+        cdef Node *newdir
+        cdef Node *victim = NULL
+        cdef int status = 0
+        # The whiteout is a file that the user makes; the rest of it the guest's kernel has judged.
+        cdef bint switch = flags & RENAME_WHITEOUT and self.credentials.switches and (h.uid or h.gid)
+        if flags & ~<uint32_t>(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT):
+            return -EINVAL
+        newdir = self.table.node_get(arg.newdir)
+        if newdir == NULL:
+            return -errno
+        if not flags & RENAME_EXCHANGE and not self.victim(newdir, self.name2, &victim):
+            status = -errno
+        if switch and status == 0:
+            status = -fs_become(h.uid, h.gid, self.credentials.full)
+        if status == 0:
+            status = -errno if renameat2(node.fd, self.name, newdir.fd, self.name2, flags) < 0 else 0
+            if switch:
+                fs_return(h.uid)
+        if status == 0:
+            self.moved(newdir, self.name2)
+            if flags & RENAME_EXCHANGE:
+                self.moved(node, self.name)
+        if victim != NULL:
+            if status == 0:
+                self.table.node_unnamed(victim)
+            self.table.node_put(victim)
+        self.table.node_put(newdir)
+        return status
+
+    cdef void moved(self, Node *parent, const char *name) noexcept nogil:
+        cdef statx st
+        if statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
+            self.table.node_moved(&st, parent, name)
+
+    cdef int64_t op_link(self, Node *node) noexcept nogil:
+        cdef Node *old = self.table.node_get((<const fuse_link_in *>self.request).oldnodeid)
+        cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
+        cdef statx st
+        cdef int64_t result
+        if old == NULL:
+            return -errno
+        # The magic link is followed to the inode itself, a symbolic link's too.
+        if linkat(AT_FDCWD, self.path_of(old.fd), node.fd, self.name, AT_SYMLINK_FOLLOW) < 0 \
+                or statx_call(old.fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
+            result = -errno
+        else:
+            if old.overlay:
+                self.table.node_became(old, &st)
+            self.fill_entry(entry, self.table.node_told(old), &st)
+            result = sizeof(fuse_entry_out)
+        self.table.node_put(old)
+        return result
+
+    cdef int64_t op_access(self, Node *node, const fuse_in_header *h) noexcept nogil:
+        # A kernel that mounts with default_permissions, as virtiofs does, judges by itself.
+        cdef uint32_t mask = (<const fuse_access_in *>self.request).mask, mode
+        cdef statx st
+        if statx_call(node.fd, b"", AT_EMPTY_PATH, STATX_BASIC_STATS, &st) < 0:
+            return -errno
+        mode = st.stx_mode
+        if h.uid == 0:
+            # Root may execute what anybody may.
+            return -EACCES if mask & 1 and node.type != S_IFDIR and not mode & 0o111 else 0
+        mode = mode >> 6 if h.uid == st.stx_uid else mode >> 3 if h.gid == st.stx_gid else mode
+        return -EACCES if mask & 7 & ~mode else 0
+
+    cdef int64_t op_statfs(self, Node *node) noexcept nogil:
+        cdef fuse_statfs_out *out = <fuse_statfs_out *>self.out
+        cdef host_statfs st
+        if fstatfs(node.fd, &st) < 0:
+            return -errno
+        memset(out, 0, sizeof(fuse_statfs_out))
+        out.st.blocks, out.st.bfree, out.st.bavail = st.f_blocks, st.f_bfree, st.f_bavail
+        out.st.files, out.st.ffree = st.f_files, st.f_ffree
+        out.st.bsize, out.st.frsize, out.st.namelen = st.f_bsize, st.f_frsize, st.f_namelen
+        return sizeof(fuse_statfs_out)
+
+    cdef int64_t op_syncfs(self, Node *node) noexcept nogil:
+        # The file system of `node`; by the root, each that the guest knows anything of.
+        cdef uint64_t[MAX_SYNCED] devices
+        cdef uint32_t index = ROOT
+        cdef uint32_t count = 0
+        cdef int64_t result, worst
+        cdef Node *other
+        if node.type != S_IFDIR:
+            return -EINVAL
+        worst = self.sync_of(node)
+        if node.index == ROOT and self.share.submounts:
+            devices[0] = node.dev
+            count = 1
+            while count < MAX_SYNCED:
+                other = self.table.node_elsewhere(index, devices, count)
+                if other == NULL:
+                    break
+                index = other.index + 1
+                result = self.sync_of(other)
+                if result == 0:
+                    devices[count] = other.dev
+                    count += 1
+                elif result != -EACCES:     # a file that this user may not read; another may stand for it
+                    worst = result
+                self.table.node_put(other)
+        return worst
+
+    cdef int64_t sync_of(self, Node *node) noexcept nogil:
+        cdef int fd, status
+        fd = self.opened(node, O_RDONLY | O_CLOEXEC)
+        if fd < 0:
+            return -errno
+        status = -errno if syncfs(fd) < 0 else 0
+        close(fd)
+        return status
+    # The DAX window
+
+    cdef int64_t op_setupmapping(self, Node *node) noexcept nogil:
+        # Linux names no handle: the node says which file, and the mapping outlives every open of it.
+        cdef const fuse_setupmapping_in *arg = <const fuse_setupmapping_in *>self.request
+        cdef bint writable = arg.flags & FUSE_SETUPMAPPING_FLAG_WRITE
+        cdef int64_t result
+        cdef int fd
+        cdef Handle *handle
+        if self.share.window is None:
+            return -ENOSYS
+        if arg.flags & ~<uint64_t>(FUSE_SETUPMAPPING_FLAG_WRITE | FUSE_SETUPMAPPING_FLAG_READ) \
+                or node.type != S_IFREG:
+            return -EINVAL
+        if writable and self.share.read_only:
+            return -EROFS
+        # What the guest has open needs no permission once more: the host might say no.
+        handle = self.table.handle_of(node, writable)
+        if handle != NULL:
+            result = self.share.window.map(handle.fd, arg.foffset, arg.len, arg.moffset, writable)
+            self.table.handle_put(handle)
+            return result
+        fd = self.opened(node, (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
+        if fd < 0:
+            return -errno
+        result = self.share.window.map(fd, arg.foffset, arg.len, arg.moffset, writable)
+        if result == -ENFILE and make_room():
+            result = self.share.window.map(fd, arg.foffset, arg.len, arg.moffset, writable)
+        close(fd)
+        return result
+    cdef int64_t op_xattr(self, Node *node, uint32_t opcode) noexcept nogil:
+        # GETXATTR, LISTXATTR, SETXATTR, REMOVEXATTR. ACLs are not offered: a guest that does not obey them must not
+        # set them either (FUSE_POSIX_ACL is not negotiated).
+        cdef uint64_t fixed = fuse_ops[opcode].size, at, kept, size, room
+        cdef char *name = <char *>self.request + fixed
+        cdef const char *end = <const char *>memchr(name, 0, self.length - fixed)
+        cdef char *names = <char *>self.out
+        cdef const char *path = self.path_of(node.fd)
+        cdef ssize_t result
+        if opcode != FUSE_LISTXATTR:
+            if end == NULL or end == name:
+                self.counters.bad_requests += 1
+                return -EINVAL
+            if end - name > NAME_MAX:
+                return -ERANGE
+            if is_acl(name):
+                return -EOPNOTSUPP
+        if opcode == FUSE_SETXATTR:
+            at = end + 1 - <const char *>self.request
+            size = (<const fuse_setxattr_in *>self.request).size
+            if size > self.length - at:
+                self.counters.bad_requests += 1
+                return -EINVAL
+            result = setxattr(path, name, end + 1, size, (<const fuse_setxattr_in *>self.request).flags)
+            return -errno if result < 0 else 0
+        if opcode == FUSE_REMOVEXATTR:
+            return -errno if removexattr(path, name) < 0 else 0
+        room = (<const fuse_getxattr_in *>self.request).size
+        if room > self.room or (room == 0 and self.room < sizeof(fuse_getxattr_out)):
+            self.counters.bad_requests += 1
+            return -EIO
+        if opcode == FUSE_GETXATTR:
+            result = getxattr(path, name, self.out if room else NULL, min(room, <uint64_t>XATTR_MAX))
+            if result < 0:
+                return -errno
+        else:
+            result = listxattr(path, names, XATTR_MAX)
+            if result < 0:
+                return -errno
+            at = kept = 0
+            while at < <uint64_t>result:
+                size = strlen(names + at) + 1       # the kernel ends each with a 0
+                if not is_acl(names + at):
+                    if at != kept:
+                        memmove(names + kept, names + at, size)
+                    kept += size
+                at += size
+            result = kept
+            if room and kept > room:
+                return -ERANGE
+        if room == 0:
+            memset(self.out, 0, sizeof(fuse_getxattr_out))
+            (<fuse_getxattr_out *>self.out).size = <uint32_t>result
+            return sizeof(fuse_getxattr_out)
+        return result
+    # Opening
+
+    cdef int host_flags(self, uint32_t wanted) noexcept nogil:
+        # Of what the guest asks, that which means something for a regular file here. O_DIRECT is the guest's own.
+        # O_APPEND may change while the file is open: each WRITE says how it is.
+        cdef int flags = <int>wanted & (O_ACCMODE | O_TRUNC | O_SYNC | O_DSYNC)
+        if (self.share.writeback or self.share.window is not None) and flags & O_ACCMODE == O_WRONLY:
+            flags = flags & ~O_ACCMODE | O_RDWR     # the guest's cache fills pages by reading, a mapping is read
+        return flags | O_CLOEXEC | O_NOCTTY
+
+    cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil:
+        cdef int flags = self.host_flags(wanted), fd, error
+        cdef uint32_t open_flags = self.share.open_flags
+        cdef statx st
+        if node.type != S_IFREG:
+            return -EISDIR if node.type == S_IFDIR else -ELOOP if node.type == S_IFLNK else -ENXIO
+        if self.share.read_only and (wanted & O_ACCMODE != O_RDONLY or wanted & (O_TRUNC | O_CREAT)):
+            return -EROFS
+        kill = kill and flags & O_TRUNC and self.credentials.switches
+        if kill:
+            fs_capset(self.credentials.no_fsetid)
+        fd = self.opened(node, flags)
+        if fd < 0 and errno == EACCES and wanted & O_ACCMODE == O_WRONLY and flags & O_ACCMODE == O_RDWR:
+            flags = flags & ~O_ACCMODE | O_WRONLY       # a file that may be written, not read: past the guest's cache
+            open_flags |= FOPEN_DIRECT_IO
+            fd = self.opened(node, flags)
+        error = errno
+        if kill:
+            fs_capset(self.credentials.full)
+        if fd < 0:
+            return -error
+        if node.overlay and flags & (O_ACCMODE | O_TRUNC) and statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
+            self.table.node_became(node, &st)
+        memset(out, 0, sizeof(fuse_open_out))
+        out.fh = self.table.handle_add(fd, FILE, node, flags)
+        out.open_flags = open_flags
+        return sizeof(fuse_open_out) if out.fh else -ENFILE
+
+    cdef int64_t op_opendir(self, Node *node, uint64_t nodeid) noexcept nogil:
+        cdef fuse_open_out *out = <fuse_open_out *>self.out
+        cdef int fd
+        if node.type != S_IFDIR:
+            return -ENOTDIR
+        fd = self.opened(node, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        if fd < 0:
+            return -errno
+        memset(out, 0, sizeof(fuse_open_out))
+        out.fh = self.table.handle_add(fd, DIRECTORY, node, O_RDONLY)
+        out.open_flags = self.share.dir_flags
+        return sizeof(fuse_open_out) if out.fh else -ENFILE
+
+    cdef int64_t op_create(self, Node *node, const fuse_in_header *h) noexcept nogil:
+        # CREATE and TMPFILE. Without O_EXCL the host could open what is there already, a device or a FIFO: so it is
+        # made with O_EXCL, and what exists is opened as any other node.
+        cdef const fuse_create_in *arg = <const fuse_create_in *>self.request
+        cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
+        cdef fuse_open_out *opened = <fuse_open_out *>(self.out + sizeof(fuse_entry_out))
+        cdef int flags = self.host_flags(arg.flags) & ~O_TRUNC, fd, path_fd, error
+        cdef bint switch = self.credentials.switches and (h.uid or h.gid)
+        cdef int64_t result
+        cdef const char *name = self.name
+        cdef Node *made
+        if h.opcode == FUSE_TMPFILE:
+            name = NULL
+        # Before anything is made: is there a number for it?
+        fd = granted(dup(node.fd), FOR_LOOKUP)
+        if fd < 0 and make_room():
+            fd = granted(dup(node.fd), FOR_LOOKUP)
+        if fd < 0:
+            return -ENFILE
+        close(fd)
+        if h.opcode == FUSE_TMPFILE and (node.type != S_IFDIR or flags & O_ACCMODE == O_RDONLY):
+            return -EINVAL
+        if switch:
+            error = self.become(h.uid, h.gid)
+            if error:
+                return -error
+        if h.opcode == FUSE_TMPFILE:
+            fd = openat(AT_FDCWD, self.path_of(node.fd), flags | O_TMPFILE, arg.mode & 0o7777)
+        else:
+            fd = openat(node.fd, self.name, flags | O_CREAT | O_EXCL | O_NOFOLLOW, arg.mode & 0o7777)
+        error = errno
+        if switch:
+            fs_return(h.uid)
+        if fd >= 0:
+            path_fd = openat(AT_FDCWD, self.path_of(fd), O_PATH | O_CLOEXEC)
+            if path_fd < 0:
+                error = errno
+                close(fd)
+                return -error
+            result = self.adopt(node, name, path_fd, entry)
+            if result < 0:
+                close(fd)
+                return result
+            if self.share.no_open:
+                close(fd)       # TMPFILE: by its node it is reached as any other file
+                memset(opened, 0, sizeof(fuse_open_out))
+                opened.open_flags = self.share.open_flags
+                return sizeof(fuse_entry_out) + sizeof(fuse_open_out)
+            made = self.table.node_get(entry.nodeid)
+            if made == NULL:
+                close(fd)
+                return -ESTALE
+            memset(opened, 0, sizeof(fuse_open_out))
+            opened.fh = self.table.handle_add(fd, FILE, made, flags)
+            self.table.node_put(made)
+            opened.open_flags = self.share.open_flags
+            result = sizeof(fuse_open_out) if opened.fh else -ENFILE
+        elif h.opcode == FUSE_TMPFILE or error != EEXIST or arg.flags & O_EXCL:
+            return -error
+        else:
+            result = self.lookup(node, node.fd, self.name, entry, True)
+            if result < 0:
+                return result
+            made = self.table.node_get(entry.nodeid)
+            if made == NULL:
+                return -ESTALE
+            result = self.open_node(made, arg.flags, arg.open_flags & FUSE_OPEN_KILL_SUIDGID, opened)
+            self.table.node_put(made)
+        if result < 0:
+            self.table.node_forget(entry.nodeid, 1)
+            return result
+        return sizeof(fuse_entry_out) + sizeof(fuse_open_out)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+# One request of a share in, one reply out, for any thread that has a Server of its own.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from virtio.fs._files cimport FileOperations
+from virtio.fs._fuse cimport fuse_in_header
+from vmm._fastpath cimport DescChain
+
+cdef enum:
+    HAND_OVER = 0xffff_ffff
+
+cdef class Server(FileOperations):
+    # The bytes written to the guest, for the used ring; HAND_OVER: nothing was done, it would wait.
+    cdef uint32_t answer(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
+    cdef int64_t judge(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
+    cdef int64_t dispatch(self, const fuse_in_header *h, DescChain *chain) noexcept nogil
+    cdef int64_t op_init(self) noexcept nogil
+    cdef int64_t op_forget(self, uint64_t nodeid) noexcept nogil
+    cdef int64_t op_batch_forget(self) noexcept nogil
+    cdef int64_t op_removemapping(self) noexcept nogil
+
+# Copy bytes between a chain and a buffer; the counts were judged before.
+cdef uint64_t chain_gather(DescChain *chain, uint64_t skip, void *to, uint64_t size) noexcept nogil
+cdef bint is_slow(uint32_t opcode) noexcept nogil
+cdef bint is_counted(uint32_t opcode) noexcept nogil
+cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""What all threads of a share have in common, and what each of them has for itself."""
+import os
+
+from libc.errno cimport ENFILE, EXDEV, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, strlen
+
+from virtio.fs._dax cimport Window
+from virtio.fs._host cimport *
+from virtio.fs._inodes cimport MASK, Node, device_of, make_room
+from virtio.fs._table cimport Table
+from virtio.fs._types cimport fs_is_overlay, fs_is_remote, fs_stores_files
+from virtio.fs._fuse cimport *
+from vmm._budget cimport FOR_LOOKUP, granted
+
+
+cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
+    # A number for a file of another file system (one that is mounted on a file), unlike those of the directory's own.
+    return (st.stx_ino ^ device_of(st) * <uint64_t>0x9e3779b97f4a7c15) | <uint64_t>1 << 63
+
+
+def type_stores_files(uint32_t f_type):
+    """Whether a file system of this type, as statfs(2) tells it, stores files."""
+    return bool(fs_stores_files(f_type))
+
+
+def stores_files(int fd):
+    """Whether `fd` is on a file system that stores files, not one that shows the kernel's insides; and its f_type."""
+    cdef host_statfs fs
+    if fstatfs(fd, &fs) < 0:
+        raise OSError(errno, os.strerror(errno))
+    return type_stores_files(<uint32_t>fs.f_type), <uint32_t>fs.f_type
+
+
+cdef class Share:
+    """What all threads of one share have in common.
+
+    :param root_fd: O_PATH descriptor of the directory; owned from here on
+    :param proc_fd: of /proc/self/fd; borrowed
+    :param valid: seconds that the guest may believe names and attributes
+    :param submounts: other mounts below the directory are entered
+    :param squash: ``(uid, gid)`` of every access, or None: root acts as the user that the guest names
+    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
+    :raises OSError: no address space left for the window
+    """
+
+    def __init__(self, int root_fd, int proc_fd, *, bint read_only, bint writeback, uint64_t valid,
+                 bint direct_io, bint keep_cache, squash, bint submounts=False, uint64_t dax=0):
+        cdef host_statfs fs
+        if fstatfs(root_fd, &fs) < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.flush_matters = submounts or fs_is_remote(<uint32_t>fs.f_type)
+        self.submounts = submounts
+        self.table = Table(root_fd, fs_is_overlay(<uint32_t>fs.f_type))
+        self.proc_fd = proc_fd
+        self.read_only = read_only
+        self.writeback = writeback and not read_only
+        self.valid = valid
+        if direct_io:
+            self.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
+        if keep_cache:
+            self.open_flags, self.dir_flags = FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR
+        self.window = Window(dax) if dax else None
+        self.may_not_open = keep_cache and not self.flush_matters
+        self.squash = squash is not None
+        self.uid, self.gid = squash or (os.geteuid(), os.getegid())
+
+    def clear(self):
+        """Forget what the guest was told: its driver is gone."""
+        fs_store(&self.initialised, 0)
+        if self.window is not None:
+            self.window.clear()
+        self.table.clear()
+
+    def close(self):
+        """Close the directory itself, too: no thread of the share runs any more."""
+        self.clear()
+        self.table.close_root()
+
+    @property
+    def nodes(self):
+        """Files that the guest knows of, the directory itself included."""
+        return self.table.nodes
+
+    @property
+    def reopened(self):
+        """Times that a file's descriptor was opened again, after others had needed it."""
+        return self.table.reopened
+
+    @property
+    def handles(self):
+        """Files and directories that the guest has open."""
+        return self.table.handles
+
+cdef class Agent:
+    """The thread's own: buffers, credentials, and the way from a descriptor to what the guest is told of it."""
+
+    def __cinit__(self, Share share):
+        self.inotify = -1
+        self.share = share
+        self.table = share.table
+        self.request = <uint8_t *>calloc(1, REQUEST_MAX + 1)
+        self.out = <uint8_t *>calloc(1, OUT_MAX)
+        self.entries = <uint8_t *>calloc(1, DIRENTS)
+        if self.request == NULL or self.out == NULL or self.entries == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self.request)
+        free(self.out)
+        free(self.entries)
+        if self.inotify >= 0:
+            close(self.inotify)
+
+    cdef int enter(self) noexcept nogil:
+        cdef int error
+        cdef const char *prefix = b"/proc/self/fd/"
+        self.path_start = 0
+        if not fs_own(self.share.proc_fd):
+            self.path_start = <uint32_t>strlen(prefix)
+            memcpy(self.path, prefix, self.path_start)
+        self.credentials.switches = False
+        if self.share.squash:
+            error = fs_squash(self.share.uid, self.share.gid)
+            if error:
+                return error
+        else:
+            self.credentials.switches = fs_prepare(
+                self.credentials.full, self.credentials.create, self.credentials.create_sgid,
+                self.credentials.no_fsetid)
+        self.credentials.reads_all = fs_may_all(True)
+        self.credentials.writes_all = fs_may_all(False)
+        return 0
+
+    cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
+        # That user, for what it makes; fs_return() ends it. 0 or an errno.
+        if self.share.judges_sgid:
+            return fs_become(uid, gid, self.credentials.create_sgid)
+        return fs_become(uid, gid, self.credentials.create)
+
+    cdef const char *path_of(self, int fd) noexcept nogil:
+        # The magic link to `fd`, which leads to its very inode; what is done by it was judged by the node's type.
+        cdef char[12] digits
+        cdef uint32_t n = 0, i
+        while True:
+            digits[n] = <char>(c'0' + fd % 10)
+            n += 1
+            fd //= 10
+            if fd == 0:
+                break
+        for i in range(n):
+            self.path[self.path_start + i] = digits[n - 1 - i]
+        self.path[self.path_start + n] = 0
+        return self.path
+    cdef bint may_read(self, const statx *st) noexcept nogil:
+        # By the mode alone: whom other groups or an ACL let read is not known.
+        cdef uint32_t mode = st.stx_mode
+        if st.stx_uid == self.share.uid:
+            mode >>= 6
+        elif st.stx_gid == self.share.gid:
+            mode >>= 3
+        return self.credentials.reads_all or mode & 4
+
+    cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil:
+        attr.ino = st.stx_ino
+        attr.size = st.stx_size
+        attr.blocks = st.stx_blocks
+        attr.atime = st.stx_atime.tv_sec
+        attr.mtime = st.stx_mtime.tv_sec
+        attr.ctime = st.stx_ctime.tv_sec
+        attr.atimensec = st.stx_atime.tv_nsec
+        attr.mtimensec = st.stx_mtime.tv_nsec
+        attr.ctimensec = st.stx_ctime.tv_nsec
+        attr.mode = st.stx_mode
+        attr.nlink = st.stx_nlink
+        attr.uid = st.stx_uid
+        attr.gid = st.stx_gid
+        # new_encode_dev() of Linux
+        attr.rdev = (st.stx_rdev_minor & 0xff) | st.stx_rdev_major << 8 | (st.stx_rdev_minor & ~<uint32_t>0xff) << 12
+        attr.blksize = st.stx_blksize
+        # A mapping is read, too.
+        attr.flags = FUSE_ATTR_DAX if self.share.dax_inodes and st.stx_mode & S_IFMT == S_IFREG \
+            and self.may_read(st) else 0
+
+    cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil:
+        entry.nodeid = nodeid
+        entry.generation = 0            # a node id is used once
+        entry.entry_valid = entry.attr_valid = self.share.valid
+        entry.entry_valid_nsec = entry.attr_valid_nsec = 0
+        self.fill_attr(&entry.attr, st)
+
+    cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil:
+        # Whether what is open as `fd`, which was found in `parent`, may be shown. It is judged by the descriptor: so no
+        # mount that is made meanwhile is taken for what was judged.
+        cdef host_statfs fs
+        overlay[0] = parent.overlay
+        if device_of(st) == parent.dev and st.stx_mnt_id == parent.mnt:
+            return True
+        # The same file system by another number: a file of an overlayfs's layer, or a subvolume of btrfs, which is
+        # announced, for to a kernel that cannot be told of it two files would be one. Before 5.8 mounts have no id.
+        if st.stx_mnt_id == parent.mnt and parent.mnt:
+            return self.share.announces or st.stx_mode & S_IFMT != S_IFDIR
+        if not self.share.submounts or not self.share.announces or fstatfs(fd, &fs) < 0:
+            return False
+        overlay[0] = fs_is_overlay(<uint32_t>fs.f_type)
+        return fs_stores_files(<uint32_t>fs.f_type)
+
+    cdef bint same_inode(self, int one, int other) noexcept nogil:
+        # The kernel's own word, where stat's is not enough: a watch on an inode that has one already is that one.
+        cdef char[4096] events
+        cdef int a, b
+        if self.inotify < 0:
+            self.inotify = inotify_init1(IN_NONBLOCK | IN_CLOEXEC)
+        a = inotify_add_watch(self.inotify, self.path_of(one), IN_MOVE_SELF)
+        b = inotify_add_watch(self.inotify, self.path_of(other), IN_MOVE_SELF)
+        if a >= 0:
+            inotify_rm_watch(self.inotify, a)
+        if b >= 0 and a != b:
+            inotify_rm_watch(self.inotify, b)
+        while self.inotify >= 0 and read(self.inotify, events, sizeof(events)) > 0:
+            pass                    # that the watches have ended
+        return a >= 0 and a == b
+
+    cdef uint64_t add_linked(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil:
+        # On an overlayfs two names of a lower layer's file are said to be one inode until one is written, which is
+        # copied then; they are two.
+        cdef uint64_t nodeid
+        cdef Node *node = self.table.node_twin(st, NULL)
+        while node != NULL and not self.same_inode(node.fd, fd):
+            node = self.table.node_twin(st, node)
+        if node == NULL:
+            return self.table.node_add(fd, st, parent, name, True, True)
+        nodeid = self.table.node_told(node)
+        self.table.node_put(node)
+        close(fd)
+        return nodeid
+
+    cdef void fill_found(self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
+                         const statx *st) noexcept nogil:
+        cdef bint directory = st.stx_mode & S_IFMT == S_IFDIR
+        cdef uint64_t dev = device_of(st)
+        self.fill_entry(entry, nodeid, st)
+        if directory and (dev != parent.dev or st.stx_mnt_id != parent.mnt):
+            entry.attr.flags |= FUSE_ATTR_SUBMOUNT
+        elif dev != parent.dev:
+            entry.attr.ino = foreign_ino(st)
+
+    cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
+                        bint likely) noexcept nogil:
+        # What is at `name` of `parent`, open as `dirfd`, now; `likely`: the guest may know it already, so that no
+        # descriptor has to be opened.
+        cdef statx st
+        cdef uint64_t nodeid
+        cdef int fd
+        if likely:
+            if statx_call(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) < 0:
+                return -errno
+            nodeid = 0
+            if not parent.overlay or st.stx_nlink == 1 or st.stx_mode & S_IFMT == S_IFDIR:
+                nodeid = self.table.node_find(&st, parent, name)
+            if nodeid:
+                self.fill_found(parent, entry, nodeid, &st)
+                return sizeof(fuse_entry_out)
+        fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
+        if fd < 0 and errno == ENFILE and make_room():
+            fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
+        if fd < 0:
+            return -errno
+        return self.adopt(parent, name, fd, entry)
+
+    cdef int64_t adopt(self, const Node *parent, const char *name, int fd, fuse_entry_out *entry) noexcept nogil:
+        # Tell the guest of the O_PATH descriptor `fd`, which this takes; it is `name` of `parent`, or has no name.
+        cdef statx st
+        cdef uint64_t nodeid
+        cdef int error = 0
+        cdef bint overlay = False
+        if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
+            error = errno
+        elif not self.enters(parent, fd, &st, &overlay):
+            error = EXDEV
+        if error:
+            close(fd)
+            return -error
+        if overlay and st.stx_nlink > 1 and st.stx_mode & S_IFMT != S_IFDIR:
+            nodeid = self.add_linked(fd, &st, parent, name)
+        else:
+            nodeid = self.table.node_add(fd, &st, parent, name, overlay, False)
+        if nodeid == 0:
+            return -ENFILE
+        self.fill_found(parent, entry, nodeid, &st)
+        return sizeof(fuse_entry_out)

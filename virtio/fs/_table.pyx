@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The open files of a share, beside its inodes: an id is an index and the generation of its slot here, too."""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from virtio.fs._host cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY
+from virtio.fs._inodes cimport ROOT, Inodes, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+cdef enum:
+    CHUNK_BITS = 9
+    CHUNK = 1 << CHUNK_BITS
+    CHUNKS = 8192               # of 512: 4 million handles
+
+
+cdef class Table(Inodes):
+    """Nodes and handles of one share; safe from any thread.
+
+    :param root_fd: O_PATH descriptor of the shared directory; owned from here on
+    :param overlay: it is on an overlayfs
+    """
+
+    def __cinit__(self, int root_fd, bint overlay):
+        self.handle_slots = ROOT        # no id is 0
+        self.handle_chunks = <Handle **>calloc(CHUNKS, sizeof(Handle *))
+        if self.handle_chunks == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.handle_chunks != NULL:
+            for i in range(ROOT, self.handle_slots):
+                if self._handle(i).live:
+                    close(self._handle(i).fd)
+            for i in range(<uint32_t>CHUNKS):
+                free(self.handle_chunks[i])
+        free(self.handle_chunks)
+
+    cdef Handle *_handle(self, uint32_t index) noexcept nogil:
+        return &self.handle_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
+
+    cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, int flags) noexcept nogil:
+        cdef uint64_t fh = 0
+        cdef uint32_t index
+        cdef Handle *handle = NULL
+        pthread_mutex_lock(&self.lock)
+        index = self.free_handle
+        if index:
+            handle = self._handle(index)
+            self.free_handle = handle.next
+        elif self.handle_slots < <uint32_t>CHUNK * CHUNKS:
+            index = self.handle_slots
+            if self.handle_chunks[index >> CHUNK_BITS] == NULL:
+                self.handle_chunks[index >> CHUNK_BITS] = <Handle *>calloc(CHUNK, sizeof(Handle))
+            if self.handle_chunks[index >> CHUNK_BITS] != NULL:
+                self.handle_slots += 1
+                handle = self._handle(index)
+        if handle != NULL:
+            if not handle.locked_once:
+                pthread_mutex_init(&handle.lock, NULL)
+                handle.locked_once = True
+            handle.generation += 1
+            handle.index = index
+            handle.fd = fd
+            handle.kind = kind
+            handle.node = node
+            handle.nodeid = <uint64_t>node.generation << 32 | node.index
+            node.refs += 1
+            handle.synchronous = flags & O_DSYNC
+            handle.writes = flags & O_ACCMODE == O_RDWR
+            handle.refs = 0
+            handle.live = handle.open = True
+            handle.after = handle.before = 0
+            if kind == FILE and flags & O_ACCMODE != O_WRONLY:
+                self._join(handle)
+            self.handles += 1
+            fh = <uint64_t>handle.generation << 32 | index
+            fd = -1
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)
+        return fh
+
+    cdef Handle *handle_get(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil:
+        cdef uint32_t index = <uint32_t>fh
+        cdef Handle *handle = NULL
+        pthread_mutex_lock(&self.lock)
+        if 0 < index < self.handle_slots:
+            handle = self._handle(index)
+            if handle.live and handle.open and handle.generation == fh >> 32 and handle.nodeid == nodeid \
+                    and handle.kind == kind:
+                handle.refs += 1
+            else:
+                handle = NULL
+        pthread_mutex_unlock(&self.lock)
+        return handle
+
+    cdef Handle *handle_of(self, Node *node, bint writes) noexcept nogil:
+        cdef Handle *handle = NULL
+        pthread_mutex_lock(&self.lock)
+        if node.opened:
+            handle = self._handle(node.opened)
+            if writes and not handle.writes:
+                handle = NULL
+            else:
+                handle.refs += 1
+        pthread_mutex_unlock(&self.lock)
+        return handle
+
+    cdef void _join(self, Handle *handle) noexcept nogil:
+        # Before the first: a ring's end. What can be written becomes the first.
+        cdef Handle *first
+        if handle.node.opened == 0:
+            handle.before = handle.after = handle.node.opened = handle.index
+            return
+        first = self._handle(handle.node.opened)
+        handle.before, handle.after = first.before, first.index
+        self._handle(first.before).after = handle.index
+        first.before = handle.index
+        if handle.writes:
+            handle.node.opened = handle.index
+
+    cdef void _part(self, Handle *handle) noexcept nogil:
+        if handle.after == 0:
+            return
+        self._handle(handle.before).after = handle.after
+        self._handle(handle.after).before = handle.before
+        if handle.node.opened == handle.index:
+            handle.node.opened = handle.after if handle.after != handle.index else 0
+        handle.after = handle.before = 0
+
+    cdef void handle_put(self, Handle *handle) noexcept nogil:
+        cdef int fd = -1
+        cdef Node *node = handle.node
+        pthread_mutex_lock(&self.lock)
+        handle.refs -= 1
+        if handle.refs == 0 and not handle.open:
+            fd = self._drop_handle(handle)
+        pthread_mutex_unlock(&self.lock)
+        if fd >= 0:
+            close(fd)
+            self.node_put(node)
+
+    cdef int _drop_handle(self, Handle *handle) noexcept nogil:
+        self._part(handle)
+        handle.live = False
+        handle.next = self.free_handle
+        self.free_handle = handle.index
+        self.handles -= 1
+        return handle.fd
+
+    cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil:
+        cdef Handle *handle = self.handle_get(fh, nodeid, kind)
+        if handle == NULL:
+            return False
+        pthread_mutex_lock(&self.lock)
+        handle.open = False
+        self._part(handle)
+        pthread_mutex_unlock(&self.lock)
+        self.handle_put(handle)
+        return True
+
+    cdef void clear(self) noexcept nogil:
+        cdef uint32_t i
+        cdef int fd
+        cdef Node *node
+        cdef Handle *handle
+        # One at a time, so that the lock is not held for a million closes.
+        for i in range(ROOT, self.handle_slots):
+            pthread_mutex_lock(&self.lock)
+            handle = self._handle(i)
+            fd = -1
+            if handle.live:
+                handle.open = False
+                self._part(handle)
+                node = handle.node
+                if handle.refs == 0:
+                    fd = self._drop_handle(handle)
+            pthread_mutex_unlock(&self.lock)
+            if fd >= 0:
+                close(fd)
+                self.node_put(node)
+        self.clear_nodes()

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The threads of a share: one a request queue, and helpers for what may wait for the host's disk."""
+import os
+
+from libc.errno cimport errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from virtio.fs._host cimport fs_store
+from virtio.fs._ops cimport HAND_OVER, Server, chain_gather, cost, is_counted, is_slow
+from virtio.fs._share cimport IN_HEADER, Counters, Share
+from virtio.fs._inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from virtio.fs._fuse cimport fuse_in_header
+from virtio._limiter cimport RateLimiter
+from virtio._interrupt cimport interrupt_used
+from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
+from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initval, int flags)
+    int eventfd_write(int fd, uint64_t value)
+    enum: EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE
+
+cdef extern from "<sys/epoll.h>" nogil:
+    enum: EPOLLIN
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void *buf, size_t count)
+    int close(int fd)
+
+cdef enum:
+    JOBS = 64                   # slow requests that wait or are served; further ones are served in the queue's thread
+    MAX_SHARE_QUEUES = 64
+    TOKEN_JOB = 1
+
+# One request on its way to a helper.
+cdef struct Job:
+    fuse_in_header header
+    DescChain chain             # its iov belongs to the job
+    Ring *ring
+    uint32_t queue              # number in the device
+    Job *next
+
+
+cdef class Backlog:
+    """What the threads of a share hand one another.
+
+    :param queue_size: buffers that a request has at most
+    :raises OSError: no file descriptor left
+    """
+
+    cdef pthread_mutex_t lock
+    cdef pthread_mutex_t[MAX_SHARE_QUEUES] used_locks   # a queue's used ring: its thread and the helpers write it
+    cdef Job *jobs
+    cdef iovec *iovs
+    cdef Job *idle
+    cdef Job *first
+    cdef Job *last
+    cdef int wake               # a semaphore: one for every job
+    cdef int ending             # atomic: what nobody has begun is dropped
+
+    def __cinit__(self, uint32_t queue_size):
+        cdef int i
+        self.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE)
+        if self.wake < 0:
+            raise OSError(errno, os.strerror(errno))
+        pthread_mutex_init(&self.lock, NULL)
+        for i in range(MAX_SHARE_QUEUES):
+            pthread_mutex_init(&self.used_locks[i], NULL)
+        self.jobs = <Job *>calloc(JOBS, sizeof(Job))
+        self.iovs = <iovec *>calloc(<size_t>JOBS * queue_size, sizeof(iovec))
+        if self.jobs == NULL or self.iovs == NULL:
+            raise MemoryError()
+        for i in range(JOBS):
+            self.jobs[i].chain.iov = self.iovs + <size_t>i * queue_size
+            self.jobs[i].next = self.idle
+            self.idle = &self.jobs[i]
+
+    def __dealloc__(self):
+        if self.wake >= 0:
+            close(self.wake)
+        free(self.jobs)
+        free(self.iovs)
+
+    cdef bint put(self, const fuse_in_header *header, const DescChain *chain, Ring *ring,
+                  uint32_t queue) noexcept nogil:
+        cdef Job *job
+        cdef iovec *iov
+        pthread_mutex_lock(&self.lock)
+        job = self.idle
+        if job != NULL:
+            self.idle = job.next
+            iov = job.chain.iov
+            memcpy(iov, chain.iov, (chain.n_readable + chain.n_writable) * sizeof(iovec))
+            job.chain = chain[0]
+            job.chain.iov = iov
+            job.header = header[0]
+            job.ring = ring
+            job.queue = queue
+            job.next = NULL
+            if self.last != NULL:
+                self.last.next = job
+            else:
+                self.first = job
+            self.last = job
+        pthread_mutex_unlock(&self.lock)
+        if job != NULL:
+            eventfd_write(self.wake, 1)
+        return job != NULL
+
+    cdef void begin(self) noexcept nogil:
+        fs_store(&self.ending, 0)
+
+    cdef void end(self) noexcept nogil:
+        # Drop what waits: the driver that asked for it is gone, or will be.
+        cdef Job *job
+        fs_store(&self.ending, 1)
+        while True:
+            job = self.take()
+            if job == NULL:
+                return
+            self.done(job)
+
+    cdef Job *take(self) noexcept nogil:
+        cdef Job *job
+        pthread_mutex_lock(&self.lock)
+        job = self.first
+        if job != NULL:
+            self.first = job.next
+            if self.first == NULL:
+                self.last = NULL
+        pthread_mutex_unlock(&self.lock)
+        return job
+
+    cdef void done(self, Job *job) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        job.next = self.idle
+        self.idle = job
+        pthread_mutex_unlock(&self.lock)
+
+
+cdef class FsThread(QueueWorker):
+    """What both kinds of thread of a share have: an entry into its credentials, and the way of a reply."""
+
+    cdef Share share
+    cdef Server server
+    cdef Backlog backlog
+
+    def __init__(self, device, indices, notify_fds, on_failure, Share share not None, Backlog backlog not None, name,
+                 RateLimiter limiter not None):
+        super().__init__(device, indices, notify_fds, on_failure, name)
+        self.share = share
+        self.backlog = backlog
+        self.server = Server(share)
+        self.server.limiter = limiter
+        self.server.ending = &backlog.ending
+
+    @property
+    def stats(self):
+        """Counters of this thread, by name."""
+        cdef Counters *c = &self.server.counters
+        return {
+            "requests": c.requests, "bad_requests": c.bad_requests, "bad_forgets": c.bad_forgets,
+            "bytes_read": c.bytes_read, "bytes_written": c.bytes_written, "handed_over": c.handed_over,
+        }
+
+    cdef int _loop(self) noexcept nogil:
+        cdef int error = self.server.enter()
+        if error:
+            self.host_errno = error
+            return WORKER_HOST
+        return QueueWorker._loop(self)
+
+    cdef void give_back(self, Ring *ring, uint32_t queue, uint32_t head, uint32_t written) noexcept nogil:
+        cdef bint wanted
+        pthread_mutex_lock(&self.backlog.used_locks[queue])
+        queue_add_used(ring, head, written)
+        wanted = queue_flush(ring)
+        pthread_mutex_unlock(&self.backlog.used_locks[queue])
+        if wanted:
+            interrupt_used(self.call, queue)
+
+
+cdef class FsWorker(FsThread):
+    """The thread of some queues of a share."""
+
+    cdef uint32_t[MAX_SHARE_QUEUES] queues
+
+    def __init__(self, device, indices, notify_fds, on_failure, share, backlog, name, limiter):
+        super().__init__(device, indices, notify_fds, on_failure, share, backlog, name, limiter)
+        for place, index in enumerate(self.indices):
+            self.queues[place] = index
+
+    cdef int serve(self, uint32_t place) noexcept nogil:
+        cdef Ring *ring = self.rings[place]
+        cdef DescChain *chain = self.chains[place]
+        cdef fuse_in_header header
+        cdef uint64_t wait
+        cdef uint32_t written
+        cdef int status
+        while not self.stopping():
+            status = queue_pop(ring, self.ram, chain)
+            if status != QUEUE_CHAIN:
+                return status
+            memset(&header, 0, sizeof(header))
+            chain_gather(chain, 0, &header, IN_HEADER)
+            if self.server.limiter.limited() and is_counted(header.opcode):
+                wait = self.server.limiter.take(cost(header.opcode, chain), 1)
+                if wait:
+                    queue_unpop(ring)
+                    self.wake_after(wait)
+                    return SERVE_STALLED
+            self.server.may_wait = False
+            written = HAND_OVER if is_slow(header.opcode) else self.server.answer(&header, chain)
+            if written == HAND_OVER:
+                self.server.counters.handed_over += 1
+                if self.backlog.put(&header, chain, ring, self.queues[place]):
+                    continue
+                self.server.counters.handed_over -= 1
+                self.server.may_wait = True
+                written = self.server.answer(&header, chain)
+            self.give_back(ring, self.queues[place], chain.head, written)
+        return SERVE_EMPTY
+
+    def begin(self):
+        """What is handed over from here on is wanted."""
+        self.backlog.begin()
+
+    cdef void finish(self) noexcept nogil:
+        # Queues' threads are stopped before helpers.
+        if self.stopping():
+            self.backlog.end()
+
+    cdef int event(self, uint32_t token) noexcept nogil:
+        cdef uint32_t place
+        cdef int status
+        if token == TOKEN_TIMER:
+            for place in range(self.n_queues):
+                if self.rings[place].size:
+                    status = self.run_queue(place)
+                    if status < 0:
+                        return status
+        return 0
+
+
+cdef class FsHelper(FsThread):
+    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, reads of what is not in memory."""
+
+    def __init__(self, device, on_failure, share, backlog, name, limiter):
+        super().__init__(device, (), (), on_failure, share, backlog, name, limiter)
+        self.server.may_wait = True
+        if self.watch(self.backlog.wake, TOKEN_JOB, EPOLLIN) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def begin(self):
+        """It has no queue to look at while it waits."""
+        self.poll_ns = 0
+
+    cdef int event(self, uint32_t token) noexcept nogil:
+        cdef uint64_t one
+        if token == TOKEN_JOB and read(self.backlog.wake, &one, 8) == 8:
+            self.run_one()
+        return 0
+
+    cdef bint run_one(self) noexcept nogil:
+        cdef Job *job = self.backlog.take()
+        if job == NULL:
+            return False
+        self.give_back(job.ring, job.queue, job.chain.head, self.server.answer(&job.header, &job.chain))
+        self.backlog.done(job)
+        return True

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file system device (§5.11): a directory of the host in the guest, served here, without a daemon."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from virtio import spec
+from virtio._limiter import RateLimiter
+from virtio.device import VirtioDevice
+from virtio.fs._share import Share, stores_files
+from virtio.fs._worker import Backlog, FsHelper, FsWorker
+from vmm.budget import KEPT, dax_slots, raise_descriptor_limit
+from vmm.errors import ConfigError, HostError, SnapshotError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from virtio._limiter import Bucket
+    from virtio._worker import QueueWorker
+
+TAG_BYTES = 36
+MAX_THREADS = 32
+DAX_ALIGNMENT = 2 << 20
+# So that a request of 256 pages, the most that Linux sends, fits with its headers.
+QUEUE_SIZE = 1024
+_CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
+# Requests that wait for the host's disk at once, at least.
+_HELPERS = 4
+_DAX_LIMIT = "and limits exclude one another: what a guest does in the window asks nobody"
+# Seconds that the guest may believe what it was told, by cache policy.
+_VALID = {"auto": 1, "always": 86400, "none": 0}
+
+
+class Fs(VirtioDevice):
+    """A virtio-fs device over a directory; owns the descriptors by which it is reached.
+
+    :param tag: what the guest mounts, 1 to 36 bytes
+    :param path: the directory; later changes of this path itself do not matter
+    :param read_only: nothing that the guest sends changes anything below the directory
+    :param cache: ``auto``: the guest believes what it was told for a second; ``always``: for a day, and it keeps
+        what it writes until it has to write it, so nobody else may change the files; ``none``: it asks each time
+    :param submounts: what is mounted below the directory is shown, too, as mounts of the guest's; otherwise such a
+        mount point is refused with EXDEV. File systems that store no files, as proc, are refused in any case
+    :param threads: request queues, each with a thread
+    :param squash: ``(uid, gid)`` of every access; needs root. None: as root the files that a guest's user makes are
+        that user's, otherwise every access is that of the VMM's own user
+    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none. Whoever has the VM shows ``window`` to the guest
+        and says where in ``shm_regions[0]``
+    :param limiter: of bytes read, written, copied and allocated, and of requests that do so or change or sync anything;
+        not with ``dax``, where a guest asks nobody
+    :param name: of the threads
+    :raises ConfigError: a parameter, or the directory, cannot be used
+    """
+
+    device_type = spec.TYPE_FS
+    unsavable = "a shared directory in use cannot be saved; unmount it in the guest first"
+    thread_kind = "fs"
+
+    def __init__(
+        self,
+        tag: str,
+        path: str,
+        *,
+        read_only: bool = False,
+        cache: str = "auto",
+        threads: int = 1,
+        squash: tuple[int, int] | None = None,
+        submounts: bool = False,
+        dax: int = 0,
+        limiter: RateLimiter | None = None,
+        name: str = "virtio-fs",
+    ) -> None:
+        super().__init__()
+        if not 0 < len(tag.encode()) <= TAG_BYTES:
+            raise ConfigError("share tag", tag, f"must have 1 to {TAG_BYTES} bytes")
+        if cache not in _VALID:
+            raise ConfigError("share cache", cache, f"must be one of {', '.join(_VALID)}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ConfigError("share threads", threads, f"must be 1 to {MAX_THREADS}")
+        if dax % DAX_ALIGNMENT:
+            raise ConfigError("share dax", dax, "bytes must be a multiple of 2 MiB")
+        if squash is not None and os.geteuid() != 0:
+            raise ConfigError(
+                "share squash", "{}:{}".format(*squash), "needs root; otherwise every access is made as your user"
+            )
+        self.tag = tag
+        self.path = path
+        self.name = name
+        self.limiter = limiter or RateLimiter()
+        if dax and self.limiter.is_limited:
+            raise ConfigError("share dax", dax, _DAX_LIMIT)
+        self.queue_sizes = (QUEUE_SIZE,) * (1 + threads)
+        self.config = _CONFIG.pack(tag.encode(), threads)
+        self._workers: list[FsWorker | FsHelper] = []
+        self._proc = -1
+        self._dax_slots = 0
+        if raise_descriptor_limit() < 2 * KEPT:
+            raise ConfigError("share", path, f"needs RLIMIT_NOFILE of {2 * KEPT} or more")
+        try:
+            root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError("share", path, f"cannot be used: {error.strerror}") from None
+        stores, f_type = stores_files(root)
+        if not stores:
+            os.close(root)
+            problem = f"is on a kernel pseudo file system (type {f_type:#x}); share one that stores files"
+            raise ConfigError("share", path, problem)
+        try:
+            # Held, so that a jail without /proc is as good.
+            self._proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(root)
+            raise HostError(error.errno or 0, "open /proc/self/fd") from None
+        if dax and not dax_slots().ask(dax // DAX_ALIGNMENT):
+            os.close(root)
+            os.close(self._proc)
+            left = (dax_slots().limit - dax_slots().used) * DAX_ALIGNMENT >> 20
+            problem = f"bytes need more mappings and descriptors than this process may have; at most {left}M"
+            raise ConfigError("share dax", dax, problem)
+        self._dax_slots = dax // DAX_ALIGNMENT
+        try:
+            self.share = Share(
+                root, self._proc, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
+                direct_io=cache == "none", keep_cache=cache == "always", squash=squash, submounts=submounts, dax=dax,
+            )  # fmt: skip
+        except (OSError, MemoryError):
+            os.close(self._proc)
+            dax_slots().put_back(self._dax_slots)
+            raise ConfigError("share dax", dax, "bytes exceed this host's address space") from None
+        self.window = self.share.window
+        self.below = root, not read_only
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by name, with what the guest holds now."""
+        total = dict(self.counters)
+        for worker in self._workers:
+            for key, value in worker.stats.items():
+                total[key] = total.get(key, 0) + value
+        return total | {
+            "nodes": self.share.nodes,
+            "handles": self.share.handles,
+            "reopened": self.share.reopened,
+            "dax_mapped": self.window.mapped if self.window else 0,
+            "dax_repairs": self.window.repairs if self.window else 0,
+            "throttled": self.limiter.throttled,
+        }
+
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
+        """A thread a request queue, the first with the queue of forgets too, and helpers for what waits for a disk."""
+        backlog = Backlog(QUEUE_SIZE)
+        groups = [(0, 1), *((index,) for index in range(2, len(notify_fds)))]
+        for place, group in enumerate(groups):
+            fds = [notify_fds[index] for index in group]
+            name = f"{self.name}.{place}" if place else self.name
+            worker = FsWorker(self, group, fds, on_failure, self.share, backlog, name, self.limiter)
+            self._workers.append(worker)
+        for _ in range(max(_HELPERS, len(groups))):
+            self._workers.append(FsHelper(self, on_failure, self.share, backlog, f"{self.name}.slow", self.limiter))
+        return tuple(self._workers)
+
+    def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
+        """Replace the buckets that are given; ``(0, 0, 0)`` takes a limit away. While the guest runs, or before."""
+        if self.window and any(bucket is not None and bucket[0] and bucket[2] for bucket in (bandwidth, ops)):
+            raise ConfigError("share dax", self.tag, _DAX_LIMIT)
+        self.limiter.update(bandwidth, ops)
+        for worker in self._workers:
+            worker.wake()
+
+    def save(self) -> dict[str, Any]:
+        """Refuse: what the guest knows of the tree is descriptors of this process."""
+        raise SnapshotError(self.name, self.unsavable)
+
+    def reset(self) -> None:
+        """Close what the guest had open and forget what it knew."""
+        self.share.clear()
+
+    def close(self) -> None:
+        """Give the descriptors back; idempotent. The transport is closed before."""
+        self.share.close()
+        if self._proc >= 0:
+            os.close(self._proc)
+            self._proc = -1
+        if self._dax_slots:
+            dax_slots().put_back(self._dax_slots)
+            self._dax_slots = 0

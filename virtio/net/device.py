@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network device (§5.1): pairs of queues over a tap or passt, and the control queue."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+
+from virtio import spec
+from virtio._limiter import RateLimiter
+from virtio.device import VirtioDevice, Worker
+from virtio.net._worker import NetWorker
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, Protocol
+
+    from virtio._limiter import Bucket
+    from virtio.device import ActivateContext, AnyWorker
+    from virtio.net.mmds import Endpoint
+    from vmm._fastpath import Chain
+
+    class Backend(Protocol):
+        """Where frames come from and go to; see ``virtio.net.host``."""
+
+        fds: list[int]
+        stream: bool
+
+        def gone(self) -> str: ...
+        def set_offloads(self, features: int) -> None: ...
+        def set_pairs(self, count: int) -> None: ...
+
+
+QUEUE_SIZE = 512
+CTRL_QUEUE_SIZE = 64
+CTRL_REQUEST_MAX = 1 << 16  # a table of 10,000 addresses; Linux sends what its multicast list has
+MAX_PAIRS = 8
+DEFAULT_MTU = 1500
+# Those that the driver can switch while it runs (§5.1.6.5.6.1), and the tap by them.
+GUEST_OFFLOADS = (
+    spec.NET_F_GUEST_CSUM | spec.NET_F_GUEST_TSO4 | spec.NET_F_GUEST_TSO6 | spec.NET_F_GUEST_ECN | spec.NET_F_GUEST_UFO
+)
+_TAP_FEATURES = (
+    GUEST_OFFLOADS | spec.NET_F_CSUM | spec.NET_F_HOST_TSO4 | spec.NET_F_HOST_TSO6 | spec.NET_F_HOST_ECN
+    | spec.NET_F_HOST_UFO | spec.NET_F_CTRL_GUEST_OFFLOADS
+)  # fmt: skip
+_CTRL_FEATURES = spec.NET_F_CTRL_VQ | spec.NET_F_CTRL_RX | spec.NET_F_CTRL_VLAN | spec.NET_F_CTRL_MAC_ADDR
+# Source: pcap-savefile(5): nanoseconds, version 2.4, whole frames, LINKTYPE_ETHERNET.
+_PCAP_HEADER = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0x40000, 1)
+
+
+def parse_mac(text: str) -> bytes:
+    """The six bytes of a hardware address as people write it.
+
+    :raises ConfigError: it is not a unicast MAC address
+    """
+    parts = text.split(":")
+    plain = len(parts) == 6 and all(len(part) == 2 and part.isalnum() and part.isascii() for part in parts)
+    try:
+        mac = bytes.fromhex("".join(parts)) if plain else b""
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or mac[0] & 1 or not any(mac):
+        raise ConfigError("mac", text, "must be a unicast MAC address, e.g. 06:00:ac:10:00:02")
+    return mac
+
+
+def default_mac(name: str) -> bytes:
+    """A hardware address of our own making, the same each time for the same interface of the host."""
+    import zlib
+
+    return b"\x02\x56" + zlib.crc32(name.encode()).to_bytes(4, "big")
+
+
+class Net(VirtioDevice):
+    """A virtio network device over `backend`.
+
+    :param backend: a :class:`virtio.net.host.Tap` or :class:`virtio.net.host.Passt`; not owned
+    :param mac: six bytes
+    :param mtu: told to the guest; None: not told
+    :param pcap: path of a file that gets each frame, both ways; it is made anew
+    :param rx_limiter: of what the guest receives; None: no limit
+    :param tx_limiter: of what the guest sends; None: no limit
+    :param mmds: the metadata service's endpoint: what the guest sends to its address does not reach `backend`
+    :param name: of the threads
+    :raises ConfigError: the pcap file cannot be made
+    """
+
+    device_type = spec.TYPE_NET
+    thread_kind = "net"
+
+    def __init__(
+        self,
+        backend: Backend,
+        mac: bytes,
+        *,
+        mtu: int | None = None,
+        pcap: str | None = None,
+        rx_limiter: RateLimiter | None = None,
+        tx_limiter: RateLimiter | None = None,
+        mmds: Endpoint | None = None,
+        name: str = "virtio-net",
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.backend = backend
+        self.mac = mac
+        self.mtu = mtu
+        self.rx_limiter = rx_limiter or RateLimiter()
+        self.tx_limiter = tx_limiter or RateLimiter()
+        self.mmds = mmds
+        self.link_up = True
+        self.pairs = len(backend.fds)
+        self.queue_sizes = (QUEUE_SIZE,) * (2 * self.pairs) + (CTRL_QUEUE_SIZE,)
+        self.features = spec.NET_F_MAC | spec.NET_F_STATUS | spec.NET_F_MRG_RXBUF | _CTRL_FEATURES
+        if not backend.stream:
+            self.features |= _TAP_FEATURES
+        if self.pairs > 1:
+            self.features |= spec.NET_F_MQ
+        if mtu is not None:
+            self.features |= spec.NET_F_MTU
+        self.counters |= {"control": 0, "bad_control": 0}
+        self._offloads = self._pairs_used = 0
+        self.config = self._config_space()
+        self._workers: list[NetWorker] = []
+        self._pcap = -1 if pcap is None else _open_pcap(pcap)
+
+    def _config_space(self) -> bytes:
+        return spec.NET_CONFIG.pack(self.mac, spec.NET_S_LINK_UP * self.link_up, self.pairs, self.mtu or DEFAULT_MTU)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by name, of all pairs together."""
+        total = dict(self.counters)
+        for worker in self._workers:
+            for key, value in worker.stats.items():
+                total[key] = total.get(key, 0) + value
+        if self.mmds is not None:
+            total |= {f"mmds_{key}": value for key, value in self.mmds.counters.items()}
+        total["rx_rate_limiter_throttled"] = self.rx_limiter.throttled
+        total["tx_rate_limiter_throttled"] = self.tx_limiter.throttled
+        return total
+
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
+        """A thread a pair, and one for the control queue."""
+        for pair, fd in enumerate(self.backend.fds):
+            self._workers.append(
+                NetWorker(
+                    self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
+                    f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
+                    rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, mmds=self.mmds,
+                    pcap=self._pcap,
+                )
+            )  # fmt: skip
+        control = sorted({2, 2 * self.pairs})
+        return [*self._workers, _ControlWorker(self, control, [notify_fds[index] for index in control], on_failure)]
+
+    def control_queue(self, features: int) -> int:
+        """Its number: without MQ it is the third, whatever we have (§5.1.2)."""
+        return 2 * self.pairs if features & spec.NET_F_MQ else 2
+
+    def activate(self, context: ActivateContext) -> None:
+        """Let the tap do what the driver negotiated."""
+        if self.mmds is not None:
+            self.mmds.reset()
+        self._use(1, context.features)
+
+    def _use(self, pairs: int, offloads: int) -> None:
+        self.backend.set_pairs(pairs)
+        self.backend.set_offloads(offloads)
+        self._pairs_used, self._offloads = pairs, offloads
+
+    def save(self) -> dict[str, Any]:
+        """The address, pairs and offloads that the driver has chosen."""
+        return {"mac": self.mac, "pairs": self._pairs_used, "offloads": self._offloads & GUEST_OFFLOADS}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take them; the address is the guest's, whatever this device was to have."""
+        if len(state["mac"]) != 6 or not 1 <= state["pairs"] <= self.pairs:
+            raise ValueError("no such address or number of pairs")
+        self.mac = bytes(state["mac"])
+        self.config = self._config_space()
+        self._use(state["pairs"], state["offloads"] & self.context.features)
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or pull it, as the guest sees it; any thread."""
+        self.link_up = up
+        self.publish_config(self._config_space())
+
+    def set_rate_limit(self, limiter: RateLimiter, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
+        """Change ``rx_limiter`` or ``tx_limiter`` at once, also for a frame that waits for it; any thread."""
+        limiter.update(bandwidth, ops)
+        for worker in self._workers:
+            worker.wake()
+
+    def lose(self) -> None:
+        """The other end is gone: pull the cable and say so; called by a worker, once."""
+        self.context.warn("lost", f"{self.name}: {self.backend.gone()}; the link is down")
+        self.set_link(False)
+
+    def process(self, queue_index: int) -> None:
+        """Serve the control queue."""
+        self.drain(self.context.queues[queue_index], self._control)
+
+    def _control(self, chain: Chain) -> int:
+        self.counters["control"] += 1
+        if not chain.writable_bytes:
+            self.counters["bad_control"] += 1
+            return 0
+        request = chain.gather(CTRL_REQUEST_MAX)
+        try:
+            done = 2 <= chain.readable_bytes <= CTRL_REQUEST_MAX and self._command(request[0], request[1], request[2:])
+        except OSError as error:
+            self.context.warn("control", f"{self.name}: {os.strerror(error.errno or 0)}")
+            done = False
+        if not done:
+            self.counters["bad_control"] += 1
+        return chain.scatter(bytes([spec.NET_OK if done else spec.NET_ERR]))
+
+    def _command(self, kind: int, command: int, data: bytes) -> bool:
+        # Whether it is done. We filter nothing: what the tap gives is the guest's, so modes and tables need no more.
+        match kind, command:
+            case spec.NET_CTRL_RX, command:
+                return command <= 5 and len(data) == 1
+            case spec.NET_CTRL_MAC, spec.NET_CTRL_MAC_TABLE_SET:
+                return _is_two_tables(data)
+            case spec.NET_CTRL_MAC, spec.NET_CTRL_MAC_ADDR_SET:
+                if len(data) != 6 or data[0] & 1:
+                    return False
+                self.mac = data
+                self.publish_config(self._config_space(), tell=False)
+                return True
+            case spec.NET_CTRL_VLAN, command:
+                return command <= 1 and len(data) == 2
+            case spec.NET_CTRL_MQ, spec.NET_CTRL_MQ_VQ_PAIRS_SET:
+                count = int.from_bytes(data, "little")
+                if len(data) != 2 or not 1 <= count <= self.pairs or not self.context.features & spec.NET_F_MQ:
+                    return False
+                self._use(count, self._offloads)
+                return True
+            case spec.NET_CTRL_GUEST_OFFLOADS, spec.NET_CTRL_GUEST_OFFLOADS_SET:
+                wanted = int.from_bytes(data, "little")
+                allowed = self.context.features & GUEST_OFFLOADS
+                if len(data) != 8 or wanted & ~allowed or not self.context.features & spec.NET_F_CTRL_GUEST_OFFLOADS:
+                    return False
+                self._use(self._pairs_used, wanted)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Close the pcap file; idempotent. The transport is closed before."""
+        if self._pcap >= 0:
+            os.close(self._pcap)
+            self._pcap = -1
+
+
+class _ControlWorker(Worker):
+    def start(self, context: ActivateContext) -> None:
+        # The other queue, if there is one, is a pair's: to read its eventfd would take its notification away.
+        for fd, index in self._queue_of.items():
+            mine = index == self._device.control_queue(context.features)  # type: ignore[attr-defined]
+            self._epoll.modify(fd, select.EPOLLIN if mine else 0)
+        super().start(context)
+
+
+def _is_two_tables(data: bytes) -> bool:
+    # A table of unicast addresses and one of multicast: each a count of 4 bytes and so many times 6.
+    for _ in range(2):
+        count = int.from_bytes(data[:4], "little")
+        if len(data) < 4 + 6 * count:
+            return False
+        data = data[4 + 6 * count :]
+    return not data
+
+
+def _open_pcap(path: str) -> int:
+    fd = -1
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.write(fd, _PCAP_HEADER)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise ConfigError("pcap", path, f"cannot be made: {os.strerror(error.errno or errno.EIO)}") from None
+    return fd

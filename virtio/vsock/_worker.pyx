@@ -1,0 +1,977 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The socket device's thread (§5.10): the guest's packets to unix sockets and back, without the GIL.
+
+Every connection is a `Conn` of a fixed pool, and its place there is its epoll token. Its descriptor is watched
+edge-triggered, so that what cannot go on now costs nothing: `readable` remembers that there may be data, `used` that
+guest data waits for room in the socket. What a connection has for the guest is a bit in `pending`, and it waits for
+its turn in one list: nobody can make that longer than the pool, and nobody is served twice before the others.
+"""
+import os
+
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport free, malloc
+from libc.string cimport memchr, memcpy, memset
+
+from virtio._interrupt cimport interrupt_used
+from virtio.vsock._conns cimport (
+    BUFFER, CLOSING, CONNECTING, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN, State,
+    packet_sent, packets_forwarded,
+)
+from virtio.vsock._host cimport (
+    AF_UNIX, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_CTRUNC, MSG_DONTWAIT,
+    MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, accept4, close, connect,
+    eventfd_write, hung_up, lowest_bit, msghdr, recv, recvmsg, send, sendmsg, setsockopt, shut_up, shutdown,
+    sockaddr, sockaddr_un, socket, vsock_now, wait_for_room,
+)
+from virtio.vsock._packet cimport (
+    HEADER, HOST_CID, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
+    OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM, gather, parse_line, scatter, skip,
+)
+from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
+from vmm._budget cimport FOR_OPEN, Budget, granted
+from vmm._fastpath cimport (
+    QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, load_acquire16, queue_add_used, queue_flush, queue_pop, queue_unpop,
+)
+from vmm.budget import memory
+
+# What the loop counts, by name; plain words, read by Python at any time.
+COUNTERS = (
+    "packets_tx", "packets_rx", "bytes_tx", "bytes_rx", "opened_by_guest", "opened_by_host", "refused", "closed",
+    "resets_sent", "bad_requests", "bad_credit", "bad_lines", "timeouts", "full",
+)
+
+cdef enum:
+    RX = 0                      # places of the queues, which are their numbers too (§5.10.2)
+    TX = 1
+    EVENT = 2
+    TOKEN_LISTENER = 0x10000
+    MAX_PACKET = 65536          # payload of one packet, as Linux has it (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)
+    TURN = 128                  # chains of one queue before the other sockets are looked at
+    BATCH = 16                  # chains that one readv fills
+    MAX_CHAIN = 256             # buffers of a chain: the size of its queue
+    IOV_MAX = 1024              # Linux UIO_MAXIOV
+    PUBLISH = 16                # chains returned between two looks at whether the driver sleeps
+    REPLIES = 256               # resets to packets that belong to no connection
+    FIRST_HOST_PORT = 1 << 30
+    ACCEPTS = 64
+    SECOND = 1000000000
+    TICK = SECOND // 8
+    RETRY = SECOND // 100
+    SETTLE = SECOND // 4000
+    # What a packet costs a Linux guest that has not read it, beside its bytes. Since Linux 6.12.92 it resets a
+    # connection of which this alone is more than the buffer that it announced (SKB_TRUESIZE(0): 576, and some slack).
+    OVERHEAD = 1024
+
+cdef struct Reply:
+    uint64_t src_cid
+    uint32_t src_port
+    uint32_t dst_port
+    uint16_t type
+
+cdef struct Counters:
+    uint64_t packets_tx         # tx: guest to host
+    uint64_t packets_rx
+    uint64_t bytes_tx
+    uint64_t bytes_rx
+    uint64_t opened_by_guest
+    uint64_t opened_by_host
+    uint64_t refused            # no program behind the port, on either side
+    uint64_t closed
+    uint64_t resets_sent
+    uint64_t bad_requests
+    uint64_t bad_credit
+    uint64_t bad_lines
+    uint64_t timeouts
+    uint64_t full               # connections refused, or reset, for want of a place, a descriptor or memory
+
+
+cdef class VsockWorker(QueueWorker):
+    """The thread of a :class:`virtio.vsock.device.Vsock`, from which it takes guest_cid and the listener."""
+
+    cdef Connections table
+    cdef Reply[REPLIES] replies
+    cdef uint32_t reply_head
+    cdef uint32_t reply_count
+    cdef uint32_t deadlines             # conns that have one
+    cdef uint32_t stuck                 # about so many have asked for credit, and an answer need not come by itself
+    cdef Budget memory                  # what their buffers take is taken from it
+    cdef uint32_t last_port
+    cdef uint32_t unpublished
+    cdef bint tx_waits                  # until there is room in replies
+    cdef bint tx_owed                   # the driver is to be told of returned chains of tx: see return_tx
+    cdef uint32_t tx_returned           # since it was told last
+    cdef bint tx_timed                  # the timer will tell it
+    cdef bint listening
+    cdef bint reset_due                 # the driver is to hear that its connections are gone
+    cdef bint settling                  # host programs wait until it has: it may close one that has just begun, too
+    cdef uint64_t settle_until
+    cdef uint16_t events_given          # buffers for events, ever, when it was told
+    cdef uint64_t guest_cid
+    cdef int listener
+    cdef int notify_tx
+    cdef bytes prefix                   # of guest-initiated connections' sockets
+    cdef const char *path
+    cdef Counters count
+    cdef uint64_t line_wait             # nanoseconds
+    cdef uint64_t guest_wait
+    cdef uint64_t host_wait
+    cdef uint64_t end_wait
+    cdef uint64_t tx_delay
+    cdef iovec[BATCH * MAX_CHAIN] data_iov
+    cdef iovec[BATCH * HEADER] header_iov
+
+    def __init__(self, device, indices, notify_fds, on_failure, name=None):
+        super().__init__(device, indices, notify_fds, on_failure, name)
+        self.memory = memory
+        self.table = Connections()
+        if max(device.queue_sizes) > MAX_CHAIN:
+            raise ValueError(f"the queues have at most {MAX_CHAIN} entries")
+        self.notify_tx = notify_fds[TX]
+        self.guest_cid = device.guest_cid
+        self.listener = device.listener.fd
+        self.prefix = os.fsencode(device.listener.path)
+        self.path = self.prefix
+        self.last_port = FIRST_HOST_PORT - 1
+        self.clear()
+
+    @property
+    def connections(self):
+        """How many there are, open or on their way in or out."""
+        return self.table.live
+
+    @property
+    def counters(self):
+        """Everything counted since the device was made, by name."""
+        cdef uint64_t *words = <uint64_t *>&self.count
+        return {name: words[i] for i, name in enumerate(COUNTERS)}
+
+    def begin(self):
+        """Let host programs in."""
+        self.line_wait, self.guest_wait, self.host_wait, self.end_wait, self.tx_delay = (
+            int(getattr(self.device, name) * SECOND)
+            for name in ("line_wait", "guest_wait", "host_wait", "end_wait", "tx_delay"))
+        self.listening = False
+        self.poll_ns = 0                # a look at the rings would keep the sockets waiting
+        self.settling = self.reset_due
+        self.settle_until = vsock_now() + <uint64_t>int(self.device.settle_wait * SECOND)
+        self.listen()
+        if self.settling:
+            self.wake_after(SETTLE)
+        elif self.table.live:
+            self.wake_after(1)          # after a stop, for the deadlines
+
+    def forget(self):
+        """Close every connection: the driver that had them is gone."""
+        cdef uint32_t i
+        for i in range(self.table.fresh):
+            if self.table.conns[i].state != FREE:
+                self.close_host(&self.table.conns[i])
+                self.count.closed += 1
+        self.clear()
+
+    cdef void clear(self) noexcept nogil:
+        self.table.forget()
+        self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = self.stuck = 0
+        self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = self.settling = False
+
+    def reset_transport(self):
+        """Tell the driver that every connection is gone (§5.10.6.7); before ``start``."""
+        self.reset_due = True
+        # A program of the guest that has not yet closed one of before holds its ports: new ones get others.
+        self.last_port = FIRST_HOST_PORT | int.from_bytes(os.urandom(4), "little") % FIRST_HOST_PORT
+
+    cdef int tell_reset(self) noexcept nogil:
+        # VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, in the next buffer that the driver gives for events.
+        cdef DescChain *chain = self.chains[EVENT]
+        cdef uint32_t event = 0
+        cdef int status
+        while self.reset_due:
+            status = queue_pop(self.rings[EVENT], self.ram, chain)
+            if status != QUEUE_CHAIN:
+                return status
+            if chain.n_readable or chain.writable_bytes < sizeof(event):
+                self.count.bad_requests += 1
+                queue_add_used(self.rings[EVENT], chain.head, 0)
+                continue
+            scatter(chain.iov, &event, sizeof(event))
+            self.events_given = load_acquire16(self.rings[EVENT].avail + 2)
+            queue_add_used(self.rings[EVENT], chain.head, sizeof(event))
+            self.reset_due = False
+        if queue_flush(self.rings[EVENT]):
+            self.interrupt()
+        return SERVE_STALLED
+
+    cdef bint settled(self) noexcept nogil:
+        # A driver gives the buffer back once it has done what the event says.
+        if vsock_now() >= self.settle_until:
+            return True
+        return not self.reset_due and load_acquire16(self.rings[EVENT].avail + 2) != self.events_given
+
+    cdef void finish(self) noexcept nogil:
+        if self.rings[RX].size:
+            self.show()
+        if self.tx_owed:
+            self.interrupt()
+        self.tx_timed = False
+        self.unwatch(self.listener)
+        self.wake_after(0)
+        if self.leaving:
+            self.deliver()
+
+    cdef void deliver(self) noexcept nogil:
+        # What the guest sent before its end is still for the host programs: a guest that powers off has no other way
+        # to be heard. One that does not read gets what its socket takes, and no VM waits longer for all of them.
+        cdef uint64_t until = vsock_now() + self.end_wait
+        cdef uint32_t i
+        cdef Conn *c
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            while c.state != FREE and c.used:
+                wait_for_room(c.fd, until)
+                self.flush(c)
+                if vsock_now() >= until:
+                    break
+
+    # What the worker calls
+
+    cdef int serve(self, uint32_t place) noexcept nogil:
+        if place == RX:
+            return self.serve_rx()
+        if place == TX:
+            return self.serve_tx()
+        return self.tell_reset() if self.reset_due else SERVE_STALLED   # its buffers stay where they are
+
+    cdef int event(self, uint32_t token) noexcept nogil:
+        if token == TOKEN_LISTENER:
+            self.accept_some()
+        elif token == TOKEN_TIMER:
+            self.tick()
+        elif token < self.table.fresh:
+            self.woken(&self.table.conns[token])
+        return self.run_rx()
+
+    cdef int run_rx(self) noexcept nogil:
+        if self.table.turn_head == NONE and self.reply_count == 0:
+            return 0
+        return self.run_queue(RX)
+
+    # Connections
+
+    cdef uint32_t token(self, Conn *c) noexcept nogil:
+        return <uint32_t>(c - self.table.conns)
+
+    cdef Conn *make(self, int fd, State state) noexcept nogil:
+        # A place for fd, which is closed where there is none.
+        cdef Conn *c = self.table.take()
+        cdef int size
+        if c == NULL:
+            self.count.full += 1
+            close(fd)
+            return NULL
+        c.fd = fd
+        c.state = state
+        c.batch = 1
+        size = <int>self.table.window // 2      # the kernel doubles it
+        if self.table.window < BUFFER:
+            setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))  # or the kernel keeps as much as we do not
+        if self.watch(fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
+            self.count.full += 1
+            self.drop(c)
+            return NULL
+        return c
+
+    cdef void close_host(self, Conn *c) noexcept nogil:
+        # Its descriptor and what waits for it: closing takes it out of epoll.
+        if c.fd >= 0:
+            close(c.fd)
+        c.fd = -1
+        self.free_buffer(c)
+        c.readable = False
+
+    cdef bint make_buffer(self, Conn *c) noexcept nogil:
+        # As large as what the guest may still send of what it was promised.
+        c.start = 0
+        c.size = c.promised - c.fwd_cnt
+        if not self.memory.take(c.size):
+            return False
+        c.buffer = <uint8_t *>malloc(c.size)
+        if c.buffer == NULL:
+            self.memory.give(c.size)
+        return c.buffer != NULL
+
+    cdef void free_buffer(self, Conn *c) noexcept nogil:
+        if c.buffer != NULL:
+            free(c.buffer)
+            self.memory.give(c.size)
+        c.buffer = NULL
+        c.used = 0
+
+    cdef void drop(self, Conn *c) noexcept nogil:
+        # The end of every connection.
+        self.close_host(c)
+        self.table.leave(c)
+        if c.queued:
+            self.table.unqueue(c)
+        self.set_deadline(c, 0)
+        self.table.give_back(c)
+        self.count.closed += 1
+        self.listen()
+
+    cdef void kill(self, Conn *c) noexcept nogil:
+        # Reset it: the host program sees the end now, the guest when RST has its turn.
+        self.close_host(c)
+        self.set_deadline(c, 0)
+        c.state = KILLED
+        c.pending = 1 << OP_RST
+        self.wish(c)
+
+    cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil:
+        if c.deadline:
+            self.deadlines -= 1
+        c.deadline = 0
+        if nanoseconds:
+            c.deadline = vsock_now() + nanoseconds
+            if self.deadlines == 0 and not self.tx_timed:
+                self.wake_after(TICK)
+            self.deadlines += 1
+
+    cdef void tick(self) noexcept nogil:
+        cdef uint64_t now = vsock_now()
+        cdef uint32_t i
+        cdef Conn *c
+        self.tx_timed = False
+        if self.tx_owed:
+            self.interrupt()
+        self.settling = self.settling and not self.settled()
+        self.listen()
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            if c.state == FREE or c.deadline == 0 or c.deadline > now:
+                continue
+            self.count.timeouts += 1
+            if c.state == GREETING or c.state == LEAVING:
+                self.drop(c)
+            else:
+                self.kill(c)
+        if self.stuck:
+            self.ask_again()
+        if self.settling:
+            self.wake_after(SETTLE)
+        elif self.stuck:
+            self.wake_after(RETRY)
+        elif self.deadlines or not self.listening:
+            self.wake_after(TICK)
+
+    cdef void ask_again(self) noexcept nogil:
+        # A guest tells of room for bytes by itself, but not always that it has read some packets.
+        cdef uint32_t i
+        cdef Conn *c
+        self.stuck = 0
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            if c.asked and self.has_data(c) and self.waits_for_packets(c):
+                c.asked = False
+                self.wish(c)
+
+    # Turns: what a connection has for the guest
+
+    cdef uint32_t credit(self, Conn *c) noexcept nogil:
+        # Payload bytes that the guest has room for (§5.10.6.3); a guest may have taken room away.
+        cdef uint32_t under_way = c.tx_cnt - c.peer_fwd_cnt
+        if c.peer_buf_alloc <= under_way or self.packet_credit(c) == 0:
+            return 0
+        return c.peer_buf_alloc - under_way
+
+    cdef uint32_t packet_credit(self, Conn *c) noexcept nogil:
+        # Packets that it has room for: one, if nothing is under way. What waits meanwhile goes in larger ones.
+        cdef uint32_t room = c.peer_buf_alloc // <uint32_t>OVERHEAD
+        return room - c.packets if room > c.packets else c.packets == 0
+
+    cdef bint waits_for_packets(self, Conn *c) noexcept nogil:
+        return c.peer_buf_alloc > c.tx_cnt - c.peer_fwd_cnt and self.packet_credit(c) == 0
+
+    cdef bint has_data(self, Conn *c) noexcept nogil:
+        return c.readable and c.state == OPEN and not c.shut & SHUT_SEND and not c.guest_shut & SHUT_RCV
+
+    cdef void wish(self, Conn *c) noexcept nogil:
+        # Give it a turn, if it has something that can go now.
+        cdef bint data = self.has_data(c)
+        if data and self.credit(c) == 0:
+            data = False
+            if not c.asked:
+                c.asked = True
+                c.pending |= 1 << OP_CREDIT_REQUEST
+                if self.waits_for_packets(c):
+                    if self.stuck == 0 and not self.tx_timed:
+                        self.wake_after(RETRY)
+                    self.stuck += 1
+        if not c.queued and (data or c.pending):
+            self.table.queue(c)
+
+    cdef int serve_rx(self) noexcept nogil:
+        cdef uint64_t end = self.count.packets_rx + TURN
+        cdef int status = QUEUE_CHAIN
+        cdef bint more = False
+        if self.rings[RX].size == 0:
+            return SERVE_STALLED
+        while status == QUEUE_CHAIN and (self.reply_count or self.table.turn_head != NONE):
+            if self.count.packets_rx >= end:
+                more = True
+                break
+            if self.reply_count:
+                status = self.send_reply()
+            if status == QUEUE_CHAIN and self.table.turn_head != NONE:
+                status = self.turn(&self.table.conns[self.table.turn_head])
+        self.show()
+        if self.tx_waits and self.reply_count < REPLIES:
+            self.tx_waits = False
+            eventfd_write(self.notify_tx, 1)
+        if status != QUEUE_CHAIN:
+            return status               # no buffers left: the driver is to tell when there are; or a broken ring
+        return SERVE_MORE if more else SERVE_STALLED    # nothing left to say: a socket will
+
+    cdef int turn(self, Conn *c) noexcept nogil:
+        cdef int status
+        while c.pending:
+            status = self.send_control(c, <uint16_t>lowest_bit(c.pending))
+            if status != QUEUE_CHAIN:
+                return status
+            if c.state == FREE:
+                return QUEUE_CHAIN
+        if self.has_data(c) and self.credit(c):
+            status = self.send_data(c)
+            if status != QUEUE_CHAIN:
+                return status
+        self.table.unqueue(c)
+        self.wish(c)
+        return QUEUE_CHAIN
+
+    cdef int rx_chain(self, uint64_t size) noexcept nogil:
+        # The next chain with room for size bytes. One without is no use: it goes back empty.
+        cdef DescChain *chain = self.chains[RX]
+        cdef int status, _
+        for _ in range(TURN):           # a driver could make bad ones as fast as this finds them
+            status = queue_pop(self.rings[RX], self.ram, chain)
+            if status != QUEUE_CHAIN or chain.writable_bytes >= size:
+                return status
+            self.count.bad_requests += 1
+            self.give(chain.head, 0)
+        return QUEUE_EMPTY
+
+    cdef void give(self, uint16_t head, uint32_t written) noexcept nogil:
+        queue_add_used(self.rings[RX], head, written)
+        self.count.packets_rx += 1
+        self.unpublished += 1
+        if self.unpublished >= PUBLISH:
+            self.show()
+
+    cdef void show(self) noexcept nogil:
+        self.unpublished = 0
+        if queue_flush(self.rings[RX]):
+            self.interrupt()
+
+    cdef void interrupt(self) noexcept nogil:
+        # One interrupt for the device: its handler looks at every used ring (§4.2.2, InterruptStatus).
+        self.tx_owed = False
+        self.tx_returned = 0
+        interrupt_used(self.call, RX)
+
+    cdef void return_tx(self) noexcept nogil:
+        # A driver that hears of a packet that was sent can free it, and that is all. So the interrupt is put off, most
+        # often until there is one for rx anyhow: an answer then costs the guest one interrupt and not two.
+        if queue_flush(self.rings[TX]):
+            self.tx_owed = True
+        if not self.tx_owed:
+            return
+        if self.tx_delay == 0 or self.tx_returned >= self.rings[TX].size // 8:
+            self.interrupt()
+        elif not self.tx_timed:
+            self.tx_timed = True
+            self.wake_after(self.tx_delay)
+
+    cdef uint32_t window(self, Conn *c) noexcept nogil:
+        # What it may have under way to us from now on; while there is a buffer, that is all there is room for.
+        return self.table.window if c.buffer == NULL else min(self.table.window, c.size)
+
+    cdef void fill(self, Header *h, Conn *c, uint16_t op) noexcept nogil:
+        # Every packet carries our credit, so that none is needed for it alone.
+        h.src_cid = HOST_CID
+        h.dst_cid = self.guest_cid
+        h.src_port = c.host_port
+        h.dst_port = c.guest_port
+        h.len = 0
+        h.type = TYPE_STREAM
+        h.op = op
+        h.flags = c.shut if op == OP_SHUTDOWN else 0
+        if <int32_t>(c.fwd_cnt + self.window(c) - c.promised) > 0:
+            c.promised = c.fwd_cnt + self.window(c)
+        h.buf_alloc = c.promised - c.fwd_cnt
+        h.fwd_cnt = c.fwd_cnt
+        c.pending &= ~(<uint32_t>1 << OP_CREDIT_UPDATE)
+
+    cdef int send_control(self, Conn *c, uint16_t op) noexcept nogil:
+        cdef DescChain *chain = self.chains[RX]
+        cdef Header h
+        cdef int status = self.rx_chain(HEADER)
+        if status != QUEUE_CHAIN:
+            return status
+        self.fill(&h, c, op)
+        c.pending &= ~(<uint32_t>1 << op)
+        scatter(chain.iov + chain.n_readable, &h, HEADER)
+        self.give(chain.head, HEADER)
+        if op == OP_RST:
+            self.count.resets_sent += 1
+            self.drop(c)
+        return QUEUE_CHAIN
+
+    cdef int send_reply(self) noexcept nogil:
+        cdef DescChain *chain = self.chains[RX]
+        cdef Reply *r = &self.replies[self.reply_head]
+        cdef Header h
+        cdef int status = self.rx_chain(HEADER)
+        if status != QUEUE_CHAIN:
+            return status
+        memset(&h, 0, HEADER)
+        h.src_cid, h.dst_cid = r.src_cid, self.guest_cid
+        h.src_port, h.dst_port = r.src_port, r.dst_port
+        h.type, h.op = r.type, OP_RST
+        scatter(chain.iov + chain.n_readable, &h, HEADER)
+        self.give(chain.head, HEADER)
+        self.count.resets_sent += 1
+        self.reply_head = (self.reply_head + 1) % REPLIES
+        self.reply_count -= 1
+        return QUEUE_CHAIN
+
+    cdef int send_data(self, Conn *c) noexcept nogil:
+        # One read from the socket into the buffers of several packets, each behind the header that it will get.
+        cdef uint16_t[BATCH] heads
+        cdef uint32_t[BATCH] headers            # first header_iov of each packet
+        cdef size_t[BATCH] rooms
+        cdef DescChain *chain = self.chains[RX]
+        cdef iovec *iov
+        cdef Header h
+        cdef size_t want = min(self.credit(c), <uint32_t>MAX_PACKET), room = 0, n
+        cdef uint32_t packets = 0, data = 0, header = 0, i, pieces, most = min(c.batch, self.packet_credit(c))
+        cdef msghdr message
+        cdef ssize_t got
+        cdef int status = QUEUE_CHAIN, failure
+        while packets < most and room < want:
+            status = queue_pop(self.rings[RX], self.ram, chain) if packets else self.rx_chain(HEADER + 1)
+            if status != QUEUE_CHAIN:
+                break
+            if chain.writable_bytes <= HEADER:
+                # To be returned empty, but not between others that may still have to be put back.
+                queue_unpop(self.rings[RX])
+                break
+            iov = chain.iov + chain.n_readable
+            heads[packets] = chain.head
+            headers[packets] = header
+            n = 0
+            i = 0
+            while n < HEADER:
+                self.header_iov[header] = iov[i]
+                n += iov[i].iov_len
+                header += 1
+                i += 1
+            n = min(chain.writable_bytes - HEADER, want - room)
+            pieces = skip(iov, chain.n_writable, HEADER, n)
+            memcpy(&self.data_iov[data], iov, pieces * sizeof(iovec))
+            data += pieces
+            rooms[packets] = n
+            room += n
+            packets += 1
+        if status < 0 or packets == 0:
+            return status
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = self.data_iov
+        message.msg_iovlen = min(data, <uint32_t>IOV_MAX)
+        got = recvmsg(c.fd, &message, MSG_DONTWAIT)
+        failure = errno if got < 0 else 0
+        if 0 < got < <ssize_t>room and data <= IOV_MAX and not c.ending and not message.msg_flags & MSG_CTRUNC:
+            # All that there was: what comes next is an event of its own (epoll(7), Q9). Descriptors that came along,
+            # which nobody wants, would have ended the read before that.
+            c.readable = False
+        n = 0
+        i = 0
+        while i < packets and got > 0:
+            n = min(rooms[i], <size_t>got)
+            self.fill(&h, c, OP_RW)
+            h.len = <uint32_t>n
+            scatter(&self.header_iov[headers[i]], &h, HEADER)
+            self.give(heads[i], HEADER + h.len)
+            c.tx_cnt += h.len
+            packet_sent(c)
+            self.count.bytes_rx += n
+            got -= <ssize_t>n
+            i += 1
+        # Double what was enough to fill, or one more than was needed.
+        c.batch = min(c.batch * 2, <uint32_t>BATCH) if i == packets and n == rooms[i - 1] \
+            else min(i + 1, <uint32_t>BATCH)
+        if i == 0:
+            if failure == EAGAIN:
+                c.readable = False
+            elif failure != EINTR:
+                # Its last byte was read, or it is gone.
+                self.tell_shut(c, SHUT_BOTH if failure or hung_up(c.fd) else SHUT_SEND)
+        while i < packets:
+            queue_unpop(self.rings[RX])
+            i += 1
+        return QUEUE_CHAIN
+
+    # The host's side
+
+    cdef void listen(self) noexcept nogil:
+        if not self.listening and not self.settling and not self.stopping():
+            self.listening = self.watch(self.listener, TOKEN_LISTENER, EPOLLIN) == 0
+
+    cdef void accept_some(self) noexcept nogil:
+        cdef int fd, _
+        cdef Conn *c
+        for _ in range(ACCEPTS):
+            fd = granted(accept4(self.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC), FOR_OPEN)
+            if fd < 0:
+                if errno == EINTR or errno == ECONNABORTED:
+                    continue
+                if errno != EAGAIN:
+                    # No descriptor left: what waits there would wake us again and again. drop() or tick() looks again.
+                    self.count.full += 1
+                    self.unwatch(self.listener)
+                    self.listening = False
+                    if not self.tx_timed:
+                        self.wake_after(TICK)
+                return
+            c = self.make(fd, GREETING)
+            if c != NULL:
+                self.set_deadline(c, self.line_wait)
+                self.greeted(c)
+
+    cdef void greeted(self, Conn *c) noexcept nogil:
+        # Look for the CONNECT line, and take no byte more than it: what follows is the guest's.
+        cdef char[LINE] line
+        cdef ssize_t n = recv(c.fd, line, LINE, MSG_PEEK)
+        cdef const char *end
+        cdef int64_t port
+        if n <= 0:
+            if n == 0 or (errno != EAGAIN and errno != EINTR):
+                self.drop(c)
+            return
+        end = <const char *>memchr(line, 10, <size_t>n)
+        if end == NULL and n < LINE and not shut_up(c.fd):
+            return                      # the rest is on its way
+        port = parse_line(line, <size_t>(end - line)) if end != NULL else -1
+        if port < 0 or recv(c.fd, line, <size_t>(end - line) + 1, 0) != end - line + 1:
+            self.count.bad_lines += 1
+            self.drop(c)
+            return
+        while True:
+            self.last_port = FIRST_HOST_PORT | ((self.last_port + 1) & (FIRST_HOST_PORT - 1))
+            if self.table.find(<uint32_t>port, self.last_port) == NULL:
+                break
+        self.table.enter(c, <uint32_t>port, self.last_port)
+        c.state = CONNECTING
+        c.pending = 1 << OP_REQUEST
+        self.set_deadline(c, self.guest_wait)
+        self.wish(c)
+
+    cdef void woken(self, Conn *c) noexcept nogil:
+        # An event of its descriptor, maybe of one that had its place before: only a hint.
+        if c.fd < 0:
+            return
+        if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            c.ending = True
+        if c.state == GREETING:
+            self.greeted(c)
+            return
+        if c.used:
+            self.flush(c)
+        if c.state == OPEN:
+            c.readable = True
+            # Closed altogether, which nobody would find out by reading.
+            if (c.shut & SHUT_SEND or c.guest_shut & SHUT_RCV) and hung_up(c.fd):
+                self.tell_shut(c, SHUT_BOTH)
+            self.wish(c)
+        elif c.state == CONNECTING:
+            c.readable = True
+            if hung_up(c.fd):
+                self.kill(c)
+
+    cdef void tell_shut(self, Conn *c, uint32_t flags) noexcept nogil:
+        if c.shut | flags == c.shut:
+            return
+        c.shut |= flags
+        c.pending |= 1 << OP_SHUTDOWN
+        if c.shut == SHUT_BOTH:
+            self.close_host(c)
+            c.state = CLOSING
+            self.set_deadline(c, self.guest_wait)
+
+    cdef void host_broke(self, Conn *c) noexcept nogil:
+        # The host program reads no more. What it sent before is still for the guest.
+        c.fwd_cnt += c.used
+        self.free_buffer(c)
+        if c.state == LEAVING:
+            self.drop(c)
+        else:
+            self.tell_shut(c, SHUT_RCV)
+            self.wish(c)
+
+    cdef ssize_t write(self, Conn *c, iovec *iov, size_t count) noexcept nogil:
+        # Bytes that the socket took; -1: it takes no more for ever.
+        cdef msghdr message
+        cdef ssize_t n
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = iov
+        message.msg_iovlen = count
+        n = sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < 0 and (errno == EAGAIN or errno == EINTR):
+            return 0
+        return n
+
+    cdef void flush(self, Conn *c) noexcept nogil:
+        cdef iovec[2] iov
+        cdef uint32_t first
+        cdef ssize_t n = 1
+        while c.used and n > 0:
+            first = min(c.used, c.size - c.start)
+            iov[0].iov_base = c.buffer + c.start
+            iov[0].iov_len = first
+            iov[1].iov_base = c.buffer
+            iov[1].iov_len = c.used - first
+            n = self.write(c, iov, 2)
+            if n < 0:
+                self.host_broke(c)
+                return
+            c.start = (c.start + <uint32_t>n) % c.size
+            c.used -= <uint32_t>n
+            self.forwarded(c, <uint32_t>n)
+            if n and c.state == LEAVING:
+                self.set_deadline(c, self.host_wait)
+        if c.used:
+            return
+        self.free_buffer(c)
+        if c.state == LEAVING:
+            self.drop(c)
+            return
+        self.watch(c.fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET)
+        if c.guest_shut & SHUT_SEND:
+            shutdown(c.fd, SHUT_WR_)
+
+    cdef void forwarded(self, Conn *c, uint32_t n) noexcept nogil:
+        c.fwd_cnt += n
+        cdef uint32_t window = self.window(c)
+        # What it has left of what it was promised is half of what it could have, or less.
+        if c.state == OPEN and <int32_t>(c.fwd_cnt + window - c.promised) >= <int32_t>(window // 2):
+            c.pending |= 1 << OP_CREDIT_UPDATE
+            self.wish(c)
+
+    # The guest's side
+
+    cdef int serve_tx(self) noexcept nogil:
+        cdef DescChain *chain = self.chains[TX]
+        cdef int status = QUEUE_EMPTY, taken = 0
+        while taken < TURN and self.reply_count < REPLIES:
+            status = queue_pop(self.rings[TX], self.ram, chain)
+            if status != QUEUE_CHAIN:
+                break
+            self.packet(chain)
+            queue_add_used(self.rings[TX], chain.head, 0)
+            taken += 1
+            self.tx_returned += 1
+            if taken % PUBLISH == 0:
+                self.return_tx()
+        if queue_flush(self.rings[TX]):
+            self.tx_owed = True         # before an interrupt for rx
+        if status < 0:
+            self.return_tx()
+            return status
+        if self.reply_count == REPLIES:
+            # §5.10.6.1.2: a guest that asks and takes no answers has to wait.
+            self.tx_waits = True
+            status = SERVE_STALLED
+        elif taken == TURN:
+            status = SERVE_MORE
+        else:
+            status = SERVE_EMPTY
+        taken = self.run_rx()
+        self.return_tx()
+        return taken if taken < 0 else status
+
+    cdef void reply_reset(self, Header *h) noexcept nogil:
+        # serve_tx sees to it that there is room.
+        cdef Reply *r
+        if h.op == OP_RST:
+            return
+        r = &self.replies[(self.reply_head + self.reply_count) % REPLIES]
+        r.src_cid, r.src_port, r.dst_port, r.type = h.dst_cid, h.dst_port, h.src_port, h.type
+        self.reply_count += 1
+
+    cdef void packet(self, DescChain *chain) noexcept nogil:
+        cdef Header h
+        cdef Conn *c
+        self.count.packets_tx += 1
+        if gather(chain, <uint8_t *>&h, HEADER) < HEADER or h.src_cid != self.guest_cid:
+            self.count.bad_requests += 1
+            return
+        if h.dst_cid != HOST_CID or h.type != TYPE_STREAM:
+            self.count.bad_requests += 1
+            self.reply_reset(&h)
+            return
+        c = self.table.find(h.src_port, h.dst_port)
+        if h.len > MAX_PACKET or h.len > chain.readable_bytes - HEADER:
+            # Bytes of the stream are lost, so it cannot go on.
+            self.count.bad_requests += 1
+            if c == NULL:
+                self.reply_reset(&h)
+            elif c.state != KILLED:
+                self.kill(c)
+        elif c == NULL:
+            if h.op == OP_REQUEST:
+                self.open(&h)
+            else:
+                self.reply_reset(&h)
+        elif h.op == OP_RST:
+            self.guest_left(c)
+        elif c.state != KILLED:
+            self.known(c, &h, chain)
+
+    cdef void known(self, Conn *c, Header *h, DescChain *chain) noexcept nogil:
+        # A packet of a connection, which may be ending.
+        if not self.credited(c, h):
+            self.kill(c)
+        elif h.op == OP_RESPONSE and c.state == CONNECTING:
+            self.accepted(c)
+        elif c.state == CONNECTING or not OP_SHUTDOWN <= h.op <= OP_CREDIT_REQUEST:
+            self.count.bad_requests += 1
+            self.kill(c)
+        elif h.op == OP_RW:
+            self.data(c, h, chain)
+        elif h.op == OP_SHUTDOWN:
+            self.guest_shuts(c, h.flags & SHUT_BOTH)
+        elif h.op == OP_CREDIT_REQUEST:
+            c.pending |= 1 << OP_CREDIT_UPDATE
+        if c.state != FREE and c.state != LEAVING:
+            self.wish(c)
+
+    cdef bint credited(self, Conn *c, Header *h) noexcept nogil:
+        # Take the credit that every packet carries; False: it confirms what was never sent.
+        cdef uint32_t under_way = c.tx_cnt - h.fwd_cnt
+        if under_way > c.tx_cnt - c.peer_fwd_cnt:
+            self.count.bad_credit += 1
+            # Older than what we know: not an increase, whatever it is.
+            return under_way < <uint32_t>1 << 31
+        c.peer_buf_alloc = h.buf_alloc
+        c.peer_fwd_cnt = h.fwd_cnt
+        packets_forwarded(c)
+        if self.credit(c):
+            c.asked = False
+        return True
+
+    cdef void open(self, Header *h) noexcept nogil:
+        cdef sockaddr_un address
+        cdef Conn *c
+        cdef int length, fd
+        address.sun_family = AF_UNIX
+        length = snprintf(address.sun_path, sizeof(address.sun_path), "%s_%u", self.path, h.dst_port)
+        fd = granted(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), FOR_OPEN)
+        if fd < 0 or length >= <int>sizeof(address.sun_path) \
+                or connect(fd, <sockaddr *>&address, sizeof(address)) < 0:
+            if fd < 0:
+                self.count.full += 1
+            else:
+                close(fd)
+                self.count.refused += 1
+            self.reply_reset(h)
+            return
+        c = self.make(fd, OPEN)
+        if c == NULL:
+            self.reply_reset(h)
+            return
+        self.count.opened_by_guest += 1
+        self.table.enter(c, h.src_port, h.dst_port)
+        c.peer_buf_alloc = h.buf_alloc
+        c.pending = 1 << OP_RESPONSE
+        self.wish(c)
+
+    cdef void accepted(self, Conn *c) noexcept nogil:
+        # The guest answered the CONNECT of a host program.
+        cdef char[LINE] line
+        cdef int n = snprintf(line, LINE, "OK %u\n", c.host_port)
+        self.set_deadline(c, 0)
+        c.state = OPEN
+        c.readable = True
+        self.count.opened_by_host += 1
+        if send(c.fd, line, <size_t>n, MSG_DONTWAIT | MSG_NOSIGNAL) != n:
+            self.kill(c)
+
+    cdef void data(self, Conn *c, Header *h, DescChain *chain) noexcept nogil:
+        cdef ssize_t n = 0
+        cdef uint32_t count, at, room
+        cdef size_t i
+        if c.guest_shut & SHUT_SEND or h.len > c.promised - c.rx_cnt:
+            self.count.bad_credit += 1
+            self.kill(c)
+            return
+        self.count.bytes_tx += h.len
+        c.rx_cnt += h.len
+        if c.fd < 0 or c.shut & SHUT_RCV:
+            c.fwd_cnt += h.len          # nobody reads it any more
+            return
+        count = skip(chain.iov, chain.n_readable, HEADER, h.len)
+        if c.used == 0 and count:
+            n = self.write(c, chain.iov, count)
+            if n < 0:
+                c.fwd_cnt += h.len
+                self.host_broke(c)
+                return
+            self.forwarded(c, <uint32_t>n)
+        if <uint32_t>n == h.len:
+            return
+        if c.buffer == NULL:
+            if not self.make_buffer(c) or self.watch(
+                    c.fd, self.token(c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
+                self.count.full += 1
+                self.kill(c)
+                return
+        count = skip(chain.iov, count, <size_t>n, h.len - <size_t>n)
+        for i in range(count):
+            at = (c.start + c.used) % c.size
+            room = min(<uint32_t>chain.iov[i].iov_len, c.size - at)
+            memcpy(c.buffer + at, chain.iov[i].iov_base, room)
+            memcpy(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
+            c.used += <uint32_t>chain.iov[i].iov_len
+
+    cdef void guest_shuts(self, Conn *c, uint32_t flags) noexcept nogil:
+        cdef uint32_t fresh = flags & ~c.guest_shut
+        cdef Header h
+        c.guest_shut |= flags           # never taken back (§5.10.6.6)
+        if c.guest_shut == SHUT_BOTH:
+            # RST is the answer, after which the guest may use its port again.
+            h.src_port, h.dst_port, h.dst_cid = c.guest_port, c.host_port, HOST_CID
+            h.type, h.op = TYPE_STREAM, OP_SHUTDOWN
+            self.reply_reset(&h)
+            self.guest_left(c)
+            return
+        if c.fd < 0:
+            return
+        if fresh & SHUT_RCV:
+            shutdown(c.fd, SHUT_RD_)
+        if fresh & SHUT_SEND and c.used == 0:
+            shutdown(c.fd, SHUT_WR_)
+
+    cdef void guest_left(self, Conn *c) noexcept nogil:
+        # The guest knows it no more. What it sent before is still for the host program, if that goes on reading.
+        if c.state == CONNECTING:
+            self.count.refused += 1
+        if c.used == 0 or c.state != OPEN:
+            self.drop(c)
+            return
+        self.table.leave(c)
+        if c.queued:
+            self.table.unqueue(c)
+        c.state = LEAVING
+        c.pending = 0
+        self.set_deadline(c, self.host_wait)
