@@ -44,7 +44,7 @@ BARE = [
     "-Os", "-g0", "-Wall", "-Wextra", "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-U_FORTIFY_SOURCE",
     "-fcf-protection=none", "-fno-pie", "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns",
 ]  # fmt: skip
-FILTERS = "vmm/_seccomp_filters.h"
+FILTERS = "vmm/jail/_seccomp_filters.h"
 ROOMS = ("vmm", "devices", "virtio")
 FILES = {f"{place}/{file}" for room in ROOMS for place, _, files in os.walk(room) for file in files}
 MODULES = sorted(name[:-4].replace("/", ".") for name in FILES if name.endswith(".pyx"))
@@ -55,9 +55,9 @@ if not MODULES or LOST:
 
 
 def write_filters() -> None:
-    """The system call filters, for ``vmm/_seccomp.pyx``; the same ones are not written again."""
+    """The system call filters, for ``vmm/jail/_seccomp.pyx``; the same ones are not written again."""
     try:
-        text = runpy.run_path("vmm/seccomp_rules.py")["header"]()
+        text = runpy.run_path("vmm/jail/rules.py")["header"]()
     except OSError as error:
         sys.exit(f"setup.py: the system call filters need libseccomp (Debian: libseccomp2): {error}")
     if not os.path.exists(FILTERS) or open(FILTERS).read() != text:
@@ -136,7 +136,7 @@ setup(
                 [name.replace(".", "/") + ".pyx"],
                 extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(ASAN or HARD)],
                 extra_link_args=ASAN or RELRO,
-                depends=[FILTERS] if name == "vmm._seccomp" else [],
+                depends=[FILTERS] if name == "vmm.jail._seccomp" else [],
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )
             for name in MODULES

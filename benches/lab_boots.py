@@ -60,7 +60,7 @@ def inside(boots: int, run: list[str]) -> None:
     """Boot guests; a line of JSON for each."""
     for _ in range(boots):
         start = time.monotonic()
-        command = [sys.executable, "-m", "vmm.cli", "run", *run]
+        command = [sys.executable, "-m", "vmm", "run", *run]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(command, **quiet) as process:  # type: ignore[call-overload]
             end = _end(process)

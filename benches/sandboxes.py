@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmm import Sandbox, images
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 from vmm.sandbox import guest
 
 IMAGE = "busybox"

@@ -9,7 +9,7 @@ from boot import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.kvm_abi import kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs
+    from vmm.kvm.abi import kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs
     from vmm.memory import GuestMemory
 
 # Selectors that the 64-bit Linux boot protocol asks for: __BOOT_CS and __BOOT_DS, then a TSS.

@@ -82,7 +82,8 @@ def test_the_sdist_makes_a_wheel_that_can_be_imported(source: Path, tmp_path: Pa
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(tmp_path / "installed")!r})
-for name in {[module.replace("/", ".") for module in MODULES]!r} + ["vmm.cli", "vmm.machine", "vmm.api.server"]:
+names = {[module.replace("/", ".") for module in MODULES]!r}
+for name in names + ["vmm.commands.cli", "vmm.machine.machine", "vmm.api.server"]:
     assert importlib.import_module(name).__file__.startswith(sys.path[0]), name
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -103,7 +104,9 @@ def test_a_tree_that_lost_its_sources_makes_no_wheel(source: Path, tmp_path: Pat
 SHADOWS = ("argparse", "json", "socket", "struct", "msgspec", "httptools", "subprocess", "select", "shutil", "re")
 
 
-@pytest.mark.parametrize("command", [[PYVMM], [sys.executable, "-m", "vmm"], [sys.executable, "-m", "vmm.cli"]])
+@pytest.mark.parametrize(
+    "command", [[PYVMM], [sys.executable, "-m", "vmm"], [sys.executable, "-m", "vmm.commands.cli"]]
+)
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["serve", "--help"], ["lab", "--help"], ["check"]])
 def test_nothing_is_imported_from_the_current_directory(command: list[str], words: list[str], tmp_path: Path) -> None:
     for name in SHADOWS:

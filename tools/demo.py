@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from vmm import images
-from vmm.cli import STATUS_INTERRUPTED
 from vmm.commands.check import findings
-from vmm.kvm import runs_linux
+from vmm.commands.cli import STATUS_INTERRUPTED
+from vmm.kvm.vm import runs_linux
 
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
 TINY_STATUS = 42

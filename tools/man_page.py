@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmm.cli import COMMANDS, VERSION
+from vmm import __version__
 from vmm.commands import guide
+from vmm.commands.cli import COMMANDS
 from vmm.commands.parser import whole
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def page() -> str:
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     overview = guide.overview().partition("examples:")[0].partition("\n")[2].strip()
     parts = [
-        f'.TH PYVMM 1 "" "pyvmm {VERSION}" "User Commands"',
+        f'.TH PYVMM 1 "" "pyvmm {__version__}" "User Commands"',
         ".SH NAME\npyvmm \\- KVM virtual machine monitor for Linux micro\\-VMs",
         ".SH SYNOPSIS\n.B pyvmm\n.I COMMAND\n.RI [ ARGUMENT ...]",
         f".SH DESCRIPTION\n.nf\n{_roff(overview)}\n.fi",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The console device (§5.3): /dev/hvc0 of the guest, and further named ports for whatever the host likes.
 
-A port has the shape of the serial port (``feed``, ``wait_output``, ``close``), so that ``vmm.console.Console`` joins
-either to the terminal.
+A port has the shape of the serial port (``feed``, ``wait_output``, ``close``), so that ``vmm.machine.console.Console``
+joins either to the terminal.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class VirtioDevice:
     :ivar features: offered beside VERSION_1, INDIRECT_DESC and EVENT_IDX, which the transport adds
     :ivar config: the configuration space as the driver reads it, little endian
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
-    :ivar thread_kind: what its code may ask of the host where seccomp is on: one of ``vmm.seccomp.KINDS``; None:
+    :ivar thread_kind: what its code may ask of the host where seccomp is on: one of ``vmm.jail.seccomp.KINDS``; None:
         anything, on its own threads and on the vCPUs'
     :ivar below: the only directory below which its threads open files, as ``vmm.threads.spawn`` takes it
     :ivar poll_us: microseconds that a native worker looks at its queues before it sleeps; 0: it sleeps at once

@@ -6,7 +6,6 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.config import VmConfig
-    from vmm.cpu_template import CpuTemplate
     from vmm.device_config import (
         BalloonConfig,
         DriveConfig,
@@ -19,10 +18,11 @@ if TYPE_CHECKING:
     )
     from vmm.errors import ConfigError, GuestError, HostError, KvmError, SnapshotError, VmmError
     from vmm.events import Exit, Stop, StopReason
-    from vmm.machine import Machine
-    from vmm.pool import Pool
+    from vmm.kvm.cpu_template import CpuTemplate
+    from vmm.machine.machine import Machine
+    from vmm.machine.pool import Pool
+    from vmm.machine.snapshot import Image
     from vmm.sandbox import Sandbox
-    from vmm.snapshot import Image
 
 __all__ = [
     "BalloonConfig",
@@ -50,22 +50,24 @@ __all__ = [
     "VsockConfig",
 ]
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "BalloonConfig": "vmm.device_config",
     "ConfigError": "vmm.errors",
-    "CpuTemplate": "vmm.cpu_template",
+    "CpuTemplate": "vmm.kvm.cpu_template",
     "DriveConfig": "vmm.device_config",
     "EntropyConfig": "vmm.device_config",
     "Exit": "vmm.events",
     "FsConfig": "vmm.device_config",
     "GuestError": "vmm.errors",
     "HostError": "vmm.errors",
-    "Image": "vmm.snapshot",
+    "Image": "vmm.machine.snapshot",
     "KvmError": "vmm.errors",
-    "Machine": "vmm.machine",
+    "Machine": "vmm.machine.machine",
     "MmdsConfig": "vmm.device_config",
     "NetConfig": "vmm.device_config",
-    "Pool": "vmm.pool",
+    "Pool": "vmm.machine.pool",
     "RateLimiterConfig": "vmm.device_config",
     "Sandbox": "vmm.sandbox",
     "SnapshotError": "vmm.errors",

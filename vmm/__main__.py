@@ -18,6 +18,6 @@ else:
 
     launched.forget_current_directory()
 
-from vmm.cli import entry
+from vmm.commands.cli import entry
 
 entry()

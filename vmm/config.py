@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from vmm.cpu_template import CpuTemplate
     from vmm.device_config import (
         BalloonConfig,
         DriveConfig,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         RateLimiterConfig,
         VsockConfig,
     )
+    from vmm.kvm.cpu_template import CpuTemplate
 
 MAX_VCPUS = 64
 MAX_EXIT_PORT = 0xFFFC  # the device has four bytes
@@ -46,7 +46,7 @@ class VmConfig(Config):
     :param append: added to the command line
     :param cpus: vCPUs, 1 to 64
     :param smt: two of them make a core
-    :param cpu_template: what CPUID and MSRs are to be otherwise (:class:`vmm.cpu_template.CpuTemplate`), or None
+    :param cpu_template: what CPUID and MSRs are to be otherwise (:class:`vmm.kvm.cpu_template.CpuTemplate`), or None
     :param memory: bytes of guest RAM, or a size such as ``"512M"``
     :param huge_pages: ``"None"``, or ``"2M"``: in huge pages that the host has set aside
     :param track_dirty_pages: KVM notes which pages the guest writes

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 SWITCH_SECONDS = 0.0001
 # Where our modules are, and those of the library that every launch imports.
 ROOMS = ("boot", "devices", "virtio", "vmm")
-PACKAGES = (*ROOMS, "virtio.blk", "virtio.fs", "virtio.net", "virtio.vsock", "vmm.api", "vmm.commands")
+FOLDERS = "virtio.blk virtio.fs virtio.net virtio.vsock vmm.api vmm.commands vmm.jail vmm.kvm vmm.machine"
+PACKAGES = (*ROOMS, *FOLDERS.split())
 EVERY_LAUNCH = ("_weakrefset", "struct", "threading", "types")
 _USUAL_SWITCH_SECONDS = sys.getswitchinterval()
 _waits: tuple[int, str] | None = None  # the socket that nobody has taken yet, and its path

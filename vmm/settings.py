@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypedDict
 
-    from vmm.cpu_template import CpuTemplate
     from vmm.device_config import (
         BalloonConfig,
         DriveConfig,
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
         RateLimiterConfig,
         VsockConfig,
     )
+    from vmm.kvm.cpu_template import CpuTemplate
 
     class VmSettings(TypedDict, total=False):
         """See :class:`vmm.config.VmConfig`."""

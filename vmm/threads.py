@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a thread of a VM starts: behind the seccomp filter of its kind (``vmm.seccomp``), or plainly where that is off.
+"""How a thread of a VM starts: behind the filter of its kind (``vmm.jail.seccomp``), or plainly where that is off.
 
 Signals are the main thread's: see ``vmm.signals``.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Guard(Protocol):
-        """What ``vmm.seccomp`` puts in the way of every thread."""
+        """What ``vmm.jail.seccomp`` puts in the way of every thread."""
 
         @property
         def alone(self) -> bool: ...
@@ -100,7 +100,7 @@ def spawn(
 ) -> threading.Thread:
     """Start a daemon thread.
 
-    :param kind: what it will do, which decides what it may ask of the host: one of ``vmm.seccomp.KINDS``;
+    :param kind: what it will do, which decides what it may ask of the host: one of ``vmm.jail.seccomp.KINDS``;
         None: what an embedding program's code does, so it has no filter
     :param name: of the thread, for Python
     :param below: descriptor of the only directory below which it opens files, where the kernel has Landlock, and

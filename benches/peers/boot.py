@@ -24,7 +24,7 @@ from vmm import lab
 from vmm.errors import VmmError
 from vmm.images import apt
 from vmm.images.cpio import Archive
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 ROUNDS = int(os.environ.get("PYVMM_BENCH_ROUNDS", "5"))

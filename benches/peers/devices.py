@@ -25,7 +25,7 @@ from benches.peers.devices_inside import GUEST_SH, MARK, REPEATS, TABLES, Phase
 from tests.linux.tools_guest import initrd_with, probe, tools_image
 from vmm import lab
 from vmm.errors import VmmError
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 TRIES = 3  # the emulated machine stops dead now and then: what it did not come to is done in another
 TRY_SECONDS = 900

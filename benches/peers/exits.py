@@ -21,8 +21,8 @@ from typing import NamedTuple
 from benches.peers import common
 from benches.peers.common import Missing, Row, compare
 from vmm import Machine, Stop
+from vmm.kvm.vcpu import Vcpu
 from vmm.testing import tiny_elf
-from vmm.vcpu import Vcpu
 
 EXITS = 1000
 ITEMS = 100 * 1024

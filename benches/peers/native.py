@@ -12,7 +12,7 @@ from pathlib import Path
 from benches.peers.firecracker import Missing
 from tests.linux import r3
 from vmm.errors import VmmError
-from vmm.kvm import software_kvm
+from vmm.kvm.vm import software_kvm
 
 CMDLINE = f"{r3.CMDLINE} quiet loglevel=1"
 # What QEMU's microvm needs for it; it also wants reboot=t.

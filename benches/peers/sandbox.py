@@ -25,7 +25,7 @@ from benches.peers.common import Missing, Row, alone, compare
 from vmm import Sandbox, images
 from vmm.errors import VmmError
 from vmm.images import initramfs
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 from vmm.sandbox import guest
 
 ROUNDS = 20

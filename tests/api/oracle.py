@@ -20,7 +20,7 @@ import pytest
 
 from benches.peers import firecracker as peer
 
-PYVMM = (sys.executable, "-c", "import sys; from vmm.cli import entry; sys.exit(entry())", "serve")
+PYVMM = (sys.executable, "-c", "import sys; from vmm.commands.cli import entry; sys.exit(entry())", "serve")
 ROOT = Path(__file__).parents[2]
 TAPS = "".join(f"tuntap add tap{number} mode tap\n" for number in range(3))
 # In a network namespace of its own, with the taps that requests name.

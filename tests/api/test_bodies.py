@@ -45,16 +45,16 @@ sys.path += PATH
 gc.disable()
 from vmm import launched
 launched.spare_threading()
-import vmm.cli, vmm.commands.serve, vmm.api.listen, vmm.api.early
+import vmm.commands.cli, vmm.commands.serve, vmm.api.listen, vmm.api.early
 launched.spare_httptools()
 import vmm.api.server
 launched.spare_msgspec()
 from vmm.api import actions, answer
 vmm = actions.Vmm("first", on_start=None, boot_timer=False, mmds_limit=1 << 10)
 ask = answer.answerer(vmm)
-launched.spare_collections("vmm.machine")
-import vmm.machine, vmm.preload
-vmm.preload.preload_later()
+launched.spare_collections("vmm.machine.machine")
+import vmm.machine.machine, vmm.jail.preload
+vmm.jail.preload.preload_later()
 known = set(sys.modules)
 for method, path, body, status in REQUESTS:
     got, text, _ = ask(method, path, body)

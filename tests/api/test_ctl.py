@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.kvm.guests import write_guest
-from vmm.cli import main
+from vmm.commands.cli import main
 
 HALT = "1: hlt\njmp 1b"
 Ctl = Callable[..., str]
@@ -33,7 +33,7 @@ def ctl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Ctl]:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = str(tmp_path / "api.sock")
-    command = [sys.executable, "-m", "vmm.cli", "serve", "--api-sock", path, "--id", "me"]
+    command = [sys.executable, "-m", "vmm", "serve", "--api-sock", path, "--id", "me"]
     process = subprocess.Popen([*command, "--config-file", str(tmp_path / "config.json")], stdin=subprocess.DEVNULL)
 
     def run(*words: str, status: int = 0) -> str:

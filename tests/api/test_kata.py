@@ -21,7 +21,7 @@ from tests.api.oracle import ROOT, firecracker
 from tests.api.sandbox import Go, GoJailed, RuntimeRs
 from tests.kvm.ring3 import kernel
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm
+from vmm.kvm.vm import Kvm
 
 WORD = 0x1122334455667788
 SECTOR = 512
@@ -45,7 +45,7 @@ def program(peer: str | None, tmp_path: Path, namespace: None) -> str:
     """The path that a runtime is told."""
     if peer is not None:
         return peer
-    command = [sys.executable, "-c", "from vmm.cli import main; raise SystemExit(main())", "link"]
+    command = [sys.executable, "-c", "from vmm.commands.cli import main; raise SystemExit(main())", "link"]
     for name in ("jailer", "firecracker"):
         link = subprocess.run([*command, name, str(tmp_path)], check=True, capture_output=True, text=True).stdout
     # Kata's Go runtime resolves what its configuration names.

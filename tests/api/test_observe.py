@@ -22,7 +22,7 @@ from tests.kvm.guests import write_guest
 from tests.unix_http import Connection
 from tests.waiting import PATIENCE, until
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm, software_kvm
+from vmm.kvm.vm import Kvm, software_kvm
 
 IDLE = "1: hlt; jmp 1b"
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}"
@@ -43,7 +43,7 @@ class Served:
         self.directory = directory
         self._socket = directory / "api.sock"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vmm.cli", "serve", "--api-sock", str(self._socket), "--id", "vm1", *options],
+            [sys.executable, "-m", "vmm", "serve", "--api-sock", str(self._socket), "--id", "vm1", *options],
             stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
         )  # fmt: skip
         until(lambda: self._connects() or self.process.poll() is not None)

@@ -66,7 +66,7 @@ def served() -> Iterator[tuple[str, str]]:
     """A served VM that is never started: the unix socket, and its URL by TCP."""
     with tempfile.TemporaryDirectory() as name:
         path = str(Path(name, "api.sock"))
-        command = [sys.executable, "-m", "vmm.cli", "serve", "--api-sock", path]
+        command = [sys.executable, "-m", "vmm", "serve", "--api-sock", path]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=name)
         try:
             while not Path(path).exists():

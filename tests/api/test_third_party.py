@@ -17,7 +17,7 @@ from tests.api.oracle import firecracker
 from tests.kvm.ring3 import kernel
 from vmm.errors import ConfigError
 from vmm.images.host import PullError
-from vmm.kvm import Kvm
+from vmm.kvm.vm import Kvm
 
 SECTORS, WORD = 2048, 0x1122334455667788
 DISK = f"capacity={SECTORS} changed=0 word={WORD}"
@@ -41,7 +41,7 @@ def program(peer: str | None, tmp_path: Path, namespace: None) -> str:
     """What the clients find as firecracker."""
     if peer is not None:
         return peer
-    code = "from vmm.cli import main; raise SystemExit(main())"
+    code = "from vmm.commands.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", code, "link", "firecracker", str(tmp_path)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 

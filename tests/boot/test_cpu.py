@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from boot.cpu import shape_cpuid
-from vmm.kvm_abi import kvm_cpuid_entry2
+from vmm.kvm.abi import kvm_cpuid_entry2
 
 SIGNIFICANT_INDEX = 1
 

@@ -257,7 +257,7 @@ def test_the_boot_areas_do_not_overlap_and_lie_in_low_memory():
 def test_what_the_cpu_is_set_up_with_lies_in_the_boot_areas():
     from boot import cpu
     from tests.boot.loader_input import Watched
-    from vmm.kvm_abi import kvm_regs, kvm_sregs
+    from vmm.kvm.abi import kvm_regs, kvm_sregs
 
     with Watched(2 * MIB) as memory:
         cpu.enter_linux64(memory, kvm_sregs(), kvm_regs(), entry=MIB, zero_page=layout.ZERO_PAGE)

@@ -19,7 +19,7 @@ from virtio.testing import Allocator, MmioDriver
 from vmm import DriveConfig, Image, Machine
 from vmm.device_config import BalloonConfig, EntropyConfig, RateLimiterConfig, VsockConfig
 from vmm.errors import VmmError
-from vmm.snapshot_file import MEMORY, STATE
+from vmm.machine.snapshot_file import MEMORY, STATE
 
 SIZE = 4 << 20
 HEADER = 32

@@ -407,7 +407,7 @@ def make_net_mmds(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
 
 
 def _mmds(stack: contextlib.ExitStack) -> Endpoint:
-    from vmm.mmds import Mmds
+    from vmm.machine.mmds import Mmds
 
     store = Mmds()
     store.put({"x": "value", "large": "y" * 20_000})

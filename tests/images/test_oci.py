@@ -106,7 +106,7 @@ def test_what_is_mounted_in_a_tree_is_not_taken(kernel: Path, tmp_path: Path) ->
 
 
 def test_list_has_it(kernel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vmm.cli import main
+    from vmm.commands.cli import main
 
     home = Made([BASE]).write(tmp_path / "layout")
     assert main(["pull", f"oci:{home}"]) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmm import images
-from vmm.cli import main
+from vmm.commands.cli import main
 from vmm.commands.pull import _Progress
 from vmm.images import Image
 

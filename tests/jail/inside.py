@@ -20,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 
-from vmm import jailer
+from vmm.jail import jailer
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -228,7 +228,7 @@ def main(base: str, uid: int, kind: str, attempts: list[str]) -> None:
     jail = jailer.Jail("/bin/firecracker", "attempt", uid, uid, chroot_base_dir=base)
     jailer.close_what_was_inherited()
     if kind != "none":
-        from vmm.preload import preload
+        from vmm.jail.preload import preload
 
         preload()
     jail.enter()
@@ -264,7 +264,8 @@ def in_a_process(kind: str, attempt: Callable[[], object]) -> None:
 
     if kind == "none":
         try_it()
-    from vmm import seccomp, threads
+    from vmm import threads
+    from vmm.jail import seccomp
 
     seccomp.enable()
     RING = ring_of_a_disk()

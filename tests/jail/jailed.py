@@ -31,7 +31,7 @@ class Jailed:
         self.uid = uid
         self.program = base / "link" / "firecracker"
         self.program.parent.mkdir(parents=True)
-        self.program.symlink_to(ROOT / "vmm" / "cli.py")
+        self.program.symlink_to(ROOT / "vmm/commands/cli.py")
         self.root = base / "firecracker" / ID / "root"
         self.root.mkdir(parents=True)
         self.process: subprocess.Popen[str] | None = None
@@ -61,7 +61,7 @@ class Jailed:
             user = str(self.uid)
             line = [jailer, "--id", ID, "--exec-file", str(self.program), "--uid", user, "--gid", user]
             return [*line, "--chroot-base-dir", str(self.base), *options, "--", *vmm]
-        program = [str(ROOT / "tests/jail/recorded.py")] if recorded else [str(ROOT / "vmm/cli.py"), "jailer"]
+        program = [str(ROOT / "tests/jail/recorded.py")] if recorded else [str(ROOT / "vmm/commands/cli.py"), "jailer"]
         return [
             sys.executable, *program, "--id", ID, "--exec-file", str(self.program), f"--uid={self.uid}",
             "--gid", str(self.uid), "--chroot-base-dir", str(self.base), *options, "--", *vmm,

@@ -6,8 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from vmm import cli
-from vmm.commands import jailer, serve
+from vmm.commands import cli, jailer, serve
 
 
 class Recorder:

@@ -25,7 +25,7 @@ from tests.kvm.guests import write_guest
 from tests.kvm.ring3 import Words, kernel
 from tests.waiting import PATIENCE, until
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm
+from vmm.kvm.vm import Kvm
 
 DISK = 1 << 20
 MIB = 1 << 20

@@ -16,7 +16,7 @@ from tests.jail.jailed import ID, ROOT, Jailed
 from vmm.commands import jailer as command
 from vmm.commands.jailer import parse_quickly
 from vmm.errors import ConfigError
-from vmm.jailer import Jail
+from vmm.jail.jailer import Jail
 
 PARENT = f"pyvmm-test-{os.getpid()}"
 
@@ -66,7 +66,7 @@ def test_a_mistake_in_an_option_is_named(words: str, named: str) -> None:
 
 def test_help_and_version() -> None:
     for word, said in (("--help", "--chroot-base-dir"), ("--version", "Jailer v1.12.1\n\npyvmm ")):
-        line = ["python3", "-m", "vmm.cli", "jailer", word]
+        line = ["python3", "-m", "vmm", "jailer", word]
         assert said in subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 

@@ -16,7 +16,7 @@ from tests.jail.jailed import ROOT, Jailed
 from tests.kvm.guests import write_guest
 from tests.waiting import PATIENCE, until
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm
+from vmm.kvm.vm import Kvm
 
 LIMIT = 8192
 IDLE = "1: hlt; jmp 1b"
@@ -72,7 +72,7 @@ def test_a_jail_with_a_limit_starts_and_outlives_its_log(jail: Jailed) -> None:
 
 def test_run_under_ulimit_ends_as_the_guest_wants_it(tmp_path: Path) -> None:
     console = tmp_path / "console"
-    command = [sys.executable, "-m", "vmm.cli", "run", write_guest(tmp_path, TALK), "--memory", "64M"]
+    command = [sys.executable, "-m", "vmm", "run", write_guest(tmp_path, TALK), "--memory", "64M"]
     script = f'ulimit -f {LIMIT // 1024}; exec "$@"'
     done = subprocess.run(
         ["bash", "-c", script, "bash", *command, "--console", f"file:{console}"],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.jail import inside
-from vmm.seccomp import KINDS, STATUS_BAD_SYSCALL
+from vmm.jail.seccomp import KINDS, STATUS_BAD_SYSCALL
 
 ROOT = Path(__file__).parents[2]
 KINDS_TRIED = (*KINDS, "spawn", "base")

@@ -18,7 +18,7 @@ from tests.jail.terminal import Terminal
 from tests.kvm.guests import write_guest
 from tests.waiting import until
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm
+from vmm.kvm.vm import Kvm
 
 # Says "!" and presses the reset key; the other asks for a key first, says it, and so on.
 BRIEF = "mov edx, 0x3f8; mov al, '!'; out dx, al; mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b"
@@ -57,7 +57,7 @@ class Place:
         kernel = write_guest(self.jail.base, source)
         self.jail.put("kernel", Path(kernel))
         if name == "run":
-            return [sys.executable, "-m", "vmm.cli", "run", kernel, "--memory", "4M"]
+            return [sys.executable, "-m", "vmm", "run", kernel, "--memory", "4M"]
         where = "/kernel" if name == "jailer" else kernel
         vmm = self.jail.configure(
             boot_source={"kernel_image_path": where, "boot_args": ""}, drives=[],
@@ -66,7 +66,7 @@ class Place:
         if name == "jailer":
             return self.jail.command(*options, vmm=(*vmm, "--no-api"))
         file = str(self.jail.root / "config.json")
-        return [sys.executable, "-m", "vmm.cli", "serve", "--no-api", "--config-file", file]
+        return [sys.executable, "-m", "vmm", "serve", "--no-api", "--config-file", file]
 
     def on_terminal(self, how: str, command: list[str]) -> Terminal:
         """Run it by the shell."""

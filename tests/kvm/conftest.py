@@ -11,7 +11,7 @@ import pytest
 from tests.kvm import guests
 from vmm import Machine
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm
+from vmm.kvm.vm import Kvm
 
 
 @pytest.fixture(autouse=True)

@@ -27,12 +27,12 @@ from virtio.net.device import Net
 from virtio.rng import Entropy
 from virtio.testing import Allocator, MmioDriver
 from vmm import Machine
-from vmm.attach import VIRTIO_GSIS, Attached
 from vmm.device_config import BalloonConfig, DriveConfig, EntropyConfig, FsConfig, VsockConfig
 from vmm.errors import ConfigError, KvmError, SnapshotError, VmmError
+from vmm.machine.attach import VIRTIO_GSIS, Attached
 
 if TYPE_CHECKING:
-    from vmm.build import DeviceConfig
+    from vmm.machine.build import DeviceConfig
 
     What = VirtioDevice | DeviceConfig
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.kvm.guests import run, write_guest
 from vmm import Exit, Machine, threads
-from vmm.seccomp import STATUS_BAD_SYSCALL
+from vmm.jail.seccomp import STATUS_BAD_SYSCALL
 
 ROOT = Path(__file__).parents[2]
 # Asks port 0x510 for a byte, and ends.

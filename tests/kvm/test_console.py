@@ -47,7 +47,7 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 
 def pyvmm(kernel: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", "vmm.cli", "run", kernel, "--memory", "4M", *options]
+    return [sys.executable, "-m", "vmm", "run", kernel, "--memory", "4M", *options]
 
 
 def on_terminal(kernel: str, slave: int) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
 from vmm import Machine, StopReason, undertaker
 from vmm.errors import SnapshotError, VmmError
-from vmm.kvm import software_kvm
+from vmm.kvm.vm import software_kvm
 
 KVM_CLOCK_REALTIME, IA32_TSC = 4, 0x10
 MakeGuest = Callable[..., Machine]

@@ -15,7 +15,7 @@ from tests.virtio.fuse_client import FuseClient
 from virtio.testing import Allocator
 from vmm import Machine
 from vmm.device_config import FsConfig
-from vmm.kvm import software_kvm
+from vmm.kvm.vm import software_kvm
 
 MakeGuest = Callable[..., Machine]
 

@@ -18,7 +18,7 @@ from tests.waiting import until
 from vmm import DriveConfig, Machine, Pool, StopReason
 from vmm.device_config import NetConfig, VsockConfig
 from vmm.errors import HostError, SnapshotError, VmmError
-from vmm.isolated import Isolated
+from vmm.machine.isolated import Isolated
 
 MakeGuest = Callable[..., Machine]
 ROOT = Path(__file__).parents[2]

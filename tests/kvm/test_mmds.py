@@ -10,7 +10,7 @@ import pytest
 from tests.kvm.guests import PATIENCE
 from tests.kvm.ring3 import Ring3
 from vmm.device_config import MmdsConfig, NetConfig
-from vmm.mmds import Mmds
+from vmm.machine.mmds import Mmds
 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "169.254.42.1"])

@@ -14,7 +14,8 @@ import pytest
 
 from tests.kvm.guests import PATIENCE, run, write_guest
 from tests.waiting import until
-from vmm import Machine, kvm_abi
+from vmm import Machine
+from vmm.kvm import abi as kvm_abi
 
 MakeGuest = Callable[..., Machine]
 Access = tuple[int, int | None]  # port; what is written, None: a read

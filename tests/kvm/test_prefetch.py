@@ -15,7 +15,7 @@ import pytest
 
 from tests.kvm.guests import PATIENCE
 from vmm import Image, Machine
-from vmm.snapshot_file import TOUCHED
+from vmm.machine.snapshot_file import TOUCHED
 
 MakeGuest = Callable[..., Machine]
 PAGE = 4096

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.kvm.guests import write_guest
-from vmm import Exit, Machine, StopReason, kvm, kvm_abi
+from vmm import Exit, Machine, StopReason
+from vmm.kvm import abi as kvm_abi
+from vmm.kvm import vm as kvm
 
 EXIT_7 = "mov al, 7; out 0xf4, al"
 FOREVER = "again: inc ecx; jmp again"

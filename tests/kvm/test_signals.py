@@ -36,7 +36,7 @@ sys.exit(7 if stop.reason.name == "REQUESTED" else 1)
 
 
 def run(kernel: str, *before: str) -> list[str]:
-    return [*before, sys.executable, "-m", "vmm.cli", "run", kernel, "--memory", "4M"]
+    return [*before, sys.executable, "-m", "vmm", "run", kernel, "--memory", "4M"]
 
 
 def started(command: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -31,7 +31,7 @@ from vmm.api.types import SnapshotCreate
 from vmm.config import VmConfig
 from vmm.device_config import NetConfig, RateLimiterConfig, VsockConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
-from vmm.snapshot_file import FORMAT, decode, encode
+from vmm.machine.snapshot_file import FORMAT, decode, encode
 
 MakeGuest = Callable[..., Machine]
 ROOT = Path(__file__).parents[2]
@@ -318,7 +318,7 @@ def test_killed_at_any_system_call_the_apis_files_are_of_one_moment(
 
 def _pyvmm(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vmm.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-m", "vmm", *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -329,7 +329,7 @@ def test_the_commands(tmp_path: Path, guest: MakeGuest) -> None:
         '"machine-config": {"vcpu_count": 1, "mem_size_mib": 16}, "pyvmm": {"exit_port": 244}}' % (tmp_path / "kernel")
     )
     socket, other = str(tmp_path / "a.sock"), str(tmp_path / "b.sock")
-    serve = [sys.executable, "-m", "vmm.cli", "serve", "--api-sock"]
+    serve = [sys.executable, "-m", "vmm", "serve", "--api-sock"]
     processes = [
         subprocess.Popen([*serve, socket, "--config-file", str(tmp_path / "vm.json")], cwd=ROOT),
         subprocess.Popen([*serve, other], cwd=ROOT),

@@ -14,9 +14,9 @@ import pytest
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
 from vmm import Exit, Machine, StopReason, threads
-from vmm import kvm_abi as abi
 from vmm.errors import HostError
-from vmm.vcpu import Vcpu
+from vmm.kvm import abi
+from vmm.kvm.vcpu import Vcpu
 
 MakeGuest = Callable[..., Machine]
 

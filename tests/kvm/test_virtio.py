@@ -16,8 +16,8 @@ from boot.layout import VIRTIO_MMIO
 from tests.kvm.guests import run
 from virtio import spec
 from vmm import Machine
-from vmm import kvm_abi as abi
 from vmm.device_config import DriveConfig
+from vmm.kvm import abi
 
 MakeGuest = Callable[..., Machine]
 

@@ -22,7 +22,7 @@ from tests.linux.tools_guest import tools_image
 from vmm import images, lab
 from vmm.errors import ConfigError
 from vmm.images.host import PullError
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 ROOT = Path(__file__).parents[2]
 # Processes of the session: the build of r3, and the lab's boots, which begin when it is there.

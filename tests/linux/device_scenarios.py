@@ -29,7 +29,7 @@ from virtio.blk.device import Block
 from vmm.config import VmConfig
 from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import VmmError
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 from vmm.options import parse_size
 
 MIB = 1 << 20

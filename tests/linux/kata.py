@@ -24,7 +24,7 @@ BLOCKS = "cd /sys/block; for each in vd*; do echo $each $(cat $each/size) $(cat 
 
 def link(directory: str) -> str:
     """A link named ``firecracker`` to these sources' program."""
-    code = "from vmm.cli import main; raise SystemExit(main())"
+    code = "from vmm.commands.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", code, "link", "firecracker", directory]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 

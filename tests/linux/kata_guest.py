@@ -23,7 +23,7 @@ from benches.peers.firecracker import Missing, pip
 from tests.linux import r3
 from vmm.images import cache_root
 from vmm.images.initramfs import busybox
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 WHEEL = "microsandbox==0.7.11"
 LIBRARY = "microsandbox/_bundled/lib/libkrunfw.so.5.6.1"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.linux import r3
 from vmm.images import apt, guest, initramfs
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 # Take a driver away from its devices and give it back: as a module, or where it is built in by its name.
 RELOAD = r"""#!/bin/sh

@@ -22,7 +22,7 @@ from tests.linux import kernels
 from tests.linux.tools_guest import Guest
 from vmm.images import initramfs
 
-PYVMM = [sys.executable, "-m", "vmm.cli", "run"]
+PYVMM = [sys.executable, "-m", "vmm", "run"]
 INIT = (
     initramfs.LOAD_MODULES
     + r"""

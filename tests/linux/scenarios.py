@@ -30,10 +30,10 @@ from tests.guide import programs
 from tests.linux import kernels
 from vmm import images
 from vmm.images import apt, initramfs
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 from vmm.lab.image import KERNEL_PACKAGE
 
-PYVMM = [sys.executable, "-m", "vmm.cli", "run"]
+PYVMM = [sys.executable, "-m", "vmm", "run"]
 # A guest that hangs must not eat the whole lab's time.
 PATIENCE = 100
 # No two words alike; 1 MiB. In the lab, where a byte costs three exits of a tenth of a millisecond, 16 KiB.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 # The session's first test here waits for every scenario.
 pytestmark = pytest.mark.timeout(1800)

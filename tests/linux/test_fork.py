@@ -20,7 +20,7 @@ from vmm import DriveConfig, Image, Machine
 from vmm.device_config import VsockConfig
 from vmm.images import apt, initramfs
 from vmm.images.host import PullError
-from vmm.kvm import Kvm, software_kvm
+from vmm.kvm.vm import Kvm, software_kvm
 from vmm.lab.image import KERNEL_PACKAGE
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3

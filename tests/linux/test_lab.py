@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vmm import lab
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 # On standard error facts, on standard output what came in.
 SCRIPT = r"""

@@ -379,7 +379,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
 
 
 def _pyvmm(*words: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, "-m", "vmm.cli", *words], input=input, capture_output=True, timeout=100)
+    return subprocess.run([sys.executable, "-m", "vmm", *words], input=input, capture_output=True, timeout=100)
 
 
 def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_the_command_is_a_sandbox_on_a_terminal(runtime: Path) -> None:
 
     pid, fd = pty.fork()
     if not pid:
-        os.execv(sys.executable, [sys.executable, "-m", "vmm.cli", "sandbox", "--memory", "64M", "busybox"])
+        os.execv(sys.executable, [sys.executable, "-m", "vmm", "sandbox", "--memory", "64M", "busybox"])
     termios.tcsetwinsize(fd, (33, 99))
     said = b""
 

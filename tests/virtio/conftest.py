@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from virtio.testing import Allocator
-from vmm import _fastpath, _fastpath_py, _seccomp, threads
+from vmm import _fastpath, _fastpath_py, threads
 from vmm.irq import IrqLine
+from vmm.jail import _seccomp
 from vmm.memory import GuestMemory
 
 RAM = 4 << 20
@@ -50,7 +51,7 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 class LandlockAlone:
-    """In the place of ``vmm.seccomp``'s guard: Landlock without filters, which a session of tests could not lose."""
+    """In place of ``vmm.jail.seccomp``'s guard: Landlock without filters, which a session of tests could not lose."""
 
     alone = False
 

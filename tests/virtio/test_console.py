@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from virtio import console, spec
 from virtio.console import Console
 from virtio.testing import Allocator, Buffer, DeviceHost
-from vmm.console import Console as HostConsole
 from vmm.errors import ConfigError
+from vmm.machine.console import Console as HostConsole
 from vmm.memory import GuestMemory
 
 Host = DeviceHost[Console]

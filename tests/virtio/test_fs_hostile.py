@@ -23,8 +23,8 @@ from tests.virtio.fuse_client import ROOT, FuseError, FuseVm
 from tests.virtio.test_fs import held, mount, refused, tree
 from virtio import spec
 from virtio.testing import Buffer
-from vmm._seccomp import landlock
 from vmm.budget import KEPT, raise_descriptor_limit, set_descriptor_limit
+from vmm.jail._seccomp import landlock
 
 __all__ = ["mount", "tree"]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.boot.kernel_images import elf, note, pvh_elf, pvh_note
-from vmm import kvm as kvm_module
 from vmm.errors import ConfigError
-from vmm.kvm import Kvm, software_kvm
+from vmm.kvm import vm as kvm_module
+from vmm.kvm.vm import Kvm, software_kvm
 
 
 def pyvmm(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        [sys.executable, "-m", "vmm.cli", *arguments], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True, timeout=60,
         stdin=subprocess.DEVNULL, **options,
     )  # fmt: skip
 
@@ -69,9 +69,9 @@ def test_unreadable_kernel(tmp_path: Path) -> None:
     for parent in path.parents:
         if not parent.stat().st_mode & 0o001:
             parent.chmod(parent.stat().st_mode | 0o011)
-    code = "import os, sys; os.setgid(65534); os.setuid(65534); from vmm.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import os, sys; os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
     # Imported before it lets go of root: the checkout may be root's alone.
-    code = "import vmm.commands.run, vmm.machine, vmm.errors; " + code
+    code = "import vmm.commands.run, vmm.machine.machine, vmm.errors; from vmm.commands.cli import main; " + code
     done = subprocess.run([sys.executable, "-c", code, "run", str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done
     assert str(path) in done.stderr and "ermi" in done.stderr

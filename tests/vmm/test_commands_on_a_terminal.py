@@ -43,7 +43,8 @@ exec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / "tests/lab/fake_qemu.
 # The lab, but for its machine.
 LAB = """
 import sys
-from vmm import cli, lab
+from vmm.commands import cli
+from vmm import lab
 lab.missing = list
 lab.lab_image = lambda progress: lab.image.LabImage("/kernel", "/initramfs", "6.1", "/modules")
 sys.argv[1:1] = ["lab", "--timeout", "60"]

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from devices._serial import Serial
-from vmm import console as console_module
-from vmm.console import Console
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
+from vmm.machine import console as console_module
+from vmm.machine.console import Console
 
 PATIENCE = 20.0  # seconds; never reached where things work
 THR, LSR = 0, 5
@@ -534,7 +534,7 @@ def test_panic_is_seen_across_pieces(pieces: list[bytes], seen: bool) -> None:
 PROGRAM = """
 import os, signal, sys, time
 from devices._serial import Serial
-from vmm.console import Console
+from vmm.machine.console import Console
 from vmm.irq import IrqLine
 serial = Serial(IrqLine(4))
 console = Console(serial, mode="stdio", on_quit=lambda: os.kill(os.getpid(), signal.SIGUSR1))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 BUILT = [
     path
     for room in ("vmm", "virtio", "devices")
-    for path in sorted((ROOT / room).glob("*.so"))
+    for path in sorted((ROOT / room).rglob("*.so"))
     if path.stat().st_mtime > (ROOT / "setup.py").stat().st_mtime
 ]
 

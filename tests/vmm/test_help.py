@@ -19,8 +19,8 @@ from types import ModuleType
 
 import pytest
 
-from vmm import cli, events
-from vmm.commands import guide, jailer, run, serve
+from vmm import events
+from vmm.commands import cli, guide, jailer, run, serve
 from vmm.commands.completion import SHELLS, completion
 from vmm.commands.parser import coloured, make_parser, paint
 from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
@@ -208,7 +208,7 @@ def test_completion_without_shtab_is_one_line(
 
 def test_the_manual_page_has_every_option_and_no_mistake(tmp_path: Path) -> None:
     page = tmp_path / "pyvmm.1"
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     subprocess.run([sys.executable, str(root / "tools/man_page.py"), str(page)], check=True, cwd=tmp_path)
     text = page.read_text().replace("\\-", "-")
     for name in cli.COMMANDS:

@@ -15,7 +15,7 @@ import pytest
 from tests.kvm.guests import write_guest
 
 NOBODY = 54321  # in no password file
-PROGRAM = "import sys; from vmm.cli import entry; sys.exit(entry())"
+PROGRAM = "import sys; from vmm.commands.cli import entry; sys.exit(entry())"
 # A user without a name, who may read our sources wherever they are, and for whom limits hold.
 AS_NOBODY = f"""
 import ctypes, os
@@ -128,7 +128,8 @@ def test_a_few_processes_are_enough_or_that_is_said(room: Path, most: int, comma
 
 
 NO_LATER = (
-    "import vmm.preload\ndef fails(): raise ImportError('Too many open files')\nvmm.preload.preload_later = fails\n"
+    "import vmm.jail.preload\ndef fails(): raise ImportError('Too many open files')\n"
+    "vmm.jail.preload.preload_later = fails\n"
 )
 NO_VM = (
     "import vmm.api.actions\ndef fails(self): raise OSError(24, 'Too many open files')\n"

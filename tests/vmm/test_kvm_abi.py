@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cffi import FFI
 
-from vmm import kvm_abi
+from vmm.kvm import abi as kvm_abi
 
 STRUCTS = {
     name: kind

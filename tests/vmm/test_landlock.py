@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from vmm import _seccomp
+from vmm.jail import _seccomp
 
 ROOT = Path(__file__).parents[2]
 TRY = """
 import json, os, signal, socket, sys, threading
-from vmm import _seccomp, threads
+from vmm.jail import _seccomp
+from vmm import threads
 os.chdir(sys.argv[1])
 open("file", "w").close()
 os.mkdir("there")
@@ -116,7 +117,7 @@ class Alone:  # the guard's rules without its filters
     def confines(self): return False
     def start(self, thread): thread.start()
     install = lambda self, kind, below=None: seccomp.Filters.install(self, kind, below)
-from vmm import seccomp
+from vmm.jail import seccomp
 _seccomp.install = lambda kind: None
 threads.set_guard(Alone())
 thread = threads.spawn("fs", "share", work, below=(shared, sys.argv[2] == "writable"))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from vmm import cli
-from vmm.commands import jailer, serve
+import vmm
+from vmm.commands import cli, jailer, serve
 
 ROOT = Path(__file__).parents[2]
 PYVMM = Path(sys.executable).with_name("pyvmm")
@@ -62,7 +62,7 @@ def test_it_knows_the_options_of_serve() -> None:
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_what_it_says_itself_is_what_python_says(links: Path, name: str, option: str) -> None:
     own = run(links / name, option)
-    program = [sys.executable, "-m", "vmm.cli", cli.PROGRAMS[name], option]
+    program = [sys.executable, "-m", "vmm", cli.PROGRAMS[name], option]
     update = f"COLUMNS=80 .venv/bin/pyvmm {cli.PROGRAMS[name]} --help > vmm/commands/help/{name}.txt"
     assert own.stdout == run(*program, env={**os.environ, "COLUMNS": "80"}).stdout, update
     assert (own.returncode, own.stderr) == (0, "")
@@ -168,7 +168,7 @@ def test_as_pip_lays_it_out(tmp_path: Path) -> None:
     program.parent.mkdir()
     shutil.copy(PYVMM, program)
     path = {"PATH": f"{PYVMM.parent}:/usr/bin:/bin"}
-    assert run(program, "--version", env=path).stdout == f"pyvmm {cli.VERSION}\n"
+    assert run(program, "--version", env=path).stdout == f"pyvmm {vmm.__version__}\n"
     # A dependency that is not there but where `site` finds it.
     done = run(program, "ctl", "--socket", tmp_path / "none", "status", env=path)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr.replace("ConfigError", ""), done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-LINK = (sys.executable, "-c", "from vmm.cli import main; raise SystemExit(main())", "link")
+LINK = (sys.executable, "-c", "from vmm.commands.cli import main; raise SystemExit(main())", "link")
 
 
 def link(name: str, directory: Path) -> subprocess.CompletedProcess[str]:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm import mmds as module
 from vmm.config import VmConfig
 from vmm.device_config import MmdsConfig, NetConfig
 from vmm.errors import ConfigError
-from vmm.mmds import MAX_REQUEST, Mmds, MmdsError
+from vmm.machine import mmds as module
+from vmm.machine.mmds import MAX_REQUEST, Mmds, MmdsError
 
 DOCUMENT = {
     "name": {"first": "John", "second": "Doe"},

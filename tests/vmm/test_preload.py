@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is imported where it is used is on the lists of ``vmm.preload``: a jail has no files to import."""
+"""What is imported where it is used is on the lists of ``vmm.jail.preload``: a jail has no files to import."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmm import preload
+from vmm.jail import preload
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("boot", "devices", "virtio", "vmm")
 # What `pyvmm serve` never runs, or runs before the jail is closed.
 OTHERS = (
-    "vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/cli.py", "vmm/jailer.py", "vmm/_fastpath_py.py",
-    "vmm/__main__.py", "vmm/launched.py", "vmm/isolated.py", "vmm/fork_server.py",
-    "vmm/testing.py", "virtio/testing.py", "vmm/sandbox/", "vmm/seccomp_rules.py", "vmm/api/openapi.py",
+    "vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/commands/cli.py", "vmm/jail/jailer.py", "vmm/_fastpath_py.py",
+    "vmm/__main__.py", "vmm/launched.py", "vmm/machine/isolated.py", "vmm/machine/fork_server.py",
+    "vmm/testing/", "virtio/testing.py", "vmm/sandbox/", "vmm/jail/rules.py", "vmm/api/openapi.py",
 )  # fmt: skip
 # Imported where it is used, and not in a jail: by whom.
 NEVER = {
@@ -31,8 +31,8 @@ NEVER = {
     "vmm.settings": "type checkers",
     "asyncio": "Machine.run(), of programs that import us",
     "importlib": "vmm/__init__.py, for programs that import us",
-    "vmm.pool": "the same",
-    "vmm.isolated": "the same",
+    "vmm.machine.pool": "the same",
+    "vmm.machine.isolated": "the same",
     "tty": "pyvmm exec, which has no VM",
 }
 
@@ -72,7 +72,7 @@ def test_every_import_inside_a_function_is_preloaded() -> None:
 
 
 def test_every_module_of_a_vm_is_preloaded_once_all_is() -> None:
-    code = "import sys; from vmm.preload import preload; preload(); print(*sys.modules)"
+    code = "import sys; from vmm.jail.preload import preload; preload(); print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout.split()
@@ -82,6 +82,6 @@ def test_every_module_of_a_vm_is_preloaded_once_all_is() -> None:
 
 
 def test_a_preload_imports_no_program_starter() -> None:
-    code = "import sys; from vmm.preload import preload; preload(); print('subprocess' in sys.modules)"
+    code = "import sys; from vmm.jail.preload import preload; preload(); print('subprocess' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert out == "False\n"

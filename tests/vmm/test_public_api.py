@@ -13,7 +13,7 @@ import pytest
 
 import vmm
 from vmm import Exit, Machine, StopReason
-from vmm.cpu_template import Bits
+from vmm.kvm.cpu_template import Bits
 
 CONFIGS: list[tuple[object, str]] = [
     (vmm.VmConfig("vmlinux", memory="1G"), "VmConfig('vmlinux', memory='1G')"),

@@ -69,6 +69,14 @@ def test_a_directory_is_a_root_file_system(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_written_configuration_is_its_owners_alone(tmp_path: Path) -> None:
     (tmp_path / "kernel").touch()
-    command = [sys.executable, "-m", "vmm.cli", "run", str(tmp_path / "kernel"), "--write-config", str(tmp_path / "c")]
+    command = [
+        sys.executable,
+        "-m",
+        "vmm.commands.cli",
+        "run",
+        str(tmp_path / "kernel"),
+        "--write-config",
+        str(tmp_path / "c"),
+    ]
     subprocess.run(command, check=True, umask=0)
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600

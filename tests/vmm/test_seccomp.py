@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.kvm.guests import write_guest
-from vmm import _seccomp, seccomp_rules
-from vmm.seccomp import KINDS, STATUS_BAD_SYSCALL
-from vmm.seccomp_rules import rules_of
+from vmm.jail import _seccomp
+from vmm.jail import rules as seccomp_rules
+from vmm.jail.rules import rules_of
+from vmm.jail.seccomp import KINDS, STATUS_BAD_SYSCALL
 
 ROOT = Path(__file__).parents[2]
 NOBODYS = (
@@ -25,7 +26,7 @@ NOBODYS = (
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    whole = f"from vmm import seccomp, threads\nimport threading, os, time\nseccomp.enable()\n{code}"
+    whole = f"from vmm import threads\nfrom vmm.jail import seccomp\nimport threading, os, time\nseccomp.enable()\n{code}"
     return subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=60, cwd=ROOT)
 
 
@@ -48,7 +49,7 @@ def test_filters_of_the_build_are_what_libseccomp_makes_of_the_rules_for_this_pr
 def test_a_start_compiles_no_filter() -> None:
     done = run("import sys; print(open('/proc/self/maps').read(), *sys.modules)")
     assert "/_seccomp." in done.stdout
-    assert "libseccomp" not in done.stdout and "vmm.seccomp_rules" not in done.stdout
+    assert "libseccomp" not in done.stdout and "vmm.jail.rules" not in done.stdout
 
 
 def test_threads_are_made_by_one_that_may_do_what_each_of_them_may() -> None:
@@ -122,7 +123,7 @@ assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_another_filter_language_is_refused() -> None:
-    line = [sys.executable, "-m", "vmm.cli", "serve", "--seccomp-filter", "f.bpf"]
+    line = [sys.executable, "-m", "vmm", "serve", "--seccomp-filter", "f.bpf"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 153
     assert done.stderr.startswith("pyvmm serve: --seccomp-filter f.bpf: is for Firecracker's threads")
@@ -130,7 +131,7 @@ def test_another_filter_language_is_refused() -> None:
 
 NO_ROOM = """
 import errno
-from vmm import _seccomp
+from vmm.jail import _seccomp
 def fails(*how): raise OSError(errno.EMFILE, "no descriptor left")
 _seccomp.confine = fails
 """
@@ -179,7 +180,8 @@ def test_no_such_system_call_is_an_error() -> None:
 
 
 def test_numbers_of_ioctls_are_those_of_who_uses_them() -> None:
-    from vmm import _kvm_state, _uffd
+    from vmm import _uffd
+    from vmm.kvm import _state as _kvm_state
 
     assert set(seccomp_rules._KVM_READS) == set(_kvm_state.READS)
     assert set(seccomp_rules._UFFD) == set(_uffd.IOCTLS)

@@ -32,7 +32,7 @@ def vm(tmp_path: Path) -> Iterator[Vm]:
 
 def start(*args: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "vmm.cli", "vsock", *args],
+        [sys.executable, "-m", "vmm", "vsock", *args],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
 

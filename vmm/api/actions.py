@@ -20,17 +20,17 @@ from vmm.api import API_VERSION, ApiError, translate, types
 from vmm.api.bodies import decode
 from vmm.api.routes import VmmAction
 from vmm.errors import ConfigError, HostError, VmmError
-from vmm.metrics import Metrics
-from vmm.mmds import SIZE_LIMIT, Mmds, MmdsError
+from vmm.machine.metrics import Metrics
+from vmm.machine.mmds import SIZE_LIMIT, Mmds, MmdsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from virtio.vsock.device import Listener
-    from vmm.kvm import Vm
-    from vmm.machine import Machine
-    from vmm.snapshot import Image
+    from vmm.kvm.vm import Vm
+    from vmm.machine.machine import Machine
+    from vmm.machine.snapshot import Image
 
 NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 PRE_BOOT, POST_BOOT, ANY = "pre-boot", "post-boot", "any"
@@ -147,7 +147,7 @@ class Vmm:
 
     def prepare(self) -> None:
         """Have KVM's part of a VM made while nobody waits for it; it has no memory yet."""
-        from vmm.kvm import prepare
+        from vmm.kvm.vm import prepare
 
         if (prepared := prepare()) is not None:
             self._prepared.append(prepared)
@@ -343,8 +343,8 @@ class Vmm:
         return self.metrics.prometheus()
 
     def _start(self, _: types.Action) -> None:
-        from vmm.kvm import why_no_linux
-        from vmm.machine import Machine
+        from vmm.kvm.vm import why_no_linux
+        from vmm.machine.machine import Machine
 
         if self._boot_source is None:
             raise ApiError("Start microvm error: Cannot start microvm without kernel configuration.")
@@ -516,7 +516,7 @@ class Vmm:
         :param resume: it runs; False: it is paused
         :raises VmmError: it cannot be made
         """
-        from vmm.machine import Machine
+        from vmm.machine.machine import Machine
 
         self._take(shown)
         machine = Machine(image=image, metadata=self.mmds, seccomp=threads.guard is not None)

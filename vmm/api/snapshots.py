@@ -2,7 +2,7 @@
 """``PUT /snapshot/create`` and ``PUT /snapshot/load``: Firecracker's rules, texts and two files, in pyvmm's format.
 
 The memory file is guest RAM, one region after the other, as Firecracker's; the state file is that of
-:mod:`vmm.snapshot_file` with the bodies that ``GET /vm/config`` shows.
+:mod:`vmm.machine.snapshot_file` with the bodies that ``GET /vm/config`` shows.
 Source: Firecracker 1.12.1, compared with the real one in ``tests/api/test_differential_snapshot.py``.
 """
 
@@ -18,8 +18,7 @@ from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.device_config import check_names
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
-from vmm.memory import MemoryFile
-from vmm.snapshot_file import (
+from vmm.machine.snapshot_file import (
     checksum_of,
     decode,
     open_regular,
@@ -31,7 +30,8 @@ from vmm.snapshot_file import (
     write_memory,
     write_whole,
 )  # fmt: skip
-from vmm.snapshot_file import encode as encode_state
+from vmm.machine.snapshot_file import encode as encode_state
+from vmm.memory import MemoryFile
 from vmm.uffd import HandlerError
 
 TYPE_CHECKING = False
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.api.actions import Vmm
-    from vmm.machine import Machine
-    from vmm.snapshot import Image
+    from vmm.machine.machine import Machine
+    from vmm.machine.snapshot import Image
 
 _NO_DIFF = (
     "The requested operation is not supported: Diff snapshots are not allowed on uVMs with dirty page tracking"

@@ -17,7 +17,7 @@ from vmm.device_config import MAX_FS_THREADS, MAX_QUEUES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.cpu_template import CpuTemplate
+    from vmm.kvm.cpu_template import CpuTemplate
 
 U8 = Annotated[int, Meta(ge=0, le=(1 << 8) - 1)]
 U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
@@ -114,7 +114,7 @@ class CpuConfig(Body, kw_only=True):
 
     def template(self) -> "CpuTemplate":
         """:raises ConfigError: a number or a bitmap is malformed"""
-        from vmm.cpu_template import parse_template
+        from vmm.kvm.cpu_template import parse_template
 
         return parse_template(
             self.kvm_capabilities,

@@ -11,13 +11,13 @@ import threading
 import time
 
 from boot import cpu
-from vmm import kvm_abi as abi
 from vmm._bus import Bus
 from vmm.commands.parser import paint
 from vmm.errors import ConfigError, VmmError
-from vmm.kvm import OPTIONAL, REQUIRED, Kvm, software_kvm
+from vmm.kvm import abi
+from vmm.kvm.vcpu import Vcpu
+from vmm.kvm.vm import OPTIONAL, REQUIRED, Kvm, software_kvm
 from vmm.memory import GuestMemory
-from vmm.vcpu import Vcpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _io_uring() -> Line:
 
 
 def _landlock() -> Line:
-    from vmm import _seccomp
+    from vmm.jail import _seccomp
 
     version = _seccomp.landlock()
     if version < 1:

@@ -9,8 +9,8 @@ import select
 import signal
 import sys
 
-from vmm.console import make_raw, set_mode
 from vmm.errors import ConfigError
+from vmm.machine.console import make_raw, set_mode
 from vmm.sandbox import Process, Session, attach
 from vmm.sandbox.channel import FRAME_MAX, Deadline
 from vmm.sandbox.errors import SandboxGone

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vmm.cli import COMMANDS
+from vmm.commands.cli import COMMANDS
 
 _OVERVIEW = {
     "Run a VM": ("run", "pull", "check", "lab"),

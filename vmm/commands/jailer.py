@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 
+from vmm import __version__
 from vmm.errors import ConfigError, VmmError
 from vmm.options import did_you_mean
 
@@ -102,9 +103,8 @@ def main(args: Arguments) -> int:
     """Go into the jail, and serve there until the VM ends; ``pyvmm serve``'s exit codes, 1 where there is no jail."""
     if args.values["--version"]:
         from vmm.api import API_VERSION
-        from vmm.cli import VERSION
 
-        print(f"Jailer v{API_VERSION}\n\npyvmm {VERSION}")
+        print(f"Jailer v{API_VERSION}\n\npyvmm {__version__}")
         return STATUS_OK
     try:
         if args.mistake is not None:
@@ -116,9 +116,10 @@ def main(args: Arguments) -> int:
 
 
 def _run(args: Arguments) -> int:
-    from vmm import cli, jailer, launched, threads
-    from vmm.commands import serve
-    from vmm.preload import preload
+    from vmm import launched, threads
+    from vmm.commands import cli, serve
+    from vmm.jail import jailer
+    from vmm.jail.preload import preload
 
     values = args.values
     for option in REQUIRED:

@@ -8,7 +8,7 @@ import sys
 
 from vmm import lab
 from vmm.errors import ConfigError
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 from vmm.lab.machine import CPU
 from vmm.options import parse_size
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 
-from vmm.cli import PROGRAMS
+from vmm.commands.cli import PROGRAMS
 from vmm.errors import ConfigError, HostError
 
 TYPE_CHECKING = False

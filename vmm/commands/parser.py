@@ -8,8 +8,8 @@ import os
 import re
 import sys
 
-from vmm.cli import COMMANDS, STATUS_CONFIG
 from vmm.commands import guide
+from vmm.commands.cli import COMMANDS, STATUS_CONFIG
 from vmm.options import did_you_mean
 
 TYPE_CHECKING = False

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
 STATUS_INTERRUPTED = 130
 # How the name of a container image begins; as a root file system dir: is a directory that is shared.
@@ -239,14 +239,14 @@ def main(args: Arguments) -> int:
         return _write_config(config, args.write_config)
     if args.lab and not os.environ.get("PYVMM_LAB"):
         return _run_in_lab(config)
-    from vmm import kvm
+    from vmm.kvm import vm as kvm
 
     # As early as can be, and the memory as late: KVM then has nothing to wait for.
     prepared = None if args.dry_run else kvm.prepare(config.kvm)
     if not (args.dry_run or args.any_kernel):
         _refuse_linux_on_software_kvm(config)
-    launched.spare_collections("vmm.machine")
-    from vmm.machine import Machine
+    launched.spare_collections("vmm.machine.machine")
+    from vmm.machine.machine import Machine
 
     _guard(args)
     vm = Machine(config, prepared=prepared, seccomp=not args.no_seccomp)
@@ -262,15 +262,15 @@ def main(args: Arguments) -> int:
 
 def _guard(args: Arguments) -> None:
     if not (args.no_seccomp or args.dry_run):
-        from vmm import seccomp
+        from vmm.jail import seccomp
 
         seccomp.guard(alone=True)
 
 
 def _restore(args: Arguments) -> int:
-    launched.spare_collections("vmm.machine")
-    from vmm.machine import Machine
-    from vmm.snapshot import Image
+    launched.spare_collections("vmm.machine.machine")
+    from vmm.machine.machine import Machine
+    from vmm.machine.snapshot import Image
 
     others = [option for option, _, default, _ in OPTIONS if getattr(args, _attribute(option)) not in (default, None)]
     strangers = sorted({*others} - {"--restore", "--console", "--verbose", "--no-seccomp", "--kvm"})
@@ -374,7 +374,7 @@ def describe(vm: Machine) -> str:
 def _refuse_linux_on_software_kvm(config: VmConfig) -> None:
     # Linux would stop in its first second there, or crawl for minutes, without a word.
     from boot import load
-    from vmm.kvm import why_no_linux
+    from vmm.kvm.vm import why_no_linux
 
     # The file is read once more only where KVM is software.
     if (why := why_no_linux()) and load.probe(config.kernel).needs_ring0:

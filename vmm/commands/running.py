@@ -11,7 +11,7 @@ import stat
 import time
 from typing import NamedTuple
 
-from vmm.cli import COMMANDS, PROGRAMS
+from vmm.commands.cli import COMMANDS, PROGRAMS
 from vmm.errors import ConfigError, VmmError
 from vmm.sandbox import registry
 
@@ -121,7 +121,7 @@ def _look(pid: int) -> Running | None:
     if not any(target == "anon_inode:kvm-vm" for target in _descriptors(pid)):
         return None
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-        if not any("/vmm/_vcpu." in line for line in file):
+        if not any("/vmm/kvm/_vcpu." in line for line in file):
             return None
     with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="surrogateescape") as file:
         kind, words = _command(file.read().split("\0")[:-1])
@@ -152,7 +152,7 @@ def _descriptors(pid: int) -> Iterator[str]:
 
 def _command(line: list[str]) -> tuple[str, tuple[str, ...]]:
     # The subcommand, and what follows it; of another program its script, and what follows that.
-    starts = [index for index, word in enumerate(line) if word.endswith(("/vmm/__main__.py", "/vmm/cli.py"))]
+    starts = [index for index, word in enumerate(line) if word.endswith(("/vmm/__main__.py", "/vmm/commands/cli.py"))]
     if not starts:
         words = [word for word in line[1:] if not word.startswith("-")] or line[:1]
         return "python", tuple(words)

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 
-from vmm import launched, logger, signals, threads
+from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
 from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.api.server import Server
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
 # Firecracker's exit codes.
 STATUS_OK = 0
@@ -146,10 +146,8 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None) -> int:
     :param on_ready: called once the VM of the configuration file runs, or the API answers
     """
     if args.version:
-        from vmm.cli import VERSION
-
         # A version gate reads the first line; Firecracker's own has an empty one after it.
-        print(f"Firecracker v{API_VERSION}\n\npyvmm {VERSION}")
+        print(f"Firecracker v{API_VERSION}\n\npyvmm {__version__}")
         return STATUS_OK
     if args.snapshot_version or args.describe_snapshot is not None:
         return _tell_snapshot_version(args.describe_snapshot)
@@ -195,7 +193,7 @@ def _leave(status: int) -> int:
 
 def _tell_snapshot_version(path: str | None) -> int:
     from vmm.errors import SnapshotError
-    from vmm.snapshot_file import FORMAT, format_of
+    from vmm.machine.snapshot_file import FORMAT, format_of
 
     try:
         if path is None:
@@ -304,8 +302,8 @@ class _Serve:
                     server.start(self._on_api_thread)
             self._on_ready()
             # While a runtime makes up its mind: the start of the VM will not wait for them.
-            launched.spare_collections("vmm.machine")
-            import vmm.machine  # noqa: F401
+            launched.spare_collections("vmm.machine.machine")
+            import vmm.machine.machine  # noqa: F401
 
             self._vmm.prepare()
             self._confine()
@@ -374,7 +372,7 @@ class _Serve:
 
     def _confine(self) -> None:
         if not self._args.no_seccomp:
-            from vmm import seccomp
+            from vmm.jail import seccomp
 
             seccomp.enable()
 

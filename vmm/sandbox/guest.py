@@ -11,7 +11,7 @@ from vmm.errors import ConfigError
 from vmm.images import Image, resolve
 from vmm.images.cpio import Archive
 from vmm.images.reference import KINDS
-from vmm.kvm import runs_linux
+from vmm.kvm.vm import runs_linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from vmm import threads
 from vmm.config import VmConfig
 from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import ConfigError, SnapshotError, line
-from vmm.machine import Machine
+from vmm.machine.machine import Machine
+from vmm.machine.snapshot import Image as Frozen
 from vmm.sandbox import guest
 from vmm.sandbox.channel import Deadline, Link
 from vmm.sandbox.errors import CommandTimeout, SandboxError, SandboxGone
 from vmm.sandbox.registry import Place
 from vmm.sandbox.session import Session
-from vmm.snapshot import Image as Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

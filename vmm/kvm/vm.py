@@ -6,17 +6,17 @@ from __future__ import annotations
 import errno
 import os
 
-from vmm import kvm_abi as abi
 from vmm import undertaker
 from vmm.errors import ConfigError, HostError, KvmError, VmmError
-from vmm.kvm_abi import kvm_ioctl
+from vmm.kvm import abi
+from vmm.kvm.abi import kvm_ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import ClassVar
 
-    from vmm._kvm_state import StateAccess
+    from vmm.kvm._state import StateAccess
     from vmm.memory import GuestMemory
 
 # Below 4 GiB, in the hole between RAM and the top: Intel's KVM keeps an identity map (one page) and a task state
@@ -139,7 +139,7 @@ class Kvm:
     def state_access(self) -> StateAccess:
         """How the state of vCPUs and VMs is read and set here; made once a device path."""
         if self.path not in self._access:
-            from vmm._kvm_state import StateAccess
+            from vmm.kvm._state import StateAccess
 
             self._access[self.path] = StateAccess(self.fd)
         return self._access[self.path]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each kind of thread may ask of the host: ``setup.py`` makes the filters of it, so a start compiles none.
 
-Of ours it imports nothing, and at run time nobody imports it: ``vmm._seccomp`` has the filters, ``vmm.seccomp`` puts
-them on. libseccomp compiles them.
+Of ours it imports nothing, and at run time nobody imports it: ``vmm.jail._seccomp`` has the filters,
+``vmm.jail.seccomp`` puts them on. libseccomp compiles them.
 Source: Linux seccomp(2), Documentation/userspace-api/seccomp_filter.rst; ioctl numbers of linux/kvm.h, if_tun.h, fs.h;
 libseccomp's seccomp.h.
 """
@@ -37,7 +37,7 @@ _TUN = (0x4004_54D0, 0x4004_54D9)  # TUNSETOFFLOAD, TUNSETQUEUE
 _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ
 _SIOCGIFINDEX = 0x8933
 _PAGEMAP_SCAN = 0xC060_6610
-# As they are in vmm._kvm_state and vmm._uffd, whose import would cost a launch more than the filters.
+# As they are in vmm.kvm._state and vmm._uffd, whose import would cost a launch more than the filters.
 _KVM_READS = (
     0xAE03, 0xC004_AE02, 0xC008_AE88, 0xC008_AE91, 0x8004_AE98, 0x8090_AE81, 0x8138_AE83, 0x8140_AECC, 0x9000_AEA4,
     0x9000_AECF, 0x8188_AEA6, 0x8080_AEA1, 0x8400_AE8E, 0x8040_AE9F, 0x8070_AE9F, 0xC208_AE62, 0x8030_AE7C, 0xAEA3,
@@ -245,7 +245,7 @@ class Compiler:
 
 
 def header() -> str:
-    """The text of ``vmm/_seccomp_filters.h``: the filters of all kinds, and names of system calls for messages."""
+    """The text of ``vmm/jail/_seccomp_filters.h``: the filters of all kinds, and names of system calls for messages."""
     compiler = Compiler()
     code: list[str] = []
     places = []
@@ -256,7 +256,7 @@ def header() -> str:
         code += [f"    {{{w & 0xFFFF:#x}, {w >> 16 & 0xFF}, {w >> 24 & 0xFF}, {w >> 32:#x}}}," for w in words]
     names = [f'    [{number}] = "{name}",' for number in range(512) if (name := compiler.name(number))]
     return "\n".join((
-        "/* Made by setup.py of vmm/seccomp_rules.py. */",
+        "/* Made by setup.py of vmm/jail/rules.py. */",
         "#include <linux/filter.h>",
         f"enum {{ SYSCALLS = 512, NAME = 32, KIND = 16, PID = {PID:#x} }};",
         "static const char syscall_names[SYSCALLS][NAME] = {", *names, "};",

@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from vmm.kvm_abi import kvm_cpuid_entry2
+    from vmm.kvm.abi import kvm_cpuid_entry2
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 _CPUID_BITS = 32

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 
-from vmm import launched
+from vmm import __version__, launched
 from vmm.errors import ConfigError, host_problem
 
 TYPE_CHECKING = False
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
     from typing import Any, NoReturn
-
-VERSION = "0.1.0"
 
 COMMANDS = {
     "run": "boot a kernel, with a shell on this terminal",
@@ -131,7 +129,7 @@ def _run(arguments: list[str]) -> int:
             print(overview(), end="")
             return 0 if arguments else STATUS_CONFIG
         case ["--version"] | ["-V"]:
-            print(f"pyvmm {VERSION}")
+            print(f"pyvmm {__version__}")
             return 0
         case [str(name), *_] if name not in COMMANDS:
             from vmm.options import did_you_mean

@@ -20,17 +20,18 @@ OURS = """
     devices.pit devices.power devices.pvpanic devices.rtc virtio.blk._worker virtio.fs._worker virtio.fs._dax
     virtio._limiter virtio.net._worker virtio.vsock._worker virtio.balloon virtio.blk.device virtio.console
     virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device virtio.net.host virtio.rng virtio.spec
-    virtio.transport virtio.vsock.device vmm._kvm_state vmm.attach vmm.board vmm.build vmm.api.actions vmm.api.answer
-    vmm.api.bodies vmm.api.described vmm.api.early vmm.api.listen vmm.api.routes vmm.api.server vmm.api.snapshots
-    vmm.api.translate vmm.api.types vmm.cli vmm.commands.serve vmm.config vmm.console vmm.cpu_template
-    vmm.device_config vmm.events vmm.kvm vmm.logger vmm.machine vmm.memory vmm.metrics vmm.mmds vmm.options vmm.preload
-    vmm.private_disk vmm.seccomp vmm.snapshot vmm.snapshot_file vmm.threads vmm.undertaker vmm.uffd vmm.unix_socket
+    virtio.transport virtio.vsock.device vmm.kvm._state vmm.machine.attach vmm.machine.board vmm.machine.build
+    vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described vmm.api.early vmm.api.listen vmm.api.routes
+    vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types vmm.commands.cli vmm.commands.serve vmm.config
+    vmm.machine.console vmm.kvm.cpu_template vmm.device_config vmm.events vmm.kvm.vm vmm.logger vmm.machine.machine
+    vmm.memory vmm.machine.metrics vmm.machine.mmds vmm.options vmm.jail.preload vmm.machine.private_disk
+    vmm.jail.seccomp vmm.machine.snapshot vmm.machine.snapshot_file vmm.threads vmm.undertaker vmm.uffd vmm.unix_socket
     vmm._faults vmm._uffd vmm._uring
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """
-    _json _queue atexit mmap resource select termios vmm._kvm_state vmm._uffd vmm.api.described
-    vmm.api.snapshots vmm.snapshot zlib
+    _json _queue atexit mmap resource select termios vmm.kvm._state vmm._uffd vmm.api.described vmm.api.snapshots
+    vmm.machine.snapshot zlib
 """.split()
 # of one with the metadata service,
 METADATA = "base64 hmac httptools msgspec secrets".split()

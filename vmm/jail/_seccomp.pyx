@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Seccomp filters, made by ``setup.py`` of ``vmm/seccomp_rules.py``: put on threads, and what happens to a thread that
+"""Seccomp filters, made by ``setup.py`` of ``vmm/jail/rules.py``: put on threads, and what happens to a thread that
 breaks one; and Landlock.
 
 Source: Linux seccomp(2).

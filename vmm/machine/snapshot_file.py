@@ -21,9 +21,8 @@ import zlib
 
 import msgspec
 
-from vmm import device_config
+from vmm import __version__, device_config
 from vmm._mapping import copy_sparse
-from vmm.cli import VERSION
 from vmm.config import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.memory import MemoryFile, Piece, spans
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from vmm.snapshot import Image
+    from vmm.machine.snapshot import Image
 
 FORMAT = 1
 STATE, MEMORY = "state", "memory"
@@ -142,7 +141,7 @@ def encode(image: Image, mark: bytes, *, api: bytes = b"") -> bytes:
     :param api: what the API keeps with it; ``Image.api`` when it is read
     """
     document = {
-        "pyvmm": VERSION,
+        "pyvmm": __version__,
         "config": _plain(image.config),
         "cmdline": image.cmdline,
         "vcpus": image.vcpus,
@@ -178,14 +177,16 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
     :param name: for messages
     :raises SnapshotError: it is not an image, is damaged, or of another format
     """
-    from vmm.snapshot import Image
+    from vmm.machine.snapshot import Image
 
     number = format_of(data, name)
     _, _, checksum, mark = _HEADER.unpack_from(data)
     intact = zlib.crc32(data[_HEADER.size - len(mark) :]) == checksum
     if number != FORMAT:
         writer = _writer(data[_HEADER.size :]) if intact else "another pyvmm"
-        raise SnapshotError(name, f"was written by {writer} in format {number}; pyvmm {VERSION} reads format {FORMAT}")
+        raise SnapshotError(
+            name, f"was written by {writer} in format {number}; pyvmm {__version__} reads format {FORMAT}"
+        )
     if not intact:
         raise SnapshotError(name, "is damaged: its checksum does not match")
     try:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 
 from vmm.errors import SnapshotError
-from vmm.machine import Machine
+from vmm.machine.machine import Machine
+from vmm.machine.private_disk import private_copy
 from vmm.memory import MemoryFile
-from vmm.private_disk import private_copy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.config import VmConfig
-    from vmm.isolated import Isolated
+    from vmm.machine.isolated import Isolated
     from vmm.memory import Piece
 
 
@@ -26,7 +26,7 @@ class Image:
     :ivar config: what the machine was configured to be; its paths, taps and sockets are the host's, and another
         machine may have others
     :ivar cmdline: the guest's command line
-    :ivar vcpus: the state of each vCPU (:meth:`vmm._kvm_state.StateAccess.save_vcpu`)
+    :ivar vcpus: the state of each vCPU (:meth:`vmm.kvm._state.StateAccess.save_vcpu`)
     :ivar vm: that of interrupt controllers, timer and clock
     :ivar board: that of the serial port, the keyboard controller and the clock, by name
     :ivar virtio: that of each virtio device with its transport, in the order in which the guest finds them
@@ -60,12 +60,12 @@ class Image:
         self.handler = ""
 
     def save(self, directory: str) -> None:
-        """Write it as `directory`: whole, or nothing; see :mod:`vmm.snapshot_file`.
+        """Write it as `directory`: whole, or nothing; see :mod:`vmm.machine.snapshot_file`.
 
         :raises ConfigError: the directory holds something other than a snapshot
         :raises HostError: it cannot be written; what was there before is as it was
         """
-        from vmm.snapshot_file import save
+        from vmm.machine.snapshot_file import save
 
         save(self, directory)
 
@@ -76,7 +76,7 @@ class Image:
         :raises HostError: it cannot be read
         :raises SnapshotError: it is not an image, is damaged, or of another format
         """
-        from vmm.snapshot_file import load
+        from vmm.machine.snapshot_file import load
 
         return load(directory)
 
@@ -84,7 +84,7 @@ class Image:
 def fork(
     parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig] | None, *, isolated: bool
 ) -> list[Any]:
-    """See :meth:`vmm.machine.Machine.fork`."""
+    """See :meth:`vmm.machine.machine.Machine.fork`."""
     make = child_of(parent, change, isolated=isolated)
     children: list[Machine | Isolated] = []
     try:
@@ -136,7 +136,7 @@ def child_of(
             config = _child_config(image.config, own, first + number)
             config = config if change is None else change(config, number)
             if isolated:
-                from vmm.isolated import Isolated
+                from vmm.machine.isolated import Isolated
 
                 return Isolated(config, image, own.values())
             return Machine(config, image=image, seccomp=isinstance(source, Image) or source.seccomp)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each thread may ask of the host: one seccomp filter a kind of thread, an allowlist (``vmm.seccomp_rules``).
+"""What each thread may ask of the host: one seccomp filter a kind of thread, an allowlist (``vmm.jail.rules``).
 
 Every thread that ``vmm.threads.spawn`` starts puts on the filter of its kind before it does anything. ``guard`` sees to
 that, and leaves the threads alone that are there already. ``enable`` does more, for ``pyvmm serve``: it puts the filter
@@ -19,8 +19,9 @@ import os
 import threading
 from _queue import SimpleQueue  # `queue` itself imports more, on the path of a launch
 
-from vmm import _seccomp, logger, threads
+from vmm import logger, threads
 from vmm.errors import HostError
+from vmm.jail import _seccomp
 from vmm.signals import deaf
 
 # By kind of thread, whether it opens no file.
@@ -147,7 +148,7 @@ def enable() -> None:
         return
     try:
         from vmm import _uring
-        from vmm.preload import preload_later
+        from vmm.jail.preload import preload_later
 
         filters = Filters(alone=True, whole=True)
         _uring.stock(RINGS)

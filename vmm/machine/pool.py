@@ -7,9 +7,9 @@ import threading
 import time
 
 from vmm.errors import VmmError
-from vmm.machine import Machine
+from vmm.machine.machine import Machine
+from vmm.machine.snapshot import Image, child_of
 from vmm.signals import deaf
-from vmm.snapshot import Image, child_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import os
 
-from vmm import kvm_abi as abi
 from vmm import undertaker
-from vmm._vcpu import KICKED, VcpuLoop
 from vmm.errors import KvmError
 from vmm.events import Stop, StopReason
-from vmm.kvm_abi import kvm_ioctl
+from vmm.kvm import abi
+from vmm.kvm._vcpu import KICKED, VcpuLoop
+from vmm.kvm.abi import kvm_ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmm._bus import Bus
-    from vmm.kvm import Vm
+    from vmm.kvm.vm import Vm
 
 # What KVM_INTERNAL_ERROR_EMULATION adds since Linux 5.13: flags in data[0], then the length and bytes it stumbled on.
 _EMULATION_HAS_BYTES = 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 
-from vmm import logger
+from vmm import __version__, logger
 from vmm.errors import ConfigError, HostError
 from vmm.events import StopReason
 from vmm.threads import spawn
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vmm.events import Exit
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
     Values = dict[str, int]
 
@@ -267,7 +267,7 @@ class Metrics:
 
         machine = self._machine
         state = machine.state if machine else "Not started"
-        add("pyvmm_info", "gauge", "What this is.", 1, id=self.vmm_id, state=state, version=_version())
+        add("pyvmm_info", "gauge", "What this is.", 1, id=self.vmm_id, state=state, version=__version__)
         for group, fields in FIELDS.items():
             if group in _DEVICE_GROUPS:
                 continue
@@ -411,9 +411,3 @@ def _json(value: object) -> str:
 def _escape(text: str) -> str:
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def _version() -> str:
-    from vmm.cli import VERSION
-
-    return VERSION

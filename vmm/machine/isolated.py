@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of a machine in processes of their own: the side of the process that has asked for them.
 
-A fork server (:mod:`vmm.fork_server`), started with the first copy, has imported all that a machine needs, and makes
-each copy's process by fork(2), so that they share its memory. A copy gets guest RAM, disks and state as descriptors.
+A fork server (:mod:`vmm.machine.fork_server`), started with the first copy, has imported all that a machine needs, and
+makes each copy's process by fork(2), so that they share its memory. A copy gets guest RAM, disks and state as
+descriptors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import msgspec
 
 from vmm.errors import HostError, SnapshotError, VmmError
 from vmm.events import Exit, StopReason
+from vmm.machine.snapshot_file import encode, write_all
 from vmm.memory import MemoryFile
-from vmm.snapshot_file import encode, write_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from vmm.config import VmConfig
-    from vmm.snapshot import Image
+    from vmm.machine.snapshot import Image
 
 DESCRIPTORS_MAX = 253  # SCM_MAX_FD of Linux
 _server: socket | None = None
@@ -244,7 +245,8 @@ def _server_of_ours(*, anew: bool = False) -> socket:
 
             _server, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
             _server_pid = os.getpid()
-            code = f"import sys; sys.path[:] = {sys.path!r}; from vmm.fork_server import main; main({theirs.fileno()})"
+            main = "from vmm.machine.fork_server import main"
+            code = f"import sys; sys.path[:] = {sys.path!r}; {main}; main({theirs.fileno()})"
             subprocess.Popen(
                 [sys.executable, "-S", "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 start_new_session=True,

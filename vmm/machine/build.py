@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from virtio.vsock.device import Listener, Vsock
     from vmm.config import VmConfig
     from vmm.device_config import RateLimiterConfig
-    from vmm.mmds import Mmds
+    from vmm.machine.mmds import Mmds
 
     class Closable(Protocol):
         def close(self) -> None: ...
@@ -188,7 +188,7 @@ class Builder:
             from _socket import inet_aton  # `socket` imports more
 
             from virtio.net.mmds import Endpoint
-            from vmm import preload
+            from vmm.jail import preload
 
             preload.load(preload.METADATA)  # the device's thread may not import
             self._mmds().configure(mmds)

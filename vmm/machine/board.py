@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from vmm._bus import Bus
     from vmm.bus import BusDevice
-    from vmm.kvm import Vm
+    from vmm.kvm.vm import Vm
 
 
 class Board:

@@ -20,7 +20,7 @@ from vmm.errors import ConfigError, VmmError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.events import Exit
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
 ENTRY = 1 << 20
 PATIENCE = 30.0

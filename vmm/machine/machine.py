@@ -17,20 +17,20 @@ from boot.board import PARTS
 from boot.cmdline import Cmdline
 from devices.acpi_events import GENERATION_CHANGED, POWER_BUTTON
 from devices.exit_port import ExitPort
-from vmm import kvm_abi as abi
 from vmm import logger, threads
 from vmm._bus import Bus
-from vmm.attach import Devices
-from vmm.board import Board
-from vmm.build import Builder, Made
 from vmm.config import VmConfig
-from vmm.console import Console
 from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
 from vmm.events import Exit, Stop, StopReason
-from vmm.kvm import Kvm, Vm
+from vmm.kvm import abi
+from vmm.kvm.vcpu import Vcpu
+from vmm.kvm.vm import Kvm, Vm
+from vmm.machine.attach import Devices
+from vmm.machine.board import Board
+from vmm.machine.build import Builder, Made
+from vmm.machine.console import Console
 from vmm.memory import GuestMemory
 from vmm.signals import Bell
-from vmm.vcpu import Vcpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from virtio.mmio import VirtioMmio
     from virtio.net.device import Net
     from virtio.vsock.device import Listener
-    from vmm.attach import Attached
-    from vmm.build import DeviceConfig
-    from vmm.mmds import Mmds
+    from vmm.machine.attach import Attached
+    from vmm.machine.build import DeviceConfig
+    from vmm.machine.mmds import Mmds
+    from vmm.machine.snapshot import Image
     from vmm.settings import VmSettings
-    from vmm.snapshot import Image
 
     class Closable(Protocol):
         def close(self) -> None: ...
@@ -66,7 +66,7 @@ class Machine:
     :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
     :param metadata: the metadata service's document, made before, which is ``mmds`` then. None: an empty one
     :param image: another machine, frozen: this one goes on where that one was; `config` None: with its configuration
-    :param prepared: from ``vmm.kvm.prepare``, used if it is of this configuration's KVM; owned from here on
+    :param prepared: from ``vmm.kvm.vm.prepare``, used if it is of this configuration's KVM; owned from here on
     :param seccomp: its threads have system call filters, but for those that run code of yours: devices and ports that
         are there at ``start``, and callbacks. Your own threads have none. Off, too, where a debugger or profiler looks
         into every thread at ``start``
@@ -75,10 +75,10 @@ class Machine:
     :raises TypeError: there is no such parameter
 
     ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
-    (:class:`vmm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a bus
-    device of your own is added by ``vm.pio.add(port, size, device, name)``. ``devices`` has the virtio devices;
+    (:class:`vmm.kvm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a
+    bus device of your own is added by ``vm.pio.add(port, size, device, name)``. ``devices`` has the virtio devices;
     ``attach`` adds one, ``detach`` takes one away. These and the metadata service's document ``mmds``
-    (:class:`vmm.mmds.Mmds`) can be changed while the guest runs.
+    (:class:`vmm.machine.mmds.Mmds`) can be changed while the guest runs.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class Machine:
         """Machines that go on from where this one is, started; this one goes on, too.
 
         :param count: how many
-        :param isolated: each in a process of its own (:class:`vmm.isolated.Isolated`), not in this one
+        :param isolated: each in a process of its own (:class:`vmm.machine.isolated.Isolated`), not in this one
         :param change: is given a child's configuration and its number from 0 on, and returns the one it is to have
 
         Without a change a child has a copy of every disk that the guest writes to, by reflink where the file system
@@ -289,7 +289,7 @@ class Machine:
         :raises SnapshotError: a device or RAM cannot be saved or shared, by name
         :raises VmmError: it has ended
         """
-        from vmm.snapshot import fork
+        from vmm.machine.snapshot import fork
 
         return fork(self, count, change, isolated=isolated)
 
@@ -299,7 +299,7 @@ class Machine:
         :param directory: of the snapshot that this machine was made of
         :raises HostError: it cannot be written, or this kernel cannot tell (before Linux 6.7)
         """
-        from vmm.snapshot_file import TOUCHED, record
+        from vmm.machine.snapshot_file import TOUCHED, record
 
         try:
             touched = self.memory.touched()
@@ -324,7 +324,7 @@ class Machine:
                 raise SnapshotError(transport.device.name, why)
         if self.memory.huge:
             raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
-        from vmm.snapshot import Image
+        from vmm.machine.snapshot import Image
 
         access = self.kvm.state_access()
         self._hold("freeze")
@@ -424,7 +424,7 @@ class Machine:
             for transport in self.virtio:
                 transport.device.thread_kind = None
             return None, None
-        from vmm import seccomp
+        from vmm.jail import seccomp
 
         seccomp.guard(alone=False)
         if threads.guard is not None and threads.guard.alone:
@@ -721,7 +721,7 @@ class Machine:
     def mmds(self) -> Mmds:
         """The metadata service's document: what the guest is told of, if the configuration lets it ask."""
         if self._mmds is None:
-            from vmm.mmds import Mmds
+            from vmm.machine.mmds import Mmds
 
             self._mmds = Mmds()
         return self._mmds

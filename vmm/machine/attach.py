@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from boot import layout
 from boot.board import VIRTIO_GSIS
-from vmm import kvm_abi as abi
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
+from vmm.kvm import abi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from virtio.fs._dax import Window
     from virtio.mmio import VirtioMmio
     from vmm._bus import Bus
-    from vmm.build import Made
-    from vmm.kvm import Vm
+    from vmm.kvm.vm import Vm
+    from vmm.machine.build import Made
     from vmm.memory import GuestMemory
 
 

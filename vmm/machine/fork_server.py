@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes processes for copies of machines: :mod:`vmm.isolated` starts it, and it ends with who has started it."""
+"""Makes processes for copies of machines: :mod:`vmm.machine.isolated` starts it, and it ends with who started it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import signal
 import tempfile
 import threading
 
-# As in vmm.isolated.
+# As in vmm.machine.isolated.
 from _socket import AF_UNIX, CMSG_LEN, MSG_CMSG_CLOEXEC, SOCK_SEQPACKET, socket
 from array import array
 
 import msgspec
 
-from vmm import _uring, jailer, preload, seccomp
+from vmm import _uring
 from vmm.errors import VmmError, line
-from vmm.isolated import DESCRIPTORS_MAX
-from vmm.machine import Machine
+from vmm.jail import jailer, preload, seccomp
+from vmm.machine.isolated import DESCRIPTORS_MAX
+from vmm.machine.machine import Machine
+from vmm.machine.snapshot_file import decode
 from vmm.memory import MemoryFile, Piece
-from vmm.snapshot_file import decode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/dev/kvm: its ioctls, structures, vCPUs and their state."""
