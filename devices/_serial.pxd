@@ -37,7 +37,12 @@ cdef struct State:
     uint8_t ring[RING_SIZE]
     uint32_t ring_head, ring_count
     uint64_t taken_ns               # when output was taken last, of the monotonic clock
+    int dropping                    # nobody takes output: it is lost at once
+    const char *words               # looked for in what is lost; the Serial's `_words`
+    uint32_t matched                # bytes of them that went by last
+    int said                        # they went by
 
 cdef class Serial(NativeDevice):
     cdef State state
     cdef object _irq            # keeps irq_fd open
+    cdef bytes _words

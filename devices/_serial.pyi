@@ -31,5 +31,18 @@ class Serial(NativeDevice):
         :returns: at most 64 KiB; ``b""`` when the port is closed and everything was taken
         """
 
+    def drop_output(self, words: bytes = b"") -> None:
+        """From here on what the guest sends is lost at once, and no thread has to take it; what waits, too.
+
+        :param words: looked for in it; no byte of them is 0, and their first one comes once
+        :raises ValueError: they are otherwise
+        """
+
+    def keep_output(self) -> None:
+        """From here on ``wait_output`` has what the guest sends."""
+    @property
+    def said(self) -> bool:
+        """Whether the words that ``drop_output`` was to look for went by."""
+
     def close(self) -> None:
         """Wake ``feed`` and ``wait_output``; the port itself keeps answering the guest. Idempotent."""

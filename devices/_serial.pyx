@@ -158,9 +158,19 @@ cdef void give_back(State *s) noexcept nogil:
         s.wire_count += 1
 
 
+cdef void look_for_words(State *s, uint8_t byte) noexcept nogil:
+    # Their first byte comes once in them: where they break off they can begin nowhere but here.
+    if s.said or not s.words[0]:
+        return
+    s.matched = s.matched + 1 if byte == <uint8_t>s.words[s.matched] else byte == <uint8_t>s.words[0]
+    s.said = not s.words[s.matched]
+
+
 cdef void transmit(State *s, uint8_t byte) noexcept nogil:
     if s.mcr & MCR_LOOP:
         s.looped += receive(s, byte)
+    elif s.dropping:
+        look_for_words(s, byte)
     elif s.ring_count < RING_SIZE:
         # A full ring was announced by a clear THRE; a guest that sends all the same loses its byte, as on a
         # UART.
@@ -404,6 +414,29 @@ cdef class Serial(NativeDevice):
             update(s)
             pthread_mutex_unlock(&s.lock)
         return taken
+
+    def drop_output(self, bytes words=b""):
+        cdef State *s = &self.state
+        if 0 in words or words.find(words[:1], 1) > 0:
+            raise ValueError("words without a NUL, whose first byte comes once")
+        pthread_mutex_lock(&s.lock)
+        self._words = words
+        s.words, s.matched = words, 0
+        s.dropping = 1
+        if s.ring_count == RING_SIZE:
+            s.thre_pending = 1          # the transmitter was stopped and goes on
+        s.ring_count = 0
+        update(s)
+        pthread_mutex_unlock(&s.lock)
+
+    def keep_output(self):
+        pthread_mutex_lock(&self.state.lock)
+        self.state.dropping = 0
+        pthread_mutex_unlock(&self.state.lock)
+
+    @property
+    def said(self):
+        return bool(self.state.said)
 
     def close(self):
         cdef State *s = &self.state

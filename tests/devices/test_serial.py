@@ -313,6 +313,30 @@ def test_full_ring_stops_the_transmitter_and_loses_nothing(port: Port) -> None:
     assert port[LSR] & THRE and port[IIR] & 0x0F == 0x02
 
 
+def test_a_stopped_transmitter_goes_on_once_output_is_dropped(port: Port) -> None:
+    port.open()
+    port[IER] = RDI | THRI
+    while port[LSR] & THRE:
+        port[THR] = 0x78
+    assert port[IIR] & 0x0F == NONE
+    port.irq.take()
+    port.serial.drop_output(b"Kernel")
+    assert port.irq.take() == 1 and port[LSR] & THRE and port[IIR] & 0x0F == 2
+    for byte in b"Kern Kernel":
+        assert not port.serial.said
+        port[THR] = byte
+    assert port.serial.said
+    port.serial.keep_output()
+    port[THR] = 0x79
+    assert port.serial.wait_output() == b"y"
+
+
+@pytest.mark.parametrize("words", [b"abca", b"a\0"])
+def test_words_that_cannot_be_looked_for(port: Port, words: bytes) -> None:
+    with pytest.raises(ValueError, match="first byte"):
+        port.serial.drop_output(words)
+
+
 def test_only_what_follows_soon_is_gathered(port: Port) -> None:
     waited = []
     for _ in range(30):

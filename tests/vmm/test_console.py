@@ -529,6 +529,47 @@ def test_panic_is_seen_across_pieces(pieces: list[bytes], seen: bool) -> None:
     assert console.panic_seen is seen
 
 
+@pytest.mark.parametrize(
+    ("said", "seen"),
+    [
+        (b"[1.0] Kernel panic - not syncing: VFS\n" * 2, True),
+        (b"KKernel Kernel panic - Kernel panic - not syncing", True),
+        (b"Kernel panic\n - not syncing" + bytes(9), False),
+        (b"x" * 200_000, False),  # more than the ring
+    ],
+)
+def test_output_that_nobody_hears_takes_no_thread_and_holds_nobody_up(guest: Guest, said: bytes, seen: bool) -> None:
+    before = threading.active_count()
+    console = Console(guest.serial, mode="none")
+    console.start(quiet=guest.serial)
+    assert threading.active_count() == before
+    guest.write(said)
+    assert console.panic_seen is seen
+    console.close()
+
+
+def test_who_listens_later_hears_what_comes_then(guest: Guest) -> None:
+    heard: list[bytes] = []
+    console = Console(guest.serial, mode="none", on_output=heard.append)
+    console.start(quiet=guest.serial)
+    guest.write(b"before\n")
+    console.listen()
+    console.listen()
+    guest.write(b"after\n")
+    console.close()
+    assert b"".join(heard) == b"after\n"
+
+
+def test_who_listens_before_the_start_hears_all(guest: Guest, tmp_path: Path) -> None:
+    heard: list[bytes] = []
+    console = Console(guest.serial, mode="none", on_output=heard.append)
+    console.listen()
+    console.start(quiet=guest.serial)
+    guest.write(b"all\n")
+    console.close()
+    assert heard == [b"all\n"]
+
+
 # A process of its own: the ways out that a test cannot take itself
 
 PROGRAM = """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's side of the serial console: this terminal, a file, or nothing.
 
-One thread takes the guest's output, one hands over the input; a terminal that nobody reads, or a guest that
-reads nothing, holds up its own thread and no more. On a terminal a third one waits for the guest to read, so
-that our own keys work all the same. Where no person looks on, in the mode ``raw`` and with a FIFO, output that nobody
-takes is lost instead: it would hold up the guest.
+One thread takes the guest's output, where somebody hears it, one hands over the input; a terminal that nobody reads,
+or a guest that reads nothing, holds up its own thread and no more. On a terminal a third one waits for the guest to
+read, so that our own keys work all the same. Where no person looks on, in the mode ``raw`` and with a FIFO, output that
+nobody takes is lost instead: it would hold up the guest.
 
 A 16550A has no way to tell the guest how large the window is: SIGWINCH does nothing here. In the guest,
 ``resize`` or ``stty rows R cols C`` does.
@@ -36,6 +36,14 @@ if TYPE_CHECKING:
         def wait_output(self) -> bytes: ...
         def close(self) -> None: ...
 
+    class QuietPort(Port, Protocol):
+        """A port that does without a thread that takes its output."""
+
+        def drop_output(self, words: bytes) -> None: ...
+        def keep_output(self) -> None: ...
+        @property
+        def said(self) -> bool: ...
+
 
 ESCAPE = 0x01  # Ctrl-A, as in QEMU
 INTERRUPT = 0x03  # Ctrl-C
@@ -65,8 +73,7 @@ class Console:
         again where they ask again
     :raises ConfigError: the file cannot be written
 
-    ``panic_seen`` tells whether Linux's last words of a panic went by; ``lost``, how many bytes of output
-    could not be written, or were too many.
+    ``lost`` is how many bytes of output could not be written, or were too many.
     """
 
     def __init__(
@@ -98,7 +105,12 @@ class Console:
         self._tail = b""
         self._pressed = 0  # the key before: Ctrl-A opens an escape, Ctrl-C may be the first of two
         self._pressed_at = 0.0
-        self.panic_seen = False
+        self._output_lock = threading.Lock()  # around the four that follow
+        self._heard = False
+        self._quiet: QuietPort | None = None
+        self._kind: str | None = None
+        self._started = False
+        self._panic_seen = False
         self.lost = 0
         if mode in ("stdio", "raw"):
             self._out, self._in = 1, 0
@@ -116,10 +128,11 @@ class Console:
                 raise ConfigError("--console", mode, f"cannot be written: {why}") from None
             self._out = self._owned
 
-    def start(self, kind: str | None = "console") -> None:
+    def start(self, kind: str | None = "console", *, quiet: QuietPort | None = None) -> None:
         """Empty the file, make the terminal raw if stdin is one, and let the bytes flow.
 
         :param kind: of its threads; see ``vmm.threads.spawn``
+        :param quiet: the port, if output that goes nowhere may be lost there until ``listen`` is called
         """
         if self._owned is not None:
             try:
@@ -134,17 +147,37 @@ class Console:
                 _tell(HELP)
                 self._typed = SimpleQueue()
                 self._readers.append(spawn(kind, "console keys", self._pump_typed))
-        self._writer = spawn(kind, "console out", self._pump_output)
+        with self._output_lock:
+            self._started, self._kind = True, kind
+            if quiet is not None and not self._heard and self._out is None and self._limit is None:
+                quiet.drop_output(PANIC)
+                self._quiet = quiet
+            else:
+                self._writer = spawn(kind, "console out", self._pump_output)
         if self._in is not None:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
             self._readers.append(spawn(kind, "console in", self._pump_input))
 
     # Output
 
+    @property
+    def panic_seen(self) -> bool:
+        """Whether Linux's last words of a panic went by."""
+        return self._panic_seen or (self._quiet is not None and self._quiet.said)
+
+    def listen(self) -> None:
+        """Have ``on_output`` called from here on, whatever ``start`` is told of a quiet port; idempotent."""
+        with self._output_lock:
+            self._heard = True
+            if self._started and self._writer is None and not self._closed:
+                assert self._quiet is not None
+                self._quiet.keep_output()
+                self._writer = spawn(self._kind, "console out", self._pump_output)
+
     def _pump_output(self) -> None:
         while data := self._serial.wait_output():
             window = self._tail + data
-            self.panic_seen = self.panic_seen or PANIC in window
+            self._panic_seen = self._panic_seen or PANIC in window
             self._tail = window[-len(PANIC) :]
             self._write(data if self._limit is None else self._limited(data))
             if self._on_output is not None:
@@ -298,9 +331,10 @@ class Console:
 
     def close(self) -> None:
         """Restore the terminal, and write out what the guest has sent, for 5 seconds at most; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._output_lock:
+            if self._closed:
+                return
+            self._closed = True
         self._serial.close()
         if self._wake is not None:
             os.eventfd_write(self._wake, 1)

@@ -233,7 +233,7 @@ class Machine:
             Console(port, mode=self.config.console, on_output=self._on_output, on_quit=self.stop, limit=limit)
         )
         if self._hvc is not None:
-            self._owned(Console(self.serial, mode="none")).start()  # its output goes nowhere, and holds nobody up
+            self.serial.drop_output()
         if self.config.exit_port is not None:
             self.pio.add(self.config.exit_port, 4, ExitPort(), "exit port")
 
@@ -383,6 +383,7 @@ class Machine:
     def on_console(self, callback: Callable[[bytes], None]) -> None:
         """Call `callback` with the serial port's output as it comes, on the console's thread."""
         self._console_callbacks.append(callback)
+        self.console.listen()
 
     def _on_output(self, data: bytes) -> None:
         for callback in self._console_callbacks:
@@ -401,7 +402,7 @@ class Machine:
         if paused:
             self._holds.add("pause")
         vcpu_kind, console_kind = self._confine()
-        self.console.start(console_kind)
+        self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
         for transport in self.virtio:
             transport.go_on()
         try:
