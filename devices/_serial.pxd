@@ -34,7 +34,7 @@ cdef struct State:
     uint32_t looped             # the last so many of them are the guest's own, by the loopback
     uint8_t wire[WIRE_SIZE]
     uint32_t wire_head, wire_count
-    uint8_t ring[RING_SIZE]
+    uint8_t *ring               # RING_SIZE of them; pages that no output has reached cost nothing
     uint32_t ring_head, ring_count
     uint64_t taken_ns               # when output was taken last, of the monotonic clock
     int dropping                    # nobody takes output: it is lost at once

@@ -11,6 +11,7 @@ drivers/tty/serial/8250/8250_port.c.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from vmm._bus cimport ACCESS_DONE, NativeDevice
@@ -305,6 +306,9 @@ cdef class Serial(NativeDevice):
         pthread_mutex_init(&s.lock, NULL)
         pthread_cond_init(&s.output_cond, NULL)
         pthread_cond_init(&s.input_cond, NULL)
+        s.ring = <uint8_t *>malloc(RING_SIZE)
+        if s.ring == NULL:
+            raise MemoryError()
         self._irq = irq
         s.irq_fd = irq.fd
         s.dll = 1               # 115200 baud, for a guest that asks
@@ -318,6 +322,7 @@ cdef class Serial(NativeDevice):
         pthread_cond_destroy(&self.state.output_cond)
         pthread_cond_destroy(&self.state.input_cond)
         pthread_mutex_destroy(&self.state.lock)
+        free(self.state.ring)
 
     def read(self, uint64_t offset, data):
         cdef uint8_t[::1] view = data

@@ -34,6 +34,10 @@ cdef Range *bus_find(Table *table, uint64_t address, uint32_t size) noexcept nog
     return NULL
 
 
+cdef str _where(uint64_t start, uint64_t size):
+    return f"{start:#x}-{start + size - 1:#x}" if size else f"{start:#x}"
+
+
 cdef class Bus:
     """An address space of disjoint ranges, each answered by one device.
 
@@ -66,16 +70,16 @@ cdef class Bus:
         :param name: for messages and statistics
         :raises ConfigError: the range is empty, leaves the space, or meets one that is already claimed
         """
-        where = f"{start:#x}-{start + size - 1:#x}" if size else f"{start:#x}"
         if size == 0 or start >= self.limit or size > self.limit - start:
-            raise ConfigError(f"{self.name} range", where, f"{name} must lie within 0-{self.limit - 1:#x}")
+            raise ConfigError(
+                f"{self.name} range", _where(start, size), f"{name} must lie within 0-{self.limit - 1:#x}")
         for other_start, other_size, _, other in self._claims:
             if start < other_start + other_size and other_start < start + size:
                 raise ConfigError(
-                    f"{self.name} range", where,
+                    f"{self.name} range", _where(start, size),
                     f"wanted by {name}, claimed by {other} at {other_start:#x}-{other_start + other_size - 1:#x}")
         self._claims.append((start, size, device, name))
-        self._claims.sort(key=lambda claim: claim[0])
+        self._claims.sort()  # no two begin at the same address, so nothing else of them is compared
         self._publish()
 
     def remove(self, device):

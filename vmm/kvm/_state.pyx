@@ -90,6 +90,8 @@ cdef enum:
     IRQCHIPS = 3
     MSR_IA32_TSC = 0x10
     MSR_IA32_TSC_DEADLINE = 0x6e0
+    MSR_KVM_SYSTEM_TIME = 0x12
+    MSR_KVM_SYSTEM_TIME_NEW = 0x4b564d01
     TSC_TOLERANCE_PPM = 250     # as in every VMM: what NTP corrects
 
 cdef object _passed_since(uint64_t then):
@@ -134,6 +136,8 @@ cdef class StateAccess:
     cdef bint has_xcrs
     cdef bint has_tsc_control
     cdef list msr_indices           # those that KVM lists, less those that it does not give
+    cdef dict new                   # what a new vCPU here has of parts that most guests leave as they were; once known
+    cdef int new_tsc_khz
 
     def __init__(self, int kvm_fd):
         cdef uint32_t[MSRS + 1] indices
@@ -164,15 +168,19 @@ cdef class StateAccess:
             state["sregs"] = _get(fd, KVM_GET_SREGS, sizeof(kvm_sregs), "KVM_GET_SREGS")
         state["xsave"] = _get(
             fd, KVM_GET_XSAVE2 if self.has_xsave2 else KVM_GET_XSAVE, self.xsave_bytes, "KVM_GET_XSAVE")
-        if self.has_xcrs:
-            state["xcrs"] = _get(fd, KVM_GET_XCRS, sizeof(kvm_xcrs), "KVM_GET_XCRS")
-        state["debugregs"] = _get(fd, KVM_GET_DEBUGREGS, sizeof(kvm_debugregs), "KVM_GET_DEBUGREGS")
         state["lapic"] = _get(fd, KVM_GET_LAPIC, sizeof(kvm_lapic_state), "KVM_GET_LAPIC")
         state["tsc_khz"] = max(kvm_call(fd, KVM_GET_TSC_KHZ, NULL), 0)
         state["cpuid"] = self._cpuid(fd)
         state["realtime"], state["msrs"] = time_ns(), self._msrs(fd)
-        state["vcpu_events"] = _get(fd, KVM_GET_VCPU_EVENTS, sizeof(kvm_vcpu_events), "KVM_GET_VCPU_EVENTS")
+        state.update(self._rarely_changed(fd))
         return state
+
+    cdef dict _rarely_changed(self, int fd):
+        parts = {"debugregs": _get(fd, KVM_GET_DEBUGREGS, sizeof(kvm_debugregs), "KVM_GET_DEBUGREGS")}
+        if self.has_xcrs:
+            parts["xcrs"] = _get(fd, KVM_GET_XCRS, sizeof(kvm_xcrs), "KVM_GET_XCRS")
+        parts["vcpu_events"] = _get(fd, KVM_GET_VCPU_EVENTS, sizeof(kvm_vcpu_events), "KVM_GET_VCPU_EVENTS")
+        return parts
 
     cdef bytes _cpuid(self, int fd):
         cdef CpuidTable table
@@ -217,6 +225,9 @@ cdef class StateAccess:
         memcpy(table.entries, <char *>cpuid, len(cpuid))
         if kvm_call(fd, KVM_SET_CPUID2, &table) < 0:
             raise KvmError(errno, "KVM_SET_CPUID2")
+        if self.new is None:
+            self.new_tsc_khz = kvm_call(fd, KVM_GET_TSC_KHZ, NULL)
+            self.new = self._rarely_changed(fd)
         self._set_tsc_khz(fd, state["tsc_khz"])
         _set(fd, KVM_SET_MP_STATE, state["mp_state"], sizeof(kvm_mp_state), "KVM_SET_MP_STATE")
         _set(fd, KVM_SET_REGS, state["regs"], sizeof(kvm_regs), "KVM_SET_REGS")
@@ -225,19 +236,23 @@ cdef class StateAccess:
         else:
             _set(fd, KVM_SET_SREGS, state["sregs"], sizeof(kvm_sregs), "KVM_SET_SREGS")
         _set(fd, KVM_SET_XSAVE, state["xsave"], self.xsave_bytes, "KVM_SET_XSAVE")
-        if "xcrs" in state:
+        # Each call loads the vCPU, which takes longer than what most of them do.
+        if "xcrs" in state and state["xcrs"] != self.new["xcrs"]:
             _set(fd, KVM_SET_XCRS, state["xcrs"], sizeof(kvm_xcrs), "KVM_SET_XCRS")
-        _set(fd, KVM_SET_DEBUGREGS, state["debugregs"], sizeof(kvm_debugregs), "KVM_SET_DEBUGREGS")
+        if state["debugregs"] != self.new["debugregs"]:
+            _set(fd, KVM_SET_DEBUGREGS, state["debugregs"], sizeof(kvm_debugregs), "KVM_SET_DEBUGREGS")
         _set(fd, KVM_SET_LAPIC, state["lapic"], sizeof(kvm_lapic_state), "KVM_SET_LAPIC")
         self._set_msrs(fd, state["msrs"], state.get("realtime", 0), state["tsc_khz"])
-        _set(fd, KVM_SET_VCPU_EVENTS, state["vcpu_events"], sizeof(kvm_vcpu_events), "KVM_SET_VCPU_EVENTS")
-        # So that a guest's watchdog does not take the pause for a hang; EINVAL: it has no kvm-clock.
-        if kvm_call(fd, KVM_KVMCLOCK_CTRL, NULL) < 0 and errno != EINVAL:
+        if state["vcpu_events"] != self.new["vcpu_events"]:
+            _set(fd, KVM_SET_VCPU_EVENTS, state["vcpu_events"], sizeof(kvm_vcpu_events), "KVM_SET_VCPU_EVENTS")
+        # So that a guest's watchdog does not take the pause for a hang. EINVAL: its kvm-clock is nowhere.
+        has_clock = state["msrs"].get(MSR_KVM_SYSTEM_TIME, 0) | state["msrs"].get(MSR_KVM_SYSTEM_TIME_NEW, 0)
+        if has_clock & 1 and kvm_call(fd, KVM_KVMCLOCK_CTRL, NULL) < 0 and errno != EINVAL:
             raise KvmError(errno, "KVM_KVMCLOCK_CTRL")
 
     cdef int _set_tsc_khz(self, int fd, khz) except -1:
         cdef uint64_t wanted = khz
-        cdef int here = kvm_call(fd, KVM_GET_TSC_KHZ, NULL)
+        cdef int here = self.new_tsc_khz
         if here <= 0 or wanted == 0 or abs(<int64_t>wanted - here) * 1000000 <= <int64_t>here * TSC_TOLERANCE_PPM:
             return 0
         if not self.has_tsc_control or kvm_call(fd, KVM_SET_TSC_KHZ, <void *>wanted) < 0:
