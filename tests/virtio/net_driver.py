@@ -12,7 +12,7 @@ from typing import Any
 from virtio import spec
 from virtio.mmio import VirtioMmio
 from virtio.net.device import Net
-from virtio.net.host import Passt, Tap
+from virtio.net.host import Tap
 from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
@@ -22,12 +22,41 @@ HOST, GUEST = "10.9.8.1", "10.9.8.2"
 RX, TX = 0, 1
 
 
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f">{len(data) // 2}H", data)) if len(data) % 2 == 0 else checksum(data + b"\0") ^ 0xFFFF
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+class Stream:
+    """What passt is to the device: one end of a stream of frames; the other is the test's."""
+
+    stream = True
+
+    def __init__(self, stack: Any) -> None:
+        ours, self.other = socket.socketpair()
+        stack.callback(ours.close)
+        stack.callback(self.other.close)
+        ours.setblocking(False)
+        self._ours = ours
+        self.fds = [ours.fileno()]
+        self.other.settimeout(10)
+
+    def gone(self) -> str:
+        return "the test is gone"
+
+    def set_offloads(self, features: int) -> None:
+        pass
+
+    def set_pairs(self, count: int) -> None:
+        pass
+
+
 class Vm:
     """A guest's driver for one interface over a tap."""
 
-    def __init__(
-        self, stack: Any, *, queues: int = 1, without: int = 0, tap: Tap | Passt | None = None, **options: Any
-    ) -> None:
+    def __init__(self, stack: Any, *, queues: int = 1, without: int = 0, tap: Any = None, **options: Any) -> None:
         self.log: list[str] = []
         self.ram = stack.enter_context(GuestMemory(16 << 20))
         self.irq = IrqLine(5)
@@ -101,3 +130,30 @@ def arp_request() -> bytes:
 
 def is_arp_reply(frame: bytes) -> bool:
     return frame[12:14] == b"\x08\x06" and frame[20:22] == b"\0\2"
+
+
+def ipv4(
+    target: str, segment: bytes, protocol: int = 6, *, source: str = GUEST, fragment: int = 0x4000, options: bytes = b""
+) -> bytes:
+    """A frame of the guest's with an IPv4 packet."""
+    ip = struct.pack(
+        ">BBHHHBBH4s4s", 0x45 + len(options) // 4, 0, 20 + len(options) + len(segment), 1, fragment, 64, protocol, 0,
+        socket.inet_aton(source), socket.inet_aton(target),
+    ) + options  # fmt: skip
+    ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
+    return b"\x02" * 6 + GUEST_MAC + b"\x08\0" + ip + segment
+
+
+def tcp(
+    target: str, port: int, *, source: str = GUEST, source_port: int = 4000, flags: int = 2, **options: Any
+) -> bytes:
+    """A frame of the guest's with a segment of TCP over IPv4; a SYN, if nothing else is said."""
+    segment = struct.pack(">HHIIBBHHH", source_port, port, 1000, 0, 0x50, flags, 65000, 0, 0)
+    pseudo = socket.inet_aton(source) + socket.inet_aton(target) + struct.pack(">HH", 6, len(segment))
+    segment = segment[:16] + struct.pack(">H", checksum(pseudo + segment)) + segment[18:]
+    return ipv4(target, segment, source=source, **options)
+
+
+def udp(target: str, port: int, data: bytes = b"data", *, source_port: int = 4000, **options: Any) -> bytes:
+    """A frame of the guest's with a datagram over IPv4, without a checksum."""
+    return ipv4(target, struct.pack(">HHHH", source_port, port, 8 + len(data), 0) + data, 17, **options)

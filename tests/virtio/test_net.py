@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Vm, arp_request, is_arp_reply
+from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Vm, arp_request, checksum, is_arp_reply
 from virtio import spec
 from virtio._limiter import RateLimiter
 
@@ -36,13 +36,6 @@ def read_pcap(dump: bytes) -> list[bytes]:
 
 def is_udp(frame: bytes) -> bool:
     return frame[12:14] == b"\x08\0" and frame[23] == 17
-
-
-def checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f">{len(data) // 2}H", data)) if len(data) % 2 == 0 else checksum(data + b"\0") ^ 0xFFFF
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total ^ 0xFFFF
 
 
 class Tcp:

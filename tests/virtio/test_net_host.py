@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST_MAC, HOST, Vm, arp_request, is_arp_reply
+from tests.virtio.net_driver import GUEST_MAC, HOST, Vm, arp_request, is_arp_reply, tcp
 from tests.virtio.test_net import checksum, is_udp
+from virtio.net._policy import Policy
 from virtio.net.host import Passt, Tap, network_of, parse_address
 from vmm.device_config import NetConfig
 from vmm.errors import ConfigError
@@ -239,6 +240,20 @@ def test_the_gateway_is_the_hosts_loopback_only_where_that_is_asked_for(
     else:
         with pytest.raises(TimeoutError):
             server.recv(100)
+
+
+def test_a_guest_that_names_the_hosts_loopback_does_not_reach_it(passt: Passt, stack: Any) -> None:
+    """By frames that no kernel would send: passt takes a packet to 127.0.0.1 for what it says."""
+    server = stack.enter_context(socket.create_server(("0.0.0.0", 0)))
+    server.settimeout(10)
+    port = server.getsockname()[1]
+    vm = Vm(stack, tap=passt, policy=Policy(only_special=True))
+    for place, target in enumerate(("127.0.0.1", "0.0.0.0", "127.1.2.3", "10.7.7.5")):
+        vm.send(tcp(target, port, source="10.7.7.9", source_port=4000 + place))
+    stream, peer = server.accept()
+    stream.close()
+    assert peer[0] == "10.7.7.5"  # the last of them was the first
+    assert vm.device.stats["policy_dropped_special"] == 3
 
 
 def test_the_end_of_passt_pulls_the_cable(passt: Passt, stack: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import HOST, RX, TX, Vm, arp_request, is_arp_reply
+from tests.virtio.net_driver import HOST, RX, TX, Stream, Vm, arp_request, is_arp_reply
 from tests.virtio.test_mmds_net import ACK, ADDRESS, MAC, MASK, PSH, SERVICE, SYN, Peer, Segment, packet, store
 from tests.virtio.test_net import command, read_pcap
 from tests.virtio.test_net_hostile import OUTSIDE, assert_alive, assert_broken_and_revived, returned
@@ -23,30 +23,6 @@ from virtio.net.mmds import Endpoint
 DOCUMENT = {"name": "value", "large": "x" * 50_000}
 PARTIAL = spec.NET_HEADER.pack(1, 0, 0, 0, 34, 16, 0)
 ETH_P_ALL = 3
-
-
-class Stream:
-    """What passt is to the device: one end of a stream of frames; the other is the test's."""
-
-    stream = True
-
-    def __init__(self, stack: Any) -> None:
-        ours, self.other = socket.socketpair()
-        stack.callback(ours.close)
-        stack.callback(self.other.close)
-        ours.setblocking(False)
-        self._ours = ours
-        self.fds = [ours.fileno()]
-        self.other.settimeout(10)
-
-    def gone(self) -> str:
-        return "the test is gone"
-
-    def set_offloads(self, features: int) -> None:
-        pass
-
-    def set_pairs(self, count: int) -> None:
-        pass
 
 
 def vm_with(stack: Any, **options: Any) -> Vm:

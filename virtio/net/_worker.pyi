@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from virtio._limiter import RateLimiter
 from virtio._worker import QueueWorker
 from virtio.device import VirtioDevice
+from virtio.net._policy import Policy
 from virtio.net.mmds import Endpoint
+from virtio.net.resolver import Resolver
 
 class NetWorker(QueueWorker):
     """The thread of one pair of queues, the receive queue first."""
@@ -25,6 +27,8 @@ class NetWorker(QueueWorker):
         rx_limiter: RateLimiter,
         tx_limiter: RateLimiter,
         mmds: Endpoint | None = None,
+        policy: Policy | None = None,
+        resolver: Resolver | None = None,
         pcap: int = -1,
     ) -> None: ...
     @property

@@ -3,11 +3,12 @@
 """A pair of network queues without the GIL: frames go between the guest's buffers and a tap, or a stream to passt."""
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EBADFD, ECONNRESET, EINTR, errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 from virtio._limiter cimport RateLimiter
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
+from virtio.net._policy cimport ALLOWED, DROPPED, HEAD, Judge
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
@@ -42,6 +43,7 @@ cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int count)
 
 cdef enum:
+    TO_MMDS = -1                # beside the policy's verdicts
     RX = 0
     TX = 1
     TOKEN_HOST = 1
@@ -54,7 +56,7 @@ cdef enum:
     NEEDS_CSUM = 1              # in the header's flags
     DETOUR_HEAD = VNET_HEADER + 42  # as much of a frame as tells where it goes: an ARP packet for IPv4
     ANSWER_MAX = ETH_HEADER + 1500
-    MMDS = 2                    # a place of NetWorker.resume only
+    SERVICES = 2                # a place of NetWorker.resume only
     HELD = 256                  # RX chains taken in advance at most
     BUDGET = 64                 # frames one way before the other has its turn
     LEAST_NS = 5_000_000        # wait so long for buffers that hold the largest frame, then do with what is there
@@ -78,6 +80,7 @@ cdef struct Counters:
     uint64_t tx_bad             # not readable, too short, too long
     uint64_t tx_errors          # the host refused the frame; it is dropped
     uint64_t mmds_errors        # frames for the metadata service that it failed at: our mistake
+    uint64_t resolver_errors    # likewise
     uint64_t pcap_errors        # a frame could not be recorded; the ones after it are not
 
 
@@ -90,6 +93,8 @@ cdef class NetWorker(QueueWorker):
     :param rx_limiter: of what the guest receives
     :param tx_limiter: of what the guest sends
     :param mmds: the metadata service's endpoint, whose address's frames never reach `fd`; None: there is none
+    :param policy: which frames of the guest's may leave, with `stream` only; None: all
+    :param resolver: where those go that are for the policy's resolver, and word of those dropped; None: nowhere
     :param pcap: a file for a copy of each frame, opened for appending; -1: none
     """
     cdef int fd
@@ -119,23 +124,37 @@ cdef class NetWorker(QueueWorker):
     cdef bint dropping                      # the rest of this frame was for a driver that is gone
     cdef uint64_t tx_left
     cdef uint64_t tx_size
-    # The metadata service's.
+    # The policy's: what of the frame was judged is in `head`, and is sent from there.
+    cdef object policy
+    cdef Judge *rules                       # the policy's; NULL: all may leave
+    cdef uint8_t[VNET_HEADER + HEAD] head
+    cdef uint64_t tx_head                   # bytes of the frame in it
+    # The services', which are in this process: the metadata service's and the resolver's.
+    cdef object resolver
+    cdef bint resolves
     cdef object mmds
     cdef bint detour
     cdef uint8_t[4] mmds_address
-    cdef bint mmds_due                      # ask it for frames
+    cdef bint frames_due                    # ask them for frames
     cdef uint32_t answer_size               # of the one that waits for buffers; 0: none does
     cdef uint8_t[VNET_HEADER + ANSWER_MAX] answer
     cdef Counters counters
 
     def __init__(self, device, indices, notify_fds, on_failure, name=None, *, int fd, bint stream, uint32_t pair,
-                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, mmds=None, int pcap=-1):
+                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, mmds=None,
+                 policy=None, resolver=None, int pcap=-1):
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.fd = fd
         self.stream = stream
         self.pair = pair
         self.rx_limiter = rx_limiter
         self.tx_limiter = tx_limiter
+        self.policy = policy
+        self.rules = NULL if policy is None else <Judge *><uintptr_t>policy.pointer
+        self.resolver = resolver
+        self.resolves = resolver is not None
+        if self.rules != NULL and not stream:
+            raise ValueError("a policy is for frames without a header, by which the host would change them")
         self.mmds = mmds
         self.detour = mmds is not None
         if self.detour:
@@ -157,8 +176,8 @@ cdef class NetWorker(QueueWorker):
         self.n_held = self.n_iov = 0
         self.held_bytes = self.received = 0
         self.patient = True
-        self.resume[RX] = self.resume[TX] = self.resume[MMDS] = 0
-        self.mmds_due = False
+        self.resume[RX] = self.resume[TX] = self.resume[SERVICES] = 0
+        self.frames_due = self.resolves
         self.answer_size = 0
         self.paid = False
         self.dropping = self.length_got == 4
@@ -169,7 +188,7 @@ cdef class NetWorker(QueueWorker):
         self.resume[place] = 0
         status = self.receive() if place == RX else self.transmit()
         self.publish(place)
-        if place == TX and status >= 0 and self.mmds_due:
+        if place == TX and status >= 0 and self.frames_due:
             answered = self._kicked(RX)
             if answered < 0:
                 return answered
@@ -185,9 +204,9 @@ cdef class NetWorker(QueueWorker):
                 status = self._kicked(place)
                 if status < 0:
                     return status
-        if self.resume[MMDS] and token == TOKEN_TIMER:
-            self.resume[MMDS] = 0
-            self.mmds_due = True
+        if token == TOKEN_TIMER and (self.resume[SERVICES] or self.resolves):
+            self.resume[SERVICES] = 0
+            self.frames_due = True
             return self._kicked(RX)
         return 0
 
@@ -222,8 +241,8 @@ cdef class NetWorker(QueueWorker):
                 if budget == 0:
                     return SERVE_MORE
                 # Not where a part of a frame is in the buffers.
-                if self.mmds_due and (self.length_got < 4 or self.dropping) \
-                        and (self.answer_size or self.ask_mmds()):
+                if self.frames_due and (self.length_got < 4 or self.dropping) \
+                        and (self.answer_size or self.ask_services()):
                     status = self.give_answer()
                     if status <= 0:
                         return status
@@ -388,7 +407,7 @@ cdef class NetWorker(QueueWorker):
         cdef uint32_t budget = BUDGET
         cdef uint64_t wait
         cdef ssize_t sent
-        cdef int status
+        cdef int status, verdict
         while not self.stopping():
             if budget == 0:
                 return SERVE_MORE
@@ -401,8 +420,17 @@ cdef class NetWorker(QueueWorker):
                 self.counters.tx_bad += 1
                 queue_add_used(ring, chain.head, 0)
                 continue
-            if self.detour and self.tx_left == 0 and self.is_for_mmds(chain):
-                self.tell_mmds(chain)
+            verdict = ALLOWED
+            if self.tx_left == 0:       # or a part of it is on its way
+                if self.detour and self.is_for_mmds(chain):
+                    verdict = TO_MMDS
+                elif self.rules != NULL:
+                    verdict = self.judge(chain)
+            if verdict != ALLOWED:
+                if verdict < DROPPED:
+                    self.tell(chain, verdict)
+                elif self.resolves and self.rules.may_tell(self.rules.policy):
+                    self.refuse(verdict)
                 if self.pcap >= 0:
                     self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
                 self.paid = False
@@ -430,6 +458,8 @@ cdef class NetWorker(QueueWorker):
             else:
                 self.counters.tx_packets += 1
                 self.counters.tx_bytes += chain.readable_bytes - VNET_HEADER
+                if self.rules != NULL:
+                    self.rules.count(self.rules.policy, ALLOWED, chain.readable_bytes - VNET_HEADER)
                 if self.pcap >= 0:
                     self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
             self.paid = False
@@ -464,6 +494,10 @@ cdef class NetWorker(QueueWorker):
                 n = 1
                 done = 4
             done -= 4
+            if done < self.tx_head:
+                rest[n] = iovec(<void *>&self.head[VNET_HEADER + done], self.tx_head - done)
+                n += 1
+                done = self.tx_head
             if done < size:
                 n += skip(chain.iov, chain.n_readable, VNET_HEADER + done, min(size, self.tx_size) - done, &rest[n])
             elif done < self.tx_size:
@@ -478,7 +512,18 @@ cdef class NetWorker(QueueWorker):
             self.tx_left -= sent
         return 0
 
-    # The metadata service, which is inside this process: a slow path, one GIL a frame
+    cdef int judge(self, DescChain *chain) noexcept nogil:
+        # By a copy of its head, which is what is sent.
+        cdef uint64_t size = chain.readable_bytes - VNET_HEADER
+        cdef int verdict
+        self.tx_head = gather_bytes(chain.iov, chain.n_readable, self.head, VNET_HEADER + HEAD) - VNET_HEADER
+        memset(&self.head[VNET_HEADER + self.tx_head], 0, HEAD - self.tx_head)
+        verdict = self.rules.judge(self.rules.policy, &self.head[VNET_HEADER], size)
+        if verdict != ALLOWED:          # the others are counted once they are sent
+            self.rules.count(self.rules.policy, verdict, size)
+        return verdict
+
+    # Services inside this process: a slow path, one GIL a frame
 
     cdef bint is_for_mmds(self, DescChain *chain) noexcept nogil:
         # By a copy of its head; what the driver makes of it meanwhile, the endpoint judges anew.
@@ -495,37 +540,49 @@ cdef class NetWorker(QueueWorker):
         return frame[13] == 0x06 and size >= 42 and memcmp(&frame[14], b"\0\1\x08\0\6\4\0\1", 8) == 0 \
             and memcmp(&frame[38], self.mmds_address, 4) == 0
 
-    cdef void tell_mmds(self, DescChain *chain) noexcept with gil:
+    cdef void refuse(self, int verdict) noexcept with gil:
+        self.frames_due = True
+        try:
+            self.resolver.refused(
+                PyBytes_FromStringAndSize(<char *>&self.head[VNET_HEADER], HEAD), verdict - DROPPED)
+        except Exception as error:
+            self.blame(self.resolver, error)
+
+    cdef void tell(self, DescChain *chain, int verdict) noexcept with gil:
+        cdef object service = self.mmds if verdict == TO_MMDS else self.resolver
         cdef uint64_t size = min(chain.readable_bytes, <uint64_t>VNET_HEADER + FRAME_MAX)
         cdef bytes copy
-        self.mmds_due = True
+        self.frames_due = True
         try:
             copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
             gather_bytes(chain.iov, chain.n_readable, <uint8_t *><char *>copy, size)
-            self.mmds.receive(copy[VNET_HEADER:], partial=copy[0] & NEEDS_CSUM != 0)
+            service.receive(copy[VNET_HEADER:], partial=copy[0] & NEEDS_CSUM != 0)
         except Exception as error:
-            self.blame(error)
+            self.blame(service, error)
 
-    cdef bint ask_mmds(self) noexcept with gil:
+    cdef bint ask_services(self) noexcept with gil:
         # Whether there is a frame for the guest in self.answer.
         cdef bytes frame
+        cdef object service = None
         try:
-            frame = self.mmds.next_frame()
-            if frame is not None:
-                if len(frame) > ANSWER_MAX:
-                    raise ValueError(f"a frame of {len(frame)} bytes")
-                memset(self.answer, 0, VNET_HEADER)
-                memcpy(&self.answer[VNET_HEADER], <const char *>frame, <size_t>len(frame))
-                self.answer_size = VNET_HEADER + <uint32_t>len(frame)
-                return True
-            self.mmds_due = False
-            self.resume[MMDS] = 0
-            seconds = self.mmds.timeout()
+            for service in (self.mmds, self.resolver):
+                frame = None if service is None else service.next_frame()
+                if frame is not None:
+                    if len(frame) > ANSWER_MAX:
+                        raise ValueError(f"a frame of {len(frame)} bytes")
+                    memset(self.answer, 0, VNET_HEADER)
+                    memcpy(&self.answer[VNET_HEADER], <const char *>frame, <size_t>len(frame))
+                    self.answer_size = VNET_HEADER + <uint32_t>len(frame)
+                    return True
+            self.frames_due = False
+            self.resume[SERVICES] = 0
+            service = self.mmds
+            seconds = None if service is None else service.timeout()
             if seconds is not None:
-                self.stall(MMDS, 1 + <uint64_t>(seconds * 1_000_000_000))
+                self.stall(SERVICES, 1 + <uint64_t>(seconds * 1_000_000_000))
         except Exception as error:
-            self.mmds_due = False
-            self.blame(error)
+            self.frames_due = False
+            self.blame(service, error)
         return False
 
     cdef int give_answer(self) noexcept nogil:
@@ -541,9 +598,12 @@ cdef class NetWorker(QueueWorker):
         self.answer_size = 0
         return 1
 
-    cdef object blame(self, object error):
-        self.counters.mmds_errors += 1
-        self.device.context.warn("mmds", f"{self.name}: metadata service: {type(error).__name__}: {error}")
+    cdef object blame(self, object service, object error):
+        if service is self.mmds:
+            self.counters.mmds_errors += 1
+        else:
+            self.counters.resolver_errors += 1
+        self.device.context.warn(service.what, f"{self.name}: {service.what}: {type(error).__name__}: {error}")
 
     # A copy for the one who looks on
 

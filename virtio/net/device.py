@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from virtio._limiter import Bucket
     from virtio.device import ActivateContext, AnyWorker
+    from virtio.net._policy import Policy
     from virtio.net.mmds import Endpoint
+    from virtio.net.resolver import Resolver
     from vmm._fastpath import Chain
 
     class Backend(Protocol):
@@ -86,6 +88,8 @@ class Net(VirtioDevice):
     :param rx_limiter: of what the guest receives; None: no limit
     :param tx_limiter: of what the guest sends; None: no limit
     :param mmds: the metadata service's endpoint: what the guest sends to its address does not reach `backend`
+    :param policy: which frames of the guest's reach `backend`, passt only; None: all
+    :param resolver: the policy's; owned. None: nobody answers names
     :param name: of the threads
     :raises ConfigError: the pcap file cannot be made
     """
@@ -103,6 +107,8 @@ class Net(VirtioDevice):
         rx_limiter: RateLimiter | None = None,
         tx_limiter: RateLimiter | None = None,
         mmds: Endpoint | None = None,
+        policy: Policy | None = None,
+        resolver: Resolver | None = None,
         name: str = "virtio-net",
     ) -> None:
         super().__init__()
@@ -113,6 +119,8 @@ class Net(VirtioDevice):
         self.rx_limiter = rx_limiter or RateLimiter()
         self.tx_limiter = tx_limiter or RateLimiter()
         self.mmds = mmds
+        self.policy = policy
+        self.resolver = resolver
         self.link_up = True
         self.pairs = len(backend.fds)
         self.queue_sizes = (QUEUE_SIZE,) * (2 * self.pairs) + (CTRL_QUEUE_SIZE,)
@@ -141,6 +149,10 @@ class Net(VirtioDevice):
                 total[key] = total.get(key, 0) + value
         if self.mmds is not None:
             total |= {f"mmds_{key}": value for key, value in self.mmds.counters.items()}
+        if self.policy is not None:
+            total |= {f"policy_{key}": value for key, value in self.policy.counters.items()}
+        if self.resolver is not None:
+            total |= {f"dns_{key}": value for key, value in self.resolver.counters.items()}
         total["rx_rate_limiter_throttled"] = self.rx_limiter.throttled
         total["tx_rate_limiter_throttled"] = self.tx_limiter.throttled
         return total
@@ -153,9 +165,11 @@ class Net(VirtioDevice):
                     self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
                     f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
                     rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, mmds=self.mmds,
-                    pcap=self._pcap,
+                    policy=self.policy, resolver=self.resolver, pcap=self._pcap,
                 )
             )  # fmt: skip
+        if self.resolver is not None:
+            self.resolver.on_frame = self._workers[0].wake
         control = sorted({2, 2 * self.pairs})
         return [*self._workers, _ControlWorker(self, control, [notify_fds[index] for index in control], on_failure)]
 
@@ -167,6 +181,9 @@ class Net(VirtioDevice):
         """Let the tap do what the driver negotiated."""
         if self.mmds is not None:
             self.mmds.reset()
+        if self.resolver is not None:
+            self.resolver.log = context.warn
+            self.resolver.reset()
         self._use(1, context.features)
 
     def _use(self, pairs: int, offloads: int) -> None:
@@ -175,8 +192,9 @@ class Net(VirtioDevice):
         self._pairs_used, self._offloads = pairs, offloads
 
     def save(self) -> dict[str, Any]:
-        """The address, pairs and offloads that the driver has chosen."""
-        return {"mac": self.mac, "pairs": self._pairs_used, "offloads": self._offloads & GUEST_OFFLOADS}
+        """The address, pairs and offloads that the driver has chosen, and the names that the guest has asked for."""
+        state = {"mac": self.mac, "pairs": self._pairs_used, "offloads": self._offloads & GUEST_OFFLOADS}
+        return state if self.resolver is None else state | {"names": self.resolver.save()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take them; the address is the guest's, whatever this device was to have."""
@@ -185,6 +203,9 @@ class Net(VirtioDevice):
         self.mac = bytes(state["mac"])
         self.config = self._config_space()
         self._use(state["pairs"], state["offloads"] & self.context.features)
+        if self.resolver is not None:
+            self.resolver.log = self.context.warn
+            self.resolver.restore(state.get("names", ()))
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or pull it, as the guest sees it; any thread."""
@@ -252,7 +273,9 @@ class Net(VirtioDevice):
         return False
 
     def close(self) -> None:
-        """Close the pcap file; idempotent. The transport is closed before."""
+        """Close the pcap file and the resolver; idempotent. The transport is closed before."""
+        if self.resolver is not None:
+            self.resolver.close()
         if self._pcap >= 0:
             os.close(self._pcap)
             self._pcap = -1

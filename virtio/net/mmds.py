@@ -172,6 +172,8 @@ class Endpoint:
     ``receive`` takes a frame, ``next_frame`` gives those to be received by the guest, until None; both from any thread.
     """
 
+    what = "metadata service"
+
     def __init__(self, serve: Serve, address: bytes, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.address = address
         self.counters = dict.fromkeys(

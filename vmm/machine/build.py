@@ -165,9 +165,14 @@ class Builder:
         from virtio.net.host import Passt, Tap
 
         backend: Tap | Passt
+        policy = None
         if config.mode == "user":
             _will_start("net", "user", "passt")
             backend = self._owned(Passt(loopback=config.loopback))
+            if not config.loopback:
+                from virtio.net._policy import Policy
+
+                policy = Policy(only_special=True)  # passt connects a frame to 127.0.0.1 to the host's
         elif config.fd is not None:
             backend = self._owned(Tap.inherited(config.fd))
         else:
@@ -195,7 +200,8 @@ class Builder:
             endpoint = Endpoint(self._mmds().serve, inet_aton(mmds.ipv4_address))
         net = Net(
             backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=_limiter(config.rx_rate_limiter),
-            tx_limiter=_limiter(config.tx_rate_limiter), mmds=endpoint, name=f"virtio-net{number}",
+            tx_limiter=_limiter(config.tx_rate_limiter), mmds=endpoint, policy=policy,
+            name=f"virtio-net{number}",
         )  # fmt: skip
         return self._owned(net)
 

@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""Which of a guest's frames may leave it: judged by a copy of their first bytes, without the GIL and without a lock.
+
+The network device's thread, the reader, loads the table's pointer once a frame and never sees the table change. `learn`
+and its like build a new one, publish it by one store, and free the old one when the reader has left it.
+
+Sources: RFC 791 (IPv4), RFC 8200 (IPv6), RFC 826 (ARP), RFC 4861 (neighbour discovery), RFC 2131 (DHCP), RFC 6890 (what
+is special about an address).
+"""
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcmp, memcpy, memset
+
+# A network, and ports of it. IPv4 addresses are those of ::ffff:0:0/96; both halves are numbers, not bytes.
+cdef struct Rule:
+    uint64_t high
+    uint64_t low
+    uint64_t high_mask
+    uint64_t low_mask
+    uint16_t first      # port; 0: all ports, but not those of nameservers, and ping
+    uint16_t last
+
+# An address that an allowed name has.
+cdef struct Learned:
+    uint64_t high
+    uint64_t low
+    uint16_t first
+    uint16_t last
+    uint64_t until      # new connections; in seconds of CLOCK_MONOTONIC
+    uint64_t used       # the last frame to it; written by the reader
+
+cdef struct Table:
+    size_t n_deny
+    size_t n_allow
+    size_t n_learned
+    Rule *rules         # denied ones first
+    Learned *learned    # by address, then by port
+
+cdef extern from *:
+    """
+    #include <sched.h>
+    #include <stdint.h>
+    #include <time.h>
+    static inline uint64_t policy_ms(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+        return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+    }
+    /* The reader's store must be seen before it loads the table, the writer's before it looks for readers. */
+    #define policy_enter(reading) __atomic_fetch_add(reading, 1, __ATOMIC_SEQ_CST)
+    #define policy_leave(reading) __atomic_fetch_add(reading, 1, __ATOMIC_RELEASE)
+    #define policy_table(table) __atomic_load_n(table, __ATOMIC_SEQ_CST)
+    #define policy_swap(table, new) __atomic_exchange_n(table, new, __ATOMIC_SEQ_CST)
+    #define policy_set(to, value) __atomic_store_n(to, value, __ATOMIC_RELAXED)
+    static inline void policy_wait(uint64_t *reading) {
+        uint64_t seen = __atomic_load_n(reading, __ATOMIC_SEQ_CST);
+        while (seen & 1 && __atomic_load_n(reading, __ATOMIC_SEQ_CST) == seen)
+            sched_yield();
+    }
+    """
+    uint64_t policy_ms() noexcept nogil
+    uint64_t policy_enter(uint64_t *reading) noexcept nogil
+    uint64_t policy_leave(uint64_t *reading) noexcept nogil
+    Table *policy_table(Table **table) noexcept nogil
+    Table *policy_swap(Table **table, Table *new) noexcept nogil
+    void policy_set(uint64_t *to, uint64_t value) noexcept nogil
+    void policy_wait(uint64_t *reading) noexcept nogil
+
+# By number, from DROPPED on.
+REASONS = ("malformed", "protocol", "options", "fragment", "source", "special", "nameserver", "address")
+MOST_LEARNED = 4096
+
+cdef enum:
+    ETH_HEADER = 14
+    ICMP = 1
+    TCP = 6
+    UDP = 17
+    ICMPV6 = 58
+    # How long what is not TCP may go on with an address whose time is over, from its last frame on (nf_conntrack).
+    STREAM_SECONDS = 180
+    TELLS = 16          # at once
+    TELL_EVERY = 50     # milliseconds
+
+
+cdef class Policy:
+    """What one guest may reach: nothing but what is allowed or learned.
+
+    :param guest: the guest's own IPv4 address, four bytes: frames from any other are dropped
+    :param gateway: IPv4, the address that leads to the host's loopback where something maps it: never reached
+    :param resolver: IPv4, where the guest's DNS is answered
+    :param allow: rules ``(address, bits, first, last)``: an IPv6 address of 16 bytes, for IPv4 in ::ffff:0:0/96, the
+        bits of its network, and ports, 0 and 0 for all
+    :param deny: such rules, which go before
+    :param only_special: allow everything but what is on no network: the host's loopback, by whichever name
+
+    Loopback, multicast and broadcast are never reached, link-local addresses only by a rule for them alone, and
+    nameservers only by a rule for their port. One thread judges.
+    """
+    cdef Table *table               # replaced whole; the reader loads the pointer once
+    cdef uint64_t reading           # odd while the reader has a table
+    cdef readonly bint only_special
+    cdef uint8_t[4] guest
+    cdef uint8_t[4] gateway
+    cdef uint8_t[4] resolver
+    cdef uint64_t[VERDICTS] frames
+    cdef uint64_t bytes_allowed
+    cdef uint64_t bytes_dropped
+    cdef uint64_t evicted
+    cdef uint64_t tokens            # of may_tell
+    cdef uint64_t filled            # when, in milliseconds
+    cdef Judge _judge
+
+    def __cinit__(self):
+        self.table = NULL
+
+    def __init__(self, bytes guest=bytes(4), bytes gateway=bytes(4), bytes resolver=bytes(4), allow=(), deny=(),
+                 *, bint only_special=False):
+        if not len(guest) == len(gateway) == len(resolver) == 4:
+            raise ValueError("an IPv4 address has four bytes")
+        memcpy(self.guest, <const char *>guest, 4)
+        memcpy(self.gateway, <const char *>gateway, 4)
+        memcpy(self.resolver, <const char *>resolver, 4)
+        self.only_special = only_special
+        self.tokens = TELLS
+        self._judge = Judge(<void *>self, call_judge, call_count, call_may_tell)
+        self._publish([*deny, *allow], len(deny), [])
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.table)
+
+    # From Python, by one thread at a time: the GIL is held from the old table to the new one.
+
+    def learn(self, entries, uint64_t seconds):
+        """Allow addresses for so long; one that is there keeps the longer time.
+
+        :param entries: of ``(address, first, last)``, as those of rules
+
+        When its time is over, new connections are refused; TCP connections that are open go on, and what else had a
+        frame within three minutes. At most `MOST_LEARNED` are kept: the ones not used for the longest time go first.
+        """
+        cdef uint64_t now = policy_ms() // 1000
+        cdef dict known = {entry[:3]: entry[3:] for entry in self._learned_now()}
+        for address, first, last in entries:
+            if len(address) != 16:
+                raise ValueError("an IPv6 address has 16 bytes")
+            until, used = known.get((address, first, last), (0, 0))
+            known[address, first, last] = max(until, now + seconds), max(used, now)
+        learned = [(*key, *value) for key, value in known.items()]
+        if len(learned) > MOST_LEARNED:
+            learned.sort(key=lambda entry: entry[4], reverse=True)
+            self.evicted += <uint64_t>(len(learned) - MOST_LEARNED)
+            del learned[MOST_LEARNED:]
+        self._publish(None, 0, sorted(learned))
+
+    def learned(self):
+        """What was learned: a list of ``(address, first, last, seconds left)``, the last 0 for what goes on only."""
+        cdef uint64_t now = policy_ms() // 1000
+        return [(address, first, last, max(0, until - now)) for address, first, last, until, _ in self._learned_now()]
+
+    def allows(self, bytes address, uint32_t port=0):
+        """Whether a rule lets the guest reach an address of 16 bytes, at any port or at one; learned ones apart."""
+        cdef Table *table = self.table
+        cdef uint64_t high, low
+        high, low = _halves(address)
+        for i in range(table.n_deny + table.n_allow):
+            if matches(&table.rules[i], high, low) and (
+                port == 0 or table.rules[i].first == 0 or table.rules[i].first <= port <= table.rules[i].last
+            ):
+                if i >= table.n_deny:
+                    return True
+                if table.rules[i].first == 0 or port:
+                    return False
+        return False
+
+    def verdict(self, const uint8_t[::1] frame not None):
+        """What would become of `frame`: ``allowed``, ``resolver``, or a reason of `REASONS`. It is counted."""
+        cdef uint8_t[HEAD] head
+        memset(head, 0, HEAD)
+        if frame.shape[0]:
+            memcpy(head, &frame[0], min(<size_t>HEAD, <size_t>frame.shape[0]))
+        verdict = self.judge(head, <uint64_t>frame.shape[0])
+        self.count(verdict, <uint64_t>frame.shape[0])
+        return ("allowed", "resolver", *REASONS)[verdict]
+
+    @property
+    def pointer(self):
+        """Of the C struct Judge, for the device's thread; valid as long as this object."""
+        return <uintptr_t>&self._judge
+
+    @property
+    def counters(self):
+        """Frames and bytes by what became of them."""
+        found = {
+            "allowed": self.frames[ALLOWED], "allowed_bytes": self.bytes_allowed, "resolver": self.frames[TO_RESOLVER],
+            "dropped": sum([self.frames[i] for i in range(DROPPED, VERDICTS)]), "dropped_bytes": self.bytes_dropped,
+            "evicted": self.evicted,
+        }
+        return found | {f"dropped_{name}": self.frames[DROPPED + i] for i, name in enumerate(REASONS)}
+
+    cdef list _learned_now(self):
+        cdef Table *table = self.table
+        cdef Learned *each
+        found = []
+        for i in range(table.n_learned):
+            each = &table.learned[i]
+            address = (<object>each.high << 64 | each.low).to_bytes(16, "big")
+            found.append((address, each.first, each.last, each.until, each.used))
+        return found
+
+    cdef int _publish(self, list rules, size_t n_deny, list learned) except -1:
+        # `rules` None: those that are there.
+        cdef Table *old = self.table
+        cdef size_t n_rules = len(rules) if rules is not None else old.n_deny + old.n_allow
+        cdef size_t n_learned = len(learned), i
+        cdef Table *new = <Table *>PyMem_RawMalloc(
+            sizeof(Table) + n_rules * sizeof(Rule) + n_learned * sizeof(Learned))
+        if new == NULL:
+            raise MemoryError()
+        new.rules = <Rule *>(new + 1)
+        new.learned = <Learned *>(new.rules + n_rules)
+        new.n_learned = n_learned
+        try:
+            if rules is None:
+                new.n_deny, new.n_allow = old.n_deny, old.n_allow
+                memcpy(new.rules, old.rules, n_rules * sizeof(Rule))
+            else:
+                new.n_deny, new.n_allow = n_deny, n_rules - n_deny
+                for i in range(n_rules):
+                    address, bits, first, last = rules[i]
+                    if not 0 <= bits <= 128:
+                        raise ValueError("a network has 0 to 128 bits")
+                    mask = ((1 << bits) - 1) << (128 - bits)
+                    new.rules[i].high_mask, new.rules[i].low_mask = mask >> 64, mask & 0xffff_ffff_ffff_ffff
+                    new.rules[i].high, new.rules[i].low = _halves(address)
+                    new.rules[i].high &= new.rules[i].high_mask
+                    new.rules[i].low &= new.rules[i].low_mask
+                    new.rules[i].first, new.rules[i].last = first, last
+            for i in range(n_learned):
+                address, first, last, until, used = learned[i]
+                new.learned[i].high, new.learned[i].low = _halves(address)
+                new.learned[i].first, new.learned[i].last = first, last
+                new.learned[i].until, new.learned[i].used = until, used
+        except BaseException:
+            PyMem_RawFree(new)
+            raise
+        old = policy_swap(&self.table, new)
+        policy_wait(&self.reading)
+        PyMem_RawFree(old)
+        return 0
+
+    # The reader
+
+    cdef int judge(self, const uint8_t *head, uint64_t size) noexcept nogil:
+        # What becomes of a frame of `size` bytes, whose first HEAD bytes are `head`, followed by zeros if there are
+        # fewer. The guest can change neither.
+        cdef uint32_t kind = be16(&head[12])
+        cdef int verdict
+        if self.only_special:
+            return SPECIAL if is_hosts(head, kind) else ALLOWED
+        if size < ETH_HEADER:
+            return MALFORMED
+        if kind == 0x0800:
+            policy_enter(&self.reading)
+            verdict = self.judge_ipv4(&head[ETH_HEADER], size - ETH_HEADER)
+            policy_leave(&self.reading)
+            return verdict
+        if kind == 0x86dd:
+            policy_enter(&self.reading)
+            verdict = self.judge_ipv6(&head[ETH_HEADER], size - ETH_HEADER)
+            policy_leave(&self.reading)
+            return verdict
+        if kind != 0x0806:
+            return PROTOCOL         # tagged frames among them: a switch is between nobody here
+        # Ethernet and IPv4; it is answered by the other end of the cable, and goes no further.
+        return ALLOWED if size >= 42 and memcmp(&head[14], b"\0\1\x08\0\6\4", 6) == 0 else MALFORMED
+
+    cdef int judge_ipv4(self, const uint8_t *ip, uint64_t size) noexcept nogil:
+        cdef uint32_t whole = be16(&ip[2]), target = be32(&ip[16])
+        if size < 20 or ip[0] >> 4 != 4 or ip[0] & 15 < 5 or whole < <uint32_t>(ip[0] & 15) * 4 or whole > size:
+            return MALFORMED
+        if ip[0] & 15 != 5:
+            return OPTIONS          # among them source routes
+        if be16(&ip[6]) & 0xbfff:   # anything but "do not fragment"
+            return FRAGMENT
+        if ip[9] == UDP and target == <uint32_t>0xffff_ffff and whole >= 28 and be32(&ip[20]) == 68 << 16 | 67 \
+                and (be32(&ip[12]) == 0 or memcmp(&ip[12], self.guest, 4) == 0):
+            return ALLOWED          # DHCP, which the other end of the cable answers
+        if memcmp(&ip[12], self.guest, 4):
+            return SOURCE
+        if memcmp(&ip[16], self.resolver, 4) == 0:
+            return TO_RESOLVER
+        if target >> 24 == 0 or target >> 24 == 127 or target >> 28 >= 14 or memcmp(&ip[16], self.gateway, 4) == 0:
+            return SPECIAL
+        return self.judge_target(0, <uint64_t>0xffff << 32 | target, ip[9], &ip[20], whole - 20)
+
+    cdef int judge_ipv6(self, const uint8_t *ip, uint64_t size) noexcept nogil:
+        cdef uint64_t high = be64(&ip[24]), low = be64(&ip[32])
+        cdef uint32_t payload = be16(&ip[4])
+        if size < 40 or ip[0] >> 4 != 6 or 40 + payload > size:
+            return MALFORMED
+        if ip[6] == 44:
+            return FRAGMENT
+        if ip[6] == 0 or ip[6] == 43 or ip[6] == 50 or ip[6] == 51 or ip[6] == 60 or ip[6] == 135:
+            return OPTIONS
+        if ip[6] == ICMPV6 and ip[7] == 255 and payload >= 8 and (ip[40] == 133 or ip[40] == 135 or ip[40] == 136):
+            return ALLOWED          # neighbour discovery, which the other end of the cable answers
+        if is_special6(be64(&ip[8]), be64(&ip[16])):
+            return SOURCE
+        if is_special6(high, low) or high >> 54 == 0x3fa:   # fe80::/10 is a network of the host's own, too
+            return SPECIAL
+        return self.judge_target(high, low, ip[6], &ip[40], payload)
+
+    cdef int judge_target(
+            self, uint64_t high, uint64_t low, uint8_t protocol, const uint8_t *segment, uint64_t size) noexcept nogil:
+        cdef bint v4 = high == 0
+        if protocol == TCP:
+            if size < 20:
+                return MALFORMED
+            return self.look_up(high, low, be16(&segment[2]), segment[13] & 0x12 == 0x02, True)
+        if protocol == UDP:
+            if size < 8:
+                return MALFORMED
+            return self.look_up(high, low, be16(&segment[2]), True, False)
+        if protocol == (ICMP if v4 else ICMPV6):
+            if size < 8:
+                return MALFORMED
+            if segment[0] == (8 if v4 else 128):
+                return self.look_up(high, low, 0, True, False)
+        return PROTOCOL
+
+    cdef int look_up(self, uint64_t high, uint64_t low, uint32_t port, bint begins, bint tcp) noexcept nogil:
+        # Port 0 is that of ping. `begins`: the frame may make something new.
+        cdef Table *table = policy_table(&self.table)
+        cdef bint nameserver = port == 53 or port == 853
+        # 169.254.0.0/16 is for rules of 16 bits and more.
+        cdef bint local = high == 0 and low >> 16 == <uint64_t>0xffff_a9fe
+        cdef uint64_t now
+        cdef size_t i, first = 0, last = table.n_learned, middle
+        cdef Rule *rule
+        cdef Learned *each
+        for i in range(table.n_deny):
+            rule = &table.rules[i]
+            if (rule.first == 0 or rule.first <= port <= rule.last) and matches(rule, high, low):
+                return ADDRESS
+        for i in range(table.n_deny, table.n_deny + table.n_allow):
+            rule = &table.rules[i]
+            if not matches(rule, high, low) or (local and not rule.low_mask >> 16 & 1):
+                continue
+            if rule.first <= port <= rule.last or (rule.first == 0 and not nameserver):
+                return ALLOWED
+        while first < last:
+            middle = (first + last) >> 1
+            each = &table.learned[middle]
+            if each.high < high or (each.high == high and each.low < low):
+                first = middle + 1
+            else:
+                last = middle
+        now = policy_ms() // 1000
+        for i in range(first, table.n_learned):
+            each = &table.learned[i]
+            if each.high != high or each.low != low:
+                break
+            if not each.first <= port <= each.last and (each.first or nameserver):
+                continue
+            if now < each.until or (tcp and not begins) or (not tcp and now < each.used + STREAM_SECONDS):
+                policy_set(&each.used, now)
+                return ALLOWED
+        return NAMESERVER if nameserver else ADDRESS
+
+    cdef void count(self, int verdict, uint64_t size) noexcept nogil:
+        self.frames[verdict] += 1
+        if verdict == ALLOWED:
+            self.bytes_allowed += size
+        elif verdict >= DROPPED:
+            self.bytes_dropped += size
+
+    cdef bint may_tell(self) noexcept nogil:
+        # Whether a dropped frame may cost a look at it in Python: some at once, then one in a while.
+        cdef uint64_t now = policy_ms()
+        cdef uint64_t more = (now - self.filled) // TELL_EVERY
+        if more:
+            self.tokens = min(<uint64_t>TELLS, self.tokens + more)
+            self.filled = now
+        if self.tokens == 0:
+            return False
+        self.tokens -= 1
+        return True
+
+
+cdef inline uint32_t be16(const uint8_t *at) noexcept nogil:
+    return <uint32_t>at[0] << 8 | at[1]
+
+
+cdef inline uint32_t be32(const uint8_t *at) noexcept nogil:
+    return be16(at) << 16 | be16(&at[2])
+
+
+cdef inline uint64_t be64(const uint8_t *at) noexcept nogil:
+    return <uint64_t>be32(at) << 32 | be32(&at[4])
+
+
+cdef inline bint matches(const Rule *rule, uint64_t high, uint64_t low) noexcept nogil:
+    return high & rule.high_mask == rule.high and low & rule.low_mask == rule.low
+
+
+cdef inline bint is_special6(uint64_t high, uint64_t low) noexcept nogil:
+    # Multicast; unspecified, loopback, and IPv4 in IPv6, by which a socket of the host's reaches 127.0.0.1.
+    return high >> 56 == 0xff or (high == 0 and (low >> 32 == 0 or low >> 32 == 0xffff))
+
+
+cdef bint is_hosts(const uint8_t *head, uint32_t kind) noexcept nogil:
+    # Whether a frame is from or to the host itself, for who makes a socket of it: 0.0.0.0/8, 127.0.0.0/8 and so on.
+    if kind == 0x0800:
+        return head[30] == 0 or head[30] == 127 or head[26] == 127
+    if kind == 0x86dd:
+        return is_hosts6(be64(&head[38]), be64(&head[46])) or (
+            is_hosts6(be64(&head[22]), be64(&head[30])) and be64(&head[30]) != 0)
+    return False
+
+
+cdef inline bint is_hosts6(uint64_t high, uint64_t low) noexcept nogil:
+    return high == 0 and (low >> 32 == 0 or low >> 32 == 0xffff)
+
+
+cdef object _halves(bytes address):
+    if len(address) != 16:
+        raise ValueError("an IPv6 address has 16 bytes")
+    return int.from_bytes(address[:8], "big"), int.from_bytes(address[8:], "big")
+
+
+cdef int call_judge(void *policy, const uint8_t *head, uint64_t size) noexcept nogil:
+    return (<Policy>policy).judge(head, size)
+
+
+cdef void call_count(void *policy, int verdict, uint64_t size) noexcept nogil:
+    (<Policy>policy).count(verdict, size)
+
+
+cdef bint call_may_tell(void *policy) noexcept nogil:
+    return (<Policy>policy).may_tell()

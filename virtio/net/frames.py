@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames that a guest gets from nobody on a network: an answer to a datagram, and word that a frame went nowhere.
+
+Sources: RFC 768 (UDP), RFC 791 (IPv4), RFC 1071 (checksums), RFC 792 and RFC 4443 (ICMP).
+"""
+
+from __future__ import annotations
+
+import _socket as socket  # which imports more
+import struct
+
+MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address: the same as an IPv6 one
+# Type and code of ICMP messages.
+NO_PORT = (3, 3)
+_PROHIBITED = {4: (3, 13), 6: (1, 1)}
+_IPV4 = struct.Struct(">BBHHHBBH4s4s")
+_UDP = struct.Struct(">HHHH")
+
+
+def datagram(asked: bytes, port: int, data: bytes, identity: int) -> bytes:
+    """The answer to a UDP datagram.
+
+    :param asked: its frame, from the Ethernet header to that of UDP
+    :param port: its source port
+    """
+    source, target = asked[30:34], asked[26:30]
+    size = 8 + len(data)
+    segment = _UDP.pack(int.from_bytes(asked[36:38], "big"), port, size, 0) + data
+    found = checksum(source + target + struct.pack(">HH", 17, size) + segment)
+    segment = segment[:6] + found.to_bytes(2, "big") + data
+    return asked[6:12] + asked[:6] + b"\x08\0" + _ipv4(17, source, target, segment, identity)
+
+
+def unreachable(head: bytes, kind: int = 0, code: int = 0) -> bytes:
+    """The ICMP message for the sender of a packet, as if it came from where the packet was to go.
+
+    :param head: of its frame, at least the headers
+    :param kind: of ICMP for IPv4, with `code`; 0: it is prohibited, of IPv6 too
+    """
+    macs = head[6:12] + head[:6]
+    if not kind:
+        kind, code = _PROHIBITED[head[14] >> 4]
+    if head[14] >> 4 == 4:
+        message = struct.pack(">BBHI", kind, code, 0, 0) + head[14:42]
+        message = message[:2] + checksum(message).to_bytes(2, "big") + message[4:]
+        return macs + b"\x08\0" + _ipv4(1, head[30:34], head[26:30], message, 0)
+    addresses = head[38:54] + head[22:38]
+    message = struct.pack(">BBHI", kind, code, 0, 0) + head[14:74]
+    found = checksum(addresses + struct.pack(">II", len(message), 58) + message)
+    message = message[:2] + found.to_bytes(2, "big") + message[4:]
+    return macs + b"\x86\xdd" + struct.pack(">IHBB", 6 << 28, len(message), 58, 64) + addresses + message
+
+
+def _ipv4(protocol: int, source: bytes, target: bytes, data: bytes, identity: int) -> bytes:
+    ip = _IPV4.pack(0x45, 0, 20 + len(data), identity, 0x4000, 64, protocol, 0, source, target)
+    return ip[:10] + checksum(ip).to_bytes(2, "big") + ip[12:] + data
+
+
+def checksum(data: bytes) -> int:
+    """The complement of the sum of 16-bit words; never 0."""
+    return 0xFFFF - int.from_bytes(data + b"\0" * (len(data) & 1), "big") % 0xFFFF
+
+
+def describe(head: bytes) -> str:
+    """Where a frame was to go, for a message."""
+    kind = int.from_bytes(head[12:14], "big")
+    if kind == 0x0800:
+        protocol, target, at = head[23], text(MAPPED + head[30:34]), 34
+    elif kind == 0x86DD:
+        protocol, target, at = head[20], socket.inet_ntop(socket.AF_INET6, head[38:54]), 54
+    else:
+        return f"frames of type {kind:#06x}"
+    if protocol in (6, 17):
+        return f"{target} port {int.from_bytes(head[at + 2 : at + 4], 'big')} ({'TCP' if protocol == 6 else 'UDP'})"
+    return f"{target} ({'ICMP' if protocol in (1, 58) else f'protocol {protocol}'})"
+
+
+def text(address: bytes) -> str:
+    """An address of 16 bytes as people write it."""
+    if address[:12] == MAPPED:
+        return socket.inet_ntop(socket.AF_INET, address[12:])
+    return socket.inet_ntop(socket.AF_INET6, address)
