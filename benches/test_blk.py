@@ -63,7 +63,7 @@ CASES = {
 
 @pytest.mark.parametrize("depth", [1, 8, 32])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("engine", ["Sync", "Async", "bare"])
+@pytest.mark.parametrize("engine", ["sync", "io_uring", "bare"])
 def test_requests(benchmark: Any, library: Any, image: Path, engine: str, case: str, depth: int) -> None:
     size, write, sequential = CASES[case]
     if engine == "bare" and depth > 1:
@@ -71,7 +71,7 @@ def test_requests(benchmark: Any, library: Any, image: Path, engine: str, case: 
     requests = 100_000 if size == 4096 else 2_000
     with GuestMemory(RAM) as ram, Disk(str(image), direct="PYVMM_BENCH_DIRECT" in os.environ) as disk:
         irq = IrqLine(5)
-        device = Block(disk, engine="Sync" if engine == "bare" else engine)
+        device = Block(disk, engine="sync" if engine == "bare" else engine)
         transport = VirtioMmio(device, ram, irq)
         allocator = Allocator(0x1000, RAM - 0x1000)
         driver = MmioDriver(transport, allocator)

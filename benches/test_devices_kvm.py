@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.kvm.ring3 import Ring3
-from vmm.device_config import DriveConfig
+from vmm.config.devices import DriveConfig
 
 DISK = 128 << 20
 SHM = Path("/dev/shm")
@@ -33,7 +33,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("depth", [1, 32])
 @pytest.mark.parametrize("write", [0, 1], ids=["read", "write"])
-@pytest.mark.parametrize("engine", ["Sync", "Async"])
+@pytest.mark.parametrize("engine", ["sync", "io_uring"])
 def test_blk_4k(benchmark: Any, images: list[str], engine: str, write: int, depth: int) -> None:
     count = 5000 if depth == 1 else 20000
     seconds: list[float] = []
@@ -41,7 +41,7 @@ def test_blk_4k(benchmark: Any, images: list[str], engine: str, write: int, dept
 
     def run() -> None:
         cmdline = f"test=3 write={write} depth={depth} count={count} rounds=4"
-        with Ring3("blk", cmdline, drives=[DriveConfig(images[0], io_engine=engine)]) as guest:
+        with Ring3("blk", cmdline, drives=[DriveConfig(images[0], engine=engine)]) as guest:
             marks = guest.times_of(b"ticks=")
             words = guest.start().end()
         ticks = [int(value) for value in words["ticks"][1:]]

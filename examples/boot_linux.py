@@ -32,7 +32,7 @@ def configuration(kernel: str, append: str, initrd: str | None) -> VmConfig:
     image = images.resolve(kernel)
     if image is None:
         return VmConfig(kernel, initrd=initrd, append=append, memory="256M")
-    root = DriveConfig(image.rootfs, is_root_device=True)
+    root = DriveConfig(image.rootfs, root=True)
     return VmConfig(
         image.kernel, initrd=initrd or image.initrd, cmdline=f"console=ttyS0 panic=-1 {image.cmdline}", append=append,
         memory="256M", drives=[root],

@@ -31,14 +31,11 @@ MAY_IMPORT = {
     "vmm.api": {"vmm", "vmm.kvm", "vmm.config", "vmm.machine", "boot.cmdline", "virtio"},
 }
 MAY_IMPORT["vmm.commands"] = set(MAY_IMPORT)
-CONFIG = ("vmm.config", "vmm.settings", "vmm.device_config", "vmm.options")
 # What a user imports and what a process starts with.
 FACES = ("vmm", "vmm.__main__")
 
 
 def _room(name: str) -> str:
-    if name.startswith(CONFIG):
-        return "vmm.config"
     return next((room for room in MAY_IMPORT if "." in room and f"{name}.".startswith(f"{room}.")), name.split(".")[0])
 
 
@@ -134,7 +131,7 @@ print(*sys.modules)
     first, rest = (set(line.split()) for line in done.stdout.splitlines())
     never = set("site argparse dataclasses inspect json logging subprocess pathlib socket selectors tokenize".split())
     early = set("collections enum functools signal typing re ctypes datetime".split())
-    early |= set("msgspec vmm.machine.machine vmm.config vmm.api.types".split())
+    early |= set("msgspec vmm.machine.machine vmm.config.vm vmm.api.types".split())
     assert first & (never | early) == set()
     late = set("typing_extensions uuid decimal datetime platform textwrap ctypes vmm.machine.machine".split())
     late |= set("collections contextlib enum functools operator re warnings msgspec.inspect msgspec.toml".split())

@@ -6,7 +6,7 @@ An ``ignore`` that ignores nothing is an error of mypy's, so each line with one 
 
 from __future__ import annotations
 
-from vmm import Exit, Machine
+from vmm import DriveConfig, Exit, Machine, VmConfig
 
 
 def constructor() -> None:
@@ -15,6 +15,18 @@ def constructor() -> None:
     Machine(kernel="vmlinux")
     Machine("vmlinux", memry="1G")  # type: ignore[call-arg]
     Machine("vmlinux", cpus="two")  # type: ignore[arg-type]
+
+
+def configuration() -> None:
+    """So are those of what a VM and a device is to be, and their attributes."""
+    config = VmConfig("vmlinux", memory="1G", entropy=True, drives=[DriveConfig("a", read_only=True)])
+    memory: int = config.memory
+    DriveConfig("a", readonly=True)  # type: ignore[call-arg]
+    DriveConfig("a", queues="2")  # type: ignore[arg-type]
+    DriveConfig("a", True)  # type: ignore[call-arg]
+    DriveConfig()  # type: ignore[call-arg]
+    VmConfig("vmlinux", memory=memory, drives=["a"])  # type: ignore[list-item]
+    config.kernel = None  # type: ignore[assignment]
 
 
 async def run(vm: Machine) -> Exit:

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.config import VmConfig
-    from vmm.device_config import (
+    from vmm.config.devices import (
         BalloonConfig,
         DriveConfig,
         EntropyConfig,
-        FsConfig,
         MmdsConfig,
         NetConfig,
         RateLimiterConfig,
+        ShareConfig,
         VsockConfig,
     )
+    from vmm.config.vm import VmConfig
     from vmm.errors import ConfigError, GuestError, HostError, KvmError, SnapshotError, VmmError
     from vmm.events import Exit, Stop, StopReason
     from vmm.kvm.cpu_template import CpuTemplate
@@ -31,7 +31,6 @@ __all__ = [
     "DriveConfig",
     "EntropyConfig",
     "Exit",
-    "FsConfig",
     "GuestError",
     "HostError",
     "Image",
@@ -42,6 +41,7 @@ __all__ = [
     "Pool",
     "RateLimiterConfig",
     "Sandbox",
+    "ShareConfig",
     "SnapshotError",
     "Stop",
     "StopReason",
@@ -53,29 +53,29 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BalloonConfig": "vmm.device_config",
+    "BalloonConfig": "vmm.config.devices",
     "ConfigError": "vmm.errors",
     "CpuTemplate": "vmm.kvm.cpu_template",
-    "DriveConfig": "vmm.device_config",
-    "EntropyConfig": "vmm.device_config",
+    "DriveConfig": "vmm.config.devices",
+    "EntropyConfig": "vmm.config.devices",
     "Exit": "vmm.events",
-    "FsConfig": "vmm.device_config",
+    "ShareConfig": "vmm.config.devices",
     "GuestError": "vmm.errors",
     "HostError": "vmm.errors",
     "Image": "vmm.machine.snapshot",
     "KvmError": "vmm.errors",
     "Machine": "vmm.machine.machine",
-    "MmdsConfig": "vmm.device_config",
-    "NetConfig": "vmm.device_config",
+    "MmdsConfig": "vmm.config.devices",
+    "NetConfig": "vmm.config.devices",
     "Pool": "vmm.machine.pool",
-    "RateLimiterConfig": "vmm.device_config",
+    "RateLimiterConfig": "vmm.config.devices",
     "Sandbox": "vmm.sandbox",
     "SnapshotError": "vmm.errors",
     "Stop": "vmm.events",
     "StopReason": "vmm.events",
-    "VmConfig": "vmm.config",
+    "VmConfig": "vmm.config.vm",
     "VmmError": "vmm.errors",
-    "VsockConfig": "vmm.device_config",
+    "VsockConfig": "vmm.config.devices",
 }
 
 

@@ -12,24 +12,25 @@ from hypothesis import strategies as st
 
 from vmm.api import translate, types
 from vmm.commands import run
-from vmm.config import VmConfig
-from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, RateLimiterConfig, VsockConfig
+from vmm.config.devices import BalloonConfig, DriveConfig, NetConfig, RateLimiterConfig, ShareConfig, VsockConfig
+from vmm.config.option import Config
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 
-_PLAIN = {"image_format", "any_size", "io_engine", "drive_id", "iface_id", "is_root_device", "append", "cmdline"}
+_PLAIN = {"format", "any_size", "engine", "id", "root", "append", "cmdline"}
 _buckets = st.none() | st.tuples(st.integers(1, 1 << 40), st.integers(0, 1 << 40), st.integers(1, 1 << 20))
 _limits = st.none() | st.builds(RateLimiterConfig, _buckets, _buckets)
 _drives = st.builds(
-    DriveConfig, st.just("/disk"), is_read_only=st.booleans(), is_root_device=st.booleans(), queues=st.integers(1, 8),
-    io_engine=st.sampled_from(["Sync", "Async"]), direct=st.booleans(),
-    cache_type=st.sampled_from(["Writeback", "Unsafe"]), rate_limiter=_limits,
-    image_format=st.sampled_from(["raw", "qcow2"]),
+    DriveConfig, st.just("/disk"), read_only=st.booleans(), root=st.booleans(), queues=st.integers(1, 8),
+    engine=st.sampled_from(["sync", "io_uring"]), direct=st.booleans(),
+    cache=st.sampled_from(["writeback", "unsafe"]), rate_limiter=_limits,
+    format=st.sampled_from(["raw", "qcow2"]),
 ) | st.builds(
-    DriveConfig, st.just("/disk"), io_engine=st.just("Sync"), image_format=st.just("qcow2"), backing_file=st.just("/b"),
+    DriveConfig, st.just("/disk"), engine=st.just("sync"), format=st.just("qcow2"), backing=st.just("/b"),
     backing_format=st.sampled_from([None, "raw", "qcow2"]),
 )  # fmt: skip
 _nets = st.one_of(
-    st.builds(NetConfig, st.just("tap0"), guest_mac=st.sampled_from([None, "06:00:00:00:00:01"]),
+    st.builds(NetConfig, st.just("tap0"), mac=st.sampled_from([None, "06:00:00:00:00:01"]),
               rx_rate_limiter=_limits, tx_rate_limiter=_limits),
     st.builds(NetConfig, st.none(), mode=st.just("auto"), address=st.just("10.0.0.1/24"), nat=st.booleans(),
               mtu=st.sampled_from([None, 1400]), queues=st.integers(1, 8)),
@@ -37,23 +38,22 @@ _nets = st.one_of(
               pcap=st.sampled_from([None, "/pcap"])),
 )  # fmt: skip
 _shares = st.builds(
-    FsConfig, st.uuids().map(str), st.just("/share"), read_only=st.booleans(),
-    cache_policy=st.sampled_from(["auto", "always", "none"]), threads=st.integers(1, 32),
+    ShareConfig, st.uuids().map(str), st.just("/share"), read_only=st.booleans(),
+    cache=st.sampled_from(["auto", "always", "none"]), threads=st.integers(1, 32),
     squash=st.sampled_from([None, (1000, 1000)]), submounts=st.booleans(), rate_limiter=_limits,
-) | st.builds(FsConfig, st.uuids().map(str), st.just("/share"), dax=st.just(2 << 20))  # fmt: skip
+) | st.builds(ShareConfig, st.uuids().map(str), st.just("/share"), dax=st.just(2 << 20))  # fmt: skip
 
 
 def _facts(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_facts(each) for each in value]
-    slots = getattr(type(value), "__slots__", None)
-    if slots is None or isinstance(value, str | int):
+    if not isinstance(value, Config):
         return value
-    return {name: _facts(getattr(value, name)) for name in slots if name not in _PLAIN}
+    return {name: _facts(each) for name, each in vars(value).items() if name not in _PLAIN}
 
 
 @given(
-    st.lists(_drives, max_size=3).filter(lambda drives: sum(drive.is_root_device for drive in drives) < 2),
+    st.lists(_drives, max_size=3).filter(lambda drives: sum(drive.root for drive in drives) < 2),
     st.lists(_nets, max_size=2),
     st.lists(_shares, max_size=2),
     st.booleans(),
@@ -62,11 +62,11 @@ def _facts(value: Any) -> Any:
     st.sampled_from([1 << 20, 512 << 20, (64 << 20) + 4096]),
 )
 def test_a_machine_by_a_file_is_the_machine(
-    drives: list[DriveConfig], nets: list[NetConfig], shares: list[FsConfig], every: bool, cmdline: str | None,
+    drives: list[DriveConfig], nets: list[NetConfig], shares: list[ShareConfig], every: bool, cmdline: str | None,
     append: str, memory: int,
 ) -> None:  # fmt: skip
     config = VmConfig(
-        "/kernel", cmdline=cmdline, append=append, memory=memory, drives=drives, network_interfaces=nets,
+        "/kernel", cmdline=cmdline, append=append, memory=memory, drives=drives, nets=nets,
         shares=shares, cpus=2, smt=every, entropy=every, balloon=BalloonConfig(0) if every else None,
         vsock=VsockConfig(3, "/vsock") if every else None, console="none" if every else "stdio",
         exit_port=None if every else 0xF4, poll_us=7 * every, track_dirty_pages=every,
@@ -89,14 +89,14 @@ def test_the_command_line_as_a_file() -> None:
     assert "root=" not in (body.boot_source.boot_args or "")
     again = translate.vm_config(body)
     assert sorted(again.full_cmdline.split()) == sorted(run.config_from(args).full_cmdline.split())
-    assert (again.vsock and again.vsock.guest_cid, again.balloon and again.balloon.amount_mib) == (7, 16)
+    assert (again.vsock and again.vsock.cid, again.balloon and again.balloon.amount_mib) == (7, 16)
 
 
 def test_a_root_disk_is_the_first_as_in_firecracker() -> None:
     drives = [types.Drive(drive_id=name, is_root_device=name == "c", path_on_host=f"/{name}") for name in "abc"]
     whole = types.VmConfiguration(boot_source=types.BootSource(kernel_image_path="/k", boot_args="a"), drives=drives)
     config = translate.vm_config(whole)
-    assert [drive.drive_id for drive in config.drives] == ["c", "a", "b"]
+    assert [drive.id for drive in config.drives] == ["c", "a", "b"]
     assert config.full_cmdline == "a root=/dev/vda rw"
 
 
@@ -126,7 +126,7 @@ def test_a_bucket_that_never_fills_limits_nothing(size: int, refill: int, bucket
 
 def test_what_no_file_can_say() -> None:
     with pytest.raises(ConfigError, match="open descriptor"):
-        translate.vm_body(VmConfig("/k", network_interfaces=[NetConfig(None, mode="fd", fd=7)]))
+        translate.vm_body(VmConfig("/k", nets=[NetConfig(None, mode="fd", fd=7)]))
     with pytest.raises(ConfigError, match="--kvm"):
         translate.vm_body(VmConfig("/k", kvm="/dev/other"))
 

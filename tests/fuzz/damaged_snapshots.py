@@ -17,7 +17,7 @@ import msgspec
 from tests.kvm.guests import write_guest
 from virtio.testing import Allocator, MmioDriver
 from vmm import DriveConfig, Image, Machine
-from vmm.device_config import BalloonConfig, EntropyConfig, RateLimiterConfig, VsockConfig
+from vmm.config.devices import BalloonConfig, EntropyConfig, RateLimiterConfig, VsockConfig
 from vmm.errors import VmmError
 from vmm.machine.snapshot_file import MEMORY, STATE
 
@@ -48,7 +48,7 @@ class Victim:
         with Machine(
             kernel=write_guest(self.directory, GUEST), memory=SIZE, cpus=2, virtio_console=True,
             drives=[DriveConfig(str(self.directory / "disk"), rate_limiter=limit)], entropy=EntropyConfig(),
-            balloon=BalloonConfig(1, deflate_on_oom=True, stats_polling_interval_s=1),
+            balloon=BalloonConfig(1, deflate_on_oom=True, stats_interval_s=1),
             vsock=VsockConfig(3, str(self.directory / "vsock")),
         ) as vm:  # fmt: skip
             rings = Allocator(3 << 20, 1 << 20)

@@ -27,7 +27,7 @@ from virtio.net.device import Net
 from virtio.rng import Entropy
 from virtio.testing import Allocator, MmioDriver
 from vmm import Machine
-from vmm.device_config import BalloonConfig, DriveConfig, EntropyConfig, FsConfig, VsockConfig
+from vmm.config.devices import BalloonConfig, DriveConfig, EntropyConfig, ShareConfig, VsockConfig
 from vmm.errors import ConfigError, KvmError, SnapshotError, VmmError
 from vmm.machine.attach import VIRTIO_GSIS, Attached
 
@@ -95,11 +95,11 @@ def kinds(directory: Path) -> dict[str, Callable[[], What]]:
     (directory / "share").mkdir()
     cable = Cable()
     return {
-        "sync": lambda: DriveConfig(str(directory / "sync"), io_engine="Sync"),
-        "async": lambda: DriveConfig(str(directory / "async"), io_engine="Async", queues=2),
+        "sync": lambda: DriveConfig(str(directory / "sync"), engine="sync"),
+        "async": lambda: DriveConfig(str(directory / "async"), engine="io_uring", queues=2),
         "net": lambda: Net(cable, b"\x06\0\0\0\0\x01"),
-        "share": lambda: FsConfig("share", str(directory / "share")),
-        "dax": lambda: FsConfig("dax", str(directory / "share"), dax=2 << 20),
+        "share": lambda: ShareConfig("share", str(directory / "share")),
+        "dax": lambda: ShareConfig("dax", str(directory / "share"), dax=2 << 20),
         "vsock": lambda: VsockConfig(3, str(directory / "v")),
         "entropy": EntropyConfig,
         "balloon": lambda: BalloonConfig(0),
@@ -192,7 +192,7 @@ def test_guest_reads_a_disk_that_came_later(guest: MakeGuest, tmp_path: Path) ->
     vm = guest(f"{wait}{BRING_UP}{REQUEST}mov al, byte ptr [{DATA + 511:#x}]\nend:\n{EXIT}")
     place_request(vm, spec.BLK_T_IN, 42, None)
     vm.start()
-    attached = vm.attach(DriveConfig(str(tmp_path / "disk"), drive_id="late"))
+    attached = vm.attach(DriveConfig(str(tmp_path / "disk"), id="late"))
     stop = vm.wait(guests.PATIENCE)
     assert stop is not None and stop.code == 42
     assert vm.blocks == {"late": attached.device}

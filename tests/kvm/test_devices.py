@@ -15,7 +15,7 @@ import pytest
 
 from tests.kvm.guests import PATIENCE
 from tests.kvm.ring3 import Ring3, drive
-from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
+from vmm.config.devices import BalloonConfig, DriveConfig, NetConfig, ShareConfig, VsockConfig
 
 DISK = 1 << 20
 SO_RCVBUFFORCE = 33
@@ -31,13 +31,13 @@ def pattern(page: int) -> bytes:
     return b"".join(word.to_bytes(8, "little") for word in words)
 
 
-@pytest.mark.parametrize("engine", ["Sync", "Async"])
+@pytest.mark.parametrize("engine", ["sync", "io_uring"])
 @pytest.mark.parametrize(
     "ring", ["event_idx=1 indirect=1", "event_idx=0 indirect=0", "event_idx=1 indirect=0", "size=4 depth=1 indirect=0"]
 )
 def test_disk_is_written_flushed_and_read_back(tmp_path: Path, ring: str, engine: str) -> None:
     image = make_disk(tmp_path / "disk")
-    drives = (DriveConfig(str(image), drive_id="ring3", io_engine=engine),)
+    drives = (DriveConfig(str(image), id="ring3", engine=engine),)
     words, stats = drive("blk", f"test=0 {ring}", drives=drives)
     assert words["id"] == ["ring3"]
     assert stats["virtio-blk0"]["requests"] == 2 * DISK // 4096 + 2
@@ -161,7 +161,7 @@ def test_host_connects_and_all_comes_back(tmp_path: Path, connections: int) -> N
 def test_share_is_read_and_written(tmp_path: Path, ring: str, dax: int) -> None:
     data = random.Random(1).randbytes((3 << 20) + 12345)
     (tmp_path / "input").write_bytes(data)
-    words, stats = drive("fs", ring, shares=[FsConfig("tag", str(tmp_path), dax=dax)])
+    words, stats = drive("fs", ring, shares=[ShareConfig("tag", str(tmp_path), dax=dax)])
     assert words["size"] == words["written"] == [str(len(data))]
     assert (tmp_path / "output").read_bytes() == bytes(byte ^ 0xFF for byte in data)
     assert ("dax" in words) is bool(dax)
@@ -183,8 +183,8 @@ def icmp_checksum(data: bytes) -> int:
 @pytest.mark.parametrize("ring", ["event_idx=1 indirect=1", "event_idx=0 indirect=0 mergeable=0"])
 def test_every_ping_is_answered(namespace: None, ring: str) -> None:
     """32 pings under way at once, 2,000 in all, of every size up to the MTU: what `ping -f` does."""
-    config = NetConfig("ring3", mode="auto", address="10.99.0.1/24", guest_mac="06:00:00:00:00:02")
-    with Ring3("net", f"test=0 {ring}", network_interfaces=[config]) as guest:
+    config = NetConfig("ring3", mode="auto", address="10.99.0.1/24", mac="06:00:00:00:00:02")
+    with Ring3("net", f"test=0 {ring}", nets=[config]) as guest:
         ready = threading.Event()
         guest.vm.on_console(lambda data: ready.set())
         guest.start()
@@ -211,7 +211,7 @@ def test_every_ping_is_answered(namespace: None, ring: str) -> None:
 def test_every_datagram_of_a_flood_arrives(namespace: None) -> None:
     config = NetConfig("ring3", mode="auto", address="10.99.0.1/24")
     with (
-        Ring3("net", "test=1 count=10000", network_interfaces=[config]) as guest,
+        Ring3("net", "test=1 count=10000", nets=[config]) as guest,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end,
     ):
         end.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)

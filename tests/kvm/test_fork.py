@@ -223,7 +223,7 @@ def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> No
     image.write_bytes(b"parent" * 1024)
     read_only = tmp_path / "ro"
     read_only.write_bytes(b"shared" * 1024)
-    vm = guest(COUNTER, drives=[DriveConfig(str(image)), DriveConfig(str(read_only), is_read_only=True)])
+    vm = guest(COUNTER, drives=[DriveConfig(str(image)), DriveConfig(str(read_only), read_only=True)])
     vm.start()
     children = vm.fork(2)
     inodes = {os.fstat(machine.blocks["drive_0"].disk.fd).st_ino for machine in (vm, *children)}

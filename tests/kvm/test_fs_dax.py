@@ -14,7 +14,7 @@ from tests.kvm.guests import run
 from tests.virtio.fuse_client import FuseClient
 from virtio.testing import Allocator
 from vmm import Machine
-from vmm.device_config import FsConfig
+from vmm.config.devices import ShareConfig
 from vmm.kvm.vm import software_kvm
 
 MakeGuest = Callable[..., Machine]
@@ -46,7 +46,7 @@ def prepare(vm: Machine, name: str, flags: int) -> FuseClient:
 
 
 def share(tree: Path, **settings: object) -> dict[str, object]:
-    return {"shares": (FsConfig("tag", str(tree), dax=2 * SLOT, **settings),), "bits": 64}  # type: ignore[arg-type]
+    return {"shares": (ShareConfig("tag", str(tree), dax=2 * SLOT, **settings),), "bits": 64}  # type: ignore[arg-type]
 
 
 def test_guest_reads_and_writes_the_file_itself(guest: MakeGuest, tree: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.kvm.guests import PATIENCE, write_guest
 from tests.waiting import until
 from vmm import DriveConfig, Machine, Pool, StopReason
-from vmm.device_config import NetConfig, VsockConfig
+from vmm.config.devices import NetConfig, VsockConfig
 from vmm.errors import HostError, SnapshotError, VmmError
 from vmm.machine.isolated import Isolated
 
@@ -115,12 +115,12 @@ def test_a_fork_server_that_was_killed_is_started_again(guest: MakeGuest) -> Non
 
 def test_what_cannot_be_made_there_says_why_here(tmp_path: Path, guest: MakeGuest) -> None:
     (tmp_path / "ro").write_bytes(bytes(4096))
-    vm = guest(IDLE, drives=[DriveConfig(str(tmp_path / "ro"), is_read_only=True)])
+    vm = guest(IDLE, drives=[DriveConfig(str(tmp_path / "ro"), read_only=True)])
     (tmp_path / "ro").unlink()
     with pytest.raises(VmmError, match=r"ro: .*No such file or directory"):
         _fork(vm)
     with pytest.raises(SnapshotError, match="tap0: is a descriptor of this process"):
-        _fork(guest(IDLE), change=lambda config, _: config.replaced(network_interfaces=[_tap()]))
+        _fork(guest(IDLE), change=lambda config, _: config.replaced(nets=[_tap()]))
 
 
 def test_what_a_limit_on_files_cuts_short_is_said(guest: MakeGuest) -> None:
@@ -135,7 +135,7 @@ def test_what_a_limit_on_files_cuts_short_is_said(guest: MakeGuest) -> None:
 
 
 def _tap() -> NetConfig:
-    return NetConfig(mode="fd", fd=0, iface_id="tap0")
+    return NetConfig(mode="fd", fd=0, id="tap0")
 
 
 def test_each_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> None:

@@ -9,15 +9,15 @@ import pytest
 
 from tests.kvm.guests import PATIENCE
 from tests.kvm.ring3 import Ring3
-from vmm.device_config import MmdsConfig, NetConfig
+from vmm.config.devices import MmdsConfig, NetConfig
 from vmm.machine.mmds import Mmds
 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "169.254.42.1"])
 def test_a_machine_tells_what_its_document_says_now(namespace: None, address: str) -> None:
-    nets = [NetConfig("service", mode="auto", iface_id="in"), NetConfig("h", mode="auto", address="169.254.9.1/16")]
-    config = MmdsConfig(["in"], ipv4_address=address)
-    with Ring3("bridge", network_interfaces=nets, mmds=config) as guest:
+    nets = [NetConfig("service", mode="auto", id="in"), NetConfig("h", mode="auto", address="169.254.9.1/16")]
+    config = MmdsConfig(["in"], address=address)
+    with Ring3("bridge", nets=nets, mmds=config) as guest:
         guest.vm.mmds.put({"a": "before", "large": "x" * 50_000})
         guest.start()
         connection = http.client.HTTPConnection(address, timeout=PATIENCE)
@@ -42,9 +42,9 @@ def test_a_document_made_before_the_machine(namespace: None) -> None:
     document = Mmds(limit=100)
     net = NetConfig("service", mode="auto")
     config = MmdsConfig(["eth0"], version="V2")
-    with Ring3("bridge", network_interfaces=[net], mmds=config, metadata=document) as guest:
+    with Ring3("bridge", nets=[net], mmds=config, metadata=document) as guest:
         assert guest.vm.mmds is document
         assert document.version == "V2"
-    with Ring3("bridge", network_interfaces=[net]) as guest:
+    with Ring3("bridge", nets=[net]) as guest:
         assert guest.vm.mmds.get() == {}
         assert guest.vm.nets["eth0"].mmds is None

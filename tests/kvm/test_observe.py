@@ -15,7 +15,7 @@ import pytest
 from tests.kvm.guests import PATIENCE, run
 from tests.kvm.ring3 import Ring3
 from vmm import Machine, logger
-from vmm.device_config import DriveConfig
+from vmm.config.devices import DriveConfig
 from vmm.machine.metrics import Metrics
 
 Guest = Callable[..., Machine]
@@ -61,7 +61,7 @@ def test_triple_fault_is_a_failure(guest: Guest, metrics: Metrics, tmp_path: Pat
 
 def test_requests_of_a_disk_are_counted(metrics: Metrics, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(DISK))
-    drives = (DriveConfig(str(tmp_path / "disk"), drive_id="ring3"),)
+    drives = (DriveConfig(str(tmp_path / "disk"), id="ring3"),)
     with Ring3("blk", "test=0", drives=drives) as guest:
         metrics.attach(guest.vm)
         guest.start().end()

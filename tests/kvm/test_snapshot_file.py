@@ -28,8 +28,8 @@ from vmm import DriveConfig, Image, Machine
 from vmm.api import ApiError
 from vmm.api.snapshots import _memory_file, write_files
 from vmm.api.types import SnapshotCreate
-from vmm.config import VmConfig
-from vmm.device_config import NetConfig, RateLimiterConfig, VsockConfig
+from vmm.config.devices import NetConfig, RateLimiterConfig, VsockConfig
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.machine.snapshot_file import FORMAT, decode, encode
 
@@ -123,13 +123,13 @@ def test_the_configuration_comes_back_as_it_was(tmp_path: Path, guest: MakeGuest
     limits = RateLimiterConfig((1, 2, 3), None)
     image.config = VmConfig(
         "k", drives=[DriveConfig("d", rate_limiter=limits, queues=2)], memory="4M", cpus=2,
-        network_interfaces=[NetConfig("tap0", iface_id="eth0")], vsock=VsockConfig(3, "v"), entropy=True,
+        nets=[NetConfig("tap0", id="eth0")], vsock=VsockConfig(3, "v"), entropy=True,
     )  # fmt: skip
     back, mark = decode(encode(image, bytes(16)), "x")
     assert mark == bytes(16)
     assert encode(back, bytes(16)) == encode(image, bytes(16))
     (drive,) = back.config.drives
-    assert (drive.path_on_host, drive.queues) == ("d", 2)
+    assert (drive.path, drive.queues) == ("d", 2)
     assert drive.rate_limiter is not None and drive.rate_limiter.bandwidth == (1, 2, 3)
 
 
@@ -166,12 +166,12 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
         # What the fuzzer found, and its kin.
         (("virtio", 3, "device", "actual"), 1 << 32, "virtio-balloon: the state is damaged: "),
         (("config", "balloon", "free_page_reporting"), 1 << 62, "is damaged: free_page_reporting is no bool"),
-        (("config", "drives", 0, "path_on_host"), "a\nb", r"disk a\nb: "),
+        (("config", "drives", 0, "path"), "a\nb", r"disk a\nb: "),
         (("config", "drives", 0, "queues"), True, "is damaged: queues is no int"),
         (("config", "drives", 0), "x", "is damaged: drives is no Sequence[DriveConfig]"),
         (("config", "drives", 0, "rate_limiter", "bandwidth", 0), "x", "is damaged: bandwidth is no tuple[int, int"),
         (("config", "vsock"), b"\0" * 5000, "is damaged: vsock is no VsockConfig | None"),
-        (("config", "exit_port"), -1, "is damaged: exit port -1: must be 0 to 65532"),
+        (("config", "exit_port"), -1, "is damaged: exit_port -1: must be 0 to 65532"),
         (("cmdline",), 5, "is damaged: cmdline is no str"),
         (("vcpus",), {}, "is damaged: vcpus is no list"),
         (("vcpus", 0, "regs"), b"", "KVM_SET_REGS: has 0 bytes, KVM takes"),
@@ -194,7 +194,7 @@ def test_another_format_is_named(guest: MakeGuest) -> None:
     data = bytearray(encode(image, b"m" * 16))
     data[8:12] = struct.pack("<I", FORMAT + 1)
     with pytest.raises(
-        SnapshotError, match=r"x: was written by pyvmm 0\.1\.0 in format 2; pyvmm 0\.1\.0 reads format 1"
+        SnapshotError, match=r"x: was written by pyvmm 0\.1\.0 in format 3; pyvmm 0\.1\.0 reads format 2"
     ):
         decode(bytes(data), "x")
 

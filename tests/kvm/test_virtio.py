@@ -16,7 +16,7 @@ from boot.layout import VIRTIO_MMIO
 from tests.kvm.guests import run
 from virtio import spec
 from vmm import Machine
-from vmm.device_config import DriveConfig
+from vmm.config.devices import DriveConfig
 from vmm.kvm import abi
 
 MakeGuest = Callable[..., Machine]

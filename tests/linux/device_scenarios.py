@@ -26,11 +26,11 @@ from typing import Any
 from tests.linux.kernels import cpus, kernel
 from tests.linux.tools_guest import GuestFailed, MachineGuest, ToolsImage, initrd_with, probe, tools_image
 from virtio.blk.device import Block
-from vmm.config import VmConfig
-from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
+from vmm.config.devices import DriveConfig, NetConfig, ShareConfig, VsockConfig
+from vmm.config.text import parse_size
+from vmm.config.vm import VmConfig
 from vmm.errors import VmmError
 from vmm.kvm.vm import runs_linux
-from vmm.options import parse_size
 
 MIB = 1 << 20
 DISK = 64 * MIB
@@ -38,7 +38,7 @@ MANY_FILES = int(os.environ.get("PYVMM_MANY_FILES") or (100_000 if runs_linux() 
 HOST, GUEST, TAP = "10.78.0.1", "10.78.0.2", "pyvmmtest0"
 CONNECTIONS = 200
 # Two queues with io_uring, one with plain system calls; found in the guest by their names.
-DISKS = {"uring": ("Async", 2), "plain": ("Sync", 1)}
+DISKS = {"uring": ("io_uring", 2), "plain": ("sync", 1)}
 GUEST_SH = r"""
 dev() { for d in /sys/block/vd*; do [ "$(cat $d/serial)" = $1 ] && echo /dev/${d##*/} && return; done; }
 virtio() { basename $(dirname $(dirname $(readlink -f /sys/block/$(basename $(dev $1))))); }
@@ -81,7 +81,7 @@ class World:
 
     def start(self, name: str, **more: Any) -> MachineGuest:
         """Start a guest with the tools, whose further devices are `more`."""
-        root = DriveConfig(str(self.image.rootfs), is_read_only=True)
+        root = DriveConfig(str(self.image.rootfs), read_only=True)
         config = VmConfig(
             str(self.image.kernel), initrd=str(self.initrd), cpus=cpus(2), memory="384M",
             drives=[root, *more.pop("drives", [])], **more,
@@ -104,15 +104,15 @@ class World:
             self.guest = self.start(
                 "guest",
                 drives=[
-                    DriveConfig(str(self.disks[name]), drive_id=name, io_engine=engine, queues=queues)
+                    DriveConfig(str(self.disks[name]), id=name, engine=engine, queues=queues)
                     for name, (engine, queues) in DISKS.items()
                 ],
-                network_interfaces=[NetConfig(TAP)],
+                nets=[NetConfig(TAP)],
                 vsock=VsockConfig(3, str(self.uds)),
                 shares=[
-                    FsConfig("share", str(self.share)),
-                    FsConfig("dax", str(self.share), dax=_dax("64M"), cache_policy="always"),
-                    FsConfig("fixed", str(self.fixed), read_only=True),
+                    ShareConfig("share", str(self.share)),
+                    ShareConfig("dax", str(self.share), dax=_dax("64M"), cache="always"),
+                    ShareConfig("fixed", str(self.fixed), read_only=True),
                 ],
             )  # fmt: skip
             self.guest.ask("mount -t virtiofs share /mnt/a && mount -t virtiofs -o dax=always dax /mnt/b")
@@ -389,7 +389,7 @@ def fs_stress(world: World) -> dict[str, Any]:
 def fs_two_guests(world: World) -> dict[str, Any]:
     """Two guests on one directory see what the other does, and what this side does."""
     guest = world.main()
-    with world.start("other", shares=[FsConfig("share", str(world.share), cache_policy="none")]) as other:
+    with world.start("other", shares=[ShareConfig("share", str(world.share), cache="none")]) as other:
         other.ask("mount -t virtiofs share /mnt/a")
         guest.ask("mkdir -p /mnt/a/both && echo one >/mnt/a/both/file && sync -f /mnt/a")
         seen = [other.ask("cat /mnt/a/both/file")]

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.linux.kernels import kernel
 from tests.linux.small_devices import INIT, Guest
-from vmm.device_config import MmdsConfig, NetConfig
+from vmm.config.devices import MmdsConfig, NetConfig
 
 MODULES = ("virtio_mmio", "virtio_net", "af_packet")
 LARGE = "0123456789abcdef" * 3000
@@ -35,8 +35,8 @@ def main() -> int:
     initrd = Path(os.environ.get("TMPDIR", "/tmp"), "mmds.cpio")
     initrd.write_bytes(made.initrd(MODULES, INIT))
     facts: dict[str, Any] = {}
-    net = NetConfig(mode="auto", address="10.77.0.1/24", iface_id="net")
-    guest = Guest(made.path, str(initrd), network_interfaces=[net], mmds=MmdsConfig(["net"]))
+    net = NetConfig(mode="auto", address="10.77.0.1/24", id="net")
+    guest = Guest(made.path, str(initrd), nets=[net], mmds=MmdsConfig(["net"]))
     store = guest.vm.mmds
     store.put(DOCUMENT)
     try:

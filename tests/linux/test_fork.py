@@ -17,7 +17,7 @@ import pytest
 
 from tests.linux import r3
 from vmm import DriveConfig, Image, Machine
-from vmm.device_config import VsockConfig
+from vmm.config.devices import VsockConfig
 from vmm.images import apt, initramfs
 from vmm.images.host import PullError
 from vmm.kvm.vm import Kvm, software_kvm

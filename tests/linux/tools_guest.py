@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from tests.linux.kernels import RELOAD, Kernel, debian
 from vmm import Machine
-from vmm.config import VmConfig
+from vmm.config.vm import VmConfig
 from vmm.images import cache_root
 from vmm.images.cpio import Archive
 from vmm.images.guest import MODULES, OPTIONAL_MODULES

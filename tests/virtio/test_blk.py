@@ -103,9 +103,9 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["Sync", "Async"])
+@pytest.fixture(params=["sync", "io_uring"])
 def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "Async" and (refused := _uring.probe()):
+    if request.param == "io_uring" and (refused := _uring.probe()):
         pytest.skip(f"LAYER MISSING: io_uring: {os.strerror(refused)}")
     return str(request.param)
 
@@ -589,9 +589,9 @@ def test_a_block_device_of_4_kib_sectors(boot: Callable[..., Vm], tmp_path: Path
 def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_uring, "probe", lambda: errno.EPERM)
     with Disk(str(image)) as disk:
-        assert Block(disk).engine == "Sync"
+        assert Block(disk).engine == "sync"
         with pytest.raises(ConfigError) as error:
-            Block(disk, engine="Async")
+            Block(disk, engine="io_uring")
     expected = "engine io_uring: the kernel refuses io_uring (Operation not permitted); use sync"
     assert str(error.value) == expected
 
@@ -607,7 +607,7 @@ from vmm.memory import GuestMemory
 assert _uring.stock(1) == _uring.stock(5) == 1
 with GuestMemory(1 << 20) as ram:
     places = zip(sys.argv[1:], (0x1000, 0x80000))
-    vms = [Vm(path, ram, Allocator(base, 0x40000), engine="Async") for path, base in places]
+    vms = [Vm(path, ram, Allocator(base, 0x40000), engine="io_uring") for path, base in places]
     for vm in vms:
         vm.driver.bring_up()
         vm.driver.bring_up()
@@ -616,7 +616,7 @@ with GuestMemory(1 << 20) as ram:
         print(vm.log)
     for vm in vms:
         vm.close()
-    vm = Vm(sys.argv[1], ram, Allocator(0x1000, 0x40000), engine="Async")
+    vm = Vm(sys.argv[1], ram, Allocator(0x1000, 0x40000), engine="io_uring")
     vm.driver.bring_up()
     print(vm.log)  # the ring came back
     vm.close()
@@ -642,9 +642,9 @@ def test_a_thread_that_gets_no_ring_goes_on_without(image: Path, tmp_path: Path)
 def test_the_engine_follows_the_file(image: Path) -> None:
     with Disk(str(image)) as disk:
         can = disk.can_wait_aside() and not _uring.probe()
-        assert Block(disk).engine == ("Async" if can else "Sync")
+        assert Block(disk).engine == ("io_uring" if can else "sync")
     with in_memory(4096) as path, Disk(path) as disk:
-        assert disk.can_wait_aside() or Block(disk).engine == "Sync"
+        assert disk.can_wait_aside() or Block(disk).engine == "sync"
 
 
 def test_reset_waits_for_what_is_under_way(boot: Callable[..., Vm], image: Path) -> None:

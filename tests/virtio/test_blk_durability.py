@@ -74,9 +74,9 @@ def write_until_killed(path: Path, engine: str, direct: bool, told: int) -> None
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
-@pytest.mark.parametrize("engine", ["Sync", "Async"])
+@pytest.mark.parametrize("engine", ["sync", "io_uring"])
 def test_nothing_flushed_is_lost_by_kill_9(tmp_path: Path, engine: str, direct: bool) -> None:
-    if engine == "Async" and (refused := _uring.probe()):
+    if engine == "io_uring" and (refused := _uring.probe()):
         pytest.skip(f"LAYER MISSING: io_uring: {os.strerror(refused)}")
     unfinished = 0
     for kill in range(KILLS):

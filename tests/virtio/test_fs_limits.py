@@ -17,7 +17,7 @@ from tests.virtio.test_fs import mount, refused, root_only, tree
 from tests.virtio.test_fs_kernel import small_disk
 from virtio import spec
 from virtio._limiter import RateLimiter
-from vmm.device_config import FsConfig, RateLimiterConfig
+from vmm.config.devices import RateLimiterConfig, ShareConfig
 from vmm.errors import ConfigError
 
 __all__ = ["mount", "tree"]
@@ -102,8 +102,8 @@ def test_a_dax_window_cannot_be_limited(mount: Callable[..., FuseVm]) -> None:
     with pytest.raises(ConfigError, match="exclude"):
         vm.device.set_rate_limit(bandwidth=(1, 0, 1))
     with pytest.raises(ConfigError, match="exclude"):
-        FsConfig.parse("t=/tmp,dax=8M,bps=1M")
-    assert FsConfig("t", "/tmp", dax=8 * MIB, rate_limiter=RateLimiterConfig(None, None))
+        ShareConfig.parse("t=/tmp,dax=8M,bps=1M")
+    assert ShareConfig("t", "/tmp", dax=8 * MIB, rate_limiter=RateLimiterConfig(None, None))
 
 
 def test_a_copy_is_one_piece_and_its_caller_goes_on(tree: Path, mount: Callable[..., FuseVm]) -> None:

@@ -24,7 +24,7 @@ from virtio import spec
 from virtio.net import mmds as mmds_net
 from virtio.net.host import Tap
 from virtio.net.mmds import ACK, FIN, IDLE, MAC, MAX_CONNECTIONS, MAX_RESETS, MSS, PSH, RECEIVE, RST, SYN, Endpoint
-from vmm.device_config import MmdsConfig
+from vmm.config.devices import MmdsConfig
 from vmm.machine.mmds import MAX_REQUEST, Mmds
 
 ADDRESS = "169.254.169.254"

@@ -19,7 +19,7 @@ from tests.virtio.net_driver import GUEST_MAC, HOST, Vm, arp_request, is_arp_rep
 from tests.virtio.test_net import checksum, is_udp
 from virtio.net._policy import Policy
 from virtio.net.host import Passt, Tap, network_of, parse_address
-from vmm.device_config import NetConfig
+from vmm.config.devices import NetConfig
 from vmm.errors import ConfigError
 
 

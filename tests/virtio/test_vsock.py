@@ -39,7 +39,7 @@ from virtio import spec
 from virtio.testing import Buffer
 from virtio.vsock.device import MAX_CONNECTIONS, Listener
 from vmm.budget import raise_descriptor_limit
-from vmm.device_config import VsockConfig
+from vmm.config.devices import VsockConfig
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 
@@ -850,7 +850,7 @@ def test_a_path_that_cannot_be(tmp_path: Path, name: str) -> None:
 
 def test_config_from_words() -> None:
     config = VsockConfig.parse("cid=3,uds=/run/a,,b.sock")
-    assert (config.guest_cid, config.uds_path) == (3, "/run/a,b.sock")
+    assert (config.cid, config.path) == (3, "/run/a,b.sock")
 
 
 @pytest.mark.parametrize(
@@ -866,5 +866,5 @@ def test_config_mistakes(text: str) -> None:
 @pytest.mark.parametrize("cid", [0, 1, 2, 1 << 32, -1])
 def test_reserved_cids(cid: int) -> None:
     """§5.10.4"""
-    with pytest.raises(ConfigError, match="guest_cid"):
+    with pytest.raises(ConfigError, match="vsock cid"):
         VsockConfig(cid, "x")

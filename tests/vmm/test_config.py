@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from vmm.config import DEFAULT_CMDLINE, VmConfig
-from vmm.device_config import DriveConfig, FsConfig
+from vmm.config.devices import DriveConfig, ShareConfig
+from vmm.config.text import parse_size
+from vmm.config.vm import DEFAULT_CMDLINE, VmConfig
 from vmm.errors import ConfigError
-from vmm.options import parse_size
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,11 @@ def test_console_out_of_range(console: str) -> None:
 
 def test_disk_options() -> None:
     drive = DriveConfig.parse("a,,b.img,ro")
-    assert (drive.path_on_host, drive.is_read_only) == ("a,b.img", True)
-    assert not DriveConfig.parse("a.img").is_read_only
+    assert (drive.path, drive.read_only) == ("a,b.img", True)
+    assert not DriveConfig.parse("a.img").read_only
     with pytest.raises(ConfigError, match="unknown option 'rw'; allowed: ro"):
         DriveConfig.parse("a.img,rw")
-    with pytest.raises(ConfigError, match="the path is empty"):
+    with pytest.raises(ConfigError, match="disk path: is empty"):
         DriveConfig.parse(",ro")
 
 
@@ -60,17 +60,17 @@ def test_every_disk_option() -> None:
     drive = DriveConfig.parse(
         "a.img,id=data,queues=4,engine=io_uring,direct,cache=unsafe,bps=100M,iops=5000,format=qcow2"
     )
-    assert (drive.drive_id, drive.queues, drive.io_engine, drive.direct) == ("data", 4, "Async", True)
-    assert (drive.cache_type, drive.image_format) == ("Unsafe", "qcow2")
+    assert (drive.id, drive.queues, drive.engine, drive.direct) == ("data", 4, "io_uring", True)
+    assert (drive.cache, drive.format) == ("unsafe", "qcow2")
     assert drive.rate_limiter is not None
     assert drive.rate_limiter.bandwidth == ((100 << 20) // 10, 0, 100)
     assert drive.rate_limiter.ops == (500, 0, 100)
     plain = DriveConfig.parse("a.img")
-    assert (plain.queues, plain.io_engine, plain.direct, plain.cache_type) == (1, None, False, "Writeback")
+    assert (plain.queues, plain.engine, plain.direct, plain.cache) == (1, None, False, "writeback")
     snap = DriveConfig.parse("a.img,format=qcow2,backing=b,,.img,backing_format=qcow2")
-    assert (snap.backing_file, snap.backing_format) == ("b,.img", "qcow2")
-    assert (plain.rate_limiter, plain.image_format, plain.drive_id) == (None, None, None)
-    assert DriveConfig.parse("a.img,engine=sync").io_engine == "Sync"
+    assert (snap.backing, snap.backing_format) == ("b,.img", "qcow2")
+    assert (plain.rate_limiter, plain.format, plain.id) == (None, None, None)
+    assert DriveConfig.parse("a.img,engine=sync").engine == "sync"
 
 
 @pytest.mark.parametrize(
@@ -84,29 +84,29 @@ def test_disk_options_out_of_range(option: str) -> None:
 
 
 def test_root_is_named_by_its_place() -> None:
-    root = DriveConfig("r", is_root_device=True, is_read_only=True)
+    root = DriveConfig("r", root=True, read_only=True)
     assert VmConfig("k", drives=[DriveConfig("a"), root]).full_cmdline == f"{DEFAULT_CMDLINE} root=/dev/vdb ro"
     assert VmConfig("k", drives=[root], append="root=LABEL=x").full_cmdline == f"{DEFAULT_CMDLINE} root=LABEL=x"
     assert VmConfig("k", drives=[root], cmdline="mine").full_cmdline == "mine"
     with pytest.raises(ConfigError, match="only one"):
-        VmConfig("k", drives=[root, DriveConfig("b", is_root_device=True)])
-    share = FsConfig.parse("rootfs=/srv/a,,b,ro", is_root_device=True)
+        VmConfig("k", drives=[root, DriveConfig("b", root=True)])
+    share = ShareConfig.parse("rootfs=/srv/a,,b,ro", root=True)
     assert VmConfig("k", shares=[share]).full_cmdline == f"{DEFAULT_CMDLINE} root=rootfs rootfstype=virtiofs ro"
     with pytest.raises(ConfigError):
         VmConfig("k", drives=[root], shares=[share])
 
 
 def test_a_share_as_people_write_it() -> None:
-    share = FsConfig.parse("tag=/a,,b=c,ro,cache=always,dax=1G,threads=4,squash=1000:100")
-    assert (share.tag, share.shared_dir, share.read_only, share.cache_policy) == ("tag", "/a,b=c", True, "always")
+    share = ShareConfig.parse("tag=/a,,b=c,ro,cache=always,dax=1G,threads=4,squash=1000:100")
+    assert (share.tag, share.path, share.read_only, share.cache) == ("tag", "/a,b=c", True, "always")
     assert (share.dax, share.threads, share.squash) == (1 << 30, 4, (1000, 100))
-    limited = FsConfig.parse("tag=/a,bps=10M,iops=100").rate_limiter
+    limited = ShareConfig.parse("tag=/a,bps=10M,iops=100").rate_limiter
     assert limited is not None and limited.ops == (10, 0, 100)
-    assert not share.submounts and FsConfig.parse("tag=/a,submounts").submounts
+    assert not share.submounts and ShareConfig.parse("tag=/a,submounts").submounts
     for wrong in ("/dir", "t=", "=/dir", f"{'t' * 37}=/", "t t=/", "t=/,cache=some", "t=/,dax=3M", "t=/,threads=0",
                   "t=/,squash=1", "t=/,squash=root:root", "t=/,rw", "t=/,ro,ro",
                   "t=/,dax=2M,bps=1M"):  # fmt: skip
         with pytest.raises(ConfigError):
-            FsConfig.parse(wrong)
+            ShareConfig.parse(wrong)
     with pytest.raises(ConfigError):
-        VmConfig("k", shares=[FsConfig("t", "/a"), FsConfig("t", "/b")])
+        VmConfig("k", shares=[ShareConfig("t", "/a"), ShareConfig("t", "/b")])

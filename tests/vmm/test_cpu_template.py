@@ -14,7 +14,7 @@ from vmm.kvm.cpu_template import Bits, CpuTemplate, parse_number, parse_template
 
 @given(st.lists(st.sampled_from("01x"), min_size=1, max_size=32), st.integers(0, (1 << 32) - 1))
 def test_each_bit_is_set_cleared_or_stays(digits: list[str], old: int) -> None:
-    new = Bits.parse("bitmap", "0b" + "".join(digits), 32)(old)
+    new = Bits.written("bitmap", "0b" + "".join(digits), 32)(old)
     for place, digit in enumerate(reversed(digits)):
         assert new >> place & 1 == (old >> place & 1 if digit == "x" else int(digit))
     assert new >> len(digits) == old >> len(digits)
@@ -23,7 +23,7 @@ def test_each_bit_is_set_cleared_or_stays(digits: list[str], old: int) -> None:
 @pytest.mark.parametrize("text", ["", "0b", "1", "0b2", "0x1", "0b" + "1" * 33, "0b1 "])
 def test_what_is_no_bitmap(text: str) -> None:
     with pytest.raises(ConfigError, match="must be 0b and at most 32"):
-        Bits.parse("bitmap", text, 32)
+        Bits.written("bitmap", text, 32)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0x1f", 31), ("31", 31), ("0b11", 3), ("0xffffffff", (1 << 32) - 1)])

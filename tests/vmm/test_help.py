@@ -23,12 +23,12 @@ from vmm import events
 from vmm.commands import cli, guide, jailer, run, serve
 from vmm.commands.completion import SHELLS, completion
 from vmm.commands.parser import coloured, make_parser, paint
-from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
+from vmm.config.devices import BalloonConfig, DriveConfig, NetConfig, ShareConfig, VsockConfig
 from vmm.errors import ConfigError
 
 PARSERS: dict[str, Callable[[str], object]] = {
     "--disk": DriveConfig.parse,
-    "--share": FsConfig.parse,
+    "--share": ShareConfig.parse,
     "--net": NetConfig.parse,
     "--vsock": VsockConfig.parse,
     "--balloon": BalloonConfig.parse,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.config import VmConfig
-from vmm.device_config import MmdsConfig, NetConfig
+from vmm.config.devices import MmdsConfig, NetConfig
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 from vmm.machine import mmds as module
 from vmm.machine.mmds import MAX_REQUEST, Mmds, MmdsError
@@ -405,12 +405,12 @@ def test_any_bytes_have_an_answer(data: bytes, begin: bool) -> None:
                                      "169.254.01.1", "bad", "", "169.254.1.1.1", "169.254.1.-1"])  # fmt: skip
 def test_the_address_is_link_local(address: str) -> None:
     with pytest.raises(ConfigError, match="The MMDS IPv4 address is not link local"):
-        MmdsConfig(["eth0"], ipv4_address=address)
+        MmdsConfig(["eth0"], address=address)
 
 
 @pytest.mark.parametrize("address", ["169.254.1.0", "169.254.254.255", "169.254.169.254"])
 def test_addresses_that_are(address: str) -> None:
-    assert MmdsConfig(["eth0"], ipv4_address=address).ipv4_address == address
+    assert MmdsConfig(["eth0"], address=address).address == address
 
 
 def test_the_interfaces_are_there() -> None:
@@ -418,9 +418,9 @@ def test_the_interfaces_are_there() -> None:
         MmdsConfig([])
     with pytest.raises(ConfigError, match="V1 or V2"):
         MmdsConfig(["eth0"], version="V3")
-    nets = [NetConfig("tap0"), NetConfig("tap1", iface_id="second")]
+    nets = [NetConfig("tap0"), NetConfig("tap1", id="second")]
     for names in (["eth0"], ["second"], ["eth0", "second"]):
-        assert VmConfig("vmlinux", network_interfaces=nets, mmds=MmdsConfig(names)).mmds is not None
+        assert VmConfig("vmlinux", nets=nets, mmds=MmdsConfig(names)).mmds is not None
     for names in (["eth1"], ["eth0", "third"]):
         with pytest.raises(ConfigError, match="at least one ID that does not correspond to any existing"):
-            VmConfig("vmlinux", network_interfaces=nets, mmds=MmdsConfig(names))
+            VmConfig("vmlinux", nets=nets, mmds=MmdsConfig(names))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.commands.run import OPTIONS, add_arguments, config_from, parse_quickly
-from vmm.config import DEFAULT_CMDLINE
+from vmm.config.vm import DEFAULT_CMDLINE
 
 WORDS = st.one_of(
     st.sampled_from([option for option, *_ in OPTIONS]),
@@ -55,9 +55,7 @@ def test_a_directory_is_a_root_file_system(tmp_path: Path, monkeypatch: pytest.M
     args = parse_quickly(["debian", "dir:/srv/root,cache=always"])
     assert args is not None
     config = config_from(args)
-    assert [(s.tag, s.shared_dir, s.cache_policy, s.is_root_device) for s in config.shares] == [
-        ("rootfs", "/srv/root", "always", True)
-    ]
+    assert [(s.tag, s.path, s.cache, s.root) for s in config.shares] == [("rootfs", "/srv/root", "always", True)]
     assert not config.drives
     assert config.full_cmdline == f"{DEFAULT_CMDLINE} root=rootfs rootfstype=virtiofs rw quiet"
     args = parse_quickly(["debian", "--share", "t=/srv"])

@@ -225,7 +225,7 @@ class Block(VirtioDevice):
     :param serial: what GET_ID answers, at most 20 bytes
     :param name: of the device in messages, and of its threads
     :param queues: each with a thread of its own
-    :param engine: ``Sync``: system calls; ``Async``: io_uring; None: what is faster for the file
+    :param engine: ``sync``: system calls; ``io_uring``; None: what is faster for the file
     :param unsafe: the guest is offered no flush, and one does nothing: what it wrote may be lost with the host
     :param limiter: of all queues together; None: one without a limit
     :raises ConfigError: io_uring was asked for, and the kernel has none
@@ -263,26 +263,26 @@ class Block(VirtioDevice):
             self.features |= spec.BLK_F_WRITE_ZEROES | (spec.BLK_F_DISCARD if disk.can_discard() else 0)
         self.limiter = limiter or RateLimiter()
         # Only a thread that has a ring may enter one.
-        self.thread_kind = "blk-uring" if self.engine == "Async" else "blk"
+        self.thread_kind = "blk-uring" if self.engine == "io_uring" else "blk"
         self._backend = Backend(
             disk.fd, disk.size, self.serial, self.limiter, read_only=disk.read_only, block_device=disk.block_device,
-            direct=disk.direct, unsafe=unsafe, use_uring=self.engine == "Async",
+            direct=disk.direct, unsafe=unsafe, use_uring=self.engine == "io_uring",
         )  # fmt: skip
         self._workers: list[BlockWorker] = []
         self.config = self._config_space()
 
     def _choose(self, engine: str | None) -> str:
         if engine is None and not self.disk.can_wait_aside():
-            return "Sync"  # as on tmpfs before Linux 6.6: each request would go to a thread of the kernel's
-        if engine != "Sync":
+            return "sync"  # as on tmpfs before Linux 6.6: each request would go to a thread of the kernel's
+        if engine != "sync":
             from vmm import _uring
 
             if not (refused := _uring.probe()):
-                return "Async"
+                return "io_uring"
             if engine is not None:
                 problem = f"the kernel refuses io_uring ({os.strerror(refused)}); use sync"
                 raise ConfigError("engine", "io_uring", problem)
-        return "Sync"
+        return "sync"
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[BlockWorker]:
         """A thread a queue."""

@@ -19,6 +19,7 @@ from vmm import logger, threads
 from vmm.api import API_VERSION, ApiError, translate, types
 from vmm.api.bodies import decode
 from vmm.api.routes import VmmAction
+from vmm.config.devices import BalloonConfig, EntropyConfig, MmdsConfig, NetConfig, ShareConfig, VsockConfig
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.machine.metrics import Metrics
 from vmm.machine.mmds import SIZE_LIMIT, Mmds, MmdsError
@@ -241,11 +242,10 @@ class Vmm:
             from virtio.blk.device import Disk
 
             config = translate.drive(body)
-            if config.image_format == "raw":
+            if config.format == "raw":
                 Disk(
-                    config.path_on_host, read_only=config.is_read_only, direct=config.direct, image_format="raw",
-                    any_size=True,
-                ).close()  # fmt: skip
+                    config.path, read_only=config.read_only, direct=config.direct, image_format="raw", any_size=True
+                ).close()
         self._place(body)
         self._drives[body.drive_id] = translate.shown_drive(body)
 
@@ -263,7 +263,7 @@ class Vmm:
     def _insert_interface(self, body: types.NetworkInterface) -> None:
         others = [each for each in self._interfaces.values() if each.iface_id != body.iface_id]
         with _refusing("Network config error"):
-            config = translate.net(body)
+            config = translate.config_of(NetConfig, body)
             if body.guest_mac is not None:
                 from virtio.net.device import parse_mac
 
@@ -275,7 +275,7 @@ class Vmm:
                     raise ConfigError("host_dev_name", body.host_dev_name, "is the tap of another interface")
                 from virtio.net.host import Tap
 
-                Tap(config.host_dev_name or "", config.queues).close()
+                Tap(config.tap or "", config.queues).close()
         self._interfaces.pop(body.iface_id, None)
         self._interfaces[body.iface_id] = msgspec.structs.replace(
             body, rx_rate_limiter=translate.shown_limiter(body.rx_rate_limiter),
@@ -284,22 +284,22 @@ class Vmm:
 
     def _insert_share(self, body: types.SharedFs) -> None:
         with _refusing("Filesystem config error"):
-            config = translate.share(body)
-            if not os.path.isdir(config.shared_dir):
-                raise ConfigError("shared_dir", config.shared_dir, "is not a directory")
+            config = translate.config_of(ShareConfig, body)
+            if not os.path.isdir(config.path):
+                raise ConfigError("shared_dir", config.path, "is not a directory")
         self._shares[body.tag] = body
 
     def _vsock_is(self, body: types.Vsock) -> None:
         from virtio.vsock.device import Listener
 
         with _refusing("Vsock config error"):
-            config = translate.vsock(body)
+            config = translate.config_of(VsockConfig, body)
             # Firecracker makes the socket now. The one before goes first: it may be of the same name.
             if self._listener is not None:
                 self._listener.close()
                 self._listener = None
                 self._vsock = None
-            self._listener = Listener(config.uds_path)
+            self._listener = Listener(config.path)
         self._vsock = types.Vsock(guest_cid=body.guest_cid, uds_path=body.uds_path)
 
     def _balloon_is(self, body: types.Balloon) -> None:
@@ -309,12 +309,12 @@ class Vmm:
                 raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
             if self._machine_config.huge_pages != "None":
                 raise ConfigError("huge_pages", self._machine_config.huge_pages, HUGE_RULE)
-            translate.balloon(body)
+            translate.config_of(BalloonConfig, body)
         self._balloon = body
 
     def _entropy_is(self, body: types.EntropyDevice) -> None:
         with _refusing("Entropy device error"):
-            translate.entropy(body)
+            translate.config_of(EntropyConfig, body)
         self._entropy = types.EntropyDevice(rate_limiter=translate.shown_limiter(body.rate_limiter))
 
     def _logger_is(self, body: types.Logger) -> None:
@@ -475,8 +475,8 @@ class Vmm:
 
     def _mmds_config_is(self, body: types.MmdsConfig) -> None:
         with _refusing("MMMDS config error"):
-            config = translate.mmds(body)
-            if unknown := [name for name in config.network_interfaces if name not in self._interfaces]:
+            config = translate.config_of(MmdsConfig, body)
+            if unknown := [name for name in config.interfaces if name not in self._interfaces]:
                 raise ConfigError("network_interfaces", unknown[0], "does not correspond to any network interface")
         self.mmds.configure(config)
         self._mmds_config = body

@@ -16,7 +16,7 @@ import msgspec
 
 from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
-from vmm.device_config import check_names
+from vmm.config.text import check_names
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.machine.snapshot_file import (
     checksum_of,
@@ -248,7 +248,7 @@ def _overridden(image: Image, shown: types.VmConfiguration, body: types.Snapshot
             raise ApiError(f"{_STATE}Unknown Vsock Device.")
         uds_path = body.vsock_override.uds_path
         try:
-            image.config = image.config.replaced(vsock=image.config.vsock.replaced(uds_path=uds_path))
+            image.config = image.config.replaced(vsock=image.config.vsock.replaced(path=uds_path))
         except ConfigError as error:
             raise ApiError(f"{_STATE}{error}") from None
         shown = msgspec.structs.replace(shown, vsock=msgspec.structs.replace(shown.vsock, uds_path=uds_path))
@@ -258,14 +258,12 @@ def _overridden(image: Image, shown: types.VmConfiguration, body: types.Snapshot
         msgspec.structs.replace(each, host_dev_name=taps.get(each.iface_id, each.host_dev_name))
         for each in shown.network_interfaces
     ]
-    image.config = image.config.replaced(
-        network_interfaces=[_tap(net, taps.get(net.iface_id or "")) for net in image.config.network_interfaces]
-    )
+    image.config = image.config.replaced(nets=[_tap(net, taps.get(net.id or "")) for net in image.config.nets])
     return msgspec.structs.replace(shown, network_interfaces=interfaces)
 
 
 def _tap(net: Any, name: str | None) -> Any:
-    return net if name is None else net.replaced(mode="tap", host_dev_name=name)
+    return net if name is None else net.replaced(mode="tap", tap=name)
 
 
 def _io(error: OSError) -> str:

@@ -1,33 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the API's bodies and ``vmm.config``, ``vmm.device_config``: the same VM, said in two ways."""
+"""Between the API's bodies and ``vmm.config``: the same VM, said in two ways."""
 
 from __future__ import annotations
 
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from boot.cmdline import Cmdline, parameter
 from vmm.api import types
-from vmm.config import VmConfig
-from vmm.device_config import (
+from vmm.config.devices import (
     BalloonConfig,
     DriveConfig,
     EntropyConfig,
-    FsConfig,
     MmdsConfig,
     NetConfig,
     RateLimiterConfig,
+    ShareConfig,
     VsockConfig,
 )
+from vmm.config.option import REQUIRED, Config
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from msgspec import UnsetType
 
     _T = TypeVar("_T")
+    _B = TypeVar("_B", bound=Struct)
+    _C = TypeVar("_C", bound=Config)
     Bucket = tuple[int, int, int]
 
 # For a boot source without boot_args; Firecracker's own.
@@ -39,10 +42,6 @@ _MIB = 1 << 20
 
 def _given(value: _T | UnsetType, default: _T) -> _T:
     return default if value is UNSET else value
-
-
-def _unless(value: _T, default: _T) -> _T | UnsetType:
-    return UNSET if value == default else value
 
 
 # From the API
@@ -91,95 +90,42 @@ def shown_drive(body: types.Drive) -> types.Drive:
     )  # fmt: skip
 
 
+def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
+    """The parameters of `kind` by name, as a body of the API has them.
+
+    :raises ConfigError: one is missing, or no limiter can count to a number
+    """
+    values: dict[str, Any] = {}
+    for name, each in kind.OPTIONS.items():
+        if not each.api:
+            continue
+        value = getattr(body, each.api)
+        if value is UNSET or value is None:
+            value = each.meaning_of_none
+            if value is REQUIRED:
+                raise ConfigError(each.api, "", "is missing")
+        elif isinstance(value, types.RateLimiter):
+            value = limiter(value)
+        elif isinstance(each.choices, dict):
+            value = next(word for word, said in each.choices.items() if said == value)
+        values[name] = each.checked(each.api, value)  # an error has the API's name
+    return values
+
+
+def config_of(kind: type[_C], body: Struct, **values: Any) -> _C:
+    """The device that a body of the API describes.
+
+    :param values: parameters that no body has
+    :raises ConfigError: the body does not describe a supported device
+    """
+    return kind(**values_of(kind, body), **values)
+
+
 def drive(body: types.Drive) -> DriveConfig:
     """:raises ConfigError: the body does not describe a supported disk"""
     if body.socket is not None:
         raise ConfigError("socket", body.socket, "vhost-user drives are not supported; give path_on_host")
-    if body.path_on_host is None:
-        raise ConfigError("path_on_host", "", "is missing")
-    return DriveConfig(
-        body.path_on_host,
-        is_read_only=bool(body.is_read_only),
-        drive_id=body.drive_id,
-        is_root_device=body.is_root_device,
-        queues=_given(body.num_queues, 1),
-        io_engine=body.io_engine or "Sync",
-        direct=_given(body.is_direct, False),
-        cache_type=body.cache_type,
-        rate_limiter=limiter(body.rate_limiter),
-        image_format=_given(body.image_format, "raw"),
-        backing_file=_given(body.backing_file, None),
-        backing_format=_given(body.backing_format, None),
-        any_size=True,
-    )
-
-
-def net(body: types.NetworkInterface) -> NetConfig:
-    """:raises ConfigError: the body does not describe a supported interface"""
-    return NetConfig(
-        _given(body.host_dev_name, "") or None,
-        mode=_given(body.mode, "tap"),
-        guest_mac=body.guest_mac,
-        queues=_given(body.num_queues, 1),
-        mtu=_given(body.mtu, None),
-        pcap=_given(body.pcap, None),
-        address=_given(body.address, None),
-        nat=_given(body.nat, False),
-        loopback=_given(body.loopback, False),
-        iface_id=body.iface_id,
-        rx_rate_limiter=limiter(body.rx_rate_limiter),
-        tx_rate_limiter=limiter(body.tx_rate_limiter),
-    )
-
-
-def share(body: types.SharedFs) -> FsConfig:
-    """:raises ConfigError: the body does not describe a supported share"""
-    return FsConfig(
-        body.tag,
-        body.shared_dir,
-        read_only=body.read_only,
-        cache_policy=body.cache_policy,
-        submounts=body.submounts,
-        dax=body.cache_size,
-        threads=body.num_queues,
-        squash=body.squash,
-        is_root_device=body.is_root_device,
-        rate_limiter=limiter(body.rate_limiter),
-    )
-
-
-def balloon(body: types.Balloon) -> BalloonConfig:
-    """:raises ConfigError: the body does not describe a supported balloon"""
-    return BalloonConfig(
-        body.amount_mib,
-        deflate_on_oom=body.deflate_on_oom,
-        stats_polling_interval_s=body.stats_polling_interval_s,
-        free_page_reporting=_given(body.free_page_reporting, False),
-    )
-
-
-def vsock(body: types.Vsock) -> VsockConfig:
-    """:raises ConfigError: the body does not describe a supported socket device"""
-    return VsockConfig(body.guest_cid, body.uds_path, vsock_id=_given(body.vsock_id, None) or None)
-
-
-def mmds(body: types.MmdsConfig) -> MmdsConfig:
-    """:raises ConfigError: the address is not link-local"""
-    address = body.ipv4_address or "169.254.169.254"
-    return MmdsConfig(body.network_interfaces, version=body.version, ipv4_address=address)
-
-
-def _mmds_body(config: MmdsConfig) -> types.MmdsConfig:
-    return types.MmdsConfig(
-        version=config.version,  # type: ignore[arg-type]  # MmdsConfig checked it
-        network_interfaces=list(config.network_interfaces),
-        ipv4_address=config.ipv4_address,
-    )
-
-
-def entropy(body: types.EntropyDevice) -> EntropyConfig:
-    """:raises ConfigError: a number that no limiter can count to"""
-    return EntropyConfig(limiter(body.rate_limiter))
+    return config_of(DriveConfig, body, any_size=True)
 
 
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
@@ -190,7 +136,6 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
     :raises ConfigError: it cannot be
     """
     boot, machine = whole.boot_source, whole.machine_config or DEFAULT_MACHINE
-    host = _given(whole.pyvmm, types.Host())
     serial = _given(whole.serial, types.Serial())
     drives = sorted(whole.drives, key=lambda each: not each.is_root_device)
     line = Cmdline(DEFAULT_BOOT_ARGS if boot.boot_args is None else boot.boot_args)
@@ -201,6 +146,11 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
     for each in _given(whole.fs, []):
         if each.is_root_device:
             line.append(f"{parameter('root', each.tag)} rootfstype=virtiofs {'ro' if each.read_only else 'rw'}")
+    values = values_of(VmConfig, _given(whole.pyvmm, types.Host()))
+    if whole.pyvmm is UNSET or whole.pyvmm.memory is UNSET:
+        values["memory"] = machine.mem_size_mib * _MIB
+    if serial.serial_out_path is not None:
+        values["console"] = f"file:{serial.serial_out_path}"
     return VmConfig(
         boot.kernel_image_path,
         initrd=boot.initrd_path,
@@ -208,23 +158,17 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         cpus=machine.vcpu_count,
         smt=machine.smt,
         cpu_template=whole.cpu_config.template() if isinstance(whole.cpu_config, types.CpuConfig) else None,
-        huge_pages=machine.huge_pages,
+        huge_pages=None if machine.huge_pages == "None" else machine.huge_pages,
         track_dirty_pages=machine.track_dirty_pages,
-        memory=_given(host.memory, machine.mem_size_mib * _MIB),
         drives=[drive(each) for each in drives],
-        network_interfaces=[net(each) for each in whole.network_interfaces],
-        mmds=None if whole.mmds_config is None else mmds(whole.mmds_config),
-        vsock=None if whole.vsock is None else vsock(whole.vsock),
-        shares=[share(each) for each in _given(whole.fs, [])],
-        entropy=None if whole.entropy is None else entropy(whole.entropy),
-        balloon=None if whole.balloon is None else balloon(whole.balloon),
-        console=_given(host.console, "raw") if serial.serial_out_path is None else f"file:{serial.serial_out_path}",
+        nets=[config_of(NetConfig, each) for each in whole.network_interfaces],
+        mmds=None if whole.mmds_config is None else config_of(MmdsConfig, whole.mmds_config),
+        vsock=None if whole.vsock is None else config_of(VsockConfig, whole.vsock),
+        shares=[config_of(ShareConfig, each) for each in _given(whole.fs, [])],
+        entropy=None if whole.entropy is None else config_of(EntropyConfig, whole.entropy),
+        balloon=None if whole.balloon is None else config_of(BalloonConfig, whole.balloon),
         console_rate_limiter=limiter(serial.rate_limiter),
-        virtio_console=_given(host.virtio_console, False),
-        poll_us=_given(host.poll_us, 0),
-        protocol=_given(host.protocol, "auto"),
-        unpack=_given(host.unpack, "auto"),
-        exit_port=_given(host.exit_port, None),  # a guest that we do not know has no say in how we end
+        **values,
     )
 
 
@@ -243,76 +187,31 @@ def _limiter_body(config: RateLimiterConfig | None) -> types.RateLimiter | None:
     return types.RateLimiter(bandwidth=_bucket_body(config.bandwidth), ops=_bucket_body(config.ops))
 
 
-def _drive_body(config: DriveConfig, place: int, *, root: bool) -> types.Drive:
-    return types.Drive(
-        drive_id=config.drive_id or f"drive_{place}",
-        is_root_device=root,
-        cache_type=config.cache_type,  # type: ignore[arg-type]  # DriveConfig checked it
-        is_read_only=config.is_read_only,
-        path_on_host=config.path_on_host,
-        rate_limiter=_limiter_body(config.rate_limiter),
-        io_engine=config.io_engine,  # type: ignore[arg-type]
-        num_queues=_unless(config.queues, 1),
-        is_direct=_unless(config.direct, False),
-        image_format=_unless(config.image_format or "raw", "raw"),  # type: ignore[arg-type]
-        backing_file=UNSET if config.backing_file is None else config.backing_file,
-        backing_format=_unless(config.backing_format, None),  # type: ignore[arg-type]
-    )
+def body_of(kind: type[_B], config: Config, **values: Any) -> _B:
+    """The body of the API that describes what `config` does; an extension at its default is left out.
+
+    :param values: fields that are said in another way
+    """
+    for name, each in config.OPTIONS.items():
+        if not each.api or each.api in values:
+            continue
+        value = getattr(config, name)
+        if each.extension and value in (None, each.meaning_of_none):
+            continue
+        if isinstance(value, RateLimiterConfig):
+            value = _limiter_body(value)
+        elif isinstance(each.choices, dict) and value is not None:
+            value = each.choices[value]
+        elif isinstance(value, tuple) and name != "squash":
+            value = list(value)
+        values[each.api] = value
+    return kind(**values)
 
 
 def _net_body(config: NetConfig, place: int) -> types.NetworkInterface:
     if config.mode == "fd":
         raise ConfigError("net fd", config.fd, "is an open descriptor, which cannot be written to a file")
-    return types.NetworkInterface(
-        iface_id=config.iface_id or f"eth{place}",
-        host_dev_name=config.host_dev_name or UNSET,
-        guest_mac=config.guest_mac,
-        rx_rate_limiter=_limiter_body(config.rx_rate_limiter),
-        tx_rate_limiter=_limiter_body(config.tx_rate_limiter),
-        mode=_unless(config.mode, "tap"),  # type: ignore[arg-type]
-        num_queues=_unless(config.queues, 1),
-        mtu=UNSET if config.mtu is None else config.mtu,
-        pcap=UNSET if config.pcap is None else config.pcap,
-        address=UNSET if config.address is None else config.address,
-        nat=_unless(config.nat, False),
-        loopback=_unless(config.loopback, False),
-    )
-
-
-def _share_body(config: FsConfig, *, root: bool) -> types.SharedFs:
-    return types.SharedFs(
-        tag=config.tag,
-        shared_dir=config.shared_dir,
-        read_only=config.read_only,
-        cache_policy=config.cache_policy,  # type: ignore[arg-type]
-        submounts=config.submounts,
-        cache_size=config.dax,
-        num_queues=config.threads,
-        squash=config.squash,
-        is_root_device=root,
-        rate_limiter=_limiter_body(config.rate_limiter),
-    )
-
-
-def _vsock_body(config: VsockConfig) -> types.Vsock:
-    return types.Vsock(
-        guest_cid=config.guest_cid,
-        uds_path=config.uds_path,
-        vsock_id=UNSET if config.vsock_id is None else config.vsock_id,
-    )
-
-
-def _balloon_body(config: BalloonConfig) -> types.Balloon:
-    return types.Balloon(
-        amount_mib=config.amount_mib,
-        deflate_on_oom=config.deflate_on_oom,
-        stats_polling_interval_s=config.stats_polling_interval_s,
-        free_page_reporting=_unless(config.free_page_reporting, False),
-    )
-
-
-def _entropy_body(config: EntropyConfig) -> types.EntropyDevice:
-    return types.EntropyDevice(rate_limiter=_limiter_body(config.rate_limiter))
+    return body_of(types.NetworkInterface, config, iface_id=config.id or f"eth{place}")
 
 
 def vm_body(config: VmConfig) -> types.VmConfiguration:
@@ -328,21 +227,12 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
     added = config.root_parameters
     place = None
     if added:
-        roots = [each.is_root_device for each in config.drives]
+        roots = [each.root for each in config.drives]
         place = roots.index(True) if True in roots else None
     if place:  # neither none nor the first, where Firecracker would put it
         added, place = "", None
     boot_args = config.rootless_cmdline if added else config.full_cmdline
-    whole_mib = config.memory % _MIB == 0
-    host = types.Host(
-        console=_unless(config.console, "raw"),
-        virtio_console=_unless(config.virtio_console, False),
-        poll_us=_unless(config.poll_us, 0),
-        protocol=_unless(config.protocol, "auto"),
-        unpack=_unless(config.unpack, "auto"),
-        exit_port=_unless(config.exit_port, None),
-        memory=UNSET if whole_mib else config.memory,
-    )
+    host = body_of(types.Host, config, **{} if config.memory % _MIB else {"memory": UNSET})
     return types.VmConfiguration(
         boot_source=types.BootSource(kernel_image_path=config.kernel, initrd_path=config.initrd, boot_args=boot_args),
         machine_config=types.MachineConfiguration(
@@ -350,15 +240,18 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
             mem_size_mib=config.memory // _MIB,
             smt=config.smt,
             track_dirty_pages=config.track_dirty_pages,
-            huge_pages=config.huge_pages,  # type: ignore[arg-type]  # VmConfig checked it
+            huge_pages=config.huge_pages or "None",  # type: ignore[arg-type]  # VmConfig checked it
         ),
-        drives=[_drive_body(each, index, root=index == place) for index, each in enumerate(config.drives)],
-        network_interfaces=[_net_body(each, index) for index, each in enumerate(config.network_interfaces)],
-        mmds_config=_mmds_body(config.mmds) if config.mmds else None,
-        vsock=_vsock_body(config.vsock) if config.vsock else None,
-        fs=[_share_body(each, root=bool(added) and each.is_root_device) for each in config.shares] or UNSET,
-        entropy=_entropy_body(config.entropy) if config.entropy else None,
-        balloon=_balloon_body(config.balloon) if config.balloon else None,
+        drives=[
+            body_of(types.Drive, each, drive_id=each.id or f"drive_{index}", is_root_device=index == place)
+            for index, each in enumerate(config.drives)
+        ],
+        network_interfaces=[_net_body(each, index) for index, each in enumerate(config.nets)],
+        mmds_config=body_of(types.MmdsConfig, config.mmds) if config.mmds else None,
+        vsock=body_of(types.Vsock, config.vsock) if config.vsock else None,
+        fs=[body_of(types.SharedFs, each, is_root_device=bool(added) and each.root) for each in config.shares] or UNSET,
+        entropy=body_of(types.EntropyDevice, config.entropy) if config.entropy else None,
+        balloon=body_of(types.Balloon, config.balloon) if config.balloon else None,
         serial=types.Serial(rate_limiter=_limiter_body(limits)) if (limits := config.console_rate_limiter) else UNSET,
         pyvmm=UNSET if host == types.Host() else host,
     )

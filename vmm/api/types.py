@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from vmm.device_config import MAX_FS_THREADS, MAX_QUEUES
+from vmm.config.devices import MAX_FS_THREADS, MAX_QUEUES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import socket
 import sys
 from typing import Any
 
+from vmm.config.text import parse_size
 from vmm.errors import ConfigError, HostError
-from vmm.options import parse_size
 
 STATUS_REFUSED = 1
 PATIENCE = 30.0

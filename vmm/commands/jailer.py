@@ -8,8 +8,8 @@ import shutil
 import sys
 
 from vmm import __version__
+from vmm.config.text import did_you_mean
 from vmm.errors import ConfigError, VmmError
-from vmm.options import did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

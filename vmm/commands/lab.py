@@ -7,10 +7,10 @@ import argparse
 import sys
 
 from vmm import lab
+from vmm.config.text import parse_size
 from vmm.errors import ConfigError
 from vmm.kvm.vm import runs_linux
 from vmm.lab.machine import CPU
-from vmm.options import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,8 +43,8 @@ def main(args: Namespace) -> int:
     :raises ConfigError: the arguments
     :raises PullError: the image cannot be made on this host, or not now
     """
+    from vmm.config.text import parse_size
     from vmm.errors import ConfigError
-    from vmm.options import parse_size
 
     if args.list:
         _list()

@@ -8,8 +8,7 @@ import sys
 
 from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
-from vmm.config import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
-from vmm.device_config import BalloonConfig, DriveConfig, FsConfig, NetConfig, VsockConfig
+from vmm.config.vm import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 
@@ -178,15 +177,7 @@ def config_from(args: Arguments) -> VmConfig:
         line.append(_terminal_size())
         line.append(append)
         append = str(line)
-    drives = [DriveConfig.parse(text) for text in args.disk]
-    shares = [FsConfig.parse(text) for text in args.share]
-    if rootfs is not None and rootfs.startswith("dir:"):
-        shares.insert(0, FsConfig.parse(f"rootfs={rootfs.removeprefix('dir:')}", is_root_device=True))
-    elif rootfs is not None:
-        root = DriveConfig.parse(rootfs)
-        root.is_root_device = True
-        root.is_read_only |= image is not None and image.config is not None and rootfs == image.rootfs
-        drives.insert(0, root)
+    read_only = image is not None and image.config is not None and rootfs == image.rootfs
     return VmConfig(
         kernel,
         initrd=initrd,
@@ -194,19 +185,39 @@ def config_from(args: Arguments) -> VmConfig:
         append=append,
         cpus=args.cpus,
         memory=args.memory,
-        drives=drives,
-        shares=shares,
-        network_interfaces=[NetConfig.parse(text) for text in args.net],
-        vsock=None if args.vsock is None else VsockConfig.parse(args.vsock),
         entropy=args.rng,
-        balloon=None if args.balloon is None else BalloonConfig.parse(args.balloon),
         virtio_console=args.virtio_console,
         poll_us=args.poll,
         console=args.console,
         kvm=args.kvm,
         protocol=args.protocol,
         unpack=args.unpack,
+        **_devices(args, rootfs, read_only=read_only),
     )
+
+
+def _devices(args: Arguments, rootfs: str | None, *, read_only: bool) -> dict[str, Any]:
+    if not (
+        rootfs is not None or args.disk or args.share or args.net or args.vsock is not None or args.balloon is not None
+    ):
+        return {}  # a guest without devices does not pay for their declarations
+    from vmm.config.devices import BalloonConfig, DriveConfig, NetConfig, ShareConfig, VsockConfig
+
+    drives = [DriveConfig.parse(text) for text in args.disk]
+    shares = [ShareConfig.parse(text) for text in args.share]
+    if rootfs is not None and rootfs.startswith("dir:"):
+        shares.insert(0, ShareConfig.parse(f"rootfs={rootfs.removeprefix('dir:')}", root=True))
+    elif rootfs is not None:
+        root = DriveConfig.parse(rootfs, root=True)
+        root.read_only |= read_only
+        drives.insert(0, root)
+    return {
+        "drives": drives,
+        "shares": shares,
+        "nets": [NetConfig.parse(text) for text in args.net],
+        "vsock": None if args.vsock is None else VsockConfig.parse(args.vsock),
+        "balloon": None if args.balloon is None else BalloonConfig.parse(args.balloon),
+    }
 
 
 def _image(name: str) -> Any:
@@ -334,8 +345,8 @@ def _run(vm: Machine, *, verbose: bool) -> int:
 
 def _starts_programs(config: VmConfig) -> bool:
     # They are ended, and what they did is undone, by the main thread.
-    images = [drive.image_format for drive in config.drives]
-    return "qcow2" in images or any(net.mode in ("user", "auto") for net in config.network_interfaces)
+    images = [drive.format for drive in config.drives]
+    return "qcow2" in images or any(net.mode in ("user", "auto") for net in config.nets)
 
 
 def describe(vm: Machine) -> str:
@@ -359,15 +370,15 @@ def describe(vm: Machine) -> str:
     lines += [f"gsi      {part.gsi} {part.title}" for part in PARTS if part.gsi is not None]
     lines += [f"gsi      {each.gsi} {each.device.name}" for each in vm.devices.values()]
     for place, drive in enumerate(config.drives):
-        mode = "read-only" if drive.is_read_only else "read-write"
-        lines.append(f"disk     /dev/vd{chr(ord('a') + place)} {drive.path_on_host}, {mode}")
+        mode = "read-only" if drive.read_only else "read-write"
+        lines.append(f"disk     /dev/vd{chr(ord('a') + place)} {drive.path}, {mode}")
     for share in config.shares:
         mode = "read-only" if share.read_only else "read-write"
-        lines.append(f"share    {share.tag} {share.shared_dir}, {mode}")
-    for interface, net in enumerate(config.network_interfaces):
-        lines.append(f"net      eth{interface}: {net.host_dev_name or net.mode}")
+        lines.append(f"share    {share.tag} {share.path}, {mode}")
+    for interface, net in enumerate(config.nets):
+        lines.append(f"net      eth{interface}: {net.tap or net.mode}")
     if config.vsock is not None:
-        lines.append(f"vsock    CID {config.vsock.guest_cid}, {config.vsock.uds_path}")
+        lines.append(f"vsock    CID {config.vsock.cid}, {config.vsock.path}")
     return "\n".join(lines)
 
 
@@ -387,11 +398,11 @@ def _run_in_lab(config: VmConfig) -> int:
 
     if config.vsock is not None:
         raise ConfigError(
-            "--vsock", config.vsock.uds_path,
+            "--vsock", config.vsock.path,
             "would be a socket inside the lab; run the VM and its clients there: pyvmm lab -- COMMAND",
         )  # fmt: skip
-    written = [os.path.dirname(os.path.abspath(d.path_on_host)) for d in config.drives if not d.is_read_only]
-    written += [os.path.abspath(share.shared_dir) for share in config.shares if not share.read_only]
+    written = [os.path.dirname(os.path.abspath(d.path)) for d in config.drives if not d.read_only]
+    written += [os.path.abspath(share.path) for share in config.shares if not share.read_only]
     if config.console.startswith("file:"):
         written.append(os.path.dirname(os.path.abspath(config.console.removeprefix("file:"))))
     argv = [word for word in sys.argv[1:] if word != "--lab"]

@@ -9,9 +9,9 @@ import threading
 
 from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
+from vmm.config.text import parse_count
 from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
-from vmm.options import parse_count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import os
 import select
 import socket
 
+from vmm.config.text import parse_count
 from vmm.errors import ConfigError, HostError
-from vmm.options import parse_count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

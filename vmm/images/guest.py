@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmm.config import DEFAULT_EXIT_PORT
+from vmm.config.vm import DEFAULT_EXIT_PORT
 from vmm.images.container import ImageConfig
 from vmm.images.host import PullError
 from vmm.images.initramfs import LOAD_MODULES

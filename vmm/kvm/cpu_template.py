@@ -6,7 +6,7 @@ Source: Firecracker docs/cpu_templates/cpu-templates.md.
 
 from __future__ import annotations
 
-from vmm.device_config import Config
+from vmm.config.option import Config, as_tuple, option
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -23,14 +23,11 @@ _MSR_BITS = 64
 class Bits(Config):
     """Which bits of a register are changed, and to what: the new value is ``old & ~mask | value``."""
 
-    __slots__ = ("mask", "value")
-
-    def __init__(self, mask: int, value: int) -> None:
-        self.mask = mask
-        self.value = value
+    mask: int = option(help="the bits that are changed", kw_only=False)
+    value: int = option(help="what they become", kw_only=False)
 
     @classmethod
-    def parse(cls, field: str, text: str, width: int) -> Bits:
+    def written(cls, field: str, text: str, width: int) -> Bits:
         """From ``0b``, then 0, 1 and x from the highest bit on; bits that are not written stay, ``_`` is for the eye.
 
         :raises ConfigError: it is something else, or longer than `width` bits
@@ -59,28 +56,14 @@ def parse_number(field: str, text: str) -> int:
 
 
 class CpuTemplate(Config):
-    """What is to be changed.
+    """What is to be changed."""
 
-    :param capabilities: numbers of ``KVM_CAP_*`` that KVM must have
-    :param not_required: numbers that it need not have after all
-    :param cpuid: by leaf, subleaf and flags: bits by register's name
-    :param msrs: bits by the register's address
-    """
-
-    __slots__ = ("capabilities", "cpuid", "msrs", "not_required")
-
-    def __init__(
-        self,
-        *,
-        capabilities: Sequence[int] = (),
-        not_required: Sequence[int] = (),
-        cpuid: Mapping[tuple[int, int, int], Mapping[str, Bits]] | None = None,
-        msrs: Mapping[int, Bits] | None = None,
-    ) -> None:
-        self.capabilities = tuple(capabilities)
-        self.not_required = tuple(not_required)
-        self.cpuid = dict(cpuid or {})
-        self.msrs = dict(msrs or {})
+    capabilities: Sequence[int] = option(help="numbers of KVM_CAP_* that KVM must have", default=(), check=as_tuple)
+    not_required: Sequence[int] = option(help="numbers that it need not have after all", default=(), check=as_tuple)
+    cpuid: Mapping[tuple[int, int, int], Mapping[str, Bits]] = option(
+        help="by leaf, subleaf and flags: bits by register's name", default={}
+    )
+    msrs: Mapping[int, Bits] = option(help="bits by the register's address", default={})
 
     def change_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
         """Change `entries`, which KVM gave.
@@ -118,13 +101,13 @@ def parse_template(
     leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}
     for leaf, subleaf, flags, registers in cpuid:
         place = parse_number("cpuid_modifiers leaf", leaf), parse_number("cpuid_modifiers subleaf", subleaf), flags
-        leaves[place] = {name: Bits.parse("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers}
+        leaves[place] = {name: Bits.written("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers}
     return CpuTemplate(
         capabilities=added,
         not_required=removed,
         cpuid=leaves,
         msrs={
-            parse_number("msr_modifiers addr", address): Bits.parse("msr_modifiers bitmap", text, _MSR_BITS)
+            parse_number("msr_modifiers addr", address): Bits.written("msr_modifiers bitmap", text, _MSR_BITS)
             for address, text in msrs
         },
     )

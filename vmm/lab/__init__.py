@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vmm.config.text import parse_size
 from vmm.errors import ConfigError, VmmError
 from vmm.images.host import Progress
 from vmm.lab import qemu as qemus
@@ -25,7 +26,6 @@ from vmm.lab.image import lab_image
 from vmm.lab.machine import CPU, Boot, Died, NotUp, console_of, in_view, missing, qemu_argv
 from vmm.lab.needed import needed
 from vmm.machine.console import make_raw, set_mode
-from vmm.options import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

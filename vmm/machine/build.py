@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from vmm import threads
-from vmm.device_config import BalloonConfig, DriveConfig, EntropyConfig, FsConfig, NetConfig, VsockConfig
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -21,15 +20,23 @@ if TYPE_CHECKING:
     from virtio.net.host import Passt, Tap
     from virtio.rng import Entropy
     from virtio.vsock.device import Listener, Vsock
-    from vmm.config import VmConfig
-    from vmm.device_config import RateLimiterConfig
+    from vmm.config.devices import (
+        BalloonConfig,
+        DriveConfig,
+        EntropyConfig,
+        NetConfig,
+        RateLimiterConfig,
+        ShareConfig,
+        VsockConfig,
+    )
+    from vmm.config.vm import VmConfig
     from vmm.machine.mmds import Mmds
 
     class Closable(Protocol):
         def close(self) -> None: ...
 
     _T = TypeVar("_T", bound=Closable)
-    DeviceConfig = DriveConfig | NetConfig | FsConfig | VsockConfig | EntropyConfig | BalloonConfig
+    DeviceConfig = DriveConfig | NetConfig | ShareConfig | VsockConfig | EntropyConfig | BalloonConfig
 
 
 class Made:
@@ -71,7 +78,7 @@ class Builder:
         :raises HostError: the host failed
         """
         config = self._config
-        several: tuple[DeviceConfig, ...] = (*config.drives, *config.network_interfaces, *config.shares)
+        several: tuple[DeviceConfig, ...] = (*config.drives, *config.nets, *config.shares)
         single: tuple[DeviceConfig | None, ...] = (config.vsock, config.entropy, config.balloon)
         for one in (*several, *single):
             if one is not None:
@@ -88,16 +95,18 @@ class Builder:
         :raises HostError: the host failed
         :raises TypeError: `config` is none of a device
         """
+        from vmm.config.devices import BalloonConfig, DriveConfig, EntropyConfig, NetConfig, ShareConfig, VsockConfig
+
         try:
             match config:
                 case DriveConfig():
                     number = self._number("drive")
-                    return self._made("drive", config.drive_id or f"drive_{number}", self._block(config, number))
+                    return self._made("drive", config.id or f"drive_{number}", self._block(config, number))
                 case NetConfig():
                     number = self._number("net")
-                    name = config.iface_id or f"eth{number}"
+                    name = config.id or f"eth{number}"
                     return self._made("net", name, self._net(config, number, name))
-                case FsConfig():
+                case ShareConfig():
                     return self._made("share", config.tag, self._share(config, self._number("share")))
                 case VsockConfig():
                     return self._made("vsock", "", self._vsock(config))
@@ -137,27 +146,27 @@ class Builder:
     def _block(self, config: DriveConfig, number: int) -> Block:
         from virtio.blk.device import Block, Disk
 
-        path, image_format = config.path_on_host, config.image_format
+        path, image_format = config.path, config.format
         if image_format == "qcow2":
             _will_start("disk", path, "qemu-storage-daemon")
             from virtio.blk.qcow2 import Qcow2
 
             path = self._owned(
                 Qcow2(
-                    path, read_only=config.is_read_only, backing_file=config.backing_file,
+                    path, read_only=config.read_only, backing_file=config.backing,
                     backing_format=config.backing_format or "raw",
                 )
             ).raw  # fmt: skip
             image_format = "raw"
         disk = self._owned(
             Disk(
-                path, read_only=config.is_read_only, direct=config.direct, image_format=image_format,
+                path, read_only=config.read_only, direct=config.direct, image_format=image_format,
                 any_size=config.any_size,
             )
         )  # fmt: skip
         return Block(
-            disk, serial=config.drive_id or "", name=f"virtio-blk{number}", queues=config.queues,
-            engine=config.io_engine, unsafe=config.cache_type == "Unsafe", limiter=_limiter(config.rate_limiter),
+            disk, serial=config.id or "", name=f"virtio-blk{number}", queues=config.queues,
+            engine=config.engine, unsafe=config.cache == "unsafe", limiter=_limiter(config.rate_limiter),
         )  # fmt: skip
 
     def _net(self, config: NetConfig, number: int, name: str) -> Net:
@@ -180,16 +189,16 @@ class Builder:
                 raise ConfigError(
                     "net", "auto", "makes a tap, which this process may not; make one beforehand (tap=NAME)"
                 )
-            backend = self._owned(Tap(config.host_dev_name or "pyvmm%d", config.queues, make=config.mode == "auto"))
+            backend = self._owned(Tap(config.tap or "pyvmm%d", config.queues, make=config.mode == "auto"))
             if config.mode == "auto":
                 backend.configure(address=config.address, mtu=config.mtu)
                 if config.nat and config.address:
                     from virtio.net.nat import Nat
 
                     self._owned(Nat(config.address, backend.name))
-        mac = parse_mac(config.guest_mac) if config.guest_mac else default_mac(f"{backend.name}{number}")
+        mac = parse_mac(config.mac) if config.mac else default_mac(f"{backend.name}{number}")
         endpoint = None
-        if (mmds := self._config.mmds) is not None and name in mmds.network_interfaces:
+        if (mmds := self._config.mmds) is not None and name in mmds.interfaces:
             from _socket import inet_aton  # `socket` imports more
 
             from virtio.net.mmds import Endpoint
@@ -197,7 +206,7 @@ class Builder:
 
             preload.load(preload.METADATA)  # the device's thread may not import
             self._mmds().configure(mmds)
-            endpoint = Endpoint(self._mmds().serve, inet_aton(mmds.ipv4_address))
+            endpoint = Endpoint(self._mmds().serve, inet_aton(mmds.address))
         net = Net(
             backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=_limiter(config.rx_rate_limiter),
             tx_limiter=_limiter(config.tx_rate_limiter), mmds=endpoint, policy=policy,
@@ -205,11 +214,11 @@ class Builder:
         )  # fmt: skip
         return self._owned(net)
 
-    def _share(self, config: FsConfig, number: int) -> Fs:
+    def _share(self, config: ShareConfig, number: int) -> Fs:
         from virtio.fs.device import Fs
 
         fs = Fs(
-            config.tag, config.shared_dir, read_only=config.read_only, cache=config.cache_policy,
+            config.tag, config.path, read_only=config.read_only, cache=config.cache,
             threads=config.threads, squash=config.squash, submounts=config.submounts, dax=config.dax,
             name=f"virtio-fs{number}", limiter=_limiter(config.rate_limiter),
         )  # fmt: skip
@@ -219,7 +228,7 @@ class Builder:
         from virtio.vsock.device import Listener, Vsock
 
         listener, self._listener = self._listener, None
-        return Vsock(self._owned(listener or Listener(config.uds_path)), config.guest_cid)
+        return Vsock(self._owned(listener or Listener(config.path)), config.cid)
 
     def _entropy(self, config: EntropyConfig) -> Entropy:
         from virtio.rng import Entropy
@@ -234,7 +243,7 @@ class Builder:
             raise ConfigError("balloon amount_mib", config.amount_mib, f"must be at most {most}, the memory")
         return Balloon(
             config.amount_mib, deflate_on_oom=config.deflate_on_oom,
-            stats_polling_interval_s=config.stats_polling_interval_s, free_page_reporting=config.free_page_reporting,
+            stats_polling_interval_s=config.stats_interval_s, free_page_reporting=config.free_page_reporting,
         )  # fmt: skip
 
 

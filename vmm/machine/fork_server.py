@@ -99,7 +99,7 @@ def _made(files: list[int], order: int) -> Machine:
     os.chdir(directory)
     image, _ = decode(state, "copy")
     disks = [
-        drive if place < 0 else drive.replaced(path_on_host=f"/proc/self/fd/{files[place]}")
+        drive if place < 0 else drive.replaced(path=f"/proc/self/fd/{files[place]}")
         for drive, place in zip(image.config.drives, drives, strict=True)
     ]
     image.config = image.config.replaced(drives=disks)
@@ -111,7 +111,7 @@ def _made(files: list[int], order: int) -> Machine:
         if place not in memory:
             os.close(fd)  # a disk, which the machine has opened
     if os.geteuid() == 0:
-        _enter_jail(image.config.vsock.uds_path if image.config.vsock is not None else None)
+        _enter_jail(image.config.vsock.path if image.config.vsock is not None else None)
     seccomp.enable()
     return vm
 

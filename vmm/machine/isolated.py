@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from vmm.config import VmConfig
+    from vmm.config.vm import VmConfig
     from vmm.machine.snapshot import Image
 
 DESCRIPTORS_MAX = 253  # SCM_MAX_FD of Linux
@@ -210,9 +210,9 @@ def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, en
         files.setdefault(fd, len(files))
     if len(files) + 3 > DESCRIPTORS_MAX:
         raise SnapshotError("memory", f"is in {len(files)} files: too many for another process; save it, and load that")
-    for net in config.network_interfaces:
+    for net in config.nets:
         if net.fd is not None:
-            raise SnapshotError(net.iface_id or "network interface", "is a descriptor of this process: name the tap")
+            raise SnapshotError(net.id or "network interface", "is a descriptor of this process: name the tap")
     before = image.config
     image.config = config
     try:
@@ -224,7 +224,7 @@ def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, en
         for piece in image.memory
     ]
     names = {f"/proc/self/fd/{fd}": place for fd, place in files.items()}
-    drives = [names.get(drive.path_on_host, -1) for drive in config.drives]
+    drives = [names.get(drive.path, -1) for drive in config.drives]
     order = MemoryFile(os.memfd_create("copy", os.MFD_CLOEXEC))
     write_all(order.fd, msgspec.msgpack.encode((os.getcwd(), state, pieces, drives)))
     descriptors = array("i", [*files, control, end, order.fd])

@@ -19,7 +19,7 @@ from devices.acpi_events import GENERATION_CHANGED, POWER_BUTTON
 from devices.exit_port import ExitPort
 from vmm import logger, threads
 from vmm._bus import Bus
-from vmm.config import VmConfig
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
 from vmm.events import Exit, Stop, StopReason
 from vmm.kvm import abi
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from virtio.mmio import VirtioMmio
     from virtio.net.device import Net
     from virtio.vsock.device import Listener
+    from vmm.config.settings import VmSettings
     from vmm.machine.attach import Attached
     from vmm.machine.build import DeviceConfig
     from vmm.machine.mmds import Mmds
     from vmm.machine.snapshot import Image
-    from vmm.settings import VmSettings
 
     class Closable(Protocol):
         def close(self) -> None: ...
@@ -150,7 +150,7 @@ class Machine:
         for device in devices:
             self._devices.add(Made("", device.name, device, []))
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
-        huge = config.huge_pages == "2M"
+        huge = config.huge_pages is not None
         self.memory = self._owned(GuestMemory(config.memory, huge=huge, pieces=pieces, handler=handler))
         if image is None:
             self._load([(each.base, layout.VIRTIO_MMIO_STRIDE, each.gsi) for each in self.devices.values()])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TypeAlias
 
-    from vmm.device_config import MmdsConfig
+    from vmm.config.devices import MmdsConfig
 
     Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
-    from vmm.config import VmConfig
+    from vmm.config.vm import VmConfig
 
 _QUIET = 0.01  # seconds
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from vmm.config import VmConfig
+    from vmm.config.vm import VmConfig
     from vmm.machine.isolated import Isolated
     from vmm.memory import Piece
 
@@ -114,15 +114,15 @@ def child_of(
         image = source
         _refuse_taps(image.config, change)
         for place, drive in enumerate(image.config.drives):
-            if not drive.is_read_only:
-                disks[place] = MemoryFile(os.open(drive.path_on_host, os.O_RDONLY | os.O_CLOEXEC))
+            if not drive.read_only:
+                disks[place] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC))
     else:
         _refuse_devices(source)
         _refuse_taps(source.config, change)
 
         def copy_disks() -> None:
             for place, (drive, block) in enumerate(zip(source.config.drives, source.blocks.values(), strict=True)):
-                if not drive.is_read_only:
+                if not drive.read_only:
                     disks[place] = MemoryFile(private_copy(block.disk.fd, block.disk.path))
 
         image = source._freeze(copy_disks)
@@ -131,7 +131,7 @@ def child_of(
     def make(number: int) -> Machine | Isolated:
         if isinstance(source, Machine):
             source.children += 1
-        own = {place: private_copy(file.fd, image.config.drives[place].path_on_host) for place, file in disks.items()}
+        own = {place: private_copy(file.fd, image.config.drives[place].path) for place, file in disks.items()}
         try:
             config = _child_config(image.config, own, first + number)
             config = config if change is None else change(config, number)
@@ -154,10 +154,10 @@ def _refuse_devices(parent: Machine) -> None:
 
 
 def _refuse_taps(config: VmConfig, change: Callable[[VmConfig, int], VmConfig] | None) -> None:
-    for net in config.network_interfaces if change is None else ():
+    for net in config.nets if change is None else ():
         if net.mode != "user":
             raise SnapshotError(
-                net.iface_id or "network interface", "a tap belongs to one machine: give each copy another by change="
+                net.id or "network interface", "a tap belongs to one machine: give each copy another by change="
             )
 
 
@@ -165,8 +165,8 @@ def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmCon
     drives = list(config.drives)
     for place, fd in disks.items():
         # The child opens it by this name while it is made, and is then the only one that has it.
-        drives[place] = drives[place].replaced(path_on_host=f"/proc/self/fd/{fd}", image_format="raw")
+        drives[place] = drives[place].replaced(path=f"/proc/self/fd/{fd}", format="raw")
     vsock = config.vsock
     if vsock is not None:
-        vsock = vsock.replaced(uds_path=f"{vsock.uds_path}.{number}")
+        vsock = vsock.replaced(path=f"{vsock.path}.{number}")
     return config.replaced(drives=drives, vsock=vsock, console="none")

@@ -21,9 +21,11 @@ import zlib
 
 import msgspec
 
-from vmm import __version__, device_config
+from vmm import __version__
 from vmm._mapping import copy_sparse
-from vmm.config import VmConfig
+from vmm.config.devices import DEVICES, RateLimiterConfig
+from vmm.config.option import type_stored
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.memory import MemoryFile, Piece, spans
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from vmm.machine.snapshot import Image
 
-FORMAT = 1
+FORMAT = 2  # 2: the configuration has the names of vmm.config
 STATE, MEMORY = "state", "memory"
 TOUCHED = MEMORY + ".touched"
 _MAGIC = b"PYVMMIMG"
@@ -43,14 +45,7 @@ _PAGE = 4096
 _STATE_MAX = 64 << 20  # with 64 vCPUs and all devices it takes 1 MiB
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_CONFIGS = {
-    kind.__name__: kind
-    for kind in (
-        VmConfig, device_config.BalloonConfig, device_config.DriveConfig, device_config.EntropyConfig,
-        device_config.FsConfig, device_config.MmdsConfig, device_config.NetConfig, device_config.RateLimiterConfig,
-        device_config.VsockConfig,
-    )
-}  # fmt: skip
+_CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, RateLimiterConfig)}
 # Not in a file: a template is in the vCPUs' state already, and a descriptor is this process's.
 _LEFT_OUT = {"cpu_template", "fd"}
 
@@ -195,7 +190,7 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
         if not isinstance(config, VmConfig):
             raise TypeError("no configuration")
         document.pop("pyvmm")
-        _check(Image, document)
+        _check(vars(Image)["__init__"].__annotations__, document)
         return Image(config, memory=[], **document), mark
     except (msgspec.DecodeError, ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(name, f"is damaged: {error}") from None
@@ -259,9 +254,9 @@ def pieces_of(file: MemoryFile, size: int) -> list[Piece]:
 def _plain(value: Any) -> Any:
     kind = type(value)
     if kind.__name__ in _CONFIGS:
-        fields = {name: _plain(getattr(value, name)) for name in kind.__slots__ if name not in _LEFT_OUT}
+        fields = {name: _plain(getattr(value, name)) for name in kind.OPTIONS if name not in _LEFT_OUT}
         if fields.get("mode") == "fd":
-            fields |= {"mode": "tap", "host_dev_name": "-"}  # to be named by who goes on from it
+            fields |= {"mode": "tap", "tap": "-"}  # to be named by who goes on from it
         return {"is": kind.__name__, **fields}
     return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
@@ -270,17 +265,16 @@ def _configuration(value: Any) -> Any:
     if isinstance(value, dict):
         kind = _CONFIGS[value.pop("is")]
         fields = {name: _configuration(field) for name, field in value.items()}
-        _check(kind, fields)
+        _check({name: type_stored(kind, name) for name in fields}, fields)
         return kind(**fields)
     return tuple(_configuration(each) for each in value) if isinstance(value, list) else value
 
 
-def _check(kind: type, fields: dict[str, Any]) -> None:
-    """See that `fields` have the types that the constructor of `kind` names.
+def _check(wanted: dict[str, str], fields: dict[str, Any]) -> None:
+    """See that `fields` have the types that `wanted` has as text.
 
     :raises TypeError: one has another
     """
-    wanted = vars(kind)["__init__"].__annotations__  # text, because of `from __future__ import annotations`
     for name, value in fields.items():
         if not any(_fits(value, each) for each in wanted[name].split(" | ")):
             raise TypeError(f"{name} is no {wanted[name]}")

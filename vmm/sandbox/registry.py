@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 
-from vmm.device_config import MAX_UDS_PATH
+from vmm.config.devices import MAX_UDS_PATH
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False

@@ -9,8 +9,8 @@ import threading
 import time
 
 from vmm import threads
-from vmm.config import VmConfig
-from vmm.device_config import DriveConfig, FsConfig, NetConfig, VsockConfig
+from vmm.config.devices import DriveConfig, NetConfig, ShareConfig, VsockConfig
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, SnapshotError, line
 from vmm.machine.machine import Machine
 from vmm.machine.snapshot import Image as Frozen
@@ -89,9 +89,9 @@ class Sandbox(Session):
             config = VmConfig(
                 kernel, initrd=initrd, memory=memory, cpus=cpus,
                 cmdline=f"{guest.CMDLINE} pyvmm.layers={len(found.disks)} pyvmm.room={room} pyvmm.name={self.name}",
-                drives=[DriveConfig(disk, is_read_only=True) for disk in found.disks],
+                drives=[DriveConfig(disk, read_only=True) for disk in found.disks],
                 shares=[share for _, share in shares], entropy=True, vsock=VsockConfig(3, self._place.socket),
-                network_interfaces=[NetConfig(mode="user")] if network == "user" else (),
+                nets=[NetConfig(mode="user")] if network == "user" else (),
                 append=guest.network_words() if network == "user" else "",
             )  # fmt: skip
             self._run(Machine(config), boot_timeout)
@@ -263,11 +263,11 @@ class Sandbox(Session):
         return f"Sandbox({self.name!r}, {self._about['image']!r}, {'running' if self.running else self._link.why!r})"
 
 
-def _shares(mounts: Mapping[str, str | tuple[str, str]]) -> list[tuple[str, FsConfig]]:
+def _shares(mounts: Mapping[str, str | tuple[str, str]]) -> list[tuple[str, ShareConfig]]:
     shares = []
     for place, (path, what) in enumerate(mounts.items()):
         directory, mode = (what, "rw") if isinstance(what, (str, os.PathLike)) else what
         if mode not in ("rw", "ro") or not path.startswith("/"):
             raise ConfigError("mounts", f"{path} {what}", 'must be {"/IN/GUEST": "DIRECTORY" or ("DIRECTORY", "ro")}')
-        shares.append((path, FsConfig(f"mount{place}", directory, read_only=mode == "ro")))
+        shares.append((path, ShareConfig(f"mount{place}", directory, read_only=mode == "ro")))
     return shares

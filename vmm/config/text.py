@@ -20,6 +20,16 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def check_names(**names: str | None) -> None:
+    """Refuse names of files and interfaces that the kernel would read to their middle.
+
+    :raises ConfigError: one has a NUL in it
+    """
+    for field, name in names.items():
+        if name is not None and "\0" in name:
+            raise ConfigError(field, repr(name), "must have no NUL in it")
+
+
 def parse_size(field: str, text: str | int) -> int:
     """Bytes of a size as people write it: ``512M``, ``2G``, ``1.5GiB``, ``65536``.
 
@@ -44,38 +54,42 @@ def parse_size(field: str, text: str | int) -> int:
     return int(int(whole + part) * _UNITS[unit] // scale)
 
 
-def parse_options(
-    option: str, text: str, flags: Sequence[str], keys: Sequence[str], *, first: bool = False
-) -> tuple[str, dict[str, str]]:
+def parse_words(option: str, text: str, words: Sequence[str], *, first: bool = False) -> tuple[str, dict[str, str]]:
     """Take ``flag,key=value,...`` apart; a comma inside a word is written twice.
 
     :param option: where it came from, for the message
-    :param flags: words that stand alone; each is there with the value ``""`` where it was given
-    :param keys: words with a value
+    :param words: those that are known; one with a value ends in ``=``
     :param first: the first word is a path or the like, taken as it is
-    :returns: the first word, or ``""``, and the rest by name
+    :returns: the first word, or ``""``, and the values of the rest by name, ``""`` of one that stands alone
     :raises ConfigError: an unknown word, a value missing or too much, a word given twice
     """
-    words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
+    given = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
     found: dict[str, str] = {}
-    for word in words[1:] if first else words:
+    for word in given[1:] if first else given:
         key, equals, value = word.partition("=")
-        if key not in (keys if equals else flags) or (equals and not value):
-            allowed = [*flags, *(f"{known}=" for known in keys)]
-            guess = did_you_mean(key + equals, allowed)
-            raise ConfigError(option, text, f"unknown option {word!r}{guess or ';'} allowed: {', '.join(allowed)}")
+        if key + equals not in words or (equals and not value):
+            guess = did_you_mean(key + equals, words)
+            raise ConfigError(option, text, f"unknown option {word!r}{guess or ';'} allowed: {', '.join(words)}")
         if key in found:
             raise ConfigError(option, text, f"has {key} more than once")
         found[key] = value
-    return words[0] if first else "", found
+    return given[0] if first else "", found
 
 
-def parse_count(field: str, text: str, least: int, most: int) -> int:
+def size_text(value: int) -> str:
+    """Bytes as :func:`parse_size` reads them, in the largest unit that divides them."""
+    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
+        if value >> shift << shift == value:
+            return f"{value >> shift}{unit}"
+    return str(value)
+
+
+def parse_count(field: str, text: str, least: int, most: int | None) -> int:
     """A whole number as people write it.
 
     :raises ConfigError: it is not a number from `least` to `most`
     """
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
-    if not least <= value <= most:
-        raise ConfigError(field, text, f"must be a number from {least} to {most}")
+    if value < least or (most is not None and value > most):
+        raise ConfigError(field, text, f"must be a number from {least}" + (f" to {most}" if most is not None else ""))
     return value

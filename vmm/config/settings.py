@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``VmConfig``'s parameters as keywords of ``Machine``: for type checkers, which refuse one that is misspelt."""
+"""``VmConfig``'s parameters as keywords of ``Machine``, for type checkers; ``python -m tools.declared`` writes it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypedDict
 
-    from vmm.device_config import (
+    from vmm.config.devices import (
         BalloonConfig,
         DriveConfig,
         EntropyConfig,
-        FsConfig,
         MmdsConfig,
         NetConfig,
         RateLimiterConfig,
+        ShareConfig,
         VsockConfig,
     )
     from vmm.kvm.cpu_template import CpuTemplate
 
     class VmSettings(TypedDict, total=False):
-        """See :class:`vmm.config.VmConfig`."""
+        """See :class:`vmm.config.vm.VmConfig`."""
 
         kernel: str | os.PathLike[str]
         initrd: str | os.PathLike[str] | None
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
         smt: bool
         cpu_template: CpuTemplate | None
         memory: int | str
-        huge_pages: str
+        huge_pages: str | None
         track_dirty_pages: bool
         drives: Sequence[DriveConfig]
-        network_interfaces: Sequence[NetConfig]
+        nets: Sequence[NetConfig]
         vsock: VsockConfig | None
-        shares: Sequence[FsConfig]
+        shares: Sequence[ShareConfig]
         entropy: EntropyConfig | bool | None
         balloon: BalloonConfig | None
         mmds: MmdsConfig | None
+        virtio_console: bool
         poll_us: int
         console: str
         console_rate_limiter: RateLimiterConfig | None
         keyboard: bool
         boot_timer: bool
-        virtio_console: bool
         kvm: str
         exit_port: int | None
         protocol: str

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One declaration for each parameter of a configuration, and what follows from it.
+
+A declaration says the parameter's name, type, default and limits, its word on the command line, its name and default
+in the API, and what it means. From it come the constructor, ``repr`` and ``==``, the parser of a word like ``--disk``,
+the help, the API's bodies and their translation, and the tables of the documentation.
+
+Plain classes: a data class library costs more to import than this whole VMM takes to start.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vmm.config.text import did_you_mean, parse_count, parse_words
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from types import SimpleNamespace
+    from typing import Any, ClassVar, Self, dataclass_transform
+
+    from vmm.config.typed import option as option
+else:
+    SimpleNamespace = type(sys.implementation)  # its module takes longer to import than all of this
+
+REQUIRED = object()
+_SAME = object()
+
+
+class Option(SimpleNamespace):
+    """The declaration of one parameter; see :func:`vmm.config.typed.option`."""
+
+    help: str
+    default: Any = REQUIRED
+    kw_only: bool = True
+    least: int | None = None
+    most: int | None = None
+    choices: Mapping[Any, str] | tuple[Any, ...] = ()
+    check: Callable[[str, Any], Any] | None = None
+    word: str = ""
+    words: Mapping[str, str] | None = None
+    metavar: str | None = None
+    parse: Callable[..., Any] | None = None
+    field: str | None = None
+    api: str = ""
+    api_default: Any = _SAME
+    api_means: Any = _SAME
+    extension: bool = False
+
+    @property
+    def told(self) -> Mapping[str, str]:
+        """Its words on the command line, each with what it means."""
+        if self.words is not None:
+            return self.words
+        return {self.word: self.help} if self.word else {}
+
+    @property
+    def default_of_api(self) -> Any:
+        """Its default in the API, or ``REQUIRED``."""
+        return self.default if self.api_default is _SAME else self.api_default
+
+    @property
+    def meaning_of_none(self) -> Any:
+        """What a missing or null value of the API means."""
+        return self.default if self.api_means is _SAME else self.api_means
+
+    def read(self, word: str, *texts: str | None) -> Any:
+        """The value that `texts`, those of its words, mean; `word` names the first in an error."""
+        if self.parse is not None:
+            return self.parse(*texts)
+        return texts[0] if self.least is None else parse_count(word, texts[0] or "", self.least, self.most)
+
+    def checked(self, field: str, value: Any) -> Any:
+        """The value to store.
+
+        :raises ConfigError: `value` is out of range; `field` names it
+        """
+        if value is None and self.default is None:
+            return None
+        if self.choices and value not in self.choices:
+            *others, last = map(str, self.choices)
+            raise ConfigError(field, value, f"must be {', '.join(others)} or {last}" if others else f"must be {last}")
+        if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
+            allowed = f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+            raise ConfigError(field, value, f"must be {allowed}")
+        return value if self.check is None else self.check(field, value)
+
+
+if not TYPE_CHECKING:
+    option = Option
+
+
+def as_tuple(field: str, values: Iterable[Any]) -> tuple[Any, ...]:
+    """A check that takes any sequence."""
+    return tuple(values)
+
+
+def type_stored(config: type[Config], name: str) -> str:
+    """The type of an attribute, as text."""
+    text: str = config.__annotations__[name]
+    return text.removeprefix("Given[").partition(", ")[0] if text.startswith("Given[") else text
+
+
+def type_taken(config: type[Config], name: str) -> str:
+    """The type of a parameter, as text."""
+    text: str = config.__annotations__[name]
+    return text.removesuffix("]").partition(", ")[2] if text.startswith("Given[") else text
+
+
+if not TYPE_CHECKING:
+
+    def dataclass_transform(**_: Any) -> Callable[[type], type]:
+        """Only type checkers read it."""
+        return lambda kind: kind
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,), eq_default=False)
+class Config:
+    """Prints as the call that makes it again; equal to another of the same values.
+
+    :cvar OPTIONS: the declarations by name
+    :cvar TITLE: what it configures, as in the name of its option on the command line
+    :cvar USAGE: the value of that option, in short
+    """
+
+    OPTIONS: ClassVar[dict[str, Option]]
+    TITLE: ClassVar[str]
+    USAGE: ClassVar[str]
+    __hash__ = None  # type: ignore[assignment]  # it can be changed
+
+    def __init_subclass__(cls, title: str = "", usage: str = "") -> None:
+        cls.TITLE, cls.USAGE = title, usage
+        cls.OPTIONS = {name: each for name, each in vars(cls).items() if type(each) is Option}
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, *places: Any, **values: Any) -> None:
+            options = self.OPTIONS
+            if places:
+                named = [name for name, each in options.items() if not each.kw_only]
+                if len(places) > len(named):
+                    raise TypeError(f"{type(self).__name__} takes {len(named)} values by place, not {len(places)}")
+                for name, value in zip(named, places, strict=False):
+                    if name in values:
+                        raise TypeError(f"{type(self).__name__} was given {name} twice")
+                    values[name] = value
+            stored = self.__dict__
+            for name, each in options.items():
+                if name in values:
+                    stored[name] = each.checked(self.field(name), values[name])
+                elif each.default is REQUIRED:
+                    raise TypeError(f"{type(self).__name__} needs {name}: {each.help}")
+                else:
+                    stored[name] = each.default
+            if len(values) > len(stored) or not values.keys() <= stored.keys():
+                name = next(name for name in values if name not in options)
+                raise TypeError(f"{type(self).__name__} has no parameter {name!r}{did_you_mean(name, options)}")
+            self._check()
+
+    def _check(self) -> None:
+        # What the parameters must be together.
+        pass
+
+    @classmethod
+    def field(cls, name: str) -> str:
+        """What an error calls the parameter `name`."""
+        each = cls.OPTIONS[name]
+        return each.field or f"{cls.TITLE} {each.word.strip('-=').lower() or name}".lstrip()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self.OPTIONS:
+            raise AttributeError(f"{type(self).__name__} has no parameter {name!r}{did_you_mean(name, self.OPTIONS)}")
+        self.__dict__[name] = value
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other) if type(other) is type(self) else NotImplemented
+
+    def __repr__(self) -> str:
+        words = []
+        for name, each in self.OPTIONS.items():
+            value = getattr(self, name)
+            if each.default is REQUIRED and not each.kw_only:
+                words.append(self._word(name, value))
+            elif value != each.default:
+                words.append(f"{name}={self._word(name, value)}")
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    def _word(self, name: str, value: object) -> str:
+        return repr(value)
+
+    def replaced(self, **changes: Any) -> Self:
+        """The same with other values for some parameters, which are checked."""
+        return type(self)(**vars(self) | changes)
+
+    # The command line
+
+    @classmethod
+    def words(cls) -> dict[str, str]:
+        """The words of its option on the command line, each with what it means."""
+        return {word: text for each in cls.OPTIONS.values() for word, text in each.told.items()}
+
+    @classmethod
+    def take(cls, text: str) -> tuple[str, dict[str, str]]:
+        """The first word of `text` if one stands for itself, and the others by name.
+
+        :raises ConfigError: a word that is not one of its own
+        """
+        words = [word for word in cls.words() if not word.isupper() and not word.startswith("TAG")]
+        return parse_words(f"--{cls.TITLE}", text, words, first=len(words) < len(cls.words()))
+
+    @classmethod
+    def parse(cls, text: str, **values: Any) -> Self:
+        """From the value of its option on the command line.
+
+        :param values: parameters that are not in `text`, or were found there by other rules
+        :raises ConfigError: an unknown word, or a value out of its range
+        """
+        first, found = cls.take(text)
+        for name, each in cls.OPTIONS.items():
+            words = [word.removesuffix("=") for word in each.told]
+            if name in values or not words:
+                continue
+            if words[0].isupper():
+                if first or each.default is REQUIRED:
+                    values[name] = each.read(words[0], first)
+            elif any(word in found for word in words):
+                if each.default in (True, False) and isinstance(each.default, bool):
+                    values[name] = not each.default
+                else:
+                    values[name] = each.read(words[0], *(found.get(word) for word in words))
+            elif each.default is REQUIRED:
+                raise ConfigError(f"--{cls.TITLE}", text, f"lacks {words[0]}=; give {cls.USAGE}")
+        return cls(**values)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a VM is to be, its devices apart: see :mod:`vmm.config.devices`."""
+
+from __future__ import annotations
+
+import os
+
+from boot.cmdline import Cmdline, parameter
+from vmm.config.option import Config, as_tuple, option
+from vmm.config.text import did_you_mean, parse_size, size_text
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from vmm.config.devices import (
+        BalloonConfig,
+        DriveConfig,
+        EntropyConfig,
+        MmdsConfig,
+        NetConfig,
+        RateLimiterConfig,
+        ShareConfig,
+        VsockConfig,
+    )
+    from vmm.config.typed import Given
+    from vmm.kvm.cpu_template import CpuTemplate
+
+MAX_VCPUS = 64
+MAX_EXIT_PORT = 0xFFFC  # the device has four bytes
+MAX_POLL_US = 10_000
+# More than the host has is fine: a guest costs what it touches.
+MIN_MEMORY, MAX_MEMORY = 1 << 20, 1 << 40
+DEFAULT_MEMORY = 512 << 20
+DEFAULT_EXIT_PORT = 0xF4
+# What a stock kernel needs to talk to us and to end: a console, a reset that we see, and no waiting after a panic.
+DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd"
+
+
+def _path(field: str, path: str | os.PathLike[str]) -> str:
+    return os.fspath(path)
+
+
+def _memory(field: str, size: int | str) -> int:
+    size = parse_size(field, size)
+    if not MIN_MEMORY <= size <= MAX_MEMORY:
+        raise ConfigError(field, size, f"bytes must be {MIN_MEMORY} (1M) to {MAX_MEMORY} (1T)")
+    return size & -4096  # KVM's slots are whole pages
+
+
+def _port(field: str, port: int | None) -> int | None:
+    if port is not None and not 0 <= port <= MAX_EXIT_PORT:
+        raise ConfigError(field, port, f"must be 0 to {MAX_EXIT_PORT}")
+    return port
+
+
+def _entropy(field: str, given: EntropyConfig | bool) -> EntropyConfig | None:
+    if given is True:
+        from vmm.config.devices import EntropyConfig
+
+        return EntropyConfig()
+    return given or None
+
+
+def _console(field: str, where: str) -> str:
+    if where not in ("stdio", "raw", "none") and not where.startswith("file:"):
+        raise ConfigError(field, where, "must be stdio, raw, none or file:PATH")
+    if where == "file:":
+        raise ConfigError(field, where, "the path is empty")
+    return where
+
+
+class VmConfig(Config):
+    """A whole VM."""
+
+    kernel: Given[str, str | os.PathLike[str]] = option(
+        help="path of a vmlinux or any PVH ELF, or a bzImage", kw_only=False, check=_path
+    )
+    initrd: Given[str | None, str | os.PathLike[str] | None] = option(
+        help="initial ramdisk", default=None, check=_path, word="--initrd", metavar="F"
+    )
+    cmdline: str | None = option(
+        help=f"kernel command line, instead of {DEFAULT_CMDLINE!r}", default=None, word="--cmdline", metavar="S"
+    )
+    append: str = option(help="added to the default command line", default="", word="--append", metavar="S")
+    cpus: int = option(
+        help=f"vCPUs, 1 to {MAX_VCPUS} (default: 1)", default=1, least=1, most=MAX_VCPUS, word="--cpus", metavar="N"
+    )
+    smt: bool = option(help="two vCPUs make a core", default=False)
+    cpu_template: CpuTemplate | None = option(
+        help="what CPUID and MSRs are to be otherwise (vmm.CpuTemplate)", default=None
+    )
+    memory: Given[int, int | str] = option(
+        help="guest RAM, as 512M or 2G (default: 512M)",
+        default=DEFAULT_MEMORY, check=_memory, word="--memory", metavar="SIZE", api="memory", extension=True,
+    )  # fmt: skip
+    huge_pages: str | None = option(
+        help="2M: guest RAM in huge pages that the host has set aside", default=None, choices=("2M",)
+    )
+    track_dirty_pages: bool = option(help="KVM notes which pages the guest writes", default=False)
+    drives: Sequence[DriveConfig] = option(
+        help="disks, in the order in which the guest finds them", default=(), check=as_tuple
+    )
+    nets: Sequence[NetConfig] = option(
+        help="network interfaces, in the order in which the guest finds them", default=(), check=as_tuple
+    )
+    vsock: VsockConfig | None = option(help="the socket device, or None", default=None)
+    shares: Sequence[ShareConfig] = option(help="shared directories", default=(), check=as_tuple)
+    entropy: Given[EntropyConfig | None, EntropyConfig | bool | None] = option(
+        help="give the guest the host's random numbers; True is the same as EntropyConfig()",
+        default=None, check=_entropy,
+    )  # fmt: skip
+    balloon: BalloonConfig | None = option(help="the memory balloon, or None", default=None)
+    mmds: MmdsConfig | None = option(help="how the guest reaches the metadata service; None: not at all", default=None)
+    virtio_console: bool = option(
+        help="the console is /dev/hvc0, faster than the serial port",
+        default=False, word="--virtio-console", api="virtio_console", extension=True,
+    )  # fmt: skip
+    poll_us: int = option(
+        help="microseconds that an idle device looks for work before it sleeps (default: 0)",
+        default=0, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", extension=True,
+    )  # fmt: skip
+    console: str = option(
+        help="where the console's output goes: stdio, file:PATH, none, or raw (stdio without keys of our own, and "
+        "output that nobody takes is lost)",
+        default="none", check=_console, api="console", api_means="raw", extension=True,
+    )  # fmt: skip
+    console_rate_limiter: RateLimiterConfig | None = option(
+        help="of the bytes of its output: what is too much is lost; None: no limit", default=None
+    )
+    keyboard: bool = option(
+        help="ACPI tells the guest of its keyboard, for Machine.send_ctrl_alt_del; a driver for it costs time",
+        default=False,
+    )  # fmt: skip
+    boot_timer: bool = option(
+        help="a byte 123 at 0xd0000000 logs how long the guest took; devices are one window further up", default=False
+    )
+    kvm: str = option(
+        help="the KVM device (default: /dev/kvm)", default="/dev/kvm", word="--kvm", metavar="PATH", check=_path
+    )
+    exit_port: int | None = option(
+        help="port of the exit device, or None for no such device", default=DEFAULT_EXIT_PORT,
+        check=_port, api="exit_port", api_means=None, extension=True,
+    )  # fmt: skip
+    protocol: str = option(
+        help="boot protocol: linux64, pvh or auto (default: auto)", default="auto",
+        choices=("auto", "linux64", "pvh"), word="--protocol", metavar="P", api="protocol", extension=True,
+    )  # fmt: skip
+    unpack: str = option(
+        help="unpack a bzImage on the host: always, never or auto, where that is faster (default)", default="auto",
+        choices=("auto", "always", "never"), word="--unpack", metavar="WHEN", api="unpack", extension=True,
+    )  # fmt: skip
+
+    @classmethod
+    def from_settings(cls, kernel: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> VmConfig:
+        """A configuration by its parameters' names; `kernel` None: it is one of them.
+
+        :raises ConfigError: a value out of its range
+        :raises TypeError: there is no such parameter, or the kernel is missing
+        """
+        for name in settings:
+            if name not in cls.OPTIONS:
+                raise TypeError(f"Machine has no parameter {name!r}{did_you_mean(name, cls.OPTIONS)}")
+        if kernel is None and "kernel" not in settings:
+            raise TypeError("Machine needs a kernel: its path, or a VmConfig")
+        return cls(**settings) if kernel is None else cls(kernel, **settings)
+
+    def _word(self, name: str, value: object) -> str:
+        return repr(size_text(value)) if name == "memory" and isinstance(value, int) else repr(value)
+
+    def _check(self) -> None:
+        if self.smt and self.cpus > 1 and self.cpus % 2:
+            raise ConfigError("cpus", self.cpus, "must be 1 or an even number with smt")
+        roots = [drive.root for drive in self.drives] + [share.root for share in self.shares]
+        if sum(roots) > 1:
+            raise ConfigError("drives", "", "only one can be the root device")
+        interfaces = [net.id or f"eth{place}" for place, net in enumerate(self.nets)]
+        if self.mmds and (unknown := [name for name in self.mmds.interfaces if name not in interfaces]):
+            problem = (
+                "The list of network interface IDs provided contains at least one ID that does not correspond to any "
+                "existing network interface."
+            )
+            raise ConfigError("network_interfaces", unknown[0], problem)
+        tags = [share.tag for share in self.shares]
+        if twice := [tag for tag in tags if tags.count(tag) > 1]:
+            raise ConfigError("share tag", twice[0], "must be unique for each share")
+
+    @property
+    def root_parameters(self) -> str:
+        """What the command line is given about the root device; ``""`` where its words say it themselves."""
+        if self.cmdline is not None or Cmdline(self.append).has("root"):
+            return ""
+        for place, drive in enumerate(self.drives):
+            if drive.root:
+                return f"root=/dev/vd{chr(ord('a') + place)} {'ro' if drive.read_only else 'rw'}"
+        for share in self.shares:
+            if share.root:
+                return f"{parameter('root', share.tag)} rootfstype=virtiofs {'ro' if share.read_only else 'rw'}"
+        return ""
+
+    @property
+    def full_cmdline(self) -> str:
+        """The command line as the guest's kernel gets it, but for what the machine adds about its own devices."""
+        return self._words(self.root_parameters)
+
+    @property
+    def rootless_cmdline(self) -> str:
+        """The same without ``root_parameters``, for who adds them himself."""
+        return self._words("")
+
+    def _words(self, root: str) -> str:
+        default = DEFAULT_CMDLINE.replace("ttyS0", "hvc0") if self.virtio_console else DEFAULT_CMDLINE
+        line = Cmdline(default if self.cmdline is None else self.cmdline)
+        line.append(root)
+        line.append(self.append)
+        return str(line)
