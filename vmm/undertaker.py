@@ -10,7 +10,7 @@ from _queue import SimpleQueue  # `queue` itself imports more, on the path of a 
 from vmm.errors import HostError
 from vmm.threads import spawn
 
-_queue: SimpleQueue[int | threading.Event] = SimpleQueue()
+_queue: SimpleQueue[int | tuple[int] | threading.Event] = SimpleQueue()  # in a tuple: to be synced before
 _thread: threading.Thread | None = None
 _pid = 0
 _lock = threading.Lock()
@@ -18,6 +18,23 @@ _lock = threading.Lock()
 
 def bury(fds: list[int]) -> None:
     """Close `fds` soon, in this order, on a thread that waits in the caller's place."""
+    for fd in fds:
+        if _is_there():
+            _queue.put(fd)
+        else:
+            os.close(fd)
+
+
+def sync_and_bury(fd: int) -> None:
+    """Close the file `fd` soon, and have what is not on the disk yet written before; nobody hears of a failure."""
+    if _is_there():
+        _queue.put((fd,))
+    else:
+        _sync_and_close(fd)
+
+
+def _is_there() -> bool:
+    # Whether there is a thread; where there is none to be had the caller waits itself.
     global _thread, _pid
     with _lock:
         if _thread is None or _pid != os.getpid():  # a forked child has none of its parent's threads
@@ -25,10 +42,16 @@ def bury(fds: list[int]) -> None:
                 _thread = spawn("undertaker", "undertaker", _run, unconfined=lambda error: _run())
                 _pid = os.getpid()
             except (RuntimeError, HostError):
-                _thread = None  # there is none to be had: the caller waits itself
-        bury_one = os.close if _thread is None else _queue.put
-    for fd in fds:
-        bury_one(fd)
+                _thread = None
+        return _thread is not None
+
+
+def _sync_and_close(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    os.close(fd)
 
 
 def wait() -> None:
@@ -44,5 +67,7 @@ def _run() -> None:
         task = _queue.get()
         if isinstance(task, int):
             os.close(task)
+        elif isinstance(task, tuple):
+            _sync_and_close(*task)
         else:
             task.set()

@@ -69,6 +69,7 @@ class Vmm:
         self._boot_timer = boot_timer
         self.machine: Machine | None = None
         self.lost = False  # a snapshot could not be loaded: the process ends once that was answered
+        self.unsaved: list[tuple[int, int]] = []  # (guest address, bytes) that a snapshot which failed was to have
         self.configured = False  # with what a snapshot brings itself
         self._on_start = on_start
         self._lock = threading.RLock()

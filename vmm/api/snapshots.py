@@ -14,12 +14,12 @@ from typing import Any
 
 import msgspec
 
+from vmm import undertaker
 from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.config.text import check_names
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.machine.snapshot_file import (
-    checksum_of,
     decode,
     open_regular,
     pieces_of,
@@ -31,7 +31,7 @@ from vmm.machine.snapshot_file import (
     write_whole,
 )  # fmt: skip
 from vmm.machine.snapshot_file import encode as encode_state
-from vmm.memory import MemoryFile
+from vmm.memory import MemoryFile, spans
 from vmm.uffd import HandlerError
 
 TYPE_CHECKING = False
@@ -63,7 +63,7 @@ _STEPS = {
 }
 _BUILD = f"{_RESTORE}Failed to build microVM from snapshot: "
 _NO_MARK = bytes(16)
-# Of a memory file, while a Diff is written into it: the checksum of the state file that belongs to the whole one.
+# Of a memory file, while a Diff is written into it.
 _MERGING = "user.pyvmm.merging"
 
 
@@ -86,14 +86,29 @@ def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
 
 
 def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool) -> None:
-    written = machine.memory.written() if diff else None
-    image = machine.freeze()
+    # Once the devices have finished what they have. A snapshot that failed leaves what it was to have to the next one.
+    def look() -> None:
+        vmm.unsaved = _union(vmm.unsaved + machine.memory.written())
+
+    image = machine._freeze(look)
     shown = msgspec.structs.replace(vmm.whole(), logger=None, metrics=None)
+    written = vmm.unsaved if diff else None
     try:
         write_files(body, image, encode_state(image, _NO_MARK, api=encode(shown)), written, machine.memory.slice)
     except OSError as error:
         what = "snapshot" if error.filename == body.snapshot_path else "memory"
         raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, what)}") from None
+    vmm.unsaved = []
+
+
+def _union(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, size in sorted(runs):
+        if joined and start <= sum(joined[-1]):
+            first = joined.pop()
+            start, size = first[0], max(sum(first), start + size) - first[0]
+        joined.append((start, size))
+    return joined
 
 
 def write_files(
@@ -110,8 +125,9 @@ def write_files(
     :param read: gives RAM by guest address and bytes
     :raises OSError: one cannot be written, ``filename`` is its path
 
-    A Diff over a memory file that is there changes that in place. Whoever is killed meanwhile leaves half of it, which
-    ``load`` refuses, where the file system has extended attributes.
+    A Diff over a memory file that is there changes that in place. It is marked until it is whole again, and the mark is
+    on the disk before the first page: whatever is killed or crashes meanwhile, ``load`` refuses what it leaves, where
+    the file system has extended attributes. A Diff over such a file has all of RAM, which makes it whole.
     """
     size = image.config.memory
     into = -1
@@ -120,25 +136,52 @@ def write_files(
         pieces = [piece for piece in image.memory if written is None or _overlaps(written, piece.gpa, piece.size)]
         write_whole(state_file, (body.mem_file_path, lambda fd: write_memory(pieces, size, fd)))
         return
-    try:
+    whole = not _is_marked(into)
+    if not whole:
+        written = spans(size)
+    runs = written
+
+    def merge() -> None:
+        nonlocal whole
         try:
-            os.setxattr(into, _MERGING, checksum_of(state))
-        except OSError:
-            pass
-        write_whole(state_file)
-        try:
-            for gpa, length in written:
+            os.fsync(into)  # the mark: most file systems have synced it with the state, and then this costs little
+            whole = False
+            for gpa, length in runs:
                 write_all(into, read(gpa, length), place_of(gpa, size))
             os.fsync(into)
+            whole = True
         except OSError as error:
             error.filename = body.mem_file_path
             raise
-        try:
-            os.removexattr(into, _MERGING)
-        except OSError:
-            pass
+
+    try:
+        _mark(into)
+        write_whole(state_file, then=merge)
     finally:
-        os.close(into)
+        if whole:
+            _unmark(into)
+        undertaker.sync_and_bury(into)
+
+
+def _is_marked(fd: int) -> bool:
+    try:
+        return bool(os.getxattr(fd, _MERGING))
+    except OSError:  # it is not, or the file system has no such attributes
+        return False
+
+
+def _mark(fd: int) -> None:
+    try:
+        os.setxattr(fd, _MERGING, b"1")
+    except OSError:
+        pass
+
+
+def _unmark(fd: int) -> None:
+    try:
+        os.removexattr(fd, _MERGING)
+    except OSError:
+        pass
 
 
 def _overlaps(runs: list[tuple[int, int]], gpa: int, size: int) -> bool:
@@ -204,7 +247,7 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     if backend is not None and backend.backend_type == "Uffd":
         image.handler = path
     else:
-        memory = _memory_file(path, image.config.memory, data)
+        memory = _memory_file(path, image.config.memory)
         prefetch(memory, f"{path}.touched", image.config.memory)
         image.memory = pieces_of(memory, image.config.memory)
     if shown.machine_config is not None:
@@ -219,7 +262,7 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
         raise ApiError(f"{_BUILD}{error}") from error
 
 
-def _memory_file(path: str, size: int, state: bytes) -> MemoryFile:
+def _memory_file(path: str, size: int) -> MemoryFile:
     try:
         fd = open_regular(path)
     except OSError as error:
@@ -230,11 +273,8 @@ def _memory_file(path: str, size: int, state: bytes) -> MemoryFile:
     if os.fstat(fd).st_size < size:
         short = "The specified file offset and length is greater then file length"
         raise ApiError(f"{_MEMORY}Failed to restore guest memory: Cannot create mmap region: {short}")
-    try:
-        if os.getxattr(fd, _MERGING) == checksum_of(state):
-            raise ApiError(f"{_MEMORY}{path}: has half of a Diff, whose writer was killed")
-    except OSError:
-        pass
+    if _is_marked(fd):
+        raise ApiError(f"{_MEMORY}{path}: has half of a Diff, whose writer was killed")
     return file
 
 

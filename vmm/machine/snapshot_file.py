@@ -160,11 +160,6 @@ def format_of(data: bytes, name: str) -> int:
     return number
 
 
-def checksum_of(data: bytes) -> bytes:
-    """The checksum in a file ``state`` that ``encode`` made or ``decode`` found right."""
-    return data[12:16]
-
-
 def decode(data: bytes, name: str) -> tuple[Image, bytes]:
     """An image without its memory, and the mark of that.
 
@@ -296,10 +291,11 @@ def _writer(body: bytes) -> str:
         return "another pyvmm"
 
 
-def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
+def write_whole(*files: tuple[str, Callable[[int], None]], then: Callable[[], None] = lambda: None) -> None:
     """Let files be filled that have their names once all of them are whole; who has one before open keeps that.
 
     :param files: path, and what is given the descriptor of the new file
+    :param then: called once they have their names, which are on the disk after that; what it raises goes on
     :raises OSError: one cannot be written, ``filename`` is its path; what was there before is as it was
     """
     made: list[tuple[str, str]] = []
@@ -318,6 +314,7 @@ def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
                 pass
         error.filename = path
         raise
+    then()
     for directory in {os.path.dirname(path) or "." for path, _ in files}:
         _sync(directory)
 
