@@ -20,7 +20,7 @@ PID = 0x7A5B_5A5A
 
 _LOW = 0xFFFF_FFFF  # an int argument: the kernel does not look at the rest of the register
 _PROT_EXEC = 4
-_AF_UNIX = 1
+_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _AT_EMPTY_PATH = 0x1000
 _CLONE_FS = 0x200
 # What glibc's pthread_create asks for: a thread of this process and nothing else.
@@ -137,8 +137,13 @@ KINDS: dict[str, tuple[Rule, ...]] = {
 }  # fmt: skip
 # Its rings were made and restricted before there was any filter.
 KINDS["blk-uring"] = (*KINDS["blk"], *_allow("io_uring_enter"))
+# It asks the host's nameservers for a guest. It is started where no filter is: passt, which it is for, could not be.
+KINDS["resolver"] = (
+    *_ints("socket", 0, _AF_INET, _AF_INET6),
+    *_allow("connect sendto recvfrom timerfd_settime"),
+)
 # Whose descriptors are open already. By Landlock, too, where the kernel has it, they open, make and remove no file.
-FILELESS = ("vcpu", "blk", "blk-uring", "net", "vsock", "device", "metrics", "undertaker", "console")
+FILELESS = ("vcpu", "blk", "blk-uring", "net", "vsock", "device", "metrics", "undertaker", "console", "resolver")
 # What makes threads, and lets them put their filters on.
 _SPAWN = (
     *_ints("clone", 0, _CLONE_THREAD_FLAGS),
@@ -169,7 +174,7 @@ def rules_of(kind: str, pid: int = PID) -> list[Rule]:
 
     :param pid: the process that its threads may signal
     """
-    union = [rule for rules in KINDS.values() for rule in rules]
+    union = [rule for name, rules in KINDS.items() if name != "resolver" for rule in rules]
     own = {"spawn": (*union, *_SPAWN), "base": (*union, *_SPAWN, *_BUILD)}.get(kind) or KINDS[kind]
     rules = dict.fromkeys((*_COMMON, *own, *_ints("tgkill", 0, pid)))
     whole = {name for name, tests in rules if not tests}
