@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from vmm.config.option import type_taken  # noqa: E402
+from vmm.config.devices import DEVICES, RateLimiterConfig  # noqa: E402
+from vmm.config.option import REQUIRED, Config, type_taken  # noqa: E402
 from vmm.config.vm import VmConfig  # noqa: E402
 
 _SETTINGS = '''\
@@ -51,7 +52,37 @@ def settings() -> str:
     return _SETTINGS + "".join(lines)
 
 
-FILES = {"vmm/config/settings.py": settings}
+_PAGE = """# Configuration
+
+`Machine(...)` takes the parameters of `VmConfig`, or one that was made before. A configuration prints as the call that
+makes it, compares, and refuses a parameter that it does not have; `config.replaced(name=value)` is a copy with another
+value. A value out of its range is a `ConfigError`, which names the field, the value and what is allowed.
+
+In the tables: the parameter of the library, its default, the word on the command line of `pyvmm run`, the field in the
+API and in `--config-file`, and what it means. `python -m tools.declared` writes this page.
+"""
+
+
+def _default(config: type[Config], name: str) -> str:
+    default = config.OPTIONS[name].default
+    return "" if default is REQUIRED else f"`{default!r}`"
+
+
+def page() -> str:
+    """The tables of the reference."""
+    text = _PAGE
+    for config in (VmConfig, *DEVICES, RateLimiterConfig):
+        text += f"\n::: vmm.{config.__name__}\n    options:\n      members: false\n"
+        text += "\n| parameter | type | default | word | API | |\n|---|---|---|---|---|---|\n"
+        for name, each in config.OPTIONS.items():
+            words = ", ".join(f"`{word}`" for word in each.told)
+            kind = type_taken(config, name).replace("|", "\\|")
+            cells = (f"`{name}`", f"`{kind}`", _default(config, name), words, each.api and f"`{each.api}`", each.help)
+            text += f"| {' | '.join(cells)} |\n"
+    return text + "\n::: vmm.CpuTemplate\n"
+
+
+FILES = {"vmm/config/settings.py": settings, "docs/reference/configuration.md": page}
 
 if __name__ == "__main__":
     for path, text in FILES.items():

@@ -38,61 +38,6 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 
-# By option: each word of its value. tests/vmm/test_help.py holds them to what the parser allows.
-WORDS: dict[str, dict[str, str]] = {
-    "--disk": {
-        "PATH": "a raw image, a block device or a qcow2 image; a comma in it is written twice",
-        "ro": "the guest cannot write it",
-        "direct": "past the host's page cache (O_DIRECT)",
-        "id=": "its name in messages and in the API",
-        "queues=": "virtqueues, each with a thread, 1 to 8 (default: 1)",
-        "engine=": "sync or io_uring (default: what suits the file)",
-        "cache=": "writeback: a guest's flush reaches the disk (default); unsafe: it does not",
-        "bps=": "bytes a second at most, with K, M or G",
-        "iops=": "operations a second at most",
-        "format=": "raw or qcow2 (default: raw; an image that looks like another format is refused)",
-        "backing=": "the file that a qcow2 image is a change of",
-        "backing_format=": "of the backing file: raw (default) or qcow2",
-    },
-    "--share": {
-        "TAG=DIR": "the guest's name for it, and the directory",
-        "ro": "the guest cannot change anything",
-        "submounts": "what is mounted below DIR is shown, too",
-        "cache=": "auto (default), always or none: how long the guest believes what it read",
-        "dax=": "size of a window by which the guest maps files, a multiple of 2M (default: none)",
-        "threads=": "request queues, each with a thread, 1 to 32 (default: 1)",
-        "squash=": "UID:GID that every access is made as",
-        "bps=": "bytes a second at most, with K, M or G",
-        "iops=": "operations a second at most",
-    },
-    "--net": {
-        "tap=": "a tap that exists already",
-        "auto": "a new tap, removed with the VM; needs CAP_NET_ADMIN",
-        "user": "by passt, without privileges",
-        "fd=": "an open tap, by its descriptor",
-        "mac=": "the guest's address, as 06:00:ac:10:00:02",
-        "queues=": "pairs of virtqueues, each with a thread, 1 to 8 (default: 1)",
-        "mtu=": "in bytes, 68 to 65535",
-        "pcap=": "a file that gets every frame",
-        "addr=": "the host's side of a new tap, as 10.0.0.1/24",
-        "nat": "the host forwards for the guest; needs auto and addr=",
-        "loopback": "with user: the gateway's address is the host's loopback",
-        "id=": "its name in messages and in the API",
-        "rx_bps=": "bytes a second at most that the guest receives, with K, M or G",
-        "tx_bps=": "bytes a second at most that the guest sends, with K, M or G",
-    },
-    "--vsock": {
-        "cid=": "the guest's number, from 3",
-        "uds=": "the unix socket that programs of the host connect to (pyvmm vsock)",
-    },
-    "--balloon": {
-        "MIB": "how much memory the guest is asked to give back, in MiB",
-        "stats=": "seconds between two readings of the guest's statistics",
-        "no-oom": "the guest may not take memory back when it runs out of it",
-        "no-reporting": "the guest does not give back by itself what it does not use",
-    },
-}
-
 _EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": (
         "pyvmm run debian",
@@ -182,7 +127,9 @@ def epilog(name: str) -> str:
     """What stands below the options in the help of the subcommand `name`."""
     parts = []
     if name == "run":
-        parts += [[f"words of {option}:", *_table(words, 17)] for option, words in WORDS.items()]
+        from vmm.config.devices import DEVICES
+
+        parts += [[f"words of --{one.TITLE}:", *_table(words, 17)] for one in DEVICES if (words := one.words())]
     if name == "jailer":
         parts.append(["What follows -- is for pyvmm serve."])
     if name in _EXAMPLES:

@@ -8,7 +8,7 @@ import sys
 
 from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
-from vmm.config.vm import DEFAULT_CMDLINE, MAX_VCPUS, VmConfig
+from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
 
@@ -24,26 +24,17 @@ STATUS_INTERRUPTED = 130
 CONTAINERS = ("oci:", "docker-archive:", "dir:")
 
 
+# By the option: the parameter of VmConfig that it is.
+PARAMETERS = {each.word: (name, each) for name, each in VmConfig.OPTIONS.items() if each.word}
 # (option, metavar, default, help); what has no metavar is a switch.
 OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
-    ("--initrd", "F", None, "initial ramdisk"),
-    ("--cmdline", "S", None, f"kernel command line, instead of {DEFAULT_CMDLINE!r}"),
-    ("--append", "S", "", "added to the default command line"),
-    ("--cpus", "N", 1, f"vCPUs, 1 to {MAX_VCPUS} (default: 1)"),
-    ("--memory", "SIZE", "512M", "guest RAM, as 512M or 2G (default: 512M)"),
+    *((word, each.metavar, None if each.metavar else False, each.help) for word, (_, each) in PARAMETERS.items()),
     ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
     ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
     ("--net", "tap=NAME|auto|user[,...]", [], "a network interface; may be repeated"),
     ("--vsock", "cid=N,uds=PATH", None, "sockets between host and guest (see pyvmm vsock)"),
-    ("--rng", None, False, "give the guest the host's random numbers"),
     ("--balloon", "MIB[,...]", None, "a memory balloon of that size, which can be changed while the VM runs"),
-    ("--virtio-console", None, False, "the console is /dev/hvc0, faster than the serial port"),
-    ("--poll", "US", 0, "microseconds that an idle device looks for work before it sleeps (default: 0)"),
     ("--restore", "DIR", None, "go on with a snapshot in place of a kernel (docs/snapshots.md)"),
-    ("--console", "WHERE", "stdio", "serial console: stdio, file:PATH or none (default: stdio)"),
-    ("--kvm", "PATH", "/dev/kvm", "the KVM device (default: /dev/kvm)"),
-    ("--protocol", "P", "auto", "boot protocol: linux64, pvh or auto (default: auto)"),
-    ("--unpack", "WHEN", "auto", "unpack a bzImage on the host: always, never or auto, where that is faster (default)"),
     ("--no-seccomp", None, False, "no system call filters"),
     ("--any-kernel", None, False, "on a software KVM start a Linux that will not get far there (docs/software-kvm.md)"),
     ("--lab", None, False, "run it on an emulated machine that has real KVM (see pyvmm lab)"),
@@ -60,22 +51,15 @@ class Arguments:
     rootfs: str | None = None
     initrd: str | None
     cmdline: str | None
-    append: str
-    cpus: int
-    memory: str
+    append: str | None
+    console: str | None
+    kvm: str | None
     disk: list[str]
     share: list[str]
     net: list[str]
     vsock: str | None
-    rng: bool
     balloon: str | None
-    virtio_console: bool
-    poll: int
     restore: str | None
-    console: str
-    kvm: str
-    protocol: str
-    unpack: str
     no_seccomp: bool
     any_kernel: bool
     lab: bool
@@ -109,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif isinstance(default, list):
             add(option, metavar=metavar, action="append", default=[], help=text)
         else:
-            add(option, metavar=metavar, type=int if isinstance(default, int) else str, default=default, help=text)
+            add(option, metavar=metavar, default=default, help=text)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
@@ -138,10 +122,6 @@ def parse_quickly(words: list[str]) -> Arguments | None:
             return None
         if isinstance(default, list):
             getattr(parsed, _attribute(word)).append(value)
-        elif isinstance(default, int):
-            if not (value.isascii() and value.isdigit()):
-                return None
-            setattr(parsed, _attribute(word), int(value))
         else:
             setattr(parsed, _attribute(word), value)
     if not 1 <= len(positional) <= 2:
@@ -155,7 +135,7 @@ def config_from(args: Arguments) -> VmConfig:
 
     :raises ConfigError: it means none
     """
-    kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append
+    kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append or ""
     if kernel is None:
         raise ConfigError("KERNEL", "", "is missing: give a kernel file, a pulled image, or --restore DIR")
     if args.cmdline is not None and append:
@@ -178,22 +158,12 @@ def config_from(args: Arguments) -> VmConfig:
         line.append(append)
         append = str(line)
     read_only = image is not None and image.config is not None and rootfs == image.rootfs
-    return VmConfig(
-        kernel,
-        initrd=initrd,
-        cmdline=args.cmdline,
-        append=append,
-        cpus=args.cpus,
-        memory=args.memory,
-        entropy=args.rng,
-        virtio_console=args.virtio_console,
-        poll_us=args.poll,
-        console=args.console,
-        kvm=args.kvm,
-        protocol=args.protocol,
-        unpack=args.unpack,
-        **_devices(args, rootfs, read_only=read_only),
-    )
+    values: dict[str, Any] = {"console": "stdio"}
+    for word, (name, each) in PARAMETERS.items():
+        if (text := getattr(args, _attribute(word))) not in (None, False):
+            values[name] = text if each.metavar is None else each.read(word, text)
+    values |= {"initrd": initrd, "append": append}
+    return VmConfig(kernel, **values, **_devices(args, rootfs, read_only=read_only))
 
 
 def _devices(args: Arguments, rootfs: str | None, *, read_only: bool) -> dict[str, Any]:
@@ -289,7 +259,9 @@ def _restore(args: Arguments) -> int:
         what = args.kernel or strangers[0]
         raise ConfigError("--restore", args.restore, f"has its own configuration; {what} cannot change it")
     image = Image.load(args.restore or "")
-    image.config = image.config.replaced(console=args.console, kvm=args.kvm)
+    image.config = image.config.replaced(
+        console=args.console or "stdio", kvm=args.kvm or VmConfig.OPTIONS["kvm"].default
+    )
     _guard(args)
     vm = Machine(image=image, seccomp=not args.no_seccomp)
     try:

@@ -110,7 +110,7 @@ class VmConfig(Config):
     shares: Sequence[ShareConfig] = option(help="shared directories", default=(), check=as_tuple)
     entropy: Given[EntropyConfig | None, EntropyConfig | bool | None] = option(
         help="give the guest the host's random numbers; True is the same as EntropyConfig()",
-        default=None, check=_entropy,
+        default=None, check=_entropy, word="--rng",
     )  # fmt: skip
     balloon: BalloonConfig | None = option(help="the memory balloon, or None", default=None)
     mmds: MmdsConfig | None = option(help="how the guest reaches the metadata service; None: not at all", default=None)
@@ -123,9 +123,10 @@ class VmConfig(Config):
         default=0, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", extension=True,
     )  # fmt: skip
     console: str = option(
-        help="where the console's output goes: stdio, file:PATH, none, or raw (stdio without keys of our own, and "
-        "output that nobody takes is lost)",
-        default="none", check=_console, api="console", api_means="raw", extension=True,
+        help="where the console's output goes: stdio, file:PATH, none, or raw, which is stdio without keys of our own "
+        "and loses what nobody takes (default: stdio; of the library: none)",
+        default="none", check=_console, word="--console", metavar="WHERE",
+        api="console", api_means="raw", extension=True,
     )  # fmt: skip
     console_rate_limiter: RateLimiterConfig | None = option(
         help="of the bytes of its output: what is too much is lost; None: no limit", default=None
