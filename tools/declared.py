@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from vmm.config.devices import DEVICES, RateLimiterConfig  # noqa: E402
+from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig  # noqa: E402
 from vmm.config.option import REQUIRED, Config, type_taken  # noqa: E402
 from vmm.config.vm import VmConfig  # noqa: E402
 
@@ -71,7 +71,7 @@ def _default(config: type[Config], name: str) -> str:
 def page() -> str:
     """The tables of the reference."""
     text = _PAGE
-    for config in (VmConfig, *DEVICES, RateLimiterConfig):
+    for config in (VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig):
         text += f"\n::: vmm.{config.__name__}\n    options:\n      members: false\n"
         text += "\n| parameter | type | default | word | API | |\n|---|---|---|---|---|---|\n"
         for name, each in config.OPTIONS.items():

@@ -25,6 +25,7 @@ CONFIGS: list[tuple[object, str]] = [
     ),
     (vmm.VmConfig("k"), "VmConfig('k')"),
     (vmm.NetConfig("tap0", mtu=1500), "NetConfig(tap='tap0', mtu=1500)"),
+    (vmm.NetworkPolicy(["pypi.org"]), "NetworkPolicy(allow=('pypi.org',))"),
     (vmm.VsockConfig(3, "v.sock"), "VsockConfig(3, 'v.sock')"),
     (vmm.ShareConfig("tag", "/srv", dax=2 << 20), "ShareConfig('tag', '/srv', dax=2097152)"),
     (vmm.BalloonConfig(), "BalloonConfig()"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 
 from vmm.commands.exec import add_command_arguments, run
+from vmm.config.devices import NetworkPolicy
 from vmm.errors import ConfigError
 from vmm.sandbox import Sandbox
 
@@ -25,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this host's DIR at PATH of the guest; may be repeated",
     )  # fmt: skip
     add("--network", choices=("none", "user"), default="none", help="user: out by passt (default: none)")
+    add(
+        "--allow", metavar="RULE", action="append", default=[],
+        help="a network with nothing but this: a name as pypi.org or *.pypi.org, or a network as 10.1.0.0/16, which may"
+        " end in :PORT; may be repeated",
+    )  # fmt: skip
+    add("--deny", metavar="NETWORK", action="append", default=[], help="not even where it is allowed; may be repeated")
     add("--timeout", metavar="S", type=float, help="seconds after which it ends (default: none)")
     add("--name", help="for pyvmm exec, and its hostname (default: one is made up)")
     add("--kernel", metavar="PATH", help="a kernel with all drivers built in (default: the image's)")
@@ -38,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--wait", " ".join(args.command), "takes no command")
     with Sandbox(
         args.image, memory=args.memory, cpus=args.cpus, mounts=dict(_mount(word) for word in args.mount),
-        timeout=args.timeout, name=args.name, network=args.network, kernel=args.kernel,
+        timeout=args.timeout, name=args.name, network=_network(args), kernel=args.kernel,
     ) as sandbox:  # fmt: skip
         if not args.wait:
             args.command = args.command or sandbox.program
@@ -47,6 +54,14 @@ def main(args: argparse.Namespace) -> int:
         sandbox.machine.wait()
         print(f"pyvmm sandbox: {sandbox.why}", file=sys.stderr)
     return 1
+
+
+def _network(args: argparse.Namespace) -> str | NetworkPolicy:
+    if not args.allow and not args.deny:
+        return str(args.network)
+    if not args.allow:
+        raise ConfigError("--deny", args.deny[0], "needs --allow: without it nothing is allowed")
+    return NetworkPolicy(args.allow, deny=args.deny)
 
 
 def _mount(word: str) -> tuple[str, str | tuple[str, str]]:

@@ -135,6 +135,41 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
             raise ConfigError("backing_format", self.backing_format, problem)
 
 
+def _allowed(field: str, words: Sequence[str]) -> tuple[str, ...]:
+    from vmm.config.policy import rules
+
+    if isinstance(words, str):
+        raise ConfigError(field, words, f"must be a list: [{words!r}]")
+    rules(field, words)
+    return tuple(words)
+
+
+def _denied(field: str, words: Sequence[str]) -> tuple[str, ...]:
+    from vmm.config.policy import rules
+
+    if names := rules(field, words)[1]:
+        raise ConfigError(field, names[0][0], "must be a network: a name that is not allowed is denied")
+    return tuple(words)
+
+
+class NetworkPolicy(Config, title="network policy"):
+    """What a guest may reach: nothing but this. A rule is a name as ``pypi.org`` or ``*.pypi.org``, or a network as
+    ``10.1.0.0/16``; it may end in a port or ports, as ``:443`` or ``:8000-8010``."""
+
+    allow: Sequence[str] = option(
+        help="names and networks that the guest may reach", default=(), kw_only=False, check=_allowed
+    )
+    deny: Sequence[str] = option(help="networks that it may not, whatever is allowed", default=(), check=_denied)
+
+    @classmethod
+    def of_words(cls, allow: str | None, deny: str | None) -> NetworkPolicy:
+        """From the words ``allow=`` and ``deny=``, each a list with a + between.
+
+        :raises ConfigError: no such rule
+        """
+        return cls(allow.split("+") if allow else (), deny=deny.split("+") if deny else ())
+
+
 class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
     """One network interface."""
 
@@ -180,6 +215,14 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         help="with user: the gateway's address is the host's loopback, with all that listens there",
         default=False, word="loopback", api="loopback", extension=True,
     )  # fmt: skip
+    policy: NetworkPolicy | None = option(
+        help="with user: all that the guest may reach; None: everything but the host's loopback",
+        default=None, parse=NetworkPolicy.of_words,
+        words={
+            "allow=": "with user: names and networks, with a + between, that the guest may reach, and nothing else",
+            "deny=": "networks that it may not, whatever is allowed",
+        },
+    )  # fmt: skip
     id: str | None = option(
         help="its name in messages and in the API (default: by its place)",
         default=None, word="id=", api="iface_id", api_default=REQUIRED,
@@ -201,6 +244,8 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
             raise ConfigError("net tap", self.tap, "must be the name of a tap")
         if self.loopback and mode != "user":
             raise ConfigError("loopback", mode, "is only for the mode user")
+        if self.policy is not None and (mode != "user" or self.loopback):
+            raise ConfigError("net allow", mode, "is only for the mode user, without loopback")
         if (mode == "fd") != (self.fd is not None):
             raise ConfigError("net fd", self.fd, "is only for the mode fd")
         if self.queues > 1 and mode in ("user", "fd"):

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from virtio.blk.device import Block
     from virtio.device import VirtioDevice
     from virtio.fs.device import Fs
+    from virtio.net._policy import Policy
     from virtio.net.device import Net
     from virtio.net.host import Passt, Tap
+    from virtio.net.resolver import Resolver
     from virtio.rng import Entropy
     from virtio.vsock.device import Listener, Vsock
     from vmm.config.devices import (
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         DriveConfig,
         EntropyConfig,
         NetConfig,
+        NetworkPolicy,
         RateLimiterConfig,
         ShareConfig,
         VsockConfig,
@@ -174,14 +177,20 @@ class Builder:
         from virtio.net.host import Passt, Tap
 
         backend: Tap | Passt
-        policy = None
+        policy: Policy | None = None
+        resolver: Resolver | None = None
         if config.mode == "user":
-            _will_start("net", "user", "passt")
-            backend = self._owned(Passt(loopback=config.loopback))
-            if not config.loopback:
-                from virtio.net._policy import Policy
+            from virtio.net._policy import Policy
+            from vmm.config.policy import PASST
 
-                policy = Policy(only_special=True)  # passt connects a frame to 127.0.0.1 to the host's
+            _will_start("net", "user", "passt")
+            if config.policy is not None:
+                policy, resolver = self._policy(config.policy)
+                backend = self._owned(Passt(PASST))
+            else:
+                backend = self._owned(Passt(loopback=config.loopback))
+                if not config.loopback:
+                    policy = Policy(only_special=True)  # passt connects a frame to 127.0.0.1 to the host's
         elif config.fd is not None:
             backend = self._owned(Tap.inherited(config.fd))
         else:
@@ -210,9 +219,21 @@ class Builder:
         net = Net(
             backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=_limiter(config.rx_rate_limiter),
             tx_limiter=_limiter(config.tx_rate_limiter), mmds=endpoint, policy=policy,
-            name=f"virtio-net{number}",
+            resolver=resolver, name=f"virtio-net{number}",
         )  # fmt: skip
         return self._owned(net)
+
+    def _policy(self, config: NetworkPolicy) -> tuple[Policy, Resolver]:
+        from _socket import inet_aton
+
+        from virtio.net._policy import Policy
+        from virtio.net.resolver import Resolver
+        from vmm.config.policy import GATEWAY, GUEST, RESOLVER, rules
+
+        allow, names = rules("allow", config.allow)
+        guest, gateway, nameserver = map(inet_aton, (GUEST, GATEWAY, RESOLVER))
+        policy = Policy(guest, gateway, nameserver, allow, rules("deny", config.deny)[0])
+        return policy, self._owned(Resolver(policy, nameserver, names))
 
     def _share(self, config: ShareConfig, number: int) -> Fs:
         from virtio.fs.device import Fs

@@ -23,7 +23,7 @@ import msgspec
 
 from vmm import __version__
 from vmm._mapping import copy_sparse
-from vmm.config.devices import DEVICES, RateLimiterConfig
+from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig
 from vmm.config.option import type_stored
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
@@ -45,7 +45,7 @@ _PAGE = 4096
 _STATE_MAX = 64 << 20  # with 64 vCPUs and all devices it takes 1 MiB
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, RateLimiterConfig)}
+_CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig)}
 # Not in a file: a template is in the vCPUs' state already, and a descriptor is this process's.
 _LEFT_OUT = {"cpu_template", "fd"}
 

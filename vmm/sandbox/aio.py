@@ -208,6 +208,11 @@ class AsyncSandbox:
     close = _twin(Sandbox.close)
     kill = close
 
+    @property
+    def network_counters(self) -> dict[str, int]:
+        """As :attr:`vmm.sandbox.Sandbox.network_counters`."""
+        return self.sync.network_counters
+
     async def fork(self, count: int = 1, *, timeout: float | None = None) -> list[AsyncSandbox]:
         """As :meth:`vmm.sandbox.Sandbox.fork`."""
 

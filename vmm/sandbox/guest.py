@@ -7,6 +7,7 @@ import contextlib
 import os
 from signal import SIGTERM
 
+from vmm.config.policy import BITS, GATEWAY, GUEST, RESOLVER
 from vmm.errors import ConfigError
 from vmm.images import Image, resolve
 from vmm.images.cpio import Archive
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from vmm.config.devices import NetworkPolicy
     from vmm.images.container import ImageConfig
 
     Words = dict[str, Any]
@@ -101,15 +103,17 @@ def kernel_and_initrd(image: Image, kernel: str | None, directory: str) -> tuple
     return kernel, path
 
 
-def network_words() -> str:
-    """The guest's addresses for the kernel's command line: passt takes any, and the nameserver is the host's.
+def network_words(policy: NetworkPolicy | None) -> str:
+    """The guest's addresses for the kernel's command line: passt takes any, and the nameserver is the host's or ours.
 
     Source: resolv.conf(5); a nameserver on the host's loopback is systemd-resolved's, which has its own in a file.
     """
+    if policy is not None:
+        return f"pyvmm.net={GUEST}/{BITS},{GATEWAY},{RESOLVER}"
     servers: list[str] = []
     for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
         with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             words = [line.split() for line in file]
             servers += [each[1] for each in words if len(each) > 1 and each[0] == "nameserver"]
     usable = [server for server in servers if ":" not in server and not server.startswith("127.")]
-    return f"pyvmm.net=10.0.2.15/24,10.0.2.2,{usable[0] if usable else ''}"
+    return f"pyvmm.net={GUEST}/{BITS},{GATEWAY},{usable[0] if usable else ''}"

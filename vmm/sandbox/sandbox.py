@@ -9,7 +9,7 @@ import threading
 import time
 
 from vmm import threads
-from vmm.config.devices import DriveConfig, NetConfig, ShareConfig, VsockConfig
+from vmm.config.devices import DriveConfig, NetConfig, NetworkPolicy, ShareConfig, VsockConfig
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, SnapshotError, line
 from vmm.machine.machine import Machine
@@ -42,7 +42,8 @@ class Sandbox(Session):
     :param cwd: directory of every command; None: a container image's, of others its user's home directory
     :param user: of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: the image's, or root
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
-    :param network: ``"none"``, or ``"user"``: out by passt, with all that this host reaches but its own loopback
+    :param network: ``"none"``; ``"user"``: out by passt, with all that this host reaches but its own loopback; a
+        :class:`vmm.NetworkPolicy`: by passt, with nothing but what it allows
     :param timeout: seconds after which the sandbox ends, whatever it does; None: it does not
     :param name: for ``pyvmm exec`` and the guest's hostname; None: one is made up
     :param room: how much of the memory files may take, as tmpfs has it: ``"75%"`` or ``"256M"``
@@ -69,15 +70,16 @@ class Sandbox(Session):
         cwd: str | None = None,
         user: str | int | None = None,
         mounts: Mapping[str, str | tuple[str, str]] | None = None,
-        network: str = "none",
+        network: str | NetworkPolicy = "none",
         timeout: float | None = None,
         name: str | None = None,
         room: str = "75%",
         kernel: str | None = None,
         boot_timeout: float = 60,
     ) -> None:
-        if network not in ("none", "user"):
-            raise ConfigError("network", network, "must be none or user")
+        policy = network if isinstance(network, NetworkPolicy) else None
+        if policy is None and network not in ("none", "user"):
+            raise ConfigError("network", network, "must be none, user or a NetworkPolicy")
         if not room or not all(c.isascii() and (c.isalnum() or c == "%") for c in room):
             raise ConfigError("room", room, "must be a size, e.g. 75% or 256M")
         found = guest.find_image(image)
@@ -91,8 +93,8 @@ class Sandbox(Session):
                 cmdline=f"{guest.CMDLINE} pyvmm.layers={len(found.disks)} pyvmm.room={room} pyvmm.name={self.name}",
                 drives=[DriveConfig(disk, read_only=True) for disk in found.disks],
                 shares=[share for _, share in shares], entropy=True, vsock=VsockConfig(3, self._place.socket),
-                nets=[NetConfig(mode="user")] if network == "user" else (),
-                append=guest.network_words() if network == "user" else "",
+                nets=[NetConfig(mode="user", policy=policy)] if network != "none" else (),
+                append=guest.network_words(policy) if network != "none" else "",
             )  # fmt: skip
             self._run(Machine(config), boot_timeout)
             os.unlink(initrd)
@@ -159,6 +161,11 @@ class Sandbox(Session):
         return self._console.decode(errors="replace")
 
     # The VM
+
+    @property
+    def network_counters(self) -> dict[str, int]:
+        """Frames, bytes, and what a policy allowed and dropped, by name; empty without a network."""
+        return next((net.stats for net in self.machine.nets.values()), {})
 
     def pause(self) -> None:
         """Hold the guest; calls wait until ``resume``, or until their time is over."""
