@@ -70,7 +70,7 @@ def _be_a_copy(descriptors: list[int]) -> NoReturn:
     def report(stop: Exit) -> None:
         answering.acquire()
         vm.console.close()  # its last words are out
-        failure = vm._failure
+        failure = vm._run.failure
         why = "" if failure is None else line(failure) or type(failure).__name__
         os.write(end, msgspec.msgpack.encode((stop.reason.value, stop.code, line(stop.detail), why)))
         os._exit(0)

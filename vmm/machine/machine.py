@@ -8,20 +8,19 @@ with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 
 from boot import acpi, cpu, layout, load, mptable
 from boot.board import PARTS
 from boot.cmdline import Cmdline
-from devices.acpi_events import GENERATION_CHANGED, POWER_BUTTON
+from devices.acpi_events import POWER_BUTTON
 from devices.exit_port import ExitPort
 from vmm import logger, threads
 from vmm._bus import Bus
 from vmm.config.vm import VmConfig
-from vmm.errors import ConfigError, HostError, KvmError, SnapshotError, VmmError
-from vmm.events import Exit, Stop, StopReason
+from vmm.errors import ConfigError, HostError, VmmError
+from vmm.events import Exit
 from vmm.kvm import abi
 from vmm.kvm.vcpu import Vcpu
 from vmm.kvm.vm import Kvm, Vm
@@ -29,8 +28,8 @@ from vmm.machine.attach import Devices
 from vmm.machine.board import Board
 from vmm.machine.build import Builder, Made
 from vmm.machine.console import Console
+from vmm.machine.run import Run
 from vmm.memory import GuestMemory
-from vmm.signals import Bell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,20 +110,12 @@ class Machine:
         self._closers: list[Callable[[], None]] = []
         self.seccomp = seccomp
         self._unconfined = False
-        self._threads: list[threading.Thread] = []
-        self._exit_callbacks: list[Callable[[Exit], object]] = []
         self._console_callbacks: list[Callable[[bytes], None]] = []
-        self._change = threading.Condition()
-        self._bells: list[Bell] = []  # of the main thread's wait(), inside `_change`
-        self._started = False
-        self._holds: set[str] = set()  # why the vCPUs are held: each reason until it is released
-        self._parked = 0
+        self._run = Run(lambda: self._devices.windows, lambda: self.console.panic_seen)
         self._detached = False  # a configured device was
         self.children = 0  # made by ``fork``, for the names of their sockets
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one
-        self._stop: Exit | None = None
-        self._failure: BaseException | None = None
         try:
             self._build(devices, image, prepared)
         except BaseException:
@@ -176,16 +167,14 @@ class Machine:
         for attached in self.devices.values():
             attached.bind(self.vm, self.mmio)
         self._ranges = self._count_ranges()
-        self.vcpus = tuple(self._owned(Vcpu(self.vm, index, self.pio, self.mmio)) for index in range(config.cpus))
+        vcpus = (Vcpu(self.vm, index, self.pio, self.mmio) for index in range(config.cpus))
+        self.vcpus = self._run.vcpus = tuple(self._owned(vcpu) for vcpu in vcpus)
         if image is None:
             self._set_up_vcpus()
         else:
-            try:
-                self._restore(image)
-            except VmmError:
-                raise
-            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise SnapshotError("snapshot", f"is damaged: {type(error).__name__}: {error}") from None
+            from vmm.machine.snapshot import restore
+
+            restore(self, image)
 
     def _load(self, windows: list[tuple[int, int, int]]) -> None:
         config = self.config
@@ -308,68 +297,12 @@ class Machine:
         record(touched, self.config.memory, os.path.join(directory, TOUCHED))
 
     def _freeze(self, while_held: Callable[[], None]) -> Image:
-        if self._stop is not None:
+        from vmm.machine.snapshot import freeze
+
+        if self._run.ended is not None:
             raise VmmError("a machine that has ended cannot be frozen")
         with self._devices_lock:
-            return self._frozen(while_held)
-
-    def _frozen(self, while_held: Callable[[], None]) -> Image:
-        if self._detached:
-            raise SnapshotError("devices", "a configured device was detached")
-        for attached in self._devices.by_id.values():
-            if attached.kind and not attached.configured:
-                raise SnapshotError(attached.id, "was attached later, so the configuration lacks it")
-        for transport in self.virtio:
-            if transport.status and (why := transport.device.unsavable):
-                raise SnapshotError(transport.device.name, why)
-        if self.memory.huge:
-            raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
-        from vmm.machine.snapshot import Image
-
-        access = self.kvm.state_access()
-        self._hold("freeze")
-        try:
-            for transport in self.virtio:
-                transport.stop()
-            if self._stop is not None:
-                raise VmmError("a machine that has ended cannot be frozen")
-            while_held()
-            timer = self._board.pit.save()
-            return Image(
-                self.config,
-                cmdline=self.cmdline,
-                vcpus=[access.save_vcpu(vcpu.fd) for vcpu in self.vcpus],
-                vm=access.save_vm(self.vm.fd, timer=timer),
-                board=self._board.save(),
-                virtio=[transport.save() for transport in self.virtio],
-                memory=self.memory.freeze(),
-            )
-        finally:
-            if self._stop is None:
-                for transport in self.virtio:
-                    transport.go_on()
-            self._release("freeze")
-
-    def _restore(self, image: Image) -> None:
-        if len(image.vcpus) != len(self.vcpus):
-            raise SnapshotError("vcpus", f"the state has {len(image.vcpus)}, the configuration {len(self.vcpus)}")
-        if len(image.virtio) != len(self.virtio):
-            raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(self.virtio)}")
-        access = self.kvm.state_access()
-        if image.vm["pit2"]:
-            self._board.pit.make()
-        self._clock = image.vm["clock"]
-        # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
-        access.set_clock(self.vm.fd, image.vm["clock"], realtime=True)
-        for vcpu, state in zip(self.vcpus, image.vcpus, strict=True):
-            access.restore_vcpu(vcpu.fd, state)
-        access.restore_vm(self.vm.fd, image.vm, realtime=True)
-        self._board.restore(image.board)
-        for transport, saved in zip(self.virtio, image.virtio, strict=True):
-            transport.restore(saved)
-        # Before its first instruction: the guest's kernel takes new random numbers.
-        self._new_generation()
-        self.events.tell(GENERATION_CHANGED)
+            return freeze(self, while_held)
 
     def _new_generation(self) -> None:
         self.memory.write(layout.VM_GENERATION, os.urandom(16))
@@ -378,7 +311,7 @@ class Machine:
 
     def on_exit(self, callback: Callable[[Exit], object]) -> None:
         """Call `callback` once with how the VM ended, on whatever thread, before ``wait`` returns."""
-        self._exit_callbacks.append(callback)
+        self._run.callbacks.append(callback)
 
     def on_console(self, callback: Callable[[bytes], None]) -> None:
         """Call `callback` with the serial port's output as it comes, on the console's thread."""
@@ -396,24 +329,16 @@ class Machine:
         :raises VmmError: it was started or stopped before
         :raises HostError: no thread to be had; the machine has ended, and ``wait`` raises this, too
         """
-        if self._started or self._stop is not None:
+        if self._run.started or self._run.ended is not None:
             raise VmmError("a machine can be started only once, and not after it was stopped")
-        self._started = True
+        self._run.started = True
         if paused:
-            self._holds.add("pause")
+            self._run.holds.add("pause")
         vcpu_kind, console_kind = self._confine()
         self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
         for transport in self.virtio:
             transport.go_on()
-        try:
-            for vcpu in self.vcpus:
-                name = f"fc_vcpu {vcpu.index}"
-                thread = threads.spawn(vcpu_kind, name, self._run_vcpu, vcpu, unconfined=self._end_unconfined)
-                self._threads.append(thread)
-        except (RuntimeError, HostError) as error:
-            failure = error if isinstance(error, HostError) else HostError(errno.EAGAIN, "start a vCPU's thread")
-            self._end(Exit(StopReason.REQUESTED), failure)
-            raise failure from None
+        self._run.start(vcpu_kind)
 
     def _confine(self) -> tuple[str | None, str | None]:
         # The kinds of the vCPUs' threads and the console's.
@@ -440,67 +365,6 @@ class Machine:
     def _count_ranges(self) -> int:
         return len(self.pio.claims) + len(self.mmio.claims) - len(self.virtio)
 
-    def _end_unconfined(self, failure: HostError) -> None:
-        self._end(Exit(StopReason.REQUESTED), failure)
-
-    def _run_vcpu(self, vcpu: Vcpu) -> None:
-        try:
-            vcpu.loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0)
-            self._park_while_held()  # it may have been started paused
-            while self._run_once(vcpu) and self._stop is None:
-                self._park_while_held()
-        except Stop as stop:
-            self._end(stop.exit)
-        except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
-            self._end(Exit(StopReason.REQUESTED), failure)
-        finally:
-            vcpu.loop.detach()
-
-    def _run_once(self, vcpu: Vcpu) -> bool:
-        while True:
-            windows = self._devices.windows
-            seen = [window.repairs for window in windows]
-            try:
-                return vcpu.run()
-            except KvmError as error:
-                # Somebody truncated a file that the guest has mapped, and it touched what is gone: it gets zeros there.
-                # Another vCPU that touched it too may have been first.
-                for window in windows:
-                    window.repair()
-                if error.errno != errno.EFAULT or seen == [window.repairs for window in windows]:
-                    raise
-
-    def _park_while_held(self) -> None:
-        with self._change:
-            self._parked += 1
-            self._change.notify_all()
-            self._change.wait_for(lambda: not self._holds or self._stop is not None)
-            self._parked -= 1
-
-    def _end(self, stop: Exit, failure: BaseException | None = None) -> None:
-        with self._change:
-            if self._stop is not None:
-                return
-            if stop.reason is StopReason.RESET and self.console.panic_seen:
-                stop = Exit(StopReason.PANIC)
-            self._stop, self._failure = stop, failure
-            self._change.notify_all()
-            for bell in self._bells:
-                bell.ring()
-        for vcpu in self.vcpus:
-            vcpu.kick()
-        logger.info(f"The VM ended: {stop if failure is None else failure}")
-        if not self._exit_callbacks:
-            return
-        if threads.guard is None or threads.guard.alone or not threads.guard.confines():
-            self._tell_exit(stop)
-        else:  # they are the program's, and no filter is
-            self._threads.append(threads.spawn(None, "on_exit", self._tell_exit, stop))
-
-    def _tell_exit(self, stop: Exit) -> None:
-        for callback in self._exit_callbacks:
-            callback(stop)
-
     def wait(self, timeout: float | None = None) -> Exit | None:
         """Wait until the VM has ended. In the main thread the handlers of signals run meanwhile, none of them late.
 
@@ -508,14 +372,13 @@ class Machine:
         :returns: how it ended, or None: still running
         :raises Exception: what a device of yours or the host's KVM raised in a vCPU's thread
         """
-        if not self._wait_for_stop(timeout):
+        if not self._run.wait(timeout):
             return None
-        for thread in self._threads:
-            thread.join()
+        self._run.join()
         self.console.close()  # its last words are out before anybody hears that it ended
-        if self._failure is not None:
-            raise self._failure
-        return self._stop
+        if self._run.failure is not None:
+            raise self._run.failure
+        return self._run.ended
 
     async def run(self) -> Exit:
         """``start`` and ``wait`` for asyncio: the event loop goes on meanwhile. A task that is cancelled stops the VM.
@@ -527,10 +390,10 @@ class Machine:
 
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         self.on_exit(lambda stop: loop.call_soon_threadsafe(ended.set))
-        if not self._started:
+        if not self._run.started:
             self.start()
         try:
-            if self._stop is None:  # else it ended before `on_exit`
+            if self._run.ended is None:  # else it ended before `on_exit`
                 await ended.wait()
         finally:
             self.stop()
@@ -538,32 +401,19 @@ class Machine:
         assert stop is not None  # wait() without a time limit
         return stop
 
-    def _wait_for_stop(self, timeout: float | None) -> bool:
-        if threading.current_thread() is not threading.main_thread():
-            with self._change:
-                return self._change.wait_for(lambda: self._stop is not None, timeout)
-        with Bell() as bell:
-            with self._change:
-                self._bells.append(bell)
-            try:
-                return bell.wait(lambda: self._stop is not None, timeout)
-            finally:
-                with self._change:
-                    self._bells.remove(bell)
-
     def stop(self) -> None:
         """End the VM as if its power were cut; idempotent, from any thread."""
-        self._end(Exit(StopReason.REQUESTED))
+        self._run.end()
 
     def pause(self) -> None:
         """Hold every vCPU before its next instruction; returns when all are held. Devices finish what they have."""
-        if not self._started or self._stop is not None:
+        if not self._run.running:
             raise VmmError("only a running machine can be paused")
-        self._hold("pause")
+        self._run.hold("pause")
 
     def resume(self) -> None:
         """Let the vCPUs go on; harmless on a machine that is not paused."""
-        self._release("pause")
+        self._run.release("pause")
 
     def wake(self) -> None:
         """Let a machine go on that was made of an image and started paused, by the host's clock as it is now."""
@@ -571,28 +421,12 @@ class Machine:
             self.kvm.state_access().set_clock(self.vm.fd, self._clock, realtime=True)
         self.resume()
 
-    def _hold(self, reason: str) -> None:
-        # Until each reason is released. Returns when no vCPU runs, or will.
-        with self._change:
-            self._holds.add(reason)
-            if not self._started:
-                return
-        for vcpu in self.vcpus:
-            vcpu.kick()
-        with self._change:
-            self._change.wait_for(lambda: self._parked == len(self.vcpus) or self._stop is not None)
-
-    def _release(self, reason: str) -> None:
-        with self._change:
-            self._holds.discard(reason)
-            self._change.notify_all()
-
     def send_ctrl_alt_del(self) -> None:
         """Press Ctrl-Alt-Del: a guest with a driver for the keyboard reboots, or what else it is set to do.
 
         :raises VmmError: it is not running, or the guest has not read the keys that were pressed before
         """
-        if not self._started or self._stop is not None:
+        if not self._run.running:
             raise VmmError("the keyboard needs a running machine")
         self.i8042.press_ctrl_alt_del()
 
@@ -601,18 +435,14 @@ class Machine:
 
         :raises VmmError: it is not running
         """
-        if not self._started or self._stop is not None:
+        if not self._run.running:
             raise VmmError("the power button needs a running machine")
         self.events.tell(POWER_BUTTON)
 
     @property
     def state(self) -> str:
         """``Not started``, ``Running``, ``Paused`` or ``Stopped``."""
-        if self._stop is not None:
-            return "Stopped"
-        if not self._started:
-            return "Not started"
-        return "Paused" if "pause" in self._holds else "Running"
+        return self._run.state
 
     # Devices
 
@@ -705,18 +535,18 @@ class Machine:
 
     def _change_devices(self, change: Callable[[], None]) -> None:
         # With no vCPU in a device or on its way there.
-        if threading.current_thread() in self._threads:
+        if self._run.is_own_thread():
             raise VmmError("a vCPU's own thread cannot change the devices")
-        self._hold("devices")
+        self._run.hold("devices")
         try:
-            if self._stop is not None or self.closed:
+            if self._run.ended is not None or self.closed:
                 raise VmmError("the devices of a machine that has ended stay as they are")
             try:
                 change()
             finally:
                 self.mmio.reclaim()
         finally:
-            self._release("devices")
+            self._run.release("devices")
 
     @property
     def mmds(self) -> Mmds:
@@ -735,12 +565,9 @@ class Machine:
     def close(self) -> None:
         """End the VM and give everything back; idempotent."""
         self.closed = True
-        if self._started:
+        if self._run.started:
             self.stop()
-            for thread in self._threads:
-                if thread is not threading.current_thread():
-                    thread.join()
-            self._threads.clear()
+            self._run.join()
         with self._devices_lock:
             while self._closers:
                 self._closers.pop()()

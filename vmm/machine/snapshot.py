@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 
-from vmm.errors import SnapshotError
+from devices.acpi_events import GENERATION_CHANGED
+from vmm.errors import SnapshotError, VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.private_disk import private_copy
 from vmm.memory import MemoryFile
@@ -79,6 +80,81 @@ class Image:
         from vmm.machine.snapshot_file import load
 
         return load(directory)
+
+
+def freeze(machine: Machine, while_held: Callable[[], None]) -> Image:
+    """See :meth:`vmm.machine.machine.Machine.freeze`; its devices stay as they are meanwhile.
+
+    :param while_held: called while the vCPUs and the devices do nothing
+    """
+    if machine._detached:
+        raise SnapshotError("devices", "a configured device was detached")
+    for attached in machine._devices.by_id.values():
+        if attached.kind and not attached.configured:
+            raise SnapshotError(attached.id, "was attached later, so the configuration lacks it")
+    for transport in machine.virtio:
+        if transport.status and (why := transport.device.unsavable):
+            raise SnapshotError(transport.device.name, why)
+    if machine.memory.huge:
+        raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
+    access = machine.kvm.state_access()
+    machine._run.hold("freeze")
+    try:
+        for transport in machine.virtio:
+            transport.stop()
+        if machine._run.ended is not None:
+            raise VmmError("a machine that has ended cannot be frozen")
+        while_held()
+        timer = machine._board.pit.save()
+        return Image(
+            machine.config,
+            cmdline=machine.cmdline,
+            vcpus=[access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus],
+            vm=access.save_vm(machine.vm.fd, timer=timer),
+            board=machine._board.save(),
+            virtio=[transport.save() for transport in machine.virtio],
+            memory=machine.memory.freeze(),
+        )
+    finally:
+        if machine._run.ended is None:
+            for transport in machine.virtio:
+                transport.go_on()
+        machine._run.release("freeze")
+
+
+def restore(machine: Machine, image: Image) -> None:
+    """Make a machine that was built, and has not run, what the one in `image` was.
+
+    :raises SnapshotError: the image is damaged, or of another configuration
+    """
+    try:
+        _restore(machine, image)
+    except VmmError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SnapshotError("snapshot", f"is damaged: {type(error).__name__}: {error}") from None
+
+
+def _restore(machine: Machine, image: Image) -> None:
+    if len(image.vcpus) != len(machine.vcpus):
+        raise SnapshotError("vcpus", f"the state has {len(image.vcpus)}, the configuration {len(machine.vcpus)}")
+    if len(image.virtio) != len(machine.virtio):
+        raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(machine.virtio)}")
+    access = machine.kvm.state_access()
+    if image.vm["pit2"]:
+        machine._board.pit.make()
+    machine._clock = image.vm["clock"]
+    # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
+    access.set_clock(machine.vm.fd, image.vm["clock"], realtime=True)
+    for vcpu, state in zip(machine.vcpus, image.vcpus, strict=True):
+        access.restore_vcpu(vcpu.fd, state)
+    access.restore_vm(machine.vm.fd, image.vm, realtime=True)
+    machine._board.restore(image.board)
+    for transport, saved in zip(machine.virtio, image.virtio, strict=True):
+        transport.restore(saved)
+    # Before its first instruction: the guest's kernel takes new random numbers.
+    machine._new_generation()
+    machine.events.tell(GENERATION_CHANGED)
 
 
 def fork(

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The threads of a machine's vCPUs: started, held while somebody has a reason, ended once."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+from vmm import logger, threads
+from vmm.errors import HostError, KvmError
+from vmm.events import Exit, Stop, StopReason
+from vmm.signals import Bell
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    from vmm.kvm.vcpu import Vcpu
+
+
+class Run:
+    """How a machine runs, from before its start to after its end; for :class:`vmm.machine.machine.Machine`.
+
+    :param windows: the guest's DAX windows at any time
+    :param panicked: whether the guest has said that it panics, which explains a reset
+
+    :ivar started: ``start`` was called
+    :ivar ended: how it ended, or None
+    :ivar failure: what a device or the host's KVM raised, and ``ended`` came of
+    :ivar holds: why the vCPUs are held, each reason until it is released
+    :ivar callbacks: called once with how it ended, on whatever thread
+    """
+
+    def __init__(self, windows: Callable[[], Iterable[Any]], panicked: Callable[[], bool]) -> None:
+        self._windows = windows
+        self._panicked = panicked
+        self.vcpus: tuple[Vcpu, ...] = ()
+        self.started = False
+        self.ended: Exit | None = None
+        self.failure: BaseException | None = None
+        self.holds: set[str] = set()
+        self.callbacks: list[Callable[[Exit], object]] = []
+        self._threads: list[threading.Thread] = []
+        self._change = threading.Condition()
+        self._bells: list[Bell] = []  # of the main thread's wait(), inside `_change`
+        self._parked = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended; it may be held."""
+        return self.started and self.ended is None
+
+    @property
+    def state(self) -> str:
+        """``Not started``, ``Running``, ``Paused`` or ``Stopped``."""
+        if self.ended is not None:
+            return "Stopped"
+        if not self.started:
+            return "Not started"
+        return "Paused" if "pause" in self.holds else "Running"
+
+    def start(self, kind: str | None) -> None:
+        """Let every vCPU run, each on a thread of its own.
+
+        :param kind: of thread, as of ``vmm.threads.spawn``
+        :raises HostError: no thread to be had; it has ended
+        """
+        try:
+            for vcpu in self.vcpus:
+                name = f"fc_vcpu {vcpu.index}"
+                self._threads.append(
+                    threads.spawn(kind, name, self._run_vcpu, vcpu, unconfined=lambda error: self.end(failure=error))
+                )
+        except (RuntimeError, HostError) as error:
+            failure = error if isinstance(error, HostError) else HostError(errno.EAGAIN, "start a vCPU's thread")
+            self.end(failure=failure)
+            raise failure from None
+
+    def end(self, stop: Exit | None = None, failure: BaseException | None = None) -> None:
+        """End it, unless it has ended; from any thread.
+
+        :param stop: how; None: because somebody wanted it to, or by `failure`
+        """
+        stop = stop or Exit(StopReason.REQUESTED)
+        with self._change:
+            if self.ended is not None:
+                return
+            if stop.reason is StopReason.RESET and self._panicked():
+                stop = Exit(StopReason.PANIC)
+            self.ended, self.failure = stop, failure
+            self._change.notify_all()
+            for bell in self._bells:
+                bell.ring()
+        for vcpu in self.vcpus:
+            vcpu.kick()
+        logger.info(f"The VM ended: {stop if failure is None else failure}")
+        if not self.callbacks:
+            return
+        if threads.guard is None or threads.guard.alone or not threads.guard.confines():
+            self._tell(stop)
+        else:  # they are the program's, and no filter is
+            self._threads.append(threads.spawn(None, "on_exit", self._tell, stop))
+
+    def wait(self, timeout: float | None) -> bool:
+        """Whether it has ended within `timeout` seconds; None: however long it takes.
+
+        In the main thread the handlers of signals run meanwhile, none of them late.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            with self._change:
+                return self._change.wait_for(lambda: self.ended is not None, timeout)
+        with Bell() as bell:
+            with self._change:
+                self._bells.append(bell)
+            try:
+                return bell.wait(lambda: self.ended is not None, timeout)
+            finally:
+                with self._change:
+                    self._bells.remove(bell)
+
+    def join(self) -> None:
+        """Wait for its threads, but the one that asks."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def is_own_thread(self) -> bool:
+        """Whether a thread of its own asks."""
+        return threading.current_thread() in self._threads
+
+    def hold(self, reason: str) -> None:
+        """Let no vCPU run until each reason is released; returns when none does."""
+        with self._change:
+            self.holds.add(reason)
+            if not self.started:
+                return
+        for vcpu in self.vcpus:
+            vcpu.kick()
+        with self._change:
+            self._change.wait_for(lambda: self._parked == len(self.vcpus) or self.ended is not None)
+
+    def release(self, reason: str) -> None:
+        """The reason is gone."""
+        with self._change:
+            self.holds.discard(reason)
+            self._change.notify_all()
+
+    # On a vCPU's thread
+
+    def _run_vcpu(self, vcpu: Vcpu) -> None:
+        try:
+            vcpu.loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0)
+            self._park_while_held()  # it may have been started paused
+            while self._run_once(vcpu) and self.ended is None:
+                self._park_while_held()
+        except Stop as stop:
+            self.end(stop.exit)
+        except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
+            self.end(failure=failure)
+        finally:
+            vcpu.loop.detach()
+
+    def _run_once(self, vcpu: Vcpu) -> bool:
+        while True:
+            windows = self._windows()
+            seen = [window.repairs for window in windows]
+            try:
+                return vcpu.run()
+            except KvmError as error:
+                # Somebody truncated a file that the guest has mapped, and it touched what is gone: it gets zeros there.
+                # Another vCPU that touched it too may have been first.
+                for window in windows:
+                    window.repair()
+                if error.errno != errno.EFAULT or seen == [window.repairs for window in windows]:
+                    raise
+
+    def _park_while_held(self) -> None:
+        with self._change:
+            self._parked += 1
+            self._change.notify_all()
+            self._change.wait_for(lambda: not self.holds or self.ended is not None)
+            self._parked -= 1
+
+    def _tell(self, stop: Exit) -> None:
+        for callback in self.callbacks:
+            callback(stop)
