@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes what takes long to close: the last descriptor of a VM waits 15 to 20 ms for KVM's readers (SRCU)."""
+"""Closes what takes long to close: the last descriptor of a VM waits 15 to 20 ms for KVM's readers (SRCU). And waits
+for the disk, while its caller does something else.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,11 @@ from _queue import SimpleQueue  # `queue` itself imports more, on the path of a 
 from vmm.errors import HostError
 from vmm.threads import spawn
 
-_queue: SimpleQueue[int | tuple[int] | threading.Event] = SimpleQueue()  # in a tuple: to be synced before
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
 _thread: threading.Thread | None = None
 _pid = 0
 _lock = threading.Lock()
@@ -19,22 +25,50 @@ _lock = threading.Lock()
 def bury(fds: list[int]) -> None:
     """Close `fds` soon, in this order, on a thread that waits in the caller's place."""
     for fd in fds:
-        if _is_there():
-            _queue.put(fd)
-        else:
-            os.close(fd)
+        _do(lambda fd=fd: os.close(fd))  # type: ignore[misc]
+
+
+def be_there() -> None:
+    """Start the thread, for whoever will need it soon and has the time now."""
+    _do(lambda: None)
+
+
+def sync(fd: int) -> Callable[[], None]:
+    """Begin to write what the disk has not yet of the file `fd`, which stays open meanwhile.
+
+    :returns: what waits until that is done, and raises its OSError
+    """
+    done: SimpleQueue[OSError | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            os.fsync(fd)
+            done.put(None)
+        except OSError as error:
+            done.put(error)
+
+    def wait() -> None:
+        if (error := done.get()) is not None:
+            raise error
+
+    _do(run)
+    return wait
 
 
 def sync_and_bury(fd: int) -> None:
     """Close the file `fd` soon, and have what is not on the disk yet written before; nobody hears of a failure."""
-    if _is_there():
-        _queue.put((fd,))
-    else:
-        _sync_and_close(fd)
+
+    def run() -> None:
+        try:
+            os.fsync(fd)
+        except OSError:
+            pass
+        os.close(fd)
+
+    _do(run)
 
 
-def _is_there() -> bool:
-    # Whether there is a thread; where there is none to be had the caller waits itself.
+def _do(task: Callable[[], object]) -> None:
     global _thread, _pid
     with _lock:
         if _thread is None or _pid != os.getpid():  # a forked child has none of its parent's threads
@@ -42,32 +76,22 @@ def _is_there() -> bool:
                 _thread = spawn("undertaker", "undertaker", _run, unconfined=lambda error: _run())
                 _pid = os.getpid()
             except (RuntimeError, HostError):
-                _thread = None
-        return _thread is not None
-
-
-def _sync_and_close(fd: int) -> None:
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    os.close(fd)
+                _thread = None  # there is none to be had: the caller waits itself
+        there = _thread is not None
+    if there:
+        _queue.put(task)
+    else:
+        task()
 
 
 def wait() -> None:
     """Return once all that was given to ``bury`` before is closed."""
     if _thread is not None and _pid == os.getpid():
         done = threading.Event()
-        _queue.put(done)
+        _queue.put(done.set)
         done.wait()
 
 
 def _run() -> None:
     while True:
-        task = _queue.get()
-        if isinstance(task, int):
-            os.close(task)
-        elif isinstance(task, tuple):
-            _sync_and_close(*task)
-        else:
-            task.set()
+        _queue.get()()

@@ -29,6 +29,7 @@ from tests.kvm.guests import PATIENCE
 from tests.kvm.test_fork import COUNTER
 from vmm import DriveConfig, Image, Machine, undertaker
 from vmm.api import ApiError
+from vmm.api.diff import Diff
 from vmm.api.snapshots import _memory_file, create, write_files
 from vmm.api.types import BootSource, SnapshotCreate, VmConfiguration
 from vmm.config.devices import NetConfig, RateLimiterConfig, VsockConfig
@@ -281,19 +282,27 @@ def test_killed_at_any_system_call_the_apis_files_are_of_one_moment(
     tmp_path: Path, guest: MakeGuest, kind: str
 ) -> None:
     vm = guest(COUNTER)
-    states = []
-    for number in range(2):
-        vm.memory.write(0x300000, bytes((7 + number,)) * 8192)
-        written = vm.memory.written() if number else None
-        image = vm.freeze()
-        image.cmdline = f"{number}"
-        states.append((image, encode(image, bytes(16)), written if kind == "Diff" else None))
     place = tmp_path / "place"
     place.mkdir()
     body = SnapshotCreate(snapshot_path=str(place / "snap"), mem_file_path=str(place / "mem"))
-    vm.memory.write(0x300000, b"\7" * 8192)
-    write_files(body, *states[0], vm.memory.slice)
-    vm.memory.write(0x300000, b"\10" * 8192)
+
+    def write(kind: str) -> None:
+        state = encode(image, bytes(16))
+        over = Diff.over(body.mem_file_path, vm.memory.size) if kind == "Diff" else None
+        if over is None:
+            write_files(body, image, state, None)
+        else:
+            over.write(body.snapshot_path, state, written, vm.memory.slice)
+            over.wait()
+            over.close()
+
+    for number in range(2):
+        vm.memory.write(0x300000, bytes((7 + number,)) * 8192)
+        written = vm.memory.written()
+        image = vm.freeze()
+        image.cmdline = f"{number}"
+        if not number:
+            write("Full")
     before = _files(place)
     seen = []
     for step in itertools.count(1):
@@ -301,7 +310,7 @@ def test_killed_at_any_system_call_the_apis_files_are_of_one_moment(
             path.unlink()
         for path, data in before.items():
             path.write_bytes(data or b"")
-        if not killed_at(step, lambda: write_files(body, *states[1], vm.memory.slice)):
+        if not killed_at(step, lambda: write(kind)):
             break
         state = (place / "snap").read_bytes()
         try:
@@ -364,14 +373,14 @@ def test_half_of_a_diff_is_refused_until_a_whole_one_is_there(
     for at in (0x310000, 0x330000):
         vm.memory.write(at, b"\1" * 4096)
     with monkeypatch.context() as patch:
-        full = iter(range(1, 3))  # the state, one of the two pages; then the disk is full
+        full = iter(range(1))  # one of the two pages; then the disk is full
 
         def write(fd: int, data: memoryview, offset: int = 0) -> None:
             if next(full, None) is None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             write_all(fd, data, offset)
 
-        patch.setattr("vmm.api.snapshots.write_all", write)
+        patch.setattr("vmm.api.diff.write_all", write)
         with pytest.raises(ApiError, match="memory backing file: No space left"):
             take()
     with pytest.raises(ApiError, match="has half of a Diff"):
@@ -380,12 +389,17 @@ def test_half_of_a_diff_is_refused_until_a_whole_one_is_there(
     with Machine(image=vm.freeze()) as other:
         other.memory.write(0x350000, b"\2" * 4096)
         body = SnapshotCreate(snapshot_path=str(tmp_path / "snap"), mem_file_path=str(tmp_path / "mem"))
-        write_files(body, other.freeze(), b"state", [(0x350000, 4096)], other.memory.slice)
+        over = Diff.over(body.mem_file_path, other.memory.size)
+        assert over is not None
+        over.write(body.snapshot_path, b"state", [(0x350000, 4096)], other.memory.slice)
+        over.wait()
+        over.close()
         assert _is_whole(other, tmp_path / "mem")
 
 
+@pytest.mark.parametrize("snap", ["snap", "other"])
 def test_no_page_of_a_diff_is_written_before_its_mark_is_on_the_disk(
-    tmp_path: Path, api: tuple[Machine, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, api: tuple[Machine, Callable[..., None]], monkeypatch: pytest.MonkeyPatch, snap: str
 ) -> None:
     vm, take = api
     done: list[str] = []
@@ -405,17 +419,42 @@ def test_no_page_of_a_diff_is_written_before_its_mark_is_on_the_disk(
 
         monkeypatch.setattr(os, call, logged)
 
-    for call in ("fsync", "pwrite", "rename", "setxattr", "removexattr"):
+    for call in ("fsync", "fdatasync", "pwrite", "rename", "setxattr", "removexattr"):
         log(call)
     for at in (0x310000, 0x330000):
         vm.memory.write(at, b"\1" * 4096)
-    take()
+    take(snapshot_path=str(tmp_path / snap))
     undertaker.wait()
-    directory = tmp_path.name.partition(".")[0]
-    assert done == [
-        "setxattr mem", "pwrite snap", "fsync snap", "rename snap", "fsync mem", "pwrite mem", "pwrite mem",
-        "fsync mem", f"fsync {directory}", "removexattr mem", "fsync mem",
-    ]  # fmt: skip
+
+    def beside(calls: list[str]) -> list[str]:
+        # With the sync of the pages somewhere among them, on another thread.
+        return sorted([*calls, "fsync mem"], key=done[4:].index)
+
+    if snap == "snap":  # takes the new state in place
+        assert done == [
+            "setxattr mem", "fsync mem", "pwrite mem", "pwrite mem", *beside(["pwrite snap"]), "fsync snap",
+            "removexattr mem", "fsync mem",
+        ]  # fmt: skip
+    else:
+        directory = tmp_path.name.partition(".")[0]
+        assert done == [
+            "setxattr mem", "fsync mem", "pwrite mem", "pwrite mem",
+            *beside(["pwrite other", "fsync other", "rename other", f"fsync {directory}"]), "removexattr mem",
+            "fsync mem",
+        ]  # fmt: skip
+    assert _is_whole(vm, tmp_path / "mem")
+
+
+def test_a_longer_state_gives_way_to_a_shorter_one(tmp_path: Path, api: tuple[Machine, Callable[..., None]]) -> None:
+    vm, take = api
+    state = (tmp_path / "snap").read_bytes()
+    (tmp_path / "snap").write_bytes(state * 2)
+    take()
+    assert decode((tmp_path / "snap").read_bytes(), "snap")[0].cmdline == vm.cmdline
+    (tmp_path / "snap").unlink()
+    (tmp_path / "snap").mkdir()
+    with pytest.raises(ApiError, match="snapshot backing file: Is a directory"):
+        take()
     assert _is_whole(vm, tmp_path / "mem")
 
 

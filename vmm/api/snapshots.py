@@ -17,13 +17,13 @@ import msgspec
 from vmm import undertaker
 from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
+from vmm.api.diff import Diff, is_marked
 from vmm.config.text import check_names
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.machine.snapshot_file import (
     decode,
     open_regular,
     pieces_of,
-    place_of,
     prefetch,
     read_state,
     write_all,
@@ -31,13 +31,11 @@ from vmm.machine.snapshot_file import (
     write_whole,
 )  # fmt: skip
 from vmm.machine.snapshot_file import encode as encode_state
-from vmm.memory import MemoryFile, spans
+from vmm.memory import MemoryFile
 from vmm.uffd import HandlerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vmm.api.actions import Vmm
     from vmm.machine.machine import Machine
     from vmm.machine.snapshot import Image
@@ -63,8 +61,6 @@ _STEPS = {
 }
 _BUILD = f"{_RESTORE}Failed to build microVM from snapshot: "
 _NO_MARK = bytes(16)
-# Of a memory file, while a Diff is written into it.
-_MERGING = "user.pyvmm.merging"
 
 
 def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
@@ -90,15 +86,31 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
     def look() -> None:
         vmm.unsaved = _union(vmm.unsaved + machine.memory.written())
 
-    image = machine._freeze(look)
-    shown = msgspec.structs.replace(vmm.whole(), logger=None, metrics=None)
-    written = vmm.unsaved if diff else None
+    def state_of(image: Image) -> bytes:
+        shown = msgspec.structs.replace(vmm.whole(), logger=None, metrics=None)
+        return encode_state(image, _NO_MARK, api=encode(shown))
+
+    def write(image: Image) -> None:
+        assert over is not None
+        over.write(body.snapshot_path, state_of(image), vmm.unsaved, machine.memory.slice)
+
+    over: Diff | None = None
     try:
-        write_files(body, image, encode_state(image, _NO_MARK, api=encode(shown)), written, machine.memory.slice)
+        if diff and (over := Diff.over(body.mem_file_path, machine.config.memory)) is not None:
+            machine._freeze(look, write)  # beside the disk, which writes meanwhile
+            over.wait()
+        else:
+            image = machine._freeze(look)
+            write_files(body, image, state_of(image), vmm.unsaved if diff else None)
     except OSError as error:
         what = "snapshot" if error.filename == body.snapshot_path else "memory"
         raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, what)}") from None
+    finally:
+        if over is not None:
+            over.close()
     vmm.unsaved = []
+    if machine.config.track_dirty_pages:
+        undertaker.be_there()  # a Diff may come next
 
 
 def _union(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -116,91 +128,23 @@ def write_files(
     image: Image,
     state: bytes,
     written: list[tuple[int, int]] | None,
-    read: Callable[[int, int], memoryview],
 ) -> None:
-    """Write both files; those that were there before are whole until both are.
+    """Write two new files, which take the names of those that were there once both are whole.
 
     :param state: what ``encode`` made of `image`
     :param written: (guest address, bytes) of what a Diff has; None: a Full one
-    :param read: gives RAM by guest address and bytes
     :raises OSError: one cannot be written, ``filename`` is its path
-
-    A Diff over a memory file that is there changes that in place. It is marked until it is whole again, and the mark is
-    on the disk before the first page: whatever is killed or crashes meanwhile, ``load`` refuses what it leaves, where
-    the file system has extended attributes. A Diff over such a file has all of RAM, which makes it whole.
     """
     size = image.config.memory
-    into = -1
-    state_file: tuple[str, Callable[[int], None]] = body.snapshot_path, lambda fd: write_all(fd, state)
-    if written is None or (into := _existing(body.mem_file_path, size)) < 0:
-        pieces = [piece for piece in image.memory if written is None or _overlaps(written, piece.gpa, piece.size)]
-        write_whole(state_file, (body.mem_file_path, lambda fd: write_memory(pieces, size, fd)))
-        return
-    whole = not _is_marked(into)
-    if not whole:
-        written = spans(size)
-    runs = written
-
-    def merge() -> None:
-        nonlocal whole
-        try:
-            os.fsync(into)  # the mark: most file systems have synced it with the state, and then this costs little
-            whole = False
-            for gpa, length in runs:
-                write_all(into, read(gpa, length), place_of(gpa, size))
-            os.fsync(into)
-            whole = True
-        except OSError as error:
-            error.filename = body.mem_file_path
-            raise
-
-    try:
-        _mark(into)
-        write_whole(state_file, then=merge)
-    finally:
-        if whole:
-            _unmark(into)
-        undertaker.sync_and_bury(into)
-
-
-def _is_marked(fd: int) -> bool:
-    try:
-        return bool(os.getxattr(fd, _MERGING))
-    except OSError:  # it is not, or the file system has no such attributes
-        return False
-
-
-def _mark(fd: int) -> None:
-    try:
-        os.setxattr(fd, _MERGING, b"1")
-    except OSError:
-        pass
-
-
-def _unmark(fd: int) -> None:
-    try:
-        os.removexattr(fd, _MERGING)
-    except OSError:
-        pass
+    pieces = [piece for piece in image.memory if written is None or _overlaps(written, piece.gpa, piece.size)]
+    write_whole(
+        (body.snapshot_path, lambda fd: write_all(fd, state)),
+        (body.mem_file_path, lambda fd: write_memory(pieces, size, fd)),
+    )
 
 
 def _overlaps(runs: list[tuple[int, int]], gpa: int, size: int) -> bool:
     return any(start < gpa + size and gpa < start + length for start, length in runs)
-
-
-def _existing(path: str, size: int) -> int:
-    # A memory file of the right size takes a Diff's pages in place; anything else is made anew.
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return -1
-    except OSError as error:
-        error.filename = path
-        raise
-    if os.fstat(fd).st_size == size:
-        return fd
-    os.close(fd)
-    return -1
 
 
 def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
@@ -273,7 +217,7 @@ def _memory_file(path: str, size: int) -> MemoryFile:
     if os.fstat(fd).st_size < size:
         short = "The specified file offset and length is greater then file length"
         raise ApiError(f"{_MEMORY}Failed to restore guest memory: Cannot create mmap region: {short}")
-    if _is_marked(fd):
+    if is_marked(fd):
         raise ApiError(f"{_MEMORY}{path}: has half of a Diff, whose writer was killed")
     return file
 

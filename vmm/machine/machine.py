@@ -296,13 +296,13 @@ class Machine:
             raise HostError(error.errno or 0, "tell which pages were touched") from None
         record(touched, self.config.memory, os.path.join(directory, TOUCHED))
 
-    def _freeze(self, while_held: Callable[[], None]) -> Image:
+    def _freeze(self, while_held: Callable[[], None], before_memory: Callable[[Image], None] | None = None) -> Image:
         from vmm.machine.snapshot import freeze
 
         if self._run.ended is not None:
             raise VmmError("a machine that has ended cannot be frozen")
         with self._devices_lock:
-            return freeze(self, while_held)
+            return freeze(self, while_held, before_memory)
 
     def _new_generation(self) -> None:
         self.memory.write(layout.VM_GENERATION, os.urandom(16))

@@ -82,10 +82,13 @@ class Image:
         return load(directory)
 
 
-def freeze(machine: Machine, while_held: Callable[[], None]) -> Image:
+def freeze(
+    machine: Machine, while_held: Callable[[], None], before_memory: Callable[[Image], None] | None = None
+) -> Image:
     """See :meth:`vmm.machine.machine.Machine.freeze`; its devices stay as they are meanwhile.
 
     :param while_held: called while the vCPUs and the devices do nothing
+    :param before_memory: called with the image while it has no memory yet, and RAM still stands still
     """
     if machine._detached:
         raise SnapshotError("devices", "a configured device was detached")
@@ -106,15 +109,19 @@ def freeze(machine: Machine, while_held: Callable[[], None]) -> Image:
             raise VmmError("a machine that has ended cannot be frozen")
         while_held()
         timer = machine._board.pit.save()
-        return Image(
+        image = Image(
             machine.config,
             cmdline=machine.cmdline,
             vcpus=[access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus],
             vm=access.save_vm(machine.vm.fd, timer=timer),
             board=machine._board.save(),
             virtio=[transport.save() for transport in machine.virtio],
-            memory=machine.memory.freeze(),
+            memory=[],
         )
+        if before_memory is not None:
+            before_memory(image)
+        image.memory = machine.memory.freeze()
+        return image
     finally:
         if machine._run.ended is None:
             for transport in machine.virtio:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Diff in place: the files of the snapshot before take what was written since.
+
+The memory file is marked meanwhile, by an extended attribute with which no load takes it. The mark is on the disk
+before the first page is written, and goes once all is on the disk: whatever is killed or crashes, half of a Diff is not
+taken for a whole one. Where the file system has no such attributes it can be.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from vmm import undertaker
+from vmm.machine.snapshot_file import place_of, write_all, write_whole
+from vmm.memory import spans
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MARK = "user.pyvmm.merging"
+
+
+def is_marked(fd: int) -> bool:
+    """Whether the memory file `fd` has half of a Diff."""
+    try:
+        return bool(os.getxattr(fd, _MARK))
+    except OSError:  # it has not, or the file system has no such attributes
+        return False
+
+
+class Diff:
+    """A memory file that is there and takes a Diff; marked from here on until ``close``.
+
+    :param path: of the file
+    :param fd: of the file, owned from here on
+    :param size: bytes of guest RAM, and of the file
+    """
+
+    def __init__(self, path: str, fd: int, size: int) -> None:
+        self._path = path
+        self._fd = fd
+        self._size = size
+        self._whole = not is_marked(fd)
+        try:
+            os.setxattr(fd, _MARK, b"1")
+            self._has_mark = True
+        except OSError:
+            self._has_mark = False
+        self._wait_for_mark = undertaker.sync(fd)  # the caller looks at the machine meanwhile
+        self._wait_for_pages: Callable[[], None] = lambda: None
+        self._state_fd: int | None = None
+
+    @staticmethod
+    def over(path: str, size: int) -> Diff | None:
+        """The memory file at `path`; None: there is none of that size, so a new one is to be made.
+
+        :raises OSError: it cannot be opened; ``filename`` is its path
+        """
+        fd = _opened(path)
+        if fd is None or os.fstat(fd).st_size == size:
+            return None if fd is None else Diff(path, fd, size)
+        os.close(fd)
+        return None
+
+    def write(
+        self, state_path: str, state: bytes, written: list[tuple[int, int]], read: Callable[[int, int], memoryview]
+    ) -> None:
+        """Begin to write pages and state.
+
+        :param state: what is to be in the file `state_path`
+        :param written: (guest address, bytes) of the pages. A file that has half of another Diff gets all of RAM
+        :param read: gives RAM by guest address and bytes; it is not needed any more once this returns
+        :raises OSError: one cannot be written, ``filename`` is its path
+        """
+        self._state_path = state_path
+        # With a mark no state file is taken before all is written, so that need not be a new one.
+        self._state_fd = _opened(state_path) if self._has_mark else None
+        with _Named(self._path):
+            self._wait_for_mark()
+            runs, self._whole = written if self._whole else spans(self._size), False
+            for gpa, length in runs:
+                write_all(self._fd, read(gpa, length), place_of(gpa, self._size))
+        self._wait_for_pages = undertaker.sync(self._fd)
+        if self._state_fd is None:
+            write_whole((state_path, lambda fd: write_all(fd, state)))
+            return
+        with _Named(state_path):
+            write_all(self._state_fd, state)
+            os.ftruncate(self._state_fd, len(state))
+
+    def wait(self) -> None:
+        """Return once all that was written is on the disk.
+
+        :raises OSError: it is not, ``filename`` is the path of what is not
+        """
+        if self._state_fd is not None:
+            with _Named(self._state_path):
+                os.fsync(self._state_fd)
+        with _Named(self._path):
+            self._wait_for_pages()
+        self._whole = True
+
+    def close(self) -> None:
+        """Take the mark off, unless half is written."""
+        if self._whole:
+            try:
+                os.removexattr(self._fd, _MARK)
+            except OSError:
+                pass
+        undertaker.sync_and_bury(self._fd)
+        if self._state_fd is not None:
+            undertaker.bury([self._state_fd])
+
+
+class _Named:
+    """An OSError in its body is of the file at `path`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            error.filename = self._path
+
+
+def _opened(path: str) -> int | None:
+    # To write into it; None: it is not there, or no regular file.
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        error.filename = path
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return None
