@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import msgspec
@@ -96,6 +96,45 @@ def mmds_request(rng: random.Random) -> Request:
     frame = head + b"\x08\0" + ip + tcp
     cut = rng.choice((len(frame), len(frame), rng.randrange(len(frame))))
     return [part for part in (frame[:cut], frame[cut:]) if part], []
+
+
+RESOLVER = b"\x0a\0\2\3"
+
+
+def policy_request(rng: random.Random) -> Request:
+    """A frame for a policy, in which one field lies, or many; or whatever a network device may get."""
+    if rng.random() < 0.3:
+        return net_request_any(rng)
+    lies = rng.choice((0, 0.05, 0.3))
+
+    def field(true: Any, *others: Any) -> Any:
+        return rng.choice(others) if rng.random() < lies else true
+
+    names = field(b"\1x\0", b"\1a\1y\0", b"\3bad\0", b"\xc0\x0c", rng.randbytes(5))
+    question = struct.pack(">HHHHHH", 1, field(0x100, number(rng, 16)), field(1, 0, 2), 0, 0, 0) + names
+    question += struct.pack(">HH", field(1, 28, 16, number(rng, 16)), field(1, 3))
+    target, port = rng.choice(((b"\x09" * 4, 80), (RESOLVER, 53), (b"\xff" * 4, 67)))
+    ports = 68 if port == 67 else 4000, field(port, 80, 53, number(rng, 16))
+    if port == 80 and rng.random() < 0.5:
+        protocol = 6
+        segment = struct.pack(">HHIIBBHHH", *ports, 0, 0, 0x50, number(rng, 8), 0, 0, 0) + bytes(rng.choice((0, 100)))
+    else:
+        protocol = 17
+        segment = struct.pack(">HHHH", *ports, field(8 + len(question), number(rng, 16)), 0) + question
+    protocol = field(protocol, 1, 58, number(rng, 8))
+    if rng.random() < 0.8:
+        words = field(0x45, number(rng, 8)), 0, field(20 + len(segment), number(rng, 16)), 0, field(0, number(rng, 16))
+        source = field(b"\x0a\0\2\x0f", bytes(4), rng.randbytes(4))
+        target = field(target, b"\x7f\0\0\1", b"\x0a\0\2\2", rng.randbytes(4))
+        frame = b"\x08\0" + struct.pack(">BBHHHBBH", *words, 64, protocol, 0) + source + target + segment
+    else:
+        words = 6 << 28, field(24, number(rng, 16)), field(58, protocol), field(255, 64)
+        targets = b"\xff\2" + bytes(14), bytes(15) + b"\1", bytes(10) + b"\xff\xff" + b"\x09" * 4, rng.randbytes(16)
+        frame = b"\x86\xdd" + struct.pack(">IHBB", *words) + rng.randbytes(16) + field(*targets) + b"\x87" + bytes(23)
+    frame = bytes(12) + rng.randbytes(12) + frame
+    cut = rng.randrange(len(frame))
+    end = field(len(frame), rng.randrange(len(frame)))
+    return [part for part in (frame[: min(cut, end)], frame[cut:end]) if part], []
 
 
 def vsock_request(rng: random.Random) -> Request:
@@ -450,8 +489,11 @@ class StreamBackend:
                 with contextlib.suppress(BlockingIOError):
                     piece = piece[self.theirs.send(piece) :]
                 with contextlib.suppress(BlockingIOError):
-                    self.theirs.recv(1 << 20)
+                    self.hear(self.theirs.recv(1 << 20))
                 time.sleep(0.0005)
+
+    def hear(self, data: bytes) -> None:
+        """Take some of what the device sends."""
 
     def gone(self) -> str:
         return "the stream has ended"
@@ -483,6 +525,57 @@ def make_net_mmds_stream(stack: contextlib.ExitStack, directory: Path) -> Virtio
     device = Net(backend, b"\2\x56\0\0\0\2", mmds=_mmds(stack))
     stack.callback(device.close)
     stack.callback(_check_mmds, device)
+    _keep_busy(stack, backend.exchange)
+    stack.callback(backend.stop)
+    return device
+
+
+class PolicyBackend(StreamBackend):
+    """One that keeps each frame that no policy for 9.9.9.9, port 80, lets through."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        super().__init__(stack)
+        self.frames = 0
+        self.bad: list[bytes] = []
+        self._data = bytearray()
+
+    def hear(self, data: bytes) -> None:
+        self._data += data
+        while len(self._data) >= 4 and len(self._data) >= (end := 4 + int.from_bytes(self._data[:4], "big")):
+            frame = bytes(self._data[4:end])
+            del self._data[:end]
+            self.frames += 1
+            if not self._is_good(frame):
+                self.bad.append(frame[:80])
+
+    def _is_good(self, frame: bytes) -> bool:
+        if frame[12:14] == b"\x08\0":
+            dhcp = frame[30:34] == b"\xff" * 4 and frame[23] == 17 and frame[34:38] == b"\0\x44\0\x43"
+            allowed = frame[30:34] == b"\x09" * 4 and frame[23] in (6, 17) and frame[36:38] == b"\0\x50"
+            return frame[14] == 0x45 and not int.from_bytes(frame[20:22], "big") & 0x3FFF and (dhcp or allowed)
+        if frame[12:14] == b"\x86\xdd":
+            return frame[20] == 58 and frame[21] == 255 and frame[54] in (133, 135, 136)
+        return frame[12:14] == b"\x08\x06"
+
+
+@kind("net-policy-stream", policy_request, keeps=(0,))
+def make_net_policy_stream(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
+    from virtio.net._policy import Policy
+    from virtio.net.device import Net
+    from virtio.net.resolver import Resolver
+
+    backend = PolicyBackend(stack)
+    allowed = bytes(10) + b"\xff\xff" + b"\x09" * 4, 128, 80, 80
+    policy = Policy(b"\x0a\0\2\x0f", b"\x0a\0\2\2", RESOLVER, [allowed])
+    resolver = Resolver(policy, RESOLVER, [("x", 0, 0), ("*.y", 0, 0)], servers=[], hosts={"x": [b"\x09\x09\x09\x08"]})
+    device = Net(backend, b"\2\x56\0\0\0\2", policy=policy, resolver=resolver)
+    stack.callback(device.close)
+
+    def check() -> None:
+        assert not backend.bad
+        assert device.stats["resolver_errors"] == 0
+
+    stack.callback(check)
     _keep_busy(stack, backend.exchange)
     stack.callback(backend.stop)
     return device

@@ -145,10 +145,11 @@ def ipv4(
 
 
 def tcp(
-    target: str, port: int, *, source: str = GUEST, source_port: int = 4000, flags: int = 2, **options: Any
-) -> bytes:
+    target: str, port: int, *, source: str = GUEST, source_port: int = 4000, flags: int = 2, number: int = 1000,
+    acknowledged: int = 0, data: bytes = b"", **options: Any,
+) -> bytes:  # fmt: skip
     """A frame of the guest's with a segment of TCP over IPv4; a SYN, if nothing else is said."""
-    segment = struct.pack(">HHIIBBHHH", source_port, port, 1000, 0, 0x50, flags, 65000, 0, 0)
+    segment = struct.pack(">HHIIBBHHH", source_port, port, number, acknowledged, 0x50, flags, 65000, 0, 0) + data
     pseudo = socket.inet_aton(source) + socket.inet_aton(target) + struct.pack(">HH", 6, len(segment))
     segment = segment[:16] + struct.pack(">H", checksum(pseudo + segment)) + segment[18:]
     return ipv4(target, segment, source=source, **options)

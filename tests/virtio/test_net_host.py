@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -15,11 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST_MAC, HOST, Vm, arp_request, is_arp_reply, tcp
+from tests.virtio.net_driver import GUEST_MAC, HOST, TX, Vm, arp_request, is_arp_reply, tcp
 from tests.virtio.test_net import checksum, is_udp
+from tests.virtio.test_net_policy import ipv6, segment
+from tests.waiting import until
 from virtio.net._policy import Policy
 from virtio.net.host import Passt, Tap, network_of, parse_address
 from vmm.config.devices import NetConfig
+from vmm.config.policy import PASST
 from vmm.errors import ConfigError
 
 
@@ -294,3 +298,100 @@ def test_without_passt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="apt-get install passt"):
         Passt()
+
+
+# passt behind a policy
+
+
+def learned(address: str, seconds: int) -> Policy:
+    """A policy by which the guest 10.0.2.15 asked for a name with this address."""
+    policy = Policy(*map(socket.inet_aton, ("10.0.2.15", "10.0.2.2", "10.0.2.3")))
+    packed = socket.inet_pton(socket.AF_INET6, address if ":" in address else f"::ffff:{address}")
+    policy.learn([(packed, 0, 0)], seconds)
+    return policy
+
+
+def judged(vm: Vm, frames: int) -> bool:
+    return vm.device.stats["policy_allowed"] + vm.device.stats["policy_dropped"] == frames
+
+
+def test_no_frame_that_goes_on_begins_a_connection(passt: Passt, stack: Any) -> None:
+    """Where an address's time is over, what still passes makes passt connect to nothing: all flags of TCP."""
+    server = stack.enter_context(socket.create_server(("10.7.7.5", 0), backlog=600))
+    port = server.getsockname()[1]
+    vm = Vm(stack, tap=passt, policy=learned("10.7.7.5", 0))
+    for flags in range(256):
+        vm.send(tcp("10.7.7.5", port, source="10.0.2.15", source_port=4000 + flags, flags=flags))
+        if flags % 128 == 127:
+            until(functools.partial(judged, vm, flags + 1), lambda: vm.device.stats)
+            vm.driver.queues[TX].reap()
+    assert vm.device.stats["policy_dropped_address"] == 64
+    # An answer to a ping of the cable: passt has seen what came before it.
+    vm.offer()
+    vm.send(arp_request()[:38] + socket.inet_aton("10.7.7.1"))
+    vm.receive(is_arp_reply)
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.accept()
+
+
+def test_a_connection_outlives_its_addresses_time(passt: Passt, stack: Any) -> None:
+    server = stack.enter_context(socket.create_server(("10.7.7.5", 0)))
+    server.settimeout(10)
+    port = server.getsockname()[1]
+    policy = learned("10.7.7.5", 1)
+    vm = Vm(stack, tap=passt, policy=policy)
+    vm.offer()
+    vm.send(tcp("10.7.7.5", port, source="10.0.2.15"))
+    stream, _ = server.accept()
+    _, answer = vm.receive(lambda frame: frame[23] == 6 and frame[34:36] == port.to_bytes(2, "big"))
+    theirs = int.from_bytes(answer[38:42], "big") + 1
+    until(lambda: not policy.learned()[0][3])
+    assert policy.verdict(tcp("10.7.7.5", port, source="10.0.2.15")) == "address"
+    for flags, data in ((0x10, b""), (0x18, b"still here")):
+        more = {"flags": flags, "number": 1001, "acknowledged": theirs, "data": data}
+        vm.send(tcp("10.7.7.5", port, source="10.0.2.15", **more))
+    stream.settimeout(10)
+    assert stream.recv(100) == b"still here"
+    stream.close()
+
+
+def test_ipv6_by_a_policy(passt: Passt, stack: Any) -> None:
+    uplink = next(name for name in interfaces() if name.startswith("up"))
+    ip("addr", "add", "2001:db8:7::5/64", "dev", uplink, "nodad")
+    ip("-6", "route", "add", "default", "via", "2001:db8:7::1", "dev", uplink)
+    passt = Passt(PASST)
+    stack.callback(passt.close)
+    server = stack.enter_context(socket.create_server(("2001:db8:7::5", 0), family=socket.AF_INET6))
+    server.settimeout(10)
+    vm = Vm(stack, tap=passt, policy=learned("2001:db8:7::5", 60))
+    vm.offer()
+    solicit = b"\x87\0\0\0" + bytes(4) + socket.inet_pton(socket.AF_INET6, "2001:db8:7::1") + b"\1\1" + GUEST_MAC
+    for target in ("ff02::1:ff00:1", "2001:db8:7::6", "2001:db8:7::5"):
+        if target.startswith("ff"):
+            payload, kind, hops = solicit, 58, 255
+        else:
+            payload, kind, hops = segment(server.getsockname()[1]), 6, 64
+        addresses = socket.inet_pton(socket.AF_INET6, "2001:db8:7::9") + socket.inet_pton(socket.AF_INET6, target)
+        found = checksum(addresses + struct.pack(">II", len(payload), kind) + payload)
+        at = 2 if kind == 58 else 16
+        payload = payload[:at] + struct.pack(">H", found) + payload[at + 2 :]
+        vm.send(ipv6(target, payload, kind, source="2001:db8:7::9", hops=hops))
+    vm.receive(lambda frame: frame[12:14] == b"\x86\xdd" and frame[20] == 58 and frame[54] == 136)
+    stream, _ = server.accept()
+    stream.close()
+    assert vm.device.stats["policy_dropped_address"] == 1
+
+
+def test_dhcp_by_a_policy(passt: Passt, stack: Any) -> None:
+    passt = Passt(PASST)
+    stack.callback(passt.close)
+    vm = Vm(stack, tap=passt, policy=learned("9.9.9.9", 60))
+    vm.offer()
+    vm.send(dhcp_discover())
+    _, offer = vm.receive(lambda frame: is_udp(frame) and frame[34:36] == b"\0\x43")
+    assert socket.inet_ntoa(offer[58:62]) == "10.0.2.15"
+    options = offer[42 + 240 :]
+    assert b"\6\4" + socket.inet_aton("10.0.2.3") in options
+    assert b"\3\4" + socket.inet_aton("10.0.2.2") in options
+    assert b"\1\4" + socket.inet_aton("255.255.255.0") in options
