@@ -26,8 +26,8 @@ from typing import Any
 from tests.linux.kernels import cpus, kernel
 from tests.linux.tools_guest import GuestFailed, MachineGuest, ToolsImage, initrd_with, probe, tools_image
 from virtio.blk.device import Block
+from vmm.config import parse_size
 from vmm.config.devices import DriveConfig, NetConfig, ShareConfig, VsockConfig
-from vmm.config.text import parse_size
 from vmm.config.vm import VmConfig
 from vmm.errors import VmmError
 from vmm.kvm.vm import runs_linux

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from vmm.config import parse_size
 from vmm.config.devices import DriveConfig, ShareConfig
-from vmm.config.text import parse_size
 from vmm.config.vm import DEFAULT_CMDLINE, VmConfig
 from vmm.errors import ConfigError
 

@@ -18,7 +18,7 @@ from vmm import undertaker
 from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.api.diff import Diff, is_marked
-from vmm.config.text import check_names
+from vmm.config import check_names
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.machine.snapshot_file import (
     decode,

@@ -132,7 +132,7 @@ def _run(arguments: list[str]) -> int:
             print(f"pyvmm {__version__}")
             return 0
         case [str(name), *_] if name not in COMMANDS:
-            from vmm.config.text import did_you_mean
+            from vmm.config import did_you_mean
 
             guess = did_you_mean(name, COMMANDS) or ";"
             print(f"pyvmm: {name} is not a command{guess} allowed: {', '.join(COMMANDS)}", file=sys.stderr)

@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import Any
 
-from vmm.config.text import parse_size
+from vmm.config import parse_size
 from vmm.errors import ConfigError, HostError
 
 STATUS_REFUSED = 1

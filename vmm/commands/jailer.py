@@ -8,7 +8,7 @@ import shutil
 import sys
 
 from vmm import __version__
-from vmm.config.text import did_you_mean
+from vmm.config import did_you_mean
 from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False

@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from vmm import lab
-from vmm.config.text import parse_size
+from vmm.config import parse_size
 from vmm.errors import ConfigError
 from vmm.kvm.vm import runs_linux
 from vmm.lab.machine import CPU

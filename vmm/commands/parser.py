@@ -10,7 +10,7 @@ import sys
 
 from vmm.commands import guide
 from vmm.commands.cli import COMMANDS, STATUS_CONFIG
-from vmm.config.text import did_you_mean
+from vmm.config import did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

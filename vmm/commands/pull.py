@@ -43,7 +43,7 @@ def main(args: Namespace) -> int:
     :raises ConfigError: the arguments
     :raises PullError: the image cannot be made on this host, or not now
     """
-    from vmm.config.text import parse_size
+    from vmm.config import parse_size
     from vmm.errors import ConfigError
 
     if args.list:

@@ -9,7 +9,7 @@ import threading
 
 from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
-from vmm.config.text import parse_count
+from vmm.config import parse_count
 from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
 

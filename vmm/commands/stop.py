@@ -8,7 +8,7 @@ import select
 import signal
 
 from vmm.commands import running
-from vmm.config.text import parse_count
+from vmm.config import parse_count
 from vmm.errors import ConfigError, HostError
 
 TYPE_CHECKING = False

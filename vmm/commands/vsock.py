@@ -8,7 +8,7 @@ import os
 import select
 import socket
 
-from vmm.config.text import parse_count
+from vmm.config import parse_count
 from vmm.errors import ConfigError, HostError
 
 TYPE_CHECKING = False

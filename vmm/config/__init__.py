@@ -1,2 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VM and each of its devices is to be. Each parameter is declared once, as ``vmm.config.option`` describes."""
+"""What a VM and each of its devices is to be; and here, how words of a command line are read."""
+
+from __future__ import annotations
+
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """``; did you mean X?`` where one of `allowed` is close to `word`, else ``""``."""
+    from difflib import get_close_matches  # only after a mistake
+
+    close = get_close_matches(word, list(allowed), 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_names(**names: str | None) -> None:
+    """Refuse names of files and interfaces that the kernel would read to their middle.
+
+    :raises ConfigError: one has a NUL in it
+    """
+    for field, name in names.items():
+        if name is not None and "\0" in name:
+            raise ConfigError(field, repr(name), "must have no NUL in it")
+
+
+def parse_size(field: str, text: str | int) -> int:
+    """Bytes of a size as people write it: ``512M``, ``2G``, ``1.5GiB``, ``65536``.
+
+    :param field: the option it came from, for the message
+    :raises ConfigError: it is not a size
+    """
+    allowed = "a size is a positive number with K, M, G or T, e.g. 512M or 2G"
+    if isinstance(text, int):
+        return text
+    number = text.strip().upper()
+    for suffix in ("IB", "B"):
+        number = number.removesuffix(suffix)
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    number = number[: len(number) - len(unit)].strip()
+    whole, point, part = number.partition(".")
+    # str.isdigit() takes other scripts' digits; int() would too, and a size in them is a typing mistake.
+    if not whole.isascii() or not whole.isdigit() or (point and not (part.isascii() and part.isdigit())):
+        raise ConfigError(field, text, allowed)
+    if len(number) > 18:
+        raise ConfigError(field, text, allowed)
+    scale = 10 ** len(part)
+    return int(int(whole + part) * _UNITS[unit] // scale)
+
+
+def parse_words(option: str, text: str, words: Sequence[str], *, first: bool = False) -> tuple[str, dict[str, str]]:
+    """Take ``flag,key=value,...`` apart; a comma inside a word is written twice.
+
+    :param option: where it came from, for the message
+    :param words: those that are known; one with a value ends in ``=``
+    :param first: the first word is a path or the like, taken as it is
+    :returns: the first word, or ``""``, and the values of the rest by name, ``""`` of one that stands alone
+    :raises ConfigError: an unknown word, a value missing or too much, a word given twice
+    """
+    given = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
+    found: dict[str, str] = {}
+    for word in given[1:] if first else given:
+        key, equals, value = word.partition("=")
+        if key + equals not in words or (equals and not value):
+            guess = did_you_mean(key + equals, words)
+            raise ConfigError(option, text, f"unknown option {word!r}{guess or ';'} allowed: {', '.join(words)}")
+        if key in found:
+            raise ConfigError(option, text, f"has {key} more than once")
+        found[key] = value
+    return given[0] if first else "", found
+
+
+def size_text(value: int) -> str:
+    """Bytes as :func:`parse_size` reads them, in the largest unit that divides them."""
+    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
+        if value >> shift << shift == value:
+            return f"{value >> shift}{unit}"
+    return str(value)
+
+
+def parse_count(field: str, text: str, least: int, most: int | None) -> int:
+    """A whole number as people write it.
+
+    :raises ConfigError: it is not a number from `least` to `most`
+    """
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+    if value < least or (most is not None and value > most):
+        raise ConfigError(field, text, f"must be a number from {least}" + (f" to {most}" if most is not None else ""))
+    return value

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 
+from vmm.config import check_names, parse_count, parse_size
 from vmm.config.option import REQUIRED, Config, option
-from vmm.config.text import check_names, parse_count, parse_size
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -180,7 +180,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
     )  # fmt: skip
     mode: str = option(
         help="tap; auto: a new tap, removed with the VM; user: passt, without privileges; fd: an open tap",
-        default="tap", choices=("tap", "auto", "user", "fd"),
+        default="tap", choices={"tap": "tap", "auto": "auto", "user": "user", "fd": ""},
         words={"auto": "a new tap, removed with the VM; needs CAP_NET_ADMIN", "user": "by passt, without privileges"},
         api="mode", extension=True,
     )  # fmt: skip
@@ -198,7 +198,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
     )  # fmt: skip
     mtu: int | None = option(
         help="in bytes, 68 to 65535; told to the guest, and set on a new tap (default: the guest's own)",
-        default=None, least=68, most=65535, word="mtu=", api="mtu", extension=True,
+        default=None, least=68, most=65535, word="mtu=", api="mtu", api_bits=16, extension=True,
     )  # fmt: skip
     pcap: str | None = option(
         help="a file that gets every frame", default=None, word="pcap=", check=_path, api="pcap", extension=True
@@ -278,14 +278,20 @@ class VsockConfig(Config, title="vsock", usage="cid=N,uds=PATH"):
     """The socket device."""
 
     cid: int = option(
-        help="the guest's number, from 3", kw_only=False, least=MIN_CID, most=MAX_CID, word="cid=", api="guest_cid"
+        help="the guest's number, from 3",
+        kw_only=False,
+        least=MIN_CID,
+        most=MAX_CID,
+        word="cid=",
+        api="guest_cid",
+        api_bits=32,
     )
     path: str = option(
         help="the unix socket that programs of the host connect to (pyvmm vsock); the guest's own go to PATH_PORT",
         kw_only=False, word="uds=", check=_socket_path, api="uds_path",
     )  # fmt: skip
     id: str | None = option(
-        help="its name in the API, where it means nothing", default=None, api="vsock_id", extension=True
+        help="its name in the API, where it means nothing", default=None, api="vsock_id", nullable=True, extension=True
     )
 
 
@@ -332,7 +338,8 @@ class ShareConfig(Config, title="share", usage="TAG=DIR[,ro][,...]"):
     )  # fmt: skip
     dax: int = option(
         help="size of a window by which the guest maps files, a multiple of 2M (default: none)",
-        default=0, check=_window, word="dax=", parse=lambda text: parse_size("dax", text), api="cache_size",
+        default=0, check=_window, word="dax=", parse=lambda text: parse_size("dax", text),
+        api="cache_size", api_bits=63,
     )  # fmt: skip
     threads: int = option(
         help="request queues, each with a thread, 1 to 32 (default: 1)",
@@ -369,7 +376,7 @@ class BalloonConfig(Config, title="balloon", usage="MIB[,...]"):
     amount_mib: int = option(
         help="how much memory the guest is asked to give back, in MiB",
         default=0, kw_only=False, least=0, word="MIB", field="balloon amount_mib",
-        api="amount_mib", api_default=REQUIRED,
+        api="amount_mib", api_default=REQUIRED, api_bits=32,
     )  # fmt: skip
     deflate_on_oom: bool = option(
         help="the guest may take memory back when it runs out of it", default=True,
@@ -425,7 +432,7 @@ class MmdsConfig(Config, title="mmds"):
     )  # fmt: skip
     address: str = option(
         help="of the service, 169.254.1.0 to 169.254.254.255",
-        default="169.254.169.254", check=_link_local, field="ipv4_address", api="ipv4_address",
+        default="169.254.169.254", check=_link_local, field="ipv4_address", api="ipv4_address", nullable=True,
     )  # fmt: skip
     imds_compat: bool = option(help="the guest gets text, whatever it says it accepts", default=False)
 

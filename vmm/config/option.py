@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from vmm.config.text import did_you_mean, parse_count, parse_words
+from vmm.config import did_you_mean, parse_count, parse_words
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -47,6 +47,8 @@ class Option(SimpleNamespace):
     api: str = ""
     api_default: Any = _SAME
     api_means: Any = _SAME
+    api_bits: int | None = None
+    nullable: bool = False
     extension: bool = False
 
     @property

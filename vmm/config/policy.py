@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import _socket as socket  # which imports more
 
-from vmm.config.text import parse_count
+from vmm.config import parse_count
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False

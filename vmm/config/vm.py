@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 
 from boot.cmdline import Cmdline, parameter
+from vmm.config import did_you_mean, parse_size, size_text
 from vmm.config.option import Config, as_tuple, option
-from vmm.config.text import did_you_mean, parse_size, size_text
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -94,7 +94,8 @@ class VmConfig(Config):
     )
     memory: Given[int, int | str] = option(
         help="guest RAM, as 512M or 2G (default: 512M)",
-        default=DEFAULT_MEMORY, check=_memory, word="--memory", metavar="SIZE", api="memory", extension=True,
+        default=DEFAULT_MEMORY, check=_memory, word="--memory", metavar="SIZE",
+        api="memory", api_bits=63, extension=True,
     )  # fmt: skip
     huge_pages: str | None = option(
         help="2M: guest RAM in huge pages that the host has set aside", default=None, choices=("2M",)
@@ -120,7 +121,7 @@ class VmConfig(Config):
     )  # fmt: skip
     poll_us: int = option(
         help="microseconds that an idle device looks for work before it sleeps (default: 0)",
-        default=0, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", extension=True,
+        default=0, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", api_bits=32, extension=True,
     )  # fmt: skip
     console: str = option(
         help="where the console's output goes: stdio, file:PATH, none, or raw, which is stdio without keys of our own "
@@ -143,7 +144,7 @@ class VmConfig(Config):
     )
     exit_port: int | None = option(
         help="port of the exit device, or None for no such device", default=DEFAULT_EXIT_PORT,
-        check=_port, api="exit_port", api_means=None, extension=True,
+        check=_port, api="exit_port", api_means=None, api_bits=16, nullable=True, extension=True,
     )  # fmt: skip
     protocol: str = option(
         help="boot protocol: linux64, pvh or auto (default: auto)", default="auto",

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vmm.config.text import parse_size
+from vmm.config import parse_size
 from vmm.errors import ConfigError, VmmError
 from vmm.images.host import Progress
 from vmm.lab import qemu as qemus
