@@ -60,7 +60,14 @@ def installed(client: str = "firecracker-python") -> Path:
 
     :raises Missing: it cannot be fetched
     """
-    wheels = WHEELS[_HOMES.get(client, client)]
+    return fetched(*WHEELS[_HOMES.get(client, client)])
+
+
+def fetched(*wheels: str) -> Path:
+    """A directory with those of PyPI, for PYTHONPATH; fetched the first time.
+
+    :raises Missing: they cannot be fetched
+    """
     key = hashlib.sha256(repr((wheels, sys.version_info[:2])).encode()).hexdigest()[:12]
     place = Path(cache_root(), "clients", key)
     if not place.exists():

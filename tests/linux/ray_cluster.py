@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Ray cluster of two nodes on this host, with sandboxes of pyvmm on both, by Ray's own interface.
+
+python -m tests.linux.ray_cluster     # with ray in PYTHONPATH; writes one JSON object of what was seen
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.experimental import sandbox
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from vmm.sandbox import registry
+
+HOOK = {"worker_process_setup_hook": "vmm.sandbox.ray.use_pyvmm"}
+PATIENCE = 60
+
+
+def error_of(reference: Any) -> list[str]:
+    """The class of what a call fails with, and what it says."""
+    try:
+        return ["none", str(ray.get(reference, timeout=PATIENCE))]
+    except ray.exceptions.RayTaskError as error:
+        return [type(error.cause).__name__, str(error.cause)]
+    except ray.exceptions.ActorDiedError as error:  # its last line is the cause
+        return [type(error).__name__, str(error).strip().splitlines()[-1]]
+
+
+def until_empty() -> list[str]:
+    """Names of sandboxes that are left after a moment for their processes to end."""
+    end = time.monotonic() + PATIENCE
+    while (left := [each["name"] for each in registry.all_running()]) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
+
+
+def made(node: str, **more: Any) -> Any:
+    """A sandbox on that node."""
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    return sandbox.Sandbox.options(num_cpus=0, scheduling_strategy=where).remote("busybox", memory="128Mi", **more)
+
+
+def main() -> int:
+    """Every scenario, one after the other."""
+    found: dict[str, Any] = {}
+    begun = time.monotonic()
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets are deep below it
+    small = {"num_cpus": 4, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"temp_dir": place, "include_dashboard": False, **small})
+    cluster.add_node(**small)
+    ray.init(address=cluster.address, runtime_env=HOOK, log_to_driver=False)
+    found["up_s"] = time.monotonic() - begun
+    try:
+        nodes = sorted(node["NodeID"] for node in ray.nodes())
+        found["nodes"] = len(nodes)
+        begun = time.monotonic()
+        boxes = [made(node, env={"WHO": "ray"}, workdir="/work") for node in nodes]
+        saying = [box.exec.remote("echo $WHO; pwd; uname -s", shell="/bin/sh") for box in boxes]
+        said = ray.get(saying, timeout=PATIENCE)
+        found["first_s"] = time.monotonic() - begun
+        found["said"] = [[each.exit_code, each.stdout] for each in said]
+        found["running"] = len({each["pid"] for each in registry.all_running()})
+        one, two = boxes
+        ray.get(one.write_file.remote("data", b"\0\xff"), timeout=PATIENCE)
+        found["read"] = list(ray.get(one.read_file.remote("/work/data"), timeout=PATIENCE))
+        found["other"] = error_of(two.read_file.remote("/work/data"))
+        found["late"] = error_of(one.exec.remote(["sleep", "1000"], timeout=0.2))
+        found["status"] = ray.get(one.get_status.remote(), timeout=PATIENCE).value
+        found["config"] = ray.get(one.get_config.remote(), timeout=PATIENCE).image
+
+        pid = {each["name"]: each["pid"] for each in registry.all_running()}
+        os.kill(pid[ray.get(two.get_instance_id.remote(), timeout=PATIENCE)], signal.SIGKILL)
+        try:
+            ray.get(two.exec.remote(["true"]), timeout=PATIENCE)
+        except ray.exceptions.RayActorError as error:
+            found["killed"] = type(error).__name__
+        ray.get(one.delete.remote(), timeout=PATIENCE)
+        found["deleted"] = error_of(one.exec.remote(["true"]))
+        found["after_kill_and_delete"] = until_empty()
+        found["refused"] = error_of(made(nodes[0], network="host").get_status.remote())
+
+        begun = time.monotonic()
+        short = made(nodes[1], ttl_seconds=1)
+        ray.get(short.get_status.remote(), timeout=PATIENCE)
+        found["second_s"] = time.monotonic() - begun
+        found["after_ttl"] = until_empty()
+        found["expired"] = ray.get(short.get_status.remote(), timeout=PATIENCE).value
+
+        forgotten = made(nodes[0])
+        ray.get(forgotten.get_status.remote(), timeout=PATIENCE)
+        del forgotten
+        found["after_forgotten"] = until_empty()
+
+        last = made(nodes[1])
+        ray.get(last.get_status.remote(), timeout=PATIENCE)
+        cluster.remove_node(next(each for each in cluster.list_all_nodes() if each.node_id == nodes[1]), False)
+        found["after_node_death"] = until_empty()
+    finally:
+        begun = time.monotonic()
+        ray.shutdown()
+        cluster.shutdown()
+        shutil.rmtree(place, ignore_errors=True)
+        found["down_s"] = time.monotonic() - begun
+    found["files"] = os.listdir(registry.root())
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

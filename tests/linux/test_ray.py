@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandboxes by Ray's own interface, on a cluster of two nodes: ``make ray``. Not in ``make test``: it fetches 75 MB."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benches.peers.firecracker import Missing
+from tests.api.third_party import fetched
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the first one may build r3
+
+
+def _environment() -> dict[str, str]:
+    try:
+        place = fetched("ray==2.60.0")
+    except Missing as problem:
+        pytest.fail(f"LAYER MISSING: ray: {problem}", pytrace=False)
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{place}", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture(scope="module")
+def found(runtime: Path) -> dict[str, Any]:
+    """What ``tests.linux.ray_cluster`` saw."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.linux.ray_cluster"], cwd=ROOT, env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(result)
+    return result
+
+
+def test_both_nodes_run_commands_and_keep_files_apart(found: dict[str, Any]) -> None:
+    assert found["nodes"] == 2 and found["running"] == 2
+    assert found["said"] == [[0, "ray\n/work\nLinux\n"]] * 2
+    assert found["read"] == [0, 255]
+    assert found["other"] == ["SandboxError", "[Errno 2] No such file or directory: '/work/data'"]
+    assert found["config"] == "busybox"
+
+
+def test_errors_are_rays(found: dict[str, Any]) -> None:
+    assert found["late"][0] == "SandboxTimeoutError" and found["status"] == "RUNNING"
+    assert found["deleted"][0] == "SandboxNotFoundError"
+    assert found["refused"][1].endswith("SandboxCreationError: network 'host': must be none or public")
+    assert found["killed"] == "ActorDiedError"
+
+
+def test_nothing_is_left_however_it_ends(found: dict[str, Any]) -> None:
+    assert found["expired"] == "TERMINATED"
+    for how in ("kill_and_delete", "ttl", "forgotten", "node_death"):
+        assert found[f"after_{how}"] == [], how
+    assert found["files"] == []
+
+
+def test_the_example(runtime: Path) -> None:
+    command = [sys.executable, "examples/ray_sandboxes.py", "busybox", "3"]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["3 right"], done.stdout[-2000:] + done.stderr[-3000:]
