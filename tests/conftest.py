@@ -15,6 +15,7 @@ from vmm import threads
 
 settings.register_profile("pyvmm", deadline=None)
 settings.load_profile("pyvmm")
+os.environ["PYVMM_CONFIG"] = ""  # what this host's /etc/pyvmm says changes no test
 
 CLONE_NEWNET = 0x40000000
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "wait for a runtime on a unix socket, with Firecracker's API and options",
     "jailer": "serve in a jail, with the options of Firecracker's jailer",
     "pull": "fetch a kernel and a root file system to run",
+    "config": "show what run would run, and where each value comes from",
     "ctl": "look at a served VM, and change it while it runs",
     "link": "make the program by which a runtime starts pyvmm as firecracker or jailer",
     "vsock": "connect this terminal or a pipe to a port of a guest",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from vmm.commands.cli import COMMANDS
 
 _OVERVIEW = {
-    "Run a VM": ("run", "pull", "check", "lab"),
+    "Run a VM": ("run", "config", "pull", "check", "lab"),
     "Sandboxes": ("sandbox", "exec", "cp"),
     "Under a runtime": ("serve", "jailer", "link"),
     "While a VM runs": ("ps", "logs", "stop", "ctl", "vsock"),
@@ -45,6 +45,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "pyvmm run vmlinuz root.img --initrd initrd.img --disk data.img,queues=2,iops=500",
         "pyvmm run vmlinuz root.img --dry-run",
     ),
+    "config": ("pyvmm config show", "pyvmm config show debian --cpus 4"),
     "serve": (
         "pyvmm serve --api-sock /run/vm.sock",
         "pyvmm serve --no-api --config-file vm.json",

@@ -8,6 +8,7 @@ import sys
 
 from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
+from vmm.config import directory_of_files
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
@@ -15,11 +16,13 @@ from vmm.events import StopReason
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
     from typing import Any
 
     from vmm.machine.machine import Machine
 
 STATUS_INTERRUPTED = 130
+CONSOLE = "stdio"
 # How the name of a container image begins; as a root file system dir: is a directory that is shared.
 CONTAINERS = ("oci:", "docker-archive:", "dir:")
 
@@ -69,10 +72,11 @@ class Arguments:
 
     def __init__(self) -> None:
         for option, _, default, _ in OPTIONS:
-            setattr(self, _attribute(option), list(default) if isinstance(default, list) else default)
+            setattr(self, attribute(option), list(default) if isinstance(default, list) else default)
 
 
-def _attribute(option: str) -> str:
+def attribute(option: str) -> str:
+    """The attribute of the arguments that has the option's value."""
     return option.removeprefix("--").replace("-", "_")
 
 
@@ -115,26 +119,41 @@ def parse_quickly(words: list[str]) -> Arguments | None:
             return None
         metavar, default = known[word]
         if metavar is None:
-            setattr(parsed, _attribute(word), True)
+            setattr(parsed, attribute(word), True)
             continue
         value = next(rest, "-")
         if value.startswith("-"):
             return None
         if isinstance(default, list):
-            getattr(parsed, _attribute(word)).append(value)
+            getattr(parsed, attribute(word)).append(value)
         else:
-            setattr(parsed, _attribute(word), value)
+            setattr(parsed, attribute(word), value)
     if not 1 <= len(positional) <= 2:
         return None
     parsed.kernel, parsed.rootfs = positional[0], positional[1] if len(positional) > 1 else None
     return parsed
 
 
-def config_from(args: Arguments) -> VmConfig:
-    """The configuration that the command line means.
+def from_files(args: Arguments) -> dict[str, str]:
+    """Give `args` what files have for options that are left out; by option where it comes from (``vmm.config.files``).
 
+    :raises ConfigError: a file cannot be read, or says what it may not
+    """
+    if (directory := directory_of_files()) is None:
+        return {}
+    from vmm.config.files import fill
+
+    return fill(args, "run", OPTIONS, directory)
+
+
+def config_from(args: Arguments, places: dict[str, str] | None = None) -> VmConfig:
+    """The configuration that the command line means, and what files say of what it leaves out.
+
+    :param places: what `from_files` has returned already
     :raises ConfigError: it means none
     """
+    if places is None:
+        places = from_files(args)
     kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append or ""
     if kernel is None:
         raise ConfigError("KERNEL", "", "is missing: give a kernel file, a pulled image, or --restore DIR")
@@ -158,23 +177,32 @@ def config_from(args: Arguments) -> VmConfig:
         line.append(append)
         append = str(line)
     read_only = image is not None and image.config is not None and rootfs == image.rootfs
-    values: dict[str, Any] = {"console": "stdio"}
+    values: dict[str, Any] = {"console": CONSOLE}
     for word, (name, each) in PARAMETERS.items():
-        if (text := getattr(args, _attribute(word))) not in (None, False):
-            values[name] = text if each.metavar is None else each.read(word, text)
+        if (text := getattr(args, attribute(word))) not in (None, False):
+            values[name] = text if each.metavar is None else _said(places, word, text, each.meant, word)
     values |= {"initrd": initrd, "append": append}
-    return VmConfig(kernel, **values, **_devices(args, rootfs, read_only=read_only))
+    return VmConfig(kernel, **values, **_devices(args, rootfs, places, read_only=read_only))
 
 
-def _devices(args: Arguments, rootfs: str | None, *, read_only: bool) -> dict[str, Any]:
+def _said(places: dict[str, str], option: str, text: Any, make: Callable[..., Any], *words: str) -> Any:
+    # The value that an option's text means; an error names the file that has it.
+    if option not in places:
+        return make(*words, text)
+    from vmm.config.files import named
+
+    return named(places[option], lambda: make(*words, text))
+
+
+def _devices(args: Arguments, rootfs: str | None, places: dict[str, str], *, read_only: bool) -> dict[str, Any]:
     if not (
         rootfs is not None or args.disk or args.share or args.net or args.vsock is not None or args.balloon is not None
     ):
         return {}  # a guest without devices does not pay for their declarations
     from vmm.config.devices import BalloonConfig, DriveConfig, NetConfig, ShareConfig, VsockConfig
 
-    drives = [DriveConfig.parse(text) for text in args.disk]
-    shares = [ShareConfig.parse(text) for text in args.share]
+    drives = [_said(places, "--disk", text, DriveConfig.parse) for text in args.disk]
+    shares = [_said(places, "--share", text, ShareConfig.parse) for text in args.share]
     if rootfs is not None and rootfs.startswith("dir:"):
         shares.insert(0, ShareConfig.parse(f"rootfs={rootfs.removeprefix('dir:')}", root=True))
     elif rootfs is not None:
@@ -184,9 +212,9 @@ def _devices(args: Arguments, rootfs: str | None, *, read_only: bool) -> dict[st
     return {
         "drives": drives,
         "shares": shares,
-        "nets": [NetConfig.parse(text) for text in args.net],
+        "nets": [_said(places, "--net", text, NetConfig.parse) for text in args.net],
         "vsock": None if args.vsock is None else VsockConfig.parse(args.vsock),
-        "balloon": None if args.balloon is None else BalloonConfig.parse(args.balloon),
+        "balloon": None if args.balloon is None else _said(places, "--balloon", args.balloon, BalloonConfig.parse),
     }
 
 
@@ -253,14 +281,14 @@ def _restore(args: Arguments) -> int:
     from vmm.machine.machine import Machine
     from vmm.machine.snapshot import Image
 
-    others = [option for option, _, default, _ in OPTIONS if getattr(args, _attribute(option)) not in (default, None)]
+    others = [option for option, _, default, _ in OPTIONS if getattr(args, attribute(option)) not in (default, None)]
     strangers = sorted({*others} - {"--restore", "--console", "--verbose", "--no-seccomp", "--kvm"})
     if args.kernel is not None or strangers:
         what = args.kernel or strangers[0]
         raise ConfigError("--restore", args.restore, f"has its own configuration; {what} cannot change it")
     image = Image.load(args.restore or "")
     image.config = image.config.replaced(
-        console=args.console or "stdio", kvm=args.kvm or VmConfig.OPTIONS["kvm"].default
+        console=args.console or CONSOLE, kvm=args.kvm or VmConfig.OPTIONS["kvm"].default
     )
     _guard(args)
     vm = Machine(image=image, seccomp=not args.no_seccomp)

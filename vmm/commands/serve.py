@@ -9,7 +9,7 @@ import threading
 
 from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
-from vmm.config import parse_count
+from vmm.config import directory_of_files, parse_count
 from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
 
@@ -134,6 +134,23 @@ def parse_quickly(words: list[str]) -> Arguments | None:
     return parsed
 
 
+def from_files(args: Arguments) -> dict[str, str]:
+    """Give `args` what files have for options that are left out; by option where it comes from (``vmm.config.files``).
+
+    :raises ConfigError: a file cannot be read, or says what it may not
+    """
+    if (directory := directory_of_files()) is None:
+        return {}
+    from vmm.config.files import fill, named
+
+    places = fill(args, "serve", OPTIONS, directory)
+    if "--level" in places:
+        named(places["--level"], lambda: logger.parse_level(args.level or ""))
+    if "--mmds-size-limit" in places:
+        named(places["--mmds-size-limit"], lambda: _number(args, "--mmds-size-limit"))
+    return places
+
+
 def check_id(vmm_id: str) -> None:
     """:raises ConfigError: not 1 to 64 letters, digits and hyphens"""
     if not 0 < len(vmm_id) <= MAX_ID or not all(c.isascii() and (c.isalnum() or c == "-") for c in vmm_id):
@@ -152,6 +169,7 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None) -> int:
     if args.snapshot_version or args.describe_snapshot is not None:
         return _tell_snapshot_version(args.describe_snapshot)
     try:
+        from_files(args)
         check_id(args.id)
         if args.no_api and args.config_file is None:
             raise ConfigError("--no-api", "", "needs --config-file: without an API, it says what to run")

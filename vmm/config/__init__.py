@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -10,6 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def directory_of_files() -> str | None:
+    """Where files with defaults are (:mod:`vmm.config.files`): ``$PYVMM_CONFIG`` or /etc/pyvmm; None: nowhere."""
+    directory = os.environ.get("PYVMM_CONFIG", "/etc/pyvmm")
+    return directory if directory and os.path.isdir(directory) else None
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -74,6 +74,13 @@ class Option(SimpleNamespace):
             return self.parse(*texts)
         return texts[0] if self.least is None else parse_count(word, texts[0] or "", self.least, self.most)
 
+    def meant(self, word: str, text: str) -> Any:
+        """The value that the text of its option on the command line means.
+
+        :raises ConfigError: it is out of range; names `word` without its hyphens
+        """
+        return self.checked(self.field or word.removeprefix("--"), self.read(word, text))
+
     def checked(self, field: str, value: Any) -> Any:
         """The value to store.
 
@@ -184,12 +191,13 @@ class Config:
         for name, each in self.OPTIONS.items():
             value = getattr(self, name)
             if each.default is REQUIRED and not each.kw_only:
-                words.append(self._word(name, value))
+                words.append(self.shown(name, value))
             elif value != each.default:
-                words.append(f"{name}={self._word(name, value)}")
+                words.append(f"{name}={self.shown(name, value)}")
         return f"{type(self).__name__}({', '.join(words)})"
 
-    def _word(self, name: str, value: object) -> str:
+    def shown(self, name: str, value: object) -> str:
+        """A value of the parameter `name` as code that makes it."""
         return repr(value)
 
     def replaced(self, **changes: Any) -> Self:

@@ -169,7 +169,8 @@ class VmConfig(Config):
             raise TypeError("Machine needs a kernel: its path, or a VmConfig")
         return cls(**settings) if kernel is None else cls(kernel, **settings)
 
-    def _word(self, name: str, value: object) -> str:
+    def shown(self, name: str, value: object) -> str:
+        """A value of the parameter `name` as code that makes it; the memory with its unit."""
         return repr(size_text(value)) if name == "memory" and isinstance(value, int) else repr(value)
 
     def _check(self) -> None:

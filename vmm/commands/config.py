@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pyvmm config show``: what ``pyvmm run`` with the same words would run, and where each value comes from."""
+
+from __future__ import annotations
+
+from vmm.commands import run, serve
+from vmm.config.vm import VmConfig
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from vmm.config.option import Config
+
+_DEVICES = {"drives": "--disk", "nets": "--net", "shares": "--share", "vsock": "--vsock", "balloon": "--balloon"}
+_NO_KERNEL = "(none)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments: those of ``pyvmm run``."""
+    parser.add_argument("what", metavar="show", choices=("show",), help="print the configuration")
+    run.add_arguments(parser)
+
+
+def parse_quickly(words: list[str]) -> run.Arguments | None:
+    """The arguments, where `words` are plain; None: leave it to argparse."""
+    return run.parse_quickly(words[1:]) if words[:1] == ["show"] else None
+
+
+def main(args: run.Arguments) -> int:
+    """Print it."""
+    places = run.from_files(args)
+    kernel, args.kernel = args.kernel, args.kernel or _NO_KERNEL
+    config = run.config_from(args, places)
+    lines = list(_lines(args, config, places))
+    if kernel is None:
+        lines[0] = ("kernel", _NO_KERNEL, "")
+    defaults = serve.Arguments()
+    for option, _, default, _ in serve.OPTIONS:
+        setattr(defaults, run.attribute(option), default)
+    for option, place in serve.from_files(defaults).items():
+        lines.append((f"serve {option}", str(getattr(defaults, run.attribute(option))), place))
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    for name, value, place in lines:
+        print(f"{name:{widths[0]}}  {value:{min(widths[1], 40)}}  {place}".rstrip())
+    return 0
+
+
+def _lines(args: run.Arguments, config: VmConfig, places: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    # Parameter, value and where it comes from. A list has a line for each.
+    for name, each in VmConfig.OPTIONS.items():
+        value = getattr(config, name)
+        option = each.word or _DEVICES.get(name, "")
+        if option in places:
+            place = places[option]
+        elif name == "kernel" or (option and getattr(args, run.attribute(option)) not in (None, False, [])):
+            place = "command line"
+        elif value == each.default or (name == "console" and value == run.CONSOLE):
+            place = "default"
+        else:
+            place = "command line" if args.rootfs is not None and name in ("drives", "shares") else "image"
+        several: tuple[Config, ...] | None = value if isinstance(value, tuple) else None
+        for one in several or (value,):
+            yield name, config.shown(name, one), place

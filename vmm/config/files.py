@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Defaults of options from files: ``config.toml``, then ``config.d/*.toml`` by name; a later file goes before.
+
+A file has a table for each command, ``[run]`` and ``[serve]``; its keys are the names of options without ``--``. A
+switch is true or false, an option that may be repeated a list, any other a text or a number.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+
+from vmm.config import did_you_mean
+from vmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    _T = TypeVar("_T")
+
+# What a file may say. Not what is one VM's own, as its kernel or its socket, nor what makes it less safe.
+ALLOWED = {
+    "run": (
+        "append", "balloon", "console", "cpus", "disk", "kvm", "memory", "net", "poll", "protocol", "rng", "share",
+        "unpack", "virtio-console",
+    ),
+    "serve": (
+        "boot-timer", "http-api-max-payload-size", "level", "mmds-size-limit", "module", "show-level",
+        "show-log-origin",
+    ),
+}  # fmt: skip
+
+
+def paths(directory: str) -> list[str]:
+    """The files below `directory`, in their order.
+
+    :raises ConfigError: it cannot be looked into
+    """
+    base, more = os.path.join(directory, "config.toml"), os.path.join(directory, "config.d")
+    try:
+        names = sorted(name for name in os.listdir(more) if name.endswith(".toml") and not name.startswith("."))
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise ConfigError(more, "", f"cannot be read: {error.strerror}") from None
+    return [base] * os.path.lexists(base) + [os.path.join(more, name) for name in names]
+
+
+def read(path: str) -> dict[str, dict[str, tuple[Any, str]]]:
+    """What one file says: by command and option, the value and the place, as ``FILE:LINE``.
+
+    :raises ConfigError: it cannot be read, or says what no file may
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode()
+        document = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(path, "", f"cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(path, "", f"is not TOML: {error}") from None
+    found: dict[str, dict[str, tuple[Any, str]]] = {}
+    for command, table in document.items():
+        if command not in ALLOWED or not isinstance(table, dict):
+            guess = did_you_mean(command, ALLOWED)
+            raise ConfigError(f"{path}:", command, f"is not a table of options{guess or ';'} allowed: [run], [serve]")
+        for key, value in table.items():
+            place = _place(path, text, command, key)
+            if key not in ALLOWED[command]:
+                guess = did_you_mean(key, ALLOWED[command]) or ";"
+                allowed = ", ".join(ALLOWED[command])
+                raise ConfigError(f"{place}:", key, f"is not for a file [{command}]{guess} allowed: {allowed}")
+            found.setdefault(command, {})[key] = value, place
+    return found
+
+
+def _place(path: str, text: str, command: str, key: str) -> str:
+    # tomllib does not say where a key is. One that is written otherwise, as in an inline table, has no line.
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line):
+            table = header[1]
+        elif table == command and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line):
+            return f"{path}:{number}"
+    return path
+
+
+def named(place: str, make: Callable[[], _T]) -> _T:
+    """What `make` makes of a file's value.
+
+    :raises ConfigError: it cannot be; names the place
+    """
+    try:
+        return make()
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error.field}", error.value, error.problem) from None
+
+
+def fill(args: Any, command: str, options: Any, directory: str) -> dict[str, str]:
+    """Give `args` what files say of options that the command line leaves out.
+
+    :param options: the command's: ``(option, metavar, default, help)``, without a metavar a switch
+    :returns: where each value that was given comes from, by option
+    :raises ConfigError: a file cannot be read, or has a value of another type
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for path in paths(directory):
+        found |= read(path).get(command, {})
+    places = {}
+    for option, metavar, default, _ in options:
+        name = option.removeprefix("--")
+        attribute = name.replace("-", "_")
+        if name not in found or getattr(args, attribute) != default:
+            continue
+        if name == "append" and args.cmdline is not None:
+            continue  # the command line has all of it
+        value, place = found[name]
+        setattr(args, attribute, _value(f"{place}: {name}", value, metavar, default))
+        places[option] = place
+    return places
+
+
+def _value(field: str, value: Any, metavar: str | None, default: Any) -> Any:
+    # As the command line would have it.
+    if metavar is None:
+        if not isinstance(value, bool):
+            raise ConfigError(field, value, "must be true or false")
+        return value
+    if isinstance(default, list):
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise ConfigError(field, value, 'must be a list of texts, as ["user"]')
+        return list(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(field, value, "must be a text or a number")
+    if not isinstance(default, int):
+        return str(value)
+    if not isinstance(value, int) or value < 0:
+        raise ConfigError(field, value, "must be a number from 0")
+    return value
