@@ -11,6 +11,7 @@ The rest of the package is in pyproject.toml.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import subprocess
@@ -29,6 +30,8 @@ from distutils.command.install_data import install_data
 from distutils.errors import LinkError
 from distutils.sysconfig import customize_compiler
 
+# Cython's processes. CPython 3.14 would run this file once more in each.
+multiprocessing.set_start_method("fork", force=True)
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 NO_EXTENSIONS = bool(os.environ.get("PYVMM_NO_EXTENSIONS"))
 ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVMM_ASAN") else []

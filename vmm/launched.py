@@ -162,7 +162,10 @@ def _without(name: str, spared: dict[str, object]) -> None:
         for module in [module for module in sys.modules if module.partition(".")[0] == name]:
             del sys.modules[module]
     for module, other in spared.items():
-        if sys.modules.get(module, spared) is other:  # else somebody needed it
+        parent, _, leaf = module.rpartition(".")
+        # Since CPython 3.14 `collections` itself is what makes `collections.abc`: where the one came, the other stays.
+        whole = parent in spared and getattr(sys.modules.get(parent), leaf, None) is other
+        if sys.modules.get(module, spared) is other and not whole:  # else somebody needed it
             del sys.modules[module]
 
 

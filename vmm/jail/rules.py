@@ -76,6 +76,7 @@ _COMMON = (
         "read write writev close futex munmap mremap madvise brk rt_sigprocmask rt_sigreturn getpid gettid sched_yield"
         " clock_gettime clock_nanosleep nanosleep gettimeofday exit exit_group getrandom restart_syscall poll lseek"
         " fstat rseq set_robust_list"
+        " pause"  # a daemon thread of CPython 3.14 that wants to go on while the interpreter ends
     ),
     ("mmap", ((2, _PROT_EXEC, 0),)),
     ("mprotect", ((2, _PROT_EXEC, 0),)),
@@ -150,6 +151,7 @@ _SPAWN = (
     *_ints("seccomp", 0, _SECCOMP_SET_MODE_FILTER),
     *_ints("prctl", 0, _PR_SET_NO_NEW_PRIVS),
     *_allow("landlock_create_ruleset landlock_add_rule landlock_restrict_self"),
+    *_allow("sched_getaffinity"),  # a new thread of CPython 3.14 asks glibc for its stack, and glibc asks for that
 )
 # While the machine is put together, before the guest's first instruction.
 _BUILD = (

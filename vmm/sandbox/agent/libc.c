@@ -62,7 +62,8 @@ int strcmp(const char *a, const char *b)
     return strncmp(a, b, (size_t)-1);
 }
 
-char *strchr(const char *text, int byte)
+// In parentheses: since glibc 2.43 these two names are macros, too.
+char *(strchr)(const char *text, int byte)
 {
     for (; *text != (char)byte; text++)
         if (!*text)
@@ -70,7 +71,7 @@ char *strchr(const char *text, int byte)
     return (char *)text;
 }
 
-char *strrchr(const char *text, int byte)
+char *(strrchr)(const char *text, int byte)
 {
     char *found = NULL;
     for (; *text; text++)
