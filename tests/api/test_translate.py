@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from vmm.api import translate, types
 from vmm.commands import run
-from vmm.config.devices import BalloonConfig, DriveConfig, NetConfig, RateLimiterConfig, ShareConfig, VsockConfig
+from vmm.config.devices import (
+    BalloonConfig,
+    DriveConfig,
+    MmdsConfig,
+    NetConfig,
+    RateLimiterConfig,
+    ShareConfig,
+    VsockConfig,
+)
 from vmm.config.option import Config
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
@@ -125,8 +133,16 @@ def test_a_bucket_that_never_fills_limits_nothing(size: int, refill: int, bucket
 
 
 def test_what_no_file_can_say() -> None:
-    with pytest.raises(ConfigError, match="open descriptor"):
-        translate.vm_body(VmConfig("/k", nets=[NetConfig(None, mode="fd", fd=7)]))
+    # Nothing is left out without a word: without its policy an interface would reach everything.
+    for net, named in (
+        (NetConfig(mode="fd", fd=7), "net fd 7: "),
+        (NetConfig.parse("user,allow=pypi.org"), "net policy NetworkPolicy"),
+    ):
+        with pytest.raises(ConfigError, match=f"{named}.*cannot be expressed in a configuration file"):
+            translate.vm_body(VmConfig("/k", nets=[net]))
+    mmds = MmdsConfig(["eth0"], imds_compat=True)
+    with pytest.raises(ConfigError, match="mmds imds_compat True"):
+        translate.vm_body(VmConfig("/k", nets=[NetConfig("tap0")], mmds=mmds))
     with pytest.raises(ConfigError, match="--kvm"):
         translate.vm_body(VmConfig("/k", kvm="/dev/other"))
 

@@ -98,6 +98,8 @@ def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, each in kind.OPTIONS.items():
         if not each.api:
+            if each.meaning_of_none != each.default:
+                values[name] = each.meaning_of_none
             continue
         value = getattr(body, each.api)
         if value is UNSET or value is None:
@@ -112,20 +114,19 @@ def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
     return values
 
 
-def config_of(kind: type[_C], body: Struct, **values: Any) -> _C:
+def config_of(kind: type[_C], body: Struct) -> _C:
     """The device that a body of the API describes.
 
-    :param values: parameters that no body has
     :raises ConfigError: the body does not describe a supported device
     """
-    return kind(**values_of(kind, body), **values)
+    return kind(**values_of(kind, body))
 
 
 def drive(body: types.Drive) -> DriveConfig:
     """:raises ConfigError: the body does not describe a supported disk"""
     if body.socket is not None:
         raise ConfigError("socket", body.socket, "vhost-user drives are not supported; give path_on_host")
-    return config_of(DriveConfig, body, any_size=True)
+    return config_of(DriveConfig, body)
 
 
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
@@ -191,11 +192,14 @@ def body_of(kind: type[_B], config: Config, **values: Any) -> _B:
     """The body of the API that describes what `config` does; an extension at its default is left out.
 
     :param values: fields that are said in another way
+    :raises ConfigError: a device has a value that the API does not have
     """
     for name, each in config.OPTIONS.items():
+        value = getattr(config, name)
+        if not each.api and value not in (each.default, each.meaning_of_none) and not isinstance(config, VmConfig):
+            raise ConfigError(config.field(name), value, "cannot be expressed in a configuration file")
         if not each.api or each.api in values:
             continue
-        value = getattr(config, name)
         if each.extension and value in (None, each.meaning_of_none):
             continue
         if isinstance(value, RateLimiterConfig):
@@ -206,12 +210,6 @@ def body_of(kind: type[_B], config: Config, **values: Any) -> _B:
             value = list(value)
         values[each.api] = value
     return kind(**values)
-
-
-def _net_body(config: NetConfig, place: int) -> types.NetworkInterface:
-    if config.mode == "fd":
-        raise ConfigError("net fd", config.fd, "is an open descriptor, which cannot be written to a file")
-    return body_of(types.NetworkInterface, config, iface_id=config.id or f"eth{place}")
 
 
 def vm_body(config: VmConfig) -> types.VmConfiguration:
@@ -246,7 +244,10 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
             body_of(types.Drive, each, drive_id=each.id or f"drive_{index}", is_root_device=index == place)
             for index, each in enumerate(config.drives)
         ],
-        network_interfaces=[_net_body(each, index) for index, each in enumerate(config.nets)],
+        network_interfaces=[
+            body_of(types.NetworkInterface, each, iface_id=each.id or f"eth{index}")
+            for index, each in enumerate(config.nets)
+        ],
         mmds_config=body_of(types.MmdsConfig, config.mmds) if config.mmds else None,
         vsock=body_of(types.Vsock, config.vsock) if config.vsock else None,
         fs=[body_of(types.SharedFs, each, is_root_device=bool(added) and each.root) for each in config.shares] or UNSET,

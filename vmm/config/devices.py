@@ -125,6 +125,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         help="an empty file is a disk, and so is one without its last bytes that are no whole sector: "
         "a runtime's placeholders, which are replaced by real disks while the VM runs",
         default=False,
+        api_means=True,
     )
 
     def _check(self) -> None:

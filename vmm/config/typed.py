@@ -56,7 +56,7 @@ def option(
     :param field: its name in an error, if it is not the device's and the word
     :param api: its name in the API
     :param api_default: its default in the API where that is another; ``REQUIRED``: the API has none
-    :param api_means: what a missing or null value of the API means, if not the default
+    :param api_means: what a missing or null value of the API means, or an API without it, if not the default
     :param api_bits: of the number in the API, where that takes others than those from `least` to `most`
     :param nullable: the API takes null, though its default is another
     :param extension: Firecracker's API does not have it; it is left out of an answer unless it was set
