@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 
 from tests.conftest import namespace
-from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Vm, arp_request, is_arp_reply
+from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Stream, Vm, arp_request, is_arp_reply, tcp
 from tests.virtio.test_net import checksum
+from tests.virtio.test_net_policy import mine, policy
 from virtio import spec
+from virtio.net._policy import Policy
 from virtio.testing import SplitDriver
 
 assert namespace  # the fixture
 FRAMES = 256
+STREAMED = 80  # what a socket holds
 
 
 @pytest.fixture
@@ -120,3 +123,48 @@ def test_datagrams_to_a_socket(benchmark: Any, vm: Vm) -> None:
 
         benchmark.extra_info["frames"] = FRAMES
         benchmark.pedantic(work, rounds=50, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("kind", ["all", "no loopback", "100 rules", "4000 addresses"])
+def test_guest_to_a_stream(benchmark: Any, kind: str) -> None:
+    """Frames of 1500 bytes for passt, with what of a policy is looked at for each."""
+    address = bytes(10) + b"\xff\xff\x09\x09\x09\x09"
+    policies = {
+        "all": lambda: None,
+        "no loopback": lambda: Policy(only_special=True),
+        "100 rules": lambda: policy(*((f"11.0.{number}.0/24",) for number in range(99)), ("9.9.9.9/32", 80)),
+        "4000 addresses": policy,
+    }
+    with contextlib.ExitStack() as stack:
+        backend = Stream(stack)
+        backend._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        backend.other.setblocking(False)
+        made = policies[kind]()
+        if kind == "4000 addresses":
+            made.learn([(address[:13] + number.to_bytes(3, "big"), 0, 0) for number in range(3999)], 600)
+            made.learn([(address, 80, 80)], 600)
+        vm = Vm(stack, tap=backend, policy=made)
+        ring = vm.driver.queues[TX]
+        header, frame = ring.buffer(bytes(12)), ring.buffer(mine(tcp, "9.9.9.9", 80) + bytes(1446))
+        for _ in range(STREAMED):
+            ring.add([header, frame])
+        sent = 0
+
+        def work() -> None:
+            nonlocal sent
+            vm.driver.set(spec.MMIO_QUEUE_NOTIFY, TX)
+            sent += STREAMED
+            while vm.device.stats["tx_packets"] < sent:
+                time.sleep(0)
+            with contextlib.suppress(BlockingIOError):
+                while backend.other.recv(1 << 20):
+                    pass
+
+        def setup() -> None:
+            if sent:
+                assert len(ring.reap()) == STREAMED
+                for _ in range(STREAMED):
+                    ring.add([header, frame])
+
+        benchmark.extra_info["frames"] = STREAMED
+        benchmark.pedantic(work, setup=setup, rounds=200, warmup_rounds=5)

@@ -270,6 +270,21 @@ def test_an_address_of_a_network_of_the_hosts_own_is_kept(stack: Any) -> None:
     assert both.policy.verdict(mine(tcp, "10.0.0.1", 80)) == "address"  # the name opens no more than the rule
 
 
+def test_an_address_of_this_host_is_kept(stack: Any) -> None:
+    """One of a public network, too."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect(("192.0.2.200", 9))
+        here = route.getsockname()[0]
+    server = Server(stack, addresses(("good.example", A, here), ("good.example", A, PUBLIC)))
+    guest = Guest(stack, servers=[server.address])
+    assert guest.ask(ask("good.example")) == (0, [PUBLIC])
+    assert guest.resolver.counters["own"] == 1
+    allowed = Guest(stack, servers=[server.address], allow=[(f"{here}/32", 80)])
+    assert allowed.ask(ask("good.example")) == (0, [here, PUBLIC])
+    known = Guest(stack, hosts={"good.example": [socket.inet_aton(here)]})  # its administrator says so
+    assert known.ask(ask("good.example")) == (0, [here])
+
+
 def test_aliases(stack: Any) -> None:
     def answer(name: str, kind: int, query: bytes) -> bytes:
         return reply(

@@ -2,8 +2,8 @@
 """A guest's nameserver inside this process: what makes a policy of names (``virtio.net._policy``) one of addresses.
 
 An allowed name is asked of the host's nameservers, by a thread, and what it answers the guest may reach from then on.
-Any other name does not exist; nor does an address that only the host's own networks have, unless a rule names it: who
-owns an allowed name must not open those. It also tells the guest, and the log, of frames that were dropped.
+Any other name does not exist; nor does an address of this host, or one that only its own networks have, unless a rule
+names it: who owns an allowed name must not open those. It also tells the guest, and the log, of dropped frames.
 
 Source: RFC 6890 (special addresses).
 """
@@ -220,13 +220,14 @@ class Resolver:
             os.eventfd_write(self._wake, 1)
         asked.clients.append((client, question))
 
-    def _learn(self, key: tuple[str, int], addresses: list[bytes], ttl: int) -> list[bytes]:
-        # What of a name's addresses the guest may have, which it can reach from here on.
+    def _learn(self, key: tuple[str, int], addresses: list[bytes], ttl: int, *, known: bool = True) -> list[bytes]:
+        # What of a name's addresses the guest may have, which it can reach from here on. Those that are not known were
+        # a nameserver's words.
         fitting = dns.fitting(dns.Question(0, "", key[1], bytes(len(key[0]) + 6)))
         found, entries = [], []
         for address in addresses:
             whole = address if len(address) == 16 else frames.MAPPED + address
-            if not _is_own(whole):
+            if not _is_own(whole) and (known or not _is_here(address)):
                 entries += [(whole, first, last) for first, last in self.ports(key[0])]
             elif not self.policy.allows(whole):
                 self.counters["own"] += 1
@@ -356,7 +357,7 @@ class Resolver:
         with self._lock:
             key = asked.name, asked.kind
             if code in (dns.NO_ERROR, dns.NO_SUCH_NAME):
-                addresses = self._learn(key, addresses, ttl) if addresses else []
+                addresses = self._learn(key, addresses, ttl, known=False) if addresses else []
             else:
                 self.counters["failed"] += len(asked.clients)
                 code, addresses = dns.FAILED, []
@@ -364,6 +365,19 @@ class Resolver:
                 self._reply(client, question, code, addresses, ttl)
             self._asked.pop(key, None)
         self.on_frame()
+
+
+def _is_here(address: bytes) -> bool:
+    # Whether it is this host's, whatever its network: then it is where a connection to it would come from.
+    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+    probe = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        probe.connect((socket.inet_ntop(family, address), dns.PORT))  # which sends nothing
+        return bool(probe.getsockname()[0] == socket.inet_ntop(family, address))
+    except OSError:
+        return False
+    finally:
+        probe.close()
 
 
 def _fits(name: str, pattern: str) -> bool:

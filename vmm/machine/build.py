@@ -181,10 +181,11 @@ class Builder:
         resolver: Resolver | None = None
         if config.mode == "user":
             from virtio.net._policy import Policy
-            from vmm.config.policy import PASST
 
             _will_start("net", "user", "passt")
             if config.policy is not None:
+                from vmm.config.policy import PASST
+
                 policy, resolver = self._policy(config.policy)
                 backend = self._owned(Passt(PASST))
             else:
