@@ -180,9 +180,9 @@ class Builder:
         policy: Policy | None = None
         resolver: Resolver | None = None
         if config.mode == "user":
+            _will_start("net", "user", "passt")  # before what a jail cannot import
             from virtio.net._policy import Policy
 
-            _will_start("net", "user", "passt")
             if config.policy is not None:
                 from vmm.config.policy import PASST
 
