@@ -119,6 +119,12 @@ def test_mistakes_in_the_vmms_own_options_are_told_outside(jail: Jailed) -> None
     assert not (jail.root / "dev").exists()
 
 
+def test_files_are_read_before_the_jail(jail: Jailed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYVMM_CONFIG", str(tmp_path))
+    (tmp_path / "config.toml").write_text('[serve]\nlevel = "Loud"\n')
+    assert stopped(jail).startswith(f"{tmp_path}/config.toml:2: level Loud: ")
+
+
 def test_a_jail_is_entered_once(jail: Jailed) -> None:
     jail.start()
     jail.request("GET", "/")

@@ -35,7 +35,7 @@ NEVER = {
     "difflib": "a mistake on the command line, before the jail",
     "vmm.config.settings": "type checkers",
     "vmm.config.typed": "the same",
-    "vmm.config.files": "defaults of options, from files that a jail does not have",
+    "vmm.config.files": "defaults of options, which the jailer reads before the jail",
     "vmm.api.typed": "the same",
     "asyncio": "Machine.run(), of programs that import us",
     "importlib": "vmm/__init__.py, for programs that import us",

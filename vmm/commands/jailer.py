@@ -131,6 +131,7 @@ def _run(args: Arguments) -> int:
     vmm = cli.parse("serve", serve, ["--id", values["--id"], *args.vmm])
     if isinstance(vmm, int):
         return vmm
+    serve.from_files(vmm)
     jail = jailer.Jail(
         values["--exec-file"], values["--id"], _number("--uid", values["--uid"]), _number("--gid", values["--gid"]),
         chroot_base_dir=values["--chroot-base-dir"], netns=values["--netns"], cgroups=values["--cgroup"],
@@ -146,7 +147,7 @@ def _run(args: Arguments) -> int:
     jail.enter()
     threads.no_programs = "and there are no programs in a jail"
     sys.argv[0] = jail.program
-    status = serve.main(vmm, on_ready=jail.settle)
+    status = serve.main(vmm, on_ready=jail.settle, files=False)
     jail.settle(status)  # where it did not come so far
     return status
 

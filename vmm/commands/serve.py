@@ -157,10 +157,11 @@ def check_id(vmm_id: str) -> None:
         raise ConfigError("--id", vmm_id, f"must be 1 to {MAX_ID} letters, digits and hyphens")
 
 
-def main(args: Arguments, on_ready: Callable[[], object] = lambda: None) -> int:
+def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, files: bool = True) -> int:
     """Serve until the VM ends or a signal asks for the end; Firecracker's exit codes.
 
     :param on_ready: called once the VM of the configuration file runs, or the API answers
+    :param files: defaults from files are wanted; False: `args` has them, and here are none of this host's
     """
     if args.version:
         # A version gate reads the first line; Firecracker's own has an empty one after it.
@@ -169,7 +170,8 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None) -> int:
     if args.snapshot_version or args.describe_snapshot is not None:
         return _tell_snapshot_version(args.describe_snapshot)
     try:
-        from_files(args)
+        if files:
+            from_files(args)
         check_id(args.id)
         if args.no_api and args.config_file is None:
             raise ConfigError("--no-api", "", "needs --config-file: without an API, it says what to run")
