@@ -341,6 +341,9 @@ def test_the_end_of_a_vm_fails_every_call_at_once(runtime: Path) -> None:
         with pytest.raises(SandboxGone, match="has ended"):
             mortal.run("true")
         assert not mortal.running
+        assert process.channel.fileno() == -1, "a command that is gone holds no descriptor"
+        with pytest.raises(SandboxGone, match="has ended"):
+            process.poll()
 
 
 def test_a_host_directory_is_mounted(runtime: Path, tmp_path: Path) -> None:

@@ -282,8 +282,8 @@ class Channel:
 
     def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
         """Wait until a frame has begun to come, or until something can be sent; whether each is so."""
-        if self.buffered:
-            return True, False
+        if self.buffered or self.fileno() < 0:
+            return True, False  # of a closed one ``read`` says why
         poll = select.poll()
         poll.register(self._socket, select.POLLIN | (select.POLLOUT if writable else 0))
         left = deadline.left(doing)

@@ -221,7 +221,11 @@ class Process:
         with self._pumping:
             if self.ended:
                 return
-            kind, data = self.channel.read(deadline, self.command)
+            try:
+                kind, data = self.channel.read(deadline, self.command)
+            except SandboxGone:
+                self.channel.close()  # nothing more will come, and nobody may call `close`
+                raise
             match kind:
                 case wire.F_STDOUT:
                     self.stdout._add(data)
