@@ -24,9 +24,9 @@ def main() -> int:
     sys.argv[0] = cli.__file__  # which --exec-file is a link to
     real, recorder = serve.main, Recorder()
 
-    def recorded(args: serve.Arguments, on_ready: Callable[[], object]) -> int:
+    def recorded(args: serve.Arguments, on_ready: Callable[[], object], *, files: bool) -> int:
         sys.meta_path.insert(0, recorder)
-        status = real(args, on_ready)
+        status = real(args, on_ready, files=files)
         print("imports tried in the jail:", *recorder.asked)
         return status
 
