@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sandboxes: what a command, a copy and files cost, beside containers of podman with runc from the same busybox.
+"""Sandboxes: what a command, a copy and files cost, beside podman with runc and gVisor from the same busybox.
 
-On this host's own /dev/kvm; a guest is r3 where that is a software KVM. All run in turn. Where podman is missing
-(`apt-get install podman runc`), its rows say so, and the others are measured.
+On this host's own /dev/kvm; a guest is r3 where that is a software KVM. All run in turn. An engine that is missing, or
+does not run here, is a row that says why; the others are measured.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from benches import sandboxes
-from benches.peers import common, native
+from benches.peers import common, engines, native
 from benches.peers.common import Missing, Row, alone, compare
 from vmm import Sandbox, images
 from vmm.errors import VmmError
@@ -34,7 +34,6 @@ FILE = 256 * MIB
 FILES = 3
 LOOP = 50
 CROWD = 20
-PODMAN = "podman with runc"
 # Root in a container without CAP_SYS_RESOURCE cannot raise its limits, which podman does otherwise.
 LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
 TRUE = ["/bin/busybox", "true"]
@@ -51,6 +50,8 @@ class Podman:
 
     :raises Missing: podman or runc is not here, or cannot make one
     """
+
+    name = "podman with runc"
 
     def __init__(self, directory: Path) -> None:
         for program in ("podman", "runc"):
@@ -95,22 +96,17 @@ def _copy_and_run(sandbox: Sandbox) -> None:
         copy.run(TRUE, check=True)
 
 
-def _commands(sandbox: Sandbox, podman: Podman | None) -> Iterator[Row]:
-    ours: dict[str, tuple[Callable[[], object], float, Callable[[], object] | None]] = {
-        "exec of true": (lambda: sandbox.run(TRUE, check=True), 5, podman and podman.exec),
-        "fork and exec of true": (lambda: _copy_and_run(sandbox), 25, podman and podman.run),
+def _commands(sandbox: Sandbox, peers: Sequence[Podman | engines.Runsc]) -> Iterator[Row]:
+    ours: dict[str, tuple[Callable[[], object], float, str]] = {
+        "exec of true": (lambda: sandbox.run(TRUE, check=True), 5, "exec"),
+        "fork and exec of true": (lambda: _copy_and_run(sandbox), 25, "run"),
     }
-    for name, (call, goal, peer) in ours.items():
-        if peer is None:
-            done = common.in_turn(ROUNDS, ours=lambda call=call: _milliseconds(call))
-        else:
-            done = common.in_turn(
-                ROUNDS, ours=lambda call=call: _milliseconds(call), peer=lambda peer=peer: _milliseconds(peer)
-            )
+    for name, (call, goal, what) in ours.items():
+        calls = {"ours": call, **{peer.name: getattr(peer, what) for peer in peers}}
+        done = common.in_turn(ROUNDS, **{who: lambda call=call: _milliseconds(call) for who, call in calls.items()})
         yield alone(f"sandbox: {name}", "ms", done["ours"], goal)
-        if peer is not None:
-            what = "exec" if name == "exec of true" else "run"
-            yield compare(f"sandbox: {name}, beside {what}", "ms", done["ours"], done["peer"], PODMAN, 1.0)
+        for peer in peers:
+            yield compare(f"sandbox: {name}, beside {what}", "ms", done["ours"], done[peer.name], peer.name, 1.0)
     # The guest's own share: what its shell takes for the same.
     loop = f"i=0; while [ $i -lt {LOOP} ]; do {' '.join(TRUE)}; i=$((i+1)); done"
     own = [_milliseconds(lambda: sandbox.run(loop, check=True)) / LOOP for _ in range(3)]
@@ -161,16 +157,18 @@ def rows() -> Iterator[Row | Missing]:
         yield alone(f"sandbox: memory of one of {CROWD}, beside its guest's", "MiB", [own], 1.0)
         cold = common.in_turn(ROUNDS, ours=lambda: _milliseconds(_cold))["ours"]
         yield alone("sandbox: cold, to the first output", "ms", cold, 400)
-        podman = None
+        peers: list[Podman | engines.Runsc] = []
         try:
-            podman = Podman(Path(place))
-        except Missing as problem:
-            yield problem
-        try:
+            for make in (lambda: Podman(Path(place)), lambda: engines.Runsc(Path(place), TRUE)):
+                try:
+                    peers.append(make())
+                except Missing as problem:
+                    yield problem
+            yield from engines.others()
             with Sandbox(sandboxes.IMAGE, memory="128M") as sandbox:
-                yield from _commands(sandbox, podman)
+                yield from _commands(sandbox, peers)
         finally:
-            if podman is not None:
-                podman.close()
+            for peer in peers:
+                peer.close()
         with Sandbox(sandboxes.IMAGE, memory=3 * FILE) as sandbox:
             yield from _files(sandbox)
