@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,25 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the first one may build r3
 
 
-def _environment() -> dict[str, str]:
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Variables of a process that uses Ray; what Ray leaves is removed."""
     try:
         place = fetched("ray==2.60.0")
     except Missing as problem:
         pytest.fail(f"LAYER MISSING: ray: {problem}", pytrace=False)
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{place}", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Not pytest's own directory, below which the paths of Ray's sockets would be too long.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as below:
+        yield {
+            **os.environ, "PYTHONPATH": f"{ROOT}:{place}", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": below,
+        }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def found(runtime: Path) -> dict[str, Any]:
+def found(runtime: Path, environment: dict[str, str]) -> dict[str, Any]:
     """What ``tests.linux.ray_cluster`` saw."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.linux.ray_cluster"], cwd=ROOT, env=_environment(), capture_output=True, text=True
+        [sys.executable, "-m", "tests.linux.ray_cluster"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -61,7 +69,7 @@ def test_nothing_is_left_however_it_ends(found: dict[str, Any]) -> None:
     assert found["files"] == []
 
 
-def test_the_example(runtime: Path) -> None:
+def test_the_example(runtime: Path, environment: dict[str, str]) -> None:
     command = [sys.executable, "examples/ray_sandboxes.py", "busybox", "3"]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["3 right"], done.stdout[-2000:] + done.stderr[-3000:]
