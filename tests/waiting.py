@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PATIENCE = 30.0  # seconds; only a test that fails waits so long
@@ -20,3 +21,11 @@ def until(found: Callable[[], Any], what: Callable[[], object] = lambda: "") -> 
         assert time.monotonic() < deadline, what() or found
         time.sleep(0.001)
     return something
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process is gone, or a zombie; whoever is its parent may reap it at any moment."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or before it was read
+        return True

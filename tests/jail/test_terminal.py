@@ -16,7 +16,7 @@ import pytest
 from tests.jail.jailed import Jailed
 from tests.jail.terminal import Terminal
 from tests.kvm.guests import write_guest
-from tests.waiting import until
+from tests.waiting import has_ended, until
 from vmm.errors import ConfigError
 from vmm.kvm.vm import Kvm
 
@@ -125,7 +125,7 @@ def test_hung_up_it_ends(place: Place, command: str) -> None:
     terminal.hear(b"!")
     job = terminal.job()
     terminal.hang_up()
-    until(lambda: not Path(f"/proc/{job}/status").exists() or "zombie" in Path(f"/proc/{job}/status").read_text())
+    until(lambda: has_ended(job))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.kvm.guests import PATIENCE, write_guest
-from tests.waiting import until
+from tests.waiting import has_ended, until
 from vmm import DriveConfig, Machine, Pool, StopReason
 from vmm.config.devices import NetConfig, VsockConfig
 from vmm.errors import HostError, SnapshotError, VmmError
@@ -106,7 +106,7 @@ def test_a_fork_server_that_was_killed_is_started_again(guest: MakeGuest) -> Non
     (first,) = _fork(vm)
     server = int(Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(server, signal.SIGKILL)
-    until(lambda: "Z" in Path(f"/proc/{server}/stat").read_text().rpartition(")")[2])
+    until(lambda: has_ended(server))
     (second,) = _fork(vm)
     assert (first.state, second.state) == ("Running", "Running")
     first.close()

@@ -22,7 +22,7 @@ import pytest
 
 from tests.jail.jailed import ROOT
 from tests.jail.terminal import Terminal
-from tests.waiting import until
+from tests.waiting import has_ended, until
 from vmm.sandbox.process import CLOSE
 from vmm.sandbox.registry import Place
 
@@ -211,7 +211,7 @@ def test_hung_up_it_ends(place: Path, start: Start, guest: Path, name: str) -> N
     begun(terminal, name)
     job = terminal.job()
     terminal.hang_up()
-    until(lambda: not Path(f"/proc/{job}/status").exists() or "zombie" in Path(f"/proc/{job}/status").read_text())
+    until(lambda: has_ended(job))
 
 
 @pytest.mark.parametrize("name", sorted(set(WAITS) - {"lab"}))
