@@ -76,6 +76,7 @@ _COMMON = (
         "read write writev close futex munmap mremap madvise brk rt_sigprocmask rt_sigreturn getpid gettid sched_yield"
         " clock_gettime clock_nanosleep nanosleep gettimeofday exit exit_group getrandom restart_syscall poll lseek"
         " fstat rseq set_robust_list"
+        " getsockname getpeername"  # a socket of the embedding program whose last reference goes on this thread
         " pause"  # a daemon thread of CPython 3.14 that wants to go on while the interpreter ends
     ),
     ("mmap", ((2, _PROT_EXEC, 0),)),
