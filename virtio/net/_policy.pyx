@@ -406,7 +406,7 @@ cdef inline bint matches(const Rule *rule, uint64_t high, uint64_t low) noexcept
 
 cdef inline bint is_special6(uint64_t high, uint64_t low) noexcept nogil:
     # Multicast; unspecified, loopback, and IPv4 in IPv6, by which a socket of the host's reaches 127.0.0.1.
-    return high >> 56 == 0xff or (high == 0 and (low >> 32 == 0 or low >> 32 == 0xffff))
+    return high >> 56 == 0xff or is_hosts6(high, low)
 
 
 cdef bint is_hosts(const uint8_t *head, uint32_t kind) noexcept nogil:

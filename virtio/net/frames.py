@@ -13,7 +13,7 @@ MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address: the same as an IPv6 
 # Type and code of ICMP messages.
 NO_PORT = (3, 3)
 _PROHIBITED = {4: (3, 13), 6: (1, 1)}
-_IPV4 = struct.Struct(">BBHHHBBH4s4s")
+IPV4 = struct.Struct(">BBHHHBBH4s4s")
 _UDP = struct.Struct(">HHHH")
 
 
@@ -28,7 +28,7 @@ def datagram(asked: bytes, port: int, data: bytes, identity: int) -> bytes:
     segment = _UDP.pack(int.from_bytes(asked[36:38], "big"), port, size, 0) + data
     found = checksum(source + target + struct.pack(">HH", 17, size) + segment)
     segment = segment[:6] + found.to_bytes(2, "big") + data
-    return asked[6:12] + asked[:6] + b"\x08\0" + _ipv4(17, source, target, segment, identity)
+    return asked[6:12] + asked[:6] + b"\x08\0" + ipv4(17, source, target, segment, identity)
 
 
 def unreachable(head: bytes, kind: int = 0, code: int = 0) -> bytes:
@@ -43,7 +43,7 @@ def unreachable(head: bytes, kind: int = 0, code: int = 0) -> bytes:
     if head[14] >> 4 == 4:
         message = struct.pack(">BBHI", kind, code, 0, 0) + head[14:42]
         message = message[:2] + checksum(message).to_bytes(2, "big") + message[4:]
-        return macs + b"\x08\0" + _ipv4(1, head[30:34], head[26:30], message, 0)
+        return macs + b"\x08\0" + ipv4(1, head[30:34], head[26:30], message, 0)
     addresses = head[38:54] + head[22:38]
     message = struct.pack(">BBHI", kind, code, 0, 0) + head[14:74]
     found = checksum(addresses + struct.pack(">II", len(message), 58) + message)
@@ -51,13 +51,15 @@ def unreachable(head: bytes, kind: int = 0, code: int = 0) -> bytes:
     return macs + b"\x86\xdd" + struct.pack(">IHBB", 6 << 28, len(message), 58, 64) + addresses + message
 
 
-def _ipv4(protocol: int, source: bytes, target: bytes, data: bytes, identity: int) -> bytes:
-    ip = _IPV4.pack(0x45, 0, 20 + len(data), identity, 0x4000, 64, protocol, 0, source, target)
+def ipv4(protocol: int, source: bytes, target: bytes, data: bytes, identity: int) -> bytes:
+    """A packet without options, which no router may take apart."""
+    ip = IPV4.pack(0x45, 0, 20 + len(data), identity, 0x4000, 64, protocol, 0, source, target)
     return ip[:10] + checksum(ip).to_bytes(2, "big") + ip[12:] + data
 
 
 def checksum(data: bytes) -> int:
-    """The complement of the sum of 16-bit words; never 0."""
+    """The complement of the sum of 16-bit words; never 0. Of what has its own in it, and is right: 0xFFFF."""
+    # The ones' complement sum (RFC 1071) is the number that the words make, modulo 65535.
     return 0xFFFF - int.from_bytes(data + b"\0" * (len(data) & 1), "big") % 0xFFFF
 
 

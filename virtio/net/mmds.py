@@ -16,6 +16,8 @@ import threading
 import time
 from _collections import deque  # type: ignore[import-not-found]  # `collections` takes long to import
 
+from virtio.net import frames
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,14 +40,13 @@ MAX_TIMEOUTS = 10
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 _ARP_REPLY = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 2)
 _ARP_REQUEST = b"\x08\x06" + struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1)
-_IP = struct.Struct(">BBHHHBBH4s4s")
 _TCP = struct.Struct(">HHIIBBHHH")
 _MASK = 0xFFFF_FFFF
 
 
-def _sum(data: bytes) -> int:
-    # The ones' complement sum of 16-bit words (RFC 1071) is the number they make, modulo 65535; 0 where it is right.
-    return int.from_bytes(data + b"\0" * (len(data) & 1), "big") % 0xFFFF
+def _is_wrong(data: bytes) -> bool:
+    # By the checksum that is in it.
+    return frames.checksum(data) != 0xFFFF
 
 
 def _after(one: int, other: int) -> int:
@@ -244,9 +245,9 @@ class Endpoint:
                 self._ip(frame, partial)
 
     def _ip(self, frame: bytes, partial: bool) -> None:
-        first, _, size, _, fragment, _, protocol, _, source, target = _IP.unpack_from(frame, 14)
+        first, _, size, _, fragment, _, protocol, _, source, target = frames.IPV4.unpack_from(frame, 14)
         head = (first & 15) * 4
-        if first >> 4 != 4 or not 20 <= head <= size <= len(frame) - 14 or _sum(frame[14 : 14 + head]):
+        if first >> 4 != 4 or not 20 <= head <= size <= len(frame) - 14 or _is_wrong(frame[14 : 14 + head]):
             self.counters["rx_accepted_err"] += 1
             return
         if target != self.address or fragment & 0x3FFF or protocol != 6:
@@ -255,7 +256,7 @@ class Endpoint:
         segment = frame[14 + head : 14 + size]
         offset = segment[12] >> 4 if len(segment) >= 20 else 0
         pseudo = source + target + struct.pack(">HH", 6, len(segment))
-        if not 20 <= offset * 4 <= len(segment) or not (partial or _sum(pseudo + segment) == 0):
+        if not 20 <= offset * 4 <= len(segment) or (not partial and _is_wrong(pseudo + segment)):
             self.counters["rx_accepted_err"] += 1
             return
         self.counters["rx_count"] += 1
@@ -349,13 +350,11 @@ class Endpoint:
         options = struct.pack(">BBH", 2, 4, MSS) if flags & SYN else b""
         head = [port, peer_port, number & _MASK, acknowledged & _MASK, (20 + len(options)) << 2, flags, window, 0, 0]
         segment = _TCP.pack(*head) + options + data
-        head[7] = 0xFFFF - _sum(self.address + peer + struct.pack(">HH", 6, len(segment)) + segment)
+        head[7] = frames.checksum(self.address + peer + struct.pack(">HH", 6, len(segment)) + segment)
         segment = _TCP.pack(*head) + options + data
         self._identity = self._identity + 1 & 0xFFFF
-        ip = _IP.pack(0x45, 0, 20 + len(segment), self._identity, 0x4000, 64, 6, 0, self.address, peer)
-        ip = ip[:10] + (0xFFFF - _sum(ip)).to_bytes(2, "big") + ip[12:]
         self.counters["tx_count"] += 1
-        return mac + MAC + b"\x08\0" + ip + segment
+        return mac + MAC + b"\x08\0" + frames.ipv4(6, self.address, peer, segment, self._identity)
 
 
 def _mss(options: bytes) -> int:
