@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vmm.commands import run, serve
+from vmm.config import attribute
 from vmm.config.vm import VmConfig
 
 TYPE_CHECKING = False
@@ -37,10 +38,8 @@ def main(args: run.Arguments) -> int:
     if kernel is None:
         lines[0] = ("kernel", _NO_KERNEL, "")
     defaults = serve.Arguments()
-    for option, _, default, _ in serve.OPTIONS:
-        setattr(defaults, run.attribute(option), default)
     for option, place in serve.from_files(defaults).items():
-        lines.append((f"serve {option}", str(getattr(defaults, run.attribute(option))), place))
+        lines.append((f"serve {option}", str(getattr(defaults, attribute(option))), place))
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
     for name, value, place in lines:
         print(f"{name:{widths[0]}}  {value:{min(widths[1], 40)}}  {place}".rstrip())
@@ -54,7 +53,7 @@ def _lines(args: run.Arguments, config: VmConfig, places: dict[str, str]) -> Ite
         option = each.word or _DEVICES.get(name, "")
         if option in places:
             place = places[option]
-        elif name == "kernel" or (option and getattr(args, run.attribute(option)) not in (None, False, [])):
+        elif name == "kernel" or (option and getattr(args, attribute(option)) not in (None, False, [])):
             place = "command line"
         elif value == each.default or (name == "console" and value == run.CONSOLE):
             place = "default"

@@ -8,7 +8,7 @@ import sys
 
 from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
-from vmm.config import directory_of_files
+from vmm.config import attribute, fill_from_files
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
@@ -75,11 +75,6 @@ class Arguments:
             setattr(self, attribute(option), list(default) if isinstance(default, list) else default)
 
 
-def attribute(option: str) -> str:
-    """The attribute of the arguments that has the option's value."""
-    return option.removeprefix("--").replace("-", "_")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm run``."""
     add = parser.add_argument
@@ -139,11 +134,7 @@ def from_files(args: Arguments) -> dict[str, str]:
 
     :raises ConfigError: a file cannot be read, or says what it may not
     """
-    if (directory := directory_of_files()) is None:
-        return {}
-    from vmm.config.files import fill
-
-    return fill(args, "run", OPTIONS, directory)
+    return fill_from_files(args, "run", OPTIONS)
 
 
 def config_from(args: Arguments, places: dict[str, str] | None = None) -> VmConfig:

@@ -9,7 +9,7 @@ import threading
 
 from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
-from vmm.config import directory_of_files, parse_count
+from vmm.config import attribute, fill_from_files, parse_count
 from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
 
@@ -86,9 +86,9 @@ class Arguments:
     version: bool
     http_api_max_payload_size: int
 
-
-def _attribute(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
+    def __init__(self) -> None:
+        for option, _, default, _ in OPTIONS:
+            setattr(self, attribute(option), default)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,8 +108,6 @@ def parse_quickly(words: list[str]) -> Arguments | None:
     """
     parsed = Arguments()
     known = {option: (metavar, default) for option, metavar, default, _ in OPTIONS}
-    for option, (_, default) in known.items():
-        setattr(parsed, _attribute(option), default)
     rest = iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
@@ -119,7 +117,7 @@ def parse_quickly(words: list[str]) -> Arguments | None:
         if metavar is None:
             if equals:
                 return None
-            setattr(parsed, _attribute(option), True)
+            setattr(parsed, attribute(option), True)
             continue
         if not equals:
             value = next(rest, "-")
@@ -128,9 +126,9 @@ def parse_quickly(words: list[str]) -> Arguments | None:
         if isinstance(default, int):
             if not (value.isascii() and value.isdigit()):
                 return None
-            setattr(parsed, _attribute(option), int(value))
+            setattr(parsed, attribute(option), int(value))
         else:
-            setattr(parsed, _attribute(option), value)
+            setattr(parsed, attribute(option), value)
     return parsed
 
 
@@ -139,11 +137,10 @@ def from_files(args: Arguments) -> dict[str, str]:
 
     :raises ConfigError: a file cannot be read, or says what it may not
     """
-    if (directory := directory_of_files()) is None:
+    if not (places := fill_from_files(args, "serve", OPTIONS)):
         return {}
-    from vmm.config.files import fill, named
+    from vmm.config.files import named
 
-    places = fill(args, "serve", OPTIONS, directory)
     if "--level" in places:
         named(places["--level"], lambda: logger.parse_level(args.level or ""))
     if "--mmds-size-limit" in places:
@@ -234,7 +231,7 @@ _TIMES = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us")
 
 
 def _number(args: Arguments, option: str) -> int | None:
-    text = getattr(args, _attribute(option))
+    text = getattr(args, attribute(option))
     return None if text is None else parse_count(option, text, 0, (1 << 63) - 1)
 
 

@@ -10,14 +10,29 @@ from vmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def directory_of_files() -> str | None:
-    """Where files with defaults are (:mod:`vmm.config.files`): ``$PYVMM_CONFIG`` or /etc/pyvmm; None: nowhere."""
+def attribute(option: str) -> str:
+    """The attribute of parsed arguments that has the value of an option, as ``dry_run`` of ``--dry-run``."""
+    return option.removeprefix("--").replace("-", "_")
+
+
+def fill_from_files(args: Any, command: str, options: Any) -> dict[str, str]:
+    """Give `args` what files below ``$PYVMM_CONFIG`` or /etc/pyvmm have for options that are left out.
+
+    :param options: the command's: ``(option, metavar, default, help)``, without a metavar a switch
+    :returns: where each value that was given comes from, by option
+    :raises ConfigError: a file cannot be read, or says what it may not
+    """
     directory = os.environ.get("PYVMM_CONFIG", "/etc/pyvmm")
-    return directory if directory and os.path.isdir(directory) else None
+    if not directory or not os.path.isdir(directory):
+        return {}
+    from vmm.config.files import fill
+
+    return fill(args, command, options, directory)
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 
-from vmm.config import did_you_mean
+from vmm.config import attribute, did_you_mean
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -100,10 +100,8 @@ def named(place: str, make: Callable[[], _T]) -> _T:
 
 
 def fill(args: Any, command: str, options: Any, directory: str) -> dict[str, str]:
-    """Give `args` what files say of options that the command line leaves out.
+    """Give `args` what the files below `directory` say; see ``vmm.config.fill_from_files``.
 
-    :param options: the command's: ``(option, metavar, default, help)``, without a metavar a switch
-    :returns: where each value that was given comes from, by option
     :raises ConfigError: a file cannot be read, or has a value of another type
     """
     found: dict[str, tuple[Any, str]] = {}
@@ -112,13 +110,12 @@ def fill(args: Any, command: str, options: Any, directory: str) -> dict[str, str
     places = {}
     for option, metavar, default, _ in options:
         name = option.removeprefix("--")
-        attribute = name.replace("-", "_")
-        if name not in found or getattr(args, attribute) != default:
+        if name not in found or getattr(args, attribute(option)) != default:
             continue
         if name == "append" and args.cmdline is not None:
             continue  # the command line has all of it
         value, place = found[name]
-        setattr(args, attribute, _value(f"{place}: {name}", value, metavar, default))
+        setattr(args, attribute(option), _value(f"{place}: {name}", value, metavar, default))
         places[option] = place
     return places
 
