@@ -291,11 +291,10 @@ def _writer(body: bytes) -> str:
         return "another pyvmm"
 
 
-def write_whole(*files: tuple[str, Callable[[int], None]], then: Callable[[], None] = lambda: None) -> None:
+def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
     """Let files be filled that have their names once all of them are whole; who has one before open keeps that.
 
     :param files: path, and what is given the descriptor of the new file
-    :param then: called once they have their names, which are on the disk after that; what it raises goes on
     :raises OSError: one cannot be written, ``filename`` is its path; what was there before is as it was
     """
     made: list[tuple[str, str]] = []
@@ -314,7 +313,6 @@ def write_whole(*files: tuple[str, Callable[[int], None]], then: Callable[[], No
                 pass
         error.filename = path
         raise
-    then()
     for directory in {os.path.dirname(path) or "." for path, _ in files}:
         _sync(directory)
 
