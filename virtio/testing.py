@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's driver, played by a test: of a split virtqueue, of virtio-mmio, and of a whole device. No VM is needed.
+"""The guest's driver, played by a test. It drives a split virtqueue, virtio-mmio, or a whole device. No VM is needed.
 
-``SplitDriver`` does what a correct driver does; a test that wants a wrong one writes over what it did, with
-``write_desc`` and the addresses ``desc``, ``avail`` and ``used``. ``DeviceHost`` puts a device behind its transport and
-waits for its answers. What fails here fails by ``AssertionError``.
+``SplitDriver`` is a correct driver. A test of an incorrect one overwrites its rings: see ``write_desc`` and the
+addresses ``desc``, ``avail`` and ``used``. ``DeviceHost`` puts a device behind its transport and waits for its answers.
+A check that fails raises ``AssertionError``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ USED = struct.Struct("<HHII")
 
 
 class Buffer(NamedTuple):
-    """One descriptor's worth: guest address, bytes, whether the device writes it."""
+    """The buffer of one descriptor: its guest address, its size in bytes, and whether the device writes it."""
 
     addr: int
     size: int
@@ -36,7 +36,10 @@ class Buffer(NamedTuple):
 
 
 class Allocator:
-    """Hands out disjoint stretches of [base, base+size), with random gaps if asked."""
+    """Allocates disjoint ranges of guest memory from [base, base+size), in bytes.
+
+    :param gaps: leave gaps of random sizes between the ranges
+    """
 
     def __init__(self, base: int, size: int, *, gaps: random.Random | None = None) -> None:
         self.next = base
@@ -45,6 +48,10 @@ class Allocator:
         self.taken: list[tuple[int, int]] = []
 
     def alloc(self, size: int, align: int = 1) -> int:
+        """The guest address of `size` free bytes.
+
+        :raises MemoryError: the range is used up
+        """
         gap = self.gaps.randrange(64) if self.gaps else 0
         start = -(-(self.next + gap) // align) * align
         if start + size > self.end:
@@ -173,23 +180,28 @@ class MmioDriver:
         self.queues: list[SplitDriver] = []
 
     def get(self, offset: int) -> int:
+        """Read the 32-bit register at `offset`."""
         data = bytearray(4)
         self.transport.read(offset, memoryview(data))
         return int.from_bytes(data, "little")
 
     def set(self, offset: int, value: int) -> None:
+        """Write the 32-bit register at `offset`."""
         self.transport.write(offset, memoryview(bytearray(value.to_bytes(4, "little"))))
 
     def config(self, offset: int, size: int) -> bytes:
+        """Read `size` bytes of the device's configuration space."""
         data = bytearray(size)
         self.transport.read(spec.MMIO_CONFIG + offset, memoryview(data))
         return bytes(data)
 
     def add_status(self, bit: int) -> int:
+        """Set a bit of the device status; the status that the device then shows."""
         self.set(spec.MMIO_STATUS, self.get(spec.MMIO_STATUS) | bit)
         return self.get(spec.MMIO_STATUS)
 
     def offered(self) -> int:
+        """The 64 feature bits that the device offers."""
         features = 0
         for page in (0, 1):
             self.set(spec.MMIO_DEVICE_FEATURES_SEL, page)
@@ -197,12 +209,13 @@ class MmioDriver:
         return features
 
     def accept(self, features: int) -> None:
+        """Write the 64 feature bits that the driver accepts."""
         for page in (0, 1):
             self.set(spec.MMIO_DRIVER_FEATURES_SEL, page)
             self.set(spec.MMIO_DRIVER_FEATURES, features >> 32 * page & 0xFFFF_FFFF)
 
     def negotiate(self, *, without: int = 0) -> int:
-        """Reset the device and go as far as FEATURES_OK; the features accepted."""
+        """Reset the device and negotiate up to FEATURES_OK; the features accepted."""
         self.set(spec.MMIO_STATUS, 0)
         self.add_status(spec.ACKNOWLEDGE)
         self.add_status(spec.DRIVER)
@@ -212,7 +225,7 @@ class MmioDriver:
         return features
 
     def place_queue(self, index: int, driver: SplitDriver) -> None:
-        """Write the addresses of `driver` as queue `index`, all but QueueReady."""
+        """Write all registers of queue `index` but QueueReady: its size and the addresses of the rings of `driver`."""
         self.set(spec.MMIO_QUEUE_SEL, index)
         self.set(spec.MMIO_QUEUE_NUM, driver.size)
         for low, addr in (
@@ -224,7 +237,11 @@ class MmioDriver:
             self.set(low + 4, addr >> 32)
 
     def bring_up(self, *, without: int = 0, size: int | None = None) -> list[SplitDriver]:
-        """From reset to DRIVER_OK with every queue set up; the queues."""
+        """Bring the device from reset to DRIVER_OK with all queues set up; the queues.
+
+        :param without: feature bits that are not accepted
+        :param size: entries of each queue; by default the most that the device allows
+        """
         features = self.negotiate(without=without)
         self.queues = []
         for index in range(len(self.transport.queues)):
@@ -240,12 +257,12 @@ class MmioDriver:
         return self.queues
 
     def kick(self, index: int = 0) -> None:
-        """Notify the device of queue `index`, if it wants to know."""
+        """Notify the device of queue `index`, unless it has asked for no notification."""
         if self.queues[index].needs_kick():
             self.set(spec.MMIO_QUEUE_NOTIFY, index)
 
     def take_interrupt(self) -> int:
-        """Read and acknowledge InterruptStatus."""
+        """Read and acknowledge InterruptStatus; its value."""
         status = self.get(spec.MMIO_INTERRUPT_STATUS)
         self.set(spec.MMIO_INTERRUPT_ACK, status)
         return status
@@ -255,7 +272,11 @@ Device = TypeVar("Device", bound=VirtioDevice)
 
 
 class DeviceHost(Generic[Device]):
-    """A guest with one device; ``driver.bring_up()`` is the test's to call."""
+    """A guest with one device. The test calls ``driver.bring_up()``, and ``close()`` at its end.
+
+    :param ram: guest memory; the caller keeps it
+    :param allocator: where in `ram` the driver puts its rings and buffers
+    """
 
     def __init__(self, device: Device, ram: GuestRam, allocator: Allocator) -> None:
         self.device = device
@@ -266,17 +287,18 @@ class DeviceHost(Generic[Device]):
         self.driver = MmioDriver(self.transport, allocator)
 
     def close(self) -> None:
+        """Stop the device's threads and close its descriptors."""
         self.transport.close()
         self.irq.close()
 
     def until(self, done: Callable[[], bool]) -> None:
-        """Wait for interrupts until `done`."""
+        """Wait for interrupts until `done()` is true, at most 30 s for each."""
         while not done():
             assert select.select([self.irq.fd], [], [], 30)[0], "no interrupt came"
             self.irq.take()
 
     def submit(self, queue: int, buffers: Sequence[Buffer], *, indirect: bool = False) -> int:
-        """One chain through the ring of `queue`; the length in its used entry."""
+        """Submit one chain to `queue` and wait for it; the number of bytes that the device says it wrote."""
         ring = self.driver.queues[queue]
         ring.want_interrupt()
         head = ring.add_indirect(buffers) if indirect else ring.add(buffers)
@@ -284,7 +306,7 @@ class DeviceHost(Generic[Device]):
         return self.reap(queue, head)
 
     def reap(self, queue: int, head: int) -> int:
-        """Wait until `head`, alone, comes back; its length."""
+        """Wait for the chain at `head`, which must be the only one to come back; the number of bytes written."""
         ring = self.driver.queues[queue]
         done: list[tuple[int, int]] = []
 
@@ -298,12 +320,13 @@ class DeviceHost(Generic[Device]):
         return done[0][1]
 
     def room(self, size: int) -> Buffer:
-        """A buffer for the device to write."""
+        """A buffer of `size` bytes for the device to write."""
         return self.driver.queues[0].buffer(size, device_writes=True)
 
     def data(self, content: bytes) -> Buffer:
-        """A buffer for the device to read."""
+        """A buffer of `content` for the device to read."""
         return self.driver.queues[0].buffer(content)
 
     def broken(self) -> bool:
+        """Whether the device has set DEVICE_NEEDS_RESET."""
         return bool(self.driver.get(spec.MMIO_STATUS) & spec.DEVICE_NEEDS_RESET)
