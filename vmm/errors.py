@@ -7,6 +7,7 @@ children are the guest's. What happens next is decided by that alone (docs/desig
 
 from __future__ import annotations
 
+import errno
 import os
 
 _LONGEST = 500
@@ -103,15 +104,24 @@ class BadChain(GuestError):
         self.rule = rule
 
 
+def path_of(error: OSError) -> str:
+    """The file that an error is about: of two, as of a copy, the one that was written where its disk was the problem.
+
+    Empty: it names none.
+    """
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    path = error.filename2 if full and error.filename2 else error.filename
+    return os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
+
+
 def host_problem(error: BaseException) -> str | None:
     """One line for what the host or its limits did, whoever met it; None: `error` is a mistake of ours."""
     match error:
         case VmmError():
             return str(error)
         case OSError():
-            return (
-                f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
-            )
+            path = path_of(error)
+            return f"{path}: {error.strerror}" if path else error.strerror or str(error)
         case MemoryError():
             return "the host has no memory for it"
         case RuntimeError() if "can't start new thread" in str(error):

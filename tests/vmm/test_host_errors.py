@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.kvm.guests import write_guest
+from vmm.errors import host_problem
 
 NOBODY = 54321  # in no password file
 PROGRAM = "import sys; from vmm.commands.cli import entry; sys.exit(entry())"
@@ -172,3 +175,18 @@ def test_nowhere_to_put_images_is_said(room: Path) -> None:
         done = subprocess.run(**command_and_environment(host, words), cwd=room, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HOME: is not set" in done.stderr, done.stderr
         assert not (room / "~").exists()
+
+
+def test_a_copy_to_a_full_disk_names_what_was_written(tmp_path: Path) -> None:
+    (tmp_path / "from").write_bytes(bytes(10_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            shutil.copyfile(tmp_path / "from", tmp_path / "to")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert host_problem(caught.value) == f"{tmp_path / 'to'}: File too large"
+    with pytest.raises(OSError) as missing:
+        shutil.copyfile(tmp_path / "none", tmp_path / "to")
+    assert host_problem(missing.value) == f"{tmp_path / 'none'}: No such file or directory"

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from vmm.errors import ConfigError, line
+from vmm.errors import ConfigError, line, path_of
 from vmm.images import FORMAT, Image, apt, guest, layers, manifest, resolve, sources, squashfs, store, users
 from vmm.images.container import ImageConfig
 from vmm.images.host import Progress, PullError, cache_root, need, tool
@@ -50,7 +50,7 @@ def pull(name: Name, *, refresh: bool, limit: int | None, progress: Progress) ->
             with store.making(place) as work:
                 _make(name, limit or LIMIT, refresh, work, progress)
         except OSError as error:
-            raise PullError(f"{name}: {error.strerror}: {line(error.filename or place)}") from error
+            raise PullError(f"{name}: {error.strerror}: {line(path_of(error) or str(place))}") from error
     _sweep()
     made = resolve(str(name))
     assert made is not None
