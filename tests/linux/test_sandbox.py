@@ -195,6 +195,12 @@ def test_files_there_and_back(sandbox: Sandbox) -> None:
     files.write("/data/text", "a line\n", mode=0o640)
     files.write("/data/text", io.BytesIO(b"another\n"), append=True)
     assert files.read("/data/text") == "a line\nanother\n"
+    files.write("/data/pieces", io.StringIO("caf\u00e9 " * 50_000))
+    files.write("/data/pieces", ["\u00e9", b"\n"], append=True)
+    assert files.read("/data/pieces") == "caf\u00e9 " * 50_000 + "\u00e9\n"
+    files.remove("/data/pieces")
+    with pytest.raises(TypeError, match="data of a file must be text, bytes"):
+        files.write("/data/five", 5)  # type: ignore[arg-type]
     files.symlink("/data/link", "text")
     files.chown("/data/text", "nobody:tty")
     said = sandbox.run("stat -c '%n %a %u %g %s' /data/text; readlink /data/link").stdout
@@ -301,11 +307,18 @@ def test_copies_go_their_own_way(sandbox: Sandbox) -> None:
 def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:
     sandbox.files.write("/tmp/kept", "kept")
     sandbox.snapshot(str(tmp_path / "shot"))
-    with Sandbox.restore(str(tmp_path / "shot"), timeout=2) as again:
+    with Sandbox.restore(str(tmp_path / "shot"), timeout=float("inf")) as again:
         assert again.files.read("/tmp/kept") == "kept"
         assert again.run("echo $COLOUR").stdout == "blue\n"
-        with pytest.raises(SandboxGone, match="time limit of 2 s"):
+        again.set_timeout(None)
+        again.set_timeout(0.3)
+        with pytest.raises(SandboxGone, match=r"time limit of 0\.3 s"):
             again.run("sleep 100")
+    with Sandbox.restore(str(tmp_path / "shot"), timeout=0.5) as again:
+        with pytest.raises(SandboxGone, match=r"time limit of 0\.5 s"):
+            again.run("sleep 100")
+        with pytest.raises(SandboxGone, match=r"time limit of 0\.5 s"):
+            again.publish(80)
 
 
 def test_pause_holds_and_a_deadline_fires_all_the_same(sandbox: Sandbox) -> None:
@@ -360,17 +373,23 @@ def test_a_host_directory_is_mounted(runtime: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbox, tmp_path: Path) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     for settings, message in (
-        ({"image": "no-such"}, "image no-such: is not in the cache"),
+        ({"image": "no-such"}, "image oci:no-such: is not in the cache: run `pyvmm pull oci:no-such`"),
         ({"image": "busybox", "name": "a/b"}, "letters, digits"),
         ({"image": "busybox", "name": sandbox.name}, "another running sandbox"),
         ({"image": "busybox", "network": "host"}, "network host"),
         ({"image": "busybox", "timeout": 0}, "timeout"),
+        ({"image": "busybox", "timeout": float("nan")}, "timeout nan"),
+        ({"image": "busybox", "mounts": {"/x": ("/tmp",)}}, "mounts"),
         ({"image": "busybox", "memory": "1K"}, "memory"),
         ({"image": "busybox", "mounts": {"x": "/tmp"}}, "mounts"),
         ({"image": "busybox", "mounts": {"/x": str(tmp_path / "none")}}, "none"),
     ):
         with pytest.raises(ConfigError, match=message):
             Sandbox(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="count -1"):
+        sandbox.fork(-1)
+    with pytest.raises(ConfigError, match="timeout -1"):
+        sandbox.set_timeout(-1)
     with pytest.raises(ConfigError, match="NUL"):
         sandbox.run(["a\0b"])
     with pytest.raises(ConfigError, match="at most"):

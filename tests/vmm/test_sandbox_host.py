@@ -192,7 +192,13 @@ def test_random_answers_end_in_an_error_of_ours(agent: Callable[[Answer], Sessio
 
 @pytest.mark.parametrize(
     ("name", "pull"),
-    [("python:3.12", "oci:python:3.12"), ("host/x", "oci:host/x"), ("debina", "debina"), ("oci:x", "oci:x")],
+    [
+        ("python:3.12", "oci:python:3.12"),
+        ("host/x", "oci:host/x"),
+        ("python", "oci:python"),
+        ("debian", "debian"),
+        ("oci:x", "oci:x"),
+    ],
 )
 def test_an_image_that_is_not_here_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pull: str

@@ -29,7 +29,9 @@ from vmm.sandbox.errors import AgentError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from typing import BinaryIO, Literal, overload
+    from typing import IO, Literal, TypeAlias, overload
+
+    Data: TypeAlias = str | bytes | IO[str] | IO[bytes] | Iterable[str | bytes]
 
 _ENTRY = struct.Struct("<IIIIQq")
 _TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink"}
@@ -179,12 +181,12 @@ class Files:
         return data.decode() if format == "text" else data
 
     def write(
-        self, path: str, data: str | bytes | BinaryIO | Iterable[bytes], *, mode: int | None = None,
+        self, path: str, data: Data, *, mode: int | None = None,
         append: bool = False, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT,
     ) -> None:  # fmt: skip
         """Make a file, or replace what is in it; directories above it are made.
 
-        :param data: text, bytes, an open file or pieces of bytes
+        :param data: text, bytes, an open file or pieces; text is written as UTF-8
         :param mode: its permission bits; None: as they are, 0644 for a new one
         """
         words = ["write", f"path={path}", "parents=1", *_user(user)]
@@ -341,16 +343,20 @@ def _user(user: str | int | None) -> list[str]:
     return [] if user is None else [f"user={user}"]
 
 
-def _data_frames(data: str | bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
-    if isinstance(data, str):
-        data = data.encode()
-    pieces: Iterable[bytes | memoryview]
-    if isinstance(data, (bytes, bytearray, memoryview)):
-        pieces = (memoryview(data).cast("B"),)
+def _data_frames(data: Data) -> Iterator[bytes]:
+    pieces: Iterable[str | bytes | memoryview]
+    if isinstance(data, (str, bytes, bytearray, memoryview)):
+        pieces = (data,)
     elif hasattr(data, "read"):
-        pieces = iter(lambda: data.read(FRAME_MAX), b"")
-    else:
+        pieces = iter(lambda: data.read(FRAME_MAX) or b"", b"")  # of a text file the end is an empty text
+    elif hasattr(data, "__iter__"):
         pieces = data
+    else:
+        raise TypeError(f"data of a file must be text, bytes, an open file or pieces of them, not {data!r}")
+    return _piece_frames(pieces)
+
+
+def _piece_frames(pieces: Iterable[str | bytes | memoryview]) -> Iterator[bytes]:
     for piece in pieces:
-        yield from frames(F_DATA, piece)
+        yield from frames(F_DATA, memoryview(piece.encode() if isinstance(piece, str) else piece).cast("B"))
     yield frame(F_DATA)

@@ -9,7 +9,7 @@ from signal import SIGTERM
 
 from vmm.config.policy import BITS, GATEWAY, GUEST, RESOLVER
 from vmm.errors import ConfigError
-from vmm.images import Image, resolve
+from vmm.images import NAMES, Image, resolve
 from vmm.images.cpio import Archive
 from vmm.images.reference import KINDS
 from vmm.kvm.vm import runs_linux
@@ -55,18 +55,18 @@ def archive() -> bytes:
 
 
 def find_image(image: str | Image) -> Image:
-    """The image of that name; a name of a registry's, as ``python:3.12``, need not have ``oci:`` before it.
+    """The image of that name; a name of a registry's, as ``python`` or ``python:3.12``, need not have ``oci:`` before.
 
     :raises ConfigError: it was not pulled
     """
     if not isinstance(image, str):
         return image
     found = resolve(image)
-    if found is None and image.partition(":")[0] not in KINDS and (":" in image.strip(":") or "/" in image.strip("/.")):
+    if found is None and image not in NAMES and image.partition(":")[0] not in KINDS and image.strip(":/."):
         image = f"oci:{image}"
         found = resolve(image)
     if found is None:
-        raise ConfigError("image", image, f"is not in the cache: run `pyvmm pull {image}`")
+        raise ConfigError("image", image, f"is not in the cache: run `pyvmm pull {image or 'NAME'}`")
     return found
 
 

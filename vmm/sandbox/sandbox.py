@@ -107,9 +107,11 @@ class Sandbox(Session):
             raise
 
     def _begin(self, about: dict[str, Any], name: str | None, timeout: float | None) -> None:
-        if timeout is not None and timeout <= 0:
-            raise ConfigError("timeout", timeout, "must be more than 0 seconds")
-        self._closed = threading.Event()
+        _check_timeout(timeout)
+        self._alarm = threading.Condition()  # guards the next two, and tells of changes
+        self._closed = False
+        self._end: float | None = None  # by time.monotonic(), of its time limit
+        self._watched = False
         self._console = bytearray()
         self._place = Place(name, {**about, "began": time.time()})
         self.name = self._place.name
@@ -123,7 +125,7 @@ class Sandbox(Session):
         if machine.state == "Not started":
             machine.start()
         if self._timeout is not None:
-            threads.spawn(None, f"time limit of {self.name}", self._limit, self._timeout)
+            self.set_timeout(self._timeout)
         try:
             self._wake(Deadline(boot_timeout))
         except (SandboxGone, CommandTimeout) as error:
@@ -143,10 +145,33 @@ class Sandbox(Session):
                 if self._link.why:
                     raise
 
-    def _limit(self, seconds: float) -> None:
-        if not self._closed.wait(seconds):
-            self._link.fail(f"the sandbox has ended: its time limit of {seconds:g} s is over")
-            self.machine.stop()
+    def set_timeout(self, timeout: float | None) -> None:
+        """End it so many seconds from now on, in place of what was said before; None: it does not end by itself.
+
+        :raises ConfigError: not more than 0
+        """
+        _check_timeout(timeout)
+        with self._alarm:
+            self._timeout = timeout
+            self._end = None if timeout is None else time.monotonic() + timeout
+            self._alarm.notify()
+            if self._watched or timeout is None:
+                return
+            self._watched = True
+        threads.spawn(None, f"time limit of {self.name}", self._limit)
+
+    def _limit(self) -> None:
+        with self._alarm:
+            while not self._closed:
+                left = None if self._end is None else self._end - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._alarm.wait(left if left is None or left < threading.TIMEOUT_MAX else None)
+            else:
+                return
+            why = f"the sandbox has ended: its time limit of {self._timeout:g} s is over"
+        self._link.fail(why)
+        self.machine.stop()
 
     def _ended(self, stop: Exit) -> None:
         self._link.fail(f"the sandbox has ended: {stop}")
@@ -179,11 +204,14 @@ class Sandbox(Session):
         """Copies of this sandbox as it is now, that run; this one goes on, too. They share its memory copy-on-write.
 
         :param timeout: seconds after which each copy ends; None: as this one was given
+        :raises ConfigError: a negative `count`
         :raises SnapshotError: it cannot be copied: a mount is in use
 
         Each has a name, random numbers and a clock of its own. Commands that are running end in a copy, unless they
         were started with `keep`, or are in the background.
         """
+        if count < 0:
+            raise ConfigError("count", count, "must be 0 or more")
         copies: list[Sandbox] = []
         machines: list[Machine] = []
 
@@ -251,7 +279,9 @@ class Sandbox(Session):
 
     def close(self) -> None:
         """End it, as if its power were cut, and give everything back; idempotent."""
-        self._closed.set()
+        with self._alarm:
+            self._closed = True
+            self._alarm.notify()
         self._link.fail("the sandbox was closed")
         super().close()
         if "machine" in self.__dict__:
@@ -270,10 +300,21 @@ class Sandbox(Session):
         return f"Sandbox({self.name!r}, {self._about['image']!r}, {'running' if self.running else self._link.why!r})"
 
 
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not timeout > 0:  # as it is for what is no number, too
+        raise ConfigError("timeout", timeout, "must be more than 0 seconds")
+
+
 def _shares(mounts: Mapping[str, str | tuple[str, str]]) -> list[tuple[str, ShareConfig]]:
     shares = []
     for place, (path, what) in enumerate(mounts.items()):
-        directory, mode = (what, "rw") if isinstance(what, (str, os.PathLike)) else what
+        match what:
+            case str() | os.PathLike():
+                directory, mode = what, "rw"
+            case [directory, mode]:
+                pass
+            case _:
+                directory, mode = "", ""
         if mode not in ("rw", "ro") or not path.startswith("/"):
             raise ConfigError("mounts", f"{path} {what}", 'must be {"/IN/GUEST": "DIRECTORY" or ("DIRECTORY", "ro")}')
         shares.append((path, ShareConfig(f"mount{place}", directory, read_only=mode == "ro")))

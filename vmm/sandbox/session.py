@@ -9,7 +9,7 @@ import signal
 from vmm.errors import line
 from vmm.sandbox import registry
 from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
-from vmm.sandbox.errors import SandboxError
+from vmm.sandbox.errors import SandboxError, SandboxGone
 from vmm.sandbox.files import Files
 from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, words_of
 
@@ -160,9 +160,12 @@ class Session:
         :param host: address to listen on
         :returns: yours to close; its ``address`` says where it listens
         :raises HostError: the host's port is not to be had
+        :raises SandboxGone: the sandbox has ended
         """
         from vmm.sandbox.ports import Published
 
+        if self._link.why:
+            raise SandboxGone(self._link.why)
         return Published(self, port, host, host_port)
 
     def provide(self, host_port: int, port: int | None = None, *, host: str = "127.0.0.1") -> Provided:
