@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.jail.jailed import ID, ROOT, Jailed
+from vmm.commands import cli
 from vmm.commands import jailer as command
 from vmm.commands.jailer import parse_quickly
 from vmm.errors import ConfigError
@@ -45,23 +46,24 @@ def test_both_ways_to_write_an_option() -> None:
     words = "--id=a --exec-file /x --uid 1 --gid=2 --cgroup cpu.shares=3 --cgroup=pids.max=4"
     words += " --daemonize -- --a=b --id c"
     parsed = parse_quickly(words.split())
-    assert parsed is not None and parsed.mistake is None
-    assert [parsed.values[name] for name in ("--id", "--exec-file", "--uid", "--gid")] == ["a", "/x", "1", "2"]
-    assert parsed.values["--cgroup"] == ["cpu.shares=3", "pids.max=4"]
-    assert parsed.values["--daemonize"] and not parsed.values["--new-pid-ns"]
-    assert parsed.values["--chroot-base-dir"] == "/srv/jailer" and parsed.values["--cgroup-version"] == "1"
+    assert parsed is not None
+    assert [parsed.id, parsed.exec_file, parsed.uid, parsed.gid] == ["a", "/x", "1", "2"]
+    assert parsed.cgroup == ["cpu.shares=3", "pids.max=4"]
+    assert parsed.daemonize and not parsed.new_pid_ns
+    assert parsed.chroot_base_dir == "/srv/jailer" and parsed.cgroup_version == "1"
     assert parsed.vmm == ["--a=b", "--id", "c"]
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [("--nothing", "--nothing"), ("--id", "--id"), ("--id --uid 1", "--id"), ("--daemonize=1", "--daemonize=1"),
-     ("stray", "stray")],
+    [("--nothing", "unrecognized arguments: --nothing;"), ("--id", "--id: expected one argument"),
+     ("--id --uid 1", "--id: expected one argument"), ("--daemonize=1", "--daemonize: ignored explicit argument '1'"),
+     ("stray", "unrecognized arguments: stray"), ("--exec-fil /x", "--exec-fil /x; did you mean --exec-file?")],
 )  # fmt: skip
-def test_a_mistake_in_an_option_is_named(words: str, named: str) -> None:
-    parsed = parse_quickly(words.split())
-    assert parsed is not None and parsed.mistake is not None
-    assert named in str(parsed.mistake)
+def test_a_mistake_in_an_option_is_named(words: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    required = [f"{each}=1" for each in command.REQUIRED]
+    assert cli.parse("jailer", command, [*required, *words.split(), "--", "--no-api"]) == 1
+    assert named in capsys.readouterr().err
 
 
 def test_help_and_version() -> None:

@@ -60,7 +60,8 @@ def parse(name: str, module: ModuleType, words: list[str]) -> Any:
     parser = make_parser(name, module)
     try:
         # Intermixed: KERNEL --option value ROOTFS. What `lab` takes, the rest of its line, argparse cannot mix.
-        return parser.parse_intermixed_args(words) if quick is not None else parser.parse_args(words)
+        own = getattr(module, "own_words", list)(words)
+        return parser.parse_intermixed_args(own) if quick is not None else parser.parse_args(own)
     except SystemExit as end:
         return end.code
 

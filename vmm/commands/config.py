@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vmm.commands import run, serve
+from vmm.commands.options import Arguments
 from vmm.config import attribute
 from vmm.config.vm import VmConfig
 
@@ -24,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_arguments(parser)
 
 
-def parse_quickly(words: list[str]) -> run.Arguments | None:
+def parse_quickly(words: list[str]) -> Arguments | None:
     """The arguments, where `words` are plain; None: leave it to argparse."""
     return run.parse_quickly(words[1:]) if words[:1] == ["show"] else None
 
 
-def main(args: run.Arguments) -> int:
+def main(args: Arguments) -> int:
     """Print it."""
     places = run.from_files(args)
     kernel, args.kernel = args.kernel, args.kernel or _NO_KERNEL
@@ -37,7 +38,7 @@ def main(args: run.Arguments) -> int:
     lines = list(_lines(args, config, places))
     if kernel is None:
         lines[0] = ("kernel", _NO_KERNEL, "")
-    defaults = serve.Arguments()
+    defaults = Arguments(serve.OPTIONS)
     for option, place in serve.from_files(defaults).items():
         lines.append((f"serve {option}", str(getattr(defaults, attribute(option))), place))
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
@@ -46,7 +47,7 @@ def main(args: run.Arguments) -> int:
     return 0
 
 
-def _lines(args: run.Arguments, config: VmConfig, places: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+def _lines(args: Arguments, config: VmConfig, places: dict[str, str]) -> Iterator[tuple[str, str, str]]:
     # Parameter, value and where it comes from. A list has a line for each.
     for name, each in VmConfig.OPTIONS.items():
         value = getattr(config, name)

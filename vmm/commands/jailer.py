@@ -8,19 +8,20 @@ import shutil
 import sys
 
 from vmm import __version__
-from vmm.config import did_you_mean
+from vmm.commands import options
+from vmm.config import attribute
 from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from typing import Any
+
+    from vmm.commands.options import Arguments
 
 STATUS_OK = 0
 STATUS_GENERIC = STATUS_ARGUMENTS = 1
 
-# (option, metavar, default, help); what has no metavar is a switch.
-OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
+OPTIONS: options.Table = (
     ("--id", "ID", None, "the VM's id, 1 to 64 letters, digits and hyphens"),
     ("--exec-file", "FILE", None, "the program: pyvmm, or a link to it, whose name the jail's directory gets"),
     ("--uid", "UID", None, "the user that the VMM becomes"),
@@ -43,72 +44,33 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
 REQUIRED = ("--id", "--exec-file", "--uid", "--gid")
 
 
-class Arguments:
-    """The parsed command line: ``values`` by option, ``vmm`` for what comes after ``--``, or what is wrong with it."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {
-            option: list(default) if isinstance(default, list) else default for option, _, default, _ in OPTIONS
-        }
-        self.vmm: list[str] = []
-        self.mistake: ConfigError | None = None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options, for ``--help``; ``parse_quickly`` parses them."""
-    for option, metavar, _, text in OPTIONS:
-        if metavar is None:
-            parser.add_argument(option, action="store_true", help=text)
-        else:
-            parser.add_argument(option, metavar=metavar, help=text, required=option in REQUIRED)
+    """Declare the options of ``pyvmm jailer``."""
+    options.declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
-    """The arguments; ``--option value`` and ``--option=value``.
-
-    :returns: None: help is asked for
-    """
-    parsed = Arguments()
-    known = {option: metavar for option, metavar, _, _ in OPTIONS}
-    rest = iter(words)
-    try:
-        for word in rest:
-            option, equals, value = word.partition("=")
-            if word == "--":
-                parsed.vmm = list(rest)
-            elif word in ("-h", "--help"):
-                return None
-            elif option not in known:
-                guess = did_you_mean(option, known) or ";"
-                raise ConfigError(word, "", f"is not an option{guess} options of the VMM come after --")
-            elif known[option] is None:
-                if equals:
-                    raise ConfigError("jailer", word, "takes no value")
-                parsed.values[option] = True
-            else:
-                if not equals:
-                    value = next(rest, "--")
-                    if value.startswith("--"):
-                        raise ConfigError("jailer", option, f"needs a value, {known[option]}")
-                if isinstance(parsed.values[option], list):
-                    parsed.values[option].append(value)
-                else:
-                    parsed.values[option] = value
-    except ConfigError as error:
-        parsed.mistake = error
+    """The arguments, where `words` are plain, with ``vmm``, the options after ``--``; None: leave it to argparse."""
+    own = own_words(words)
+    parsed = options.parse(own, OPTIONS)
+    if parsed is not None:
+        parsed.vmm = words[len(own) + 1 :]
     return parsed
+
+
+def own_words(words: list[str]) -> list[str]:
+    """`words` up to ``--``; those after it are the VMM's."""
+    return words[: words.index("--")] if "--" in words else words
 
 
 def main(args: Arguments) -> int:
     """Go into the jail, and serve there until the VM ends; ``pyvmm serve``'s exit codes, 1 where there is no jail."""
-    if args.values["--version"]:
+    if args.version:
         from vmm.api import API_VERSION
 
         print(f"Jailer v{API_VERSION}\n\npyvmm {__version__}")
         return STATUS_OK
     try:
-        if args.mistake is not None:
-            raise args.mistake
         return _run(args)
     except VmmError as error:
         print(f"pyvmm jailer: {error}", file=sys.stderr)
@@ -121,23 +83,22 @@ def _run(args: Arguments) -> int:
     from vmm.jail import jailer
     from vmm.jail.preload import preload
 
-    values = args.values
     for option in REQUIRED:
-        if values[option] is None:
+        if getattr(args, attribute(option)) is None:
             raise ConfigError(option, "", "is missing")
-    serve.check_id(values["--id"])
-    check_program(values["--exec-file"])
+    serve.check_id(args.id)
+    check_program(args.exec_file)
     # Before: in there is no argparse, and nobody who sees what is wrong.
-    vmm = cli.parse("serve", serve, ["--id", values["--id"], *args.vmm])
+    vmm = cli.parse("serve", serve, ["--id", args.id, *args.vmm])
     if isinstance(vmm, int):
         return vmm
     serve.from_files(vmm)
     jail = jailer.Jail(
-        values["--exec-file"], values["--id"], _number("--uid", values["--uid"]), _number("--gid", values["--gid"]),
-        chroot_base_dir=values["--chroot-base-dir"], netns=values["--netns"], cgroups=values["--cgroup"],
-        cgroup_version=_number("--cgroup-version", values["--cgroup-version"]),
-        parent_cgroup=values["--parent-cgroup"], resource_limits=values["--resource-limit"],
-        daemonize=values["--daemonize"], new_pid_ns=values["--new-pid-ns"],
+        args.exec_file, args.id, _number("--uid", args.uid), _number("--gid", args.gid),
+        chroot_base_dir=args.chroot_base_dir, netns=args.netns, cgroups=args.cgroup,
+        cgroup_version=_number("--cgroup-version", args.cgroup_version),
+        parent_cgroup=args.parent_cgroup, resource_limits=args.resource_limit,
+        daemonize=args.daemonize, new_pid_ns=args.new_pid_ns,
     )  # fmt: skip
     launched.spare_httptools()
     launched.spare_msgspec()

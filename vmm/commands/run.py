@@ -8,6 +8,7 @@ import sys
 
 from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
+from vmm.commands import options
 from vmm.config import attribute, fill_from_files
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from vmm.commands.options import Arguments
     from vmm.machine.machine import Machine
 
 STATUS_INTERRUPTED = 130
@@ -29,8 +31,7 @@ CONTAINERS = ("oci:", "docker-archive:", "dir:")
 
 # By the option: the parameter of VmConfig that it is.
 PARAMETERS = {each.word: (name, each) for name, each in VmConfig.OPTIONS.items() if each.word}
-# (option, metavar, default, help); what has no metavar is a switch.
-OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
+OPTIONS: options.Table = (
     *((word, each.metavar, None if each.metavar else False, each.help) for word, (_, each) in PARAMETERS.items()),
     ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
     ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
@@ -47,34 +48,6 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
 )
 
 
-class Arguments:
-    """The parsed command line; the attributes of an ``argparse.Namespace``, without argparse."""
-
-    kernel: str | None
-    rootfs: str | None = None
-    initrd: str | None
-    cmdline: str | None
-    append: str | None
-    console: str | None
-    kvm: str | None
-    disk: list[str]
-    share: list[str]
-    net: list[str]
-    vsock: str | None
-    balloon: str | None
-    restore: str | None
-    no_seccomp: bool
-    any_kernel: bool
-    lab: bool
-    write_config: str | None
-    dry_run: bool
-    verbose: bool
-
-    def __init__(self) -> None:
-        for option, _, default, _ in OPTIONS:
-            setattr(self, attribute(option), list(default) if isinstance(default, list) else default)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm run``."""
     add = parser.add_argument
@@ -85,48 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian or oci:python:3.12",
     )
     add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, dir:DIRECTORY, or oci:REF")
-    for option, metavar, default, text in OPTIONS:
-        if metavar is None:
-            names = ("-v", option) if option == "--verbose" else (option,)
-            add(*names, action="store_true", help=text)
-        elif isinstance(default, list):
-            add(option, metavar=metavar, action="append", default=[], help=text)
-        else:
-            add(option, metavar=metavar, default=default, help=text)
+    options.declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
-    """The arguments, where `words` are plain: exact long options, each with its value as the next word.
-
-    :returns: what argparse would make of them; None: leave it to argparse, its help and its messages
-
-    Importing argparse costs as much as all of a VM's own start; ``tests/vmm/test_run_arguments.py`` compares the two.
-    """
-    parsed = Arguments()
-    known = {option: (metavar, default) for option, metavar, default, _ in OPTIONS}
-    positional: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-"):
-            positional.append(word)
-            continue
-        if word not in known:
-            return None
-        metavar, default = known[word]
-        if metavar is None:
-            setattr(parsed, attribute(word), True)
-            continue
-        value = next(rest, "-")
-        if value.startswith("-"):
-            return None
-        if isinstance(default, list):
-            getattr(parsed, attribute(word)).append(value)
-        else:
-            setattr(parsed, attribute(word), value)
-    if not 1 <= len(positional) <= 2:
-        return None
-    parsed.kernel, parsed.rootfs = positional[0], positional[1] if len(positional) > 1 else None
-    return parsed
+    """The arguments, where `words` are plain; None: leave it to argparse."""
+    return options.parse(words, OPTIONS, ("kernel", "rootfs"))
 
 
 def from_files(args: Arguments) -> dict[str, str]:

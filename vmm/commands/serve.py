@@ -9,6 +9,7 @@ import threading
 
 from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
+from vmm.commands import options
 from vmm.config import attribute, fill_from_files, parse_count
 from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.api.server import Server
+    from vmm.commands.options import Arguments
     from vmm.machine.machine import Machine
 
 # Firecracker's exit codes.
@@ -33,8 +35,7 @@ DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
 FIRST_SECONDS = 0.02
 
-# (option, metavar, default, help); what has no metavar is a switch.
-OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
+OPTIONS: options.Table = (
     ("--api-sock", "PATH", DEFAULT_SOCKET, f"the API's unix socket (default: {DEFAULT_SOCKET})"),
     ("--id", "ID", "anonymous-instance", "the VM's id (default: anonymous-instance)"),
     ("--config-file", "FILE", None, "a VM to start at once, in JSON"),
@@ -60,76 +61,14 @@ OPTIONS: tuple[tuple[str, str | None, Any, str], ...] = (
 )
 
 
-class Arguments:
-    """The parsed command line; the attributes of an ``argparse.Namespace``, without argparse."""
-
-    api_sock: str
-    id: str
-    config_file: str | None
-    no_api: bool
-    log_path: str | None
-    level: str | None
-    module: str | None
-    show_level: bool
-    show_log_origin: bool
-    metrics_path: str | None
-    boot_timer: bool
-    start_time_us: str | None
-    start_time_cpu_us: str | None
-    parent_cpu_time_us: str | None
-    mmds_size_limit: str | None
-    metadata: str | None
-    no_seccomp: bool
-    snapshot_version: bool
-    describe_snapshot: str | None
-    seccomp_filter: str | None
-    version: bool
-    http_api_max_payload_size: int
-
-    def __init__(self) -> None:
-        for option, _, default, _ in OPTIONS:
-            setattr(self, attribute(option), default)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm serve``."""
-    for option, metavar, default, text in OPTIONS:
-        if metavar is None:
-            parser.add_argument(option, action="store_true", help=text)
-        else:
-            kind = int if isinstance(default, int) else str
-            parser.add_argument(option, metavar=metavar, type=kind, default=default, help=text)
+    options.declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
-    """The arguments, where `words` are plain: ``--option value`` and ``--option=value``.
-
-    :returns: what argparse would make of them; None: leave it to argparse, its help and its messages
-    """
-    parsed = Arguments()
-    known = {option: (metavar, default) for option, metavar, default, _ in OPTIONS}
-    rest = iter(words)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option not in known:
-            return None
-        metavar, default = known[option]
-        if metavar is None:
-            if equals:
-                return None
-            setattr(parsed, attribute(option), True)
-            continue
-        if not equals:
-            value = next(rest, "-")
-            if value.startswith("-"):
-                return None
-        if isinstance(default, int):
-            if not (value.isascii() and value.isdigit()):
-                return None
-            setattr(parsed, attribute(option), int(value))
-        else:
-            setattr(parsed, attribute(option), value)
-    return parsed
+    """The arguments, where `words` are plain; None: leave it to argparse."""
+    return options.parse(words, OPTIONS)
 
 
 def from_files(args: Arguments) -> dict[str, str]:
