@@ -299,7 +299,10 @@ cdef int serial_access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size,
 
 
 cdef class Serial(NativeDevice):
-    """A 16550A at 8 ports; see ``_serial.pyi``."""
+    """A 16550A serial port of 8 ports: FIFO, interrupts, modem lines, loopback.
+
+    :param irq: its interrupt line; kept, and borrowed from its owner, who closes it after this
+    """
 
     def __cinit__(self, irq):
         cdef State *s = &self.state
@@ -334,9 +337,11 @@ cdef class Serial(NativeDevice):
 
     @property
     def stats(self):
+        """Accesses of the guest's, by name."""
         return {"read_count": self.state.reads, "write_count": self.state.writes}
 
     def save(self):
+        """What the guest can see of the port; what the host has not taken yet, or sent, stays here."""
         cdef State *s = &self.state
         cdef uint32_t i
         pthread_mutex_lock(&s.lock)
@@ -351,6 +356,7 @@ cdef class Serial(NativeDevice):
         return state
 
     def restore(self, state):
+        """Take what ``save`` told of another port, and raise the interrupt if there is a cause."""
         cdef State *s = &self.state
         cdef bytes fifo = state["fifo"]
         cdef uint32_t i
@@ -369,6 +375,11 @@ cdef class Serial(NativeDevice):
         pthread_mutex_unlock(&s.lock)
 
     def feed(self, data):
+        """Send `data` to the guest; returns when all of it is on the wire, at most 4 KiB ahead of the guest.
+
+        Blocks without the GIL while the guest does not read, or holds RTS down; ``close`` ends the wait, and
+        what was not taken by then is lost.
+        """
         cdef const uint8_t[::1] view = memoryview(data).cast("B")
         cdef State *s = &self.state
         cdef Py_ssize_t done = 0, size = view.shape[0]
@@ -387,6 +398,10 @@ cdef class Serial(NativeDevice):
             pthread_mutex_unlock(&s.lock)
 
     def wait_output(self):
+        """Take all that the guest has sent, waiting without the GIL until there is something; for one thread.
+
+        :returns: at most 64 KiB; ``b""`` when the port is closed and everything was taken
+        """
         cdef State *s = &self.state
         cdef uint32_t count, first
         cdef uint64_t since
@@ -421,6 +436,11 @@ cdef class Serial(NativeDevice):
         return taken
 
     def drop_output(self, bytes words=b""):
+        """From here on what the guest sends is lost at once, and no thread has to take it; what waits, too.
+
+        :param words: looked for in it; no byte of them is 0, and their first one comes once
+        :raises ValueError: they are otherwise
+        """
         cdef State *s = &self.state
         if 0 in words or words.find(words[:1], 1) > 0:
             raise ValueError("words without a NUL, whose first byte comes once")
@@ -435,15 +455,18 @@ cdef class Serial(NativeDevice):
         pthread_mutex_unlock(&s.lock)
 
     def keep_output(self):
+        """From here on ``wait_output`` has what the guest sends."""
         pthread_mutex_lock(&self.state.lock)
         self.state.dropping = 0
         pthread_mutex_unlock(&self.state.lock)
 
     @property
     def said(self):
+        """Whether the words that ``drop_output`` was to look for went by."""
         return bool(self.state.said)
 
     def close(self):
+        """Wake ``feed`` and ``wait_output``; the port itself keeps answering the guest. Idempotent."""
         cdef State *s = &self.state
         with nogil:
             pthread_mutex_lock(&s.lock)

@@ -146,7 +146,7 @@ cdef class VirtQueue:
     cdef public uint64_t used
 
 cdef class Chain:
-    cdef readonly uint16_t head
+    cdef readonly uint16_t head     # index of its first descriptor, by which the driver knows it
     cdef readonly uint64_t readable_bytes
     cdef readonly uint64_t writable_bytes
     cdef GuestRam memory

@@ -109,7 +109,10 @@ cdef class GuestRam:
         return (<char *>p)[:<Py_ssize_t>size]
 
     def whole_pages(self, part):
-        """(guest address, bytes) of the pages that lie wholly inside `part`, a slice of this RAM."""
+        """(guest address, bytes) of the pages that lie wholly inside `part`, a slice of this RAM.
+
+        :raises ValueError: it is not a slice of this RAM
+        """
         cdef uint8_t[::1] view = part
         cdef uintptr_t first, start, end
         cdef int i
@@ -126,7 +129,15 @@ cdef class GuestRam:
         return self._regions[i].gpa + (start - <uintptr_t>self._regions[i].host), end - start if start < end else 0
 
     def discard(self, part):
-        """Give the host the pages back that lie wholly inside `part`, a slice of this RAM; they read as zeros."""
+        """Give the host the pages back that lie wholly inside `part`: holes in the memfd, which read as zeros.
+
+        :param part: what ``slice`` or a chain gave, of any alignment
+        :returns: bytes given back
+        :raises ValueError: it is not a slice of this RAM
+        :raises OSError: the host refused, as for RAM that is no shared memory
+
+        Without the GIL. Source: Linux madvise(2), MADV_REMOVE.
+        """
         cdef uint64_t gpa, size
         cdef int failed
         cdef uint8_t *start
@@ -284,7 +295,7 @@ cdef bint queue_flush_call(Ring *ring) noexcept nogil:
 
 
 cdef class Chain:
-    """One request of the driver: ``readable``, then ``writable`` buffers, borrowed until add_used."""
+    """One request of the driver. Its buffers are guest memory, borrowed until ``VirtQueue.add_used``."""
 
     def __dealloc__(self):
         PyMem_Free(self.iov)
@@ -305,7 +316,10 @@ cdef class Chain:
         return views
 
     def gather(self, uint64_t limit, uint64_t start=0):
-        """At most `limit` of the readable bytes from `start` on, copied once."""
+        """What the driver wrote for the device, from `start` on, copied once: at most `limit` bytes of it.
+
+        Judge ``readable_bytes`` first: a driver can name gigabytes by a few descriptors.
+        """
         cdef uint64_t size = min(limit, self.readable_bytes - start) if start < self.readable_bytes else 0
         cdef bytes copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
         cdef uint8_t *to = <uint8_t *>PyBytes_AS_STRING(copy)
@@ -325,7 +339,7 @@ cdef class Chain:
         return copy
 
     def scatter(self, data):
-        """Copy `data` to the writable buffers; how much of it had room."""
+        """Copy `data` to where the device may write, from the first byte on; how much of it had room."""
         cdef const uint8_t[::1] view = data
         cdef uint64_t size = min(<uint64_t>view.shape[0], self.writable_bytes), done = 0, n
         cdef uint32_t i
@@ -339,12 +353,12 @@ cdef class Chain:
 
     @property
     def readable(self):
-        """Memoryviews over what the driver wrote for the device, in order; none is empty."""
+        """What the driver wrote for the device, in order; no buffer is empty. Made anew by each call."""
         return self._views(0, self.n_readable)
 
     @property
     def writable(self):
-        """Memoryviews over what the device may write, in order; none is empty."""
+        """Where the device may write, in order; no buffer is empty. Made anew by each call."""
         return self._views(self.n_readable, self.n_writable)
 
 
@@ -359,6 +373,10 @@ cdef class VirtQueue:
                     interrupt()
             if not queue.enable_notify():
                 break                       # now wait for the notification
+
+    :param memory: guest RAM that holds the rings and the buffers
+    :param max_size: a power of two up to 32768
+    :param index: of the queue in its device, for messages
     """
 
     def __cinit__(self, GuestRam memory, int max_size, int index=0):
@@ -376,14 +394,14 @@ cdef class VirtQueue:
         PyMem_Free(self.scratch.iov)
 
     def reset(self):
-        """Forget what the driver set; the queue is not ready."""
+        """Not ready, ``size`` is ``max_size``, no addresses."""
         self.ring = Ring(NULL, NULL, NULL, 0, 0, 0, 0, False, False)
         self.size = self.max_size
         self.desc = self.avail = self.used = 0
 
     @property
     def ready(self):
-        """Whether the driver has set the queue up and it was found good."""
+        """Whether ``enable`` found the set-up good."""
         return self.ring.size != 0
 
     @property
@@ -397,7 +415,14 @@ cdef class VirtQueue:
         return self.ring.next_used
 
     def enable(self, *, bint event_idx, bint indirect, uint16_t last_avail=0, uint16_t next_used=0):
-        """Judge ``size``, ``desc``, ``avail`` and ``used`` as the driver set them; the queue is ready."""
+        """Judge ``size`` and the guest addresses ``desc``, ``avail`` and ``used``, and make the queue ready.
+
+        :param event_idx: VIRTIO_F_EVENT_IDX was negotiated
+        :param indirect: VIRTIO_F_INDIRECT_DESC was negotiated
+        :param last_avail: where a restored device goes on
+        :param next_used: the same for the used ring
+        :raises BadChain: size not a power of two or too large, an address misaligned or outside RAM
+        """
         if not 0 < self.size <= <uint32_t>self.max_size or self.size & (self.size - 1):
             raise BadChain(self.index, -1, -1, f"the queue size {self.size} is not a power of two up to "
                            f"{self.max_size} (§2.7, §4.2.3.2)")
@@ -421,7 +446,10 @@ cdef class VirtQueue:
         self.ring.size = <uint16_t>self.size
 
     def pop(self):
-        """The next chain, or None where the driver has made no more available."""
+        """The next chain, each descriptor copied once and then judged; None: no more for now.
+
+        :raises BadChain: the driver broke a rule; the queue stays where it is until ``reset``
+        """
         cdef int status = queue_pop(&self.ring, self.memory, &self.scratch)
         cdef uint32_t count
         cdef Chain chain
@@ -444,13 +472,16 @@ cdef class VirtQueue:
         return chain
 
     def failure(self, int status):
-        """The ``BadChain`` for what ``queue_pop`` of this queue returned last, a negative status."""
+        """The exception for what ``queue_pop`` of this queue returned last, a negative status."""
         if status == QUEUE_NOT_READY or status == QUEUE_AVAIL_IDX:
             return BadChain(self.index, -1, -1, RULES[status])
         return BadChain(self.index, self.scratch.head, self.scratch.index, RULES[status])
 
     def add_used(self, Chain chain not None, uint32_t written):
-        """Return `chain`, its first `written` writable bytes filled; the driver sees it after ``flush``."""
+        """Return `chain`, its first `written` writable bytes filled; the driver sees it after ``flush``.
+
+        :raises ValueError: returned before, or `written` above its ``writable_bytes``
+        """
         if chain.returned:
             raise ValueError("the chain was returned before")
         if written > chain.writable_bytes:

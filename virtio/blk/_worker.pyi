@@ -9,8 +9,6 @@ MAX_DISCARD_SECTORS: int
 MAX_WRITE_ZEROES_SECTORS: int
 
 class Backend:
-    """What the workers of one disk share: the file, its size, how it is to be treated."""
-
     limiter: RateLimiter
     def __init__(
         self,
@@ -25,17 +23,9 @@ class Backend:
         unsafe: bool,
         use_uring: bool,
     ) -> None: ...
-    def change(self, size: int, fd: int = -1, block_device: bool = False) -> None:
-        """Between two requests, set `size` and, if given, put a duplicate of `fd` in the file's place.
-
-        What is under way with io_uring ends on the file on which it began.
-
-        :raises OSError: `fd` cannot be duplicated
-        """
+    def change(self, size: int, fd: int = -1, block_device: bool = False) -> None: ...
 
 class BlockWorker(QueueWorker):
-    """The thread of one queue of a block device."""
-
     def __init__(
         self,
         device: VirtioDevice,
@@ -48,5 +38,4 @@ class BlockWorker(QueueWorker):
         size: int,
     ) -> None: ...
     @property
-    def stats(self) -> dict[str, int]:
-        """Counters of this queue by name."""
+    def stats(self) -> dict[str, int]: ...

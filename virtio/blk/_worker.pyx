@@ -115,7 +115,12 @@ cdef class Backend:
         pthread_mutex_init(&self.gate, NULL)
 
     def change(self, uint64_t size, int fd=-1, bint block_device=False):
-        """Between two requests, set `size` and, if given, put a duplicate of `fd` in the file's place."""
+        """Between two requests, set `size` and, if given, put a duplicate of `fd` in the file's place.
+
+        What is under way with io_uring ends on the file on which it began.
+
+        :raises OSError: `fd` cannot be duplicated
+        """
         cdef BlockWorker worker
         cdef int failed = 0
         with nogil:     # a worker may want the GIL for a warning

@@ -2,12 +2,9 @@
 from virtio.fs._dax import Window
 
 def type_stores_files(f_type: int) -> bool: ...
-def stores_files(fd: int) -> tuple[bool, int]:
-    """Whether `fd` is on a file system that stores files, not one that shows the kernel's insides; and its f_type."""
+def stores_files(fd: int) -> tuple[bool, int]: ...
 
 class Share:
-    """What all threads of one share have in common."""
-
     def __init__(
         self,
         root_fd: int,
@@ -23,16 +20,11 @@ class Share:
         dax: int = 0,
     ) -> None: ...
     window: Window | None
-    def clear(self) -> None:
-        """Forget what the guest was told: its driver is gone."""
-    def close(self) -> None:
-        """Close the directory itself, too: no thread of the share runs any more."""
+    def clear(self) -> None: ...
+    def close(self) -> None: ...
     @property
-    def nodes(self) -> int:
-        """Files that the guest knows of, the directory itself included."""
+    def nodes(self) -> int: ...
     @property
-    def reopened(self) -> int:
-        """Times that a file's descriptor was opened again, after others had needed it."""
+    def reopened(self) -> int: ...
     @property
-    def handles(self) -> int:
-        """Files and directories that the guest has open."""
+    def handles(self) -> int: ...

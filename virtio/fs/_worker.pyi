@@ -8,20 +8,13 @@ from virtio.device import VirtioDevice
 from virtio.fs._share import Share
 
 class Backlog:
-    """What the threads of a share hand one another."""
-
     def __new__(cls, queue_size: int) -> Self: ...
 
 class FsThread(QueueWorker):
-    """What both kinds of thread of a share have: an entry into its credentials, and the way of a reply."""
-
     @property
-    def stats(self) -> dict[str, int]:
-        """Counters of this thread, by name."""
+    def stats(self) -> dict[str, int]: ...
 
 class FsWorker(FsThread):
-    """The thread of some queues of a share."""
-
     def __init__(
         self,
         device: VirtioDevice,
@@ -35,8 +28,6 @@ class FsWorker(FsThread):
     ) -> None: ...
 
 class FsHelper(FsThread):
-    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, reads of what is not in memory."""
-
     def __init__(
         self,
         device: VirtioDevice,

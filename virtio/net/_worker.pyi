@@ -9,8 +9,6 @@ from virtio.net.mmds import Endpoint
 from virtio.net.resolver import Resolver
 
 class NetWorker(QueueWorker):
-    """The thread of one pair of queues, the receive queue first."""
-
     rx_limiter: RateLimiter
     tx_limiter: RateLimiter
     def __init__(
@@ -32,5 +30,4 @@ class NetWorker(QueueWorker):
         pcap: int = -1,
     ) -> None: ...
     @property
-    def stats(self) -> dict[str, int]:
-        """Counters of this pair by name."""
+    def stats(self) -> dict[str, int]: ...
