@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from vmm.commands import run, serve
-from vmm.commands.options import Arguments
-from vmm.config import attribute
+from vmm.config import Arguments, attribute
 from vmm.config.vm import VmConfig
 
 TYPE_CHECKING = False

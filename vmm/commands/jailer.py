@@ -8,20 +8,19 @@ import shutil
 import sys
 
 from vmm import __version__
-from vmm.commands import options
-from vmm.config import attribute
+from vmm.config import attribute, parse_plain
 from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from vmm.commands.options import Arguments
+    from vmm.config import Arguments, Table
 
 STATUS_OK = 0
 STATUS_GENERIC = STATUS_ARGUMENTS = 1
 
-OPTIONS: options.Table = (
+OPTIONS: Table = (
     ("--id", "ID", None, "the VM's id, 1 to 64 letters, digits and hyphens"),
     ("--exec-file", "FILE", None, "the program: pyvmm, or a link to it, whose name the jail's directory gets"),
     ("--uid", "UID", None, "the user that the VMM becomes"),
@@ -46,13 +45,15 @@ REQUIRED = ("--id", "--exec-file", "--uid", "--gid")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm jailer``."""
-    options.declare(parser, OPTIONS)
+    from vmm.commands.parser import declare
+
+    declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
     """The arguments, where `words` are plain, with ``vmm``, the options after ``--``; None: leave it to argparse."""
     own = own_words(words)
-    parsed = options.parse(own, OPTIONS)
+    parsed = parse_plain(own, OPTIONS)
     if parsed is not None:
         parsed.vmm = words[len(own) + 1 :]
     return parsed

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import IO, Any, NoReturn
 
+    from vmm.config import Table
+
 _HEADING = re.compile(r"^([A-Za-z][^\n]*:)(?=\n)|^(usage:)", re.MULTILINE)
 
 
@@ -104,6 +106,18 @@ def fill(parser: Parser, name: str, module: ModuleType) -> None:
     parser.error_status = getattr(module, "STATUS_ARGUMENTS", STATUS_CONFIG)
     parser.group(guide.GROUPS.get(name, {}))
     module.add_arguments(parser)
+
+
+def declare(parser: argparse.ArgumentParser, table: Table) -> None:
+    """Give `parser` the options."""
+    for option, metavar, default, text in table:
+        names = ("-v", option) if option == "--verbose" else (option,)
+        if metavar is None:
+            parser.add_argument(*names, action="store_true", help=text)
+            continue
+        kind = int if isinstance(default, int) else str
+        action = "append" if isinstance(default, list) else "store"
+        parser.add_argument(option, metavar=metavar, type=kind, action=action, default=default, help=text)
 
 
 def whole(names: Sequence[str] = tuple(COMMANDS)) -> Parser:

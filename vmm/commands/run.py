@@ -8,8 +8,7 @@ import sys
 
 from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
-from vmm.commands import options
-from vmm.config import attribute, fill_from_files
+from vmm.config import attribute, fill_from_files, parse_plain
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from vmm.commands.options import Arguments
+    from vmm.config import Arguments, Table
     from vmm.machine.machine import Machine
 
 STATUS_INTERRUPTED = 130
@@ -31,7 +30,7 @@ CONTAINERS = ("oci:", "docker-archive:", "dir:")
 
 # By the option: the parameter of VmConfig that it is.
 PARAMETERS = {each.word: (name, each) for name, each in VmConfig.OPTIONS.items() if each.word}
-OPTIONS: options.Table = (
+OPTIONS: Table = (
     *((word, each.metavar, None if each.metavar else False, each.help) for word, (_, each) in PARAMETERS.items()),
     ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
     ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
@@ -58,12 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian or oci:python:3.12",
     )
     add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, dir:DIRECTORY, or oci:REF")
-    options.declare(parser, OPTIONS)
+    from vmm.commands.parser import declare
+
+    declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
     """The arguments, where `words` are plain; None: leave it to argparse."""
-    return options.parse(words, OPTIONS, ("kernel", "rootfs"))
+    return parse_plain(words, OPTIONS, ("kernel", "rootfs"))
 
 
 def from_files(args: Arguments) -> dict[str, str]:

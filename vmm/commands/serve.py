@@ -9,8 +9,7 @@ import threading
 
 from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
-from vmm.commands import options
-from vmm.config import attribute, fill_from_files, parse_count
+from vmm.config import attribute, fill_from_files, parse_count, parse_plain
 from vmm.errors import ConfigError, host_problem
 from vmm.events import StopReason
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.api.server import Server
-    from vmm.commands.options import Arguments
+    from vmm.config import Arguments, Table
     from vmm.machine.machine import Machine
 
 # Firecracker's exit codes.
@@ -35,7 +34,7 @@ DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
 FIRST_SECONDS = 0.02
 
-OPTIONS: options.Table = (
+OPTIONS: Table = (
     ("--api-sock", "PATH", DEFAULT_SOCKET, f"the API's unix socket (default: {DEFAULT_SOCKET})"),
     ("--id", "ID", "anonymous-instance", "the VM's id (default: anonymous-instance)"),
     ("--config-file", "FILE", None, "a VM to start at once, in JSON"),
@@ -63,12 +62,14 @@ OPTIONS: options.Table = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm serve``."""
-    options.declare(parser, OPTIONS)
+    from vmm.commands.parser import declare
+
+    declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
     """The arguments, where `words` are plain; None: leave it to argparse."""
-    return options.parse(words, OPTIONS)
+    return parse_plain(words, OPTIONS)
 
 
 def from_files(args: Arguments) -> dict[str, str]:

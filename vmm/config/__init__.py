@@ -12,12 +12,71 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
+    # (option, metavar, default, help); what has no metavar is a switch, one whose default is a list may be repeated.
+    Table = tuple[tuple[str, str | None, Any, str], ...]
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def attribute(option: str) -> str:
     """The attribute of parsed arguments that has the value of an option, as ``dry_run`` of ``--dry-run``."""
     return option.removeprefix("--").replace("-", "_")
+
+
+class Arguments:
+    """The parsed command line; the attributes of an ``argparse.Namespace``, without argparse."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __init__(self, table: Table, positional: Sequence[str] = ()) -> None:
+        for option, _, default, _ in table:
+            setattr(self, attribute(option), list(default) if isinstance(default, list) else default)
+        for name in positional:
+            setattr(self, name, None)
+
+
+def parse_plain(words: Sequence[str], table: Table, positional: Sequence[str] = ()) -> Arguments | None:
+    """The arguments, where `words` are plain: whole options, as ``--option value`` or ``--option=value``.
+
+    :param positional: the names of words that are no option's, in their order; each may be left out
+    :returns: what argparse would make of them; None: leave it to argparse, its help and its messages
+
+    Importing argparse costs as much as all of a VM's own start; ``tests/vmm/test_run_arguments.py`` compares the two.
+    """
+    parsed = Arguments(table, positional)
+    known = {option: (metavar, default) for option, metavar, default, _ in table}
+    names, rest = iter(positional), iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            if (name := next(names, None)) is None:
+                return None
+            setattr(parsed, name, word)
+            continue
+        option, equals, value = word.partition("=")
+        if option not in known:
+            return None
+        metavar, default = known[option]
+        if metavar is None:
+            if equals:
+                return None
+            setattr(parsed, attribute(option), True)
+            continue
+        if not equals:
+            value = next(rest, "-")
+            if value.startswith("-") and not value[1:].isdecimal():
+                return None
+        if isinstance(default, list):
+            getattr(parsed, attribute(option)).append(value)
+        elif isinstance(default, int):
+            if not (value.isascii() and value.isdigit()):
+                return None
+            setattr(parsed, attribute(option), int(value))
+        else:
+            setattr(parsed, attribute(option), value)
+    return parsed
 
 
 def fill_from_files(args: Any, command: str, options: Any) -> dict[str, str]:
