@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from boot import elf, layout, params, pvh
+from boot import elf, layout, params
 from boot.cmdline import DEFAULT_LIMIT, Cmdline
 from boot.source import Source
 from vmm.errors import ConfigError
@@ -181,7 +181,7 @@ def load(
         loaded.highest_used = max(loaded.highest_used, sum(loaded.initrd))
     memory.write(layout.CMDLINE, text)
     if loaded.protocol == "pvh":
-        loaded.boot_info = pvh.write_start_info(memory, initrd=loaded.initrd, rsdp=rsdp)
+        loaded.boot_info = params.write_start_info(memory, initrd=loaded.initrd, rsdp=rsdp)
     else:
         loaded.boot_info = layout.ZERO_PAGE
         page = params.zero_page(memory, header, load_address=loaded.kernel[0], initrd=loaded.initrd, rsdp=rsdp)

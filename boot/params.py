@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zero page (struct boot_params) and the memory map, as the 64-bit boot protocol has them.
+"""What a kernel is told of its machine: Linux's zero page (struct boot_params) or PVH's hvm_start_info, version 1.
 
-Source: arch/x86/include/uapi/asm/bootparam.h, Documentation/arch/x86/zero-page.rst.
+Source: arch/x86/include/uapi/asm/bootparam.h, Documentation/arch/x86/zero-page.rst;
+xen/include/public/arch-x86/hvm/start_info.h, docs/misc/pvh.pandoc.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ KASLR_FLAG = 1 << 1
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _E820 = struct.Struct("<QQI")
+
+PVH_MAGIC = 0x336E_C578
+PVH_VERSION = 1
+_START_INFO = struct.Struct("<IIIIQQQQII")
+_MODULE = struct.Struct("<QQQQ")
+_MEMMAP = struct.Struct("<QQII")
 
 
 def e820(memory: GuestMemory) -> list[tuple[int, int, int]]:
@@ -95,3 +102,27 @@ def zero_page(
     for index, entry in enumerate(entries):
         _E820.pack_into(page, E820_TABLE + index * _E820.size, *entry)
     return bytes(page)
+
+
+def write_start_info(memory: GuestMemory, *, initrd: tuple[int, int] = (0, 0), rsdp: int = 0) -> int:
+    """Write PVH's start info, its memory map and module list to guest memory; return the address for ebx.
+
+    The command line is the caller's to write, at ``layout.CMDLINE``.
+
+    :param initrd: guest physical address and bytes of the one module, size 0 for none
+    :param rsdp: guest physical address of the ACPI RSDP, 0 for none
+    """
+    entries = e820(memory)  # Xen took the types of e820
+    memory.write(layout.PVH_MEMMAP, b"".join(_MEMMAP.pack(*entry, 0) for entry in entries))
+    modules = 0
+    if initrd[1]:
+        modules = 1
+        memory.write(layout.PVH_MODLIST, _MODULE.pack(*initrd, 0, 0))
+    memory.write(
+        layout.PVH_START_INFO,
+        _START_INFO.pack(
+            PVH_MAGIC, PVH_VERSION, 0, modules, layout.PVH_MODLIST if modules else 0, layout.CMDLINE, rsdp,
+            layout.PVH_MEMMAP, len(entries), 0,
+        ),
+    )  # fmt: skip
+    return layout.PVH_START_INFO

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Of ours, what any VM of `pyvmm serve` can use.
 OURS = """
     boot.acpi boot.aml boot.board boot.bzimage boot.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable
-    boot.params boot.payload boot.pvh boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042
+    boot.params boot.payload boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042
     devices.pit devices.power devices.pvpanic devices.rtc virtio.blk._worker virtio.fs._worker virtio.fs._dax
     virtio._limiter virtio.net._worker virtio.vsock._worker virtio.balloon virtio.blk.device virtio.console
     virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device virtio.net.host virtio.rng
