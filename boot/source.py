@@ -7,11 +7,8 @@ import errno
 import os
 import stat
 
+from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
 
 _USERS_MISTAKES = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
@@ -29,7 +26,7 @@ def _pread(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-class Source:
+class Source(Closing):
     """A regular, non-empty file open for reading; a context manager that closes it.
 
     :param field: the option that named it, for messages
@@ -66,14 +63,6 @@ class Source:
             raise HostError(error.errno or errno.EIO, f"open {field}", self.path) from error
         except ValueError:
             raise self.fail("is not a path") from None
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""

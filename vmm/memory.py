@@ -10,12 +10,12 @@ import os
 
 from vmm._fastpath import GuestRam
 from vmm._mapping import copy_out, copy_pages, map_over, private_runs, touched_runs
+from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
     from typing import Any
 
     import numpy as np
@@ -130,7 +130,7 @@ def overlay(pieces: list[Piece], new: Piece) -> list[Piece]:
     return [*before, new, *after]
 
 
-class GuestMemory(GuestRam):
+class GuestMemory(GuestRam, Closing):
     """``size`` bytes of guest RAM from address 0, going on at 4 GiB where it reaches 3 GiB.
 
     Owns one mapping a region. A context manager; ``close`` is idempotent, and slices and views that outlive it stay
@@ -349,14 +349,6 @@ class GuestMemory(GuestRam):
         self.unmap_all()
         self.regions = ()
         self._pieces = None
-
-    def __enter__(self) -> GuestMemory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _joined(runs: list[tuple[int, int]], gap: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
     from collections.abc import Callable
-    from types import FrameType, TracebackType
+    from types import FrameType
 
     Handler = Callable[[int, FrameType | None], object]
 else:
@@ -77,9 +77,7 @@ class Bell:
         self._poll.register(self._out, select.POLLIN)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._before, warn_on_full_buffer=False)
         os.close(self._in)
         os.close(self._out)

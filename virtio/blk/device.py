@@ -15,6 +15,7 @@ from virtio._limiter import RateLimiter
 from virtio.blk._request import punch_hole
 from virtio.blk._worker import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Backend, BlockWorker
 from virtio.device import VirtioDevice
+from vmm.closing import Closing
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -36,7 +37,7 @@ _PATIENCE = 0.3  # seconds: requests of io_uring, and the lock with them, outliv
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: l_type, l_whence, l_start, l_len, l_pid
 
 
-class Disk:
+class Disk(Closing):
     """An open disk image or host block device, locked: many readers or one writer.
 
     :param path: a regular file or a block device, a positive multiple of 512 bytes long
@@ -210,12 +211,6 @@ class Disk:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Disk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Block(VirtioDevice):

@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import time
 
+from vmm.closing import Closing
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -113,7 +114,7 @@ class Header:
             at += 8 + size + -size % 8
 
 
-class Qcow2:
+class Qcow2(Closing):
     """An image and the process that shows it, until ``close``. It needs /dev/fuse, and root or ``fusermount3``.
 
     :param path: the image
@@ -230,12 +231,6 @@ class Qcow2:
             self._guard = None
         with contextlib.suppress(OSError):
             shutil.rmtree(self._directory)
-
-    def __enter__(self) -> Qcow2:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _judge(path: str, backing_file: str | None, backing_format: str) -> None:

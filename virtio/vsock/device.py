@@ -17,6 +17,7 @@ from virtio import spec
 from virtio.device import VirtioDevice
 from virtio.vsock._worker import VsockWorker
 from vmm.budget import raise_descriptor_limit
+from vmm.closing import Closing
 from vmm.unix_socket import listen
 
 TYPE_CHECKING = False
@@ -29,7 +30,7 @@ MAX_CONNECTIONS = 4096
 _BACKLOG = 1024
 
 
-class Listener:
+class Listener(Closing):
     """The unix socket that host programs connect to, listening, and its file, removed by ``close``.
 
     :param path: a file that a VM left behind is replaced
@@ -63,12 +64,6 @@ class Listener:
         except OSError:
             pass  # gone already, or its directory is
         self._file = None
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Vsock(VirtioDevice):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from vmm.closing import Closing
 from vmm.lab import view
 from vmm.lab.image import LabImage
 from vmm.lab.qemu import NAME, Qemu
@@ -119,7 +120,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Boot:
+class Boot(Closing):
     """One boot: ``run`` it, then ``close``. A context manager.
 
     :param argv: makes QEMU's command line of the ports' descriptors
@@ -158,12 +159,6 @@ class Boot:
         )  # fmt: skip
         for _, their in pairs.values():
             their.close()
-
-    def __enter__(self) -> Boot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def interrupt(self) -> None:
         """Ctrl-C: the first is the command's, the second ends the machine. For a signal handler."""

@@ -21,6 +21,7 @@ from array import array
 
 import msgspec
 
+from vmm.closing import Closing
 from vmm.errors import HostError, SnapshotError, VmmError
 from vmm.events import Exit, StopReason
 from vmm.machine.snapshot_file import encode, write_all
@@ -29,7 +30,6 @@ from vmm.memory import MemoryFile
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
 
     from vmm.config.vm import VmConfig
     from vmm.machine.snapshot import Image
@@ -40,7 +40,7 @@ _server_pid = 0  # of the process that has it
 _lock = threading.Lock()
 
 
-class Isolated:
+class Isolated(Closing):
     """A copy of a machine in a process of its own; a context manager. Its methods are those of ``Machine``.
 
     :param config: what it is to be
@@ -145,14 +145,6 @@ class Isolated:
             os.close(self._end)
         self._pidfd = self._end = -1
         self._control.close()
-
-    def __enter__(self) -> Isolated:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _has_ended(self, timeout: float | None) -> bool:
         return self._stop is not None or self._end < 0 or _wait_for(self._end, timeout)

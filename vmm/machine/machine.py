@@ -18,6 +18,7 @@ from devices.acpi_events import POWER_BUTTON
 from devices.exit_port import ExitPort
 from vmm import logger, threads
 from vmm._bus import Bus
+from vmm.closing import Closing
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.events import Exit
@@ -34,7 +35,6 @@ from vmm.memory import GuestMemory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
     from typing import Any, Protocol, TypeVar, Unpack
 
     from virtio.balloon import Balloon
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     _T = TypeVar("_T", bound=Closable)
 
 
-class Machine:
+class Machine(Closing):
     """A virtual machine: made whole by the constructor, run by ``start``, ended by ``close``. A context manager.
 
     :param config: what it is to be, or the kernel's path with ``VmConfig``'s other parameters by name
@@ -573,11 +573,3 @@ class Machine:
                 self._closers.pop()()
             self._devices.close()  # where the constructor failed before they had transports
         self._builder.close()
-
-    def __enter__(self) -> Machine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

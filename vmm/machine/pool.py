@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 
+from vmm.closing import Closing
 from vmm.errors import VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.snapshot import Image, child_of
@@ -14,7 +15,6 @@ from vmm.signals import deaf
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Any
 
     from vmm.config.vm import VmConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _QUIET = 0.01  # seconds
 
 
-class Pool:
+class Pool(Closing):
     """Keeps `size` copies of a machine ready; a context manager.
 
     :param source: a machine, which is frozen now and goes on, or an image of one
@@ -144,11 +144,3 @@ class Pool:
             self._thread.join()
         while self._ready:
             self._ready.pop().close()
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 
+from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError
 from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
 
@@ -144,7 +145,7 @@ class Link:
             self._open.discard(channel)
 
 
-class Channel:
+class Channel(Closing):
     """One connection; a context manager. Made by ``Link.connect`` and ``Link.take``.
 
     :param stream: its socket, which it owns; None: a new one
@@ -227,12 +228,6 @@ class Channel:
         self._link.forget(self)
         with self._closing:
             self._socket.close()
-
-    def __enter__(self) -> Channel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def request(self, deadline: Deadline, doing: str, words: Iterable[str | bytes]) -> None:
         """Send a request.

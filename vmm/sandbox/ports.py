@@ -12,13 +12,13 @@ import struct
 import threading
 
 from vmm import threads
+from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.sandbox.channel import F_FAILED, F_STARTED, Deadline, failure, out_of_turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Self
 
     from vmm.sandbox.channel import Link
     from vmm.sandbox.session import Session
@@ -28,7 +28,7 @@ MOST = 256  # connections at once; who comes then waits
 _FIRST = 1 << 20  # of the host's vsock ports that lead to TCP ports
 
 
-class Relay:
+class Relay(Closing):
     """Connections to one socket, passed on to another; a context manager.
 
     :param listener: owned by this object
@@ -82,12 +82,6 @@ class Relay:
                 with contextlib.suppress(OSError):
                     stream.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Published(Relay):

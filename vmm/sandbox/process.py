@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 
+from vmm.closing import Closing
 from vmm.errors import ConfigError, line
 from vmm.sandbox import channel as wire
 from vmm.sandbox import errors
@@ -168,7 +169,7 @@ class Input:
                 pass  # the command has ended
 
 
-class Process:
+class Process(Closing):
     """A command that runs in a sandbox; a context manager, which kills it if it still runs.
 
     :ivar pid: of the guest's
@@ -357,12 +358,6 @@ class Process:
     def close(self) -> None:
         """Give it up: one that still runs is killed. Idempotent."""
         self.channel.close()
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def input_frames(data: bytes | str) -> Iterator[bytes]:

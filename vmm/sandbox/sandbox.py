@@ -290,12 +290,6 @@ class Sandbox(Session):
 
     kill = close
 
-    def __enter__(self) -> Sandbox:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"Sandbox({self.name!r}, {self._about['image']!r}, {'running' if self.running else self._link.why!r})"
 

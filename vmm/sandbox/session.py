@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 
+from vmm.closing import Closing
 from vmm.errors import line
 from vmm.sandbox import registry
 from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
@@ -31,7 +32,7 @@ def attach(name: str) -> Session:
     return Session(Link(registry.socket_of(name)), about)
 
 
-class Session:
+class Session(Closing):
     """What can be done in a sandbox, wherever it runs. ``attach`` makes one, and :class:`vmm.sandbox.Sandbox` is one.
 
     :param about: ``env``, ``cwd`` and ``user`` of commands that say nothing else
