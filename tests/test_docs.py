@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from benches.peers.__main__ import NAMES
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
@@ -102,7 +104,7 @@ def _spelt_out(path: str) -> list[str]:
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text()
     if page.name == "peers.md":  # whose sources are files of other projects
-        text = text.partition("## By their own documents")[0]
+        text = text.partition("## Claims from their own documents")[0]
     for named in re.findall(r"`((?:vmm|virtio|devices|boot|tests|benches|examples|tools)/[^`\s]*)`", text):
         path, _, test = named.partition("::")
         for each in _spelt_out(path):
@@ -111,6 +113,8 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     for module in re.findall(r"python -m ((?:vmm|tests|benches|tools)[\w.]*)", text):
         home = ROOT / module.replace(".", "/")
         assert home.with_suffix(".py").exists() or (home / "__main__.py").exists(), f"{module} is not there"
+    for words in re.findall(r"benches\.peers((?: +[a-z]\w*)+)", text):
+        assert set(words.split()) <= set(NAMES), words
 
 
 def test_every_example_is_listed() -> None:
