@@ -8,7 +8,7 @@ import functools
 
 from vmm import threads
 from vmm.sandbox.channel import Deadline
-from vmm.sandbox.files import Files
+from vmm.sandbox.files import Files, Watch
 from vmm.sandbox.process import DEFAULT_LIMIT, Process
 from vmm.sandbox.sandbox import Sandbox
 from vmm.sandbox.session import Session
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from typing import Any, Concatenate, ParamSpec, TypeVar
 
+    from vmm.sandbox.e2b.aio import AsyncCommands
+    from vmm.sandbox.files import Change
     from vmm.sandbox.process import Result
 
     P = ParamSpec("P")
@@ -25,10 +27,14 @@ if TYPE_CHECKING:
     S = TypeVar("S")
 
 
-async def _in_thread(
+async def in_thread(
     work: Callable[[], R], *, cancel: Callable[[], object] = lambda: None, undo: Callable[[R], object] | None = None
 ) -> R:
-    # `cancel` ends the work when the task is cancelled; `undo` gets a result that nobody waits for any more.
+    """What `work` returns, on a thread of its own.
+
+    :param cancel: ends the work when the task is cancelled
+    :param undo: gets a result that nobody waits for any more
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[R] = loop.create_future()
 
@@ -63,11 +69,12 @@ async def _in_thread(
         raise
 
 
-def _twin(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
-    # The method of the wrapped object, awaited.
+def twin(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
+    """The method of ``self.sync``, awaited."""
+
     @functools.wraps(method)
     async def call(self: Any, /, *args: P.args, **settings: P.kwargs) -> R:
-        return await _in_thread(lambda: method(self.sync, *args, **settings))
+        return await in_thread(lambda: method(self.sync, *args, **settings))
 
     return call
 
@@ -81,21 +88,49 @@ class AsyncFiles:
     def __init__(self, sync: Files) -> None:
         self.sync = sync
 
-    read = _twin(Files.read)
-    read_bytes = _twin(Files.read_bytes)
-    write = _twin(Files.write)
-    list = _twin(Files.list)
-    stat = _twin(Files.stat)
-    get_info = _twin(Files.stat)
-    exists = _twin(Files.exists)
-    make_dir = _twin(Files.make_dir)
-    remove = _twin(Files.remove)
-    rename = _twin(Files.rename)
-    symlink = _twin(Files.symlink)
-    chmod = _twin(Files.chmod)
-    chown = _twin(Files.chown)
-    copy_in = _twin(Files.copy_in)
-    copy_out = _twin(Files.copy_out)
+    read = twin(Files.read)
+    read_bytes = twin(Files.read_bytes)
+    write = twin(Files.write)
+    list = twin(Files.list)
+    stat = twin(Files.stat)
+    get_info = twin(Files.stat)
+    exists = twin(Files.exists)
+    make_dir = twin(Files.make_dir)
+    remove = twin(Files.remove)
+    rename = twin(Files.rename)
+    symlink = twin(Files.symlink)
+    chmod = twin(Files.chmod)
+    chown = twin(Files.chown)
+    copy_in = twin(Files.copy_in)
+    copy_out = twin(Files.copy_out)
+
+    async def watch(self, path: str, **settings: Any) -> AsyncWatch:
+        """As :meth:`vmm.sandbox.Files.watch`."""
+        return AsyncWatch(await in_thread(lambda: self.sync.watch(path, **settings), undo=Watch.close))
+
+    async def stream(self, path: str, **settings: Any) -> AsyncIterator[bytes]:
+        """As :meth:`vmm.sandbox.Files.stream`."""
+        pieces = self.sync.stream(path, **settings)
+        while (piece := await in_thread(lambda: next(pieces, None))) is not None:
+            yield piece
+
+
+class AsyncWatch:
+    """Changes in a directory, as :class:`vmm.sandbox.files.Watch`; an async iterator.
+
+    :ivar sync: that object
+    """
+
+    def __init__(self, sync: Watch) -> None:
+        self.sync = sync
+
+    async def __aiter__(self) -> AsyncIterator[Change]:
+        while (change := await in_thread(lambda: next(self.sync, None), cancel=self.close)) is not None:
+            yield change
+
+    def close(self) -> None:
+        """Watch no more. Idempotent."""
+        self.sync.close()
 
 
 class AsyncProcess:
@@ -107,11 +142,11 @@ class AsyncProcess:
     def __init__(self, sync: Process) -> None:
         self.sync = sync
 
-    send_signal = _twin(Process.send_signal)
-    terminate = _twin(Process.terminate)
-    kill = _twin(Process.kill)
-    stop = _twin(Process.stop)
-    resize = _twin(Process.resize)
+    send_signal = twin(Process.send_signal)
+    terminate = twin(Process.terminate)
+    kill = twin(Process.kill)
+    stop = twin(Process.stop)
+    resize = twin(Process.resize)
 
     @property
     def pid(self) -> int:
@@ -120,23 +155,23 @@ class AsyncProcess:
 
     async def write(self, data: bytes | str) -> None:
         """Give its standard input all of `data`."""
-        await _in_thread(lambda: self.sync.stdin.write(data), cancel=self.sync.channel.cut)
+        await in_thread(lambda: self.sync.stdin.write(data), cancel=self.sync.channel.cut)
 
     async def close_stdin(self) -> None:
         """Tell it that there is no more input."""
-        await _in_thread(self.sync.stdin.close)
+        await in_thread(self.sync.stdin.close)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        while line := await _in_thread(self.sync.stdout.readline, cancel=self.sync.channel.cut):
+        while line := await in_thread(self.sync.stdout.readline, cancel=self.sync.channel.cut):
             yield line
 
     async def communicate(self, input: bytes | str | None = None, timeout: float | None = None) -> Result:
         """As :meth:`vmm.sandbox.Process.communicate`; a task that is cancelled kills the command."""
-        return await _in_thread(lambda: self.sync.communicate(input, timeout), cancel=self.sync.channel.cut)
+        return await in_thread(lambda: self.sync.communicate(input, timeout), cancel=self.sync.channel.cut)
 
     async def wait(self, timeout: float | None = None) -> Result:
         """As :meth:`vmm.sandbox.Process.wait`; a task that is cancelled kills the command."""
-        return await _in_thread(lambda: self.sync.wait(timeout), cancel=self.sync.channel.cut)
+        return await in_thread(lambda: self.sync.wait(timeout), cancel=self.sync.channel.cut)
 
     def close(self) -> None:
         """Give it up: one that still runs is killed. Idempotent."""
@@ -179,12 +214,12 @@ class AsyncSandbox:
     async def restore(cls, directory: str, **settings: Any) -> AsyncSandbox:
         """As :meth:`vmm.sandbox.Sandbox.restore`."""
         work = functools.partial(Sandbox.restore, directory, **settings)
-        return cls.of(await _in_thread(work, undo=Sandbox.close))
+        return cls.of(await in_thread(work, undo=Sandbox.close))
 
     async def exec(self, command: Any, **settings: Any) -> AsyncProcess:
         """Start a command; parameters are those of ``Sandbox.exec``."""
         work = functools.partial(Session.exec, self.sync, command, **settings)
-        return AsyncProcess(await _in_thread(work, undo=Process.close))
+        return AsyncProcess(await in_thread(work, undo=Process.close))
 
     async def run(
         self, command: Any, *, input: bytes | str | None = None, timeout: float | None = 60, check: bool = False,
@@ -195,18 +230,26 @@ class AsyncSandbox:
         work = functools.partial(
             Session._exec, self.sync, command, limit, Deadline(timeout), input=input is not None, quiet=True, **settings
         )
-        async with AsyncProcess(await _in_thread(work, undo=Process.close)) as process:
+        async with AsyncProcess(await in_thread(work, undo=Process.close)) as process:
             result = await process.communicate(input, timeout)
         return result.check() if check else result
 
-    connect = _twin(Session.connect)
-    publish = _twin(Session.publish)
-    provide = _twin(Session.provide)
-    pause = _twin(Sandbox.pause)
-    resume = _twin(Sandbox.resume)
-    snapshot = _twin(Sandbox.snapshot)
-    close = _twin(Sandbox.close)
+    connect = twin(Session.connect)
+    publish = twin(Session.publish)
+    provide = twin(Session.provide)
+    pause = twin(Sandbox.pause)
+    resume = twin(Sandbox.resume)
+    set_timeout = twin(Sandbox.set_timeout)
+    snapshot = twin(Sandbox.snapshot)
+    close = twin(Sandbox.close)
     kill = close
+
+    @property
+    def commands(self) -> AsyncCommands:
+        """The same by E2B's names."""
+        from vmm.sandbox.e2b.aio import AsyncCommands
+
+        return AsyncCommands(self.sync.commands)
 
     @property
     def network_counters(self) -> dict[str, int]:
@@ -221,12 +264,11 @@ class AsyncSandbox:
                 copy.close()
 
         return [
-            AsyncSandbox.of(copy)
-            for copy in await _in_thread(lambda: self.sync.fork(count, timeout=timeout), undo=undo)
+            AsyncSandbox.of(copy) for copy in await in_thread(lambda: self.sync.fork(count, timeout=timeout), undo=undo)
         ]
 
     async def __aenter__(self) -> AsyncSandbox:
-        self.sync = await _in_thread(self._make, undo=Sandbox.close)
+        self.sync = await in_thread(self._make, undo=Sandbox.close)
         self.files = AsyncFiles(self.sync.files)
         return self
 

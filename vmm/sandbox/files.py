@@ -24,7 +24,7 @@ from vmm.sandbox.channel import (
     frames,
     out_of_turn,
 )  # fmt: skip
-from vmm.sandbox.errors import AgentError
+from vmm.sandbox.errors import AgentError, SandboxGone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -304,8 +304,8 @@ class Files:
                     file.write(piece)
                 os.fchmod(file.fileno(), mode)
 
-    def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Iterator[Change]:
-        """What happens in a directory from here on, as it happens; ``close()`` the iterator to end it.
+    def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Watch:
+        """What happens in a directory from here on, as it happens: an iterator, yours to close.
 
         :param timeout: seconds until it ends by CommandTimeout
         """
@@ -319,19 +319,49 @@ class Files:
         except BaseException:
             channel.close()
             raise
-        return _changes(channel, deadline, doing)
+        return Watch(channel, deadline, doing)
 
 
-def _changes(channel: Channel, deadline: Deadline, doing: str) -> Iterator[Change]:
-    with channel:
-        while True:
-            kind, data = channel.read(deadline, doing)
+class Watch:
+    """Changes in a directory, one after the other; a context manager. Made by ``Files.watch``."""
+
+    def __init__(self, channel: Channel, deadline: Deadline, doing: str) -> None:
+        self._channel = channel
+        self._deadline = deadline
+        self._doing = doing
+        self._more: list[Change] = []
+        self._closed = False
+
+    def __iter__(self) -> Watch:
+        return self
+
+    def __next__(self) -> Change:
+        while not self._more:
+            if self._closed:
+                raise StopIteration
+            try:
+                kind, data = self._channel.read(self._deadline, self._doing)
+            except SandboxGone:
+                if self._closed:
+                    raise StopIteration from None
+                raise
             if kind != F_CHANGE or len(data) < 4:
-                raise out_of_turn(doing)
+                raise out_of_turn(self._doing)
             (mask,) = struct.unpack_from("<I", data)
-            for bit, what in _CHANGES.items():
-                if mask & bit:
-                    yield Change(os.fsdecode(data[4:]), what)
+            self._more = [Change(os.fsdecode(data[4:]), what) for bit, what in _CHANGES.items() if mask & bit]
+        return self._more.pop(0)
+
+    def close(self) -> None:
+        """Watch no more: iteration ends, in another thread, too. Idempotent."""
+        self._closed = True
+        self._channel.cut()
+        self._channel.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _error(data: bytes) -> OSError:

@@ -160,6 +160,12 @@ class Sandbox(Session):
             self._watched = True
         threads.spawn(None, f"time limit of {self.name}", self._limit)
 
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until its time limit; None: it has none."""
+        with self._alarm:
+            return None if self._end is None else max(0.0, self._end - time.monotonic())
+
     def _limit(self) -> None:
         with self._alarm:
             while not self._closed:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
+    from vmm.sandbox.e2b.commands import Commands
     from vmm.sandbox.ports import Provided, Published
 
 
@@ -42,6 +43,7 @@ class Session(Closing):
         self._link = link
         self._about = about
         self.files = Files(link)
+        self._commands: Commands | None = None
 
     def run(
         self,
@@ -135,7 +137,11 @@ class Session(Closing):
     @property
     def commands(self) -> Commands:
         """The same by E2B's names."""
-        return Commands(self)
+        from vmm.sandbox.e2b.commands import Commands
+
+        if self._commands is None:
+            self._commands = Commands(self)
+        return self._commands
 
     def connect(self, port: int, timeout: float | None = 10) -> socket.socket:
         """Connect to a TCP port of the guest's loopback.
@@ -194,33 +200,3 @@ class Session(Closing):
             raise SandboxError(f"{words[0]}: {line(what)}: {os.strerror(number)}")
         if kind != F_DONE:
             raise out_of_turn(words[0])
-
-
-class Commands:
-    """Commands of a sandbox by E2B's names: ``sandbox.commands``."""
-
-    def __init__(self, sandbox: Session) -> None:
-        self._sandbox = sandbox
-
-    def run(
-        self,
-        cmd: str,
-        background: bool = False,
-        *,
-        envs: Mapping[str, str] | None = None,
-        user: str | None = None,
-        cwd: str | None = None,
-        on_stdout: Callable[[str], object] | None = None,
-        on_stderr: Callable[[str], object] | None = None,
-        timeout: float | None = 60,
-    ) -> Result | Process:
-        """Run a command; with `background` return its handle.
-
-        :raises CommandError: its status is not 0
-        """
-        if background:
-            return self._sandbox.exec(cmd, env=envs, user=user, cwd=cwd, keep=True)
-        out, err = (f and (lambda data, f=f: f(data.decode(errors="replace"))) for f in (on_stdout, on_stderr))
-        return self._sandbox.run(
-            cmd, env=envs, user=user, cwd=cwd, timeout=timeout, check=True, on_stdout=out, on_stderr=err
-        )
