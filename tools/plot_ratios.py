@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws docs/ratios.svg: how many times as good as its peer pyvmm is, by each row of docs/SPECIFICATION.md's tables.
+"""Draws docs/ratios.svg: pyvmm relative to its peer, for each row of the tables in docs/SPECIFICATION.md.
 
-Where less is better, in a column `ratio`, that is its inverse; in a column `rate` more is better already.
+A column `ratio` is of a cost, so its inverse is drawn. A column `rate` is drawn as it is.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import re
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
-SHORT = {"Devices on /dev/kvm itself": "/dev/kvm", "The same devices under Linux": "Linux", "The API's socket": "API"}
+SHORT = {
+    "Devices on /dev/kvm itself": "/dev/kvm",
+    "The same devices under Linux": "lab",
+    "Devices under r3": "r3",
+    "The API's socket": "API",
+}
 
 
 def rows(text: str) -> list[tuple[str, float]]:
-    """Names and how many times as good, in the document's order, of the tables that have a peer beside them."""
+    """The rows of the tables with a peer, in the document's order: the name, and how many times as good pyvmm is."""
     found = []
     head: list[str] = []
     section = ""
