@@ -335,7 +335,7 @@ def api(tmp_path: Path, guest: MakeGuest) -> Iterator[tuple[Machine, Callable[..
     vm = guest(COUNTER, track_dirty_pages=True)
     names = {"snapshot_path": str(tmp_path / "snap"), "mem_file_path": str(tmp_path / "mem")}
     shown = VmConfiguration(boot_source=BootSource(kernel_image_path="guest"))
-    vmm: Any = SimpleNamespace(unsaved=[], whole=lambda: shown, metrics=SimpleNamespace(store=lambda *_: None))
+    vmm: Any = SimpleNamespace(unsaved=[], whole=shown, metrics=SimpleNamespace(store=lambda *_: None))
 
     def take(kind: str = "Diff", **other: str) -> None:
         create(vmm, vm, SnapshotCreate(**{**names, **other}, snapshot_type=kind))  # type: ignore[arg-type]

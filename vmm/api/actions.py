@@ -75,20 +75,10 @@ class Vmm:
         self._lock = threading.RLock()
         self._listener: Listener | None = None
         self._prepared: list[Vm] = []  # one at most; without the lock, whose holder may wait for who prepares
-        self._boot_source: types.BootSource | None = None
-        self._machine_config = translate.DEFAULT_MACHINE
-        self._cpu_config: types.CpuConfig | None = None
-        self._drives: dict[str, types.Drive] = {}
-        self._interfaces: dict[str, types.NetworkInterface] = {}
-        self._shares: dict[str, types.SharedFs] = {}
-        self._vsock: types.Vsock | None = None
-        self._balloon: types.Balloon | None = None
-        self._entropy: types.EntropyDevice | None = None
-        self._logger: types.Logger | None = None
-        self._metrics: types.Metrics | None = None
-        self._mmds_config: types.MmdsConfig | None = None
-        self._serial: types.Serial | msgspec.UnsetType = msgspec.UNSET
-        self._host: types.Host | msgspec.UnsetType = msgspec.UNSET
+        # As ``GET /vm/config`` shows it; before a boot source was given, with one that names no kernel.
+        self.whole = types.VmConfiguration(
+            boot_source=types.BootSource(kernel_image_path=""), machine_config=translate.DEFAULT_MACHINE
+        )
 
     @property
     def state(self) -> str:
@@ -117,7 +107,7 @@ class Vmm:
 
         :raises ApiError: something of it is refused
         """
-        self._host = whole.pyvmm
+        self.whole.pyvmm = whole.pyvmm
         for name, body in (
             ("ConfigureLogger", whole.logger),
             ("ConfigureMetrics", whole.metrics),
@@ -170,24 +160,12 @@ class Vmm:
     def _get_machine_config(self, _: None) -> types.MachineConfiguration:
         return self._machine_config
 
-    def whole(self, _: None = None) -> types.VmConfiguration:
-        """The configuration as ``GET /vm/config`` has it."""
-        return types.VmConfiguration(
-            balloon=self._balloon,
-            drives=list(self._drives.values()),
-            boot_source=self._boot_source or types.BootSource(kernel_image_path=""),
-            cpu_config=self._cpu_config,
-            logger=self._logger,
-            machine_config=self._machine_config,
-            metrics=self._metrics,
-            mmds_config=self._mmds_config,
-            network_interfaces=list(self._interfaces.values()),
-            vsock=self._vsock,
-            entropy=self._entropy,
-            serial=self._serial,
-            fs=list(self._shares.values()) or msgspec.UNSET,
-            pyvmm=self._host,
-        )
+    @property
+    def _machine_config(self) -> types.MachineConfiguration:
+        return self.whole.machine_config or translate.DEFAULT_MACHINE
+
+    def _get_whole(self, _: None) -> types.VmConfiguration:
+        return self.whole
 
     # Before the start
 
@@ -203,11 +181,11 @@ class Vmm:
             raise ApiError(f"Boot source error: boot_args: must be shorter than {MAX_BOOT_ARGS} bytes")
         with _refusing("Boot source error: boot_args"):
             Cmdline(body.boot_args or "")
-        self._boot_source = body
+        self.whole.boot_source = body
 
     def _machine_config_is(self, body: types.MachineConfiguration) -> None:
         self._check_machine(body)
-        self._machine_config = msgspec.structs.replace(body, cpu_template=msgspec.UNSET)  # it can only be "None"
+        self.whole.machine_config = msgspec.structs.replace(body, cpu_template=msgspec.UNSET)  # it can only be "None"
 
     def _update_machine_config(self, body: types.MachineConfigurationUpdate) -> None:
         given = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
@@ -225,18 +203,19 @@ class Vmm:
             raise refuse(f"cpu_template {body.cpu_template}: static templates are not supported; use /cpu-config")
         if not body.mem_size_mib or (body.huge_pages == "2M" and body.mem_size_mib % 2):
             raise refuse(f"mem_size_mib {body.mem_size_mib}: The memory size (MiB) is invalid.")
-        if self._balloon is not None and self._balloon.amount_mib > body.mem_size_mib:
-            raise refuse(f"mem_size_mib {body.mem_size_mib}: the balloon is {self._balloon.amount_mib} MiB large")
-        if self._balloon is not None and body.huge_pages != "None":
+        balloon = self.whole.balloon
+        if balloon is not None and balloon.amount_mib > body.mem_size_mib:
+            raise refuse(f"mem_size_mib {body.mem_size_mib}: the balloon is {balloon.amount_mib} MiB large")
+        if balloon is not None and body.huge_pages != "None":
             raise refuse(f"huge_pages {body.huge_pages}: {HUGE_RULE}")
 
     def _cpu_config_is(self, body: types.CpuConfig) -> None:
         with _refusing("Configure CPU error"):
             body.template()
-        self._cpu_config = body
+        self.whole.cpu_config = body
 
     def _insert_drive(self, body: types.Drive) -> None:
-        roots = [each for each in self._drives.values() if each.is_root_device and each.drive_id != body.drive_id]
+        roots = [each for each in self.whole.drives if each.is_root_device and each.drive_id != body.drive_id]
         if body.is_root_device and roots:
             raise ApiError(f"Drive config error: A root block device already exists: {roots[0].drive_id}")
         with _refusing("Drive config error"):
@@ -247,22 +226,18 @@ class Vmm:
                 Disk(
                     config.path, read_only=config.read_only, direct=config.direct, image_format="raw", any_size=True
                 ).close()
-        self._place(body)
-        self._drives[body.drive_id] = translate.shown_drive(body)
-
-    def _place(self, body: types.Drive) -> None:
+        drives, shown = self.whole.drives, translate.shown_drive(body)
+        place = next((place for place, each in enumerate(drives) if each.drive_id == body.drive_id), None)
         # The root device is the first, and one that becomes it changes places with what was, as in Firecracker.
-        if body.is_root_device:
-            names = list(self._drives)
-            if body.drive_id in names:
-                place = names.index(body.drive_id)
-                names[0], names[place] = names[place], names[0]
-            else:
-                names.insert(0, body.drive_id)
-            self._drives = {name: self._drives.get(name, body) for name in names}
+        if place is None:
+            drives.insert(0 if body.is_root_device else len(drives), shown)
+        else:
+            drives[place] = shown
+            if body.is_root_device:
+                drives[0], drives[place] = shown, drives[0]
 
     def _insert_interface(self, body: types.NetworkInterface) -> None:
-        others = [each for each in self._interfaces.values() if each.iface_id != body.iface_id]
+        others = [each for each in self.whole.network_interfaces if each.iface_id != body.iface_id]
         with _refusing("Network config error"):
             config = translate.config_of(NetConfig, body)
             if body.guest_mac is not None:
@@ -277,18 +252,19 @@ class Vmm:
                 from virtio.net.host import Tap
 
                 Tap(config.tap or "", config.queues).close()
-        self._interfaces.pop(body.iface_id, None)
-        self._interfaces[body.iface_id] = msgspec.structs.replace(
+        shown = msgspec.structs.replace(
             body, rx_rate_limiter=translate.shown_limiter(body.rx_rate_limiter),
             tx_rate_limiter=translate.shown_limiter(body.tx_rate_limiter),
         )  # fmt: skip
+        self.whole.network_interfaces = [*others, shown]
 
     def _insert_share(self, body: types.SharedFs) -> None:
         with _refusing("Filesystem config error"):
             config = translate.config_of(ShareConfig, body)
             if not os.path.isdir(config.path):
                 raise ConfigError("shared_dir", config.path, "is not a directory")
-        self._shares[body.tag] = body
+        shares = {each.tag: each for each in self.whole.fs or []} | {body.tag: body}
+        self.whole.fs = list(shares.values())
 
     def _vsock_is(self, body: types.Vsock) -> None:
         from virtio.vsock.device import Listener
@@ -299,9 +275,9 @@ class Vmm:
             if self._listener is not None:
                 self._listener.close()
                 self._listener = None
-                self._vsock = None
+                self.whole.vsock = None
             self._listener = Listener(config.path)
-        self._vsock = types.Vsock(guest_cid=body.guest_cid, uds_path=body.uds_path)
+        self.whole.vsock = types.Vsock(guest_cid=body.guest_cid, uds_path=body.uds_path)
 
     def _balloon_is(self, body: types.Balloon) -> None:
         with _refusing("Balloon config error"):
@@ -311,29 +287,29 @@ class Vmm:
             if self._machine_config.huge_pages != "None":
                 raise ConfigError("huge_pages", self._machine_config.huge_pages, HUGE_RULE)
             translate.config_of(BalloonConfig, body)
-        self._balloon = body
+        self.whole.balloon = body
 
     def _entropy_is(self, body: types.EntropyDevice) -> None:
         with _refusing("Entropy device error"):
             translate.config_of(EntropyConfig, body)
-        self._entropy = types.EntropyDevice(rate_limiter=translate.shown_limiter(body.rate_limiter))
+        self.whole.entropy = types.EntropyDevice(rate_limiter=translate.shown_limiter(body.rate_limiter))
 
     def _logger_is(self, body: types.Logger) -> None:
         with _refusing("Logger error"):
             logger.configure(**msgspec.structs.asdict(body), vmm_id=self.vmm_id)
-        self._logger = body
+        self.whole.logger = body
 
     def _metrics_is(self, body: types.Metrics) -> None:
         with _refusing("Metrics error"):
             self.metrics.configure(body.metrics_path)
-        self._metrics = body
+        self.whole.metrics = body
 
     def _serial_is(self, body: types.Serial) -> None:
         with _refusing("Serial error"):
             if body.serial_out_path is not None:
                 logger.LineFile.open("serial_out_path", body.serial_out_path).close()
             translate.limiter(body.rate_limiter)
-        self._serial = body
+        self.whole.serial = body
 
     def _openapi(self, _: None) -> object:
         from vmm.api.described import TEXT
@@ -347,10 +323,10 @@ class Vmm:
         from vmm.kvm.vm import why_no_linux
         from vmm.machine.machine import Machine
 
-        if self._boot_source is None:
+        if not self.whole.boot_source.kernel_image_path:
             raise ApiError("Start microvm error: Cannot start microvm without kernel configuration.")
         with _refusing("Start microvm error"):
-            config = translate.vm_config(self.whole())
+            config = translate.vm_config(self.whole)
             config.boot_timer = self._boot_timer
             config.keyboard = True
             prepared = self._prepared.pop() if self._prepared else None
@@ -398,17 +374,14 @@ class Vmm:
             raise ApiError(f"Drive config error: drive_id {body.drive_id}: there is no such drive")
         if body.path_on_host is None and body.rate_limiter is None:
             raise ApiError("Drive config error: nothing to update; give path_on_host or rate_limiter")
-        old = self._drives[body.drive_id]
         with _refusing("Drive config error"):
             translate.limiter(body.rate_limiter)
             if body.path_on_host is not None:
                 block.replace(body.path_on_host)
             self._limit(body.rate_limiter, block.set_rate_limit)
-        self._drives[body.drive_id] = msgspec.structs.replace(
-            old,
-            path_on_host=body.path_on_host or old.path_on_host,
-            rate_limiter=translate.shown_limiter(body.rate_limiter, old.rate_limiter),
-        )
+        shown = next(each for each in self.whole.drives if each.drive_id == body.drive_id)
+        shown.path_on_host = body.path_on_host or shown.path_on_host
+        shown.rate_limiter = translate.shown_limiter(body.rate_limiter, shown.rate_limiter)
 
     def _update_interface(self, body: types.PartialNetworkInterface) -> None:
         net = self._running().nets.get(body.iface_id)
@@ -418,12 +391,9 @@ class Vmm:
             for limits, limiter in ((body.rx_rate_limiter, net.rx_limiter), (body.tx_rate_limiter, net.tx_limiter)):
                 translate.limiter(limits)
                 self._limit(limits, lambda *buckets, limiter=limiter: net.set_rate_limit(limiter, *buckets))
-        old = self._interfaces[body.iface_id]
-        self._interfaces[body.iface_id] = msgspec.structs.replace(
-            old,
-            rx_rate_limiter=translate.shown_limiter(body.rx_rate_limiter, old.rx_rate_limiter),
-            tx_rate_limiter=translate.shown_limiter(body.tx_rate_limiter, old.tx_rate_limiter),
-        )
+        shown = next(each for each in self.whole.network_interfaces if each.iface_id == body.iface_id)
+        shown.rx_rate_limiter = translate.shown_limiter(body.rx_rate_limiter, shown.rx_rate_limiter)
+        shown.tx_rate_limiter = translate.shown_limiter(body.tx_rate_limiter, shown.tx_rate_limiter)
 
     def _update_share(self, body: types.PartialFs) -> None:
         fs = self._running().shares.get(body.tag)
@@ -441,9 +411,9 @@ class Vmm:
     # The balloon
 
     def _get_balloon(self, _: None) -> types.Balloon:
-        if self._balloon is None:
+        if self.whole.balloon is None:
             raise ApiError("Balloon config error: there is no balloon")
-        return self._balloon
+        return self.whole.balloon
 
     def _update_balloon(self, body: types.BalloonUpdate) -> None:
         balloon = self._get_balloon(None)
@@ -454,7 +424,7 @@ class Vmm:
                 most = self._machine_config.mem_size_mib
                 raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
             device.set_amount(body.amount_mib)
-        self._balloon = msgspec.structs.replace(balloon, amount_mib=body.amount_mib)
+        balloon.amount_mib = body.amount_mib
 
     def _get_balloon_stats(self, _: None) -> types.BalloonStats:
         balloon = self._get_balloon(None)
@@ -470,17 +440,18 @@ class Vmm:
         assert device is not None
         with _refusing("Balloon config error"):
             device.set_polling_interval(body.stats_polling_interval_s)
-        self._balloon = msgspec.structs.replace(balloon, stats_polling_interval_s=body.stats_polling_interval_s)
+        balloon.stats_polling_interval_s = body.stats_polling_interval_s
 
     # The metadata service
 
     def _mmds_config_is(self, body: types.MmdsConfig) -> None:
         with _refusing("MMMDS config error"):
             config = translate.config_of(MmdsConfig, body)
-            if unknown := [name for name in config.interfaces if name not in self._interfaces]:
+            known = [each.iface_id for each in self.whole.network_interfaces]
+            if unknown := [name for name in config.interfaces if name not in known]:
                 raise ConfigError("network_interfaces", unknown[0], "does not correspond to any network interface")
         self.mmds.configure(config)
-        self._mmds_config = body
+        self.whole.mmds_config = body
 
     def _get_mmds(self, _: None) -> object:
         return self.mmds.get()
@@ -519,7 +490,8 @@ class Vmm:
         """
         from vmm.machine.machine import Machine
 
-        self._take(shown)
+        shown.logger, shown.metrics = self.whole.logger, self.whole.metrics
+        self.whole = shown
         machine = Machine(image=image, metadata=self.mmds, seccomp=threads.guard is not None)
         self.machine = machine
         self.metrics.attach(machine)
@@ -527,16 +499,6 @@ class Vmm:
             machine.start(paused=not resume)
         finally:
             self._on_start(machine)
-
-    def _take(self, shown: types.VmConfiguration) -> None:
-        self._boot_source = shown.boot_source
-        self._machine_config = shown.machine_config or translate.DEFAULT_MACHINE
-        self._cpu_config = shown.cpu_config if isinstance(shown.cpu_config, types.CpuConfig) else None
-        self._drives = {each.drive_id: each for each in shown.drives}
-        self._interfaces = {each.iface_id: each for each in shown.network_interfaces}
-        self._vsock, self._balloon, self._entropy = shown.vsock, shown.balloon, shown.entropy
-        self._serial, self._host = shown.serial, shown.pyvmm
-        self._mmds_config = shown.mmds_config
 
 
 class _refusing:
@@ -574,7 +536,7 @@ ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "GetVmInstanceInfo": (ANY, Vmm._get_info),
     "GetVmmVersion": (ANY, Vmm._get_version),
     "GetVmMachineConfig": (ANY, Vmm._get_machine_config),
-    "GetFullVmConfig": (ANY, Vmm.whole),
+    "GetFullVmConfig": (ANY, Vmm._get_whole),
     "ConfigureBootSource": (PRE_BOOT, Vmm._boot_source_is),
     "PutMachineConfiguration": (PRE_BOOT, Vmm._machine_config_is),
     "UpdateMachineConfiguration": (PRE_BOOT, Vmm._update_machine_config),

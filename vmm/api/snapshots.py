@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 import msgspec
 
@@ -87,7 +86,7 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
         vmm.unsaved = _union(vmm.unsaved + machine.memory.written())
 
     def state_of(image: Image) -> bytes:
-        shown = msgspec.structs.replace(vmm.whole(), logger=None, metrics=None)
+        shown = msgspec.structs.replace(vmm.whole, logger=None, metrics=None)
         return encode_state(image, _NO_MARK, api=encode(shown))
 
     def write(image: Image) -> None:
@@ -184,7 +183,7 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
         raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
     except msgspec.MsgspecError as error:
         raise ApiError(f"{_STATE}Failed to load snapshot state from file: {body.snapshot_path}: {error}") from None
-    shown = _overridden(image, shown, body)
+    _override(image, shown, body)
     diffs = body.enable_diff_snapshots or body.track_dirty_pages
     backend = body.mem_backend
     path = body.mem_file_path or (backend.backend_path if backend is not None else "")
@@ -195,8 +194,7 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
         prefetch(memory, f"{path}.touched", image.config.memory)
         image.memory = pieces_of(memory, image.config.memory)
     if shown.machine_config is not None:
-        machine = msgspec.structs.replace(shown.machine_config, track_dirty_pages=diffs)
-        shown = msgspec.structs.replace(shown, machine_config=machine)
+        shown.machine_config.track_dirty_pages = diffs
     image.config = image.config.replaced(track_dirty_pages=diffs)
     try:
         vmm.go_on(image, shown, resume=body.resume_vm)
@@ -222,7 +220,7 @@ def _memory_file(path: str, size: int) -> MemoryFile:
     return file
 
 
-def _overridden(image: Image, shown: types.VmConfiguration, body: types.SnapshotLoad) -> types.VmConfiguration:
+def _override(image: Image, shown: types.VmConfiguration, body: types.SnapshotLoad) -> None:
     taps = {each.iface_id: each.host_dev_name for each in body.network_overrides}
     names = [each.iface_id for each in shown.network_interfaces]
     if any(name not in names for name in taps):
@@ -235,19 +233,12 @@ def _overridden(image: Image, shown: types.VmConfiguration, body: types.Snapshot
             image.config = image.config.replaced(vsock=image.config.vsock.replaced(path=uds_path))
         except ConfigError as error:
             raise ApiError(f"{_STATE}{error}") from None
-        shown = msgspec.structs.replace(shown, vsock=msgspec.structs.replace(shown.vsock, uds_path=uds_path))
-    if not taps:
-        return shown
-    interfaces = [
-        msgspec.structs.replace(each, host_dev_name=taps.get(each.iface_id, each.host_dev_name))
-        for each in shown.network_interfaces
-    ]
-    image.config = image.config.replaced(nets=[_tap(net, taps.get(net.id or "")) for net in image.config.nets])
-    return msgspec.structs.replace(shown, network_interfaces=interfaces)
-
-
-def _tap(net: Any, name: str | None) -> Any:
-    return net if name is None else net.replaced(mode="tap", tap=name)
+        shown.vsock.uds_path = uds_path
+    if taps:
+        for each in shown.network_interfaces:
+            each.host_dev_name = taps.get(each.iface_id, each.host_dev_name)
+        nets = [net.replaced(mode="tap", tap=taps[net.id]) if net.id in taps else net for net in image.config.nets]
+        image.config = image.config.replaced(nets=nets)
 
 
 def _io(error: OSError) -> str:
