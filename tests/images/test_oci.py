@@ -15,7 +15,7 @@ from tests.images.layouts import Made, descriptor, digest, directory, entry, lay
 from tests.virtio.mounts import bind, mounted, private_mounts
 from vmm import images
 from vmm.errors import ConfigError
-from vmm.images import apt, oci, reference, users
+from vmm.images import apt, reference, store, users
 from vmm.images.host import PullError
 
 BASE = layer(
@@ -36,7 +36,7 @@ def kernel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "kernel/boot/vmlinuz-6.1-test").write_text("kernel")
     package = apt.Package("linux-image-test", "6.1-1", tmp_path / "kernel")
     monkeypatch.setattr(apt, "package", lambda name, **kwargs: package)
-    monkeypatch.setattr(oci, "build_initramfs", lambda *args, **kwargs: b"initrd")
+    monkeypatch.setattr(store, "build_initramfs", lambda *args, **kwargs: b"initrd")
     return cache
 
 

@@ -8,7 +8,6 @@ package of another suite than this host's it is ``NAME@SUITE.chosen``.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import pwd
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmm.images import suites
-from vmm.images.host import FetchError, Progress, PullError, cache_root, run, silent, tool, tried
+from vmm.images.host import FetchError, Progress, PullError, cache_root, locked, run, silent, tool, tried
 
 # Debian's own meta packages, which contain no kernel but depend on exactly one that does.
 _KERNEL_METAS = ("linux-image-amd64", "linux-image-cloud-amd64", "linux-image-rt-amd64")
@@ -68,7 +67,7 @@ def package(name: str, *, suite: str | None = None, refresh: bool = False, progr
     if not refresh and (cached := _chosen(debs, key)):
         return cached
     debs.mkdir(parents=True, exist_ok=True)
-    with _locked(debs / "lock"):
+    with locked(debs / "lock"):
         if not refresh and (cached := _chosen(debs, key)):
             return cached
         with _apt_of(suite, progress) as env:
@@ -273,10 +272,3 @@ def reason(said: Iterable[str]) -> str:
         if error.startswith("Failed to fetch "):
             return f"{_OFFLINE} apt says: {error.split(maxsplit=4)[-1]}"
     return errors[0]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,3 +114,15 @@ def run(argv: list[str], *, cwd: str | Path | None = None, env: Mapping[str, str
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise PullError(f"{argv[0]}: {said[-1].removeprefix('E: ')}")
     return done.stdout
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock; ``waiting`` is called first if another process has it."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

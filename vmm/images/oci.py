@@ -8,12 +8,10 @@ each disk once, however many images have it (hard links); ``blobs/`` has what re
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +19,10 @@ from typing import Any
 
 import msgspec
 
-from vmm.errors import ConfigError, line, path_of
-from vmm.images import FORMAT, Image, apt, guest, layers, manifest, resolve, sources, squashfs, store, users
+from vmm.errors import ConfigError
+from vmm.images import Image, apt, guest, layers, manifest, resolve, sources, squashfs, store, users
 from vmm.images.container import ImageConfig
 from vmm.images.host import Progress, PullError, cache_root, need, tool
-from vmm.images.initramfs import build_initramfs
 from vmm.images.reference import Name
 
 LIMIT = 8 << 30  # bytes of an image, unpacked, if its user says no other
@@ -36,25 +33,12 @@ CMDLINE = "root=/dev/vda ro rootfstype=squashfs overlay=tmpfs quiet"
 
 def pull(name: Name, *, refresh: bool, limit: int | None, progress: Progress) -> Image:
     """Return the image, making it if it is not in the cache; see ``vmm.images.pull``."""
-    images = cache_root() / "images"
-    place = images / name.directory
-    if not refresh and (image := _cached(name)):
-        return image
-    need("sqfstar")
-    images.mkdir(parents=True, exist_ok=True)
-    waiting = f"another pull of {name} is running, waiting for it"
-    with store.locked(images / f"{name.directory}.lock", lambda: progress(waiting, None)):
-        if not refresh and (image := _cached(name)):
-            return image
-        try:
-            with store.making(place) as work:
-                _make(name, limit or LIMIT, refresh, work, progress)
-        except OSError as error:
-            raise PullError(f"{name}: {error.strerror}: {line(path_of(error) or str(place))}") from error
+    image = store.obtain(
+        str(name), name.directory, lambda: _cached(name), lambda: need("sqfstar"),
+        lambda work: _make(name, limit or LIMIT, refresh, work, progress), refresh=refresh, progress=progress,
+    )  # fmt: skip
     _sweep()
-    made = resolve(str(name))
-    assert made is not None
-    return made
+    return image
 
 
 def available() -> list[dict[str, Any]]:
@@ -82,35 +66,15 @@ def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress)
     out = work / "image"
     out.mkdir()
     kernel = apt.package(store.KERNEL, refresh=refresh, progress=progress)
-    bzimage, version = apt.kernel_of(kernel.tree)
     make = _of_directory if name.kind == "dir" else _of_layers
     config = make(name, limit, work, progress)
     disk = (work / "disk").rename(out / "rootfs.squashfs")
-    shutil.copyfile(bzimage, out / "kernel")
-    (out / "initrd").write_bytes(
-        build_initramfs(
-            kernel.tree,
-            MODULES,
-            guest.INIT,
-            optional=guest.OPTIONAL_MODULES,
-            on_demand=(*guest.ON_DEMAND_MODULES, "ext4"),
-            files=guest.container_files(config),
-            progress=progress,
-        )
-    )
     facts = {
-        "format": FORMAT,
-        "name": str(name),
-        "kernel": "kernel",
-        "initrd": "initrd",
-        "rootfs": "rootfs.squashfs",
-        "cmdline": CMDLINE,
-        "kernel_version": version,
-        "config": msgspec.to_builtins(config),
+        "name": str(name), "rootfs": "rootfs.squashfs", "cmdline": CMDLINE, "config": msgspec.to_builtins(config),
         "size": disk.stat().st_size,
-        "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    (out / "image.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    }  # fmt: skip
+    on_demand = (*guest.ON_DEMAND_MODULES, "ext4")
+    store.finish(out, kernel, facts, MODULES, on_demand, guest.container_files(config), progress)
 
 
 def _of_directory(name: Name, limit: int, work: Path, progress: Progress) -> ImageConfig:

@@ -7,19 +7,18 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, line, path_of
 from vmm.images import FORMAT, NAMES, Image, apt, guest, reference, resolve, rootfs
-from vmm.images.host import Progress, cache_root
+from vmm.images.host import Progress, PullError, cache_root, locked
 from vmm.images.initramfs import build_initramfs
 
 KERNEL = "linux-image-cloud-amd64"
@@ -56,21 +55,47 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         raise ConfigError("image", name, f"not known; allowed: {', '.join(NAMES)}, and oci:REF for any container image")
     if size is not None and (size < MIN_SIZE or size % 4096):
         raise ConfigError("--size", size, f"must be a multiple of 4096 and at least {MIN_SIZE >> 20}M")
-    images = cache_root() / "images"
-    if not refresh and (image := _cached(name, size, packages)):
-        return image
-    rootfs.check_tools(name)
-    images.mkdir(parents=True, exist_ok=True)
-    with locked(images / f"{name}.lock", lambda: progress(f"another pull of {name} is running, waiting for it", None)):
-        # another pull may have made it in the meantime
-        if not refresh and (image := _cached(name, size, packages)):
-            return image
+
+    def make(work: Path) -> None:
         umask = os.umask(0o022)  # modes of the trees are the guest's
         try:
-            with making(images / name) as work:
-                _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
+            _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
         finally:
             os.umask(umask)
+
+    return obtain(
+        name, name, lambda: _cached(name, size, packages), lambda: rootfs.check_tools(name), make,
+        refresh=refresh, progress=progress,
+    )  # fmt: skip
+
+
+def obtain(
+    name: str, directory: str, cached: Callable[[], Image | None], check: Callable[[], None],
+    make: Callable[[Path], None], *, refresh: bool, progress: Progress,
+) -> Image:  # fmt: skip
+    """The image in the cache, or a new one; two pulls of one image wait for each other.
+
+    :param directory: of the image, below ``images/``
+    :param cached: the image, if what is in the cache will do
+    :param check: raises PullError where a program is missing
+    :param make: is given a directory to work in, and makes ``image`` there
+    :raises PullError: it cannot be made
+    """
+    place = cache_root() / "images" / directory
+    if not refresh and (image := cached()):
+        return image
+    check()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    waiting = f"another pull of {name} is running, waiting for it"
+    with locked(place.parent / f"{directory}.lock", lambda: progress(waiting, None)):
+        # another pull may have made it in the meantime
+        if not refresh and (image := cached()):
+            return image
+        try:
+            with making(place) as work:
+                make(work)
+        except OSError as error:
+            raise PullError(f"{name}: {error.strerror}: {line(path_of(error) or str(place))}") from error
     made = resolve(name)
     assert made is not None
     return made
@@ -128,38 +153,41 @@ def _make(
     work: Path,
     progress: Progress,
 ) -> None:
-    out = work / "image"
-    out.mkdir()
     kernel = apt.package(KERNEL, refresh=refresh, progress=progress)
     if refresh:
         apt.package("busybox-static", refresh=True, progress=progress)
+    out = work / "image"
+    out.mkdir()
+    recipe.make_root(out / "rootfs.ext4", size, kernel, packages, work, progress)
+    facts = {
+        "rootfs": "rootfs.ext4", "cmdline": "root=/dev/vda rw quiet", "packages": sorted(packages), "size": size,
+        "kernel_package": f"{kernel.name} {kernel.version}",
+    }  # fmt: skip
+    finish(out, kernel, facts, guest.MODULES, guest.ON_DEMAND_MODULES, guest.busybox_files("initramfs"), progress)
+
+
+def finish(
+    out: Path, kernel: apt.Package, facts: dict[str, Any], modules: Sequence[str], on_demand: Sequence[str],
+    files: Mapping[str, str | bytes], progress: Progress,
+) -> None:  # fmt: skip
+    """Put a kernel, an initramfs and ``image.json`` beside a root file system.
+
+    :param facts: of the root file system, for ``image.json``
+    :param modules: that the initramfs loads; with `on_demand` those that it has for modprobe
+    :param files: further files of the initramfs
+    """
     bzimage, version = apt.kernel_of(kernel.tree)
     shutil.copyfile(bzimage, out / "kernel")
     progress("making the initramfs", None)
-    (out / "initrd").write_bytes(
-        build_initramfs(
-            kernel.tree,
-            guest.MODULES,
-            guest.INIT,
-            optional=guest.OPTIONAL_MODULES,
-            on_demand=guest.ON_DEMAND_MODULES,
-            files=guest.busybox_files("initramfs"),
-            progress=progress,
-        )
-    )
-    recipe.make_root(out / "rootfs.ext4", size, kernel, packages, work, progress)
+    initramfs = build_initramfs(
+        kernel.tree, modules, guest.INIT, optional=guest.OPTIONAL_MODULES, on_demand=on_demand, files=files,
+        progress=progress,
+    )  # fmt: skip
+    (out / "initrd").write_bytes(initramfs)
     facts = {
-        "format": FORMAT,
-        "kernel": "kernel",
-        "initrd": "initrd",
-        "rootfs": "rootfs.ext4",
-        "cmdline": "root=/dev/vda rw quiet",
-        "kernel_package": f"{kernel.name} {kernel.version}",
-        "kernel_version": version,
-        "packages": sorted(packages),
-        "size": size,
+        "format": FORMAT, "kernel": "kernel", "initrd": "initrd", "kernel_version": version, **facts,
         "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    }  # fmt: skip
     (out / "image.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -180,15 +208,3 @@ def making(place: Path) -> Iterator[Path]:
         (work / "image").rename(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock; ``waiting`` is called first if another process has it."""
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
