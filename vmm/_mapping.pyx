@@ -21,6 +21,9 @@ cdef extern from *:
         uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
     };
     #define PM_SCAN _IOWR('f', 16, struct pm_arg)
+    #define PM_WP_MATCHING (1 << 0)
+    #define PM_CHECK_WPASYNC (1 << 1)
+    #define PM_IS_WRITTEN (1 << 1)
     #define PM_IS_FILE (1 << 2)
     #define PM_IS_PRESENT (1 << 3)
     #define PM_IS_SWAPPED (1 << 4)
@@ -52,7 +55,7 @@ cdef extern from *:
         uint64_t category_anyof_mask
         uint64_t return_mask
     int pm_scan(int fd, pm_arg *arg) nogil
-    uint64_t PM_IS_FILE, PM_IS_PRESENT, PM_IS_SWAPPED
+    uint64_t PM_WP_MATCHING, PM_CHECK_WPASYNC, PM_IS_WRITTEN, PM_IS_FILE, PM_IS_PRESENT, PM_IS_SWAPPED
     uint64_t PAGEMAP_PRESENT, PAGEMAP_SWAPPED, PAGEMAP_FILE
     void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
     int is_zero(const void *data, size_t size) nogil
@@ -89,8 +92,21 @@ def private_runs(int pagemap, uintptr_t address, size_t size):
     :param pagemap: an open /proc/self/pagemap
     :returns: (offset from `address`, bytes) of each run, in order
     """
-    runs = _scan(pagemap, address, size, PM_IS_FILE)
+    runs = _scan(pagemap, address, size, 0, PM_IS_FILE)
     return walk_private_runs(pagemap, address, size) if runs is None else runs
+
+
+def unmarked_runs(int pagemap, uintptr_t address, size_t size, bint mark):
+    """Those of ``private_runs`` that were written to since they were marked, if they were; `mark`: they are now.
+
+    :param mark: ``vmm._uffd.register_marks`` has been called for all of it
+    :raises OSError: it has not, or before Linux 6.7
+    """
+    cdef uint64_t flags = PM_WP_MATCHING | PM_CHECK_WPASYNC if mark else 0
+    runs = _scan(pagemap, address, size, flags, PM_IS_FILE, PM_IS_WRITTEN)
+    if runs is None:
+        raise OSError(ENOTTY, os.strerror(ENOTTY))
+    return runs
 
 
 def touched_runs(int pagemap, uintptr_t address, size_t size):
@@ -98,22 +114,24 @@ def touched_runs(int pagemap, uintptr_t address, size_t size):
 
     :returns: (offset from `address`, bytes) of each run, in order; None before Linux 6.7
     """
-    return _scan(pagemap, address, size, 0)
+    return _scan(pagemap, address, size, 0, 0)
 
 
-cdef list _scan(int pagemap, uintptr_t address, size_t size, uint64_t without):
-    # PAGEMAP_SCAN, Linux 6.7: None where there is none.
+cdef list _scan(int pagemap, uintptr_t address, size_t size, uint64_t flags, uint64_t without, uint64_t also=0):
+    # PAGEMAP_SCAN, Linux 6.7: None where there is none. Pages that are not `without` and are `also`.
     cdef pm_region[REGIONS] regions
     cdef pm_arg arg
     cdef int count, i
     cdef list runs = []
     arg.size = sizeof(arg)
-    arg.flags = arg.max_pages = 0
+    arg.flags = flags
+    arg.max_pages = 0
     arg.start = address
     arg.end = address + size
     arg.vec = <uintptr_t>regions
     arg.vec_len = REGIONS
-    arg.category_inverted = arg.category_mask = without
+    arg.category_inverted = without
+    arg.category_mask = without | also
     arg.category_anyof_mask = PM_IS_PRESENT | PM_IS_SWAPPED
     arg.return_mask = PM_IS_FILE
     while arg.start < arg.end:

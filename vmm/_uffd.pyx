@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""userfaultfd(2): memory of ours whose missing pages another program brings."""
+"""userfaultfd(2): memory of ours whose missing pages another program brings, or whose pages tell of their writes."""
 import os
 
 from libc.errno cimport EINTR, ENOENT, errno
@@ -37,8 +37,19 @@ cdef extern from *:
         struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE };
         return ioctl(fd, UFFDIO_API, &api);
     }
-    static int uffd_register(int fd, unsigned long address, unsigned long size) {
-        struct uffdio_register range = { .range = { address, size }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+    /* <linux/userfaultfd.h> since Linux 6.7. No fault is ever told, so one that the kernel cannot wait for will do. */
+    static int uffd_marks(void) {
+        struct uffdio_api api = { .api = UFFD_API, .features = 1 << 15 /* UFFD_FEATURE_WP_ASYNC */ };
+        int fd = (int)syscall(SYS_userfaultfd, UFFD_FLAGS | 1 /* UFFD_USER_MODE_ONLY */), error;
+        if (fd < 0 || !ioctl(fd, UFFDIO_API, &api))
+            return fd;
+        error = errno;
+        close(fd);
+        errno = error;
+        return -1;
+    }
+    static int uffd_register(int fd, unsigned long address, unsigned long size, unsigned long mode) {
+        struct uffdio_register range = { .range = { address, size }, .mode = mode };
         return ioctl(fd, UFFDIO_REGISTER, &range);
     }
     /* Not one of the two alone: a handler may close its connection and serve on, or serve from a child. */
@@ -66,7 +77,9 @@ cdef extern from *:
     int uffd_device() nogil
     int uffd_call() nogil
     int uffd_api(int fd) nogil
-    int uffd_register(int fd, unsigned long address, unsigned long size) nogil
+    int uffd_marks() nogil
+    int uffd_register(int fd, unsigned long address, unsigned long size, unsigned long mode) nogil
+    unsigned long UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
     int uffd_watch(int peer, int process, int stop) nogil
     void uffd_touch(unsigned long address, size_t size) nogil
     int madvise(void *address, size_t size, int advice) nogil
@@ -100,7 +113,28 @@ def register(int fd, uintptr_t address, size_t size):
 
     :raises OSError: the kernel refused
     """
-    if uffd_register(fd, address, size) < 0:
+    if uffd_register(fd, address, size, UFFDIO_REGISTER_MODE_MISSING) < 0:
+        raise OSError(errno, os.strerror(errno))
+
+
+def create_marks():
+    """A userfaultfd whose write protection goes at the first write by itself, and tells of it so.
+
+    :returns: its descriptor; the marks go with it
+    :raises OSError: the host has none for us (before Linux 6.7)
+    """
+    cdef int fd = uffd_marks()
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno))
+    return fd
+
+
+def register_marks(int fd, uintptr_t address, size_t size):
+    """Let pages of [`address`, `address` + `size`) be marked by ``vmm._mapping.unmarked_runs``.
+
+    :raises OSError: the kernel refused
+    """
+    if uffd_register(fd, address, size, UFFDIO_REGISTER_MODE_WP) < 0:
         raise OSError(errno, os.strerror(errno))
 
 

@@ -9,7 +9,7 @@ import mmap
 import os
 
 from vmm._fastpath import GuestRam
-from vmm._mapping import copy_out, copy_pages, map_over, private_runs, touched_runs
+from vmm._mapping import copy_out, copy_pages, map_over, private_runs, touched_runs, unmarked_runs
 from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, SnapshotError
 
@@ -163,6 +163,8 @@ class GuestMemory(GuestRam, Closing):
         self.regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] | None = None if pieces is None or handler else list(pieces)
         self._handler: FaultHandler | None = None
+        self._marks = -1  # userfaultfd of the marks; whether all of RAM can be marked, and something was
+        self._markable = self._marked = False
         try:
             files = self._files() if pieces is None else None
             if files is None and not huge and pieces is None:
@@ -212,6 +214,7 @@ class GuestMemory(GuestRam, Closing):
     def _map_piece(self, piece: Piece) -> None:
         fd = piece.file.fd if piece.file is not None else -1
         map_over(self.host_address(piece.gpa, piece.size), piece.size, fd, piece.offset)
+        self._markable = False
 
     def freeze(self) -> list[Piece]:
         """What is in RAM now, to be mapped by others; this memory goes on from it, copying what it writes.
@@ -260,10 +263,43 @@ class GuestMemory(GuestRam, Closing):
             self._handler = None
 
     def written(self) -> list[tuple[int, int]]:
-        """(guest address, bytes) of what was written since the last ``freeze``; all of RAM before the first."""
+        """(guest address, bytes) of what was written since the last ``freeze``, or ``take_written`` that said True.
+
+        All of RAM before the first.
+        """
         if self._pieces is None:
             return [(region.gpa, region.size) for region in self.regions]
-        return [(region.gpa + at, size) for region in self.regions for at, size in self._private(region)]
+        find = self._unmarked if self._marked else self._private
+        return [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
+
+    def prepare_marks(self) -> None:
+        """Make ready for ``take_written``: to be called before a jail that has no userfaultfd."""
+        from vmm import _uffd
+
+        try:
+            self._marks = _uffd.create_marks()
+        except OSError:
+            pass  # before Linux 6.7: every ``take_written`` is followed by ``freeze``
+
+    def take_written(self) -> tuple[list[tuple[int, int]], bool]:
+        """What ``written`` says, and whether it begins anew from here on; if not, that takes a ``freeze``.
+
+        Nobody writes to RAM meanwhile. No byte is copied: pages are marked, which a write undoes.
+
+        :raises OSError: the host has no memory left for it
+        """
+        if self._pieces is None or self._marks < 0:
+            return self.written(), False
+        if not self._markable:
+            from vmm._uffd import register_marks
+
+            for region in self.regions:
+                register_marks(self._marks, self.host_address(region.gpa, region.size), region.size)
+            self._markable = True
+        self._marked = True
+        return [
+            (region.gpa + at, size) for region in self.regions for at, size in self._unmarked(region, mark=True)
+        ], True
 
     def touched(self) -> list[tuple[int, int]]:
         """(guest address, bytes) of what is in this process's memory, since it was read or written.
@@ -280,6 +316,9 @@ class GuestMemory(GuestRam, Closing):
 
     def _private(self, region: Region) -> list[tuple[int, int]]:
         return private_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
+
+    def _unmarked(self, region: Region, *, mark: bool = False) -> list[tuple[int, int]]:
+        return unmarked_runs(pagemap(), self.host_address(region.gpa, region.size), region.size, mark)
 
     def _settle(self, region: Region, pieces: list[Piece]) -> list[Piece]:
         # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there.
@@ -346,6 +385,9 @@ class GuestMemory(GuestRam, Closing):
     def close(self) -> None:
         """Give the mappings and memfds back."""
         self._let_go()
+        if self._marks >= 0:
+            os.close(self._marks)
+            self._marks = -1
         self.unmap_all()
         self.regions = ()
         self._pieces = None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
@@ -262,3 +263,59 @@ def test_pieces_over_one_another_are_the_last_of_each_page() -> None:
         found = [(each, at) for each in pieces for at in range(each.gpa, each.gpa + each.size)]
         assert [at for _, at in found] == list(range(64))
         assert all(model[at] == (each.file, each.offset + at - each.gpa) for each, at in found)
+
+
+def _marked(memory: GuestMemory) -> None:
+    memory.prepare_marks()
+    memory.freeze()
+    if not memory.take_written()[1]:
+        pytest.skip("this kernel has no marks (before Linux 6.7)")
+
+
+def test_marks_tell_what_was_written_since_and_copy_nothing() -> None:
+    rng = random.Random(2)
+    with GuestMemory(64 * MIB) as memory:
+        _marked(memory)
+        now: dict[int, bytes] = {}
+        for _ in range(5):
+            changed: dict[int, bytes] = {}
+            _fill(memory, rng, changed, 300)
+            now |= changed
+            for written in (memory.written(), memory.take_written()[0]):
+                assert {page for gpa, size in written for page in range(gpa, gpa + size, 4096)} == set(changed)
+            assert memory.written() == memory.take_written()[0] == []
+        copy = GuestMemory(memory.size, pieces=memory.freeze())
+        assert memory.written() == [] and memory.take_written() == ([], True), "a freeze begins anew, too"
+        memory.write(MIB, b"x")
+        assert memory.take_written() == ([(MIB, 4096)], True)
+        now.pop(MIB, None)
+        _same(memory, now)
+        _same(copy, now)
+        copy.close()
+
+
+def test_marks_stand_beside_pages_that_were_given_back() -> None:
+    with GuestMemory(4 * MIB) as memory:
+        memory.write(0, b"x" * (2 * MIB))
+        _marked(memory)
+        memory.discard(memory.slice(0, MIB))
+        memory.write(4096, b"y")
+        memory.write(2 * MIB, b"z")
+        with open("/proc/self/exe", "rb", buffering=0) as file:
+            file.readinto(memory.slice(3 * MIB, 4096))  # as a device does, by the kernel
+        assert memory.take_written() == ([(4096, 4096), (2 * MIB, 4096), (3 * MIB, 4096)], True)
+        assert memory.read(0, 4096) == bytes(4096) and memory.read(MIB, 1) == b"x"
+
+
+def test_without_marks_what_was_written_is_told_until_a_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr("vmm._uffd.create_marks", none)  # as before Linux 6.7
+    with GuestMemory(4 * MIB) as memory:
+        memory.prepare_marks()
+        assert memory.take_written() == ([(0, 4 * MIB)], False)
+        memory.freeze()
+        memory.write(0, b"x")
+        for _ in range(2):
+            assert memory.take_written() == ([(0, 4096)], False)

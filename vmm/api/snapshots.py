@@ -81,9 +81,13 @@ def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
 
 
 def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool) -> None:
+    begun_anew = False
+
     # Once the devices have finished what they have. A snapshot that failed leaves what it was to have to the next one.
     def look() -> None:
-        vmm.unsaved = _union(vmm.unsaved + machine.memory.written())
+        nonlocal begun_anew
+        written, begun_anew = machine.memory.take_written()
+        vmm.unsaved = _union(vmm.unsaved + written)
 
     def state_of(image: Image) -> bytes:
         shown = msgspec.structs.replace(vmm.whole, logger=None, metrics=None)
@@ -92,6 +96,8 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
     def write(image: Image) -> None:
         assert over is not None
         over.write(body.snapshot_path, state_of(image), vmm.unsaved, machine.memory.slice)
+        if not begun_anew:
+            machine.memory.freeze()
 
     over: Diff | None = None
     try:

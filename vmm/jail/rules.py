@@ -37,6 +37,7 @@ _TUN = (0x4004_54D0, 0x4004_54D9)  # TUNSETOFFLOAD, TUNSETQUEUE
 _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ
 _SIOCGIFINDEX = 0x8933
 _PAGEMAP_SCAN = 0xC060_6610
+_MARKS = 0o2004000 | 1  # O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY
 # As they are in vmm.kvm._state and vmm._uffd, whose import would cost a launch more than the filters.
 _KVM_READS = (
     0xAE03, 0xC004_AE02, 0xC008_AE88, 0xC008_AE91, 0x8004_AE98, 0x8090_AE81, 0x8138_AE83, 0x8140_AECC, 0x9000_AEA4,
@@ -68,7 +69,7 @@ def _ioctl(*requests: int) -> tuple[Rule, ...]:
 # What a snapshot takes: the machine's state is read, its memory mapped anew, and both written to files.
 _SNAPSHOT = (
     *_allow("memfd_create pwrite64 fsync fdatasync rename fgetxattr fsetxattr fremovexattr"),
-    *_ioctl(*_KVM_READS, *_PIT, _PAGEMAP_SCAN),
+    *_ioctl(*_KVM_READS, *_PIT, _PAGEMAP_SCAN, _UFFD[2]),
 )
 # What the interpreter, the allocator, locks and the end of a thread take. tgkill is to this process only: see _rules.
 _COMMON = (
@@ -165,6 +166,7 @@ _BUILD = (
     ),
     *_allow("mmap mprotect"),  # executable, too: extension modules of devices are imported when they are needed
     *_ints("prlimit64", 0, 0),
+    *_ints("userfaultfd", 0, _MARKS),
     ("ioctl", ((1, 0xFF00, 0xAE00),)),  # all of KVM's
     *_ioctl(*_TUN_OPEN, *_BLOCK_ASK, *_DESCRIPTOR, *_TERMINAL, _SIOCGIFINDEX, *_UFFD),
 )  # fmt: skip

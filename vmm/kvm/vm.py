@@ -218,17 +218,12 @@ class Vm:
         if state is not None:
             kvm_ioctl(self.fd, abi.KVM_SET_PIT2, bytearray(state))
 
-    def map_memory(self, memory: GuestMemory, *, log_dirty: bool = False) -> None:
-        """Give the guest `memory`, one slot a region. The mappings must outlive the VM.
-
-        :param log_dirty: KVM notes which pages the guest writes
-        """
-        flags = abi.KVM_MEM_LOG_DIRTY_PAGES if log_dirty else 0
+    def map_memory(self, memory: GuestMemory) -> None:
+        """Give the guest `memory`, one slot a region. The mappings must outlive the VM."""
         for region in memory.regions:
-            address = memory.host_address(region.gpa, region.size)
-            self.map_window(region.gpa, region.size, address, flags=flags)
+            self.map_window(region.gpa, region.size, memory.host_address(region.gpa, region.size))
 
-    def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False, flags: int = 0) -> int:
+    def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False) -> int:
         """Show the guest [`address`, `address` + `size`) of this process at `gpa`, in a slot of its own.
 
         Whole pages; the mapping must outlive the slot, and may change meanwhile: KVM follows it. Where it is read-only
@@ -242,7 +237,7 @@ class Vm:
             abi.KVM_SET_USER_MEMORY_REGION,
             abi.kvm_userspace_memory_region(
                 slot=slot, guest_phys_addr=gpa, memory_size=size, userspace_addr=address,
-                flags=flags | (abi.KVM_MEM_READONLY if read_only else 0),
+                flags=abi.KVM_MEM_READONLY if read_only else 0,
             ),
         )  # fmt: skip
         self.slots[slot] = gpa

@@ -143,6 +143,8 @@ class Machine(Closing):
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
         huge = config.huge_pages is not None
         self.memory = self._owned(GuestMemory(config.memory, huge=huge, pieces=pieces, handler=handler))
+        if config.track_dirty_pages:
+            self.memory.prepare_marks()
         if image is None:
             self._load([(each.base, layout.VIRTIO_MMIO_STRIDE, each.gsi) for each in self.devices.values()])
         else:
@@ -155,7 +157,7 @@ class Machine(Closing):
             self._check_kvm()
         self.vm = prepared if prepared is not None and usable else self._owned(self.kvm.create_vm())
         # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
-        self.vm.map_memory(self.memory, log_dirty=config.track_dirty_pages)
+        self.vm.map_memory(self.memory)
         self._closers.append(self._devices.close)
         for attached in self.devices.values():
             attached.make(self.memory, self._devices.window_address(attached))
@@ -296,13 +298,13 @@ class Machine(Closing):
             raise HostError(error.errno or 0, "tell which pages were touched") from None
         record(touched, self.config.memory, os.path.join(directory, TOUCHED))
 
-    def _freeze(self, while_held: Callable[[], None], before_memory: Callable[[Image], None] | None = None) -> Image:
+    def _freeze(self, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None) -> Image:
         from vmm.machine.snapshot import freeze
 
         if self._run.ended is not None:
             raise VmmError("a machine that has ended cannot be frozen")
         with self._devices_lock:
-            return freeze(self, while_held, before_memory)
+            return freeze(self, while_held, without_memory)
 
     def _new_generation(self) -> None:
         self.memory.write(layout.VM_GENERATION, os.urandom(16))

@@ -83,12 +83,12 @@ class Image:
 
 
 def freeze(
-    machine: Machine, while_held: Callable[[], None], before_memory: Callable[[Image], None] | None = None
+    machine: Machine, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None
 ) -> Image:
     """See :meth:`vmm.machine.machine.Machine.freeze`; its devices stay as they are meanwhile.
 
     :param while_held: called while the vCPUs and the devices do nothing
-    :param before_memory: called with the image while it has no memory yet, and RAM still stands still
+    :param without_memory: called with the image while RAM still stands still; the image has no memory then
     """
     if machine._detached:
         raise SnapshotError("devices", "a configured device was detached")
@@ -118,9 +118,10 @@ def freeze(
             virtio=[transport.save() for transport in machine.virtio],
             memory=[],
         )
-        if before_memory is not None:
-            before_memory(image)
-        image.memory = machine.memory.freeze()
+        if without_memory is None:
+            image.memory = machine.memory.freeze()
+        else:
+            without_memory(image)
         return image
     finally:
         if machine._run.ended is None:
