@@ -152,6 +152,40 @@ def test_two_hundred_freezes_under_work_and_a_look_at_some_copies(linux: Callabl
     _fsck(tmp_path / "disk")
 
 
+def test_what_was_written_since_is_all_that_changed(linux: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = linux(track_dirty_pages=True)
+    memory = guest.vm.memory
+    guest.vm.freeze()
+    taken: list[tuple[int, int]] = []
+    before = bytearray()
+    marked = set()
+
+    def look() -> None:
+        runs, begins_anew = memory.take_written()
+        marked.add(begins_anew)
+        taken.extend(runs)
+
+    def compare(_: Image) -> None:
+        now = memory.read(0, memory.size)
+        for gpa, size in taken:
+            before[gpa : gpa + size] = now[gpa : gpa + size]
+        assert now == before, [
+            hex(at) for at in range(0, len(now), 4096) if now[at : at + 4096] != before[at : at + 4096]
+        ]
+        taken.clear()
+
+    guest.vm._freeze(look, lambda _: before.extend(memory.read(0, memory.size)))
+    taken.clear()
+    if marked == {False}:
+        pytest.skip("this kernel has no marks (before Linux 6.7)")
+    for _ in range(25):
+        time.sleep(0.01)
+        guest.vm._freeze(look, compare)
+    guest.end_well()
+    guest.vm.close()
+    _fsck(tmp_path / "disk")
+
+
 def test_a_snapshot_on_disk_goes_on_later_with_the_time_right(linux: Callable[..., Guest], tmp_path: Path) -> None:
     guest = linux(vsock=VsockConfig(3, str(tmp_path / "v")))
     guest.must_go_on("first")
