@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.virtio.net_driver import GUEST_MAC, TX, Stream, Vm, ipv4, tcp, udp
 from tests.waiting import until
+from virtio import spec
 from virtio.net._policy import MOST_LEARNED, REASONS, Policy
 
 ME, GATEWAY, RESOLVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
@@ -371,9 +372,49 @@ def test_a_frame_in_more_pieces_than_one_write_takes(stack: Any) -> None:
     assert not vm.log
 
 
-def test_a_policy_is_not_for_a_tap(namespace: None, stack: Any) -> None:
-    with pytest.raises(ValueError, match="without a header"):
-        Vm(stack, policy=policy())
+def on_the_tap(stack: Any, vm: Vm) -> socket.socket:
+    """What the host's side of the tap gets, and what it sends itself."""
+    seen = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3)))
+    seen.bind((vm.tap.name, 0))
+    seen.settimeout(10)
+    return seen  # type: ignore[no-any-return]
+
+
+def test_only_what_is_allowed_gets_to_a_tap(namespace: None, stack: Any) -> None:
+    found = Policy(bytes([10, 9, 8, 1]), bytes(4), bytes([10, 0, 2, 3]), [rule("9.9.9.9/32", 80)], guest_bits=24)
+    vm = Vm(stack, policy=found)
+    seen = on_the_tap(stack, vm)
+    for frame in (
+        tcp("9.9.9.9", 81), tcp("9.9.9.9", 80, source="10.9.9.2"), tcp("9.9.9.9", 80, source="127.0.0.1"),
+        tcp("10.9.8.1", 80), udp("9.9.9.9", 80, source="10.9.8.77"),
+    ):  # fmt: skip
+        vm.send(frame)
+    assert seen.recv(2000)[12:] == udp("9.9.9.9", 80, source="10.9.8.77")[12:]
+    until(lambda: vm.device.stats["policy_allowed"] == 1, lambda: vm.device.stats)
+    stats = vm.device.stats
+    assert (stats["policy_dropped_address"], stats["policy_dropped_source"]) == (2, 2)
+
+
+def test_a_header_changes_nothing_of_what_was_judged(namespace: None, stack: Any) -> None:
+    """By a header the kernel would write a checksum at any place, as over the address that was judged."""
+    vm = Vm(stack, policy=policy(("9.9.9.9/32", 80)))
+    assert not vm.device.features & (spec.NET_F_CSUM | spec.NET_F_HOST_TSO4 | spec.NET_F_HOST_UFO)
+    seen = on_the_tap(stack, vm)
+    good = mine(tcp, "9.9.9.9", 80, data=bytes(3000))
+    for flags, kind, segment_size, start, offset in ((1, 0, 0, 30, 0), (1, 1, 500, 34, 16), (1, 0x81, 500, 34, 16)):
+        vm.send(good, struct.pack("<BBHHHHH", flags, kind, 54, segment_size, start, offset, 0))
+        assert seen.recv(4000) == good
+    pieces = [bytes(5), bytes(7) + good[:20], good[20:70], *(good[at : at + 7] for at in range(70, len(good), 7))]
+    ring = vm.driver.queues[TX]
+    ring.add_indirect([ring.buffer(piece) for piece in pieces])
+    vm.driver.kick(TX)
+    assert seen.recv(4000) == good
+    assert vm.device.stats["tx_errors"] == 0
+
+
+def test_one_thread_judges(namespace: None, stack: Any) -> None:
+    with pytest.raises(ValueError, match="one pair of queues"):
+        Vm(stack, queues=2, policy=policy())
 
 
 @pytest.mark.parametrize("only_special", [True, False])

@@ -216,6 +216,25 @@ def test_metadata_service_counts_in_every_interface(reader: Reader) -> None:
     assert reader.lines[0]["mmds"]["rx_accepted"] == 4
 
 
+def test_a_network_policy_has_groups_of_its_own(reader: Reader) -> None:
+    nets = [
+        FakeDevice(1, f"virtio-net{n}", **NET, policy_allowed=2, policy_dropped_address=n, dns_asked=1) for n in (0, 1)
+    ]
+    machine = FakeMachine(*nets)
+    machine.nets = dict(zip(("eth0", "eth1"), nets, strict=True))
+    reader.metrics.attach(machine)  # type: ignore[arg-type]
+    line = reader.lines[0]
+    assert list(line)[-3:] == ["policy_eth0", "policy_eth1", "policy"]
+    assert (line["policy_eth1"]["dropped_address"], line["policy_eth0"]["dropped_address"]) == (1, 0)
+    assert (line["policy"]["allowed"], line["policy"]["dns_asked"], line["policy"]["dns_failed"]) == (4, 2, 0)
+    assert [path for path in paths(line) if not path.startswith(("policy", "net_"))] == [
+        path for path in FIRECRACKER if not path.startswith(("net_", "block_"))
+    ]
+    assert "pyvmm_policy" not in reader.metrics.prometheus()  # there every counter of a device is, by its own name
+    nets[0].stats["policy_allowed"] = 5
+    assert reader.flush()["policy"]["allowed"] == 3
+
+
 def test_lines_at_start_every_period_and_at_the_end(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "PERIOD_SECONDS", 0.01)
     machine = FakeMachine()

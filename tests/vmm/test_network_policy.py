@@ -116,8 +116,10 @@ def test_a_policy() -> None:
 
 
 def test_where_a_policy_does_not_go() -> None:
-    for words in ("tap=t0,allow=pypi.org", "auto,allow=pypi.org", "user,loopback,allow=pypi.org"):
-        with pytest.raises(ConfigError, match="only for the mode user, without loopback"):
+    for words in ("tap=t0,queues=2,allow=pypi.org", "auto,queues=8,allow=pypi.org", "user,loopback,allow=pypi.org"):
+        with pytest.raises(ConfigError, match="must be without loopback, and with one pair of queues"):
             NetConfig.parse(words)
+    for words in ("tap=t0,allow=pypi.org", "auto,addr=10.0.0.1/24,nat,allow=pypi.org", "fd=3,allow=pypi.org"):
+        assert NetConfig.parse(words).policy == NetworkPolicy(["pypi.org"])
     with pytest.raises(ConfigError, match="must be none, user or a NetworkPolicy"):
         Sandbox("busybox", network="host")

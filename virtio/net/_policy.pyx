@@ -87,6 +87,7 @@ cdef class Policy:
     """What one guest may reach: nothing but what is allowed or learned.
 
     :param guest: the guest's own IPv4 address, four bytes: frames from any other are dropped
+    :param guest_bits: of it that count: its addresses are a network's; 0: any address
     :param gateway: IPv4, the address that leads to the host's loopback where something maps it: never reached
     :param resolver: IPv4, where the guest's DNS is answered
     :param allow: rules ``(address, bits, first, last)``: an IPv6 address of 16 bytes, for IPv4 in ::ffff:0:0/96, the
@@ -100,7 +101,8 @@ cdef class Policy:
     cdef Table *table               # replaced whole; the reader loads the pointer once
     cdef uint64_t reading           # odd while the reader has a table
     cdef readonly bint only_special
-    cdef uint8_t[4] guest
+    cdef uint32_t guest
+    cdef uint32_t guest_mask
     cdef uint8_t[4] gateway
     cdef uint8_t[4] resolver
     cdef uint64_t[VERDICTS] frames
@@ -115,10 +117,13 @@ cdef class Policy:
         self.table = NULL
 
     def __init__(self, bytes guest=bytes(4), bytes gateway=bytes(4), bytes resolver=bytes(4), allow=(), deny=(),
-                 *, bint only_special=False):
+                 *, bint only_special=False, int guest_bits=32):
         if not len(guest) == len(gateway) == len(resolver) == 4:
             raise ValueError("an IPv4 address has four bytes")
-        memcpy(self.guest, <const char *>guest, 4)
+        if not 0 <= guest_bits <= 32:
+            raise ValueError("an IPv4 network has 0 to 32 bits")
+        self.guest_mask = <uint32_t>((<uint64_t>0xffff_ffff << (32 - guest_bits)) & 0xffff_ffff)
+        self.guest = <uint32_t>int.from_bytes(guest, "big") & self.guest_mask
         memcpy(self.gateway, <const char *>gateway, 4)
         memcpy(self.resolver, <const char *>resolver, 4)
         self.only_special = only_special
@@ -276,7 +281,8 @@ cdef class Policy:
         return ALLOWED if size >= 42 and memcmp(&head[14], b"\0\1\x08\0\6\4", 6) == 0 else MALFORMED
 
     cdef int judge_ipv4(self, const uint8_t *ip, uint64_t size) noexcept nogil:
-        cdef uint32_t whole = be16(&ip[2]), target = be32(&ip[16])
+        cdef uint32_t whole = be16(&ip[2]), source = be32(&ip[12]), target = be32(&ip[16])
+        cdef bint mine = source & self.guest_mask == self.guest
         if size < 20 or ip[0] >> 4 != 4 or ip[0] & 15 < 5 or whole < <uint32_t>(ip[0] & 15) * 4 or whole > size:
             return MALFORMED
         if ip[0] & 15 != 5:
@@ -284,13 +290,13 @@ cdef class Policy:
         if be16(&ip[6]) & 0xbfff:   # anything but "do not fragment"
             return FRAGMENT
         if ip[9] == UDP and target == <uint32_t>0xffff_ffff and whole >= 28 and be32(&ip[20]) == 68 << 16 | 67 \
-                and (be32(&ip[12]) == 0 or memcmp(&ip[12], self.guest, 4) == 0):
+                and (source == 0 or mine):
             return ALLOWED          # DHCP, which the other end of the cable answers
-        if memcmp(&ip[12], self.guest, 4):
+        if not mine or is_special4(source):
             return SOURCE
         if memcmp(&ip[16], self.resolver, 4) == 0:
             return TO_RESOLVER
-        if target >> 24 == 0 or target >> 24 == 127 or target >> 28 >= 14 or memcmp(&ip[16], self.gateway, 4) == 0:
+        if is_special4(target) or memcmp(&ip[16], self.gateway, 4) == 0:
             return SPECIAL
         return self.judge_target(0, <uint64_t>0xffff << 32 | target, ip[9], &ip[20], whole - 20)
 
@@ -402,6 +408,11 @@ cdef inline uint64_t be64(const uint8_t *at) noexcept nogil:
 
 cdef inline bint matches(const Rule *rule, uint64_t high, uint64_t low) noexcept nogil:
     return high & rule.high_mask == rule.high and low & rule.low_mask == rule.low
+
+
+cdef inline bint is_special4(uint32_t address) noexcept nogil:
+    # This network, loopback, multicast and what is reserved behind it.
+    return address >> 24 == 0 or address >> 24 == 127 or address >> 28 >= 14
 
 
 cdef inline bint is_special6(uint64_t high, uint64_t low) noexcept nogil:

@@ -2,7 +2,7 @@
 # cython: language_level=3
 """A pair of network queues without the GIL: frames go between the guest's buffers and a tap, or a stream to passt."""
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, EBADFD, ECONNRESET, EINTR, errno
+from libc.errno cimport EAGAIN, EBADFD, ECONNRESET, EINTR, EINVAL, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
@@ -93,7 +93,7 @@ cdef class NetWorker(QueueWorker):
     :param rx_limiter: of what the guest receives
     :param tx_limiter: of what the guest sends
     :param mmds: the metadata service's endpoint, whose address's frames never reach `fd`; None: there is none
-    :param policy: which frames of the guest's may leave, with `stream` only; None: all
+    :param policy: which frames of the guest's may leave, by one thread; None: all
     :param resolver: where those go that are for the policy's resolver, and word of those dropped; None: nowhere
     :param pcap: a file for a copy of each frame, opened for appending; -1: none
     """
@@ -153,8 +153,6 @@ cdef class NetWorker(QueueWorker):
         self.rules = NULL if policy is None else <Judge *><uintptr_t>policy.pointer
         self.resolver = resolver
         self.resolves = resolver is not None
-        if self.rules != NULL and not stream:
-            raise ValueError("a policy is for frames without a header, by which the host would change them")
         self.mmds = mmds
         self.detour = mmds is not None
         if self.detour:
@@ -443,8 +441,13 @@ cdef class NetWorker(QueueWorker):
                     self.stall(TX, wait)
                     return SERVE_STALLED
                 self.paid = True
-            # The header is the tap's to judge: the kernel copies it once and refuses what makes no sense.
-            sent = self.write_frame(chain) if self.stream else writev(self.fd, chain.iov, chain.n_readable)
+            if self.stream:
+                sent = self.write_frame(chain)
+            elif self.rules != NULL:
+                sent = self.write_judged(chain)
+            else:
+                # The header is the tap's to judge: the kernel copies it once and refuses what makes no sense.
+                sent = writev(self.fd, chain.iov, chain.n_readable)
             if sent < 0:
                 if errno == EINTR:
                     queue_unpop(ring)
@@ -511,6 +514,20 @@ cdef class NetWorker(QueueWorker):
                 return -1
             self.tx_left -= sent
         return 0
+
+    cdef ssize_t write_judged(self, DescChain *chain) noexcept nogil:
+        # To the tap, with an empty header: by the guest's the kernel would write a checksum wherever it says.
+        cdef iovec[UIO_MAXIOV + 1] whole
+        cdef uint64_t done = VNET_HEADER + self.tx_head
+        cdef uint32_t n = 1
+        if chain.n_readable >= UIO_MAXIOV - 1:
+            net_set_errno(EINVAL)   # more pieces than one write takes, with ours before them
+            return -1
+        memset(self.head, 0, VNET_HEADER)
+        whole[0] = iovec(<void *>self.head, done)
+        if done < chain.readable_bytes:
+            n += skip(chain.iov, chain.n_readable, done, chain.readable_bytes - done, &whole[1])
+        return writev(self.fd, whole, n)
 
     cdef int judge(self, DescChain *chain) noexcept nogil:
         # By a copy of its head, which is what is sent.

@@ -46,10 +46,10 @@ DEFAULT_MTU = 1500
 GUEST_OFFLOADS = (
     spec.NET_F_GUEST_CSUM | spec.NET_F_GUEST_TSO4 | spec.NET_F_GUEST_TSO6 | spec.NET_F_GUEST_ECN | spec.NET_F_GUEST_UFO
 )
-_TAP_FEATURES = (
-    GUEST_OFFLOADS | spec.NET_F_CSUM | spec.NET_F_HOST_TSO4 | spec.NET_F_HOST_TSO6 | spec.NET_F_HOST_ECN
-    | spec.NET_F_HOST_UFO | spec.NET_F_CTRL_GUEST_OFFLOADS
-)  # fmt: skip
+_TO_GUEST_FEATURES = GUEST_OFFLOADS | spec.NET_F_CTRL_GUEST_OFFLOADS
+_TO_HOST_FEATURES = (
+    spec.NET_F_CSUM | spec.NET_F_HOST_TSO4 | spec.NET_F_HOST_TSO6 | spec.NET_F_HOST_ECN | spec.NET_F_HOST_UFO
+)
 _CTRL_FEATURES = spec.NET_F_CTRL_VQ | spec.NET_F_CTRL_RX | spec.NET_F_CTRL_VLAN | spec.NET_F_CTRL_MAC_ADDR
 # Source: pcap-savefile(5): nanoseconds, version 2.4, whole frames, LINKTYPE_ETHERNET.
 _PCAP_HEADER = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0x40000, 1)
@@ -88,7 +88,7 @@ class Net(VirtioDevice):
     :param rx_limiter: of what the guest receives; None: no limit
     :param tx_limiter: of what the guest sends; None: no limit
     :param mmds: the metadata service's endpoint: what the guest sends to its address does not reach `backend`
-    :param policy: which frames of the guest's reach `backend`, passt only; None: all
+    :param policy: which frames of the guest's reach `backend`, which has one pair then; None: all
     :param resolver: the policy's; owned. None: nobody answers names
     :param name: of the threads
     :raises ConfigError: the pcap file cannot be made
@@ -111,6 +111,8 @@ class Net(VirtioDevice):
         resolver: Resolver | None = None,
         name: str = "virtio-net",
     ) -> None:
+        if policy is not None and len(backend.fds) > 1:
+            raise ValueError("one thread judges frames by a policy: the backend must have one pair of queues")
         super().__init__()
         self.name = name
         self.backend = backend
@@ -126,7 +128,9 @@ class Net(VirtioDevice):
         self.queue_sizes = (QUEUE_SIZE,) * (2 * self.pairs) + (CTRL_QUEUE_SIZE,)
         self.features = spec.NET_F_MAC | spec.NET_F_STATUS | spec.NET_F_MRG_RXBUF | _CTRL_FEATURES
         if not backend.stream:
-            self.features |= _TAP_FEATURES
+            self.features |= _TO_GUEST_FEATURES
+            if policy is None:  # or what was judged would be changed on its way
+                self.features |= _TO_HOST_FEATURES
         if self.pairs > 1:
             self.features |= spec.NET_F_MQ
         if mtu is not None:

@@ -217,10 +217,10 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         default=False, word="loopback", api="loopback", extension=True,
     )  # fmt: skip
     policy: NetworkPolicy | None = option(
-        help="with user: all that the guest may reach; None: everything but the host's loopback",
+        help="all that the guest may reach; None: everything, with user but the host's loopback",
         default=None, parse=NetworkPolicy.of_words,
         words={
-            "allow=": "with user: names and networks, with a + between, that the guest may reach, and nothing else",
+            "allow=": "names and networks, with a + between, that the guest may reach, and nothing else",
             "deny=": "networks that it may not, whatever is allowed",
         },
     )  # fmt: skip
@@ -245,8 +245,9 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
             raise ConfigError("net tap", self.tap, "must be the name of a tap")
         if self.loopback and mode != "user":
             raise ConfigError("loopback", mode, "is only for the mode user")
-        if self.policy is not None and (mode != "user" or self.loopback):
-            raise ConfigError("net allow", mode, "is only for the mode user, without loopback")
+        if self.policy is not None and (self.loopback or self.queues > 1):
+            words = "loopback" if self.loopback else f"queues={self.queues}"
+            raise ConfigError("net allow", words, "must be without loopback, and with one pair of queues")
         if (mode == "fd") != (self.fd is not None):
             raise ConfigError("net fd", self.fd, "is only for the mode fd")
         if self.queues > 1 and mode in ("user", "fd"):

@@ -186,7 +186,6 @@ class Builder:
             if config.policy is not None:
                 from vmm.config.policy import PASST
 
-                policy, resolver = self._policy(config.policy)
                 backend = self._owned(Passt(PASST))
             else:
                 backend = self._owned(Passt(loopback=config.loopback))
@@ -206,6 +205,8 @@ class Builder:
                     from virtio.net.nat import Nat
 
                     self._owned(Nat(config.address, backend.name))
+        if config.policy is not None:
+            policy, resolver = self._policy(config, config.policy)
         mac = parse_mac(config.mac) if config.mac else default_mac(f"{backend.name}{number}")
         endpoint = None
         if (mmds := self._config.mmds) is not None and name in mmds.interfaces:
@@ -224,17 +225,24 @@ class Builder:
         )  # fmt: skip
         return self._owned(net)
 
-    def _policy(self, config: NetworkPolicy) -> tuple[Policy, Resolver]:
+    def _policy(self, net: NetConfig, config: NetworkPolicy) -> tuple[Policy, Resolver]:
         from _socket import inet_aton
 
         from virtio.net._policy import Policy
+        from virtio.net.host import parse_address
         from virtio.net.resolver import Resolver
         from vmm.config.policy import GATEWAY, GUEST, RESOLVER, rules
 
+        guest, bits, gateway = inet_aton(GUEST), 32, inet_aton(GATEWAY)
+        if net.mode != "user":  # on a tap it has an address of the tap's network, or whichever it was given
+            guest, bits = parse_address(net.address) if net.address else (bytes(4), 0)
+            gateway = bytes(4)
+            if bits and (int.from_bytes(guest, "big") ^ int.from_bytes(inet_aton(RESOLVER), "big")) >> 32 - bits == 0:
+                problem = f"must be another network: {RESOLVER} in it is the address of a policy's nameserver"
+                raise ConfigError("net addr", net.address, problem)
         allow, names = rules("allow", config.allow)
-        guest, gateway, nameserver = map(inet_aton, (GUEST, GATEWAY, RESOLVER))
-        policy = Policy(guest, gateway, nameserver, allow, rules("deny", config.deny)[0])
-        return policy, self._owned(Resolver(policy, nameserver, names))
+        policy = Policy(guest, gateway, inet_aton(RESOLVER), allow, rules("deny", config.deny)[0], guest_bits=bits)
+        return policy, self._owned(Resolver(policy, inet_aton(RESOLVER), names))
 
     def _share(self, config: ShareConfig, number: int) -> Fs:
         from virtio.fs.device import Fs

@@ -23,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from virtio.net.device import Net
     from vmm.events import Exit
     from vmm.machine.machine import Machine
 
@@ -72,6 +73,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "tx_write_fails rx_read_fails",
         "entropy": "activate_fails entropy_event_fails entropy_event_count entropy_bytes host_rng_fails "
         "entropy_rate_limiter_throttled rate_limiter_event_count",
+        # Ours; only of a VM that has a network policy.
+        "policy": "allowed allowed_bytes dropped dropped_bytes dropped_malformed dropped_protocol dropped_options "
+        "dropped_fragment dropped_source dropped_special dropped_nameserver dropped_address resolver evicted dns_asked "
+        "dns_answered dns_refused dns_failed dns_bad dns_limited dns_own dns_upstream dns_upstream_bad",
     }.items()
 }
 # Groups whose every field is a value, not a count; and single fields.
@@ -165,6 +170,9 @@ class Metrics:
         self._ids = {device.name: name for name, device in named.items()}
         for place in range(len(machine.virtio)):
             self._add_device(machine, place)
+        for name, net in machine.nets.items():
+            if "policy_allowed" in net.stats:
+                self.add_source(f"policy_{name}", _policy(net))
         self.add_source("i8042", lambda: machine.i8042.stats)
         self.add_source("uart", lambda: {**machine.serial.stats, "missed_write_count": machine.console.lost})
         self.add_source("vcpu", lambda: _vcpus(machine))
@@ -240,7 +248,8 @@ class Metrics:
     def _line(self, values: dict[tuple[str, str], int]) -> dict[str, object]:
         line: dict[str, object] = {"utc_timestamp_ms": time.time_ns() // 1_000_000}
         for whole, fields in FIELDS.items():
-            for group in (*sorted(group for group in self._sources if group != whole == _whole(group)), whole):
+            of_devices = sorted(group for group in self._sources if group != whole == _whole(group))
+            for group in (*of_devices, whole) if of_devices or whole != "policy" else ():
                 line[group] = {name: value for name, value in self._group(values, group, fields)}
         return line
 
@@ -333,6 +342,11 @@ def _net(stats: Values, events: tuple[int, ...]) -> Values:
     }
 
 
+def _policy(net: Net) -> Callable[[], Values]:
+    names = ("policy_", "dns_")
+    return lambda: {key.removeprefix("policy_"): value for key, value in net.stats.items() if key.startswith(names)}
+
+
 def _vsock(stats: Values, events: tuple[int, ...]) -> Values:
     # Firecracker's rx is what the guest receives, its tx what it sends.
     return {
@@ -376,7 +390,7 @@ _KINDS: dict[int, tuple[str, bool, Callable[[Values, tuple[int, ...]], Values]]]
     5: ("balloon", False, _balloon),
     19: ("vsock", False, _vsock),
 }
-_DEVICE_GROUPS = {group for group, _, _ in _KINDS.values()}
+_DEVICE_GROUPS = {"policy", *(group for group, _, _ in _KINDS.values())}
 
 
 def _vcpus(machine: Machine) -> Values:
