@@ -82,12 +82,12 @@ def parse(source: Source) -> Setup:
     head = source.read(0, 0x268, "the setup header")
     setup_sects, syssize, boot_flag, magic, version = _FIELDS.unpack_from(head, HEADER)
     if boot_flag != BOOT_FLAG or magic != MAGIC:
-        raise source.fail("is no Linux kernel image: it lacks the setup header of boot protocol 2.00")
+        raise source.fail("is not a Linux kernel image: it lacks the setup header of boot protocol 2.00")
     number = f"{version >> 8}.{version & 0xFF:02}"
     if not head[0x211] & LOADED_HIGH:
         raise source.fail(f"is a zImage (boot protocol {number}), only a bzImage can be loaded")
     if version < MIN_VERSION:
-        raise source.fail(f"speaks boot protocol {number}; the 64-bit entry needs 2.12 (Linux 3.8) or later")
+        raise source.fail(f"has boot protocol {number}; the 64-bit entry needs 2.12 (Linux 3.8) or later")
     setup = Setup()
     setup.version = version
     (
@@ -140,7 +140,7 @@ def choose_address(setup: Setup, memory: GuestMemory, source: Source) -> int:
     address = setup.pref_address
     if address < layout.HIMEM:
         if not setup.relocatable:
-            raise source.fail(f"wants to be loaded at {address:#x}, below 1 MiB, and is not relocatable")
+            raise source.fail(f"has to be loaded at {address:#x}, below 1 MiB, and is not relocatable")
         align = setup.kernel_alignment
         address = (layout.HIMEM + align - 1) // align * align
     end = address + setup.needs

@@ -90,7 +90,7 @@ def parameter(name: str, value: str) -> str:
     :raises ConfigError: there is no way to write it
     """
     if '"' in value:
-        raise ConfigError("cmdline", f"{name}={value}", "the kernel knows no double quote inside a value")
+        raise ConfigError("cmdline", f"{name}={value}", "a value cannot contain a double quote")
     return f'{name}="{value}"' if any(byte in _SPACE for byte in _bytes(value)) else f"{name}={value}"
 
 

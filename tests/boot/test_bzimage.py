@@ -62,8 +62,8 @@ def test_the_release_and_compression_are_told(kernel):
     ("options", "found"),
     [
         ({"loadflags": 0}, "is a zImage (boot protocol 2.15)"),
-        ({"version": 0x20B}, "speaks boot protocol 2.11; the 64-bit entry needs 2.12"),
-        ({"version": 0x200}, "speaks boot protocol 2.00"),
+        ({"version": 0x20B}, "has boot protocol 2.11; the 64-bit entry needs 2.12"),
+        ({"version": 0x200}, "has boot protocol 2.00"),
         ({"xloadflags": 0}, "is a 32-bit kernel"),
         ({"xloadflags": 0xFFFE}, "is a 32-bit kernel"),
         ({"boot_flag": 0}, "lacks the setup header"),

@@ -213,7 +213,7 @@ def _garbage(handler: _Handler) -> bool:
         (_garbage, "closed the connection early: "),
         (_answering(b"", 404), "has no such image"),
         (_answering(b"", 403), "denies access: the image does not exist, or needs a login"),
-        (_answering(b"", 401), "wants a login: docker login"),
+        (_answering(b"", 401), "needs a login: docker login"),
         (
             _answering(b"", 401, WWW_Authenticate='Bearer realm="file:///etc/passwd"'),
             "names file:///etc/passwd as its token server",
@@ -334,7 +334,7 @@ auth: {{htpasswd: {{realm: r, path: {home}/users}}}}
 
 def test_real_registry(real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
-    with pytest.raises(PullError, match="wants a login: docker login"):
+    with pytest.raises(PullError, match="needs a login: docker login"):
         images.pull(f"oci:{real}/test/image:oci")
     login = {"auths": {real: {"auth": b64encode(b"alice:wrong").decode()}}}
     (tmp_path / "auth.json").write_text(json.dumps(login))

@@ -276,7 +276,7 @@ def test_what_cannot_be_changed_says_so(guest: MakeGuest) -> None:
     vm = guest(BUSY, virtio_console=True)
     with pytest.raises(VmmError, match="is the machine's console"):
         vm.detach("virtio-console")
-    with pytest.raises(TypeError, match="a device or its configuration is wanted, not int"):
+    with pytest.raises(TypeError, match="expected a device or its configuration, not int"):
         vm.attach(7)  # type: ignore[arg-type]
     vm.start()
     vm.stop()

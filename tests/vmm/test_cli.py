@@ -145,7 +145,7 @@ def test_options(kernel: str, arguments: tuple[str, ...], problem: str) -> None:
 
 def test_kvm_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvm_module, "kvm_ioctl", lambda fd, request, argument=0: 11)
-    with pytest.raises(ConfigError, match="speaks API version 11; pyvmm needs 12"):
+    with pytest.raises(ConfigError, match="has API version 11; pyvmm needs 12"):
         Kvm("/dev/null")
 
 

@@ -180,7 +180,7 @@ def test_depth_is_bounded() -> None:
 )
 def test_what_is_no_json_is_refused(value: Any) -> None:
     store = service({"a": 1})
-    with pytest.raises(MmdsError, match="is no JSON"):
+    with pytest.raises(MmdsError, match="is not JSON"):
         store.put(value)
     assert store.get() == {"a": 1}
 

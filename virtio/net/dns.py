@@ -166,7 +166,7 @@ def read_name(data: bytes, at: int, *, pointers: bool = True) -> tuple[str, int]
         label = data[at + 1 : at + 1 + length].lower()
         size += 1 + length
         if length & 0xC0 or len(label) < length or size > 254 or not _LETTERS.issuperset(label):
-            raise ValueError("a name with a label that is none")
+            raise ValueError("a name with an invalid label")
         labels.append(label.decode("ascii"))
         at += 1 + length
 

@@ -56,7 +56,7 @@ class Nat:
 
     def __init__(self, address: str, tap: str) -> None:
         if not _is_plain(tap):
-            raise ConfigError("nat", tap, "needs a tap whose name is of letters, digits, - _ and .")
+            raise ConfigError("nat", tap, "needs a tap whose name has only letters, digits, - _ and .")
         network = network_of(address)
         self.table = PREFIX + tap
         others = self._others()

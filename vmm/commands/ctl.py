@@ -104,7 +104,7 @@ class Client:
             response = connection.getresponse()
             answer = response.read().decode(errors="replace")
         except http.client.HTTPException as error:
-            raise Refused(f"{path}: the answer is no HTTP: {error}") from None
+            raise Refused(f"{path}: the answer is not HTTP: {error}") from None
         except OSError as error:
             raise HostError(error.errno or 0, "ask the API", self.path) from None
         finally:

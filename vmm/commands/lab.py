@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     """Run it; its exit status is ours."""
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
-        raise ConfigError("COMMAND", "", "is missing: what is the lab to run?")
+        raise ConfigError("COMMAND", "", "is missing: give the command to run")
     if not 0 < args.timeout < float("inf"):
         raise ConfigError("--timeout", args.timeout, "must be more than 0 seconds")
     if not 1 <= args.cpus <= 64:

@@ -184,7 +184,7 @@ class Registry:
                 return basic
             if scheme.lower() == "bearer":
                 return f"Bearer {self._token(dict(_CHALLENGE.findall(rest)), basic)}"
-        raise PullError(f"{self._name}: {self._name.place} wants a login: docker login {self._name.place}")
+        raise PullError(f"{self._name}: {self._name.place} needs a login: docker login {self._name.place}")
 
     def _token(self, challenge: dict[str, str], basic: str) -> str:
         realm = challenge.get("realm", "")
@@ -219,7 +219,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request | None:
         if req.type == "https" and not newurl.lower().startswith("https://"):
-            raise URLError(f"it sends us to {line(newurl)}, which is not https:")
+            raise URLError(f"it redirects to {line(newurl)}, which is not https:")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

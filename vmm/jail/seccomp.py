@@ -120,7 +120,7 @@ def _ready(*, alone: bool) -> None:
     try:
         _seccomp.catch_faults(alone)
     except OSError as error:
-        raise HostError(error.errno or 0, "use seccomp filters; --no-seccomp, or seccomp=False, goes without") from None
+        raise HostError(error.errno or 0, "use seccomp filters; --no-seccomp or seccomp=False turns them off") from None
     logger.watch(_seccomp.log_to)
     # The C library reads files for these, once.
     time.localtime()

@@ -101,7 +101,7 @@ class Kvm:
         if version != abi.KVM_API_VERSION:
             self.close()
             raise ConfigError(
-                "--kvm", path, f"speaks API version {version}; pyvmm needs {abi.KVM_API_VERSION} (Linux 4.11 or later)"
+                "--kvm", path, f"has API version {version}; pyvmm needs {abi.KVM_API_VERSION} (Linux 4.11 or later)"
             )
 
     def check(self, capability: int) -> int:

@@ -118,7 +118,7 @@ class Builder:
                 case BalloonConfig():
                     return self._made("balloon", "", self._balloon(config))
                 case _:
-                    raise TypeError(f"a device or its configuration is wanted, not {type(config).__name__}")
+                    raise TypeError(f"expected a device or its configuration, not {type(config).__name__}")
         except BaseException:
             self._give_back()
             raise
@@ -196,7 +196,7 @@ class Builder:
         else:
             if config.mode == "auto" and threads.no_programs:
                 raise ConfigError(
-                    "net", "auto", "makes a tap, which this process may not; make one beforehand (tap=NAME)"
+                    "net", "auto", "is not permitted: this process may not make a tap; make one beforehand (tap=NAME)"
                 )
             backend = self._owned(Tap(config.tap or "pyvmm%d", config.queues, make=config.mode == "auto"))
             if config.mode == "auto":

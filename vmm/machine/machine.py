@@ -295,7 +295,7 @@ class Machine(Closing):
         try:
             touched = self.memory.touched()
         except OSError as error:
-            raise HostError(error.errno or 0, "tell which pages were touched") from None
+            raise HostError(error.errno or 0, "list the touched pages") from None
         record(touched, self.config.memory, os.path.join(directory, TOUCHED))
 
     def _freeze(self, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None) -> Image:

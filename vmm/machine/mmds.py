@@ -355,7 +355,7 @@ def _normal(value: object, depth: int = 0) -> Json:
             return [_normal(each, depth + 1) for each in value]
         case dict() if all(isinstance(key, str) for key in value):
             return {str(_normal(key)): _normal(value[key], depth + 1) for key in sorted(value)}
-    raise MmdsError(f"MMDS error: {type(value).__name__} {value!s:.64}: is no JSON")
+    raise MmdsError(f"MMDS error: {type(value).__name__} {value!s:.64}: is not JSON")
 
 
 def _float(value: int) -> float:

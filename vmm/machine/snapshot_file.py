@@ -216,7 +216,7 @@ def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
     try:
         write_whole((path, lambda fd: write_all(fd, msgspec.msgpack.encode(runs))))
     except OSError as error:
-        raise HostError(error.errno or 0, "write which pages were touched", path) from None
+        raise HostError(error.errno or 0, "write the list of touched pages", path) from None
 
 
 def prefetch(memory: MemoryFile, path: str, size: int) -> None:
@@ -272,7 +272,7 @@ def _check(wanted: dict[str, str], fields: dict[str, Any]) -> None:
     """
     for name, value in fields.items():
         if not any(_fits(value, each) for each in wanted[name].split(" | ")):
-            raise TypeError(f"{name} is no {wanted[name]}")
+            raise TypeError(f"{name} is not {wanted[name]}")
 
 
 def _fits(value: Any, wanted: str) -> bool:
