@@ -34,9 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_command_arguments(parser: argparse.ArgumentParser, default: str = "a shell") -> None:
     """Those that say how a command runs, and the command."""
     add = parser.add_argument
-    add("-e", "--env", metavar="NAME=VALUE", action="append", default=[], help="in its environment; may be repeated")
-    add("-u", "--user", metavar="USER[:GROUP]", help="names or numbers (default: the image's, or root)")
-    add("-w", "--cwd", metavar="DIR", help="its directory (default: the image's, or the user's home)")
+    add(
+        "-e",
+        "--env",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="set an environment variable; may be repeated",
+    )
+    add(
+        "-u", "--user", metavar="USER[:GROUP]", help="user and group, by name or number (default: the image's, or root)"
+    )
+    add("-w", "--cwd", metavar="DIR", help="working directory (default: the image's, or the user's home)")
     import argparse
 
     add("command", metavar="CMD", nargs=argparse.REMAINDER, help=f"a program and its arguments (default: {default})")

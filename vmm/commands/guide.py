@@ -19,7 +19,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "processor and memory": ("--cpus", "--memory", "--balloon"),
         "devices": ("--disk", "--share", "--net", "--vsock", "--rng", "--console", "--virtio-console", "--poll"),
         "host": ("--kvm", "--no-seccomp", "--any-kernel", "--lab"),
-        "instead of running it, or beside it": ("--write-config", "--dry-run", "--verbose"),
+        "print or write the configuration": ("--write-config", "--dry-run", "--verbose"),
     },
     "serve": {
         "API and VM": ("--api-sock", "--id", "--config-file", "--no-api", "--http-api-max-payload-size"),
@@ -29,7 +29,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "metadata service": ("--metadata", "--mmds-size-limit"),
         "system call filters": ("--no-seccomp", "--seccomp-filter"),
-        "print something and end": ("--version", "--snapshot-version", "--describe-snapshot"),
+        "information": ("--version", "--snapshot-version", "--describe-snapshot"),
     },
     "jailer": {
         "required": ("--id", "--exec-file", "--uid", "--gid"),
@@ -81,7 +81,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
 _USUAL = {"0": "done", "1": "the host failed", "2": "a mistake in the arguments"}
 _GUEST = {
     "80": "the guest rebooted",
-    "81": "it panicked",
+    "81": "the guest panicked",
     "82": "triple fault",
     "83": "KVM internal error",
     "84": "KVM entry failed",
@@ -104,17 +104,17 @@ _STATUSES: dict[str, dict[str, str]] = {
         "130": "ended from the keyboard, or by SIGTERM",
     },
     "serve": {
-        "0": "the VM ended, or a signal asked for the end",
+        "0": "the VM ended, also by a signal",
         "N": "the guest wrote N to the exit port, at most 127",
         "1": "the host failed, or the configuration cannot run",
-        "148 to 157": "ended by a signal that tells of a fault, as Firecracker has it",
-        "152": "an option has a value that it cannot have",
+        "148 to 157": "ended by a signal of a fault, as Firecracker",
+        "152": "an option has an invalid value",
         "153": "a mistake in the arguments",
     },
-    "jailer": {"0": "done", "1": "there is no jail", "others": "those of pyvmm serve"},
+    "jailer": {"0": "done", "1": "the jail could not be made", "others": "those of pyvmm serve"},
     "sandbox": _COMMAND,
     "exec": _COMMAND,
-    "ctl": {"0": "done", "1": "the API refused it, or does not answer", "2": "a mistake in the arguments"},
+    "ctl": {"0": "done", "1": "the API refused the request, or does not answer", "2": "a mistake in the arguments"},
     "check": {"0": "a VM can run", "1": "a VM cannot run", "2": "a mistake in the arguments"},
     "lab": {"0 to 255": "the command's own", "1": "the lab failed", "2": "a mistake in the arguments"},
 }
@@ -132,7 +132,7 @@ def epilog(name: str) -> str:
 
         parts += [[f"words of --{one.TITLE}:", *_table(words, 17)] for one in DEVICES if (words := one.words())]
     if name == "jailer":
-        parts.append(["What follows -- is for pyvmm serve."])
+        parts.append(["Options after -- are for pyvmm serve."])
     if name in _EXAMPLES:
         parts.append(["examples:", *(f"  {line}" for line in _EXAMPLES[name])])
     parts.append(["exit status:", *_table(_STATUSES.get(name, _USUAL), 13)])
@@ -148,5 +148,5 @@ def overview() -> str:
     for title, names in (_OVERVIEW | {"Other commands": others}).items():
         lines += ["", f"{title}:", *_table({name: COMMANDS[name] for name in names}, width)]
     lines += ["", "examples:", "  pyvmm pull debian && pyvmm run debian", "  pyvmm run vmlinuz root.img --memory 2G"]
-    lines += ["", "exit status:", *_table(_USUAL, 4), "", "pyvmm COMMAND --help says more."]
+    lines += ["", "exit status:", *_table(_USUAL, 4), "", "pyvmm COMMAND --help shows more."]
     return "\n".join(lines) + "\n"

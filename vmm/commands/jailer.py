@@ -22,23 +22,23 @@ STATUS_GENERIC = STATUS_ARGUMENTS = 1
 
 OPTIONS: Table = (
     ("--id", "ID", None, "the VM's id, 1 to 64 letters, digits and hyphens"),
-    ("--exec-file", "FILE", None, "the program: pyvmm, or a link to it, whose name the jail's directory gets"),
-    ("--uid", "UID", None, "the user that the VMM becomes"),
-    ("--gid", "GID", None, "the group that the VMM becomes"),
-    ("--chroot-base-dir", "DIR", "/srv/jailer", "where jails are (default: /srv/jailer)"),
-    ("--netns", "FILE", None, "the network namespace to be in"),
-    ("--cgroup", "FILE=VALUE", [], "set a file of the VMM's cgroup, as cpu.shares=10; may be repeated"),
+    ("--exec-file", "FILE", None, "pyvmm or a link to it; its name becomes that of the jail's directory"),
+    ("--uid", "UID", None, "user id of the VMM"),
+    ("--gid", "GID", None, "group id of the VMM"),
+    ("--chroot-base-dir", "DIR", "/srv/jailer", "directory of all jails (default: /srv/jailer)"),
+    ("--netns", "FILE", None, "network namespace to enter"),
+    ("--cgroup", "FILE=VALUE", [], "set a file of the VMM's cgroup, such as cpu.shares=10; may be repeated"),
     ("--cgroup-version", "N", "1", "1 or 2 (default: 1)"),
-    ("--parent-cgroup", "PATH", None, "the cgroup above the VMM's (default: the program's name)"),
+    ("--parent-cgroup", "PATH", None, "the parent of the VMM's cgroup (default: the program's name)"),
     ("--resource-limit", "WHAT=N", [], "fsize=BYTES, or no-file=NUMBER (default: no-file=2048); may be repeated"),
     (
         "--daemonize",
         None,
         False,
-        "in a session of its own; the jailer ends once the VM runs, or the API answers",
+        "run in a new session; the jailer ends when the VM runs or the API answers",
     ),
-    ("--new-pid-ns", None, False, "as the first process of a pid namespace"),
-    ("--version", None, False, "print the jailer's version and pyvmm's own, and end"),
+    ("--new-pid-ns", None, False, "run as the first process of a new pid namespace"),
+    ("--version", None, False, "print the versions of the jailer and of pyvmm"),
 )
 REQUIRED = ("--id", "--exec-file", "--uid", "--gid")
 
@@ -65,7 +65,7 @@ def own_words(words: list[str]) -> list[str]:
 
 
 def main(args: Arguments) -> int:
-    """Go into the jail, and serve there until the VM ends; ``pyvmm serve``'s exit codes, 1 where there is no jail."""
+    """Go into the jail, and serve there until the VM ends; its exit code."""
     if args.version:
         from vmm.api import API_VERSION
 

@@ -16,21 +16,21 @@ from vmm.lab.machine import CPU
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm lab``."""
     add = parser.add_argument
-    keep = "keep what is written in DIR; may be repeated"
+    keep = "keep changes in DIR; may be repeated"
     add("--write", metavar="DIR", action="append", default=[], help=keep)
     add(
         "--read", metavar="PATH", action="append", default=[],
-        help="show it this file or directory, too; may be repeated. It sees the system's directories, this one, and"
-        " what COMMAND names; what changes here while it runs it may see as it was",
+        help="also show this file or directory; may be repeated. The machine sees the system's directories, the current"
+        " one, and paths in COMMAND. It may not notice later changes",
     )  # fmt: skip
-    add("--host-root", action="store_true", help="show it all files of this host")
-    add("--timeout", metavar="S", type=float, default=600, help="seconds for everything (default: 600)")
+    add("--host-root", action="store_true", help="show all files of this host")
+    add("--timeout", metavar="S", type=float, default=600, help="limit for the whole run, in seconds (default: 600)")
     add("--cpus", metavar="N", type=int, default=2, help="CPUs for COMMAND (default: 2)")
-    add("--memory", metavar="SIZE", default="3G", help="its memory (default: 3G)")
-    add("--cpu", metavar="MODEL", default=CPU, help=f"its CPU, as QEMU's -cpu takes it (default: {CPU})")
-    add("--qemu", metavar="PROGRAM", help="the QEMU to use; without it the newest there is")
+    add("--memory", metavar="SIZE", default="3G", help="memory of the machine (default: 3G)")
+    add("--cpu", metavar="MODEL", default=CPU, help=f"CPU of the machine, as for QEMU's -cpu (default: {CPU})")
+    add("--qemu", metavar="PROGRAM", help="the QEMU to use (default: the newest on this host)")
     add("-v", "--verbose", action="store_true", help="show the machine's own console afterwards")
-    add("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="what to run, with its arguments")
+    add("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command with its arguments")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -25,8 +25,8 @@ _DEPENDENCIES = ("httptools", "msgspec", "numpy", "zstandard")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``pyvmm link``."""
-    parser.add_argument("name", metavar="NAME", help=f"the name to be started by: {', '.join(PROGRAMS)}")
-    parser.add_argument("directory", metavar="DIR", help="where the program is put; it has to be there")
+    parser.add_argument("name", metavar="NAME", help=f"the name of the file: {', '.join(PROGRAMS)}")
+    parser.add_argument("directory", metavar="DIR", help="an existing directory for the file")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -20,8 +20,8 @@ _INTERVAL = 0.1  # seconds between two looks at the files
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm logs``."""
-    parser.add_argument("name", metavar="NAME", help="of a VM, as pyvmm ps lists it, or its PID")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with what comes, until the VM ends")
+    parser.add_argument("name", metavar="NAME", help="name of a VM, as pyvmm ps lists it, or its PID")
+    parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the VM ends")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -18,23 +18,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "image",
         nargs="?",
-        help="name of the image, as debian; or a container image: oci:REF, oci:DIR, docker-archive:FILE, dir:DIR",
+        help="name of the image, such as debian; or a container image: oci:REF, oci:DIR, docker-archive:FILE, dir:DIR",
     )
-    parser.add_argument("--list", action="store_true", help="show what there is and what is in the cache")
+    parser.add_argument("--list", action="store_true", help="list the images and which of them are in the cache")
     parser.add_argument(
         "--refresh",
         "--force",
         action="store_true",
-        help="make it again from what apt or the registry offers now, even if it is there",
+        help="make it again from what apt or the registry offers now, even if it is in the cache",
     )
     parser.add_argument(
         "--size",
         metavar="SIZE",
-        help="size of the root file system, as 2G (sparse); what a container image may have unpacked, at most (8G)",
+        help="size of the root file system, such as 2G (sparse); of a container image, its limit unpacked (8G)",
     )
-    parser.add_argument(
-        "--packages", metavar="A,B", default="", help="further Debian packages for the root file system"
-    )
+    parser.add_argument("--packages", metavar="A,B", default="", help="more Debian packages for the root file system")
 
 
 def main(args: Namespace) -> int:

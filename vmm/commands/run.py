@@ -32,18 +32,23 @@ CONTAINERS = ("oci:", "docker-archive:", "dir:")
 PARAMETERS = {each.word: (name, each) for name, each in VmConfig.OPTIONS.items() if each.word}
 OPTIONS: Table = (
     *((word, each.metavar, None if each.metavar else False, each.help) for word, (_, each) in PARAMETERS.items()),
-    ("--disk", "PATH[,ro][,...]", [], "a further disk; may be repeated"),
+    ("--disk", "PATH[,ro][,...]", [], "another disk; may be repeated"),
     ("--share", "TAG=DIR[,ro][,...]", [], "a directory for the guest: mount -t virtiofs TAG DIR; may be repeated"),
     ("--net", "tap=NAME|auto|user[,...]", [], "a network interface; may be repeated"),
     ("--vsock", "cid=N,uds=PATH", None, "sockets between host and guest (see pyvmm vsock)"),
-    ("--balloon", "MIB[,...]", None, "a memory balloon of that size, which can be changed while the VM runs"),
-    ("--restore", "DIR", None, "go on with a snapshot in place of a kernel (docs/snapshots.md)"),
-    ("--no-seccomp", None, False, "no system call filters"),
-    ("--any-kernel", None, False, "on a software KVM start a Linux that will not get far there (docs/software-kvm.md)"),
+    ("--balloon", "MIB[,...]", None, "a memory balloon of that size"),
+    ("--restore", "DIR", None, "start from a snapshot instead of a kernel (docs/snapshots.md)"),
+    ("--no-seccomp", None, False, "turn the system call filters off"),
+    (
+        "--any-kernel",
+        None,
+        False,
+        "start a stock Linux on a software KVM, although it will stop early (docs/software-kvm.md)",
+    ),
     ("--lab", None, False, "run it on an emulated machine that has real KVM (see pyvmm lab)"),
-    ("--write-config", "FILE", None, "write it as a file for pyvmm serve --config-file, run nothing"),
-    ("--dry-run", None, False, "check everything, say what would run, run nothing"),
-    ("--verbose", None, False, "say what is run and how it ended"),
+    ("--write-config", "FILE", None, "write a file for pyvmm serve --config-file; run nothing"),
+    ("--dry-run", None, False, "check everything, print the VM; run nothing"),
+    ("--verbose", None, False, "print what runs and how it ended"),
 )
 
 
@@ -54,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kernel",
         metavar="KERNEL",
         nargs="?",
-        help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, as debian or oci:python:3.12",
+        help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, such as debian or oci:python:3.12",
     )
     add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, dir:DIRECTORY, or oci:REF")
     from vmm.commands.parser import declare

@@ -18,24 +18,32 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``pyvmm sandbox``."""
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="a pulled image, as debian or python:3.12")
-    add("--memory", metavar="SIZE", default="512M", help="files that are written take of it (default: 512M)")
+    add("image", metavar="IMAGE", help="a pulled image, such as debian or python:3.12")
+    add(
+        "--memory", metavar="SIZE", default="512M", help="memory of the VM; its written files are in it (default: 512M)"
+    )
     add("--cpus", metavar="N", type=int, default=1, help="vCPUs (default: 1)")
     add(
         "--mount", metavar="PATH=DIR[,ro]", action="append", default=[],
-        help="this host's DIR at PATH of the guest; may be repeated",
+        help="show the host's DIR at PATH in the guest; may be repeated",
     )  # fmt: skip
-    add("--network", choices=("none", "user"), default="none", help="user: out by passt (default: none)")
+    add("--network", choices=("none", "user"), default="none", help="user: the host's network by passt (default: none)")
     add(
         "--allow", metavar="RULE", action="append", default=[],
-        help="a network with nothing but this: a name as pypi.org or *.pypi.org, or a network as 10.1.0.0/16, which may"
-        " end in :PORT; may be repeated",
+        help="let the guest reach only this: a name such as pypi.org or *.pypi.org, or a network such as 10.1.0.0/16,"
+        " optionally with :PORT; may be repeated",
     )  # fmt: skip
-    add("--deny", metavar="NETWORK", action="append", default=[], help="not even where it is allowed; may be repeated")
-    add("--timeout", metavar="S", type=float, help="seconds after which it ends (default: none)")
-    add("--name", help="for pyvmm exec, and its hostname (default: one is made up)")
+    add(
+        "--deny",
+        metavar="NETWORK",
+        action="append",
+        default=[],
+        help="a network that the guest may not reach, even if --allow has it; may be repeated",
+    )
+    add("--timeout", metavar="S", type=float, help="end the sandbox after S seconds (default: never)")
+    add("--name", help="name for pyvmm exec, and hostname (default: a new one)")
     add("--kernel", metavar="PATH", help="a kernel with all drivers built in (default: the image's)")
-    add("--wait", action="store_true", help="run no command: print the name, and stay until Ctrl-C, for pyvmm exec")
+    add("--wait", action="store_true", help="run no command; print the name and wait for pyvmm exec, until Ctrl-C")
     add_command_arguments(parser, "the image's, or a shell")
 
 

@@ -21,10 +21,10 @@ _SLOW = "did not end within 10 s after SIGTERM"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm stop``."""
-    parser.add_argument("name", metavar="NAME", help="of a VM, as pyvmm ps lists it, or its PID")
+    parser.add_argument("name", metavar="NAME", help="name of a VM, as pyvmm ps lists it, or its PID")
     parser.add_argument(
         "--timeout", metavar="S", default="10",
-        help="seconds for the guest to shut down when its power button is pressed (default: 10); 0: do not press it",
+        help="seconds to wait after pressing the power button (default: 10); 0: do not press it",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ MAX_FS_THREADS = 32
 MIN_CID = 3
 MAX_CID = 0xFFFF_FFFF
 MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
-_BPS, _IOPS = "bytes a second at most, with K, M or G", "operations a second at most"
+_BPS, _IOPS = "limit of bytes a second, with K, M or G", "limit of operations a second"
 
 
 def _path(field: str, path: str) -> str:
@@ -75,7 +75,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
     """One disk."""
 
     path: str = option(
-        help="a raw image, a block device or a qcow2 image; a comma in it is written twice",
+        help="a raw image, a block device or a qcow2 image; write a comma in the path twice",
         kw_only=False, word="PATH", check=_path, api="path_on_host", api_default=None,
     )  # fmt: skip
     read_only: bool = option(
@@ -85,7 +85,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         help="the guest's root file system is on it", default=False, api="is_root_device", api_default=REQUIRED
     )
     id: str | None = option(
-        help="its name in messages and in the API (default: by its place)",
+        help="its name in messages and in the API (default: by its position)",
         default=None, word="id=", api="drive_id", api_default=REQUIRED,
     )  # fmt: skip
     queues: int = option(
@@ -98,10 +98,10 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         api="io_engine", api_default=None, api_means="sync",
     )  # fmt: skip
     direct: bool = option(
-        help="past the host's page cache (O_DIRECT)", default=False, word="direct", api="is_direct", extension=True
+        help="bypass the host's page cache (O_DIRECT)", default=False, word="direct", api="is_direct", extension=True
     )
     cache: str = option(
-        help="writeback: a guest's flush reaches the disk (default); unsafe: it does not",
+        help="writeback: a flush of the guest reaches the disk (default); unsafe: it does not",
         default="writeback", choices={"unsafe": "Unsafe", "writeback": "Writeback"}, word="cache=",
         api="cache_type", api_default="unsafe",
     )  # fmt: skip
@@ -114,11 +114,11 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         default=None, choices=("raw", "qcow2"), word="format=", api="image_format", api_means="raw", extension=True,
     )  # fmt: skip
     backing: str | None = option(
-        help="the file that a qcow2 image is a change of; without it, an image that names one is refused",
+        help="the backing file of a qcow2 image; without this, an image that names one is refused",
         default=None, word="backing=", check=_path, api="backing_file", extension=True,
     )  # fmt: skip
     backing_format: str | None = option(
-        help="of the backing file: raw (default) or qcow2",
+        help="format of the backing file: raw (default) or qcow2",
         default=None, choices=("raw", "qcow2"), word="backing_format=", api="backing_format", extension=True,
     )  # fmt: skip
     any_size: bool = option(
@@ -160,7 +160,9 @@ class NetworkPolicy(Config, title="network policy"):
     allow: Sequence[str] = option(
         help="names and networks that the guest may reach", default=(), kw_only=False, check=_allowed
     )
-    deny: Sequence[str] = option(help="networks that it may not, whatever is allowed", default=(), check=_denied)
+    deny: Sequence[str] = option(
+        help="networks that the guest may not reach, even if allow= has them", default=(), check=_denied
+    )
 
     @classmethod
     def of_words(cls, allow: str | None, deny: str | None) -> NetworkPolicy:
@@ -190,7 +192,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         default=None, least=0, most=1 << 20, words={"fd=": "an open tap, by its descriptor"},
     )  # fmt: skip
     mac: str | None = option(
-        help="the guest's address, as 06:00:ac:10:00:02 (default: the same each time for the same tap)",
+        help="the guest's MAC address, such as 06:00:ac:10:00:02 (default: always the same for the same tap)",
         default=None, word="mac=", api="guest_mac", api_default=None,
     )  # fmt: skip
     queues: int = option(
@@ -198,14 +200,14 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         default=1, least=1, most=MAX_QUEUES, word="queues=", api="num_queues", extension=True,
     )  # fmt: skip
     mtu: int | None = option(
-        help="in bytes, 68 to 65535; told to the guest, and set on a new tap (default: the guest's own)",
+        help="MTU in bytes, 68 to 65535, for the guest and for a new tap (default: the guest's own)",
         default=None, least=68, most=65535, word="mtu=", api="mtu", api_bits=16, extension=True,
     )  # fmt: skip
     pcap: str | None = option(
-        help="a file that gets every frame", default=None, word="pcap=", check=_path, api="pcap", extension=True
+        help="a file that records every frame", default=None, word="pcap=", check=_path, api="pcap", extension=True
     )
     address: str | None = option(
-        help="the host's side of a new tap, as 10.0.0.1/24",
+        help="the host's address on a new tap, such as 10.0.0.1/24",
         default=None, word="addr=", api="address", extension=True,
     )  # fmt: skip
     nat: bool = option(
@@ -213,29 +215,29 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         default=False, word="nat", api="nat", extension=True,
     )  # fmt: skip
     loopback: bool = option(
-        help="with user: the gateway's address is the host's loopback, with all that listens there",
+        help="with user: the gateway's address reaches the host's loopback and everything that listens there",
         default=False, word="loopback", api="loopback", extension=True,
     )  # fmt: skip
     policy: NetworkPolicy | None = option(
-        help="all that the guest may reach; None: everything, with user but the host's loopback",
+        help="all that the guest may reach; None: everything, but with user not the host's loopback",
         default=None, parse=NetworkPolicy.of_words,
         words={
-            "allow=": "names and networks, with a + between, that the guest may reach, and nothing else",
-            "deny=": "networks that it may not, whatever is allowed",
+            "allow=": "the only names and networks that the guest may reach, joined by +",
+            "deny=": "networks that the guest may not reach, even if allow= has them",
         },
     )  # fmt: skip
     id: str | None = option(
-        help="its name in messages and in the API (default: by its place)",
+        help="its name in messages and in the API (default: by its position)",
         default=None, word="id=", api="iface_id", api_default=REQUIRED,
     )  # fmt: skip
     rx_rate_limiter: RateLimiterConfig | None = option(
         help="of what the guest receives; None: no limit", default=None, parse=RateLimiterConfig.per_second,
-        words={"rx_bps=": "bytes a second at most that the guest receives, with K, M or G"},
+        words={"rx_bps=": "limit of bytes a second that the guest receives, with K, M or G"},
         api="rx_rate_limiter", api_default=None,
     )  # fmt: skip
     tx_rate_limiter: RateLimiterConfig | None = option(
         help="of what the guest sends; None: no limit", default=None, parse=RateLimiterConfig.per_second,
-        words={"tx_bps=": "bytes a second at most that the guest sends, with K, M or G"},
+        words={"tx_bps=": "limit of bytes a second that the guest sends, with K, M or G"},
         api="tx_rate_limiter", api_default=None,
     )  # fmt: skip
 
@@ -280,7 +282,7 @@ class VsockConfig(Config, title="vsock", usage="cid=N,uds=PATH"):
     """The socket device."""
 
     cid: int = option(
-        help="the guest's number, from 3",
+        help="the guest's CID, 3 or more",
         kw_only=False,
         least=MIN_CID,
         most=MAX_CID,
@@ -289,7 +291,7 @@ class VsockConfig(Config, title="vsock", usage="cid=N,uds=PATH"):
         api_bits=32,
     )
     path: str = option(
-        help="the unix socket that programs of the host connect to (pyvmm vsock); the guest's own go to PATH_PORT",
+        help="the unix socket to which programs of the host connect (pyvmm vsock); the guest connects to PATH_PORT",
         kw_only=False, word="uds=", check=_socket_path, api="uds_path",
     )  # fmt: skip
     id: str | None = option(
@@ -327,19 +329,19 @@ class ShareConfig(Config, title="share", usage="TAG=DIR[,ro][,...]"):
 
     tag: str = option(
         help="the name by which the guest mounts it, 1 to 36 bytes", kw_only=False, check=_tag, field="share tag",
-        words={"TAG=DIR": "the guest's name for it, and the directory"}, api="tag",
+        words={"TAG=DIR": "the tag by which the guest mounts it, and the directory"}, api="tag",
     )  # fmt: skip
     path: str = option(help="the directory", kw_only=False, check=_path, api="shared_dir")
     read_only: bool = option(help="the guest cannot change anything", default=False, word="ro", api="read_only")
     submounts: bool = option(
-        help="what is mounted below the directory is shown, too", default=False, word="submounts", api="submounts"
+        help="also show what is mounted below the directory", default=False, word="submounts", api="submounts"
     )
     cache: str = option(
-        help="auto (default), always or none: how long the guest believes what it read",
+        help="how long the guest trusts what it has read: auto (default), always or none",
         default="auto", choices=("auto", "always", "none"), word="cache=", api="cache_policy",
     )  # fmt: skip
     dax: int = option(
-        help="size of a window by which the guest maps files, a multiple of 2M (default: none)",
+        help="size of the window into which files are mapped, a multiple of 2M (default: none)",
         default=0, check=_window, word="dax=", parse=lambda text: parse_size("dax", text),
         api="cache_size", api_bits=63,
     )  # fmt: skip
@@ -348,7 +350,7 @@ class ShareConfig(Config, title="share", usage="TAG=DIR[,ro][,...]"):
         default=1, least=1, most=MAX_FS_THREADS, word="threads=", api="num_queues",
     )  # fmt: skip
     squash: tuple[int, int] | None = option(
-        help="UID:GID that every access is made as", default=None, check=_ids, word="squash=", parse=_parse_ids,
+        help="make every access as UID:GID", default=None, check=_ids, word="squash=", parse=_parse_ids,
         api="squash",
     )  # fmt: skip
     root: bool = option(help="the guest's root file system", default=False, api="is_root_device")
@@ -376,22 +378,22 @@ class BalloonConfig(Config, title="balloon", usage="MIB[,...]"):
     """The memory balloon."""
 
     amount_mib: int = option(
-        help="how much memory the guest is asked to give back, in MiB",
+        help="memory in MiB that the guest is asked to give back",
         default=0, kw_only=False, least=0, word="MIB", field="balloon amount_mib",
         api="amount_mib", api_default=REQUIRED, api_bits=32,
     )  # fmt: skip
     deflate_on_oom: bool = option(
-        help="the guest may take memory back when it runs out of it", default=True,
-        words={"no-oom": "the guest may not take memory back when it runs out of it"},
+        help="the guest may take memory back when it runs out", default=True,
+        words={"no-oom": "the guest may not take memory back when it runs out"},
         api="deflate_on_oom", api_default=REQUIRED,
     )  # fmt: skip
     stats_interval_s: int = option(
-        help="seconds between two readings of the guest's statistics; 0: none",
+        help="interval of the guest's statistics in seconds; 0: none",
         default=0, least=0, most=65535, word="stats=", api="stats_polling_interval_s",
     )  # fmt: skip
     free_page_reporting: bool = option(
-        help="the guest gives back by itself what it does not use", default=True,
-        words={"no-reporting": "the guest does not give back by itself what it does not use"},
+        help="the guest reports unused memory by itself, and the host takes it back", default=True,
+        words={"no-reporting": "the guest does not report unused memory by itself"},
         api="free_page_reporting", api_means=False, extension=True,
     )  # fmt: skip
 

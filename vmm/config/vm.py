@@ -93,7 +93,7 @@ class VmConfig(Config):
         help="what CPUID and MSRs are to be otherwise (vmm.CpuTemplate)", default=None
     )
     memory: Given[int, int | str] = option(
-        help="guest RAM, as 512M or 2G (default: 512M)",
+        help="guest RAM, such as 512M or 2G (default: 512M)",
         default=DEFAULT_MEMORY, check=_memory, word="--memory", metavar="SIZE",
         api="memory", api_bits=63, extension=True,
     )  # fmt: skip
@@ -110,7 +110,7 @@ class VmConfig(Config):
     vsock: VsockConfig | None = option(help="the socket device, or None", default=None)
     shares: Sequence[ShareConfig] = option(help="shared directories", default=(), check=as_tuple)
     entropy: Given[EntropyConfig | None, EntropyConfig | bool | None] = option(
-        help="give the guest the host's random numbers; True is the same as EntropyConfig()",
+        help="give the guest random numbers of the host",
         default=None, check=_entropy, word="--rng",
     )  # fmt: skip
     balloon: BalloonConfig | None = option(help="the memory balloon, or None", default=None)
@@ -124,8 +124,8 @@ class VmConfig(Config):
         default=0, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", api_bits=32, extension=True,
     )  # fmt: skip
     console: str = option(
-        help="where the console's output goes: stdio, file:PATH, none, or raw, which is stdio without keys of our own "
-        "and loses what nobody takes (default: stdio; of the library: none)",
+        help="where the console's output goes: stdio, file:PATH, none, or raw, which is stdio without the escape key: "
+        "its unread output is lost (default: stdio; of the library: none)",
         default="none", check=_console, word="--console", metavar="WHERE",
         api="console", api_means="raw", extension=True,
     )  # fmt: skip
@@ -151,7 +151,7 @@ class VmConfig(Config):
         choices=("auto", "linux64", "pvh"), word="--protocol", metavar="P", api="protocol", extension=True,
     )  # fmt: skip
     unpack: str = option(
-        help="unpack a bzImage on the host: always, never or auto, where that is faster (default)", default="auto",
+        help="unpack a bzImage on the host: always, never, or auto: if it is faster (default)", default="auto",
         choices=("auto", "always", "never"), word="--unpack", metavar="WHEN", api="unpack", extension=True,
     )  # fmt: skip
 

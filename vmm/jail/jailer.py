@@ -56,7 +56,7 @@ class Jail:
     :param resource_limits: ``fsize=BYTES`` and ``no-file=NUMBER``
     :param daemonize: in a session of its own; its standard streams are closed by ``settle``, which lets the process end
         that was started
-    :param new_pid_ns: as the first process of a pid namespace
+    :param new_pid_ns: run as the first process of a new pid namespace
     :raises ConfigError: something of it cannot be
     """
 
