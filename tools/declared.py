@@ -6,18 +6,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-import msgspec
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from vmm.api import types  # noqa: E402
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig  # noqa: E402
 from vmm.config.option import REQUIRED, Config, type_taken  # noqa: E402
 from vmm.config.vm import VmConfig  # noqa: E402
@@ -88,48 +82,7 @@ def page() -> str:
     return text + "\n::: vmm.CpuTemplate\n"
 
 
-_TYPED = '''\
-# SPDX-License-Identifier: Apache-2.0
-"""The bodies that ``vmm.api.types`` makes, for type checkers; ``python -m tools.declared`` writes it."""
-
-from typing import Literal
-
-from msgspec import UNSET, UnsetType
-
-from vmm.api.types import Body, RateLimiter
-'''
-
-
-def _named(kind: Any) -> str:
-    # A type as it is written.
-    if get_origin(kind) is Annotated:
-        return _named(get_args(kind)[0])
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"Literal[{', '.join(json.dumps(each) for each in inner)}]"
-    if get_origin(kind) in (Union, UnionType):
-        return " | ".join(_named(each) for each in inner)
-    if inner:
-        return f"{get_origin(kind).__name__}[{', '.join(map(_named, inner))}]"
-    return "None" if kind is type(None) else str(kind.__name__)
-
-
-def bodies() -> str:
-    """The bodies of the API that the declarations make."""
-    text = _TYPED
-    for kind in (types.Drive, types.NetworkInterface, types.SharedFs, types.Vsock, types.Balloon, types.EntropyDevice,
-                 types.MmdsConfig, types.Host):  # fmt: skip
-        text += f'\n\nclass {kind.__name__}(Body, kw_only=True):\n    """See ``vmm.config``."""\n\n'
-        for field in msgspec.structs.fields(kind):
-            default = field.default if field.default_factory is msgspec.NODEFAULT else []
-            said = {msgspec.NODEFAULT: "", msgspec.UNSET: " = UNSET"}.get(default)
-            if said is None:
-                said = f" = {json.dumps(default) if isinstance(default, str) else repr(default)}"
-            text += f"    {field.name}: {_named(field.type)}{said}\n"
-    return text
-
-
-FILES = {"vmm/config/settings.py": settings, "vmm/api/typed.py": bodies, "docs/reference/configuration.md": page}
+FILES = {"vmm/config/settings.py": settings, "docs/reference/configuration.md": page}
 
 if __name__ == "__main__":
     for path, text in FILES.items():

@@ -36,7 +36,6 @@ NEVER = {
     "vmm.config.settings": "type checkers",
     "vmm.config.typed": "the same",
     "vmm.config.files": "defaults of options, which the jailer reads before the jail",
-    "vmm.api.typed": "the same",
     "asyncio": "Machine.run(), of programs that import us",
     "importlib": "vmm/__init__.py, for programs that import us",
     "vmm.machine.pool": "the same",

@@ -4,8 +4,7 @@
 Names and defaults are those of Firecracker 1.12. Fields of ours are left out of an answer where nobody set them, so
 that a configuration without them is one that Firecracker takes.
 
-The bodies of devices are made of the declarations in ``vmm.config``, by ``_body``; ``vmm.api.typed``
-has them for type checkers.
+The bodies of devices are made of the declarations in ``vmm.config``, by ``_body``.
 
 Annotations here are values, not text that msgspec would have to compile when a type is first used.
 
@@ -22,14 +21,6 @@ from vmm.config.vm import VmConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.api.typed import Balloon as Balloon
-    from vmm.api.typed import Drive as Drive
-    from vmm.api.typed import EntropyDevice as EntropyDevice
-    from vmm.api.typed import Host as Host
-    from vmm.api.typed import MmdsConfig as MmdsConfig
-    from vmm.api.typed import NetworkInterface as NetworkInterface
-    from vmm.api.typed import SharedFs as SharedFs
-    from vmm.api.typed import Vsock as Vsock
     from vmm.kvm.cpu_template import CpuTemplate
 
 U8 = Annotated[int, Meta(ge=0, le=(1 << 8) - 1)]
@@ -316,7 +307,31 @@ def _field(config: type[Config], key: str, each: Option, kind: Any) -> tuple[Any
     return (kind | None if nullable else kind), (choices[default] if mapped and default is not None else default)
 
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+
+    class _Declared(Body):
+        # Its fields are those of the declarations, which no type checker reads.
+        def __init__(self, **fields: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    class Drive(_Declared): ...
+
+    class NetworkInterface(_Declared): ...
+
+    class SharedFs(_Declared): ...
+
+    class Vsock(_Declared): ...
+
+    class Balloon(_Declared): ...
+
+    class EntropyDevice(_Declared): ...
+
+    class MmdsConfig(_Declared): ...
+
+    class Host(_Declared): ...
+
+else:
     _RATE = {"rate_limiter": RateLimiter}
     Drive = _body(
         "Drive", devices.DriveConfig,
