@@ -85,7 +85,7 @@ class Balloon(VirtioDevice):
             self.features |= bits if wanted else 0
         self.queue_sizes = (128,) * (2 + bool(stats_polling_interval_s) + free_page_reporting)
         self._lock = threading.Lock()  # the configuration space: the vCPUs and who sets the amount
-        self._serve_queue: list[Callable[[int], None]] = []
+        self._serves: list[Callable[[Chain], int] | None] = []  # by queue; None: statistics
         self._notify_fds: Sequence[int] = ()
         self._poison = 0
         # Statistics: the chain that asks for the next ones, and the thread that says when.
@@ -170,13 +170,13 @@ class Balloon(VirtioDevice):
     def activate(self, context: ActivateContext) -> None:
         """Number the queues, and let the clock run if the driver gives statistics."""
         # §5.5.2 numbers the queues; Linux, and devices after it, count only those that were negotiated.
-        self._serve_queue = [self._inflate, self._deflate]
+        self._serves = [self._inflate, self._deflate]
         if context.features & spec.BALLOON_F_STATS_VQ:
             self._ticking = True
             self._ticker = spawn(self.thread_kind, "balloon stats", self._tick)
-            self._serve_queue.append(self._statistics)
+            self._serves.append(None)
         if context.features & spec.BALLOON_F_PAGE_REPORTING:
-            self._serve_queue.append(self._report)
+            self._serves.append(self._report)
         # §5.5.6.5.1: it is not changed after this
         self._poison = self._field(_POISON.start) if context.features & spec.BALLOON_F_PAGE_POISON else 0
 
@@ -220,26 +220,22 @@ class Balloon(VirtioDevice):
 
     def process(self, queue_index: int) -> None:
         """Serve inflation, deflation, statistics or reports."""
-        if queue_index < len(self._serve_queue):
-            self._serve_queue[queue_index](queue_index)
+        if queue_index >= len(self._serves):
+            return
+        queue, serve = self.context.queues[queue_index], self._serves[queue_index]
+        if serve is None:
+            self._statistics(queue)
+        else:
+            self.drain(queue, serve)
 
-    def _inflate(self, queue_index: int) -> None:
-        self.drain(self.context.queues[queue_index], self._serve_inflate)
-
-    def _deflate(self, queue_index: int) -> None:
-        self.drain(self.context.queues[queue_index], self._serve_deflate)
-
-    def _report(self, queue_index: int) -> None:
-        self.drain(self.context.queues[queue_index], self._serve_report)
-
-    def _serve_inflate(self, chain: Chain) -> int:
+    def _inflate(self, chain: Chain) -> int:
         pages = self._named(chain)
         self.counters["inflated"] += len(pages)
         for first, count in _runs(pages):
             self._discard(first * spec.BALLOON_PAGE, count)
         return 0
 
-    def _serve_deflate(self, chain: Chain) -> int:
+    def _deflate(self, chain: Chain) -> int:
         self.counters["deflated"] += len(self._named(chain))
         return 0
 
@@ -271,7 +267,7 @@ class Balloon(VirtioDevice):
             self.counters["io_errors"] += 1
             self.context.warn(f"discard: {error.errno}", f"{self.name}: {error.strerror}")
 
-    def _serve_report(self, chain: Chain) -> int:
+    def _report(self, chain: Chain) -> int:
         """Free pages: the buffers are the pages themselves (§5.5.6.7)."""
         self.counters["requests"] += 1
         if chain.readable_bytes or not chain.writable_bytes:
@@ -285,8 +281,8 @@ class Balloon(VirtioDevice):
 
     # Statistics: the driver's buffer is kept, and given back to ask for the next (§5.5.6.3).
 
-    def _statistics(self, queue_index: int) -> None:
-        queue, context = self.context.queues[queue_index], self.context
+    def _statistics(self, queue: VirtQueue) -> None:
+        context = self.context
         while True:
             queue.disable_notify()
             if self._due and self._held is not None:

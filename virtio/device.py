@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from virtio._interrupt import Interrupt
+    from virtio._limiter import Bucket, RateLimiter
     from vmm._fastpath import Chain, GuestRam, VirtQueue
 
     class AnyWorker(Protocol):
@@ -112,13 +113,24 @@ class VirtioDevice:
     def __init__(self) -> None:
         self.counters: dict[str, int] = {"requests": 0, "bad_requests": 0, "needs_reset": 0}
         self.shm_regions: dict[int, tuple[int, int]] = {}
+        self._workers: list[Any] = []  # threads in Cython that have ``stats`` and ``wake``
         # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.
         self.publish_config: PublishConfig = self._set_config
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters by name; a device whose loop counts in C adds those."""
-        return self.counters
+        """Counters by name, of the device and of all of its threads that count in C."""
+        total = dict(self.counters)
+        for worker in self._workers:
+            for name, value in worker.stats.items():
+                total[name] = total.get(name, 0) + value
+        return total
+
+    def _limit(self, limiter: RateLimiter, bandwidth: Bucket | None, ops: Bucket | None) -> None:
+        # Also for what waits for it.
+        limiter.update(bandwidth, ops)
+        for worker in self._workers:
+            worker.wake()
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
         """The threads that serve the queues; asked for once, by the transport, which owns them.

@@ -263,7 +263,6 @@ class Block(VirtioDevice):
             disk.fd, disk.size, self.serial, self.limiter, read_only=disk.read_only, block_device=disk.block_device,
             direct=disk.direct, unsafe=unsafe, use_uring=self.engine == "io_uring",
         )  # fmt: skip
-        self._workers: list[BlockWorker] = []
         self.config = self._config_space()
 
     def _choose(self, engine: str | None) -> str:
@@ -294,11 +293,7 @@ class Block(VirtioDevice):
     @property
     def stats(self) -> dict[str, int]:
         """Counters by name, of all queues together."""
-        total = dict(self.counters)
-        for worker in self._workers:
-            for name, value in worker.stats.items():
-                total[name] = total.get(name, 0) + value
-        return total | {"throttled": self.limiter.throttled}
+        return super().stats | {"throttled": self.limiter.throttled}
 
     @property
     def capacity(self) -> int:
@@ -350,9 +345,7 @@ class Block(VirtioDevice):
 
     def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
         """Replace the buckets that are given; ``(0, 0, 0)`` takes a limit away. While the guest runs, or before."""
-        self.limiter.update(bandwidth, ops)
-        for worker in self._workers:
-            worker.wake()
+        self._limit(self.limiter, bandwidth, ops)
 
     def report(self, number: int, end: int, seen: int) -> None:
         """Warn of a request that the host failed; on a worker's thread, at the 1st, 2nd, 4th, 8th, ... of a kind.

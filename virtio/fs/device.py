@@ -95,7 +95,6 @@ class Fs(VirtioDevice):
             raise ConfigError("share dax", dax, _DAX_LIMIT)
         self.queue_sizes = (QUEUE_SIZE,) * (1 + threads)
         self.config = _CONFIG.pack(tag.encode(), threads)
-        self._workers: list[FsWorker | FsHelper] = []
         self._proc = -1
         self._dax_slots = 0
         if raise_descriptor_limit() < 2 * KEPT:
@@ -137,11 +136,7 @@ class Fs(VirtioDevice):
     @property
     def stats(self) -> dict[str, int]:
         """Counters by name, with what the guest holds now."""
-        total = dict(self.counters)
-        for worker in self._workers:
-            for key, value in worker.stats.items():
-                total[key] = total.get(key, 0) + value
-        return total | {
+        return super().stats | {
             "nodes": self.share.nodes,
             "handles": self.share.handles,
             "reopened": self.share.reopened,
@@ -167,9 +162,7 @@ class Fs(VirtioDevice):
         """Replace the buckets that are given; ``(0, 0, 0)`` takes a limit away. While the guest runs, or before."""
         if self.window and any(bucket is not None and bucket[0] and bucket[2] for bucket in (bandwidth, ops)):
             raise ConfigError("share dax", self.tag, _DAX_LIMIT)
-        self.limiter.update(bandwidth, ops)
-        for worker in self._workers:
-            worker.wake()
+        self._limit(self.limiter, bandwidth, ops)
 
     def save(self) -> dict[str, Any]:
         """Refuse: what the guest knows of the tree is descriptors of this process."""

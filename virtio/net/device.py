@@ -138,7 +138,6 @@ class Net(VirtioDevice):
         self.counters |= {"control": 0, "bad_control": 0}
         self._offloads = self._pairs_used = 0
         self.config = self._config_space()
-        self._workers: list[NetWorker] = []
         self._pcap = -1 if pcap is None else _open_pcap(pcap)
 
     def _config_space(self) -> bytes:
@@ -147,16 +146,10 @@ class Net(VirtioDevice):
     @property
     def stats(self) -> dict[str, int]:
         """Counters by name, of all pairs together."""
-        total = dict(self.counters)
-        for worker in self._workers:
-            for key, value in worker.stats.items():
-                total[key] = total.get(key, 0) + value
-        if self.mmds is not None:
-            total |= {f"mmds_{key}": value for key, value in self.mmds.counters.items()}
-        if self.policy is not None:
-            total |= {f"policy_{key}": value for key, value in self.policy.counters.items()}
-        if self.resolver is not None:
-            total |= {f"dns_{key}": value for key, value in self.resolver.counters.items()}
+        total = super().stats
+        for name, part in (("mmds", self.mmds), ("policy", self.policy), ("dns", self.resolver)):
+            if part is not None:
+                total |= {f"{name}_{key}": value for key, value in part.counters.items()}
         total["rx_rate_limiter_throttled"] = self.rx_limiter.throttled
         total["tx_rate_limiter_throttled"] = self.tx_limiter.throttled
         return total
@@ -218,9 +211,7 @@ class Net(VirtioDevice):
 
     def set_rate_limit(self, limiter: RateLimiter, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
         """Change ``rx_limiter`` or ``tx_limiter`` at once, also for a frame that waits for it; any thread."""
-        limiter.update(bandwidth, ops)
-        for worker in self._workers:
-            worker.wake()
+        self._limit(limiter, bandwidth, ops)
 
     def lose(self) -> None:
         """The other end is gone: pull the cable and say so; called by a worker, once."""
