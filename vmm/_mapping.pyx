@@ -20,6 +20,9 @@ cdef extern from *:
         uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
         uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
     };
+    #ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
+    #define MADV_POPULATE_WRITE 23
+    #endif
     #define PM_SCAN _IOWR('f', 16, struct pm_arg)
     #define PM_WP_MATCHING (1 << 0)
     #define PM_CHECK_WPASYNC (1 << 1)
@@ -57,12 +60,14 @@ cdef extern from *:
     int pm_scan(int fd, pm_arg *arg) nogil
     uint64_t PM_WP_MATCHING, PM_CHECK_WPASYNC, PM_IS_WRITTEN, PM_IS_FILE, PM_IS_PRESENT, PM_IS_SWAPPED
     uint64_t PAGEMAP_PRESENT, PAGEMAP_SWAPPED, PAGEMAP_FILE
+    int madvise(void *address, size_t size, int advice) nogil
     void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
     int is_zero(const void *data, size_t size) nogil
     long lseek(int fd, long offset, int whence) nogil
     enum: SEEK_DATA, SEEK_HOLE
     ssize_t pread(int fd, void *data, size_t size, long offset) nogil
     ssize_t pwrite(int fd, const void *data, size_t size, long offset) nogil
+    enum: MADV_POPULATE_WRITE
     enum: PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
 
 cdef enum:
@@ -84,6 +89,12 @@ def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
         got = mmap(<void *>address, size, PROT_READ | PROT_WRITE, flags, fd, <long>offset)
     if <long>got == -1:
         raise OSError(errno, os.strerror(errno))
+
+
+def populate(uintptr_t address, size_t size):
+    """Make [`address`, `address` + `size`) this process's own pages, as writes would; as far as the host can."""
+    with nogil:
+        madvise(<void *>address, size, MADV_POPULATE_WRITE)
 
 
 def private_runs(int pagemap, uintptr_t address, size_t size):

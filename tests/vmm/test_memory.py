@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vmm import _mapping
 from vmm.errors import ConfigError, GuestMemoryError
-from vmm.memory import GIB, GuestMemory, MemoryFile, Piece, overlay
+from vmm.memory import GIB, GuestMemory, HotPages, MemoryFile, Piece, overlay
 
 MIB = 1 << 20
 
@@ -319,3 +319,25 @@ def test_without_marks_what_was_written_is_told_until_a_freeze(monkeypatch: pyte
         memory.write(0, b"x")
         for _ in range(2):
             assert memory.take_written() == ([(0, 4096)], False)
+
+
+def test_a_copy_has_the_pages_at_once_that_one_before_wrote_to() -> None:
+    hot = HotPages()
+    with GuestMemory(64 * MIB) as memory:
+        memory.write(0, b"x" * MIB)
+        pieces = memory.freeze()
+
+    def copy(writes: dict[int, int]) -> list[tuple[int, int]]:
+        with GuestMemory(64 * MIB, pieces=pieces, hot=hot) as made:
+            found = made.written()
+            assert made.read(0, 64 * MIB) == b"x" * MIB + bytes(63 * MIB), "nothing else than before"
+            for gpa, size in writes.items():
+                made.write(gpa, bytes(size))
+        return found
+
+    few = {4096: 1, 40 * MIB: 8192}
+    assert copy({0: 1}) == []
+    assert copy(few) == [(0, 4096)]
+    assert copy({}) == [(0, 8192), (40 * MIB, 8192)]
+    # One that did a lot teaches nothing.
+    assert copy({8 * MIB: 3 * MIB}) == copy({}) == [(0, 8192), (40 * MIB, 8192)]

@@ -30,7 +30,7 @@ from vmm.machine.board import Board
 from vmm.machine.build import Builder, Made
 from vmm.machine.console import Console
 from vmm.machine.run import Run
-from vmm.memory import GuestMemory
+from vmm.memory import GuestMemory, HotPages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Machine(Closing):
         self._console_callbacks: list[Callable[[bytes], None]] = []
         self._run = Run(lambda: self._devices.windows, lambda: self.console.panic_seen)
         self._detached = False  # a configured device was
+        self._hot = HotPages() if image is None else image.hot
         self.children = 0  # made by ``fork``, for the names of their sockets
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one
@@ -141,8 +142,9 @@ class Machine(Closing):
         for device in devices:
             self._devices.add(Made("", device.name, device, []))
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
+        hot = None if image is None or handler else image.hot
         huge = config.huge_pages is not None
-        self.memory = self._owned(GuestMemory(config.memory, huge=huge, pieces=pieces, handler=handler))
+        self.memory = self._owned(GuestMemory(config.memory, huge=huge, pieces=pieces, hot=hot, handler=handler))
         if config.track_dirty_pages:
             self.memory.prepare_marks()
         if image is None:

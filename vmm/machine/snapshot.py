@@ -9,7 +9,7 @@ from devices.acpi_events import GENERATION_CHANGED
 from vmm.errors import SnapshotError, VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.private_disk import private_copy
-from vmm.memory import MemoryFile
+from vmm.memory import HotPages, MemoryFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ class Image:
     :ivar memory: guest RAM (:class:`vmm.memory.Piece`)
     :ivar api: what the API has kept with it, or nothing
     :ivar handler: the socket of a page fault handler that brings it to machines, in place of ``memory``; ``""``: none
+    :ivar hot: pages that its machines write to as soon as they run (:class:`vmm.memory.HotPages`)
     """
 
-    __slots__ = ("api", "board", "cmdline", "config", "handler", "memory", "vcpus", "virtio", "vm")
+    __slots__ = ("api", "board", "cmdline", "config", "handler", "hot", "memory", "vcpus", "virtio", "vm")
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Image:
         self.memory = memory
         self.api = api
         self.handler = ""
+        self.hot = HotPages()
 
     def save(self, directory: str) -> None:
         """Write it as `directory`: whole, or nothing; see :mod:`vmm.machine.snapshot_file`.
@@ -118,6 +120,7 @@ def freeze(
             virtio=[transport.save() for transport in machine.virtio],
             memory=[],
         )
+        image.hot = machine._hot
         if without_memory is None:
             image.memory = machine.memory.freeze()
         else:
