@@ -55,14 +55,14 @@ class Warner:
 
 
 class ActivateContext:
-    """All that a device sees of its VM while a driver has it.
+    """The parts of the VM that a device may use while a driver is active.
 
     :ivar memory: guest RAM
-    :ivar queues: one a queue, ready or not; used by the worker thread only
-    :ivar features: what the driver accepted, a subset of what the device offers
-    :ivar interrupt: ``interrupt(queue)`` tells the driver to look at the used ring of that number; any thread
-    :ivar warn: ``warn(kind, message)``, rate limited by kind
-    :ivar stopping: True once the driver has reset the device; a loop over a queue then returns
+    :ivar queues: its queues, ready or not; for the worker thread only
+    :ivar features: the feature bits that the driver accepted
+    :ivar interrupt: ``interrupt(queue)`` tells the driver to check the used ring of that number; from any thread
+    :ivar warn: ``warn(kind, message)`` logs a message, with a limit for each kind
+    :ivar stopping: True when the driver has reset the device; a loop over a queue must then return
     """
 
     __slots__ = ("features", "interrupt", "memory", "queues", "stopping", "warn")
@@ -84,19 +84,19 @@ class ActivateContext:
 
 
 class VirtioDevice:
-    """Base of the devices. A device has to have ``device_type``, ``queue_sizes``, and ``process`` or ``make_workers``.
+    """Base class of devices. A device defines ``device_type``, ``queue_sizes``, and ``process`` or ``make_workers``.
 
-    :ivar device_type: §5
+    :ivar device_type: its number in §5
     :ivar queue_sizes: the largest size of each queue, powers of two
-    :ivar features: offered beside VERSION_1, INDIRECT_DESC and EVENT_IDX, which the transport adds
+    :ivar features: the feature bits that it offers; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
     :ivar config: the configuration space as the driver reads it, little endian
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
-    :ivar thread_kind: what its code may ask of the host where seccomp is on: one of ``vmm.jail.seccomp.KINDS``; None:
-        anything, on its own threads and on the vCPUs'
-    :ivar below: the only directory below which its threads open files, as ``vmm.threads.spawn`` takes it
-    :ivar poll_us: microseconds that a native worker looks at its queues before it sleeps; 0: it sleeps at once
-    :ivar unsavable: why it cannot be saved now, one clause; empty: it can
-    :ivar counters: what Python code counts; ``stats`` is all there is to read
+    :ivar thread_kind: the system call filter of its threads, one of ``vmm.jail.seccomp.KINDS``; None: no filter on
+        its own threads and on the vCPUs'
+    :ivar below: the only directory below which its threads may open files, as for ``vmm.threads.spawn``
+    :ivar poll_us: microseconds that a native worker checks its queues before it sleeps; 0: it sleeps at once
+    :ivar unsavable: one clause: why it cannot be saved now; empty: it can
+    :ivar counters: the counters of Python code; read all counters by ``stats``
     """
 
     name: str = "virtio"
@@ -119,7 +119,7 @@ class VirtioDevice:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters by name, of the device and of all of its threads that count in C."""
+        """Counters by name, of the device and of its threads in C."""
         total = dict(self.counters)
         for worker in self._workers:
             for name, value in worker.stats.items():
@@ -133,10 +133,10 @@ class VirtioDevice:
             worker.wake()
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
-        """The threads that serve the queues; asked for once, by the transport, which owns them.
+        """Make the threads that serve the queues. The transport calls this once, and owns them.
 
-        :param notify_fds: an eventfd a queue, signalled when the driver notifies
-        :param on_failure: to be called by a thread that ends before it was stopped
+        :param notify_fds: an eventfd for each queue, which is signalled when the driver notifies
+        :param on_failure: a thread that ends before it was stopped must call this
         """
         return [Worker(self, range(len(notify_fds)), notify_fds, on_failure)]
 
@@ -144,42 +144,43 @@ class VirtioDevice:
         self.config = config
 
     def process(self, queue_index: int) -> None:
-        """Serve what is in the queue; on the worker's thread, after a notification; ``drain`` does the most.
+        """Serve a queue, usually by ``drain``. Called on the worker's thread after a notification.
 
-        :raises GuestError: a ring is broken; the transport sets DEVICE_NEEDS_RESET
+        :raises GuestError: a ring is invalid; the transport sets DEVICE_NEEDS_RESET
         """
         raise NotImplementedError
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver wrote `data` within the configuration space; without a writable field, ignore it."""
+        """Called when the driver writes `data` to the configuration space. The default ignores it."""
 
     def activate(self, context: ActivateContext) -> None:
-        """The driver is ready; ``self.context`` is set already."""
+        """Called when the driver is ready. ``self.context`` is already set."""
 
     def release(self) -> None:
-        """The workers have stopped: give back every chain that is held. They may be started again."""
+        """Called when the workers have stopped: return every chain that is held. They may be started again."""
 
     def reset(self) -> None:
-        """The driver is gone, the worker has stopped; forget what was negotiated."""
+        """Called when the driver has reset the device and the workers have stopped: forget what was negotiated."""
 
     def save(self) -> dict[str, Any]:
-        """What a driver that is there can tell from a new device, beyond the transport's part and ``config``.
+        """The state that its driver can see, without the transport's part and ``config``. The workers have stopped.
 
-        The workers have stopped. What the host gives (paths, taps, sockets, limits) is configuration and not state.
+        Resources of the host (paths, taps, sockets, limits) are configuration, not state.
 
-        :returns: integers, strings, bytes and lists and dictionaries of them
-        :raises SnapshotError: this device, or what its driver does with it, cannot be saved
+        :returns: integers, strings and bytes, and lists and dictionaries of them
+        :raises SnapshotError: the device cannot be saved, or not in its present use
         """
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what ``save`` told of another device of the kind; after ``activate``, before the workers start.
+        """Restore the result of ``save`` of another such device. Called after ``activate``, before the workers start.
 
-        The values may be anything of the right type: a KeyError, TypeError, ValueError or SnapshotError refuses them.
+        The values are of the right types but not trusted. Raise KeyError, TypeError, ValueError or SnapshotError to
+        refuse them.
         """
 
     def drain(self, queue: VirtQueue, serve: Callable[[Chain], int]) -> None:
-        """Give each chain to `serve`, which returns the bytes it wrote, until the queue is empty."""
+        """Call `serve` with each chain until the queue is empty. `serve` returns the number of bytes that it wrote."""
         context = self.context
         while True:
             queue.disable_notify()

@@ -62,10 +62,10 @@ class Allocator:
 
 
 class SplitDriver:
-    """A driver with a queue of `size` whose rings and buffers come from `allocator`.
+    """A driver with one queue of `size` entries, whose rings and buffers come from `allocator`.
 
-    :param event_idx: keep used_event and read avail_event (VIRTIO_F_EVENT_IDX)
-    :param start: first value of avail.idx and used.idx, so that a test reaches the wrap at 65536 soon
+    :param event_idx: use used_event and avail_event (VIRTIO_F_EVENT_IDX)
+    :param start: first value of avail.idx and used.idx; a high one soon reaches the wrap at 65536
     """
 
     def __init__(
@@ -89,20 +89,20 @@ class SplitDriver:
         self.want_interrupt()
 
     def attach(self, queue: VirtQueue, *, indirect: bool = True) -> VirtQueue:
-        """Tell the device's `queue` where the rings are, without a transport."""
+        """Set the addresses of the rings in the device's `queue`, without a transport."""
         queue.size, queue.desc, queue.avail, queue.used = self.size, self.desc, self.avail, self.used
         queue.enable(event_idx=self.event_idx, indirect=indirect, last_avail=self.start, next_used=self.start)
         return queue
 
     def buffer(self, data: bytes | int, *, device_writes: bool = False) -> Buffer:
-        """A buffer with `data`, or of so many zero bytes."""
+        """A buffer that contains `data`, or that many zero bytes."""
         content = bytes(data) if isinstance(data, int) else data
         addr = self.allocator.alloc(len(content))
         self.ram.write(addr, content)
         return Buffer(addr, len(content), device_writes)
 
     def write_desc(self, index: int, addr: int, size: int, flags: int, following: int = 0) -> None:
-        """Write descriptor `index` of the main table, right or wrong."""
+        """Write descriptor `index` of the main table; the values may be invalid."""
         self.ram.write(self.desc + 16 * index, spec.DESC.pack(addr, size, flags, following))
 
     def write_chain(self, buffers: Sequence[Buffer], indices: Sequence[int]) -> None:
@@ -113,13 +113,13 @@ class SplitDriver:
             self.write_desc(index, buffer.addr, buffer.size, flags, indices[at + 1] if more else 0)
 
     def add(self, buffers: Sequence[Buffer]) -> int:
-        """Make `buffers` available as one chain; its head."""
+        """Make `buffers` available as one chain; the index of its head."""
         indices = [self.free.pop() for _ in buffers]
         self.write_chain(buffers, indices)
         return self.offer(indices[0], indices)
 
     def add_indirect(self, buffers: Sequence[Buffer], *, direct: int = 0) -> int:
-        """Make `buffers` available, all but the first `direct` in an indirect table; its head."""
+        """Make `buffers` available, all but the first `direct` by an indirect table; the index of the head."""
         indices = [self.free.pop() for _ in range(direct + 1)]
         rest = buffers[direct:]
         table = self.allocator.alloc(16 * len(rest), 16)
@@ -133,7 +133,7 @@ class SplitDriver:
         return self.offer(indices[0], indices)
 
     def offer(self, head: int, indices: Sequence[int] = ()) -> int:
-        """Put `head` into the available ring and show it to the device."""
+        """Add `head` to the available ring, and publish it to the device."""
         self.chains[head] = list(indices)
         self.ram.write(self.avail + 4 + 2 * (self.avail_idx % self.size), U16.pack(head))
         self.avail_idx = self.avail_idx + 1 & 0xFFFF
@@ -141,7 +141,7 @@ class SplitDriver:
         return head
 
     def needs_kick(self) -> bool:
-        """Whether the device wants to be told of what was added since the last call (§2.7.10)."""
+        """Whether the device wants a notification for the chains added since the last call (§2.7.10)."""
         old, self.kicked_idx = self.kicked_idx, self.avail_idx
         if self.event_idx:
             event = self._u16(self.used + 4 + 8 * self.size)
@@ -149,7 +149,7 @@ class SplitDriver:
         return not self._u16(self.used) & spec.USED_F_NO_NOTIFY
 
     def want_interrupt(self, wanted: bool = True, *, after: int = 0) -> None:
-        """Ask for an interrupt once `after` more chains than the next have come back, or for none."""
+        """Ask for an interrupt when the next chain and `after` more have come back, or for none."""
         event = self.used_idx + after if wanted else self.used_idx - 1
         if self.event_idx:
             self.ram.write(self.avail + 4 + 2 * self.size, U16.pack(event & 0xFFFF))
@@ -157,7 +157,7 @@ class SplitDriver:
             self.ram.write(self.avail, U16.pack(0 if wanted else spec.AVAIL_F_NO_INTERRUPT))
 
     def reap(self) -> list[tuple[int, int]]:
-        """What the device has returned since the last call: (head, bytes written); frees the descriptors."""
+        """The chains returned since the last call, as (head, bytes written). Frees their descriptors."""
         done = []
         while self.used_idx != self._u16(self.used + 2):
             at = self.used + 4 + 8 * (self.used_idx % self.size)

@@ -26,11 +26,11 @@ class VmmError(Exception):
 
 
 class ConfigError(VmmError, ValueError):
-    """What a user or a runtime asked for cannot be: one line with the field, the value and what is allowed.
+    """An invalid request of the user or the runtime: one line with the field, the value and what is allowed.
 
-    :param field: the option or field as the user wrote it, as ``kernel`` or ``--memory``
+    :param field: the option or field as the user wrote it, such as ``kernel`` or ``--memory``
     :param value: the value as the user wrote it
-    :param problem: what is wrong with it and what would be right, one clause
+    :param problem: one clause: what is wrong with the value, and what is allowed
     """
 
     def __init__(self, field: str, value: object, problem: str) -> None:
@@ -44,8 +44,8 @@ class HostError(VmmError, OSError):
     """The host refused something that pyvmm needs: an ioctl, a file, a tap.
 
     :param errno: the system's error number
-    :param what: what was being done, as ``KVM_CREATE_VM`` or ``open disk``
-    :param path: the file or device concerned, if any
+    :param what: the failed operation, such as ``KVM_CREATE_VM`` or ``open disk``
+    :param path: its file or device, if any
     """
 
     def __init__(self, errno: int, what: str, path: str | None = None) -> None:
@@ -62,7 +62,7 @@ class KvmError(HostError):
 
 
 class SnapshotError(VmmError):
-    """A machine cannot be saved, or a saved one not be made again.
+    """A machine cannot be saved or restored.
 
     :param what: the device, file or part concerned
     :param problem: what is wrong with it, one clause
@@ -75,7 +75,7 @@ class SnapshotError(VmmError):
 
 
 class GuestError(VmmError):
-    """The guest did something that no correct guest does."""
+    """The guest did something that a correct guest never does."""
 
 
 class GuestMemoryError(GuestError):

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 class StopReason:
-    """Why a VM stopped. There is one of each: compare them with ``is``; ``StopReason(value)`` finds it.
+    """Why a VM stopped. Compare reasons with ``is``. ``StopReason(value)`` finds one.
 
-    It is no ``Enum``: importing that is a tenth of a start.
+    This is not an ``Enum``, because importing that is a tenth of a start.
 
-    :ivar name: as it is spelled below
-    :ivar value: used in messages and in the API
+    :ivar name: its name below
+    :ivar value: its text in messages and in the API
     """
 
     POWEROFF: ClassVar[StopReason]
@@ -72,9 +72,9 @@ EXIT_STATUS = {
 class Exit:
     """How a VM ended. Two with the same values are equal.
 
-    :param reason: why
+    :param reason: why it ended
     :param code: the guest's own exit code, for ``GUEST_EXIT``, 0 to 255
-    :param detail: one line for a person, may be empty
+    :param detail: one line for people; may be empty
     """
 
     __slots__ = ("code", "detail", "reason")
@@ -86,7 +86,7 @@ class Exit:
 
     @property
     def status(self) -> int:
-        """The exit status of ``pyvmm run`` that says so."""
+        """The exit status with which ``pyvmm run`` reports it."""
         return self.code if self.reason is StopReason.GUEST_EXIT else EXIT_STATUS[self.reason]
 
     def __str__(self) -> str:
@@ -107,9 +107,9 @@ class Exit:
 
 
 class Stop(Exception):
-    """Raised by a bus device inside a guest's access: the VM ends, and the guest runs no further instruction.
+    """Raised by a bus device during a guest's access. The VM ends, and the guest runs no further instruction.
 
-    The parameters are :class:`Exit`'s; ``exit`` is what ``Machine.wait`` then returns.
+    It has the parameters of :class:`Exit`. ``Machine.wait`` then returns its ``exit``.
     """
 
     def __init__(self, reason: StopReason, code: int = 0, detail: str = "") -> None:

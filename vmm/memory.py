@@ -153,10 +153,10 @@ def overlay(pieces: list[Piece], new: Piece) -> list[Piece]:
 
 
 class GuestMemory(GuestRam, Closing):
-    """``size`` bytes of guest RAM from address 0, going on at 4 GiB where it reaches 3 GiB.
+    """Guest RAM of ``size`` bytes from address 0. What exceeds 3 GiB begins at 4 GiB.
 
-    Owns one mapping a region. A context manager; ``close`` is idempotent, and slices and views that outlive it stay
-    readable.
+    Owns one mapping for each region. A context manager; ``close`` is idempotent. Slices and views that outlive it
+    stay readable.
 
     :param size: bytes, a positive multiple of the page size (4096)
     :param huge: in pages of 2 MiB that the host has set aside (hugetlbfs); `size` is a multiple of that then
@@ -166,9 +166,9 @@ class GuestMemory(GuestRam, Closing):
     :param hot: pages of `pieces` to have at once, which learns from this memory when it is closed
     :param handler: the socket of a program that brings each page when it is first touched, whatever `pieces` are:
         see :mod:`vmm.uffd`; ``""``: none
-    :raises ConfigError: size is not that
-    :raises HostError: the host has no room to map it, or ``vmm.uffd.HandlerError``
-    :raises SnapshotError: a handler, and huge pages
+    :raises ConfigError: the size is invalid
+    :raises HostError: the host has no room to map it; a ``vmm.uffd.HandlerError`` for a failure of the handler
+    :raises SnapshotError: a handler together with huge pages
     """
 
     def __init__(
@@ -244,15 +244,15 @@ class GuestMemory(GuestRam, Closing):
         self._markable = False
 
     def freeze(self) -> list[Piece]:
-        """What is in RAM now, to be mapped by others; this memory goes on from it, copying what it writes.
+        """The present contents of RAM, for others to map. This memory becomes copy-on-write.
 
-        Nobody writes to RAM meanwhile. The first call moves no byte; a later one copies what was written since.
-        Addresses, slices and views stay as they are. Of memory with a page fault handler the first call has all of it
-        brought and copies it; the handler is let go then.
+        Nothing may write to RAM meanwhile. The first call copies nothing; a later one copies what was written since.
+        Addresses, slices and views stay valid. If a page fault handler supplies the memory, the first call fetches
+        and copies all of it, and releases the handler.
 
         :returns: pieces that cover all of RAM and never change
         :raises SnapshotError: RAM is in huge pages
-        :raises OSError: the host has no memory left for it; RAM is as before
+        :raises OSError: the host has no memory left; RAM is unchanged
         """
         if self.huge:
             raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
@@ -290,9 +290,9 @@ class GuestMemory(GuestRam, Closing):
             self._handler = None
 
     def written(self) -> list[tuple[int, int]]:
-        """(guest address, bytes) of what was written since the last ``freeze``, or ``take_written`` that said True.
+        """(guest address, bytes) of ranges written since the last ``freeze``, or ``take_written`` that returned True.
 
-        All of RAM before the first.
+        Before the first of these, all of RAM.
         """
         if self._pieces is None:
             return [(region.gpa, region.size) for region in self.regions]
@@ -300,7 +300,7 @@ class GuestMemory(GuestRam, Closing):
         return [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
 
     def prepare_marks(self) -> None:
-        """Make ready for ``take_written``: to be called before a jail that has no userfaultfd."""
+        """Prepare for ``take_written``. Call it before entering a jail without userfaultfd."""
         from vmm import _uffd
 
         try:
@@ -309,11 +309,11 @@ class GuestMemory(GuestRam, Closing):
             pass  # before Linux 6.7: every ``take_written`` is followed by ``freeze``
 
     def take_written(self) -> tuple[list[tuple[int, int]], bool]:
-        """What ``written`` says, and whether it begins anew from here on; if not, that takes a ``freeze``.
+        """The result of ``written``, and whether it starts anew from here on. If not, only a ``freeze`` does that.
 
-        Nobody writes to RAM meanwhile. No byte is copied: pages are marked, which a write undoes.
+        Nothing may write to RAM meanwhile. No byte is copied: pages are marked, and a write removes the mark.
 
-        :raises OSError: the host has no memory left for it
+        :raises OSError: the host has no memory left
         """
         if self._pieces is None or self._marks < 0:
             return self.written(), False
@@ -329,9 +329,9 @@ class GuestMemory(GuestRam, Closing):
         ], True
 
     def touched(self) -> list[tuple[int, int]]:
-        """(guest address, bytes) of what is in this process's memory, since it was read or written.
+        """(guest address, bytes) of each range that is in this process's memory, because it was read or written.
 
-        :raises OSError: this kernel cannot tell (before Linux 6.7)
+        :raises OSError: the kernel cannot tell (before Linux 6.7)
         """
         found = []
         for region in self.regions:
@@ -368,11 +368,11 @@ class GuestMemory(GuestRam, Closing):
         return pieces
 
     def discard(self, part: memoryview) -> int:
-        """Give the host the pages back that lie wholly inside `part`; they read as zeros from here on.
+        """Return to the host all pages that lie completely inside `part`. They read as zeros from here on.
 
-        :param part: what ``slice`` or a chain gave, of any alignment
-        :returns: bytes that read as zeros now
-        :raises ValueError: it is not a slice of this RAM
+        :param part: a memoryview from ``slice`` or a chain, of any alignment
+        :returns: the number of bytes that were returned
+        :raises ValueError: `part` is not a slice of this RAM
         :raises OSError: the host refused
         """
         if self._handler is None and self._pieces is None:
@@ -398,10 +398,10 @@ class GuestMemory(GuestRam, Closing):
         """A numpy array over guest RAM: shared with the running guest, not copied.
 
         :param gpa: first guest physical address
-        :param size: bytes, within one region; None for all that follows `gpa` in its region
+        :param size: bytes, within one region; None: the rest of the region
         :param dtype: any numpy dtype whose size divides `size`
-        :returns: one-dimensional array; keeps the mapping alive
-        :raises GuestMemoryError: not all inside one region
+        :returns: a one-dimensional array, which keeps the mapping alive
+        :raises GuestMemoryError: the range is not inside one region
         """
         import numpy  # 100 ms that launching a VM does not pay
 

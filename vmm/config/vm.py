@@ -73,7 +73,7 @@ def _console(field: str, where: str) -> str:
 
 
 class VmConfig(Config):
-    """A whole VM."""
+    """The configuration of a VM."""
 
     kernel: Given[str, str | os.PathLike[str]] = option(
         help="path of a vmlinux or any PVH ELF, or a bzImage", kw_only=False, check=_path
@@ -157,10 +157,10 @@ class VmConfig(Config):
 
     @classmethod
     def from_settings(cls, kernel: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> VmConfig:
-        """A configuration by its parameters' names; `kernel` None: it is one of them.
+        """Make a configuration of named parameters. If `kernel` is None, it must be one of them.
 
         :raises ConfigError: a value out of its range
-        :raises TypeError: there is no such parameter, or the kernel is missing
+        :raises TypeError: an unknown parameter, or no kernel
         """
         for name in settings:
             if name not in cls.OPTIONS:
@@ -170,7 +170,7 @@ class VmConfig(Config):
         return cls(**settings) if kernel is None else cls(kernel, **settings)
 
     def shown(self, name: str, value: object) -> str:
-        """A value of the parameter `name` as code that makes it; the memory with its unit."""
+        """A value of the parameter `name` as Python code; memory has its unit."""
         return repr(size_text(value)) if name == "memory" and isinstance(value, int) else repr(value)
 
     def _check(self) -> None:
@@ -192,7 +192,7 @@ class VmConfig(Config):
 
     @property
     def root_parameters(self) -> str:
-        """What the command line is given about the root device; ``""`` where its words say it themselves."""
+        """The words about the root device for the command line; ``""`` if it already names a root."""
         if self.cmdline is not None or Cmdline(self.append).has("root"):
             return ""
         for place, drive in enumerate(self.drives):
@@ -205,12 +205,12 @@ class VmConfig(Config):
 
     @property
     def full_cmdline(self) -> str:
-        """The command line as the guest's kernel gets it, but for what the machine adds about its own devices."""
+        """The command line of the guest's kernel, without the words that the machine adds about its own devices."""
         return self._words(self.root_parameters)
 
     @property
     def rootless_cmdline(self) -> str:
-        """The same without ``root_parameters``, for who adds them himself."""
+        """The same without ``root_parameters``, for callers that add these."""
         return self._words("")
 
     def _words(self, root: str) -> str:

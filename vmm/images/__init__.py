@@ -21,11 +21,11 @@ FORMAT = 2  # of image.json; an image of another format is pulled again. 2: driv
 
 
 class Image:
-    """A pulled image: paths of its files, and the kernel command line that brings it up on a virtio disk.
+    """A pulled image: the paths of its files, and the kernel command line that boots it from a virtio disk.
 
-    ``disks`` are the image's own, in the order in which a machine has them: /dev/vda is the first, ``rootfs``. With a
-    ``config`` it is a container image: its disk is a squashfs, read-only and shared between machines, and its
-    initramfs puts a writable overlay over it.
+    ``disks`` are the image's own disks in order: /dev/vda is the first, ``rootfs``. An image with a ``config`` is a
+    container image. Its disk is a squashfs, read-only and shared between machines, and its initramfs puts a writable
+    overlay over it.
     """
 
     __slots__ = ("cmdline", "config", "disks", "initrd", "kernel", "name", "rootfs")
@@ -46,9 +46,9 @@ class Image:
 
 
 def cache_root() -> str:
-    """Return pyvmm's cache directory, ``$XDG_CACHE_HOME/pyvmm``; nothing is created.
+    """Return pyvmm's cache directory, ``$XDG_CACHE_HOME/pyvmm``, without creating it.
 
-    :raises ConfigError: neither the environment nor the password file says where this user's files are
+    :raises ConfigError: neither the environment nor the password file has a home directory of this user
 
     Source: XDG Base Directory Specification: a relative XDG_CACHE_HOME is invalid and ignored.
     """
@@ -65,9 +65,9 @@ def cache_root() -> str:
 
 
 def resolve(name: str) -> Image | None:
-    """Return the image of that name, or None if it was not pulled (or by a pyvmm with another format).
+    """Return the image of that name. None: it was not pulled, or by a pyvmm with another format.
 
-    :raises ConfigError: it is there but damaged; or an ``oci:`` name that is none
+    :raises ConfigError: the image is damaged, or its name is invalid
     """
     directory = name
     if ":" in name:
@@ -117,19 +117,19 @@ def pull(
     packages: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Image:
-    """Return the image of that name, making it first if it is not in the cache.
+    """Return the image of that name. Make it first if it is not in the cache.
 
-    Beside ``NAMES`` there is ``oci:REF`` and what else docs/images.md has of container images.
+    Names are those of ``NAMES``, and of container images, such as ``oci:REF``: see docs/images.md.
 
-    Two pulls of one image wait for each other; a pull that fails or is killed leaves what was there.
+    Two pulls of one image wait for each other. A pull that fails or is killed leaves the previous image.
 
-    :param refresh: make it again, from what apt offers now
-    :param size: bytes of the root file system (sparse); of a container image what it may have unpacked, at most;
-        None for the default
-    :param packages: further Debian packages in the root file system
-    :param progress: called with each step and how much of it is done
-    :raises ConfigError: no such name; or it is in the cache with another size or other packages
-    :raises PullError: a program is missing, or a package or a container image cannot be fetched, or is damaged
+    :param refresh: make it again from what apt or the registry offers now
+    :param size: bytes of the root file system (sparse); for a container image, the limit of its unpacked bytes;
+        None: the default
+    :param packages: more Debian packages in the root file system
+    :param progress: called with each step and its progress
+    :raises ConfigError: an unknown name, or an image that is in the cache with another size or other packages
+    :raises PullError: a program is missing, or a package or a container image is damaged or cannot be fetched
     """
     from vmm.images import store
     from vmm.images.host import silent
@@ -138,7 +138,7 @@ def pull(
 
 
 def available() -> list[dict[str, Any]]:
-    """Return what can be pulled: name and summary, and for what is in the cache also image.json's facts.
+    """Return the images that can be pulled, and those in the cache with the facts of their image.json.
 
     Keys: ``name``, ``summary``, ``cached`` (bool); if cached ``bytes`` (on disk), ``kernel_version``,
     ``built`` (UTC, ISO 8601), ``packages``, ``size`` (bytes of the root file system); or ``damaged`` (why).

@@ -56,7 +56,7 @@ def parse_number(field: str, text: str) -> int:
 
 
 class CpuTemplate(Config):
-    """What is to be changed."""
+    """Changes to CPUID, MSRs and KVM capabilities."""
 
     capabilities: Sequence[int] = option(help="numbers of KVM_CAP_* that KVM must have", default=(), check=as_tuple)
     not_required: Sequence[int] = option(help="numbers that it need not have after all", default=(), check=as_tuple)
@@ -66,7 +66,7 @@ class CpuTemplate(Config):
     msrs: Mapping[int, Bits] = option(help="bits by the register's address", default={})
 
     def change_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
-        """Change `entries`, which KVM gave.
+        """Apply the changes to `entries`, the CPUID leaves of KVM.
 
         :raises ConfigError: KVM has no such leaf
         """

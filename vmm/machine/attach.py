@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 class Attached:
-    """A virtio device and what a machine has for it: made by ``Machine.attach`` and by the machine itself.
+    """A virtio device in a machine, with its resources. ``Machine.attach`` and the machine itself make it.
 
-    :ivar id: what ``Machine.detach`` knows it by
-    :ivar name: its ``drive_id``, ``iface_id`` or ``tag``, or its device's name; ``id`` is another if two have the same
+    :ivar id: the id that ``Machine.detach`` takes
+    :ivar name: its ``drive_id``, ``iface_id`` or ``tag``, or the device's name; ``id`` differs if two share it
     :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``; ``""``: the embedding
         program's own, which closes it
     :ivar device: the device
-    :ivar place: 0 for the first
+    :ivar place: its position, from 0
     :ivar base: guest address of its registers, ``layout.VIRTIO_MMIO_STRIDE`` bytes
     :ivar gsi: its interrupt line
-    :ivar configured: it is in the machine's configuration
+    :ivar configured: whether it is in the machine's configuration
     """
 
     def __init__(self, made: Made, id: str, place: int, base: int) -> None:
@@ -57,14 +57,14 @@ class Attached:
 
     @property
     def window(self) -> Window | None:
-        """The stretch of memory that it shows the guest beside RAM, or None."""
+        """The memory window that the device shows the guest, or None."""
         return getattr(self.device, "window", None)
 
     def make(self, memory: GuestMemory, window_address: int) -> None:
         """Make its interrupt line and its transport.
 
-        :param window_address: where the guest is to have its window, if it has one
-        :raises OSError: no file descriptor left
+        :param window_address: the guest address of its window, if it has one
+        :raises OSError: no file descriptor is left
         """
         from virtio.mmio import VirtioMmio
 
@@ -78,9 +78,9 @@ class Attached:
         self._line = line
 
     def map(self, vm: Vm) -> None:
-        """Show the guest its window, and its registers where KVM has read-only memory.
+        """Map its window into the guest, and its registers if KVM has read-only memory.
 
-        :raises KvmError: KVM has no slot left
+        :raises KvmError: KVM has no memory slot left
         """
         if (window := self.window) is not None:
             gpa, size = self.device.shm_regions[0]
@@ -93,9 +93,9 @@ class Attached:
         self._undo.append(lambda: vm.unmap_window(slot))
 
     def bind(self, vm: Vm, bus: Bus) -> None:
-        """Let the guest reach it: registers, interrupt, doorbells. The VM has its interrupt controllers.
+        """Connect its registers, interrupt and doorbells to the guest. The VM must have its interrupt controllers.
 
-        :raises ConfigError: something else is at its address
+        :raises ConfigError: another device has its address
         :raises KvmError: KVM has no room left
         """
         from virtio import spec
@@ -116,14 +116,14 @@ class Attached:
         self._undo.append(lambda: vm.ioeventfd(fd, self.base + register, value, bind=False))
 
     def detach(self) -> None:
-        """Take it out of a VM that goes on, and close it. No vCPU runs."""
+        """Remove it from a VM that goes on, and close it. No vCPU may run meanwhile."""
         while self._undo:
             self._undo.pop()()
         self.device.shm_regions.pop(0, None)
         self.close()
 
     def close(self) -> None:
-        """Stop its workers and give back what is the machine's of it; idempotent. For a VM that has ended."""
+        """Stop its workers and free the machine's resources of it; idempotent. For a VM that has ended."""
         while self._closers:
             self._closers.pop()()
 

@@ -58,26 +58,27 @@ if TYPE_CHECKING:
 
 
 class Machine(Closing):
-    """A virtual machine: made whole by the constructor, run by ``start``, ended by ``close``. A context manager.
+    """A virtual machine. The constructor builds it, ``start`` runs it, and ``close`` ends it. A context manager.
 
-    :param config: what it is to be, or the kernel's path with ``VmConfig``'s other parameters by name
-    :param devices: virtio devices of your own, after the configured ones; yours to close
-    :param listener: the socket device's, made before; owned from here on. None: it is made from the configuration
-    :param metadata: the metadata service's document, made before, which is ``mmds`` then. None: an empty one
-    :param image: another machine, frozen: this one goes on where that one was; `config` None: with its configuration
-    :param prepared: from ``vmm.kvm.vm.prepare``, used if it is of this configuration's KVM; owned from here on
-    :param seccomp: its threads have system call filters, but for those that run code of yours: devices and ports that
-        are there at ``start``, and callbacks. Your own threads have none. Off, too, where a debugger or profiler looks
-        into every thread at ``start``
-    :raises ConfigError: the configuration, a file of it or the host's /dev/kvm cannot be used
+    :param config: a ``VmConfig``; or the path of the kernel, with the other parameters of ``VmConfig`` by name
+    :param devices: your own virtio devices, which follow the configured ones; you close them
+    :param listener: an open listener for the socket device, which the machine owns from here on. None: the
+        configuration makes it
+    :param metadata: the document of the metadata service, which becomes ``mmds``. None: an empty one
+    :param image: a frozen machine, from which this one goes on; with `config` None it also has its configuration
+    :param prepared: from ``vmm.kvm.vm.prepare``, used if it is of the configuration's KVM; the machine owns it
+    :param seccomp: put system call filters on the machine's threads. Threads that run your code have none: those of
+        your devices and ports that exist at ``start``, and those of callbacks. Your own threads have none either. The
+        filters are also off if a debugger or profiler watches every thread at ``start``
+    :raises ConfigError: the configuration, one of its files or the host's /dev/kvm cannot be used
     :raises HostError: the host failed
-    :raises TypeError: there is no such parameter
+    :raises TypeError: an unknown parameter
 
     ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
-    (:class:`vmm.kvm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are there to be looked at; a
-    bus device of your own is added by ``vm.pio.add(port, size, device, name)``. ``devices`` has the virtio devices;
-    ``attach`` adds one, ``detach`` takes one away. These and the metadata service's document ``mmds``
-    (:class:`vmm.machine.mmds.Mmds`) can be changed while the guest runs.
+    (:class:`vmm.kvm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are for inspection.
+    ``vm.pio.add(port, size, device, name)`` adds a bus device of your own. ``devices`` has the virtio devices;
+    ``attach`` adds one, and ``detach`` removes one. These and the document of the metadata service, ``mmds``
+    (:class:`vmm.machine.mmds.Mmds`), can be changed while the guest runs.
     """
 
     def __init__(
@@ -256,41 +257,41 @@ class Machine(Closing):
     # State
 
     def freeze(self) -> Image:
-        """What this machine is now, for others to go on from. It goes on itself, unless it was paused or not started.
+        """The present state of this machine, from which others can go on. This machine goes on, too, if it was running.
 
-        The vCPUs are held meanwhile, and the devices finish what they have. RAM is not copied: it becomes
-        copy-on-write, and a later ``freeze`` copies what was written since the one before. Disks are not looked at:
-        who lets others go on copies those that they write to, while this machine is paused.
+        Meanwhile the vCPUs are held, and the devices finish their requests. RAM is not copied: it becomes
+        copy-on-write, and a later ``freeze`` copies what was written since the previous one. The image does not
+        contain disks: copy the writable ones yourself while this machine is paused.
 
-        :raises SnapshotError: a device or RAM cannot be saved, by name; nothing was stopped
-        :raises VmmError: it has ended
+        :raises SnapshotError: a device or RAM, which it names, cannot be saved; nothing was stopped
+        :raises VmmError: the machine has ended
         """
         return self._freeze(lambda: None)
 
     def fork(
         self, count: int = 1, *, change: Callable[[VmConfig, int], VmConfig] | None = None, isolated: bool = False
     ) -> list[Any]:
-        """Machines that go on from where this one is, started; this one goes on, too.
+        """Running copies of this machine. They go on from its present state, and so does this machine.
 
-        :param count: how many
-        :param isolated: each in a process of its own (:class:`vmm.machine.isolated.Isolated`), not in this one
-        :param change: is given a child's configuration and its number from 0 on, and returns the one it is to have
+        :param count: the number of copies
+        :param isolated: run each in its own process, as a :class:`vmm.machine.isolated.Isolated`
+        :param change: called with a copy's configuration and its number, from 0; returns the configuration to use
+        :raises SnapshotError: a device or RAM, which it names, cannot be saved or shared
+        :raises VmmError: the machine has ended
 
-        Without a change a child has a copy of every disk that the guest writes to, by reflink where the file system
-        can, which goes with the child; no console of the host's; its socket device at ``PATH.N``, N counting all
-        children of this machine; a passt of its own. A tap is one machine's: give each child another, by `change`.
-        :raises SnapshotError: a device or RAM cannot be saved or shared, by name
-        :raises VmmError: it has ended
+        By default, a copy has a copy of every writable disk, by reflink if the file system can, which is deleted with
+        it. It has no console on the host, its own passt, and its socket device at ``PATH.N``, where N counts all
+        copies of this machine. A tap belongs to one machine: give each copy another by `change`.
         """
         from vmm.machine.snapshot import fork
 
         return fork(self, count, change, isolated=isolated)
 
     def record_touched(self, directory: str) -> None:
-        """Have those who load the snapshot in `directory` next get the pages that this machine has touched at once.
+        """Record the pages that this machine has touched, so that later loads of the snapshot read them beforehand.
 
-        :param directory: of the snapshot that this machine was made of
-        :raises HostError: it cannot be written, or this kernel cannot tell (before Linux 6.7)
+        :param directory: the directory of the snapshot that this machine was made of
+        :raises HostError: the list cannot be written, or the kernel cannot tell (before Linux 6.7)
         """
         from vmm.machine.snapshot_file import TOUCHED, record
 
@@ -314,11 +315,11 @@ class Machine(Closing):
     # Running
 
     def on_exit(self, callback: Callable[[Exit], object]) -> None:
-        """Call `callback` once with how the VM ended, on whatever thread, before ``wait`` returns."""
+        """Call `callback` once with the ``Exit`` of the VM, on any thread, before ``wait`` returns."""
         self._run.callbacks.append(callback)
 
     def on_console(self, callback: Callable[[bytes], None]) -> None:
-        """Call `callback` with the serial port's output as it comes, on the console's thread."""
+        """Call `callback` with the serial port's output as it arrives, on the console's thread."""
         self._console_callbacks.append(callback)
         self.console.listen()
 
@@ -327,11 +328,11 @@ class Machine(Closing):
             callback(data)
 
     def start(self, *, paused: bool = False) -> None:
-        """Let every vCPU run, each on a thread of its own.
+        """Run every vCPU, each on its own thread.
 
-        :param paused: it begins as if ``pause`` had been called
-        :raises VmmError: it was started or stopped before
-        :raises HostError: no thread to be had; the machine has ended, and ``wait`` raises this, too
+        :param paused: start as if ``pause`` had been called
+        :raises VmmError: the machine was started or stopped before
+        :raises HostError: the host has no thread left; the machine has ended, and ``wait`` raises this, too
         """
         if self._run.started or self._run.ended is not None:
             raise VmmError("a machine can be started only once, and not after it was stopped")
@@ -370,11 +371,11 @@ class Machine(Closing):
         return len(self.pio.claims) + len(self.mmio.claims) - len(self.virtio)
 
     def wait(self, timeout: float | None = None) -> Exit | None:
-        """Wait until the VM has ended. In the main thread the handlers of signals run meanwhile, none of them late.
+        """Wait until the VM has ended. In the main thread, signal handlers run meanwhile without delay.
 
-        :param timeout: seconds, or None for as long as it takes
-        :returns: how it ended, or None: still running
-        :raises Exception: what a device of yours or the host's KVM raised in a vCPU's thread
+        :param timeout: seconds; None: no limit
+        :returns: how it ended; None: it is still running
+        :raises Exception: an exception of your device, or of the host's KVM, in a vCPU's thread
         """
         if not self._run.wait(timeout):
             return None
@@ -385,10 +386,10 @@ class Machine(Closing):
         return self._run.ended
 
     async def run(self) -> Exit:
-        """``start`` and ``wait`` for asyncio: the event loop goes on meanwhile. A task that is cancelled stops the VM.
+        """``start`` and ``wait`` for asyncio, without blocking the event loop. Cancelling the task stops the VM.
 
         :returns: how it ended
-        :raises Exception: what ``start`` and ``wait`` raise
+        :raises Exception: an exception of ``start`` or ``wait``
         """
         import asyncio
 
@@ -410,34 +411,34 @@ class Machine(Closing):
         self._run.end()
 
     def pause(self) -> None:
-        """Hold every vCPU before its next instruction; returns when all are held. Devices finish what they have."""
+        """Hold every vCPU before its next instruction; returns when all are held. Devices finish their requests."""
         if not self._run.running:
             raise VmmError("only a running machine can be paused")
         self._run.hold("pause")
 
     def resume(self) -> None:
-        """Let the vCPUs go on; harmless on a machine that is not paused."""
+        """Let the vCPUs go on. Does nothing if the machine is not paused."""
         self._run.release("pause")
 
     def wake(self) -> None:
-        """Let a machine go on that was made of an image and started paused, by the host's clock as it is now."""
+        """Let a machine go on that was made of an image and started paused. Its clock is set to the host's."""
         if self._clock:
             self.kvm.state_access().set_clock(self.vm.fd, self._clock, realtime=True)
         self.resume()
 
     def send_ctrl_alt_del(self) -> None:
-        """Press Ctrl-Alt-Del: a guest with a driver for the keyboard reboots, or what else it is set to do.
+        """Press Ctrl-Alt-Del. A guest with a driver for the keyboard reboots, unless it has another setting.
 
-        :raises VmmError: it is not running, or the guest has not read the keys that were pressed before
+        :raises VmmError: the machine is not running, or the guest has not read the previous keys
         """
         if not self._run.running:
             raise VmmError("the keyboard needs a running machine")
         self.i8042.press_ctrl_alt_del()
 
     def press_power_button(self) -> None:
-        """Ask the guest to end by itself: one that listens to its power button shuts down.
+        """Press the ACPI power button. A guest that listens to it shuts down.
 
-        :raises VmmError: it is not running
+        :raises VmmError: the machine is not running
         """
         if not self._run.running:
             raise VmmError("the power button needs a running machine")
@@ -452,12 +453,12 @@ class Machine(Closing):
 
     @property
     def devices(self) -> dict[str, Attached]:
-        """The virtio devices there are now, by id: ``drive_id``, ``iface_id``, ``tag``, or the device's name."""
+        """The present virtio devices by id: ``drive_id``, ``iface_id``, ``tag``, or the device's name."""
         return dict(self._devices.by_id)
 
     @property
     def virtio(self) -> tuple[VirtioMmio, ...]:
-        """Their transports, in the order in which the devices came."""
+        """The transports of the virtio devices, in the order in which the devices were added."""
         return tuple(each.transport for each in self._devices.by_id.values())
 
     @property
@@ -481,18 +482,18 @@ class Machine(Closing):
         return next(iter(self._devices.named("balloon").values()), None)
 
     def attach(self, device: VirtioDevice | DeviceConfig) -> Attached:
-        """Give the machine one more device, at any time before it ends: the guest has all of it or nothing.
+        """Add a virtio device, at any time before the machine ends. If this fails, nothing has changed.
 
-        :param device: a device of your own, which is yours to close once it is detached; or a configuration, as
-            ``DriveConfig("data.img")``, of which the device is made and owned
-        :returns: its ``id`` for ``detach``, and where the guest finds it: ``base`` and ``gsi``
-        :raises ConfigError: there is no place left, its name is taken, or what it names cannot be used
-        :raises HostError: the host failed; nothing was changed
-        :raises VmmError: the machine has ended, or a vCPU's own thread asks
+        :param device: your own device, which you close after it is detached; or a configuration, such as
+            ``DriveConfig("data.img")``, from which the machine makes a device that it owns
+        :returns: its ``id`` for ``detach``, and its guest address ``base`` and interrupt line ``gsi``
+        :raises ConfigError: no slot is left, its name is in use, or a file that it names cannot be used
+        :raises HostError: the host failed
+        :raises VmmError: the machine has ended, or the caller is a vCPU's own thread
 
-        The vCPUs are held for a moment. A guest is not told: the tables and the command line are those of the start,
-        so its driver has to be pointed there. A machine whose devices were changed cannot be forked. What a device of
-        your own does on a vCPU's thread is behind its system call filter, if the machine runs already and has one.
+        The vCPUs are held for a moment. The guest is not told, because its tables and command line are those of the
+        start: point its driver to the device. A machine whose devices were changed cannot be forked. If the machine
+        already runs with filters, the code of your device on a vCPU's thread is behind that thread's filter.
         """
         from virtio.device import VirtioDevice
 
@@ -519,13 +520,13 @@ class Machine(Closing):
             raise
 
     def detach(self, id: str) -> None:
-        """Take a device out: what it does now is finished, then everything that the machine has for it is given back.
+        """Remove a device. Its requests are finished, and then its resources are freed.
 
-        A guest that uses it nevertheless finds nothing: reads are all ones. Tell the guest's driver before.
+        Stop the guest's driver first. A guest that still uses the device reads all ones.
 
         :param id: a key of ``devices``
-        :raises VmmError: no device has this id, the machine has ended, it is the machine's console, or a vCPU's own
-            thread asks
+        :raises VmmError: no device has this id, it is the machine's console, the machine has ended, or the caller is a
+            vCPU's own thread
         """
         with self._devices_lock:
             attached = self._devices.by_id.get(id)
@@ -554,7 +555,7 @@ class Machine(Closing):
 
     @property
     def mmds(self) -> Mmds:
-        """The metadata service's document: what the guest is told of, if the configuration lets it ask."""
+        """The document of the metadata service, which the guest can read if the configuration has an ``MmdsConfig``."""
         if self._mmds is None:
             from vmm.machine.mmds import Mmds
 
@@ -563,11 +564,11 @@ class Machine(Closing):
 
     @property
     def stats(self) -> dict[str, dict[str, int]]:
-        """Counters by virtio device, its transport's among them; read while it runs, so no two of one moment."""
+        """Counters of each virtio device and its transport. They are read one by one while the device runs."""
         return {each.device.name: {**each.device.stats, **each.stats} for each in self.virtio}
 
     def close(self) -> None:
-        """End the VM and give everything back; idempotent."""
+        """End the VM and free its resources; idempotent."""
         self.closed = True
         if self._run.started:
             self.stop()

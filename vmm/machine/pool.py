@@ -25,15 +25,15 @@ _QUIET = 0.01  # seconds
 class Pool(Closing):
     """Keeps `size` copies of a machine ready; a context manager.
 
-    :param source: a machine, which is frozen now and goes on, or an image of one
-    :param size: how many copies are ready; a thread makes new ones as they are taken
-    :param limit: how many copies there are at most, ready or taken; who wants one more waits until one is closed.
-        None: as many as are taken
-    :param change: is given a copy's configuration and number, and returns the one it is to have; see ``Machine.fork``
-    :param isolated: each copy in a process of its own
+    :param source: a machine, which is frozen now and then goes on; or an image
+    :param size: the number of ready copies; a thread replaces those that are taken
+    :param limit: the most copies, ready or taken; at the limit ``take`` waits until one is closed. None: no limit
+    :param change: called with a copy's configuration and number; returns the configuration to use. See
+        ``Machine.fork``
+    :param isolated: run each copy in its own process
     :raises SnapshotError: the machine cannot be frozen or shared
 
-    A copy that is taken is its taker's to close. What ``close`` finds here is closed with the pool.
+    The caller of ``take`` closes the copy. The pool closes the copies that nobody has taken.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Pool(Closing):
         self._thread.start()
 
     def take(self, timeout: float | None = None) -> Any:
-        """A copy that runs: a ``Machine``, or an ``Isolated`` of a pool over processes.
+        """A running copy: a ``Machine``, or an ``Isolated`` if the pool is isolated.
 
-        :param timeout: seconds to wait for one; None: as long as it takes
-        :raises TimeoutError: none was ready in time
+        :param timeout: seconds to wait for a copy; None: no limit
+        :raises TimeoutError: no copy was ready in time
         :raises VmmError: the pool is closed
-        :raises Exception: what the making of copies failed with
+        :raises Exception: the exception with which making copies failed
         """
         with self._change:
             self._change.notify_all()  # a limit may have become free: nobody tells of a copy that was closed
@@ -87,7 +87,7 @@ class Pool(Closing):
 
     @property
     def ready(self) -> int:
-        """Copies that wait to be taken."""
+        """The number of copies that are ready."""
         return len(self._ready)
 
     def _refill(self) -> None:
@@ -130,7 +130,7 @@ class Pool(Closing):
         return self._failure is None and len(self._ready) < self._size and not self._is_full()
 
     def wait_until_full(self, timeout: float) -> bool:
-        """Whether `size` copies were ready within `timeout` seconds."""
+        """Wait until `size` copies are ready, at most `timeout` seconds; whether they are."""
         end = time.monotonic() + timeout
         with self._change:
             return self._change.wait_for(lambda: len(self._ready) >= self._size, end - time.monotonic())

@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 
 
 class Image:
-    """A frozen machine. It is not changed by the machine that it is of, nor by those that are made of it.
+    """A frozen machine. Neither the original machine nor its copies change it.
 
-    :ivar config: what the machine was configured to be; its paths, taps and sockets are the host's, and another
-        machine may have others
+    :ivar config: the machine's configuration. Its paths, taps and sockets belong to the host; a copy may have others
     :ivar cmdline: the guest's command line
     :ivar vcpus: the state of each vCPU (:meth:`vmm.kvm._state.StateAccess.save_vcpu`)
-    :ivar vm: that of interrupt controllers, timer and clock
-    :ivar board: that of the serial port, the keyboard controller and the clock, by name
-    :ivar virtio: that of each virtio device with its transport, in the order in which the guest finds them
+    :ivar vm: the state of interrupt controllers, timer and clock
+    :ivar board: the state of the serial port, the keyboard controller and the clock, by name
+    :ivar virtio: the state of each virtio device with its transport, in the guest's order
     :ivar memory: guest RAM (:class:`vmm.memory.Piece`)
     :ivar api: what the API has kept with it, or nothing
     :ivar handler: the socket of a page fault handler that brings it to machines, in place of ``memory``; ``""``: none
@@ -63,10 +62,10 @@ class Image:
         self.hot = HotPages()
 
     def save(self, directory: str) -> None:
-        """Write it as `directory`: whole, or nothing; see :mod:`vmm.machine.snapshot_file`.
+        """Write the image to `directory`, completely or not at all; see :mod:`vmm.machine.snapshot_file`.
 
-        :raises ConfigError: the directory holds something other than a snapshot
-        :raises HostError: it cannot be written; what was there before is as it was
+        :raises ConfigError: the directory exists and is not a snapshot
+        :raises HostError: the image cannot be written; a previous one is unchanged
         """
         from vmm.machine.snapshot_file import save
 
@@ -74,10 +73,10 @@ class Image:
 
     @staticmethod
     def load(directory: str) -> Image:
-        """The image in `directory`, whose files stay as they are while it, or a machine made of it, is there.
+        """Load the image in `directory`. Do not change its files while the image or a machine made of it exists.
 
-        :raises HostError: it cannot be read
-        :raises SnapshotError: it is not an image, is damaged, or of another format
+        :raises HostError: the files cannot be read
+        :raises SnapshotError: this is not an image, or it is damaged or has another format
         """
         from vmm.machine.snapshot_file import load
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny guests, for the tests of a device or a program of your own: a few instructions that run in milliseconds.
+"""Tiny guests for tests of your own devices and programs: a few instructions that run in milliseconds.
 
 with Machine(tiny_guest(directory, "mov al, 7; out 0xf4, al"), memory="4M") as vm:
     assert run(vm) == Exit(StopReason.GUEST_EXIT, 7)
 
-They run on every KVM, even on one in software. ``virtio.testing`` plays a guest's driver without any VM.
+They run on every KVM, including a software KVM. ``virtio.testing`` tests a device without a VM.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE = 30.0
 
 
 def tiny_elf(code: bytes) -> bytes:
-    """A kernel of `code` alone: it is loaded at 1 MiB and entered there in 32-bit protected mode, without paging.
+    """A kernel file of `code` alone. It is loaded at 1 MiB and entered there in 32-bit protected mode, without paging.
 
     Source: System V ABI, ELF header and program headers; Xen's PVH boot protocol, the note.
     """
@@ -42,10 +42,10 @@ def tiny_elf(code: bytes) -> bytes:
 
 @functools.cache
 def assemble(source: str, bits: int = 32, origin: int = ENTRY) -> bytes:
-    """Machine code of GNU assembler `source` in Intel's syntax, linked at `origin`; needs ``as`` and ``ld``.
+    """Assemble `source` (GNU as, Intel syntax), linked at `origin`; the machine code. Needs ``as`` and ``ld``.
 
     :param bits: 16, 32 or 64
-    :raises ConfigError: the assembler refuses it, or is not installed
+    :raises ConfigError: the assembler refuses the source, or is not installed
     """
     text = f".intel_syntax noprefix\n.code{bits}\n.globl _start\n_start:\n{source}\n"
     with tempfile.TemporaryDirectory() as directory:
@@ -67,7 +67,7 @@ def assemble(source: str, bits: int = 32, origin: int = ENTRY) -> bytes:
 
 
 def tiny_guest(directory: str | os.PathLike[str], code: bytes | str, name: str = "guest.elf") -> str:
-    """Write a kernel of `code`, or of assembler source, into `directory`; its path.
+    """Write a kernel of machine code or assembler source into `directory`; its path.
 
     :raises ConfigError: see :func:`assemble`
     """
@@ -81,7 +81,7 @@ def run(vm: Machine, timeout: float = PATIENCE) -> Exit:
     """Start `vm` and wait for its end.
 
     :param timeout: seconds
-    :raises VmmError: it did not end in time; says where its vCPUs are
+    :raises VmmError: it did not end in time; the message has the rip of each vCPU
     """
     vm.start()
     ended = vm.wait(timeout)
@@ -91,6 +91,6 @@ def run(vm: Machine, timeout: float = PATIENCE) -> Exit:
 
 
 def registers(vm: Machine) -> str:
-    """Where the vCPUs of a guest that hangs are: each one's rip. It is paused afterwards."""
+    """The rip of each vCPU, for a guest that hangs. The guest is paused afterwards."""
     vm.pause()
     return ", ".join(hex(vcpu.regs.rip) for vcpu in vm.vcpus)
