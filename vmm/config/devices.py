@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each device of a VM is to be: typed, checked when it is made, one for command line, library and API."""
+"""The configuration of each device, checked when it is made: one for the command line, the library and the API."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _bucket(field: str, bucket: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 class RateLimiterConfig(Config, title="rate_limiter"):
-    """Token buckets, as Firecracker's API has them: ``(size, one_time_burst, refill_time)``, that in milliseconds."""
+    """Token buckets as in Firecracker's API: ``(size, one_time_burst, refill_time)``, with a time in milliseconds."""
 
     bandwidth: tuple[int, int, int] | None = option(
         help="in bytes; None: no limit", default=None, kw_only=False, field="rate_limiter.bandwidth", check=_bucket
@@ -53,12 +53,12 @@ class RateLimiterConfig(Config, title="rate_limiter"):
 
     @property
     def limits(self) -> bool:
-        """Whether there is any limit; a size or a time of 0 is none."""
+        """Whether there is any limit. A size or a time of 0 is no limit."""
         return any(bucket is not None and bucket[0] and bucket[2] for bucket in (self.bandwidth, self.ops))
 
     @classmethod
     def per_second(cls, bps: str | None, iops: str | None = None) -> RateLimiterConfig | None:
-        """From the words ``bps=`` (bytes, with K, M, G) and ``iops=``: steady, in buckets of a tenth of a second.
+        """Parse the words ``bps=`` (bytes, with K, M, G) and ``iops=`` into buckets of a tenth of a second.
 
         :raises ConfigError: not a number from 10
         """
@@ -154,8 +154,8 @@ def _denied(field: str, words: Sequence[str]) -> tuple[str, ...]:
 
 
 class NetworkPolicy(Config, title="network policy"):
-    """What a guest may reach: nothing but this. A rule is a name as ``pypi.org`` or ``*.pypi.org``, or a network as
-    ``10.1.0.0/16``; it may end in a port or ports, as ``:443`` or ``:8000-8010``."""
+    """All that a guest may reach. A rule is a name such as ``pypi.org`` or ``*.pypi.org``, or a network such as
+    ``10.1.0.0/16``. It may end in a port or ports: ``:443`` or ``:8000-8010``."""
 
     allow: Sequence[str] = option(
         help="names and networks that the guest may reach", default=(), kw_only=False, check=_allowed
@@ -166,7 +166,7 @@ class NetworkPolicy(Config, title="network policy"):
 
     @classmethod
     def of_words(cls, allow: str | None, deny: str | None) -> NetworkPolicy:
-        """From the words ``allow=`` and ``deny=``, each a list with a + between.
+        """Parse the words ``allow=`` and ``deny=``, each a list of rules joined by +.
 
         :raises ConfigError: no such rule
         """
@@ -262,7 +262,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
 
     @classmethod
     def parse(cls, text: str, **values: Any) -> Self:
-        """From ``tap=NAME|auto|user|fd=N[,nat][,loopback]`` and the other words."""
+        """Parse ``tap=NAME|auto|user|fd=N[,nat][,loopback]`` and the other words of ``--net``."""
         modes = [word for word in cls.take(text)[1] if word in ("tap", "auto", "user", "fd")]
         if len(modes) != 1:
             raise ConfigError("--net", text, "must have one of tap=NAME, auto, user and fd=N")
@@ -367,7 +367,7 @@ class ShareConfig(Config, title="share", usage="TAG=DIR[,ro][,...]"):
 
     @classmethod
     def parse(cls, text: str, **values: Any) -> Self:
-        """From ``TAG=DIR`` and the other words."""
+        """Parse ``TAG=DIR`` and the other words of ``--share``."""
         tag, equals, path = cls.take(text)[0].partition("=")
         if not equals:
             raise ConfigError("--share", text, "must begin with TAG=DIRECTORY")
@@ -399,7 +399,7 @@ class BalloonConfig(Config, title="balloon", usage="MIB[,...]"):
 
 
 class EntropyConfig(Config, title="rng"):
-    """The host's random numbers for the guest."""
+    """The entropy device: random numbers of the host for the guest."""
 
     rate_limiter: RateLimiterConfig | None = option(
         help="None: no limit", default=None, kw_only=False, api="rate_limiter"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU templates: bits of CPUID and of model-specific registers that a guest is to see otherwise than KVM has them.
+"""CPU templates: bits of CPUID and of model-specific registers that differ in the guest from KVM's.
 
 Source: Firecracker docs/cpu_templates/cpu-templates.md.
 """
@@ -21,14 +21,14 @@ _MSR_BITS = 64
 
 
 class Bits(Config):
-    """Which bits of a register are changed, and to what: the new value is ``old & ~mask | value``."""
+    """Changed bits of a register: the new value is ``old & ~mask | value``."""
 
     mask: int = option(help="the bits that are changed", kw_only=False)
     value: int = option(help="what they become", kw_only=False)
 
     @classmethod
     def written(cls, field: str, text: str, width: int) -> Bits:
-        """From ``0b``, then 0, 1 and x from the highest bit on; bits that are not written stay, ``_`` is for the eye.
+        """Parse ``0b`` and digits 0, 1 and x from the highest bit on. x and omitted bits stay; ``_`` is ignored.
 
         :raises ConfigError: it is something else, or longer than `width` bits
         """
