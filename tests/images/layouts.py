@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
+import socket
+import subprocess
 import tarfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +100,34 @@ class Made:
         manifests = [descriptor(f"{OCI}manifest.v1+json", document, annotations=named)]
         (home / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
         return home
+
+
+@contextlib.contextmanager
+def docker_registry(home: Path, more: str = "") -> Iterator[str]:
+    """Debian's docker-registry on loopback: its address.
+
+    :param home: where it keeps images
+    :param more: lines of its configuration
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    (home / "config.yml").write_text(
+        f"""
+version: 0.1
+log: {{level: error, accesslog: {{disabled: true}}}}
+storage: {{filesystem: {{rootdirectory: {home}/data}}}}
+http: {{addr: "{place}"}}
+{more}
+"""
+    )
+    process = subprocess.Popen(["docker-registry", "serve", home / "config.yml"], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(place.rpartition(":")[2]))) == 0:
+                    break
+            time.sleep(0.02)
+        yield place
+    finally:
+        process.terminate()
+        process.wait()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.images.layouts import Made, digest, entry, layer
+from tests.images.layouts import Made, digest, docker_registry, entry, layer
 from tests.images.test_oci import BASE, PROGRAM, kernel, listed  # noqa: F401
 from vmm import images
 from vmm.images import host, registry
@@ -296,26 +296,9 @@ def test_login_of_a_helper(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Debian's docker-registry on loopback, with a login; images by skopeo in it. Its address."""
     home = tmp_path_factory.mktemp("registry")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = f"127.0.0.1:{free.getsockname()[1]}"
     (home / "users").write_text(HTPASSWD)
-    (home / "config.yml").write_text(
-        f"""
-version: 0.1
-log: {{level: error, accesslog: {{disabled: true}}}}
-storage: {{filesystem: {{rootdirectory: {home}/data}}}}
-http: {{addr: "{place}"}}
-auth: {{htpasswd: {{realm: r, path: {home}/users}}}}
-"""
-    )
     layout = Made([BASE, layer(entry("bin/x", b"x" * 100))], PROGRAM).write(home / "layout")
-    process = subprocess.Popen(["docker-registry", "serve", home / "config.yml"], stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(place.rpartition(":")[2]))) == 0:
-                    break
-            time.sleep(0.02)
+    with docker_registry(home, f"auth: {{htpasswd: {{realm: r, path: {home}/users}}}}") as place:
         for tag, options in (
             ("oci", []),
             ("docker", ["--format", "v2s2"]),
@@ -327,9 +310,6 @@ auth: {{htpasswd: {{realm: r, path: {home}/users}}}}
                 check=True, capture_output=True,
             )  # fmt: skip
         yield place
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_real_registry(real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811

@@ -18,6 +18,15 @@ def pull(cache: Path, program: dict[str, Any]) -> str:
     packages = host.cache_root() / "debs"
     (cache / "pyvmm").mkdir()
     (cache / "pyvmm/debs").symlink_to(packages)
+    home = write(cache / "layout", program)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        images.pull(f"oci:{home}")
+    return f"oci:{home}"
+
+
+def write(place: Path, program: dict[str, Any]) -> Path:
+    """The same as a directory in OCI's layout; returns `place`."""
     binary, applets = initramfs.busybox()
     lower = layer(
         directory("etc"), entry("etc/passwd", b"root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var:/bin/sh\n"),
@@ -25,8 +34,4 @@ def pull(cache: Path, program: dict[str, Any]) -> str:
         entry("gone", b"x"), directory("srv", uid=33, gid=34), entry("bin/data", b"data", mode=0o644),
         *(symlink(applet, "/bin/busybox") for applet in applets if applet != "bin/busybox"),
     )  # fmt: skip
-    home = Made([lower, layer(entry(".wh.gone"))], program).write(cache / "layout")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        images.pull(f"oci:{home}")
-    return f"oci:{home}"
+    return Made([lower, layer(entry(".wh.gone"))], program).write(place)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Ray cluster of two nodes on this host, with sandboxes of pyvmm on both, by Ray's own interface.
 
-python -m tests.linux.ray_cluster     # with ray in PYTHONPATH; writes one JSON object of what was seen
+python -m tests.linux.ray_cluster IMAGE     # of a registry; ray is in PYTHONPATH; prints a JSON object
 """
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from typing import Any
 
@@ -42,10 +45,39 @@ def until_empty() -> list[str]:
     return left
 
 
-def made(node: str, **more: Any) -> Any:
+def made(node: str, image: str = "busybox", **more: Any) -> Any:
     """A sandbox on that node."""
     where = NodeAffinitySchedulingStrategy(node, soft=False)
-    return sandbox.Sandbox.options(num_cpus=0, scheduling_strategy=where).remote("busybox", memory="128Mi", **more)
+    return sandbox.Sandbox.options(num_cpus=0, scheduling_strategy=where).remote(image, memory="128Mi", **more)
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    """The same for every path."""
+
+    def do_GET(self) -> None:
+        """Send it."""
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"the page\n")
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def in_public(node: str, image: str) -> list[Any]:
+    """What a sandbox of a registry's image says, which has a network to the host and no further."""
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route,
+        http.server.ThreadingHTTPServer(("0.0.0.0", 0), Page) as server,
+    ):
+        route.connect(("192.0.2.200", 9))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        box = made(node, image, network="public", dns=["192.0.2.53"])
+        line = f"pwd; cat /etc/resolv.conf; wget -q -O - http://{route.getsockname()[0]}:{server.server_port}/"
+        said = ray.get(box.exec.remote(line, shell="/bin/sh"), timeout=PATIENCE)
+        ray.get(box.delete.remote(), timeout=PATIENCE)
+        server.shutdown()
+        return [said.exit_code, said.stdout]
 
 
 def main() -> int:
@@ -87,6 +119,10 @@ def main() -> int:
         found["deleted"] = error_of(one.exec.remote(["true"]))
         found["after_kill_and_delete"] = until_empty()
         found["refused"] = error_of(made(nodes[0], network="host").get_status.remote())
+
+        found["public"] = in_public(nodes[0], sys.argv[1])
+        refusals = ({"network": "public", "dns": ["a b"]}, {"workdir": "work"}, {"image": "/no/such.tar"})
+        found["bad"] = [error_of(made(nodes[0], **bad).get_status.remote())[1] for bad in refusals]
 
         begun = time.monotonic()
         short = made(nodes[1], ttl_seconds=1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ipaddress
 import math
 import os
 import posixpath
@@ -77,7 +78,8 @@ def image_name(image: str) -> str:
     """pyvmm's name of what Ray calls an image: of a registry, or the path of a ``docker save`` archive."""
     if image in images.NAMES or image.partition(":")[0] in reference.KINDS:
         return image
-    return f"docker-archive:{os.path.abspath(image)}" if os.path.isfile(image) else f"oci:{image}"
+    is_path = os.path.isfile(image) or image.startswith("/")
+    return f"docker-archive:{os.path.abspath(image)}" if is_path else f"oci:{image}"
 
 
 @contextlib.contextmanager
@@ -253,5 +255,17 @@ def _refuse(config: SandboxConfig) -> None:
         problem = "capabilities: leave it out; root of a VM has all of them, and the host gives it none"
     elif config._oci_spec_transform_fn is not None:
         problem = "_oci_spec_transform_fn: a VM has no OCI runtime specification"
+    elif config.workdir and not config.workdir.startswith("/"):
+        problem = f"workdir {config.workdir!r}: must begin with /"
+    elif wrong := [each for each in config.dns or () if not _is_address(each)]:
+        problem = f"dns {wrong[0]!r}: must be an IP address"
     if problem:
         raise SandboxCreationError(problem)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
