@@ -44,8 +44,6 @@ VIRTIO_MMIO = 0xD000_0000
 VIRTIO_MMIO_STRIDE = 0x1000
 IOAPIC = 0xFEC0_0000
 LAPIC = 0xFEE0_0000
-IDENTITY_MAP = 0xFFFB_C000  # one page that KVM on Intel CPUs without unrestricted guest needs for itself ...
-TSS = 0xFFFB_D000  # ... and three more (KVM_SET_TSS_ADDR)
 
 
 def dax_windows(memory: int) -> int:

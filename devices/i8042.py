@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 STATUS_OUTPUT_FULL = 0x01
-STATUS_SYSTEM = 0x04  # the self test passed
 STATUS_COMMAND = 0x08  # the last write was a command
 STATUS_UNLOCKED = 0x10
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 CONTROL = 3  # of the ports
 
-CHANNELS = 3
 READ_BACK = 3  # in the place of a channel
 LATCH = 0  # in the place of an access
 # How a count is read and written, KVM's RW_STATE_*: its low byte, its high byte, or one after the other.

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 QUEUE_SIZE = 512
 CTRL_QUEUE_SIZE = 64
 CTRL_REQUEST_MAX = 1 << 16  # a table of 10,000 addresses; Linux sends what its multicast list has
-MAX_PAIRS = 8
 DEFAULT_MTU = 1500
 # Those that the driver can switch while it runs (§5.1.6.5.6.1), and the tap by them.
 GUEST_OFFLOADS = (

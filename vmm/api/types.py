@@ -30,7 +30,6 @@ U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # as far as msgspec, and any
 _BYTES = set(map(str, range(256)))
 _HEX = set("0123456789abcdefABCDEF")
 Template = Literal["C3", "T2", "T2S", "T2CL", "T2A", "None"]
-Level = Literal["Off", "Error", "Warning", "Warn", "Info", "Debug", "Trace"]
 
 
 class Body(Struct, forbid_unknown_fields=True):

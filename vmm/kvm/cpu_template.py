@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from vmm.kvm.abi import kvm_cpuid_entry2
 
-REGISTERS = ("eax", "ebx", "ecx", "edx")
 _CPUID_BITS = 32
 _MSR_BITS = 64
 

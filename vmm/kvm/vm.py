@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
 # Below 4 GiB, in the hole between RAM and the top: Intel's KVM keeps an identity map (one page) and a task state
-# segment (three) there. They are the machine's, not a guest's: boot/layout.py names them too, on the guest's map.
+# segment (three) there. They are the machine's, not a guest's.
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
 TSS_ADDRESS = 0xFFFBD000
 
