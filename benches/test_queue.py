@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.virtio import queue_twin
 from virtio.testing import Allocator, SplitDriver
-from vmm import _fastpath, _fastpath_py
+from vmm import _fastpath
 from vmm.memory import GuestMemory
 
 CHAINS = 256
@@ -25,7 +26,7 @@ def ram() -> Iterator[GuestMemory]:
         yield memory
 
 
-@pytest.mark.parametrize("queue_class", [_fastpath.VirtQueue, _fastpath_py.VirtQueue], ids=["c", "py"])
+@pytest.mark.parametrize("queue_class", [_fastpath.VirtQueue, queue_twin.VirtQueue], ids=["c", "py"])
 @pytest.mark.parametrize("shape", ["one buffer", "indirect of three"])
 def test_pop_add_used_flush(benchmark: Any, ram: GuestMemory, queue_class: Any, shape: str) -> None:
     driver = SplitDriver(ram, Allocator(0x1000, 60 << 20), CHAINS, event_idx=True)
@@ -60,7 +61,7 @@ def test_pop_add_used_flush(benchmark: Any, ram: GuestMemory, queue_class: Any, 
     benchmark.pedantic(serve, setup=refill, rounds=200)
 
 
-@pytest.mark.parametrize("queue_class", [_fastpath.VirtQueue, _fastpath_py.VirtQueue], ids=["c", "py"])
+@pytest.mark.parametrize("queue_class", [_fastpath.VirtQueue, queue_twin.VirtQueue], ids=["c", "py"])
 def test_chain_views(benchmark: Any, ram: GuestMemory, queue_class: Any) -> None:
     """What a device in Python pays to see three buffers of one chain."""
     driver = SplitDriver(ram, Allocator(0x1000, 60 << 20), 8)

@@ -19,8 +19,8 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-with atheris.instrument_imports(include=["vmm._fastpath_py"]):
-    from vmm import _fastpath_py  # noqa: F401 - the twin, instrumented
+with atheris.instrument_imports(include=["tests.virtio.queue_twin"]):
+    from tests.virtio import queue_twin  # noqa: F401 - the twin, instrumented
 
 from tests.virtio.test_queue_differential import TABLE, Pair, shape
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.virtio import queue_twin
 from virtio.testing import Allocator
-from vmm import _fastpath, _fastpath_py, threads
+from vmm import _fastpath, threads
 from vmm.irq import IrqLine
 from vmm.jail import _seccomp
 from vmm.memory import GuestMemory
@@ -22,7 +23,7 @@ RAM = 4 << 20
 @pytest.fixture(params=["c", "py"])
 def queue_class(request: pytest.FixtureRequest) -> Any:
     """``VirtQueue`` in C, then its Python twin."""
-    return {"c": _fastpath.VirtQueue, "py": _fastpath_py.VirtQueue}[request.param]
+    return {"c": _fastpath.VirtQueue, "py": queue_twin.VirtQueue}[request.param]
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.virtio import queue_twin
 from virtio import spec
 from virtio.testing import Allocator, Buffer, SplitDriver
-from vmm import _fastpath, _fastpath_py
+from vmm import _fastpath
 from vmm.errors import BadChain
 from vmm.memory import GuestMemory
 
@@ -22,7 +23,7 @@ RAM = 1 << 16
 DATA = 0x8000
 TABLE = 0x9000
 NEXT, WRITE, INDIRECT = spec.DESC_F_NEXT, spec.DESC_F_WRITE, spec.DESC_F_INDIRECT
-QUEUES = (_fastpath.VirtQueue, _fastpath_py.VirtQueue)
+QUEUES = (_fastpath.VirtQueue, queue_twin.VirtQueue)
 
 
 def outcome(call: Callable[..., Any], *args: Any) -> Any:

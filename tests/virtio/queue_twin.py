@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The split virtqueue of ``vmm._fastpath`` once more, to be read: tests compare the C one with it.
+"""The split virtqueue of ``vmm._fastpath`` once more, to be read: the C one is compared with it, by tests alone.
 
 Single-threaded only: Python has no memory barrier, so a driver that runs at the same time could be missed.
 The contract is ``_fastpath.pyi``; the rules are virtio 1.2 §2.7.
