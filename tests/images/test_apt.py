@@ -251,7 +251,7 @@ def test_reason_is_one_clause(said: list[str], expected: str) -> None:
 def test_need_names_every_missing_package_in_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(host, "SBIN", "")
-    with pytest.raises(PullError, match="run `apt-get install e2fsprogs mmdebstrap apt`"):
+    with pytest.raises(PullError, match="run `apt-get update && apt-get install e2fsprogs mmdebstrap apt`"):
         host.need("mke2fs", "mmdebstrap", "apt-get", "apt-cache")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from vmm.errors import ConfigError, VmmError
+from vmm.images import Image
 from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
 from vmm.sandbox.channel import Link
 
@@ -228,3 +229,13 @@ def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(
     assert registry.all_running() == []
     with pytest.raises(ConfigError, match="running: none"):
         registry.about("box")
+
+
+def test_a_stock_kernel_on_a_software_kvm_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest, "runs_linux", lambda: False)
+    monkeypatch.delenv("PYVMM_SANDBOX_KERNEL", raising=False)
+    image = Image("busybox", "/k", "/i", "/r", "")
+    with pytest.raises(ConfigError, match=r"kernel /k: a stock Linux does not run .* `pyvmm lab -- python3 PROGRAM`"):
+        guest.kernel_and_initrd(image, None, str(tmp_path))

@@ -92,7 +92,9 @@ def need(*names: str) -> None:
         except PullError:
             packages.append(PACKAGE_OF.get(name, name))
     if packages:
-        raise PullError(f"missing programs: run `apt-get install {' '.join(dict.fromkeys(packages))}`")
+        raise PullError(
+            f"missing programs: run `apt-get update && apt-get install {' '.join(dict.fromkeys(packages))}`"
+        )
 
 
 def run(argv: list[str], *, cwd: str | Path | None = None, env: Mapping[str, str] | None = None) -> str:

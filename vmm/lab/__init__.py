@@ -80,7 +80,7 @@ def run(
     :raises LabError: something is missing here, or the machine died, twice
     """
     if lacks := missing():
-        raise LabError(f"the lab lacks {'; '.join(lacks)}")
+        raise LabError(f"missing for the lab: {'; '.join(lacks)}")
     writable = []
     for path in write:
         if not os.path.isdir(path):

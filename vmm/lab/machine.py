@@ -292,12 +292,12 @@ def _read(fd: int) -> bytes:
 
 
 def missing() -> list[str]:
-    """What the lab needs and this host lacks, a line each with what to do; empty: ready."""
+    """What the lab needs and this host lacks, a clause each with what to do; empty: ready."""
     lacks = []
     if shutil.which(NAME) is None:
-        lacks.append(f"{NAME} is not installed: apt-get install qemu-system-x86 seabios")
+        lacks.append(f"{NAME}: run `apt-get update && apt-get install qemu-system-x86 seabios`")
     if not sys.platform.startswith("linux"):
-        lacks.append("the lab needs Linux")
+        lacks.append("Linux: it runs on no other system")
     if os.geteuid():
         lacks.append("root: only root can read all of this host's files, which the lab shows")
     return lacks

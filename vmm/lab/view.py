@@ -34,7 +34,14 @@ class View:
         self._libc = ctypes.CDLL(None, use_errno=True)
         if self._libc.unshare(CLONE_NEWNS):
             raise OSError(ctypes.get_errno(), "unshare the mounts")
-        self._mount("none", "/", None, MS_REC | MS_PRIVATE)
+        try:
+            self._mount("none", "/", None, MS_REC | MS_PRIVATE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise OSError(
+                errno.EINVAL, "/ is no mount point; before a chroot DIR, run `mount --bind DIR DIR`"
+            ) from None
         self._mount("view", root, "tmpfs", MS_NOSUID)
         for name, mode in PLACES.items():
             os.makedirs(f"{root}/{name}", exist_ok=True)

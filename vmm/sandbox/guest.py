@@ -90,7 +90,10 @@ def kernel_and_initrd(image: Image, kernel: str | None, directory: str) -> tuple
     drivers = b""
     if kernel is None:
         if not runs_linux():
-            problem = f"is a stock kernel, which this host's KVM, a software one, does not run: set {KERNEL_VARIABLE}"
+            problem = (
+                "a stock Linux does not run on a software KVM, as this host's is; run the program by "
+                f"`pyvmm lab -- python3 PROGRAM`, or name a kernel that does run (kernel=, {KERNEL_VARIABLE})"
+            )
             raise ConfigError("kernel", image.kernel, problem)
         kernel = image.kernel
         with open(image.initrd, "rb") as file:
