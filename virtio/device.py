@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections import Counter
 
 from virtio import spec
 from virtio._worker import set_thread_name
@@ -96,7 +97,9 @@ class VirtioDevice:
     :ivar below: the only directory below which its threads may open files, as for ``vmm.threads.spawn``
     :ivar poll_us: microseconds that a native worker checks its queues before it sleeps; 0: it sleeps at once
     :ivar unsavable: one clause: why it cannot be saved now; empty: it can
-    :ivar counters: the counters of Python code; read all counters by ``stats``
+    :ivar counters: the counters of Python code, under any names; read all counters by ``stats``
+    :ivar publish_config: ``publish_config(config, tell=True)`` changes ``config`` and, if `tell`, interrupts the
+        driver; any thread. Assignments count only before the machine is made, in ``write_config`` and in ``restore``
     """
 
     name: str = "virtio"
@@ -111,7 +114,7 @@ class VirtioDevice:
     context: ActivateContext
 
     def __init__(self) -> None:
-        self.counters: dict[str, int] = {"requests": 0, "bad_requests": 0, "needs_reset": 0}
+        self.counters: dict[str, int] = Counter(requests=0, bad_requests=0, needs_reset=0)
         self.shm_regions: dict[int, tuple[int, int]] = {}
         self._workers: list[Any] = []  # threads in Cython that have ``stats`` and ``wake``
         # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.
@@ -163,8 +166,9 @@ class VirtioDevice:
         """Called when the driver has reset the device and the workers have stopped: forget what was negotiated."""
 
     def save(self) -> dict[str, Any]:
-        """The state that its driver can see, without the transport's part and ``config``. The workers have stopped.
+        """The state that its driver can see, beside queues and features. The workers have stopped.
 
+        What the driver has written to ``config`` is state: a copy begins with a ``config`` of its own.
         Resources of the host (paths, taps, sockets, limits) are configuration, not state.
 
         :returns: integers, strings and bytes, and lists and dictionaries of them

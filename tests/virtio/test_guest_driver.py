@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtio import spec
-from virtio.testing import Allocator, Buffer, SplitDriver
+from virtio.device import VirtioDevice
+from virtio.testing import Allocator, Buffer, DeviceHost, SplitDriver
 from vmm.memory import GuestMemory
 
 
@@ -94,3 +95,21 @@ def test_needs_kick_follows_no_notify(ram: GuestMemory, allocator: Allocator) ->
     assert driver.needs_kick()
     ram.write(driver.used, struct.pack("<H", spec.USED_F_NO_NOTIFY))
     assert not driver.needs_kick()
+
+
+def test_a_configuration_that_a_guest_would_not_see_is_found() -> None:
+    class Odd(VirtioDevice):
+        device_type = 63
+        queue_sizes = (8,)
+        config = bytes(4)
+
+    memory = GuestMemory(1 << 20)
+    host = DeviceHost(Odd(), memory, Allocator(0x1000, 0x10000))
+    host.device.config = b"next"
+    with pytest.raises(AssertionError, match="without publish_config"):
+        host.driver.config(0, 4)
+    host.device.publish_config(b"next")
+    assert host.driver.config(0, 4) == b"next"
+    host.device.counters["of my own"] += 1
+    host.close()
+    memory.close()
