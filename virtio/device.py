@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import select
-from collections import Counter
 
 from virtio import spec
 from virtio._worker import set_thread_name
@@ -37,6 +36,13 @@ if TYPE_CHECKING:
         """Shows the driver another configuration space, and tells it unless it knows."""
 
         def __call__(self, config: bytes, *, tell: bool = True) -> None: ...
+
+
+class Counters(dict[str, int]):
+    """Counters by name. A new one is 0. ``collections`` has the like, but a start does not import it."""
+
+    def __missing__(self, name: str) -> int:
+        return 0
 
 
 class Warner:
@@ -114,7 +120,7 @@ class VirtioDevice:
     context: ActivateContext
 
     def __init__(self) -> None:
-        self.counters: dict[str, int] = Counter(requests=0, bad_requests=0, needs_reset=0)
+        self.counters: dict[str, int] = Counters(requests=0, bad_requests=0, needs_reset=0)
         self.shm_regions: dict[int, tuple[int, int]] = {}
         self._workers: list[Any] = []  # threads in Cython that have ``stats`` and ``wake``
         # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.

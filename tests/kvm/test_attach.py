@@ -292,3 +292,13 @@ if __name__ == "__main__":
             begun = time.monotonic()
             check(machine, Path(name), int(sys.argv[1]))
             print(f"{sys.argv[1]} of each kind in {time.monotonic() - begun:.1f} s; nothing is left")
+
+
+def test_a_line_that_is_not_free_for_a_bus_device_is_refused(guest: MakeGuest) -> None:
+    vm = guest("hlt")
+    with pytest.raises(ConfigError, match="gsi 4: is not free for a device of your own; use 3 or 8"):
+        vm.irq_line(4)
+    first, second = vm.irq_line(8), vm.irq_line(8)
+    assert first.fd != second.fd
+    vm.close()
+    assert first.fd == second.fd == -1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's first program, and the library guide's, run as a reader would: one after the other, in one directory."""
+"""README's first program and those of the guides, run as a reader would: one after the other, in one directory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from tests.guide import programs, run_programs
 def test_every_program_of_the_library_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_programs("library.md") >= 7
+
+
+def test_a_device_that_no_kernel_knows_in_a_machine_and_in_its_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    device, _, *machines = programs("devices.md")[3:]
+    names: dict[str, object] = {}
+    for program in (device, *machines):
+        exec(compile(program, "devices.md", "exec"), names)
+    assert len(machines) == 2
+    promised = re.findall(r"print\(.*\)  # (.*)", machines[-1])
+    assert capsys.readouterr().out.splitlines() == promised and promised
 
 
 def test_the_first_program_of_readme(

@@ -212,8 +212,27 @@ def test_what_is_one_machines_is_refused_by_name(tmp_path: Path, guest: MakeGues
     from virtio.rng import Entropy
 
     vm = guest("hlt", devices=[Entropy(name="mine")])
-    with pytest.raises(SnapshotError, match="mine: is a device of the embedding program"):
+    with pytest.raises(SnapshotError, match="mine: is a device of your program: give each copy its own by devices="):
         vm.fork()
+
+
+def test_copies_have_devices_of_their_own(guest: MakeGuest) -> None:
+    from virtio.rng import Entropy
+    from vmm import Pool
+
+    def devices(number: int) -> list[Entropy]:
+        made.append(Entropy(name="mine"))
+        return made[-1:]
+
+    made: list[Entropy] = []
+    vm = guest(COUNTER, devices=[Entropy(name="mine")])
+    for child in vm.fork(2, devices=devices):
+        assert child.devices["mine"].device in made
+        child.close()
+    with Pool(vm, size=1, devices=devices) as pool, pool.take(PATIENCE) as copy:
+        assert copy.devices["mine"].device in made[2:]
+    with pytest.raises(ValueError, match="process of its own"):
+        vm.fork(devices=devices, isolated=True)
 
 
 def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> None:

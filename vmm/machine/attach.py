@@ -49,6 +49,9 @@ class Attached:
         self._closers = made.closers
         self._undo: list[Callable[[], None]] = []  # what the VM and the bus have of it
 
+    def __repr__(self) -> str:
+        return f"Attached({self.id!r}, base={self.base:#x}, gsi={self.gsi})"
+
     @property
     def transport(self) -> VirtioMmio:
         """Its registers, queues and workers."""

@@ -12,7 +12,7 @@ import os
 import threading
 
 from boot import acpi, cpu, layout, load, mptable
-from boot.board import PARTS
+from boot.board import OWN_GSIS, PARTS
 from boot.cmdline import Cmdline
 from devices.acpi_events import POWER_BUTTON
 from devices.exit_port import ExitPort
@@ -22,6 +22,7 @@ from vmm.closing import Closing
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.events import Exit
+from vmm.irq import IrqLine
 from vmm.kvm import abi
 from vmm.kvm.vcpu import Vcpu
 from vmm.kvm.vm import Kvm, Vm
@@ -76,7 +77,8 @@ class Machine(Closing):
 
     ``memory`` (:class:`vmm.memory.GuestMemory`), ``pio`` and ``mmio`` (:class:`vmm.bus.Bus`), ``vcpus``
     (:class:`vmm.kvm.vcpu.Vcpu`), ``loaded`` (:class:`boot.load.Loaded`) and ``cmdline`` are for inspection.
-    ``vm.pio.add(port, size, device, name)`` adds a bus device of your own. ``devices`` has the virtio devices;
+    ``vm.pio.add(port, size, device, name)`` adds a bus device of your own, and ``irq_line`` returns its interrupt line.
+    Snapshots leave it out: add it to each copy before ``start``. ``devices`` has the virtio devices;
     ``attach`` adds one, and ``detach`` removes one. These and the document of the metadata service, ``mmds``
     (:class:`vmm.machine.mmds.Mmds`), can be changed while the guest runs.
     """
@@ -269,13 +271,19 @@ class Machine(Closing):
         return self._freeze(lambda: None)
 
     def fork(
-        self, count: int = 1, *, change: Callable[[VmConfig, int], VmConfig] | None = None, isolated: bool = False
+        self,
+        count: int = 1,
+        *,
+        change: Callable[[VmConfig, int], VmConfig] | None = None,
+        devices: Callable[[int], Sequence[VirtioDevice]] | None = None,
+        isolated: bool = False,
     ) -> list[Any]:
         """Running copies of this machine. They go on from its present state, and so does this machine.
 
         :param count: the number of copies
         :param isolated: run each in its own process, as a :class:`vmm.machine.isolated.Isolated`
         :param change: called with a copy's configuration and its number, from 0; returns the configuration to use
+        :param devices: called with a copy's number; returns your own devices for it, in the order of this machine's
         :raises SnapshotError: a device or RAM, which it names, cannot be saved or shared
         :raises VmmError: the machine has ended
 
@@ -285,7 +293,7 @@ class Machine(Closing):
         """
         from vmm.machine.snapshot import fork
 
-        return fork(self, count, change, isolated=isolated)
+        return fork(self, count, change, devices, isolated=isolated)
 
     def record_touched(self, directory: str) -> None:
         """Record the pages that this machine has touched, so that later loads of the snapshot read them beforehand.
@@ -507,6 +515,22 @@ class Machine(Closing):
                 attached.close()
                 raise
         return attached
+
+    def irq_line(self, gsi: int) -> IrqLine:
+        """An interrupt line for a bus device of your own: ``trigger()`` raises one edge, from any thread.
+
+        :param gsi: 3 or 8; devices may share a line
+        :returns: the line, which ``close`` closes
+        :raises ConfigError: the line is not for you
+        :raises HostError: the host failed
+        """
+        if gsi not in OWN_GSIS:
+            raise ConfigError(
+                "gsi", gsi, f"is not free for a device of your own; use {' or '.join(map(str, OWN_GSIS))}"
+            )
+        line = self._owned(IrqLine(gsi))
+        self.vm.irqfd(line.fd, gsi)
+        return line
 
     def _connect(self, attached: Attached) -> None:
         if self._unconfined:

@@ -14,9 +14,10 @@ from vmm.signals import deaf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
+    from virtio.device import VirtioDevice
     from vmm.config.vm import VmConfig
 
 _QUIET = 0.01  # seconds
@@ -30,6 +31,7 @@ class Pool(Closing):
     :param limit: the most copies, ready or taken; at the limit ``take`` waits until one is closed. None: no limit
     :param change: called with a copy's configuration and number; returns the configuration to use. See
         ``Machine.fork``
+    :param devices: called with a copy's number; returns your own devices for it. See ``Machine.fork``
     :param isolated: run each copy in its own process
     :raises SnapshotError: the machine cannot be frozen or shared
 
@@ -43,11 +45,12 @@ class Pool(Closing):
         size: int = 4,
         limit: int | None = None,
         change: Callable[[VmConfig, int], VmConfig] | None = None,
+        devices: Callable[[int], Sequence[VirtioDevice]] | None = None,
         isolated: bool = False,
     ) -> None:
         if size < 1 or (limit is not None and limit < size):
             raise ValueError("a pool keeps at least one copy ready, and its limit is not below that")
-        self._make = child_of(source, change, isolated=isolated)
+        self._make = child_of(source, change, devices, isolated=isolated)
         self._size = size
         self._limit = limit
         self._ready: list[Any] = []  # Machine, or Isolated

@@ -13,9 +13,10 @@ from vmm.memory import HotPages, MemoryFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
+    from virtio.device import VirtioDevice
     from vmm.config.vm import VmConfig
     from vmm.machine.isolated import Isolated
     from vmm.memory import Piece
@@ -168,10 +169,15 @@ def _restore(machine: Machine, image: Image) -> None:
 
 
 def fork(
-    parent: Machine, count: int, change: Callable[[VmConfig, int], VmConfig] | None, *, isolated: bool
+    parent: Machine,
+    count: int,
+    change: Callable[[VmConfig, int], VmConfig] | None,
+    devices: Callable[[int], Sequence[VirtioDevice]] | None,
+    *,
+    isolated: bool,
 ) -> list[Any]:
     """See :meth:`vmm.machine.machine.Machine.fork`."""
-    make = child_of(parent, change, isolated=isolated)
+    make = child_of(parent, change, devices, isolated=isolated)
     children: list[Machine | Isolated] = []
     try:
         for number in range(count):
@@ -187,6 +193,7 @@ def fork(
 def child_of(
     source: Machine | Image,
     change: Callable[[VmConfig, int], VmConfig] | None = None,
+    devices: Callable[[int], Sequence[VirtioDevice]] | None = None,
     *,
     isolated: bool = False,
 ) -> Callable[[int], Machine | Isolated]:
@@ -194,7 +201,10 @@ def child_of(
 
     :param isolated: a copy in a process of its own
     :raises SnapshotError: it cannot be frozen or shared, by name
+    :raises ValueError: devices of your own for a process of its own
     """
+    if isolated and devices is not None:
+        raise ValueError("a copy in a process of its own cannot have devices of this program")
     disks: dict[int, MemoryFile] = {}
     if isinstance(source, Image):
         image = source
@@ -203,7 +213,8 @@ def child_of(
             if not drive.read_only:
                 disks[place] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC))
     else:
-        _refuse_devices(source)
+        if devices is None:
+            _refuse_devices(source)
         _refuse_taps(source.config, change)
 
         def copy_disks() -> None:
@@ -225,7 +236,9 @@ def child_of(
                 from vmm.machine.isolated import Isolated
 
                 return Isolated(config, image, own.values())
-            return Machine(config, image=image, seccomp=isinstance(source, Image) or source.seccomp)
+            own_devices = () if devices is None else devices(number)
+            seccomp = isinstance(source, Image) or source.seccomp
+            return Machine(config, image=image, devices=own_devices, seccomp=seccomp)
         finally:
             for fd in own.values():
                 os.close(fd)
@@ -236,7 +249,7 @@ def child_of(
 def _refuse_devices(parent: Machine) -> None:
     if own := [each.device.name for each in parent.devices.values() if not each.kind]:
         names = ", ".join(own)
-        raise SnapshotError(names, "is a device of the embedding program, which a copy cannot have")
+        raise SnapshotError(names, "is a device of your program: give each copy its own by devices=")
 
 
 def _refuse_taps(config: VmConfig, change: Callable[[VmConfig, int], VmConfig] | None) -> None:
