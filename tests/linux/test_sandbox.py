@@ -426,8 +426,26 @@ def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_p
     assert (tmp_path / "back/sub/data").read_bytes() == b"\0\1"
     assert os.stat(tmp_path / "back/sub/data").st_mode & 0o777 == 0o750
     assert os.readlink(tmp_path / "back/link") == "sub/data"
+    sandbox.files.write("/tmp/tree/sub/data", b"new")
     again = _pyvmm("cp", f"{sandbox.name}:/tmp/tree/sub/data", str(tmp_path / "back/sub/data"))
-    assert again.returncode == 1 and again.stderr.count(b"\n") == 1 and b"File exists" in again.stderr
+    assert again.returncode == 0 and (tmp_path / "back/sub/data").read_bytes() == b"new"
+    for source, problem in (
+        ("/tmp/tree", b"is a file, which only a file replaces"),
+        ("/dev/zero", b"is a file, which only a file replaces"),
+        ("/nowhere", b"/nowhere: No such file"),
+    ):
+        bad = _pyvmm("cp", f"{sandbox.name}:{source}", str(tmp_path / "back/sub/data"))
+        assert bad.returncode and bad.stderr.count(b"\n") == 1 and problem in bad.stderr, bad
+    bad = _pyvmm("cp", f"{sandbox.name}:/dev/zero", str(tmp_path / "zero"))
+    assert bad.returncode == 1 and bad.stderr == b"pyvmm cp: /dev/zero: is no file, directory or link\n"
+    bad = _pyvmm("cp", "/dev/zero", f"{sandbox.name}:/tmp/zero")
+    assert bad.returncode == 1 and bad.stderr == b"pyvmm cp: /dev/zero: is no file, directory or link\n"
+    assert sorted(os.listdir(tmp_path / "back/sub")) == ["data"]
+    with open("/dev/full", "wb") as full:
+        words = [sys.executable, "-m", "vmm", "exec", sandbox.name, "echo", "x"]
+        bad = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE)
+    assert bad.returncode == 1 and bad.stderr == b"pyvmm exec: write standard output: No space left on device\n"
+    assert b"required: NAME (see" in _pyvmm("exec").stderr
 
 
 def test_the_command_is_a_sandbox_on_a_terminal(runtime: Path) -> None:

@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, HostError
 from vmm.machine.console import make_raw, set_mode
 from vmm.sandbox import Process, Session, attach
 from vmm.sandbox.channel import FRAME_MAX, Deadline
@@ -48,7 +48,10 @@ def add_command_arguments(parser: argparse.ArgumentParser, default: str = "a she
     add("-w", "--cwd", metavar="DIR", help="working directory (default: the image's, or the user's home)")
     import argparse
 
-    add("command", metavar="CMD", nargs=argparse.REMAINDER, help=f"a program and its arguments (default: {default})")
+    command = add(
+        "command", metavar="CMD", nargs=argparse.REMAINDER, help=f"a program and its arguments (default: {default})"
+    )
+    command.required = False  # which argparse takes it for, and says so where another one is missing
 
 
 def environment(words: list[str]) -> dict[str, str]:
@@ -169,7 +172,9 @@ def _writer(fd: int) -> Callable[[bytes], None]:
             while data:
                 data = data[os.write(fd, data) :]
         except OSError as error:
-            if error.errno != errno.EIO or not terminal:
-                raise  # what a terminal that is gone was to show is lost
+            if error.errno == errno.EPIPE:
+                raise
+            if error.errno != errno.EIO or not terminal:  # what a terminal that is gone was to show is lost
+                raise HostError(error.errno or 0, f"write standard {('output', 'error')[fd - 1]}") from None
 
     return write

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import posixpath
@@ -252,36 +253,44 @@ class Files:
         self._do(["chown", f"path={path}", f"owner={owner}"], timeout)
 
     def copy_in(self, source: str, path: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
-        """Copy a file of the host's, or a directory with all that is in it, to `path`.
+        """Copy a file of the host's, or a directory with all files, directories and links in it, to `path`.
 
         :param timeout: seconds for all of it
+        :raises OSError: `source` is a socket, a device or a FIFO; within a directory they are left out
         """
-        deadline = Deadline(timeout)
         mode = os.lstat(source).st_mode
+        if stat.S_IFMT(mode) not in _TYPES:
+            raise _no_file(source)
+        self._copy_in(source, mode, path, user, Deadline(timeout))
+
+    def _copy_in(self, source: str, mode: int, path: str, user: str | int | None, deadline: Deadline) -> None:
         left = deadline.left(f"copy {source}") or _NO_LIMIT
         if stat.S_ISLNK(mode):
             self.symlink(path, os.readlink(source), user=user, timeout=left)
         elif stat.S_ISDIR(mode):
             self.make_dir(path, user=user, timeout=left)
             for name in sorted(os.listdir(source)):
-                within = deadline.left(f"copy {source}")
-                self.copy_in(os.path.join(source, name), posixpath.join(path, name), user=user, timeout=within)
+                each = os.path.join(source, name)
+                self._copy_in(each, os.lstat(each).st_mode, posixpath.join(path, name), user, deadline)
             self.chmod(path, stat.S_IMODE(mode) & 0o777, user=user)
         elif stat.S_ISREG(mode):
             with open(source, "rb") as file:
                 self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
 
     def copy_out(self, path: str, target: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
-        """Copy a file, or a directory with all that is in it, to `target` of the host's, which must not be there.
+        """Copy a file, or a directory with all files, directories and links in it, to `target` of the host's.
 
         Links are copied as links, and nothing is written through one, whatever the guest says.
 
         :param timeout: seconds for all of it
         :raises FileExistsError: `target` is there
+        :raises OSError: `path` is a socket, a device or a FIFO; within a directory they are left out
         """
         deadline = Deadline(timeout)
         doing = f"copy {path}"
         entry = self.stat(path, user=user, timeout=deadline.left(doing) or _NO_LIMIT)
+        if entry.type == "other":
+            raise _no_file(path)
         self._copy_out(entry, target, deadline, doing, user, 0)
 
     def _copy_out(
@@ -362,6 +371,10 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _no_file(path: str) -> OSError:
+    return OSError(errno.EINVAL, "is no file, directory or link", path)
 
 
 def _error(data: bytes) -> OSError:
