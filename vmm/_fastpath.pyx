@@ -11,6 +11,7 @@ from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
 
+from vmm._iov cimport iov_gather, iov_scatter
 from vmm.errors import BadChain, GuestMemoryError
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -322,34 +323,15 @@ cdef class Chain:
         """
         cdef uint64_t size = min(limit, self.readable_bytes - start) if start < self.readable_bytes else 0
         cdef bytes copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
-        cdef uint8_t *to = <uint8_t *>PyBytes_AS_STRING(copy)
-        cdef uint64_t n
-        cdef uint32_t i
-        for i in range(self.n_readable):
-            if size == 0:
-                break
-            if start >= self.iov[i].iov_len:
-                start -= self.iov[i].iov_len
-                continue
-            n = min(size, self.iov[i].iov_len - start)
-            memcpy(to, <uint8_t *>self.iov[i].iov_base + start, n)
-            to += n
-            size -= n
-            start = 0
+        iov_gather(self.iov, self.n_readable, start, PyBytes_AS_STRING(copy), size)
         return copy
 
     def scatter(self, data):
         """Copy `data` to where the device may write, from the first byte on; how much of it had room."""
         cdef const uint8_t[::1] view = data
-        cdef uint64_t size = min(<uint64_t>view.shape[0], self.writable_bytes), done = 0, n
-        cdef uint32_t i
-        for i in range(self.n_readable, self.n_readable + self.n_writable):
-            if done == size:
-                break
-            n = min(size - done, self.iov[i].iov_len)
-            memcpy(self.iov[i].iov_base, &view[done], n)
-            done += n
-        return done
+        if not view.shape[0]:
+            return 0
+        return iov_scatter(self.iov + self.n_readable, self.n_writable, 0, &view[0], <size_t>view.shape[0])
 
     @property
     def readable(self):

@@ -4,9 +4,9 @@
 from libc.errno cimport EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memcpy
 
 from vmm._fastpath cimport DescChain, iovec
+from vmm._iov cimport iov_gather, iov_part, iov_scatter
 
 cdef extern from *:
     """
@@ -21,11 +21,6 @@ cdef extern from *:
     struct blk_header { uint32_t type, reserved; uint64_t sector; };                /* virtio 1.2 §5.2.6 */
     struct blk_range { uint64_t sector; uint32_t sectors, flags; };
     static const _Alignas(4096) uint8_t zeroes[1 << 16];
-    /* Once, whatever the guest does to it meanwhile. */
-    static inline void copy_once(void *to, const void *from, size_t n) {
-        __builtin_memcpy(to, from, n);
-        __asm__ __volatile__("" : : "r"(to) : "memory");
-    }
     static inline int discard_device(int fd, uint64_t start, uint64_t length) {
         uint64_t range[2] = { start, length };
         return ioctl(fd, BLKDISCARD, range);
@@ -39,7 +34,6 @@ cdef extern from *:
         uint32_t sectors
         uint32_t flags
     const void *zeroes
-    void copy_once(void *to, const void *source, size_t n) noexcept nogil
     int discard_device(int fd, uint64_t start, uint64_t length) noexcept nogil
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -68,16 +62,10 @@ cdef enum:
 
 # What the driver asks
 
-cdef void gather(void *to, iovec **data, uint32_t *count, size_t size) noexcept nogil:
+cdef inline void take(void *to, iovec **data, uint32_t *count, size_t size) noexcept nogil:
     # Copy the first `size` bytes of the buffers, which hold as many, and cut them off.
-    cdef size_t piece
-    cdef uint8_t *at = <uint8_t *>to
-    while size:
-        piece = min(size, data[0].iov_len)
-        copy_once(at, data[0].iov_base, piece)
-        at += piece
-        size -= piece
-        cut(data, count, piece)
+    iov_gather(data[0], count[0], 0, to, size)
+    cut(data, count, size)
 
 
 cdef inline void cut(iovec **data, uint32_t *count, size_t size) noexcept nogil:
@@ -113,7 +101,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
     r.count = chain.n_writable - (last.iov_len == 0)
     if chain.readable_bytes < HEADER_BYTES:
         return S_IOERR
-    gather(&header, &out, &n_out, HEADER_BYTES)
+    take(&header, &out, &n_out, HEADER_BYTES)
     r.type = header.type
     if header.type == T_IN or header.type == T_OUT:
         r.length = room
@@ -136,7 +124,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
             or (header.type == T_WRITE_ZEROES and features & F_WRITE_ZEROES):
         if room or chain.readable_bytes != HEADER_BYTES + RANGE_BYTES:      # one segment, as the configuration says
             return S_IOERR
-        gather(&part, &out, &n_out, RANGE_BYTES)
+        take(&part, &out, &n_out, RANGE_BYTES)
         r.unmap = part.flags & RANGE_UNMAP != 0
         if part.flags & ~<uint32_t>RANGE_UNMAP or (r.unmap and header.type == T_DISCARD):
             return S_UNSUPP                 # §5.2.6.2
@@ -214,17 +202,10 @@ cdef int bounce(Request *r, const BlockFile *disk, int flags) noexcept nogil:
 
 cdef void copy(Request *r, uint8_t *buffer, size_t size) noexcept nogil:
     # Between `buffer` and the guest's first `size` bytes: to the guest for IN, from it otherwise.
-    cdef iovec *v = r.data
-    cdef size_t piece
-    while size:
-        piece = min(size, v.iov_len)
-        if r.type == T_OUT:
-            memcpy(buffer, v.iov_base, piece)
-        else:
-            memcpy(v.iov_base, buffer, piece)
-        buffer += piece
-        size -= piece
-        v += 1
+    if r.type == T_OUT:
+        iov_gather(r.data, r.count, 0, buffer, size)
+    else:
+        iov_scatter(r.data, r.count, 0, buffer, size)
 
 
 cdef int range_mode(const Request *r) noexcept nogil:
@@ -276,17 +257,11 @@ cdef int execute(Request *r, const BlockFile *disk, int dsync) noexcept nogil:
 cdef int execute_piece(Request *r, const BlockFile *disk, int dsync, iovec *room) noexcept nogil:
     cdef Request piece = r[0]
     cdef uint64_t size = DISCARD_PIECE - r.offset % DISCARD_PIECE if r.type == T_DISCARD else PIECE
-    cdef uint64_t left
     cdef int failed
-    size = left = piece.length = min(size, r.length)
+    size = piece.length = min(size, r.length)
     if r.type == T_IN or r.type == T_OUT:
         piece.data = room
-        piece.count = 0
-        while left:
-            room[piece.count] = r.data[piece.count]
-            room[piece.count].iov_len = min(left, room[piece.count].iov_len)
-            left -= room[piece.count].iov_len
-            piece.count += 1
+        piece.count = iov_part(r.data, r.count, 0, size, room, r.count)
         failed = transfer(&piece, disk, dsync)
         if failed == 0:
             advance(r, size)

@@ -19,8 +19,6 @@ cdef class Server(FileOperations):
     cdef int64_t op_batch_forget(self) noexcept nogil
     cdef int64_t op_removemapping(self) noexcept nogil
 
-# Copy bytes between a chain and a buffer; the counts were judged before.
-cdef uint64_t chain_gather(DescChain *chain, uint64_t skip, void *to, uint64_t size) noexcept nogil
 cdef bint is_slow(uint32_t opcode) noexcept nogil
 cdef bint is_counted(uint32_t opcode) noexcept nogil
 cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil

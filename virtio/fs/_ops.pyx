@@ -6,7 +6,7 @@ Source: linux/fuse.h, and fs/fuse/ of Linux for what a kernel expects of each op
 """
 from libc.errno cimport EBADF, EINVAL, EIO, ENAMETOOLONG, ENOSYS, ENOTTY, EPROTO, EROFS
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memchr, memcpy, memset
+from libc.string cimport memchr, memset
 
 from virtio.fs._dax cimport DAX_SHIFT
 from virtio.fs._files cimport FileOperations
@@ -14,7 +14,8 @@ from virtio.fs._host cimport *
 from virtio.fs._share cimport IN_HEADER, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, OUT_HEADER, PIECE, REQUEST_MAX
 from virtio.fs._table cimport DIRECTORY, FILE
 from virtio.fs._fuse cimport *
-from vmm._fastpath cimport DescChain, iovec
+from vmm._fastpath cimport DescChain
+from vmm._iov cimport iov_gather, iov_scatter
 
 
 cdef bint is_slow(uint32_t opcode) noexcept nogil:
@@ -33,46 +34,13 @@ cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil:
         return chain.writable_bytes
     if opcode == FUSE_WRITE or opcode == FUSE_SETXATTR:
         return chain.readable_bytes
-    if opcode == FUSE_COPY_FILE_RANGE and chain_gather(chain, IN_HEADER, &copy, sizeof(copy)) == sizeof(copy):
+    if opcode == FUSE_COPY_FILE_RANGE \
+            and iov_gather(chain.iov, chain.n_readable, IN_HEADER, &copy, sizeof(copy)) == sizeof(copy):
         return 2 * min(copy.len, <uint64_t>PIECE)       # read and written
-    if opcode == FUSE_FALLOCATE and chain_gather(chain, IN_HEADER, &space, sizeof(space)) == sizeof(space):
+    if opcode == FUSE_FALLOCATE \
+            and iov_gather(chain.iov, chain.n_readable, IN_HEADER, &space, sizeof(space)) == sizeof(space):
         return min(space.length, <uint64_t>PIECE)       # the rest once it is done
     return 0
-
-cdef uint64_t chain_gather(DescChain *chain, uint64_t skip, void *to, uint64_t size) noexcept nogil:
-    """Copy `size` readable bytes from offset `skip`; the bytes that there were."""
-    cdef uint64_t done = 0, take
-    cdef uint32_t i
-    cdef iovec *v
-    for i in range(chain.n_readable):
-        v = &chain.iov[i]
-        if skip >= v.iov_len:
-            skip -= v.iov_len
-            continue
-        take = min(v.iov_len - skip, size - done)
-        memcpy(<uint8_t *>to + done, <uint8_t *>v.iov_base + skip, take)
-        done += take
-        skip = 0
-        if done == size:
-            break
-    return done
-
-cdef void chain_scatter(DescChain *chain, uint64_t skip, const void *source, uint64_t size) noexcept nogil:
-    # Into the writable buffers from offset `skip`; there is room.
-    cdef uint64_t done = 0, take
-    cdef uint32_t i
-    cdef iovec *v
-    for i in range(chain.n_readable, chain.n_readable + chain.n_writable):
-        if done == size:
-            return
-        v = &chain.iov[i]
-        if skip >= v.iov_len:
-            skip -= v.iov_len
-            continue
-        take = min(v.iov_len - skip, size - done)
-        memcpy(<uint8_t *>v.iov_base + skip, <const uint8_t *>source + done, take)
-        done += take
-        skip = 0
 
 cdef int64_t component(const uint8_t *p, uint64_t room, bint dots) noexcept nogil:
     # The length of the name at `p`, one component of a path that goes down, or an errno; `dots`: or "." or "..".
@@ -118,8 +86,8 @@ cdef class Server(FileOperations):
         if self.direct:
             self.narrowed[0] = self.before          # the header goes before the payload, maybe in the same buffer
         elif result > 0:
-            chain_scatter(chain, OUT_HEADER, self.out, result)
-        chain_scatter(chain, 0, &out, OUT_HEADER)
+            iov_scatter(chain.iov + chain.n_readable, chain.n_writable, OUT_HEADER, self.out, result)
+        iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &out, OUT_HEADER)
         return out.len
 
     cdef int64_t judge(self, const fuse_in_header *header, DescChain *chain) noexcept nogil:
@@ -153,7 +121,7 @@ cdef class Server(FileOperations):
             return NO_REPLY if silent else -EINVAL
         if opcode == FUSE_WRITE:
             taken = op.size         # the data stays where it is
-        chain_gather(chain, IN_HEADER, self.request, taken)
+        iov_gather(chain.iov, chain.n_readable, IN_HEADER, self.request, taken)
         self.request[taken] = 0
         self.length = taken
         if op.names:

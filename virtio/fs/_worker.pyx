@@ -9,7 +9,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from virtio.fs._host cimport fs_store
-from virtio.fs._ops cimport HAND_OVER, Server, chain_gather, cost, is_counted, is_slow
+from virtio.fs._ops cimport HAND_OVER, Server, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, Counters, Share
 from virtio.fs._inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from virtio.fs._fuse cimport fuse_in_header
@@ -17,6 +17,7 @@ from virtio._limiter cimport RateLimiter
 from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
+from vmm._iov cimport iov_gather
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
@@ -205,7 +206,7 @@ cdef class FsWorker(FsThread):
             if status != QUEUE_CHAIN:
                 return status
             memset(&header, 0, sizeof(header))
-            chain_gather(chain, 0, &header, IN_HEADER)
+            iov_gather(chain.iov, chain.n_readable, 0, &header, IN_HEADER)
             if self.server.limiter.limited() and is_counted(header.opcode):
                 wait = self.server.limiter.take(cost(header.opcode, chain), 1)
                 if wait:

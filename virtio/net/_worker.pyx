@@ -12,6 +12,7 @@ from virtio.net._policy cimport ALLOWED, DROPPED, HEAD, Judge
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
+from vmm._iov cimport iov_gather, iov_part, iov_scatter
 
 cdef extern from *:
     """
@@ -52,6 +53,7 @@ cdef enum:
     ETH_HEADER = 14
     FRAME_MAX = 65535 + ETH_HEADER + 4
     UIO_MAXIOV = 1024
+    PARTS = UIO_MAXIOV - 1      # of a chain, beside one of ours
     RX_IOV = UIO_MAXIOV - 2     # of the chains held: room for the byte too many, and for a record's head
     NEEDS_CSUM = 1              # in the header's flags
     DETOUR_HEAD = VNET_HEADER + 42  # as much of a frame as tells where it goes: an ARP packet for IPv4
@@ -326,7 +328,7 @@ cdef class NetWorker(QueueWorker):
             used += 1
         count[0] = <uint8_t>used
         count[1] = <uint8_t>(used >> 8)
-        scatter(self.iov, NUM_BUFFERS, count, 2)
+        iov_scatter(self.iov, self.n_iov, NUM_BUFFERS, count, 2)
         left = size
         for i in range(used):
             part = min(left, self.held[i].size)
@@ -363,7 +365,7 @@ cdef class NetWorker(QueueWorker):
                 break
             self.dropping = False
         memset(header, 0, VNET_HEADER)
-        scatter(self.iov, 0, header, VNET_HEADER)
+        iov_scatter(self.iov, self.n_iov, 0, header, VNET_HEADER)
         return VNET_HEADER + self.frame_size
 
     cdef ssize_t read_rest(self) noexcept nogil:
@@ -387,7 +389,8 @@ cdef class NetWorker(QueueWorker):
         while self.frame_got < self.frame_size:
             room = 0 if self.dropping else self.held_bytes - VNET_HEADER
             if self.frame_got < room:
-                n = skip(self.iov, self.n_iov, VNET_HEADER + self.frame_got, self.frame_size - self.frame_got, rest)
+                n = iov_part(self.iov, self.n_iov, VNET_HEADER + self.frame_got, self.frame_size - self.frame_got, rest,
+                             PARTS)
                 got = readv(self.fd, rest, n)
             else:
                 one = iovec(<void *>scrap, min(<uint64_t>sizeof(scrap), self.frame_size - self.frame_got))
@@ -502,7 +505,8 @@ cdef class NetWorker(QueueWorker):
                 n += 1
                 done = self.tx_head
             if done < size:
-                n += skip(chain.iov, chain.n_readable, VNET_HEADER + done, min(size, self.tx_size) - done, &rest[n])
+                n += iov_part(chain.iov, chain.n_readable, VNET_HEADER + done, min(size, self.tx_size) - done, &rest[n],
+                              PARTS)
             elif done < self.tx_size:
                 memset(filler, 0, sizeof(filler))
                 rest[n] = iovec(<void *>filler, min(<uint64_t>sizeof(filler), self.tx_size - done))
@@ -526,14 +530,14 @@ cdef class NetWorker(QueueWorker):
         memset(self.head, 0, VNET_HEADER)
         whole[0] = iovec(<void *>self.head, done)
         if done < chain.readable_bytes:
-            n += skip(chain.iov, chain.n_readable, done, chain.readable_bytes - done, &whole[1])
+            n += iov_part(chain.iov, chain.n_readable, done, chain.readable_bytes - done, &whole[1], PARTS)
         return writev(self.fd, whole, n)
 
     cdef int judge(self, DescChain *chain) noexcept nogil:
         # By a copy of its head, which is what is sent.
         cdef uint64_t size = chain.readable_bytes - VNET_HEADER
         cdef int verdict
-        self.tx_head = gather_bytes(chain.iov, chain.n_readable, self.head, VNET_HEADER + HEAD) - VNET_HEADER
+        self.tx_head = iov_gather(chain.iov, chain.n_readable, 0, self.head, VNET_HEADER + HEAD) - VNET_HEADER
         memset(&self.head[VNET_HEADER + self.tx_head], 0, HEAD - self.tx_head)
         verdict = self.rules.judge(self.rules.policy, &self.head[VNET_HEADER], size)
         if verdict != ALLOWED:          # the others are counted once they are sent
@@ -548,7 +552,7 @@ cdef class NetWorker(QueueWorker):
         cdef uint8_t *frame = &head[VNET_HEADER]
         cdef uint64_t size
         memset(head, 0, DETOUR_HEAD)
-        size = gather_bytes(chain.iov, chain.n_readable, head, DETOUR_HEAD) - VNET_HEADER
+        size = iov_gather(chain.iov, chain.n_readable, 0, head, DETOUR_HEAD) - VNET_HEADER
         if frame[12] != 0x08:
             return False
         if frame[13] == 0x00:
@@ -572,7 +576,7 @@ cdef class NetWorker(QueueWorker):
         self.frames_due = True
         try:
             copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
-            gather_bytes(chain.iov, chain.n_readable, <uint8_t *><char *>copy, size)
+            iov_gather(chain.iov, chain.n_readable, 0, <uint8_t *><char *>copy, size)
             service.receive(copy[VNET_HEADER:], partial=copy[0] & NEEDS_CSUM != 0)
         except Exception as error:
             self.blame(service, error)
@@ -610,7 +614,7 @@ cdef class NetWorker(QueueWorker):
         if self.answer_size > self.held_bytes:
             self.counters.rx_too_long += 1
         else:
-            scatter(self.iov, 0, self.answer, self.answer_size)
+            iov_scatter(self.iov, self.n_iov, 0, self.answer, self.answer_size)
             self.deliver(self.answer_size)
         self.answer_size = 0
         return 1
@@ -633,52 +637,7 @@ cdef class NetWorker(QueueWorker):
         head[1] = <uint32_t>(now % 1_000_000_000)
         head[2] = head[3] = <uint32_t>(size - VNET_HEADER)
         record[0] = iovec(<void *>head, 16)
-        if writev(self.pcap, record, 1 + skip(iov, n_iov, VNET_HEADER, size - VNET_HEADER, &record[1])) \
+        if writev(self.pcap, record, 1 + iov_part(iov, n_iov, VNET_HEADER, size - VNET_HEADER, &record[1], PARTS)) \
                 != <ssize_t>(16 + size - VNET_HEADER):
             self.counters.pcap_errors += 1
             self.pcap = -1          # a file that is full; what followed half a record could not be read
-
-
-cdef uint64_t gather_bytes(const iovec *iov, uint32_t count, uint8_t *into, uint64_t size) noexcept nogil:
-    # Copy the first `size` bytes of the buffers: how many there were.
-    cdef uint64_t done = 0, part
-    cdef uint32_t i
-    for i in range(count):
-        part = min(<uint64_t>iov[i].iov_len, size - done)
-        memcpy(into + done, iov[i].iov_base, part)
-        done += part
-        if done == size:
-            break
-    return done
-
-
-cdef uint32_t skip(const iovec *iov, uint32_t count, uint64_t start, uint64_t size, iovec *into) noexcept nogil:
-    # The buffers of `size` bytes from `start`, of at most UIO_MAXIOV: how many were put into `into`.
-    cdef uint32_t i, n = 0
-    cdef uint64_t length
-    for i in range(count):
-        length = iov[i].iov_len
-        if start >= length:
-            start -= length
-            continue
-        length = min(length - start, size)
-        if length == 0 or n == UIO_MAXIOV - 1:
-            break
-        into[n] = iovec(<void *>(<uint8_t *>iov[i].iov_base + start), length)
-        n += 1
-        size -= length
-        start = 0
-    return n
-
-
-cdef void scatter(iovec *iov, uint64_t start, const uint8_t *data, uint64_t size) noexcept nogil:
-    # Write `data` at `start` of the buffers, which are long enough.
-    cdef uint64_t i = 0
-    while i < size:
-        if start >= iov.iov_len:
-            start -= iov.iov_len
-            iov += 1
-            continue
-        (<uint8_t *>iov.iov_base)[start] = data[i]
-        start += 1
-        i += 1

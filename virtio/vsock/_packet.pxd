@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The packets of the socket device (§5.10.6) and the line by which a host program asks for a port.
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-
-from vmm._fastpath cimport DescChain, iovec
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 # <linux/virtio_vsock.h>, §5.10.6
 cdef enum:
@@ -35,11 +33,5 @@ cdef packed struct Header:
 cdef enum:
     LINE = 32                   # "CONNECT 4294967294\r\n" has 20
 
-# The first bytes of the readable buffers, however they are cut (§2.7.4); how many.
-cdef size_t gather(DescChain *chain, uint8_t *to, size_t size) noexcept nogil
-# Make iov[0:count] what remains of it from offset, length bytes long; how many there are then. They hold enough.
-cdef uint32_t skip(iovec *iov, uint32_t count, size_t offset, size_t length) noexcept nogil
-# Into the first of iov, which have room for size bytes.
-cdef void scatter(iovec *iov, const void *source, size_t size) noexcept nogil
 # The port of "CONNECT port", any letter case; negative: it is something else.
 cdef int64_t parse_line(const char *line, size_t length) noexcept nogil

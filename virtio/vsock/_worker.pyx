@@ -29,13 +29,14 @@ from virtio.vsock._host cimport (
 )
 from virtio.vsock._packet cimport (
     HEADER, HOST_CID, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
-    OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM, gather, parse_line, scatter, skip,
+    OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM, parse_line,
 )
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
 from vmm._budget cimport FOR_OPEN, Budget, granted
 from vmm._fastpath cimport (
     QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, load_acquire16, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
+from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm.budget import memory
 
 # What the loop counts, by name; plain words, read by Python at any time.
@@ -197,7 +198,7 @@ cdef class VsockWorker(QueueWorker):
                 self.count.bad_requests += 1
                 queue_add_used(self.rings[EVENT], chain.head, 0)
                 continue
-            scatter(chain.iov, &event, sizeof(event))
+            iov_scatter(chain.iov, chain.n_writable, 0, &event, sizeof(event))
             self.events_given = load_acquire16(self.rings[EVENT].avail + 2)
             queue_add_used(self.rings[EVENT], chain.head, sizeof(event))
             self.reset_due = False
@@ -521,7 +522,7 @@ cdef class VsockWorker(QueueWorker):
             return status
         self.fill(&h, c, op)
         c.pending &= ~(<uint32_t>1 << op)
-        scatter(chain.iov + chain.n_readable, &h, HEADER)
+        iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &h, HEADER)
         self.give(chain.head, HEADER)
         if op == OP_RST:
             self.count.resets_sent += 1
@@ -539,7 +540,7 @@ cdef class VsockWorker(QueueWorker):
         h.src_cid, h.dst_cid = r.src_cid, self.guest_cid
         h.src_port, h.dst_port = r.src_port, r.dst_port
         h.type, h.op = r.type, OP_RST
-        scatter(chain.iov + chain.n_readable, &h, HEADER)
+        iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &h, HEADER)
         self.give(chain.head, HEADER)
         self.count.resets_sent += 1
         self.reply_head = (self.reply_head + 1) % REPLIES
@@ -578,7 +579,7 @@ cdef class VsockWorker(QueueWorker):
                 header += 1
                 i += 1
             n = min(chain.writable_bytes - HEADER, want - room)
-            pieces = skip(iov, chain.n_writable, HEADER, n)
+            pieces = iov_part(iov, chain.n_writable, HEADER, n, iov, chain.n_writable)
             memcpy(&self.data_iov[data], iov, pieces * sizeof(iovec))
             data += pieces
             rooms[packets] = n
@@ -601,7 +602,7 @@ cdef class VsockWorker(QueueWorker):
             n = min(rooms[i], <size_t>got)
             self.fill(&h, c, OP_RW)
             h.len = <uint32_t>n
-            scatter(&self.header_iov[headers[i]], &h, HEADER)
+            iov_scatter(&self.header_iov[headers[i]], HEADER, 0, &h, HEADER)
             self.give(heads[i], HEADER + h.len)
             c.tx_cnt += h.len
             packet_sent(c)
@@ -813,7 +814,7 @@ cdef class VsockWorker(QueueWorker):
         cdef Header h
         cdef Conn *c
         self.count.packets_tx += 1
-        if gather(chain, <uint8_t *>&h, HEADER) < HEADER or h.src_cid != self.guest_cid:
+        if iov_gather(chain.iov, chain.n_readable, 0, &h, HEADER) < HEADER or h.src_cid != self.guest_cid:
             self.count.bad_requests += 1
             return
         if h.dst_cid != HOST_CID or h.type != TYPE_STREAM:
@@ -920,7 +921,7 @@ cdef class VsockWorker(QueueWorker):
         if c.fd < 0 or c.shut & SHUT_RCV:
             c.fwd_cnt += h.len          # nobody reads it any more
             return
-        count = skip(chain.iov, chain.n_readable, HEADER, h.len)
+        count = iov_part(chain.iov, chain.n_readable, HEADER, h.len, chain.iov, chain.n_readable)
         if c.used == 0 and count:
             n = self.write(c, chain.iov, count)
             if n < 0:
@@ -936,7 +937,7 @@ cdef class VsockWorker(QueueWorker):
                 self.count.full += 1
                 self.kill(c)
                 return
-        count = skip(chain.iov, count, <size_t>n, h.len - <size_t>n)
+        count = iov_part(chain.iov, count, <size_t>n, h.len - <size_t>n, chain.iov, count)
         for i in range(count):
             at = (c.start + c.used) % c.size
             room = min(<uint32_t>chain.iov[i].iov_len, c.size - at)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# Between the buffers of a chain, however a driver cut them (§2.7.4), and memory of ours: one way for all devices.
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memcpy
+
+from vmm._fastpath cimport iovec
+
+cdef extern from *:
+    """
+    #include <stddef.h>
+    /* Guest memory into ours, once, whatever the guest does to it meanwhile: the compiler may not look there again. */
+    static inline void copy_once(void *to, const void *from, size_t n) {
+        __builtin_memcpy(to, from, n);
+        __asm__ __volatile__("" : "+r"(to) : : "memory");
+    }
+    """
+    void copy_once(void *to, const void *source, size_t n) noexcept nogil
+
+
+cdef inline size_t iov_gather(const iovec *iov, uint32_t count, size_t skip, void *to, size_t size) noexcept nogil:
+    # Copy `size` bytes from `skip` on: how many there were.
+    cdef size_t done = 0, n
+    cdef uint32_t i
+    for i in range(count):
+        if done == size:
+            break
+        if skip >= iov[i].iov_len:
+            skip -= iov[i].iov_len
+            continue
+        n = min(iov[i].iov_len - skip, size - done)
+        copy_once(<uint8_t *>to + done, <uint8_t *>iov[i].iov_base + skip, n)
+        done += n
+        skip = 0
+    return done
+
+
+cdef inline size_t iov_scatter(const iovec *iov, uint32_t count, size_t skip, const void *source,
+                               size_t size) noexcept nogil:
+    # Copy `size` bytes to `skip` and what follows: how many had room.
+    cdef size_t done = 0, n
+    cdef uint32_t i
+    for i in range(count):
+        if done == size:
+            break
+        if skip >= iov[i].iov_len:
+            skip -= iov[i].iov_len
+            continue
+        n = min(iov[i].iov_len - skip, size - done)
+        memcpy(<uint8_t *>iov[i].iov_base + skip, <const uint8_t *>source + done, n)
+        done += n
+        skip = 0
+    return done
+
+
+cdef inline uint32_t iov_part(const iovec *iov, uint32_t count, size_t skip, size_t size, iovec *into,
+                              uint32_t room) noexcept nogil:
+    # Put the buffers of `size` bytes from `skip` on, `room` of them at most, into `into`, which may be `iov`: how many.
+    cdef uint32_t i, n = 0
+    cdef size_t length
+    for i in range(count):
+        if size == 0 or n == room:
+            break
+        length = iov[i].iov_len
+        if skip >= length:
+            skip -= length
+            continue
+        length = min(length - skip, size)
+        into[n].iov_base = <uint8_t *>iov[i].iov_base + skip
+        into[n].iov_len = length
+        n += 1
+        size -= length
+        skip = 0
+    return n
