@@ -16,6 +16,7 @@ from virtio import spec
 from virtio.device import VirtioDevice
 from vmm import _uffd  # noqa: F401  # what memory.discard() needs: the device's thread may not import
 from vmm.errors import ConfigError, GuestMemoryError
+from vmm.memory import joined
 from vmm.threads import spawn
 
 TYPE_CHECKING = False
@@ -231,7 +232,7 @@ class Balloon(VirtioDevice):
     def _inflate(self, chain: Chain) -> int:
         pages = self._named(chain)
         self.counters["inflated"] += len(pages)
-        for first, count in _runs(pages):
+        for first, count in joined((page, 1) for page in sorted(set(pages))):
             self._discard(first * spec.BALLOON_PAGE, count)
         return 0
 
@@ -320,14 +321,3 @@ class Balloon(VirtioDevice):
                 if not self._changed.wait(self.stats_polling_interval_s):  # else: another interval, or the end
                     self._due = True
                     os.eventfd_write(self._notify_fds[_STATS_QUEUE], 1)
-
-
-def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
-    """Page numbers as (first, count), in order and each page once."""
-    runs: list[tuple[int, int]] = []
-    for page in sorted(set(pages)):
-        if runs and sum(runs[-1]) == page:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((page, 1))
-    return runs

@@ -15,7 +15,7 @@ from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     import numpy as np
@@ -355,7 +355,7 @@ class GuestMemory(GuestRam, Closing):
         gap = mmap.PAGESIZE
         while len(runs) > _RUNS_MAX:  # each is a mapping in every copy: pages between near ones go with them
             gap *= 2
-            runs = _joined(runs, gap)
+            runs = joined(runs, gap)
         file = MemoryFile(os.memfd_create("guest-ram-written", os.MFD_CLOEXEC))
         os.ftruncate(file.fd, region.size)
         address = self.host_address(region.gpa, region.size)
@@ -426,13 +426,13 @@ class GuestMemory(GuestRam, Closing):
         self._pieces = None
 
 
-def _joined(runs: list[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
-    """`runs` with those made one between which there are at most `gap` bytes."""
-    joined = [runs[0]]
-    for at, size in runs[1:]:
-        start, length = joined[-1]
-        if at - (start + length) <= gap:
-            joined[-1] = (start, at + size - start)
+def joined(runs: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
+    """Runs (start, length), in order, with those made one that overlap or have at most `gap` between them."""
+    found: list[tuple[int, int]] = []
+    for at, size in runs:
+        if found and at - sum(found[-1]) <= gap:
+            start, length = found[-1]
+            found[-1] = start, max(length, at + size - start)
         else:
-            joined.append((at, size))
-    return joined
+            found.append((at, size))
+    return found

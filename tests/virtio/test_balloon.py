@@ -7,12 +7,9 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from virtio import balloon, spec
 from virtio.balloon import Balloon
@@ -101,13 +98,6 @@ def test_5_5_6_inflated_pages_are_the_hosts_again_and_come_back_as_zeros(boot: B
     assert host.device.stats["deflated"] == 256
     ram.write(FIRST * PAGE, b"used again")
     assert ram.read(FIRST * PAGE, 10) == b"used again"
-
-
-@given(pages=st.lists(st.integers(0, 80), max_size=100))
-def test_runs_are_the_pages_in_order_and_each_once(pages: list[int]) -> None:
-    runs = balloon._runs(pages)
-    assert [page for first, count in runs for page in range(first, first + count)] == sorted(set(pages))
-    assert all(sum(one) < other[0] for one, other in pairwise(runs))
 
 
 def test_5_5_6_the_target_changes_while_the_guest_runs(boot: Boot) -> None:

@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import random
+from itertools import pairwise
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from vmm import _mapping
 from vmm.errors import ConfigError, GuestMemoryError
-from vmm.memory import GIB, GuestMemory, HotPages, MemoryFile, Piece, overlay
+from vmm.memory import GIB, GuestMemory, HotPages, MemoryFile, Piece, joined, overlay
 
 MIB = 1 << 20
 
@@ -341,3 +342,12 @@ def test_a_copy_has_the_pages_at_once_that_one_before_wrote_to() -> None:
     assert copy({}) == [(0, 8192), (40 * MIB, 8192)]
     # One that did a lot teaches nothing.
     assert copy({8 * MIB: 3 * MIB}) == copy({}) == [(0, 8192), (40 * MIB, 8192)]
+
+
+@given(runs=st.lists(st.tuples(st.integers(0, 80), st.integers(1, 9))), gap=st.integers(0, 3))
+def test_joined_runs_are_the_same_bytes_and_stand_apart(runs: list[tuple[int, int]], gap: int) -> None:
+    found = joined(sorted(runs), gap)
+    covered = {byte for start, size in runs for byte in range(start, start + size)}
+    held = {byte for start, size in found for byte in range(start, start + size)}
+    assert covered <= held and (gap or covered == held)
+    assert all(sum(one) + gap < other[0] for one, other in pairwise(found))

@@ -30,7 +30,7 @@ from vmm.machine.snapshot_file import (
     write_whole,
 )  # fmt: skip
 from vmm.machine.snapshot_file import encode as encode_state
-from vmm.memory import MemoryFile
+from vmm.memory import MemoryFile, joined
 from vmm.uffd import HandlerError
 
 TYPE_CHECKING = False
@@ -87,7 +87,7 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
     def look() -> None:
         nonlocal begun_anew
         written, begun_anew = machine.memory.take_written()
-        vmm.unsaved = _union(vmm.unsaved + written)
+        vmm.unsaved = joined(sorted(vmm.unsaved + written))
 
     def state_of(image: Image) -> bytes:
         shown = msgspec.structs.replace(vmm.whole, logger=None, metrics=None)
@@ -116,16 +116,6 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
     vmm.unsaved = []
     if machine.config.track_dirty_pages:
         undertaker.be_there()  # a Diff may come next
-
-
-def _union(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for start, size in sorted(runs):
-        if joined and start <= sum(joined[-1]):
-            first = joined.pop()
-            start, size = first[0], max(sum(first), start + size) - first[0]
-        joined.append((start, size))
-    return joined
 
 
 def write_files(
