@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import sys
@@ -11,6 +10,7 @@ import threading
 import time
 
 from boot import cpu
+from vmm import _uring
 from vmm._bus import Bus
 from vmm.commands.parser import paint
 from vmm.errors import ConfigError, VmmError
@@ -31,7 +31,6 @@ MEASURE_SECONDS = 0.1
 _COLOURS = {"ok": 32, "lack": 33, "FAIL": 31}  # green, yellow, red
 # Emulated kernel code was measured at about 1 instruction per microsecond, native code at a thousand and more.
 NATIVE_INSTRUCTIONS_PER_US = 50
-_SYS_IO_URING_SETUP = 425
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,13 +153,10 @@ def _device(path: str, what: str, remedy: str) -> Line:
 
 
 def _io_uring() -> Line:
-    libc = ctypes.CDLL(None, use_errno=True)
-    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params, all zero
-    fd = libc.syscall(_SYS_IO_URING_SETUP, 1, parameters)
-    if fd >= 0:
-        os.close(fd)
+    refused = _uring.probe()
+    if not refused:
         return "ok", "io_uring", "yes"
-    if ctypes.get_errno() == errno.ENOSYS:
+    if refused == errno.ENOSYS:
         return "lack", "io_uring", "not in this kernel; disks use preadv and pwritev"
     return "lack", "io_uring", "refused; set kernel.io_uring_disabled to 0, or disks use preadv and pwritev"
 
