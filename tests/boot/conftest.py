@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 
 from boot.load import load
@@ -10,15 +13,18 @@ from tests.boot.kernel_images import MIB
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 
+# Writes the kernel file, and says where it is.
+KernelFile = Callable[[bytes], str]
+
 
 @pytest.fixture
-def memory():
+def memory() -> Iterator[GuestMemory]:
     with GuestMemory(64 * MIB) as ram:
         yield ram
 
 
 @pytest.fixture
-def kernel(tmp_path):
+def kernel(tmp_path: Path) -> KernelFile:
     path = tmp_path / "kernel"
 
     def write(data: bytes) -> str:
@@ -28,9 +34,9 @@ def kernel(tmp_path):
     return write
 
 
-def refused(memory, path, **options) -> str:
+def refused(memory: GuestMemory, path: str, *, protocol: str = "auto", unpack: str = "auto") -> str:
     with pytest.raises(ConfigError) as error:
-        load(memory, path, **options)
+        load(memory, path, protocol=protocol, unpack=unpack)
     text = str(error.value)
     assert "\n" not in text
     assert text.startswith(f"kernel {path}: ")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import struct
 
+from typing_extensions import Buffer
+
 from boot import layout
 from boot.load import Loaded, load, probe
 from tests.boot.kernel_images import MIB, Phdr, bzimage, compress, elf, note, pvh_note
@@ -59,16 +61,16 @@ class Watched(GuestMemory):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.written: list[tuple[int, int]] = []
+        self.writes: list[tuple[int, int]] = []
 
     def slice(self, gpa: int, size: int) -> memoryview:
         view = super().slice(gpa, size)
-        self.written.append((gpa, gpa + size))
+        self.writes.append((gpa, gpa + size))
         return view
 
-    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+    def write(self, gpa: int, data: Buffer) -> None:
         super().write(gpa, data)
-        self.written.append((gpa, gpa + len(memoryview(data))))
+        self.writes.append((gpa, gpa + len(memoryview(data))))
 
 
 def image(source: Bytes) -> bytes:
@@ -181,7 +183,7 @@ def _check_written(memory: Watched, loaded: Loaded | None) -> None:
         (layout.ZERO_PAGE, layout.ZERO_PAGE_END),
         (layout.CMDLINE, layout.CMDLINE_END),
     ]
-    for start, end in memory.written:
+    for start, end in memory.writes:
         assert 0 <= start <= end <= RAM
         inside = [area for area in own if area[0] <= start and end <= area[1]]
         if inside:

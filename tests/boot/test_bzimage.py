@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import tracemalloc
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,13 @@ from boot import layout, payload
 from boot.bzimage import parse as bzimage_header
 from boot.load import load, probe
 from boot.source import Source
-from tests.boot.conftest import refused
+from tests.boot.conftest import KernelFile, refused
 from tests.boot.kernel_images import MIB, Phdr, bzimage, compress, elf, vmlinux
 from vmm.errors import ConfigError
 from vmm.memory import GuestMemory
 
 
-def zlib_stored(count):
+def zlib_stored(count: int) -> bytes:
     """A gzip stream of so many stored blocks without a byte."""
     return b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + b"\0\0\0\xff\xff" * count + b"\x01\0\0\xff\xff" + bytes(8)
 
@@ -27,7 +28,7 @@ def zlib_stored(count):
 METHODS = ("gzip", "xz", "lzma", "bzip2", "zstd", "lz4")
 
 
-def test_a_kernel_is_loaded_at_its_preferred_address(memory, kernel):
+def test_a_kernel_is_loaded_at_its_preferred_address(memory: GuestMemory, kernel: KernelFile) -> None:
     image = bzimage(b"\xcc" * 512)
     loaded = load(memory, kernel(image), unpack="never")
     assert (loaded.kind, loaded.protocol, loaded.is_linux) == ("bzimage", "linux64", True)
@@ -37,20 +38,22 @@ def test_a_kernel_is_loaded_at_its_preferred_address(memory, kernel):
     assert memory.read(16 * MIB, len(image) - 1024) == image[1024:]
 
 
-def test_setup_sects_of_0_means_4(memory, kernel):
+def test_setup_sects_of_0_means_4(memory: GuestMemory, kernel: KernelFile) -> None:
     image = bzimage(setup_sects=0)
     load(memory, kernel(image), unpack="never")
     assert memory.read(16 * MIB, 1024) == image[5 * 512 : 5 * 512 + 1024].ljust(1024, b"\0")
 
 
-def test_a_preferred_address_below_1_mib_is_moved_up_where_the_kernel_can_be(memory, kernel):
+def test_a_preferred_address_below_1_mib_is_moved_up_where_the_kernel_can_be(
+    memory: GuestMemory, kernel: KernelFile
+) -> None:
     loaded = load(memory, kernel(bzimage(pref_address=0x8000, kernel_alignment=0x20_0000)), unpack="never")
     assert loaded.entry == 2 * MIB + 0x200
     text = refused(memory, kernel(bzimage(pref_address=0x8000, relocatable=0)))
     assert "at 0x8000, below 1 MiB, and is not relocatable" in text
 
 
-def test_the_release_and_compression_are_told(kernel):
+def test_the_release_and_compression_are_told(kernel: KernelFile) -> None:
     kind = probe(kernel(bzimage(compress("xz", vmlinux()))))
     assert (kind.format, kind.bits, kind.protocols, kind.is_linux) == ("bzimage", 64, ("linux64",), True)
     assert kind.release.startswith("6.1.0-test")
@@ -85,7 +88,7 @@ def test_the_release_and_compression_are_told(kernel):
         ),
     ],
 )
-def test_headers_that_cannot_be(memory, kernel, options, found):
+def test_headers_that_cannot_be(memory: GuestMemory, kernel: KernelFile, options: dict[str, Any], found: str) -> None:
     image = bzimage(**options)
     if options.get("setup_sects") == 255:
         load(memory, kernel(image), unpack="never")  # the most that fits in the field is legal
@@ -93,7 +96,7 @@ def test_headers_that_cannot_be(memory, kernel, options, found):
     assert found in refused(memory, kernel(image))
 
 
-def test_truncated_at_every_byte(memory, kernel):
+def test_truncated_at_every_byte(memory: GuestMemory, kernel: KernelFile) -> None:
     image = bzimage(b"\xcc" * 64)
     for size in range(1, len(image) - 15):
         text = refused(memory, kernel(image[:size]))
@@ -101,7 +104,7 @@ def test_truncated_at_every_byte(memory, kernel):
             assert "truncated" in text
 
 
-def test_a_signature_behind_the_kernel_is_no_harm(memory, kernel):
+def test_a_signature_behind_the_kernel_is_no_harm(memory: GuestMemory, kernel: KernelFile) -> None:
     image = bzimage() + b"signature" * 100
     assert load(memory, kernel(image), unpack="never").kernel == (16 * MIB, 8 * MIB)
 
@@ -110,7 +113,7 @@ def test_a_signature_behind_the_kernel_is_no_harm(memory, kernel):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_compression_gives_the_kernel_inside(memory, kernel, method):
+def test_every_compression_gives_the_kernel_inside(memory: GuestMemory, kernel: KernelFile, method: str) -> None:
     text = bytes(range(256)) * 1000
     loaded = load(memory, kernel(bzimage(compress(method, vmlinux(text) + b"relocations"))))
     assert (loaded.unpacked, loaded.protocol, loaded.entry) == (method, "linux64", 16 * MIB)
@@ -119,7 +122,7 @@ def test_every_compression_gives_the_kernel_inside(memory, kernel, method):
     assert memory.read(18 * MIB, 256 + 8192) == b"data" * 64 + bytes(8192)
 
 
-def test_a_kernel_of_several_lz4_blocks(kernel):
+def test_a_kernel_of_several_lz4_blocks(kernel: KernelFile) -> None:
     text = os.urandom(20 * MIB)  # three blocks, of which none packs
     image = elf([Phdr(data=text, paddr=16 * MIB)], entry=16 * MIB)
     with GuestMemory(64 * MIB) as memory:
@@ -127,7 +130,7 @@ def test_a_kernel_of_several_lz4_blocks(kernel):
         assert memory.read(16 * MIB, len(text)) == text
 
 
-def test_pvh_from_a_bzimage(memory, kernel):
+def test_pvh_from_a_bzimage(memory: GuestMemory, kernel: KernelFile) -> None:
     path = kernel(bzimage(compress("gzip", vmlinux())))
     loaded = load(memory, path, protocol="pvh")
     assert (loaded.protocol, loaded.entry, loaded.boot_info) == (
@@ -138,7 +141,7 @@ def test_pvh_from_a_bzimage(memory, kernel):
     assert "needs it unpacked" in refused(memory, path, protocol="pvh", unpack="never")
 
 
-def test_a_compression_that_is_unknown_is_left_to_the_guest(memory, kernel):
+def test_a_compression_that_is_unknown_is_left_to_the_guest(memory: GuestMemory, kernel: KernelFile) -> None:
     for packed in (b"\x89LZO\0\r\n\x1a\n" + bytes(64), b"no compression" * 8, b""):
         path = kernel(bzimage(packed))
         assert load(memory, path).unpacked == ""
@@ -146,8 +149,10 @@ def test_a_compression_that_is_unknown_is_left_to_the_guest(memory, kernel):
 
 
 @pytest.mark.parametrize(("method", "library"), [("lz4", "liblz4.so.1"), ("zstd", "libzstd.so.1")])
-def test_without_the_library_the_guest_unpacks(memory, kernel, method, library, monkeypatch):
-    def absent(name):
+def test_without_the_library_the_guest_unpacks(
+    memory: GuestMemory, kernel: KernelFile, method: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     path = kernel(bzimage(compress(method, vmlinux())))
@@ -158,7 +163,7 @@ def test_without_the_library_the_guest_unpacks(memory, kernel, method, library, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_payload_cut_short_or_corrupt(memory, kernel, method):
+def test_a_payload_cut_short_or_corrupt(memory: GuestMemory, kernel: KernelFile, method: str) -> None:
     good = compress(method, vmlinux(bytes(range(256)) * 100))
     size = good[-4:]
     for cut in (20, len(good) // 2, len(good) - 8):
@@ -174,7 +179,7 @@ def test_a_payload_cut_short_or_corrupt(memory, kernel, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_payload_that_swells_beyond_what_it_declares(kernel, method):
+def test_a_payload_that_swells_beyond_what_it_declares(kernel: KernelFile, method: str) -> None:
     bomb = bytearray(compress(method, vmlinux() + bytes(8 * MIB)))
     bomb[-4:] = (2 * MIB).to_bytes(4, "little")
     with GuestMemory(128 * MIB) as memory:
@@ -183,14 +188,16 @@ def test_a_payload_that_swells_beyond_what_it_declares(kernel, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_payload_that_declares_more_than_the_kernel_may_take(memory, kernel, method):
+def test_a_payload_that_declares_more_than_the_kernel_may_take(
+    memory: GuestMemory, kernel: KernelFile, method: str
+) -> None:
     bomb = bytearray(compress(method, vmlinux()))
     bomb[-4:] = b"\xff\xff\xff\xff"
     text = refused(memory, kernel(bzimage(bytes(bomb))), unpack="always")
     assert f"unpacks to 4294967295 bytes, more than the {8 * MIB} that it may take" in text
 
 
-def test_an_unpacked_kernel_is_judged_like_any_other(memory, kernel):
+def test_an_unpacked_kernel_is_judged_like_any_other(memory: GuestMemory, kernel: KernelFile) -> None:
     low = elf([Phdr(data=b"x", paddr=0x7000)], entry=0x7000)
     for image, found in (
         (low, "unpacks to a file that has segment 0 (0x7000 to 0x7001) on the zero page"),
@@ -203,7 +210,7 @@ def test_an_unpacked_kernel_is_judged_like_any_other(memory, kernel):
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_lz4_blocks_of_nothing_are_refused_at_the_first(memory, kernel, size):
+def test_lz4_blocks_of_nothing_are_refused_at_the_first(memory: GuestMemory, kernel: KernelFile, size: int) -> None:
     block = b"\x01\0\0\0\0" if size == 0 else b"\x02\0\0\0\x10x"
     packed = b"\x02\x21\x4c\x18" + block * 100_000 + MIB.to_bytes(4, "little")
     text = refused(memory, kernel(bzimage(packed)), unpack="always")
@@ -211,7 +218,7 @@ def test_lz4_blocks_of_nothing_are_refused_at_the_first(memory, kernel, size):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_in_a_payload_makes_many_small_steps(kernel, method):
+def test_nothing_in_a_payload_makes_many_small_steps(kernel: KernelFile, method: str) -> None:
     """As many turns of the loop as MiB go in and out, and a few; whatever the payload is made of."""
     streams = {
         "gzip": lambda: zlib_stored(200_000),
@@ -230,7 +237,7 @@ def test_nothing_in_a_payload_makes_many_small_steps(kernel, method):
 
 
 @pytest.mark.parametrize("method", ["gzip", "xz", "bzip2"])
-def test_a_payload_that_swells_costs_no_host_memory(kernel, method):
+def test_a_payload_that_swells_costs_no_host_memory(kernel: KernelFile, method: str) -> None:
     """32 MiB of zeros behind the kernel, all of them declared: chunks come and go."""
     path = kernel(bzimage(compress(method, vmlinux() + bytes(32 * MIB)), init_size=64 * MIB))
     with GuestMemory(128 * MIB) as memory:

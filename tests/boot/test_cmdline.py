@@ -45,7 +45,7 @@ SPACES = [bytes([each]) for each in b" \t\n\v\f\r\xa0"]
 def parsed(line: str) -> tuple[list[tuple[bytes, bytes | None]], bytes | None]:
     """The kernel's parameters, and what is left for init."""
     rest = line.encode("utf-8", "surrogateescape").lstrip(b"".join(SPACES))
-    found = []
+    found: list[tuple[bytes, bytes | None]] = []
     while rest:
         name, value, rest = next_arg(rest)
         if value is None and name == b"--":
@@ -54,25 +54,25 @@ def parsed(line: str) -> tuple[list[tuple[bytes, bytes | None]], bytes | None]:
     return found, None
 
 
-def test_parts_are_appended_with_one_space():
+def test_parts_are_appended_with_one_space() -> None:
     line = Cmdline("console=ttyS0 ")
     line.append(" panic=-1")
     assert str(line) == "console=ttyS0 panic=-1"
 
 
-def test_what_is_added_goes_before_the_parameters_of_init():
+def test_what_is_added_goes_before_the_parameters_of_init() -> None:
     line = Cmdline("quiet -- --verbose x")
     line.append("virtio_mmio.device=4K@0xd0000000:5")
     assert str(line) == "quiet virtio_mmio.device=4K@0xd0000000:5 -- --verbose x"
 
 
-def test_a_quoted_double_dash_is_not_the_end_of_the_kernels_parameters():
+def test_a_quoted_double_dash_is_not_the_end_of_the_kernels_parameters() -> None:
     line = Cmdline('dyndbg="file a.c -- +p" ro')
     line.append("quiet")
     assert str(line) == 'dyndbg="file a.c -- +p" ro quiet'
 
 
-def test_default_does_not_override_the_user():
+def test_default_does_not_override_the_user() -> None:
     line = Cmdline("console=hvc0 no-kvmclock")
     line.default("console=ttyS0")
     line.default("no_kvmclock")
@@ -80,19 +80,19 @@ def test_default_does_not_override_the_user():
     assert str(line) == "console=hvc0 no-kvmclock reboot=t"
 
 
-def test_a_name_is_not_found_inside_another():
+def test_a_name_is_not_found_inside_another() -> None:
     assert not Cmdline("earlyconsole=x").has("console")
     assert not Cmdline("console2=x").has("console")
     assert Cmdline("a console=x").has("console")
 
 
-def test_white_space_inside_quotes_stays_and_outside_too():
+def test_white_space_inside_quotes_stays_and_outside_too() -> None:
     line = Cmdline('  a="x  y"   b\t-- "c  d"  ')
     line.append("root=/dev/vda")
     assert str(line) == 'a="x  y"   b root=/dev/vda -- "c  d"'
 
 
-def test_what_is_added_may_have_words_for_init():
+def test_what_is_added_may_have_words_for_init() -> None:
     line = Cmdline("quiet -- single")
     line.append("ro -- more")
     line.append("last")
@@ -100,19 +100,19 @@ def test_what_is_added_may_have_words_for_init():
     assert str(Cmdline("a --")) == "a --"
 
 
-def test_words_are_removed_by_name():
+def test_words_are_removed_by_name() -> None:
     line = Cmdline('root=/dev/vda rw quiet x="rw  ro" -- rw')
     line.remove("root", "rw", "ro")
     assert str(line) == 'quiet x="rw  ro" -- rw'
 
 
-def test_what_belongs_to_init_or_is_part_of_a_word_is_not_the_kernels():
+def test_what_belongs_to_init_or_is_part_of_a_word_is_not_the_kernels() -> None:
     assert not Cmdline("quiet -- root=/dev/vda").has("root")
     assert not Cmdline('x="a root=/dev/vda"').has("root")
     assert not Cmdline("nfsroot=/x").has("root")
 
 
-def test_a_value_with_white_space_is_quoted():
+def test_a_value_with_white_space_is_quoted() -> None:
     assert parameter("root", "my tag") == 'root="my tag"'
     assert parsed(parameter("root", "my tag")) == ([(b"root", b"my tag")], None)
     assert parameter("root", "tag") == "root=tag"
@@ -121,7 +121,7 @@ def test_a_value_with_white_space_is_quoted():
 
 
 @pytest.mark.parametrize("text", ["a\nb", "na\xefve", "\x01\x7f", "\udcff raw", "a\r\nb"])
-def test_every_byte_but_nul_goes_through_as_in_firecracker(text):
+def test_every_byte_but_nul_goes_through_as_in_firecracker(text: str) -> None:
     assert Cmdline(text).encode() == text.encode("utf-8", "surrogateescape") + b"\0"
 
 
@@ -129,7 +129,7 @@ def test_every_byte_but_nul_goes_through_as_in_firecracker(text):
     ("text", "found"),
     [("a\0b", r"character 1 is '\x00'"), ("a\ud800", "character 1"), ('a="b', "a double quote is not closed")],
 )
-def test_what_no_kernel_takes(text, found):
+def test_what_no_kernel_takes(text: str, found: str) -> None:
     for make in (Cmdline, Cmdline("").append):
         with pytest.raises(ConfigError) as error:
             make(text)
@@ -137,7 +137,7 @@ def test_what_no_kernel_takes(text, found):
         assert error.value.field == "cmdline"
 
 
-def test_the_limit_is_named_with_the_length():
+def test_the_limit_is_named_with_the_length() -> None:
     assert Cmdline("x" * 2047).encode() == b"x" * 2047 + b"\0"
     with pytest.raises(ConfigError, match="is 2048 bytes long; this kernel takes 2047"):
         Cmdline("\xef" * 1024).encode()
@@ -146,7 +146,7 @@ def test_the_limit_is_named_with_the_length():
 
 
 @given(PRINTABLE, PRINTABLE)
-def test_every_parameter_survives_in_order(text, part):
+def test_every_parameter_survives_in_order(text: str, part: str) -> None:
     try:
         line, added = Cmdline(text), Cmdline(part)
     except ConfigError:

@@ -21,8 +21,9 @@ OTHERS = sorted({*(host.cache_root() / "debs").glob("*/boot/vmlinuz-*"), *Path("
 
 
 @pytest.fixture(params=[None, *filter(Path.is_file, OTHERS)], ids=lambda path: path.name if path else "debian")
-def kernel(request):
-    return request.param or apt.kernel_of(apt.package(KERNEL_PACKAGE).tree)[0]
+def kernel(request: pytest.FixtureRequest) -> Path:
+    found: Path | None = request.param
+    return found or apt.kernel_of(apt.package(KERNEL_PACKAGE).tree)[0]
 
 
 def unpacked(path: Path) -> bytes:
@@ -58,13 +59,13 @@ def zero(memory: GuestMemory, gpa: int, size: int) -> bool:
     return memory.read(gpa, size).count(0) == size
 
 
-def test_its_headers(kernel):
+def test_its_headers(kernel: Path) -> None:
     kind = probe(kernel)
     assert (kind.format, kind.bits, kind.is_linux) == ("bzimage", 64, True)
     assert kind.release.startswith(kernel.name.removeprefix("vmlinuz-"))
 
 
-def test_packed(kernel):
+def test_packed(kernel: Path) -> None:
     with GuestMemory(256 << 20) as memory:
         loaded = load(memory, kernel, cmdline="console=ttyS0", unpack="never")
         image = kernel.read_bytes()
@@ -73,7 +74,7 @@ def test_packed(kernel):
         assert memory.read(loaded.kernel[0], len(body)) == body
 
 
-def test_unpacked_every_segment_is_in_its_place_and_nothing_else_is_written(kernel):
+def test_unpacked_every_segment_is_in_its_place_and_nothing_else_is_written(kernel: Path) -> None:
     elf = unpacked(kernel)
     phoff, phnum = struct.unpack_from("<Q", elf, 32)[0], struct.unpack_from("<H", elf, 56)[0]
     with GuestMemory(256 << 20) as memory:
@@ -92,7 +93,7 @@ def test_unpacked_every_segment_is_in_its_place_and_nothing_else_is_written(kern
         assert zero(memory, at, (256 << 20) - at)
 
 
-def test_pvh_finds_the_note_of_a_kernel_that_has_one(kernel):
+def test_pvh_finds_the_note_of_a_kernel_that_has_one(kernel: Path) -> None:
     config = Path(str(kernel).replace("vmlinuz-", "config-"))
     if not config.is_file() or "CONFIG_PVH=y" not in config.read_text():
         pytest.skip(f"{kernel.name} was built without PVH, or its configuration is not beside it")

@@ -7,6 +7,9 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec
 
 import pytest
 
@@ -16,15 +19,19 @@ from tests.boot.kernel_images import MIB, Phdr, bzimage, compress, elf, pvh_elf,
 from vmm.errors import ConfigError, HostError
 from vmm.memory import GuestMemory
 
+Arguments = ParamSpec("Arguments")
+
 
 @pytest.fixture
-def kernel(tmp_path):
+def kernel(tmp_path: Path) -> Path:
     path = tmp_path / "kernel"
     path.write_bytes(pvh_elf())
     return path
 
 
-def refused(field, path, call, *args, **options) -> str:
+def refused(
+    field: str, path: str | Path, call: Callable[Arguments, object], *args: Arguments.args, **options: Arguments.kwargs
+) -> str:
     with pytest.raises(ConfigError) as error:
         call(*args, **options)
     text = str(error.value)
@@ -33,7 +40,7 @@ def refused(field, path, call, *args, **options) -> str:
     return text
 
 
-def unusable(tmp_path):
+def unusable(tmp_path: Path) -> dict[str, str]:
     """Paths that no file can be read from, with a word of what is said."""
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "fifo")
@@ -53,7 +60,7 @@ def unusable(tmp_path):
     }
 
 
-def test_paths_that_are_no_files(memory, kernel, tmp_path):
+def test_paths_that_are_no_files(memory: GuestMemory, kernel: Path, tmp_path: Path) -> None:
     for name, found in unusable(tmp_path).items():
         path = tmp_path / name
         assert found in refused("kernel", path, load, memory, path)
@@ -62,7 +69,7 @@ def test_paths_that_are_no_files(memory, kernel, tmp_path):
     assert "not a path" in refused("kernel", "a\0b", load, memory, "a\0b")
 
 
-def test_a_file_that_may_not_be_read(memory, kernel):
+def test_a_file_that_may_not_be_read(memory: GuestMemory, kernel: Path) -> None:
     kernel.chmod(0)
     user = os.geteuid()
     if user == 0:
@@ -73,8 +80,10 @@ def test_a_file_that_may_not_be_read(memory, kernel):
         os.seteuid(user)
 
 
-def test_what_the_host_fails_at_is_not_the_users_mistake(memory, kernel, monkeypatch):
-    def broken(*_):
+def test_what_the_host_fails_at_is_not_the_users_mistake(
+    memory: GuestMemory, kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "pread", broken)
@@ -125,7 +134,7 @@ def boot_sector() -> bytes:
         (b"\0", "neither"),
     ],
 )
-def test_files_that_are_no_kernels(memory, tmp_path, data, found):
+def test_files_that_are_no_kernels(memory: GuestMemory, tmp_path: Path, data: bytes, found: str) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(data)
     assert found in refused("kernel", path, load, memory, path)
@@ -133,17 +142,17 @@ def test_files_that_are_no_kernels(memory, tmp_path, data, found):
 
 
 @pytest.mark.parametrize(("option", "value"), [("protocol", "multiboot"), ("unpack", "yes"), ("protocol", "")])
-def test_options_that_do_not_exist(memory, kernel, option, value):
+def test_options_that_do_not_exist(memory: GuestMemory, kernel: Path, option: str, value: str) -> None:
     with pytest.raises(ConfigError, match=option):
-        load(memory, kernel, **{option: value})
+        load(memory, kernel, **{option: value})  # type: ignore[arg-type]
 
 
-def test_memory_too_small_to_boot_in(kernel):
+def test_memory_too_small_to_boot_in(kernel: Path) -> None:
     with GuestMemory(512 << 10) as memory, pytest.raises(ConfigError, match="memory"):
         load(memory, kernel)
 
 
-def test_the_initrd_lies_as_high_as_it_can(memory, kernel, tmp_path):
+def test_the_initrd_lies_as_high_as_it_can(memory: GuestMemory, kernel: Path, tmp_path: Path) -> None:
     initrd = tmp_path / "initrd"
     initrd.write_bytes(os.urandom(10_000))
     loaded = load(memory, kernel, initrd_path=initrd)
@@ -152,21 +161,21 @@ def test_the_initrd_lies_as_high_as_it_can(memory, kernel, tmp_path):
     assert memory.read(*loaded.initrd) == initrd.read_bytes()
 
 
-def test_the_initrd_stays_below_the_hole(kernel, tmp_path):
+def test_the_initrd_stays_below_the_hole(kernel: Path, tmp_path: Path) -> None:
     initrd = tmp_path / "initrd"
     initrd.write_bytes(b"x" * 4097)
     with GuestMemory(6 << 30) as memory:
         assert load(memory, kernel, initrd_path=initrd).initrd == ((3 << 30) - 8192, 4097)
 
 
-def test_the_initrd_obeys_initrd_addr_max(memory, tmp_path):
+def test_the_initrd_obeys_initrd_addr_max(memory: GuestMemory, tmp_path: Path) -> None:
     path, initrd = tmp_path / "kernel", tmp_path / "initrd"
     initrd.write_bytes(b"x" * 4096)
     path.write_bytes(bzimage(initrd_addr_max=0x37F_FFFF))
     assert load(memory, path, initrd_path=initrd).initrd == (0x37F_F000, 4096)
 
 
-def test_the_initrd_makes_way_for_the_kernel(memory, tmp_path):
+def test_the_initrd_makes_way_for_the_kernel(memory: GuestMemory, tmp_path: Path) -> None:
     """The kernel ends at the top of memory, so the initrd goes below it, and further where that is taken."""
     path, initrd = tmp_path / "kernel", tmp_path / "initrd"
     initrd.write_bytes(b"i" * 4096)
@@ -177,7 +186,7 @@ def test_the_initrd_makes_way_for_the_kernel(memory, tmp_path):
     assert loaded.highest_used == 64 * MIB
 
 
-def test_an_initrd_that_does_not_fit(memory, tmp_path):
+def test_an_initrd_that_does_not_fit(memory: GuestMemory, tmp_path: Path) -> None:
     path, initrd = tmp_path / "kernel", tmp_path / "initrd"
     path.write_bytes(vmlinux())
     with open(initrd, "wb") as file:
@@ -190,7 +199,7 @@ def test_an_initrd_that_does_not_fit(memory, tmp_path):
     assert "does not fit" in refused("initrd", initrd, load, memory, path, initrd_path=initrd)
 
 
-def test_the_command_line_is_bounded_by_the_kernels_own_limit(memory, tmp_path):
+def test_the_command_line_is_bounded_by_the_kernels_own_limit(memory: GuestMemory, tmp_path: Path) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(bzimage(cmdline_size=255))
     load(memory, path, cmdline="x" * 255)
@@ -204,13 +213,13 @@ def test_the_command_line_is_bounded_by_the_kernels_own_limit(memory, tmp_path):
         load(memory, path, cmdline="x" * (room + 1))
 
 
-def test_an_elf_kernel_takes_what_linux_takes(memory, kernel):
+def test_an_elf_kernel_takes_what_linux_takes(memory: GuestMemory, kernel: Path) -> None:
     load(memory, kernel, cmdline="x" * 2047)
     with pytest.raises(ConfigError, match="cmdline"):
         load(memory, kernel, cmdline="x" * 2048)
 
 
-def test_no_descriptor_is_left_open(memory, kernel, tmp_path):
+def test_no_descriptor_is_left_open(memory: GuestMemory, kernel: Path, tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     load(memory, kernel, initrd_path=kernel)
     for bad in ("missing", "."):
@@ -221,12 +230,14 @@ def test_no_descriptor_is_left_open(memory, kernel, tmp_path):
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_file_that_shrinks_while_it_is_read(memory, tmp_path, monkeypatch):
+def test_a_file_that_shrinks_while_it_is_read(
+    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(elf([Phdr(data=b"x" * 65536)]))
     real = os.preadv
 
-    def shrunk(fd, buffers, offset):
+    def shrunk(fd: int, buffers: list[memoryview], offset: int) -> int:
         os.truncate(path, 8192)
         return real(fd, buffers, offset)
 
@@ -235,7 +246,9 @@ def test_a_file_that_shrinks_while_it_is_read(memory, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("unpack", ["always", "never"])
-def test_a_host_that_reads_a_little_at_a_time(memory, tmp_path, monkeypatch, unpack):
+def test_a_host_that_reads_a_little_at_a_time(
+    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unpack: str
+) -> None:
     """As 9p and FUSE file systems do: some of the bytes, and the rest when asked again. The end is 0 bytes."""
     elf_path, path, initrd = tmp_path / "elf", tmp_path / "bzimage", tmp_path / "initrd"
     image = vmlinux(os.urandom(300_000))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,7 @@ READ = {
 
 
 @pytest.fixture(scope="module")
-def uapi(tmp_path_factory):
+def uapi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """What the system's <asm/bootparam.h> says, as the C compiler has it."""
     import cffi
 
@@ -92,7 +93,7 @@ def uapi(tmp_path_factory):
     return {name: getattr(module.lib, f"get_{name}")() for name in wanted}
 
 
-def test_the_offsets_are_those_of_the_kernels_header(uapi):
+def test_the_offsets_are_those_of_the_kernels_header(uapi: dict[str, int]) -> None:
     for name in FIELDS:
         assert getattr(params, name) == uapi[f"at_{name}"], name
     for name, offset in READ.items():
@@ -107,7 +108,7 @@ def test_the_offsets_are_those_of_the_kernels_header(uapi):
     assert uapi["e820_max"] >= 4
 
 
-def test_what_is_read_from_a_bzimage_is_what_stands_at_those_offsets(tmp_path):
+def test_what_is_read_from_a_bzimage_is_what_stands_at_those_offsets(tmp_path: Path) -> None:
     """Each field holds another number, so a format string that is off by a byte cannot pass."""
     path = tmp_path / "bzImage"
     image = bytearray(bzimage(bytes(3 * MIB), payload_offset=0x111))
@@ -133,15 +134,16 @@ def test_what_is_read_from_a_bzimage_is_what_stands_at_those_offsets(tmp_path):
         assert getattr(setup, name) == values[name][1], name
 
 
-def page_of(memory) -> bytes:
+def page_of(memory: GuestMemory) -> bytes:
     return memory.read(layout.ZERO_PAGE, 4096)
 
 
 def number(page: bytes, offset: int, form: str = "<I") -> int:
-    return struct.unpack_from(form, page, offset)[0]
+    value: int = struct.unpack_from(form, page, offset)[0]
+    return value
 
 
-def test_the_zero_page_of_a_bzimage(tmp_path):
+def test_the_zero_page_of_a_bzimage(tmp_path: Path) -> None:
     path, initrd = tmp_path / "bzImage", tmp_path / "initrd"
     image = bytearray(bzimage(loadflags=3))
     image[0x240:0x248] = b"hardware"  # hardware_subarch_data: the kernel's own, to be handed back
@@ -168,7 +170,7 @@ def test_the_zero_page_of_a_bzimage(tmp_path):
     assert number(page, params.EXT_CMD_LINE_PTR) == 0
 
 
-def test_the_zero_page_of_an_elf_kernel_says_what_a_header_would(tmp_path):
+def test_the_zero_page_of_an_elf_kernel_says_what_a_header_would(tmp_path: Path) -> None:
     path = tmp_path / "vmlinux"
     path.write_bytes(vmlinux())
     with GuestMemory(64 * MIB) as memory:
@@ -183,7 +185,7 @@ def test_the_zero_page_of_an_elf_kernel_says_what_a_header_would(tmp_path):
     assert number(page, params.ACPI_RSDP_ADDR, "<Q") == 0
 
 
-def test_an_unpacked_kernel_gets_the_header_of_its_bzimage(tmp_path):
+def test_an_unpacked_kernel_gets_the_header_of_its_bzimage(tmp_path: Path) -> None:
     path = tmp_path / "bzImage"
     image = bytearray(bzimage(compress("lz4", vmlinux())))
     image[0x240:0x248] = b"hardware"
@@ -204,7 +206,7 @@ def test_an_unpacked_kernel_gets_the_header_of_its_bzimage(tmp_path):
         (64 * GIB, [(MIB, 3 * GIB - MIB, RAM), (4 * GIB, 61 * GIB, RAM)]),
     ],
 )
-def test_the_memory_map(size, high):
+def test_the_memory_map(size: int, high: list[tuple[int, int, int]]) -> None:
     with GuestMemory(size) as memory:
         entries = params.e820(memory)
         assert entries == [(0, 0x9FC00, RAM), (0x9FC00, 0x60400, RESERVED), *high]
@@ -214,7 +216,7 @@ def test_the_memory_map(size, high):
         assert struct.unpack_from("<QQI", page, params.E820_TABLE + 20 * index) == entry
 
 
-def test_pvh_start_info(tmp_path):
+def test_pvh_start_info(tmp_path: Path) -> None:
     """hvm_start_info, version 1, field by field as xen/include/public/arch-x86/hvm/start_info.h draws it."""
     path, initrd = tmp_path / "guest", tmp_path / "initrd"
     path.write_bytes(pvh_elf())
@@ -238,7 +240,7 @@ def test_pvh_start_info(tmp_path):
         assert memmap + 24 * entries <= layout.PVH_END
 
 
-def test_pvh_start_info_without_initrd_and_acpi(tmp_path):
+def test_pvh_start_info_without_initrd_and_acpi(tmp_path: Path) -> None:
     path = tmp_path / "guest"
     path.write_bytes(pvh_elf())
     with GuestMemory(2 * MIB) as memory:
@@ -247,14 +249,14 @@ def test_pvh_start_info_without_initrd_and_acpi(tmp_path):
     assert struct.unpack_from("<4Q", start, 16) == (0, layout.CMDLINE, 0, layout.PVH_MEMMAP)
 
 
-def test_the_boot_areas_do_not_overlap_and_lie_in_low_memory():
+def test_the_boot_areas_do_not_overlap_and_lie_in_low_memory() -> None:
     ends = [0]
     for name, start, end in sorted(layout.BOOT_AREAS, key=lambda area: area[1]):
         assert ends[-1] <= start < end <= layout.HIMEM, name
         ends.append(end)
 
 
-def test_what_the_cpu_is_set_up_with_lies_in_the_boot_areas():
+def test_what_the_cpu_is_set_up_with_lies_in_the_boot_areas() -> None:
     from boot import cpu
     from tests.boot.loader_input import Watched
     from vmm.kvm.abi import kvm_regs, kvm_sregs
@@ -262,8 +264,8 @@ def test_what_the_cpu_is_set_up_with_lies_in_the_boot_areas():
     with Watched(2 * MIB) as memory:
         cpu.enter_linux64(memory, kvm_sregs(), kvm_regs(), entry=MIB, zero_page=layout.ZERO_PAGE)
         cpu.enter_pvh(memory, kvm_sregs(), kvm_regs(), entry=MIB, start_info=layout.PVH_START_INFO)
-        assert memory.written
-        for start, end in memory.written:
+        assert memory.writes
+        for start, end in memory.writes:
             names = [name for name, low, high in layout.BOOT_AREAS if low <= start and end <= high]
             assert names in (["descriptor tables"], ["page tables"])
     assert layout.ZERO_PAGE_END < layout.BOOT_STACK <= layout.BOOT_STACK_END

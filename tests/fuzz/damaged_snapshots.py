@@ -30,7 +30,7 @@ NUMBERS = (
     3 << 30, 0xD000_0000, 0xFEE0_0000, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 63) - 1, -(1 << 63),
     (1 << 64) - 1,
 )  # fmt: skip
-OTHERS = (
+OTHERS: tuple[object, ...] = (
     None, True, False, 0.5, float("inf"), float("nan"), "", "x", "\0", "é" * 40, "a" * 5000, "/", "/dev/null",
     "/dev/zero", "raw", "qcow2", "2M", "linux", "DriveConfig", "VmConfig", b"", b"\0" * 7, b"\xff" * 4096, [], {},
     [[]], {"is": "VmConfig"}, {"is": []}, {1: 2}, [None] * 70,

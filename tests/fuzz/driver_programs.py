@@ -122,6 +122,7 @@ def policy_request(rng: random.Random) -> Request:
         protocol = 17
         segment = struct.pack(">HHHH", *ports, field(8 + len(question), number(rng, 16)), 0) + question
     protocol = field(protocol, 1, 58, number(rng, 8))
+    words: tuple[int, ...]
     if rng.random() < 0.8:
         words = field(0x45, number(rng, 8)), 0, field(20 + len(segment), number(rng, 16)), 0, field(0, number(rng, 16))
         source = field(b"\x0a\0\2\x0f", bytes(4), rng.randbytes(4))

@@ -27,7 +27,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_the_images_that_are_broken_below_load_when_they_are_not(name):
+def test_the_images_that_are_broken_below_load_when_they_are_not(name: str) -> None:
     loaded = loader_input.run(b"\0\0" + GOOD[name])
     assert loaded is not None
     assert loaded.unpacked == (name if name in loader_input.METHODS else "")
@@ -35,7 +35,7 @@ def test_the_images_that_are_broken_below_load_when_they_are_not(name):
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=600))
-def test_bytes_of_any_kind(data):
+def test_bytes_of_any_kind(data: bytes) -> None:
     loader_input.run(data)
 
 
@@ -45,7 +45,7 @@ def test_bytes_of_any_kind(data):
     st.integers(0, 255),
     st.lists(st.tuples(st.integers(0, 4095), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4),
 )
-def test_good_images_with_some_bytes_overwritten(name, flags, changes):
+def test_good_images_with_some_bytes_overwritten(name: str, flags: int, changes: list[tuple[int, bytes]]) -> None:
     image = bytearray(GOOD[name])
     for at, data in changes:
         at %= len(image)
@@ -61,7 +61,7 @@ def test_good_images_with_some_bytes_overwritten(name, flags, changes):
     st.sampled_from(["<B", "<H", "<I", "<Q"]),
     st.sampled_from(loader_input.EDGES),
 )
-def test_good_images_with_a_field_at_an_edge(name, at, form, value):
+def test_good_images_with_a_field_at_an_edge(name: str, at: int, form: str, value: int) -> None:
     image = bytearray(GOOD[name])
     size = struct.calcsize(form)
     at = (0x1F1 + at % 0x80 if name in loader_input.METHODS else at) % (len(image) - size)
@@ -71,12 +71,12 @@ def test_good_images_with_a_field_at_an_edge(name, at, form, value):
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(GOOD)), st.integers(0, 8192))
-def test_good_images_cut_short(name, size):
+def test_good_images_cut_short(name: str, size: int) -> None:
     loader_input.run(b"\0\0" + GOOD[name][: size % len(GOOD[name])])
 
 
 @pytest.mark.parametrize("at", range(16))
-def test_the_watcher_sees_what_the_loader_writes(at):
+def test_the_watcher_sees_what_the_loader_writes(at: int) -> None:
     """The check itself: a stretch on the zero page that is not the loader's own is caught."""
     with loader_input.Watched(loader_input.RAM) as memory:
         memory.write(0x6FF8 + at, b"12345678")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -52,16 +53,22 @@ BY_START_INFO = f"""
 """
 
 
+class Boot(Protocol):
+    """Boots a kernel file, and gives what the guest found."""
+
+    def __call__(self, image: bytes, *, protocol: str = "auto", unpack: str = "auto") -> dict[str, object]: ...
+
+
 @pytest.fixture
-def boot(tmp_path: Path) -> Iterator[object]:
+def boot(tmp_path: Path) -> Iterator[Boot]:
     machines: list[Machine] = []
 
-    def start(image: bytes, **settings: object) -> dict[str, object]:
+    def start(image: bytes, *, protocol: str = "auto", unpack: str = "auto") -> dict[str, object]:
         (tmp_path / "kernel").write_bytes(image)
         (tmp_path / "initrd").write_bytes(b"INITRD!!" * 1000)
         vm = Machine(
             kernel=str(tmp_path / "kernel"), initrd=str(tmp_path / "initrd"), cmdline="commandline",
-            memory="8M", **settings,
+            memory="8M", protocol=protocol, unpack=unpack,
         )  # fmt: skip
         machines.append(vm)
         stop = run(vm)
@@ -86,7 +93,7 @@ LONG = {"cmdline": b"commandl", "initrd": b"INITRD!!", "rsdp": b"RSD PTR ", "e82
 SHORT = {"cmdline": b"comm", "initrd": b"INIT", "rsdp": b"RSD ", "e820": 3}
 
 
-def test_a_bzimage_as_it_is_starts_at_its_64_bit_entry(boot):
+def test_a_bzimage_as_it_is_starts_at_its_64_bit_entry(boot: Boot) -> None:
     code = assemble(BY_ZERO_PAGE + EXIT, 64)
     image = bzimage(code, payload_offset=0x200, payload_length=0, pref_address=2 * MIB, init_size=MIB)
     found = boot(image, unpack="never")
@@ -94,32 +101,32 @@ def test_a_bzimage_as_it_is_starts_at_its_64_bit_entry(boot):
 
 
 @pytest.mark.parametrize("method", ["gzip", "xz", "lzma", "bzip2", "zstd", "lz4"])
-def test_a_bzimage_unpacked_by_the_host(boot, method):
+def test_a_bzimage_unpacked_by_the_host(boot: Boot, method: str) -> None:
     code = assemble(BY_ZERO_PAGE + EXIT, 64)
     image = bzimage(compress(method, vmlinux(code, paddr=2 * MIB)), pref_address=2 * MIB, init_size=4 * MIB)
     found = boot(image, unpack="always")
     assert found == {"protocol": "linux64", "unpacked": method, "start": 2 * MIB, **LONG}
 
 
-def test_an_elf_by_linuxs_64_bit_protocol(boot):
+def test_an_elf_by_linuxs_64_bit_protocol(boot: Boot) -> None:
     code = assemble(BY_ZERO_PAGE + EXIT, 64)
     found = boot(elf([Phdr(data=code, paddr=3 * MIB, vaddr=0xFFFFFFFF80300000)], entry=0xFFFFFFFF80300000))
     assert found == {"protocol": "linux64", "unpacked": "", "start": 3 * MIB, **LONG}
 
 
 @pytest.mark.parametrize("bits", [32, 64])
-def test_an_elf_by_pvh(boot, bits):
+def test_an_elf_by_pvh(boot: Boot, bits: int) -> None:
     found = boot(pvh_elf(assemble(BY_START_INFO + EXIT, 32), bits=bits))
     assert found == {"protocol": "pvh", "unpacked": "", "start": MIB, **SHORT}
 
 
-def test_a_bzimage_by_pvh(boot):
+def test_a_bzimage_by_pvh(boot: Boot) -> None:
     text = bytes(16) + assemble(BY_START_INFO + EXIT, 32, 2 * MIB + 16)
     image = bzimage(compress("lz4", vmlinux(text, paddr=2 * MIB)), pref_address=2 * MIB, init_size=4 * MIB)
     found = boot(image, protocol="pvh")
     assert found == {"protocol": "pvh", "unpacked": "lz4", "start": 2 * MIB + 16, **SHORT}
 
 
-def test_bss_is_zero_and_the_stack_can_be_pushed_to(boot):
+def test_bss_is_zero_and_the_stack_can_be_pushed_to(boot: Boot) -> None:
     code = assemble("push 5\n pop rax\n add rax, [rip + bss]\n add al, 2\n mov dx, 0xf4\n out dx, al\n bss:", 64)
     boot(elf([Phdr(data=code, paddr=MIB, memsz=len(code) + 4096)]))

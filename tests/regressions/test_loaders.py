@@ -13,7 +13,7 @@ FILES = sorted((Path(__file__).parent / "loaders").iterdir())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_input_is_loaded_or_refused(path):
+def test_input_is_loaded_or_refused(path: Path) -> None:
     """A finding is named as the fuzzer named it; what was chosen from its corpus says how it must end."""
     loaded = loader_input.run(path.read_bytes())
     end = path.name.split("-")[0]
