@@ -7,12 +7,57 @@ import errno
 import os
 import stat
 
-# Not `socket`, which imports more, on the path of a launch.
+# Not `socket`, which imports more, on the path of a launch and of a first PUT /vsock.
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
 
 from vmm.errors import ConfigError
 
 _LONGEST = 107  # bytes of sun_path, less the NUL
+
+
+class Listener:
+    """A listening unix socket, and its file, which ``close`` removes.
+
+    :param field: the option it came from, for the message
+    :param path: a file that a dead process left behind is replaced
+    :param backlog: how many clients may wait to be accepted
+    :param private: only its owner may connect; False: whoever the umask allows
+    :raises ConfigError: somebody listens there, something else is there, or it cannot be made
+
+    Source: Linux unix(7).
+    """
+
+    def __init__(self, field: str, path: str, backlog: int, *, private: bool = False) -> None:
+        self.path = path
+        self._file: tuple[int, int] | None = None
+        self.socket = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if private:
+            os.fchmod(self.socket.fileno(), 0o600)  # which bind gives to the file
+        listen(self.socket, field, path, backlog)
+        status = os.lstat(path)
+        self._file = status.st_dev, status.st_ino
+
+    @property
+    def fd(self) -> int:
+        """The listening descriptor; owned by this object."""
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        """Remove the file, and stop listening; idempotent."""
+        self.remove_file()
+        self.socket.close()
+
+    def remove_file(self) -> None:
+        """Remove the file, if it is still ours, so that nobody new connects; idempotent."""
+        if self._file is None:
+            return
+        try:
+            status = os.lstat(self.path)
+            if (status.st_dev, status.st_ino) == self._file:
+                os.unlink(self.path)
+        except OSError:
+            pass  # gone already, or its directory is
+        self._file = None
 
 
 def listen(listener: socket, field: str, path: str, backlog: int) -> None:

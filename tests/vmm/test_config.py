@@ -40,7 +40,7 @@ def test_cpus_out_of_range(cpus: int) -> None:
         VmConfig("k", cpus=cpus)
 
 
-@pytest.mark.parametrize("console", ["", "tty", "file", "file:", "FILE:x"])
+@pytest.mark.parametrize("console", ["", "tty", "file", "file:", "FILE:x", "unix:"])
 def test_console_out_of_range(console: str) -> None:
     with pytest.raises(ConfigError, match="console"):
         VmConfig("k", console=console)

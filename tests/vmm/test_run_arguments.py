@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmm.commands import cli
 from vmm.commands.run import OPTIONS, add_arguments, config_from, parse_quickly
 from vmm.config.vm import DEFAULT_CMDLINE
 
@@ -98,3 +99,10 @@ def test_a_written_configuration_is_its_owners_alone(tmp_path: Path) -> None:
     ]
     subprocess.run(command, check=True, umask=0)
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_socket_in_the_lab_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYVMM_LAB", raising=False)
+    for option, value in (("--vsock", "cid=3,uds=/x"), ("--console", "unix:/x")):
+        assert cli.main(["run", "kernel", "--lab", option, value]) == 2
+        assert f"{option} {value.rpartition('=')[2]}: would be a socket inside the lab" in capsys.readouterr().err

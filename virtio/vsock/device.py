@@ -8,17 +8,12 @@ The hybrid scheme of Firecracker and its kin: a host program connects to the uni
 
 from __future__ import annotations
 
-import os
-
-# Not `socket`, whose import takes longer than all that a first PUT /vsock does.
-from _socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM, socket
-
 from virtio import spec
 from virtio.device import VirtioDevice
 from virtio.vsock._worker import VsockWorker
 from vmm.budget import raise_descriptor_limit
 from vmm.closing import Closing
-from vmm.unix_socket import listen
+from vmm.unix_socket import Listener as UnixListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,40 +25,15 @@ MAX_CONNECTIONS = 4096
 _BACKLOG = 1024
 
 
-class Listener(Closing):
-    """The unix socket that host programs connect to, listening, and its file, removed by ``close``.
+class Listener(UnixListener, Closing):
+    """The unix socket that host programs connect to.
 
-    :param path: a file that a VM left behind is replaced
-    :raises ConfigError: somebody listens there, something else is there, or it cannot be made
-
-    Source: Linux unix(7).
+    :param path: of its file
+    :raises ConfigError: as ``vmm.unix_socket.Listener``
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self._file: tuple[int, int] | None = None
-        self._socket = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
-        listen(self._socket, "vsock uds_path", path, _BACKLOG)
-        status = os.lstat(path)
-        self._file = status.st_dev, status.st_ino
-
-    @property
-    def fd(self) -> int:
-        """The listening descriptor; owned by this object."""
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        """Stop listening and remove the file, if it is still ours; idempotent."""
-        self._socket.close()
-        if self._file is None:
-            return
-        try:
-            status = os.lstat(self.path)
-            if (status.st_dev, status.st_ino) == self._file:
-                os.unlink(self.path)
-        except OSError:
-            pass  # gone already, or its directory is
-        self._file = None
+        super().__init__("vsock uds_path", path, _BACKLOG)
 
 
 class Vsock(VirtioDevice):

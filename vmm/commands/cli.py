@@ -34,6 +34,7 @@ COMMANDS = {
     "exec": "run a command in a running sandbox",
     "cp": "copy files to and from a running sandbox",
     "ps": "list the running VMs of this host",
+    "attach": "connect this terminal to the console of a running VM",
     "stop": "end a VM: press its power button, then send SIGTERM",
     "logs": "print what a VM has logged",
     "completion": "print a shell's completion of pyvmm's command lines",

@@ -9,7 +9,7 @@ _OVERVIEW = {
     "Run a VM": ("run", "config", "pull", "check", "lab"),
     "Sandboxes": ("sandbox", "exec", "cp"),
     "Under a runtime": ("serve", "jailer", "link"),
-    "While a VM runs": ("ps", "logs", "stop", "ctl", "vsock"),
+    "While a VM runs": ("ps", "attach", "logs", "stop", "ctl", "vsock"),
 }
 
 # By subcommand: the options under a title; the others stay with --help.
@@ -43,6 +43,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "pyvmm run debian",
         "pyvmm run debian --cpus 4 --memory 2G --net user --share code=.,ro",
         "pyvmm run vmlinuz root.img --initrd initrd.img --disk data.img,queues=2,iops=500",
+        "pyvmm run debian --console unix:box.console &",
         "pyvmm run vmlinuz root.img --dry-run",
     ),
     "config": ("pyvmm config show", "pyvmm config show debian --cpus 4"),
@@ -66,6 +67,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "exec": ("pyvmm exec box", "pyvmm exec -u nobody -e LANG=C box id"),
     "cp": ("pyvmm cp data.csv box:/tmp", "pyvmm cp box:/var/log logs"),
     "ps": ("pyvmm ps", "pyvmm ps --json"),
+    "attach": ("pyvmm attach debian", "pyvmm attach /run/user/1000/box.console"),
     "stop": ("pyvmm stop box", "pyvmm stop --timeout 60 4242"),
     "logs": ("pyvmm logs box", "pyvmm logs --follow box"),
     "vsock": ("pyvmm vsock /run/vm.vsock 1024",),
@@ -115,6 +117,12 @@ _STATUSES: dict[str, dict[str, str]] = {
     "sandbox": _COMMAND,
     "exec": _COMMAND,
     "ctl": {"0": "done", "1": "the API refused the request, or does not answer", "2": "a mistake in the arguments"},
+    "attach": {
+        "0": "left by Ctrl-], or the VM has ended",
+        "1": "another client has taken the console, or the host failed",
+        "2": "a mistake in the arguments",
+        "128 + N": "signal N ended it",
+    },
     "check": {"0": "a VM can run", "1": "a VM cannot run", "2": "a mistake in the arguments"},
     "lab": {"0 to 255": "the command's own", "1": "the lab failed", "2": "a mistake in the arguments"},
 }

@@ -330,11 +330,12 @@ def _refuse_linux_on_software_kvm(config: VmConfig) -> None:
 def _run_in_lab(config: VmConfig) -> int:
     from vmm import lab
 
-    if config.vsock is not None:
-        raise ConfigError(
-            "--vsock", config.vsock.path,
-            "would be a socket inside the lab; run the VM and its clients there: pyvmm lab -- COMMAND",
-        )  # fmt: skip
+    sockets = {"--vsock": config.vsock.path} if config.vsock is not None else {}
+    if config.console.startswith("unix:"):
+        sockets["--console"] = config.console
+    for option, path in sockets.items():
+        inside = "would be a socket inside the lab; run the VM and its clients there: pyvmm lab -- COMMAND"
+        raise ConfigError(option, path, inside)
     written = [os.path.dirname(os.path.abspath(d.path)) for d in config.drives if not d.read_only]
     written += [os.path.abspath(share.path) for share in config.shares if not share.read_only]
     if config.console.startswith("file:"):

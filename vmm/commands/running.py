@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from vmm.commands.cli import COMMANDS, PROGRAMS
 from vmm.errors import ConfigError, VmmError
+from vmm.machine.console_socket import MARK
 from vmm.sandbox import registry
 
 TYPE_CHECKING = False
@@ -148,6 +149,13 @@ def _descriptors(pid: int) -> Iterator[str]:
             yield os.readlink(f"/proc/{pid}/fd/{fd}")
         except OSError:
             pass  # closed meanwhile
+
+
+def consoles(pid: int) -> list[str]:
+    """Where we find the sockets of the consoles that the process has (``console="unix:PATH"``)."""
+    mark = f"/memfd:{MARK}"
+    names = [target.removeprefix(mark) for target in _descriptors(pid) if target.startswith(mark)]
+    return [path_in(pid, name.removesuffix(" (deleted)")) for name in names]
 
 
 def _command(line: list[str]) -> tuple[str, tuple[str, ...]]:

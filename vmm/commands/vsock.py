@@ -56,33 +56,40 @@ def connect(path: str, port: int) -> socket.socket:
     return stream
 
 
-def bridge(stream: socket.socket, source: int, sink: int) -> None:
+def bridge(stream: socket.socket, source: int, sink: int, escape: bytes = b"") -> bool:
     """Copy `source` to `stream` and `stream` to `sink`, until the guest ends its side.
 
     The end of `source` is passed on as the end of our side only; what the guest still says comes through. A guest that
     does not read holds up `source` and nothing else.
 
+    :param escape: a byte of `source` that ends it, too. To be seen in time it must not be held up: what a guest leaves
+        unread is lost then, but for 64 KiB
+    :returns: whether that byte came
     :raises OSError: `sink` cannot be written, or `source` not read
     """
     stream.setblocking(False)
     waiting = b""  # of source, for the guest
     more = True  # source has not ended, and the guest reads
-    while True:
+    found = b""
+    while not found:
         poll = select.poll()
         poll.register(stream, select.POLLIN | (select.POLLOUT if waiting else 0))
-        if more and not waiting:
+        if more and (escape or not waiting):
             poll.register(source, select.POLLIN)
         ready = dict(poll.poll())
         if source in ready:
             try:
-                waiting = os.read(source, _CHUNK)
+                data = os.read(source, _CHUNK)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-                waiting = b""  # a terminal that has been hung up
-            more = bool(waiting)
+                data = b""  # a terminal that has been hung up
+            more = bool(data)
             if not more:
                 stream.shutdown(socket.SHUT_WR)
+            if escape:
+                data, found, _ = data.partition(escape)
+            waiting = (waiting + data)[:_CHUNK]
         if waiting:
             try:
                 waiting = waiting[stream.send(waiting) :]
@@ -96,11 +103,12 @@ def bridge(stream: socket.socket, source: int, sink: int) -> None:
             except BlockingIOError:
                 continue
             except ConnectionResetError:
-                return
+                return False
             if not data:
-                return
+                return False
             while data:
                 data = data[os.write(sink, data) :]
+    return True
 
 
 def main(args: argparse.Namespace) -> int:

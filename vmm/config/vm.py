@@ -65,9 +65,9 @@ def _entropy(field: str, given: EntropyConfig | bool) -> EntropyConfig | None:
 
 
 def _console(field: str, where: str) -> str:
-    if where not in ("stdio", "raw", "none") and not where.startswith("file:"):
-        raise ConfigError(field, where, "must be stdio, raw, none or file:PATH")
-    if where == "file:":
+    if where not in ("stdio", "raw", "none") and not where.startswith(("file:", "unix:")):
+        raise ConfigError(field, where, "must be stdio, raw, none, file:PATH or unix:PATH")
+    if where in ("file:", "unix:"):
         raise ConfigError(field, where, "the path is empty")
     return where
 
@@ -124,8 +124,8 @@ class VmConfig(Config):
         default=0, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", api_bits=32, extension=True,
     )  # fmt: skip
     console: str = option(
-        help="where the console's output goes: stdio, file:PATH, none, or raw, which is stdio without the escape key: "
-        "its unread output is lost (default: stdio; of the library: none)",
+        help="the console: stdio; unix:PATH, a socket for pyvmm attach; file:PATH, its output alone; none; or raw, "
+        "which is stdio without the escape key: its unread output is lost (default: stdio; of the library: none)",
         default="none", check=_console, word="--console", metavar="WHERE",
         api="console", api_means="raw", extension=True,
     )  # fmt: skip

@@ -137,6 +137,7 @@ KINDS: dict[str, tuple[Rule, ...]] = {
     "metrics": _allow("select poll"),
     "undertaker": _allow("fsync"),
     "console": (*_ioctl(*_TERMINAL), *_allow("select pselect6 ppoll")),
+    "console-socket": (*_allow("accept4 sendto recvfrom"), *_ioctl(*_DESCRIPTOR)),
 }  # fmt: skip
 # Its rings were made and restricted before there was any filter.
 KINDS["blk-uring"] = (*KINDS["blk"], *_allow("io_uring_enter"))
@@ -146,7 +147,19 @@ KINDS["resolver"] = (
     *_allow("connect getsockname sendto recvfrom timerfd_settime"),
 )
 # Whose descriptors are open already. By Landlock, too, where the kernel has it, they open, make and remove no file.
-FILELESS = ("vcpu", "blk", "blk-uring", "net", "vsock", "device", "metrics", "undertaker", "console", "resolver")
+FILELESS = (
+    "vcpu",
+    "blk",
+    "blk-uring",
+    "net",
+    "vsock",
+    "device",
+    "metrics",
+    "undertaker",
+    "console",
+    "console-socket",
+    "resolver",
+)
 # What makes threads, and lets them put their filters on.
 _SPAWN = (
     *_ints("clone", 0, _CLONE_THREAD_FLAGS),

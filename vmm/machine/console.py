@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's side of the serial console: this terminal, a file, or nothing.
+"""The host's side of the serial console: this terminal, a file, a unix socket, or nothing.
 
 One thread takes the guest's output, where somebody hears it, one hands over the input; a terminal that nobody reads,
 or a guest that reads nothing, holds up its own thread and no more. On a terminal a third one waits for the guest to
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from queue import SimpleQueue
     from typing import Any, Protocol
+
+    from vmm.machine.console_socket import ConsoleSocket
 
     class Port(Protocol):
         """What a console needs of a serial port."""
@@ -65,13 +67,13 @@ class Console:
 
     :param serial: the port; ``close`` closes it
     :param mode: ``"stdio"``; ``"raw"``, the same without keys of our own; ``"file:PATH"`` (a FIFO, or a file, created
-        for its owner alone, or emptied); or ``"none"``
+        for its owner alone, or emptied); ``"unix:PATH"`` (see ``vmm.machine.console_socket``); or ``"none"``
     :param limit: called with a number of bytes, it says whether they have to wait: those are lost; None: no limit
     :param on_output: also called with the output as it comes, on the console's thread; one that raises is
         reported and not called again
     :param on_quit: called when the person at the terminal asks for the end, on a thread of the console's;
         again where they ask again
-    :raises ConfigError: the file cannot be written
+    :raises ConfigError: the file cannot be written, or the socket cannot be made
 
     ``lost`` is how many bytes of output could not be written, or were too many.
     """
@@ -95,6 +97,7 @@ class Console:
         self._out: int | None = None
         self._in: int | None = None
         self._owned: int | None = None
+        self._socket: ConsoleSocket | None = None
         self._saved: list[Any] | None = None
         self._closed = False
         self._wake: int | None = None
@@ -127,6 +130,10 @@ class Console:
                 why = error.strerror if isinstance(error, OSError) else error
                 raise ConfigError("--console", mode, f"cannot be written: {why}") from None
             self._out = self._owned
+        elif mode.startswith("unix:"):
+            from vmm.machine.console_socket import ConsoleSocket
+
+            self._socket = ConsoleSocket(mode.removeprefix("unix:"), serial.feed)
 
     def start(self, kind: str | None = "console", *, quiet: QuietPort | None = None) -> None:
         """Empty the file, make the terminal raw if stdin is one, and let the bytes flow.
@@ -149,7 +156,8 @@ class Console:
                 self._readers.append(spawn(kind, "console keys", self._pump_typed))
         with self._output_lock:
             self._started, self._kind = True, kind
-            if quiet is not None and not self._heard and self._out is None and self._limit is None:
+            unheard = not self._heard and self._out is None and self._socket is None and self._limit is None
+            if quiet is not None and unheard:
                 quiet.drop_output(PANIC)
                 self._quiet = quiet
             else:
@@ -157,6 +165,8 @@ class Console:
         if self._in is not None:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
             self._readers.append(spawn(kind, "console in", self._pump_input))
+        if self._socket is not None:
+            self._socket.start(kind)
 
     # Output
 
@@ -200,6 +210,9 @@ class Console:
         return b"".join(kept)
 
     def _write(self, data: bytes) -> None:
+        if self._socket is not None:
+            self.lost += self._socket.put(data)
+            return
         view = memoryview(data)
         while view and self._out is not None:
             try:
@@ -347,11 +360,13 @@ class Console:
             if self._writer is not threading.current_thread():
                 logger.warn("nobody takes the console's output; the rest of it is lost")
         else:
-            if self.lost:
+            if self.lost and self._socket is None:
                 why = self._write_error or "nobody took them"
                 logger.warn(f"{self.lost} bytes of the console's output are lost: {why}")
             if self._owned is not None:
                 os.close(self._owned)
+        if self._socket is not None:
+            self._socket.close(DRAIN_SECONDS)
         # A thread that is still there keeps its descriptors until the process ends.
         if self._wake is not None and not read_on:
             os.close(self._wake)
