@@ -77,7 +77,7 @@ class Setup:
 def parse(source: Source) -> Setup:
     """Read and check the setup header.
 
-    :raises ConfigError: when it is no x86-64 bzImage, or a truncated one
+    :raises ConfigError: the file is not an x86-64 bzImage, or is truncated
     """
     head = source.read(0, 0x268, "the setup header")
     setup_sects, syssize, boot_flag, magic, version = _FIELDS.unpack_from(head, HEADER)

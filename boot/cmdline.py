@@ -26,8 +26,8 @@ class Cmdline:
 
     What comes after a lone ``--`` belongs to init, so what is added goes before it.
 
-    :param text: what the user wrote
-    :raises ConfigError: it holds what no kernel takes, or a quote is left open, in which all that is added would end
+    :param text: text of the user
+    :raises ConfigError: a character that no kernel takes, or an open quote, which would swallow added words
     """
 
     __slots__ = ("_for_init", "_text")
@@ -70,7 +70,7 @@ class Cmdline:
         """The line as the kernel reads it, ended by a NUL.
 
         :param limit: the most bytes without the NUL that this kernel keeps
-        :raises ConfigError: it is longer
+        :raises ConfigError: the line is longer
         """
         line = self._line()
         if len(line) > limit:
@@ -87,7 +87,7 @@ class Cmdline:
 def parameter(name: str, value: str) -> str:
     """The word ``name=value`` as the kernel takes it apart again, in quotes where the value holds white space.
 
-    :raises ConfigError: there is no way to write it
+    :raises ConfigError: the value cannot be written
     """
     if '"' in value:
         raise ConfigError("cmdline", f"{name}={value}", "a value cannot contain a double quote")

@@ -122,7 +122,7 @@ def shape_cpuid(
 
     :param entries: changed in place; other leaves stay as KVM gave them
     :param tsc_deadline: whether KVM's local APIC has the TSC-deadline timer
-    :param threads: of each core, 1 or 2; `count` is a multiple of it
+    :param threads: threads of each core, 1 or 2; `count` is a multiple of it
 
     Source: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E.
     """

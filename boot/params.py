@@ -79,7 +79,7 @@ def zero_page(
     """Return the 4096 bytes of the zero page.
 
     :param header: the kernel's setup header, from 0x1f1 on; all else starts as zero, as the protocol demands
-    :param load_address: where the kernel was loaded
+    :param load_address: load address of the kernel
     :param initrd: guest physical address and bytes
     :param rsdp: guest physical address of the ACPI RSDP, 0 for none
     """

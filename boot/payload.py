@@ -65,7 +65,7 @@ def compression(source: Source, setup: Setup) -> str:
 def chunks(name: str, source: Source, setup: Setup) -> Iterator[Chunk]:
     """The bytes of the payload's kernel, which is an ELF file, in order.
 
-    :param name: what :func:`compression` returned
+    :param name: the result of :func:`compression`
     :returns: an iterator; what it gives is valid until the next, and is not kept. Its user has to bound it: a small
         payload can be a large kernel. A broken payload raises ConfigError on the way.
     :raises Unsupported: for a method without a library here
@@ -85,7 +85,7 @@ def _failing(name: str, source: Source) -> Fail:
 def unpack(name: str, source: Source, setup: Setup, memory: GuestMemory) -> elf.Elf:
     """Unpack the payload's ELF kernel into guest memory, which must be fresh; return its headers and notes.
 
-    :param name: what :func:`compression` returned
+    :param name: the result of :func:`compression`
     :raises Unsupported: for a method without a library here; nothing was written then
     :raises ConfigError: when the payload is broken, or its kernel does not fit
     """

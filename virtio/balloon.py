@@ -48,11 +48,11 @@ _POISON = range(12, 16)
 class Balloon(VirtioDevice):
     """A virtio memory balloon.
 
-    :param amount_mib: what the guest is asked to hand back, in MiB; ``set_amount`` changes it
+    :param amount_mib: memory in MiB that the guest is asked to give back; ``set_amount`` changes it
     :param deflate_on_oom: the guest may take pages back when it runs out of memory
     :param stats_polling_interval_s: seconds from one reading of the guest's statistics to the next; 0: none, ever
     :param free_page_reporting: the guest hands back what it does not use, by itself
-    :param name: of the worker's thread
+    :param name: name of the worker's thread
     :raises ConfigError: an amount or an interval out of range
 
     ``stats``: ``inflated``, ``deflated`` and ``reported`` pages of 4 KiB; ``bytes_discarded`` given back to the host;

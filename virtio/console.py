@@ -155,7 +155,7 @@ class Console(VirtioDevice):
     :param ports: names of further ports, each of its own
     :param cols: width of the first port's terminal in characters; 0: unknown
     :param rows: height
-    :param name: of the workers' threads
+    :param name: name of the workers' threads
     :raises ConfigError: a name that is empty or there already, too many ports, no such size
 
     ``ports[0]`` is the console's port, ``ports[1:]`` are those of `ports`, in order.
@@ -197,7 +197,7 @@ class Console(VirtioDevice):
     def resize(self, cols: int, rows: int) -> None:
         """Tell the driver that the first port's terminal has this size from now on. Any thread.
 
-        :raises ConfigError: no such size
+        :raises ConfigError: an invalid size
         """
         self.publish_config(self._config_space(cols, rows))
         if 0 in self._ready:

@@ -208,7 +208,7 @@ class Worker:
     :param indices: the queues that it serves
     :param notify_fds: an eventfd for each of them; not owned
     :param on_failure: called on the thread, which then ends, with what ``process`` raised
-    :raises OSError: no file descriptor left
+    :raises OSError: no file descriptor is left
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Worker:
     def start(self, context: ActivateContext) -> None:
         """Start the thread for the driver of `context`.
 
-        :raises RuntimeError: no thread to be had
+        :raises RuntimeError: the host has no thread left
         """
         self._context = context
         context.stopping = False

@@ -22,8 +22,8 @@ _NAP = 0.05  # seconds that a throttled worker sleeps before it looks whether it
 class Entropy(VirtioDevice):
     """A virtio entropy device.
 
-    :param limiter: of bytes and requests; kept, and changeable while the guest runs; None: no limit
-    :param name: of the worker's thread
+    :param limiter: limits bytes and requests; kept, and changeable while the guest runs; None: no limit
+    :param name: name of the worker's thread
 
     ``stats``: ``bytes`` given to the guest; ``bad_requests`` have no buffer to fill, or one that is not to be filled.
     Source: Linux getrandom(2), the pool of /dev/urandom, which is never empty once the host has booted.

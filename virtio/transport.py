@@ -360,7 +360,7 @@ class Transport:
 
         The workers start with ``go_on``.
 
-        :raises SnapshotError: it is the state of another device, or no state that a device can be in
+        :raises SnapshotError: the state is that of another device, or invalid
         """
         name = self.device.name
         try:

@@ -154,7 +154,7 @@ _second = (-1, "")
 def parse_level(level: str) -> int:
     """The number of a level's name, in any letters' case.
 
-    :raises ConfigError: there is no level of that name
+    :raises ConfigError: an unknown level
     """
     number = _LEVELS.get(level.lower())
     if number is None:
@@ -178,7 +178,7 @@ def configure(
     :param show_level: whether a line tells its level
     :param show_log_origin: whether it tells the file and line of the source
     :param module: log only what comes from modules whose names begin so, as ``vmm.api``; ``::`` serves for the dot
-    :param vmm_id: of the VM, in every line
+    :param vmm_id: id of the VM, in every line
     :raises ConfigError: of `log_path` or `level`; nothing is changed then
     """
     global _settings

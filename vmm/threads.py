@@ -102,12 +102,12 @@ def spawn(
 
     :param kind: what it will do, which decides what it may ask of the host: one of ``vmm.jail.seccomp.KINDS``;
         None: what an embedding program's code does, so it has no filter
-    :param name: of the thread, for Python
+    :param name: name of the thread in Python
     :param below: descriptor of the only directory below which it opens files, where the kernel has Landlock, and
         whether it changes any; open until the thread runs. None: as its kind says
     :param unconfined: called on the thread in `target`'s place where its filter could not be had, as without a
         descriptor left; None: one line on stderr says so
-    :raises RuntimeError: no thread to be had
+    :raises RuntimeError: the host has no thread left
     :raises HostError: the filters could not be had
     """
 

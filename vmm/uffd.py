@@ -44,7 +44,7 @@ class FaultHandler:
 
     :param path: the handler's socket
     :param regions: host address, bytes and offset in the memory file of each region; mapped private, and untouched
-    :raises HandlerError: the host has no userfaultfd for us, or nobody listens
+    :raises HandlerError: the host has no userfaultfd for this process, or no handler listens
     """
 
     def __init__(self, path: str, regions: Sequence[tuple[int, int, int]]) -> None:

@@ -46,7 +46,7 @@ class Disk(Closing):
     :param image_format: ``raw``; None: the same, but what looks like qcow2, VMDK, ... is refused. It is never taken for
         anything else than raw: what a guest writes at the start of its disk must not change how that is read.
     :param any_size: it may be empty, or have some bytes more than a multiple of 512, which are left out
-    :raises ConfigError: it cannot be opened so, is something else, has another size, or is in use
+    :raises ConfigError: the disk cannot be opened, is not a disk, has an invalid size, or is in use
 
     The lock is an open file description lock on the whole file, so QEMU's own image locks meet it too.
     ``size`` is in bytes, as is ``block_size``, the least that the host takes at a time.
@@ -217,12 +217,12 @@ class Block(VirtioDevice):
     """A virtio block device over `disk`.
 
     :param disk: open and locked; not owned
-    :param serial: what GET_ID answers, at most 20 bytes
-    :param name: of the device in messages, and of its threads
+    :param serial: answer to GET_ID, at most 20 bytes
+    :param name: name of the device in messages, and of its threads
     :param queues: each with a thread of its own
     :param engine: ``sync``: system calls; ``io_uring``; None: what is faster for the file
     :param unsafe: the guest is offered no flush, and one does nothing: what it wrote may be lost with the host
-    :param limiter: of all queues together; None: one without a limit
+    :param limiter: limits all queues together; None: no limit
     :raises ConfigError: io_uring was asked for, and the kernel has none
     """
 
@@ -314,7 +314,7 @@ class Block(VirtioDevice):
     def set_capacity(self, size: int) -> None:
         """Tell the driver that the disk has `size` bytes from now on; the backing file was changed before.
 
-        :raises ConfigError: not a positive multiple of 512
+        :raises ConfigError: the size is not a positive multiple of 512
         """
         if size < (0 if self.disk.any_size else 1) or size % spec.BLK_SECTOR:
             raise ConfigError("disk size", size, "must be a positive multiple of 512 bytes")

@@ -76,14 +76,14 @@ rm -f "$2/raw" "$2/${2##*/}"; rmdir "$2"
 class Header:
     """What a qcow2 image says of other files.
 
-    :param fd: of the image; read from its start
+    :param fd: the open image, which is read from its start
     :param path: for messages
-    :raises ConfigError: it is not qcow2, or damaged
+    :raises ConfigError: the image is not qcow2, or is damaged
 
     :ivar backing: the name of a backing file; empty: it has none
-    :ivar backing_format: what the image says that its backing file is; empty: it does not say
-    :ivar data_file: its data are in a file of their own
-    :ivar encrypted: by QEMU
+    :ivar backing_format: format of the backing file by the image; empty: not given
+    :ivar data_file: its data is in an external file
+    :ivar encrypted: encrypted by QEMU
     """
 
     def __init__(self, fd: int, path: str) -> None:
@@ -118,9 +118,9 @@ class Qcow2(Closing):
     """An image and the process that shows it, until ``close``. It needs /dev/fuse, and root or ``fusermount3``.
 
     :param path: the image
-    :param read_only: it stays as it is
+    :param read_only: never write to the image
     :param backing_file: the file that the image is a change of, which is read; what the image names is not opened
-    :param backing_format: of the backing file: ``raw`` or ``qcow2``
+    :param backing_format: format of the backing file: ``raw`` or ``qcow2``
     :raises ConfigError: the image names a file that was not named here, the program is not there, or cannot do it
 
     ``raw`` is the path of the file that has the image's contents and takes writes, flushes and holes. QEMU locks the
@@ -201,7 +201,7 @@ class Qcow2(Closing):
     def _opened_no_other(self, path: str, ready: str) -> None:
         """Look at what QEMU has open: somebody may have changed the image's header since it was read here.
 
-        :raises ConfigError: it has opened another file
+        :raises ConfigError: the program has opened another file
         """
         assert self._daemon is not None
         allowed = [os.stat(name) for name, _ in self._files]
@@ -236,7 +236,7 @@ class Qcow2(Closing):
 def _judge(path: str, backing_file: str | None, backing_format: str) -> None:
     """Read the image's header.
 
-    :raises ConfigError: it names files that the user did not
+    :raises ConfigError: the image names files that the user did not
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -30,7 +30,7 @@ QUEUE_SIZE = 1024
 _CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
 # Requests that wait for the host's disk at once, at least.
 _HELPERS = 4
-_DAX_LIMIT = "and limits exclude one another: what a guest does in the window asks nobody"
+_DAX_LIMIT = "and limits exclude one another: DAX accesses are not counted"
 # Seconds that the guest may believe what it was told, by cache policy.
 _VALID = {"auto": 1, "always": 86400, "none": 0}
 
@@ -38,7 +38,7 @@ _VALID = {"auto": 1, "always": 86400, "none": 0}
 class Fs(VirtioDevice):
     """A virtio-fs device over a directory; owns the descriptors by which it is reached.
 
-    :param tag: what the guest mounts, 1 to 36 bytes
+    :param tag: the tag by which the guest mounts it, 1 to 36 bytes
     :param path: the directory; later changes of this path itself do not matter
     :param read_only: nothing that the guest sends changes anything below the directory
     :param cache: ``auto``: the guest believes what it was told for a second; ``always``: for a day, and it keeps
@@ -46,13 +46,13 @@ class Fs(VirtioDevice):
     :param submounts: what is mounted below the directory is shown, too, as mounts of the guest's; otherwise such a
         mount point is refused with EXDEV. File systems that store no files, as proc, are refused in any case
     :param threads: request queues, each with a thread
-    :param squash: ``(uid, gid)`` of every access; needs root. None: as root the files that a guest's user makes are
-        that user's, otherwise every access is that of the VMM's own user
+    :param squash: ``(uid, gid)`` of every access; needs root. None: as root, files belong to the guest's users;
+        otherwise every access is that of the VMM's own user
     :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none. Whoever has the VM shows ``window`` to the guest
         and says where in ``shm_regions[0]``
-    :param limiter: of bytes read, written, copied and allocated, and of requests that do so or change or sync anything;
-        not with ``dax``, where a guest asks nobody
-    :param name: of the threads
+    :param limiter: limits bytes read, written, copied and allocated, and requests that do so, change or sync; not
+        with ``dax``, where a guest sends no requests
+    :param name: name of the threads
     :raises ConfigError: a parameter, or the directory, cannot be used
     """
 

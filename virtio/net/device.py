@@ -57,7 +57,7 @@ _PCAP_HEADER = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0x40000, 1)
 def parse_mac(text: str) -> bytes:
     """The six bytes of a hardware address as people write it.
 
-    :raises ConfigError: it is not a unicast MAC address
+    :raises ConfigError: the text is not a unicast MAC address
     """
     parts = text.split(":")
     plain = len(parts) == 6 and all(len(part) == 2 and part.isalnum() and part.isascii() for part in parts)
@@ -84,12 +84,12 @@ class Net(VirtioDevice):
     :param mac: six bytes
     :param mtu: told to the guest; None: not told
     :param pcap: path of a file that gets each frame, both ways; it is made anew
-    :param rx_limiter: of what the guest receives; None: no limit
-    :param tx_limiter: of what the guest sends; None: no limit
+    :param rx_limiter: limits what the guest receives; None: no limit
+    :param tx_limiter: limits what the guest sends; None: no limit
     :param mmds: the metadata service's endpoint: what the guest sends to its address does not reach `backend`
     :param policy: which frames of the guest's reach `backend`, which has one pair then; None: all
     :param resolver: the policy's; owned. None: nobody answers names
-    :param name: of the threads
+    :param name: name of the threads
     :raises ConfigError: the pcap file cannot be made
     """
 

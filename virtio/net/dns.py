@@ -29,9 +29,9 @@ _LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_")
 class Question:
     """What a client asks.
 
-    :ivar number: of the message, to be in its answer
-    :ivar name: in lower case, without the last dot
-    :ivar kind: of the records
+    :ivar number: number of the message, repeated in its answer
+    :ivar name: the name, in lower case, without the last dot
+    :ivar kind: type of the records
     :ivar text: the question as it was asked, whose letters the answer has to have
     :ivar error: what is wrong with it, a response code; 0: nothing
     """
@@ -52,7 +52,7 @@ class Question:
 def read_question(data: bytes) -> Question:
     """Of a client's message.
 
-    :raises ValueError: it is none that can be answered at all
+    :raises ValueError: the question cannot be answered
     """
     if len(data) < _HEAD.size:
         raise ValueError("shorter than a message")
@@ -98,7 +98,7 @@ def query(number: int, name: str, kind: int) -> bytes:
 def read_answer(data: bytes, number: int, name: str, kind: int) -> tuple[int, list[bytes], int]:
     """The response code, the addresses and their time to live in seconds, of the answer to ``query``.
 
-    :raises ValueError: it is not that answer, or makes no sense
+    :raises ValueError: this is not that answer, or it is invalid
     """
     try:
         return _read_answer(data, number, name, kind)
@@ -145,7 +145,7 @@ def _read_answer(data: bytes, number: int, name: str, kind: int) -> tuple[int, l
 def read_name(data: bytes, at: int, *, pointers: bool = True) -> tuple[str, int]:
     """A name in lower case, without its last dot, and where it ends in `data`.
 
-    :raises ValueError: it makes no sense, or has a byte that names of hosts have not
+    :raises ValueError: the name is invalid, or has a byte that host names cannot have
     """
     labels: list[str] = []
     end = -1

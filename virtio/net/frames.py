@@ -21,7 +21,7 @@ def datagram(asked: bytes, port: int, data: bytes, identity: int) -> bytes:
     """The answer to a UDP datagram.
 
     :param asked: its frame, from the Ethernet header to that of UDP
-    :param port: its source port
+    :param port: source port of the question
     """
     source, target = asked[30:34], asked[26:30]
     size = 8 + len(data)

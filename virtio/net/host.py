@@ -55,10 +55,10 @@ _IFREQ_ADDR = struct.Struct("=16sHH4s16x")  # ifr_name and a struct sockaddr_in
 class Tap:
     """A tap device, one descriptor a pair of queues; owns the descriptors.
 
-    :param name: of the interface; ``%d`` in the name of one to be made is replaced by a number that is free
+    :param name: name of the interface; ``%d`` in the name of one to be made is replaced by a number that is free
     :param queues: pairs, 1 to 8
     :param make: it is made, and is gone with the descriptors; otherwise it has to be there
-    :raises ConfigError: it cannot be opened so
+    :raises ConfigError: the tap cannot be opened
 
     ``name`` is its real name. Which of the queues the host uses is ``set_pairs``.
     """
@@ -87,7 +87,7 @@ class Tap:
     def inherited(cls, fd: int) -> Tap:
         """The tap of an open descriptor, which is owned from here on.
 
-        :raises ConfigError: it is not a tap with IFF_VNET_HDR
+        :raises ConfigError: the descriptor is not a tap with IFF_VNET_HDR
         """
         tap = cls.__new__(cls)
         tap.fds, tap._attached = [], 1
@@ -156,7 +156,7 @@ class Tap:
     def configure(self, *, address: str | None = None, mtu: int | None = None) -> None:
         """Bring the interface up, with an IPv4 address such as ``10.0.0.1/24``.
 
-        :raises ConfigError: no such address, or not permitted
+        :raises ConfigError: an invalid address, or not permitted
         """
         name = self.name.encode()
         control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -199,7 +199,7 @@ def parse_address(text: str) -> tuple[bytes, int]:
 def network_of(text: str) -> str:
     """The network of an address: ``10.0.0.0/24`` for ``10.0.0.1/24``.
 
-    :raises ConfigError: it is not an IPv4 address with a prefix length
+    :raises ConfigError: the text is not an IPv4 address with a prefix length
     """
     packed, bits = parse_address(text)
     network = int.from_bytes(packed, "big") & 0xFFFF_FFFF << (32 - bits)

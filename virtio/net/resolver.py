@@ -75,7 +75,7 @@ class Resolver:
     :param servers: addresses of nameservers, with ports; None: those of the host's /etc/resolv.conf
     :param hosts: addresses by name; None: those of the host's /etc/hosts
     :param log: takes a line of a kind
-    :raises OSError: no file descriptor left
+    :raises OSError: no file descriptor is left
 
     ``on_frame`` is called by the thread when there is a frame for the guest, which ``next_frame`` gives. All else may
     be called by any thread.
@@ -267,7 +267,7 @@ class Resolver:
     def restore(self, state: Iterable[Any]) -> None:
         """Allow what of ``save`` this policy allows.
 
-        :raises ValueError: it is something else
+        :raises ValueError: the state is invalid
         """
         with self._lock:
             for name, kind, addresses, seconds in state:

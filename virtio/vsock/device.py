@@ -39,9 +39,9 @@ class Listener(UnixListener, Closing):
 class Vsock(VirtioDevice):
     """A virtio socket device.
 
-    :param listener: where host programs come in; not owned
+    :param listener: the listening socket for host programs; not owned
     :param guest_cid: 3 to 2^32 - 2
-    :param name: of the worker's thread
+    :param name: name of the worker's thread
 
     :ivar line_wait: seconds that a host program has for its CONNECT line
     :ivar guest_wait: seconds that the guest has to answer a connection's beginning or end
@@ -49,7 +49,7 @@ class Vsock(VirtioDevice):
     :ivar end_wait: seconds that a driver's end, or the VM's, waits for host programs to read what the guest sent before
     :ivar settle_wait: seconds that host programs wait until the driver of a copy is done with the connections of before
     :ivar tx_delay: seconds that the interrupt for a packet that was sent may come late, to come with another
-    :ivar connections: how many there are, open or on their way in or out
+    :ivar connections: number of connections, open or being opened or closed
 
     Until a driver is there host programs wait in the listener's backlog. When it goes, every connection is closed.
     """

@@ -12,7 +12,7 @@ class ApiError(VmmError):
     """A request is refused, and nothing of it was done.
 
     :param message: the ``fault_message``
-    :param status: of the answer
+    :param status: status of the answer
     """
 
     def __init__(self, message: str, status: int = 400) -> None:

@@ -91,7 +91,7 @@ class Vmm:
         """Do it.
 
         :returns: the answer's body, or None
-        :raises ApiError: it is refused
+        :raises ApiError: the action is refused
         """
         when, do = ACTIONS[action.name]
         with self._lock:
@@ -486,7 +486,7 @@ class Vmm:
 
         :param shown: its configuration, for those who ask
         :param resume: it runs; False: it is paused
-        :raises VmmError: it cannot be made
+        :raises VmmError: the machine cannot be made
         """
         from vmm.machine.machine import Machine
 

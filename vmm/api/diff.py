@@ -33,8 +33,8 @@ def is_marked(fd: int) -> bool:
 class Diff:
     """A memory file that is there and takes a Diff; marked from here on until ``close``.
 
-    :param path: of the file
-    :param fd: of the file, owned from here on
+    :param path: path of the file
+    :param fd: the open file, owned from here on
     :param size: bytes of guest RAM, and of the file
     """
 
@@ -93,7 +93,7 @@ class Diff:
     def wait(self) -> None:
         """Return once all that was written is on the disk.
 
-        :raises OSError: it is not, ``filename`` is the path of what is not
+        :raises OSError: a file could not be written; ``filename`` is its path
         """
         if self._state_fd is not None:
             with _Named(self._state_path):

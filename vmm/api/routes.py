@@ -111,7 +111,7 @@ def find(method: str, path: str) -> tuple[Route, str | None]:
 def parse(method: str, path: str, body: bytes) -> VmmAction:
     """The action that a request means.
 
-    :raises ApiError: it means none
+    :raises ApiError: no action fits the request
     """
     if method == "GET" and body:
         raise ApiError("GET request cannot have a body.")

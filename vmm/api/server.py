@@ -224,7 +224,7 @@ class Server:
     :param listener: from ``vmm.api.listen.bind``; owned
     :param answer: called with method, path and body, on the server's thread; must not raise. Gives the status, the
         body and further headers
-    :param path: of its file, which goes with it
+    :param path: path of its file, which is removed with it
     :param max_payload: bytes of a request's body
     :param patience: seconds for a client to finish a request that it began, and to take an answer
     """

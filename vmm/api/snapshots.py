@@ -145,8 +145,8 @@ def _overlaps(runs: list[tuple[int, int]], gpa: int, size: int) -> bool:
 def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     """Make the machine that a snapshot is of, paused unless `resume_vm`.
 
-    :raises ApiError: it may not be loaded now, or the request is wrong
-    :raises FatalError: it cannot be loaded
+    :raises ApiError: a load is not allowed now, or the request is invalid
+    :raises FatalError: the snapshot cannot be loaded
     """
     begun = time.monotonic_ns()
     if (body.mem_backend is None) == (body.mem_file_path is None):

@@ -134,7 +134,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
 
     The root device's parameters are put after the others, as Firecracker does, and a root disk is the first.
 
-    :raises ConfigError: it cannot be
+    :raises ConfigError: a value is invalid
     """
     boot, machine = whole.boot_source, whole.machine_config or DEFAULT_MACHINE
     serial = _given(whole.serial, types.Serial())

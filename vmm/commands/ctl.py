@@ -96,8 +96,8 @@ class Client:
     def ask(self, method: str, path: str, body: object = None) -> str:
         """The answer's body.
 
-        :raises Refused: it is an error
-        :raises HostError: nobody answers
+        :raises Refused: the answer is an error
+        :raises HostError: no VMM answers
         """
         connection = _Connection(self.path, self.patience)
         try:

@@ -115,7 +115,7 @@ def _run(args: Arguments) -> int:
 
 
 def check_program(path: str) -> None:
-    """:raises ConfigError: it is not this program, nor a link to it"""
+    """:raises ConfigError: the file is neither this program nor a link to it"""
     from vmm.commands.link import is_link
 
     own = (sys.argv[0], os.path.join(os.path.dirname(sys.executable), "pyvmm"), shutil.which("pyvmm"))

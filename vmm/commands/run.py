@@ -84,7 +84,7 @@ def config_from(args: Arguments, places: dict[str, str] | None = None) -> VmConf
     """The configuration that the command line means, and what files say of what it leaves out.
 
     :param places: what `from_files` has returned already
-    :raises ConfigError: it means none
+    :raises ConfigError: the words mean no VM
     """
     if places is None:
         places = from_files(args)

@@ -73,7 +73,7 @@ def find() -> list[Running]:
 def named(word: str) -> Running:
     """The one with the name, or the process number, `word`.
 
-    :raises ConfigError: there is none, or more than one
+    :raises ConfigError: there is no such VM, or more than one
     """
     running = find()
     found = [each for each in running if each.name == word] or [each for each in running if str(each.pid) == word]
@@ -104,7 +104,7 @@ def path_in(pid: int, path: str) -> str:
 def began(pid: int) -> int:
     """When the process began, in ticks since the host did.
 
-    :raises ProcessLookupError: it has ended
+    :raises ProcessLookupError: the VM has ended
     """
     try:
         return int(_stat(pid)[19])

@@ -94,7 +94,7 @@ def from_files(args: Arguments) -> dict[str, str]:
 
 
 def check_id(vmm_id: str) -> None:
-    """:raises ConfigError: not 1 to 64 letters, digits and hyphens"""
+    """:raises ConfigError: the id is not 1 to 64 letters, digits and hyphens"""
     if not 0 < len(vmm_id) <= MAX_ID or not all(c.isascii() and (c.isalnum() or c == "-") for c in vmm_id):
         raise ConfigError("--id", vmm_id, f"must be 1 to {MAX_ID} letters, digits and hyphens")
 

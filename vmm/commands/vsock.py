@@ -32,7 +32,7 @@ def connect(path: str, port: int) -> socket.socket:
     """Connect to a guest's `port` by the unix socket `path` of its VM.
 
     :raises ConfigError: there is no such socket
-    :raises HostError: no VM listens there, or nobody in the guest listens on the port
+    :raises HostError: no VM listens there, or no program of the guest listens on the port
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -116,7 +116,7 @@ def parse_size(field: str, text: str | int) -> int:
     """Bytes of a size as people write it: ``512M``, ``2G``, ``1.5GiB``, ``65536``.
 
     :param field: the option it came from, for the message
-    :raises ConfigError: it is not a size
+    :raises ConfigError: the text is not a size
     """
     allowed = "a size is a positive number with K, M, G or T, e.g. 512M or 2G"
     if isinstance(text, int):
@@ -169,7 +169,7 @@ def size_text(value: int) -> str:
 def parse_count(field: str, text: str, least: int, most: int | None) -> int:
     """A whole number as people write it.
 
-    :raises ConfigError: it is not a number from `least` to `most`
+    :raises ConfigError: the text is not a number from `least` to `most`
     """
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
     if value < least or (most is not None and value > most):

@@ -60,7 +60,7 @@ class RateLimiterConfig(Config, title="rate_limiter"):
     def per_second(cls, bps: str | None, iops: str | None = None) -> RateLimiterConfig | None:
         """Parse the words ``bps=`` (bytes, with K, M, G) and ``iops=`` into buckets of a tenth of a second.
 
-        :raises ConfigError: not a number from 10
+        :raises ConfigError: the value is not a number of at least 10
         """
         buckets: list[tuple[int, int, int] | None] = []
         for field, text in (("bps", bps), ("iops", iops)):
@@ -168,7 +168,7 @@ class NetworkPolicy(Config, title="network policy"):
     def of_words(cls, allow: str | None, deny: str | None) -> NetworkPolicy:
         """Parse the words ``allow=`` and ``deny=``, each a list of rules joined by +.
 
-        :raises ConfigError: no such rule
+        :raises ConfigError: an invalid rule
         """
         return cls(allow.split("+") if allow else (), deny=deny.split("+") if deny else ())
 

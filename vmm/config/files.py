@@ -37,7 +37,7 @@ ALLOWED = {
 def paths(directory: str) -> list[str]:
     """The files below `directory`, in their order.
 
-    :raises ConfigError: it cannot be looked into
+    :raises ConfigError: the directory cannot be read
     """
     base, more = os.path.join(directory, "config.toml"), os.path.join(directory, "config.d")
     try:
@@ -52,7 +52,7 @@ def paths(directory: str) -> list[str]:
 def read(path: str) -> dict[str, dict[str, tuple[Any, str]]]:
     """What one file says: by command and option, the value and the place, as ``FILE:LINE``.
 
-    :raises ConfigError: it cannot be read, or says what no file may
+    :raises ConfigError: the file cannot be read, or has an option that is not allowed in files
     """
     try:
         with open(path, "rb") as file:
@@ -91,7 +91,7 @@ def _place(path: str, text: str, command: str, key: str) -> str:
 def named(place: str, make: Callable[[], _T]) -> _T:
     """What `make` makes of a file's value.
 
-    :raises ConfigError: it cannot be; names the place
+    :raises ConfigError: the value is invalid; the message names the file and line
     """
     try:
         return make()

@@ -77,7 +77,7 @@ class Option(SimpleNamespace):
     def meant(self, word: str, text: str) -> Any:
         """The value that the text of its option on the command line means.
 
-        :raises ConfigError: it is out of range; names `word` without its hyphens
+        :raises ConfigError: the value is out of range; the message names `word` without its hyphens
         """
         return self.checked(self.field or word.removeprefix("--"), self.read(word, text))
 

@@ -24,7 +24,7 @@ _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 def parse_rule(field: str, text: str) -> Network | Name:
     """What a word allows or denies; ports 0 to 0 are all.
 
-    :raises ConfigError: it is something else; `field` is where it came from
+    :raises ConfigError: the text is not a rule; the message names `field`
     """
     host, ports = text, ""
     if text.startswith("["):

@@ -45,8 +45,8 @@ def option(
     :param help: what it means, for every documentation
     :param default: where it is left out; without one it has to be given
     :param kw_only: False: it may be given by its place, too
-    :param least: of a number
-    :param most: of a number
+    :param least: least allowed number
+    :param most: largest allowed number
     :param choices: the values that are allowed; a mapping has the API's word for each
     :param check: called with the field's name and the value; returns what is stored, raises ``ConfigError``
     :param word: its word on the command line: ``ro`` is a switch, ``queues=`` has a value, ``PATH`` is the first

@@ -94,7 +94,7 @@ def depends(name: str, *, suite: str | None = None) -> list[str]:
 def kernel_of(tree: Path) -> tuple[Path, str]:
     """Return the bzImage in an unpacked kernel package, and its version as ``uname -r`` will print it.
 
-    :raises PullError: there is not exactly one kernel in it
+    :raises PullError: the tree does not have exactly one kernel
     """
     found = {path: path.name.removeprefix("vmlinuz-") for path in tree.glob("boot/vmlinuz-*")}
     found |= {path: path.parent.name for path in modules_root(tree).glob("*/vmlinuz")}

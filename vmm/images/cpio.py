@@ -35,7 +35,7 @@ class Archive:
     def directory(self, path: str, mode: int = 0o755) -> None:
         """Add a directory.
 
-        :raises ValueError: the path, or one above it, is there and is no directory
+        :raises ValueError: the path exists, or one above it is not a directory
         """
         self._add(path, stat.S_IFDIR | mode)
 

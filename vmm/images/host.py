@@ -71,7 +71,7 @@ def cache_root() -> Path:
 def tool(name: str) -> str:
     """Return the path of a program, looking in sbin too, which an ordinary user's PATH leaves out.
 
-    :raises PullError: it is not installed; names the Debian package that has it
+    :raises PullError: the program is not installed; the message names its Debian package
     """
     path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + SBIN)
     if path is None:
@@ -101,7 +101,7 @@ def run(argv: list[str], *, cwd: str | Path | None = None, env: Mapping[str, str
     """Run a program whose messages are in English and return what it wrote to standard output.
 
     :param env: added to our own environment
-    :raises PullError: it failed; carries the last line of its standard error
+    :raises PullError: the program failed; the message is the last line of its standard error
     """
     done = subprocess.run(
         [tool(argv[0]), *argv[1:]],

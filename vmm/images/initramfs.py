@@ -69,7 +69,7 @@ def build_initramfs(
 def busybox(progress: Progress = silent) -> tuple[bytes, list[str]]:
     """Return Debian's static busybox and where its applets belong, as ``bin/sh``.
 
-    :raises PullError: it cannot be fetched
+    :raises PullError: the package cannot be fetched
     """
     binary = apt.place(apt.package("busybox-static", progress=progress).tree, "bin/busybox")
     return binary.read_bytes(), run([str(binary), "--list-full"]).split()

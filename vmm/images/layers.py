@@ -97,7 +97,7 @@ class Tree:
 
         :param what: its name in an error
         :param tar: the uncompressed archive, which stays open as long as the tree is used
-        :raises PullError: it is damaged, or has what cannot be in a file system
+        :raises PullError: the layer is damaged, or has an entry that a file system cannot hold
         """
         self._layer += 1
         if not size:

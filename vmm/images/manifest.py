@@ -102,7 +102,7 @@ def decode(what: str, data: bytes, kind: type[_T]) -> _T:
     """Return the JSON in `data` as a `kind`.
 
     :param what: its name in the error
-    :raises PullError: it is another
+    :raises PullError: the document has another type
     """
     try:
         return msgspec.json.decode(data, type=kind)
@@ -113,7 +113,7 @@ def decode(what: str, data: bytes, kind: type[_T]) -> _T:
 def check(what: str, data: bytes, digest: str) -> None:
     """Check that `data` has the digest.
 
-    :raises PullError: it has another
+    :raises PullError: the data has another digest
     """
     algorithm, _, wanted = digest.partition(":")
     found = hashlib.new(algorithm, data).hexdigest()
@@ -124,7 +124,7 @@ def check(what: str, data: bytes, digest: str) -> None:
 def pick(what: str, index: Index) -> Descriptor:
     """Return the image for this machine, linux/amd64, of those in an index.
 
-    :raises PullError: it has none; the error names those that it has
+    :raises PullError: there is none for this machine; the message names those that there are
     """
     offered = []
     for each in index.manifests:
@@ -162,7 +162,7 @@ def check_layers(what: str, manifest: Manifest) -> None:
 def read_config(what: str, data: bytes) -> tuple[ImageConfig, list[str]]:
     """Return what a config says of the program, its user not looked up yet, and the digest of each layer's tar.
 
-    :raises PullError: it is for another machine, or says what cannot be
+    :raises PullError: the image is for another machine, or its config is invalid
     """
     found = decode(f"the config of {what}", data, _Config)
     if (found.os, found.architecture) != ("linux", "amd64"):

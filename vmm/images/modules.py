@@ -28,7 +28,7 @@ def load_order(tree: Path, version: str, names: Iterable[str], *, optional: Sequ
     :param tree: an unpacked kernel package
     :param optional: further names, which are left out if this kernel has no such module
     :raises ConfigError: a name that is neither a module nor built in
-    :raises PullError: no modules of that version there, or a module file that is no module
+    :raises PullError: there are no modules of that version, or a file is not a module
     """
     root = modules_root(tree) / version
     files = {_name(path): path for path in root.rglob("*.ko*") if path.name.endswith(_SUFFIXES)}

@@ -49,7 +49,7 @@ class Name(NamedTuple):
 def parse(text: str) -> Name | None:
     """Return what `text` names, or None if it has none of the prefixes.
 
-    :raises ConfigError: it has a prefix and is no name
+    :raises ConfigError: the text has a prefix but is not a valid name
     """
     kind, colon, rest = text.partition(":")
     if not colon or kind not in KINDS:

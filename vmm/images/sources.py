@@ -73,7 +73,7 @@ def layout(name: Name) -> Content:
     """Read an image from a directory.
 
     Source: OCI Image Format Specification 1.1, image-layout.md.
-    :raises PullError: it is not such an image, or is damaged
+    :raises PullError: this is not such an image, or it is damaged
     """
     home = Path(name.place)
     index = manifest.decode(f"{home}/index.json", _small(home / "index.json"), manifest.Index)
@@ -120,7 +120,7 @@ class _Saved(msgspec.Struct, rename="pascal"):
 def archive(name: Name) -> Content:
     """Read an image from what `docker save` or `podman save` wrote.
 
-    :raises PullError: it is not such an image, or is damaged
+    :raises PullError: this is not such an image, or it is damaged
     """
     try:
         tar = tarfile.open(fileobj=_opened(Path(name.place)), mode="r:")
@@ -200,7 +200,7 @@ def unpack(what: str, file: BinaryIO, diff_id: str, limit: int, directory: Path)
 
     :param diff_id: the digest of the tar
     :param limit: bytes of the tar
-    :raises PullError: it is longer; Damaged: it has another digest, or cannot be uncompressed
+    :raises PullError: the file is longer than allowed; Damaged: it has another digest, or cannot be uncompressed
     """
     algorithm, _, wanted = diff_id.partition(":")
     digest = hashlib.new(algorithm)

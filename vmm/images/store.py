@@ -75,11 +75,11 @@ def obtain(
 ) -> Image:  # fmt: skip
     """The image in the cache, or a new one; two pulls of one image wait for each other.
 
-    :param directory: of the image, below ``images/``
+    :param directory: directory of the image, below ``images/``
     :param cached: the image, if what is in the cache will do
     :param check: raises PullError where a program is missing
     :param make: is given a directory to work in, and makes ``image`` there
-    :raises PullError: it cannot be made
+    :raises PullError: the image cannot be made
     """
     place = cache_root() / "images" / directory
     if not refresh and (image := cached()):
@@ -172,8 +172,8 @@ def finish(
 ) -> None:  # fmt: skip
     """Put a kernel, an initramfs and ``image.json`` beside a root file system.
 
-    :param facts: of the root file system, for ``image.json``
-    :param modules: that the initramfs loads; with `on_demand` those that it has for modprobe
+    :param facts: facts about the root file system, for ``image.json``
+    :param modules: modules that the initramfs loads; with `on_demand`, modules that it has for modprobe
     :param files: further files of the initramfs
     """
     bzimage, version = apt.kernel_of(kernel.tree)

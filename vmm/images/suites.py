@@ -37,7 +37,7 @@ def apt_of(suite: str, progress: Progress = silent) -> Iterator[dict[str, str]]:
 
     A suite as ``bookworm-backports`` comes before ``bookworm``, which is there, too.
 
-    :raises PullError: there is no apt here, no Debian source, or no such suite
+    :raises PullError: this host has no apt, no Debian source, or no such suite
     """
     mirrors = [uri for uri, codename, _ in sources() if "-" not in codename]
     if not mirrors:

@@ -48,7 +48,7 @@ class Jail:
 
     :param exec_file: the program's path; its last part names the jail's directory and its pid file
     :param jail_id: 1 to 64 letters, digits and hyphens
-    :param chroot_base_dir: where jails are
+    :param chroot_base_dir: directory of all jails
     :param netns: path of a network namespace to be in
     :param cgroups: ``FILE=VALUE``, such as ``cpu.shares=10``
     :param cgroup_version: 1 or 2
@@ -119,7 +119,7 @@ class Jail:
     def settle(self, status: int = 0) -> None:
         """Tell who started us how the start went, and be without standard streams from here on; once, if daemonized.
 
-        :param status: what the jailer ends with
+        :param status: exit status of the jailer
         """
         if self._word >= 0:
             os.dup2(self._null, 1)

@@ -226,7 +226,7 @@ class Compiler:
         """The BPF program that allows what `rules` say, and traps everything else.
 
         :raises OSError: libseccomp refused a rule
-        :raises ValueError: there is no such system call
+        :raises ValueError: an unknown system call
         """
         library, context = self._library, ctypes.c_void_p(self._library.seccomp_init(_TRAP))
         if not context:

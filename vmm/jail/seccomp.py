@@ -49,7 +49,7 @@ class Filters:
     def install(self, kind: str, below: tuple[int, bool] | None = None) -> None:
         """Put the filter of `kind` over what the calling thread has; it stays.
 
-        :param below: as of ``vmm.threads.spawn``
+        :param below: as for ``vmm.threads.spawn``
         :raises HostError: the kernel refused it
         """
         try:
@@ -77,7 +77,7 @@ class Filters:
     def start(self, thread: threading.Thread) -> None:
         """Start `thread`, from whatever thread.
 
-        :raises RuntimeError: no thread to be had
+        :raises RuntimeError: the host has no thread left
         """
         if not self.confines():
             self._have_maker()

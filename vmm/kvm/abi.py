@@ -217,7 +217,7 @@ def kvm_ioctl(fd: int, request: int, argument: Structure | Array[c_uint8] | byte
     :param request: one of the numbers above
     :param argument: a structure that KVM reads or fills, or an unsigned integer
     :returns: what the ioctl returned
-    :raises KvmError: it failed; names the ioctl
+    :raises KvmError: the ioctl failed; the message names it
     """
     try:
         if isinstance(argument, int):

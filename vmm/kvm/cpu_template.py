@@ -29,7 +29,7 @@ class Bits(Config):
     def written(cls, field: str, text: str, width: int) -> Bits:
         """Parse ``0b`` and digits 0, 1 and x from the highest bit on. x and omitted bits stay; ``_`` is ignored.
 
-        :raises ConfigError: it is something else, or longer than `width` bits
+        :raises ConfigError: another character, or more than `width` bits
         """
         digits = text.removeprefix("0b").replace("_", "")
         if text == digits or not 0 < len(digits) <= width or digits.strip("01x"):
@@ -88,7 +88,7 @@ def parse_template(
     :param capabilities: decimal numbers; ``!`` before one takes it from what is required
     :param cpuid: leaf, subleaf, flags, and pairs of a register's name and its bits
     :param msrs: pairs of an address and its bits
-    :raises ConfigError: a word that is none
+    :raises ConfigError: an invalid word
     """
     added: list[int] = []
     removed: list[int] = []

@@ -66,7 +66,7 @@ class Kvm:
     """An open /dev/kvm; owns its file descriptor.
 
     :param path: the device, ``/dev/kvm`` unless a test says otherwise
-    :raises ConfigError: it is missing, not permitted, or no KVM; says what to do
+    :raises ConfigError: it is missing, not permitted, or not KVM; the message says what to do
     """
 
     _access: ClassVar[dict[str, StateAccess]] = {}

@@ -65,10 +65,10 @@ def run(
 
     :param write: directories that stay writable: what is written there is written here
     :param read: files and directories that it sees, beside those it needs and names
-    :param host_root: it sees all files of this host
+    :param host_root: show all files of this host
     :param timeout: seconds for everything, the machine's boot included
-    :param cpus: how many the command has: CPU 1 and more. Bound to CPU 0 a guest may stand still
-    :param memory: of the machine, as QEMU takes it
+    :param cpus: CPUs for the command: CPU 1 and more, because a guest on CPU 0 may hang
+    :param memory: memory of the machine, as for QEMU's -m
     :param cpu: the machine's, as QEMU's -cpu takes it
     :param qemu: the QEMU to use; None for the best there is
     :param env: the command's environment; None for what matters of ours

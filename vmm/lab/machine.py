@@ -78,8 +78,8 @@ def qemu_argv(
 ) -> list[str]:  # fmt: skip
     """QEMU's command line.
 
-    :param cpu: its model and features, as QEMU's -cpu takes them
-    :param cpus: how many the command has; the machine has one more (``SPARE_CPUS``)
+    :param cpu: its model and features, as for QEMU's -cpu
+    :param cpus: CPUs for the command; the machine has one more (``SPARE_CPUS``)
     :param job: directory that says what to run
     :param host: directory that becomes the machine's root, read-only
     :param writable: directories to export writable, as ``w0``, ``w1``, ...
@@ -124,7 +124,7 @@ class Boot(Closing):
     """One boot: ``run`` it, then ``close``. A context manager.
 
     :param argv: makes QEMU's command line of the ports' descriptors
-    :param env: of QEMU, beside ours
+    :param env: environment of QEMU, added to ours
     :param stdin: descriptor the command reads from, or None
     :param framed: whether input goes in frames (image.py's ``feed``) or as it is, to a terminal
     :param stdout: descriptor for its output
@@ -178,7 +178,7 @@ class Boot(Closing):
         :param deadline: ``time.monotonic()`` at which to give up
         :returns: the command's exit status; None: the time is over
         :raises NotUp: the command was never started
-        :raises Died: it was, and the machine ended under it, or a CPU of it stood still
+        :raises Died: the machine ended under the command, or one of its CPUs stood still
         """
         poll = select.poll()
         names = {sock.fileno(): name for name, sock in self._ours.items() if name != "in"}

@@ -38,7 +38,7 @@ def choose(program: str | None = None, progress: Progress = silent) -> Qemu:
     """The QEMU for the lab.
 
     :param program: one that the user named; None for the best there is
-    :raises ConfigError: it is not a QEMU that can run here
+    :raises ConfigError: the program is not a QEMU that runs here
     """
     own = Qemu((program or shutil.which(NAME) or NAME,), {}, (0, 0))
     own = own._replace(version=_version(own))

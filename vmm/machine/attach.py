@@ -149,7 +149,7 @@ class Devices:
     def add(self, made: Made) -> Attached:
         """Give `made` an id and the first place that is free; its host's parts are owned from here on.
 
-        :raises ConfigError: no place is left, or one of its kind has its name
+        :raises ConfigError: no slot is left, or a device of its kind has its name
         """
         taken = {each.place: each for each in self.by_id.values()}
         try:

@@ -77,7 +77,7 @@ class Builder:
     def all(self) -> Iterator[Made]:
         """Every configured device, in the order in which the guest finds them.
 
-        :raises ConfigError: something that one names cannot be used
+        :raises ConfigError: a file or other resource that a configuration names cannot be used
         :raises HostError: the host failed
         """
         config = self._config
@@ -96,7 +96,7 @@ class Builder:
 
         :raises ConfigError: something that it names cannot be used
         :raises HostError: the host failed
-        :raises TypeError: `config` is none of a device
+        :raises TypeError: `config` is not a configuration of a device
         """
         from vmm.config.devices import BalloonConfig, DriveConfig, EntropyConfig, NetConfig, ShareConfig, VsockConfig
 

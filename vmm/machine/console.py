@@ -138,7 +138,7 @@ class Console:
     def start(self, kind: str | None = "console", *, quiet: QuietPort | None = None) -> None:
         """Empty the file, make the terminal raw if stdin is one, and let the bytes flow.
 
-        :param kind: of its threads; see ``vmm.threads.spawn``
+        :param kind: kind of its threads; see ``vmm.threads.spawn``
         :param quiet: the port, if output that goes nowhere may be lost there until ``listen`` is called
         """
         if self._owned is not None:

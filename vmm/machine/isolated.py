@@ -43,11 +43,11 @@ _lock = threading.Lock()
 class Isolated(Closing):
     """A copy of a machine in a process of its own; a context manager. Its methods are those of ``Machine``.
 
-    :param config: what it is to be
-    :param image: what it goes on from
+    :param config: its configuration
+    :param image: the image from which it goes on
     :param disks: descriptors that `config` names as ``/proc/self/fd/N``
     :raises SnapshotError: something of it cannot go to another process, by name
-    :raises VmmError: it cannot be made there; says why
+    :raises VmmError: the process cannot make the machine; the message says why
 
     It is behind the seccomp filters of ``pyvmm serve``, and where this process is root's, in mount, network and IPC
     namespaces of its own, without a file but the directory of its vsock sockets. It ends with this process. ``pid`` is
@@ -83,8 +83,8 @@ class Isolated(Closing):
     def start(self, *, paused: bool = False) -> None:
         """Let it run.
 
-        :param paused: it begins as if ``pause`` had been called
-        :raises VmmError: it was started before, or it has ended
+        :param paused: start as if ``pause`` had been called
+        :raises VmmError: the copy was started before, or has ended
         """
         self._ask("start paused" if paused else "start")
         self._started, self._paused = True, paused

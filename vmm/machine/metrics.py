@@ -94,7 +94,7 @@ def _stored(group: str, field: str) -> bool:
 class Metrics:
     """The metrics of one VM, from before it is made to after its end; every method may be called by any thread.
 
-    :param vmm_id: of the VM, for Prometheus
+    :param vmm_id: id of the VM, for Prometheus
     """
 
     def __init__(self, vmm_id: str = "anonymous-instance") -> None:
@@ -112,7 +112,7 @@ class Metrics:
     def configure(self, path: str) -> None:
         """Write lines to `path`, a file or FIFO that is there already; once.
 
-        :raises ConfigError: it cannot be written, or a path was set before
+        :raises ConfigError: the file cannot be written, or a path was set before
         """
         if self._file is not None:
             raise ConfigError("metrics_path", path, "cannot be set again")
@@ -121,7 +121,7 @@ class Metrics:
     def count(self, group: str, field: str, by: int = 1) -> None:
         """Count something that happened.
 
-        :raises KeyError: there is no such field
+        :raises KeyError: an unknown field
         """
         self._check(group, field)
         with self._lock:
@@ -130,7 +130,7 @@ class Metrics:
     def store(self, group: str, field: str, value: int) -> None:
         """Set what is a value and no count, as a latency in microseconds.
 
-        :raises KeyError: there is no such field
+        :raises KeyError: an unknown field
         """
         self._check(group, field)
         with self._lock:
@@ -217,7 +217,7 @@ class Metrics:
         """Write a line now.
 
         :returns: False: no path is configured
-        :raises HostError: nobody takes it; ``logger.missed_metrics_count`` counts that
+        :raises HostError: the line could not be written; ``logger.missed_metrics_count`` counts it
         """
         if self._file is None:
             return False

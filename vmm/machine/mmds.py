@@ -40,7 +40,7 @@ class MmdsError(VmmError):
     """The document was not changed.
 
     :param message: Firecracker's ``fault_message``, whole
-    :param status: of the API's answer: 400, or 413 where the document would become too large
+    :param status: status of the API's answer: 400, or 413 if the document would become too large
     """
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -95,7 +95,7 @@ class Mmds:
     def put(self, value: Json) -> None:
         """Make `value` the document; it is copied.
 
-        :raises MmdsError: it is too large, too deep or no JSON
+        :raises MmdsError: the document is too large, too deep or not JSON
         """
         with self._lock:
             self._set(_normal(value))
@@ -103,7 +103,7 @@ class Mmds:
     def patch(self, value: Json) -> None:
         """Merge `value` into the document (RFC 7396).
 
-        :raises MmdsError: there is no document yet; the new one would be too large; `value` is too deep or no JSON
+        :raises MmdsError: there is no document yet, the new one would be too large, or `value` is too deep or not JSON
         """
         with self._lock:
             if not self._there:

@@ -20,7 +20,7 @@ def private_copy(source: int, path: str) -> int:
     :param source: its descriptor, readable
     :param path: its path, for messages and for where the copy goes: the same directory, or the one for temporary files
     :returns: the descriptor of a file without a name; ``/proc/self/fd/N`` opens it, the caller closes it
-    :raises HostError: it cannot be read, or there is no room for it
+    :raises HostError: the disk cannot be read, or there is no room for the copy
     """
     status = os.fstat(source)
     copy = _nameless(os.path.dirname(path) or ".")

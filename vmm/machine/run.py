@@ -63,8 +63,8 @@ class Run:
     def start(self, kind: str | None) -> None:
         """Let every vCPU run, each on a thread of its own.
 
-        :param kind: of thread, as of ``vmm.threads.spawn``
-        :raises HostError: no thread to be had; it has ended
+        :param kind: kind of thread, as for ``vmm.threads.spawn``
+        :raises HostError: the host has no thread left; the machine has ended
         """
         try:
             for vcpu in self.vcpus:

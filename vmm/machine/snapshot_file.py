@@ -54,7 +54,7 @@ def save(image: Image, directory: str) -> None:
     """Write `image` as `directory`, which takes the place of an image that is there; readable to its owner only.
 
     :raises ConfigError: something else is there
-    :raises HostError: it cannot be written; what was there before is as it was
+    :raises HostError: the image cannot be written; a previous one is unchanged
     """
     directory = os.path.abspath(directory)
     if os.path.lexists(directory) and not _is_ours(directory):
@@ -78,8 +78,8 @@ def save(image: Image, directory: str) -> None:
 def load(directory: str) -> Image:
     """The image in `directory`; its memory is mapped, not read, so the files stay as they are while it is used.
 
-    :raises HostError: it cannot be read
-    :raises SnapshotError: it is not an image, is damaged, or of another format; says which
+    :raises HostError: the files cannot be read
+    :raises SnapshotError: this is not an image, or it is damaged or has another format; the message says which
     """
     try:
         data = read_state(os.path.join(directory, STATE))
@@ -107,8 +107,8 @@ def load(directory: str) -> Image:
 def open_regular(path: str) -> int:
     """A descriptor to read the file from; a FIFO or a device, which may hold us up or never end, is refused.
 
-    :raises OSError: it cannot be opened
-    :raises SnapshotError: it is not a regular file
+    :raises OSError: the file cannot be opened
+    :raises SnapshotError: the path is not a regular file
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -120,7 +120,7 @@ def open_regular(path: str) -> int:
 def read_state(path: str) -> bytes:
     """What is in the file ``state``.
 
-    :raises OSError: it cannot be read
+    :raises OSError: the file cannot be read
     :raises SnapshotError: it is not a regular file, or too large to be one
     """
     with open(open_regular(path), "rb") as file:
@@ -152,7 +152,7 @@ def encode(image: Image, mark: bytes, *, api: bytes = b"") -> bytes:
 def format_of(data: bytes, name: str) -> int:
     """The format of a file ``state``, which may be another than ours.
 
-    :raises SnapshotError: it is not a snapshot
+    :raises SnapshotError: the file is not a snapshot
     """
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise SnapshotError(name, "is not a snapshot of pyvmm")
@@ -165,7 +165,7 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
 
     :param data: the file ``state``
     :param name: for messages
-    :raises SnapshotError: it is not an image, is damaged, or of another format
+    :raises SnapshotError: this is not an image, or it is damaged or has another format
     """
     from vmm.machine.snapshot import Image
 
@@ -210,7 +210,7 @@ def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
     """Write which pages of `size` bytes of guest RAM a machine has touched, for ``prefetch``.
 
     :param touched: from ``GuestMemory.touched``
-    :raises HostError: it cannot be written
+    :raises HostError: the file cannot be written
     """
     runs = [(place_of(gpa, size), length) for gpa, length in touched]
     try:
@@ -329,7 +329,7 @@ def _write(path: str, fill: Callable[[int], None]) -> None:
 def write_all(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
     """Write all of `data` at `offset`.
 
-    :raises OSError: it cannot be written
+    :raises OSError: the file cannot be written
     """
     view = memoryview(data)
     while view:

@@ -61,7 +61,7 @@ class Deadline:
 class Link:
     """The way to one sandbox's agent: makes connections, and fails them all when the VM ends.
 
-    :param path: of the VM's unix socket
+    :param path: path of the VM's unix socket
     """
 
     def __init__(self, path: str) -> None:
@@ -248,7 +248,7 @@ class Channel(Closing):
     def send(self, deadline: Deadline, doing: str, data: bytes) -> None:
         """Send all of `data`.
 
-        :raises SandboxGone: nobody takes it any more
+        :raises SandboxGone: the sandbox has ended
         """
         try:
             self._socket.settimeout(deadline.left(doing))
@@ -261,7 +261,7 @@ class Channel(Closing):
     def send_some(self, data: bytes | memoryview) -> int:
         """Send what can be sent at once, and return how much that was.
 
-        :raises SandboxGone: nobody takes it any more
+        :raises SandboxGone: the sandbox has ended
         """
         try:
             return self._socket.send(data, socket.MSG_DONTWAIT)
@@ -351,7 +351,7 @@ def out_of_turn(doing: str) -> AgentError:
 def failure(data: bytes) -> tuple[int, str]:
     """Error number and what was tried, of an F_FAILED frame.
 
-    :raises AgentError: it is too short
+    :raises AgentError: the frame is too short
     """
     if len(data) < 4:
         raise AgentError("the guest sent an error without a number")

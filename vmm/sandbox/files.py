@@ -83,7 +83,7 @@ class Entry:
 class Change:
     """Something happened in a directory that is watched.
 
-    :ivar name: of the file, or ``""``: the directory itself
+    :ivar name: name of the file; ``""``: the directory itself
     :ivar kind: ``created``, ``written``, ``removed`` or ``attributes``
     """
 

@@ -33,7 +33,7 @@ class Relay(Closing):
 
     :param listener: owned by this object
     :param connect: makes the other end of a connection
-    :param name: of its threads
+    :param name: name of its threads
     """
 
     def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket], name: str) -> None:
@@ -106,7 +106,7 @@ class Published(Relay):
 class Provided(Relay):
     """A port of the guest's loopback that leads to one of the host's. Made by ``Session.provide``.
 
-    :ivar port: of the guest's loopback, where its agent listens
+    :ivar port: port of the guest's loopback at which its agent listens
     """
 
     def __init__(self, link: Link, host_port: int, port: int, host: str) -> None:

@@ -75,7 +75,7 @@ class Result:
     def check(self) -> Result:
         """Itself, if the status is 0.
 
-        :raises CommandError: it is not; the class says why, as :class:`vmm.sandbox.CommandKilled`
+        :raises CommandError: the status is not 0; the class says why, for example :class:`vmm.sandbox.CommandKilled`
         """
         if self.out_of_memory:
             raise errors.CommandOutOfMemory(self)
@@ -172,7 +172,7 @@ class Input:
 class Process(Closing):
     """A command that runs in a sandbox; a context manager, which kills it if it still runs.
 
-    :ivar pid: of the guest's
+    :ivar pid: process id in the guest
     :ivar stdin: ``write`` and ``close``
     :ivar stdout: ``read``, ``readline``, iteration by line. With a terminal all output comes here
     :ivar stderr: likewise

@@ -27,7 +27,7 @@ SOCKET = "v"
 def root() -> str:
     """The directory of the directories, which is made.
 
-    :raises ConfigError: it is another user's
+    :raises ConfigError: the directory belongs to another user
     """
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if not os.path.isabs(base) or not os.path.isdir(base):

@@ -40,7 +40,7 @@ class Sandbox(Session):
     :param cpus: vCPUs
     :param env: environment of every command, beside the image's
     :param cwd: directory of every command; None: a container image's, of others its user's home directory
-    :param user: of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: the image's, or root
+    :param user: user of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: the image's, or root
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
     :param network: ``"none"``; ``"user"``: out by passt, with all that this host reaches but its own loopback; a
         :class:`vmm.NetworkPolicy`: by passt, with nothing but what it allows
@@ -253,7 +253,7 @@ class Sandbox(Session):
         """The sandbox of a ``snapshot``, running.
 
         :param timeout: seconds after which it ends; None: as the one before was given
-        :raises SnapshotError: it is not a snapshot of a sandbox, or damaged
+        :raises SnapshotError: this is not a snapshot of a sandbox, or it is damaged
         """
         try:
             with open(os.path.join(directory, _ABOUT), encoding="utf-8") as file:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def attach(name: str) -> Session:
     """The sandbox of that name, which another process of this user runs.
 
-    :raises ConfigError: no such sandbox is running
+    :raises ConfigError: no sandbox of this name is running
     """
     about = registry.about(name)
     return Session(Link(registry.socket_of(name)), about)
@@ -147,7 +147,7 @@ class Session(Closing):
         """Connect to a TCP port of the guest's loopback.
 
         :returns: a stream, yours to close
-        :raises ConnectionRefusedError: nobody in the guest listens there
+        :raises ConnectionRefusedError: no program of the guest listens there
         """
         deadline, doing = Deadline(timeout), f"port {port}"
         with self._link.connect(deadline, doing) as channel:
@@ -166,7 +166,7 @@ class Session(Closing):
         :param host_port: 0: any that is free
         :param host: address to listen on
         :returns: yours to close; its ``address`` says where it listens
-        :raises HostError: the host's port is not to be had
+        :raises HostError: the host's port is not available
         :raises SandboxGone: the sandbox has ended
         """
         from vmm.sandbox.ports import Published
@@ -178,10 +178,10 @@ class Session(Closing):
     def provide(self, host_port: int, port: int | None = None, *, host: str = "127.0.0.1") -> Provided:
         """Let programs of the guest reach a TCP port of this host at a port of their own loopback.
 
-        :param port: of the guest; 0: any that is free, None: the same
-        :param host: where the host's port is
+        :param port: port in the guest; 0: any free one, None: the same
+        :param host: address of the host's port
         :returns: yours to close; its ``port`` says where it listens
-        :raises OSError: the guest's port is not to be had
+        :raises OSError: the guest's port is not available
         """
         from vmm.sandbox.ports import Provided
 
