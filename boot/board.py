@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The board: what every machine has beside its processors and virtio devices. The buses and the tables follow it."""
+"""The board: the devices of every machine except processors and virtio. Buses and ACPI tables follow this table."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bzImage: judge the setup header, choose where the kernel goes, load it as it is.
+"""bzImage: check the setup header, choose a load address, and load the kernel unchanged.
 
 Source: Documentation/arch/x86/boot.rst. Offsets are those in the file; the zero page shares them from 0x1f1
 on.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel command line: what the user wrote, what the configuration and the machine add to it.
+"""The kernel command line: the user's words, and those that the configuration and the machine add.
 
-The one place that takes it apart or puts it together, by the kernel's own rules. It imports nothing but ``vmm.errors``:
+Only this module parses and writes command lines, by the kernel's own rules. It imports only ``vmm.errors``, because
 ``vmm`` uses it, too.
 
 Source: next_arg() and parse_args() of lib/cmdline.c and kernel/params.c; isspace() of lib/ctype.c.

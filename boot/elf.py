@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ELF kernels: read the headers, judge every number in them, copy the segments into guest memory.
+"""ELF kernels: read the headers, check every number in them, copy the segments into guest memory.
 
 Source: System V ABI, chapters 4 and 5 (ELF header, program headers, notes); xen/include/public/elfnote.h.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels without ACPI (``acpi=off``) need: the MP table, and virtio-mmio windows on the command line.
+"""The MP table and the virtio-mmio words of the command line, for kernels without ACPI (``acpi=off``).
 
 Source: Intel MultiProcessor Specification 1.4, chapter 4; Linux arch/x86/kernel/mpparse.c,
 drivers/virtio/virtio_mmio.c.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that a user named, and reads from it that are checked."""
+"""A file that a user named, with checked reads."""
 
 from __future__ import annotations
 

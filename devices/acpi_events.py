@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine has to tell its guest by ACPI: one interrupt, and a port that says which events there are.
+"""Events for the guest by ACPI: one interrupt, and a port that tells which events there are.
 
 The tables (``boot/acpi.py``) have a Generic Event Device whose method reads the port and notifies a device for each
 bit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Firecracker's boot timer: the guest writes one byte when it is up, and the log says how long that took.
+"""Firecracker's boot timer: the guest writes one byte when it has booted, and the log tells the time.
 
 Source: Firecracker 1.12.1 as it runs: the first of the virtio-mmio windows, 0xd0000000, is the timer's.
 """

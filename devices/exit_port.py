@@ -2,7 +2,7 @@
 """A port that ends the VM with an exit status of the guest's choosing, for tests and bare guests.
 
 A write of ``value`` ends the VM with exit status ``value & 0xff``. QEMU's ``isa-debug-exit`` differs: there
-the status is ``value << 1 | 1``, so that a guest cannot exit with 0; here 0 is success, as for any program.
+the status is ``value << 1 | 1``, so that a guest cannot exit with 0. Here 0 is success, as for any program.
 """
 
 from __future__ import annotations

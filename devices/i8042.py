@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PC's keyboard controller and its keyboard: kernels probe them, pulse a line to reset, and hear Ctrl-Alt-Del.
+"""The PC's keyboard controller and keyboard: kernels probe them, reset by them, and get Ctrl-Alt-Del.
 
-Each command that a driver waits for is answered at once: an unanswered one costs Linux half a second. The keyboard has
-the keys that ``press_ctrl_alt_del`` needs; there is no mouse.
+Each command that a driver waits for is answered at once, because an unanswered one costs Linux half a second. The
+keyboard has the keys that ``press_ctrl_alt_del`` needs. There is no mouse.
 Source: Intel 8042 as in the IBM PS/2 Technical Reference (Keyboard and Auxiliary Device Controller; Keyboards, for the
 commands and scan codes); Linux drivers/input/serio/i8042.c and i8042.h, drivers/input/keyboard/atkbd.c.
 """

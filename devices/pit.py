@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PC's timer (8254) and its speaker's gate, until a guest uses them; from then on they are KVM's.
+"""The PC's timer (8254) and its speaker's gate, until a guest uses them. From then on KVM emulates them.
 
-KVM's own takes 1 to 6 ms to make and most of the 15 ms that the end of its VM takes, and not every guest touches it:
-Linux 6.1 with a kvm-clock and the APIC's deadline timer does not. Control words alone are kept here; the first
-access to a count or to the gate makes KVM's timer, in that state, and no further access comes here.
+KVM's timer takes 1 to 6 ms to make, and most of the 15 ms of the end of its VM. Not every guest uses it:
+Linux 6.1 with a kvm-clock and the APIC's deadline timer does not. This device keeps only control words. The first
+access to a count or to the gate makes KVM's timer in that state, and later accesses go to KVM.
 Source: Intel 8254 data sheet; Linux arch/x86/kvm/i8254.c, whose states after a reset and after each access these are,
 and <asm/kvm.h> for the layout.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error pyvmm raises on purpose, named by who is at fault.
+"""All errors that pyvmm raises on purpose, named by who is at fault.
 
-``ConfigError`` is the user's or the runtime's, ``HostError`` and ``KvmError`` are the host's, ``GuestError`` and its
-children are the guest's. What happens next is decided by that alone (docs/design.md, "Who is at fault").
+``ConfigError`` is a fault of the user or the runtime, ``HostError`` and ``KvmError`` of the host, ``GuestError`` and
+its subclasses of the guest. Only this decides what happens next (docs/design.md, "Errors").
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``vmm/launcher.c`` hands over: a name, where to import from, a listening socket; a start without detours.
+"""Take over from ``vmm/launcher.c``: a name, the path of the packages, a listening socket; and start fast.
 
-Without the launcher (``python -m vmm``, a program that imports us) none of this is there, and this does nothing.
+Without the launcher (``python -m vmm``, a program that imports pyvmm) this does nothing.
 """
 
 from __future__ import annotations

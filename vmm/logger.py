@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the VMM has to say, a line each, in Firecracker's form, to a file or FIFO that can hold up nobody.
+"""The log: lines in Firecracker's form, to a file or FIFO. A slow reader never blocks the VMM.
 
     2026-11-23T14:24:07.133634532 [anonymous-instance:fc_api:ERROR:vmm/api/server.py:140] text
 
-The level and the place in the source are there if asked for. Until ``configure`` is called, errors and warnings go to
-stderr as ``pyvmm: text``, for the person at the terminal, and the rest nowhere. A leaf of the house: any room may use
-it. Not the library's ``logging``, whose import takes longer than the rest of a launch.
+The level and the place in the source are optional. Until ``configure`` is called, errors and warnings go to
+stderr as ``pyvmm: text``, and all other lines are dropped. This is not the library's ``logging``, because importing
+that takes longer than the rest of a launch.
 
 Source: Firecracker 1.12.1 as it runs; its API's Logger object.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a thread of a VM starts: behind the filter of its kind (``vmm.jail.seccomp``), or plainly where that is off.
+"""Start the threads of a VM, each behind the filter of its kind (``vmm.jail.seccomp``) unless filters are off.
 
-Signals are the main thread's: see ``vmm.signals``.
+Only the main thread gets signals: see ``vmm.signals``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def set_guard(new: Guard) -> None:
 
 
 def give_up_guard() -> None:
-    """Whoever waits for a guard that is expected waits no longer: a HostError says that there is no thread."""
+    """Wake all callers that wait for an expected guard: they get a HostError that no thread could be made."""
     if isinstance(guard, _Coming):
         guard.settle(None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes what takes long to close: the last descriptor of a VM waits 15 to 20 ms for KVM's readers (SRCU). And waits
+"""Closes descriptors in the background: the last one of a VM waits 15 to 20 ms for KVM's readers (SRCU). It also waits
 for the disk, while its caller does something else.
 """
 
@@ -56,7 +56,7 @@ def sync(fd: int) -> Callable[[], None]:
 
 
 def sync_and_bury(fd: int) -> None:
-    """Close the file `fd` soon, and have what is not on the disk yet written before; nobody hears of a failure."""
+    """Write the file `fd` to the disk and close it, in the background; failures are not reported."""
 
     def run() -> None:
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A unix socket that has its name only once it listens: whoever sees the file can connect."""
+"""A unix socket whose file appears only when it listens, so that a program that sees the file can connect."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A qcow2 image as a raw file: ``qemu-storage-daemon`` of Debian's qemu-system-common shows it by FUSE.
 
-A qcow2 header can name further files of the host's: one that is read (the backing file) and one that is read and
-written (the external data file). Who made the image chose them, so the header is read here before QEMU sees it, and as
-root QEMU sees nothing but the files that the user named.
+A qcow2 header can name other files of the host: one that is read (the backing file) and one that is read and
+written (the external data file). The maker of the image chose them. So pyvmm reads the header before QEMU does, and as
+root QEMU sees only the files that the user named.
 
 Source: QEMU docs/interop/qcow2.txt.
 """

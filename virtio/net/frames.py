@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames that a guest gets from nobody on a network: an answer to a datagram, and word that a frame went nowhere.
+"""Frames that this process itself sends to a guest: answers to datagrams, and ICMP errors for dropped frames.
 
 Sources: RFC 768 (UDP), RFC 791 (IPv4), RFC 1071 (checksums), RFC 792 and RFC 4443 (ICMP).
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small TCP/IPv4 endpoint inside the network device: where the guest finds the metadata service.
+"""A small TCP/IPv4 endpoint inside the network device, by which the guest reaches the metadata service.
 
-It answers ARP for one address, takes connections to port 80 of it, and knows nothing of what is said on them. Its peer
-is on the other side of a ring, so that nothing is lost or overtaken on the way: segments that come out of order are not
-kept, and what was not acknowledged in time is sent once more.
+It answers ARP for one address and accepts connections to port 80. It does not interpret their data. Its peer is on the
+other side of a ring, so nothing is lost or reordered on the way. It drops segments that are out of order, and repeats
+data that was not acknowledged in time.
 
 Sources: RFC 9293 (TCP), RFC 5961 (blind resets), RFC 826 (ARP), RFC 1071 (checksums).
 """

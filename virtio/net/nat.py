@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A way out for the network behind a tap, and nothing else: one nftables table, and forwarding by interface.
+"""NAT for the network behind a tap: one nftables table, and forwarding by interface.
 
-Linux asks the interface that a packet comes in by whether it forwards. So the tap does, and the interfaces that answers
-come in by do, which alone would make the host a router for everybody behind them: what begins there is dropped.
+Linux forwards a packet if the interface on which it arrives has forwarding on. So it is on for the tap, and for the
+interfaces on which answers arrive. This alone would make the host a router for the networks behind these, so the table
+drops connections that begin there.
 
 Source: Linux Documentation/networking/ip-sysctl.rst (conf/interface/forwarding); nft(8).
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest's nameserver inside this process: what makes a policy of names (``virtio.net._policy``) one of addresses.
+"""A guest's nameserver inside this process. It turns a policy of names (``virtio.net._policy``) into addresses.
 
-An allowed name is asked of the host's nameservers, by a thread, and what it answers the guest may reach from then on.
-Any other name does not exist; nor does an address of this host, or one that only its own networks have, unless a rule
-names it: who owns an allowed name must not open those. It also tells the guest, and the log, of dropped frames.
+A thread looks up an allowed name with the host's nameservers. From then on the guest may reach its addresses. Any other
+name does not exist. Addresses of this host and of private networks are left out unless a rule allows them, so that the
+owner of a name cannot open them. The nameserver also tells the guest, and the log, of dropped frames.
 
 Source: RFC 6890 (special addresses).
 """

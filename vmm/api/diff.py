@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Diff in place: the files of the snapshot before take what was written since.
+"""A Diff in place: it writes what has changed into the files of the previous snapshot.
 
-The memory file is marked meanwhile, by an extended attribute with which no load takes it. The mark is on the disk
-before the first page is written, and goes once all is on the disk: whatever is killed or crashes, half of a Diff is not
-taken for a whole one. Where the file system has no such attributes it can be.
+Meanwhile an extended attribute marks the memory file, so that no load accepts it. The mark is on the disk before the
+first page is written, and is removed when everything is on the disk. So half of a Diff is never taken for a whole one,
+whatever is killed or crashes. On a file system without such attributes it can be.
 """
 
 from __future__ import annotations

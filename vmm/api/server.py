@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """HTTP/1.1 on a unix socket: one thread, one request at a time, no more connections than Firecracker allows.
 
-What a request means is `answer`'s business; here are bytes, limits and patience. A client that is slow, vanishes or
-sends no HTTP costs its own connection, and nobody else's. Clients take turns: one request of each, and nothing more is
-read of one whose requests wait, or who has not taken its last answer.
+`answer` decides what a request means; this module handles bytes, limits and timeouts. A client that is slow,
+disconnects or sends invalid HTTP affects only its own connection. Clients take turns, one request each. Nothing more is
+read from a client whose requests wait, or that has not read its last answer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _HEX = b"0123456789ABCDEF"
 
 
 class _Refused(Exception):
-    """A request that is no request; its text goes to the client."""
+    """An invalid request; its text goes to the client."""
 
 
 class _Connection:
@@ -209,7 +209,7 @@ class _Connection:
             return True
 
     def fail(self, problem: str) -> None:
-        """Say why this is no request, and no more to this client: what else it sent cannot be told apart."""
+        """Answer why the request is invalid, and close: the start of the next request cannot be found."""
         from _json import encode_basestring_ascii as quoted  # of `json`, whose import is slow
 
         self.requests.clear()

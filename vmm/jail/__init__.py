@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a VMM in: the jailer, system call filters, imports made before."""
+"""Isolation of a VMM: the jailer, the system call filters, and the imports made before them."""

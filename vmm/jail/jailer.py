@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jail: a root directory of its own, namespaces, cgroups, limits and no privilege, put around this very process.
+"""The jail around this process: its own root directory, namespaces, cgroups, limits, and no privileges.
 
-Firecracker's jailer copies a static program into the jail and starts it there. An interpreter cannot be copied, so here
-the order is turned round: everything that will ever be imported is imported first, and then the process goes in.
+Firecracker's jailer copies a static program into the jail and starts it there. An interpreter cannot be copied, so the
+order is reversed here: the process imports everything that it will ever need, and then enters the jail.
 
 Source: Firecracker 1.12's docs/jailer.md for names, layout and defaults; Linux pivot_root(2), user_namespaces(7),
 capabilities(7), cgroups(7), proc(5).

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VMM may import after it can no longer: in a jail, which has no files of Python's, or behind a seccomp filter.
+"""Import in advance what a VMM needs later: a jail has no files of Python, and a seccomp filter opens none.
 
-``tests/vmm/test_preload.py`` finds every import inside a function, and fails where one is not here.
+``tests/vmm/test_preload.py`` finds every import inside a function, and fails if one is missing here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each kind of thread may ask of the host: ``setup.py`` makes the filters of it, so a start compiles none.
+"""The allowed system calls of each kind of thread. ``setup.py`` makes filters of them, so a start compiles none.
 
-Of ours it imports nothing, and at run time nobody imports it: ``vmm.jail._seccomp`` has the filters,
+This module imports nothing of pyvmm, and nothing imports it at run time: ``vmm.jail._seccomp`` has the filters, and
 ``vmm.jail.seccomp`` puts them on. libseccomp compiles them.
 Source: Linux seccomp(2), Documentation/userspace-api/seccomp_filter.rst; ioctl numbers of linux/kvm.h, if_tun.h, fs.h;
 libseccomp's seccomp.h.

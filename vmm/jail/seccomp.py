@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each thread may ask of the host: one seccomp filter a kind of thread, an allowlist (``vmm.jail.rules``).
+"""Put a seccomp filter on each thread: an allowlist for each kind of thread (``vmm.jail.rules``).
 
-Every thread that ``vmm.threads.spawn`` starts puts on the filter of its kind before it does anything. ``guard`` sees to
-that, and leaves the threads alone that are there already. ``enable`` does more, for ``pyvmm serve``: it puts the filter
-``base`` on the whole process first.
+Every thread that ``vmm.threads.spawn`` starts puts on the filter of its kind before anything else. ``guard`` arranges
+this, and does not affect existing threads. For ``pyvmm serve``, ``enable`` first puts the filter ``base`` on the
+whole process.
 
-Filters only ever take away, and a new thread inherits its maker's. So a thread behind a filter, as the vCPU that brings
-a driver up, makes none: ``fc_spawn`` does, whose filter has all that any kind has, or which has none in a program that
-embeds us.
+A filter can only be narrowed, and a new thread inherits its maker's. So a thread with a filter, such as the vCPU that
+starts a driver, makes no threads. ``fc_spawn`` makes them: its filter allows what any kind may do, and in a program
+that embeds pyvmm it has none.
 
 A system call that is not allowed ends the process with status 148 and one line on stderr that names it.
 """

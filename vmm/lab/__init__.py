@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab: a machine with real KVM, emulated by QEMU, that sees this host's files; runs one command and ends.
 
-QEMU's TCG emulates AMD's SVM, so Debian's kernel in it has a working kvm_amd, on any host. What the command needs of
-this host's files (needed.py) is there read-only under an overlay of the lab's own: what the command writes is gone
-afterwards, except in directories given as writable. /proc, /sys, /dev and /run are the lab's own.
+QEMU's TCG emulates AMD's SVM, so Debian's kernel in it has a working kvm_amd on any host. The files of this host that
+the command needs (needed.py) are read-only under an overlay. What the command writes is gone afterwards, except in
+writable directories. /proc, /sys, /dev and /run belong to the lab.
 """
 
 from __future__ import annotations

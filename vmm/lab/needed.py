@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of this host's files the lab's machine is shown: a system's, this Python's, and what the command names."""
+"""The files of this host that the lab's machine sees: the system's, this Python's, and those that the command names."""
 
 from __future__ import annotations
 

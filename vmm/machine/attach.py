@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One device in a machine: its place, its transport, and all that is bound to it; each undone by ``detach``."""
+"""One device in a machine: its position, its transport and its resources. ``detach`` undoes each."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of the board, made and put where ``boot.board`` says."""
+"""Make the devices of the board at the addresses of ``boot.board``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices made of their configuration. A guest without a device does not pay for importing it."""
+"""Make devices from their configurations. Only a configured device is imported."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's side of the serial console: this terminal, a file, a unix socket, or nothing.
 
-One thread takes the guest's output, where somebody hears it, one hands over the input; a terminal that nobody reads,
-or a guest that reads nothing, holds up its own thread and no more. On a terminal a third one waits for the guest to
-read, so that our own keys work all the same. Where no person looks on, in the mode ``raw`` and with a FIFO, output that
-nobody takes is lost instead: it would hold up the guest.
+One thread takes the guest's output, if there is a reader, and one passes on the input. A terminal or a guest that does
+not read blocks only its own thread. On a terminal, a third thread waits for the guest to read, so that the escape key
+always works. In the mode ``raw`` and with a FIFO, output that nobody reads is lost, because it would block the guest.
 
 A 16550A has no way to tell the guest how large the window is: SIGWINCH does nothing here. In the guest,
 ``resize`` or ``stty rows R cols C`` does.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes processes for copies of machines: :mod:`vmm.machine.isolated` starts it, and it ends with who started it."""
+"""Makes processes for copies of machines. :mod:`vmm.machine.isolated` starts it; it ends with that process."""
 
 from __future__ import annotations
 

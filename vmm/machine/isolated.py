@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of a machine in processes of their own: the side of the process that has asked for them.
+"""Copies of a machine in their own processes: the side of the calling process.
 
-A fork server (:mod:`vmm.machine.fork_server`), started with the first copy, has imported all that a machine needs, and
-makes each copy's process by fork(2), so that they share its memory. A copy gets guest RAM, disks and state as
+The first copy starts a fork server (:mod:`vmm.machine.fork_server`). It has imported everything that a machine needs,
+and makes each copy's process by fork(2), so that they share its memory. A copy gets guest RAM, disks and state as
 descriptors.
 """
 

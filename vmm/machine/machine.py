@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole machine: the only file that knows every room. Builds it, starts, pauses and ends it.
+"""Build, start, pause and end a machine. Only this file knows all packages.
 
 with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
     vm.start()

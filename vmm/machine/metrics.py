@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the VMM has counted: Firecracker's metrics, a JSON object a line, and the same as Prometheus' text.
+"""Metrics: Firecracker's, one JSON object a line, and the same counters in Prometheus' text format.
 
-A line is written when the VM starts, every 60 seconds, when it ends, and by ``flush``, to a file or FIFO that holds up
-nobody. A count in it is what has happened since the line before; what a line could not take, the next one has. Fields
-that nothing here counts are there all the same, and 0: who reads them expects them.
+A line is written when the VM starts, every 60 seconds, when it ends, and by ``flush``, to a file or FIFO. A slow reader
+never blocks the VMM. A count is what happened since the previous line; the counts of a lost line are in the next one.
+Fields that pyvmm does not count are 0, because programs that read metrics expect them.
 
 Source: Firecracker 1.12.1 as it runs (``tests/vmm/firecracker-1.12.1-metrics.json``); its docs/metrics.md; Prometheus'
 text exposition format 0.0.4.

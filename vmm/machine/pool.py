@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines made ahead of need: copies of one that has booted, each ready to go on at once."""
+"""Machines made ahead of need: copies of a booted machine, each ready to go on at once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of a disk image for one machine: reflinked where the file system can, else copied with its holes."""
+"""A copy of a disk image for one machine: reflinked if the file system can, else copied with its holes."""
 
 from __future__ import annotations
 

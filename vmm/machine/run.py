@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The threads of a machine's vCPUs: started, held while somebody has a reason, ended once."""
+"""The threads of a machine's vCPUs: start them, hold them for any number of reasons, and end them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sandbox fails with, by cause. Errors of the guest's files are OSErrors, as those of the host's are."""
+"""Errors of a sandbox, by cause. Errors of files in the guest are OSErrors, like those of the host."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class SandboxError(VmmError):
 
 
 class SandboxGone(SandboxError):
-    """The sandbox has ended, or its agent has; says why. Every call that waits for it fails so at once."""
+    """The sandbox or its agent has ended; the message says why. All waiting calls raise it at once."""
 
 
 class AgentError(SandboxError):
-    """The guest answered what no agent answers."""
+    """The guest's agent sent an invalid answer."""
 
 
 class CommandTimeout(SandboxError, TimeoutError):
     """A command, or a file operation, was not done in time; the command was killed.
 
-    :ivar result: what a command had written until then, or None
+    :ivar result: the command's output until then, or None
     """
 
     def __init__(self, message: str, result: Result | None = None) -> None:
@@ -46,16 +46,16 @@ class CommandError(SandboxError):
 
 
 class CommandNotFound(CommandError):
-    """There is no such program: status 127."""
+    """The program does not exist: status 127."""
 
 
 class CommandNotExecutable(CommandError):
-    """It is no program, or not permitted: status 126."""
+    """The file is not a program, or permission is denied: status 126."""
 
 
 class CommandKilled(CommandError):
-    """A signal ended it."""
+    """A signal ended the command."""
 
 
 class CommandOutOfMemory(CommandKilled):
-    """The guest's kernel killed it, because there was no memory left."""
+    """The guest's kernel killed the command because memory ran out."""

@@ -47,7 +47,7 @@ _DEEPEST = 256
 
 
 class Entry:
-    """A file of the guest's, as its kernel described it.
+    """A file of the guest, as its kernel describes it.
 
     :ivar name: its last part
     :ivar path: its whole path
@@ -57,7 +57,7 @@ class Entry:
     :ivar uid: owner
     :ivar gid: group
     :ivar modified: seconds since 1970
-    :ivar target: where a symbolic link points, or None
+    :ivar target: target of a symbolic link, or None
     """
 
     __slots__ = ("gid", "mode", "modified", "name", "path", "size", "target", "type", "uid")
@@ -81,7 +81,7 @@ class Entry:
 
 
 class Change:
-    """Something happened in a directory that is watched.
+    """A change in a watched directory.
 
     :ivar name: name of the file; ``""``: the directory itself
     :ivar kind: ``created``, ``written``, ``removed`` or ``attributes``
@@ -100,8 +100,8 @@ class Change:
 class Files:
     """Files of a sandbox: ``sandbox.files``.
 
-    A path that is not absolute begins in the user's home directory, of root if no `user` is given. Errors are those of
-    the guest: FileNotFoundError and the other OSErrors, with the guest's path. Each call may take `timeout` seconds.
+    A relative path begins in the home directory of `user`, by default root. Errors of the guest are raised as
+    FileNotFoundError and the other OSErrors, with the guest's path. Each call may take `timeout` seconds.
     """
 
     def __init__(self, link: Link) -> None:
@@ -139,7 +139,7 @@ class Files:
         self, path: str, *, offset: int = 0, length: int | None = None, user: str | int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> bytes:  # fmt: skip
-        """What is in a file, or `length` bytes of it from `offset` on."""
+        """The contents of a file, or `length` bytes of it from `offset` on."""
         whole = io.BytesIO()  # gives what it holds without a copy
         for piece in self._pieces(path, offset, length, user, timeout):
             whole.write(piece)
@@ -149,7 +149,7 @@ class Files:
         self, path: str, *, offset: int = 0, length: int | None = None, user: str | int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Iterator[bytes]:  # fmt: skip
-        """The same in pieces of at most 256 KiB; `timeout` is for all of it."""
+        """The contents of a file in pieces of at most 256 KiB; `timeout` is for all of them."""
         yield from map(bytes, self._pieces(path, offset, length, user, timeout))
 
     def _pieces(
@@ -177,7 +177,7 @@ class Files:
     def read(
         self, path: str, format: str = "text", *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> str | bytes:
-        """What is in a file: as ``text`` (UTF-8) or ``bytes``."""
+        """The contents of a file, as ``text`` (UTF-8) or ``bytes``."""
         data = self.read_bytes(path, user=user, timeout=timeout)
         return data.decode() if format == "text" else data
 
@@ -185,10 +185,10 @@ class Files:
         self, path: str, data: Data, *, mode: int | None = None,
         append: bool = False, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT,
     ) -> None:  # fmt: skip
-        """Make a file, or replace what is in it; directories above it are made.
+        """Make a file or replace its contents. Missing directories above it are made.
 
         :param data: text, bytes, an open file or pieces; text is written as UTF-8
-        :param mode: its permission bits; None: as they are, 0644 for a new one
+        :param mode: permission bits; None: unchanged, and 0644 for a new file
         """
         words = ["write", f"path={path}", "parents=1", *_user(user)]
         if mode is not None:
@@ -198,13 +198,13 @@ class Files:
         self._do(words, timeout, _data_frames(data))
 
     def list(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Entry]:
-        """What is in a directory, by name."""
+        """The entries of a directory, by name."""
         return sorted(self._entries("list", path, user, timeout), key=lambda entry: entry.name)
 
     def stat(
         self, path: str, *, follow: bool = False, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> Entry:
-        """One file; with `follow` what a symbolic link points to."""
+        """The entry of one file; with `follow`, of the target of a symbolic link."""
         found = list(self._entries("stat", path, user, timeout, *(["follow=1"] if follow else [])))
         if len(found) != 1:
             raise AgentError(f"stat {path}: the guest sent {len(found)} entries")
@@ -219,7 +219,7 @@ class Files:
             yield Entry(path, bytes(data))
 
     def exists(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
         try:
             self.stat(path, follow=True, user=user, timeout=timeout)
         except (FileNotFoundError, NotADirectoryError):
@@ -229,15 +229,15 @@ class Files:
     def make_dir(
         self, path: str, *, parents: bool = True, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> None:
-        """Make a directory; with `parents` also those above it, and none of them need be missing."""
+        """Make a directory; with `parents` also missing ones above it, and it may exist already."""
         self._do(["mkdir", f"path={path}", *_user(user), *(["parents=1"] if parents else [])], timeout)
 
     def remove(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Remove a file, or a directory with all that is in it; symbolic links are not followed."""
+        """Remove a file, or a directory with its contents. Symbolic links are not followed."""
         self._do(["remove", f"path={path}", *_user(user)], timeout)
 
     def rename(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Give a file another path, in place of what is there."""
+        """Move a file to another path, and replace a file there."""
         self._do(["rename", f"path={path}", f"to={to}", *_user(user)], timeout)
 
     def symlink(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
@@ -253,7 +253,7 @@ class Files:
         self._do(["chown", f"path={path}", f"owner={owner}"], timeout)
 
     def copy_in(self, source: str, path: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
-        """Copy a file of the host's, or a directory with all files, directories and links in it, to `path`.
+        """Copy a file of the host, or a directory with all files, directories and links in it, to `path`.
 
         :param timeout: seconds for all of it
         :raises OSError: `source` is a socket, a device or a FIFO; within a directory they are left out
@@ -314,7 +314,7 @@ class Files:
                 os.fchmod(file.fileno(), mode)
 
     def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Watch:
-        """What happens in a directory from here on, as it happens: an iterator, yours to close.
+        """Changes in a directory from here on, as they happen: an iterator, which you close.
 
         :param timeout: seconds until it ends by CommandTimeout
         """

@@ -27,15 +27,15 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR)
 
 
 class Result:
-    """What a command left.
+    """The result of a command.
 
     :ivar command: the command, as text
-    :ivar exit_code: its status; 128 and the signal's number if one ended it; 127 not found, 126 not executable
+    :ivar exit_code: exit status; 128 plus the number of the signal that ended it; 127: not found, 126: not executable
     :ivar signal: the number of the signal that ended it, or None
-    :ivar out_of_memory: the guest's kernel killed it for want of memory
-    :ivar stdout_bytes: what it wrote, as far as it was kept
+    :ivar out_of_memory: the guest's kernel killed it because memory ran out
+    :ivar stdout_bytes: its output, up to the limit
     :ivar stderr_bytes: likewise
-    :ivar truncated: it wrote more than was to be kept; the rest was thrown away
+    :ivar truncated: it wrote more than the limit; the rest was discarded
     :ivar duration: seconds from the request to the answer
     """
 
@@ -55,12 +55,12 @@ class Result:
 
     @property
     def stdout(self) -> str:
-        """``stdout_bytes`` as text; what is not UTF-8 is replaced."""
+        """``stdout_bytes`` as text; bytes that are not UTF-8 are replaced."""
         return self.stdout_bytes.decode(errors="replace")
 
     @property
     def stderr(self) -> str:
-        """``stderr_bytes`` as text; what is not UTF-8 is replaced."""
+        """``stderr_bytes`` as text; bytes that are not UTF-8 are replaced."""
         return self.stderr_bytes.decode(errors="replace")
 
     @property
@@ -73,7 +73,7 @@ class Result:
         return f"exit status {self.exit_code}"
 
     def check(self) -> Result:
-        """Itself, if the status is 0.
+        """This result, if the status is 0.
 
         :raises CommandError: the status is not 0; the class says why, for example :class:`vmm.sandbox.CommandKilled`
         """
@@ -170,20 +170,20 @@ class Input:
 
 
 class Process(Closing):
-    """A command that runs in a sandbox; a context manager, which kills it if it still runs.
+    """A running command in a sandbox; a context manager, which kills it if it still runs.
 
     :ivar pid: process id in the guest
     :ivar stdin: ``write`` and ``close``
     :ivar stdout: ``read``, ``readline``, iteration by line. With a terminal all output comes here
     :ivar stderr: likewise
 
-    Both streams come by one connection: while one is read the other is kept, up to `limit` bytes. A command whose
-    output nobody reads stops when its pipes are full.
+    Both streams share one connection: while you read one, the other is kept, up to `limit` bytes. If you read neither,
+    the command stops when its pipes are full.
 
-    :param input: it has a standard input; otherwise that is empty
-    :param quiet: do not wait until it has started, and do not ask for its `pid`
-    :param terminal: it has a terminal, whose input ends with the connection only
-    :param stop_signal: what ``stop`` sends
+    :param input: give the command a standard input; otherwise it is empty
+    :param quiet: neither wait for its start nor ask for its `pid`
+    :param terminal: give the command a terminal, whose input ends only with the connection
+    :param stop_signal: the signal that ``stop`` sends
     """
 
     def __init__(
@@ -214,9 +214,9 @@ class Process(Closing):
             raise
 
     def pump(self, deadline: Deadline) -> None:
-        """Take one frame of the command's: it goes to its stream, or says that it has ended.
+        """Receive one frame: output for a stream, or the end of the command.
 
-        :raises CommandTimeout: none came in time
+        :raises CommandTimeout: no frame came in time
         :raises SandboxGone: the sandbox has ended
         """
         with self._pumping:
@@ -263,15 +263,15 @@ class Process(Closing):
             self.channel.close()
 
     def poll(self) -> int | None:
-        """Its exit status if it has ended, else None. Reads what has come meanwhile."""
+        """Its exit status if it has ended, else None. Receives output that has arrived."""
         while not self.ended and self.channel.wait(Deadline(0.001), self.command)[0]:
             self.pump(Deadline(1))
         return self._result.exit_code if self.ended else None
 
     def communicate(self, input: bytes | str | None = None, timeout: float | None = None) -> Result:
-        """Give it `input`, close its standard input, and return what it left.
+        """Send `input`, close the standard input, and return the result.
 
-        :raises CommandTimeout: not within `timeout` seconds; it was killed, and the error has what it wrote
+        :raises CommandTimeout: not done within `timeout` seconds; it was killed, and the error has its output
         :raises SandboxGone: the sandbox has ended
         """
         deadline = Deadline(timeout)
@@ -301,10 +301,10 @@ class Process(Closing):
         return self._finish()
 
     def wait(self, timeout: float | None = None) -> Result:
-        """Wait until it ends; its standard input stays as it is.
+        """Wait until it ends, without closing its standard input.
 
         :param timeout: seconds
-        :raises CommandTimeout: it still runs, and goes on
+        :raises CommandTimeout: it is still running, and goes on
         :raises SandboxGone: the sandbox has ended
         """
         deadline = Deadline(timeout)
@@ -320,7 +320,7 @@ class Process(Closing):
         return result
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the command and what it has started, as far as that is in its process group."""
+        """Send a signal to the command's process group."""
         if self.ended:
             return
         deadline = Deadline(10)
@@ -352,11 +352,11 @@ class Process(Closing):
             return self.wait(10)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Tell its terminal another size."""
+        """Set the size of its terminal."""
         self.channel.send(Deadline(10), self.command, wire.frame(wire.F_WINDOW, struct.pack("<HH", rows, columns)))
 
     def close(self) -> None:
-        """Give it up: one that still runs is killed. Idempotent."""
+        """Give up the command, and kill it if it still runs. Idempotent."""
         self.channel.close()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the sandboxes of this user are: a directory each, with the VM's socket, and a lock held by who runs it.
+"""The running sandboxes of this user: a directory each, with the VM's socket and a lock that its process holds.
 
 ``$XDG_RUNTIME_DIR/pyvmm/sandboxes/NAME/{v,lock,about.json}``; without that variable below ``/tmp/pyvmm-UID``.
 """

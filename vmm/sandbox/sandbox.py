@@ -36,23 +36,23 @@ class Sandbox(Session):
     """A VM of an image, up and ready for commands; a context manager.
 
     :param image: the name of a pulled image, or one of ``vmm.images``
-    :param memory: bytes, or a size as ``"512M"``; files that are written take of it
+    :param memory: bytes, or a size such as ``"512M"``; written files are in it, too
     :param cpus: vCPUs
-    :param env: environment of every command, beside the image's
-    :param cwd: directory of every command; None: a container image's, of others its user's home directory
+    :param env: environment of every command, added to the image's
+    :param cwd: directory of every command; None: the container image's, or the user's home directory
     :param user: user of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: the image's, or root
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
-    :param network: ``"none"``; ``"user"``: out by passt, with all that this host reaches but its own loopback; a
-        :class:`vmm.NetworkPolicy`: by passt, with nothing but what it allows
-    :param timeout: seconds after which the sandbox ends, whatever it does; None: it does not
-    :param name: for ``pyvmm exec`` and the guest's hostname; None: one is made up
-    :param room: how much of the memory files may take, as tmpfs has it: ``"75%"`` or ``"256M"``
+    :param network: ``"none"``; ``"user"``: by passt, everything that this host reaches but its loopback; a
+        :class:`vmm.NetworkPolicy`: by passt, only what it allows
+    :param timeout: seconds after which the sandbox ends, whatever it is doing; None: no limit
+    :param name: name for ``pyvmm exec``, and the guest's hostname; None: a new one
+    :param room: the part of the memory that files may take, as for tmpfs: ``"75%"`` or ``"256M"``
     :param kernel: path of a kernel with all drivers built in; None: the image's
-    :param boot_timeout: seconds that it may take to come up
-    :raises ConfigError: a value that cannot be, or an image that is not here
-    :raises SandboxError: it did not come up; says what its console said last
+    :param boot_timeout: seconds within which it must be ready
+    :raises ConfigError: an invalid value, or an image that was not pulled
+    :raises SandboxError: it did not start; the message has the last lines of its console
 
-    The image is never changed: what the guest writes is in its memory, and gone with it.
+    The image is never changed. What the guest writes is in its memory, and gone with it.
 
     ``machine`` (:class:`vmm.Machine`) is the VM itself, ``files`` (:class:`vmm.sandbox.Files`) its files, ``commands``
     has E2B's names. ``console`` is the end of what the serial port said.
@@ -146,7 +146,7 @@ class Sandbox(Session):
                     raise
 
     def set_timeout(self, timeout: float | None) -> None:
-        """End it so many seconds from now on, in place of what was said before; None: it does not end by itself.
+        """Replace the time limit: end the sandbox in this many seconds from now; None: no limit.
 
         :raises ConfigError: not more than 0
         """
@@ -162,7 +162,7 @@ class Sandbox(Session):
 
     @property
     def time_left(self) -> float | None:
-        """Seconds until its time limit; None: it has none."""
+        """Seconds until its time limit; None: no limit."""
         with self._alarm:
             return None if self._end is None else max(0.0, self._end - time.monotonic())
 
@@ -188,18 +188,18 @@ class Sandbox(Session):
 
     @property
     def console(self) -> str:
-        """The end of what the serial port said: of the kernel, and of the agent before it was ready."""
+        """The last output of the serial port: the kernel's, and the agent's before it was ready."""
         return self._console.decode(errors="replace")
 
     # The VM
 
     @property
     def network_counters(self) -> dict[str, int]:
-        """Frames, bytes, and what a policy allowed and dropped, by name; empty without a network."""
+        """Counters by name: frames, bytes, and what a policy allowed and dropped. Empty without a network."""
         return next((net.stats for net in self.machine.nets.values()), {})
 
     def pause(self) -> None:
-        """Hold the guest; calls wait until ``resume``, or until their time is over."""
+        """Hold the guest. Calls wait until ``resume``, or until their time limit."""
         self.machine.pause()
 
     def resume(self) -> None:
@@ -207,14 +207,14 @@ class Sandbox(Session):
         self.machine.resume()
 
     def fork(self, count: int = 1, *, timeout: float | None = None) -> list[Sandbox]:
-        """Copies of this sandbox as it is now, that run; this one goes on, too. They share its memory copy-on-write.
+        """Running copies of this sandbox, which goes on, too. They share its memory copy-on-write.
 
-        :param timeout: seconds after which each copy ends; None: as this one was given
+        :param timeout: seconds after which each copy ends; None: the limit that this one was given
         :raises ConfigError: a negative `count`
-        :raises SnapshotError: it cannot be copied: a mount is in use
+        :raises SnapshotError: the sandbox cannot be copied, because a mount is in use
 
-        Each has a name, random numbers and a clock of its own. Commands that are running end in a copy, unless they
-        were started with `keep`, or are in the background.
+        Each copy has its own name, random numbers and clock. Running commands end in a copy, unless they were started
+        with `keep`, or are in the background.
         """
         if count < 0:
             raise ConfigError("count", count, "must be 0 or more")
@@ -240,9 +240,9 @@ class Sandbox(Session):
         return copies
 
     def snapshot(self, directory: str) -> None:
-        """Write this sandbox as it is now; it goes on. The image's disks are not in it.
+        """Write a snapshot of this sandbox, which goes on. It does not contain the image's disks.
 
-        :raises SnapshotError: it cannot be saved
+        :raises SnapshotError: the sandbox cannot be saved
         """
         self.machine.freeze().save(directory)
         with open(os.path.join(directory, _ABOUT), "w", encoding="utf-8") as file:
@@ -250,9 +250,9 @@ class Sandbox(Session):
 
     @classmethod
     def restore(cls, directory: str, *, name: str | None = None, timeout: float | None = None) -> Sandbox:
-        """The sandbox of a ``snapshot``, running.
+        """A running sandbox, made from a ``snapshot``.
 
-        :param timeout: seconds after which it ends; None: as the one before was given
+        :param timeout: seconds after which it ends; None: the limit that the original was given
         :raises SnapshotError: this is not a snapshot of a sandbox, or it is damaged
         """
         try:
@@ -275,7 +275,7 @@ class Sandbox(Session):
 
     @property
     def why(self) -> str:
-        """Why it has ended; empty: it has not."""
+        """Why it has ended; empty if it has not."""
         return self._link.why
 
     @property
@@ -284,7 +284,7 @@ class Sandbox(Session):
         return not self._link.why
 
     def close(self) -> None:
-        """End it, as if its power were cut, and give everything back; idempotent."""
+        """End it as if its power were cut, and free its resources; idempotent."""
         with self._alarm:
             self._closed = True
             self._alarm.notify()

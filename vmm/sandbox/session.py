@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands and files of a sandbox, by its agent: of this process's, or of another one's by name."""
+"""Commands and files of a sandbox of this process, or of another process by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def attach(name: str) -> Session:
-    """The sandbox of that name, which another process of this user runs.
+    """A running sandbox of another process of this user, by name.
 
     :raises ConfigError: no sandbox of this name is running
     """
@@ -62,7 +62,7 @@ class Session(Closing):
     ) -> Result:
         """Run a command to its end. Parameters are those of ``exec``, and:
 
-        :param input: its standard input; None: it is closed
+        :param input: data for its standard input; None: it is closed
         :param timeout: seconds; None: no limit
         :param check: a status other than 0 is an error
         :param on_stdout: called with each piece of output as it comes; `on_stderr` likewise
@@ -98,8 +98,8 @@ class Session(Closing):
         :param cwd: its directory
         :param user: ``NAME``, ``UID`` or ``USER:GROUP``
         :param terminal: rows and columns of a terminal that it gets; None: pipes
-        :param limits: by resource, as ``{"nofile": 100, "cpu": (1, 2)}``; see setrlimit(2)
-        :param keep: it goes on when the handle is closed; otherwise it is killed then
+        :param limits: limits by resource, such as ``{"nofile": 100, "cpu": (1, 2)}``; see setrlimit(2)
+        :param keep: let it go on when the handle is closed; otherwise it is killed then
         :param timeout: seconds that it may take to start
         :param limit: bytes of each stream that are kept; what is more is thrown away and told
         :raises ConfigError: a value that cannot be
@@ -163,7 +163,7 @@ class Session(Closing):
     def publish(self, port: int, host_port: int = 0, *, host: str = "127.0.0.1") -> Published:
         """Let programs of the host reach a TCP port of the guest's loopback.
 
-        :param host_port: 0: any that is free
+        :param host_port: port of the host; 0: any free one
         :param host: address to listen on
         :returns: yours to close; its ``address`` says where it listens
         :raises HostError: the host's port is not available
