@@ -15,6 +15,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from vmm._bus cimport ACCESS_DONE, NativeDevice
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *m, void *attributes)
@@ -29,12 +30,6 @@ cdef extern from "<pthread.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *data, size_t size)
     int usleep(unsigned int microseconds)
-
-cdef extern from "<time.h>" nogil:
-    enum: CLOCK_MONOTONIC
-    struct timespec:
-        long tv_sec, tv_nsec
-    int clock_gettime(int clock, timespec *now)
 
 # Registers, by offset.
 cdef enum:
@@ -82,12 +77,6 @@ cdef enum:
     # The console thread lets a burst gather, but for its beginning: a boot log is hundreds of writes instead of
     # thousands, and a key's echo does not wait.
     GATHER_US = 1000
-
-
-cdef inline uint64_t now_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
 
 
 cdef inline int wants_input(State *s) noexcept nogil:
@@ -411,12 +400,12 @@ cdef class Serial(NativeDevice):
             pthread_mutex_lock(&s.lock)
             while not s.ring_count and not s.closed:
                 pthread_cond_wait(&s.output_cond, &s.lock)
-            since = (now_ns() - s.taken_ns) / 1000
+            since = (clock_ns(CLOCK_MONOTONIC) - s.taken_ns) / 1000
             if since < GATHER_US and not s.closed and s.ring_count < RING_SIZE / 2:
                 pthread_mutex_unlock(&s.lock)
                 usleep(<unsigned int>(GATHER_US - since))
                 pthread_mutex_lock(&s.lock)
-            s.taken_ns = now_ns()
+            s.taken_ns = clock_ns(CLOCK_MONOTONIC)
             count = s.ring_count
             pthread_mutex_unlock(&s.lock)
         taken = PyBytes_FromStringAndSize(NULL, count)

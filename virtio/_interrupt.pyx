@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """How a device tells its driver: an edge by queue, and virtio-mmio's InterruptStatus."""
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t
+
+from vmm._sys cimport eventfd_write
 
 cdef extern from *:
     """
@@ -15,9 +17,6 @@ cdef extern from *:
     void store32(uint32_t *p, uint32_t v) noexcept nogil
     void or32(uint32_t *p, uint32_t v) noexcept nogil
     void and32(uint32_t *p, uint32_t v) noexcept nogil
-
-cdef extern from "sys/eventfd.h" nogil:
-    int eventfd_write(int fd, uint64_t value)
 
 cdef enum:
     INTERRUPT_USED = 1

@@ -2,22 +2,16 @@
 # cython: language_level=3
 """Rate limits by token buckets, with Firecracker's parameters: size, one-time burst, refill time."""
 from libc.stdint cimport uint64_t
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns
 
 cdef extern from *:
     """
     #include <stdint.h>
-    #include <time.h>
-    static inline uint64_t limiter_now(void) {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-    }
     static inline void limiter_lock(int *p) {
         while (__atomic_exchange_n(p, 1, __ATOMIC_ACQUIRE)) __builtin_ia32_pause();
     }
     static inline void limiter_unlock(int *p) { __atomic_store_n(p, 0, __ATOMIC_RELEASE); }
     """
-    uint64_t limiter_now() noexcept nogil
     void limiter_lock(int *p) noexcept nogil
     void limiter_unlock(int *p) noexcept nogil
 
@@ -81,7 +75,7 @@ cdef class RateLimiter:
         if not self.limited():
             return 0
         limiter_lock(&self.lock)
-        now = limiter_now()
+        now = clock_ns(CLOCK_MONOTONIC)
         wait = wait_for(&self.bandwidth, nbytes, now)
         other = wait_for(&self.ops, ops, now)
         wait = max(wait, other)
@@ -105,5 +99,5 @@ cdef Bucket bucket(parameters):
     b.burst = burst
     b.refill_ns = <uint64_t>(refill_ms or 1) * 1000000
     b.tokens = <double>b.size
-    b.filled_at = limiter_now()
+    b.filled_at = clock_ns(CLOCK_MONOTONIC)
     return b

@@ -9,6 +9,7 @@ from libc.string cimport memcpy
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, NativeDevice
 
 from virtio._interrupt cimport MAX_QUEUES, Interrupt
+from vmm._sys cimport eventfd_write
 
 cdef extern from *:
     """
@@ -20,9 +21,6 @@ cdef extern from *:
     ctypedef uint32_t volatile_u32
     uint32_t mmio_load32(const uint32_t *p) noexcept nogil
     void mmio_and32(uint32_t *p, uint32_t v) noexcept nogil
-
-cdef extern from "sys/eventfd.h" nogil:
-    int eventfd_write(int fd, uint64_t value)
 
 cdef enum:
     MMIO_QUEUE_NOTIFY = 0x050

@@ -10,6 +10,7 @@ from virtio._interrupt cimport Interrupt, interrupt_used
 from vmm._fastpath cimport (
     Ring, VirtQueue, load_relaxed16, queue_disable_notify, queue_enable_notify, queue_flush, queue_mute,
 )
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, eventfd_write, name_thread
 from vmm.errors import HostError
 from vmm.threads import spawn
 
@@ -18,18 +19,11 @@ cdef extern from *:
     #include <stdint.h>
     #include <sys/epoll.h>
     #include <sys/eventfd.h>
-    #include <sys/prctl.h>
     #include <sys/timerfd.h>
-    #include <time.h>
     #include <unistd.h>
     static inline int worker_stop_seen(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void worker_set_stop(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline void worker_pause(void) { __builtin_ia32_pause(); }
-    static inline uint64_t worker_now(void) {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-    }
     static inline int worker_ctl(int epoll, int op, int fd, uint32_t events, uint32_t token) {
         struct epoll_event e = { .events = events, .data = { .u32 = token } };
         return epoll_ctl(epoll, op, fd, &e);
@@ -38,15 +32,12 @@ cdef extern from *:
         struct itimerspec t = { .it_value = { (time_t)(ns / 1000000000u), (long)(ns % 1000000000u) } };
         timerfd_settime(timer, 0, &t, NULL);
     }
-    static inline void worker_name(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
     """
     int worker_stop_seen(const int *p) noexcept nogil
     void worker_set_stop(int *p, int v) noexcept nogil
     void worker_pause() noexcept nogil
-    uint64_t worker_now() noexcept nogil
     int worker_ctl(int epoll, int op, int fd, uint32_t events, uint32_t token) noexcept nogil
     void worker_arm(int timer, uint64_t ns) noexcept nogil
-    void worker_name(const char *name) noexcept nogil
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -61,16 +52,13 @@ cdef extern from "<sys/epoll.h>" nogil:
 cdef extern from "<sys/timerfd.h>" nogil:
     int timerfd_create(int clockid, int flags)
     enum: TFD_CLOEXEC, TFD_NONBLOCK
-    enum: CLOCK_MONOTONIC
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
-    int eventfd_write(int fd, uint64_t value)
     enum: EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t count)
-    int close(int fd)
 
 cdef enum:
     EVENTS = 32
@@ -82,7 +70,7 @@ cdef enum:
 def set_thread_name(str name):
     """Name the calling thread for ``top -H``: its first 15 bytes."""
     cdef bytes first = name.encode()[:15]
-    worker_name(first)
+    name_thread(first)
 
 
 cdef class QueueWorker:
@@ -277,8 +265,8 @@ cdef class QueueWorker:
         cdef bint found = False
         for place in range(self.n_queues):
             queue_mute(self.rings[place])
-        end = worker_now() + self._poll_now
-        while not found and not self.stopping() and worker_now() < end:
+        end = clock_ns(CLOCK_MONOTONIC) + self._poll_now
+        while not found and not self.stopping() and clock_ns(CLOCK_MONOTONIC) < end:
             worker_pause()
             for place in range(self.n_queues):
                 ring = self.rings[place]

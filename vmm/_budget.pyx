@@ -11,6 +11,8 @@ import resource
 from libc.errno cimport EMFILE, ENFILE, errno
 from libc.stdint cimport uint64_t
 
+from vmm._sys cimport close
+
 cdef extern from *:
     """
     #include <errno.h>
@@ -35,9 +37,6 @@ cdef extern from *:
     uint64_t budget_load(const uint64_t *taken) noexcept nogil
     void budget_give(uint64_t *taken, uint64_t amount) noexcept nogil
     int[2] granted_below
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
 
 KEPT = 512      # descriptors that no guest gets
 

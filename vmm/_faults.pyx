@@ -7,12 +7,13 @@ Sent by somebody, they ask for an orderly end, in the main thread. Where they ar
 Source: Firecracker 1.12's src/vmm/src/signal_handler.rs for words and exit codes.
 """
 
+from vmm._sys cimport name_thread
+
 cdef extern from *:
     """
     #include <signal.h>
     #include <stdio.h>
     #include <string.h>
-    #include <sys/prctl.h>
     #include <unistd.h>
     static volatile sig_atomic_t fault_sent;
     static volatile int fault_wake = -1;
@@ -49,12 +50,10 @@ cdef extern from *:
             if (sigaction(numbers[i], &action, NULL)) return -1;
         return 0;
     }
-    static void name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
     """
     int fault_sent
     int fault_log
     int catch_all(int wake) noexcept nogil
-    void name_thread(const char *name) noexcept nogil
 
 
 def catch_faults(int wake):

@@ -9,6 +9,8 @@ from libc.errno cimport EINTR, EINVAL, EMFILE, errno
 from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
+from vmm._sys cimport close
+
 cdef extern from *:
     """
     #include <errno.h>
@@ -72,9 +74,6 @@ cdef extern from *:
 
 cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *addr, size_t length)
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
 
 
 cdef Uring[64] _stock

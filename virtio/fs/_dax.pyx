@@ -14,6 +14,7 @@ from libc.stdlib cimport calloc, free
 
 from virtio.fs._inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 from vmm._budget cimport FOR_OPEN, granted
+from vmm._sys cimport close
 
 cdef extern from *:
     """
@@ -37,9 +38,6 @@ cdef extern from "<sys/stat.h>" nogil:
 cdef extern from "<fcntl.h>" nogil:
     enum: F_DUPFD_CLOEXEC
     int fcntl(int fd, int command, ...)
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
 
 cdef enum:
     PAGE = 4096

@@ -6,10 +6,8 @@ from libc.stdlib cimport calloc, free
 
 from virtio.fs._host cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY
 from virtio.fs._inodes cimport ROOT, Inodes, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from vmm._sys cimport close
 
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
 
 cdef enum:
     CHUNK_BITS = 9

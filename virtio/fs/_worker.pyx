@@ -18,10 +18,10 @@ from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
 from vmm._iov cimport iov_gather
+from vmm._sys cimport close, eventfd_write
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
-    int eventfd_write(int fd, uint64_t value)
     enum: EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -29,7 +29,6 @@ cdef extern from "<sys/epoll.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t count)
-    int close(int fd)
 
 cdef enum:
     JOBS = 64                   # slow requests that wait or are served; further ones are served in the queue's thread

@@ -13,6 +13,7 @@ from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
+from vmm._sys cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns
 
 cdef extern from *:
     """
@@ -21,23 +22,16 @@ cdef extern from *:
     #include <sys/epoll.h>
     #include <sys/socket.h>
     #include <sys/uio.h>
-    #include <time.h>
     #include <unistd.h>
-    static inline uint64_t net_clock(clockid_t clock) {
-        struct timespec t;
-        clock_gettime(clock, &t);
-        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-    }
     static inline void net_set_errno(int value) { errno = value; }
     static inline ssize_t net_send(int fd, struct iovec *iov, size_t n) {
         struct msghdr m = { .msg_iov = iov, .msg_iovlen = n };
         return sendmsg(fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
     }
     """
-    uint64_t net_clock(int clock) noexcept nogil
     void net_set_errno(int value) noexcept nogil
     ssize_t net_send(int fd, iovec *iov, size_t n) noexcept nogil
-    enum: CLOCK_MONOTONIC, CLOCK_REALTIME, EPOLLIN, EPOLLOUT, EPOLLET
+    enum: EPOLLIN, EPOLLOUT, EPOLLET
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t readv(int fd, const iovec *iov, int count)
@@ -220,7 +214,7 @@ cdef class NetWorker(QueueWorker):
 
     cdef void stall(self, uint32_t place, uint64_t nanoseconds) noexcept nogil:
         # One timer for all: the earliest.
-        cdef uint64_t now = net_clock(CLOCK_MONOTONIC), first
+        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC), first
         cdef uint32_t other
         self.resume[place] = now + nanoseconds
         first = self.resume[place]
@@ -632,7 +626,7 @@ cdef class NetWorker(QueueWorker):
         # One write, so that the records of several threads do not mix. Source: pcap-savefile(5).
         cdef iovec[UIO_MAXIOV + 1] record
         cdef uint32_t[4] head
-        cdef uint64_t now = net_clock(CLOCK_REALTIME)
+        cdef uint64_t now = clock_ns(CLOCK_REALTIME)
         head[0] = <uint32_t>(now // 1_000_000_000)
         head[1] = <uint32_t>(now % 1_000_000_000)
         head[2] = head[3] = <uint32_t>(size - VNET_HEADER)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the socket device calls of the host's.
-from libc.stdint cimport uint64_t
 
 from vmm._fastpath cimport iovec
 
@@ -10,23 +9,15 @@ cdef extern from *:
     #define _GNU_SOURCE
     #endif
     #include <poll.h>
-    #include <time.h>
-    static inline uint64_t vsock_now(void) {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-    }
     /* Whether the other end is closed, not only shut down for writing. */
     static inline int hung_up(int fd) {
         struct pollfd p = { .fd = fd, .events = 0 };
         return poll(&p, 1, 0) > 0;
     }
-    /* Wait until it takes more bytes, or its other end is gone; at most until then. */
-    static inline void wait_for_room(int fd, uint64_t until) {
+    /* Wait until it takes more bytes, or its other end is gone; at most so many milliseconds. */
+    static inline void wait_for_room(int fd, int most) {
         struct pollfd p = { .fd = fd, .events = POLLOUT };
-        uint64_t now = vsock_now();
-        if (now < until)
-            poll(&p, 1, (int)((until - now) / 1000000) + 1);
+        poll(&p, 1, most);
     }
     /* Whether the other end will write no more. */
     static inline int shut_up(int fd) {
@@ -35,9 +26,8 @@ cdef extern from *:
     }
     static inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
     """
-    uint64_t vsock_now() noexcept nogil
     bint hung_up(int fd) noexcept nogil
-    void wait_for_room(int fd, uint64_t until) noexcept nogil
+    void wait_for_room(int fd, int most) noexcept nogil
     bint shut_up(int fd) noexcept nogil
     int lowest_bit(unsigned int bits) noexcept nogil
 
@@ -69,9 +59,3 @@ cdef extern from "<sys/un.h>" nogil:
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum: EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLET
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd_write(int fd, uint64_t value)
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)

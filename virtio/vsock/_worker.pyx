@@ -23,9 +23,9 @@ from virtio.vsock._conns cimport (
 from virtio.vsock._host cimport (
     AF_UNIX, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_CTRUNC, MSG_DONTWAIT,
     MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, accept4, close, connect,
-    eventfd_write, hung_up, lowest_bit, msghdr, recv, recvmsg, send, sendmsg, setsockopt, shut_up, shutdown,
-    sockaddr, sockaddr_un, socket, vsock_now, wait_for_room,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, accept4, connect,
+    hung_up, lowest_bit, msghdr, recv, recvmsg, send, sendmsg, setsockopt, shut_up, shutdown,
+    sockaddr, sockaddr_un, socket, wait_for_room,
 )
 from virtio.vsock._packet cimport (
     HEADER, HOST_CID, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
@@ -37,6 +37,7 @@ from vmm._fastpath cimport (
     QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, load_acquire16, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, eventfd_write
 from vmm.budget import memory
 
 # What the loop counts, by name; plain words, read by Python at any time.
@@ -158,7 +159,7 @@ cdef class VsockWorker(QueueWorker):
         self.listening = False
         self.poll_ns = 0                # a look at the rings would keep the sockets waiting
         self.settling = self.reset_due
-        self.settle_until = vsock_now() + <uint64_t>int(self.device.settle_wait * SECOND)
+        self.settle_until = clock_ns(CLOCK_MONOTONIC) + <uint64_t>int(self.device.settle_wait * SECOND)
         self.listen()
         if self.settling:
             self.wake_after(SETTLE)
@@ -208,7 +209,7 @@ cdef class VsockWorker(QueueWorker):
 
     cdef bint settled(self) noexcept nogil:
         # A driver gives the buffer back once it has done what the event says.
-        if vsock_now() >= self.settle_until:
+        if clock_ns(CLOCK_MONOTONIC) >= self.settle_until:
             return True
         return not self.reset_due and load_acquire16(self.rings[EVENT].avail + 2) != self.events_given
 
@@ -226,15 +227,16 @@ cdef class VsockWorker(QueueWorker):
     cdef void deliver(self) noexcept nogil:
         # What the guest sent before its end is still for the host programs: a guest that powers off has no other way
         # to be heard. One that does not read gets what its socket takes, and no VM waits longer for all of them.
-        cdef uint64_t until = vsock_now() + self.end_wait
+        cdef uint64_t until = clock_ns(CLOCK_MONOTONIC) + self.end_wait, now
         cdef uint32_t i
         cdef Conn *c
         for i in range(self.table.fresh):
             c = &self.table.conns[i]
             while c.state != FREE and c.used:
-                wait_for_room(c.fd, until)
+                now = clock_ns(CLOCK_MONOTONIC)
+                wait_for_room(c.fd, <int>((until - now) // 1000000) + 1 if now < until else 0)
                 self.flush(c)
-                if vsock_now() >= until:
+                if now >= until:
                     break
 
     # What the worker calls
@@ -335,13 +337,13 @@ cdef class VsockWorker(QueueWorker):
             self.deadlines -= 1
         c.deadline = 0
         if nanoseconds:
-            c.deadline = vsock_now() + nanoseconds
+            c.deadline = clock_ns(CLOCK_MONOTONIC) + nanoseconds
             if self.deadlines == 0 and not self.tx_timed:
                 self.wake_after(TICK)
             self.deadlines += 1
 
     cdef void tick(self) noexcept nogil:
-        cdef uint64_t now = vsock_now()
+        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC)
         cdef uint32_t i
         cdef Conn *c
         self.tx_timed = False

@@ -12,6 +12,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, Bus, Range, Table, bus_find
+from vmm._sys cimport name_thread
 
 from vmm.errors import KvmError
 
@@ -32,7 +33,6 @@ cdef extern from *:
     #include <signal.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
-    #include <sys/prctl.h>
 
     /* kvm_run's union, reached by accessors: Cython cannot name an anonymous member. */
     static inline uint16_t io_port(struct kvm_run *r) { return r->io.port; }
@@ -70,7 +70,6 @@ cdef extern from *:
     }
     static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }
     static int enter_guest(int fd) { return ioctl(fd, KVM_RUN, 0); }
-    static void name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
     """
     ctypedef unsigned long pthread_t
     uint16_t io_port(kvm_run *r) nogil
@@ -92,7 +91,6 @@ cdef extern from *:
     int arm_kick() nogil
     void send_kick(pthread_t thread) nogil
     int enter_guest(int fd) nogil
-    void name_thread(const char *name) nogil
     pthread_t pthread_self() nogil
     void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
     int munmap(void *address, size_t length) nogil
