@@ -8,16 +8,7 @@ from msgspec.structs import replace
 
 from boot.cmdline import Cmdline, parameter
 from vmm.api import types
-from vmm.config.devices import (
-    BalloonConfig,
-    DriveConfig,
-    EntropyConfig,
-    MmdsConfig,
-    NetConfig,
-    RateLimiterConfig,
-    ShareConfig,
-    VsockConfig,
-)
+from vmm.config import devices
 from vmm.config.option import REQUIRED, Config
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
@@ -56,7 +47,7 @@ def bucket(body: types.TokenBucket | None) -> Bucket | None:
     return body.size, body.one_time_burst or 0, body.refill_time
 
 
-def limiter(body: types.RateLimiter | None) -> RateLimiterConfig | None:
+def limiter(body: types.RateLimiter | None) -> devices.RateLimiterConfig | None:
     """The limits of a device.
 
     :raises ConfigError: a number that no limiter can count to
@@ -64,7 +55,7 @@ def limiter(body: types.RateLimiter | None) -> RateLimiterConfig | None:
     if body is None:
         return None
     buckets = bucket(body.bandwidth), bucket(body.ops)
-    return RateLimiterConfig(*(each if each != (0, 0, 0) else None for each in buckets))
+    return devices.RateLimiterConfig(*(each if each != (0, 0, 0) else None for each in buckets))
 
 
 def shown_limiter(body: types.RateLimiter | None, old: types.RateLimiter | None = None) -> types.RateLimiter | None:
@@ -122,11 +113,11 @@ def config_of(kind: type[_C], body: Struct) -> _C:
     return kind(**values_of(kind, body))
 
 
-def drive(body: types.Drive) -> DriveConfig:
+def drive(body: types.Drive) -> devices.DriveConfig:
     """:raises ConfigError: the body does not describe a supported disk"""
     if body.socket is not None:
         raise ConfigError("socket", body.socket, "vhost-user drives are not supported; give path_on_host")
-    return config_of(DriveConfig, body)
+    return config_of(devices.DriveConfig, body)
 
 
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
@@ -162,12 +153,12 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         huge_pages=None if machine.huge_pages == "None" else machine.huge_pages,
         track_dirty_pages=machine.track_dirty_pages,
         drives=[drive(each) for each in drives],
-        nets=[config_of(NetConfig, each) for each in whole.network_interfaces],
-        mmds=None if whole.mmds_config is None else config_of(MmdsConfig, whole.mmds_config),
-        vsock=None if whole.vsock is None else config_of(VsockConfig, whole.vsock),
-        shares=[config_of(ShareConfig, each) for each in _given(whole.fs, [])],
-        entropy=None if whole.entropy is None else config_of(EntropyConfig, whole.entropy),
-        balloon=None if whole.balloon is None else config_of(BalloonConfig, whole.balloon),
+        nets=[config_of(devices.NetConfig, each) for each in whole.network_interfaces],
+        mmds=None if whole.mmds_config is None else config_of(devices.MmdsConfig, whole.mmds_config),
+        vsock=None if whole.vsock is None else config_of(devices.VsockConfig, whole.vsock),
+        shares=[config_of(devices.ShareConfig, each) for each in _given(whole.fs, [])],
+        entropy=None if whole.entropy is None else config_of(devices.EntropyConfig, whole.entropy),
+        balloon=None if whole.balloon is None else config_of(devices.BalloonConfig, whole.balloon),
         console_rate_limiter=limiter(serial.rate_limiter),
         **values,
     )
@@ -182,7 +173,7 @@ def _bucket_body(each: Bucket | None) -> types.TokenBucket | None:
     return types.TokenBucket(size=each[0], one_time_burst=each[1] or None, refill_time=each[2])
 
 
-def _limiter_body(config: RateLimiterConfig | None) -> types.RateLimiter | None:
+def _limiter_body(config: devices.RateLimiterConfig | None) -> types.RateLimiter | None:
     if config is None:
         return None
     return types.RateLimiter(bandwidth=_bucket_body(config.bandwidth), ops=_bucket_body(config.ops))
@@ -202,7 +193,7 @@ def body_of(kind: type[_B], config: Config, **values: Any) -> _B:
             continue
         if each.extension and value in (None, each.meaning_of_none):
             continue
-        if isinstance(value, RateLimiterConfig):
+        if isinstance(value, devices.RateLimiterConfig):
             value = _limiter_body(value)
         elif isinstance(each.choices, dict) and value is not None:
             value = each.choices[value]
