@@ -522,6 +522,39 @@ def test_a_port_is_published_on_the_host(sandbox: Sandbox) -> None:
         sandbox.publish(80, taken.getsockname()[1])
 
 
+def test_the_command_publishes_ports(runtime: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for word, problem in (
+            ("80", b"--publish 80: must be PORT:PORT or HOST:PORT:PORT"),
+            ("x:80", b"--publish x:80: must be"),
+            ("1:70000", b"--publish 1:70000: must be"),
+            (f"{port}:80", b"listen on 127.0.0.1 port %d: Address already in use" % port),
+        ):
+            bad = _pyvmm("sandbox", "--memory", "64M", "--publish", word, "busybox", "true")
+            assert bad.returncode in (1, 2) and problem in bad.stderr and bad.stderr.count(b"\n") == 1, bad
+    words = [
+        "--memory",
+        "64M",
+        "--publish",
+        f"127.0.0.1:{port}:80",
+        "busybox",
+        "nc",
+        "-l",
+        "-p",
+        "80",
+        "-e",
+        "echo",
+        "hi",
+    ]
+    with subprocess.Popen([sys.executable, "-m", "vmm", "sandbox", *words], stdin=subprocess.DEVNULL) as process:
+        said = b""
+        while not said and process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 30) as stream:
+                said = stream.recv(100)
+        assert said == b"hi\n" and process.wait(60) == 0
+
+
 def test_a_port_of_the_host_is_provided_in_the_guest(sandbox: Sandbox) -> None:
     data = random.Random(4).randbytes(400_000)
     sandbox.files.write("/tmp/asked", data)

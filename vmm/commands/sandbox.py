@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from vmm.commands.exec import add_command_arguments, run
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a network that the guest may not reach, even if --allow has it; may be repeated",
     )
+    add(
+        "--publish", metavar="[HOST:]PORT:PORT", action="append", default=[],
+        help="a TCP port of this host, on 127.0.0.1 or on HOST, that leads to the second PORT, of the guest's loopback;"
+        " may be repeated",
+    )  # fmt: skip
     add("--timeout", metavar="S", type=float, help="end the sandbox after S seconds (default: never)")
     add("--name", help="name for pyvmm exec, and hostname (default: a new one)")
     add("--kernel", metavar="PATH", help="a kernel with all drivers built in (default: the image's)")
@@ -51,10 +57,13 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; its exit status is ours."""
     if args.wait and args.command:
         raise ConfigError("--wait", " ".join(args.command), "takes no command")
+    ports = [_ports(word) for word in args.publish]
     with Sandbox(
         args.image, memory=args.memory, cpus=args.cpus, mounts=dict(_mount(word) for word in args.mount),
         timeout=args.timeout, name=args.name, network=_network(args), kernel=args.kernel,
-    ) as sandbox:  # fmt: skip
+    ) as sandbox, contextlib.ExitStack() as stack:  # fmt: skip
+        for host, host_port, port in ports:
+            stack.enter_context(sandbox.publish(port, host_port, host=host))
         if not args.wait:
             args.command = args.command or sandbox.program
             return run(sandbox, args)
@@ -70,6 +79,15 @@ def _network(args: argparse.Namespace) -> str | NetworkPolicy:
     if not args.allow:
         raise ConfigError("--deny", args.deny[0], "needs --allow: without it nothing is allowed")
     return NetworkPolicy(args.allow, deny=args.deny)
+
+
+def _ports(word: str) -> tuple[str, int, int]:
+    rest, _, port = word.rpartition(":")
+    host, _, host_port = rest.rpartition(":")
+    numbers = [int(each) if each.isascii() and each.isdigit() else 0 for each in (host_port, port)]
+    if not all(0 < number < 65536 for number in numbers):
+        raise ConfigError("--publish", word, "must be PORT:PORT or HOST:PORT:PORT, each 1 to 65535, the guest's last")
+    return host.strip("[]") or "127.0.0.1", numbers[0], numbers[1]
 
 
 def _mount(word: str) -> tuple[str, str | tuple[str, str]]:

@@ -10,6 +10,7 @@ import posixpath
 import stat
 import struct
 
+from vmm.closing import Closing
 from vmm.sandbox.channel import (
     F_CHANGE,
     F_DATA,
@@ -331,7 +332,7 @@ class Files:
         return Watch(channel, deadline, doing)
 
 
-class Watch:
+class Watch(Closing):
     """Changes in a directory, one after the other; a context manager. Made by ``Files.watch``."""
 
     def __init__(self, channel: Channel, deadline: Deadline, doing: str) -> None:
@@ -365,12 +366,6 @@ class Watch:
         self._closed = True
         self._channel.cut()
         self._channel.close()
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _no_file(path: str) -> OSError:
