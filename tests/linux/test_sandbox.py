@@ -496,6 +496,7 @@ def test_the_async_twin_runs_many_at_once_and_hears_a_cancel(sandbox: Sandbox) -
             pass
         with pytest.raises(FileNotFoundError):
             await twin.files.read("/none")
+        assert twin.commands is twin.commands and (await twin.commands.run("true")).exit_code == 0
         (copy,) = await twin.fork()
         async with asyncio.timeout(60):
             assert (await copy.run("echo copied")).stdout == "copied\n"

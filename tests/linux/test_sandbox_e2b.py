@@ -225,6 +225,7 @@ def test_the_async_twin(sbx: Sandbox) -> None:
             while len(heard) < 2:
                 await asyncio.sleep(0.005)
             assert handle.exit_code is None and handle.stdout == "more\n"
+            assert await twin.commands.connect(handle.pid) is handle
             await handle.close_stdin()
             with pytest.raises(CommandExitException):
                 await handle.wait()
@@ -232,6 +233,9 @@ def test_the_async_twin(sbx: Sandbox) -> None:
             task = asyncio.create_task(twin.commands.run("echo >/tmp/there; sleep 7531", timeout=None))
             while not await twin.files.exists("/tmp/there"):
                 await asyncio.sleep(0.005)
+            (alone,) = (each.pid for each in await twin.commands.list() if each.args[-1].endswith("7531"))
+            with pytest.raises(NotFoundException):  # which another task waits for
+                await twin.commands.connect(alone)
             task.cancel()
             await asyncio.wait([task])
             assert "7531" not in (await twin.commands.run("sleep 0.05; ps; true")).stdout

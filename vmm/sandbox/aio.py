@@ -193,6 +193,7 @@ class AsyncSandbox:
     """
 
     sync: Sandbox
+    _commands: AsyncCommands | None = None
 
     def __init__(self, image: Any = "debian", **settings: Any) -> None:
         self._make = functools.partial(Sandbox, image, **settings)
@@ -249,7 +250,9 @@ class AsyncSandbox:
         """The same by E2B's names."""
         from vmm.sandbox.e2b.aio import AsyncCommands
 
-        return AsyncCommands(self.sync.commands)
+        if self._commands is None:
+            self._commands = AsyncCommands(self.sync.commands)
+        return self._commands
 
     @property
     def network_counters(self) -> dict[str, int]:

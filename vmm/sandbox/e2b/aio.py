@@ -9,7 +9,7 @@ import inspect
 
 from vmm.sandbox.aio import in_thread, twin
 from vmm.sandbox.e2b.commands import CommandHandle, Commands, Pty
-from vmm.sandbox.e2b.errors import translated
+from vmm.sandbox.e2b.errors import NotFoundException, translated
 from vmm.sandbox.e2b.files import Filesystem, WatchHandle, refuse_watch
 from vmm.sandbox.e2b.sandbox import Paginator, Sandbox, SandboxInfo, _Both
 
@@ -91,8 +91,14 @@ class _AsyncRunning:
     sync: Any
 
     async def connect(self, pid: int, timeout: float | None = 60, request_timeout: float | None = None) -> Any:
-        """The handle of a command that was started here."""
-        return self._handles[self.sync.connect(pid)]
+        """The handle of a command that was started here in the background.
+
+        :raises NotFoundException: none has that pid
+        """
+        try:
+            return self._handles[self.sync.connect(pid)]
+        except KeyError:
+            raise NotFoundException(f"no command that runs in the background has the pid {pid}") from None
 
     def __init__(self, sync: Any) -> None:
         self.sync = sync
