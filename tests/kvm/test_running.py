@@ -162,3 +162,27 @@ with Machine({guest!r}, memory="16M") as vm:
         assert done.returncode == 2 and "writes to no file, but to pipe:" in done.stderr
         process.communicate(b"\n")
     assert process.returncode == 0
+
+
+def test_isolated_copies_are_listed_by_the_program_that_has_them(tmp_path: Path) -> None:
+    program = tmp_path / f"{WORD}.py"
+    program.write_text(f"""
+from vmm import Machine
+if __name__ == "__main__":
+    with Machine({tiny_guest(tmp_path, DEAF)!r}, memory="16M") as vm:
+        vm.start()
+        (copy,) = vm.fork(1, isolated=True)
+        print(copy.pid, flush=True)
+        input()
+        copy.close()
+""")
+    with subprocess.Popen([sys.executable, program], stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        seen = listed(pid)
+        assert seen is not None and (seen["name"], seen["kind"]) == (f"{WORD}.py-{pid}", "copy")
+        assert seen["image"] == str(program)
+        assert "belongs to another program" in pyvmm("stop", str(pid)).stderr
+        assert pyvmm("ps", "--quiet").stdout.count(WORD) == 2
+        process.communicate(b"\n")
+    assert process.returncode == 0

@@ -19,9 +19,9 @@ from types import ModuleType
 import pytest
 
 from vmm import events
-from vmm.commands import cli, guide, jailer, run, serve
+from vmm.commands import cli, guide, jailer, run, running, serve
 from vmm.commands.completion import SHELLS, completion
-from vmm.commands.parser import coloured, make_parser, paint
+from vmm.commands.parser import coloured, make_parser, paint, with_headings
 from vmm.config.devices import DEVICES
 from vmm.config.option import Config
 from vmm.errors import ConfigError
@@ -84,10 +84,19 @@ def test_every_end_of_a_guest_is_told() -> None:
         (["ctl", "--api-sock", "x", "statsu"], "status"),
         (["ctl", "--api-sock", "x", "drive", "d", "--pth"], "--path"),
         (["completion", "bsh"], "bash"),
+        (["pull", "debain"], "debian"),
+        (["run", "debain"], "debian"),
     ],
 )
 def test_what_was_meant(capsys: pytest.CaptureFixture[str], words: list[str], meant: str) -> None:
     assert f"did you mean {meant}?" in said(capsys, *words)
+
+
+def test_a_vm_that_was_meant(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    other = running.Running("my-box", "run", 1, "running", "", 0.0, 0, 0.0, 0, ())
+    monkeypatch.setattr(running, "find", lambda: [other])
+    for command in ("attach", "logs", "stop"):
+        assert "did you mean my-box?" in said(capsys, command, "my-bix")
 
 
 def test_no_guess_at_what_is_close_to_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +132,7 @@ def test_colours(
     make_parser("run", run).print_help(output)
     assert ("\x1b[1musage:\x1b[0m" in output.getvalue()) is fit
     assert ("\x1b[1mdevices:\x1b[0m" in output.getvalue()) is fit
+    assert ("\x1b[1mexamples:\x1b[0m" in with_headings(guide.overview(), output)) is fit
 
 
 def _shell(name: str) -> str:
@@ -136,13 +146,29 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("completion")
     for shell in SHELLS:
         (directory / shell).write_text(completion(shell))
+    ps = directory / "bin/pyvmm"
+    ps.parent.mkdir()
+    ps.write_text('#!/bin/sh\n[ "$*" = "ps --quiet" ] && printf "a-vm\\nanother-vm\\n"\n')
+    ps.chmod(0o755)
     return directory
 
 
-CASES = [("run --memo", "--memory"), ("compl", "completion"), ("ctl --api-sock x snap", "snapshot")]
+@pytest.fixture
+def _running(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{scripts}/bin:{os.environ['PATH']}")
+
+
+CASES = [
+    ("run --memo", "--memory"),
+    ("compl", "completion"),
+    ("ctl --api-sock x snap", "snapshot"),
+    ("run --protocol pv", "pvh"),
+    ("attach anoth", "another-vm"),
+]
 
 
 @pytest.mark.parametrize(("line", "whole"), CASES)
+@pytest.mark.usefixtures("_running")
 def test_bash_completes(scripts: Path, line: str, whole: str) -> None:
     words = ["pyvmm", *line.split()]
     code = (
@@ -154,6 +180,7 @@ def test_bash_completes(scripts: Path, line: str, whole: str) -> None:
 
 
 @pytest.mark.parametrize(("line", "whole"), CASES)
+@pytest.mark.usefixtures("_running")
 def test_fish_completes(scripts: Path, tmp_path: Path, line: str, whole: str) -> None:
     code = f"source {shlex.quote(str(scripts / 'fish'))}; complete -C {shlex.quote('pyvmm ' + line)}"
     environment = {**os.environ, "HOME": str(tmp_path)}
@@ -162,6 +189,7 @@ def test_fish_completes(scripts: Path, tmp_path: Path, line: str, whole: str) ->
     assert [each.partition("\t")[0] for each in done.stdout.splitlines()] == [whole]
 
 
+@pytest.mark.usefixtures("_running")
 def test_zsh_completes(scripts: Path, tmp_path: Path) -> None:
     # zsh completes at a prompt alone, so it gets a terminal.
     (tmp_path / "_pyvmm").write_text((scripts / "zsh").read_text())

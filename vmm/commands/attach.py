@@ -29,6 +29,7 @@ _END_SECONDS = 1  # from the end of a console that was killed to that of its pro
 _WAYS = {
     "sandbox": "is a sandbox, whose console is pyvmm's; for a shell in it: pyvmm exec {}",
     "python": 'has no console to attach to; its program gives it one: Machine(..., console="unix:PATH")',
+    "copy": "is a copy of a VM, and has no console",
     "run": "has no console to attach to; start it with: pyvmm run --console unix:PATH",
 }
 _SERVED = 'has no console to attach to; before it starts: PUT /serial {"socket_path": "PATH"}'

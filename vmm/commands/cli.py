@@ -128,8 +128,9 @@ def _run(arguments: list[str]) -> int:
     match arguments[:1]:
         case [] | ["-h"] | ["--help"] | ["help"]:
             from vmm.commands.guide import overview
+            from vmm.commands.parser import with_headings
 
-            print(overview(), end="")
+            print(with_headings(overview(), sys.stdout), end="")
             return 0 if arguments else STATUS_CONFIG
         case ["--version"] | ["-V"]:
             print(f"pyvmm {__version__}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from vmm.commands.run import PARAMETERS
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -11,8 +12,15 @@ if TYPE_CHECKING:
 
 SHELLS = ("bash", "zsh", "fish")
 # What an option's or an argument's value is, by its placeholder in the help.
-_FILES = ("F", "FILE", "PATH", "KERNEL", "ROOTFS", "PATH[,ro][,...]", "PROGRAM")
+_FILES = ("F", "FILE", "PATH", "KERNEL", "ROOTFS", "PATH[,ro][,...]", "PROGRAM", "SOURCE", "TARGET")
 _DIRECTORIES = ("DIR",)
+# Their NAME is that of a running VM, which the shell asks for.
+_OF_A_VM = ("attach", "exec", "logs", "stop")
+_NAMES = "pyvmm ps --quiet 2>/dev/null"
+_RUNNING = {"bash": "_pyvmm_running", "zsh": f"($({_NAMES}))", "fish": f"({_NAMES})"}
+# By option, the values that it may have.
+CHOICES = {word: tuple(map(str, each.choices)) for word, (_, each) in PARAMETERS.items() if each.choices}
+_PREAMBLE = {"bash": f'_pyvmm_running() {{ compgen -W "$({_NAMES})" -- "$1"; }}'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,16 +49,24 @@ def completion(shell: str) -> str:
     from vmm.commands.parser import whole
 
     parser = whole()
-    _tell_files(parser, shtab.FILE, shtab.DIRECTORY)
-    return str(shtab.complete(parser, shell)).rstrip("\n") + "\n"
+    _tell_values(parser, shtab.FILE, shtab.DIRECTORY)
+    return str(shtab.complete(parser, shell, preamble=_PREAMBLE.get(shell, ""))).rstrip("\n") + "\n"
 
 
-def _tell_files(parser: argparse.ArgumentParser, file: object, directory: object) -> None:
+def _tell_values(parser: argparse.ArgumentParser, file: object, directory: object, command: str = "") -> None:
     for action in parser._actions:
+        choices = next((CHOICES[option] for option in action.option_strings if option in CHOICES), None)
+        complete: object = None
         if isinstance(action.choices, dict):
-            for other in action.choices.values():
-                _tell_files(other, file, directory)
+            for name, other in action.choices.items():
+                _tell_values(other, file, directory, command or name)
+        elif choices is not None:
+            action.choices = choices
         elif action.metavar in _FILES:
-            action.complete = file  # type: ignore[attr-defined]  # shtab's own attribute
+            complete = file
         elif action.metavar in _DIRECTORIES:
-            action.complete = directory  # type: ignore[attr-defined]
+            complete = directory
+        elif action.metavar == "NAME" and command in _OF_A_VM:
+            complete = _RUNNING
+        if complete is not None:
+            action.complete = complete  # type: ignore[attr-defined]  # shtab's own attribute

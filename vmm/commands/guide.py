@@ -66,7 +66,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "exec": ("pyvmm exec box", "pyvmm exec -u nobody -e LANG=C box id"),
     "cp": ("pyvmm cp data.csv box:/tmp", "pyvmm cp box:/var/log logs"),
-    "ps": ("pyvmm ps", "pyvmm ps --json"),
+    "ps": ("pyvmm ps", "pyvmm ps --json", "pyvmm ps --quiet"),
     "attach": ("pyvmm attach debian", "pyvmm attach /run/user/1000/box.console"),
     "stop": ("pyvmm stop box", "pyvmm stop --timeout 60 4242"),
     "logs": ("pyvmm logs box", "pyvmm logs --follow box"),

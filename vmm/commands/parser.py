@@ -40,6 +40,11 @@ def paint(text: str, code: int, stream: IO[str] | None) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if coloured(stream) else text
 
 
+def with_headings(text: str, stream: IO[str] | None) -> str:
+    """A help text, its headings bold where colours are fit."""
+    return _HEADING.sub("\x1b[1m\\g<0>\x1b[0m", text) if coloured(stream) else text
+
+
 class Parser(argparse.ArgumentParser):
     """Options are grouped by ``guide.GROUPS``; ``--help`` ends with the command's words, examples and exit statuses."""
 
@@ -79,10 +84,7 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         """Print it where argparse would pass over that it cannot be written."""
-        text = self.format_help()
-        if coloured(file or sys.stdout):
-            text = _HEADING.sub("\x1b[1m\\g<0>\x1b[0m", text)
-        print(text, end="", file=file)
+        print(with_headings(self.format_help(), file or sys.stdout), end="", file=file)
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterable[str]:

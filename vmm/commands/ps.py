@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyvmm ps``."""
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--json", action="store_true", help="one JSON object a line")
+    formats.add_argument("-q", "--quiet", action="store_true", help="only the names, one a line")
 
 
 def main(args: argparse.Namespace) -> int:
     """List them."""
     rows = [("NAME", "COMMAND", "PID", "STATE", "UPTIME", "MEMORY", "CPU", "IMAGE")]
     for each in running.find():
+        if args.quiet:
+            print(each.name)
+            continue
         uptime = max(time.time() - each.began, 0.01)
         percent = 100 * each.cpu / uptime
         if args.json:
@@ -33,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
             (each.name, each.kind, str(each.pid), each.state, _span(uptime), memory, f"{percent:.0f}%", each.image)
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows if not args.json else ():
+    for row in rows if not (args.json or args.quiet) else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
 

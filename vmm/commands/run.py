@@ -8,7 +8,7 @@ import sys
 
 from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
-from vmm.config import attribute, fill_from_files, parse_plain
+from vmm.config import attribute, did_you_mean, fill_from_files, parse_plain
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
 from vmm.events import StopReason
@@ -159,6 +159,8 @@ def _image(name: str) -> Any:
     image = images.resolve(name)
     if image is None and (name.startswith(CONTAINERS) or name in images.NAMES):
         raise ConfigError("image", name, f"is not in the cache; fetch it with: pyvmm pull {name}")
+    if image is None and (guess := did_you_mean(name, images.NAMES)):
+        raise ConfigError("KERNEL", name, f"is neither a file nor an image{guess}")
     return image
 
 

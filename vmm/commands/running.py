@@ -12,6 +12,7 @@ import time
 from typing import NamedTuple
 
 from vmm.commands.cli import COMMANDS, PROGRAMS
+from vmm.config import did_you_mean
 from vmm.errors import ConfigError, VmmError
 from vmm.machine.console_socket import MARK
 from vmm.sandbox import registry
@@ -28,7 +29,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 class Running(NamedTuple):
     """A VM, or a program with several.
 
-    :ivar kind: the subcommand that runs it: run, serve, jailer or sandbox; python for another program
+    :ivar kind: the subcommand that runs it: run, serve, jailer or sandbox; python for another program, copy for an
+        isolated fork of such a program's VM
     :ivar image: the image or kernel of the command line, or the program
     :ivar state: running, paused or not started
     :ivar began: seconds since the epoch
@@ -79,7 +81,8 @@ def named(word: str) -> Running:
     found = [each for each in running if each.name == word] or [each for each in running if str(each.pid) == word]
     if not found:
         names = ", ".join(each.name for each in running) or "none"
-        raise ConfigError("NAME", word, f"is not the name or PID of a VM that runs here; there is: {names}")
+        guess = did_you_mean(word, [each.name for each in running]) or ";"
+        raise ConfigError("NAME", word, f"is not the name or PID of a VM that runs here{guess} there is: {names}")
     if len(found) > 1:
         pids = ", ".join(str(each.pid) for each in found)
         raise ConfigError("NAME", word, f"is the name of {len(found)} VMs; give a PID: {pids}")
@@ -137,6 +140,8 @@ def _look(pid: int) -> Running | None:
         # The first word that is not an option: `run` may have options before it, whose values it would be.
         image = words[0] if words and not words[0].startswith("-") else ""
         name = os.path.basename(image)
+        if kind == "copy":  # several of one program
+            name = f"{name}-{pid}"
     return Running(
         name or f"{kind}-{pid}", kind, pid, _state(pid, kind, words), image, since,
         int(fields[21]) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS, ticks, words,
@@ -161,6 +166,9 @@ def consoles(pid: int) -> list[str]:
 def _command(line: list[str]) -> tuple[str, tuple[str, ...]]:
     # The subcommand, and what follows it; of another program its script, and what follows that.
     starts = [index for index, word in enumerate(line) if word.endswith(("/vmm/__main__.py", "/vmm/commands/cli.py"))]
+    if not starts and "-c" in line:
+        code, *words = line[line.index("-c") + 1 :]
+        return "copy" if "vmm.machine.fork_server" in code else "python", tuple(words)
     if not starts:
         words = [word for word in line[1:] if not word.startswith("-")] or line[:1]
         return "python", tuple(words)

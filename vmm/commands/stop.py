@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Press the power button, and after the time limit send SIGTERM; 0: it has ended."""
     timeout = parse_count("--timeout", args.timeout, 0, 86400)
     each = running.named(args.name)
-    if each.kind == "python":
+    if each.kind in ("python", "copy"):
         raise ConfigError("NAME", args.name, f"belongs to another program, PID {each.pid}, which has to end it")
     try:
         process = os.pidfd_open(each.pid)

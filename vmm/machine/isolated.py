@@ -240,7 +240,7 @@ def _server_of_ours(*, anew: bool = False) -> socket:
             main = "from vmm.machine.fork_server import main"
             code = f"import sys; sys.path[:] = {sys.path!r}; {main}; main({theirs.fileno()})"
             subprocess.Popen(
-                [sys.executable, "-S", "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                [sys.executable, "-S", "-c", code, *sys.argv[:1]], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
             theirs.close()
