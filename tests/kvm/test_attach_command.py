@@ -16,8 +16,9 @@ from subprocess import PIPE
 import pytest
 
 from tests.api.oracle import Process
+from tests.jail.jailed import Jailed
 from tests.jail.terminal import Terminal
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 from vmm.testing import tiny_guest
 
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
@@ -208,6 +209,32 @@ with Machine(guest, memory="16M", console="unix:{tmp_path}/a") as one:
         assert process.stdout.readline() == b"one\n"
         done = subprocess.run([PYVMM, "attach", program.name], input=b"xq", capture_output=True, timeout=60)
         assert (done.stdout, done.stderr) == (b"upX", f"pyvmm attach: {program.name}: the VM has ended\n".encode())
+
+
+def test_a_served_vm_without_one(tmp_path: Path) -> None:
+    (tmp_path / "vm.json").write_text(json.dumps({"boot-source": {"kernel_image_path": tiny_guest(tmp_path, ECHO)}}))
+    with Process([PYVMM, "serve", "--id", WORD], tmp_path, ["--config-file", "vm.json"]) as process:
+        process.await_socket()
+        assert 'its --config-file gives it one: "pyvmm": {"console": "unix:PATH"}\n' in refusal(WORD)
+
+
+def test_into_a_jail(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("LAYER MISSING: jail: needs root")
+    jail = Jailed(tmp_path / ("long" * 20))  # no address of a socket is as long as this path
+    jail.put("kernel", Path(tiny_guest(tmp_path, ECHO)))
+    jail.put("run/none", b"")
+    ours = {"console": "unix:/run/console", "exit_port": 0xF4}
+    jail.start(vmm=("--no-api", *jail.configure(boot_source={"kernel_image_path": "/kernel"}, pyvmm=ours)))
+    assert jail.process is not None
+    try:
+        until((jail.root / "run/console").exists)
+        done = subprocess.run([PYVMM, "attach", str(jail.process.pid)], input=b"xq", capture_output=True, timeout=60)
+        assert (done.stdout, done.returncode) == (b"upX", 0), done
+        assert jail.process.wait(PATIENCE) == 5
+        assert not (jail.root / "run/console").exists()
+    finally:
+        jail.close()
 
 
 def test_a_served_vm(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ _WAYS = {
     "copy": "is a copy of a VM, and has no console",
     "run": "has no console to attach to; start it with: pyvmm run --console unix:PATH",
 }
-_SERVED = 'has no console to attach to; before it starts: PUT /serial {"socket_path": "PATH"}'
+_SERVED = 'has no console to attach to; its --config-file gives it one: "pyvmm": {{"console": "unix:PATH"}}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
