@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
-    import numpy as np
     import numpy.typing as npt
 
     from vmm.uffd import FaultHandler
@@ -394,7 +393,7 @@ class GuestMemory(GuestRam, Closing):
             self.slice(gpa, size)[:] = bytes(size)
         return size
 
-    def view(self, gpa: int = 0, size: int | None = None, dtype: Any = "u1") -> npt.NDArray[np.generic]:
+    def view(self, gpa: int = 0, size: int | None = None, dtype: Any = "u1") -> npt.NDArray[Any]:
         """A numpy array over guest RAM: shared with the running guest, not copied.
 
         :param gpa: first guest physical address

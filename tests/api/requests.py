@@ -24,7 +24,8 @@ class Request(NamedTuple):
         body = "" if self.body is None else " " + self.body.decode("utf-8", "backslashreplace")
         return f"{self.method} {self.path}{body}"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def put(path: str, body: object) -> Request:
@@ -163,7 +164,7 @@ BODIES: tuple[tuple[str, str, st.SearchStrategy[Any], int], ...] = (
 
 # What makes a body unreadable by itself.
 _UNREADABLE = ('"06:00:00:00:00"', '["x"]', '"loud"', '"not one"')
-_WRONG = (
+_WRONG: tuple[Any, ...] = (
     None, True, "x", "", 1, -1, 0, 1.5, [], {}, ["x"], {"x": 1}, 1 << 8, 1 << 16, 1 << 32, 1 << 64, "1", "None",
 )  # fmt: skip
 _PATHS = (

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 from tests.api.oracle import Answer, Client
 
@@ -63,7 +64,7 @@ class Sandbox:
         self._files = (kernel, image)
         self._client: Client | None = None
 
-    def __enter__(self) -> Sandbox:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +96,7 @@ class Sandbox:
         self.path(inside).parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "--sparse=always", str(file), str(self.path(inside))], check=True)
 
-    def _launch(self, options: Sequence[str], environment: Mapping[str, str], **streams: int) -> None:
+    def _launch(self, options: Sequence[str], environment: Mapping[str, str], **streams: Any) -> None:
         command = ["unshare", "-n", "-m", "sh", "-c", ENTER, "sh", str(self.room / "run"), self.program, *options]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, **streams
@@ -291,7 +292,7 @@ class GoJailed(Go):
             "--daemonize", "--netns", "/run/netns/pod", "--", "--config-file", "/fcConfig.json",
         ]  # fmt: skip
 
-    def _launch(self, options: Sequence[str], environment: Mapping[str, str], **streams: int) -> None:
+    def _launch(self, options: Sequence[str], environment: Mapping[str, str], **streams: Any) -> None:
         jailer = str(Path(self.program).with_name("jailer"))
         command = ["unshare", "-n", "-m", "sh", "-c", SHIM, "sh", str(self.room / "run"), self.root, jailer, *options]
         self.process = subprocess.Popen(

@@ -219,7 +219,7 @@ def test_copies_have_taps_of_their_own(pair: Start) -> None:
     _boot(both)
     _same(both, "PATCH", "/vm", PAUSE)
     _same(both, "PUT", "/snapshot/create", FULL)
-    started = []
+    started: list[Process] = []
     try:
         started += (copies := (_beside(both[0], "second"), _beside(both[1], "second")))
         override = {"iface_id": "eth0", "host_dev_name": "tap1"}

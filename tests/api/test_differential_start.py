@@ -59,6 +59,12 @@ EVERYTHING: dict[str, Any] = {
 }
 # Without its filters Firecracker survives a client that asks while it reads the file, and goes.
 WITH_FILE = ("--config-file", "config.json", "--no-seccomp")
+
+
+def _lists(*of_values: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], ...]:
+    return of_values
+
+
 # What is put over BASE; a value of ... takes a key away. Bytes are a whole file.
 CONFIGS: list[Any] = [
     {}, EVERYTHING, b"", b"junk", b"[]", b"{}",
@@ -74,12 +80,12 @@ CONFIGS: list[Any] = [
         {"vcpu_count": 1, "mem_size_mib": 64, "unknown": 1}, {"vcpu_count": None, "mem_size_mib": None},
         {"vcpu_count": 3, "mem_size_mib": 64, "smt": True},
     )),
-    *({"drives": drives} for drives in (
+    *({"drives": drives} for drives in _lists(
         [{}], [DRIVE], [DRIVE, {**DRIVE, "path_on_host": "b.img"}], [{**DRIVE, "path_on_host": "missing"}],
         [{**DRIVE, "drive_id": "a-b"}], [{**DRIVE, "unknown": 1}],
         [{**DRIVE, "is_root_device": True}, {**OTHER, "is_root_device": True}],
     )),
-    *({"network-interfaces": nets} for nets in (
+    *({"network-interfaces": nets} for nets in _lists(
         [{}], [NET], [NET, NET], [NET, {**NET, "iface_id": "b"}],
         [NET, {**NET, "iface_id": "b", "host_dev_name": "tap1"}], [{**NET, "host_dev_name": "lo"}],
     )),

@@ -67,13 +67,13 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture
 def go(program: str, image: Path) -> Iterator[Go]:
     with Go(program, kernel("kata"), image) as sandbox:
-        yield sandbox  # type: ignore[misc]
+        yield sandbox
 
 
 @pytest.fixture
 def rust(program: str, image: Path) -> Iterator[RuntimeRs]:
     with RuntimeRs(program, kernel("kata"), image) as sandbox:
-        yield sandbox  # type: ignore[misc]
+        yield sandbox
 
 
 def disk(path: Path, sectors: int, word: int) -> Path:
@@ -141,7 +141,7 @@ def test_go_runtime_gets_metrics_that_it_can_read(go: Go) -> None:
 def test_go_runtime_with_a_jailer(program: str, peer: str | None, image: Path, tmp_path: Path) -> None:
     if peer is not None:
         # It names the jail after the file itself.
-        program = shutil.copy(peer, tmp_path / "firecracker")
+        program = str(shutil.copy(peer, tmp_path / "firecracker"))
         shutil.copy(jailer(), tmp_path / "jailer")
     with GoJailed(program, kernel("kata"), image) as go:
         go.start()

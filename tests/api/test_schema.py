@@ -31,7 +31,8 @@ from vmm.api.routes import ROUTES
 EXAMPLES = int(os.environ.get("PYVMM_SCHEMA_EXAMPLES", "20"))
 CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 # By hypothesis alone: the pytest plug-in would cost every run of every test its three seconds of import.
-OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(document()).get_all_operations()]
+_FOUND: list[Any] = list(schemathesis.openapi.from_dict(document()).get_all_operations())
+OPERATIONS = [found.ok() for found in _FOUND]
 
 
 class _Proxy(socketserver.BaseRequestHandler):
@@ -105,14 +106,14 @@ def test_it_is_served(served: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 def test_what_it_says_is_so(operation: Any, served: tuple[str, str]) -> None:
-    checks = [check for check in schemathesis.checks.CHECKS.get_all() if check.__name__ in CHECKS]
+    checks: list[Any] = [check for check in schemathesis.checks.CHECKS.get_all() if check.__name__ in CHECKS]
     assert len(checks) == len(CHECKS)
 
     @settings(
         max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(operation.as_strategy())
-    def examples(case: schemathesis.Case) -> None:
+    def examples(case: schemathesis.Case[Any]) -> None:
         response = case.call(base_url=served[1], timeout=20)
         case.validate_response(response, checks=checks)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def handler() -> Iterator[Callable[[Process], subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(process: Process) -> subprocess.Popen[bytes]:
-        words = [sys.executable, HANDLER, "handler", "mem"]
+        words: list[str | Path] = [sys.executable, HANDLER, "handler", "mem"]
         started.append(subprocess.Popen(words, cwd=process.directory, stderr=subprocess.PIPE))
         end = time.monotonic() + PATIENCE
         while not (process.directory / "handler").exists():
@@ -73,7 +74,7 @@ def handler() -> Iterator[Callable[[Process], subprocess.Popen[bytes]]]:
 
 
 def _well(handler: subprocess.Popen[bytes]) -> None:
-    assert handler.communicate(timeout=PATIENCE) == (None, b"")
+    assert handler.communicate(timeout=PATIENCE)[1] == b""
     assert handler.returncode == 0
 
 

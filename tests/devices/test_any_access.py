@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,9 @@ from devices.pvpanic import PvPanic
 from devices.rtc import Rtc
 from vmm.bus import Bus
 from vmm.events import Stop
+
+if TYPE_CHECKING:
+    from vmm.bus import BusDevice
 
 ACCESSES = st.lists(
     st.tuples(
@@ -32,7 +36,10 @@ ACCESSES = st.lists(
 def machine() -> Bus:
     """Return a bus with every device, 16 bytes wide each, at 0, 16, ...: all offsets can be reached."""
     bus, i8042 = Bus("pio", 1 << 16), I8042()
-    for index, device in enumerate((ExitPort(), AcpiPower(), PvPanic(), Rtc(), i8042.data, i8042.command, BootTimer())):
+    devices: tuple[BusDevice, ...] = (
+        ExitPort(), AcpiPower(), PvPanic(), Rtc(), i8042.data, i8042.command, BootTimer(),
+    )  # fmt: skip
+    for index, device in enumerate(devices):
         bus.add(index * 16, 16, device, str(index))
     return bus
 

@@ -502,7 +502,7 @@ def test_any_driver_at_all(program: list[tuple[str, object, int]]) -> None:
 
 
 @pytest.mark.parametrize("fifo", [0, 1], ids=["8250", "16550"])
-def test_a_driver_that_never_reads_iir_gets_byte_after_byte(fifo):
+def test_a_driver_that_never_reads_iir_gets_byte_after_byte(fifo: int) -> None:
     # One byte an interrupt, taken from RBR and nothing else asked, as tiny kernels and bootloaders do.
     irq = IrqLine(4)
     port = Serial(irq)

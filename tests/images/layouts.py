@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,12 @@ class Made:
     """An image's documents and blobs, by digest."""
 
     def __init__(self, layers: list[bytes], program: dict[str, Any] | None = None, how: str = "+gzip") -> None:
-        packed = {"+gzip": gzip.compress, "+zstd": zstandard.ZstdCompressor().compress, "": bytes}[how]
+        packers: dict[str, Callable[[bytes], bytes]] = {
+            "+gzip": gzip.compress,
+            "+zstd": zstandard.ZstdCompressor().compress,
+            "": bytes,
+        }
+        packed = packers[how]
         self.tars = layers
         self.layers = [packed(tar) for tar in layers]
         self.config: dict[str, Any] = {

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 def read(archive: bytes) -> dict[str, Entry]:
     """Read a newc archive as the kernel does (buffer-format.rst); the order of the keys is the archive's."""
-    entries = {}
+    entries: dict[str, Entry] = {}
     at = 0
     while True:
         assert at % 4 == 0

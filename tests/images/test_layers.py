@@ -24,7 +24,7 @@ def merged(*tars: bytes, limit: int = 1 << 20) -> layers.Tree:
         file = tempfile.TemporaryFile()  # the tree reads it later
         file.write(tar)
         file.seek(0)
-        tree.add(f"layer {number}", file, len(tar))  # type: ignore[arg-type]
+        tree.add(f"layer {number}", file, len(tar))
     return tree
 
 
@@ -119,9 +119,7 @@ def test_whiteout_hides_lower_layers_alone() -> None:
         ([entry("big", bytes(1 << 20)), entry("more", b"x")], "its files are larger than 1 MiB"),
     ],
 )
-def test_what_cannot_be_is_refused_by_one_line(
-    entries: list[tuple[tarfile.TarInfo, bytes]], problem: str | None
-) -> None:
+def test_what_cannot_be_is_refused_by_one_line(entries: list[tuple[tarfile.TarInfo, bytes]], problem: str) -> None:
     with pytest.raises(PullError) as caught:
         merged(layer(*entries))
     assert problem in str(caught.value)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def module(*info: str) -> bytes:
     return header + body + sections
 
 
-PACK = {
+PACK: dict[str, Callable[[bytes], bytes]] = {
     ".ko": lambda data: data,
     ".ko.xz": lzma.compress,
     ".ko.gz": gzip.compress,

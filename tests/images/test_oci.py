@@ -115,7 +115,8 @@ def test_list_has_it(kernel: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def _blob(made: Made, number: int, home: Path) -> Path:
-    return home / "blobs" / made.manifest["layers"][number]["digest"].replace(":", "/")
+    name: str = made.manifest["layers"][number]["digest"]
+    return home / "blobs" / name.replace(":", "/")
 
 
 def _index(home: Path, **platforms: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,12 +194,17 @@ def _stall(handler: _Handler) -> bool:
     return False
 
 
-def _answering(*args: object, **more: object) -> Callable[[_Handler], bool]:
-    return lambda handler: handler.send(*args, **more) is None  # type: ignore[arg-type]
+def _answering(data: bytes, status: int = 200, **more: Any) -> Callable[[_Handler], bool]:
+    def answer(handler: _Handler) -> bool:
+        handler.send(data, status, **more)
+        return True
+
+    return answer
 
 
-def _layer(data: bytes, **more: object) -> Callable[[_Handler], bool]:
-    return lambda handler: _is_layer(handler) and handler.send(data, **more) is None  # type: ignore[arg-type]
+def _layer(data: bytes, **more: Any) -> Callable[[_Handler], bool]:
+    answer = _answering(data, **more)
+    return lambda handler: _is_layer(handler) and answer(handler)
 
 
 def _garbage(handler: _Handler) -> bool:

@@ -75,6 +75,11 @@ def make_disk() -> None:
     call(133, "/run/sda", 0o060600, os.makedev(8, 0))
 
 
+def open_made_disk() -> None:
+    make_disk()
+    open_("/run/sda")
+
+
 def raise_capabilities() -> None:
     admin = 1 << 21
     data = (ctypes.c_uint32 * 6)(admin, admin, 0, 0, 0, 0)
@@ -165,7 +170,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "pivot_root": lambda: call(155, "/run", "/run"),
     "chroot": lambda: call(161, "/run"),
     "mknod of a disk": make_disk,
-    "open a disk by mknod": lambda: (make_disk(), open_("/run/sda")),
+    "open a disk by mknod": open_made_disk,
     "link out of the tree": lambda: call(86, "/run/file", "/../../../../../tmp/out"),
     "setns": lambda: call(308, open_("/proc/self/ns/mnt"), 0),
     "unshare a user namespace": lambda: call(272, 0x1000_0000),

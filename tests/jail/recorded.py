@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vmm.commands import cli, jailer, serve
+
+if TYPE_CHECKING:
+    from vmm.config import Arguments
 
 
 class Recorder:
@@ -24,7 +28,7 @@ def main() -> int:
     sys.argv[0] = cli.__file__  # which --exec-file is a link to
     real, recorder = serve.main, Recorder()
 
-    def recorded(args: serve.Arguments, on_ready: Callable[[], object], *, files: bool) -> int:
+    def recorded(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, files: bool = True) -> int:
         sys.meta_path.insert(0, recorder)
         status = real(args, on_ready, files=files)
         print("imports tried in the jail:", *recorder.asked)

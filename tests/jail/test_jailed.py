@@ -158,7 +158,12 @@ def test_a_host_connects_into_a_jail(jail: Jailed) -> None:
         assert sock.recv(3) == b"OK "
         while sock.recv(1) != b"\n":
             pass
-        threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)), daemon=True).start()
+
+        def feed() -> None:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        threading.Thread(target=feed, daemon=True).start()
         back = b""
         while part := sock.recv(65536):
             back += part

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 KINDS_TRIED = (*KINDS, "spawn", "base")
 # Extension modules of devices are imported behind it, and memory is loaded; no guest runs yet.
 ALLOWED = {("base", "executable memory"), ("base", "userfaultfd by its device")}
-Told = dict[str, tuple[int, str, str]]
+Told = dict[str, list[Any]]
 # What the jail alone does not refuse, and need not where seccomp does: it harms the jail's own process at most, or
 # reaches a network namespace that is the jail's if --netns makes it so.
 SECCOMP_ALONE = {

@@ -70,8 +70,8 @@ def main(argv: list[str]) -> None:
             port.sendall(data)
 
     assert child.stdout is not None and child.stderr is not None
-    for job_of, *args in (obey,), (feed,):
-        threading.Thread(target=job_of, args=args, daemon=True).start()
+    for job_of in (obey, feed):
+        threading.Thread(target=job_of, daemon=True).start()
     pumps = [
         threading.Thread(target=pump, args=(source.fileno(), ports[name]))
         for source, name in ((child.stdout, "out"), (child.stderr, "err"))

@@ -198,7 +198,7 @@ def _gone(boots: Path) -> bool:
 def test_the_first_interrupt_is_the_commands(boots: Path) -> None:
     with _process(boots, "trap 'echo got it; exit 9' INT; echo here; while :; do sleep 0.1; done") as process:
         process.send_signal(signal.SIGINT)
-        assert process.communicate() == (b"got it\n", None)
+        assert process.communicate()[0] == b"got it\n"
     assert process.returncode == 9
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def backports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def backports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Debian whose backports have 10.0.2, with a library that this host lacks."""
     for name in (*qemu.PACKAGES, "libnew1"):
         (tmp_path / name).mkdir()

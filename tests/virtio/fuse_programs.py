@@ -254,7 +254,8 @@ def _tree_steps(rng: random.Random) -> dict[str, tuple[int, Callable[[], tuple[A
     """Weight and arguments of each step on names."""
 
     def path() -> str:
-        return rng.choice(PATHS)
+        chosen: str = rng.choice(PATHS)
+        return chosen
 
     kinds = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
     # Not (-1, -1): Linux's client leaves the set-id bits to the share, and then asks it nothing.

@@ -93,7 +93,12 @@ def test_input_waits_for_buffers_and_buffers_wait_for_input(boot: Boot) -> None:
     host.driver.kick(RECEIVE)
     port.feed(b"abcdef")
     done: list[tuple[int, int]] = []
-    host.until(lambda: bool(done.extend(ring.reap()) or len(done) == 2))
+
+    def both_done() -> bool:
+        done.extend(ring.reap())
+        return len(done) == 2
+
+    host.until(both_done)
     assert sum(written for _, written in done) == 6
     assert host.ram.read(rooms[0].addr, 4) + host.ram.read(rooms[1].addr, 2) == b"abcdef"
     port.feed(b"gh")
@@ -227,10 +232,10 @@ def say(host: Host, number: int, event: int, value: int) -> None:
     assert host.submit(CONTROL_OUT, [host.data(spec.CONSOLE_CONTROL.pack(number, event, value))]) == 0
 
 
-def told(host: Host) -> tuple[int, ...]:
+def told(host: Host) -> tuple[int | bytes, ...]:
     """The next control message: id, event, value, and what follows."""
     message = read(host, queue=CONTROL_IN)
-    head = spec.CONSOLE_CONTROL.unpack(message[:8])
+    head: tuple[int, int, int] = spec.CONSOLE_CONTROL.unpack(message[:8])
     return (*head, message[8:]) if message[8:] else head
 
 
@@ -306,7 +311,9 @@ def test_a_resize_is_told_once_with_the_last_size(boot: Boot) -> None:
         host.device.resize(cols, 40)
     size = b""
     while not size.startswith(struct.pack("<HH", 99, 40)):
-        *message, size = told(host)
+        *message, told_size = told(host)
+        assert isinstance(told_size, bytes)
+        size = told_size
         assert message == [0, spec.CONSOLE_RESIZE, 0]
     assert host.device._messages == []
 

@@ -510,7 +510,8 @@ def test_readdirplus_looks_up_what_it_lists(tree: Path, mount: Callable[..., Fus
         (tree / f"{i}").write_bytes(bytes(i))
     vm = mount()
     known = vm.lookup("7").nodeid
-    fh, offset, found = vm.opendir(), 0, {}
+    fh, offset = vm.opendir(), 0
+    found: dict[Any, Any] = {}
     while entries := vm.readdirplus(ROOT, fh, offset):
         found |= {name: entry for name, _, entry in entries}
         offset = entries[-1][1]
@@ -632,7 +633,7 @@ def test_a_users_mistakes_are_named(tmp_path: Path) -> None:
         {"tag": "t", "path": "/", "threads": 0},
     ):
         with pytest.raises(ConfigError):
-            Fs(**settings)  # type: ignore[arg-type]
+            Fs(**settings)
 
 
 def test_a_read_that_would_wait_for_the_disk_is_handed_over(tree: Path, mount: Callable[..., FuseVm]) -> None:

@@ -480,7 +480,7 @@ def test_a_guest_that_opens_everything_runs_out_and_not_the_host(
     assert refused(first.create, "new") == refused(second.create, "new") == "ENFILE"
     assert "new" not in os.listdir(tree)
     assert highest() <= few_descriptors, "the rest of the process has its own"
-    assert os.close(os.dup(0)) is None
+    os.close(os.dup(0))
     first.release(nodes[0], handles[0])
     first.opendir()
 

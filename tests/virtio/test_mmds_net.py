@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.virtio.test_net import checksum
+from tests.virtio.net_driver import checksum
 from virtio import spec
 from virtio.net import mmds as mmds_net
 from virtio.net.host import Tap

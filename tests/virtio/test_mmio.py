@@ -524,7 +524,7 @@ def test_what_is_published_while_a_register_is_written_stays_published(host: Hos
 
     class Interrupted(Echo):
         @property
-        def config(self) -> bytes:  # type: ignore[override]
+        def config(self) -> bytes:
             config = bytes(self.__dict__["config"])
             if publisher.ident is None:
                 publisher.start()

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, Vm, arp_request, is_arp_reply
-from tests.virtio.test_net import checksum, is_udp
+from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, Vm, arp_request, checksum, is_arp_reply
+from tests.virtio.test_net import is_udp
 from virtio.net.host import Tap
 from virtio.net.nat import Nat
 from vmm.errors import ConfigError

@@ -200,7 +200,8 @@ def command(vm: Vm, kind: int, number: int, data: bytes, queue: int = 4) -> int:
     vm.driver.kick(queue)
     for _ in range(1000):
         if control.reap():
-            return vm.ram.read(answer.addr, 1)[0]
+            status: int = vm.ram.read(answer.addr, 1)[0]
+            return status
         select.select([vm.irq.fd], [], [], 0.01)
         vm.irq.take()
     pytest.fail("no answer")

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST_MAC, HOST, TX, Vm, arp_request, is_arp_reply, tcp
-from tests.virtio.test_net import checksum, is_udp
+from tests.virtio.net_driver import GUEST_MAC, HOST, TX, Vm, arp_request, checksum, is_arp_reply, tcp
+from tests.virtio.test_net import is_udp
 from tests.virtio.test_net_policy import ipv6, segment
 from tests.waiting import until
 from virtio.net._policy import Policy
@@ -305,7 +305,8 @@ def test_without_passt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def learned(address: str, seconds: int) -> Policy:
     """A policy by which the guest 10.0.2.15 asked for a name with this address."""
-    policy = Policy(*map(socket.inet_aton, ("10.0.2.15", "10.0.2.2", "10.0.2.3")))
+    guest, gateway, resolver = map(socket.inet_aton, ("10.0.2.15", "10.0.2.2", "10.0.2.3"))
+    policy = Policy(guest, gateway, resolver)
     packed = socket.inet_pton(socket.AF_INET6, address if ":" in address else f"::ffff:{address}")
     policy.learn([(packed, 0, 0)], seconds)
     return policy
@@ -349,8 +350,7 @@ def test_a_connection_outlives_its_addresses_time(passt: Passt, stack: Any) -> N
     until(lambda: not policy.learned()[0][3])
     assert policy.verdict(tcp("10.7.7.5", port, source="10.0.2.15")) == "address"
     for flags, data in ((0x10, b""), (0x18, b"still here")):
-        more = {"flags": flags, "number": 1001, "acknowledged": theirs, "data": data}
-        vm.send(tcp("10.7.7.5", port, source="10.0.2.15", **more))
+        vm.send(tcp("10.7.7.5", port, source="10.0.2.15", flags=flags, number=1001, acknowledged=theirs, data=data))
     stream.settimeout(10)
     assert stream.recv(100) == b"still here"
     stream.close()

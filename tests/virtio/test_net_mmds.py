@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from tests.virtio.net_driver import HOST, RX, TX, Stream, Vm, arp_request, is_arp_reply
-from tests.virtio.test_mmds_net import ACK, ADDRESS, MAC, MASK, PSH, SERVICE, SYN, Peer, Segment, packet, store
+from tests.virtio.test_mmds_net import ADDRESS, MASK, SERVICE, Peer, Segment, packet, store
 from tests.virtio.test_net import command, read_pcap
 from tests.virtio.test_net_hostile import OUTSIDE, assert_alive, assert_broken_and_revived, returned
 from tests.waiting import until
 from virtio import spec
 from virtio._limiter import RateLimiter
-from virtio.net.mmds import Endpoint
+from virtio.net.mmds import ACK, MAC, PSH, SYN, Endpoint
 
 DOCUMENT = {"name": "value", "large": "x" * 50_000}
 PARTIAL = spec.NET_HEADER.pack(1, 0, 0, 0, 34, 16, 0)

@@ -35,8 +35,8 @@ def rule(text: str, first: int = 0, last: int | None = None) -> tuple[bytes, int
 
 
 def policy(*allow: Any, deny: Any = ()) -> Policy:
-    words = [socket.inet_aton(address) for address in (ME, GATEWAY, RESOLVER)]
-    return Policy(*words, [rule(*each) for each in allow], [rule(*each) for each in deny])
+    guest, gateway, resolver = (socket.inet_aton(address) for address in (ME, GATEWAY, RESOLVER))
+    return Policy(guest, gateway, resolver, [rule(*each) for each in allow], [rule(*each) for each in deny])
 
 
 def mine(frame_of: Any, *words: Any, **options: Any) -> bytes:

@@ -140,7 +140,7 @@ def by_libresolv(message: bytes) -> list[str]:
         record = ctypes.create_string_buffer(2048)
         assert library.ns_parserr(state, 1, place, record) == 0
         # struct __ns_rr: name[1025], type, class, ttl, rdlength, rdata, each aligned
-        kind, size = (int.from_bytes(record[at : at + 2], "little") for at in (1026, 1036))
+        kind, size = (int.from_bytes(record.raw[at : at + 2], "little") for at in (1026, 1036))
         data = ctypes.string_at(struct.unpack_from("=Q", record, 1040)[0], size)
         found.append(socket.inet_ntop(socket.AF_INET if kind == A else socket.AF_INET6, data))
     return found
@@ -518,7 +518,10 @@ def test_a_storm_of_dropped_frames_is_told_in_part(served: Any) -> None:
             ring.add([header, frame])
         dropped = vm.device.stats["policy_dropped"] + 200
         vm.driver.kick(1)
-        until(lambda dropped=dropped: vm.device.stats["policy_dropped"] == dropped, lambda: vm.device.stats)
+        until(
+            lambda: vm.device.stats["policy_dropped"] == dropped,  # noqa: B023
+            lambda: vm.device.stats,
+        )
         ring.reap()
     assert 1 <= vm.device.stats["rx_packets"] <= 64  # not one a frame
     assert len(vm.log) <= 10

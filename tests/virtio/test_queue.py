@@ -13,7 +13,7 @@ import pytest
 from tests.virtio.conftest import RAM
 from virtio import spec
 from virtio.testing import Allocator, SplitDriver
-from vmm._fastpath import GuestRam
+from vmm._fastpath import Chain, GuestRam
 from vmm.errors import BadChain
 from vmm.memory import HOLE_END, HOLE_START, GuestMemory
 
@@ -54,6 +54,12 @@ class Rig:
         assert self.ram.read(self.driver.used, 6 + 8 * self.driver.size) == before
         return error.rule
 
+    def take(self) -> Chain:
+        """The chain that the device gets next."""
+        chain = self.queue.pop()
+        assert chain is not None
+        return chain
+
     def chain(self, *descriptors: tuple[int, int, int, int]) -> None:
         """Write descriptors 0, 1, ... as (addr, len, flags, next) and offer head 0."""
         for index, (addr, size, flags, following) in enumerate(descriptors):
@@ -78,7 +84,7 @@ def test_chain_is_the_drivers_own_memory(rig: Rig) -> None:
     assert rig.queue.pop() is None
     buffer = rig.driver.buffer
     head = rig.driver.add([buffer(b"abc"), buffer(b"de"), buffer(4, device_writes=True)])
-    chain = rig.queue.pop()
+    chain = rig.take()
     assert chain.head == head
     assert [bytes(b) for b in chain.readable] == [b"abc", b"de"]
     assert (chain.readable_bytes, chain.writable_bytes) == (5, 4)
@@ -96,7 +102,7 @@ def test_gather_and_scatter_go_across_buffers_and_stop_at_their_limit(rig: Rig) 
     buffer = rig.driver.buffer
     room = [buffer(size, device_writes=True) for size in (1, 3, 2)]
     rig.driver.add([buffer(b"abc"), buffer(b"d"), buffer(b"efgh"), *room])
-    chain = rig.queue.pop()
+    chain = rig.take()
     assert [chain.gather(limit) for limit in (0, 2, 3, 5, 8, 9, 1 << 40)] == [
         b"", b"ab", b"abc", b"abcde", b"abcdefgh", b"abcdefgh", b"abcdefgh",
     ]  # fmt: skip
@@ -109,14 +115,14 @@ def test_gather_and_scatter_go_across_buffers_and_stop_at_their_limit(rig: Rig) 
 
 def test_views_outlive_queue_and_memory(rig: Rig, ram: GuestMemory) -> None:
     rig.driver.add([rig.driver.buffer(b"still here")])
-    (view,) = rig.queue.pop().readable
+    (view,) = rig.take().readable
     ram.close()
     assert bytes(view) == b"still here"
 
 
 def test_chains_return_in_any_order(rig: Rig) -> None:
     heads = [rig.driver.add([rig.driver.buffer(1, device_writes=True)]) for _ in range(4)]
-    chains = [rig.queue.pop() for _ in range(4)]
+    chains = [rig.take() for _ in range(4)]
     for at in (2, 0, 3, 1):
         rig.queue.add_used(chains[at], at % 2)
     rig.queue.flush()
@@ -129,7 +135,7 @@ def test_both_indices_wrap_at_65536(ram: GuestMemory, allocator: Allocator, queu
     for _ in range(20):
         head = rig.driver.add([buffer])
         rig.driver.needs_kick()
-        rig.queue.add_used(rig.queue.pop(), 1)
+        rig.queue.add_used(rig.take(), 1)
         rig.driver.want_interrupt()
         assert rig.queue.flush()
         assert rig.driver.reap() == [(head, 1)]
@@ -145,12 +151,12 @@ def test_a_full_queue_of_single_buffers(rig: Rig) -> None:
 
 def test_a_chain_as_long_as_the_queue(rig: Rig) -> None:
     rig.driver.add([rig.driver.buffer(bytes([i])) for i in range(SIZE)])
-    assert b"".join(rig.queue.pop().readable) == bytes(range(SIZE))
+    assert b"".join(rig.take().readable) == bytes(range(SIZE))
 
 
 def test_chain_is_returned_once(rig: Rig) -> None:
     rig.driver.add([rig.driver.buffer(1, device_writes=True)])
-    chain = rig.queue.pop()
+    chain = rig.take()
     with pytest.raises(ValueError, match="room"):
         rig.queue.add_used(chain, 2)
     rig.queue.add_used(chain, 1)
@@ -160,7 +166,7 @@ def test_chain_is_returned_once(rig: Rig) -> None:
 
 def test_a_chain_of_a_reset_queue_is_not_returned(rig: Rig) -> None:
     rig.driver.add([rig.driver.buffer(1, device_writes=True)])
-    chain = rig.queue.pop()
+    chain = rig.take()
     rig.queue.reset()
     with pytest.raises(ValueError, match="ready"):
         rig.queue.add_used(chain, 1)
@@ -174,31 +180,31 @@ def test_a_chain_of_a_reset_queue_is_not_returned(rig: Rig) -> None:
 
 def test_2_7_5_3_indirect_table(rig: Rig) -> None:
     head = rig.driver.add_indirect([rig.driver.buffer(b"head"), rig.driver.buffer(512, device_writes=True)])
-    chain = rig.queue.pop()
+    chain = rig.take()
     assert (chain.head, [bytes(b) for b in chain.readable], chain.writable_bytes) == (head, [b"head"], 512)
 
 
 def test_2_7_5_3_2_direct_descriptors_then_an_indirect_one(rig: Rig) -> None:
     buffers = [rig.driver.buffer(b"a"), rig.driver.buffer(b"b"), rig.driver.buffer(b"c")]
     rig.driver.add_indirect(buffers, direct=2)
-    assert b"".join(rig.queue.pop().readable) == b"abc"
+    assert b"".join(rig.take().readable) == b"abc"
 
 
 def test_2_7_5_3_2_write_flag_of_an_indirect_descriptor_is_ignored(rig: Rig) -> None:
     table = rig.table((0x300000, 5, 0, 0))
     rig.chain((table, 16, INDIRECT | WRITE, 0))
-    assert rig.queue.pop().readable_bytes == 5
+    assert rig.take().readable_bytes == 5
 
 
 def test_2_7_5_3_1_indirect_table_as_long_as_the_queue_is_legal(rig: Rig) -> None:
     rig.driver.add_indirect([rig.driver.buffer(1) for _ in range(SIZE)])
-    assert rig.queue.pop().readable_bytes == SIZE
+    assert rig.take().readable_bytes == SIZE
 
 
 def test_2_7_5_3_indirect_table_at_an_odd_address(rig: Rig) -> None:
     table = rig.table((0x300000, 5, NEXT, 1), (0x300010, 6, 0, 0), at=0x200001)
     rig.chain((table, 32, INDIRECT, 0))
-    assert rig.queue.pop().readable_bytes == 11
+    assert rig.take().readable_bytes == 11
 
 
 # §2.7.7, §2.7.10 notifications
@@ -208,7 +214,7 @@ def test_2_7_7_2_no_interrupt_flag(rig: Rig) -> None:
     for wanted in (True, False, True):
         rig.driver.want_interrupt(wanted)
         rig.driver.add([rig.driver.buffer(1)])
-        rig.queue.add_used(rig.queue.pop(), 0)
+        rig.queue.add_used(rig.take(), 0)
         assert rig.queue.flush() is wanted
         rig.driver.reap()
 
@@ -216,7 +222,7 @@ def test_2_7_7_2_no_interrupt_flag(rig: Rig) -> None:
 def test_2_7_7_2_nothing_returned_wants_no_interrupt(rig: Rig) -> None:
     assert rig.queue.flush() is False
     rig.driver.add([rig.driver.buffer(1)])
-    rig.queue.add_used(rig.queue.pop(), 0)
+    rig.queue.add_used(rig.take(), 0)
     assert rig.queue.flush() is True
     assert rig.queue.flush() is False
 
@@ -231,7 +237,7 @@ def test_2_7_7_2_used_event(
     rig.driver.want_interrupt(after=after)
     for _ in range(batch):
         rig.driver.add([rig.driver.buffer(1)])
-        rig.queue.add_used(rig.queue.pop(), 0)
+        rig.queue.add_used(rig.take(), 0)
     # An entry whose index is used_event was written by this flush, or was not.
     assert rig.queue.flush() is (after < batch)
 
@@ -240,7 +246,7 @@ def test_2_7_7_2_flags_are_ignored_with_event_idx(ram: GuestMemory, allocator: A
     rig = Rig(ram, allocator, queue_class, event_idx=True)
     ram.write(rig.driver.avail, struct.pack("<H", spec.AVAIL_F_NO_INTERRUPT))
     rig.driver.add([rig.driver.buffer(1)])
-    rig.queue.add_used(rig.queue.pop(), 0)
+    rig.queue.add_used(rig.take(), 0)
     assert rig.queue.flush()
 
 
@@ -413,17 +419,17 @@ def test_buffer_in_the_gap_or_across_it(queue_class: Any) -> None:
         for addr in (HOLE_START - 1, HOLE_END, HOLE_END + (1 << 20) - 1):
             rig = Rig(ram, Allocator(0x1000, 1 << 20), queue_class)
             rig.chain((addr, 1, 0, 0))
-            assert rig.queue.pop().readable_bytes == 1
+            assert rig.take().readable_bytes == 1
 
 
 def test_last_byte_exactly_at_the_end_is_legal(rig: Rig) -> None:
     rig.chain((RAM - 16, 16, WRITE, 0))
-    assert rig.queue.pop().writable_bytes == 16
+    assert rig.take().writable_bytes == 16
 
 
 def test_zero_length_is_legal_and_seen_by_nobody(rig: Rig) -> None:
     rig.chain((0x300000, 0, NEXT, 1), (0x300000, 3, NEXT, 2), (0x300000, 0, WRITE, 0))
-    chain = rig.queue.pop()
+    chain = rig.take()
     assert ([len(b) for b in chain.readable], chain.writable) == ([3], [])
 
 
@@ -482,8 +488,8 @@ def test_2_7_5_2_total_length_above_2_32(queue_class: Any) -> None:
         gib = 1 << 30
         rig = Rig(ram, Allocator(0x1000, 1 << 20), queue_class)
         rig.chain((0, 2 * gib, NEXT, 1), (0, 2 * gib, 0, 0))
-        chain = rig.queue.pop()
-        assert (chain.readable_bytes, sum(map(len, chain.readable))) == (4 * gib, 4 * gib)  # legal
+        chain = rig.take()
+        assert (chain.readable_bytes, sum(len(part) for part in chain.readable)) == (4 * gib, 4 * gib)  # legal
         rig.chain((0, 2 * gib, NEXT, 1), (0, 2 * gib, NEXT, 2), (0, 1, 0, 0))
         assert "2^32" in rig.broken(2)
 
@@ -491,7 +497,7 @@ def test_2_7_5_2_total_length_above_2_32(queue_class: Any) -> None:
 def test_descriptor_rewritten_between_two_reads_is_judged_once(rig: Rig) -> None:
     """What was judged is what is used, whatever the driver writes into the table afterwards."""
     rig.chain((0x300000, 16, NEXT, 1), (0x300100, 32, WRITE, 0))
-    chain = rig.queue.pop()
+    chain = rig.take()
     for index in (0, 1):
         rig.driver.write_desc(index, 0xFFFF_FFFF_FFFF_0000, 0xFFFF_FFFF, NEXT, 60000)
     rig.ram.write(0x300000, b"R" * 16)
@@ -523,6 +529,7 @@ def test_no_byte_outside_guest_memory_is_touched(queue_class: Any) -> None:
     driver.write_desc(0, 0x10000 + page - 16, 16, WRITE)
     driver.offer(0)
     chain = queue.pop()
+    assert chain is not None
     chain.writable[0][:] = b"x" * 16
     queue.add_used(chain, 16)
     assert queue.flush()

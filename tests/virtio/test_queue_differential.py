@@ -48,6 +48,7 @@ class Pair:
 
     def __init__(self, size: int, *, event_idx: bool, indirect: bool, start: int, seed: int = 0) -> None:
         self.sides = []
+        queue_class: Any
         for queue_class in QUEUES:
             ram = GuestMemory(RAM)
             ram.write(DATA, bytes(range(256)) * 16)

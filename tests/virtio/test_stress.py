@@ -101,12 +101,12 @@ def test_no_notification_and_no_interrupt_is_lost(burst: int, without: int) -> N
             os._exit(0)
         os.close(child_report)
         driver.add_status(spec.DRIVER_OK)
-        failure = os.read(report, 4096).decode()
+        problem = os.read(report, 4096).decode()
         os.close(report)
         os.waitpid(pid, 0)
         transport.close()
         irq.close()
-    assert failure == ""
+    assert problem == ""
     assert device.stats == {"requests": REQUESTS, "bad_requests": 0, "needs_reset": 0}
 
 

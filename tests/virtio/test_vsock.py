@@ -20,7 +20,6 @@ from tests.virtio.vsock_driver import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
     EVENT,
-    PATIENCE,
     RCV,
     REQUEST,
     RESPONSE,
@@ -35,6 +34,7 @@ from tests.virtio.vsock_driver import (
     read_exactly,
     read_line,
 )  # fmt: skip
+from tests.waiting import PATIENCE
 from virtio import spec
 from virtio.testing import Buffer
 from virtio.vsock.device import MAX_CONNECTIONS, Listener
@@ -630,7 +630,7 @@ def test_1500_connections_at_once_both_ways(make: Make) -> None:
     vm.settle(count)
     for i, (client, _, _) in enumerate(ends):
         client.sendall(pattern(100, i))
-    got = {}
+    got: dict[int, bytes] = {}
     while len(got) < count:
         packet = vm.receive(RW)
         got[packet.dst_port] = packet.data

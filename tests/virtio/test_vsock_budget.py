@@ -82,7 +82,7 @@ def test_many_small_messages_that_nobody_reads(vm: Vm) -> None:
             guest.take(vm.receive())
         if guest.asked:
             break  # it waits now
-    sender = threading.Thread(target=lambda: [client.sendall(each) for each in rest])
+    sender = threading.Thread(target=client.sendall, args=(b"".join(rest),))
     sender.start()
     assert 200 < len(guest.queue) < BUF_ALLOC // SKB
     got = b""

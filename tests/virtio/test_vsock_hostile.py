@@ -335,7 +335,8 @@ def test_questions_without_room_for_answers_wait(make: Make) -> None:
     vm = make(posted=0)
     queue = vm.queue(TX)
     buffers = [queue.buffer(vm.packet(RW, i, 99).pack()) for i in range(400)]
-    answered, returned = [], 0
+    answered: list[int] = []
+    returned = 0
 
     def look() -> None:
         nonlocal returned
@@ -354,7 +355,12 @@ def test_questions_without_room_for_answers_wait(make: Make) -> None:
     assert returned == 256
     while len(answered) < 400:
         vm.post([vm.queue(RX).buffer(HEADER, device_writes=True)])
-        vm._wait(lambda: vm.inbox, lambda: (vm.collect(repost=False), look()))
+
+        def collect() -> None:
+            vm.collect(repost=False)
+            look()
+
+        vm._wait(lambda: vm.inbox, collect)
         answered += [vm.inbox.pop(0).dst_port]
     vm._wait(lambda: returned == 400, look)
     assert answered == list(range(400))
@@ -612,8 +618,8 @@ def play(vm: Vm, server: socket.socket, programs: list[socket.socket], step: tup
             queue = vm.queue(RX)
             vm.collect(repost=False)
             if len(queue.free) > len(parts):
-                readable = [queue.buffer(size) for size, writes in parts if not writes]
-                vm.post(readable + [queue.buffer(size, device_writes=True) for size, writes in parts if writes])
+                asked = [queue.buffer(size) for size, writes in parts if not writes]
+                vm.post(asked + [queue.buffer(size, device_writes=True) for size, writes in parts if writes])
         case ("host", bytes(line)):
             program = vm.host_socket()
             program.setblocking(False)

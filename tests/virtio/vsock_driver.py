@@ -48,7 +48,7 @@ class Packet(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes) -> Packet:
-        return cls(*spec.VSOCK_HEADER.unpack_from(raw), data=raw[spec.VSOCK_HEADER.size :])
+        return cls._make([*spec.VSOCK_HEADER.unpack_from(raw), raw[spec.VSOCK_HEADER.size :]])
 
     def pack(self) -> bytes:
         return spec.VSOCK_HEADER.pack(*self[:-1]) + self.data
@@ -228,7 +228,7 @@ class Vm:
     def host_open(self, port: int = 5000, **fields: int) -> tuple[socket.socket, int]:
         """A connection that a host program has opened; its socket and its host port."""
         client, request = self.host_connect(port)
-        self.send(RESPONSE, port, request.src_port, **fields)
+        self.send(RESPONSE, port, request.src_port, b"", **fields)
         assert read_line(client) == b"OK %d\n" % request.src_port
         return client, request.src_port
 
@@ -243,7 +243,7 @@ class Vm:
 
     def guest_open(self, server: socket.socket, guest_port: int, host_port: int, **fields: int) -> socket.socket:
         """A connection that the guest has opened; the host program's end."""
-        self.send(REQUEST, guest_port, host_port, **fields)
+        self.send(REQUEST, guest_port, host_port, b"", **fields)
         self.receive(RESPONSE)
         client, _ = server.accept()
         self.sockets.append(client)

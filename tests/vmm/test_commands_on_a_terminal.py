@@ -236,12 +236,12 @@ def _is_held(process: subprocess.Popen[bytes]) -> bool:
 
 def test_ctrl_c_while_it_is_imported(place: Path, guest: Path) -> None:
     # As early as the launcher has held it: the signal waits until somebody catches it. With a stdin that does not end.
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([PYVMM, "vsock", str(guest), "1"], **pipes)
+    pipe, command = subprocess.PIPE, [PYVMM, "vsock", str(guest), "1"]
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
     while not _is_held(process):  # we were not run meanwhile
         process.kill()
         process.communicate()
-        process = subprocess.Popen([PYVMM, "vsock", str(guest), "1"], **pipes)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == (b"", b"") and process.returncode == 130
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,9 @@ from vmm.commands import cli, run, serve
 from vmm.config.files import ALLOWED, fill, paths
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmm.config import Arguments
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "etc"
 
 
-def parsed(*words: str) -> run.Arguments:
+def parsed(*words: str) -> Arguments:
     args = run.parse_quickly(["kernel", *words])
     assert args is not None
     return args

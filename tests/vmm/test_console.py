@@ -212,7 +212,7 @@ def test_own_keys(keys: bytes, kept: bytes, quits: bool, one_by_one: bool) -> No
 
 def test_two_ctrl_c_far_apart_are_the_guests(monkeypatch: pytest.MonkeyPatch, guest: Guest) -> None:
     now = 100.0
-    monkeypatch.setattr(console_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     asked: list[bool] = []
     console = Console(guest.serial, on_quit=lambda: asked.append(True))
     console._keys(b"\x03")
@@ -635,7 +635,7 @@ def test_stopped_and_continued_it_is_raw_again(terminal: Any) -> None:
         child.wait()
 
 
-def test_a_file_that_we_make_is_its_owners_alone(tmp_path):
+def test_a_file_that_we_make_is_its_owners_alone(tmp_path: Path) -> None:
     path = tmp_path / "console"
     old = os.umask(0)
     try:

@@ -28,7 +28,7 @@ def _declaration(name: str, kind: Any) -> str:
         kind, length = kind._type_, f"[{kind._length_}]"
     if issubclass(kind, ctypes.Structure):
         return f"struct {kind.__name__} {name}{length};"
-    c_name = "int32_t" if kind is kvm_abi.c_int32 else C_NAMES[ctypes.sizeof(kind)]
+    c_name = "int32_t" if kind is ctypes.c_int32 else C_NAMES[ctypes.sizeof(kind)]
     return f"{c_name} {name}{length};"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import vmm
+from vmm.api import API_VERSION
 from vmm.commands import cli, jailer, serve
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_it_knows_the_options_of_serve() -> None:
     left = {"--no-api", "--version", "--seccomp-filter", "--snapshot-version", "--describe-snapshot"}
     assert words["with_value"] | words["switches"] | left == {option for option, _, _, _ in serve.OPTIONS}
     assert words["switches"] == {option for option, metavar, _, _ in serve.OPTIONS if metavar is None} - left
-    assert f'"{serve.API_VERSION}"' in source and f'"{serve.DEFAULT_SOCKET}"' in source
+    assert f'"{API_VERSION}"' in source and f'"{serve.DEFAULT_SOCKET}"' in source
 
 
 @pytest.mark.parametrize("name", COMMANDS)

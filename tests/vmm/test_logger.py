@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def drain(fd: int) -> bytes:
         ({"show_level": True, "show_log_origin": True}, r"\[vm1:main:WARN:tests/vmm/test_logger\.py:\d+\]"),
     ],
 )
-def test_line_has_firecrackers_form(log: Path, options: dict[str, bool], form: str) -> None:
+def test_line_has_firecrackers_form(log: Path, options: dict[str, Any], form: str) -> None:
     logger.configure(log_path=str(log), vmm_id="vm1", **options)
     logger.warn("text: with [brackets]")
     assert re.fullmatch(rf"{STAMP} {form} text: with \[brackets\]\n", log.read_text())
@@ -212,9 +213,12 @@ def test_full_stdout_holds_up_nobody() -> None:
 
 def test_lines_of_many_threads_stay_whole(log: Path) -> None:
     logger.configure(log_path=str(log))
-    threads = [
-        threading.Thread(target=lambda: [logger.info("y" * 5000) for _ in range(50)], daemon=True) for _ in range(8)
-    ]
+
+    def say() -> None:
+        for _ in range(50):
+            logger.info("y" * 5000)
+
+    threads = [threading.Thread(target=say, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from vmm.config.devices import MmdsConfig, NetConfig
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
-from vmm.machine import mmds as module
 from vmm.machine.mmds import MAX_REQUEST, Mmds, MmdsError
 
 DOCUMENT = {
@@ -305,7 +304,7 @@ def test_a_token_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     store = service(version="V2")
     now = time.monotonic()
     assert token(store, "+5")
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     mine = token(store, 2)
     now += 1.9
     assert store.is_valid_token(mine)

@@ -40,7 +40,7 @@ CONFIGS: list[tuple[object, str]] = [
 def test_every_name_is_there() -> None:
     assert len(vmm.__all__) == len({getattr(vmm, name) for name in vmm.__all__})
     with pytest.raises(AttributeError, match="no attribute 'Machin'"):
-        _ = vmm.Machin  # type: ignore[attr-defined]
+        _ = vmm.Machin
 
 
 @pytest.mark.parametrize(("config", "text"), CONFIGS, ids=lambda value: str(value)[:30])
@@ -80,7 +80,7 @@ def _one(kind: type) -> object:
     [
         (lambda: vmm.DriveConfig("a", readonly=True), r"no parameter 'readonly'; did you mean read_only\?"),  # type: ignore[call-arg]
         (lambda: vmm.DriveConfig("a", path="b"), "was given path twice"),  # type: ignore[misc]
-        (lambda: vmm.DriveConfig("a", True), "takes 1 values by place, not 2"),  # type: ignore[misc]
+        (lambda: vmm.DriveConfig("a", True), "takes 1 values by place, not 2"),  # type: ignore[call-arg]
         (lambda: vmm.DriveConfig(), "DriveConfig needs path: a raw image"),  # type: ignore[call-arg]
     ],
 )
@@ -92,7 +92,7 @@ def test_a_call_that_is_none_says_why(make: Callable[[], object], problem: str) 
 def test_a_misspelt_attribute_is_refused() -> None:
     drive = vmm.DriveConfig("a")
     with pytest.raises(AttributeError, match=r"did you mean read_only\?"):
-        drive.readonly = True  # type: ignore[attr-defined]
+        drive.readonly = True
 
 
 def test_an_exit_is_a_value() -> None:

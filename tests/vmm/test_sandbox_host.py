@@ -12,6 +12,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,13 +22,13 @@ from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest,
 from vmm.sandbox.channel import Link
 
 Answer = Callable[[socket.socket], None]
-ABOUT = {"env": {}, "cwd": None, "user": None}
+ABOUT: dict[str, Any] = {"env": {}, "cwd": None, "user": None}
 
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[Callable[[bytes | Answer], Session]]:
     """A session whose agent answers every request with those bytes, and then ends the connection or does as told."""
-    listeners = []
+    listeners: list[socket.socket] = []
 
     def make(answer: bytes | Answer) -> Session:
         path = str(tmp_path / f"v{len(listeners)}")

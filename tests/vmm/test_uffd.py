@@ -44,7 +44,7 @@ def handler(tmp_path: Path) -> Iterator[Start]:
     yield start
     for process in started:
         try:
-            assert process.communicate(timeout=20) == (None, b"")
+            assert process.communicate(timeout=20)[1] == b""
             assert process.returncode == 0
         finally:
             process.kill()
@@ -66,7 +66,8 @@ def test_pages_come_from_the_file_and_are_the_guests_own(handler: Start) -> None
         os.write(sink, b"k" * 64)
         assert os.readv(source, [memory.slice(17 * PAGE, 64)]) == 64
         assert memory.read(17 * PAGE, PAGE) == b"k" * 64 + contents[17 * PAGE + 64 : 18 * PAGE]
-        os.close(source), os.close(sink)
+        os.close(source)
+        os.close(sink)
 
 
 def test_what_was_given_back_is_zeros(handler: Start) -> None:
@@ -210,7 +211,7 @@ def test_a_handler_that_dies_ends_the_machine_by_one_line(tmp_path: Path, touche
     handler = subprocess.Popen([sys.executable, HANDLER, place, tmp_path / "memory"])
     while not place.exists():
         time.sleep(0.005)
-    words = [sys.executable, "-c", TOUCHER, place, str(SIZE)]
+    words: list[str | Path] = [sys.executable, "-c", TOUCHER, place, str(SIZE)]
     pipe = subprocess.PIPE
     toucher = subprocess.Popen(words, cwd=HANDLER.parents[1], stdin=pipe, stdout=pipe, stderr=pipe)
     assert toucher.stdin is not None and toucher.stdout is not None and toucher.stderr is not None
