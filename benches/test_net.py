@@ -12,14 +12,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.conftest import namespace
-from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Stream, Vm, arp_request, is_arp_reply, tcp
-from tests.virtio.test_net import checksum
+from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Stream, Vm, arp_request, checksum, is_arp_reply, tcp
 from tests.virtio.test_net_policy import mine, policy
 from virtio import spec
 from virtio.net._policy import Policy
@@ -129,7 +128,7 @@ def test_datagrams_to_a_socket(benchmark: Any, vm: Vm) -> None:
 def test_guest_to_a_stream(benchmark: Any, kind: str) -> None:
     """Frames of 1500 bytes for passt, with what of a policy is looked at for each."""
     address = bytes(10) + b"\xff\xff\x09\x09\x09\x09"
-    policies = {
+    policies: dict[str, Callable[[], Policy | None]] = {
         "all": lambda: None,
         "no loopback": lambda: Policy(only_special=True),
         "100 rules": lambda: policy(*((f"11.0.{number}.0/24",) for number in range(99)), ("9.9.9.9/32", 80)),
@@ -141,6 +140,7 @@ def test_guest_to_a_stream(benchmark: Any, kind: str) -> None:
         backend.other.setblocking(False)
         made = policies[kind]()
         if kind == "4000 addresses":
+            assert made is not None
             made.learn([(address[:13] + number.to_bytes(3, "big"), 0, 0) for number in range(3999)], 600)
             made.learn([(address, 80, 80)], 600)
         vm = Vm(stack, tap=backend, policy=made)

@@ -68,6 +68,7 @@ def test_chain_views(benchmark: Any, ram: GuestMemory, queue_class: Any) -> None
     queue = driver.attach(queue_class(ram, 8))
     driver.add([driver.buffer(16), driver.buffer(4096, device_writes=True), driver.buffer(1, device_writes=True)])
     chain = queue.pop()
+    assert chain is not None
     benchmark(lambda: (chain.readable, chain.writable))
 
 

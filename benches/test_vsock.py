@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.vsock_driver import PATIENCE, RESPONSE, RST, RW, RX, TX, Vm, read_line
+from tests.virtio.vsock_driver import RESPONSE, RST, RW, RX, TX, Vm, read_line
+from tests.waiting import PATIENCE
 from virtio import spec
 from vmm.memory import GuestMemory
 

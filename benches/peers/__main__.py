@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from benches.peers.common import ROOT, Missing, Row
+from benches.peers.common import ROOT, Row
+from benches.peers.firecracker import Missing
 
 DEVICES = ("blk", "net", "vsock", "fs")
 NAMES = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", "scale", "sandbox", *DEVICES)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benches.peers import common
-from benches.peers.common import FIRECRACKER_NAME, Missing, Row, compare
+from benches.peers.common import FIRECRACKER_NAME, Row, compare
+from benches.peers.firecracker import Missing, firecracker
 from tests.kvm.ring3 import kernel
 from vmm.testing import tiny_elf
 
@@ -204,7 +205,7 @@ def rows() -> list[Row | Missing]:
         directory = Path(name)
         guest = directory / "hello.elf"
         guest.write_bytes(tiny_elf(HELLO))
-        fire = [common.firecracker(), "--no-seccomp", "--level", "Error"]  # it would log each request on stdout
+        fire = [firecracker(), "--no-seccomp", "--level", "Error"]  # it would log each request on stdout
         runs = common.in_turn(
             TURNS,
             pyvmm=lambda: turn(_pyvmm(), directory, guest),

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benches.peers import common
-from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, ROOT, Missing, Row, compare
+from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, ROOT, Row, compare
+from benches.peers.firecracker import Missing, firecracker
 from boot import bzimage, payload
 from boot.source import Source
 from vmm import lab
@@ -100,7 +101,7 @@ def _round(directory: Path) -> dict[str, dict[str, Any]]:
 def rows() -> list[Row | Missing]:
     """Boot time beside QEMU microvm and Firecracker, from the ELF kernel and from the bzImage."""
     common.pyvmm()
-    common.firecracker()  # fetched out here: the lab has no network
+    firecracker()  # fetched out here: the lab has no network
     # Not in /tmp, which may be a tmpfs: the kernels are 60 MB.
     with tempfile.TemporaryDirectory(prefix="pyvmm-boot-", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:
         directory = Path(name)

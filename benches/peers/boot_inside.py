@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benches.peers import common
 from benches.peers.api import connected
-from benches.peers.common import PYVMM, Missing
+from benches.peers.common import PYVMM
+from benches.peers.firecracker import Missing, firecracker
 
 MEMORY_MIB = 256
 MARK = b"@init@"
@@ -82,10 +83,10 @@ def main(name: str) -> int:
     requests.append(("/actions", {"action_type": "InstanceStart"}))
     by_socket = {
         "pyvmm_api": [PYVMM[0], "serve", "--api-sock", str(path)],
-        "firecracker_api": [common.firecracker(), "--api-sock", str(path), "--level", "Error"],
+        "firecracker_api": [firecracker(), "--api-sock", str(path), "--level", "Error"],
     }
     # The lab reads all files from the host, over 9p, the first time: not what is to be measured.
-    for program in (PYVMM[0], common.QEMU, common.firecracker()):
+    for program in (PYVMM[0], common.QEMU, firecracker()):
         subprocess.run([program, "--version"], stdout=subprocess.DEVNULL, check=False)
     subprocess.run([*commands["pyvmm"], "--dry-run"], stdout=subprocess.DEVNULL, check=False)
     for file in (elf, packed, initrd):

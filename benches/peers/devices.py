@@ -20,8 +20,9 @@ from typing import Any
 
 from benches.peers import common, native
 from benches.peers.boot import vmlinux
-from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, ROOT, Missing, Row, compare
+from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, ROOT, Row, compare
 from benches.peers.devices_inside import GUEST_SH, MARK, REPEATS, TABLES, Phase
+from benches.peers.firecracker import Missing, firecracker
 from tests.linux.tools_guest import initrd_with, probe, tools_image
 from vmm import lab
 from vmm.errors import VmmError
@@ -110,7 +111,7 @@ def _row(
 def rows(table: str) -> list[Row | Missing]:
     """One table: blk, net, vsock or fs."""
     common.pyvmm()
-    common.firecracker()  # fetched out here: the lab has no network
+    firecracker()  # fetched out here: the lab has no network
     # Not in /tmp, which may be a tmpfs: the kernel is 50 MB.
     with tempfile.TemporaryDirectory(prefix="pyvmm-devices-", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:
         directory = Path(name)

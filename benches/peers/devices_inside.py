@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benches.peers import common, native
-from benches.peers.common import PYVMM, Missing
+from benches.peers.common import PYVMM
+from benches.peers.firecracker import Missing, firecracker
 from tests.linux.tools_guest import CMDLINE as STOCK_CMDLINE
 from tests.linux.tools_guest import Guest, GuestFailed
 
@@ -370,7 +371,7 @@ def main(name: str, table: str, *wanted: str) -> int:
     only = os.environ.get("PYVMM_BENCH_ONLY", "").split()
     shutil.rmtree(SHM, ignore_errors=True)
     SHM.mkdir()
-    for program in (PYVMM[0], common.QEMU, common.firecracker()):
+    for program in (PYVMM[0], common.QEMU, firecracker()):
         subprocess.run([program, "--version"], stdout=subprocess.DEVNULL, check=False)
     guests: dict[str, Guest] = {}
     servers: Servers = []

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from benches.peers.common import Missing
+from benches.peers.firecracker import Missing
 from vmm.errors import VmmError
 from vmm.images import apt, initramfs
 from vmm.kvm.vm import runs_linux

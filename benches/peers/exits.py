@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benches.peers import common
-from benches.peers.common import Missing, Row, compare
+from benches.peers.common import Row, compare
+from benches.peers.firecracker import Missing
 from vmm import Machine, Stop
 from vmm.kvm.vcpu import Vcpu
 from vmm.testing import tiny_elf

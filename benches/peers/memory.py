@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benches.peers import common
-from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Missing, Row, alone, compare
+from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Row, alone, compare
+from benches.peers.firecracker import Missing
 from vmm.testing import tiny_elf
 
 ROUNDS = 5

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benches.peers import common
-from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, Missing, Row, compare
+from benches.peers.common import FIRECRACKER_NAME, QEMU_NAME, Row, compare
+from benches.peers.firecracker import Missing
 from tests.kvm.ring3 import Words, kernel
 
 TURNS = int(os.environ.get("PYVMM_BENCH_ROUNDS", "5"))
@@ -248,7 +249,7 @@ class Figure(NamedTuple):
 
     name: str
     words: str
-    count: int
+    units: int
     unit: str = "1/s"
     each: int = 1
 
@@ -275,7 +276,7 @@ NET = (
 
 def figure(what: Figure, commands: Callable[[], Commands], say: Callable[[str], None] = _quiet) -> list[Row]:
     """One piece of work by each VMM in turn: rows of its rate and its CPU time beside the best of the peers."""
-    name, count, unit = what.name, what.count, what.unit
+    name, count, unit = what.name, what.units, what.unit
     per = "each" if unit == "1/s" else f"a {unit.removesuffix('/s')}"
     runs: dict[str, list[Turn]] = {}
     for _ in range(TURNS):
@@ -283,15 +284,18 @@ def figure(what: Figure, commands: Callable[[], Commands], say: Callable[[str], 
             # QEMU's exit device makes 1 of 0.
             runs.setdefault(program, []).append(turn(command, count, (0, 1) if program == QEMU_NAME else (0,)))
     for program, turns in runs.items():
-        seconds, cpu, kicks = (statistics.median(each[key] for each in turns) for key in (1, 2, 3))
+        seconds = statistics.median(each.seconds for each in turns)
+        cpu = statistics.median(each.cpu for each in turns)
+        kicks = statistics.median(each.kicks for each in turns)
         say(f"{name}: {program:24} {1 / seconds:9,.0f} {unit}, CPU {cpu * 1e6:6.2f} us, {kicks:.3f} kicks {per}")
     # One clock for all rates: what a tick is, by all turns.
     tick = statistics.median(each.seconds / each.ticks for turns in runs.values() for each in turns)
     found: list[Row] = []
-    for kind, of, each_unit, goal, more in (
+    kinds: tuple[tuple[str, Callable[[Turn], float], str, float, bool], ...] = (
         ("", lambda each: 1 / (each.ticks * tick), unit, GOAL_RATE, True),
         (", device CPU", lambda each: each.cpu * 1e6, f"us {per}", GOAL_CPU, False),
-    ):
+    )
+    for kind, of, each_unit, goal, more in kinds:
         values = {program: [of(each) for each in turns] for program, turns in runs.items()}
         ours = values.pop("pyvmm")
         best = (max if more else min)(values, key=lambda program: statistics.median(values[program]))
@@ -319,7 +323,7 @@ def rows(say: Callable[[str], None] = _quiet, only: str = "") -> list[Row | Miss
                         sender = multiprocessing.Process(target=_flood, daemon=True)
                         sender.start()
                         stack.callback(sender.kill)
-                    cmdline = f"{what.words} count={what.count * what.each} rounds={ROUNDS}"
+                    cmdline = f"{what.words} count={what.units * what.each} rounds={ROUNDS}"
                     found += figure(what, functools.partial(commands, directory, cmdline), say)
                 except Missing as problem:
                     found.append(Missing(f"{what.name}: {problem}"))

@@ -21,7 +21,8 @@ import pytest
 
 from benches import sandboxes
 from benches.peers import common, engines, native
-from benches.peers.common import Missing, Row, alone, compare
+from benches.peers.common import Row, alone, compare
+from benches.peers.firecracker import Missing
 from vmm import Sandbox, images
 from vmm.errors import VmmError
 from vmm.images import initramfs

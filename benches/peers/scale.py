@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from benches.peers import common, start
-from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, ROOT, Missing, Row, compare
+from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, ROOT, Row, compare
+from benches.peers.firecracker import Missing, firecracker
 from benches.peers.memory import resident_mib, running
 from benches.peers.native import CMDLINE, kernel
 from tests.linux import kernels
@@ -86,7 +87,7 @@ def _servers(directory: Path, config: Path) -> Commands:
             *program, "--api-sock", f"{directory}/s{number}.sock", "--config-file", str(config), "--level", "Error",
         ]  # fmt: skip
 
-    return {"pyvmm": command([common.pyvmm()[0], "serve"]), "firecracker": command([common.firecracker()])}
+    return {"pyvmm": command([common.pyvmm()[0], "serve"]), "firecracker": command([firecracker()])}
 
 
 def _gets(path: Path) -> list[float]:
@@ -185,8 +186,9 @@ def _draw(rows: Sequence[Row]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), squeeze=False)
     for what, ax in zip(("GiB", "disks"), axes[0], strict=True):
         points = [(int(row.name.split()[-2]), row) for row in rows if row.name.endswith(f" {what}")]
-        for name, of in (("pyvmm", lambda row: row.ours), (FIRECRACKER_NAME, lambda row: row.peer)):
-            ax.plot([value for value, _ in points], [of(row) for _, row in points], marker="o", label=name)
+        values = [value for value, _ in points]
+        ax.plot(values, [row.ours for _, row in points], marker="o", label="pyvmm")
+        ax.plot(values, [row.peer for _, row in points], marker="o", label=FIRECRACKER_NAME)
         ax.set_xlabel(what)
         ax.set_ylabel("ms to the guest's first byte")
         ax.set_ylim(bottom=0)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from benches.peers import common
@@ -150,12 +151,12 @@ def _files() -> list[Row]:
         for mib in SIZES:
             found = common.in_turn(
                 ROUNDS,
-                pyvmm=lambda mib=mib: _turn(ours, directory, guest, mib),
-                firecracker=lambda mib=mib: _turn(theirs, directory, guest, mib),
+                pyvmm=partial(_turn, ours, directory, guest, mib),
+                firecracker=partial(_turn, theirs, directory, guest, mib),
             )
             for what in ("full", "diff", "load+resume"):
-                pair = ([turn[what] for turn in found[who]] for who in ("pyvmm", "firecracker"))
-                rows.append(compare(f"snapshot, {mib} MiB, {what}", "ms", *pair, FIRECRACKER_NAME, 1.0))
+                mine, peer = ([turn[what] for turn in found[who]] for who in ("pyvmm", "firecracker"))
+                rows.append(compare(f"snapshot, {mib} MiB, {what}", "ms", mine, peer, FIRECRACKER_NAME, 1.0))
     return rows
 
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from benches.peers import common
 from benches.peers.boot import INIT
-from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Missing, Row, compare
+from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, QEMU_NAME, Row, compare
+from benches.peers.firecracker import Missing, firecracker
 from benches.peers.native import CMDLINE, QEMU_MACHINE, kernel
 from vmm.images.cpio import Archive
 from vmm.testing import tiny_elf
@@ -172,7 +173,7 @@ def _servers(directory: Path) -> dict[str, list[str]]:
     socket = ["--api-sock", f"{directory}/%d.sock"]
     return {
         "pyvmm": [common.pyvmm()[0], "serve", *socket],
-        "firecracker": [common.firecracker(), "--level", "Error", *socket],
+        "firecracker": [firecracker(), "--level", "Error", *socket],
     }
 
 
@@ -262,7 +263,7 @@ def _versions(starter: Starter) -> list[Row]:
     subprocess.run([common.pyvmm()[0], "link", "firecracker", str(link.parent)], check=True, stdout=subprocess.DEVNULL)
     rows = []
     for option in ("--version", "--help"):
-        ours, theirs = [str(link), option], [common.firecracker(), option]
+        ours, theirs = [str(link), option], [firecracker(), option]
 
         def turn(command: list[str]) -> Callable[[], list[Life]]:
             return lambda: starter.run(1, command, mark="")

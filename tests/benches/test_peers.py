@@ -12,7 +12,8 @@ import pytest
 
 from benches.peers import __main__ as runner
 from benches.peers import boot_inside, common
-from benches.peers.common import Missing, Row, alone, compare
+from benches.peers.common import Row, alone, compare
+from benches.peers.firecracker import Missing
 
 
 def test_ratio_is_the_median_of_pairs() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benches.peers.common import Missing
+from benches.peers.firecracker import Missing
 from benches.peers.start import Starter
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="LAYER MISSING: cc")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import pytest
 
@@ -12,6 +13,9 @@ from tests.kvm import guests
 from vmm import Machine
 from vmm.errors import ConfigError
 from vmm.kvm.vm import Kvm
+
+if TYPE_CHECKING:
+    from vmm.config.settings import VmSettings
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +31,10 @@ def guest(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     """Makes a Machine of assembler source: ``guest(source, bits=32, **settings)``; closed after the test."""
     machines: list[Machine] = []
 
-    def make(source: str, bits: int = 32, **settings: object) -> Machine:
+    def make(source: str, bits: int = 32, **settings: Unpack[VmSettings]) -> Machine:
         settings.setdefault("memory", "4M")
-        vm = Machine(kernel=guests.write_guest(tmp_path, source, bits), **settings)
+        settings["kernel"] = guests.write_guest(tmp_path, source, bits)
+        vm = Machine(**settings)
         machines.append(vm)
         return vm
 

@@ -8,10 +8,15 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 from tests.kvm.guests import PATIENCE, registers
 from vmm import Machine
 from vmm.events import StopReason
+
+if TYPE_CHECKING:
+    from vmm.config.settings import VmSettings
+    from vmm.machine.mmds import Mmds
 
 DRIVER = Path(__file__).parent / "driver"
 # SSE would need its registers saved, and ring 0 of a software KVM has no SSE at all.
@@ -50,9 +55,12 @@ class Words(dict[str, list[str]]):
 class Ring3:
     """One run of a driver: ``start()``, then what the host has to do, then ``end()``, which checks its verdict."""
 
-    def __init__(self, name: str, cmdline: str = "", **settings: object) -> None:
+    def __init__(
+        self, name: str, cmdline: str = "", /, *, metadata: Mmds | None = None, **settings: Unpack[VmSettings]
+    ) -> None:
         settings.setdefault("memory", "32M")
-        self.vm = Machine(kernel=kernel(name), cmdline=cmdline, **settings)
+        settings["kernel"], settings["cmdline"] = kernel(name), cmdline
+        self.vm = Machine(metadata=metadata, **settings)
         self._output = bytearray()
         self.vm.on_console(self._output.extend)
 
@@ -88,7 +96,7 @@ class Ring3:
         self.vm.close()
 
 
-def drive(name: str, cmdline: str = "", **settings: object) -> tuple[Words, dict[str, dict[str, int]]]:
+def drive(name: str, cmdline: str = "", /, **settings: Unpack[VmSettings]) -> tuple[Words, dict[str, dict[str, int]]]:
     """Run a driver that needs nothing more of the host: what it said, and the machine's counters."""
     with Ring3(name, cmdline, **settings) as guest:
         return guest.start().end(), guest.vm.stats

@@ -79,11 +79,10 @@ def test_a_vcpu_that_runs_code_of_the_programs_has_none(settings: str) -> None:
 class Asked:
     """A port of the program's, which does what no filter allows."""
 
-    def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, data: memoryview) -> None:
         self.read_file = Path("/proc/self/comm").read_text()
-        return bytes(size)
 
-    def write(self, offset: int, data: bytes) -> None: ...
+    def write(self, offset: int, data: memoryview) -> None: ...
 
 
 def test_a_port_of_the_programs_opens_a_file(tmp_path: Path) -> None:

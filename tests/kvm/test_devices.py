@@ -175,7 +175,7 @@ def test_share_is_read_and_written(tmp_path: Path, ring: str, dax: int) -> None:
 
 
 def icmp_checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     total = (total & 0xFFFF) + (total >> 16)
     return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
 

@@ -15,6 +15,7 @@ import pytest
 from tests.kvm.guests import PATIENCE, run, write_guest
 from tests.waiting import until
 from vmm import Machine
+from vmm.errors import KvmError
 from vmm.kvm import abi as kvm_abi
 
 MakeGuest = Callable[..., Machine]
@@ -92,14 +93,14 @@ def test_status_that_was_latched_before_the_timer_is_there(guest: MakeGuest) -> 
 def test_guest_that_uses_no_timer_makes_none(guest: MakeGuest) -> None:
     vm = guest(_program([]))
     run(vm)
-    with pytest.raises(kvm_abi.KvmError, match="KVM_GET_PIT2"):
+    with pytest.raises(KvmError, match="KVM_GET_PIT2"):
         kvm_abi.kvm_ioctl(vm.vm.fd, kvm_abi.KVM_GET_PIT2, bytearray(STATE.size))
 
 
 def _is_there(vm: Machine) -> bool:
     try:
         kvm_abi.kvm_ioctl(vm.vm.fd, kvm_abi.KVM_GET_PIT2, bytearray(STATE.size))
-    except kvm_abi.KvmError:
+    except KvmError:
         return False
     return True
 

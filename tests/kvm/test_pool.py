@@ -99,7 +99,7 @@ def test_a_closed_pool(counter: Machine) -> None:
     pool.close()
     assert taken.state == "Running", "what was taken is its taker's"
     for machine in (taken, *waiting):
-        machine.close()  # type: ignore[attr-defined]
+        machine.close()
 
 
 def test_an_image_serves_and_each_copy_has_its_disk(tmp_path: Path, guest: MakeGuest) -> None:

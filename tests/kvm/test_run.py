@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,11 +30,11 @@ def test_interrupt_controllers_are_made_long_before_memory(tmp_path: Path, monke
     # At once KVM lets the memory wait for milliseconds, and after it the VM's end.
     asked: list[int] = []
 
-    def kvm_ioctl(fd: int, request: int, *words: object) -> int:
+    def kvm_ioctl(fd: int, request: int, argument: Any = 0) -> int:
         asked.append(request)
-        return real(fd, request, *words)
+        return real(fd, request, argument)
 
-    real: Callable[..., int] = kvm.kvm_ioctl
+    real = kvm_abi.kvm_ioctl
     monkeypatch.setattr(kvm, "kvm_ioctl", kvm_ioctl)
     prepared = kvm.prepare()
     assert asked.count(kvm_abi.KVM_CREATE_IRQCHIP) == 1

@@ -46,7 +46,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = [item for item in session.items if here in item.path.parents]
     if runs_linux() or session.config.option.collectonly or not wanted:
         return
-    if any("scenario" in item.fixturenames and item.get_closest_marker("lab") for item in wanted):
+    if any("scenario" in getattr(item, "fixturenames", ()) and item.get_closest_marker("lab") for item in wanted):
         if not lab.missing():
             _lab_directory.append(Path(tempfile.mkdtemp(prefix="pyvmm-lab-")))
             _begun.append(in_lab.start(_lab_directory[0]))

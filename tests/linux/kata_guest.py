@@ -94,7 +94,16 @@ def _make_rootfs(path: Path) -> None:
             link = root / "bin" / Path(applet).name
             if not link.exists():
                 link.symlink_to("busybox")
-        command = ["gcc", "-O2", "-Wall", "-Wno-unused-result", "-static", "-o", root / "sbin/init", AGENT]
+        command: list[str | Path] = [
+            "gcc",
+            "-O2",
+            "-Wall",
+            "-Wno-unused-result",
+            "-static",
+            "-o",
+            root / "sbin/init",
+            AGENT,
+        ]
         subprocess.run(command, check=True)
         new = path.with_suffix(".new")
         new.unlink(missing_ok=True)

@@ -18,7 +18,11 @@ from vmm.config.devices import MmdsConfig, NetConfig
 
 MODULES = ("virtio_mmio", "virtio_net", "af_packet")
 LARGE = "0123456789abcdef" * 3000
-DOCUMENT = {"latest": {"meta-data": {"ami-id": "ami-1", "network": {"mac": "06:00"}}}, "count": 3, "large": LARGE}
+DOCUMENT: dict[str, Any] = {
+    "latest": {"meta-data": {"ami-id": "ami-1", "network": {"mac": "06:00"}}},
+    "count": 3,
+    "large": LARGE,
+}
 URL = "http://169.254.169.254"
 GET = f"wget -q -O - {URL}"
 UP = """ip link set eth0 up

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benches.peers.boot import vmlinux
-from benches.peers.common import KVM_CAP_XCRS, firecracker, lacks_xsave
+from benches.peers.common import KVM_CAP_XCRS, lacks_xsave
+from benches.peers.firecracker import firecracker
 from tests.api.oracle import ALONE, PYVMM, Process
 from tests.linux.kernels import cpus, kernel
 from vmm.images import initramfs

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import pytest
 
@@ -22,6 +23,9 @@ from vmm.images import apt, initramfs
 from vmm.images.host import PullError
 from vmm.kvm.vm import Kvm, software_kvm
 from vmm.lab.image import KERNEL_PACKAGE
+
+if TYPE_CHECKING:
+    from vmm.config.settings import VmSettings
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
 PATIENCE = 60
@@ -99,12 +103,13 @@ def linux(tmp_path: Path) -> Iterator[Callable[..., Guest]]:
     try:
         Kvm().close()
         if software_kvm():
-            kernel, tree, modules = r3.vmlinux(), None, ()
+            kernel = tree = r3.vmlinux()  # without modules no tree is looked into
+            modules: tuple[str, ...] = ()
         else:
             package = apt.package(KERNEL_PACKAGE)
             kernel, tree, modules = apt.kernel_of(package.tree)[0], package.tree, MODULES
         init = initramfs.LOAD_MODULES + "mount -t tmpfs tmp /tmp\n" + WORK
-        (tmp_path / "initrd").write_bytes(initramfs.build_initramfs(tree, modules, init))  # type: ignore[arg-type]
+        (tmp_path / "initrd").write_bytes(initramfs.build_initramfs(tree, modules, init))
     except (PullError, ValueError) as error:
         pytest.fail(f"LAYER MISSING: linux: {error}")
     disk = tmp_path / "disk"
@@ -112,11 +117,12 @@ def linux(tmp_path: Path) -> Iterator[Callable[..., Guest]]:
         file.truncate(64 << 20)
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(disk)], check=True)
 
-    def boot(more: str = "", **settings: object) -> Guest:
-        vm = Machine(
-            kernel=str(kernel), initrd=str(tmp_path / "initrd"), cmdline=f"{r3.CMDLINE} quiet {more}", memory="192M",
-            drives=[DriveConfig(str(disk))], **settings,
-        )  # fmt: skip
+    def boot(more: str = "", **settings: Unpack[VmSettings]) -> Guest:
+        settings |= {
+            "kernel": str(kernel), "initrd": str(tmp_path / "initrd"), "cmdline": f"{r3.CMDLINE} quiet {more}",
+            "memory": "192M", "drives": [DriveConfig(str(disk))],
+        }  # fmt: skip
+        vm = Machine(**settings)
         guest = Guest(vm)
         guests.append(guest)
         vm.start()

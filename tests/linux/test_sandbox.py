@@ -18,6 +18,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -254,7 +255,7 @@ def test_a_directory_is_watched(sandbox: Sandbox) -> None:
     sandbox.run("echo x >/watched/file; rm /watched/file")
     seen = [(change.name, change.kind) for _, change in zip(range(3), changes, strict=False)]
     assert seen == [("file", "created"), ("file", "written"), ("file", "removed")]
-    changes.close()  # type: ignore[attr-defined]
+    changes.close()
 
 
 def test_a_tcp_port_of_the_guest_is_reached(sandbox: Sandbox) -> None:
@@ -385,7 +386,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
         ({"image": "busybox", "mounts": {"/x": str(tmp_path / "none")}}, "none"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Sandbox(**settings)  # type: ignore[arg-type]
+            Sandbox(**settings)
     with pytest.raises(ConfigError, match="count -1"):
         sandbox.fork(-1)
     with pytest.raises(ConfigError, match="timeout -1"):
@@ -512,7 +513,7 @@ def test_a_port_is_published_on_the_host(sandbox: Sandbox) -> None:
         end = time.monotonic() + 30
         while True:  # until the guest listens the host's side is closed at once
             with socket.create_connection(published.address, timeout=30) as stream:
-                received = b"".join(iter(lambda stream=stream: stream.recv(1 << 16), b""))
+                received = b"".join(iter(partial(stream.recv, 1 << 16), b""))
             if received:
                 break
             assert time.monotonic() < end
@@ -565,7 +566,7 @@ def test_a_port_of_the_host_is_provided_in_the_guest(sandbox: Sandbox) -> None:
             for _ in range(2):
                 stream, _ = server.accept()
                 with stream:
-                    asked = b"".join(iter(lambda stream=stream: stream.recv(1 << 16), b""))
+                    asked = b"".join(iter(partial(stream.recv, 1 << 16), b""))
                     stream.sendall(hashlib.sha256(asked).hexdigest().encode() + asked)
 
         thread = threading.Thread(target=answer)
@@ -580,7 +581,7 @@ def test_a_port_of_the_host_is_provided_in_the_guest(sandbox: Sandbox) -> None:
                 sandbox.provide(host_port)
         thread.join()
     for port in (provided.port, other.port):
-        until(lambda port=port: sandbox.run(f"nc 127.0.0.1 {port} </dev/null").exit_code == 1)
+        until(lambda: sandbox.run(f"nc 127.0.0.1 {port} </dev/null").exit_code == 1)  # noqa: B023
     with pytest.raises(ConfigError, match="1 to 65535"):
         sandbox.provide(0)
 

@@ -131,7 +131,12 @@ def test_files(sbx: Sandbox) -> None:
     watch = files.watch_dir("/work")
     files.write("/work/seen", b"")
     events: list[Any] = []
-    _until(lambda: events.extend(watch.get_new_events()) or len(events) > 1)
+
+    def two_events() -> bool:
+        events.extend(watch.get_new_events())
+        return len(events) > 1
+
+    _until(two_events)
     assert (events[0].name, events[0].type) == ("seen", FilesystemEventType.CREATE)
     watch.stop()
     with pytest.raises(SandboxException, match="stopped"):
@@ -201,7 +206,8 @@ def test_the_network_is_what_was_said() -> None:
     assert [str(each) for each in policy.allow] == [ALL_TRAFFIC] and [str(each) for each in policy.deny] == [
         "10.0.0.0/8"
     ]
-    for bad in ({"rules": {}}, {"allow_out": lambda context: []}, {"allow_out": ["a b"]}):
+    refused: tuple[Any, ...] = ({"rules": {}}, {"allow_out": lambda context: []}, {"allow_out": ["a b"]})
+    for bad in refused:
         with pytest.raises(InvalidArgumentException, match="network"):
             network(**bad)
     with pytest.raises(InvalidArgumentException, match="mcp"):
@@ -229,7 +235,7 @@ def test_the_async_twin(sbx: Sandbox) -> None:
             await handle.close_stdin()
             with pytest.raises(CommandExitException):
                 await handle.wait()
-            assert (handle.exit_code, handle.error) == (4, "exit status 4")
+            assert [handle.exit_code, handle.error] == [4, "exit status 4"]
             task = asyncio.create_task(twin.commands.run("echo >/tmp/there; sleep 7531", timeout=None))
             while not await twin.files.exists("/tmp/there"):
                 await asyncio.sleep(0.005)
@@ -242,7 +248,8 @@ def test_the_async_twin(sbx: Sandbox) -> None:
             await twin.files.write("/tmp/file", b"data")
             assert await twin.files.read("/tmp/file") == "data"
             assert [piece async for piece in await twin.files.read("/tmp/file", format="stream")] == [b"data"]
-            events, ended = [], asyncio.Event()
+            events: list[Any] = []
+            ended = asyncio.Event()
             watch = await twin.files.watch_dir("/tmp", events.append, lambda _: ended.set())
             await twin.files.remove("/tmp/file")
             while not events:
