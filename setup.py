@@ -107,7 +107,7 @@ class InstallManual(install_data):
         super().run()
 
 
-class BuildBare(build_ext):
+class BuildBare(build_ext):  # type: ignore[misc]
     """Compiles the system call filters, the extensions, and the programs of guests, without a C library."""
 
     def run(self) -> None:

@@ -52,9 +52,9 @@ def _modules() -> list[tuple[str, Path]]:
 def _imports(path: Path) -> set[str]:
     text = path.read_text()
     if path.suffix in (".pyx", ".pxd"):
-        names = re.findall(r"^\s*from\s+([\w.]+)\s+c?import\b", text, re.MULTILINE)
-        return set(names) | set(re.findall(r"^\s*c?import\s+([\w.]+)", text, re.MULTILINE))
-    names = set()
+        found = re.findall(r"^\s*from\s+([\w.]+)\s+c?import\b", text, re.MULTILINE)
+        return set(found) | set(re.findall(r"^\s*c?import\s+([\w.]+)", text, re.MULTILINE))
+    names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}

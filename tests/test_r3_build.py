@@ -14,7 +14,7 @@ import pytest
 from tests.linux import r3
 from tests.waiting import until
 from vmm.images.apt import Package
-from vmm.images.host import PullError
+from vmm.images.host import PullError, silent
 
 SOURCE = Package("linux-source-6.1", "6.1-1", Path("/nowhere"))
 KILLED = "import sys; from pathlib import Path; from tests.linux import r3; r3._run(['make'], Path(sys.argv[1]))"
@@ -51,7 +51,7 @@ def test_two_at_once_build_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (home / f"vmlinux-{age}").touch()
         os.utime(home / f"vmlinux-{age}", (age, age))
     paths = []
-    first = threading.Thread(target=lambda: paths.append(r3._cached(SOURCE, r3.silent)))
+    first = threading.Thread(target=lambda: paths.append(r3._cached(SOURCE, silent)))
     first.start()
     until(lambda: builds)
     paths.append(r3._cached(SOURCE, lambda step, done: waits.set()))

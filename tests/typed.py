@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a type checker has to say of programs that use ``vmm``: `make check` runs mypy over it, nothing else does.
+"""What a type checker has to say of programs that use ``vmm``: mypy reads it, and nothing runs it.
 
 An ``ignore`` that ignores nothing is an error of mypy's, so each line with one is a mistake that mypy finds.
 """

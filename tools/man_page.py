@@ -38,7 +38,7 @@ def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
     yield _roff((parser.description or "").strip().capitalize()) + "."
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
     yield f".PP\n.B {_roff(usage)}"
-    nested = []
+    nested: list[argparse.ArgumentParser] = []
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
         for action in actions:
