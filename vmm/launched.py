@@ -154,6 +154,8 @@ def _without(name: str, spared: dict[str, object]) -> None:
     # Import `name` with `spared` in the place of modules that it asks for; one that cannot do so gets them all.
     if gc.isenabled() or name in sys.modules:
         return  # no launch, or too late
+    if "collections" in sys.modules:
+        __import__("collections.abc")  # msgspec wants it as an attribute, and does not import it
     spared = {module: other for module, other in spared.items() if module not in sys.modules}
     sys.modules.update(spared)  # type: ignore[arg-type]
     try:

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import vmm
@@ -199,6 +200,22 @@ def test_the_first_questions_are_answered_and_counted_as_later_ones_are(links: P
         process.wait()
     assert "200" in counted.partition("\r\n")[0]
     assert re.search(r"instance_info_total 3", counted) and re.search(r"vmm_version_total 3", counted)
+
+
+def test_msgspec_is_spared_beside_the_real_collections() -> None:
+    # `typing` is imported with stand-ins, then somebody wants the real `collections`: msgspec needs its `abc`.
+    code = f"""
+import gc, sys
+gc.disable()
+sys.path += {[str(ROOT), str(Path(msgspec.__file__).parents[1])]!r}
+from vmm import launched
+launched._spare_typing()
+import collections
+launched.spare_msgspec()
+assert "msgspec" in sys.modules
+"""
+    done = run(sys.executable, "-I", "-S", "-c", code, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_msgspec_spared_is_msgspec() -> None:
