@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard $(foreach room,vmm vmm/* devices virtio virtio/*,$(room)/*.pyx $(room)/*.pxd) vmm/sandbox/agent/*.[ch] vmm/images/*.c) vmm/jail/rules.py setup.py pyproject.toml
 
-.PHONY: install demo test unit kvm linux ray lab-test check coverage docs wheel bench bench-peers debug asan clean distclean system-packages
+.PHONY: install demo test unit kvm linux ray lab-test check coverage docs wheel try-wheel bench bench-peers debug asan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -87,6 +87,9 @@ docs: $(VENV)/.docs
 
 # An sdist, and a wheel for the interpreter PYTHON which auditwheel repairs; both in dist/ (docs/packaging.md).
 PACKAGES = build/packages
+try-wheel: wheel
+	@$(PYTHON) tools/try_wheel.py dist/*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl
+
 wheel: | system-packages
 	@rm -rf $(PACKAGES)
 	@$(PYTHON) -m venv $(PACKAGES)/venv
