@@ -113,10 +113,23 @@ def test_users_groups_and_limits_are_the_kernels(sandbox: Sandbox) -> None:
     assert sandbox.run("grep CapEff /proc/self/status", user="nobody").stdout.split()[1] == "0" * 16
     assert sandbox.run("ulimit -n; ulimit -f", limits={"nofile": 33, "fsize": 2048}).stdout.split() == ["33", "4"]
     assert sandbox.run("while :; do :; done", limits={"cpu": 1}, timeout=60).signal in (24, 9)
-    with pytest.raises(ConfigError, match="does not have this user"):
+    with pytest.raises(ConfigError, match=r"nobody-here.*does not have this user"):
         sandbox.run("id", user="nobody-here")
     with pytest.raises(ConfigError, match="nofile"):
         sandbox.run("id", limits={"nofiles": 3})
+
+
+def test_a_time_limit_is_a_number(sandbox: Sandbox) -> None:
+    with pytest.raises(ConfigError, match=r"timeout.*nan"):
+        sandbox.run("true", timeout=float("nan"))
+    assert [sandbox.run("true", timeout=seconds).exit_code for seconds in (float("inf"), 1e300, None)] == [0, 0, 0]
+    with pytest.raises(CommandTimeout, match=r"not done within 0\.1 s$"):
+        sandbox.run("sleep 50", timeout=0.1)
+
+
+def test_a_command_that_ends_the_vm_has_the_reason(runtime: Path) -> None:
+    with Sandbox("busybox", memory="64M") as sandbox, pytest.raises(SandboxGone, match="the sandbox has ended"):
+        sandbox.run("poweroff -f; sleep 60")
 
 
 def test_commands_share_a_connection_and_get_nothing_of_each_other(sandbox: Sandbox) -> None:

@@ -27,6 +27,8 @@ FRAME_MAX = 1 << 18  # bytes the agent takes in one frame
 ANSWER_MAX = FRAME_MAX + 64
 _CHUNK = 1 << 19
 _KEPT = 4  # idle connections of a sandbox
+_LONGEST = threading.TIMEOUT_MAX / 2  # seconds
+_PATIENCE = 0.5  # seconds from the end of a VM's connections to that of the VM
 _HEAD = struct.Struct("<BI")
 # Types of frames, as agent/agent.h has them.
 F_STDIN, F_WINDOW, F_DATA = b"iwd"
@@ -37,12 +39,15 @@ _ANSWERS = frozenset((F_DATA, F_STARTED, F_STDOUT, F_STDERR, F_EXIT, F_ENTRY, F_
 class Deadline:
     """When a wait is over.
 
-    :param seconds: from now on; None: never
+    :param seconds: from now on; None, or more than a thread can wait: never
+    :raises ConfigError: it is not a number
     """
 
     def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and seconds != seconds:
+            raise ConfigError("timeout", seconds, "must be a number of seconds, or None")
         self.seconds = seconds
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self._end = None if seconds is None or seconds > _LONGEST else time.monotonic() + seconds
 
     def left(self, doing: str) -> float | None:
         """Seconds that are left, or None: without limit.
@@ -54,8 +59,12 @@ class Deadline:
             return None
         left = self._end - time.monotonic()
         if left <= 0:
-            raise CommandTimeout(f"{doing}: not done within {self.seconds:g} s")
+            raise self.over(doing)
         return left
+
+    def over(self, doing: str) -> CommandTimeout:
+        """The error for what was not done in time."""
+        return CommandTimeout(f"{doing}: not done within {self.seconds:g} s")
 
 
 class Link:
@@ -70,6 +79,7 @@ class Link:
         self._open: set[Channel] = set()
         self._idle: list[Channel] = []
         self._why = ""
+        self._failed = threading.Event()
         self._lock = threading.Lock()
 
     @property
@@ -82,8 +92,14 @@ class Link:
         with self._lock:
             self._why = self._why or why
             channels = list(self._open)
+        self._failed.set()
         for channel in channels:
             channel.cut()
+
+    def explained(self, error: SandboxGone) -> SandboxGone:
+        """`error` with the reason, where the sandbox is gone: a VM's end closes its connections before it is told."""
+        self._failed.wait(_PATIENCE)
+        return SandboxGone(self._why) if self._why else error
 
     def take(self, deadline: Deadline, doing: str) -> Channel:
         """A connection that was kept, or a new one. Errors are those of ``connect``."""
@@ -254,7 +270,7 @@ class Channel(Closing):
             self._socket.settimeout(deadline.left(doing))
             self._socket.sendall(data)
         except TimeoutError:
-            raise CommandTimeout(f"{doing}: not done within {deadline.seconds:g} s") from None
+            raise deadline.over(doing) from None
         except OSError:
             raise self._gone() from None
 
@@ -322,7 +338,7 @@ class Channel(Closing):
             self._socket.settimeout(deadline.left(doing))
             count = self._socket.recv_into(self._room[self._end :])
         except TimeoutError:
-            raise CommandTimeout(f"{doing}: not done within {deadline.seconds:g} s") from None
+            raise deadline.over(doing) from None
         except OSError:
             return False
         self._end += count

@@ -202,6 +202,7 @@ class Process(Closing):
         self._pumping = threading.Lock()
         self.stdin.closed = self.stdin.sent = not input
         self._terminal = terminal
+        self._user = next((word[5:] for word in words if isinstance(word, str) and word.startswith("user=")), "")
         words = [*words, *([] if input else ["nostdin=1"]), *(["quiet=1"] if quiet else [])]
         self.ended = False
         self.channel = link.take(deadline, command)
@@ -224,9 +225,9 @@ class Process(Closing):
                 return
             try:
                 kind, data = self.channel.read(deadline, self.command)
-            except SandboxGone:
+            except SandboxGone as error:
                 self.channel.close()  # nothing more will come, and nobody may call `close`
-                raise
+                raise self._link.explained(error) from None
             match kind:
                 case wire.F_STDOUT:
                     self.stdout._add(data)
@@ -247,7 +248,7 @@ class Process(Closing):
 
     def _refused(self, number: int, what: str) -> None:
         if what == "user" and number == errno.EINVAL:
-            raise ConfigError("user", "", "the guest does not have this user or group")
+            raise ConfigError("user", self._user, "the guest does not have this user or group")
         self._result.exit_code = 127 if number in _MISSING else 126
         if number not in (*_MISSING, *_NOT_PERMITTED):
             raise OSError(number, f"the guest cannot start it: {os.strerror(number)}", what)
@@ -274,7 +275,10 @@ class Process(Closing):
         :raises CommandTimeout: not done within `timeout` seconds; it was killed, and the error has its output
         :raises SandboxGone: the sandbox has ended
         """
-        deadline = Deadline(timeout)
+        return self.communicate_until(Deadline(timeout), input)
+
+    def communicate_until(self, deadline: Deadline, input: bytes | str | None = None) -> Result:
+        """``communicate``, with a time limit that began before."""
         frames = [*input_frames(input), CLOSE] if input is not None else [] if self.stdin.closed else [CLOSE]
         frames.reverse()
         try:

@@ -75,7 +75,7 @@ class Session(Closing):
             command, limit, deadline, env=env, cwd=cwd, user=user, limits=limits, input=input is not None, quiet=True
         ) as process:
             process.stdout.on_data, process.stderr.on_data = on_stdout, on_stderr
-            result = process.communicate(input, timeout=deadline.left(process.command))
+            result = process.communicate_until(deadline, input)
         return result.check() if check else result
 
     def exec(
