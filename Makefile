@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard $(foreach room,vmm vmm/* devices virtio virtio/*,$(room)/*.pyx $(room)/*.pxd) vmm/sandbox/agent/*.[ch] vmm/images/*.c) vmm/jail/rules.py setup.py pyproject.toml
 
-.PHONY: install demo test unit kvm linux ray lab-test check coverage docs wheel try-wheel bench bench-peers debug asan clean distclean system-packages
+.PHONY: install demo test unit kvm linux ray lab-test check coverage docs wheel try-wheel bench bench-peers debug asan tsan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -109,14 +109,20 @@ bench-peers: install
 debug: $(VENV)/.made
 	PYVMM_DEBUG=1 $(BIN)/python setup.py -q build_ext --inplace --force
 
-# The devices' tests and PROGRAMS random driver programs a device, with the extensions built by AddressSanitizer.
+# The devices' tests and PROGRAMS random driver programs a device, with extensions built by a sanitizer.
 PROGRAMS ?= 20000
-ASAN_RUN = env -u PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH=1 PYTHONPATH=build/asan/lib:. PYTHONMALLOC=malloc \
-	ASAN_OPTIONS=detect_leaks=0:handle_segv=1 LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
+BUILD_SANITIZED = PYVMM_SANITIZER=$(1) $(BIN)/python setup.py -q build_py --build-lib build/$(1)/lib \
+	build_ext --parallel 2 --build-lib build/$(1)/lib --build-temp build/$(1)/temp
+SANITIZED = env -u PYTHONDONTWRITEBYTECODE PYVMM_SANITIZER=$(1) PYTHONSAFEPATH=1 PYTHONPATH=build/$(1)/lib:. \
+	PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:handle_segv=1 LD_PRELOAD="$$(cc -print-file-name=$(2))" $(BIN)/python
 asan: install
-	PYVMM_ASAN=1 $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
-	$(ASAN_RUN) $(BIN)/python -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= tests/virtio tests/fuzz
-	$(ASAN_RUN) $(BIN)/python -m tests.fuzz.fuzz_devices --programs $(PROGRAMS)
+	$(call BUILD_SANITIZED,address)
+	$(call SANITIZED,address,libasan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= tests/virtio tests/fuzz
+	$(call SANITIZED,address,libasan.so) -m tests.fuzz.fuzz_devices --programs $(PROGRAMS)
+
+tsan: install
+	$(call BUILD_SANITIZED,thread)
+	$(call SANITIZED,thread,libtsan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= tests/virtio
 
 clean:
 	rm -rf build *.egg-info $(VENV)/.built

@@ -5,8 +5,9 @@ the manual page that tools/man_page.py writes.
 
 The rest of the package is in pyproject.toml.
 
-``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``), ``PYVMM_ASAN=1`` with AddressSanitizer
-(``make asan``), ``PYVMM_NO_EXTENSIONS=1`` no extension (``make install`` builds them afterwards, in the checkout).
+``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``), ``PYVMM_SANITIZER=address`` or
+``thread`` with that sanitizer (``make asan``, ``make tsan``), ``PYVMM_NO_EXTENSIONS=1`` no extension (``make install``
+builds them afterwards, in the checkout).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from distutils.sysconfig import customize_compiler
 multiprocessing.set_start_method("fork", force=True)
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 NO_EXTENSIONS = bool(os.environ.get("PYVMM_NO_EXTENSIONS"))
-ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("PYVMM_ASAN") else []
+SANITIZER = os.environ.get("PYVMM_SANITIZER", "")
+SANITIZED = [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer"] if SANITIZER else []
 LAUNCHER = "vmm/launcher.c"
 MANUAL = "build/man/pyvmm.1"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
@@ -137,8 +139,8 @@ setup(
             Extension(
                 name,
                 [name.replace(".", "/") + ".pyx"],
-                extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(ASAN or HARD)],
-                extra_link_args=ASAN or RELRO,
+                extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(SANITIZED or HARD)],
+                extra_link_args=SANITIZED or RELRO,
                 depends=[FILTERS] if name == "vmm.jail._seccomp" else [],
                 define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
             )
