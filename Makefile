@@ -111,18 +111,19 @@ debug: $(VENV)/.made
 
 # The devices' tests and PROGRAMS random driver programs a device, with extensions built by a sanitizer.
 PROGRAMS ?= 20000
+SANITIZED_TESTS ?= tests/virtio tests/fuzz
 BUILD_SANITIZED = PYVMM_SANITIZER=$(1) $(BIN)/python setup.py -q build_py --build-lib build/$(1)/lib \
 	build_ext --parallel 2 --build-lib build/$(1)/lib --build-temp build/$(1)/temp
 SANITIZED = env -u PYTHONDONTWRITEBYTECODE PYVMM_SANITIZER=$(1) PYTHONSAFEPATH=1 PYTHONPATH=build/$(1)/lib:. \
 	PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:handle_segv=1 LD_PRELOAD="$$(cc -print-file-name=$(2))" $(BIN)/python
 asan: install
 	$(call BUILD_SANITIZED,address)
-	$(call SANITIZED,address,libasan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= tests/virtio tests/fuzz
+	$(call SANITIZED,address,libasan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= $(SANITIZED_TESTS)
 	$(call SANITIZED,address,libasan.so) -m tests.fuzz.fuzz_devices --programs $(PROGRAMS)
 
 tsan: install
 	$(call BUILD_SANITIZED,thread)
-	$(call SANITIZED,thread,libtsan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= tests/virtio
+	$(call SANITIZED,thread,libtsan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= $(SANITIZED_TESTS)
 
 clean:
 	rm -rf build *.egg-info $(VENV)/.built

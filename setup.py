@@ -36,7 +36,7 @@ multiprocessing.set_start_method("fork", force=True)
 DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 NO_EXTENSIONS = bool(os.environ.get("PYVMM_NO_EXTENSIONS"))
 SANITIZER = os.environ.get("PYVMM_SANITIZER", "")
-SANITIZED = [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer"] if SANITIZER else []
+SANITIZED = [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZER else []
 LAUNCHER = "vmm/launcher.c"
 MANUAL = "build/man/pyvmm.1"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
