@@ -101,6 +101,11 @@ def test_an_agent_that_leaves_is_told_at_once(agent: Callable[[bytes], Session],
         agent(said).run("x", timeout=None)
 
 
+def test_a_server_that_speaks_first_is_heard_whole(agent: Callable[[bytes], Session]) -> None:
+    with agent(frame(b"k") + b"220 hello\r\n").connect(25, timeout=5) as stream, stream.makefile("rb") as said:
+        assert said.read() == b"220 hello\r\n"
+
+
 def test_an_agent_that_is_silent_meets_the_deadline(agent: Callable[[Answer], Session]) -> None:
     def listen(stream: socket.socket) -> None:
         while stream.recv(1 << 16):

@@ -223,7 +223,7 @@ class Channel(Closing):
     def take(self) -> socket.socket:
         """The connection itself, behind the last frame; the caller's to close.
 
-        :raises AgentError: the guest has said more than that frame
+        :raises AgentError: the guest had said something before it was asked
         """
         if self.buffered:
             raise AgentError("the guest sent more than was asked")
@@ -302,32 +302,36 @@ class Channel(Closing):
         seen = events[0][1] if events else 0
         return bool(seen & ~select.POLLOUT), bool(seen & select.POLLOUT)
 
-    def read(self, deadline: Deadline, doing: str) -> tuple[int, bytes]:
-        """The next frame: its type and its bytes. Errors are those of ``read_view``."""
-        kind, data = self.read_view(deadline, doing)
+    def read(self, deadline: Deadline, doing: str, *, last: bool = False) -> tuple[int, bytes]:
+        """The next frame: its type and its bytes. Parameters and errors are those of ``read_view``."""
+        kind, data = self.read_view(deadline, doing, last=last)
         return kind, bytes(data)
 
-    def read_view(self, deadline: Deadline, doing: str) -> tuple[int, memoryview]:
+    def read_view(self, deadline: Deadline, doing: str, *, last: bool = False) -> tuple[int, memoryview]:
         """The next frame: its type and its bytes, where they are until the next call.
 
+        :param last: leave what is behind it in the socket: no frame may follow, but bytes of another protocol
         :raises AgentError: the frame does not belong to the protocol
         :raises SandboxGone: the connection ended before
         """
         while True:
             there = self._end - self._at
+            wanted = _HEAD.size
             if there >= _HEAD.size:
                 kind, length = _HEAD.unpack_from(self._room, self._at)
                 if kind not in _ANSWERS or length > ANSWER_MAX:
                     raise AgentError(f"{doing}: the guest sent a frame of type {kind:#x} with {length} bytes")
-                if there >= _HEAD.size + length:
+                wanted += length
+                if there >= wanted:
                     start = self._at + _HEAD.size
                     self._at = start + length
                     return kind, self._room[start : self._at]
-            if not self._receive(deadline, doing):
+            if not self._receive(deadline, doing, wanted - there if last else 0):
                 raise self._gone()
 
-    def _receive(self, deadline: Deadline, doing: str) -> bool:
+    def _receive(self, deadline: Deadline, doing: str, most: int = 0) -> bool:
         # More, behind what is there; that moves to the front when the room behind it is less than a frame.
+        # No more than `most` bytes; 0: no limit.
         if not self._room:
             self._room = memoryview(bytearray(_CHUNK))
         there = self._end - self._at
@@ -336,7 +340,7 @@ class Channel(Closing):
             self._at, self._end = 0, there
         try:
             self._socket.settimeout(deadline.left(doing))
-            count = self._socket.recv_into(self._room[self._end :])
+            count = self._socket.recv_into(self._room[self._end :], most)
         except TimeoutError:
             raise deadline.over(doing) from None
         except OSError:

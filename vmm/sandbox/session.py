@@ -152,7 +152,7 @@ class Session(Closing):
         deadline, doing = Deadline(timeout), f"port {port}"
         with self._link.connect(deadline, doing) as channel:
             channel.request(deadline, doing, ("tcp", f"port={port}"))
-            kind, data = channel.read(deadline, doing)
+            kind, data = channel.read(deadline, doing, last=True)
             if kind == F_FAILED:
                 number, _ = failure(data)
                 raise OSError(number, os.strerror(number), doing)
