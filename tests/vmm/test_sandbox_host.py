@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import socket
 import struct
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +122,21 @@ def test_an_agent_that_is_silent_meets_the_deadline(agent: Callable[[Answer], Se
     ):  # fmt: skip
         with pytest.raises(CommandTimeout):
             call()
+
+
+def test_a_look_at_a_command_that_says_nothing_is_no_wait(
+    agent: Callable[[Answer], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(stream: socket.socket) -> None:
+        stream.sendall(frame(b"p", struct.pack("<I", 7)))
+        while stream.recv(1 << 16):
+            pass
+
+    with agent(started).exec("x", timeout=None) as process:
+        late = itertools.count(time.monotonic(), 60)  # a thread that gets no processor for a minute
+        with monkeypatch.context() as patch:
+            patch.setattr("vmm.sandbox.channel.time", SimpleNamespace(monotonic=lambda: next(late)))
+            assert process.poll() is None
 
 
 def test_a_flood_takes_no_more_memory_than_was_allowed(agent: Callable[[Answer], Session]) -> None:

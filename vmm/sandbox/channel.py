@@ -291,6 +291,15 @@ class Channel(Closing):
         """Whether something has come that ``read`` has not returned."""
         return self._end > self._at
 
+    @property
+    def readable(self) -> bool:
+        """Whether a frame has begun to come, or the end; does not wait."""
+        if self.buffered or self.fileno() < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
         """Wait until a frame has begun to come, or until something can be sent; whether each is so."""
         if self.buffered or self.fileno() < 0:

@@ -265,7 +265,7 @@ class Process(Closing):
 
     def poll(self) -> int | None:
         """Its exit status if it has ended, else None. Receives output that has arrived."""
-        while not self.ended and self.channel.wait(Deadline(0.001), self.command)[0]:
+        while not self.ended and self.channel.readable:
             self.pump(Deadline(1))
         return self._result.exit_code if self.ended else None
 
