@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard $(foreach room,vmm vmm/* devices virtio virtio/*,$(room)/*.pyx $(room)/*.pxd) vmm/sandbox/agent/*.[ch] vmm/images/*.c) vmm/jail/rules.py setup.py pyproject.toml
 
-.PHONY: install demo test unit kvm linux ray lab-test check coverage docs wheel try-wheel bench bench-peers debug asan tsan clean distclean system-packages
+.PHONY: install demo test unit kvm linux ray notebook lab-test check coverage docs wheel try-wheel bench bench-peers debug asan tsan clean distclean system-packages
 
 install: $(VENV)/.built
 
@@ -37,7 +37,7 @@ demo: install
 	@$(BIN)/python tools/demo.py
 
 test: install
-	@$(BIN)/python -m pytest -m "not ray"
+	@$(BIN)/python -m pytest -m "not ray and not notebook"
 
 # One layer of the tests.
 unit: install
@@ -48,11 +48,15 @@ kvm: install
 
 # Right here: by Debian's kernel on hardware KVM, by r3 on a software KVM.
 linux: install
-	@$(BIN)/python -m pytest tests/linux -m "not lab and not ray"
+	@$(BIN)/python -m pytest tests/linux -m "not lab and not ray and not notebook"
 
 # Sandboxes on a Ray cluster of two nodes; fetches ray, 75 MB, the first time.
 ray: install
 	@$(BIN)/python -m pytest tests/linux/test_ray.py
+
+# Jupyter kernels in VMs; makes a Debian image with ipykernel, three minutes, the first time.
+notebook: install
+	@$(BIN)/python -m pytest tests/linux/test_notebook.py
 
 # What only a stock kernel on several CPUs shows, and the lab itself.
 lab-test: install
