@@ -197,7 +197,7 @@ OWN_TAP = {"network_interfaces": [{"iface_id": "e", "mode": "auto"}]}
     [
         (QCOW2, "disk /image: needs qemu-storage-daemon to be started, and there are no programs in a jail"),
         (PASST, "net user: needs passt to be started, and there are no programs in a jail"),
-        (OWN_TAP, "net auto: makes a tap, which this process may not"),
+        (OWN_TAP, "net auto: is not permitted: this process may not make a tap"),
     ],
 )
 def test_what_starts_programs_is_refused_in_one_line(

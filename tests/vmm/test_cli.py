@@ -131,7 +131,7 @@ def test_unknown_disk_option(kernel: str) -> None:
     [
         (("--kvm", "/nonexistent"), "--lab"),
         (("--kvm", "/dev/null"), "is not a KVM device"),
-        (("--console", "tty"), "must be stdio, raw, none or file:PATH"),
+        (("--console", "tty"), "must be stdio, raw, none, file:PATH or unix:PATH"),
         (("--console", "file:/nonexistent/x"), "cannot be written"),
         (("--protocol", "efi"), "linux64"),
         (("--unpack", "sometimes"), "never"),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import msgspec
@@ -66,6 +67,8 @@ def document() -> dict[str, Any]:
     structs = list(dict.fromkeys([*(kind for kind in kinds if issubclass(kind, msgspec.Struct)), types.Fault]))
     structs.append(types.HttpFault)
     found, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    for schema in components.values():  # docstrings, which msgspec takes as they are before 0.23
+        schema["description"] = inspect.cleandoc(schema["description"])
     schemas = dict(zip(structs, found, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:

@@ -31,7 +31,7 @@ from vmm.machine.board import Board
 from vmm.machine.build import Builder, Made
 from vmm.machine.console import Console
 from vmm.machine.run import Run
-from vmm.memory import GuestMemory, HotPages
+from vmm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from vmm.machine.build import DeviceConfig
     from vmm.machine.mmds import Mmds
     from vmm.machine.snapshot import Image
+    from vmm.memory import HotPages
 
     class Closable(Protocol):
         def close(self) -> None: ...
@@ -116,7 +117,7 @@ class Machine(Closing):
         self._console_callbacks: list[Callable[[bytes], None]] = []
         self._run = Run(lambda: self._devices.windows, lambda: self.console.panic_seen)
         self._detached = False  # a configured device was
-        self._hot = HotPages() if image is None else image.hot
+        self._hot: HotPages | None = None if image is None else image.hot  # of its copies; made by the first freeze
         self.children = 0  # made by ``fork``, for the names of their sockets
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one

@@ -34,7 +34,7 @@ class Image:
     :ivar memory: guest RAM (:class:`vmm.memory.Piece`)
     :ivar api: what the API has kept with it, or nothing
     :ivar handler: the socket of a page fault handler that brings it to machines, in place of ``memory``; ``""``: none
-    :ivar hot: pages that its machines write to as soon as they run (:class:`vmm.memory.HotPages`)
+    :ivar hot: pages that its machines write to as soon as they run (:class:`vmm.memory.HotPages`); None: not learnt
     """
 
     __slots__ = ("api", "board", "cmdline", "config", "handler", "hot", "memory", "vcpus", "virtio", "vm")
@@ -60,7 +60,7 @@ class Image:
         self.memory = memory
         self.api = api
         self.handler = ""
-        self.hot = HotPages()
+        self.hot: HotPages | None = None
 
     def save(self, directory: str) -> None:
         """Write the image to `directory`, completely or not at all; see :mod:`vmm.machine.snapshot_file`.
@@ -120,7 +120,7 @@ def freeze(
             virtio=[transport.save() for transport in machine.virtio],
             memory=[],
         )
-        image.hot = machine._hot
+        image.hot = machine._hot = machine._hot or HotPages()
         if without_memory is None:
             image.memory = machine.memory.freeze()
         else:
@@ -208,6 +208,7 @@ def child_of(
     disks: dict[int, MemoryFile] = {}
     if isinstance(source, Image):
         image = source
+        image.hot = image.hot or HotPages()
         _refuse_taps(image.config, change)
         for place, drive in enumerate(image.config.drives):
             if not drive.read_only:
