@@ -340,7 +340,7 @@ def test_a_connection_outlives_its_addresses_time(passt: Passt, stack: Any) -> N
     server = stack.enter_context(socket.create_server(("10.7.7.5", 0)))
     server.settimeout(10)
     port = server.getsockname()[1]
-    policy = learned("10.7.7.5", 1)
+    policy = learned("10.7.7.5", 4)  # seconds, in which it has to be made
     vm = Vm(stack, tap=passt, policy=policy)
     vm.offer()
     vm.send(tcp("10.7.7.5", port, source="10.0.2.15"))
