@@ -243,6 +243,7 @@ def test_a_served_vm(tmp_path: Path) -> None:
     (tmp_path / "vm.json").write_text(json.dumps({"boot-source": {"kernel_image_path": guest}, "pyvmm": ours}))
     with Process([PYVMM, "serve", "--id", WORD], tmp_path, ["--config-file", "vm.json"]) as process:
         process.await_socket()
+        until((tmp_path / "console").exists)  # the socket of the API is there first
         done = subprocess.run([PYVMM, "attach", WORD], input=b"xq", capture_output=True, timeout=60)
         assert (done.stdout, done.returncode) == (b"upX", 0)
         assert process.process.wait() == 5
