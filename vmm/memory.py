@@ -15,7 +15,7 @@ from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
     import numpy.typing as npt
@@ -97,17 +97,16 @@ class HotPages:
     :ivar runs: (guest address, bytes)
     """
 
-    __slots__ = ("_size", "runs")
+    __slots__ = ("runs",)
 
     def __init__(self) -> None:
         self.runs: list[tuple[int, int]] = []
-        self._size = 0
 
     def learn(self, runs: list[tuple[int, int]]) -> None:
         """A copy has ended, and had written to these. One that did a lot of work tells nothing about its beginning."""
-        size = sum(size for _, size in runs)
-        if self._size < size <= _HOT_MAX:
-            self.runs, self._size = runs, size
+        known, found = (sum(size for _, size in each) for each in (self.runs, runs))
+        if known < found <= _HOT_MAX:
+            self.runs = runs
 
 
 class Region:
@@ -295,8 +294,7 @@ class GuestMemory(GuestRam, Closing):
         """
         if self._pieces is None:
             return [(region.gpa, region.size) for region in self.regions]
-        find = self._unmarked if self._marked else self._private
-        return [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
+        return self._runs(self._unmarked if self._marked else self._private)
 
     def prepare_marks(self) -> None:
         """Prepare for ``take_written``. Call it before entering a jail without userfaultfd."""
@@ -323,22 +321,24 @@ class GuestMemory(GuestRam, Closing):
                 register_marks(self._marks, self.host_address(region.gpa, region.size), region.size)
             self._markable = True
         self._marked = True
-        return [
-            (region.gpa + at, size) for region in self.regions for at, size in self._unmarked(region, mark=True)
-        ], True
+        return self._runs(lambda region: self._unmarked(region, mark=True)), True
 
     def touched(self) -> list[tuple[int, int]]:
         """(guest address, bytes) of each range that is in this process's memory, because it was read or written.
 
         :raises OSError: the kernel cannot tell (before Linux 6.7)
         """
-        found = []
-        for region in self.regions:
-            runs = touched_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
-            if runs is None:
-                raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
-            found += [(region.gpa + at, size) for at, size in runs]
-        return found
+        return self._runs(self._touched)
+
+    def _runs(self, find: Callable[[Region], list[tuple[int, int]]]) -> list[tuple[int, int]]:
+        # What `find` gives of each region, by guest address.
+        return [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
+
+    def _touched(self, region: Region) -> list[tuple[int, int]]:
+        runs = touched_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
+        if runs is None:
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        return runs
 
     def _private(self, region: Region) -> list[tuple[int, int]]:
         return private_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
