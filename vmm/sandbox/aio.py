@@ -15,7 +15,7 @@ from vmm.sandbox.session import Session
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
     from typing import Any, Concatenate, ParamSpec, TypeVar
 
     from vmm.sandbox.e2b.aio import AsyncCommands
@@ -79,6 +79,12 @@ def twin(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[Any, P]
     return call
 
 
+async def each(things: Iterator[R], *, cancel: Callable[[], object] = lambda: None) -> AsyncIterator[R]:
+    """Each of `things`, none of which is None, as it comes; `cancel` is that of ``in_thread``."""
+    while (thing := await in_thread(lambda: next(things, None), cancel=cancel)) is not None:
+        yield thing
+
+
 class AsyncFiles:
     """Files of a sandbox, as :class:`vmm.sandbox.Files`.
 
@@ -108,11 +114,9 @@ class AsyncFiles:
         """As :meth:`vmm.sandbox.Files.watch`."""
         return AsyncWatch(await in_thread(lambda: self.sync.watch(path, **settings), undo=Watch.close))
 
-    async def stream(self, path: str, **settings: Any) -> AsyncIterator[bytes]:
+    def stream(self, path: str, **settings: Any) -> AsyncIterator[bytes]:
         """As :meth:`vmm.sandbox.Files.stream`."""
-        pieces = self.sync.stream(path, **settings)
-        while (piece := await in_thread(lambda: next(pieces, None))) is not None:
-            yield piece
+        return each(self.sync.stream(path, **settings))
 
 
 class AsyncWatch:
@@ -124,9 +128,8 @@ class AsyncWatch:
     def __init__(self, sync: Watch) -> None:
         self.sync = sync
 
-    async def __aiter__(self) -> AsyncIterator[Change]:
-        while (change := await in_thread(lambda: next(self.sync, None), cancel=self.close)) is not None:
-            yield change
+    def __aiter__(self) -> AsyncIterator[Change]:
+        return each(self.sync, cancel=self.close)
 
     def close(self) -> None:
         """Watch no more. Idempotent."""

@@ -294,21 +294,25 @@ class Channel(Closing):
     @property
     def readable(self) -> bool:
         """Whether a frame has begun to come, or the end; does not wait."""
-        if self.buffered or self.fileno() < 0:
-            return True
+        return self._speaks or bool(self._poll(select.POLLIN, 0))
+
+    @property
+    def _speaks(self) -> bool:
+        return self.buffered or self.fileno() < 0  # of a closed one ``read`` says why
+
+    def _poll(self, events: int, milliseconds: float | None) -> int:
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        poll.register(self._socket, events)
+        ready = poll.poll(milliseconds)
+        return ready[0][1] if ready else 0
 
     def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
         """Wait until a frame has begun to come, or until something can be sent; whether each is so."""
-        if self.buffered or self.fileno() < 0:
-            return True, False  # of a closed one ``read`` says why
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN | (select.POLLOUT if writable else 0))
+        if self._speaks:
+            return True, False
         left = deadline.left(doing)
-        events = poll.poll(None if left is None else left * 1000 + 1)
-        seen = events[0][1] if events else 0
+        events = select.POLLIN | (select.POLLOUT if writable else 0)
+        seen = self._poll(events, None if left is None else left * 1000 + 1)
         return bool(seen & ~select.POLLOUT), bool(seen & select.POLLOUT)
 
     def read(self, deadline: Deadline, doing: str, *, last: bool = False) -> tuple[int, bytes]:

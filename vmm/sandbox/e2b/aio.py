@@ -7,7 +7,7 @@ import asyncio
 import functools
 import inspect
 
-from vmm.sandbox.aio import in_thread, twin
+from vmm.sandbox.aio import each, in_thread, twin
 from vmm.sandbox.e2b.commands import CommandHandle, Commands, Pty
 from vmm.sandbox.e2b.errors import NotFoundException, translated
 from vmm.sandbox.e2b.files import Filesystem, WatchHandle, refuse_watch
@@ -15,7 +15,7 @@ from vmm.sandbox.e2b.sandbox import Paginator, Sandbox, SandboxInfo, _Both
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from vmm.sandbox.e2b.commands import CommandResult, ProcessInfo, PtySize
@@ -187,7 +187,7 @@ class AsyncFilesystem:
         """As :meth:`Filesystem.read`; of ``stream`` an async iterator."""
         read: Any = self.sync.read
         found = await in_thread(lambda: read(path, format, user, request_timeout))
-        return _each(found) if format == "stream" else found
+        return each(found) if format == "stream" else found
 
     async def watch_dir(
         self, path: str, on_event: Callable[[Any], object],
@@ -204,11 +204,6 @@ class AsyncFilesystem:
             changes = await in_thread(lambda: self.sync._files.watch(path, user=user, timeout=timeout or None))
         heard, ended = _on_the_loop(on_event), _on_the_loop(on_exit)
         return AsyncWatchHandle(WatchHandle(changes, heard, ended))
-
-
-async def _each(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    while (piece := await in_thread(lambda: next(pieces, None))) is not None:
-        yield piece
 
 
 class AsyncSandbox:

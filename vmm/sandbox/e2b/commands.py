@@ -176,6 +176,13 @@ class _Running:
         self._session = session
         self._handles: dict[int, CommandHandle] = {}
         self._lock = threading.Lock()
+        self._found = ""
+
+    def _shell(self) -> str:
+        # Looked for once.
+        if not self._found:
+            self._found = "/bin/bash" if self._session.files.exists("/bin/bash") else "/bin/sh"
+        return self._found
 
     def _keep(self, handle: CommandHandle) -> CommandHandle:
         with self._lock:
@@ -209,10 +216,6 @@ class _Running:
 
 class Commands(_Running):
     """Commands: ``sandbox.commands``. A line is one for bash; for /bin/sh in an image without it."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(session)
-        self._shell: list[str] = []
 
     def run(
         self,
@@ -249,10 +252,8 @@ class Commands(_Running):
     ) -> CommandHandle:  # fmt: skip
         """Start it, as ``run`` does; what is not in the background is killed with its handle."""
         with translated():
-            if not self._shell:
-                bash = self._session.files.exists("/bin/bash")
-                self._shell = ["/bin/bash", "-l", "-c"] if bash else ["/bin/sh", "-c"]
-            words = [*self._shell, cmd]
+            shell = self._shell()
+            words = [shell, *(["-l"] if shell == "/bin/bash" else []), "-c", cmd]
             process = self._session._exec(
                 words, DEFAULT_LIMIT, Deadline(timeout or None), env=envs, cwd=cwd, user=user, keep=background,
                 input=bool(stdin),
@@ -281,13 +282,12 @@ class Pty(_Running):
         :param timeout: seconds, after which it is killed; 0 or None: no limit
         """
         with translated():
-            shell = "/bin/bash" if self._session.files.exists("/bin/bash") else "/bin/sh"
-            words = [shell, "-i", "-l"]
+            words = [self._shell(), "-i", "-l"]
             process = self._session.exec(
                 words, env={"TERM": "xterm-256color", **(envs or {})}, cwd=cwd, user=user, keep=True,
                 terminal=(size.rows, size.cols), timeout=timeout or None,
             )  # fmt: skip
-        info = ProcessInfo(0, None, shell, words[1:], dict(envs or {}), cwd)
+        info = ProcessInfo(0, None, words[0], words[1:], dict(envs or {}), cwd)
         return self._keep(CommandHandle(process, timeout, terminal=True, info=info))
 
     def resize(self, pid: int, size: PtySize, request_timeout: float | None = None) -> None:
