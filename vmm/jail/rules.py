@@ -147,19 +147,7 @@ KINDS["resolver"] = (
     *_allow("connect getsockname sendto recvfrom timerfd_settime"),
 )
 # Whose descriptors are open already. By Landlock, too, where the kernel has it, they open, make and remove no file.
-FILELESS = (
-    "vcpu",
-    "blk",
-    "blk-uring",
-    "net",
-    "vsock",
-    "device",
-    "metrics",
-    "undertaker",
-    "console",
-    "console-socket",
-    "resolver",
-)
+FILELESS = tuple("vcpu blk blk-uring net vsock device metrics undertaker console console-socket resolver".split())
 # What makes threads, and lets them put their filters on.
 _SPAWN = (
     *_ints("clone", 0, _CLONE_THREAD_FLAGS),
