@@ -10,7 +10,6 @@ import http.server
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from ray.cluster_utils import Cluster
 from ray.experimental import sandbox
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tests.page import Page, own_address
 from vmm.sandbox import registry
 
 HOOK = {"worker_process_setup_hook": "vmm.sandbox.ray.use_pyvmm"}
@@ -51,29 +51,12 @@ def made(node: str, image: str = "busybox", **more: Any) -> Any:
     return sandbox.Sandbox.options(num_cpus=0, scheduling_strategy=where).remote(image, memory="128Mi", **more)
 
 
-class Page(http.server.BaseHTTPRequestHandler):
-    """The same for every path."""
-
-    def do_GET(self) -> None:
-        """Send it."""
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"the page\n")
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
 def in_public(node: str, image: str) -> list[Any]:
     """What a sandbox of a registry's image says, which has a network to the host and no further."""
-    with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route,
-        http.server.ThreadingHTTPServer(("0.0.0.0", 0), Page) as server,
-    ):
-        route.connect(("192.0.2.200", 9))
+    with http.server.ThreadingHTTPServer(("0.0.0.0", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         box = made(node, image, network="public", dns=["192.0.2.53"])
-        line = f"pwd; cat /etc/resolv.conf; wget -q -O - http://{route.getsockname()[0]}:{server.server_port}/"
+        line = f"pwd; cat /etc/resolv.conf; wget -q -O - http://{own_address()}:{server.server_port}/"
         said = ray.get(box.exec.remote(line, shell="/bin/sh"), timeout=PATIENCE)
         ray.get(box.delete.remote(), timeout=PATIENCE)
         server.shutdown()

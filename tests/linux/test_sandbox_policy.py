@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.page import Page, own_address
 from tests.virtio.net_driver import ipv4, tcp, udp
 from tests.virtio.test_net_policy import GATEWAY, ME, ipv6, segment
 from tests.virtio.test_net_resolver import Server, addresses
@@ -82,21 +83,7 @@ def give(sandbox: Sandbox, client: Path) -> None:
 
 @pytest.fixture(scope="module")
 def address() -> str:
-    """The host's own, on the network that it goes out by."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-        route.connect(("192.0.2.200", 9))
-        found: str = route.getsockname()[0]
-        return found
-
-
-class Page(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"the page\n")
-
-    def log_message(self, *_: object) -> None:
-        pass
+    return own_address()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vmm.test_console import Guest
+from tests.vmm.serial_guest import Guest
 from tests.waiting import PATIENCE, until
 from vmm.commands import running
 from vmm.errors import ConfigError
@@ -28,13 +28,6 @@ FOREIGN = {
     "socat": ["socat", "-", "UNIX-CONNECT:{path}"],
     "nc": ["nc", "-U", "{path}"],
 }
-
-
-@pytest.fixture
-def guest() -> Iterator[Guest]:
-    guest = Guest()
-    yield guest
-    guest.close()
 
 
 @pytest.fixture
