@@ -84,6 +84,55 @@ print(made)
     assert done.stdout.splitlines() == ["0 []", str(["MainThread"] * 4)]
 
 
+def test_nothing_is_dropped_between_a_freeze_and_its_collection() -> None:
+    # No other thread runs in between, not even where the program has callbacks of its own.
+    code = """
+import gc, os, sys, threading
+from vmm import threads
+from vmm.jail import seccomp
+class Dropped:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        os.access("/", os.F_OK)
+def work():
+    for _ in range(20_000):
+        gc.collect(0)
+seccomp.guard(alone=False)
+gc.callbacks.append(lambda phase, info: None)
+sys.setswitchinterval(1e-6)
+thread = threads.spawn("vcpu", "confined", work)
+while thread.is_alive():
+    for _ in range(10):
+        Dropped()
+assert len(gc.callbacks) == 3, gc.callbacks
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("size", [100, 1_000_000, 31_000_000])
+def test_malloc_makes_its_arena_smaller(size: int) -> None:
+    # It asks for the host's overcommit policy before it first does, and what was freed before says when that is.
+    code = f"""
+import ctypes
+from vmm import threads
+from vmm.jail import seccomp
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+def work():
+    blocks = [libc.malloc(100 << 10) for _ in range(600)]
+    while blocks:
+        libc.free(blocks.pop())
+libc.free(libc.malloc({size}))
+seccomp.guard(alone=False)
+threads.spawn("vcpu", "confined", work).join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_threads_are_made_by_one_that_may_do_what_each_of_them_may() -> None:
     made = set(rules_of("spawn"))
     whole = {name for name, tests in made if not tests}

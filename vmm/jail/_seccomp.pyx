@@ -5,6 +5,7 @@ breaks one; and Landlock.
 
 Source: Linux seccomp(2).
 """
+import gc
 import os
 
 from libc.errno cimport errno
@@ -68,11 +69,14 @@ cdef extern from *:
         mallopt(M_ARENA_MAX, 8);
         mallopt(M_TRIM_THRESHOLD, 1 << 30);
     }
-    /* For a program that embeds us malloc stays as it is: a thread without a filter does these first. */
+    /* For a program that embeds us malloc stays as it is: a thread without a filter does these first. An arena is made
+       smaller when as much of it is free as the largest block that the program freed, twice: nearly a whole arena. */
     static void *be_a_thread(void *unused) {
-        void *low = malloc(100 << 10), *high = malloc(100 << 10);
-        free(high);
-        free(low);
+        enum { BLOCK = 100 << 10, BLOCKS = (60 << 20) / BLOCK };
+        void *blocks[BLOCKS];
+        int made = 0;
+        while (made < BLOCKS && (blocks[made] = malloc(BLOCK))) made++;
+        while (made) free(blocks[--made]);
         pthread_exit(unused);           /* loads libgcc, as the end of a thread at the interpreter's end does */
     }
     static void prepare_malloc(void) {
@@ -192,6 +196,25 @@ def program(str kind):
 def is_confined():
     """Whether the calling thread has put a filter on."""
     return thread_kind[0] != 0
+
+
+def collect_elsewhere(phase, info):
+    """A callback of ``gc.callbacks``: a collection that begins on a thread with a filter collects nothing.
+
+    Whichever thread begins a collection runs the finalizers of what the embedding program dropped, which may open
+    files or wait for children: no filter allows that. So everything is frozen meanwhile; a later collection, on another
+    thread, finds it. What the program itself had frozen is thawed, too.
+    """
+    if not thread_kind[0]:
+        return
+    # Not in Python: no other thread can drop anything between this and the collection, as no bytecode lets it run. A
+    # callback behind this one would.
+    if gc.callbacks[len(gc.callbacks) - 1] is not collect_elsewhere:
+        gc.callbacks.append(collect_elsewhere)
+    if phase == "start":
+        gc.freeze()
+    else:
+        gc.unfreeze()
 
 
 def catch_faults(bint alone):

@@ -127,17 +127,6 @@ def _ready(*, alone: bool) -> None:
     os.strerror(errno.EPERM)
 
 
-def _collect_elsewhere(phase: str, info: object) -> None:
-    # Whichever thread begins a collection runs the finalizers of what the embedding program dropped: a socket's asks
-    # for its name, which no filter allows. On a thread with a filter everything is frozen meanwhile, so that there is
-    # nothing to be found; a later collection, on another thread, finds it.
-    if _seccomp.is_confined():
-        if phase == "start":
-            gc.freeze()
-        else:
-            gc.unfreeze()
-
-
 def guard(*, alone: bool) -> None:
     """Let every thread that ``vmm.threads`` starts from here on have its filter; idempotent.
 
@@ -146,8 +135,8 @@ def guard(*, alone: bool) -> None:
     """
     if threads.guard is None:
         _ready(alone=alone)
-        if not alone:
-            gc.callbacks.append(_collect_elsewhere)
+        if not alone and _seccomp.collect_elsewhere not in gc.callbacks:
+            gc.callbacks.append(_seccomp.collect_elsewhere)
         threads.set_guard(Filters(alone=alone))
 
 
