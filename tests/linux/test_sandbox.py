@@ -132,6 +132,19 @@ def test_a_command_that_ends_the_vm_has_the_reason(runtime: Path) -> None:
         sandbox.run("poweroff -f; sleep 60")
 
 
+def test_files_tell_the_reason_of_the_vms_end(runtime: Path) -> None:
+    with Sandbox("busybox", memory="64M") as sandbox:
+        changes = sandbox.files.watch("/tmp")
+        with pytest.raises(SandboxGone, match="the sandbox has ended"):
+            sandbox.run("poweroff -f; sleep 60")
+        with pytest.raises(SandboxGone, match="the sandbox has ended"):
+            next(changes)
+    with Sandbox("busybox", memory="64M") as sandbox:
+        sandbox.run("(sleep 0.2; poweroff -f) </dev/null >/dev/null 2>&1 &")
+        with pytest.raises(SandboxGone, match="the sandbox has ended"):
+            sandbox.files.read_bytes("/dev/zero", length=1 << 40)
+
+
 def test_commands_share_a_connection_and_get_nothing_of_each_other(sandbox: Sandbox) -> None:
     def agent() -> int:
         return int(sandbox.run("echo $PPID").stdout)
@@ -248,6 +261,14 @@ def test_files_fail_as_the_kernel_says(sandbox: Sandbox) -> None:
     with pytest.raises(OSError) as caught:
         files.write("/dev/full", b"x")
     assert caught.value.errno == errno.ENOSPC
+    for call in (
+        lambda: files.read("/etc/passwd", user="no-user"),
+        lambda: files.write("/tmp/some", b"x" * 100_000, user="root:no-group"),
+        lambda: files.watch("/tmp", user="no-user"),
+        lambda: files.chown("/etc/passwd", "no-user"),
+    ):
+        with pytest.raises(ConfigError, match=r"no-(group|user).*the guest does not have"):
+            call()
     sandbox.run("mkfifo /tmp/fifo")
     assert files.read("/tmp/fifo", timeout=10) == ""  # nobody is held up
     with pytest.raises(CommandTimeout):

@@ -11,6 +11,7 @@ import stat
 import struct
 
 from vmm.closing import Closing
+from vmm.errors import ConfigError
 from vmm.sandbox.channel import (
     F_CHANGE,
     F_DATA,
@@ -102,7 +103,8 @@ class Files:
     """Files of a sandbox: ``sandbox.files``.
 
     A relative path begins in the home directory of `user`, by default root. Errors of the guest are raised as
-    FileNotFoundError and the other OSErrors, with the guest's path. Each call may take `timeout` seconds.
+    FileNotFoundError and the other OSErrors, with the guest's path; a user or group that the guest does not have as
+    ConfigError. Each call may take `timeout` seconds.
     """
 
     def __init__(self, link: Link) -> None:
@@ -124,13 +126,15 @@ class Files:
                     whole = True
                     break
                 yield kind, data
+        except SandboxGone as error:
+            raise self._link.explained(error) from None
         finally:
             if whole:
                 self._link.keep(channel)
             else:
                 channel.close()
         if kind == F_FAILED:
-            raise _error(bytes(data))
+            raise _error(bytes(data), words)
 
     def _do(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> None:
         for _ in self._ask(words, timeout, frames):
@@ -321,21 +325,23 @@ class Files:
         """
         deadline, doing = Deadline(timeout), f"watch {path}"
         channel = self._link.connect(deadline, doing)
+        words = ["watch", f"path={path}", *_user(user)]
         try:
-            channel.request(deadline, doing, ["watch", f"path={path}", *_user(user)])
+            channel.request(deadline, doing, words)
             kind, data = channel.read(deadline, doing)
             if kind == F_FAILED:
-                raise _error(data)
+                raise _error(data, words)
         except BaseException:
             channel.close()
             raise
-        return Watch(channel, deadline, doing)
+        return Watch(self._link, channel, deadline, doing)
 
 
 class Watch(Closing):
     """Changes in a directory, one after the other; a context manager. Made by ``Files.watch``."""
 
-    def __init__(self, channel: Channel, deadline: Deadline, doing: str) -> None:
+    def __init__(self, link: Link, channel: Channel, deadline: Deadline, doing: str) -> None:
+        self._link = link
         self._channel = channel
         self._deadline = deadline
         self._doing = doing
@@ -351,10 +357,10 @@ class Watch(Closing):
                 raise StopIteration
             try:
                 kind, data = self._channel.read(self._deadline, self._doing)
-            except SandboxGone:
+            except SandboxGone as error:
                 if self._closed:
                     raise StopIteration from None
-                raise
+                raise self._link.explained(error) from None
             if kind != F_CHANGE or len(data) < 4:
                 raise out_of_turn(self._doing)
             (mask,) = struct.unpack_from("<I", data)
@@ -372,8 +378,11 @@ def _no_file(path: str) -> OSError:
     return OSError(errno.EINVAL, "is no file, directory or link", path)
 
 
-def _error(data: bytes) -> OSError:
+def _error(data: bytes, words: list[str]) -> OSError | ConfigError:
     number, what = failure(data)
+    key, _, value = what.partition("=")
+    if number == errno.EINVAL and key in ("user", "owner") and what in words:
+        return ConfigError(key, value, "the guest does not have this user or group")
     return OSError(number, os.strerror(number), what)
 
 

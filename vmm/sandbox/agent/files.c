@@ -185,7 +185,7 @@ static int watch(const char *path)
     }
 }
 
-static int do_verb(const struct request *request, const char *path)
+static int do_verb(const struct request *request, const char *path, const struct identity *owner)
 {
     const char *verb = request->words[0], *to = value(request, "to");
     if (!strcmp(verb, "read"))
@@ -210,15 +210,8 @@ static int do_verb(const struct request *request, const char *path)
         return remove_all(AT_FDCWD, path, 0);
     if (!strcmp(verb, "chmod"))
         return (int)CALL(chmod, path, number(value(request, "mode"), 0) & 07777);
-    if (!strcmp(verb, "chown")) {
-        struct identity owner;
-        const char *who = value(request, "owner");
-        if (!who || find_user(who, &owner)) {
-            errno = EINVAL;
-            return -1;
-        }
-        return (int)CALL(fchownat, AT_FDCWD, path, owner.uid, owner.gid, AT_SYMLINK_NOFOLLOW);
-    }
+    if (!strcmp(verb, "chown"))
+        return (int)CALL(fchownat, AT_FDCWD, path, owner->uid, owner->gid, AT_SYMLINK_NOFOLLOW);
     if (!to) {
         errno = EINVAL;
         return -1;
@@ -239,20 +232,25 @@ int serve_files(const struct request *request)
         "read", "write", "list", "stat", "mkdir", "remove", "rename", "symlink", "chmod", "chown", "watch",
     };
     static const struct identity root;
-    struct identity user;
+    struct identity user, owner = {.uid = (uid_t)-1, .gid = (gid_t)-1};
     int known = 0, bad = 0;
     for (size_t i = 0; i < sizeof verbs / sizeof *verbs; i++)
         known |= !strcmp(request->words[0], verbs[i]);
     if (!known)
         return 0;
-    const char *path = value(request, "path"), *who = value(request, "user");
-    if (!path || !*path || (who && find_user(who, &user))) {
+    const char *path = value(request, "path"), *who = value(request, "user"), *whose = value(request, "owner");
+    const char *what = path ? path : "path"; // what an error is about: a path, or a word of the request
+    if (!path || !*path || (who && find_user(who, &user)) || (whose && find_user(whose, &owner))) {
         errno = EINVAL;
         bad = 1;
+        if (path && *path)
+            what = who && find_user(who, &user) ? who - strlen("user=") : whose - strlen("owner=");
     }
     CALL(chdir, !bad && who ? user.home : "/root"); // where a relative path begins
-    if (!bad && who && act_as(&user))
+    if (!bad && who && act_as(&user)) {
         bad = 1;
+        what = who;
+    }
     int failed, error;
     if (bad && !strcmp(request->words[0], "write")) {
         error = errno;
@@ -260,7 +258,7 @@ int serve_files(const struct request *request)
             continue;
         failed = 1;
     } else {
-        failed = bad || do_verb(request, path);
+        failed = bad || do_verb(request, path, &owner);
         error = errno;
     }
     if (who) {
@@ -268,7 +266,7 @@ int serve_files(const struct request *request)
         act_as(&root);
     }
     if (failed)
-        send_failed(error, who && bad ? who : path ? path : "path");
+        send_failed(error, what);
     else
         send_ok();
     return 1;
