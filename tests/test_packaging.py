@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("boot", "devices", "virtio", "vmm")
-MODULES = sorted(str(path.relative_to(ROOT))[:-4] for room in ROOMS for path in (ROOT / room).glob("*.pyx"))
+MODULES = sorted(str(path.relative_to(ROOT))[:-4] for room in ROOMS for path in (ROOT / room).rglob("*.pyx"))
 REAL = "vmm/_bus"  # this one is compiled in the test; the others were, when this checkout was built
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
 

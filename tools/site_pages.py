@@ -71,5 +71,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Make the docstrings' ``:class:`NAME``` links to the API reference, where it has that name."""
+    """Make the docstrings' ``:class:`NAME``` links to the API reference, where it has that name.
+
+    Cython begins a docstring with the signature, which stands above it.
+    """
+    html = re.sub(r"<p>\w+\.\w+\(self[^<]*\)</p>", "", html)
     return re.sub(r":\w+:<code>([^<]+)</code>", r'<autoref optional identifier="\1"><code>\1</code></autoref>', html)

@@ -8,7 +8,6 @@ can harm a guest that uses it too early.
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 
@@ -21,10 +20,10 @@ from vmm.threads import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from typing import Any
 
-    from virtio.device import ActivateContext, AnyWorker
+    from virtio.device import ActivateContext
     from vmm._fastpath import Chain, VirtQueue
 
 _PAGES_PER_MIB = (1 << 20) // spec.BALLOON_PAGE
@@ -87,7 +86,6 @@ class Balloon(VirtioDevice):
         self.queue_sizes = (128,) * (2 + bool(stats_polling_interval_s) + free_page_reporting)
         self._lock = threading.Lock()  # the configuration space: the vCPUs and who sets the amount
         self._serves: list[Callable[[Chain], int] | None] = []  # by queue; None: statistics
-        self._notify_fds: Sequence[int] = ()
         self._poison = 0
         # Statistics: the chain that asks for the next ones, and the thread that says when.
         self._held: Chain | None = None
@@ -162,11 +160,6 @@ class Balloon(VirtioDevice):
         return int.from_bytes(self.config[offset : offset + 4], "little")
 
     # The driver
-
-    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
-        """One thread for all queues; statistics are asked for on it, too."""
-        self._notify_fds = notify_fds
-        return super().make_workers(notify_fds, on_failure)
 
     def activate(self, context: ActivateContext) -> None:
         """Number the queues, and let the clock run if the driver gives statistics."""
@@ -320,4 +313,4 @@ class Balloon(VirtioDevice):
             while self._ticking:
                 if not self._changed.wait(self.stats_polling_interval_s):  # else: another interval, or the end
                     self._due = True
-                    os.eventfd_write(self._notify_fds[_STATS_QUEUE], 1)
+                    self.wake(_STATS_QUEUE)

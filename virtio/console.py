@@ -7,7 +7,6 @@ joins either to the terminal.
 
 from __future__ import annotations
 
-import os
 import threading
 from functools import partial
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from virtio.device import ActivateContext, AnyWorker
-    from vmm._fastpath import Chain, VirtQueue
+    from vmm._fastpath import Chain
 
 MAX_PORTS = 16
 # A guest whose output nobody takes waits, as on a serial line that is held up.
@@ -180,7 +179,6 @@ class Console(VirtioDevice):
         self.features = spec.CONSOLE_F_SIZE | spec.CONSOLE_F_MULTIPORT | spec.CONSOLE_F_EMERG_WRITE
         self.queue_sizes = (64,) * (2 + 2 * len(self.ports))
         self.config = self._config_space(cols, rows)
-        self._notify_fds: Sequence[int] = ()
         self._multiport = False
         # Control messages for the driver, and the ports that it was told of and has set up.
         self._messages: list[bytes] = []
@@ -207,7 +205,6 @@ class Console(VirtioDevice):
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
         """One thread for what goes to the guest, and one for each port's output, so that none holds up another."""
-        self._notify_fds = notify_fds
         outputs = [index for index in range(len(notify_fds)) if index & 1 and index != _CONTROL_OUT]
         others = [index for index in range(len(notify_fds)) if index not in outputs]
         groups = [others, *([index] for index in outputs)]
@@ -217,7 +214,7 @@ class Console(VirtioDevice):
         """Let input flow."""
         self._multiport = bool(context.features & spec.CONSOLE_F_MULTIPORT)
         for number, port in enumerate(self.ports if self._multiport else self.ports[:1]):
-            port.attach(partial(os.eventfd_write, self._notify_fds[2 * number + 2 * bool(number)], 1))
+            port.attach(partial(self.wake, 2 * number + 2 * bool(number)))
         if not self._multiport:
             self.ports[0].open(True)
 
@@ -265,13 +262,13 @@ class Console(VirtioDevice):
             return
         port = self.ports[queue_index // 2 if queue_index < 2 else queue_index // 2 - 1]
         if queue_index == _CONTROL_IN:
-            self._fill(queue, lambda: bool(self._messages), self._take_message)
+            self.drain(queue, partial(self._give, self._take_message), lambda: self._messages)
         elif queue_index == _CONTROL_OUT:
             self.drain(queue, self._serve_control)
         elif queue_index & 1:
             self.drain(queue, partial(self._serve_output, port))
         else:
-            self._fill(queue, port.has_input, port.take_input)
+            self.drain(queue, partial(self._give, port.take_input), port.has_input)
 
     def _serve_output(self, port: ConsolePort, chain: Chain) -> int:
         self.counters["requests"] += 1
@@ -286,21 +283,12 @@ class Console(VirtioDevice):
                 break
         return 0
 
-    def _fill(self, queue: VirtQueue, waiting: Callable[[], bool], take: Callable[[int], bytes]) -> None:
-        """Give what is `waiting` to the driver, as far as it has buffers for it."""
-        context = self.context
-        while True:
-            queue.disable_notify()
-            while not context.stopping and waiting() and (chain := queue.pop()) is not None:
-                self.counters["requests"] += 1
-                data = b"" if chain.readable_bytes else take(chain.writable_bytes)
-                if not data:  # readable, empty, or too small for a message
-                    self.counters["bad_requests"] += 1
-                queue.add_used(chain, chain.scatter(data))
-                if queue.flush():
-                    context.interrupt(queue.index)
-            if not queue.enable_notify() or context.stopping or not waiting():
-                return
+    def _give(self, take: Callable[[int], bytes], chain: Chain) -> int:
+        self.counters["requests"] += 1
+        data = b"" if chain.readable_bytes else take(chain.writable_bytes)
+        if not data:  # readable, empty, or too small for a message
+            self.counters["bad_requests"] += 1
+        return chain.scatter(data)
 
     # Control messages, §5.3.6.2
 
@@ -312,7 +300,7 @@ class Console(VirtioDevice):
             if event == spec.CONSOLE_RESIZE:  # the last one is enough
                 self._messages = [m for m in self._messages if m[4:6] != message[4:6]]
             self._messages.append(message)
-            os.eventfd_write(self._notify_fds[_CONTROL_IN], 1)
+            self.wake(_CONTROL_IN)
 
     def _take_message(self, room: int) -> bytes:
         with self._messages_lock:

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 
 from virtio import spec
 from virtio._worker import set_thread_name
 from vmm import logger
-from vmm.errors import GuestError
+from vmm.errors import ConfigError, GuestError
 from vmm.threads import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from threading import Thread
     from typing import Any, Protocol
 
     from virtio._interrupt import Interrupt
@@ -123,6 +123,9 @@ class VirtioDevice:
         self.counters: dict[str, int] = Counters(requests=0, bad_requests=0, needs_reset=0)
         self.shm_regions: dict[int, tuple[int, int]] = {}
         self._workers: list[Any] = []  # threads in Cython that have ``stats`` and ``wake``
+        # Of the transport, while there is one: an eventfd for each queue. It empties the list under the lock.
+        self.notify_fds: list[int] = []
+        self.waking = threading.Lock()
         # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.
         self.publish_config: PublishConfig = self._set_config
 
@@ -157,7 +160,7 @@ class VirtioDevice:
 
         :raises GuestError: a ring is invalid; the transport sets DEVICE_NEEDS_RESET
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method process")
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Called when the driver writes `data` to the configuration space. The default ignores it."""
@@ -189,17 +192,29 @@ class VirtioDevice:
         refuse them.
         """
 
-    def drain(self, queue: VirtQueue, serve: Callable[[Chain], int]) -> None:
-        """Call `serve` with each chain until the queue is empty. `serve` returns the number of bytes that it wrote."""
+    def drain(
+        self, queue: VirtQueue, serve: Callable[[Chain], int], waiting: Callable[[], object] | None = None
+    ) -> None:
+        """Call `serve` with each chain until the queue is empty. `serve` returns the number of bytes that it wrote.
+
+        :param waiting: for a queue of buffers that the device fills: whether it has something for the driver. If not,
+            the chains stay in the queue. When something comes, call ``wake``
+        """
         context = self.context
         while True:
             queue.disable_notify()
-            while not context.stopping and (chain := queue.pop()) is not None:
+            while not context.stopping and (waiting is None or waiting()) and (chain := queue.pop()) is not None:
                 queue.add_used(chain, serve(chain))
                 if queue.flush():
                     context.interrupt(queue.index)
-            if not queue.enable_notify() or context.stopping:
+            if not queue.enable_notify() or context.stopping or not (waiting is None or waiting()):
                 return
+
+    def wake(self, queue_index: int) -> None:
+        """Have ``process`` called for a queue, as if the driver had notified. Any thread; without a driver, nothing."""
+        with self.waking:
+            if self.notify_fds:
+                os.eventfd_write(self.notify_fds[queue_index], 1)
 
 
 class Worker:
@@ -227,7 +242,7 @@ class Worker:
         for fd in (*notify_fds, self._stop):
             self._epoll.register(fd, select.EPOLLIN)
         self._context: ActivateContext
-        self._thread: Thread | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self, context: ActivateContext) -> None:
         """Start the thread for the driver of `context`.
@@ -281,9 +296,52 @@ class Worker:
 
 
 def describe(failure: Exception) -> str:
-    """One clause for the log: a guest's fault by itself, anything else with its type."""
-    own = isinstance(failure, GuestError | OSError)
-    return str(failure) if own else f"{type(failure).__name__}: {failure}"
+    """One clause for the log: a guest's fault by itself, anything else with its type and where it was raised."""
+    if isinstance(failure, GuestError | OSError):
+        return str(failure)
+    place = failure.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    where = f" ({os.path.basename(place.tb_frame.f_code.co_filename)}:{place.tb_lineno})" if place else ""
+    return f"{type(failure).__name__}: {failure}{where}"
+
+
+def _is_queue(size: object) -> bool:
+    return type(size) is int and 0 < size <= 32768 and not size & (size - 1)
+
+
+# Source: virtio 1.2 §2.2; the bits between are the transport's.
+_OWN_FEATURES = (1 << 24) - 1 | ((1 << 64) - (1 << 50))
+# What a device declares: whether a value is good, and what is allowed.
+_DECLARED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("name", lambda name: isinstance(name, str) and name != "", "must be a string, the name of the device's thread"),
+    ("device_type", lambda n: type(n) is int and 0 < n < 1 << 32, "must be a number, such as those of §5"),
+    ("queue_sizes", lambda all: isinstance(all, tuple) and all != () and min(map(_is_queue, all)),
+     "must be a tuple of powers of two up to 32768, one for each queue"),
+    ("features", lambda bits: type(bits) is int and bits >= 0 and not bits & ~_OWN_FEATURES,
+     "must have no bits but 0 to 23 and 50 to 63; the others are the transport's"),
+    ("config", lambda config: isinstance(config, bytes) and len(config) <= 3840, "must be bytes, 3840 at most"),
+)  # fmt: skip
+
+
+def check(device: VirtioDevice) -> None:
+    """Refuse a device that cannot work, when it is added and not when a guest meets it.
+
+    :raises ConfigError: which of its attributes is wrong, and what is allowed
+    """
+    kind = type(device)
+    if not isinstance(device, VirtioDevice):
+        what = f"class {device.__name__}" if isinstance(device, type) else kind.__name__
+        raise ConfigError("device", what, "must be an object of a class that is derived from VirtioDevice")
+    if not hasattr(device, "waking"):
+        raise ConfigError("device", kind.__name__, "its __init__ must call super().__init__() first")
+    if device.notify_fds:
+        raise ConfigError("device", device.name, "is in a machine; make another for each machine and place")
+    for field, good, allowed in _DECLARED:
+        if not hasattr(device, field):
+            raise ConfigError(f"{kind.__name__}.{field}", "", f"is missing: {allowed}")
+        if not good(value := getattr(device, field)):
+            raise ConfigError(f"{kind.__name__}.{field}", repr(value)[:60], allowed)
 
 
 # What the transport offers for every device.

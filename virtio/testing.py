@@ -302,8 +302,15 @@ class DeviceHost(Generic[Device]):
         self.irq.close()
 
     def until(self, done: Callable[[], bool]) -> None:
-        """Wait for interrupts until `done()` is true, at most 30 s for each."""
-        while not done():
+        """Wait for interrupts until `done()` is true, at most 30 s for each.
+
+        :raises AssertionError: none comes, or the device has stopped with an exception
+        """
+        while True:
+            stopped = self.broken()  # before done, which may wait for that
+            if done():
+                return
+            assert not stopped, self.log[-1]
             assert select.select([self.irq.fd], [], [], 30)[0], "no interrupt came"
             self.irq.take()
 

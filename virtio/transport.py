@@ -8,7 +8,7 @@ import struct
 import threading
 
 from virtio import spec
-from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, describe
+from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, check, describe
 from vmm import logger
 from vmm._fastpath import VirtQueue
 from vmm.errors import BadChain, SnapshotError
@@ -38,6 +38,7 @@ class Transport:
     :param device: the device; this transport is its only owner
     :param memory: guest RAM, where the queues are
     :param warn: takes a line for the log, rate limited here
+    :raises ConfigError: the device cannot work
     :raises OSError: no file descriptor left for a queue's notification
 
     ``notify_fds[i]`` is an eventfd: who writes to it wakes the worker of queue ``i``. ``stats`` counts what the driver
@@ -53,6 +54,7 @@ class Transport:
         memory: GuestRam,
         warn: Callable[[str], None] = logger.warn,
     ) -> None:
+        check(device)
         self.device = device
         self.memory = memory
         self.queues = tuple(VirtQueue(memory, size, i) for i, size in enumerate(device.queue_sizes))
@@ -68,6 +70,7 @@ class Transport:
         self._needs_reset = False
         self._serving = False  # the workers have been started, and not stopped since
         self._closed = False
+        device.notify_fds = self.notify_fds
         self._workers = device.make_workers(self.notify_fds, self._fail)
         device.publish_config = self.publish_config
 
@@ -328,9 +331,9 @@ class Transport:
             self.reset()
             for worker in self._workers:
                 worker.close()
-            for fd in self.notify_fds:
-                os.close(fd)
-            self.notify_fds.clear()
+            with self.device.waking:
+                while self.notify_fds:
+                    os.close(self.notify_fds.pop())
 
     # State: what the driver can see. The host's part (files, taps, sockets) is the device's configuration.
 

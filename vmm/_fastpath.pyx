@@ -296,7 +296,11 @@ cdef bint queue_flush_call(Ring *ring) noexcept nogil:
 
 
 cdef class Chain:
-    """One request of the driver. Its buffers are guest memory, borrowed until ``VirtQueue.add_used``."""
+    """One request of the driver. Its buffers are guest memory, borrowed until ``VirtQueue.add_used``.
+
+    :ivar readable_bytes: how much the driver wrote for the device
+    :ivar writable_bytes: how much room there is for what the device writes
+    """
 
     def __dealloc__(self):
         PyMem_Free(self.iov)

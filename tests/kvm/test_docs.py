@@ -20,12 +20,12 @@ def test_a_device_that_no_kernel_knows_in_a_machine_and_in_its_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    device, _, *machines = programs("devices.md")[3:]
+    thermometer, _, warm, jobs, _, squares, *more = programs("devices.md")[3:]
     names: dict[str, object] = {}
-    for program in (device, *machines):
+    for program in (thermometer, warm, jobs, squares, *more):
         exec(compile(program, "devices.md", "exec"), names)
-    assert len(machines) == 2
-    promised = re.findall(r"print\(.*\)  # (.*)", machines[-1])
+    assert len(more) == 1
+    promised = re.findall(r"print\(.*\)  # (.*)", more[-1])
     assert capsys.readouterr().out.splitlines() == promised and promised
 
 

@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.guide import programs
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
 from vmm import Machine, StopReason, undertaker
@@ -329,3 +331,25 @@ def test_every_part_of_a_vcpu_is_in_the_copy(guest: MakeGuest) -> None:
                     del each["realtime"]
                     each["msrs"].pop(IA32_TSC)
                 assert found == state
+
+
+def test_an_image_stays_as_it_is_when_a_device_of_ones_own_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for program in programs("devices.md")[6::2][:2]:  # a device with a list, and its guest
+        exec(compile(program, "devices.md", "exec"), names)
+    jobs = names["Jobs"]()
+    with Machine(names["squares"], memory="16M", devices=[jobs]) as vm:
+        vm.start()
+        jobs.give(1, 3)
+        until(lambda: jobs.results == {1: 9})
+        image = vm.freeze()
+        jobs.waiting.append(struct.pack("<II", 1, 4))
+        assert image.virtio[0]["device"] == {"waiting": []}
+        monkeypatch.setattr(jobs, "save", lambda: {"waiting": object()})
+        with pytest.raises(SnapshotError, match=r"^jobs: its save\(\) returned what a snapshot cannot hold: .*object"):
+            vm.freeze()
+        jobs.wake(0)  # the machine goes on
+        until(lambda: jobs.results == {1: 16})

@@ -20,7 +20,7 @@ from vmm._fastpath import Chain
 from vmm.irq import IrqLine
 from vmm.memory import HOLE_START, GuestMemory
 
-OTHER_FEATURE = 1 << 40
+OTHER_FEATURE = 1 << 50
 
 
 class Echo(VirtioDevice):

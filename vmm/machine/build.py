@@ -59,6 +59,17 @@ class Made:
         self.closers = closers
 
 
+def own(device: VirtioDevice) -> Made:
+    """A device of the embedding program's, which closes it.
+
+    :raises ConfigError: it cannot work
+    """
+    from virtio.device import check
+
+    check(device)
+    return Made("", device.name, device, [])
+
+
 class Builder:
     """Makes the devices of one machine, each with the number of its kind in its name.
 

@@ -28,7 +28,7 @@ from vmm.kvm.vcpu import Vcpu
 from vmm.kvm.vm import Kvm, Vm
 from vmm.machine.attach import Devices
 from vmm.machine.board import Board
-from vmm.machine.build import Builder, Made
+from vmm.machine.build import Builder, own
 from vmm.machine.console import Console
 from vmm.machine.run import Run
 from vmm.memory import GuestMemory
@@ -144,7 +144,7 @@ class Machine(Closing):
             if made.kind == "console":
                 self._hvc = made.device.ports[0]  # type: ignore[attr-defined]  # VirtioDevice is its base
         for device in devices:
-            self._devices.add(Made("", device.name, device, []))
+            self._devices.add(own(device))
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
         hot = None if image is None or handler else image.hot
         huge = config.huge_pages is not None
@@ -506,7 +506,7 @@ class Machine(Closing):
         """
         from virtio.device import VirtioDevice
 
-        made = Made("", device.name, device, []) if isinstance(device, VirtioDevice) else self._builder.make(device)
+        made = own(device) if isinstance(device, VirtioDevice) else self._builder.make(device)
         with self._devices_lock:
             attached = self._devices.add(made)
             try:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from virtio.device import VirtioDevice
     from vmm.config.vm import VmConfig
+    from vmm.machine.attach import Attached
     from vmm.machine.isolated import Isolated
     from vmm.memory import Piece
 
@@ -84,6 +85,19 @@ class Image:
         return load(directory)
 
 
+def _saved(attached: Attached) -> dict[str, Any]:
+    state = attached.transport.save()
+    if not attached.kind:
+        # A device of the embedding program's own may change later what it has returned: copied, as through a file.
+        import msgspec
+
+        try:
+            state["device"] = msgspec.msgpack.decode(msgspec.msgpack.encode(state["device"]))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise SnapshotError(attached.id, f"its save() returned what a snapshot cannot hold: {error}") from None
+    return state
+
+
 def freeze(
     machine: Machine, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None
 ) -> Image:
@@ -117,7 +131,7 @@ def freeze(
             vcpus=[access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus],
             vm=access.save_vm(machine.vm.fd, timer=timer),
             board=machine._board.save(),
-            virtio=[transport.save() for transport in machine.virtio],
+            virtio=[_saved(each) for each in machine.devices.values()],
             memory=[],
         )
         image.hot = machine._hot = machine._hot or HotPages()
