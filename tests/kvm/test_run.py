@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +97,50 @@ def test_a_devices_mistake_is_raised(tmp_path: Path) -> None:
                 await vm.run()
 
     asyncio.run(main())
+
+
+def test_a_held_vcpu_goes_on_while_the_program_computes(tmp_path: Path) -> None:
+    with Machine(write_guest(tmp_path, "again: out 0x80, al; jmp again"), memory="4M") as vm:
+        vm.start()
+        loop = vm.vcpus[0].loop
+        while not loop.exits:
+            time.sleep(0.001)
+        vm.pause()
+        paused, exits = loop.exits, loop.exits
+        interval, end = sys.getswitchinterval(), time.monotonic() + 30
+        sys.setswitchinterval(1000)  # this thread keeps the GIL
+        try:
+            vm.resume()
+            while exits == paused and time.monotonic() < end:
+                exits = loop.exits
+        finally:
+            sys.setswitchinterval(interval)
+        assert exits > paused
+
+
+def test_a_pause_that_waits_for_a_device_can_be_interrupted(tmp_path: Path) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    class Slow:
+        def read(self, offset: int, data: memoryview) -> None:
+            asked.set()
+            answer.wait()
+
+        def write(self, offset: int, data: memoryview) -> None: ...
+
+    def interrupt(number: int, frame: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Machine(write_guest(tmp_path, f"mov dx, 0x510; in al, dx; {EXIT_7}"), memory="4M") as vm:
+            vm.pio.add(0x510, 1, Slow(), "slow")
+            vm.start()
+            assert asked.wait(30)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with pytest.raises(InterruptedError):
+                vm.pause()
+            answer.set()  # and it is not held
+            assert vm.wait(30) == Exit(StopReason.GUEST_EXIT, 7)
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -4,7 +4,9 @@
 
 A vCPU's thread calls ``attach`` once, then ``run`` again and again. ``run`` comes back only when a person must decide:
 a kick, an end of the guest, an error. Port and MMIO accesses of Python devices take the GIL for that access alone.
+While its ``Gate`` is shut, a vCPU waits at it, without the GIL as well.
 """
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.buffer cimport PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -33,6 +35,7 @@ cdef extern from *:
     #include <signal.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
+    #include <time.h>
 
     /* kvm_run's union, reached by accessors: Cython cannot name an anonymous member. */
     static inline uint16_t io_port(struct kvm_run *r) { return r->io.port; }
@@ -68,10 +71,63 @@ cdef extern from *:
         sigdelset(&mask, SIGSYS);
         return pthread_sigmask(SIG_SETMASK, &mask, NULL);
     }
+    struct gate {
+        pthread_mutex_t lock;
+        pthread_cond_t changed;
+        int shut;               /* read without the lock, too */
+        int ended, waiting;
+    };
+    static int gate_init(struct gate *g)
+    { return pthread_mutex_init(&g->lock, NULL) || pthread_cond_init(&g->changed, NULL); }
+    static void gate_destroy(struct gate *g) { pthread_cond_destroy(&g->changed); pthread_mutex_destroy(&g->lock); }
+    static inline int gate_is_shut(struct gate *g) { return __atomic_load_n(&g->shut, __ATOMIC_SEQ_CST); }
+    static void gate_set(struct gate *g, int shut, int ended)
+    {
+        pthread_mutex_lock(&g->lock);
+        __atomic_store_n(&g->shut, shut, __ATOMIC_SEQ_CST);
+        g->ended |= ended;
+        pthread_cond_broadcast(&g->changed);
+        pthread_mutex_unlock(&g->lock);
+    }
+    /* A vCPU's thread: returns when the gate is open; whether it is so for good. */
+    static int gate_pass(struct gate *g)
+    {
+        int ended;
+        pthread_mutex_lock(&g->lock);
+        g->waiting++;
+        pthread_cond_broadcast(&g->changed);
+        while (g->shut && !g->ended) pthread_cond_wait(&g->changed, &g->lock);
+        g->waiting--;
+        ended = g->ended;
+        pthread_mutex_unlock(&g->lock);
+        return ended;
+    }
+    /* Whether `count` vCPUs wait, or it is open for good, within 50 ms. */
+    static int gate_await(struct gate *g, int count)
+    {
+        struct timespec end;
+        int late = 0, there;
+        clock_gettime(CLOCK_REALTIME, &end);
+        end.tv_nsec += 50000000;
+        if (end.tv_nsec >= 1000000000) { end.tv_nsec -= 1000000000; end.tv_sec++; }
+        pthread_mutex_lock(&g->lock);
+        while (!(there = g->waiting >= count || g->ended) && !late)
+            late = pthread_cond_timedwait(&g->changed, &g->lock, &end);
+        pthread_mutex_unlock(&g->lock);
+        return there;
+    }
     static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }
     static int enter_guest(int fd) { return ioctl(fd, KVM_RUN, 0); }
     """
     ctypedef unsigned long pthread_t
+    struct gate:
+        pass
+    int gate_init(gate *g)
+    void gate_destroy(gate *g)
+    bint gate_is_shut(gate *g) nogil
+    void gate_set(gate *g, bint shut, bint ended) nogil
+    bint gate_pass(gate *g) nogil
+    bint gate_await(gate *g, int count) nogil
     uint16_t io_port(kvm_run *r) nogil
     uint8_t io_size(kvm_run *r) nogil
     uint32_t io_count(kvm_run *r) nogil
@@ -108,6 +164,38 @@ cdef enum:
     AGAIN_MAX = 1000                # times that the first run of the first processor is tried
 
 
+cdef class Gate:
+    """Where the vCPUs of a machine wait while they are held. Kick them after ``shut``, or they come to it late."""
+    cdef gate _gate
+
+    def __cinit__(self):
+        if gate_init(&self._gate):
+            raise MemoryError
+
+    def __dealloc__(self):
+        gate_destroy(&self._gate)
+
+    def shut(self):
+        """Hold the vCPUs from here on. They run on until they are kicked."""
+        gate_set(&self._gate, True, False)
+
+    def open(self):
+        """Let them run."""
+        gate_set(&self._gate, False, False)
+
+    def end(self):
+        """Let ``run`` of those that wait return ``KICKED``, now and from here on."""
+        gate_set(&self._gate, False, True)
+
+    def wait(self, int count):
+        """Return when `count` vCPUs wait, or after ``end``. In the main thread, handlers of signals run meanwhile."""
+        cdef bint there = False
+        while not there:
+            with nogil:
+                there = gate_await(&self._gate, count)
+            PyErr_CheckSignals()
+
+
 cdef class VcpuLoop:
     """The run loop of one vCPU.
 
@@ -116,6 +204,7 @@ cdef class VcpuLoop:
     :param pio: port address space
     :param mmio: memory-mapped address space
     """
+    cdef Gate _gate                 # None: nobody holds it
     cdef int _fd
     cdef kvm_run *_run              # shared with KVM, mapped until __dealloc__
     cdef size_t _run_size
@@ -144,13 +233,18 @@ cdef class VcpuLoop:
         if self._run != NULL:
             munmap(self._run, self._run_size)
 
-    def attach(self, str name, bint boots=False):
-        """Make the calling thread this vCPU's thread: named `name`, deaf to every signal but the kick."""
+    def attach(self, str name, bint boots=False, Gate gate=None):
+        """Make the calling thread this vCPU's thread: named `name`, deaf to every signal but the kick.
+
+        :param boots: it is the processor that boots, which waits for no other's INIT
+        :param gate: where it waits while it is held; None: nobody holds it
+        """
         cdef bytes c_name = name.encode()[:15]
         if arm_kick() != 0:
             raise KvmError(errno, "sigaction of the kick signal")
         name_thread(c_name)
         self._boots = boots
+        self._gate = gate
         self._thread = pthread_self()
         self._attached = True
 
@@ -185,18 +279,21 @@ cdef class VcpuLoop:
 
     cdef int _spin(self) noexcept nogil:
         cdef kvm_run *run = self._run
+        cdef gate *gate = NULL if self._gate is None else &self._gate._gate
         cdef uint32_t again = 0
+        if gate != NULL and gate_is_shut(gate) and gate_pass(gate):
+            return -1                   # KICKED
         while True:
             if enter_guest(self._fd) < 0:
-                if errno == EINTR:
-                    if take_immediate_exit(run):
+                # EAGAIN: an application processor that just got its INIT; or the host has no thread that KVM makes at
+                # the first run, which is said before KVM looks whether we were kicked.
+                if (errno == EINTR or errno == EAGAIN) and take_immediate_exit(run):
+                    if gate == NULL or not gate_is_shut(gate) or gate_pass(gate):
                         return -1       # KICKED
+                    continue
+                if errno == EINTR:
                     continue            # a stray signal
-                # An application processor that just got its INIT; or the host has no thread that KVM makes at the first
-                # run, which is said before KVM looks whether we were kicked.
                 if errno == EAGAIN:
-                    if take_immediate_exit(run):
-                        return -1
                     again += 1
                     if self.exits or not self._boots or again < AGAIN_MAX:
                         continue

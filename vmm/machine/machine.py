@@ -345,9 +345,9 @@ class Machine(Closing):
         """
         if self._run.started or self._run.ended is not None:
             raise VmmError("a machine can be started only once, and not after it was stopped")
-        self._run.started = True
         if paused:
-            self._run.holds.add("pause")
+            self._run.hold("pause")
+        self._run.started = True
         vcpu_kind, console_kind = self._confine()
         self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
         for transport in self.virtio:

@@ -9,6 +9,7 @@ import threading
 from vmm import logger, threads
 from vmm.errors import HostError, KvmError
 from vmm.events import Exit, Stop, StopReason
+from vmm.kvm._vcpu import Gate
 from vmm.signals import Bell
 
 TYPE_CHECKING = False
@@ -44,7 +45,7 @@ class Run:
         self._threads: list[threading.Thread] = []
         self._change = threading.Condition()
         self._bells: list[Bell] = []  # of the main thread's wait(), inside `_change`
-        self._parked = 0
+        self._gate = Gate()
 
     @property
     def running(self) -> bool:
@@ -89,6 +90,7 @@ class Run:
             if stop.reason is StopReason.RESET and self._panicked():
                 stop = Exit(StopReason.PANIC)
             self.ended, self.failure = stop, failure
+            self._gate.end()
             self._change.notify_all()
             for bell in self._bells:
                 bell.ring()
@@ -130,30 +132,39 @@ class Run:
         return threading.current_thread() in self._threads
 
     def hold(self, reason: str) -> None:
-        """Let no vCPU run until each reason is released; returns when none does."""
+        """Let no vCPU run until each reason is released; returns when none does.
+
+        :raises BaseException: what a handler of a signal raised meanwhile, as KeyboardInterrupt; nothing is held for it
+        """
         with self._change:
+            known = reason in self.holds
             self.holds.add(reason)
+            self._gate.shut()
             if not self.started:
                 return
         for vcpu in self.vcpus:
             vcpu.kick()
-        with self._change:
-            self._change.wait_for(lambda: self._parked == len(self.vcpus) or self.ended is not None)
+        try:
+            self._gate.wait(len(self.vcpus))
+        except BaseException:
+            if not known:
+                self.release(reason)
+            raise
 
     def release(self, reason: str) -> None:
         """The reason is gone."""
         with self._change:
             self.holds.discard(reason)
-            self._change.notify_all()
+            if not self.holds:
+                self._gate.open()
 
     # On a vCPU's thread
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
-            vcpu.loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0)
-            self._park_while_held()  # it may have been started paused
+            vcpu.loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0, gate=self._gate)
             while self._run_once(vcpu) and self.ended is None:
-                self._park_while_held()
+                pass
         except Stop as stop:
             self.end(stop.exit)
         except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
@@ -174,13 +185,6 @@ class Run:
                     window.repair()
                 if error.errno != errno.EFAULT or seen == [window.repairs for window in windows]:
                     raise
-
-    def _park_while_held(self) -> None:
-        with self._change:
-            self._parked += 1
-            self._change.notify_all()
-            self._change.wait_for(lambda: not self.holds or self.ended is not None)
-            self._parked -= 1
 
     def _tell(self, stop: Exit) -> None:
         for callback in self.callbacks:
