@@ -115,7 +115,12 @@ def main() -> int:
     lost.append(lost_time())
     print(f"processor time taken by others, before and after: {lost[0]:.0%}, {lost[1]:.0%}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    report = {**_facts(), "lost": lost, "rows": [row._asdict() | {"held": row.held} for row in rows], "missing": missing}
+    report = {
+        **_facts(),
+        "lost": lost,
+        "rows": [row._asdict() | {"held": row.held} for row in rows],
+        "missing": missing,
+    }
     (arguments.output / "peers.json").write_text(json.dumps(report, indent=1) + "\n")
     if rows:
         _plot(rows, arguments.output / "peers.png")
