@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-# What guests may make this process hold: descriptors, judged by their numbers, and anything else, counted.
+# Limits on what guests can make this process hold: file descriptors, limited by number, and other amounts, counted.
 from libc.stdint cimport uint64_t
 
 cdef enum Purpose:
-    FOR_LOOKUP          # the least important: its holder can close it and open it again
-    FOR_OPEN            # what a guest opens: files, connections, mappings
+    FOR_LOOKUP          # the least important: the owner can close the descriptor and open it again later
+    FOR_OPEN            # files, connections and mappings that a guest opens
 
-# `fd` if a guest may have it for that purpose; otherwise it is closed, errno is ENFILE, the result -1. A negative `fd`
-# passes through, EMFILE becoming ENFILE. Every descriptor whose number of copies a guest decides goes through this,
-# right after the call that made it. Any thread.
+# Returns `fd` if it is below the limit for `purpose`; otherwise closes it, sets errno to ENFILE and returns -1. A
+# negative `fd` is returned as it is, with EMFILE changed to ENFILE. Call it right after each call that opens a
+# descriptor on behalf of a guest. Any thread.
 cdef int granted(int fd, Purpose purpose) noexcept nogil
 
-# An amount that many holders share. Any thread.
+# An amount shared by several holders. Any thread.
 cdef class Budget:
     cdef readonly uint64_t limit
     cdef uint64_t taken                                         # atomic
-    cdef bint take(self, uint64_t amount) noexcept nogil        # False: there is not so much left
+    cdef bint take(self, uint64_t amount) noexcept nogil        # False: less than `amount` is left
     cdef void give(self, uint64_t amount) noexcept nogil

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""What guests may make this process hold: descriptors, judged by their numbers, and anything else, counted.
+"""Limits on what guests can make this process hold: file descriptors, limited by number, and other amounts, counted.
 
-Linux gives the lowest number that is free, and ``RLIMIT_NOFILE`` limits numbers: a descriptor with number N says that
-all below N are in use. So a guest gets no number near the limit, and what is there stays for the API, the disks and
-whatever else the guest does not decide. Nothing has to be counted, whoever opens, in whichever library.
+Linux assigns the lowest free descriptor number, and ``RLIMIT_NOFILE`` limits numbers. So a descriptor with number N
+means that all numbers below N are in use. Guests get no number near the limit: those are reserved for the API, the
+disks and everything else that no guest controls. This needs no counter, and covers descriptors that libraries open.
 """
 import resource
 
@@ -38,17 +38,20 @@ cdef extern from *:
     void budget_give(uint64_t *taken, uint64_t amount) noexcept nogil
     int[2] granted_below
 
-KEPT = 512      # descriptors that no guest gets
+KEPT = 512      # descriptors reserved for the VMM itself
 
 
 def set_descriptor_limit(int limit):
-    """Divide `limit` descriptors: KEPT are no guest's, a quarter of the others is not for look-ups."""
+    """Set the limits: guests may use all but ``KEPT`` of `limit` descriptors, and look-ups three quarters of those."""
     granted_below[<int>FOR_OPEN] = max(limit - <int>KEPT, 0)
     granted_below[<int>FOR_LOOKUP] = granted_below[<int>FOR_OPEN] * 3 // 4
 
 
 def raise_descriptor_limit():
-    """Let this process have as many descriptors as the host allows it, and divide them; how many there are."""
+    """Raise ``RLIMIT_NOFILE`` as far as the host allows and set the guests' limits.
+
+    :returns: the new limit
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         with open("/proc/sys/fs/nr_open") as limit:
@@ -73,9 +76,9 @@ cdef int granted(int fd, Purpose purpose) noexcept nogil:
 
 
 cdef class Budget:
-    """An amount that many holders share; safe from any thread.
+    """An amount shared by several holders; safe from any thread.
 
-    :param limit: what they may have together
+    :param limit: the total, in the caller's unit
     """
 
     def __init__(self, uint64_t limit):
@@ -83,15 +86,15 @@ cdef class Budget:
 
     @property
     def used(self):
-        """What they have now."""
+        """The amount currently taken."""
         return budget_load(&self.taken)
 
     def ask(self, uint64_t amount):
-        """Take `amount`; False: there is not so much left."""
+        """Take `amount`; returns False, and takes nothing, if less than that is left."""
         return self.take(amount)
 
     def put_back(self, uint64_t amount):
-        """Give `amount` back, which was taken before."""
+        """Return `amount`, which was taken before."""
         self.give(amount)
 
     cdef bint take(self, uint64_t amount) noexcept nogil:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The C side of an address space: what a device offers so that an exit is finished without the GIL.
+# The C side of an address space: the interface of a device that handles an exit without the GIL.
 from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -21,7 +21,7 @@ cdef struct Range:
     access_fn access            # copied from NativeDevice, or NULL
     void *ctx
     PyObject *device            # borrowed from Bus._claims
-    uint64_t hits               # accesses, written by any vCPU without a lock: a statistic, not a count
+    uint64_t hits               # accesses; vCPUs write it without a lock, so it is not exact
 
 cdef struct Table:
     size_t count
@@ -31,7 +31,7 @@ cdef class Bus:
     cdef Table *table           # replaced whole by add and remove; readers load the pointer once
     cdef readonly str name      # "pio" or "mmio"
     cdef readonly uint64_t limit  # first address past the space
-    cdef public uint64_t unclaimed  # accesses that met no device, or straddled two
+    cdef public uint64_t unclaimed  # accesses outside every range, or across the end of one
     cdef list _claims           # (start, size, device, name), sorted; owns the devices
     cdef list _retired          # tables and devices that a vCPU may still be reading
     cdef object _publish(self, object leaving=*)

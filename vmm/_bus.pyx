@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""One address space (port I/O or MMIO): who answers which address.
+"""One address space (port I/O or MMIO): which device handles which address.
 
-A reader (a vCPU thread without the GIL) loads the table's pointer once and never sees it change: `add` and `remove`
-build a new table and keep the old one until `reclaim` is called, while no vCPU runs, or the bus itself goes.
+A reader (a vCPU thread without the GIL) loads the table's pointer once, and a table never changes. `add` and `remove`
+build a new table. The old one is freed by `reclaim`, which is called while no vCPU runs, or with the bus.
 """
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject
@@ -13,11 +13,11 @@ from vmm.errors import ConfigError
 
 
 cdef class NativeDevice:
-    """Base of bus devices that answer in C; a subclass sets `access` and `ctx` before it is added to a bus."""
+    """Base class of bus devices written in C; a subclass sets `access` and `ctx` before it is added to a bus."""
 
 
 cdef Range *bus_find(Table *table, uint64_t address, uint32_t size) noexcept nogil:
-    """The range that holds all of [address, address+size), or NULL."""
+    """Return the range that contains all of [address, address+size), or NULL."""
     cdef size_t low = 0, high = table.count, middle
     cdef Range *r
     while low < high:
@@ -39,10 +39,10 @@ cdef str _where(uint64_t start, uint64_t size):
 
 
 cdef class Bus:
-    """An address space of disjoint ranges, each answered by one device.
+    """An address space of disjoint ranges, each with one device.
 
     :param name: ``"pio"`` or ``"mmio"``, used in messages
-    :param limit: first address past the space, as ``0x10000`` for port I/O
+    :param limit: first address past the end, e.g. ``0x10000`` for port I/O
 
     A device has ``read(offset, data)`` and ``write(offset, data)`` (``vmm.bus.BusDevice``) and does not know its own
     address. Safe to change while vCPUs run.
@@ -68,7 +68,7 @@ cdef class Bus:
         :param size: bytes, at least 1
         :param device: has ``read(offset, data)`` and ``write(offset, data)``
         :param name: for messages and statistics
-        :raises ConfigError: the range is empty, leaves the space, or meets one that is already claimed
+        :raises ConfigError: the range is empty, exceeds the address space, or overlaps one that is already claimed
         """
         if size == 0 or start >= self.limit or size > self.limit - start:
             raise ConfigError(
@@ -79,31 +79,31 @@ cdef class Bus:
                     f"{self.name} range", _where(start, size),
                     f"wanted by {name}, claimed by {other} at {other_start:#x}-{other_start + other_size - 1:#x}")
         self._claims.append((start, size, device, name))
-        self._claims.sort()  # no two begin at the same address, so nothing else of them is compared
+        self._claims.sort()  # start addresses differ, so the sort compares nothing else
         self._publish()
 
     def remove(self, device):
-        """Take every range of `device` off the bus; a vCPU inside the device now still finishes its access."""
+        """Remove every range of `device`. A vCPU that is inside the device still finishes its access."""
         self._claims = [claim for claim in self._claims if claim[2] is not device]
         self._publish(device)
 
     def reclaim(self):
-        """Free what changes have replaced. No vCPU is within an access: none has started, or all are held."""
+        """Free the replaced tables. No vCPU may be inside an access: either none has started, or all are paused."""
         while self._retired:
             PyMem_RawFree(<void *><uintptr_t>self._retired.pop()[0])
 
     @property
     def retired(self):
-        """Tables that wait for ``reclaim``."""
+        """Number of replaced tables that ``reclaim`` would free."""
         return len(self._retired)
 
     @property
     def claims(self):
-        """What is claimed: a tuple of (start, size, device, name), by address."""
+        """The claimed ranges: a tuple of (start, size, device, name), sorted by address."""
         return tuple(self._claims)
 
     def hits(self, device):
-        """Accesses that met `device` since the bus last changed; a statistic, not an exact count."""
+        """Number of accesses to `device` since the bus last changed; not exact."""
         cdef size_t i
         cdef uint64_t total = 0
         for i in range(self.table.count):
@@ -138,7 +138,7 @@ cdef class Bus:
         """Do one access as a vCPU would; for tests and tools.
 
         :param data: writable buffer of 1, 2, 4 or 8 bytes, little endian
-        :returns: whether a device answered; where none did a read leaves all ones
+        :returns: whether a device handled it; if not, a read fills `data` with ones
         """
         cdef uint8_t[::1] view = data
         cdef uint32_t size = <uint32_t>view.shape[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The contract of the C module and of its Python twin's queue; what each call means is in its docstring there.
+# The interface of the Cython module and of the Python reference queue in the tests. Docstrings are in the .pyx.
 from typing import Self
 
 from typing_extensions import Buffer

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Guest memory and the split virtqueue as every hot path sees them.
+"""Guest memory and the split virtqueue, for every hot path.
 
-One checked accessor from a guest address to a host address, and the device's side of virtio 1.2 §2.7:
-C functions without the GIL (``queue_*``), which ``VirtQueue`` hands to Python.
+This has the one checked translation from a guest address to a host address, and the device's side of virtio 1.2 §2.7:
+C functions that run without the GIL (``queue_*``), and ``VirtQueue``, which wraps them for Python.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
@@ -26,7 +26,7 @@ cdef enum:
 cdef inline uint8_t *find(const RamRegion *region, int count, uint64_t gpa, uint64_t size) noexcept nogil:
     cdef uint64_t offset
     while count:
-        offset = gpa - region.gpa       # wraps to above every size where gpa is below
+        offset = gpa - region.gpa       # if gpa is below the region, this wraps to more than any region's size
         if offset <= region.size and size <= region.size - offset:
             return region.host + offset
         region += 1
@@ -35,9 +35,9 @@ cdef inline uint8_t *find(const RamRegion *region, int count, uint64_t gpa, uint
 
 
 cdef class GuestRam:
-    """The guest's RAM: up to 8 mapped regions. ``vmm.memory.GuestMemory`` makes the mappings.
+    """The guest's RAM: up to 8 mapped regions. ``vmm.memory.GuestMemory`` creates the mappings.
 
-    Every method checks [gpa, gpa + size) against one region, end exclusive, and raises ``GuestMemoryError``.
+    Every method that takes a guest address raises ``GuestMemoryError`` unless [gpa, gpa + size) is inside one region.
     """
 
     def __cinit__(self):
@@ -48,7 +48,10 @@ cdef class GuestRam:
         return find(self._regions, self._count, gpa, size)
 
     def map_region(self, uint64_t gpa, mapping):
-        """Take `mapping` (writable, page aligned) as guest RAM from `gpa`; regions come in address order."""
+        """Use `mapping` (writable, page aligned; kept open) as guest RAM at `gpa`. Call it in address order.
+
+        :raises ValueError: there are 8 regions already, or `gpa` is not above the regions added before
+        """
         cdef uint8_t[::1] view = mapping
         cdef RamRegion *last
         if self._count == MAX_REGIONS:
@@ -64,7 +67,7 @@ cdef class GuestRam:
         self._count += 1
 
     def unmap_all(self):
-        """Forget every region; a mapping goes when its last slice does."""
+        """Remove every region. A mapping stays in memory until its last slice is released."""
         self._count = 0
         self._maps = []
 
@@ -110,9 +113,9 @@ cdef class GuestRam:
         return (<char *>p)[:<Py_ssize_t>size]
 
     def whole_pages(self, part):
-        """(guest address, bytes) of the pages that lie wholly inside `part`, a slice of this RAM.
+        """The whole pages inside `part`, a slice of this RAM, as (guest address, bytes).
 
-        :raises ValueError: it is not a slice of this RAM
+        :raises ValueError: `part` is not a slice of this RAM
         """
         cdef uint8_t[::1] view = part
         cdef uintptr_t first, start, end
@@ -130,14 +133,14 @@ cdef class GuestRam:
         return self._regions[i].gpa + (start - <uintptr_t>self._regions[i].host), end - start if start < end else 0
 
     def discard(self, part):
-        """Give the host the pages back that lie wholly inside `part`: holes in the memfd, which read as zeros.
+        """Free the whole pages inside `part`: they become holes in the memfd and read as zeros.
 
-        :param part: what ``slice`` or a chain gave, of any alignment
-        :returns: bytes given back
-        :raises ValueError: it is not a slice of this RAM
-        :raises OSError: the host refused, as for RAM that is no shared memory
+        :param part: a view from ``slice`` or from a chain, of any alignment
+        :returns: bytes freed
+        :raises ValueError: `part` is not a slice of this RAM
+        :raises OSError: the host refused, for instance because the RAM is not shared memory
 
-        Without the GIL. Source: Linux madvise(2), MADV_REMOVE.
+        Runs without the GIL. Source: Linux madvise(2), MADV_REMOVE.
         """
         cdef uint64_t gpa, size
         cdef int failed
@@ -178,7 +181,7 @@ RULES = {
 
 
 cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
-    """Take the next chain that the driver made available; QUEUE_CHAIN, QUEUE_EMPTY or the rule it broke."""
+    """Take the next available chain. Returns QUEUE_CHAIN, QUEUE_EMPTY, or the rule that the driver broke."""
     cdef vring_desc_copy d
     cdef uint8_t *table = ring.desc
     cdef uint8_t *host
@@ -208,7 +211,7 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
         copy_desc(&d, table + 16 * <size_t>index)
         if d.flags & DESC_F_INDIRECT:
             chain.index = index
-            # §2.7.5.3.2: zero or more direct descriptors may come first; WRITE has no meaning here.
+            # §2.7.5.3.2: direct descriptors may come first, and the device ignores WRITE here.
             if not ring.indirect:
                 return QUEUE_INDIRECT_OFF
             if inside_indirect:
@@ -236,7 +239,7 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
             return QUEUE_TOTAL
         if not d.flags & DESC_F_WRITE and n != n_readable:
             return QUEUE_ORDER
-        if d.len:       # an empty buffer is legal and means nothing
+        if d.len:       # an empty buffer is valid and is skipped
             if not d.flags & DESC_F_WRITE:
                 readable = total
                 n_readable += 1
@@ -257,27 +260,27 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
 
 
 cdef bint queue_enable_notify(Ring *ring) noexcept nogil:
-    """Ask the driver to notify; whether more came meanwhile, for which no notification will come."""
+    """Enable notifications. Returns whether chains are already available; the driver does not notify for those."""
     if ring.size == 0:
         return False
     if ring.event_idx:
         store_release16(ring.used + 4 + 8 * <size_t>ring.size, ring.last_avail)
     else:
         store_release16(ring.used, 0)
-    # pairs with the driver's full barrier between writing avail.idx and reading avail_event or flags: either
-    # it notifies or this sees its index (§2.7.13.4.1)
+    # pairs with the driver's full barrier between writing avail.idx and reading avail_event or flags: either the
+    # driver notifies, or this load sees its new index (§2.7.13.4.1)
     fence_seq_cst()
     return load_acquire16(ring.avail + 2) != ring.last_avail
 
 
 cdef void queue_disable_notify(Ring *ring) noexcept nogil:
-    """Tell the driver not to notify; only a hint. With EVENT_IDX an avail_event left behind says it."""
+    """Tell the driver not to notify; only a hint. With EVENT_IDX, an avail_event that stays behind does the same."""
     if ring.size and not ring.event_idx:
         store_release16(ring.used, USED_F_NO_NOTIFY)
 
 
 cdef void queue_mute(Ring *ring) noexcept nogil:
-    """Tell the driver not to notify until queue_enable_notify, as strongly as either way of saying it can."""
+    """Tell the driver not to notify until queue_enable_notify, as firmly as avail_event or the flag allows."""
     if ring.size == 0:
         return
     if ring.event_idx:
@@ -287,7 +290,7 @@ cdef void queue_mute(Ring *ring) noexcept nogil:
 
 
 cdef void queue_unpop(Ring *ring) noexcept nogil:
-    """Put the chain popped last, and not returned, back: the next pop sees it, or what the driver made of it."""
+    """Undo the last queue_pop; its chain must not have been returned. The next pop reads the chain again."""
     ring.last_avail -= 1
 
 
@@ -296,10 +299,10 @@ cdef bint queue_flush_call(Ring *ring) noexcept nogil:
 
 
 cdef class Chain:
-    """One request of the driver. Its buffers are guest memory, borrowed until ``VirtQueue.add_used``.
+    """One request from the driver. Its buffers are guest memory, borrowed until ``VirtQueue.add_used``.
 
-    :ivar readable_bytes: how much the driver wrote for the device
-    :ivar writable_bytes: how much room there is for what the device writes
+    :ivar readable_bytes: size of the buffers that the device reads
+    :ivar writable_bytes: size of the buffers that the device writes
     """
 
     def __dealloc__(self):
@@ -321,9 +324,9 @@ cdef class Chain:
         return views
 
     def gather(self, uint64_t limit, uint64_t start=0):
-        """What the driver wrote for the device, from `start` on, copied once: at most `limit` bytes of it.
+        """Copy the readable bytes from `start` on, once: at most `limit` bytes.
 
-        Judge ``readable_bytes`` first: a driver can name gigabytes by a few descriptors.
+        Check ``readable_bytes`` first: a driver can describe gigabytes with a few descriptors.
         """
         cdef uint64_t size = min(limit, self.readable_bytes - start) if start < self.readable_bytes else 0
         cdef bytes copy = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
@@ -331,7 +334,7 @@ cdef class Chain:
         return copy
 
     def scatter(self, data):
-        """Copy `data` to where the device may write, from the first byte on; how much of it had room."""
+        """Copy `data` to the writable buffers, from their first byte on. Returns the number of bytes that fitted."""
         cdef const uint8_t[::1] view = data
         if not view.shape[0]:
             return 0
@@ -339,17 +342,17 @@ cdef class Chain:
 
     @property
     def readable(self):
-        """What the driver wrote for the device, in order; no buffer is empty. Made anew by each call."""
+        """Views of the readable buffers, in order; none is empty. Each access builds a new list."""
         return self._views(0, self.n_readable)
 
     @property
     def writable(self):
-        """Where the device may write, in order; no buffer is empty. Made anew by each call."""
+        """Views of the writable buffers, in order; none is empty. Each access builds a new list."""
         return self._views(self.n_readable, self.n_writable)
 
 
 cdef class VirtQueue:
-    """The device's side of one split virtqueue (virtio 1.2 §2.7), used by one thread at a time. Its loop::
+    """The device's side of one split virtqueue (virtio 1.2 §2.7). Only one thread may use it at a time. The loop::
 
         while True:
             queue.disable_notify()
@@ -362,7 +365,7 @@ cdef class VirtQueue:
 
     :param memory: guest RAM that holds the rings and the buffers
     :param max_size: a power of two up to 32768
-    :param index: of the queue in its device, for messages
+    :param index: the queue's number in its device, for messages
     """
 
     def __cinit__(self, GuestRam memory, int max_size, int index=0):
@@ -380,14 +383,14 @@ cdef class VirtQueue:
         PyMem_Free(self.scratch.iov)
 
     def reset(self):
-        """Not ready, ``size`` is ``max_size``, no addresses."""
+        """Make the queue not ready, with ``size`` set to ``max_size`` and all addresses to 0."""
         self.ring = Ring(NULL, NULL, NULL, 0, 0, 0, 0, False, False)
         self.size = self.max_size
         self.desc = self.avail = self.used = 0
 
     @property
     def ready(self):
-        """Whether ``enable`` found the set-up good."""
+        """Whether ``enable`` has succeeded since the last ``reset``."""
         return self.ring.size != 0
 
     @property
@@ -401,13 +404,13 @@ cdef class VirtQueue:
         return self.ring.next_used
 
     def enable(self, *, bint event_idx, bint indirect, uint16_t last_avail=0, uint16_t next_used=0):
-        """Judge ``size`` and the guest addresses ``desc``, ``avail`` and ``used``, and make the queue ready.
+        """Check ``size`` and the guest addresses ``desc``, ``avail`` and ``used``, and make the queue ready.
 
         :param event_idx: VIRTIO_F_EVENT_IDX was negotiated
         :param indirect: VIRTIO_F_INDIRECT_DESC was negotiated
-        :param last_avail: where a restored device goes on
-        :param next_used: the same for the used ring
-        :raises BadChain: size not a power of two or too large, an address misaligned or outside RAM
+        :param last_avail: for a restored device, the chains taken so far, mod 65536
+        :param next_used: for a restored device, the chains returned so far, mod 65536
+        :raises BadChain: the size is not a power of two or too large, or an address is misaligned or outside RAM
         """
         if not 0 < self.size <= <uint32_t>self.max_size or self.size & (self.size - 1):
             raise BadChain(self.index, -1, -1, f"the queue size {self.size} is not a power of two up to "
@@ -432,9 +435,9 @@ cdef class VirtQueue:
         self.ring.size = <uint16_t>self.size
 
     def pop(self):
-        """The next chain, each descriptor copied once and then judged; None: no more for now.
+        """Take the next chain; None: the queue is empty. Each descriptor is copied once and then checked.
 
-        :raises BadChain: the driver broke a rule; the queue stays where it is until ``reset``
+        :raises BadChain: the driver broke a rule; every further call raises it again until ``reset``
         """
         cdef int status = queue_pop(&self.ring, self.memory, &self.scratch)
         cdef uint32_t count
@@ -458,15 +461,16 @@ cdef class VirtQueue:
         return chain
 
     def failure(self, int status):
-        """The exception for what ``queue_pop`` of this queue returned last, a negative status."""
+        """The exception for `status`, the negative result of this queue's last ``queue_pop``."""
         if status == QUEUE_NOT_READY or status == QUEUE_AVAIL_IDX:
             return BadChain(self.index, -1, -1, RULES[status])
         return BadChain(self.index, self.scratch.head, self.scratch.index, RULES[status])
 
     def add_used(self, Chain chain not None, uint32_t written):
-        """Return `chain`, its first `written` writable bytes filled; the driver sees it after ``flush``.
+        """Return `chain`, with its first `written` writable bytes filled. The driver sees it after ``flush``.
 
-        :raises ValueError: returned before, or `written` above its ``writable_bytes``
+        :raises ValueError: the chain was returned before, `written` exceeds its ``writable_bytes``, or the queue is not
+            ready
         """
         if chain.returned:
             raise ValueError("the chain was returned before")
@@ -478,13 +482,13 @@ cdef class VirtQueue:
         queue_add_used(&self.ring, chain.head, written)
 
     def flush(self):
-        """Show the driver the chains returned since the last call; whether it wants an interrupt for them."""
+        """Show the driver the chains returned since the last call. Returns whether it wants an interrupt for them."""
         return queue_flush(&self.ring)
 
     def enable_notify(self):
-        """Ask the driver for notifications; True: more chains came meanwhile, take them first."""
+        """Enable notifications. Returns True if more chains are already available: take those first."""
         return queue_enable_notify(&self.ring)
 
     def disable_notify(self):
-        """Tell the driver that it need not notify while the device looks anyway."""
+        """Tell the driver that it need not notify, because the device is reading the queue."""
         queue_disable_notify(&self.ring)

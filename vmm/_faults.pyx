@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""What a process that serves asks of the C library: signals that Python cannot handle, and the names of threads.
+"""Fault signals, which Python cannot handle, and thread names; for ``pyvmm serve``.
 
-A handler of Python's would return to the instruction that failed, for ever.
-Sent by somebody, they ask for an orderly end, in the main thread. Where they are true, one line and the end.
-Source: Firecracker 1.12's src/vmm/src/signal_handler.rs for words and exit codes.
+A Python handler would return to the faulting instruction, which would fault again, for ever. So the handler is in C.
+A real fault writes one line and ends the process. A fault signal that another process sent asks for an orderly shutdown
+in the main thread. Source: the message and the exit codes are Firecracker 1.12's, src/vmm/src/signal_handler.rs.
 """
 
 from vmm._sys cimport name_thread
@@ -27,7 +27,7 @@ cdef extern from *:
         char *digits = line + sizeof line - 5;
         (void)context;
         if (info->si_code <= 0) {
-            /* The limit on files sends SIGXFSZ, too, as if we did ourselves: write(2) says so as well. */
+            /* RLIMIT_FSIZE sends SIGXFSZ as if from this process. Ignored: write(2) also returns EFBIG. */
             if (number == SIGXFSZ && info->si_pid == getpid()) return;
             fault_sent = number;
             if (write(fault_wake, "", 1) < 0) {}
@@ -57,25 +57,27 @@ cdef extern from *:
 
 
 def catch_faults(int wake):
-    """From here on SIGBUS, SIGSEGV, SIGXFSZ and SIGILL are ours.
+    """Install the handler for SIGBUS, SIGSEGV, SIGXFSZ and SIGILL.
 
-    :param wake: a descriptor that is written to when one was sent; see ``sent``
+    :param wake: a descriptor to which one byte is written when another process sent such a signal; see ``sent``.
+        Borrowed for the life of the process
+    :raises OSError: sigaction failed
     """
     if catch_all(wake):
         raise OSError("sigaction")
 
 
 def log_to(int fd):
-    """Write the line to `fd` as well as to stderr; borrowed, -1: none. For ``vmm.logger.watch``."""
+    """Write a fault's line to `fd` as well as to stderr; borrowed; -1: only to stderr. For ``vmm.logger.watch``."""
     global fault_log
     fault_log = fd
 
 
 def sent():
-    """The signal that somebody sent, or 0."""
+    """The number of the last fault signal that another process sent, or 0."""
     return fault_sent
 
 
 def set_thread_name(str name):
-    """Name the calling thread for ps and top; at most 15 bytes are kept."""
+    """Name the calling thread, for ps and top; truncated to 15 bytes."""
     name_thread(name.encode())

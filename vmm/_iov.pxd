@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Between the buffers of a chain, however a driver cut them (§2.7.4), and memory of ours: one way for all devices.
+# Copies between a chain's buffers and this process's memory, for all devices. A driver may split a request into buffers
+# in any way (virtio 1.2 §2.7.4).
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 
@@ -8,7 +9,7 @@ from vmm._fastpath cimport iovec
 cdef extern from *:
     """
     #include <stddef.h>
-    /* Guest memory into ours, once, whatever the guest does to it meanwhile: the compiler may not look there again. */
+    /* Copy guest memory exactly once. The guest may change it at any time, so the compiler must not read it again. */
     static inline void copy_once(void *to, const void *from, size_t n) {
         __builtin_memcpy(to, from, n);
         __asm__ __volatile__("" : "+r"(to) : : "memory");
@@ -18,7 +19,7 @@ cdef extern from *:
 
 
 cdef inline size_t iov_gather(const iovec *iov, uint32_t count, size_t skip, void *to, size_t size) noexcept nogil:
-    # Copy `size` bytes from `skip` on: how many there were.
+    # Copy up to `size` bytes out of the buffers, from byte `skip` on. Returns the number of bytes copied.
     cdef size_t done = 0, n
     cdef uint32_t i
     for i in range(count):
@@ -36,7 +37,7 @@ cdef inline size_t iov_gather(const iovec *iov, uint32_t count, size_t skip, voi
 
 cdef inline size_t iov_scatter(const iovec *iov, uint32_t count, size_t skip, const void *source,
                                size_t size) noexcept nogil:
-    # Copy `size` bytes to `skip` and what follows: how many had room.
+    # Copy up to `size` bytes into the buffers, from byte `skip` on. Returns the number of bytes copied.
     cdef size_t done = 0, n
     cdef uint32_t i
     for i in range(count):
@@ -54,7 +55,8 @@ cdef inline size_t iov_scatter(const iovec *iov, uint32_t count, size_t skip, co
 
 cdef inline uint32_t iov_part(const iovec *iov, uint32_t count, size_t skip, size_t size, iovec *into,
                               uint32_t room) noexcept nogil:
-    # Put the buffers of `size` bytes from `skip` on, `room` of them at most, into `into`, which may be `iov`: how many.
+    # Write the iovecs that cover `size` bytes from byte `skip` on to `into`, at most `room` iovecs. `into` may be
+    # `iov`. Returns the number of iovecs written.
     cdef uint32_t i, n = 0
     cdef size_t length
     for i in range(count):

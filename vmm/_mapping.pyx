@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Mappings of guest RAM that change under a VM: from a file to private, from private pages to a file."""
+"""Mappings of guest RAM: map a file privately, find the pages written since, and copy those to a file."""
 import os
 
 from libc.errno cimport EINTR, EINVAL, ENOTTY, ENXIO, errno
@@ -78,9 +78,10 @@ cdef enum:
 
 
 def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
-    """Put a private mapping over [`address`, `address` + `size`), which this process has mapped; whole pages.
+    """Replace [`address`, `address` + `size`), whole pages that this process has mapped, by a private mapping.
 
-    :param fd: what it shows until it is written to, from `offset` on; -1: zeros
+    :param fd: the file that the new mapping shows until it is written to, from `offset` (bytes) on; -1: zeros. The
+        mapping stays valid after the descriptor is closed
     :raises OSError: the kernel refused
     """
     cdef int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE | (MAP_ANONYMOUS if fd < 0 else 0)
@@ -92,15 +93,15 @@ def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
 
 
 def populate(uintptr_t address, size_t size):
-    """Make [`address`, `address` + `size`) this process's own pages, as writes would; as far as the host can."""
+    """Allocate the pages of [`address`, `address` + `size`), as writes would. Before Linux 5.14 it does nothing."""
     with nogil:
         madvise(<void *>address, size, MADV_POPULATE_WRITE)
 
 
 def private_runs(int pagemap, uintptr_t address, size_t size):
-    """Pages of a private mapping that were written to since it was made.
+    """Find the pages of a private mapping that were written to since it was made.
 
-    :param pagemap: an open /proc/self/pagemap
+    :param pagemap: a descriptor of /proc/self/pagemap; borrowed
     :returns: (offset from `address`, bytes) of each run, in order
     """
     runs = _scan(pagemap, address, size, 0, PM_IS_FILE)
@@ -108,10 +109,14 @@ def private_runs(int pagemap, uintptr_t address, size_t size):
 
 
 def unmarked_runs(int pagemap, uintptr_t address, size_t size, bint mark):
-    """Those of ``private_runs`` that were written to since they were marked, if they were; `mark`: they are now.
+    """Find the pages of a private mapping that were written to since they were last marked.
 
-    :param mark: ``vmm._uffd.register_marks`` has been called for all of it
-    :raises OSError: it has not, or before Linux 6.7
+    A page that was never marked counts as written to. ``vmm._uffd.register_marks`` must have been called for all of
+    [`address`, `address` + `size`).
+
+    :param mark: whether to mark the pages found
+    :returns: as for ``private_runs``
+    :raises OSError: the range is not registered, or the kernel is older than Linux 6.7
     """
     cdef uint64_t flags = PM_WP_MATCHING | PM_CHECK_WPASYNC if mark else 0
     runs = _scan(pagemap, address, size, flags, PM_IS_FILE, PM_IS_WRITTEN)
@@ -121,7 +126,7 @@ def unmarked_runs(int pagemap, uintptr_t address, size_t size, bint mark):
 
 
 def touched_runs(int pagemap, uintptr_t address, size_t size):
-    """Pages of a mapping that are there, since they were read or written to; with neighbours that the kernel brought.
+    """Find the pages of a mapping that are present: read or written before, or read ahead by the kernel.
 
     :returns: (offset from `address`, bytes) of each run, in order; None before Linux 6.7
     """
@@ -129,7 +134,7 @@ def touched_runs(int pagemap, uintptr_t address, size_t size):
 
 
 cdef list _scan(int pagemap, uintptr_t address, size_t size, uint64_t flags, uint64_t without, uint64_t also=0):
-    # PAGEMAP_SCAN, Linux 6.7: None where there is none. Pages that are not `without` and are `also`.
+    # PAGEMAP_SCAN for pages that lack the categories `without` and have `also`. None: the kernel is older than 6.7.
     cdef pm_region[REGIONS] regions
     cdef pm_arg arg
     cdef int count, i
@@ -162,7 +167,7 @@ cdef list _scan(int pagemap, uintptr_t address, size_t size, uint64_t flags, uin
 
 
 def walk_private_runs(int pagemap, uintptr_t address, size_t size):
-    """Likewise, page by page: what ``private_runs`` does before Linux 6.7."""
+    """Find the same pages as ``private_runs``, page by page: for kernels older than Linux 6.7."""
     cdef uint64_t *entries = <uint64_t *>malloc(ENTRIES * sizeof(uint64_t))
     cdef size_t done = 0, want, i
     cdef ssize_t got
@@ -195,11 +200,12 @@ cdef int _add(list runs, uint64_t offset, uint64_t size) except -1:
 
 
 def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t offset):
-    """Copy [`start`, `start` + `size`) of one file to `offset` of another, but for holes and pages of zeros.
+    """Copy [`start`, `start` + `size`) of one file to `offset` in another. Skip holes and pages of zeros.
 
-    :param target: reads as zeros there already
+    :param source: file descriptor to read; borrowed, and its offset moves
+    :param target: file descriptor to write; borrowed. The file must read as zeros in the target range
     :returns: bytes written
-    :raises OSError: it could not be read or written
+    :raises OSError: a read or a write failed
     """
     cdef uint8_t *buffer = <uint8_t *>malloc(CHUNK)
     cdef uint64_t end = start + size, at = start, data, hole, written = 0
@@ -212,7 +218,7 @@ def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t 
             found = lseek(source, <long>at, SEEK_DATA)
             if found < 0 and errno == ENXIO:
                 break
-            data = <uint64_t>found if found >= 0 else at        # a file system that knows no holes
+            data = <uint64_t>found if found >= 0 else at        # a file system without SEEK_DATA
             found = lseek(source, <long>data, SEEK_HOLE) if found >= 0 else <int64_t>end
             hole = min(<uint64_t>found if found > 0 else end, end)
             while data < hole:
@@ -223,7 +229,7 @@ def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t 
                 if got < 0:
                     raise OSError(errno, os.strerror(errno))
                 if got == 0:
-                    return written                              # it ends here: what follows reads as zeros
+                    return written                              # end of the source file: the rest is zeros
                 written += _write_pages(target, buffer, <size_t>got, offset + (data - start))
                 data += <uint64_t>got
             at = max(hole, at + 1)
@@ -233,7 +239,7 @@ def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t 
 
 
 cdef uint64_t _write_pages(int target, uint8_t *data, size_t size, uint64_t offset) except? 0:
-    # Runs of pages that are not all zeros.
+    # Write the pages that are not all zeros, in runs. Returns the bytes written.
     cdef size_t first = 0, next, page
     cdef uint64_t written = 0
     while first < size:
@@ -251,11 +257,11 @@ cdef uint64_t _write_pages(int target, uint8_t *data, size_t size, uint64_t offs
 
 
 def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
-    """Likewise of memory: write [`address`, `address` + `size`) to the file `fd` at `offset`, but for pages of zeros.
+    """Write [`address`, `address` + `size`) to the file `fd` at `offset`. Skip pages of zeros.
 
-    :param fd: reads as zeros there already
+    :param fd: borrowed; the file must read as zeros in the target range
     :returns: bytes written
-    :raises OSError: not all of it was written
+    :raises OSError: a write failed
     """
     return _write_pages(fd, <uint8_t *>address, size, offset)
 
@@ -263,7 +269,7 @@ def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
 def copy_out(uintptr_t address, size_t size, int fd, uint64_t offset):
     """Write [`address`, `address` + `size`) to the file `fd` at `offset`.
 
-    :raises OSError: not all of it was written
+    :raises OSError: a write failed
     """
     cdef ssize_t done
     while size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What more than one loop in C asks of the host.
+# Host calls that several Cython loops share.
 from libc.stdint cimport uint64_t
 
 cdef extern from *:
@@ -16,7 +16,7 @@ cdef extern from *:
     """
     enum: CLOCK_MONOTONIC, CLOCK_REALTIME
     uint64_t clock_ns(int clock) noexcept nogil
-    void name_thread(const char *name) noexcept nogil       # the calling one; at most 15 bytes are kept
+    void name_thread(const char *name) noexcept nogil       # the calling thread; truncated to 15 bytes
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_write(int fd, uint64_t value)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""userfaultfd(2): memory of ours whose missing pages another program brings, or whose pages tell of their writes."""
+"""userfaultfd(2): memory whose missing pages another process supplies, and memory whose writes are tracked."""
 import os
 
 from libc.errno cimport EINTR, ENOENT, errno
@@ -37,7 +37,8 @@ cdef extern from *:
         struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE };
         return ioctl(fd, UFFDIO_API, &api);
     }
-    /* <linux/userfaultfd.h> since Linux 6.7. No fault is ever told, so one that the kernel cannot wait for will do. */
+    /* UFFD_FEATURE_WP_ASYNC is in <linux/userfaultfd.h> since Linux 6.7. With it the kernel reports no fault to user
+       space, so UFFD_USER_MODE_ONLY, which needs no privilege, is enough. */
     static int uffd_marks(void) {
         struct uffdio_api api = { .api = UFFD_API, .features = 1 << 15 /* UFFD_FEATURE_WP_ASYNC */ };
         int fd = (int)syscall(SYS_userfaultfd, UFFD_FLAGS | 1 /* UFFD_USER_MODE_ONLY */), error;
@@ -52,7 +53,8 @@ cdef extern from *:
         struct uffdio_register range = { .range = { address, size }, .mode = mode };
         return ioctl(fd, UFFDIO_REGISTER, &range);
     }
-    /* Not one of the two alone: a handler may close its connection and serve on, or serve from a child. */
+    /* The handler is dead when both its connection and its process are gone: it may close its connection and go on, or
+       leave the work to a child process. */
     static int uffd_watch(int peer, int process, int stop) {
         static const char last[] =
             "pyvmm: the page fault handler has ended: guest memory is incomplete, so the VM ends\\n";
@@ -85,16 +87,16 @@ cdef extern from *:
     int madvise(void *address, size_t size, int advice) nogil
     int MADV_DONTNEED
 
-# As they are in the filters.
+# For the seccomp filters.
 IOCTLS = (0xAA00, 0xC018AA3F, 0xC020AA00)       # USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER
 
 
 def create(bint by_call):
-    """A userfaultfd for the faults of the kernel, too, which also tells of pages that are given back (EVENT_REMOVE).
+    """Create a userfaultfd that also reports faults inside the kernel, and freed pages (UFFD_EVENT_REMOVE).
 
-    :param by_call: by the system call, where there is no /dev/userfaultfd (before Linux 6.1)
-    :returns: its descriptor, not blocking
-    :raises OSError: the host has none for us
+    :param by_call: use the system call if there is no /dev/userfaultfd (before Linux 6.1)
+    :returns: a non-blocking descriptor, owned by the caller
+    :raises OSError: the host has no userfaultfd, or this process may not use it
     """
     cdef int fd = uffd_device()
     if fd < 0 and errno == ENOENT and by_call:
@@ -109,7 +111,7 @@ def create(bint by_call):
 
 
 def register(int fd, uintptr_t address, size_t size):
-    """Let `fd` tell of each page of [`address`, `address` + `size`) that is missing when it is touched.
+    """Make `fd` report every access to a missing page of [`address`, `address` + `size`).
 
     :raises OSError: the kernel refused
     """
@@ -118,10 +120,10 @@ def register(int fd, uintptr_t address, size_t size):
 
 
 def create_marks():
-    """A userfaultfd whose write protection goes at the first write by itself, and tells of it so.
+    """Create a userfaultfd for tracking writes: the kernel removes a page's write protection at the first write.
 
-    :returns: its descriptor; the marks go with it
-    :raises OSError: the host has none for us (before Linux 6.7)
+    :returns: a descriptor, owned by the caller; closing it removes all marks
+    :raises OSError: the kernel is older than Linux 6.7, or this process may not use userfaultfd
     """
     cdef int fd = uffd_marks()
     if fd < 0:
@@ -130,7 +132,7 @@ def create_marks():
 
 
 def register_marks(int fd, uintptr_t address, size_t size):
-    """Let pages of [`address`, `address` + `size`) be marked by ``vmm._mapping.unmarked_runs``.
+    """Allow ``vmm._mapping.unmarked_runs`` to mark the pages of [`address`, `address` + `size`).
 
     :raises OSError: the kernel refused
     """
@@ -139,7 +141,7 @@ def register_marks(int fd, uintptr_t address, size_t size):
 
 
 def drop(uintptr_t address, size_t size):
-    """Give the pages back. Returns once the handler has heard of it.
+    """Free the pages of [`address`, `address` + `size`). Returns once the handler has read the event.
 
     :raises OSError: the kernel refused
     """
@@ -153,12 +155,13 @@ def drop(uintptr_t address, size_t size):
 
 
 def watch(int peer, int process, int stop):
-    """Return when `stop` can be read. Before that, end this process by one line and status 1 if the handler dies.
+    """Wait until `stop` is readable. If the page fault handler dies first, write one line and exit with status 1.
 
-    Whoever touches a page that is missing waits for ever then, and may hold the GIL: nothing else would end it.
+    Without a handler, a thread that touches a missing page waits for ever. It may hold the GIL, so only this thread
+    can end the process. All three descriptors are borrowed.
 
     :param peer: the connection to the handler
-    :param process: a pidfd of who listened
+    :param process: a pidfd of the process that listened for the connection
     :param stop: an eventfd
     """
     with nogil:
@@ -166,6 +169,6 @@ def watch(int peer, int process, int stop):
 
 
 def touch(uintptr_t address, size_t size):
-    """Have all pages brought that are missing."""
+    """Read one byte of each page of [`address`, `address` + `size`), so that the handler supplies the missing ones."""
     with nogil:
         uffd_touch(address, size)

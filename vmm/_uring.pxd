@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# io_uring by its system calls: the submissions and completions of one thread.
+# io_uring through its system calls: the submissions and completions of one thread.
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 cdef extern from "<linux/io_uring.h>" nogil:
@@ -14,19 +14,19 @@ cdef extern from "<linux/io_uring.h>" nogil:
         uint64_t user_data
     struct io_uring_cqe:
         uint64_t user_data
-        int32_t res                 # as the system call would have returned, or -errno
+        int32_t res                 # what the system call would have returned, or -errno
     enum:
         IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_READ, IORING_OP_WRITE, IORING_OP_FSYNC, IORING_OP_FALLOCATE
         IORING_FSYNC_DATASYNC
 
 cdef struct Uring:
-    int fd                          # -1: not open; readable where a completion is to be had
-    unsigned int *sq_head           # the kernel's
-    unsigned int *sq_tail           # ours
+    int fd                          # -1: not open; readable when there is a completion
+    unsigned int *sq_head           # written by the kernel
+    unsigned int *sq_tail           # written by us
     unsigned int sq_mask
-    unsigned int tail               # submissions written so far; sq_tail is what the kernel may see
-    unsigned int *cq_head           # ours
-    unsigned int *cq_tail           # the kernel's
+    unsigned int tail               # submissions prepared so far; the kernel sees those up to sq_tail
+    unsigned int *cq_head           # written by us
+    unsigned int *cq_tail           # written by the kernel
     unsigned int cq_mask
     io_uring_sqe *sqes
     io_uring_cqe *cqes
@@ -37,14 +37,15 @@ cdef struct Uring:
 cdef enum:
     RING_ENTRIES = 256
 
-# Room for RING_ENTRIES submissions and twice the completions, for any thread, but one at a time. 0 or -errno.
+# Open a ring for RING_ENTRIES submissions and twice as many completions. Any thread may use it, one at a time. Returns
+# 0 or -errno.
 cdef int uring_open(Uring *ring) noexcept
-# With nothing under way.
+# Close the ring, or return it to the stock. No request may be in flight.
 cdef void uring_close(Uring *ring) noexcept
-# The next submission, all zero, or NULL: no room. The kernel sees it after uring_submit.
+# Return the next free submission, zeroed, or NULL if the ring is full. The kernel sees it after uring_submit.
 cdef io_uring_sqe *uring_next(Uring *ring) noexcept nogil
-# Hand over what was written, and wait for `wait` completions. 0 or -errno; EINTR is tried again.
+# Submit the prepared entries, and wait for `wait` completions. Returns 0 or -errno; retries after EINTR.
 cdef int uring_submit(Uring *ring, unsigned int wait) noexcept nogil
-# The oldest completion not yet taken, or NULL; it is taken by uring_seen.
+# Return the oldest completion, or NULL. It stays the oldest until uring_seen.
 cdef io_uring_cqe *uring_peek(Uring *ring) noexcept nogil
 cdef void uring_seen(Uring *ring) noexcept nogil

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""io_uring by its three system calls and two shared rings; one thread uses a ring. Source: Linux io_uring(7).
+"""io_uring through its three system calls and two shared rings; one thread uses a ring. Source: Linux io_uring(7).
 
-A seccomp filter sees no submission: a ring may do what its thread may not. So each ring is restricted, for good, to
-what disks ask of it, and none is made behind a filter: ``stock`` makes them before.
+A seccomp filter does not see submissions, so a ring could do what its thread may not. Therefore each ring is
+restricted, for good, to the operations that disks need, and ``stock`` makes all rings before the filters are installed.
 """
 from libc.errno cimport EINTR, EINVAL, EMFILE, errno
 from libc.stdint cimport uint32_t
@@ -24,7 +24,7 @@ cdef extern from *:
     static inline int uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags) {
         return (int)syscall(__NR_io_uring_enter, fd, submit, wait, flags, NULL, 0);
     }
-    /* Of a ring made with IORING_SETUP_R_DISABLED, for good: these operations, without flags, and no registration. */
+    /* Restrict a ring made with IORING_SETUP_R_DISABLED, for good: only these operations, no flags, no registration. */
     static inline int uring_restrict(int fd) {
         static const unsigned char allowed[] = {
             IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_READ, IORING_OP_WRITE, IORING_OP_FSYNC, IORING_OP_FALLOCATE,
@@ -77,8 +77,8 @@ cdef extern from "<sys/mman.h>" nogil:
 
 
 cdef Uring[64] _stock
-cdef int _stocked = -1                  # -1: rings are made when they are wanted
-cdef int _refusal = 0                   # why there were none to stock
+cdef int _stocked = -1                  # rings in _stock; -1: there is no stock, uring_open makes rings
+cdef int _refusal = 0                   # errno of the failure if stock() could make no ring
 
 
 cdef int uring_open(Uring *ring) noexcept:
@@ -101,8 +101,8 @@ cdef int _make(Uring *ring) noexcept nogil:
     cdef char *base
     memset(ring, 0, sizeof(Uring))
     memset(&p, 0, sizeof(p))
-    # No interrupt of this thread for a completion (Linux 5.19): it wakes from its sleep anyway. DEFER_TASKRUN would
-    # save more, but does not wake who sleeps in epoll on the ring.
+    # COOP_TASKRUN (Linux 5.19): a completion does not interrupt this thread, which polls the ring anyway. DEFER_TASKRUN
+    # would save more, but does not wake a thread that sleeps in epoll on the ring.
     p.flags = IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_R_DISABLED
     ring.fd = uring_setup(RING_ENTRIES, &p)
     if ring.fd < 0 and errno == EINVAL:
@@ -183,7 +183,7 @@ cdef int uring_submit(Uring *ring, unsigned int wait) noexcept nogil:
 
 
 cdef io_uring_cqe *uring_peek(Uring *ring) noexcept nogil:
-    # pairs with the kernel's release of its tail, after the completions before it
+    # pairs with the kernel's store-release of cq_tail, which follows its writes of the completions
     if ring.cq_head[0] == load_acquire(ring.cq_tail):
         return NULL
     return &ring.cqes[ring.cq_head[0] & ring.cq_mask]
@@ -194,7 +194,7 @@ cdef void uring_seen(Uring *ring) noexcept nogil:
 
 
 def probe():
-    """Whether there are rings: 0, or why there are none, as an error number."""
+    """Check whether io_uring is usable. Returns 0, or an error number that says why not."""
     cdef Uring ring
     cdef int status
     if _stocked >= 0:
@@ -206,9 +206,9 @@ def probe():
 
 
 def stock(int count):
-    """Make up to `count` rings, 64 at most; from here on this process makes no other, and gives them out by turns.
+    """Make up to `count` rings, at most 64. After this the process makes no others: closed rings are used again.
 
-    :returns: how many there are
+    :returns: the number of rings made
     """
     global _refusal, _stocked
     cdef int status = 0

@@ -179,7 +179,7 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
         (("cmdline",), 5, "is damaged: cmdline is not str"),
         (("vcpus",), {}, "is damaged: vcpus is not list"),
         (("vcpus", 0, "regs"), b"", "KVM_SET_REGS: has 0 bytes, KVM takes"),
-        (("vcpus", 0, "cpuid"), bytes(41), "KVM_SET_CPUID2: 41 bytes are no list"),
+        (("vcpus", 0, "cpuid"), bytes(41), "KVM_SET_CPUID2: has 41 bytes, not a list"),
     ],
     ids=str,
 )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Seccomp filters, made by ``setup.py`` of ``vmm/jail/rules.py``: put on threads, and what happens to a thread that
-breaks one; and Landlock.
+"""Install seccomp filters on threads, report a thread that breaks its filter, and restrict threads by Landlock.
 
-Source: Linux seccomp(2).
+``setup.py`` compiles the filters from ``vmm/jail/rules.py``. Source: Linux seccomp(2), landlock(7).
 """
 import gc
 import os
@@ -40,7 +39,7 @@ cdef extern from *:
         do digits[--n] = "0123456789abcdef"[value % base]; while (value /= base);
         return put(line, at, digits + n);
     }
-    /* On the thread that broke its filter, in the middle of anything: only what is safe in a signal handler. */
+    /* Runs on the thread that broke its filter, at any point of its work: only async-signal-safe calls. */
     static void on_sigsys(int number, siginfo_t *info, void *context) {
         static const int registers[] = { REG_RDI, REG_RSI, REG_RDX };
         char line[256];
@@ -63,26 +62,27 @@ cdef extern from *:
         if (trap_log >= 0 && write(trap_log, line, at) < 0) {}
         _exit(STATUS_BAD_SYSCALL);
     }
-    /* glibc's malloc reads files, which no filter allows: at its ninth arena to count the CPUs, and before it first
-       makes a thread's arena smaller the host's overcommit policy. */
+    /* glibc's malloc opens files, which no filter allows: to count the CPUs when it makes the ninth arena, and to read
+       the host's overcommit policy before it first shrinks a thread's arena. These settings avoid both. */
     static void calm_malloc(void) {
         mallopt(M_ARENA_MAX, 8);
         mallopt(M_TRIM_THRESHOLD, 1 << 30);
     }
-    /* For a program that embeds us malloc stays as it is: a thread without a filter does these first. An arena is made
-       smaller when as much of it is free as the largest block that the program freed, twice: nearly a whole arena. */
+    /* A program that embeds pyvmm keeps its malloc settings. Instead a thread without a filter makes malloc read both
+       files now. An arena shrinks once its free top exceeds twice the largest block ever freed: nearly a whole arena.
+       */
     static void *be_a_thread(void *unused) {
         enum { BLOCK = 100 << 10, BLOCKS = (60 << 20) / BLOCK };
         void *blocks[BLOCKS];
         int made = 0;
         while (made < BLOCKS && (blocks[made] = malloc(BLOCK))) made++;
         while (made) free(blocks[--made]);
-        pthread_exit(unused);           /* loads libgcc, as the end of a thread at the interpreter's end does */
+        pthread_exit(unused);           /* loads libgcc now: a thread that ends at interpreter exit needs it */
     }
     static void prepare_malloc(void) {
         pthread_t thread;
         if (!getenv("MALLOC_ARENA_MAX") && !getenv("GLIBC_TUNABLES"))
-            mallopt(M_ARENA_MAX, 8 * (int)sysconf(_SC_NPROCESSORS_ONLN));   /* as it would find by itself */
+            mallopt(M_ARENA_MAX, 8 * (int)sysconf(_SC_NPROCESSORS_ONLN));   /* malloc's own default */
         if (!pthread_create(&thread, NULL, be_a_thread, NULL)) pthread_join(thread, NULL);
     }
     static int can_trap(void) {
@@ -93,7 +93,7 @@ cdef extern from *:
         struct sigaction action;
         sigset_t mask;
         if (!sigaction(SIGSYS, NULL, &action) && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN)
-            return 0;                   /* the program's own */
+            return 0;                   /* the embedding program has a handler: keep it */
         memset(&action, 0, sizeof(action));
         action.sa_sigaction = on_sigsys;
         action.sa_flags = SA_SIGINFO;
@@ -103,23 +103,22 @@ cdef extern from *:
         sigaddset(&mask, SIGSYS);
         return pthread_sigmask(SIG_UNBLOCK, &mask, NULL);
     }
-    /* Landlock, by its numbers (Linux's include/uapi/linux/landlock.h): Debian 12's headers know half of them. */
+    /* Landlock's numbers are literals (Linux include/uapi/linux/landlock.h): Debian 12's headers lack half of them. */
     static int landlock_abi(void) { return (int)syscall(444, NULL, (size_t)0, 1u); }
     static int landlock_confine(int no_files, int below, int changes) {
         static const unsigned long long FILES[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
-        /* Below a directory: to read files and list directories, and with `changes` all but to execute and to IOCTL. */
+        /* Rights below a directory: read files and list directories; with `changes`, all but execute and ioctl. */
         enum { READS = 0xc, CHANGES = 0x7ffe };
         struct { unsigned long long files, net, scoped; } rules = { 0, 0, 0 };
         struct { unsigned long long allowed; int parent; } __attribute__((packed)) rule = { 0, below };
         int abi = landlock_abi(), fd, status;
         long errata;
         if (abi < 1) return 0;
-        /* A ruleset that handles any right to files forbids renames to another directory, too: all of them or none.
-           Only since its second version can they be allowed. */
+        /* A ruleset with any file right also forbids renames to another directory. Version 2 can allow them again. */
         if (no_files && !(changes && abi < 2)) rules.files = FILES[abi < 5 ? abi : 5];
         if (abi >= 4) rules.net = 3;                            /* bind and connect of TCP */
         if (abi >= 6) rules.scoped = 1;                         /* abstract sockets */
-        /* Signals between threads of one process: erratum 2 has to be mended. */
+        /* Scope signals only if erratum 2 is fixed: before, it blocked signals between threads of one process, too. */
         if (abi >= 6 && (errata = syscall(444, NULL, (size_t)0, 2u)) > 0 && errata & 2) rules.scoped |= 2;
         if (!rules.files && !rules.net) return 0;
         if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return -1;
@@ -131,7 +130,7 @@ cdef extern from *:
         close(fd);
         return status;
     }
-    /* The filter of that kind, with this process's number in it; the count of its instructions, 0: there is none. */
+    /* Copy the filter for `kind`, with this process's id filled in. Returns its instruction count; 0: unknown kind. */
     static int filter_of(const char *kind, struct sock_filter *code) {
         for (int i = 0; i < FILTERS; i++) {
             if (strcmp(filters[i].kind, kind) || filters[i].count > MOST) continue;
@@ -176,15 +175,15 @@ cdef extern from *:
 
 
 def kinds():
-    """By kind of thread, whether it opens no file."""
+    """Every kind of thread, and whether it opens no files."""
     return {filters[i].kind.decode(): filters[i].fileless for i in range(FILTERS) if filters[i].thread}
 
 
 def program(str kind):
-    """The filter of `kind` for this process, a BPF program.
+    """The filter for `kind` in this process, as a BPF program.
 
-    :param kind: of ``kinds``, or ``base`` or ``spawn``
-    :raises ValueError: there is no such kind
+    :param kind: a key of ``kinds``, or ``base`` or ``spawn``
+    :raises ValueError: unknown kind
     """
     cdef sock_filter[MOST] code
     cdef int count = filter_of(kind.encode(), code)
@@ -194,21 +193,21 @@ def program(str kind):
 
 
 def is_confined():
-    """Whether the calling thread has put a filter on."""
+    """Whether the calling thread has installed a filter."""
     return thread_kind[0] != 0
 
 
 def collect_elsewhere(phase, info):
-    """A callback of ``gc.callbacks``: a collection that begins on a thread with a filter collects nothing.
+    """A callback for ``gc.callbacks``: a collection that starts on a thread with a filter collects nothing.
 
-    Whichever thread begins a collection runs the finalizers of what the embedding program dropped, which may open
-    files or wait for children: no filter allows that. So everything is frozen meanwhile; a later collection, on another
-    thread, finds it. What the program itself had frozen is thawed, too.
+    The thread that starts a collection runs the finalizers of all garbage, also of the embedding program. Those may
+    open files or wait for children, which no filter allows. So all objects are frozen during the collection, and a
+    later one on another thread collects them. Side effect: objects that the program itself had frozen are unfrozen.
     """
     if not thread_kind[0]:
         return
-    # Not in Python: no other thread can drop anything between this and the collection, as no bytecode lets it run. A
-    # callback behind this one would.
+    # This is not Python code: no bytecode runs between here and the collection, so no other thread can create garbage.
+    # A later callback in the list would allow that, so this one moves itself to the end.
     if gc.callbacks[len(gc.callbacks) - 1] is not collect_elsewhere:
         gc.callbacks.append(collect_elsewhere)
     if phase == "start":
@@ -218,10 +217,10 @@ def collect_elsewhere(phase, info):
 
 
 def catch_faults(bint alone):
-    """Make a thread that breaks its filter name the system call on stderr, and end the process with status 148.
+    """When a thread breaks its filter, write the system call's name to stderr and end the process with status 148.
 
-    :param alone: no code but ours runs in this process, so its malloc is ours to tune
-    :raises OSError: the kernel has no seccomp filters
+    :param alone: whether only pyvmm runs in this process, so that malloc may be tuned for it
+    :raises OSError: the kernel does not support seccomp filters
     """
     if can_trap():
         raise OSError(errno, os.strerror(errno))
@@ -234,38 +233,38 @@ def catch_faults(bint alone):
 
 
 def log_to(int fd):
-    """Write a fault's line to `fd` as well as to stderr; borrowed, -1: none. For ``vmm.logger.watch``."""
+    """Write a violation's line to `fd` as well as to stderr; borrowed; -1: only to stderr. For ``vmm.logger.watch``."""
     global trap_log
     trap_log = fd
 
 
 def landlock():
-    """The version of Landlock that the kernel has; below 1: it has none."""
+    """The kernel's Landlock version; below 1: the kernel has no Landlock."""
     return landlock_abi()
 
 
 def confine(bint no_files, int below=-1, bint changes=False):
-    """Let the calling thread make no TCP connection and reach no abstract socket, by Landlock, as far as there is any.
+    """Forbid the calling thread TCP connections and abstract sockets, as far as the kernel's Landlock supports it.
 
-    :param no_files: it can open, make, change and remove no file either
-    :param below: with `no_files`, a directory's descriptor: files below it can be opened and read even so; borrowed
-    :param changes: with `below`, they can be made, changed and removed, too; that needs Linux 5.19, and before it
-        `no_files` is not kept either, as renames to another directory cannot be allowed there
-    :raises OSError: the kernel refused it
+    :param no_files: also forbid opening, creating, changing and removing files
+    :param below: with `no_files`, descriptor of a directory below which files may still be read; borrowed; -1: none
+    :param changes: with `below`, files there may also be created, changed and removed. Before Linux 5.19 `no_files`
+        then has no effect, because Landlock could not allow renames between directories
+    :raises OSError: the kernel refused
     """
     if landlock_confine(no_files, below, changes):
         raise OSError(errno, f"Landlock: {os.strerror(errno)}")
 
 
 def install(str kind, bint whole_process=False):
-    """Put a filter on the calling thread, or on all threads; it stays, and further ones only take away.
+    """Install a filter on the calling thread, or on all threads. It is permanent; a further filter only forbids more.
 
     :param kind: as for ``program``
-    :raises OSError: the kernel refused it, or there is no such kind
+    :raises OSError: the kernel refused, or the kind is unknown
     """
     cdef bytes name = kind.encode()
     cdef const char *of = name
     cdef long status
     status = filter_install(of, whole_process)
     if status:
-        raise OSError(errno, f"seccomp: {os.strerror(errno) if status < 0 else 'a thread could not follow'}")
+        raise OSError(errno, f"seccomp: {os.strerror(errno) if status < 0 else 'another thread has another filter'}")

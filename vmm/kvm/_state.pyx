@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""What KVM knows of a vCPU and of a VM, out of it and into another: one ioctl a part, each a few hundred nanoseconds.
+"""Save and restore the KVM state of a vCPU and of a VM: one ioctl for each part, a few hundred nanoseconds each.
 
-Source: Linux Documentation/virt/kvm/api.rst. The orders are those in which no part changes another:
-MP_STATE is read first, because reading it may accept events, and VCPU_EVENTS last. The local APIC is set after SREGS,
-which say where it is, and before the MSRs, or it drops the TSC deadline; the deadline is written after the TSC.
+Source: Linux Documentation/virt/kvm/api.rst. The order matters, because some parts change others. MP_STATE is read
+first, because reading it may accept events, and VCPU_EVENTS last. The local APIC is set after SREGS, which hold its
+address, and before the MSRs, because setting it would clear the TSC deadline. The deadline is written after the TSC.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EINVAL, errno
@@ -76,7 +76,7 @@ cdef extern from *:
     unsigned long KVM_SET_IRQCHIP, KVM_GET_CLOCK, KVM_SET_CLOCK, KVM_KVMCLOCK_CTRL, KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ
     uint32_t KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_CAP_XCRS, KVM_CAP_TSC_CONTROL, KVM_CLOCK_REALTIME
 
-# Every ioctl that reads state, for those who allow a thread that and no more.
+# Every ioctl that reads state; the seccomp rules allow a saving thread these and no others.
 READS = (
     KVM_CHECK_EXTENSION, KVM_GET_MSR_INDEX_LIST, KVM_GET_MSRS, KVM_GET_CPUID2, KVM_GET_MP_STATE, KVM_GET_REGS,
     KVM_GET_SREGS, KVM_GET_SREGS2, KVM_GET_XSAVE, KVM_GET_XSAVE2, KVM_GET_XCRS, KVM_GET_DEBUGREGS, KVM_GET_LAPIC,
@@ -84,7 +84,7 @@ READS = (
 )
 
 cdef enum:
-    REALTIME = 2                # of kvm_clock_data's 64-bit words, as Linux has it since 5.16
+    REALTIME = 2                # index of `realtime` in kvm_clock_data's 64-bit words, since Linux 5.16
     MSRS = 512
     CPUID_ENTRIES = 256
     IRQCHIPS = 3
@@ -92,10 +92,10 @@ cdef enum:
     MSR_IA32_TSC_DEADLINE = 0x6e0
     MSR_KVM_SYSTEM_TIME = 0x12
     MSR_KVM_SYSTEM_TIME_NEW = 0x4b564d01
-    TSC_TOLERANCE_PPM = 250     # as in every VMM: what NTP corrects
+    TSC_TOLERANCE_PPM = 250     # as in other VMMs: what NTP corrects
 
 cdef object _passed_since(uint64_t then):
-    # Nanoseconds of time; 0 where the host's was set back, or it cannot be told.
+    # Nanoseconds since `then`; 0 if `then` is 0 (unknown), or if the host's clock was set back.
     return max(time_ns() - then, 0) if then else 0
 
 cdef struct MsrBatch:
@@ -115,28 +115,28 @@ cdef bytes _get(int fd, unsigned long request, size_t size, str name):
 
 
 cdef int _set(int fd, unsigned long request, data, size_t size, str name) except -1:
-    # What comes from a file is judged by its size here, and by KVM.
+    # `data` may come from a file: check its size here; KVM checks the contents.
     if not isinstance(data, bytes) or <size_t>len(data) != size:
         raise SnapshotError(name, f"has {len(data) if isinstance(data, bytes) else 'no'} bytes, KVM takes {size}")
-    # KVM copies it in; a bytes object is not written to.
+    # KVM only reads the buffer, so the bytes object does not change.
     if kvm_call(fd, request, PyBytes_AS_STRING(data)) < 0:
         raise KvmError(errno, name)
     return 0
 
 
 cdef class StateAccess:
-    """How the state of this host's KVM is laid out; one a process is enough.
+    """Saves and restores state with the features of this host's KVM; one object per process is enough.
 
-    :param kvm_fd: /dev/kvm; used by the constructor only
+    :param kvm_fd: descriptor of /dev/kvm; borrowed, used by the constructor only
     """
 
-    cdef size_t xsave_bytes         # what KVM_SET_XSAVE reads
+    cdef size_t xsave_bytes         # bytes that KVM_SET_XSAVE reads
     cdef bint has_xsave2
     cdef bint has_sregs2
     cdef bint has_xcrs
     cdef bint has_tsc_control
-    cdef list msr_indices           # those that KVM lists, less those that it does not give
-    cdef dict new                   # what a new vCPU here has of parts that most guests leave as they were; once known
+    cdef list msr_indices           # the MSRs that KVM lists, without those that it cannot read
+    cdef dict new                   # _rarely_changed() of a new vCPU on this host; None: not read yet
     cdef int new_tsc_khz
 
     def __init__(self, int kvm_fd):
@@ -153,9 +153,10 @@ cdef class StateAccess:
         self.msr_indices = [indices[1 + i] for i in range(indices[0])]
 
     def save_vcpu(self, int fd):
-        """The state of a vCPU that is not in KVM_RUN, nor between an exit and the next KVM_RUN.
+        """Read the state of a vCPU. It must not be in KVM_RUN, and KVM_RUN must have completed its last exit.
 
-        :returns: each part by its name in the API, as the bytes of its structure
+        :param fd: the vCPU's descriptor; borrowed
+        :returns: each part as the bytes of its KVM structure, by its name in the KVM API
         :raises KvmError: KVM refused a part; ``what`` names it
         """
         state = {
@@ -205,21 +206,21 @@ cdef class StateAccess:
                 raise KvmError(errno, "KVM_GET_MSRS")
             if got == len(indices):
                 break
-            # Listed, and not to be had: neither is it of another host's.
+            # KVM lists this MSR but cannot read it: leave it out from now on.
             indices = indices[:got] + indices[got + 1:]
         self.msr_indices = indices
         return {batch.entries[i].index: batch.entries[i].data for i in range(got)}
 
     def restore_vcpu(self, int fd, dict state):
-        """Give a new vCPU that state. Its TSC has gone on meanwhile, by the host's time of day.
+        """Write `state`, from ``save_vcpu``, to a new vCPU. Its TSC is advanced by the host's time since the save.
 
-        :raises SnapshotError: a part is not there or has another size than here
+        :raises SnapshotError: a part is missing or has a different size on this host
         :raises KvmError: KVM refused a part; ``what`` names it
         """
         cdef CpuidTable table
         cdef bytes cpuid = state["cpuid"]
         if len(cpuid) % 40 or <size_t>len(cpuid) > sizeof(table.entries):
-            raise SnapshotError("KVM_SET_CPUID2", f"{len(cpuid)} bytes are no list of CPUID entries")
+            raise SnapshotError("KVM_SET_CPUID2", f"has {len(cpuid)} bytes, not a list of 40-byte entries")
         table.header.nent = len(cpuid) // 40
         table.header.padding = 0
         memcpy(table.entries, <char *>cpuid, len(cpuid))
@@ -236,7 +237,7 @@ cdef class StateAccess:
         else:
             _set(fd, KVM_SET_SREGS, state["sregs"], sizeof(kvm_sregs), "KVM_SET_SREGS")
         _set(fd, KVM_SET_XSAVE, state["xsave"], self.xsave_bytes, "KVM_SET_XSAVE")
-        # Each call loads the vCPU, which takes longer than what most of them do.
+        # Each call loads the vCPU, which is most of its cost: skip the parts that have a new vCPU's values.
         if "xcrs" in state and state["xcrs"] != self.new["xcrs"]:
             _set(fd, KVM_SET_XCRS, state["xcrs"], sizeof(kvm_xcrs), "KVM_SET_XCRS")
         if state["debugregs"] != self.new["debugregs"]:
@@ -245,7 +246,7 @@ cdef class StateAccess:
         self._set_msrs(fd, state["msrs"], state.get("realtime", 0), state["tsc_khz"])
         if state["vcpu_events"] != self.new["vcpu_events"]:
             _set(fd, KVM_SET_VCPU_EVENTS, state["vcpu_events"], sizeof(kvm_vcpu_events), "KVM_SET_VCPU_EVENTS")
-        # So that a guest's watchdog does not take the pause for a hang. EINVAL: its kvm-clock is nowhere.
+        # KVM_KVMCLOCK_CTRL keeps a guest's watchdog from taking the pause for a hang. EINVAL: kvm-clock is not in use.
         has_clock = state["msrs"].get(MSR_KVM_SYSTEM_TIME, 0) | state["msrs"].get(MSR_KVM_SYSTEM_TIME_NEW, 0)
         if has_clock & 1 and kvm_call(fd, KVM_KVMCLOCK_CTRL, NULL) < 0 and errno != EINVAL:
             raise KvmError(errno, "KVM_KVMCLOCK_CTRL")
@@ -264,20 +265,21 @@ cdef class StateAccess:
         cdef uint32_t count = 1
         cdef int done
         if len(msrs) >= MSRS:
-            raise SnapshotError("KVM_SET_MSRS", f"{len(msrs)} registers are more than there are")
+            raise SnapshotError("KVM_SET_MSRS", f"has {len(msrs)} registers, at most {MSRS - 1} are allowed")
         for index, value in msrs.items():
             if index != MSR_IA32_TSC_DEADLINE and index != MSR_IA32_TSC:
                 batch.entries[count].index = index
                 batch.entries[count].reserved = 0
                 batch.entries[count].data = value
                 count += 1
-        # As late as can be: what passes until KVM has it the guest loses.
+        # Computed as late as possible: the guest's TSC loses the time until KVM_SET_MSRS.
         batch.entries[0].index = MSR_IA32_TSC
         batch.entries[0].reserved = 0
         cycles = _passed_since(then) * tsc_khz // 1000000
         batch.entries[0].data = msrs.get(MSR_IA32_TSC, 0) + cycles & 0xFFFF_FFFF_FFFF_FFFF
         if MSR_IA32_TSC_DEADLINE in msrs:
-            # 0 where the deadline has passed and its interrupt is in no register yet: one in the past brings it.
+            # 0: the deadline has passed, but its interrupt may not be in a register yet. A deadline in the past raises
+            # it.
             batch.entries[count].index = MSR_IA32_TSC_DEADLINE
             batch.entries[count].reserved = 0
             batch.entries[count].data = msrs[MSR_IA32_TSC_DEADLINE] or batch.entries[0].data
@@ -292,9 +294,11 @@ cdef class StateAccess:
         return 0
 
     def save_vm(self, int fd, *, bint timer):
-        """The state of a VM's interrupt controllers, timer and clock; its vCPUs are held.
+        """Read the state of a VM's interrupt controllers, timer and clock. Its vCPUs must be paused.
 
-        :param timer: it has KVM's timer; False: the state of that is empty
+        :param fd: the VM's descriptor; borrowed
+        :param timer: whether the VM has KVM's timer; if not, ``pit2`` is empty
+        :raises KvmError: KVM refused a part; ``what`` names it
         """
         cdef kvm_irqchip *chip
         cdef bytes data
@@ -314,7 +318,11 @@ cdef class StateAccess:
         }
 
     def get_clock(self, int fd):
-        """kvm-clock, and the host's time of day beside it."""
+        """Read kvm-clock together with the host's time of day.
+
+        :returns: the bytes of ``struct kvm_clock_data``, with ``realtime`` set
+        :raises KvmError: KVM refused
+        """
         cdef kvm_clock_data data
         memset(&data, 0, sizeof(data))
         if kvm_call(fd, KVM_GET_CLOCK, &data) < 0:
@@ -324,12 +332,14 @@ cdef class StateAccess:
         return (<char *>&data)[:sizeof(data)]
 
     def restore_vm(self, int fd, dict state, *, bint realtime):
-        """Give a VM that state; its vCPUs have not run, and it has KVM's timer if the state has one.
+        """Write `state`, from ``save_vm``, to a VM whose vCPUs have not run. It has KVM's timer if the saved VM had it.
 
-        :param realtime: the guest's clock has gone on meanwhile; False: it goes on from where it was
+        :param realtime: whether to advance kvm-clock by the time since the save; False: it continues where it stopped
+        :raises SnapshotError: a part has the wrong size or number
+        :raises KvmError: KVM refused a part; ``what`` names it
         """
         if len(state["irqchips"]) != IRQCHIPS:
-            raise SnapshotError("KVM_SET_IRQCHIP", f"{len(state['irqchips'])} chips where there are {IRQCHIPS}")
+            raise SnapshotError("KVM_SET_IRQCHIP", f"has {len(state['irqchips'])} chips, KVM takes {IRQCHIPS}")
         if state["pit2"] != b"":
             _set(fd, KVM_SET_PIT2, state["pit2"], sizeof(kvm_pit_state2), "KVM_SET_PIT2")
         for chip in state["irqchips"]:
@@ -337,16 +347,19 @@ cdef class StateAccess:
         self.set_clock(fd, state["clock"], realtime=realtime)
 
     def set_clock(self, int fd, clock, *, bint realtime):
-        """Set kvm-clock to what ``get_clock`` said.
+        """Set kvm-clock to `clock`, from ``get_clock``.
 
         :param realtime: as for ``restore_vm``
+        :raises SnapshotError: `clock` has the wrong size
+        :raises KvmError: KVM refused
         """
         cdef kvm_clock_data data
         if not isinstance(clock, bytes) or len(clock) != sizeof(data):
-            raise SnapshotError("KVM_SET_CLOCK", "the clock is damaged")
+            raise SnapshotError("KVM_SET_CLOCK", f"KVM takes a structure of {sizeof(data)} bytes")
         memcpy(&data, <char *>clock, sizeof(data))
         data.flags = data.flags & KVM_CLOCK_REALTIME if realtime else 0
-        # KVM adds what has passed only to a clock that it read beside the host's own, for which that has to be the TSC.
+        # KVM advances the clock itself only if it had read the host's time with it (KVM_CLOCK_REALTIME), which it does
+        # only if the host's clock source is the TSC.
         if realtime and not data.flags:
             data.clock += <uint64_t>_passed_since((<uint64_t *>&data)[REALTIME])
         if kvm_call(fd, KVM_SET_CLOCK, &data) < 0:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""One vCPU's run loop: KVM_RUN, and the exits that can be finished without Python, all without the GIL.
+"""One vCPU's run loop: KVM_RUN, and the exits that need no Python, all without the GIL.
 
-A vCPU's thread calls ``attach`` once, then ``run`` again and again. ``run`` comes back only when a person must decide:
-a kick, an end of the guest, an error. Port and MMIO accesses of Python devices take the GIL for that access alone.
-While its ``Gate`` is shut, a vCPU waits at it, without the GIL as well.
+A vCPU's thread calls ``attach`` once, then ``run`` again and again. ``run`` returns only for exits that the caller must
+handle: a kick, a shutdown of the guest, an error. An access to a Python device takes the GIL for that access only.
+While its ``Gate`` is shut, a vCPU waits inside ``run``, also without the GIL.
 """
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.buffer cimport PyBUF_WRITE
@@ -37,7 +37,7 @@ cdef extern from *:
     #include <sys/mman.h>
     #include <time.h>
 
-    /* kvm_run's union, reached by accessors: Cython cannot name an anonymous member. */
+    /* Accessors for kvm_run's union: Cython cannot name an anonymous member. */
     static inline uint16_t io_port(struct kvm_run *r) { return r->io.port; }
     static inline uint8_t io_size(struct kvm_run *r) { return r->io.size; }
     static inline uint32_t io_count(struct kvm_run *r) { return r->io.count; }
@@ -59,7 +59,7 @@ cdef extern from *:
 
     #define KICK_SIGNAL SIGRTMIN
     static void on_kick(int signal) { (void)signal; }
-    /* The kick must interrupt KVM_RUN, so no SA_RESTART; every other signal is left to Python's main thread. */
+    /* No SA_RESTART: the kick must interrupt KVM_RUN. Signals other than faults are left to Python's main thread. */
     static int arm_kick(void)
     {
         struct sigaction action = { .sa_handler = on_kick };
@@ -74,7 +74,7 @@ cdef extern from *:
     struct gate {
         pthread_mutex_t lock;
         pthread_cond_t changed;
-        int shut;               /* read without the lock, too */
+        int shut;               /* also read without the lock */
         int ended, waiting;
     };
     static int gate_init(struct gate *g)
@@ -89,7 +89,7 @@ cdef extern from *:
         pthread_cond_broadcast(&g->changed);
         pthread_mutex_unlock(&g->lock);
     }
-    /* A vCPU's thread: returns when the gate is open; whether it is so for good. */
+    /* Called by a vCPU's thread: wait until the gate opens. Returns whether gate_set ended it for good. */
     static int gate_pass(struct gate *g)
     {
         int ended;
@@ -102,7 +102,7 @@ cdef extern from *:
         pthread_mutex_unlock(&g->lock);
         return ended;
     }
-    /* Whether `count` vCPUs wait, or it is open for good, within 50 ms. */
+    /* Wait at most 50 ms. Returns whether `count` vCPUs wait at the gate, or the gate was ended for good. */
     static int gate_await(struct gate *g, int count)
     {
         struct timespec end;
@@ -156,16 +156,16 @@ cdef extern from *:
         MAP_SHARED
 
 
-KICKED = -1     # run() returns it where a KVM_EXIT_* number would not do: somebody called kick()
+KICKED = -1     # run() returned because of kick(); all other results are KVM_EXIT_* numbers
 
 cdef enum:
     NEEDS_PYTHON = -2
     FAILED = -3
-    AGAIN_MAX = 1000                # times that the first run of the first processor is tried
+    AGAIN_MAX = 1000                # attempts at the boot processor's first KVM_RUN
 
 
 cdef class Gate:
-    """Where the vCPUs of a machine wait while they are held. Kick them after ``shut``, or they come to it late."""
+    """Where a machine's vCPUs wait while they are paused. Kick them after ``shut``, so that they reach it soon."""
     cdef gate _gate
 
     def __cinit__(self):
@@ -176,19 +176,19 @@ cdef class Gate:
         gate_destroy(&self._gate)
 
     def shut(self):
-        """Hold the vCPUs from here on. They run on until they are kicked."""
+        """Pause the vCPUs. A vCPU runs on until it is kicked."""
         gate_set(&self._gate, True, False)
 
     def open(self):
-        """Let them run."""
+        """Let the vCPUs run again."""
         gate_set(&self._gate, False, False)
 
     def end(self):
-        """Let ``run`` of those that wait return ``KICKED``, now and from here on."""
+        """Make ``run`` return ``KICKED`` to every vCPU that waits here, now and later."""
         gate_set(&self._gate, False, True)
 
     def wait(self, int count):
-        """Return when `count` vCPUs wait, or after ``end``. In the main thread, handlers of signals run meanwhile."""
+        """Wait until `count` vCPUs wait here, or until ``end``. In the main thread, signal handlers run meanwhile."""
         cdef bint there = False
         while not there:
             with nogil:
@@ -204,20 +204,20 @@ cdef class VcpuLoop:
     :param pio: port address space
     :param mmio: memory-mapped address space
     """
-    cdef Gate _gate                 # None: nobody holds it
+    cdef Gate _gate                 # None: the vCPU cannot be paused
     cdef int _fd
     cdef kvm_run *_run              # shared with KVM, mapped until __dealloc__
     cdef size_t _run_size
     cdef Bus _pio
     cdef Bus _mmio
-    cdef uint32_t _done             # items of the current string I/O that are finished
+    cdef uint32_t _done             # finished items of the current string I/O
     cdef pthread_t _thread          # valid while _attached
     cdef bint _attached
-    cdef bint _boots                # it is the first processor, which waits for no other's INIT
-    cdef int _errno                 # of the KVM_RUN that failed
-    cdef readonly uint64_t exits    # times KVM_RUN came back with an exit
-    cdef uint64_t[4] _accesses      # of these, reads and writes of ports, reads and writes of MMIO
-    cdef readonly uint64_t python_exits  # of these, the ones that took the GIL
+    cdef bint _boots                # this is the boot processor, which does not wait for an INIT
+    cdef int _errno                 # errno of the KVM_RUN that failed
+    cdef readonly uint64_t exits    # times that KVM_RUN returned an exit
+    cdef uint64_t[4] _accesses      # exits for port reads, port writes, MMIO reads, MMIO writes
+    cdef readonly uint64_t python_exits  # exits that took the GIL
 
     def __cinit__(self, int fd, size_t mmap_size, Bus pio not None, Bus mmio not None):
         cdef void *p = mmap(NULL, mmap_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
@@ -234,10 +234,12 @@ cdef class VcpuLoop:
             munmap(self._run, self._run_size)
 
     def attach(self, str name, bint boots=False, Gate gate=None):
-        """Make the calling thread this vCPU's thread: named `name`, deaf to every signal but the kick.
+        """Make the calling thread this vCPU's thread. It blocks all signals but the kick and faults.
 
-        :param boots: it is the processor that boots, which waits for no other's INIT
-        :param gate: where it waits while it is held; None: nobody holds it
+        :param name: of the thread; truncated to 15 bytes
+        :param boots: whether this is the boot processor, which does not wait for an INIT
+        :param gate: where it waits while it is paused; None: it cannot be paused
+        :raises KvmError: the kick's signal handler cannot be installed
         """
         cdef bytes c_name = name.encode()[:15]
         if arm_kick() != 0:
@@ -249,21 +251,21 @@ cdef class VcpuLoop:
         self._attached = True
 
     def detach(self):
-        """The calling thread stops being this vCPU's; from here a kick only leaves its mark."""
+        """End what ``attach`` began. A kick no longer sends a signal; the next ``run`` still returns ``KICKED``."""
         self._attached = False
 
     def kick(self):
-        """Make ``run`` return ``KICKED`` soon, from any thread; kicks before the next ``run`` count once."""
+        """Make ``run`` return ``KICKED``, or wait if the gate is shut. Any thread. Kicks before a run count as one."""
         set_immediate_exit(self._run, 1)
         if self._attached:
             send_kick(self._thread)
 
     def run(self):
-        """Run the guest until an exit that only the machine can judge.
+        """Run the guest until an exit that the caller must handle.
 
-        :returns: ``KICKED``, or the ``KVM_EXIT_*`` number
+        :returns: ``KICKED`` or a ``KVM_EXIT_*`` number
         :raises KvmError: KVM_RUN failed
-        :raises Exception: what a Python device's ``read`` or ``write`` raised, ``vmm.events.Stop`` among them
+        :raises Exception: an exception from a Python device's ``read`` or ``write``, such as ``vmm.events.Stop``
         """
         cdef int reason
         while True:
@@ -285,8 +287,8 @@ cdef class VcpuLoop:
             return -1                   # KICKED
         while True:
             if enter_guest(self._fd) < 0:
-                # EAGAIN: an application processor that just got its INIT; or the host has no thread that KVM makes at
-                # the first run, which is said before KVM looks whether we were kicked.
+                # EAGAIN: an application processor just got its INIT. Or, at a VM's first run, the host could not start
+                # KVM's worker thread; KVM reports that before it checks for a kick.
                 if (errno == EINTR or errno == EAGAIN) and take_immediate_exit(run):
                     if gate == NULL or not gate_is_shut(gate) or gate_pass(gate):
                         return -1       # KICKED
@@ -327,7 +329,7 @@ cdef class VcpuLoop:
         return r.access(r.ctx, address - r.start, data, size, is_write)
 
     cdef int _port_access(self) noexcept nogil:
-        # String I/O comes as io_count() items at one port, packed one after the other.
+        # One exit of string I/O has io_count() items for the same port, packed one after the other.
         cdef kvm_run *run = self._run
         cdef uint32_t size = io_size(run)
         while self._done < io_count(run):
@@ -362,30 +364,30 @@ cdef class VcpuLoop:
             else:
                 device.read(address - r.start, view)
         finally:
-            view.release()  # kvm_run is KVM's again: a device that kept the view must not see it
+            view.release()  # a device that kept the view must not read kvm_run later: KVM reuses it
 
     @property
     def accesses(self):
-        """Exits by what the guest did; the rest of ``exits`` is neither."""
+        """Number of exits for port and MMIO accesses, by kind of access."""
         return dict(zip(("io_in", "io_out", "mmio_read", "mmio_write"), self._accesses))
 
     @property
     def suberror(self):
-        """After ``KVM_EXIT_INTERNAL_ERROR``: which; see ``KVM_INTERNAL_ERROR_*``."""
+        """After ``KVM_EXIT_INTERNAL_ERROR``: its kind, a ``KVM_INTERNAL_ERROR_*`` number."""
         return suberror(self._run)
 
     @property
     def internal_data(self):
-        """After ``KVM_EXIT_INTERNAL_ERROR``: KVM's words about it, a tuple of 64-bit integers."""
+        """After ``KVM_EXIT_INTERNAL_ERROR``: KVM's data about it, a tuple of at most 16 64-bit integers."""
         cdef int i
         return tuple([internal_data(self._run, i) for i in range(min(<int>internal_ndata(self._run), 16))])
 
     @property
     def fail_entry_reason(self):
-        """After ``KVM_EXIT_FAIL_ENTRY``: the hardware's reason."""
+        """After ``KVM_EXIT_FAIL_ENTRY``: the hardware's reason code."""
         return fail_reason(self._run)
 
     @property
     def system_event(self):
-        """After ``KVM_EXIT_SYSTEM_EVENT``: ``KVM_SYSTEM_EVENT_*``."""
+        """After ``KVM_EXIT_SYSTEM_EVENT``: a ``KVM_SYSTEM_EVENT_*`` number."""
         return event_type(self._run)
