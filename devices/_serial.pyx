@@ -2,9 +2,9 @@
 # cython: language_level=3
 """A 16550A serial port in C: a guest's console output costs no Python object and no GIL.
 
-Output goes to a ring that a console thread takes from (``wait_output``). When it is full THRE stays clear
-and the guest waits, as on a slow line: Linux's tty layer for ever, its printk for 10 ms a byte. Input lies
-"on the wire" until the FIFO has room and the guest wants it (``feed``).
+Output goes to a ring from which a console thread takes it (``wait_output``). While the ring is full, THRE stays clear
+and the guest waits, as on a slow line: Linux's tty layer for ever, its printk for 10 ms a byte. Input from ``feed``
+stays "on the wire", a second buffer, until the FIFO is empty and the guest is ready for it.
 
 Source: National Semiconductor PC16550D data sheet, section 8 (registers); Linux
 drivers/tty/serial/8250/8250_port.c.
@@ -70,25 +70,25 @@ cdef enum:
     MSR_DCD = 0x80
 
 cdef enum:
-    # A driver that waits for the transmitter reads LSR once or twice; one that reads it this often wants
-    # input.
+    # A driver that waits for the transmitter reads LSR once or twice. A driver that reads it this many times in a
+    # row polls for input.
     POLLING = 16
     WIRE_LIMIT = WIRE_SIZE - FIFO_SIZE
-    # The console thread lets a burst gather, but for its beginning: a boot log is hundreds of writes instead of
-    # thousands, and a key's echo does not wait.
+    # The console thread takes the first bytes of a burst at once, so that a key's echo does not wait. Then it lets
+    # output gather: a boot log takes hundreds of writes instead of thousands.
     GATHER_US = 1000
 
 
 cdef inline int wants_input(State *s) noexcept nogil:
-    # Linux reads RBR blindly while it opens and closes the port, with its interrupts off: what is on the wire
-    # must stay there until it listens, or the first bytes typed (or piped) are lost.
+    # Linux reads and discards RBR while it opens and closes the port, with interrupts off. So input must stay on the
+    # wire until the guest listens, or the first bytes typed (or piped) are lost.
     if s.mcr & MCR_LOOP or (s.rts_seen and not s.mcr & MCR_RTS):
         return 0
     return s.ier & IER_RDA or s.polls >= POLLING
 
 
 cdef int cause(State *s) noexcept nogil:
-    # The pending interrupt of the highest priority, as IIR shows it. Line errors do not happen here.
+    # The pending interrupt with the highest priority, as IIR shows it. There are no line errors.
     cdef uint32_t trigger
     if s.ier & IER_RDA and s.fifo_count:
         if not s.fcr & FCR_ENABLE:
@@ -103,13 +103,13 @@ cdef int cause(State *s) noexcept nogil:
 
 
 cdef void update(State *s) noexcept nogil:
-    # The line is edge triggered at the IOAPIC. The pin stays up while any cause is pending, so a driver that
-    # serves until IIR says "none", as all do, misses nothing between two edges.
+    # The line is edge triggered at the IOAPIC. The pin stays high while any cause is pending. Drivers serve causes
+    # until IIR reports none, so they miss nothing between two edges.
     cdef uint64_t one = 1
     cdef int level = cause(s) != IIR_NONE
     if level and not s.level:
         if write(s.irq_fd, &one, 8) < 0:
-            pass                        # the count is at its end: the line is up
+            pass                        # the eventfd's counter is full, so an edge is already pending
     s.level = level
 
 
@@ -122,9 +122,9 @@ cdef bint receive(State *s, uint8_t byte) noexcept nogil:
 
 
 cdef void refill(State *s) noexcept nogil:
-    # From the wire to an empty FIFO, and of a guest that asks IIR never before it was told that there is no cause:
-    # a FIFO that fills while it is read keeps Linux's handler in its loop until it gives up, with the pin high and
-    # no edge to come.
+    # Move input from the wire to the FIFO, only when the FIFO is empty. If the guest reads IIR, wait until it has read
+    # "no cause": a FIFO that fills while Linux's handler reads it keeps the handler in its loop until it gives up, with
+    # the pin high and no further edge.
     cdef uint32_t room = FIFO_SIZE if s.fcr & FCR_ENABLE else 1
     if s.fifo_count or not s.wire_count or not wants_input(s):
         return
@@ -137,8 +137,8 @@ cdef void refill(State *s) noexcept nogil:
 
 
 cdef void give_back(State *s) noexcept nogil:
-    # A guest that resets its FIFO says that it does not want what is in there yet; feed() leaves room for it. Only what
-    # the host sent goes back: bytes of the loopback, always the last in the FIFO, would fill the wire past its end.
+    # A guest that resets its FIFO is not ready for input yet, so the bytes go back to the wire, where feed() leaves
+    # room. Loopback bytes (always the last in the FIFO) are dropped: there may be no room for them.
     s.fifo_count -= s.looped
     s.looped = 0
     while s.fifo_count:
@@ -149,7 +149,7 @@ cdef void give_back(State *s) noexcept nogil:
 
 
 cdef void look_for_words(State *s, uint8_t byte) noexcept nogil:
-    # Their first byte comes once in them: where they break off they can begin nowhere but here.
+    # The first byte of `words` occurs only once in it, so after a mismatch a match can only begin at this byte.
     if s.said or not s.words[0]:
         return
     s.matched = s.matched + 1 if byte == <uint8_t>s.words[s.matched] else byte == <uint8_t>s.words[0]
@@ -162,8 +162,7 @@ cdef void transmit(State *s, uint8_t byte) noexcept nogil:
     elif s.dropping:
         look_for_words(s, byte)
     elif s.ring_count < RING_SIZE:
-        # A full ring was announced by a clear THRE; a guest that sends all the same loses its byte, as on a
-        # UART.
+        # THRE is clear while the ring is full. A guest that writes anyway loses the byte, as on a real UART.
         s.ring[(s.ring_head + s.ring_count) % RING_SIZE] = byte
         s.ring_count += 1
         if s.ring_count == 1:
@@ -172,7 +171,7 @@ cdef void transmit(State *s, uint8_t byte) noexcept nogil:
 
 
 cdef void set_modem_lines(State *s) noexcept nogil:
-    # A terminal is always there and ready; in loopback the outputs are wired to the inputs.
+    # The terminal is always present and ready. In loopback mode the outputs are wired to the inputs.
     cdef uint8_t lines = MSR_CTS | MSR_DSR | MSR_DCD
     cdef uint8_t changed
     if s.mcr & MCR_LOOP:
@@ -180,7 +179,7 @@ cdef void set_modem_lines(State *s) noexcept nogil:
             | (MSR_RI if s.mcr & MCR_OUT1 else 0) | (MSR_DCD if s.mcr & MCR_OUT2 else 0)
     changed = (s.msr ^ lines) >> 4
     if changed & 4 and lines & MSR_RI:
-        changed &= ~4       # the ring indicator reports its trailing edge only
+        changed &= ~4       # the delta bit of the ring indicator is set by the trailing edge only
     s.msr = lines | (s.msr & MSR_DELTA) | changed
 
 
@@ -199,7 +198,7 @@ cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
         s.fifo_count -= 1
         s.looped = min(s.looped, s.fifo_count)
         if not s.fifo_count and not s.iir_read and s.ier & IER_RDA:
-            update(s)       # a driver that takes its byte and never asks IIR: the pin goes down and up again
+            update(s)       # for drivers that never read IIR: the pin falls and rises again
             refill(s)
         return value
     if offset == IER:
@@ -211,7 +210,7 @@ cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
             s.thre_pending = 0
         elif pending == IIR_NONE:
             s.iir_read = 0
-            refill(s)       # the handler saw "none" and leaves; the refill is an edge of its own
+            refill(s)       # the handler read "no cause" and returns, so the refill raises a new edge
         return pending | (IIR_FIFO if s.fcr & FCR_ENABLE else 0)
     if offset == LCR:
         return s.lcr
@@ -238,8 +237,8 @@ cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogi
             s.dll = value
         else:
             if not sending:
-                # The pin goes down and up again, once for a burst of bytes: a driver that answers this
-                # interrupt by a byte and never reads IIR is interrupted for the next.
+                # The pin falls and rises once for a burst of bytes. So a driver that sends one byte for each interrupt
+                # and never reads IIR is interrupted again.
                 s.thre_pending = 0
                 update(s)
             s.sending = 1
@@ -248,7 +247,7 @@ cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogi
         if s.lcr & LCR_DLAB:
             s.dlm = value
         else:
-            # Enabling the transmitter's interrupt while it is empty raises it at once; Linux tests for that.
+            # Enabling the transmitter interrupt while the transmitter is empty raises it at once; Linux tests for that.
             if value & IER_THRE and not s.ier & IER_THRE and s.ring_count < RING_SIZE:
                 s.thre_pending = 1
             s.ier = value & 0x0f
@@ -277,7 +276,7 @@ cdef int serial_access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size,
         s.writes += 1
     else:
         s.reads += 1
-    for i in range(size):       # a wide access is that many registers in a row
+    for i in range(size):       # a wide access covers consecutive registers
         if is_write:
             write_register(s, offset + i, data[i])
         else:
@@ -288,9 +287,9 @@ cdef int serial_access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size,
 
 
 cdef class Serial(NativeDevice):
-    """A 16550A serial port of 8 ports: FIFO, interrupts, modem lines, loopback.
+    """A 16550A serial port, at 8 I/O ports: FIFO, interrupts, modem lines, loopback.
 
-    :param irq: its interrupt line; kept, and borrowed from its owner, who closes it after this
+    :param irq: its interrupt line; borrowed: the owner closes it after this device
     """
 
     def __cinit__(self, irq):
@@ -326,16 +325,16 @@ cdef class Serial(NativeDevice):
 
     @property
     def stats(self):
-        """Accesses of the guest's, by name."""
+        """The guest's accesses: ``read_count`` and ``write_count``."""
         return {"read_count": self.state.reads, "write_count": self.state.writes}
 
     def save(self):
-        """What the guest can see of the port; what the host has not taken yet, or sent, stays here."""
+        """The registers and the FIFO, as a dict. It has neither the output not yet taken nor the input on the wire."""
         cdef State *s = &self.state
         cdef uint32_t i
         pthread_mutex_lock(&s.lock)
         state = {
-            # A full ring stays here: the transmitter of a copy is empty.
+            # The ring is not saved, so the transmitter of a restored port is empty.
             "thre_pending": s.thre_pending or s.ring_count == RING_SIZE,
             "rts_seen": s.rts_seen, "ier": s.ier, "fcr": s.fcr, "lcr": s.lcr,
             "mcr": s.mcr, "msr": s.msr, "scr": s.scr, "dll": s.dll, "dlm": s.dlm,
@@ -345,29 +344,34 @@ cdef class Serial(NativeDevice):
         return state
 
     def restore(self, state):
-        """Take what ``save`` told of another port, and raise the interrupt if there is a cause."""
+        """Restore the dict from ``save``, and raise the interrupt if a cause is pending.
+
+        :raises ValueError: the FIFO is too long
+        """
         cdef State *s = &self.state
         cdef bytes fifo = state["fifo"]
         cdef uint32_t i
         if len(fifo) > FIFO_SIZE:
-            raise ValueError(f"a FIFO of {len(fifo)} bytes")
+            raise ValueError(f"the serial port's FIFO has {len(fifo)} bytes, at most {FIFO_SIZE} are allowed")
         s.thre_pending, s.rts_seen = bool(state["thre_pending"]), bool(state["rts_seen"])
         s.ier, s.fcr, s.lcr, s.mcr = state["ier"], state["fcr"], state["lcr"], state["mcr"]
         s.msr, s.scr, s.dll, s.dlm = state["msr"], state["scr"], state["dll"], state["dlm"]
         s.fifo_head, s.fifo_count = 0, len(fifo)
         for i in range(s.fifo_count):
             s.fifo[i] = fifo[i]
-        # An edge, if there is a cause: one that was on its way may not have come with the interrupt controller.
+        # Raise a new edge if a cause is pending: the interrupt controller may have been saved before the last one
+        # arrived.
         s.level = 0
         pthread_mutex_lock(&s.lock)
         update(s)
         pthread_mutex_unlock(&s.lock)
 
     def feed(self, data):
-        """Send `data` to the guest; returns when all of it is on the wire, at most 4 KiB ahead of the guest.
+        """Send `data` (bytes-like) to the guest. Returns when all of it is on the wire, at most 4 KiB ahead of the
+        guest.
 
-        Blocks without the GIL while the guest does not read, or holds RTS down; ``close`` ends the wait, and
-        what was not taken by then is lost.
+        Blocks, without the GIL, while the guest does not read or holds RTS low. ``close`` ends the wait; the rest of
+        `data` is lost.
         """
         cdef const uint8_t[::1] view = memoryview(data).cast("B")
         cdef State *s = &self.state
@@ -387,9 +391,9 @@ cdef class Serial(NativeDevice):
             pthread_mutex_unlock(&s.lock)
 
     def wait_output(self):
-        """Take all that the guest has sent, waiting without the GIL until there is something; for one thread.
+        """Take the guest's output. Waits, without the GIL, until there is some. Only one thread may call this.
 
-        :returns: at most 64 KiB; ``b""`` when the port is closed and everything was taken
+        :returns: at most 64 KiB; ``b""`` once the port is closed and all output was taken
         """
         cdef State *s = &self.state
         cdef uint32_t count, first
@@ -411,13 +415,13 @@ cdef class Serial(NativeDevice):
         taken = PyBytes_FromStringAndSize(NULL, count)
         room = PyBytes_AS_STRING(taken)
         with nogil:
-            # Only this consumer shrinks the ring, so `count` bytes are still there.
+            # Only this thread removes bytes from the ring, so `count` bytes are still there.
             pthread_mutex_lock(&s.lock)
             first = min(count, RING_SIZE - s.ring_head)
             memcpy(room, &s.ring[s.ring_head], first)
             memcpy(room + first, &s.ring[0], count - first)
             if count and s.ring_count == RING_SIZE:
-                s.thre_pending = 1      # the transmitter was stopped and goes on
+                s.thre_pending = 1      # the ring was full: the transmitter is ready again
             s.ring_head = (s.ring_head + count) % RING_SIZE
             s.ring_count -= count
             update(s)
@@ -425,37 +429,38 @@ cdef class Serial(NativeDevice):
         return taken
 
     def drop_output(self, bytes words=b""):
-        """From here on what the guest sends is lost at once, and no thread has to take it; what waits, too.
+        """Discard the guest's output from now on, and the output that no thread has taken yet.
 
-        :param words: looked for in it; no byte of them is 0, and their first one comes once
-        :raises ValueError: they are otherwise
+        :param words: searched for in the output from now on (see ``said``); no byte is 0, and the first byte occurs
+            once
+        :raises ValueError: `words` breaks these rules
         """
         cdef State *s = &self.state
         if 0 in words or words.find(words[:1], 1) > 0:
-            raise ValueError("words without a NUL, whose first byte comes once")
+            raise ValueError(f"words {words!r}: a NUL is not allowed, and the first byte must occur only once")
         pthread_mutex_lock(&s.lock)
         self._words = words
         s.words, s.matched = words, 0
         s.dropping = 1
         if s.ring_count == RING_SIZE:
-            s.thre_pending = 1          # the transmitter was stopped and goes on
+            s.thre_pending = 1          # the ring was full: the transmitter is ready again
         s.ring_count = 0
         update(s)
         pthread_mutex_unlock(&s.lock)
 
     def keep_output(self):
-        """From here on ``wait_output`` has what the guest sends."""
+        """Stop discarding: ``wait_output`` returns the guest's output from now on."""
         pthread_mutex_lock(&self.state.lock)
         self.state.dropping = 0
         pthread_mutex_unlock(&self.state.lock)
 
     @property
     def said(self):
-        """Whether the words that ``drop_output`` was to look for went by."""
+        """Whether the guest has sent the ``words`` given to ``drop_output``."""
         return bool(self.state.said)
 
     def close(self):
-        """Wake ``feed`` and ``wait_output``; the port itself keeps answering the guest. Idempotent."""
+        """Wake ``feed`` and ``wait_output``. The guest can still access the port. Idempotent."""
         cdef State *s = &self.state
         with nogil:
             pthread_mutex_lock(&s.lock)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# How a device tells its driver, whatever the transport: one call a queue, from any thread, without the GIL.
+# Interrupts from a device to its driver, for every transport: from any thread, without the GIL.
 from libc.stdint cimport uint32_t
 
 cdef enum:
@@ -7,15 +7,15 @@ cdef enum:
 
 cdef struct Call:
     uint32_t *status            # InterruptStatus (§4.2.2); atomic: the device's threads set bits, vCPUs clear them
-    int config                  # eventfd for a change of the configuration space; not owned
-    int[MAX_QUEUES] queue       # eventfd by queue; virtio-mmio has one for all; not owned
+    int config                  # eventfd for configuration changes; borrowed
+    int[MAX_QUEUES] queue       # eventfd of each queue; virtio-mmio uses one for all; borrowed
 
-# Tell the driver that the used ring of `queue` has changed; any thread.
+# Interrupt the driver because the used ring of `queue` has changed. Any thread.
 cdef void interrupt_used(Call *call, uint32_t queue) noexcept nogil
 
 
 cdef class Interrupt:
     cdef Call call
-    cdef uint32_t no_status     # what `call.status` points at until a transport has a register for it
+    cdef uint32_t no_status     # the target of `call.status` while the transport has no such register
     cdef object owner           # the IrqLine: keeps the eventfd open
-    cdef object page            # what `call.status` points into
+    cdef object page            # keeps the memory behind `call.status` alive

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""How a device tells its driver: an edge by queue, and virtio-mmio's InterruptStatus."""
+"""Interrupts from a device to its driver: an edge for each queue, and virtio-mmio's InterruptStatus."""
 from libc.stdint cimport uint32_t
 
 from vmm._sys cimport eventfd_write
@@ -24,16 +24,16 @@ cdef enum:
 
 
 cdef void interrupt_used(Call *call, uint32_t queue) noexcept nogil:
-    # The bit before the edge: the handler that the edge starts sees it. An edge each time, though the bit may be set
-    # still: a driver may acknowledge after it has looked at its rings.
+    # Set the bit before the edge, so that the handler sees it. Send the edge even if the bit was already set: the
+    # driver may acknowledge that bit after it has read its rings.
     or32(call.status, INTERRUPT_USED)
     eventfd_write(call.queue[queue], 1)
 
 
 cdef class Interrupt:
-    """How a device tells its driver; safe from any thread.
+    """Interrupts the driver of one device; safe from any thread.
 
-    :param owner: a :class:`vmm.irq.IrqLine`, the line of every queue and of the configuration; not owned
+    :param owner: a :class:`vmm.irq.IrqLine`, for every queue and for configuration changes; borrowed
     """
 
     def __cinit__(self, owner):
@@ -45,12 +45,12 @@ cdef class Interrupt:
             self.call.queue[queue] = owner.fd
 
     def __call__(self, uint32_t queue=0):
-        """Tell the driver that the used ring of `queue` has changed."""
+        """Interrupt the driver because the used ring of `queue` has changed."""
         if queue < MAX_QUEUES:
             interrupt_used(&self.call, queue)
 
     def config(self):
-        """Tell the driver that the configuration space, or DEVICE_NEEDS_RESET, has changed."""
+        """Interrupt the driver because the configuration space or DEVICE_NEEDS_RESET has changed."""
         or32(self.call.status, INTERRUPT_CONFIG)
         eventfd_write(self.call.config, 1)
 
@@ -60,9 +60,9 @@ cdef class Interrupt:
         return load32(self.call.status)
 
     def acknowledge(self, uint32_t bits):
-        """The driver has seen `bits`."""
+        """Clear `bits` of InterruptStatus, which the driver has acknowledged."""
         and32(self.call.status, ~bits)
 
     def restore(self, uint32_t status):
-        """Set InterruptStatus to that of another machine, without an interrupt."""
+        """Set InterruptStatus to a saved value, without an interrupt."""
         store32(self.call.status, status & (INTERRUPT_USED | INTERRUPT_CONFIG))

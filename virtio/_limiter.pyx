@@ -17,7 +17,7 @@ cdef extern from *:
 
 
 cdef uint64_t wait_for(Bucket *b, uint64_t want, uint64_t now) noexcept nogil:
-    # Nanoseconds until `want` may be taken. What is larger than the bucket needs a full one, and leaves a debt.
+    # Nanoseconds until `want` tokens may be taken. A request larger than the bucket needs a full one and leaves a debt.
     cdef double need, rate
     if b.size == 0 or want <= b.burst:
         return 0
@@ -37,9 +37,9 @@ cdef void spend(Bucket *b, uint64_t want) noexcept nogil:
 
 
 cdef class RateLimiter:
-    """Limits bytes and operations a second; shared by the queues of a device, changeable while it runs.
+    """Limits bytes and operations per second. The queues of a device share it; it can change while the device runs.
 
-    :param bandwidth: ``(size, one_time_burst, refill_time)``: tokens, tokens, milliseconds; None: no limit
+    :param bandwidth: ``(size, one_time_burst, refill_time)`` in bytes, bytes, milliseconds; None: no limit
     :param ops: the same for operations
     """
 
@@ -47,7 +47,7 @@ cdef class RateLimiter:
         self.update(bandwidth or (0, 0, 1), ops or (0, 0, 1))
 
     def update(self, bandwidth=None, ops=None):
-        """Replace the buckets that are given, full; ``(0, 0, 0)`` takes a limit away; None leaves it. Any thread."""
+        """Replace buckets by full ones. ``(0, 0, 0)`` removes a limit, None leaves it unchanged. Any thread."""
         cdef Bucket new_bandwidth = bucket(bandwidth or (0, 0, 0)), new_ops = bucket(ops or (0, 0, 0))
         limiter_lock(&self.lock)
         if bandwidth is not None:
@@ -67,7 +67,7 @@ cdef class RateLimiter:
 
     @property
     def is_limited(self):
-        """Whether there is any limit."""
+        """Whether bytes or operations are limited."""
         return self.limited()
 
     cdef uint64_t take(self, uint64_t nbytes, uint64_t ops) noexcept nogil:
@@ -88,7 +88,10 @@ cdef class RateLimiter:
         return wait
 
     def ask(self, uint64_t nbytes, uint64_t ops=1):
-        """Take tokens for `ops` operations of `nbytes` together; 0, or the nanoseconds to wait before asking again."""
+        """Take tokens for `ops` operations of `nbytes` in total.
+
+        :returns: 0, or the nanoseconds to wait before asking again; then nothing was taken
+        """
         return self.take(nbytes, ops)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# virtio-mmio registers that vCPUs reach without the GIL, and the page in which a guest reads all of them.
+# The virtio-mmio registers that vCPUs access without the GIL, and the page from which a guest reads all registers.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from virtio._interrupt cimport MAX_QUEUES, Call, Interrupt
@@ -7,8 +7,8 @@ from vmm._bus cimport NativeDevice
 
 cdef struct Registers:
     Call *call
-    uint64_t notified           # writes to QueueNotify that met us, not KVM's ioeventfd; written without a lock
-    int[MAX_QUEUES] notify      # eventfd by queue; -1: not ready, or no such queue
+    uint64_t notified           # QueueNotify writes that KVM's ioeventfd did not take; not exact (no lock)
+    int[MAX_QUEUES] notify      # eventfd of each queue; borrowed; -1: the queue is not ready or does not exist
 
 
 cdef class MmioRegisters(NativeDevice):

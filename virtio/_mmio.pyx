@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The registers of virtio-mmio: those that a driver uses at every interrupt without the GIL, and the page of all."""
+"""virtio-mmio registers (virtio 1.2 §4.2.2): the frequently used ones without the GIL, and a page that shows all."""
 import mmap
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
@@ -52,9 +52,9 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
 
 
 cdef class MmioRegisters(NativeDevice):
-    """The registers in C: InterruptStatus, InterruptACK and QueueNotify; the rest by ``read`` and ``write``.
+    """InterruptStatus, InterruptACK and QueueNotify in C. A subclass handles the others in ``read`` and ``write``.
 
-    :param owner: the device's :class:`vmm.irq.IrqLine`; not owned
+    :param owner: the device's :class:`vmm.irq.IrqLine`; borrowed
     """
 
     def __init__(self, owner):
@@ -74,25 +74,25 @@ cdef class MmioRegisters(NativeDevice):
 
     @property
     def page_address(self):
-        """Host address of a page with the registers as the driver reads them; it lives as long as this object."""
+        """Host address of the page with the registers as the driver reads them; valid as long as this object."""
         return <uintptr_t>self.page
 
     @property
     def notified(self):
-        """Writes to QueueNotify that came by an exit to user space, not by KVM's ioeventfd; a statistic."""
+        """Number of QueueNotify writes that exited to user space because no ioeventfd took them; not exact."""
         return self.registers.notified
 
     def show(self, uint32_t offset, uint32_t value):
-        """Let the driver read `value` in the register at `offset`, which is not InterruptStatus."""
+        """Show `value` in the register at `offset` (bytes); InterruptStatus is ignored."""
         if offset <= PAGE - 4 and not offset & 3 and offset != MMIO_INTERRUPT_STATUS:
             (<volatile_u32 *>(self.page + offset))[0] = value
 
     def show_config(self, const uint8_t[::1] config):
-        """Let the driver read `config` as the configuration space."""
+        """Show `config` as the configuration space."""
         if 0 < config.shape[0] <= PAGE - MMIO_CONFIG:
             memcpy(self.page + MMIO_CONFIG, &config[0], config.shape[0])
 
     def set_notify(self, int queue, int fd):
-        """Let a write of `queue` to QueueNotify signal the eventfd `fd`; -1: leave it to Python, as a mistake."""
+        """Make a QueueNotify write for `queue` signal the eventfd `fd` (borrowed); -1: Python handles the write."""
         if 0 <= queue < MAX_QUEUES:
             self.registers.notify[queue] = fd

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The thread of a device's queues: asleep in epoll, awake in the device's loop, never with the GIL."""
+"""The thread of a device's queues: it sleeps in epoll and runs the device's loop, without the GIL."""
 import os
 
 from libc.errno cimport EINTR, errno
@@ -62,27 +62,28 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef enum:
     EVENTS = 32
-    TOKEN_QUEUE = 0xffff_0100       # and the place of the queue
+    TOKEN_QUEUE = 0xffff_0100       # plus the queue's place
     TOKEN_STOP = 0xffff_0000
     POLL_LEAST_NS = 2000
 
 
 def set_thread_name(str name):
-    """Name the calling thread for ``top -H``: its first 15 bytes."""
+    """Name the calling thread, for ``top -H``; truncated to 15 bytes."""
     cdef bytes first = name.encode()[:15]
     name_thread(first)
 
 
 cdef class QueueWorker:
-    """A thread for some of a device's queues; base of the devices' Cython loops, used through the transport.
+    """A thread for some of a device's queues: base class of the devices' Cython loops. The transport uses it.
 
-    :param device: its ``name`` names the thread, its ``poll_us`` is the longest look before a sleep
-    :param indices: numbers of the queues in the device
-    :param notify_fds: an eventfd for each of them, not owned
-    :param on_failure: called on the thread, which then ends, with ``BadChain`` or ``HostError``
-    :raises OSError: no file descriptor left
+    :param device: its ``name`` names the thread; its ``poll_us`` is the longest busy polling before a sleep
+    :param indices: the queues' numbers in the device, at most 8
+    :param notify_fds: an eventfd for each queue; borrowed
+    :param on_failure: called on the thread with ``BadChain`` or ``HostError``; the thread ends after it
+    :param name: the thread's name, instead of the device's
+    :raises OSError: no file descriptor is left
 
-    ``start`` takes the ``ActivateContext`` of a driver; ``stop`` ends the thread once what is in flight is done.
+    ``start`` takes the ``ActivateContext`` of a driver. ``stop`` ends the thread once no request is in flight.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -102,7 +103,7 @@ cdef class QueueWorker:
         self._timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
         if self._epoll < 0 or self._stop_fd < 0 or self._timer < 0:
             raise OSError(errno, os.strerror(errno))
-        # Edge-triggered: nobody has to read the eventfds, which saves a system call at every notification.
+        # Edge-triggered, so the eventfds need not be read: this saves a system call for each notification.
         for place, fd in enumerate(notify_fds):
             self._must_watch(fd, TOKEN_QUEUE + place, EPOLLIN | EPOLLET)
         self._must_watch(self._stop_fd, TOKEN_STOP, EPOLLIN | EPOLLET)
@@ -122,7 +123,7 @@ cdef class QueueWorker:
         if self.watch(fd, token, events) < 0:
             raise OSError(errno, os.strerror(errno))
 
-    # From the transport
+    # Called by the transport
 
     def start(self, context):
         """Start the thread for the driver of `context`."""
@@ -149,36 +150,36 @@ cdef class QueueWorker:
             self.device.thread_kind, self.name, self._run, below=self.device.below, unconfined=self._on_failure)
 
     def begin(self):
-        """Make ready for a driver, before the thread starts; for a subclass."""
+        """Prepare for a new driver, before the thread starts. A subclass may override this."""
 
     def stop(self, bint leaving=False):
-        """End the thread and wait for it; idempotent.
+        """End the thread and wait for it. Idempotent.
 
-        :param leaving: the driver goes for good, so that what it left is seen to now
+        :param leaving: the driver is gone for good, so its pending work is done or dropped now
         """
         if self._thread is None:
             return
-        self.leaving = leaving          # before the stop, which publishes it
+        self.leaving = leaving          # before the stop flag, whose store publishes it
         worker_set_stop(&self._stop, 1)
         eventfd_write(self._stop_fd, 1)
         self._thread.join()
         self._thread = None
 
     def forget(self):
-        """The driver is gone, and with it what it began; the thread has stopped. For a subclass."""
+        """Drop the state of the driver, which is gone. The thread has stopped. A subclass may override this."""
 
     def close(self):
-        """Stop the thread and give its file descriptors back; idempotent."""
+        """Stop the thread and close its file descriptors. Idempotent."""
         self.stop()
         self._close_fds()
 
     @property
     def notified(self):
-        """How often the driver's notification woke this thread, by the queue's number."""
+        """How often a notification from the driver woke this thread, by queue number."""
         return {index: self._notified[place] for place, index in enumerate(self.indices)}
 
     def wake(self):
-        """Make the thread call ``event(TOKEN_TIMER)`` soon; any thread."""
+        """Make the thread call ``event(TOKEN_TIMER)`` soon. Any thread."""
         self.wake_after(1)
 
     def _run(self):
@@ -188,7 +189,7 @@ cdef class QueueWorker:
             status = self._loop()
             self.finish()
         if status < 0:
-            self.forget()               # who waits for something of it hears now that nothing will come
+            self.forget()               # tells waiters that no answer will come
             self._on_failure(self._failure(status))
 
     def _failure(self, int status):
@@ -205,7 +206,7 @@ cdef class QueueWorker:
         cdef uint32_t token, place, again
         cdef uint64_t expired
         cdef int count, i, status
-        # What was made available before DRIVER_OK, or while the thread was stopped, is notified by nobody.
+        # No notification comes for chains made available before DRIVER_OK or while the thread was stopped.
         for place in range(self.n_queues):
             status = self._kicked(place)
             if status < 0:
@@ -237,13 +238,13 @@ cdef class QueueWorker:
                 if token == TOKEN_STOP:
                     if self.stopping():
                         return 0
-                    continue            # of an earlier stop
+                    continue            # the event of an earlier stop
                 if token >= TOKEN_QUEUE:
                     self._notified[token - TOKEN_QUEUE] += 1
                     status = self._kicked(token - TOKEN_QUEUE)
                 else:
                     if token == TOKEN_TIMER and read(self._timer, &expired, 8) < 0:
-                        continue        # set anew meanwhile
+                        continue        # the timer was set again in the meantime
                     self.events = events[i].events
                     status = self.event(token)
                 if status < 0:
@@ -251,14 +252,14 @@ cdef class QueueWorker:
         return 0
 
     cdef int _kicked(self, uint32_t place) noexcept nogil:
-        # KVM's ioeventfd fires for any queue, ready or not.
+        # KVM's ioeventfd also fires for queues that are not ready.
         if self.rings[place].size == 0:
             return 0
         return self.run_queue(place)
 
     cdef bint _look(self) noexcept nogil:
-        # Look at the available rings for a while before sleeping, with notifications off. A look that found something
-        # is worth a longer one the next time, one in vain a shorter one.
+        # Poll the available rings for a while before sleeping, with notifications off. The next polling is longer if
+        # this one found a chain, and shorter if it did not.
         cdef uint64_t end
         cdef uint32_t place
         cdef Ring *ring
@@ -284,7 +285,7 @@ cdef class QueueWorker:
         cdef int status
         while True:
             queue_disable_notify(ring)
-            self.broken = place         # before: serve() may run another queue, which may be the broken one
+            self.broken = place         # set before serve(), which may run another queue and find that one broken
             status = self.serve(place)
             if status < 0:
                 return status
@@ -312,7 +313,7 @@ cdef class QueueWorker:
     cdef bint stopping(self) noexcept nogil:
         return worker_stop_seen(&self._stop)
 
-    # What a device overrides
+    # Overridden by devices
 
     cdef int serve(self, uint32_t place) noexcept nogil:
         return SERVE_EMPTY

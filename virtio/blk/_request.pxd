@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# One request of a block device: judged without the disk, and done by system calls. virtio 1.2 §5.2.6.
+# One request of a block device: validated without access to the disk, then executed by system calls (§5.2.6).
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmm._fastpath cimport DescChain, iovec
@@ -21,12 +21,12 @@ cdef enum:
     SECTOR = 512
     ID_BYTES = 20
     MAX_DISCARD = 1 << 22           # sectors of one request
-    MAX_WRITE_ZEROES = 1 << 17      # fewer: where the file system cannot zero, the worker does nothing else meanwhile
-    PIECE = 1 << 22                 # bytes; a longer request is done in pieces, and given up between two of them
-    DISCARD_PIECE = 1 << 26         # of DISCARD, which costs little; the pieces begin at multiples of it
-    FILE_ENDS = 1 << 20             # beside the errnos: the file is shorter than the disk
+    MAX_WRITE_ZEROES = 1 << 17      # sectors of one request; fewer: writing zeroes may block the worker
+    PIECE = 1 << 22                 # bytes; a longer request is done in pieces and can be stopped between two
+    DISCARD_PIECE = 1 << 26         # bytes; for DISCARD, which is cheap. Pieces begin at multiples of this
+    FILE_ENDS = 1 << 20             # not an errno: the file is shorter than the disk
 
-# The file behind a disk, and how it is to be treated.
+# The file behind a disk, and its options.
 cdef struct BlockFile:
     int fd
     uint64_t sectors
@@ -36,27 +36,29 @@ cdef struct BlockFile:
     bint direct             # opened with O_DIRECT
     bint unsafe             # a flush does nothing
 
-# Its chain has room for the ring's size in iov, which judge() cuts down to the data.
+# One request. chain.iov has as many entries as the ring; judge() narrows it to the data buffers.
 cdef struct Request:
     DescChain chain
     uint32_t type
-    uint8_t *status         # where the status byte goes; NULL: the driver left no place for it
-    iovec *data             # into chain.iov
+    uint8_t *status         # the status byte in guest memory; NULL: the chain has none
+    iovec *data             # points into chain.iov
     uint32_t count
-    uint64_t length         # bytes of data; of the range, for DISCARD and WRITE_ZEROES
+    uint64_t length         # bytes of data; for DISCARD and WRITE_ZEROES, of the range
     uint64_t offset         # bytes from the disk's start
     bint unmap              # WRITE_ZEROES may leave a hole
-    uint64_t generation     # of the backend when it was handed over
-    Request *next           # free ones
+    uint64_t generation     # the backend's generation when the request was submitted
+    Request *next           # in the list of free requests
 
-# The status to answer at once, or S_OK: to be done. Sets all of `r` but its chain; total for every input.
+# Validate the request in r.chain and set all other fields of `r`. Returns S_OK if it is to be executed, otherwise the
+# status to complete it with. Any input is allowed.
 cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil
-# Do it, or what is left of it: 0, an errno or FILE_ENDS. `dsync`: 0, or RWF_DSYNC for writes that are stable at once.
+# Execute the request, or the rest of it. Returns 0, an errno or FILE_ENDS. `dsync`: 0, or RWF_DSYNC to make each write
+# durable before it completes.
 cdef int execute(Request *r, const BlockFile *disk, int dsync) noexcept nogil
-# Do a piece of a long one, with `room` for as many buffers as it has: 0, an errno or FILE_ENDS. Nothing is left to do
-# once r.length is 0; until then it may be left as it is, and be done again from its beginning.
+# Execute one piece of a long request. `room` has as many entries as the request has buffers. Returns 0, an errno or
+# FILE_ENDS. The request is done when r.length is 0. It may be abandoned before that and later executed from its start.
 cdef int execute_piece(Request *r, const BlockFile *disk, int dsync, iovec *room) noexcept nogil
-# The same for DISCARD and WRITE_ZEROES, `ask`: the file system was not asked yet whether it can.
+# Execute DISCARD or WRITE_ZEROES. `ask`: try fallocate first; False: the file system has already refused it.
 cdef int clear(Request *r, const BlockFile *disk, bint ask) noexcept nogil
 cdef int range_mode(const Request *r) noexcept nogil        # FALLOC_FL_*
 cdef void advance(Request *r, uint64_t done) noexcept nogil

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""A block device's requests: judged without the disk, done by system calls straight from and to guest memory."""
+"""Block device requests: validated without access to the disk, then executed directly on guest memory."""
 from libc.errno cimport EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -56,20 +56,20 @@ cdef enum:
     RANGE_BYTES = 16
     RANGE_UNMAP = 1
     NO_TYPE = 0xffff_ffff
-    ZEROES = 1 << 16        # bytes written at a time where the file system cannot zero
-    BOUNCE = 1 << 20        # bytes moved at a time where direct I/O refuses the guest's buffers
+    ZEROES = 1 << 16        # bytes per write if the file system cannot zero
+    BOUNCE = 1 << 20        # bytes copied at a time if direct I/O refuses the guest's buffers
 
 
-# What the driver asks
+# Validation
 
 cdef inline void take(void *to, iovec **data, uint32_t *count, size_t size) noexcept nogil:
-    # Copy the first `size` bytes of the buffers, which hold as many, and cut them off.
+    # Copy the first `size` bytes of the buffers and remove them. The buffers must hold that many.
     iov_gather(data[0], count[0], 0, to, size)
     cut(data, count, size)
 
 
 cdef inline void cut(iovec **data, uint32_t *count, size_t size) noexcept nogil:
-    # Leave out the first `size` bytes of the buffers, which hold as many.
+    # Remove the first `size` bytes of the buffers, which must hold that many.
     while count[0] and size >= data[0].iov_len:
         size -= data[0].iov_len
         data[0] += 1
@@ -92,7 +92,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
     r.offset = r.length = 0
     if chain.n_writable == 0:
         return S_IOERR
-    # The last byte that the driver lets us write is the status, however the rest is framed (§2.7.4).
+    # The status is the last writable byte, however the driver splits the buffers (§2.7.4).
     last = &out[chain.n_readable + chain.n_writable - 1]
     last.iov_len -= 1
     r.status = <uint8_t *>last.iov_base + last.iov_len
@@ -122,7 +122,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
         return S_IOERR if n_out or room < ID_BYTES else S_OK
     elif (header.type == T_DISCARD and features & F_DISCARD) \
             or (header.type == T_WRITE_ZEROES and features & F_WRITE_ZEROES):
-        if room or chain.readable_bytes != HEADER_BYTES + RANGE_BYTES:      # one segment, as the configuration says
+        if room or chain.readable_bytes != HEADER_BYTES + RANGE_BYTES:      # max_discard_seg etc. are 1
             return S_IOERR
         take(&part, &out, &n_out, RANGE_BYTES)
         r.unmap = part.flags & RANGE_UNMAP != 0
@@ -141,7 +141,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
     return S_OK
 
 
-# Doing it, by system calls. Each returns 0, an errno or FILE_ENDS; r.offset, r.length and r.data say what is left.
+# Execution by system calls. Each returns 0, an errno or FILE_ENDS; r.offset, r.length and r.data are the rest to do.
 
 cdef void advance(Request *r, uint64_t done) noexcept nogil:
     r.offset += done
@@ -152,7 +152,7 @@ cdef void advance(Request *r, uint64_t done) noexcept nogil:
 cdef inline int transfer(Request *r, const BlockFile *disk, int flags) noexcept nogil:
     cdef ssize_t done
     while True:
-        # No chain has more buffers than its queue is long, so never more than the 1024 of UIO_MAXIOV.
+        # A chain has at most as many buffers as its queue has entries, so never more than UIO_MAXIOV, 1024.
         if r.type == T_IN:
             if r.count == 1:
                 done = pread(disk.fd, r.data.iov_base, r.data.iov_len, r.offset)
@@ -175,7 +175,7 @@ cdef inline int transfer(Request *r, const BlockFile *disk, int flags) noexcept 
 
 
 cdef int bounce(Request *r, const BlockFile *disk, int flags) noexcept nogil:
-    # Direct I/O wants aligned memory, which a guest need not have.
+    # Direct I/O needs aligned memory, and a guest's buffers may be unaligned.
     cdef void *buffer
     cdef ssize_t done = 1
     cdef int failed = 0
@@ -201,7 +201,7 @@ cdef int bounce(Request *r, const BlockFile *disk, int flags) noexcept nogil:
 
 
 cdef void copy(Request *r, uint8_t *buffer, size_t size) noexcept nogil:
-    # Between `buffer` and the guest's first `size` bytes: to the guest for IN, from it otherwise.
+    # Copy `size` bytes between `buffer` and the start of the guest's buffers: from the guest for OUT, otherwise to it.
     if r.type == T_OUT:
         iov_gather(r.data, r.count, 0, buffer, size)
     else:
@@ -215,7 +215,6 @@ cdef int range_mode(const Request *r) noexcept nogil:
 
 
 cdef int clear(Request *r, const BlockFile *disk, bint ask) noexcept nogil:
-    # DISCARD and WRITE_ZEROES; `ask`: the file system was not asked yet.
     cdef ssize_t done
     if r.type == T_DISCARD and disk.block_device:
         return errno if discard_device(disk.fd, r.offset, r.length) < 0 else 0
@@ -275,5 +274,9 @@ cdef int execute_piece(Request *r, const BlockFile *disk, int dsync, iovec *room
 
 
 def punch_hole(int fd, uint64_t offset, uint64_t length):
-    """Give the blocks of a part of the file back, which then reads as zeroes: 0, or an error number."""
+    """Punch a hole: free the blocks of [`offset`, `offset` + `length`), bytes, which then reads as zeroes.
+
+    :param fd: borrowed
+    :returns: 0, or an error number
+    """
     return errno if fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) < 0 else 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The threads of a block device's queues, without the GIL: requests are done at once, or by io_uring."""
+"""The threads of a block device's queues, without the GIL: requests run by system calls or by io_uring."""
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EOPNOTSUPP, errno
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
@@ -57,7 +57,7 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef enum:
     TOKEN_RING = 1
-    # The driver is interrupted after so many requests or bytes of a batch, and after the batch.
+    # The driver is interrupted after this many requests or bytes, and when the queue is empty.
     BATCH = 32
     BATCH_BYTES = 1 << 18
 
@@ -78,24 +78,25 @@ cdef struct Counters:
 
 
 cdef class Backend:
-    """What the workers of one disk share: the file, its size, how it is to be treated.
+    """The state that the workers of one disk share: the file, its size and its options.
 
-    :param fd: of the disk; not owned
-    :param size: bytes
-    :param serial: what GET_ID answers, at most 20 bytes
-    :param limiter: shared by the queues
-    :param block_device: it is one, not a regular file
-    :param direct: opened with O_DIRECT
-    :param unsafe: a flush does nothing
-    :param use_uring: io_uring, not system calls
+    :param fd: descriptor of the disk's file; borrowed
+    :param size: the disk's size in bytes
+    :param serial: the answer to GET_ID; truncated to 20 bytes
+    :param limiter: rate limiter for all queues
+    :param read_only: whether writes fail
+    :param block_device: whether `fd` is a block device, not a regular file
+    :param direct: whether `fd` was opened with O_DIRECT
+    :param unsafe: whether a flush does nothing
+    :param use_uring: whether to use io_uring instead of system calls
     """
     cdef BlockFile file
-    cdef uint64_t generation            # how often change() was called
+    cdef uint64_t generation            # number of change() calls
     cdef bint use_uring
-    cdef bint cached                    # a regular file by the host's page cache
+    cdef bint cached                    # a regular file that uses the host's page cache
     cdef readonly RateLimiter limiter
-    cdef int changing                   # atomic: a worker that sees it lets change() go first
-    cdef pthread_mutex_t gate           # held by change(), and by no one else for long
+    cdef int changing                   # atomic: a worker that sees it waits for change()
+    cdef pthread_mutex_t gate           # held by change(); workers hold it only for an instant
     cdef list workers
 
     def __init__(self, int fd, uint64_t size, bytes serial, RateLimiter limiter not None, *, bint read_only,
@@ -115,15 +116,20 @@ cdef class Backend:
         pthread_mutex_init(&self.gate, NULL)
 
     def change(self, uint64_t size, int fd=-1, bint block_device=False):
-        """Between two requests, set `size` and, if given, put a duplicate of `fd` in the file's place.
+        """Set the disk's size and, if `fd` is given, replace the file by a duplicate of `fd`. Any thread but the
+        workers.
 
-        What is under way with io_uring ends on the file on which it began.
+        The change takes effect between two requests. Requests already submitted to io_uring finish on the old file.
+
+        :param size: bytes
+        :param fd: borrowed; -1: keep the file
+        :param block_device: whether `fd` is a block device
 
         :raises OSError: `fd` cannot be duplicated
         """
         cdef BlockWorker worker
         cdef int failed = 0
-        with nogil:     # a worker may want the GIL for a warning
+        with nogil:     # a worker may need the GIL for a warning
             pthread_mutex_lock(&self.gate)
             set_flag(&self.changing, 1)
         for worker in self.workers:
@@ -148,28 +154,28 @@ cdef class Backend:
 cdef class BlockWorker(QueueWorker):
     """The thread of one queue of a block device.
 
-    :param backend: of the device
-    :param size: of the queue
+    :param backend: the device's backend
+    :param size: the queue's maximum size, in entries
     """
     cdef Backend disk
-    cdef pthread_mutex_t lock           # held while requests are judged and handed over; Backend.change takes it
-    cdef Uring ring                     # if the backend says so; kept from driver to driver
-    cdef int no_ring                    # why there is none; 0: it has been told
+    cdef pthread_mutex_t lock           # held while requests are validated and submitted; Backend.change takes it
+    cdef Uring ring                     # open if backend.use_uring; kept when the driver changes
+    cdef int no_ring                    # errno if the ring could not be opened; 0: none, or already reported
     cdef Counters counters
-    cdef uint64_t[256] failures         # by errno; [0]: FILE_ENDS
+    cdef uint64_t[256] failures         # count by errno; [0]: FILE_ENDS
     cdef Request *requests
     cdef iovec *iov
-    cdef iovec *piece_iov               # of a long request, as many as a chain has
-    cdef Request *idle                  # those not under way
+    cdef iovec *piece_iov               # for a piece of a long request; as many as a chain has
+    cdef Request *idle                  # free requests
     cdef uint32_t n_requests
-    cdef uint32_t flying                # with the kernel
-    cdef uint32_t written               # to the submission ring, since it was handed over
-    cdef uint32_t done                  # since the used ring was shown
+    cdef uint32_t flying                # requests in flight in the kernel
+    cdef uint32_t written               # submissions prepared since the last uring_submit
+    cdef uint32_t done                  # requests completed since the used ring was last published
     cdef uint64_t done_bytes
-    cdef bint by_ring                   # as the backend says, unless there is no ring
+    cdef bint by_ring                   # use the ring: the backend asks for it and it could be opened
     cdef bint warm                      # the last reads were in the page cache
     cdef bint no_nowait                 # the file system has no RWF_NOWAIT
-    cdef int dsync                      # RWF_DSYNC: the driver cannot flush, its writes are stable (§5.2.6.2)
+    cdef int dsync                      # RWF_DSYNC: the driver cannot flush, so each write must be durable (§5.2.6.2)
 
     def __cinit__(self, *args, **kwargs):
         self.ring.fd = -1
@@ -203,16 +209,16 @@ cdef class BlockWorker(QueueWorker):
 
     @property
     def stats(self):
-        """Counters of this queue by name."""
+        """Counters of this queue, by name."""
         return self.counters
 
     def close(self):
-        """Stop the thread and give its file descriptors and its ring back; idempotent."""
+        """Stop the thread and close its file descriptors and its ring. Idempotent."""
         super().close()
         uring_close(&self.ring)
 
     def begin(self):
-        """Forget the driver before."""
+        """Prepare for a new driver."""
         if self.no_ring:
             self.device.report_no_ring(self.no_ring)
             self.no_ring = 0
@@ -228,7 +234,7 @@ cdef class BlockWorker(QueueWorker):
             status = SERVE_STALLED
             r = self.idle
             if r == NULL:
-                break                   # all are under way: their completions come back here
+                break                   # all requests are in flight: a completion resumes this queue
             if flag_set(&self.disk.changing):
                 self.give_way()
             status = queue_pop(ring, self.ram, &r.chain)
@@ -239,7 +245,7 @@ cdef class BlockWorker(QueueWorker):
                 break
             refusal = judge(r, &self.disk.file, self.features)
             if refusal == S_OK:
-                wait = self.disk.limiter.take(r.length, 1)      # of a range, too: the host may have to write it
+                wait = self.disk.limiter.take(r.length, 1)      # also for ranges: the host may have to write them
                 if wait:
                     queue_unpop(ring)
                     self.wake_after(wait)
@@ -252,7 +258,7 @@ cdef class BlockWorker(QueueWorker):
                 self.answer(r, refusal)
             elif r.length > PIECE:
                 if not self.work_off(r):
-                    # Nothing of it was answered, and doing it again does no harm: the next driver, or this one, may.
+                    # The thread must stop. The request was not completed, and it is safe to execute it again later.
                     queue_unpop(ring)
                     r.next = self.idle
                     self.idle = r
@@ -269,7 +275,8 @@ cdef class BlockWorker(QueueWorker):
         return status
 
     cdef bint work_off(self, Request *r) noexcept nogil:
-        # A long request; false: the thread is to stop meanwhile. No guest decides how long that takes.
+        # Execute a long request in pieces. Returns False, with the request unfinished, if the thread must stop: so a
+        # guest cannot delay the stop.
         cdef uint64_t generation = self.disk.generation
         cdef int failed = 0
         while r.length and not failed:
@@ -280,12 +287,12 @@ cdef class BlockWorker(QueueWorker):
             failed = EIO if self.disk.generation != generation \
                 else execute_piece(r, &self.disk.file, self.dsync, self.piece_iov)
             if not failed:
-                self.settle()           # what others have done is not kept back meanwhile
+                self.settle()           # completed requests must not wait for this one
         self.complete(r, failed)
         return True
 
     cdef void settle(self) noexcept nogil:
-        # Hand over what was prepared, take what is done, show it.
+        # Submit the prepared requests, reap the completed ones and publish those.
         if self.written:
             self.submit(0)
             self.warm = self.flying == 0 and not self.no_nowait
@@ -294,7 +301,7 @@ cdef class BlockWorker(QueueWorker):
         self.show()
 
     cdef void give_way(self) noexcept nogil:
-        # Backend.change waits for this lock, which this thread would take again before it gets it.
+        # Let Backend.change go first: without the gate this thread would release its lock and take it again at once.
         if self.written:
             self.submit(0)
         pthread_mutex_unlock(&self.lock)
@@ -307,7 +314,7 @@ cdef class BlockWorker(QueueWorker):
             pthread_mutex_lock(&self.lock)
             self.settle()
             pthread_mutex_unlock(&self.lock)
-        # set_rate_limit wakes the threads of queues that the driver does not use, too.
+        # set_rate_limit also wakes the threads of queues that the driver does not use.
         return self.run_queue(0) if self.rings[0].size else 0
 
     cdef void finish(self) noexcept nogil:
@@ -348,7 +355,8 @@ cdef class BlockWorker(QueueWorker):
         self.answer(r, S_OK)
 
     cdef void answer(self, Request *r, int status) noexcept nogil:
-        # The length is of a prefix (§2.7.8.2): unless all before the status byte was written, it does not count that.
+        # The used length counts a contiguous prefix (§2.7.8.2). The status byte comes last, so it counts only if all
+        # bytes before it were written.
         cdef Ring *ring = self.rings[0]
         cdef uint64_t filled = 0
         if r.status != NULL:
@@ -360,7 +368,7 @@ cdef class BlockWorker(QueueWorker):
             if filled + 1 == r.chain.writable_bytes:
                 filled += 1
         queue_add_used(ring, r.chain.head, <uint32_t>filled)
-        # A driver that is awake sees it, before any interrupt; show() asks whether it wants one.
+        # A driver that is running sees the request before any interrupt; show() checks whether it wants one.
         store_release16(ring.used + 2, ring.next_used)
         self.done += 1
         r.next = self.idle
@@ -373,7 +381,7 @@ cdef class BlockWorker(QueueWorker):
             self.publish(0)
 
     cdef void report(self, int failed, uint64_t end) noexcept nogil:
-        # The GIL for the 1st, 2nd, 4th, 8th, ... failure of a kind only.
+        # Take the GIL only for the 1st, 2nd, 4th, 8th, ... failure with the same errno.
         cdef uint64_t *seen = &self.failures[0 if failed == FILE_ENDS else failed & 255]
         seen[0] += 1
         if seen[0] & (seen[0] - 1) == 0:
@@ -383,14 +391,16 @@ cdef class BlockWorker(QueueWorker):
     # By io_uring
 
     cdef bint hand_over(self, Request *r) noexcept nogil:
-        # False: it is to be done here and now. A write to the page cache is: io_uring would give it to a thread of the
-        # kernel's, one at a time for a file, four times slower (measured; Linux 6.18, tmpfs and ext4).
+        # Submit the request to io_uring. Returns False if the caller must execute it. That includes writes to the page
+        # cache: io_uring runs those on a kernel thread, one at a time for each file, four times slower (measured; Linux
+        # 6.18, tmpfs and ext4).
         cdef io_uring_sqe *sqe
         if r.type == T_OUT and self.disk.cached and not self.dsync:
             return False
         if r.type == T_IN and self.warm and self.written == 0 \
                 and load_relaxed16(self.rings[0].avail + 2) == self.rings[0].last_avail:
-            # One alone is read at once if it is cached, as the last was: cheaper than by the ring.
+            # Read a single request directly if its data is probably cached, as the last one's was: cheaper than
+            # io_uring.
             if preadv2(self.disk.file.fd, r.data, r.count, r.offset, RWF_NOWAIT) == <ssize_t>r.length:
                 self.complete(r, 0)
                 return True
@@ -418,7 +428,8 @@ cdef class BlockWorker(QueueWorker):
             if r.type == T_OUT:
                 sqe.rw_flags = self.dsync
         elif r.type == T_FLUSH:
-            # It covers the writes answered before, which are over: no need to wait for those under way (§5.2.6.2).
+            # A flush covers only writes that were completed before it (§5.2.6.2), so it need not wait for those in
+            # flight.
             sqe.opcode = IORING_OP_FSYNC
             sqe.off = 0
             sqe.fsync_flags = IORING_FSYNC_DATASYNC
@@ -438,7 +449,7 @@ cdef class BlockWorker(QueueWorker):
             self.reap()
             if status == 0:
                 break
-            usleep(100)                 # no memory, or completions that had to go first
+            usleep(100)                 # the kernel had no memory, or its completion ring was full
         self.written = 0
 
     cdef void reap(self) noexcept nogil:
@@ -457,7 +468,7 @@ cdef class BlockWorker(QueueWorker):
             self.complete(r, self.landed(r, result))
 
     cdef int landed(self, Request *r, int32_t result) noexcept nogil:
-        # What the kernel did not do whole is done here.
+        # Handle the completion `result`; the rest of a partial transfer is executed here. Returns as execute() does.
         cdef bint again = result == -EAGAIN or result == -EINTR
         if r.type == T_IN or r.type == T_OUT:
             if <int64_t>result == <int64_t>r.length:
@@ -471,7 +482,7 @@ cdef class BlockWorker(QueueWorker):
         elif not again and not (result == -EOPNOTSUPP and r.type != T_FLUSH):
             return -result
         if r.generation != self.disk.generation:
-            return EIO                  # Backend.change has put another file in its place
+            return EIO                  # Backend.change has replaced the file
         if result == -EOPNOTSUPP:
             return clear(r, &self.disk.file, False)
         return execute(r, &self.disk.file, self.dsync)

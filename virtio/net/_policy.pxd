@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-# Which of a guest's frames may leave it: judged by a copy of their first bytes, without the GIL and without a lock.
+# Decides which of a guest's frames may leave, from a copy of their first bytes, without the GIL and without a lock.
 from libc.stdint cimport uint8_t, uint64_t
 
 cdef enum:
-    HEAD = 74       # as much of a frame as is judged: Ethernet, IPv6 and TCP headers
+    HEAD = 74       # bytes of a frame that are checked: Ethernet, IPv6 and TCP headers
 
-# What becomes of a frame; those from DROPPED on are dropped, for a reason of `REASONS`.
+# Verdicts. A frame with a verdict from DROPPED on is dropped; `REASONS` has the names.
 cdef enum:
     ALLOWED = 0
-    TO_RESOLVER = 1     # it is for the resolver's address, which is in this process
+    TO_RESOLVER = 1     # for the DNS resolver, which is in this process
     DROPPED = 2
     MALFORMED = 2
     PROTOCOL = 3
@@ -20,7 +20,8 @@ cdef enum:
     ADDRESS = 9
     VERDICTS = 10
 
-# What the device's thread, the reader, calls with `policy` first. The object lives as long as its device.
+# The functions that the device's thread calls, with `policy` as the first argument. The Policy object outlives the
+# device's thread.
 cdef struct Judge:
     void *policy
     int (*judge)(void *policy, const uint8_t *head, uint64_t size) noexcept nogil

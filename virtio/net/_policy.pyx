@@ -1,41 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Which of a guest's frames may leave it: judged by a copy of their first bytes, without the GIL and without a lock.
+"""Decides which of a guest's frames may leave, from a copy of their first bytes, without the GIL and without a lock.
 
-The network device's thread, the reader, loads the table's pointer once a frame and never sees the table change. `learn`
-and its like build a new one, publish it by one store, and free the old one when the reader has left it.
+The network device's thread (the reader) loads the table's pointer once for each frame; a table never changes. `learn`
+builds a new table, publishes it by one store, and frees the old one once the reader has left it.
 
-Sources: RFC 791 (IPv4), RFC 8200 (IPv6), RFC 826 (ARP), RFC 4861 (neighbour discovery), RFC 2131 (DHCP), RFC 6890 (what
-is special about an address).
+Sources: RFC 791 (IPv4), RFC 8200 (IPv6), RFC 826 (ARP), RFC 4861 (neighbour discovery), RFC 2131 (DHCP), RFC 6890
+(special-purpose addresses).
 """
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
-# A network, and ports of it. IPv4 addresses are those of ::ffff:0:0/96; both halves are numbers, not bytes.
+# A network and a range of ports. IPv4 addresses are mapped to ::ffff:0:0/96. Both halves are in host byte order.
 cdef struct Rule:
     uint64_t high
     uint64_t low
     uint64_t high_mask
     uint64_t low_mask
-    uint16_t first      # port; 0: all ports, but not those of nameservers, and ping
+    uint16_t first      # port; 0: ping and all ports but those of nameservers
     uint16_t last
 
-# An address that an allowed name has.
+# An address to which an allowed name resolved.
 cdef struct Learned:
     uint64_t high
     uint64_t low
     uint16_t first
     uint16_t last
-    uint64_t until      # new connections; in seconds of CLOCK_MONOTONIC
-    uint64_t used       # the last frame to it; written by the reader
+    uint64_t until      # end of the time for new connections; CLOCK_MONOTONIC, seconds
+    uint64_t used       # time of the last frame to it; written by the reader
 
 cdef struct Table:
     size_t n_deny
     size_t n_allow
     size_t n_learned
-    Rule *rules         # denied ones first
-    Learned *learned    # by address, then by port
+    Rule *rules         # the deny rules, then the allow rules
+    Learned *learned    # sorted by address, then by port
 
 cdef extern from *:
     """
@@ -47,7 +47,8 @@ cdef extern from *:
         clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
         return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
     }
-    /* The reader's store must be seen before it loads the table, the writer's before it looks for readers. */
+    /* The reader's store to `reading` must be visible before its load of the table, and the writer's store of the table
+       before its load of `reading`. Hence SEQ_CST. */
     #define policy_enter(reading) __atomic_fetch_add(reading, 1, __ATOMIC_SEQ_CST)
     #define policy_leave(reading) __atomic_fetch_add(reading, 1, __ATOMIC_RELEASE)
     #define policy_table(table) __atomic_load_n(table, __ATOMIC_SEQ_CST)
@@ -67,7 +68,7 @@ cdef extern from *:
     void policy_set(uint64_t *to, uint64_t value) noexcept nogil
     void policy_wait(uint64_t *reading) noexcept nogil
 
-# By number, from DROPPED on.
+# Names of the verdicts from DROPPED on.
 REASONS = ("malformed", "protocol", "options", "fragment", "source", "special", "nameserver", "address")
 MOST_LEARNED = 4096
 
@@ -77,26 +78,28 @@ cdef enum:
     TCP = 6
     UDP = 17
     ICMPV6 = 58
-    # How long what is not TCP may go on with an address whose time is over, from its last frame on (nf_conntrack).
+    # Seconds since the last frame for which a flow other than TCP may continue after its address expired (as in
+    # nf_conntrack).
     STREAM_SECONDS = 180
-    TELLS = 16          # at once
-    TELL_EVERY = 50     # milliseconds
+    TELLS = 16          # burst of dropped frames that Python may look at
+    TELL_EVERY = 50     # milliseconds until one more
 
 
 cdef class Policy:
-    """What one guest may reach: nothing but what is allowed or learned.
+    """The addresses that one guest may reach: only those that a rule allows or that were learned.
 
-    :param guest: the guest's own IPv4 address, four bytes: frames from any other are dropped
-    :param guest_bits: of it that count: its addresses are a network's; 0: any address
-    :param gateway: IPv4, the address that leads to the host's loopback where something maps it: never reached
-    :param resolver: IPv4, where the guest's DNS is answered
-    :param allow: rules ``(address, bits, first, last)``: an IPv6 address of 16 bytes, for IPv4 in ::ffff:0:0/96, the
-        bits of its network, and ports, 0 and 0 for all
-    :param deny: such rules, which go before
-    :param only_special: allow everything but what is on no network: the host's loopback, by whichever name
+    :param guest: the guest's own IPv4 address, four bytes; frames from other addresses are dropped
+    :param guest_bits: prefix length, if the guest has a whole network; 0: any source address
+    :param gateway: IPv4 address that may be mapped to the host's loopback; never allowed
+    :param resolver: IPv4 address of the DNS resolver for the guest
+    :param allow: rules ``(address, bits, first, last)``: an IPv6 address of 16 bytes (IPv4 in ::ffff:0:0/96), the
+        prefix length, and the first and last port; 0 and 0: all ports
+    :param deny: rules that take precedence over `allow`
+    :param only_special: allow every address except special ones, such as any that reaches the host's loopback
+    :raises ValueError: an address or a prefix length is out of range
 
-    Loopback, multicast and broadcast are never reached, link-local addresses only by a rule for them alone, and
-    nameservers only by a rule for their port. One thread judges.
+    Loopback, multicast and broadcast addresses are never allowed. Link-local addresses need a rule for them alone, and
+    nameservers a rule for their port. Only one thread judges frames.
     """
     cdef Table *table               # replaced whole; the reader loads the pointer once
     cdef uint64_t reading           # odd while the reader has a table
@@ -109,8 +112,8 @@ cdef class Policy:
     cdef uint64_t bytes_allowed
     cdef uint64_t bytes_dropped
     cdef uint64_t evicted
-    cdef uint64_t tokens            # of may_tell
-    cdef uint64_t filled            # when, in milliseconds
+    cdef uint64_t tokens            # token bucket of may_tell
+    cdef uint64_t filled            # time of its last refill, milliseconds
     cdef Judge _judge
 
     def __cinit__(self):
@@ -119,9 +122,9 @@ cdef class Policy:
     def __init__(self, bytes guest=bytes(4), bytes gateway=bytes(4), bytes resolver=bytes(4), allow=(), deny=(),
                  *, bint only_special=False, int guest_bits=32):
         if not len(guest) == len(gateway) == len(resolver) == 4:
-            raise ValueError("an IPv4 address has four bytes")
+            raise ValueError("guest, gateway and resolver must be IPv4 addresses of four bytes")
         if not 0 <= guest_bits <= 32:
-            raise ValueError("an IPv4 network has 0 to 32 bits")
+            raise ValueError(f"guest_bits must be 0 to 32, not {guest_bits}")
         self.guest_mask = <uint32_t>((<uint64_t>0xffff_ffff << (32 - guest_bits)) & 0xffff_ffff)
         self.guest = <uint32_t>int.from_bytes(guest, "big") & self.guest_mask
         memcpy(self.gateway, <const char *>gateway, 4)
@@ -134,21 +137,23 @@ cdef class Policy:
     def __dealloc__(self):
         PyMem_RawFree(self.table)
 
-    # From Python, by one thread at a time: the GIL is held from the old table to the new one.
+    # Called from Python, by one thread at a time: the GIL is held while a table is replaced.
 
     def learn(self, entries, uint64_t seconds):
-        """Allow addresses for so long; one that is there keeps the longer time.
+        """Allow addresses for some time. An address that is already known keeps the longer time.
 
-        :param entries: of ``(address, first, last)``, as those of rules
+        :param entries: ``(address, first, last)`` each, as in a rule
+        :param seconds: how long new connections are allowed
+        :raises ValueError: an address does not have 16 bytes
 
-        When its time is over, new connections are refused; TCP connections that are open go on, and what else had a
-        frame within three minutes. At most `MOST_LEARNED` are kept: the ones not used for the longest time go first.
+        After that, new connections are refused. Open TCP connections continue, and so do other flows that had a frame
+        within the last three minutes. At most `MOST_LEARNED` addresses are kept; the least recently used go first.
         """
         cdef uint64_t now = policy_ms() // 1000
         cdef dict known = {entry[:3]: entry[3:] for entry in self._learned_now()}
         for address, first, last in entries:
             if len(address) != 16:
-                raise ValueError("an IPv6 address has 16 bytes")
+                raise ValueError(f"a learned address must have 16 bytes, not {len(address)}")
             until, used = known.get((address, first, last), (0, 0))
             known[address, first, last] = max(until, now + seconds), max(used, now)
         learned = [(*key, *value) for key, value in known.items()]
@@ -159,12 +164,12 @@ cdef class Policy:
         self._publish(None, 0, sorted(learned))
 
     def learned(self):
-        """What was learned: a list of ``(address, first, last, seconds left)``, the last 0 for what goes on only."""
+        """The learned addresses: a list of ``(address, first, last, seconds left)``; 0: only for open flows."""
         cdef uint64_t now = policy_ms() // 1000
         return [(address, first, last, max(0, until - now)) for address, first, last, until, _ in self._learned_now()]
 
     def allows(self, bytes address, uint32_t port=0):
-        """Whether a rule lets the guest reach an address of 16 bytes, at any port or at one; learned ones apart."""
+        """Whether a rule allows an address of 16 bytes, at some port or at `port`. Learned addresses do not count."""
         cdef Table *table = self.table
         cdef uint64_t high, low
         high, low = _halves(address)
@@ -179,7 +184,7 @@ cdef class Policy:
         return False
 
     def verdict(self, const uint8_t[::1] frame not None):
-        """What would become of `frame`: ``allowed``, ``resolver``, or a reason of `REASONS`. It is counted."""
+        """Judge `frame` as if the guest had sent it, and count it: ``allowed``, ``resolver`` or one of `REASONS`."""
         cdef uint8_t[HEAD] head
         memset(head, 0, HEAD)
         if frame.shape[0]:
@@ -190,12 +195,12 @@ cdef class Policy:
 
     @property
     def pointer(self):
-        """Of the C struct Judge, for the device's thread; valid as long as this object."""
+        """Address of the C struct Judge, for the device's thread; valid as long as this object."""
         return <uintptr_t>&self._judge
 
     @property
     def counters(self):
-        """Frames and bytes by what became of them."""
+        """Frames and bytes, by verdict."""
         found = {
             "allowed": self.frames[ALLOWED], "allowed_bytes": self.bytes_allowed, "resolver": self.frames[TO_RESOLVER],
             "dropped": sum([self.frames[i] for i in range(DROPPED, VERDICTS)]), "dropped_bytes": self.bytes_dropped,
@@ -214,7 +219,7 @@ cdef class Policy:
         return found
 
     cdef int _publish(self, list rules, size_t n_deny, list learned) except -1:
-        # `rules` None: those that are there.
+        # `rules` None: keep the current rules.
         cdef Table *old = self.table
         cdef size_t n_rules = len(rules) if rules is not None else old.n_deny + old.n_allow
         cdef size_t n_learned = len(learned), i
@@ -234,7 +239,7 @@ cdef class Policy:
                 for i in range(n_rules):
                     address, bits, first, last = rules[i]
                     if not 0 <= bits <= 128:
-                        raise ValueError("a network has 0 to 128 bits")
+                        raise ValueError("a rule's prefix length must be 0 to 128")
                     mask = ((1 << bits) - 1) << (128 - bits)
                     new.rules[i].high_mask, new.rules[i].low_mask = mask >> 64, mask & 0xffff_ffff_ffff_ffff
                     new.rules[i].high, new.rules[i].low = _halves(address)
@@ -257,8 +262,8 @@ cdef class Policy:
     # The reader
 
     cdef int judge(self, const uint8_t *head, uint64_t size) noexcept nogil:
-        # What becomes of a frame of `size` bytes, whose first HEAD bytes are `head`, followed by zeros if there are
-        # fewer. The guest can change neither.
+        # The verdict on a frame of `size` bytes. `head` is a copy of its first HEAD bytes, padded with zeros, which the
+        # guest cannot change.
         cdef uint32_t kind = be16(&head[12])
         cdef int verdict
         if self.only_special:
@@ -276,8 +281,8 @@ cdef class Policy:
             policy_leave(&self.reading)
             return verdict
         if kind != 0x0806:
-            return PROTOCOL         # tagged frames among them: a switch is between nobody here
-        # Ethernet and IPv4; it is answered by the other end of the cable, and goes no further.
+            return PROTOCOL         # includes VLAN tags, which nothing here uses
+        # ARP for Ethernet and IPv4. The other end of the link answers it, so it goes no further.
         return ALLOWED if size >= 42 and memcmp(&head[14], b"\0\1\x08\0\6\4", 6) == 0 else MALFORMED
 
     cdef int judge_ipv4(self, const uint8_t *ip, uint64_t size) noexcept nogil:
@@ -286,12 +291,12 @@ cdef class Policy:
         if size < 20 or ip[0] >> 4 != 4 or ip[0] & 15 < 5 or whole < <uint32_t>(ip[0] & 15) * 4 or whole > size:
             return MALFORMED
         if ip[0] & 15 != 5:
-            return OPTIONS          # among them source routes
-        if be16(&ip[6]) & 0xbfff:   # anything but "do not fragment"
+            return OPTIONS          # they include source routes
+        if be16(&ip[6]) & 0xbfff:   # any flag or offset but "do not fragment"
             return FRAGMENT
         if ip[9] == UDP and target == <uint32_t>0xffff_ffff and whole >= 28 and be32(&ip[20]) == 68 << 16 | 67 \
                 and (source == 0 or mine):
-            return ALLOWED          # DHCP, which the other end of the cable answers
+            return ALLOWED          # DHCP, which the other end of the link answers
         if not mine or is_special4(source):
             return SOURCE
         if memcmp(&ip[16], self.resolver, 4) == 0:
@@ -310,10 +315,10 @@ cdef class Policy:
         if ip[6] == 0 or ip[6] == 43 or ip[6] == 50 or ip[6] == 51 or ip[6] == 60 or ip[6] == 135:
             return OPTIONS
         if ip[6] == ICMPV6 and ip[7] == 255 and payload >= 8 and (ip[40] == 133 or ip[40] == 135 or ip[40] == 136):
-            return ALLOWED          # neighbour discovery, which the other end of the cable answers
+            return ALLOWED          # neighbour discovery, which the other end of the link answers
         if is_special6(be64(&ip[8]), be64(&ip[16])):
             return SOURCE
-        if is_special6(high, low) or high >> 54 == 0x3fa:   # fe80::/10 is a network of the host's own, too
+        if is_special6(high, low) or high >> 54 == 0x3fa:   # fe80::/10 also reaches the host
             return SPECIAL
         return self.judge_target(high, low, ip[6], &ip[40], payload)
 
@@ -336,10 +341,10 @@ cdef class Policy:
         return PROTOCOL
 
     cdef int look_up(self, uint64_t high, uint64_t low, uint32_t port, bint begins, bint tcp) noexcept nogil:
-        # Port 0 is that of ping. `begins`: the frame may make something new.
+        # The verdict on a destination; port 0: ping. `begins`: the frame may start a new flow.
         cdef Table *table = policy_table(&self.table)
         cdef bint nameserver = port == 53 or port == 853
-        # 169.254.0.0/16 is for rules of 16 bits and more.
+        # Only rules with a prefix of 16 bits or more allow 169.254.0.0/16.
         cdef bint local = high == 0 and low >> 16 == <uint64_t>0xffff_a9fe
         cdef uint64_t now
         cdef size_t i, first = 0, last = table.n_learned, middle
@@ -382,7 +387,7 @@ cdef class Policy:
             self.bytes_dropped += size
 
     cdef bint may_tell(self) noexcept nogil:
-        # Whether a dropped frame may cost a look at it in Python: some at once, then one in a while.
+        # Rate limit: whether Python may look at this dropped frame. TELLS at once, then one every TELL_EVERY.
         cdef uint64_t now = policy_ms()
         cdef uint64_t more = (now - self.filled) // TELL_EVERY
         if more:
@@ -411,17 +416,18 @@ cdef inline bint matches(const Rule *rule, uint64_t high, uint64_t low) noexcept
 
 
 cdef inline bint is_special4(uint32_t address) noexcept nogil:
-    # This network, loopback, multicast and what is reserved behind it.
+    # 0.0.0.0/8 (this network), loopback, multicast, and the reserved addresses above it.
     return address >> 24 == 0 or address >> 24 == 127 or address >> 28 >= 14
 
 
 cdef inline bint is_special6(uint64_t high, uint64_t low) noexcept nogil:
-    # Multicast; unspecified, loopback, and IPv4 in IPv6, by which a socket of the host's reaches 127.0.0.1.
+    # Multicast, unspecified, loopback, and IPv4 in IPv6, through which a host socket could reach 127.0.0.1.
     return high >> 56 == 0xff or is_hosts6(high, low)
 
 
 cdef bint is_hosts(const uint8_t *head, uint32_t kind) noexcept nogil:
-    # Whether a frame is from or to the host itself, for who makes a socket of it: 0.0.0.0/8, 127.0.0.0/8 and so on.
+    # Whether a frame's source or destination means the host itself to a program that opens a socket for it: 0.0.0.0/8,
+    # 127.0.0.0/8 and so on.
     if kind == 0x0800:
         return head[30] == 0 or head[30] == 127 or head[26] == 127
     if kind == 0x86dd:
@@ -436,7 +442,7 @@ cdef inline bint is_hosts6(uint64_t high, uint64_t low) noexcept nogil:
 
 cdef object _halves(bytes address):
     if len(address) != 16:
-        raise ValueError("an IPv6 address has 16 bytes")
+        raise ValueError(f"an address must have 16 bytes (IPv4 as ::ffff:a.b.c.d), not {len(address)}")
     return int.from_bytes(address[:8], "big"), int.from_bytes(address[8:], "big")
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""A pair of network queues without the GIL: frames go between the guest's buffers and a tap, or a stream to passt."""
+"""A pair of network queues, without the GIL: moves frames between the guest's buffers and a tap or a passt socket.
+
+Source: virtio 1.2 §5.1; passt(1) for the stream.
+"""
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EBADFD, ECONNRESET, EINTR, EINVAL, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -38,60 +41,61 @@ cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int count)
 
 cdef enum:
-    TO_MMDS = -1                # beside the policy's verdicts
+    TO_MMDS = -1                # a verdict in addition to the policy's
     RX = 0
     TX = 1
     TOKEN_HOST = 1
     VNET_HEADER = 12            # virtio 1.2 §5.1.6: struct virtio_net_hdr with num_buffers
-    NUM_BUFFERS = 10            # its offset
+    NUM_BUFFERS = 10            # offset of num_buffers
     ETH_HEADER = 14
     FRAME_MAX = 65535 + ETH_HEADER + 4
     UIO_MAXIOV = 1024
-    PARTS = UIO_MAXIOV - 1      # of a chain, beside one of ours
-    RX_IOV = UIO_MAXIOV - 2     # of the chains held: room for the byte too many, and for a record's head
-    NEEDS_CSUM = 1              # in the header's flags
-    DETOUR_HEAD = VNET_HEADER + 42  # as much of a frame as tells where it goes: an ARP packet for IPv4
+    PARTS = UIO_MAXIOV - 1      # iovecs of a chain, beside one of our own
+    RX_IOV = UIO_MAXIOV - 2     # iovecs of the held chains, beside the scrap byte and a pcap record's head
+    NEEDS_CSUM = 1              # VIRTIO_NET_HDR_F_NEEDS_CSUM
+    DETOUR_HEAD = VNET_HEADER + 42  # bytes of a frame that show its destination: up to an ARP packet for IPv4
     ANSWER_MAX = ETH_HEADER + 1500
-    SERVICES = 2                # a place of NetWorker.resume only
-    HELD = 256                  # RX chains taken in advance at most
-    BUDGET = 64                 # frames one way before the other has its turn
-    LEAST_NS = 5_000_000        # wait so long for buffers that hold the largest frame, then do with what is there
+    SERVICES = 2                # a place in NetWorker.resume only
+    HELD = 256                  # most RX chains taken in advance
+    BUDGET = 64                 # frames in one direction before the other has its turn
+    LEAST_NS = 5_000_000        # longest wait for buffers for the largest frame, before fewer are used
     F_MRG_RXBUF = 1 << 15
     F_MQ = 1 << 22
 
 # An RX chain taken from the ring and not yet returned.
 cdef struct Held:
     uint16_t head
-    uint32_t n_iov              # of its buffers, which follow one another in NetWorker.iov
+    uint32_t n_iov              # number of its buffers, which are consecutive in NetWorker.iov
     uint64_t size
 
 cdef struct Counters:
     uint64_t rx_packets
     uint64_t rx_bytes
-    uint64_t rx_bad_buffers     # not writable, or too short for the header
-    uint64_t rx_too_long        # frames that the guest's buffers were too short for; dropped
+    uint64_t rx_bad_buffers     # chains that are not writable or too short for the header
+    uint64_t rx_too_long        # frames dropped because the guest's buffers were too short
     uint64_t rx_errors
     uint64_t tx_packets
     uint64_t tx_bytes
-    uint64_t tx_bad             # not readable, too short, too long
-    uint64_t tx_errors          # the host refused the frame; it is dropped
-    uint64_t mmds_errors        # frames for the metadata service that it failed at: our mistake
-    uint64_t resolver_errors    # likewise
-    uint64_t pcap_errors        # a frame could not be recorded; the ones after it are not
+    uint64_t tx_bad             # chains that are not readable, too short or too long
+    uint64_t tx_errors          # frames dropped because the host refused them
+    uint64_t mmds_errors        # frames that made the metadata service raise an exception: a bug in pyvmm
+    uint64_t resolver_errors    # frames that made the resolver raise an exception: a bug in pyvmm
+    uint64_t pcap_errors        # 1 after a frame could not be recorded: recording has stopped
 
 
 cdef class NetWorker(QueueWorker):
     """The thread of one pair of queues, the receive queue first.
 
-    :param fd: a tap with a header of 12 bytes, or with `stream` a socket to passt; non-blocking, not owned
-    :param stream: frames come and go with a length of 4 bytes before each, big endian, and no header
-    :param pair: 0 for the first
-    :param rx_limiter: of what the guest receives
-    :param tx_limiter: of what the guest sends
-    :param mmds: the metadata service's endpoint, whose address's frames never reach `fd`; None: there is none
-    :param policy: which frames of the guest's may leave, by one thread; None: all
-    :param resolver: where those go that are for the policy's resolver, and word of those dropped; None: nowhere
-    :param pcap: a file for a copy of each frame, opened for appending; -1: none
+    :param fd: a tap with a 12-byte virtio header, or with `stream` a socket to passt; non-blocking; borrowed
+    :param stream: whether each frame has a 4-byte big-endian length in front and no virtio header
+    :param pair: the pair's number, from 0
+    :param rx_limiter: limits what the guest receives
+    :param tx_limiter: limits what the guest sends
+    :param mmds: the metadata service's endpoint; frames to its address never reach `fd`; None: no metadata service
+    :param policy: decides which of the guest's frames may leave; None: all
+    :param resolver: receives the frames to the policy's resolver address and copies of dropped frames; None: nothing
+        does
+    :param pcap: descriptor of a pcap file for copies of all frames, opened for appending; borrowed; -1: none
     """
     cdef int fd
     cdef int pcap
@@ -99,40 +103,40 @@ cdef class NetWorker(QueueWorker):
     cdef bint stream
     cdef bint lost                          # the stream has ended, or the tap was deleted
     cdef bint mergeable
-    cdef Ring none                          # never ready: of a pair beyond the first, for a driver without MQ
+    cdef Ring none                          # a ring that is never ready, for further pairs if the driver has no MQ
     cdef readonly RateLimiter rx_limiter
     cdef readonly RateLimiter tx_limiter
-    cdef bint patient                       # false: any buffer at all will do
-    cdef uint64_t[3] resume                 # when a stalled queue may go on, CLOCK_MONOTONIC; 0: not by time
-    cdef bint paid                          # the next TX chain has its tokens
-    cdef uint64_t received                  # bytes of a frame that is read and waits for tokens
+    cdef bint patient                       # wait for more RX buffers; False: use those that are there
+    cdef uint64_t[3] resume                 # when a stalled queue may continue, CLOCK_MONOTONIC; 0: no time is set
+    cdef bint paid                          # the tokens for the next TX chain were taken
+    cdef uint64_t received                  # bytes of a frame that was read and waits for tokens
     cdef Held[HELD] held
     cdef uint32_t n_held
-    cdef iovec[UIO_MAXIOV + 1] iov          # one more for the stream's length
+    cdef iovec[UIO_MAXIOV + 1] iov          # one extra entry, for the stream's length
     cdef uint32_t n_iov
     cdef uint64_t held_bytes
-    # The stream's state: how much of the length, and of the frame, has come; what is left to send.
+    # State of the stream: bytes received of the length and of the frame, and bytes left to send.
     cdef uint8_t[4] length
     cdef uint32_t length_got
     cdef uint64_t frame_size
     cdef uint64_t frame_got
     cdef uint8_t[4] tx_length
-    cdef bint dropping                      # the rest of this frame was for a driver that is gone
+    cdef bint dropping                      # discard the rest of this frame: its driver is gone
     cdef uint64_t tx_left
     cdef uint64_t tx_size
-    # The policy's: what of the frame was judged is in `head`, and is sent from there.
+    # For the policy: `head` is the copy of the frame's start that was judged; it is sent instead of guest memory.
     cdef object policy
-    cdef Judge *rules                       # the policy's; NULL: all may leave
+    cdef Judge *rules                       # the policy's functions; NULL: all frames may leave
     cdef uint8_t[VNET_HEADER + HEAD] head
-    cdef uint64_t tx_head                   # bytes of the frame in it
-    # The services', which are in this process: the metadata service's and the resolver's.
+    cdef uint64_t tx_head                   # bytes of the frame in `head`
+    # For the services in this process: the metadata service and the resolver.
     cdef object resolver
     cdef bint resolves
     cdef object mmds
     cdef bint detour
     cdef uint8_t[4] mmds_address
-    cdef bint frames_due                    # ask them for frames
-    cdef uint32_t answer_size               # of the one that waits for buffers; 0: none does
+    cdef bint frames_due                    # the services may have frames for the guest
+    cdef uint32_t answer_size               # bytes in `answer`, which waits for buffers; 0: none waits
     cdef uint8_t[VNET_HEADER + ANSWER_MAX] answer
     cdef Counters counters
 
@@ -158,13 +162,13 @@ cdef class NetWorker(QueueWorker):
 
     @property
     def stats(self):
-        """Counters of this pair by name."""
+        """Counters of this pair, by name."""
         return self.counters
 
     def begin(self):
-        """Forget the driver before."""
+        """Prepare for a new driver."""
         if self.pair > 0 and not self.features & F_MQ:
-            # One of these may be the control queue then, which is another thread's.
+            # Without MQ one of these numbers may be the control queue, which another thread serves.
             self.rings[RX] = self.rings[TX] = &self.none
         self.mergeable = self.features & F_MRG_RXBUF != 0
         self.n_held = self.n_iov = 0
@@ -189,8 +193,8 @@ cdef class NetWorker(QueueWorker):
         return status
 
     cdef int event(self, uint32_t token) noexcept nogil:
-        # A frame has come, or there is room for one: for who does not wait for the clock. Or the clock: set_rate_limit
-        # has it wake the thread early, and who has to wait on says so again.
+        # An event of `fd` (input, or room for output) resumes the queues that wait for no time; TOKEN_TIMER resumes the
+        # others. set_rate_limit triggers the timer early; a queue that must still wait sets it again.
         cdef uint32_t place
         cdef int status
         for place in range(2):
@@ -205,15 +209,15 @@ cdef class NetWorker(QueueWorker):
         return 0
 
     cdef void finish(self) noexcept nogil:
-        # The chains held go back, as if they had never been taken: the queue may be served on by a later thread. A
-        # driver whose bad buffer lay between them gets that one twice.
+        # Put the held chains back, because a later thread may serve this queue. If a bad chain was returned between
+        # them, the driver gets that one back twice.
         while self.n_held and self.rings[RX].size:
             queue_unpop(self.rings[RX])
             self.n_held -= 1
         self.n_held = self.n_iov = 0
 
     cdef void stall(self, uint32_t place, uint64_t nanoseconds) noexcept nogil:
-        # One timer for all: the earliest.
+        # All places share one timer: set it to the earliest time.
         cdef uint64_t now = clock_ns(CLOCK_MONOTONIC), first
         cdef uint32_t other
         self.resume[place] = now + nanoseconds
@@ -234,7 +238,7 @@ cdef class NetWorker(QueueWorker):
             if self.received == 0:
                 if budget == 0:
                     return SERVE_MORE
-                # Not where a part of a frame is in the buffers.
+                # Not while the buffers hold a part of a frame.
                 if self.frames_due and (self.length_got < 4 or self.dropping) \
                         and (self.answer_size or self.ask_services()):
                     status = self.give_answer()
@@ -256,7 +260,7 @@ cdef class NetWorker(QueueWorker):
                     if self.stream or errno == EBADFD:
                         self.lose()
                         return SERVE_STALLED
-                    continue            # of this frame; the next has no event of its own
+                    continue            # an error of this frame only; there may be no further event
                 if <uint64_t>size > self.held_bytes:
                     self.counters.rx_too_long += 1
                     continue
@@ -273,7 +277,8 @@ cdef class NetWorker(QueueWorker):
         return SERVE_STALLED
 
     cdef int gather(self) noexcept nogil:
-        # Hold chains for the largest frame that may come: 1; SERVE_EMPTY: the driver has to offer more first.
+        # Take chains until they hold the largest possible frame. Returns 1, or SERVE_EMPTY if the driver must add more,
+        # or a QUEUE_* rule.
         cdef Ring *ring = self.rings[RX]
         cdef DescChain *chain = self.chains[RX]
         cdef uint32_t n
@@ -287,7 +292,7 @@ cdef class NetWorker(QueueWorker):
             if status != QUEUE_CHAIN:
                 if self.n_held == 0:
                     return SERVE_EMPTY
-                if self.patient:        # a driver with few buffers may never have as many
+                if self.patient:        # wait once: a driver with few buffers may never offer enough
                     self.patient = False
                     self.stall(RX, LEAST_NS)
                     return SERVE_EMPTY
@@ -309,7 +314,7 @@ cdef class NetWorker(QueueWorker):
         return 1
 
     cdef void deliver(self, uint64_t size) noexcept nogil:
-        # The first `size` bytes of the chains held are a header and a frame: return the chains that they fill.
+        # Return to the driver the held chains that hold the first `size` bytes: a header and a frame.
         cdef Ring *ring = self.rings[RX]
         cdef uint64_t left = size, part
         cdef uint32_t used = 0, iovs = 0
@@ -338,13 +343,15 @@ cdef class NetWorker(QueueWorker):
         self.counters.rx_bytes += size - VNET_HEADER
 
     cdef ssize_t read_tap(self) noexcept nogil:
-        # A frame and its header: their size, larger than the chains held if they are too short for it; -1 and errno.
+        # Read a header and a frame into the held chains. Returns the size, which exceeds theirs if the frame did not
+        # fit; or -1 and errno.
         cdef uint8_t scrap
-        self.iov[self.n_iov] = iovec(<void *>&scrap, 1)     # the tap cuts off and does not say
+        # A tap truncates silently: one extra byte shows that a frame was too long.
+        self.iov[self.n_iov] = iovec(<void *>&scrap, 1)
         return readv(self.fd, self.iov, <int>self.n_iov + 1)
 
     cdef ssize_t read_frame(self) noexcept nogil:
-        # The same from the stream, whose end is ECONNRESET.
+        # The same from the stream. Its end is reported as ECONNRESET.
         cdef ssize_t got
         cdef uint8_t[VNET_HEADER] header
         while True:
@@ -363,7 +370,8 @@ cdef class NetWorker(QueueWorker):
         return VNET_HEADER + self.frame_size
 
     cdef ssize_t read_rest(self) noexcept nogil:
-        # The rest of a frame behind its header's place in the chains held: 1, or what a read gave.
+        # Read the rest of a frame to the held chains, after the space for its header. Returns 1 when it is complete, or
+        # the result of the failed read.
         cdef ssize_t got
         cdef uint8_t[4096] scrap
         cdef uint64_t room
@@ -416,7 +424,7 @@ cdef class NetWorker(QueueWorker):
                 queue_add_used(ring, chain.head, 0)
                 continue
             verdict = ALLOWED
-            if self.tx_left == 0:       # or a part of it is on its way
+            if self.tx_left == 0:       # otherwise part of this frame was sent
                 if self.detour and self.is_for_mmds(chain):
                     verdict = TO_MMDS
                 elif self.rules != NULL:
@@ -443,7 +451,7 @@ cdef class NetWorker(QueueWorker):
             elif self.rules != NULL:
                 sent = self.write_judged(chain)
             else:
-                # The header is the tap's to judge: the kernel copies it once and refuses what makes no sense.
+                # The kernel validates the header: the tap copies it once and refuses an invalid one.
                 sent = writev(self.fd, chain.iov, chain.n_readable)
             if sent < 0:
                 if errno == EINTR:
@@ -467,15 +475,16 @@ cdef class NetWorker(QueueWorker):
         return SERVE_STALLED
 
     cdef void lose(self) noexcept nogil:
-        # The host's end is gone, once and for all.
+        # Report, once, that the host's end is gone for good.
         if not self.lost:
             self.lost = True
             with gil:
                 self.device.lose()
 
     cdef ssize_t write_frame(self, DescChain *chain) noexcept nogil:
-        # To the stream: 0 once all of it is there, -1 and errno. A chain put back after a part of it went is the next
-        # one again, unless the driver changed it meanwhile: then the stream gets its length in other bytes.
+        # Send a frame to the stream. Returns 0 when all of it is sent, or -1 and errno. After a partial send the chain
+        # is put back and popped again. If the driver changed it in between, the stream gets other bytes, in the same
+        # number.
         cdef iovec[UIO_MAXIOV + 1] rest
         cdef uint64_t size = chain.readable_bytes - VNET_HEADER, done
         cdef uint8_t[4096] filler
@@ -514,12 +523,13 @@ cdef class NetWorker(QueueWorker):
         return 0
 
     cdef ssize_t write_judged(self, DescChain *chain) noexcept nogil:
-        # To the tap, with an empty header: by the guest's the kernel would write a checksum wherever it says.
+        # Send a judged frame to the tap, with an empty header: with the guest's header the kernel would write a
+        # checksum at an offset of the guest's choice, after the frame was judged.
         cdef iovec[UIO_MAXIOV + 1] whole
         cdef uint64_t done = VNET_HEADER + self.tx_head
         cdef uint32_t n = 1
         if chain.n_readable >= UIO_MAXIOV - 1:
-            net_set_errno(EINVAL)   # more pieces than one write takes, with ours before them
+            net_set_errno(EINVAL)   # more iovecs than one write takes, with our own in front
             return -1
         memset(self.head, 0, VNET_HEADER)
         whole[0] = iovec(<void *>self.head, done)
@@ -528,20 +538,20 @@ cdef class NetWorker(QueueWorker):
         return writev(self.fd, whole, n)
 
     cdef int judge(self, DescChain *chain) noexcept nogil:
-        # By a copy of its head, which is what is sent.
+        # Judge a copy of the frame's start; that copy is sent later.
         cdef uint64_t size = chain.readable_bytes - VNET_HEADER
         cdef int verdict
         self.tx_head = iov_gather(chain.iov, chain.n_readable, 0, self.head, VNET_HEADER + HEAD) - VNET_HEADER
         memset(&self.head[VNET_HEADER + self.tx_head], 0, HEAD - self.tx_head)
         verdict = self.rules.judge(self.rules.policy, &self.head[VNET_HEADER], size)
-        if verdict != ALLOWED:          # the others are counted once they are sent
+        if verdict != ALLOWED:          # allowed frames are counted when they are sent
             self.rules.count(self.rules.policy, verdict, size)
         return verdict
 
-    # Services inside this process: a slow path, one GIL a frame
+    # Services in this process: a slow path, which takes the GIL for each frame
 
     cdef bint is_for_mmds(self, DescChain *chain) noexcept nogil:
-        # By a copy of its head; what the driver makes of it meanwhile, the endpoint judges anew.
+        # Checks a copy of the frame's start. The driver may change the frame after this; the endpoint checks it again.
         cdef uint8_t[DETOUR_HEAD] head
         cdef uint8_t *frame = &head[VNET_HEADER]
         cdef uint64_t size
@@ -551,7 +561,7 @@ cdef class NetWorker(QueueWorker):
             return False
         if frame[13] == 0x00:
             return size >= 34 and memcmp(&frame[30], self.mmds_address, 4) == 0
-        # ARP over Ethernet for IPv4, a request.
+        # An ARP request for Ethernet and IPv4.
         return frame[13] == 0x06 and size >= 42 and memcmp(&frame[14], b"\0\1\x08\0\6\4\0\1", 8) == 0 \
             and memcmp(&frame[38], self.mmds_address, 4) == 0
 
@@ -576,7 +586,7 @@ cdef class NetWorker(QueueWorker):
             self.blame(service, error)
 
     cdef bint ask_services(self) noexcept with gil:
-        # Whether there is a frame for the guest in self.answer.
+        # Get one frame from the services. Returns whether self.answer has one.
         cdef bytes frame
         cdef object service = None
         try:
@@ -584,7 +594,7 @@ cdef class NetWorker(QueueWorker):
                 frame = None if service is None else service.next_frame()
                 if frame is not None:
                     if len(frame) > ANSWER_MAX:
-                        raise ValueError(f"a frame of {len(frame)} bytes")
+                        raise ValueError(f"a frame of {len(frame)} bytes, at most {ANSWER_MAX} are allowed")
                     memset(self.answer, 0, VNET_HEADER)
                     memcpy(&self.answer[VNET_HEADER], <const char *>frame, <size_t>len(frame))
                     self.answer_size = VNET_HEADER + <uint32_t>len(frame)
@@ -601,7 +611,7 @@ cdef class NetWorker(QueueWorker):
         return False
 
     cdef int give_answer(self) noexcept nogil:
-        # To the guest: 1, or what gather() said.
+        # Deliver self.answer to the guest. Returns 1, or gather()'s result if there are no buffers.
         cdef int status = self.gather()
         if status <= 0:
             return status
@@ -620,10 +630,10 @@ cdef class NetWorker(QueueWorker):
             self.counters.resolver_errors += 1
         self.device.context.warn(service.what, f"{self.name}: {service.what}: {type(error).__name__}: {error}")
 
-    # A copy for the one who looks on
+    # Packet capture
 
     cdef void capture(self, const iovec *iov, uint32_t n_iov, uint64_t size) noexcept nogil:
-        # One write, so that the records of several threads do not mix. Source: pcap-savefile(5).
+        # One write for each record, so that records of several threads do not interleave. Source: pcap-savefile(5).
         cdef iovec[UIO_MAXIOV + 1] record
         cdef uint32_t[4] head
         cdef uint64_t now = clock_ns(CLOCK_REALTIME)
@@ -634,4 +644,4 @@ cdef class NetWorker(QueueWorker):
         if writev(self.pcap, record, 1 + iov_part(iov, n_iov, VNET_HEADER, size - VNET_HEADER, &record[1], PARTS)) \
                 != <ssize_t>(16 + size - VNET_HEADER):
             self.counters.pcap_errors += 1
-            self.pcap = -1          # a file that is full; what followed half a record could not be read
+            self.pcap = -1          # stop: after half a record (disk full) the file could not be read further
