@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The DAX window of a share: a stretch of this process's memory that KVM shows the guest, with files mapped into it.
+"""The DAX window of a share: host memory with files mapped into it, which KVM maps into the guest.
 
-No part of it is guest RAM to the devices: a descriptor that points into it is refused, so no thread here ever touches
-a page that a file's truncation may take away. Where no file is mapped there is memory, which a guest may use as it
-likes; what a guest may only read is mapped privately, so that its write changes nothing but its own copy.
+Source: virtio 1.2 §5.11.6.4. To the devices the window is not guest RAM: they refuse a descriptor that points into it.
+So no thread of this process touches a page that disappears when a file is truncated. Unused parts are anonymous memory,
+which the guest may use. A read-only file is mapped privately, so that a guest's write changes only its own copy.
 """
 import os
 
@@ -45,16 +45,18 @@ cdef enum:
 
 
 cdef class Window:
-    """A window of `size` bytes, a multiple of 2 MiB, for mappings of files; safe from any thread.
+    """A window for file mappings; safe from any thread.
 
-    :raises OSError: no address space left
+    :param size: bytes, a multiple of 2 MiB
+    :raises ValueError: `size` is not a multiple of 2 MiB
+    :raises OSError: no address space is left
     """
 
     def __cinit__(self, uint64_t size):
         cdef void *p
         cdef uint64_t i
         if size == 0 or size & (SLOT - 1):
-            raise ValueError("a DAX window is a multiple of 2 MiB")
+            raise ValueError(f"DAX window of {size} bytes: must be a multiple of 2 MiB")
         pthread_mutex_init(&self.lock, NULL)
         self.size = size
         self.slots = <Slot *>calloc(size >> DAX_SHIFT, sizeof(Slot))
@@ -79,11 +81,11 @@ cdef class Window:
 
     @property
     def address(self):
-        """Where this process has it, for ``KVM_SET_USER_MEMORY_REGION``."""
+        """Host address of the window, for ``KVM_SET_USER_MEMORY_REGION``."""
         return <uintptr_t>self.base
 
     cdef bint _aligned(self, uint64_t where, uint64_t length) noexcept nogil:
-        # The start is a slot's, the end a page's, all of it inside; no sum can overflow.
+        # The start is slot aligned, the end page aligned, and the range is inside the window. No sum can overflow.
         return not where & (SLOT - 1) and length and not length & (PAGE - 1) and where < self.size \
             and length <= self.size - where
 
@@ -99,7 +101,7 @@ cdef class Window:
         slot.length = slot.backed = 0
 
     cdef int _put(self, uint64_t where, Slot *slot, uint64_t at) noexcept nogil:
-        # Map the slot's file from byte `at` of the slot on. KVM's MMU notifier takes what was there out of the guest.
+        # Map the slot's file from byte `at` of the slot on. KVM's MMU notifier unmaps the old pages from the guest.
         if mmap(self.base + where + at, slot.length - at, PROT_READ | PROT_WRITE,
                 MAP_FIXED | (MAP_SHARED if slot.writable else MAP_PRIVATE | MAP_NORESERVE), slot.fd,
                 slot.offset + at) == MAP_FAILED:
@@ -152,9 +154,9 @@ cdef class Window:
         self.unmap(0, self.size)
 
     def repair(self):
-        """Put memory where a mapped file has ended meanwhile, so that the guest reads zeros and lives.
+        """Replace pages beyond the end of truncated files by anonymous memory, which the guest reads as zeros.
 
-        :returns: whether there was such a place: the vCPU whose KVM_RUN failed with EFAULT may try again
+        :returns: whether any page was replaced: then a vCPU whose KVM_RUN failed with EFAULT may run again
         """
         cdef uint64_t i, end, left
         cdef host_stat st
@@ -178,7 +180,7 @@ cdef class Window:
         return found
 
     cdef void heal(self) noexcept nogil:
-        # A guest touches no page beyond the size that it was told, but it may be told of a larger one now.
+        # The reply to this request may report a larger file size, after which the guest touches those pages.
         cdef uint64_t i
         cdef Slot *slot
         if not dax_load(&self.patched):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The operations on what the guest has open.
+# FUSE operations on open files and directories.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from virtio.fs._nodes cimport NodeOperations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""Operations on what the guest has open: reading and writing straight between file and guest memory, listing."""
+"""FUSE operations on open files and directories: data moves directly between the file and guest memory."""
 from libc.errno cimport EAGAIN, EBADF, EINTR, EIO, ENOSPC, ENOSYS, EOPNOTSUPP, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
@@ -18,7 +18,7 @@ cdef int64_t or_errno(int64_t result) noexcept nogil:
     return -errno if result < 0 else result
 
 cdef uint32_t iov_window(iovec **iov, uint32_t count, uint64_t skip, uint64_t size) noexcept nogil:
-    # Narrow *iov to `size` bytes from offset `skip`, in place; the number of buffers left.
+    # Narrow *iov, in place, to `size` bytes from offset `skip`. Returns the number of buffers left.
     cdef uint32_t n = 0
     cdef iovec *v
     while count and skip >= iov[0].iov_len:
@@ -36,8 +36,8 @@ cdef uint32_t iov_window(iovec **iov, uint32_t count, uint64_t skip, uint64_t si
     return n
 
 cdef ssize_t read_all(int fd, iovec *iov, uint32_t count, uint64_t offset, uint64_t size) noexcept nogil:
-    # Up to the file's end: some file systems answer less before it, which a guest's page cache would take for it. An
-    # error on the way is the whole answer. As preadv(2).
+    # preadv(2) until `size` bytes or the end of the file. Some file systems return less before the end, which a guest's
+    # page cache would take for the end. Returns the bytes read, or -1 and errno after any error.
     cdef ssize_t result, done = 0
     while True:
         result = preadv(fd, iov, <int>count, offset + <uint64_t>done)
@@ -49,7 +49,7 @@ cdef ssize_t read_all(int fd, iovec *iov, uint32_t count, uint64_t offset, uint6
         count = iov_window(&iov, count, <uint64_t>result, size - <uint64_t>done)
 
 cdef class FileOperations(NodeOperations):
-    """What READ, WRITE, READDIRPLUS, FSYNC, ... do."""
+    """READ, WRITE, READDIRPLUS, FSYNC and the other operations on open files."""
 
     cdef int64_t on_handle(self, const fuse_in_header *h, DescChain *chain) noexcept nogil:
         cdef uint32_t opcode = h.opcode
@@ -58,8 +58,8 @@ cdef class FileOperations(NodeOperations):
         cdef Handle passing
         cdef Handle *handle
         if opcode == FUSE_FLUSH and not self.share.flush_matters:
-            return -ENOSYS      # and Linux asks no more, which saves a round trip at every close
-        # Every structure of these operations begins with the handle.
+            return -ENOSYS      # Linux then sends no more FLUSH, which saves a round trip at every close
+        # The argument of each of these operations begins with the handle.
         handle = self.handle_of(
             (<fuse_read_in *>self.request).fh, h.nodeid, DIRECTORY if directory else FILE,
             O_RDWR if opcode == FUSE_WRITE or opcode == FUSE_FALLOCATE else O_RDONLY, &passing)
@@ -78,7 +78,8 @@ cdef class FileOperations(NodeOperations):
 
     cdef Handle *handle_of(self, uint64_t fh, uint64_t nodeid, Kind kind, int access,
                            Handle *passing) noexcept nogil:
-        # A pinned handle of the guest's, or `passing`, opened for this request alone. NULL, and errno: neither.
+        # Returns the guest's handle, pinned, or with no_open `passing`, opened for this request only; or NULL and
+        # errno.
         cdef Handle *handle
         cdef Node *node
         cdef int error
@@ -123,11 +124,11 @@ cdef class FileOperations(NodeOperations):
         if arg.size > self.room:
             self.counters.bad_requests += 1
             return -EIO
-        while skip >= iov.iov_len:      # the header's room ends somewhere in the writable buffers: room says so
+        while skip >= iov.iov_len:      # skip the space for the reply header; self.room says that it fits
             skip -= iov.iov_len
             iov += 1
             if iov == end:
-                return 0                # nothing but the header
+                return 0                # there is only space for the header
         self.direct = True
         self.narrowed, self.before = iov, iov[0]
         count = iov_window(&iov, <uint32_t>(end - iov), skip, arg.size)
@@ -142,7 +143,7 @@ cdef class FileOperations(NodeOperations):
                 return WOULD_WAIT
             elif 0 <= done < <ssize_t>arg.size and fstat(handle.fd, &st) == 0 \
                     and <int64_t>arg.offset + done < st.st_size:
-                return WOULD_WAIT       # not the file's end: the rest is on the disk still
+                return WOULD_WAIT       # a short read before the end of the file: the rest is not in the page cache
         if done < 0:
             return -errno
         self.counters.bytes_read += done
@@ -154,7 +155,7 @@ cdef class FileOperations(NodeOperations):
         cdef iovec *iov = chain.iov
         cdef uint64_t size = chain.readable_bytes - IN_HEADER - sizeof(fuse_write_in)
         cdef bint kill = arg.write_flags & FUSE_WRITE_KILL_SUIDGID and self.credentials.switches
-        # Pages have their own place, whatever the file's flags; and their guest looks at no count of bytes.
+        # The guest writes back cached pages at their offset, even with O_APPEND, and ignores the count in the reply.
         cdef bint cached = arg.write_flags & FUSE_WRITE_CACHE
         cdef int flags = 0 if cached else self.write_flags(arg.flags)
         cdef uint32_t count
@@ -187,10 +188,10 @@ cdef class FileOperations(NodeOperations):
         return sizeof(fuse_write_out)
 
     cdef int write_flags(self, uint32_t wanted) noexcept nogil:
-        # Of the flags that the file has in the guest at this moment, those of pwritev2(2).
+        # The pwritev2(2) flags for the open flags `wanted`, which the file has in the guest now.
         cdef int flags = 0
         if wanted & O_APPEND and not self.share.writeback:
-            flags |= RWF_APPEND     # otherwise the guest alone knows where the file ends
+            flags |= RWF_APPEND     # with writeback only the guest knows where the file ends
         if wanted & O_SYNC == O_SYNC:
             flags |= RWF_DSYNC | RWF_SYNC
         elif wanted & O_DSYNC:
@@ -200,7 +201,7 @@ cdef class FileOperations(NodeOperations):
     cdef int64_t op_file(self, Handle *handle, const fuse_in_header *h) noexcept nogil:
         # FSYNC, FSYNCDIR, FLUSH, FALLOCATE, LSEEK, COPY_FILE_RANGE
         cdef uint32_t opcode = h.opcode
-        # Linux does not say whether the caller may keep set-id bits: root may.
+        # Linux does not send whether the caller may keep set-id bits. Only root may.
         cdef bint kill = h.uid and self.credentials.switches \
             and (opcode == FUSE_FALLOCATE or opcode == FUSE_COPY_FILE_RANGE)
         cdef int64_t result = 0
@@ -229,8 +230,8 @@ cdef class FileOperations(NodeOperations):
         return result
 
     cdef int64_t op_fallocate(self, Handle *handle) noexcept nogil:
-        # In pieces, so that the device's end waits for none that is long. What there cannot be room for is refused
-        # before the first: what earlier pieces took stays.
+        # Allocate in pieces, so that stopping the device never waits long. If the disk lacks space, fail before the
+        # first piece: an error does not free the pieces before it.
         cdef const fuse_fallocate_in *arg = <const fuse_fallocate_in *>self.request
         cdef uint64_t piece = arg.length, at = 0
         cdef host_stat st
@@ -251,7 +252,7 @@ cdef class FileOperations(NodeOperations):
             if fs_load(self.ending):
                 return -EINTR
         if arg.length > PIECE:
-            self.limiter.charge(arg.length - PIECE)     # the rest was asked for before
+            self.limiter.charge(arg.length - PIECE)     # the first PIECE bytes were charged before
         return 0
 
     cdef int64_t op_copy(self, Handle *handle) noexcept nogil:
@@ -272,7 +273,7 @@ cdef class FileOperations(NodeOperations):
         return sizeof(fuse_write_out)
 
     cdef int64_t read_ahead(self, Handle *handle) noexcept nogil:
-        # Entries from entries_next on; how many bytes of them, 0 at the directory's end.
+        # Read entries from entries_next on. Returns the number of bytes, 0 at the directory's end, or -errno.
         cdef int64_t result
         pthread_mutex_lock(&handle.lock)
         result = lseek(handle.fd, self.entries_next, 0)
@@ -285,8 +286,8 @@ cdef class FileOperations(NodeOperations):
         return result
 
     cdef int64_t op_readdir(self, Handle *handle, uint64_t nodeid, bint plus) noexcept nogil:
-        # READDIR and READDIRPLUS. Entries are read ahead, so that a guest that asks for a page at a time costs few
-        # system calls for hundreds of them; into one buffer a thread, so that a handle costs no heap.
+        # READDIR and READDIRPLUS. Entries are read ahead, because guests ask for one page at a time: so hundreds of
+        # entries take few system calls. The buffer belongs to the thread, so that a handle needs no heap memory.
         cdef const fuse_read_in *arg = <const fuse_read_in *>self.request
         cdef uint64_t room = min(min(<uint64_t>arg.size, self.room), <uint64_t>OUT_MAX), at = 0, size, length
         cdef uint32_t prefix = sizeof(fuse_entry_out) if plus else 0
@@ -317,13 +318,13 @@ cdef class FileOperations(NodeOperations):
             entry = <fuse_dirent *>(self.out + at + prefix)
             entry.ino = d.d_ino
             if nodeid == ROOT and dots:
-                entry.ino = self.table._node(ROOT).ino      # what is above is no concern of the guest's
+                entry.ino = self.table._node(ROOT).ino      # do not show the inode above the root
             entry.off = d.d_off
             entry.namelen = <uint32_t>length
             entry.type = d.d_type
             memcpy(<uint8_t *>entry + sizeof(fuse_dirent), d.d_name, length)
             if plus and not dots:
-                # Where it cannot be looked up, node 0 says so, and the guest has the name.
+                # If the look-up fails, send node 0: the guest gets the name only.
                 if self.lookup(node, handle.fd, d.d_name, <fuse_entry_out *>(self.out + at),
                                self.table.node_known(node.dev, d.d_ino, node.mnt)) < 0:
                     memset(self.out + at, 0, prefix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# FUSE 7.38 as the kernel's own header has it, so that the compiler owns every layout. Source: linux/fuse.h.
+# FUSE 7.38 from the kernel's header, so that the compiler knows every layout. Source: linux/fuse.h.
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<linux/fuse.h>" nogil:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the operations of a share ask of the host: system calls as they are, and the few that glibc has not as needed.
+# Host calls of the share's operations: system calls, and wrappers for those that glibc lacks.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vmm._fastpath cimport iovec
@@ -40,7 +40,7 @@ cdef extern from *:
         [FUSE_##name] = { .in = (args), .out = (reply), .names = (names_), .flags = OP_KNOWN | (flags_) }
     #define IN(type) sizeof(struct fuse_##type##_in)
     #define OUT(type) sizeof(struct fuse_##type##_out)
-    /* What a request must bring and have room for at least, and the names (components) after its fixed part. */
+    /* Minimum sizes of a request and of its reply, and the number of names (path components) after the fixed part. */
     struct fuse_op { uint16_t in, out; uint8_t names, flags; };
     __attribute__((unused)) static const struct fuse_op fuse_ops[FUSE_TMPFILE + 1] = {
         OP(LOOKUP, 0, OUT(entry), 1, 0),
@@ -99,7 +99,7 @@ cdef extern from *:
         return syscall(SYS_getdents64, fd, buffer, size);
     }
 
-    /* Credentials are the thread's own in the kernel; glibc's functions would change every thread's. */
+    /* Raw system calls: in the kernel each thread has its own credentials, but glibc's functions change all threads. */
     static int fs_capget(struct __user_cap_data_struct *data) {
         struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
         return syscall(SYS_capget, &header, data);
@@ -117,7 +117,7 @@ cdef extern from *:
             && (fs_has(data, CAP_DAC_OVERRIDE) || (reading && fs_has(data, CAP_DAC_READ_SEARCH)));
     }
     static inline int fs_own(int proc_fd) {
-        /* A umask and a working directory of the thread's own; a container may refuse them. */
+        /* Give the thread its own umask and working directory; a container may refuse that. */
         if (unshare(CLONE_FS) < 0 || fchdir(proc_fd) < 0)
             return 0;
         umask(0);
@@ -146,7 +146,7 @@ cdef extern from *:
     }
     static int fs_become(uint32_t uid, uint32_t gid, const struct __user_cap_data_struct *caps) {
         if (uid == (uint32_t)-1 || gid == (uint32_t)-1)
-            return EINVAL;                          /* to the kernel: no change */
+            return EINVAL;                          /* -1 means "no change" to the kernel */
         if (syscall(SYS_setresgid, -1, gid, -1) < 0)
             return errno;
         if (uid && (syscall(SYS_setresuid, -1, uid, -1) < 0 || fs_capset(caps) < 0)) {
@@ -159,7 +159,7 @@ cdef extern from *:
     }
     static void fs_return(uint32_t uid) {
         if (uid)
-            syscall(SYS_setresuid, -1, 0, -1);      /* raises the capabilities again */
+            syscall(SYS_setresuid, -1, 0, -1);      /* restores the effective capabilities */
         syscall(SYS_setresgid, -1, 0, -1);
     }
     """
@@ -203,7 +203,7 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from "<sys/stat.h>" nogil:
     enum: STATX_BASIC_STATS, STATX_MNT_ID, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
-    # `statx` names both the structure, which virtio.fs._ops.pxd has, and the function.
+    # In C `statx` is both the structure above and this function, hence the other name.
     int statx_call "statx"(int dirfd, const char *path, int flags, unsigned int mask, statx *st)
     struct host_stat "stat":
         int64_t st_size, st_blocks

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The inode table of a share: the only way from a number of the guest's to a host file.
+"""The inode table of a share: the only way from a guest's node id to a host file.
 
-A node is an O_PATH descriptor, so what it names stays what it is, whatever is renamed, mounted or put in its place
-meanwhile. An id is an index and the generation of its slot: a stale or invented one finds nothing.
+A node is an O_PATH descriptor, so it refers to the same file whatever is renamed, mounted or put in its place. A node
+id is an index and the generation of its slot, so a stale or invented id finds nothing.
 
-Linux keeps what it has looked up as long as it has memory, and descriptors are few: where they run out, those that were
-not used lately are closed, and opened again when they are: the same name in the same directory, no symbolic link, and
-the very inode, by device, mount, number and the time when it was made. What has been replaced meanwhile is ESTALE,
-upon which Linux looks the path up anew. File handles (open_by_handle_at) would need no name, but CAP_DAC_READ_SEARCH,
-which no ordinary user has, and with which a jail is none.
+A Linux guest keeps the nodes that it has looked up as long as it has memory, but the host's descriptors are few. When
+they run out, descriptors that were not used recently are closed, and opened again when needed: by the same name in the
+same directory, never through a symbolic link. The inode must be the same by device, mount, number and creation time. If
+it is not, the guest gets ESTALE and looks the path up again. File handles (open_by_handle_at) would need no name, but
+CAP_DAC_READ_SEARCH, which ordinary users lack and which would defeat a jail.
 """
 from libc.errno cimport ENFILE, ESTALE, errno
 from libc.stdint cimport uint32_t, uint64_t
@@ -34,11 +34,11 @@ cdef enum:
     CHUNK_BITS = 9
     CHUNK = 1 << CHUNK_BITS
     CHUNKS = 8192               # of 512: 4 million nodes
-    BATCH = 64                  # descriptors that are closed at once
-    STEPS = 1 << 17             # nodes that are looked at for them, at most
-    DEPTH = 512                 # directories on the way to a node that is opened again
+    BATCH = 64                  # descriptors closed at once
+    STEPS = 1 << 17             # most nodes checked to find them
+    DEPTH = 512                 # most closed directories above a node that is opened again
     GHOSTS = 1 << 16
-    NAME_SIZE = 256             # of a name with its 0; longer ones, which some file systems have, are not kept
+    NAME_SIZE = 256             # bytes of a name with its NUL; longer names (on some file systems) are not kept
     STATX_BTIME = 0x800
 
 
@@ -52,7 +52,7 @@ cdef uint64_t id_of(const Node *node) noexcept nogil:
     return <uint64_t>node.generation << 32 | node.index
 
 cdef pthread_mutex_t clocks_lock
-cdef Clock *clocks = NULL       # a ring of all shares: the one that gives next
+cdef Clock *clocks = NULL       # ring of all shares; points to the next that gives up descriptors
 pthread_mutex_init(&clocks_lock, NULL)
 
 cdef uint32_t close_some(Clock *clock) noexcept nogil:
@@ -98,8 +98,8 @@ cdef bint make_room() noexcept nogil:
 cdef class Inodes:
     """The nodes of one share; safe from any thread.
 
-    :param root_fd: O_PATH descriptor of the shared directory; owned from here on
-    :param overlay: it is on an overlayfs
+    :param root_fd: O_PATH descriptor of the shared directory; owned by this object
+    :param overlay: whether the directory is on an overlayfs
     """
 
     def __cinit__(self, int root_fd, bint overlay):
@@ -115,7 +115,7 @@ cdef class Inodes:
         if statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or \
                 self.node_add(root_fd, &st, NULL, NULL, overlay, True) != ROOT:
             raise MemoryError()
-        # No look-up finds it: entering a file system's root from below is entering it anew.
+        # A look-up must not find the root: a mount below that shows the same directory gets a node of its own.
         self._unhash(self._node(ROOT))
         self.clock.lock, self.clock.chunks, self.clock.slots = &self.lock, self.node_chunks, &self.node_slots
         self._enter_ring()
@@ -157,7 +157,7 @@ cdef class Inodes:
                 free(self.node_chunks[i])
         free(self.node_chunks)
         free(self.buckets)
-        # Not by self.memory: where a cycle is collected, that is gone already.
+        # Not self.memory: the garbage collector may have cleared it already.
         budget = memory
         if budget is not None:
             budget.give(self.charged)
@@ -165,7 +165,7 @@ cdef class Inodes:
     cdef Node *_node(self, uint32_t index) noexcept nogil:
         return &self.node_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
 
-    # By what it is
+    # Look-up by identity
 
     cdef uint32_t _bucket(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
         cdef uint64_t mixed = (ino ^ (dev << 32 | dev >> 32) ^ mnt << 17) * <uint64_t>0x9e3779b97f4a7c15
@@ -184,7 +184,7 @@ cdef class Inodes:
     cdef Node *_same(self, const statx *st) noexcept nogil:
         cdef Node *node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id)
         if node != NULL and node.fd < 0 and node.btime != btime_of(st):
-            self._unhash(node)      # the number was given to another: this one is gone
+            self._unhash(node)      # the inode number was reused: this node's file is gone
             return NULL
         return node
 
@@ -204,7 +204,7 @@ cdef class Inodes:
         node.hashed = False
 
     cdef void _grow(self) noexcept nogil:
-        # Twice as many buckets; where there is no memory for them, longer chains do.
+        # Double the number of buckets. Without memory for that the chains just get longer.
         cdef uint32_t i
         cdef uint32_t *buckets = <uint32_t *>calloc(2 * <size_t>self.n_buckets, sizeof(uint32_t))
         if buckets == NULL:
@@ -224,7 +224,7 @@ cdef class Inodes:
         return known
 
     cdef uint64_t _told(self, Node *node) noexcept nogil:
-        # The guest is told of it once more.
+        # Count a look-up. Returns the node's id.
         if node.ghost:
             node.ghost = False
             self.ghosts -= 1
@@ -303,7 +303,7 @@ cdef class Inodes:
                 self.node_put(before)
             if node == NULL or node.fd >= 0 or self._open_again(node) == 0:
                 return node
-            before = node           # it is gone
+            before = node           # its file is gone: go on to the next
 
     cdef void node_became(self, Node *node, const statx *st) noexcept nogil:
         pthread_mutex_lock(&self.lock)
@@ -319,8 +319,8 @@ cdef class Inodes:
         pthread_mutex_unlock(&self.lock)
 
     cdef Node *_new(self) noexcept nogil:
-        # A slot: a free one, or one more.
-        cdef uint32_t index = self.free_node, generation = <uint32_t>-1     # so that the root's becomes 0
+        # Take a free slot, or add one. Returns NULL if there is no memory.
+        cdef uint32_t index = self.free_node, generation = <uint32_t>-1     # incremented to 0 below
         cdef uint64_t size = CHUNK * sizeof(Node)
         cdef Node **chunk = &self.node_chunks[self.node_slots >> CHUNK_BITS]
         cdef Node *node
@@ -333,7 +333,7 @@ cdef class Inodes:
                 return NULL
             if chunk[0] == NULL:
                 if not self.memory.take(size):
-                    return NULL             # a guest's own caches are a hundred times as large by then
+                    return NULL             # by then the guest's own caches are a hundred times as large
                 chunk[0] = <Node *>calloc(CHUNK, sizeof(Node))
                 if chunk[0] == NULL:
                     self.memory.give(size)
@@ -351,10 +351,10 @@ cdef class Inodes:
         node.live = True
         return node
 
-    # By where it is
+    # Names and opening again
 
     cdef void _rename(self, Node *node, const Node *parent, const char *name) noexcept nogil:
-        # Where it can be found; without memory for that its descriptor stays.
+        # Remember the node's directory and name. Without memory for the name its descriptor stays open.
         cdef uint64_t size
         cdef char *copy
         if parent == NULL or name == NULL:
@@ -445,7 +445,7 @@ cdef class Inodes:
         return node
 
     cdef int _open_again(self, Node *node) noexcept nogil:
-        # Open a pinned node, and the directories on the way to it that are closed, too. 0 or an errno.
+        # Open a pinned node again, after any closed directories above it. Returns 0 or an errno.
         cdef NodePointer[DEPTH] way
         cdef Node *at = node
         cdef uint32_t n = 0, i
@@ -464,7 +464,7 @@ cdef class Inodes:
                 at = way[n]
         if at != NULL and at != node:
             self.node_put(at)
-        for i in range(1, n):           # way[0] is the caller's
+        for i in range(1, n):           # the caller unpins way[0]
             self.node_put(way[i])
         return error
 
@@ -498,7 +498,7 @@ cdef class Inodes:
             close(fd)
         return 0
 
-    # Coming to an end
+    # Release
 
     cdef void node_put(self, Node *node) noexcept nogil:
         cdef int fd = -1
@@ -511,7 +511,8 @@ cdef class Inodes:
             close(fd)
 
     cdef int _let_go(self, Node *node) noexcept nogil:
-        # Nobody knows it any more: its descriptor, to be closed. The last of such nodes are kept for file handles.
+        # The guest has forgotten the node. Returns its descriptor, for the caller to close. The latest GHOSTS such
+        # nodes are kept, for file handles.
         cdef int fd = node.fd
         if node.name == NULL or node.btime == 0 or not node.hashed:
             return self._drop(node)
@@ -594,7 +595,7 @@ cdef class Inodes:
         cdef uint32_t i
         cdef int fd
         cdef Node *node
-        # One at a time, so that the lock is not held for a million closes.
+        # Lock for each node, so that the lock is not held during a million closes.
         for i in range(ROOT + 1, self.node_slots):
             pthread_mutex_lock(&self.lock)
             node = self._node(i)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The operations on what the guest knows by a node.
+# FUSE operations on nodes.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from virtio.fs._share cimport Agent

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The operations on what the guest knows by a node: names, attributes, opening.
+"""FUSE operations on nodes: names, attributes, opening.
 
-A name from the guest is one component, judged, and used at a descriptor that the guest's node stands for; a descriptor
-is opened anew through /proc/self/fd, and only as the type of file that it is known to be. No path is ever put together.
+A name from the guest is a single path component. It is validated and used relative to the descriptor of a node. A node
+is opened through /proc/self/fd, and only as its known type of file. No path is ever built from guest data.
 """
 from libc.errno cimport (
     EACCES, EBADF, EEXIST, EINVAL, EIO, EISDIR, ELOOP, ENFILE, ENOENT, ENOSYS, ENOTDIR, ENXIO, EOPNOTSUPP, EPERM,
@@ -21,13 +21,13 @@ from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
 
 
 cdef enum:
-    MAX_SYNCED = 64             # file systems that one SYNCFS reaches
+    MAX_SYNCED = 64             # most file systems that one SYNCFS syncs
 
 cdef bint is_acl(const char *name) noexcept nogil:
     return strcmp(name, b"system.posix_acl_access") == 0 or strcmp(name, b"system.posix_acl_default") == 0
 
 cdef class NodeOperations(Agent):
-    """What LOOKUP, GETATTR, CREATE, ... do."""
+    """LOOKUP, GETATTR, CREATE and the other operations on nodes."""
 
     cdef int64_t on_node(self, const fuse_in_header *h) noexcept nogil:
         cdef uint32_t opcode = h.opcode
@@ -80,15 +80,15 @@ cdef class NodeOperations(Agent):
         cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
         cdef int64_t result = self.lookup(node, node.fd, self.name, entry, True)
         if result == -ENOENT and self.share.dir_flags:
-            memset(entry, 0, sizeof(fuse_entry_out))        # node 0: there is none, and it may remember that
+            memset(entry, 0, sizeof(fuse_entry_out))        # node 0: no such file; the guest may cache that
             entry.entry_valid = self.share.valid
             return sizeof(fuse_entry_out)
         return result
 
     cdef int64_t op_again(self, uint64_t nodeid, bint above) noexcept nogil:
-        # LOOKUP of "." and of "..": who has a file handle (knfsd, open_by_handle_at) asks for its node, and for the
-        # directory that it is in; the guest may have forgotten both since. Nothing is above the root, and what the
-        # guest was never told of is not found.
+        # LOOKUP of "." and "..". The guest sends these for a file handle (knfsd, open_by_handle_at): it asks for the
+        # handle's node and for the directory above, both of which it may have forgotten. Nothing above the root is
+        # found, and no node that the guest never knew.
         cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
         cdef Node *node = self.table.node_recall(nodeid)
         cdef Node *root
@@ -116,7 +116,7 @@ cdef class NodeOperations(Agent):
         return result
 
     cdef int opened(self, Node *node, int flags) noexcept nogil:
-        # A descriptor of the node for reading or writing, or -1.
+        # Open the node for reading or writing. Returns the descriptor, owned by the caller, or -1 and errno.
         cdef int fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
         if fd < 0 and errno == ENFILE and make_room():
             fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
@@ -148,7 +148,7 @@ cdef class NodeOperations(Agent):
         if valid & FATTR_MODE and node.type == S_IFLNK:
             return -EOPNOTSUPP
         if (valid & FATTR_UID and arg.uid == <uint32_t>-1) or (valid & FATTR_GID and arg.gid == <uint32_t>-1):
-            return -EINVAL      # to the host: no change
+            return -EINVAL      # -1 means "no change" to the host
         if valid & FATTR_FH and not self.share.no_open:
             handle = self.table.handle_get(arg.fh, nodeid, FILE)
             if handle == NULL:
@@ -182,8 +182,9 @@ cdef class NodeOperations(Agent):
                 times[1].tv_nsec = UTIME_NOW
             status = utimensat(AT_FDCWD, self.path_of(node.fd), times, 0)
             if status < 0 and errno == EPERM and valid & FATTR_FH and valid & FATTR_CTIME and not valid & FATTR_ATIME:
-                # A guest that keeps pages tells when they were written, by a file that it has open. Whose file that
-                # is does not matter for writing; the time is then that of the host's write.
+                # A guest with a writeback cache sends the time at which its pages were written, for a file that it has
+                # open for writing. It need not own the file, so if the host refuses, the time of the host's write
+                # stays.
                 status = 0
         if status < 0 and error == 0:
             error = errno
@@ -220,7 +221,7 @@ cdef class NodeOperations(Agent):
         elif h.opcode == FUSE_MKDIR:
             status = mkdirat(node.fd, self.name, (<const fuse_mkdir_in *>arg).mode & 0o7777)
         else:
-            # new_decode_dev() of Linux
+            # as Linux's new_decode_dev()
             status = mknodat(node.fd, self.name, arg.mode, makedev(
                 (arg.rdev & 0xfff00) >> 8, (arg.rdev & 0xff) | (arg.rdev >> 12 & 0xfff00)))
         error = errno
@@ -243,8 +244,9 @@ cdef class NodeOperations(Agent):
         return status
 
     cdef bint victim(self, Node *parent, const char *name, Node **node) noexcept nogil:
-        # What is about to lose this name, pinned, where it may be open without a handle: from then on its descriptor is
-        # the only way to it. NULL: nobody has it. False, and errno: it cannot be held.
+        # With no_open the file that is about to lose `name` may be in use without a handle. So pin its node: after the
+        # operation its descriptor is the only way to the file. *node NULL: the guest does not know it. Returns False,
+        # and errno, if the node cannot be pinned.
         cdef statx st
         cdef uint64_t nodeid
         node[0] = NULL
@@ -262,7 +264,7 @@ cdef class NodeOperations(Agent):
         cdef Node *newdir
         cdef Node *victim = NULL
         cdef int status = 0
-        # The whiteout is a file that the user makes; the rest of it the guest's kernel has judged.
+        # The host creates the whiteout, so it must belong to the user. The guest's kernel has checked everything else.
         cdef bint switch = flags & RENAME_WHITEOUT and self.credentials.switches and (h.uid or h.gid)
         if flags & ~<uint32_t>(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT):
             return -EINVAL
@@ -300,7 +302,7 @@ cdef class NodeOperations(Agent):
         cdef int64_t result
         if old == NULL:
             return -errno
-        # The magic link is followed to the inode itself, a symbolic link's too.
+        # AT_SYMLINK_FOLLOW follows only the magic link, to the inode itself, even if that is a symbolic link.
         if linkat(AT_FDCWD, self.path_of(old.fd), node.fd, self.name, AT_SYMLINK_FOLLOW) < 0 \
                 or statx_call(old.fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             result = -errno
@@ -313,14 +315,14 @@ cdef class NodeOperations(Agent):
         return result
 
     cdef int64_t op_access(self, Node *node, const fuse_in_header *h) noexcept nogil:
-        # A kernel that mounts with default_permissions, as virtiofs does, judges by itself.
+        # Virtiofs mounts with default_permissions, so Linux checks permissions itself and does not send this.
         cdef uint32_t mask = (<const fuse_access_in *>self.request).mask, mode
         cdef statx st
         if statx_call(node.fd, b"", AT_EMPTY_PATH, STATX_BASIC_STATS, &st) < 0:
             return -errno
         mode = st.stx_mode
         if h.uid == 0:
-            # Root may execute what anybody may.
+            # Root may execute a file that has any execute bit.
             return -EACCES if mask & 1 and node.type != S_IFDIR and not mode & 0o111 else 0
         mode = mode >> 6 if h.uid == st.stx_uid else mode >> 3 if h.gid == st.stx_gid else mode
         return -EACCES if mask & 7 & ~mode else 0
@@ -337,7 +339,7 @@ cdef class NodeOperations(Agent):
         return sizeof(fuse_statfs_out)
 
     cdef int64_t op_syncfs(self, Node *node) noexcept nogil:
-        # The file system of `node`; by the root, each that the guest knows anything of.
+        # Sync the file system of `node`. For the root, sync every file system on which the guest knows a file.
         cdef uint64_t[MAX_SYNCED] devices
         cdef uint32_t index = ROOT
         cdef uint32_t count = 0
@@ -358,7 +360,7 @@ cdef class NodeOperations(Agent):
                 if result == 0:
                     devices[count] = other.dev
                     count += 1
-                elif result != -EACCES:     # a file that this user may not read; another may stand for it
+                elif result != -EACCES:     # EACCES: this user may not open the file; try another on that file system
                     worst = result
                 self.table.node_put(other)
         return worst
@@ -374,7 +376,7 @@ cdef class NodeOperations(Agent):
     # The DAX window
 
     cdef int64_t op_setupmapping(self, Node *node) noexcept nogil:
-        # Linux names no handle: the node says which file, and the mapping outlives every open of it.
+        # Linux sends no handle here: the node identifies the file, and the mapping outlives all its handles.
         cdef const fuse_setupmapping_in *arg = <const fuse_setupmapping_in *>self.request
         cdef bint writable = arg.flags & FUSE_SETUPMAPPING_FLAG_WRITE
         cdef int64_t result
@@ -387,7 +389,7 @@ cdef class NodeOperations(Agent):
             return -EINVAL
         if writable and self.share.read_only:
             return -EROFS
-        # What the guest has open needs no permission once more: the host might say no.
+        # Use a file that the guest already has open: opening it again might be refused.
         handle = self.table.handle_of(node, writable)
         if handle != NULL:
             result = self.share.window.map(handle.fd, arg.foffset, arg.len, arg.moffset, writable)
@@ -402,8 +404,8 @@ cdef class NodeOperations(Agent):
         close(fd)
         return result
     cdef int64_t op_xattr(self, Node *node, uint32_t opcode) noexcept nogil:
-        # GETXATTR, LISTXATTR, SETXATTR, REMOVEXATTR. ACLs are not offered: a guest that does not obey them must not
-        # set them either (FUSE_POSIX_ACL is not negotiated).
+        # GETXATTR, LISTXATTR, SETXATTR, REMOVEXATTR. ACLs are hidden: FUSE_POSIX_ACL is not negotiated, so the guest
+        # does not obey them and must not set them.
         cdef uint64_t fixed = fuse_ops[opcode].size, at, kept, size, room
         cdef char *name = <char *>self.request + fixed
         cdef const char *end = <const char *>memchr(name, 0, self.length - fixed)
@@ -442,7 +444,7 @@ cdef class NodeOperations(Agent):
                 return -errno
             at = kept = 0
             while at < <uint64_t>result:
-                size = strlen(names + at) + 1       # the kernel ends each with a 0
+                size = strlen(names + at) + 1       # the kernel ends each name with a NUL
                 if not is_acl(names + at):
                     if at != kept:
                         memmove(names + kept, names + at, size)
@@ -459,11 +461,11 @@ cdef class NodeOperations(Agent):
     # Opening
 
     cdef int host_flags(self, uint32_t wanted) noexcept nogil:
-        # Of what the guest asks, that which means something for a regular file here. O_DIRECT is the guest's own.
-        # O_APPEND may change while the file is open: each WRITE says how it is.
+        # The host's open flags for the guest's. O_DIRECT concerns only the guest's cache. O_APPEND may change while the
+        # file is open, so each WRITE carries it.
         cdef int flags = <int>wanted & (O_ACCMODE | O_TRUNC | O_SYNC | O_DSYNC)
         if (self.share.writeback or self.share.window is not None) and flags & O_ACCMODE == O_WRONLY:
-            flags = flags & ~O_ACCMODE | O_RDWR     # the guest's cache fills pages by reading, a mapping is read
+            flags = flags & ~O_ACCMODE | O_RDWR     # the guest's cache and its mappings also read the file
         return flags | O_CLOEXEC | O_NOCTTY
 
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil:
@@ -479,7 +481,7 @@ cdef class NodeOperations(Agent):
             fs_capset(self.credentials.no_fsetid)
         fd = self.opened(node, flags)
         if fd < 0 and errno == EACCES and wanted & O_ACCMODE == O_WRONLY and flags & O_ACCMODE == O_RDWR:
-            flags = flags & ~O_ACCMODE | O_WRONLY       # a file that may be written, not read: past the guest's cache
+            flags = flags & ~O_ACCMODE | O_WRONLY       # the user may not read it: bypass the guest's cache
             open_flags |= FOPEN_DIRECT_IO
             fd = self.opened(node, flags)
         error = errno
@@ -508,8 +510,8 @@ cdef class NodeOperations(Agent):
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
     cdef int64_t op_create(self, Node *node, const fuse_in_header *h) noexcept nogil:
-        # CREATE and TMPFILE. Without O_EXCL the host could open what is there already, a device or a FIFO: so it is
-        # made with O_EXCL, and what exists is opened as any other node.
+        # CREATE and TMPFILE. Without O_EXCL the host could open an existing device or FIFO. So the file is created with
+        # O_EXCL, and an existing one is opened like any other node.
         cdef const fuse_create_in *arg = <const fuse_create_in *>self.request
         cdef fuse_entry_out *entry = <fuse_entry_out *>self.out
         cdef fuse_open_out *opened = <fuse_open_out *>(self.out + sizeof(fuse_entry_out))
@@ -520,7 +522,7 @@ cdef class NodeOperations(Agent):
         cdef Node *made
         if h.opcode == FUSE_TMPFILE:
             name = NULL
-        # Before anything is made: is there a number for it?
+        # Check that a descriptor is free before the file is created.
         fd = granted(dup(node.fd), FOR_LOOKUP)
         if fd < 0 and make_room():
             fd = granted(dup(node.fd), FOR_LOOKUP)
@@ -551,7 +553,7 @@ cdef class NodeOperations(Agent):
                 close(fd)
                 return result
             if self.share.no_open:
-                close(fd)       # TMPFILE: by its node it is reached as any other file
+                close(fd)       # TMPFILE: its node is enough, as for any other file
                 memset(opened, 0, sizeof(fuse_open_out))
                 opened.open_flags = self.share.open_flags
                 return sizeof(fuse_entry_out) + sizeof(fuse_open_out)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# One request of a share in, one reply out, for any thread that has a Server of its own.
+# Executes the requests of a share. Every thread has its own Server.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from virtio.fs._files cimport FileOperations
@@ -10,7 +10,8 @@ cdef enum:
     HAND_OVER = 0xffff_ffff
 
 cdef class Server(FileOperations):
-    # The bytes written to the guest, for the used ring; HAND_OVER: nothing was done, it would wait.
+    # Execute one request and write its reply. Returns the bytes written to the guest, for the used ring. HAND_OVER:
+    # nothing was done, because the request would wait for the disk and may_wait is False.
     cdef uint32_t answer(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
     cdef int64_t judge(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
     cdef int64_t dispatch(self, const fuse_in_header *h, DescChain *chain) noexcept nogil

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""One request of a share: judged, done, answered. And the session that requests are part of.
+"""One request of a share: validation, dispatch and reply; and the session (INIT, FORGET).
 
-Source: linux/fuse.h, and fs/fuse/ of Linux for what a kernel expects of each operation.
+Source: linux/fuse.h, and Linux fs/fuse/ for what a guest's kernel expects of each operation.
 """
 from libc.errno cimport EBADF, EINVAL, EIO, ENAMETOOLONG, ENOSYS, ENOTTY, EPROTO, EROFS
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -19,15 +19,15 @@ from vmm._iov cimport iov_gather, iov_scatter
 
 
 cdef bint is_slow(uint32_t opcode) noexcept nogil:
-    """Whether an operation may wait long for the host's disk, and is better done beside the queue's own thread."""
+    """Whether an operation may wait long for the host's disk, so that a helper thread should execute it."""
     return opcode <= FUSE_TMPFILE and fuse_ops[opcode].flags & OP_SLOW
 
 cdef bint is_counted(uint32_t opcode) noexcept nogil:
-    """Whether an operation may move data or change anything, so that limits hold for it."""
+    """Whether rate limits apply to an operation: it moves data or changes something."""
     return opcode <= FUSE_TMPFILE and (fuse_ops[opcode].flags & (OP_SLOW | OP_CHANGES) or opcode == FUSE_READ)
 
 cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil:
-    """Bytes that the host will move, as far as the request tells."""
+    """Bytes that the host will move for the request, as far as the request shows."""
     cdef fuse_copy_file_range_in copy
     cdef fuse_fallocate_in space
     if opcode == FUSE_READ:
@@ -39,11 +39,12 @@ cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil:
         return 2 * min(copy.len, <uint64_t>PIECE)       # read and written
     if opcode == FUSE_FALLOCATE \
             and iov_gather(chain.iov, chain.n_readable, IN_HEADER, &space, sizeof(space)) == sizeof(space):
-        return min(space.length, <uint64_t>PIECE)       # the rest once it is done
+        return min(space.length, <uint64_t>PIECE)       # op_fallocate charges the rest
     return 0
 
 cdef int64_t component(const uint8_t *p, uint64_t room, bint dots) noexcept nogil:
-    # The length of the name at `p`, one component of a path that goes down, or an errno; `dots`: or "." or "..".
+    # Returns the length of the name at `p`, which must be one path component, or -errno. `dots`: "." and ".." are
+    # allowed.
     cdef const uint8_t *end = <const uint8_t *>memchr(p, 0, room)
     cdef uint64_t length
     if end == NULL:
@@ -58,7 +59,7 @@ cdef int64_t component(const uint8_t *p, uint64_t room, bint dots) noexcept nogi
     return length
 
 cdef class Server(FileOperations):
-    """Answers requests, one at a time; every thread has one of its own."""
+    """Executes requests, one at a time; every thread has its own."""
 
     # One request
 
@@ -84,14 +85,14 @@ cdef class Server(FileOperations):
         out.error = <int>result if result < 0 else 0
         out.len = OUT_HEADER + (<uint32_t>result if result > 0 else 0)
         if self.direct:
-            self.narrowed[0] = self.before          # the header goes before the payload, maybe in the same buffer
+            self.narrowed[0] = self.before          # the header precedes the payload, maybe in the same buffer
         elif result > 0:
             iov_scatter(chain.iov + chain.n_readable, chain.n_writable, OUT_HEADER, self.out, result)
         iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &out, OUT_HEADER)
         return out.len
 
     cdef int64_t judge(self, const fuse_in_header *header, DescChain *chain) noexcept nogil:
-        # What can be said of a request before anything is done for it; then it is done.
+        # Validate the request, then execute it. Returns the reply's size, -errno, NO_REPLY or WOULD_WAIT.
         cdef uint32_t opcode = header.opcode
         cdef uint64_t taken
         cdef int64_t length
@@ -120,7 +121,7 @@ cdef class Server(FileOperations):
             self.counters.bad_requests += 1
             return NO_REPLY if silent else -EINVAL
         if opcode == FUSE_WRITE:
-            taken = op.size         # the data stays where it is
+            taken = op.size         # the data is written from guest memory
         iov_gather(chain.iov, chain.n_readable, IN_HEADER, self.request, taken)
         self.request[taken] = 0
         self.length = taken
@@ -148,7 +149,7 @@ cdef class Server(FileOperations):
         if opcode == FUSE_BATCH_FORGET:
             return self.op_batch_forget()
         if opcode == FUSE_INTERRUPT:
-            return NO_REPLY         # nothing here waits for another request
+            return NO_REPLY         # no request here can be interrupted
         if opcode == FUSE_IOCTL:
             return -ENOTTY
         if opcode == FUSE_DESTROY:
@@ -179,8 +180,8 @@ cdef class Server(FileOperations):
         if arg.major < 7 or (arg.major == 7 and arg.minor < MINOR_LEAST):
             return -EPROTO
         if arg.major > 7:
-            return sizeof(fuse_init_out)        # the kernel asks again, with ours
-        # A kernel that starts anew (kexec, a second mount) knows nothing of before.
+            return sizeof(fuse_init_out)        # the kernel sends INIT again, with our version
+        # A kernel that starts a new session (kexec, a second mount) does not know the old nodes.
         if self.share.window is not None:
             self.share.window.clear()
         self.table.clear()
@@ -201,8 +202,8 @@ cdef class Server(FileOperations):
         if self.share.window is not None:
             want |= FUSE_MAP_ALIGNMENT | FUSE_HAS_INODE_DAX
             out.map_alignment = DAX_SHIFT
-        # A thread that may read and write all would refuse no open. Linux then truncates by SETATTR, and makes files
-        # by MKNOD: it would release no handle.
+        # A thread that may read and write every file would refuse no OPEN, so the guest need not send any. Linux then
+        # truncates by SETATTR and creates files by MKNOD, because it would not release a handle.
         self.share.no_open = self.share.may_not_open \
             and (self.credentials.reads_all if self.share.read_only else self.credentials.writes_all) \
             and offered & FUSE_NO_OPEN_SUPPORT and offered & FUSE_NO_OPENDIR_SUPPORT

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What all threads of a share have in common, and what each of them has for itself.
+# The state that all threads of a share have in common, and the state of each thread.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from virtio.fs._dax cimport Window
@@ -14,56 +14,56 @@ cdef enum:
     IN_HEADER = 40
     OUT_HEADER = 16
     MAX_WRITE = 1 << 20             # bytes of a WRITE; 256 pages, the most that Linux sends
-    PIECE = 16 << 20                # bytes that one request copies at most: the device's end waits for no more
-    ALLOCATED = 256 << 20           # bytes that are allocated between two looks at whether the device ends
-    REQUEST_MAX = 65536 + 8192      # an extended attribute's value, its name, and what is around them
-    OUT_MAX = 65536 + 8192          # the same in a reply
-    DIRENTS = 32768                 # bytes of entries read at once
+    PIECE = 16 << 20                # most bytes that one request copies, so that stopping the device never waits long
+    ALLOCATED = 256 << 20           # bytes allocated between two checks whether the device stops
+    REQUEST_MAX = 65536 + 8192      # bytes: an extended attribute's value and name, and the structures around them
+    OUT_MAX = 65536 + 8192          # the same for a reply
+    DIRENTS = 32768                 # bytes of directory entries read at once
     NAME_MAX = 255
     PATH_MAX = 4096
     XATTR_MAX = 65536
     MINOR_LEAST = 31                # Linux 5.4, the first with virtiofs
-    MINOR_SGID = 37                 # Linux 6.1; since 6.0 its VFS judges set-group-id bits of new files
+    MINOR_SGID = 37                 # Linux 6.1; since 6.0 its VFS checks set-group-id bits of new files
 
 cdef class Share:
     cdef Table table
-    cdef int proc_fd            # /proc/self/fd, from which descriptors are opened anew
+    cdef int proc_fd            # descriptor of /proc/self/fd, for opening nodes; borrowed
     cdef bint read_only
-    cdef bint writeback         # the guest may keep what it writes (cache=always)
-    cdef bint flush_matters     # close() of the host's file system may fail, as NFS's does
-    cdef bint submounts         # other mounts below the directory are entered
-    cdef bint announces         # the guest knows what FUSE_ATTR_SUBMOUNT says
+    cdef bint writeback         # the guest may cache writes (cache=always)
+    cdef bint flush_matters     # close() may fail on the host's file system, as on NFS
+    cdef bint submounts         # mounts below the directory are shared, too
+    cdef bint announces         # the guest supports FUSE_ATTR_SUBMOUNT
     cdef bint squash
-    cdef uint32_t uid           # whose every access is, but for what root makes for the guest's users
+    cdef uint32_t uid           # the user of every access, except when root creates files for the guest's users
     cdef uint32_t gid
-    cdef uint64_t valid         # seconds that the guest may believe what it was told
-    cdef uint32_t open_flags    # FOPEN_* of every file
-    cdef uint32_t dir_flags     # and of every directory
-    cdef readonly Window window         # of DAX, or None
-    cdef int initialised        # atomic: INIT was answered
-    cdef bint may_not_open      # the guest may use files without opening them (cache=always), if it knows how
-    cdef bint no_open           # and it does so: no request names a handle
-    cdef bint no_nowait         # the host's file system cannot say whether a read would wait
-    cdef bint judges_sgid       # the guest's kernel takes set-group-id bits away from who may not set them
-    cdef bint dax_inodes        # the guest maps files that FUSE_ATTR_DAX marks
+    cdef uint64_t valid         # seconds that the guest may cache names and attributes
+    cdef uint32_t open_flags    # FOPEN_* for every file
+    cdef uint32_t dir_flags     # FOPEN_* for every directory
+    cdef readonly Window window         # DAX window, or None
+    cdef int initialised        # atomic: INIT succeeded
+    cdef bint may_not_open      # the guest may use files without OPEN (cache=always), if it supports that
+    cdef bint no_open           # the guest does so: no request has a handle
+    cdef bint no_nowait         # the host's file system does not support RWF_NOWAIT
+    cdef bint judges_sgid       # the guest's kernel clears set-group-id bits that the user may not set
+    cdef bint dax_inodes        # the guest uses DAX for files marked by FUSE_ATTR_DAX
 
-# What the thread may do as whom.
+# Permissions of the thread, and capability sets for acting as a user.
 cdef struct Credentials:
-    bint reads_all              # whatever a file's mode says
+    bint reads_all              # it may read every file, whatever its mode
     bint writes_all
-    bint switches               # it can take on the user that the guest names
+    bint switches               # it can act as the user of a request
     __user_cap_data_struct[2] full
-    __user_cap_data_struct[2] create        # of that user, while a file is made: the guest's kernel has judged
-    __user_cap_data_struct[2] create_sgid   # the same where it has judged set-group-id bits, too
-    __user_cap_data_struct[2] no_fsetid     # so that the host's kernel clears set-id bits
+    __user_cap_data_struct[2] create        # as a user creating a file: the guest's kernel has checked permissions
+    __user_cap_data_struct[2] create_sgid   # the same if the guest's kernel has also checked set-group-id bits
+    __user_cap_data_struct[2] no_fsetid     # makes the host's kernel clear set-id bits
 
 cdef struct Counters:
     uint64_t requests
-    uint64_t bad_requests       # malformed; answered with an error where there is room for one
-    uint64_t bad_forgets        # of what the guest was not told, or more often than it was told
+    uint64_t bad_requests       # malformed requests; an error is sent if there is room for it
+    uint64_t bad_forgets        # FORGETs of unknown nodes, or above the look-up count
     uint64_t bytes_read
     uint64_t bytes_written
-    uint64_t handed_over        # to a helper thread
+    uint64_t handed_over        # requests passed to a helper thread
 
 cdef uint64_t foreign_ino(const statx *st) noexcept nogil
 
@@ -73,27 +73,27 @@ cdef class Agent:
     cdef Counters counters
     cdef Credentials credentials
     cdef RateLimiter limiter
-    cdef const int *ending      # atomic: the device stops, what is not done yet need not be
-    cdef uint8_t *request       # what follows the header, and a 0
-    cdef uint8_t *out           # what follows the reply's header
-    cdef int inotify            # by which inodes are compared; -1: none yet
-    cdef uint8_t *entries       # linux_dirent64s read ahead of what the guest asked; DIRENTS bytes
-    cdef uint64_t entries_fh    # the handle that they are of
-    cdef uint64_t entries_next  # the directory offset of the next of them,
-    cdef uint32_t entries_at    # its place among the bytes,
-    cdef uint32_t entries_have  # and how many those are
-    cdef const char *name       # components that were judged
+    cdef const int *ending      # atomic: the device stops, so unfinished work may be dropped
+    cdef uint8_t *request       # copy of the request after its header, and a NUL
+    cdef uint8_t *out           # the reply after its header
+    cdef int inotify            # for same_inode; -1: not open yet
+    cdef uint8_t *entries       # directory entries read ahead (linux_dirent64); DIRENTS bytes
+    cdef uint64_t entries_fh    # the handle from which they were read
+    cdef uint64_t entries_next  # directory offset of the next entry
+    cdef uint32_t entries_at    # byte offset of the next entry in `entries`
+    cdef uint32_t entries_have  # bytes in `entries`
+    cdef const char *name       # validated path components, in `request`
     cdef const char *name2
-    cdef uint64_t length        # bytes in request
-    cdef uint64_t room          # bytes that a reply may have after its header
-    cdef bint may_wait          # for the host's disk; a queue's own thread may not, while helpers have room
-    cdef bint direct            # the payload is in the guest's memory already
-    cdef iovec *narrowed        # with direct: the first buffer of the payload, and what it was
+    cdef uint64_t length        # bytes in `request`
+    cdef uint64_t room          # most bytes of the reply after its header
+    cdef bint may_wait          # may wait for the disk; False on a queue's thread while helpers are free
+    cdef bint direct            # the reply's payload is already in guest memory
+    cdef iovec *narrowed        # if direct: the first buffer of the payload; `before` is its original
     cdef iovec before
-    cdef char[40] path          # of a descriptor in /proc/self/fd
-    cdef uint32_t path_start    # where its number goes
+    cdef char[40] path          # path of a descriptor in /proc/self/fd
+    cdef uint32_t path_start    # where the descriptor's number goes
 
-    cdef int enter(self) noexcept nogil         # once on the thread; 0 or an errno
+    cdef int enter(self) noexcept nogil         # call it once, on the thread; returns 0 or an errno
     cdef const char *path_of(self, int fd) noexcept nogil
     cdef bint may_read(self, const statx *st) noexcept nogil
     cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil

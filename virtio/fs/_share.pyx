@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""What all threads of a share have in common, and what each of them has for itself."""
+"""The state that all threads of a share have in common, and the state of each thread."""
 import os
 
 from libc.errno cimport ENFILE, EXDEV, errno
@@ -18,17 +18,23 @@ from vmm._budget cimport FOR_LOOKUP, granted
 
 
 cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
-    # A number for a file of another file system (one that is mounted on a file), unlike those of the directory's own.
+    # An inode number for a file of another file system (mounted on a file), unlike the numbers of its directory's own.
     return (st.stx_ino ^ device_of(st) * <uint64_t>0x9e3779b97f4a7c15) | <uint64_t>1 << 63
 
 
 def type_stores_files(uint32_t f_type):
-    """Whether a file system of this type, as statfs(2) tells it, stores files."""
+    """Whether file systems of this type store files.
+
+    :param f_type: from statfs(2)
+    """
     return bool(fs_stores_files(f_type))
 
 
 def stores_files(int fd):
-    """Whether `fd` is on a file system that stores files, not one that shows the kernel's insides; and its f_type."""
+    """Whether `fd` is on a file system that stores files, rather than one such as procfs; and its ``f_type``.
+
+    :raises OSError: fstatfs failed
+    """
     cdef host_statfs fs
     if fstatfs(fd, &fs) < 0:
         raise OSError(errno, os.strerror(errno))
@@ -36,15 +42,19 @@ def stores_files(int fd):
 
 
 cdef class Share:
-    """What all threads of one share have in common.
+    """The state that all threads of one share have in common.
 
-    :param root_fd: O_PATH descriptor of the directory; owned from here on
-    :param proc_fd: of /proc/self/fd; borrowed
-    :param valid: seconds that the guest may believe names and attributes
-    :param submounts: other mounts below the directory are entered
-    :param squash: ``(uid, gid)`` of every access, or None: root acts as the user that the guest names
-    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none
-    :raises OSError: no address space left for the window
+    :param root_fd: O_PATH descriptor of the directory; owned by this object
+    :param proc_fd: descriptor of /proc/self/fd; borrowed
+    :param read_only: whether the guest may change nothing
+    :param writeback: whether the guest may cache writes
+    :param valid: seconds that the guest may cache names and attributes
+    :param direct_io: whether the guest must not cache data
+    :param keep_cache: whether the guest keeps cached data when it opens a file again
+    :param squash: ``(uid, gid)`` for every access; None: root acts as the user of each request
+    :param submounts: whether mounts below the directory are shared, too
+    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: no window
+    :raises OSError: no address space is left for the window, or fstatfs failed
     """
 
     def __init__(self, int root_fd, int proc_fd, *, bint read_only, bint writeback, uint64_t valid,
@@ -69,34 +79,34 @@ cdef class Share:
         self.uid, self.gid = squash or (os.geteuid(), os.getegid())
 
     def clear(self):
-        """Forget what the guest was told: its driver is gone."""
+        """Drop all nodes, handles and mappings: the driver is gone."""
         fs_store(&self.initialised, 0)
         if self.window is not None:
             self.window.clear()
         self.table.clear()
 
     def close(self):
-        """Close the directory itself, too: no thread of the share runs any more."""
+        """``clear``, and close the directory. No thread of the share may run any more."""
         self.clear()
         self.table.close_root()
 
     @property
     def nodes(self):
-        """Files that the guest knows of, the directory itself included."""
+        """Number of files that the guest knows, including the shared directory."""
         return self.table.nodes
 
     @property
     def reopened(self):
-        """Times that a file's descriptor was opened again, after others had needed it."""
+        """Number of descriptors that were opened again, after they had been closed to make room."""
         return self.table.reopened
 
     @property
     def handles(self):
-        """Files and directories that the guest has open."""
+        """Number of files and directories that the guest has open."""
         return self.table.handles
 
 cdef class Agent:
-    """The thread's own: buffers, credentials, and the way from a descriptor to what the guest is told of it."""
+    """The state of one thread: buffers and credentials. It also turns descriptors into FUSE entries and attributes."""
 
     def __cinit__(self, Share share):
         self.inotify = -1
@@ -136,13 +146,13 @@ cdef class Agent:
         return 0
 
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
-        # That user, for what it makes; fs_return() ends it. 0 or an errno.
+        # Act as that user while creating a file; fs_return() ends it. Returns 0 or an errno.
         if self.share.judges_sgid:
             return fs_become(uid, gid, self.credentials.create_sgid)
         return fs_become(uid, gid, self.credentials.create)
 
     cdef const char *path_of(self, int fd) noexcept nogil:
-        # The magic link to `fd`, which leads to its very inode; what is done by it was judged by the node's type.
+        # The magic link of `fd`, which leads to exactly that inode. Callers check the node's type first.
         cdef char[12] digits
         cdef uint32_t n = 0, i
         while True:
@@ -156,7 +166,7 @@ cdef class Agent:
         self.path[self.path_start + n] = 0
         return self.path
     cdef bint may_read(self, const statx *st) noexcept nogil:
-        # By the mode alone: whom other groups or an ACL let read is not known.
+        # Judged by the mode only: supplementary groups and ACLs are not considered.
         cdef uint32_t mode = st.stx_mode
         if st.stx_uid == self.share.uid:
             mode >>= 6
@@ -178,29 +188,30 @@ cdef class Agent:
         attr.nlink = st.stx_nlink
         attr.uid = st.stx_uid
         attr.gid = st.stx_gid
-        # new_encode_dev() of Linux
+        # as Linux's new_encode_dev()
         attr.rdev = (st.stx_rdev_minor & 0xff) | st.stx_rdev_major << 8 | (st.stx_rdev_minor & ~<uint32_t>0xff) << 12
         attr.blksize = st.stx_blksize
-        # A mapping is read, too.
+        # Mappings are always readable, so DAX needs a readable file.
         attr.flags = FUSE_ATTR_DAX if self.share.dax_inodes and st.stx_mode & S_IFMT == S_IFREG \
             and self.may_read(st) else 0
 
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil:
         entry.nodeid = nodeid
-        entry.generation = 0            # a node id is used once
+        entry.generation = 0            # node ids are never used again
         entry.entry_valid = entry.attr_valid = self.share.valid
         entry.entry_valid_nsec = entry.attr_valid_nsec = 0
         self.fill_attr(&entry.attr, st)
 
     cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil:
-        # Whether what is open as `fd`, which was found in `parent`, may be shown. It is judged by the descriptor: so no
-        # mount that is made meanwhile is taken for what was judged.
+        # Whether the guest may see `fd`, which was found in `parent`. Checks the descriptor, not the path, so a mount
+        # made in the meantime makes no difference.
         cdef host_statfs fs
         overlay[0] = parent.overlay
         if device_of(st) == parent.dev and st.stx_mnt_id == parent.mnt:
             return True
-        # The same file system by another number: a file of an overlayfs's layer, or a subvolume of btrfs, which is
-        # announced, for to a kernel that cannot be told of it two files would be one. Before 5.8 mounts have no id.
+        # The same mount with another device number: a file in an overlayfs layer, or a btrfs subvolume. Its inode
+        # numbers may repeat, so a directory is shown only if the guest supports FUSE_ATTR_SUBMOUNT. Before Linux 5.8
+        # mnt_id is 0.
         if st.stx_mnt_id == parent.mnt and parent.mnt:
             return self.share.announces or st.stx_mode & S_IFMT != S_IFDIR
         if not self.share.submounts or not self.share.announces or fstatfs(fd, &fs) < 0:
@@ -209,7 +220,7 @@ cdef class Agent:
         return fs_stores_files(<uint32_t>fs.f_type)
 
     cdef bint same_inode(self, int one, int other) noexcept nogil:
-        # The kernel's own word, where stat's is not enough: a watch on an inode that has one already is that one.
+        # Ask the kernel if stat is not enough: two inotify watches on the same inode get the same number.
         cdef char[4096] events
         cdef int a, b
         if self.inotify < 0:
@@ -221,12 +232,12 @@ cdef class Agent:
         if b >= 0 and a != b:
             inotify_rm_watch(self.inotify, b)
         while self.inotify >= 0 and read(self.inotify, events, sizeof(events)) > 0:
-            pass                    # that the watches have ended
+            pass                    # discard the IN_IGNORED events
         return a >= 0 and a == b
 
     cdef uint64_t add_linked(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil:
-        # On an overlayfs two names of a lower layer's file are said to be one inode until one is written, which is
-        # copied then; they are two.
+        # On an overlayfs two hard links in a lower layer have the same stat, but they are two inodes: a write to one
+        # copies only that one up.
         cdef uint64_t nodeid
         cdef Node *node = self.table.node_twin(st, NULL)
         while node != NULL and not self.same_inode(node.fd, fd):
@@ -250,8 +261,8 @@ cdef class Agent:
 
     cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
                         bint likely) noexcept nogil:
-        # What is at `name` of `parent`, open as `dirfd`, now; `likely`: the guest may know it already, so that no
-        # descriptor has to be opened.
+        # Look up `name` in `parent`, open as `dirfd`. `likely`: the guest probably knows the file, so try without
+        # opening a descriptor. Returns the entry's size or -errno.
         cdef statx st
         cdef uint64_t nodeid
         cdef int fd
@@ -272,7 +283,8 @@ cdef class Agent:
         return self.adopt(parent, name, fd, entry)
 
     cdef int64_t adopt(self, const Node *parent, const char *name, int fd, fuse_entry_out *entry) noexcept nogil:
-        # Tell the guest of the O_PATH descriptor `fd`, which this takes; it is `name` of `parent`, or has no name.
+        # Make a node and an entry for the O_PATH descriptor `fd`, which this takes over. The file is `name` in
+        # `parent`, or has no name (NULL). Returns the entry's size or -errno.
         cdef statx st
         cdef uint64_t nodeid
         cdef int error = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What a guest of a share may name: its nodes (files that it knows) and handles (files that it has open).
+# The table of a share: nodes (files that the guest knows) and handles (files that it has open).
 from libc.stdint cimport uint32_t, uint64_t
 
 from virtio.fs._inodes cimport Inodes, Node, pthread_mutex_t
@@ -11,35 +11,35 @@ cdef enum Kind:
 cdef struct Handle:
     int fd
     Kind kind
-    uint64_t nodeid             # the node that was opened,
-    Node *node                  # which this pins
+    uint64_t nodeid             # id of the node that was opened
+    Node *node                  # that node, pinned by this handle
     uint32_t refs
     uint32_t generation
     uint32_t index
     uint32_t next
     bint live
     bint open                   # the guest has not released it
-    bint writes                 # fd may be read and written
-    uint32_t before             # ring of a node's handles that can be read, those that write first; 0: of none
+    bint writes                 # fd is open for reading and writing
+    uint32_t before             # ring of the node's readable handles, writable ones first; 0: in no ring
     uint32_t after
-    bint synchronous            # a write waits for the disk (O_SYNC, O_DSYNC)
-    pthread_mutex_t lock        # of fd's place: a directory is read by one thread at a time
-    bint locked_once            # lock was initialised
+    bint synchronous            # writes wait for the disk (O_SYNC, O_DSYNC)
+    pthread_mutex_t lock        # guards fd's offset: one thread at a time reads a directory
+    bint locked_once            # `lock` is initialised
 
 cdef class Table(Inodes):
     cdef Handle **handle_chunks
-    cdef uint32_t handle_slots  # handed out at least once
+    cdef uint32_t handle_slots  # number of slots used at least once
     cdef uint32_t free_handle
     cdef readonly uint64_t handles
 
-    # A handle's id for the open `fd`, which it takes; 0: no room.
+    # Add a handle for `fd`, which this takes over. Returns its id, or 0 if there is no room.
     cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, int flags) noexcept nogil
-    # A pinned handle of the node that can be read, and written if asked so; NULL: there is none.
+    # Return, pinned, a readable handle of the node, also writable if `writes`; or NULL.
     cdef Handle *handle_of(self, Node *node, bint writes) noexcept nogil
     cdef Handle *handle_get(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil
     cdef void handle_put(self, Handle *handle) noexcept nogil
     cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil
-    cdef void clear(self) noexcept nogil        # as if the guest had forgotten and released everything
+    cdef void clear(self) noexcept nogil        # drop all handles and nodes
 
     cdef Handle *_handle(self, uint32_t index) noexcept nogil
     cdef void _join(self, Handle *handle) noexcept nogil

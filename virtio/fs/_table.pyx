@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The open files of a share, beside its inodes: an id is an index and the generation of its slot here, too."""
+"""The open files (handles) of a share, besides its nodes. A handle's id is an index and its slot's generation."""
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -18,8 +18,8 @@ cdef enum:
 cdef class Table(Inodes):
     """Nodes and handles of one share; safe from any thread.
 
-    :param root_fd: O_PATH descriptor of the shared directory; owned from here on
-    :param overlay: it is on an overlayfs
+    :param root_fd: O_PATH descriptor of the shared directory; owned by this object
+    :param overlay: whether the directory is on an overlayfs
     """
 
     def __cinit__(self, int root_fd, bint overlay):
@@ -110,7 +110,7 @@ cdef class Table(Inodes):
         return handle
 
     cdef void _join(self, Handle *handle) noexcept nogil:
-        # Before the first: a ring's end. What can be written becomes the first.
+        # Insert at the end of the ring. A writable handle becomes the first.
         cdef Handle *first
         if handle.node.opened == 0:
             handle.before = handle.after = handle.node.opened = handle.index
@@ -167,7 +167,7 @@ cdef class Table(Inodes):
         cdef int fd
         cdef Node *node
         cdef Handle *handle
-        # One at a time, so that the lock is not held for a million closes.
+        # Lock for each handle, so that the lock is not held during a million closes.
         for i in range(ROOT, self.handle_slots):
             pthread_mutex_lock(&self.lock)
             handle = self._handle(i)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-# Which file systems of the host may be shown to a guest, by f_type of statfs(2).
-# Source: linux/magic.h, and the file systems' own headers for those that it lacks.
+# The host file systems that may be shared with a guest, by f_type of statfs(2).
+# Source: linux/magic.h, and for types that it lacks the file systems' own headers.
 from libc.stdint cimport uint32_t
 
 cdef extern from *:
     """
     #include <stdint.h>
-    /* Those that store files, of the network or here. A regular file of any other may be a door into the kernel, as
-       /proc/PID/mem is: so this is a list of what is allowed, and what is new is refused until somebody adds it. */
+    /* File systems that store files, local or remote. On other types a regular file may give access to the kernel, as
+       /proc/PID/mem does. So this list has the allowed types, and an unknown type is refused. */
     static inline int fs_stores_files(uint32_t type) {
         switch (type) {
         case 0xEF53:        /* ext2, ext3, ext4 */
@@ -16,7 +16,7 @@ cdef extern from *:
         case 0xF2F52010:    /* F2FS */
         case 0x2FC12FC1:    /* ZFS */
         case 0xCA451A4E:    /* bcachefs */
-        case 0x01021994:    /* tmpfs; of devtmpfs device nodes are shown, never opened */
+        case 0x01021994:    /* tmpfs; also devtmpfs, whose device nodes are never opened */
         case 0x858458F6:    /* ramfs */
         case 0x794C7630:    /* overlayfs */
         case 0x61756673:    /* aufs */
@@ -50,7 +50,7 @@ cdef extern from *:
         case 0x47504653:    /* GPFS */
         case 0x20030528:    /* OrangeFS */
         case 0x19830326:    /* BeeGFS */
-        case 0x6B414653:    /* AFS of the kernel */
+        case 0x6B414653:    /* AFS, the kernel's */
         case 0x5346414F:    /* OpenAFS */
         case 0x786F4256:    /* VirtualBox's shared folders */
         case 0xBACBACBC:    /* VMware's */
@@ -61,7 +61,7 @@ cdef extern from *:
         }
     }
     static inline int fs_is_overlay(uint32_t type) { return type == 0x794C7630; }
-    /* close() of a file may fail there, so FLUSH matters. */
+    /* Remote file systems, where close() may fail, so FLUSH matters. */
     static inline int fs_is_remote(uint32_t type) {
         switch (type) {
         case 0x6969: case 0xFF534D42: case 0xFE534D42: case 0x65735546: case 0x01021997: case 0x00C36400:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The threads of a share: one a request queue, and helpers for what may wait for the host's disk."""
+"""The threads of a share: one for each worker's queues, and helpers for requests that may wait for the host's disk."""
 import os
 
 from libc.errno cimport errno
@@ -31,35 +31,35 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t count)
 
 cdef enum:
-    JOBS = 64                   # slow requests that wait or are served; further ones are served in the queue's thread
+    JOBS = 64                   # most slow requests for helpers; the queue's thread executes further ones
     MAX_SHARE_QUEUES = 64
     TOKEN_JOB = 1
 
-# One request on its way to a helper.
+# A request for a helper.
 cdef struct Job:
     fuse_in_header header
-    DescChain chain             # its iov belongs to the job
+    DescChain chain             # its iov is owned by the job
     Ring *ring
     uint32_t queue              # number in the device
     Job *next
 
 
 cdef class Backlog:
-    """What the threads of a share hand one another.
+    """The queue of requests from the threads of a share to its helpers.
 
-    :param queue_size: buffers that a request has at most
-    :raises OSError: no file descriptor left
+    :param queue_size: the queues' maximum size, and so the most buffers of a request
+    :raises OSError: no file descriptor is left
     """
 
     cdef pthread_mutex_t lock
-    cdef pthread_mutex_t[MAX_SHARE_QUEUES] used_locks   # a queue's used ring: its thread and the helpers write it
+    cdef pthread_mutex_t[MAX_SHARE_QUEUES] used_locks   # one for each queue's used ring
     cdef Job *jobs
     cdef iovec *iovs
     cdef Job *idle
     cdef Job *first
     cdef Job *last
-    cdef int wake               # a semaphore: one for every job
-    cdef int ending             # atomic: what nobody has begun is dropped
+    cdef int wake               # eventfd as a semaphore: one count for each job
+    cdef int ending             # atomic: the device stops, so waiting jobs are dropped
 
     def __cinit__(self, uint32_t queue_size):
         cdef int i
@@ -114,7 +114,7 @@ cdef class Backlog:
         fs_store(&self.ending, 0)
 
     cdef void end(self) noexcept nogil:
-        # Drop what waits: the driver that asked for it is gone, or will be.
+        # Drop the waiting jobs: their driver is gone or will be.
         cdef Job *job
         fs_store(&self.ending, 1)
         while True:
@@ -142,7 +142,7 @@ cdef class Backlog:
 
 
 cdef class FsThread(QueueWorker):
-    """What both kinds of thread of a share have: an entry into its credentials, and the way of a reply."""
+    """Base class of a share's threads: sets up the thread's credentials and returns replies to the driver."""
 
     cdef Share share
     cdef Server server
@@ -184,7 +184,7 @@ cdef class FsThread(QueueWorker):
 
 
 cdef class FsWorker(FsThread):
-    """The thread of some queues of a share."""
+    """A thread for some queues of a share."""
 
     cdef uint32_t[MAX_SHARE_QUEUES] queues
 
@@ -225,11 +225,11 @@ cdef class FsWorker(FsThread):
         return SERVE_EMPTY
 
     def begin(self):
-        """What is handed over from here on is wanted."""
+        """Let helpers accept requests again."""
         self.backlog.begin()
 
     cdef void finish(self) noexcept nogil:
-        # Queues' threads are stopped before helpers.
+        # Queue threads are stopped before helpers.
         if self.stopping():
             self.backlog.end()
 
@@ -246,7 +246,7 @@ cdef class FsWorker(FsThread):
 
 
 cdef class FsHelper(FsThread):
-    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, reads of what is not in memory."""
+    """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, uncached reads."""
 
     def __init__(self, device, on_failure, share, backlog, name, limiter):
         super().__init__(device, (), (), on_failure, share, backlog, name, limiter)
@@ -255,7 +255,7 @@ cdef class FsHelper(FsThread):
             raise OSError(errno, os.strerror(errno))
 
     def begin(self):
-        """It has no queue to look at while it waits."""
+        """Disable busy polling: a helper has no queue."""
         self.poll_ns = 0
 
     cdef int event(self, uint32_t token) noexcept nogil:

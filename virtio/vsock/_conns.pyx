@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The connections of a socket device: a fixed pool, found by their ports, and the list of those that wait for a turn.
+"""The connections of a socket device: a fixed pool, a hash table by ports, and the list of those waiting for a turn.
 
-Nothing here allocates once it is made, so that a guest's connections cost the host a fixed amount.
+All memory is allocated by the constructor, so a guest's connections cost the host a fixed amount.
 """
 
 from libc.stdlib cimport calloc, free
@@ -14,7 +14,7 @@ cdef uint32_t bucket(uint32_t guest_port, uint32_t host_port) noexcept nogil:
 
 
 cdef class Connections:
-    """``CONNECTIONS`` of them at most, for one thread; their places are their numbers."""
+    """At most ``CONNECTIONS`` connections, used by one thread. A connection's number is its index in the pool."""
 
     def __cinit__(self):
         self.conns = <Conn *>calloc(CONNECTIONS, sizeof(Conn))
@@ -56,7 +56,7 @@ cdef class Connections:
         self.live += more
         self.window = min(<uint32_t>BUFFER, <uint32_t>POOL // max(self.live, <uint32_t>1))
 
-    # By their ports
+    # Look-up by ports
 
     cdef Conn *find(self, uint32_t guest_port, uint32_t host_port) noexcept nogil:
         cdef int32_t i = self.buckets[bucket(guest_port, host_port)]
@@ -108,7 +108,7 @@ cdef class Connections:
             self.conns[c.next].previous = c.previous
 
 
-# Packets under way, in groups, so that many small ones need no table as long as they are
+# Packets in flight, counted in groups, so that many small packets need no long table
 
 cdef void packet_sent(Conn *c) noexcept nogil:
     cdef uint32_t last = (c.group_first + c.group_count - 1) % <uint32_t>GROUPS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the socket device calls of the host's.
+# Host calls of the socket device.
 
 from vmm._fastpath cimport iovec
 
@@ -9,17 +9,17 @@ cdef extern from *:
     #define _GNU_SOURCE
     #endif
     #include <poll.h>
-    /* Whether the other end is closed, not only shut down for writing. */
+    /* Whether the peer has closed its socket, not only shut down writing. */
     static inline int hung_up(int fd) {
         struct pollfd p = { .fd = fd, .events = 0 };
         return poll(&p, 1, 0) > 0;
     }
-    /* Wait until it takes more bytes, or its other end is gone; at most so many milliseconds. */
+    /* Wait until the socket has room or its peer is gone; at most `most` milliseconds. */
     static inline void wait_for_room(int fd, int most) {
         struct pollfd p = { .fd = fd, .events = POLLOUT };
         poll(&p, 1, most);
     }
-    /* Whether the other end will write no more. */
+    /* Whether the peer will write no more. */
     static inline int shut_up(int fd) {
         struct pollfd p = { .fd = fd, .events = POLLRDHUP };
         return poll(&p, 1, 0) > 0;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The packets of the socket device (§5.10.6) and the line by which a host program asks for a port.
+# The packets of the socket device (virtio 1.2 §5.10.6), and the line with which a host program asks for a port.
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 # <linux/virtio_vsock.h>, §5.10.6
@@ -12,8 +12,8 @@ cdef enum:
     OP_CREDIT_UPDATE = 6
     OP_CREDIT_REQUEST = 7
     TYPE_STREAM = 1
-    SHUT_RCV = 1                # the flags of SHUTDOWN: will not receive,
-    SHUT_SEND = 2               # will not send
+    SHUT_RCV = 1                # SHUTDOWN flag: the sender will receive no more
+    SHUT_SEND = 2               # SHUTDOWN flag: the sender will send no more
     SHUT_BOTH = 3
     HOST_CID = 2
     HEADER = 44
@@ -31,7 +31,7 @@ cdef packed struct Header:
     uint32_t fwd_cnt
 
 cdef enum:
-    LINE = 32                   # "CONNECT 4294967294\r\n" has 20
+    LINE = 32                   # longest line; "CONNECT 4294967294\r\n" has 20 bytes
 
-# The port of "CONNECT port", any letter case; negative: it is something else.
+# The port in "CONNECT port" (any letter case), or a negative number if `line` is not valid.
 cdef int64_t parse_line(const char *line, size_t length) noexcept nogil

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The socket device's thread (§5.10): the guest's packets to unix sockets and back, without the GIL.
+"""The socket device's thread (virtio 1.2 §5.10): moves data between the guest's packets and unix sockets, without the
+GIL.
 
-Every connection is a `Conn` of a fixed pool, and its place there is its epoll token. Its descriptor is watched
-edge-triggered, so that what cannot go on now costs nothing: `readable` remembers that there may be data, `used` that
-guest data waits for room in the socket. What a connection has for the guest is a bit in `pending`, and it waits for
-its turn in one list: nobody can make that longer than the pool, and nobody is served twice before the others.
+Every connection is a `Conn` in a fixed pool; its index is its epoll token. Its descriptor is watched edge-triggered, so
+a connection that must wait costs nothing: `readable` remembers that there may be data, and `used` that guest data waits
+for room in the socket. A packet that a connection must send to the guest is a bit in `pending`. Connections take turns,
+in one list, which is never longer than the pool. So none is served twice before the others.
 """
 import os
 
@@ -40,32 +41,32 @@ from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, eventfd_write
 from vmm.budget import memory
 
-# What the loop counts, by name; plain words, read by Python at any time.
+# Counters. Python reads them, without a lock, at any time.
 COUNTERS = (
     "packets_tx", "packets_rx", "bytes_tx", "bytes_rx", "opened_by_guest", "opened_by_host", "refused", "closed",
     "resets_sent", "bad_requests", "bad_credit", "bad_lines", "timeouts", "full",
 )
 
 cdef enum:
-    RX = 0                      # places of the queues, which are their numbers too (§5.10.2)
+    RX = 0                      # places of the queues; also their numbers in the device (§5.10.2)
     TX = 1
     EVENT = 2
     TOKEN_LISTENER = 0x10000
-    MAX_PACKET = 65536          # payload of one packet, as Linux has it (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)
-    TURN = 128                  # chains of one queue before the other sockets are looked at
-    BATCH = 16                  # chains that one readv fills
-    MAX_CHAIN = 256             # buffers of a chain: the size of its queue
+    MAX_PACKET = 65536          # most payload of one packet, as in Linux (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)
+    TURN = 128                  # chains of one queue before other events are handled
+    BATCH = 16                  # most chains filled by one readv
+    MAX_CHAIN = 256             # most buffers of a chain: the queue's size
     IOV_MAX = 1024              # Linux UIO_MAXIOV
-    PUBLISH = 16                # chains returned between two looks at whether the driver sleeps
-    REPLIES = 256               # resets to packets that belong to no connection
+    PUBLISH = 16                # chains returned between two publications of the used ring
+    REPLIES = 256               # most pending resets for packets of unknown connections
     FIRST_HOST_PORT = 1 << 30
     ACCEPTS = 64
     SECOND = 1000000000
     TICK = SECOND // 8
     RETRY = SECOND // 100
     SETTLE = SECOND // 4000
-    # What a packet costs a Linux guest that has not read it, beside its bytes. Since Linux 6.12.92 it resets a
-    # connection of which this alone is more than the buffer that it announced (SKB_TRUESIZE(0): 576, and some slack).
+    # Memory that each unread packet takes in a Linux guest in addition to its payload (SKB_TRUESIZE(0) is 576, plus
+    # slack). Since Linux 6.12.92 the guest resets a connection if this overhead alone exceeds the announced buffer.
     OVERHEAD = 1024
 
 cdef struct Reply:
@@ -81,44 +82,44 @@ cdef struct Counters:
     uint64_t bytes_rx
     uint64_t opened_by_guest
     uint64_t opened_by_host
-    uint64_t refused            # no program behind the port, on either side
+    uint64_t refused            # connections to a port on which no program listens, on either side
     uint64_t closed
     uint64_t resets_sent
     uint64_t bad_requests
     uint64_t bad_credit
     uint64_t bad_lines
     uint64_t timeouts
-    uint64_t full               # connections refused, or reset, for want of a place, a descriptor or memory
+    uint64_t full               # connections refused or reset because there was no place, descriptor or memory
 
 
 cdef class VsockWorker(QueueWorker):
-    """The thread of a :class:`virtio.vsock.device.Vsock`, from which it takes guest_cid and the listener."""
+    """The thread of a :class:`virtio.vsock.device.Vsock`, which has the guest's CID and the listening socket."""
 
     cdef Connections table
     cdef Reply[REPLIES] replies
     cdef uint32_t reply_head
     cdef uint32_t reply_count
-    cdef uint32_t deadlines             # conns that have one
-    cdef uint32_t stuck                 # about so many have asked for credit, and an answer need not come by itself
-    cdef Budget memory                  # what their buffers take is taken from it
+    cdef uint32_t deadlines             # number of conns with a deadline
+    cdef uint32_t stuck                 # about how many conns wait for credit and may have to ask again
+    cdef Budget memory                  # budget for the conns' buffers, bytes
     cdef uint32_t last_port
     cdef uint32_t unpublished
-    cdef bint tx_waits                  # until there is room in replies
-    cdef bint tx_owed                   # the driver is to be told of returned chains of tx: see return_tx
-    cdef uint32_t tx_returned           # since it was told last
-    cdef bint tx_timed                  # the timer will tell it
+    cdef bint tx_waits                  # the tx queue waits for room in `replies`
+    cdef bint tx_owed                   # an interrupt for returned tx chains is due: see return_tx
+    cdef uint32_t tx_returned           # tx chains returned since the last interrupt
+    cdef bint tx_timed                  # the timer will send that interrupt
     cdef bint listening
-    cdef bint reset_due                 # the driver is to hear that its connections are gone
-    cdef bint settling                  # host programs wait until it has: it may close one that has just begun, too
+    cdef bint reset_due                 # a TRANSPORT_RESET event must be sent to the driver
+    cdef bint settling                  # host programs wait until the driver has handled it: it closes all connections
     cdef uint64_t settle_until
-    cdef uint16_t events_given          # buffers for events, ever, when it was told
+    cdef uint16_t events_given          # number of event buffers the driver had offered when the event was sent
     cdef uint64_t guest_cid
     cdef int listener
     cdef int notify_tx
-    cdef bytes prefix                   # of guest-initiated connections' sockets
+    cdef bytes prefix                   # path prefix of the sockets for guest-initiated connections
     cdef const char *path
     cdef Counters count
-    cdef uint64_t line_wait             # nanoseconds
+    cdef uint64_t line_wait             # longest wait for a CONNECT line, ns
     cdef uint64_t guest_wait
     cdef uint64_t host_wait
     cdef uint64_t end_wait
@@ -131,7 +132,7 @@ cdef class VsockWorker(QueueWorker):
         self.memory = memory
         self.table = Connections()
         if max(device.queue_sizes) > MAX_CHAIN:
-            raise ValueError(f"the queues have at most {MAX_CHAIN} entries")
+            raise ValueError(f"a queue of the socket device has at most {MAX_CHAIN} entries")
         self.notify_tx = notify_fds[TX]
         self.guest_cid = device.guest_cid
         self.listener = device.listener.fd
@@ -142,32 +143,32 @@ cdef class VsockWorker(QueueWorker):
 
     @property
     def connections(self):
-        """How many there are, open or on their way in or out."""
+        """Number of connections: open, opening or closing."""
         return self.table.live
 
     @property
     def counters(self):
-        """Everything counted since the device was made, by name."""
+        """Counters since the device was made, by name."""
         cdef uint64_t *words = <uint64_t *>&self.count
         return {name: words[i] for i, name in enumerate(COUNTERS)}
 
     def begin(self):
-        """Let host programs in."""
+        """Accept connections from host programs."""
         self.line_wait, self.guest_wait, self.host_wait, self.end_wait, self.tx_delay = (
             int(getattr(self.device, name) * SECOND)
             for name in ("line_wait", "guest_wait", "host_wait", "end_wait", "tx_delay"))
         self.listening = False
-        self.poll_ns = 0                # a look at the rings would keep the sockets waiting
+        self.poll_ns = 0                # no busy polling of the rings: the sockets would have to wait
         self.settling = self.reset_due
         self.settle_until = clock_ns(CLOCK_MONOTONIC) + <uint64_t>int(self.device.settle_wait * SECOND)
         self.listen()
         if self.settling:
             self.wake_after(SETTLE)
         elif self.table.live:
-            self.wake_after(1)          # after a stop, for the deadlines
+            self.wake_after(1)          # continue the deadlines after a stop
 
     def forget(self):
-        """Close every connection: the driver that had them is gone."""
+        """Close every connection: their driver is gone."""
         cdef uint32_t i
         for i in range(self.table.fresh):
             if self.table.conns[i].state != FREE:
@@ -181,13 +182,13 @@ cdef class VsockWorker(QueueWorker):
         self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = self.settling = False
 
     def reset_transport(self):
-        """Tell the driver that every connection is gone (§5.10.6.7); before ``start``."""
+        """Tell the driver that all its connections are gone (§5.10.6.7). Call it before ``start``."""
         self.reset_due = True
-        # A program of the guest that has not yet closed one of before holds its ports: new ones get others.
+        # A guest program that has not yet closed an old connection still holds its ports, so new ones get other ports.
         self.last_port = FIRST_HOST_PORT | int.from_bytes(os.urandom(4), "little") % FIRST_HOST_PORT
 
     cdef int tell_reset(self) noexcept nogil:
-        # VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, in the next buffer that the driver gives for events.
+        # Send VIRTIO_VSOCK_EVENT_TRANSPORT_RESET in the driver's next event buffer.
         cdef DescChain *chain = self.chains[EVENT]
         cdef uint32_t event = 0
         cdef int status
@@ -208,7 +209,7 @@ cdef class VsockWorker(QueueWorker):
         return SERVE_STALLED
 
     cdef bint settled(self) noexcept nogil:
-        # A driver gives the buffer back once it has done what the event says.
+        # A driver offers the event buffer again once it has handled the event.
         if clock_ns(CLOCK_MONOTONIC) >= self.settle_until:
             return True
         return not self.reset_due and load_acquire16(self.rings[EVENT].avail + 2) != self.events_given
@@ -225,8 +226,8 @@ cdef class VsockWorker(QueueWorker):
             self.deliver()
 
     cdef void deliver(self) noexcept nogil:
-        # What the guest sent before its end is still for the host programs: a guest that powers off has no other way
-        # to be heard. One that does not read gets what its socket takes, and no VM waits longer for all of them.
+        # Deliver the data that the guest sent before it powered off. A host program that does not read gets only what
+        # its socket takes. The time limit is for all connections together.
         cdef uint64_t until = clock_ns(CLOCK_MONOTONIC) + self.end_wait, now
         cdef uint32_t i
         cdef Conn *c
@@ -239,14 +240,14 @@ cdef class VsockWorker(QueueWorker):
                 if now >= until:
                     break
 
-    # What the worker calls
+    # Called by QueueWorker
 
     cdef int serve(self, uint32_t place) noexcept nogil:
         if place == RX:
             return self.serve_rx()
         if place == TX:
             return self.serve_tx()
-        return self.tell_reset() if self.reset_due else SERVE_STALLED   # its buffers stay where they are
+        return self.tell_reset() if self.reset_due else SERVE_STALLED   # event buffers are kept for later
 
     cdef int event(self, uint32_t token) noexcept nogil:
         if token == TOKEN_LISTENER:
@@ -268,7 +269,7 @@ cdef class VsockWorker(QueueWorker):
         return <uint32_t>(c - self.table.conns)
 
     cdef Conn *make(self, int fd, State state) noexcept nogil:
-        # A place for fd, which is closed where there is none.
+        # Take a Conn for fd. If there is none, close fd and return NULL.
         cdef Conn *c = self.table.take()
         cdef int size
         if c == NULL:
@@ -280,7 +281,8 @@ cdef class VsockWorker(QueueWorker):
         c.batch = 1
         size = <int>self.table.window // 2      # the kernel doubles it
         if self.table.window < BUFFER:
-            setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))  # or the kernel keeps as much as we do not
+            # Otherwise the kernel would buffer as much again as we do.
+            setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
         if self.watch(fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
             self.count.full += 1
             self.drop(c)
@@ -288,7 +290,7 @@ cdef class VsockWorker(QueueWorker):
         return c
 
     cdef void close_host(self, Conn *c) noexcept nogil:
-        # Its descriptor and what waits for it: closing takes it out of epoll.
+        # Close the descriptor, which also removes it from epoll, and drop the data for it.
         if c.fd >= 0:
             close(c.fd)
         c.fd = -1
@@ -296,7 +298,7 @@ cdef class VsockWorker(QueueWorker):
         c.readable = False
 
     cdef bint make_buffer(self, Conn *c) noexcept nogil:
-        # As large as what the guest may still send of what it was promised.
+        # Make the buffer as large as the credit that the guest may still use.
         c.start = 0
         c.size = c.promised - c.fwd_cnt
         if not self.memory.take(c.size):
@@ -314,7 +316,7 @@ cdef class VsockWorker(QueueWorker):
         c.used = 0
 
     cdef void drop(self, Conn *c) noexcept nogil:
-        # The end of every connection.
+        # Free a connection. Every connection ends here.
         self.close_host(c)
         self.table.leave(c)
         if c.queued:
@@ -325,7 +327,7 @@ cdef class VsockWorker(QueueWorker):
         self.listen()
 
     cdef void kill(self, Conn *c) noexcept nogil:
-        # Reset it: the host program sees the end now, the guest when RST has its turn.
+        # Reset a connection. The host program sees the end now, the guest when the RST is sent.
         self.close_host(c)
         self.set_deadline(c, 0)
         c.state = KILLED
@@ -370,7 +372,7 @@ cdef class VsockWorker(QueueWorker):
             self.wake_after(TICK)
 
     cdef void ask_again(self) noexcept nogil:
-        # A guest tells of room for bytes by itself, but not always that it has read some packets.
+        # A guest sends credit updates for bytes, but not always when it has read only some packets. So ask again.
         cdef uint32_t i
         cdef Conn *c
         self.stuck = 0
@@ -380,17 +382,18 @@ cdef class VsockWorker(QueueWorker):
                 c.asked = False
                 self.wish(c)
 
-    # Turns: what a connection has for the guest
+    # Turns: packets from a connection to the guest
 
     cdef uint32_t credit(self, Conn *c) noexcept nogil:
-        # Payload bytes that the guest has room for (§5.10.6.3); a guest may have taken room away.
+        # Payload bytes for which the guest has room (§5.10.6.3). The guest may have shrunk its buffer.
         cdef uint32_t under_way = c.tx_cnt - c.peer_fwd_cnt
         if c.peer_buf_alloc <= under_way or self.packet_credit(c) == 0:
             return 0
         return c.peer_buf_alloc - under_way
 
     cdef uint32_t packet_credit(self, Conn *c) noexcept nogil:
-        # Packets that it has room for: one, if nothing is under way. What waits meanwhile goes in larger ones.
+        # Packets for which the guest has room; at least one if none is in flight. Waiting data is sent in larger
+        # packets.
         cdef uint32_t room = c.peer_buf_alloc // <uint32_t>OVERHEAD
         return room - c.packets if room > c.packets else c.packets == 0
 
@@ -401,7 +404,7 @@ cdef class VsockWorker(QueueWorker):
         return c.readable and c.state == OPEN and not c.shut & SHUT_SEND and not c.guest_shut & SHUT_RCV
 
     cdef void wish(self, Conn *c) noexcept nogil:
-        # Give it a turn, if it has something that can go now.
+        # Queue the connection for a turn if it can send something now.
         cdef bint data = self.has_data(c)
         if data and self.credit(c) == 0:
             data = False
@@ -434,8 +437,8 @@ cdef class VsockWorker(QueueWorker):
             self.tx_waits = False
             eventfd_write(self.notify_tx, 1)
         if status != QUEUE_CHAIN:
-            return status               # no buffers left: the driver is to tell when there are; or a broken ring
-        return SERVE_MORE if more else SERVE_STALLED    # nothing left to say: a socket will
+            return status               # no buffers left (the driver notifies when it adds some), or a broken ring
+        return SERVE_MORE if more else SERVE_STALLED    # nothing left to send: an event of a socket continues
 
     cdef int turn(self, Conn *c) noexcept nogil:
         cdef int status
@@ -454,10 +457,10 @@ cdef class VsockWorker(QueueWorker):
         return QUEUE_CHAIN
 
     cdef int rx_chain(self, uint64_t size) noexcept nogil:
-        # The next chain with room for size bytes. One without is no use: it goes back empty.
+        # Take the next chain with room for `size` bytes. Shorter ones are returned empty.
         cdef DescChain *chain = self.chains[RX]
         cdef int status, _
-        for _ in range(TURN):           # a driver could make bad ones as fast as this finds them
+        for _ in range(TURN):           # limited, because a driver could add bad chains for ever
             status = queue_pop(self.rings[RX], self.ram, chain)
             if status != QUEUE_CHAIN or chain.writable_bytes >= size:
                 return status
@@ -478,14 +481,14 @@ cdef class VsockWorker(QueueWorker):
             self.interrupt()
 
     cdef void interrupt(self) noexcept nogil:
-        # One interrupt for the device: its handler looks at every used ring (§4.2.2, InterruptStatus).
+        # One interrupt is enough for the device: the driver's handler checks every used ring (§4.2.2, InterruptStatus).
         self.tx_owed = False
         self.tx_returned = 0
         interrupt_used(self.call, RX)
 
     cdef void return_tx(self) noexcept nogil:
-        # A driver that hears of a packet that was sent can free it, and that is all. So the interrupt is put off, most
-        # often until there is one for rx anyhow: an answer then costs the guest one interrupt and not two.
+        # A driver can only free its returned tx chains, so their interrupt is delayed, usually until one for rx is due.
+        # So a request and its answer cost the guest one interrupt, not two.
         if queue_flush(self.rings[TX]):
             self.tx_owed = True
         if not self.tx_owed:
@@ -497,11 +500,11 @@ cdef class VsockWorker(QueueWorker):
             self.wake_after(self.tx_delay)
 
     cdef uint32_t window(self, Conn *c) noexcept nogil:
-        # What it may have under way to us from now on; while there is a buffer, that is all there is room for.
+        # Most bytes that the guest may have in flight to us from now on. If there is a buffer, its size is the limit.
         return self.table.window if c.buffer == NULL else min(self.table.window, c.size)
 
     cdef void fill(self, Header *h, Conn *c, uint16_t op) noexcept nogil:
-        # Every packet carries our credit, so that none is needed for it alone.
+        # Every packet carries our credit, so a separate credit update is rarely needed.
         h.src_cid = HOST_CID
         h.dst_cid = self.guest_cid
         h.src_port = c.host_port
@@ -550,9 +553,9 @@ cdef class VsockWorker(QueueWorker):
         return QUEUE_CHAIN
 
     cdef int send_data(self, Conn *c) noexcept nogil:
-        # One read from the socket into the buffers of several packets, each behind the header that it will get.
+        # Read once from the socket into the buffers of several packets, leaving room for a header in front of each.
         cdef uint16_t[BATCH] heads
-        cdef uint32_t[BATCH] headers            # first header_iov of each packet
+        cdef uint32_t[BATCH] headers            # index of each packet's first header_iov
         cdef size_t[BATCH] rooms
         cdef DescChain *chain = self.chains[RX]
         cdef iovec *iov
@@ -567,7 +570,7 @@ cdef class VsockWorker(QueueWorker):
             if status != QUEUE_CHAIN:
                 break
             if chain.writable_bytes <= HEADER:
-                # To be returned empty, but not between others that may still have to be put back.
+                # It must be returned empty, but not among chains that may still have to be put back.
                 queue_unpop(self.rings[RX])
                 break
             iov = chain.iov + chain.n_readable
@@ -595,8 +598,8 @@ cdef class VsockWorker(QueueWorker):
         got = recvmsg(c.fd, &message, MSG_DONTWAIT)
         failure = errno if got < 0 else 0
         if 0 < got < <ssize_t>room and data <= IOV_MAX and not c.ending and not message.msg_flags & MSG_CTRUNC:
-            # All that there was: what comes next is an event of its own (epoll(7), Q9). Descriptors that came along,
-            # which nobody wants, would have ended the read before that.
+            # A short read emptied the socket, so new data causes a new event (epoll(7), Q9). A message with descriptors
+            # (SCM_RIGHTS) also ends a read early, hence the check.
             c.readable = False
         n = 0
         i = 0
@@ -611,21 +614,21 @@ cdef class VsockWorker(QueueWorker):
             self.count.bytes_rx += n
             got -= <ssize_t>n
             i += 1
-        # Double what was enough to fill, or one more than was needed.
+        # Next time twice as many chains if all were filled, otherwise one more than was needed.
         c.batch = min(c.batch * 2, <uint32_t>BATCH) if i == packets and n == rooms[i - 1] \
             else min(i + 1, <uint32_t>BATCH)
         if i == 0:
             if failure == EAGAIN:
                 c.readable = False
             elif failure != EINTR:
-                # Its last byte was read, or it is gone.
+                # The end of the socket's data, or an error.
                 self.tell_shut(c, SHUT_BOTH if failure or hung_up(c.fd) else SHUT_SEND)
         while i < packets:
             queue_unpop(self.rings[RX])
             i += 1
         return QUEUE_CHAIN
 
-    # The host's side
+    # Host programs
 
     cdef void listen(self) noexcept nogil:
         if not self.listening and not self.settling and not self.stopping():
@@ -640,7 +643,8 @@ cdef class VsockWorker(QueueWorker):
                 if errno == EINTR or errno == ECONNABORTED:
                     continue
                 if errno != EAGAIN:
-                    # No descriptor left: what waits there would wake us again and again. drop() or tick() looks again.
+                    # No descriptor is left. Stop watching the listener, which would wake this thread again and again;
+                    # drop() or tick() resumes.
                     self.count.full += 1
                     self.unwatch(self.listener)
                     self.listening = False
@@ -653,7 +657,7 @@ cdef class VsockWorker(QueueWorker):
                 self.greeted(c)
 
     cdef void greeted(self, Conn *c) noexcept nogil:
-        # Look for the CONNECT line, and take no byte more than it: what follows is the guest's.
+        # Read the CONNECT line and no byte after it: the following data is for the guest.
         cdef char[LINE] line
         cdef ssize_t n = recv(c.fd, line, LINE, MSG_PEEK)
         cdef const char *end
@@ -664,7 +668,7 @@ cdef class VsockWorker(QueueWorker):
             return
         end = <const char *>memchr(line, 10, <size_t>n)
         if end == NULL and n < LINE and not shut_up(c.fd):
-            return                      # the rest is on its way
+            return                      # wait for the rest of the line
         port = parse_line(line, <size_t>(end - line)) if end != NULL else -1
         if port < 0 or recv(c.fd, line, <size_t>(end - line) + 1, 0) != end - line + 1:
             self.count.bad_lines += 1
@@ -681,7 +685,7 @@ cdef class VsockWorker(QueueWorker):
         self.wish(c)
 
     cdef void woken(self, Conn *c) noexcept nogil:
-        # An event of its descriptor, maybe of one that had its place before: only a hint.
+        # Handle an event of its descriptor. It may be a late event of the previous Conn at this index: only a hint.
         if c.fd < 0:
             return
         if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
@@ -693,7 +697,7 @@ cdef class VsockWorker(QueueWorker):
             self.flush(c)
         if c.state == OPEN:
             c.readable = True
-            # Closed altogether, which nobody would find out by reading.
+            # The peer closed both directions, which reading would not show.
             if (c.shut & SHUT_SEND or c.guest_shut & SHUT_RCV) and hung_up(c.fd):
                 self.tell_shut(c, SHUT_BOTH)
             self.wish(c)
@@ -713,7 +717,7 @@ cdef class VsockWorker(QueueWorker):
             self.set_deadline(c, self.guest_wait)
 
     cdef void host_broke(self, Conn *c) noexcept nogil:
-        # The host program reads no more. What it sent before is still for the guest.
+        # The host program reads no more. The data that it sent before still goes to the guest.
         c.fwd_cnt += c.used
         self.free_buffer(c)
         if c.state == LEAVING:
@@ -723,7 +727,7 @@ cdef class VsockWorker(QueueWorker):
             self.wish(c)
 
     cdef ssize_t write(self, Conn *c, iovec *iov, size_t count) noexcept nogil:
-        # Bytes that the socket took; -1: it takes no more for ever.
+        # Write to the socket. Returns the bytes written, or -1 if the socket will never take more.
         cdef msghdr message
         cdef ssize_t n
         memset(&message, 0, sizeof(message))
@@ -766,12 +770,12 @@ cdef class VsockWorker(QueueWorker):
     cdef void forwarded(self, Conn *c, uint32_t n) noexcept nogil:
         c.fwd_cnt += n
         cdef uint32_t window = self.window(c)
-        # What it has left of what it was promised is half of what it could have, or less.
+        # Send a credit update once the guest has at most half of its possible credit left.
         if c.state == OPEN and <int32_t>(c.fwd_cnt + window - c.promised) >= <int32_t>(window // 2):
             c.pending |= 1 << OP_CREDIT_UPDATE
             self.wish(c)
 
-    # The guest's side
+    # Packets from the guest
 
     cdef int serve_tx(self) noexcept nogil:
         cdef DescChain *chain = self.chains[TX]
@@ -787,12 +791,12 @@ cdef class VsockWorker(QueueWorker):
             if taken % PUBLISH == 0:
                 self.return_tx()
         if queue_flush(self.rings[TX]):
-            self.tx_owed = True         # before an interrupt for rx
+            self.tx_owed = True         # set it before any interrupt for rx
         if status < 0:
             self.return_tx()
             return status
         if self.reply_count == REPLIES:
-            # §5.10.6.1.2: a guest that asks and takes no answers has to wait.
+            # §5.10.6.1.2: a guest that sends requests but takes no replies must wait.
             self.tx_waits = True
             status = SERVE_STALLED
         elif taken == TURN:
@@ -804,7 +808,7 @@ cdef class VsockWorker(QueueWorker):
         return taken if taken < 0 else status
 
     cdef void reply_reset(self, Header *h) noexcept nogil:
-        # serve_tx sees to it that there is room.
+        # serve_tx has checked that there is room.
         cdef Reply *r
         if h.op == OP_RST:
             return
@@ -825,7 +829,7 @@ cdef class VsockWorker(QueueWorker):
             return
         c = self.table.find(h.src_port, h.dst_port)
         if h.len > MAX_PACKET or h.len > chain.readable_bytes - HEADER:
-            # Bytes of the stream are lost, so it cannot go on.
+            # Bytes of the stream are lost, so the connection cannot continue.
             self.count.bad_requests += 1
             if c == NULL:
                 self.reply_reset(&h)
@@ -842,7 +846,7 @@ cdef class VsockWorker(QueueWorker):
             self.known(c, &h, chain)
 
     cdef void known(self, Conn *c, Header *h, DescChain *chain) noexcept nogil:
-        # A packet of a connection, which may be ending.
+        # Handle a packet of a known connection, which may be closing.
         if not self.credited(c, h):
             self.kill(c)
         elif h.op == OP_RESPONSE and c.state == CONNECTING:
@@ -860,11 +864,11 @@ cdef class VsockWorker(QueueWorker):
             self.wish(c)
 
     cdef bint credited(self, Conn *c, Header *h) noexcept nogil:
-        # Take the credit that every packet carries; False: it confirms what was never sent.
+        # Read the credit fields of a packet. Returns False if it confirms bytes that were never sent.
         cdef uint32_t under_way = c.tx_cnt - h.fwd_cnt
         if under_way > c.tx_cnt - c.peer_fwd_cnt:
             self.count.bad_credit += 1
-            # Older than what we know: not an increase, whatever it is.
+            # An older fwd_cnt is ignored. One ahead of tx_cnt is invalid.
             return under_way < <uint32_t>1 << 31
         c.peer_buf_alloc = h.buf_alloc
         c.peer_fwd_cnt = h.fwd_cnt
@@ -900,7 +904,7 @@ cdef class VsockWorker(QueueWorker):
         self.wish(c)
 
     cdef void accepted(self, Conn *c) noexcept nogil:
-        # The guest answered the CONNECT of a host program.
+        # The guest has accepted a host program's connection.
         cdef char[LINE] line
         cdef int n = snprintf(line, LINE, "OK %u\n", c.host_port)
         self.set_deadline(c, 0)
@@ -921,7 +925,7 @@ cdef class VsockWorker(QueueWorker):
         self.count.bytes_tx += h.len
         c.rx_cnt += h.len
         if c.fd < 0 or c.shut & SHUT_RCV:
-            c.fwd_cnt += h.len          # nobody reads it any more
+            c.fwd_cnt += h.len          # no program reads it any more: discard it
             return
         count = iov_part(chain.iov, chain.n_readable, HEADER, h.len, chain.iov, chain.n_readable)
         if c.used == 0 and count:
@@ -950,9 +954,9 @@ cdef class VsockWorker(QueueWorker):
     cdef void guest_shuts(self, Conn *c, uint32_t flags) noexcept nogil:
         cdef uint32_t fresh = flags & ~c.guest_shut
         cdef Header h
-        c.guest_shut |= flags           # never taken back (§5.10.6.6)
+        c.guest_shut |= flags           # a guest cannot revoke it (§5.10.6.6)
         if c.guest_shut == SHUT_BOTH:
-            # RST is the answer, after which the guest may use its port again.
+            # Reply with RST, after which the guest may use its port again.
             h.src_port, h.dst_port, h.dst_cid = c.guest_port, c.host_port, HOST_CID
             h.type, h.op = TYPE_STREAM, OP_SHUTDOWN
             self.reply_reset(&h)
@@ -966,7 +970,7 @@ cdef class VsockWorker(QueueWorker):
             shutdown(c.fd, SHUT_WR_)
 
     cdef void guest_left(self, Conn *c) noexcept nogil:
-        # The guest knows it no more. What it sent before is still for the host program, if that goes on reading.
+        # The guest has closed the connection. Data that it sent before still goes to the host program.
         if c.state == CONNECTING:
             self.count.refused += 1
         if c.used == 0 or c.state != OPEN:
