@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The program pyvmm, and under their own names firecracker and jailer: the few things that must not wait for an
-   interpreter, and then, in the same process, the interpreter.
+/* The program pyvmm, also installed as firecracker and jailer. It does the few things that must not wait for the Python
+   interpreter, and then executes the interpreter in the same process.
 
-   It says --version and --help of a runtime's program, makes the API's socket, and becomes `python -I -S
-   vmm/__main__.py`: isolated, so that neither PYTHON* variables nor the current directory decide what runs, and without
-   `site`, whose work is known here. What it tells Python, by -X:
-       pyvmm         the name it was started by, as sys.argv[0]
-       pyvmm_path    where to import from, colons between
-       pyvmm_socket  the listening socket's descriptor, a colon and its path, where there is one
-       pyvmm_held    that Ctrl-C waits, which would be a traceback until there is somebody who catches it
+   It prints --version and --help (for firecracker and jailer), makes the API's socket, and executes `python -I -S
+   vmm/__main__.py`. -I: PYTHON* variables and the current directory do not affect what runs. -S: without `site`, whose
+   result is known here. It passes these -X options to Python:
+       pyvmm         the name it was started with, for sys.argv[0]
+       pyvmm_path    the import path, separated by colons
+       pyvmm_socket  the listening socket's descriptor, a colon and its path, if there is one
+       pyvmm_held    SIGINT is blocked until Python can handle it without a traceback
 
-   An interpreter of the version it was built for stands beside it in a virtual environment, else in PATH; the packages
-   stand in the site-packages beside that directory, or where an editable installation points. A copy that `pyvmm link`
-   makes elsewhere has both at its end: "interpreter\0path\0", their length as 8 hexadecimal digits, and MAGIC.
+   The interpreter must have the version for which this program was built. It is beside it in a virtual environment, or
+   in PATH. The packages are in the site-packages beside that directory, or where an editable installation points. A
+   copy made by `pyvmm link` has both at its end: "interpreter\0path\0", their length as 8 hexadecimal digits, and
+   MAGIC.
 
-   Whatever is not plain (a command line with a mistake, a socket's path that is taken) is left to Python, which
-   does the same slowly, with the messages. Nothing is written but the socket. */
+   Anything unusual (an invalid command line, a socket path that is in use) is left to Python, which does the same more
+   slowly and reports errors. The socket is the only file that this program creates. */
 #define _GNU_SOURCE
 #include <elf.h>
 #include <errno.h>
@@ -37,7 +38,7 @@
 
 enum { BACKLOG = 128, ROOM = 4096, STATUS_HOST = 1 };
 
-/* Of vmm/commands/serve.py's OPTIONS, which a test compares. */
+/* The same as OPTIONS in vmm/commands/serve.py; a test compares them. */
 static const char *const with_value[] = {
     "--api-sock", "--id", "--config-file", "--log-path", "--level", "--module", "--metrics-path", "--start-time-us",
     "--start-time-cpu-us", "--parent-cpu-time-us", "--mmds-size-limit", "--metadata", "--http-api-max-payload-size",
@@ -52,7 +53,8 @@ static bool there(const char *directory, const char *name, char *found)
     return length > 0 && length < ROOM && access(found, F_OK) == 0;
 }
 
-/* The directory of packages that `directory` has or, by an editable installation, names; with what else is there. */
+/* Set `packages` to the directory with the vmm package: `directory`, or the target of an editable installation in it.
+   Set `path` to the import path. Returns whether it was found. */
 static bool packages_in(const char *directory)
 {
     char file[ROOM], line[ROOM];
@@ -73,7 +75,7 @@ static bool packages_in(const char *directory)
     return true;
 }
 
-/* What `pyvmm link` wrote at the end of this file. */
+/* Read what `pyvmm link` wrote at the end of this program's file. Returns whether there is anything. */
 static bool read_tail(const char *self)
 {
     char end[8 + sizeof MAGIC - 1 + 1] = "", text[2 * ROOM];
@@ -136,7 +138,7 @@ static bool among(const char *const *words, size_t count, const char *word, size
     return false;
 }
 
-/* Where a plain command line of `serve` wants its socket; NULL: nowhere, or it is not plain. */
+/* The path of the API's socket on the command line of `serve`; NULL: no socket, or Python must parse the line. */
 static const char *socket_path(char **words)
 {
     const char *found = DEFAULT_SOCKET;
@@ -152,7 +154,7 @@ static const char *socket_path(char **words)
     return found;
 }
 
-/* A socket that listens at `name`, as vmm/api/listen.py makes it; -1: Python shall try, and say what is wrong. */
+/* Make a socket that listens at `name`, as vmm/api/listen.py does. -1: it failed, and Python will report why. */
 static int listening(const char *name)
 {
     struct sockaddr_un place = {.sun_family = AF_UNIX}, built = {.sun_family = AF_UNIX};
@@ -171,7 +173,8 @@ static int listening(const char *name)
     } else if (errno != ENOENT) {
         return -1;
     }
-    /* Whoever sees the file can connect: it gets its name when it listens. A link does not replace what came there. */
+    /* Give the socket its name only when it listens, so that a client that sees the file can connect. link() does not
+       replace a file that another process has made in the meantime. */
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
     if (fd < 0) return -1;
     if (bind(fd, (void *)&built, sizeof built) == 0) {
@@ -204,7 +207,7 @@ int main(int argc, char **argv)
     const char *name = (const char *)getauxval(AT_EXECFN);
     const char *base, *place = NULL;
     int fd = -1;
-    /* The next thing opened would become what is missing of them: a guest's memory as our terminal. */
+    /* If stdin, stdout or stderr is closed, the next file opened would take its number, such as the guest's memory. */
     for (int i = 0; i < 3; i++)
         if (fcntl(i, F_GETFD) < 0) open("/dev/null", O_RDWR);
     if (name == NULL || !*name) name = argc ? argv[0] : "pyvmm";

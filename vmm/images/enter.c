@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Starts the program of a container image, from the initramfs: on the root at /mnt, as the image's user.
+// Starts the program of a container image, from the initramfs: with /mnt as the root directory, as the image's user.
 //
-// /run/enter says how, in words that each end with a NUL: uid, gid, further groups as 1,2, directory, the number of
-// variables, the variables, and the program with its arguments. Status 127: not found; 126: not to be executed.
+// /run/enter has the parameters, each ended by a NUL: uid, gid, further groups as "1,2", working directory, number of
+// variables, the variables, the program and its arguments. Exit status 127: not found; 126: cannot be executed.
 #include "../sandbox/agent/libc.h"
 
 enum { ROOM = 1 << 20, WORDS = 16384, GROUPS = 64 };
@@ -31,7 +31,7 @@ static long word_number(int index)
     return number(&at);
 }
 
-// The directory a program begins in is made if the image lacks it.
+// Make the program's working directory, and those above it, if the image lacks them.
 static void make_directories(char *path)
 {
     for (char *at = path + 1; *at; at++)
@@ -50,7 +50,7 @@ static void become(void)
     for (const char *at = words[2]; *at && count < GROUPS; at += *at == ',')
         groups[count++] = (gid_t)number(&at);
     if (CALL(setgroups, count, groups) || CALL(setgid, word_number(1)) || CALL(setuid, word_number(0)))
-        fail("the image's user", ": cannot be", 126);
+        fail("the image's user", ": cannot be set", 126);
 }
 
 static void search(char **arguments, char **environment)
@@ -85,16 +85,16 @@ int main(void)
     if (count < 6 || variables > count - 6)
         fail("/run/enter", " is damaged", 126);
     char **environment = words + 5, **arguments = words + 5 + variables;
-    // The variables' end is where the program begins: its name is kept elsewhere.
+    // The NULL that ends the variables overwrites the program's name, so copy the arguments first.
     static char *program[WORDS + 1];
     for (int i = 0; arguments[i]; i++)
         program[i] = arguments[i];
     arguments[0] = NULL;
     if (CALL(chroot, "/mnt"))
-        fail("/mnt", ": no root", 126);
+        fail("/mnt", ": cannot be the root directory", 126);
     make_directories(words[3]);
     if (CALL(chdir, words[3]))
-        fail(words[3], ": is not a directory", 126);
+        fail(words[3], ": cannot be the working directory", 126);
     become();
     if (strchr(program[0], '/'))
         CALL(execve, program[0], program, environment);

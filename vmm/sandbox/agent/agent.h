@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The agent: process 1 of a sandbox, and a process for each connection of the host. Without a C library (libc.c has
-// what it needs), so that it is small and runs under any image.
+// The agent: process 1 of a sandbox, and one more process for each connection from the host. It uses no C library
+// (libc.c has what it needs), so it is small and runs with any image.
 //
-// A connection comes from the host (CID 2) to port PORT, and brings requests. A request is a length (u32) and words,
-// each ended by a NUL: a verb, then KEY=VALUE. What follows are frames, both ways: a type (u8), a length (u32), bytes.
-// All numbers are little-endian. The last frame of an answer is F_DONE, F_EXIT or F_FAILED; then the next request, behind
-// the end of what the host had to send with this one.
+// The host (CID 2) connects to vsock port PORT and sends requests. A request is a length (u32) and words, each ended by
+// a NUL: a verb, then KEY=VALUE. Then frames follow in both directions: a type (u8), a length (u32), bytes. All numbers
+// are little-endian. The last frame of a reply is F_DONE, F_EXIT or F_FAILED. The next request follows the host's last
+// frame for this one.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -20,18 +20,18 @@ enum {
 
 enum {
     // from the host
-    F_STDIN = 'i', // of length 0: the end
+    F_STDIN = 'i', // input of the command; length 0: end of input
     F_WINDOW = 'w', // u16 rows, u16 columns
-    F_DATA = 'd', // both ways: of a file; from the host of length 0: the end
-    // from here
+    F_DATA = 'd', // both directions: data of a file; from the host with length 0: end of file
+    // from the agent
     F_STARTED = 'p', // u32 process id
     F_STDOUT = 'o',
     F_STDERR = 'e',
-    F_EXIT = 'x', // u8 whether by a signal, u32 status or signal, u8 whether the kernel was out of memory meanwhile
-    F_ENTRY = 'n', // of a directory: see files.c
+    F_EXIT = 'x', // u8 ended by a signal, u8 status or signal, u8 killed because the guest was out of memory
+    F_ENTRY = 'n', // entry of a directory: see files.c
     F_CHANGE = 'c', // u32 inotify's mask, name
     F_DONE = 'k',
-    F_FAILED = 'f', // u32 errno, what was tried
+    F_FAILED = 'f', // u32 errno, name of what failed
 };
 
 struct request {
@@ -52,20 +52,20 @@ const char *value(const struct request *request, const char *key);
 long number(const char *text, long otherwise);
 void say(const char *what, int error);
 
-// frames.c: all end the process when the host has gone
+// frames.c: all of these call host_gone when the host has disconnected
 extern int host;
 extern pid_t owned; // the command of this connection, or 0
-extern int keep; // it goes on when the host has gone
-extern int gone; // the host has, and `host` is /dev/null
+extern int keep; // the command continues when the host disconnects
+extern int gone; // the host has disconnected, and `host` is /dev/null
 void host_gone(void);
 int read_request(struct request *request);
 size_t read_frame(char *type, char *bytes);
 void send_frame(char type, const void *head, size_t head_length, const void *bytes, size_t length);
-void flush(void); // what send_frame has kept, before a wait; read_all and its like do it
+void flush(void); // send the frames that send_frame holds back; call it before waiting. The read functions call it
 void send_ok(void);
 void send_failed(int error, const char *what);
 void read_all(void *to, size_t length);
-int has_read_ahead(void); // bytes of the host's that poll does not see
+int has_read_ahead(void); // whether bytes from the host are already read, so that poll does not report them
 
 // boot.c
 void boot(void);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the initramfs to the image's root: drivers, layers under a writable one, file systems, network. And what a
-// copy of a running sandbox has to be told.
+// Boot, from the initramfs to the image's root: drivers, the image's layers with a writable one on top, file systems,
+// network. And the update of a sandbox that was restored from a snapshot.
 #include "agent.h"
 #include "libc.h"
 #include <linux/random.h>
@@ -42,7 +42,8 @@ static int attach(const char *source, const char *place, const char *type, unsig
     return (int)CALL(mount, source, place, type, flags, data);
 }
 
-// By the image's busybox, where the kernel has modules at all: /lib/modules/order has those for every machine.
+// Load kernel modules with the initramfs's busybox. /lib/modules/order lists those for every machine; it is absent or
+// empty if the kernel has no modules.
 static void load_modules(void)
 {
     static char *const insmod =
@@ -204,7 +205,8 @@ void boot(void)
     load_modules();
     mount_root();
     mount_rest();
-    // Root writes files where users can: not by a link, into a pipe or another's file that one of them left there.
+    // Root writes files to directories that users can write to. It must not follow a link, or open a pipe or a file,
+    // that a user has put there.
     spit("/proc/sys/fs/protected_symlinks", "1");
     spit("/proc/sys/fs/protected_hardlinks", "1");
     spit("/proc/sys/fs/protected_fifos", "2");
@@ -219,7 +221,8 @@ void boot(void)
     CALL(umask, 022);
 }
 
-// time=NANOSECONDS, name=HOSTNAME, and 64 random bytes in hexadecimal: of a sandbox that begins, or is a copy.
+// Verb "wake", for a new or restored sandbox: time=NANOSECONDS (since 1970), name=HOSTNAME, random=64 bytes in
+// hexadecimal.
 void wake(const struct request *request)
 {
     struct {

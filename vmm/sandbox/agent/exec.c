@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A command: arg=... (several), env=NAME=VALUE (several), cwd, user, tty=ROWSxCOLUMNS, term, limit=NUMBER:SOFT:HARD
-// (several), keep (it goes on when the host goes away), nostdin, quiet (no F_STARTED). Answers F_STARTED, output, F_EXIT;
-// or F_FAILED. Without nostdin the host's F_STDIN of length 0 comes before the next request.
+// Verb "run", a command: arg=... (several), env=NAME=VALUE (several), cwd, user, tty=ROWSxCOLUMNS, term,
+// limit=NUMBER:SOFT:HARD (several), keep (continue when the host disconnects), nostdin, quiet (no F_STARTED). Replies:
+// F_STARTED, output, F_EXIT; or F_FAILED. Without nostdin the host sends F_STDIN of length 0 before the next request.
 #include "agent.h"
 #include "libc.h"
 #include <sys/signalfd.h>
@@ -13,7 +13,7 @@ static char *arguments[WORDS + 1], *environment[WORDS + 1];
 static char scratch[5][512];
 static struct identity user;
 static char input[FRAME_MAX], output[FRAME_MAX];
-static size_t pending, taken; // of `input`, and how much of it the command has
+static size_t pending, taken; // bytes of `input` still to write, and bytes already written
 static int all_read; // the host has sent the end of its input
 
 struct command {
@@ -70,7 +70,7 @@ static void limit(const char *text)
     CALL(prlimit64, 0, number(copy, 0), limits, NULL);
 }
 
-// What the child is to do, and what it could not: it has its parent's memory.
+// The child's parameters and its error. The child shares its parent's memory.
 static struct {
     const struct request *request;
     int ends[3], terminal, error;
@@ -130,7 +130,8 @@ static void become(void)
         (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
             CALL(setresuid, user.uid, user.uid, user.uid)))
         fail("user");
-    // As the user: what root alone may enter is refused. Without a cwd the home directory, if there is one.
+    // Change directory as the user, so that one without permission is refused. Default: the home directory, if it
+    // exists.
     if (cwd ? CALL(chdir, cwd) : CALL(chdir, user.home) && CALL(chdir, "/"))
         fail(cwd ? cwd : "/");
     uint64_t none = 0;
@@ -174,7 +175,7 @@ static int begin_pipes(int without_input, struct command *command)
     return 0;
 }
 
-// 0: started; otherwise it was told why not.
+// Returns 0 if the command was started; otherwise F_FAILED was sent.
 static int begin(const struct request *request, struct command *command)
 {
     const char *size = value(request, "tty");
@@ -209,7 +210,7 @@ static int begin(const struct request *request, struct command *command)
     return -1;
 }
 
-// What the host still sends is for nobody. With a terminal that ends with the connection.
+// Read and discard the rest of the host's input. With a terminal it ends only with the connection.
 static void skip_input(int terminal)
 {
     owned = keep = 0;
@@ -220,7 +221,7 @@ static void skip_input(int terminal)
     }
 }
 
-// Whether the host has said all it will say for now; its frames for the command.
+// Handle one frame from the host.
 static void from_host(struct command *command)
 {
     char type;
@@ -234,7 +235,7 @@ static void from_host(struct command *command)
         taken = 0;
         pending = command->in < 0 ? 0 : length;
     } else if (type == F_STDIN && command->terminal) {
-        input[0] = 4; // what the key Ctrl-D sends
+        input[0] = 4; // the character of Ctrl-D: end of input
         taken = 0, pending = 1;
     } else if (type == F_STDIN) {
         all_read = 1;
@@ -249,7 +250,7 @@ static void to_command(struct command *command)
     ssize_t done = write(command->in, input + taken, pending);
     if (done < 0 && errno == EAGAIN)
         return;
-    if (done < 0 && !command->terminal) { // it does not read any more
+    if (done < 0 && !command->terminal) { // the command has closed its input
         close(command->in);
         command->in = -1;
     }
@@ -258,7 +259,7 @@ static void to_command(struct command *command)
     taken += (size_t)done, pending -= (size_t)done;
 }
 
-// What is there of one stream, at most `most` bytes; 0: it has ended. `events` are poll's.
+// Send up to `most` bytes of the command's output. Returns their number, or 0 at the end. `events` are from poll.
 static size_t from_command(int *fd, short events, char type, size_t most)
 {
     ssize_t done = !(events & POLLIN) ? 0 : read(*fd, output, most < FRAME_MAX ? most : FRAME_MAX);
@@ -271,7 +272,8 @@ static size_t from_command(int *fd, short events, char type, size_t most)
     return 0;
 }
 
-// What it has written before it ended; not what others write who hold the stream.
+// Send the output that is in the pipe when the command has ended. Processes that still hold the pipe may write more;
+// that is not read.
 static void drain(int *fd, char type)
 {
     int left = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Files of the guest, by path=..., and as user=... if that is given. F_ENTRY is struct entry, the name, NUL, and where
-// a symbolic link points.
+// Verbs for files: path=..., and user=... to act as that user. F_ENTRY is struct entry, the name, a NUL, and the target
+// of a symbolic link.
 #include "agent.h"
 #include "libc.h"
 #include <sys/inotify.h>
@@ -90,7 +90,7 @@ static int remove_all(int directory, const char *name, int depth)
         return -1;
     }
     int fd = open_file(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0), failed = fd < 0, removed;
-    do { // from the beginning after each round: what was removed has moved the rest
+    do { // read the directory again after each round, because removing entries moves the others
         removed = 0;
         CALL(lseek, fd, 0, SEEK_SET);
         for (long done; !failed && (done = CALL(getdents64, fd, names, sizeof names)) > 0;)
@@ -111,7 +111,7 @@ static int remove_all(int directory, const char *name, int depth)
 
 static int read_file(const struct request *request, const char *path)
 {
-    int fd = open_file(AT_FDCWD, path, O_RDONLY | O_NONBLOCK, 0); // a pipe holds nobody up
+    int fd = open_file(AT_FDCWD, path, O_RDONLY | O_NONBLOCK, 0); // O_NONBLOCK: opening a pipe must not wait
     long at = number(value(request, "offset"), 0);
     uint64_t left = (uint64_t)number(value(request, "length"), INT64_MAX);
     ssize_t done = 1;
@@ -130,7 +130,7 @@ static int read_file(const struct request *request, const char *path)
     return done < 0 ? -1 : 0;
 }
 
-// The frames are read to their end in any case.
+// Read all frames, even after an error.
 static int write_file(const struct request *request, const char *path)
 {
     long mode = number(value(request, "mode"), -1);
@@ -225,7 +225,7 @@ static int act_as(const struct identity *who)
            CALL(setresuid, -1, who->uid, -1);
 }
 
-// 0: it is no verb of files.
+// Returns 0 if the verb is not one for files.
 int serve_files(const struct request *request)
 {
     static const char *const verbs[] = {
@@ -239,14 +239,14 @@ int serve_files(const struct request *request)
     if (!known)
         return 0;
     const char *path = value(request, "path"), *who = value(request, "user"), *whose = value(request, "owner");
-    const char *what = path ? path : "path"; // what an error is about: a path, or a word of the request
+    const char *what = path ? path : "path"; // what F_FAILED names: a path, or a word of the request
     if (!path || !*path || (who && find_user(who, &user)) || (whose && find_user(whose, &owner))) {
         errno = EINVAL;
         bad = 1;
         if (path && *path)
             what = who && find_user(who, &user) ? who - strlen("user=") : whose - strlen("owner=");
     }
-    CALL(chdir, !bad && who ? user.home : "/root"); // where a relative path begins
+    CALL(chdir, !bad && who ? user.home : "/root"); // the base of a relative path
     if (!bad && who && act_as(&user)) {
         bad = 1;
         what = who;

@@ -7,7 +7,7 @@ int host = -1;
 pid_t owned;
 int keep, gone;
 
-// A command ends with whoever wanted it; one that is to be kept writes to nobody.
+// The host has disconnected: kill its command and exit. With `keep` the command continues, and its output is discarded.
 void host_gone(void)
 {
     if (!keep) {
@@ -20,7 +20,7 @@ void host_gone(void)
     host = open_file(AT_FDCWD, "/dev/null", O_RDWR, 0);
 }
 
-static char waiting[1 << 14]; // small frames, until something is waited for: they go as one packet
+static char waiting[1 << 14]; // small frames, held back until the next wait, so that they are sent as one packet
 static size_t waiting_length;
 
 static void send_all(struct iovec *parts, int count)
@@ -50,7 +50,7 @@ void flush(void)
         send_all(&all, 1);
 }
 
-static char ahead[4096]; // read with what was asked for: a small frame takes one call
+static char ahead[4096]; // bytes read in advance, so that a small frame takes one call
 static size_t ahead_at, ahead_length;
 static char request_bytes[REQUEST_MAX + 1];
 
@@ -88,7 +88,7 @@ void read_all(void *to, size_t length)
     }
 }
 
-// 0: the request is beyond a limit, and was read and refused.
+// Returns 0 if the request is invalid: it was read, and F_FAILED was sent.
 int read_request(struct request *request)
 {
     uint32_t length;

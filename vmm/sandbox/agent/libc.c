@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the agent needs of a C library: system calls, and a few functions for bytes and strings.
+// The part of a C library that the agent needs: system calls, and a few functions for bytes and strings.
 #include "libc.h"
 #include <stdarg.h>
 
@@ -62,7 +62,7 @@ int strcmp(const char *a, const char *b)
     return strncmp(a, b, (size_t)-1);
 }
 
-// In parentheses: since glibc 2.43 these two names are macros, too.
+// The names are in parentheses because they are also macros since glibc 2.43.
 char *(strchr)(const char *text, int byte)
 {
     for (; *text != (char)byte; text++)
@@ -166,7 +166,7 @@ int spit(const char *path, const char *text)
     return done < 0 ? -1 : 0;
 }
 
-// long spawn_at(void *stack, void (*body)(void)): by clone(CLONE_VM | CLONE_VFORK | SIGCHLD). Source: clone(2).
+// long spawn_at(void *stack, void (*body)(void)) calls clone(CLONE_VM | CLONE_VFORK | SIGCHLD). Source: clone(2).
 __asm__("spawn_at: mov %rsi, %r8\n mov %rdi, %rsi\n mov $0x4111, %edi\n xor %edx, %edx\n xor %r10d, %r10d\n"
         " mov $56, %eax\n syscall\n test %rax, %rax\n jnz 1f\n xor %ebp, %ebp\n call *%r8\n hlt\n 1: ret\n");
 long spawn_at(void *stack, void (*body)(void));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C library's headers, for types and numbers, and what libc.c has. CALL(name, ...) is any system call.
+// The C library's headers, for types and constants, and the functions of libc.c. CALL(name, ...) makes any system call.
 #pragma once
 #include <errno.h>
 #include <fcntl.h>
@@ -20,16 +20,16 @@
 
 int main(void);
 
-// The strings up to a NULL, one after the other, as much as there is room; returns the length.
+// Concatenate the strings up to a NULL, truncated to `room` bytes. Returns the length.
 size_t join(char *to, size_t room, ...);
 char *decimal(unsigned long value, char buffer[24]);
 ssize_t slurp(const char *path, char *to, size_t room);
 int spit(const char *path, const char *text);
 
-int open_file(int directory, const char *path, int flags, int mode); // close on exec, no controlling terminal
+int open_file(int directory, const char *path, int flags, int mode); // adds O_CLOEXEC and O_NOCTTY
 int look(int directory, const char *path, int flags, struct stat *status);
-// A child that shares this process's memory, calls `body` and does not return. It is waited for until it has executed
-// another program or ended. Returns its process id; -1: an error.
+// Start a child that shares this process's memory and calls `body`, which must not return. Waits until the child has
+// executed another program or ended. Returns its process id, or -1.
 long spawn(void (*body)(void));
 int wait_for(struct pollfd *fds, int count, int milliseconds);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Process 1: brings the system up, gives each connection of the host a process, and reaps what nobody else does.
+// Process 1: boots the system, starts a process for each connection from the host, and reaps orphaned processes.
 #include "agent.h"
 #include "libc.h"
 #include <linux/vm_sockets.h>
@@ -27,7 +27,7 @@ long number(const char *text, long otherwise)
     return *text ? otherwise : result;
 }
 
-// On the console, which the host shows when the system does not come up.
+// Write to the console, which the host shows if the system does not boot.
 void say(const char *what, int error)
 {
     char line[512], digits[24];
@@ -96,13 +96,13 @@ static void accept_one(int listener, int signals)
     int fd = (int)CALL(accept4, listener, &peer, &length, SOCK_CLOEXEC);
     if (fd < 0)
         return;
-    // A program of the guest can connect, too (vsock_loopback): it gets nothing.
+    // A guest program can also connect (vsock_loopback). Its connection is closed.
     if (peer.svm_cid == VMADDR_CID_HOST) {
         long child = CALL(fork);
         if (!child) {
             CALL(close, listener);
             CALL(close, signals);
-            spit("/proc/self/oom_score_adj", "0"); // which its commands inherit
+            spit("/proc/self/oom_score_adj", "0"); // inherited by its commands
             host = fd;
             serve();
         }
@@ -117,14 +117,14 @@ int main(void)
     if (CALL(getpid) != 1)
         return 1;
     boot();
-    // Blocked for ever: SIGCHLD is read from a descriptor, SIGPIPE is an error of write.
+    // Blocked for good: SIGCHLD is read from a signalfd, and instead of SIGPIPE write returns an error.
     uint64_t chosen = 1ul << (SIGCHLD - 1), blocked = chosen | 1ul << (SIGPIPE - 1);
     CALL(rt_sigprocmask, SIG_BLOCK, &blocked, NULL, sizeof blocked);
     spit("/proc/self/oom_score_adj", "-1000");
     int signals = (int)CALL(signalfd4, -1, &chosen, sizeof chosen, SFD_CLOEXEC | SFD_NONBLOCK);
     int listener = listen_for_host();
     if (listener < 0)
-        return 1; // the kernel panics, and the machine ends
+        return 1; // the kernel panics, and the VM ends
     for (;;) {
         struct pollfd fds[2] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}};
         wait_for(fds, 2, -1);

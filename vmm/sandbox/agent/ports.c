@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// TCP ports of the guest's loopback. tcp: of one that a program of the guest listens on, for the host; after F_DONE the
-// connection is that to the port. listen: of one for the guest's programs, whose connections go to port `to` of the
-// host's (vsock); answers F_STARTED with the port, and listens as long as the host's connection is there.
+// TCP ports on the guest's loopback. Verb "tcp" connects the host to a port on which a guest program listens: after
+// F_DONE this connection carries the port's data. Verb "listen" listens on a port for guest programs and forwards each
+// connection to the host's vsock port `to`. It replies F_STARTED with the port, and listens until the host disconnects.
 #include "agent.h"
 #include "libc.h"
 #include <linux/vm_sockets.h>
@@ -9,7 +9,7 @@
 
 static char buffer[2][FRAME_MAX];
 
-// Between the two until both have ended; ends the process.
+// Copy data in both directions until both have ended. Then exit.
 static void pass_on(int one, int other)
 {
     int from[2] = {one, other}, to[2] = {other, one};
@@ -28,7 +28,7 @@ static void pass_on(int one, int other)
         wait_for(fds, 2, -1);
         for (int i = 0; i < 2; i++) {
             if (!open[i] && !length[i] && fds[i].revents & (POLLHUP | POLLERR))
-                _exit(0); // it hears nothing any more, either
+                _exit(0); // the other direction is closed, too
             if (open[i] && !length[i] && fds[i].revents) {
                 ssize_t done = read(from[i], buffer[i], FRAME_MAX);
                 if (done > 0) {
@@ -127,7 +127,7 @@ void serve_port(const struct request *request)
         unsigned long flags;
         void *restorer;
         uint64_t mask;
-    } ignore = {SIG_IGN, 0, NULL, 0}; // nobody waits for its children
+    } ignore = {SIG_IGN, 0, NULL, 0}; // the kernel reaps the children
     CALL(rt_sigaction, SIGCHLD, &ignore, NULL, sizeof ignore.mask);
     for (;;) {
         struct pollfd fds[2] = {{host, POLLIN | POLLRDHUP, 0}, {fd, POLLIN, 0}};

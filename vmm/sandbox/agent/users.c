@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Users and groups, by the image's /etc/passwd and /etc/group.
+// Users and groups, from the image's /etc/passwd and /etc/group.
 // Source: passwd(5), group(5).
 #include "agent.h"
 #include "libc.h"
 
 static char text[1 << 18];
 
-// The next line of `at` in fields, at most `most`; returns what follows it, or NULL at the end.
+// Split the next line of `at` into at most `most` fields. Returns the text after the line, or NULL at the end.
 static char *fields_of(char *at, char **fields, int most)
 {
     if (!*at)
@@ -33,7 +33,7 @@ static int in_list(const char *list, const char *name)
     return 0;
 }
 
-// USER or USER:GROUP, each a name or a number. A number need not be in the files. -1: no such user or group.
+// Parse USER or USER:GROUP, each a name or a number; a number need not be in the files. -1: unknown user or group.
 static int read_user(const char *who, struct identity *found)
 {
     char user[64], *fields[7];
@@ -63,7 +63,7 @@ static int read_user(const char *who, struct identity *found)
             join(found->shell, sizeof found->shell, fields[6], NULL);
     }
     if (!known && !strcmp(user, "root"))
-        uid = 0; // of an image without users
+        uid = 0; // root, for an image without users
     if (uid < 0)
         return -1;
     if (!known)
@@ -78,7 +78,7 @@ static int read_user(const char *who, struct identity *found)
             continue;
         if (group && gid < 0 && !strcmp(fields[0], group))
             gid = number_of;
-        if (!group && in_list(fields[3], found->name) && found->groups < 64) // as docker has it
+        if (!group && in_list(fields[3], found->name) && found->groups < 64) // as Docker does
             found->group[found->groups++] = (gid_t)number_of;
     }
     if (group && (gid < 0 || gid > UINT32_MAX - 1))
@@ -88,7 +88,7 @@ static int read_user(const char *who, struct identity *found)
     return 0;
 }
 
-// Whether a file is as it was at the last call.
+// Whether a file is unchanged since the last call.
 static int unchanged(const char *path, struct stat *seen)
 {
     struct stat now;
@@ -100,7 +100,7 @@ static int unchanged(const char *path, struct stat *seen)
     return same;
 }
 
-// The same as the last time, if it was the same question and the files are as they were.
+// read_user with a cache: used if `who` is the same as in the last call and both files are unchanged.
 int find_user(const char *who, struct identity *found)
 {
     static struct stat passwd, group;
