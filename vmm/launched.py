@@ -211,6 +211,18 @@ def spare_collections(name: str) -> None:
     _without(name, {"collections": collections, "collections.abc": _collections_abc})
 
 
+def spare_ctypes(name: str) -> None:
+    """Import `name` without the half of ctypes that is in Python, from which CPython 3.14 has structures laid out."""
+    if sys.version_info < (3, 14):
+        return
+    import _ctypes
+
+    c_int = type("c_int", (_ctypes._SimpleCData,), {"_type_": "i"})
+    ctypes = _module("ctypes", sizeof=_ctypes.sizeof, alignment=_ctypes.alignment, c_int=c_int)
+    ctypes.__path__ = [f"{os.path.dirname(os.__file__)}/ctypes"]
+    _without(name, {"ctypes": ctypes, "warnings": _module("warnings")})
+
+
 def spare_threading() -> None:
     """Import threading without ``functools``, of which C has what is used, and ``types``, of which it is a name."""
     import _functools  # type: ignore[import-not-found]  # in no stubs
@@ -241,7 +253,7 @@ def _spare_typing() -> None:
         OrderedDict=_collections.OrderedDict, Counter=_class("Counter"), ChainMap=_class("ChainMap"),
     )  # fmt: skip
     functools = _module(
-        "functools", partial=_functools.partial, reduce=_functools.reduce, lru_cache=lru_cache,
+        "functools", partial=_functools.partial, reduce=_functools.reduce, lru_cache=lru_cache, cache=lru_cache(None),
         wraps=lambda wrapped: lambda wrapper: wrapper,
     )  # fmt: skip
     contextlib = _module(
@@ -267,6 +279,7 @@ def spare_msgspec() -> None:
     """
     import _collections_abc
     import _datetime  # type: ignore[import-not-found]  # in no stubs; the half of datetime that is in C
+    import _functools
 
     _spare_typing()
     safe = type("SafeUUID", (), {"unknown": None})
@@ -278,6 +291,7 @@ def spare_msgspec() -> None:
         "collections": _module("collections", abc=_collections_abc),
         "collections.abc": _collections_abc,
         "enum": _module("enum", EnumMeta=type("EnumMeta", (type,), {})),
+        "functools": _module("functools", partial=_functools.partial),  # for enum, which CPython 3.14 needs here
         "re": _module("re", compile=_late("re", "compile")),
     }
     spared |= {name: _module(name) for name in (f"msgspec.{each}" for each in ("inspect", "msgpack", "toml", "yaml"))}

@@ -320,7 +320,7 @@ def test_nothing_of_a_refused_request_is_applied(served: Process, method: str, p
         ("/fs/a", {"tag": "a", "shared_dir": "/nowhere"}, ("shared_dir", "/nowhere", "directory")),
         ("/mmds/config", {"network_interfaces": ["x"], "ipv4_address": "1.1.1.1"}, ("1.1.1.1", "link local")),
         # JSON can say what no name of the host's can have.
-        ("/boot-source", {"kernel_image_path": "a\0b"}, ("a\0b", "null byte")),
+        ("/boot-source", {"kernel_image_path": "a\0b"}, ("a\0b", "embedded null")),
         ("/drives/d", {"drive_id": "d", "path_on_host": "a\0b", "is_root_device": False}, ("path_on_host", "NUL")),
         (
             "/drives/d",
@@ -337,9 +337,9 @@ def test_nothing_of_a_refused_request_is_applied(served: Process, method: str, p
         ("/network-interfaces/n", {"iface_id": "n", "host_dev_name": "tap0", "pcap": "a\0b"}, ("pcap", "NUL")),
         ("/vsock", {"guest_cid": 3, "uds_path": "a\0b"}, ("uds_path", "unix socket")),
         ("/fs/a", {"tag": "a", "shared_dir": "a\0b"}, ("shared_dir", "NUL")),
-        ("/logger", {"log_path": "a\0b"}, ("log_path", "null byte")),
-        ("/metrics", {"metrics_path": "a\0b"}, ("metrics_path", "null byte")),
-        ("/serial", {"serial_out_path": "a\0b"}, ("serial_out_path", "null byte")),
+        ("/logger", {"log_path": "a\0b"}, ("log_path", "embedded null")),
+        ("/metrics", {"metrics_path": "a\0b"}, ("metrics_path", "embedded null")),
+        ("/serial", {"serial_out_path": "a\0b"}, ("serial_out_path", "embedded null")),
         ("/snapshot/load", {"snapshot_path": "a\0b", "mem_file_path": "m"}, ("snapshot_path", "NUL")),
     ],
 )

@@ -42,7 +42,8 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         ffi.cdef(f"struct {name} {{ {fields} ...; }};")
     for name in CONSTANTS:
         ffi.cdef(f"#define {name} ...")
-    ffi.set_source("_kvm_header", "#include <linux/kvm.h>")
+    # The header's __u64 is a long long; for GCC 14 that is another type than uint64_t.
+    ffi.set_source("_kvm_header", "#include <linux/kvm.h>", extra_compile_args=["-Wno-incompatible-pointer-types"])
     directory = tmp_path_factory.mktemp("kvm_header")
     library = ffi.compile(str(directory))
     spec = importlib.util.spec_from_file_location("_kvm_header", library)
