@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A block driver with one queue and EVENT_IDX, at the speed of C, and the same reads and writes without any device.
+/* A block driver in C with one queue and EVENT_IDX, and the same reads and writes without a device, for comparison.
    Built with -O2 by test_blk.py. */
 #define _GNU_SOURCE
 #include <poll.h>
@@ -17,12 +17,12 @@ struct driver {
     uint64_t slots_gpa;
     uint64_t disk;                      /* bytes */
     uint64_t requests;
-    uint32_t size;                      /* of a request's data */
+    uint32_t size;                      /* bytes of data in a request */
     uint32_t depth;
     uint32_t write, sequential;
     int32_t notify, irq;                /* eventfds */
     uint16_t queue_size;
-    /* Counted: */
+    /* Results: */
     uint64_t kicks, interrupts, failed;
     uint64_t driver_ns;                 /* CPU time of this thread */
 };
@@ -48,7 +48,7 @@ static uint64_t cpu_ns(void)
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-/* 0, or -1: no interrupt came within ten seconds. */
+/* Returns 0, or -1 if no interrupt came within ten seconds. */
 int drive(struct driver *d)
 {
     volatile uint16_t *avail_idx = (uint16_t *)(d->avail + 2), *used_idx = (uint16_t *)(d->used + 2);
@@ -111,7 +111,7 @@ int drive(struct driver *d)
     return 0;
 }
 
-/* The same transfers by this thread alone; -1: one failed. */
+/* Do the same transfers with system calls on this thread. Returns -1 if one failed. */
 int bare(struct driver *d, int fd)
 {
     uint64_t n, start = cpu_ns();

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many guests the lab loses, by the QEMU that emulates it.
+"""Count the guests that stop dead in the lab, for each QEMU that emulates the lab.
 
     python -m benches.lab_boots --boots 100             # QEMU of this host and the lab's own choice, in turn
     python -m benches.lab_boots --boots 100 --linux     # Debian's kernel and initramfs instead of the sleeper
@@ -40,7 +40,7 @@ SLEEPS = f"i=0; while [ $i -lt 300 ]; do read -t 0.002 x; i=$((i+1)); done; exit
 
 
 def sleeper(directory: str) -> str:
-    """Path of the guest that only sleeps, made there."""
+    """Build the guest that only sleeps; return its path."""
     source, made, guest = ROOT / "benches/lab_sleeper.S", f"{directory}/sleeper.o", f"{directory}/sleeper"
     subprocess.run(["cc", "-m32", "-c", f"-DTURNS={TURNS}", str(source), "-o", made], check=True)
     link = ["ld", "-m", "elf_i386", "-N", "-e", "start", "--no-warn-rwx-segments", "-Ttext", "0x101000"]
@@ -49,7 +49,7 @@ def sleeper(directory: str) -> str:
 
 
 def bound(directory: str, cpu: int) -> list[str]:
-    """How a command begins that runs on that CPU, while CPU 1 does nothing but restore its FPU."""
+    """The start of a command line that runs on that CPU while CPU 1 only restores its FPU."""
     source, made = Path(directory, "restore.c"), f"{directory}/restore"
     source.write_text(RESTORE)
     subprocess.run(["cc", "-O1", "-static", str(source), "-o", made], check=True)
@@ -57,7 +57,7 @@ def bound(directory: str, cpu: int) -> list[str]:
 
 
 def inside(boots: int, run: list[str]) -> None:
-    """Boot guests; a line of JSON for each."""
+    """Boot guests; print a line of JSON for each."""
     for _ in range(boots):
         start = time.monotonic()
         command = [sys.executable, "-m", "vmm", "run", *run]
@@ -68,7 +68,7 @@ def inside(boots: int, run: list[str]) -> None:
 
 
 def scenario(boots: int, name: str) -> None:
-    """Run a Linux scenario so often; a line of JSON for each."""
+    """Run a Linux scenario `boots` times; print a line of JSON for each."""
     with tempfile.TemporaryDirectory() as directory:
         for _ in range(boots):
             start = time.monotonic()
@@ -96,7 +96,7 @@ def _end(process: subprocess.Popen[bytes]) -> str:
 
 
 def batch(qemu: str | None, boots: int, run: list[str], before: list[str]) -> list[dict[str, object]]:
-    """So many guests in one boot of the lab; the lab's own end is one more line, if it was not a good one."""
+    """Boot `boots` guests in one boot of the lab. If the lab itself fails, that is one more line."""
     command = [*before, "env", "-C", str(ROOT), sys.executable, "-m", "benches.lab_boots", "--inside", str(boots), *run]
     with tempfile.TemporaryFile() as out:
         start = time.monotonic()

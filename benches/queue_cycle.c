@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The peer of queue_cycle.pyx: the same ring served by plain C with the same checks, all of it in one file so that the
-   compiler may inline what it likes. Built with -O2 by test_queue_cycle.py. */
+/* The peer of queue_cycle.pyx: plain C that serves the same ring with the same checks. It is a single file, so that the
+   compiler can inline everything. Built with -O2 by test_queue_cycle.py. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The queue as a device's loop calls it, without the GIL: built by test_queue_cycle.py, no part of the package."""
+"""Calls the queue as a device's loop does, without the GIL. Built by test_queue_cycle.py; not part of the package."""
 from libc.stdint cimport uint16_t, uint32_t
 
 from vmm._fastpath cimport DescChain, GuestRam, Ring, VirtQueue, queue_add_used, queue_flush, queue_pop

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many sandboxes, and that they leave nothing: ``python -m benches.sandboxes churn 2000`` and ``crowd 200``.
+"""Check that many sandboxes leak nothing: ``python -m benches.sandboxes churn 2000`` and ``crowd 200``.
 
-``churn`` makes a sandbox, runs a command, forks it, runs one in the copy and closes both, until that was done for so
-many. ``crowd`` has so many at once, each with 64 MiB, and runs a command in each. Then this process must have no
-descriptor, thread, child process or file more than after the first; status 1: it has. Memory is a figure.
+``churn N`` makes a sandbox, runs a command, forks it, runs a command in the copy and closes both, until N sandboxes
+were made. ``crowd N`` has N sandboxes of 64 MiB at once and runs a command in each. At the end this process must have
+no more descriptors, threads, child processes and files than after the first sandbox; otherwise the exit status is 1.
+Memory is only reported.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MEMORY = "64M"
 
 
 class Held(NamedTuple):
-    """What this process has."""
+    """The resources that this process holds."""
 
     descriptors: int
     threads: int
@@ -38,7 +39,7 @@ class Held(NamedTuple):
 
     @classmethod
     def now(cls) -> Held:
-        """Count it, without what Python and malloc keep for later."""
+        """Count the resources now, without memory that Python and malloc keep for later."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         place = Path(os.environ["XDG_RUNTIME_DIR"], "pyvmm/sandboxes")
@@ -51,12 +52,12 @@ class Held(NamedTuple):
         )  # fmt: skip
 
     def exceeds(self, other: Held) -> bool:
-        """Whether it is more than the other of anything but memory."""
+        """Whether this has more than the other of any resource but memory."""
         return any(mine > theirs for mine, theirs in zip(self[:4], other[:4], strict=True))
 
 
 def settled(wanted: Held) -> Held:
-    """What this process has, as soon as that is no more than `wanted`, or after ten seconds."""
+    """Wait up to ten seconds until this process holds no more than `wanted`. Return what it holds."""
     until = time.monotonic() + 10
     while (held := Held.now()).exceeds(wanted) and time.monotonic() < until:
         time.sleep(0.01)
@@ -88,7 +89,7 @@ def churn(count: int, say: bool = False) -> tuple[Held, Held, list[float], list[
 
 
 def crowd(count: int) -> tuple[Held, Held, Held, list[float]]:
-    """Have `count` sandboxes at once.
+    """Run `count` sandboxes at once.
 
     :returns: what was held before, with all of them, and after; seconds of a command in each while all are there
     """
@@ -112,7 +113,7 @@ def crowd(count: int) -> tuple[Held, Held, Held, list[float]]:
 
 
 def main() -> int:
-    """Do it, and tell what was held; return the exit status."""
+    """Run the benchmark and print the resources held; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benches.sandboxes", description=__doc__)
     parser.add_argument("what", choices=("churn", "crowd"))
     parser.add_argument("count", type=int)

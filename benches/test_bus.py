@@ -20,7 +20,7 @@ SCRATCH = 7  # the serial port's register that does nothing but keep a byte
 
 
 class Device:
-    """The least that a device in Python can do."""
+    """The smallest possible device in Python."""
 
     def read(self, offset: int, data: memoryview) -> None:
         pass
@@ -56,7 +56,7 @@ def test_access(benchmark: Any, bus: Bus, address: int, claimed: bool, is_write:
 
 
 def test_add_and_remove(benchmark: Any, bus: Bus) -> None:
-    """What hotplug costs: a new table, while vCPUs read the old one."""
+    """The cost of hotplug: building a new table twice."""
     device = Device()
 
     def once() -> None:

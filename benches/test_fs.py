@@ -78,7 +78,7 @@ def test_read(benchmark: Any, vm: FuseVm, size: int, count: int) -> None:
 
 
 def test_readdirplus(benchmark: Any, vm: FuseVm) -> None:
-    """The whole directory, known already, a page at a time as Linux asks."""
+    """List a whole directory, whose files the guest knows already, a page at a time as Linux does."""
     fh = vm.opendir()
     offsets = [0]
     while found := vm.readdirplus(ROOT, fh, offsets[-1]):

@@ -25,7 +25,7 @@ class Loading(Protocol):
 
 @pytest.fixture(scope="module")
 def text() -> bytes:
-    """32 MiB that packs about as well as a kernel does: to a quarter."""
+    """32 MiB that compress about as well as a kernel: to a quarter."""
     chance = random.Random(1)
     words = [chance.randbytes(chance.randrange(2, 12)) for _ in range(4096)]
     return b"".join(chance.choices(words, k=5 << 20))[: 32 * MIB]

@@ -21,7 +21,7 @@ def ram() -> Iterator[GuestMemory]:
 
 @pytest.fixture
 def large() -> Iterator[GuestMemory]:
-    """RAM on both sides of the hole below 4 GiB; only what is touched costs the host anything."""
+    """RAM on both sides of the hole below 4 GiB. The host allocates only pages that are touched."""
     with GuestMemory(HOLE_START + 64 * MIB) as memory:
         yield memory
 
@@ -33,7 +33,7 @@ def test_view(benchmark: Any, ram: GuestMemory, dtype: str) -> None:
 
 
 def test_view_sum_of_1_mib(benchmark: Any, ram: GuestMemory) -> None:
-    """What a program pays that looks at guest RAM as numbers."""
+    """The cost for a program of viewing guest RAM as a numpy array."""
     view = ram.view(MIB, MIB, "<u8")
     ram.write(MIB, b"\1" + bytes(7))
     assert benchmark(view.sum) == 1

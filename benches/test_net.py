@@ -36,7 +36,7 @@ def vm(namespace: None) -> Iterator[Vm]:
 
 
 def recycle(vm: Vm, index: int, least: int) -> None:
-    """Wait for `least` chains that come back, and offer all that came once more."""
+    """Wait until at least `least` chains are returned, and offer all returned chains again."""
     queue = vm.driver.queues[index]
     while (chains := returned(vm, queue)) < least:
         time.sleep(0)
@@ -53,7 +53,7 @@ def returned(vm: Vm, queue: SplitDriver) -> int:
 
 @pytest.mark.parametrize("size", [60, 1514, 61454])
 def test_guest_to_host(benchmark: Any, vm: Vm, size: int) -> None:
-    """Frames that the host's bridge code takes and nobody wants: an Ethernet type of no protocol."""
+    """Frames that the host's bridge accepts and drops: their Ethernet type belongs to no protocol."""
     queue = vm.driver.queues[TX]
     queue.want_interrupt(False)
     frame = (b"\x02\0\0\0\0\x01" + GUEST_MAC + b"\x88\xb5").ljust(size, b"\0")
@@ -68,7 +68,7 @@ def test_guest_to_host(benchmark: Any, vm: Vm, size: int) -> None:
 
 @pytest.mark.parametrize("size", [60, 1514])
 def test_host_to_guest(benchmark: Any, vm: Vm, size: int) -> None:
-    """Datagrams of a busy thread; buffers of 1536 bytes, offered in any order."""
+    """Datagrams from a busy thread, to buffers of 1536 bytes in any order."""
     vm.offer()
     vm.send(arp_request())
     vm.receive(is_arp_reply)
@@ -96,7 +96,7 @@ def test_host_to_guest(benchmark: Any, vm: Vm, size: int) -> None:
 
 
 def test_datagrams_to_a_socket(benchmark: Any, vm: Vm) -> None:
-    """Through the whole of the host's stack, read by a socket."""
+    """Datagrams through the host's whole network stack, to a socket."""
     vm.offer()
     vm.send(arp_request())
     _, reply = vm.receive(is_arp_reply)
@@ -126,7 +126,7 @@ def test_datagrams_to_a_socket(benchmark: Any, vm: Vm) -> None:
 
 @pytest.mark.parametrize("kind", ["all", "no loopback", "100 rules", "4000 addresses"])
 def test_guest_to_a_stream(benchmark: Any, kind: str) -> None:
-    """Frames of 1500 bytes for passt, with what of a policy is looked at for each."""
+    """Frames of 1500 bytes for passt, with the checks of a policy."""
     address = bytes(10) + b"\xff\xff\x09\x09\x09\x09"
     policies: dict[str, Callable[[], Policy | None]] = {
         "all": lambda: None,

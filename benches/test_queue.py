@@ -41,7 +41,7 @@ def test_pop_add_used_flush(benchmark: Any, ram: GuestMemory, queue_class: Any, 
     heads = [struct.unpack("<H", ram.read(driver.avail + 4 + 2 * i, 2))[0] for i in range(CHAINS)]
 
     def refill() -> None:
-        """Offer the same heads once more, without the driver's bookkeeping."""
+        """Offer the same heads again, without the driver's bookkeeping."""
         for head in heads:
             driver.chains.pop(head, None)
         driver.avail_idx = queue.last_avail + CHAINS & 0xFFFF
@@ -63,7 +63,7 @@ def test_pop_add_used_flush(benchmark: Any, ram: GuestMemory, queue_class: Any, 
 
 @pytest.mark.parametrize("queue_class", [_fastpath.VirtQueue, queue_twin.VirtQueue], ids=["c", "py"])
 def test_chain_views(benchmark: Any, ram: GuestMemory, queue_class: Any) -> None:
-    """What a device in Python pays to see three buffers of one chain."""
+    """The cost for a device in Python of reading the three buffers of one chain."""
     driver = SplitDriver(ram, Allocator(0x1000, 60 << 20), 8)
     queue = driver.attach(queue_class(ram, 8))
     driver.add([driver.buffer(16), driver.buffer(4096, device_writes=True), driver.buffer(1, device_writes=True)])

@@ -38,7 +38,7 @@ class CRing(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def loops(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Ours and C's, built here."""
+    """Build both loops: ours and the one in plain C."""
     directory = tmp_path_factory.mktemp("queue_cycle")
     build = (
         "import sys; from setuptools import Distribution, Extension; from Cython.Build import cythonize;"

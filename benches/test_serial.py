@@ -61,7 +61,7 @@ def test_wait_for_the_transmitter_and_send(benchmark: Any, bus: Bus, serial: Ser
 
 
 def test_a_boot_log_to_a_thread_that_drains(benchmark: Any, bus: Bus, serial: Serial) -> None:
-    """30 KB of printk while the console's thread takes them; the writes wake it only where it sleeps."""
+    """30 KB of printk while the console's thread takes the output; a write wakes that thread only if it sleeps."""
     taken: list[int] = []
 
     def drain() -> None:

@@ -38,7 +38,7 @@ def vm(tmp_path: Path) -> Iterator[Vm]:
 
 
 def recycle(vm: Vm, index: int) -> int:
-    """Offer what the device has returned once more, in the same order; how many chains that were."""
+    """Offer the chains that the device has returned again, in the same order; return their number."""
     queue = vm.queue(index)
     chains = returned(vm, index)
     queue.used_idx = queue.used_idx + chains & 0xFFFF
@@ -50,7 +50,7 @@ def recycle(vm: Vm, index: int) -> int:
 
 
 def returned(vm: Vm, index: int) -> int:
-    """How many chains the device has returned and nobody has looked at."""
+    """Number of chains that the device has returned and that were not offered again."""
     queue = vm.queue(index)
     return int(struct.unpack("<H", vm.ram.read(queue.used + 2, 2))[0]) - queue.used_idx & 0xFFFF
 
@@ -63,7 +63,7 @@ def fill_receive_queue(vm: Vm, size: int) -> None:
 
 @pytest.mark.parametrize("size", [4096, PACKET])
 def test_guest_to_host(benchmark: Any, vm: Vm, size: int) -> None:
-    """128 connections, two packets each a round."""
+    """128 connections; two packets for each in a round."""
     ends = [(5000 + i, *vm.host_open(5000 + i)) for i in range(CHAINS // PER_CONNECTION)]
     for _, client, _ in ends:
         client.settimeout(None)  # or MSG_WAITALL does not wait

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws docs/terminal.svg: commands that are run here and now, and what they print.
+"""Draws docs/terminal.svg: runs commands and draws them with their output.
 
 .venv/bin/python tools/draw_terminal.py     # needs `pyvmm pull busybox`, and a KVM that runs it (or
                                             # PYVMM_SANDBOX_KERNEL, a kernel that this one runs)
@@ -24,7 +24,7 @@ WIDTH, LINE = 96, 19
 
 
 def lines() -> list[tuple[str, str]]:
-    """Each line, with the class that it is drawn in."""
+    """The lines, each with its CSS class."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     found = []
     for command in COMMANDS:
@@ -37,7 +37,7 @@ def lines() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Run them and draw."""
+    """Run the commands and draw the picture."""
     drawn = lines()
     height = LINE * len(drawn) + 30
     with open(ROOT / "docs/terminal.svg", "w") as file:

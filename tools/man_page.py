@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the manual page, pyvmm.1, of what ``pyvmm COMMAND --help`` says; setup.py puts it into the wheel.
+"""Writes the manual page, pyvmm.1, from the output of ``pyvmm COMMAND --help``; setup.py puts it into the wheel.
 
 python tools/man_page.py FILE
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _roff(text: str) -> str:
-    """`text` as roff shows it: backslashes and hyphens as they are, and no line of it a request."""
+    """Escape `text` for roff: backslashes, hyphens, and lines that would be requests."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-")
     return "\n".join("\\&" + line if line.startswith((".", "'")) else line for line in escaped.split("\n"))
 

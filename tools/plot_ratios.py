@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws docs/ratios.svg: pyvmm relative to its peer, for each row of the tables in docs/SPECIFICATION.md.
 
-A column `ratio` is of a cost, so its inverse is drawn. A column `rate` is drawn as it is.
+A column `ratio` is the ratio of two costs, so its inverse is drawn. A column `rate` is drawn as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHORT = {
 
 
 def rows(text: str) -> list[tuple[str, float]]:
-    """The rows of the tables with a peer, in the document's order: the name, and how many times as good pyvmm is."""
+    """The table rows with a peer, in the document's order: the name, and pyvmm's result relative to the peer's."""
     found = []
     head: list[str] = []
     section = ""

@@ -28,7 +28,7 @@ def _on_site(target: str) -> str:
 
 
 def _origin(page: str) -> str:
-    """The path from the root of the file that the site's page `page` is made of."""
+    """Path, from the root of the checkout, of the file from which the site's page `page` is made."""
     return next((origin for origin, name in PAGES.items() if name == page), f"docs/{page}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python3.X tools/try_wheel.py WHEEL``: install a wheel in an empty environment, and use what it brings, filters on.
+"""``python3.X tools/try_wheel.py WHEEL``: install a wheel in an empty environment and try its programs, with filters.
 
 The Linux is the image busybox (``pyvmm pull busybox``). On a software KVM its kernel is ``PYVMM_SANDBOX_KERNEL``,
 as ``python -m tests.linux.r3`` prints it.

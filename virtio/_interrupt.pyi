@@ -1,6 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
 from typing import Self
 
-# SPDX-License-Identifier: Apache-2.0
 from vmm.irq import IrqLine
 
 class Interrupt:

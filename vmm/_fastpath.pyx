@@ -48,7 +48,8 @@ cdef class GuestRam:
         return find(self._regions, self._count, gpa, size)
 
     def map_region(self, uint64_t gpa, mapping):
-        """Use `mapping` (writable, page aligned; kept open) as guest RAM at `gpa`. Call it in address order.
+        """Use `mapping` (writable, page aligned; kept until ``unmap_all``) as guest RAM at `gpa`. Call it in address
+        order.
 
         :raises ValueError: there are 8 regions already, or `gpa` is not above the regions added before
         """

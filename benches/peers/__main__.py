@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every side-by-side run: ``python -m benches.peers [NAME]...``; the names are below.
+"""Every comparison with other VMMs: ``python -m benches.peers [NAME]...``; the names are below.
 
-Prints a line for each figure, writes bench-results/peers.json and peers.png, and ends with 1 where a goal is
+Prints a line for each figure and writes bench-results/peers.json and peers.png. The exit status is 1 if a goal is
 missed or a figure cannot be measured.
 """
 
@@ -23,7 +23,7 @@ from benches.peers.firecracker import Missing
 DEVICES = ("blk", "net", "vsock", "fs")
 NAMES = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", "scale", "sandbox", *DEVICES)
 
-# A loop for 0.3 s; prints how much of it passed between two turns that are over 0.1 ms apart.
+# Loops for 0.3 s and prints the share of that time in which it did not run: gaps of over 0.1 ms between two turns.
 _SPIN = """
 from time import perf_counter
 before = end = perf_counter()
@@ -39,7 +39,7 @@ print(lost / 0.3)
 
 
 def lost_time() -> float:
-    """The part of the processors' time that others take, here or on the host of this VM: programs that loop miss it.
+    """The share of processor time that others take, on this machine or on its host. Looping programs measure it.
 
     The load average does not show what a host gives to other VMs. Above 0.05, ratios with waits in them mean little.
     """
@@ -85,7 +85,7 @@ def _plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> int:
-    """Run what was asked for, or all of it; return the exit status."""
+    """Run the named comparisons, or all of them; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benches.peers", description=__doc__)
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--output", type=Path, default=ROOT / "bench-results", metavar="DIR")

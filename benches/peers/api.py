@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API beside Firecracker's: how soon it answers, how fast, what it weighs, and what it costs a guest at work.
+"""The API compared with Firecracker's: time to the first response, latency, memory, and the cost for a busy guest.
 
-On this host's own /dev/kvm, whatever it is; the start of a Linux guest is measured in the lab (``boot``).
+It uses this host's own /dev/kvm, of any kind. ``boot`` measures the start of a Linux guest, in the lab.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REQUESTS = 1000
 PATIENCE = 30
 MEMORY_MIB = 32
 DISK_MIB = 128
-# What a runtime asks of a VM at work: far more than any does.
+# Requests per second to a running VM: far more than any runtime sends.
 LOAD_A_SECOND = 50
 LOSS_GOAL = 2.0  # percent
 # mov dx, 0x3f8; mov al, 'x'; out dx, al; hlt; jmp to the hlt
@@ -39,7 +39,7 @@ HELLO = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, ord("x"), 0xEE, 0xF4, 0xEB, 0xFD))
 
 
 class Client:
-    """A connection that is kept, as a runtime's."""
+    """A persistent connection, as a runtime has."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -88,7 +88,7 @@ def serving(command: Sequence[str], path: Path, stdout: int = subprocess.DEVNULL
 
 
 def connected(path: Path) -> Client:
-    """A client, as soon as there is somebody to talk to."""
+    """Wait until the API accepts connections; return a client."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         try:
@@ -109,7 +109,7 @@ class Turn(NamedTuple):
 
 
 def turn(command: Sequence[str], directory: Path, guest: Path) -> Turn:
-    """Start it, ask it many things, start the guest, wait for its first byte."""
+    """Start the VMM, send many requests, start the guest, and wait for its first byte."""
     path = directory / "api.sock"
     read, write = os.pipe()
     start = time.perf_counter()

@@ -30,7 +30,7 @@ def seconds(command: Sequence[str], requests: Sequence[tuple[str, object]] = (),
     """Time from the start of a VMM to its guest's mark; from the last of `requests` where there are any.
 
     :param requests: paths and bodies of PUTs to the socket at `path`
-    :raises Missing: there was none
+    :raises Missing: the guest did not print its mark
     """
     if requests:
         path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and docs/peers.md say of Firecracker and QEMU's microvm, each with the command that shows it.
+"""Check the statements about Firecracker and QEMU's microvm in README and docs/peers.md, each by a command.
 
-    python -m benches.peers.claims          # seconds, on any /dev/kvm; what is wrong is said, and the status is 1
+    python -m benches.peers.claims          # seconds, on any /dev/kvm; status 1 if one is wrong
 
-docs/peers.md has the list, and the sources of what is said of those that are not here to be asked.
+docs/peers.md has the list, and the sources for statements about other VMMs, which are not installed here.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ CLAIMS = (
 
 
 def results() -> Iterator[tuple[Claim, str]]:
-    """Each claim, and what was found."""
+    """Each claim, and the result of its check."""
     for claim in CLAIMS:
         with tempfile.TemporaryDirectory(prefix="pyvmm-claim-") as directory:
             try:
@@ -220,7 +220,7 @@ def results() -> Iterator[tuple[Claim, str]]:
 
 
 def main() -> int:
-    """Ask them all; 0 where each claim holds."""
+    """Check all claims; return 0 if each holds."""
     common.need_kvm()
     start, wrong = time.monotonic(), 0
     for claim, found in results():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every side-by-side run needs: the peers' command lines, timed runs in turn, a row of the report."""
+"""Shared code of the comparisons: the peers' command lines, timed runs in turn, and rows of the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class Row(NamedTuple):
-    """One line of the report: a figure of ours beside a peer's, and whether the goal on it is held.
+    """One line of the report: our figure, a peer's, and whether the goal is met.
 
     ``goal`` is the largest ratio ours/peer that holds it, or where ``peer`` is None the largest value of
     ours; where more is better, the smallest. A goal of None is a figure for the record. ``samples`` are what the
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     @property
     def held(self) -> bool:
-        """Whether the goal is held."""
+        """Whether the goal is met."""
         if self.goal is None:
             return True
         value = self.ours if self.ratio is None else self.ratio
@@ -115,7 +115,7 @@ def firecracker_command(
         **(more or {}),
     }
     if lacks_xsave():
-        # It insists on KVM_CAP_XCRS, which KVM has only with XSAVE, and the lab's CPU has none.
+        # Firecracker requires KVM_CAP_XCRS, which KVM has only with XSAVE, and the lab's CPU has no XSAVE.
         template = directory / "cpu.json"
         template.write_text(json.dumps({"kvm_capabilities": [f"!{KVM_CAP_XCRS}"]}))
         facts["cpu-config"] = str(template)
@@ -131,11 +131,11 @@ def qemu_command(
     cpu: str = "host,-arch-capabilities",
     machine: str = "microvm",
 ) -> list[str]:
-    """Command line that boots `kernel` in QEMU's microvm with nothing that is not asked for in `more`.
+    """Command line that boots `kernel` in QEMU's microvm, with no devices but those in `more`.
 
     :param memory: MiB
     :param machine: microvm, perhaps with properties
-    :param cpu: what a software KVM can do by default: it has no MSR_IA32_ARCH_CAPABILITIES
+    :param cpu: QEMU's CPU model; the default suits a software KVM, which has no MSR_IA32_ARCH_CAPABILITIES
     :raises Missing: not installed
     """
     if shutil.which(QEMU) is None:
@@ -149,7 +149,7 @@ def qemu_command(
 def need_kvm() -> None:
     """Check that /dev/kvm is there.
 
-    :raises Missing: it is not, or not permitted
+    :raises Missing: /dev/kvm does not exist, or this user may not open it
     """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise Missing("/dev/kvm: not there or not permitted")
@@ -158,7 +158,7 @@ def need_kvm() -> None:
 def timed(command: Sequence[str], status: int) -> Run:
     """Run `command` to its end, with no input and no output.
 
-    :raises Missing: it ended with another status than `status`
+    :raises Missing: the exit status is not `status`
     """
     null = subprocess.DEVNULL
     start = time.perf_counter()
@@ -173,7 +173,7 @@ def timed(command: Sequence[str], status: int) -> Run:
 
 
 def in_turn(count: int, **what: Callable[[], _T]) -> dict[str, list[_T]]:
-    """Run each of `what` once to warm up, then all in turn `count` times: a slow moment hits all."""
+    """Run each of `what` once to warm up, then all in turn `count` times, so that a slow moment affects all."""
     for run in what.values():
         run()
     results: dict[str, list[_T]] = {name: [] for name in what}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four devices beside QEMU's and Firecracker's: what a guest gets out of them, and the host's CPU time for it.
+"""The four devices compared with QEMU's and Firecracker's: a guest's throughput, and the host's CPU time for it.
 
 One guest of Debian's tools in every VMM, files on tmpfs: natively, with Debian's kernel on hardware KVM and r3 on a
 software KVM; with ``PYVMM_BENCH_LAB=1`` in the lab, for what needs that (vhost). A row compares with the best of the

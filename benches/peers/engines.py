@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other sandbox engines beside ours: gVisor's runsc from Debian; of libkrun's, why they are not measured."""
+"""Other sandbox engines: gVisor's runsc from Debian, and why those that use libkrun are not measured."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Runsc:
         return bundle
 
     def _do(self, *words: str, cwd: Path | None = None) -> None:
-        # A container that stays has what it is given as output: a pipe of ours would not end.
+        # A container that stays keeps its output open, so a pipe from us would never end.
         with open(self._bundles / "said", "w+") as said:
             try:
                 done = subprocess.run(
@@ -89,7 +89,7 @@ class Runsc:
         self._do("run", "--bundle", str(self._bundles / "once"), "once")
 
     def exec(self) -> None:
-        """A command in one that is there."""
+        """A command in a running container."""
         self._do("exec", "kept", *self._words)
 
     def close(self) -> None:

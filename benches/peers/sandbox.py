@@ -83,7 +83,7 @@ class Podman:
         self.do(*self._run, "--rm", "bench", *TRUE)
 
     def exec(self) -> None:
-        """A command in one that is there."""
+        """A command in a running container."""
         self.do("exec", "kept", *TRUE)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ def _cold() -> None:
 
 
 def rows() -> Iterator[Row | Missing]:
-    """Every figure; podman's where it is.
+    """Every figure, with podman's if podman is installed.
 
     :raises Missing: no KVM, or no kernel for it
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scale: 50 VMs that idle, 20 that are busy and the latency of a neighbour, and how a start grows with what a VM has.
+"""Scale: 50 idle VMs, 20 busy VMs and a neighbour's latency, and the start time by a VM's size and devices.
 
-Beside Firecracker, on this host's own /dev/kvm; an idle guest is Linux (r3 on a software KVM) that wakes once a
-second. Memory is the proportional share (PSS) of each process without its guest's RAM: what many share is counted once.
+Compared with Firecracker, on this host's own /dev/kvm. An idle guest is Linux (r3 on a software KVM) that wakes once a
+second. Memory is each process's proportional set size (PSS) without guest RAM, which counts shared pages once in total.
 Draws bench-results/scale.svg.
 """
 
@@ -36,7 +36,7 @@ Commands = dict[str, Callable[[int], list[str]]]
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:
-    # By the scheduler's nanoseconds: ticks are too coarse for a VM that idles.
+    # From the scheduler's nanoseconds: clock ticks are too coarse for an idle VM.
     tasks = (task for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat"))
     return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Starts COUNT copies of a VMM at once and says when each of them did what, in microseconds after its own exec.
+/* Starts COUNT copies of a VMM at once and prints the times of each, in microseconds after its own exec.
 
    start COUNT DIRECTORY MARK HOLD REQUESTS -- PROGRAM ARGUMENT...
 
-   In ARGUMENT, %d is the number of the copy, two digits. REQUESTS is a file: an HTTP request each, ended by a NUL; %% in it is the
-   copy's number, too. Where it is "-", there is no socket. Each copy's socket is DIRECTORY/N.sock. A line for each copy:
+   In ARGUMENT, %d is the number of the copy, two digits. REQUESTS is a file of HTTP requests, each ended by a NUL; %%
+   in it is also the copy's number. If REQUESTS is "-", there is no socket. Each copy's socket is DIRECTORY/N.sock. The
+   output is one line for each copy:
        connected answer... asked mark exit rss_kib
-   The first answer counts from the exec, the others from when they were asked for; asked is when the last one was.
-   MARK is a byte that ends the wait for the guest's output; with HOLD 1 the copy is killed then, with 2 it is killed
-   half a second after its last answer. One thread, no Python: what measures must not take the processors from what is
-   measured. */
+   The first answer is timed from the exec, the others from their requests; `asked` is the time of the last request.
+   MARK is a byte in the guest's output that ends the wait. With HOLD 1 the copy is then killed; with 2 it is killed
+   half a second after its last answer. This program has one thread and no Python, so that it takes little of the
+   processors that the VMMs need. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -109,7 +110,7 @@ static long resident(pid_t pid)
     return kib;
 }
 
-/* An answer is whole with its head, and the body that Content-Length tells of. */
+/* A response is complete with its head and as many bytes of body as Content-Length says. */
 static int whole(struct copy *each)
 {
     each->text[each->have] = 0;
@@ -159,8 +160,9 @@ int main(int argc, char **argv)
                     waiting = 1;
                 }
             }
-            if (each->mark) waiting = 1; /* for its end */
-            if (hold == 2 && each->pid > 0 && each->next == wanted && !each->rss && now() - each->answers[wanted - 1] - each->begun > 5e5) {
+            if (each->mark) waiting = 1; /* wait for its exit */
+            if (hold == 2 && each->pid > 0 && each->next == wanted && !each->rss && now() - each->answers[wanted - 1] -
+            each->begun > 5e5) {
                 each->rss = resident(each->pid);
                 kill(each->pid, SIGKILL);
                 each->mark = each->mark ? each->mark : now();
@@ -175,7 +177,7 @@ int main(int argc, char **argv)
                 if (got <= 0) fail("recv");
                 each->have += got;
                 if (whole(each)) {
-                    /* The first one from the exec on, the others from when they were sent. */
+                    /* The first answer is timed from the exec, the others from their requests. */
                     each->answers[each->next] = now() - (each->next ? each->asked : each->begun);
                     if (++each->next < wanted) ask(each, i);
                 }
@@ -206,7 +208,8 @@ int main(int argc, char **argv)
         printf("%.0f", each->connected ? each->connected - each->begun : -1);
         for (int j = 0; j < wanted; j++) printf(" %.0f", j < each->next ? each->answers[j] : -1);
         printf(" %.0f", wanted ? each->asked - each->begun : 0);
-        printf(" %.0f %.0f %ld\n", each->mark > 0 ? each->mark - each->begun : -1, each->ended - each->begun, each->rss);
+        printf(" %.0f %.0f %ld\n", each->mark > 0 ? each->mark - each->begun : -1, each->ended - each->begun,
+        each->rss);
     }
     return 0;
 }

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start: exec to the socket, the first answer, a guest's first byte, its end and Linux's init; 1, 8 and 20 at once.
+"""Start: time from exec to the socket, the first response, the guest's first byte, its end, and Linux's init.
+
+With 1, 8 and 20 copies at once.
 
 On this host's own /dev/kvm. On a software KVM, Linux is r3, a kernel that runs natively there.
 """
@@ -34,7 +36,7 @@ EXIT = bytes((0xB0, 0x2A, 0xE6, 0xF4))
 
 
 class Life(NamedTuple):
-    """What one copy did, in ms from its exec; answers after the first one from when they were asked for."""
+    """The times of one copy, in ms from its exec; for answers after the first, from their requests."""
 
     connected: float
     answers: tuple[float, ...]
