@@ -236,7 +236,7 @@ cdef class BlockWorker(QueueWorker):
             if r == NULL:
                 break                   # all requests are in flight: a completion resumes this queue
             if flag_set(&self.disk.changing):
-                self.give_way()
+                self.yield_to_change()
             status = queue_pop(ring, self.ram, &r.chain)
             if status != QUEUE_CHAIN:
                 if status < 0:
@@ -257,7 +257,7 @@ cdef class BlockWorker(QueueWorker):
                 self.counters.bad_requests += 1
                 self.answer(r, refusal)
             elif r.length > PIECE:
-                if not self.work_off(r):
+                if not self.execute_long(r):
                     # The thread must stop. The request was not completed, and it is safe to execute it again later.
                     queue_unpop(ring)
                     r.next = self.idle
@@ -274,7 +274,7 @@ cdef class BlockWorker(QueueWorker):
         pthread_mutex_unlock(&self.lock)
         return status
 
-    cdef bint work_off(self, Request *r) noexcept nogil:
+    cdef bint execute_long(self, Request *r) noexcept nogil:
         # Execute a long request in pieces. Returns False, with the request unfinished, if the thread must stop: so a
         # guest cannot delay the stop.
         cdef uint64_t generation = self.disk.generation
@@ -283,7 +283,7 @@ cdef class BlockWorker(QueueWorker):
             if self.stopping():
                 return False
             if flag_set(&self.disk.changing):
-                self.give_way()
+                self.yield_to_change()
             failed = EIO if self.disk.generation != generation \
                 else execute_piece(r, &self.disk.file, self.dsync, self.piece_iov)
             if not failed:
@@ -300,7 +300,7 @@ cdef class BlockWorker(QueueWorker):
             self.reap()
         self.show()
 
-    cdef void give_way(self) noexcept nogil:
+    cdef void yield_to_change(self) noexcept nogil:
         # Let Backend.change go first: without the gate this thread would release its lock and take it again at once.
         if self.written:
             self.submit(0)

@@ -29,7 +29,7 @@ cdef class Window:
     cdef int64_t map(self, int fd, uint64_t offset, uint64_t length, uint64_t where, bint writable) noexcept nogil
     cdef int64_t unmap(self, uint64_t where, uint64_t length) noexcept nogil
     cdef void clear(self) noexcept nogil
-    cdef void heal(self) noexcept nogil         # called before each request: map the ends of regrown files
+    cdef void map_regrown(self) noexcept nogil         # called before each request: map the ends of regrown files
     cdef bint _aligned(self, uint64_t where, uint64_t length) noexcept nogil
     cdef bint _blank(self, uint64_t where, uint64_t length) noexcept nogil
     cdef int _put(self, uint64_t where, Slot *slot, uint64_t at) noexcept nogil

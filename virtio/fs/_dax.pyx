@@ -179,7 +179,7 @@ cdef class Window:
             pthread_mutex_unlock(&self.lock)
         return found
 
-    cdef void heal(self) noexcept nogil:
+    cdef void map_regrown(self) noexcept nogil:
         # The reply to this request may report a larger file size, after which the guest touches those pages.
         cdef uint64_t i
         cdef Slot *slot

@@ -79,12 +79,12 @@ cdef class Inodes:
     # `before`; NULL: start.
     cdef Node *node_twin(self, const statx *st, Node *before) noexcept nogil
     # Count a look-up of a pinned node. Returns its id.
-    cdef uint64_t node_told(self, Node *node) noexcept nogil
+    cdef uint64_t count_lookup(self, Node *node) noexcept nogil
     # Give a pinned node the identity in `st`, after an overlayfs copy-up.
-    cdef void node_became(self, Node *node, const statx *st) noexcept nogil
+    cdef void set_identity(self, Node *node, const statx *st) noexcept nogil
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
     # Return, pinned, the first file or directory from slot `index` on that is on none of the `count` devices; or NULL.
-    cdef Node *node_elsewhere(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil
+    cdef Node *node_on_other_device(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil
     # The guest has renamed the file that `st` describes: it is `name` in `parent` now.
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil
     # Return the id of the node that `st` describes; 0: the guest does not know it.
@@ -107,10 +107,10 @@ cdef class Inodes:
     cdef void _grow(self) noexcept nogil
     cdef void _rename(self, Node *node, const Node *parent, const char *name) noexcept nogil
     cdef void _forget_name(self, Node *node) noexcept nogil
-    cdef uint64_t _told(self, Node *node) noexcept nogil
+    cdef uint64_t _count_lookup(self, Node *node) noexcept nogil
     cdef int _let_go(self, Node *node) noexcept nogil
     cdef int _drop(self, Node *node) noexcept nogil
-    cdef void _lay_ghosts(self) noexcept nogil
+    cdef void _drop_a_ghost(self) noexcept nogil
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil
     cdef int _open_again(self, Node *node) noexcept nogil
     cdef int _open_child(self, Node *parent, Node *node) noexcept nogil

@@ -223,7 +223,7 @@ cdef class Inodes:
         pthread_mutex_unlock(&self.lock)
         return known
 
-    cdef uint64_t _told(self, Node *node) noexcept nogil:
+    cdef uint64_t _count_lookup(self, Node *node) noexcept nogil:
         # Count a look-up. Returns the node's id.
         if node.ghost:
             node.ghost = False
@@ -233,10 +233,10 @@ cdef class Inodes:
         node.recent = True
         return id_of(node)
 
-    cdef uint64_t node_told(self, Node *node) noexcept nogil:
+    cdef uint64_t count_lookup(self, Node *node) noexcept nogil:
         cdef uint64_t nodeid
         pthread_mutex_lock(&self.lock)
-        nodeid = self._told(node)
+        nodeid = self._count_lookup(node)
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
@@ -246,7 +246,7 @@ cdef class Inodes:
         pthread_mutex_lock(&self.lock)
         node = self._same(st)
         if node != NULL:
-            nodeid = self._told(node)
+            nodeid = self._count_lookup(node)
             if node.fd < 0:
                 self._rename(node, parent, name)
         pthread_mutex_unlock(&self.lock)
@@ -272,7 +272,7 @@ cdef class Inodes:
                     self._grow()
                 self._hash(node)
         if node != NULL:
-            nodeid = self._told(node)
+            nodeid = self._count_lookup(node)
             self._rename(node, parent, name)
             if node.fd < 0:
                 node.fd = fd
@@ -305,7 +305,7 @@ cdef class Inodes:
                 return node
             before = node           # its file is gone: go on to the next
 
-    cdef void node_became(self, Node *node, const statx *st) noexcept nogil:
+    cdef void set_identity(self, Node *node, const statx *st) noexcept nogil:
         pthread_mutex_lock(&self.lock)
         if not node.hashed:
             pass
@@ -441,7 +441,7 @@ cdef class Inodes:
         if node == NULL:
             inode_errno(error)
             return NULL
-        self.node_told(node)
+        self.count_lookup(node)
         return node
 
     cdef int _open_again(self, Node *node) noexcept nogil:
@@ -522,10 +522,10 @@ cdef class Inodes:
             self.ghosts += 1
             self.nodes -= 1
             if self.ghosts > GHOSTS:
-                self._lay_ghosts()
+                self._drop_a_ghost()
         return fd
 
-    cdef void _lay_ghosts(self) noexcept nogil:
+    cdef void _drop_a_ghost(self) noexcept nogil:
         cdef uint32_t _step
         cdef Node *node
         for _step in range(self.node_slots):
@@ -571,7 +571,7 @@ cdef class Inodes:
             close(fd)
         return told
 
-    cdef Node *node_elsewhere(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil:
+    cdef Node *node_on_other_device(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil:
         cdef Node *node = NULL
         cdef uint64_t nodeid
         cdef uint32_t i

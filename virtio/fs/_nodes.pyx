@@ -128,7 +128,7 @@ cdef class NodeOperations(Agent):
         if statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             return -errno
         if node.overlay:
-            self.table.node_became(node, &st)
+            self.table.set_identity(node, &st)
         memset(out, 0, sizeof(fuse_attr_out))
         out.attr_valid = self.share.valid
         self.fill_attr(&out.attr, &st)
@@ -308,8 +308,8 @@ cdef class NodeOperations(Agent):
             result = -errno
         else:
             if old.overlay:
-                self.table.node_became(old, &st)
-            self.fill_entry(entry, self.table.node_told(old), &st)
+                self.table.set_identity(old, &st)
+            self.fill_entry(entry, self.table.count_lookup(old), &st)
             result = sizeof(fuse_entry_out)
         self.table.node_put(old)
         return result
@@ -352,7 +352,7 @@ cdef class NodeOperations(Agent):
             devices[0] = node.dev
             count = 1
             while count < MAX_SYNCED:
-                other = self.table.node_elsewhere(index, devices, count)
+                other = self.table.node_on_other_device(index, devices, count)
                 if other == NULL:
                     break
                 index = other.index + 1
@@ -490,7 +490,7 @@ cdef class NodeOperations(Agent):
         if fd < 0:
             return -error
         if node.overlay and flags & (O_ACCMODE | O_TRUNC) and statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
-            self.table.node_became(node, &st)
+            self.table.set_identity(node, &st)
         memset(out, 0, sizeof(fuse_open_out))
         out.fh = self.table.handle_add(fd, FILE, node, flags)
         out.open_flags = open_flags

@@ -69,7 +69,7 @@ cdef class Server(FileOperations):
         self.counters.requests += 1
         self.direct = False
         if self.share.window is not None:
-            self.share.window.heal()
+            self.share.window.map_regrown()
         result = self.judge(header, chain)
         if result == WOULD_WAIT:
             self.counters.requests -= 1

@@ -244,7 +244,7 @@ cdef class Agent:
             node = self.table.node_twin(st, node)
         if node == NULL:
             return self.table.node_add(fd, st, parent, name, True, True)
-        nodeid = self.table.node_told(node)
+        nodeid = self.table.count_lookup(node)
         self.table.node_put(node)
         close(fd)
         return nodeid

@@ -431,9 +431,9 @@ cdef class NetWorker(QueueWorker):
                     verdict = self.judge(chain)
             if verdict != ALLOWED:
                 if verdict < DROPPED:
-                    self.tell(chain, verdict)
+                    self.pass_to_service(chain, verdict)
                 elif self.resolves and self.rules.may_tell(self.rules.policy):
-                    self.refuse(verdict)
+                    self.report_dropped(verdict)
                 if self.pcap >= 0:
                     self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
                 self.paid = False
@@ -565,15 +565,15 @@ cdef class NetWorker(QueueWorker):
         return frame[13] == 0x06 and size >= 42 and memcmp(&frame[14], b"\0\1\x08\0\6\4\0\1", 8) == 0 \
             and memcmp(&frame[38], self.mmds_address, 4) == 0
 
-    cdef void refuse(self, int verdict) noexcept with gil:
+    cdef void report_dropped(self, int verdict) noexcept with gil:
         self.frames_due = True
         try:
             self.resolver.refused(
                 PyBytes_FromStringAndSize(<char *>&self.head[VNET_HEADER], HEAD), verdict - DROPPED)
         except Exception as error:
-            self.blame(self.resolver, error)
+            self.count_failure(self.resolver, error)
 
-    cdef void tell(self, DescChain *chain, int verdict) noexcept with gil:
+    cdef void pass_to_service(self, DescChain *chain, int verdict) noexcept with gil:
         cdef object service = self.mmds if verdict == TO_MMDS else self.resolver
         cdef uint64_t size = min(chain.readable_bytes, <uint64_t>VNET_HEADER + FRAME_MAX)
         cdef bytes copy
@@ -583,7 +583,7 @@ cdef class NetWorker(QueueWorker):
             iov_gather(chain.iov, chain.n_readable, 0, <uint8_t *><char *>copy, size)
             service.receive(copy[VNET_HEADER:], partial=copy[0] & NEEDS_CSUM != 0)
         except Exception as error:
-            self.blame(service, error)
+            self.count_failure(service, error)
 
     cdef bint ask_services(self) noexcept with gil:
         # Get one frame from the services. Returns whether self.answer has one.
@@ -607,7 +607,7 @@ cdef class NetWorker(QueueWorker):
                 self.stall(SERVICES, 1 + <uint64_t>(seconds * 1_000_000_000))
         except Exception as error:
             self.frames_due = False
-            self.blame(service, error)
+            self.count_failure(service, error)
         return False
 
     cdef int give_answer(self) noexcept nogil:
@@ -623,7 +623,7 @@ cdef class NetWorker(QueueWorker):
         self.answer_size = 0
         return 1
 
-    cdef object blame(self, object service, object error):
+    cdef object count_failure(self, object service, object error):
         if service is self.mmds:
             self.counters.mmds_errors += 1
         else:

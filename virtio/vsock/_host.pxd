@@ -10,7 +10,7 @@ cdef extern from *:
     #endif
     #include <poll.h>
     /* Whether the peer has closed its socket, not only shut down writing. */
-    static inline int hung_up(int fd) {
+    static inline int peer_closed(int fd) {
         struct pollfd p = { .fd = fd, .events = 0 };
         return poll(&p, 1, 0) > 0;
     }
@@ -20,15 +20,15 @@ cdef extern from *:
         poll(&p, 1, most);
     }
     /* Whether the peer will write no more. */
-    static inline int shut_up(int fd) {
+    static inline int peer_shut_down(int fd) {
         struct pollfd p = { .fd = fd, .events = POLLRDHUP };
         return poll(&p, 1, 0) > 0;
     }
     static inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
     """
-    bint hung_up(int fd) noexcept nogil
+    bint peer_closed(int fd) noexcept nogil
     void wait_for_room(int fd, int most) noexcept nogil
-    bint shut_up(int fd) noexcept nogil
+    bint peer_shut_down(int fd) noexcept nogil
     int lowest_bit(unsigned int bits) noexcept nogil
 
 cdef extern from "<sys/socket.h>" nogil:

@@ -25,7 +25,7 @@ from virtio.vsock._host cimport (
     AF_UNIX, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_CTRUNC, MSG_DONTWAIT,
     MSG_NOSIGNAL, MSG_PEEK, SHUT_RD_, SHUT_WR_,
     SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, accept4, connect,
-    hung_up, lowest_bit, msghdr, recv, recvmsg, send, sendmsg, setsockopt, shut_up, shutdown,
+    lowest_bit, msghdr, peer_closed, peer_shut_down, recv, recvmsg, send, sendmsg, setsockopt, shutdown,
     sockaddr, sockaddr_un, socket, wait_for_room,
 )
 from virtio.vsock._packet cimport (
@@ -187,7 +187,7 @@ cdef class VsockWorker(QueueWorker):
         # A guest program that has not yet closed an old connection still holds its ports, so new ones get other ports.
         self.last_port = FIRST_HOST_PORT | int.from_bytes(os.urandom(4), "little") % FIRST_HOST_PORT
 
-    cdef int tell_reset(self) noexcept nogil:
+    cdef int send_reset_event(self) noexcept nogil:
         # Send VIRTIO_VSOCK_EVENT_TRANSPORT_RESET in the driver's next event buffer.
         cdef DescChain *chain = self.chains[EVENT]
         cdef uint32_t event = 0
@@ -247,7 +247,7 @@ cdef class VsockWorker(QueueWorker):
             return self.serve_rx()
         if place == TX:
             return self.serve_tx()
-        return self.tell_reset() if self.reset_due else SERVE_STALLED   # event buffers are kept for later
+        return self.send_reset_event() if self.reset_due else SERVE_STALLED   # event buffers are kept for later
 
     cdef int event(self, uint32_t token) noexcept nogil:
         if token == TOKEN_LISTENER:
@@ -255,7 +255,7 @@ cdef class VsockWorker(QueueWorker):
         elif token == TOKEN_TIMER:
             self.tick()
         elif token < self.table.fresh:
-            self.woken(&self.table.conns[token])
+            self.socket_event(&self.table.conns[token])
         return self.run_rx()
 
     cdef int run_rx(self) noexcept nogil:
@@ -332,7 +332,7 @@ cdef class VsockWorker(QueueWorker):
         self.set_deadline(c, 0)
         c.state = KILLED
         c.pending = 1 << OP_RST
-        self.wish(c)
+        self.queue_if_ready(c)
 
     cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil:
         if c.deadline:
@@ -380,7 +380,7 @@ cdef class VsockWorker(QueueWorker):
             c = &self.table.conns[i]
             if c.asked and self.has_data(c) and self.waits_for_packets(c):
                 c.asked = False
-                self.wish(c)
+                self.queue_if_ready(c)
 
     # Turns: packets from a connection to the guest
 
@@ -403,7 +403,7 @@ cdef class VsockWorker(QueueWorker):
     cdef bint has_data(self, Conn *c) noexcept nogil:
         return c.readable and c.state == OPEN and not c.shut & SHUT_SEND and not c.guest_shut & SHUT_RCV
 
-    cdef void wish(self, Conn *c) noexcept nogil:
+    cdef void queue_if_ready(self, Conn *c) noexcept nogil:
         # Queue the connection for a turn if it can send something now.
         cdef bint data = self.has_data(c)
         if data and self.credit(c) == 0:
@@ -453,7 +453,7 @@ cdef class VsockWorker(QueueWorker):
             if status != QUEUE_CHAIN:
                 return status
         self.table.unqueue(c)
-        self.wish(c)
+        self.queue_if_ready(c)
         return QUEUE_CHAIN
 
     cdef int rx_chain(self, uint64_t size) noexcept nogil:
@@ -622,7 +622,7 @@ cdef class VsockWorker(QueueWorker):
                 c.readable = False
             elif failure != EINTR:
                 # The end of the socket's data, or an error.
-                self.tell_shut(c, SHUT_BOTH if failure or hung_up(c.fd) else SHUT_SEND)
+                self.send_shutdown(c, SHUT_BOTH if failure or peer_closed(c.fd) else SHUT_SEND)
         while i < packets:
             queue_unpop(self.rings[RX])
             i += 1
@@ -654,9 +654,9 @@ cdef class VsockWorker(QueueWorker):
             c = self.make(fd, GREETING)
             if c != NULL:
                 self.set_deadline(c, self.line_wait)
-                self.greeted(c)
+                self.read_connect_line(c)
 
-    cdef void greeted(self, Conn *c) noexcept nogil:
+    cdef void read_connect_line(self, Conn *c) noexcept nogil:
         # Read the CONNECT line and no byte after it: the following data is for the guest.
         cdef char[LINE] line
         cdef ssize_t n = recv(c.fd, line, LINE, MSG_PEEK)
@@ -667,7 +667,7 @@ cdef class VsockWorker(QueueWorker):
                 self.drop(c)
             return
         end = <const char *>memchr(line, 10, <size_t>n)
-        if end == NULL and n < LINE and not shut_up(c.fd):
+        if end == NULL and n < LINE and not peer_shut_down(c.fd):
             return                      # wait for the rest of the line
         port = parse_line(line, <size_t>(end - line)) if end != NULL else -1
         if port < 0 or recv(c.fd, line, <size_t>(end - line) + 1, 0) != end - line + 1:
@@ -682,31 +682,31 @@ cdef class VsockWorker(QueueWorker):
         c.state = CONNECTING
         c.pending = 1 << OP_REQUEST
         self.set_deadline(c, self.guest_wait)
-        self.wish(c)
+        self.queue_if_ready(c)
 
-    cdef void woken(self, Conn *c) noexcept nogil:
+    cdef void socket_event(self, Conn *c) noexcept nogil:
         # Handle an event of its descriptor. It may be a late event of the previous Conn at this index: only a hint.
         if c.fd < 0:
             return
         if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             c.ending = True
         if c.state == GREETING:
-            self.greeted(c)
+            self.read_connect_line(c)
             return
         if c.used:
             self.flush(c)
         if c.state == OPEN:
             c.readable = True
             # The peer closed both directions, which reading would not show.
-            if (c.shut & SHUT_SEND or c.guest_shut & SHUT_RCV) and hung_up(c.fd):
-                self.tell_shut(c, SHUT_BOTH)
-            self.wish(c)
+            if (c.shut & SHUT_SEND or c.guest_shut & SHUT_RCV) and peer_closed(c.fd):
+                self.send_shutdown(c, SHUT_BOTH)
+            self.queue_if_ready(c)
         elif c.state == CONNECTING:
             c.readable = True
-            if hung_up(c.fd):
+            if peer_closed(c.fd):
                 self.kill(c)
 
-    cdef void tell_shut(self, Conn *c, uint32_t flags) noexcept nogil:
+    cdef void send_shutdown(self, Conn *c, uint32_t flags) noexcept nogil:
         if c.shut | flags == c.shut:
             return
         c.shut |= flags
@@ -716,15 +716,15 @@ cdef class VsockWorker(QueueWorker):
             c.state = CLOSING
             self.set_deadline(c, self.guest_wait)
 
-    cdef void host_broke(self, Conn *c) noexcept nogil:
+    cdef void host_stopped_reading(self, Conn *c) noexcept nogil:
         # The host program reads no more. The data that it sent before still goes to the guest.
         c.fwd_cnt += c.used
         self.free_buffer(c)
         if c.state == LEAVING:
             self.drop(c)
         else:
-            self.tell_shut(c, SHUT_RCV)
-            self.wish(c)
+            self.send_shutdown(c, SHUT_RCV)
+            self.queue_if_ready(c)
 
     cdef ssize_t write(self, Conn *c, iovec *iov, size_t count) noexcept nogil:
         # Write to the socket. Returns the bytes written, or -1 if the socket will never take more.
@@ -750,7 +750,7 @@ cdef class VsockWorker(QueueWorker):
             iov[1].iov_len = c.used - first
             n = self.write(c, iov, 2)
             if n < 0:
-                self.host_broke(c)
+                self.host_stopped_reading(c)
                 return
             c.start = (c.start + <uint32_t>n) % c.size
             c.used -= <uint32_t>n
@@ -773,7 +773,7 @@ cdef class VsockWorker(QueueWorker):
         # Send a credit update once the guest has at most half of its possible credit left.
         if c.state == OPEN and <int32_t>(c.fwd_cnt + window - c.promised) >= <int32_t>(window // 2):
             c.pending |= 1 << OP_CREDIT_UPDATE
-            self.wish(c)
+            self.queue_if_ready(c)
 
     # Packets from the guest
 
@@ -841,7 +841,7 @@ cdef class VsockWorker(QueueWorker):
             else:
                 self.reply_reset(&h)
         elif h.op == OP_RST:
-            self.guest_left(c)
+            self.guest_closed(c)
         elif c.state != KILLED:
             self.known(c, &h, chain)
 
@@ -857,11 +857,11 @@ cdef class VsockWorker(QueueWorker):
         elif h.op == OP_RW:
             self.data(c, h, chain)
         elif h.op == OP_SHUTDOWN:
-            self.guest_shuts(c, h.flags & SHUT_BOTH)
+            self.guest_shutdown(c, h.flags & SHUT_BOTH)
         elif h.op == OP_CREDIT_REQUEST:
             c.pending |= 1 << OP_CREDIT_UPDATE
         if c.state != FREE and c.state != LEAVING:
-            self.wish(c)
+            self.queue_if_ready(c)
 
     cdef bint credited(self, Conn *c, Header *h) noexcept nogil:
         # Read the credit fields of a packet. Returns False if it confirms bytes that were never sent.
@@ -901,7 +901,7 @@ cdef class VsockWorker(QueueWorker):
         self.table.enter(c, h.src_port, h.dst_port)
         c.peer_buf_alloc = h.buf_alloc
         c.pending = 1 << OP_RESPONSE
-        self.wish(c)
+        self.queue_if_ready(c)
 
     cdef void accepted(self, Conn *c) noexcept nogil:
         # The guest has accepted a host program's connection.
@@ -932,7 +932,7 @@ cdef class VsockWorker(QueueWorker):
             n = self.write(c, chain.iov, count)
             if n < 0:
                 c.fwd_cnt += h.len
-                self.host_broke(c)
+                self.host_stopped_reading(c)
                 return
             self.forwarded(c, <uint32_t>n)
         if <uint32_t>n == h.len:
@@ -951,7 +951,7 @@ cdef class VsockWorker(QueueWorker):
             memcpy(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
             c.used += <uint32_t>chain.iov[i].iov_len
 
-    cdef void guest_shuts(self, Conn *c, uint32_t flags) noexcept nogil:
+    cdef void guest_shutdown(self, Conn *c, uint32_t flags) noexcept nogil:
         cdef uint32_t fresh = flags & ~c.guest_shut
         cdef Header h
         c.guest_shut |= flags           # a guest cannot revoke it (§5.10.6.6)
@@ -960,7 +960,7 @@ cdef class VsockWorker(QueueWorker):
             h.src_port, h.dst_port, h.dst_cid = c.guest_port, c.host_port, HOST_CID
             h.type, h.op = TYPE_STREAM, OP_SHUTDOWN
             self.reply_reset(&h)
-            self.guest_left(c)
+            self.guest_closed(c)
             return
         if c.fd < 0:
             return
@@ -969,7 +969,7 @@ cdef class VsockWorker(QueueWorker):
         if fresh & SHUT_SEND and c.used == 0:
             shutdown(c.fd, SHUT_WR_)
 
-    cdef void guest_left(self, Conn *c) noexcept nogil:
+    cdef void guest_closed(self, Conn *c) noexcept nogil:
         # The guest has closed the connection. Data that it sent before still goes to the host program.
         if c.state == CONNECTING:
             self.count.refused += 1
