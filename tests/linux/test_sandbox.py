@@ -132,6 +132,20 @@ def test_a_command_that_ends_the_vm_has_the_reason(runtime: Path) -> None:
         sandbox.run("poweroff -f; sleep 60")
 
 
+def test_a_copy_goes_on_with_its_originals_connection(sandbox: Sandbox, tmp_path: Path) -> None:
+    background = sandbox.exec("read line; echo $line")  # which ends in a copy, and not here
+    sandbox.run("true")
+    sandbox.snapshot(str(tmp_path / "snapshot"))
+    for copy in (*sandbox.fork(2), Sandbox.restore(str(tmp_path / "snapshot"))):
+        with copy:
+            assert copy.run("hostname; ps | grep -c 'rea[d] line'; true").stdout == f"{copy.name}\n0\n"
+            assert copy.machine.vsock is not None and copy.machine.vsock.stats["opened_by_host"] == 0
+            copy.files.write("/tmp/some", b"x" * 1_000_000)
+            assert copy.files.read_bytes("/tmp/some") == b"x" * 1_000_000
+    background.stdin.write(b"on\n")
+    assert background.stdout.read(3) == b"on\n" and background.wait().exit_code == 0
+
+
 def test_files_tell_the_reason_of_the_vms_end(runtime: Path) -> None:
     with Sandbox("busybox", memory="64M") as sandbox:
         changes = sandbox.files.watch("/tmp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+import socket
 import struct
 import threading
 from collections.abc import Iterator
@@ -218,6 +219,70 @@ def test_connections_survive_a_stop_and_a_copy_hears_that_they_are_gone(tmp_path
         # A program that still has its end of an earlier one has that one's ports.
         assert vm.receive(spec.VSOCK_OP_REQUEST).src_port != port
         vm.host_open()
+    finally:
+        vm.close()
+
+
+def test_a_copy_goes_on_with_one_connection_and_resets_the_others(tmp_path: Path, ram: GuestMemory) -> None:
+    vm = Vm(tmp_path / "v", ram)
+    try:
+        events = vm.queue(EVENT)
+        events.add([events.buffer(b"\xff" * 4)._replace(device_writes=True)])
+        kept, port = vm.host_open()
+        _, lost_port = vm.host_open()
+        kept.sendall(b"asked")
+        before = vm.receive(spec.VSOCK_OP_RW)
+        vm.send(spec.VSOCK_OP_RW, before.dst_port, port, b"answered", fwd_cnt=5)
+        assert kept.recv(100) == b"answered"
+        kept.sendall(b"read by the guest later")
+        assert vm.receive(spec.VSOCK_OP_RW).data == b"read by the guest later"
+        vm.transport.stop()
+        state = msgspec.msgpack.decode(msgspec.msgpack.encode(vm.transport.save()))
+        vm.transport.close()
+        vm.transport = vm.driver.transport = VirtioMmio(vm.device, ram, vm.irq, warn=vm.log.append)
+        vm.device.settle_wait = 60
+        vm.transport.restore(state)
+        assert vm.device.keep(lost_port + 1000) is None
+        stream = vm.device.keep(port)
+        assert stream is not None and vm.device.keep(lost_port) is None
+        vm.sockets.append(stream)
+        vm.transport.go_on()
+        assert vm.receive(spec.VSOCK_OP_RST).src_port == lost_port
+        stream.sendall(b"asked again")
+        after = vm.receive(spec.VSOCK_OP_RW)
+        assert (after.src_port, after.dst_port, after.data) == (port, before.dst_port, b"asked again")
+        assert (after.fwd_cnt, after.buf_alloc) == (8, before.buf_alloc)
+        for number in range(40):  # more than the device granted before: credit goes on, too
+            vm.send(spec.VSOCK_OP_RW, before.dst_port, port, bytes([number]) * 10_000, fwd_cnt=39)
+            assert stream.recv(10_000, socket.MSG_WAITALL) == bytes([number]) * 10_000
+        assert vm.device.connections == 1 and not events.reap()
+        vm.host_socket().sendall(b"CONNECT 1024\n")  # is taken at once: there is nothing to settle
+        while (packet := vm.receive()).op == spec.VSOCK_OP_CREDIT_UPDATE:
+            pass
+        assert packet.op == spec.VSOCK_OP_REQUEST and packet.src_port not in (port, lost_port)
+    finally:
+        vm.close()
+
+
+def test_no_damaged_connection_is_kept(tmp_path: Path, ram: GuestMemory) -> None:
+    vm = Vm(tmp_path / "v", ram)
+    try:
+        _, port = vm.host_open()
+        vm.transport.stop()
+        good = vm.transport.save()
+        (numbers,) = good["device"]["connections"]
+        vm.transport.close()
+        for damaged in (
+            [numbers[:8]], [[*numbers, 0]], [numbers, numbers], [[-1, *numbers[1:]]], [["x", *numbers[1:]]],
+            [[*numbers[:8], 1 << 31]], [[*numbers[:6], 1 << 31, *numbers[7:]]], [numbers] * 5000, 5, [5],
+        ):  # fmt: skip
+            transport = VirtioMmio(vm.device, ram, vm.irq, warn=vm.log.append)
+            with pytest.raises(SnapshotError, match="the state is damaged"):
+                transport.restore({**good, "device": {"connections": damaged}})
+            transport.close()
+        vm.transport = vm.driver.transport = VirtioMmio(vm.device, ram, vm.irq, warn=vm.log.append)
+        vm.transport.restore({**good, "device": {}})  # of a device that saved none
+        assert vm.device.keep(port) is None
     finally:
         vm.close()
 

@@ -110,6 +110,8 @@ cdef class VsockWorker(QueueWorker):
     cdef bint tx_timed                  # the timer will send that interrupt
     cdef bint listening
     cdef bint reset_due                 # a TRANSPORT_RESET event must be sent to the driver
+    cdef object kept                    # a connection that goes on in this copy: its socket and its numbers; or None
+    cdef object lost                    # the ports of those that do not: pairs of the guest's and the host's
     cdef bint settling                  # host programs wait until the driver has handled it: it closes all connections
     cdef uint64_t settle_until
     cdef uint16_t events_given          # number of event buffers the driver had offered when the event was sent
@@ -161,6 +163,9 @@ cdef class VsockWorker(QueueWorker):
         self.poll_ns = 0                # no busy polling of the rings: the sockets would have to wait
         self.settling = self.reset_due
         self.settle_until = clock_ns(CLOCK_MONOTONIC) + <uint64_t>int(self.device.settle_wait * SECOND)
+        if self.kept is not None:
+            self.go_on_with(self.kept, self.lost)
+            self.kept = self.lost = None
         self.listen()
         if self.settling:
             self.wake_after(SETTLE)
@@ -180,6 +185,58 @@ cdef class VsockWorker(QueueWorker):
         self.table.forget()
         self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = self.stuck = 0
         self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = self.settling = False
+
+    def save(self):
+        """The connections that the driver knows. The thread has stopped.
+
+        :returns: nine integers for each: the guest's port, the host's port, 1 if this device holds nothing of it, the
+            guest's ``buf_alloc`` and ``fwd_cnt``; in bytes, what was sent to the guest, received from it and forwarded
+            to the host, and what may be received in all
+        """
+        cdef uint32_t i
+        cdef Conn *c
+        found = []
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            if c.state != FREE and c.entered:
+                found.append((
+                    c.guest_port, c.host_port,
+                    int(c.state == OPEN and not c.shut and not c.guest_shut and not c.used),
+                    c.peer_buf_alloc, c.peer_fwd_cnt, c.tx_cnt, c.rx_cnt, c.fwd_cnt, c.promised))
+        return found
+
+    def keep(self, stream, kept, lost):
+        """Go on with one connection of another device, in place of ``reset_transport``. Call it before ``start``.
+
+        :param stream: a socket that does not block, the host's end; this worker owns it from here on
+        :param kept: the connection's nine integers, from ``save``
+        :param lost: the ports of all others: pairs of the guest's and the host's. The driver gets an RST for each
+        """
+        self.kept = stream, kept
+        self.lost = lost
+        self.reset_due = False
+
+    cdef go_on_with(self, kept, lost):
+        cdef Conn *c
+        for guest_port, host_port in lost:
+            c = self.table.take()
+            if c != NULL:               # there is room: the other device had as many
+                c.fd = NONE
+                c.state = KILLED
+                c.pending = 1 << OP_RST
+                self.table.enter(c, guest_port, host_port)
+                self.wish(c)
+        stream, numbers = kept
+        c = self.make(stream.detach(), OPEN)
+        if c == NULL:                   # the socket was closed, which its host program sees
+            self.reset_due = self.settling = True
+            return
+        guest_port, host_port = numbers[:2]
+        self.table.enter(c, guest_port, host_port)
+        c.peer_buf_alloc, c.peer_fwd_cnt, c.tx_cnt, c.rx_cnt, c.fwd_cnt, c.promised = numbers[3:]
+        c.readable = True
+        self.forwarded(c, 0)            # a credit update may have been due
+        self.wish(c)
 
     def reset_transport(self):
         """Tell the driver that all its connections are gone (§5.10.6.7). Call it before ``start``."""

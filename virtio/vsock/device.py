@@ -17,12 +17,15 @@ from vmm.unix_socket import Listener as UnixListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Sequence
     from typing import Any
 
 QUEUE_SIZE = 256
 MAX_CONNECTIONS = 4096
+BUFFER = 262_144  # bytes that the guest may send at most before they are forwarded, for each connection
 _BACKLOG = 1024
+_U32 = 0xFFFF_FFFF
 
 
 class Listener(UnixListener, Closing):
@@ -52,6 +55,7 @@ class Vsock(VirtioDevice):
     :ivar connections: number of connections, open or being opened or closed
 
     Until a driver is there host programs wait in the listener's backlog. When it goes, every connection is closed.
+    In a copy all are reset, but one that ``keep`` names.
     """
 
     device_type = spec.TYPE_VSOCK
@@ -72,6 +76,7 @@ class Vsock(VirtioDevice):
         self.guest_cid = guest_cid
         self.config = spec.VSOCK_CONFIG.pack(guest_cid)
         self._worker: VsockWorker | None = None
+        self._saved: list[tuple[int, ...]] = []  # connections of the device whose state this one has
         raise_descriptor_limit()
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[VsockWorker]:
@@ -79,10 +84,43 @@ class Vsock(VirtioDevice):
         self._worker = VsockWorker(self, range(len(notify_fds)), notify_fds, on_failure)
         return [self._worker]
 
+    def save(self) -> dict[str, Any]:
+        """The connections, for ``keep``."""
+        return {"connections": [] if self._worker is None else [list(numbers) for numbers in self._worker.save()]}
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Tell the driver that its connections are gone: no copy has the sockets of another machine."""
+        """Tell the driver that its connections are gone: no copy has the sockets of another machine.
+
+        :raises ValueError: connections that no device has
+        """
+        self._saved = [tuple(numbers) for numbers in state.get("connections", ())]
+        if len({numbers[:2] for numbers in self._saved}) != len(self._saved) or len(self._saved) > MAX_CONNECTIONS:
+            raise ValueError("connections")
+        for numbers in self._saved:
+            guest_port, host_port, _, _, _, _, received, forwarded, promised = numbers
+            left = promised - forwarded & _U32
+            if any(not 0 <= number <= _U32 for number in numbers) or not (promised - received & _U32) <= left <= BUFFER:
+                raise ValueError(f"connection {guest_port} to {host_port}")
         if self._worker is not None:
             self._worker.reset_transport()
+
+    def keep(self, host_port: int) -> socket.socket | None:
+        """Let one of the saved connections go on, and reset only the others; in a copy, before it starts.
+
+        :param host_port: its port on the host's side, as the answer to CONNECT said
+        :returns: the host's end, the caller's to close; None: it was not there, or something of it was under way
+        """
+        kept = next((numbers for numbers in self._saved if numbers[1:3] == (host_port, 1)), None)
+        if kept is None or self._worker is None:
+            return None
+        lost = [(numbers[0], numbers[1]) for numbers in self._saved if numbers is not kept]
+        import socket  # a launch has no time for it
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        self._worker.keep(ours, kept, lost)
+        self._saved = []
+        return theirs
 
     @property
     def connections(self) -> int:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from virtio.fs.device import Fs
     from virtio.mmio import VirtioMmio
     from virtio.net.device import Net
-    from virtio.vsock.device import Listener
+    from virtio.vsock.device import Listener, Vsock
     from vmm.config.settings import VmSettings
     from vmm.machine.attach import Attached
     from vmm.machine.build import DeviceConfig
@@ -484,6 +484,11 @@ class Machine(Closing):
     def shares(self) -> dict[str, Fs]:
         """The shared directories by ``tag``."""
         return self._devices.named("share")
+
+    @property
+    def vsock(self) -> Vsock | None:
+        """The socket device, or None."""
+        return next(iter(self._devices.named("vsock").values()), None)
 
     @property
     def balloon(self) -> Balloon | None:

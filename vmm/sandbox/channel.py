@@ -124,6 +124,24 @@ class Link:
         if not kept:
             (successor or channel).close()
 
+    def idle(self) -> Channel | None:
+        """A kept connection on which nothing is under way, the caller's to ``keep`` again; None: there is none."""
+        with self._lock:
+            place = next((place for place, each in enumerate(self._idle) if each.port and each.quiet), None)
+            return None if place is None else self._idle.pop(place)
+
+    def adopt(self, stream: socket.socket, port: int) -> None:
+        """Keep a connection to the agent that somebody else made, for the next request.
+
+        :param stream: its socket, which becomes this link's
+        :param port: its port on the host's side
+        """
+        channel = Channel(self, stream, port)
+        with self._lock:
+            self.ready = True
+            self._open.add(channel)
+            self._idle.append(channel)
+
     def close(self) -> None:
         """Close the connections that are kept; idempotent."""
         while self._idle:
@@ -165,10 +183,12 @@ class Channel(Closing):
     """One connection; a context manager. Made by ``Link.connect`` and ``Link.take``.
 
     :param stream: its socket, which it owns; None: a new one
+    :ivar port: its port on the host's side; 0: it is not connected
     """
 
-    def __init__(self, link: Link, stream: socket.socket | None = None) -> None:
+    def __init__(self, link: Link, stream: socket.socket | None = None, port: int = 0) -> None:
         self._link = link
+        self.port = port
         self._socket = stream or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._room = memoryview(b"")  # what has come, from _at to _end; pages of it are touched as that needs them
         self._at = self._end = 0
@@ -195,7 +215,11 @@ class Channel(Closing):
             raise HostError(error.errno or 0, "connect to", self._link.path) from None
         first = bytes(self._room[: min(self._end, 64)])
         self._at = first.index(b"\n") + 1
-        return first.startswith(b"OK ")
+        if not first.startswith(b"OK "):
+            return False
+        number = first[3 : self._at - 1]
+        self.port = int(number) if number.isdigit() else 0
+        return True
 
     def fileno(self) -> int:
         """Of its socket."""
@@ -218,7 +242,7 @@ class Channel(Closing):
             if self._socket.fileno() < 0:
                 return None
             stream = socket.socket(fileno=self._socket.detach())
-        return Channel(self._link, stream)
+        return Channel(self._link, stream, self.port)
 
     def take(self) -> socket.socket:
         """The connection itself, behind the last frame; the caller's to close.

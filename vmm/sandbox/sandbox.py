@@ -14,6 +14,7 @@ from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, SnapshotError, line
 from vmm.machine.machine import Machine
 from vmm.machine.snapshot import Image as Frozen
+from vmm.machine.snapshot import child_of
 from vmm.sandbox import guest
 from vmm.sandbox.channel import Deadline, Link
 from vmm.sandbox.errors import CommandTimeout, SandboxError, SandboxGone
@@ -96,7 +97,8 @@ class Sandbox(Session):
                 nets=[NetConfig(mode="user", policy=policy)] if network != "none" else (),
                 append=guest.network_words(policy) if network != "none" else "",
             )  # fmt: skip
-            self._run(Machine(config), boot_timeout)
+            self._start(Machine(config))
+            self._ready(boot_timeout)
             os.unlink(initrd)
             for path in (found.config.working_dir, *found.config.volumes) if found.config else ():
                 self._call("mkdir", f"path={path}", "parents=1")
@@ -118,12 +120,16 @@ class Sandbox(Session):
         super().__init__(Link(self._place.socket), about)
         self._timeout = timeout
 
-    def _run(self, machine: Machine, boot_timeout: float) -> None:
+    def _start(self, machine: Machine, port: int = 0) -> None:
+        # In a copy, the agent waits already at the other end of a connection on which nothing was under way.
         self.machine = machine
         machine.on_exit(self._ended)
         machine.on_console(self._heard)
-        if machine.state == "Not started":
-            machine.start()
+        if port and machine.vsock is not None and (stream := machine.vsock.keep(port)) is not None:
+            self._link.adopt(stream, port)
+        machine.start()
+
+    def _ready(self, boot_timeout: float) -> None:
         if self._timeout is not None:
             self.set_timeout(self._timeout)
         try:
@@ -219,7 +225,7 @@ class Sandbox(Session):
         if count < 0:
             raise ConfigError("count", count, "must be 0 or more")
         copies: list[Sandbox] = []
-        machines: list[Machine] = []
+        channel = self._link.idle()
 
         def change(config: VmConfig, number: int) -> VmConfig:
             copy = Sandbox.__new__(Sandbox)
@@ -228,15 +234,20 @@ class Sandbox(Session):
             return config.replaced(vsock=VsockConfig(3, copy._place.socket))
 
         try:
-            machines = self.machine.fork(count, change=change)
-            for copy, machine in zip(copies, machines, strict=True):
-                copy._run(machine, 30)
+            make = child_of(self.machine, change)
+            for number in range(count):
+                machine = make(number)
+                assert isinstance(machine, Machine)  # none is in a process of its own
+                copies[number]._start(machine, channel.port if channel else 0)
+            for copy in copies:
+                copy._ready(30)
         except BaseException:
-            for machine in machines:
-                machine.close()
             for copy in copies:
                 copy.close()
             raise
+        finally:
+            if channel is not None:
+                self._link.keep(channel)
         return copies
 
     def snapshot(self, directory: str) -> None:
@@ -244,9 +255,14 @@ class Sandbox(Session):
 
         :raises SnapshotError: the sandbox cannot be saved
         """
-        self.machine.freeze().save(directory)
+        channel = self._link.idle()
+        try:
+            self.machine.freeze().save(directory)
+        finally:
+            if channel is not None:
+                self._link.keep(channel)
         with open(os.path.join(directory, _ABOUT), "w", encoding="utf-8") as file:
-            json.dump(self._about, file)
+            json.dump({**self._about, "connection": channel and channel.port}, file)
 
     @classmethod
     def restore(cls, directory: str, *, name: str | None = None, timeout: float | None = None) -> Sandbox:
@@ -260,6 +276,7 @@ class Sandbox(Session):
                 about = json.load(file)
             limit = about["timeout"] if timeout is None else timeout
             dict(about["env"]), about["image"], about["cwd"], about["user"]
+            port = int(about.pop("connection", None) or 0)
         except (OSError, ValueError, KeyError, TypeError):
             raise SnapshotError(directory, "is not a snapshot of a sandbox") from None
         frozen = Frozen.load(directory)
@@ -267,7 +284,8 @@ class Sandbox(Session):
         sandbox._begin(about, name, limit)
         try:
             config = frozen.config.replaced(vsock=VsockConfig(3, sandbox._place.socket))
-            sandbox._run(Machine(config, image=frozen), 30)
+            sandbox._start(Machine(config, image=frozen), port)
+            sandbox._ready(30)
         except BaseException:
             sandbox.close()
             raise
