@@ -144,3 +144,29 @@ def test_a_pause_that_waits_for_a_device_can_be_interrupted(tmp_path: Path) -> N
             assert vm.wait(30) == Exit(StopReason.GUEST_EXIT, 7)
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_paused_vcpu_has_what_its_last_access_read(tmp_path: Path) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    class Slow:
+        def read(self, offset: int, data: memoryview) -> None:
+            asked.set()
+            answer.wait()
+            data[0] = 0x5A
+
+        def write(self, offset: int, data: memoryview) -> None: ...
+
+    with Machine(write_guest(tmp_path, f"mov dx, 0x510; in al, dx; read: {FOREVER}"), memory="4M") as vm:
+        at = vm.vcpus[0].regs.rip
+        vm.pio.add(0x510, 1, Slow(), "slow")
+        vm.start()
+        assert asked.wait(30)
+        pause = threading.Thread(target=vm.pause)
+        pause.start()
+        while vm.state != "Paused":
+            time.sleep(0.001)
+        answer.set()
+        pause.join(30)
+        regs = vm.vcpus[0].regs
+        assert regs.rax & 0xFF == 0x5A and regs.rip > at + 4  # after the two instructions, of 4 and 1 bytes

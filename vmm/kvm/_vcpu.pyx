@@ -283,8 +283,9 @@ cdef class VcpuLoop:
         cdef kvm_run *run = self._run
         cdef gate *gate = NULL if self._gate is None else &self._gate._gate
         cdef uint32_t again = 0
-        if gate != NULL and gate_is_shut(gate) and gate_pass(gate):
-            return -1                   # KICKED
+        if gate != NULL and gate_is_shut(gate):
+            # It waits below: the access that Python has just answered is not over before the next KVM_RUN.
+            set_immediate_exit(run, 1)
         while True:
             if enter_guest(self._fd) < 0:
                 # EAGAIN: an application processor just got its INIT. Or, at a VM's first run, the host could not start
