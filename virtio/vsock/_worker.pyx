@@ -225,7 +225,7 @@ cdef class VsockWorker(QueueWorker):
                 c.state = KILLED
                 c.pending = 1 << OP_RST
                 self.table.enter(c, guest_port, host_port)
-                self.wish(c)
+                self.queue_if_ready(c)
         stream, numbers = kept
         c = self.make(stream.detach(), OPEN)
         if c == NULL:                   # the socket was closed, which its host program sees
@@ -236,7 +236,7 @@ cdef class VsockWorker(QueueWorker):
         c.peer_buf_alloc, c.peer_fwd_cnt, c.tx_cnt, c.rx_cnt, c.fwd_cnt, c.promised = numbers[3:]
         c.readable = True
         self.forwarded(c, 0)            # a credit update may have been due
-        self.wish(c)
+        self.queue_if_ready(c)
 
     def reset_transport(self):
         """Tell the driver that all its connections are gone (§5.10.6.7). Call it before ``start``."""
