@@ -6,14 +6,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from vmm.config import devices  # noqa: E402
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig  # noqa: E402
-from vmm.config.option import REQUIRED, Config, type_taken  # noqa: E402
+from vmm.config.option import REQUIRED, Config, Option, type_stored, type_taken  # noqa: E402
 from vmm.config.vm import VmConfig  # noqa: E402
 
 _SETTINGS = '''\
@@ -82,7 +88,130 @@ def page() -> str:
     return text + "\n::: vmm.CpuTemplate\n"
 
 
-FILES = {"vmm/config/settings.py": settings, "docs/reference/configuration.md": page}
+class Made(NamedTuple):
+    """A body of the API whose fields are parameters of a configuration.
+
+    :param about: its docstring, which the API's document shows
+    :param fields: in this order; ``*``: all others that are declared; ``!``: it must be in a PATCH
+    :param check: the function that judges it whole
+    :param kinds: types and defaults that no declaration has
+    """
+
+    name: str
+    config: type[Config]
+    about: str
+    fields: str = "*"
+    check: str = ""
+    kinds: Mapping[str, str] = MappingProxyType({})
+
+
+_MACHINE = "vcpu_count mem_size_mib smt cpu_template track_dirty_pages huge_pages"
+_OF_MACHINE = {"mem_size_mib": "U64", "cpu_template": "Template | UnsetType | None = UNSET"}
+BODIES = (
+    Made("BootSource", VmConfig, "The kernel, its initial ramdisk and its command line.",
+         "kernel_image_path initrd_path boot_args"),
+    Made("MachineConfiguration", VmConfig, "The machine's vCPUs, memory and CPU template.", _MACHINE,
+         kinds=_OF_MACHINE),
+    Made("MachineConfigurationUpdate", VmConfig,
+         "A change of the machine configuration: the given fields are replaced.", _MACHINE, kinds=_OF_MACHINE),
+    Made("Host", VmConfig, "Extensions that `pyvmm run` writes: see ``VmConfig``.",
+         kinds=dict.fromkeys(("protocol", "unpack"), "str | UnsetType = UNSET")),
+    Made("Drive", devices.DriveConfig,
+         "A disk. `num_queues`, `is_direct`, `image_format`, `backing_file` and `backing_format` are pyvmm's own.",
+         "drive_id partuuid is_root_device cache_type is_read_only path_on_host rate_limiter io_engine socket *",
+         kinds=dict.fromkeys(("partuuid", "socket"), "str | None = None")),
+    Made("PartialDrive", devices.DriveConfig, "A change of a running VM's disk.",
+         "drive_id! path_on_host rate_limiter"),
+    Made("NetworkInterface", devices.NetConfig,
+         "A network interface. Firecracker has `iface_id`, `host_dev_name`, `guest_mac` and the rate limiters; the "
+         "other fields are pyvmm's, as in ``pyvmm run --net``.",
+         "iface_id host_dev_name guest_mac rx_rate_limiter tx_rate_limiter *", "_check_interface"),
+    Made("PartialNetworkInterface", devices.NetConfig, "A change of a running VM's interface.",
+         "iface_id! rx_rate_limiter tx_rate_limiter"),
+    Made("SharedFs", devices.ShareConfig,
+         "A shared directory, served by this process: an extension of pyvmm with Dragonball's field names. "
+         "`cache_size` is that of the DAX window in bytes, `squash` the user and group of every access; with "
+         "`submounts` what is mounted below the directory is shown, too."),
+    Made("PartialFs", devices.ShareConfig, "A change of a running VM's shared directory.", "tag! rate_limiter"),
+    Made("Vsock", devices.VsockConfig, "The socket device; `vsock_id` is deprecated and ignored."),
+    Made("Balloon", devices.BalloonConfig,
+         "The memory balloon. `free_page_reporting` is an extension, which newer versions of Firecracker have, too."),
+    Made("BalloonUpdate", devices.BalloonConfig, "A new target size of the balloon.", "amount_mib!"),
+    Made("BalloonStatsUpdate", devices.BalloonConfig,
+         "A new interval between two readings of the guest's statistics.", "stats_polling_interval_s!"),
+    Made("EntropyDevice", devices.EntropyConfig, "The entropy device: the guest reads the host's random numbers."),
+    Made("MmdsConfig", devices.MmdsConfig,
+         "The network interfaces that reach the metadata service, its address and its version.",
+         "version *", "_check_mmds"),
+)  # fmt: skip
+_BEGIN, _END = "# Written by ``python -m tools.declared``, from here\n", "# to here.\n"
+# What a parameter's type is in a body, if not a number or text.
+_KINDS = {
+    "bool": "bool",
+    "RateLimiterConfig | None": "RateLimiter",
+    "Sequence[str]": "list[str]",
+    "tuple[int, int] | None": "tuple[U32, U32]",
+}
+
+
+def _field(config: type[Config], name: str, each: Option) -> str:
+    # Its type, and its default if it has one.
+    default = each.default_of_api
+    mapped = each.choices if isinstance(each.choices, dict) else None
+    if each.choices:
+        words = mapped.values() if mapped else each.choices
+        kind = f"Literal[{', '.join(json.dumps(word) for word in words if word)}]"
+    elif each.api_bits:
+        kind = f"U{each.api_bits + 1 & ~1}"  # 63 bits of U64
+    elif each.least is not None:
+        kind = f"Annotated[int, Meta(ge={each.least}, le={each.most})]"
+    else:
+        kind = _KINDS.get(type_stored(config, name), "str")
+    if each.extension:
+        return f"{kind} | UnsetType{' | None' if each.nullable else ''} = UNSET"
+    if default is REQUIRED:
+        return kind
+    if mapped:
+        default = mapped.get(default)
+    nullable = each.nullable or default is None
+    said = json.dumps(default) if isinstance(default, str) else repr(default)
+    return f"{kind}{' | None' if nullable else ''} = {said}"
+
+
+def _body(made: Made) -> str:
+    declared = {each.api: (name, each) for name, each in made.config.OPTIONS.items() if each.api}
+    fields = made.fields.split()
+    if fields[-1] == "*":  # of a VM, what Firecracker has is in bodies of its own
+        others = [api for api, (_, each) in declared.items() if each.extension or made.config is not VmConfig]
+        fields[-1:] = [api for api in others if api not in fields]
+    about = textwrap.wrap(f'    """{made.about}', 116, subsequent_indent="    ")
+    lines = [f"class {made.name}(Body, kw_only=True):", *about, *(["    "] if len(about) > 1 else [])]
+    lines[-1] += '"""'
+    lines.append("")
+    for field in fields:
+        api = field.removesuffix("!")
+        said = made.kinds.get(api) or _field(made.config, *declared[api])
+        if "!" in made.fields or made.name.endswith("Update"):  # a PATCH: what is left out stays
+            kind = said.partition(" = ")[0].replace(" | UnsetType", "").removesuffix(" | None")
+            said = kind if api != field else f"{kind} | None = None"
+        lines.append(f"    {api}: {said}")
+    if made.check:
+        lines += ["", "    def __post_init__(self) -> None:", f"        {made.check}(self)"]
+    return "\n".join(lines)
+
+
+def bodies() -> str:
+    """The module of all bodies of the API, of which a part follows from the declarations."""
+    whole = (ROOT / "vmm/api/types.py").read_text()
+    made = "\n\n\n".join(map(_body, BODIES))
+    return f"{whole.partition(_BEGIN)[0]}{_BEGIN}\n\n{made}\n\n\n{_END}{whole.partition(_END)[2]}"
+
+
+FILES = {
+    "vmm/config/settings.py": settings,
+    "vmm/api/types.py": bodies,
+    "docs/reference/configuration.md": page,
+}
 
 if __name__ == "__main__":
     for path, text in FILES.items():

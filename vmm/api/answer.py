@@ -95,6 +95,6 @@ def _deprecated(body: Any) -> bool:
         case types.SnapshotLoad():
             return body.mem_file_path is not None and body.mem_backend is None
         case types.MmdsConfig():
-            return bool(body.version == "V1")
+            return body.version == "V1"
         case _:
             return False

@@ -82,7 +82,7 @@ def shown_drive(body: types.Drive) -> types.Drive:
 
 
 def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
-    """The parameters of `kind` by name, as a body of the API has them.
+    """The parameters of `kind` by name, as a body of the API has them; those that it has no field for are left out.
 
     :raises ConfigError: one is missing, or no limiter can count to a number
     """
@@ -91,6 +91,8 @@ def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
         if not each.api:
             if each.meaning_of_none != each.default:
                 values[name] = each.meaning_of_none
+            continue
+        if not hasattr(body, each.api):
             continue
         value = getattr(body, each.api)
         if value is UNSET or value is None:
@@ -138,20 +140,15 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
     for each in _given(whole.fs, []):
         if each.is_root_device:
             line.append(f"{parameter('root', each.tag)} rootfstype=virtiofs {'ro' if each.read_only else 'rw'}")
-    values = values_of(VmConfig, _given(whole.pyvmm, types.Host()))
-    if whole.pyvmm is UNSET or whole.pyvmm.memory is UNSET:
+    host = _given(whole.pyvmm, types.Host())
+    values = values_of(VmConfig, boot) | values_of(VmConfig, machine) | values_of(VmConfig, host)
+    if host.memory is UNSET:
         values["memory"] = machine.mem_size_mib * _MIB
+    values["cmdline"] = str(line)
     if serial.serial_out_path is not None:
         values["console"] = f"file:{serial.serial_out_path}"
     return VmConfig(
-        boot.kernel_image_path,
-        initrd=boot.initrd_path,
-        cmdline=str(line),
-        cpus=machine.vcpu_count,
-        smt=machine.smt,
         cpu_template=whole.cpu_config.template() if isinstance(whole.cpu_config, types.CpuConfig) else None,
-        huge_pages=None if machine.huge_pages == "None" else machine.huge_pages,
-        track_dirty_pages=machine.track_dirty_pages,
         drives=[drive(each) for each in drives],
         nets=[config_of(devices.NetConfig, each) for each in whole.network_interfaces],
         mmds=None if whole.mmds_config is None else config_of(devices.MmdsConfig, whole.mmds_config),
@@ -189,14 +186,14 @@ def body_of(kind: type[_B], config: Config, **values: Any) -> _B:
         value = getattr(config, name)
         if not each.api and value not in (each.default, each.meaning_of_none) and not isinstance(config, VmConfig):
             raise ConfigError(config.field(name), value, "cannot be expressed in a configuration file")
-        if not each.api or each.api in values:
+        if each.api not in kind.__struct_fields__ or each.api in values:
             continue
         if each.extension and value in (None, each.meaning_of_none):
             continue
         if isinstance(value, devices.RateLimiterConfig):
             value = _limiter_body(value)
-        elif isinstance(each.choices, dict) and value is not None:
-            value = each.choices[value]
+        elif isinstance(each.choices, dict):
+            value = each.choices.get(value)
         elif isinstance(value, tuple) and name != "squash":
             value = list(value)
         values[each.api] = value
@@ -223,14 +220,8 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
     boot_args = config.rootless_cmdline if added else config.full_cmdline
     host = body_of(types.Host, config, **{} if config.memory % _MIB else {"memory": UNSET})
     return types.VmConfiguration(
-        boot_source=types.BootSource(kernel_image_path=config.kernel, initrd_path=config.initrd, boot_args=boot_args),
-        machine_config=types.MachineConfiguration(
-            vcpu_count=config.cpus,
-            mem_size_mib=config.memory // _MIB,
-            smt=config.smt,
-            track_dirty_pages=config.track_dirty_pages,
-            huge_pages=config.huge_pages or "None",  # type: ignore[arg-type]  # VmConfig checked it
-        ),
+        boot_source=body_of(types.BootSource, config, boot_args=boot_args),
+        machine_config=body_of(types.MachineConfiguration, config, mem_size_mib=config.memory // _MIB),
         drives=[
             body_of(types.Drive, each, drive_id=each.id or f"drive_{index}", is_root_device=index == place)
             for index, each in enumerate(config.drives)

@@ -4,20 +4,17 @@
 Names and defaults are those of Firecracker 1.12. Fields of ours are left out of an answer where nobody set them, so
 that a configuration without them is one that Firecracker takes.
 
-The bodies of devices are made of the declarations in ``vmm.config``, by ``_body``.
+Those of the machine and its devices follow from the declarations in ``vmm.config``: ``python -m tools.declared``
+writes them between the two comments that say so.
 
 Annotations here are values, not text that msgspec would have to compile when a type is first used.
 
 Source: the OpenAPI document of Firecracker 1.12.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
-
-from vmm.config import devices
-from vmm.config.option import REQUIRED, Config, Option, type_stored
-from vmm.config.vm import VmConfig
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,36 +46,6 @@ class RateLimiter(Body, kw_only=True):
 
     bandwidth: TokenBucket | None = None
     ops: TokenBucket | None = None
-
-
-class BootSource(Body, kw_only=True):
-    """The kernel, its initial ramdisk and its command line."""
-
-    kernel_image_path: str
-    initrd_path: str | None = None
-    boot_args: str | None = None
-
-
-class MachineConfiguration(Body, kw_only=True):
-    """The machine's vCPUs, memory and CPU template."""
-
-    vcpu_count: U8
-    mem_size_mib: U64
-    smt: bool = False
-    cpu_template: Template | UnsetType | None = UNSET
-    track_dirty_pages: bool = False
-    huge_pages: Literal["None", "2M"] = "None"
-
-
-class MachineConfigurationUpdate(Body, kw_only=True):
-    """A change of the machine configuration: the given fields are replaced."""
-
-    vcpu_count: U8 | None = None
-    mem_size_mib: U64 | None = None
-    smt: bool | None = None
-    cpu_template: Template | None = None
-    track_dirty_pages: bool | None = None
-    huge_pages: Literal["None", "2M"] | None = None
 
 
 class CpuidRegisterModifier(Body, kw_only=True):
@@ -124,41 +91,6 @@ class CpuConfig(Body, kw_only=True):
              for leaf in self.cpuid_modifiers],
             [(each.addr, each.bitmap) for each in self.msr_modifiers],
         )  # fmt: skip
-
-
-class PartialDrive(Body, kw_only=True):
-    """A change of a running VM's disk."""
-
-    drive_id: str
-    path_on_host: str | None = None
-    rate_limiter: RateLimiter | None = None
-
-
-class PartialNetworkInterface(Body, kw_only=True):
-    """A change of a running VM's interface."""
-
-    iface_id: str
-    rx_rate_limiter: RateLimiter | None = None
-    tx_rate_limiter: RateLimiter | None = None
-
-
-class BalloonUpdate(Body, kw_only=True):
-    """A new target size of the balloon."""
-
-    amount_mib: U32
-
-
-class BalloonStatsUpdate(Body, kw_only=True):
-    """A new interval between two readings of the guest's statistics."""
-
-    stats_polling_interval_s: U16
-
-
-class PartialFs(Body, kw_only=True):
-    """A change of a running VM's shared directory."""
-
-    tag: str
-    rate_limiter: RateLimiter | None = None
 
 
 class Logger(Body, kw_only=True):
@@ -248,7 +180,7 @@ class SnapshotLoad(Body, kw_only=True):
     clock_realtime: bool = False
 
 
-def _check_interface(self: Any) -> None:
+def _check_interface(self: "NetworkInterface") -> None:
     if self.host_dev_name is UNSET and self.mode in (UNSET, "tap"):
         raise ValueError("Object missing required field `host_dev_name`")
     mac = self.guest_mac
@@ -259,114 +191,186 @@ def _check_interface(self: Any) -> None:
         self.guest_mac = mac.lower()
 
 
-def _check_mmds(self: Any) -> None:
+def _check_mmds(self: "MmdsConfig") -> None:
     parts = ("0.0.0.0" if self.ipv4_address is None else self.ipv4_address).split(".")
     if len(parts) != 4 or not all(part in _BYTES for part in parts):
         raise ValueError(f"ipv4_address {self.ipv4_address}: must be four numbers as 169.254.169.254")
 
 
-def _body(name: str, config: type[Config], about: str, *, first: str = "", check: Any = None, **kinds: Any) -> Any:
-    """A body of the API whose fields are the parameters of `config` that the API has.
+# Written by ``python -m tools.declared``, from here
 
-    :param about: its docstring, which the API's document shows
-    :param first: Firecracker's fields in its order, where the declarations have another
-    :param check: judges it whole
-    :param kinds: by field: its type, where no declaration can name it; one that is no parameter of `config` may be null
+
+class BootSource(Body, kw_only=True):
+    """The kernel, its initial ramdisk and its command line."""
+
+    kernel_image_path: str
+    initrd_path: str | None = None
+    boot_args: str | None = None
+
+
+class MachineConfiguration(Body, kw_only=True):
+    """The machine's vCPUs, memory and CPU template."""
+
+    vcpu_count: U8
+    mem_size_mib: U64
+    smt: bool = False
+    cpu_template: Template | UnsetType | None = UNSET
+    track_dirty_pages: bool = False
+    huge_pages: Literal["None", "2M"] = "None"
+
+
+class MachineConfigurationUpdate(Body, kw_only=True):
+    """A change of the machine configuration: the given fields are replaced."""
+
+    vcpu_count: U8 | None = None
+    mem_size_mib: U64 | None = None
+    smt: bool | None = None
+    cpu_template: Template | None = None
+    track_dirty_pages: bool | None = None
+    huge_pages: Literal["None", "2M"] | None = None
+
+
+class Host(Body, kw_only=True):
+    """Extensions that `pyvmm run` writes: see ``VmConfig``."""
+
+    memory: U64 | UnsetType = UNSET
+    virtio_console: bool | UnsetType = UNSET
+    poll_us: U32 | UnsetType = UNSET
+    console: str | UnsetType = UNSET
+    exit_port: U16 | UnsetType | None = UNSET
+    protocol: str | UnsetType = UNSET
+    unpack: str | UnsetType = UNSET
+
+
+class Drive(Body, kw_only=True):
+    """A disk. `num_queues`, `is_direct`, `image_format`, `backing_file` and `backing_format` are pyvmm's own."""
+
+    drive_id: str
+    partuuid: str | None = None
+    is_root_device: bool
+    cache_type: Literal["Unsafe", "Writeback"] = "Unsafe"
+    is_read_only: bool | None = None
+    path_on_host: str | None = None
+    rate_limiter: RateLimiter | None = None
+    io_engine: Literal["Sync", "Async"] | None = None
+    socket: str | None = None
+    num_queues: Annotated[int, Meta(ge=1, le=8)] | UnsetType = UNSET
+    is_direct: bool | UnsetType = UNSET
+    image_format: Literal["raw", "qcow2"] | UnsetType = UNSET
+    backing_file: str | UnsetType = UNSET
+    backing_format: Literal["raw", "qcow2"] | UnsetType = UNSET
+
+
+class PartialDrive(Body, kw_only=True):
+    """A change of a running VM's disk."""
+
+    drive_id: str
+    path_on_host: str | None = None
+    rate_limiter: RateLimiter | None = None
+
+
+class NetworkInterface(Body, kw_only=True):
+    """A network interface. Firecracker has `iface_id`, `host_dev_name`, `guest_mac` and the rate limiters; the
+    other fields are pyvmm's, as in ``pyvmm run --net``.
     """
-    fields: dict[str, tuple[Any, ...]] = dict.fromkeys(first.split(), ())
-    for key, each in config.OPTIONS.items():
-        if each.api:
-            fields[each.api] = _field(config, key, each, kinds.get(each.api))
-    fields |= {field: (kind | None, None) for field, kind in kinds.items() if not fields.get(field)}
-    listed = [(field, *each) for field, each in fields.items()]
-    namespace = {"__doc__": about} | ({"__post_init__": check} if check else {})
-    return defstruct(name, listed, bases=(Body,), namespace=namespace, module=__name__, kw_only=True)
+
+    iface_id: str
+    host_dev_name: str | UnsetType = UNSET
+    guest_mac: str | None = None
+    rx_rate_limiter: RateLimiter | None = None
+    tx_rate_limiter: RateLimiter | None = None
+    mode: Literal["tap", "auto", "user"] | UnsetType = UNSET
+    num_queues: Annotated[int, Meta(ge=1, le=8)] | UnsetType = UNSET
+    mtu: U16 | UnsetType = UNSET
+    pcap: str | UnsetType = UNSET
+    address: str | UnsetType = UNSET
+    nat: bool | UnsetType = UNSET
+    loopback: bool | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        _check_interface(self)
 
 
-def _field(config: type[Config], key: str, each: Option, kind: Any) -> tuple[Any, ...]:
-    # Its type, and its default if it has one.
-    choices = each.choices
-    mapped = isinstance(choices, dict)
-    if kind is not None:
-        pass
-    elif choices:
-        kind = Literal[tuple(filter(None, choices.values() if isinstance(choices, dict) else choices))]
-    elif each.api_bits:
-        kind = Annotated[int, Meta(ge=0, le=(1 << each.api_bits) - 1)]
-    elif each.least is not None:
-        kind = Annotated[int, Meta(ge=each.least, le=each.most)]
-    else:
-        kind = bool if type_stored(config, key) == "bool" else str
-    if each.extension:
-        return (kind | UnsetType | None if each.nullable else kind | UnsetType), UNSET
-    default = each.default_of_api
-    if default is REQUIRED:
-        return (kind,)
-    nullable = each.nullable or default is None
-    return (kind | None if nullable else kind), (choices[default] if mapped and default is not None else default)
+class PartialNetworkInterface(Body, kw_only=True):
+    """A change of a running VM's interface."""
+
+    iface_id: str
+    rx_rate_limiter: RateLimiter | None = None
+    tx_rate_limiter: RateLimiter | None = None
 
 
-if TYPE_CHECKING:
+class SharedFs(Body, kw_only=True):
+    """A shared directory, served by this process: an extension of pyvmm with Dragonball's field names. `cache_size`
+    is that of the DAX window in bytes, `squash` the user and group of every access; with `submounts` what is
+    mounted below the directory is shown, too.
+    """
 
-    class _Declared(Body):
-        # Its fields are those of the declarations, which no type checker reads.
-        def __init__(self, **fields: Any) -> None: ...
-        def __getattr__(self, name: str) -> Any: ...
-        def __setattr__(self, name: str, value: Any) -> None: ...
+    tag: str
+    shared_dir: str
+    read_only: bool = False
+    submounts: bool = False
+    cache_policy: Literal["auto", "always", "none"] = "auto"
+    cache_size: U64 = 0
+    num_queues: Annotated[int, Meta(ge=1, le=32)] = 1
+    squash: tuple[U32, U32] | None = None
+    is_root_device: bool = False
+    rate_limiter: RateLimiter | None = None
 
-    class Drive(_Declared): ...
 
-    class NetworkInterface(_Declared): ...
+class PartialFs(Body, kw_only=True):
+    """A change of a running VM's shared directory."""
 
-    class SharedFs(_Declared): ...
+    tag: str
+    rate_limiter: RateLimiter | None = None
 
-    class Vsock(_Declared): ...
 
-    class Balloon(_Declared): ...
+class Vsock(Body, kw_only=True):
+    """The socket device; `vsock_id` is deprecated and ignored."""
 
-    class EntropyDevice(_Declared): ...
+    guest_cid: U32
+    uds_path: str
+    vsock_id: str | UnsetType | None = UNSET
 
-    class MmdsConfig(_Declared): ...
 
-    class Host(_Declared): ...
+class Balloon(Body, kw_only=True):
+    """The memory balloon. `free_page_reporting` is an extension, which newer versions of Firecracker have, too."""
 
-else:
-    _RATE = {"rate_limiter": RateLimiter}
-    Drive = _body(
-        "Drive", devices.DriveConfig,
-        "A disk. `num_queues`, `is_direct`, `image_format`, `backing_file` and `backing_format` are pyvmm's own.",
-        first="drive_id partuuid is_root_device cache_type is_read_only path_on_host rate_limiter io_engine socket",
-        **_RATE, partuuid=str, socket=str,
-    )  # fmt: skip
-    NetworkInterface = _body(
-        "NetworkInterface", devices.NetConfig,
-        "A network interface. Firecracker has `iface_id`, `host_dev_name`, `guest_mac` and the rate limiters; the "
-        "other fields are pyvmm's, as in ``pyvmm run --net``.",
-        first="iface_id host_dev_name guest_mac rx_rate_limiter tx_rate_limiter",
-        check=_check_interface, rx_rate_limiter=RateLimiter, tx_rate_limiter=RateLimiter,
-    )  # fmt: skip
-    SharedFs = _body(
-        "SharedFs", devices.ShareConfig,
-        "A shared directory, served by this process: an extension of pyvmm with Dragonball's field names. `cache_size` "
-        "is that of the DAX window in bytes, `squash` the user and group of every access; with `submounts` what is "
-        "mounted below the directory is shown, too.",
-        **_RATE, squash=tuple[U32, U32],
-    )  # fmt: skip
-    Vsock = _body("Vsock", devices.VsockConfig, "The socket device; `vsock_id` is deprecated and ignored.")
-    Balloon = _body(
-        "Balloon", devices.BalloonConfig,
-        "The memory balloon. `free_page_reporting` is an extension, which newer versions of Firecracker have, too.",
-    )  # fmt: skip
-    EntropyDevice = _body(
-        "EntropyDevice", devices.EntropyConfig,
-        "The entropy device: the guest reads the host's random numbers.", **_RATE,
-    )  # fmt: skip
-    MmdsConfig = _body(
-        "MmdsConfig", devices.MmdsConfig,
-        "The network interfaces that reach the metadata service, its address and its version.",
-        first="version", check=_check_mmds, network_interfaces=list[str],
-    )  # fmt: skip
-    Host = _body("Host", VmConfig, "Extensions that `pyvmm run` writes: see ``VmConfig``.", protocol=str, unpack=str)
+    amount_mib: U32
+    deflate_on_oom: bool
+    stats_polling_interval_s: U16 = 0
+    free_page_reporting: bool | UnsetType = UNSET
+
+
+class BalloonUpdate(Body, kw_only=True):
+    """A new target size of the balloon."""
+
+    amount_mib: U32
+
+
+class BalloonStatsUpdate(Body, kw_only=True):
+    """A new interval between two readings of the guest's statistics."""
+
+    stats_polling_interval_s: U16
+
+
+class EntropyDevice(Body, kw_only=True):
+    """The entropy device: the guest reads the host's random numbers."""
+
+    rate_limiter: RateLimiter | None = None
+
+
+class MmdsConfig(Body, kw_only=True):
+    """The network interfaces that reach the metadata service, its address and its version."""
+
+    version: Literal["V1", "V2"] = "V1"
+    network_interfaces: list[str]
+    ipv4_address: str | None = "169.254.169.254"
+
+    def __post_init__(self) -> None:
+        _check_mmds(self)
+
+
+# to here.
 
 
 class VmConfiguration(Struct, kw_only=True, rename="kebab"):

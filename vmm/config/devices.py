@@ -283,13 +283,8 @@ class VsockConfig(Config, title="vsock", usage="cid=N,uds=PATH"):
 
     cid: int = option(
         help="the guest's CID, 3 or more",
-        kw_only=False,
-        least=MIN_CID,
-        most=MAX_CID,
-        word="cid=",
-        api="guest_cid",
-        api_bits=32,
-    )
+        kw_only=False, least=MIN_CID, most=MAX_CID, word="cid=", api="guest_cid", api_bits=32,
+    )  # fmt: skip
     path: str = option(
         help="the unix socket to which programs of the host connect (pyvmm vsock); the guest connects to PATH_PORT",
         kw_only=False, word="uds=", check=_socket_path, api="uds_path",
@@ -389,7 +384,8 @@ class BalloonConfig(Config, title="balloon", usage="MIB[,...]"):
     )  # fmt: skip
     stats_interval_s: int = option(
         help="interval of the guest's statistics in seconds; 0: none",
-        default=0, least=0, most=65535, word="stats=", api="stats_polling_interval_s",
+        default=0, least=0, most=65535, word="stats=",
+        api="stats_polling_interval_s", api_bits=16,
     )  # fmt: skip
     free_page_reporting: bool = option(
         help="the guest reports unused memory by itself, and the host takes it back", default=True,

@@ -89,7 +89,7 @@ class Option(SimpleNamespace):
         if value is None and self.default is None:
             return None
         if self.choices and value not in self.choices:
-            *others, last = map(str, self.choices)
+            *others, last = filter(None, self.choices)
             raise ConfigError(field, value, f"must be {', '.join(others)} or {last}" if others else f"must be {last}")
         if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
             allowed = f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"

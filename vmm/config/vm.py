@@ -7,7 +7,7 @@ import os
 
 from boot.cmdline import Cmdline, parameter
 from vmm.config import did_you_mean, parse_size, size_text
-from vmm.config.option import Config, as_tuple, option
+from vmm.config.option import REQUIRED, Config, as_tuple, option
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -76,19 +76,22 @@ class VmConfig(Config):
     """The configuration of a VM."""
 
     kernel: Given[str, str | os.PathLike[str]] = option(
-        help="path of a vmlinux or any PVH ELF, or a bzImage", kw_only=False, check=_path
+        help="path of a vmlinux or any PVH ELF, or a bzImage", kw_only=False, check=_path, api="kernel_image_path"
     )
     initrd: Given[str | None, str | os.PathLike[str] | None] = option(
-        help="initial ramdisk", default=None, check=_path, word="--initrd", metavar="F"
+        help="initial ramdisk", default=None, check=_path, word="--initrd", metavar="F", api="initrd_path"
     )
     cmdline: str | None = option(
-        help=f"kernel command line, instead of {DEFAULT_CMDLINE!r}", default=None, word="--cmdline", metavar="S"
-    )
+        help=f"kernel command line, instead of {DEFAULT_CMDLINE!r}",
+        default=None, word="--cmdline", metavar="S", api="boot_args",
+    )  # fmt: skip
     append: str = option(help="added to the default command line", default="", word="--append", metavar="S")
     cpus: int = option(
-        help=f"vCPUs, 1 to {MAX_VCPUS} (default: 1)", default=1, least=1, most=MAX_VCPUS, word="--cpus", metavar="N"
-    )
-    smt: bool = option(help="two vCPUs make a core", default=False)
+        help=f"vCPUs, 1 to {MAX_VCPUS} (default: 1)",
+        default=1, least=1, most=MAX_VCPUS, word="--cpus", metavar="N",
+        api="vcpu_count", api_default=REQUIRED, api_bits=8,
+    )  # fmt: skip
+    smt: bool = option(help="two vCPUs make a core", default=False, api="smt")
     cpu_template: CpuTemplate | None = option(
         help="what CPUID and MSRs are to be otherwise (vmm.CpuTemplate)", default=None
     )
@@ -98,9 +101,12 @@ class VmConfig(Config):
         api="memory", api_bits=63, extension=True,
     )  # fmt: skip
     huge_pages: str | None = option(
-        help="2M: guest RAM in huge pages that the host has set aside", default=None, choices=("2M",)
+        help="2M: guest RAM in huge pages that the host has set aside",
+        default=None, choices={None: "None", "2M": "2M"}, api="huge_pages",
+    )  # fmt: skip
+    track_dirty_pages: bool = option(
+        help="KVM notes which pages the guest writes", default=False, api="track_dirty_pages"
     )
-    track_dirty_pages: bool = option(help="KVM notes which pages the guest writes", default=False)
     drives: Sequence[DriveConfig] = option(
         help="disks, in the order in which the guest finds them", default=(), check=as_tuple
     )
