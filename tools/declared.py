@@ -122,6 +122,8 @@ BODIES = (
          kinds=dict.fromkeys(("partuuid", "socket"), "str | None = None")),
     Made("PartialDrive", devices.DriveConfig, "A change of a running VM's disk.",
          "drive_id! path_on_host rate_limiter"),
+    Made("NetworkPolicy", devices.NetworkPolicy,
+         "What a guest may reach, an extension: `allow` has names and networks, `deny` networks."),
     Made("NetworkInterface", devices.NetConfig,
          "A network interface. Firecracker has `iface_id`, `host_dev_name`, `guest_mac` and the rate limiters; the "
          "other fields are pyvmm's, as in ``pyvmm run --net``.",
@@ -148,6 +150,7 @@ _BEGIN, _END = "# Written by ``python -m tools.declared``, from here\n", "# to h
 # What a parameter's type is in a body, if not a number or text.
 _KINDS = {
     "bool": "bool",
+    "NetworkPolicy | None": "NetworkPolicy",
     "RateLimiterConfig | None": "RateLimiter",
     "Sequence[str]": "list[str]",
     "tuple[int, int] | None": "tuple[U32, U32]",
@@ -174,7 +177,7 @@ def _field(config: type[Config], name: str, each: Option) -> str:
     if mapped:
         default = mapped.get(default)
     nullable = each.nullable or default is None
-    said = json.dumps(default) if isinstance(default, str) else repr(default)
+    said = json.dumps(default) if isinstance(default, str | tuple) else repr(default)
     return f"{kind}{' | None' if nullable else ''} = {said}"
 
 

@@ -188,6 +188,7 @@ def test_resource_limits(jail: Jailed) -> None:
 QCOW2 = {"drives": [{"drive_id": "d", "path_on_host": "/image", "is_root_device": False, "is_read_only": False,
                      "image_format": "qcow2"}]}  # fmt: skip
 PASST = {"network_interfaces": [{"iface_id": "e", "mode": "user"}]}
+POLICY = {"network_interfaces": [{"iface_id": "e", "mode": "auto", "policy": {"allow": ["pypi.org"]}}]}
 OWN_TAP = {"network_interfaces": [{"iface_id": "e", "mode": "auto"}]}
 
 
@@ -198,6 +199,7 @@ OWN_TAP = {"network_interfaces": [{"iface_id": "e", "mode": "auto"}]}
         (QCOW2, "disk /image: needs qemu-storage-daemon to be started, and there are no programs in a jail"),
         (PASST, "net user: needs passt to be started, and there are no programs in a jail"),
         (OWN_TAP, "net auto: is not permitted: this process may not make a tap"),
+        (POLICY, "net policy: is not permitted: this process may not ask the host's nameservers"),
     ],
 )
 def test_what_starts_programs_is_refused_in_one_line(

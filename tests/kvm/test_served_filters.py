@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tests.unix_http import Connection
 from tests.waiting import PATIENCE
+from vmm.api.actions import Vmm
+from vmm.api.answer import answerer
 from vmm.testing import tiny_elf
 
 PYVMM = Path(sys.executable).with_name("pyvmm")
@@ -56,3 +58,24 @@ def test_a_running_vm_answers_what_needs_more_of_the_library(tmp_path: Path) -> 
         os.close(ready)
         process.kill()
         process.wait()
+
+
+def test_an_interface_of_the_api_has_a_policy(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(tiny_elf(b"\xf4\xeb\xfd"))
+    rules = {"allow": ["pypi.org:443", "10.1.0.0/16"], "deny": ["10.1.9.0/24"]}
+    with contextlib.closing(Vmm()) as vmm:
+        ask = answerer(vmm)
+
+        def put(place: str, **body: object) -> tuple[int, bytes]:
+            status, text, _ = ask("PUT", place, json.dumps(body).encode())
+            return status, text
+
+        status, text = put("/network-interfaces/n", iface_id="n", mode="auto", policy={"allow": ["https://pypi.org"]})
+        assert (status, b"allow port //pypi.org: must be a number" in text) == (400, True), text
+        assert put("/network-interfaces/n", iface_id="n", mode="auto", policy=rules)[0] == 204
+        assert json.loads(ask("GET", "/vm/config", b"")[1])["network-interfaces"][0]["policy"] == rules
+        assert put("/boot-source", kernel_image_path=str(kernel))[0] == 204
+        assert put("/actions", action_type="InstanceStart") == (204, b"")
+        assert vmm.machine is not None
+        assert vmm.machine.nets["n"].stats["policy_dropped"] == 0

@@ -30,7 +30,6 @@ NEVER = {
     "virtio.net.resolver": "the same",
     "virtio.net.frames": "the same",
     "virtio.net.dns": "the same",
-    "vmm.config.policy": "the same",
     "vmm.bus": "protocols, for type checkers",
     "difflib": "a mistake on the command line, before the jail",
     "vmm.config.settings": "type checkers",

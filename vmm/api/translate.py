@@ -101,6 +101,8 @@ def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
                 raise ConfigError(each.api, "", "is missing")
         elif isinstance(value, types.RateLimiter):
             value = limiter(value)
+        elif isinstance(value, types.NetworkPolicy):
+            value = config_of(devices.NetworkPolicy, value)
         elif isinstance(each.choices, dict):
             value = next(word for word, said in each.choices.items() if said == value)
         values[name] = each.checked(each.api, value)  # an error has the API's name
@@ -192,6 +194,8 @@ def body_of(kind: type[_B], config: Config, **values: Any) -> _B:
             continue
         if isinstance(value, devices.RateLimiterConfig):
             value = _limiter_body(value)
+        elif isinstance(value, devices.NetworkPolicy):
+            value = body_of(types.NetworkPolicy, value)
         elif isinstance(each.choices, dict):
             value = each.choices.get(value)
         elif isinstance(value, tuple) and name != "squash":

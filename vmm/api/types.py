@@ -269,6 +269,13 @@ class PartialDrive(Body, kw_only=True):
     rate_limiter: RateLimiter | None = None
 
 
+class NetworkPolicy(Body, kw_only=True):
+    """What a guest may reach, an extension: `allow` has names and networks, `deny` networks."""
+
+    allow: list[str] = []
+    deny: list[str] = []
+
+
 class NetworkInterface(Body, kw_only=True):
     """A network interface. Firecracker has `iface_id`, `host_dev_name`, `guest_mac` and the rate limiters; the
     other fields are pyvmm's, as in ``pyvmm run --net``.
@@ -286,6 +293,7 @@ class NetworkInterface(Body, kw_only=True):
     address: str | UnsetType = UNSET
     nat: bool | UnsetType = UNSET
     loopback: bool | UnsetType = UNSET
+    policy: NetworkPolicy | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         _check_interface(self)

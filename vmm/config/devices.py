@@ -158,10 +158,10 @@ class NetworkPolicy(Config, title="network policy"):
     ``10.1.0.0/16``. It may end in a port or ports: ``:443`` or ``:8000-8010``."""
 
     allow: Sequence[str] = option(
-        help="names and networks that the guest may reach", default=(), kw_only=False, check=_allowed
+        help="names and networks that the guest may reach", default=(), kw_only=False, check=_allowed, api="allow"
     )
     deny: Sequence[str] = option(
-        help="networks that the guest may not reach, even if allow= has them", default=(), check=_denied
+        help="networks that the guest may not reach, even if allow= has them", default=(), check=_denied, api="deny"
     )
 
     @classmethod
@@ -220,7 +220,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
     )  # fmt: skip
     policy: NetworkPolicy | None = option(
         help="all that the guest may reach; None: everything, but with user not the host's loopback",
-        default=None, parse=NetworkPolicy.of_words,
+        default=None, parse=NetworkPolicy.of_words, api="policy", extension=True,
         words={
             "allow=": "the only names and networks that the guest may reach, joined by +",
             "deny=": "networks that the guest may not reach, even if allow= has them",

@@ -190,6 +190,9 @@ class Builder:
         backend: Tap | Passt
         policy: Policy | None = None
         resolver: Resolver | None = None
+        if config.policy is not None and threads.no_programs:
+            problem = "is not permitted: this process may not ask the host's nameservers"
+            raise ConfigError("net", "policy", problem)
         if config.mode == "user":
             _will_start("net", "user", "passt")  # before what a jail cannot import
             from virtio.net._policy import Policy
