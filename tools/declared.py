@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT)]
 
 from vmm.config import devices  # noqa: E402
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig  # noqa: E402
-from vmm.config.option import REQUIRED, Config, Option, type_stored, type_taken  # noqa: E402
+from vmm.config.option import REQUIRED, Config, Option, type_stored  # noqa: E402
 from vmm.config.vm import VmConfig  # noqa: E402
 
 _SETTINGS = '''\
@@ -56,6 +56,12 @@ def settings() -> str:
     """The keywords of ``Machine``."""
     lines = [f"        {name}: {type_taken(VmConfig, name)}\n" for name in VmConfig.OPTIONS]
     return _SETTINGS + "".join(lines)
+
+
+def type_taken(config: type[Config], name: str) -> str:
+    """The type of a parameter, as text."""
+    text: str = config.__annotations__[name]
+    return text.removesuffix("]").partition(", ")[2] if text.startswith("Given[") else text
 
 
 _PAGE = """# Configuration
@@ -187,8 +193,8 @@ def _body(made: Made) -> str:
     if fields[-1] == "*":  # of a VM, what Firecracker has is in bodies of its own
         others = [api for api, (_, each) in declared.items() if each.extension or made.config is not VmConfig]
         fields[-1:] = [api for api in others if api not in fields]
-    about = textwrap.wrap(f'    """{made.about}', 116, subsequent_indent="    ")
-    lines = [f"class {made.name}(Body, kw_only=True):", *about, *(["    "] if len(about) > 1 else [])]
+    about = textwrap.wrap(f'    """{made.about}', 117, subsequent_indent="    ")
+    lines = [f"class {made.name}(Body, kw_only=True):", *about]
     lines[-1] += '"""'
     lines.append("")
     for field in fields:

@@ -281,13 +281,15 @@ class Vmm:
 
     def _balloon_is(self, body: types.Balloon) -> None:
         with _refusing("Balloon config error"):
-            if body.amount_mib > self._machine_config.mem_size_mib:
-                most = self._machine_config.mem_size_mib
-                raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
+            self._check_amount(body)
             if self._machine_config.huge_pages != "None":
                 raise ConfigError("huge_pages", self._machine_config.huge_pages, HUGE_RULE)
             translate.config_of(BalloonConfig, body)
         self.whole.balloon = body
+
+    def _check_amount(self, body: types.Balloon | types.BalloonUpdate) -> None:
+        if body.amount_mib > (most := self._machine_config.mem_size_mib):
+            raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
 
     def _entropy_is(self, body: types.EntropyDevice) -> None:
         with _refusing("Entropy device error"):
@@ -389,7 +391,6 @@ class Vmm:
             raise ApiError(f"Network config error: iface_id {body.iface_id}: there is no such interface")
         with _refusing("Network config error"):
             for limits, limiter in ((body.rx_rate_limiter, net.rx_limiter), (body.tx_rate_limiter, net.tx_limiter)):
-                translate.limiter(limits)
                 self._limit(limits, lambda *buckets, limiter=limiter: net.set_rate_limit(limiter, *buckets))
         shown = next(each for each in self.whole.network_interfaces if each.iface_id == body.iface_id)
         shown.rx_rate_limiter = translate.shown_limiter(body.rx_rate_limiter, shown.rx_rate_limiter)
@@ -400,12 +401,12 @@ class Vmm:
         if fs is None:
             raise ApiError(f"Filesystem config error: tag {body.tag}: there is no such share")
         with _refusing("Filesystem config error"):
-            translate.limiter(body.rate_limiter)
             self._limit(body.rate_limiter, fs.set_rate_limit)
 
     @staticmethod
     def _limit(body: types.RateLimiter | None, change: Callable[..., None]) -> None:
         if body is not None:
+            translate.limiter(body)  # refuses what no limiter can count to
             change(translate.bucket(body.bandwidth), translate.bucket(body.ops))
 
     # The balloon
@@ -420,9 +421,7 @@ class Vmm:
         device = self._running().balloon
         assert device is not None
         with _refusing("Balloon config error"):
-            if body.amount_mib > self._machine_config.mem_size_mib:
-                most = self._machine_config.mem_size_mib
-                raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
+            self._check_amount(body)
             device.set_amount(body.amount_mib)
         balloon.amount_mib = body.amount_mib
 

@@ -88,11 +88,9 @@ def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for name, each in kind.OPTIONS.items():
-        if not each.api:
-            if each.meaning_of_none != each.default:
-                values[name] = each.meaning_of_none
-            continue
-        if not hasattr(body, each.api):
+        if not each.api and each.meaning_of_none != each.default:
+            values[name] = each.meaning_of_none
+        if not each.api or not hasattr(body, each.api):
             continue
         value = getattr(body, each.api)
         if value is UNSET or value is None:
@@ -172,9 +170,7 @@ def _bucket_body(each: Bucket | None) -> types.TokenBucket | None:
     return types.TokenBucket(size=each[0], one_time_burst=each[1] or None, refill_time=each[2])
 
 
-def _limiter_body(config: devices.RateLimiterConfig | None) -> types.RateLimiter | None:
-    if config is None:
-        return None
+def _limiter_body(config: devices.RateLimiterConfig) -> types.RateLimiter:
     return types.RateLimiter(bandwidth=_bucket_body(config.bandwidth), ops=_bucket_body(config.ops))
 
 

@@ -277,9 +277,8 @@ class NetworkPolicy(Body, kw_only=True):
 
 
 class NetworkInterface(Body, kw_only=True):
-    """A network interface. Firecracker has `iface_id`, `host_dev_name`, `guest_mac` and the rate limiters; the
-    other fields are pyvmm's, as in ``pyvmm run --net``.
-    """
+    """A network interface. Firecracker has `iface_id`, `host_dev_name`, `guest_mac` and the rate limiters; the other
+    fields are pyvmm's, as in ``pyvmm run --net``."""
 
     iface_id: str
     host_dev_name: str | UnsetType = UNSET
@@ -309,9 +308,8 @@ class PartialNetworkInterface(Body, kw_only=True):
 
 class SharedFs(Body, kw_only=True):
     """A shared directory, served by this process: an extension of pyvmm with Dragonball's field names. `cache_size`
-    is that of the DAX window in bytes, `squash` the user and group of every access; with `submounts` what is
-    mounted below the directory is shown, too.
-    """
+    is that of the DAX window in bytes, `squash` the user and group of every access; with `submounts` what is mounted
+    below the directory is shown, too."""
 
     tag: str
     shared_dir: str

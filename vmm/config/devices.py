@@ -124,9 +124,8 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
     any_size: bool = option(
         help="an empty file is a disk, and so is one without its last bytes that are no whole sector: "
         "a runtime's placeholders, which are replaced by real disks while the VM runs",
-        default=False,
-        api_means=True,
-    )
+        default=False, api_means=True,
+    )  # fmt: skip
 
     def _check(self) -> None:
         if self.backing is not None and self.format != "qcow2":

@@ -112,12 +112,6 @@ def type_stored(config: type[Config], name: str) -> str:
     return text.removeprefix("Given[").partition(", ")[0] if text.startswith("Given[") else text
 
 
-def type_taken(config: type[Config], name: str) -> str:
-    """The type of a parameter, as text."""
-    text: str = config.__annotations__[name]
-    return text.removesuffix("]").partition(", ")[2] if text.startswith("Given[") else text
-
-
 if not TYPE_CHECKING:
 
     def dataclass_transform(**_: Any) -> Callable[[type], type]:

@@ -105,7 +105,7 @@ class VmConfig(Config):
         default=None, choices={None: "None", "2M": "2M"}, api="huge_pages",
     )  # fmt: skip
     track_dirty_pages: bool = option(
-        help="KVM notes which pages the guest writes", default=False, api="track_dirty_pages"
+        help="KVM notes the pages the guest writes", default=False, api="track_dirty_pages"
     )
     drives: Sequence[DriveConfig] = option(
         help="disks, in the order in which the guest finds them", default=(), check=as_tuple
