@@ -137,8 +137,8 @@ def test_a_pause_that_waits_for_a_device_can_be_interrupted(tmp_path: Path) -> N
             vm.pio.add(0x510, 1, Slow(), "slow")
             vm.start()
             assert asked.wait(30)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
             with pytest.raises(InterruptedError):
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
                 vm.pause()
             answer.set()  # and it is not held
             assert vm.wait(30) == Exit(StopReason.GUEST_EXIT, 7)

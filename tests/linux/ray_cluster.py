@@ -87,6 +87,7 @@ def main() -> int:
         one, two = boxes
         ray.get(one.write_file.remote("data", b"\0\xff"), timeout=PATIENCE)
         found["read"] = list(ray.get(one.read_file.remote("/work/data"), timeout=PATIENCE))
+        found["read_only"] = ray.get(one.exec.remote("echo >/etc/x", shell="/bin/sh"), timeout=PATIENCE).exit_code
         found["other"] = error_of(two.read_file.remote("/work/data"))
         found["late"] = error_of(one.exec.remote(["sleep", "1000"], timeout=0.2))
         found["status"] = ray.get(one.get_status.remote(), timeout=PATIENCE).value

@@ -66,6 +66,7 @@ def test_both_nodes_run_commands_and_keep_files_apart(found: dict[str, Any]) -> 
     assert found["nodes"] == 2 and found["running"] == 2
     assert found["said"] == [[0, "ray\n/work\nLinux\n"]] * 2
     assert found["read"] == [0, 255]
+    assert found["read_only"] == 1  # as Ray has it, unless it is told otherwise
     assert found["other"] == ["SandboxError", "[Errno 2] No such file or directory: '/work/data'"]
     assert found["config"] == "busybox"
 

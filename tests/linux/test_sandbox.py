@@ -146,6 +146,27 @@ def test_a_copy_goes_on_with_its_originals_connection(sandbox: Sandbox, tmp_path
     assert background.stdout.read(3) == b"on\n" and background.wait().exit_code == 0
 
 
+def test_a_read_only_sandbox(runtime: Path, tmp_path: Path) -> None:
+    places = "/etc/passwd /root/a /tmp/a /var/tmp/a /run/a /mnt/a /dev/null"
+    write = f"for each in {places}; do echo 1 2>/dev/null >>$each && echo $each; done"
+    with Sandbox("busybox", memory="128M", read_only=True, mounts={"/mnt": str(tmp_path)}) as sandbox:
+        assert sandbox.run(write).stdout.split() == ["/tmp/a", "/var/tmp/a", "/run/a", "/mnt/a", "/dev/null"]
+        with pytest.raises(OSError, match="Read-only file system"):
+            sandbox.files.write("/etc/passwd", b"")
+        assert sandbox.files.read("/etc/passwd").startswith("root:")  # what is there stays
+        assert sandbox.run("rm /bin/sh").exit_code == 1 and sandbox.run("exit 3").exit_code == 3
+    with Sandbox("busybox", memory="128M") as sandbox:
+        sandbox.files.write("/srv/data/before", b"kept")
+        sandbox.make_read_only("/srv/data")
+        (copy,) = sandbox.fork()
+        with copy:
+            assert copy.files.read("/srv/data/before") == "kept"
+            copy.files.write("/srv/data/more", b"x")
+            assert copy.run("echo >/srv/more").exit_code == 1 and copy.run("echo >/tmp/more").exit_code == 1
+        with pytest.raises(SandboxError, match=r"read-only: /etc/passwd/below: Not a directory"):
+            sandbox.make_read_only("/etc/passwd/below")
+
+
 def test_files_tell_the_reason_of_the_vms_end(runtime: Path) -> None:
     with Sandbox("busybox", memory="64M") as sandbox:
         changes = sandbox.files.watch("/tmp")

@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mount", metavar="PATH=DIR[,ro]", action="append", default=[],
         help="show the host's DIR at PATH in the guest; may be repeated",
     )  # fmt: skip
+    add(
+        "--read-only", action="store_true",
+        help="let only /tmp, /var/tmp, /run, the image's volumes and mounts be written",
+    )  # fmt: skip
     add("--network", choices=("none", "user"), default="none", help="user: the host's network by passt (default: none)")
     add(
         "--allow", metavar="RULE", action="append", default=[],
@@ -60,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     ports = [_ports(word) for word in args.publish]
     with Sandbox(
         args.image, memory=args.memory, cpus=args.cpus, mounts=dict(_mount(word) for word in args.mount),
-        timeout=args.timeout, name=args.name, network=_network(args), kernel=args.kernel,
+        timeout=args.timeout, name=args.name, read_only=args.read_only, network=_network(args), kernel=args.kernel,
     ) as sandbox, contextlib.ExitStack() as stack:  # fmt: skip
         for host, host_port, port in ports:
             stack.enter_context(sandbox.publish(port, host_port, host=host))

@@ -173,6 +173,8 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
                 if config.network == "public":
                     servers = config.dns or DEFAULT_PUBLIC_DNS
                     sandbox.files.write("/etc/resolv.conf", "".join(f"nameserver {each}\n" for each in servers))
+                if config.readonly:
+                    sandbox.make_read_only(*([config.workdir] if config.workdir else []))
             except BaseException:
                 sandbox.close()
                 raise

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _CONSOLE_KEPT = 4096  # bytes
 _ABOUT = "sandbox.json"
+_SCRATCH = ("/tmp", "/var/tmp", "/run")
 
 
 class Sandbox(Session):
@@ -47,6 +48,8 @@ class Sandbox(Session):
         :class:`vmm.NetworkPolicy`: by passt, only what it allows
     :param timeout: seconds after which the sandbox ends, whatever it is doing; None: no limit
     :param name: name for ``pyvmm exec``, and the guest's hostname; None: a new one
+    :param read_only: only /tmp, /var/tmp, /run, the image's volumes and mounts can be written; root of the guest can
+        undo it
     :param room: the part of the memory that files may take, as for tmpfs: ``"75%"`` or ``"256M"``
     :param kernel: path of a kernel with all drivers built in; None: the image's
     :param boot_timeout: seconds within which it must be ready
@@ -74,6 +77,7 @@ class Sandbox(Session):
         network: str | NetworkPolicy = "none",
         timeout: float | None = None,
         name: str | None = None,
+        read_only: bool = False,
         room: str = "75%",
         kernel: str | None = None,
         boot_timeout: float = 60,
@@ -104,6 +108,8 @@ class Sandbox(Session):
                 self._call("mkdir", f"path={path}", "parents=1")
             for path, share in shares:
                 self._call("mount", f"tag={share.tag}", f"path={path}", *(["ro=1"] if share.read_only else []))
+            if read_only:
+                self.make_read_only(*_SCRATCH, *(found.config.volumes if found.config else ()))
         except BaseException:
             self.close()
             raise
@@ -249,6 +255,14 @@ class Sandbox(Session):
             if channel is not None:
                 self._link.keep(channel)
         return copies
+
+    def make_read_only(self, *writable: str) -> None:
+        """Let files be written only in these directories, in mounts and in /dev; root of the guest can undo it.
+
+        :param writable: paths of directories, which are made if they are missing
+        :raises SandboxError: the guest's kernel refused it
+        """
+        self._call("read-only", *(f"writable={path}" for path in writable))
 
     def snapshot(self, directory: str) -> None:
         """Write a snapshot of this sandbox, which goes on. It does not contain the image's disks.

@@ -71,6 +71,7 @@ int has_read_ahead(void); // whether bytes from the host are already read, so th
 void boot(void);
 void wake(const struct request *request);
 int mount_share(const char *tag, const char *path, int read_only);
+int make_read_only(const struct request *request); // -1: an F_FAILED frame was sent
 int make_parents(const char *path, int with_last);
 
 // users.c

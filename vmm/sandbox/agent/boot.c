@@ -256,3 +256,22 @@ int mount_share(const char *tag, const char *path, int read_only)
         return -1;
     return (int)CALL(mount, tag, path, "virtiofs", MS_NOSUID | MS_NODEV | (read_only ? MS_RDONLY : 0), NULL);
 }
+
+// Makes the root read-only. The directories in `writable=` words stay as they are, with what is in them.
+int make_read_only(const struct request *request)
+{
+    for (int i = 1; i < request->count; i++) {
+        const char *word = request->words[i], *path = word + strlen("writable=");
+        if (strncmp(word, "writable=", strlen("writable=")))
+            continue;
+        if (make_parents(path, 1) || CALL(mount, path, path, NULL, MS_BIND, NULL)) {
+            send_failed(errno, path);
+            return -1;
+        }
+    }
+    if (CALL(mount, NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL)) {
+        send_failed(errno, "/");
+        return -1;
+    }
+    return 0;
+}

@@ -72,6 +72,9 @@ static void serve(void)
                 send_failed(tag && path ? errno : EINVAL, path ? path : "mount");
             else
                 send_ok();
+        } else if (!strcmp(verb, "read-only")) {
+            if (!make_read_only(&request))
+                send_ok();
         } else if (!serve_files(&request)) {
             send_failed(ENOSYS, verb);
         }
