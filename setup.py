@@ -37,6 +37,8 @@ DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 NO_EXTENSIONS = bool(os.environ.get("PYVMM_NO_EXTENSIONS"))
 SANITIZER = os.environ.get("PYVMM_SANITIZER", "")
 SANITIZED = [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZER else []
+if SANITIZER == "thread":
+    SANITIZED.append("-Wno-tsan")  # it does not see fences: what they order is not seen as ordered
 LAUNCHER = "vmm/launcher.c"
 MANUAL = "build/man/pyvmm.1"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.

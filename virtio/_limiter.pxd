@@ -13,7 +13,8 @@ cdef class RateLimiter:
     cdef Bucket bandwidth       # bytes
     cdef Bucket ops
     cdef int lock
-    cdef readonly uint64_t throttled        # number of times that take() returned a wait
+    cdef int active             # atomic: there is a limit
+    cdef uint64_t _throttled    # number of times that take() returned a wait
     # Take tokens for `ops` operations of `nbytes` bytes in total. Returns 0, or the nanoseconds to wait before asking
     # again; then nothing was taken. Safe from any thread: the queues of one device share a limiter.
     cdef uint64_t take(self, uint64_t nbytes, uint64_t ops) noexcept nogil

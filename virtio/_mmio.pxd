@@ -8,7 +8,7 @@ from vmm._bus cimport NativeDevice
 cdef struct Registers:
     Call *call
     uint64_t notified           # QueueNotify writes that KVM's ioeventfd did not take; not exact (no lock)
-    int[MAX_QUEUES] notify      # eventfd of each queue; borrowed; -1: the queue is not ready or does not exist
+    int[MAX_QUEUES] notify      # eventfd of each queue; borrowed; -1: the queue is not ready or does not exist; atomic
 
 
 cdef class MmioRegisters(NativeDevice):

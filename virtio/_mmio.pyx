@@ -9,18 +9,22 @@ from libc.string cimport memcpy
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, NativeDevice
 
 from virtio._interrupt cimport MAX_QUEUES, Interrupt
-from vmm._sys cimport eventfd_write
+from vmm._sys cimport counter_add, counter_read, eventfd_write
 
 cdef extern from *:
     """
     #include <stdint.h>
     typedef volatile uint32_t volatile_u32;
     static inline uint32_t mmio_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline int mmio_fd(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static inline void mmio_set_fd(int *p, int fd) { __atomic_store_n(p, fd, __ATOMIC_RELAXED); }
     static inline void mmio_and32(uint32_t *p, uint32_t v) { __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
     """
     ctypedef uint32_t volatile_u32
     uint32_t mmio_load32(const uint32_t *p) noexcept nogil
     void mmio_and32(uint32_t *p, uint32_t v) noexcept nogil
+    int mmio_fd(const int *p) noexcept nogil
+    void mmio_set_fd(int *p, int fd) noexcept nogil
 
 cdef enum:
     MMIO_QUEUE_NOTIFY = 0x050
@@ -33,6 +37,7 @@ cdef enum:
 cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is_write) noexcept nogil:
     cdef Registers *registers = <Registers *>ctx
     cdef uint32_t value
+    cdef int fd
     if size != 4:
         return ACCESS_PYTHON
     if is_write:
@@ -40,10 +45,12 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
         if offset == MMIO_INTERRUPT_ACK:
             mmio_and32(registers.call.status, ~value)
             return ACCESS_DONE
-        if offset == MMIO_QUEUE_NOTIFY and value < MAX_QUEUES and registers.notify[value] >= 0:
-            registers.notified += 1
-            eventfd_write(registers.notify[value], 1)
-            return ACCESS_DONE
+        if offset == MMIO_QUEUE_NOTIFY and value < MAX_QUEUES:
+            fd = mmio_fd(&registers.notify[value])
+            if fd >= 0:
+                counter_add(&registers.notified, 1)
+                eventfd_write(fd, 1)
+                return ACCESS_DONE
     elif offset == MMIO_INTERRUPT_STATUS:
         value = mmio_load32(registers.call.status)
         memcpy(data, &value, 4)
@@ -80,7 +87,7 @@ cdef class MmioRegisters(NativeDevice):
     @property
     def notified(self):
         """Number of QueueNotify writes that exited to user space because no ioeventfd took them; not exact."""
-        return self.registers.notified
+        return counter_read(&self.registers.notified)
 
     def show(self, uint32_t offset, uint32_t value):
         """Show `value` in the register at `offset` (bytes); InterruptStatus is ignored."""
@@ -95,4 +102,4 @@ cdef class MmioRegisters(NativeDevice):
     def set_notify(self, int queue, int fd):
         """Make a QueueNotify write for `queue` signal the eventfd `fd` (borrowed); -1: Python handles the write."""
         if 0 <= queue < MAX_QUEUES:
-            self.registers.notify[queue] = fd
+            mmio_set_fd(&self.registers.notify[queue], fd)

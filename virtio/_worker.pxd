@@ -32,7 +32,6 @@ cdef class QueueWorker:
     cdef uint32_t broken                        # place of the queue whose negative status serve() or event() returned
     cdef int host_errno
     cdef uint32_t events                        # EPOLL* bits of the current event()
-    cdef bint leaving                           # for finish(): the driver is gone for good and is not served again
     cdef bint in_flight                         # a device event will come: no busy polling until then
     cdef uint64_t poll_ns                       # longest busy polling before a sleep; 0: none
 
@@ -48,6 +47,7 @@ cdef class QueueWorker:
     cdef void unwatch(self, int fd) noexcept nogil
     cdef void wake_after(self, uint64_t nanoseconds) noexcept nogil     # one TOKEN_TIMER; 0: cancel it
     cdef bint stopping(self) noexcept nogil     # every long loop must return when this is true
+    cdef bint leaving(self) noexcept nogil      # for finish(): the driver is gone for good and is not served again
 
     cdef readonly object device
     cdef readonly str name
@@ -58,7 +58,7 @@ cdef class QueueWorker:
     cdef int _epoll
     cdef int _stop_fd
     cdef int _timer
-    cdef int _stop                              # atomic
+    cdef int _stop                              # atomic: 1: to stop, 2: the driver leaves, too
     cdef bint[MAX_WORKER_QUEUES] _stalled
     cdef uint64_t[MAX_WORKER_QUEUES] _notified  # by place
     cdef uint32_t _again                        # bit mask of the places that returned SERVE_MORE

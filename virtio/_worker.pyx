@@ -10,7 +10,7 @@ from virtio._interrupt cimport Interrupt, interrupt_used
 from vmm._fastpath cimport (
     Ring, VirtQueue, load_relaxed16, queue_disable_notify, queue_enable_notify, queue_flush, queue_mute,
 )
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, eventfd_write, name_thread
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write, name_thread
 from vmm.errors import HostError
 from vmm.threads import spawn
 
@@ -159,8 +159,7 @@ cdef class QueueWorker:
         """
         if self._thread is None:
             return
-        self.leaving = leaving          # before the stop flag, whose store publishes it
-        worker_set_stop(&self._stop, 1)
+        worker_set_stop(&self._stop, 1 + leaving)
         eventfd_write(self._stop_fd, 1)
         self._thread.join()
         self._thread = None
@@ -176,7 +175,7 @@ cdef class QueueWorker:
     @property
     def notified(self):
         """How often a notification from the driver woke this thread, by queue number."""
-        return {index: self._notified[place] for place, index in enumerate(self.indices)}
+        return {index: counter_read(&self._notified[place]) for place, index in enumerate(self.indices)}
 
     def wake(self):
         """Make the thread call ``event(TOKEN_TIMER)`` soon. Any thread."""
@@ -240,7 +239,7 @@ cdef class QueueWorker:
                         return 0
                     continue            # the event of an earlier stop
                 if token >= TOKEN_QUEUE:
-                    self._notified[token - TOKEN_QUEUE] += 1
+                    counter_add(&self._notified[token - TOKEN_QUEUE], 1)
                     status = self._kicked(token - TOKEN_QUEUE)
                 else:
                     if token == TOKEN_TIMER and read(self._timer, &expired, 8) < 0:
@@ -312,6 +311,9 @@ cdef class QueueWorker:
 
     cdef bint stopping(self) noexcept nogil:
         return worker_stop_seen(&self._stop)
+
+    cdef bint leaving(self) noexcept nogil:
+        return worker_stop_seen(&self._stop) > 1
 
     # Overridden by devices
 

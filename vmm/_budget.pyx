@@ -31,20 +31,26 @@ cdef extern from *:
         __atomic_fetch_sub(taken, amount, __ATOMIC_RELAXED);
     }
     static int granted_below[2];        /* numbers, by purpose */
+    static inline int budget_below(int purpose) { return __atomic_load_n(&granted_below[purpose], __ATOMIC_RELAXED); }
+    static inline void budget_set_below(int purpose, int n) {
+        __atomic_store_n(&granted_below[purpose], n, __ATOMIC_RELAXED);
+    }
     """
     void set_errno(int number) noexcept nogil
     bint budget_take(uint64_t *taken, uint64_t limit, uint64_t amount) noexcept nogil
     uint64_t budget_load(const uint64_t *taken) noexcept nogil
     void budget_give(uint64_t *taken, uint64_t amount) noexcept nogil
-    int[2] granted_below
+    int budget_below(int purpose) noexcept nogil
+    void budget_set_below(int purpose, int number) noexcept nogil
 
 KEPT = 512      # descriptors reserved for the VMM itself
 
 
 def set_descriptor_limit(int limit):
     """Set the limits: guests may use all but ``KEPT`` of `limit` descriptors, and look-ups three quarters of those."""
-    granted_below[<int>FOR_OPEN] = max(limit - <int>KEPT, 0)
-    granted_below[<int>FOR_LOOKUP] = granted_below[<int>FOR_OPEN] * 3 // 4
+    cdef int below = max(limit - <int>KEPT, 0)
+    budget_set_below(FOR_OPEN, below)
+    budget_set_below(FOR_LOOKUP, below * 3 // 4)
 
 
 def raise_descriptor_limit():
@@ -68,7 +74,7 @@ cdef int granted(int fd, Purpose purpose) noexcept nogil:
     if fd < 0:
         if errno == EMFILE:
             set_errno(ENFILE)
-    elif fd >= granted_below[<int>purpose]:
+    elif fd >= budget_below(purpose):
         close(fd)
         set_errno(ENFILE)
         return -1

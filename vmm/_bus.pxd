@@ -11,6 +11,14 @@ cdef enum:
 # borrowed for the call; a read fills it. Called from any vCPU thread, without the GIL, several at once.
 ctypedef int (*access_fn)(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is_write) noexcept nogil
 
+cdef extern from *:
+    """
+    static inline void *bus_load(void *const *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void bus_store(void **p, void *v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+    """
+    void *bus_load(void **p) noexcept nogil
+    void bus_store(void **p, void *v) noexcept nogil
+
 cdef class NativeDevice:
     cdef access_fn access       # NULL: the device is Python only
     cdef void *ctx              # handed to access; must live as long as this object
@@ -28,12 +36,16 @@ cdef struct Table:
     Range *ranges               # sorted by start, disjoint
 
 cdef class Bus:
-    cdef Table *table           # replaced whole by add and remove; readers load the pointer once
+    cdef Table *table           # replaced whole by add and remove; readers have it by bus_table()
     cdef readonly str name      # "pio" or "mmio"
     cdef readonly uint64_t limit  # first address past the space
-    cdef public uint64_t unclaimed  # accesses outside every range, or across the end of one
+    cdef uint64_t _unclaimed    # accesses outside every range, or across the end of one; not exact, as `hits`
     cdef list _claims           # (start, size, device, name), sorted; owns the devices
     cdef list _retired          # tables and devices that a vCPU may still be reading
     cdef object _publish(self, object leaving=*)
+
+# The table of this moment: what a reader loads once.
+cdef inline Table *bus_table(Bus bus) noexcept nogil:
+    return <Table *>bus_load(<void **>&bus.table)
 
 cdef Range *bus_find(Table *table, uint64_t address, uint32_t size) noexcept nogil

@@ -9,6 +9,7 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
+from vmm._sys cimport counter_add, counter_read
 from vmm.errors import ConfigError
 
 
@@ -102,13 +103,18 @@ cdef class Bus:
         """The claimed ranges: a tuple of (start, size, device, name), sorted by address."""
         return tuple(self._claims)
 
+    @property
+    def unclaimed(self):
+        """Accesses that met no device, or straddled two; a statistic, as ``hits``."""
+        return counter_read(&self._unclaimed)
+
     def hits(self, device):
         """Number of accesses to `device` since the bus last changed; not exact."""
         cdef size_t i
         cdef uint64_t total = 0
         for i in range(self.table.count):
             if self.table.ranges[i].device == <PyObject *>device:
-                total += self.table.ranges[i].hits
+                total += counter_read(&self.table.ranges[i].hits)
         return total
 
     cdef object _publish(self, object leaving=None):
@@ -130,7 +136,7 @@ cdef class Bus:
             if isinstance(device, NativeDevice):
                 table.ranges[i].access = (<NativeDevice>device).access
                 table.ranges[i].ctx = (<NativeDevice>device).ctx
-        self.table = table      # one aligned pointer store: a reader has the old table or the new one, never half
+        bus_store(<void **>&self.table, table)      # a reader has the old table or the new one, never half
         if old != NULL:
             self._retired.append((<uintptr_t>old, leaving))
 
@@ -144,11 +150,11 @@ cdef class Bus:
         cdef uint32_t size = <uint32_t>view.shape[0]
         cdef Range *r = bus_find(self.table, address, size)
         if r == NULL:
-            self.unclaimed += 1
+            counter_add(&self._unclaimed, 1)
             if not is_write:
                 view[:] = 0xff
             return False
-        r.hits += 1
+        counter_add(&r.hits, 1)
         if r.access != NULL and r.access(r.ctx, address - r.start, &view[0], size, is_write) == ACCESS_DONE:
             return True
         device = <object>r.device

@@ -13,6 +13,9 @@ cdef extern from *:
     static inline uint16_t load_relaxed16(const void *p) {
         return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED);
     }
+    static inline void store_relaxed16(void *p, uint16_t v) {
+        __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELAXED);
+    }
     static inline void store_release16(void *p, uint16_t v) {
         __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE);
     }
@@ -28,6 +31,7 @@ cdef extern from *:
     """
     uint16_t load_acquire16(const void *p) noexcept nogil
     uint16_t load_relaxed16(const void *p) noexcept nogil
+    void store_relaxed16(void *p, uint16_t v) noexcept nogil
     void store_release16(void *p, uint16_t v) noexcept nogil
     void fence_seq_cst() noexcept nogil
     struct vring_desc_copy:     # virtio 1.2 §2.7.5
@@ -82,7 +86,7 @@ cdef struct Ring:
     uint8_t *avail              # u16 flags, u16 idx, u16 ring[size], u16 used_event
     uint8_t *used               # u16 flags, u16 idx, {u32 id, u32 len} ring[size], u16 avail_event
     uint16_t size               # a power of two, at most 32768; 0: the queue is not ready
-    uint16_t last_avail         # avail entries taken so far, mod 65536
+    uint16_t last_avail         # avail entries taken so far, mod 65536; atomic: any thread may read it
     uint16_t next_used          # used entries written so far, mod 65536
     uint16_t published          # used.idx as the driver sees it
     bint event_idx              # VIRTIO_F_EVENT_IDX was negotiated

@@ -256,7 +256,7 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
     chain.n_writable = n - n_readable
     chain.readable_bytes = readable
     chain.writable_bytes = total - readable
-    ring.last_avail += 1
+    store_relaxed16(&ring.last_avail, <uint16_t>(ring.last_avail + 1))
     return QUEUE_CHAIN
 
 
@@ -292,7 +292,7 @@ cdef void queue_mute(Ring *ring) noexcept nogil:
 
 cdef void queue_unpop(Ring *ring) noexcept nogil:
     """Undo the last queue_pop; its chain must not have been returned. The next pop reads the chain again."""
-    ring.last_avail -= 1
+    store_relaxed16(&ring.last_avail, <uint16_t>(ring.last_avail - 1))
 
 
 cdef bint queue_flush_call(Ring *ring) noexcept nogil:
@@ -396,8 +396,8 @@ cdef class VirtQueue:
 
     @property
     def last_avail(self):
-        """Chains taken so far, mod 65536."""
-        return self.ring.last_avail
+        """Chains taken so far, mod 65536; any thread may ask."""
+        return load_relaxed16(&self.ring.last_avail)
 
     @property
     def next_used(self):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Host calls that several Cython loops share.
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 cdef extern from *:
     """
@@ -13,10 +13,22 @@ cdef extern from *:
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
     static inline void name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
+    /* A number that one thread counts up, or several one after the other, while any reads it. */
+    static inline void counter_add(uint64_t *counter, int64_t n) {
+        __atomic_store_n(counter, __atomic_load_n(counter, __ATOMIC_RELAXED) + (uint64_t)n, __ATOMIC_RELAXED);
+    }
+    static inline uint64_t counter_read(const uint64_t *counter) { return __atomic_load_n(counter, __ATOMIC_RELAXED); }
+    static inline void counters_read(void *to, const void *from, size_t size) {
+        for (size_t i = 0; i < size / sizeof(uint64_t); i++)
+            ((uint64_t *)to)[i] = counter_read((const uint64_t *)from + i);
+    }
     """
     enum: CLOCK_MONOTONIC, CLOCK_REALTIME
     uint64_t clock_ns(int clock) noexcept nogil
     void name_thread(const char *name) noexcept nogil       # the calling thread; truncated to 15 bytes
+    void counter_add(uint64_t *counter, int64_t n) noexcept nogil
+    uint64_t counter_read(const uint64_t *counter) noexcept nogil
+    void counters_read(void *to, const void *source, size_t size) noexcept nogil    # a struct or array of them
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_write(int fd, uint64_t value)

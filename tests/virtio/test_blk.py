@@ -703,9 +703,12 @@ def test_rate_limit_within_a_tenth(
 ) -> None:
     """Shared by the queues; what is counted is requests, and the clock is that of the limiter."""
     vm = boot(queues=2, limiter=RateLimiter(**limit))
-    data = vm.buffer(size, device_writes=True)
-    status = vm.buffer(1, device_writes=True)
-    heads = [ring.add_indirect([vm.header(spec.BLK_T_IN), data, status]) for ring in vm.driver.queues]
+    heads = [
+        ring.add_indirect(
+            [vm.header(spec.BLK_T_IN), vm.buffer(size, device_writes=True), vm.buffer(1, device_writes=True)]
+        )
+        for ring in vm.driver.queues
+    ]
     while not vm.device.limiter.ask(size):  # the bucket starts full
         pass
 

@@ -18,6 +18,7 @@ from vmm._uring cimport (
     uring_seen, uring_submit,
 )
 from virtio._worker cimport SERVE_STALLED, QueueWorker
+from vmm._sys cimport counter_add, counters_read
 from vmm._fastpath cimport (
     QUEUE_CHAIN, Ring, iovec, load_relaxed16, queue_add_used, queue_pop, queue_unpop, store_release16,
 )
@@ -210,7 +211,9 @@ cdef class BlockWorker(QueueWorker):
     @property
     def stats(self):
         """Counters of this queue, by name."""
-        return self.counters
+        cdef Counters now
+        counters_read(&now, &self.counters, sizeof(Counters))
+        return now
 
     def close(self):
         """Stop the thread and close its file descriptors and its ring. Idempotent."""
@@ -252,9 +255,9 @@ cdef class BlockWorker(QueueWorker):
                     status = SERVE_STALLED
                     break
             self.idle = r.next
-            self.counters.requests += 1
+            counter_add(&self.counters.requests, 1)
             if refusal != S_OK:
-                self.counters.bad_requests += 1
+                counter_add(&self.counters.bad_requests, 1)
                 self.answer(r, refusal)
             elif r.length > PIECE:
                 if not self.execute_long(r):
@@ -262,7 +265,7 @@ cdef class BlockWorker(QueueWorker):
                     queue_unpop(ring)
                     r.next = self.idle
                     self.idle = r
-                    self.counters.requests -= 1
+                    counter_add(&self.counters.requests, -1)
                     break
             elif not self.by_ring or not self.hand_over(r):
                 self.complete(r, execute(r, &self.disk.file, self.dsync))
@@ -332,26 +335,26 @@ cdef class BlockWorker(QueueWorker):
             self.answer(r, S_UNSUPP)
             return
         if failed:
-            self.counters.io_errors += 1
+            counter_add(&self.counters.io_errors, 1)
             self.report(failed, r.offset + r.length)
             self.answer(r, S_IOERR)
             return
         if r.type == T_IN:
             size = r.chain.writable_bytes - 1
-            self.counters.reads += 1
-            self.counters.bytes_read += size
+            counter_add(&self.counters.reads, 1)
+            counter_add(&self.counters.bytes_read, size)
             self.done_bytes += size
         elif r.type == T_OUT:
             size = r.chain.readable_bytes - HEADER_BYTES
-            self.counters.writes += 1
-            self.counters.bytes_written += size
+            counter_add(&self.counters.writes, 1)
+            counter_add(&self.counters.bytes_written, size)
             self.done_bytes += size
         elif r.type == T_FLUSH:
-            self.counters.flushes += 1
+            counter_add(&self.counters.flushes, 1)
         elif r.type == T_DISCARD:
-            self.counters.discards += 1
+            counter_add(&self.counters.discards, 1)
         elif r.type == T_WRITE_ZEROES:
-            self.counters.write_zeroes += 1
+            counter_add(&self.counters.write_zeroes, 1)
         self.answer(r, S_OK)
 
     cdef void answer(self, Request *r, int status) noexcept nogil:

@@ -8,10 +8,11 @@ from libc.string cimport memcpy, memset, strlen
 from virtio.fs._host cimport *
 from virtio.fs._inodes cimport ROOT, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 from virtio.fs._nodes cimport NodeOperations
-from virtio.fs._share cimport ALLOCATED, DIRENTS, IN_HEADER, MAX_WRITE, OUT_HEADER, OUT_MAX, PIECE
+from virtio.fs._share cimport ALLOCATED, DIRENTS, IN_HEADER, MAX_WRITE, NO_OPEN, OUT_HEADER, OUT_MAX, PIECE, agreed
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
 from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
+from vmm._sys cimport counter_add
 
 
 cdef int64_t or_errno(int64_t result) noexcept nogil:
@@ -83,7 +84,7 @@ cdef class FileOperations(NodeOperations):
         cdef Handle *handle
         cdef Node *node
         cdef int error
-        if not self.share.no_open:
+        if not agreed(self.share, NO_OPEN):
             handle = self.table.handle_get(fh, nodeid, kind)
             if handle == NULL:
                 set_errno(EBADF)
@@ -122,7 +123,7 @@ cdef class FileOperations(NodeOperations):
         cdef host_stat st
         cdef ssize_t done
         if arg.size > self.room:
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return -EIO
         while skip >= iov.iov_len:      # skip the space for the reply header; self.room says that it fits
             skip -= iov.iov_len
@@ -132,12 +133,12 @@ cdef class FileOperations(NodeOperations):
         self.direct = True
         self.narrowed, self.before = iov, iov[0]
         count = iov_window(&iov, <uint32_t>(end - iov), skip, arg.size)
-        if self.may_wait or self.share.no_nowait or arg.offset > <uint64_t>INT64_MAX:
+        if self.may_wait or fs_load(&self.share.no_nowait) or arg.offset > <uint64_t>INT64_MAX:
             done = read_all(handle.fd, iov, count, arg.offset, arg.size)
         else:
             done = preadv2(handle.fd, iov, <int>count, arg.offset, RWF_NOWAIT)
             if done < 0 and errno == EOPNOTSUPP:
-                self.share.no_nowait = True
+                fs_store(&self.share.no_nowait, True)
                 done = read_all(handle.fd, iov, count, arg.offset, arg.size)
             elif done < 0 and errno == EAGAIN:
                 return WOULD_WAIT
@@ -146,7 +147,7 @@ cdef class FileOperations(NodeOperations):
                 return WOULD_WAIT       # a short read before the end of the file: the rest is not in the page cache
         if done < 0:
             return -errno
-        self.counters.bytes_read += done
+        counter_add(&self.counters.bytes_read, done)
         return done
 
     cdef int64_t op_write(self, Handle *handle, DescChain *chain) noexcept nogil:
@@ -163,7 +164,7 @@ cdef class FileOperations(NodeOperations):
         cdef ssize_t done
         cdef int error
         if arg.size != size or size > MAX_WRITE:
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return -EIO
         if (handle.synchronous or flags & RWF_DSYNC) and not self.may_wait:
             return WOULD_WAIT
@@ -180,7 +181,7 @@ cdef class FileOperations(NodeOperations):
             count = iov_window(&iov, count, <uint64_t>done, size - total)
         if kill:
             fs_capset(self.credentials.full)
-        self.counters.bytes_written += total
+        counter_add(&self.counters.bytes_written, total)
         if done < 0 or (cached and total < size):
             return -error
         out.size = <uint32_t>total
@@ -297,9 +298,9 @@ cdef class FileOperations(NodeOperations):
         cdef bint dots
         cdef Node *node = handle.node
         if arg.size > self.room:
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return -EIO
-        cdef uint64_t fh = nodeid if self.share.no_open else arg.fh
+        cdef uint64_t fh = nodeid if agreed(self.share, NO_OPEN) else arg.fh
         if self.entries_fh != fh or self.entries_next != arg.offset or arg.offset == 0:
             self.entries_fh, self.entries_next = fh, arg.offset
             self.entries_at = self.entries_have = 0

@@ -58,8 +58,8 @@ cdef class Inodes:
     cdef uint32_t ghosts
     cdef Budget memory          # the process's budget for nodes and their names, bytes
     cdef uint64_t charged       # bytes that this table has taken from it
-    cdef readonly uint64_t nodes
-    cdef readonly uint64_t reopened     # number of descriptors opened again
+    cdef uint64_t nodes         # a counter
+    cdef uint64_t reopened      # number of descriptors opened again
 
     # Return the node, pinned: its fd stays open until node_put. Otherwise NULL and errno. ESTALE: the guest never knew
     # this id or has forgotten it, or the file is no longer where it was. ENFILE: no descriptor is left to open it

@@ -18,6 +18,7 @@ from libc.string cimport memcpy, strcmp, strlen
 
 from virtio.fs._host cimport *
 from vmm._budget cimport FOR_LOOKUP, granted
+from vmm._sys cimport counter_add
 
 from vmm.budget import memory
 
@@ -228,7 +229,7 @@ cdef class Inodes:
         if node.ghost:
             node.ghost = False
             self.ghosts -= 1
-            self.nodes += 1
+            counter_add(&self.nodes, 1)
         node.nlookup += 1
         node.recent = True
         return id_of(node)
@@ -267,7 +268,7 @@ cdef class Inodes:
                 node.btime = btime_of(st)
                 node.overlay = overlay
                 node.foreign = parent != NULL and node.dev != parent.dev and node.type != S_IFDIR
-                self.nodes += 1
+                counter_add(&self.nodes, 1)
                 if self.nodes + self.ghosts > self.n_buckets:
                     self._grow()
                 self._hash(node)
@@ -275,7 +276,7 @@ cdef class Inodes:
             nodeid = self._count_lookup(node)
             self._rename(node, parent, name)
             if node.fd < 0:
-                node.fd = fd
+                fs_store(&node.fd, fd)
                 fd = -1
         pthread_mutex_unlock(&self.lock)
         if fd >= 0:
@@ -301,7 +302,7 @@ cdef class Inodes:
             pthread_mutex_unlock(&self.lock)
             if before != NULL:
                 self.node_put(before)
-            if node == NULL or node.fd >= 0 or self._open_again(node) == 0:
+            if node == NULL or fs_load(&node.fd) >= 0 or self._open_again(node) == 0:
                 return node
             before = node           # its file is gone: go on to the next
 
@@ -421,7 +422,7 @@ cdef class Inodes:
     cdef Node *node_get(self, uint64_t nodeid) noexcept nogil:
         cdef Node *node = self._pin(nodeid, False)
         cdef int error = ESTALE
-        if node != NULL and node.fd < 0:
+        if node != NULL and fs_load(&node.fd) < 0:
             error = self._open_again(node)
             if error:
                 self.node_put(node)
@@ -434,7 +435,7 @@ cdef class Inodes:
         cdef Node *node = self._pin(nodeid, True)
         cdef int error = ESTALE
         if node != NULL:
-            error = self._open_again(node) if node.fd < 0 else 0
+            error = self._open_again(node) if fs_load(&node.fd) < 0 else 0
             if error:
                 self.node_put(node)
                 node = NULL
@@ -450,11 +451,11 @@ cdef class Inodes:
         cdef Node *at = node
         cdef uint32_t n = 0, i
         cdef int error = 0
-        while at != NULL and at.fd < 0 and n < DEPTH:
+        while at != NULL and fs_load(&at.fd) < 0 and n < DEPTH:
             way[n] = at
             n += 1
             at = self._pin(at.parent, True)
-        if at == NULL or at.fd < 0:
+        if at == NULL or fs_load(&at.fd) < 0:
             error = ESTALE
         else:
             while n and error == 0:
@@ -489,9 +490,9 @@ cdef class Inodes:
             close(fd)
             return ESTALE
         pthread_mutex_lock(&self.lock)
-        self.reopened += 1
+        counter_add(&self.reopened, 1)
         if node.fd < 0:
-            node.fd = fd
+            fs_store(&node.fd, fd)
             fd = -1
         pthread_mutex_unlock(&self.lock)
         if fd >= 0:
@@ -520,7 +521,7 @@ cdef class Inodes:
         if not node.ghost:
             node.ghost = True
             self.ghosts += 1
-            self.nodes -= 1
+            counter_add(&self.nodes, -1)
             if self.ghosts > GHOSTS:
                 self._drop_a_ghost()
         return fd
@@ -544,7 +545,7 @@ cdef class Inodes:
         if node.ghost:
             self.ghosts -= 1
         else:
-            self.nodes -= 1
+            counter_add(&self.nodes, -1)
         node.live = node.ghost = False
         node.fd = -1
         node.next = self.free_node
@@ -592,11 +593,14 @@ cdef class Inodes:
         return node
 
     cdef void clear_nodes(self) noexcept nogil:
-        cdef uint32_t i
+        cdef uint32_t i, slots
         cdef int fd
         cdef Node *node
+        pthread_mutex_lock(&self.lock)
+        slots = self.node_slots         # other threads may be looking files up
+        pthread_mutex_unlock(&self.lock)
         # Lock for each node, so that the lock is not held during a million closes.
-        for i in range(ROOT + 1, self.node_slots):
+        for i in range(ROOT + 1, slots):
             pthread_mutex_lock(&self.lock)
             node = self._node(i)
             fd = -1

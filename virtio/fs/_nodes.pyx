@@ -14,10 +14,11 @@ from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio.fs._host cimport *
 from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room
-from virtio.fs._share cimport NAME_MAX, PATH_MAX, XATTR_MAX, Agent, foreign_ino
+from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, Agent, agreed, foreign_ino
 from virtio.fs._table cimport DIRECTORY, FILE, Handle
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
+from vmm._sys cimport counter_add
 
 
 cdef enum:
@@ -149,7 +150,7 @@ cdef class NodeOperations(Agent):
             return -EOPNOTSUPP
         if (valid & FATTR_UID and arg.uid == <uint32_t>-1) or (valid & FATTR_GID and arg.gid == <uint32_t>-1):
             return -EINVAL      # -1 means "no change" to the host
-        if valid & FATTR_FH and not self.share.no_open:
+        if valid & FATTR_FH and not agreed(self.share, NO_OPEN):
             handle = self.table.handle_get(arg.fh, nodeid, FILE)
             if handle == NULL:
                 return -EBADF
@@ -210,7 +211,7 @@ cdef class NodeOperations(Agent):
         if h.opcode == FUSE_SYMLINK:
             target = self.name2 - <const char *>self.request
             if target >= self.length or memchr(self.name2, 0, self.length - target) == NULL or self.name2[0] == 0:
-                self.counters.bad_requests += 1
+                counter_add(&self.counters.bad_requests, 1)
                 return -EINVAL
         if switch:
             error = self.become(h.uid, h.gid)
@@ -250,7 +251,7 @@ cdef class NodeOperations(Agent):
         cdef statx st
         cdef uint64_t nodeid
         node[0] = NULL
-        if self.share.no_open \
+        if agreed(self.share, NO_OPEN) \
                 and statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
             nodeid = self.table.node_id(&st)
             if nodeid:
@@ -414,7 +415,7 @@ cdef class NodeOperations(Agent):
         cdef ssize_t result
         if opcode != FUSE_LISTXATTR:
             if end == NULL or end == name:
-                self.counters.bad_requests += 1
+                counter_add(&self.counters.bad_requests, 1)
                 return -EINVAL
             if end - name > NAME_MAX:
                 return -ERANGE
@@ -424,7 +425,7 @@ cdef class NodeOperations(Agent):
             at = end + 1 - <const char *>self.request
             size = (<const fuse_setxattr_in *>self.request).size
             if size > self.length - at:
-                self.counters.bad_requests += 1
+                counter_add(&self.counters.bad_requests, 1)
                 return -EINVAL
             result = setxattr(path, name, end + 1, size, (<const fuse_setxattr_in *>self.request).flags)
             return -errno if result < 0 else 0
@@ -432,7 +433,7 @@ cdef class NodeOperations(Agent):
             return -errno if removexattr(path, name) < 0 else 0
         room = (<const fuse_getxattr_in *>self.request).size
         if room > self.room or (room == 0 and self.room < sizeof(fuse_getxattr_out)):
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return -EIO
         if opcode == FUSE_GETXATTR:
             result = getxattr(path, name, self.out if room else NULL, min(room, <uint64_t>XATTR_MAX))
@@ -552,7 +553,7 @@ cdef class NodeOperations(Agent):
             if result < 0:
                 close(fd)
                 return result
-            if self.share.no_open:
+            if agreed(self.share, NO_OPEN):
                 close(fd)       # TMPFILE: its node is enough, as for any other file
                 memset(opened, 0, sizeof(fuse_open_out))
                 opened.open_flags = self.share.open_flags

@@ -11,11 +11,15 @@ from libc.string cimport memchr, memset
 from virtio.fs._dax cimport DAX_SHIFT
 from virtio.fs._files cimport FileOperations
 from virtio.fs._host cimport *
-from virtio.fs._share cimport IN_HEADER, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, OUT_HEADER, PIECE, REQUEST_MAX
+from virtio.fs._share cimport (
+    ANNOUNCES, DAX_INODES, IN_HEADER, INITIALISED, JUDGES_SGID, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, NO_OPEN,
+    OUT_HEADER, PIECE, REQUEST_MAX, agreed,
+)
 from virtio.fs._table cimport DIRECTORY, FILE
 from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain
 from vmm._iov cimport iov_gather, iov_scatter
+from vmm._sys cimport counter_add
 
 
 cdef bint is_slow(uint32_t opcode) noexcept nogil:
@@ -66,20 +70,20 @@ cdef class Server(FileOperations):
     cdef uint32_t answer(self, const fuse_in_header *header, DescChain *chain) noexcept nogil:
         cdef fuse_out_header out
         cdef int64_t result
-        self.counters.requests += 1
+        counter_add(&self.counters.requests, 1)
         self.direct = False
         if self.share.window is not None:
             self.share.window.map_regrown()
         result = self.judge(header, chain)
         if result == WOULD_WAIT:
-            self.counters.requests -= 1
+            counter_add(&self.counters.requests, -1)
             if self.direct:
                 self.narrowed[0] = self.before
             return HAND_OVER
         if result == NO_REPLY:
             return 0
         if chain.writable_bytes < OUT_HEADER:
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return 0
         out.unique = header.unique
         out.error = <int>result if result < 0 else 0
@@ -102,7 +106,7 @@ cdef class Server(FileOperations):
         if opcode <= FUSE_TMPFILE:
             silent = fuse_ops[opcode].flags & OP_SILENT
         if chain.readable_bytes < IN_HEADER or header.len != chain.readable_bytes:
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return NO_REPLY if silent else -EIO
         if opcode > FUSE_TMPFILE or not fuse_ops[opcode].flags & OP_KNOWN:
             return -ENOSYS
@@ -110,15 +114,15 @@ cdef class Server(FileOperations):
         taken = chain.readable_bytes - IN_HEADER
         self.room = chain.writable_bytes - OUT_HEADER if chain.writable_bytes >= OUT_HEADER else 0
         if not silent and (chain.writable_bytes < OUT_HEADER or self.room < op.out):
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return -EIO
-        if not fs_load(&self.share.initialised) and opcode != FUSE_INIT:
-            self.counters.bad_requests += 1
+        if not agreed(self.share, INITIALISED) and opcode != FUSE_INIT:
+            counter_add(&self.counters.bad_requests, 1)
             return NO_REPLY if silent else -EIO
         if op.flags & OP_CHANGES and self.share.read_only:
             return -EROFS
         if taken < op.size or (opcode != FUSE_WRITE and taken > REQUEST_MAX):
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return NO_REPLY if silent else -EINVAL
         if opcode == FUSE_WRITE:
             taken = op.size         # the data is written from guest memory
@@ -134,7 +138,7 @@ cdef class Server(FileOperations):
                     length = component(<const uint8_t *>self.name2, taken - op.size - <uint64_t>length - 1,
                                        False)
             if length < 0:
-                self.counters.bad_requests += length == -EINVAL
+                counter_add(&self.counters.bad_requests, length == -EINVAL)
                 return length
         return self.dispatch(header, chain)
 
@@ -153,7 +157,7 @@ cdef class Server(FileOperations):
         if opcode == FUSE_IOCTL:
             return -ENOTTY
         if opcode == FUSE_DESTROY:
-            fs_store(&self.share.initialised, 0)
+            fs_store(&self.share.session, 0)
             if self.share.window is not None:
                 self.share.window.clear()
             self.table.clear()
@@ -164,8 +168,8 @@ cdef class Server(FileOperations):
             if self.table.handle_release((<fuse_release_in *>self.request).fh, h.nodeid,
                                          FILE if opcode == FUSE_RELEASE else DIRECTORY):
                 return 0
-            return 0 if self.share.no_open else -EBADF
-        if self.share.no_open and (opcode == FUSE_OPEN or opcode == FUSE_OPENDIR or opcode == FUSE_CREATE):
+            return 0 if agreed(self.share, NO_OPEN) else -EBADF
+        if agreed(self.share, NO_OPEN) and (opcode == FUSE_OPEN or opcode == FUSE_OPENDIR or opcode == FUSE_CREATE):
             return -ENOSYS
         return self.on_node(h)
     # The session
@@ -174,6 +178,7 @@ cdef class Server(FileOperations):
         cdef const fuse_init_in *arg = <const fuse_init_in *>self.request
         cdef fuse_init_out *out = <fuse_init_out *>self.out
         cdef uint64_t offered, want
+        cdef int session = INITIALISED
         memset(out, 0, sizeof(fuse_init_out))
         out.major = 7
         out.minor = 38
@@ -204,15 +209,18 @@ cdef class Server(FileOperations):
             out.map_alignment = DAX_SHIFT
         # A thread that may read and write every file would refuse no OPEN, so the guest need not send any. Linux then
         # truncates by SETATTR and creates files by MKNOD, because it would not release a handle.
-        self.share.no_open = self.share.may_not_open \
-            and (self.credentials.reads_all if self.share.read_only else self.credentials.writes_all) \
-            and offered & FUSE_NO_OPEN_SUPPORT and offered & FUSE_NO_OPENDIR_SUPPORT
-        if self.share.no_open:
+        if self.share.may_not_open \
+                and (self.credentials.reads_all if self.share.read_only else self.credentials.writes_all) \
+                and offered & FUSE_NO_OPEN_SUPPORT and offered & FUSE_NO_OPENDIR_SUPPORT:
+            session |= NO_OPEN
             want &= ~<uint64_t>FUSE_ATOMIC_O_TRUNC
         want &= offered
-        self.share.judges_sgid = arg.minor >= MINOR_SGID
-        self.share.announces = (want & FUSE_SUBMOUNTS) != 0
-        self.share.dax_inodes = (want & FUSE_HAS_INODE_DAX) != 0
+        if arg.minor >= MINOR_SGID:
+            session |= JUDGES_SGID
+        if want & FUSE_SUBMOUNTS:
+            session |= ANNOUNCES
+        if want & FUSE_HAS_INODE_DAX:
+            session |= DAX_INODES
         out.max_readahead = arg.max_readahead
         out.flags = <uint32_t>want
         out.flags2 = <uint32_t>(want >> 32)
@@ -221,23 +229,23 @@ cdef class Server(FileOperations):
         out.max_write = MAX_WRITE
         out.max_pages = MAX_WRITE // 4096
         out.time_gran = 1
-        fs_store(&self.share.initialised, 1)
+        fs_store(&self.share.session, session)
         return sizeof(fuse_init_out)
 
     cdef int64_t op_forget(self, uint64_t nodeid) noexcept nogil:
         if not self.table.node_forget(nodeid, (<fuse_forget_in *>self.request).nlookup):
-            self.counters.bad_forgets += 1
+            counter_add(&self.counters.bad_forgets, 1)
         return NO_REPLY
 
     cdef int64_t op_batch_forget(self) noexcept nogil:
         cdef uint64_t count = (<fuse_batch_forget_in *>self.request).count, i
         cdef const fuse_forget_one *one = <const fuse_forget_one *>(self.request + sizeof(fuse_batch_forget_in))
         if count > (self.length - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one):
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return NO_REPLY
         for i in range(count):
             if not self.table.node_forget(one[i].nodeid, one[i].nlookup):
-                self.counters.bad_forgets += 1
+                counter_add(&self.counters.bad_forgets, 1)
         return NO_REPLY
 
     cdef int64_t op_removemapping(self) noexcept nogil:
@@ -249,7 +257,7 @@ cdef class Server(FileOperations):
         if self.share.window is None:
             return -ENOSYS
         if arg.count > (self.length - sizeof(fuse_removemapping_in)) // sizeof(fuse_removemapping_one):
-            self.counters.bad_requests += 1
+            counter_add(&self.counters.bad_requests, 1)
             return -EINVAL
         for i in range(arg.count):
             if self.share.window.unmap(one[i].moffset, one[i].len) < 0:

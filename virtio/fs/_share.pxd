@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from virtio.fs._dax cimport Window
-from virtio.fs._host cimport __user_cap_data_struct, statx
+from virtio.fs._host cimport __user_cap_data_struct, fs_load, statx
 from virtio.fs._inodes cimport Node
 from virtio.fs._table cimport Table
 from virtio.fs._fuse cimport fuse_attr, fuse_entry_out
@@ -25,6 +25,14 @@ cdef enum:
     MINOR_LEAST = 31                # Linux 5.4, the first with virtiofs
     MINOR_SGID = 37                 # Linux 6.1; since 6.0 its VFS checks set-group-id bits of new files
 
+# Share.session: what INIT agreed on, in one word, since other threads may still serve requests sent before INIT.
+cdef enum:
+    INITIALISED = 1             # INIT succeeded
+    NO_OPEN = 2                 # the guest uses files without OPEN: no request has a handle
+    JUDGES_SGID = 4             # the guest's kernel clears set-group-id bits that the user may not set
+    ANNOUNCES = 8               # the guest supports FUSE_ATTR_SUBMOUNT
+    DAX_INODES = 16             # the guest uses DAX for files marked by FUSE_ATTR_DAX
+
 cdef class Share:
     cdef Table table
     cdef int proc_fd            # descriptor of /proc/self/fd, for opening nodes; borrowed
@@ -32,7 +40,6 @@ cdef class Share:
     cdef bint writeback         # the guest may cache writes (cache=always)
     cdef bint flush_matters     # close() may fail on the host's file system, as on NFS
     cdef bint submounts         # mounts below the directory are shared, too
-    cdef bint announces         # the guest supports FUSE_ATTR_SUBMOUNT
     cdef bint squash
     cdef uint32_t uid           # the user of every access, except when root creates files for the guest's users
     cdef uint32_t gid
@@ -40,12 +47,12 @@ cdef class Share:
     cdef uint32_t open_flags    # FOPEN_* for every file
     cdef uint32_t dir_flags     # FOPEN_* for every directory
     cdef readonly Window window         # DAX window, or None
-    cdef int initialised        # atomic: INIT succeeded
+    cdef int session            # atomic: what INIT agreed on; see agreed()
     cdef bint may_not_open      # the guest may use files without OPEN (cache=always), if it supports that
-    cdef bint no_open           # the guest does so: no request has a handle
-    cdef bint no_nowait         # the host's file system does not support RWF_NOWAIT
-    cdef bint judges_sgid       # the guest's kernel clears set-group-id bits that the user may not set
-    cdef bint dax_inodes        # the guest uses DAX for files marked by FUSE_ATTR_DAX
+    cdef int no_nowait          # atomic: the host's file system does not support RWF_NOWAIT
+
+cdef inline bint agreed(Share share, int what) noexcept nogil:
+    return fs_load(&share.session) & what != 0
 
 # Permissions of the thread, and capability sets for acting as a user.
 cdef struct Credentials:

@@ -15,6 +15,7 @@ from virtio.fs._table cimport Table
 from virtio.fs._types cimport fs_is_overlay, fs_is_remote, fs_stores_files
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, granted
+from vmm._sys cimport counter_read
 
 
 cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
@@ -80,7 +81,7 @@ cdef class Share:
 
     def clear(self):
         """Drop all nodes, handles and mappings: the driver is gone."""
-        fs_store(&self.initialised, 0)
+        fs_store(&self.session, 0)
         if self.window is not None:
             self.window.clear()
         self.table.clear()
@@ -93,17 +94,18 @@ cdef class Share:
     @property
     def nodes(self):
         """Number of files that the guest knows, including the shared directory."""
-        return self.table.nodes
+        return counter_read(&self.table.nodes)
 
     @property
     def reopened(self):
         """Number of descriptors that were opened again, after they had been closed to make room."""
-        return self.table.reopened
+        return counter_read(&self.table.reopened)
 
     @property
     def handles(self):
         """Number of files and directories that the guest has open."""
-        return self.table.handles
+        return counter_read(&self.table.handles)
+
 
 cdef class Agent:
     """The state of one thread: buffers and credentials. It also turns descriptors into FUSE entries and attributes."""
@@ -147,7 +149,7 @@ cdef class Agent:
 
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
         # Act as that user while creating a file; fs_return() ends it. Returns 0 or an errno.
-        if self.share.judges_sgid:
+        if agreed(self.share, JUDGES_SGID):
             return fs_become(uid, gid, self.credentials.create_sgid)
         return fs_become(uid, gid, self.credentials.create)
 
@@ -192,7 +194,7 @@ cdef class Agent:
         attr.rdev = (st.stx_rdev_minor & 0xff) | st.stx_rdev_major << 8 | (st.stx_rdev_minor & ~<uint32_t>0xff) << 12
         attr.blksize = st.stx_blksize
         # Mappings are always readable, so DAX needs a readable file.
-        attr.flags = FUSE_ATTR_DAX if self.share.dax_inodes and st.stx_mode & S_IFMT == S_IFREG \
+        attr.flags = FUSE_ATTR_DAX if agreed(self.share, DAX_INODES) and st.stx_mode & S_IFMT == S_IFREG \
             and self.may_read(st) else 0
 
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil:
@@ -213,8 +215,8 @@ cdef class Agent:
         # numbers may repeat, so a directory is shown only if the guest supports FUSE_ATTR_SUBMOUNT. Before Linux 5.8
         # mnt_id is 0.
         if st.stx_mnt_id == parent.mnt and parent.mnt:
-            return self.share.announces or st.stx_mode & S_IFMT != S_IFDIR
-        if not self.share.submounts or not self.share.announces or fstatfs(fd, &fs) < 0:
+            return agreed(self.share, ANNOUNCES) or st.stx_mode & S_IFMT != S_IFDIR
+        if not self.share.submounts or not agreed(self.share, ANNOUNCES) or fstatfs(fd, &fs) < 0:
             return False
         overlay[0] = fs_is_overlay(<uint32_t>fs.f_type)
         return fs_stores_files(<uint32_t>fs.f_type)

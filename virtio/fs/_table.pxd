@@ -30,7 +30,7 @@ cdef class Table(Inodes):
     cdef Handle **handle_chunks
     cdef uint32_t handle_slots  # number of slots used at least once
     cdef uint32_t free_handle
-    cdef readonly uint64_t handles
+    cdef uint64_t handles       # a counter
 
     # Add a handle for `fd`, which this takes over. Returns its id, or 0 if there is no room.
     cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, int flags) noexcept nogil

@@ -6,7 +6,7 @@ from libc.stdlib cimport calloc, free
 
 from virtio.fs._host cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY
 from virtio.fs._inodes cimport ROOT, Inodes, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
-from vmm._sys cimport close
+from vmm._sys cimport close, counter_add
 
 
 cdef enum:
@@ -75,7 +75,7 @@ cdef class Table(Inodes):
             handle.after = handle.before = 0
             if kind == FILE and flags & O_ACCMODE != O_WRONLY:
                 self._join(handle)
-            self.handles += 1
+            counter_add(&self.handles, 1)
             fh = <uint64_t>handle.generation << 32 | index
             fd = -1
         pthread_mutex_unlock(&self.lock)
@@ -148,7 +148,7 @@ cdef class Table(Inodes):
         handle.live = False
         handle.next = self.free_handle
         self.free_handle = handle.index
-        self.handles -= 1
+        counter_add(&self.handles, -1)
         return handle.fd
 
     cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil:
@@ -163,12 +163,15 @@ cdef class Table(Inodes):
         return True
 
     cdef void clear(self) noexcept nogil:
-        cdef uint32_t i
+        cdef uint32_t i, slots
         cdef int fd
         cdef Node *node
         cdef Handle *handle
+        pthread_mutex_lock(&self.lock)
+        slots = self.handle_slots       # other threads may be opening files
+        pthread_mutex_unlock(&self.lock)
         # Lock for each handle, so that the lock is not held during a million closes.
-        for i in range(ROOT, self.handle_slots):
+        for i in range(ROOT, slots):
             pthread_mutex_lock(&self.lock)
             handle = self._handle(i)
             fd = -1

@@ -18,7 +18,7 @@ from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
 from vmm._iov cimport iov_gather
-from vmm._sys cimport close, eventfd_write
+from vmm._sys cimport close, counter_add, counters_read, eventfd_write
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
@@ -160,11 +160,9 @@ cdef class FsThread(QueueWorker):
     @property
     def stats(self):
         """Counters of this thread, by name."""
-        cdef Counters *c = &self.server.counters
-        return {
-            "requests": c.requests, "bad_requests": c.bad_requests, "bad_forgets": c.bad_forgets,
-            "bytes_read": c.bytes_read, "bytes_written": c.bytes_written, "handed_over": c.handed_over,
-        }
+        cdef Counters now
+        counters_read(&now, &self.server.counters, sizeof(Counters))
+        return now
 
     cdef int _loop(self) noexcept nogil:
         cdef int error = self.server.enter()
@@ -215,10 +213,10 @@ cdef class FsWorker(FsThread):
             self.server.may_wait = False
             written = HAND_OVER if is_slow(header.opcode) else self.server.answer(&header, chain)
             if written == HAND_OVER:
-                self.server.counters.handed_over += 1
+                counter_add(&self.server.counters.handed_over, 1)
                 if self.backlog.put(&header, chain, ring, self.queues[place]):
                     continue
-                self.server.counters.handed_over -= 1
+                counter_add(&self.server.counters.handed_over, -1)
                 self.server.may_wait = True
                 written = self.server.answer(&header, chain)
             self.give_back(ring, self.queues[place], chain.head, written)

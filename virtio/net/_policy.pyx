@@ -12,6 +12,8 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
+from vmm._sys cimport counter_add, counter_read, counters_read
+
 # A network and a range of ports. IPv4 addresses are mapped to ::ffff:0:0/96. Both halves are in host byte order.
 cdef struct Rule:
     uint64_t high
@@ -53,6 +55,7 @@ cdef extern from *:
     #define policy_leave(reading) __atomic_fetch_add(reading, 1, __ATOMIC_RELEASE)
     #define policy_table(table) __atomic_load_n(table, __ATOMIC_SEQ_CST)
     #define policy_swap(table, new) __atomic_exchange_n(table, new, __ATOMIC_SEQ_CST)
+    #define policy_get(from) __atomic_load_n(from, __ATOMIC_RELAXED)
     #define policy_set(to, value) __atomic_store_n(to, value, __ATOMIC_RELAXED)
     static inline void policy_wait(uint64_t *reading) {
         uint64_t seen = __atomic_load_n(reading, __ATOMIC_SEQ_CST);
@@ -65,6 +68,7 @@ cdef extern from *:
     uint64_t policy_leave(uint64_t *reading) noexcept nogil
     Table *policy_table(Table **table) noexcept nogil
     Table *policy_swap(Table **table, Table *new) noexcept nogil
+    uint64_t policy_get(uint64_t *source) noexcept nogil
     void policy_set(uint64_t *to, uint64_t value) noexcept nogil
     void policy_wait(uint64_t *reading) noexcept nogil
 
@@ -201,12 +205,15 @@ cdef class Policy:
     @property
     def counters(self):
         """Frames and bytes, by verdict."""
+        cdef uint64_t[VERDICTS] frames
+        counters_read(frames, self.frames, sizeof(frames))
         found = {
-            "allowed": self.frames[ALLOWED], "allowed_bytes": self.bytes_allowed, "resolver": self.frames[TO_RESOLVER],
-            "dropped": sum([self.frames[i] for i in range(DROPPED, VERDICTS)]), "dropped_bytes": self.bytes_dropped,
-            "evicted": self.evicted,
+            "allowed": frames[ALLOWED], "allowed_bytes": counter_read(&self.bytes_allowed),
+            "resolver": frames[TO_RESOLVER],
+            "dropped": sum([frames[i] for i in range(DROPPED, VERDICTS)]),
+            "dropped_bytes": counter_read(&self.bytes_dropped), "evicted": self.evicted,
         }
-        return found | {f"dropped_{name}": self.frames[DROPPED + i] for i, name in enumerate(REASONS)}
+        return found | {f"dropped_{name}": frames[DROPPED + i] for i, name in enumerate(REASONS)}
 
     cdef list _learned_now(self):
         cdef Table *table = self.table
@@ -215,7 +222,7 @@ cdef class Policy:
         for i in range(table.n_learned):
             each = &table.learned[i]
             address = (<object>each.high << 64 | each.low).to_bytes(16, "big")
-            found.append((address, each.first, each.last, each.until, each.used))
+            found.append((address, each.first, each.last, each.until, policy_get(&each.used)))
         return found
 
     cdef int _publish(self, list rules, size_t n_deny, list learned) except -1:
@@ -380,11 +387,11 @@ cdef class Policy:
         return NAMESERVER if nameserver else ADDRESS
 
     cdef void count(self, int verdict, uint64_t size) noexcept nogil:
-        self.frames[verdict] += 1
+        counter_add(&self.frames[verdict], 1)
         if verdict == ALLOWED:
-            self.bytes_allowed += size
+            counter_add(&self.bytes_allowed, size)
         elif verdict >= DROPPED:
-            self.bytes_dropped += size
+            counter_add(&self.bytes_dropped, size)
 
     cdef bint may_tell(self) noexcept nogil:
         # Rate limit: whether Python may look at this dropped frame. TELLS at once, then one every TELL_EVERY.

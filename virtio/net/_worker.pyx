@@ -16,7 +16,7 @@ from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
-from vmm._sys cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns
+from vmm._sys cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read
 
 cdef extern from *:
     """
@@ -163,7 +163,9 @@ cdef class NetWorker(QueueWorker):
     @property
     def stats(self):
         """Counters of this pair, by name."""
-        return self.counters
+        cdef Counters now
+        counters_read(&now, &self.counters, sizeof(Counters))
+        return now
 
     def begin(self):
         """Prepare for a new driver."""
@@ -256,16 +258,16 @@ cdef class NetWorker(QueueWorker):
                         continue
                     if errno == EAGAIN:
                         return SERVE_STALLED
-                    self.counters.rx_errors += 1
+                    counter_add(&self.counters.rx_errors, 1)
                     if self.stream or errno == EBADFD:
                         self.lose()
                         return SERVE_STALLED
                     continue            # an error of this frame only; there may be no further event
                 if <uint64_t>size > self.held_bytes:
-                    self.counters.rx_too_long += 1
+                    counter_add(&self.counters.rx_too_long, 1)
                     continue
                 if size < VNET_HEADER + ETH_HEADER:
-                    self.counters.rx_errors += 1
+                    counter_add(&self.counters.rx_errors, 1)
                     continue
                 self.received = size
             wait = self.rx_limiter.take(self.received - VNET_HEADER, 1)
@@ -299,7 +301,7 @@ cdef class NetWorker(QueueWorker):
                 return 1
             n = chain.n_writable
             if chain.n_readable or chain.writable_bytes < VNET_HEADER:
-                self.counters.rx_bad_buffers += 1
+                counter_add(&self.counters.rx_bad_buffers, 1)
                 queue_add_used(ring, chain.head, 0)
                 continue
             if self.n_iov + n > RX_IOV:
@@ -339,8 +341,8 @@ cdef class NetWorker(QueueWorker):
         self.n_iov -= iovs
         memmove(self.held, &self.held[used], self.n_held * sizeof(Held))
         memmove(self.iov, &self.iov[iovs], self.n_iov * sizeof(iovec))
-        self.counters.rx_packets += 1
-        self.counters.rx_bytes += size - VNET_HEADER
+        counter_add(&self.counters.rx_packets, 1)
+        counter_add(&self.counters.rx_bytes, size - VNET_HEADER)
 
     cdef ssize_t read_tap(self) noexcept nogil:
         # Read a header and a frame into the held chains. Returns the size, which exceeds theirs if the frame did not
@@ -420,7 +422,7 @@ cdef class NetWorker(QueueWorker):
             budget -= 1
             if chain.n_writable or not VNET_HEADER + ETH_HEADER <= chain.readable_bytes <= VNET_HEADER + FRAME_MAX \
                     or chain.n_readable > UIO_MAXIOV:
-                self.counters.tx_bad += 1
+                counter_add(&self.counters.tx_bad, 1)
                 queue_add_used(ring, chain.head, 0)
                 continue
             verdict = ALLOWED
@@ -460,12 +462,12 @@ cdef class NetWorker(QueueWorker):
                 if errno == EAGAIN:
                     queue_unpop(ring)
                     return SERVE_STALLED
-                self.counters.tx_errors += 1
+                counter_add(&self.counters.tx_errors, 1)
                 if self.stream or errno == EBADFD:
                     self.lose()
             else:
-                self.counters.tx_packets += 1
-                self.counters.tx_bytes += chain.readable_bytes - VNET_HEADER
+                counter_add(&self.counters.tx_packets, 1)
+                counter_add(&self.counters.tx_bytes, chain.readable_bytes - VNET_HEADER)
                 if self.rules != NULL:
                     self.rules.count(self.rules.policy, ALLOWED, chain.readable_bytes - VNET_HEADER)
                 if self.pcap >= 0:
@@ -616,7 +618,7 @@ cdef class NetWorker(QueueWorker):
         if status <= 0:
             return status
         if self.answer_size > self.held_bytes:
-            self.counters.rx_too_long += 1
+            counter_add(&self.counters.rx_too_long, 1)
         else:
             iov_scatter(self.iov, self.n_iov, 0, self.answer, self.answer_size)
             self.deliver(self.answer_size)
@@ -625,9 +627,9 @@ cdef class NetWorker(QueueWorker):
 
     cdef object count_failure(self, object service, object error):
         if service is self.mmds:
-            self.counters.mmds_errors += 1
+            counter_add(&self.counters.mmds_errors, 1)
         else:
-            self.counters.resolver_errors += 1
+            counter_add(&self.counters.resolver_errors, 1)
         self.device.context.warn(service.what, f"{self.name}: {service.what}: {type(error).__name__}: {error}")
 
     # Packet capture
@@ -643,5 +645,5 @@ cdef class NetWorker(QueueWorker):
         record[0] = iovec(<void *>head, 16)
         if writev(self.pcap, record, 1 + iov_part(iov, n_iov, VNET_HEADER, size - VNET_HEADER, &record[1], PARTS)) \
                 != <ssize_t>(16 + size - VNET_HEADER):
-            self.counters.pcap_errors += 1
+            counter_add(&self.counters.pcap_errors, 1)
             self.pcap = -1          # stop: after half a record (disk full) the file could not be read further

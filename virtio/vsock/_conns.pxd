@@ -59,7 +59,7 @@ cdef class Connections:
     cdef int32_t[BUCKETS] buckets
     cdef int32_t free_head
     cdef uint32_t fresh         # the conns from this index on were never used
-    cdef uint32_t live
+    cdef uint64_t live
     cdef uint32_t window        # credit for one connection now, bytes: BUFFER, or its share of POOL
     cdef int32_t turn_head
     cdef int32_t turn_tail

@@ -5,8 +5,11 @@
 All memory is allocated by the constructor, so a guest's connections cost the host a fixed amount.
 """
 
+from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
+
+from vmm._sys cimport counter_add
 
 
 cdef uint32_t bucket(uint32_t guest_port, uint32_t host_port) noexcept nogil:
@@ -29,7 +32,8 @@ cdef class Connections:
         memset(self.conns, 0, self.fresh * sizeof(Conn))
         memset(self.buckets, 0xff, sizeof(self.buckets))
         self.free_head = self.turn_head = self.turn_tail = NONE
-        self.fresh = self.live = 0
+        self.fresh = 0
+        counter_add(&self.live, -<int64_t>self.live)
         self.window = BUFFER
 
     cdef Conn *take(self) noexcept nogil:
@@ -53,8 +57,8 @@ cdef class Connections:
         self.count(-1)
 
     cdef void count(self, int32_t more) noexcept nogil:
-        self.live += more
-        self.window = min(<uint32_t>BUFFER, <uint32_t>POOL // max(self.live, <uint32_t>1))
+        counter_add(&self.live, more)
+        self.window = min(<uint32_t>BUFFER, <uint32_t>POOL // <uint32_t>max(self.live, <uint64_t>1))
 
     # Look-up by ports
 

@@ -38,7 +38,7 @@ from vmm._fastpath cimport (
     QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, load_acquire16, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, eventfd_write
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write
 from vmm.budget import memory
 
 # Counters. Python reads them, without a lock, at any time.
@@ -146,13 +146,13 @@ cdef class VsockWorker(QueueWorker):
     @property
     def connections(self):
         """Number of connections: open, opening or closing."""
-        return self.table.live
+        return counter_read(&self.table.live)
 
     @property
     def counters(self):
         """Counters since the device was made, by name."""
         cdef uint64_t *words = <uint64_t *>&self.count
-        return {name: words[i] for i, name in enumerate(COUNTERS)}
+        return {name: counter_read(&words[i]) for i, name in enumerate(COUNTERS)}
 
     def begin(self):
         """Accept connections from host programs."""
@@ -178,7 +178,7 @@ cdef class VsockWorker(QueueWorker):
         for i in range(self.table.fresh):
             if self.table.conns[i].state != FREE:
                 self.close_host(&self.table.conns[i])
-                self.count.closed += 1
+                counter_add(&self.count.closed, 1)
         self.clear()
 
     cdef void clear(self) noexcept nogil:
@@ -254,7 +254,7 @@ cdef class VsockWorker(QueueWorker):
             if status != QUEUE_CHAIN:
                 return status
             if chain.n_readable or chain.writable_bytes < sizeof(event):
-                self.count.bad_requests += 1
+                counter_add(&self.count.bad_requests, 1)
                 queue_add_used(self.rings[EVENT], chain.head, 0)
                 continue
             iov_scatter(chain.iov, chain.n_writable, 0, &event, sizeof(event))
@@ -279,7 +279,7 @@ cdef class VsockWorker(QueueWorker):
         self.tx_timed = False
         self.unwatch(self.listener)
         self.wake_after(0)
-        if self.leaving:
+        if self.leaving():
             self.deliver()
 
     cdef void deliver(self) noexcept nogil:
@@ -330,7 +330,7 @@ cdef class VsockWorker(QueueWorker):
         cdef Conn *c = self.table.take()
         cdef int size
         if c == NULL:
-            self.count.full += 1
+            counter_add(&self.count.full, 1)
             close(fd)
             return NULL
         c.fd = fd
@@ -341,7 +341,7 @@ cdef class VsockWorker(QueueWorker):
             # Otherwise the kernel would buffer as much again as we do.
             setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
         if self.watch(fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
-            self.count.full += 1
+            counter_add(&self.count.full, 1)
             self.drop(c)
             return NULL
         return c
@@ -380,7 +380,7 @@ cdef class VsockWorker(QueueWorker):
             self.table.unqueue(c)
         self.set_deadline(c, 0)
         self.table.give_back(c)
-        self.count.closed += 1
+        counter_add(&self.count.closed, 1)
         self.listen()
 
     cdef void kill(self, Conn *c) noexcept nogil:
@@ -414,7 +414,7 @@ cdef class VsockWorker(QueueWorker):
             c = &self.table.conns[i]
             if c.state == FREE or c.deadline == 0 or c.deadline > now:
                 continue
-            self.count.timeouts += 1
+            counter_add(&self.count.timeouts, 1)
             if c.state == GREETING or c.state == LEAVING:
                 self.drop(c)
             else:
@@ -521,13 +521,13 @@ cdef class VsockWorker(QueueWorker):
             status = queue_pop(self.rings[RX], self.ram, chain)
             if status != QUEUE_CHAIN or chain.writable_bytes >= size:
                 return status
-            self.count.bad_requests += 1
+            counter_add(&self.count.bad_requests, 1)
             self.give(chain.head, 0)
         return QUEUE_EMPTY
 
     cdef void give(self, uint16_t head, uint32_t written) noexcept nogil:
         queue_add_used(self.rings[RX], head, written)
-        self.count.packets_rx += 1
+        counter_add(&self.count.packets_rx, 1)
         self.unpublished += 1
         if self.unpublished >= PUBLISH:
             self.show()
@@ -587,7 +587,7 @@ cdef class VsockWorker(QueueWorker):
         iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &h, HEADER)
         self.give(chain.head, HEADER)
         if op == OP_RST:
-            self.count.resets_sent += 1
+            counter_add(&self.count.resets_sent, 1)
             self.drop(c)
         return QUEUE_CHAIN
 
@@ -604,7 +604,7 @@ cdef class VsockWorker(QueueWorker):
         h.type, h.op = r.type, OP_RST
         iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &h, HEADER)
         self.give(chain.head, HEADER)
-        self.count.resets_sent += 1
+        counter_add(&self.count.resets_sent, 1)
         self.reply_head = (self.reply_head + 1) % REPLIES
         self.reply_count -= 1
         return QUEUE_CHAIN
@@ -668,7 +668,7 @@ cdef class VsockWorker(QueueWorker):
             self.give(heads[i], HEADER + h.len)
             c.tx_cnt += h.len
             packet_sent(c)
-            self.count.bytes_rx += n
+            counter_add(&self.count.bytes_rx, n)
             got -= <ssize_t>n
             i += 1
         # Next time twice as many chains if all were filled, otherwise one more than was needed.
@@ -702,7 +702,7 @@ cdef class VsockWorker(QueueWorker):
                 if errno != EAGAIN:
                     # No descriptor is left. Stop watching the listener, which would wake this thread again and again;
                     # drop() or tick() resumes.
-                    self.count.full += 1
+                    counter_add(&self.count.full, 1)
                     self.unwatch(self.listener)
                     self.listening = False
                     if not self.tx_timed:
@@ -728,7 +728,7 @@ cdef class VsockWorker(QueueWorker):
             return                      # wait for the rest of the line
         port = parse_line(line, <size_t>(end - line)) if end != NULL else -1
         if port < 0 or recv(c.fd, line, <size_t>(end - line) + 1, 0) != end - line + 1:
-            self.count.bad_lines += 1
+            counter_add(&self.count.bad_lines, 1)
             self.drop(c)
             return
         while True:
@@ -876,18 +876,18 @@ cdef class VsockWorker(QueueWorker):
     cdef void packet(self, DescChain *chain) noexcept nogil:
         cdef Header h
         cdef Conn *c
-        self.count.packets_tx += 1
+        counter_add(&self.count.packets_tx, 1)
         if iov_gather(chain.iov, chain.n_readable, 0, &h, HEADER) < HEADER or h.src_cid != self.guest_cid:
-            self.count.bad_requests += 1
+            counter_add(&self.count.bad_requests, 1)
             return
         if h.dst_cid != HOST_CID or h.type != TYPE_STREAM:
-            self.count.bad_requests += 1
+            counter_add(&self.count.bad_requests, 1)
             self.reply_reset(&h)
             return
         c = self.table.find(h.src_port, h.dst_port)
         if h.len > MAX_PACKET or h.len > chain.readable_bytes - HEADER:
             # Bytes of the stream are lost, so the connection cannot continue.
-            self.count.bad_requests += 1
+            counter_add(&self.count.bad_requests, 1)
             if c == NULL:
                 self.reply_reset(&h)
             elif c.state != KILLED:
@@ -909,7 +909,7 @@ cdef class VsockWorker(QueueWorker):
         elif h.op == OP_RESPONSE and c.state == CONNECTING:
             self.accepted(c)
         elif c.state == CONNECTING or not OP_SHUTDOWN <= h.op <= OP_CREDIT_REQUEST:
-            self.count.bad_requests += 1
+            counter_add(&self.count.bad_requests, 1)
             self.kill(c)
         elif h.op == OP_RW:
             self.data(c, h, chain)
@@ -924,7 +924,7 @@ cdef class VsockWorker(QueueWorker):
         # Read the credit fields of a packet. Returns False if it confirms bytes that were never sent.
         cdef uint32_t under_way = c.tx_cnt - h.fwd_cnt
         if under_way > c.tx_cnt - c.peer_fwd_cnt:
-            self.count.bad_credit += 1
+            counter_add(&self.count.bad_credit, 1)
             # An older fwd_cnt is ignored. One ahead of tx_cnt is invalid.
             return under_way < <uint32_t>1 << 31
         c.peer_buf_alloc = h.buf_alloc
@@ -944,17 +944,17 @@ cdef class VsockWorker(QueueWorker):
         if fd < 0 or length >= <int>sizeof(address.sun_path) \
                 or connect(fd, <sockaddr *>&address, sizeof(address)) < 0:
             if fd < 0:
-                self.count.full += 1
+                counter_add(&self.count.full, 1)
             else:
                 close(fd)
-                self.count.refused += 1
+                counter_add(&self.count.refused, 1)
             self.reply_reset(h)
             return
         c = self.make(fd, OPEN)
         if c == NULL:
             self.reply_reset(h)
             return
-        self.count.opened_by_guest += 1
+        counter_add(&self.count.opened_by_guest, 1)
         self.table.enter(c, h.src_port, h.dst_port)
         c.peer_buf_alloc = h.buf_alloc
         c.pending = 1 << OP_RESPONSE
@@ -967,7 +967,7 @@ cdef class VsockWorker(QueueWorker):
         self.set_deadline(c, 0)
         c.state = OPEN
         c.readable = True
-        self.count.opened_by_host += 1
+        counter_add(&self.count.opened_by_host, 1)
         if send(c.fd, line, <size_t>n, MSG_DONTWAIT | MSG_NOSIGNAL) != n:
             self.kill(c)
 
@@ -976,10 +976,10 @@ cdef class VsockWorker(QueueWorker):
         cdef uint32_t count, at, room
         cdef size_t i
         if c.guest_shut & SHUT_SEND or h.len > c.promised - c.rx_cnt:
-            self.count.bad_credit += 1
+            counter_add(&self.count.bad_credit, 1)
             self.kill(c)
             return
-        self.count.bytes_tx += h.len
+        counter_add(&self.count.bytes_tx, h.len)
         c.rx_cnt += h.len
         if c.fd < 0 or c.shut & SHUT_RCV:
             c.fwd_cnt += h.len          # no program reads it any more: discard it
@@ -997,7 +997,7 @@ cdef class VsockWorker(QueueWorker):
         if c.buffer == NULL:
             if not self.make_buffer(c) or self.watch(
                     c.fd, self.token(c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
-                self.count.full += 1
+                counter_add(&self.count.full, 1)
                 self.kill(c)
                 return
         count = iov_part(chain.iov, count, <size_t>n, h.len - <size_t>n, chain.iov, count)
@@ -1029,7 +1029,7 @@ cdef class VsockWorker(QueueWorker):
     cdef void guest_closed(self, Conn *c) noexcept nogil:
         # The guest has closed the connection. Data that it sent before still goes to the host program.
         if c.state == CONNECTING:
-            self.count.refused += 1
+            counter_add(&self.count.refused, 1)
         if c.used == 0 or c.state != OPEN:
             self.drop(c)
             return

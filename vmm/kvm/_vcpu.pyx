@@ -13,8 +13,8 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, Bus, Range, Table, bus_find
-from vmm._sys cimport name_thread
+from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, Bus, Range, bus_find, bus_table
+from vmm._sys cimport counter_add, counter_read, counters_read, name_thread
 
 from vmm.errors import KvmError
 
@@ -215,7 +215,7 @@ cdef class VcpuLoop:
     cdef bint _attached
     cdef bint _boots                # this is the boot processor, which does not wait for an INIT
     cdef int _errno                 # errno of the KVM_RUN that failed
-    cdef readonly uint64_t exits    # times that KVM_RUN returned an exit
+    cdef uint64_t _exits            # times that KVM_RUN returned an exit
     cdef uint64_t[4] _accesses      # exits for port reads, port writes, MMIO reads, MMIO writes
     cdef readonly uint64_t python_exits  # exits that took the GIL
 
@@ -298,33 +298,33 @@ cdef class VcpuLoop:
                     continue            # a stray signal
                 if errno == EAGAIN:
                     again += 1
-                    if self.exits or not self._boots or again < AGAIN_MAX:
+                    if self._exits or not self._boots or again < AGAIN_MAX:
                         continue
                 self._errno = errno
                 return FAILED
-            self.exits += 1
+            counter_add(&self._exits, 1)
             if run.exit_reason == KVM_EXIT_IO:
                 self._done = 0
-                self._accesses[io_out(run)] += 1
+                counter_add(&self._accesses[io_out(run)], 1)
                 if self._port_access() != ACCESS_DONE:
                     return NEEDS_PYTHON
             elif run.exit_reason == KVM_EXIT_MMIO:
-                self._accesses[2 + mmio_out(run)] += 1
-                if self._access(self._mmio.table, self._mmio, mmio_addr(run), mmio_data(run), mmio_len(run),
+                counter_add(&self._accesses[2 + mmio_out(run)], 1)
+                if self._access(self._mmio, mmio_addr(run), mmio_data(run), mmio_len(run),
                                 mmio_out(run)) != ACCESS_DONE:
                     return NEEDS_PYTHON
             elif run.exit_reason != KVM_EXIT_INTR:
                 return run.exit_reason
 
-    cdef inline int _access(self, Table *table, Bus bus, uint64_t address, uint8_t *data, uint32_t size,
+    cdef inline int _access(self, Bus bus, uint64_t address, uint8_t *data, uint32_t size,
                             int is_write) noexcept nogil:
-        cdef Range *r = bus_find(table, address, size)
+        cdef Range *r = bus_find(bus_table(bus), address, size)
         if r == NULL:
-            bus.unclaimed += 1
+            counter_add(&bus._unclaimed, 1)
             if not is_write:
                 memset(data, 0xff, size)
             return ACCESS_DONE
-        r.hits += 1
+        counter_add(&r.hits, 1)
         if r.access == NULL:
             return ACCESS_PYTHON
         return r.access(r.ctx, address - r.start, data, size, is_write)
@@ -334,7 +334,7 @@ cdef class VcpuLoop:
         cdef kvm_run *run = self._run
         cdef uint32_t size = io_size(run)
         while self._done < io_count(run):
-            if self._access(self._pio.table, self._pio, io_port(run), io_data(run) + self._done * size, size,
+            if self._access(self._pio, io_port(run), io_data(run) + self._done * size, size,
                             io_out(run)) != ACCESS_DONE:
                 return ACCESS_PYTHON
             self._done += 1
@@ -344,15 +344,15 @@ cdef class VcpuLoop:
         cdef kvm_run *run = self._run
         cdef uint32_t size
         if run.exit_reason == KVM_EXIT_MMIO:
-            self._call(self._mmio.table, mmio_addr(run), mmio_data(run), mmio_len(run), mmio_out(run))
+            self._call(self._mmio, mmio_addr(run), mmio_data(run), mmio_len(run), mmio_out(run))
             return
         size = io_size(run)
         while self._done < io_count(run):
-            self._call(self._pio.table, io_port(run), io_data(run) + self._done * size, size, io_out(run))
+            self._call(self._pio, io_port(run), io_data(run) + self._done * size, size, io_out(run))
             self._done += 1
 
-    cdef _call(self, Table *table, uint64_t address, uint8_t *data, uint32_t size, int is_write):
-        cdef Range *r = bus_find(table, address, size)
+    cdef _call(self, Bus bus, uint64_t address, uint8_t *data, uint32_t size, int is_write):
+        cdef Range *r = bus_find(bus_table(bus), address, size)
         if r == NULL:   # removed since the exit
             if not is_write:
                 memset(data, 0xff, size)
@@ -368,9 +368,16 @@ cdef class VcpuLoop:
             view.release()  # a device that kept the view must not read kvm_run later: KVM reuses it
 
     @property
+    def exits(self):
+        """Times that KVM_RUN came back with an exit."""
+        return counter_read(&self._exits)
+
+    @property
     def accesses(self):
         """Number of exits for port and MMIO accesses, by kind of access."""
-        return dict(zip(("io_in", "io_out", "mmio_read", "mmio_write"), self._accesses))
+        cdef uint64_t[4] now
+        counters_read(now, self._accesses, sizeof(now))
+        return dict(zip(("io_in", "io_out", "mmio_read", "mmio_write"), now))
 
     @property
     def suberror(self):
