@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,9 +67,33 @@ class Guest:
     def await_(self, pattern: str) -> re.Match[str]:
         end = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.said.decode(errors="replace"))):
-            assert time.monotonic() < end, f"{pattern}: {self.said[-2000:].decode(errors='replace')}"
+            assert time.monotonic() < end, f"{pattern}: {self.said[-2000:].decode(errors='replace')}\n{self._state()}"
             time.sleep(0.002)
         return found
+
+    def _state(self) -> str:
+        # What tells a guest that has lost an interrupt from one that gets no processor.
+        vm = self.vm
+        lines = [f"{vm.state}, exits {vm.vcpus[0].exits}, serial port {vm.serial.save()}"]
+        for thread in vm._run._threads:
+            stat = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+            told = stat.read_text().split() if stat.exists() else "ended"
+            lines.append(f"{thread.name}: nanoseconds run, and waited for a processor: {told}")
+        pause = threading.Thread(target=vm.pause, daemon=True)
+        pause.start()
+        pause.join(10)
+        if pause.is_alive():
+            return "\n".join([*lines, "the vCPU cannot be held"])
+        state = vm.kvm.state_access().save_vcpu(vm.vcpus[0].fd)
+        lapic = state.pop("lapic")
+        lines += [f"rip {vm.vcpus[0].regs.rip:#x}", f"mp_state {state['mp_state'].hex()}"]
+        lines += [f"events {state['vcpu_events'].hex()}", f"MSRs {state['msrs']}"]
+        lines += [
+            f"APIC {at:#x}: {[lapic[i : i + 4][::-1].hex() for i in range(at, at + 0x80, 16)]}"
+            for at in range(0, 0x400, 0x80)
+        ]
+        lines += [chip.hex() for chip in vm.kvm.state_access().save_vm(vm.vm.fd, timer=False)["irqchips"]]
+        return "\n".join(lines)
 
     def ask(self, name: str) -> tuple[int, int, float]:
         """What it has written, how often its timer came, and its date."""
