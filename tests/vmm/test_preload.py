@@ -31,6 +31,7 @@ NEVER = {
     "virtio.net.frames": "the same",
     "virtio.net.dns": "the same",
     "vmm.bus": "protocols, for type checkers",
+    "socket": "Vsock.keep(), of sandboxes, whose programs have it already",
     "difflib": "a mistake on the command line, before the jail",
     "vmm.config.settings": "type checkers",
     "vmm.config.typed": "the same",
