@@ -61,10 +61,16 @@ def test_runner_prints_writes_and_ends(
     monkeypatch.setitem(sys.modules, "benches.peers.launch", module)
     monkeypatch.setattr(sys, "argv", ["peers", "launch", "--output", str(tmp_path)])
     monkeypatch.setattr(runner, "_plot", lambda rows, path: None)
+    monkeypatch.setattr(runner, "lost_time", iter((0.01, 0.5)).__next__)
     assert runner.main() == status
-    assert capsys.readouterr().out == line
+    assert capsys.readouterr().out == f"{line}processor time taken by others, before and after: 1%, 50%\n"
     report = json.loads((tmp_path / "peers.json").read_text())
+    assert report["lost"] == [0.01, 0.5]
     assert len(report["rows"]) + len(report["missing"]) == 1
+
+
+def test_lost_time_is_a_part_of_the_processors() -> None:
+    assert 0 <= runner.lost_time() < 1
 
 
 def test_status_other_than_the_guests_is_no_measurement() -> None:
