@@ -174,7 +174,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
                     servers = config.dns or DEFAULT_PUBLIC_DNS
                     sandbox.files.write("/etc/resolv.conf", "".join(f"nameserver {each}\n" for each in servers))
                 if config.readonly:
-                    sandbox.make_read_only(*([config.workdir] if config.workdir else []))
+                    sandbox.make_read_only("/tmp", *([config.workdir] if config.workdir else []))
             except BaseException:
                 sandbox.close()
                 raise
