@@ -6,6 +6,7 @@ Each wait has a time limit, and ends at once with the VM.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -124,11 +125,20 @@ class Link:
         if not kept:
             (successor or channel).close()
 
-    def idle(self) -> Channel | None:
-        """A kept connection on which nothing is under way, the caller's to ``keep`` again; None: there is none."""
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[int]:
+        """Leave one connection alone on which nothing is under way; a context manager.
+
+        :returns: its port on the host's side; 0: there is none
+        """
         with self._lock:
             place = next((place for place, each in enumerate(self._idle) if each.port and each.quiet), None)
-            return None if place is None else self._idle.pop(place)
+            channel = None if place is None else self._idle.pop(place)
+        try:
+            yield channel.port if channel else 0
+        finally:
+            if channel is not None:
+                self.keep(channel)
 
     def adopt(self, stream: socket.socket, port: int) -> None:
         """Keep a connection to the agent that somebody else made, for the next request.

@@ -231,7 +231,6 @@ class Sandbox(Session):
         if count < 0:
             raise ConfigError("count", count, "must be 0 or more")
         copies: list[Sandbox] = []
-        channel = self._link.idle()
 
         def change(config: VmConfig, number: int) -> VmConfig:
             copy = Sandbox.__new__(Sandbox)
@@ -240,20 +239,18 @@ class Sandbox(Session):
             return config.replaced(vsock=VsockConfig(3, copy._place.socket))
 
         try:
-            make = child_of(self.machine, change)
-            for number in range(count):
-                machine = make(number)
-                assert isinstance(machine, Machine)  # none is in a process of its own
-                copies[number]._start(machine, channel.port if channel else 0)
+            with self._link.resting() as port:
+                make = child_of(self.machine, change)
+                for number in range(count):
+                    machine = make(number)
+                    assert isinstance(machine, Machine)  # none is in a process of its own
+                    copies[number]._start(machine, port)
             for copy in copies:
                 copy._ready(30)
         except BaseException:
             for copy in copies:
                 copy.close()
             raise
-        finally:
-            if channel is not None:
-                self._link.keep(channel)
         return copies
 
     def make_read_only(self, *writable: str) -> None:
@@ -269,14 +266,10 @@ class Sandbox(Session):
 
         :raises SnapshotError: the sandbox cannot be saved
         """
-        channel = self._link.idle()
-        try:
+        with self._link.resting() as port:
             self.machine.freeze().save(directory)
-        finally:
-            if channel is not None:
-                self._link.keep(channel)
         with open(os.path.join(directory, _ABOUT), "w", encoding="utf-8") as file:
-            json.dump({**self._about, "connection": channel and channel.port}, file)
+            json.dump({**self._about, "connection": port}, file)
 
     @classmethod
     def restore(cls, directory: str, *, name: str | None = None, timeout: float | None = None) -> Sandbox:
