@@ -240,12 +240,17 @@ int serve_files(const struct request *request)
         return 0;
     const char *path = value(request, "path"), *who = value(request, "user"), *whose = value(request, "owner");
     const char *what = path ? path : "path"; // what F_FAILED names: a path, or a word of the request
-    if (!path || !*path || (who && find_user(who, &user)) || (whose && find_user(whose, &owner))) {
-        errno = EINVAL;
+    if (!path || !*path) {
         bad = 1;
-        if (path && *path)
-            what = who && find_user(who, &user) ? who - strlen("user=") : whose - strlen("owner=");
+    } else if (who && find_user(who, &user)) {
+        bad = 1;
+        what = who - strlen("user=");
+    } else if (whose && find_user(whose, &owner)) {
+        bad = 1;
+        what = whose - strlen("owner=");
     }
+    if (bad)
+        errno = EINVAL;
     CALL(chdir, !bad && who ? user.home : "/root"); // the base of a relative path
     if (!bad && who && act_as(&user)) {
         bad = 1;
