@@ -37,7 +37,8 @@ from tests.virtio.vsock_driver import (
 from tests.waiting import PATIENCE
 from virtio import spec
 from virtio.testing import Buffer
-from virtio.vsock.device import MAX_CONNECTIONS, Listener
+from virtio.vsock._worker import MAX_CONNECTIONS
+from virtio.vsock.device import Listener
 from vmm.budget import raise_descriptor_limit
 from vmm.config.devices import VsockConfig
 from vmm.errors import ConfigError

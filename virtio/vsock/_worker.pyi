@@ -4,6 +4,8 @@ from socket import socket
 from virtio._worker import QueueWorker
 
 COUNTERS: tuple[str, ...]
+MAX_CONNECTIONS: int
+MAX_WINDOW: int
 
 class VsockWorker(QueueWorker):
     def save(self) -> list[tuple[int, ...]]: ...

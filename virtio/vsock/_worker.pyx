@@ -18,7 +18,7 @@ from libc.string cimport memchr, memcpy, memset
 
 from virtio._interrupt cimport interrupt_used
 from virtio.vsock._conns cimport (
-    BUFFER, CLOSING, CONNECTING, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN, State,
+    BUFFER, CLOSING, CONNECTING, CONNECTIONS, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN, State,
     packet_sent, packets_forwarded,
 )
 from virtio.vsock._host cimport (
@@ -41,6 +41,8 @@ from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write
 from vmm.budget import memory
 
+MAX_CONNECTIONS = CONNECTIONS
+MAX_WINDOW = BUFFER     # bytes that the guest may send at most before they are forwarded, for each connection
 # Counters. Python reads them, without a lock, at any time.
 COUNTERS = (
     "packets_tx", "packets_rx", "bytes_tx", "bytes_rx", "opened_by_guest", "opened_by_host", "refused", "closed",

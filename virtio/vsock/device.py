@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from virtio import spec
 from virtio.device import VirtioDevice
-from virtio.vsock._worker import VsockWorker
+from virtio.vsock._worker import MAX_CONNECTIONS, MAX_WINDOW, VsockWorker
 from vmm.budget import raise_descriptor_limit
 from vmm.closing import Closing
 from vmm.unix_socket import Listener as UnixListener
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 QUEUE_SIZE = 256
-MAX_CONNECTIONS = 4096
-BUFFER = 262_144  # bytes that the guest may send at most before they are forwarded, for each connection
 _BACKLOG = 1024
 _U32 = 0xFFFF_FFFF
 
@@ -99,7 +97,10 @@ class Vsock(VirtioDevice):
         for numbers in self._saved:
             guest_port, host_port, _, _, _, _, received, forwarded, promised = numbers
             left = promised - forwarded & _U32
-            if any(not 0 <= number <= _U32 for number in numbers) or not (promised - received & _U32) <= left <= BUFFER:
+            if (
+                any(not 0 <= number <= _U32 for number in numbers)
+                or not (promised - received & _U32) <= left <= MAX_WINDOW
+            ):
                 raise ValueError(f"connection {guest_port} to {host_port}")
         if self._worker is not None:
             self._worker.reset_transport()
