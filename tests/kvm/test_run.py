@@ -22,6 +22,20 @@ EXIT_7 = "mov al, 7; out 0xf4, al"
 FOREVER = "again: inc ecx; jmp again"
 
 
+class Slow:
+    """Bus device whose reads wait for ``answer``."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def read(self, offset: int, data: memoryview) -> None:
+        self.asked.set()
+        self.answer.wait()
+        data[0] = 0x5A
+
+    def write(self, offset: int, data: memoryview) -> None: ...
+
+
 def test_a_path_is_enough(tmp_path: Path) -> None:
     path = Path(write_guest(tmp_path, EXIT_7))
     for kernel in (path, str(path)):
@@ -119,14 +133,7 @@ def test_a_held_vcpu_goes_on_while_the_program_computes(tmp_path: Path) -> None:
 
 
 def test_a_pause_that_waits_for_a_device_can_be_interrupted(tmp_path: Path) -> None:
-    asked, answer = threading.Event(), threading.Event()
-
-    class Slow:
-        def read(self, offset: int, data: memoryview) -> None:
-            asked.set()
-            answer.wait()
-
-        def write(self, offset: int, data: memoryview) -> None: ...
+    slow = Slow()
 
     def interrupt(number: int, frame: object) -> None:
         raise InterruptedError
@@ -134,39 +141,30 @@ def test_a_pause_that_waits_for_a_device_can_be_interrupted(tmp_path: Path) -> N
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with Machine(write_guest(tmp_path, f"mov dx, 0x510; in al, dx; {EXIT_7}"), memory="4M") as vm:
-            vm.pio.add(0x510, 1, Slow(), "slow")
+            vm.pio.add(0x510, 1, slow, "slow")
             vm.start()
-            assert asked.wait(30)
+            assert slow.asked.wait(30)
             with pytest.raises(InterruptedError):
                 signal.setitimer(signal.ITIMER_REAL, 0.01)
                 vm.pause()
-            answer.set()  # and it is not held
+            slow.answer.set()  # and it is not held
             assert vm.wait(30) == Exit(StopReason.GUEST_EXIT, 7)
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
 def test_a_paused_vcpu_has_what_its_last_access_read(tmp_path: Path) -> None:
-    asked, answer = threading.Event(), threading.Event()
-
-    class Slow:
-        def read(self, offset: int, data: memoryview) -> None:
-            asked.set()
-            answer.wait()
-            data[0] = 0x5A
-
-        def write(self, offset: int, data: memoryview) -> None: ...
-
+    slow = Slow()
     with Machine(write_guest(tmp_path, f"mov dx, 0x510; in al, dx; read: {FOREVER}"), memory="4M") as vm:
         at = vm.vcpus[0].regs.rip
-        vm.pio.add(0x510, 1, Slow(), "slow")
+        vm.pio.add(0x510, 1, slow, "slow")
         vm.start()
-        assert asked.wait(30)
+        assert slow.asked.wait(30)
         pause = threading.Thread(target=vm.pause)
         pause.start()
         while vm.state != "Paused":
             time.sleep(0.001)
-        answer.set()
+        slow.answer.set()
         pause.join(30)
         regs = vm.vcpus[0].regs
         assert regs.rax & 0xFF == 0x5A and regs.rip > at + 4  # after the two instructions, of 4 and 1 bytes
