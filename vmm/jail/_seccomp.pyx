@@ -252,7 +252,10 @@ def confine(bint no_files, int below=-1, bint changes=False):
         then has no effect, because Landlock could not allow renames between directories
     :raises OSError: the kernel refused
     """
-    if landlock_confine(no_files, below, changes):
+    cdef int status
+    with nogil:  # the kernel takes 0.1 ms, in which a forking program goes on
+        status = landlock_confine(no_files, below, changes)
+    if status:
         raise OSError(errno, f"Landlock: {os.strerror(errno)}")
 
 
@@ -265,6 +268,7 @@ def install(str kind, bint whole_process=False):
     cdef bytes name = kind.encode()
     cdef const char *of = name
     cdef long status
-    status = filter_install(of, whole_process)
+    with nogil:
+        status = filter_install(of, whole_process)
     if status:
         raise OSError(errno, f"seccomp: {os.strerror(errno) if status < 0 else 'another thread has another filter'}")
