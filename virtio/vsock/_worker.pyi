@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from socket import socket
 
-from virtio._worker import QueueWorker
+from virtio.vsock._rx import VsockRx
 
-COUNTERS: tuple[str, ...]
 MAX_CONNECTIONS: int
 MAX_WINDOW: int
 
-class VsockWorker(QueueWorker):
+class VsockWorker(VsockRx):
     def save(self) -> list[tuple[int, ...]]: ...
     def keep(self, stream: socket, kept: tuple[int, ...], lost: list[tuple[int, int]]) -> None: ...
     def reset_transport(self) -> None: ...
-    @property
-    def connections(self) -> int: ...
-    @property
-    def counters(self) -> dict[str, int]: ...

@@ -18,16 +18,17 @@ OURS = """
     boot.acpi boot.aml boot.board boot.bzimage boot.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable
     boot.params boot.payload boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042
     devices.pit devices.power devices.pvpanic devices.rtc virtio.blk._worker virtio.fs._worker virtio.fs._dax
-    virtio._limiter virtio.net._worker virtio.vsock._worker virtio.balloon virtio.blk.device virtio.console
-    virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device virtio.net.host virtio.rng
-    virtio.spec virtio.transport virtio.vsock.device vmm.kvm._state vmm.machine.attach vmm.machine.board
-    vmm.machine.build vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described vmm.api.early vmm.api.listen
-    vmm.api.routes vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types vmm.commands.cli
-    vmm.commands.serve vmm.config.devices vmm.config.option vmm.config vmm.config.vm vmm.machine.console
-    vmm.kvm.cpu_template vmm.events vmm.kvm.vm vmm.logger vmm.machine.machine vmm.memory vmm.machine.metrics
-    vmm.machine.mmds vmm.jail.preload vmm.machine.private_disk vmm.jail.seccomp vmm.machine.snapshot vmm.machine.run
-    vmm.machine.snapshot_file vmm.threads vmm.undertaker vmm.uffd vmm.unix_socket vmm._faults vmm._uffd vmm._uring
-    vmm.api.diff vmm.closing vmm.machine.console_socket vmm.config.policy
+    virtio._limiter virtio.net._worker virtio.vsock._sockets virtio.vsock._rx virtio.vsock._worker virtio.balloon
+    virtio.blk.device virtio.console virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device
+    virtio.net.host virtio.rng virtio.spec virtio.transport virtio.vsock.device vmm.kvm._state vmm.machine.attach
+    vmm.machine.board vmm.machine.build vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described
+    vmm.api.early vmm.api.listen vmm.api.routes vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types
+    vmm.commands.cli vmm.commands.serve vmm.config.devices vmm.config.option vmm.config vmm.config.vm
+    vmm.machine.console vmm.kvm.cpu_template vmm.events vmm.kvm.vm vmm.logger vmm.machine.machine vmm.memory
+    vmm.machine.metrics vmm.machine.mmds vmm.jail.preload vmm.machine.private_disk vmm.jail.seccomp
+    vmm.machine.snapshot vmm.machine.run vmm.machine.snapshot_file vmm.threads vmm.undertaker vmm.uffd
+    vmm.unix_socket vmm._faults vmm._uffd vmm._uring vmm.api.diff vmm.closing vmm.machine.console_socket
+    vmm.config.policy
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """
