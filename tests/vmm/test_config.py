@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vmm.config import parse_size
-from vmm.config.devices import DriveConfig, ShareConfig
+from vmm.config.devices import DEVICES, DriveConfig, NetworkPolicy, RateLimiterConfig, ShareConfig
+from vmm.config.option import REQUIRED, Config, type_stored
 from vmm.config.vm import DEFAULT_CMDLINE, VmConfig
 from vmm.errors import ConfigError
+from vmm.kvm.cpu_template import CpuTemplate
 
 
 @pytest.mark.parametrize(
@@ -110,3 +114,46 @@ def test_a_share_as_people_write_it() -> None:
             ShareConfig.parse(wrong)
     with pytest.raises(ConfigError):
         VmConfig("k", shares=[ShareConfig("t", "/a"), ShareConfig("t", "/b")])
+
+
+class Stranger:
+    """A value of a type that no parameter has."""
+
+
+@pytest.mark.parametrize("kind", [VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig, CpuTemplate])
+def test_no_parameter_takes_a_value_of_another_type(kind: type[Config]) -> None:
+    good = {"int": 3, "Sequence[str]": ["x"]}
+    needed = {
+        name: good.get(type_stored(kind, name), "x") for name, each in kind.OPTIONS.items() if each.default is REQUIRED
+    }
+    for name in kind.OPTIONS:
+        for wrong in (Stranger(), [Stranger()]):
+            with pytest.raises(TypeError, match=rf"^{kind.__name__}: {name} must be .+, not .+$"):
+                kind(**needed | {name: wrong})
+
+
+def test_what_a_wrong_type_is_told() -> None:
+    drive = DriveConfig("a.img")
+    for given, told in (
+        ({"drives": drive}, "VmConfig: drives must be a list of DriveConfig, not a DriveConfig"),
+        ({"drives": ["a.img"]}, "VmConfig: drives must be a list of DriveConfig, not ('a.img',)"),
+        ({"memory": None}, "VmConfig: memory must be a whole number or a string, not None"),
+        ({"cpus": True}, "VmConfig: cpus must be a whole number, not True"),
+        ({"initrd": 3}, "VmConfig: initrd must be a string or a path or None, not 3"),
+    ):
+        with pytest.raises(TypeError) as error:
+            VmConfig("kernel", **given)
+        assert str(error.value) == told
+    assert VmConfig("kernel", drives=(each for each in [drive])).drives == (drive,)  # type: ignore[arg-type]
+    assert DriveConfig(Path("a.img")) == drive
+
+
+def test_a_change_of_a_configuration_is_checked() -> None:
+    config = VmConfig("kernel")
+    config.memory = "1G"
+    assert config.memory == 1 << 30
+    with pytest.raises(ConfigError, match="cpus 65: must be 1 to 64"):
+        config.cpus = 65
+    with pytest.raises(TypeError, match="VmConfig: nets must be a list of NetConfig, not 'user'"):
+        config.nets = "user"  # type: ignore[assignment]
+    assert (config.cpus, config.nets) == (1, ())

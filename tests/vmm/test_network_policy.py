@@ -109,7 +109,7 @@ def test_a_policy() -> None:
     assert repr(policy) == "NetworkPolicy(allow=('pypi.org', '10.0.0.0/8:443'), deny=('10.1.0.0/16',))"
     assert NetworkPolicy() == NetworkPolicy([])
     assert NetConfig.parse("user,allow=pypi.org+10.0.0.0/8:443,deny=10.1.0.0/16").policy == policy
-    with pytest.raises(ConfigError, match="must be a list"):
+    with pytest.raises(TypeError, match="allow must be a list of strings"):
         NetworkPolicy("pypi.org")
     with pytest.raises(ConfigError, match="must be a network"):
         NetworkPolicy(deny=["pypi.org"])

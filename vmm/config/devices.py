@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Self
 
+    from vmm.config.typed import Given
+
 MAX_QUEUES = 8
 MAX_FS_THREADS = 32
 # Those below are reserved (virtio 1.2 §5.10.4), and so are all ones, which Kata gives nevertheless.
@@ -23,7 +25,7 @@ MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
 _BPS, _IOPS = "limit of bytes a second, with K, M or G", "limit of operations a second"
 
 
-def _path(field: str, path: str) -> str:
+def _path(field: str, path: str | os.PathLike[str]) -> str:
     path = os.fspath(path)
     if not path:
         raise ConfigError(field, "", "is empty")
@@ -74,7 +76,7 @@ class RateLimiterConfig(Config, title="rate_limiter"):
 class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
     """One disk."""
 
-    path: str = option(
+    path: Given[str, str | os.PathLike[str]] = option(
         help="a raw image, a block device or a qcow2 image; write a comma in the path twice",
         kw_only=False, word="PATH", check=_path, api="path_on_host", api_default=None,
     )  # fmt: skip
@@ -113,7 +115,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         help="raw or qcow2 (default: raw; an image that looks like another format is refused)",
         default=None, choices=("raw", "qcow2"), word="format=", api="image_format", api_means="raw", extension=True,
     )  # fmt: skip
-    backing: str | None = option(
+    backing: Given[str | None, str | os.PathLike[str] | None] = option(
         help="the backing file of a qcow2 image; without this, an image that names one is refused",
         default=None, word="backing=", check=_path, api="backing_file", extension=True,
     )  # fmt: skip
@@ -138,8 +140,6 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
 def _allowed(field: str, words: Sequence[str]) -> tuple[str, ...]:
     from vmm.config.policy import rules
 
-    if isinstance(words, str):
-        raise ConfigError(field, words, f"must be a list: [{words!r}]")
     rules(field, words)
     return tuple(words)
 
@@ -202,7 +202,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         help="MTU in bytes, 68 to 65535, for the guest and for a new tap (default: the guest's own)",
         default=None, least=68, most=65535, word="mtu=", api="mtu", api_bits=16, extension=True,
     )  # fmt: skip
-    pcap: str | None = option(
+    pcap: Given[str | None, str | os.PathLike[str] | None] = option(
         help="a file that records every frame", default=None, word="pcap=", check=_path, api="pcap", extension=True
     )
     address: str | None = option(
@@ -325,7 +325,9 @@ class ShareConfig(Config, title="share", usage="TAG=DIR[,ro][,...]"):
         help="the name by which the guest mounts it, 1 to 36 bytes", kw_only=False, check=_tag, field="share tag",
         words={"TAG=DIR": "the tag by which the guest mounts it, and the directory"}, api="tag",
     )  # fmt: skip
-    path: str = option(help="the directory", kw_only=False, check=_path, api="shared_dir")
+    path: Given[str, str | os.PathLike[str]] = option(
+        help="the directory", kw_only=False, check=_path, api="shared_dir"
+    )
     read_only: bool = option(help="the guest cannot change anything", default=False, word="ro", api="read_only")
     submounts: bool = option(
         help="also show what is mounted below the directory", default=False, word="submounts", api="submounts"

@@ -17,7 +17,7 @@ from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from types import SimpleNamespace
     from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -101,15 +101,57 @@ if not TYPE_CHECKING:
     option = Option
 
 
-def as_tuple(field: str, values: Iterable[Any]) -> tuple[Any, ...]:
-    """A check that takes any sequence."""
-    return tuple(values)
-
-
 def type_stored(config: type[Config], name: str) -> str:
     """The type of an attribute, as text."""
     text: str = config.__annotations__[name]
     return text.removeprefix("Given[").partition(", ")[0] if text.startswith("Given[") else text
+
+
+# What an error calls a type: one value, and several.
+_LISTED = {"str": "strings", "int": "whole numbers"}
+_CALLED = {
+    "str": "a string", "int": "a whole number", "bool": "True or False", "None": "None", "os.PathLike[str]": "a path",
+    "tuple[int, int]": "two whole numbers", "tuple[int, int, int]": "three whole numbers",
+}  # fmt: skip
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in ("str", "bool"):
+        return isinstance(value, str if kind == "str" else bool)
+    if kind == "int":
+        return hasattr(value, "__index__") and not isinstance(value, bool)
+    if kind == "os.PathLike[str]":
+        return hasattr(value, "__fspath__")
+    if kind.startswith("tuple["):
+        parts = kind[6:-1].split(", ")
+        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_is, value, parts))
+    if kind.startswith("Mapping["):
+        return hasattr(value, "keys")
+    if kind.startswith("Sequence["):
+        return isinstance(value, tuple) and all(_is(each, kind[9:-1]) for each in value)
+    return value is None if kind == "None" else any(each.__name__ == kind for each in type(value).__mro__)
+
+
+def _typed(config: type[Config], name: str, value: Any) -> Any:
+    """`value`, as a tuple where any iterable may be given.
+
+    :raises TypeError: it has not the type of the parameter `name`
+    """
+    text: str = config.__annotations__[name]
+    if text.startswith("Given["):
+        text = text[6:-1].partition(", ")[2]
+    if text.startswith("Sequence[") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes)):
+        value = tuple(value)
+    kinds = text.split(" | ")
+    if not any(_is(value, kind) for kind in kinds):
+        called = [
+            f"a list of {_LISTED.get(kind[9:-1], kind[9:-1])}" if kind.startswith("Sequence[")
+            else "a mapping" if kind.startswith("Mapping[") else _CALLED.get(kind, f"a {kind}") for kind in kinds
+        ]  # fmt: skip
+        plain = value is None or isinstance(value, (str, int, float, list, tuple))
+        given = f"{value!r:.60}" if plain else f"a {type(value).__name__}"
+        raise TypeError(f"{config.__name__}: {name} must be {' or '.join(called)}, not {given}")
+    return value
 
 
 if not TYPE_CHECKING:
@@ -152,7 +194,7 @@ class Config:
             stored = self.__dict__
             for name, each in options.items():
                 if name in values:
-                    stored[name] = each.checked(self.field(name), values[name])
+                    stored[name] = each.checked(self.field(name), _typed(type(self), name, values[name]))
                 elif each.default is REQUIRED:
                     raise TypeError(f"{type(self).__name__} needs {name}: {each.help}")
                 else:
@@ -175,7 +217,7 @@ class Config:
     def __setattr__(self, name: str, value: object) -> None:
         if name not in self.OPTIONS:
             raise AttributeError(f"{type(self).__name__} has no parameter {name!r}{did_you_mean(name, self.OPTIONS)}")
-        self.__dict__[name] = value
+        self.__dict__[name] = self.OPTIONS[name].checked(self.field(name), _typed(type(self), name, value))
 
     def __eq__(self, other: object) -> bool:
         return vars(self) == vars(other) if type(other) is type(self) else NotImplemented

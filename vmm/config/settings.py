@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         console_rate_limiter: RateLimiterConfig | None
         keyboard: bool
         boot_timer: bool
-        kvm: str
+        kvm: str | os.PathLike[str]
         exit_port: int | None
         protocol: str
         unpack: str

@@ -7,7 +7,7 @@ import os
 
 from boot.cmdline import Cmdline, parameter
 from vmm.config import did_you_mean, parse_size, size_text
-from vmm.config.option import REQUIRED, Config, as_tuple, option
+from vmm.config.option import REQUIRED, Config, option
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -107,14 +107,12 @@ class VmConfig(Config):
     track_dirty_pages: bool = option(
         help="KVM notes the pages the guest writes", default=False, api="track_dirty_pages"
     )
-    drives: Sequence[DriveConfig] = option(
-        help="disks, in the order in which the guest finds them", default=(), check=as_tuple
-    )
+    drives: Sequence[DriveConfig] = option(help="disks, in the order in which the guest finds them", default=())
     nets: Sequence[NetConfig] = option(
-        help="network interfaces, in the order in which the guest finds them", default=(), check=as_tuple
+        help="network interfaces, in the order in which the guest finds them", default=()
     )
     vsock: VsockConfig | None = option(help="the socket device, or None", default=None)
-    shares: Sequence[ShareConfig] = option(help="shared directories", default=(), check=as_tuple)
+    shares: Sequence[ShareConfig] = option(help="shared directories", default=())
     entropy: Given[EntropyConfig | None, EntropyConfig | bool | None] = option(
         help="give the guest random numbers of the host",
         default=None, check=_entropy, word="--rng",
@@ -145,7 +143,7 @@ class VmConfig(Config):
     boot_timer: bool = option(
         help="a byte 123 at 0xd0000000 logs how long the guest took; devices are one window further up", default=False
     )
-    kvm: str = option(
+    kvm: Given[str, str | os.PathLike[str]] = option(
         help="the KVM device (default: /dev/kvm)", default="/dev/kvm", word="--kvm", metavar="PATH", check=_path
     )
     exit_port: int | None = option(

@@ -6,7 +6,7 @@ Source: Firecracker docs/cpu_templates/cpu-templates.md.
 
 from __future__ import annotations
 
-from vmm.config.option import Config, as_tuple, option
+from vmm.config.option import Config, option
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -57,8 +57,8 @@ def parse_number(field: str, text: str) -> int:
 class CpuTemplate(Config):
     """Changes to CPUID, MSRs and KVM capabilities."""
 
-    capabilities: Sequence[int] = option(help="numbers of KVM_CAP_* that KVM must have", default=(), check=as_tuple)
-    not_required: Sequence[int] = option(help="numbers that it need not have after all", default=(), check=as_tuple)
+    capabilities: Sequence[int] = option(help="numbers of KVM_CAP_* that KVM must have", default=())
+    not_required: Sequence[int] = option(help="numbers that it need not have after all", default=())
     cpuid: Mapping[tuple[int, int, int], Mapping[str, Bits]] = option(
         help="by leaf, subleaf and flags: bits by register's name", default={}
     )

@@ -103,6 +103,8 @@ class Machine(Closing):
             config = VmConfig.from_settings(config, settings)
         elif settings:
             raise TypeError("Machine takes a VmConfig or its parameters, not both")
+        if isinstance(devices, str) or not hasattr(devices, "__iter__"):
+            raise TypeError(f"Machine: devices must be a list of virtio devices, not a {type(devices).__name__}")
         self.config = config
         self.vcpus: tuple[Vcpu, ...] = ()
         self._mmds = metadata
