@@ -129,17 +129,19 @@ asan: install
 	$(call SANITIZED,address,libasan.so) -m tests.fuzz.fuzz_devices --programs $(PROGRAMS)
 
 # Data races. The interpreter is not instrumented: its memory is not looked at, its locks are seen, and so is the GIL's
-# way from thread to thread. Each process writes what it finds to a file of its own. QEMU's programs do not start so.
+# way from thread to thread. Each process writes what it finds to a file of its own, and any file is a failure.
+# Left out: a guest of 1 TiB, for which ThreadSanitizer has no address space.
 RACES = build/thread/races
 RACED_TESTS ?= tests/virtio tests/devices tests/vmm/test_bus.py tests/vmm/test_memory.py tests/vmm/test_budget.py \
 	tests/vmm/test_console.py tests/vmm/test_uffd.py tests/kvm/test_devices.py tests/kvm/test_virtio.py \
 	tests/kvm/test_vcpu.py tests/kvm/test_run.py tests/kvm/test_discard.py tests/kvm/test_fs_dax.py tests/kvm/test_fork.py
+UNRACED = tests/vmm/test_memory.py::test_ram_goes_on_above_the_hole[1099511627776-regions3]
 tsan: export TSAN_OPTIONS = log_path=$(CURDIR)/$(RACES) ignore_noninstrumented_modules=1 die_after_fork=0 exitcode=0
 tsan: install
 	$(call BUILD_SANITIZED,thread)
 	@rm -f $(RACES).*
 	$(call SANITIZED,thread,libtsan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= \
-		-k "not qcow2" $(RACED_TESTS); status=$$?; cat $(RACES).* 2>/dev/null && exit 1; exit $$status
+		--deselect "$(UNRACED)" $(RACED_TESTS); status=$$?; cat $(RACES).* 2>/dev/null && exit 1; exit $$status
 
 clean:
 	rm -rf build *.egg-info $(VENV)/.built

@@ -116,7 +116,10 @@ def test_guest_writes_a_sector(guest: MakeGuest, image: Path, options: str) -> N
     assert image.read_bytes()[7 * 512 : 8 * 512] == b"guest-- " * 64
 
 
-def test_guest_writes_a_sector_of_a_qcow2_image(guest: MakeGuest, tmp_path: Path) -> None:
+def test_guest_writes_a_sector_of_a_qcow2_image(
+    guest: MakeGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)  # QEMU's coroutines do not go with the sanitizers
     if not shutil.which("qemu-img") or not shutil.which("qemu-storage-daemon"):
         pytest.skip("LAYER MISSING: qcow2: apt install qemu-utils qemu-system-common")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK) or (os.geteuid() and not shutil.which("fusermount3")):

@@ -26,7 +26,7 @@ __all__ = ["engine", "image"]
 
 @pytest.fixture
 def qcow2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("LD_PRELOAD", raising=False)  # QEMU's coroutines and AddressSanitizer do not go together
+    monkeypatch.delenv("LD_PRELOAD", raising=False)  # QEMU's coroutines do not go with the sanitizers
     if not shutil.which("qemu-img") or not shutil.which("qemu-storage-daemon"):
         pytest.skip("LAYER MISSING: qcow2: apt install qemu-utils qemu-system-common")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK) or (os.geteuid() and not shutil.which("fusermount3")):
