@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import socket
 import struct
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from vmm import Sandbox
 from vmm.errors import ConfigError, VmmError
 from vmm.images import Image
 from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
@@ -263,3 +265,33 @@ def test_a_stock_kernel_on_a_software_kvm_is_refused_with_what_to_do(
     image = Image("busybox", "/k", "/i", "/r", "")
     with pytest.raises(ConfigError, match=r"kernel /k: a stock Linux does not run .* `pyvmm lab -- python3 PROGRAM`"):
         guest.kernel_and_initrd(image, None, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"image": 5}, "Sandbox: image must be a string or an Image, not 5"),
+        ({"memory": 1.5}, "Sandbox: memory must be a whole number or a string, not 1.5"),
+        ({"env": ["A=b"]}, "Sandbox: env must be a mapping of strings to strings or None, not ['A=b']"),
+        ({"timeout": "1"}, "Sandbox: timeout must be a number or None, not '1'"),
+        ({"name": object()}, "Sandbox: name must be a string or None, not an object"),
+    ],
+)
+def test_a_sandbox_refuses_values_of_another_type(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(told)):
+        Sandbox(**values)
+
+
+def test_a_command_and_a_file_refuse_values_of_another_type(agent: Callable[[bytes | Answer], Session]) -> None:
+    session: Any = agent(b"")
+    calls: list[tuple[Callable[[], object], str]] = [  # type checkers refuse these, too
+        (lambda: session.run(None), "Sandbox.run: command must be a string or a list of strings or paths, not None"),
+        (lambda: session.exec(["ls", 5]), "Sandbox.exec: command must be a string or a list of strings or paths"),
+        (lambda: session.run("ls", env={"PORT": 80}), "env must be a mapping of strings to strings or None"),
+        (lambda: session.run("ls", cwd=5), "Sandbox.run: cwd must be a string or a path or None, not 5"),
+        (lambda: session.files.write(None, "x"), "not NoneType"),
+        (lambda: session.files.list(3), "not int"),
+    ]
+    for call, told in calls:
+        with pytest.raises(TypeError, match=re.escape(told)):
+            call()

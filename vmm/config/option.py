@@ -108,49 +108,85 @@ def type_stored(config: type[Config], name: str) -> str:
 
 
 # What an error calls a type: one value, and several.
-_LISTED = {"str": "strings", "int": "whole numbers"}
 _CALLED = {
-    "str": "a string", "int": "a whole number", "bool": "True or False", "None": "None", "os.PathLike[str]": "a path",
-    "tuple[int, int]": "two whole numbers", "tuple[int, int, int]": "three whole numbers",
+    "str": "a string", "int": "a whole number", "float": "a number", "bool": "True or False", "None": "None",
+    "os.PathLike[str]": "a path", "tuple[int, int]": "two whole numbers", "tuple[int, int, int]": "three whole numbers",
 }  # fmt: skip
+_LISTED = {"str": "strings", "str | os.PathLike[str]": "strings or paths", "int": "whole numbers"}
 
 
-def _is(value: Any, kind: str) -> bool:
+def _parts(text: str, separator: str) -> list[str]:
+    # `text` split at the separators that are in no brackets.
+    parts: list[str] = []
+    for piece in text.split(separator):
+        if parts and parts[-1].count("[") > parts[-1].count("]"):
+            parts[-1] += separator + piece
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _is(value: Any, annotation: str) -> bool:
+    kinds = _parts(annotation, " | ")
+    if len(kinds) > 1:
+        return any(_is(value, kind) for kind in kinds)
+    kind, _, inner = annotation.removesuffix("]").partition("[")
     if kind in ("str", "bool"):
         return isinstance(value, str if kind == "str" else bool)
-    if kind == "int":
-        return hasattr(value, "__index__") and not isinstance(value, bool)
-    if kind == "os.PathLike[str]":
+    if kind in ("int", "float"):
+        return hasattr(value, "__index__" if kind == "int" else "__float__") and not isinstance(value, bool)
+    if kind == "os.PathLike":
         return hasattr(value, "__fspath__")
-    if kind.startswith("tuple["):
-        parts = kind[6:-1].split(", ")
+    if kind == "tuple":
+        parts = _parts(inner, ", ")
         return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_is, value, parts))
-    if kind.startswith("Mapping["):
-        return hasattr(value, "keys")
-    if kind.startswith("Sequence["):
-        return isinstance(value, tuple) and all(_is(each, kind[9:-1]) for each in value)
+    if kind == "Sequence":
+        return isinstance(value, (list, tuple)) and all(_is(each, inner) for each in value)
+    if kind == "Mapping":
+        key, item = _parts(inner, ", ")
+        return hasattr(value, "items") and all(_is(k, key) and _is(v, item) for k, v in value.items())
     return value is None if kind == "None" else any(each.__name__ == kind for each in type(value).__mro__)
 
 
-def _typed(config: type[Config], name: str, value: Any) -> Any:
-    """`value`, as a tuple where any iterable may be given.
+def _called(kind: str) -> str:
+    if kind.startswith("Mapping["):
+        return " to ".join(["a mapping of strings", *(["strings"] if kind == "Mapping[str, str]" else [])])
+    if kind.startswith("Sequence["):
+        return f"a list of {_LISTED.get(kind[9:-1], kind[9:-1])}"
+    return _CALLED.get(kind) or _one(kind)
 
-    :raises TypeError: it has not the type of the parameter `name`
+
+def _one(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
+
+
+def check_type(title: str, name: str, annotation: str, value: object) -> None:
+    """Refuse a value whose type is not that of the parameter `name`, an annotation of a function or class of `title`.
+
+    :raises TypeError: one line, which says what is allowed
     """
+    if not _is(value, annotation):
+        plain = value is None or isinstance(value, (str, int, float, list, tuple, dict))
+        given = f"{value!r:.60}" if plain else _one(type(value).__name__)
+        allowed = " or ".join(map(_called, _parts(annotation, " | ")))
+        raise TypeError(f"{title}: {name} must be {allowed}, not {given}")
+
+
+def check_call(title: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """As ``check_type`` for the parameters of `function`, with ``locals()`` at its start."""
+    for name, annotation in function.__annotations__.items():
+        if name in values and "Callable[" not in annotation:
+            check_type(title, name, annotation, values[name])
+
+
+def _typed(config: type[Config], name: str, value: Any) -> Any:
+    # `value`, as a tuple where any iterable may be given.
     text: str = config.__annotations__[name]
     if text.startswith("Given["):
-        text = text[6:-1].partition(", ")[2]
+        text = _parts(text[6:-1], ", ")[1]
     if text.startswith("Sequence[") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes)):
         value = tuple(value)
-    kinds = text.split(" | ")
-    if not any(_is(value, kind) for kind in kinds):
-        called = [
-            f"a list of {_LISTED.get(kind[9:-1], kind[9:-1])}" if kind.startswith("Sequence[")
-            else "a mapping" if kind.startswith("Mapping[") else _CALLED.get(kind, f"a {kind}") for kind in kinds
-        ]  # fmt: skip
-        plain = value is None or isinstance(value, (str, int, float, list, tuple))
-        given = f"{value!r:.60}" if plain else f"a {type(value).__name__}"
-        raise TypeError(f"{config.__name__}: {name} must be {' or '.join(called)}, not {given}")
+    check_type(config.__name__, name, text, value)
     return value
 
 

@@ -160,7 +160,7 @@ class Files:
     def _pieces(
         self, path: str, offset: int, length: int | None, user: str | int | None, timeout: float
     ) -> Iterator[memoryview]:
-        words = ["read", f"path={path}", *_user(user)]
+        words = ["read", _word("path", path), *_user(user)]
         if offset:
             words.append(f"offset={offset}")
         if length is not None:
@@ -195,7 +195,7 @@ class Files:
         :param data: text, bytes, an open file or pieces; text is written as UTF-8
         :param mode: permission bits; None: unchanged, and 0644 for a new file
         """
-        words = ["write", f"path={path}", "parents=1", *_user(user)]
+        words = ["write", _word("path", path), "parents=1", *_user(user)]
         if mode is not None:
             words.append(f"mode={mode}")
         if append:
@@ -218,7 +218,7 @@ class Files:
     get_info = stat
 
     def _entries(self, verb: str, path: str, user: str | int | None, timeout: float, *more: str) -> Iterator[Entry]:
-        for kind, data in self._ask([verb, f"path={path}", *_user(user), *more], timeout):
+        for kind, data in self._ask([verb, _word("path", path), *_user(user), *more], timeout):
             if kind != F_ENTRY:
                 raise out_of_turn(f"{verb} {path}")
             yield Entry(path, bytes(data))
@@ -235,27 +235,27 @@ class Files:
         self, path: str, *, parents: bool = True, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> None:
         """Make a directory; with `parents` also missing ones above it, and it may exist already."""
-        self._do(["mkdir", f"path={path}", *_user(user), *(["parents=1"] if parents else [])], timeout)
+        self._do(["mkdir", _word("path", path), *_user(user), *(["parents=1"] if parents else [])], timeout)
 
     def remove(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Remove a file, or a directory with its contents. Symbolic links are not followed."""
-        self._do(["remove", f"path={path}", *_user(user)], timeout)
+        self._do(["remove", _word("path", path), *_user(user)], timeout)
 
     def rename(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Move a file to another path, and replace a file there."""
-        self._do(["rename", f"path={path}", f"to={to}", *_user(user)], timeout)
+        self._do(["rename", _word("path", path), _word("to", to), *_user(user)], timeout)
 
     def symlink(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Make `path` a symbolic link to `to`."""
-        self._do(["symlink", f"path={path}", f"to={to}", *_user(user)], timeout)
+        self._do(["symlink", _word("path", path), _word("to", to), *_user(user)], timeout)
 
     def chmod(self, path: str, mode: int, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Change permission bits."""
-        self._do(["chmod", f"path={path}", f"mode={mode}", *_user(user)], timeout)
+        self._do(["chmod", _word("path", path), f"mode={mode}", *_user(user)], timeout)
 
     def chown(self, path: str, owner: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Change the owner: ``USER`` with its group, or ``USER:GROUP``, names or numbers."""
-        self._do(["chown", f"path={path}", f"owner={owner}"], timeout)
+        self._do(["chown", _word("path", path), f"owner={owner}"], timeout)
 
     def copy_in(self, source: str, path: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
         """Copy a file of the host, or a directory with all files, directories and links in it, to `path`.
@@ -325,7 +325,7 @@ class Files:
         """
         deadline, doing = Deadline(timeout), f"watch {path}"
         channel = self._link.connect(deadline, doing)
-        words = ["watch", f"path={path}", *_user(user)]
+        words = ["watch", _word("path", path), *_user(user)]
         try:
             channel.request(deadline, doing, words)
             kind, data = channel.read(deadline, doing)
@@ -384,6 +384,10 @@ def _error(data: bytes, words: list[str]) -> OSError | ConfigError:
     if number == errno.EINVAL and key in ("user", "owner") and what in words:
         return ConfigError(key, value, "the guest does not have this user or group")
     return OSError(number, os.strerror(number), what)
+
+
+def _word(name: str, path: str) -> str:
+    return f"{name}={os.fsdecode(path)}"  # refuses what is no path
 
 
 def _user(user: str | int | None) -> list[str]:

@@ -373,7 +373,8 @@ CLOSE = wire.frame(wire.F_STDIN)
 
 
 def words_of(
-    command: str | Sequence[str], env: Mapping[str, str], *, cwd: str | None, user: str | int | None,
+    command: str | Sequence[str | os.PathLike[str]], env: Mapping[str, str], *, cwd: str | os.PathLike[str] | None,
+    user: str | int | None,
     terminal: tuple[int, int] | None, limits: Mapping[str, int | tuple[int, int]] | None, keep: bool,
 ) -> list[str]:  # fmt: skip
     """The request for a command. See ``Sandbox.exec``.

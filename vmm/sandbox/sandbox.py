@@ -10,6 +10,7 @@ import time
 
 from vmm import threads
 from vmm.config.devices import DriveConfig, NetConfig, NetworkPolicy, ShareConfig, VsockConfig
+from vmm.config.option import check_call
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, SnapshotError, line
 from vmm.machine.machine import Machine
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from vmm.events import Exit
     from vmm.images import Image
+
+    Mount = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]
 
 _CONSOLE_KEPT = 4096  # bytes
 _ABOUT = "sandbox.json"
@@ -73,7 +76,7 @@ class Sandbox(Session):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | int | None = None,
-        mounts: Mapping[str, str | tuple[str, str]] | None = None,
+        mounts: Mapping[str, Mount] | None = None,
         network: str | NetworkPolicy = "none",
         timeout: float | None = None,
         name: str | None = None,
@@ -82,6 +85,7 @@ class Sandbox(Session):
         kernel: str | None = None,
         boot_timeout: float = 60,
     ) -> None:
+        check_call("Sandbox", Sandbox.__init__, {**locals(), "mounts": None})
         policy = network if isinstance(network, NetworkPolicy) else None
         if policy is None and network not in ("none", "user"):
             raise ConfigError("network", network, "must be none, user or a NetworkPolicy")
@@ -228,6 +232,7 @@ class Sandbox(Session):
         Each copy has its own name, random numbers and clock. Running commands end in a copy, unless they were started
         with `keep`, or are in the background.
         """
+        check_call("Sandbox.fork", Sandbox.fork, locals())
         if count < 0:
             raise ConfigError("count", count, "must be 0 or more")
         copies: list[Sandbox] = []
@@ -330,9 +335,9 @@ def _check_timeout(timeout: float | None) -> None:
         raise ConfigError("timeout", timeout, "must be more than 0 seconds")
 
 
-def _shares(mounts: Mapping[str, str | tuple[str, str]]) -> list[tuple[str, ShareConfig]]:
+def _shares(mounts: Mapping[str, Mount]) -> list[tuple[str, ShareConfig]]:
     shares = []
-    for place, (path, what) in enumerate(mounts.items()):
+    for place, (path, what) in enumerate(mounts.items() if hasattr(mounts, "items") else [("", mounts)]):
         match what:
             case str() | os.PathLike():
                 directory, mode = what, "rw"

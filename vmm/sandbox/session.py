@@ -7,6 +7,7 @@ import os
 import signal
 
 from vmm.closing import Closing
+from vmm.config.option import check_call
 from vmm.errors import line
 from vmm.sandbox import registry
 from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
@@ -47,11 +48,11 @@ class Session(Closing):
 
     def run(
         self,
-        command: str | Sequence[str],
+        command: str | Sequence[str | os.PathLike[str]],
         *,
         input: bytes | str | None = None,
         env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
+        cwd: str | os.PathLike[str] | None = None,
         user: str | int | None = None,
         limits: Mapping[str, int | tuple[int, int]] | None = None,
         timeout: float | None = 60,
@@ -70,6 +71,7 @@ class Session(Closing):
         :raises CommandError: with `check`: its status is not 0; the class says why
         :raises SandboxGone: the sandbox has ended
         """
+        check_call("Sandbox.run", Session.run, locals())
         deadline = Deadline(timeout)
         with self._exec(
             command, limit, deadline, env=env, cwd=cwd, user=user, limits=limits, input=input is not None, quiet=True
@@ -80,10 +82,10 @@ class Session(Closing):
 
     def exec(
         self,
-        command: str | Sequence[str],
+        command: str | Sequence[str | os.PathLike[str]],
         *,
         env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
+        cwd: str | os.PathLike[str] | None = None,
         user: str | int | None = None,
         terminal: tuple[int, int] | None = None,
         limits: Mapping[str, int | tuple[int, int]] | None = None,
@@ -105,13 +107,14 @@ class Session(Closing):
         :raises ConfigError: a value that cannot be
         :raises SandboxGone: the sandbox has ended
         """
+        check_call("Sandbox.exec", Session.exec, locals())
         return self._exec(
             command, limit, Deadline(timeout), env=env, cwd=cwd, user=user, terminal=terminal, limits=limits, keep=keep
         )
 
     def _exec(
-        self, command: str | Sequence[str], limit: int, deadline: Deadline, *, env: Mapping[str, str] | None = None,
-        cwd: str | None = None, user: str | int | None = None,
+        self, command: str | Sequence[str | os.PathLike[str]], limit: int, deadline: Deadline, *,
+        env: Mapping[str, str] | None = None, cwd: str | os.PathLike[str] | None = None, user: str | int | None = None,
         limits: Mapping[str, int | tuple[int, int]] | None = None,
         terminal: tuple[int, int] | None = None, keep: bool = False, input: bool = True, quiet: bool = False,
     ) -> Process:  # fmt: skip
