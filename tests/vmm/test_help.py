@@ -231,7 +231,7 @@ def test_completion_without_shtab_is_one_line(
 
 def test_the_manual_page_has_every_option_and_no_mistake(tmp_path: Path) -> None:
     page = tmp_path / "pyvmm.1"
-    root = Path(cli.__file__).parents[2]
+    root = Path(__file__).parents[2]
     subprocess.run([sys.executable, str(root / "tools/man_page.py"), str(page)], check=True, cwd=tmp_path)
     text = page.read_text().replace("\\-", "-")
     for name in cli.COMMANDS:

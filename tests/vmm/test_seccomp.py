@@ -72,6 +72,7 @@ def work():
     kept = [[] for _ in range(100_000)]
     gc.collect()
     print(gc.get_freeze_count(), made)
+gc.collect()  # so that the next time it collects by itself is in the thread
 for _ in range(4):
     Dropped()
 thread = threads.spawn("vcpu", "confined", work)
