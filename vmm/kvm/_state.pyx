@@ -63,8 +63,19 @@ cdef extern from *:
         uint32_t flags
     struct kvm_pit_state2:
         uint32_t flags
+    struct kvm_pic_state:
+        uint8_t last_irr
+    struct kvm_ioapic_state:
+        uint32_t irr
+    union kvm_chip "":              # it has no name there
+        kvm_pic_state pic
+        kvm_ioapic_state ioapic
     struct kvm_irqchip:
         uint32_t chip_id
+        kvm_chip chip
+    struct kvm_irq_level:
+        uint32_t irq
+        uint32_t level
     struct kvm_clock_data:
         uint64_t clock
         uint32_t flags
@@ -74,6 +85,7 @@ cdef extern from *:
     unsigned long KVM_GET_XCRS, KVM_SET_XCRS, KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_LAPIC, KVM_SET_LAPIC
     unsigned long KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, KVM_GET_PIT2, KVM_SET_PIT2, KVM_GET_IRQCHIP
     unsigned long KVM_SET_IRQCHIP, KVM_GET_CLOCK, KVM_SET_CLOCK, KVM_KVMCLOCK_CTRL, KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ
+    unsigned long KVM_IRQ_LINE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_SLAVE
     uint32_t KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_CAP_XCRS, KVM_CAP_TSC_CONTROL, KVM_CLOCK_REALTIME
 
 # Every ioctl that reads state; the seccomp rules allow a saving thread these and no others.
@@ -122,6 +134,25 @@ cdef int _set(int fd, unsigned long request, data, size_t size, str name) except
     if kvm_call(fd, request, PyBytes_AS_STRING(data)) < 0:
         raise KvmError(errno, name)
     return 0
+
+
+cdef _lower_lines(int fd, list chips):
+    # An edge is a line that KVM's worker thread raises and then lowers. A save between these steps has the line high,
+    # and in the copy nobody lowers it: its next edge would be none.
+    cdef kvm_irq_level line
+    cdef uint32_t high = 0
+    cdef const kvm_irqchip *chip
+    for data in chips:
+        chip = <const kvm_irqchip *>PyBytes_AS_STRING(data)
+        if chip.chip_id == KVM_IRQCHIP_IOAPIC:
+            high |= chip.chip.ioapic.irr
+        else:
+            high |= <uint32_t>chip.chip.pic.last_irr << (8 if chip.chip_id == KVM_IRQCHIP_PIC_SLAVE else 0)
+    for line.irq in range(32):
+        if high >> line.irq & 1:
+            line.level = 0
+            if kvm_call(fd, KVM_IRQ_LINE, &line) < 0 and errno != EINVAL:
+                raise KvmError(errno, "KVM_IRQ_LINE")
 
 
 cdef class StateAccess:
@@ -344,6 +375,7 @@ cdef class StateAccess:
             _set(fd, KVM_SET_PIT2, state["pit2"], sizeof(kvm_pit_state2), "KVM_SET_PIT2")
         for chip in state["irqchips"]:
             _set(fd, KVM_SET_IRQCHIP, chip, sizeof(kvm_irqchip), "KVM_SET_IRQCHIP")
+        _lower_lines(fd, state["irqchips"])
         self.set_clock(fd, state["clock"], realtime=realtime)
 
     def set_clock(self, int fd, clock, *, bint realtime):

@@ -124,12 +124,15 @@ def freeze(
         if machine._run.ended is not None:
             raise VmmError("a machine that has ended cannot be frozen")
         while_held()
-        timer = machine._board.pit.save()
+        # Before the vCPUs: an interrupt of KVM's timer that comes meanwhile comes twice in a copy, and is not lost.
+        vm = access.save_vm(machine.vm.fd, timer=machine._board.pit.save())
+        vcpus = [access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus]
+        vm["clock"] = access.get_clock(machine.vm.fd)
         image = Image(
             machine.config,
             cmdline=machine.cmdline,
-            vcpus=[access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus],
-            vm=access.save_vm(machine.vm.fd, timer=timer),
+            vcpus=vcpus,
+            vm=vm,
             board=machine._board.save(),
             virtio=[_saved(each) for each in machine.devices.values()],
             memory=[],
