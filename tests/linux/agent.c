@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The first process of a guest whose only way out is vsock: behind port 1024 a line is a shell command, and what it
-// printed comes back as one line, its own lines divided by '|'.
+// The first process of a guest that is reached only by vsock. Each line sent to port 1024 is a shell command. Its
+// output comes back as one line, with '|' between the original lines.
 #include <fcntl.h>
 #include <linux/vm_sockets.h>
 #include <signal.h>

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What no tool of Debian's measures over every kind of socket alike, for both ends: guest and host.
+// A client and server that measures every kind of socket in the same way, for guest and host. No Debian tool does that.
 //
 //   probe serve ADDRESS                     answer the modes below, until killed
 //   probe send|recv|ping|connect|udp ADDRESS SECONDS [SIZE]
-//   probe check ADDRESS CONNECTIONS BYTES   all at once, both ways, every byte compared
+//   probe check ADDRESS CONNECTIONS BYTES   all connections at once, both directions, every byte compared
 //   probe create|stat|unlink DIRECTORY COUNT
-//   probe map FILE BYTES                    written through a shared mapping, read by read(), and the other way round
-//   probe lie ADDRESS                       be the driver of the virtio-mmio device there, with rings that are not
+//   probe map FILE BYTES                    write through a shared mapping and read() it, and the other way round
+//   probe lie ADDRESS                       drive the virtio-mmio device at that address, with invalid rings
 //
 // ADDRESS: tcp:IP:PORT, udp:IP:PORT, vsock:CID:PORT, unix:PATH, or hybrid:PATH:PORT (Firecracker's CONNECT).
 // A client prints its rate and its count: bytes, round trips, connections, packets that arrived, files.
@@ -77,7 +77,7 @@ union address {
     struct sockaddr_un un;
 };
 
-// -> the socket; *port is set for a hybrid address only
+// Returns the socket. Sets *port for a hybrid address only.
 static int make(const char *text, union address *address, socklen_t *size, unsigned *port)
 {
     char kind[8], host[108];
@@ -143,7 +143,7 @@ static int dial(const char *text)
     return fd;
 }
 
-// A byte stream that says where one is in it, and whose it is.
+// A byte stream in which every byte depends on its offset and on its connection.
 static void pattern(uint8_t *data, uint32_t seed, uint64_t at, size_t size)
 {
     for (size_t i = 0; i < size; i++) {
@@ -173,7 +173,7 @@ static void *sender(void *argument)
     return NULL;
 }
 
-// -> 0 where exactly the right bytes came, and then the end
+// Returns 0 if exactly the expected bytes arrived, followed by the end.
 static int receive(struct stream *s)
 {
     uint8_t data[16384], right[16384];
@@ -196,7 +196,7 @@ static void thread(pthread_t *id, void *(*work)(void *), void *argument)
     if (pthread_create(id, &attributes, work, argument)) fail("thread");
 }
 
-// Send and receive at once. -> 0: all was right
+// Send and receive at once. Returns 0 if every byte was right.
 static int exchange(int fd, uint32_t ours, uint32_t theirs, uint64_t bytes)
 {
     struct stream out = {fd, ours, bytes, 0}, in = {fd, theirs, bytes, 0};
@@ -216,7 +216,7 @@ static void *serve_one(void *argument)
     char *data = calloc(1, BUFFER);
     if (!read_all(fd, &request, sizeof request)) {
         if (request.mode == 's') {
-            // Not until the end of the stream: a half-closed one is more than every peer can do.
+            // It does not wait for the end of the stream: not every peer supports half-closed streams.
             size_t size = request.bytes < BUFFER ? request.bytes : BUFFER;
             for (*data = 0; !*data && !read_all(fd, data, size);) count += size;
             write_all(fd, &count, sizeof count);
@@ -268,7 +268,7 @@ static void serve(const char *text)
         if (fd < 0) fail("accept");
         char mode;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-        // A connection that is only made is answered here: no thread is to be in what is measured.
+        // A connection without data is handled here, so that no thread's start is measured.
         if (recv(fd, &mode, 1, MSG_PEEK) == 1 && mode == 'c') {
             write_all(fd, &mode, 1);
             close(fd);
@@ -401,7 +401,7 @@ static void files(const char *what, const char *directory, long count)
     result(count, now() - start);
 }
 
-// Both ways: what is stored in the mapping is what read() finds, what is written is what the mapping shows.
+// Both ways: read() returns what was stored in the mapping, and the mapping shows what was written.
 static void map(const char *path, size_t size)
 {
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0644);
@@ -421,7 +421,7 @@ static void map(const char *path, size_t size)
     result(size, now() - start);
 }
 
-// virtio 1.2, 4.2.2: the registers of a device whose own driver was taken off it.
+// The registers (virtio 1.2, 4.2.2) of a device that was unbound from its driver.
 static void lie(unsigned long address)
 {
     static const uint64_t places[] = {0xfffffffffffff000, 0xdead0000, 0x1001, 0xffffffff0000};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A driver of block devices. test=N of the command line chooses what it does.
+// A driver for block devices. test=N on the command line selects a test.
 #include "virtio.h"
 
 enum { BLOCK = 2, IN = 0, OUT = 1, FLUSH = 4, GET_ID = 8, PAGE = 4096, SECTORS = PAGE / 512, DEPTH_MAX = 128 };
@@ -33,7 +33,7 @@ static void bring_up(struct disk *disk, int place)
     disk->pages = (read32(disk->device.base + CONFIG) | (u64)read32(disk->device.base + CONFIG + 4) << 32) / SECTORS;
 }
 
-// Which head the queue will give is known before it is given: its page can be filled first.
+// The head that the queue will return next, so that the caller can fill its page before.
 static void submit(struct disk *disk, u32 type, u64 page, u32 len)
 {
     u16 head = disk->queue.free;
@@ -65,7 +65,7 @@ static void verify(struct disk *disk, int head)
         expect(((u64 *)disk->slots[head])[word] == pattern(disk->requests[head].page, word));
 }
 
-// `count` requests of a page, `depth` of them in flight, at pages next(i).
+// Make `count` requests of one page each, at the pages next(i), with `depth` of them in flight.
 static void run(struct disk *disk, u32 type, u64 count, int depth, u64 (*next)(struct disk *, u64), bool check)
 {
     u64 submitted = 0, completed = 0;
@@ -97,7 +97,7 @@ static u64 at_random(struct disk *disk, u64 i)
     return state % disk->pages;
 }
 
-// Everything is written, flushed, and read back in another order.
+// Write every page, flush, and read all pages in another order.
 static void write_and_read_back(struct disk *disk)
 {
     int depth = option("depth=", 32);
@@ -113,7 +113,7 @@ static void write_and_read_back(struct disk *disk)
     print("\n");
 }
 
-// The device's interrupt arrives, once for each request that waits for it.
+// Each request that asks for an interrupt gets exactly one.
 static void interrupted(struct disk *disk)
 {
     route(disk->device.gsi, 3);
@@ -134,7 +134,7 @@ static void interrupted(struct disk *disk)
     report("while polled", interrupts[3]);
 }
 
-// Lies of which each stops the device. The queue is polled for nothing: only the status shows it.
+// Invalid rings, each of which stops the device. Only the status register shows it: no request completes.
 static void lie(struct disk *disk, int kind)
 {
     struct queue *queue = &disk->queue;
@@ -155,7 +155,8 @@ static void lie(struct disk *disk, int kind)
     kick(queue);
 }
 
-// The first disk's driver lies, again and again; the second disk's requests all come back right, and as fast.
+// The first disk's driver adds invalid chains all the time. All requests of the second disk are correct, and as fast as
+// without.
 static void liar(void)
 {
     struct disk *good = &disks[1];

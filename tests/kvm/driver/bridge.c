@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A bridge between two network devices: what one receives, the other sends, for as long as the VM lives. So the host's
-// own stack, at one of them, talks to whatever is at the other.
+// A bridge between two network devices: each sends what the other receives, until the VM ends. So the host's network
+// stack, behind one device, can talk to a program behind the other.
 #include "virtio.h"
 
 enum { NETWORK = 1, RX = 0, TX = 1, HEADER = 12, BUFFERS = 128, SIZE = 2048 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A driver of the file system device: reads the file "input" of the share, by requests and through the DAX window where
-// there is one, and makes "output". Source: linux/fuse.h.
+// A driver for the file system device. It reads the file "input" of the share, by requests and through the DAX window
+// if there is one, and creates "output". Source: linux/fuse.h.
 #include "virtio.h"
 #include <linux/fuse.h>
 
@@ -13,7 +13,7 @@ static struct fuse_in_header in;
 static struct fuse_out_header out;
 static u64 unique;
 
-// One request: its argument, what follows that, and where the answer's payload goes; returns the payload's length.
+// Send one request: its argument, the data behind it, a buffer for the answer. Returns the payload's length.
 static u32 request(u32 opcode, u64 node, const void *argument, u32 argument_len, const void *more, u32 more_len,
                    void *answer, u32 answer_len)
 {
@@ -66,7 +66,7 @@ static void release(u64 node, u64 fh)
     request(FUSE_RELEASE, node, &argument, sizeof argument, NULL, 0, NULL, 0);
 }
 
-// What the window shows is what READ gave; what is written there is in the file.
+// The window shows the same bytes as READ, and bytes written to it are in the file.
 static void through_window(u64 base, u64 node, u64 fh, u64 size)
 {
     u8 *window = (u8 *)base;
@@ -131,7 +131,7 @@ int main(void)
         kept += wrote.size;
     }
     release(made.entry.nodeid, made.opened.fh);
-    // The hiprio queue takes what has no answer.
+    // Requests without an answer go to the hiprio queue.
     struct { struct fuse_in_header in; struct fuse_forget_in forget; } forget = {
         {sizeof forget, FUSE_FORGET, ++unique, entry.nodeid}, {1}};
     struct part part = {&forget, sizeof forget};

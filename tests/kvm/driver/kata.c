@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A sandbox's guest, as Kata's is from outside: block devices, and what answers behind port 1024 of the socket device.
-// A line is a disk's place; the answer is its capacity now, whether a change was told since, and its first word.
+// A guest that looks like Kata's from outside: block devices, and an agent at port 1024 of the socket device.
+// A request is a line with a disk's index. The answer is its current capacity, whether the device has reported a change
+// since the last request, and its first word.
 #include "virtio.h"
 
 enum {

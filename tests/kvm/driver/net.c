@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// A driver of the network device at 10.99.0.2. It answers ARP and pings until a UDP datagram comes to port 9 (test=0);
-// sends count= datagrams of 64 bytes to port 7 of 10.99.0.1 a round (test=1); takes count= datagrams (test=2);
-// pings 10.99.0.1 count= times, one after the other (test=3).
+// A driver for the network device, at 10.99.0.2. test= selects one of these:
+//   0: answer ARP and pings until a UDP datagram arrives at port 9
+//   1: send count= datagrams of 64 bytes to port 7 of 10.99.0.1 in each round
+//   2: receive count= datagrams
+//   3: ping 10.99.0.1 count= times, one after the other
 #include "virtio.h"
 
 enum { NETWORK = 1, RX = 0, TX = 1, HEADER = 12, BUFFERS = 256, FRAME = 2048 - HEADER };
 #define MAC (1ull << 5)
 #define MRG_RXBUF (1ull << 15)
 
-// Frames as they are on the wire, numbers big-endian
+// Frames as on the wire; numbers are big-endian
 struct ethernet { u8 to[6], from[6]; u16 type; } __attribute__((packed));
 struct arp { struct ethernet ethernet; u8 kinds[6]; u16 op; u8 from_mac[6]; u32 from; u8 to_mac[6]; u32 to; }
     __attribute__((packed));
@@ -54,7 +56,7 @@ static void transmit(int buffer, u32 len)
     buffer_of[TX][head] = buffer;
 }
 
-// Make an answer of the frame in its own buffer; whether it is to be sent.
+// Turn the frame into its answer, in place. Returns whether there is one to send.
 static bool answer(struct buffer *buffer, u32 len)
 {
     struct arp *arp = &buffer->arp;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Drivers of the entropy device (test=0) and the balloon (test=1).
+// Drivers for the entropy device (test=0) and the balloon (test=1).
 #include "virtio.h"
 
 enum { ENTROPY = 4, BALLOON = 5, PAGE = 4096, PAGES = 512, MUST_TELL_HOST = 1, DEFLATE_ON_OOM = 4, REPORTING = 32 };
@@ -17,7 +17,7 @@ static void request(struct queue *queue, void *at, u32 len, bool written_to)
     expect(wait(queue, NULL) >= 0);
 }
 
-// What comes is as long as it says, and no two words of it are the same.
+// The data is as long as the device says, and no two words are equal.
 static void entropy(void)
 {
     device = find_device(ENTROPY, 0);
@@ -49,7 +49,7 @@ static void fill(void)
             pages[i][word] = ~i;
 }
 
-// Pages given to the balloon, or reported free, are zeros after it: the host took them, and gives new ones.
+// Pages in the balloon, or reported free, are zeros afterwards: the host has taken them and provides new ones.
 static void balloon(void)
 {
     device = find_device(BALLOON, 0);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a driver in ring 3 needs: its words, ports, interrupts, and virtio-mmio with split queues, polled.
+// What a driver in ring 3 needs: output, ports, interrupts, and virtio-mmio with split queues, which are polled.
 // Source: OASIS Virtual I/O Device (VIRTIO) Version 1.2, sections 2.7 and 4.2; Intel SDM volume 3, chapter 11 (APIC).
 #pragma once
 #include <stdbool.h>
@@ -20,7 +20,7 @@ int main(void);
 volatile u32 interrupts[16];    // by vector - 0x20; start.S counts
 static const char *cmdline;
 
-// The compiler calls these by itself.
+// The compiler generates calls of these.
 void *memcpy(void *to, const void *from, size_t n)
 {
     void *start = to;
@@ -37,7 +37,7 @@ void *memset(void *at, int value, size_t n)
 
 static void relax(void) { __asm__ volatile("pause" ::: "memory"); }
 
-// Words: by the serial port, each line flushed by its end.
+// Output on the serial port. The end of a line flushes it.
 
 static void out8(u16 port, u8 value) { __asm__ volatile("outb %0, %1" :: "a"(value), "Nd"(port)); }
 
@@ -65,7 +65,7 @@ static void report(const char *name, u64 value)
     print("\n");
 }
 
-// The exit port of pyvmm; QEMU's isa-debug-exit makes 2n+1 of it; Firecracker has only the keyboard's reset line.
+// End the VM by the exit port. QEMU's isa-debug-exit makes 2n+1 of n; Firecracker has only the keyboard's reset line.
 static __attribute__((noreturn)) void end(u8 status)
 {
     report("exit", status);
@@ -128,7 +128,7 @@ static const char *number(const char *text, u64 *value)
     }
 }
 
-// NAME=NUMBER of the command line; `name` with its =.
+// The number of NAME=NUMBER on the command line; `name` includes the =.
 static u64 option(const char *name, u64 otherwise)
 {
     const char *at = find(cmdline, name);
@@ -156,7 +156,7 @@ static void write32(u64 at, u32 value)
     __asm__ volatile("movl %1, %0" : "=m"(*(volatile u32 *)at) : "r"(value) : "memory");
 }
 
-// A device: found by the kernel's words virtio_mmio.device=SIZE@BASE:GSI.
+// A device, found by virtio_mmio.device=SIZE@BASE:GSI on the kernel's command line.
 
 enum {
     MAGIC = 0, VERSION = 4, DEVICE_ID = 8, DEVICE_FEATURES = 0x10, DEVICE_FEATURES_SEL = 0x14, DRIVER_FEATURES = 0x20,
@@ -174,7 +174,7 @@ struct device {
     u32 gsi;
 };
 
-// The `place`th device of that type, from 0.
+// The device of that type with the index `place`, from 0.
 static struct device find_device(u32 type, int place)
 {
     struct device device = {0};
@@ -192,7 +192,7 @@ static struct device find_device(u32 type, int place)
     fail(__FILE__, __LINE__, "no such device");
 }
 
-// Up to FEATURES_OK (3.1.1), with those of `features` that are offered, which must have all of `must`.
+// Initialize up to FEATURES_OK (3.1.1). Accepts the offered ones of `features`, which must include all of `must`.
 static void negotiate(struct device *device, u64 features, u64 must)
 {
     u64 base = device->base, offered;
@@ -221,7 +221,7 @@ static void driver_ok(struct device *device)
     expect(read32(device->base + STATUS) == (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK));
 }
 
-// A split queue. The caller keeps what a chain is about by its head, which is below `size`.
+// A split queue. The caller stores its data about a chain by the chain's head, which is below `size`.
 
 enum { QUEUE_MAX = 256, PARTS_MAX = 8, NEXT = 1, WRITE = 2, INDIRECT = 4 };
 
@@ -251,13 +251,13 @@ struct queue {
 static u16 *used_event(struct queue *queue) { return &queue->avail.ring[queue->size]; }
 static u16 *avail_event(struct queue *queue) { return (u16 *)&queue->used.ring[queue->size]; }
 
-// For no interrupt far ahead: at the chain just seen, the device may be about to look, and find it wanted.
+// Without interrupts, used_event is far ahead. At the chain just seen, the device might still read it and interrupt.
 static void set_used_event(struct queue *queue)
 {
     *(volatile u16 *)used_event(queue) = queue->interrupts ? queue->seen : queue->seen + 0x8000;
 }
 
-// Ask for an interrupt at the next used chain, or for none.
+// Ask for an interrupt at the next used chain, or for no interrupts.
 static void want_interrupts(struct queue *queue, bool wanted)
 {
     queue->interrupts = wanted;
@@ -266,7 +266,7 @@ static void want_interrupts(struct queue *queue, bool wanted)
     full_barrier();
 }
 
-// Between negotiate() and driver_ok(); `queue` is zeroed and polled.
+// Call it between negotiate() and driver_ok(). `queue` is zeroed, and polled.
 static void set_up(struct queue *queue, struct device *device, u16 index, u16 size)
 {
     u64 base = device->base, parts[] = {(u64)queue->desc, (u64)&queue->avail, (u64)&queue->used};
@@ -289,7 +289,7 @@ static void set_up(struct queue *queue, struct device *device, u16 index, u16 si
     expect(read32(base + QUEUE_READY) == 1);
 }
 
-// Offer a chain of `out` parts that the device reads and `in` that it writes; returns its head, -1: no room.
+// Add a chain of `out` buffers that the device reads and `in` buffers that it writes. Returns its head; -1: no room.
 static int add(struct queue *queue, const struct part *parts, int out, int in)
 {
     int count = out + in;
@@ -317,7 +317,7 @@ static int add(struct queue *queue, const struct part *parts, int out, int in)
     return head;
 }
 
-// Show the device what was added, and notify it if it asks for that (2.7.13).
+// Make the added chains available, and notify the device if it asks for that (2.7.13).
 static void kick(struct queue *queue)
 {
     barrier();
@@ -335,7 +335,7 @@ static void kick(struct queue *queue)
     }
 }
 
-// The head of the next used chain, free again, and how much was written to it; -1: none yet.
+// Take the next used chain. Returns its head, which is free again, and sets the number of bytes written; -1: none yet.
 static int poll(struct queue *queue, u32 *written)
 {
     if (*(volatile u16 *)&queue->used.idx == queue->seen)
@@ -364,7 +364,7 @@ static int wait(struct queue *queue, u32 *written)
     return head;
 }
 
-// Have `gsi` arrive here as an edge on interrupts[line].
+// Route `gsi` here: each edge counts in interrupts[line].
 static void route(u32 gsi, int line)
 {
     const u64 ioapic = 0xfec00000, lapic = 0xfee00000;

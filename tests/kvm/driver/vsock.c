@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A driver of the socket device: it connects to port 7003 of the host, which sends all back (test=0); it echoes what
-// the host sends to port 6000 (test=1); it measures: send to 7001 (test=2), receive from 7002 (3), a round trip (4).
+// A driver for the socket device. test= selects one of these:
+//   0: connect to port 7003 of the host, which echoes, and compare
+//   1: echo what the host sends to port 6000
+//   2, 3, 4: measure sending to port 7001, receiving from port 7002, and round trips
 #include "virtio.h"
 
 enum {
@@ -88,7 +90,7 @@ static void store(struct connection *at, const u8 *data, u32 len)
     at->arrived += len;
 }
 
-// Take what has come.
+// Handle the packets that have arrived.
 static void receive(void)
 {
     u32 written;
@@ -144,7 +146,7 @@ static void hang_up(struct connection *from)
         receive();
 }
 
-// Each connection's SOURCE bytes out and in again, at once.
+// Send SOURCE bytes on each connection and receive them again, on all connections at once.
 static void echoed(int number)
 {
     u32 back = 0;
@@ -171,7 +173,7 @@ static void echoed(int number)
     report("bytes", back);
 }
 
-// What the host sends goes back to it from where it came to, until `number` connections are done.
+// Echo what the host sends, until `number` connections have ended.
 static void echo(int number)
 {
     u64 bytes = 0;
