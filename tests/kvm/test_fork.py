@@ -17,7 +17,7 @@ import pytest
 from tests.guide import programs
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
-from vmm import Machine, StopReason, undertaker
+from vmm import Machine, Pool, StopReason, undertaker
 from vmm.errors import SnapshotError, VmmError
 from vmm.kvm.abi import kvm_ioctl
 from vmm.kvm.vm import software_kvm
@@ -436,3 +436,21 @@ def test_an_image_stays_as_it_is_when_a_device_of_ones_own_goes_on(
             vm.freeze()
         jobs.wake(0)  # the machine goes on
         until(lambda: jobs.results == {1: 16})
+
+
+def test_what_a_wrong_argument_is_told(guest: MakeGuest) -> None:
+    vm: Any = guest(COUNTER)
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: Machine(image=5), "Machine: image must be an Image, not 5"),  # type: ignore[arg-type]
+        (lambda: vm.fork("3"), "Machine.fork: count must be a whole number, not '3'"),
+        (lambda: vm.fork(-1), "Machine.fork: count must be 0 or more, not -1"),
+        (lambda: vm.on_exit(None), "Machine.on_exit: callback must be a function, not None"),
+        (lambda: vm.on_console("x"), "Machine.on_console: callback must be a function, not 'x'"),
+        (lambda: Pool("vm"), "Pool: source must be a Machine or an Image, not 'vm'"),  # type: ignore[arg-type]
+        (lambda: Pool(vm, size=0), "Pool: size must be 1 or more, not 0"),
+        (lambda: Pool(vm, limit=3), "Pool: limit must be at least the size, 4, not 3"),
+    ]
+    for call, told in calls:
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert str(error.value) == told

@@ -121,7 +121,7 @@ def test_what_cannot_be_shared_is_refused_at_once(guest: MakeGuest) -> None:
     vm = guest("hlt", devices=[Entropy(name="mine")])
     with pytest.raises(SnapshotError, match="mine"):
         Pool(vm)
-    with pytest.raises(ValueError, match="its limit is not below"):
+    with pytest.raises(ValueError, match="limit must be at least the size"):
         Pool(vm, size=3, limit=2)
 
 

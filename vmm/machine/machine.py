@@ -19,6 +19,7 @@ from devices.exit_port import ExitPort
 from vmm import logger, threads
 from vmm._bus import Bus
 from vmm.closing import Closing
+from vmm.config.option import check_type
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.events import Exit
@@ -59,6 +60,11 @@ if TYPE_CHECKING:
     _T = TypeVar("_T", bound=Closable)
 
 
+def _check_callable(name: str, callback: object) -> None:
+    if not callable(callback):
+        raise TypeError(f"Machine.{name}: callback must be a function, not {callback!r:.60}")
+
+
 class Machine(Closing):
     """A virtual machine. The constructor builds it, ``start`` runs it, and ``close`` ends it. A context manager.
 
@@ -97,8 +103,9 @@ class Machine(Closing):
         seccomp: bool = True,
         **settings: Unpack[VmSettings],
     ) -> None:
-        if config is None and image is not None:
-            config = image.config
+        if image is not None:
+            check_type("Machine", "image", "Image", image)
+            config = image.config if config is None else config
         if not isinstance(config, VmConfig):
             config = VmConfig.from_settings(config, settings)
         elif settings:
@@ -296,6 +303,9 @@ class Machine(Closing):
         """
         from vmm.machine.snapshot import fork
 
+        check_type("Machine.fork", "count", "int", count)
+        if count < 0:
+            raise ValueError(f"Machine.fork: count must be 0 or more, not {count}")
         return fork(self, count, change, devices, isolated=isolated)
 
     def record_touched(self, directory: str) -> None:
@@ -327,10 +337,12 @@ class Machine(Closing):
 
     def on_exit(self, callback: Callable[[Exit], object]) -> None:
         """Call `callback` once with the ``Exit`` of the VM, on any thread, before ``wait`` returns."""
+        _check_callable("on_exit", callback)
         self._run.callbacks.append(callback)
 
     def on_console(self, callback: Callable[[bytes], None]) -> None:
         """Call `callback` with the serial port's output as it arrives, on the console's thread."""
+        _check_callable("on_console", callback)
         self._console_callbacks.append(callback)
         self.console.listen()
 

@@ -7,6 +7,7 @@ import threading
 import time
 
 from vmm.closing import Closing
+from vmm.config.option import check_call
 from vmm.errors import VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.snapshot import Image, child_of
@@ -48,8 +49,11 @@ class Pool(Closing):
         devices: Callable[[int], Sequence[VirtioDevice]] | None = None,
         isolated: bool = False,
     ) -> None:
-        if size < 1 or (limit is not None and limit < size):
-            raise ValueError("a pool keeps at least one copy ready, and its limit is not below that")
+        check_call("Pool", Pool.__init__, locals())
+        if size < 1:
+            raise ValueError(f"Pool: size must be 1 or more, not {size}")
+        if limit is not None and limit < size:
+            raise ValueError(f"Pool: limit must be at least the size, {size}, not {limit}")
         self._make = child_of(source, change, devices, isolated=isolated)
         self._size = size
         self._limit = limit
