@@ -80,7 +80,8 @@ def test_qcow2_read_only(qcow2: Path) -> None:
     before = qcow2.read_bytes()
     with Qcow2(str(qcow2), read_only=True) as image:
         Disk(image.raw, read_only=True).close()
-        with open(image.raw, "r+b", buffering=0) as file, pytest.raises(OSError):
+        # QEMU 7 refuses the write, QEMU 11 the opening.
+        with pytest.raises(OSError), open(image.raw, "r+b", buffering=0) as file:
             file.write(b"x" * 512)
     assert qcow2.read_bytes() == before
 
