@@ -128,6 +128,8 @@ def test_guest_writes_a_sector_of_a_qcow2_image(
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
     code = BRING_UP + REQUEST + f"mov al, byte ptr [{STATUS:#x}]\nend:\n" + EXIT
     vm = guest(code, drives=(DriveConfig.parse(f"{image},format=qcow2"),))
+    (disk,) = vm.blocks.values()
+    assert spec.BLK_CONFIG.unpack(disk.config)[-4] == (64 << 10) // 512, "discard_sector_alignment is a cluster"
     place_request(vm, spec.BLK_T_OUT, 7, b"guest-- " * 64)
     assert run(vm).code == spec.BLK_S_OK
     vm.close()

@@ -50,12 +50,13 @@ class Vm:
         *,
         read_only: bool = False,
         direct: bool = False,
+        discard_block: int = 0,
         **how: Any,
     ) -> None:
         self.log: list[str] = []
         self.ram = ram
         self.irq = IrqLine(5)
-        self.disk = Disk(str(path), read_only=read_only, direct=direct)
+        self.disk = Disk(str(path), read_only=read_only, direct=direct, discard_block=discard_block)
         self.device = Block(self.disk, serial="serial-0123456789abcdef", **how)
         self.transport = VirtioMmio(self.device, ram, self.irq, warn=self.log.append)
         self.driver = MmioDriver(self.transport, allocator)
@@ -253,6 +254,28 @@ def test_discard_frees_the_hosts_blocks(vm: Vm, image: Path) -> None:
     assert blocks_of(image) <= before - 40 * 512
     assert vm.read(7, 512) + vm.read(48, 512) == bytes([7]) * 512 + bytes([48]) * 512
     assert vm.device.stats["discards"] == 1
+
+
+@pytest.mark.parametrize(
+    ("sector", "count", "gone"),
+    [
+        (8, 40, range(16, 48)),
+        (16, 16, range(16, 32)),
+        (17, 30, range(0)),
+        (1, 14, range(0)),
+        (32, 28, range(32, 60)),
+        (32, 27, range(32, 48)),
+        (57, 3, range(0)),
+    ],
+)
+def test_discard_of_a_file_that_gives_back_whole_blocks(
+    boot: Callable[..., Vm], image: Path, sector: int, count: int, gone: range
+) -> None:
+    os.truncate(image, 60 * 512)  # its last block is shorter
+    vm = boot(discard_block=16 * 512)
+    assert spec.BLK_CONFIG.unpack(vm.device.config)[-4] == 16, "discard_sector_alignment"
+    assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, sector, count)) == spec.BLK_S_OK
+    assert image.read_bytes() == b"".join(bytes([0 if i in gone else i]) * 512 for i in range(60))
 
 
 @pytest.mark.parametrize("flags", [0, spec.BLK_RANGE_UNMAP])

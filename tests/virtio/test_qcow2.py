@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,13 +46,18 @@ def raw_of(qcow2: Path) -> bytes:
 
 def test_qcow2_read_and_written(qcow2: Path, ram: GuestMemory, allocator: Allocator, engine: str) -> None:
     with Qcow2(str(qcow2)) as image:
-        vm = Vm(image.raw, ram, allocator, engine=engine)
+        vm = Vm(image.raw, ram, allocator, engine=engine, discard_block=image.cluster)
         vm.driver.bring_up()
         assert vm.device.capacity == (64 << 20) // 512
         assert vm.request(spec.BLK_T_OUT, 100, vm.buffer(b"q" * 4096), vm.buffer(b"r" * 512)) == spec.BLK_S_OK
         assert vm.request(spec.BLK_T_OUT, 9999, vm.buffer(b"z" * 1024)) == spec.BLK_S_OK
         assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 0, 64)) == spec.BLK_S_OK
+        # Clusters of 128 sectors: none in the first range, one in the second.
+        for sector in (128, 256):
+            assert vm.request(spec.BLK_T_OUT, sector, vm.buffer(b"c" * 512)) == spec.BLK_S_OK
+        for sector, count in ((0, 64), (1, 300)):
+            assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, sector, count)) == spec.BLK_S_OK
+        assert vm.read(128, 512) + vm.read(256, 512) == bytes(512) + b"c" * 512
         assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 10000, 1)) == spec.BLK_S_OK
         assert vm.read(100, 4608) == b"q" * 4096 + b"r" * 512
         assert vm.read(9999, 1024) == b"z" * 512 + bytes(512)
@@ -220,7 +226,7 @@ def test_a_header_that_changes_after_it_was_read(
     if not walled:
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={data}", qcow2, "1M")
-    monkeypatch.setattr("virtio.blk.qcow2._judge", lambda *_: None)
+    monkeypatch.setattr("virtio.blk.qcow2._judge", lambda *_: SimpleNamespace(cluster=1 << 16))
     with pytest.raises(ConfigError, match=r"cannot be opened: .*|names another file"):
         Qcow2(str(qcow2))
 

@@ -33,6 +33,7 @@ cdef struct BlockFile:
     uint8_t[ID_BYTES] serial
     bint read_only
     bint block_device
+    uint64_t discard_block  # bytes, a power of two: the file gives back only whole blocks; 0: any range
     bint direct             # opened with O_DIRECT
     bint unsafe             # a flush does nothing
 

@@ -216,6 +216,16 @@ cdef int range_mode(const Request *r) noexcept nogil:
 
 cdef int clear(Request *r, const BlockFile *disk, bint ask) noexcept nogil:
     cdef ssize_t done
+    cdef uint64_t end
+    if r.type == T_DISCARD and disk.discard_block:
+        # The rest of the range stays as it is, which a device may do. The last block may be shorter.
+        end = r.offset + r.length
+        r.offset += -r.offset & (disk.discard_block - 1)
+        if end < disk.sectors * SECTOR:
+            end &= -disk.discard_block
+        if end <= r.offset:
+            return 0
+        r.length = end - r.offset
     if r.type == T_DISCARD and disk.block_device:
         return errno if discard_device(disk.fd, r.offset, r.length) < 0 else 0
     while ask:

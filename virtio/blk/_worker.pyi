@@ -22,6 +22,7 @@ class Backend:
         direct: bool,
         unsafe: bool,
         use_uring: bool,
+        discard_block: int = 0,
     ) -> None: ...
     def change(self, size: int, fd: int = -1, block_device: bool = False) -> None: ...
 

@@ -87,6 +87,7 @@ cdef class Backend:
     :param limiter: rate limiter for all queues
     :param read_only: whether writes fail
     :param block_device: whether `fd` is a block device, not a regular file
+    :param discard_block: bytes, a power of two: of a DISCARD only whole blocks are given back; 0: any range
     :param direct: whether `fd` was opened with O_DIRECT
     :param unsafe: whether a flush does nothing
     :param use_uring: whether to use io_uring instead of system calls
@@ -101,7 +102,7 @@ cdef class Backend:
     cdef list workers
 
     def __init__(self, int fd, uint64_t size, bytes serial, RateLimiter limiter not None, *, bint read_only,
-                 bint block_device, bint direct, bint unsafe, bint use_uring):
+                 bint block_device, bint direct, bint unsafe, bint use_uring, uint64_t discard_block=0):
         cdef bytes padded = serial[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.file.fd = fd
         self.file.sectors = size // SECTOR
@@ -109,6 +110,7 @@ cdef class Backend:
         self.limiter = limiter
         self.file.read_only = read_only
         self.file.block_device = block_device
+        self.file.discard_block = discard_block
         self.file.direct = direct
         self.file.unsafe = unsafe
         self.use_uring = use_uring
@@ -143,6 +145,7 @@ cdef class Backend:
             self.generation += 1
             if fd >= 0:
                 self.file.block_device = block_device
+                self.file.discard_block = 0
                 self.cached = not block_device and not self.file.direct
         for worker in self.workers:
             pthread_mutex_unlock(&worker.lock)
@@ -410,7 +413,7 @@ cdef class BlockWorker(QueueWorker):
             self.warm = False
             self.no_nowait = errno == EOPNOTSUPP
         if r.type == T_GET_ID or (r.type == T_FLUSH and self.disk.file.unsafe) \
-                or (r.type == T_DISCARD and self.disk.file.block_device) \
+                or (r.type == T_DISCARD and (self.disk.file.block_device or self.disk.file.discard_block)) \
                 or (r.type == T_WRITE_ZEROES and self.dsync):
             return False
         sqe = uring_next(&self.ring)

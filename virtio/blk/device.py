@@ -46,6 +46,7 @@ class Disk(Closing):
     :param image_format: ``raw``; None: the same, but what looks like qcow2, VMDK, ... is refused. It is never taken for
         anything else than raw: what a guest writes at the start of its disk must not change how that is read.
     :param any_size: it may be empty, or have some bytes more than a multiple of 512, which are left out
+    :param discard_block: bytes, a power of two: the file gives back only whole blocks; 0: any range
     :raises ConfigError: the disk cannot be opened, is not a disk, has an invalid size, or is in use
 
     The lock is an open file description lock on the whole file, so QEMU's own image locks meet it too.
@@ -61,8 +62,10 @@ class Disk(Closing):
         direct: bool = False,
         image_format: str | None = None,
         any_size: bool = False,
+        discard_block: int = 0,
     ) -> None:
         self.path = path
+        self.discard_block = discard_block
         self.any_size = any_size
         self.read_only = read_only
         self.direct = direct
@@ -262,6 +265,7 @@ class Block(VirtioDevice):
         self._backend = Backend(
             disk.fd, disk.size, self.serial, self.limiter, read_only=disk.read_only, block_device=disk.block_device,
             direct=disk.direct, unsafe=unsafe, use_uring=self.engine == "io_uring",
+            discard_block=disk.discard_block,
         )  # fmt: skip
         self.config = self._config_space()
 
@@ -308,7 +312,8 @@ class Block(VirtioDevice):
         return spec.BLK_CONFIG.pack(
             self.capacity, 0, seg_max, 0, 0, 0, block,
             max(0, (physical // block).bit_length() - 1), 0, least // block, best // block, 0, len(self.queue_sizes),
-            MAX_DISCARD_SECTORS, 1, physical // spec.BLK_SECTOR, MAX_WRITE_ZEROES_SECTORS, 1, 1,
+            MAX_DISCARD_SECTORS, 1, max(physical, self.disk.discard_block) // spec.BLK_SECTOR,
+            MAX_WRITE_ZEROES_SECTORS, 1, 1,
         )  # fmt: skip
 
     def set_capacity(self, size: int) -> None:
@@ -337,6 +342,7 @@ class Block(VirtioDevice):
                 raise ConfigError("disk", path, allowed)
             self._backend.change(other.size, other.fd, other.block_device)
             disk.path, disk.size, disk.block_device = path, other.size, other.block_device
+            disk.discard_block = 0
         self._tell_size()
 
     def _tell_size(self) -> None:

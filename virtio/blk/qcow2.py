@@ -80,6 +80,7 @@ class Header:
     :param path: for messages
     :raises ConfigError: the image is not qcow2, or is damaged
 
+    :ivar cluster: bytes of a cluster
     :ivar backing: the name of a backing file; empty: it has none
     :ivar backing_format: format of the backing file by the image; empty: not given
     :ivar data_file: its data is in an external file
@@ -90,10 +91,11 @@ class Header:
         head = os.pread(fd, 104, 0)
         if len(head) < 72 or head[:4] != MAGIC:
             raise ConfigError("disk", path, "cannot be opened: it is not in qcow2 format")
-        _, version, at, size, _, _, crypt = _V2.unpack_from(head)
+        _, version, at, size, bits, _, crypt = _V2.unpack_from(head)
         features, length = _V3_AT.unpack_from(head, 72) if version >= 3 and len(head) == 104 else (0, 72)
-        if version not in (2, 3) or length > _EXTENSIONS_MAX or size > 1023 or at >> 32:
+        if version not in (2, 3) or not 9 <= bits <= 21 or length > _EXTENSIONS_MAX or size > 1023 or at >> 32:
             raise ConfigError("disk", path, "cannot be opened: its qcow2 header is damaged or of a later version")
+        self.cluster = 1 << bits
         self.backing = os.pread(fd, size, at).decode(errors="replace") if at else ""
         self.backing_format = ""
         self.data_file = bool(features & _EXTERNAL_DATA)
@@ -123,8 +125,9 @@ class Qcow2(Closing):
     :param backing_format: format of the backing file: ``raw`` or ``qcow2``
     :raises ConfigError: the image names a file that was not named here, the program is not there, or cannot do it
 
-    ``raw`` is the path of the file that has the image's contents and takes writes, flushes and holes. QEMU locks the
-    image. Should this process be killed, the other one ends too, and writes what it has before.
+    ``raw`` is the path of the file that has the image's contents and takes writes, flushes and holes. A hole is of
+    whole clusters of ``cluster`` bytes: QEMU 11 refuses another. QEMU locks the image. Should this process be killed,
+    the other one ends too, and writes what it has before.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class Qcow2(Closing):
         self._daemon: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._files = [(os.path.abspath(path), read_only)]
-        _judge(path, backing_file, backing_format)
+        self.cluster = _judge(path, backing_file, backing_format).cluster
         if backing_file is not None:
             self._files.append((os.path.abspath(backing_file), True))
             if backing_format == "qcow2":
@@ -233,8 +236,8 @@ class Qcow2(Closing):
             shutil.rmtree(self._directory)
 
 
-def _judge(path: str, backing_file: str | None, backing_format: str) -> None:
-    """Read the image's header.
+def _judge(path: str, backing_file: str | None, backing_format: str) -> Header:
+    """Read the image's header, and return it.
 
     :raises ConfigError: the image names files that the user did not
     """
@@ -267,6 +270,7 @@ def _judge(path: str, backing_file: str | None, backing_format: str) -> None:
     if backing_file is not None and header.backing_format not in ("", backing_format):
         said = f"is {header.backing_format!r} by the image {path}, not {backing_format}; say backing_format="
         raise ConfigError("backing", backing_file, said)
+    return header
 
 
 def _node(image_format: str, host_path: str, path: str, read_only: bool) -> dict[str, Any]:

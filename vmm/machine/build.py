@@ -160,22 +160,22 @@ class Builder:
     def _block(self, config: DriveConfig, number: int) -> Block:
         from virtio.blk.device import Block, Disk
 
-        path, image_format = config.path, config.format
+        path, image_format, discard_block = config.path, config.format, 0
         if image_format == "qcow2":
             _will_start("disk", path, "qemu-storage-daemon")
             from virtio.blk.qcow2 import Qcow2
 
-            path = self._owned(
+            image = self._owned(
                 Qcow2(
                     path, read_only=config.read_only, backing_file=config.backing,
                     backing_format=config.backing_format or "raw",
                 )
-            ).raw  # fmt: skip
-            image_format = "raw"
+            )  # fmt: skip
+            path, image_format, discard_block = image.raw, "raw", image.cluster
         disk = self._owned(
             Disk(
                 path, read_only=config.read_only, direct=config.direct, image_format=image_format,
-                any_size=config.any_size,
+                any_size=config.any_size, discard_block=discard_block,
             )
         )  # fmt: skip
         return Block(
