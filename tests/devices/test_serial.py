@@ -453,6 +453,43 @@ def test_two_vcpus_send_while_a_third_receives(port: Port) -> None:
         assert of_one == [tag | count & 0x7F for count in range(15000)]
 
 
+def test_accesses_are_counted(port: Port) -> None:
+    port[SCR] = 1
+    port[THR] = 2
+    assert port[SCR] == 1
+    assert port.serial.stats == {"read_count": 1, "write_count": 2}
+
+
+def test_a_restored_port_goes_on_where_the_saved_one_was(port: Port) -> None:
+    port.open()
+    port[LCR] = DLAB | 3
+    port[DLL], port[DLM] = 0x0C, 0x01
+    port[LCR], port[SCR] = 3, 0x5A
+    port[IER] = RDI | THRI
+    port.serial.feed(b"in the FIFO")
+    assert port[RBR] == ord("i")
+    port[IIR]
+    registers = [port[register] for register in (IER, LCR, MCR, MSR, SCR)]
+    state = port.serial.save()
+    assert state["fifo"] == b"n the FIFO"
+
+    other = Port()
+    other.serial.restore(state)
+    assert select.select([other.irq.fd], [], [], 0)[0], "the input is a cause that is pending"
+    assert [other[register] for register in (IER, LCR, MCR, MSR, SCR)] == registers
+    assert other.serve() == b"n the FIFO"
+    other[LCR] = DLAB | 3
+    assert (other[DLL], other[DLM]) == (0x0C, 0x01)
+    other[LCR] = 3
+    other[THR] = ord("x")
+    assert other.serial.wait_output() == b"x"
+    assert other.serial.save() | {"thre_pending": 0, "fifo": b""} == state | {"thre_pending": 0, "fifo": b""}
+    with pytest.raises(ValueError, match="FIFO has 17 bytes, at most 16 are allowed"):
+        other.serial.restore(state | {"fifo": bytes(17)})
+    other.serial.close()
+    other.irq.close()
+
+
 def test_close_ends_every_wait(port: Port) -> None:
     taker = threading.Thread(target=port.serial.wait_output)
     feeder = threading.Thread(target=port.serial.feed, args=(bytes(1 << 20),))

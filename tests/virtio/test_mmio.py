@@ -16,6 +16,7 @@ from virtio import spec
 from virtio.device import VirtioDevice, Warner
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, MmioDriver, SplitDriver
+from vmm._bus import Bus
 from vmm._fastpath import Chain
 from vmm.irq import IrqLine
 from vmm.memory import HOLE_START, GuestMemory
@@ -638,3 +639,42 @@ def test_config_interrupt_waits_for_driver_ok(host: Host) -> None:
     host.device.publish_config(b"\1" * 20)
     assert host.irq.take() == 0
     assert host.driver.get(spec.MMIO_INTERRUPT_STATUS) == 0
+
+
+def test_a_vcpu_s_way_to_the_interrupt_and_notify_registers(host: Host) -> None:
+    """InterruptStatus, InterruptACK and QueueNotify through the bus, which serves them without Python."""
+    bus = Bus("mmio", 1 << 40)
+    bus.add(1 << 20, 0x1000, host.transport, "echo")
+
+    def access(offset: int, value: int | None = None, size: int = 4) -> int:
+        data = bytearray((value or 0).to_bytes(size, "little"))
+        assert bus.access((1 << 20) + offset, data, value is not None)
+        return int.from_bytes(data, "little")
+
+    access(spec.MMIO_QUEUE_NOTIFY, 0)
+    assert (host.transport.notified, host.transport.stats["bad_notify"]) == (0, 1), "the queue is not ready"
+    ring, _ = host.driver.bring_up()
+    answer = ring.buffer(5, device_writes=True)
+    head = ring.add([ring.buffer(b"hello"), answer])
+    ring.want_interrupt()
+    access(spec.MMIO_QUEUE_NOTIFY, 0)
+    assert select.select([host.irq.fd], [], [], 30)[0], "no interrupt came"
+    assert ring.reap() == [(head, 5)] and host.transport.memory.read(answer.addr, 5) == b"HELLO"
+    assert (host.transport.notified, host.transport.stats["bad_notify"]) == (1, 1)
+
+    used, config = spec.INTERRUPT_USED, spec.INTERRUPT_CONFIG
+    host.transport.interrupt.config()
+    assert access(spec.MMIO_INTERRUPT_STATUS) == host.driver.get(spec.MMIO_INTERRUPT_STATUS) == used | config
+    access(spec.MMIO_INTERRUPT_ACK, used)
+    assert access(spec.MMIO_INTERRUPT_STATUS) == host.driver.get(spec.MMIO_INTERRUPT_STATUS) == config
+    access(spec.MMIO_INTERRUPT_ACK, 0xFFFF_FFFF)
+    assert access(spec.MMIO_INTERRUPT_STATUS) == 0
+
+    # Python's part: every other register, other sizes, queues that are not there.
+    assert access(spec.MMIO_MAGIC_VALUE) == spec.MMIO_MAGIC
+    assert access(spec.MMIO_INTERRUPT_STATUS, size=2) == 0xFFFF
+    access(spec.MMIO_QUEUE_NOTIFY, 2)
+    access(spec.MMIO_QUEUE_NOTIFY, 0xFFFF_FFFF)
+    access(spec.MMIO_QUEUE_NOTIFY, 0, size=2)
+    assert host.transport.stats["bad_notify"] == 3 and host.transport.stats["bad_access"] == 2
+    assert host.transport.notified == 1
