@@ -98,9 +98,10 @@ class VirtioDevice:
     :ivar features: the feature bits that it offers; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
     :ivar config: the configuration space as the driver reads it, little endian
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
-    :ivar thread_kind: the system call filter of its threads, one of ``vmm.jail.seccomp.KINDS``; None: no filter on
-        its own threads and on the vCPUs'
-    :ivar below: the only directory below which its threads may open files, as for ``vmm.threads.spawn``
+    :ivar thread_kind: the system call filter of its threads, one of ``vmm.jail.seccomp.KINDS``. None: its threads have
+        no filter. If it is in the machine at the start, neither have the vCPUs' threads, which call its methods, too
+    :ivar below: the only directory below which its threads may open files: a descriptor of it, and whether they may
+        write there. None: as ``thread_kind`` says
     :ivar poll_us: microseconds that a native worker checks its queues before it sleeps; 0: it sleeps at once
     :ivar unsavable: one clause: why it cannot be saved now; empty: it can
     :ivar counters: the counters of Python code, under any names; read all counters by ``stats``

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,13 +21,23 @@ def test_a_device_that_no_kernel_knows_in_a_machine_and_in_its_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    thermometer, _, warm, jobs, _, squares, *more = programs("devices.md")[3:]
+    thermometer, _, warm, jobs, _, squares, *more = programs("devices.md")[4:]
     names: dict[str, object] = {}
     for program in (thermometer, warm, jobs, squares, *more):
         exec(compile(program, "devices.md", "exec"), names)
     assert len(more) == 1
     promised = re.findall(r"print\(.*\)  # (.*)", more[-1])
     assert capsys.readouterr().out.splitlines() == promised and promised
+
+
+def test_the_first_program_of_the_guide_to_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(programs("snapshots.md")[0], "snapshots.md", "exec"), names)
+    with names["vm"] as vm, names["copy"] as copy:
+        assert [each.state for each in (vm, copy, *names["children"])] == ["Running"] * 5
+        for child in names["children"]:
+            child.close()
 
 
 def test_the_first_program_of_readme(

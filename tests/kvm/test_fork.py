@@ -421,7 +421,7 @@ def test_an_image_stays_as_it_is_when_a_device_of_ones_own_goes_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for program in programs("devices.md")[6::2][:2]:  # a device with a list, and its guest
+    for program in programs("devices.md")[7::2][:2]:  # a device with a list, and its guest
         exec(compile(program, "devices.md", "exec"), names)
     jobs = names["Jobs"]()
     with Machine(names["squares"], memory="16M", devices=[jobs]) as vm:
@@ -429,9 +429,9 @@ def test_an_image_stays_as_it_is_when_a_device_of_ones_own_goes_on(
         jobs.give(1, 3)
         until(lambda: jobs.results == {1: 9})
         image = vm.freeze()
-        jobs.waiting.append(struct.pack("<II", 1, 4))
-        assert image.virtio[0]["device"] == {"waiting": []}
-        monkeypatch.setattr(jobs, "save", lambda: {"waiting": object()})
+        jobs.jobs.append(struct.pack("<II", 1, 4))
+        assert image.virtio[0]["device"] == {"jobs": []}
+        monkeypatch.setattr(jobs, "save", lambda: {"jobs": object()})
         with pytest.raises(SnapshotError, match=r"^jobs: its save\(\) returned what a snapshot cannot hold: .*object"):
             vm.freeze()
         jobs.wake(0)  # the machine goes on

@@ -223,7 +223,7 @@ def root_directory() -> dict[str, Any]:
 
 def device_guide() -> dict[str, Any]:
     """The device of docs/devices.md in a machine, as the guide has it, but for the image that KVM here runs."""
-    device, _, machine = programs("devices.md")[:3]
+    device, _, _, machine = programs("devices.md")[:4]
     kernel, initrd = _kernel()
     image = (
         f"import types; from vmm import images\nimage = types.SimpleNamespace(kernel={kernel!r}, initrd={initrd!r})\n"

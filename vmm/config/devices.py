@@ -87,7 +87,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         help="the guest's root file system is on it", default=False, api="is_root_device", api_default=REQUIRED
     )
     id: str | None = option(
-        help="its name in messages and in the API (default: by its position)",
+        help="its name in messages and in the API (default: by its position); its first 20 bytes are its serial number",
         default=None, word="id=", api="drive_id", api_default=REQUIRED,
     )  # fmt: skip
     queues: int = option(

@@ -27,8 +27,8 @@ class Attached:
 
     :ivar id: the id that ``Machine.detach`` takes
     :ivar name: its ``drive_id``, ``iface_id`` or ``tag``, or the device's name; ``id`` differs if two share it
-    :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``; ``""``: the embedding
-        program's own, which closes it
+    :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``; ``""``: a device of
+        your own
     :ivar device: the device
     :ivar place: its position, from 0
     :ivar base: guest address of its registers, ``layout.VIRTIO_MMIO_STRIDE`` bytes

@@ -512,16 +512,27 @@ class Machine(Closing):
     def attach(self, device: VirtioDevice | DeviceConfig) -> Attached:
         """Add a virtio device, at any time before the machine ends. If this fails, nothing has changed.
 
-        :param device: your own device, which you close after it is detached; or a configuration, such as
-            ``DriveConfig("data.img")``, from which the machine makes a device that it owns
-        :returns: its ``id`` for ``detach``, and its guest address ``base`` and interrupt line ``gsi``
-        :raises ConfigError: no slot is left, its name is in use, or a file that it names cannot be used
+        :param device: a device of your own; or a configuration, such as ``DriveConfig("data.img")``, from which the
+            machine makes a device that it owns
+        :returns: its ``id`` for ``detach``, and its guest address ``base`` and interrupt line ``gsi``. Your own devices
+            may share a name: the ``id`` of the second is ``NAME.N``, where N is its position
+        :raises ConfigError: no slot is left, a device of that kind has the configuration's ``id`` or ``tag``, a file
+            that it names cannot be used, or your device is in a machine
         :raises HostError: the host failed
         :raises VmmError: the machine has ended, or the caller is a vCPU's own thread
 
         The vCPUs are held for a moment. The guest is not told, because its tables and command line are those of the
-        start: point its driver to the device. A machine whose devices were changed cannot be forked. If the machine
-        already runs with filters, the code of your device on a vCPU's thread is behind that thread's filter.
+        start: point its driver to the device.
+
+        ``freeze`` and ``fork`` refuse a machine with a device that was attached from a configuration, until that device
+        is detached. They also refuse a machine from which a device of its own configuration was detached. Devices of
+        your own may come and go.
+
+        The machine ends the device's threads when it is detached. Files and the like that your device has opened are
+        yours to close. You may attach it again.
+
+        A vCPU's thread calls ``write_config``, ``activate``, ``release`` and ``reset`` of your device. If that thread
+        has a system call filter, they may not open files: open them before you attach the device.
         """
         from virtio.device import VirtioDevice
 
