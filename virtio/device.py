@@ -106,7 +106,8 @@ class VirtioDevice:
     :ivar unsavable: one clause: why it cannot be saved now; empty: it can
     :ivar counters: the counters of Python code, under any names; read all counters by ``stats``
     :ivar publish_config: ``publish_config(config, tell=True)`` changes ``config`` and, if `tell`, interrupts the
-        driver; any thread. Assignments count only before the machine is made, in ``write_config`` and in ``restore``
+        driver; any thread. In ``__init__``, ``write_config`` and ``restore``, assign to ``config`` instead. The guest
+        does not see an assignment anywhere else
     """
 
     name: str = "virtio"
@@ -198,8 +199,9 @@ class VirtioDevice:
     ) -> None:
         """Call `serve` with each chain until the queue is empty. `serve` returns the number of bytes that it wrote.
 
-        :param waiting: for a queue of buffers that the device fills: whether it has something for the driver. If not,
-            the chains stay in the queue. When something comes, call ``wake``
+        :param waiting: for a queue of buffers that the device fills: a function that tells whether it has something
+            for the driver. While it returns a false value, the chains stay in the queue. When there is something, call
+            ``wake``
         """
         context = self.context
         while True:

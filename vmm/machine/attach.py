@@ -26,7 +26,7 @@ class Attached:
     """A virtio device in a machine, with its resources. ``Machine.attach`` and the machine itself make it.
 
     :ivar id: the id that ``Machine.detach`` takes
-    :ivar name: its ``drive_id``, ``iface_id`` or ``tag``, or the device's name; ``id`` differs if two share it
+    :ivar name: the ``id`` or ``tag`` of its configuration, or the device's name; ``id`` differs if two share it
     :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``; ``""``: a device of
         your own
     :ivar device: the device

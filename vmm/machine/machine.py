@@ -300,6 +300,9 @@ class Machine(Closing):
         By default, a copy has a copy of every writable disk, by reflink if the file system can, which is deleted with
         it. It has no console on the host, its own passt, and its socket device at ``PATH.N``, where N counts all
         copies of this machine. A tap belongs to one machine: give each copy another by `change`.
+
+        A copy has none of your bus devices. If it needs one, make it by ``Machine(image=vm.freeze())`` and add the
+        device before ``start``.
         """
         from vmm.machine.snapshot import fork
 
@@ -516,8 +519,8 @@ class Machine(Closing):
             machine makes a device that it owns
         :returns: its ``id`` for ``detach``, and its guest address ``base`` and interrupt line ``gsi``. Your own devices
             may share a name: the ``id`` of the second is ``NAME.N``, where N is its position
-        :raises ConfigError: no slot is left, a device of that kind has the configuration's ``id`` or ``tag``, a file
-            that it names cannot be used, or your device is in a machine
+        :raises ConfigError: no position is free, a device of that kind has its name (``id`` or ``tag``), a file that
+            it names cannot be used, or your device is in a machine already
         :raises HostError: the host failed
         :raises VmmError: the machine has ended, or the caller is a vCPU's own thread
 
@@ -532,7 +535,8 @@ class Machine(Closing):
         yours to close. You may attach it again.
 
         A vCPU's thread calls ``write_config``, ``activate``, ``release`` and ``reset`` of your device. If that thread
-        has a system call filter, they may not open files: open them before you attach the device.
+        has a system call filter, as in a machine that started without devices of your own, a call that the filter
+        forbids ends the program. Opening a file is one: open it before you attach the device.
         """
         from virtio.device import VirtioDevice
 

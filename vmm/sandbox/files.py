@@ -258,8 +258,11 @@ class Files:
         self._do(["chown", _word("path", path), f"owner={owner}"], timeout)
 
     def copy_in(self, source: str, path: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
-        """Copy a file of the host, or a directory with all files, directories and links in it, to `path`.
+        """Copy a file of the host, or a directory with all files, directories and links in it.
 
+        Files that exist are replaced. Files of a directory that the copy does not have stay.
+
+        :param path: the new name of `source`, not a directory to put it into
         :param timeout: seconds for all of it
         :raises OSError: `source` is a socket, a device or a FIFO; within a directory they are left out
         """
@@ -283,12 +286,13 @@ class Files:
                 self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
 
     def copy_out(self, path: str, target: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
-        """Copy a file, or a directory with all files, directories and links in it, to `target` of the host's.
+        """Copy a file, or a directory with all files, directories and links in it, to the host.
 
         Links are copied as links, and nothing is written through one, whatever the guest says.
 
+        :param target: the new name of `path`, where nothing may be
         :param timeout: seconds for all of it
-        :raises FileExistsError: `target` is there
+        :raises FileExistsError: `target` exists
         :raises OSError: `path` is a socket, a device or a FIFO; within a directory they are left out
         """
         deadline = Deadline(timeout)
