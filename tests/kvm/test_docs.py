@@ -21,9 +21,9 @@ def test_a_device_that_no_kernel_knows_in_a_machine_and_in_its_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    thermometer, _, warm, jobs, _, squares, *more = programs("devices.md")[4:]
+    upper, _, thermometer, _, warm, asks, jobs, _, squares, *more = programs("devices.md")[2:]
     names: dict[str, object] = {}
-    for program in (thermometer, warm, jobs, squares, *more):
+    for program in (upper, thermometer, warm, asks, jobs, squares, *more):
         exec(compile(program, "devices.md", "exec"), names)
     assert len(more) == 1
     promised = re.findall(r"print\(.*\)  # (.*)", more[-1])

@@ -421,7 +421,7 @@ def test_an_image_stays_as_it_is_when_a_device_of_ones_own_goes_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for program in programs("devices.md")[7::2][:2]:  # a device with a list, and its guest
+    for program in programs("devices.md")[8::2][:2]:  # a device with a list, and its guest
         exec(compile(program, "devices.md", "exec"), names)
     jobs = names["Jobs"]()
     with Machine(names["squares"], memory="16M", devices=[jobs]) as vm:

@@ -7,7 +7,7 @@ from tests.guide import programs
 
 
 def test_the_device_is_as_short_as_promised_and_works() -> None:
-    device, trial, upper, _, thermometer, test, _, jobs, jobs_test, *_ = programs("devices.md")
+    device, trial, upper, _, thermometer, test, _, _, jobs, jobs_test, *_ = programs("devices.md")
     assert len(device.strip().splitlines()) <= 30
     for pair in ((device, trial), (upper,), (thermometer, test), (jobs, jobs_test)):
         names: dict[str, object] = {}
