@@ -133,19 +133,21 @@ asan: install
 	$(call SANITIZED,address,libasan.so) -m tests.fuzz.fuzz_devices --programs $(PROGRAMS)
 
 # Data races. The interpreter is not instrumented: its memory is not looked at, its locks are seen, and so is the GIL's
-# way from thread to thread. Each process writes what it finds to a file of its own, and any file is a failure.
-# Left out: a guest of 1 TiB, for which ThreadSanitizer has no address space.
+# way from thread to thread. Each process writes what it finds to a file of its own, and any file is a failure. A process
+# that cannot write one ends with 66. Threads have no filters and no Landlock, which would forbid them to report.
 RACES = build/thread/races
 RACED_TESTS ?= tests/virtio tests/devices tests/vmm/test_bus.py tests/vmm/test_memory.py tests/vmm/test_budget.py \
 	tests/vmm/test_console.py tests/vmm/test_uffd.py tests/kvm/test_devices.py tests/kvm/test_virtio.py \
 	tests/kvm/test_vcpu.py tests/kvm/test_run.py tests/kvm/test_discard.py tests/kvm/test_fs_dax.py tests/kvm/test_fork.py
-UNRACED = tests/vmm/test_memory.py::test_ram_goes_on_above_the_hole[1099511627776-regions3]
-tsan: export TSAN_OPTIONS = log_path=$(CURDIR)/$(RACES) ignore_noninstrumented_modules=1 die_after_fork=0 exitcode=0
+# ThreadSanitizer has no address space for a guest of 1 TiB; what a share's Landlock refuses.
+UNRACED = tests/vmm/test_memory.py::test_ram_goes_on_above_the_hole[1099511627776-regions3] \
+	tests/virtio/test_fs_hostile.py::test_what_the_host_has_moved_out_is_opened_no_more
+tsan: export TSAN_OPTIONS = log_path=$(CURDIR)/$(RACES) ignore_noninstrumented_modules=1 die_after_fork=0
 tsan: install
 	$(call BUILD_SANITIZED,thread)
 	@rm -f $(RACES).*
 	$(call SANITIZED,thread,libtsan.so) -m pytest -q -p no:cacheprovider -c pyproject.toml -o pythonpath= \
-		--deselect "$(UNRACED)" $(RACED_TESTS); status=$$?; cat $(RACES).* 2>/dev/null && exit 1; exit $$status
+		$(UNRACED:%=--deselect "%") $(RACED_TESTS); status=$$?; cat $(RACES).* 2>/dev/null && exit 1; exit $$status
 
 clean:
 	rm -rf build *.egg-info $(VENV)/.built

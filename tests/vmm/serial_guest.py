@@ -26,8 +26,8 @@ class Guest:
         return data[0]
 
     def write(self, text: bytes) -> None:
-        deadline = time.monotonic() + PATIENCE
         for byte in text:
+            deadline = time.monotonic() + PATIENCE
             while not self._read(LSR) & THRE:
                 assert time.monotonic() < deadline, "nobody takes the output"
                 time.sleep(0.001)
@@ -43,6 +43,7 @@ class Guest:
         while len(taken) < count and time.monotonic() < deadline:
             if self._read(LSR) & 1:
                 taken.append(self._read(0))
+                deadline = time.monotonic() + PATIENCE
         return bytes(taken)
 
     def close(self) -> None:
