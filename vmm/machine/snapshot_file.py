@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 FORMAT = 2  # 2: the configuration has the names of vmm.config
 STATE, MEMORY = "state", "memory"
 TOUCHED = MEMORY + ".touched"
+ABOUT = "sandbox.json"  # of a sandbox: what it has beside its machine
+_FILES = (STATE, MEMORY, TOUCHED, ABOUT)
 _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
@@ -50,9 +52,10 @@ _CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, NetworkPolicy, 
 _LEFT_OUT = {"cpu_template", "fd"}
 
 
-def save(image: Image, directory: str) -> None:
+def save(image: Image, directory: str, *, about: bytes = b"") -> None:
     """Write `image` as `directory`, which takes the place of an image that is there; readable to its owner only.
 
+    :param about: the contents of the file ``ABOUT``; empty: no such file
     :raises ConfigError: something else is there
     :raises HostError: the image cannot be written; a previous one is unchanged
     """
@@ -66,6 +69,8 @@ def save(image: Image, directory: str) -> None:
             mark = os.urandom(16)
             _write(os.path.join(made, MEMORY), lambda fd: _write_marked_memory(image, fd, mark))
             _write(os.path.join(made, STATE), lambda fd: write_all(fd, encode(image, mark)))
+            if about:
+                _write(os.path.join(made, ABOUT), lambda fd: write_all(fd, about))
             _sync(made)
             _put(made, directory)
         finally:
@@ -339,14 +344,14 @@ def write_all(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
 
 def _is_ours(directory: str) -> bool:
     try:
-        return set(os.listdir(directory)) <= {STATE, MEMORY, TOUCHED}
+        return set(os.listdir(directory)) <= {*_FILES}
     except OSError:
         return False
 
 
 def _remove(directory: str) -> None:
     # The old image, or half of the new one; nothing where all went well.
-    for name in (STATE, MEMORY, TOUCHED):
+    for name in _FILES:
         try:
             os.unlink(os.path.join(directory, name))
         except FileNotFoundError:

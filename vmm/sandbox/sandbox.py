@@ -16,6 +16,7 @@ from vmm.errors import ConfigError, SnapshotError, line
 from vmm.machine.machine import Machine
 from vmm.machine.snapshot import Image as Frozen
 from vmm.machine.snapshot import child_of
+from vmm.machine.snapshot_file import ABOUT, save
 from vmm.sandbox import guest
 from vmm.sandbox.channel import Deadline, Link
 from vmm.sandbox.errors import CommandTimeout, SandboxError, SandboxGone
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     Mount = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]
 
 _CONSOLE_KEPT = 4096  # bytes
-_ABOUT = "sandbox.json"
 _SCRATCH = ("/tmp", "/var/tmp", "/run")
 
 
@@ -269,12 +269,15 @@ class Sandbox(Session):
     def snapshot(self, directory: str) -> None:
         """Write a snapshot of this sandbox, which goes on. It does not contain the image's disks.
 
+        A snapshot that is in `directory` is replaced in one step.
+
+        :raises ConfigError: `directory` exists and is not a snapshot
+        :raises HostError: the snapshot cannot be written; a previous one is unchanged
         :raises SnapshotError: the sandbox cannot be saved
         """
         with self._link.resting() as port:
-            self.machine.freeze().save(directory)
-        with open(os.path.join(directory, _ABOUT), "w", encoding="utf-8") as file:
-            json.dump({**self._about, "connection": port}, file)
+            frozen = self.machine.freeze()
+        save(frozen, directory, about=json.dumps({**self._about, "connection": port}).encode())
 
     @classmethod
     def restore(cls, directory: str, *, name: str | None = None, timeout: float | None = None) -> Sandbox:
@@ -284,7 +287,7 @@ class Sandbox(Session):
         :raises SnapshotError: this is not a snapshot of a sandbox, or it is damaged
         """
         try:
-            with open(os.path.join(directory, _ABOUT), encoding="utf-8") as file:
+            with open(os.path.join(directory, ABOUT), encoding="utf-8") as file:
                 about = json.load(file)
             limit = about["timeout"] if timeout is None else timeout
             dict(about["env"]), about["image"], about["cwd"], about["user"]
