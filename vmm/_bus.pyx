@@ -70,7 +70,14 @@ cdef class Bus:
         :param device: has ``read(offset, data)`` and ``write(offset, data)``
         :param name: for messages and statistics
         :raises ConfigError: the range is empty, exceeds the address space, or overlaps one that is already claimed
+        :raises TypeError: `device` lacks a method, or is a class
         """
+        if not isinstance(device, NativeDevice):
+            for method in ("read", "write"):
+                if isinstance(device, type) or not callable(getattr(device, method, None)):
+                    raise TypeError(
+                        f"{self.name} {name}: the device must be an object with read(offset, data) and "
+                        f"write(offset, data), not {device!r:.60}")
         if size == 0 or start >= self.limit or size > self.limit - start:
             raise ConfigError(
                 f"{self.name} range", _where(start, size), f"{name} must lie within 0-{self.limit - 1:#x}")

@@ -467,16 +467,21 @@ cdef class VirtQueue:
             return BadChain(self.index, -1, -1, RULES[status])
         return BadChain(self.index, self.scratch.head, self.scratch.index, RULES[status])
 
-    def add_used(self, Chain chain not None, uint32_t written):
+    def add_used(self, Chain chain not None, written):
         """Return `chain`, with its first `written` writable bytes filled. The driver sees it after ``flush``.
 
+        :raises TypeError: `written` is not a number
         :raises ValueError: the chain was returned before, `written` exceeds its ``writable_bytes``, or the queue is not
             ready
         """
+        if not isinstance(written, int):
+            raise TypeError(
+                f"the number of bytes written to a chain must be a whole number, not {written!r:.60}: "
+                "what serves a chain returns it, 0 if it wrote nothing")
         if chain.returned:
             raise ValueError("the chain was returned before")
-        if written > chain.writable_bytes:
-            raise ValueError("more was written than the chain has room for")
+        if not 0 <= written <= chain.writable_bytes:
+            raise ValueError(f"a chain with room for {chain.writable_bytes} bytes cannot have {written} bytes written")
         if self.ring.size == 0:
             raise ValueError("the queue is not ready")
         chain.returned = True

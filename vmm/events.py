@@ -113,5 +113,7 @@ class Stop(Exception):
     """
 
     def __init__(self, reason: StopReason, code: int = 0, detail: str = "") -> None:
+        if not isinstance(reason, StopReason):
+            raise TypeError(f"Stop: reason must be a StopReason, such as StopReason.POWEROFF, not {reason!r:.60}")
         self.exit = Exit(reason, code, detail)
         super().__init__(str(self.exit))

@@ -252,10 +252,10 @@ def test_attachment_that_fails_leaves_nothing(guest: MakeGuest, monkeypatch: pyt
     assert rings == [True, True, False]
     assert held(vm)[0] == before
     monkeypatch.undo()
-    vm.mmio.add(VIRTIO_MMIO + 8, 4, own, "in the way")  # type: ignore[arg-type]  # never asked
+    vm.mmio.add(VIRTIO_MMIO + 8, 4, vm.rtc, "in the way")  # never asked
     with pytest.raises(ConfigError, match="claimed by in the way"):
         vm.attach(own)
-    vm.mmio.remove(own)  # type: ignore[arg-type]
+    vm.mmio.remove(vm.rtc)
     vm.mmio.reclaim()
     assert held(vm)[0] == before
 

@@ -18,7 +18,7 @@ from tests.guide import programs
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
 from vmm import Machine, Pool, StopReason, undertaker
-from vmm.errors import SnapshotError, VmmError
+from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.kvm.abi import kvm_ioctl
 from vmm.kvm.vm import software_kvm
 
@@ -454,3 +454,11 @@ def test_what_a_wrong_argument_is_told(guest: MakeGuest) -> None:
         with pytest.raises((TypeError, ValueError)) as error:
             call()
         assert str(error.value) == told
+
+
+def test_a_bus_device_in_ram_is_refused(guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    at = vm.memory.size - 4096
+    vm.mmio.add(at, 4096, vm.rtc, "mine")
+    with pytest.raises(ConfigError, match=f"mmio range {at:#x}-{at + 4095:#x}: of mine is in guest RAM"):
+        vm.start()

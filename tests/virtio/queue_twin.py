@@ -169,10 +169,12 @@ class VirtQueue:
             index = following
 
     def add_used(self, chain: Chain, written: int) -> None:
+        if not isinstance(written, int):
+            raise TypeError(f"written must be a whole number, not {written}: what serves a chain returns it")
         if chain.returned:
             raise ValueError("the chain was returned before")
-        if written > chain.writable_bytes:
-            raise ValueError("more was written than the chain has room for")
+        if not 0 <= written <= chain.writable_bytes:
+            raise ValueError(f"a chain with room for {chain.writable_bytes} bytes cannot have {written} bytes written")
         if not self.ready:
             raise ValueError("the queue is not ready")
         chain.returned = True

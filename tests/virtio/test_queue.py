@@ -157,8 +157,11 @@ def test_a_chain_as_long_as_the_queue(rig: Rig) -> None:
 def test_chain_is_returned_once(rig: Rig) -> None:
     rig.driver.add([rig.driver.buffer(1, device_writes=True)])
     chain = rig.take()
-    with pytest.raises(ValueError, match="room"):
-        rig.queue.add_used(chain, 2)
+    for written in (2, -1, 1 << 40):
+        with pytest.raises(ValueError, match=f"room for 1 bytes cannot have {written} bytes written"):
+            rig.queue.add_used(chain, written)
+    with pytest.raises(TypeError, match=r"must be a whole number, not None: what serves a chain returns it"):
+        rig.queue.add_used(chain, None)  # type: ignore[arg-type]
     rig.queue.add_used(chain, 1)
     with pytest.raises(ValueError, match="before"):
         rig.queue.add_used(chain, 1)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,3 +83,23 @@ def test_lookup_agrees_with_a_linear_search(ranges: list[tuple[int, int]], probe
         assert bus.access(address, bytearray(width), True) is (owner is not None)
         if owner is not None:
             assert owner.log.pop()[2] == width
+
+
+@pytest.mark.parametrize("device", [object(), None, Bus, "x"])
+def test_a_device_must_answer_reads_and_writes(device: Any) -> None:
+    with pytest.raises(TypeError, match=r"^pio mine: the device must be an object with read\(offset, data\) and write"):
+        Bus("pio", 1 << 16).add(0x600, 4, device, "mine")
+
+
+def test_the_protocol_of_a_device_can_be_imported() -> None:
+    from vmm.bus import BusDevice
+
+    class Mine(BusDevice):
+        def read(self, offset: int, data: memoryview) -> None:
+            data[:] = b"\1" * len(data)
+
+        def write(self, offset: int, data: memoryview) -> None: ...
+
+    bus = Bus("pio", 1 << 16)
+    bus.add(0x600, 4, Mine(), "mine")
+    assert len(bus.claims) == 1

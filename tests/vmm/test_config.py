@@ -136,7 +136,7 @@ def test_what_a_wrong_type_is_told() -> None:
     drive = DriveConfig("a.img")
     for given, told in (
         ({"drives": drive}, "VmConfig: drives must be a list of DriveConfig, not a DriveConfig"),
-        ({"drives": ["a.img"]}, "VmConfig: drives must be a list of DriveConfig, not ('a.img',)"),
+        ({"drives": ["a.img"]}, "VmConfig: drives must be a list of DriveConfig, not ['a.img']"),
         ({"memory": None}, "VmConfig: memory must be a whole number or a string, not None"),
         ({"cpus": True}, "VmConfig: cpus must be a whole number, not True"),
         ({"initrd": 3}, "VmConfig: initrd must be a string or a path or None, not 3"),

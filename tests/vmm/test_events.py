@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 
-from vmm import StopReason
+from vmm import Stop, StopReason
 from vmm.events import EXIT_STATUS
 
 
@@ -22,3 +22,9 @@ def test_there_is_one_of_each_reason() -> None:
 def test_unknown_reason_says_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"^'tired' is not a stop reason; allowed: power-off, reset, "):
         StopReason("tired")
+
+
+def test_a_stop_needs_a_reason() -> None:
+    with pytest.raises(TypeError, match=r"Stop: reason must be a StopReason, such as .*, not 'enough'"):
+        Stop("enough")  # type: ignore[arg-type]
+    assert Stop(StopReason.GUEST_EXIT, 3).exit.status == 3

@@ -70,3 +70,9 @@ def test_counted_arrays_follow_their_header() -> None:
     table = kvm_abi.msrs({0x10: 1, 0x1A0: 2})
     assert ctypes.sizeof(table.buffer) == 8 + 2 * 16
     assert [(entry.index, entry.data) for entry in table.entries] == [(0x10, 1), (0x1A0, 2)]
+
+
+def test_registers_print_their_values() -> None:
+    regs = kvm_abi.kvm_regs(rip=0x1000, rflags=2)
+    assert repr(regs).endswith("rip=0x1000, rflags=0x2)")
+    assert "cs=kvm_segment(base=0x0, " in repr(kvm_abi.kvm_sregs())

@@ -282,6 +282,11 @@ def test_a_sandbox_refuses_values_of_another_type(values: dict[str, Any], told: 
         Sandbox(**values)
 
 
+def test_an_image_with_a_typing_error_is_found() -> None:
+    with pytest.raises(ConfigError, match=r"^image oci:busybx: .*; did you mean busybox\?$"):
+        Sandbox("busybx")
+
+
 def test_a_command_and_a_file_refuse_values_of_another_type(agent: Callable[[bytes | Answer], Session]) -> None:
     session: Any = agent(b"")
     calls: list[tuple[Callable[[], object], str]] = [  # type checkers refuse these, too

@@ -184,10 +184,11 @@ def _typed(config: type[Config], name: str, value: Any) -> Any:
     text: str = config.__annotations__[name]
     if text.startswith("Given["):
         text = _parts(text[6:-1], ", ")[1]
-    if text.startswith("Sequence[") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes)):
+    several = text.startswith("Sequence[")
+    if several and hasattr(value, "__iter__") and not isinstance(value, (str, bytes, list)):
         value = tuple(value)
     check_type(config.__name__, name, text, value)
-    return value
+    return tuple(value) if several else value
 
 
 if not TYPE_CHECKING:
@@ -306,12 +307,12 @@ class Config:
                 continue
             if words[0].isupper():
                 if first or each.default is REQUIRED:
-                    values[name] = each.read(words[0], first)
+                    values[name] = each.read(cls.field(name), first)
             elif any(word in found for word in words):
                 if each.default in (True, False) and isinstance(each.default, bool):
                     values[name] = not each.default
                 else:
-                    values[name] = each.read(words[0], *(found.get(word) for word in words))
+                    values[name] = each.read(cls.field(name), *(found.get(word) for word in words))
             elif each.default is REQUIRED:
                 raise ConfigError(f"--{cls.TITLE}", text, f"lacks {words[0]}=; give {cls.USAGE}")
         return cls(**values)

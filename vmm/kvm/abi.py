@@ -28,6 +28,15 @@ KVMIO = 0xAE
 KVM_API_VERSION = 12
 
 
+class Printed(Structure):
+    """A structure that prints its fields: numbers in hexadecimal."""
+
+    def __repr__(self) -> str:
+        fields = ((each[0], getattr(self, each[0])) for each in self._fields_ if each[0] != "padding")
+        values = (f"{name}={value:#x}" if isinstance(value, int) else f"{name}={value!r}" for name, value in fields)
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
 class kvm_userspace_memory_region(Structure):
     _fields_ = (
         ("slot", c_uint32),
@@ -38,13 +47,13 @@ class kvm_userspace_memory_region(Structure):
     )
 
 
-class kvm_regs(Structure):
+class kvm_regs(Printed):
     _fields_ = tuple(
         (name, c_uint64) for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
     )
 
 
-class kvm_segment(Structure):
+class kvm_segment(Printed):
     _fields_ = (
         ("base", c_uint64),
         ("limit", c_uint32),
@@ -62,11 +71,11 @@ class kvm_segment(Structure):
     )
 
 
-class kvm_dtable(Structure):
+class kvm_dtable(Printed):
     _fields_ = (("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3))
 
 
-class kvm_sregs(Structure):
+class kvm_sregs(Printed):
     _fields_ = (
         *((name, kvm_segment) for name in "cs ds es fs gs ss tr ldt".split()),
         ("gdt", kvm_dtable),

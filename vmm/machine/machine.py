@@ -26,7 +26,7 @@ from vmm.events import Exit
 from vmm.irq import IrqLine
 from vmm.kvm import abi
 from vmm.kvm.vcpu import Vcpu
-from vmm.kvm.vm import Kvm, Vm
+from vmm.kvm.vm import Kvm, Vm, why_no_linux
 from vmm.machine.attach import Devices
 from vmm.machine.board import Board
 from vmm.machine.build import Builder, own
@@ -358,10 +358,13 @@ class Machine(Closing):
 
         :param paused: start as if ``pause`` had been called
         :raises VmmError: the machine was started or stopped before
+        :raises ConfigError: a bus device of yours is where guest RAM is
         :raises HostError: the host has no thread left; the machine has ended, and ``wait`` raises this, too
         """
         if self._run.started or self._run.ended is not None:
             raise VmmError("a machine can be started only once, and not after it was stopped")
+        if self._ranges != self._count_ranges():
+            self._refuse_ranges_in_ram()
         if paused:
             self._run.hold("pause")
         self._run.started = True
@@ -370,6 +373,14 @@ class Machine(Closing):
         for transport in self.virtio:
             transport.go_on()
         self._run.start(vcpu_kind)
+
+    def _refuse_ranges_in_ram(self) -> None:
+        for start, size, _, name in self.mmio.claims:
+            for ram in self.memory.regions:
+                if start < ram.gpa + ram.size and ram.gpa < start + size:
+                    where = f"{start:#x}-{start + size - 1:#x}"
+                    problem = f"of {name} is in guest RAM, at {ram.gpa:#x}-{ram.gpa + ram.size - 1:#x}"
+                    raise ConfigError("mmio range", where, f"{problem}, where no access reaches a device")
 
     def _confine(self) -> tuple[str | None, str | None]:
         # The kinds of the vCPUs' threads and the console's.
@@ -409,7 +420,11 @@ class Machine(Closing):
         self.console.close()  # its last words are out before anybody hears that it ended
         if self._run.failure is not None:
             raise self._run.failure
-        return self._run.ended
+        ended = self._run.ended
+        # Not where it ended: a vCPU's thread asks for no file.
+        if ended is not None and "cannot emulate" in ended.detail and (why := why_no_linux()):
+            return Exit(ended.reason, ended.code, f"{ended.detail}; {self.config.kvm} {why}")
+        return ended
 
     async def run(self) -> Exit:
         """``start`` and ``wait`` for asyncio, without blocking the event loop. Cancelling the task stops the VM.

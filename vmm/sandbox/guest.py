@@ -7,6 +7,7 @@ import contextlib
 import os
 from signal import SIGTERM
 
+from vmm.config import did_you_mean
 from vmm.config.policy import BITS, GATEWAY, GUEST, RESOLVER
 from vmm.errors import ConfigError
 from vmm.images import NAMES, Image, resolve
@@ -66,7 +67,8 @@ def find_image(image: str | Image) -> Image:
         image = f"oci:{image}"
         found = resolve(image)
     if found is None:
-        raise ConfigError("image", image, f"is not in the cache: run `pyvmm pull {image or 'NAME'}`")
+        close = did_you_mean(image.removeprefix("oci:"), NAMES)
+        raise ConfigError("image", image, f"is not in the cache: run `pyvmm pull {image or 'NAME'}`{close}")
     return found
 
 
