@@ -110,24 +110,26 @@ int main(void) { return f(3); }
 
 def test_coverage_counts_python_and_cython(tmp_path: Path) -> None:
     def run(*command: str | Path) -> str:
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, check=True).stdout
 
-    room, temp = tmp_path / "room", tmp_path / "temp"
-    room.mkdir()
-    temp.mkdir()
+    room, temp, other = tmp_path / "tree/room", tmp_path / "tree/temp", tmp_path / "other"
+    for folder in (room, temp, other):
+        folder.mkdir(parents=True)
+    (other / "python.py").write_text("1\n")
     (room / "python.py").write_text("import sys\nif len(sys.argv) > 5:\n    print()\n")
     for name in ("_ran", "_never"):
-        (room / f"{name}.pyx").write_text("\n" * 5)
+        (room / f"{name}.pyx").write_text("cdef class C:\n" + "statement\n" * 4)
         (room / f"{name}.c").write_text(CYTHON.replace("NAME", name))
         run("cc", "--coverage", "-O0", "-c", f"room/{name}.c", "-o", f"temp/{name}.o")
     run("cc", "--coverage", "temp/_ran.o", "-o", "ran")
-    run(tmp_path / "ran")
-    run(sys.executable, "-m", "coverage", "run", "--data-file=python", "--source=room", "room/python.py")
+    run("./ran")
+    run(sys.executable, "-m", "coverage", "run", "--data-file=python", "--source=room,../other", "room/python.py")
     told = run(sys.executable, TOOLS / "cython_coverage.py", ".").splitlines()
     assert [line.split(maxsplit=4) for line in told if line.startswith("room")] == [
-        ["room/_never.pyx", "4", "4", "0%"],
-        ["room/_ran.pyx", "4", "1", "75%"],
+        ["room/_never.pyx", "3", "3", "0%"],
+        ["room/_ran.pyx", "3", "1", "67%"],
         ["room/python.py", "3", "1", "67%"],
-        ["room", "Cython", "8", "5", "38%"],
+        ["room", "Cython", "6", "4", "33%"],
         ["room", "Python", "3", "1", "67%"],
     ]
+    assert not [line for line in told if "other" in line]

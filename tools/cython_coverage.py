@@ -20,6 +20,8 @@ from pathlib import Path
 import coverage
 from coverage.plugin_support import Plugins
 
+# Where Cython makes C of its own: the module, classes, attributes that Python may read.
+DECLARATION = re.compile(r"\s*(#|$|cdef (class|readonly|public) )")
 STATEMENT = re.compile(r'\s*/\* "(\w[\w/]*\.p[yx][xd])":(\d+)$')
 Lines = dict[str, dict[int, bool]]  # path of a .pyx or .pxd: each line that can run, and whether it did
 
@@ -50,6 +52,10 @@ def counted(objects: Path) -> Lines:
             for line in file["lines"]:
                 counts[line["line_number"]] += line["count"]
             add_statements(Path(file["file"]).read_text().splitlines(), counts, lines)
+    for path, known in lines.items():
+        for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+            if DECLARATION.match(text):
+                known.pop(number, None)
     return lines
 
 
@@ -76,11 +82,12 @@ def main(folder: Path) -> None:
     data = both.get_data()
     data.add_lines({path: [line for line, ran in known.items() if ran] for path, known in cython.lines.items()})
     data.add_file_tracers(dict.fromkeys(cython.lines, cython._coverage_plugin_name))
-    both.report()
+    here = Path.cwd()
+    both.report(include=[f"{here}/*"])
     packages: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for path in data.measured_files():
+    for path in (path for path in data.measured_files() if Path(path).is_relative_to(here)):
         _, can_run, _, missing, _ = both.analysis2(path)
-        for package in (str(Path(path).parent.relative_to(Path.cwd())), "all"):
+        for package in (str(Path(path).parent.relative_to(here)), "all"):
             packages[package, "Cython" if path in cython.lines else "Python"].update(
                 can_run=len(can_run), missing=len(missing)
             )
