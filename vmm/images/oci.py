@@ -82,9 +82,12 @@ def _of_directory(name: Name, limit: int, work: Path, progress: Progress) -> Ima
         raise PullError(f"{name.place} is not a directory")
     progress("making the file system", None)
     options = [*squashfs.COMPRESSION, "-one-file-system", "-no-progress", "-exit-on-error"]
-    for path, status in _mounts_below(name.place):
+    mounts = list(_mounts_below(name.place))
+    for path, status in mounts:
         quoted = path.replace("\\", "\\\\").replace('"', '\\"')
         options += ["-p", f'"{quoted}" d {status.st_mode & 0o7777:o} {status.st_uid} {status.st_gid}']
+    if mounts:  # squashfs-tools 4.7 would take the directory, and refuse the one that is made for it
+        options += ["-e", *(path for path, _ in mounts)]
     argv = [tool("mksquashfs"), name.place, str(work / "disk"), *options]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
