@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.images.layouts import Made, directory, entry, hardlink, layer, symlink
-from vmm.images import layers, squashfs
+from vmm.images import layers, reference, sources, squashfs
 from vmm.images.host import PullError, silent
 
 
@@ -145,11 +145,21 @@ def test_truncated_tar_is_no_image(cut: int) -> None:
         merged(whole[:cut] if cut != 1536 else whole[:cut] + b"\xff" * 512 + whole[2048:])
 
 
-def test_endless_header_is_not_read() -> None:
+@pytest.mark.parametrize("kind", [b"x", b"g", b"X", b"L", b"K"])
+@pytest.mark.parametrize("size", [1 << 33, (1 << 20) + 1, -512])
+def test_endless_header_is_not_read(kind: bytes, size: int, tmp_path: Path) -> None:
+    """Of a layer with several GiB of it, compressed to nothing, none comes into memory."""
     info = tarfile.TarInfo("x")
-    info.type, info.size = tarfile.XHDTYPE, 1 << 33
-    with pytest.raises(PullError, match="an extended header of 8589934592 bytes"):
-        merged(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    info.type, info.size = kind, size
+    data = info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    with pytest.raises(PullError, match=f"layer 0: an extended header of {size} bytes"):
+        merged(data)
+    archive = tmp_path / "saved.tar"
+    archive.write_bytes(data)
+    name = reference.parse(f"docker-archive:{archive}")
+    assert name is not None
+    with pytest.raises(PullError, match=f"saved.tar: an extended header of {size} bytes"):
+        sources.archive(name)
 
 
 def test_number_of_files_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ MAX_ENTRIES = 1 << 20
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4095  # bytes
 _MAX_HEADER = 1 << 20  # bytes of an extended header: names and attributes
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _XATTR = "SCHILY.xattr."
 # What a squashfs can hold. An overlay's own marks would mean something else below another overlay.
@@ -67,16 +70,18 @@ class _Member:
         return cast("BinaryIO", self.archive.extractfile(self.member))
 
 
-class _Headers:
-    # The file that tarfile reads: an extended header is read whole, so it must not be larger than one ever is.
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.fileno, self.seek, self.tell = file.fileno, file.seek, file.tell
+class Header(tarfile.TarInfo):
+    """A header of a tar whose maker is not trusted. tarfile reads an extended header whole, so a long one is refused.
 
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_HEADER:
-            raise PullError(f"an extended header of {size} bytes; at most {_MAX_HEADER} are read")
-        return self._file.read(size)
+    :raises PullError: an extended header is longer than 1 MiB
+    """
+
+    __slots__ = ()
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and not 0 <= self.size <= _MAX_HEADER:
+            raise PullError(f"an extended header of {self.size} bytes; at most {_MAX_HEADER} are read")
+        return cast("tarfile.TarInfo", super()._proc_member(archive))  # type: ignore[misc]
 
 
 class Tree:
@@ -103,7 +108,7 @@ class Tree:
         if not size:
             return
         try:
-            archive = tarfile.open(fileobj=cast("BinaryIO", _Headers(tar)), mode="r:", errors="surrogateescape")
+            archive = tarfile.open(fileobj=tar, mode="r:", tarinfo=Header, errors="surrogateescape")
             for member in archive:
                 self._entries += 1
                 if self._entries > MAX_ENTRIES:

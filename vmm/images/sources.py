@@ -23,6 +23,7 @@ import zstandard
 from vmm.errors import line
 from vmm.images import manifest
 from vmm.images.host import Progress, PullError
+from vmm.images.layers import Header
 from vmm.images.reference import Name
 from vmm.images.registry import Registry
 
@@ -123,8 +124,10 @@ def archive(name: Name) -> Content:
     :raises PullError: this is not such an image, or it is damaged
     """
     try:
-        tar = tarfile.open(fileobj=_opened(Path(name.place)), mode="r:")
+        tar = tarfile.open(fileobj=_opened(Path(name.place)), mode="r:", tarinfo=Header)
         members = {os.path.normpath(member.name): member for member in tar}
+    except PullError as error:
+        raise PullError(f"{name.place}: {error}") from None
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise PullError(
             f"{name.place} is not an archive of `docker save`: {line(error)} (unpack it, if compressed)"
