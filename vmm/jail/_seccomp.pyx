@@ -252,10 +252,7 @@ def confine(bint no_files, int below=-1, bint changes=False):
         then has no effect, because Landlock could not allow renames between directories
     :raises OSError: the kernel refused
     """
-    cdef int status
-    with nogil:  # the kernel takes 0.1 ms, in which a forking program goes on
-        status = landlock_confine(no_files, below, changes)
-    if status:
+    if landlock_confine(no_files, below, changes):
         raise OSError(errno, f"Landlock: {os.strerror(errno)}")
 
 
@@ -268,7 +265,6 @@ def install(str kind, bint whole_process=False):
     cdef bytes name = kind.encode()
     cdef const char *of = name
     cdef long status
-    with nogil:
-        status = filter_install(of, whole_process)
+    status = filter_install(of, whole_process)
     if status:
         raise OSError(errno, f"seccomp: {os.strerror(errno) if status < 0 else 'another thread has another filter'}")
