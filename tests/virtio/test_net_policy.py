@@ -380,6 +380,13 @@ def on_the_tap(stack: Any, vm: Vm) -> socket.socket:
     return seen  # type: ignore[no-any-return]
 
 
+def next_frame(seen: socket.socket) -> bytes:
+    """What comes next that is not IPv6: the host's kernel greets its neighbours on a new tap."""
+    while (frame := seen.recv(4000))[12:14] == b"\x86\xdd":
+        pass
+    return frame
+
+
 def test_only_what_is_allowed_gets_to_a_tap(namespace: None, stack: Any) -> None:
     found = Policy(bytes([10, 9, 8, 1]), bytes(4), bytes([10, 0, 2, 3]), [rule("9.9.9.9/32", 80)], guest_bits=24)
     vm = Vm(stack, policy=found)
@@ -389,7 +396,7 @@ def test_only_what_is_allowed_gets_to_a_tap(namespace: None, stack: Any) -> None
         tcp("10.9.8.1", 80), udp("9.9.9.9", 80, source="10.9.8.77"),
     ):  # fmt: skip
         vm.send(frame)
-    assert seen.recv(2000)[12:] == udp("9.9.9.9", 80, source="10.9.8.77")[12:]
+    assert next_frame(seen)[12:] == udp("9.9.9.9", 80, source="10.9.8.77")[12:]
     until(lambda: vm.device.stats["policy_allowed"] == 1, lambda: vm.device.stats)
     stats = vm.device.stats
     assert (stats["policy_dropped_address"], stats["policy_dropped_source"]) == (2, 2)
@@ -403,12 +410,12 @@ def test_a_header_changes_nothing_of_what_was_judged(namespace: None, stack: Any
     good = mine(tcp, "9.9.9.9", 80, data=bytes(3000))
     for flags, kind, segment_size, start, offset in ((1, 0, 0, 30, 0), (1, 1, 500, 34, 16), (1, 0x81, 500, 34, 16)):
         vm.send(good, struct.pack("<BBHHHHH", flags, kind, 54, segment_size, start, offset, 0))
-        assert seen.recv(4000) == good
+        assert next_frame(seen) == good
     pieces = [bytes(5), bytes(7) + good[:20], good[20:70], *(good[at : at + 7] for at in range(70, len(good), 7))]
     ring = vm.driver.queues[TX]
     ring.add_indirect([ring.buffer(piece) for piece in pieces])
     vm.driver.kick(TX)
-    assert seen.recv(4000) == good
+    assert next_frame(seen) == good
     assert vm.device.stats["tx_errors"] == 0
 
 

@@ -307,7 +307,7 @@ class Config:
                 continue
             if words[0].isupper():
                 if first or each.default is REQUIRED:
-                    values[name] = each.read(cls.field(name), first)
+                    values[name] = each.read(f"{cls.TITLE} {words[0]}", first)
             elif any(word in found for word in words):
                 if each.default in (True, False) and isinstance(each.default, bool):
                     values[name] = not each.default
