@@ -474,7 +474,7 @@ cdef class VirtQueue:
         :raises ValueError: the chain was returned before, `written` exceeds its ``writable_bytes``, or the queue is not
             ready
         """
-        if not isinstance(written, int):
+        if not hasattr(written, "__index__"):
             raise TypeError(
                 f"the number of bytes written to a chain must be a whole number, not {written!r:.60}: "
                 "what serves a chain returns it, 0 if it wrote nothing")
