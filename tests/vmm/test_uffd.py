@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from vmm import undertaker
 from vmm.errors import SnapshotError
 from vmm.memory import GuestMemory, MemoryFile, spans
 from vmm.uffd import HandlerError
@@ -155,6 +156,7 @@ def test_without_a_handler_there_is_no_memory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("plain").touch()
+    undertaker.wait()  # for what earlier tests have closed
     before = sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(HandlerError, match=text) as caught:
         GuestMemory(SIZE, handler=path)
