@@ -111,6 +111,7 @@ def type_stored(config: type[Config], name: str) -> str:
 _CALLED = {
     "str": "a string", "int": "a whole number", "float": "a number", "bool": "True or False", "None": "None",
     "os.PathLike[str]": "a path", "tuple[int, int]": "two whole numbers", "tuple[int, int, int]": "three whole numbers",
+    "Mapping[str, str]": "a mapping of strings to strings",
 }  # fmt: skip
 _LISTED = {"str": "strings", "str | os.PathLike[str]": "strings or paths", "int": "whole numbers"}
 
@@ -149,11 +150,9 @@ def _is(value: Any, annotation: str) -> bool:
 
 
 def _called(kind: str) -> str:
-    if kind.startswith("Mapping["):
-        return " to ".join(["a mapping of strings", *(["strings"] if kind == "Mapping[str, str]" else [])])
     if kind.startswith("Sequence["):
         return f"a list of {_LISTED.get(kind[9:-1], kind[9:-1])}"
-    return _CALLED.get(kind) or _one(kind)
+    return _CALLED.get(kind) or ("a mapping" if kind.startswith("Mapping[") else _one(kind))
 
 
 def _one(noun: str) -> str:

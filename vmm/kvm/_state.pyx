@@ -85,7 +85,7 @@ cdef extern from *:
     unsigned long KVM_GET_XCRS, KVM_SET_XCRS, KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_LAPIC, KVM_SET_LAPIC
     unsigned long KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, KVM_GET_PIT2, KVM_SET_PIT2, KVM_GET_IRQCHIP
     unsigned long KVM_SET_IRQCHIP, KVM_GET_CLOCK, KVM_SET_CLOCK, KVM_KVMCLOCK_CTRL, KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ
-    unsigned long KVM_IRQ_LINE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_SLAVE
+    unsigned long KVM_IRQ_LINE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_SLAVE, KVM_IOAPIC_NUM_PINS
     uint32_t KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_CAP_XCRS, KVM_CAP_TSC_CONTROL, KVM_CLOCK_REALTIME
 
 # Every ioctl that reads state; the seccomp rules allow a saving thread these and no others.
@@ -148,11 +148,10 @@ cdef _lower_lines(int fd, list chips):
             high |= chip.chip.ioapic.irr
         else:
             high |= <uint32_t>chip.chip.pic.last_irr << (8 if chip.chip_id == KVM_IRQCHIP_PIC_SLAVE else 0)
-    for line.irq in range(32):
-        if high >> line.irq & 1:
-            line.level = 0
-            if kvm_call(fd, KVM_IRQ_LINE, &line) < 0 and errno != EINVAL:
-                raise KvmError(errno, "KVM_IRQ_LINE")
+    line.level = 0
+    for line.irq in range(KVM_IOAPIC_NUM_PINS):
+        if high >> line.irq & 1 and kvm_call(fd, KVM_IRQ_LINE, &line) < 0:
+            raise KvmError(errno, "KVM_IRQ_LINE")
 
 
 cdef class StateAccess:
