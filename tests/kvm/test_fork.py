@@ -117,15 +117,16 @@ def test_an_image_is_not_changed_by_who_goes_on_from_it(guest: MakeGuest) -> Non
             _end(machine, status)
 
 
-# A one-shot PIT interrupt after about 50 ms wakes a halted guest, which then ends with 7. 32-bit protected mode.
-HALTED = """
+def woken(vector: int, source: str) -> str:
+    """A guest in 32-bit protected mode: `source` sets the PICs' masks and has the handler of this vector."""
+    return f"""
     lgdt [gdt_descriptor]
     lidt [idt_descriptor]
     mov esp, 0x90000
     mov eax, offset handler
-    mov word ptr [idt + 0x20 * 8], ax
+    mov word ptr [idt + {vector} * 8], ax
     shr eax, 16
-    mov word ptr [idt + 0x20 * 8 + 6], ax
+    mov word ptr [idt + {vector} * 8 + 6], ax
     mov al, 0x11
     out 0x20, al
     mov al, 0x20
@@ -134,6 +135,22 @@ HALTED = """
     out 0x21, al
     mov al, 1
     out 0x21, al
+{source}
+    .balign 8
+gdt: .quad 0, 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
+gdt_descriptor: .word 31
+    .long gdt
+idt: .fill {vector}, 8, 0
+    .word 0, 0x10, 0x8e00, 0
+idt_descriptor: .word {vector + 1} * 8 - 1
+    .long idt
+"""
+
+
+# A one-shot PIT interrupt after about 50 ms wakes a halted guest, which then ends with 7.
+HALTED = woken(
+    0x20,
+    """
     mov al, 0xfe
     out 0x21, al
     mov al, 0x30
@@ -150,15 +167,8 @@ handler:
     mov dx, 0xf4
     out dx, al
     hlt
-    .balign 8
-gdt: .quad 0, 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
-gdt_descriptor: .word 31
-    .long gdt
-idt: .fill 0x20, 8, 0
-    .word 0, 0x10, 0x8e00, 0
-idt_descriptor: .word 0x21 * 8 - 1
-    .long idt
-"""
+""",
+)
 
 
 def test_guests_frozen_while_halted_wake_by_their_timer(guest: MakeGuest) -> None:
@@ -181,22 +191,9 @@ def test_guests_frozen_while_halted_wake_by_their_timer(guest: MakeGuest) -> Non
 
 
 # Stores each byte that arrives at the serial port at 0x200004, woken through the IOAPIC or the PIC.
-READER = """
-    lgdt [gdt_descriptor]
-    lidt [idt_descriptor]
-    mov esp, 0x90000
-    mov eax, offset handler
-    mov word ptr [idt + 0x24 * 8], ax
-    shr eax, 16
-    mov word ptr [idt + 0x24 * 8 + 6], ax
-    mov al, 0x11
-    out 0x20, al
-    mov al, 0x20
-    out 0x21, al
-    mov al, 4
-    out 0x21, al
-    mov al, 1
-    out 0x21, al
+READER = woken(
+    0x24,
+    """
     mov al, %(pic)s
     out 0x21, al
     mov ebx, 0xfee00000
@@ -229,15 +226,8 @@ handler:
     mov al, 0x20
     out 0x20, al
     ret 8  # no iret here: a software KVM does not emulate it
-    .balign 8
-gdt: .quad 0, 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
-gdt_descriptor: .word 31
-    .long gdt
-idt: .fill 0x24, 8, 0
-    .word 0, 0x10, 0x8e00, 0
-idt_descriptor: .word 0x25 * 8 - 1
-    .long idt
-"""
+""",
+)
 IOAPIC = {"pic": "0xff", "lint0": "0x10700", "entry": "0x24"}
 PIC = {"pic": "0xef", "lint0": "0x700", "entry": "0x10024"}
 
