@@ -69,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.fuzz_snapshots", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the first one; the next ones count up")
-    parser.add_argument("--found", type=Path, default=Path("snapshots-found"), help="a directory for findings")
+    parser.add_argument("--found", type=Path, default=Path("build/snapshots-found"), help="a directory for findings")
     arguments = parser.parse_args()
     begun = time.monotonic()
     seed, found = arguments.seed, 0
@@ -80,7 +80,7 @@ def main() -> int:
             if wrong:
                 found += 1
                 state = victim.damaged(seed - 1)
-                arguments.found.mkdir(exist_ok=True)
+                arguments.found.mkdir(parents=True, exist_ok=True)
                 (arguments.found / hashlib.sha256(state).hexdigest()[:12]).write_bytes(state)
                 print(f"seed {seed - 1}: {wrong}", flush=True)
     print(
