@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import select
 import shlex
 import shutil
@@ -99,6 +100,10 @@ class ToolsImage(NamedTuple):
     iperf3: tuple[str, ...]  # how to run it on this side
 
 
+# Where the first report of a Linux begins that is in trouble.
+_TROUBLE = re.compile(rb"(?<=\] )(?:BUG|Oops|WARNING|Kernel panic|general protection|[a-z -]+: [0-9a-f]{4} \[#1\])")
+
+
 class GuestFailed(Exception):
     """The guest does not answer, or its VMM ended; carries the end of what it said."""
 
@@ -157,7 +162,10 @@ class Asked:
         raise NotImplementedError
 
     def _why(self, what: str) -> str:
-        return f"{self.name}: {what}\n{self.heard[-1500:].decode(errors='replace')}"
+        # A dying kernel says why at first, and much afterwards.
+        trouble = _TROUBLE.search(self.heard)
+        first = b"" if trouble is None else self.heard[trouble.start() : trouble.start() + 3000] + b"\n...\n"
+        return f"{self.name}: {what}\n{(first + self.heard[-1500:]).decode(errors='replace')}"
 
     def wait_ready(self, seconds: float = 120) -> None:
         """Wait until the guest obeys.
