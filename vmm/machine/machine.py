@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 import threading
 
-from boot import acpi, cpu, layout, load, mptable
-from boot.board import OWN_GSIS, PARTS
-from boot.cmdline import Cmdline
+from boot import layout
+from boot.board import OWN_GSIS
 from devices.acpi_events import POWER_BUTTON
 from devices.exit_port import ExitPort
 from vmm import logger, threads
@@ -24,9 +23,9 @@ from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.events import Exit
 from vmm.irq import IrqLine
-from vmm.kvm import abi
 from vmm.kvm.vcpu import Vcpu
 from vmm.kvm.vm import Kvm, Vm, why_no_linux
+from vmm.machine import first_boot
 from vmm.machine.attach import Devices
 from vmm.machine.board import Board
 from vmm.machine.build import Builder, own
@@ -161,7 +160,9 @@ class Machine(Closing):
         if config.track_dirty_pages:
             self.memory.prepare_marks()
         if image is None:
-            self._load([(each.base, layout.VIRTIO_MMIO_STRIDE, each.gsi) for each in self.devices.values()])
+            virtio = [(each.base, layout.VIRTIO_MMIO_STRIDE, each.gsi) for each in self.devices.values()]
+            self.loaded, self.cmdline = first_boot.load_kernel(self.memory, config, virtio)
+            self._new_generation()
         else:
             self.cmdline = image.cmdline
         usable = prepared is not None and prepared.kvm.path == config.kvm
@@ -169,7 +170,7 @@ class Machine(Closing):
             self.kvm = Kvm.shared(config.kvm)
         else:
             self.kvm = prepared.kvm if prepared is not None and usable else self._owned(Kvm(config.kvm))
-            self._check_kvm()
+            first_boot.check_kvm(self.kvm, config)
         self.vm = prepared if prepared is not None and usable else self._owned(self.kvm.create_vm())
         # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
         self.vm.map_memory(self.memory)
@@ -187,37 +188,11 @@ class Machine(Closing):
         vcpus = (Vcpu(self.vm, index, self.pio, self.mmio) for index in range(config.cpus))
         self.vcpus = self._run.vcpus = tuple(self._owned(vcpu) for vcpu in vcpus)
         if image is None:
-            self._set_up_vcpus()
+            first_boot.set_up_vcpus(self.vcpus, self.kvm, config, self.memory, self.loaded)
         else:
             from vmm.machine.snapshot import restore
 
             restore(self, image)
-
-    def _load(self, windows: list[tuple[int, int, int]]) -> None:
-        config = self.config
-        cmdline = Cmdline(config.full_cmdline)
-        for window in windows:
-            cmdline.append(mptable.virtio_mmio_parameter(*window))
-        self.cmdline = str(cmdline)
-        self.loaded = load.load(
-            self.memory, config.kernel, initrd_path=config.initrd, cmdline=self.cmdline,
-            protocol=config.protocol, unpack=config.unpack,
-        )  # fmt: skip
-        acpi.write(
-            self.memory, cpus=config.cpus, virtio=windows,
-            parts=[part for part in PARTS if part.name != "i8042" or config.keyboard],
-        )  # fmt: skip
-        mptable.write(self.memory, cpus=config.cpus)
-        self._new_generation()
-
-    def _check_kvm(self) -> None:
-        config = self.config
-        template = config.cpu_template
-        more, less = (template.capabilities, template.not_required) if template else ((), ())
-        if lacking := self.kvm.lacking(more, less):
-            raise ConfigError("--kvm", config.kvm, f"lacks {', '.join(lacking)}; use Linux 4.11 or later")
-        if config.cpus > self.kvm.max_vcpus():
-            raise ConfigError("cpus", config.cpus, f"this KVM allows at most {self.kvm.max_vcpus()}")
 
     def _owned(self, thing: _T) -> _T:
         self._closers.append(thing.close)
@@ -242,29 +217,6 @@ class Machine(Closing):
             self.serial.drop_output()
         if self.config.exit_port is not None:
             self.pio.add(self.config.exit_port, 4, ExitPort(), "exit port")
-
-    def _set_up_vcpus(self) -> None:
-        entries = self.kvm.supported_cpuid()
-        template = self.config.cpu_template
-        if template is not None:
-            template.change_cpuid(entries)
-        count, threads = self.config.cpus, 2 if self.config.smt and self.config.cpus > 1 else 1
-        deadline = bool(self.kvm.check(abi.KVM_CAP_TSC_DEADLINE_TIMER))
-        for index in range(count):
-            vcpu = self.vcpus[index]
-            cpu.shape_cpuid(entries, index=index, count=count, threads=threads, tsc_deadline=deadline)
-            vcpu.set_cpuid(entries)
-            vcpu.set_msrs(cpu.BOOT_MSRS)
-            if template is not None and template.msrs:
-                old = vcpu.get_msrs(tuple(template.msrs))
-                vcpu.set_msrs({index: bits(old[index]) for index, bits in template.msrs.items()})
-        first = self.vcpus[0]
-        sregs, regs = first.sregs, first.regs
-        if self.loaded.protocol == "pvh":
-            cpu.enter_pvh(self.memory, sregs, regs, entry=self.loaded.entry, start_info=self.loaded.boot_info)
-        else:
-            cpu.enter_linux64(self.memory, sregs, regs, entry=self.loaded.entry, zero_page=self.loaded.boot_info)
-        first.sregs, first.regs = sregs, regs
 
     # State
 
