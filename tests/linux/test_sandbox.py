@@ -498,11 +498,13 @@ def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_p
     assert os.stat(tmp_path / "back/sub/data").st_mode & 0o777 == 0o750
     assert os.readlink(tmp_path / "back/link") == "sub/data"
     sandbox.files.write("/tmp/tree/sub/data", b"new")
+    before = os.stat(tmp_path / "back/sub/data").st_ino
     again = _pyvmm("cp", f"{sandbox.name}:/tmp/tree/sub/data", str(tmp_path / "back/sub/data"))
+    assert os.stat(tmp_path / "back/sub/data").st_ino != before  # never half a file under its name
     assert again.returncode == 0 and (tmp_path / "back/sub/data").read_bytes() == b"new"
     for source, problem in (
-        ("/tmp/tree", b"is a file, which only a file replaces"),
-        ("/dev/zero", b"is a file, which only a file replaces"),
+        ("/tmp/tree", b"back/sub/data: File exists"),
+        ("/dev/zero", b"/dev/zero: is no file, directory or link"),
         ("/nowhere", b"/nowhere: No such file"),
     ):
         bad = _pyvmm("cp", f"{sandbox.name}:{source}", str(tmp_path / "back/sub/data"))

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import posixpath
-import tempfile
 
 from vmm.errors import ConfigError
 from vmm.sandbox import attach
@@ -14,8 +12,6 @@ from vmm.sandbox import attach
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-
-    from vmm.sandbox import Files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,25 +35,8 @@ def main(args: argparse.Namespace) -> int:
         path = target[1]
         if os.path.isdir(path):
             path = os.path.join(path, posixpath.basename(posixpath.normpath(source[1])))
-        files = attach(source[0]).files
-        if os.path.isfile(path) and not os.path.islink(path):
-            _replace(files, source[1], path)
-        else:
-            files.copy_out(source[1], path)
+        attach(source[0]).files.copy_out(source[1], path)
     return 0
-
-
-def _replace(files: Files, source: str, path: str) -> None:
-    # A file that is there stays as it is until the other one is here as a whole.
-    if files.stat(source).type != "file":
-        raise ConfigError("TARGET", path, f"is a file, which only a file replaces; {source} is none")
-    new = tempfile.mktemp(prefix=".pyvmm-cp-", dir=os.path.dirname(path) or ".")  # which copy_out makes, or fails
-    try:
-        files.copy_out(source, new)
-        os.replace(new, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
 
 
 def _of(word: str) -> tuple[str | None, str]:

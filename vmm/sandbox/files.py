@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -290,9 +291,11 @@ class Files:
 
         Links are copied as links, and nothing is written through one, whatever the guest says.
 
-        :param target: the new name of `path`, where nothing may be
+        A file that is at `target` stays as it is until all of a file is here to replace it.
+
+        :param target: the new name of `path`, not a directory to put it into
         :param timeout: seconds for all of it
-        :raises FileExistsError: `target` exists
+        :raises FileExistsError: `target` is a directory or a link, or `path` is no file and something is at `target`
         :raises OSError: `path` is a socket, a device or a FIFO; within a directory they are left out
         """
         deadline = Deadline(timeout)
@@ -300,7 +303,18 @@ class Files:
         entry = self.stat(path, user=user, timeout=deadline.left(doing) or _NO_LIMIT)
         if entry.type == "other":
             raise _no_file(path)
-        self._copy_out(entry, target, deadline, doing, user, 0)
+        if entry.type != "file" or not os.path.isfile(target) or os.path.islink(target):
+            self._copy_out(entry, target, deadline, doing, user, 0)
+            return
+        import tempfile
+
+        new = tempfile.mktemp(prefix=".pyvmm-", dir=os.path.dirname(target) or ".")  # _copy_out makes it, or fails
+        try:
+            self._copy_out(entry, new, deadline, doing, user, 0)
+            os.replace(new, target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
 
     def _copy_out(
         self, entry: Entry, target: str, deadline: Deadline, doing: str, user: str | int | None, depth: int
