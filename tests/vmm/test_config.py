@@ -34,7 +34,7 @@ def test_no_sizes(text: str) -> None:
 
 @pytest.mark.parametrize("memory", ["0", 0, -1, "4095", "999999T", 1 << 70])
 def test_memory_out_of_range(memory: int | str) -> None:
-    with pytest.raises(ConfigError, match=r"memory .*must be 1048576"):
+    with pytest.raises(ConfigError, match=r"memory .*must be 1M to 1T"):
         VmConfig("k", memory=memory)
 
 

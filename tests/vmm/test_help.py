@@ -104,6 +104,11 @@ def test_no_guess_at_what_is_close_to_nothing(capsys: pytest.CaptureFixture[str]
     assert "did you mean" not in said(capsys, "run", "kernel", "--zzzzzz")
 
 
+def test_a_third_file_is_told_how_to_be_a_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unrecognized arguments: b.img; a second disk is: --disk b.img" in said(capsys, "run", "k", "a.img", "b.img")
+    assert "--disk" not in said(capsys, "ps", "b.img")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

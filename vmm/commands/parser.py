@@ -72,7 +72,10 @@ class Parser(argparse.ArgumentParser):
         """End with one line, where argparse would print its usage too."""
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].partition("=")[0]
-            message += did_you_mean(word, _options(self)) if word.startswith("-") else ""
+            if word.startswith("-"):
+                message += did_you_mean(word, _options(self))
+            elif "--disk" in _options(self):
+                message += f"; a second disk is: --disk {word}"
         name = paint(f"{self.prog}:", 1, sys.stderr)
         self.exit(self.error_status, f"{name} {message} (see {self.prog} --help)\n")
 

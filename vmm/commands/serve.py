@@ -123,7 +123,7 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
         if payload < 0:  # by argparse; whatever is plain has been seen to be none
             raise ConfigError("--http-api-max-payload-size", payload, "must be 0 or more")
         if args.seccomp_filter is not None:
-            fits = "is for Firecracker's threads; leave it out: pyvmm's have their own (docs/jailer.md)"
+            fits = "is for Firecracker's threads; leave it out: pyvmm's have their own"
             raise ConfigError("--seccomp-filter", args.seccomp_filter, fits)
     except ConfigError as error:
         _complain(args, str(error))

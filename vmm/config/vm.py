@@ -46,7 +46,7 @@ def _path(field: str, path: str | os.PathLike[str]) -> str:
 def _memory(field: str, size: int | str) -> int:
     size = parse_size(field, size)
     if not MIN_MEMORY <= size <= MAX_MEMORY:
-        raise ConfigError(field, size, f"bytes must be {MIN_MEMORY} (1M) to {MAX_MEMORY} (1T)")
+        raise ConfigError(field, size, "must be 1M to 1T; a number without K, M, G or T is in bytes")
     return size & -4096  # KVM's slots are whole pages
 
 
