@@ -3,6 +3,7 @@
 """The thread of a device's queues: it sleeps in epoll and runs the device's loop, without the GIL."""
 import os
 
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -10,6 +11,7 @@ from virtio._interrupt cimport Interrupt, interrupt_used
 from vmm._fastpath cimport (
     Ring, VirtQueue, load_relaxed16, queue_disable_notify, queue_enable_notify, queue_flush, queue_mute,
 )
+from vmm._gate cimport gate_await, gate_destroy, gate_init, gate_pass, gate_set
 from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write, name_thread
 from vmm.errors import HostError
 from vmm.threads import spawn
@@ -83,11 +85,13 @@ cdef class QueueWorker:
     :param name: the thread's name, instead of the device's
     :raises OSError: no file descriptor is left
 
-    ``start`` takes the ``ActivateContext`` of a driver. ``stop`` ends the thread once no request is in flight.
+    ``start`` takes the ``ActivateContext`` of a driver. ``stop`` returns once no request is in flight.
     """
 
     def __cinit__(self, *args, **kwargs):
         self._epoll = self._stop_fd = self._timer = -1
+        if gate_init(&self._gate):
+            raise MemoryError
 
     def __init__(self, device, indices, notify_fds, on_failure, str name=None):
         cdef uint32_t place
@@ -111,6 +115,7 @@ cdef class QueueWorker:
 
     def __dealloc__(self):
         self._close_fds()
+        gate_destroy(&self._gate)
 
     cdef void _close_fds(self) noexcept:
         cdef int fd
@@ -126,7 +131,7 @@ cdef class QueueWorker:
     # Called by the transport
 
     def start(self, context):
-        """Start the thread for the driver of `context`."""
+        """Serve the driver of `context`: by the thread that waits since ``stop``, or else by a new one."""
         cdef Interrupt interrupt = context.interrupt
         cdef VirtQueue queue
         cdef uint32_t place
@@ -146,30 +151,48 @@ cdef class QueueWorker:
         self.in_flight = False
         worker_set_stop(&self._stop, 0)
         self.begin()
+        if self._thread is not None:
+            gate_set(&self._gate, False, False)
+            return
+        gate_destroy(&self._gate)       # the thread before this one ended it
+        if gate_init(&self._gate):
+            raise MemoryError
         self._thread = spawn(
-            self.device.thread_kind, self.name, self._run, below=self.device.below, unconfined=self._on_failure)
+            self.device.thread_kind, self.name, self._run, below=self.device.below, unconfined=self._unconfined)
 
     def begin(self):
         """Prepare for a new driver, before the thread starts. A subclass may override this."""
 
     def stop(self, bint leaving=False):
-        """End the thread and wait for it. Idempotent.
+        """Serve nobody from here on; returns once no request is in flight. Idempotent.
 
-        :param leaving: the driver is gone for good, so its pending work is done or dropped now
+        :param leaving: the driver is gone for good, so its pending work is done or dropped now, and the thread ends.
+            False: the thread waits for ``start``
         """
+        cdef bint there = False
         if self._thread is None:
             return
+        gate_set(&self._gate, not leaving, leaving)
         worker_set_stop(&self._stop, 1 + leaving)
         eventfd_write(self._stop_fd, 1)
-        self._thread.join()
-        self._thread = None
+        while not leaving and not there:
+            with nogil:
+                there = gate_await(&self._gate, 1)
+            PyErr_CheckSignals()
+        if self._gate.ended:            # by us, or because it failed
+            self._thread.join()
+            self._thread = None
 
     def forget(self):
         """Drop the state of the driver, which is gone. The thread has stopped. A subclass may override this."""
 
     def close(self):
-        """Stop the thread and close its file descriptors. Idempotent."""
+        """End the thread and close its file descriptors. Idempotent."""
         self.stop()
+        if self._thread is not None:
+            gate_set(&self._gate, False, True)
+            self._thread.join()
+            self._thread = None
         self._close_fds()
 
     @property
@@ -184,12 +207,22 @@ cdef class QueueWorker:
     def _run(self):
         cdef int status
         set_thread_name(self.name)
-        with nogil:
-            status = self._loop()
-            self.finish()
-        if status < 0:
-            self.forget()               # tells waiters that no answer will come
-            self._on_failure(self._failure(status))
+        try:
+            with nogil:
+                while True:
+                    status = self._loop()
+                    self.finish()
+                    if status < 0 or self.leaving() or gate_pass(&self._gate):
+                        break
+            if status < 0:
+                self.forget()           # tells waiters that no answer will come
+                self._on_failure(self._failure(status))
+        finally:
+            gate_set(&self._gate, False, True)
+
+    def _unconfined(self, error):
+        self._on_failure(error)
+        gate_set(&self._gate, False, True)
 
     def _failure(self, int status):
         cdef VirtQueue queue

@@ -246,54 +246,82 @@ class Worker:
             self._epoll.register(fd, select.EPOLLIN)
         self._context: ActivateContext
         self._thread: threading.Thread | None = None
+        self._rests = threading.Event()  # the thread serves nobody
+        self._go_on = threading.Event()  # it is to serve again, or to end
+        self._ending = False
 
     def start(self, context: ActivateContext) -> None:
-        """Start the thread for the driver of `context`.
+        """Serve the driver of `context`: by the thread that waits since ``stop``, or else by a new one.
 
         :raises RuntimeError: the host has no thread left
         """
         self._context = context
         context.stopping = False
+        self._rests.clear()
+        if self._thread is not None:
+            self._go_on.set()
+            return
+        self._go_on.clear()
+        self._ending = False
         device = self._device
         self._thread = spawn(
-            device.thread_kind, device.name, self._run, below=device.below, unconfined=self._on_failure
+            device.thread_kind, device.name, self._run, below=device.below, unconfined=self._unconfined
         )
 
     def _run(self) -> None:
-        device, context = self._device, self._context
-        set_thread_name(device.name)
+        set_thread_name(self._device.name)
         try:
-            while not context.stopping:
-                for fd, _ in self._epoll.poll():
-                    if fd == self._stop:
-                        return
-                    os.eventfd_read(fd)
-                    index = self._queue_of[fd]
-                    self.notified[index] += 1
-                    if context.queues[index].ready:  # KVM's ioeventfd fires for any queue
-                        device.process(index)
+            while not self._ending:
+                self._serve()
+                self._rests.set()
+                self._go_on.wait()
+                self._go_on.clear()
         except Exception as failure:  # the thread's boundary: this device stops, the VM lives
-            self._on_failure(failure)
+            self._unconfined(failure)
+        finally:
+            self._rests.set()  # it may be told to end before it has begun to serve again
+
+    def _serve(self) -> None:
+        device, context = self._device, self._context
+        while not context.stopping:
+            for fd, _ in self._epoll.poll():
+                if fd == self._stop:
+                    return
+                os.eventfd_read(fd)
+                index = self._queue_of[fd]
+                self.notified[index] += 1
+                if context.queues[index].ready:  # KVM's ioeventfd fires for any queue
+                    device.process(index)
+
+    def _unconfined(self, failure: Exception) -> None:
+        self._ending = True
+        self._on_failure(failure)
+        self._rests.set()
 
     def stop(self, leaving: bool = False) -> None:
-        """End the thread and wait for it: the request that it serves now is finished first. Idempotent.
+        """Serve nobody from here on; returns once the present request is finished. Idempotent.
 
-        :param leaving: the driver goes for good; nothing is left here to be seen to
+        :param leaving: the driver is gone for good, and the thread ends. False: the thread waits for ``start``
         """
         if self._thread is None:
             return
-        self._context.stopping = True
-        os.eventfd_write(self._stop, 1)
-        self._thread.join()
-        self._thread = None
-        os.eventfd_read(self._stop)
+        self._ending |= leaving
+        if not self._rests.is_set():
+            self._context.stopping = True
+            os.eventfd_write(self._stop, 1)
+            self._rests.wait()
+            os.eventfd_read(self._stop)
+        if self._ending:
+            self._go_on.set()
+            self._thread.join()
+            self._thread = None
 
     def forget(self) -> None:
         """The driver is gone; nothing of it is kept here."""
 
     def close(self) -> None:
-        """Stop the thread and give its file descriptors back; once."""
-        self.stop()
+        """End the thread and give its file descriptors back; once."""
+        self.stop(leaving=True)
         self._epoll.close()
         os.close(self._stop)
 

@@ -184,6 +184,38 @@ def test_what_serves_already_gets_no_second_thread(host: DeviceHost[Entropy]) ->
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("kind", ["in C", "in Python"])
+def test_the_same_thread_serves_after_a_stop(tmp_path: Path, ram: GuestMemory, kind: str) -> None:
+    # However soon one call follows the other; a hold must not end and make threads, which the host may refuse.
+    (tmp_path / "disk").write_bytes(bytes(SECTORS * 512))
+    others = set(threading.enumerate())
+    with Disk(str(tmp_path / "disk")) as disk:
+        device: VirtioDevice = Block(disk) if kind == "in C" else Entropy()
+        host = DeviceHost(device, ram, Allocator(0x1000, ram.size - 0x1000))
+        host.driver.bring_up()
+        (thread,) = set(threading.enumerate()) - others
+        data = host.driver.queues[0].buffer(512, device_writes=True)
+        read = [host.driver.queues[0].buffer(struct.pack("<IIQ", 0, 0, 0))] if kind == "in C" else []
+        status = [host.driver.queues[0].buffer(1, device_writes=True)] if kind == "in C" else []
+        for _ in range(300):
+            host.transport.stop()
+            host.transport.stop()
+            host.transport.go_on()
+        assert host.submit(0, [*read, data, *status]) == 512 + len(status)
+        host.transport.stop()
+        assert set(threading.enumerate()) - others == {thread}
+        host.transport.go_on()
+        host.transport.reset()
+        assert not thread.is_alive()
+        for turn in range(50):
+            host.driver.bring_up()
+            (thread,) = set(threading.enumerate()) - others
+            host.transport.stop()
+            host.transport.go_on()
+            host.transport.reset() if turn < 49 else host.transport.close()
+            assert not thread.is_alive()
+
+
 def test_connections_survive_a_stop_and_a_copy_hears_that_they_are_gone(tmp_path: Path, ram: GuestMemory) -> None:
     vm = Vm(tmp_path / "v", ram)
     try:

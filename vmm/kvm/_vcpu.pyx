@@ -14,6 +14,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, Bus, Range, bus_find, bus_table
+from vmm._gate cimport gate, gate_await, gate_destroy, gate_init, gate_is_shut, gate_pass, gate_set
 from vmm._sys cimport counter_add, counter_read, counters_read, name_thread
 
 from vmm.errors import KvmError
@@ -71,63 +72,10 @@ cdef extern from *:
         sigdelset(&mask, SIGSYS);
         return pthread_sigmask(SIG_SETMASK, &mask, NULL);
     }
-    struct gate {
-        pthread_mutex_t lock;
-        pthread_cond_t changed;
-        int shut;               /* also read without the lock */
-        int ended, waiting;
-    };
-    static int gate_init(struct gate *g)
-    { return pthread_mutex_init(&g->lock, NULL) || pthread_cond_init(&g->changed, NULL); }
-    static void gate_destroy(struct gate *g) { pthread_cond_destroy(&g->changed); pthread_mutex_destroy(&g->lock); }
-    static inline int gate_is_shut(struct gate *g) { return __atomic_load_n(&g->shut, __ATOMIC_SEQ_CST); }
-    static void gate_set(struct gate *g, int shut, int ended)
-    {
-        pthread_mutex_lock(&g->lock);
-        __atomic_store_n(&g->shut, shut, __ATOMIC_SEQ_CST);
-        g->ended |= ended;
-        pthread_cond_broadcast(&g->changed);
-        pthread_mutex_unlock(&g->lock);
-    }
-    /* Called by a vCPU's thread: wait until the gate opens. Returns whether gate_set ended it for good. */
-    static int gate_pass(struct gate *g)
-    {
-        int ended;
-        pthread_mutex_lock(&g->lock);
-        g->waiting++;
-        pthread_cond_broadcast(&g->changed);
-        while (g->shut && !g->ended) pthread_cond_wait(&g->changed, &g->lock);
-        g->waiting--;
-        ended = g->ended;
-        pthread_mutex_unlock(&g->lock);
-        return ended;
-    }
-    /* Wait at most 50 ms. Returns whether `count` vCPUs wait at the gate, or the gate was ended for good. */
-    static int gate_await(struct gate *g, int count)
-    {
-        struct timespec end;
-        int late = 0, there;
-        clock_gettime(CLOCK_REALTIME, &end);
-        end.tv_nsec += 50000000;
-        if (end.tv_nsec >= 1000000000) { end.tv_nsec -= 1000000000; end.tv_sec++; }
-        pthread_mutex_lock(&g->lock);
-        while (!(there = g->waiting >= count || g->ended) && !late)
-            late = pthread_cond_timedwait(&g->changed, &g->lock, &end);
-        pthread_mutex_unlock(&g->lock);
-        return there;
-    }
     static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }
     static int enter_guest(int fd) { return ioctl(fd, KVM_RUN, 0); }
     """
     ctypedef unsigned long pthread_t
-    struct gate:
-        pass
-    int gate_init(gate *g)
-    void gate_destroy(gate *g)
-    bint gate_is_shut(gate *g) nogil
-    void gate_set(gate *g, bint shut, bint ended) nogil
-    bint gate_pass(gate *g) nogil
-    bint gate_await(gate *g, int count) nogil
     uint16_t io_port(kvm_run *r) nogil
     uint8_t io_size(kvm_run *r) nogil
     uint32_t io_count(kvm_run *r) nogil
