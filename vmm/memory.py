@@ -136,18 +136,19 @@ def spans(size: int) -> list[tuple[int, int]]:
     return [(0, min(size, HOLE_START)), *([(HOLE_END, size - HOLE_START)] if size > HOLE_START else [])]
 
 
-def overlay(pieces: list[Piece], new: Piece) -> list[Piece]:
-    """`pieces`, in order of address and disjoint, with `new` over what was there."""
+def overlay(pieces: list[Piece], new: Piece) -> None:
+    """Put `new` over what was there of `pieces`, which are in order of address and disjoint, and stay so."""
+    from bisect import bisect_left, bisect_right  # no launch needs it
+
     end = new.gpa + new.size
-    before = [
-        piece if piece.gpa + piece.size <= new.gpa else piece.part(0, new.gpa)
-        for piece in pieces
-        if piece.gpa < new.gpa
-    ]
-    after = [
-        piece if piece.gpa >= end else piece.part(end, 1 << 64) for piece in pieces if piece.gpa + piece.size > end
-    ]
-    return [*before, new, *after]
+    first = bisect_right(pieces, new.gpa, key=lambda piece: piece.gpa + piece.size)
+    after = bisect_left(pieces, end, first, key=lambda piece: piece.gpa)
+    parts = [new]
+    if first < after and pieces[first].gpa < new.gpa:
+        parts.insert(0, pieces[first].part(0, new.gpa))
+    if first < after and (last := pieces[after - 1]).gpa + last.size > end:
+        parts.append(last.part(end, 1 << 64))
+    pieces[first:after] = parts
 
 
 class GuestMemory(GuestRam, Closing):
@@ -263,9 +264,9 @@ class GuestMemory(GuestRam, Closing):
             for region in self.regions:
                 region.file = None
         else:
-            pieces = self._pieces
+            pieces = list(self._pieces)
             for region in self.regions:
-                pieces = self._settle(region, pieces)
+                self._settle(region, pieces)
         self._pieces = pieces
         return list(pieces)
 
@@ -346,11 +347,11 @@ class GuestMemory(GuestRam, Closing):
     def _unmarked(self, region: Region, *, mark: bool = False) -> list[tuple[int, int]]:
         return unmarked_runs(pagemap(), self.host_address(region.gpa, region.size), region.size, mark)
 
-    def _settle(self, region: Region, pieces: list[Piece]) -> list[Piece]:
+    def _settle(self, region: Region, pieces: list[Piece]) -> None:
         # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there.
         runs = self._private(region)
         if not runs:
-            return pieces
+            return
         gap = mmap.PAGESIZE
         while len(runs) > _RUNS_MAX:  # each is a mapping in every copy: pages between near ones go with them
             gap *= 2
@@ -363,8 +364,7 @@ class GuestMemory(GuestRam, Closing):
         for at, size in runs:
             piece = Piece(region.gpa + at, size, file, at)
             self._map_piece(piece)
-            pieces = overlay(pieces, piece)
-        return pieces
+            overlay(pieces, piece)
 
     def discard(self, part: memoryview) -> int:
         """Return to the host all pages that lie completely inside `part`. They read as zeros from here on.
@@ -388,7 +388,7 @@ class GuestMemory(GuestRam, Closing):
         if size >= _HOLE_LEAST and len(self._pieces) < _PIECES_MAX:
             piece = Piece(gpa, size, None)
             self._map_piece(piece)
-            self._pieces = overlay(self._pieces, piece)
+            overlay(self._pieces, piece)
         elif size:
             self.slice(gpa, size)[:] = bytes(size)
         return size

@@ -259,7 +259,7 @@ def test_pieces_over_one_another_are_the_last_of_each_page() -> None:
     for _ in range(300):
         first = rng.randrange(64)
         new = Piece(first, rng.randrange(1, 65 - first), rng.choice(files), rng.randrange(1000))
-        pieces = overlay(pieces, new)
+        overlay(pieces, new)
         model |= {at: (new.file, new.offset + at - first) for at in range(first, first + new.size)}
         found = [(each, at) for each in pieces for at in range(each.gpa, each.gpa + each.size)]
         assert [at for _, at in found] == list(range(64))

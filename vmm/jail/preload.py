@@ -32,7 +32,7 @@ OURS = """
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """
-    _json _queue atexit mmap resource select termios vmm.kvm._state vmm._uffd vmm.api.described vmm.api.snapshots
+    _json _queue atexit bisect mmap resource select termios vmm.kvm._state vmm._uffd vmm.api.described vmm.api.snapshots
     vmm.machine.snapshot zlib
 """.split()
 # of one with the metadata service,
