@@ -116,14 +116,20 @@ _CALLED = {
 _LISTED = {"str": "strings", "str | os.PathLike[str]": "strings or paths", "int": "whole numbers"}
 
 
+_PARTS: dict[tuple[str, str], list[str]] = {}  # of annotations, which are few
+
+
 def _parts(text: str, separator: str) -> list[str]:
     # `text` split at the separators that are in no brackets.
+    if (known := _PARTS.get((text, separator))) is not None:
+        return known
     parts: list[str] = []
     for piece in text.split(separator):
         if parts and parts[-1].count("[") > parts[-1].count("]"):
             parts[-1] += separator + piece
         else:
             parts.append(piece)
+    _PARTS[text, separator] = parts
     return parts
 
 
@@ -274,7 +280,14 @@ class Config:
 
     def replaced(self, **changes: Any) -> Self:
         """The same with other values for some parameters, which are checked."""
-        return type(self)(**vars(self) | changes)
+        if not changes.keys() <= self.OPTIONS.keys():
+            return type(self)(**vars(self) | changes)  # whose error names the unknown one
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        other._check()
+        return other
 
     # The command line
 
