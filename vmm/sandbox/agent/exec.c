@@ -376,7 +376,7 @@ void run(const struct request *request)
         uint8_t code;
         uint8_t memory;
     } end = {WIFSIGNALED(status), (uint8_t)(WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status)), 0};
-    end.memory = out_of_memory() != before && (end.signalled ? end.code == SIGKILL : end.code == 128 + SIGKILL);
+    end.memory = (end.signalled ? end.code == SIGKILL : end.code == 128 + SIGKILL) && out_of_memory() != before;
     send_frame(F_EXIT, &end, sizeof end, NULL, 0);
     if (gone)
         _exit(0);
