@@ -41,7 +41,7 @@ def test_ssh_gets_a_connection_from_systemds_proxy(tmp_path: Path) -> None:
         ours, theirs = socket.socketpair()
         try:
             words = [*proxy, f"vsock-mux/{tmp_path}/v", str(SSH)]
-            with subprocess.Popen(words, stdout=theirs, stderr=subprocess.PIPE) as process:
+            with subprocess.Popen(words, stdout=theirs.fileno(), stderr=subprocess.PIPE) as process:
                 wanted = vm.receive(REQUEST)
                 assert wanted.dst_port == SSH
                 vm.send(RESPONSE, SSH, wanted.src_port)
