@@ -5,12 +5,30 @@ from libc.stdint cimport int64_t, uint64_t
 cdef extern from *:
     """
     #include <stdint.h>
+    #include <stdlib.h>
+    #include <sys/mman.h>
     #include <sys/prctl.h>
     #include <time.h>
     static inline uint64_t clock_ns(clockid_t clock) {
         struct timespec t;
         clock_gettime(clock, &t);
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    /* A large table, of which few pages will be touched. malloc would fill it with zeros where a table before it was. */
+    static inline void *table_alloc(size_t size) {
+    #ifdef __SANITIZE_ADDRESS__
+        return calloc(1, size);
+    #else
+        void *table = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return table == MAP_FAILED ? NULL : table;
+    #endif
+    }
+    static inline void table_free(void *table, size_t size) {
+    #ifdef __SANITIZE_ADDRESS__
+        free(table);
+    #else
+        if (table) munmap(table, size);
+    #endif
     }
     static inline void name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
     /* A number that one thread counts up, or several one after the other, while any reads it. */
@@ -25,6 +43,8 @@ cdef extern from *:
     """
     enum: CLOCK_MONOTONIC, CLOCK_REALTIME
     uint64_t clock_ns(int clock) noexcept nogil
+    void *table_alloc(size_t size) noexcept nogil           # zeros; NULL: the host has no memory left
+    void table_free(void *table, size_t size) noexcept nogil
     void name_thread(const char *name) noexcept nogil       # the calling thread; truncated to 15 bytes
     void counter_add(uint64_t *counter, int64_t n) noexcept nogil
     uint64_t counter_read(const uint64_t *counter) noexcept nogil

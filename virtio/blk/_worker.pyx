@@ -18,7 +18,7 @@ from vmm._uring cimport (
     uring_seen, uring_submit,
 )
 from virtio._worker cimport SERVE_STALLED, QueueWorker
-from vmm._sys cimport counter_add, counters_read
+from vmm._sys cimport counter_add, counters_read, table_alloc, table_free
 from vmm._fastpath cimport (
     QUEUE_CHAIN, Ring, iovec, load_relaxed16, queue_add_used, queue_pop, queue_unpop, store_release16,
 )
@@ -169,6 +169,7 @@ cdef class BlockWorker(QueueWorker):
     cdef uint64_t[256] failures         # count by errno; [0]: FILE_ENDS
     cdef Request *requests
     cdef iovec *iov
+    cdef size_t iov_bytes
     cdef iovec *piece_iov               # for a piece of a long request; as many as a chain has
     cdef Request *idle                  # free requests
     cdef uint32_t n_requests
@@ -196,7 +197,8 @@ cdef class BlockWorker(QueueWorker):
                 self._must_watch(self.ring.fd, TOKEN_RING, EPOLLIN)
         self.n_requests = min(size, <uint32_t>RING_ENTRIES) if self.by_ring else 1
         self.requests = <Request *>PyMem_Calloc(self.n_requests, sizeof(Request))
-        self.iov = <iovec *>PyMem_Calloc((<size_t>self.n_requests + 1) * size, sizeof(iovec))
+        self.iov_bytes = (<size_t>self.n_requests + 1) * size * sizeof(iovec)
+        self.iov = <iovec *>table_alloc(self.iov_bytes)
         if self.requests == NULL or self.iov == NULL:
             raise MemoryError()
         self.piece_iov = self.iov + <size_t>self.n_requests * size
@@ -209,7 +211,7 @@ cdef class BlockWorker(QueueWorker):
     def __dealloc__(self):
         uring_close(&self.ring)
         PyMem_Free(self.requests)
-        PyMem_Free(self.iov)
+        table_free(self.iov, self.iov_bytes)
 
     @property
     def stats(self):

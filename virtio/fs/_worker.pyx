@@ -18,7 +18,7 @@ from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
 from vmm._iov cimport iov_gather
-from vmm._sys cimport close, counter_add, counters_read, eventfd_write
+from vmm._sys cimport close, counter_add, counters_read, eventfd_write, table_alloc, table_free
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
@@ -55,6 +55,7 @@ cdef class Backlog:
     cdef pthread_mutex_t[MAX_SHARE_QUEUES] used_locks   # one for each queue's used ring
     cdef Job *jobs
     cdef iovec *iovs
+    cdef size_t iovs_bytes
     cdef Job *idle
     cdef Job *first
     cdef Job *last
@@ -70,7 +71,8 @@ cdef class Backlog:
         for i in range(MAX_SHARE_QUEUES):
             pthread_mutex_init(&self.used_locks[i], NULL)
         self.jobs = <Job *>calloc(JOBS, sizeof(Job))
-        self.iovs = <iovec *>calloc(<size_t>JOBS * queue_size, sizeof(iovec))
+        self.iovs_bytes = <size_t>JOBS * queue_size * sizeof(iovec)
+        self.iovs = <iovec *>table_alloc(self.iovs_bytes)
         if self.jobs == NULL or self.iovs == NULL:
             raise MemoryError()
         for i in range(JOBS):
@@ -82,7 +84,7 @@ cdef class Backlog:
         if self.wake >= 0:
             close(self.wake)
         free(self.jobs)
-        free(self.iovs)
+        table_free(self.iovs, self.iovs_bytes)
 
     cdef bint put(self, const fuse_in_header *header, const DescChain *chain, Ring *ring,
                   uint32_t queue) noexcept nogil:

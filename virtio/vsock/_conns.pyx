@@ -6,10 +6,9 @@ All memory is allocated by the constructor, so a guest's connections cost the ho
 """
 
 from libc.stdint cimport int64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vmm._sys cimport counter_add
+from vmm._sys cimport counter_add, table_alloc, table_free
 
 
 cdef uint32_t bucket(uint32_t guest_port, uint32_t host_port) noexcept nogil:
@@ -20,13 +19,13 @@ cdef class Connections:
     """At most ``CONNECTIONS`` connections, used by one thread. A connection's number is its index in the pool."""
 
     def __cinit__(self):
-        self.conns = <Conn *>calloc(CONNECTIONS, sizeof(Conn))
+        self.conns = <Conn *>table_alloc(CONNECTIONS * sizeof(Conn))
         if self.conns == NULL:
             raise MemoryError()
         self.forget()
 
     def __dealloc__(self):
-        free(self.conns)
+        table_free(self.conns, CONNECTIONS * sizeof(Conn))
 
     cdef void forget(self) noexcept nogil:
         memset(self.conns, 0, self.fresh * sizeof(Conn))
