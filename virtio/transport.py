@@ -294,7 +294,8 @@ class Transport:
     def go_on(self) -> None:
         """After ``stop`` or ``restore``: serve the driver again, and look at each queue once. Idempotent.
 
-        An interrupt that was on its way when the machine was held may be lost in a copy, so each driver gets one.
+        An interrupt that was on its way when the machine was held may be lost in a copy, so a driver gets one again
+        for each queue and change that it may not have seen.
         """
         with self.lock:
             if not self._status & spec.DRIVER_OK or self._closed or self._serving:
@@ -302,10 +303,12 @@ class Transport:
             if self._needs_reset:
                 self.interrupt.config()
                 return
+            unseen = [queue.index for queue in self.queues if queue.ready and not queue.all_seen]
             self._go_on()
-            for queue in self.queues:
-                if queue.ready:
-                    self.interrupt(queue.index)
+            for index in unseen:
+                self.interrupt(index)
+            if self.interrupt.status & spec.INTERRUPT_CONFIG:
+                self.interrupt.config()
 
     def reset(self) -> None:
         """The driver is gone, or has not come yet."""

@@ -404,6 +404,16 @@ cdef class VirtQueue:
         """Chains returned so far, mod 65536."""
         return self.ring.next_used
 
+    @property
+    def all_seen(self):
+        """Whether the driver waits for the next chain to be returned, so it has seen all earlier ones. False: unknown.
+
+        Without EVENT_IDX the rings do not tell.
+        """
+        cdef Ring *ring = &self.ring
+        return bool(ring.size and ring.event_idx
+                    and load_acquire16(ring.avail + 4 + 2 * <size_t>ring.size) == ring.next_used)
+
     def enable(self, *, bint event_idx, bint indirect, uint16_t last_avail=0, uint16_t next_used=0):
         """Check ``size`` and the guest addresses ``desc``, ``avail`` and ``used``, and make the queue ready.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+import select
 import socket
 import struct
 import threading
@@ -16,6 +17,7 @@ import msgspec
 import pytest
 
 from tests.virtio.vsock_driver import EVENT, Vm
+from tests.waiting import PATIENCE
 from virtio import spec
 from virtio.balloon import Balloon
 from virtio.blk.device import Block, Disk
@@ -96,6 +98,33 @@ def test_a_stopped_device_holds_nothing_and_goes_on(host: DeviceHost[Entropy]) -
         assert not ring.reap(), "it is stopped"
         host.transport.go_on()
         assert host.reap(0, head) == 16
+
+
+@pytest.mark.parametrize("event_idx", [True, False])
+def test_a_lost_interrupt_comes_again_and_no_other(host: DeviceHost[Entropy], event_idx: bool) -> None:
+    ring = host.driver.bring_up(without=0 if event_idx else spec.F_EVENT_IDX)[0]
+    for seen in (False, True):
+        ring.reap()
+        ring.want_interrupt()
+        head = ring.add([ring.buffer(16, device_writes=True)])
+        host.driver.kick()
+        assert select.select([host.irq.fd], [], [], PATIENCE)[0]
+        host.irq.take()  # it is lost, or the driver's handler takes it
+        if seen:
+            assert [head for head, _ in ring.reap()][-1] == head
+            ring.want_interrupt()
+        host.transport.stop()
+        assert not select.select([host.irq.fd], [], [], 0)[0]
+        host.transport.go_on()
+        told = bool(select.select([host.irq.fd], [], [], 0)[0])
+        assert told is (not seen or not event_idx)
+        if told:
+            host.irq.take()
+    host.transport.interrupt.config()
+    host.irq.take()
+    host.transport.stop()
+    host.transport.go_on()
+    assert select.select([host.irq.fd], [], [], 0)[0], "a change that it has not acknowledged"
 
 
 def test_a_device_at_every_stage_of_its_start(ram: GuestMemory, host: DeviceHost[Entropy]) -> None:
