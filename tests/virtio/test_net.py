@@ -276,12 +276,14 @@ def test_link_status(namespace: None, stack: Any) -> None:
 
 # Rate limits
 
+BUCKET = 100  # frames
+
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
-        pytest.param({"ops": (100, 0, 100)}, 1000, id="1000 frames a second"),
-        pytest.param({"bandwidth": (100_000, 0, 100)}, 1000, id="1 MB a second"),
+        pytest.param({"ops": (BUCKET, 0, 100)}, 1000, id="1000 frames a second"),
+        pytest.param({"bandwidth": (BUCKET * 1000, 0, 100)}, 1000, id="1 MB a second"),
     ],
 )
 @pytest.mark.parametrize("way", [RX, TX])
@@ -316,13 +318,15 @@ def test_rate_limit_within_a_tenth(
                 ring.offer(head, chains[head])
             vm.driver.set(spec.MMIO_QUEUE_NOTIFY, way)
             time.sleep(0.002)
-        return (vm.device.stats[key] - first) / (time.monotonic() - start) / expected
+        count, due = vm.device.stats[key] - first, (time.monotonic() - start) * expected
+        assert count <= due + BUCKET, "more than the bucket had and got"
+        return count / due
 
     rates: list[float] = []
-    # A busy machine may keep this driver from asking, never the device from giving too much.
+    # A busy machine may keep this driver from asking.
     while not rates or (max(rates) < 0.9 and len(rates) < 8):
         rates.append(measure())
-    assert 0.9 <= max(rates) <= 1.1, rates
+    assert max(rates) >= 0.9, rates
     assert vm.device.stats[key.replace("packets", "rate_limiter_throttled")] > 0
 
 
