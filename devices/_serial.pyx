@@ -337,7 +337,7 @@ cdef class Serial(NativeDevice):
             # The ring is not saved, so the transmitter of a restored port is empty.
             "thre_pending": s.thre_pending or s.ring_count == RING_SIZE,
             "rts_seen": s.rts_seen, "ier": s.ier, "fcr": s.fcr, "lcr": s.lcr,
-            "mcr": s.mcr, "msr": s.msr, "scr": s.scr, "dll": s.dll, "dlm": s.dlm,
+            "mcr": s.mcr, "msr": s.msr, "scr": s.scr, "dll": s.dll, "dlm": s.dlm, "looped": s.looped,
             "fifo": bytes([s.fifo[(s.fifo_head + i) % FIFO_SIZE] for i in range(s.fifo_count)]),
         }
         pthread_mutex_unlock(&s.lock)
@@ -357,6 +357,7 @@ cdef class Serial(NativeDevice):
         s.ier, s.fcr, s.lcr, s.mcr = state["ier"], state["fcr"], state["lcr"], state["mcr"]
         s.msr, s.scr, s.dll, s.dlm = state["msr"], state["scr"], state["dll"], state["dlm"]
         s.fifo_head, s.fifo_count = 0, len(fifo)
+        s.looped = min(state.get("looped", 0), len(fifo))   # states of earlier versions lack it
         for i in range(s.fifo_count):
             s.fifo[i] = fifo[i]
         # Raise a new edge if a cause is pending: the interrupt controller may have been saved before the last one
