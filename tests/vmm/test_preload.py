@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("boot", "devices", "virtio", "vmm")
 # What `pyvmm serve` never runs, or runs before the jail is closed.
 OTHERS = (
-    "vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/commands/cli.py", "vmm/jail/jailer.py",
+    "vmm/lab/", "vmm/images/", "vmm/commands/", "vmm/commands/cli.py", "vmm/jail/jailer.py", "vmm/vsock.py",
     "vmm/__main__.py", "vmm/launched.py", "vmm/machine/isolated.py", "vmm/machine/fork_server.py",
     "vmm/testing/", "virtio/testing.py", "vmm/sandbox/", "vmm/jail/rules.py", "vmm/api/openapi.py",
 )  # fmt: skip

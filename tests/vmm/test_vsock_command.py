@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.virtio.vsock_driver import RCV, RESPONSE, RST, RW, SEND, SHUTDOWN, Vm
-from vmm.commands import vsock
+from vmm import vsock
+from vmm.commands.vsock import bridge
 from vmm.errors import ConfigError, HostError
 from vmm.memory import GuestMemory
 
@@ -105,7 +106,7 @@ def test_a_peer_that_echoes_more_than_all_buffers_hold() -> None:
     threads = [threading.Thread(target=target) for target in (echo, feed, drain)]
     for thread in threads:
         thread.start()
-    vsock.bridge(ours, source_read, sink_write)
+    bridge(ours, source_read, sink_write)
     os.close(sink_write)
     for thread in threads:
         thread.join(30)
@@ -122,7 +123,7 @@ def test_a_peer_that_goes_away() -> None:
     os.write(source_write, b"never read")
     theirs.sendall(b"goodbye")
     theirs.close()
-    vsock.bridge(ours, source_read, sink_write)  # with its standard input open still
+    bridge(ours, source_read, sink_write)  # with its standard input open still
     os.close(sink_write)
     assert os.read(sink_read, 100) == b"goodbye"
     for fd in (source_read, source_write, sink_read):

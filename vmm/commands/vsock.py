@@ -9,14 +9,13 @@ import select
 import socket
 
 from vmm.config import parse_count
-from vmm.errors import ConfigError, HostError
+from vmm.vsock import connect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
 MAX_PORT = 0xFFFF_FFFE
-_LINE = 32  # bytes of the longest answer, "OK 4294967294\n", and some more
 _CHUNK = 1 << 16
 
 
@@ -26,34 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "port", metavar="PORT", help=f"the port that a program of the guest listens on, 0 to {MAX_PORT}"
     )
-
-
-def connect(path: str, port: int) -> socket.socket:
-    """Connect to a guest's `port` by the unix socket `path` of its VM.
-
-    :raises ConfigError: there is no such socket
-    :raises HostError: no VM listens there, or no program of the guest listens on the port
-    """
-    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        stream.connect(path)
-        stream.sendall(b"CONNECT %d\n" % port)
-        answer = b""
-        # Byte by byte: what follows the line is the guest's.
-        while not answer.endswith(b"\n") and len(answer) < _LINE and (byte := stream.recv(1)):
-            answer += byte
-    except (FileNotFoundError, NotADirectoryError):
-        stream.close()
-        raise ConfigError("PATH", path, "is not there; it is the uds= of a running VM's --vsock") from None
-    except OSError as error:
-        stream.close()
-        if str(error).startswith("AF_UNIX path"):
-            raise ConfigError("PATH", path, "is too long for a unix socket") from None
-        raise HostError(error.errno or 0, "connect to", path) from None
-    if not answer.startswith(b"OK "):
-        stream.close()
-        raise HostError(errno.ECONNREFUSED, f"connect to port {port} of the guest behind", path)
-    return stream
 
 
 def bridge(stream: socket.socket, source: int, sink: int, escape: bytes = b"") -> bool:
