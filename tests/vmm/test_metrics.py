@@ -24,15 +24,15 @@ FIRECRACKER = json.loads(Path(__file__).with_name("firecracker-1.12.1-metrics.js
 
 
 class FakeTransport:
-    def __init__(self, device: object, notifications: tuple[int, ...]) -> None:
+    def __init__(self, device: FakeDevice, notifications: tuple[int, ...]) -> None:
         self.device = device
         self.notifications = notifications
         self.stats: dict[str, int] = {}
 
 
 class FakeDevice:
-    def __init__(self, device_type: int, name: str, **stats: int) -> None:
-        self.device_type = device_type
+    def __init__(self, kind: str, name: str, **stats: int) -> None:
+        self.kind = kind
         self.name = name
         self.stats = {"needs_reset": 0, "bad_requests": 0, **stats}
 
@@ -51,7 +51,13 @@ class FakeMachine:
 
     def __init__(self, *devices: FakeDevice, events: tuple[int, ...] = (0, 0, 0)) -> None:
         self.virtio = [FakeTransport(device, events) for device in devices]
-        blocks, nets = ([each for each in devices if each.device_type == kind] for kind in (2, 1))
+        self.devices = {
+            each.device.name: Named(kind=getattr(each.device, "kind", "entropy"), device=each.device, transport=each)
+            for each in self.virtio
+        }
+        blocks, nets = (
+            [each for each in devices if getattr(each, "kind", "entropy") == kind] for kind in ("drive", "net")
+        )
         self.blocks = dict(zip(("disk0", "_2"), blocks, strict=False))
         self.nets = dict(zip(("eth0",), nets, strict=False))
         self.shares: dict[str, FakeDevice] = {}
@@ -64,7 +70,7 @@ class FakeMachine:
 
     @property
     def stats(self) -> dict[str, dict[str, int]]:
-        return {each.device.name: each.device.stats for each in self.virtio}  # type: ignore[attr-defined]
+        return {each.device.name: each.device.stats for each in self.virtio}
 
     def on_exit(self, callback: Callable[[Exit], None]) -> None:
         self.callbacks.append(callback)
@@ -109,9 +115,9 @@ def paths(tree: dict[str, Any], before: str = "") -> list[str]:
 
 def devices() -> list[FakeDevice]:
     return [
-        FakeDevice(2, "virtio-blk0", **BLOCK),
-        FakeDevice(2, "virtio-blk1", **BLOCK),
-        FakeDevice(1, "virtio-net0", **NET),
+        FakeDevice("drive", "virtio-blk0", **BLOCK),
+        FakeDevice("drive", "virtio-blk1", **BLOCK),
+        FakeDevice("net", "virtio-net0", **NET),
     ]
 
 
@@ -159,9 +165,9 @@ def test_devices_count_for_themselves_and_for_all(reader: Reader) -> None:
     machine = FakeMachine(*devices(), events=(7, 5, 0))
     reader.metrics.attach(machine)  # type: ignore[arg-type]
     first, second, net = (transport.device for transport in machine.virtio)
-    first.stats.update(reads=2, bytes_read=8192, throttled=1)  # type: ignore[attr-defined]
-    second.stats.update(reads=1, bytes_read=512, io_errors=4)  # type: ignore[attr-defined]
-    net.stats.update(rx_packets=3, rx_bytes=180, tx_packets=1, tx_bytes=60)  # type: ignore[attr-defined]
+    first.stats.update(reads=2, bytes_read=8192, throttled=1)
+    second.stats.update(reads=1, bytes_read=512, io_errors=4)
+    net.stats.update(rx_packets=3, rx_bytes=180, tx_packets=1, tx_bytes=60)
     line = reader.flush()
     assert (line["block_disk0"]["read_count"], line["block_disk0"]["read_bytes"]) == (2, 8192)
     assert line["block_disk0"]["rate_limiter_throttled_events"] == 1
@@ -209,7 +215,7 @@ def test_source_of_somebody_else(reader: Reader) -> None:
 
 
 def test_metadata_service_counts_in_every_interface(reader: Reader) -> None:
-    nets = [FakeDevice(1, f"virtio-net{n}", **NET, mmds_rx_accepted=2, mmds_errors=1) for n in (0, 1)]
+    nets = [FakeDevice("net", f"virtio-net{n}", **NET, mmds_rx_accepted=2, mmds_errors=1) for n in (0, 1)]
     machine = FakeMachine(*nets)
     machine.nets = dict(zip(("eth0", "eth1"), nets, strict=True))
     reader.metrics.attach(machine)  # type: ignore[arg-type]
@@ -218,7 +224,8 @@ def test_metadata_service_counts_in_every_interface(reader: Reader) -> None:
 
 def test_a_network_policy_has_groups_of_its_own(reader: Reader) -> None:
     nets = [
-        FakeDevice(1, f"virtio-net{n}", **NET, policy_allowed=2, policy_dropped_address=n, dns_asked=1) for n in (0, 1)
+        FakeDevice("net", f"virtio-net{n}", **NET, policy_allowed=2, policy_dropped_address=n, dns_asked=1)
+        for n in (0, 1)
     ]
     machine = FakeMachine(*nets)
     machine.nets = dict(zip(("eth0", "eth1"), nets, strict=True))
@@ -362,7 +369,7 @@ def test_prometheus_has_what_was_counted_in_all(reader: Reader) -> None:
     machine = FakeMachine(*devices())
     reader.metrics.attach(machine)  # type: ignore[arg-type]
     reader.metrics.count("put_api_requests", "actions_count")
-    machine.virtio[1].device.stats["reads"] = 4  # type: ignore[attr-defined]
+    machine.virtio[1].device.stats["reads"] = 4
     machine.vcpus[1].exits["mmio_read"] = 6  # type: ignore[attr-defined]
     reader.flush()
     reader.metrics.count("put_api_requests", "actions_count")

@@ -19,7 +19,15 @@ from vmm import logger, threads
 from vmm.api import API_VERSION, ApiError, translate, types
 from vmm.api.bodies import decode
 from vmm.api.routes import VmmAction
-from vmm.config.devices import BalloonConfig, EntropyConfig, MmdsConfig, NetConfig, ShareConfig, VsockConfig
+from vmm.config.devices import (
+    BalloonConfig,
+    EntropyConfig,
+    MmdsConfig,
+    NetConfig,
+    ShareConfig,
+    VsockConfig,
+    check_amount,
+)
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.machine.metrics import Metrics
 from vmm.machine.mmds import SIZE_LIMIT, Mmds, MmdsError
@@ -288,8 +296,7 @@ class Vmm:
         self.whole.balloon = body
 
     def _check_amount(self, body: types.Balloon | types.BalloonUpdate) -> None:
-        if body.amount_mib > (most := self._machine_config.mem_size_mib):
-            raise ConfigError("amount_mib", body.amount_mib, f"must be at most {most}, the guest's memory")
+        check_amount(body.amount_mib, self._machine_config.mem_size_mib)
 
     def _entropy_is(self, body: types.EntropyDevice) -> None:
         with _refusing("Entropy device error"):

@@ -395,6 +395,15 @@ class BalloonConfig(Config, title="balloon", usage="MIB[,...]"):
     )  # fmt: skip
 
 
+def check_amount(amount_mib: int, memory_mib: int) -> None:
+    """Refuse a balloon that is larger than the guest's memory.
+
+    :raises ConfigError: `amount_mib` is more than `memory_mib`
+    """
+    if amount_mib > memory_mib:
+        raise ConfigError("balloon amount_mib", amount_mib, f"must be at most {memory_mib}, the guest's memory")
+
+
 class EntropyConfig(Config, title="rng"):
     """The entropy device: random numbers of the host for the guest."""
 

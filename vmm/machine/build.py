@@ -281,10 +281,9 @@ class Builder:
 
     def _balloon(self, config: BalloonConfig) -> Balloon:
         from virtio.balloon import Balloon
+        from vmm.config.devices import check_amount
 
-        most = self._config.memory >> 20
-        if config.amount_mib > most:
-            raise ConfigError("balloon amount_mib", config.amount_mib, f"must be at most {most}, the memory")
+        check_amount(config.amount_mib, self._config.memory >> 20)
         return Balloon(
             config.amount_mib, deflate_on_oom=config.deflate_on_oom,
             stats_polling_interval_s=config.stats_interval_s, free_page_reporting=config.free_page_reporting,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from virtio.net.device import Net
     from vmm.events import Exit
+    from vmm.machine.attach import Attached
     from vmm.machine.machine import Machine
 
     Values = dict[str, int]
@@ -168,8 +169,8 @@ class Metrics:
         self._machine = machine
         named = {**machine.blocks, **machine.nets, **machine.shares}
         self._ids = {device.name: name for name, device in named.items()}
-        for place in range(len(machine.virtio)):
-            self._add_device(machine, place)
+        for attached in machine.devices.values():
+            self._add_device(attached)
         for name, net in machine.nets.items():
             if "policy_allowed" in net.stats:
                 self.add_source(f"policy_{name}", _policy(net))
@@ -182,10 +183,9 @@ class Metrics:
             self._try()
             self._timer = spawn("metrics", "metrics", self._every_period)
 
-    def _add_device(self, machine: Machine, place: int) -> None:
-        transport = machine.virtio[place]
-        device = transport.device
-        kind = _KINDS.get(device.device_type)
+    def _add_device(self, attached: Attached) -> None:
+        transport, device = attached.transport, attached.device
+        kind = _KINDS.get(attached.kind)
         if kind is not None:
             group, per_device, translate = kind
             if per_device:
@@ -382,13 +382,13 @@ def _entropy(stats: Values, events: tuple[int, ...]) -> Values:
     }
 
 
-# By virtio device type: the group, whether each device has one of its own besides, and the translation.
-_KINDS: dict[int, tuple[str, bool, Callable[[Values, tuple[int, ...]], Values]]] = {
-    1: ("net", True, _net),
-    2: ("block", True, _block),
-    4: ("entropy", False, _entropy),
-    5: ("balloon", False, _balloon),
-    19: ("vsock", False, _vsock),
+# By kind of device: the group, whether each device has one of its own besides, and the translation.
+_KINDS: dict[str, tuple[str, bool, Callable[[Values, tuple[int, ...]], Values]]] = {
+    "net": ("net", True, _net),
+    "drive": ("block", True, _block),
+    "entropy": ("entropy", False, _entropy),
+    "balloon": ("balloon", False, _balloon),
+    "vsock": ("vsock", False, _vsock),
 }
 _DEVICE_GROUPS = {"policy", *(group for group, _, _ in _KINDS.values())}
 
