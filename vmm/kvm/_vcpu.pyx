@@ -52,7 +52,6 @@ cdef extern from *:
     static inline uint32_t suberror(struct kvm_run *r) { return r->internal.suberror; }
     static inline uint32_t internal_ndata(struct kvm_run *r) { return r->internal.ndata; }
     static inline uint64_t internal_data(struct kvm_run *r, int i) { return r->internal.data[i]; }
-    static inline uint32_t event_type(struct kvm_run *r) { return r->system_event.type; }
     static inline void set_immediate_exit(struct kvm_run *r, uint8_t v)
     { __atomic_store_n(&r->immediate_exit, v, __ATOMIC_SEQ_CST); }
     static inline uint8_t take_immediate_exit(struct kvm_run *r)
@@ -89,7 +88,6 @@ cdef extern from *:
     uint32_t suberror(kvm_run *r) nogil
     uint32_t internal_ndata(kvm_run *r) nogil
     uint64_t internal_data(kvm_run *r, int i) nogil
-    uint32_t event_type(kvm_run *r) nogil
     void set_immediate_exit(kvm_run *r, uint8_t v) nogil
     uint8_t take_immediate_exit(kvm_run *r) nogil
     int arm_kick() nogil
@@ -342,8 +340,3 @@ cdef class VcpuLoop:
     def fail_entry_reason(self):
         """After ``KVM_EXIT_FAIL_ENTRY``: the hardware's reason code."""
         return fail_reason(self._run)
-
-    @property
-    def system_event(self):
-        """After ``KVM_EXIT_SYSTEM_EVENT``: a ``KVM_SYSTEM_EVENT_*`` number."""
-        return event_type(self._run)
