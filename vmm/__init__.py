@@ -82,10 +82,21 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    # Imported on first use: `import vmm.errors` must not pay for the whole machine.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'vmm' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # a checker knows every name, and tells a misspelt one
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> object:
+        # Imported on first use: `import vmm.errors` must not pay for the whole machine.
+        if name not in _HOMES:
+            guess = ""
+            if name[0].isupper():  # `from vmm import logger` asks here first, and no launch has time for a guess
+                from vmm.config import did_you_mean
+
+                guess = did_you_mean(name, _HOMES)
+            raise AttributeError(f"module 'vmm' has no attribute {name!r}{guess}")
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "annotations"})

@@ -6,12 +6,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import vmm
 from vmm import Exit, Machine, StopReason
 from vmm.kvm.cpu_template import Bits
+from vmm.testing import tiny_guest
 
 CONFIGS: list[tuple[object, str]] = [
     (vmm.VmConfig("vmlinux", memory="1G"), "VmConfig('vmlinux', memory='1G')"),
@@ -40,7 +42,7 @@ CONFIGS: list[tuple[object, str]] = [
 def test_every_name_is_there() -> None:
     assert len(vmm.__all__) == len({getattr(vmm, name) for name in vmm.__all__})
     with pytest.raises(AttributeError, match="no attribute 'Machin'"):
-        _ = vmm.Machin
+        _ = vmm.Machin  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("config", "text"), CONFIGS, ids=lambda value: str(value)[:30])
@@ -93,6 +95,27 @@ def test_a_misspelt_attribute_is_refused() -> None:
     drive = vmm.DriveConfig("a")
     with pytest.raises(AttributeError, match=r"did you mean read_only\?"):
         drive.readonly = True
+
+
+def test_a_misspelt_name_is_refused_where_it_is_read() -> None:
+    with pytest.raises(AttributeError, match=r"DriveConfig has no parameter 'readonly'; did you mean read_only\?"):
+        vmm.DriveConfig("a").readonly  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(AttributeError, match=r"module 'vmm' has no attribute 'Machne'; did you mean Machine\?"):
+        vmm.Machne  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(vmm.DriveConfig("a"), "__nothing__")
+    assert pickle.loads(pickle.dumps(vmm.DriveConfig("a", read_only=True))) == vmm.DriveConfig("a", read_only=True)
+    assert copy.deepcopy(vmm.DriveConfig("a")) == vmm.DriveConfig("a")
+
+
+def test_dir_lists_what_can_be_imported() -> None:
+    names = dir(vmm)
+    assert {"__version__", *vmm.__all__} <= {*names} and "TYPE_CHECKING" not in names
+
+
+def test_a_machine_prints_as_what_it_is(tmp_path: Path) -> None:
+    guest = tiny_guest(str(tmp_path), b"\xf4")
+    with Machine(guest, memory="4M") as vm:
+        assert repr(vm) == f"Machine({guest!r}, Not started)"
 
 
 def test_an_exit_is_a_value() -> None:

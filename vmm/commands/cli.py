@@ -136,10 +136,11 @@ def _run(arguments: list[str]) -> int:
             print(f"pyvmm {__version__}")
             return 0
         case [str(name), *_] if name not in COMMANDS:
+            from vmm.commands.parser import paint
             from vmm.config import did_you_mean
 
-            guess = did_you_mean(name, COMMANDS) or ";"
-            print(f"pyvmm: {name} is not a command{guess} allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+            guess, program = did_you_mean(name, COMMANDS) or ";", paint("pyvmm:", 1, sys.stderr)
+            print(f"{program} {name} is not a command{guess} allowed: {', '.join(COMMANDS)}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments
     if name in STARTS:

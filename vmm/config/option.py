@@ -256,6 +256,12 @@ class Config:
         each = cls.OPTIONS[name]
         return each.field or f"{cls.TITLE} {each.word.strip('-=').lower() or name}".lstrip()
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            guess = "" if name.startswith("_") else did_you_mean(name, self.OPTIONS)
+            raise AttributeError(f"{type(self).__name__} has no parameter {name!r}{guess}")
+
     def __setattr__(self, name: str, value: object) -> None:
         if name not in self.OPTIONS:
             raise AttributeError(f"{type(self).__name__} has no parameter {name!r}{did_you_mean(name, self.OPTIONS)}")

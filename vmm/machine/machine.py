@@ -135,6 +135,9 @@ class Machine(Closing):
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        return f"Machine({self.config.kernel!r}, {self.state})"
+
     # Building: in the order in which a user's mistake is cheapest to find.
 
     def _build(self, devices: Sequence[VirtioDevice], image: Image | None, prepared: Vm | None) -> None:
