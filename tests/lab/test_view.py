@@ -86,7 +86,7 @@ def test_a_chroot_that_is_no_mount_point_is_said(tmp_path: Path) -> None:
     code = "import os, sys; from vmm.lab import view; os.chroot(sys.argv[1]); view.main(['/', '/list', 'true'])"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "/ is no mount point; before a chroot DIR, run `mount --bind DIR DIR`" in done.stderr
+    assert "/ is not a mount point; before a chroot DIR, run `mount --bind DIR DIR`" in done.stderr
 
 
 def test_what_a_command_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -504,15 +504,15 @@ def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_p
     assert again.returncode == 0 and (tmp_path / "back/sub/data").read_bytes() == b"new"
     for source, problem in (
         ("/tmp/tree", b"back/sub/data: File exists"),
-        ("/dev/zero", b"/dev/zero: is no file, directory or link"),
+        ("/dev/zero", b"/dev/zero: is not a file, directory or link"),
         ("/nowhere", b"/nowhere: No such file"),
     ):
         bad = _pyvmm("cp", f"{sandbox.name}:{source}", str(tmp_path / "back/sub/data"))
         assert bad.returncode and bad.stderr.count(b"\n") == 1 and problem in bad.stderr, bad
     bad = _pyvmm("cp", f"{sandbox.name}:/dev/zero", str(tmp_path / "zero"))
-    assert bad.returncode == 1 and bad.stderr == b"pyvmm cp: /dev/zero: is no file, directory or link\n"
+    assert bad.returncode == 1 and bad.stderr == b"pyvmm cp: /dev/zero: is not a file, directory or link\n"
     bad = _pyvmm("cp", "/dev/zero", f"{sandbox.name}:/tmp/zero")
-    assert bad.returncode == 1 and bad.stderr == b"pyvmm cp: /dev/zero: is no file, directory or link\n"
+    assert bad.returncode == 1 and bad.stderr == b"pyvmm cp: /dev/zero: is not a file, directory or link\n"
     assert sorted(os.listdir(tmp_path / "back/sub")) == ["data"]
     with open("/dev/full", "wb") as full:
         words = [sys.executable, "-m", "vmm", "exec", sandbox.name, "echo", "x"]

@@ -187,14 +187,14 @@ def _check_interface(self: "NetworkInterface") -> None:
     if mac is not None:
         parts = mac.split(":")
         if len(parts) != 6 or not all(len(part) == 2 and set(part) <= _HEX for part in parts):
-            raise ValueError(f"guest_mac {mac}: must be six bytes as 06:00:ac:10:00:02")
+            raise ValueError(f"guest_mac {mac}: must be a MAC address, e.g. 06:00:ac:10:00:02")
         self.guest_mac = mac.lower()
 
 
 def _check_mmds(self: "MmdsConfig") -> None:
     parts = ("0.0.0.0" if self.ipv4_address is None else self.ipv4_address).split(".")
     if len(parts) != 4 or not all(part in _BYTES for part in parts):
-        raise ValueError(f"ipv4_address {self.ipv4_address}: must be four numbers as 169.254.169.254")
+        raise ValueError(f"ipv4_address {self.ipv4_address}: must be an IPv4 address, e.g. 169.254.169.254")
 
 
 # Written by ``python -m tools.declared``, from here

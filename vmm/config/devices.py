@@ -55,7 +55,7 @@ class RateLimiterConfig(Config, title="rate_limiter"):
 
     @property
     def limits(self) -> bool:
-        """Whether there is any limit. A size or a time of 0 is no limit."""
+        """Whether there is any limit. A size or a time of 0 means no limit."""
         return any(bucket is not None and bucket[0] and bucket[2] for bucket in (self.bandwidth, self.ops))
 
     @classmethod
@@ -124,7 +124,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         default=None, choices=("raw", "qcow2"), word="backing_format=", api="backing_format", extension=True,
     )  # fmt: skip
     any_size: bool = option(
-        help="an empty file is a disk, and so is one without its last bytes that are no whole sector: "
+        help="allow an empty file, and one that ends within a sector (those last bytes are left out): "
         "a runtime's placeholders, which are replaced by real disks while the VM runs",
         default=False, api_means=True,
     )  # fmt: skip

@@ -72,7 +72,7 @@ def read(path: str) -> dict[str, dict[str, tuple[Any, str]]]:
             if key not in ALLOWED[command]:
                 guess = did_you_mean(key, ALLOWED[command]) or ";"
                 allowed = ", ".join(ALLOWED[command])
-                raise ConfigError(f"{place}:", key, f"is not for a file [{command}]{guess} allowed: {allowed}")
+                raise ConfigError(f"{place}:", key, f"cannot be set in [{command}]{guess} allowed: {allowed}")
             found.setdefault(command, {})[key] = value, place
     return found
 
@@ -128,10 +128,10 @@ def _value(field: str, value: Any, metavar: str | None, default: Any) -> Any:
         return value
     if isinstance(default, list):
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-            raise ConfigError(field, value, 'must be a list of texts, as ["user"]')
+            raise ConfigError(field, value, 'must be a list of strings, e.g. ["user"]')
         return list(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ConfigError(field, value, "must be a text or a number")
+        raise ConfigError(field, value, "must be a string or a number")
     if not isinstance(default, int):
         return str(value)
     if not isinstance(value, int) or value < 0:

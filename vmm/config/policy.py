@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GUEST, GATEWAY, RESOLVER, BITS = "10.0.2.15", "10.0.2.2", "10.0.2.3", 24
 PASST = ("-a", GUEST, "-n", str(BITS), "-g", GATEWAY, "-D", RESOLVER, "--no-dhcp-search")
-_ALLOWED = "must be a name as pypi.org or *.pypi.org, or a network as 10.1.0.0/16, and may end in :PORT or :FIRST-LAST"
+_ALLOWED = "must be a name (pypi.org, *.pypi.org) or a network (10.1.0.0/16), and may end in :PORT or :FIRST-LAST"
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
@@ -57,7 +57,7 @@ def _network(field: str, text: str, address: str, bits: str | None) -> tuple[byt
     number = int.from_bytes(packed, "big")
     if number & ((1 << most - prefix) - 1):
         network = socket.inet_ntop(version, (number >> most - prefix << most - prefix).to_bytes(most // 8, "big"))
-        raise ConfigError(field, text, f"has bits behind its mask; the network is {network}/{prefix}")
+        raise ConfigError(field, text, f"has host bits set; the network is {network}/{prefix}")
     return (packed, prefix) if most == 128 else (bytes(10) + b"\xff\xff" + packed, 96 + prefix)
 
 
@@ -81,7 +81,7 @@ def _name(field: str, text: str, name: str) -> str:
 def rules(field: str, words: Sequence[str]) -> tuple[list[Network], list[Name]]:
     """The networks and the names among `words`.
 
-    :raises ConfigError: one is neither
+    :raises ConfigError: a word is neither
     """
     networks: list[Network] = []
     names: list[Name] = []

@@ -40,7 +40,7 @@ class View:
             if error.errno != errno.EINVAL:
                 raise
             raise OSError(
-                errno.EINVAL, "/ is no mount point; before a chroot DIR, run `mount --bind DIR DIR`"
+                errno.EINVAL, "/ is not a mount point; before a chroot DIR, run `mount --bind DIR DIR`"
             ) from None
         self._mount("view", root, "tmpfs", MS_NOSUID)
         for name, mode in PLACES.items():

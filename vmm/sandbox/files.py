@@ -295,7 +295,7 @@ class Files:
 
         :param target: the new name of `path`, not a directory to put it into
         :param timeout: seconds for all of it
-        :raises FileExistsError: `target` is a directory or a link, or `path` is no file and something is at `target`
+        :raises FileExistsError: `target` is a directory or a link, or it exists and `path` is not a file
         :raises OSError: `path` is a socket, a device or a FIFO; within a directory they are left out
         """
         deadline = Deadline(timeout)
@@ -393,7 +393,7 @@ class Watch(Closing):
 
 
 def _no_file(path: str) -> OSError:
-    return OSError(errno.EINVAL, "is no file, directory or link", path)
+    return OSError(errno.EINVAL, "is not a file, directory or link", path)
 
 
 def _error(data: bytes, words: list[str]) -> OSError | ConfigError:
@@ -405,7 +405,7 @@ def _error(data: bytes, words: list[str]) -> OSError | ConfigError:
 
 
 def _word(name: str, path: str) -> str:
-    return f"{name}={os.fsdecode(path)}"  # refuses what is no path
+    return f"{name}={os.fsdecode(path)}"  # raises if `path` cannot be a path
 
 
 def _user(user: str | int | None) -> list[str]:

@@ -111,7 +111,9 @@ class Provided(Relay):
 
     def __init__(self, link: Link, host_port: int, port: int, host: str) -> None:
         if not 1 <= host_port <= 65535 or not 0 <= port <= 65535:
-            raise ConfigError("port", f"{host_port} {port}", "must be 1 to 65535; 0 of the guest is any that is free")
+            raise ConfigError(
+                "port", f"{host_port} {port}", "must be 1 to 65535; 0 for the guest's side means any free port"
+            )
         deadline, doing = Deadline(30), f"port {port}"
         listener, number, self._path = _listen_beside(link.path)
         self._channel = link.connect(deadline, doing)

@@ -44,7 +44,7 @@ _EVENTS = {"attributes": "chmod", "created": "create", "removed": "remove", "wri
 
 @dataclass
 class WriteInfo:
-    """A file; `type` is None of what is no file, directory or link."""
+    """What is at a path; `type` is None unless it is a file, a directory or a link."""
 
     name: str
     type: FileType | None
@@ -106,7 +106,7 @@ class WatchHandle:
     def get_new_events(self, request_timeout: float | None = None) -> list[FilesystemEvent]:
         """What has happened since the last call.
 
-        :raises SandboxException: it was stopped
+        :raises SandboxException: the watch was stopped
         """
         if self._stopped:
             raise SandboxException("the watch was stopped")
@@ -153,7 +153,7 @@ class Filesystem:
     ) -> str | bytearray | Iterator[bytes]:  # fmt: skip
         """What is in a file: as ``text`` (what is not UTF-8 is replaced), ``bytes`` or ``stream``, which is in pieces.
 
-        :raises FileNotFoundException: it is not there
+        :raises FileNotFoundException: the file does not exist
         """
         if format not in ("text", "bytes", "stream"):
             raise InvalidArgumentException(f"format {format}: must be text, bytes or stream")
@@ -173,7 +173,7 @@ class Filesystem:
         :param metadata: refused: files have none here
         """
         if metadata:
-            raise InvalidArgumentException("metadata: files of a sandbox have none here")
+            raise InvalidArgumentException("metadata: is not supported here")
         limit = _seconds(request_timeout)
         with translated():
             self._files.write(path, data, user=user, timeout=limit)
@@ -195,7 +195,7 @@ class Filesystem:
     def get_info(self, path: str, user: str | None = None, request_timeout: float | None = None) -> EntryInfo:
         """One file; of a symbolic link the link.
 
-        :raises FileNotFoundException: it is not there
+        :raises FileNotFoundException: the file does not exist
         """
         with translated():
             return _infos(self._files, [self._files.stat(path, user=user, timeout=_seconds(request_timeout))])[0]
@@ -284,7 +284,7 @@ def refuse_watch(recursive: bool, include_entry: bool) -> None:
     """Refuse what cannot be watched here."""
     for name, value in (("recursive", recursive), ("include_entry", include_entry)):
         if value:
-            raise InvalidArgumentException(f"{name}: a watch is of one directory, and tells names alone")
+            raise InvalidArgumentException(f"{name}: is not supported: a watch covers one directory and tells names")
 
 
 def _seconds(timeout: float | None) -> float:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ALL_TRAFFIC = "0.0.0.0/0"
 DEFAULT_TIMEOUT = 300  # seconds; E2B's
-# Of a service elsewhere, which there is none of here.
+# Settings of E2B's service, which does not exist here.
 _OF_A_SERVICE = frozenset((
     "api_headers", "api_key", "api_url", "debug", "domain", "headers", "http_version", "idempotency_key", "logger",
     "proxy", "request_timeout", "retries", "sandbox_url", "secure", "validate_api_key",
@@ -78,12 +78,12 @@ def settings_of(
 ) -> dict[str, Any]:  # fmt: skip
     """The same for ``vmm.Sandbox``.
 
-    :raises InvalidArgumentException: an option that is none here
+    :raises InvalidArgumentException: an option is not supported here
     """
     found = {name: value for name, value in others.items() if name not in _OF_A_SERVICE and value is not None}
     for name in ("mcp", "iam", "lifecycle", "volume_mounts"):
         if name in found:
-            raise InvalidArgumentException(f"{name}: there is none here")
+            raise InvalidArgumentException(f"{name}: is not supported here")
     return {
         "image": template or "debian", "timeout": DEFAULT_TIMEOUT if timeout is None else timeout, "env": envs or {},
         "network": _network(network) if network else "user" if allow_internet_access else "none", **found,
@@ -94,7 +94,7 @@ def _network(network: Mapping[str, Any]) -> str | NetworkPolicy:
     allow, deny = network.get("allow_out"), network.get("deny_out") or ()
     others = sorted(network.keys() - {"allow_out", "deny_out"})
     if others or callable(allow) or callable(deny):
-        raise InvalidArgumentException(f"network {' '.join(others)}: must be lists allow_out and deny_out")
+        raise InvalidArgumentException(f"network {' '.join(others)}: must have only the lists allow_out and deny_out")
     if ALL_TRAFFIC in deny:  # but for what is allowed
         allow, deny = allow or (), [each for each in deny if each != ALL_TRAFFIC]
     if allow is not None and not allow:
@@ -149,11 +149,11 @@ class Sandbox:
         :param template: an image, as ``vmm.Sandbox`` has it; None: ``debian``
         :param timeout: seconds after which it ends; None: 300
         :param metadata: is kept for ``get_info``
-        :param allow_internet_access: out by passt; without it there is no network
+        :param allow_internet_access: whether passt connects it to the Internet; otherwise it has no network
         :param network: ``{"allow_out": [...], "deny_out": [...]}``: a policy
         :param others: parameters of ``vmm.Sandbox``, as `memory` and `cpus`; those of E2B's service have no effect
-        :raises InvalidArgumentException: a value that cannot be
-        :raises SandboxException: it did not come up
+        :raises InvalidArgumentException: a value is not allowed
+        :raises SandboxException: the sandbox did not start
         """
         return cls(
             template, timeout, metadata, envs, allow_internet_access=allow_internet_access, network=network, **others
@@ -247,7 +247,7 @@ class Sandbox:
     def list(cls, **others: Any) -> Paginator:
         """The sandboxes of this user that run.
 
-        :raises InvalidArgumentException: with `query`: there are no filters here
+        :raises InvalidArgumentException: there is a `query`: filters are not supported here
         """
         if others.get("query"):
             raise InvalidArgumentException("query: all sandboxes are listed, look through them")
