@@ -53,7 +53,7 @@ def write(
 
     :param cpus: processors; processor i has local APIC id i
     :param virtio: address, bytes and interrupt (GSI) of each virtio-mmio window, below 4 GiB
-    :param parts: of the board, those that are spoken of; behind ``events`` are the VM generation counter at
+    :param parts: the board's parts that the tables describe; behind ``events`` are the VM generation counter at
         ``layout.VM_GENERATION`` and the power button
     :raises ConfigError: more processors than have an id, or more devices than the tables' room holds
     :raises GuestMemoryError: the guest has less than 1 MiB

@@ -35,7 +35,7 @@ class Setup:
 
     :ivar header: the bytes from 0x1f1 on that belong in the zero page
     :ivar kernel: file offset of the protected-mode kernel; ``size`` its bytes
-    :ivar payload: file offset of the compressed kernel; ``payload_length`` its bytes, 0 where there is none
+    :ivar payload: file offset of the compressed kernel; ``payload_length`` its bytes, 0 if the image has no payload
     """
 
     __slots__ = (
@@ -122,7 +122,7 @@ def parse(source: Source) -> Setup:
 
 
 def _release(head: bytes, source: Source, setup_end: int) -> str:
-    """Return the kernel's version text, empty where there is none."""
+    """Return the kernel's version text, empty if the image has none."""
     at = int.from_bytes(head[0x20E:0x210], "little")
     if at == 0 or at + 0x200 >= setup_end:
         return ""

@@ -95,7 +95,7 @@ def parameter(name: str, value: str) -> str:
 
 
 def _bytes(text: str) -> bytes:
-    # What came from our own command line may be no UTF-8: its bytes go through as they were.
+    # What came from our own command line may not be UTF-8: its bytes go through as they were.
     try:
         line = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -132,7 +132,7 @@ def _words(line: bytes) -> list[Word]:
 
 
 def _for_whom(line: bytes) -> tuple[bytes, bytes | None]:
-    # The kernel's parameters, and what comes after "--", None where there is none: that is init's.
+    # The kernel's parameters, and init's: what comes after "--", or None without a "--".
     for start, end, name, valued in _words(line):
         if name == b"--" and not valued:
             return line[:start], line[end:]

@@ -47,7 +47,7 @@ LAPIC = 0xFEE0_0000
 
 
 def dax_windows(memory: int) -> int:
-    """Where shared memory regions begin that are no RAM: the first GiB boundary above `memory` bytes of it."""
+    """Where shared memory regions that are not RAM begin: the first GiB boundary above `memory` bytes of it."""
     end = max(MMIO_HOLE_END, MMIO_HOLE_END - MMIO_HOLE + memory)
     return -(-end >> 30) << 30
 

@@ -55,7 +55,7 @@ class Unsupported(Exception):
 
 
 def compression(source: Source, setup: Setup) -> str:
-    """Return the name of the payload's compression, empty where there is none that is known."""
+    """Return the name of the payload's compression, empty if it is not a known one."""
     if setup.payload_length < 16:
         return ""
     head = source.read(setup.payload, 8, "the payload")

@@ -121,8 +121,8 @@ class Balloon(VirtioDevice):
     def set_polling_interval(self, seconds: int) -> None:
         """Read the guest's statistics every so many seconds from now on. Any thread.
 
-        :raises ConfigError: out of range, or statistics were not asked for, or would be none, which a driver
-            learns only when it starts
+        :raises ConfigError: `seconds` is out of range, or would turn statistics on or off, which a driver learns only
+            when it starts
         """
         if bool(self._interval(seconds)) != bool(self.stats_polling_interval_s):
             raise ConfigError("stats_polling_interval_s", seconds, "statistics are turned on and off before the start")

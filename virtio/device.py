@@ -199,9 +199,9 @@ class VirtioDevice:
     ) -> None:
         """Call `serve` with each chain until the queue is empty. `serve` returns the number of bytes that it wrote.
 
-        :param waiting: for a queue of buffers that the device fills: a function that tells whether it has something
-            for the driver. While it returns a false value, the chains stay in the queue. When there is something, call
-            ``wake``
+        :param waiting: a function that tells whether the device has something for the driver, for a queue of buffers
+            that the device fills. While it returns a false value, the chains stay in the queue. When there is
+            something, call ``wake``
         """
         context = self.context
         while True:

@@ -59,7 +59,7 @@ class VirtioMmio(MmioRegisters, Transport):
     :param memory: guest RAM, where the queues are
     :param irq: edge-triggered line; not owned
     :param warn: takes a line for the log, rate limited here
-    :raises OSError: no file descriptor left for a queue's notification
+    :raises OSError: no file descriptor is left for a queue's notification
 
     ``page_address`` is a page with all that a read would find, kept up to date, so that a VM may show it to the guest
     read-only and reads cost no exit; writes have to come here. ``notify_fds[i]`` may be an ioeventfd of KVM on

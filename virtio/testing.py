@@ -304,7 +304,7 @@ class DeviceHost(Generic[Device]):
     def until(self, done: Callable[[], bool]) -> None:
         """Wait for interrupts until `done()` is true, at most 30 s for each.
 
-        :raises AssertionError: none comes, or the device has stopped with an exception
+        :raises AssertionError: no interrupt comes, or the device has stopped with an exception
         """
         while True:
             stopped = self.broken()  # before done, which may wait for that

@@ -39,7 +39,7 @@ class Transport:
     :param memory: guest RAM, where the queues are
     :param warn: takes a line for the log, rate limited here
     :raises ConfigError: the device cannot work
-    :raises OSError: no file descriptor left for a queue's notification
+    :raises OSError: no file descriptor is left for a queue's notification
 
     ``notify_fds[i]`` is an eventfd: who writes to it wakes the worker of queue ``i``. ``stats`` counts what the driver
     did wrong at registers; the device has its own. ``lock`` is held by every register access; a subclass takes it.
@@ -201,7 +201,7 @@ class Transport:
     def set_queue(self, queue: VirtQueue | None, field: str, value: int, shift: int | None = None) -> None:
         """The driver sets ``size``, ``desc``, ``avail`` or ``used`` of a queue.
 
-        :param shift: of the 32 bits of an address that `value` is; None: it is all
+        :param shift: the lowest bit of an address's 32 bits that `value` replaces; None: it replaces all
         """
         if not self._may_set_up(queue) or queue is None:
             return

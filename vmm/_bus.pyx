@@ -68,7 +68,7 @@ cdef class Bus:
         :param start: first address
         :param size: bytes, at least 1
         :param device: has ``read(offset, data)`` and ``write(offset, data)``
-        :param name: for messages and statistics
+        :param name: the device's name, for messages and statistics
         :raises ConfigError: the range is empty, exceeds the address space, or overlaps one that is already claimed
         :raises TypeError: `device` lacks a method, or is a class
         """

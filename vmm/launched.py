@@ -133,7 +133,7 @@ def forget_current_directory() -> None:
 
 
 def take_socket(path: str) -> int | None:
-    """The descriptor of the socket that listens at `path` already; the caller's from here on. None: there is none."""
+    """The descriptor of the socket that already listens at `path`, now the caller's; None if no socket does."""
     global _waits
     if _waits is None or _waits[1] != path:
         return None

@@ -48,7 +48,7 @@ class LineFile:
         """Open `path`, a file to append to or a FIFO, which is there already.
 
         :param field: the option it came from, for the message
-        :raises ConfigError: it cannot be written
+        :raises ConfigError: `path` cannot be written
         """
         # Reading, too: a FIFO without a reader would refuse to be opened, and then end us with EPIPE.
         flags = os.O_RDWR | os.O_NONBLOCK | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC

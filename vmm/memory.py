@@ -45,7 +45,7 @@ _pagemap = -1
 def pagemap() -> int:
     """An open /proc/self/pagemap, kept for the process; to be called before a jail that has no /proc.
 
-    :raises OSError: there is none
+    :raises OSError: the file cannot be opened
     """
     global _pagemap
     if _pagemap < 0:
@@ -158,7 +158,7 @@ class GuestMemory(GuestRam, Closing):
     stay readable.
 
     :param size: bytes, a positive multiple of the page size (4096)
-    :param huge: in pages of 2 MiB that the host has set aside (hugetlbfs); `size` is a multiple of that then
+    :param huge: use pages of 2 MiB that the host has set aside (hugetlbfs); `size` is a multiple of that then
     :param pieces: what is in it, disjoint and in order of address, as ``freeze`` returns it; it is mapped and not
         copied, and stays as it is. None: zeros, in a memfd a region; in memory without a file where RLIMIT_FSIZE
         allows no memfd of that size

@@ -76,7 +76,7 @@ def _do(task: Callable[[], object]) -> None:
                 _thread = spawn("undertaker", "undertaker", _run, unconfined=lambda error: _run())
                 _pid = os.getpid()
             except (RuntimeError, HostError):
-                _thread = None  # there is none to be had: the caller waits itself
+                _thread = None  # no thread can be made: the caller waits itself
         there = _thread is not None
     if there:
         _queue.put(task)

@@ -77,7 +77,7 @@ class Header:
     """What a qcow2 image says of other files.
 
     :param fd: the open image, which is read from its start
-    :param path: for messages
+    :param path: the image's path, for messages
     :raises ConfigError: the image is not qcow2, or is damaged
 
     :ivar cluster: bytes of a cluster

@@ -26,7 +26,7 @@ cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
 def type_stores_files(uint32_t f_type):
     """Whether file systems of this type store files.
 
-    :param f_type: from statfs(2)
+    :param f_type: the type, from statfs(2)
     """
     return bool(fs_stores_files(f_type))
 

@@ -34,8 +34,8 @@ def datagram(asked: bytes, port: int, data: bytes, identity: int) -> bytes:
 def unreachable(head: bytes, kind: int = 0, code: int = 0) -> bytes:
     """The ICMP message for the sender of a packet, as if it came from where the packet was to go.
 
-    :param head: of its frame, at least the headers
-    :param kind: of ICMP for IPv4, with `code`; 0: it is prohibited, of IPv6 too
+    :param head: the start of the packet's frame, at least its headers
+    :param kind: the ICMP type for an IPv4 packet, with `code`; 0: prohibited, for IPv6, too
     """
     macs = head[6:12] + head[:6]
     if not kind:

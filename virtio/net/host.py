@@ -184,7 +184,7 @@ class Tap:
 def parse_address(text: str) -> tuple[bytes, int]:
     """An IPv4 address and the bits of its network, from ``10.0.0.1/24``.
 
-    :raises ConfigError: it is something else
+    :raises ConfigError: `text` is not such an address
     """
     address, _, bits = text.partition("/")
     try:

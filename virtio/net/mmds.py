@@ -204,7 +204,7 @@ class Endpoint:
             return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
     def next_frame(self) -> bytes | None:
-        """A frame for the guest to receive; None: there is none now."""
+        """A frame for the guest to receive; None if no frame waits."""
         with self._lock:
             frame = self._next_frame()
             if frame is not None:
@@ -358,7 +358,7 @@ class Endpoint:
 
 
 def _mss(options: bytes) -> int:
-    # Of a SYN's options; what RFC 9293 says where there is none that makes sense.
+    # The MSS among a SYN's options; RFC 9293's default if it is missing or makes no sense.
     at = 0
     while at + 1 < len(options) and options[at] != 0:
         size = 1 if options[at] == 1 else options[at + 1]

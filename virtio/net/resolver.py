@@ -137,15 +137,15 @@ class Resolver:
             self._frames.clear()
 
     def next_frame(self) -> bytes | None:
-        """A frame for the guest to receive; None: there is none now."""
+        """A frame for the guest to receive; None if no frame waits."""
         with self._lock:
             return self._frames.popleft() if self._frames else None
 
     def receive(self, frame: bytes, *, partial: bool = False) -> None:
-        """Take a frame of the guest's to our address; what is no question is dropped.
+        """Take a frame of the guest's to our address; what is not a question is dropped.
 
         :param frame: whole, from its Ethernet header; the guest cannot change it any more
-        :param partial: of no meaning here: a question's checksum is not looked at
+        :param partial: has no effect here: a question's checksum is not looked at
         """
         with self._lock:
             if not self._take(frame):

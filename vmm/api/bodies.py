@@ -59,7 +59,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _type_at(kind: Any, path: str) -> Any:
-    # Of the value at `path` in one of type `kind`; None: there is none.
+    # The type of the value at `path` in one of type `kind`; None if there is no such path.
     for step in filter(None, path.replace("[", ".[").split(".")):
         if step.startswith("["):
             kind = next((get_args(each)[0] for each in _alternatives(kind) if get_origin(each) in (list, tuple)), None)

@@ -54,9 +54,9 @@ class Diff:
 
     @staticmethod
     def over(path: str, size: int) -> Diff | None:
-        """The memory file at `path`; None: there is none of that size, so a new one is to be made.
+        """The memory file at `path`; None if no file of that size is there, so a new one is to be made.
 
-        :raises OSError: it cannot be opened; ``filename`` is its path
+        :raises OSError: the file cannot be opened; ``filename`` is its path
         """
         fd = _opened(path)
         if fd is None or os.fstat(fd).st_size == size:
@@ -72,7 +72,7 @@ class Diff:
         :param state: what is to be in the file `state_path`
         :param written: (guest address, bytes) of the pages. A file that has half of another Diff gets all of RAM
         :param read: gives RAM by guest address and bytes; it is not needed any more once this returns
-        :raises OSError: one cannot be written, ``filename`` is its path
+        :raises OSError: a file cannot be written, ``filename`` is its path
         """
         self._state_path = state_path
         # With a mark no state file is taken before all is written, so that need not be a new one.

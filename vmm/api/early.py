@@ -40,7 +40,7 @@ class Early:
         return (500, _ENDING, ()) if self._answer is None else self._answer(method, path, body)
 
     def settle(self, answer: Answer | None) -> list[str]:
-        """From here on, `answer` has them all; None: there will be none.
+        """From here on, `answer` answers all requests; None: each gets status 500, because the VMM ends.
 
         :returns: of each answer before, the field of the metrics' ``get_api_requests`` that counts it
         """

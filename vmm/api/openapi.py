@@ -51,7 +51,7 @@ def _operation(route: Route, schemas: dict[Any, dict[str, Any]]) -> dict[str, An
     for status in _statuses(route):
         kind = types.Fault if status < 500 else types.HttpFault
         faults[str(status)] = {"description": _FAULTS[status], **_body(schemas, kind)}
-    # What is no request for this API has another shape.
+    # The answer to what is not a request for this API has another shape.
     faults["400"]["content"]["application/json"]["schema"] = {"anyOf": [schemas[types.Fault], schemas[types.HttpFault]]}
     if route.result is None:
         good: dict[str, Any] = {"204": {"description": "Done."}}

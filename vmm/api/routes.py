@@ -15,7 +15,7 @@ class VmmAction(Struct, frozen=True):
     """One thing to do.
 
     :param name: one of ``vmm.api.actions.ACTIONS``; Firecracker's names
-    :param body: of the type that the action's route names, or None
+    :param body: an object of the type that the action's route names, or None
     """
 
     name: str

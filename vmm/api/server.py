@@ -221,7 +221,7 @@ class _Connection:
 class Server:
     """Serves `answer` to the clients of `listener`; owned, closed by ``close``.
 
-    :param listener: from ``vmm.api.listen.bind``; owned
+    :param listener: the socket, from ``vmm.api.listen.bind``; owned
     :param answer: called with method, path and body, on the server's thread; must not raise. Gives the status, the
         body and further headers
     :param path: path of its file, which is removed with it

@@ -128,7 +128,7 @@ def write_files(
 
     :param state: what ``encode`` made of `image`
     :param written: (guest address, bytes) of what a Diff has; None: a Full one
-    :raises OSError: one cannot be written, ``filename`` is its path
+    :raises OSError: a file cannot be written, ``filename`` is its path
     """
     size = image.config.memory
     pieces = [piece for piece in image.memory if written is None or _overlaps(written, piece.gpa, piece.size)]

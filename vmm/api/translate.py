@@ -50,7 +50,7 @@ def bucket(body: types.TokenBucket | None) -> Bucket | None:
 def limiter(body: types.RateLimiter | None) -> devices.RateLimiterConfig | None:
     """The limits of a device.
 
-    :raises ConfigError: a number that no limiter can count to
+    :raises ConfigError: a number is too large for a limiter
     """
     if body is None:
         return None
@@ -84,7 +84,7 @@ def shown_drive(body: types.Drive) -> types.Drive:
 def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
     """The parameters of `kind` by name, as a body of the API has them; those that it has no field for are left out.
 
-    :raises ConfigError: one is missing, or no limiter can count to a number
+    :raises ConfigError: a parameter is missing, or a limiter's number is too large
     """
     values: dict[str, Any] = {}
     for name, each in kind.OPTIONS.items():

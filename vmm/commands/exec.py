@@ -57,7 +57,7 @@ def add_command_arguments(parser: argparse.ArgumentParser, default: str = "a she
 def environment(words: list[str]) -> dict[str, str]:
     """The variables of ``--env``.
 
-    :raises ConfigError: one has no =
+    :raises ConfigError: a word has no =
     """
     for word in words:
         if not word.partition("=")[1]:

@@ -89,7 +89,7 @@ def _run(args: Arguments) -> int:
             raise ConfigError(option, "", "is missing")
     serve.check_id(args.id)
     check_program(args.exec_file)
-    # Before: in there is no argparse, and nobody who sees what is wrong.
+    # Before the jail: in it argparse is missing, and nobody sees what is wrong.
     vmm = cli.parse("serve", serve, ["--id", args.id, *args.vmm])
     if isinstance(vmm, int):
         return vmm

@@ -148,7 +148,7 @@ def _devices(args: Arguments, rootfs: str | None, places: dict[str, str], *, rea
 
 
 def _image(name: str) -> Any:
-    # the pulled image of that name; None: it is no image's
+    # the pulled image of that name; None if no image has it
     from vmm import images
 
     image = images.resolve(name)

@@ -103,7 +103,7 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
     """Serve until the VM ends or a signal asks for the end; Firecracker's exit codes.
 
     :param on_ready: called once the VM of the configuration file runs, or the API answers
-    :param files: defaults from files are wanted; False: `args` has them, and here are none of this host's
+    :param files: whether to read defaults from files; False: `args` has them, and this host's files are not here
     """
     if args.version:
         # A version gate reads the first line; Firecracker's own has an empty one after it.
@@ -120,7 +120,7 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
         times = [_number(args, option) for option in _TIMES]
         limit = _number(args, "--mmds-size-limit")
         payload = args.http_api_max_payload_size
-        if payload < 0:  # by argparse; whatever is plain has been seen to be none
+        if payload < 0:  # only from argparse: `parse_plain` takes no negative number
             raise ConfigError("--http-api-max-payload-size", payload, "must be 0 or more")
         if args.seccomp_filter is not None:
             fits = "is for Firecracker's threads; leave it out: pyvmm's have their own"
@@ -285,7 +285,7 @@ class _Serve:
         logger.watch(_faults.log_to)
         signals.on_end(self._on_signal)
         signals.on(signals.CPU_LIMIT, self._on_signal)
-        # Where there is none to write to, write(2) says so; who wants to know that it happened reads the metrics.
+        # If nobody reads any more, write(2) says so; who wants to know that it happened reads the metrics.
         signals.on(signals.BROKEN_PIPE, self._on_broken_pipe)
         signals.on_power(self._press_power_button)
 

@@ -41,7 +41,7 @@ class Arguments:
 def parse_plain(words: Sequence[str], table: Table, positional: Sequence[str] = ()) -> Arguments | None:
     """The arguments, where `words` are plain: whole options, as ``--option value`` or ``--option=value``.
 
-    :param positional: the names of words that are no option's, in their order; each may be left out
+    :param positional: the names of the positional arguments, in order; each may be left out
     :returns: what argparse would make of them; None: leave it to argparse, its help and its messages
 
     Importing argparse costs as much as all of a VM's own start; ``tests/vmm/test_run_arguments.py`` compares the two.
@@ -103,9 +103,9 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def check_names(**names: str | None) -> None:
-    """Refuse names of files and interfaces that the kernel would read to their middle.
+    """Refuse names of files and interfaces that hold a NUL byte: the kernel would read only up to it.
 
-    :raises ConfigError: one has a NUL in it
+    :raises ConfigError: a name has a NUL byte in it
     """
     for field, name in names.items():
         if name is not None and "\0" in name:

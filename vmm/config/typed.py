@@ -50,14 +50,14 @@ def option(
     :param choices: the values that are allowed; a mapping has the API's word for each
     :param check: called with the field's name and the value; returns what is stored, raises ``ConfigError``
     :param word: its word on the command line: ``ro`` is a switch, ``queues=`` has a value, ``PATH`` is the first
-    :param words: in place of `word` where there are several, each with its own help
-    :param metavar: of an option of its own, as ``--memory``: what stands for the value
+    :param words: its words if it has several, each with its own help; replaces `word`
+    :param metavar: what stands for the value of an option of its own, such as ``--memory``
     :param parse: makes the value of the texts of its words
     :param field: its name in an error, if it is not the device's and the word
     :param api: its name in the API
     :param api_default: its default in the API where that is another; ``REQUIRED``: the API has none
     :param api_means: what a missing or null value of the API means, or an API without it, if not the default
-    :param api_bits: of the number in the API, where that takes others than those from `least` to `most`
+    :param api_bits: the size of the number in the API, if it takes others than those from `least` to `most`
     :param nullable: the API takes null, though its default is another
     :param extension: Firecracker's API does not have it; it is left out of an answer unless it was set
     """

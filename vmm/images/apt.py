@@ -57,7 +57,7 @@ def package(name: str, *, suite: str | None = None, refresh: bool = False, progr
     this host trusts. Works as any user.
 
     :param name: name of a binary package, as apt knows it
-    :param suite: of a Debian that need not be this host's, as ``trixie``; None for what this host's sources have
+    :param suite: a Debian suite, e.g. ``trixie``, which need not be this host's; None for what this host's sources have
     :param refresh: ask apt again, and fetch its candidate if that is another version than the cached one
     :raises PullError: apt is missing, knows no such package, or cannot reach its sources
     """
@@ -118,7 +118,7 @@ def check_name(name: str) -> None:
     """Refuse what cannot be the name of a Debian package, before a program takes it for something else.
 
     Source: Debian Policy Manual 5.6.7; ``:`` is for ``NAME:ARCHITECTURE``.
-    :raises PullError: it is not
+    :raises PullError: `name` cannot be one
     """
     if not name or not all(c.isascii() and (c.isalnum() or c in "+-.:") for c in name) or name[0] in "+-.:":
         raise PullError(f"{name!r} is not a package name")

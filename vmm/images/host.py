@@ -83,7 +83,7 @@ def tool(name: str) -> str:
 def need(*names: str) -> None:
     """Check that every program is installed, so that a long build does not stop halfway.
 
-    :raises PullError: one line with the one command that installs all that are missing
+    :raises PullError: a program is missing; the message is one line with the command that installs all that are
     """
     packages = []
     for name in names:

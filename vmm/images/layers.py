@@ -117,7 +117,7 @@ class Tree:
                     raise PullError(f"it ends in the middle of {line(member.name)}")
                 self._apply(archive, member)
             tar.seek(archive.offset)
-            if tar.read(512).strip(b"\0"):  # tarfile takes what is no header for the end
+            if tar.read(512).strip(b"\0"):  # tarfile takes what is not a header for the end
                 raise PullError(f"there is no tar header at offset {archive.offset}")
         except PullError as error:
             raise PullError(f"{what}: {error}") from None

@@ -124,7 +124,7 @@ def check(what: str, data: bytes, digest: str) -> None:
 def pick(what: str, index: Index) -> Descriptor:
     """Return the image for this machine, linux/amd64, of those in an index.
 
-    :raises PullError: there is none for this machine; the message names those that there are
+    :raises PullError: the index has no image for this machine; the message names those that it has
     """
     offered = []
     for each in index.manifests:
@@ -149,9 +149,9 @@ def is_index(media_type: str, head: Head) -> bool:
 
 
 def check_layers(what: str, manifest: Manifest) -> None:
-    """Check that each layer is of a kind that there is a reader for.
+    """Check that pyvmm can read the media type of each layer.
 
-    :raises PullError: one is not
+    :raises PullError: the type of a layer is not supported
     """
     for layer in manifest.layers:
         if layer.media_type not in LAYERS:

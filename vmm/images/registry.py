@@ -243,7 +243,7 @@ def _read(answer: http.client.HTTPResponse, limit: int, what: str) -> bytes:
 
 
 def credentials(place: str) -> str:
-    """Return ``USER:PASSWORD`` for a registry, as docker, podman or skopeo keep it; empty if there is none.
+    """Return ``USER:PASSWORD`` for a registry, as docker, podman or skopeo keep it; empty if they do not.
 
     Source: containers-auth.json(5); docker's config.json, credHelpers and credsStore.
     """

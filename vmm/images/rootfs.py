@@ -15,7 +15,7 @@ from pathlib import Path
 from vmm.images import apt, guest, initramfs, suites
 from vmm.images.host import FetchError, Progress, PullError, need, run, tool, tried
 
-DEBIAN_SUITE = "bookworm"  # where the host is no Debian
+DEBIAN_SUITE = "bookworm"  # if the host is not a Debian
 # Beyond minbase: a network tool, modprobe, ps and free, and busybox, whose poweroff the image's init uses.
 DEBIAN_PACKAGES = ("busybox-static", "iproute2", "kmod", "procps")
 
@@ -34,7 +34,7 @@ _LIB = "usr/lib/pyvmm"
 def check_tools(name: str) -> None:
     """Check that the programs for the image of that name are here, before minutes are spent.
 
-    :raises PullError: one line with the command that installs what is missing
+    :raises PullError: a program is missing; the message is one line with the command that installs it
     """
     programs = ["apt-get", "dpkg-deb", "mke2fs"]
     if name == "debian":

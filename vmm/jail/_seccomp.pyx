@@ -247,8 +247,8 @@ def confine(bint no_files, int below=-1, bint changes=False):
     """Forbid the calling thread TCP connections and abstract sockets, as far as the kernel's Landlock supports it.
 
     :param no_files: also forbid opening, creating, changing and removing files
-    :param below: with `no_files`, descriptor of a directory below which files may still be read; borrowed; -1: none
-    :param changes: with `below`, files there may also be created, changed and removed. Before Linux 5.19 `no_files`
+    :param below: a directory's descriptor: files below it may be read in spite of `no_files`; borrowed; -1: none
+    :param changes: files in `below` may also be created, changed and removed. Before Linux 5.19 `no_files`
         then has no effect, because Landlock could not allow renames between directories
     :raises OSError: the kernel refused
     """

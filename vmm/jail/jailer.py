@@ -54,8 +54,8 @@ class Jail:
     :param cgroup_version: 1 or 2
     :param parent_cgroup: relative path; the program's name if None
     :param resource_limits: ``fsize=BYTES`` and ``no-file=NUMBER``
-    :param daemonize: in a session of its own; its standard streams are closed by ``settle``, which lets the process end
-        that was started
+    :param daemonize: run in a session of its own; ``settle`` closes its standard streams, and lets the process end that
+        was started
     :param new_pid_ns: run as the first process of a new pid namespace
     :raises ConfigError: something of it cannot be
     """
@@ -391,8 +391,8 @@ def _reach(what: str, path: str, do: Callable[..., _T], *arguments: Any, **optio
 def call(name: str, *arguments: object, path: str | None = None) -> None:
     """Call the C library's `name`, which gives a negative number if it fails.
 
-    :param path: for the error
-    :raises HostError: it failed
+    :param path: the file's path, for the error
+    :raises HostError: the function failed
     """
     if getattr(_libc, name)(*arguments) < 0:
         raise HostError(ctypes.get_errno(), "pivot_root" if name == "syscall" else name, path)
@@ -401,7 +401,7 @@ def call(name: str, *arguments: object, path: str | None = None) -> None:
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
     """See mount(2).
 
-    :raises HostError: it failed
+    :raises HostError: the mount failed
     """
     words = [None if word is None else word.encode() for word in (source, target, kind)]
     if _libc.mount(*words, ctypes.c_ulong(flags), None if options is None else options.encode()) < 0:

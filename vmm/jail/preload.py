@@ -58,7 +58,7 @@ def preload_later() -> None:
 
     load(LATER)
     # A finder lists its directory when it is first asked, and a loader would write what it compiled: no filter lets it.
-    PathFinder.find_spec("there is none of this name")
+    PathFinder.find_spec("no module has this name")
     sys.dont_write_bytecode = True
     time.localtime()
 

@@ -176,7 +176,7 @@ _BUILD = (
 def rules_of(kind: str, pid: int = PID) -> list[Rule]:
     """All rules of a kind of thread, or of ``spawn`` and ``base``.
 
-    There are no doubles, and no tests of arguments where all arguments are allowed.
+    There are no duplicates, and no tests of arguments where all arguments are allowed.
 
     :param pid: the process that its threads may signal
     """
@@ -202,7 +202,7 @@ _X86_64 = 0xC000_003E
 class Compiler:
     """libseccomp.
 
-    :raises OSError: there is none
+    :raises OSError: libseccomp is not installed
     """
 
     def __init__(self) -> None:
@@ -250,7 +250,7 @@ class Compiler:
             raise OSError(-status, f"libseccomp: {what}: {os.strerror(-status)}")
 
     def name(self, number: int) -> str:
-        """Of the system call `number`; empty: there is none."""
+        """The name of the system call `number`; empty if it does not exist."""
         found = self._library.seccomp_syscall_resolve_num_arch(_X86_64, number)
         return ctypes.string_at(found).decode() if found else ""  # never freed: this is a build
 

@@ -138,7 +138,7 @@ cdef int _set(int fd, unsigned long request, data, size_t size, str name) except
 
 cdef _lower_lines(int fd, list chips):
     # An edge is a line that KVM's worker thread raises and then lowers. A save between these steps has the line high,
-    # and in the copy nobody lowers it: its next edge would be none.
+    # and in the copy nobody lowers it: the next raise would not be an edge.
     cdef kvm_irq_level line
     cdef uint32_t high = 0
     cdef const kvm_irqchip *chip

@@ -182,7 +182,7 @@ cdef class VcpuLoop:
     def attach(self, str name, bint boots=False, Gate gate=None):
         """Make the calling thread this vCPU's thread. It blocks all signals but the kick and faults.
 
-        :param name: of the thread; truncated to 15 bytes
+        :param name: the thread's name; truncated to 15 bytes
         :param boots: whether this is the boot processor, which does not wait for an INIT
         :param gate: where it waits while it is paused; None: it cannot be paused
         :raises KvmError: the kick's signal handler cannot be installed

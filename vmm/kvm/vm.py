@@ -66,7 +66,7 @@ class Kvm:
     """An open /dev/kvm; owns its file descriptor.
 
     :param path: the device, ``/dev/kvm`` unless a test says otherwise
-    :raises ConfigError: it is missing, not permitted, or not KVM; the message says what to do
+    :raises ConfigError: the device is missing, not permitted, or not KVM; the message says what to do
     """
 
     _access: ClassVar[dict[str, StateAccess]] = {}
@@ -105,7 +105,7 @@ class Kvm:
             )
 
     def check(self, capability: int) -> int:
-        """What ``KVM_CHECK_EXTENSION`` says of one ``KVM_CAP_*``: 0 is no, else yes or a number."""
+        """What ``KVM_CHECK_EXTENSION`` says of one ``KVM_CAP_*``: 0 means no, else yes or a number."""
         if capability not in self._checked:
             self._checked[capability] = kvm_ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
         return self._checked[capability]

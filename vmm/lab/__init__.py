@@ -179,7 +179,7 @@ def _environment() -> dict[str, str]:
 
 
 def _script(argv: Sequence[str], env: Mapping[str, str]) -> str:
-    # dash cannot export a name that is no identifier; env can.
+    # dash cannot export a name that is not an identifier; env can.
     pairs = [f"{name}={value}" for name, value in {**env, "PYVMM_LAB": "1"}.items()]
     command = shlex.join(["env", "-i", *pairs, *argv])
     return f"echo $$ >/run/pyvmm-lab.pid\ncd {shlex.quote(os.getcwd())} || exit\nexec {command}\n"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Board:
     """Serial port, keyboard controller, clock, timer, power and event ports of one VM.
 
-    :param vm: with its interrupt controllers
+    :param vm: the VM, which has its interrupt controllers
     :param pio: the ports
     :param memory: bytes of guest RAM, for the clock's registers
     """

@@ -62,7 +62,7 @@ class Made:
 def own(device: VirtioDevice) -> Made:
     """A device of the embedding program's, which closes it.
 
-    :raises ConfigError: it cannot work
+    :raises ConfigError: the device cannot work
     """
     from virtio.device import check
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def check_kvm(kvm: Kvm, config: VmConfig) -> None:
     """Refuse a KVM on which this machine could not run.
 
-    :raises ConfigError: it lacks something, or has too few vCPUs
+    :raises ConfigError: KVM lacks something, or allows too few vCPUs
     """
     template = config.cpu_template
     more, less = (template.capabilities, template.not_required) if template else ((), ())

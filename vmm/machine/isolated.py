@@ -228,7 +228,7 @@ def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, en
 
 
 def _server_of_ours(*, anew: bool = False) -> socket:
-    """The socket of the fork server, which is started if there is none."""
+    """The socket of the fork server, which is started if it is not running."""
     global _server, _server_pid
     with _lock:
         if anew or _server is None or _server_pid != os.getpid():

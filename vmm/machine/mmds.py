@@ -89,7 +89,7 @@ class Mmds:
     # The host's side
 
     def get(self) -> Json:
-        """The document, its keys in order; ``{}`` while there is none. Not to be changed."""
+        """The document, its keys in order; ``{}`` until one is set. Not to be changed."""
         return {} if self._data is None else self._data
 
     def put(self, value: Json) -> None:

@@ -217,7 +217,7 @@ def child_of(
     """Freeze `source`, if it is a machine; what is returned makes a copy of it, not started, by its number.
 
     :param isolated: a copy in a process of its own
-    :raises SnapshotError: it cannot be frozen or shared, by name
+    :raises SnapshotError: `source` has something that cannot be frozen or shared; the message names it
     :raises ValueError: devices of your own for a process of its own
     """
     if isolated and devices is not None:

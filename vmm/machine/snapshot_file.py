@@ -126,7 +126,7 @@ def read_state(path: str) -> bytes:
     """What is in the file ``state``.
 
     :raises OSError: the file cannot be read
-    :raises SnapshotError: it is not a regular file, or too large to be one
+    :raises SnapshotError: the file is not a regular one, or is too large to be a ``state``
     """
     with open(open_regular(path), "rb") as file:
         data = file.read(_STATE_MAX + 1)
@@ -169,7 +169,7 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
     """An image without its memory, and the mark of that.
 
     :param data: the file ``state``
-    :param name: for messages
+    :param name: the image's name, for messages
     :raises SnapshotError: this is not an image, or it is damaged or has another format
     """
     from vmm.machine.snapshot import Image
@@ -214,7 +214,7 @@ def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
 def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
     """Write which pages of `size` bytes of guest RAM a machine has touched, for ``prefetch``.
 
-    :param touched: from ``GuestMemory.touched``
+    :param touched: the pages, from ``GuestMemory.touched``
     :raises HostError: the file cannot be written
     """
     runs = [(place_of(gpa, size), length) for gpa, length in touched]
@@ -273,7 +273,7 @@ def _configuration(value: Any) -> Any:
 def _check(wanted: dict[str, str], fields: dict[str, Any]) -> None:
     """See that `fields` have the types that `wanted` has as text.
 
-    :raises TypeError: one has another
+    :raises TypeError: a field has another type
     """
     for name, value in fields.items():
         if not any(_fits(value, each) for each in wanted[name].split(" | ")):
@@ -300,7 +300,7 @@ def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
     """Let files be filled that have their names once all of them are whole; who has one before open keeps that.
 
     :param files: path, and what is given the descriptor of the new file
-    :raises OSError: one cannot be written, ``filename`` is its path; what was there before is as it was
+    :raises OSError: a file cannot be written, ``filename`` is its path; what was there before is as it was
     """
     made: list[tuple[str, str]] = []
     path = ""

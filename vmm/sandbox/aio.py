@@ -161,7 +161,7 @@ class AsyncProcess:
         await in_thread(lambda: self.sync.stdin.write(data), cancel=self.sync.channel.cut)
 
     async def close_stdin(self) -> None:
-        """Tell it that there is no more input."""
+        """Close the command's standard input."""
         await in_thread(self.sync.stdin.close)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:

@@ -40,8 +40,8 @@ _ANSWERS = frozenset((F_DATA, F_STARTED, F_STDOUT, F_STDERR, F_EXIT, F_ENTRY, F_
 class Deadline:
     """When a wait is over.
 
-    :param seconds: from now on; None, or more than a thread can wait: never
-    :raises ConfigError: it is not a number
+    :param seconds: the time until then; None, or more than a thread can wait: no limit
+    :raises ConfigError: `seconds` is not a number
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -54,7 +54,7 @@ class Deadline:
         """Seconds that are left, or None: without limit.
 
         :param doing: what is waited for, for the error
-        :raises CommandTimeout: none is left
+        :raises CommandTimeout: no time is left
         """
         if self._end is None:
             return None
@@ -127,9 +127,9 @@ class Link:
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[int]:
-        """Leave one connection alone on which nothing is under way; a context manager.
+        """A context manager that leaves one idle connection alone.
 
-        :returns: its port on the host's side; 0: there is none
+        :returns: the connection's port on the host's side; 0 if no connection is idle
         """
         with self._lock:
             place = next((place for place, each in enumerate(self._idle) if each.port and each.quiet), None)
@@ -411,7 +411,7 @@ def frames(kind: int, data: bytes | memoryview) -> Iterator[bytes]:
 
 
 def out_of_turn(doing: str) -> AgentError:
-    """The error for a frame that is none of the answer to `doing`."""
+    """The error for a frame that does not belong to the answer to `doing`."""
     return AgentError(f"{doing}: the guest sent something out of turn")
 
 

@@ -58,7 +58,7 @@ def archive() -> bytes:
 def find_image(image: str | Image) -> Image:
     """The image of that name; a name of a registry's, as ``python`` or ``python:3.12``, need not have ``oci:`` before.
 
-    :raises ConfigError: it was not pulled
+    :raises ConfigError: the image was not pulled
     """
     if not isinstance(image, str):
         return image
@@ -86,7 +86,7 @@ def commands_of(config: ImageConfig | None, env: Mapping[str, str], cwd: str | N
 def kernel_and_initrd(image: Image, kernel: str | None, directory: str) -> tuple[str, str]:
     """Paths of the kernel and the initramfs; the latter is made in `directory`, and may go once the machine is made.
 
-    :raises ConfigError: no kernel that this host's KVM runs
+    :raises ConfigError: this host's KVM cannot run the image's kernel
     """
     kernel = kernel or os.environ.get(KERNEL_VARIABLE) or None
     drivers = b""

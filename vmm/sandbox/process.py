@@ -148,9 +148,9 @@ class Input:
         self.closed = self.sent = False  # sent: the agent waits for no more of it
 
     def write(self, data: bytes | str, timeout: float | None = None) -> None:
-        """Give it all of `data`.
+        """Write all of `data` to the command's standard input.
 
-        :raises CommandTimeout: it does not read
+        :raises CommandTimeout: the command does not read its standard input
         :raises SandboxGone: the sandbox, or the command, has ended
         """
         if self.closed:
@@ -159,7 +159,7 @@ class Input:
             self._process.channel.send(Deadline(timeout), self._process.command, frame)
 
     def close(self) -> None:
-        """Tell it that there is no more. With a terminal it is the key Ctrl-D that is sent. Idempotent."""
+        """Close the command's standard input; at a terminal, press the key Ctrl-D. Idempotent."""
         if not self.closed:
             self.closed = True
             try:
@@ -308,7 +308,7 @@ class Process(Closing):
         """Wait until it ends, without closing its standard input.
 
         :param timeout: seconds
-        :raises CommandTimeout: it is still running, and goes on
+        :raises CommandTimeout: the command is still running, and continues
         :raises SandboxGone: the sandbox has ended
         """
         deadline = Deadline(timeout)

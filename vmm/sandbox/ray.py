@@ -101,7 +101,7 @@ class PyvmmImageManager(BaseImageManager):  # type: ignore[misc]
 
         :param timeout_seconds: is not used: a registry that stalls has limits of its own
         :returns: its directory
-        :raises SandboxCreationError: it cannot be had
+        :raises SandboxCreationError: the image cannot be pulled
         """
         with _rays(SandboxCreationError):
             name = image_name(image)
@@ -155,7 +155,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
     def create_sandbox(self, config: SandboxConfig) -> str:
         """A VM that is up: a copy of one that this node has booted before, where it has no network.
 
-        :raises SandboxCreationError: it cannot be as it is asked for, or did not come up
+        :raises SandboxCreationError: a VM cannot be as `config` asks, or it did not start
         """
         _refuse(config)
         with _rays(SandboxCreationError):
@@ -183,7 +183,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
         return sandbox.name
 
     def delete_sandbox(self, sandbox_id: str) -> None:
-        """End it, and give everything back; nothing happens if there is none."""
+        """End the sandbox and give back all that it held; does nothing if no sandbox has this id."""
         about = self._sandbox_metadata.pop(sandbox_id, None)
         if about is not None:
             _alive.pop(sandbox_id, None)
@@ -201,7 +201,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
     ) -> ExecResult:
         """Run a command to its end; parameters as Ray has them.
 
-        :raises SandboxTimeoutError: it took longer than `timeout` seconds, and was killed
+        :raises SandboxTimeoutError: the command took longer than `timeout` seconds, and was killed
         :raises SandboxExecError: the sandbox has ended, or the command wrote more than 256 MiB
         """
         about = self._about(sandbox_id)
@@ -220,7 +220,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
     def write_file(self, sandbox_id: str, path: str, content: str | bytes, append: bool = False) -> None:
         """Write a file, or to its end; directories above it are made. A relative path is below the sandbox's directory.
 
-        :raises SandboxError: it cannot be written; says why
+        :raises SandboxError: the file cannot be written; the message says why
         """
         about = self._about(sandbox_id)
         with _rays(SandboxError):
@@ -229,7 +229,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
     def read_file(self, sandbox_id: str, path: str) -> bytes:
         """What is in a file.
 
-        :raises SandboxError: it cannot be read; says why
+        :raises SandboxError: the file cannot be read; the message says why
         """
         about = self._about(sandbox_id)
         with _rays(SandboxError):
@@ -237,7 +237,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
             return data
 
     def get_status(self, sandbox_id: str) -> SandboxStatus:
-        """``RUNNING``, or ``TERMINATED``: also of a guest that ended by itself, and of an id that is none."""
+        """``RUNNING``, or ``TERMINATED``: also if the guest ended by itself, or no sandbox has this id."""
         about = self._sandbox_metadata.get(sandbox_id)
         return SandboxStatus.RUNNING if about and about["sandbox"].running else SandboxStatus.TERMINATED
 
@@ -249,7 +249,7 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
 
 
 def _refuse(config: SandboxConfig) -> None:
-    """What a VM cannot be is an error, not something else."""
+    """Refuse what a VM cannot be, instead of making something else."""
     problem = ""
     if config.network not in _NETWORKS:
         problem = f"network {config.network!r}: must be none or public"

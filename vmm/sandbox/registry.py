@@ -81,7 +81,7 @@ class Place:
 def check(name: str) -> None:
     """Refuse what cannot be a sandbox's name.
 
-    :raises ConfigError: it cannot
+    :raises ConfigError: `name` cannot be one
     """
     if not 0 < len(name) <= NAME_MAX or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
         raise ConfigError("name", name, f"must be 1 to {NAME_MAX} letters, digits, - and _")

@@ -67,7 +67,7 @@ class Session(Closing):
         :param timeout: seconds; None: no limit
         :param check: a status other than 0 is an error
         :param on_stdout: called with each piece of output as it comes; `on_stderr` likewise
-        :raises CommandTimeout: it took too long, and was killed
+        :raises CommandTimeout: the command took too long, and was killed
         :raises CommandError: with `check`: its status is not 0; the class says why
         :raises SandboxGone: the sandbox has ended
         """

@@ -29,7 +29,7 @@ KEPT = 8
 def start(image: Image, *, memory: int, cpus: int, network: str, boot_timeout: float) -> Sandbox:
     """A sandbox that is up; parameters as :class:`vmm.Sandbox` has them.
 
-    :raises VmmError: it did not come up
+    :raises VmmError: the sandbox did not start
 
     One with a network boots each time.
     """

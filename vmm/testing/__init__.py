@@ -81,7 +81,7 @@ def run(vm: Machine, timeout: float = PATIENCE) -> Exit:
     """Start `vm` and wait for its end.
 
     :param timeout: seconds
-    :raises VmmError: it did not end in time; the message has the rip of each vCPU
+    :raises VmmError: the VM did not end in time; the message has the rip of each vCPU
     """
     vm.start()
     ended = vm.wait(timeout)

@@ -93,7 +93,7 @@ class _AsyncRunning:
     async def connect(self, pid: int, timeout: float | None = 60, request_timeout: float | None = None) -> Any:
         """The handle of a command that was started here in the background.
 
-        :raises NotFoundException: none has that pid
+        :raises NotFoundException: no command has this pid
         """
         try:
             return self._handles[self.sync.connect(pid)]

@@ -160,7 +160,7 @@ class CommandHandle:
             self._process.stdin.write(data, request_timeout)
 
     def close_stdin(self, request_timeout: float | None = None) -> None:
-        """Tell it that there is no more input."""
+        """Close the command's standard input."""
         with translated():
             self._process.stdin.close()
 
@@ -193,7 +193,7 @@ class _Running:
     def connect(self, pid: int, timeout: float | None = 60, request_timeout: float | None = None) -> CommandHandle:
         """The handle of a command that was started here.
 
-        :raises NotFoundException: none has that pid
+        :raises NotFoundException: no command has this pid
         """
         try:
             return self._handles[pid]
@@ -266,7 +266,7 @@ class Commands(_Running):
         return [handle.info for handle in list(self._handles.values()) if not handle.ended]
 
     def close_stdin(self, pid: int, request_timeout: float | None = None) -> None:
-        """Tell a command that there is no more input."""
+        """Close a command's standard input."""
         self.connect(pid).close_stdin()
 
 

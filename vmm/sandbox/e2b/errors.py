@@ -33,19 +33,19 @@ class NotEnoughSpaceException(SandboxException):
 
 
 class NotFoundException(SandboxException):
-    """There is no such thing."""
+    """What was asked for does not exist."""
 
 
 class FileNotFoundException(NotFoundException):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 class SandboxNotFoundException(NotFoundException):
-    """There is no such sandbox."""
+    """The sandbox does not exist."""
 
 
 class SandboxNotRunningException(TimeoutException):
-    """The sandbox has ended; says why."""
+    """The sandbox has ended; the message says why."""
 
 
 class CommandExitException(SandboxException, errors.CommandError):
