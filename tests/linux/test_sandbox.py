@@ -36,6 +36,7 @@ from vmm.sandbox import (
     CommandTimeout,
     SandboxError,
     SandboxGone,
+    attach,
     registry,
 )
 
@@ -430,6 +431,55 @@ def test_the_end_of_a_vm_fails_every_call_at_once(runtime: Path) -> None:
             process.poll()
 
 
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        ("limit", "its time limit of 0.5 s is over"),
+        ("stop", "requested"),
+        ("panic", "panic"),
+        ("reboot", "reset"),
+        ("poweroff", "power-off"),
+        ("close", "closed"),
+    ],
+)
+def test_who_is_attached_hears_of_the_end_and_why(runtime: Path, way: str, why: str) -> None:
+    # Its owner has not closed it, and is not told to: it may sleep, as a program that started it for others does.
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            attached.run("sleep 100", timeout=None)
+        except BaseException as error:
+            caught.append(error)
+
+    with Sandbox("busybox", memory="64M") as mortal:
+        attached = attach(mortal.name)
+        attached.run("true")
+        thread = threading.Thread(target=call)
+        thread.start()
+        words = {"panic": "echo c >/proc/sysrq-trigger", "reboot": "reboot -f", "poweroff": "poweroff -f"}
+        if way in words:
+            mortal.exec(f"sleep 0.2; {words[way]}", keep=True).close()
+        elif way == "limit":
+            mortal.set_timeout(0.5)
+        else:
+            time.sleep(0.2)
+            mortal.machine.stop() if way == "stop" else mortal.close()
+        thread.join(20)
+        assert [type(each) for each in caught] == [SandboxGone], caught
+        assert why in str(caught[0])
+        with pytest.raises(SandboxGone, match=why):
+            attached.run("true", timeout=None)
+        with pytest.raises(ConfigError, match="is not a running" if way == "close" else f"is not running: .*{why}"):
+            attach(mortal.name)
+        if way != "close":
+            listed = [json.loads(line) for line in _pyvmm("ps", "--json").stdout.splitlines()]
+            assert next(each["state"] for each in listed if each["name"] == mortal.name) == "ended"
+        for gone in (mortal.pause, mortal.resume, mortal.fork, lambda: mortal.set_timeout(9)):
+            with pytest.raises(SandboxGone):
+                gone()
+
+
 def test_a_host_directory_is_mounted(runtime: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("from the host")
     with Sandbox(
@@ -574,6 +624,21 @@ def test_the_async_twin_runs_many_at_once_and_hears_a_cancel(sandbox: Sandbox) -
         async with asyncio.timeout(60):
             assert (await copy.run("echo copied")).stdout == "copied\n"
         await copy.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 100))
+
+
+def test_async_copies_are_context_managers(runtime: Path) -> None:
+    async def scenario() -> None:
+        async with await AsyncSandbox.create("busybox", memory="64M") as first:
+            assert first.running and not first.why and first.time_left is None
+            (copy,) = await first.fork(timeout=50)
+            async with copy:
+                assert (await copy.run("hostname")).stdout.strip() == copy.name != first.name
+                assert 0 < (copy.time_left or 0) <= 50
+            assert not copy.running and copy.why == "the sandbox was closed"
+            with pytest.raises(ConfigError, match="timeout 0: must be more than 0 seconds"):
+                await first.fork(timeout=0)
 
     asyncio.run(asyncio.wait_for(scenario(), 100))
 

@@ -161,6 +161,27 @@ def test_a_flood_takes_no_more_memory_than_was_allowed(agent: Callable[[Answer],
     assert peak < 8 << 20
 
 
+def test_a_file_is_no_longer_than_was_asked(agent: Callable[[Answer], Session]) -> None:
+    def flood(stream: socket.socket) -> None:
+        while True:
+            stream.sendall(frame(b"d", bytes(60_000)))
+
+    with pytest.raises(AgentError, match="read /x: the guest sent more than 10 bytes"):
+        agent(flood).files.read_bytes("/x", length=10, timeout=20)
+
+
+def test_values_of_file_calls_are_one_line(agent: Callable[[bytes], Session]) -> None:
+    files = agent(b"").files
+    with pytest.raises(TypeError, match="Files: mode must be a whole number, not '0644'"):
+        files.write("/x", "", mode="0644")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="mode 0o100000: must be 0 to 0o7777"):
+        files.chmod("/x", 0o100000)
+    with pytest.raises(ConfigError, match="format json: must be text or bytes"):
+        files.read("/x", "json")  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="offset, length -1, None: must be 0 or more"):
+        files.read_bytes("/x", offset=-1)
+
+
 @pytest.mark.parametrize("name", [b"..", b".", b"a/b", b"/etc/passwd"])
 def test_a_name_that_leaves_its_directory_is_refused(agent: Callable[[bytes], Session], name: bytes) -> None:
     entry = struct.pack("<IIIIQq", 0o100644, 0, 0, 1, 0, 0) + name + b"\0"

@@ -32,7 +32,7 @@ class Running(NamedTuple):
     :ivar kind: the subcommand that runs it: run, serve, jailer or sandbox; python for another program, copy for an
         isolated fork of such a program's VM
     :ivar image: the image or kernel of the command line, or the program
-    :ivar state: running, paused or not started
+    :ivar state: running, paused or not started; of a sandbox that nobody has closed yet, ended
     :ivar began: seconds since the epoch
     :ivar memory: resident bytes of the process, its part of guest RAM with them
     :ivar cpu: seconds of processor time
@@ -66,7 +66,9 @@ def find() -> list[Running]:
         own = sandboxes.pop(pid, [])
         for each in own:
             kind = seen.kind if seen.kind == "sandbox" else "python"
-            found.append(seen._replace(name=str(each["name"]), image=str(each["image"]), kind=kind))
+            name = str(each["name"])
+            state = "ended" if registry.why_ended(name) else seen.state
+            found.append(seen._replace(name=name, image=str(each["image"]), kind=kind, state=state))
         if not own:
             found.append(seen)
     return sorted(found)

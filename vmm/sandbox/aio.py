@@ -245,6 +245,7 @@ class AsyncSandbox:
     resume = twin(Sandbox.resume)
     set_timeout = twin(Sandbox.set_timeout)
     snapshot = twin(Sandbox.snapshot)
+    make_read_only = twin(Sandbox.make_read_only)
     close = twin(Sandbox.close)
     kill = close
 
@@ -262,6 +263,36 @@ class AsyncSandbox:
         """As :attr:`vmm.sandbox.Sandbox.network_counters`."""
         return self.sync.network_counters
 
+    @property
+    def name(self) -> str:
+        """As :attr:`vmm.sandbox.Sandbox.name`."""
+        return self.sync.name
+
+    @property
+    def running(self) -> bool:
+        """As :attr:`vmm.sandbox.Sandbox.running`."""
+        return self.sync.running
+
+    @property
+    def why(self) -> str:
+        """As :attr:`vmm.sandbox.Sandbox.why`."""
+        return self.sync.why
+
+    @property
+    def time_left(self) -> float | None:
+        """As :attr:`vmm.sandbox.Sandbox.time_left`."""
+        return self.sync.time_left
+
+    @property
+    def console(self) -> str:
+        """As :attr:`vmm.sandbox.Sandbox.console`."""
+        return self.sync.console
+
+    @property
+    def program(self) -> list[str]:
+        """As :attr:`vmm.sandbox.Sandbox.program`."""
+        return self.sync.program
+
     async def fork(self, count: int = 1, *, timeout: float | None = None) -> list[AsyncSandbox]:
         """As :meth:`vmm.sandbox.Sandbox.fork`."""
 
@@ -274,8 +305,9 @@ class AsyncSandbox:
         ]
 
     async def __aenter__(self) -> AsyncSandbox:
-        self.sync = await in_thread(self._make, undo=Sandbox.close)
-        self.files = AsyncFiles(self.sync.files)
+        if "sync" not in self.__dict__:  # else `create`, `fork` or `restore` made it
+            self.sync = await in_thread(self._make, undo=Sandbox.close)
+            self.files = AsyncFiles(self.sync.files)
         return self
 
     async def __aexit__(self, *_: object) -> None:

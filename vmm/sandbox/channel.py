@@ -19,7 +19,7 @@ from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 PORT = 521
 REQUEST_MAX = 1 << 20  # bytes
@@ -30,6 +30,7 @@ _CHUNK = 1 << 19
 _KEPT = 4  # idle connections of a sandbox
 _LONGEST = threading.TIMEOUT_MAX / 2  # seconds
 _PATIENCE = 0.5  # seconds from the end of a VM's connections to that of the VM
+_LOOKS = 10
 _HEAD = struct.Struct("<BI")
 # Types of frames, as agent/agent.h has them.
 F_STDIN, F_WINDOW, F_DATA = b"iwd"
@@ -72,10 +73,12 @@ class Link:
     """The way to one sandbox's agent: makes connections, and fails them all when the VM ends.
 
     :param path: path of the VM's unix socket
+    :param ask_why: why the sandbox has ended, or empty, where another process has it, which does not call ``fail``
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, ask_why: Callable[[], str] | None = None) -> None:
         self.path = path
+        self._ask_why = ask_why
         self.ready = False  # the agent has answered before
         self._open: set[Channel] = set()
         self._idle: list[Channel] = []
@@ -99,8 +102,16 @@ class Link:
 
     def explained(self, error: SandboxGone) -> SandboxGone:
         """`error` with the reason, where the sandbox is gone: a VM's end closes its connections before it is told."""
-        self._failed.wait(_PATIENCE)
+        for _ in range(_LOOKS):
+            if self.look() or self._failed.wait(_PATIENCE / _LOOKS):
+                break
         return SandboxGone(self._why) if self._why else error
+
+    def look(self) -> str:
+        """Why the sandbox is gone, or empty; another process that has it is asked."""
+        if self._ask_why is not None and not self._why and (why := self._ask_why()):
+            self.fail(why)
+        return self._why
 
     def take(self, deadline: Deadline, doing: str) -> Channel:
         """A connection that was kept, or a new one. Errors are those of ``connect``."""
@@ -177,7 +188,7 @@ class Link:
                 self.ready = True
                 return channel
             channel.close()
-            if self._why:
+            if self.look():
                 raise SandboxGone(self._why)
             left = deadline.left(doing)
             time.sleep(patience if left is None else min(patience, left))
@@ -218,7 +229,7 @@ class Channel(Closing):
             raise CommandTimeout(f"{doing}: the agent did not answer within {deadline.seconds:g} s") from None
         except (FileNotFoundError, ConnectionError):
             if self._link.ready and not self._link.why:
-                raise SandboxGone("the sandbox has ended") from None
+                raise SandboxGone(self._link.look() or "the sandbox has ended") from None
             return False
         except OSError as error:
             self.close()

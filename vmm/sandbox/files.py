@@ -12,6 +12,7 @@ import stat
 import struct
 
 from vmm.closing import Closing
+from vmm.config.option import check_type
 from vmm.errors import ConfigError
 from vmm.sandbox.channel import (
     F_CHANGE,
@@ -47,6 +48,7 @@ _CHANGES = {
 DEFAULT_TIMEOUT = 60.0
 _NO_LIMIT = 1e9
 _DEEPEST = 256
+_ENTRIES_MAX = 1 << 20  # of one directory
 
 
 class Entry:
@@ -161,14 +163,19 @@ class Files:
     def _pieces(
         self, path: str, offset: int, length: int | None, user: str | int | None, timeout: float
     ) -> Iterator[memoryview]:
+        if offset < 0 or (length is not None and length < 0):
+            raise ConfigError("offset, length", f"{offset}, {length}", "must be 0 or more")
         words = ["read", _word("path", path), *_user(user)]
         if offset:
             words.append(f"offset={offset}")
         if length is not None:
             words.append(f"length={length}")
+        left = length
         for kind, data in self._ask(words, timeout):
             if kind != F_DATA:
                 raise out_of_turn(f"read {path}")
+            if left is not None and (left := left - len(data)) < 0:
+                raise AgentError(f"read {path}: the guest sent more than {length} bytes")
             yield data
 
     if TYPE_CHECKING:
@@ -184,6 +191,8 @@ class Files:
         self, path: str, format: str = "text", *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> str | bytes:
         """The contents of a file, as ``text`` (UTF-8) or ``bytes``."""
+        if format not in ("text", "bytes"):
+            raise ConfigError("format", format, "must be text or bytes")
         data = self.read_bytes(path, user=user, timeout=timeout)
         return data.decode() if format == "text" else data
 
@@ -198,7 +207,7 @@ class Files:
         """
         words = ["write", _word("path", path), "parents=1", *_user(user)]
         if mode is not None:
-            words.append(f"mode={mode}")
+            words.append(_mode(mode))
         if append:
             words.append("append=1")
         self._do(words, timeout, _data_frames(data))
@@ -219,9 +228,12 @@ class Files:
     get_info = stat
 
     def _entries(self, verb: str, path: str, user: str | int | None, timeout: float, *more: str) -> Iterator[Entry]:
+        count = 0
         for kind, data in self._ask([verb, _word("path", path), *_user(user), *more], timeout):
             if kind != F_ENTRY:
                 raise out_of_turn(f"{verb} {path}")
+            if (count := count + 1) > _ENTRIES_MAX:
+                raise AgentError(f"{verb} {path}: the guest sent more than {_ENTRIES_MAX} entries")
             yield Entry(path, bytes(data))
 
     def exists(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> bool:
@@ -252,7 +264,7 @@ class Files:
 
     def chmod(self, path: str, mode: int, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Change permission bits."""
-        self._do(["chmod", _word("path", path), f"mode={mode}", *_user(user)], timeout)
+        self._do(["chmod", _word("path", path), _mode(mode), *_user(user)], timeout)
 
     def chown(self, path: str, owner: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Change the owner: ``USER`` with its group, or ``USER:GROUP``, names or numbers."""
@@ -406,6 +418,13 @@ def _error(data: bytes, words: list[str]) -> OSError | ConfigError:
 
 def _word(name: str, path: str) -> str:
     return f"{name}={os.fsdecode(path)}"  # raises if `path` cannot be a path
+
+
+def _mode(mode: int) -> str:
+    check_type("Files", "mode", "int", mode)
+    if not 0 <= mode <= 0o7777:
+        raise ConfigError("mode", f"{mode:#o}", "must be 0 to 0o7777")
+    return f"mode={mode}"
 
 
 def _user(user: str | int | None) -> list[str]:

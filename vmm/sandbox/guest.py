@@ -67,7 +67,7 @@ def find_image(image: str | Image) -> Image:
         image = f"oci:{image}"
         found = resolve(image)
     if found is None:
-        close = did_you_mean(image.removeprefix("oci:"), NAMES)
+        close = "" if image in NAMES else did_you_mean(image.removeprefix("oci:"), NAMES)
         raise ConfigError("image", image, f"is not in the cache: run `pyvmm pull {image or 'NAME'}`{close}")
     return found
 

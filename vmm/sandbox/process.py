@@ -356,7 +356,12 @@ class Process(Closing):
             return self.wait(10)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Set the size of its terminal."""
+        """Set the size of its terminal.
+
+        :raises ConfigError: a number is not in 0 to 65535
+        """
+        if not (0 <= rows <= 0xFFFF and 0 <= columns <= 0xFFFF):
+            raise ConfigError("terminal", f"{rows}x{columns}", "must be 0 to 65535 rows and columns")
         self.channel.send(Deadline(10), self.command, wire.frame(wire.F_WINDOW, struct.pack("<HH", rows, columns)))
 
     def close(self) -> None:

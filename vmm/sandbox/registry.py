@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME_MAX = 32
 SOCKET = "v"
+_ENDED = "ended"  # the file with the reason of the end
 
 
 def root() -> str:
@@ -70,6 +71,14 @@ class Place:
         with open(os.path.join(self.path, "about.json"), "w", encoding="utf-8") as file:
             json.dump({**about, "pid": os.getpid()}, file)
 
+    def tell(self, why: str) -> None:
+        """Tell other processes why the sandbox has ended. The first reason counts."""
+        try:
+            with open(os.path.join(self.path, _ENDED), "x", encoding="utf-8") as file:
+                file.write(why)
+        except OSError:
+            pass  # it was told before, or the disk is full: others then hear that it has ended, without the reason
+
     def close(self) -> None:
         """Remove the directory; idempotent."""
         if self._lock >= 0:
@@ -104,6 +113,16 @@ def all_running() -> list[dict[str, Any]]:
     return found
 
 
+def why_ended(name: str) -> str:
+    """Why the sandbox of that name has ended; empty: it runs."""
+    path = os.path.join(root(), name)
+    try:
+        with open(os.path.join(path, _ENDED), encoding="utf-8") as file:
+            return file.read() or "the sandbox has ended"
+    except FileNotFoundError:
+        return "" if _is_held(path) else "the sandbox was closed, or its process has ended"
+
+
 def about(name: str) -> dict[str, Any]:
     """What a sandbox that runs told of itself.
 
@@ -113,6 +132,8 @@ def about(name: str) -> dict[str, Any]:
     found = all_running()
     for each in found:
         if each["name"] == name:
+            if why := why_ended(name):
+                raise ConfigError("NAME", name, f"is not running: {why}")
             return each
     names = ", ".join(each["name"] for each in found) or "none"
     raise ConfigError("NAME", name, f"is not a running sandbox; running: {names}")

@@ -165,8 +165,10 @@ class Sandbox(Session):
         """Replace the time limit: end the sandbox in this many seconds from now; None: no limit.
 
         :raises ConfigError: not more than 0
+        :raises SandboxGone: the sandbox has ended
         """
         _check_timeout(timeout)
+        self._must_run()
         with self._alarm:
             self._timeout = timeout
             self._end = None if timeout is None else time.monotonic() + timeout
@@ -197,6 +199,18 @@ class Sandbox(Session):
 
     def _ended(self, stop: Exit) -> None:
         self._link.fail(f"the sandbox has ended: {stop}")
+        self._place.tell(self._link.why)
+        # Programs of other processes are connected, too, and `close` may come late or never.
+        vsock = self.machine.vsock
+        for transport in self.machine.virtio:
+            if vsock is not None and transport.device is vsock:
+                with transport.lock:
+                    transport.reset()
+                vsock.listener.close()
+
+    def _must_run(self) -> None:
+        if self._link.why:
+            raise SandboxGone(self._link.why)
 
     def _heard(self, data: bytes) -> None:
         self._console += data
@@ -215,18 +229,27 @@ class Sandbox(Session):
         return next((net.stats for net in self.machine.nets.values()), {})
 
     def pause(self) -> None:
-        """Hold the guest. Calls wait until ``resume``, or until their time limit."""
+        """Hold the guest. Calls wait until ``resume``, or until their time limit.
+
+        :raises SandboxGone: the sandbox has ended
+        """
+        self._must_run()
         self.machine.pause()
 
     def resume(self) -> None:
-        """Let the guest go on."""
+        """Let the guest go on.
+
+        :raises SandboxGone: the sandbox has ended
+        """
+        self._must_run()
         self.machine.resume()
 
     def fork(self, count: int = 1, *, timeout: float | None = None) -> list[Sandbox]:
         """Running copies of this sandbox, which goes on, too. They share its memory copy-on-write.
 
         :param timeout: seconds after which each copy ends; None: the limit that this one was given
-        :raises ConfigError: a negative `count`
+        :raises ConfigError: a negative `count`, or a `timeout` that is not more than 0
+        :raises SandboxGone: the sandbox has ended
         :raises SnapshotError: the sandbox cannot be copied, because a mount is in use
 
         Each copy has its own name, random numbers and clock. Running commands end in a copy, unless they were started
@@ -235,11 +258,13 @@ class Sandbox(Session):
         check_call("Sandbox.fork", Sandbox.fork, locals())
         if count < 0:
             raise ConfigError("count", count, "must be 0 or more")
+        _check_timeout(timeout)
+        self._must_run()
         copies: list[Sandbox] = []
 
         def change(config: VmConfig, number: int) -> VmConfig:
             copy = Sandbox.__new__(Sandbox)
-            copy._begin(dict(self._about), None, timeout or self._timeout)
+            copy._begin(dict(self._about), None, self._timeout if timeout is None else timeout)
             copies.append(copy)
             return config.replaced(vsock=VsockConfig(3, copy._place.socket))
 
@@ -274,7 +299,9 @@ class Sandbox(Session):
         :raises ConfigError: `directory` exists and is not a snapshot
         :raises HostError: the snapshot cannot be written; a previous one is unchanged
         :raises SnapshotError: the sandbox cannot be saved
+        :raises SandboxGone: the sandbox has ended
         """
+        self._must_run()
         with self._link.resting() as port:
             frozen = self.machine.freeze()
         save(frozen, directory, about=json.dumps({**self._about, "connection": port}).encode())

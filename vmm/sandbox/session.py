@@ -31,7 +31,7 @@ def attach(name: str) -> Session:
     :raises ConfigError: no sandbox of this name is running
     """
     about = registry.about(name)
-    return Session(Link(registry.socket_of(name)), about)
+    return Session(Link(registry.socket_of(name), lambda: registry.why_ended(name)), about)
 
 
 class Session(Closing):
@@ -185,9 +185,12 @@ class Session(Closing):
         :param host: address of the host's port
         :returns: yours to close; its ``port`` says where it listens
         :raises OSError: the guest's port is not available
+        :raises SandboxGone: the sandbox has ended
         """
         from vmm.sandbox.ports import Provided
 
+        if self._link.why:
+            raise SandboxGone(self._link.why)
         return Provided(self._link, host_port, host_port if port is None else port, host)
 
     def _call(self, *words: str) -> None:
