@@ -29,7 +29,7 @@ _U32 = 0xFFFF_FFFF
 class Listener(UnixListener, Closing):
     """The unix socket that host programs connect to.
 
-    :param path: of its file
+    :param path: the path of the socket's file
     :raises ConfigError: as ``vmm.unix_socket.Listener``
     """
 

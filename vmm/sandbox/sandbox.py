@@ -57,7 +57,7 @@ class Sandbox(Session):
     :param kernel: path of a kernel with all drivers built in; None: the image's
     :param boot_timeout: seconds within which it must be ready
     :raises ConfigError: an invalid value, or an image that was not pulled
-    :raises SandboxError: it did not start; the message has the last lines of its console
+    :raises SandboxError: the sandbox did not start; the message has the last lines of its console
 
     The image is never changed. What the guest writes is in its memory, and gone with it.
 
