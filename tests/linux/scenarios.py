@@ -270,6 +270,7 @@ def _cpu_ticks(pid: int) -> int:
 PROGRAMS = {
     "net_devices": 3 * PATIENCE, "small_devices": 2 * PATIENCE, "keyboard": 2 * PATIENCE, "mmds": 2 * PATIENCE,
     "jailed": 3 * PATIENCE, "same_config": 3 * PATIENCE, "kata": 3 * PATIENCE, "clients": 3 * PATIENCE,
+    "stock_sandbox": 3 * PATIENCE,
 }  # fmt: skip
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     **{
@@ -282,7 +283,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 # What only a stock kernel shows, or several vCPUs. Without KVM that runs them these are the lab's, in one boot.
 # And what r3 does not bear: in one of eight pastes its kernel faults ("exited with irqs disabled"), and stands still.
-STOCK = ("disk", "smp_without_acpi", "exit_port_by_bzimage", "queues", "paste")
+STOCK = ("disk", "smp_without_acpi", "exit_port_by_bzimage", "queues", "paste", "stock_sandbox")
 
 
 def main(directory: str, *names: str) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,16 @@ def test_exit_code_by_the_bzimages_own_unpacker(scenario: Scenario) -> None:
     result = scenario("exit_port_by_bzimage")
     assert result["status"] == 7, _show(result)
     assert "bzimage, linux64 entry" in result["stderr"]
+
+
+@pytest.mark.lab
+def test_a_sandbox_and_its_copy_on_two_cpus_under_a_stock_kernel(scenario: Scenario) -> None:
+    result = scenario("stock_sandbox")
+    assert result["status"] == 0, _show(result)
+    facts = json.loads(result["stdout"])
+    assert (facts["cpus"], facts["both"], facts["after"]) == ("2", [0, 0], "1000000")
+    assert facts["copy"] == ["2", "1000000", facts["name"]]
+    assert len(set(facts["random"])) == 2
 
 
 def test_triple_fault(scenario: Scenario) -> None:

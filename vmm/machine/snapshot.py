@@ -144,10 +144,12 @@ def freeze(
             without_memory(image)
         return image
     finally:
-        if machine._run.ended is None:
-            for transport in machine.virtio:
-                transport.go_on()
-        machine._run.release("freeze")
+        try:
+            if machine._run.ended is None:
+                for transport in machine.virtio:
+                    transport.go_on()
+        finally:  # whatever failed, the guest is not held for good
+            machine._run.release("freeze")
 
 
 def restore(machine: Machine, image: Image) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 
@@ -89,7 +90,7 @@ class Sandbox(Session):
         policy = network if isinstance(network, NetworkPolicy) else None
         if policy is None and network not in ("none", "user"):
             raise ConfigError("network", network, "must be none, user or a NetworkPolicy")
-        if not room or not all(c.isascii() and (c.isalnum() or c == "%") for c in room):
+        if not re.fullmatch(r"[0-9]{1,12}[kKmMgG%]?", room):
             raise ConfigError("room", room, "must be a size, e.g. 75% or 256M")
         found = guest.find_image(image)
         shares = _shares(mounts or {})
