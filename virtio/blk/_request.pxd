@@ -4,22 +4,35 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmm._fastpath cimport DescChain, iovec
 
+cdef extern from "<linux/virtio_blk.h>" nogil:
+    enum:
+        T_IN "VIRTIO_BLK_T_IN"
+        T_OUT "VIRTIO_BLK_T_OUT"
+        T_FLUSH "VIRTIO_BLK_T_FLUSH"
+        T_GET_ID "VIRTIO_BLK_T_GET_ID"
+        T_DISCARD "VIRTIO_BLK_T_DISCARD"
+        T_WRITE_ZEROES "VIRTIO_BLK_T_WRITE_ZEROES"
+        S_OK "VIRTIO_BLK_S_OK"
+        S_IOERR "VIRTIO_BLK_S_IOERR"
+        S_UNSUPP "VIRTIO_BLK_S_UNSUPP"
+        ID_BYTES "VIRTIO_BLK_ID_BYTES"
+        VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES
+        RANGE_UNMAP "VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP"
+    struct virtio_blk_outhdr:
+        uint32_t type
+        uint64_t sector
+    struct virtio_blk_discard_write_zeroes:
+        uint64_t sector
+        uint32_t num_sectors
+        uint32_t flags
+
 cdef enum:
-    T_IN = 0
-    T_OUT = 1
-    T_FLUSH = 4
-    T_GET_ID = 8
-    T_DISCARD = 11
-    T_WRITE_ZEROES = 13
-    S_OK = 0
-    S_IOERR = 1
-    S_UNSUPP = 2
-    F_FLUSH = 1 << 9
-    F_DISCARD = 1 << 13
-    F_WRITE_ZEROES = 1 << 14
-    HEADER_BYTES = 16
+    F_FLUSH = 1 << VIRTIO_BLK_F_FLUSH
+    F_DISCARD = 1 << VIRTIO_BLK_F_DISCARD
+    F_WRITE_ZEROES = 1 << VIRTIO_BLK_F_WRITE_ZEROES
+    HEADER_BYTES = sizeof(virtio_blk_outhdr)
+    RANGE_BYTES = sizeof(virtio_blk_discard_write_zeroes)
     SECTOR = 512
-    ID_BYTES = 20
     MAX_DISCARD = 1 << 22           # sectors of one request
     MAX_WRITE_ZEROES = 1 << 17      # sectors of one request; fewer: writing zeroes may block the worker
     PIECE = 1 << 22                 # bytes; a longer request is done in pieces and can be stopped between two

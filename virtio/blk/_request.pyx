@@ -18,21 +18,12 @@ cdef extern from *:
     #include <sys/ioctl.h>
     #include <sys/uio.h>
     #include <unistd.h>
-    struct blk_header { uint32_t type, reserved; uint64_t sector; };                /* virtio 1.2 §5.2.6 */
-    struct blk_range { uint64_t sector; uint32_t sectors, flags; };
     static const _Alignas(4096) uint8_t zeroes[1 << 16];
     static inline int discard_device(int fd, uint64_t start, uint64_t length) {
         uint64_t range[2] = { start, length };
         return ioctl(fd, BLKDISCARD, range);
     }
     """
-    struct blk_header:
-        uint32_t type
-        uint64_t sector
-    struct blk_range:
-        uint64_t sector
-        uint32_t sectors
-        uint32_t flags
     const void *zeroes
     int discard_device(int fd, uint64_t start, uint64_t length) noexcept nogil
 
@@ -53,8 +44,6 @@ cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **p, size_t alignment, size_t size)
 
 cdef enum:
-    RANGE_BYTES = 16
-    RANGE_UNMAP = 1
     NO_TYPE = 0xffff_ffff
     ZEROES = 1 << 16        # bytes per write if the file system cannot zero
     BOUNCE = 1 << 20        # bytes copied at a time if direct I/O refuses the guest's buffers
@@ -85,8 +74,8 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
     cdef iovec *last
     cdef uint32_t n_out = chain.n_readable
     cdef uint64_t room, sectors
-    cdef blk_header header
-    cdef blk_range part
+    cdef virtio_blk_outhdr header
+    cdef virtio_blk_discard_write_zeroes part
     r.type = NO_TYPE
     r.status = NULL
     r.offset = r.length = 0
@@ -128,10 +117,10 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
         r.unmap = part.flags & RANGE_UNMAP != 0
         if part.flags & ~<uint32_t>RANGE_UNMAP or (r.unmap and header.type == T_DISCARD):
             return S_UNSUPP                 # §5.2.6.2
-        if disk.read_only or part.sectors > <uint32_t>(MAX_DISCARD if header.type == T_DISCARD else MAX_WRITE_ZEROES):
-            return S_IOERR
         header.sector = part.sector
-        sectors = part.sectors
+        sectors = part.num_sectors
+        if disk.read_only or sectors > <uint32_t>(MAX_DISCARD if header.type == T_DISCARD else MAX_WRITE_ZEROES):
+            return S_IOERR
         r.length = sectors * SECTOR
     else:
         return S_UNSUPP
