@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from *:
     """
+    #include <linux/virtio_ring.h>
     #include <stdint.h>
     /* The guest may write its memory at any time. Access it only through these functions: they keep the compiler
        from tearing an access or loading twice. On x86 only the full fence costs an instruction. */
@@ -23,9 +24,8 @@ cdef extern from *:
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
     }
     /* Copy one descriptor exactly once; the clobber keeps the compiler from reading guest memory again. */
-    struct vring_desc_copy { uint64_t addr; uint32_t len; uint16_t flags; uint16_t next; };
-    static inline void copy_desc(struct vring_desc_copy *to, const void *from) {
-        __builtin_memcpy(to, from, 16);
+    static inline void copy_desc(struct vring_desc *to, const void *from) {
+        __builtin_memcpy(to, from, sizeof *to);
         __asm__ __volatile__("" : "+r"(to) : : "memory");
     }
     """
@@ -34,12 +34,14 @@ cdef extern from *:
     void store_relaxed16(void *p, uint16_t v) noexcept nogil
     void store_release16(void *p, uint16_t v) noexcept nogil
     void fence_seq_cst() noexcept nogil
-    struct vring_desc_copy:     # virtio 1.2 §2.7.5
+    struct vring_desc:          # virtio 1.2 §2.7.5
         uint64_t addr
         uint32_t len
         uint16_t flags
         uint16_t next
-    void copy_desc(vring_desc_copy *to, const void *source) noexcept nogil
+    void copy_desc(vring_desc *to, const void *source) noexcept nogil
+    enum: VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT, VRING_USED_F_NO_NOTIFY
+    enum: VRING_AVAIL_F_NO_INTERRUPT
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -110,9 +112,6 @@ cdef void queue_mute(Ring *ring) noexcept nogil
 cdef void queue_unpop(Ring *ring) noexcept nogil
 cdef bint queue_flush_call(Ring *ring) noexcept nogil   # queue_flush as a function with an address
 
-cdef enum:
-    AVAIL_F_NO_INTERRUPT = 1
-
 # Defined here so that they are inlined into every device's loop.
 
 # Return the chain `head`, with its first `written` writable bytes filled. The driver sees it after queue_flush.
@@ -136,7 +135,7 @@ cdef inline bint queue_flush(Ring *ring) noexcept nogil:
     if ring.event_idx:
         event = load_relaxed16(ring.avail + 4 + 2 * <size_t>ring.size)
         return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
-    return not load_relaxed16(ring.avail) & AVAIL_F_NO_INTERRUPT
+    return not load_relaxed16(ring.avail) & VRING_AVAIL_F_NO_INTERRUPT
 
 cdef class VirtQueue:
     cdef Ring ring

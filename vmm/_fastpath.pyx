@@ -157,12 +157,6 @@ cdef class GuestRam:
         return size
 
 
-cdef enum:
-    DESC_F_NEXT = 1
-    DESC_F_WRITE = 2
-    DESC_F_INDIRECT = 4
-    USED_F_NO_NOTIFY = 1
-
 RULES = {
     QUEUE_NOT_READY: "the queue is not ready (§4.2.2.2)",
     QUEUE_AVAIL_IDX: "avail.idx is further ahead than the queue is long (§2.7.13.3)",
@@ -183,7 +177,7 @@ RULES = {
 
 cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
     """Take the next available chain. Returns QUEUE_CHAIN, QUEUE_EMPTY, or the rule that the driver broke."""
-    cdef vring_desc_copy d
+    cdef vring_desc d
     cdef uint8_t *table = ring.desc
     cdef uint8_t *host
     cdef iovec *iov = chain.iov
@@ -210,14 +204,14 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
         return QUEUE_HEAD
     while True:
         copy_desc(&d, table + 16 * <size_t>index)
-        if d.flags & DESC_F_INDIRECT:
+        if d.flags & VRING_DESC_F_INDIRECT:
             chain.index = index
             # §2.7.5.3.2: direct descriptors may come first, and the device ignores WRITE here.
             if not ring.indirect:
                 return QUEUE_INDIRECT_OFF
             if inside_indirect:
                 return QUEUE_INDIRECT_NESTED
-            if d.flags & DESC_F_NEXT:
+            if d.flags & VRING_DESC_F_NEXT:
                 return QUEUE_INDIRECT_NEXT
             if d.len == 0 or d.len & 15 or d.len >> 4 > size:
                 return QUEUE_INDIRECT_LENGTH
@@ -238,16 +232,16 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
         total += d.len
         if total > <uint64_t>1 << 32:
             return QUEUE_TOTAL
-        if not d.flags & DESC_F_WRITE and n != n_readable:
+        if not d.flags & VRING_DESC_F_WRITE and n != n_readable:
             return QUEUE_ORDER
         if d.len:       # an empty buffer is valid and is skipped
-            if not d.flags & DESC_F_WRITE:
+            if not d.flags & VRING_DESC_F_WRITE:
                 readable = total
                 n_readable += 1
             iov[n].iov_base = host
             iov[n].iov_len = d.len
             n += 1
-        if not d.flags & DESC_F_NEXT:
+        if not d.flags & VRING_DESC_F_NEXT:
             break
         index = d.next
         if index >= table_size:
@@ -277,7 +271,7 @@ cdef bint queue_enable_notify(Ring *ring) noexcept nogil:
 cdef void queue_disable_notify(Ring *ring) noexcept nogil:
     """Tell the driver not to notify; only a hint. With EVENT_IDX, an avail_event that stays behind does the same."""
     if ring.size and not ring.event_idx:
-        store_release16(ring.used, USED_F_NO_NOTIFY)
+        store_release16(ring.used, VRING_USED_F_NO_NOTIFY)
 
 
 cdef void queue_mute(Ring *ring) noexcept nogil:
@@ -287,7 +281,7 @@ cdef void queue_mute(Ring *ring) noexcept nogil:
     if ring.event_idx:
         store_release16(ring.used + 4 + 8 * <size_t>ring.size, <uint16_t>(ring.last_avail + 0x8000))
     else:
-        store_release16(ring.used, USED_F_NO_NOTIFY)
+        store_release16(ring.used, VRING_USED_F_NO_NOTIFY)
 
 
 cdef void queue_unpop(Ring *ring) noexcept nogil:
