@@ -40,27 +40,36 @@ cdef extern from "<sys/uio.h>" nogil:
     ssize_t readv(int fd, const iovec *iov, int count)
     ssize_t writev(int fd, const iovec *iov, int count)
 
+cdef extern from "<linux/if_ether.h>" nogil:
+    enum: ETH_HEADER "ETH_HLEN"
+
+cdef extern from "<linux/virtio_net.h>" nogil:
+    struct virtio_net_hdr:
+        pass
+    struct virtio_net_hdr_mrg_rxbuf:
+        pass
+    enum: VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF
+    enum: NEEDS_CSUM "VIRTIO_NET_HDR_F_NEEDS_CSUM"
+
 cdef enum:
     TO_MMDS = -1                # a verdict in addition to the policy's
     RX = 0
     TX = 1
     TOKEN_HOST = 1
-    VNET_HEADER = 12            # virtio 1.2 §5.1.6: struct virtio_net_hdr with num_buffers
-    NUM_BUFFERS = 10            # offset of num_buffers
-    ETH_HEADER = 14
+    VNET_HEADER = sizeof(virtio_net_hdr_mrg_rxbuf)
+    NUM_BUFFERS = sizeof(virtio_net_hdr)    # offset of num_buffers, which follows it
     FRAME_MAX = 65535 + ETH_HEADER + 4
     UIO_MAXIOV = 1024
     PARTS = UIO_MAXIOV - 1      # iovecs of a chain, beside one of our own
     RX_IOV = UIO_MAXIOV - 2     # iovecs of the held chains, beside the scrap byte and a pcap record's head
-    NEEDS_CSUM = 1              # VIRTIO_NET_HDR_F_NEEDS_CSUM
     DETOUR_HEAD = VNET_HEADER + 42  # bytes of a frame that show its destination: up to an ARP packet for IPv4
     ANSWER_MAX = ETH_HEADER + 1500
     SERVICES = 2                # a place in NetWorker.resume only
     HELD = 256                  # most RX chains taken in advance
     BUDGET = 64                 # frames in one direction before the other has its turn
     LEAST_NS = 5_000_000        # longest wait for buffers for the largest frame, before fewer are used
-    F_MRG_RXBUF = 1 << 15
-    F_MQ = 1 << 22
+    F_MRG_RXBUF = 1 << VIRTIO_NET_F_MRG_RXBUF
+    F_MQ = 1 << VIRTIO_NET_F_MQ
 
 # An RX chain taken from the ring and not yet returned.
 cdef struct Held:
