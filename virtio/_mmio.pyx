@@ -26,11 +26,10 @@ cdef extern from *:
     int mmio_fd(const int *p) noexcept nogil
     void mmio_set_fd(int *p, int fd) noexcept nogil
 
+cdef extern from "<linux/virtio_mmio.h>" nogil:
+    enum: VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_CONFIG
+
 cdef enum:
-    MMIO_QUEUE_NOTIFY = 0x050
-    MMIO_INTERRUPT_STATUS = 0x060
-    MMIO_INTERRUPT_ACK = 0x064
-    MMIO_CONFIG = 0x100
     PAGE = 4096
 
 
@@ -42,16 +41,16 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
         return ACCESS_PYTHON
     if is_write:
         memcpy(&value, data, 4)
-        if offset == MMIO_INTERRUPT_ACK:
+        if offset == VIRTIO_MMIO_INTERRUPT_ACK:
             mmio_and32(registers.call.status, ~value)
             return ACCESS_DONE
-        if offset == MMIO_QUEUE_NOTIFY and value < MAX_QUEUES:
+        if offset == VIRTIO_MMIO_QUEUE_NOTIFY and value < MAX_QUEUES:
             fd = mmio_fd(&registers.notify[value])
             if fd >= 0:
                 counter_add(&registers.notified, 1)
                 eventfd_write(fd, 1)
                 return ACCESS_DONE
-    elif offset == MMIO_INTERRUPT_STATUS:
+    elif offset == VIRTIO_MMIO_INTERRUPT_STATUS:
         value = mmio_load32(registers.call.status)
         memcpy(data, &value, 4)
         return ACCESS_DONE
@@ -72,7 +71,7 @@ cdef class MmioRegisters(NativeDevice):
         self.page = &view[0]
         self.interrupt = Interrupt(owner)
         self.interrupt.page = self.mapping      # a device's thread may outlive this object
-        self.interrupt.call.status = <uint32_t *>(self.page + MMIO_INTERRUPT_STATUS)
+        self.interrupt.call.status = <uint32_t *>(self.page + VIRTIO_MMIO_INTERRUPT_STATUS)
         self.registers.call = &self.interrupt.call
         for queue in range(MAX_QUEUES):
             self.registers.notify[queue] = -1
@@ -91,13 +90,13 @@ cdef class MmioRegisters(NativeDevice):
 
     def show(self, uint32_t offset, uint32_t value):
         """Show `value` in the register at `offset` (bytes); InterruptStatus is ignored."""
-        if offset <= PAGE - 4 and not offset & 3 and offset != MMIO_INTERRUPT_STATUS:
+        if offset <= PAGE - 4 and not offset & 3 and offset != VIRTIO_MMIO_INTERRUPT_STATUS:
             (<volatile_u32 *>(self.page + offset))[0] = value
 
     def show_config(self, const uint8_t[::1] config):
         """Show `config` as the configuration space."""
-        if 0 < config.shape[0] <= PAGE - MMIO_CONFIG:
-            memcpy(self.page + MMIO_CONFIG, &config[0], config.shape[0])
+        if 0 < config.shape[0] <= PAGE - VIRTIO_MMIO_CONFIG:
+            memcpy(self.page + VIRTIO_MMIO_CONFIG, &config[0], config.shape[0])
 
     def set_notify(self, int queue, int fd):
         """Make a QueueNotify write for `queue` signal the eventfd `fd` (borrowed); -1: Python handles the write."""
