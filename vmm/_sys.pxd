@@ -14,7 +14,7 @@ cdef extern from *:
         clock_gettime(clock, &t);
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
-    /* A large table, of which few pages will be touched. malloc would fill it with zeros where a table before it was. */
+    /* A large table, of which few pages are touched. malloc would fill it with zeros where a table before it was. */
     static inline void *table_alloc(size_t size) {
     #ifdef __SANITIZE_ADDRESS__
         return calloc(1, size);
@@ -41,7 +41,7 @@ cdef extern from *:
             ((uint64_t *)to)[i] = counter_read((const uint64_t *)from + i);
     }
     """
-    enum: CLOCK_MONOTONIC, CLOCK_REALTIME
+    enum: CLOCK_MONOTONIC, CLOCK_MONOTONIC_COARSE, CLOCK_REALTIME
     uint64_t clock_ns(int clock) noexcept nogil
     void *table_alloc(size_t size) noexcept nogil           # zeros; NULL: the host has no memory left
     void table_free(void *table, size_t size) noexcept nogil

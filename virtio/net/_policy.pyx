@@ -12,7 +12,7 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
-from vmm._sys cimport counter_add, counter_read, counters_read
+from vmm._sys cimport CLOCK_MONOTONIC_COARSE, clock_ns, counter_add, counter_read, counters_read
 
 # A network and a range of ports. IPv4 addresses are mapped to ::ffff:0:0/96. Both halves are in host byte order.
 cdef struct Rule:
@@ -43,12 +43,6 @@ cdef extern from *:
     """
     #include <sched.h>
     #include <stdint.h>
-    #include <time.h>
-    static inline uint64_t policy_ms(void) {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
-        return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-    }
     /* The reader's store to `reading` must be visible before its load of the table, and the writer's store of the table
        before its load of `reading`. Hence SEQ_CST. */
     #define policy_enter(reading) __atomic_fetch_add(reading, 1, __ATOMIC_SEQ_CST)
@@ -63,7 +57,6 @@ cdef extern from *:
             sched_yield();
     }
     """
-    uint64_t policy_ms() noexcept nogil
     uint64_t policy_enter(uint64_t *reading) noexcept nogil
     uint64_t policy_leave(uint64_t *reading) noexcept nogil
     Table *policy_table(Table **table) noexcept nogil
@@ -82,6 +75,8 @@ cdef enum:
     TCP = 6
     UDP = 17
     ICMPV6 = 58
+    MILLISECOND = 1_000_000
+    SECOND = 1_000_000_000
     # Seconds since the last frame for which a flow other than TCP may continue after its address expired (as in
     # nf_conntrack).
     STREAM_SECONDS = 180
@@ -153,7 +148,7 @@ cdef class Policy:
         After that, new connections are refused. Open TCP connections continue, and so do other flows that had a frame
         within the last three minutes. At most `MOST_LEARNED` addresses are kept; the least recently used go first.
         """
-        cdef uint64_t now = policy_ms() // 1000
+        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
         cdef dict known = {entry[:3]: entry[3:] for entry in self._learned_now()}
         for address, first, last in entries:
             if len(address) != 16:
@@ -169,7 +164,7 @@ cdef class Policy:
 
     def learned(self):
         """The learned addresses: a list of ``(address, first, last, seconds left)``; 0: only for open flows."""
-        cdef uint64_t now = policy_ms() // 1000
+        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
         return [(address, first, last, max(0, until - now)) for address, first, last, until, _ in self._learned_now()]
 
     def allows(self, bytes address, uint32_t port=0):
@@ -374,7 +369,7 @@ cdef class Policy:
                 first = middle + 1
             else:
                 last = middle
-        now = policy_ms() // 1000
+        now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
         for i in range(first, table.n_learned):
             each = &table.learned[i]
             if each.high != high or each.low != low:
@@ -395,7 +390,7 @@ cdef class Policy:
 
     cdef bint may_tell(self) noexcept nogil:
         # Rate limit: whether Python may look at this dropped frame. TELLS at once, then one every TELL_EVERY.
-        cdef uint64_t now = policy_ms()
+        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // MILLISECOND
         cdef uint64_t more = (now - self.filled) // TELL_EVERY
         if more:
             self.tokens = min(<uint64_t>TELLS, self.tokens + more)
