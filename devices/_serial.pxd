@@ -3,10 +3,9 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmm._bus cimport NativeDevice
+from vmm._sys cimport pthread_mutex_t
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
     ctypedef struct pthread_cond_t:
         pass
 

@@ -15,13 +15,11 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from vmm._bus cimport ACCESS_DONE, NativeDevice
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns
+from vmm._sys cimport (
+    CLOCK_MONOTONIC, clock_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
 
 cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_init(pthread_mutex_t *m, void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *m)
-    int pthread_mutex_lock(pthread_mutex_t *m)
-    int pthread_mutex_unlock(pthread_mutex_t *m)
     int pthread_cond_init(pthread_cond_t *c, void *attributes)
     int pthread_cond_destroy(pthread_cond_t *c)
     int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)

@@ -18,7 +18,10 @@ from vmm._uring cimport (
     uring_seen, uring_submit,
 )
 from virtio._worker cimport SERVE_STALLED, QueueWorker
-from vmm._sys cimport counter_add, counters_read, table_alloc, table_free
+from vmm._sys cimport (
+    counter_add, counters_read, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+    table_alloc, table_free,
+)
 from vmm._fastpath cimport (
     QUEUE_CHAIN, Ring, iovec, load_relaxed16, queue_add_used, queue_pop, queue_unpop, store_release16,
 )
@@ -26,7 +29,6 @@ from vmm._fastpath cimport (
 cdef extern from *:
     """
     #include <fcntl.h>
-    #include <pthread.h>
     #include <sys/uio.h>
     #include <unistd.h>
     static inline int flag_set(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
@@ -48,13 +50,6 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum: EPOLLIN
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t *lock, void *attributes)
-    int pthread_mutex_lock(pthread_mutex_t *lock)
-    int pthread_mutex_unlock(pthread_mutex_t *lock)
 
 cdef enum:
     TOKEN_RING = 1

@@ -2,7 +2,7 @@
 # The DAX window of a share: host files mapped into guest physical memory (virtio 1.2 §5.11.6.4).
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-from virtio.fs._inodes cimport pthread_mutex_t
+from vmm._sys cimport pthread_mutex_t
 
 cdef enum:
     DAX_SHIFT = 21              # log2 of a slot; Linux maps 2 MiB at a time and takes no larger alignment

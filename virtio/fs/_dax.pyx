@@ -12,9 +12,10 @@ from libc.errno cimport EINVAL, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from virtio.fs._inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 from vmm._budget cimport FOR_OPEN, granted
-from vmm._sys cimport close, counter_add, counter_read
+from vmm._sys cimport (
+    close, counter_add, counter_read, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
 
 cdef extern from *:
     """

@@ -6,13 +6,13 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport ROOT, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from virtio.fs._inodes cimport ROOT, Node
 from virtio.fs._nodes cimport NodeOperations
 from virtio.fs._share cimport ALLOCATED, DIRENTS, IN_HEADER, MAX_WRITE, NO_OPEN, OUT_HEADER, OUT_MAX, PIECE, agreed
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
 from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
-from vmm._sys cimport counter_add
+from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
 cdef int64_t or_errno(int64_t result) noexcept nogil:

@@ -4,13 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from virtio.fs._host cimport statx
 from vmm._budget cimport Budget
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+from vmm._sys cimport pthread_mutex_t
 
 cdef enum:
     ROOT = 1                    # FUSE_ROOT_ID; this node is never forgotten

@@ -18,7 +18,7 @@ from libc.string cimport memcpy, strcmp, strlen
 
 from virtio.fs._host cimport *
 from vmm._budget cimport FOR_LOOKUP, granted
-from vmm._sys cimport counter_add
+from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 from vmm.budget import memory
 

@@ -2,7 +2,8 @@
 # The table of a share: nodes (files that the guest knows) and handles (files that it has open).
 from libc.stdint cimport uint32_t, uint64_t
 
-from virtio.fs._inodes cimport Inodes, Node, pthread_mutex_t
+from virtio.fs._inodes cimport Inodes, Node
+from vmm._sys cimport pthread_mutex_t
 
 cdef enum Kind:
     FILE = 1

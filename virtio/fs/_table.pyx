@@ -5,8 +5,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from virtio.fs._host cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY
-from virtio.fs._inodes cimport ROOT, Inodes, Node, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
-from vmm._sys cimport close, counter_add
+from virtio.fs._inodes cimport ROOT, Inodes, Node
+from vmm._sys cimport close, counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
 cdef enum:

@@ -11,14 +11,16 @@ from libc.string cimport memcpy, memset
 from virtio.fs._host cimport fs_store
 from virtio.fs._ops cimport HAND_OVER, Server, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, Counters, Share
-from virtio.fs._inodes cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from virtio.fs._fuse cimport fuse_in_header
 from virtio._limiter cimport RateLimiter
 from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
 from vmm._iov cimport iov_gather
-from vmm._sys cimport close, counter_add, counters_read, eventfd_write, table_alloc, table_free
+from vmm._sys cimport (
+    close, counter_add, counters_read, eventfd_write, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, table_alloc, table_free,
+)
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
