@@ -3,20 +3,7 @@
 """Interrupts from a device to its driver: an edge for each queue, and virtio-mmio's InterruptStatus."""
 from libc.stdint cimport uint32_t
 
-from vmm._sys cimport eventfd_write
-
-cdef extern from *:
-    """
-    #include <stdint.h>
-    static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
-    static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
-    static inline void or32(uint32_t *p, uint32_t v) { __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
-    static inline void and32(uint32_t *p, uint32_t v) { __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
-    """
-    uint32_t load32(const uint32_t *p) noexcept nogil
-    void store32(uint32_t *p, uint32_t v) noexcept nogil
-    void or32(uint32_t *p, uint32_t v) noexcept nogil
-    void and32(uint32_t *p, uint32_t v) noexcept nogil
+from vmm._sys cimport and32, eventfd_write, load32, or32, store32
 
 cdef enum:
     INTERRUPT_USED = 1

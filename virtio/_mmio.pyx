@@ -9,20 +9,16 @@ from libc.string cimport memcpy
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, NativeDevice
 
 from virtio._interrupt cimport MAX_QUEUES, Interrupt
-from vmm._sys cimport counter_add, counter_read, eventfd_write
+from vmm._sys cimport and32, counter_add, counter_read, eventfd_write, load32
 
 cdef extern from *:
     """
     #include <stdint.h>
     typedef volatile uint32_t volatile_u32;
-    static inline uint32_t mmio_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline int mmio_fd(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static inline void mmio_set_fd(int *p, int fd) { __atomic_store_n(p, fd, __ATOMIC_RELAXED); }
-    static inline void mmio_and32(uint32_t *p, uint32_t v) { __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
     """
     ctypedef uint32_t volatile_u32
-    uint32_t mmio_load32(const uint32_t *p) noexcept nogil
-    void mmio_and32(uint32_t *p, uint32_t v) noexcept nogil
     int mmio_fd(const int *p) noexcept nogil
     void mmio_set_fd(int *p, int fd) noexcept nogil
 
@@ -42,7 +38,7 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
     if is_write:
         memcpy(&value, data, 4)
         if offset == VIRTIO_MMIO_INTERRUPT_ACK:
-            mmio_and32(registers.call.status, ~value)
+            and32(registers.call.status, ~value)
             return ACCESS_DONE
         if offset == VIRTIO_MMIO_QUEUE_NOTIFY and value < MAX_QUEUES:
             fd = mmio_fd(&registers.notify[value])
@@ -51,7 +47,7 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
                 eventfd_write(fd, 1)
                 return ACCESS_DONE
     elif offset == VIRTIO_MMIO_INTERRUPT_STATUS:
-        value = mmio_load32(registers.call.status)
+        value = load32(registers.call.status)
         memcpy(data, &value, 4)
         return ACCESS_DONE
     return ACCESS_PYTHON

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Host calls that several Cython loops share.
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef extern from *:
     """
@@ -40,6 +40,11 @@ cdef extern from *:
         for (size_t i = 0; i < size / sizeof(uint64_t); i++)
             ((uint64_t *)to)[i] = counter_read((const uint64_t *)from + i);
     }
+    /* A register that several threads change. */
+    static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline void or32(uint32_t *p, uint32_t v) { __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+    static inline void and32(uint32_t *p, uint32_t v) { __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
     """
     enum: CLOCK_MONOTONIC, CLOCK_MONOTONIC_COARSE, CLOCK_REALTIME
     uint64_t clock_ns(int clock) noexcept nogil
@@ -49,6 +54,10 @@ cdef extern from *:
     void counter_add(uint64_t *counter, int64_t n) noexcept nogil
     uint64_t counter_read(const uint64_t *counter) noexcept nogil
     void counters_read(void *to, const void *source, size_t size) noexcept nogil    # a struct or array of them
+    uint32_t load32(const uint32_t *p) noexcept nogil
+    void store32(uint32_t *p, uint32_t v) noexcept nogil
+    void or32(uint32_t *p, uint32_t v) noexcept nogil
+    void and32(uint32_t *p, uint32_t v) noexcept nogil
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_write(int fd, uint64_t value)
