@@ -11,7 +11,6 @@ import os
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.string cimport memcpy
 
 from virtio.vsock._conns cimport (
     BUFFER, CONNECTING, CONNECTIONS, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN,
@@ -30,7 +29,7 @@ from virtio.vsock._sockets cimport FIRST_HOST_PORT, RETRY, SECOND, TICK, TOKEN_L
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER
 from vmm._budget cimport FOR_OPEN, granted
 from vmm._fastpath cimport QUEUE_CHAIN, QUEUE_EMPTY, DescChain, load_acquire16, queue_add_used, queue_flush, queue_pop
-from vmm._iov cimport iov_gather, iov_part, iov_scatter
+from vmm._iov cimport copy_once, iov_gather, iov_part, iov_scatter
 from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add
 from vmm.budget import memory
 
@@ -411,8 +410,8 @@ cdef class VsockWorker(VsockRx):
         for i in range(count):
             at = (c.start + c.used) % c.size
             room = min(<uint32_t>chain.iov[i].iov_len, c.size - at)
-            memcpy(c.buffer + at, chain.iov[i].iov_base, room)
-            memcpy(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
+            copy_once(c.buffer + at, chain.iov[i].iov_base, room)
+            copy_once(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
             c.used += <uint32_t>chain.iov[i].iov_len
 
     cdef void guest_shutdown(self, Conn *c, uint32_t flags) noexcept nogil:
