@@ -73,3 +73,20 @@ cdef inline uint32_t iov_part(const iovec *iov, uint32_t count, size_t skip, siz
         size -= length
         skip = 0
     return n
+
+
+cdef inline void iov_cut(iovec **iov, uint32_t *count, size_t size) noexcept nogil:
+    # Remove the first `size` bytes of the buffers, which must hold that many.
+    while count[0] and size >= iov[0].iov_len:
+        size -= iov[0].iov_len
+        iov[0] += 1
+        count[0] -= 1
+    if size:
+        iov[0].iov_base = <uint8_t *>iov[0].iov_base + size
+        iov[0].iov_len -= size
+
+
+cdef inline void iov_take(void *to, iovec **iov, uint32_t *count, size_t size) noexcept nogil:
+    # Copy the first `size` bytes of the buffers and remove them. The buffers must hold that many.
+    iov_gather(iov[0], count[0], 0, to, size)
+    iov_cut(iov, count, size)

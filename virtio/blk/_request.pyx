@@ -6,7 +6,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vmm._fastpath cimport DescChain, iovec
-from vmm._iov cimport iov_gather, iov_part, iov_scatter
+from vmm._iov cimport iov_cut, iov_gather, iov_part, iov_scatter, iov_take
 
 cdef extern from *:
     """
@@ -51,23 +51,6 @@ cdef enum:
 
 # Validation
 
-cdef inline void take(void *to, iovec **data, uint32_t *count, size_t size) noexcept nogil:
-    # Copy the first `size` bytes of the buffers and remove them. The buffers must hold that many.
-    iov_gather(data[0], count[0], 0, to, size)
-    cut(data, count, size)
-
-
-cdef inline void cut(iovec **data, uint32_t *count, size_t size) noexcept nogil:
-    # Remove the first `size` bytes of the buffers, which must hold that many.
-    while count[0] and size >= data[0].iov_len:
-        size -= data[0].iov_len
-        data[0] += 1
-        count[0] -= 1
-    if size:
-        data[0].iov_base = <uint8_t *>data[0].iov_base + size
-        data[0].iov_len -= size
-
-
 cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil:
     cdef DescChain *chain = &r.chain
     cdef iovec *out = chain.iov
@@ -90,7 +73,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
     r.count = chain.n_writable - (last.iov_len == 0)
     if chain.readable_bytes < HEADER_BYTES:
         return S_IOERR
-    take(&header, &out, &n_out, HEADER_BYTES)
+    iov_take(&header, &out, &n_out, HEADER_BYTES)
     r.type = header.type
     if header.type == T_IN or header.type == T_OUT:
         r.length = room
@@ -113,7 +96,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
             or (header.type == T_WRITE_ZEROES and features & F_WRITE_ZEROES):
         if room or chain.readable_bytes != HEADER_BYTES + RANGE_BYTES:      # max_discard_seg etc. are 1
             return S_IOERR
-        take(&part, &out, &n_out, RANGE_BYTES)
+        iov_take(&part, &out, &n_out, RANGE_BYTES)
         r.unmap = part.flags & RANGE_UNMAP != 0
         if part.flags & ~<uint32_t>RANGE_UNMAP or (r.unmap and header.type == T_DISCARD):
             return S_UNSUPP                 # §5.2.6.2
@@ -135,7 +118,7 @@ cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept no
 cdef void advance(Request *r, uint64_t done) noexcept nogil:
     r.offset += done
     r.length -= done
-    cut(&r.data, &r.count, done)
+    iov_cut(&r.data, &r.count, done)
 
 
 cdef inline int transfer(Request *r, const BlockFile *disk, int flags) noexcept nogil:
