@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from virtio._interrupt cimport Call
 from vmm._fastpath cimport DescChain, GuestRam, Ring
-from vmm._gate cimport gate
+from vmm._gate cimport gate_t
 
 cdef enum:
     MAX_WORKER_QUEUES = 8
@@ -56,7 +56,7 @@ cdef class QueueWorker:
     cdef object _on_failure
     cdef object _context
     cdef object _thread
-    cdef gate _gate                             # where the thread waits between `stop` and `start`
+    cdef gate_t _gate                           # where the thread waits between `stop` and `start`
     cdef int _epoll
     cdef int _stop_fd
     cdef int _timer

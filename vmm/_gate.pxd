@@ -52,11 +52,11 @@ cdef extern from *:
         return there;
     }
     """
-    struct gate:
+    ctypedef struct gate_t "struct gate":
         bint ended
-    int gate_init(gate *g) noexcept
-    void gate_destroy(gate *g) noexcept
-    bint gate_is_shut(gate *g) noexcept nogil
-    void gate_set(gate *g, bint shut, bint ended) noexcept nogil
-    bint gate_pass(gate *g) noexcept nogil
-    bint gate_await(gate *g, int count) noexcept nogil
+    int gate_init(gate_t *g) noexcept
+    void gate_destroy(gate_t *g) noexcept
+    bint gate_is_shut(gate_t *g) noexcept nogil
+    void gate_set(gate_t *g, bint shut, bint ended) noexcept nogil
+    bint gate_pass(gate_t *g) noexcept nogil
+    bint gate_await(gate_t *g, int count) noexcept nogil

@@ -14,7 +14,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, Bus, Range, bus_find, bus_table
-from vmm._gate cimport gate, gate_await, gate_destroy, gate_init, gate_is_shut, gate_pass, gate_set
+from vmm._gate cimport gate_await, gate_destroy, gate_init, gate_is_shut, gate_pass, gate_set, gate_t
 from vmm._sys cimport counter_add, counter_read, counters_read, name_thread
 
 from vmm.errors import KvmError
@@ -112,7 +112,7 @@ cdef enum:
 
 cdef class Gate:
     """Where a machine's vCPUs wait while they are paused. Kick them after ``shut``, so that they reach it soon."""
-    cdef gate _gate
+    cdef gate_t _gate
 
     def __cinit__(self):
         if gate_init(&self._gate):
@@ -227,7 +227,7 @@ cdef class VcpuLoop:
 
     cdef int _spin(self) noexcept nogil:
         cdef kvm_run *run = self._run
-        cdef gate *gate = NULL if self._gate is None else &self._gate._gate
+        cdef gate_t *gate = NULL if self._gate is None else &self._gate._gate
         cdef uint32_t again = 0
         if gate != NULL and gate_is_shut(gate):
             # It waits below: the access that Python has just answered is not over before the next KVM_RUN.
