@@ -355,6 +355,22 @@ def test_out_of_memory_is_told(runtime: Path) -> None:
         assert caught.value.errno == errno.ENOSPC
 
 
+def test_files_that_fill_the_memory_end_neither_the_agent_nor_the_vm(runtime: Path) -> None:
+    with Sandbox("busybox", memory="128M") as small:
+        small.run("mkdir /big; mount -t tmpfs -o size=2G big /big", check=True)
+        for size in ("1M", "4k"):
+            with pytest.raises(CommandOutOfMemory):
+                small.run(f"dd if=/dev/zero of=/big/file bs={size}", check=True)
+            assert small.run("echo alive").stdout == "alive\n"
+            small.files.remove("/big/file")
+        with pytest.raises(OSError) as caught:
+            small.files.write("/big/file", bytes(200 << 20))
+        assert caught.value.errno == errno.ENOMEM
+        small.run("rm /big/file", check=True)
+        small.files.write("/big/file", bytes(30 << 20))
+        assert small.run("cat /proc/self/oom_score_adj", user="nobody").stdout == "0\n"
+
+
 def test_copies_go_their_own_way(sandbox: Sandbox) -> None:
     sandbox.run("echo common >/tmp/word; sleep 555 &")
     copies = sandbox.fork(2)

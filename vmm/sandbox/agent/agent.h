@@ -16,6 +16,7 @@ enum {
     REQUEST_MAX = 1 << 20,
     WORDS_MAX = 8192,
     FRAME_MAX = 1 << 18,
+    RESERVE = 2048, // KiB that programs leave free, until one was killed because they have filled the memory
 };
 
 enum {
@@ -69,6 +70,7 @@ int has_read_ahead(void); // whether bytes from the host are already read, so th
 
 // boot.c
 void boot(void);
+void keep_free(int more);
 void wake(const struct request *request);
 int mount_share(const char *tag, const char *path, int read_only);
 int make_read_only(const struct request *request); // -1: an F_FAILED frame was sent

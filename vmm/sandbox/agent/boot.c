@@ -195,6 +195,29 @@ static void bring_network_up(void)
     close(fd);
 }
 
+static unsigned long least; // KiB that the kernel keeps free by default
+static int reserve = -1;
+
+// Keep RESERVE more free, or with 0 let the agent and commands have that. The descriptor stays open, because opening a
+// file takes memory.
+void keep_free(int more)
+{
+    char digits[24];
+    const char *text = decimal(least + (more ? RESERVE : 0), digits);
+    CALL(pwrite64, reserve, text, strlen(text), 0);
+}
+
+static void make_reserve(void)
+{
+    char text[24] = "";
+    if (slurp("/proc/sys/vm/min_free_kbytes", text, sizeof text) <= 0)
+        return;
+    for (char *at = text; *at >= '0' && *at <= '9'; at++)
+        least = least * 10 + (unsigned long)(*at - '0');
+    reserve = open_file(AT_FDCWD, "/proc/sys/vm/min_free_kbytes", O_WRONLY, 0);
+    keep_free(1);
+}
+
 void boot(void)
 {
     struct stat status;
@@ -211,6 +234,7 @@ void boot(void)
     spit("/proc/sys/fs/protected_hardlinks", "1");
     spit("/proc/sys/fs/protected_fifos", "2");
     spit("/proc/sys/fs/protected_regular", "2");
+    make_reserve();
     char name[65];
     parameter("pyvmm.name", name, sizeof name);
     CALL(sethostname, *name ? name : "sandbox", strlen(*name ? name : "sandbox"));

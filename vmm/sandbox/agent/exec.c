@@ -122,6 +122,7 @@ static void become(void)
         CALL(dup2, child.ends[i], i);
     if (child.terminal)
         CALL(ioctl, 0, TIOCSCTTY, 0);
+    spit("/proc/self/oom_score_adj", "0"); // the agent has -999, so that its commands are killed first
     for (int i = 1; i < request->count; i++)
         if (!strncmp(request->words[i], "limit=", 6))
             limit(request->words[i] + 6);
@@ -311,6 +312,9 @@ void run(const struct request *request)
     static int signals = -1;
     int count = 0, status = 0;
     all_read = value(request, "nostdin") != NULL;
+    unsigned long before = out_of_memory();
+    if (before)
+        keep_free(free_memory() > 8 * RESERVE);
     CALL(chdir, "/");
     for (int i = 1; i < request->count; i++)
         if (!strncmp(request->words[i], "arg=", 4))
@@ -329,7 +333,6 @@ void run(const struct request *request)
     uint64_t chosen = 1ul << (SIGCHLD - 1);
     if (signals < 0)
         signals = (int)CALL(signalfd4, -1, &chosen, sizeof chosen, SFD_CLOEXEC | SFD_NONBLOCK);
-    unsigned long before = out_of_memory();
     if (begin(request, &command)) {
         skip_input(command.terminal);
         return;
@@ -369,14 +372,21 @@ void run(const struct request *request)
                 break;
         }
     }
+    int killed = WIFSIGNALED(status) ? WTERMSIG(status) == SIGKILL : WEXITSTATUS(status) == 128 + SIGKILL;
+    if (killed)
+        keep_free(0);
+    int memory = killed && out_of_memory() != before;
+    if (killed && !memory && !before)
+        keep_free(1);
     drain(&command.out, F_STDOUT);
     drain(&command.err, F_STDERR);
     struct {
         uint8_t signalled;
         uint8_t code;
         uint8_t memory;
-    } end = {WIFSIGNALED(status), (uint8_t)(WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status)), 0};
-    end.memory = (end.signalled ? end.code == SIGKILL : end.code == 128 + SIGKILL) && out_of_memory() != before;
+    } end = {
+        WIFSIGNALED(status), (uint8_t)(WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status)), (uint8_t)memory,
+    };
     send_frame(F_EXIT, &end, sizeof end, NULL, 0);
     if (gone)
         _exit(0);

@@ -130,6 +130,27 @@ static int read_file(const struct request *request, const char *path)
     return done < 0 ? -1 : 0;
 }
 
+// Whether files can take more memory. If not, the kernel would kill a program of the guest to write one.
+static int has_room(void)
+{
+    static const char name[] = "MemAvailable:";
+    char text[256];
+    if (free_memory() > 8 * RESERVE || slurp("/proc/meminfo", text, sizeof text) <= 0)
+        return 1;
+    for (char *at = text; at; at = strchr(at, '\n')) {
+        at += *at == '\n';
+        if (strncmp(at, name, sizeof name - 1))
+            continue;
+        for (at += sizeof name - 1; *at == ' '; at++)
+            continue;
+        long available = 0;
+        for (; *at >= '0' && *at <= '9'; at++)
+            available = available * 10 + (*at - '0');
+        return available > RESERVE;
+    }
+    return 1;
+}
+
 // Read all frames, even after an error.
 static int write_file(const struct request *request, const char *path)
 {
@@ -143,6 +164,8 @@ static int write_file(const struct request *request, const char *path)
         length = read_frame(&type, bytes);
         if (!length)
             break;
+        if (!error && !has_room())
+            error = ENOMEM;
         for (size_t at = 0; !error && at < length;) {
             ssize_t done = write(fd, bytes + at, length - at);
             if (done < 0)

@@ -2,6 +2,7 @@
 // The part of a C library that the agent needs: system calls, and a few functions for bytes and strings.
 #include "libc.h"
 #include <stdarg.h>
+#include <sys/sysinfo.h>
 
 static int error_number;
 
@@ -164,6 +165,13 @@ int spit(const char *path, const char *text)
     ssize_t done = write(fd, text, strlen(text));
     close(fd);
     return done < 0 ? -1 : 0;
+}
+
+unsigned long free_memory(void)
+{
+    struct sysinfo info = {0};
+    CALL(sysinfo, &info);
+    return info.freeram * info.mem_unit / 1024;
 }
 
 // long spawn_at(void *stack, void (*body)(void)) calls clone(CLONE_VM | CLONE_VFORK | SIGCHLD). Source: clone(2).

@@ -25,6 +25,7 @@ size_t join(char *to, size_t room, ...);
 char *decimal(unsigned long value, char buffer[24]);
 ssize_t slurp(const char *path, char *to, size_t room);
 int spit(const char *path, const char *text);
+unsigned long free_memory(void); // KiB, without what the kernel could reclaim
 
 int open_file(int directory, const char *path, int flags, int mode); // adds O_CLOEXEC and O_NOCTTY
 int look(int directory, const char *path, int flags, struct stat *status);

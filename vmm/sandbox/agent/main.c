@@ -105,7 +105,7 @@ static void accept_one(int listener, int signals)
         if (!child) {
             CALL(close, listener);
             CALL(close, signals);
-            spit("/proc/self/oom_score_adj", "0"); // inherited by its commands
+            spit("/proc/self/oom_score_adj", "-999"); // killed only instead of a panic; see become for its commands
             host = fd;
             serve();
         }
