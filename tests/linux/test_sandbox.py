@@ -203,6 +203,16 @@ def test_commands_share_a_connection_and_get_nothing_of_each_other(sandbox: Sand
 def test_a_connection_that_was_killed_meanwhile_is_no_loss(sandbox: Sandbox) -> None:
     with pytest.raises(SandboxGone, match="closed the connection"):
         sandbox.run("kill -9 $PPID")
+    for user in (None, "nobody"):
+        with sandbox.exec("echo $PPID; exec sleep 8765", user=user) as process:
+            parent = process.stdout.readline(10).decode()
+            sandbox.run(f"kill -9 {parent}", check=True)
+            until(lambda: "sleep 8765" not in sandbox.run("ps").stdout)  # its command ends with it
+    with sandbox.exec("echo $PPID; exec sleep 8765", keep=True) as process:
+        parent = process.stdout.readline(10).decode()
+        sandbox.run(f"kill -9 {parent}", check=True)
+        assert "sleep 8765" in sandbox.run("ps").stdout
+        sandbox.run("pkill -f 'sleep 8765'")
     with sandbox.exec("read line; kill -9 $line") as process:
         process.stdin.write(sandbox.run("echo $PPID").stdout)  # the idle one
         until(lambda: not any(channel.quiet for channel in sandbox._link._idle))

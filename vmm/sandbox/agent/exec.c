@@ -4,6 +4,7 @@
 // F_STARTED, output, F_EXIT; or F_FAILED. Without nostdin the host sends F_STDIN of length 0 before the next request.
 #include "agent.h"
 #include "libc.h"
+#include <linux/prctl.h>
 #include <sys/signalfd.h>
 #include <termios.h>
 
@@ -74,6 +75,7 @@ static void limit(const char *text)
 static struct {
     const struct request *request;
     int ends[3], terminal, error;
+    long parent;
     const char *what;
 } child;
 
@@ -131,6 +133,9 @@ static void become(void)
         (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
             CALL(setresuid, user.uid, user.uid, user.uid)))
         fail("user");
+    // End with this connection's process, also if that is killed. Changing the user would undo this.
+    if (!value(request, "keep") && (CALL(prctl, PR_SET_PDEATHSIG, SIGKILL), CALL(getppid) != child.parent))
+        _exit(127);
     // Change directory as the user, so that one without permission is refused. Default: the home directory, if it
     // exists.
     if (cwd ? CALL(chdir, cwd) : CALL(chdir, user.home) && CALL(chdir, "/"))
@@ -184,6 +189,7 @@ static int begin(const struct request *request, struct command *command)
     child.request = request;
     child.terminal = command->terminal = size != NULL;
     child.error = 0;
+    child.parent = CALL(getpid);
     if (size) {
         command->in = command->out = open_terminal(size, &other);
         child.ends[0] = child.ends[1] = child.ends[2] = other;
