@@ -86,6 +86,23 @@ def test_a_command_that_fails_says_why(
         sandbox.run(command, check=True)
 
 
+@pytest.mark.parametrize(
+    ("cwd", "user", "problem"),
+    [
+        ("/nope", "root", "does not exist in the guest"),
+        ("/etc/passwd", "root", "is no directory in the guest"),
+        ("/root", "nobody", "the command's user may not enter it"),
+        ("/" + "a" * 5000, "root", "File name too long"),
+    ],
+)
+def test_a_directory_that_is_none_is_told(sandbox: Sandbox, cwd: str, user: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=f"^cwd {cwd[:99]}.*{problem}$"):
+        sandbox.run("true", cwd=cwd, user=user)
+    bad = _pyvmm("exec", "-u", user, "-w", cwd, sandbox.name, "true")
+    assert (bad.returncode, bad.stderr.count(b"\n")) == (2, 1) and problem.encode() in bad.stderr, bad
+    assert sandbox.run(["cwd=/nope"]).exit_code == 127  # a program of this name is not taken for a directory
+
+
 def test_a_timeout_kills_what_the_command_had_started(sandbox: Sandbox) -> None:
     with pytest.raises(CommandTimeout) as caught:
         sandbox.run("echo begun; sleep 4321 & sleep 4321", timeout=0.5)

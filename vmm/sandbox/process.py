@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT = 16 << 20  # bytes of each stream that are kept
 _NOT_PERMITTED = (errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ETXTBSY, errno.EISDIR)
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
+_NO_DIRECTORY = {
+    errno.ENOENT: "does not exist in the guest",
+    errno.ENOTDIR: "is no directory in the guest",
+    errno.EACCES: "the command's user may not enter it",
+}
 
 
 class Result:
@@ -202,7 +207,10 @@ class Process(Closing):
         self._pumping = threading.Lock()
         self.stdin.closed = self.stdin.sent = not input
         self._terminal = terminal
-        self._user = next((word[5:] for word in words if isinstance(word, str) and word.startswith("user=")), "")
+        self._user, self._cwd = (
+            next((word[len(key) :] for word in words if isinstance(word, str) and word.startswith(key)), "")
+            for key in ("user=", "cwd=")
+        )
         words = [*words, *([] if input else ["nostdin=1"]), *(["quiet=1"] if quiet else [])]
         self.ended = False
         self.channel = link.take(deadline, command)
@@ -249,6 +257,8 @@ class Process(Closing):
     def _refused(self, number: int, what: str) -> None:
         if what == "user" and number == errno.EINVAL:
             raise ConfigError("user", self._user, "the guest does not have this user or group")
+        if self._cwd and what.startswith("cwd="):
+            raise ConfigError("cwd", self._cwd, _NO_DIRECTORY.get(number, os.strerror(number)))
         self._result.exit_code = 127 if number in _MISSING else 126
         if number not in (*_MISSING, *_NOT_PERMITTED):
             raise OSError(number, f"the guest cannot start it: {os.strerror(number)}", what)

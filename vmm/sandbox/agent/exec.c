@@ -139,7 +139,7 @@ static void become(void)
     // Change directory as the user, so that one without permission is refused. Default: the home directory, if it
     // exists.
     if (cwd ? CALL(chdir, cwd) : CALL(chdir, user.home) && CALL(chdir, "/"))
-        fail(cwd ? cwd : "/");
+        fail(cwd ? cwd - strlen("cwd=") : "/"); // as in the request, so that it is not taken for the program
     uint64_t none = 0;
     CALL(rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
     execute();
