@@ -17,7 +17,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -344,6 +344,32 @@ def test_root_does_not_follow_what_a_user_has_left_in_tmp(sandbox: Sandbox) -> N
     with pytest.raises(PermissionError):
         sandbox.files.write("/tmp/innocent", b"gone")
     assert "root:" in sandbox.files.read("/etc/passwd")
+    files = sandbox.files
+    sandbox.run("ln -s /root /tmp/way; mkdir /tmp/mine; echo x >/tmp/mine/file", user="nobody", check=True)
+    sandbox.run("mkdir -p /root/own/below /tmp/roots; echo y >/root/own/file; ln -s /root/own /tmp/short", check=True)
+    calls: list[Callable[[], object]] = [
+        lambda: files.write("/tmp/way/made", b""),
+        lambda: files.write("/tmp//way/./own/below/made", b""),
+        lambda: files.write("../tmp/way/own/above/made", b""),
+        lambda: files.make_dir("/tmp/way/made"),
+        lambda: files.remove("/tmp/way/own/file"),
+        lambda: files.rename("/tmp/way/own/file", "/root/own/made"),
+        lambda: files.rename("/root/own/file", "/tmp/way/own/made"),
+        lambda: files.symlink("/tmp/way/made", "/"),
+        lambda: files.chmod("/tmp/way/own/file", 0o777),
+        lambda: files.chown("/tmp/way/own/file", "nobody"),
+        lambda: files.read("/tmp/way/own/file"),
+    ]
+    for call in calls:
+        with pytest.raises(PermissionError):
+            call()
+    assert sandbox.run("cd /root; find . | sort; ls /tmp/roots").stdout == ".\n./own\n./own/below\n./own/file\n"
+    assert files.read("/tmp/mine/file") == "x\n"
+    files.write("/tmp/short/below/new/file", "by root's own link")
+    files.rename("own/below/new/file", "../tmp/roots/./file")
+    files.rename("/tmp/roots/file", "own/back")
+    assert files.read("/root/own/below/../back") == "by root's own link"
+    files.remove("/root/own/")
 
 
 def test_a_directory_is_watched(sandbox: Sandbox) -> None:

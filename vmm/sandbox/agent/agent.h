@@ -74,7 +74,7 @@ void keep_free(int more);
 void wake(const struct request *request);
 int mount_share(const char *tag, const char *path, int read_only);
 int make_read_only(const struct request *request); // -1: an F_FAILED frame was sent
-int make_parents(const char *path, int with_last);
+int make_directory(const char *path); // and those above it; an absolute path
 
 // users.c
 int find_user(const char *who, struct identity *who_is);

@@ -276,7 +276,7 @@ void wake(const struct request *request)
 
 int mount_share(const char *tag, const char *path, int read_only)
 {
-    if (make_parents(path, 1))
+    if (make_directory(path))
         return -1;
     return (int)CALL(mount, tag, path, "virtiofs", MS_NOSUID | MS_NODEV | (read_only ? MS_RDONLY : 0), NULL);
 }
@@ -288,7 +288,7 @@ int make_read_only(const struct request *request)
         const char *word = request->words[i], *path = word + strlen("writable=");
         if (strncmp(word, "writable=", strlen("writable=")))
             continue;
-        if (make_parents(path, 1) || CALL(mount, path, path, NULL, MS_BIND, NULL)) {
+        if (make_directory(path) || CALL(mount, path, path, NULL, MS_BIND, NULL)) {
             send_failed(errno, path);
             return -1;
         }

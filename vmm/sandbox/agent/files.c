@@ -24,23 +24,44 @@ struct directory_entry { // struct linux_dirent64
 
 static char bytes[FRAME_MAX];
 
-int make_parents(const char *path, int with_last)
+// Change to the directory of `path`, and return the path's last part, or NULL. This goes part by part, because only at
+// the end of a path the kernel refuses a link that another user left in a sticky directory (fs.protected_symlinks).
+static const char *enter(const char *path, int make)
 {
-    char part[4096];
-    size_t length = strlen(path);
-    if (length >= sizeof part) {
-        errno = ENAMETOOLONG;
-        return -1;
-    }
-    for (size_t i = 1; i <= length; i++) {
-        if (path[i] != '/' && !(i == length && with_last))
+    char part[256];
+    if (*path == '/' && CALL(chdir, "/"))
+        return NULL;
+    for (;;) {
+        for (; *path == '/'; path++)
             continue;
-        memcpy(part, path, i);
-        part[i] = 0;
-        if (CALL(mkdir, part, 0755) && errno != EEXIST)
-            return -1;
+        const char *end = path, *after;
+        for (; *end && *end != '/'; end++)
+            continue;
+        for (after = end; *after == '/'; after++)
+            continue;
+        if (!*after)
+            return *path ? path : ".";
+        size_t length = (size_t)(end - path);
+        if (length >= sizeof part) {
+            errno = ENAMETOOLONG;
+            return NULL;
+        }
+        memcpy(part, path, length);
+        part[length] = 0;
+        if (CALL(chdir, part) &&
+            (!make || errno != ENOENT || (CALL(mkdir, part, 0755) && errno != EEXIST) || CALL(chdir, part)))
+            return NULL;
+        path = after;
     }
-    return 0;
+}
+
+int make_directory(const char *path)
+{
+    const char *name = enter(path, 1);
+    int failed = !name || (CALL(mkdir, name, 0755) && errno != EEXIST), error = errno;
+    CALL(chdir, "/");
+    errno = error;
+    return failed ? -1 : 0;
 }
 
 static void send_entry(int directory, const char *path, const char *name, int flags)
@@ -156,8 +177,7 @@ static int write_file(const struct request *request, const char *path)
 {
     long mode = number(value(request, "mode"), -1);
     int how = O_WRONLY | O_CREAT | O_NONBLOCK | (value(request, "append") ? O_APPEND : O_TRUNC), fd = -1, error = 0;
-    if ((value(request, "parents") && make_parents(path, 0)) || (fd = open_file(AT_FDCWD, path, how, 0644)) < 0 ||
-        (mode >= 0 && CALL(fchmod, fd, mode & 07777)))
+    if ((fd = open_file(AT_FDCWD, path, how, 0644)) < 0 || (mode >= 0 && CALL(fchmod, fd, mode & 07777)))
         error = errno;
     for (size_t length;;) {
         char type;
@@ -190,6 +210,7 @@ static int watch(const char *path)
         errno = error;
         return -1;
     }
+    CALL(chdir, "/"); // so that the directory's file system can be unmounted
     uint32_t none = 0;
     send_frame(F_STARTED, &none, sizeof none, NULL, 0);
     for (;;) {
@@ -208,7 +229,18 @@ static int watch(const char *path)
     }
 }
 
-static int do_verb(const struct request *request, const char *path, const struct identity *owner)
+static int move(const char *name, const char *to, int base)
+{
+    int from = open_file(AT_FDCWD, ".", O_PATH, 0);
+    const char *new = *to != '/' && CALL(fchdir, base) ? NULL : enter(to, 0);
+    int failed = !new || CALL(renameat2, from, name, AT_FDCWD, new, 0), error = errno;
+    close(from);
+    errno = error;
+    return failed ? -1 : 0;
+}
+
+// `path` is a name in the current directory. `base` is where a relative path begins.
+static int do_verb(const struct request *request, const char *path, const struct identity *owner, int base)
 {
     const char *verb = request->words[0], *to = value(request, "to");
     if (!strcmp(verb, "read"))
@@ -228,7 +260,7 @@ static int do_verb(const struct request *request, const char *path, const struct
         return 0;
     }
     if (!strcmp(verb, "mkdir"))
-        return value(request, "parents") ? make_parents(path, 1) : (int)CALL(mkdir, path, 0755);
+        return CALL(mkdir, path, 0755) && !(errno == EEXIST && value(request, "parents")) ? -1 : 0;
     if (!strcmp(verb, "remove"))
         return remove_all(AT_FDCWD, path, 0);
     if (!strcmp(verb, "chmod"))
@@ -239,7 +271,7 @@ static int do_verb(const struct request *request, const char *path, const struct
         errno = EINVAL;
         return -1;
     }
-    return (int)(!strcmp(verb, "rename") ? CALL(renameat2, AT_FDCWD, path, AT_FDCWD, to, 0) : CALL(symlink, to, path));
+    return !strcmp(verb, "rename") ? move(path, to, base) : (int)CALL(symlink, to, path);
 }
 
 static int act_as(const struct identity *who)
@@ -275,10 +307,13 @@ int serve_files(const struct request *request)
     if (bad)
         errno = EINVAL;
     CALL(chdir, !bad && who ? user.home : "/root"); // the base of a relative path
+    int base = open_file(AT_FDCWD, ".", O_PATH, 0);
     if (!bad && who && act_as(&user)) {
         bad = 1;
         what = who;
     }
+    const char *name = bad ? NULL : enter(path, value(request, "parents") != NULL);
+    bad = !name;
     int failed, error;
     if (bad && !strcmp(request->words[0], "write")) {
         error = errno;
@@ -286,13 +321,15 @@ int serve_files(const struct request *request)
             continue;
         failed = 1;
     } else {
-        failed = bad || do_verb(request, path, &owner);
+        failed = bad || do_verb(request, name, &owner, base);
         error = errno;
     }
     if (who) {
         CALL(setresuid, -1, 0, -1);
         act_as(&root);
     }
+    close(base);
+    CALL(chdir, "/");
     if (failed)
         send_failed(error, what);
     else
