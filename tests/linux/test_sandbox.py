@@ -90,7 +90,7 @@ def test_a_command_that_fails_says_why(
     ("cwd", "user", "problem"),
     [
         ("/nope", "root", "does not exist in the guest"),
-        ("/etc/passwd", "root", "is no directory in the guest"),
+        ("/etc/passwd", "root", "is not a directory in the guest"),
         ("/root", "nobody", "the command's user may not enter it"),
         ("/" + "a" * 5000, "root", "File name too long"),
     ],

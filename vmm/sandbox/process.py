@@ -26,7 +26,7 @@ _NOT_PERMITTED = (errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ETXTBSY, errno
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
 _NO_DIRECTORY = {
     errno.ENOENT: "does not exist in the guest",
-    errno.ENOTDIR: "is no directory in the guest",
+    errno.ENOTDIR: "is not a directory in the guest",
     errno.EACCES: "the command's user may not enter it",
 }
 
