@@ -66,9 +66,8 @@ def find() -> list[Running]:
         own = sandboxes.pop(pid, [])
         for each in own:
             kind = seen.kind if seen.kind == "sandbox" else "python"
-            name = str(each["name"])
-            state = "ended" if registry.why_ended(name) else seen.state
-            found.append(seen._replace(name=name, image=str(each["image"]), kind=kind, state=state))
+            state = "ended" if each["ended"] else seen.state
+            found.append(seen._replace(name=str(each["name"]), image=str(each["image"]), kind=kind, state=state))
         if not own:
             found.append(seen)
     return sorted(found)

@@ -97,7 +97,10 @@ def check(name: str) -> None:
 
 
 def all_running() -> list[dict[str, Any]]:
-    """What each sandbox told of itself, with its ``name``; what a killed one has left is removed."""
+    """What each sandbox told of itself, with its ``name`` and, in ``ended``, why it has ended, or empty.
+
+    What a killed one has left is removed.
+    """
     found = []
     directory = root()
     for name in sorted(os.listdir(directory)):
@@ -105,7 +108,7 @@ def all_running() -> list[dict[str, Any]]:
         if _is_held(path):
             try:
                 with open(os.path.join(path, "about.json"), encoding="utf-8") as file:
-                    found.append({**json.load(file), "name": name})
+                    found.append({**json.load(file), "name": name, "ended": _told(path)})
             except (OSError, ValueError):
                 pass  # it begins, or ends
         else:
@@ -116,11 +119,7 @@ def all_running() -> list[dict[str, Any]]:
 def why_ended(name: str) -> str:
     """Why the sandbox of that name has ended; empty: it runs."""
     path = os.path.join(root(), name)
-    try:
-        with open(os.path.join(path, _ENDED), encoding="utf-8") as file:
-            return file.read() or "the sandbox has ended"
-    except FileNotFoundError:
-        return "" if _is_held(path) else "the sandbox was closed, or its process has ended"
+    return _told(path) or ("" if _is_held(path) else "the sandbox was closed, or its process has ended")
 
 
 def about(name: str) -> dict[str, Any]:
@@ -132,8 +131,8 @@ def about(name: str) -> dict[str, Any]:
     found = all_running()
     for each in found:
         if each["name"] == name:
-            if why := why_ended(name):
-                raise ConfigError("NAME", name, f"is not running: {why}")
+            if each["ended"]:
+                raise ConfigError("NAME", name, f"is not running: {each['ended']}")
             return each
     names = ", ".join(each["name"] for each in found) or "none"
     raise ConfigError("NAME", name, f"is not a running sandbox; running: {names}")
@@ -142,6 +141,15 @@ def about(name: str) -> dict[str, Any]:
 def socket_of(name: str) -> str:
     """The VM's socket of the sandbox of that name, whether it runs or not."""
     return os.path.join(root(), name, SOCKET)
+
+
+def _told(path: str) -> str:
+    # Why the sandbox has ended that still has this directory; empty: it has not told.
+    try:
+        with open(os.path.join(path, _ENDED), encoding="utf-8") as file:
+            return file.read() or "the sandbox has ended"
+    except FileNotFoundError:
+        return ""
 
 
 def _is_held(path: str) -> bool:
