@@ -188,11 +188,7 @@ cdef class QueueWorker:
 
     def close(self):
         """End the thread and close its file descriptors. Idempotent."""
-        self.stop()
-        if self._thread is not None:
-            gate_set(&self._gate, False, True)
-            self._thread.join()
-            self._thread = None
+        self.stop(True)
         self._close_fds()
 
     @property

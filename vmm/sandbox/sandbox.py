@@ -202,12 +202,11 @@ class Sandbox(Session):
         self._link.fail(f"the sandbox has ended: {stop}")
         self._place.tell(self._link.why)
         # Programs of other processes are connected, too, and `close` may come late or never.
-        vsock = self.machine.vsock
-        for transport in self.machine.virtio:
-            if vsock is not None and transport.device is vsock:
-                with transport.lock:
-                    transport.reset()
-                vsock.listener.close()
+        if (vsock := self.machine.vsock) is not None:
+            transport = next(each for each in self.machine.virtio if each.device is vsock)
+            with transport.lock:
+                transport.reset()
+            vsock.listener.close()
 
     def _must_run(self) -> None:
         if self._link.why:
