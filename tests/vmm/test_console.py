@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from devices._serial import Serial
 from tests.vmm.serial_guest import LSR, PATIENCE, THRE, Guest
+from tests.waiting import until
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
 from vmm.machine import console as console_module
@@ -383,10 +385,17 @@ def test_raw_output_that_nobody_takes_is_lost(guest: Guest, join: Any, pipes: An
     console.start()
     guest.write(b"x" * 300_000)
     assert comes_true(lambda: console.lost > 0)
-    while len(os.read(shown, 1 << 20)) == 1 << 16:
-        pass
-    guest.write(b"heard again")
-    assert read_until(shown, b"heard again").endswith(b"heard again")
+    os.set_blocking(shown, False)
+
+    def heard_again() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            while b"again" not in os.read(shown, 1 << 20):
+                pass
+            return True
+        guest.write(b"heard again")
+        return False
+
+    until(heard_again)
     console.close()
     assert os.get_blocking(stdout), "it is another's, and stays as it was"
 
