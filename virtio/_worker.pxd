@@ -25,25 +25,25 @@ cdef class QueueWorker:
     # Valid on the thread, from begin() to the end of finish():
     cdef GuestRam ram
     cdef Call *call                             # for interrupt_used()
-    cdef uint32_t[MAX_WORKER_QUEUES] numbers    # each queue's number in the device, by place in this worker
+    cdef uint32_t[MAX_WORKER_QUEUES] numbers    # each queue's number in the device, by slot in this worker
     cdef uint64_t features                      # as negotiated
-    cdef (Ring *)[MAX_WORKER_QUEUES] rings    # by place in this worker, not by number in the device
+    cdef (Ring *)[MAX_WORKER_QUEUES] rings    # by slot in this worker, not by number in the device
     cdef (DescChain *)[MAX_WORKER_QUEUES] chains  # scratch chain of each queue
     cdef uint32_t n_queues
-    cdef uint32_t broken                        # place of the queue whose negative status serve() or event() returned
+    cdef uint32_t broken                        # slot of the queue whose negative status serve() or event() returned
     cdef int host_errno
     cdef uint32_t events                        # EPOLL* bits of the current event()
     cdef bint in_flight                         # a device event will come: no busy polling until then
     cdef uint64_t poll_ns                       # longest busy polling before a sleep; 0: none
 
     # A subclass overrides these; all run on the thread, without the GIL.
-    cdef int serve(self, uint32_t place) noexcept nogil         # drain rings[place]
+    cdef int serve(self, uint32_t slot) noexcept nogil         # drain rings[slot]
     cdef int event(self, uint32_t token) noexcept nogil         # for one of its descriptors, or TOKEN_TIMER
     cdef void finish(self) noexcept nogil       # wait for requests in flight; no access to guest memory after it
 
     # A subclass calls these.
-    cdef int run_queue(self, uint32_t place) noexcept nogil     # serve() until empty; handles notifications
-    cdef void publish(self, uint32_t place) noexcept nogil      # show the used ring; interrupt if the driver wants one
+    cdef int run_queue(self, uint32_t slot) noexcept nogil     # serve() until empty; handles notifications
+    cdef void publish(self, uint32_t slot) noexcept nogil      # show the used ring; interrupt if the driver wants one
     cdef int watch(self, int fd, uint32_t token, uint32_t events) noexcept nogil    # add or change; -1 and errno
     cdef void unwatch(self, int fd) noexcept nogil
     cdef void wake_after(self, uint64_t nanoseconds) noexcept nogil     # one TOKEN_TIMER; 0: cancel it
@@ -62,11 +62,11 @@ cdef class QueueWorker:
     cdef int _timer
     cdef int _stop                              # atomic: 1: to stop, 2: the driver leaves, too
     cdef bint[MAX_WORKER_QUEUES] _stalled
-    cdef uint64_t[MAX_WORKER_QUEUES] _notified  # by place
-    cdef uint32_t _again                        # bit mask of the places that returned SERVE_MORE
+    cdef uint64_t[MAX_WORKER_QUEUES] _notified  # by slot
+    cdef uint32_t _again                        # bit mask of the slots that returned SERVE_MORE
     cdef uint64_t _poll_now                     # duration of the next busy polling, adaptive
     cdef void _close_fds(self) noexcept
     cdef int _must_watch(self, int fd, uint32_t token, uint32_t events) except -1
     cdef int _loop(self) noexcept nogil
-    cdef int _kicked(self, uint32_t place) noexcept nogil
+    cdef int _kicked(self, uint32_t slot) noexcept nogil
     cdef bint _look(self) noexcept nogil

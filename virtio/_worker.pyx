@@ -64,7 +64,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef enum:
     EVENTS = 32
-    TOKEN_QUEUE = 0xffff_0100       # plus the queue's place
+    TOKEN_QUEUE = 0xffff_0100       # plus the queue's slot
     TOKEN_STOP = 0xffff_0000
     POLL_LEAST_NS = 2000
 
@@ -94,7 +94,7 @@ cdef class QueueWorker:
             raise MemoryError
 
     def __init__(self, device, indices, notify_fds, on_failure, str name=None):
-        cdef uint32_t place
+        cdef uint32_t slot
         self.device = device
         self.name = name or device.name
         self.indices = tuple(indices)
@@ -108,8 +108,8 @@ cdef class QueueWorker:
         if self._epoll < 0 or self._stop_fd < 0 or self._timer < 0:
             raise OSError(errno, os.strerror(errno))
         # Edge-triggered, so the eventfds need not be read: this saves a system call for each notification.
-        for place, fd in enumerate(notify_fds):
-            self._must_watch(fd, TOKEN_QUEUE + place, EPOLLIN | EPOLLET)
+        for slot, fd in enumerate(notify_fds):
+            self._must_watch(fd, TOKEN_QUEUE + slot, EPOLLIN | EPOLLET)
         self._must_watch(self._stop_fd, TOKEN_STOP, EPOLLIN | EPOLLET)
         self._must_watch(self._timer, TOKEN_TIMER, EPOLLIN)
 
@@ -134,17 +134,17 @@ cdef class QueueWorker:
         """Serve the driver of `context`: by the thread that waits since ``stop``, or else by a new one."""
         cdef Interrupt interrupt = context.interrupt
         cdef VirtQueue queue
-        cdef uint32_t place
+        cdef uint32_t slot
         self._context = context         # keeps the queues, the memory and the interrupt
         self.ram = context.memory
         self.call = &interrupt.call
         self.features = context.features
-        for place, index in enumerate(self.indices):
+        for slot, index in enumerate(self.indices):
             queue = context.queues[index]
-            self.numbers[place] = index
-            self.rings[place] = &queue.ring
-            self.chains[place] = &queue.scratch
-            self._stalled[place] = False
+            self.numbers[slot] = index
+            self.rings[slot] = &queue.ring
+            self.chains[slot] = &queue.scratch
+            self._stalled[slot] = False
         self.poll_ns = <uint64_t>int(self.device.poll_us * 1000)
         self._poll_now = self.poll_ns
         self._again = 0
@@ -194,7 +194,7 @@ cdef class QueueWorker:
     @property
     def notified(self):
         """How often a notification from the driver woke this thread, by queue number."""
-        return {index: counter_read(&self._notified[place]) for place, index in enumerate(self.indices)}
+        return {index: counter_read(&self._notified[slot]) for slot, index in enumerate(self.indices)}
 
     def wake(self):
         """Make the thread call ``event(TOKEN_TIMER)`` soon. Any thread."""
@@ -231,27 +231,27 @@ cdef class QueueWorker:
 
     cdef int _loop(self) noexcept nogil:
         cdef epoll_event[EVENTS] events
-        cdef uint32_t token, place, again
+        cdef uint32_t token, slot, again
         cdef uint64_t expired
         cdef int count, i, status
         # No notification comes for chains made available before DRIVER_OK or while the thread was stopped.
-        for place in range(self.n_queues):
-            status = self._kicked(place)
+        for slot in range(self.n_queues):
+            status = self._kicked(slot)
             if status < 0:
                 return status
         while not self.stopping():
             if self._again:
                 again = self._again
                 self._again = 0
-                for place in range(self.n_queues):
-                    status = self._kicked(place) if again >> place & 1 else 0
+                for slot in range(self.n_queues):
+                    status = self._kicked(slot) if again >> slot & 1 else 0
                     if status < 0:
                         return status
                 count = epoll_wait(self._epoll, events, EVENTS, 0 if self._again else -1)
             elif self.poll_ns and not self.in_flight and self._look():
                 count = epoll_wait(self._epoll, events, EVENTS, 0)
-                for place in range(self.n_queues):
-                    status = 0 if self._stalled[place] else self._kicked(place)
+                for slot in range(self.n_queues):
+                    status = 0 if self._stalled[slot] else self._kicked(slot)
                     if status < 0:
                         return status
             else:
@@ -279,53 +279,53 @@ cdef class QueueWorker:
                     return status
         return 0
 
-    cdef int _kicked(self, uint32_t place) noexcept nogil:
+    cdef int _kicked(self, uint32_t slot) noexcept nogil:
         # KVM's ioeventfd also fires for queues that are not ready.
-        if self.rings[place].size == 0:
+        if self.rings[slot].size == 0:
             return 0
-        return self.run_queue(place)
+        return self.run_queue(slot)
 
     cdef bint _look(self) noexcept nogil:
         # Poll the available rings for a while before sleeping, with notifications off. The next polling is longer if
         # this one found a chain, and shorter if it did not.
         cdef uint64_t end
-        cdef uint32_t place
+        cdef uint32_t slot
         cdef Ring *ring
         cdef bint found = False
-        for place in range(self.n_queues):
-            queue_mute(self.rings[place])
+        for slot in range(self.n_queues):
+            queue_mute(self.rings[slot])
         end = clock_ns(CLOCK_MONOTONIC) + self._poll_now
         while not found and not self.stopping() and clock_ns(CLOCK_MONOTONIC) < end:
             worker_pause()
-            for place in range(self.n_queues):
-                ring = self.rings[place]
-                if ring.size and not self._stalled[place] and load_relaxed16(ring.avail + 2) != ring.last_avail:
+            for slot in range(self.n_queues):
+                ring = self.rings[slot]
+                if ring.size and not self._stalled[slot] and load_relaxed16(ring.avail + 2) != ring.last_avail:
                     found = True
-        for place in range(self.n_queues):
-            if not found and not self._stalled[place] and queue_enable_notify(self.rings[place]):
+        for slot in range(self.n_queues):
+            if not found and not self._stalled[slot] and queue_enable_notify(self.rings[slot]):
                 found = True
         self._poll_now = min(self._poll_now * 2, self.poll_ns) if found \
             else max(self._poll_now // 2, <uint64_t>POLL_LEAST_NS)
         return found
 
-    cdef int run_queue(self, uint32_t place) noexcept nogil:
-        cdef Ring *ring = self.rings[place]
+    cdef int run_queue(self, uint32_t slot) noexcept nogil:
+        cdef Ring *ring = self.rings[slot]
         cdef int status
         while True:
             queue_disable_notify(ring)
-            self.broken = place         # set before serve(), which may run another queue and find that one broken
-            status = self.serve(place)
+            self.broken = slot          # set before serve(), which may run another queue and find that one broken
+            status = self.serve(slot)
             if status < 0:
                 return status
-            self._stalled[place] = status != SERVE_EMPTY
+            self._stalled[slot] = status != SERVE_EMPTY
             if status == SERVE_MORE:
-                self._again |= <uint32_t>1 << place
+                self._again |= <uint32_t>1 << slot
             if status != SERVE_EMPTY or self.stopping() or not queue_enable_notify(ring):
                 return status
 
-    cdef void publish(self, uint32_t place) noexcept nogil:
-        if queue_flush(self.rings[place]):
-            interrupt_used(self.call, self.numbers[place])
+    cdef void publish(self, uint32_t slot) noexcept nogil:
+        if queue_flush(self.rings[slot]):
+            interrupt_used(self.call, self.numbers[slot])
 
     cdef int watch(self, int fd, uint32_t token, uint32_t events) noexcept nogil:
         if worker_ctl(self._epoll, EPOLL_CTL_ADD, fd, events, token) == 0:
@@ -346,7 +346,7 @@ cdef class QueueWorker:
 
     # Overridden by devices
 
-    cdef int serve(self, uint32_t place) noexcept nogil:
+    cdef int serve(self, uint32_t slot) noexcept nogil:
         return SERVE_EMPTY
 
     cdef int event(self, uint32_t token) noexcept nogil:

@@ -128,7 +128,7 @@ class ConsolePort:
             rest = rest[taken:]
         return True
 
-    def lose(self, count: int) -> None:
+    def count_lost(self, count: int) -> None:
         """Count `count` bytes of output that nobody took."""
         with self._change:
             self.lost += count
@@ -279,7 +279,7 @@ class Console(VirtioDevice):
         while part := chain.gather(PIECE, done):
             done += len(part)
             if not port.put(part, self.context):
-                port.lose(chain.readable_bytes - done)  # nobody takes the rest of gigabytes either
+                port.count_lost(chain.readable_bytes - done)  # nobody takes the rest of gigabytes either
                 break
         return 0
 

@@ -50,7 +50,7 @@ cdef struct BlockFile:
     bint direct             # opened with O_DIRECT
     bint unsafe             # a flush does nothing
 
-# One request. chain.iov has as many entries as the ring; judge() narrows it to the data buffers.
+# One request. chain.iov has as many entries as the ring; validate() narrows it to the data buffers.
 cdef struct Request:
     DescChain chain
     uint32_t type
@@ -65,7 +65,7 @@ cdef struct Request:
 
 # Validate the request in r.chain and set all other fields of `r`. Returns S_OK if it is to be executed, otherwise the
 # status to complete it with. Any input is allowed.
-cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil
+cdef int validate(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil
 # Execute the request, or the rest of it. Returns 0, an errno or FILE_ENDS. `dsync`: 0, or RWF_DSYNC to make each write
 # durable before it completes.
 cdef int execute(Request *r, const BlockFile *disk, int dsync) noexcept nogil

@@ -51,7 +51,7 @@ cdef enum:
 
 # Validation
 
-cdef int judge(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil:
+cdef int validate(Request *r, const BlockFile *disk, uint64_t features) noexcept nogil:
     cdef DescChain *chain = &r.chain
     cdef iovec *out = chain.iov
     cdef iovec *last

@@ -9,7 +9,7 @@ from libc.string cimport memcpy
 from virtio.blk._request cimport (
     F_FLUSH, FILE_ENDS, HEADER_BYTES, ID_BYTES, MAX_DISCARD, MAX_WRITE_ZEROES, PIECE, S_IOERR, S_OK, S_UNSUPP, SECTOR,
     T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, BlockFile, Request, advance, clear, execute,
-    execute_piece, judge, range_mode,
+    execute_piece, range_mode, validate,
 )
 from virtio._limiter cimport RateLimiter
 from vmm._uring cimport (
@@ -227,8 +227,8 @@ cdef class BlockWorker(QueueWorker):
             self.no_ring = 0
         self.dsync = 0 if self.features & F_FLUSH or self.disk.file.unsafe else RWF_DSYNC
 
-    cdef int serve(self, uint32_t place) noexcept nogil:
-        cdef Ring *ring = self.rings[place]
+    cdef int serve(self, uint32_t slot) noexcept nogil:
+        cdef Ring *ring = self.rings[slot]
         cdef Request *r
         cdef uint64_t wait
         cdef int status, refusal
@@ -243,10 +243,10 @@ cdef class BlockWorker(QueueWorker):
             status = queue_pop(ring, self.ram, &r.chain)
             if status != QUEUE_CHAIN:
                 if status < 0:
-                    self.chains[place].head = r.chain.head
-                    self.chains[place].index = r.chain.index
+                    self.chains[slot].head = r.chain.head
+                    self.chains[slot].index = r.chain.index
                 break
-            refusal = judge(r, &self.disk.file, self.features)
+            refusal = validate(r, &self.disk.file, self.features)
             if refusal == S_OK:
                 wait = self.disk.limiter.take(r.length, 1)      # also for ranges: the host may have to write them
                 if wait:
@@ -267,13 +267,13 @@ cdef class BlockWorker(QueueWorker):
                     self.idle = r
                     counter_add(&self.counters.requests, -1)
                     break
-            elif not self.by_ring or not self.hand_over(r):
+            elif not self.by_ring or not self.prepare(r):
                 self.complete(r, execute(r, &self.disk.file, self.dsync))
             if self.done + self.written >= BATCH or self.done_bytes >= BATCH_BYTES:
-                self.settle()
+                self.submit_and_reap()
             if self.stopping():
                 break
-        self.settle()
+        self.submit_and_reap()
         pthread_mutex_unlock(&self.lock)
         return status
 
@@ -290,11 +290,11 @@ cdef class BlockWorker(QueueWorker):
             failed = EIO if self.disk.generation != generation \
                 else execute_piece(r, &self.disk.file, self.dsync, self.piece_iov)
             if not failed:
-                self.settle()           # completed requests must not wait for this one
+                self.submit_and_reap()      # completed requests must not wait for this one
         self.complete(r, failed)
         return True
 
-    cdef void settle(self) noexcept nogil:
+    cdef void submit_and_reap(self) noexcept nogil:
         # Submit the prepared requests, reap the completed ones and publish those.
         if self.written:
             self.submit(0)
@@ -315,7 +315,7 @@ cdef class BlockWorker(QueueWorker):
     cdef int event(self, uint32_t token) noexcept nogil:
         if token == TOKEN_RING:
             pthread_mutex_lock(&self.lock)
-            self.settle()
+            self.submit_and_reap()
             pthread_mutex_unlock(&self.lock)
         # set_rate_limit also wakes the threads of queues that the driver does not use.
         return self.run_queue(0) if self.rings[0].size else 0
@@ -393,10 +393,10 @@ cdef class BlockWorker(QueueWorker):
 
     # By io_uring
 
-    cdef bint hand_over(self, Request *r) noexcept nogil:
-        # Submit the request to io_uring. Returns False if the caller must execute it. That includes writes to the page
-        # cache: io_uring runs those on a kernel thread, one at a time for each file, four times slower (measured; Linux
-        # 6.18, tmpfs and ext4).
+    cdef bint prepare(self, Request *r) noexcept nogil:
+        # Prepare the request for io_uring. Returns False if the caller must execute it. That includes writes to the
+        # page cache: io_uring runs those on a kernel thread, one at a time for each file, four times slower (measured;
+        # Linux 6.18, tmpfs and ext4).
         cdef io_uring_sqe *sqe
         if r.type == T_OUT and self.disk.cached and not self.dsync:
             return False
@@ -468,9 +468,9 @@ cdef class BlockWorker(QueueWorker):
             uring_seen(&self.ring)
             self.flying -= 1
             self.in_flight = self.flying != 0
-            self.complete(r, self.landed(r, result))
+            self.complete(r, self.handle_completion(r, result))
 
-    cdef int landed(self, Request *r, int32_t result) noexcept nogil:
+    cdef int handle_completion(self, Request *r, int32_t result) noexcept nogil:
         # Handle the completion `result`; the rest of a partial transfer is executed here. Returns as execute() does.
         cdef bint again = result == -EAGAIN or result == -EINTR
         if r.type == T_IN or r.type == T_OUT:

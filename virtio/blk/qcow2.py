@@ -139,11 +139,11 @@ class Qcow2(Closing):
         self._daemon: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._files = [(os.path.abspath(path), read_only)]
-        self.cluster = _judge(path, backing_file, backing_format).cluster
+        self.cluster = _read_header(path, backing_file, backing_format).cluster
         if backing_file is not None:
             self._files.append((os.path.abspath(backing_file), True))
             if backing_format == "qcow2":
-                _judge(backing_file, None, "")
+                _read_header(backing_file, None, "")
         self._directory = tempfile.mkdtemp(prefix="pyvmm-qcow2-")
         self.raw = os.path.join(self._directory, "raw")
         try:
@@ -156,7 +156,7 @@ class Qcow2(Closing):
         walled = os.geteuid() == 0
         base = "" if walled else self._directory
         ready = os.path.basename(self._directory)  # a name that the host's own root directory does not have
-        names = [f"/file{place}" if walled else name for place, (name, _) in enumerate(self._files)]
+        names = [f"/file{number}" if walled else name for number, (name, _) in enumerate(self._files)]
         node = _node("qcow2", self._files[0][0], names[0], read_only)
         if len(names) > 1:
             node["backing"] = _node(backing_format, self._files[1][0], names[1], True)
@@ -236,7 +236,7 @@ class Qcow2(Closing):
             shutil.rmtree(self._directory)
 
 
-def _judge(path: str, backing_file: str | None, backing_format: str) -> Header:
+def _read_header(path: str, backing_file: str | None, backing_format: str) -> Header:
     """Read the image's header, and return it.
 
     :raises ConfigError: the image names files that the user did not

@@ -13,7 +13,7 @@ cdef class Server(FileOperations):
     # Execute one request and write its reply. Returns the bytes written to the guest, for the used ring. HAND_OVER:
     # nothing was done, because the request would wait for the disk and may_wait is False.
     cdef uint32_t answer(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
-    cdef int64_t judge(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
+    cdef int64_t execute(self, const fuse_in_header *header, DescChain *chain) noexcept nogil
     cdef int64_t dispatch(self, const fuse_in_header *h, DescChain *chain) noexcept nogil
     cdef int64_t op_init(self) noexcept nogil
     cdef int64_t op_forget(self, uint64_t nodeid) noexcept nogil

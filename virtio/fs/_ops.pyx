@@ -74,7 +74,7 @@ cdef class Server(FileOperations):
         self.direct = False
         if self.share.window is not None:
             self.share.window.map_regrown()
-        result = self.judge(header, chain)
+        result = self.execute(header, chain)
         if result == WOULD_WAIT:
             counter_add(&self.counters.requests, -1)
             if self.direct:
@@ -95,7 +95,7 @@ cdef class Server(FileOperations):
         iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &out, OUT_HEADER)
         return out.len
 
-    cdef int64_t judge(self, const fuse_in_header *header, DescChain *chain) noexcept nogil:
+    cdef int64_t execute(self, const fuse_in_header *header, DescChain *chain) noexcept nogil:
         # Validate the request, then execute it. Returns the reply's size, -errno, NO_REPLY or WOULD_WAIT.
         cdef uint32_t opcode = header.opcode
         cdef uint64_t taken

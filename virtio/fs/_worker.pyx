@@ -192,12 +192,12 @@ cdef class FsWorker(FsThread):
 
     def __init__(self, device, indices, notify_fds, on_failure, share, backlog, name, limiter):
         super().__init__(device, indices, notify_fds, on_failure, share, backlog, name, limiter)
-        for place, index in enumerate(self.indices):
-            self.queues[place] = index
+        for slot, index in enumerate(self.indices):
+            self.queues[slot] = index
 
-    cdef int serve(self, uint32_t place) noexcept nogil:
-        cdef Ring *ring = self.rings[place]
-        cdef DescChain *chain = self.chains[place]
+    cdef int serve(self, uint32_t slot) noexcept nogil:
+        cdef Ring *ring = self.rings[slot]
+        cdef DescChain *chain = self.chains[slot]
         cdef fuse_in_header header
         cdef uint64_t wait
         cdef uint32_t written
@@ -218,12 +218,12 @@ cdef class FsWorker(FsThread):
             written = HAND_OVER if is_slow(header.opcode) else self.server.answer(&header, chain)
             if written == HAND_OVER:
                 counter_add(&self.server.counters.handed_over, 1)
-                if self.backlog.put(&header, chain, ring, self.queues[place]):
+                if self.backlog.put(&header, chain, ring, self.queues[slot]):
                     continue
                 counter_add(&self.server.counters.handed_over, -1)
                 self.server.may_wait = True
                 written = self.server.answer(&header, chain)
-            self.give_back(ring, self.queues[place], chain.head, written)
+            self.give_back(ring, self.queues[slot], chain.head, written)
         return SERVE_EMPTY
 
     def begin(self):
@@ -236,12 +236,12 @@ cdef class FsWorker(FsThread):
             self.backlog.end()
 
     cdef int event(self, uint32_t token) noexcept nogil:
-        cdef uint32_t place
+        cdef uint32_t slot
         cdef int status
         if token == TOKEN_TIMER:
-            for place in range(self.n_queues):
-                if self.rings[place].size:
-                    status = self.run_queue(place)
+            for slot in range(self.n_queues):
+                if self.rings[slot].size:
+                    status = self.run_queue(slot)
                     if status < 0:
                         return status
         return 0

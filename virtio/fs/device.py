@@ -149,9 +149,9 @@ class Fs(VirtioDevice):
         """A thread a request queue, the first with the queue of forgets too, and helpers for what waits for a disk."""
         backlog = Backlog(QUEUE_SIZE)
         groups = [(0, 1), *((index,) for index in range(2, len(notify_fds)))]
-        for place, group in enumerate(groups):
+        for number, group in enumerate(groups):
             fds = [notify_fds[index] for index in group]
-            name = f"{self.name}.{place}" if place else self.name
+            name = f"{self.name}.{number}" if number else self.name
             worker = FsWorker(self, group, fds, on_failure, self.share, backlog, name, self.limiter)
             self._workers.append(worker)
         for _ in range(max(_HELPERS, len(groups))):

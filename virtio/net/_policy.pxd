@@ -22,8 +22,8 @@ cdef enum:
 
 # The functions that the device's thread calls, with `policy` as the first argument. The Policy object outlives the
 # device's thread.
-cdef struct Judge:
+cdef struct PolicyCalls:
     void *policy
-    int (*judge)(void *policy, const uint8_t *head, uint64_t size) noexcept nogil
+    int (*check)(void *policy, const uint8_t *head, uint64_t size) noexcept nogil
     void (*count)(void *policy, int verdict, uint64_t size) noexcept nogil
     bint (*may_tell)(void *policy) noexcept nogil

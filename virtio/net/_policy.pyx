@@ -98,7 +98,7 @@ cdef class Policy:
     :raises ValueError: an address or a prefix length is out of range
 
     Loopback, multicast and broadcast addresses are never allowed. Link-local addresses need a rule for them alone, and
-    nameservers a rule for their port. Only one thread judges frames.
+    nameservers a rule for their port. Only one thread checks frames.
     """
     cdef Table *table               # replaced whole; the reader loads the pointer once
     cdef uint64_t reading           # odd while the reader has a table
@@ -113,7 +113,7 @@ cdef class Policy:
     cdef uint64_t evicted
     cdef uint64_t tokens            # token bucket of may_tell
     cdef uint64_t filled            # time of its last refill, milliseconds
-    cdef Judge _judge
+    cdef PolicyCalls _calls
 
     def __cinit__(self):
         self.table = NULL
@@ -130,7 +130,7 @@ cdef class Policy:
         memcpy(self.resolver, <const char *>resolver, 4)
         self.only_special = only_special
         self.tokens = TELLS
-        self._judge = Judge(<void *>self, call_judge, call_count, call_may_tell)
+        self._calls = PolicyCalls(<void *>self, call_check, call_count, call_may_tell)
         self._publish([*deny, *allow], len(deny), [])
 
     def __dealloc__(self):
@@ -183,19 +183,19 @@ cdef class Policy:
         return False
 
     def verdict(self, const uint8_t[::1] frame not None):
-        """Judge `frame` as if the guest had sent it, and count it: ``allowed``, ``resolver`` or one of `REASONS`."""
+        """Check `frame` as if the guest had sent it, and count it: ``allowed``, ``resolver`` or one of `REASONS`."""
         cdef uint8_t[HEAD] head
         memset(head, 0, HEAD)
         if frame.shape[0]:
             memcpy(head, &frame[0], min(<size_t>HEAD, <size_t>frame.shape[0]))
-        verdict = self.judge(head, <uint64_t>frame.shape[0])
+        verdict = self.check(head, <uint64_t>frame.shape[0])
         self.count(verdict, <uint64_t>frame.shape[0])
         return ("allowed", "resolver", *REASONS)[verdict]
 
     @property
     def pointer(self):
-        """Address of the C struct Judge, for the device's thread; valid as long as this object."""
-        return <uintptr_t>&self._judge
+        """Address of the C struct PolicyCalls, for the device's thread; valid as long as this object."""
+        return <uintptr_t>&self._calls
 
     @property
     def counters(self):
@@ -263,7 +263,7 @@ cdef class Policy:
 
     # The reader
 
-    cdef int judge(self, const uint8_t *head, uint64_t size) noexcept nogil:
+    cdef int check(self, const uint8_t *head, uint64_t size) noexcept nogil:
         # The verdict on a frame of `size` bytes. `head` is a copy of its first HEAD bytes, padded with zeros, which the
         # guest cannot change.
         cdef uint32_t kind = be16(&head[12])
@@ -274,12 +274,12 @@ cdef class Policy:
             return MALFORMED
         if kind == 0x0800:
             policy_enter(&self.reading)
-            verdict = self.judge_ipv4(&head[ETH_HEADER], size - ETH_HEADER)
+            verdict = self.check_ipv4(&head[ETH_HEADER], size - ETH_HEADER)
             policy_leave(&self.reading)
             return verdict
         if kind == 0x86dd:
             policy_enter(&self.reading)
-            verdict = self.judge_ipv6(&head[ETH_HEADER], size - ETH_HEADER)
+            verdict = self.check_ipv6(&head[ETH_HEADER], size - ETH_HEADER)
             policy_leave(&self.reading)
             return verdict
         if kind != 0x0806:
@@ -287,7 +287,7 @@ cdef class Policy:
         # ARP for Ethernet and IPv4. The other end of the link answers it, so it goes no further.
         return ALLOWED if size >= 42 and memcmp(&head[14], b"\0\1\x08\0\6\4", 6) == 0 else MALFORMED
 
-    cdef int judge_ipv4(self, const uint8_t *ip, uint64_t size) noexcept nogil:
+    cdef int check_ipv4(self, const uint8_t *ip, uint64_t size) noexcept nogil:
         cdef uint32_t whole = be16(&ip[2]), source = be32(&ip[12]), target = be32(&ip[16])
         cdef bint mine = source & self.guest_mask == self.guest
         if size < 20 or ip[0] >> 4 != 4 or ip[0] & 15 < 5 or whole < <uint32_t>(ip[0] & 15) * 4 or whole > size:
@@ -305,9 +305,9 @@ cdef class Policy:
             return TO_RESOLVER
         if is_special4(target) or memcmp(&ip[16], self.gateway, 4) == 0:
             return SPECIAL
-        return self.judge_target(0, <uint64_t>0xffff << 32 | target, ip[9], &ip[20], whole - 20)
+        return self.check_target(0, <uint64_t>0xffff << 32 | target, ip[9], &ip[20], whole - 20)
 
-    cdef int judge_ipv6(self, const uint8_t *ip, uint64_t size) noexcept nogil:
+    cdef int check_ipv6(self, const uint8_t *ip, uint64_t size) noexcept nogil:
         cdef uint64_t high = be64(&ip[24]), low = be64(&ip[32])
         cdef uint32_t payload = be16(&ip[4])
         if size < 40 or ip[0] >> 4 != 6 or 40 + payload > size:
@@ -322,9 +322,9 @@ cdef class Policy:
             return SOURCE
         if is_special6(high, low) or high >> 54 == 0x3fa:   # fe80::/10 also reaches the host
             return SPECIAL
-        return self.judge_target(high, low, ip[6], &ip[40], payload)
+        return self.check_target(high, low, ip[6], &ip[40], payload)
 
-    cdef int judge_target(
+    cdef int check_target(
             self, uint64_t high, uint64_t low, uint8_t protocol, const uint8_t *segment, uint64_t size) noexcept nogil:
         cdef bint v4 = high == 0
         if protocol == TCP:
@@ -448,8 +448,8 @@ cdef object _halves(bytes address):
     return int.from_bytes(address[:8], "big"), int.from_bytes(address[8:], "big")
 
 
-cdef int call_judge(void *policy, const uint8_t *head, uint64_t size) noexcept nogil:
-    return (<Policy>policy).judge(head, size)
+cdef int call_check(void *policy, const uint8_t *head, uint64_t size) noexcept nogil:
+    return (<Policy>policy).check(head, size)
 
 
 cdef void call_count(void *policy, int verdict, uint64_t size) noexcept nogil:

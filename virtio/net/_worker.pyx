@@ -11,7 +11,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 
 from virtio._limiter cimport RateLimiter
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
-from virtio.net._policy cimport ALLOWED, DROPPED, HEAD, Judge
+from virtio.net._policy cimport ALLOWED, DROPPED, HEAD, PolicyCalls
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
@@ -64,7 +64,7 @@ cdef enum:
     RX_IOV = UIO_MAXIOV - 2     # iovecs of the held chains, beside the scrap byte and a pcap record's head
     DETOUR_HEAD = VNET_HEADER + 42  # bytes of a frame that show its destination: up to an ARP packet for IPv4
     ANSWER_MAX = ETH_HEADER + 1500
-    SERVICES = 2                # a place in NetWorker.resume only
+    SERVICES = 2                # a slot in NetWorker.resume only
     HELD = 256                  # most RX chains taken in advance
     BUDGET = 64                 # frames in one direction before the other has its turn
     LEAST_NS = 5_000_000        # longest wait for buffers for the largest frame, before fewer are used
@@ -133,9 +133,9 @@ cdef class NetWorker(QueueWorker):
     cdef bint dropping                      # discard the rest of this frame: its driver is gone
     cdef uint64_t tx_left
     cdef uint64_t tx_size
-    # For the policy: `head` is the copy of the frame's start that was judged; it is sent instead of guest memory.
+    # For the policy: `head` is the copy of the frame's start that was checked; it is sent instead of guest memory.
     cdef object policy
-    cdef Judge *rules                       # the policy's functions; NULL: all frames may leave
+    cdef PolicyCalls *rules                 # the policy's functions; NULL: all frames may leave
     cdef uint8_t[VNET_HEADER + HEAD] head
     cdef uint64_t tx_head                   # bytes of the frame in `head`
     # For the services in this process: the metadata service and the resolver.
@@ -159,7 +159,7 @@ cdef class NetWorker(QueueWorker):
         self.rx_limiter = rx_limiter
         self.tx_limiter = tx_limiter
         self.policy = policy
-        self.rules = NULL if policy is None else <Judge *><uintptr_t>policy.pointer
+        self.rules = NULL if policy is None else <PolicyCalls *><uintptr_t>policy.pointer
         self.resolver = resolver
         self.resolves = resolver is not None
         self.mmds = mmds
@@ -192,12 +192,12 @@ cdef class NetWorker(QueueWorker):
         self.dropping = self.length_got == 4
         self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
 
-    cdef int serve(self, uint32_t place) noexcept nogil:
+    cdef int serve(self, uint32_t slot) noexcept nogil:
         cdef int status, answered
-        self.resume[place] = 0
-        status = self.receive() if place == RX else self.transmit()
-        self.publish(place)
-        if place == TX and status >= 0 and self.frames_due:
+        self.resume[slot] = 0
+        status = self.receive() if slot == RX else self.transmit()
+        self.publish(slot)
+        if slot == TX and status >= 0 and self.frames_due:
             answered = self._kicked(RX)
             if answered < 0:
                 return answered
@@ -206,11 +206,11 @@ cdef class NetWorker(QueueWorker):
     cdef int event(self, uint32_t token) noexcept nogil:
         # An event of `fd` (input, or room for output) resumes the queues that wait for no time; TOKEN_TIMER resumes the
         # others. set_rate_limit triggers the timer early; a queue that must still wait sets it again.
-        cdef uint32_t place
+        cdef uint32_t slot
         cdef int status
-        for place in range(2):
-            if (self.resume[place] != 0) == (token == TOKEN_TIMER):
-                status = self._kicked(place)
+        for slot in range(2):
+            if (self.resume[slot] != 0) == (token == TOKEN_TIMER):
+                status = self._kicked(slot)
                 if status < 0:
                     return status
         if token == TOKEN_TIMER and (self.resume[SERVICES] or self.resolves):
@@ -227,12 +227,12 @@ cdef class NetWorker(QueueWorker):
             self.n_held -= 1
         self.n_held = self.n_iov = 0
 
-    cdef void stall(self, uint32_t place, uint64_t nanoseconds) noexcept nogil:
-        # All places share one timer: set it to the earliest time.
+    cdef void stall(self, uint32_t slot, uint64_t nanoseconds) noexcept nogil:
+        # All slots share one timer: set it to the earliest time.
         cdef uint64_t now = clock_ns(CLOCK_MONOTONIC), first
         cdef uint32_t other
-        self.resume[place] = now + nanoseconds
-        first = self.resume[place]
+        self.resume[slot] = now + nanoseconds
+        first = self.resume[slot]
         for other in range(3):
             if self.resume[other]:
                 first = min(first, self.resume[other])
@@ -269,7 +269,7 @@ cdef class NetWorker(QueueWorker):
                         return SERVE_STALLED
                     counter_add(&self.counters.rx_errors, 1)
                     if self.stream or errno == EBADFD:
-                        self.lose()
+                        self.drop_link()
                         return SERVE_STALLED
                     continue            # an error of this frame only; there may be no further event
                 if <uint64_t>size > self.held_bytes:
@@ -439,7 +439,7 @@ cdef class NetWorker(QueueWorker):
                 if self.detour and self.is_for_mmds(chain):
                     verdict = TO_MMDS
                 elif self.rules != NULL:
-                    verdict = self.judge(chain)
+                    verdict = self.check(chain)
             if verdict != ALLOWED:
                 if verdict < DROPPED:
                     self.pass_to_service(chain, verdict)
@@ -460,7 +460,7 @@ cdef class NetWorker(QueueWorker):
             if self.stream:
                 sent = self.write_frame(chain)
             elif self.rules != NULL:
-                sent = self.write_judged(chain)
+                sent = self.write_checked(chain)
             else:
                 # The kernel validates the header: the tap copies it once and refuses an invalid one.
                 sent = writev(self.fd, chain.iov, chain.n_readable)
@@ -473,7 +473,7 @@ cdef class NetWorker(QueueWorker):
                     return SERVE_STALLED
                 counter_add(&self.counters.tx_errors, 1)
                 if self.stream or errno == EBADFD:
-                    self.lose()
+                    self.drop_link()
             else:
                 counter_add(&self.counters.tx_packets, 1)
                 counter_add(&self.counters.tx_bytes, chain.readable_bytes - VNET_HEADER)
@@ -485,12 +485,12 @@ cdef class NetWorker(QueueWorker):
             queue_add_used(ring, chain.head, 0)
         return SERVE_STALLED
 
-    cdef void lose(self) noexcept nogil:
+    cdef void drop_link(self) noexcept nogil:
         # Report, once, that the host's end is gone for good.
         if not self.lost:
             self.lost = True
             with gil:
-                self.device.lose()
+                self.device.drop_link()
 
     cdef ssize_t write_frame(self, DescChain *chain) noexcept nogil:
         # Send a frame to the stream. Returns 0 when all of it is sent, or -1 and errno. After a partial send the chain
@@ -533,9 +533,9 @@ cdef class NetWorker(QueueWorker):
             self.tx_left -= sent
         return 0
 
-    cdef ssize_t write_judged(self, DescChain *chain) noexcept nogil:
-        # Send a judged frame to the tap, with an empty header: with the guest's header the kernel would write a
-        # checksum at an offset of the guest's choice, after the frame was judged.
+    cdef ssize_t write_checked(self, DescChain *chain) noexcept nogil:
+        # Send a checked frame to the tap, with an empty header: with the guest's header the kernel would write a
+        # checksum at an offset of the guest's choice, after the frame was checked.
         cdef iovec[UIO_MAXIOV + 1] whole
         cdef uint64_t done = VNET_HEADER + self.tx_head
         cdef uint32_t n = 1
@@ -548,13 +548,13 @@ cdef class NetWorker(QueueWorker):
             n += iov_part(chain.iov, chain.n_readable, done, chain.readable_bytes - done, &whole[1], PARTS)
         return writev(self.fd, whole, n)
 
-    cdef int judge(self, DescChain *chain) noexcept nogil:
-        # Judge a copy of the frame's start; that copy is sent later.
+    cdef int check(self, DescChain *chain) noexcept nogil:
+        # Check a copy of the frame's start; that copy is sent later.
         cdef uint64_t size = chain.readable_bytes - VNET_HEADER
         cdef int verdict
         self.tx_head = iov_gather(chain.iov, chain.n_readable, 0, self.head, VNET_HEADER + HEAD) - VNET_HEADER
         memset(&self.head[VNET_HEADER + self.tx_head], 0, HEAD - self.tx_head)
-        verdict = self.rules.judge(self.rules.policy, &self.head[VNET_HEADER], size)
+        verdict = self.rules.check(self.rules.policy, &self.head[VNET_HEADER], size)
         if verdict != ALLOWED:          # allowed frames are counted when they are sent
             self.rules.count(self.rules.policy, verdict, size)
         return verdict

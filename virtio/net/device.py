@@ -111,7 +111,7 @@ class Net(VirtioDevice):
         name: str = "virtio-net",
     ) -> None:
         if policy is not None and len(backend.fds) > 1:
-            raise ValueError("one thread judges frames by a policy: the backend must have one pair of queues")
+            raise ValueError("one thread checks frames by a policy: the backend must have one pair of queues")
         super().__init__()
         self.name = name
         self.backend = backend
@@ -128,7 +128,7 @@ class Net(VirtioDevice):
         self.features = spec.NET_F_MAC | spec.NET_F_STATUS | spec.NET_F_MRG_RXBUF | _CTRL_FEATURES
         if not backend.stream:
             self.features |= _TO_GUEST_FEATURES
-            if policy is None:  # or what was judged would be changed on its way
+            if policy is None:  # or what was checked would be changed on its way
                 self.features |= _TO_HOST_FEATURES
         if self.pairs > 1:
             self.features |= spec.NET_F_MQ
@@ -212,7 +212,7 @@ class Net(VirtioDevice):
         """Change ``rx_limiter`` or ``tx_limiter`` at once, also for a frame that waits for it; any thread."""
         self._limit(limiter, bandwidth, ops)
 
-    def lose(self) -> None:
+    def drop_link(self) -> None:
         """The other end is gone: pull the cable and say so; called by a worker, once."""
         self.context.warn("lost", f"{self.name}: {self.backend.gone()}; the link is down")
         self.set_link(False)

@@ -77,8 +77,8 @@ class Tap:
         except OSError:
             raise ConfigError("tap", name, "does not exist: make it with ip tuntap add, or use auto") from None
         try:
-            for place in range(queues):
-                self.fds.append(self._open(IFF_MULTI_QUEUE * (queues > 1) | IFF_TUN_EXCL * (make and place == 0)))
+            for index in range(queues):
+                self.fds.append(self._open(IFF_MULTI_QUEUE * (queues > 1) | IFF_TUN_EXCL * (make and index == 0)))
         except OSError as error:
             self.close()
             raise ConfigError("tap", name, _explain(error)) from None
@@ -147,10 +147,10 @@ class Tap:
 
         :raises OSError: the host refuses
         """
-        for place in range(len(self.fds)):
-            if (place < count) != (place < self._attached):
-                flags = IFF_ATTACH_QUEUE if place < count else IFF_DETACH_QUEUE
-                fcntl.ioctl(self.fds[place], TUNSETQUEUE, _IFREQ.pack(b"", flags))
+        for index in range(len(self.fds)):
+            if (index < count) != (index < self._attached):
+                flags = IFF_ATTACH_QUEUE if index < count else IFF_DETACH_QUEUE
+                fcntl.ioctl(self.fds[index], TUNSETQUEUE, _IFREQ.pack(b"", flags))
         self._attached = count
 
     def configure(self, *, address: str | None = None, mtu: int | None = None) -> None:

@@ -155,7 +155,7 @@ class Resolver:
         """Tell the guest, and the log, that a frame was dropped.
 
         :param head: its first bytes, with zeros behind them if there are fewer than the headers take
-        :param why: place of the reason in ``virtio.net._policy.REASONS``
+        :param why: index of the reason in ``virtio.net._policy.REASONS``
         """
         reason = REASONS[why]
         self.log(f"policy {reason}", f"the policy keeps the guest from {frames.describe(head)}: {_WHY[reason]}")

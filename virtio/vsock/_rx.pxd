@@ -8,7 +8,7 @@ from virtio.vsock._sockets cimport VsockSockets
 from vmm._fastpath cimport iovec
 
 cdef enum:
-    RX = 0                      # places of the queues; also their numbers in the device (§5.10.2)
+    RX = 0                      # slots of the queues; also their numbers in the device (§5.10.2)
     TX = 1
     EVENT = 2
     MAX_PACKET = 65536          # most payload of one packet, as in Linux (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)

@@ -193,10 +193,10 @@ cdef class VsockWorker(VsockRx):
         if self.leaving():
             self.deliver()
 
-    cdef int serve(self, uint32_t place) noexcept nogil:
-        if place == RX:
+    cdef int serve(self, uint32_t slot) noexcept nogil:
+        if slot == RX:
             return self.serve_rx()
-        if place == TX:
+        if slot == TX:
             return self.serve_tx()
         return self.send_reset_event() if self.reset_due else SERVE_STALLED   # event buffers are kept for later
 
