@@ -424,6 +424,24 @@ def test_files_that_fill_the_memory_end_neither_the_agent_nor_the_vm(runtime: Pa
         assert small.run("cat /proc/self/oom_score_adj", user="nobody").stdout == "0\n"
 
 
+def test_processes_without_end_leave_room_for_the_next_command(runtime: Path) -> None:
+    group = "/sys/fs/cgroup/commands"
+    with Sandbox("busybox", memory="128M") as small:
+        with pytest.raises(CommandTimeout):
+            small.run("b() { b | b & }; b; while :; do :; done", timeout=3)
+        assert small.run("true", timeout=120).exit_code == 0
+        # In sessions of their own, they outlive the command.
+        small.files.write("/bomb", "setsid sh /bomb & setsid sh /bomb & sleep 1000")
+        with pytest.raises(CommandTimeout):
+            small.run("sh /bomb; while :; do :; done", timeout=3)
+        until(lambda: "max 0" not in small.files.read(f"{group}/pids.events"))
+        assert small.run("echo on; cat /proc/self/cgroup", timeout=120).stdout.startswith("on\n")
+        small.run(f"echo max >{group}/pids.max", timeout=120, check=True)  # root's to change
+        assert small.run(f"echo 1 >{group}/cgroup.kill", timeout=120).signal == 9
+        until(lambda: small.files.read(f"{group}/pids.current") == "0\n")
+        assert small.run("cat /proc/self/cgroup", user="nobody").stdout == "0::/commands\n"
+
+
 def test_copies_go_their_own_way(sandbox: Sandbox) -> None:
     sandbox.run("echo common >/tmp/word; sleep 555 &")
     copies = sandbox.fork(2)

@@ -69,6 +69,7 @@ void read_all(void *to, size_t length);
 int has_read_ahead(void); // whether bytes from the host are already read, so that poll does not report them
 
 // boot.c
+extern int commands; // the cgroup of commands, or -1
 void boot(void);
 void keep_free(int more);
 void wake(const struct request *request);

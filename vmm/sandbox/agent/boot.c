@@ -218,6 +218,35 @@ static void make_reserve(void)
     keep_free(1);
 }
 
+int commands = -1;
+
+// The number in a file, or `otherwise`.
+static long number_in(const char *path, long otherwise)
+{
+    char text[24] = "", *end;
+    slurp(path, text, sizeof text);
+    if ((end = strchr(text, '\n')))
+        *end = 0;
+    return number(text, otherwise);
+}
+
+// Commands and what they start are a cgroup that may have three quarters of the kernel's processes. One that makes
+// processes without end leaves the others for the kernel and the agent. And as the scheduler shares the CPU between
+// that cgroup and each process outside it, the agent has its turn.
+static void limit_processes(void)
+{
+    static const char group[] = "/sys/fs/cgroup/commands";
+    long threads = number_in("/proc/sys/kernel/threads-max", 0), ids = number_in("/proc/sys/kernel/pid_max", threads);
+    char digits[24];
+    spit("/sys/fs/cgroup/cgroup.subtree_control", "+pids");
+    spit("/sys/fs/cgroup/cgroup.subtree_control", "+cpu");
+    CALL(mkdir, group, 0755);
+    if (spit("/sys/fs/cgroup/commands/pids.max", decimal((unsigned long)(threads < ids ? threads : ids) / 4 * 3, digits)))
+        say("the number of processes has no limit: no pids controller", errno);
+    else
+        commands = open_file(AT_FDCWD, group, O_PATH | O_DIRECTORY, 0);
+}
+
 void boot(void)
 {
     struct stat status;
@@ -235,6 +264,7 @@ void boot(void)
     spit("/proc/sys/fs/protected_fifos", "2");
     spit("/proc/sys/fs/protected_regular", "2");
     make_reserve();
+    limit_processes();
     char name[65];
     parameter("pyvmm.name", name, sizeof name);
     CALL(sethostname, *name ? name : "sandbox", strlen(*name ? name : "sandbox"));

@@ -200,7 +200,7 @@ static int begin(const struct request *request, struct command *command)
         send_failed(errno, size ? "terminal" : "pipe");
         return -1;
     }
-    command->pid = (pid_t)spawn(become);
+    command->pid = (pid_t)spawn(become, commands);
     int error = command->pid < 0 ? errno : child.error;
     if (size || !without_input)
         close(child.ends[0]);

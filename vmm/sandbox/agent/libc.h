@@ -29,9 +29,10 @@ unsigned long free_memory(void); // KiB, without what the kernel could reclaim
 
 int open_file(int directory, const char *path, int flags, int mode); // adds O_CLOEXEC and O_NOCTTY
 int look(int directory, const char *path, int flags, struct stat *status);
-// Start a child that shares this process's memory and calls `body`, which must not return. Waits until the child has
-// executed another program or ended. Returns its process id, or -1.
-long spawn(void (*body)(void));
+// Start a child in the cgroup of that directory, or with -1 in this process's. It shares this process's memory and calls
+// `body`, which must not return. Waits until the child has executed another program or ended. Returns its process id,
+// or -1.
+long spawn(void (*body)(void), int cgroup);
 int wait_for(struct pollfd *fds, int count, int milliseconds);
 
 long call(long number, long a, long b, long c, long d, long e, long f);
