@@ -217,12 +217,12 @@ def _load_elf(
 ) -> list[tuple[int, int]]:
     """Load the segments, settle the protocol; return the stretches of memory taken, by rising address."""
     elf.check_room(image, memory, source.fail)
-    _settle(image, loaded, protocol, source, prefer="pvh")
+    _choose_protocol(image, loaded, protocol, source, prefer="pvh")
     elf.load_file(image, source, memory)
     return [(segment.start, segment.end) for segment in image.segments]
 
 
-def _settle(image: elf.Elf, loaded: Loaded, protocol: str, source: Source, prefer: str) -> None:
+def _choose_protocol(image: elf.Elf, loaded: Loaded, protocol: str, source: Source, prefer: str) -> None:
     if protocol == "auto":
         protocol = prefer if image.pvh_entry is not None else "linux64"
     pvh_wanted = protocol == "pvh"
@@ -249,7 +249,7 @@ def _load_bzimage(
                 raise source.fail(f"cannot be unpacked: {error}") from None
         else:
             loaded.unpacked = method
-            _settle(image, loaded, protocol, source, prefer="linux64")
+            _choose_protocol(image, loaded, protocol, source, prefer="linux64")
             return [(segment.start, segment.end) for segment in image.segments]
     bzimage.load(setup, address, source, memory)
     loaded.protocol = "linux64"

@@ -102,7 +102,7 @@ class Pit:
         """
         with self._lock:
             if self._touched:
-                self._settle()
+                self._ensure_made()
             return self._made
 
     def make(self) -> None:
@@ -111,9 +111,9 @@ class Pit:
         :raises KvmError: KVM cannot make it
         """
         with self._lock:
-            self._settle()
+            self._ensure_made()
 
-    def _settle(self) -> None:
+    def _ensure_made(self) -> None:
         if not self._made:
             state = b"".join(channel.pack() for channel in self._channels) + _FLAGS.pack(self._flags)
             self._make(state if self._touched else None)
@@ -127,7 +127,7 @@ class Pit:
             if offset != CONTROL and not self._made:
                 data[0] = self._channels[offset].read()
                 self._touched = True
-                self._settle()
+                self._ensure_made()
 
     def write(self, offset: int, data: memoryview) -> None:
         """A control word, or a byte of a count."""
@@ -138,12 +138,12 @@ class Pit:
             self._touched = True
             if offset != CONTROL:
                 self._channels[offset].write(word)
-                self._settle()
-            elif (place := word >> 6) != READ_BACK:
-                self._channels[place].control(word)
+                self._ensure_made()
+            elif (index := word >> 6) != READ_BACK:
+                self._channels[index].control(word)
             else:
-                for place, channel in enumerate(self._channels):
-                    if word & 2 << place:
+                for index, channel in enumerate(self._channels):
+                    if word & 2 << index:
                         if not word & 0x20:
                             channel.control(LATCH)
                         if not word & 0x10:
@@ -152,7 +152,7 @@ class Pit:
     def read_gate(self) -> int:
         """Port 0x61: the gate of channel 2, the speaker, the refresh of memory that never stops, and the output."""
         with self._lock:
-            self._settle()
+            self._ensure_made()
             channel = self._channels[2]
             out = channel.mode == SQUARE_WAVE
             return out << 5 | (time.monotonic_ns() >> 14 & 1) << 4 | self._flags & SPEAKER_ON | channel.gate
@@ -163,7 +163,7 @@ class Pit:
             if not self._made:
                 self._channels[2].gate, self._flags = value & 1, value & SPEAKER_ON
                 self._touched = True
-                self._settle()
+                self._ensure_made()
 
 
 class _Speaker:

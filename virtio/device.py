@@ -330,10 +330,10 @@ def describe(failure: Exception) -> str:
     """One clause for the log: a guest's fault by itself, anything else with its type and where it was raised."""
     if isinstance(failure, GuestError | OSError):
         return str(failure)
-    place = failure.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    where = f" ({os.path.basename(place.tb_frame.f_code.co_filename)}:{place.tb_lineno})" if place else ""
+    trace = failure.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})" if trace else ""
     return f"{type(failure).__name__}: {failure}{where}"
 
 

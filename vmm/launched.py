@@ -300,7 +300,7 @@ def spare_msgspec() -> None:
     _without("msgspec", spared)
 
 
-def settle() -> None:
+def finish_start() -> None:
     """The start is over: what there is will stay, what comes is looked through for garbage as ever; idempotent."""
     if not gc.isenabled():
         if _Site in sys.meta_path:  # behind a filter or in a jail there is nothing to be found

@@ -196,8 +196,8 @@ class GuestMemory(GuestRam, Closing):
             # Huge pages are reserved: one that is not there at a touch would kill us.
             shared = mmap.MAP_SHARED if huge else _MAP_FLAGS
             lone = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_HUGE_2MB if huge and pieces is None else _PRIVATE_FLAGS
-            for place, (gpa, length) in enumerate(spans(size)):
-                file = files[place] if files is not None else None
+            for index, (gpa, length) in enumerate(spans(size)):
+                file = files[index] if files is not None else None
                 self.regions += (Region(gpa, length, file),)
                 self.map_region(gpa, mmap.mmap(file.fd if file else -1, length, flags=shared if file else lone))
             for piece in pieces or ():
@@ -266,7 +266,7 @@ class GuestMemory(GuestRam, Closing):
         else:
             pieces = list(self._pieces)
             for region in self.regions:
-                self._settle(region, pieces)
+                self._move_to_file(region, pieces)
         self._pieces = pieces
         return list(pieces)
 
@@ -347,7 +347,7 @@ class GuestMemory(GuestRam, Closing):
     def _unmarked(self, region: Region, *, mark: bool = False) -> list[tuple[int, int]]:
         return unmarked_runs(pagemap(), self.host_address(region.gpa, region.size), region.size, mark)
 
-    def _settle(self, region: Region, pieces: list[Piece]) -> None:
+    def _move_to_file(self, region: Region, pieces: list[Piece]) -> None:
         # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there.
         runs = self._private(region)
         if not runs:

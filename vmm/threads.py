@@ -36,7 +36,7 @@ class _Coming:
         self._there = threading.Event()
         self._guard: Guard | None = None
 
-    def settle(self, guard: Guard | None) -> None:
+    def set(self, guard: Guard | None) -> None:
         self._guard = guard
         self._there.set()
 
@@ -74,13 +74,13 @@ def set_guard(new: Guard) -> None:
     before = guard
     guard = new
     if isinstance(before, _Coming):
-        before.settle(new)
+        before.set(new)
 
 
 def give_up_guard() -> None:
     """Wake all callers that wait for an expected guard: they get a HostError that no thread could be made."""
     if isinstance(guard, _Coming):
-        guard.settle(None)
+        guard.set(None)
 
 
 def traced() -> bool:

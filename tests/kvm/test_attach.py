@@ -39,16 +39,16 @@ if TYPE_CHECKING:
 
 MakeGuest = Callable[..., Machine]
 
-# Reads two registers of each of four places and writes one, for ever: through the page, through exits, and where
+# Reads two registers of each of four slots and writes one, for ever: through the page, through exits, and where
 # nothing is.
 BUSY = "again:\n" + "".join(
     f"""
-    mov ebx, {VIRTIO_MMIO + place * VIRTIO_MMIO_STRIDE:#x}
+    mov ebx, {VIRTIO_MMIO + slot * VIRTIO_MMIO_STRIDE:#x}
     mov eax, dword ptr [ebx]
     mov eax, dword ptr [ebx + {spec.MMIO_INTERRUPT_STATUS}]
     mov dword ptr [ebx + {spec.MMIO_DEVICE_FEATURES_SEL}], 0
     """
-    for place in range(4)
+    for slot in range(4)
 ) + "jmp again\n"  # fmt: skip
 # Reads the first device's magic number until it has been there, and until it has gone.
 SEES = f"""
@@ -139,7 +139,7 @@ def bring_up(vm: Machine, attached: Attached) -> None:
 
 
 def rounds(vm: Machine, makers: dict[str, Callable[[], What]], count: int) -> None:
-    """Attach and detach one device of each kind, `count` times; one more stays meanwhile, so that places differ."""
+    """Attach and detach one device of each kind, `count` times; one more stays meanwhile, so that slots differ."""
     for _ in range(count):
         previous = ""
         for make in makers.values():
@@ -212,7 +212,7 @@ def test_configured_device_gives_its_file_back(guest: MakeGuest, tmp_path: Path)
     with pytest.raises(SnapshotError, match="devices: a configured device was detached"):
         vm.freeze()
     again = vm.attach(config)
-    assert again.place == 0 and vm.state == "Paused"
+    assert again.slot == 0 and vm.state == "Paused"
 
 
 def test_place_is_lowest_and_names_are_told_apart(guest: MakeGuest) -> None:
@@ -222,7 +222,7 @@ def test_place_is_lowest_and_names_are_told_apart(guest: MakeGuest) -> None:
     with pytest.raises(ConfigError, match=f"devices {len(ids) + 1}: at most {len(ids)} virtio devices fit"):
         vm.attach(BalloonConfig(0))
     vm.detach("virtio-rng.1")
-    assert vm.attach(BalloonConfig(0)).place == 1
+    assert vm.attach(BalloonConfig(0)).slot == 1
     vm.detach("virtio-rng.2")
     with pytest.raises(ConfigError, match="balloon virtio-balloon: is in use"):
         vm.attach(BalloonConfig(0))

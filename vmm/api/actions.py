@@ -235,14 +235,14 @@ class Vmm:
                     config.path, read_only=config.read_only, direct=config.direct, image_format="raw", any_size=True
                 ).close()
         drives, shown = self.whole.drives, translate.shown_drive(body)
-        place = next((place for place, each in enumerate(drives) if each.drive_id == body.drive_id), None)
+        index = next((index for index, each in enumerate(drives) if each.drive_id == body.drive_id), None)
         # The root device is the first, and one that becomes it changes places with what was, as in Firecracker.
-        if place is None:
+        if index is None:
             drives.insert(0 if body.is_root_device else len(drives), shown)
         else:
-            drives[place] = shown
+            drives[index] = shown
             if body.is_root_device:
-                drives[0], drives[place] = shown, drives[0]
+                drives[0], drives[index] = shown, drives[0]
 
     def _insert_interface(self, body: types.NetworkInterface) -> None:
         others = [each for each in self.whole.network_interfaces if each.iface_id != body.iface_id]

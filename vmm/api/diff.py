@@ -12,7 +12,7 @@ import os
 import stat
 
 from vmm import undertaker
-from vmm.machine.snapshot_file import place_of, write_all, write_whole
+from vmm.machine.snapshot_file import offset_of, write_all, write_whole
 from vmm.memory import spans
 
 TYPE_CHECKING = False
@@ -81,7 +81,7 @@ class Diff:
             self._wait_for_mark()
             runs, self._whole = written if self._whole else spans(self._size), False
             for gpa, length in runs:
-                write_all(self._fd, read(gpa, length), place_of(gpa, self._size))
+                write_all(self._fd, read(gpa, length), offset_of(gpa, self._size))
         self._wait_for_pages = undertaker.sync(self._fd)
         if self._state_fd is None:
             write_whole((state_path, lambda fd: write_all(fd, state)))

@@ -15,7 +15,7 @@ _ENDING = b'{"fault_message":"The VMM is ending."}'
 
 
 class Early:
-    """Answers the two itself, and all others by what ``settle`` brings, for which they wait. Any thread.
+    """Answers the two itself, and all others by what ``set_answer`` brings, for which they wait. Any thread.
 
     :param vmm_id: letters, digits and hyphens
     """
@@ -25,26 +25,26 @@ class Early:
         self._known = {"/": info.encode(), "/version": f'{{"firecracker_version":"{API_VERSION}"}}'.encode()}
         self.first = threading.Event()  # there was a question
         self._lock = threading.Lock()
-        self._settled = threading.Event()
+        self._ready = threading.Event()
         self._answer: Answer | None = None
         self._answered: list[str] = []
 
     def __call__(self, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
         with self._lock:
-            if not self._settled.is_set() and method == "GET" and path in self._known and not body:
+            if not self._ready.is_set() and method == "GET" and path in self._known and not body:
                 self._answered.append("instance_info_count" if path == "/" else "vmm_version_count")
                 self.first.set()
                 return 200, self._known[path], ()
         self.first.set()
-        self._settled.wait()
+        self._ready.wait()
         return (500, _ENDING, ()) if self._answer is None else self._answer(method, path, body)
 
-    def settle(self, answer: Answer | None) -> list[str]:
+    def set_answer(self, answer: Answer | None) -> list[str]:
         """From here on, `answer` answers all requests; None: each gets status 500, because the VMM ends.
 
         :returns: of each answer before, the field of the metrics' ``get_api_requests`` that counts it
         """
         with self._lock:
             self._answer = answer
-            self._settled.set()
+            self._ready.set()
             return self._answered

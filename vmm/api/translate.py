@@ -211,19 +211,19 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         raise ConfigError("--kvm", config.kvm, "cannot be expressed in a configuration file")
     # The command line names the root device by itself, unless its words were all given.
     added = config.root_parameters
-    place = None
+    root = None
     if added:
         roots = [each.root for each in config.drives]
-        place = roots.index(True) if True in roots else None
-    if place:  # neither none nor the first, where Firecracker would put it
-        added, place = "", None
+        root = roots.index(True) if True in roots else None
+    if root:  # neither none nor the first, where Firecracker would put it
+        added, root = "", None
     boot_args = config.rootless_cmdline if added else config.full_cmdline
     host = body_of(types.Host, config, **{} if config.memory % _MIB else {"memory": UNSET})
     return types.VmConfiguration(
         boot_source=body_of(types.BootSource, config, boot_args=boot_args),
         machine_config=body_of(types.MachineConfiguration, config, mem_size_mib=config.memory // _MIB),
         drives=[
-            body_of(types.Drive, each, drive_id=each.id or f"drive_{index}", is_root_device=index == place)
+            body_of(types.Drive, each, drive_id=each.id or f"drive_{index}", is_root_device=index == root)
             for index, each in enumerate(config.drives)
         ],
         network_interfaces=[

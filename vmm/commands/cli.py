@@ -146,7 +146,7 @@ def _run(arguments: list[str]) -> int:
     if name in STARTS:
         launched.spare_threading()
     else:
-        launched.settle()
+        launched.finish_start()
     module = __import__(f"vmm.commands.{name}", fromlist=["main"])
     args = parse(name, module, rest)
     status: int = args if isinstance(args, int) else module.main(args)

@@ -31,34 +31,34 @@ def parse_quickly(words: list[str]) -> Arguments | None:
 
 def main(args: Arguments) -> int:
     """Print it."""
-    places = run.from_files(args)
+    sources = run.from_files(args)
     kernel, args.kernel = args.kernel, args.kernel or _NO_KERNEL
-    config = run.config_from(args, places)
-    lines = list(_lines(args, config, places))
+    config = run.config_from(args, sources)
+    lines = list(_lines(args, config, sources))
     if kernel is None:
         lines[0] = ("kernel", _NO_KERNEL, "")
     defaults = Arguments(serve.OPTIONS)
-    for option, place in serve.from_files(defaults).items():
-        lines.append((f"serve {option}", str(getattr(defaults, attribute(option))), place))
+    for option, source in serve.from_files(defaults).items():
+        lines.append((f"serve {option}", str(getattr(defaults, attribute(option))), source))
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-    for name, value, place in lines:
-        print(f"{name:{widths[0]}}  {value:{min(widths[1], 40)}}  {place}".rstrip())
+    for name, value, source in lines:
+        print(f"{name:{widths[0]}}  {value:{min(widths[1], 40)}}  {source}".rstrip())
     return 0
 
 
-def _lines(args: Arguments, config: VmConfig, places: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+def _lines(args: Arguments, config: VmConfig, sources: dict[str, str]) -> Iterator[tuple[str, str, str]]:
     # Parameter, value and where it comes from. A list has a line for each.
     for name, each in VmConfig.OPTIONS.items():
         value = getattr(config, name)
         option = each.word or _DEVICES.get(name, "")
-        if option in places:
-            place = places[option]
+        if option in sources:
+            source = sources[option]
         elif name == "kernel" or (option and getattr(args, attribute(option)) not in (None, False, [])):
-            place = "command line"
+            source = "command line"
         elif value == each.default or (name == "console" and value == run.CONSOLE):
-            place = "default"
+            source = "default"
         else:
-            place = "command line" if args.rootfs is not None and name in ("drives", "shares") else "image"
+            source = "command line" if args.rootfs is not None and name in ("drives", "shares") else "image"
         several: tuple[Config, ...] | None = value if isinstance(value, tuple) else None
         for one in several or (value,):
-            yield name, config.shown(name, one), place
+            yield name, config.shown(name, one), source

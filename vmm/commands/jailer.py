@@ -104,13 +104,13 @@ def _run(args: Arguments) -> int:
     launched.spare_httptools()
     launched.spare_msgspec()
     preload()
-    launched.settle()
+    launched.finish_start()
     jailer.close_what_was_inherited()
     jail.enter()
     threads.no_programs = "and there are no programs in a jail"
     sys.argv[0] = jail.program
-    status = serve.main(vmm, on_ready=jail.settle, files=False)
-    jail.settle(status)  # where it did not come so far
+    status = serve.main(vmm, on_ready=jail.report_start, files=False)
+    jail.report_start(status)  # where it did not come so far
     return status
 
 

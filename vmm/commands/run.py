@@ -75,14 +75,14 @@ def from_files(args: Arguments) -> dict[str, str]:
     return fill_from_files(args, "run", OPTIONS)
 
 
-def config_from(args: Arguments, places: dict[str, str] | None = None) -> VmConfig:
+def config_from(args: Arguments, sources: dict[str, str] | None = None) -> VmConfig:
     """The configuration that the command line means, and what files say of what it leaves out.
 
-    :param places: what `from_files` has returned already
+    :param sources: what `from_files` has returned already
     :raises ConfigError: the words mean no VM
     """
-    if places is None:
-        places = from_files(args)
+    if sources is None:
+        sources = from_files(args)
     kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append or ""
     if kernel is None:
         raise ConfigError("KERNEL", "", "is missing: give a kernel file, a pulled image, or --restore DIR")
@@ -109,29 +109,29 @@ def config_from(args: Arguments, places: dict[str, str] | None = None) -> VmConf
     values: dict[str, Any] = {"console": CONSOLE}
     for word, (name, each) in PARAMETERS.items():
         if (text := getattr(args, attribute(word))) not in (None, False):
-            values[name] = text if each.metavar is None else _said(places, word, text, each.meant, word)
+            values[name] = text if each.metavar is None else _said(sources, word, text, each.meant, word)
     values |= {"initrd": initrd, "append": append}
-    return VmConfig(kernel, **values, **_devices(args, rootfs, places, read_only=read_only))
+    return VmConfig(kernel, **values, **_devices(args, rootfs, sources, read_only=read_only))
 
 
-def _said(places: dict[str, str], option: str, text: Any, make: Callable[..., Any], *words: str) -> Any:
+def _said(sources: dict[str, str], option: str, text: Any, make: Callable[..., Any], *words: str) -> Any:
     # The value that an option's text means; an error names the file that has it.
-    if option not in places:
+    if option not in sources:
         return make(*words, text)
     from vmm.config.files import named
 
-    return named(places[option], lambda: make(*words, text))
+    return named(sources[option], lambda: make(*words, text))
 
 
-def _devices(args: Arguments, rootfs: str | None, places: dict[str, str], *, read_only: bool) -> dict[str, Any]:
+def _devices(args: Arguments, rootfs: str | None, sources: dict[str, str], *, read_only: bool) -> dict[str, Any]:
     if not (
         rootfs is not None or args.disk or args.share or args.net or args.vsock is not None or args.balloon is not None
     ):
         return {}  # a guest without devices does not pay for their declarations
     from vmm.config.devices import BalloonConfig, DriveConfig, NetConfig, ShareConfig, VsockConfig
 
-    drives = [_said(places, "--disk", text, DriveConfig.parse) for text in args.disk]
-    shares = [_said(places, "--share", text, ShareConfig.parse) for text in args.share]
+    drives = [_said(sources, "--disk", text, DriveConfig.parse) for text in args.disk]
+    shares = [_said(sources, "--share", text, ShareConfig.parse) for text in args.share]
     if rootfs is not None and rootfs.startswith("dir:"):
         shares.insert(0, ShareConfig.parse(f"rootfs={rootfs.removeprefix('dir:')}", root=True))
     elif rootfs is not None:
@@ -141,9 +141,9 @@ def _devices(args: Arguments, rootfs: str | None, places: dict[str, str], *, rea
     return {
         "drives": drives,
         "shares": shares,
-        "nets": [_said(places, "--net", text, NetConfig.parse) for text in args.net],
+        "nets": [_said(sources, "--net", text, NetConfig.parse) for text in args.net],
         "vsock": None if args.vsock is None else VsockConfig.parse(args.vsock),
-        "balloon": None if args.balloon is None else _said(places, "--balloon", args.balloon, BalloonConfig.parse),
+        "balloon": None if args.balloon is None else _said(sources, "--balloon", args.balloon, BalloonConfig.parse),
     }
 
 
@@ -259,7 +259,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
     signals.on_end(on_signal)
     signals.on(signals.CONTINUED, lambda number, frame: vm.console.continued())
     signals.on_power(vm.press_power_button)
-    launched.settle()
+    launched.finish_start()
     vm.start()
     threads.enter(None if _starts_programs(vm.config) else "vmm")
     stop = vm.wait()
@@ -300,9 +300,9 @@ def describe(vm: Machine) -> str:
             lines.append(f"{space.name:8} {start:#x}-{start + size - 1:#x} {name}")
     lines += [f"gsi      {part.gsi} {part.title}" for part in PARTS if part.gsi is not None]
     lines += [f"gsi      {each.gsi} {each.device.name}" for each in vm.devices.values()]
-    for place, drive in enumerate(config.drives):
+    for number, drive in enumerate(config.drives):
         mode = "read-only" if drive.read_only else "read-write"
-        lines.append(f"disk     /dev/vd{chr(ord('a') + place)} {drive.path}, {mode}")
+        lines.append(f"disk     /dev/vd{chr(ord('a') + number)} {drive.path}, {mode}")
     for share in config.shares:
         mode = "read-only" if share.read_only else "read-write"
         lines.append(f"share    {share.tag} {share.path}, {mode}")

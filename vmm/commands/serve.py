@@ -82,15 +82,15 @@ def from_files(args: Arguments) -> dict[str, str]:
 
     :raises ConfigError: a file cannot be read, or says what it may not
     """
-    if not (places := fill_from_files(args, "serve", OPTIONS)):
+    if not (sources := fill_from_files(args, "serve", OPTIONS)):
         return {}
     from vmm.config.files import named
 
-    if "--level" in places:
-        named(places["--level"], lambda: logger.parse_level(args.level or ""))
-    if "--mmds-size-limit" in places:
-        named(places["--mmds-size-limit"], lambda: _number(args, "--mmds-size-limit"))
-    return places
+    if "--level" in sources:
+        named(sources["--level"], lambda: logger.parse_level(args.level or ""))
+    if "--mmds-size-limit" in sources:
+        named(sources["--mmds-size-limit"], lambda: _number(args, "--mmds-size-limit"))
+    return sources
 
 
 def check_id(vmm_id: str) -> None:
@@ -220,7 +220,7 @@ class _Serve:
             finally:
                 threads.give_up_guard()  # nothing at the end waits for what failed
                 if server is not None:
-                    self._early.settle(None)
+                    self._early.set_answer(None)
                     server.close()
 
     def _listen(self) -> Server:
@@ -258,7 +258,7 @@ class _Serve:
                     return status
                 logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
-                for field in self._early.settle(self._answer):
+                for field in self._early.set_answer(self._answer):
                     self._vmm.metrics.count("get_api_requests", field)
                 if not self._hasty:
                     server.start(self._on_api_thread)
@@ -269,7 +269,7 @@ class _Serve:
 
             self._vmm.prepare()
             self._confine()
-            launched.settle()
+            launched.finish_start()
             threads.enter("vmm")
             self._bell.wait(self._is_over)
             return self._status()

@@ -50,7 +50,7 @@ def paths(directory: str) -> list[str]:
 
 
 def read(path: str) -> dict[str, dict[str, tuple[Any, str]]]:
-    """What one file says: by command and option, the value and the place, as ``FILE:LINE``.
+    """What one file says: by command and option, the value and the source, as ``FILE:LINE``.
 
     :raises ConfigError: the file cannot be read, or has an option that is not allowed in files
     """
@@ -68,16 +68,16 @@ def read(path: str) -> dict[str, dict[str, tuple[Any, str]]]:
             guess = did_you_mean(command, ALLOWED)
             raise ConfigError(f"{path}:", command, f"is not a table of options{guess or ';'} allowed: [run], [serve]")
         for key, value in table.items():
-            place = _place(path, text, command, key)
+            source = _source(path, text, command, key)
             if key not in ALLOWED[command]:
                 guess = did_you_mean(key, ALLOWED[command]) or ";"
                 allowed = ", ".join(ALLOWED[command])
-                raise ConfigError(f"{place}:", key, f"cannot be set in [{command}]{guess} allowed: {allowed}")
-            found.setdefault(command, {})[key] = value, place
+                raise ConfigError(f"{source}:", key, f"cannot be set in [{command}]{guess} allowed: {allowed}")
+            found.setdefault(command, {})[key] = value, source
     return found
 
 
-def _place(path: str, text: str, command: str, key: str) -> str:
+def _source(path: str, text: str, command: str, key: str) -> str:
     # tomllib does not say where a key is. One that is written otherwise, as in an inline table, has no line.
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -88,7 +88,7 @@ def _place(path: str, text: str, command: str, key: str) -> str:
     return path
 
 
-def named(place: str, make: Callable[[], _T]) -> _T:
+def named(source: str, make: Callable[[], _T]) -> _T:
     """What `make` makes of a file's value.
 
     :raises ConfigError: the value is invalid; the message names the file and line
@@ -96,7 +96,7 @@ def named(place: str, make: Callable[[], _T]) -> _T:
     try:
         return make()
     except ConfigError as error:
-        raise ConfigError(f"{place}: {error.field}", error.value, error.problem) from None
+        raise ConfigError(f"{source}: {error.field}", error.value, error.problem) from None
 
 
 def fill(args: Any, command: str, options: Any, directory: str) -> dict[str, str]:
@@ -107,17 +107,17 @@ def fill(args: Any, command: str, options: Any, directory: str) -> dict[str, str
     found: dict[str, tuple[Any, str]] = {}
     for path in paths(directory):
         found |= read(path).get(command, {})
-    places = {}
+    sources = {}
     for option, metavar, default, _ in options:
         name = option.removeprefix("--")
         if name not in found or getattr(args, attribute(option)) != default:
             continue
         if name == "append" and args.cmdline is not None:
             continue  # the command line has all of it
-        value, place = found[name]
-        setattr(args, attribute(option), _value(f"{place}: {name}", value, metavar, default))
-        places[option] = place
-    return places
+        value, source = found[name]
+        setattr(args, attribute(option), _value(f"{source}: {name}", value, metavar, default))
+        sources[option] = source
+    return sources
 
 
 def _value(field: str, value: Any, metavar: str | None, default: Any) -> Any:

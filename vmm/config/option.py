@@ -223,13 +223,13 @@ class Config:
 
     if not TYPE_CHECKING:
 
-        def __init__(self, *places: Any, **values: Any) -> None:
+        def __init__(self, *args: Any, **values: Any) -> None:
             options = self.OPTIONS
-            if places:
+            if args:
                 named = [name for name, each in options.items() if not each.kw_only]
-                if len(places) > len(named):
-                    raise TypeError(f"{type(self).__name__} takes {len(named)} values by place, not {len(places)}")
-                for name, value in zip(named, places, strict=False):
+                if len(args) > len(named):
+                    raise TypeError(f"{type(self).__name__} takes {len(named)} values by position, not {len(args)}")
+                for name, value in zip(named, args, strict=False):
                     if name in values:
                         raise TypeError(f"{type(self).__name__} was given {name} twice")
                     values[name] = value

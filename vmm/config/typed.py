@@ -44,7 +44,7 @@ def option(
 
     :param help: what it means, for every documentation
     :param default: where it is left out; without one it has to be given
-    :param kw_only: False: it may be given by its place, too
+    :param kw_only: False: it may be given by its position, too
     :param least: least allowed number
     :param most: largest allowed number
     :param choices: the values that are allowed; a mapping has the API's word for each

@@ -183,7 +183,7 @@ class VmConfig(Config):
         roots = [drive.root for drive in self.drives] + [share.root for share in self.shares]
         if sum(roots) > 1:
             raise ConfigError("drives", "", "only one can be the root device")
-        interfaces = [net.id or f"eth{place}" for place, net in enumerate(self.nets)]
+        interfaces = [net.id or f"eth{number}" for number, net in enumerate(self.nets)]
         if self.mmds and (unknown := [name for name in self.mmds.interfaces if name not in interfaces]):
             problem = (
                 "The list of network interface IDs provided contains at least one ID that does not correspond to any "
@@ -199,9 +199,9 @@ class VmConfig(Config):
         """The words about the root device for the command line; ``""`` if it already names a root."""
         if self.cmdline is not None or Cmdline(self.append).has("root"):
             return ""
-        for place, drive in enumerate(self.drives):
+        for number, drive in enumerate(self.drives):
             if drive.root:
-                return f"root=/dev/vd{chr(ord('a') + place)} {'ro' if drive.read_only else 'rw'}"
+                return f"root=/dev/vd{chr(ord('a') + number)} {'ro' if drive.read_only else 'rw'}"
         for share in self.shares:
             if share.root:
                 return f"{parameter('root', share.tag)} rootfstype=virtiofs {'ro' if share.read_only else 'rw'}"

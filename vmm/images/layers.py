@@ -60,7 +60,7 @@ class _Member:
         self.archive = archive
         self.member = member
 
-    def place(self) -> tuple[int, int] | None:
+    def extent(self) -> tuple[int, int] | None:
         """The descriptor and the offset of its bytes; None: they are not in one piece."""
         if self.member.sparse is not None:
             return None

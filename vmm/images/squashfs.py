@@ -75,13 +75,13 @@ def _entry(pipe: int, path: str, inode: Inode, names: dict[int, str]) -> None:
     _write(pipe, header.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
     if not header.size or inode.source is None:
         return
-    place = inode.source.place()
-    if place is None:
+    extent = inode.source.extent()
+    if extent is None:
         with inode.source.open() as file:
             while piece := file.read(_PIPE):
                 _write(pipe, piece)
     else:
-        fd, offset = place
+        fd, offset = extent
         end = offset + header.size
         while offset < end:
             sent = os.sendfile(pipe, fd, offset, min(end - offset, 1 << 30))

@@ -54,8 +54,8 @@ class Jail:
     :param cgroup_version: 1 or 2
     :param parent_cgroup: relative path; the program's name if None
     :param resource_limits: ``fsize=BYTES`` and ``no-file=NUMBER``
-    :param daemonize: run in a session of its own; ``settle`` closes its standard streams, and lets the process end that
-        was started
+    :param daemonize: run in a session of its own; ``report_start`` closes its standard streams, and lets the process end
+        that was started
     :param new_pid_ns: run as the first process of a new pid namespace
     :raises ConfigError: something of it cannot be
     """
@@ -116,7 +116,7 @@ class Jail:
         _mount_proc()
         drop_privileges(self.uid, self.gid)
 
-    def settle(self, status: int = 0) -> None:
+    def report_start(self, status: int = 0) -> None:
         """Tell who started us how the start went, and be without standard streams from here on; once, if daemonized.
 
         :param status: exit status of the jailer
@@ -199,10 +199,10 @@ def close_what_was_inherited() -> None:
     """Close every descriptor but the standard ones, and forget the environment, in /proc/self/environ, too."""
     os.closerange(3, _highest_descriptor() + 1)
     strings = ctypes.POINTER(ctypes.c_void_p).in_dll(_libc, "environ")
-    place = 0
-    while address := strings[place]:
+    index = 0
+    while address := strings[index]:
         ctypes.memset(address, 0, len(ctypes.string_at(address)))
-        place += 1
+        index += 1
     _libc.clearenv()
     os.environ.clear()
 

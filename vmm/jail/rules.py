@@ -259,11 +259,11 @@ def header() -> str:
     """The text of ``vmm/jail/_seccomp_filters.h``: the filters of all kinds, and names of system calls for messages."""
     compiler = Compiler()
     code: list[str] = []
-    places = []
+    rows = []
     for kind in (*KINDS, "spawn", "base"):
         program = compiler.compile(rules_of(kind))
         words = [int.from_bytes(program[at : at + 8], "little") for at in range(0, len(program), 8)]
-        places.append(f'    {{"{kind}", {len(code)}, {len(words)}, {int(kind in KINDS)}, {int(kind in FILELESS)}}},')
+        rows.append(f'    {{"{kind}", {len(code)}, {len(words)}, {int(kind in KINDS)}, {int(kind in FILELESS)}}},')
         code += [f"    {{{w & 0xFFFF:#x}, {w >> 16 & 0xFF}, {w >> 24 & 0xFF}, {w >> 32:#x}}}," for w in words]
     names = [f'    [{number}] = "{name}",' for number in range(512) if (name := compiler.name(number))]
     return "\n".join((
@@ -273,5 +273,5 @@ def header() -> str:
         "static const char syscall_names[SYSCALLS][NAME] = {", *names, "};",
         "static const struct sock_filter filter_code[] = {", *code, "};",
         "static struct filter { char kind[KIND]; unsigned short start, count; char thread, fileless; } filters[] = {",
-        *places, "};", "",
+        *rows, "};", "",
     ))  # fmt: skip

@@ -99,8 +99,8 @@ def parse_template(
         (removed if word.startswith("!") else added).append(int(number))
     leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}
     for leaf, subleaf, flags, registers in cpuid:
-        place = parse_number("cpuid_modifiers leaf", leaf), parse_number("cpuid_modifiers subleaf", subleaf), flags
-        leaves[place] = {name: Bits.written("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers}
+        key = parse_number("cpuid_modifiers leaf", leaf), parse_number("cpuid_modifiers subleaf", subleaf), flags
+        leaves[key] = {name: Bits.written("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers}
     return CpuTemplate(
         capabilities=added,
         not_required=removed,

@@ -88,8 +88,8 @@ class Vcpu:
     def set_cpuid(self, entries: list[abi.kvm_cpuid_entry2]) -> None:
         """What CPUID answers in the guest; before the first run only."""
         table = abi.cpuid(len(entries))
-        for place, entry in enumerate(entries):
-            table.entries[place] = entry
+        for index, entry in enumerate(entries):
+            table.entries[index] = entry
         kvm_ioctl(self.fd, abi.KVM_SET_CPUID2, table.buffer)
 
     def set_msrs(self, values: dict[int, int]) -> None:

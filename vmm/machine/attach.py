@@ -30,20 +30,20 @@ class Attached:
     :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``; ``""``: a device of
         your own
     :ivar device: the device
-    :ivar place: its position, from 0
+    :ivar slot: its position, from 0
     :ivar base: guest address of its registers, ``layout.VIRTIO_MMIO_STRIDE`` bytes
     :ivar gsi: its interrupt line
     :ivar configured: whether it is in the machine's configuration
     """
 
-    def __init__(self, made: Made, id: str, place: int, base: int) -> None:
+    def __init__(self, made: Made, id: str, slot: int, base: int) -> None:
         self.id = id
         self.name = made.id
         self.kind = made.kind
         self.device = made.device
-        self.place = place
+        self.slot = slot
         self.base = base
-        self.gsi = VIRTIO_GSIS[place]
+        self.gsi = VIRTIO_GSIS[slot]
         self.configured = False
         self._transport: VirtioMmio | None = None
         self._closers = made.closers
@@ -134,7 +134,7 @@ class Attached:
 class Devices:
     """The virtio devices of a machine.
 
-    :param first: guest address of the first place
+    :param first: guest address of the first slot
     :param window: guest address from which on there is nothing, for windows
 
     ``by_id`` has them in the order in which they came.
@@ -147,11 +147,11 @@ class Devices:
         self.windows: tuple[Window, ...] = ()  # of those that have one; read by vCPUs' threads
 
     def add(self, made: Made) -> Attached:
-        """Give `made` an id and the first place that is free; its host's parts are owned from here on.
+        """Give `made` an id and the first slot that is free; its host's parts are owned from here on.
 
         :raises ConfigError: no slot is left, or a device of its kind has its name
         """
-        taken = {each.place: each for each in self.by_id.values()}
+        taken = {each.slot: each for each in self.by_id.values()}
         try:
             if len(taken) == len(VIRTIO_GSIS):
                 raise ConfigError("devices", len(taken) + 1, f"at most {len(VIRTIO_GSIS)} virtio devices fit")
@@ -161,10 +161,10 @@ class Devices:
             while made.closers:
                 made.closers.pop()()
             raise
-        place = next(number for number in range(len(VIRTIO_GSIS)) if number not in taken)
-        names = (made.id, made.device.name, f"{made.device.name}.{place}")
+        slot = next(number for number in range(len(VIRTIO_GSIS)) if number not in taken)
+        names = (made.id, made.device.name, f"{made.device.name}.{slot}")
         id = next(name for name in names if name not in self.by_id)
-        attached = Attached(made, id, place, self._first + place * layout.VIRTIO_MMIO_STRIDE)
+        attached = Attached(made, id, slot, self._first + slot * layout.VIRTIO_MMIO_STRIDE)
         self.by_id[id] = attached
         self._list_windows()
         return attached

@@ -99,16 +99,16 @@ def _made(files: list[int], order: int) -> Machine:
     os.chdir(directory)
     image, _ = decode(state, "copy")
     disks = [
-        drive if place < 0 else drive.replaced(path=f"/proc/self/fd/{files[place]}")
-        for drive, place in zip(image.config.drives, drives, strict=True)
+        drive if index < 0 else drive.replaced(path=f"/proc/self/fd/{files[index]}")
+        for drive, index in zip(image.config.drives, drives, strict=True)
     ]
     image.config = image.config.replaced(drives=disks)
-    memory = {place: MemoryFile(files[place]) for _, _, place, _ in pieces if place >= 0}
-    image.memory = [Piece(gpa, size, memory.get(place), offset) for gpa, size, place, offset in pieces]
+    memory = {index: MemoryFile(files[index]) for _, _, index, _ in pieces if index >= 0}
+    image.memory = [Piece(gpa, size, memory.get(index), offset) for gpa, size, index, offset in pieces]
     _uring.stock(seccomp.RINGS)
     vm = Machine(image=image)
-    for place, fd in enumerate(files):
-        if place not in memory:
+    for index, fd in enumerate(files):
+        if index not in memory:
             os.close(fd)  # a disk, which the machine has opened
     if os.geteuid() == 0:
         _enter_jail(image.config.vsock.path if image.config.vsock is not None else None)

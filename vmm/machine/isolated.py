@@ -194,7 +194,7 @@ def _wait_for(fd: int, timeout: float | None) -> bool:
 
 def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, end: int) -> None:
     """Have the server make the process: a message with the descriptors, whose last one has all else."""
-    files: dict[int, int] = {}  # our descriptors, by their place in the message
+    files: dict[int, int] = {}  # our descriptors, by their index in the message
     for piece in image.memory:
         if piece.file is not None:
             files.setdefault(piece.file.fd, len(files))
@@ -215,7 +215,7 @@ def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, en
         (piece.gpa, piece.size, -1 if piece.file is None else files[piece.file.fd], piece.offset)
         for piece in image.memory
     ]
-    names = {f"/proc/self/fd/{fd}": place for fd, place in files.items()}
+    names = {f"/proc/self/fd/{fd}": index for fd, index in files.items()}
     drives = [names.get(drive.path, -1) for drive in config.drives]
     order = MemoryFile(os.memfd_create("copy", os.MFD_CLOEXEC))
     write_all(order.fd, msgspec.msgpack.encode((os.getcwd(), state, pieces, drives)))

@@ -229,18 +229,18 @@ def child_of(
         image = source
         image.hot = image.hot or HotPages()
         _refuse_taps(image.config, change)
-        for place, drive in enumerate(image.config.drives):
+        for index, drive in enumerate(image.config.drives):
             if not drive.read_only:
-                disks[place] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC))
+                disks[index] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC))
     else:
         if devices is None:
             _refuse_devices(source)
         _refuse_taps(source.config, change)
 
         def copy_disks() -> None:
-            for place, (drive, block) in enumerate(zip(source.config.drives, source.blocks.values(), strict=True)):
+            for index, (drive, block) in enumerate(zip(source.config.drives, source.blocks.values(), strict=True)):
                 if not drive.read_only:
-                    disks[place] = MemoryFile(private_copy(block.disk.fd, block.disk.path))
+                    disks[index] = MemoryFile(private_copy(block.disk.fd, block.disk.path))
 
         image = source._freeze(copy_disks)
     first = 0 if isinstance(source, Image) else source.children
@@ -248,7 +248,7 @@ def child_of(
     def make(number: int) -> Machine | Isolated:
         if isinstance(source, Machine):
             source.children += 1
-        own = {place: private_copy(file.fd, image.config.drives[place].path) for place, file in disks.items()}
+        own = {index: private_copy(file.fd, image.config.drives[index].path) for index, file in disks.items()}
         try:
             config = _child_config(image.config, own, first + number)
             config = config if change is None else change(config, number)
@@ -282,9 +282,9 @@ def _refuse_taps(config: VmConfig, change: Callable[[VmConfig, int], VmConfig] |
 
 def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmConfig:
     drives = list(config.drives)
-    for place, fd in disks.items():
+    for index, fd in disks.items():
         # The child opens it by this name while it is made, and is then the only one that has it.
-        drives[place] = drives[place].replaced(path=f"/proc/self/fd/{fd}", format="raw")
+        drives[index] = drives[index].replaced(path=f"/proc/self/fd/{fd}", format="raw")
     vsock = config.vsock
     if vsock is not None:
         vsock = vsock.replaced(path=f"{vsock.path}.{number}")

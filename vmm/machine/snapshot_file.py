@@ -201,7 +201,7 @@ def write_memory(pieces: list[Piece], size: int, fd: int) -> None:
     os.ftruncate(fd, size)
     for piece in pieces:
         if piece.file is not None:
-            copy_sparse(piece.file.fd, piece.offset, piece.size, fd, place_of(piece.gpa, size))
+            copy_sparse(piece.file.fd, piece.offset, piece.size, fd, offset_of(piece.gpa, size))
 
 
 def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
@@ -217,7 +217,7 @@ def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
     :param touched: the pages, from ``GuestMemory.touched``
     :raises HostError: the file cannot be written
     """
-    runs = [(place_of(gpa, size), length) for gpa, length in touched]
+    runs = [(offset_of(gpa, size), length) for gpa, length in touched]
     try:
         write_whole((path, lambda fd: write_all(fd, msgspec.msgpack.encode(runs))))
     except OSError as error:
@@ -236,19 +236,19 @@ def prefetch(memory: MemoryFile, path: str, size: int) -> None:
         pass  # nobody has recorded it, or what is there is damaged
 
 
-def place_of(gpa: int, size: int) -> int:
+def offset_of(gpa: int, size: int) -> int:
     """Where `gpa` of `size` bytes of guest RAM is in a file of it: regions follow each other, without the hole."""
-    place = 0
+    offset = 0
     for start, length in spans(size):
         if start <= gpa < start + length:
-            return place + gpa - start
-        place += length
+            return offset + gpa - start
+        offset += length
     raise ValueError(f"{gpa:#x} is not in {size} bytes of guest memory")
 
 
 def pieces_of(file: MemoryFile, size: int) -> list[Piece]:
     """Guest RAM as it is in `file`."""
-    return [Piece(start, length, file, place_of(start, size)) for start, length in spans(size)]
+    return [Piece(start, length, file, offset_of(start, size)) for start, length in spans(size)]
 
 
 def _plain(value: Any) -> Any:
