@@ -39,6 +39,7 @@ from vmm.sandbox import (
     attach,
     registry,
 )
+from vmm.sandbox.files import Watch
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
 
@@ -379,6 +380,32 @@ def test_a_directory_is_watched(sandbox: Sandbox) -> None:
     seen = [(change.name, change.kind) for _, change in zip(range(3), changes, strict=False)]
     assert seen == [("file", "created"), ("file", "written"), ("file", "removed")]
     changes.close()
+
+
+def test_a_watch_ends_with_its_directory_and_says_when_changes_were_lost(sandbox: Sandbox) -> None:
+    def seen(changes: Watch) -> list[tuple[str, str]]:
+        return [(change.name, change.kind) for change in changes]
+
+    sandbox.files.make_dir("/watched/here")
+    changes = sandbox.files.watch("/watched/here", timeout=30)
+    sandbox.files.write("/watched/here/file", b"")
+    sandbox.files.remove("/watched/here")
+    assert seen(changes)[-2:] == [("file", "removed"), ("", "removed")]
+    assert list(changes) == []
+    sandbox.run("mkdir -p /watched/mount; mount -t tmpfs tmpfs /watched/mount", check=True)
+    changes = sandbox.files.watch("/watched/mount", timeout=30)
+    sandbox.run("umount /watched/mount", check=True)
+    assert seen(changes) == []
+    # Two changes for each file are more than the kernel's queue (16,384) and, as names are long, the connection hold.
+    sandbox.files.make_dir("/watched/full")
+    with sandbox.files.watch("/watched/full", timeout=120) as changes:
+        make = f"cd /watched/full; i=0; while [ $i -lt 12000 ]; do >{'long' * 60}$i; i=$((i+1)); done"
+        sandbox.run(make, timeout=120, check=True)
+        with pytest.raises(OSError, match="changes were lost: .*'/watched/full'") as caught:
+            seen(changes)
+        assert caught.value.errno == errno.EOVERFLOW
+        sandbox.files.write("/watched/full/last", b"")  # and it goes on
+        assert ("last", "written") in ((change.name, change.kind) for change in changes)
 
 
 def test_a_tcp_port_of_the_guest_is_reached(sandbox: Sandbox) -> None:

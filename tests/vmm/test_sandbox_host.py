@@ -25,6 +25,7 @@ from vmm.errors import ConfigError, VmmError
 from vmm.images import Image
 from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
 from vmm.sandbox.channel import Link
+from vmm.sandbox.e2b import SandboxException, WatchHandle
 
 Answer = Callable[[socket.socket], None]
 ABOUT: dict[str, Any] = {"env": {}, "cwd": None, "user": None}
@@ -104,6 +105,23 @@ def test_a_frame_that_cannot_be_is_an_error(agent: Callable[[bytes], Session], s
 def test_an_agent_that_leaves_is_told_at_once(agent: Callable[[bytes], Session], said: bytes) -> None:
     with pytest.raises(SandboxGone):
         agent(said).run("x", timeout=None)
+
+
+def test_a_watch_tells_lost_changes_goes_on_and_ends(agent: Callable[[bytes], Session]) -> None:
+    lost, made = (frame(b"c", struct.pack("<I", mask) + name) for mask, name in ((0x4000, b""), (0x100, b"file")))
+    changes = agent(STARTED + lost + made + frame(b"k") + made).files.watch("/x", timeout=5)
+    with pytest.raises(OSError, match="changes were lost"):
+        next(changes)
+    assert [(change.name, change.kind) for change in changes] == [("file", "created")]
+    with pytest.raises(AgentError):
+        agent(made).files.watch("/x", timeout=5)
+    handle = WatchHandle(agent(STARTED + made + lost).files.watch("/x", timeout=5))
+    seen = []
+    with pytest.raises(SandboxException, match="changes were lost"):
+        while True:
+            seen += [event.name for event in handle.get_new_events()]
+    assert seen == ["file"]
+    handle.stop()
 
 
 def test_a_server_that_speaks_first_is_heard_whole(agent: Callable[[bytes], Session]) -> None:
@@ -231,7 +249,7 @@ def test_random_answers_end_in_an_error_of_ours(
         lambda: session.run("x", timeout=2), lambda: session.files.read("x", "bytes", timeout=2),
         lambda: session.files.list("x", timeout=2), lambda: session.files.stat("x", timeout=2),
         lambda: session.files.write("x", b"data", timeout=2), lambda: session.connect(1, timeout=2).close(),
-        lambda: next(session.files.watch("x", timeout=2)),
+        lambda: next(session.files.watch("x", timeout=2), None),
     ]  # fmt: skip
     for number in range(700):
         try:

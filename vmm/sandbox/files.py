@@ -20,6 +20,7 @@ from vmm.sandbox.channel import (
     F_DONE,
     F_ENTRY,
     F_FAILED,
+    F_STARTED,
     FRAME_MAX,
     Channel,
     Deadline,
@@ -45,6 +46,7 @@ _CHANGES = {
     0x4: "attributes", 0x8: "written", 0x40: "removed", 0x80: "created", 0x100: "created", 0x200: "removed",
     0x400: "removed",
 }  # fmt: skip
+_LOST = 0x4000  # IN_Q_OVERFLOW
 DEFAULT_TIMEOUT = 60.0
 _NO_LIMIT = 1e9
 _DEEPEST = 256
@@ -351,6 +353,9 @@ class Files:
     def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Watch:
         """Changes in a directory from here on, as they happen: an iterator, which you close.
 
+        It ends when the directory is removed, or its file system is unmounted. If more than the guest's kernel keeps
+        happens before it is read, it raises an OSError (EOVERFLOW): changes were lost. Then it goes on.
+
         :param timeout: seconds until it ends by CommandTimeout
         """
         deadline, doing = Deadline(timeout), f"watch {path}"
@@ -361,20 +366,22 @@ class Files:
             kind, data = channel.read(deadline, doing)
             if kind == F_FAILED:
                 raise _error(data, words)
+            if kind != F_STARTED:
+                raise out_of_turn(doing)
         except BaseException:
             channel.close()
             raise
-        return Watch(self._link, channel, deadline, doing)
+        return Watch(self._link, channel, deadline, path)
 
 
 class Watch(Closing):
     """Changes in a directory, one after the other; a context manager. Made by ``Files.watch``."""
 
-    def __init__(self, link: Link, channel: Channel, deadline: Deadline, doing: str) -> None:
+    def __init__(self, link: Link, channel: Channel, deadline: Deadline, path: str) -> None:
         self._link = link
         self._channel = channel
         self._deadline = deadline
-        self._doing = doing
+        self._path = path
         self._more: list[Change] = []
         self._closed = False
 
@@ -382,18 +389,24 @@ class Watch(Closing):
         return self
 
     def __next__(self) -> Change:
+        doing = f"watch {self._path}"
         while not self._more:
             if self._closed:
                 raise StopIteration
             try:
-                kind, data = self._channel.read(self._deadline, self._doing)
+                kind, data = self._channel.read(self._deadline, doing)
             except SandboxGone as error:
                 if self._closed:
                     raise StopIteration from None
                 raise self._link.explained(error) from None
+            if kind == F_DONE:
+                self.close()
+                raise StopIteration
             if kind != F_CHANGE or len(data) < 4:
-                raise out_of_turn(self._doing)
+                raise out_of_turn(doing)
             (mask,) = struct.unpack_from("<I", data)
+            if mask & _LOST:
+                raise OSError(errno.EOVERFLOW, "changes were lost: too many happened before they were read", self._path)
             self._more = [Change(os.fsdecode(data[4:]), what) for bit, what in _CHANGES.items() if mask & bit]
         return self._more.pop(0)
 

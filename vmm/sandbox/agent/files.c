@@ -223,6 +223,10 @@ static int watch(const char *path)
         for (ssize_t at = 0; at < done;) {
             struct inotify_event *event = (void *)(bytes + at);
             const char *name = event->len ? event->name : "";
+            if (event->mask & IN_IGNORED) { // the last one: the directory was removed, or its file system unmounted
+                close(fd);
+                return 0;
+            }
             send_frame(F_CHANGE, &event->mask, sizeof event->mask, name, strlen(name));
             at += (ssize_t)(sizeof *event + event->len);
         }

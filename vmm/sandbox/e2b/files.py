@@ -84,6 +84,7 @@ class WatchHandle:
         self._events: list[FilesystemEvent] = []
         self._lock = threading.Lock()
         self._stopped = False
+        self._why: BaseException | None = None
         self._on_event = on_event or self._add
         self._on_exit = on_exit
         self._thread = threads.spawn(None, "watch", self._watch)
@@ -93,25 +94,26 @@ class WatchHandle:
             self._events.append(event)
 
     def _watch(self) -> None:
-        why: BaseException | None = None
         try:
             with translated():
                 for change in self._changes:
                     self._on_event(FilesystemEvent(change.name, FilesystemEventType(_EVENTS[change.kind])))
         except SandboxException as error:
-            why = error
+            self._why = error
         if self._on_exit is not None:
-            self._on_exit(why)
+            self._on_exit(self._why)
 
     def get_new_events(self, request_timeout: float | None = None) -> list[FilesystemEvent]:
         """What has happened since the last call.
 
-        :raises SandboxException: the watch was stopped
+        :raises SandboxException: the watch was stopped, or has ended by an error
         """
         if self._stopped:
             raise SandboxException("the watch was stopped")
         with self._lock:
             events, self._events = self._events, []
+        if self._why is not None and not events:
+            raise self._why
         return events
 
     def stop(self, request_timeout: float | None = None) -> None:
