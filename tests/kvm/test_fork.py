@@ -353,6 +353,12 @@ def test_a_thousand_forks_leave_nothing(guest: MakeGuest) -> None:
     assert _resident() - resident < 8 << 20
 
 
+def test_copies_find_room_for_their_descriptors(guest: MakeGuest) -> None:
+    guest(COUNTER).fork()[0].close()
+    status = Path("/proc/self/status").read_text()
+    assert int(status.partition("FDSize:")[2].split()[0]) >= 1024, "each doubling makes a copy wait for RCU"
+
+
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
