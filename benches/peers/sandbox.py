@@ -31,7 +31,7 @@ from vmm.sandbox import guest
 
 ROUNDS = 20
 MIB = 1 << 20
-FILE = 256 * MIB
+FILE = 1024 * MIB
 FILES = 3
 LOOP = 50
 CROWD = 20

@@ -401,7 +401,7 @@ def test_a_watch_ends_with_its_directory_and_says_when_changes_were_lost(sandbox
     with sandbox.files.watch("/watched/full", timeout=120) as changes:
         make = f"cd /watched/full; i=0; while [ $i -lt 12000 ]; do >{'long' * 60}$i; i=$((i+1)); done"
         sandbox.run(make, timeout=120, check=True)
-        with pytest.raises(OSError, match="changes were lost: .*'/watched/full'") as caught:
+        with pytest.raises(OSError, match=r"changes were lost: .*'/watched/full'") as caught:
             seen(changes)
         assert caught.value.errno == errno.EOVERFLOW
         sandbox.files.write("/watched/full/last", b"")  # and it goes on

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import random
 import re
 import socket
+import stat
 import struct
+import tarfile
 import threading
 import time
 import tracemalloc
@@ -207,26 +210,100 @@ def test_a_name_that_leaves_its_directory_is_refused(agent: Callable[[bytes], Se
         agent(frame(b"n", entry) + frame(b"k")).files.list("/x")
 
 
-def test_a_copy_to_the_host_is_written_through_no_link(agent: Callable[[Answer], Session], tmp_path: Path) -> None:
-    # A directory that has `a` twice: a link out of the copy, and a file, or a directory, to be written through it.
+def archive(*members: tuple[str, bytes, str]) -> bytes:
+    """A tar of (name, type, link or contents)."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, kind, what in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.mode, info.linkname = kind, 0o777, what
+            info.size = len(what) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(what.encode()))
+    return made.getvalue()
+
+
+TOP = (".", tarfile.DIRTYPE, "")
+OUT = "../outside"
+
+
+def copy_of(agent: Callable[[Answer], Session], said: bytes, target: Path) -> None:
+    """Copy a directory from an agent that sends that archive."""
+    whole = frame(b"n", struct.pack("<IIIIQq", 0o040755, 0, 0, 1, 0, 0) + b"\0") + frame(b"k")
+
+    def answer(stream: socket.socket) -> None:
+        stream.sendall(whole)
+        if stream.recv(1 << 16):
+            stream.sendall(
+                b"".join(frame(b"d", said[at : at + 1000]) for at in range(0, len(said), 1000)) + frame(b"k")
+            )
+
+    agent(answer).files.copy_out("/x", str(target), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("members", "error"),
+    [
+        ([TOP, ("./a", tarfile.SYMTYPE, OUT), ("./a/evil", tarfile.REGTYPE, "x")], AgentError),
+        ([TOP, ("./a", tarfile.SYMTYPE, f"{OUT}/evil"), ("./a", tarfile.REGTYPE, "x")], FileExistsError),
+        ([TOP, ("./a", tarfile.SYMTYPE, OUT), ("./a", tarfile.DIRTYPE, "")], FileExistsError),
+        ([TOP, ("./a", tarfile.DIRTYPE, ""), ("./a", tarfile.SYMTYPE, OUT)], FileExistsError),
+        ([TOP, ("./a", tarfile.REGTYPE, "x"), ("./a/evil", tarfile.REGTYPE, "x")], AgentError),
+        ([TOP, (f"./{OUT}/evil", tarfile.REGTYPE, "x")], AgentError),
+        ([TOP, (f"{OUT}/evil", tarfile.REGTYPE, "x")], AgentError),
+        ([TOP, ("./a/../../outside/evil", tarfile.REGTYPE, "x")], AgentError),
+        ([TOP, ("evil", tarfile.REGTYPE, "x")], AgentError),
+        ([TOP, ("./" + "a/" * 300, tarfile.DIRTYPE, "")], AgentError),
+        ([("./a", tarfile.REGTYPE, "x")], AgentError),
+        ([(".", tarfile.REGTYPE, "x")], AgentError),
+        ([(".", tarfile.SYMTYPE, OUT)], AgentError),
+        ([], AgentError),
+    ],
+)
+def test_a_copy_to_the_host_stays_in_its_directory(
+    agent: Callable[[Answer], Session], tmp_path: Path, members: list[tuple[str, bytes, str]], error: type[Exception]
+) -> None:
     (tmp_path / "outside").mkdir()
+    (tmp_path / "in").mkdir()
+    with pytest.raises(error):
+        copy_of(agent, archive(*members), tmp_path / "in/copy")
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert {path.name for path in (tmp_path / "in").iterdir()} <= {"copy"}
 
-    def entry(mode: int, name: bytes, target: bytes = b"") -> bytes:
-        return frame(b"n", struct.pack("<IIIIQq", mode, 0, 0, 1, 0, 0) + name + b"\0" + target)
 
-    for second in (0o100666, 0o040777):
-        link = entry(0o120777, b"a", os.fsencode(tmp_path / "outside"))
-        answers = iter([entry(0o040755, b""), link + entry(second, b"a"), entry(0o100644, b"evil"), b""])
+def test_a_copy_to_the_host_has_files_directories_and_links_alone(
+    agent: Callable[[Answer], Session], tmp_path: Path
+) -> None:
+    (tmp_path / "secret").touch(0o600)
+    others = [(f"./{kind.decode()}", kind, "../../secret") for kind in (b"1", b"3", b"4", b"6", b"7", b"Z")]
+    copy_of(agent, archive(TOP, ("./a", tarfile.REGTYPE, "x"), *others), tmp_path / "copy")
+    assert (tmp_path / "copy/a").read_bytes() == b"x"
+    assert all(
+        stat.S_ISREG(path.lstat().st_mode) and path.stat().st_nlink == 1 for path in (tmp_path / "copy").iterdir()
+    )
+    assert (tmp_path / "secret").stat().st_nlink == 1
 
-        def answer(stream: socket.socket, answers: Iterator[bytes] = answers) -> None:
-            for said in answers:
-                stream.sendall(said + frame(b"k"))
-                if not stream.recv(1 << 16):
-                    return
 
-        with pytest.raises(FileExistsError):
-            agent(answer).files.copy_out("/x", str(tmp_path / f"copy{second}"), timeout=5)
-        assert list((tmp_path / "outside").iterdir()) == []
+def test_a_copys_archive_that_is_damaged_or_endless(agent: Callable[[Answer], Session], tmp_path: Path) -> None:
+    whole = archive(TOP, *((f"./{number}", tarfile.REGTYPE, "data" * number) for number in range(0, 600, 100)))
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 8 << 30
+    rng = random.Random(3)
+    damaged = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    for _ in range(60):
+        changed = bytearray(whole)
+        for _ in range(rng.randrange(1, 5)):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        damaged.append(bytes(changed))
+    damaged += [header.tobuf() + bytes(1 << 16), rng.randbytes(5000)]
+    refused = 0
+    for number, said in enumerate(damaged):
+        (tmp_path / f"{number}").mkdir()
+        try:
+            copy_of(agent, said, tmp_path / f"{number}/copy")
+        except (AgentError, OSError):
+            refused += 1
+        assert {path.name for path in (tmp_path / f"{number}").iterdir()} <= {"copy"}
+    assert refused > 10  # what is changed in a file is the file
 
 
 def test_random_answers_end_in_an_error_of_ours(

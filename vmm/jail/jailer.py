@@ -54,8 +54,8 @@ class Jail:
     :param cgroup_version: 1 or 2
     :param parent_cgroup: relative path; the program's name if None
     :param resource_limits: ``fsize=BYTES`` and ``no-file=NUMBER``
-    :param daemonize: run in a session of its own; ``report_start`` closes its standard streams, and lets the process end
-        that was started
+    :param daemonize: run in a session of its own; ``report_start`` closes its standard streams, and lets the process
+        end that was started
     :param new_pid_ns: run as the first process of a new pid namespace
     :raises ConfigError: something of it cannot be
     """

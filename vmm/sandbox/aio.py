@@ -109,6 +109,7 @@ class AsyncFiles:
     chown = twin(Files.chown)
     copy_in = twin(Files.copy_in)
     copy_out = twin(Files.copy_out)
+    put_archive = twin(Files.put_archive)
 
     async def watch(self, path: str, **settings: Any) -> AsyncWatch:
         """As :meth:`vmm.sandbox.Files.watch`."""
@@ -117,6 +118,10 @@ class AsyncFiles:
     def stream(self, path: str, **settings: Any) -> AsyncIterator[bytes]:
         """As :meth:`vmm.sandbox.Files.stream`."""
         return each(self.sync.stream(path, **settings))
+
+    def get_archive(self, path: str, **settings: Any) -> AsyncIterator[bytes]:
+        """As :meth:`vmm.sandbox.Files.get_archive`."""
+        return each(self.sync.get_archive(path, **settings))
 
 
 class AsyncWatch:

@@ -49,7 +49,6 @@ _CHANGES = {
 _LOST = 0x4000  # IN_Q_OVERFLOW
 DEFAULT_TIMEOUT = 60.0
 _NO_LIMIT = 1e9
-_DEEPEST = 256
 _ENTRIES_MAX = 1 << 20  # of one directory
 
 
@@ -291,11 +290,9 @@ class Files:
         if stat.S_ISLNK(mode):
             self.symlink(path, os.readlink(source), user=user, timeout=left)
         elif stat.S_ISDIR(mode):
-            self.make_dir(path, user=user, timeout=left)
-            for name in sorted(os.listdir(source)):
-                each = os.path.join(source, name)
-                self._copy_in(each, os.lstat(each).st_mode, posixpath.join(path, name), user, deadline)
-            self.chmod(path, stat.S_IMODE(mode) & 0o777, user=user)
+            from vmm.sandbox.archive import pack
+
+            self.put_archive(path, pack(source), user=user, timeout=left)
         elif stat.S_ISREG(mode):
             with open(source, "rb") as file:
                 self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
@@ -318,37 +315,58 @@ class Files:
         if entry.type == "other":
             raise _no_file(path)
         if entry.type != "file" or not os.path.isfile(target) or os.path.islink(target):
-            self._copy_out(entry, target, deadline, doing, user, 0)
+            self._copy_out(entry, target, deadline, doing, user)
             return
         import tempfile
 
         new = tempfile.mktemp(prefix=".pyvmm-", dir=os.path.dirname(target) or ".")  # _copy_out makes it, or fails
         try:
-            self._copy_out(entry, new, deadline, doing, user, 0)
+            self._copy_out(entry, new, deadline, doing, user)
             os.replace(new, target)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(new)
 
-    def _copy_out(
-        self, entry: Entry, target: str, deadline: Deadline, doing: str, user: str | int | None, depth: int
-    ) -> None:
+    def _copy_out(self, entry: Entry, target: str, deadline: Deadline, doing: str, user: str | int | None) -> None:
         left = deadline.left(doing) or _NO_LIMIT
-        mode = entry.mode & 0o777
         if entry.type == "symlink":
             os.symlink(entry.target or "", target)
         elif entry.type == "dir":
-            if depth == _DEEPEST:
-                raise AgentError(f"{doing}: directories nested more than {_DEEPEST} deep")
-            os.mkdir(target, 0o700)
-            for each in self.list(entry.path, user=user, timeout=left):
-                self._copy_out(each, os.path.join(target, each.name), deadline, doing, user, depth + 1)
-            os.chmod(target, mode)
+            from vmm.sandbox.archive import unpack
+
+            unpack(self._archive(entry.path, user, left), target)
         elif entry.type == "file":
             with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
                 for piece in self._pieces(entry.path, 0, None, user, left):
                     file.write(piece)
-                os.fchmod(file.fileno(), mode)
+                os.fchmod(file.fileno(), entry.mode & 0o777)
+
+    def put_archive(
+        self, path: str, data: Data, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Make in the directory `path` what a tar archive has. Missing directories are made.
+
+        Files that exist are replaced, and other files stay. All files belong to `user`. Devices and FIFOs are left out.
+
+        :param data: an archive without compression: bytes, an open file or pieces
+        :raises OSError: `data` is not an archive (EBADMSG), a name has ``..`` (EINVAL), or a file cannot be made
+        """
+        self._do(["put", _word("path", path), "parents=1", *_user(user)], timeout, _data_frames(data))
+
+    def get_archive(
+        self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> Iterator[bytes]:
+        """A directory with all files, directories and links in it as a tar archive, in pieces. Names begin with ``./``.
+
+        :raises OSError: `path` is not a directory, or a file cannot be read
+        """
+        yield from map(bytes, self._archive(path, user, timeout))
+
+    def _archive(self, path: str, user: str | int | None, timeout: float) -> Iterator[memoryview]:
+        for kind, data in self._ask(["get", _word("path", path), *_user(user)], timeout):
+            if kind != F_DATA:
+                raise out_of_turn(f"get {path}")
+            yield data
 
     def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Watch:
         """Changes in a directory from here on, as they happen: an iterator, which you close.

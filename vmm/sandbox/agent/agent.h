@@ -84,7 +84,20 @@ int find_user(const char *who, struct identity *who_is);
 void run(const struct request *request);
 
 // files.c
+struct directory_entry { // struct linux_dirent64
+    uint64_t inode;
+    int64_t offset;
+    uint16_t length;
+    uint8_t type;
+    char name[];
+};
 int serve_files(const struct request *request);
+const char *enter(const char *path, int make);
+int store(int fd, const char *from, size_t length);
+
+// tar.c: `what` becomes the path at which they failed
+int get_archive(const struct request *request, const char *path, const char **what);
+int put_archive(const struct request *request, const char *path, const char **what);
 
 // ports.c
 void relay(const struct request *request);

@@ -14,19 +14,11 @@ struct entry {
     int64_t changed; // nanoseconds since 1970
 };
 
-struct directory_entry { // struct linux_dirent64
-    uint64_t inode;
-    int64_t offset;
-    uint16_t length;
-    uint8_t type;
-    char name[];
-};
-
 static char bytes[FRAME_MAX];
 
 // Change to the directory of `path`, and return the path's last part, or NULL. This goes part by part, because only at
 // the end of a path the kernel refuses a link that another user left in a sticky directory (fs.protected_symlinks).
-static const char *enter(const char *path, int make)
+const char *enter(const char *path, int make)
 {
     char part[256];
     if (*path == '/' && CALL(chdir, "/"))
@@ -172,6 +164,20 @@ static int has_room(void)
     return 1;
 }
 
+// Write all of `from` to a file. Returns 0 or the error.
+int store(int fd, const char *from, size_t length)
+{
+    if (!has_room())
+        return ENOMEM;
+    for (size_t at = 0; at < length;) {
+        ssize_t done = write(fd, from + at, length - at);
+        if (done < 0)
+            return errno;
+        at += (size_t)done;
+    }
+    return 0;
+}
+
 // Read all frames, even after an error.
 static int write_file(const struct request *request, const char *path)
 {
@@ -184,15 +190,8 @@ static int write_file(const struct request *request, const char *path)
         length = read_frame(&type, bytes);
         if (!length)
             break;
-        if (!error && !has_room())
-            error = ENOMEM;
-        for (size_t at = 0; !error && at < length;) {
-            ssize_t done = write(fd, bytes + at, length - at);
-            if (done < 0)
-                error = errno;
-            else
-                at += (size_t)done;
-        }
+        if (!error)
+            error = store(fd, bytes, length);
     }
     if (fd >= 0)
         close(fd);
@@ -244,13 +243,18 @@ static int move(const char *name, const char *to, int base)
 }
 
 // `path` is a name in the current directory. `base` is where a relative path begins.
-static int do_verb(const struct request *request, const char *path, const struct identity *owner, int base)
+static int do_verb(const struct request *request, const char *path, const struct identity *owner, int base,
+                   const char **what)
 {
     const char *verb = request->words[0], *to = value(request, "to");
     if (!strcmp(verb, "read"))
         return read_file(request, path);
     if (!strcmp(verb, "write"))
         return write_file(request, path);
+    if (!strcmp(verb, "get"))
+        return get_archive(request, path, what);
+    if (!strcmp(verb, "put"))
+        return put_archive(request, path, what);
     if (!strcmp(verb, "list"))
         return list(path);
     if (!strcmp(verb, "watch"))
@@ -289,6 +293,7 @@ int serve_files(const struct request *request)
 {
     static const char *const verbs[] = {
         "read", "write", "list", "stat", "mkdir", "remove", "rename", "symlink", "chmod", "chown", "watch",
+        "get", "put",
     };
     static const struct identity root;
     struct identity user, owner = {.uid = (uid_t)-1, .gid = (gid_t)-1};
@@ -319,13 +324,13 @@ int serve_files(const struct request *request)
     const char *name = bad ? NULL : enter(path, value(request, "parents") != NULL);
     bad = !name;
     int failed, error;
-    if (bad && !strcmp(request->words[0], "write")) {
+    if (bad && (!strcmp(request->words[0], "write") || !strcmp(request->words[0], "put"))) {
         error = errno;
         for (char type; read_frame(&type, bytes);)
             continue;
         failed = 1;
     } else {
-        failed = bad || do_verb(request, name, &owner, base);
+        failed = bad || do_verb(request, name, &owner, base, &what);
         error = errno;
     }
     if (who) {
