@@ -35,10 +35,10 @@ static uint64_t random64(void)
     return seed;
 }
 
-static uint64_t place(const struct driver *d, uint64_t n)
+static uint64_t offset(const struct driver *d, uint64_t n)
 {
-    uint64_t places = d->disk / d->size;
-    return (d->sequential ? n % places : random64() % places) * d->size;
+    uint64_t blocks = d->disk / d->size;
+    return (d->sequential ? n % blocks : random64() % blocks) * d->size;
 }
 
 static uint64_t cpu_ns(void)
@@ -73,7 +73,7 @@ int drive(struct driver *d)
     while (done < d->requests) {
         old = avail;
         while (free_heads && sent < d->requests) {
-            uint64_t sector = place(d, sent) / 512;
+            uint64_t sector = offset(d, sent) / 512;
             i = heads[--free_heads];
             memcpy(d->slots + i * stride + 8, &sector, 8);
             d->slots[i * stride + 16] = 0xee;
@@ -117,7 +117,7 @@ int bare(struct driver *d, int fd)
     uint64_t n, start = cpu_ns();
     seed = 88172645463325252ull;
     for (n = 0; n < d->requests; n++) {
-        uint64_t at = place(d, n);
+        uint64_t at = offset(d, n);
         ssize_t moved = d->write ? pwrite(fd, d->slots + 4096, d->size, at) : pread(fd, d->slots + 4096, d->size, at);
         if (moved != d->size)
             return -1;

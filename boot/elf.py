@@ -69,7 +69,7 @@ class Elf:
     """The headers of an ELF file that passed :func:`parse`.
 
     :ivar bits: 32 or 64
-    :ivar entry: ``e_entry`` as it stands; :meth:`linux64_entry` judges it
+    :ivar entry: ``e_entry`` as it stands; :meth:`linux64_entry` checks it
     :ivar segments: non-empty PT_LOADs, by rising address
     :ivar pvh_entry: where a PVH boot starts, None without the note
     :ivar linux_notes: whether a note says that this is Linux

@@ -38,7 +38,7 @@ coded:
 """
 
 
-def places(memory: np.ndarray, wanted: bytes) -> Iterator[int]:
+def addresses(memory: np.ndarray, wanted: bytes) -> Iterator[int]:
     """Where `wanted` is. Each byte narrows down the candidates of the one before."""
     found = np.flatnonzero(memory[: len(memory) - len(wanted) + 1] == wanted[0])
     for index, byte in enumerate(wanted[1:], 1):
@@ -47,7 +47,7 @@ def places(memory: np.ndarray, wanted: bytes) -> Iterator[int]:
 
 
 def main(kernel: str | None = None, text: str = SECRET.decode()) -> None:
-    """Start the guest, hold it, and print each place with what is around it."""
+    """Start the guest, hold it, and print each address with what is around it."""
     with tempfile.TemporaryDirectory() as directory:
         with Machine(kernel or tiny_guest(directory, GUEST), memory="64M") as vm:
             ram = vm.memory.view()  # numpy, over the guest's own pages
@@ -58,9 +58,9 @@ def main(kernel: str | None = None, text: str = SECRET.decode()) -> None:
             else:
                 time.sleep(1)
             vm.pause()
-            for place in places(ram, text.encode()):
-                around = bytes(ram[place : place + 60]).decode("ascii", "replace").split("\0")[0]
-                print(f"{place:#x}: {around.splitlines()[0]}")
+            for address in addresses(ram, text.encode()):
+                around = bytes(ram[address : address + 60]).decode("ascii", "replace").split("\0")[0]
+                print(f"{address:#x}: {around.splitlines()[0]}")
 
 
 if __name__ == "__main__":

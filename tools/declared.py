@@ -99,7 +99,7 @@ class Made(NamedTuple):
 
     :param about: its docstring, which the API's document shows
     :param fields: in this order; ``*``: all others that are declared; ``!``: it must be in a PATCH
-    :param check: the function that judges it whole
+    :param check: the function that checks it whole
     :param kinds: types and defaults that no declaration has
     """
 

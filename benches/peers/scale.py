@@ -75,8 +75,8 @@ def _idle(directory: Path) -> list[Row]:
 
     done = common.in_turn(1, **{name: turn(name) for name in commands})
     rows = []
-    for place, (what, unit) in enumerate((("CPU of one", "ms/s"), ("memory of one", "MiB"))):
-        ours, theirs = ([each[place] for each in done[name]] for name in ("pyvmm", "firecracker"))
+    for index, (what, unit) in enumerate((("CPU of one", "ms/s"), ("memory of one", "MiB"))):
+        ours, theirs = ([each[index] for each in done[name]] for name in ("pyvmm", "firecracker"))
         rows.append(compare(f"scale, {IDLE} idle: {what}", unit, ours, theirs, FIRECRACKER_NAME, None))
     return rows
 
@@ -124,8 +124,8 @@ def _busy(directory: Path) -> list[Row]:
 
     done = common.in_turn(ROUNDS, **{name: turn(name) for name in servers})
     rows = []
-    for place, (what, unit) in enumerate((("GET /, p50", "ms"), ("GET /, p99", "ms"), ("memory of one", "MiB"))):
-        ours, theirs = ([each[place] for each in done[name]] for name in ("pyvmm", "firecracker"))
+    for index, (what, unit) in enumerate((("GET /, p50", "ms"), ("GET /, p99", "ms"), ("memory of one", "MiB"))):
+        ours, theirs = ([each[index] for each in done[name]] for name in ("pyvmm", "firecracker"))
         rows.append(compare(f"scale, {BUSY} busy: {what}", unit, ours, theirs, FIRECRACKER_NAME, None))
     return rows
 

@@ -33,7 +33,7 @@ struct copy {
     int sock, out, next, have;
     double begun, connected, asked, answers[ASKED], mark, ended;
     long rss;
-    struct sockaddr_un place;
+    struct sockaddr_un address;
     char text[4096];
 };
 
@@ -72,9 +72,9 @@ static void begin(struct copy *each, int number, const char *directory, char **w
     if (pipe2(pipes, O_CLOEXEC)) fail("pipe2");
     while (words[count] && count < 63) arguments[count] = numbered(words[count], "%d", number), count++;
     arguments[count] = NULL;
-    each->place.sun_family = AF_UNIX;
-    snprintf(each->place.sun_path, sizeof each->place.sun_path, "%s/%02d.sock", directory, number);
-    unlink(each->place.sun_path);
+    each->address.sun_family = AF_UNIX;
+    snprintf(each->address.sun_path, sizeof each->address.sun_path, "%s/%02d.sock", directory, number);
+    unlink(each->address.sun_path);
     each->sock = -1;
     each->out = pipes[0];
     each->begun = now();
@@ -151,7 +151,7 @@ int main(int argc, char **argv)
             if (!each->ended) open_ends++;
             if (wanted && each->sock < 0 && !each->connected) {
                 int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-                if (connect(sock, (struct sockaddr *)&each->place, sizeof each->place) == 0) {
+                if (connect(sock, (struct sockaddr *)&each->address, sizeof each->address) == 0) {
                     each->connected = now();
                     each->sock = polled[2 * i].fd = sock;
                     ask(each, i);

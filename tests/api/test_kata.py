@@ -105,13 +105,13 @@ def test_go_runtime_from_its_files_to_its_end(go: Go, tmp_path: Path) -> None:
         assert b"OK" in agent.greeting
         # The root drive, then the placeholders.
         assert agent.ask("0") == line(2048, 0, WORD)
-        assert [agent.ask(str(place)) for place in range(1, 9)] == [line(0, 0, 0)] * 8
+        assert [agent.ask(str(index)) for index in range(1, 9)] == [line(0, 0, 0)] * 8
 
         for number, sectors in ((3, 640), (0, 8), (7, 100_000)):
             answer = go.plug(number, disk(tmp_path / f"container{number}", sectors, WORD + number))
             assert answer is not None and answer.status == 204, answer
             assert agent.ask(str(1 + number)) == line(sectors, 1, WORD + number)
-        told = [agent.ask(str(place)) for place in range(9)]
+        told = [agent.ask(str(index)) for index in range(9)]
         assert [0 if "capacity=0 " in each else 1 for each in told] == [1, 1, 0, 0, 1, 0, 0, 0, 1]
 
         answer = go.unplug(3)
@@ -147,7 +147,7 @@ def test_go_runtime_with_a_jailer(program: str, peer: str | None, image: Path, t
         go.start()
         assert {"fc_api", "fc_vcpu 0"} <= set(go.threads())
         with go.agent() as agent:
-            assert [agent.ask(str(place)) for place in range(9)] == [line(2048, 0, WORD)] + [line(0, 0, 0)] * 8
+            assert [agent.ask(str(index)) for index in range(9)] == [line(2048, 0, WORD)] + [line(0, 0, 0)] * 8
             answer = go.plug(3, disk(tmp_path / "container", 640, WORD + 3))
             assert answer is not None and answer.status == 204, answer
             assert agent.ask("4") == line(640, 1, WORD + 3)
@@ -170,7 +170,7 @@ def test_runtime_rs_from_nothing_to_its_end(rust: RuntimeRs, tmp_path: Path) -> 
     with rust.agent() as agent:
         assert b"OK" in agent.greeting
         assert agent.ask("0") == line(2048, 0, WORD)
-        assert [agent.ask(str(place)) for place in range(1, 6)] == [line(0, 0, 0)] * 5
+        assert [agent.ask(str(index)) for index in range(1, 6)] == [line(0, 0, 0)] * 5
         for number in (1, 5):
             assert rust.plug(number, disk(tmp_path / "container", 64 * number, WORD + number)) == 1
             assert agent.ask(str(number)) == line(64 * number, 1, WORD + number)

@@ -214,8 +214,8 @@ def test_acpicas_compiler_makes_the_same_resources(virtio: int, keyboard: bool, 
     devices += [port(0x60, 1) + port(0x64, 1) + interrupt(1)] * keyboard
     devices += [port(0x70, 2), port(0x505, 1)] + [interrupt(13)] * events
     text = "".join(
-        f'Device (D{place:03}) {{ Name (_HID, "PYVM0002") Name (_CRS, ResourceTemplate () {{ {each} }}) }}\n'
-        for place, each in enumerate(devices)
+        f'Device (D{number:03}) {{ Name (_HID, "PYVM0002") Name (_CRS, ResourceTemplate () {{ {each} }}) }}\n'
+        for number, each in enumerate(devices)
     )
     (tmp_path / "dsdt.dsl").write_text(f'DefinitionBlock ("", "DSDT", 2, "PYVMM", "PYVMMDSD", 1) {{ {text} }}')
     run = subprocess.run([iasl(), "dsdt.dsl"], cwd=tmp_path, capture_output=True, text=True, timeout=60)

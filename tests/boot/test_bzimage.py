@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bzImage: the setup header judged field by field, and where the kernel goes."""
+"""bzImage: the setup header validated field by field, and where the kernel goes."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_payload_that_declares_more_than_the_kernel_may_take(
     assert f"unpacks to 4294967295 bytes, more than the {8 * MIB} that it may take" in text
 
 
-def test_an_unpacked_kernel_is_judged_like_any_other(memory: GuestMemory, kernel: KernelFile) -> None:
+def test_an_unpacked_kernel_is_validated_like_any_other(memory: GuestMemory, kernel: KernelFile) -> None:
     low = elf([Phdr(data=b"x", paddr=0x7000)], entry=0x7000)
     for image, found in (
         (low, "unpacks to a file that has segment 0 (0x7000 to 0x7001) on the zero page"),

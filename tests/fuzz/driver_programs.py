@@ -271,21 +271,21 @@ class Victim:
         without = rng.choice((0, 0, spec.F_EVENT_IDX, spec.F_INDIRECT_DESC))
         driver.bring_up(without=without, size=QUEUE_SIZE)
         if self.kind.first is not None and rng.random() < 0.9:
-            place, (readable, writable) = self.kind.first
-            ring = driver.queues[place]
+            index, (readable, writable) = self.kind.first
+            ring = driver.queues[index]
             ring.add([ring.buffer(part) for part in readable] + [ring.buffer(n, device_writes=True) for n in writable])
-            driver.set(spec.MMIO_QUEUE_NOTIFY, place)
+            driver.set(spec.MMIO_QUEUE_NOTIFY, index)
         for _ in range(rng.randrange(1, 12)):
-            place = rng.randrange(len(driver.queues))
+            index = rng.randrange(len(driver.queues))
             try:
-                self._step(rng, driver, driver.queues[place], place)
+                self._step(rng, driver, driver.queues[index], index)
             except (MemoryError, IndexError):
                 break  # the driver's own memory or descriptors are used up
             if rng.random() < self.cuts:
                 self.cut(driver)
-        self._settle(driver)
+        self._finish(driver)
 
-    def _step(self, rng: random.Random, driver: MmioDriver, ring: SplitDriver, place: int) -> None:
+    def _step(self, rng: random.Random, driver: MmioDriver, ring: SplitDriver, index: int) -> None:
         readable, writable = self.kind.request(rng)
         buffers = [ring.buffer(part) for part in readable]
         buffers += [ring.buffer(min(size, 70000), device_writes=True) for size in writable]
@@ -299,10 +299,10 @@ class Victim:
             ring.add(buffers)
         if rng.random() < 0.15:
             self._spoil(rng, ring)
-        driver.set(spec.MMIO_QUEUE_NOTIFY, place)
+        driver.set(spec.MMIO_QUEUE_NOTIFY, index)
         if rng.random() < 0.05:
             driver.set(rng.randrange(0, 0x100, 4), number(rng, 32))
-            driver.set(spec.MMIO_QUEUE_SEL, place)
+            driver.set(spec.MMIO_QUEUE_SEL, index)
 
     def _spoil(self, rng: random.Random, ring: SplitDriver) -> None:
         match rng.randrange(4):
@@ -320,7 +320,7 @@ class Victim:
                 at = rng.randrange(ARENA[0], RAM - 64)
                 self.ram.write(at, rng.randbytes(rng.choice((1, 2, 8, 64))))
 
-    def _settle(self, driver: MmioDriver) -> None:
+    def _finish(self, driver: MmioDriver) -> None:
         # Until each queue is served or the device has given up.
         end = time.monotonic() + PATIENCE
         for queue, ring in zip(self.transport.queues, driver.queues, strict=True):

@@ -232,9 +232,9 @@ IOAPIC = {"pic": "0xff", "lint0": "0x10700", "entry": "0x24"}
 PIC = {"pic": "0xef", "lint0": "0x700", "entry": "0x10024"}
 
 
-@pytest.mark.parametrize(("wiring", "chip", "place"), [(IOAPIC, 2, 24), (PIC, 0, 8)], ids=["IOAPIC", "PIC"])
+@pytest.mark.parametrize(("wiring", "chip", "offset"), [(IOAPIC, 2, 24), (PIC, 0, 8)], ids=["IOAPIC", "PIC"])
 def test_a_freeze_in_the_middle_of_an_interrupts_pulse(
-    guest: MakeGuest, wiring: dict[str, str], chip: int, place: int
+    guest: MakeGuest, wiring: dict[str, str], chip: int, offset: int
 ) -> None:
     # KVM raises and lowers a line in two steps, on a thread of its own. A line that stays high in a copy has no edge.
     vm = guest(READER % wiring)
@@ -243,7 +243,7 @@ def test_a_freeze_in_the_middle_of_an_interrupts_pulse(
     time.sleep(0.01)  # it halts
     image = vm.freeze()
     chips = [bytearray(each) for each in image.vm["irqchips"]]
-    chips[chip][place] |= 1 << 4  # Source: linux/kvm.h: kvm_ioapic_state.irr, kvm_pic_state.last_irr
+    chips[chip][offset] |= 1 << 4  # Source: linux/kvm.h: kvm_ioapic_state.irr, kvm_pic_state.last_irr
     image.vm["irqchips"] = [bytes(each) for each in chips]
     with Machine(image=image) as copy:
         copy.start()

@@ -20,8 +20,8 @@ from vmm.machine.snapshot_file import TOUCHED
 MakeGuest = Callable[..., Machine]
 PAGE = 4096
 SIZE = 16 << 20
-PLACES = [0x400000 + number * (1 << 20) for number in range(8)]
-FAR = PLACES[0] + (512 << 10)
+ADDRESSES = [0x400000 + number * (1 << 20) for number in range(8)]
+FAR = ADDRESSES[0] + (512 << 10)
 
 
 @pytest.fixture
@@ -54,14 +54,14 @@ def test_what_was_touched_is_there_at_the_next_load(saved: Path) -> None:
         os.close(memory)
         pytest.skip("LAYER MISSING: prefetch: a file system whose files can be out of memory")
     with Machine(image=Image.load(str(saved))) as vm:
-        for place in PLACES:
-            assert vm.memory.read(place, 1) == b"\x05"
+        for address in ADDRESSES:
+            assert vm.memory.read(address, 1) == b"\x05"
         vm.record_touched(str(saved))
     _forget(memory)
-    assert not any(_is_cached(memory, place) for place in (*PLACES, FAR))
+    assert not any(_is_cached(memory, address) for address in (*ADDRESSES, FAR))
     image = Image.load(str(saved))
     end = time.monotonic() + PATIENCE
-    while not all(_is_cached(memory, place) for place in PLACES):
+    while not all(_is_cached(memory, address) for address in ADDRESSES):
         assert time.monotonic() < end
         time.sleep(0.002)
     assert not _is_cached(memory, FAR), "nobody has touched it"
@@ -76,7 +76,7 @@ def test_what_was_touched_is_there_at_the_next_load(saved: Path) -> None:
 def test_a_damaged_record_harms_nobody(saved: Path, data: bytes) -> None:
     (saved / TOUCHED).write_bytes(data)
     with Machine(image=Image.load(str(saved))) as vm:
-        assert vm.memory.read(PLACES[0], 1) == b"\x05"
+        assert vm.memory.read(ADDRESSES[0], 1) == b"\x05"
 
 
 def test_a_record_that_is_no_file_harms_nobody(saved: Path) -> None:

@@ -30,9 +30,9 @@ def test_a_running_vm_answers_what_needs_more_of_the_library(tmp_path: Path) -> 
     process = subprocess.Popen([PYVMM, "serve", "--api-sock", path, "--log-path", f"/dev/fd/{write}"], pass_fds=[write])
     os.close(write)
 
-    def ask(method: str, place: str, body: object = None) -> tuple[int, bytes]:
+    def ask(method: str, url: str, body: object = None) -> tuple[int, bytes]:
         with contextlib.closing(Connection(path)) as client:
-            client.request(method, place, None if body is None else json.dumps(body))
+            client.request(method, url, None if body is None else json.dumps(body))
             answer = client.getresponse()
             return answer.status, answer.read()
 
@@ -67,8 +67,8 @@ def test_an_interface_of_the_api_has_a_policy(tmp_path: Path) -> None:
     with contextlib.closing(Vmm()) as vmm:
         ask = answerer(vmm)
 
-        def put(place: str, **body: object) -> tuple[int, bytes]:
-            status, text, _ = ask("PUT", place, json.dumps(body).encode())
+        def put(url: str, **body: object) -> tuple[int, bytes]:
+            status, text, _ = ask("PUT", url, json.dumps(body).encode())
             return status, text
 
         status, text = put("/network-interfaces/n", iface_id="n", mode="auto", policy={"allow": ["https://pypi.org"]})

@@ -185,10 +185,10 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
 )
 def test_damage_is_told_in_one_line(victim: Victim, where: tuple[Any, ...], value: object, why: str) -> None:
     document = copy.deepcopy(victim.document)
-    place: Any = document
+    part: Any = document
     for name in where[:-1]:
-        place = place[name]
-    place[where[-1]] = value
+        part = part[name]
+    part[where[-1]] = value
     said = victim.try_(sealed(victim.good[:32] + msgspec.msgpack.encode(document)))
     assert why in said
 

@@ -424,13 +424,13 @@ static void map(const char *path, size_t size)
 // The registers (virtio 1.2, 4.2.2) of a device that was unbound from its driver.
 static void lie(unsigned long address)
 {
-    static const uint64_t places[] = {0xfffffffffffff000, 0xdead0000, 0x1001, 0xffffffff0000};
+    static const uint64_t addresses[] = {0xfffffffffffff000, 0xdead0000, 0x1001, 0xffffffff0000};
     int fd = open("/dev/mem", O_RDWR | O_SYNC);
     uint8_t *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, address & ~4095ul);
     if (fd < 0 || page == MAP_FAILED) fail("/dev/mem");
     volatile uint32_t *r = (volatile uint32_t *)(page + (address & 4095));
     unsigned broken = 0, count = 0;
-    for (; count < sizeof places / sizeof *places; count++) {
+    for (; count < sizeof addresses / sizeof *addresses; count++) {
         r[0x70 / 4] = 0;
         r[0x70 / 4] = 3;
         r[0x24 / 4] = 1, r[0x20 / 4] = 1;  // VIRTIO_F_VERSION_1
@@ -439,8 +439,8 @@ static void lie(unsigned long address)
         r[0x30 / 4] = 0;
         r[0x38 / 4] = r[0x34 / 4];
         for (int which = 0x80; which <= 0xa0; which += 0x10) {
-            r[which / 4] = (uint32_t)places[count];
-            r[(which + 4) / 4] = places[count] >> 32;
+            r[which / 4] = (uint32_t)addresses[count];
+            r[(which + 4) / 4] = addresses[count] >> 32;
         }
         r[0x44 / 4] = 1;
         r[0x70 / 4] = 15;

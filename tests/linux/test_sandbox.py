@@ -166,8 +166,8 @@ def test_a_copy_goes_on_with_its_originals_connection(sandbox: Sandbox, tmp_path
 
 
 def test_a_read_only_sandbox(runtime: Path, tmp_path: Path) -> None:
-    places = "/etc/passwd /root/a /tmp/a /var/tmp/a /run/a /mnt/a /dev/null"
-    write = f"for each in {places}; do echo 1 2>/dev/null >>$each && echo $each; done"
+    paths = "/etc/passwd /root/a /tmp/a /var/tmp/a /run/a /mnt/a /dev/null"
+    write = f"for each in {paths}; do echo 1 2>/dev/null >>$each && echo $each; done"
     with Sandbox("busybox", memory="128M", read_only=True, mounts={"/mnt": str(tmp_path)}) as sandbox:
         assert sandbox.run(write).stdout.split() == ["/tmp/a", "/var/tmp/a", "/run/a", "/mnt/a", "/dev/null"]
         with pytest.raises(OSError, match="Read-only file system"):

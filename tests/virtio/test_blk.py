@@ -630,8 +630,8 @@ from vmm import _uring
 from vmm.memory import GuestMemory
 assert _uring.stock(1) == _uring.stock(5) == 1
 with GuestMemory(1 << 20) as ram:
-    places = zip(sys.argv[1:], (0x1000, 0x80000))
-    vms = [Vm(path, ram, Allocator(base, 0x40000), engine="io_uring") for path, base in places]
+    disks = zip(sys.argv[1:], (0x1000, 0x80000))
+    vms = [Vm(path, ram, Allocator(base, 0x40000), engine="io_uring") for path, base in disks]
     for vm in vms:
         vm.driver.bring_up()
         vm.driver.bring_up()
@@ -1084,10 +1084,10 @@ def test_short_reads_and_writes(engine: str, kind: int) -> None:
         vm = Vm(path, ram, Allocator(0x1000, (16 << 20) - 0x1000), engine=engine)
         vm.driver.bring_up()
         memory = vm.driver.allocator.alloc(piece, 4096)
-        place = piece * (count - 1) + 12345  # in the last piece, after the cut
+        offset = piece * (count - 1) + 12345  # in the last piece, after the cut
         data = [Buffer(memory, piece, kind == spec.BLK_T_IN)] * count
         if kind == spec.BLK_T_IN:
-            os.pwrite(vm.disk.fd, b"mark", place)
+            os.pwrite(vm.disk.fd, b"mark", offset)
             assert vm.request(kind, 0, *data) == spec.BLK_S_OK
             assert vm.written == piece * count + 1
             assert ram.read(memory + 12345, 4) == b"mark"
@@ -1095,7 +1095,7 @@ def test_short_reads_and_writes(engine: str, kind: int) -> None:
             # Only the last pieces hold something, or the test would need 3 GiB: the first are cut to a sector.
             ram.write(memory + 12345, b"mark")
             assert vm.request(kind, 0, *data) == spec.BLK_S_OK
-            assert os.pread(vm.disk.fd, 4, place) == b"mark"
+            assert os.pread(vm.disk.fd, 4, offset) == b"mark"
         assert vm.device.stats["bytes_read" if kind == spec.BLK_T_IN else "bytes_written"] == piece * count
         vm.close()
 
@@ -1107,7 +1107,7 @@ def test_no_request_has_more_buffers_than_one_call_takes() -> None:
 # Any request at all
 
 
-def judged(out: bytes, room: int, capacity: int, read_only: bool) -> int | None:
+def validated(out: bytes, room: int, capacity: int, read_only: bool) -> int | None:
     """The status that §5.2.6 demands for a request with `out` to read and `room` to write; None: no place for one."""
     if room == 0:
         return None
@@ -1172,7 +1172,7 @@ def test_any_request_is_answered_as_the_standard_says(boot: Callable[..., Vm], r
                         buffers.append(Buffer(whole.addr + at, piece, device_writes))
                         at += piece
         written = vm.submit(buffers)
-        expected = judged(out, room, 8, read_only)
+        expected = validated(out, room, 8, read_only)
         if expected is None:
             assert written == 0
             return

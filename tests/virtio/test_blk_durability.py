@@ -26,14 +26,14 @@ from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 
 KILLS = 50
-PLACES = 64  # of 4 KiB on the disk
+BLOCKS = 64  # of 4 KiB on the disk
 ROUND = 12  # writes before each flush
 STAMP = struct.Struct("<Q")
 
 
-def places(round_: int) -> list[int]:
+def blocks(round_: int) -> list[int]:
     """Where round `round_` writes."""
-    return random.Random(round_).sample(range(PLACES), ROUND)
+    return random.Random(round_).sample(range(BLOCKS), ROUND)
 
 
 def write_until_killed(path: Path, engine: str, direct: bool, told: int) -> None:
@@ -68,7 +68,7 @@ def write_until_killed(path: Path, engine: str, direct: bool, told: int) -> None
     round_ = 0
     while True:
         round_ += 1
-        run([(spec.BLK_T_OUT, 8 * place, STAMP.pack(round_) * 512) for place in places(round_)])
+        run([(spec.BLK_T_OUT, 8 * block, STAMP.pack(round_) * 512) for block in blocks(round_)])
         run([(spec.BLK_T_FLUSH, 0, b"")])
         os.write(told, STAMP.pack(round_))
 
@@ -81,7 +81,7 @@ def test_nothing_flushed_is_lost_by_kill_9(tmp_path: Path, engine: str, direct: 
     unfinished = 0
     for kill in range(KILLS):
         path = tmp_path / f"disk{kill}.img"
-        path.write_bytes(bytes(PLACES * 4096))
+        path.write_bytes(bytes(BLOCKS * 4096))
         heard, told = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -99,18 +99,18 @@ def test_nothing_flushed_is_lost_by_kill_9(tmp_path: Path, engine: str, direct: 
             rest = pipe.read()
         Disk(str(path)).close()  # what io_uring had under way is over now: until then the lock is held
         flushed = STAMP.unpack(rest[-8:])[0] if rest else 1
-        last = [0] * PLACES  # the round whose write of the place was flushed last
+        last = [0] * BLOCKS  # the round whose write of the block was flushed last
         for round_ in range(1, flushed + 1):
-            for place in places(round_):
-                last[place] = round_
+            for block in blocks(round_):
+                last[block] = round_
         # The round after that may be there in part, as far as a sector; no other may.
         image = path.read_bytes()
-        for place in range(PLACES):
-            allowed = {last[place], *([flushed + 1] if place in places(flushed + 1) else [])}
+        for block in range(BLOCKS):
+            allowed = {last[block], *([flushed + 1] if block in blocks(flushed + 1) else [])}
             for sector in range(8):
-                at = place * 4096 + sector * 512
+                at = block * 4096 + sector * 512
                 found = {stamp for (stamp,) in STAMP.iter_unpack(image[at : at + 512])}
-                assert found <= allowed, f"kill {kill}, place {place}: {found}, flushed last: {last[place]}"
+                assert found <= allowed, f"kill {kill}, block {block}: {found}, flushed last: {last[block]}"
                 unfinished += found == {flushed + 1}
         path.unlink()
     print(f"{KILLS} kills, {unfinished} sectors of rounds that were not flushed")

@@ -209,8 +209,8 @@ def test_random_mappings_are_what_a_model_says(tree: Path, mount: Callable[..., 
         else:
             vm.setupmapping(nodes[name], slot * SLOT, count * SLOT, slot * SLOT, choose.choice((2, 3)))
         model[slot : slot + count] = [name] * count
-        for place, expected in enumerate(model):
-            assert at(vm, place * SLOT + choose.randrange(SLOT), 1) == expected.encode()
+        for index, expected in enumerate(model):
+            assert at(vm, index * SLOT + choose.randrange(SLOT), 1) == expected.encode()
     assert vm.device.stats["dax_mapped"] == sum(name != "\0" for name in model)
 
 

@@ -505,9 +505,9 @@ def test_what_is_looked_up_does_not_keep_what_is_known_from_being_opened(
         vm.rename(f"d{i}", f"e{i}", newdir=top)  # the guest's own rename: what is below goes with it
     for i in range(1, 60, 3):
         vm.rename(f"f{i}", "renamed", parent=dirs[i], newdir=dirs[i])
-    places = list(nodes)
-    random.Random(3).shuffle(places)
-    for i, j in places:
+    pairs = list(nodes)
+    random.Random(3).shuffle(pairs)
+    for i, j in pairs:
         fh = vm.open(nodes[i, j])
         assert vm.read(nodes[i, j], fh, 20) == f"{i}/{j}".encode()
         vm.release(nodes[i, j], fh)
@@ -580,14 +580,14 @@ def test_a_directory_that_is_open_costs_no_heap(tree: Path, mount: Callable[...,
     for fh in handles:
         assert vm.readdir(ROOT, fh)
     assert resident() - before < 4 << 20  # 62 MiB, had each a buffer
-    # Each has its own place all the same, whichever was read last.
+    # Each has its own position all the same, whichever was read last.
     seen: dict[int, list[str]] = {fh: [] for fh in handles[:3]}
-    places = dict.fromkeys(seen, 0)
-    while any(places[fh] >= 0 for fh in seen):
+    offsets = dict.fromkeys(seen, 0)
+    while any(offsets[fh] >= 0 for fh in seen):
         for fh in seen:
-            found = vm.readdir(ROOT, fh, places[fh], size=512) if places[fh] >= 0 else []
+            found = vm.readdir(ROOT, fh, offsets[fh], size=512) if offsets[fh] >= 0 else []
             seen[fh] += [name for name, _, _ in found]
-            places[fh] = found[-1][1] if found else -1
+            offsets[fh] = found[-1][1] if found else -1
     assert all(sorted(names) == sorted([".", "..", *os.listdir(tree)]) for names in seen.values())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A driver that names gigabytes by a few descriptors: no device in Python copies them before it judges them."""
+"""A driver that names gigabytes by a few descriptors: no device in Python copies them before it validates them."""
 
 from __future__ import annotations
 

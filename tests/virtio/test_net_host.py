@@ -253,8 +253,8 @@ def test_a_guest_that_names_the_hosts_loopback_does_not_reach_it(passt: Passt, s
     server.settimeout(10)
     port = server.getsockname()[1]
     vm = Vm(stack, tap=passt, policy=Policy(only_special=True))
-    for place, target in enumerate(("127.0.0.1", "0.0.0.0", "127.1.2.3", "10.7.7.5")):
-        vm.send(tcp(target, port, source="10.7.7.9", source_port=4000 + place))
+    for number, target in enumerate(("127.0.0.1", "0.0.0.0", "127.1.2.3", "10.7.7.5")):
+        vm.send(tcp(target, port, source="10.7.7.9", source_port=4000 + number))
     stream, peer = server.accept()
     stream.close()
     assert peer[0] == "10.7.7.5"  # the last of them was the first
@@ -314,7 +314,7 @@ def learned(address: str, seconds: int) -> Policy:
     return policy
 
 
-def judged(vm: Vm, frames: int) -> bool:
+def checked(vm: Vm, frames: int) -> bool:
     return vm.device.stats["policy_allowed"] + vm.device.stats["policy_dropped"] == frames
 
 
@@ -326,7 +326,7 @@ def test_no_frame_that_goes_on_begins_a_connection(passt: Passt, stack: Any) -> 
     for flags in range(256):
         vm.send(tcp("10.7.7.5", port, source="10.0.2.15", source_port=4000 + flags, flags=flags))
         if flags % 128 == 127:
-            until(functools.partial(judged, vm, flags + 1), lambda: vm.device.stats)
+            until(functools.partial(checked, vm, flags + 1), lambda: vm.device.stats)
             vm.driver.queues[TX].reap()
     assert vm.device.stats["policy_dropped_address"] == 64
     # An answer to a ping of the cable: passt has seen what came before it.

@@ -114,8 +114,8 @@ def test_rx_buffers_too_short_for_a_frame_lose_it_and_no_more(namespace: None, s
 def test_a_frame_merged_from_the_smallest_buffers(namespace: None, stack: Any) -> None:
     vm = Vm(stack)
     ring = vm.driver.queues[RX]
-    for place in range(200):
-        ring.add([ring.buffer(size, device_writes=True) for size in ((12,), (1, 1, 10))[place & 1]])
+    for number in range(200):
+        ring.add([ring.buffer(size, device_writes=True) for size in ((12,), (1, 1, 10))[number & 1]])
     vm.driver.set(spec.MMIO_QUEUE_NOTIFY, RX)
     vm.send(arp_request())
     until(lambda: vm.device.stats["rx_packets"] >= 1)

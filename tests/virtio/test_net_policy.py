@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which frames of a guest's leave it: the judge by itself, and before the stream to passt."""
+"""Which frames of a guest's leave it: the policy by itself, and before the stream to passt."""
 
 from __future__ import annotations
 
@@ -331,8 +331,8 @@ def test_only_what_is_allowed_leaves(stack: Any) -> None:
     assert stats["tx_packets"] == 2
 
 
-def test_what_was_judged_is_what_is_sent(stack: Any) -> None:
-    """The guest rewrites a frame that was judged and waits for room."""
+def test_what_was_checked_is_what_is_sent(stack: Any) -> None:
+    """The guest rewrites a frame that was checked and waits for room."""
     backend = Stream(stack)
     filled = 0
     with contextlib.suppress(BlockingIOError):
@@ -402,8 +402,8 @@ def test_only_what_is_allowed_gets_to_a_tap(namespace: None, stack: Any) -> None
     assert (stats["policy_dropped_address"], stats["policy_dropped_source"]) == (2, 2)
 
 
-def test_a_header_changes_nothing_of_what_was_judged(namespace: None, stack: Any) -> None:
-    """By a header the kernel would write a checksum at any place, as over the address that was judged."""
+def test_a_header_changes_nothing_of_what_was_checked(namespace: None, stack: Any) -> None:
+    """By a header the kernel would write a checksum at any offset, as over the address that was checked."""
     vm = Vm(stack, policy=policy(("9.9.9.9/32", 80)))
     assert not vm.device.features & (spec.NET_F_CSUM | spec.NET_F_HOST_TSO4 | spec.NET_F_HOST_UFO)
     seen = on_the_tap(stack, vm)
@@ -419,7 +419,7 @@ def test_a_header_changes_nothing_of_what_was_judged(namespace: None, stack: Any
     assert vm.device.stats["tx_errors"] == 0
 
 
-def test_one_thread_judges(namespace: None, stack: Any) -> None:
+def test_one_thread_checks(namespace: None, stack: Any) -> None:
     with pytest.raises(ValueError, match="one pair of queues"):
         Vm(stack, queues=2, policy=policy())
 

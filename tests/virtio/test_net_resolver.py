@@ -136,9 +136,9 @@ def by_libresolv(message: bytes) -> list[str]:
     state = ctypes.create_string_buffer(256)
     assert library.ns_initparse(message, len(message), state) == 0
     found = []
-    for place in range(int.from_bytes(message[6:8], "big")):
+    for index in range(int.from_bytes(message[6:8], "big")):
         record = ctypes.create_string_buffer(2048)
-        assert library.ns_parserr(state, 1, place, record) == 0
+        assert library.ns_parserr(state, 1, index, record) == 0
         # struct __ns_rr: name[1025], type, class, ttl, rdlength, rdata, each aligned
         kind, size = (int.from_bytes(record.raw[at : at + 2], "little") for at in (1026, 1036))
         data = ctypes.string_at(struct.unpack_from("=Q", record, 1040)[0], size)

@@ -497,8 +497,8 @@ def test_2_7_5_2_total_length_above_2_32(queue_class: Any) -> None:
         assert "2^32" in rig.broken(2)
 
 
-def test_descriptor_rewritten_between_two_reads_is_judged_once(rig: Rig) -> None:
-    """What was judged is what is used, whatever the driver writes into the table afterwards."""
+def test_descriptor_rewritten_between_two_reads_is_validated_once(rig: Rig) -> None:
+    """What was validated is what is used, whatever the driver writes into the table afterwards."""
     rig.chain((0x300000, 16, NEXT, 1), (0x300100, 32, WRITE, 0))
     chain = rig.take()
     for index in (0, 1):

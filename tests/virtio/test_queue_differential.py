@@ -108,7 +108,7 @@ def descriptors(pick: random.Random, count: int, size: int) -> Iterator[tuple[in
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_twins_judge_the_same_chains(seed: int) -> None:
+def test_twins_accept_the_same_chains(seed: int) -> None:
     pick = random.Random(seed)
     rules: dict[str, int] = {}
     for event_idx in (False, True):
@@ -257,14 +257,14 @@ TwoQueues.TestCase.settings = settings(max_examples=100, stateful_step_count=50,
 TestTwoQueues = TwoQueues.TestCase
 
 
-def test_twins_judge_the_same_set_ups() -> None:
+def test_twins_accept_the_same_set_ups() -> None:
     """Every size and address that enable() may be given: the same verdict in the same words."""
     pick = random.Random(0)
-    places = [0, 1, 2, 4, 8, 16, 0x1000, RAM - 256, RAM - 8, RAM, 1 << 63]
+    values = [0, 1, 2, 4, 8, 16, 0x1000, RAM - 256, RAM - 8, RAM, 1 << 63]
     with GuestMemory(RAM) as ram:
         for _ in range(3000):
             size = pick.choice([0, 1, 2, 3, 8, 16, 32, 65537])
-            addresses = [pick.choice(places) for _ in range(3)]
+            addresses = [pick.choice(values) for _ in range(3)]
             verdicts = []
             for queue_class in QUEUES:
                 queue: Any = queue_class(ram, 16)

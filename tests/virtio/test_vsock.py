@@ -161,7 +161,7 @@ def test_a_guest_that_refuses(vm: Vm) -> None:
     vm.send(RST, 5000, request.src_port)
     assert ended(client)
     assert vm.device.stats["refused"] == 1
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_a_guest_that_never_answers(make: Make) -> None:
@@ -202,7 +202,7 @@ def test_guest_connects_where_nobody_listens(vm: Vm) -> None:
     vm.send(REQUEST, 777, 1234)
     vm.receive(RST)
     assert vm.device.stats["refused"] == 2
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_guest_connects_to_a_full_backlog(vm: Vm) -> None:
@@ -313,7 +313,7 @@ def test_host_half_closes(vm: Vm) -> None:
     vm.send(SHUTDOWN, 5000, port, flags=RCV | SEND)
     vm.receive(RST)
     assert ended(client)
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_guest_half_closes(vm: Vm) -> None:
@@ -328,7 +328,7 @@ def test_guest_half_closes(vm: Vm) -> None:
     assert vm.receive(SHUTDOWN).flags == RCV | SEND
     vm.send(RST, 5000, port)
     vm.silence()
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_guest_stops_receiving(vm: Vm) -> None:
@@ -351,7 +351,7 @@ def test_shutdown_flags_add_up(vm: Vm) -> None:
     vm.silence()
     vm.send(SHUTDOWN, 5000, port, flags=RCV)
     vm.receive(RST)
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_host_closes_and_all_it_sent_arrives_first(make: Make) -> None:
@@ -365,7 +365,7 @@ def test_host_closes_and_all_it_sent_arrives_first(make: Make) -> None:
     assert vm.receive(SHUTDOWN).flags == RCV | SEND
     vm.send(RST, 5000, port)
     vm.silence()
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_host_closes_and_the_guest_does_not_answer(make: Make) -> None:
@@ -377,7 +377,7 @@ def test_host_closes_and_the_guest_does_not_answer(make: Make) -> None:
     assert vm.receive(SHUTDOWN).flags == RCV | SEND
     vm.send(RW, 5000, port, b"into the void")  # it has not seen it yet
     assert vm.receive(RST).src_port == port
-    vm.settle(0)
+    vm.wait_for_connections(0)
     assert vm.device.stats["timeouts"] == 1
 
 
@@ -415,7 +415,7 @@ def test_guest_closes_and_all_it_sent_arrives(vm: Vm) -> None:
     assert read_exactly(client, len(data)) == data
     assert ended(client)
     vm.silence()
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def closed_with_bytes_left(vm: Vm, size: int) -> socket.socket:
@@ -440,7 +440,7 @@ def test_a_host_program_that_never_reads_the_rest(make: Make) -> None:
     poll.register(client, select.POLLRDHUP)
     assert poll.poll(PATIENCE * 1000)
     vm.silence()
-    vm.settle(0)
+    vm.wait_for_connections(0)
     assert vm.device.stats["timeouts"] == 1
 
 
@@ -453,7 +453,7 @@ def test_a_guest_that_ends_is_heard_to_its_last_byte(vm: Vm) -> None:
     assert read_exactly(client, size) == bytes(size)
     assert ended(client)
     ending.join(PATIENCE)
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_a_guest_that_ends_waits_for_no_host_program_for_ever(make: Make) -> None:
@@ -463,7 +463,7 @@ def test_a_guest_that_ends_waits_for_no_host_program_for_ever(make: Make) -> Non
     size = BUF_ALLOC + 100_000
     client = closed_with_bytes_left(vm, size)
     vm.driver.set(spec.MMIO_STATUS, 0)
-    vm.settle(0)
+    vm.wait_for_connections(0)
     part = b"".join(iter(lambda: client.recv(65536), b""))
     assert 0 < len(part) < size
 
@@ -472,7 +472,7 @@ def test_guest_resets(vm: Vm) -> None:
     client, port = vm.host_open()
     vm.send(RST, 5000, port)
     assert ended(client)
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 # Credit
@@ -628,7 +628,7 @@ def test_1500_connections_at_once_both_ways(make: Make) -> None:
             ends.append((*vm.host_open(5000 + i), 5000 + i))
         else:
             ends.append((vm.guest_open(server, 5000 + i, 1234), 1234, 5000 + i))
-    vm.settle(count)
+    vm.wait_for_connections(count)
     for i, (client, _, _) in enumerate(ends):
         client.sendall(pattern(100, i))
     got: dict[int, bytes] = {}
@@ -645,7 +645,7 @@ def test_1500_connections_at_once_both_ways(make: Make) -> None:
         packet = vm.receive(SHUTDOWN)
         vm.send(RST, packet.dst_port, packet.src_port)
     vm.silence()
-    vm.settle(0)
+    vm.wait_for_connections(0)
 
 
 def test_beyond_the_limit_others_stay_alive(make: Make) -> None:
@@ -684,7 +684,7 @@ def test_reset_closes_every_connection_and_the_next_driver_gets_new_ones(vm: Vm)
     assert all(ended(client) for client in [*clients, half])
     waiting = vm.host_socket()  # between two drivers: waits
     waiting.sendall(b"CONNECT 9\n")
-    vm.settle(0)
+    vm.wait_for_connections(0)
     vm.up()
     request = vm.receive(REQUEST)
     assert request.dst_port == 9
@@ -711,7 +711,7 @@ def test_a_client_killed_at_any_moment_leaves_nothing(vm: Vm) -> None:
     assert vm.receive(SHUTDOWN).flags == RCV | SEND
     vm.send(RST, 5000, port)
     vm.silence()
-    vm.settle(0)
+    vm.wait_for_connections(0)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

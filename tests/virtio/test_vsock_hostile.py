@@ -327,7 +327,7 @@ def test_connection_flood_from_the_guest(vm: Vm, bystander: None) -> None:
         vm._wait(lambda: vm.inbox, vm.collect)
     assert {packet.op for packet in vm.inbox} == {RST}
     vm.inbox.clear()
-    vm.settle(1)
+    vm.wait_for_connections(1)
 
 
 def test_questions_without_room_for_answers_wait(make: Make) -> None:
@@ -372,7 +372,7 @@ def test_connection_flood_from_the_host(vm: Vm, bystander: None) -> None:
         for host in hosts:
             host.close()
     vm.silence()
-    vm.settle(1)
+    vm.wait_for_connections(1)
 
 
 # Races at the end of a connection
@@ -409,7 +409,7 @@ def test_both_ends_close_at_once(vm: Vm, bystander: None) -> None:
     vm.receive(RST)
     vm.send(RST, 5000, port)
     vm.silence()
-    vm.settle(1)
+    vm.wait_for_connections(1)
 
 
 def test_shutdown_while_connecting(vm: Vm, bystander: None) -> None:
@@ -520,7 +520,7 @@ def test_broken_ring(vm: Vm, index: int) -> None:
         threading.Event().wait(0.001)
     assert len(vm.log) == 1
     assert f"queue {index}" in vm.log[0]
-    vm.settle(0)
+    vm.wait_for_connections(0)
     vm.up()
     vm.host_open()
 
@@ -585,7 +585,7 @@ def run_program(vm: Vm, steps: list[tuple[object, ...]]) -> None:
         play(vm, server, programs, step)
         assert not vm.transport.status & spec.DEVICE_NEEDS_RESET, f"no ring was broken: {vm.log}"
     vm.driver.set(spec.MMIO_STATUS, 0)
-    vm.settle(0)
+    vm.wait_for_connections(0)
     for end in [*programs, *vm.sockets]:
         end.close()
     vm.up(posted=8)

@@ -197,7 +197,7 @@ class Vm:
         self.queue(TX).reap()
         assert not self.collect()
 
-    def settle(self, connections: int) -> None:
+    def wait_for_connections(self, connections: int) -> None:
         """Wait until the device has so many connections: what its sockets say comes in no order."""
         until(lambda: self.device.connections == connections, lambda: f"{self.device.connections} connections")
 

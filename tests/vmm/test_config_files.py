@@ -123,7 +123,7 @@ def test_show_says_where_each_value_comes_from(etc: Path, capsys: pytest.Capture
     (etc / "config.toml").write_text('[serve]\nlevel = "Debug"\n\n[run]\nmemory = "1G"\nnet = ["user", "auto"]\n')
     assert cli.main(["config", "show", "--cpus", "2", "/k", "/root.img,ro", "--disk", "/d"]) == 0
     lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
-    shown = {(name, value): place for name, value, place in lines}
+    shown = {(name, value): source for name, value, source in lines}
     base = f"{etc}/config.toml"
     assert shown["kernel", "'/k'"] == shown["cpus", "2"] == "command line"
     assert shown["memory", "'1G'"] == f"{base}:5" and shown["smt", "False"] == "default"

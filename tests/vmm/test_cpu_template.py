@@ -15,8 +15,8 @@ from vmm.kvm.cpu_template import Bits, CpuTemplate, parse_number, parse_template
 @given(st.lists(st.sampled_from("01x"), min_size=1, max_size=32), st.integers(0, (1 << 32) - 1))
 def test_each_bit_is_set_cleared_or_stays(digits: list[str], old: int) -> None:
     new = Bits.written("bitmap", "0b" + "".join(digits), 32)(old)
-    for place, digit in enumerate(reversed(digits)):
-        assert new >> place & 1 == (old >> place & 1 if digit == "x" else int(digit))
+    for bit, digit in enumerate(reversed(digits)):
+        assert new >> bit & 1 == (old >> bit & 1 if digit == "x" else int(digit))
     assert new >> len(digits) == old >> len(digits)
 
 

@@ -209,11 +209,11 @@ LAST = b"pyvmm: the page fault handler has ended: guest memory is incomplete, so
 @pytest.mark.parametrize("touched", [True, False])
 def test_a_handler_that_dies_ends_the_machine_by_one_line(tmp_path: Path, touched: bool) -> None:
     (tmp_path / "memory").write_bytes(b"\x05" * SIZE)
-    place = tmp_path / "handler"
-    handler = subprocess.Popen([sys.executable, HANDLER, place, tmp_path / "memory"])
-    while not place.exists():
+    path = tmp_path / "handler"
+    handler = subprocess.Popen([sys.executable, HANDLER, path, tmp_path / "memory"])
+    while not path.exists():
         time.sleep(0.005)
-    words: list[str | Path] = [sys.executable, "-c", TOUCHER, place, str(SIZE)]
+    words: list[str | Path] = [sys.executable, "-c", TOUCHER, path, str(SIZE)]
     pipe = subprocess.PIPE
     toucher = subprocess.Popen(words, cwd=HANDLER.parents[1], stdin=pipe, stdout=pipe, stderr=pipe)
     assert toucher.stdin is not None and toucher.stdout is not None and toucher.stderr is not None

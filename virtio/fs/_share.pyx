@@ -168,7 +168,7 @@ cdef class Agent:
         self.path[self.path_start + n] = 0
         return self.path
     cdef bint may_read(self, const statx *st) noexcept nogil:
-        # Judged by the mode only: supplementary groups and ACLs are not considered.
+        # Checked by the mode only: supplementary groups and ACLs are not considered.
         cdef uint32_t mode = st.stx_mode
         if st.stx_uid == self.share.uid:
             mode >>= 6

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One virtual CPU: its registers, and the judgement of each exit that the run loop hands back."""
+"""One virtual CPU: its registers, and the handling of each exit that the run loop hands back."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ static struct disk disks[2];
 
 static u64 pattern(u64 page, u64 word) { return (page * 512 + word + 1) * 0x9e3779b97f4a7c15; }
 
-static void bring_up(struct disk *disk, int place)
+static void bring_up(struct disk *disk, int index)
 {
-    disk->device = find_device(BLOCK, place);
-    disk->slots = memory[place];
+    disk->device = find_device(BLOCK, index);
+    disk->slots = memory[index];
     negotiate(&disk->device, (option("event_idx=", 1) ? EVENT_IDX : 0) | (option("indirect=", 1) ? INDIRECT_DESC : 0), 0);
     set_up(&disk->queue, &disk->device, option("queue=", 0), option("size=", QUEUE_MAX));
     driver_ok(&disk->device);

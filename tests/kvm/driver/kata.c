@@ -97,11 +97,11 @@ static void receive(const struct header *from, const u8 *data)
         break;
     case RW:
         received += from->len;
-        u64 place = DISKS_MAX;
+        u64 index = DISKS_MAX;
         if (from->len)
-            number((const char *)data, &place);
-        if (place < count) {
-            tell(&disks[place]);
+            number((const char *)data, &index);
+        if (index < count) {
+            tell(&disks[index]);
             say(from, RW, length);
         }
         break;

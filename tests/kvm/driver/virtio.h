@@ -174,8 +174,8 @@ struct device {
     u32 gsi;
 };
 
-// The device of that type with the index `place`, from 0.
-static struct device find_device(u32 type, int place)
+// The device of that type with that index, from 0.
+static struct device find_device(u32 type, int index)
 {
     struct device device = {0};
     const char *at = cmdline;
@@ -186,7 +186,7 @@ static struct device find_device(u32 type, int place)
         number(at + 1, &gsi);
         device.gsi = gsi;
         if (read32(device.base) == 0x74726976 && read32(device.base + VERSION) == 2
-            && read32(device.base + DEVICE_ID) == type && place-- == 0)
+            && read32(device.base + DEVICE_ID) == type && index-- == 0)
             return device;
     }
     fail(__FILE__, __LINE__, "no such device");
@@ -299,10 +299,10 @@ static int add(struct queue *queue, const struct part *parts, int out, int in)
     u16 head = queue->free, at = head, last = head;
     struct desc *table = indirect ? queue->tables[head] : queue->desc;
     for (int i = 0; i < count; i++) {
-        u16 place = indirect ? i : at, next = indirect ? i + 1 : queue->desc[at].next;
-        table[place] = (struct desc){(u64)parts[i].at, parts[i].len,
+        u16 slot = indirect ? i : at, next = indirect ? i + 1 : queue->desc[at].next;
+        table[slot] = (struct desc){(u64)parts[i].at, parts[i].len,
                                      (i >= out ? WRITE : 0) | (i + 1 < count ? NEXT : 0), next};
-        last = place;
+        last = slot;
         at = next;
     }
     if (indirect) {

@@ -83,9 +83,9 @@ static struct connection *find_connection(const struct header *header)
 
 static void store(struct connection *at, const u8 *data, u32 len)
 {
-    u32 place = at->arrived % ROOM, first = len < ROOM - place ? len : ROOM - place;
+    u32 offset = at->arrived % ROOM, first = len < ROOM - offset ? len : ROOM - offset;
     expect(at->arrived + len - at->freed <= ROOM);      // what we granted
-    memcpy(at->room + place, data, first);
+    memcpy(at->room + offset, data, first);
     memcpy(at->room, data + first, len - first);
     at->arrived += len;
 }
@@ -183,12 +183,12 @@ static void echo(int number)
         receive();
         for (int i = 0; i < count; i++) {
             struct connection *to = &connections[i];
-            u32 len = to->arrived - to->taken, place = to->taken % ROOM;
+            u32 len = to->arrived - to->taken, offset = to->taken % ROOM;
             len = len < chunk ? len : chunk;
             len = len < credit(to) ? len : credit(to);
-            len = len < ROOM - place ? len : ROOM - place;
+            len = len < ROOM - offset ? len : ROOM - offset;
             if (len) {
-                send(to, RW, 0, to->room + place, len, true);
+                send(to, RW, 0, to->room + offset, len, true);
                 to->taken += len;
                 bytes += len;
             } else if (to->closing && !to->closed && to->freed == to->arrived) {
