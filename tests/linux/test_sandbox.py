@@ -104,6 +104,23 @@ def test_a_directory_that_is_none_is_told(sandbox: Sandbox, cwd: str, user: str,
     assert sandbox.run(["cwd=/nope"]).exit_code == 127  # a program of this name is not taken for a directory
 
 
+def test_a_directory_and_a_user_of_all_commands_are_checked_at_the_start(runtime: Path, tmp_path: Path) -> None:
+    values: list[tuple[dict[str, str | int], str]] = [
+        ({"cwd": "/nope"}, "^cwd /nope: does not exist in the guest$"),
+        ({"cwd": "/etc/passwd"}, "^cwd /etc/passwd: is not a directory in the guest$"),
+        ({"cwd": "/root", "user": "nobody"}, "^cwd /root: the command's user may not enter it$"),
+        ({"user": "nobody-here"}, "^user nobody-here: the guest does not have this user or group$"),
+        ({"user": "root:nobody-here"}, "^user root:nobody-here: the guest does not have"),
+        ({"user": -1}, "^user -1: the guest does not have"),
+    ]
+    for given, problem in values:
+        with pytest.raises(ConfigError, match=problem):
+            Sandbox("busybox", memory="64M", **given)  # type: ignore[arg-type]
+    tmp_path.chmod(0o755)
+    with Sandbox("busybox", memory="64M", cwd="/mnt/in", user="nobody:tty", mounts={"/mnt/in": tmp_path}) as sandbox:
+        assert sandbox.run("pwd; id -u; id -g").stdout.split() == ["/mnt/in", "65534", "5"]
+
+
 def test_a_timeout_kills_what_the_command_had_started(sandbox: Sandbox) -> None:
     with pytest.raises(CommandTimeout) as caught:
         sandbox.run("echo begun; sleep 4321 & sleep 4321", timeout=0.5)

@@ -127,6 +127,44 @@ def test_a_watch_tells_lost_changes_goes_on_and_ends(agent: Callable[[bytes], Se
     handle.stop()
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"env": {"": "x"}}, "^env: must be a name, not empty"),
+        ({"env": {"a=b": "x"}}, "^env a=b: must be a name, not empty, without ="),
+        ({"env": {"a\0b": "x"}}, r"^env a\\x00b: must be a name"),
+        ({"env": {"a": "x\0"}}, r"^env a=x\\x00: must not have a NUL byte$"),
+        ({"cwd": "work"}, "^cwd work: must be an absolute path of the guest$"),
+        ({"cwd": ""}, "^cwd: must be an absolute path of the guest$"),
+        ({"room": "0%"}, "^room 0%: must be a size, more than 0"),
+    ],
+    ids=repr,
+)
+def test_a_wrong_value_is_told_before_a_vm_is_made(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Sandbox("an image that nobody has", **values)
+
+
+def test_a_port_is_a_number_that_a_port_can_have(tmp_path: Path) -> None:
+    session = Session(Link(str(tmp_path / "v")), ABOUT)
+    calls: list[Callable[[Any], object]] = [session.publish, session.provide, session.connect]
+    for call in calls:
+        for port in ("80", True, 80.0, None):
+            with pytest.raises(TypeError, match=rf"^Sandbox\.\w+: (host_)?port must be a whole number, not {port!r}$"):
+                call(port)
+        for number in (0, -1, 70_000):
+            with pytest.raises(ConfigError, match=rf"port {number}: must be 1 to 65535$"):
+                call(number)
+    with pytest.raises(ConfigError, match=r"^host_port 70000: must be 1 to 65535, or 0 for any free one$"):
+        session.publish(80, 70_000)
+    with pytest.raises(ConfigError, match=r"^port 70000: must be 1 to 65535, or 0 for any free one$"):
+        session.provide(80, 70_000)
+    with pytest.raises(ConfigError, match=r"^host ::1: must be an IPv4 address of this host"):
+        session.publish(80, host="::1")
+    with pytest.raises(TypeError, match=r"^Sandbox: timeout must be a number or None, not '5'$"):
+        session.files.read("/etc/passwd", timeout="5")  # type: ignore[call-overload]
+
+
 def test_a_server_that_speaks_first_is_heard_whole(agent: Callable[[bytes], Session]) -> None:
     with agent(frame(b"k") + b"220 hello\r\n").connect(25, timeout=5) as stream, stream.makefile("rb") as said:
         assert said.read() == b"220 hello\r\n"

@@ -14,6 +14,7 @@ import threading
 import time
 
 from vmm.closing import Closing
+from vmm.config.option import check_type
 from vmm.errors import ConfigError, HostError
 from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
 
@@ -43,9 +44,11 @@ class Deadline:
 
     :param seconds: the time until then; None, or more than a thread can wait: no limit
     :raises ConfigError: `seconds` is not a number
+    :raises TypeError: likewise
     """
 
     def __init__(self, seconds: float | None) -> None:
+        check_type("Sandbox", "timeout", "float | None", seconds)
         if seconds is not None and seconds != seconds:
             raise ConfigError("timeout", seconds, "must be a number of seconds, or None")
         self.seconds = seconds

@@ -91,13 +91,13 @@ class Published(Relay):
     """
 
     def __init__(self, session: Session, port: int, host: str, host_port: int) -> None:
-        if not 1 <= port <= 65535 or not 0 <= host_port <= 65535:
-            raise ConfigError(
-                "port", f"{port} {host_port}", "must be 1 to 65535; 0 for the host's side means any free port"
-            )
         try:
             listener = socket.create_server((host, host_port))
         except OSError as error:
+            if (error.errno or 0) < 0:  # of the lookup, as gai_strerror(3) has them
+                raise ConfigError(
+                    "host", host, "must be an IPv4 address of this host, or a name that has one"
+                ) from None
             raise HostError(error.errno or 0, f"listen on {host} port", str(host_port)) from None
         self.address: tuple[str, int] = listener.getsockname()[:2]
         super().__init__(listener, lambda: session.connect(port), f"port {self.address[1]}")
@@ -110,10 +110,6 @@ class Provided(Relay):
     """
 
     def __init__(self, link: Link, host_port: int, port: int, host: str) -> None:
-        if not 1 <= host_port <= 65535 or not 0 <= port <= 65535:
-            raise ConfigError(
-                "port", f"{host_port} {port}", "must be 1 to 65535; 0 for the guest's side means any free port"
-            )
         deadline, doing = Deadline(30), f"port {port}"
         listener, number, self._path = _listen_beside(link.path)
         self._channel = link.connect(deadline, doing)

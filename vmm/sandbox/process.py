@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT = 16 << 20  # bytes of each stream that are kept
 _NOT_PERMITTED = (errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ETXTBSY, errno.EISDIR)
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
-_NO_DIRECTORY = {
+NO_DIRECTORY = {
     errno.ENOENT: "does not exist in the guest",
     errno.ENOTDIR: "is not a directory in the guest",
     errno.EACCES: "the command's user may not enter it",
@@ -258,7 +258,7 @@ class Process(Closing):
         if what == "user" and number == errno.EINVAL:
             raise ConfigError("user", self._user, "the guest does not have this user or group")
         if self._cwd and what.startswith("cwd="):
-            raise ConfigError("cwd", self._cwd, _NO_DIRECTORY.get(number, os.strerror(number)))
+            raise ConfigError("cwd", self._cwd, NO_DIRECTORY.get(number, os.strerror(number)))
         self._result.exit_code = 127 if number in _MISSING else 126
         if number not in (*_MISSING, *_NOT_PERMITTED):
             raise OSError(number, f"the guest cannot start it: {os.strerror(number)}", what)
@@ -387,6 +387,18 @@ def input_frames(data: bytes | str) -> Iterator[bytes]:
 CLOSE = wire.frame(wire.F_STDIN)
 
 
+def check_env(env: Mapping[str, str]) -> None:
+    """Refuse what cannot be an environment.
+
+    :raises ConfigError: a name or a value that cannot be
+    """
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name:
+            raise ConfigError("env", name, "must be a name, not empty, without = and without a NUL byte")
+        if "\0" in value:
+            raise ConfigError("env", f"{name}={value}", "must not have a NUL byte")
+
+
 def words_of(
     command: str | Sequence[str | os.PathLike[str]], env: Mapping[str, str], *, cwd: str | os.PathLike[str] | None,
     user: str | int | None,
@@ -400,10 +412,8 @@ def words_of(
     if not argv or not argv[0]:
         raise ConfigError("command", "", "is empty")
     words = ["run", *(f"arg={word}" for word in argv)]
-    for name, value in env.items():
-        if not name or "=" in name:
-            raise ConfigError("env", name, "must be a name without =")
-        words.append(f"env={name}={value}")
+    check_env(env)
+    words += [f"env={name}={value}" for name, value in env.items()]
     if cwd is not None:
         words.append(f"cwd={cwd}")
     if user is not None:

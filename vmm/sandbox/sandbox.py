@@ -21,6 +21,7 @@ from vmm.machine.snapshot_file import ABOUT, save
 from vmm.sandbox import guest
 from vmm.sandbox.channel import Deadline, Link
 from vmm.sandbox.errors import CommandTimeout, SandboxError, SandboxGone
+from vmm.sandbox.process import NO_DIRECTORY, check_env
 from vmm.sandbox.registry import Place
 from vmm.sandbox.session import Session
 
@@ -45,7 +46,8 @@ class Sandbox(Session):
     :param memory: bytes, or a size such as ``"512M"``; written files are in it, too
     :param cpus: vCPUs
     :param env: environment of every command, added to the image's
-    :param cwd: directory of every command; None: the container image's, or the user's home directory
+    :param cwd: directory of every command, which the image or a mount must have; None: the container image's, or the
+        user's home directory
     :param user: user of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: the image's, or root
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
     :param network: ``"none"``; ``"user"``: by passt, everything that this host reaches but its loopback; a
@@ -90,8 +92,11 @@ class Sandbox(Session):
         policy = network if isinstance(network, NetworkPolicy) else None
         if policy is None and network not in ("none", "user"):
             raise ConfigError("network", network, "must be none, user or a NetworkPolicy")
-        if not re.fullmatch(r"[0-9]{1,12}[kKmMgG%]?", room):
-            raise ConfigError("room", room, "must be a size, e.g. 75% or 256M")
+        if not re.fullmatch(r"[1-9][0-9]{,11}[kKmMgG%]?", room):  # 0 would be no limit
+            raise ConfigError("room", room, "must be a size, more than 0, e.g. 75% or 256M")
+        if cwd is not None and not cwd.startswith("/"):
+            raise ConfigError("cwd", cwd, "must be an absolute path of the guest")
+        check_env(env or {})
         found = guest.find_image(image)
         shares = _shares(mounts or {})
         about = guest.commands_of(found.config, env or {}, cwd, user)
@@ -115,6 +120,8 @@ class Sandbox(Session):
                 self._call("mount", f"tag={share.tag}", f"path={path}", *(["ro=1"] if share.read_only else []))
             if read_only:
                 self.make_read_only(*_SCRATCH, *(found.config.volumes if found.config else ()))
+            if cwd is not None or user is not None:
+                self._check_commands(cwd or "/", about["user"])
         except BaseException:
             self.close()
             raise
@@ -161,6 +168,14 @@ class Sandbox(Session):
             except SandboxGone:
                 if self._link.why:
                     raise
+
+    def _check_commands(self, cwd: str, user: str | int | None) -> None:
+        # What the guest does not have is told now, not by the first command. "/.": whether it can be entered, too.
+        try:
+            self.files.stat(f"{cwd}/.", user=user)
+        except OSError as error:
+            why = NO_DIRECTORY.get(error.errno or 0, str(error.strerror))
+            raise ConfigError("cwd", cwd, why) from None
 
     def set_timeout(self, timeout: float | None) -> None:
         """Replace the time limit: end the sandbox in this many seconds from now; None: no limit.

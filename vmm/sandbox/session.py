@@ -8,7 +8,7 @@ import signal
 
 from vmm.closing import Closing
 from vmm.config.option import check_call
-from vmm.errors import line
+from vmm.errors import ConfigError, line
 from vmm.sandbox import registry
 from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
 from vmm.sandbox.errors import SandboxError, SandboxGone
@@ -32,6 +32,16 @@ def attach(name: str) -> Session:
     """
     about = registry.about(name)
     return Session(Link(registry.socket_of(name), lambda: registry.why_ended(name)), about)
+
+
+def check_port(field: str, port: int, *, any_free: bool = False) -> None:
+    """Refuse what cannot be a TCP port.
+
+    :param any_free: 0 is allowed
+    :raises ConfigError: `port` cannot be one
+    """
+    if not (0 if any_free else 1) <= port <= 65535:
+        raise ConfigError(field, port, "must be 1 to 65535" + (", or 0 for any free one" if any_free else ""))
 
 
 class Session(Closing):
@@ -150,8 +160,11 @@ class Session(Closing):
         """Connect to a TCP port of the guest's loopback.
 
         :returns: a stream, yours to close
+        :raises ConfigError: `port` is not 1 to 65535
         :raises ConnectionRefusedError: no program of the guest listens there
         """
+        check_call("Sandbox.connect", Session.connect, locals())
+        check_port("port", port)
         deadline, doing = Deadline(timeout), f"port {port}"
         with self._link.connect(deadline, doing) as channel:
             channel.request(deadline, doing, ("tcp", f"port={port}"))
@@ -169,11 +182,15 @@ class Session(Closing):
         :param host_port: port of the host; 0: any free one
         :param host: address to listen on
         :returns: yours to close; its ``address`` says where it listens
+        :raises ConfigError: a port that cannot be
         :raises HostError: the host's port is not available
         :raises SandboxGone: the sandbox has ended
         """
         from vmm.sandbox.ports import Published
 
+        check_call("Sandbox.publish", Session.publish, locals())
+        check_port("port", port)
+        check_port("host_port", host_port, any_free=True)
         if self._link.why:
             raise SandboxGone(self._link.why)
         return Published(self, port, host, host_port)
@@ -184,14 +201,19 @@ class Session(Closing):
         :param port: port in the guest; 0: any free one, None: the same
         :param host: address of the host's port
         :returns: yours to close; its ``port`` says where it listens
+        :raises ConfigError: a port that cannot be
         :raises OSError: the guest's port is not available
         :raises SandboxGone: the sandbox has ended
         """
         from vmm.sandbox.ports import Provided
 
+        check_call("Sandbox.provide", Session.provide, locals())
+        check_port("host_port", host_port)
+        port = host_port if port is None else port
+        check_port("port", port, any_free=True)
         if self._link.why:
             raise SandboxGone(self._link.why)
-        return Provided(self._link, host_port, host_port if port is None else port, host)
+        return Provided(self._link, host_port, port, host)
 
     def _call(self, *words: str) -> None:
         self._ask(Deadline(30), *words)

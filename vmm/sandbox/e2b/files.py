@@ -110,10 +110,11 @@ class WatchHandle:
         """
         if self._stopped:
             raise SandboxException("the watch was stopped")
+        why = self._why  # first, as the events before it are all there then
         with self._lock:
             events, self._events = self._events, []
-        if self._why is not None and not events:
-            raise self._why
+        if why is not None and not events:
+            raise why
         return events
 
     def stop(self, request_timeout: float | None = None) -> None:
