@@ -101,12 +101,16 @@ class I8042:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what ``save`` told of another one."""
-        if len(state["ram"]) != len(self._ram):
-            raise ValueError(f"{len(state['ram'])} bytes of RAM")
+        ram, keys, release = (bytes(memoryview(state[name])) for name in ("ram", "keys", "release"))  # bytes alone
+        if len(ram) != len(self._ram):
+            raise ValueError(f"{len(ram)} bytes of RAM")
         with self._lock:
-            for name in _STATE:
-                before = getattr(self, f"_{name}")
-                setattr(self, f"_{name}", bytearray(state[name]) if isinstance(before, bytearray) else state[name])
+            self._ram, self._keys, self._release = bytearray(ram), bytearray(keys), release
+            self._output, self._keyboard_command, self._pending = (
+                None if state[name] is None else int(state[name]) & 0xFF
+                for name in ("output", "keyboard_command", "pending")
+            )
+            self._of_keyboard, self._last_was_command = bool(state["of_keyboard"]), bool(state["last_was_command"])
             if self._output is not None and self._of_keyboard and self._ram[0] & CTR_KEYBOARD_INTERRUPT:
                 self._interrupt()  # one that was on its way may not have come with the interrupt controller
 

@@ -245,7 +245,7 @@ class Console(VirtioDevice):
         with self._messages_lock:
             self._announced = bool(state["announced"])
             self._ready = set(state["ready"])
-            self._messages = [bytes(message) for message in state["messages"]]
+            self._messages = [bytes(memoryview(message)) for message in state["messages"]]
         for number in state["open"]:
             self.ports[number].open(True)
 

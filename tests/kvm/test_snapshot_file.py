@@ -180,6 +180,9 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
         (("vcpus",), {}, "is damaged: vcpus is not list"),
         (("vcpus", 0, "regs"), b"", "KVM_SET_REGS: has 0 bytes, KVM takes"),
         (("vcpus", 0, "cpuid"), bytes(41), "KVM_SET_CPUID2: has 41 bytes, not a list"),
+        (("board", "i8042", "keys"), 1 << 62, "is damaged: TypeError: memoryview: a bytes-like object is required"),
+        (("board", "i8042", "output"), "x", "is damaged: ValueError: invalid literal for int()"),
+        (("virtio", 4, "device", "messages"), [1 << 62], "virtio-console: the state is damaged: "),
     ],
     ids=str,
 )
