@@ -329,7 +329,6 @@ def test_killed_at_any_system_call_the_apis_files_are_of_one_moment(
     assert kinds[0] == "state 0 memory 0" and kinds[-1] == "state 1 memory 1"
     # The two names of a Full one cannot be changed in one step.
     assert kinds[1:-1] == (["refused"] if kind == "Diff" else ["state 1 memory 0"])
-    assert seen.count("state 1 memory 0") == (kind == "Full"), seen
 
 
 @pytest.fixture
