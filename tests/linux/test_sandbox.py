@@ -104,6 +104,13 @@ def test_a_directory_that_is_none_is_told(sandbox: Sandbox, cwd: str, user: str,
     assert sandbox.run(["cwd=/nope"]).exit_code == 127  # a program of this name is not taken for a directory
 
 
+def test_more_memory_than_the_host_has_is_refused(runtime: Path) -> None:
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    for memory in (f"{most + 1}M", (most + 1) << 20):
+        with pytest.raises(ConfigError, match=rf"^memory {memory}: must be at most {most}M, the memory of this host$"):
+            Sandbox("busybox", memory=memory)
+
+
 def test_a_directory_and_a_user_of_all_commands_are_checked_at_the_start(runtime: Path, tmp_path: Path) -> None:
     values: list[tuple[dict[str, str | int], str]] = [
         ({"cwd": "/nope"}, "^cwd /nope: does not exist in the guest$"),

@@ -43,7 +43,7 @@ class Sandbox(Session):
     """A VM of an image, up and ready for commands; a context manager.
 
     :param image: the name of a pulled image, or one of ``vmm.images``
-    :param memory: bytes, or a size such as ``"512M"``; written files are in it, too
+    :param memory: bytes, or a size such as ``"512M"``, at most what the host has; written files are in it, too
     :param cpus: vCPUs
     :param env: environment of every command, added to the image's
     :param cwd: directory of every command, which the image or a mount must have; None: the container image's, or the
@@ -111,6 +111,9 @@ class Sandbox(Session):
                 nets=[NetConfig(mode="user", policy=policy)] if network != "none" else (),
                 append=guest.network_words(policy) if network != "none" else "",
             )  # fmt: skip
+            # The kernel writes a 64th of its memory before anything runs: of 1000G that took a minute.
+            if config.memory > (most := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+                raise ConfigError("memory", memory, f"must be at most {most >> 20}M, the memory of this host")
             self._start(Machine(config))
             self._ready(boot_timeout)
             os.unlink(initrd)
