@@ -26,7 +26,7 @@ import pytest
 from tests.linux import kernels
 from tests.waiting import until
 from vmm import Sandbox
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.sandbox import (
     AsyncSandbox,
     CommandKilled,
@@ -511,6 +511,31 @@ def test_copies_go_their_own_way(sandbox: Sandbox) -> None:
         for copy in copies:
             copy.close()
         sandbox.run("pkill -f 'sleep 555'")
+
+
+def test_a_mount_bars_copies_until_it_is_unmounted_in_the_guest(runtime: Path, tmp_path: Path) -> None:
+    shared, saved = tmp_path / "shared", str(tmp_path / "saved")
+    shared.mkdir()
+    (shared / "file").write_text("the host's\n")
+    with Sandbox("busybox", memory="64M", mounts={"/host": shared}) as sandbox:
+
+        def is_refused() -> None:
+            calls: tuple[Callable[[], object], ...] = (sandbox.fork, lambda: sandbox.snapshot(saved))
+            for call in calls:
+                with pytest.raises(SnapshotError, match=f"the guest has mounted {shared}, .* unmount it in the guest"):
+                    call()
+
+        is_refused()
+        sandbox.run("cat /host/file; umount /host", check=True)
+        (copy,) = sandbox.fork()
+        sandbox.snapshot(saved)
+        for each in (copy, Sandbox.restore(saved)):
+            with each:
+                assert each.run("ls /host; mount -t virtiofs mount0 /host && cat /host/file").stdout == "the host's\n"
+                each.run("echo a copy >/host/made", check=True)
+                assert (shared / "made").read_text() == "a copy\n"
+        assert sandbox.run("mount -t virtiofs mount0 /host && cat /host/made", check=True).stdout == "a copy\n"
+        is_refused()
 
 
 def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.virtio.fuse_client import DESTROY, FuseError, FuseVm
 from tests.virtio.vsock_driver import EVENT, Vm
 from tests.waiting import PATIENCE
 from virtio import spec
@@ -26,7 +27,7 @@ from virtio.device import VirtioDevice
 from virtio.fs.device import Fs
 from virtio.mmio import VirtioMmio
 from virtio.rng import Entropy
-from virtio.testing import Allocator, DeviceHost, MmioDriver
+from virtio.testing import Allocator, DeviceHost
 from vmm.errors import SnapshotError
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
@@ -348,16 +349,29 @@ def test_no_damaged_connection_is_kept(tmp_path: Path, ram: GuestMemory) -> None
         vm.close()
 
 
-def test_a_share_in_use_is_refused(tmp_path: Path, ram: GuestMemory, irq: IrqLine) -> None:
-    device = Fs("tag", str(tmp_path))
-    transport = VirtioMmio(device, ram, irq)
-    assert transport.save()["status"] == 0, "one that no driver has found yet is as good as new"
-    MmioDriver(transport, Allocator(0x1000, 1 << 20)).bring_up(size=16)
-    transport.stop()
-    with pytest.raises(SnapshotError, match="virtio-fs: a shared directory in use cannot be saved"):
-        transport.save()
-    transport.close()
-    device.close()
+@pytest.mark.parametrize("dax", [0, 2 << 20])
+def test_a_share_is_saved_unless_the_guest_has_mounted_it(tmp_path: Path, dax: int) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with FuseVm(tmp_path, dax=dax) as vm:
+        vm.lookup("file")
+        vm.transport.stop()
+        with pytest.raises(SnapshotError, match=f"virtio-fs: the guest has mounted {tmp_path}, so it cannot be saved"):
+            vm.transport.save()
+        vm.transport.go_on()
+        vm.ask(DESTROY, 0)
+        vm.transport.stop()
+        state = msgspec.msgpack.decode(msgspec.msgpack.encode(vm.transport.save()))
+        vm.transport.close()
+        vm.device.close()
+        vm.device = Fs("share", str(tmp_path), dax=dax)
+        vm.transport = vm.driver.transport = VirtioMmio(vm.device, vm.ram, vm.line, warn=vm.log.append)
+        vm.transport.restore(state)
+        vm.transport.go_on()
+        with pytest.raises(FuseError):
+            vm.lookup("file")  # nothing is mounted
+        vm.init()
+        assert vm.lookup("file").nodeid
+        assert not vm.log
 
 
 def test_another_devices_state_is_refused(ram: GuestMemory, irq: IrqLine, host: DeviceHost[Entropy]) -> None:

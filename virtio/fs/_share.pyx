@@ -92,6 +92,11 @@ cdef class Share:
         self.table.close_root()
 
     @property
+    def mounted(self):
+        """Whether the guest uses the share: since INIT, until it has unmounted it (DESTROY) or resets the device."""
+        return agreed(self, INITIALISED)
+
+    @property
     def nodes(self):
         """Number of files that the guest knows, including the shared directory."""
         return counter_read(&self.table.nodes)

@@ -57,7 +57,6 @@ class Fs(VirtioDevice):
     """
 
     device_type = spec.TYPE_FS
-    unsavable = "a shared directory in use cannot be saved; unmount it in the guest first"
     thread_kind = "fs"
 
     def __init__(
@@ -164,9 +163,17 @@ class Fs(VirtioDevice):
             raise ConfigError("share dax", self.tag, _DAX_LIMIT)
         self._limit(self.limiter, bandwidth, ops)
 
+    @property
+    def unsavable(self) -> str:  # type: ignore[override]
+        """Why it cannot be saved while the guest has mounted it: what the guest knows is descriptors of ours."""
+        problem = f"the guest has mounted {self.path}, so it cannot be saved; unmount it in the guest first"
+        return problem if self.share.mounted else ""
+
     def save(self) -> dict[str, Any]:
-        """Refuse: what the guest knows of the tree is descriptors of this process."""
-        raise SnapshotError(self.name, self.unsavable)
+        """Nothing, or refuse: see ``unsavable``. A driver that has unmounted it knows nothing more of the tree."""
+        if why := self.unsavable:
+            raise SnapshotError(self.name, why)
+        return {}
 
     def reset(self) -> None:
         """Close what the guest had open and forget what it knew."""

@@ -98,6 +98,12 @@ def _saved(attached: Attached) -> dict[str, Any]:
     return state
 
 
+def _refuse_unsavable(machine: Machine) -> None:
+    for transport in machine.virtio:
+        if transport.status and (why := transport.device.unsavable):
+            raise SnapshotError(transport.device.name, why)
+
+
 def freeze(
     machine: Machine, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None
 ) -> Image:
@@ -111,14 +117,13 @@ def freeze(
     for attached in machine._devices.by_id.values():
         if attached.kind and not attached.configured:
             raise SnapshotError(attached.id, "was attached later, so the configuration lacks it")
-    for transport in machine.virtio:
-        if transport.status and (why := transport.device.unsavable):
-            raise SnapshotError(transport.device.name, why)
+    _refuse_unsavable(machine)
     if machine.memory.huge:
         raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
     access = machine.kvm.state_access()
     machine._run.hold("freeze")
     try:
+        _refuse_unsavable(machine)  # the guest may have begun to use a device meanwhile
         for transport in machine.virtio:
             transport.stop()
         if machine._run.ended is not None:
