@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from tests.linux import kernels
+from tests.virtio.test_net import read_pcap
 from tests.waiting import until
 from vmm import Sandbox
 from vmm.errors import ConfigError, HostError, SnapshotError
@@ -892,3 +893,30 @@ def test_a_network_by_passt_reaches_the_host_and_no_loopback(runtime: Path) -> N
         with socket.create_server(("127.0.0.1", 0)) as hidden:
             assert sandbox.run(["nc", "-w", "1", "10.0.2.2", str(hidden.getsockname()[1])]).exit_code != 0
         assert sandbox.run("grep -c eth0 /proc/net/dev").stdout == "1\n"
+
+
+def test_the_traffic_is_recorded(runtime: Path, tmp_path: Path) -> None:
+    def recorded() -> list[bytes]:  # ICMP messages: their data is the pattern
+        return [
+            frame[23:24] for frame in read_pcap(file.read_bytes()) if frame[12:14] == b"\x08\0" and pattern in frame
+        ]
+
+    file, pattern = tmp_path / "traffic.pcap", b"\xa5" * 32
+    ping = "ping -c 1 -W 1 -p a5 10.0.2.2"  # nobody need answer
+    with Sandbox("busybox", memory="96M", network="user", pcap=file) as sandbox:
+        sandbox.run(ping)
+        until(lambda: b"\x01" in recorded())
+        (copy,) = sandbox.fork()
+        sandbox.snapshot(str(tmp_path / "saved"))
+        size = file.stat().st_size
+        for each in (copy, Sandbox.restore(str(tmp_path / "saved"))):
+            with each:
+                each.run(ping)
+        assert file.stat().st_size >= size and recorded()  # a copy did not make it anew
+    with pytest.raises(ConfigError, match=r"^pcap a\.pcap: needs a network"):
+        Sandbox("busybox", pcap="a.pcap")
+    words = ("sandbox", "--memory", "96M", "--network", "user", "--pcap", str(file), "busybox", *ping.split())
+    _pyvmm(*words)
+    assert b"\x01" in recorded()
+    bad = _pyvmm("sandbox", "--network", "user", "--pcap", "/no/such/file", "busybox", "true")
+    assert (bad.returncode, bad.stderr.count(b"\n")) == (2, 1) and b"pcap /no/such/file: cannot be made" in bad.stderr

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let only /tmp, /var/tmp, /run, the image's volumes and mounts be written",
     )  # fmt: skip
     add("--network", choices=("none", "user"), default="none", help="user: the host's network by passt (default: none)")
+    add("--pcap", metavar="FILE", help="record every frame of the network in FILE, for tcpdump -r")
     add(
         "--allow", metavar="RULE", action="append", default=[],
         help="let the guest reach only this: a name such as pypi.org or *.pypi.org, or a network such as 10.1.0.0/16,"
@@ -64,7 +65,8 @@ def main(args: argparse.Namespace) -> int:
     ports = [_ports(word) for word in args.publish]
     with Sandbox(
         args.image, memory=args.memory, cpus=args.cpus, mounts=dict(_mount(word) for word in args.mount),
-        timeout=args.timeout, name=args.name, read_only=args.read_only, network=_network(args), kernel=args.kernel,
+        timeout=args.timeout, name=args.name, read_only=args.read_only, network=_network(args), pcap=args.pcap,
+        kernel=args.kernel,
     ) as sandbox, contextlib.ExitStack() as stack:  # fmt: skip
         for host, host_port, port in ports:
             stack.enter_context(sandbox.publish(port, host_port, host=host))

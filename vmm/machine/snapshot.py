@@ -293,4 +293,5 @@ def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmCon
     vsock = config.vsock
     if vsock is not None:
         vsock = vsock.replaced(path=f"{vsock.path}.{number}")
-    return config.replaced(drives=drives, vsock=vsock, console="none")
+    nets = [net.replaced(pcap=None) if net.pcap else net for net in config.nets]  # the file is the parent's
+    return config.replaced(drives=drives, nets=nets, vsock=vsock, console="none")

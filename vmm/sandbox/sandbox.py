@@ -52,6 +52,7 @@ class Sandbox(Session):
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
     :param network: ``"none"``; ``"user"``: by passt, everything that this host reaches but its loopback; a
         :class:`vmm.NetworkPolicy`: by passt, only what it allows
+    :param pcap: a file, made anew, that gets every frame of the network, for ``tcpdump -r``; copies are not recorded
     :param timeout: seconds after which the sandbox ends, whatever it is doing; None: no limit
     :param name: name for ``pyvmm exec``, and the guest's hostname; None: a new one
     :param read_only: only /tmp, /var/tmp, /run, the image's volumes and mounts can be written; root of the guest can
@@ -81,6 +82,7 @@ class Sandbox(Session):
         user: str | int | None = None,
         mounts: Mapping[str, Mount] | None = None,
         network: str | NetworkPolicy = "none",
+        pcap: str | os.PathLike[str] | None = None,
         timeout: float | None = None,
         name: str | None = None,
         read_only: bool = False,
@@ -92,6 +94,8 @@ class Sandbox(Session):
         policy = network if isinstance(network, NetworkPolicy) else None
         if policy is None and network not in ("none", "user"):
             raise ConfigError("network", network, "must be none, user or a NetworkPolicy")
+        if pcap is not None and network == "none":
+            raise ConfigError("pcap", os.fspath(pcap), "needs a network: user or a NetworkPolicy")
         if not re.fullmatch(r"[1-9][0-9]{,11}[kKmMgG%]?", room):  # 0 would be no limit
             raise ConfigError("room", room, "must be a size, more than 0, e.g. 75% or 256M")
         if cwd is not None and not cwd.startswith("/"):
@@ -108,7 +112,7 @@ class Sandbox(Session):
                 cmdline=f"{guest.CMDLINE} pyvmm.layers={len(found.disks)} pyvmm.room={room} pyvmm.name={self.name}",
                 drives=[DriveConfig(disk, read_only=True) for disk in found.disks],
                 shares=[share for _, share in shares], entropy=True, vsock=VsockConfig(3, self._place.socket),
-                nets=[NetConfig(mode="user", policy=policy)] if network != "none" else (),
+                nets=[NetConfig(mode="user", policy=policy, pcap=pcap)] if network != "none" else (),
                 append=guest.network_words(policy) if network != "none" else "",
             )  # fmt: skip
             # The kernel writes a 64th of its memory before anything runs: of 1000G that took a minute.
@@ -343,7 +347,8 @@ class Sandbox(Session):
         sandbox = cls.__new__(cls)
         sandbox._begin(about, name, limit)
         try:
-            config = frozen.config.replaced(vsock=VsockConfig(3, sandbox._place.socket))
+            nets = [net.replaced(pcap=None) for net in frozen.config.nets]
+            config = frozen.config.replaced(vsock=VsockConfig(3, sandbox._place.socket), nets=nets)
             sandbox._start(Machine(config, image=frozen), port)
             sandbox._ready(30)
         except BaseException:
