@@ -7,7 +7,7 @@ the status is ``value << 1 | 1``, so that a guest cannot exit with 0. Here 0 is 
 
 from __future__ import annotations
 
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 
 class ExitPort:

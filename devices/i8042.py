@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 
 from vmm.errors import VmmError
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ Source: ACPI 6.5 section 4.8.3.7, Sleep Control and Status Registers; section 4.
 
 from __future__ import annotations
 
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 # The registers, as offsets from the first. boot/acpi.py tells the guest the same (tests/devices/test_power.py compares
 # them).

@@ -6,7 +6,7 @@ Source: QEMU docs/specs/pvpanic.rst; Linux include/uapi/misc/pvpanic.h.
 
 from __future__ import annotations
 
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 PANICKED = 1 << 0
 CRASHLOADED = 1 << 1  # it panicked, and a crash kernel that it loaded earlier goes on from here

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from vmm.config.vm import VmConfig
     from vmm.errors import ConfigError, GuestError, HostError, KvmError, SnapshotError, VmmError
-    from vmm.events import Exit, Stop, StopReason
+    from vmm.exits import Exit, Stop, StopReason
     from vmm.kvm.cpu_template import CpuTemplate
     from vmm.machine.machine import Machine
     from vmm.machine.pool import Pool
@@ -60,7 +60,7 @@ _HOMES = {
     "CpuTemplate": "vmm.kvm.cpu_template",
     "DriveConfig": "vmm.config.devices",
     "EntropyConfig": "vmm.config.devices",
-    "Exit": "vmm.events",
+    "Exit": "vmm.exits",
     "ShareConfig": "vmm.config.devices",
     "GuestError": "vmm.errors",
     "HostError": "vmm.errors",
@@ -74,8 +74,8 @@ _HOMES = {
     "RateLimiterConfig": "vmm.config.devices",
     "Sandbox": "vmm.sandbox",
     "SnapshotError": "vmm.errors",
-    "Stop": "vmm.events",
-    "StopReason": "vmm.events",
+    "Stop": "vmm.exits",
+    "StopReason": "vmm.exits",
     "VmConfig": "vmm.config.vm",
     "VmmError": "vmm.errors",
     "VsockConfig": "vmm.config.devices",

@@ -16,7 +16,7 @@ class BusDevice(Protocol):
     """Answers accesses of 1, 2, 4 or 8 bytes; both methods are called with the GIL, from any vCPU's thread.
 
     ``data`` is little endian, borrowed for the call. A guest chooses ``offset`` and the width: a device ignores
-    what it does not understand and never raises for it, except ``vmm.events.Stop`` to end the VM.
+    what it does not understand and never raises for it, except ``vmm.exits.Stop`` to end the VM.
     """
 
     def read(self, offset: int, data: memoryview) -> None:

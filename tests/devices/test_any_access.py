@@ -17,7 +17,7 @@ from devices.power import AcpiPower
 from devices.pvpanic import PvPanic
 from devices.rtc import Rtc
 from vmm.bus import Bus
-from vmm.events import Stop
+from vmm.exits import Stop
 
 if TYPE_CHECKING:
     from vmm.bus import BusDevice

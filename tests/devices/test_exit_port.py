@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from devices.exit_port import ExitPort
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from devices.i8042 import I8042
 from vmm.errors import VmmError
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 
 def status(controller: I8042) -> int:

@@ -9,7 +9,7 @@ from boot import acpi
 from devices import power
 from devices.power import AcpiPower
 from vmm.bus import Bus
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 
 def ports() -> Bus:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from devices.pvpanic import PvPanic
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 
 
 def test_it_offers_panicked_and_crashloaded() -> None:

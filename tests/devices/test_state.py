@@ -14,7 +14,7 @@ from devices._serial import Serial
 from devices.i8042 import I8042
 from devices.rtc import Rtc
 from vmm.errors import VmmError
-from vmm.events import Stop
+from vmm.exits import Stop
 from vmm.irq import IrqLine
 
 PROGRAMS, ACCESSES = 40, 120

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from tests.kvm.guests import PATIENCE, registers
 from vmm import Machine
-from vmm.events import StopReason
+from vmm.exits import StopReason
 
 if TYPE_CHECKING:
     from vmm.config.settings import VmSettings

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 
-from vmm import events
+from vmm import exits
 from vmm.commands import cli, guide, jailer, run, running, serve
 from vmm.commands.completion import SHELLS, completion
 from vmm.commands.parser import coloured, make_parser, paint, with_headings
@@ -67,7 +67,7 @@ def test_help_has_examples_that_parse_and_statuses(name: str, capsys: pytest.Cap
 
 def test_every_end_of_a_guest_is_told() -> None:
     text = guide.epilog("run")
-    for reason, status in events.EXIT_STATUS.items():
+    for reason, status in exits.EXIT_STATUS.items():
         assert f"\n  {status} " in text, reason
 
 

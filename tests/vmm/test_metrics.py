@@ -15,7 +15,7 @@ import pytest
 from virtio.rng import Entropy
 from vmm import logger
 from vmm.errors import ConfigError, HostError
-from vmm.events import Exit, StopReason
+from vmm.exits import Exit, StopReason
 from vmm.machine import metrics
 from vmm.machine.metrics import Metrics
 

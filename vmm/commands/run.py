@@ -11,7 +11,7 @@ from vmm import launched, signals, threads
 from vmm.config import attribute, did_you_mean, fill_from_files, parse_plain
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
-from vmm.events import StopReason
+from vmm.exits import StopReason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _terminal_size() -> str:
 
 
 def main(args: Arguments) -> int:
-    """Run the VM; see ``vmm.events.EXIT_STATUS`` for what is returned."""
+    """Run the VM; see ``vmm.exits.EXIT_STATUS`` for what is returned."""
     if args.restore is not None:
         return _restore(args)
     config = config_from(args)

@@ -11,7 +11,7 @@ from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
 from vmm.config import attribute, fill_from_files, parse_count, parse_plain
 from vmm.errors import ConfigError, host_problem
-from vmm.events import StopReason
+from vmm.exits import StopReason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -211,7 +211,7 @@ cdef class VcpuLoop:
 
         :returns: ``KICKED`` or a ``KVM_EXIT_*`` number
         :raises KvmError: KVM_RUN failed
-        :raises Exception: an exception from a Python device's ``read`` or ``write``, such as ``vmm.events.Stop``
+        :raises Exception: an exception from a Python device's ``read`` or ``write``, such as ``vmm.exits.Stop``
         """
         cdef int reason
         while True:

@@ -7,7 +7,7 @@ import os
 
 from vmm import undertaker
 from vmm.errors import KvmError
-from vmm.events import Stop, StopReason
+from vmm.exits import Stop, StopReason
 from vmm.kvm import abi
 from vmm.kvm._vcpu import KICKED, VcpuLoop
 from vmm.kvm.abi import kvm_ioctl
@@ -27,7 +27,7 @@ class Vcpu:
     """vCPU `index` of a VM; owns its file descriptor. `run` belongs to one thread, the rest to any.
 
     ``exit_handlers`` has what is done about an exit, by its ``KVM_EXIT_*`` number, on the vCPU's thread; accesses to
-    devices are not among them. A handler raises ``vmm.events.Stop``, or returns, and the guest goes on. An exit without
+    devices are not among them. A handler raises ``vmm.exits.Stop``, or returns, and the guest goes on. An exit without
     a handler ends the VM with ``INTERNAL_ERROR``.
 
     Registers are readable and writable while the vCPU does not run: before ``Machine.start``, paused, or stopped.

@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    from vmm.events import Exit
+    from vmm.exits import Exit
 
 CLONE_NEWIPC = 0x0800_0000
 

@@ -23,7 +23,7 @@ import msgspec
 
 from vmm.closing import Closing
 from vmm.errors import HostError, SnapshotError, VmmError
-from vmm.events import Exit, StopReason
+from vmm.exits import Exit, StopReason
 from vmm.machine.snapshot_file import encode, write_all
 from vmm.memory import MemoryFile
 

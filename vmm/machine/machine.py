@@ -21,7 +21,7 @@ from vmm.closing import Closing
 from vmm.config.option import check_type
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, VmmError
-from vmm.events import Exit
+from vmm.exits import Exit
 from vmm.irq import IrqLine
 from vmm.kvm.vcpu import Vcpu
 from vmm.kvm.vm import Kvm, Vm, why_no_linux

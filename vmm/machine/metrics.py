@@ -16,7 +16,7 @@ import time
 
 from vmm import __version__, logger
 from vmm.errors import ConfigError, HostError
-from vmm.events import StopReason
+from vmm.exits import StopReason
 from vmm.threads import spawn
 
 TYPE_CHECKING = False
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from virtio.net.device import Net
-    from vmm.events import Exit
+    from vmm.exits import Exit
     from vmm.machine.attach import Attached
     from vmm.machine.machine import Machine
 

@@ -8,7 +8,7 @@ import threading
 
 from vmm import logger, threads
 from vmm.errors import HostError, KvmError
-from vmm.events import Exit, Stop, StopReason
+from vmm.exits import Exit, Stop, StopReason
 from vmm.kvm._vcpu import Gate
 from vmm.signals import Bell
 

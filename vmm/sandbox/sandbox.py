@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from vmm.events import Exit
+    from vmm.exits import Exit
     from vmm.images import Image
 
     Mount = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]

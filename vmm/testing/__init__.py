@@ -19,7 +19,7 @@ from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.events import Exit
+    from vmm.exits import Exit
     from vmm.machine.machine import Machine
 
 ENTRY = 1 << 20

@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from vmm import Stop, StopReason
-from vmm.events import EXIT_STATUS
+from vmm.exits import EXIT_STATUS
 
 
 def test_there_is_one_of_each_reason() -> None:
