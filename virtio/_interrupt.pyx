@@ -5,15 +5,14 @@ from libc.stdint cimport uint32_t
 
 from vmm._sys cimport and32, eventfd_write, load32, or32, store32
 
-cdef enum:
-    INTERRUPT_USED = 1
-    INTERRUPT_CONFIG = 2
+cdef extern from "<linux/virtio_mmio.h>" nogil:
+    enum: VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INT_CONFIG
 
 
 cdef void interrupt_used(Call *call, uint32_t queue) noexcept nogil:
     # Set the bit before the edge, so that the handler sees it. Send the edge even if the bit was already set: the
     # driver may acknowledge that bit after it has read its rings.
-    or32(call.status, INTERRUPT_USED)
+    or32(call.status, VIRTIO_MMIO_INT_VRING)
     eventfd_write(call.queue[queue], 1)
 
 
@@ -38,7 +37,7 @@ cdef class Interrupt:
 
     def config(self):
         """Interrupt the driver because the configuration space or DEVICE_NEEDS_RESET has changed."""
-        or32(self.call.status, INTERRUPT_CONFIG)
+        or32(self.call.status, VIRTIO_MMIO_INT_CONFIG)
         eventfd_write(self.call.config, 1)
 
     @property
@@ -52,4 +51,4 @@ cdef class Interrupt:
 
     def restore(self, uint32_t status):
         """Set InterruptStatus to a saved value, without an interrupt."""
-        store32(self.call.status, status & (INTERRUPT_USED | INTERRUPT_CONFIG))
+        store32(self.call.status, status & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG))

@@ -2,6 +2,9 @@
 # Decides which of a guest's frames may leave, from a copy of their first bytes, without the GIL and without a lock.
 from libc.stdint cimport uint8_t, uint64_t
 
+cdef extern from "<linux/if_ether.h>" nogil:
+    enum: ETH_HEADER "ETH_HLEN"
+
 cdef enum:
     HEAD = 74       # bytes of a frame that are checked: Ethernet, IPv6 and TCP headers
 

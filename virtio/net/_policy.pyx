@@ -70,7 +70,6 @@ REASONS = ("malformed", "protocol", "options", "fragment", "source", "special", 
 MOST_LEARNED = 4096
 
 cdef enum:
-    ETH_HEADER = 14
     ICMP = 1
     TCP = 6
     UDP = 17

@@ -11,7 +11,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 
 from virtio._limiter cimport RateLimiter
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
-from virtio.net._policy cimport ALLOWED, DROPPED, HEAD, PolicyCalls
+from virtio.net._policy cimport ALLOWED, DROPPED, ETH_HEADER, HEAD, PolicyCalls
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
@@ -39,9 +39,6 @@ cdef extern from *:
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t readv(int fd, const iovec *iov, int count)
     ssize_t writev(int fd, const iovec *iov, int count)
-
-cdef extern from "<linux/if_ether.h>" nogil:
-    enum: ETH_HEADER "ETH_HLEN"
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     struct virtio_net_hdr:
