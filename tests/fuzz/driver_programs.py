@@ -392,7 +392,7 @@ FUSE_INIT = struct.pack("<IIQQIIII", 104, 26, 1, 0, 0, 0, 0, 0) + struct.pack("<
 
 @kind("fs", fs_request, first=(1, ([FUSE_INIT], [128])))
 def make_fs(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
-    from virtio.fs.device import Fs
+    from virtio.fs.device import ShareDevice
 
     outside, share = directory / "outside", directory / "share"
     outside.mkdir()
@@ -400,7 +400,7 @@ def make_fs(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
     (share / "dir").mkdir(parents=True)
     (share / "file").write_bytes(bytes(range(256)) * 64)
     (share / "link").symlink_to("../outside/secret")
-    device = Fs("fuzz", str(share))
+    device = ShareDevice("fuzz", str(share))
     stack.callback(device.close)
     stack.callback(check_outside, outside)
     return device

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from virtio.fs.device import Fs
+from virtio.fs.device import ShareDevice
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm.irq import IrqLine
@@ -278,14 +278,14 @@ class FuseClient:
 class FuseVm(FuseClient):
     """A guest with one share, without KVM.
 
-    :param settings: of :class:`virtio.fs.device.Fs`
+    :param settings: of :class:`virtio.fs.device.ShareDevice`
     """
 
     RAM = 16 << 20
 
     def __init__(self, path: Path | str, *, init: bool = True, flags: int = LINUX_FLAGS, **settings: Any) -> None:
         self.log: list[str] = []
-        self.device = Fs("share", os.fspath(path), **settings)
+        self.device = ShareDevice("share", os.fspath(path), **settings)
         ram, self.line = GuestMemory(self.RAM), IrqLine(5)
         transport = VirtioMmio(self.device, ram, self.line, warn=self.log.append)
         super().__init__(transport, ram, Allocator(0x1000, self.RAM - 0x1000), self.line, init=init, flags=flags)

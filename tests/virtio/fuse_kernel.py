@@ -140,7 +140,7 @@ class KernelMount:
 
     :param mountpoint: an empty directory
     :param options: of mount(2), beside those that virtiofs has
-    :param settings: of :class:`virtio.fs.device.Fs`
+    :param settings: of :class:`virtio.fs.device.ShareDevice`
     """
 
     def __init__(self, shared: Path, mountpoint: Path, *, options: str = "", **settings: Any) -> None:

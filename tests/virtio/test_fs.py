@@ -621,7 +621,7 @@ def test_limits_hold_reads_and_writes_back_and_can_be_lifted(tree: Path, mount: 
 
 
 def test_a_users_mistakes_are_named(tmp_path: Path) -> None:
-    from virtio.fs.device import Fs
+    from virtio.fs.device import ShareDevice
 
     (tmp_path / "file").touch()
     for settings in (
@@ -633,7 +633,7 @@ def test_a_users_mistakes_are_named(tmp_path: Path) -> None:
         {"tag": "t", "path": "/", "threads": 0},
     ):
         with pytest.raises(ConfigError):
-            Fs(**settings)
+            ShareDevice(**settings)
 
 
 def test_a_read_that_would_wait_for_the_disk_is_handed_over(tree: Path, mount: Callable[..., FuseVm]) -> None:

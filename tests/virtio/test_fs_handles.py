@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.virtio.fuse_client import LINUX_FLAGS, ROOT, FuseVm
 from tests.virtio.mounts import mounted, private_mounts
 from tests.virtio.test_fs import held, mount, refused, tree
-from virtio.fs.device import Fs
+from virtio.fs.device import ShareDevice
 from vmm.budget import memory
 
 __all__ = ["mount", "tree"]
@@ -96,7 +96,7 @@ def test_a_share_that_is_collected_gives_its_memory_back(tmp_path: Path) -> None
     gc.collect()
     before = memory.used
     for _ in range(3):
-        device = Fs("tag", str(tmp_path))
+        device = ShareDevice("tag", str(tmp_path))
         device.itself = device  # type: ignore[attr-defined]  # as devices and their threads name one another
         device.close()
     del device

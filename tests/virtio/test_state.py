@@ -24,7 +24,7 @@ from virtio.balloon import Balloon
 from virtio.blk.device import Block, Disk
 from virtio.console import Console
 from virtio.device import VirtioDevice
-from virtio.fs.device import Fs
+from virtio.fs.device import ShareDevice
 from virtio.mmio import VirtioMmio
 from virtio.rng import Entropy
 from virtio.testing import Allocator, DeviceHost
@@ -363,7 +363,7 @@ def test_a_share_is_saved_unless_the_guest_has_mounted_it(tmp_path: Path, dax: i
         state = msgspec.msgpack.decode(msgspec.msgpack.encode(vm.transport.save()))
         vm.transport.close()
         vm.device.close()
-        vm.device = Fs("share", str(tmp_path), dax=dax)
+        vm.device = ShareDevice("share", str(tmp_path), dax=dax)
         vm.transport = vm.driver.transport = VirtioMmio(vm.device, vm.ram, vm.line, warn=vm.log.append)
         vm.transport.restore(state)
         vm.transport.go_on()

@@ -14,7 +14,7 @@ from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio.fs._host cimport *
 from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room
-from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, Agent, agreed, foreign_ino
+from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, FuseThread, agreed, foreign_ino
 from virtio.fs._table cimport DIRECTORY, FILE, Handle
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
@@ -27,7 +27,7 @@ cdef enum:
 cdef bint is_acl(const char *name) noexcept nogil:
     return strcmp(name, b"system.posix_acl_access") == 0 or strcmp(name, b"system.posix_acl_default") == 0
 
-cdef class NodeOperations(Agent):
+cdef class NodeOperations(FuseThread):
     """LOOKUP, GETATTR, CREATE and the other operations on nodes."""
 
     cdef int64_t on_node(self, const fuse_in_header *h) noexcept nogil:

@@ -12,7 +12,7 @@ from virtio.fs._dax cimport DAX_SHIFT
 from virtio.fs._files cimport FileOperations
 from virtio.fs._host cimport *
 from virtio.fs._share cimport (
-    ANNOUNCES, DAX_INODES, IN_HEADER, INITIALISED, JUDGES_SGID, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, NO_OPEN,
+    ANNOUNCES, CHECKS_SGID, DAX_INODES, IN_HEADER, INITIALISED, MAX_WRITE, MINOR_LEAST, MINOR_SGID, NAME_MAX, NO_OPEN,
     OUT_HEADER, PIECE, REQUEST_MAX, agreed,
 )
 from virtio.fs._table cimport DIRECTORY, FILE
@@ -216,7 +216,7 @@ cdef class Server(FileOperations):
             want &= ~<uint64_t>FUSE_ATOMIC_O_TRUNC
         want &= offered
         if arg.minor >= MINOR_SGID:
-            session |= JUDGES_SGID
+            session |= CHECKS_SGID
         if want & FUSE_SUBMOUNTS:
             session |= ANNOUNCES
         if want & FUSE_HAS_INODE_DAX:

@@ -29,7 +29,7 @@ cdef enum:
 cdef enum:
     INITIALISED = 1             # INIT succeeded
     NO_OPEN = 2                 # the guest uses files without OPEN: no request has a handle
-    JUDGES_SGID = 4             # the guest's kernel clears set-group-id bits that the user may not set
+    CHECKS_SGID = 4             # the guest's kernel clears set-group-id bits that the user may not set
     ANNOUNCES = 8               # the guest supports FUSE_ATTR_SUBMOUNT
     DAX_INODES = 16             # the guest uses DAX for files marked by FUSE_ATTR_DAX
 
@@ -74,7 +74,7 @@ cdef struct Counters:
 
 cdef uint64_t foreign_ino(const statx *st) noexcept nogil
 
-cdef class Agent:
+cdef class FuseThread:
     cdef Share share
     cdef Table table
     cdef Counters counters

@@ -112,7 +112,7 @@ cdef class Share:
         return counter_read(&self.table.handles)
 
 
-cdef class Agent:
+cdef class FuseThread:
     """The state of one thread: buffers and credentials. It also turns descriptors into FUSE entries and attributes."""
 
     def __cinit__(self, Share share):
@@ -154,7 +154,7 @@ cdef class Agent:
 
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
         # Act as that user while creating a file; fs_return() ends it. Returns 0 or an errno.
-        if agreed(self.share, JUDGES_SGID):
+        if agreed(self.share, CHECKS_SGID):
             return fs_become(uid, gid, self.credentials.create_sgid)
         return fs_become(uid, gid, self.credentials.create)
 

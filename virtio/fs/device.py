@@ -35,7 +35,7 @@ _DAX_LIMIT = "and limits exclude one another: DAX accesses are not counted"
 _VALID = {"auto": 1, "always": 86400, "none": 0}
 
 
-class Fs(VirtioDevice):
+class ShareDevice(VirtioDevice):
     """A virtio-fs device over a directory; owns the descriptors by which it is reached.
 
     :param tag: the tag by which the guest mounts it, 1 to 36 bytes

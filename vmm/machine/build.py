@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from virtio.balloon import Balloon
     from virtio.blk.device import Block
     from virtio.device import VirtioDevice
-    from virtio.fs.device import Fs
+    from virtio.fs.device import ShareDevice
     from virtio.net._policy import Policy
     from virtio.net.device import Net
     from virtio.net.host import Passt, Tap
@@ -258,15 +258,15 @@ class Builder:
         policy = Policy(guest, gateway, inet_aton(RESOLVER), allow, rules("deny", config.deny)[0], guest_bits=bits)
         return policy, self._owned(Resolver(policy, inet_aton(RESOLVER), names))
 
-    def _share(self, config: ShareConfig, number: int) -> Fs:
-        from virtio.fs.device import Fs
+    def _share(self, config: ShareConfig, number: int) -> ShareDevice:
+        from virtio.fs.device import ShareDevice
 
-        fs = Fs(
+        device = ShareDevice(
             config.tag, config.path, read_only=config.read_only, cache=config.cache,
             threads=config.threads, squash=config.squash, submounts=config.submounts, dax=config.dax,
             name=f"virtio-fs{number}", limiter=_limiter(config.rate_limiter),
         )  # fmt: skip
-        return self._owned(fs)
+        return self._owned(device)
 
     def _vsock(self, config: VsockConfig) -> Vsock:
         from virtio.vsock.device import Listener, Vsock

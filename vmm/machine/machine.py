@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from virtio.blk.device import Block
     from virtio.console import ConsolePort
     from virtio.device import VirtioDevice
-    from virtio.fs.device import Fs
+    from virtio.fs.device import ShareDevice
     from virtio.mmio import VirtioMmio
     from virtio.net.device import Net
     from virtio.vsock.device import Listener, Vsock
@@ -468,7 +468,7 @@ class Machine(Closing):
         return self._devices.named("net")
 
     @property
-    def shares(self) -> dict[str, Fs]:
+    def shares(self) -> dict[str, ShareDevice]:
         """The shared directories by ``tag``."""
         return self._devices.named("share")
 
