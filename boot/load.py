@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from boot import elf, layout, params
-from boot.cmdline import DEFAULT_LIMIT, Cmdline
 from boot.source import Source
+from vmm.cmdline import DEFAULT_LIMIT, Cmdline
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False

@@ -22,13 +22,13 @@ MAY_IMPORT = {
     "boot": {"vmm", "vmm.kvm.abi"},
     "devices": {"vmm"},
     "virtio": {"vmm"},
-    "vmm.config": {"vmm", "vmm.kvm", "boot.cmdline"},
+    "vmm.config": {"vmm", "vmm.kvm"},
     "vmm.machine": {"vmm", "vmm.kvm", "vmm.jail", "vmm.config", "boot", "devices", "virtio"},
     "vmm.testing": {"vmm", "vmm.machine"},
     "vmm.images": {"vmm", "vmm.config"},
     "vmm.lab": {"vmm", "vmm.config", "vmm.images", "vmm.machine"},
     "vmm.sandbox": {"vmm", "vmm.kvm", "vmm.config", "vmm.images", "vmm.machine"},
-    "vmm.api": {"vmm", "vmm.kvm", "vmm.config", "vmm.machine", "boot.cmdline", "virtio"},
+    "vmm.api": {"vmm", "vmm.kvm", "vmm.config", "vmm.machine", "virtio"},
 }
 MAY_IMPORT["vmm.commands"] = set(MAY_IMPORT)
 # What a user imports and what a process starts with.

@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
-from boot.cmdline import Cmdline
 from vmm import logger, threads
 from vmm.api import API_VERSION, ApiError, translate, types
 from vmm.api.bodies import decode
 from vmm.api.routes import VmmAction
+from vmm.cmdline import Cmdline
 from vmm.config.devices import (
     BalloonConfig,
     EntropyConfig,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
-from boot.cmdline import Cmdline, parameter
 from vmm.api import types
+from vmm.cmdline import Cmdline, parameter
 from vmm.config import devices
 from vmm.config.option import REQUIRED, Config
 from vmm.config.vm import VmConfig

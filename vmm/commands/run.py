@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import sys
 
-from boot.cmdline import Cmdline
 from vmm import launched, signals, threads
+from vmm.cmdline import Cmdline
 from vmm.config import attribute, did_you_mean, fill_from_files, parse_plain
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError

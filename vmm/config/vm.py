@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from boot.cmdline import Cmdline, parameter
+from vmm.cmdline import Cmdline, parameter
 from vmm.config import did_you_mean, parse_size, size_text
 from vmm.config.option import REQUIRED, Config, option
 from vmm.errors import ConfigError

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Of ours, what any VM of `pyvmm serve` can use.
 OURS = """
-    boot.acpi boot.aml boot.board boot.bzimage boot.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable
+    boot.acpi boot.aml boot.board boot.bzimage vmm.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable
     boot.params boot.payload boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042
     devices.pit devices.power devices.pvpanic devices.rtc virtio.blk._worker virtio.fs._worker virtio.fs._dax
     virtio._limiter virtio.net._worker virtio.vsock._sockets virtio.vsock._rx virtio.vsock._worker virtio.balloon

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from boot import acpi, cpu, load, mptable
 from boot.board import PARTS
-from boot.cmdline import Cmdline
+from vmm.cmdline import Cmdline
 from vmm.errors import ConfigError
 from vmm.kvm import abi
 

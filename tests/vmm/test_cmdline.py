@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boot.cmdline import Cmdline, parameter
+from vmm.cmdline import Cmdline, parameter
 from vmm.errors import ConfigError
 
 PRINTABLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel command line: the user's words, and those that the configuration and the machine add.
 
-Only this module parses and writes command lines, by the kernel's own rules. It imports only ``vmm.errors``, because
-``vmm`` uses it, too.
+Only this module parses and writes command lines, by the kernel's own rules.
 
 Source: next_arg() and parse_args() of lib/cmdline.c and kernel/params.c; isspace() of lib/ctype.c.
 """
