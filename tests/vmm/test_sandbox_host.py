@@ -9,9 +9,12 @@ import itertools
 import os
 import random
 import re
+import signal
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -412,6 +415,47 @@ def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(
     assert registry.all_running() == []
     with pytest.raises(ConfigError, match="running: none"):
         registry.about("box")
+
+
+def test_the_next_start_removes_what_a_killed_process_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    program = """
+import os, signal, sys
+from vmm.sandbox import registry
+for name in sys.argv[1:]:
+    registry.Place(name, {}).tell("the guest was switched off")
+print(sorted(os.listdir(registry.root())), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+    def left(*names: str) -> str:
+        done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+        return done.stdout
+
+    assert left("one", "two") == "['one', 'two']\n"
+    assert left("three") == "['three']\n"
+    registry.Place("four", ABOUT).close()
+    assert left("five") == "['five']\n"  # and this process does not look again, but takes over the name
+    place = registry.Place("five", ABOUT)
+    assert [(each["name"], each["ended"]) for each in registry.all_running()] == [("five", "")]
+    place.close()
+    assert not list((tmp_path / "pyvmm/sandboxes").iterdir())
+
+
+def test_processes_that_start_list_and_end_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    program = """
+from vmm.sandbox import registry
+for _ in range(100):
+    place = registry.Place(None, {"env": {}})
+    assert place.name in [each["name"] for each in registry.all_running()]
+    place.close()
+"""
+    command = [sys.executable, "-c", program]
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    processes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE) for _ in range(6)]
+    assert [process.communicate()[1] for process in processes] == [b""] * 6
+    assert not list((tmp_path / "pyvmm/sandboxes").iterdir())
 
 
 def test_a_stock_kernel_on_a_software_kvm_is_refused_with_what_to_do(

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
 import json
 import os
 import secrets
@@ -18,6 +20,7 @@ from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 NAME_MAX = 32
@@ -61,13 +64,14 @@ class Place:
         self.socket = os.path.join(self.path, SOCKET)
         if len(os.fsencode(self.socket)) > MAX_UDS_PATH:
             raise ConfigError("XDG_RUNTIME_DIR", directory, "is too long for a unix socket in it")
-        os.makedirs(self.path, 0o700, exist_ok=True)
-        self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        _sweep(directory)
+        with _alone(directory):
+            if _is_held(self.path):
+                raise ConfigError("name", self.name, "is the name of another running sandbox")
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.mkdir(self.path, 0o700)
+            self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise ConfigError("name", self.name, "is the name of another running sandbox") from None
         with open(os.path.join(self.path, "about.json"), "w", encoding="utf-8") as file:
             json.dump({**about, "pid": os.getpid()}, file)
 
@@ -82,7 +86,8 @@ class Place:
     def close(self) -> None:
         """Remove the directory; idempotent."""
         if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            with _alone(os.path.dirname(self.path)):
+                shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 
@@ -103,23 +108,24 @@ def all_running() -> list[dict[str, Any]]:
     """
     found = []
     directory = root()
-    for name in sorted(os.listdir(directory)):
+    for name in _held(directory):
         path = os.path.join(directory, name)
-        if _is_held(path):
-            try:
-                with open(os.path.join(path, "about.json"), encoding="utf-8") as file:
-                    found.append({**json.load(file), "name": name, "ended": _told(path)})
-            except (OSError, ValueError):
-                pass  # it begins, or ends
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        try:
+            with open(os.path.join(path, "about.json"), encoding="utf-8") as file:
+                found.append({**json.load(file), "name": name, "ended": _told(path)})
+        except (OSError, ValueError):
+            pass  # it begins, or ends
     return found
 
 
 def why_ended(name: str) -> str:
     """Why the sandbox of that name has ended; empty: it runs."""
-    path = os.path.join(root(), name)
-    return _told(path) or ("" if _is_held(path) else "the sandbox was closed, or its process has ended")
+    directory = root()
+    path = os.path.join(directory, name)
+    if told := _told(path):
+        return told
+    with _alone(directory):
+        return "" if _is_held(path) else "the sandbox was closed, or its process has ended"
 
 
 def about(name: str) -> dict[str, Any]:
@@ -150,6 +156,37 @@ def _told(path: str) -> str:
             return file.read() or "the sandbox has ended"
     except FileNotFoundError:
         return ""
+
+
+@contextlib.contextmanager
+def _alone(directory: str) -> Iterator[None]:
+    # While nobody else makes or removes a sandbox's directory there, or asks whether it is held. Without it, one that
+    # is being made, and not held yet, would be taken for that of a killed process.
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a process that was forked meanwhile has the descriptor, too
+        os.close(fd)
+
+
+def _held(directory: str) -> list[str]:
+    # The names of those that run. What killed ones have left is removed.
+    held = []
+    with _alone(directory):
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(directory, name)
+            if _is_held(path):
+                held.append(name)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+    return held
+
+
+@functools.cache  # once in a process: one that starts thousands need not look at all of them each time
+def _sweep(directory: str) -> None:
+    _held(directory)
 
 
 def _is_held(path: str) -> bool:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 
 from vmm import __version__
 from vmm.errors import VmmError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vmm.images import Image
 
 KEPT = 8
+_STALE = 3600  # seconds; it takes a few to write one
 
 
 def start(image: Image, *, memory: int, cpus: int, network: str, boot_timeout: float) -> Sandbox:
@@ -60,6 +62,10 @@ def _key(image: Image, memory: int, cpus: int) -> str:
 def _keep(sandbox: Sandbox, directory: str) -> None:
     above = os.path.dirname(directory)
     os.makedirs(above, 0o700, exist_ok=True)
+    for name in os.listdir(above):  # of a process that was killed while it made one
+        path = os.path.join(above, name)
+        if name.startswith("new-") and time.time() - os.path.getmtime(path) > _STALE:
+            shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="new-", dir=above) as made:
         sandbox.snapshot(os.path.join(made, "snapshot"))
         os.rename(os.path.join(made, "snapshot"), directory)  # fails where another process was first
