@@ -167,6 +167,13 @@ def test_what_is_no_archive(sandbox: Sandbox) -> None:
 
 
 def test_what_cannot_be_read_or_made_is_named(sandbox: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "/".join("d" * 300)).mkdir(parents=True)
+    with pytest.raises(OSError, match="nested more than 256 deep"):
+        sandbox.files.copy_in(str(tmp_path / "deep"), "/tmp/deep")
+    sandbox.run(f"mkdir -p /srv/deep/{'d/' * 300}", check=True)
+    with pytest.raises(OSError) as deep:
+        sandbox.files.copy_out("/srv/deep", str(tmp_path / "back"))
+    assert deep.value.errno == errno.ELOOP
     sandbox.run("mkdir -p /srv/secret/a && echo x > /srv/secret/a/b && chmod 700 /srv/secret/a", check=True)
     with pytest.raises(PermissionError) as refused:
         sandbox.files.copy_out("/srv/secret", str(tmp_path / "out"), user="nobody")

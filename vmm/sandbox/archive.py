@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tarfile
@@ -29,7 +30,7 @@ def pack(directory: str) -> Iterator[bytes]:
 
     Permission bits and times of files are kept, owners are not. Sockets, devices and FIFOs are left out.
 
-    :raises OSError: a file cannot be read
+    :raises OSError: a file cannot be read, or directories are nested more than 256 deep
     """
     waiting = bytearray()  # small members, which leave together
     for piece in _members(directory, "."):
@@ -41,6 +42,8 @@ def pack(directory: str) -> Iterator[bytes]:
 
 
 def _members(path: str, name: str) -> Iterator[bytes]:
+    if name.count("/") > _DEEPEST:
+        raise OSError(errno.ELOOP, f"has directories nested more than {_DEEPEST} deep", path)
     status = os.lstat(path)
     kind = _TYPES.get(stat.S_IFMT(status.st_mode))
     if kind is None:
