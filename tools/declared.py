@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         ShareConfig,
         VsockConfig,
     )
-    from vmm.kvm.cpu_template import CpuTemplate
+    from vmm.config.cpu_template import CpuTemplate
 
     class VmSettings(TypedDict, total=False):
         """See :class:`vmm.config.vm.VmConfig`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmm.config.cpu_template import CpuTemplate
     from vmm.config.devices import (
         BalloonConfig,
         DriveConfig,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from vmm.config.vm import VmConfig
     from vmm.errors import ConfigError, GuestError, HostError, KvmError, SnapshotError, VmmError
     from vmm.exits import Exit, Stop, StopReason
-    from vmm.kvm.cpu_template import CpuTemplate
     from vmm.machine.machine import Machine
     from vmm.machine.pool import Pool
     from vmm.machine.snapshot import Image
@@ -57,7 +57,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BalloonConfig": "vmm.config.devices",
     "ConfigError": "vmm.errors",
-    "CpuTemplate": "vmm.kvm.cpu_template",
+    "CpuTemplate": "vmm.config.cpu_template",
     "DriveConfig": "vmm.config.devices",
     "EntropyConfig": "vmm.config.devices",
     "Exit": "vmm.exits",

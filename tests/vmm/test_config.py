@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from vmm.config import parse_size
+from vmm.config.cpu_template import CpuTemplate
 from vmm.config.devices import DEVICES, DriveConfig, NetworkPolicy, RateLimiterConfig, ShareConfig
 from vmm.config.option import REQUIRED, Config, type_stored
 from vmm.config.vm import DEFAULT_CMDLINE, VmConfig
 from vmm.errors import ConfigError
-from vmm.kvm.cpu_template import CpuTemplate
 
 
 @pytest.mark.parametrize(

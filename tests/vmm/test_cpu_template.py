@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmm.config.cpu_template import Bits, CpuTemplate, parse_number, parse_template
 from vmm.errors import ConfigError
 from vmm.kvm.abi import kvm_cpuid_entry2
-from vmm.kvm.cpu_template import Bits, CpuTemplate, parse_number, parse_template
 
 
 @given(st.lists(st.sampled_from("01x"), min_size=1, max_size=32), st.integers(0, (1 << 32) - 1))

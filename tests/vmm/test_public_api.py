@@ -12,7 +12,7 @@ import pytest
 
 import vmm
 from vmm import Exit, Machine, StopReason
-from vmm.kvm.cpu_template import Bits
+from vmm.config.cpu_template import Bits
 from vmm.testing import tiny_guest
 
 CONFIGS: list[tuple[object, str]] = [

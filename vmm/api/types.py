@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.kvm.cpu_template import CpuTemplate
+    from vmm.config.cpu_template import CpuTemplate
 
 U8 = Annotated[int, Meta(ge=0, le=(1 << 8) - 1)]
 U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
@@ -83,7 +83,7 @@ class CpuConfig(Body, kw_only=True):
 
     def template(self) -> "CpuTemplate":
         """:raises ConfigError: a number or a bitmap is malformed"""
-        from vmm.kvm.cpu_template import parse_template
+        from vmm.config.cpu_template import parse_template
 
         return parse_template(
             self.kvm_capabilities,

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypedDict
 
+    from vmm.config.cpu_template import CpuTemplate
     from vmm.config.devices import (
         BalloonConfig,
         DriveConfig,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         ShareConfig,
         VsockConfig,
     )
-    from vmm.kvm.cpu_template import CpuTemplate
 
     class VmSettings(TypedDict, total=False):
         """See :class:`vmm.config.vm.VmConfig`."""

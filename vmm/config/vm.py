@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
+    from vmm.config.cpu_template import CpuTemplate
     from vmm.config.devices import (
         BalloonConfig,
         DriveConfig,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         VsockConfig,
     )
     from vmm.config.typed import Given
-    from vmm.kvm.cpu_template import CpuTemplate
 
 MAX_VCPUS = 64
 MAX_EXIT_PORT = 0xFFFC  # the device has four bytes
