@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypedDict
 
+    from vmm.config.cpu_template import CpuTemplate
     from vmm.config.devices import (
         BalloonConfig,
         DriveConfig,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
         ShareConfig,
         VsockConfig,
     )
-    from vmm.config.cpu_template import CpuTemplate
 
     class VmSettings(TypedDict, total=False):
         """See :class:`vmm.config.vm.VmConfig`."""

@@ -146,8 +146,8 @@ class Link:
         :returns: the connection's port on the host's side; 0 if no connection is idle
         """
         with self._lock:
-            place = next((place for place, each in enumerate(self._idle) if each.port and each.quiet), None)
-            channel = None if place is None else self._idle.pop(place)
+            index = next((index for index, each in enumerate(self._idle) if each.port and each.quiet), None)
+            channel = None if index is None else self._idle.pop(index)
         try:
             yield channel.port if channel else 0
         finally:

@@ -390,7 +390,7 @@ def _check_timeout(timeout: float | None) -> None:
 
 def _shares(mounts: Mapping[str, Mount]) -> list[tuple[str, ShareConfig]]:
     shares = []
-    for place, (path, what) in enumerate(mounts.items() if hasattr(mounts, "items") else [("", mounts)]):
+    for number, (path, what) in enumerate(mounts.items() if hasattr(mounts, "items") else [("", mounts)]):
         match what:
             case str() | os.PathLike():
                 directory, mode = what, "rw"
@@ -400,5 +400,5 @@ def _shares(mounts: Mapping[str, Mount]) -> list[tuple[str, ShareConfig]]:
                 directory, mode = "", ""
         if mode not in ("rw", "ro") or not path.startswith("/"):
             raise ConfigError("mounts", f"{path} {what}", 'must be {"/IN/GUEST": "DIRECTORY" or ("DIRECTORY", "ro")}')
-        shares.append((path, ShareConfig(f"mount{place}", directory, read_only=mode == "ro")))
+        shares.append((path, ShareConfig(f"mount{number}", directory, read_only=mode == "ro")))
     return shares
