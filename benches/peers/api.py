@@ -49,7 +49,7 @@ class Client:
     def request(self, method: str, path: str, body: object = None) -> bytes:
         """The answer, whole.
 
-        :raises Missing: it is an error
+        :raises Missing: the server answered with an error
         """
         text = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n\r\n".encode()

@@ -52,7 +52,7 @@ void _start(void)
 def vmlinux(kernel: Path) -> bytes:
     """The ELF file inside a bzImage, which is all that Firecracker can load.
 
-    :raises Missing: it is packed in a way that cannot be unpacked here
+    :raises Missing: the kernel is packed in a way that cannot be unpacked here
     """
     with Source("kernel", kernel) as source:
         setup = bzimage.parse(source)

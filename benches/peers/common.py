@@ -75,7 +75,7 @@ class Run(NamedTuple):
 def pyvmm() -> list[str]:
     """Command line of ``pyvmm run``, with its byte code made, as pip makes it for an installed package.
 
-    :raises Missing: it is not installed
+    :raises Missing: pyvmm is not installed
     """
     if not os.access(PYVMM[0], os.X_OK):
         raise Missing(f"{PYVMM[0]}: run `make install`")
@@ -103,7 +103,7 @@ def firecracker_command(
     :param directory: where its configuration is written
     :param memory: MiB
     :param more: further objects of its configuration, as its devices
-    :raises Missing: it cannot be fetched
+    :raises Missing: Firecracker cannot be fetched
     """
     source = {"kernel_image_path": str(kernel), "boot_args": cmdline}
     if initrd is not None:

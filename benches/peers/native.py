@@ -27,7 +27,7 @@ def here() -> bool:
 def kernel() -> Path:
     """r3's vmlinux, built the first time.
 
-    :raises Missing: it cannot be built here
+    :raises Missing: the kernel cannot be built here
     """
     try:
         return r3.vmlinux()

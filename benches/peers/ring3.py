@@ -68,7 +68,7 @@ def _device_cpu(pid: int) -> float:
 def turn(command: Sequence[str], count: int, status: tuple[int, ...] = (0,)) -> Turn:
     """Run a guest that reports ``ticks`` ROUNDS times, each for `count` units.
 
-    :raises Missing: it failed
+    :raises Missing: the command failed
     """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     watchdog = threading.Timer(PATIENCE, process.kill)

@@ -161,7 +161,7 @@ class Process:
         return self._client
 
     def request(self, method: str, path: str, body: object = None) -> Answer:
-        """A request; a body that is no bytes is sent as JSON. A connection that was ended is made again."""
+        """A request; a body is sent as JSON, unless it is bytes. A connection that was ended is made again."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         answer = self.client.request(method, path, data)
         if answer.headers.get("Connection") == "close":

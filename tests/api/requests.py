@@ -14,7 +14,7 @@ INTERRUPTED = b'{"vcpu_count": 1, "mem'
 
 
 class Request(NamedTuple):
-    """One request; a body of None is none at all."""
+    """One request; a `body` of None sends no body."""
 
     method: str
     path: str

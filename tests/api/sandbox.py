@@ -141,10 +141,10 @@ class Sandbox:
 class Agent:
     """A connection to the guest's program behind the socket; a line is a question, and so is the answer.
 
-    :param path: of the socket device's own
+    :param path: the socket device's own socket
     :param hello: the line that asks for a port
     :param patience: seconds until there has to be such a program, and for each answer
-    :raises TimeoutError: there is none
+    :raises TimeoutError: nothing answers
     """
 
     def __init__(self, path: Path, hello: bytes, patience: float = 90.0) -> None:
@@ -208,7 +208,7 @@ class Go(Sandbox):
         """From the files to a running VM.
 
         :returns: seconds until it was told to be running
-        :raises AssertionError: it was not in Kata's time
+        :raises AssertionError: the VM took longer than Kata waits
         """
         kernel, image = self._files
         self.path(f"{self.root}/run").mkdir(parents=True, exist_ok=True)
@@ -352,7 +352,7 @@ class RuntimeRs(Sandbox):
     def insist(self, name: str) -> int:
         """Send a request until it succeeds; how often.
 
-        :raises AssertionError: it did not in as many tries as Kata makes
+        :raises AssertionError: it failed as often as Kata tries
         """
         answer = None
         for tried in range(1, RUST_RETRIES + 1):

@@ -79,7 +79,7 @@ def test_every_allowed_difference_is_one(pair: Callable[..., Pair], row: Row) ->
     for one in (*SETUP, *start, *before):
         assert kind(send(theirs, one)) == kind(send(ours, one)) == "204", one
     answers = send(theirs, request), send(ours, request)
-    assert re.search(row.pattern, str(request)), "the example is none of the pattern"
+    assert re.search(row.pattern, str(request)), "the example does not match the pattern"
     texts = [answer.body.decode() if answer else "" for answer in answers]
     assert means(answers[0], row.theirs) and means(answers[1], row.ours), f"{texts}"
     assert difference(request, *answers), "there is no difference any more"

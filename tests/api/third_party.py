@@ -58,7 +58,7 @@ class ClientFailed(Exception):
 def installed(client: str = "firecracker-python") -> Path:
     """The directory with the client, fetched the first time; nothing of it is in our own environment.
 
-    :raises Missing: it cannot be fetched
+    :raises Missing: the client cannot be fetched
     """
     return fetched(*WHEELS[_HOMES.get(client, client)])
 
@@ -82,11 +82,11 @@ def run(
 ) -> dict[str, Any]:
     """Have a client boot a guest.
 
-    :param client: of ``CLIENTS``
-    :param program: what is in the place of /usr/local/bin/firecracker
+    :param client: one of ``CLIENTS``
+    :param program: what stands for /usr/local/bin/firecracker
     :param questions: to the program behind the guest's vsock port 1024
     :raises Missing: something cannot be fetched
-    :raises ClientFailed: it did not get to its end
+    :raises ClientFailed: the client failed or took too long
     """
     with tempfile.TemporaryDirectory(prefix="pyvmm-client-") as directory:
         command = [*_command(client, program, kernel, rootfs, Path(directory)), *questions]
@@ -103,7 +103,7 @@ def run(
 def nftables() -> Path:
     """Where Debian's module of that name is.
 
-    :raises PullError: it cannot be fetched
+    :raises PullError: the package cannot be fetched
     """
     return apt.package("python3-nftables").tree / "usr/lib/python3/dist-packages"
 

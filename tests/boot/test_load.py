@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader's entry: files that are no kernels, the initrd's place, options."""
+"""The loader's entry: files that are not kernels, where the initrd goes, options."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damage snapshots at random and load them: ``python -m tests.fuzz.fuzz_snapshots --minutes 60``.
 
-Each is tried in a child process, many by one. What ends the child, holds it up or raises what is no refusal is a
-finding: its ``state`` is left in ``--found``.
+A child process tries many, one after the other. A snapshot is a finding if it ends the child, delays it, or raises
+something else than a refusal. Its ``state`` is then left in ``--found``.
 """
 
 from __future__ import annotations

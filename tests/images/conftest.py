@@ -61,7 +61,7 @@ class Repository:
     def update(self, *, trusted: bool = True, address: str = "") -> int:
         """Index the archive and run `apt-get update`; returns its exit status.
 
-        :param address: of a server that has the archive, as ``http://127.0.0.1:8000``; else it is fetched as files
+        :param address: a server that has the archive, as ``http://127.0.0.1:8000``; empty: it is read as files
         """
         packages = ""
         for deb in sorted((self.root / "archive").glob("*.deb")):

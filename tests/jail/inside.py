@@ -32,7 +32,7 @@ PARENT = os.getppid()
 def call(number: int, *arguments: object) -> int:
     """A system call by its number, so that no wrapper of libc's comes between.
 
-    :raises OSError: it failed
+    :raises OSError: the call failed
     """
     words = [
         argument.encode() if isinstance(argument, str)

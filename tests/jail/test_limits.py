@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A limit on the size of files: guest RAM is none, and what is a file stops growing there without harm to the VM."""
+"""A limit on the size of files: guest RAM is not counted, and files stop growing there without harm to the VM."""
 
 from __future__ import annotations
 

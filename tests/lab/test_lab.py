@@ -27,7 +27,7 @@ Fake = Callable[..., tuple[int, bytes, bytes]]
 
 @pytest.fixture
 def boots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine that is no machine, and the file where each boot of it leaves its process's number."""
+    """A fake machine, and the file in which each of its boots leaves its process's number."""
     programs = tmp_path / "bin"
     programs.mkdir()
     fake = shlex.quote(str(Path(__file__).with_name("fake_qemu.py")))

@@ -80,7 +80,7 @@ def main() -> int:
 def fetch() -> None:
     """What the lab, which has no network, needs of this and of ``tests.linux.kata``.
 
-    :raises Missing: it cannot be had
+    :raises Missing: a client cannot be fetched
     :raises PullError: a Debian package of it cannot be had
     """
     guest()

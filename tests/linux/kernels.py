@@ -40,8 +40,8 @@ class Kernel(NamedTuple):
 def debian(suite: str | None = None) -> Kernel:
     """Debian's cloud kernel, a bzImage.
 
-    :param suite: of a Debian other than this host's
-    :raises PullError: it cannot be fetched
+    :param suite: another Debian's name; None: this host's
+    :raises PullError: the kernel cannot be fetched
     """
     package = apt.package("linux-image-cloud-amd64", suite=suite)
     return Kernel(str(apt.kernel_of(package.tree)[0]), package.version, package.tree)
@@ -50,7 +50,7 @@ def debian(suite: str | None = None) -> Kernel:
 def ring3() -> Kernel:
     """r3, an ELF file for one vCPU.
 
-    :raises PullError: it cannot be fetched or built
+    :raises PullError: the kernel cannot be fetched or built
     """
     path = r3.vmlinux()
     return Kernel(str(path), path.name, None)
@@ -59,7 +59,7 @@ def ring3() -> Kernel:
 def kernel() -> Kernel:
     """The one that KVM here runs.
 
-    :raises PullError: it cannot be had
+    :raises PullError: the kernel cannot be fetched or built
     """
     return debian() if runs_linux() else ring3()
 

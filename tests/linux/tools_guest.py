@@ -170,7 +170,7 @@ class Asked:
     def wait_ready(self, seconds: float = 120) -> None:
         """Wait until the guest obeys.
 
-        :raises GuestFailed: it does not
+        :raises GuestFailed: the guest does not
         """
         self.until(b"@ready", seconds)
 

@@ -87,7 +87,7 @@ class FuseClient:
     """The driver of a share behind `transport`; ``init`` is exchanged unless told otherwise.
 
     :param irq: tells of interrupts; None: KVM takes them, and the client looks at its rings without pause
-    :param settings: of ``MmioDriver.bring_up``
+    :param settings: parameters of ``MmioDriver.bring_up``
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class FuseClient:
 class FuseVm(FuseClient):
     """A guest with one share, without KVM.
 
-    :param settings: of :class:`virtio.fs.device.ShareDevice`
+    :param settings: parameters of :class:`virtio.fs.device.ShareDevice`
     """
 
     RAM = 16 << 20

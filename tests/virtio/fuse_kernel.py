@@ -139,8 +139,8 @@ class KernelMount:
     """A share mounted by this host's kernel at ``path``, which ``call`` alone can see.
 
     :param mountpoint: an empty directory
-    :param options: of mount(2), beside those that virtiofs has
-    :param settings: of :class:`virtio.fs.device.ShareDevice`
+    :param options: options of mount(2), beside those that virtiofs has
+    :param settings: parameters of :class:`virtio.fs.device.ShareDevice`
     """
 
     def __init__(self, shared: Path, mountpoint: Path, *, options: str = "", **settings: Any) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random programs of file operations, done in two directories side by side: their results are to be the same.
 
-A program is a list of steps; a step is a method of :class:`Actor`, its arguments and a user. What two file systems may
-tell differently (inode numbers, times of now, sizes of directories, blocks) is no part of a result.
+A program is a list of steps; a step is a method of :class:`Actor`, its arguments and a user. A result does
+not contain what differs between file systems: inode numbers, current times, sizes of directories, blocks.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_the_upper_layer_of_an_overlay(tmp_path: Path, kernel_mount: Callable[..
     assert names == ["changed", "new", "sub", "sub/moved", "whole"]
     for name in ("gone", "moved", "sub/inner"):
         status = os.lstat(upper / name)
-        assert stat.S_ISCHR(status.st_mode) and status.st_rdev == 0, f"{name} is no whiteout"
+        assert stat.S_ISCHR(status.st_mode) and status.st_rdev == 0, f"{name} is not a whiteout"
     assert os.getxattr(upper / "whole", "trusted.overlay.opaque") == b"y"
     assert os.getxattr(upper / "changed", "user.note") == b"value"
 

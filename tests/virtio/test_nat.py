@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NAT: what of a guest's packets gets out, who gets in, and that the host is no router because of it. Real packets."""
+"""NAT with real packets: which of a guest's get out, who gets in, and that it does not make the host a router."""
 
 from __future__ import annotations
 

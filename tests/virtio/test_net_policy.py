@@ -263,7 +263,7 @@ def test_rules_by_another_reading(allow: Any, deny: Any, target: str, port: int,
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_bytes_of_any_kind(data: Any) -> None:
-    """What is no packet to the only address allowed is not allowed, whatever it is."""
+    """Of any bytes, only a packet to the one allowed address is allowed."""
     found = policy(("9.9.9.9/32", 80))
     frame = bytearray(mine(tcp, "9.9.9.9", 80))
     for _ in range(data.draw(st.integers(0, 4))):
