@@ -675,6 +675,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
         sandbox.fork(-1)
     with pytest.raises(ConfigError, match="timeout -1"):
         sandbox.set_timeout(-1)
+    with pytest.raises(TypeError, match=r"^Sandbox\.set_timeout: timeout must be a number or None, not '5'$"):
+        sandbox.set_timeout("5")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="NUL"):
         sandbox.run(["a\0b"])
     with pytest.raises(ConfigError, match="at most"):
@@ -687,6 +689,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
 
 def _pyvmm(*words: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-m", "vmm", *words], input=input, capture_output=True, timeout=100)
+
+
+def test_a_wrong_mount_is_told_in_the_words_of_the_command() -> None:
+    for word in ("/work", "/work=", "work=.", "=."):
+        bad = _pyvmm("sandbox", "--mount", word, "busybox", "true")
+        assert bad.stderr.startswith(f"pyvmm sandbox: --mount {word}: must be PATH=DIR".encode()), bad
+        assert (bad.returncode, bad.stderr.count(b"\n")) == (2, 1)
 
 
 def test_the_commands_reach_a_sandbox_of_another_process(sandbox: Sandbox, tmp_path: Path) -> None:

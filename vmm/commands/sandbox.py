@@ -98,6 +98,6 @@ def _ports(word: str) -> tuple[str, int, int]:
 
 def _mount(word: str) -> tuple[str, str | tuple[str, str]]:
     path, equals, directory = word.partition("=")
-    if not equals or not directory:
-        raise ConfigError("--mount", word, "must be PATH=DIR or PATH=DIR,ro")
+    if not equals or not directory or not path.startswith("/"):
+        raise ConfigError("--mount", word, "must be PATH=DIR or PATH=DIR,ro, and PATH an absolute path of the guest")
     return path, (directory.removesuffix(",ro"), "ro") if directory.endswith(",ro") else directory

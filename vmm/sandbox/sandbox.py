@@ -95,7 +95,7 @@ class Sandbox(Session):
         if policy is None and network not in ("none", "user"):
             raise ConfigError("network", network, "must be none, user or a NetworkPolicy")
         if pcap is not None and network == "none":
-            raise ConfigError("pcap", os.fspath(pcap), "needs a network: user or a NetworkPolicy")
+            raise ConfigError("pcap", os.fspath(pcap), "needs a network, such as user")
         if not re.fullmatch(r"[1-9][0-9]{,11}[kKmMgG%]?", room):  # 0 would be no limit
             raise ConfigError("room", room, "must be a size, more than 0, e.g. 75% or 256M")
         if cwd is not None and not cwd.startswith("/"):
@@ -190,6 +190,7 @@ class Sandbox(Session):
         :raises ConfigError: not more than 0
         :raises SandboxGone: the sandbox has ended
         """
+        check_call("Sandbox.set_timeout", Sandbox.set_timeout, locals())
         _check_timeout(timeout)
         self._must_run()
         with self._alarm:
