@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from tests.linux.kernels import cpus, kernel
 from tests.linux.tools_guest import GuestFailed, MachineGuest, ToolsImage, initrd_with, probe, tools_image
 from virtio.blk.device import Block
+from vmm import Machine
 from vmm.config import parse_size
 from vmm.config.devices import DriveConfig, NetConfig, ShareConfig, VsockConfig
 from vmm.config.vm import VmConfig
@@ -261,10 +263,8 @@ def vsock_reload(world: World) -> dict[str, Any]:
 _MAKEFILE = "CC = gcc -O1\nall: prog\nprog: main.o $(patsubst %,f%.o,$(N))\n\t$(CC) -o $@ $^\n"
 
 
-def fs_work(world: World) -> dict[str, Any]:
-    """A program is compiled, a repository cloned, an archive unpacked, in the shared directory."""
-    guest = world.main()
-    project = world.share / "project"
+def _write_project(project: Path) -> None:
+    # A program of several files, whose status is 42.
     project.mkdir()
     count = 6
     main = "".join(f"int f{i}(int);" for i in range(count)) + "int main(void){int n=0;"
@@ -274,6 +274,12 @@ def fs_work(world: World) -> dict[str, Any]:
         (project / f"f{i}.c").write_text(f"#include <stdio.h>\nint f{i}(int x) {{ return x * {i}; }}\n")
     (project / ".gitignore").write_text("*.o\nprog\n")
     (project / "Makefile").write_text(_MAKEFILE.replace("$(N)", " ".join(map(str, range(count)))))
+
+
+def fs_work(world: World) -> dict[str, Any]:
+    """A program is compiled, a repository cloned, an archive unpacked, in the shared directory."""
+    guest = world.main()
+    _write_project(world.share / "project")
     guest.ask("make -s -C /mnt/a/project", 120)
     facts: dict[str, Any] = {"compiled": guest.try_("/mnt/a/project/prog")[0]}
     git = "git -c user.name=x -c user.email=x@example.org -c init.defaultBranch=main"
@@ -289,6 +295,34 @@ def fs_work(world: World) -> dict[str, Any]:
     ]
     guest.ask("tar -cf /tmp/headers.tar -C /usr/include linux && tar -xf /tmp/headers.tar -C /mnt/a", 120)
     facts["unpacked"] = guest.try_("echo 2 >/proc/sys/vm/drop_caches; tar -df /tmp/headers.tar -C /mnt/a", 120)[0]
+    return facts
+
+
+def fs_frozen(world: World) -> dict[str, Any]:
+    """A machine is frozen again and again while it compiles on a share. Then a copy finishes what it has begun."""
+    home = world.files / "frozen"
+    home.mkdir()
+    project = home / "project"
+    _write_project(project)
+    compile_ = "export TMPDIR=/mnt/a; rm -f /mnt/a/project/*.o; make -s -C /mnt/a/project && /mnt/a/project/prog"
+    trouble = "dmesg | grep -iE 'bug|error|stall|corrupt|lost|hung' || true"
+    facts: dict[str, Any] = {"frozen": 0}
+    with world.start("frozen", shares=[ShareConfig("share", str(home))]) as guest:
+        guest.ask("mount -t virtiofs share /mnt/a && dmesg -c >/dev/null")
+        working = threading.Thread(target=lambda: facts.update(compiled=guest.try_(compile_, 240)[0]))
+        working.start()
+        while working.is_alive():
+            guest.vm.freeze()
+            facts["frozen"] += 1
+            time.sleep(0.02)
+        facts["says"] = guest.ask(trouble)
+        guest.tell(compile_)
+        while len(list(project.glob("*.o"))) != 3:
+            time.sleep(0.001)
+        guest.vm.pause()
+        with MachineGuest("copy", Machine(image=guest.vm.freeze())) as copy:
+            facts["copy_compiled"] = copy.answer(120)[0]
+            facts["copy_says"] = copy.ask(trouble)
     return facts
 
 
@@ -438,7 +472,7 @@ SCENARIOS: dict[str, Callable[[World], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         blk_verify, blk_filesystem, blk_resize, blk_reload, net_traffic, net_reload, vsock_connections, vsock_reload,
-        fs_work, fs_read_only, fs_many_files, fs_mmap, fs_stress, fs_two_guests, liar,
+        fs_work, fs_frozen, fs_read_only, fs_many_files, fs_mmap, fs_stress, fs_two_guests, liar,
     )
 }  # fmt: skip
 

@@ -90,6 +90,12 @@ def test_fs_work(result: dict[str, Any]) -> None:
     assert result["unpacked"] == 0
 
 
+def test_fs_frozen(result: dict[str, Any]) -> None:
+    assert (result["compiled"], result["copy_compiled"]) == (42, 42)
+    assert (result["says"], result["copy_says"]) == ("", "")
+    assert result["frozen"] > 20
+
+
 def test_fs_read_only(result: dict[str, Any]) -> None:
     assert result["read"] == "as it was"
     assert result["done"] == []

@@ -514,29 +514,39 @@ def test_copies_go_their_own_way(sandbox: Sandbox) -> None:
         sandbox.run("pkill -f 'sleep 555'")
 
 
-def test_a_mount_bars_copies_until_it_is_unmounted_in_the_guest(runtime: Path, tmp_path: Path) -> None:
+def test_a_mount_goes_on_in_copies_and_snapshots(runtime: Path, tmp_path: Path) -> None:
     shared, saved = tmp_path / "shared", str(tmp_path / "saved")
-    shared.mkdir()
-    (shared / "file").write_text("the host's\n")
-    with Sandbox("busybox", memory="64M", mounts={"/host": shared}) as sandbox:
-
-        def is_refused() -> None:
-            calls: tuple[Callable[[], object], ...] = (sandbox.fork, lambda: sandbox.snapshot(saved))
-            for call in calls:
-                with pytest.raises(SnapshotError, match=f"the guest has mounted {shared}, .* unmount it in the guest"):
-                    call()
-
-        is_refused()
-        sandbox.run("cat /host/file; umount /host", check=True)
-        (copy,) = sandbox.fork()
+    (shared / "dir").mkdir(parents=True)
+    (shared / "dir/file").write_text("the host's\n")
+    mounts: dict[str, str | Path | tuple[str | Path, str]] = {"/host": shared, "/ro": (shared, "ro")}
+    # A program with a file, a directory and its working directory on the mount.
+    waits = "cd /host/dir; exec 5<file 6>>log; while read -r word; do cat <&5 >&6; cat file; echo $word; done"
+    with Sandbox("busybox", memory="64M", mounts=mounts) as sandbox:
+        sandbox.run("cat /ro/dir/file; mkfifo /tmp/ask; (sleep 9999 >/tmp/ask &)", check=True)
+        program = sandbox.exec(f"({waits}) </tmp/ask >/tmp/said", keep=True)
+        until(lambda: (shared / "dir/log").exists())
+        copies = sandbox.fork(2)
         sandbox.snapshot(saved)
-        for each in (copy, Sandbox.restore(saved)):
+        for number, each in enumerate((*copies, Sandbox.restore(saved))):
             with each:
-                assert each.run("ls /host; mount -t virtiofs mount0 /host && cat /host/file").stdout == "the host's\n"
-                each.run("echo a copy >/host/made", check=True)
-                assert (shared / "made").read_text() == "a copy\n"
-        assert sandbox.run("mount -t virtiofs mount0 /host && cat /host/made", check=True).stdout == "a copy\n"
-        is_refused()
+                each.run(f"echo {number} >/tmp/ask", check=True)
+                until(lambda: each.files.read("/tmp/said") == f"the host's\n{number}\n")  # noqa: B023  # called at once
+                assert (shared / "dir/log").read_text() == "the host's\n" * (number + 1)
+                each.run(f"echo {number} >/host/made{number}; ! echo x 2>/dev/null >/ro/new", check=True)
+        assert sandbox.run("cat /host/made0 /ro/made1 /host/made2", check=True).stdout == "0\n1\n2\n"
+        holder = sandbox.exec("echo x >/host/gone; exec 9</host/gone; rm /host/gone; touch /tmp/held; sleep 9999")
+        until(lambda: sandbox.files.exists("/tmp/held"))
+        for refused in (sandbox.fork, lambda: sandbox.snapshot(saved)):
+            with pytest.raises(
+                SnapshotError, match=f"has a file of {shared} open that it has removed .*; close it in the"
+            ):
+                refused()
+        program.kill()
+        holder.kill()
+        until(lambda: sandbox.run("umount /host").exit_code == 0)
+        (copy,) = sandbox.fork()
+        with copy:
+            assert copy.run("mount -t virtiofs mount0 /host && cat /host/made2").stdout == "2\n"
 
 
 def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -283,15 +283,18 @@ class Guest(Asked):
 class MachineGuest(Asked):
     """The tools guest in a ``vmm.Machine`` of this process, whose devices can be spoken to; a context manager.
 
-    :param config: the Machine's; the console and the command line are this class's own
+    :param config: the Machine's; the console and the command line are this class's own. Or a copy of such a machine
     """
 
-    def __init__(self, name: str, config: VmConfig) -> None:
+    def __init__(self, name: str, config: VmConfig | Machine) -> None:
         super().__init__()
         self.name = name
         self._news = threading.Condition()
-        config.console, config.cmdline = "none", CMDLINE
-        self.vm = Machine(config)
+        if isinstance(config, Machine):
+            self.vm = config
+        else:
+            config.console, config.cmdline = "none", CMDLINE
+            self.vm = Machine(config)
         self.vm.on_console(self._hear)
         self.vm.start()
 

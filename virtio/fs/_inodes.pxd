@@ -86,6 +86,12 @@ cdef class Inodes:
     # The file has no name any more, so its descriptor stays open while the guest knows it.
     cdef void node_unnamed(self, Node *node) noexcept nogil
     cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil     # False: more than its look-up count
+    # The memory of slot `index`, whether it is in use or not; NULL: there is none for it.
+    cdef Node *node_slot(self, uint32_t index) noexcept nogil
+    # Free the memory of slots. No node but the root is live.
+    cdef void shrink(self) noexcept nogil
+    # Remember the node's name in its directory, of `length` bytes.
+    cdef void set_name(self, Node *node, const char *name, uint64_t length) noexcept nogil
     cdef void clear_nodes(self) noexcept nogil
     cdef void close_root(self) noexcept nogil   # after clear_nodes
 

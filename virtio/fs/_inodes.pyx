@@ -322,27 +322,17 @@ cdef class Inodes:
     cdef Node *_new(self) noexcept nogil:
         # Take a free slot, or add one. Returns NULL if there is no memory.
         cdef uint32_t index = self.free_node, generation = <uint32_t>-1     # incremented to 0 below
-        cdef uint64_t size = CHUNK * sizeof(Node)
-        cdef Node **chunk = &self.node_chunks[self.node_slots >> CHUNK_BITS]
         cdef Node *node
         if index:
             node = self._node(index)
             self.free_node = node.next
             generation = node.generation
         else:
-            if self.node_slots >= <uint32_t>CHUNK * CHUNKS:
-                return NULL
-            if chunk[0] == NULL:
-                if not self.memory.take(size):
-                    return NULL             # by then the guest's own caches are a hundred times as large
-                chunk[0] = <Node *>calloc(CHUNK, sizeof(Node))
-                if chunk[0] == NULL:
-                    self.memory.give(size)
-                    return NULL
-                self.charged += size
             index = self.node_slots
+            node = self.node_slot(index)
+            if node == NULL:
+                return NULL             # by then the guest's own caches are a hundred times as large
             self.node_slots += 1
-            node = self._node(index)
         node.generation = generation + 1
         node.index = index
         node.nlookup = node.refs = node.opened = 0
@@ -352,25 +342,53 @@ cdef class Inodes:
         node.live = True
         return node
 
+    cdef Node *node_slot(self, uint32_t index) noexcept nogil:
+        cdef uint64_t size = CHUNK * sizeof(Node)
+        cdef Node **chunk
+        if index >= <uint32_t>CHUNK * CHUNKS:
+            return NULL
+        chunk = &self.node_chunks[index >> CHUNK_BITS]
+        if chunk[0] == NULL:
+            if not self.memory.take(size):
+                return NULL
+            chunk[0] = <Node *>calloc(CHUNK, sizeof(Node))
+            if chunk[0] == NULL:
+                self.memory.give(size)
+                return NULL
+            self.charged += size
+        return self._node(index)
+
+    cdef void shrink(self) noexcept nogil:
+        cdef uint32_t i
+        pthread_mutex_lock(&self.lock)
+        self.node_slots, self.free_node = ROOT + 1, 0
+        for i in range(1, <uint32_t>CHUNKS):
+            if self.node_chunks[i] != NULL:
+                free(self.node_chunks[i])
+                self.node_chunks[i] = NULL
+                self.memory.give(CHUNK * sizeof(Node))
+                self.charged -= CHUNK * sizeof(Node)
+        pthread_mutex_unlock(&self.lock)
+
     # Names and opening again
 
     cdef void _rename(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         # Remember the node's directory and name. Without memory for the name its descriptor stays open.
-        cdef uint64_t size
-        cdef char *copy
         if parent == NULL or name == NULL:
             return
         node.parent = id_of(parent)
-        if node.name != NULL and strcmp(node.name, name) == 0:
-            return
-        size = strlen(name) + 1
-        copy = NULL
+        if node.name == NULL or strcmp(node.name, name) != 0:
+            self.set_name(node, name, strlen(name))
+
+    cdef void set_name(self, Node *node, const char *name, uint64_t length) noexcept nogil:
+        cdef uint64_t size = length + 1
+        cdef char *copy = NULL
         if size <= <uint64_t>NAME_SIZE and self.memory.take(size):
             copy = <char *>calloc(1, size)
             if copy == NULL:
                 self.memory.give(size)
             else:
-                memcpy(copy, name, size)
+                memcpy(copy, name, length)
                 self.charged += size
         self._forget_name(node)
         node.name = copy
@@ -486,7 +504,7 @@ cdef class Inodes:
         if fd < 0:
             return ENFILE if errno == ENFILE else ESTALE
         if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or device_of(&st) != node.dev or st.stx_ino != node.ino \
-                or st.stx_mnt_id != node.mnt or btime_of(&st) != node.btime:
+                or st.stx_mode & S_IFMT != node.type or st.stx_mnt_id != node.mnt or btime_of(&st) != node.btime:
             close(fd)
             return ESTALE
         pthread_mutex_lock(&self.lock)

@@ -35,6 +35,10 @@ cdef class Table(Inodes):
 
     # Add a handle for `fd`, which this takes over. Returns its id, or 0 if there is no room.
     cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, int flags) noexcept nogil
+    # The memory of slot `index`, whether it is in use or not; NULL: there is none for it.
+    cdef Handle *handle_slot(self, uint32_t index) noexcept nogil
+    # Open a handle whose index and generation are set, for `fd`, which this takes over.
+    cdef void handle_open(self, Handle *handle, int fd, Kind kind, Node *node, int flags) noexcept nogil
     # Return, pinned, a readable handle of the node, also writable if `writes`; or NULL.
     cdef Handle *handle_of(self, Node *node, bint writes) noexcept nogil
     cdef Handle *handle_get(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil

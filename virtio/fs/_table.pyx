@@ -41,47 +41,54 @@ cdef class Table(Inodes):
     cdef Handle *_handle(self, uint32_t index) noexcept nogil:
         return &self.handle_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
 
+    cdef Handle *handle_slot(self, uint32_t index) noexcept nogil:
+        cdef Handle **chunk
+        if index >= <uint32_t>CHUNK * CHUNKS:
+            return NULL
+        chunk = &self.handle_chunks[index >> CHUNK_BITS]
+        if chunk[0] == NULL:
+            chunk[0] = <Handle *>calloc(CHUNK, sizeof(Handle))
+        return self._handle(index) if chunk[0] != NULL else NULL
+
     cdef uint64_t handle_add(self, int fd, Kind kind, Node *node, int flags) noexcept nogil:
         cdef uint64_t fh = 0
-        cdef uint32_t index
-        cdef Handle *handle = NULL
+        cdef Handle *handle
         pthread_mutex_lock(&self.lock)
-        index = self.free_handle
-        if index:
-            handle = self._handle(index)
+        if self.free_handle:
+            handle = self._handle(self.free_handle)
             self.free_handle = handle.next
-        elif self.handle_slots < <uint32_t>CHUNK * CHUNKS:
-            index = self.handle_slots
-            if self.handle_chunks[index >> CHUNK_BITS] == NULL:
-                self.handle_chunks[index >> CHUNK_BITS] = <Handle *>calloc(CHUNK, sizeof(Handle))
-            if self.handle_chunks[index >> CHUNK_BITS] != NULL:
+        else:
+            handle = self.handle_slot(self.handle_slots)
+            if handle != NULL:
+                handle.index = self.handle_slots
                 self.handle_slots += 1
-                handle = self._handle(index)
         if handle != NULL:
-            if not handle.locked_once:
-                pthread_mutex_init(&handle.lock, NULL)
-                handle.locked_once = True
             handle.generation += 1
-            handle.index = index
-            handle.fd = fd
-            handle.kind = kind
-            handle.node = node
-            handle.nodeid = <uint64_t>node.generation << 32 | node.index
-            node.refs += 1
-            handle.synchronous = flags & O_DSYNC
-            handle.writes = flags & O_ACCMODE == O_RDWR
-            handle.refs = 0
-            handle.live = handle.open = True
-            handle.after = handle.before = 0
-            if kind == FILE and flags & O_ACCMODE != O_WRONLY:
-                self._join(handle)
-            counter_add(&self.handles, 1)
-            fh = <uint64_t>handle.generation << 32 | index
+            self.handle_open(handle, fd, kind, node, flags)
+            fh = <uint64_t>handle.generation << 32 | handle.index
             fd = -1
         pthread_mutex_unlock(&self.lock)
         if fd >= 0:
             close(fd)
         return fh
+
+    cdef void handle_open(self, Handle *handle, int fd, Kind kind, Node *node, int flags) noexcept nogil:
+        if not handle.locked_once:
+            pthread_mutex_init(&handle.lock, NULL)
+            handle.locked_once = True
+        handle.fd = fd
+        handle.kind = kind
+        handle.node = node
+        handle.nodeid = <uint64_t>node.generation << 32 | node.index
+        node.refs += 1
+        handle.synchronous = flags & O_DSYNC
+        handle.writes = flags & O_ACCMODE == O_RDWR
+        handle.refs = 0
+        handle.live = handle.open = True
+        handle.after = handle.before = 0
+        if kind == FILE and flags & O_ACCMODE != O_WRONLY:
+            self._join(handle)
+        counter_add(&self.handles, 1)
 
     cdef Handle *handle_get(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil:
         cdef uint32_t index = <uint32_t>fh
@@ -108,6 +115,14 @@ cdef class Table(Inodes):
                 handle.refs += 1
         pthread_mutex_unlock(&self.lock)
         return handle
+
+    cdef void shrink(self) noexcept nogil:
+        cdef uint32_t i
+        self.handle_slots, self.free_handle = ROOT, 0
+        for i in range(<uint32_t>CHUNKS):
+            free(self.handle_chunks[i])
+            self.handle_chunks[i] = NULL
+        Inodes.shrink(self)
 
     cdef void _join(self, Handle *handle) noexcept nogil:
         # Insert at the end of the ring. A writable handle becomes the first.

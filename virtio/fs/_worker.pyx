@@ -232,7 +232,7 @@ cdef class FsWorker(FsThread):
 
     cdef void finish(self) noexcept nogil:
         # Queue threads are stopped before helpers.
-        if self.stopping():
+        if self.leaving():
             self.backlog.end()
 
     cdef int event(self, uint32_t token) noexcept nogil:
@@ -265,6 +265,11 @@ cdef class FsHelper(FsThread):
         if token == TOKEN_JOB and read(self.backlog.wake, &one, 8) == 8:
             self.run_one()
         return 0
+
+    cdef void finish(self) noexcept nogil:
+        # Whoever is only held leaves nothing in flight.
+        while not self.leaving() and self.run_one():
+            pass
 
     cdef bint run_one(self) noexcept nogil:
         cdef Job *job = self.backlog.take()

@@ -9,6 +9,7 @@ import struct
 from virtio import spec
 from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
+from virtio.fs._saved import nameless, restore, save
 from virtio.fs._share import Share, stores_files
 from virtio.fs._worker import Backlog, FsHelper, FsWorker
 from vmm.budget import KEPT, dax_slots, raise_descriptor_limit
@@ -165,15 +166,33 @@ class ShareDevice(VirtioDevice):
 
     @property
     def unsavable(self) -> str:  # type: ignore[override]
-        """Why it cannot be saved while the guest has mounted it: what the guest knows is descriptors of ours."""
-        problem = f"the guest has mounted {self.path}, so it cannot be saved; unmount it in the guest first"
-        return problem if self.share.mounted else ""
+        """Why it cannot be saved now: a DAX window is mounted, or the guest has a file open that has no name."""
+        if not self.share.mounted:
+            return ""
+        if self.window is not None:
+            return f"the guest has mounted {self.path} with a DAX window; unmount it in the guest first"
+        if number := nameless(self.share):
+            return (
+                f"the guest has a file of {self.path} open that it has removed (inode {number}); close it in the guest"
+            )
+        return ""
 
     def save(self) -> dict[str, Any]:
-        """Nothing, or refuse: see ``unsavable``. A driver that has unmounted it knows nothing more of the tree."""
+        """What the guest knows of the directory: files by their names, and those that it has open.
+
+        :raises SnapshotError: see ``unsavable``
+        """
         if why := self.unsavable:
             raise SnapshotError(self.name, why)
-        return {}
+        return save(self.share) if self.share.mounted else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take that over, of the same directory or another one. A file that is not there is one that was removed.
+
+        :raises ValueError: the state is invalid
+        """
+        if state:
+            restore(self.share, state)
 
     def reset(self) -> None:
         """Close what the guest had open and forget what it knew."""

@@ -273,7 +273,7 @@ class Sandbox(Session):
         :param timeout: seconds after which each copy ends; None: the limit that this one was given
         :raises ConfigError: a negative `count`, or a `timeout` that is not more than 0
         :raises SandboxGone: the sandbox has ended
-        :raises SnapshotError: the sandbox cannot be copied, because a mount is in use
+        :raises SnapshotError: the guest has a file of a mount open that it has removed
 
         Each copy has its own name, random numbers and clock. Running commands end in a copy, unless they were started
         with `keep`, or are in the background.

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The nodes and handles of a share as bytes, which another share of the same directory takes over.
+
+A node is saved by its directory, its name there and its identity. The other share opens it when it is used first, as
+one that was closed to make room (see ``_inodes``): the guest gets ESTALE for a file that is not there any more, and
+looks it up again. Handles are opened at once. One that cannot be opened answers EBADF.
+"""
+import os
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport ENFILE, ENOMEM, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.string cimport memchr, memcpy, memset, strlen
+
+from virtio.fs._host cimport *
+from virtio.fs._inodes cimport MASK, ROOT, Node, make_room
+from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NO_OPEN, Share, agreed
+from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind, Table
+from vmm._budget cimport FOR_OPEN, granted
+from vmm._sys cimport counter_add, pthread_mutex_lock, pthread_mutex_unlock
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <fcntl.h>
+    struct saved_node {
+        uint64_t dev, ino, mnt, btime, parent, nlookup;
+        uint32_t index, generation, type, flags, name_length, zero;
+    };
+    struct saved_handle { uint64_t nodeid; uint32_t index, generation, kind, flags; };
+    static inline int saved_flags(int fd) { return fcntl(fd, F_GETFL); }
+    static inline int saved_dup(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
+    """
+    struct saved_node:
+        uint64_t dev
+        uint64_t ino
+        uint64_t mnt
+        uint64_t btime
+        uint64_t parent
+        uint64_t nlookup
+        uint32_t index
+        uint32_t generation
+        uint32_t type
+        uint32_t flags
+        uint32_t name_length
+        uint32_t zero
+    struct saved_handle:
+        uint64_t nodeid
+        uint32_t index
+        uint32_t generation
+        uint32_t kind
+        uint32_t flags
+    int saved_flags(int fd) nogil
+    int saved_dup(int fd) nogil
+
+cdef enum:
+    GHOST = 1
+    OVERLAY = 2
+    FOREIGN = 4
+    HASHED = 8
+    NAME_LONGEST = 255
+    SESSION = INITIALISED | NO_OPEN | CHECKS_SGID | ANNOUNCES
+
+cdef int OPEN_FLAGS = O_ACCMODE | O_APPEND | O_SYNC | O_DSYNC | O_NONBLOCK
+
+
+cdef bint is_kept(const Node *node) noexcept nogil:
+    return node.live and (node.index == <uint32_t>ROOT or node.nlookup or node.ghost)
+
+cdef bint is_name(const uint8_t *name, uint32_t length) noexcept nogil:
+    # Whether it is one component of a path, below its directory.
+    if length > <uint32_t>NAME_LONGEST or memchr(name, 0, length) != NULL or memchr(name, c'/', length) != NULL:
+        return False
+    return not (name[0] == c'.' and (length == 1 or (length == 2 and name[1] == c'.')))
+
+
+def nameless(Share share not None):
+    """The inode number of a file that the guest has open and that has no name any more; 0: every open file has a name.
+
+    Another share could not open it. Any thread.
+    """
+    cdef Table table = share.table
+    cdef uint64_t found = 0
+    cdef uint32_t i
+    cdef Handle *handle
+    cdef Node *node
+    cdef statx st
+    cdef bint pinned, named
+    for i in range(ROOT, table.handle_slots):
+        pthread_mutex_lock(&table.lock)
+        handle = table._handle(i)
+        pinned = handle.live and handle.open
+        if pinned:
+            handle.refs += 1
+            named = handle.node.name != NULL or handle.node.index == <uint32_t>ROOT
+        pthread_mutex_unlock(&table.lock)
+        if pinned:
+            if statx_call(handle.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0 and (not named or st.stx_nlink == 0):
+                found = st.stx_ino
+            table.handle_put(handle)
+        if found:
+            return found
+    if agreed(share, NO_OPEN):          # then any node may be an open file
+        pthread_mutex_lock(&table.lock)
+        for i in range(ROOT + 1, table.node_slots):
+            node = table._node(i)
+            if node.live and node.nlookup and node.name == NULL and node.type == S_IFREG:
+                found = node.ino
+        pthread_mutex_unlock(&table.lock)
+    return found
+
+
+# Save
+
+
+def save(Share share not None):
+    """What the guest knows of the share, for ``restore``. The device's threads are held."""
+    return {
+        "session": fs_load(&share.session),
+        "nodes": save_nodes(share.table),
+        "handles": save_handles(share.table),
+        "slots": slots(share.table),
+    }
+
+
+cdef bytes save_nodes(Table table):
+    cdef size_t room = 0
+    cdef uint32_t i
+    cdef Node *node
+    cdef saved_node one
+    cdef bytes made
+    cdef char *to
+    for i in range(ROOT, table.node_slots):
+        node = table._node(i)
+        if is_kept(node):
+            room += sizeof(saved_node) + (0 if node.name == NULL else strlen(node.name))
+    made = PyBytes_FromStringAndSize(NULL, room)
+    to = PyBytes_AS_STRING(made)
+    for i in range(ROOT, table.node_slots):
+        node = table._node(i)
+        if not is_kept(node):
+            continue
+        one.dev, one.ino, one.mnt, one.btime = node.dev, node.ino, node.mnt, node.btime
+        one.parent, one.nlookup = node.parent, node.nlookup
+        one.index, one.generation, one.type = node.index, node.generation, node.type
+        one.flags = (GHOST if node.ghost else 0) | (OVERLAY if node.overlay else 0) \
+            | (FOREIGN if node.foreign else 0) | (HASHED if node.hashed else 0)
+        one.name_length = 0 if node.name == NULL else <uint32_t>strlen(node.name)
+        one.zero = 0
+        memcpy(to, &one, sizeof(one))
+        to += sizeof(one)
+        if one.name_length:
+            memcpy(to, node.name, one.name_length)
+        to += one.name_length
+    return made
+
+cdef bytes save_handles(Table table):
+    cdef uint32_t i
+    cdef Handle *handle
+    cdef saved_handle one
+    parts = []
+    for i in range(ROOT, table.handle_slots):
+        handle = table._handle(i)
+        if not handle.live or not handle.open or not is_kept(handle.node):
+            continue
+        one.nodeid = handle.nodeid
+        one.index, one.generation, one.kind = handle.index, handle.generation, handle.kind
+        one.flags = <uint32_t>(saved_flags(handle.fd) & OPEN_FLAGS)
+        parts.append((<char *>&one)[:sizeof(one)])
+    return b"".join(parts)
+
+cdef tuple slots(Table table):
+    # The numbers of nodes' and handles' slots, and the highest generations in them: an id is never used again.
+    cdef uint32_t i, nodes = 0, handles = 0
+    for i in range(ROOT, table.node_slots):
+        nodes = max(nodes, table._node(i).generation)
+    for i in range(ROOT, table.handle_slots):
+        handles = max(handles, table._handle(i).generation)
+    return table.node_slots, nodes, table.handle_slots, handles
+
+
+# Restore
+
+def restore(Share share not None, dict state not None):
+    """Take over what ``save`` told of another share. What a guest knew of this one is dropped; no thread of it runs.
+
+    :raises ValueError: the state is invalid
+    :raises OSError: the host has no memory left for it
+    """
+    cdef int session = state["session"]
+    cdef Table table = share.table
+    cdef uint32_t n_nodes, newest_node, n_handles, newest_handle
+    n_nodes, newest_node, n_handles, newest_handle = state["slots"]
+    share.clear()
+    table.shrink()
+    try:
+        restore_nodes(table, state["nodes"], newest_node)
+        free_nodes(table, n_nodes, newest_node)
+        restore_handles(share, state["handles"], newest_handle)
+        free_handles(table, n_handles, newest_handle)
+    except BaseException:
+        share.clear()
+        table.shrink()
+        raise
+    fs_store(&share.session, session & SESSION)
+
+
+cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
+    cdef const uint8_t *at = <const uint8_t *>PyBytes_AS_STRING(saved)
+    cdef const uint8_t *end = at + len(saved)
+    cdef Node *root = table._node(ROOT)
+    cdef Node *node
+    cdef saved_node one, before
+    cdef bint first = True
+    memset(&before, 0, sizeof(before))
+    while at < end:
+        if <size_t>(end - at) < sizeof(one):
+            raise ValueError("nodes are cut short")
+        memcpy(&one, at, sizeof(one))
+        at += sizeof(one)
+        if one.name_length > <size_t>(end - at) or not is_name(at, one.name_length):
+            raise ValueError("a node's name")
+        if first:
+            if one.index != <uint32_t>ROOT:
+                raise ValueError("no node of the directory itself")
+            before, first = one, False
+            continue
+        if one.index < table.node_slots or one.type & ~<uint32_t>S_IFMT or not (one.nlookup or one.flags & GHOST):
+            raise ValueError(f"node {one.index}")
+        free_nodes(table, one.index, newest)
+        node = table.node_slot(one.index)
+        if node == NULL:
+            raise OSError(ENOMEM, os.strerror(ENOMEM))
+        node.index = one.index
+        table.node_slots += 1
+        # Device and mount may have other numbers by now.
+        node.dev = root.dev if one.dev == before.dev else one.dev
+        node.mnt = root.mnt if one.mnt == before.mnt else one.mnt
+        node.ino, node.btime, node.parent = one.ino, one.btime, one.parent
+        node.generation, node.type, node.nlookup = one.generation, one.type, one.nlookup
+        node.ghost = one.nlookup == 0
+        node.overlay, node.foreign = bool(one.flags & OVERLAY), bool(one.flags & FOREIGN)
+        node.fd = -1
+        node.live = True
+        if one.name_length:
+            table.set_name(node, <const char *>at, one.name_length)
+        at += one.name_length
+        if node.ghost:
+            table.ghosts += 1
+        else:
+            counter_add(&table.nodes, 1)
+        if one.flags & HASHED:
+            if table.nodes + table.ghosts > table.n_buckets:
+                table._grow()
+            table._hash(node)
+    return 0
+
+cdef int free_nodes(Table table, uint32_t until, uint32_t newest) except -1:
+    # Slots that are free, up to `until`.
+    cdef Node *node
+    while table.node_slots < until:
+        node = table.node_slot(table.node_slots)
+        if node == NULL:
+            raise OSError(ENOMEM, os.strerror(ENOMEM))
+        node.index, node.generation, node.next = table.node_slots, newest, table.free_node
+        table.free_node = node.index
+        table.node_slots += 1
+    return 0
+
+cdef int free_handles(Table table, uint32_t until, uint32_t newest) except -1:
+    cdef Handle *handle
+    while table.handle_slots < until:
+        handle = table.handle_slot(table.handle_slots)
+        if handle == NULL:
+            raise OSError(ENOMEM, os.strerror(ENOMEM))
+        handle.index, handle.generation, handle.next = table.handle_slots, newest, table.free_handle
+        table.free_handle = handle.index
+        table.handle_slots += 1
+    return 0
+
+cdef int restore_handles(Share share, bytes saved, uint32_t newest) except -1:
+    cdef const uint8_t *at = <const uint8_t *>PyBytes_AS_STRING(saved)
+    cdef const uint8_t *end = at + len(saved)
+    cdef Table table = share.table
+    cdef Handle *handle
+    cdef Node *node
+    cdef saved_handle one
+    cdef int fd, flags
+    while at < end:
+        if <size_t>(end - at) < sizeof(one):
+            raise ValueError("handles are cut short")
+        memcpy(&one, at, sizeof(one))
+        at += sizeof(one)
+        node = table._pin(one.nodeid, True)
+        if node == NULL or one.index < table.handle_slots or (one.kind != FILE and one.kind != DIRECTORY):
+            if node != NULL:
+                table.node_put(node)
+            raise ValueError(f"handle {one.index}")
+        try:
+            free_handles(table, one.index, newest)
+            handle = table.handle_slot(one.index)
+            if handle == NULL:
+                raise OSError(ENOMEM, os.strerror(ENOMEM))
+        except BaseException:
+            table.node_put(node)
+            raise
+        handle.index = one.index
+        table.handle_slots += 1
+        flags = <int>one.flags & OPEN_FLAGS
+        fd = opened(share, node, one.kind, flags)
+        if fd < 0:                      # of this descriptor nothing can be read, and no other operation uses it
+            fd = saved_dup(table._node(ROOT).fd)
+            flags = O_WRONLY
+        if fd < 0:
+            table.node_put(node)
+            raise OSError(errno, os.strerror(errno))
+        handle.generation = one.generation
+        table.handle_open(handle, fd, <Kind>one.kind, node, flags)
+        table.node_put(node)
+    return 0
+
+cdef int opened(Share share, Node *node, uint32_t kind, int flags) noexcept nogil:
+    # A descriptor of a pinned node's file, by its name; -1: it is not there any more, or is not what it was.
+    cdef char[16] number
+    cdef int fd
+    if node.type != <uint32_t>(S_IFDIR if kind == DIRECTORY else S_IFREG) \
+            or (share.read_only and flags & O_ACCMODE != O_RDONLY):
+        return -1
+    if fs_load(&node.fd) < 0 and share.table._open_again(node):
+        return -1
+    snprintf(number, sizeof(number), b"%d", node.fd)
+    flags |= O_CLOEXEC | O_NOCTTY | (O_DIRECTORY if kind == DIRECTORY else 0)
+    fd = granted(openat(share.proc_fd, number, flags), FOR_OPEN)
+    if fd < 0 and errno == ENFILE and make_room():
+        fd = granted(openat(share.proc_fd, number, flags), FOR_OPEN)
+    return fd
