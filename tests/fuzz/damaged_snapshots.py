@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from tests.kvm.guests import write_guest
+from tests.virtio.fuse_client import FuseClient
 from virtio.testing import Allocator, MmioDriver
 from vmm import DriveConfig, Image, Machine
-from vmm.config.devices import BalloonConfig, EntropyConfig, RateLimiterConfig, VsockConfig
+from vmm.config.devices import BalloonConfig, EntropyConfig, RateLimiterConfig, ShareConfig, VsockConfig
 from vmm.errors import VmmError
 from vmm.machine.snapshot_file import MEMORY, STATE
 
@@ -44,16 +45,25 @@ class Victim:
         self._directory = tempfile.TemporaryDirectory()
         self.directory = Path(self._directory.name)
         (self.directory / "disk").write_bytes(bytes(65536))
+        (self.directory / "shared/dir").mkdir(parents=True)
+        (self.directory / "shared/dir/file").write_bytes(b"shared")
         limit = RateLimiterConfig((1 << 20, 0, 100), None)
         with Machine(
             kernel=write_guest(self.directory, GUEST), memory=SIZE, cpus=2, virtio_console=True,
             drives=[DriveConfig(str(self.directory / "disk"), rate_limiter=limit)], entropy=EntropyConfig(),
             balloon=BalloonConfig(1, deflate_on_oom=True, stats_interval_s=1),
             vsock=VsockConfig(3, str(self.directory / "vsock")),
+            shares=[ShareConfig("share", str(self.directory / "shared"))],
         ) as vm:  # fmt: skip
             rings = Allocator(3 << 20, 1 << 20)
             for transport in vm.virtio:
-                MmioDriver(transport, rings).bring_up(size=16)
+                if transport.device is vm.shares["share"]:
+                    guest = FuseClient(transport, vm.memory, rings, None, size=16)
+                    guest.open(guest.walk("dir/file").nodeid)
+                    guest.opendir()
+                    rings.next = guest.driver.allocator.next
+                else:
+                    MmioDriver(transport, rings).bring_up(size=16)
             vm.freeze().save(str(self.directory / "good"))
         self.good = (self.directory / "good" / STATE).read_bytes()
         self.document: dict[str, Any] = msgspec.msgpack.decode(self.good[HEADER:])

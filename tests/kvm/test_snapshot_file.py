@@ -168,7 +168,7 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
     ("where", "value", "why"),
     [
         # What the fuzzer found, and its kin.
-        (("virtio", 3, "device", "actual"), 1 << 32, "virtio-balloon: the state is damaged: "),
+        (("virtio", 4, "device", "actual"), 1 << 32, "virtio-balloon: the state is damaged: "),
         (("config", "balloon", "free_page_reporting"), 1 << 62, "is damaged: free_page_reporting is not bool"),
         (("config", "drives", 0, "path"), "a\nb", r"disk a\nb: "),
         (("config", "drives", 0, "queues"), True, "is damaged: queues is not int"),
@@ -182,7 +182,9 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
         (("vcpus", 0, "cpuid"), bytes(41), "KVM_SET_CPUID2: has 41 bytes, not a list"),
         (("board", "i8042", "keys"), 1 << 62, "is damaged: TypeError: memoryview: a bytes-like object is required"),
         (("board", "i8042", "output"), "x", "is damaged: ValueError: invalid literal for int()"),
-        (("virtio", 4, "device", "messages"), [1 << 62], "virtio-console: the state is damaged: "),
+        (("virtio", 1, "device", "nodes"), b"x", "virtio-fs0: the state is damaged: ValueError: nodes are cut short"),
+        (("virtio", 1, "device", "slots"), 5, "virtio-fs0: the state is damaged: TypeError"),
+        (("virtio", 5, "device", "messages"), [1 << 62], "virtio-console: the state is damaged: "),
     ],
     ids=str,
 )
