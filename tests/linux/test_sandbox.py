@@ -114,7 +114,7 @@ def test_more_memory_than_the_host_has_is_refused(runtime: Path) -> None:
 
 def test_a_directory_and_a_user_of_all_commands_are_checked_at_the_start(runtime: Path, tmp_path: Path) -> None:
     values: list[tuple[dict[str, str | int], str]] = [
-        ({"cwd": "/nope"}, "^cwd /nope: does not exist in the guest$"),
+        ({"cwd": "/sys/nope"}, "^cwd /sys/nope: does not exist in the guest$"),
         ({"cwd": "/etc/passwd"}, "^cwd /etc/passwd: is not a directory in the guest$"),
         ({"cwd": "/root", "user": "nobody"}, "^cwd /root: the command's user may not enter it$"),
         ({"user": "nobody-here"}, "^user nobody-here: the guest does not have this user or group$"),
@@ -127,6 +127,8 @@ def test_a_directory_and_a_user_of_all_commands_are_checked_at_the_start(runtime
     tmp_path.chmod(0o755)
     with Sandbox("busybox", memory="64M", cwd="/mnt/in", user="nobody:tty", mounts={"/mnt/in": tmp_path}) as sandbox:
         assert sandbox.run("pwd; id -u; id -g").stdout.split() == ["/mnt/in", "65534", "5"]
+    with Sandbox("busybox", memory="64M", cwd="/new/below") as sandbox:  # as docker run --workdir makes it
+        assert sandbox.run("pwd; ls").stdout == "/new/below\n"
 
 
 def test_a_timeout_kills_what_the_command_had_started(sandbox: Sandbox) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -46,8 +47,8 @@ class Sandbox(Session):
     :param memory: bytes, or a size such as ``"512M"``, at most what the host has; written files are in it, too
     :param cpus: vCPUs
     :param env: environment of every command, added to the image's
-    :param cwd: directory of every command, which the image or a mount must have; None: the container image's, or the
-        user's home directory
+    :param cwd: directory of every command, made if it is missing; None: the container image's, or the user's home
+        directory
     :param user: user of every command: ``NAME``, ``UID``, ``USER:GROUP``; None: the image's, or root
     :param mounts: directories of the host, by their path in the guest: a path, or ``(path, "ro")``
     :param network: ``"none"``; ``"user"``: by passt, everything that this host reaches but its loopback; a
@@ -125,6 +126,9 @@ class Sandbox(Session):
                 self._call("mkdir", f"path={path}", "parents=1")
             for path, share in shares:
                 self._call("mount", f"tag={share.tag}", f"path={path}", *(["ro=1"] if share.read_only else []))
+            if cwd is not None:
+                with contextlib.suppress(OSError):  # as of a read-only mount; the check below says what is wrong
+                    self.files.make_dir(cwd)
             if read_only:
                 self.make_read_only(*_SCRATCH, *(found.config.volumes if found.config else ()))
             if cwd is not None or user is not None:
