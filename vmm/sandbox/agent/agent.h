@@ -48,11 +48,6 @@ struct identity {
     char name[64], home[256], shell[256];
 };
 
-// main.c
-const char *value(const struct request *request, const char *key);
-long number(const char *text, long otherwise);
-void say(const char *what, int error);
-
 // frames.c: all of these call host_gone when the host has disconnected
 extern int host;
 extern pid_t owned; // the command of this connection, or 0
@@ -60,6 +55,9 @@ extern int keep; // the command continues when the host disconnects
 extern int gone; // the host has disconnected, and `host` is /dev/null
 void host_gone(void);
 int read_request(struct request *request);
+const char *value(const struct request *request, const char *key); // of the word KEY=VALUE, or NULL
+long number(const char *text, long otherwise); // of decimal digits; otherwise: of anything else
+void say(const char *what, int error); // on the console; error 0: no number
 size_t read_frame(char *type, char *bytes);
 void send_frame(char type, const void *head, size_t head_length, const void *bytes, size_t length);
 void flush(void); // send the frames that send_frame holds back; call it before waiting. The read functions call it

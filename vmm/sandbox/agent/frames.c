@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Requests and frames on the connection to the host.
+// Requests and frames on the connection to the host, and the console.
 #include "agent.h"
 #include "libc.h"
 
@@ -112,6 +112,28 @@ int read_request(struct request *request)
     return 1;
 }
 
+const char *value(const struct request *request, const char *key)
+{
+    size_t length = strlen(key);
+    for (int i = 1; i < request->count; i++)
+        if (!strncmp(request->words[i], key, length) && request->words[i][length] == '=')
+            return request->words[i] + length + 1;
+    return NULL;
+}
+
+long number(const char *text, long otherwise)
+{
+    long result = 0;
+    if (!text || !*text)
+        return otherwise;
+    for (; *text >= '0' && *text <= '9'; text++) {
+        if (result > (INT64_MAX - 9) / 10)
+            return otherwise;
+        result = result * 10 + (*text - '0');
+    }
+    return *text ? otherwise : result;
+}
+
 size_t read_frame(char *type, char *bytes)
 {
     char head[5];
@@ -154,4 +176,15 @@ void send_failed(int error, const char *what)
     uint32_t number = (uint32_t)error;
     size_t length = strlen(what);
     send_frame(F_FAILED, &number, sizeof number, what, length < 4096 ? length : 4096);
+}
+
+// Write to the console, which the host shows if the system does not boot.
+void say(const char *what, int error)
+{
+    char line[512], digits[24];
+    if (error)
+        join(line, sizeof line, "agent: ", what, ": error ", decimal((unsigned long)error, digits), "\n", NULL);
+    else
+        join(line, sizeof line, "agent: ", what, "\n", NULL);
+    write(2, line, strlen(line));
 }

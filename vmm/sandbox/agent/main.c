@@ -5,39 +5,6 @@
 #include <linux/vm_sockets.h>
 #include <sys/signalfd.h>
 
-const char *value(const struct request *request, const char *key)
-{
-    size_t length = strlen(key);
-    for (int i = 1; i < request->count; i++)
-        if (!strncmp(request->words[i], key, length) && request->words[i][length] == '=')
-            return request->words[i] + length + 1;
-    return NULL;
-}
-
-long number(const char *text, long otherwise)
-{
-    long result = 0;
-    if (!text || !*text)
-        return otherwise;
-    for (; *text >= '0' && *text <= '9'; text++) {
-        if (result > (INT64_MAX - 9) / 10)
-            return otherwise;
-        result = result * 10 + (*text - '0');
-    }
-    return *text ? otherwise : result;
-}
-
-// Write to the console, which the host shows if the system does not boot.
-void say(const char *what, int error)
-{
-    char line[512], digits[24];
-    if (error)
-        join(line, sizeof line, "agent: ", what, ": error ", decimal((unsigned long)error, digits), "\n", NULL);
-    else
-        join(line, sizeof line, "agent: ", what, "\n", NULL);
-    write(2, line, strlen(line));
-}
-
 static void signal_process(const struct request *request)
 {
     long pid = number(value(request, "pid"), 0), which = number(value(request, "signal"), -1);
