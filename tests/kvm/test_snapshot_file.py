@@ -176,6 +176,7 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
         (("config", "drives", 0, "rate_limiter", "bandwidth", 0), "x", "is damaged: bandwidth is not tuple[int, int"),
         (("config", "vsock"), b"\0" * 5000, "is damaged: vsock is not VsockConfig | None"),
         (("config", "exit_port"), -1, "is damaged: exit_port -1: must be 0 to 65532"),
+        (("config", "kvm"), "a\0b", r"--kvm a\x00b: must have no NUL in it"),
         (("cmdline",), 5, "is damaged: cmdline is not str"),
         (("vcpus",), {}, "is damaged: vcpus is not list"),
         (("vcpus", 0, "regs"), b"", "KVM_SET_REGS: has 0 bytes, KVM takes"),
@@ -196,6 +197,14 @@ def test_damage_is_told_in_one_line(victim: Victim, where: tuple[Any, ...], valu
     part[where[-1]] = value
     said = victim.try_(sealed(victim.good[:32] + msgspec.msgpack.encode(document)))
     assert why in said
+
+
+def test_a_path_with_a_nul_is_refused(guest: MakeGuest) -> None:
+    image, _ = _frozen(guest)
+    with pytest.raises(ConfigError, match="must have no NUL in it"):
+        image.save("a\0b")
+    with pytest.raises(SnapshotError, match="must have no NUL in it"):
+        Image.load("a\0b")
 
 
 def test_another_format_is_named(guest: MakeGuest) -> None:

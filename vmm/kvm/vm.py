@@ -104,6 +104,8 @@ class Kvm:
             raise ConfigError("--kvm", path, "not permitted; join the group that owns it, often kvm") from None
         except OSError as error:
             raise ConfigError("--kvm", path, f"cannot be opened: {error.strerror}") from None
+        except ValueError:
+            raise ConfigError("--kvm", path, "must have no NUL in it") from None
         self.path = path
         self._checked: dict[int, int] = {}
         try:

@@ -60,6 +60,8 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
     :raises HostError: the image cannot be written; a previous one is unchanged
     """
     directory = os.path.abspath(directory)
+    if "\0" in directory:
+        raise ConfigError("snapshot", repr(directory), "must have no NUL in it")
     if os.path.lexists(directory) and not _is_ours(directory):
         raise ConfigError("snapshot", directory, "exists and is not a snapshot of pyvmm: it is left alone")
     made = f"{directory}.{os.getpid()}.{os.urandom(4).hex()}.new"
@@ -113,9 +115,12 @@ def open_regular(path: str) -> int:
     """A descriptor to read the file from; a FIFO or a device, which may hold us up or never end, is refused.
 
     :raises OSError: the file cannot be opened
-    :raises SnapshotError: the path is not a regular file
+    :raises SnapshotError: the path is not that of a regular file
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:
+        raise SnapshotError(path, "must have no NUL in it") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise SnapshotError(path, "is not a regular file")
