@@ -83,6 +83,7 @@ class Kvm:
 
     _access: ClassVar[dict[str, StateAccess]] = {}
     _shared: ClassVar[dict[str, Kvm]] = {}
+    _widened: ClassVar[bool] = False
 
     @classmethod
     def shared(cls, path: str) -> Kvm:
@@ -90,6 +91,8 @@ class Kvm:
         kvm = cls._shared.get(path)
         if kvm is None:
             kvm = cls._shared[path] = cls(path)
+        elif not cls._widened:  # the second copy: many may follow
+            cls._widened = True
             _widen_descriptor_table(kvm.fd)
         return kvm
 
