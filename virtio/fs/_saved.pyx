@@ -230,8 +230,10 @@ cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
         if one.index < table.node_slots or one.type & ~<uint32_t>S_IFMT or not (one.nlookup or one.flags & GHOST):
             raise ValueError(f"node {one.index}")
         free_nodes(table, one.index, newest)
+        pthread_mutex_lock(&table.lock)         # other shares' threads look for descriptors that can be closed
         node = table.node_slot(one.index)
         if node == NULL:
+            pthread_mutex_unlock(&table.lock)
             raise OSError(ENOMEM, os.strerror(ENOMEM))
         node.index = one.index
         table.node_slots += 1
@@ -255,18 +257,23 @@ cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
             if table.nodes + table.ghosts > table.n_buckets:
                 table._grow()
             table._hash(node)
+        pthread_mutex_unlock(&table.lock)
     return 0
 
 cdef int free_nodes(Table table, uint32_t until, uint32_t newest) except -1:
     # Slots that are free, up to `until`.
-    cdef Node *node
+    cdef Node *node = NULL
+    pthread_mutex_lock(&table.lock)
     while table.node_slots < until:
         node = table.node_slot(table.node_slots)
         if node == NULL:
-            raise OSError(ENOMEM, os.strerror(ENOMEM))
+            break
         node.index, node.generation, node.next = table.node_slots, newest, table.free_node
         table.free_node = node.index
         table.node_slots += 1
+    pthread_mutex_unlock(&table.lock)
+    if table.node_slots < until:
+        raise OSError(ENOMEM, os.strerror(ENOMEM))
     return 0
 
 cdef int free_handles(Table table, uint32_t until, uint32_t newest) except -1:

@@ -44,7 +44,7 @@ _FILES = (STATE, MEMORY, TOUCHED, ABOUT)
 _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
-_STATE_MAX = 64 << 20  # with 64 vCPUs and all devices it takes 1 MiB
+_STATE_MAX = 1 << 30  # 64 vCPUs and all devices take 1 MiB, and each file that a guest knows of a share 0.1 KiB
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig)}
@@ -134,10 +134,9 @@ def read_state(path: str) -> bytes:
     :raises SnapshotError: the file is not a regular one, or is too large to be a ``state``
     """
     with open(open_regular(path), "rb") as file:
-        data = file.read(_STATE_MAX + 1)
-    if len(data) > _STATE_MAX:
-        raise SnapshotError(path, "is not a snapshot of pyvmm: it is too large")
-    return data
+        if os.fstat(file.fileno()).st_size > _STATE_MAX:
+            raise SnapshotError(path, "is not a snapshot of pyvmm: it is too large")
+        return file.read(_STATE_MAX)
 
 
 def encode(image: Image, mark: bytes, *, api: bytes = b"") -> bytes:
