@@ -207,6 +207,7 @@ cdef extern from "<sys/stat.h>" nogil:
     int statx_call "statx"(int dirfd, const char *path, int flags, unsigned int mask, statx *st)
     struct host_stat "stat":
         int64_t st_size, st_blocks
+        uint64_t st_ino, st_nlink
     int fstat(int fd, host_stat *st)
     struct timespec:
         int64_t tv_sec

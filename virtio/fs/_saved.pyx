@@ -15,7 +15,7 @@ from libc.stdio cimport snprintf
 from libc.string cimport memchr, memcpy, memset, strlen
 
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport MASK, ROOT, Node, make_room
+from virtio.fs._inodes cimport ROOT, Node, make_room
 from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NO_OPEN, Share, agreed
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind, Table
 from vmm._budget cimport FOR_OPEN, granted
@@ -86,7 +86,7 @@ def nameless(Share share not None):
     cdef uint32_t i
     cdef Handle *handle
     cdef Node *node
-    cdef statx st
+    cdef host_stat st
     cdef bint pinned, named
     for i in range(ROOT, table.handle_slots):
         pthread_mutex_lock(&table.lock)
@@ -97,8 +97,9 @@ def nameless(Share share not None):
             named = handle.node.name != NULL or handle.node.index == <uint32_t>ROOT
         pthread_mutex_unlock(&table.lock)
         if pinned:
-            if statx_call(handle.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0 and (not named or st.stx_nlink == 0):
-                found = st.stx_ino
+            # Not statx, which the API's thread may not call.
+            if fstat(handle.fd, &st) == 0 and (not named or st.st_nlink == 0):
+                found = st.st_ino
             table.handle_put(handle)
         if found:
             return found
