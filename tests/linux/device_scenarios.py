@@ -326,6 +326,56 @@ def fs_frozen(world: World) -> dict[str, Any]:
     return facts
 
 
+# Each kind of work again and again until there is a file `stop`; what fails is written down.
+_WORK_SH = rf"""
+. /run/own/devices.sh
+again() {{
+    turns=0
+    until [ -e /mnt/a/stop ]; do
+        $1 >/tmp/$1 2>&1 || echo "$1: $(tail -c 500 /tmp/$1)" >>/tmp/failed
+        turns=$((turns + 1))
+    done
+    echo $1 $turns >>/tmp/turns
+}}
+disk() {{
+    fio --name=v --filename=$(dev uring) --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=4k-64k \
+        --size=4m --verify=crc32c --verify_fatal=1 --thread --eta=never
+}}
+net() {{ iperf3 -c {HOST} -t 1; }}
+sockets() {{ probe check vsock:2:7005 100 2000; }}
+build() {{ rm -f /mnt/a/built/*.o; make -s -C /mnt/a/built; /mnt/a/built/prog; [ $? = 42 ]; }}
+timer() {{ before=$(cut -d. -f1 /proc/uptime); sleep 0.1; [ $(cut -d. -f1 /proc/uptime) -ge $before ]; }}
+rm -f /tmp/failed /tmp/turns
+for each in disk net sockets build timer; do again $each & done
+wait
+cat /tmp/failed 2>/dev/null
+sort /tmp/turns
+"""
+FREEZES = 200
+
+
+def frozen_at_work(world: World) -> dict[str, Any]:
+    """A machine is frozen 200 times under fio, iperf3, 100 vsock connections, a compile on a share and timers."""
+    guest = world.main()
+    guest.try_("umount /mnt/b")  # the DAX window
+    world.serve(*world.image.iperf3, "-s")
+    world.serve(str(world.probe), "serve", f"unix:{world.uds}_7005")
+    _write_project(world.share / "built")
+    (world.share / "work.sh").write_text(_WORK_SH)
+    guest.ask("dmesg -c >/dev/null")
+    guest.tell("bash /mnt/a/work.sh")
+    time.sleep(1)
+    for _ in range(FREEZES):
+        guest.vm.freeze()
+        time.sleep(0.03)
+    (world.share / "stop").touch()
+    said = guest.answer(200)[1].splitlines()
+    turns = dict(line.split() for line in said[-5:])
+    trouble = guest.ask("dmesg | grep -iE 'bug|error|stall|corrupt|lost|hung' || true")
+    guest.ask("mount -t virtiofs -o dax=always dax /mnt/b")
+    return {"failed": said[:-5], "turns": turns, "dmesg": trouble}
+
+
 def fs_read_only(world: World) -> dict[str, Any]:
     """A share that is read-only stays as it is, however its guest mounts it."""
     guest = world.main()
@@ -472,7 +522,7 @@ SCENARIOS: dict[str, Callable[[World], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         blk_verify, blk_filesystem, blk_resize, blk_reload, net_traffic, net_reload, vsock_connections, vsock_reload,
-        fs_work, fs_frozen, fs_read_only, fs_many_files, fs_mmap, fs_stress, fs_two_guests, liar,
+        frozen_at_work, fs_work, fs_frozen, fs_read_only, fs_many_files, fs_mmap, fs_stress, fs_two_guests, liar,
     )
 }  # fmt: skip
 

@@ -83,6 +83,12 @@ def test_vsock_reload(result: dict[str, Any]) -> None:
     assert result["bytes"] == 2 * 8 * 100000
 
 
+def test_frozen_at_work(result: dict[str, Any]) -> None:
+    assert result["failed"] == []
+    assert set(result["turns"]) == {"disk", "net", "sockets", "build", "timer"}
+    assert result["dmesg"] == ""
+
+
 def test_fs_work(result: dict[str, Any]) -> None:
     assert result["compiled"] == 42
     assert result["cloned"] == ["f0.c", "f1.c", "f2.c", "f3.c", "f4.c", "f5.c", "main.c"]
