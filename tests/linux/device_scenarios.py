@@ -332,10 +332,10 @@ _WORK_SH = rf"""
 again() {{
     turns=0
     until [ -e /mnt/a/stop ]; do
-        $1 >/tmp/$1 2>&1 || echo "$1: $(tail -c 500 /tmp/$1)" >>/tmp/failed
+        $1 >/tmp/work/$1 2>&1 || echo "$1: $(tail -c 500 /tmp/work/$1)" >>/tmp/work/failed
         turns=$((turns + 1))
     done
-    echo $1 $turns >>/tmp/turns
+    echo $1 $turns >>/tmp/work/turns
 }}
 disk() {{
     fio --name=v --filename=$(dev uring) --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=4k-64k \
@@ -345,11 +345,11 @@ net() {{ iperf3 -c {HOST} -t 1; }}
 sockets() {{ probe check vsock:2:7005 100 2000; }}
 build() {{ rm -f /mnt/a/built/*.o; make -s -C /mnt/a/built; /mnt/a/built/prog; [ $? = 42 ]; }}
 timer() {{ before=$(cut -d. -f1 /proc/uptime); sleep 0.1; [ $(cut -d. -f1 /proc/uptime) -ge $before ]; }}
-rm -f /tmp/failed /tmp/turns
+mkdir /tmp/work
 for each in disk net sockets build timer; do again $each & done
 wait
-cat /tmp/failed 2>/dev/null
-sort /tmp/turns
+cat /tmp/work/failed 2>/dev/null
+sort /tmp/work/turns
 """
 FREEZES = 200
 
