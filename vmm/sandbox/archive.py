@@ -77,7 +77,10 @@ def _contents(file: BinaryIO, size: int) -> Iterator[bytes]:
     while left and (piece := file.read(min(left, FRAME_MAX))):
         left -= len(piece)
         yield piece
-    yield bytes(left + -size % _BLOCK)  # a file that has become shorter has zeros at its end
+    while left:  # a file that has become shorter has zeros at its end
+        yield bytes(min(left, FRAME_MAX))
+        left -= min(left, FRAME_MAX)
+    yield bytes(-size % _BLOCK)
 
 
 class _Pieces:
