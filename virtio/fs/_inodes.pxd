@@ -3,7 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from virtio.fs._host cimport statx
-from vmm._budget cimport Budget
+from vmm._budget cimport Budget, Purpose
 from vmm._sys cimport pthread_mutex_t
 
 cdef enum:
@@ -118,3 +118,5 @@ cdef class Inodes:
 cdef uint64_t device_of(const statx *st) noexcept nogil
 # Close some unused node descriptors, in any share. Returns False if there were none.
 cdef bint make_room() noexcept nogil
+# openat(2) on behalf of a guest, with room made if no descriptor is left. Returns -1 and errno; ENFILE: still none.
+cdef int open_granted(int dirfd, const char *path, int flags, Purpose purpose) noexcept nogil

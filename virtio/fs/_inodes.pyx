@@ -17,7 +17,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, strcmp, strlen
 
 from virtio.fs._host cimport *
-from vmm._budget cimport FOR_LOOKUP, granted
+from vmm._budget cimport FOR_LOOKUP, Purpose, granted
 from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 from vmm.budget import memory
@@ -94,6 +94,12 @@ cdef bint make_room() noexcept nogil:
             break
     pthread_mutex_unlock(&clocks_lock)
     return count != 0
+
+cdef int open_granted(int dirfd, const char *path, int flags, Purpose purpose) noexcept nogil:
+    cdef int fd = granted(openat(dirfd, path, flags), purpose)
+    if fd < 0 and errno == ENFILE and make_room():
+        fd = granted(openat(dirfd, path, flags), purpose)
+    return fd
 
 
 cdef class Inodes:
@@ -498,9 +504,7 @@ cdef class Inodes:
         pthread_mutex_unlock(&self.lock)
         if name[0] == 0:
             return ESTALE
-        fd = granted(openat(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
-        if fd < 0 and errno == ENFILE and make_room():
-            fd = granted(openat(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
+        fd = open_granted(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, FOR_LOOKUP)
         if fd < 0:
             return ENFILE if errno == ENFILE else ESTALE
         if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or device_of(&st) != node.dev or st.stx_ino != node.ino \

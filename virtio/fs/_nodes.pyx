@@ -13,7 +13,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room
+from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room, open_granted
 from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, FuseThread, agreed, foreign_ino
 from virtio.fs._table cimport DIRECTORY, FILE, Handle
 from virtio.fs._fuse cimport *
@@ -118,10 +118,7 @@ cdef class NodeOperations(FuseThread):
 
     cdef int opened(self, Node *node, int flags) noexcept nogil:
         # Open the node for reading or writing. Returns the descriptor, owned by the caller, or -1 and errno.
-        cdef int fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
-        if fd < 0 and errno == ENFILE and make_room():
-            fd = granted(openat(AT_FDCWD, self.path_of(node.fd), flags), FOR_OPEN)
-        return fd
+        return open_granted(AT_FDCWD, self.path_of(node.fd), flags, FOR_OPEN)
 
     cdef int64_t op_getattr(self, Node *node) noexcept nogil:
         cdef fuse_attr_out *out = <fuse_attr_out *>self.out

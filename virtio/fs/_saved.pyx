@@ -9,16 +9,16 @@ looks it up again. Handles are opened at once. One that cannot be opened answers
 import os
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport ENFILE, ENOMEM, errno
+from libc.errno cimport ENOMEM, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport memchr, memcpy, memset, strlen
 
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport ROOT, Node, make_room
-from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NO_OPEN, Share, agreed
+from virtio.fs._inodes cimport ROOT, Node, open_granted
+from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NAME_MAX, NO_OPEN, Share, agreed
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind, Table
-from vmm._budget cimport FOR_OPEN, granted
+from vmm._budget cimport FOR_OPEN
 from vmm._sys cimport counter_add, pthread_mutex_lock, pthread_mutex_unlock
 
 cdef extern from *:
@@ -60,7 +60,6 @@ cdef enum:
     OVERLAY = 2
     FOREIGN = 4
     HASHED = 8
-    NAME_LONGEST = 255
     SESSION = INITIALISED | NO_OPEN | CHECKS_SGID | ANNOUNCES
 
 cdef int OPEN_FLAGS = O_ACCMODE | O_APPEND | O_SYNC | O_DSYNC | O_NONBLOCK
@@ -71,7 +70,7 @@ cdef bint is_kept(const Node *node) noexcept nogil:
 
 cdef bint is_name(const uint8_t *name, uint32_t length) noexcept nogil:
     # Whether it is one component of a path, below its directory.
-    if length > <uint32_t>NAME_LONGEST or memchr(name, 0, length) != NULL or memchr(name, c'/', length) != NULL:
+    if length > <uint32_t>NAME_MAX or memchr(name, 0, length) != NULL or memchr(name, c'/', length) != NULL:
         return False
     return not (name[0] == c'.' and (length == 1 or (length == 2 and name[1] == c'.')))
 
@@ -332,7 +331,6 @@ cdef int restore_handles(Share share, bytes saved, uint32_t newest) except -1:
 cdef int opened(Share share, Node *node, uint32_t kind, int flags) noexcept nogil:
     # A descriptor of a pinned node's file, by its name; -1: it is not there any more, or is not what it was.
     cdef char[16] number
-    cdef int fd
     if node.type != <uint32_t>(S_IFDIR if kind == DIRECTORY else S_IFREG) \
             or (share.read_only and flags & O_ACCMODE != O_RDONLY):
         return -1
@@ -340,7 +338,4 @@ cdef int opened(Share share, Node *node, uint32_t kind, int flags) noexcept nogi
         return -1
     snprintf(number, sizeof(number), b"%d", node.fd)
     flags |= O_CLOEXEC | O_NOCTTY | (O_DIRECTORY if kind == DIRECTORY else 0)
-    fd = granted(openat(share.proc_fd, number, flags), FOR_OPEN)
-    if fd < 0 and errno == ENFILE and make_room():
-        fd = granted(openat(share.proc_fd, number, flags), FOR_OPEN)
-    return fd
+    return open_granted(share.proc_fd, number, flags, FOR_OPEN)

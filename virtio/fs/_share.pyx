@@ -10,11 +10,11 @@ from libc.string cimport memcpy, strlen
 
 from virtio.fs._dax cimport Window
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport MASK, Node, device_of, make_room
+from virtio.fs._inodes cimport MASK, Node, device_of, open_granted
 from virtio.fs._table cimport Table
 from virtio.fs._types cimport fs_is_overlay, fs_is_remote, fs_stores_files
 from virtio.fs._fuse cimport *
-from vmm._budget cimport FOR_LOOKUP, granted
+from vmm._budget cimport FOR_LOOKUP
 from vmm._sys cimport counter_read
 
 
@@ -282,9 +282,7 @@ cdef class FuseThread:
             if nodeid:
                 self.fill_found(parent, entry, nodeid, &st)
                 return sizeof(fuse_entry_out)
-        fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
-        if fd < 0 and errno == ENFILE and make_room():
-            fd = granted(openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), FOR_LOOKUP)
+        fd = open_granted(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, FOR_LOOKUP)
         if fd < 0:
             return -errno
         return self.adopt(parent, name, fd, entry)
