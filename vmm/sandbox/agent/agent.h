@@ -16,6 +16,7 @@ enum {
     REQUEST_MAX = 1 << 20,
     WORDS_MAX = 8192,
     FRAME_MAX = 1 << 18,
+    DEEPEST = 256, // directories that are removed or packed below one another
     RESERVE = 2048, // KiB that programs leave free, until one was killed because they have filled the memory
 };
 

@@ -207,19 +207,6 @@ void keep_free(int more)
     CALL(pwrite64, reserve, text, strlen(text), 0);
 }
 
-static void make_reserve(void)
-{
-    char text[24] = "";
-    if (slurp("/proc/sys/vm/min_free_kbytes", text, sizeof text) <= 0)
-        return;
-    for (char *at = text; *at >= '0' && *at <= '9'; at++)
-        least = least * 10 + (unsigned long)(*at - '0');
-    reserve = open_file(AT_FDCWD, "/proc/sys/vm/min_free_kbytes", O_WRONLY, 0);
-    keep_free(1);
-}
-
-int commands = -1;
-
 // The number in a file, or `otherwise`.
 static long number_in(const char *path, long otherwise)
 {
@@ -229,6 +216,18 @@ static long number_in(const char *path, long otherwise)
         *end = 0;
     return number(text, otherwise);
 }
+
+static void make_reserve(void)
+{
+    long kept = number_in("/proc/sys/vm/min_free_kbytes", -1);
+    if (kept < 0)
+        return;
+    least = (unsigned long)kept;
+    reserve = open_file(AT_FDCWD, "/proc/sys/vm/min_free_kbytes", O_WRONLY, 0);
+    keep_free(1);
+}
+
+int commands = -1;
 
 // Commands and what they start are a cgroup that may have three quarters of the kernel's processes. One that makes
 // processes without end leaves the others for the kernel and the agent. And as the scheduler shares the CPU between

@@ -5,8 +5,6 @@
 #include "libc.h"
 #include <sys/inotify.h>
 
-enum { DEEPEST = 256 };
-
 struct entry {
     uint32_t mode, uid, gid;
     uint32_t links;

@@ -8,7 +8,6 @@
 enum {
     BLOCK = 512,
     NAME_ROOM = 8192,
-    DEEPEST = 256,
     PROBED = 1 << 16, // a file up to this size is read before its header is sent: stat lies about those of /proc
 };
 
@@ -168,13 +167,12 @@ static int pack(int directory, const char *entry, char *name, size_t length, int
             if (!strcmp(each->name, ".") || !strcmp(each->name, ".."))
                 continue;
             size_t longer = length + join(name + length, NAME_ROOM - length, "/", each->name, NULL);
-            failed = longer == NAME_ROOM - 1 ? -1 : 0;
-            if (failed)
+            if (longer == NAME_ROOM - 1) {
                 errno = ENAMETOOLONG;
-            else
-                failed = pack(fd, each->name, name, longer, depth + 1);
-            if (!failed)
+                failed = 1;
+            } else if (!(failed = pack(fd, each->name, name, longer, depth + 1))) {
                 name[length] = 0;
+            }
         }
     int error = errno;
     close(fd);
@@ -224,15 +222,19 @@ static size_t piece(char **bytes, uint64_t most)
     return length;
 }
 
+static int no_archive(void)
+{
+    errno = EBADMSG;
+    return -1;
+}
+
 // Read `length` bytes into `to`, or over them if that is NULL. -1: the archive ends before.
 static int take(char *to, uint64_t length)
 {
     char *bytes;
     for (size_t done; length; length -= done) {
-        if (!(done = piece(&bytes, length))) {
-            errno = EBADMSG;
-            return -1;
-        }
+        if (!(done = piece(&bytes, length)))
+            return no_archive();
         if (to) {
             memcpy(to, bytes, done);
             to += done;
@@ -270,14 +272,14 @@ static int read_records(struct member *member, char *text, size_t length)
             size = size * 10 + (size_t)(*key - '0');
         end = record + size;
         if (*key != ' ' || end <= key + 1 || end > text + length || end[-1] != '\n')
-            return -1;
+            return no_archive();
         end[-1] = 0;
         char *text_of = strchr(++key, '=');
         if (!text_of)
-            return -1;
+            return no_archive();
         *text_of++ = 0;
         if (strlen(text_of) >= NAME_ROOM)
-            return -1;
+            return no_archive();
         if (!strcmp(key, "path"))
             member->has_name = (int)join(member->name, NAME_ROOM, text_of, NULL);
         else if (!strcmp(key, "linkpath"))
@@ -295,10 +297,8 @@ static int read_extension(struct member *member, char type, uint64_t size)
     static char text[NAME_ROOM * 4 + 1];
     if (type == 'g')
         return take(NULL, size) || take(NULL, -size % BLOCK);
-    if (size >= (type == 'x' ? sizeof text : NAME_ROOM)) {
-        errno = EBADMSG;
-        return -1;
-    }
+    if (size >= (type == 'x' ? sizeof text : NAME_ROOM))
+        return no_archive();
     if (take(text, size) || take(NULL, -size % BLOCK))
         return -1;
     text[size] = 0;
@@ -306,10 +306,8 @@ static int read_extension(struct member *member, char type, uint64_t size)
         member->has_name = (int)join(member->name, NAME_ROOM, text, NULL);
     else if (type == 'K')
         member->has_link = (int)join(member->link, NAME_ROOM, text, NULL);
-    else if (read_records(member, text, size)) {
-        errno = EBADMSG;
-        return -1;
-    }
+    else
+        return read_records(member, text, size);
     return 0;
 }
 
@@ -326,7 +324,7 @@ static void take_field(char *to, const char *field, size_t width)
 // The next member, without its contents. 0: there is none. -1: not an archive, or it ends too early.
 static int read_member(struct member *member, struct header *header)
 {
-    memset(member, 0, sizeof *member);
+    member->has_name = member->has_link = member->has_size = 0;
     for (;;) {
         char *bytes;
         size_t got = piece(&bytes, BLOCK);
@@ -337,10 +335,8 @@ static int read_member(struct member *member, struct header *header)
             return -1;
         if (!*header->name && sum(header) == 8 * ' ')
             return 0; // a block of zeros
-        if (get_number(header->checksum, sizeof header->checksum) != sum(header)) {
-            errno = EBADMSG;
-            return -1;
-        }
+        if (get_number(header->checksum, sizeof header->checksum) != sum(header))
+            return no_archive();
         uint64_t size = get_number(header->size, sizeof header->size);
         if (header->type == 'x' || header->type == 'g' || header->type == 'L' || header->type == 'K') {
             if (read_extension(member, header->type, size))
