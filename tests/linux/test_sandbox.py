@@ -123,7 +123,7 @@ def test_a_directory_and_a_user_of_all_commands_are_checked_at_the_start(runtime
     ]
     for given, problem in values:
         with pytest.raises(ConfigError, match=problem):
-            Sandbox("busybox", memory="64M", **given)  # type: ignore[arg-type]
+            Sandbox("busybox", memory="64M", **given)  # type: ignore[arg-type]  # values of several types
     tmp_path.chmod(0o755)
     with Sandbox("busybox", memory="64M", cwd="/mnt/in", user="nobody:tty", mounts={"/mnt/in": tmp_path}) as sandbox:
         assert sandbox.run("pwd; id -u; id -g").stdout.split() == ["/mnt/in", "65534", "5"]
@@ -688,7 +688,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
     with pytest.raises(ConfigError, match="timeout -1"):
         sandbox.set_timeout(-1)
     with pytest.raises(TypeError, match=r"^Sandbox\.set_timeout: timeout must be a number or None, not '5'$"):
-        sandbox.set_timeout("5")  # type: ignore[arg-type]
+        sandbox.set_timeout("5")  # type: ignore[arg-type]  # what is tested
     with pytest.raises(ConfigError, match="NUL"):
         sandbox.run(["a\0b"])
     with pytest.raises(ConfigError, match="at most"):

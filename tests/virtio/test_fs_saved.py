@@ -11,6 +11,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def test_what_the_host_has_changed_meanwhile(vm: FuseVm, tmp_path: Path) -> None
     move(vm, state=state)
     assert vm.read(nodes["kept"], handles["kept"], 100) == b"kept"
     for name in ("removed", "replaced", "renamed"):
-        fails(errno.EBADF, lambda: vm.read(nodes[name], handles[name], 100))  # noqa: B023  # called at once
-        fails(errno.ESTALE, lambda: vm.getattr(nodes[name]))  # noqa: B023
+        fails(errno.EBADF, partial(vm.read, nodes[name], handles[name], 100))
+        fails(errno.ESTALE, partial(vm.getattr, nodes[name]))
         vm.release(nodes[name], handles[name])
     found = vm.lookup("replaced")
     assert found.nodeid != nodes["replaced"]

@@ -82,7 +82,7 @@ def _one(kind: type) -> object:
     [
         (lambda: vmm.DriveConfig("a", readonly=True), r"no parameter 'readonly'; did you mean read_only\?"),  # type: ignore[call-arg]
         (lambda: vmm.DriveConfig("a", path="b"), "was given path twice"),  # type: ignore[misc]
-        (lambda: vmm.DriveConfig("a", True), "takes 1 values by position, not 2"),  # type: ignore[call-arg]
+        (lambda: vmm.DriveConfig("a", True), "takes 1 values by position, not 2"),  # type: ignore[call-arg]  # what is tested
         (lambda: vmm.DriveConfig(), "DriveConfig needs path: a raw image"),  # type: ignore[call-arg]
     ],
 )

@@ -165,7 +165,7 @@ def test_a_port_is_a_number_that_a_port_can_have(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^host ::1: must be an IPv4 address of this host"):
         session.publish(80, host="::1")
     with pytest.raises(TypeError, match=r"^Sandbox: timeout must be a number or None, not '5'$"):
-        session.files.read("/etc/passwd", timeout="5")  # type: ignore[call-overload]
+        session.files.read("/etc/passwd", timeout="5")  # type: ignore[call-overload]  # what is tested
 
 
 def test_a_server_that_speaks_first_is_heard_whole(agent: Callable[[bytes], Session]) -> None:

@@ -165,7 +165,7 @@ class ShareDevice(VirtioDevice):
         self._limit(self.limiter, bandwidth, ops)
 
     @property
-    def unsavable(self) -> str:  # type: ignore[override]
+    def unsavable(self) -> str:  # type: ignore[override]  # a property in place of the attribute: it changes
         """Why it cannot be saved now: a DAX window is mounted, or the guest has a file open that has no name."""
         if not self.share.mounted:
             return ""
