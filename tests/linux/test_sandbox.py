@@ -60,6 +60,40 @@ def test_a_command_has_status_streams_environment_and_directory(sandbox: Sandbox
     assert abs(int(sandbox.run("date +%s").stdout) - time.time()) < 5
 
 
+def test_the_agent_answers_any_client_that_writes_json(sandbox: Sandbox) -> None:
+    def ask(text: bytes) -> tuple[bytes, bytes]:
+        stream.sendall(len(text).to_bytes(4, "little") + text)
+        kind = stream.recv(1, socket.MSG_WAITALL)
+        length = int.from_bytes(stream.recv(4, socket.MSG_WAITALL), "little")
+        return kind, stream.recv(length, socket.MSG_WAITALL) if length else b""
+
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.settimeout(30)
+        stream.connect(registry.socket_of(sandbox.name))
+        stream.sendall(b"CONNECT 521\n")
+        assert stream.recv(64).startswith(b"OK ")
+        for invalid in (
+            b"",
+            b"{}",
+            b'{"verb":"stat"',
+            b"run\0arg=true\0",
+            b'{"verb":{}}',
+            b'{"verb":"run","arg":["\\u0000"]}',
+        ):
+            assert ask(invalid) == (b"f", b"\x16\0\0\0request")
+        assert ask(b'{"verb":"dance"}') == (b"f", b"\x26\0\0\0dance")
+        line = ["sh", "-c", 'printf %s "$0" >/tmp/$0', "na\u00efve \U0001f600\udcff"]
+        assert ask(json.dumps({"verb": "run", "arg": line, "nostdin": True, "quiet": True}).encode()) == (
+            b"x",
+            bytes(3),
+        )
+    assert sandbox.files.read_bytes("/tmp/na\u00efve \U0001f600\udcff") == b"na\xc3\xafve \xf0\x9f\x98\x80\xff"
+    with pytest.raises(ConfigError, match=r"^arg \\ud800: must be text without a NUL byte$"):
+        sandbox.run(["echo", "\ud800"])
+    with pytest.raises(ConfigError, match=r"^request of 8\d\d\d values and .*: must be at most 8192 values"):
+        sandbox.run(["echo", *("x" for _ in range(8192))])
+
+
 def test_standard_input_and_binary_output_arrive_whole(sandbox: Sandbox) -> None:
     data = random.Random(1).randbytes(1_500_000)
     result = sandbox.run("tee /tmp/data | sha256sum >&2; cat /tmp/data", input=data)
@@ -567,6 +601,10 @@ def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: P
             again.run("sleep 100")
         with pytest.raises(SandboxGone, match=r"time limit of 0\.5 s"):
             again.publish(80)
+    about = json.loads((tmp_path / "shot" / "sandbox.json").read_text())
+    (tmp_path / "shot" / "sandbox.json").write_text(json.dumps({**about, "protocol": 1}))
+    with pytest.raises(SnapshotError, match=r"shot: its agent speaks protocol 1, this pyvmm speaks 2$"):
+        Sandbox.restore(str(tmp_path / "shot"))
 
 
 def test_pause_holds_and_a_deadline_fires_all_the_same(sandbox: Sandbox) -> None:

@@ -7,6 +7,7 @@ Each wait has a time limit, and ends at once with the VM.
 from __future__ import annotations
 
 import contextlib
+import json
 import select
 import socket
 import struct
@@ -20,11 +21,15 @@ from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import TypeAlias
+
+    Parameter: TypeAlias = str | int | Sequence[str] | None
 
 PORT = 521
+PROTOCOL = 2  # 1 had words in place of JSON
 REQUEST_MAX = 1 << 20  # bytes
-WORDS_MAX = 8192
+PARAMETERS_MAX = 8192  # values in a request; an array has several
 FRAME_MAX = 1 << 18  # bytes the agent takes in one frame
 ANSWER_MAX = FRAME_MAX + 64
 _CHUNK = 1 << 19
@@ -293,20 +298,25 @@ class Channel(Closing):
         with self._closing:
             self._socket.close()
 
-    def request(self, deadline: Deadline, doing: str, words: Iterable[str | bytes]) -> None:
-        """Send a request.
+    def request(self, deadline: Deadline, doing: str, verb: str, **parameters: Parameter) -> None:
+        """Send a request. A parameter that is None is left out.
 
-        :param words: a verb, then KEY=VALUE
-        :raises ConfigError: a word with a NUL byte, too many words, or too long
+        :raises ConfigError: text that the guest cannot have, too many values, or too long
         """
-        encoded = [word if isinstance(word, bytes) else word.encode(errors="surrogateescape") for word in words]
-        for word in encoded:
-            if b"\0" in word:
-                raise ConfigError(encoded[0].decode(), word.decode(errors="replace"), "must not have a NUL byte")
-        data = b"".join(word + b"\0" for word in encoded)
-        if len(data) > REQUEST_MAX or len(encoded) > WORDS_MAX:
-            what = f"of {len(encoded)} words and {len(data)} bytes"
-            raise ConfigError("request", what, f"must be at most {WORDS_MAX} words and {REQUEST_MAX} bytes")
+        request = {"verb": verb} | {key: value for key, value in parameters.items() if value is not None}
+        count = 0
+        for key, value in request.items():
+            texts = [value] if isinstance(value, (str, int)) else value
+            count += len(texts)
+            for text in texts:
+                if isinstance(text, str) and not possible(text):
+                    raise ConfigError(key, text, "must be text without a NUL byte")
+        data = json.dumps(request, separators=(",", ":")).encode()
+        if len(data) > REQUEST_MAX or count > PARAMETERS_MAX:
+            what = f"of {count} values and {len(data)} bytes"
+            raise ConfigError(
+                "request", what, f"must be at most {PARAMETERS_MAX} values and {REQUEST_MAX} bytes of JSON"
+            )
         self.send(deadline, doing, struct.pack("<I", len(data)) + data)
 
     def send(self, deadline: Deadline, doing: str, data: bytes) -> None:
@@ -411,6 +421,14 @@ class Channel(Closing):
 
     def _gone(self) -> SandboxGone:
         return SandboxGone(self._link.why or "the agent has closed the connection")
+
+
+def possible(text: str) -> bool:
+    """Whether a program of the guest can be given `text`: it has no NUL byte, and an encoding."""
+    try:
+        return b"\0" not in text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 def frame(kind: int, data: bytes | memoryview = b"") -> bytes:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import IO, Literal, TypeAlias, overload
 
+    from vmm.sandbox.channel import Parameter
+
     Data: TypeAlias = str | bytes | IO[str] | IO[bytes] | Iterable[str | bytes]
 
 _ENTRY = struct.Struct("<IIIIQq")
@@ -114,14 +116,16 @@ class Files:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    def _ask(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> Iterator[tuple[int, memoryview]]:
+    def _ask(
+        self, verb: str, path: str, timeout: float, frames: Iterable[bytes] = (), **more: Parameter
+    ) -> Iterator[tuple[int, memoryview]]:
         # The answer's frames before the last, each until the next.
-        deadline = Deadline(timeout)
-        doing = f"{words[0]} {words[1].partition('=')[2]}"
+        deadline, path = Deadline(timeout), os.fsdecode(path)  # raises if `path` cannot be a path
+        doing = f"{verb} {path}"
         channel = self._link.take(deadline, doing)
         whole = False
         try:
-            channel.request(deadline, doing, words)
+            channel.request(deadline, doing, verb, path=path, **more)
             for frame in frames:
                 channel.send(deadline, doing, frame)
             while True:
@@ -138,11 +142,11 @@ class Files:
             else:
                 channel.close()
         if kind == F_FAILED:
-            raise _error(bytes(data), words)
+            raise _error(bytes(data), **more)
 
-    def _do(self, words: list[str], timeout: float, frames: Iterable[bytes] = ()) -> None:
-        for _ in self._ask(words, timeout, frames):
-            raise out_of_turn(words[0])
+    def _do(self, verb: str, path: str, timeout: float, frames: Iterable[bytes] = (), **more: Parameter) -> None:
+        for _ in self._ask(verb, path, timeout, frames, **more):
+            raise out_of_turn(verb)
 
     def read_bytes(
         self, path: str, *, offset: int = 0, length: int | None = None, user: str | int | None = None,
@@ -166,13 +170,8 @@ class Files:
     ) -> Iterator[memoryview]:
         if offset < 0 or (length is not None and length < 0):
             raise ConfigError("offset, length", f"{offset}, {length}", "must be 0 or more")
-        words = ["read", _word("path", path), *_user(user)]
-        if offset:
-            words.append(f"offset={offset}")
-        if length is not None:
-            words.append(f"length={length}")
         left = length
-        for kind, data in self._ask(words, timeout):
+        for kind, data in self._ask("read", path, timeout, user=user, offset=offset, length=length):
             if kind != F_DATA:
                 raise out_of_turn(f"read {path}")
             if left is not None and (left := left - len(data)) < 0:
@@ -206,31 +205,27 @@ class Files:
         :param data: text, bytes, an open file or pieces; text is written as UTF-8
         :param mode: permission bits; None: unchanged, and 0644 for a new file
         """
-        words = ["write", _word("path", path), "parents=1", *_user(user)]
-        if mode is not None:
-            words.append(_mode(mode))
-        if append:
-            words.append("append=1")
-        self._do(words, timeout, _data_frames(data))
+        mode = None if mode is None else _mode(mode)
+        self._do("write", path, timeout, _data_frames(data), user=user, mode=mode, append=append, parents=True)
 
     def list(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Entry]:
         """The entries of a directory, by name."""
-        return sorted(self._entries("list", path, user, timeout), key=lambda entry: entry.name)
+        return sorted(self._entries("list", path, timeout, user=user), key=lambda entry: entry.name)
 
     def stat(
         self, path: str, *, follow: bool = False, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> Entry:
         """The entry of one file; with `follow`, of the target of a symbolic link."""
-        found = list(self._entries("stat", path, user, timeout, *(["follow=1"] if follow else [])))
+        found = list(self._entries("stat", path, timeout, user=user, follow=follow))
         if len(found) != 1:
             raise AgentError(f"stat {path}: the guest sent {len(found)} entries")
         return found[0]
 
     get_info = stat
 
-    def _entries(self, verb: str, path: str, user: str | int | None, timeout: float, *more: str) -> Iterator[Entry]:
+    def _entries(self, verb: str, path: str, timeout: float, **more: Parameter) -> Iterator[Entry]:
         count = 0
-        for kind, data in self._ask([verb, _word("path", path), *_user(user), *more], timeout):
+        for kind, data in self._ask(verb, path, timeout, (), **more):
             if kind != F_ENTRY:
                 raise out_of_turn(f"{verb} {path}")
             if (count := count + 1) > _ENTRIES_MAX:
@@ -249,27 +244,27 @@ class Files:
         self, path: str, *, parents: bool = True, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> None:
         """Make a directory; with `parents` also missing ones above it, and it may exist already."""
-        self._do(["mkdir", _word("path", path), *_user(user), *(["parents=1"] if parents else [])], timeout)
+        self._do("mkdir", path, timeout, user=user, parents=parents)
 
     def remove(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Remove a file, or a directory with its contents. Symbolic links are not followed."""
-        self._do(["remove", _word("path", path), *_user(user)], timeout)
+        self._do("remove", path, timeout, user=user)
 
     def rename(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Move a file to another path, and replace a file there."""
-        self._do(["rename", _word("path", path), _word("to", to), *_user(user)], timeout)
+        self._do("rename", path, timeout, user=user, to=os.fsdecode(to))
 
     def symlink(self, path: str, to: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Make `path` a symbolic link to `to`."""
-        self._do(["symlink", _word("path", path), _word("to", to), *_user(user)], timeout)
+        self._do("symlink", path, timeout, user=user, to=os.fsdecode(to))
 
     def chmod(self, path: str, mode: int, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Change permission bits."""
-        self._do(["chmod", _word("path", path), _mode(mode), *_user(user)], timeout)
+        self._do("chmod", path, timeout, user=user, mode=_mode(mode))
 
     def chown(self, path: str, owner: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Change the owner: ``USER`` with its group, or ``USER:GROUP``, names or numbers."""
-        self._do(["chown", _word("path", path), f"owner={owner}"], timeout)
+        self._do("chown", path, timeout, owner=owner)
 
     def copy_in(self, source: str, path: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
         """Copy a file of the host, or a directory with all files, directories and links in it.
@@ -351,7 +346,7 @@ class Files:
         :param data: an archive without compression: bytes, an open file or pieces
         :raises OSError: `data` is not an archive (EBADMSG), a name has ``..`` (EINVAL), or a file cannot be made
         """
-        self._do(["put", _word("path", path), "parents=1", *_user(user)], timeout, _data_frames(data))
+        self._do("put", path, timeout, _data_frames(data), user=user, parents=True)
 
     def get_archive(
         self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
@@ -363,7 +358,7 @@ class Files:
         yield from map(bytes, self._archive(path, user, timeout))
 
     def _archive(self, path: str, user: str | int | None, timeout: float) -> Iterator[memoryview]:
-        for kind, data in self._ask(["get", _word("path", path), *_user(user)], timeout):
+        for kind, data in self._ask("get", path, timeout, user=user):
             if kind != F_DATA:
                 raise out_of_turn(f"get {path}")
             yield data
@@ -378,12 +373,11 @@ class Files:
         """
         deadline, doing = Deadline(timeout), f"watch {path}"
         channel = self._link.connect(deadline, doing)
-        words = ["watch", _word("path", path), *_user(user)]
         try:
-            channel.request(deadline, doing, words)
+            channel.request(deadline, doing, "watch", path=os.fsdecode(path), user=user)
             kind, data = channel.read(deadline, doing)
             if kind == F_FAILED:
-                raise _error(data, words)
+                raise _error(data, user=user)
             if kind != F_STARTED:
                 raise out_of_turn(doing)
         except BaseException:
@@ -439,27 +433,19 @@ def _no_file(path: str) -> OSError:
     return OSError(errno.EINVAL, "is not a file, directory or link", path)
 
 
-def _error(data: bytes, words: list[str]) -> OSError | ConfigError:
+def _error(data: bytes, **parameters: Parameter) -> OSError | ConfigError:
     number, what = failure(data)
-    key, _, value = what.partition("=")
-    if number == errno.EINVAL and key in ("user", "owner") and what in words:
-        return ConfigError(key, value, "the guest does not have this user or group")
+    for key in ("user", "owner"):
+        if number == errno.EINVAL and what == f"{key}={parameters.get(key)}":
+            return ConfigError(key, parameters[key], "the guest does not have this user or group")
     return OSError(number, os.strerror(number), what)
 
 
-def _word(name: str, path: str) -> str:
-    return f"{name}={os.fsdecode(path)}"  # raises if `path` cannot be a path
-
-
-def _mode(mode: int) -> str:
+def _mode(mode: int) -> int:
     check_type("Files", "mode", "int", mode)
     if not 0 <= mode <= 0o7777:
         raise ConfigError("mode", f"{mode:#o}", "must be 0 to 0o7777")
-    return f"mode={mode}"
-
-
-def _user(user: str | int | None) -> list[str]:
-    return [] if user is None else [f"user={user}"]
+    return mode
 
 
 def _data_frames(data: Data) -> Iterator[bytes]:

@@ -114,7 +114,7 @@ class Provided(Relay):
         listener, number, self._path = _listen_beside(link.path)
         self._channel = link.connect(deadline, doing)
         try:
-            self._channel.request(deadline, doing, ("listen", f"port={port}", f"to={number}"))
+            self._channel.request(deadline, doing, "listen", port=port, to=number)
             kind, data = self._channel.read(deadline, doing)
             if kind == F_FAILED:
                 raise OSError(failure(data)[0], os.strerror(failure(data)[0]), f"port {port} of the guest")

@@ -192,7 +192,7 @@ class Process(Closing):
     """
 
     def __init__(
-        self, link: Link, command: str, words: Sequence[str | bytes], limit: int, deadline: Deadline, *,
+        self, link: Link, command: str, request: Mapping[str, wire.Parameter], limit: int, deadline: Deadline, *,
         input: bool = True, quiet: bool = False, terminal: bool = False, stop_signal: int = signals.SIGTERM,
     ) -> None:  # fmt: skip
         self.command = command
@@ -207,15 +207,11 @@ class Process(Closing):
         self._pumping = threading.Lock()
         self.stdin.closed = self.stdin.sent = not input
         self._terminal = terminal
-        self._user, self._cwd = (
-            next((word[len(key) :] for word in words if isinstance(word, str) and word.startswith(key)), "")
-            for key in ("user=", "cwd=")
-        )
-        words = [*words, *([] if input else ["nostdin=1"]), *(["quiet=1"] if quiet else [])]
+        self._user, self._cwd = request.get("user"), request.get("cwd")
         self.ended = False
         self.channel = link.take(deadline, command)
         try:
-            self.channel.request(deadline, command, words)
+            self.channel.request(deadline, command, "run", **request, nostdin=not input, quiet=quiet)
             while not quiet and not self.pid and not self.ended:
                 self.pump(deadline)
         except BaseException:
@@ -339,7 +335,7 @@ class Process(Closing):
             return
         deadline = Deadline(10)
         with self._link.connect(deadline, "signal") as channel:
-            channel.request(deadline, "signal", ("signal", f"pid={self.pid}", f"signal={int(number)}"))
+            channel.request(deadline, "signal", "signal", pid=self.pid, signal=int(number))
             kind, data = channel.read(deadline, "signal")
         if kind == wire.F_FAILED and (number_ := failure(data)[0]) != errno.ESRCH:
             raise OSError(number_, os.strerror(number_))
@@ -399,35 +395,30 @@ def check_env(env: Mapping[str, str]) -> None:
             raise ConfigError("env", f"{name}={value}", "must not have a NUL byte")
 
 
-def words_of(
+def request_of(
     command: str | Sequence[str | os.PathLike[str]], env: Mapping[str, str], *, cwd: str | os.PathLike[str] | None,
     user: str | int | None,
     terminal: tuple[int, int] | None, limits: Mapping[str, int | tuple[int, int]] | None, keep: bool,
-) -> list[str]:  # fmt: skip
-    """The request for a command. See ``Sandbox.exec``.
+) -> dict[str, wire.Parameter]:  # fmt: skip
+    """The parameters of the request for a command. See ``Sandbox.exec``.
 
     :raises ConfigError: a value that cannot be
     """
     argv = ["/bin/sh", "-c", command] if isinstance(command, str) else [os.fspath(word) for word in command]
     if not argv or not argv[0]:
         raise ConfigError("command", "", "is empty")
-    words = ["run", *(f"arg={word}" for word in argv)]
     check_env(env)
-    words += [f"env={name}={value}" for name, value in env.items()]
-    if cwd is not None:
-        words.append(f"cwd={cwd}")
-    if user is not None:
-        words.append(f"user={user}")
+    size = None
     if terminal is not None:
         rows, columns = terminal
         if not (0 < rows < 65536 and 0 < columns < 65536):
             raise ConfigError("terminal", terminal, "must be rows and columns, 1 to 65535")
-        words.append(f"tty={rows}x{columns}")
-    for name, limit in (limits or {}).items():
-        words.append(f"limit={_limit(name, limit)}")
-    if keep:
-        words.append("keep=1")
-    return words
+        size = f"{rows}x{columns}"
+    return {
+        "arg": argv, "env": [f"{name}={value}" for name, value in env.items()], "user": user, "tty": size, "keep": keep,
+        "cwd": None if cwd is None else os.fspath(cwd),
+        "limit": [_limit(name, limit) for name, limit in (limits or {}).items()],
+    }  # fmt: skip
 
 
 def _limit(name: str, limit: int | tuple[int, int]) -> str:

@@ -20,7 +20,7 @@ from vmm.machine.snapshot import Image as Frozen
 from vmm.machine.snapshot import child_of
 from vmm.machine.snapshot_file import ABOUT, save
 from vmm.sandbox import guest
-from vmm.sandbox.channel import Deadline, Link
+from vmm.sandbox.channel import PROTOCOL, Deadline, Link
 from vmm.sandbox.errors import CommandTimeout, SandboxError, SandboxGone
 from vmm.sandbox.process import NO_DIRECTORY, check_env
 from vmm.sandbox.registry import Place
@@ -123,9 +123,9 @@ class Sandbox(Session):
             self._ready(boot_timeout)
             os.unlink(initrd)
             for path in (found.config.working_dir, *found.config.volumes) if found.config else ():
-                self._call("mkdir", f"path={path}", "parents=1")
+                self._ask(Deadline(30), "mkdir", path=path, parents=True)
             for path, share in shares:
-                self._call("mount", f"tag={share.tag}", f"path={path}", *(["ro=1"] if share.read_only else []))
+                self._ask(Deadline(30), "mount", tag=share.tag, path=path, ro=share.read_only)
             if cwd is not None:
                 with contextlib.suppress(OSError):  # as of a read-only mount; the check below says what is wrong
                     self.files.make_dir(cwd)
@@ -172,9 +172,8 @@ class Sandbox(Session):
     def _wake(self, deadline: Deadline) -> None:
         # A copy's driver hears that the connections of before are gone, and may close one that has just begun, too.
         while True:
-            now = f"time={time.time_ns()}"
             try:
-                self._ask(deadline, "wake", now, f"name={self.name}", f"random={os.urandom(64).hex()}")
+                self._ask(deadline, "wake", time=time.time_ns(), name=self.name, random=os.urandom(64).hex())
                 return
             except SandboxGone:
                 if self._link.why:
@@ -316,7 +315,7 @@ class Sandbox(Session):
         :param writable: paths of directories, which are made if they are missing
         :raises SandboxError: the guest's kernel refused it
         """
-        self._call("read-only", *(f"writable={path}" for path in writable))
+        self._ask(Deadline(30), "read-only", writable=writable)
 
     def snapshot(self, directory: str) -> None:
         """Write a snapshot of this sandbox, which goes on. It does not contain the image's disks.
@@ -331,7 +330,7 @@ class Sandbox(Session):
         self._must_run()
         with self._link.resting() as port:
             frozen = self.machine.freeze()
-        save(frozen, directory, about=json.dumps({**self._about, "connection": port}).encode())
+        save(frozen, directory, about=json.dumps({**self._about, "connection": port, "protocol": PROTOCOL}).encode())
 
     @classmethod
     def restore(cls, directory: str, *, name: str | None = None, timeout: float | None = None) -> Sandbox:
@@ -345,9 +344,11 @@ class Sandbox(Session):
                 about = json.load(file)
             limit = about["timeout"] if timeout is None else timeout
             dict(about["env"]), about["image"], about["cwd"], about["user"]
-            port = int(about.pop("connection", None) or 0)
+            port, protocol = int(about.pop("connection", None) or 0), about.pop("protocol", 1)
         except (OSError, ValueError, KeyError, TypeError):
             raise SnapshotError(directory, "is not a snapshot of a sandbox") from None
+        if protocol != PROTOCOL:
+            raise SnapshotError(directory, f"its agent speaks protocol {protocol}, this pyvmm speaks {PROTOCOL}")
         frozen = Frozen.load(directory)
         sandbox = cls.__new__(cls)
         sandbox._begin(about, name, limit)

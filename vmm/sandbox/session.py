@@ -13,7 +13,7 @@ from vmm.sandbox import registry
 from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
 from vmm.sandbox.errors import SandboxError, SandboxGone
 from vmm.sandbox.files import Files
-from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, words_of
+from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, request_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
+    from vmm.sandbox.channel import Parameter
     from vmm.sandbox.e2b.commands import Commands
     from vmm.sandbox.ports import Provided, Published
 
@@ -128,13 +129,13 @@ class Session(Closing):
         limits: Mapping[str, int | tuple[int, int]] | None = None,
         terminal: tuple[int, int] | None = None, keep: bool = False, input: bool = True, quiet: bool = False,
     ) -> Process:  # fmt: skip
-        words = words_of(
+        request = request_of(
             command, {**self._about["env"], **(env or {})}, cwd=cwd or self._about["cwd"],
             user=self._about["user"] if user is None else user, terminal=terminal, limits=limits, keep=keep,
         )  # fmt: skip
         doing = command if isinstance(command, str) else " ".join(map(str, command))
         return Process(
-            self._link, line(doing), words, limit, deadline, input=input, quiet=quiet, terminal=terminal is not None,
+            self._link, line(doing), request, limit, deadline, input=input, quiet=quiet, terminal=terminal is not None,
             stop_signal=self._about.get("stop_signal", signal.SIGTERM),
         )  # fmt: skip
 
@@ -167,7 +168,7 @@ class Session(Closing):
         check_port("port", port)
         deadline, doing = Deadline(timeout), f"port {port}"
         with self._link.connect(deadline, doing) as channel:
-            channel.request(deadline, doing, ("tcp", f"port={port}"))
+            channel.request(deadline, doing, "tcp", port=port)
             kind, data = channel.read(deadline, doing, last=True)
             if kind == F_FAILED:
                 number, _ = failure(data)
@@ -215,16 +216,13 @@ class Session(Closing):
             raise SandboxGone(self._link.why)
         return Provided(self._link, host_port, port, host)
 
-    def _call(self, *words: str) -> None:
-        self._ask(Deadline(30), *words)
-
-    def _ask(self, deadline: Deadline, *words: str) -> None:
-        with self._link.take(deadline, words[0]) as channel:
-            channel.request(deadline, words[0], words)
-            kind, data = channel.read(deadline, words[0])
+    def _ask(self, deadline: Deadline, verb: str, **parameters: Parameter) -> None:
+        with self._link.take(deadline, verb) as channel:
+            channel.request(deadline, verb, verb, **parameters)
+            kind, data = channel.read(deadline, verb)
             self._link.keep(channel)
         if kind == F_FAILED:
             number, what = failure(data)
-            raise SandboxError(f"{words[0]}: {line(what)}: {os.strerror(number)}")
+            raise SandboxError(f"{verb}: {line(what)}: {os.strerror(number)}")
         if kind != F_DONE:
-            raise out_of_turn(words[0])
+            raise out_of_turn(verb)

@@ -2,10 +2,10 @@
 // The agent: process 1 of a sandbox, and one more process for each connection from the host. It uses no C library
 // (libc.c has what it needs), so it is small and runs with any image.
 //
-// The host (CID 2) connects to vsock port PORT and sends requests. A request is a length (u32) and words, each ended by
-// a NUL: a verb, then KEY=VALUE. Then frames follow in both directions: a type (u8), a length (u32), bytes. All numbers
-// are little-endian. The last frame of a reply is F_DONE, F_EXIT or F_FAILED. The next request follows the host's last
-// frame for this one.
+// The host (CID 2) connects to vsock port PORT and sends requests. A request is a length (u32) and a JSON object, such as
+// {"verb": "run", "arg": ["ls", "/"], "cwd": "/"}. Then frames follow in both directions: a type (u8), a length (u32),
+// bytes. All numbers are little-endian. The last frame of a reply is F_DONE, F_EXIT or F_FAILED. The next request follows
+// the host's last frame for this one.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@
 enum {
     PORT = 521, // below 1024, where no user of the guest but root can listen
     REQUEST_MAX = 1 << 20,
-    WORDS_MAX = 8192,
+    PARAMETERS_MAX = 8192,
     FRAME_MAX = 1 << 18,
     DEEPEST = 256, // directories that are removed or packed below one another
     RESERVE = 2048, // KiB that programs leave free, until one was killed because they have filled the memory
@@ -33,12 +33,17 @@ enum {
     F_ENTRY = 'n', // entry of a directory: see files.c
     F_CHANGE = 'c', // u32 inotify's mask, name
     F_DONE = 'k',
-    F_FAILED = 'f', // u32 errno, name of what failed
+    F_FAILED = 'f', // u32 errno, what failed: a path, a program, or KEY=VALUE of the request
+};
+
+struct parameter { // of an array one for each of its values
+    const char *key, *value;
 };
 
 struct request {
+    const char *verb;
     int count;
-    char *words[WORDS_MAX + 1];
+    struct parameter parameters[PARAMETERS_MAX];
 };
 
 struct identity {
@@ -56,7 +61,8 @@ extern int keep; // the command continues when the host disconnects
 extern int gone; // the host has disconnected, and `host` is /dev/null
 void host_gone(void);
 int read_request(struct request *request);
-const char *value(const struct request *request, const char *key); // of the word KEY=VALUE, or NULL
+const char *value(const struct request *request, const char *key); // the first one's, or NULL
+const char *pair(const struct request *request, const char *key); // "KEY=VALUE" until the next call, for F_FAILED
 long number(const char *text, long otherwise); // of decimal digits; otherwise: of anything else
 void say(const char *what, int error); // on the console; error 0: no number
 size_t read_frame(char *type, char *bytes);
@@ -66,6 +72,9 @@ void send_ok(void);
 void send_failed(int error, const char *what);
 void read_all(void *to, size_t length);
 int has_read_ahead(void); // whether bytes from the host are already read, so that poll does not report them
+
+// json.c
+int parse_request(char *text, size_t length, struct request *request);
 
 // boot.c
 extern int commands; // the cgroup of commands, or -1

@@ -274,8 +274,8 @@ void boot(void)
     CALL(umask, 022);
 }
 
-// Verb "wake", for a new or restored sandbox: time=NANOSECONDS (since 1970), name=HOSTNAME, random=64 bytes in
-// hexadecimal.
+// Verb "wake", for a new or restored sandbox: time (nanoseconds since 1970), name (of the host), random (64 bytes in
+// hexadecimal).
 void wake(const struct request *request)
 {
     struct {
@@ -310,12 +310,12 @@ int mount_share(const char *tag, const char *path, int read_only)
     return (int)CALL(mount, tag, path, "virtiofs", MS_NOSUID | MS_NODEV | (read_only ? MS_RDONLY : 0), NULL);
 }
 
-// Makes the root read-only. The directories in `writable=` words stay as they are, with what is in them.
+// Verb "read-only": make the root read-only. The directories in `writable` stay as they are, with what is in them.
 int make_read_only(const struct request *request)
 {
-    for (int i = 1; i < request->count; i++) {
-        const char *word = request->words[i], *path = word + strlen("writable=");
-        if (strncmp(word, "writable=", strlen("writable=")))
+    for (int i = 0; i < request->count; i++) {
+        const char *path = request->parameters[i].value;
+        if (strcmp(request->parameters[i].key, "writable"))
             continue;
         if (make_directory(path) || CALL(mount, path, path, NULL, MS_BIND, NULL)) {
             send_failed(errno, path);

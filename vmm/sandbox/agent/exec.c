@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Verb "run", a command: arg=... (several), env=NAME=VALUE (several), cwd, user, tty=ROWSxCOLUMNS, term,
-// limit=NUMBER:SOFT:HARD (several), keep (continue when the host disconnects), nostdin, quiet (no F_STARTED). Replies:
+// Verb "run", a command: arg (an array), env (an array of NAME=VALUE), cwd, user, tty (ROWSxCOLUMNS), term, limit (an
+// array of NUMBER:SOFT:HARD), keep (continue when the host disconnects), nostdin, quiet (no F_STARTED). Replies:
 // F_STARTED, output, F_EXIT; or F_FAILED. Without nostdin the host sends F_STDIN of length 0 before the next request.
 #include "agent.h"
 #include "libc.h"
@@ -8,7 +8,7 @@
 #include <sys/signalfd.h>
 #include <termios.h>
 
-enum { WORDS = WORDS_MAX + 16 };
+enum { WORDS = PARAMETERS_MAX + 16 };
 
 static char *arguments[WORDS + 1], *environment[WORDS + 1];
 static char scratch[5][512];
@@ -49,9 +49,9 @@ static void make_environment(const struct request *request, int terminal)
     };
     int count = 0;
     environment[0] = NULL;
-    for (int i = 1; i < request->count; i++)
-        if (!strncmp(request->words[i], "env=", 4) && strchr(request->words[i] + 4, '='))
-            add(environment, &count, request->words[i] + 4);
+    for (int i = 0; i < request->count; i++)
+        if (!strcmp(request->parameters[i].key, "env") && strchr(request->parameters[i].value, '='))
+            add(environment, &count, request->parameters[i].value);
     for (int i = 0; i < 4 + !!terminal; i++) {
         join(scratch[i], sizeof scratch[i], names[i], values[i], NULL);
         if (!has(environment, scratch[i]))
@@ -125,9 +125,9 @@ static void become(void)
     if (child.terminal)
         CALL(ioctl, 0, TIOCSCTTY, 0);
     spit("/proc/self/oom_score_adj", "0"); // the agent has -999, so that its commands are killed first
-    for (int i = 1; i < request->count; i++)
-        if (!strncmp(request->words[i], "limit=", 6))
-            limit(request->words[i] + 6);
+    for (int i = 0; i < request->count; i++)
+        if (!strcmp(request->parameters[i].key, "limit"))
+            limit(request->parameters[i].value);
     const char *cwd = value(request, "cwd");
     if ((user.uid || user.gid || user.groups) &&
         (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
@@ -139,7 +139,7 @@ static void become(void)
     // Change directory as the user, so that one without permission is refused. Default: the home directory, if it
     // exists.
     if (cwd ? CALL(chdir, cwd) : CALL(chdir, user.home) && CALL(chdir, "/"))
-        fail(cwd ? cwd - strlen("cwd=") : "/"); // as in the request, so that it is not taken for the program
+        fail(cwd ? pair(request, "cwd") : "/"); // so that it is not taken for the program
     uint64_t none = 0;
     CALL(rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
     execute();
@@ -322,9 +322,9 @@ void run(const struct request *request)
     if (before)
         keep_free(free_memory() > 8 * RESERVE);
     CALL(chdir, "/");
-    for (int i = 1; i < request->count; i++)
-        if (!strncmp(request->words[i], "arg=", 4))
-            add(arguments, &count, request->words[i] + 4);
+    for (int i = 0; i < request->count; i++)
+        if (!strcmp(request->parameters[i].key, "arg"))
+            add(arguments, &count, request->parameters[i].value);
     if (!count || count == WORDS) {
         send_failed(count ? E2BIG : EINVAL, "command");
         skip_input(0);

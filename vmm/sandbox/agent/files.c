@@ -244,7 +244,7 @@ static int move(const char *name, const char *to, int base)
 static int do_verb(const struct request *request, const char *path, const struct identity *owner, int base,
                    const char **what)
 {
-    const char *verb = request->words[0], *to = value(request, "to");
+    const char *verb = request->verb, *to = value(request, "to");
     if (!strcmp(verb, "read"))
         return read_file(request, path);
     if (!strcmp(verb, "write"))
@@ -297,19 +297,19 @@ int serve_files(const struct request *request)
     struct identity user, owner = {.uid = (uid_t)-1, .gid = (gid_t)-1};
     int known = 0, bad = 0;
     for (size_t i = 0; i < sizeof verbs / sizeof *verbs; i++)
-        known |= !strcmp(request->words[0], verbs[i]);
+        known |= !strcmp(request->verb, verbs[i]);
     if (!known)
         return 0;
     const char *path = value(request, "path"), *who = value(request, "user"), *whose = value(request, "owner");
-    const char *what = path ? path : "path"; // what F_FAILED names: a path, or a word of the request
+    const char *what = path ? path : "path"; // what F_FAILED names
     if (!path || !*path) {
         bad = 1;
     } else if (who && find_user(who, &user)) {
         bad = 1;
-        what = who - strlen("user=");
+        what = pair(request, "user");
     } else if (whose && find_user(whose, &owner)) {
         bad = 1;
-        what = whose - strlen("owner=");
+        what = pair(request, "owner");
     }
     if (bad)
         errno = EINVAL;
@@ -322,7 +322,7 @@ int serve_files(const struct request *request)
     const char *name = bad ? NULL : enter(path, value(request, "parents") != NULL);
     bad = !name;
     int failed, error;
-    if (bad && (!strcmp(request->words[0], "write") || !strcmp(request->words[0], "put"))) {
+    if (bad && (!strcmp(request->verb, "write") || !strcmp(request->verb, "put"))) {
         error = errno;
         for (char type; read_frame(&type, bytes);)
             continue;

@@ -93,32 +93,29 @@ int read_request(struct request *request)
 {
     uint32_t length;
     read_all(&length, sizeof length);
-    request->count = 0;
     if (length > REQUEST_MAX)
         _exit(0);
     read_all(request_bytes, length);
     request_bytes[length] = 0;
-    for (char *at = request_bytes; at < request_bytes + length; at += strlen(at) + 1) {
-        if (request->count == WORDS_MAX) {
-            send_failed(E2BIG, "request");
-            return 0;
-        }
-        request->words[request->count++] = at;
-    }
-    if (!request->count) {
-        send_failed(EINVAL, "request");
-        return 0;
-    }
-    return 1;
+    int error = parse_request(request_bytes, length, request);
+    if (error)
+        send_failed(error, "request");
+    return !error;
 }
 
 const char *value(const struct request *request, const char *key)
 {
-    size_t length = strlen(key);
-    for (int i = 1; i < request->count; i++)
-        if (!strncmp(request->words[i], key, length) && request->words[i][length] == '=')
-            return request->words[i] + length + 1;
+    for (int i = 0; i < request->count; i++)
+        if (!strcmp(request->parameters[i].key, key))
+            return request->parameters[i].value;
     return NULL;
+}
+
+const char *pair(const struct request *request, const char *key)
+{
+    static char text[4096];
+    join(text, sizeof text, key, "=", value(request, key), NULL);
+    return text;
 }
 
 long number(const char *text, long otherwise)

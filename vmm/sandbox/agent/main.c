@@ -22,7 +22,7 @@ static void serve(void)
     for (;;) {
         if (!read_request(&request))
             continue;
-        const char *verb = request.words[0];
+        const char *verb = request.verb;
         if (!strcmp(verb, "run")) {
             run(&request);
         } else if (!strcmp(verb, "tcp")) {
