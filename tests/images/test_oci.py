@@ -76,6 +76,15 @@ def test_archive_of_skopeo_is_the_same_disk(kernel: Path, tmp_path: Path) -> Non
         images.pull(f"docker-archive:{archive}:b")
 
 
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("015", 15), ("34", 34), ("64", 64), ("rtmin+3", 37), ("SIGRTMAX-2", 62), ("RTMAX-30", 34), ("RTMAX", 64)],
+)  # fmt: skip
+def test_stop_signal_has_many_names(kernel: Path, tmp_path: Path, written: str, number: int) -> None:
+    image = images.pull(f"oci:{Made([BASE], {'StopSignal': written}).write(tmp_path / 'layout')}")
+    assert image.config is not None and image.config.stop_number == number
+
+
 def test_disk_without_an_image_goes(kernel: Path, tmp_path: Path) -> None:
     images.pull(f"oci:{Made([BASE]).write(tmp_path / 'a')}")
     (tmp_path / "a").rename(tmp_path / "b")
@@ -145,6 +154,8 @@ def _index(home: Path, **platforms: dict[str, str]) -> None:
         ("no machine", r"has no image for linux/amd64; it has linux/arm64, linux/s390x"),
         ("unknown layer", r"has a layer of type application/x-iso; supported: tar, tar\+gzip and tar\+zstd"),
         ("stop signal", r"has an invalid stop signal: SIGNOPE"),
+        ("signal of the C library", r"has an invalid stop signal: 32"),
+        ("signal below the first", r"has an invalid stop signal: SIGRTMAX-31"),
         ("user", r"the image's user nobody is not in its /etc/passwd"),
         ("group", r"the image's group staff is not in its /etc/group"),
         ("zero byte", r"has a NUL byte in a word"),
@@ -170,6 +181,10 @@ def test_bad_image_is_one_line_and_leaves_nothing(kernel: Path, tmp_path: Path, 
             made.kind = "application/x-iso"
         case "stop signal":
             program["StopSignal"] = "SIGNOPE"
+        case "signal of the C library":
+            program["StopSignal"] = "32"
+        case "signal below the first":
+            program["StopSignal"] = "SIGRTMAX-31"
         case "user":
             program["User"] = "nobody"
         case "group":

@@ -193,12 +193,18 @@ def _absolute(path: str) -> str:
 
 
 def _signal(what: str, name: str) -> str:
-    # "SIGTERM", "TERM", "15"; real-time signals as "SIGRTMIN+3"
+    # "SIGTERM", "TERM", "15"; real-time signals as "SIGRTMIN+3" and "SIGRTMAX-2"
     full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
-    if name.isascii() and name.isdigit() and 1 <= int(name[:4]) <= 64:
+    low, high = int(signal.SIGRTMIN), int(signal.SIGRTMAX)
+    number = 0
+    if re.fullmatch(r"[0-9]{1,4}", name):
         number = int(name)
-        low = int(signal.SIGRTMIN)
-        full = signal.Signals(number).name if number < low else f"SIGRTMIN+{number - low}"
+    elif below := re.fullmatch(r"SIGRTMAX-([0-9]{1,2})", full):
+        number = high - int(below[1])
+    if low <= number <= high:
+        full = f"SIGRTMIN+{number - low}"
+    elif name.isdigit():  # 32 and 33 are the C library's, and have no names
+        full = next((each.name for each in signal.Signals if each == number), "")
     full = full.removesuffix("+0")
     if full in signal.Signals.__members__ or re.fullmatch(r"SIGRTMIN\+([1-9]|[12][0-9]|30)", full):
         return full
