@@ -232,13 +232,18 @@ def _changed(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
-def test_index_in_an_index_leads_to_this_machine(kernel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [{}, {"variant": "v1"}])
+def test_index_in_an_index_leads_to_this_machine(kernel: Path, tmp_path: Path, variant: dict[str, str]) -> None:
     made = Made([BASE])
     home = made.write(tmp_path / "layout")
     manifest = made.document()
     foreign = descriptor("", b"elsewhere", platform={"os": "linux", "architecture": "arm64"})
-    ours = descriptor("", manifest, platform={"os": "linux", "architecture": "amd64"})
-    inner = json.dumps({"schemaVersion": 2, "manifests": [foreign, ours]}).encode()
+    newer = [
+        descriptor("", b"elsewhere", platform={"os": "linux", "architecture": "amd64", "variant": variant})
+        for variant in ("v3", "v2")
+    ]
+    ours = descriptor("", manifest, platform={"os": "linux", "architecture": "amd64"} | variant)
+    inner = json.dumps({"schemaVersion": 2, "manifests": [foreign, *newer, ours]}).encode()
     (home / "blobs" / digest(inner).replace(":", "/")).write_bytes(inner)
     kind = "application/vnd.oci.image.index.v1+json"
     (home / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [descriptor(kind, inner)]}))

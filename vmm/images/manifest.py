@@ -39,6 +39,7 @@ class Platform(msgspec.Struct):
 
     architecture: str = ""
     os: str = ""
+    variant: str = ""
 
 
 class Descriptor(msgspec.Struct, rename="camel"):
@@ -124,9 +125,11 @@ def check(what: str, data: bytes, digest: str) -> None:
 def pick(what: str, index: Index) -> Descriptor:
     """Return the image for this machine, linux/amd64, of those in an index.
 
+    Of several it is the one that needs the least of a CPU: amd64 before amd64/v2 and amd64/v3.
+
     :raises PullError: the index has no image for this machine; the message names those that it has
     """
-    offered = []
+    ours, offered = [], []
     for each in index.manifests:
         if each.platform is None:
             # an index of one image, as a layout's, need not say what its platform is: its config does
@@ -134,9 +137,11 @@ def pick(what: str, index: Index) -> Descriptor:
                 return each
             continue
         if (each.platform.os, each.platform.architecture) == ("linux", "amd64"):
-            return each
-        if each.platform.os != "unknown":  # "unknown" are attestations
+            ours.append((each.platform.variant.removeprefix("v1"), each))
+        elif each.platform.os != "unknown":  # "unknown" are attestations
             offered.append(f"{each.platform.os}/{each.platform.architecture}")
+    if ours:
+        return min(ours, key=lambda pair: pair[0])[1]
     names = line(", ".join(dict.fromkeys(offered)) or "none")
     raise PullError(f"{what} has no image for linux/amd64; it has {names}")
 
