@@ -250,6 +250,35 @@ def test_index_in_an_index_leads_to_this_machine(kernel: Path, tmp_path: Path, v
     assert listed(images.pull(f"oci:{home}").rootfs)
 
 
+def test_layout_has_images_of_one_name_and_of_none(kernel: Path, tmp_path: Path) -> None:
+    def described(made: Made, tag: str, machine: str = "") -> dict[str, Any]:
+        more: dict[str, Any] = {"annotations": {"org.opencontainers.image.ref.name": tag}} if tag else {}
+        if machine:
+            more["platform"] = {"os": "linux", "architecture": machine}
+        document = made.document()
+        (home / "blobs" / digest(document).replace(":", "/")).write_bytes(document)
+        return descriptor("", document, **more)
+
+    def write(*manifests: dict[str, Any]) -> None:
+        (home / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
+
+    ours, other = Made([BASE, layer(entry("ours"))]), Made([BASE, layer(entry("other"))])
+    home = ours.write(tmp_path / "layout")
+    other.write(tmp_path / "other")
+    for tag in ("", "a"):
+        write(described(ours, tag, "amd64"), described(other, tag, "arm64"))
+        for name in {f"oci:{home}", f"oci:{home}:{tag}".rstrip(":")}:
+            assert "ours" in listed(images.pull(name, refresh=True).rootfs)
+    write(described(other, ""), described(ours, ""))
+    with pytest.raises(PullError, match=r"has several images: name one, as oci:.*:TAG; it has none by name"):
+        images.pull(f"oci:{home}", refresh=True)
+    write(described(other, "a"), described(ours, "a"))  # the later one was added later
+    assert "ours" in listed(images.pull(f"oci:{home}:a", refresh=True).rootfs)
+    write(described(other, ""), described(ours, "a"))
+    with pytest.raises(PullError, match=r"has several images: name one, as oci:.*:TAG; it has a$"):
+        images.pull(f"oci:{home}", refresh=True)
+
+
 @pytest.mark.parametrize(
     ("text", "whole"),
     [

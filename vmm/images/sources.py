@@ -78,13 +78,14 @@ def layout(name: Name) -> Content:
     """
     home = Path(name.place)
     index = manifest.decode(f"{home}/index.json", _small(home / "index.json"), manifest.Index)
-    named = {(each.annotations or {}).get(_REF_NAME, ""): each for each in index.manifests}
-    if name.tag and name.tag not in named:
-        raise PullError(
-            f"{home} has no image {name.tag}; it has {line(', '.join(filter(None, named)) or 'none by name')}"
-        )
-    if not name.tag and len(named) > 1:
-        tags = line(", ".join(filter(None, named)))
+    named = [((each.annotations or {}).get(_REF_NAME, ""), each) for each in index.manifests]
+    tags = line(", ".join(dict.fromkeys(tag for tag, _ in named if tag)) or "none by name")
+    found = [each for tag, each in named if name.tag in ("", tag)]
+    if name.tag and not found:
+        raise PullError(f"{home} has no image {name.tag}; it has {tags}")
+    # several with one name, or none, are an image for several machines if they say for which
+    bare = all(each.platform is None for each in found)
+    if not name.tag and len({(tag, each.digest if bare else "") for tag, each in named}) > 1:
         raise PullError(f"{home} has several images: name one, as oci:{home}:TAG; it has {tags}")
 
     def path(digest: str) -> Path:
@@ -95,10 +96,11 @@ def layout(name: Name) -> Content:
         manifest.check(f"{home}: a manifest", data, digest)
         return data, ""
 
-    chosen = named[name.tag] if name.tag else manifest.pick(str(home), index)
-    found = _manifest(str(name), *document(chosen.digest), document)
-    config = _small(path(found.config.digest))
-    manifest.check(f"{home}: the config", config, found.config.digest)
+    # otherwise the last one was added last
+    chosen = manifest.pick(str(home), manifest.Index(found[-1:] if bare else found))
+    image = _manifest(str(name), *document(chosen.digest), document)
+    config = _small(path(image.config.digest))
+    manifest.check(f"{home}: the config", config, image.config.digest)
 
     def layer(blob: manifest.Descriptor) -> BinaryIO:
         file = _opened(path(blob.digest))
@@ -109,7 +111,7 @@ def layout(name: Name) -> Content:
         file.seek(0)
         return file
 
-    return Content(config, [lambda blob=blob: layer(blob) for blob in found.layers], [])  # type: ignore[misc]
+    return Content(config, [lambda blob=blob: layer(blob) for blob in image.layers], [])  # type: ignore[misc]
 
 
 class _Saved(msgspec.Struct, rename="pascal"):
