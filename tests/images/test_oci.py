@@ -71,9 +71,26 @@ def test_archive_of_skopeo_is_the_same_disk(kernel: Path, tmp_path: Path) -> Non
     one, other = images.pull(f"oci:{home}"), images.pull(f"docker-archive:{archive}")
     assert os.path.samefile(one.rootfs, other.rootfs)
     assert one.config == other.config
-    assert images.pull(f"docker-archive:{archive}:docker.io/test/a:1").config == one.config
+    for same in ("docker.io/test/a:1", "test/a:1", "index.docker.io/test/a:1"):
+        assert images.pull(f"docker-archive:{archive}:{same}").config == one.config
     with pytest.raises(PullError, match=r"name one image, as docker-archive:.*; it has docker.io/test/a:1"):
         images.pull(f"docker-archive:{archive}:b")
+
+
+def test_format_that_is_not_read_is_named_with_one_that_is(kernel: Path, tmp_path: Path) -> None:
+    home = Made([BASE]).write(tmp_path / "layout")
+    for kind in ("oci-archive", "dir"):
+        skopeo = ["skopeo", "copy", "--insecure-policy", f"oci:{home}:latest", f"{kind}:{tmp_path}/{kind}"]
+        subprocess.run(skopeo, check=True, capture_output=True)
+    for name, problem in {
+        f"docker-archive:{tmp_path}/oci-archive": r"is an archive in OCI's layout: unpack it, and name .* as oci:DIR",
+        f"dir:{tmp_path}/dir": r"is an image in skopeo's format: `skopeo copy dir:... oci:DIR` makes one",
+        f"dir:{home}": rf"is an image in OCI's layout: name it oci:{home}",
+    }.items():
+        with pytest.raises(PullError, match=problem):
+            images.pull(name)
+    (tmp_path / "dir/version").write_text("1.0")
+    assert "version" in listed(images.pull(f"dir:{tmp_path}/dir").rootfs)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ LIMIT = 8 << 30  # bytes of an image, unpacked, if its user says no other
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "squashfs", "overlay")
 # The overlay is the initramfs's: docs/images.md.
 CMDLINE = "root=/dev/vda ro rootfstype=squashfs overlay=tmpfs quiet"
+_VERSION = b"Directory Transport Version: "  # in each dir: of skopeo. Source: containers/image, directory_dest.go
 
 
 def pull(name: Name, *, refresh: bool, limit: int | None, progress: Progress) -> Image:
@@ -80,6 +81,13 @@ def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress)
 def _of_directory(name: Name, limit: int, work: Path, progress: Progress) -> ImageConfig:
     if not os.path.isdir(name.place):
         raise PullError(f"{name.place} is not a directory")
+    if os.path.exists(f"{name.place}/oci-layout"):
+        raise PullError(f"{name.place} is an image in OCI's layout: name it oci:{name.place}")
+    if os.path.isfile(f"{name.place}/version"):
+        with open(f"{name.place}/version", "rb") as file:
+            if file.read(len(_VERSION)) == _VERSION:
+                how = "`skopeo copy dir:... oci:DIR` makes one that pyvmm reads"
+                raise PullError(f"{name.place} is an image in skopeo's format: {how}")
     progress("making the file system", None)
     options = [*squashfs.COMPRESSION, "-one-file-system", "-no-progress", "-exit-on-error"]
     mounts = list(_mounts_below(name.place))

@@ -46,6 +46,17 @@ class Name(NamedTuple):
         return "oci-" + hashlib.sha256(str(self).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
+def whole(text: str) -> str:
+    """Return the name of an image in a registry with all its parts, as docker does; one that is invalid as it is.
+
+    "a/b" and "docker.io/a/b:latest" are one image.
+    """
+    try:
+        return str(parse(f"oci:{text}"))
+    except ConfigError:
+        return text
+
+
 def parse(text: str) -> Name | None:
     """Return what `text` names, or None if it has none of the prefixes.
 

@@ -21,7 +21,7 @@ import msgspec
 import zstandard
 
 from vmm.errors import line
-from vmm.images import manifest
+from vmm.images import manifest, reference
 from vmm.images.host import Progress, PullError
 from vmm.images.layers import Header
 from vmm.images.reference import Name
@@ -149,10 +149,13 @@ def archive(name: Name) -> Content:
             raise PullError(f"{name.place}: {line(path)} is larger than {manifest.LIMIT} bytes")
         return data
 
+    if "manifest.json" not in members and "oci-layout" in members:
+        raise PullError(f"{name.place} is an archive in OCI's layout: unpack it, and name the directory, as oci:DIR")
     images = manifest.decode(f"{name.place}: manifest.json", small("manifest.json"), list[_Saved])
     tags = [tag for image in images for tag in image.repo_tags or ()]
     if name.tag:
-        images = [image for image in images if name.tag in (image.repo_tags or ())]
+        wanted = reference.whole(name.tag)
+        images = [image for image in images if wanted in map(reference.whole, image.repo_tags or ())]
     if len(images) != 1:
         there = line(", ".join(tags) or "none by name")
         raise PullError(f"name one image, as docker-archive:{name.place}:REF; it has {there}")
