@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import threading
@@ -85,12 +86,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+def _log_out(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    for name in ("REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "DOCKER_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(registry, "RUN", str(home / "run"))
+
+
 @pytest.fixture
 def server(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:  # noqa: F811
     """A registry on this host; nobody is logged in anywhere."""
-    for name in ("REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "DOCKER_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(kernel.parent))
+    _log_out(monkeypatch, kernel.parent)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for what is on this host
     there = Server(Made([BASE, layer(entry("bin/x", bytes(range(256)) * 4096))], PROGRAM, ""))
     yield there
@@ -318,7 +324,27 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield place
 
 
+@pytest.mark.parametrize("scope", ["", "/test", "/test/image"])
+@pytest.mark.parametrize("where", ["run", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "HOME"])
+def test_login_of_skopeo_is_found(
+    real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, scope: str  # noqa: F811
+) -> None:  # fmt: skip
+    _log_out(monkeypatch, tmp_path / "home")
+    places = {"run": f"home/run/{os.getuid()}", "HOME": "home/.config/containers"}
+    if where not in places:
+        monkeypatch.setenv(where, str(tmp_path / where))
+    file = tmp_path / places.get(where, f"{where}/containers") / "auth.json"
+    file.parent.mkdir(parents=True)
+    skopeo = ["skopeo", "login", "--tls-verify=false", "--authfile", str(file), "-u", "alice", "-p", "secret"]
+    subprocess.run([*skopeo, real + scope], check=True, capture_output=True)
+    assert registry.credentials(real, "test/image") == "alice:secret"
+    assert registry.credentials(real, "other/image") == ("" if scope else "alice:secret")
+    if where == "run":
+        assert "bin/x" in listed(images.pull(f"oci:{real}/test/image:oci").rootfs)
+
+
 def test_real_registry(real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+    _log_out(monkeypatch, tmp_path)
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
     with pytest.raises(PullError, match="needs a login: docker login"):
         images.pull(f"oci:{real}/test/image:oci")

@@ -30,6 +30,7 @@ from vmm.images.reference import Name
 
 STALL = 30.0  # seconds without a byte after which a registry has failed
 SLOWEST = 1024  # bytes a second; one that is slower for longer than STALL has failed, too
+RUN = "/run/containers"  # where podman, buildah and skopeo keep logins of users without XDG_RUNTIME_DIR
 HUB = "registry-1.docker.io"  # where docker.io has its images
 _ACCEPT = ", ".join((*documents.INDEXES, *documents.MANIFESTS))
 _CHUNK = 1 << 20
@@ -176,7 +177,7 @@ class Registry:
         return answer
 
     def _authorize(self, challenges: list[str]) -> str:
-        known = credentials(self._name.place)
+        known = credentials(self._name.place, self._name.repository)
         basic = f"Basic {base64.b64encode(known.encode()).decode()}" if known else ""
         for challenge in challenges:
             scheme, _, rest = challenge.partition(" ")
@@ -242,23 +243,31 @@ def _read(answer: http.client.HTTPResponse, limit: int, what: str) -> bytes:
     return data
 
 
-def credentials(place: str) -> str:
-    """Return ``USER:PASSWORD`` for a registry, as docker, podman or skopeo keep it; empty if they do not.
+def credentials(place: str, repository: str = "") -> str:
+    """Return ``USER:PASSWORD`` for a registry, as docker, podman, buildah or skopeo keep it; empty if they do not.
+
+    One for ``PLACE/a/b`` or ``PLACE/a`` comes before one for ``PLACE``.
 
     Source: containers-auth.json(5); docker's config.json, credHelpers and credsStore.
     """
-    home, runtime = os.path.expanduser("~"), os.environ.get("XDG_RUNTIME_DIR", "/nonexistent")
+    home, runtime = os.path.expanduser("~"), os.environ.get("XDG_RUNTIME_DIR")
     files = [
-        os.environ.get("REGISTRY_AUTH_FILE"), f"{runtime}/containers/auth.json", f"{home}/.config/containers/auth.json",
+        os.environ.get("REGISTRY_AUTH_FILE"),
+        f"{runtime}/containers/auth.json" if runtime else f"{RUN}/{os.getuid()}/auth.json",
+        os.path.join(os.environ.get("XDG_CONFIG_HOME") or f"{home}/.config", "containers/auth.json"),
         os.path.join(os.environ.get("DOCKER_CONFIG") or f"{home}/.docker", "config.json"),
-    ]  # fmt: skip
-    keys = ("https://index.docker.io/v1/", "docker.io") if place == "docker.io" else (place, f"https://{place}")
+    ]
+    hosts = ("https://index.docker.io/v1/", "docker.io") if place == "docker.io" else (place, f"https://{place}")
+    parts = repository.split("/") if repository else []
+    keys = (*("/".join((place, *parts[:count])) for count in range(len(parts), 0, -1)), *hosts)
     for path in filter(None, files):
         try:
             found = json.loads(Path(path).read_bytes())
             for key in keys:
                 if text := found.get("auths", {}).get(key, {}).get("auth"):
                     return base64.b64decode(text).decode().rstrip("\0")
+                if key not in hosts:
+                    continue  # helpers know whole registries
                 if helper := found.get("credHelpers", {}).get(key) or found.get("credsStore"):
                     if known := _ask(helper, key):
                         return known
