@@ -56,7 +56,7 @@ def container(native: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_program_runs_as_the_image_says(container: Container) -> None:
     status, said = container.run()
     assert status == 9, said
-    assert "uid=33(web) gid=34(www) groups=4(log)" in said
+    assert "uid=33(web) gid=34(www) groups=4(log),34(www)" in said
     lines = said.splitlines()
     assert {"/srv", "a  b", "new", "cat: can't open '/gone': No such file or directory"} <= set(lines)
 

@@ -41,13 +41,13 @@ def test_commands_run_as_the_image_says_and_as_they_are_told(image: str, tmp_pat
         assert sandbox.program == [*PROGRAM["Entrypoint"], *PROGRAM["Cmd"]]
         said = sandbox.run("id; pwd; echo $A, $B, $PATH, $HOME; ls -d /data").stdout
         assert said == (
-            "uid=33(web) gid=34(www) groups=4(log)\n/srv/app\nof the image, of the call, /bin, /var\n/data\n"
+            "uid=33(web) gid=34(www) groups=4(log),34(www)\n/srv/app\nof the image, of the call, /bin, /var\n/data\n"
         )
         told = sandbox.run("id; pwd; echo $A", user="root", cwd="/", env={"A": "here"}).stdout
         assert told == "uid=0(root) gid=0\n/\nhere\n"
-        assert sandbox.run("id", user="web:log").stdout == "uid=33(web) gid=4(log)\n"
+        assert sandbox.run("id", user="web:log").stdout == "uid=33(web) gid=4(log) groups=4(log)\n"
         with sandbox.exec(sandbox.program) as process:
-            assert process.stdout.readline(10) == b"uid=33(web) gid=34(www) groups=4(log)\n"
+            assert process.stdout.readline(10) == b"uid=33(web) gid=34(www) groups=4(log),34(www)\n"
             assert process.stop().exit_code == 5
         with sandbox.exec("trap '' QUIT; echo deaf; while :; do sleep 0.01; done") as process:
             assert process.stdout.readline(10) == b"deaf\n"
@@ -64,7 +64,7 @@ def test_the_command_runs_the_images_program_and_passes_its_stop_signal_on(image
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]
-        assert lines == [b"uid=33(web) gid=34(www) groups=4(log)\n", b"/srv/app\n", b"of the image /var\n"]
         process.terminate()
-        assert process.stdout.read() == b"stopped\n"
-    assert process.returncode == 5
+        rest = process.stdout.read()
+    assert lines == [b"uid=33(web) gid=34(www) groups=4(log),34(www)\n", b"/srv/app\n", b"of the image /var\n"]
+    assert (rest, process.returncode) == (b"stopped\n", 5)

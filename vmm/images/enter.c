@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Starts the program of a container image, from the initramfs: with /mnt as the root directory, as the image's user.
 //
-// /run/enter has the parameters, each ended by a NUL: uid, gid, further groups as "1,2", working directory, number of
+// /run/enter has the parameters, each ended by a NUL: uid, gid, all groups as "1,2", working directory, number of
 // variables, the variables, the program and its arguments. Exit status 127: not found; 126: cannot be executed.
 #include "../sandbox/agent/libc.h"
 

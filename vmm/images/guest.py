@@ -274,7 +274,7 @@ def container_files(config: ImageConfig) -> dict[str, str | bytes]:
         raise PullError(f"{path} is missing: install pyvmm again, or run `make install`")
     env = {"HOME": config.home, "TERM": "linux"} | config.env
     env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    groups = ",".join(str(group) for group in config.groups)
+    groups = ",".join(map(str, (config.gid, *config.groups)))
     head = [str(config.uid), str(config.gid), groups, config.working_dir, str(len(env))]
     words = [*head, *(f"{name}={value}" for name, value in env.items()), *config.entrypoint]
     return busybox_files("container") | {

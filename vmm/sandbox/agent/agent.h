@@ -50,7 +50,7 @@ struct identity {
     uid_t uid;
     gid_t gid;
     int groups;
-    gid_t group[64];
+    gid_t group[64]; // gid is the first
     char name[64], home[256], shell[256];
 };
 

@@ -129,7 +129,7 @@ static void become(void)
         if (!strcmp(request->parameters[i].key, "limit"))
             limit(request->parameters[i].value);
     const char *cwd = value(request, "cwd");
-    if ((user.uid || user.gid || user.groups) &&
+    if ((user.uid || user.gid || user.groups > 1) &&
         (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
             CALL(setresuid, user.uid, user.uid, user.uid)))
         fail("user");

@@ -78,13 +78,17 @@ static int read_user(const char *who, struct identity *found)
             continue;
         if (group && gid < 0 && !strcmp(fields[0], group))
             gid = number_of;
-        if (!group && in_list(fields[3], found->name) && found->groups < 64) // as Docker does
-            found->group[found->groups++] = (gid_t)number_of;
+        int more = !group && number_of != found->gid; // as Docker does
+        if (more && in_list(fields[3], found->name) && found->groups < 63)
+            found->group[++found->groups] = (gid_t)number_of;
     }
     if (group && (gid < 0 || gid > UINT32_MAX - 1))
         return -1;
     if (group)
         found->gid = (gid_t)gid;
+    // Its own group is among them: otherwise a setgid program gets what files deny to that group.
+    found->group[0] = found->gid;
+    found->groups++;
     return 0;
 }
 
