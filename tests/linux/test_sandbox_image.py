@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.images.buildah import Buildah
 from tests.linux import container_image
-from vmm import Sandbox
+from vmm import Sandbox, images
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
 PROGRAM = {
@@ -57,6 +58,23 @@ def test_commands_run_as_the_image_says_and_as_they_are_told(image: str, tmp_pat
     with copy, Sandbox.restore(str(tmp_path / "kept")) as restored:
         for each in (copy, restored):
             assert each.run("pwd; echo $A").stdout == "/srv/app\nof the image\n"
+
+
+def test_commands_run_as_buildah_runs_them(image: str, tmp_path: Path) -> None:
+    buildah = Buildah(tmp_path)
+    container = buildah("from", image)
+    more = ["--user=web:log", "--workingdir=/srv", "--env=C=two  words", "--env=EMPTY=", "--volume=/more"]
+    buildah("config", *more, container)
+    name = f"oci:{tmp_path}/layout"
+    buildah("commit", container, f"{name}:1")
+    images.pull(name)
+    names = "^HOSTNAME= -e ^USER= -e ^LOGNAME="  # either has its own
+    look = f"pwd; id; env | grep -v -e {names} | sort; umask; stat -c '%n %A %u:%g' /* /dev/null"
+    with Sandbox(name, memory="128M") as sandbox:
+        ours = set(sandbox.run(look).stdout.splitlines())
+    theirs = set(buildah("run", container, "--", "sh", "-c", look).splitlines())
+    assert "uid=33(web) gid=4(log) groups=4(log)" in theirs
+    assert theirs <= ours
 
 
 def test_the_command_runs_the_images_program_and_passes_its_stop_signal_on(image: str) -> None:
