@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import fcntl
 import itertools
 import os
 import random
@@ -270,6 +271,31 @@ def test_killed_at_any_system_call_of_a_save_the_old_image_is_whole_or_the_new(
     assert seen == sorted(seen, reverse=True), "first the old one, then the new"
     assert seen.count("old") > 20 and seen.count("new") > 3, "it was killed at every system call"
     _goes_on(Image.load(str(place)), images[_vcpus(place)][1])
+
+
+def test_the_next_save_removes_what_a_killed_one_has_left(tmp_path: Path, guest: MakeGuest) -> None:
+    image, _ = _frozen(guest)
+    room = tmp_path / "room"
+    room.mkdir()
+    place = room / "place"
+    image.save(str(place))
+    for step in (30, 45, 60):
+        assert killed_at(step, lambda: image.save(str(place)))
+    assert len([*room.glob("place.*.new")]) == 1, "each has removed what the one before it has left"
+    foreign = [room / name for name in ("place.00000000.new.txt", "place.0000000.new", "other.00000000.new")]
+    for each in foreign:
+        each.mkdir()
+    full, lively = room / "place.11111111.new", room / "place.22222222.new"
+    full.mkdir()
+    (full / "mine").touch()
+    lively.mkdir()
+    fd = os.open(lively, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    image.save(str(place))
+    os.close(fd)
+    assert {*room.iterdir()} == {place, *foreign, full, lively}
+    image.save(str(place))
+    assert {*room.iterdir()} == {place, *foreign, full}
 
 
 def _vcpus(place: Path) -> bytes:

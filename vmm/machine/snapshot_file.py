@@ -14,7 +14,9 @@ bytes.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import stat
 import struct
 import zlib
@@ -64,9 +66,9 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
         raise ConfigError("snapshot", repr(directory), "must have no NUL in it")
     if os.path.lexists(directory) and not _is_ours(directory):
         raise ConfigError("snapshot", directory, "exists and is not a snapshot of pyvmm: it is left alone")
-    made = f"{directory}.{os.getpid()}.{os.urandom(4).hex()}.new"
     try:
-        os.mkdir(made, 0o700)
+        _remove_left_behind(directory)
+        made, lock = _make_beside(directory)
         try:
             mark = os.urandom(16)
             _write(os.path.join(made, MEMORY), lambda fd: _write_marked_memory(image, fd, mark))
@@ -77,6 +79,7 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
             _put(made, directory)
         finally:
             _remove(made)
+            os.close(lock)
         _sync(os.path.dirname(directory))
     except OSError as error:
         raise HostError(error.errno or 0, "write the snapshot", directory) from None
@@ -351,6 +354,36 @@ def _is_ours(directory: str) -> bool:
         return set(os.listdir(directory)) <= {*_FILES}
     except OSError:
         return False
+
+
+def _make_beside(directory: str) -> tuple[str, int]:
+    # A new directory, and the descriptor that holds its lock, which says that its process lives.
+    made = f"{directory}.{os.urandom(4).hex()}.new"
+    os.mkdir(made, 0o700)
+    lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if os.path.exists(made):
+        return made, lock
+    os.close(lock)  # another process has taken it for one that was left behind, in the moment before the lock
+    return _make_beside(directory)
+
+
+def _remove_left_behind(directory: str) -> None:
+    # What saves into `directory` left beside it that were killed: half a new image, or all of an old one.
+    above, name = os.path.split(directory)
+    for each in os.listdir(above):
+        if not re.fullmatch(re.escape(name) + r"\.[0-9a-f]{8}\.new", each):
+            continue
+        lock = -1
+        try:
+            lock = os.open(os.path.join(above, each), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(os.path.join(above, each))
+        except OSError:
+            pass  # its process lives, or it is not ours
+        finally:
+            if lock >= 0:
+                os.close(lock)
 
 
 def _remove(directory: str) -> None:
