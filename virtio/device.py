@@ -147,7 +147,9 @@ class VirtioDevice:
             worker.wake()
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
-        """Make the threads that serve the queues. The transport calls this once, and owns them.
+        """Make the threads that serve the queues. Each transport calls this once, and owns them.
+
+        Those of a transport before have ended: the device forgets them.
 
         :param notify_fds: an eventfd for each queue, which is signalled when the driver notifies
         :param on_failure: a thread that ends before it was stopped must call this

@@ -32,9 +32,11 @@ def test_a_conversation_goes_on_with_another_device(name: str) -> None:
     gc.collect()
     before = descriptors()
     with Victim(name, cuts=0.3) as victim:
+        workers = len(victim.transport._workers)
         for seed in range(PROGRAMS // 2):
             victim.run(seed)
         assert victim.cut_count > PROGRAMS // 10
+        assert len(victim.transport._workers) == workers, "none of an earlier transport"
     del victim
     gc.collect()
     assert descriptors() == before

@@ -147,6 +147,7 @@ class ShareDevice(VirtioDevice):
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
         """A thread a request queue, the first with the queue of forgets too, and helpers for what waits for a disk."""
+        self._workers = []
         backlog = Backlog(QUEUE_SIZE)
         groups = [(0, 1), *((index,) for index in range(2, len(notify_fds)))]
         for number, group in enumerate(groups):

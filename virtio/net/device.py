@@ -155,15 +155,15 @@ class Net(VirtioDevice):
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
         """A thread a pair, and one for the control queue."""
-        for pair, fd in enumerate(self.backend.fds):
-            self._workers.append(
-                NetWorker(
-                    self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
-                    f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
-                    rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, mmds=self.mmds,
-                    policy=self.policy, resolver=self.resolver, pcap=self._pcap,
-                )
-            )  # fmt: skip
+        self._workers = [
+            NetWorker(
+                self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
+                f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
+                rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, mmds=self.mmds,
+                policy=self.policy, resolver=self.resolver, pcap=self._pcap,
+            )
+            for pair, fd in enumerate(self.backend.fds)
+        ]  # fmt: skip
         if self.resolver is not None:
             self.resolver.on_frame = self._workers[0].wake
         control = sorted({2, 2 * self.pairs})
