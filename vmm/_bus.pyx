@@ -7,7 +7,7 @@ build a new table. The old one is freed by `reclaim`, which is called while no v
 """
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmm._sys cimport counter_add, counter_read
 from vmm.errors import ConfigError
@@ -35,6 +35,14 @@ cdef Range *bus_find(Table *table, uint64_t address, uint32_t size) noexcept nog
     return NULL
 
 
+cdef void _free_tables(Table *table) noexcept:
+    cdef Table *before
+    while table != NULL:
+        before = table.before
+        PyMem_RawFree(table)
+        table = before
+
+
 cdef str _where(uint64_t start, uint64_t size):
     return f"{start:#x}-{start + size - 1:#x}" if size else f"{start:#x}"
 
@@ -53,14 +61,13 @@ cdef class Bus:
         self.name = name
         self.limit = limit
         self._claims = []
-        self._retired = []
+        self._left = []
         self.table = NULL
         self._publish()
 
     def __dealloc__(self):
-        for retired in self._retired or ():
-            PyMem_RawFree(<void *><uintptr_t>retired[0])
-        PyMem_RawFree(self.table)
+        # The tables are not in a list: the garbage collector would have cleared it already.
+        _free_tables(self.table)
 
     def add(self, uint64_t start, uint64_t size, device, str name):
         """Give [start, start+size) to `device`.
@@ -92,18 +99,25 @@ cdef class Bus:
 
     def remove(self, device):
         """Remove every range of `device`. A vCPU that is inside the device still finishes its access."""
+        self._left.append(device)
         self._claims = [claim for claim in self._claims if claim[2] is not device]
-        self._publish(device)
+        self._publish()
 
     def reclaim(self):
         """Free the replaced tables. No vCPU may be inside an access: either none has started, or all are paused."""
-        while self._retired:
-            PyMem_RawFree(<void *><uintptr_t>self._retired.pop()[0])
+        _free_tables(self.table.before)
+        self.table.before = NULL
+        self._left = []
 
     @property
     def retired(self):
         """Number of replaced tables that ``reclaim`` would free."""
-        return len(self._retired)
+        cdef Table *table = self.table.before
+        cdef size_t count = 0
+        while table != NULL:
+            count += 1
+            table = table.before
+        return count
 
     @property
     def claims(self):
@@ -124,12 +138,12 @@ cdef class Bus:
                 total += counter_read(&self.table.ranges[i].hits)
         return total
 
-    cdef object _publish(self, object leaving=None):
+    cdef object _publish(self):
         cdef size_t count = len(self._claims), i
         cdef Table *table = <Table *>PyMem_RawMalloc(sizeof(Table) + count * sizeof(Range))
-        cdef Table *old = self.table
         if table == NULL:
             raise MemoryError()
+        table.before = self.table
         table.count = count
         table.ranges = <Range *>(table + 1)
         for i in range(count):
@@ -144,8 +158,6 @@ cdef class Bus:
                 table.ranges[i].access = (<NativeDevice>device).access
                 table.ranges[i].ctx = (<NativeDevice>device).ctx
         bus_store(<void **>&self.table, table)      # a reader has the old table or the new one, never half
-        if old != NULL:
-            self._retired.append((<uintptr_t>old, leaving))
 
     def access(self, uint64_t address, data, bint is_write):
         """Do one access as a vCPU would; for tests and tools.

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -60,6 +62,39 @@ def test_removed_device_is_asked_no_more() -> None:
     bus.remove(device)
     assert not bus.access(0x10, bytearray(1), True)
     assert device.log == [] and bus.claims == ()
+
+
+def test_tables_of_a_bus_in_a_cycle_are_freed_with_it() -> None:
+    def make() -> None:
+        bus, device = Bus("pio", 1 << 16), Device()
+        device.bus = bus  # type: ignore[attr-defined]
+        for port in range(200):  # each makes a table, of 10 KiB in the end
+            bus.add(port, 1, device, "d")
+        bus.remove(device)
+
+    gc.collect()
+    tracemalloc.start(1)
+    try:
+        make()
+        full = tracemalloc.get_traced_memory()[0]
+        gc.collect()
+        left = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert full > 900_000, "the tables are not seen here"
+    assert left < 100_000
+
+
+def test_reclaim_frees_the_tables_that_were_replaced() -> None:
+    bus, device = Bus("pio", 1 << 16), Device()
+    bus.add(0x10, 1, device, "d")
+    bus.add(0x20, 1, device, "d")
+    bus.remove(device)
+    assert bus.retired == 3
+    bus.reclaim()
+    assert bus.retired == 0
+    bus.add(0x10, 1, device, "d")
+    assert bus.retired == 1 and bus.access(0x10, bytearray(1), True)
 
 
 @given(
