@@ -223,6 +223,27 @@ def test_a_flood_takes_no_more_memory_than_was_allowed(agent: Callable[[Answer],
     assert peak < 8 << 20
 
 
+def test_a_command_that_has_ended_keeps_no_buffer(agent: Callable[[Answer], Session]) -> None:
+    over = threading.Event()
+
+    def answer(stream: socket.socket) -> None:
+        stream.sendall(frame(b"p", struct.pack("<I", 7)) + frame(b"o", b"hello") + frame(b"x", bytes(3)))
+        over.wait(60)  # the connection is kept for the next command
+
+    session = agent(answer)
+    ended = []
+    tracemalloc.start(1)
+    try:
+        ended.append(session.exec(["x"]))
+        assert tracemalloc.get_traced_memory()[0] > 1 << 19, "the buffer is not seen here"
+        assert ended[0].communicate().stdout == "hello"
+        assert tracemalloc.get_traced_memory()[0] < 1 << 18
+    finally:
+        tracemalloc.stop()
+        over.set()
+        session.close()
+
+
 def test_a_file_is_no_longer_than_was_asked(agent: Callable[[Answer], Session]) -> None:
     def flood(stream: socket.socket) -> None:
         while True:

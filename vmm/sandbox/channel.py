@@ -298,6 +298,11 @@ class Channel(Closing):
         with self._closing:
             self._socket.close()
 
+    def free_room(self) -> None:
+        """Free the memory for what comes; nothing is read from here on. For the thread that reads."""
+        self._room = memoryview(b"")
+        self._at = self._end = 0
+
     def request(self, deadline: Deadline, doing: str, verb: str, **parameters: Parameter) -> None:
         """Send a request. A parameter that is None is left out.
 

@@ -268,6 +268,7 @@ class Process(Closing):
             self._link.keep(self.channel)
         else:
             self.channel.close()
+        self.channel.free_room()  # this object and its streams refer to each other, so it stays until a collection
 
     def poll(self) -> int | None:
         """Its exit status if it has ended, else None. Receives output that has arrived."""
