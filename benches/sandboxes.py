@@ -4,7 +4,7 @@
 ``churn N`` makes a sandbox, runs a command, forks it, runs a command in the copy and closes both, until N sandboxes
 were made. ``crowd N`` has N sandboxes of 64 MiB at once and runs a command in each. At the end this process must have
 no more descriptors, threads, child processes and files than after the first sandbox; otherwise the exit status is 1.
-Memory is only reported.
+Memory is only reported. It grows: closed sandboxes wait for the garbage collector, and arenas keep the room they had.
 """
 
 from __future__ import annotations
