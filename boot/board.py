@@ -47,7 +47,8 @@ PARTS = (
 )
 BY_NAME = {part.name: part for part in PARTS}
 
-# Interrupt lines for virtio-mmio, by a device's slot: the IOAPIC's 24 less those of the timer, the cascade and the
-# parts; the event device's, which is seldom raised, last.
+GSIS = 24  # the IOAPIC's pins, each of which the MP table names
+# Interrupt lines for virtio-mmio, by a device's slot: all less those of the timer, the cascade and the parts; the event
+# device's, which is seldom raised, last.
 OWN_GSIS = (3, 8)  # for bus devices of the embedding program: no part of the board has them
-VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, 24), 13)
+VIRTIO_GSIS = (5, 6, 7, 9, 10, 11, 12, *range(14, GSIS), 13)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 
 from boot import layout
+from boot.board import GSIS
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
 MAX_CPUS = 254  # and an id for the IOAPIC, which is not the broadcast's, 255
-IOAPIC_PINS = 24
 ISA_BUS = 0
 
 _LAPIC_VERSION = 0x14
@@ -54,7 +54,7 @@ def write(memory: GuestMemory, *, cpus: int) -> int:
     entries.append(_BUS.pack(1, ISA_BUS, b"ISA   "))
     ioapic_id = cpus  # the first that no CPU has; Linux writes it to the chip
     entries.append(_IOAPIC.pack(2, ioapic_id, _IOAPIC_VERSION, 1, layout.IOAPIC))
-    entries += [_INTERRUPT.pack(3, _INT, 0, ISA_BUS, pin, ioapic_id, pin) for pin in range(IOAPIC_PINS)]
+    entries += [_INTERRUPT.pack(3, _INT, 0, ISA_BUS, pin, ioapic_id, pin) for pin in range(GSIS)]
     entries.append(_INTERRUPT.pack(4, _EXTINT, 0, ISA_BUS, 0, _ALL_LAPICS, 0))
     entries.append(_INTERRUPT.pack(4, _NMI, 0, ISA_BUS, 0, _ALL_LAPICS, 1))
     body = b"".join(entries)

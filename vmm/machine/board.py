@@ -6,6 +6,7 @@ from __future__ import annotations
 from boot.board import BY_NAME, PARTS
 from devices._serial import Serial
 from devices.acpi_events import AcpiEvents
+from devices.exit_port import ExitPort
 from devices.i8042 import I8042
 from devices.pit import Pit
 from devices.power import AcpiPower
@@ -20,25 +21,26 @@ if TYPE_CHECKING:
 
     from vmm._bus import Bus
     from vmm.bus import BusDevice
+    from vmm.config.vm import VmConfig
     from vmm.kvm.vm import Vm
 
 
 class Board:
-    """Serial port, keyboard controller, clock, timer, power and event ports of one VM.
+    """Serial port, keyboard controller, clock, timer, power, event and exit ports of one VM.
 
     :param vm: the VM, which has its interrupt controllers
     :param pio: the ports
-    :param memory: bytes of guest RAM, for the clock's registers
+    :param config: has the size of RAM, for the clock, and the exit port
     """
 
-    def __init__(self, vm: Vm, pio: Bus, memory: int) -> None:
+    def __init__(self, vm: Vm, pio: Bus, config: VmConfig) -> None:
         self._vm = vm
         self._closers: list[Callable[[], None]] = []
         try:
             self.serial = Serial(self._irq("serial"))
             self._closers.append(self.serial.close)
             self.i8042 = I8042(self._irq("i8042").trigger)
-            self.rtc = Rtc(memory)
+            self.rtc = Rtc(config.memory)
             self.events = AcpiEvents(self._irq("events").trigger)
             self.pit = Pit(vm.create_pit)
             behind: dict[str, tuple[BusDevice, ...]] = {
@@ -53,6 +55,8 @@ class Board:
             for part in PARTS:
                 for (port, count), device in zip(part.ports, behind[part.name], strict=True):
                     pio.add(port, count, device, part.title)
+            if config.exit_port is not None:
+                pio.add(config.exit_port, 4, ExitPort(), "exit port")
         except BaseException:
             self.close()
             raise

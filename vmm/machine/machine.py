@@ -14,7 +14,6 @@ import threading
 from boot import layout
 from boot.board import OWN_GSIS
 from devices.acpi_events import POWER_BUTTON
-from devices.exit_port import ExitPort
 from vmm import logger, threads
 from vmm._bus import Bus
 from vmm.closing import Closing
@@ -204,7 +203,7 @@ class Machine(Closing):
     def _add_platform(self) -> None:
         self.pio = Bus("pio", 1 << 16)
         self.mmio = Bus("mmio", 1 << 52)
-        self._board = self._owned(Board(self.vm, self.pio, self.config.memory))
+        self._board = self._owned(Board(self.vm, self.pio, self.config))
         self.serial, self.i8042 = self._board.serial, self._board.i8042
         self.rtc, self.events = self._board.rtc, self._board.events
         port = self.serial if self._hvc is None else self._hvc
@@ -218,8 +217,6 @@ class Machine(Closing):
         )
         if self._hvc is not None:
             self.serial.drop_output()
-        if self.config.exit_port is not None:
-            self.pio.add(self.config.exit_port, 4, ExitPort(), "exit port")
 
     # State
 
