@@ -66,7 +66,6 @@ class Setup:
     cmdline_size: int
     pref_address: int
     init_size: int
-    release: str
 
     @property
     def needs(self) -> int:
@@ -117,17 +116,7 @@ def parse(source: Source) -> Setup:
     setup.payload = setup.kernel + payload_offset
     end = min(0x202 + head[0x201], HEADER_ROOM)
     setup.header = source.read(HEADER, max(end, 0x268) - HEADER, "the setup header")
-    setup.release = _release(head, source, setup.kernel)
     return setup
-
-
-def _release(head: bytes, source: Source, setup_end: int) -> str:
-    """Return the kernel's version text, empty if the image has none."""
-    at = int.from_bytes(head[0x20E:0x210], "little")
-    if at == 0 or at + 0x200 >= setup_end:
-        return ""
-    text = source.read(at + 0x200, min(128, setup_end - at - 0x200), "the version text")
-    return text.split(b"\0", 1)[0].decode("ascii", "replace")
 
 
 def choose_address(setup: Setup, memory: GuestMemory, source: Source) -> int:

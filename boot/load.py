@@ -37,35 +37,19 @@ class Kind:
     """What a kernel file is, told from its headers.
 
     :ivar format: ``elf`` or ``bzimage``
-    :ivar bits: 32 or 64
-    :ivar protocols: the boot protocols it can be started by without being unpacked, preferred first
-    :ivar release: the version text of a bzImage, else empty
-    :ivar compression: the method of a bzImage's payload, else empty
     """
 
-    __slots__ = ("_cpl3", "_linux", "_path", "bits", "compression", "format", "protocols", "release")
+    __slots__ = ("_cpl3", "_linux", "_path", "format")
 
     def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
         self._path = source.path
+        self.format = "bzimage"
         self._linux: bool | None = True
-        self.release = ""
-        self.compression = ""
         self._cpl3 = False
-        self.bits = 64
-        self.protocols: tuple[str, ...] = ("linux64",)
         if isinstance(image, elf.Elf):
             self.format = "elf"
-            self.bits = image.bits
             self._cpl3 = image.cpl3
             self._linux = image.linux_notes or None
-            if image.pvh_entry is not None:
-                self.protocols = ("pvh", "linux64") if image.bits == 64 else ("pvh",)
-        else:
-            from boot import payload
-
-            self.format = "bzimage"
-            self.release = image.release
-            self.compression = payload.compression(source, image)
 
     @property
     def is_linux(self) -> bool:

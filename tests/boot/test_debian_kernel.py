@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from boot.bzimage import parse
 from boot.load import load, probe
+from boot.payload import compression
+from boot.source import Source
 from vmm.images import apt, host
 from vmm.lab.image import KERNEL_PACKAGE
 from vmm.memory import GuestMemory
@@ -32,7 +35,9 @@ def unpacked(path: Path) -> bytes:
     offset, length = struct.unpack_from("<II", image, 0x248)
     at = (image[0x1F1] + 1) * 512 + offset
     payload = image[at : at + length]
-    match probe(path).compression:
+    with Source("kernel", path) as source:
+        method = compression(source, parse(source))
+    match method:
         case "gzip":
             return zlib.decompress(payload, 31)
         case "xz" | "lzma":
@@ -61,8 +66,7 @@ def zero(memory: GuestMemory, gpa: int, size: int) -> bool:
 
 def test_its_headers(kernel: Path) -> None:
     kind = probe(kernel)
-    assert (kind.format, kind.bits, kind.is_linux) == ("bzimage", 64, True)
-    assert kind.release.startswith(kernel.name.removeprefix("vmlinuz-"))
+    assert (kind.format, kind.is_linux) == ("bzimage", True)
 
 
 def test_packed(kernel: Path) -> None:

