@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from boot import elf, layout, params
 from boot.source import Source
-from vmm.cmdline import DEFAULT_LIMIT, Cmdline
+from vmm.cmdline import Cmdline
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -153,7 +153,7 @@ def load(
         if isinstance(image, elf.Elf):
             text = Cmdline(cmdline).encode()
             taken = _load_elf(image, source, memory, loaded, protocol)
-            header, initrd_max = params.elf_setup_header(DEFAULT_LIMIT), layout.MMIO_HOLE - 1
+            header, initrd_max = params.elf_setup_header(), layout.MMIO_HOLE - 1
         else:
             text = Cmdline(cmdline).encode(min(image.cmdline_size, layout.CMDLINE_END - layout.CMDLINE - 1))
             taken = _load_bzimage(image, source, memory, loaded, protocol, unpack)

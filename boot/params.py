@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 
 from boot import layout
+from vmm.cmdline import DEFAULT_LIMIT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def e820(memory: GuestMemory) -> list[tuple[int, int, int]]:
     return entries
 
 
-def elf_setup_header(cmdline_size: int) -> bytes:
+def elf_setup_header() -> bytes:
     """Return a setup header, from 0x1f1 on, for a kernel that came without one: what Linux reads."""
     page = bytearray(0x268)
     page[BOOT_FLAG : BOOT_FLAG + 2] = b"\x55\xaa"
@@ -69,7 +70,7 @@ def elf_setup_header(cmdline_size: int) -> bytes:
     page[VERSION : VERSION + 2] = b"\x0f\x02"
     page[LOADFLAGS] = LOADED_HIGH
     _U32.pack_into(page, KERNEL_ALIGNMENT, 0x20_0000)
-    _U32.pack_into(page, CMDLINE_SIZE, cmdline_size)
+    _U32.pack_into(page, CMDLINE_SIZE, DEFAULT_LIMIT)
     return bytes(page[HDR:])
 
 

@@ -14,12 +14,9 @@ SUPPORTED = PANICKED | CRASHLOADED
 
 
 class PvPanic:
-    """Bus device, one byte wide. ``crashes`` counts the panics that a crash kernel took over."""
+    """Bus device, one byte wide."""
 
-    __slots__ = ("crashes",)
-
-    def __init__(self) -> None:
-        self.crashes = 0
+    __slots__ = ()
 
     def read(self, offset: int, data: memoryview) -> None:
         """Answer the events that this device knows."""
@@ -28,13 +25,9 @@ class PvPanic:
             data[0] = SUPPORTED
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Take an event; bits that this device did not offer are ignored.
+        """Take an event. A panic that a crash kernel takes over is not the end, and other bits are ignored.
 
         :raises Stop: ``PANIC`` for PANICKED
         """
-        if offset != 0:
-            return
-        if data[0] & PANICKED:
+        if offset == 0 and data[0] & PANICKED:
             raise Stop(StopReason.PANIC, detail="the guest reported it (pvpanic)")
-        if data[0] & CRASHLOADED:
-            self.crashes += 1

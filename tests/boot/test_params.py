@@ -210,7 +210,7 @@ def test_the_memory_map(size: int, high: list[tuple[int, int, int]]) -> None:
     with GuestMemory(size) as memory:
         entries = params.e820(memory)
         assert entries == [(0, 0x9FC00, RAM), (0x9FC00, 0x60400, RESERVED), *high]
-        page = params.zero_page(memory, params.elf_setup_header(2047), load_address=0)
+        page = params.zero_page(memory, params.elf_setup_header(), load_address=0)
     assert page[params.E820_ENTRIES] == len(entries)
     for index, entry in enumerate(entries):
         assert struct.unpack_from("<QQI", page, params.E820_TABLE + 20 * index) == entry

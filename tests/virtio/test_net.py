@@ -269,7 +269,7 @@ def test_both_pairs_carry_traffic_both_ways(namespace: None, stack: Any) -> None
 def test_link_status(namespace: None, stack: Any) -> None:
     vm = Vm(stack)
     assert vm.driver.config(6, 2) == b"\1\0"
-    vm.device.set_link(False)
+    vm.device.drop_link()
     assert vm.driver.config(6, 2) == b"\0\0"
     assert vm.driver.take_interrupt() & spec.INTERRUPT_CONFIG
 

@@ -203,11 +203,6 @@ class Net(VirtioDevice):
             self.resolver.log = self.context.warn
             self.resolver.restore(state.get("names", ()))
 
-    def set_link(self, up: bool) -> None:
-        """Plug the cable in or pull it, as the guest sees it; any thread."""
-        self.link_up = up
-        self.publish_config(self._config_space())
-
     def set_rate_limit(self, limiter: RateLimiter, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
         """Change ``rx_limiter`` or ``tx_limiter`` at once, also for a frame that waits for it; any thread."""
         self._limit(limiter, bandwidth, ops)
@@ -215,7 +210,8 @@ class Net(VirtioDevice):
     def drop_link(self) -> None:
         """The other end is gone: pull the cable and say so; called by a worker, once."""
         self.context.warn("lost", f"{self.name}: {self.backend.gone()}; the link is down")
-        self.set_link(False)
+        self.link_up = False
+        self.publish_config(self._config_space())
 
     def process(self, queue_index: int) -> None:
         """Serve the control queue."""

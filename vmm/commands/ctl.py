@@ -187,9 +187,9 @@ def _limits(args: argparse.Namespace, direction: str = "") -> dict[str, Any] | N
     return buckets or None
 
 
-def _change(client: Client, path: str, body: dict[str, Any], least: int) -> None:
+def _change(client: Client, path: str, body: dict[str, Any]) -> None:
     given = {name: value for name, value in body.items() if value is not None}
-    if len(given) <= least:
+    if len(given) == 1:  # its id
         raise ConfigError("ctl", path.split("/")[1], "nothing to change; see --help")
     client.ask("PATCH", path, given)
 
@@ -197,16 +197,16 @@ def _change(client: Client, path: str, body: dict[str, Any], least: int) -> None
 def _drive(client: Client, args: argparse.Namespace) -> None:
     path = None if args.path is None else os.path.abspath(args.path)
     body = {"drive_id": args.id, "path_on_host": path, "rate_limiter": _limits(args)}
-    _change(client, f"/drives/{args.id}", body, 1)
+    _change(client, f"/drives/{args.id}", body)
 
 
 def _net(client: Client, args: argparse.Namespace) -> None:
     limits = {f"{way}_rate_limiter": _limits(args, f"{way}-") for way in ("rx", "tx")}
-    _change(client, f"/network-interfaces/{args.id}", {"iface_id": args.id, **limits}, 1)
+    _change(client, f"/network-interfaces/{args.id}", {"iface_id": args.id, **limits})
 
 
 def _fs(client: Client, args: argparse.Namespace) -> None:
-    _change(client, f"/fs/{args.tag}", {"tag": args.tag, "rate_limiter": _limits(args)}, 1)
+    _change(client, f"/fs/{args.tag}", {"tag": args.tag, "rate_limiter": _limits(args)})
 
 
 def _balloon(client: Client, args: argparse.Namespace) -> None:

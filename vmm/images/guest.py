@@ -288,12 +288,13 @@ def _words(words: Iterable[str]) -> bytes:
     return b"".join(word.encode(errors="surrogateescape") + b"\0" for word in words)
 
 
-def exit_program(port: int = DEFAULT_EXIT_PORT) -> bytes:
+def exit_program() -> bytes:
     """Return /usr/lib/pyvmm/exit: a static x86-64 ELF that writes its argument, 0 to 255, to the exit port.
 
     A program and no script, because Debian's cloud kernel has no /dev/port. Where nothing answers at the port
     (or ioperm is refused) it ends with status 1 and the machine goes on.
     """
+    port = struct.pack("<I", DEFAULT_EXIT_PORT).hex()
     code = bytes.fromhex(
         "488b742410"  # mov rsi, [rsp+16]      argv[1]
         "31db"  # xor ebx, ebx
@@ -301,10 +302,10 @@ def exit_program(port: int = DEFAULT_EXIT_PORT) -> bytes:
         "0fb606 48ffc6"  # digit: movzx eax, byte [rsi]; inc rsi
         "83e830 83f809 7707"  # sub eax, '0'; cmp eax, 9; ja write
         "6bdb0a 01c3 ebeb"  # imul ebx, ebx, 10; add ebx, eax; jmp digit
-        f"b8ad000000 bf{struct.pack('<I', port).hex()}"  # write: mov eax, SYS_ioperm; mov edi, port
+        f"b8ad000000 bf{port}"  # write: mov eax, SYS_ioperm; mov edi, port
         "be01000000 ba01000000 0f05"  # mov esi, 1; mov edx, 1; syscall
         "85c0 7508"  # test eax, eax; jnz end
-        f"89d8 ba{struct.pack('<I', port).hex()} ee"  # mov eax, ebx; mov edx, port; out dx, al
+        f"89d8 ba{port} ee"  # mov eax, ebx; mov edx, port; out dx, al
         "bf01000000 b83c000000 0f05"  # end: mov edi, 1; mov eax, SYS_exit; syscall
     )
     base, headers = 0x400000, 64 + 56

@@ -36,9 +36,9 @@ class Inode:
 
     __slots__ = ("header", "source")
 
-    def __init__(self, header: tarfile.TarInfo, source: _Member | None = None) -> None:
+    def __init__(self, header: tarfile.TarInfo) -> None:
         self.header = header
-        self.source = source
+        self.source: _Member | None = None
 
 
 class Node:

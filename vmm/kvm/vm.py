@@ -60,9 +60,9 @@ def why_no_linux() -> str | None:
     return software and f"is a software KVM ({software}), on which Linux does not reach user space"
 
 
-def runs_linux(path: str = "/dev/kvm") -> bool:
+def runs_linux() -> bool:
     """Whether a stock Linux can run here: KVM is there, permitted, and the hardware's."""
-    return os.access(path, os.R_OK | os.W_OK) and software_kvm() is None
+    return os.access("/dev/kvm", os.R_OK | os.W_OK) and software_kvm() is None
 
 
 def _widen_descriptor_table(fd: int) -> None:
