@@ -5,45 +5,30 @@
 Source: virtio 1.2 §5.1; passt(1) for the stream.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, EBADFD, ECONNRESET, EINTR, EINVAL, errno
+from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 from virtio._limiter cimport RateLimiter
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
 from virtio.net._policy cimport ALLOWED, DROPPED, ETH_HEADER, HEAD, PolicyCalls
+from virtio.net._stream cimport (
+    PARTS, UIO_MAXIOV, VNET_HEADER, Stream, net_set_errno, readv, stream_read, stream_write,
+)
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm._sys cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read
 
-cdef extern from *:
-    """
-    #include <errno.h>
-    #include <stdint.h>
-    #include <sys/epoll.h>
-    #include <sys/socket.h>
-    #include <sys/uio.h>
-    #include <unistd.h>
-    static inline void net_set_errno(int value) { errno = value; }
-    static inline ssize_t net_send(int fd, struct iovec *iov, size_t n) {
-        struct msghdr m = { .msg_iov = iov, .msg_iovlen = n };
-        return sendmsg(fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
-    }
-    """
-    void net_set_errno(int value) noexcept nogil
-    ssize_t net_send(int fd, iovec *iov, size_t n) noexcept nogil
+cdef extern from "<sys/epoll.h>" nogil:
     enum: EPOLLIN, EPOLLOUT, EPOLLET
 
 cdef extern from "<sys/uio.h>" nogil:
-    ssize_t readv(int fd, const iovec *iov, int count)
     ssize_t writev(int fd, const iovec *iov, int count)
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     struct virtio_net_hdr:
-        pass
-    struct virtio_net_hdr_mrg_rxbuf:
         pass
     enum: VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF
     enum: NEEDS_CSUM "VIRTIO_NET_HDR_F_NEEDS_CSUM"
@@ -53,11 +38,8 @@ cdef enum:
     RX = 0
     TX = 1
     TOKEN_HOST = 1
-    VNET_HEADER = sizeof(virtio_net_hdr_mrg_rxbuf)
     NUM_BUFFERS = sizeof(virtio_net_hdr)    # offset of num_buffers, which follows it
     FRAME_MAX = 65535 + ETH_HEADER + 4
-    UIO_MAXIOV = 1024
-    PARTS = UIO_MAXIOV - 1      # iovecs of a chain, beside one of our own
     RX_IOV = UIO_MAXIOV - 2     # iovecs of the held chains, beside the scrap byte and a pcap record's head
     DETOUR_HEAD = VNET_HEADER + 42  # bytes of a frame that show its destination: up to an ARP packet for IPv4
     ANSWER_MAX = ETH_HEADER + 1500
@@ -121,15 +103,7 @@ cdef class NetWorker(QueueWorker):
     cdef iovec[UIO_MAXIOV + 1] iov          # one extra entry, for the stream's length
     cdef uint32_t n_iov
     cdef uint64_t held_bytes
-    # State of the stream: bytes received of the length and of the frame, and bytes left to send.
-    cdef uint8_t[4] length
-    cdef uint32_t length_got
-    cdef uint64_t frame_size
-    cdef uint64_t frame_got
-    cdef uint8_t[4] tx_length
-    cdef bint dropping                      # discard the rest of this frame: its driver is gone
-    cdef uint64_t tx_left
-    cdef uint64_t tx_size
+    cdef Stream passt                       # the state of `fd`, if that is a stream
     # For the policy: `head` is the copy of the frame's start that was checked; it is sent instead of guest memory.
     cdef object policy
     cdef PolicyCalls *rules                 # the policy's functions; NULL: all frames may leave
@@ -186,7 +160,7 @@ cdef class NetWorker(QueueWorker):
         self.frames_due = self.resolves
         self.answer_size = 0
         self.paid = False
-        self.dropping = self.length_got == 4
+        self.passt.dropping = self.passt.length_got == 4
         self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
 
     cdef int serve(self, uint32_t slot) noexcept nogil:
@@ -247,7 +221,7 @@ cdef class NetWorker(QueueWorker):
                 if budget == 0:
                     return SERVE_MORE
                 # Not while the buffers hold a part of a frame.
-                if self.frames_due and (self.length_got < 4 or self.dropping) \
+                if self.frames_due and (self.passt.length_got < 4 or self.passt.dropping) \
                         and (self.answer_size or self.ask_services()):
                     status = self.give_answer()
                     if status <= 0:
@@ -258,7 +232,10 @@ cdef class NetWorker(QueueWorker):
                 if status <= 0:
                     return status
                 budget -= 1
-                size = self.read_frame() if self.stream else self.read_tap()
+                if self.stream:
+                    size = stream_read(&self.passt, self.fd, self.iov, self.n_iov, self.held_bytes)
+                else:
+                    size = self.read_tap()
                 if size < 0:
                     if errno == EINTR:
                         continue
@@ -358,58 +335,6 @@ cdef class NetWorker(QueueWorker):
         self.iov[self.n_iov] = iovec(<void *>&scrap, 1)
         return readv(self.fd, self.iov, <int>self.n_iov + 1)
 
-    cdef ssize_t read_frame(self) noexcept nogil:
-        # The same from the stream. Its end is reported as ECONNRESET.
-        cdef ssize_t got
-        cdef uint8_t[VNET_HEADER] header
-        while True:
-            got = self.read_rest()
-            if got < 0:
-                return -1
-            if got == 0:
-                net_set_errno(ECONNRESET)
-                return -1
-            self.length_got = 0
-            if not self.dropping:
-                break
-            self.dropping = False
-        memset(header, 0, VNET_HEADER)
-        iov_scatter(self.iov, self.n_iov, 0, header, VNET_HEADER)
-        return VNET_HEADER + self.frame_size
-
-    cdef ssize_t read_rest(self) noexcept nogil:
-        # Read the rest of a frame to the held chains, after the space for its header. Returns 1 when it is complete, or
-        # the result of the failed read.
-        cdef ssize_t got
-        cdef uint8_t[4096] scrap
-        cdef uint64_t room
-        cdef iovec[UIO_MAXIOV] rest
-        cdef iovec one
-        cdef uint32_t n
-        while self.length_got < 4:
-            one = iovec(<void *>&self.length[self.length_got], 4 - self.length_got)
-            got = readv(self.fd, &one, 1)
-            if got <= 0:
-                return got
-            self.length_got += <uint32_t>got
-            if self.length_got == 4:
-                self.frame_size = <uint64_t>self.length[0] << 24 | self.length[1] << 16 | self.length[2] << 8 \
-                    | self.length[3]
-                self.frame_got = 0
-        while self.frame_got < self.frame_size:
-            room = 0 if self.dropping else self.held_bytes - VNET_HEADER
-            if self.frame_got < room:
-                n = iov_part(self.iov, self.n_iov, VNET_HEADER + self.frame_got, self.frame_size - self.frame_got, rest,
-                             PARTS)
-                got = readv(self.fd, rest, n)
-            else:
-                one = iovec(<void *>scrap, min(<uint64_t>sizeof(scrap), self.frame_size - self.frame_got))
-                got = readv(self.fd, &one, 1)
-            if got <= 0:
-                return got
-            self.frame_got += got
-        return 1
-
     # From the guest
 
     cdef int transmit(self) noexcept nogil:
@@ -432,7 +357,7 @@ cdef class NetWorker(QueueWorker):
                 queue_add_used(ring, chain.head, 0)
                 continue
             verdict = ALLOWED
-            if self.tx_left == 0:       # otherwise part of this frame was sent
+            if self.passt.tx_left == 0:     # otherwise part of this frame was sent
                 if self.detour and self.is_for_mmds(chain):
                     verdict = TO_MMDS
                 elif self.rules != NULL:
@@ -455,7 +380,7 @@ cdef class NetWorker(QueueWorker):
                     return SERVE_STALLED
                 self.paid = True
             if self.stream:
-                sent = self.write_frame(chain)
+                sent = stream_write(&self.passt, self.fd, chain, &self.head[VNET_HEADER], self.tx_head)
             elif self.rules != NULL:
                 sent = self.write_checked(chain)
             else:
@@ -488,47 +413,6 @@ cdef class NetWorker(QueueWorker):
             self.lost = True
             with gil:
                 self.device.drop_link()
-
-    cdef ssize_t write_frame(self, DescChain *chain) noexcept nogil:
-        # Send a frame to the stream. Returns 0 when all of it is sent, or -1 and errno. After a partial send the chain
-        # is put back and popped again. If the driver changed it in between, the stream gets other bytes, in the same
-        # number.
-        cdef iovec[UIO_MAXIOV + 1] rest
-        cdef uint64_t size = chain.readable_bytes - VNET_HEADER, done
-        cdef uint8_t[4096] filler
-        cdef ssize_t sent
-        cdef uint32_t n
-        if self.tx_left == 0:
-            self.tx_size = size
-            self.tx_left = 4 + size
-            for n in range(4):
-                self.tx_length[n] = <uint8_t>(size >> (24 - 8 * n))
-        while self.tx_left:
-            done = 4 + self.tx_size - self.tx_left
-            n = 0
-            if done < 4:
-                rest[0] = iovec(<void *>&self.tx_length[done], 4 - done)
-                n = 1
-                done = 4
-            done -= 4
-            if done < self.tx_head:
-                rest[n] = iovec(<void *>&self.head[VNET_HEADER + done], self.tx_head - done)
-                n += 1
-                done = self.tx_head
-            if done < size:
-                n += iov_part(chain.iov, chain.n_readable, VNET_HEADER + done, min(size, self.tx_size) - done, &rest[n],
-                              PARTS)
-            elif done < self.tx_size:
-                memset(filler, 0, sizeof(filler))
-                rest[n] = iovec(<void *>filler, min(<uint64_t>sizeof(filler), self.tx_size - done))
-                n += 1
-            sent = net_send(self.fd, rest, n)
-            if sent < 0:
-                if errno != EAGAIN and errno != EINTR:
-                    self.tx_left = 0
-                return -1
-            self.tx_left -= sent
-        return 0
 
     cdef ssize_t write_checked(self, DescChain *chain) noexcept nogil:
         # Send a checked frame to the tap, with an empty header: with the guest's header the kernel would write a
