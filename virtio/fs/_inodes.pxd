@@ -112,6 +112,7 @@ cdef class Inodes:
     cdef int _drop(self, Node *node) noexcept nogil
     cdef void _drop_a_ghost(self) noexcept nogil
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil
+    cdef Node *_opened(self, Node *node) noexcept nogil
     cdef int _open_again(self, Node *node) noexcept nogil
     cdef int _open_child(self, Node *parent, Node *node) noexcept nogil
 

@@ -444,19 +444,16 @@ cdef class Inodes:
         return node
 
     cdef Node *node_get(self, uint64_t nodeid) noexcept nogil:
-        cdef Node *node = self._pin(nodeid, False)
-        cdef int error = ESTALE
-        if node != NULL and fs_load(&node.fd) < 0:
-            error = self._open_again(node)
-            if error:
-                self.node_put(node)
-                node = NULL
-        if node == NULL:
-            inode_errno(error)
-        return node
+        return self._opened(self._pin(nodeid, False))
 
     cdef Node *node_recall(self, uint64_t nodeid) noexcept nogil:
-        cdef Node *node = self._pin(nodeid, True)
+        cdef Node *node = self._opened(self._pin(nodeid, True))
+        if node != NULL:
+            self.count_lookup(node)
+        return node
+
+    cdef Node *_opened(self, Node *node) noexcept nogil:
+        # The pinned node with its descriptor, opened again if it was closed. NULL if it is NULL, or cannot be opened.
         cdef int error = ESTALE
         if node != NULL:
             error = self._open_again(node) if fs_load(&node.fd) < 0 else 0
@@ -465,8 +462,6 @@ cdef class Inodes:
                 node = NULL
         if node == NULL:
             inode_errno(error)
-            return NULL
-        self.count_lookup(node)
         return node
 
     cdef int _open_again(self, Node *node) noexcept nogil:
