@@ -185,6 +185,14 @@ def test_the_lab_has_the_keys(place: Path, start: Start) -> None:
     terminal.hear(b"\x03key")
 
 
+def test_attached_from_behind_the_terminal_is_given_back(place: Path, start: Start, guest: Path) -> None:
+    terminal = start("bg", [PYVMM, "attach", str(guest)])  # is stopped when it wants the keys
+    terminal.hear(b"stopped")
+    os.write(terminal.master, b"hello\x1d")
+    assert terminal.end() == 0
+    assert termios.tcgetattr(terminal.slave) == terminal.before
+
+
 def test_behind_what_reads_is_stopped_until_it_is_in_front(place: Path, start: Start, guest: Path) -> None:
     terminal = start("bg", words(WAITS["vsock"][0], place))
     os.write(terminal.master, b"hello\n\x04")

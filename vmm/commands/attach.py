@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
 import struct
 import sys
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 from vmm.commands import running
 from vmm.commands.vsock import bridge
 from vmm.errors import ConfigError, HostError
-from vmm.machine.console import make_raw, set_mode
+from vmm.machine.terminal import raw
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
-    from types import FrameType
 
 STATUS_TAKEN = 1
 ESCAPE = b"\x1d"  # Ctrl-], as in virsh console and telnet
@@ -49,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         process = _process_of(stream)
         if terminal:
             print(f"pyvmm attach: {args.name}: press Ctrl-] to leave", file=sys.stderr)
-        with _raw(terminal):
+        with raw(0, {}) if terminal else nullcontext():
             left = bridge(stream, 0, 1, ESCAPE if terminal else b"")
     if left:
         end = "left"
@@ -104,26 +101,3 @@ def _process_of(stream: socket.socket) -> int | None:
 def _has_ended(path: str, process: int | None) -> bool:
     # A VM that ends removes its socket first. One that is killed leaves it there.
     return not os.path.lexists(path) or process is None or bool(select.select([process], [], [], _END_SECONDS)[0])
-
-
-@contextmanager
-def _raw(terminal: bool) -> Iterator[None]:
-    # Every key is the guest's, and the terminal is as it was before, whatever ends this.
-    if not terminal:
-        yield
-        return
-    handlers = {signal.SIGTERM: _end, signal.SIGHUP: _end, signal.SIGCONT: lambda *_: make_raw(0)}
-    for number, handler in handlers.items():
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, which it stays
-            signal.signal(number, handler)
-    mode = make_raw(0)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        if mode is not None:
-            set_mode(0, mode)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

@@ -10,7 +10,7 @@ import signal
 import sys
 
 from vmm.errors import ConfigError, HostError
-from vmm.machine.console import make_raw, set_mode
+from vmm.machine.terminal import raw
 from vmm.sandbox import Process, Session, attach
 from vmm.sandbox.channel import FRAME_MAX, Deadline
 from vmm.sandbox.errors import SandboxGone
@@ -20,7 +20,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
-    from types import FrameType
 
 _FOREVER = Deadline(None)
 
@@ -91,26 +90,13 @@ def connect(process: Process, *, terminal: bool) -> int:
         _writer(fd)(data)
     bell, ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     ring_with: dict[int, bytes] = {signal.SIGTERM: b"t", **({signal.SIGWINCH: b"w"} if terminal else {})}
-    handlers = {number: lambda number, _: os.write(ring, ring_with[number]) for number in ring_with}
-    heard = {
-        number: signal.signal(number, handler)
-        for number, handler in {**handlers, signal.SIGHUP: _end}.items()
-        if signal.getsignal(number) is not signal.SIG_IGN  # by nohup, which it stays
-    }
-    mode = make_raw(0) if terminal else None
+    handlers = dict.fromkeys(ring_with, lambda number, _: os.write(ring, ring_with[number]))
     try:
-        return _bridge(process, bell, terminal=terminal)
+        with raw(0 if terminal else None, handlers):
+            return _bridge(process, bell, terminal=terminal)
     finally:
-        if mode is not None:
-            set_mode(0, mode)
-        for number, before in heard.items():
-            signal.signal(number, before)
         os.close(bell)
         os.close(ring)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _bridge(process: Process, bell: int, *, terminal: bool) -> int:

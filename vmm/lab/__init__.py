@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,11 +24,7 @@ from vmm.lab import qemu as qemus
 from vmm.lab.image import lab_image
 from vmm.lab.machine import CPU, Boot, Died, NotUp, console_of, in_view, missing, qemu_argv
 from vmm.lab.needed import needed
-from vmm.machine.console import make_raw, set_mode
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import FrameType
+from vmm.machine.terminal import raw
 
 __all__ = ["LabError", "missing", "run"]
 
@@ -125,8 +120,9 @@ def run(
         for attempt in range(1, TRIES + 1):
             boot = Boot(command, emulator.env, stdin, stdout, stderr, framed=not terminal)
             try:
-                with boot:
-                    status = _attended(boot, deadline, stdin if terminal else None)
+                # If we are to end, the machine is first.
+                with boot, raw(stdin if terminal else None, {signal.SIGINT: boot.interrupt}):
+                    status = boot.run(deadline)
             except Died as failure:
                 if attempt < TRIES and isinstance(failure, NotUp):
                     print(f"pyvmm lab: the machine failed ({failure}); trying once more", file=sys.stderr)
@@ -148,30 +144,6 @@ def _size_of(terminal: int) -> tuple[int, int]:
         return os.get_terminal_size(terminal)
     except OSError:
         return 80, 24  # it is gone by now
-
-
-def _attended(boot: Boot, deadline: float, terminal: int | None) -> int | None:
-    # With Ctrl-C passed on, and the terminal, if there is one, in raw mode. If we are to end, the machine is first.
-    saved = None
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere signals are somebody else's
-        handlers = {signal.SIGINT: lambda number, frame: boot.interrupt(), signal.SIGTERM: _end, signal.SIGHUP: _end}
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, which it stays
-                before[number] = signal.signal(number, handler)
-    try:
-        if terminal is not None:
-            saved = make_raw(terminal)
-        return boot.run(deadline)
-    finally:
-        if saved is not None and terminal is not None:
-            set_mode(terminal, saved)
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _environment() -> dict[str, str]:

@@ -160,8 +160,8 @@ class Boot(Closing):
         for _, their in pairs.values():
             their.close()
 
-    def interrupt(self) -> None:
-        """Ctrl-C: the first is the command's, the second ends the machine. For a signal handler."""
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C: the first is the command's, the second ends the machine. A signal handler."""
         self._interrupts += 1
         if self._interrupts == 1 and self._up:
             self._signal("INT")

@@ -388,21 +388,6 @@ def _of_another_job(fd: int, *, unknown: bool = False) -> bool:
     return owner is not None and (owner != os.getpgrp() or (owner == 0 and unknown))
 
 
-def make_raw(fd: int) -> list[Any] | None:
-    """Make a terminal raw, and give its mode before, for ``set_mode``; None: the terminal is gone."""
-    import termios
-    import tty
-
-    while True:
-        try:
-            before = termios.tcgetattr(fd)
-            tty.setraw(fd, termios.TCSANOW)
-            return before
-        except termios.error as error:
-            if error.args[0] != errno.EINTR:
-                return None
-
-
 def set_mode(fd: int, mode: list[Any]) -> None:
     """Set a terminal's mode, as ``termios.tcgetattr`` gives it; nothing where the terminal is gone."""
     import termios
