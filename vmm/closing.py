@@ -5,7 +5,13 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Self
+    from collections.abc import Callable
+    from typing import Protocol, Self, TypeVar
+
+    class Closable(Protocol):
+        def close(self) -> None: ...
+
+    _T = TypeVar("_T", bound=Closable)
 
 
 class Closing:
@@ -22,3 +28,19 @@ class Closing:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Closers(list["Callable[[], object]"]):
+    """Calls that undo what an owner has made. ``contextlib.ExitStack`` is the like, but a start does not import it."""
+
+    __slots__ = ()
+
+    def own(self, thing: _T) -> _T:
+        """Close `thing`, too; returns it."""
+        self.append(thing.close)
+        return thing
+
+    def close(self) -> None:
+        """Make the calls, the last one first; idempotent."""
+        while self:
+            self.pop()()

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from boot import layout
 from boot.board import VIRTIO_GSIS
+from vmm.closing import Closers
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
 from vmm.kvm import abi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from virtio.fs._dax import Window
@@ -47,7 +47,7 @@ class Attached:
         self.configured = False
         self._transport: VirtioMmio | None = None
         self._closers = made.closers
-        self._undo: list[Callable[[], None]] = []  # what the VM and the bus have of it
+        self._undo = Closers()  # what the VM and the bus have of it
 
     def __repr__(self) -> str:
         return f"Attached({self.id!r}, base={self.base:#x}, gsi={self.gsi})"
@@ -74,11 +74,8 @@ class Attached:
         if (window := self.window) is not None:
             self.device.shm_regions[0] = (window_address, window.size)
 
-        line = IrqLine(self.gsi)
-        self._closers.append(line.close)
-        self._transport = VirtioMmio(self.device, memory, line)
-        self._closers.append(self._transport.close)
-        self._line = line
+        self._line = self._closers.own(IrqLine(self.gsi))
+        self._transport = self._closers.own(VirtioMmio(self.device, memory, self._line))
 
     def map(self, vm: Vm) -> None:
         """Map its window into the guest, and its registers if KVM has read-only memory.
@@ -120,15 +117,13 @@ class Attached:
 
     def detach(self) -> None:
         """Remove it from a VM that goes on, and close it. No vCPU may run meanwhile."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         self.device.shm_regions.pop(0, None)
         self.close()
 
     def close(self) -> None:
         """Stop its workers and free the machine's resources of it; idempotent. For a VM that has ended."""
-        while self._closers:
-            self._closers.pop()()
+        self._closers.close()
 
 
 class Devices:
@@ -158,8 +153,7 @@ class Devices:
             if made.kind and any((each.kind, each.name) == (made.kind, made.id) for each in taken.values()):
                 raise ConfigError(made.kind, made.id, "is in use; choose another name, or detach that device")
         except ConfigError:
-            while made.closers:
-                made.closers.pop()()
+            made.closers.close()
             raise
         slot = next(number for number in range(len(VIRTIO_GSIS)) if number not in taken)
         names = (made.id, made.device.name, f"{made.device.name}.{slot}")

@@ -12,11 +12,11 @@ from devices.pit import Pit
 from devices.power import AcpiPower
 from devices.pvpanic import PvPanic
 from devices.rtc import Rtc
+from vmm.closing import Closers
 from vmm.irq import IrqLine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from vmm._bus import Bus
@@ -35,10 +35,9 @@ class Board:
 
     def __init__(self, vm: Vm, pio: Bus, config: VmConfig) -> None:
         self._vm = vm
-        self._closers: list[Callable[[], None]] = []
+        self._closers = Closers()
         try:
-            self.serial = Serial(self._irq("serial"))
-            self._closers.append(self.serial.close)
+            self.serial = self._closers.own(Serial(self._irq("serial")))
             self.i8042 = I8042(self._irq("i8042").trigger)
             self.rtc = Rtc(config.memory)
             self.events = AcpiEvents(self._irq("events").trigger)
@@ -64,8 +63,7 @@ class Board:
     def _irq(self, name: str) -> IrqLine:
         gsi = BY_NAME[name].gsi
         assert gsi is not None
-        line = IrqLine(gsi)
-        self._closers.append(line.close)
+        line = self._closers.own(IrqLine(gsi))
         self._vm.irqfd(line.fd, gsi)
         return line
 
@@ -81,5 +79,4 @@ class Board:
 
     def close(self) -> None:
         """Give the interrupt lines back; idempotent."""
-        while self._closers:
-            self._closers.pop()()
+        self._closers.close()

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from vmm import threads
+from vmm.closing import Closers
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Protocol, TypeVar
 
     from virtio._limiter import RateLimiter
     from virtio.balloon import Balloon
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
     from vmm.config.vm import VmConfig
     from vmm.machine.mmds import Mmds
 
-    class Closable(Protocol):
-        def close(self) -> None: ...
-
-    _T = TypeVar("_T", bound=Closable)
     DeviceConfig = DriveConfig | NetConfig | ShareConfig | VsockConfig | EntropyConfig | BalloonConfig
 
 
@@ -52,7 +48,7 @@ class Made:
 
     __slots__ = ("closers", "device", "id", "kind")
 
-    def __init__(self, kind: str, id: str, device: VirtioDevice, closers: list[Callable[[], None]]) -> None:
+    def __init__(self, kind: str, id: str, device: VirtioDevice, closers: Closers) -> None:
         self.kind = kind
         self.id = id
         self.device = device
@@ -67,7 +63,7 @@ def own(device: VirtioDevice) -> Made:
     from virtio.device import check
 
     check(device)
-    return Made("", device.name, device, [])
+    return Made("", device.name, device, Closers())
 
 
 class Builder:
@@ -83,7 +79,7 @@ class Builder:
         self._mmds = mmds
         self._listener = listener
         self._numbers: dict[str, int] = {}
-        self._closers: list[Callable[[], None]] = []
+        self._closers = Closers()
 
     def all(self) -> Iterator[Made]:
         """Every configured device, in the order in which the guest finds them.
@@ -131,7 +127,7 @@ class Builder:
                 case _:
                     raise TypeError(f"expected a device or its configuration, not {type(config).__name__}")
         except BaseException:
-            self._give_back()
+            self._closers.close()
             raise
 
     def close(self) -> None:
@@ -141,16 +137,8 @@ class Builder:
 
     def _made(self, kind: str, id: str, device: VirtioDevice) -> Made:
         device.poll_us = self._config.poll_us
-        closers, self._closers = self._closers, []
+        closers, self._closers = self._closers, Closers()
         return Made(kind, id or device.name, device, closers)
-
-    def _give_back(self) -> None:
-        while self._closers:
-            self._closers.pop()()
-
-    def _owned(self, thing: _T) -> _T:
-        self._closers.append(thing.close)
-        return thing
 
     def _number(self, kind: str) -> int:
         number = self._numbers.get(kind, 0)
@@ -165,14 +153,14 @@ class Builder:
             _will_start("disk", path, "qemu-storage-daemon")
             from virtio.blk.qcow2 import Qcow2
 
-            image = self._owned(
+            image = self._closers.own(
                 Qcow2(
                     path, read_only=config.read_only, backing_file=config.backing,
                     backing_format=config.backing_format or "raw",
                 )
             )  # fmt: skip
             path, image_format, discard_block = image.raw, "raw", image.cluster
-        disk = self._owned(
+        disk = self._closers.own(
             Disk(
                 path, read_only=config.read_only, direct=config.direct, image_format=image_format,
                 any_size=config.any_size, discard_block=discard_block,
@@ -200,25 +188,25 @@ class Builder:
             if config.policy is not None:
                 from vmm.config.policy import PASST
 
-                backend = self._owned(Passt(PASST))
+                backend = self._closers.own(Passt(PASST))
             else:
-                backend = self._owned(Passt(loopback=config.loopback))
+                backend = self._closers.own(Passt(loopback=config.loopback))
                 if not config.loopback:
                     policy = Policy(only_special=True)  # passt connects a frame to 127.0.0.1 to the host's
         elif config.fd is not None:
-            backend = self._owned(Tap.inherited(config.fd))
+            backend = self._closers.own(Tap.inherited(config.fd))
         else:
             if config.mode == "auto" and threads.no_programs:
                 raise ConfigError(
                     "net", "auto", "is not permitted: this process may not make a tap; make one beforehand (tap=NAME)"
                 )
-            backend = self._owned(Tap(config.tap or "pyvmm%d", config.queues, make=config.mode == "auto"))
+            backend = self._closers.own(Tap(config.tap or "pyvmm%d", config.queues, make=config.mode == "auto"))
             if config.mode == "auto":
                 backend.configure(address=config.address, mtu=config.mtu)
                 if config.nat and config.address:
                     from virtio.net.nat import Nat
 
-                    self._owned(Nat(config.address, backend.name))
+                    self._closers.own(Nat(config.address, backend.name))
         if config.policy is not None:
             policy, resolver = self._policy(config, config.policy)
         mac = parse_mac(config.mac) if config.mac else default_mac(f"{backend.name}{number}")
@@ -237,7 +225,7 @@ class Builder:
             tx_limiter=_limiter(config.tx_rate_limiter), mmds=endpoint, policy=policy,
             resolver=resolver, name=f"virtio-net{number}",
         )  # fmt: skip
-        return self._owned(net)
+        return self._closers.own(net)
 
     def _policy(self, net: NetConfig, config: NetworkPolicy) -> tuple[Policy, Resolver]:
         from _socket import inet_aton
@@ -256,7 +244,7 @@ class Builder:
                 raise ConfigError("net addr", net.address, problem)
         allow, names = rules("allow", config.allow)
         policy = Policy(guest, gateway, inet_aton(RESOLVER), allow, rules("deny", config.deny)[0], guest_bits=bits)
-        return policy, self._owned(Resolver(policy, inet_aton(RESOLVER), names))
+        return policy, self._closers.own(Resolver(policy, inet_aton(RESOLVER), names))
 
     def _share(self, config: ShareConfig, number: int) -> ShareDevice:
         from virtio.fs.device import ShareDevice
@@ -266,13 +254,13 @@ class Builder:
             threads=config.threads, squash=config.squash, submounts=config.submounts, dax=config.dax,
             name=f"virtio-fs{number}", limiter=_limiter(config.rate_limiter),
         )  # fmt: skip
-        return self._owned(device)
+        return self._closers.own(device)
 
     def _vsock(self, config: VsockConfig) -> Vsock:
         from virtio.vsock.device import Listener, Vsock
 
         listener, self._listener = self._listener, None
-        return Vsock(self._owned(listener or Listener(config.path)), config.cid)
+        return Vsock(self._closers.own(listener or Listener(config.path)), config.cid)
 
     def _entropy(self, config: EntropyConfig) -> Entropy:
         from virtio.rng import Entropy

@@ -16,7 +16,7 @@ from boot.board import OWN_GSIS
 from devices.acpi_events import POWER_BUTTON
 from vmm import logger, threads
 from vmm._bus import Bus
-from vmm.closing import Closing
+from vmm.closing import Closers, Closing
 from vmm.config.option import check_type
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, VmmError
@@ -35,7 +35,7 @@ from vmm.memory import GuestMemory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any, Protocol, TypeVar, Unpack
+    from typing import Any, Unpack
 
     from virtio.balloon import Balloon
     from virtio.blk.device import Block
@@ -51,11 +51,6 @@ if TYPE_CHECKING:
     from vmm.machine.mmds import Mmds
     from vmm.machine.snapshot import Image
     from vmm.memory import HotPages
-
-    class Closable(Protocol):
-        def close(self) -> None: ...
-
-    _T = TypeVar("_T", bound=Closable)
 
 
 def _check_callable(name: str, callback: object) -> None:
@@ -118,7 +113,7 @@ class Machine(Closing):
         self._devices = Devices(first, layout.dax_windows(config.memory))
         self._devices_lock = threading.Lock()  # one change of the devices, or one look at all of them, at a time
         self._hvc: ConsolePort | None = None
-        self._closers: list[Callable[[], None]] = []
+        self._closers = Closers()
         self.seccomp = seccomp
         self._unconfined = False
         self._console_callbacks: list[Callable[[bytes], None]] = []
@@ -142,8 +137,8 @@ class Machine(Closing):
     def _build(self, devices: Sequence[VirtioDevice], image: Image | None, prepared: Vm | None) -> None:
         config = self.config
         if prepared is not None:
-            self._owned(prepared.kvm)
-            self._owned(prepared)
+            self._closers.own(prepared.kvm)
+            self._closers.own(prepared)
         timer = None
         if config.boot_timer:
             from devices.boot_timer import BootTimer
@@ -158,7 +153,7 @@ class Machine(Closing):
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
         hot = None if image is None or handler else image.hot
         huge = config.huge_pages is not None
-        self.memory = self._owned(GuestMemory(config.memory, huge=huge, pieces=pieces, hot=hot, handler=handler))
+        self.memory = self._closers.own(GuestMemory(config.memory, huge=huge, pieces=pieces, hot=hot, handler=handler))
         if config.track_dirty_pages:
             self.memory.prepare_marks()
         if image is None:
@@ -171,12 +166,12 @@ class Machine(Closing):
         if image is not None:
             self.kvm = Kvm.shared(config.kvm)
         else:
-            self.kvm = prepared.kvm if prepared is not None and usable else self._owned(Kvm(config.kvm))
+            self.kvm = prepared.kvm if prepared is not None and usable else self._closers.own(Kvm(config.kvm))
             first_boot.check_kvm(self.kvm, config)
-        self.vm = prepared if prepared is not None and usable else self._owned(self.kvm.create_vm())
+        self.vm = prepared if prepared is not None and usable else self._closers.own(self.kvm.create_vm())
         # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
         self.vm.map_memory(self.memory)
-        self._closers.append(self._devices.close)
+        self._closers.own(self._devices)
         for attached in self.devices.values():
             attached.make(self.memory, self._devices.window_address(attached))
             attached.map(self.vm)
@@ -188,7 +183,7 @@ class Machine(Closing):
             attached.bind(self.vm, self.mmio)
         self._ranges = self._count_ranges()
         vcpus = (Vcpu(self.vm, index, self.pio, self.mmio) for index in range(config.cpus))
-        self.vcpus = self._run.vcpus = tuple(self._owned(vcpu) for vcpu in vcpus)
+        self.vcpus = self._run.vcpus = tuple(self._closers.own(vcpu) for vcpu in vcpus)
         if image is None:
             first_boot.set_up_vcpus(self.vcpus, self.kvm, config, self.memory, self.loaded)
         else:
@@ -196,14 +191,10 @@ class Machine(Closing):
 
             restore(self, image)
 
-    def _owned(self, thing: _T) -> _T:
-        self._closers.append(thing.close)
-        return thing
-
     def _add_platform(self) -> None:
         self.pio = Bus("pio", 1 << 16)
         self.mmio = Bus("mmio", 1 << 52)
-        self._board = self._owned(Board(self.vm, self.pio, self.config))
+        self._board = self._closers.own(Board(self.vm, self.pio, self.config))
         self.serial, self.i8042 = self._board.serial, self._board.i8042
         self.rtc, self.events = self._board.rtc, self._board.events
         port = self.serial if self._hvc is None else self._hvc
@@ -212,7 +203,7 @@ class Machine(Closing):
             from virtio._limiter import RateLimiter
 
             limit = RateLimiter(limits.bandwidth, limits.ops).ask
-        self.console = self._owned(
+        self.console = self._closers.own(
             Console(port, mode=self.config.console, on_output=self._on_output, on_quit=self.stop, limit=limit)
         )
         if self._hvc is not None:
@@ -530,7 +521,7 @@ class Machine(Closing):
             raise ConfigError(
                 "gsi", gsi, f"is not free for a device of your own; use {' or '.join(map(str, OWN_GSIS))}"
             )
-        line = self._owned(IrqLine(gsi))
+        line = self._closers.own(IrqLine(gsi))
         self.vm.irqfd(line.fd, gsi)
         return line
 
@@ -600,7 +591,6 @@ class Machine(Closing):
             self.stop()
             self._run.join()
         with self._devices_lock:
-            while self._closers:
-                self._closers.pop()()
+            self._closers.close()
             self._devices.close()  # where the constructor failed before they had transports
         self._builder.close()
