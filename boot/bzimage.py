@@ -10,17 +10,16 @@ from __future__ import annotations
 import struct
 
 from boot import layout
+from boot.params import HDR, LOADED_HIGH, LOADFLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from boot.source import Source
     from vmm.memory import GuestMemory
 
-HEADER = 0x1F1  # setup_header begins here
-HEADER_ROOM = 0x290  # and what follows it in the zero page begins here
+HEADER_ROOM = 0x290  # what follows the setup header in the zero page begins here
 BOOT_FLAG = 0xAA55
 MAGIC = b"HdrS"
-LOADED_HIGH = 1 << 0
 XLF_KERNEL_64 = 1 << 0
 ENTRY_64 = 0x200  # from the load address
 # xloadflags, which says whether there is a 64-bit entry, came with protocol 2.12 (Linux 3.8).
@@ -48,14 +47,11 @@ class Setup:
         "payload",
         "payload_length",
         "pref_address",
-        "release",
         "relocatable",
         "size",
-        "version",
     )
 
     header: bytes
-    version: int
     kernel: int
     size: int
     payload: int
@@ -79,16 +75,15 @@ def parse(source: Source) -> Setup:
     :raises ConfigError: the file is not an x86-64 bzImage, or is truncated
     """
     head = source.read(0, 0x268, "the setup header")
-    setup_sects, syssize, boot_flag, magic, version = _FIELDS.unpack_from(head, HEADER)
+    setup_sects, syssize, boot_flag, magic, version = _FIELDS.unpack_from(head, HDR)
     if boot_flag != BOOT_FLAG or magic != MAGIC:
         raise source.fail("is not a Linux kernel image: it lacks the setup header of boot protocol 2.00")
     number = f"{version >> 8}.{version & 0xFF:02}"
-    if not head[0x211] & LOADED_HIGH:
+    if not head[LOADFLAGS] & LOADED_HIGH:
         raise source.fail(f"is a zImage (boot protocol {number}), only a bzImage can be loaded")
     if version < MIN_VERSION:
         raise source.fail(f"has boot protocol {number}; the 64-bit entry needs 2.12 (Linux 3.8) or later")
     setup = Setup()
-    setup.version = version
     (
         setup.initrd_addr_max, setup.kernel_alignment, relocatable, _, xloadflags, setup.cmdline_size,
         payload_offset, setup.payload_length, setup.pref_address, setup.init_size,
@@ -115,7 +110,7 @@ def parse(source: Source) -> Setup:
         )
     setup.payload = setup.kernel + payload_offset
     end = min(0x202 + head[0x201], HEADER_ROOM)
-    setup.header = source.read(HEADER, max(end, 0x268) - HEADER, "the setup header")
+    setup.header = source.read(HDR, max(end, 0x268) - HDR, "the setup header")
     return setup
 
 

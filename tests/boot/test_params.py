@@ -45,7 +45,6 @@ READ = {
     "boot_flag": 0x1FE,
     "header": 0x202,
     "version": 0x206,
-    "kernel_version": 0x20E,
     "loadflags": 0x211,
     "initrd_addr_max": 0x22C,
     "kernel_alignment": 0x230,
@@ -101,8 +100,7 @@ def test_the_offsets_are_those_of_the_kernels_header(uapi: dict[str, int]) -> No
     assert uapi["size"] == params.SIZE
     assert uapi["entry"] == params._E820.size
     assert uapi["header_end"] == bz.HEADER_ROOM
-    assert uapi["at_HDR"] == bz.HEADER
-    assert uapi["loaded_high"] == params.LOADED_HIGH == bz.LOADED_HIGH
+    assert uapi["loaded_high"] == params.LOADED_HIGH
     assert uapi["kaslr_flag"] == params.KASLR_FLAG
     assert uapi["kernel_64"] == bz.XLF_KERNEL_64
     assert uapi["e820_max"] >= 4
@@ -120,7 +118,6 @@ def test_what_is_read_from_a_bzimage_is_what_stands_at_those_offsets(tmp_path: P
         "payload_length": ("<I", 0x23_4567),
         "pref_address": ("<Q", 0x140_0000),
         "init_size": ("<I", 0x345_6000),
-        "version": ("<H", 0x20E),
     }
     for name, (form, value) in values.items():
         struct.pack_into(form, image, READ[name], value)

@@ -21,7 +21,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-API_SOCKET = "/run/firecracker.socket"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -185,9 +184,10 @@ def _state(pid: int, kind: str, words: tuple[str, ...]) -> str:
         import json
 
         from vmm.commands.ctl import Client, Refused
+        from vmm.commands.serve import DEFAULT_SOCKET
 
         try:
-            path = path_in(pid, option(words, "--api-sock") or API_SOCKET)
+            path = path_in(pid, option(words, "--api-sock") or DEFAULT_SOCKET)
             return str(json.loads(Client(path, patience=1).ask("GET", "/"))["state"]).lower()
         except (VmmError, Refused, ValueError, KeyError):
             pass  # it is busy, or ends
