@@ -23,6 +23,9 @@ cdef extern from *:
     #ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
     #define MADV_POPULATE_WRITE 23
     #endif
+    #ifndef MREMAP_DONTUNMAP /* Linux 5.7; of shared files 5.13 */
+    #define MREMAP_DONTUNMAP 4
+    #endif
     #define PM_SCAN _IOWR('f', 16, struct pm_arg)
     #define PM_WP_MATCHING (1 << 0)
     #define PM_CHECK_WPASYNC (1 << 1)
@@ -62,19 +65,24 @@ cdef extern from *:
     uint64_t PAGEMAP_PRESENT, PAGEMAP_SWAPPED, PAGEMAP_FILE
     int madvise(void *address, size_t size, int advice) nogil
     void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
+    void *mremap(void *address, size_t old, size_t size, int flags, void *target) nogil
+    int munmap(void *address, size_t size) nogil
     int is_zero(const void *data, size_t size) nogil
     long lseek(int fd, long offset, int whence) nogil
     enum: SEEK_DATA, SEEK_HOLE
     ssize_t pread(int fd, void *data, size_t size, long offset) nogil
     ssize_t pwrite(int fd, const void *data, size_t size, long offset) nogil
     enum: MADV_POPULATE_WRITE
-    enum: PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
+    enum: PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
+    enum: MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP
 
 cdef enum:
     PAGE = 4096
     REGIONS = 512
     ENTRIES = 8192
     CHUNK = 1 << 20
+    TABLE = 2 << 20     # bytes that one page of page tables maps
+    UNMAPPED = 8 << 20  # bytes at a time, so that nobody waits long for the address space
 
 
 def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
@@ -90,6 +98,48 @@ def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
         got = mmap(<void *>address, size, PROT_READ | PROT_WRITE, flags, fd, <long>offset)
     if <long>got == -1:
         raise OSError(errno, os.strerror(errno))
+
+
+def move_aside(uintptr_t address, size_t size):
+    """Move the pages that a mapping has elsewhere, a page of page tables at a time. The mapping stays, without pages.
+
+    It is for a shared mapping, which gets its pages again where it is touched. Unmapping 256 MiB of pages takes 10 to
+    20 ms; this takes 0.1, and ``unmap`` can be called by a thread that has the time.
+
+    :returns: where the pages are, for ``unmap``; 0: nothing was moved, as the kernel cannot do it (before Linux 5.13)
+    """
+    cdef size_t room = size + TABLE, before
+    cdef uintptr_t start, target
+    cdef void *got
+    with nogil:
+        got = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if <long>got == -1:
+            with gil:
+                return 0
+        start = <uintptr_t>got
+        before = (address - start) % TABLE
+        target = start + before
+        got = mremap(<void *>address, size, size, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, <void *>target)
+        if <long>got == -1:
+            munmap(<void *>start, room)
+            target = 0
+        else:
+            if before:
+                munmap(<void *>start, before)
+            if before < TABLE:
+                munmap(<void *>(target + size), TABLE - before)
+    return target
+
+
+def unmap(uintptr_t address, size_t size):
+    """Unmap [`address`, `address` + `size`), which is the caller's."""
+    cdef size_t part
+    with nogil:
+        while size:
+            part = min(size, <size_t>UNMAPPED)
+            munmap(<void *>address, part)
+            address += part
+            size -= part
 
 
 def populate(uintptr_t address, size_t size):

@@ -12,6 +12,7 @@ from vmm._fastpath import GuestRam
 from vmm._mapping import copy_out, copy_pages, map_over, populate, private_runs, touched_runs, unmarked_runs
 from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, SnapshotError
+from vmm.undertaker import bury_pages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -259,6 +260,8 @@ class GuestMemory(GuestRam, Closing):
             gathered = self._gathered() if self._handler is not None else [region.file for region in self.regions]
             pieces = [Piece(region.gpa, region.size, file) for region, file in zip(self.regions, gathered, strict=True)]
             for piece in pieces:
+                if self._handler is None:
+                    bury_pages(self.host_address(piece.gpa, piece.size), piece.size)
                 self._map_piece(piece)
             self._let_go()
             for region in self.regions:
@@ -420,6 +423,9 @@ class GuestMemory(GuestRam, Closing):
         if self._marks >= 0:
             os.close(self._marks)
             self._marks = -1
+        for region in self.regions:
+            if region.file is not None and not self.huge:
+                bury_pages(self.host_address(region.gpa, region.size), region.size)
         self.unmap_all()
         self.regions = ()
         self._pieces = None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes descriptors in the background: the last one of a VM waits 15 to 20 ms for KVM's readers (SRCU). It also waits
-for the disk, while its caller does something else.
+"""Closes descriptors in the background: the last one of a VM waits 15 to 20 ms for KVM's readers (SRCU). It also unmaps
+memory, and waits for the disk, while its caller does something else.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import threading
 from _queue import SimpleQueue  # `queue` itself imports more, on the path of a launch
 
+from vmm._mapping import move_aside, unmap
 from vmm.errors import HostError
 from vmm.threads import spawn
 
@@ -26,6 +27,12 @@ def bury(fds: list[int]) -> None:
     """Close `fds` soon, in this order, on a thread that waits in the caller's place."""
     for fd in fds:
         _do(lambda fd=fd: os.close(fd))  # type: ignore[misc]
+
+
+def bury_pages(address: int, size: int) -> None:
+    """Take the pages of a shared mapping away; they are unmapped soon. The mapping stays, without pages."""
+    if aside := move_aside(address, size):
+        _do(lambda: unmap(aside, size))
 
 
 def be_there() -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
 import random
+import threading
 from itertools import pairwise
 
 import numpy
@@ -14,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm import _mapping
+from vmm import _mapping, undertaker
 from vmm.errors import ConfigError, GuestMemoryError
-from vmm.memory import GIB, GuestMemory, HotPages, MemoryFile, Piece, joined, overlay
+from vmm.memory import GIB, GuestMemory, HotPages, MemoryFile, Piece, joined, overlay, pagemap
 
 MIB = 1 << 20
 
@@ -351,3 +353,64 @@ def test_joined_runs_are_the_same_bytes_and_stand_apart(runs: list[tuple[int, in
     held = {byte for start, size in found for byte in range(start, start + size)}
     assert covered <= held and (gap or covered == held)
     assert all(sum(one) + gap < other[0] for one, other in pairwise(found))
+
+
+def mapped() -> list[str]:
+    """The mappings of memfds of guests in this process."""
+    with open("/proc/self/maps", encoding="ascii") as file:
+        return [line for line in file if "guest-ram" in line]
+
+
+def test_pages_that_are_moved_aside_are_those_of_the_mapping_until_they_are_unmapped() -> None:
+    with GuestMemory(8 * MIB) as memory:
+        memory.view()[::4096] = 7
+        address = memory.host_address(0, 8 * MIB)
+        aside = _mapping.move_aside(address, 8 * MIB)
+        assert aside and aside % (2 * MIB) == address % (2 * MIB)
+        assert not _mapping.touched_runs(pagemap(), address, 8 * MIB)
+        assert len(mapped()) == 2
+        memory.write(4096, b"x")
+        assert ctypes.string_at(aside + 4096, 2) == b"x\0"
+        assert memory.read(4 * MIB, 1) == b"\7"
+        _mapping.unmap(aside, 8 * MIB)
+        assert len(mapped()) == 1
+
+
+def test_pages_that_the_kernel_does_not_move_are_unmapped_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _mapping.move_aside(4096, 2 * MIB) == 0  # nothing is mapped there
+    monkeypatch.setattr(undertaker, "move_aside", lambda address, size: 0)  # as before Linux 5.13
+    with GuestMemory(4 * MIB) as memory:
+        memory.write(MIB, b"there")
+        pieces = memory.freeze()
+        with GuestMemory(4 * MIB, pieces=pieces) as copy:
+            assert memory.read(MIB, 5) == copy.read(MIB, 5) == b"there"
+    del pieces
+    assert not mapped()
+
+
+def test_others_read_and_write_while_memory_is_frozen_or_moved_aside() -> None:
+    stop = threading.Event()
+    seen: list[bytes] = []
+
+    def work() -> None:
+        while not stop.is_set():
+            seen.append(memory.read(3 * MIB, 1))
+            memory.write(MIB, b"w")
+
+    with GuestMemory(16 * MIB) as memory:
+        memory.view()[::4096] = 7
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            for _ in range(200):
+                undertaker.bury_pages(memory.host_address(0, 16 * MIB), 16 * MIB)
+            memory.freeze()
+        finally:
+            stop.set()
+            thread.join()
+        assert set(seen) == {b"\7"}
+        view = memory.view()
+    undertaker.wait()
+    assert view[3 * MIB] == 7, "a view outlives its memory, whose pages were moved aside"
+    del view
+    assert not mapped()
