@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from vmm import threads
+from vmm import threads, undertaker
 from vmm.jail import _seccomp
 
 settings.register_profile("pyvmm", deadline=None)
@@ -43,10 +43,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_guard_of_others() -> Iterator[None]:
-    """Filters begin with a machine and stay for the process: the next test's devices, without one, have none."""
+def _nothing_of_others() -> Iterator[None]:
+    """Filters begin with a machine and stay for the process: the next test's devices, without one, have none.
+
+    What a test has closed is closed before the next one counts descriptors.
+    """
     yield
     threads.guard = None
+    undertaker.wait()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -68,9 +68,14 @@ cdef class GuestRam:
         self._count += 1
 
     def unmap_all(self):
-        """Remove every region. A mapping stays in memory until its last slice is released."""
+        """Remove every region. A mapping stays in memory until its last slice is released.
+
+        :returns: the mappings
+        """
+        mappings = [mapping for mapping, _ in self._maps]
         self._count = 0
         self._maps = []
+        return mappings
 
     def host_address(self, uint64_t gpa, uint64_t size):
         """Host virtual address of [gpa, gpa + size), for ``KVM_SET_USER_MEMORY_REGION``."""

@@ -8,11 +8,11 @@ import errno
 import mmap
 import os
 
+from vmm import undertaker
 from vmm._fastpath import GuestRam
 from vmm._mapping import copy_out, copy_pages, map_over, populate, private_runs, touched_runs, unmarked_runs
 from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, SnapshotError
-from vmm.undertaker import bury_pages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class MemoryFile:
         self.fd = fd
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        undertaker.bury_from_finalizer(self.fd)
 
 
 class Piece:
@@ -261,7 +261,7 @@ class GuestMemory(GuestRam, Closing):
             pieces = [Piece(region.gpa, region.size, file) for region, file in zip(self.regions, gathered, strict=True)]
             for piece in pieces:
                 if self._handler is None:
-                    bury_pages(self.host_address(piece.gpa, piece.size), piece.size)
+                    undertaker.bury_pages(self.host_address(piece.gpa, piece.size), piece.size)
                 self._map_piece(piece)
             self._let_go()
             for region in self.regions:
@@ -425,8 +425,9 @@ class GuestMemory(GuestRam, Closing):
             self._marks = -1
         for region in self.regions:
             if region.file is not None and not self.huge:
-                bury_pages(self.host_address(region.gpa, region.size), region.size)
-        self.unmap_all()
+                undertaker.bury_pages(self.host_address(region.gpa, region.size), region.size)
+        for mapping in self.unmap_all():
+            undertaker.close_mapping(mapping)
         self.regions = ()
         self._pieces = None
 

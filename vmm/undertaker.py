@@ -16,7 +16,9 @@ from vmm.threads import spawn
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from mmap import mmap
 
+_MOST = 64  # tasks that wait; whoever comes then does its task itself, so that memory does not run out
 _queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
 _thread: threading.Thread | None = None
 _pid = 0
@@ -27,6 +29,26 @@ def bury(fds: list[int]) -> None:
     """Close `fds` soon, in this order, on a thread that waits in the caller's place."""
     for fd in fds:
         _do(lambda fd=fd: os.close(fd))  # type: ignore[misc]
+
+
+def bury_from_finalizer(fd: int) -> None:
+    """The same for one, without a lock: the garbage collector may call a finalizer anywhere, in this module, too."""
+    if _thread is not None and _pid == os.getpid():
+        _queue.put(lambda: os.close(fd))
+    else:
+        os.close(fd)
+
+
+def close_mapping(mapping: mmap) -> None:
+    """Close a mapping soon. One that a view is left of stays until the view goes."""
+
+    def close() -> None:
+        try:
+            mapping.close()
+        except BufferError:
+            pass
+
+    _do(close)
 
 
 def bury_pages(address: int, size: int) -> None:
@@ -85,7 +107,7 @@ def _do(task: Callable[[], object]) -> None:
             except (RuntimeError, HostError):
                 _thread = None  # no thread can be made: the caller waits itself
         there = _thread is not None
-    if there:
+    if there and _queue.qsize() < _MOST:
         _queue.put(task)
     else:
         task()

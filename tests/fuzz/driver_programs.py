@@ -29,6 +29,7 @@ from virtio.device import VirtioDevice
 from virtio.mmio import VirtioMmio
 from virtio.net.mmds import Endpoint
 from virtio.testing import Allocator, MmioDriver, SplitDriver
+from vmm import undertaker
 from vmm.errors import SnapshotError
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
@@ -623,7 +624,8 @@ def check_outside(outside: Path) -> None:
 
 
 def descriptors() -> int:
-    """How many this process has open."""
+    """How many this process has open, and will not have closed soon."""
+    undertaker.wait()
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -27,7 +27,7 @@ from virtio.device import VirtioDevice
 from virtio.net.device import Net
 from virtio.rng import Entropy
 from virtio.testing import Allocator, MmioDriver
-from vmm import Machine
+from vmm import Machine, undertaker
 from vmm.config.devices import BalloonConfig, DriveConfig, EntropyConfig, ShareConfig, VsockConfig
 from vmm.errors import ConfigError, KvmError, SnapshotError, VmmError
 from vmm.machine.attach import Attached
@@ -117,6 +117,7 @@ class _Mallinfo(ctypes.Structure):
 def held(vm: Machine) -> tuple[dict[str, int], dict[str, int]]:
     """What this process and `vm` have: what must be the same again, and bytes, which caches move a little."""
     gc.collect()
+    undertaker.wait()
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Mallinfo
     exact = {

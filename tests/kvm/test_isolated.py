@@ -15,7 +15,7 @@ import pytest
 
 from tests.kvm.guests import PATIENCE, write_guest
 from tests.waiting import has_ended, until
-from vmm import DriveConfig, Machine, Pool, StopReason
+from vmm import DriveConfig, Machine, Pool, StopReason, undertaker
 from vmm.config.devices import NetConfig, VsockConfig
 from vmm.errors import HostError, SnapshotError, VmmError
 from vmm.machine.isolated import Isolated
@@ -203,6 +203,7 @@ def test_nothing_is_left(guest: MakeGuest) -> None:
             pids.append(child.pid)
             child.close()
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        undertaker.wait()
         counts.append(len(os.listdir("/proc/self/fd")))
     assert counts[1] == counts[2], "the first one has opened what is kept"
 

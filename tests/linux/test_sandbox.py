@@ -26,7 +26,7 @@ import pytest
 from tests.linux import kernels
 from tests.virtio.test_net import read_pcap
 from tests.waiting import until
-from vmm import Sandbox
+from vmm import Sandbox, undertaker
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.sandbox import (
     AsyncSandbox,
@@ -733,6 +733,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
         sandbox.run(["true", *["x"] * 9000])
     with pytest.raises(SandboxError, match="did not come up"):
         Sandbox("busybox", memory="64M", kernel=kernels.kernel().path, boot_timeout=0.001)
+    undertaker.wait()
     assert len(os.listdir("/proc/self/fd")) <= len(before)  # fewer: a connection that was kept may be closed
     assert [each["name"] for each in registry.all_running()] == [sandbox.name]
 

@@ -32,6 +32,7 @@ from tests.virtio.fuse_client import (
 )
 from virtio.fs.device import ShareDevice
 from virtio.mmio import VirtioMmio
+from vmm import undertaker
 from vmm.errors import SnapshotError
 
 Move = Callable[..., None]
@@ -96,6 +97,7 @@ def test_nodes_and_open_files_go_on(vm: FuseVm, tmp_path: Path) -> None:
 
 def descriptors() -> int:
     gc.collect()  # what loops in C hold goes with them
+    undertaker.wait()
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -115,6 +115,7 @@ def test_close_gives_every_descriptor_back() -> None:
     before = os.listdir("/proc/self/fd")
     for _ in range(10):
         GuestMemory(4 * GIB).close()
+    undertaker.wait()
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
@@ -250,6 +251,7 @@ def test_its_files_go_with_the_last_that_maps_them() -> None:
         copy.close()
     del memory, copy
     gc.collect()
+    undertaker.wait()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -385,6 +387,7 @@ def test_pages_that_the_kernel_does_not_move_are_unmapped_in_their_place(monkeyp
         with GuestMemory(4 * MIB, pieces=pieces) as copy:
             assert memory.read(MIB, 5) == copy.read(MIB, 5) == b"there"
     del pieces
+    undertaker.wait()
     assert not mapped()
 
 
