@@ -6,9 +6,10 @@ This has the one checked translation from a guest address to a host address, and
 C functions that run without the GIL (``queue_*``), and ``VirtQueue``, which wraps them for Python.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
 
 from vmm._iov cimport iov_gather, iov_scatter
@@ -483,18 +484,21 @@ cdef class VirtQueue:
         :raises ValueError: the chain was returned before, `written` exceeds its ``writable_bytes``, or the queue is not
             ready
         """
-        if not hasattr(written, "__index__"):
+        cdef int too_large = 0
+        cdef int64_t size
+        if not isinstance(written, int) and not hasattr(written, "__index__"):
             raise TypeError(
                 f"the number of bytes written to a chain must be a whole number, not {written!r:.60}: "
                 "what serves a chain returns it, 0 if it wrote nothing")
         if chain.returned:
             raise ValueError("the chain was returned before")
-        if not 0 <= written <= chain.writable_bytes:
+        size = PyLong_AsLongLongAndOverflow(written, &too_large)
+        if too_large or size < 0 or <uint64_t>size > min(chain.writable_bytes, <uint64_t>0xFFFF_FFFF):
             raise ValueError(f"a chain with room for {chain.writable_bytes} bytes cannot have {written} bytes written")
         if self.ring.size == 0:
             raise ValueError("the queue is not ready")
         chain.returned = True
-        queue_add_used(&self.ring, chain.head, written)
+        queue_add_used(&self.ring, chain.head, <uint32_t>size)
 
     def flush(self):
         """Show the driver the chains returned since the last call. Returns whether it wants an interrupt for them."""
