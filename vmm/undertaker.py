@@ -31,12 +31,17 @@ def bury(fds: list[int]) -> None:
         _do(lambda fd=fd: os.close(fd))  # type: ignore[misc]
 
 
-def bury_from_finalizer(fd: int) -> None:
-    """The same for one, without a lock: the garbage collector may call a finalizer anywhere, in this module, too."""
-    if _thread is not None and _pid == os.getpid():
-        _queue.put(lambda: os.close(fd))
+def bury_from_finalizer(
+    fd: int, close: Callable[[int], None] = os.close, getpid: Callable[[], int] = os.getpid
+) -> None:
+    """The same for one, without a lock: the garbage collector may call a finalizer anywhere, in this module, too.
+
+    :param close: not looked up at the call, nor `getpid`: at the interpreter's end, modules are empty
+    """
+    if _thread is not None and _queue and _pid == getpid():
+        _queue.put(lambda: close(fd))
     else:
-        os.close(fd)
+        close(fd)
 
 
 def close_mapping(mapping: mmap) -> None:
