@@ -22,14 +22,6 @@ PROGRAM = """
 #include <stdlib.h>
 #include <string.h>
 
-const char *value(const struct request *request, const char *key)
-{
-    for (int i = 0; i < request->count; i++)
-        if (!strcmp(request->parameters[i].key, key))
-            return request->parameters[i].value;
-    return NULL;
-}
-
 int main(void)
 {
     static struct request request;

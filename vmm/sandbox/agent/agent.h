@@ -61,7 +61,6 @@ extern int keep; // the command continues when the host disconnects
 extern int gone; // the host has disconnected, and `host` is /dev/null
 void host_gone(void);
 int read_request(struct request *request);
-const char *value(const struct request *request, const char *key); // the first one's, or NULL
 const char *pair(const struct request *request, const char *key); // "KEY=VALUE" until the next call, for F_FAILED
 long number(const char *text, long otherwise); // of decimal digits; otherwise: of anything else
 void say(const char *what, int error); // on the console; error 0: no number
@@ -75,6 +74,9 @@ int has_read_ahead(void); // whether bytes from the host are already read, so th
 
 // json.c
 int parse_request(char *text, size_t length, struct request *request);
+const char *value(const struct request *request, const char *key); // the first one's, or NULL
+// Each value of an array, or NULL after the last. `index` is 0 at first.
+const char *next_value(const struct request *request, const char *key, int *index);
 
 // boot.c
 extern int commands; // the cgroup of commands, or -1

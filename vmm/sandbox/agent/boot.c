@@ -313,10 +313,8 @@ int mount_share(const char *tag, const char *path, int read_only)
 // Verb "read-only": make the root read-only. The directories in `writable` stay as they are, with what is in them.
 int make_read_only(const struct request *request)
 {
-    for (int i = 0; i < request->count; i++) {
-        const char *path = request->parameters[i].value;
-        if (strcmp(request->parameters[i].key, "writable"))
-            continue;
+    const char *path;
+    for (int i = 0; (path = next_value(request, "writable", &i));) {
         if (make_directory(path) || CALL(mount, path, path, NULL, MS_BIND, NULL)) {
             send_failed(errno, path);
             return -1;

@@ -49,9 +49,10 @@ static void make_environment(const struct request *request, int terminal)
     };
     int count = 0;
     environment[0] = NULL;
-    for (int i = 0; i < request->count; i++)
-        if (!strcmp(request->parameters[i].key, "env") && strchr(request->parameters[i].value, '='))
-            add(environment, &count, request->parameters[i].value);
+    const char *variable;
+    for (int i = 0; (variable = next_value(request, "env", &i));)
+        if (strchr(variable, '='))
+            add(environment, &count, variable);
     for (int i = 0; i < 4 + !!terminal; i++) {
         join(scratch[i], sizeof scratch[i], names[i], values[i], NULL);
         if (!has(environment, scratch[i]))
@@ -125,9 +126,9 @@ static void become(void)
     if (child.terminal)
         CALL(ioctl, 0, TIOCSCTTY, 0);
     spit("/proc/self/oom_score_adj", "0"); // the agent has -999, so that its commands are killed first
-    for (int i = 0; i < request->count; i++)
-        if (!strcmp(request->parameters[i].key, "limit"))
-            limit(request->parameters[i].value);
+    const char *text;
+    for (int i = 0; (text = next_value(request, "limit", &i));)
+        limit(text);
     const char *cwd = value(request, "cwd");
     if ((user.uid || user.gid || user.groups > 1) &&
         (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
@@ -322,9 +323,9 @@ void run(const struct request *request)
     if (before)
         keep_free(free_memory() > 8 * RESERVE);
     CALL(chdir, "/");
-    for (int i = 0; i < request->count; i++)
-        if (!strcmp(request->parameters[i].key, "arg"))
-            add(arguments, &count, request->parameters[i].value);
+    const char *argument;
+    for (int i = 0; (argument = next_value(request, "arg", &i));)
+        add(arguments, &count, argument);
     if (!count || count == WORDS) {
         send_failed(count ? E2BIG : EINVAL, "command");
         skip_input(0);

@@ -103,14 +103,6 @@ int read_request(struct request *request)
     return !error;
 }
 
-const char *value(const struct request *request, const char *key)
-{
-    for (int i = 0; i < request->count; i++)
-        if (!strcmp(request->parameters[i].key, key))
-            return request->parameters[i].value;
-    return NULL;
-}
-
 const char *pair(const struct request *request, const char *key)
 {
     static char text[4096];

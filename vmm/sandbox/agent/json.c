@@ -130,6 +130,22 @@ static int read_value(const char **value)
     return take_word("false") || take_word("null");
 }
 
+const char *next_value(const struct request *request, const char *key, int *index)
+{
+    while (*index < request->count) {
+        const struct parameter *each = &request->parameters[(*index)++];
+        if (!strcmp(each->key, key))
+            return each->value;
+    }
+    return NULL;
+}
+
+const char *value(const struct request *request, const char *key)
+{
+    int index = 0;
+    return next_value(request, key, &index);
+}
+
 // Returns 0, or the error: EINVAL, or E2BIG for too many values. `text` has a NUL byte behind it and is changed.
 int parse_request(char *text, size_t length, struct request *request)
 {
