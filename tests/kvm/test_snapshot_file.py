@@ -298,6 +298,19 @@ def test_the_next_save_removes_what_a_killed_one_has_left(tmp_path: Path, guest:
     assert {*room.iterdir()} == {place, *foreign, full}
 
 
+def test_a_file_system_without_locks_takes_images(
+    tmp_path: Path, guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    image, count = _frozen(guest)
+    for _ in range(2):
+        image.save(str(tmp_path / "place"))
+    _goes_on(Image.load(str(tmp_path / "place")), count)
+
+
 def _vcpus(place: Path) -> bytes:
     return bytes(Image.load(str(place)).vcpus[0]["regs"])
 

@@ -360,8 +360,15 @@ def _make_beside(directory: str) -> tuple[str, int]:
     # A new directory, and the descriptor that holds its lock, which says that its process lives.
     made = f"{directory}.{os.urandom(4).hex()}.new"
     os.mkdir(made, 0o700)
-    lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        os.rmdir(made)
+        raise
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        pass  # this file system has no locks: then nobody gets one to remove it, either
     if os.path.exists(made):
         return made, lock
     os.close(lock)  # another process has taken it for one that was left behind, in the moment before the lock
@@ -372,15 +379,16 @@ def _remove_left_behind(directory: str) -> None:
     # What saves into `directory` left beside it that were killed: half a new image, or all of an old one.
     above, name = os.path.split(directory)
     for each in os.listdir(above):
-        if not re.fullmatch(re.escape(name) + r"\.[0-9a-f]{8}\.new", each):
+        left = os.path.join(above, each)
+        if not re.fullmatch(re.escape(name) + r"\.[0-9a-f]{8}\.new", each) or not _is_ours(left):
             continue
         lock = -1
         try:
-            lock = os.open(os.path.join(above, each), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(os.path.join(above, each))
+            _remove(left)
         except OSError:
-            pass  # its process lives, or it is not ours
+            pass  # its process lives, or has removed it meanwhile
         finally:
             if lock >= 0:
                 os.close(lock)
