@@ -126,8 +126,7 @@ def move_aside(uintptr_t address, size_t size):
         else:
             if before:
                 munmap(<void *>start, before)
-            if before < TABLE:
-                munmap(<void *>(target + size), TABLE - before)
+            munmap(<void *>(target + size), TABLE - before)
     return target
 
 

@@ -424,7 +424,7 @@ class GuestMemory(GuestRam, Closing):
             os.close(self._marks)
             self._marks = -1
         for region in self.regions:
-            if region.file is not None and not self.huge:
+            if region.file is not None and not self.huge:  # in steps, which hold up the address space for less
                 undertaker.bury_pages(self.host_address(region.gpa, region.size), region.size)
         for mapping in self.unmap_all():
             undertaker.close_mapping(mapping)

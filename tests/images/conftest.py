@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.images import host
+from vmm.images import apt, host, store
 
 
 @pytest.fixture
@@ -83,3 +83,14 @@ class Repository:
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A local Debian archive, empty, that apt is set to use alone."""
     return Repository(tmp_path / "repository", monkeypatch.setenv)
+
+
+@pytest.fixture
+def kernel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kernel that is here already; returns the cache."""
+    (tmp_path / "kernel/boot").mkdir(parents=True)
+    (tmp_path / "kernel/boot/vmlinuz-6.1-test").write_text("kernel")
+    package = apt.Package("linux-image-test", "6.1-1", tmp_path / "kernel")
+    monkeypatch.setattr(apt, "package", lambda name, **kwargs: package)
+    monkeypatch.setattr(store, "build_initramfs", lambda *args, **kwargs: b"initrd")
+    return cache

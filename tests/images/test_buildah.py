@@ -15,7 +15,6 @@ import pytest
 from tests.images.buildah import Buildah
 from tests.images.layouts import docker_registry
 from tests.images.test_layers import facts
-from tests.images.test_oci import kernel  # noqa: F401
 from vmm import images
 from vmm.images import reference, registry
 
@@ -119,7 +118,7 @@ def unpacked(image: images.Image, place: Path) -> Path:
     ],
 )
 def test_image_is_what_buildah_says(
-    built: Built, kernel: Path, tmp_path: Path, image: str, transport: str, more: list[str]  # noqa: F811
+    built: Built, kernel: Path, tmp_path: Path, image: str, transport: str, more: list[str]
 ) -> None:  # fmt: skip
     name = f"{transport}:{tmp_path}/image:test/a:1"
     built.buildah("push", *more, image, name)
@@ -141,7 +140,7 @@ def test_image_is_what_buildah_says(
     assert (config.uid, config.gid, config.groups, config.home) == (33, 34, (4,), "/var/www")
 
 
-def test_registry_has_what_buildah_pushes(built: Built, kernel: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_registry_has_what_buildah_pushes(built: Built, kernel: Path, tmp_path: Path) -> None:
     def push(image: str, tag: str, *more: str) -> str:
         command = ["manifest", "push", "--all"] if tag == "list" else ["push"]
         built.buildah(*command, "--tls-verify=false", *more, image, f"docker://{place}/test/{tag}:1")

@@ -15,7 +15,7 @@ from tests.images.layouts import Made, descriptor, digest, directory, entry, lay
 from tests.virtio.mounts import bind, mounted, private_mounts
 from vmm import images
 from vmm.errors import ConfigError
-from vmm.images import apt, reference, store, users
+from vmm.images import reference, users
 from vmm.images.host import PullError
 
 BASE = layer(
@@ -27,17 +27,6 @@ PROGRAM = {
     "WorkingDir": "srv/www/..", "Volumes": {"/data": {}, "rel": {}}, "StopSignal": "3", "ExposedPorts": {"80/tcp": {}},
     "Labels": {"a": "b"},
 }  # fmt: skip
-
-
-@pytest.fixture
-def kernel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A kernel that is here already; returns the cache."""
-    (tmp_path / "kernel/boot").mkdir(parents=True)
-    (tmp_path / "kernel/boot/vmlinuz-6.1-test").write_text("kernel")
-    package = apt.Package("linux-image-test", "6.1-1", tmp_path / "kernel")
-    monkeypatch.setattr(apt, "package", lambda name, **kwargs: package)
-    monkeypatch.setattr(store, "build_initramfs", lambda *args, **kwargs: b"initrd")
-    return cache
 
 
 def listed(disk: str) -> list[str]:

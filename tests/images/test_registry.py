@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.images.layouts import Made, digest, docker_registry, entry, layer
-from tests.images.test_oci import BASE, PROGRAM, kernel, listed  # noqa: F401
+from tests.images.test_oci import BASE, PROGRAM, listed
 from vmm import images
 from vmm.images import host, registry
 from vmm.images.host import PullError
@@ -94,7 +94,7 @@ def _log_out(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 @pytest.fixture
-def server(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:  # noqa: F811
+def server(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A registry on this host; nobody is logged in anywhere."""
     _log_out(monkeypatch, kernel.parent)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for what is on this host
@@ -154,7 +154,7 @@ def test_download_begins_anew_where_no_range_is_given(server: Server) -> None:
     assert "bin/x" in listed(images.pull(f"oci:{server.place}/a").rootfs)
 
 
-def test_killed_pull_is_resumed(server: Server, kernel: Path) -> None:  # noqa: F811
+def test_killed_pull_is_resumed(server: Server, kernel: Path) -> None:
     blob = server.made.manifest["layers"][1]["digest"].replace(":", "-")
     (kernel / "blobs").mkdir(parents=True)
     (kernel / f"blobs/{blob}.part").write_bytes(server.made.layers[1][:1234])
@@ -242,7 +242,7 @@ def _garbage(handler: _Handler) -> bool:
     ],
 )
 def test_bad_registry_is_one_line(
-    server: Server, kernel: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[_Handler], bool], problem: str  # noqa: F811
+    server: Server, kernel: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[_Handler], bool], problem: str
 ) -> None:  # fmt: skip
     assert len(server.made.layers[1]) == 1054720
     monkeypatch.setattr(registry, "STALL", 0.15)
@@ -327,7 +327,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize("scope", ["", "/test", "/test/image"])
 @pytest.mark.parametrize("where", ["run", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "HOME"])
 def test_login_of_skopeo_is_found(
-    real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, scope: str  # noqa: F811
+    real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, scope: str
 ) -> None:  # fmt: skip
     _log_out(monkeypatch, tmp_path / "home")
     places = {"run": f"home/run/{os.getuid()}", "HOME": "home/.config/containers"}
@@ -343,7 +343,7 @@ def test_login_of_skopeo_is_found(
         assert "bin/x" in listed(images.pull(f"oci:{real}/test/image:oci").rootfs)
 
 
-def test_real_registry(real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+def test_real_registry(real: str, kernel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _log_out(monkeypatch, tmp_path)
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
     with pytest.raises(PullError, match="needs a login: docker login"):

@@ -67,7 +67,7 @@ def test_removed_device_is_asked_no_more() -> None:
 def test_tables_of_a_bus_in_a_cycle_are_freed_with_it() -> None:
     def make() -> None:
         bus, device = Bus("pio", 1 << 16), Device()
-        device.bus = bus  # type: ignore[attr-defined]
+        device.bus = bus  # type: ignore[attr-defined]  # a cycle, which the class itself does not make
         for port in range(200):  # each makes a table, of 10 KiB in the end
             bus.add(port, 1, device, "d")
         bus.remove(device)

@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -111,7 +112,7 @@ def layout(name: Name) -> Content:
         file.seek(0)
         return file
 
-    return Content(config, [lambda blob=blob: layer(blob) for blob in image.layers], [])  # type: ignore[misc]
+    return Content(config, [partial(layer, blob) for blob in image.layers], [])
 
 
 class _Saved(msgspec.Struct, rename="pascal"):
