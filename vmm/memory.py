@@ -58,15 +58,21 @@ class MemoryFile:
     """A memfd or file with contents of guest RAM, that machines and images map; closed with the last of them.
 
     :param fd: owned from here on
+    :param at_once: it is closed and unmapped at its end, not soon after: a file of a file system that may be unmounted
+        then, or huge pages, of which there are few
     """
 
-    __slots__ = ("fd",)
+    __slots__ = ("at_once", "fd")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, at_once: bool = False) -> None:
         self.fd = fd
+        self.at_once = at_once
 
-    def __del__(self, bury: Callable[[int], None] = undertaker.bury_from_finalizer) -> None:
-        bury(self.fd)  # not by its module: at the interpreter's end that may be gone
+    # The two are not looked up when it ends: at the interpreter's end, modules are empty.
+    def __del__(
+        self, bury: Callable[[int], None] = undertaker.bury_from_finalizer, close: Callable[[int], None] = os.close
+    ) -> None:
+        (close if self.at_once else bury)(self.fd)
 
 
 class Piece:
@@ -229,7 +235,8 @@ class GuestMemory(GuestRam, Closing):
         # A memfd a region; None: the limit on the size of files, which a memfd is, allows none so large.
         files = []
         for _, length in spans(self.size):
-            files.append(MemoryFile(os.memfd_create("guest-ram", os.MFD_CLOEXEC | (_HUGE_2MB if self.huge else 0))))
+            fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | (_HUGE_2MB if self.huge else 0))
+            files.append(MemoryFile(fd, at_once=self.huge))
             try:
                 os.ftruncate(files[-1].fd, length)
             except OSError as error:
@@ -423,11 +430,12 @@ class GuestMemory(GuestRam, Closing):
         if self._marks >= 0:
             os.close(self._marks)
             self._marks = -1
-        for region in self.regions:
-            if region.file is not None and not self.huge:  # in steps, which hold up the address space for less
-                undertaker.bury_pages(self.host_address(region.gpa, region.size), region.size)
+        shared = [(region.gpa, region.size) for region in self.regions if region.file is not None and not self.huge]
+        for gpa, size in shared:  # in steps, which hold up the address space for less
+            undertaker.bury_pages(self.host_address(gpa, size), size)
+        at_once = self.huge or any(piece.file.at_once for piece in self._pieces or () if piece.file is not None)
         for mapping in self.unmap_all():
-            undertaker.close_mapping(mapping)
+            undertaker.close_mapping(mapping, at_once=at_once)
         self.regions = ()
         self._pieces = None
 

@@ -44,8 +44,8 @@ def bury_from_finalizer(
         close(fd)
 
 
-def close_mapping(mapping: mmap) -> None:
-    """Close a mapping soon. One that a view is left of stays until the view goes."""
+def close_mapping(mapping: mmap, *, at_once: bool) -> None:
+    """Close a mapping, at once or soon. One that a view is left of stays until the view goes."""
 
     def close() -> None:
         try:
@@ -53,7 +53,10 @@ def close_mapping(mapping: mmap) -> None:
         except BufferError:
             pass
 
-    _do(close)
+    if at_once:
+        close()
+    else:
+        _do(close)
 
 
 def bury_pages(address: int, size: int) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import numpy
 import pytest
@@ -366,6 +367,23 @@ def test_memory_that_a_program_leaves_open_ends_with_it_in_silence() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_memory_of_a_file_on_a_disk_is_closed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4 * MIB))
+    file = MemoryFile(os.open(tmp_path / "file", os.O_RDONLY), at_once=True)
+    descriptor = file.fd
+    memory = GuestMemory(4 * MIB, pieces=[Piece(0, 4 * MIB, file)])
+    hold = threading.Event()
+    undertaker._do(hold.wait)  # what is buried now is not closed before this is over
+    try:
+        memory.close()
+        del file, memory
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+        with pytest.raises(OSError):
+            os.fstat(descriptor)
+    finally:
+        hold.set()
 
 
 def mapped() -> set[str]:

@@ -207,7 +207,7 @@ def _memory_file(path: str, size: int) -> MemoryFile:
         raise ApiError(f"{_MEMORY}Failed to load guest memory: {_io(error)}") from None
     except SnapshotError as error:
         raise ApiError(f"{_MEMORY}Failed to load guest memory: {error}") from None
-    file = MemoryFile(fd)
+    file = MemoryFile(fd, at_once=True)
     if os.fstat(fd).st_size < size:
         short = "The specified file offset and length is greater then file length"
         raise ApiError(f"{_MEMORY}Failed to restore guest memory: Cannot create mmap region: {short}")

@@ -236,7 +236,7 @@ def child_of(
         _refuse_taps(image.config, change)
         for index, drive in enumerate(image.config.drives):
             if not drive.read_only:
-                disks[index] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC))
+                disks[index] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC), at_once=True)
     else:
         if devices is None:
             _refuse_devices(source)
@@ -245,7 +245,7 @@ def child_of(
         def copy_disks() -> None:
             for index, (drive, block) in enumerate(zip(source.config.drives, source.blocks.values(), strict=True)):
                 if not drive.read_only:
-                    disks[index] = MemoryFile(private_copy(block.disk.fd, block.disk.path))
+                    disks[index] = MemoryFile(private_copy(block.disk.fd, block.disk.path), at_once=True)
 
         image = source._freeze(copy_disks)
     first = 0 if isinstance(source, Image) else source.children

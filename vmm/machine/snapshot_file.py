@@ -93,7 +93,7 @@ def load(directory: str) -> Image:
     """
     try:
         data = read_state(os.path.join(directory, STATE))
-        file_of_memory = MemoryFile(open_regular(os.path.join(directory, MEMORY)))
+        file_of_memory = MemoryFile(open_regular(os.path.join(directory, MEMORY)), at_once=True)
     except OSError as error:
         raise HostError(error.errno or 0, "read the snapshot", directory) from None
     memory = file_of_memory.fd
