@@ -486,6 +486,14 @@ def test_a_tcp_port_of_the_guest_is_reached(sandbox: Sandbox) -> None:
             assert stream.recv(100) == b""
 
 
+@pytest.mark.parametrize("gib", [2, 4])
+def test_memory_of_several_gigabytes(runtime: Path, gib: int) -> None:
+    # A kernel maps whole GiB by one entry each where CPUID says so, which not every KVM can walk.
+    with Sandbox("busybox", memory=f"{gib}G", boot_timeout=20) as big:
+        total = int(big.run("grep MemTotal /proc/meminfo | tr -dc 0-9").stdout)
+        assert (gib << 20) * 0.95 < total < gib << 20
+
+
 def test_out_of_memory_is_told(runtime: Path) -> None:
     with Sandbox("busybox", memory="64M") as small:
         with pytest.raises(CommandOutOfMemory):
