@@ -26,6 +26,8 @@ PROGRAM = {
     "StopSignal": "SIGQUIT",
 }
 
+IMAGE = "IMAGE"  # its name is not known yet
+
 
 @pytest.fixture(scope="module")
 def image(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -86,3 +88,19 @@ def test_the_command_runs_the_images_program_and_passes_its_stop_signal_on(image
         rest = process.stdout.read()
     assert lines == [b"uid=33(web) gid=34(www) groups=4(log),34(www)\n", b"/srv/app\n", b"of the image /var\n"]
     assert (rest, process.returncode) == (b"stopped\n", 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ([IMAGE, "echo $0 $1; exit 3", "zero", "one"], 3, "zero one\n"),  # all of it goes to sh -c
+        ([IMAGE, "--", "echo $0; exit 4", "--", "one"], 4, "--\n"),
+        (["--entrypoint", "echo", IMAGE, "a  b"], 0, "a  b\n"),
+        (["--entrypoint", "", IMAGE, "pwd"], 0, "/srv/app\n"),
+    ],
+)
+def test_words_behind_the_image_are_its_entrypoints(image: str, words: list[str], status: int, said: str) -> None:
+    words = [image if word == IMAGE else word for word in words]
+    command = [sys.executable, "-m", "vmm", "sandbox", "--memory", "128M", *words]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (status, said, "")

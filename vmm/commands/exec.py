@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_command_arguments(parser)
 
 
-def add_command_arguments(parser: argparse.ArgumentParser, default: str = "a shell") -> None:
+def add_command_arguments(
+    parser: argparse.ArgumentParser, default: str = "a shell", what: str = "a program and its arguments"
+) -> None:
     """Those that say how a command runs, and the command."""
     add = parser.add_argument
     add(
@@ -47,9 +49,7 @@ def add_command_arguments(parser: argparse.ArgumentParser, default: str = "a she
     add("-w", "--cwd", metavar="DIR", help="working directory (default: the image's, or the user's home)")
     import argparse
 
-    command = add(
-        "command", metavar="CMD", nargs=argparse.REMAINDER, help=f"a program and its arguments (default: {default})"
-    )
+    command = add("command", metavar="CMD", nargs=argparse.REMAINDER, help=f"{what} (default: {default})")
     command.required = False  # which argparse takes it for, and says so where another one is missing
 
 
@@ -66,12 +66,16 @@ def environment(words: list[str]) -> dict[str, str]:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; its exit status is ours."""
-    return run(attach(args.name), args)
+    return run(attach(args.name), args, command_words(args))
 
 
-def run(session: Session, args: argparse.Namespace) -> int:
-    """Run the command of `args` on this terminal, and return its status."""
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+def command_words(args: argparse.Namespace) -> list[str]:
+    """The command, without a ``--`` before it."""
+    return list(args.command[1:] if args.command[:1] == ["--"] else args.command)
+
+
+def run(session: Session, args: argparse.Namespace, command: list[str]) -> int:
+    """Run `command`, or a shell, as `args` says, on this terminal, and return its status."""
     terminal = os.isatty(0) and os.isatty(1)
     size = os.get_terminal_size(0) if terminal else None
     with session.exec(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from vmm.commands.exec import add_command_arguments, run
+from vmm.commands.exec import add_command_arguments, command_words, run
 from vmm.config.devices import NetworkPolicy
 from vmm.errors import ConfigError
 from vmm.sandbox import Sandbox
@@ -54,8 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", metavar="S", type=float, help="end the sandbox after S seconds (default: never)")
     add("--name", help="name for pyvmm exec, and hostname (default: a new one)")
     add("--kernel", metavar="PATH", help="a kernel with all drivers built in (default: the image's)")
+    add(
+        "--entrypoint", metavar="PROGRAM",
+        help="run this in place of the image's entrypoint, with CMD as its arguments; empty: CMD is the program",
+    )  # fmt: skip
     add("--wait", action="store_true", help="run no command; print the name and wait for pyvmm exec, until Ctrl-C")
-    add_command_arguments(parser, "the image's, or a shell")
+    add_command_arguments(
+        parser,
+        "the image's, or a shell",
+        "arguments of the image's entrypoint; without one, a program and its arguments",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -71,12 +79,18 @@ def main(args: argparse.Namespace) -> int:
         for host, host_port, port in ports:
             stack.enter_context(sandbox.publish(port, host_port, host=host))
         if not args.wait:
-            args.command = args.command or sandbox.program
-            return run(sandbox, args)
+            return run(sandbox, args, _command(args, sandbox))
         print(sandbox.name, flush=True)
         sandbox.machine.wait()
         print(f"pyvmm sandbox: {sandbox.why}", file=sys.stderr)
     return 1
+
+
+def _command(args: argparse.Namespace, sandbox: Sandbox) -> list[str]:
+    words = command_words(args)
+    if args.entrypoint is not None:
+        return [args.entrypoint, *words] if args.entrypoint else words
+    return [*sandbox.entrypoint, *words] if words else sandbox.program
 
 
 def _network(args: argparse.Namespace) -> str | NetworkPolicy:

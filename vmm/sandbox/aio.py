@@ -298,6 +298,11 @@ class AsyncSandbox:
         """As :attr:`vmm.sandbox.Sandbox.program`."""
         return self.sync.program
 
+    @property
+    def entrypoint(self) -> list[str]:
+        """As :attr:`vmm.sandbox.Sandbox.entrypoint`."""
+        return self.sync.entrypoint
+
     async def fork(self, count: int = 1, *, timeout: float | None = None) -> list[AsyncSandbox]:
         """As :meth:`vmm.sandbox.Sandbox.fork`."""
 

@@ -75,11 +75,11 @@ def find_image(image: str | Image) -> Image:
 def commands_of(config: ImageConfig | None, env: Mapping[str, str], cwd: str | None, user: str | int | None) -> Words:
     """What holds for commands that say nothing else: as they were given, then as the image has it."""
     if config is None:
-        return {"env": dict(env), "cwd": cwd, "user": user, "program": [], "stop_signal": int(SIGTERM)}
+        return {"env": dict(env), "cwd": cwd, "user": user, "stop_signal": int(SIGTERM)}
     return {
         "env": {**config.env, **env}, "cwd": config.working_dir if cwd is None else cwd,
         "user": config.user or None if user is None else user, "program": config.argv,
-        "stop_signal": config.stop_number,
+        "entrypoint": list(config.entrypoint), "stop_signal": config.stop_number,
     }  # fmt: skip
 
 

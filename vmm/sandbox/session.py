@@ -144,6 +144,11 @@ class Session(Closing):
         """The program that a container image names, with its arguments; empty: it names none."""
         return list(self._about.get("program", ()))
 
+    @property
+    def entrypoint(self) -> list[str]:
+        """The part of ``program`` that stays if its arguments are others; may be empty."""
+        return list(self._about.get("entrypoint", ()))
+
     def close(self) -> None:
         """Close the connections to the agent that are kept for the next call; idempotent."""
         self._link.close()
