@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import select
 import socket
 import struct
@@ -264,6 +265,39 @@ def test_both_pairs_carry_traffic_both_ways(namespace: None, stack: Any) -> None
             for port in range(1000, 1010):
                 udp.sendto(b"to one of the queues", (GUEST, port))
             time.sleep(0.01)
+
+
+def test_a_flood_comes_in_order_and_the_guest_is_answered_meanwhile(namespace: None, stack: Any) -> None:
+    # The device then looks at the tap from time to time in place of being woken by each frame.
+    vm = Vm(stack)
+    vm.offer(200)
+    vm.send(arp_request())
+    vm.receive(is_arp_reply)
+    done = threading.Event()
+
+    def flood() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            for number in itertools.count():
+                udp.sendto(number.to_bytes(8, "big"), (GUEST, 1000))
+                if done.is_set():
+                    break
+
+    sender = threading.Thread(target=flood)
+    sender.start()
+    try:
+        last = -1
+        for turn in range(20):
+            for _ in range(200):
+                number = int.from_bytes(vm.receive(is_udp)[1][-8:], "big")
+                assert number > last, turn
+                last = number
+            vm.send(arp_request())
+            vm.receive(is_arp_reply)
+    finally:
+        done.set()
+        sender.join()
+    vm.transport.close()  # in the flood's wake: the thread ends
+    assert vm.device.stats["rx_packets"] > 4000
 
 
 def test_link_status(namespace: None, stack: Any) -> None:

@@ -27,6 +27,12 @@ cdef extern from "<sys/epoll.h>" nogil:
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int count)
 
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int nanosleep(const timespec *time, timespec *left)
+
 cdef extern from "<linux/virtio_net.h>" nogil:
     struct virtio_net_hdr:
         pass
@@ -47,8 +53,18 @@ cdef enum:
     HELD = 256                  # most RX chains taken in advance
     BUDGET = 64                 # frames in one direction before the other has its turn
     LEAST_NS = 5_000_000        # longest wait for buffers for the largest frame, before fewer are used
+    # A flood: the tap was emptied FLOOD times with no longer gap between, and the guest has sent nothing meanwhile. Each
+    # nap that brings fewer frames than FLOOD_FRAMES counts against it.
+    FLOOD = 64
+    FLOOD_MOST = 128
+    FLOOD_GAP_NS = 1_000_000
+    FLOOD_FRAMES = 8
+    FLOOD_MISS = 16
     F_MRG_RXBUF = 1 << VIRTIO_NET_F_MRG_RXBUF
     F_MQ = 1 << VIRTIO_NET_F_MQ
+
+cdef timespec NAP
+NAP.tv_sec, NAP.tv_nsec = 0, 150_000         # the kernel adds up to 50 us
 
 # An RX chain taken from the ring and not yet returned.
 cdef struct Held:
@@ -104,6 +120,10 @@ cdef class NetWorker(QueueWorker):
     cdef uint32_t n_iov
     cdef uint64_t held_bytes
     cdef Stream passt                       # the state of `fd`, if that is a stream
+    cdef uint32_t flood                     # times that the tap was emptied, as for FLOOD
+    cdef uint64_t emptied                   # when the last of them was, CLOCK_MONOTONIC
+    cdef uint64_t came                      # frames to the guest until then
+    cdef uint64_t went                      # frames from it
     # For the policy: `head` is the copy of the frame's start that was checked; it is sent instead of guest memory.
     cdef object policy
     cdef PolicyCalls *rules                 # the policy's functions; NULL: all frames may leave
@@ -240,6 +260,10 @@ cdef class NetWorker(QueueWorker):
                     if errno == EINTR:
                         continue
                     if errno == EAGAIN:
+                        if self.is_flood():
+                            self.publish(RX)
+                            nanosleep(&NAP, NULL)
+                            return SERVE_MORE
                         return SERVE_STALLED
                     counter_add(&self.counters.rx_errors, 1)
                     if self.stream or errno == EBADFD:
@@ -260,6 +284,23 @@ cdef class NetWorker(QueueWorker):
             self.deliver(self.received)
             self.received = 0
         return SERVE_STALLED
+
+    cdef bint is_flood(self) noexcept nogil:
+        # Whether the tap, which is empty, will soon have more. A thread in epoll would be woken by each frame, at the
+        # cost of the sender, and of the guest, which gets an interrupt for each.
+        cdef uint64_t now, frames = self.counters.rx_packets - self.came
+        if self.stream:
+            return False
+        if self.flood >= FLOOD and frames < FLOOD_FRAMES:
+            self.flood -= FLOOD_MISS
+        if frames == 0:                 # or the event was of a frame that was read before
+            return False
+        now = clock_ns(CLOCK_MONOTONIC)
+        if self.went != self.counters.tx_packets or now - self.emptied > FLOOD_GAP_NS:
+            self.flood = 0
+        self.came, self.went, self.emptied = self.counters.rx_packets, self.counters.tx_packets, now
+        self.flood = min(self.flood + 1, <uint32_t>FLOOD_MOST)
+        return self.flood >= FLOOD
 
     cdef int gather(self) noexcept nogil:
         # Take chains until they hold the largest possible frame. Returns 1, or SERVE_EMPTY if the driver must add more,
