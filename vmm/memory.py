@@ -255,7 +255,7 @@ class GuestMemory(GuestRam, Closing):
 
         Nothing may write to RAM meanwhile. The first call copies nothing; a later one copies what was written since.
         Addresses, slices and views stay valid. If a page fault handler supplies the memory, the first call fetches
-        and copies all of it, and releases the handler.
+        and copies all of it. The handler is not needed after it, but stays connected.
 
         :returns: pieces that cover all of RAM and never change
         :raises SnapshotError: RAM is in huge pages
@@ -270,7 +270,8 @@ class GuestMemory(GuestRam, Closing):
                 if self._handler is None:
                     undertaker.bury_pages(self.host_address(piece.gpa, piece.size), piece.size)
                 self._map_piece(piece)
-            self._let_go()
+            if self._handler is not None:
+                self._handler.release()
             for region in self.regions:
                 region.file = None
         else:
@@ -292,11 +293,6 @@ class GuestMemory(GuestRam, Closing):
             touch(address, region.size)
             copy_pages(address, region.size, files[-1].fd, 0)
         return files
-
-    def _let_go(self) -> None:
-        if self._handler is not None:
-            self._handler.close()
-            self._handler = None
 
     def written(self) -> list[tuple[int, int]]:
         """(guest address, bytes) of ranges written since the last ``freeze``, or ``take_written`` that returned True.
@@ -426,7 +422,9 @@ class GuestMemory(GuestRam, Closing):
             except OSError:
                 pass  # no descriptor left for /proc/self/pagemap, or no /proc
             self._hot = None
-        self._let_go()
+        if self._handler is not None:
+            self._handler.close()
+            self._handler = None
         if self._marks >= 0:
             os.close(self._marks)
             self._marks = -1

@@ -86,8 +86,11 @@ class FaultHandler:
             "undertaker", "page fault handler", _uffd.watch, peer.fileno(), self._process, self._stop
         )
 
-    def close(self) -> None:
-        """Let the handler go; pages that are still missing are zeros once it has gone, too. Idempotent."""
+    def release(self) -> None:
+        """Need the handler no more; pages that are still missing are zeros once it has gone, too. Idempotent.
+
+        The connection stays: Firecracker's own handlers kill the VMM, by the number of its process, when it ends.
+        """
         if self._watcher is not None:
             os.eventfd_write(self._stop, 1)
             self._watcher.join()
@@ -96,12 +99,16 @@ class FaultHandler:
             if fd >= 0:
                 os.close(fd)
         self._stop = self._process = -1
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def close(self) -> None:
+        """End the connection, too. Idempotent."""
+        self.release()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 def _mappings(regions: Sequence[tuple[int, int, int]]) -> bytes:

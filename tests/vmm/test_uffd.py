@@ -106,7 +106,7 @@ def test_giving_back_while_others_wait_for_pages(handler: Start) -> None:
         assert memory.read(half, half) == bytes(half)
 
 
-def test_a_freeze_has_all_brought_and_lets_the_handler_go(handler: Start) -> None:
+def test_a_freeze_has_all_brought(handler: Start) -> None:
     contents = bytearray(_contents())
     path = handler(bytes(contents))
     with GuestMemory(SIZE, handler=path) as memory:
