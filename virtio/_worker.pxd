@@ -21,6 +21,12 @@ cdef enum:
     TOKEN_OWN_END = 0xffff_0000
     TOKEN_TIMER = 0xffff_0001   # the time set by wake_after() has passed
 
+# Busy polling adapts to what it finds.
+cdef struct Polling:
+    uint64_t time               # of the next one, in ns
+    uint32_t skip               # sleeps without polling before it
+    uint32_t skipped            # of these so far
+
 cdef class QueueWorker:
     # Valid on the thread, from begin() to the end of finish():
     cdef GuestRam ram
@@ -64,9 +70,10 @@ cdef class QueueWorker:
     cdef bint[MAX_WORKER_QUEUES] _stalled
     cdef uint64_t[MAX_WORKER_QUEUES] _notified  # by slot
     cdef uint32_t _again                        # bit mask of the slots that returned SERVE_MORE
-    cdef uint64_t _poll_now                     # duration of the next busy polling, adaptive
+    cdef Polling[2] _polling                    # after the driver's work; after an event of the host's
+    cdef bint _host_first                       # which of them is next
     cdef void _close_fds(self) noexcept
     cdef int _must_watch(self, int fd, uint32_t token, uint32_t events) except -1
     cdef int _loop(self) noexcept nogil
     cdef int _kicked(self, uint32_t slot) noexcept nogil
-    cdef bint _look(self) noexcept nogil
+    cdef bint _look(self, Polling *how) noexcept nogil

@@ -67,6 +67,7 @@ cdef enum:
     TOKEN_QUEUE = 0xffff_0100       # plus the queue's slot
     TOKEN_STOP = 0xffff_0000
     POLL_LEAST_NS = 2000
+    POLL_SKIP_MOST = 64             # sleeps without polling before the next try, after many tries in vain
 
 
 def set_thread_name(str name):
@@ -146,7 +147,7 @@ cdef class QueueWorker:
             self.chains[slot] = &queue.scratch
             self._stalled[slot] = False
         self.poll_ns = <uint64_t>int(self.device.poll_us * 1000)
-        self._poll_now = self.poll_ns
+        self._polling[0] = self._polling[1] = Polling(self.poll_ns, 0, 0)
         self._again = 0
         self.in_flight = False
         worker_set_stop(&self._stop, 0)
@@ -248,7 +249,8 @@ cdef class QueueWorker:
                     if status < 0:
                         return status
                 count = epoll_wait(self._epoll, events, EVENTS, 0 if self._again else -1)
-            elif self.poll_ns and not self.in_flight and self._look():
+            elif self.poll_ns and not self.in_flight and self._look(&self._polling[self._host_first]):
+                self._host_first = False
                 count = epoll_wait(self._epoll, events, EVENTS, 0)
                 for slot in range(self.n_queues):
                     status = 0 if self._stalled[slot] else self._kicked(slot)
@@ -269,11 +271,13 @@ cdef class QueueWorker:
                     continue            # the event of an earlier stop
                 if token >= TOKEN_QUEUE:
                     counter_add(&self._notified[token - TOKEN_QUEUE], 1)
+                    self._host_first = False
                     status = self._kicked(token - TOKEN_QUEUE)
                 else:
                     if token == TOKEN_TIMER and read(self._timer, &expired, 8) < 0:
                         continue        # the timer was set again in the meantime
                     self.events = events[i].events
+                    self._host_first = True
                     status = self.event(token)
                 if status < 0:
                     return status
@@ -285,16 +289,20 @@ cdef class QueueWorker:
             return 0
         return self.run_queue(slot)
 
-    cdef bint _look(self) noexcept nogil:
+    cdef bint _look(self, Polling *how) noexcept nogil:
         # Poll the available rings for a while before sleeping, with notifications off. The next polling is longer if
-        # this one found a chain, and shorter if it did not.
+        # this one found a chain, and shorter and later if it did not.
         cdef uint64_t end
         cdef uint32_t slot
         cdef Ring *ring
         cdef bint found = False
+        if how.skipped < how.skip:
+            how.skipped += 1
+            return False
+        how.skipped = 0
         for slot in range(self.n_queues):
             queue_mute(self.rings[slot])
-        end = clock_ns(CLOCK_MONOTONIC) + self._poll_now
+        end = clock_ns(CLOCK_MONOTONIC) + how.time
         while not found and not self.stopping() and clock_ns(CLOCK_MONOTONIC) < end:
             worker_pause()
             for slot in range(self.n_queues):
@@ -304,8 +312,12 @@ cdef class QueueWorker:
         for slot in range(self.n_queues):
             if not found and not self._stalled[slot] and queue_enable_notify(self.rings[slot]):
                 found = True
-        self._poll_now = min(self._poll_now * 2, self.poll_ns) if found \
-            else max(self._poll_now // 2, <uint64_t>POLL_LEAST_NS)
+        if found:
+            how.time = min(how.time * 2, self.poll_ns)
+            how.skip = 0
+        else:
+            how.time = max(how.time // 2, <uint64_t>POLL_LEAST_NS)
+            how.skip = min(how.skip * 2 + 1, <uint32_t>POLL_SKIP_MOST)
         return found
 
     cdef int run_queue(self, uint32_t slot) noexcept nogil:

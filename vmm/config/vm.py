@@ -124,8 +124,8 @@ class VmConfig(Config):
         default=False, word="--virtio-console", api="virtio_console", extension=True,
     )  # fmt: skip
     poll_us: int = option(
-        help="microseconds that an idle device looks for work before it sleeps (default: 0)",
-        default=0, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", api_bits=32, extension=True,
+        help="most microseconds that an idle device looks for work before it sleeps; 0: none (default: 5)",
+        default=5, least=0, most=MAX_POLL_US, word="--poll", metavar="US", api="poll_us", api_bits=32, extension=True,
     )  # fmt: skip
     console: str = option(
         help="the console: stdio; unix:PATH, a socket for pyvmm attach; file:PATH, its output alone; none; or raw, "
