@@ -21,7 +21,8 @@ from benches.peers.common import ROOT, Row
 from benches.peers.firecracker import Missing
 
 DEVICES = ("blk", "net", "vsock", "fs")
-NAMES = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", "scale", "sandbox", *DEVICES)
+ALONE = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", "restore", "scale", "sandbox")
+NAMES = (*ALONE, *DEVICES)
 
 # Loops for 0.3 s and prints the share of that time in which it did not run: gaps of over 0.1 ms between two turns.
 _SPIN = """

@@ -31,7 +31,8 @@ TICKING = bytes((0xE6, 0x80, 0xB9, 100, 0, 0, 0, 0xE2, 0xFE, 0xEB, 0xF5))
 FILLED = bytes((0xBF, 0, 0, 0, 1, 0xB9, 0, 0, 0x80, 0, 0xB8, 1, 1, 1, 1, 0xF3, 0xAB, 0xFA, 0xF4, 0xEB, 0xFD))
 
 
-def _first_exit(vm: Machine) -> None:
+def first_exit(vm: Machine) -> None:
+    """Wait until it has had one."""
     while vm.vcpus[0].loop.exits == 0:
         time.sleep(_LOOK)
 
@@ -44,7 +45,7 @@ def _parent() -> Iterator[Machine]:
         with Machine(kernel=str(guest), memory=PARENT_MIB << 20) as vm:
             vm.memory.write(32 << 20, b"x" * ((PARENT_MIB - 32) << 20))
             vm.start()
-            _first_exit(vm)
+            first_exit(vm)
             yield vm
 
 
@@ -76,7 +77,7 @@ def _forks() -> list[Row]:
                 begun = time.perf_counter()
                 child = Machine(image=image)
                 child.start()
-                _first_exit(child)
+                first_exit(child)
                 each.append((time.perf_counter() - begun) * 1e3)
                 child.pause()
                 children.append(child)
