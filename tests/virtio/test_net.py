@@ -267,6 +267,12 @@ def test_both_pairs_carry_traffic_both_ways(namespace: None, stack: Any) -> None
             time.sleep(0.01)
 
 
+def answered(vm: Vm) -> bool:
+    """Whether the host's reply to a request comes within a thousand frames."""
+    vm.send(arp_request())
+    return any(is_arp_reply(vm.receive(lambda frame: True)[1]) for _ in range(1000))
+
+
 def test_a_flood_comes_in_order_and_the_guest_is_answered_meanwhile(namespace: None, stack: Any) -> None:
     # The device then looks at the tap from time to time in place of being woken by each frame.
     vm = Vm(stack)
@@ -291,8 +297,8 @@ def test_a_flood_comes_in_order_and_the_guest_is_answered_meanwhile(namespace: N
                 number = int.from_bytes(vm.receive(is_udp)[1][-8:], "big")
                 assert number > last, turn
                 last = number
-            vm.send(arp_request())
-            vm.receive(is_arp_reply)
+            while not answered(vm):  # a reply that finds the tap full of datagrams is lost
+                pass
     finally:
         done.set()
         sender.join()

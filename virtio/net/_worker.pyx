@@ -53,8 +53,8 @@ cdef enum:
     HELD = 256                  # most RX chains taken in advance
     BUDGET = 64                 # frames in one direction before the other has its turn
     LEAST_NS = 5_000_000        # longest wait for buffers for the largest frame, before fewer are used
-    # A flood: the tap was emptied FLOOD times with no longer gap between, and the guest has sent nothing meanwhile. Each
-    # nap that brings fewer frames than FLOOD_FRAMES counts against it.
+    # A flood: the tap was emptied FLOOD times with no longer gap between, and the guest has sent nothing meanwhile.
+    # Each nap that brings fewer frames than FLOOD_FRAMES counts against it.
     FLOOD = 64
     FLOOD_MOST = 128
     FLOOD_GAP_NS = 1_000_000
