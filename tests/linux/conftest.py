@@ -19,7 +19,7 @@ import pytest
 from tests.linux import in_lab, kernels, r3
 from tests.linux.scenarios import STOCK
 from tests.linux.tools_guest import tools_image
-from vmm import images, lab
+from vmm import Sandbox, images, lab
 from vmm.errors import ConfigError
 from vmm.images.host import PullError
 from vmm.kvm.vm import runs_linux
@@ -164,3 +164,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _again:
         terminalreporter.section("linux layer: run again, for the emulated machine's or r3's sake", yellow=True)
         terminalreporter.write_line(f"{len(_again)}: {', '.join(_again)}")
+
+
+@pytest.fixture(scope="module")
+def sandbox(runtime: Path) -> Iterator[Sandbox]:
+    """One for the tests that leave it as it is."""
+    with Sandbox("busybox", memory="192M", env={"COLOUR": "blue"}) as made:
+        yield made
