@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.kvm.guests import PATIENCE
 from tests.kvm.test_fork import COUNTER
 from tests.waiting import until
 from vmm import DriveConfig, Machine, Pool, undertaker
-from vmm.errors import SnapshotError, VmmError
+from vmm.errors import ConfigError, SnapshotError, VmmError
 
 MakeGuest = Callable[..., Machine]
 
@@ -52,8 +53,10 @@ def test_what_is_taken_runs_from_where_the_machine_was(counter: Machine) -> None
         assert pool.ready == 2
 
 
-def test_a_limit_is_kept_and_a_closed_copy_makes_room(counter: Machine) -> None:
-    with Pool(counter, size=1, limit=2) as pool:
+@pytest.mark.parametrize("most", ["count", "memory"])
+def test_a_limit_is_kept_and_a_closed_copy_makes_room(counter: Machine, most: str) -> None:
+    limits: dict[str, Any] = {"limit": 2} if most == "count" else {"limit": 9, "memory": counter.config.memory * 5 // 2}
+    with Pool(counter, size=1, **limits) as pool:
         first, second = pool.take(PATIENCE), pool.take(PATIENCE)
         with pytest.raises(TimeoutError, match=r"no copy was ready within 0\.2 s"):
             pool.take(0.2)
@@ -123,6 +126,9 @@ def test_what_cannot_be_shared_is_refused_at_once(guest: MakeGuest) -> None:
         Pool(vm)
     with pytest.raises(ValueError, match="limit must be at least the size"):
         Pool(vm, size=3, limit=2)
+    ram = vm.config.memory >> 20
+    with pytest.raises(ConfigError, match=rf"^Pool memory {3 * ram - 1}M: must be at least {3 * ram}M, for 3 copies$"):
+        Pool(vm, size=3, memory=f"{3 * ram - 1}M")
 
 
 def test_nothing_is_left(counter: Machine) -> None:

@@ -7,8 +7,9 @@ import threading
 import time
 
 from vmm.closing import Closing
+from vmm.config import parse_size, size_text
 from vmm.config.option import check_call
-from vmm.errors import VmmError
+from vmm.errors import ConfigError, VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.snapshot import Image, child_of
 from vmm.signals import deaf
@@ -30,11 +31,14 @@ class Pool(Closing):
     :param source: a machine, which is frozen now and then goes on; or an image
     :param size: the number of ready copies; a thread replaces those that are taken
     :param limit: the most copies, ready or taken; at the limit ``take`` waits until one is closed. None: no limit
+    :param memory: the most guest RAM that these copies may have together, in bytes or as ``"8G"``. Each counts with all
+        of its RAM, although it shares what it has not written. None: no limit
     :param change: called with a copy's configuration and number; returns the configuration to use. See
         ``Machine.fork``
     :param devices: called with a copy's number; returns your own devices for it. See ``Machine.fork``
     :param isolated: run each copy in its own process
     :raises SnapshotError: the machine cannot be frozen or shared
+    :raises ConfigError: `memory` is not a size, or is too small for `size` copies
 
     The caller of ``take`` closes the copy. The pool closes the copies that nobody has taken.
     """
@@ -45,6 +49,7 @@ class Pool(Closing):
         *,
         size: int = 4,
         limit: int | None = None,
+        memory: int | str | None = None,
         change: Callable[[VmConfig, int], VmConfig] | None = None,
         devices: Callable[[int], Sequence[VirtioDevice]] | None = None,
         isolated: bool = False,
@@ -54,6 +59,13 @@ class Pool(Closing):
             raise ValueError(f"Pool: size must be 1 or more, not {size}")
         if limit is not None and limit < size:
             raise ValueError(f"Pool: limit must be at least the size, {size}, not {limit}")
+        if memory is not None:
+            each = source.config.memory
+            most = parse_size("Pool memory", memory) // each
+            if most < size:
+                least = size_text(size * each)
+                raise ConfigError("Pool memory", memory, f"must be at least {least}, for {size} copies")
+            limit = most if limit is None else min(limit, most)
         self._make = child_of(source, change, devices, isolated=isolated)
         self._size = size
         self._limit = limit
