@@ -376,10 +376,11 @@ def test_memory_comes_from_a_handler_outside_the_jail(tmp_path: Path) -> None:
                 assert second.request("PUT", "/snapshot/load", load) == (204, "")
                 assert second.request("PATCH", "/vm", {"state": "Paused"})[0] == 204
                 assert second.request("PUT", "/snapshot/create", files) == (204, ""), "behind the API's own filter"
+                assert (second.root / "mem").stat().st_size == memory.stat().st_size
+                second.close()
                 assert handler.wait(PATIENCE) == 0
             finally:
                 handler.kill()
-        assert (second.root / "mem").stat().st_size == memory.stat().st_size
     finally:
         first.close()
         second.close()

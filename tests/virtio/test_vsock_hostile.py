@@ -34,6 +34,7 @@ from tests.virtio.vsock_driver import (
 )  # fmt: skip
 from virtio import spec
 from virtio.testing import Buffer
+from vmm import undertaker
 from vmm.memory import GuestMemory
 
 Make = Callable[..., Vm]
@@ -577,6 +578,7 @@ def test_no_program_crashes_or_leaks(steps: list[tuple[object, ...]]) -> None:
 
 
 def run_program(vm: Vm, steps: list[tuple[object, ...]]) -> None:
+    undertaker.wait()  # for the memory of the program before
     start = len(os.listdir("/proc/self/fd"))
     server = vm.host_listen(1234)
     server.setblocking(False)
