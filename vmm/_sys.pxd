@@ -14,6 +14,11 @@ cdef extern from *:
         clock_gettime(clock, &t);
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
+    /* The kernel adds up to 50 us (the thread's timer slack). A signal ends it. */
+    static inline void nap_ns(uint64_t ns) {
+        struct timespec t = { (time_t)(ns / 1000000000u), (long)(ns % 1000000000u) };
+        nanosleep(&t, NULL);
+    }
     /* A large table, of which few pages are touched. malloc would fill it with zeros where a table before it was. */
     static inline void *table_alloc(size_t size) {
     #ifdef __SANITIZE_ADDRESS__
@@ -48,6 +53,7 @@ cdef extern from *:
     """
     enum: CLOCK_MONOTONIC, CLOCK_MONOTONIC_COARSE, CLOCK_REALTIME
     uint64_t clock_ns(int clock) noexcept nogil
+    void nap_ns(uint64_t ns) noexcept nogil
     void *table_alloc(size_t size) noexcept nogil           # zeros; NULL: the host has no memory left
     void table_free(void *table, size_t size) noexcept nogil
     void name_thread(const char *name) noexcept nogil       # the calling thread; truncated to 15 bytes

@@ -19,19 +19,13 @@ from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
-from vmm._sys cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read
+from vmm._sys cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read, nap_ns
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum: EPOLLIN, EPOLLOUT, EPOLLET
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int count)
-
-cdef extern from "<time.h>" nogil:
-    struct timespec:
-        long tv_sec
-        long tv_nsec
-    int nanosleep(const timespec *time, timespec *left)
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     struct virtio_net_hdr:
@@ -60,11 +54,9 @@ cdef enum:
     FLOOD_GAP_NS = 1_000_000
     FLOOD_FRAMES = 8
     FLOOD_MISS = 16
+    NAP_NS = 150_000
     F_MRG_RXBUF = 1 << VIRTIO_NET_F_MRG_RXBUF
     F_MQ = 1 << VIRTIO_NET_F_MQ
-
-cdef timespec NAP
-NAP.tv_sec, NAP.tv_nsec = 0, 150_000         # the kernel adds up to 50 us
 
 # An RX chain taken from the ring and not yet returned.
 cdef struct Held:
@@ -262,7 +254,7 @@ cdef class NetWorker(QueueWorker):
                     if errno == EAGAIN:
                         if self.is_flood():
                             self.publish(RX)
-                            nanosleep(&NAP, NULL)
+                            nap_ns(NAP_NS)
                             return SERVE_MORE
                         return SERVE_STALLED
                     counter_add(&self.counters.rx_errors, 1)
