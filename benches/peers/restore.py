@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A restore and the size of RAM: from ``Image.load`` to the copy's first exit, with 4 GiB beside 128 MiB.
 
-With shadow paging, as a software KVM has it, KVM allocates and clears 8 bytes for each page of a memory slot, so there
-the time grows. Where the processor pages twice it does not: ``pyvmm lab env -C "$PWD" .venv/bin/python -m
-benches.peers restore`` measures it under kvm_amd.
+With shadow paging, as a software KVM has it, KVM allocates and clears 8 bytes for each page of a memory slot: 1 to 3 ms
+for 4 GiB, which other waits of KVM may hide. ``pyvmm lab env -C "$PWD" .venv/bin/python -m benches.peers restore``
+measures it under kvm_amd, which does not.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ def rows() -> list[Row]:
         guest = directory / "guest.elf"
         guest.write_bytes(tiny_elf(TICKING))
         saved = {mib: _saved(directory, guest, mib) for mib in (SMALL, LARGE)}
-        found = common.in_turn(
-            ROUNDS, large=partial(_restore, saved[LARGE]), small=partial(_restore, saved[SMALL])
-        )  # fmt: skip
+        found = common.in_turn(ROUNDS, large=partial(_restore, saved[LARGE]), small=partial(_restore, saved[SMALL]))
     what = "load of a tiny guest with 4 GiB of RAM to its first exit"
     return [compare(what, "ms", found["large"], found["small"], "with 128 MiB", 1.2)]

@@ -13,9 +13,7 @@ import pytest
 
 from vmm import Sandbox
 from vmm.errors import ConfigError
-from vmm.sandbox import (
-    CommandTimeout,
-)
+from vmm.sandbox import CommandTimeout
 from vmm.sandbox.files import Watch
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3

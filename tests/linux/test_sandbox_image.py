@@ -13,6 +13,7 @@ import pytest
 
 from tests.images.buildah import Buildah
 from tests.linux import container_image
+from tests.linux.command import pyvmm
 from vmm import Sandbox, images
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
@@ -25,8 +26,6 @@ PROGRAM = {
     "Volumes": {"/data": {}},
     "StopSignal": "SIGQUIT",
 }
-
-IMAGE = "IMAGE"  # its name is not known yet
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +90,16 @@ def test_the_command_runs_the_images_program_and_passes_its_stop_signal_on(image
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("options", "words", "status", "said"),
     [
-        ([IMAGE, "echo $0 $1; exit 3", "zero", "one"], 3, "zero one\n"),  # all of it goes to sh -c
-        ([IMAGE, "--", "echo $0; exit 4", "--", "one"], 4, "--\n"),
-        (["--entrypoint", "echo", IMAGE, "a  b"], 0, "a  b\n"),
-        (["--entrypoint", "", IMAGE, "pwd"], 0, "/srv/app\n"),
+        ([], ["echo $0 $1; exit 3", "zero", "one"], 3, b"zero one\n"),  # all of it goes to sh -c
+        ([], ["--", "echo $0; exit 4", "--", "one"], 4, b"--\n"),
+        (["--entrypoint", "echo"], ["a  b"], 0, b"a  b\n"),
+        (["--entrypoint", ""], ["pwd"], 0, b"/srv/app\n"),
     ],
 )
-def test_words_behind_the_image_are_its_entrypoints(image: str, words: list[str], status: int, said: str) -> None:
-    words = [image if word == IMAGE else word for word in words]
-    command = [sys.executable, "-m", "vmm", "sandbox", "--memory", "128M", *words]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert (done.returncode, done.stdout, done.stderr) == (status, said, "")
+def test_words_behind_the_image_are_its_entrypoints(
+    image: str, options: list[str], words: list[str], status: int, said: bytes
+) -> None:
+    done = pyvmm("sandbox", "--memory", "128M", *options, image, *words)
+    assert (done.returncode, done.stdout, done.stderr) == (status, said, b"")

@@ -15,12 +15,7 @@ from tests.linux.command import pyvmm
 from tests.waiting import until
 from vmm import Sandbox
 from vmm.errors import ConfigError, SnapshotError
-from vmm.sandbox import (
-    AsyncSandbox,
-    CommandTimeout,
-    SandboxGone,
-    attach,
-)
+from vmm.sandbox import AsyncSandbox, CommandTimeout, SandboxGone, attach
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
 
