@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.forked import fork
 from virtio import spec
 from virtio._limiter import RateLimiter
 from virtio.blk import _worker as _blk
@@ -1267,7 +1268,7 @@ def test_readers_share_and_lock_writers_out(image: Path) -> None:
 def test_the_process_that_holds_a_classic_lock_is_named(image: Path) -> None:
     ready, child_ready = os.pipe()
     done, child_done = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:  # a classic lock belongs to a process: it needs one
         with image.open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)

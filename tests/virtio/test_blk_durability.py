@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import fork
 from virtio import spec
 from virtio.blk.device import Block, Disk
 from virtio.mmio import VirtioMmio
@@ -83,7 +84,7 @@ def test_nothing_flushed_is_lost_by_kill_9(tmp_path: Path, engine: str, direct: 
         path = tmp_path / f"disk{kill}.img"
         path.write_bytes(bytes(BLOCKS * 4096))
         heard, told = os.pipe()
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             try:
                 write_until_killed(path, engine, direct, told)

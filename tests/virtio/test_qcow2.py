@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.forked import fork
 from tests.virtio.test_blk import Vm, engine, image, part
 from virtio import spec
 from virtio.blk.device import Disk
@@ -95,7 +96,7 @@ def test_qcow2_read_only(qcow2: Path) -> None:
 def test_what_was_flushed_to_qcow2_survives_kill_9(qcow2: Path, tmp_path: Path) -> None:
     """The process that shows the image outlives the VMM long enough to end well."""
     heard, told = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             image = Qcow2(str(qcow2))

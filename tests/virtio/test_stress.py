@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.forked import fork
 from virtio import spec
 from virtio.device import VirtioDevice
 from virtio.mmio import VirtioMmio
@@ -92,7 +93,7 @@ def test_no_notification_and_no_interrupt_is_lost(burst: int, without: int) -> N
         notify = transport.notify_fds[0]  # as KVM's ioeventfd would
         report, child_report = os.pipe()
         (ring,) = prepare(driver, without)
-        pid = os.fork()  # before the worker starts: the child has one thread
+        pid = fork()  # before the worker starts
         if pid == 0:
             try:
                 drive(ring, lambda: os.eventfd_write(notify, 1), irq.fd, burst)
