@@ -304,8 +304,10 @@ def test_files_that_fill_the_memory_end_neither_the_agent_nor_the_vm(runtime: Pa
         for size in ("1M", "4k"):
             with pytest.raises(CommandOutOfMemory):
                 small.run(f"dd if=/dev/zero of=/big/file bs={size}", check=True)
-            assert small.run("echo alive").stdout == "alive\n"
+            full = small.run("echo alive")  # may find no memory either, and then says so
+            assert full.stdout == "alive\n" or full.out_of_memory
             small.files.remove("/big/file")
+            assert small.run("echo alive", check=True).stdout == "alive\n"
         with pytest.raises(OSError) as caught:
             small.files.write("/big/file", bytes(200 << 20))
         assert caught.value.errno == errno.ENOMEM
