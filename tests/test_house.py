@@ -122,16 +122,16 @@ launched.spare_threading()
 import vmm.commands.cli, vmm.commands.serve, vmm.api.listen, vmm.api.early
 launched.spare_httptools()
 import vmm.api.server
-print(*sys.modules)
 launched.spare_msgspec()
+print(*sys.modules)
 import vmm.api.actions, vmm.api.answer
 print(*sys.modules)
 """
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True)
     first, rest = (set(line.split()) for line in done.stdout.splitlines())
     never = set("site argparse dataclasses inspect json logging subprocess pathlib socket selectors tokenize".split())
-    early = set("collections enum functools signal typing re ctypes datetime".split())
-    early |= set("msgspec vmm.machine.machine vmm.config.vm vmm.api.types".split())
+    early = set("collections enum functools signal re ctypes datetime".split())
+    early |= set("vmm.machine.machine vmm.config.vm vmm.api.types".split())
     assert first & (never | early) == set()
     late = set("typing_extensions uuid decimal datetime platform textwrap ctypes vmm.machine.machine".split())
     late |= set("collections contextlib functools operator re warnings msgspec.inspect msgspec.toml".split())
