@@ -235,7 +235,7 @@ class _Serve:
     def _run(self, server: Server | None) -> int:
         args = self._args
         self._faults.set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
-        # Before the first answer, though it does without: clients allow each later request less (250 ms for PUT /drives).
+        # Before the first answer, which needs it not: clients allow a later request less (250 ms for PUT /drives).
         launched.spare_msgspec()
         if server is not None and self._hasty:
             waits = server.somebody_waits()
