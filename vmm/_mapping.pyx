@@ -174,14 +174,6 @@ def unmarked_runs(int pagemap, uintptr_t address, size_t size, bint mark):
     return runs
 
 
-def touched_runs(int pagemap, uintptr_t address, size_t size):
-    """Find the pages of a mapping that are present: read or written before, or read ahead by the kernel.
-
-    :returns: (offset from `address`, bytes) of each run, in order; None before Linux 6.7
-    """
-    return _scan(pagemap, address, size, 0, 0)
-
-
 cdef list _scan(int pagemap, uintptr_t address, size_t size, uint64_t flags, uint64_t without, uint64_t also=0):
     # PAGEMAP_SCAN for pages that lack the categories `without` and have `also`. None: the kernel is older than 6.7.
     cdef pm_region[REGIONS] regions

@@ -10,7 +10,7 @@ import os
 
 from vmm import undertaker
 from vmm._fastpath import GuestRam
-from vmm._mapping import copy_out, copy_pages, map_over, populate, private_runs, touched_runs, unmarked_runs
+from vmm._mapping import copy_out, copy_pages, map_over, populate, private_runs, unmarked_runs
 from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, SnapshotError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from vmm._recorder import Recorder
     from vmm.uffd import FaultHandler
 
 GIB = 1 << 30
@@ -170,8 +171,8 @@ class GuestMemory(GuestRam, Closing):
         copied, and stays as it is. None: zeros, in a memfd a region; in memory without a file where RLIMIT_FSIZE
         allows no memfd of that size
     :param hot: pages of `pieces` to have at once, which learns from this memory when it is closed
-    :param handler: the socket of a program that brings each page when it is first touched, whatever `pieces` are:
-        see :mod:`vmm.uffd`; ``""``: none
+    :param handler: what brings each page when it is first touched, whatever `pieces` are: the socket of a program, see
+        :mod:`vmm.uffd`; or the file of this memory, then a thread of ours does, which notes their order; ``""``: none
     :raises ConfigError: the size is invalid
     :raises HostError: the host has no room to map it; a ``vmm.uffd.HandlerError`` for a failure of the handler
     :raises SnapshotError: a handler together with huge pages
@@ -179,7 +180,7 @@ class GuestMemory(GuestRam, Closing):
 
     def __init__(
         self, size: int, *, huge: bool = False, pieces: Sequence[Piece] | None = None, hot: HotPages | None = None,
-        handler: str = "",
+        handler: str | MemoryFile = "",
     ) -> None:  # fmt: skip
         if huge and handler:
             raise SnapshotError("memory", "in huge pages cannot be filled by a page fault handler")
@@ -192,7 +193,7 @@ class GuestMemory(GuestRam, Closing):
         self.huge = huge
         self.regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] | None = None if pieces is None or handler else list(pieces)
-        self._handler: FaultHandler | None = None
+        self._handler: FaultHandler | Recorder | None = None
         self._hot = hot
         self._marks = -1  # userfaultfd of the marks; whether all of RAM can be marked, and something was
         self._markable = self._marked = False
@@ -218,18 +219,25 @@ class GuestMemory(GuestRam, Closing):
         if handler:
             self._handler = self._connected(handler)
 
-    def _connected(self, path: str) -> FaultHandler:
-        from vmm.uffd import FaultHandler, HandlerError
-
+    def _connected(self, handler: str | MemoryFile) -> FaultHandler | Recorder:
         offset, mappings = 0, []
         for region in self.regions:
             mappings.append((self.host_address(region.gpa, region.size), region.size, offset))
             offset += region.size
         try:
-            return FaultHandler(path, mappings)
-        except HandlerError:
+            if isinstance(handler, str):
+                from vmm.uffd import FaultHandler
+
+                return FaultHandler(handler, mappings)
+            from vmm._recorder import Recorder
+
+            return Recorder(handler, mappings)
+        except HostError:
             self.close()
             raise
+        except OSError as error:
+            self.close()
+            raise HostError(error.errno or 0, "record which pages are touched") from None
 
     def _files(self) -> list[MemoryFile] | None:
         # A memfd a region; None: the limit on the size of files, which a memfd is, allows none so large.
@@ -283,14 +291,13 @@ class GuestMemory(GuestRam, Closing):
 
     def _gathered(self) -> list[MemoryFile]:
         # All that the handler has, and what was written over it: a memfd a region, with holes for zeros.
-        from vmm._uffd import touch
-
+        if self._handler is not None:
+            self._handler.fetch()
         files = []
         for region in self.regions:
             files.append(MemoryFile(os.memfd_create("guest-ram", os.MFD_CLOEXEC)))
             os.ftruncate(files[-1].fd, region.size)
             address = self.host_address(region.gpa, region.size)
-            touch(address, region.size)
             copy_pages(address, region.size, files[-1].fd, 0)
         return files
 
@@ -331,21 +338,23 @@ class GuestMemory(GuestRam, Closing):
         return self._runs(lambda region: self._unmarked(region, mark=True)), True
 
     def touched(self) -> list[tuple[int, int]]:
-        """(guest address, bytes) of each range that is in this process's memory, because it was read or written.
+        """(offset in this memory's file, bytes) of each run of pages, in the order in which they were first touched.
 
-        :raises OSError: the kernel cannot tell (before Linux 6.7)
+        :raises SnapshotError: this memory is not brought by a thread of ours
+        :raises HostError: a page could not be read
         """
-        return self._runs(self._touched)
+        from vmm._recorder import Recorder
+
+        if not isinstance(self._handler, Recorder):
+            raise SnapshotError("memory", "is not recorded: load the image with record=True")
+        try:
+            return self._handler.order()
+        except OSError as error:
+            raise HostError(error.errno or 0, "read a page of guest memory") from None
 
     def _runs(self, find: Callable[[Region], list[tuple[int, int]]]) -> list[tuple[int, int]]:
         # What `find` gives of each region, by guest address.
         return [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
-
-    def _touched(self, region: Region) -> list[tuple[int, int]]:
-        runs = touched_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
-        if runs is None:
-            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
-        return runs
 
     def _private(self, region: Region) -> list[tuple[int, int]]:
         return private_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)

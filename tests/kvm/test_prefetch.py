@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from tests.kvm.guests import PATIENCE
-from vmm import Image, Machine
+from tests.waiting import until
+from vmm import HostError, Image, Machine, SnapshotError, StopReason
 from vmm.machine.snapshot_file import TOUCHED
 
 MakeGuest = Callable[..., Machine]
@@ -47,13 +48,57 @@ def _is_cached(memory: int, at: int) -> bool:
         return bool(there.raw[0] & 1)
 
 
+def test_what_was_touched_is_recorded_in_order(saved: Path) -> None:
+    with Machine(image=Image.load(str(saved), record=True)) as vm:
+        for address in (0x600000, 0x601000, 0x500000, 0x600000):
+            assert vm.memory.read(address, 1) == b"\x05"
+        vm.memory.write(0x700000, b"new")
+        assert vm.memory.read(0x700000, 4) == b"new\x05"
+        copy = vm.fork()[0]  # brings the rest, which nobody has touched
+        vm.record_touched(str(saved))
+        assert copy.memory.read(0x700000, 4) == b"new\x05"
+        assert copy.memory.read(0x800000, 4096) == b"\x05" * 4096
+        copy.close()
+    recorded = msgspec.msgpack.decode((saved / TOUCHED).read_bytes())
+    assert recorded[-3:] == [[0x600000, 0x2000], [0x500000, 0x1000], [0x700000, 0x1000]]  # after a page of the load
+
+
+def test_a_machine_that_runs_is_recorded(saved: Path, guest: MakeGuest) -> None:
+    with Machine(image=Image.load(str(saved), record=True)) as vm:
+        vm.start()
+        until(lambda: vm.memory.touched() != [])
+        assert not vm.memory.discard(vm.memory.slice(0x900000, 100))
+        assert vm.memory.discard(vm.memory.slice(0x900000, PAGE)) == PAGE
+        assert vm.memory.read(0x900000, PAGE) == bytes(PAGE), "given back, so the file is not asked"
+        vm.pause()
+        vm.record_touched(str(saved))
+    (first, *_) = msgspec.msgpack.decode((saved / TOUCHED).read_bytes())
+    assert first[0] < 0x400000, "the guest's own code"
+
+
+def test_a_machine_of_an_image_without_record_is_refused(saved: Path) -> None:
+    with Machine(image=Image.load(str(saved))) as vm:
+        with pytest.raises(SnapshotError, match=r"^memory: is not recorded: load the image with record=True$"):
+            vm.record_touched(str(saved))
+
+
+def test_a_file_that_was_cut_is_an_error_of_the_machine(saved: Path) -> None:
+    with Machine(image=Image.load(str(saved), record=True)) as vm:
+        os.truncate(saved / "memory", 0)
+        vm.start()
+        stop = vm.wait(timeout=PATIENCE)
+        assert stop is not None and stop.reason == StopReason.INTERNAL_ERROR
+        with pytest.raises(HostError, match="read a page of guest memory"):
+            vm.record_touched(str(saved))
+
+
 def test_what_was_touched_is_there_at_the_next_load(saved: Path) -> None:
     memory = os.open(saved / "memory", os.O_RDONLY)
     _forget(memory)
     if _is_cached(memory, FAR):
         os.close(memory)
         pytest.skip("LAYER MISSING: prefetch: a file system whose files can be out of memory")
-    with Machine(image=Image.load(str(saved))) as vm:
+    with Machine(image=Image.load(str(saved), record=True)) as vm:
         for address in ADDRESSES:
             assert vm.memory.read(address, 1) == b"\x05"
         vm.record_touched(str(saved))

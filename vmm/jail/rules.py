@@ -38,12 +38,13 @@ _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUN
 _SIOCGIFINDEX = 0x8933
 _PAGEMAP_SCAN = 0xC060_6610
 _MARKS = 0o2004000 | 1  # O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY
-# As they are in vmm.kvm._state and vmm._uffd, whose import would cost a launch more than the filters.
+# As they are in vmm.kvm._state, vmm._uffd and vmm._recorder, whose import would cost a launch more than the filters.
 _KVM_READS = (
     0xAE03, 0xC004_AE02, 0xC008_AE88, 0xC008_AE91, 0x8004_AE98, 0x8090_AE81, 0x8138_AE83, 0x8140_AECC, 0x9000_AEA4,
     0x9000_AECF, 0x8188_AEA6, 0x8080_AEA1, 0x8400_AE8E, 0x8040_AE9F, 0x8070_AE9F, 0xC208_AE62, 0x8030_AE7C, 0xAEA3,
 )  # fmt: skip
 _UFFD = (0xAA00, 0xC018_AA3F, 0xC020_AA00)
+_RECORD = (0x8010_AA02, 0xC028_AA03, 0xC020_AA08)
 _KICK = 34  # SIGRTMIN as glibc has it
 # TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ, TIOCGPGRP; and what glibc 2.42 has for the first four, of termios2.
 _TERMINAL = (0x5401, 0x5402, 0x5403, 0x5404, 0x5413, 0x540F, 0x802C_542A, 0x402C_542B, 0x402C_542C, 0x402C_542D)
@@ -136,6 +137,7 @@ KINDS: dict[str, tuple[Rule, ...]] = {
     "device": (*_EVENTS, *_allow("fallocate")),
     "metrics": _allow("select poll"),
     "undertaker": _allow("fsync"),
+    "recorder": (*_allow("pread64"), *_ioctl(*_RECORD)),
     "console": (*_ioctl(*_TERMINAL), *_allow("select pselect6 ppoll")),
     "console-socket": (*_allow("accept4 sendto recvfrom"), *_ioctl(*_DESCRIPTOR)),
 }  # fmt: skip
@@ -147,7 +149,9 @@ KINDS["resolver"] = (
     *_allow("connect getsockname sendto recvfrom timerfd_settime"),
 )
 # Whose descriptors are open already. By Landlock, too, where the kernel has it, they open, make and remove no file.
-FILELESS = tuple("vcpu blk blk-uring net vsock device metrics undertaker console console-socket resolver".split())
+FILELESS = tuple(
+    "vcpu blk blk-uring net vsock device metrics undertaker recorder console console-socket resolver".split()
+)
 # What makes threads, and lets them put their filters on.
 _SPAWN = (
     *_ints("clone", 0, _CLONE_THREAD_FLAGS),

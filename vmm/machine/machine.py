@@ -19,7 +19,7 @@ from vmm._bus import Bus
 from vmm.closing import Closers, Closing
 from vmm.config.option import check_type
 from vmm.config.vm import VmConfig
-from vmm.errors import ConfigError, HostError, VmmError
+from vmm.errors import ConfigError, VmmError
 from vmm.exits import Exit
 from vmm.irq import IrqLine
 from vmm.kvm.vcpu import Vcpu
@@ -255,18 +255,15 @@ class Machine(Closing):
         return fork(self, count, change, devices, isolated=isolated)
 
     def record_touched(self, directory: str) -> None:
-        """Record the pages that this machine has touched, so that later loads of the snapshot read them beforehand.
+        """Record the pages that this machine has touched, in order; later loads of the snapshot read them beforehand.
 
-        :param directory: the directory of the snapshot that this machine was made of
-        :raises HostError: the list cannot be written, or the kernel cannot tell (before Linux 6.7)
+        :param directory: the directory of the snapshot, from which ``Image.load(..., record=True)`` made this machine
+        :raises SnapshotError: the image was loaded without ``record``
+        :raises HostError: the list cannot be written, or a page could not be read
         """
         from vmm.machine.snapshot_file import TOUCHED, record
 
-        try:
-            touched = self.memory.touched()
-        except OSError as error:
-            raise HostError(error.errno or 0, "list the touched pages") from None
-        record(touched, self.config.memory, os.path.join(directory, TOUCHED))
+        record(self.memory.touched(), os.path.join(directory, TOUCHED))
 
     def _freeze(self, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None) -> Image:
         from vmm.machine.snapshot import freeze

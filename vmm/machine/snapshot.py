@@ -34,7 +34,8 @@ class Image:
     :ivar virtio: the state of each virtio device with its transport, in the guest's order
     :ivar memory: guest RAM (:class:`vmm.memory.Piece`)
     :ivar api: what the API has kept with it, or nothing
-    :ivar handler: the socket of a page fault handler that brings it to machines, in place of ``memory``; ``""``: none
+    :ivar handler: what brings it to machines, in place of ``memory``: the socket of a page fault handler, or a file
+        from which a thread of ours does; ``""``: none
     :ivar hot: pages that its machines write to as soon as they run (:class:`vmm.memory.HotPages`); None: not learnt
     """
 
@@ -60,7 +61,7 @@ class Image:
         self.virtio = virtio
         self.memory = memory
         self.api = api
-        self.handler = ""
+        self.handler: str | MemoryFile = ""
         self.hot: HotPages | None = None
 
     def save(self, directory: str) -> None:
@@ -74,15 +75,17 @@ class Image:
         save(self, directory)
 
     @staticmethod
-    def load(directory: str) -> Image:
+    def load(directory: str, *, record: bool = False) -> Image:
         """Load the image in `directory`. Do not change its files while the image or a machine made of it exists.
 
+        :param record: have machines note the pages that they touch, in order, for :meth:`Machine.record_touched`. They
+            are slower: a thread brings each of these pages
         :raises HostError: the files cannot be read
         :raises SnapshotError: this is not an image, or it is damaged or has another format
         """
         from vmm.machine.snapshot_file import load
 
-        return load(directory)
+        return load(directory, record=record)
 
 
 def _saved(attached: Attached) -> dict[str, Any]:

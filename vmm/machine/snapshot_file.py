@@ -85,9 +85,10 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
         raise HostError(error.errno or 0, "write the snapshot", directory) from None
 
 
-def load(directory: str) -> Image:
+def load(directory: str, *, record: bool = False) -> Image:
     """The image in `directory`; its memory is mapped, not read, so the files stay as they are while it is used.
 
+    :param record: see :meth:`Image.load`
     :raises HostError: the files cannot be read
     :raises SnapshotError: this is not an image, or it is damaged or has another format; the message says which
     """
@@ -111,6 +112,8 @@ def load(directory: str) -> Image:
         raise SnapshotError(directory, f"{MEMORY} and {STATE} belong to different snapshots")
     prefetch(file_of_memory, os.path.join(directory, TOUCHED), size)
     image.memory = pieces_of(file_of_memory, size)
+    if record:
+        image.handler = file_of_memory
     return image
 
 
@@ -218,15 +221,14 @@ def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
     write_all(fd, mark, size + _PAGE - len(mark))
 
 
-def record(touched: list[tuple[int, int]], size: int, path: str) -> None:
-    """Write which pages of `size` bytes of guest RAM a machine has touched, for ``prefetch``.
+def record(touched: list[tuple[int, int]], path: str) -> None:
+    """Write which pages of guest RAM a machine has touched, for ``prefetch``.
 
-    :param touched: the pages, from ``GuestMemory.touched``
+    :param touched: offset in the file and bytes of each run of pages, in order, from ``GuestMemory.touched``
     :raises HostError: the file cannot be written
     """
-    runs = [(offset_of(gpa, size), length) for gpa, length in touched]
     try:
-        write_whole((path, lambda fd: write_all(fd, msgspec.msgpack.encode(runs))))
+        write_whole((path, lambda fd: write_all(fd, msgspec.msgpack.encode(touched))))
     except OSError as error:
         raise HostError(error.errno or 0, "write the list of touched pages", path) from None
 
