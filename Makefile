@@ -122,7 +122,7 @@ debug: $(VENV)/.made
 
 # The devices' tests and PROGRAMS random driver programs a device, with extensions built by a sanitizer.
 PROGRAMS ?= 20000
-SANITIZED_TESTS ?= tests/virtio tests/fuzz
+SANITIZED_TESTS ?= tests/virtio tests/devices tests/fuzz
 BUILD_SANITIZED = PYVMM_SANITIZER=$(1) $(BIN)/python setup.py -q build_py --build-lib build/$(1)/lib \
 	build_ext --parallel 2 --build-lib build/$(1)/lib --build-temp build/$(1)/temp
 SANITIZED = env -u PYTHONDONTWRITEBYTECODE PYVMM_SANITIZER=$(1) PYTHONSAFEPATH=1 PYTHONPATH=build/$(1)/lib:. \

@@ -1077,6 +1077,7 @@ def test_backing_file_full_in_the_middle_of_a_write(boot: Callable[..., Vm], ima
     alive(vm)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("kind", [spec.BLK_T_IN, spec.BLK_T_OUT])
 def test_short_reads_and_writes(engine: str, kind: int) -> None:
     """No call moves more than 2 GiB less a page: one request of 3 GiB, in which buffers are one piece of memory."""

@@ -74,6 +74,7 @@ def write_until_killed(path: Path, engine: str, direct: bool, told: int) -> None
         os.write(told, STAMP.pack(round_))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 @pytest.mark.parametrize("engine", ["sync", "io_uring"])
 def test_nothing_flushed_is_lost_by_kill_9(tmp_path: Path, engine: str, direct: bool) -> None:

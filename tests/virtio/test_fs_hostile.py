@@ -338,6 +338,7 @@ def test_a_directory_swapped_for_a_symbolic_link_stays_what_it_was(tree: Path, m
     assert stat.S_ISLNK(vm.lookup("dir").attr.mode)
 
 
+@pytest.mark.large
 def test_a_path_raced_by_a_symbolic_link_never_leads_out(tree: Path, mount: Callable[..., FuseVm]) -> None:
     """A host process swaps a directory and a link to the parent without pause, while the guest walks and creates."""
     outside = tree.parent / "outside"
@@ -485,6 +486,7 @@ def test_a_guest_that_opens_everything_runs_out_and_not_the_host(
     first.opendir()
 
 
+@pytest.mark.large
 def test_what_is_looked_up_does_not_keep_what_is_known_from_being_opened(
     tree: Path, mount: Callable[..., FuseVm], few_descriptors: int
 ) -> None:
@@ -521,6 +523,7 @@ def test_what_is_looked_up_does_not_keep_what_is_known_from_being_opened(
     assert vm.device.stats["nodes"] == 62 and vm.device.stats["bad_forgets"] == 0
 
 
+@pytest.mark.large
 def test_what_was_replaced_on_the_host_is_not_taken_for_what_was_there(
     tree: Path, mount: Callable[..., FuseVm], few_descriptors: int
 ) -> None:
@@ -597,6 +600,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.large
 def test_many_nodes_come_and_go(tree: Path, mount: Callable[..., FuseVm]) -> None:
     names = [f"{i}" for i in range(3000)]
     for name in names:

@@ -46,6 +46,7 @@ def small_disk(size: int) -> int:
     return root
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("cache", "hide"), [("auto", 0), ("none", 0), ("always", 0), ("always", OPENING)])
 def test_random_programs_end_as_on_a_plain_file_system(
     tmp_path: Path, kernel_mount: Callable[..., KernelMount], cache: str, hide: int

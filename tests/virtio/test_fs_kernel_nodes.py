@@ -83,6 +83,7 @@ def test_file_handles_outlive_the_kernels_caches(tmp_path: Path, kernel_mount: M
     ]  # fmt: skip
 
 
+@pytest.mark.large
 def test_a_tree_of_more_files_than_descriptors(tmp_path: Path, kernel_mount: Mount, few_descriptors: int) -> None:
     for i in range(30):
         (tmp_path / "shared" / f"d{i}").mkdir()

@@ -82,6 +82,7 @@ def drive(ring: SplitDriver, kick: Callable[[], int | None], irq: int, burst: in
             free.append(target)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("burst", [1, 2, 7, 64])
 @pytest.mark.parametrize("without", [0, spec.F_EVENT_IDX], ids=["event_idx", "flags"])
 def test_no_notification_and_no_interrupt_is_lost(burst: int, without: int) -> None:
