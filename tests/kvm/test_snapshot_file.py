@@ -36,7 +36,7 @@ from vmm.api.types import BootSource, SnapshotCreate, VmConfiguration
 from vmm.config.devices import NetConfig, RateLimiterConfig, VsockConfig
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
-from vmm.machine.snapshot_file import FORMAT, decode, encode, write_all
+from vmm.machine.snapshot_file import FORMAT, decode, encode, write_all, write_whole
 
 MakeGuest = Callable[..., Machine]
 ROOT = Path(__file__).parents[2]
@@ -296,6 +296,33 @@ def test_the_next_save_removes_what_a_killed_one_has_left(tmp_path: Path, guest:
     assert {*room.iterdir()} == {place, *foreign, full, lively}
     image.save(str(place))
     assert {*room.iterdir()} == {place, *foreign, full}
+
+
+def test_the_next_file_removes_what_a_killed_writer_has_left(tmp_path: Path) -> None:
+    place = tmp_path / "memory"
+
+    def write() -> None:
+        write_whole((str(place), lambda fd: write_all(fd, b"whole")))
+
+    steps = 0
+    for step in itertools.count(1):
+        if not killed_at(step, write):
+            break
+        steps = max(steps, len([*tmp_path.glob("*.new")]))
+        assert not place.exists() or place.read_bytes() == b"whole"
+    assert (steps, place.read_bytes(), [*tmp_path.iterdir()]) == (1, b"whole", [place])
+    foreign = [tmp_path / name for name in ("memory.00000000.new.txt", "memory.0000000.new", "other.00000000.new")]
+    directory, lively, link = (tmp_path / f"memory.{n * 8}.new" for n in "123")
+    for each in (*foreign, lively):
+        each.touch()
+    directory.mkdir()
+    link.symlink_to(place)
+    with lively.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        write()
+        assert {*tmp_path.iterdir()} == {place, *foreign, directory, lively, link}
+    write()
+    assert {*tmp_path.iterdir()} == {place, *foreign, directory, link}
 
 
 def test_a_file_system_without_locks_takes_images(

@@ -70,6 +70,7 @@ def _ioctl(*requests: int) -> tuple[Rule, ...]:
 # What a snapshot takes: the machine's state is read, its memory mapped anew, and both written to files.
 _SNAPSHOT = (
     *_allow("memfd_create pwrite64 fsync fdatasync rename fgetxattr fsetxattr fremovexattr"),
+    *_allow("getdents64 flock"),  # what a killed one has left is removed
     *_ioctl(*_KVM_READS, *_PIT, _PAGEMAP_SCAN, _UFFD[2]),
 )
 # What the interpreter, the allocator, locks and the end of a thread take. tgkill is to this process only: see _rules.

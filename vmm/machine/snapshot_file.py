@@ -67,8 +67,8 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
     if os.path.lexists(directory) and not _is_ours(directory):
         raise ConfigError("snapshot", directory, "exists and is not a snapshot of pyvmm: it is left alone")
     try:
-        _remove_left_behind(directory)
-        made, lock = _make_beside(directory)
+        _remove_left_behind(directory, directories=True)
+        made, lock = _make_beside(directory, directory=True)
         try:
             mark = os.urandom(16)
             _write(os.path.join(made, MEMORY), lambda fd: _write_marked_memory(image, fd, mark))
@@ -311,22 +311,27 @@ def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
     :param files: path, and what is given the descriptor of the new file
     :raises OSError: a file cannot be written, ``filename`` is its path; what was there before is as it was
     """
-    made: list[tuple[str, str]] = []
+    made: list[tuple[str, int, str]] = []
     path = ""
     try:
         for path, fill in files:
-            made.append((f"{path}.{os.urandom(4).hex()}.new", path))
-            _write(made[-1][0], fill)
-        for new, path in made:
+            _remove_left_behind(path, directories=False)
+            made.append((*_make_beside(path, directory=False), path))
+            fill(made[-1][1])
+            os.fsync(made[-1][1])
+        for new, _, path in made:
             os.rename(new, path)
     except OSError as error:
-        for new, _ in made:
+        for new, _, _ in made:
             try:
                 os.unlink(new)
             except OSError:
                 pass
         error.filename = path
         raise
+    finally:
+        for _, fd, _ in made:
+            os.close(fd)
     for directory in {os.path.dirname(path) or "." for path, _ in files}:
         _sync(directory)
 
@@ -358,14 +363,17 @@ def _is_ours(directory: str) -> bool:
         return False
 
 
-def _make_beside(directory: str) -> tuple[str, int]:
-    # A new directory, and the descriptor that holds its lock, which says that its process lives.
-    made = f"{directory}.{os.urandom(4).hex()}.new"
-    os.mkdir(made, 0o700)
+def _make_beside(path: str, *, directory: bool) -> tuple[str, int]:
+    # A new directory or file, and the descriptor that holds its lock, which says that its process lives.
+    made = f"{path}.{os.urandom(4).hex()}.new"
+    if directory:
+        os.mkdir(made, 0o700)
     try:
-        lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        lock = os.open(made, flags | os.O_CLOEXEC, 0o600)
     except OSError:
-        os.rmdir(made)
+        if directory:
+            os.rmdir(made)
         raise
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -374,21 +382,30 @@ def _make_beside(directory: str) -> tuple[str, int]:
     if os.path.exists(made):
         return made, lock
     os.close(lock)  # another process has taken it for one that was left behind, in the moment before the lock
-    return _make_beside(directory)
+    return _make_beside(path, directory=directory)
 
 
-def _remove_left_behind(directory: str) -> None:
-    # What saves into `directory` left beside it that were killed: half a new image, or all of an old one.
-    above, name = os.path.split(directory)
-    for each in os.listdir(above):
+def _remove_left_behind(path: str, *, directories: bool) -> None:
+    # What was left beside `path` by who was killed: half of something new, or, of directories, all of something old.
+    above, name = os.path.split(path)
+    try:
+        beside = os.listdir(above or ".")
+    except OSError:
+        return
+    for each in beside:
         left = os.path.join(above, each)
-        if not re.fullmatch(re.escape(name) + r"\.[0-9a-f]{8}\.new", each) or not _is_ours(left):
+        if not re.fullmatch(re.escape(name) + r"\.[0-9a-f]{8}\.new", each):
             continue
         lock = -1
         try:
-            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if not (_is_ours(left) if directories else stat.S_ISREG(os.lstat(left).st_mode)):
+                continue
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(left)
+            if directories:
+                _remove(left)
+            else:
+                os.unlink(left)
         except OSError:
             pass  # its process lives, or has removed it meanwhile
         finally:
