@@ -126,6 +126,10 @@ def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: P
         again.set_timeout(0.3)
         with pytest.raises(SandboxGone, match=r"time limit of 0\.3 s"):
             again.run("sleep 100")
+    with Sandbox.restore(str(tmp_path / "shot"), record=True) as again:
+        assert again.run("true").exit_code == 0
+        again.machine.record_touched(str(tmp_path / "shot"))
+    assert (tmp_path / "shot/memory.touched").stat().st_size > 1000, "Linux has touched hundreds of pages"
     with Sandbox.restore(str(tmp_path / "shot"), timeout=0.5) as again:
         with pytest.raises(SandboxGone, match=r"time limit of 0\.5 s"):
             again.run("sleep 100")

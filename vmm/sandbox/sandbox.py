@@ -333,10 +333,13 @@ class Sandbox(Session):
         save(frozen, directory, about=json.dumps({**self._about, "connection": port, "protocol": PROTOCOL}).encode())
 
     @classmethod
-    def restore(cls, directory: str, *, name: str | None = None, timeout: float | None = None) -> Sandbox:
+    def restore(
+        cls, directory: str, *, name: str | None = None, timeout: float | None = None, record: bool = False
+    ) -> Sandbox:
         """A running sandbox, made from a ``snapshot``.
 
         :param timeout: seconds after which it ends; None: the limit that the original was given
+        :param record: note which memory it touches, for ``sandbox.machine.record_touched(directory)``; it is slower
         :raises SnapshotError: this is not a snapshot of a sandbox, or it is damaged
         """
         try:
@@ -349,7 +352,7 @@ class Sandbox(Session):
             raise SnapshotError(directory, "is not a snapshot of a sandbox") from None
         if protocol != PROTOCOL:
             raise SnapshotError(directory, f"its agent speaks protocol {protocol}, this pyvmm speaks {PROTOCOL}")
-        frozen = Frozen.load(directory)
+        frozen = Frozen.load(directory, record=record)
         sandbox = cls.__new__(cls)
         sandbox._begin(about, name, limit)
         try:
