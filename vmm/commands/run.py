@@ -189,15 +189,12 @@ def main(args: Arguments) -> int:
     from vmm.machine.machine import Machine
 
     _guard(args)
-    vm = Machine(config, prepared=prepared, seccomp=not args.no_seccomp)
-    try:
+    with Machine(config, prepared=prepared, seccomp=not args.no_seccomp) as vm:
         if args.verbose or args.dry_run:
             print(describe(vm), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
         if args.dry_run:
             return 0
         return _run(vm, verbose=args.verbose)
-    finally:
-        vm.close()
 
 
 def _guard(args: Arguments) -> None:
@@ -222,11 +219,8 @@ def _restore(args: Arguments) -> int:
         console=args.console or CONSOLE, kvm=args.kvm or VmConfig.OPTIONS["kvm"].default
     )
     _guard(args)
-    vm = Machine(image=image, seccomp=not args.no_seccomp)
-    try:
+    with Machine(image=image, seccomp=not args.no_seccomp) as vm:
         return _run(vm, verbose=args.verbose)
-    finally:
-        vm.close()
 
 
 def _write_config(config: VmConfig, path: str) -> int:
