@@ -168,7 +168,7 @@ class Builder:
         )  # fmt: skip
         return Block(
             disk, serial=config.id or "", name=f"virtio-blk{number}", queues=config.queues,
-            engine=config.engine, unsafe=config.cache == "unsafe", limiter=_limiter(config.rate_limiter),
+            engine=config.engine, unsafe=config.cache == "unsafe", limiter=make_limiter(config.rate_limiter),
         )  # fmt: skip
 
     def _net(self, config: NetConfig, number: int, name: str) -> Net:
@@ -221,8 +221,8 @@ class Builder:
             self._mmds().configure(mmds)
             endpoint = Endpoint(self._mmds().serve, inet_aton(mmds.address))
         net = Net(
-            backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=_limiter(config.rx_rate_limiter),
-            tx_limiter=_limiter(config.tx_rate_limiter), mmds=endpoint, policy=policy,
+            backend, mac, mtu=config.mtu, pcap=config.pcap, rx_limiter=make_limiter(config.rx_rate_limiter),
+            tx_limiter=make_limiter(config.tx_rate_limiter), mmds=endpoint, policy=policy,
             resolver=resolver, name=f"virtio-net{number}",
         )  # fmt: skip
         return self._closers.own(net)
@@ -252,7 +252,7 @@ class Builder:
         device = ShareDevice(
             config.tag, config.path, read_only=config.read_only, cache=config.cache,
             threads=config.threads, squash=config.squash, submounts=config.submounts, dax=config.dax,
-            name=f"virtio-fs{number}", limiter=_limiter(config.rate_limiter),
+            name=f"virtio-fs{number}", limiter=make_limiter(config.rate_limiter),
         )  # fmt: skip
         return self._closers.own(device)
 
@@ -265,7 +265,7 @@ class Builder:
     def _entropy(self, config: EntropyConfig) -> Entropy:
         from virtio.rng import Entropy
 
-        return Entropy(limiter=_limiter(config.rate_limiter))
+        return Entropy(limiter=make_limiter(config.rate_limiter))
 
     def _balloon(self, config: BalloonConfig) -> Balloon:
         from virtio.balloon import Balloon
@@ -278,7 +278,8 @@ class Builder:
         )  # fmt: skip
 
 
-def _limiter(config: RateLimiterConfig | None) -> RateLimiter | None:
+def make_limiter(config: RateLimiterConfig | None) -> RateLimiter | None:
+    """The limiter that `config` describes; None: no limit."""
     if config is None:
         return None
     from virtio._limiter import RateLimiter

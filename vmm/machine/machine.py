@@ -27,7 +27,7 @@ from vmm.kvm.vm import Kvm, Vm, why_no_linux
 from vmm.machine import first_boot
 from vmm.machine.attach import Devices
 from vmm.machine.board import Board
-from vmm.machine.build import Builder, own
+from vmm.machine.build import Builder, make_limiter, own
 from vmm.machine.console import Console
 from vmm.machine.run import Run
 from vmm.memory import GuestMemory
@@ -139,11 +139,14 @@ class Machine(Closing):
         if prepared is not None:
             self._closers.own(prepared.kvm)
             self._closers.own(prepared)
-        timer = None
-        if config.boot_timer:
+            if prepared.kvm.path != config.kvm:
+                prepared = None
+        self.pio = Bus("pio", 1 << 16)
+        self.mmio = Bus("mmio", 1 << 52)
+        if config.boot_timer:  # its time runs from here on
             from devices.boot_timer import BootTimer
 
-            timer = BootTimer()
+            self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, BootTimer(), "boot timer")
         for made in self._builder.all():
             self._devices.add(made).configured = True
             if made.kind == "console":
@@ -160,15 +163,12 @@ class Machine(Closing):
             virtio = [(each.base, layout.VIRTIO_MMIO_STRIDE, each.gsi) for each in self.devices.values()]
             self.loaded, self.cmdline = first_boot.load_kernel(self.memory, config, virtio)
             self._new_generation()
+            self.kvm = self._closers.own(Kvm(config.kvm)) if prepared is None else prepared.kvm
+            first_boot.check_kvm(self.kvm, config)
         else:
             self.cmdline = image.cmdline
-        usable = prepared is not None and prepared.kvm.path == config.kvm
-        if image is not None:
             self.kvm = Kvm.shared(config.kvm)
-        else:
-            self.kvm = prepared.kvm if prepared is not None and usable else self._closers.own(Kvm(config.kvm))
-            first_boot.check_kvm(self.kvm, config)
-        self.vm = prepared if prepared is not None and usable else self._closers.own(self.kvm.create_vm())
+        self.vm = self._closers.own(self.kvm.create_vm()) if prepared is None else prepared
         # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
         self.vm.map_memory(self.memory)
         self._closers.own(self._devices)
@@ -177,8 +177,6 @@ class Machine(Closing):
             attached.map(self.vm)
         self.vm.create_irqchip()
         self._add_platform()
-        if timer is not None:
-            self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, timer, "boot timer")
         for attached in self.devices.values():
             attached.bind(self.vm, self.mmio)
         self._ranges = self._count_ranges()
@@ -192,17 +190,12 @@ class Machine(Closing):
             restore(self, image)
 
     def _add_platform(self) -> None:
-        self.pio = Bus("pio", 1 << 16)
-        self.mmio = Bus("mmio", 1 << 52)
         self._board = self._closers.own(Board(self.vm, self.pio, self.config))
         self.serial, self.i8042 = self._board.serial, self._board.i8042
         self.rtc, self.events = self._board.rtc, self._board.events
         port = self.serial if self._hvc is None else self._hvc
-        limit = None
-        if (limits := self.config.console_rate_limiter) is not None:
-            from virtio._limiter import RateLimiter
-
-            limit = RateLimiter(limits.bandwidth, limits.ops).ask
+        limiter = make_limiter(self.config.console_rate_limiter)
+        limit = None if limiter is None else limiter.ask
         self.console = self._closers.own(
             Console(port, mode=self.config.console, on_output=self._on_output, on_quit=self.stop, limit=limit)
         )
