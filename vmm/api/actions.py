@@ -28,7 +28,7 @@ from vmm.config.devices import (
     VsockConfig,
     check_amount,
 )
-from vmm.errors import ConfigError, HostError, VmmError
+from vmm.errors import ConfigError, VmmError
 from vmm.machine.metrics import Metrics
 from vmm.machine.mmds import SIZE_LIMIT, Mmds, MmdsError
 
@@ -36,6 +36,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from virtio.balloon import Balloon
     from virtio.vsock.device import Listener
     from vmm.kvm.vm import Vm
     from vmm.machine.machine import Machine
@@ -108,7 +109,10 @@ class Vmm:
             if when == POST_BOOT and self.machine is None:
                 raise ApiError(_BEFORE)
             self.configured = self.configured or (when == PRE_BOOT and action.name not in _NOT_OF_BOOT)
-            return do(self, action.body)
+            try:
+                return do(self, action.body)
+            except MmdsError as error:
+                raise ApiError(str(error), error.status) from None
 
     def configure(self, whole: types.VmConfiguration) -> None:
         """Take a whole configuration, by the same actions as one after the other over the socket.
@@ -165,15 +169,9 @@ class Vmm:
     def _get_version(self, _: None) -> types.Version:
         return types.Version(firecracker_version=API_VERSION)
 
-    def _get_machine_config(self, _: None) -> types.MachineConfiguration:
-        return self._machine_config
-
     @property
     def _machine_config(self) -> types.MachineConfiguration:
         return self.whole.machine_config or translate.DEFAULT_MACHINE
-
-    def _get_whole(self, _: None) -> types.VmConfiguration:
-        return self.whole
 
     # Before the start
 
@@ -325,9 +323,6 @@ class Vmm:
 
         return msgspec.Raw(TEXT)
 
-    def _prometheus(self, _: None) -> str:
-        return self.metrics.prometheus()
-
     def _start(self, _: types.Action) -> None:
         from vmm.kvm.vm import why_no_linux
         from vmm.machine.machine import Machine
@@ -344,14 +339,17 @@ class Vmm:
                 seccomp=threads.guard is not None,
             )  # fmt: skip
             self._listener = None
-            self.machine = machine
-            self.metrics.attach(machine)
             if (why := why_no_linux()) and machine.loaded.needs_ring0:
                 logger.warn(f"{config.kvm} {why}")
-            try:
-                machine.start()
-            finally:
-                self._on_start(machine)  # who waits for its end hears of a start that failed, too
+            self._run(machine)
+
+    def _run(self, machine: Machine, *, paused: bool = False) -> None:
+        self.machine = machine
+        self.metrics.attach(machine)
+        try:
+            machine.start(paused=paused)
+        finally:
+            self._on_start(machine)  # who waits for its end hears of a start that failed, too
 
     # While it runs
 
@@ -423,30 +421,29 @@ class Vmm:
             raise ApiError("Balloon config error: there is no balloon")
         return self.whole.balloon
 
-    def _update_balloon(self, body: types.BalloonUpdate) -> None:
-        balloon = self._get_balloon(None)
-        device = self._running().balloon
+    def _balloon(self) -> tuple[types.Balloon, Balloon]:
+        shown, device = self._get_balloon(None), self._running().balloon
         assert device is not None
+        return shown, device
+
+    def _update_balloon(self, body: types.BalloonUpdate) -> None:
+        shown, device = self._balloon()
         with _refusing("Balloon config error"):
             self._check_amount(body)
             device.set_amount(body.amount_mib)
-        balloon.amount_mib = body.amount_mib
+        shown.amount_mib = body.amount_mib
 
     def _get_balloon_stats(self, _: None) -> types.BalloonStats:
-        balloon = self._get_balloon(None)
-        device = self._running().balloon
-        assert device is not None
-        if not balloon.stats_polling_interval_s:
+        shown, device = self._balloon()
+        if not shown.stats_polling_interval_s:
             raise ApiError("Balloon config error: statistics are not enabled; stats_polling_interval_s is 0")
         return types.BalloonStats(**device.statistics())
 
     def _update_balloon_stats(self, body: types.BalloonStatsUpdate) -> None:
-        balloon = self._get_balloon(None)
-        device = self._running().balloon
-        assert device is not None
+        shown, device = self._balloon()
         with _refusing("Balloon config error"):
             device.set_polling_interval(body.stats_polling_interval_s)
-        balloon.stats_polling_interval_s = body.stats_polling_interval_s
+        shown.stats_polling_interval_s = body.stats_polling_interval_s
 
     # The metadata service
 
@@ -458,22 +455,6 @@ class Vmm:
                 raise ConfigError("network_interfaces", unknown[0], "does not correspond to any network interface")
         self.mmds.configure(config)
         self.whole.mmds_config = body
-
-    def _get_mmds(self, _: None) -> object:
-        return self.mmds.get()
-
-    def _put_mmds(self, body: Any) -> None:
-        self._change_mmds(self.mmds.put, body)
-
-    def _patch_mmds(self, body: Any) -> None:
-        self._change_mmds(self.mmds.patch, body)
-
-    @staticmethod
-    def _change_mmds(change: Callable[[Any], None], body: Any) -> None:
-        try:
-            change(body)
-        except MmdsError as error:
-            raise ApiError(str(error), error.status) from None
 
     # Snapshots
 
@@ -498,13 +479,7 @@ class Vmm:
 
         shown.logger, shown.metrics = self.whole.logger, self.whole.metrics
         self.whole = shown
-        machine = Machine(image=image, metadata=self.mmds, seccomp=threads.guard is not None)
-        self.machine = machine
-        self.metrics.attach(machine)
-        try:
-            machine.start(paused=not resume)
-        finally:
-            self._on_start(machine)
+        self._run(Machine(image=image, metadata=self.mmds, seccomp=threads.guard is not None), paused=not resume)
 
 
 class _refusing:
@@ -517,7 +492,7 @@ class _refusing:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ConfigError, HostError, VmmError)) and not isinstance(error, ApiError):
+        if isinstance(error, VmmError) and not isinstance(error, ApiError):
             raise ApiError(f"{self._prefix}: {error}") from error
 
 
@@ -541,8 +516,8 @@ def _why(error: Exception) -> str:
 ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "GetVmInstanceInfo": (ANY, Vmm._get_info),
     "GetVmmVersion": (ANY, Vmm._get_version),
-    "GetVmMachineConfig": (ANY, Vmm._get_machine_config),
-    "GetFullVmConfig": (ANY, Vmm._get_whole),
+    "GetVmMachineConfig": (ANY, lambda vmm, _: vmm._machine_config),
+    "GetFullVmConfig": (ANY, lambda vmm, _: vmm.whole),
     "ConfigureBootSource": (PRE_BOOT, Vmm._boot_source_is),
     "PutMachineConfiguration": (PRE_BOOT, Vmm._machine_config_is),
     "UpdateMachineConfiguration": (PRE_BOOT, Vmm._update_machine_config),
@@ -564,11 +539,11 @@ ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "ConfigureMetrics": (PRE_BOOT, Vmm._metrics_is),
     "ConfigureSerial": (PRE_BOOT, Vmm._serial_is),
     "GetOpenApi": (ANY, Vmm._openapi),
-    "GetPrometheusMetrics": (ANY, Vmm._prometheus),
+    "GetPrometheusMetrics": (ANY, lambda vmm, _: vmm.metrics.prometheus()),
     "SetMmdsConfiguration": (PRE_BOOT, Vmm._mmds_config_is),
-    "GetMMDS": (ANY, Vmm._get_mmds),
-    "PutMMDS": (ANY, Vmm._put_mmds),
-    "PatchMMDS": (ANY, Vmm._patch_mmds),
+    "GetMMDS": (ANY, lambda vmm, _: vmm.mmds.get()),
+    "PutMMDS": (ANY, lambda vmm, body: vmm.mmds.put(body)),
+    "PatchMMDS": (ANY, lambda vmm, body: vmm.mmds.patch(body)),
     "StartMicroVm": (PRE_BOOT, Vmm._start),
     "FlushMetrics": (POST_BOOT, Vmm._flush_metrics),
     "SendCtrlAltDel": (POST_BOOT, Vmm._ctrl_alt_del),
