@@ -128,6 +128,12 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
     except ConfigError as error:
         _complain(args, str(error))
         return _leave(STATUS_ARGUMENTS)
+    try:
+        if args.level is not None:
+            logger.parse_level(args.level)
+    except ConfigError as error:
+        _complain(args, f"--{error}")
+        return _leave(STATUS_BAD_CONFIGURATION)
     serve = _Serve(args, times, args.http_api_max_payload_size if limit is None else limit, on_ready)
     return _leave(serve.run())
 
@@ -248,15 +254,13 @@ class _Serve:
         self._vmm = Vmm(args.id, on_start=self._on_start, boot_timer=args.boot_timer, mmds_limit=self._mmds_limit)
         self._answerer = answerer(self._vmm)
         try:
-            if status := self._observe():
-                return status
+            self._observe()
             if server is not None:
                 logger.info(f'Listening on API socket ("{args.api_sock}").')
             if args.config_file is not None:
                 self._vmm.prepare()
                 self._confine()
-                if status := self._start_from(args.config_file):
-                    return status
+                self._start_from(args.config_file)
                 logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
                 for field in self._early.set_answer(self._answer):
@@ -298,7 +302,7 @@ class _Serve:
         self._signal = self._signal or self._faults.sent()
         return self._ended or self._signal > 0
 
-    def _observe(self) -> int:
+    def _observe(self) -> None:
         # The logger and the metrics, as far as the command line says where they go.
         from typing import Any
 
@@ -307,31 +311,21 @@ class _Serve:
         from vmm.api.routes import VmmAction
 
         args = self._args
-        try:
-            if args.level is not None:
-                logger.parse_level(args.level)
-        except ConfigError as error:
-            _complain(args, f"--{error}")
-            return STATUS_BAD_CONFIGURATION
         start, start_cpu, parent = self._times
         self._vmm.metrics.report_start(start, start_cpu, parent or 0)
         chosen = {name: getattr(args, name) or None for name in ("log_path", "level", "module", *_SHOW)}
-        try:
-            if any(chosen.values()):
-                self._vmm.handle(VmmAction("ConfigureLogger", types.Logger(**chosen)))
-            logger.info(f"Running Firecracker v{API_VERSION}")
-            if args.metrics_path is not None:
-                self._vmm.handle(VmmAction("ConfigureMetrics", types.Metrics(metrics_path=args.metrics_path)))
-            if args.metadata is not None:
+        if any(chosen.values()):
+            self._vmm.handle(VmmAction("ConfigureLogger", types.Logger(**chosen)))
+        logger.info(f"Running Firecracker v{API_VERSION}")
+        if args.metrics_path is not None:
+            self._vmm.handle(VmmAction("ConfigureMetrics", types.Metrics(metrics_path=args.metrics_path)))
+        if args.metadata is not None:
+            try:
                 with open(args.metadata, "rb") as file:
-                    self._vmm.handle(VmmAction("PutMMDS", decode(Any, file.read())))
-        except ApiError as error:
-            _complain(args, str(error))
-            return STATUS_GENERIC
-        except OSError as error:
-            _complain(args, f"--metadata {args.metadata}: {error.strerror}")
-            return STATUS_GENERIC
-        return STATUS_OK
+                    text = file.read()
+            except OSError as error:
+                raise ApiError(f"--metadata {args.metadata}: {error.strerror}") from None
+            self._vmm.handle(VmmAction("PutMMDS", decode(Any, text)))
 
     def _confine(self) -> None:
         if not self._args.no_seccomp:
@@ -351,7 +345,7 @@ class _Serve:
             self._server.then(self._end)
         return answer
 
-    def _start_from(self, path: str) -> int:
+    def _start_from(self, path: str) -> None:
         from vmm.api import ApiError, types
         from vmm.api.bodies import decode
         from vmm.api.routes import VmmAction
@@ -361,13 +355,9 @@ class _Serve:
                 text = file.read()
             self._vmm.configure(decode(types.VmConfiguration, text))
             self._vmm.handle(VmmAction("StartMicroVm"))
-        except OSError as error:
-            _complain(self._args, f"--config-file {path}: {error.strerror}")
-            return STATUS_GENERIC
-        except ApiError as error:
-            _complain(self._args, f"--config-file {path}: {error}")
-            return STATUS_GENERIC
-        return STATUS_OK
+        except (OSError, ApiError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ApiError(f"--config-file {path}: {why}") from error
 
     def _on_start(self, machine: Machine) -> None:
         self._machine = machine
