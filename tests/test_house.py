@@ -119,7 +119,7 @@ sys.path += {[str(ROOT), str(Path(msgspec.__file__).parents[1])]!r}
 gc.disable()
 from vmm import launched
 launched.spare_threading()
-import vmm.commands.cli, vmm.commands.serve, vmm.api.listen, vmm.api.early
+import vmm.commands.cli, vmm.commands.serve, vmm.unix_socket, vmm.api.early
 launched.spare_httptools()
 import vmm.api.server
 launched.spare_msgspec()

@@ -154,7 +154,7 @@ static const char *socket_path(char **words)
     return found;
 }
 
-/* Make a socket that listens at `name`, as vmm/api/listen.py does. -1: it failed, and Python will report why. */
+/* Make a socket that listens at `name`, as vmm/unix_socket.py does. -1: it failed, and Python will report why. */
 static int listening(const char *name)
 {
     struct sockaddr_un place = {.sun_family = AF_UNIX}, built = {.sun_family = AF_UNIX};

@@ -22,18 +22,22 @@ class Listener:
     :param path: a file that a dead process left behind is replaced
     :param backlog: how many clients may wait to be accepted
     :param private: only its owner may connect; False: whoever the umask allows
+    :param fd: a descriptor that listens at `path` already, owned from here on; None: a new one
     :raises ConfigError: somebody listens there, something else is there, or it cannot be made
 
     Source: Linux unix(7).
     """
 
-    def __init__(self, field: str, path: str, backlog: int, *, private: bool = False) -> None:
+    def __init__(self, field: str, path: str, backlog: int, *, private: bool = False, fd: int | None = None) -> None:
         self.path = path
         self._file: tuple[int, int] | None = None
-        self.socket = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
-        if private:
-            os.fchmod(self.socket.fileno(), 0o600)  # which bind gives to the file
-        listen(self.socket, field, path, backlog)
+        if fd is not None:
+            self.socket = socket(fileno=fd)
+        else:
+            self.socket = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
+            if private:
+                os.fchmod(self.socket.fileno(), 0o600)  # which bind gives to the file
+            _listen(self.socket, field, path, backlog)
         status = os.lstat(path)
         self._file = status.st_dev, status.st_ino
 
@@ -41,6 +45,14 @@ class Listener:
     def fd(self) -> int:
         """The listening descriptor; owned by this object."""
         return self.socket.fileno()
+
+    def accept(self) -> socket:
+        """The connection of the next client, owned by the caller.
+
+        :raises OSError: no client waits, or no descriptor is left for it
+        """
+        fd, _ = self.socket._accept()  # type: ignore[attr-defined]  # not in the stubs; socket.socket calls it, too
+        return socket(AF_UNIX, SOCK_STREAM, 0, fd)  # which asks the kernel nothing: a filter may be here
 
     def close(self) -> None:
         """Remove the file, and stop listening; idempotent."""
@@ -56,17 +68,12 @@ class Listener:
             if (status.st_dev, status.st_ino) == self._file:
                 os.unlink(self.path)
         except OSError:
-            pass  # gone already, or its directory is
+            pass  # gone already, or its directory is, or out of a jail's reach
         self._file = None
 
 
-def listen(listener: socket, field: str, path: str, backlog: int) -> None:
-    """Let `listener` listen at `path`; a file that a dead process left there is replaced.
-
-    :param listener: a new socket; closed where it cannot be
-    :param field: the option it came from, for the message
-    :raises ConfigError: somebody listens there, something else is there, or it cannot be made
-    """
+def _listen(listener: socket, field: str, path: str, backlog: int) -> None:
+    # `listener` is closed where it cannot listen at `path`.
     if not path:
         listener.close()
         # Linux would make up a name, and nobody would find it.

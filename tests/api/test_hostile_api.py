@@ -22,11 +22,16 @@ from hypothesis import strategies as st
 from tests.api.oracle import PYVMM, Client, Process
 from tests.kvm.guests import write_guest
 from tests.kvm.ring3 import kernel
-from vmm.api.listen import bind
 from vmm.api.server import MAX_CONNECTIONS, MAX_HEAD, MAX_PAYLOAD, Server
 from vmm.errors import ConfigError
+from vmm.unix_socket import Listener
 
 HALT = "1: hlt\njmp 1b"
+
+
+def bind(path: str) -> Listener:
+    """As ``pyvmm serve`` makes its socket."""
+    return Listener("--api-sock", path, 128)
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def echo(tmp_path: Path) -> Iterator[tuple[Path, Server]]:
     def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
         return 200, json.dumps([method, path, len(body)]).encode() + bytes(1 << 20 if path == "/long" else 0), ()
 
-    server = Server(bind(str(path)), answer, path=str(path), patience=0.2)
+    server = Server(bind(str(path)), answer, patience=0.2)
     server.start()
     yield path, server
     server.close()
@@ -164,7 +169,7 @@ def test_who_asks_very_much_at_once_waits_behind_who_asks_little(tmp_path: Path)
         time.sleep(0.002)
         return 200, bytes(2000), ()
 
-    server = Server(bind(str(tmp_path / "s")), answer, path=str(tmp_path / "s"))
+    server = Server(bind(str(tmp_path / "s")), answer)
     server.start()
     flood, polite = Client(tmp_path / "s"), Client(tmp_path / "s")
     many = b"GET /flood HTTP/1.1\r\n\r\n" * (1 << 11)
@@ -189,9 +194,9 @@ def test_who_asks_very_much_at_once_waits_behind_who_asks_little(tmp_path: Path)
 def test_without_a_descriptor_left_it_answers_one_and_does_not_spin(tmp_path: Path) -> None:
     program = """
 import os, resource, sys, time
-from vmm.api.listen import bind
 from vmm.api.server import Server
-server = Server(bind(sys.argv[1]), lambda method, path, body: (200, b'{}', ()), path=sys.argv[1])
+from vmm.unix_socket import Listener
+server = Server(Listener("socket", sys.argv[1], 128), lambda method, path, body: (200, b'{}', ()))
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 taken = []
 try:
@@ -395,9 +400,10 @@ def test_a_live_socket_is_refused_and_a_stale_one_replaced(tmp_path: Path, serve
     with pytest.raises(ConfigError, match="in use by another program"):
         bind(str(served.socket))
     stale = tmp_path / "stale"
-    bind(str(stale)).close()
+    bind(str(stale)).socket.close()
     assert stale.exists()
     bind(str(stale)).close()
+    assert not stale.exists()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is not a socket"):
         bind(str(tmp_path / "file"))
@@ -434,8 +440,9 @@ def test_a_socket_without_a_path_and_one_with_a_long_one(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="--api-sock: is empty"):
         bind("")
     longest = str(tmp_path / "s").ljust(107, "s")
-    bind(longest).close()
+    listener = bind(longest)
     assert Path(longest).is_socket()
+    listener.close()
     with pytest.raises(ConfigError, match="too long"):
         bind(longest + "s")
 

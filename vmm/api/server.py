@@ -22,10 +22,11 @@ from vmm.signals import deaf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
     from typing import Protocol
 
-    from vmm.api.listen import Socket
+    from vmm.unix_socket import Listener
 
     class Answer(Protocol):
         def __call__(self, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]: ...
@@ -54,7 +55,7 @@ class _Refused(Exception):
 class _Connection:
     """One client; a parser's protocol object, whose callbacks are httptools'."""
 
-    def __init__(self, sock: Socket, server: Server) -> None:
+    def __init__(self, sock: socket, server: Server) -> None:
         self.sock = sock
         self.server = server
         self.keep_alive = True
@@ -219,22 +220,20 @@ class _Connection:
 
 
 class Server:
-    """Serves `answer` to the clients of `listener`; owned, closed by ``close``.
+    """Serves `answer` to the clients of `listener`; closed by ``close``.
 
-    :param listener: the socket, from ``vmm.api.listen.bind``; owned
+    :param listener: the socket; owned
     :param answer: called with method, path and body, on the server's thread; must not raise. Gives the status, the
         body and further headers
-    :param path: path of its file, which is removed with it
     :param max_payload: bytes of a request's body
     :param patience: seconds for a client to finish a request that it began, and to take an answer
     """
 
     def __init__(
         self,
-        listener: Socket,
+        listener: Listener,
         answer: Answer,
         *,
-        path: str,
         max_payload: int = MAX_PAYLOAD,
         patience: float = REQUEST_SECONDS,
     ) -> None:
@@ -242,19 +241,17 @@ class Server:
         self.patience = patience
         self.max_payload = max_payload
         self.refused = 0
-        self._path = path
-        self._file = os.stat(self._path).st_ino
         self._listener = listener
         self._connections: dict[int, _Connection] = {}
         self._accepting_from: float | None = None  # None: it accepts
         # For a client that comes when the host has no other descriptor for it; None: it is in use.
-        self._spare: int | None = os.dup(listener.fileno())
+        self._spare: int | None = os.dup(listener.fd)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.epoll()
-        self._poll.register(listener, select.EPOLLIN)
+        self._poll.register(listener.fd, select.EPOLLIN)
         self._poll.register(self._wake, select.EPOLLIN)
         self._knocking = select.poll()
-        self._knocking.register(listener, select.POLLIN)
+        self._knocking.register(listener.fd, select.POLLIN)
         self._closing = False
         self._then: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
@@ -280,7 +277,7 @@ class Server:
         while not self._closing:
             waiting = [each for each in self._connections.values() if each.requests and not each.out]
             for fd, events in self._poll.poll(0 if waiting else self._patience()):
-                if fd == self._listener.fileno():
+                if fd == self._listener.fd:
                     self._accept_some()
                 elif (connection := self._connections.get(fd)) is not None and connection not in waiting:
                     self._serve(connection, events)
@@ -323,11 +320,11 @@ class Server:
         sock.close()
         self._keep_spare()
 
-    def _accepted(self) -> Socket | None:
+    def _accepted(self) -> socket | None:
         # None: it went away again, or the host has no descriptor for it: then it waits until one is free.
         for _ in range(3):
             try:
-                return self._listener.accept()[0]
+                return self._listener.accept()
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     return None
@@ -337,7 +334,7 @@ class Server:
             elif not self._make_room():
                 break
         self._accepting_from = time.monotonic() + BACK_OFF
-        self._poll.modify(self._listener, 0)
+        self._poll.modify(self._listener.fd, 0)
         return None
 
     def _make_room(self) -> bool:
@@ -351,7 +348,7 @@ class Server:
     def _keep_spare(self) -> None:
         if self._spare is None:
             try:
-                self._spare = os.dup(self._listener.fileno())
+                self._spare = os.dup(self._listener.fd)
             except OSError:
                 pass  # later
 
@@ -402,7 +399,7 @@ class Server:
 
     def _accept_again(self) -> None:
         self._accepting_from = None
-        self._poll.modify(self._listener, select.EPOLLIN)
+        self._poll.modify(self._listener.fd, select.EPOLLIN)
 
     def _drop(self, connection: _Connection) -> None:
         del self._connections[connection.sock.fileno()]
@@ -424,10 +421,5 @@ class Server:
         self._listener.close()
         if self._spare is not None:
             os.close(self._spare)
-        try:
-            if os.stat(self._path).st_ino == self._file:
-                os.unlink(self._path)
-        except OSError:
-            pass  # gone already, or out of a jail's reach
         self._poll.close()
         os.close(self._wake)

@@ -32,6 +32,7 @@ STATUS_ARGUMENTS = 153
 MAX_GUEST_STATUS = 127
 DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
+_BACKLOG = 128
 FIRST_SECONDS = 0.02
 
 OPTIONS: Table = (
@@ -230,13 +231,15 @@ class _Serve:
                     server.close()
 
     def _listen(self) -> Server:
-        from vmm.api.listen import bind
+        # There before anything else is imported: a runtime waits for it.
+        from vmm.unix_socket import Listener
 
-        listener = bind(self._args.api_sock)
+        path = self._args.api_sock
+        listener = Listener("--api-sock", path, _BACKLOG, fd=launched.take_socket(path))
         launched.spare_httptools()
         from vmm.api.server import Server
 
-        return Server(listener, self._early, path=self._args.api_sock, max_payload=self._args.http_api_max_payload_size)
+        return Server(listener, self._early, max_payload=self._args.http_api_max_payload_size)
 
     def _run(self, server: Server | None) -> int:
         args = self._args

@@ -15,13 +15,14 @@ import threading
 from _queue import SimpleQueue
 
 # Not `socket`, which imports more, on the path of a launch.
-from _socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_STREAM, socket
+from _socket import MSG_DONTWAIT, MSG_NOSIGNAL
 
 from vmm.threads import spawn
 from vmm.unix_socket import Listener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
 
 KEPT = 64 << 10  # bytes of output
@@ -131,14 +132,14 @@ class ConsoleSocket:
 
     def _accept(self) -> bool:
         try:
-            fd, _ = self._listener.socket._accept()  # type: ignore[attr-defined]  # socket.socket calls it, too
+            client = self._listener.accept()
         except BlockingIOError:
             return True  # it is gone already
         except OSError:
             return False  # no descriptor is left
         self._hang_up()
         with self._lock:
-            self._client, self._ended, self._reads = socket(AF_UNIX, SOCK_STREAM, 0, fd), False, True
+            self._client, self._ended, self._reads = client, False, True
         return True
 
     def _converse(self, client: socket, what: int) -> None:
