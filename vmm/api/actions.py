@@ -169,9 +169,15 @@ class Vmm:
     def _get_version(self, _: None) -> types.Version:
         return types.Version(firecracker_version=API_VERSION)
 
+    def _get_machine_config(self, _: None) -> types.MachineConfiguration:
+        return self._machine_config
+
     @property
     def _machine_config(self) -> types.MachineConfiguration:
         return self.whole.machine_config or translate.DEFAULT_MACHINE
+
+    def _get_whole(self, _: None) -> types.VmConfiguration:
+        return self.whole
 
     # Before the start
 
@@ -323,6 +329,9 @@ class Vmm:
 
         return msgspec.Raw(TEXT)
 
+    def _prometheus(self, _: None) -> str:
+        return self.metrics.prometheus()
+
     def _start(self, _: types.Action) -> None:
         from vmm.kvm.vm import why_no_linux
         from vmm.machine.machine import Machine
@@ -456,6 +465,15 @@ class Vmm:
         self.mmds.configure(config)
         self.whole.mmds_config = body
 
+    def _get_mmds(self, _: None) -> object:
+        return self.mmds.get()
+
+    def _put_mmds(self, body: Any) -> None:
+        self.mmds.put(body)
+
+    def _patch_mmds(self, body: Any) -> None:
+        self.mmds.patch(body)
+
     # Snapshots
 
     def _create_snapshot(self, body: types.SnapshotCreate) -> None:
@@ -516,8 +534,8 @@ def _why(error: Exception) -> str:
 ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "GetVmInstanceInfo": (ANY, Vmm._get_info),
     "GetVmmVersion": (ANY, Vmm._get_version),
-    "GetVmMachineConfig": (ANY, lambda vmm, _: vmm._machine_config),
-    "GetFullVmConfig": (ANY, lambda vmm, _: vmm.whole),
+    "GetVmMachineConfig": (ANY, Vmm._get_machine_config),
+    "GetFullVmConfig": (ANY, Vmm._get_whole),
     "ConfigureBootSource": (PRE_BOOT, Vmm._boot_source_is),
     "PutMachineConfiguration": (PRE_BOOT, Vmm._machine_config_is),
     "UpdateMachineConfiguration": (PRE_BOOT, Vmm._update_machine_config),
@@ -539,11 +557,11 @@ ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
     "ConfigureMetrics": (PRE_BOOT, Vmm._metrics_is),
     "ConfigureSerial": (PRE_BOOT, Vmm._serial_is),
     "GetOpenApi": (ANY, Vmm._openapi),
-    "GetPrometheusMetrics": (ANY, lambda vmm, _: vmm.metrics.prometheus()),
+    "GetPrometheusMetrics": (ANY, Vmm._prometheus),
     "SetMmdsConfiguration": (PRE_BOOT, Vmm._mmds_config_is),
-    "GetMMDS": (ANY, lambda vmm, _: vmm.mmds.get()),
-    "PutMMDS": (ANY, lambda vmm, body: vmm.mmds.put(body)),
-    "PatchMMDS": (ANY, lambda vmm, body: vmm.mmds.patch(body)),
+    "GetMMDS": (ANY, Vmm._get_mmds),
+    "PutMMDS": (ANY, Vmm._put_mmds),
+    "PatchMMDS": (ANY, Vmm._patch_mmds),
     "StartMicroVm": (PRE_BOOT, Vmm._start),
     "FlushMetrics": (POST_BOOT, Vmm._flush_metrics),
     "SendCtrlAltDel": (POST_BOOT, Vmm._ctrl_alt_del),
