@@ -17,18 +17,10 @@ static void fail(const char *what, const char *why, int status)
     _exit(status);
 }
 
-static long number(const char **at)
-{
-    long result = 0;
-    for (; **at >= '0' && **at <= '9'; ++*at)
-        result = result * 10 + (**at - '0');
-    return result;
-}
-
 static long word_number(int index)
 {
     const char *at = words[index];
-    return number(&at);
+    return digits(&at);
 }
 
 // Make the program's working directory, and those above it, if the image lacks them.
@@ -48,31 +40,9 @@ static void become(void)
     gid_t groups[GROUPS];
     int count = 0;
     for (const char *at = words[2]; *at && count < GROUPS; at += *at == ',')
-        groups[count++] = (gid_t)number(&at);
+        groups[count++] = (gid_t)digits(&at);
     if (CALL(setgroups, count, groups) || CALL(setgid, word_number(1)) || CALL(setuid, word_number(0)))
         fail("the image's user", ": cannot be set", 126);
-}
-
-static void search(char **arguments, char **environment)
-{
-    const char *path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    int denied = 0;
-    for (char **each = environment; *each; each++)
-        if (!strncmp(*each, "PATH=", 5))
-            path = *each + 5;
-    while (*path) {
-        char directory[1024], place[2048];
-        size_t length = 0;
-        for (; *path && *path != ':'; path++)
-            if (length < sizeof directory - 1)
-                directory[length++] = *path;
-        path += *path == ':';
-        directory[length] = 0;
-        join(place, sizeof place, directory, "/", arguments[0], NULL);
-        CALL(execve, place, arguments, environment);
-        denied |= errno != ENOENT && errno != ENOTDIR;
-    }
-    errno = denied ? EACCES : ENOENT;
 }
 
 int main(void)
@@ -96,10 +66,7 @@ int main(void)
     if (CALL(chdir, words[3]))
         fail(words[3], ": cannot be the working directory", 126);
     become();
-    if (strchr(program[0], '/'))
-        CALL(execve, program[0], program, environment);
-    else
-        search(program, environment);
+    execute(program, environment);
     if (errno == ENOENT || errno == ENOTDIR)
         fail(program[0], ": not found", 127);
     fail(program[0], ": cannot be executed", 126);

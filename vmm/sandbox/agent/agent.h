@@ -83,8 +83,8 @@ extern int commands; // the cgroup of commands, or -1
 void boot(void);
 void keep_free(int more);
 void wake(const struct request *request);
-int mount_share(const char *tag, const char *path, int read_only);
-int make_read_only(const struct request *request); // -1: an F_FAILED frame was sent
+void mount_share(const struct request *request);
+void make_read_only(const struct request *request);
 int make_directory(const char *path); // and those above it; an absolute path
 
 // users.c
@@ -101,7 +101,7 @@ struct directory_entry { // struct linux_dirent64
     uint8_t type;
     char name[];
 };
-int serve_files(const struct request *request);
+void serve_files(const struct request *request);
 const char *enter(const char *path, int make);
 int store(int fd, const char *from, size_t length);
 

@@ -133,11 +133,8 @@ static uint32_t ipv4(const char **at)
 {
     uint32_t address = 0;
     for (int i = 0; i < 4; i++) {
-        uint32_t part = 0;
-        for (; **at >= '0' && **at <= '9'; ++*at)
-            part = part * 10 + (uint32_t)(**at - '0');
+        address |= (uint32_t)(digits(at) & 255) << 8 * i;
         *at += **at == '.';
-        address |= (part & 255) << 8 * i;
     }
     return address;
 }
@@ -172,10 +169,8 @@ static void bring_network_up(void)
     up(fd, "lo", 0, 0);
     if (*at) {
         uint32_t address = ipv4(&at);
-        long bits = 0;
-        for (at += *at == '/'; *at >= '0' && *at <= '9'; at++)
-            bits = bits * 10 + (*at - '0');
-        up(fd, "eth0", address, bits);
+        at += *at == '/';
+        up(fd, "eth0", address, digits(&at));
         at += *at == ',';
         struct rtentry route = {.rt_flags = RTF_UP | RTF_GATEWAY};
         struct sockaddr_in gateway = {.sin_family = AF_INET, .sin_addr = {ipv4(&at)}};
@@ -303,26 +298,31 @@ void wake(const struct request *request)
     send_ok();
 }
 
-int mount_share(const char *tag, const char *path, int read_only)
+// Verb "mount", for a shared directory: tag, path, ro.
+void mount_share(const struct request *request)
 {
-    if (make_directory(path))
-        return -1;
-    return (int)CALL(mount, tag, path, "virtiofs", MS_NOSUID | MS_NODEV | (read_only ? MS_RDONLY : 0), NULL);
+    const char *tag = value(request, "tag"), *path = value(request, "path");
+    unsigned long flags = MS_NOSUID | MS_NODEV | (value(request, "ro") ? MS_RDONLY : 0);
+    if (!tag || !path)
+        send_failed(EINVAL, path ? path : "mount");
+    else if (make_directory(path) || CALL(mount, tag, path, "virtiofs", flags, NULL))
+        send_failed(errno, path);
+    else
+        send_ok();
 }
 
 // Verb "read-only": make the root read-only. The directories in `writable` stay as they are, with what is in them.
-int make_read_only(const struct request *request)
+void make_read_only(const struct request *request)
 {
     const char *path;
     for (int i = 0; (path = next_value(request, "writable", &i));) {
         if (make_directory(path) || CALL(mount, path, path, NULL, MS_BIND, NULL)) {
             send_failed(errno, path);
-            return -1;
+            return;
         }
     }
-    if (CALL(mount, NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL)) {
+    if (CALL(mount, NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL))
         send_failed(errno, "/");
-        return -1;
-    }
-    return 0;
+    else
+        send_ok();
 }

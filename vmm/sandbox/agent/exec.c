@@ -87,36 +87,6 @@ static void fail(const char *what)
     _exit(127);
 }
 
-static void execute(void)
-{
-    const char *name = arguments[0], *path = "/usr/bin:/bin";
-    char place[4096];
-    int seen = ENOENT;
-    if (strchr(name, '/')) {
-        CALL(execve, name, arguments, environment);
-        fail(name);
-    }
-    for (char **each = environment; *each; each++)
-        if (!strncmp(*each, "PATH=", 5))
-            path = *each + 5;
-    while (*path) {
-        size_t length = 0;
-        for (; *path && *path != ':'; path++)
-            if (length + 1 < sizeof place)
-                place[length++] = *path;
-        place[length] = 0;
-        path += *path == ':';
-        if (length + strlen(name) + 2 > sizeof place)
-            continue;
-        join(place + length, sizeof place - length, length ? "/" : "./", name, NULL);
-        CALL(execve, place, arguments, environment);
-        if (errno != ENOENT && errno != ENOTDIR)
-            seen = errno;
-    }
-    errno = seen;
-    fail(name);
-}
-
 static void become(void)
 {
     const struct request *request = child.request;
@@ -143,7 +113,8 @@ static void become(void)
         fail(cwd ? pair(request, "cwd") : "/"); // so that it is not taken for the program
     uint64_t none = 0;
     CALL(rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
-    execute();
+    execute(arguments, environment);
+    fail(arguments[0]);
 }
 
 static int open_terminal(const char *size, int *other)
@@ -152,8 +123,7 @@ static int open_terminal(const char *size, int *other)
     int unlock = 0, fd = open_file(AT_FDCWD, "/dev/ptmx", O_RDWR, 0);
     if (fd < 0)
         return -1;
-    for (; *size >= '0' && *size <= '9'; size++)
-        window.ws_row = (unsigned short)(window.ws_row * 10 + (*size - '0'));
+    window.ws_row = (unsigned short)digits(&size);
     window.ws_col = (unsigned short)number(size + (*size == 'x'), 80);
     CALL(ioctl, fd, TIOCSPTLCK, &unlock);
     CALL(ioctl, fd, TIOCSWINSZ, &window);
@@ -169,10 +139,8 @@ static int begin_pipes(int without_input, struct command *command)
     if (without_input && nothing < 0)
         nothing = open_file(AT_FDCWD, "/dev/null", O_RDONLY, 0);
     if ((!without_input && CALL(pipe2, in, O_CLOEXEC)) || CALL(pipe2, out, O_CLOEXEC) || CALL(pipe2, err, O_CLOEXEC)) {
-        int error = errno;
         for (int i = 0; i < 2; i++)
             close(in[i]), close(out[i]);
-        errno = error;
         return -1;
     }
     command->in = in[1], command->out = out[0], command->err = err[0];
@@ -292,7 +260,7 @@ static void drain(int *fd, char type)
             return;
 }
 
-static unsigned long out_of_memory(void)
+static long out_of_memory(void)
 {
     static char text[16384];
     static int fd = -1;
@@ -300,16 +268,7 @@ static unsigned long out_of_memory(void)
         fd = open_file(AT_FDCWD, "/proc/vmstat", O_RDONLY, 0);
     ssize_t length = CALL(pread64, fd, text, sizeof text - 1, 0);
     text[length > 0 ? length : 0] = 0;
-    for (char *at = text; at; at = strchr(at, '\n')) {
-        at += *at == '\n';
-        if (!strncmp(at, "oom_kill ", 9)) {
-            unsigned long count = 0;
-            for (at += 9; *at >= '0' && *at <= '9'; at++)
-                count = count * 10 + (unsigned long)(*at - '0');
-            return count;
-        }
-    }
-    return 0;
+    return field(text, "oom_kill ", 0);
 }
 
 void run(const struct request *request)
@@ -319,7 +278,7 @@ void run(const struct request *request)
     static int signals = -1;
     int count = 0, status = 0;
     all_read = value(request, "nostdin") != NULL;
-    unsigned long before = out_of_memory();
+    long before = out_of_memory();
     if (before)
         keep_free(free_memory() > 8 * RESERVE);
     CALL(chdir, "/");

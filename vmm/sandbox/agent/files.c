@@ -114,9 +114,7 @@ static int remove_all(int directory, const char *name, int depth)
                 at += each->length;
             }
     } while (removed && !failed);
-    int error = errno;
     close(fd);
-    errno = error;
     return failed ? -1 : (int)CALL(unlinkat, directory, name, AT_REMOVEDIR);
 }
 
@@ -135,31 +133,16 @@ static int read_file(const struct request *request, const char *path)
             left -= (uint64_t)done;
         }
     }
-    int error = errno;
     close(fd);
-    errno = error;
     return done < 0 ? -1 : 0;
 }
 
 // Whether files can take more memory. If not, the kernel would kill a program of the guest to write one.
 static int has_room(void)
 {
-    static const char name[] = "MemAvailable:";
     char text[256];
-    if (free_memory() > 8 * RESERVE || slurp("/proc/meminfo", text, sizeof text) <= 0)
-        return 1;
-    for (char *at = text; at; at = strchr(at, '\n')) {
-        at += *at == '\n';
-        if (strncmp(at, name, sizeof name - 1))
-            continue;
-        for (at += sizeof name - 1; *at == ' '; at++)
-            continue;
-        long available = 0;
-        for (; *at >= '0' && *at <= '9'; at++)
-            available = available * 10 + (*at - '0');
-        return available > RESERVE;
-    }
-    return 1;
+    return free_memory() > 8 * RESERVE || slurp("/proc/meminfo", text, sizeof text) <= 0 ||
+           field(text, "MemAvailable:", INT64_MAX) > RESERVE;
 }
 
 // Write all of `from` to a file. Returns 0 or the error.
@@ -202,9 +185,7 @@ static int watch(const char *path)
     int fd = (int)CALL(inotify_init1, IN_CLOEXEC);
     uint32_t mask = IN_CREATE | IN_DELETE | IN_MOVED_FROM | IN_MOVED_TO | IN_CLOSE_WRITE | IN_ATTRIB | IN_DELETE_SELF;
     if (fd < 0 || CALL(inotify_add_watch, fd, path, mask) < 0) {
-        int error = errno;
         close(fd);
-        errno = error;
         return -1;
     }
     CALL(chdir, "/"); // so that the directory's file system can be unmounted
@@ -234,9 +215,8 @@ static int move(const char *name, const char *to, int base)
 {
     int from = open_file(AT_FDCWD, ".", O_PATH, 0);
     const char *new = *to != '/' && CALL(fchdir, base) ? NULL : enter(to, 0);
-    int failed = !new || CALL(renameat2, from, name, AT_FDCWD, new, 0), error = errno;
+    int failed = !new || CALL(renameat2, from, name, AT_FDCWD, new, 0);
     close(from);
-    errno = error;
     return failed ? -1 : 0;
 }
 
@@ -286,20 +266,11 @@ static int act_as(const struct identity *who)
            CALL(setresuid, -1, who->uid, -1);
 }
 
-// Returns 0 if the verb is not one for files.
-int serve_files(const struct request *request)
+void serve_files(const struct request *request)
 {
-    static const char *const verbs[] = {
-        "read", "write", "list", "stat", "mkdir", "remove", "rename", "symlink", "chmod", "chown", "watch",
-        "get", "put",
-    };
     static const struct identity root;
     struct identity user, owner = {.uid = (uid_t)-1, .gid = (gid_t)-1};
-    int known = 0, bad = 0;
-    for (size_t i = 0; i < sizeof verbs / sizeof *verbs; i++)
-        known |= !strcmp(request->verb, verbs[i]);
-    if (!known)
-        return 0;
+    int bad = 0;
     const char *path = value(request, "path"), *who = value(request, "user"), *whose = value(request, "owner");
     const char *what = path ? path : "path"; // what F_FAILED names
     if (!path || !*path) {
@@ -320,17 +291,10 @@ int serve_files(const struct request *request)
         what = who;
     }
     const char *name = bad ? NULL : enter(path, value(request, "parents") != NULL);
-    bad = !name;
-    int failed, error;
-    if (bad && (!strcmp(request->verb, "write") || !strcmp(request->verb, "put"))) {
-        error = errno;
+    int failed = !name || do_verb(request, name, &owner, base, &what), error = errno;
+    if (!name && (!strcmp(request->verb, "write") || !strcmp(request->verb, "put")))
         for (char type; read_frame(&type, bytes);)
             continue;
-        failed = 1;
-    } else {
-        failed = bad || do_verb(request, name, &owner, base, &what);
-        error = errno;
-    }
     if (who) {
         CALL(setresuid, -1, 0, -1);
         act_as(&root);
@@ -341,5 +305,4 @@ int serve_files(const struct request *request)
         send_failed(error, what);
     else
         send_ok();
-    return 1;
 }

@@ -112,15 +112,10 @@ const char *pair(const struct request *request, const char *key)
 
 long number(const char *text, long otherwise)
 {
-    long result = 0;
     if (!text || !*text)
         return otherwise;
-    for (; *text >= '0' && *text <= '9'; text++) {
-        if (result > (INT64_MAX - 9) / 10)
-            return otherwise;
-        result = result * 10 + (*text - '0');
-    }
-    return *text ? otherwise : result;
+    long result = digits(&text);
+    return *text || result == INT64_MAX ? otherwise : result;
 }
 
 size_t read_frame(char *type, char *bytes)

@@ -94,7 +94,9 @@ ssize_t write(int fd, const void *from, size_t length)
 
 int close(int fd)
 {
-    return (int)CALL(close, fd);
+    int before = errno, result = (int)CALL(close, fd);
+    errno = before;
+    return result;
 }
 
 void _exit(int status)
@@ -145,6 +147,28 @@ char *decimal(unsigned long value, char buffer[24])
     return at;
 }
 
+long digits(const char **at)
+{
+    long result = 0;
+    for (; **at >= '0' && **at <= '9'; ++*at)
+        result = result > (INT64_MAX - 9) / 10 ? INT64_MAX : result * 10 + (**at - '0');
+    return result;
+}
+
+long field(const char *text, const char *name, long otherwise)
+{
+    size_t length = strlen(name);
+    for (; text; text = strchr(text, '\n')) {
+        text += *text == '\n';
+        if (strncmp(text, name, length))
+            continue;
+        for (text += length; *text == ' '; text++)
+            continue;
+        return digits(&text);
+    }
+    return otherwise;
+}
+
 ssize_t slurp(const char *path, char *to, size_t room)
 {
     int fd = open_file(AT_FDCWD, path, O_RDONLY, 0);
@@ -166,6 +190,35 @@ int spit(const char *path, const char *text)
     ssize_t done = write(fd, text, strlen(text));
     close(fd);
     return done < 0 ? -1 : 0;
+}
+
+void execute(char **arguments, char **environment)
+{
+    const char *name = arguments[0], *path = "/usr/bin:/bin";
+    char place[4096];
+    int seen = ENOENT;
+    if (strchr(name, '/')) {
+        CALL(execve, name, arguments, environment);
+        return;
+    }
+    for (char **each = environment; *each; each++)
+        if (!strncmp(*each, "PATH=", 5))
+            path = *each + 5;
+    while (*path) {
+        size_t length = 0;
+        for (; *path && *path != ':'; path++)
+            if (length + 1 < sizeof place)
+                place[length++] = *path;
+        place[length] = 0;
+        path += *path == ':';
+        if (length + strlen(name) + 2 > sizeof place)
+            continue;
+        join(place + length, sizeof place - length, length ? "/" : "./", name, NULL);
+        CALL(execve, place, arguments, environment);
+        if (errno != ENOENT && errno != ENOTDIR)
+            seen = errno;
+    }
+    errno = seen;
 }
 
 unsigned long free_memory(void)

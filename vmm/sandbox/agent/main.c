@@ -18,33 +18,27 @@ static void signal_process(const struct request *request)
 
 static void serve(void)
 {
+    static const struct {
+        const char *verb;
+        void (*serve)(const struct request *request);
+    } verbs[] = {
+        {"run", run}, {"tcp", relay}, {"listen", serve_port}, {"signal", signal_process}, {"wake", wake},
+        {"mount", mount_share}, {"read-only", make_read_only}, {"read", serve_files}, {"write", serve_files},
+        {"list", serve_files}, {"stat", serve_files}, {"mkdir", serve_files}, {"remove", serve_files},
+        {"rename", serve_files}, {"symlink", serve_files}, {"chmod", serve_files}, {"chown", serve_files},
+        {"watch", serve_files}, {"get", serve_files}, {"put", serve_files},
+    };
     static struct request request;
     for (;;) {
         if (!read_request(&request))
             continue;
-        const char *verb = request.verb;
-        if (!strcmp(verb, "run")) {
-            run(&request);
-        } else if (!strcmp(verb, "tcp")) {
-            relay(&request);
-        } else if (!strcmp(verb, "listen")) {
-            serve_port(&request);
-        } else if (!strcmp(verb, "signal")) {
-            signal_process(&request);
-        } else if (!strcmp(verb, "wake")) {
-            wake(&request);
-        } else if (!strcmp(verb, "mount")) {
-            const char *tag = value(&request, "tag"), *path = value(&request, "path");
-            if (!tag || !path || mount_share(tag, path, value(&request, "ro") != NULL))
-                send_failed(tag && path ? errno : EINVAL, path ? path : "mount");
-            else
-                send_ok();
-        } else if (!strcmp(verb, "read-only")) {
-            if (!make_read_only(&request))
-                send_ok();
-        } else if (!serve_files(&request)) {
-            send_failed(ENOSYS, verb);
-        }
+        size_t i = 0;
+        while (i < sizeof verbs / sizeof *verbs && strcmp(request.verb, verbs[i].verb))
+            i++;
+        if (i < sizeof verbs / sizeof *verbs)
+            verbs[i].serve(&request);
+        else
+            send_failed(ENOSYS, request.verb);
     }
 }
 

@@ -90,9 +90,7 @@ static int listen_at(long port, uint32_t *taken)
         return -1;
     CALL(setsockopt, fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (CALL(bind, fd, &address, sizeof address) || CALL(listen, fd, 128) || CALL(getsockname, fd, &address, &length)) {
-        int error = errno;
         close(fd);
-        errno = error;
         return -1;
     }
     *taken = __builtin_bswap16(address.sin_port);

@@ -127,9 +127,7 @@ static int pack_file(int directory, const char *entry, const char *name, const s
         memset(to + got, 0, piece - got); // a file that has become shorter has zeros at its end
         left -= piece;
     }
-    int error = errno;
     close(fd);
-    errno = error;
     return done < 0 ? -1 : 0;
 }
 
@@ -174,9 +172,7 @@ static int pack(int directory, const char *entry, char *name, size_t length, int
                 name[length] = 0;
             }
         }
-    int error = errno;
     close(fd);
-    errno = error;
     return failed ? -1 : 0;
 }
 
@@ -190,12 +186,11 @@ int get_archive(const struct request *request, const char *path, const char **wh
         return -1;
     filled = 0; // an archive that failed may have left something
     join(name, sizeof name, ".", NULL);
-    int failed = pack(fd, ".", name, 1, 0), error = errno;
+    int failed = pack(fd, ".", name, 1, 0);
     close(fd);
     if (failed) {
         join(failed_at, sizeof failed_at, value(request, "path"), name + 1, NULL);
         *what = failed_at;
-        errno = error;
         return -1;
     }
     memset(next(2 * BLOCK), 0, 2 * BLOCK);
