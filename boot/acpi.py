@@ -140,7 +140,7 @@ def _dsdt(cpus: int, virtio: Sequence[tuple[int, int, int]], parts: Sequence[Par
         for cpu in range(cpus)
     ]
     devices += [
-        _device(f"V{index:03X}", aml.string("LNRO0005"), index, aml.memory32_fixed(base, size), aml.interrupt(gsi))
+        _device(f"V{index:03X}", "LNRO0005", index, [aml.memory32_fixed(base, size), aml.interrupt(gsi)])
         for index, (base, size, gsi) in enumerate(virtio)
     ]
     for part in parts:
@@ -150,13 +150,9 @@ def _dsdt(cpus: int, virtio: Sequence[tuple[int, int, int]], parts: Sequence[Par
             segment, hid, uid = part.acpi
             resources = [aml.io(port, count) for port, count in part.ports]
             resources += [] if part.gsi is None else [aml.interrupt(part.gsi)]
-            devices.append(_device(segment, _hid(hid), uid, *resources))
+            devices.append(_device(segment, hid, uid, resources))
     s5 = aml.name("_S5", aml.package(aml.integer(SLEEP_TYPE_S5), aml.integer(0), aml.integer(0), aml.integer(0)))
     return aml.scope("\\_SB", *devices) + s5
-
-
-def _hid(hid: str) -> bytes:
-    return aml.eisa_id(hid) if hid.startswith("PNP") else aml.string(hid)
 
 
 def _event_devices(part: Part) -> list[bytes]:
@@ -175,11 +171,11 @@ def _event_devices(part: Part) -> list[bytes]:
             aml.name("ADDR", address),
         ),
         aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.integer(0))),
-        aml.device(
+        _device(
             segment,
-            aml.name("_HID", _hid(hid)),
-            aml.name("_UID", aml.integer(uid)),
-            aml.name("_CRS", aml.resources(aml.interrupt(part.gsi))),
+            hid,
+            uid,
+            [aml.interrupt(part.gsi)],
             aml.byte_port("EVTR", "EVTS", part.ports[0][0]),
             aml.method(
                 "_EVT",
@@ -192,10 +188,11 @@ def _event_devices(part: Part) -> list[bytes]:
     ]
 
 
-def _device(segment: str, hid: bytes, uid: int, *descriptors: bytes) -> bytes:
+def _device(segment: str, hid: str, uid: int, descriptors: Sequence[bytes], *more: bytes) -> bytes:
     return aml.device(
         segment,
-        aml.name("_HID", hid),
+        aml.name("_HID", aml.eisa_id(hid) if hid.startswith("PNP") else aml.string(hid)),
         aml.name("_UID", aml.integer(uid)),
         aml.name("_CRS", aml.resources(*descriptors)),
+        *more,
     )

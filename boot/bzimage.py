@@ -37,20 +37,6 @@ class Setup:
     :ivar payload: file offset of the compressed kernel; ``payload_length`` its bytes, 0 if the image has no payload
     """
 
-    __slots__ = (
-        "cmdline_size",
-        "header",
-        "init_size",
-        "initrd_addr_max",
-        "kernel",
-        "kernel_alignment",
-        "payload",
-        "payload_length",
-        "pref_address",
-        "relocatable",
-        "size",
-    )
-
     header: bytes
     kernel: int
     size: int

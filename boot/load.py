@@ -68,7 +68,7 @@ class Kind:
         return not self._cpl3 and self.is_linux
 
 
-class Loaded:
+class Loaded(Kind):
     """What was loaded where: all that the first vCPU's registers and the report to the user need.
 
     :ivar entry: guest physical address of the first instruction
@@ -81,10 +81,10 @@ class Loaded:
     :ivar unpacked: the method by which the host unpacked a bzImage, empty where it did not
     """
 
-    __slots__ = ("_kind", "boot_info", "entry", "highest_used", "initrd", "kernel", "protocol", "unpacked")
+    __slots__ = ("boot_info", "entry", "highest_used", "initrd", "kernel", "protocol", "unpacked")
 
-    def __init__(self, kind: Kind) -> None:
-        self._kind = kind
+    def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
+        super().__init__(source, image)
         self.entry = 0
         self.protocol = ""
         self.boot_info = 0
@@ -96,17 +96,7 @@ class Loaded:
     @property
     def kind(self) -> str:
         """``elf`` or ``bzimage``."""
-        return self._kind.format
-
-    @property
-    def is_linux(self) -> bool:
-        """See :attr:`Kind.is_linux`."""
-        return self._kind.is_linux
-
-    @property
-    def needs_ring0(self) -> bool:
-        """See :attr:`Kind.needs_ring0`."""
-        return self._kind.needs_ring0
+        return self.format
 
 
 def probe(kernel_path: Path) -> Kind:
@@ -149,7 +139,7 @@ def load(
         raise ConfigError("memory", memory.size, "bytes are too few to boot a kernel; give more than 1 MiB")
     with Source("kernel", kernel_path) as source:
         image = _identify(source)
-        loaded = Loaded(Kind(source, image))
+        loaded = Loaded(source, image)
         if isinstance(image, elf.Elf):
             text = Cmdline(cmdline).encode()
             taken = _load_elf(image, source, memory, loaded, protocol)
