@@ -61,9 +61,14 @@ def build_initramfs(
     for path, data in contents.items():
         archive.file(path, data)
     for path, text in (files or {}).items():
-        data = text.encode() if isinstance(text, str) else text
-        archive.file(path, data, 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644)
+        archive.file(path, *contents_of(text))
     return archive.to_bytes()
+
+
+def contents_of(file: str | bytes) -> tuple[bytes, int]:
+    """Return the bytes of a file and its mode: a script and an ELF file are executable."""
+    data = file.encode() if isinstance(file, str) else file
+    return data, 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644
 
 
 def busybox(progress: Progress = silent) -> tuple[bytes, list[str]]:

@@ -94,13 +94,7 @@ def modinfo(elf: bytes, key: str) -> list[str]:
         (table,) = struct.unpack_from("<Q", elf, 0x28)  # e_shoff
         entry, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
         # sh_name, then sh_offset and sh_size, of each section
-        sections = [
-            (
-                *struct.unpack_from("<I", elf, table + i * entry),
-                *struct.unpack_from("<QQ", elf, table + i * entry + 24),
-            )
-            for i in range(count)
-        ]
+        sections = [struct.unpack_from("<I20xQQ", elf, table + i * entry) for i in range(count)]
         names = sections[names_index][1]
         for name, offset, size in sections:
             if elf[names + name : names + name + 9] == b".modinfo\0":

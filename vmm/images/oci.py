@@ -19,8 +19,7 @@ from typing import Any
 
 import msgspec
 
-from vmm.errors import ConfigError
-from vmm.images import Image, apt, guest, layers, manifest, resolve, sources, squashfs, store, users
+from vmm.images import Image, apt, guest, layers, manifest, sources, squashfs, store, users
 from vmm.images.container import ImageConfig
 from vmm.images.host import Progress, PullError, cache_root, need, tool
 from vmm.images.reference import Name
@@ -35,7 +34,7 @@ _VERSION = b"Directory Transport Version: "  # in each dir: of skopeo. Source: c
 def pull(name: Name, *, refresh: bool, limit: int | None, progress: Progress) -> Image:
     """Return the image, making it if it is not in the cache; see ``vmm.images.pull``."""
     image = store.obtain(
-        str(name), name.directory, lambda: _cached(name), lambda: need("sqfstar"),
+        str(name), name.directory, lambda: need("sqfstar"),
         lambda work: _make(name, limit or LIMIT, refresh, work, progress), refresh=refresh, progress=progress,
     )  # fmt: skip
     _sweep()
@@ -54,13 +53,6 @@ def available() -> list[dict[str, Any]]:
             continue  # of another pyvmm, or half deleted
         found.append(entry | {"summary": "container image", "cached": True, "packages": []})
     return found
-
-
-def _cached(name: Name) -> Image | None:
-    try:
-        return resolve(str(name))
-    except ConfigError:
-        return None  # damaged: made again
 
 
 def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress) -> None:

@@ -85,7 +85,7 @@ def debian(
     run(["cp", "-a", "--", str(apt.modules_root(kernel.tree) / version), str(modules)])
     run(["depmod", "-b", str(added / "usr"), version])
     _write_all(added, guest.session_files("debian"))
-    _write(added / "etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf", guest.AUTOLOGIN)
+    _write(added / "etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf", guest.AUTOLOGIN.encode())
     (work / "tree").mkdir()
     # devices are left out: not every root may make them, and devtmpfs brings them
     unpack = """
@@ -157,16 +157,12 @@ def _finish(work: Path, unpack: str, image: Path, size: int, label: str) -> None
     run([*(["fakeroot", "--"] if os.geteuid() else []), "sh", "-c", script], cwd=work)
 
 
-def _write(path: Path, data: str | bytes, mode: int = 0o644) -> None:
+def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    path.write_bytes(data)
     path.chmod(mode)
 
 
 def _write_all(tree: Path, files: Mapping[str, str | bytes]) -> None:
     for path, data in files.items():
-        _write(tree / path, data, _mode(data))
-
-
-def _mode(data: str | bytes) -> int:
-    return 0o755 if data[:2] == "#!" or data[:4] == b"\x7fELF" else 0o644
+        _write(tree / path, *initramfs.contents_of(data))

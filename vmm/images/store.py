@@ -67,32 +67,42 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
             os.umask(umask)
 
     return obtain(
-        name, name, lambda: _cached(name, size, packages), lambda: rootfs.check_tools(name), make,
+        name, name, lambda: rootfs.check_tools(name), make, lambda: _check_cached(name, size, packages),
         refresh=refresh, progress=progress,
     )  # fmt: skip
 
 
 def obtain(
-    name: str, directory: str, cached: Callable[[], Image | None], check: Callable[[], None],
-    make: Callable[[Path], None], *, refresh: bool, progress: Progress,
+    name: str, directory: str, check: Callable[[], None], make: Callable[[Path], None],
+    check_cached: Callable[[], None] = lambda: None, *, refresh: bool, progress: Progress,
 ) -> Image:  # fmt: skip
     """The image in the cache, or a new one; two pulls of one image wait for each other.
 
     :param directory: directory of the image, below ``images/``
-    :param cached: the image, if what is in the cache will do
     :param check: raises PullError where a program is missing
     :param make: is given a directory to work in, and makes ``image`` there
+    :param check_cached: raises ConfigError where the image in the cache is not what was asked for
     :raises PullError: the image cannot be made
     """
+
+    def cached() -> Image | None:
+        try:
+            image = None if refresh else resolve(name)
+        except ConfigError:
+            return None  # damaged: made again
+        if image is not None:
+            check_cached()
+        return image
+
     place = cache_root() / "images" / directory
-    if not refresh and (image := cached()):
+    if image := cached():
         return image
     check()
     place.parent.mkdir(parents=True, exist_ok=True)
     waiting = f"another pull of {name} is running, waiting for it"
     with locked(place.parent / f"{directory}.lock", lambda: progress(waiting, None)):
         # another pull may have made it in the meantime
-        if not refresh and (image := cached()):
+        if image := cached():
             return image
         try:
             with making(place) as work:
@@ -125,20 +135,13 @@ def available() -> list[dict[str, Any]]:
     return found + oci.available()
 
 
-def _cached(name: str, size: int | None, packages: Sequence[str]) -> Image | None:
-    try:
-        image = resolve(name)
-    except ConfigError:
-        return None  # damaged: made again
-    if image is None:
-        return None
+def _check_cached(name: str, size: int | None, packages: Sequence[str]) -> None:
     facts = _facts(name)
     if size not in (None, facts["size"]):
         raise ConfigError("--size", size, f"{name} is in the cache with {facts['size']}: add --refresh")
     if not set(packages) <= set(facts["packages"]):
         have = ", ".join(facts["packages"]) or "none"
         raise ConfigError("--packages", ",".join(packages), f"{name} is in the cache with {have}: add --refresh")
-    return image
 
 
 def _facts(name: str) -> dict[str, Any]:

@@ -40,8 +40,7 @@ def choose(program: str | None = None, progress: Progress = silent) -> Qemu:
     :param program: one that the user named; None for the best there is
     :raises ConfigError: the program is not a QEMU that runs here
     """
-    own = Qemu((program or shutil.which(NAME) or NAME,), {}, (0, 0))
-    own = own._replace(version=_version(own))
+    own = _tried((program or shutil.which(NAME) or NAME,), {})
     if program is not None and own.version == (0, 0):
         raise ConfigError("--qemu", program, "is not a QEMU that can run here")
     if program is not None or own.version >= WANTED:
@@ -54,16 +53,16 @@ def choose(program: str | None = None, progress: Progress = silent) -> Qemu:
     return newer
 
 
-def _version(qemu: Qemu) -> tuple[int, int]:
+def _tried(argv: tuple[str, ...], env: dict[str, str]) -> Qemu:
+    # a program that does not run, or is not a QEMU, has version 0.0
     try:
         said = subprocess.run(
-            [*qemu.argv, "--version"], env={**os.environ, **qemu.env}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True,
-        ).stdout  # fmt: skip
+            [*argv, "--version"], env={**os.environ, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        ).stdout
     except OSError:
-        return 0, 0
+        said = ""
     found = re.match(r"QEMU emulator version (\d+)\.(\d+)", said)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    return Qemu(argv, env, (int(found[1]), int(found[2])) if found else (0, 0))
 
 
 def _of_backports(progress: Progress) -> Qemu:
@@ -83,8 +82,7 @@ def _of_backports(progress: Progress) -> Qemu:
             trees.append(apt.package(name, suite=suite, progress=progress).tree)
     data = [option for tree in trees for path in _DATA if (tree / path).is_dir() for option in ("-L", str(tree / path))]
     libraries = [str(tree / path) for tree in trees[len(PACKAGES) :] for path in _LIBRARIES if (tree / path).is_dir()]
-    qemu = Qemu((str(program), *data), {"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {}, (0, 0))
-    qemu = qemu._replace(version=_version(qemu))
+    qemu = _tried((str(program), *data), {"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {})
     if qemu.version < WANTED:
         raise PullError(f"{suite}'s QEMU does not run here")
     return qemu
