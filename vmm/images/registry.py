@@ -130,12 +130,11 @@ class Registry:
         except HTTPError as error:
             with error:
                 raise self._refused(error) from None
-        except TimeoutError:
-            raise FetchError(f"{place} sent nothing for {STALL:.0f} s") from None
-        except URLError as error:
-            if isinstance(error.reason, TimeoutError):
+        except (TimeoutError, URLError) as error:
+            why = error.reason if isinstance(error, URLError) else error
+            if isinstance(why, TimeoutError):
                 raise FetchError(f"{place} sent nothing for {STALL:.0f} s") from None
-            raise FetchError(f"cannot reach {place}: {line(error.reason)}") from None
+            raise FetchError(f"cannot reach {place}: {line(why)}") from None
         except (http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
             raise FetchError(f"{place} closed the connection early: {line(error) or type(error).__name__}") from None
 
@@ -155,7 +154,7 @@ class Registry:
     def _open(self, what: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         url = f"{self._base}/v2/{self._name.repository}/{what}"
         try:
-            return self._request(url, headers)
+            return self._request(url, headers, self._authorization)
         except HTTPError as error:
             if error.code != 401:
                 raise
@@ -167,12 +166,12 @@ class Registry:
                 raise
             self._base = f"http://{self._name.place}"
             return self._open(what, headers)
-        return self._request(url, headers)
+        return self._request(url, headers, self._authorization)
 
-    def _request(self, url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _request(self, url: str, headers: dict[str, str], authorization: str) -> http.client.HTTPResponse:
         request = urllib.request.Request(url, headers={"User-Agent": "pyvmm", **headers})
-        if self._authorization:  # for the registry alone, not for where it sends us
-            request.add_unredirected_header("Authorization", self._authorization)
+        if authorization:  # for this server alone, not for where it sends us
+            request.add_unredirected_header("Authorization", authorization)
         answer: http.client.HTTPResponse = self._opener.open(request, timeout=STALL)
         return answer
 
@@ -197,10 +196,7 @@ class Registry:
         if "service" in challenge:
             query["service"] = challenge["service"]
         url = realm + ("&" if "?" in realm else "?") + urllib.parse.urlencode(query)
-        request = urllib.request.Request(url, headers={"User-Agent": "pyvmm"})
-        if basic:
-            request.add_unredirected_header("Authorization", basic)
-        with self._opener.open(request, timeout=STALL) as answer:
+        with self._request(url, {}, basic) as answer:
             data = _read(answer, _TOKEN_LIMIT, "a token")
         found = documents.decode(f"the token of {self._name.place}", data, dict[str, Any])
         token = found.get("token") or found.get("access_token")
