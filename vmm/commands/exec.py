@@ -12,9 +12,8 @@ import sys
 from vmm.errors import ConfigError, HostError
 from vmm.machine.terminal import raw
 from vmm.sandbox import Process, Session, attach
-from vmm.sandbox.channel import FRAME_MAX, Deadline
+from vmm.sandbox.channel import F_STDIN, FRAME_MAX, Deadline, frame
 from vmm.sandbox.errors import SandboxGone
-from vmm.sandbox.process import CLOSE, input_frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def _bridge(process: Process, bell: int, *, terminal: bool) -> int:
         if 0 in ready:
             data = _read(terminal=terminal)
             more = bool(data)
-            left = memoryview(next(input_frames(data)) if data else CLOSE)
+            left = memoryview(frame(F_STDIN, data))  # of nothing: its end
         if left:
             try:
                 left = left[channel.send_some(left) :]

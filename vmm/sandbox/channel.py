@@ -99,6 +99,14 @@ class Link:
         """Why the sandbox is gone; empty: it is there."""
         return self._why
 
+    def must_run(self) -> None:
+        """Refuse what only a sandbox that has not ended can do.
+
+        :raises SandboxGone: the sandbox has ended
+        """
+        if self._why:
+            raise SandboxGone(self._why)
+
     def fail(self, why: str) -> None:
         """The sandbox is gone: fail every call that waits, and every one from here on. The first reason counts."""
         with self._lock:
@@ -189,8 +197,7 @@ class Link:
         while True:
             channel = Channel(self)
             with self._lock:
-                if self._why:
-                    raise SandboxGone(self._why)
+                self.must_run()
                 self._open.add(channel)
             if channel.connect(deadline, doing):
                 self.ready = True
@@ -441,10 +448,11 @@ def frame(kind: int, data: bytes | memoryview = b"") -> bytes:
     return _HEAD.pack(kind, len(data)) + data
 
 
-def frames(kind: int, data: bytes | memoryview) -> Iterator[bytes]:
-    """`data` in as many frames as it takes."""
-    for at in range(0, len(data), FRAME_MAX):
-        yield frame(kind, data[at : at + FRAME_MAX])
+def frames(kind: int, data: str | bytes | memoryview) -> Iterator[bytes]:
+    """`data` in as many frames as it takes; text as UTF-8."""
+    view = memoryview(data.encode() if isinstance(data, str) else data).cast("B")
+    for at in range(0, len(view), FRAME_MAX):
+        yield frame(kind, view[at : at + FRAME_MAX])
 
 
 def out_of_turn(doing: str) -> AgentError:

@@ -278,17 +278,14 @@ class Files:
         mode = os.lstat(source).st_mode
         if stat.S_IFMT(mode) not in _TYPES:
             raise _no_file(source)
-        self._copy_in(source, mode, path, user, Deadline(timeout))
-
-    def _copy_in(self, source: str, mode: int, path: str, user: str | int | None, deadline: Deadline) -> None:
-        left = deadline.left(f"copy {source}") or _NO_LIMIT
+        left = Deadline(timeout).left(f"copy {source}") or _NO_LIMIT
         if stat.S_ISLNK(mode):
             self.symlink(path, os.readlink(source), user=user, timeout=left)
         elif stat.S_ISDIR(mode):
             from vmm.sandbox.archive import pack
 
             self.put_archive(path, pack(source), user=user, timeout=left)
-        elif stat.S_ISREG(mode):
+        else:
             with open(source, "rb") as file:
                 self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
 
@@ -463,5 +460,5 @@ def _data_frames(data: Data) -> Iterator[bytes]:
 
 def _piece_frames(pieces: Iterable[str | bytes | memoryview]) -> Iterator[bytes]:
     for piece in pieces:
-        yield from frames(F_DATA, memoryview(piece.encode() if isinstance(piece, str) else piece).cast("B"))
+        yield from frames(F_DATA, piece)
     yield frame(F_DATA)

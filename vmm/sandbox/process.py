@@ -160,7 +160,7 @@ class Input:
         """
         if self.closed:
             raise ValueError("standard input is closed")
-        for frame in input_frames(data):
+        for frame in wire.frames(wire.F_STDIN, data):
             self._process.channel.send(Deadline(timeout), self._process.command, frame)
 
     def close(self) -> None:
@@ -286,7 +286,9 @@ class Process(Closing):
 
     def communicate_until(self, deadline: Deadline, input: bytes | str | None = None) -> Result:
         """``communicate``, with a time limit that began before."""
-        frames = [*input_frames(input), CLOSE] if input is not None else [] if self.stdin.closed else [CLOSE]
+        frames = [*wire.frames(wire.F_STDIN, input or b"")]
+        if input is not None or not self.stdin.closed:
+            frames.append(CLOSE)
         frames.reverse()
         try:
             left = memoryview(b"")
@@ -374,11 +376,6 @@ class Process(Closing):
     def close(self) -> None:
         """Give up the command, and kill it if it still runs. Idempotent."""
         self.channel.close()
-
-
-def input_frames(data: bytes | str) -> Iterator[bytes]:
-    """`data` in frames for standard input."""
-    return wire.frames(wire.F_STDIN, memoryview(data.encode() if isinstance(data, str) else data).cast("B"))
 
 
 CLOSE = wire.frame(wire.F_STDIN)

@@ -195,7 +195,7 @@ class Sandbox(Session):
         """
         check_call("Sandbox.set_timeout", Sandbox.set_timeout, locals())
         _check_timeout(timeout)
-        self._must_run()
+        self._link.must_run()
         with self._alarm:
             self._timeout = timeout
             self._end = None if timeout is None else time.monotonic() + timeout
@@ -234,10 +234,6 @@ class Sandbox(Session):
                 transport.reset()
             vsock.listener.close()
 
-    def _must_run(self) -> None:
-        if self._link.why:
-            raise SandboxGone(self._link.why)
-
     def _heard(self, data: bytes) -> None:
         self._console += data
         del self._console[:-_CONSOLE_KEPT]
@@ -259,7 +255,7 @@ class Sandbox(Session):
 
         :raises SandboxGone: the sandbox has ended
         """
-        self._must_run()
+        self._link.must_run()
         self.machine.pause()
 
     def resume(self) -> None:
@@ -267,7 +263,7 @@ class Sandbox(Session):
 
         :raises SandboxGone: the sandbox has ended
         """
-        self._must_run()
+        self._link.must_run()
         self.machine.resume()
 
     def fork(self, count: int = 1, *, timeout: float | None = None) -> list[Sandbox]:
@@ -285,7 +281,7 @@ class Sandbox(Session):
         if count < 0:
             raise ConfigError("count", count, "must be 0 or more")
         _check_timeout(timeout)
-        self._must_run()
+        self._link.must_run()
         copies: list[Sandbox] = []
 
         def change(config: VmConfig, number: int) -> VmConfig:
@@ -327,7 +323,7 @@ class Sandbox(Session):
         :raises SnapshotError: the sandbox cannot be saved
         :raises SandboxGone: the sandbox has ended
         """
-        self._must_run()
+        self._link.must_run()
         with self._link.resting() as port:
             frozen = self.machine.freeze()
         save(frozen, directory, about=json.dumps({**self._about, "connection": port, "protocol": PROTOCOL}).encode())

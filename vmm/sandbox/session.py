@@ -11,7 +11,7 @@ from vmm.config.option import check_call
 from vmm.errors import ConfigError, line
 from vmm.sandbox import registry
 from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
-from vmm.sandbox.errors import SandboxError, SandboxGone
+from vmm.sandbox.errors import SandboxError
 from vmm.sandbox.files import Files
 from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, request_of
 
@@ -197,8 +197,7 @@ class Session(Closing):
         check_call("Sandbox.publish", Session.publish, locals())
         check_port("port", port)
         check_port("host_port", host_port, any_free=True)
-        if self._link.why:
-            raise SandboxGone(self._link.why)
+        self._link.must_run()
         return Published(self, port, host, host_port)
 
     def provide(self, host_port: int, port: int | None = None, *, host: str = "127.0.0.1") -> Provided:
@@ -217,8 +216,7 @@ class Session(Closing):
         check_port("host_port", host_port)
         port = host_port if port is None else port
         check_port("port", port, any_free=True)
-        if self._link.why:
-            raise SandboxGone(self._link.why)
+        self._link.must_run()
         return Provided(self._link, host_port, port, host)
 
     def _ask(self, deadline: Deadline, verb: str, **parameters: Parameter) -> None:
