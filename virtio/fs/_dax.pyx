@@ -12,33 +12,17 @@ from libc.errno cimport EINVAL, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
+from virtio.fs._host cimport F_DUPFD_CLOEXEC, fcntl, fs_load, fs_store, fstat, host_stat
 from vmm._budget cimport FOR_OPEN, granted
 from vmm._sys cimport (
     close, counter_add, counter_read, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-
-cdef extern from *:
-    """
-    static inline int dax_load(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void dax_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-    """
-    int dax_load(const int *p) noexcept nogil
-    void dax_store(int *p, int v) noexcept nogil
 
 cdef extern from "<sys/mman.h>" nogil:
     enum: PROT_NONE, PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
     void *MAP_FAILED
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, int64_t offset)
     int munmap(void *addr, size_t length)
-
-cdef extern from "<sys/stat.h>" nogil:
-    struct host_stat "stat":
-        int64_t st_size
-    int fstat(int fd, host_stat *st)
-
-cdef extern from "<fcntl.h>" nogil:
-    enum: F_DUPFD_CLOEXEC
-    int fcntl(int fd, int command, ...)
 
 cdef enum:
     PAGE = 4096
@@ -186,7 +170,7 @@ cdef class Window:
                     found = True
             if found:
                 counter_add(&self._repairs, 1)
-                dax_store(&self.patched, 1)
+                fs_store(&self.patched, 1)
             pthread_mutex_unlock(&self.lock)
         return found
 
@@ -194,10 +178,10 @@ cdef class Window:
         # The reply to this request may report a larger file size, after which the guest touches those pages.
         cdef uint64_t i
         cdef Slot *slot
-        if not dax_load(&self.patched):
+        if not fs_load(&self.patched):
             return
         pthread_mutex_lock(&self.lock)
-        dax_store(&self.patched, 0)
+        fs_store(&self.patched, 0)
         for i in range(self.size >> DAX_SHIFT):
             slot = &self.slots[i]
             if slot.fd >= 0 and slot.backed < slot.length:

@@ -12,29 +12,12 @@ from virtio.fs._share cimport ALLOCATED, DIRENTS, IN_HEADER, MAX_WRITE, NO_OPEN,
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
 from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
+from vmm._iov cimport iov_part
 from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
 cdef int64_t or_errno(int64_t result) noexcept nogil:
     return -errno if result < 0 else result
-
-cdef uint32_t iov_window(iovec **iov, uint32_t count, uint64_t skip, uint64_t size) noexcept nogil:
-    # Narrow *iov, in place, to `size` bytes from offset `skip`. Returns the number of buffers left.
-    cdef uint32_t n = 0
-    cdef iovec *v
-    while count and skip >= iov[0].iov_len:
-        skip -= iov[0].iov_len
-        iov[0] += 1
-        count -= 1
-    if count:
-        iov[0].iov_base = <uint8_t *>iov[0].iov_base + skip
-        iov[0].iov_len -= skip
-    while n < count and size:
-        v = &iov[0][n]
-        v.iov_len = min(v.iov_len, size)
-        size -= v.iov_len
-        n += 1
-    return n
 
 cdef ssize_t read_all(int fd, iovec *iov, uint32_t count, uint64_t offset, uint64_t size) noexcept nogil:
     # preadv(2) until `size` bytes or the end of the file. Some file systems return less before the end, which a guest's
@@ -47,7 +30,7 @@ cdef ssize_t read_all(int fd, iovec *iov, uint32_t count, uint64_t offset, uint6
         done += result
         if <uint64_t>done >= size:
             return done
-        count = iov_window(&iov, count, <uint64_t>result, size - <uint64_t>done)
+        count = iov_part(iov, count, <size_t>result, size - <uint64_t>done, iov, count)
 
 cdef class FileOperations(NodeOperations):
     """READ, WRITE, READDIRPLUS, FSYNC and the other operations on open files."""
@@ -132,7 +115,8 @@ cdef class FileOperations(NodeOperations):
                 return 0                # there is only space for the header
         self.direct = True
         self.narrowed, self.before = iov, iov[0]
-        count = iov_window(&iov, <uint32_t>(end - iov), skip, arg.size)
+        count = <uint32_t>(end - iov)
+        count = iov_part(iov, count, skip, arg.size, iov, count)
         if self.may_wait or fs_load(&self.share.no_nowait) or arg.offset > <uint64_t>INT64_MAX:
             done = read_all(handle.fd, iov, count, arg.offset, arg.size)
         else:
@@ -168,7 +152,7 @@ cdef class FileOperations(NodeOperations):
             return -EIO
         if (handle.synchronous or flags & RWF_DSYNC) and not self.may_wait:
             return WOULD_WAIT
-        count = iov_window(&iov, chain.n_readable, IN_HEADER + sizeof(fuse_write_in), size)
+        count = iov_part(iov, chain.n_readable, IN_HEADER + sizeof(fuse_write_in), size, iov, chain.n_readable)
         if kill:
             fs_capset(self.credentials.no_fsetid)
         while True:
@@ -178,7 +162,7 @@ cdef class FileOperations(NodeOperations):
             total += <uint64_t>max(done, 0)
             if done <= 0 or not cached or total == size:
                 break
-            count = iov_window(&iov, count, <uint64_t>done, size - total)
+            count = iov_part(iov, count, <size_t>done, size - total, iov, count)
         if kill:
             fs_capset(self.credentials.full)
         counter_add(&self.counters.bytes_written, total)

@@ -194,15 +194,16 @@ cdef extern from *:
 cdef extern from "<fcntl.h>" nogil:
     enum:
         O_ACCMODE, O_RDONLY, O_WRONLY, O_RDWR, O_TRUNC, O_APPEND, O_SYNC, O_DSYNC, O_CLOEXEC, O_NOFOLLOW, O_NOCTTY
-        O_NONBLOCK, O_DIRECTORY, O_PATH, O_CREAT, O_EXCL, O_TMPFILE
+        O_NONBLOCK, O_DIRECTORY, O_PATH, O_CREAT, O_EXCL, O_TMPFILE, F_GETFL, F_DUPFD_CLOEXEC
         AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_SYMLINK_FOLLOW, AT_NO_AUTOMOUNT, AT_REMOVEDIR
     int openat(int dirfd, const char *path, int flags, ...)
+    int fcntl(int fd, int command, ...)
     int fallocate(int fd, int mode, int64_t offset, int64_t length)
     enum:
         FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
 
 cdef extern from "<sys/stat.h>" nogil:
-    enum: STATX_BASIC_STATS, STATX_MNT_ID, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
+    enum: STATX_BASIC_STATS, STATX_BTIME, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
     # In C `statx` is both the structure above and this function, hence the other name.
     int statx_call "statx"(int dirfd, const char *path, int flags, unsigned int mask, statx *st)
     struct host_stat "stat":

@@ -22,15 +22,6 @@ from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthre
 
 from vmm.budget import memory
 
-cdef extern from *:
-    """
-    #include <errno.h>
-    static inline void inode_errno(int number) { errno = number; }
-    """
-    void inode_errno(int number) noexcept nogil
-
-ctypedef Node *NodePointer
-
 cdef enum:
     CHUNK_BITS = 9
     CHUNK = 1 << CHUNK_BITS
@@ -40,7 +31,6 @@ cdef enum:
     DEPTH = 512                 # most closed directories above a node that is opened again
     GHOSTS = 1 << 16
     NAME_SIZE = 256             # bytes of a name with its NUL; longer names (on some file systems) are not kept
-    STATX_BTIME = 0x800
 
 
 cdef uint64_t device_of(const statx *st) noexcept nogil:
@@ -314,15 +304,12 @@ cdef class Inodes:
 
     cdef void set_identity(self, Node *node, const statx *st) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        if not node.hashed:
-            pass
-        elif node.ino == st.stx_ino and node.dev == device_of(st):
+        if node.hashed:
+            if node.ino != st.stx_ino or node.dev != device_of(st):
+                self._unhash(node)
+                node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
+                self._hash(node)
             node.btime = btime_of(st)
-        else:
-            self._unhash(node)
-            node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
-            node.btime = btime_of(st)
-            self._hash(node)
         pthread_mutex_unlock(&self.lock)
 
     cdef Node *_new(self) noexcept nogil:
@@ -461,12 +448,12 @@ cdef class Inodes:
                 self.node_put(node)
                 node = NULL
         if node == NULL:
-            inode_errno(error)
+            set_errno(error)
         return node
 
     cdef int _open_again(self, Node *node) noexcept nogil:
         # Open a pinned node again, after any closed directories above it. Returns 0 or an errno.
-        cdef NodePointer[DEPTH] way
+        cdef (Node *)[DEPTH] way
         cdef Node *at = node
         cdef uint32_t n = 0, i
         cdef int error = 0

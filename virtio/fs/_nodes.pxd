@@ -21,7 +21,7 @@ cdef class NodeOperations(FuseThread):
     cdef int64_t op_remove(self, Node *node, int flags) noexcept nogil
     cdef int64_t op_rename(self, Node *node, const fuse_in_header *h) noexcept nogil
     cdef int64_t op_link(self, Node *node) noexcept nogil
-    cdef int64_t op_opendir(self, Node *node, uint64_t nodeid) noexcept nogil
+    cdef int64_t op_opendir(self, Node *node) noexcept nogil
     cdef int64_t op_create(self, Node *node, const fuse_in_header *h) noexcept nogil
     cdef int64_t op_statfs(self, Node *node) noexcept nogil
     cdef int64_t op_access(self, Node *node, const fuse_in_header *h) noexcept nogil

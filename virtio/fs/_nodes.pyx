@@ -62,7 +62,7 @@ cdef class NodeOperations(FuseThread):
                 node, (<fuse_open_in *>self.request).flags,
                 (<fuse_open_in *>self.request).open_flags & FUSE_OPEN_KILL_SUIDGID, <fuse_open_out *>self.out)
         elif opcode == FUSE_OPENDIR:
-            result = self.op_opendir(node, h.nodeid)
+            result = self.op_opendir(node)
         elif opcode == FUSE_CREATE or opcode == FUSE_TMPFILE:
             result = self.op_create(node, h)
         elif opcode == FUSE_STATFS:
@@ -494,7 +494,7 @@ cdef class NodeOperations(FuseThread):
         out.open_flags = open_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
-    cdef int64_t op_opendir(self, Node *node, uint64_t nodeid) noexcept nogil:
+    cdef int64_t op_opendir(self, Node *node) noexcept nogil:
         cdef fuse_open_out *out = <fuse_open_out *>self.out
         cdef int fd
         if node.type != S_IFDIR:

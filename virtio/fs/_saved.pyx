@@ -21,39 +21,26 @@ from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind, Table
 from vmm._budget cimport FOR_OPEN
 from vmm._sys cimport counter_add, pthread_mutex_lock, pthread_mutex_unlock
 
-cdef extern from *:
-    """
-    #include <stdint.h>
-    #include <fcntl.h>
-    struct saved_node {
-        uint64_t dev, ino, mnt, btime, parent, nlookup;
-        uint32_t index, generation, type, flags, name_length, zero;
-    };
-    struct saved_handle { uint64_t nodeid; uint32_t index, generation, kind, flags; };
-    static inline int saved_flags(int fd) { return fcntl(fd, F_GETFL); }
-    static inline int saved_dup(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
-    """
-    struct saved_node:
-        uint64_t dev
-        uint64_t ino
-        uint64_t mnt
-        uint64_t btime
-        uint64_t parent
-        uint64_t nlookup
-        uint32_t index
-        uint32_t generation
-        uint32_t type
-        uint32_t flags
-        uint32_t name_length
-        uint32_t zero
-    struct saved_handle:
-        uint64_t nodeid
-        uint32_t index
-        uint32_t generation
-        uint32_t kind
-        uint32_t flags
-    int saved_flags(int fd) nogil
-    int saved_dup(int fd) nogil
+cdef struct saved_node:
+    uint64_t dev
+    uint64_t ino
+    uint64_t mnt
+    uint64_t btime
+    uint64_t parent
+    uint64_t nlookup
+    uint32_t index
+    uint32_t generation
+    uint32_t type
+    uint32_t flags
+    uint32_t name_length
+    uint32_t zero
+
+cdef struct saved_handle:
+    uint64_t nodeid
+    uint32_t index
+    uint32_t generation
+    uint32_t kind
+    uint32_t flags
 
 cdef enum:
     GHOST = 1
@@ -167,7 +154,7 @@ cdef bytes save_handles(Table table):
             continue
         one.nodeid = handle.nodeid
         one.index, one.generation, one.kind = handle.index, handle.generation, handle.kind
-        one.flags = <uint32_t>(saved_flags(handle.fd) & OPEN_FLAGS)
+        one.flags = <uint32_t>(fcntl(handle.fd, F_GETFL) & OPEN_FLAGS)
         parts.append((<char *>&one)[:sizeof(one)])
     return b"".join(parts)
 
@@ -318,7 +305,7 @@ cdef int restore_handles(Share share, bytes saved, uint32_t newest) except -1:
         flags = <int>one.flags & OPEN_FLAGS
         fd = opened(share, node, one.kind, flags)
         if fd < 0:                      # of this descriptor nothing can be read, and no other operation uses it
-            fd = saved_dup(table._node(ROOT).fd)
+            fd = fcntl(table._node(ROOT).fd, F_DUPFD_CLOEXEC, 0)
             flags = O_WRONLY
         if fd < 0:
             table.node_put(node)

@@ -98,7 +98,7 @@ cdef class FuseThread:
     cdef iovec *narrowed        # if direct: the first buffer of the payload; `before` is its original
     cdef iovec before
     cdef char[40] path          # path of a descriptor in /proc/self/fd
-    cdef uint32_t path_start    # where the descriptor's number goes
+    cdef const char *path_format    # of `path`; the number alone if the working directory is /proc/self/fd
 
     cdef int enter(self) noexcept nogil         # call it once, on the thread; returns 0 or an errno
     cdef const char *path_of(self, int fd) noexcept nogil

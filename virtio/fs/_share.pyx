@@ -5,8 +5,8 @@ import os
 
 from libc.errno cimport ENFILE, EXDEV, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, strlen
 
 from virtio.fs._dax cimport Window
 from virtio.fs._host cimport *
@@ -134,11 +134,7 @@ cdef class FuseThread:
 
     cdef int enter(self) noexcept nogil:
         cdef int error
-        cdef const char *prefix = b"/proc/self/fd/"
-        self.path_start = 0
-        if not fs_own(self.share.proc_fd):
-            self.path_start = <uint32_t>strlen(prefix)
-            memcpy(self.path, prefix, self.path_start)
+        self.path_format = b"%d" if fs_own(self.share.proc_fd) else b"/proc/self/fd/%d"
         self.credentials.switches = False
         if self.share.squash:
             error = fs_squash(self.share.uid, self.share.gid)
@@ -160,18 +156,9 @@ cdef class FuseThread:
 
     cdef const char *path_of(self, int fd) noexcept nogil:
         # The magic link of `fd`, which leads to exactly that inode. Callers check the node's type first.
-        cdef char[12] digits
-        cdef uint32_t n = 0, i
-        while True:
-            digits[n] = <char>(c'0' + fd % 10)
-            n += 1
-            fd //= 10
-            if fd == 0:
-                break
-        for i in range(n):
-            self.path[self.path_start + i] = digits[n - 1 - i]
-        self.path[self.path_start + n] = 0
+        snprintf(self.path, sizeof(self.path), self.path_format, fd)
         return self.path
+
     cdef bint may_read(self, const statx *st) noexcept nogil:
         # Checked by the mode only: supplementary groups and ACLs are not considered.
         cdef uint32_t mode = st.stx_mode

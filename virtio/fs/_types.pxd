@@ -8,7 +8,8 @@ cdef extern from *:
     #include <stdint.h>
     /* File systems that store files, local or remote. On other types a regular file may give access to the kernel, as
        /proc/PID/mem does. So this list has the allowed types, and an unknown type is refused. */
-    static inline int fs_stores_files(uint32_t type) {
+    enum { FS_LOCAL = 1, FS_REMOTE };
+    static inline int fs_kind(uint32_t type) {
         switch (type) {
         case 0xEF53:        /* ext2, ext3, ext4 */
         case 0x58465342:    /* XFS */
@@ -40,6 +41,8 @@ cdef extern from *:
         case 0x24051905:    /* UBIFS */
         case 0x01161970:    /* GFS2 */
         case 0x7461636F:    /* OCFS2 */
+            return FS_LOCAL;
+        /* Here close() may fail, so FLUSH matters. */
         case 0x6969:        /* NFS */
         case 0xFF534D42:    /* CIFS */
         case 0xFE534D42:    /* SMB2 */
@@ -55,23 +58,14 @@ cdef extern from *:
         case 0x786F4256:    /* VirtualBox's shared folders */
         case 0xBACBACBC:    /* VMware's */
         case 0x7C7C6673:    /* Parallels' */
-            return 1;
+            return FS_REMOTE;
         default:
             return 0;
         }
     }
+    static inline int fs_stores_files(uint32_t type) { return fs_kind(type) != 0; }
+    static inline int fs_is_remote(uint32_t type) { return fs_kind(type) == FS_REMOTE; }
     static inline int fs_is_overlay(uint32_t type) { return type == 0x794C7630; }
-    /* Remote file systems, where close() may fail, so FLUSH matters. */
-    static inline int fs_is_remote(uint32_t type) {
-        switch (type) {
-        case 0x6969: case 0xFF534D42: case 0xFE534D42: case 0x65735546: case 0x01021997: case 0x00C36400:
-        case 0x0BD00BD0: case 0x47504653: case 0x20030528: case 0x19830326: case 0x6B414653: case 0x5346414F:
-        case 0x786F4256: case 0xBACBACBC: case 0x7C7C6673:
-            return 1;
-        default:
-            return 0;
-        }
-    }
     """
     bint fs_stores_files(uint32_t type) noexcept nogil
     bint fs_is_overlay(uint32_t type) noexcept nogil

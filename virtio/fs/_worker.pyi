@@ -11,10 +11,6 @@ class Backlog:
     def __new__(cls, queue_size: int) -> Self: ...
 
 class FsThread(QueueWorker):
-    @property
-    def stats(self) -> dict[str, int]: ...
-
-class FsWorker(FsThread):
     def __init__(
         self,
         device: VirtioDevice,
@@ -26,6 +22,10 @@ class FsWorker(FsThread):
         name: str,
         limiter: RateLimiter,
     ) -> None: ...
+    @property
+    def stats(self) -> dict[str, int]: ...
+
+class FsWorker(FsThread): ...
 
 class FsHelper(FsThread):
     def __init__(

@@ -114,9 +114,6 @@ cdef class Backlog:
             eventfd_write(self.wake, 1)
         return job != NULL
 
-    cdef void begin(self) noexcept nogil:
-        fs_store(&self.ending, 0)
-
     cdef void end(self) noexcept nogil:
         # Drop the waiting jobs: their driver is gone or will be.
         cdef Job *job
@@ -148,14 +145,12 @@ cdef class Backlog:
 cdef class FsThread(QueueWorker):
     """Base class of a share's threads: sets up the thread's credentials and returns replies to the driver."""
 
-    cdef Share share
     cdef Server server
     cdef Backlog backlog
 
     def __init__(self, device, indices, notify_fds, on_failure, Share share not None, Backlog backlog not None, name,
                  RateLimiter limiter not None):
         super().__init__(device, indices, notify_fds, on_failure, name)
-        self.share = share
         self.backlog = backlog
         self.server = Server(share)
         self.server.limiter = limiter
@@ -188,13 +183,6 @@ cdef class FsThread(QueueWorker):
 cdef class FsWorker(FsThread):
     """A thread for some queues of a share."""
 
-    cdef uint32_t[MAX_SHARE_QUEUES] queues
-
-    def __init__(self, device, indices, notify_fds, on_failure, share, backlog, name, limiter):
-        super().__init__(device, indices, notify_fds, on_failure, share, backlog, name, limiter)
-        for slot, index in enumerate(self.indices):
-            self.queues[slot] = index
-
     cdef int serve(self, uint32_t slot) noexcept nogil:
         cdef Ring *ring = self.rings[slot]
         cdef DescChain *chain = self.chains[slot]
@@ -218,17 +206,17 @@ cdef class FsWorker(FsThread):
             written = HAND_OVER if is_slow(header.opcode) else self.server.answer(&header, chain)
             if written == HAND_OVER:
                 counter_add(&self.server.counters.handed_over, 1)
-                if self.backlog.put(&header, chain, ring, self.queues[slot]):
+                if self.backlog.put(&header, chain, ring, self.numbers[slot]):
                     continue
                 counter_add(&self.server.counters.handed_over, -1)
                 self.server.may_wait = True
                 written = self.server.answer(&header, chain)
-            self.give_back(ring, self.queues[slot], chain.head, written)
+            self.give_back(ring, self.numbers[slot], chain.head, written)
         return SERVE_EMPTY
 
     def begin(self):
         """Let helpers accept requests again."""
-        self.backlog.begin()
+        fs_store(&self.backlog.ending, 0)
 
     cdef void finish(self) noexcept nogil:
         # Queue threads are stopped before helpers.
