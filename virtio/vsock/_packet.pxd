@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The packets of the socket device (virtio 1.2 §5.10.6), and the line with which a host program asks for a port.
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 cdef extern from "<linux/virtio_vsock.h>" nogil:
     enum:
@@ -33,6 +33,3 @@ cdef enum:
     SHUT_BOTH = SHUT_RCV | SHUT_SEND
     HEADER = sizeof(Header)
     LINE = 32                   # longest line; "CONNECT 4294967294\r\n" has 20 bytes
-
-# The port in "CONNECT port" (any letter case), or a negative number if `line` is not valid.
-cdef int64_t parse_line(const char *line, size_t length) noexcept nogil

@@ -4,8 +4,9 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from virtio._worker cimport QueueWorker
 from virtio.vsock._conns cimport Conn, Connections, State
+from virtio.vsock._packet cimport Header
 from vmm._budget cimport Budget
-from vmm._fastpath cimport iovec
+from vmm._fastpath cimport DescChain, iovec
 
 cdef enum:
     TOKEN_LISTENER = 0x10000
@@ -48,11 +49,13 @@ cdef class VsockSockets(QueueWorker):
     cdef uint32_t token(self, Conn *c) noexcept nogil
     cdef Conn *make(self, int fd, State state) noexcept nogil
     cdef void close_host(self, Conn *c) noexcept nogil
+    cdef void close_all(self) noexcept nogil
     cdef bint make_buffer(self, Conn *c) noexcept nogil
     cdef void free_buffer(self, Conn *c) noexcept nogil
     cdef void drop(self, Conn *c) noexcept nogil
     cdef void kill(self, Conn *c) noexcept nogil
     cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil
+    cdef void end_overdue(self) noexcept nogil
     cdef void listen(self) noexcept nogil
     cdef void accept_some(self) noexcept nogil
     cdef void read_connect_line(self, Conn *c) noexcept nogil
@@ -63,9 +66,14 @@ cdef class VsockSockets(QueueWorker):
     cdef void flush(self, Conn *c) noexcept nogil
     cdef void forwarded(self, Conn *c, uint32_t n) noexcept nogil
     cdef void deliver(self) noexcept nogil
+    cdef void accepted(self, Conn *c) noexcept nogil
+    cdef void data(self, Conn *c, Header *h, DescChain *chain) noexcept nogil
+    cdef void guest_closed(self, Conn *c) noexcept nogil
     cdef uint32_t credit(self, Conn *c) noexcept nogil
     cdef uint32_t packet_credit(self, Conn *c) noexcept nogil
     cdef bint waits_for_packets(self, Conn *c) noexcept nogil
     cdef bint has_data(self, Conn *c) noexcept nogil
     cdef uint32_t window(self, Conn *c) noexcept nogil
     cdef void queue_if_ready(self, Conn *c) noexcept nogil
+    cdef bint credited(self, Conn *c, Header *h) noexcept nogil
+    cdef void ask_again(self) noexcept nogil

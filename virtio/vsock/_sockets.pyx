@@ -4,26 +4,30 @@
 
 A descriptor is watched edge-triggered, so a connection that must wait costs nothing: `readable` remembers that there
 may be data, and `used` that guest data waits for room in the socket. A packet that must be sent to the guest is a bit
-in `pending`. ``queue_if_ready`` adds the connection to the list of turns, which ``virtio/vsock/_rx.pyx`` serves.
+in `pending`. ``queue_if_ready`` adds the connection to the list of turns, which ``virtio/vsock/_worker.pyx`` serves.
 """
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memset
 
-from virtio.vsock._conns cimport BUFFER, CLOSING, CONNECTING, Conn, FREE, GREETING, KILLED, LEAVING, OPEN, State
+from virtio.vsock._conns cimport (
+    BUFFER, CLOSING, CONNECTING, Conn, FREE, GREETING, KILLED, LEAVING, OPEN, State, packets_forwarded,
+)
 from virtio.vsock._host cimport (
-    EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR_, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, SO_SNDBUF, accept4, msghdr, peer_closed, peer_shut_down, recv, sendmsg,
-    setsockopt, shutdown, wait_for_room,
+    EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR_,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_SNDBUF, accept4, msghdr, peer_closed, peer_shut_down, recv, send,
+    sendmsg, setsockopt, shutdown, wait_for_room,
 )
 from virtio.vsock._packet cimport (
-    LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RST, OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV, SHUT_SEND,
-    parse_line,
+    HEADER, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RST, OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV,
+    SHUT_SEND,
 )
 from virtio._worker cimport QueueWorker
 from vmm._budget cimport FOR_OPEN, granted
-from vmm._fastpath cimport iovec
+from vmm._fastpath cimport DescChain, iovec
+from vmm._iov cimport copy_once, iov_part
 from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read
 
 # Counters. Python reads them, without a lock, at any time.
@@ -37,6 +41,33 @@ cdef enum:
     # Memory that each unread packet takes in a Linux guest in addition to its payload (SKB_TRUESIZE(0) is 576, plus
     # slack). Since Linux 6.12.92 the guest resets a connection if this overhead alone exceeds the announced buffer.
     OVERHEAD = 1024
+
+cdef int64_t PORT_ANY = 4294967295      # VMADDR_PORT_ANY: nobody can listen there
+
+
+cdef int64_t parse_line(const char *line, size_t length) noexcept nogil:
+    # The port in "CONNECT port" (any letter case), or a negative number if `line` is not valid. Source: Firecracker
+    # docs/vsock.md.
+    cdef const char *verb = b"connect"
+    cdef size_t i
+    cdef int64_t port = 0
+    for i in range(7):
+        if i >= length or (line[i] | 0x20) != verb[i]:
+            return -1
+    i = 7
+    while i < length and line[i] == c" ":
+        i += 1
+    if i == 7 or i == length or not c"0" <= line[i] <= c"9":
+        return -1
+    while i < length and c"0" <= line[i] <= c"9":
+        if port < PORT_ANY:             # stop adding digits, which would overflow
+            port = port * 10 + (line[i] - c"0")
+        i += 1
+    if i < length and line[i] == c"\r":
+        i += 1
+    if i < length or port >= PORT_ANY:
+        return -1
+    return port
 
 
 cdef class VsockSockets(QueueWorker):
@@ -85,6 +116,13 @@ cdef class VsockSockets(QueueWorker):
         self.free_buffer(c)
         c.readable = False
 
+    cdef void close_all(self) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.table.fresh):
+            if self.table.conns[i].state != FREE:
+                self.close_host(&self.table.conns[i])
+                counter_add(&self.count.closed, 1)
+
     cdef bint make_buffer(self, Conn *c) noexcept nogil:
         # Make the buffer as large as the credit that the guest may still use.
         c.start = 0
@@ -131,6 +169,21 @@ cdef class VsockSockets(QueueWorker):
             if self.deadlines == 0 and not self.tx_timed:
                 self.wake_after(TICK)
             self.deadlines += 1
+
+    cdef void end_overdue(self) noexcept nogil:
+        # End the connections whose deadline has passed.
+        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC)
+        cdef uint32_t i
+        cdef Conn *c
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            if c.state == FREE or c.deadline == 0 or c.deadline > now:
+                continue
+            counter_add(&self.count.timeouts, 1)
+            if c.state == GREETING or c.state == LEAVING:
+                self.drop(c)
+            else:
+                self.kill(c)
 
     cdef void listen(self) noexcept nogil:
         if not self.listening and not self.settling and not self.stopping():
@@ -292,6 +345,70 @@ cdef class VsockSockets(QueueWorker):
                 if now >= until:
                     break
 
+    # What the guest did to a connection
+
+    cdef void accepted(self, Conn *c) noexcept nogil:
+        # The guest has accepted a host program's connection.
+        cdef char[LINE] line
+        cdef int n = snprintf(line, LINE, "OK %u\n", c.host_port)
+        self.set_deadline(c, 0)
+        c.state = OPEN
+        c.readable = True
+        counter_add(&self.count.opened_by_host, 1)
+        if send(c.fd, line, <size_t>n, MSG_DONTWAIT | MSG_NOSIGNAL) != n:
+            self.kill(c)
+
+    cdef void data(self, Conn *c, Header *h, DescChain *chain) noexcept nogil:
+        cdef ssize_t n = 0
+        cdef uint32_t count, at, room
+        cdef size_t i
+        if c.guest_shut & SHUT_SEND or h.len > c.promised - c.rx_cnt:
+            counter_add(&self.count.bad_credit, 1)
+            self.kill(c)
+            return
+        counter_add(&self.count.bytes_tx, h.len)
+        c.rx_cnt += h.len
+        if c.fd < 0 or c.shut & SHUT_RCV:
+            c.fwd_cnt += h.len          # no program reads it any more: discard it
+            return
+        count = iov_part(chain.iov, chain.n_readable, HEADER, h.len, chain.iov, chain.n_readable)
+        if c.used == 0 and count:
+            n = self.write(c, chain.iov, count)
+            if n < 0:
+                c.fwd_cnt += h.len
+                self.host_stopped_reading(c)
+                return
+            self.forwarded(c, <uint32_t>n)
+        if <uint32_t>n == h.len:
+            return
+        if c.buffer == NULL:
+            if not self.make_buffer(c) or self.watch(
+                    c.fd, self.token(c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
+                counter_add(&self.count.full, 1)
+                self.kill(c)
+                return
+        count = iov_part(chain.iov, count, <size_t>n, h.len - <size_t>n, chain.iov, count)
+        for i in range(count):
+            at = (c.start + c.used) % c.size
+            room = min(<uint32_t>chain.iov[i].iov_len, c.size - at)
+            copy_once(c.buffer + at, chain.iov[i].iov_base, room)
+            copy_once(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
+            c.used += <uint32_t>chain.iov[i].iov_len
+
+    cdef void guest_closed(self, Conn *c) noexcept nogil:
+        # The guest has closed the connection. Data that it sent before still goes to the host program.
+        if c.state == CONNECTING:
+            counter_add(&self.count.refused, 1)
+        if c.used == 0 or c.state != OPEN:
+            self.drop(c)
+            return
+        self.table.leave(c)
+        if c.queued:
+            self.table.unqueue(c)
+        c.state = LEAVING
+        c.pending = 0
+        self.set_deadline(c, self.host_wait)
+
     # Credit of the guest, and ours
 
     cdef uint32_t credit(self, Conn *c) noexcept nogil:
@@ -331,3 +448,28 @@ cdef class VsockSockets(QueueWorker):
                     self.stuck += 1
         if not c.queued and (data or c.pending):
             self.table.queue(c)
+
+    cdef bint credited(self, Conn *c, Header *h) noexcept nogil:
+        # Read the credit fields of a packet. Returns False if it confirms bytes that were never sent.
+        cdef uint32_t under_way = c.tx_cnt - h.fwd_cnt
+        if under_way > c.tx_cnt - c.peer_fwd_cnt:
+            counter_add(&self.count.bad_credit, 1)
+            # An older fwd_cnt is ignored. One ahead of tx_cnt is invalid.
+            return under_way < <uint32_t>1 << 31
+        c.peer_buf_alloc = h.buf_alloc
+        c.peer_fwd_cnt = h.fwd_cnt
+        packets_forwarded(c)
+        if self.credit(c):
+            c.asked = False
+        return True
+
+    cdef void ask_again(self) noexcept nogil:
+        # A guest sends credit updates for bytes, but not always when it has read only some packets. So ask again.
+        cdef uint32_t i
+        cdef Conn *c
+        self.stuck = 0
+        for i in range(self.table.fresh):
+            c = &self.table.conns[i]
+            if c.asked and self.has_data(c) and self.waits_for_packets(c):
+                c.asked = False
+                self.queue_if_ready(c)

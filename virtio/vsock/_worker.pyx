@@ -3,46 +3,76 @@
 """The socket device's thread (virtio 1.2 §5.10): moves data between the guest's packets and unix sockets, without the
 GIL.
 
-It has three layers, each a class on top of the one before: the host programs' sockets (``_sockets.pyx``), the packets
-to the guest (``_rx.pyx``), and here the packets from the guest and the thread's start and end. Every connection is a
-`Conn` in a fixed pool; its index is its epoll token.
+It has two layers, each a class: the host programs' sockets (``_sockets.pyx``), and on top of it the queues with their
+packets and the thread's start and end. Every connection is a `Conn` in a fixed pool; its index is its epoll token.
 """
 import os
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
+from libc.string cimport memcpy, memset
 
+from virtio._interrupt cimport interrupt_used
 from virtio.vsock._conns cimport (
-    BUFFER, CONNECTING, CONNECTIONS, Conn, Connections, FREE, GREETING, KILLED, LEAVING, NONE, OPEN,
-    packets_forwarded,
+    BUFFER, CONNECTING, CONNECTIONS, Conn, Connections, FREE, KILLED, LEAVING, NONE, OPEN, packet_sent,
 )
 from virtio.vsock._host cimport (
-    AF_UNIX, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RD_, SHUT_WR_, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOCK_STREAM, connect, send, shutdown, sockaddr, sockaddr_un, socket,
+    AF_UNIX, MSG_CTRUNC, MSG_DONTWAIT, SHUT_RD_, SHUT_WR_, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, connect,
+    lowest_bit, msghdr, peer_closed, recvmsg, shutdown, sockaddr, sockaddr_un, socket,
 )
 from virtio.vsock._packet cimport (
-    HEADER, HOST_CID, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
-    OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM,
+    HEADER, HOST_CID, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
+    SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM,
 )
-from virtio.vsock._rx cimport EVENT, MAX_CHAIN, MAX_PACKET, PUBLISH, REPLIES, RX, TURN, TX, VsockRx
-from virtio.vsock._sockets cimport FIRST_HOST_PORT, RETRY, SECOND, TICK, TOKEN_LISTENER
+from virtio.vsock._sockets cimport FIRST_HOST_PORT, RETRY, SECOND, TICK, TOKEN_LISTENER, VsockSockets
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER
 from vmm._budget cimport FOR_OPEN, granted
-from vmm._fastpath cimport QUEUE_CHAIN, QUEUE_EMPTY, DescChain, load_acquire16, queue_add_used, queue_flush, queue_pop
-from vmm._iov cimport copy_once, iov_gather, iov_part, iov_scatter
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add
+from vmm._fastpath cimport (
+    QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, load_acquire16, queue_add_used, queue_flush, queue_pop, queue_unpop,
+)
+from vmm._iov cimport iov_gather, iov_part, iov_scatter
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, eventfd_write
 from vmm.budget import memory
 
 MAX_CONNECTIONS = CONNECTIONS
 MAX_WINDOW = BUFFER     # bytes that the guest may send at most before they are forwarded, for each connection
 
 cdef enum:
+    RX = 0                      # slots of the queues; also their numbers in the device (§5.10.2)
+    TX = 1
+    EVENT = 2
+    MAX_PACKET = 65536          # most payload of one packet, as in Linux (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE)
+    TURN = 128                  # chains of one queue before other events are handled
+    BATCH = 16                  # most chains filled by one readv
+    MAX_CHAIN = 256             # most buffers of a chain: the queue's size
+    PUBLISH = 16                # chains returned between two publications of the used ring
+    REPLIES = 256               # most pending resets for packets of unknown connections
+    IOV_MAX = 1024              # Linux UIO_MAXIOV
     SETTLE = SECOND // 4000
 
+cdef struct Reply:
+    uint64_t src_cid
+    uint32_t src_port
+    uint32_t dst_port
+    uint16_t type
 
-cdef class VsockWorker(VsockRx):
+
+cdef class VsockWorker(VsockSockets):
     """The thread of a :class:`virtio.vsock.device.Vsock`, which has the guest's CID and the listening socket."""
 
+    cdef Reply[REPLIES] replies
+    cdef uint32_t reply_head
+    cdef uint32_t reply_count
+    cdef uint32_t unpublished
+    cdef bint tx_waits                  # the tx queue waits for room in `replies`
+    cdef bint tx_owed                   # an interrupt for returned tx chains is due: see return_tx
+    cdef uint32_t tx_returned           # tx chains returned since the last interrupt
+    cdef uint64_t guest_cid
+    cdef int notify_tx
+    cdef uint64_t tx_delay
+    cdef iovec[BATCH * MAX_CHAIN] data_iov
+    cdef iovec[BATCH * HEADER] header_iov
     cdef bint reset_due                 # a TRANSPORT_RESET event must be sent to the driver
     cdef object kept                    # a connection that goes on in this copy: its socket and its numbers; or None
     cdef object lost                    # the ports of those that do not: pairs of the guest's and the host's
@@ -85,11 +115,7 @@ cdef class VsockWorker(VsockRx):
 
     def forget(self):
         """Close every connection: their driver is gone."""
-        cdef uint32_t i
-        for i in range(self.table.fresh):
-            if self.table.conns[i].state != FREE:
-                self.close_host(&self.table.conns[i])
-                counter_add(&self.count.closed, 1)
+        self.close_all()
         self.clear()
 
     cdef void clear(self) noexcept nogil:
@@ -210,23 +236,12 @@ cdef class VsockWorker(VsockRx):
         return self.run_rx()
 
     cdef void tick(self) noexcept nogil:
-        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC)
-        cdef uint32_t i
-        cdef Conn *c
         self.tx_timed = False
         if self.tx_owed:
             self.interrupt()
         self.settling = self.settling and not self.settled()
         self.listen()
-        for i in range(self.table.fresh):
-            c = &self.table.conns[i]
-            if c.state == FREE or c.deadline == 0 or c.deadline > now:
-                continue
-            counter_add(&self.count.timeouts, 1)
-            if c.state == GREETING or c.state == LEAVING:
-                self.drop(c)
-            else:
-                self.kill(c)
+        self.end_overdue()
         if self.stuck:
             self.ask_again()
         if self.settling:
@@ -236,16 +251,228 @@ cdef class VsockWorker(VsockRx):
         elif self.deadlines or not self.listening:
             self.wake_after(TICK)
 
-    cdef void ask_again(self) noexcept nogil:
-        # A guest sends credit updates for bytes, but not always when it has read only some packets. So ask again.
-        cdef uint32_t i
-        cdef Conn *c
-        self.stuck = 0
-        for i in range(self.table.fresh):
-            c = &self.table.conns[i]
-            if c.asked and self.has_data(c) and self.waits_for_packets(c):
-                c.asked = False
-                self.queue_if_ready(c)
+    # Packets to the guest: connections take turns, in a list that is never longer than their pool. So none is served
+    # twice before the others.
+
+    cdef int serve_rx(self) noexcept nogil:
+        cdef uint64_t end = self.count.packets_rx + TURN
+        cdef int status = QUEUE_CHAIN
+        cdef bint more = False
+        if self.rings[RX].size == 0:
+            return SERVE_STALLED
+        while status == QUEUE_CHAIN and (self.reply_count or self.table.turn_head != NONE):
+            if self.count.packets_rx >= end:
+                more = True
+                break
+            if self.reply_count:
+                status = self.send_reply()
+            if status == QUEUE_CHAIN and self.table.turn_head != NONE:
+                status = self.turn(&self.table.conns[self.table.turn_head])
+        self.show()
+        if self.tx_waits and self.reply_count < REPLIES:
+            self.tx_waits = False
+            eventfd_write(self.notify_tx, 1)
+        if status != QUEUE_CHAIN:
+            return status               # no buffers left (the driver notifies when it adds some), or a broken ring
+        return SERVE_MORE if more else SERVE_STALLED    # nothing left to send: an event of a socket continues
+
+    cdef int turn(self, Conn *c) noexcept nogil:
+        cdef int status
+        while c.pending:
+            status = self.send_control(c, <uint16_t>lowest_bit(c.pending))
+            if status != QUEUE_CHAIN:
+                return status
+            if c.state == FREE:
+                return QUEUE_CHAIN
+        if self.has_data(c) and self.credit(c):
+            status = self.send_data(c)
+            if status != QUEUE_CHAIN:
+                return status
+        self.table.unqueue(c)
+        self.queue_if_ready(c)
+        return QUEUE_CHAIN
+
+    cdef int rx_chain(self, uint64_t size) noexcept nogil:
+        # Take the next chain with room for `size` bytes. Shorter ones are returned empty.
+        cdef DescChain *chain = self.chains[RX]
+        cdef int status, _
+        for _ in range(TURN):           # limited, because a driver could add bad chains for ever
+            status = queue_pop(self.rings[RX], self.ram, chain)
+            if status != QUEUE_CHAIN or chain.writable_bytes >= size:
+                return status
+            counter_add(&self.count.bad_requests, 1)
+            self.give(chain.head, 0)
+        return QUEUE_EMPTY
+
+    cdef void give(self, uint16_t head, uint32_t written) noexcept nogil:
+        queue_add_used(self.rings[RX], head, written)
+        counter_add(&self.count.packets_rx, 1)
+        self.unpublished += 1
+        if self.unpublished >= PUBLISH:
+            self.show()
+
+    cdef void show(self) noexcept nogil:
+        self.unpublished = 0
+        if queue_flush(self.rings[RX]):
+            self.interrupt()
+
+    cdef void interrupt(self) noexcept nogil:
+        # One interrupt is enough for the device: the driver's handler checks every used ring (§4.2.2, InterruptStatus).
+        self.tx_owed = False
+        self.tx_returned = 0
+        interrupt_used(self.call, RX)
+
+    cdef void return_tx(self) noexcept nogil:
+        # A driver can only free its returned tx chains, so their interrupt is delayed, usually until one for rx is due.
+        # So a request and its answer cost the guest one interrupt, not two.
+        if queue_flush(self.rings[TX]):
+            self.tx_owed = True
+        if not self.tx_owed:
+            return
+        if self.tx_delay == 0 or self.tx_returned >= self.rings[TX].size // 8:
+            self.interrupt()
+        elif not self.tx_timed:
+            self.tx_timed = True
+            self.wake_after(self.tx_delay)
+
+    cdef void fill(self, Header *h, Conn *c, uint16_t op) noexcept nogil:
+        # Every packet carries our credit, so a separate credit update is rarely needed.
+        h.src_cid = HOST_CID
+        h.dst_cid = self.guest_cid
+        h.src_port = c.host_port
+        h.dst_port = c.guest_port
+        h.len = 0
+        h.type = TYPE_STREAM
+        h.op = op
+        h.flags = c.shut if op == OP_SHUTDOWN else 0
+        if <int32_t>(c.fwd_cnt + self.window(c) - c.promised) > 0:
+            c.promised = c.fwd_cnt + self.window(c)
+        h.buf_alloc = c.promised - c.fwd_cnt
+        h.fwd_cnt = c.fwd_cnt
+        c.pending &= ~(<uint32_t>1 << OP_CREDIT_UPDATE)
+
+    cdef int send_control(self, Conn *c, uint16_t op) noexcept nogil:
+        cdef DescChain *chain = self.chains[RX]
+        cdef Header h
+        cdef int status = self.rx_chain(HEADER)
+        if status != QUEUE_CHAIN:
+            return status
+        self.fill(&h, c, op)
+        c.pending &= ~(<uint32_t>1 << op)
+        iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &h, HEADER)
+        self.give(chain.head, HEADER)
+        if op == OP_RST:
+            counter_add(&self.count.resets_sent, 1)
+            self.drop(c)
+        return QUEUE_CHAIN
+
+    cdef int send_reply(self) noexcept nogil:
+        cdef DescChain *chain = self.chains[RX]
+        cdef Reply *r = &self.replies[self.reply_head]
+        cdef Header h
+        cdef int status = self.rx_chain(HEADER)
+        if status != QUEUE_CHAIN:
+            return status
+        memset(&h, 0, HEADER)
+        h.src_cid, h.dst_cid = r.src_cid, self.guest_cid
+        h.src_port, h.dst_port = r.src_port, r.dst_port
+        h.type, h.op = r.type, OP_RST
+        iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &h, HEADER)
+        self.give(chain.head, HEADER)
+        counter_add(&self.count.resets_sent, 1)
+        self.reply_head = (self.reply_head + 1) % REPLIES
+        self.reply_count -= 1
+        return QUEUE_CHAIN
+
+    cdef void reply_reset(self, Header *h) noexcept nogil:
+        # serve_tx has checked that there is room.
+        cdef Reply *r
+        if h.op == OP_RST:
+            return
+        r = &self.replies[(self.reply_head + self.reply_count) % REPLIES]
+        r.src_cid, r.src_port, r.dst_port, r.type = h.dst_cid, h.dst_port, h.src_port, h.type
+        self.reply_count += 1
+
+    cdef int send_data(self, Conn *c) noexcept nogil:
+        # Read once from the socket into the buffers of several packets, leaving room for a header in front of each.
+        cdef uint16_t[BATCH] heads
+        cdef uint32_t[BATCH] headers            # index of each packet's first header_iov
+        cdef size_t[BATCH] rooms
+        cdef DescChain *chain = self.chains[RX]
+        cdef iovec *iov
+        cdef Header h
+        cdef size_t want = min(self.credit(c), <uint32_t>MAX_PACKET), room = 0, n
+        cdef uint32_t packets = 0, data = 0, header = 0, i, pieces, most = min(c.batch, self.packet_credit(c))
+        cdef msghdr message
+        cdef ssize_t got
+        cdef int status = QUEUE_CHAIN, failure
+        while packets < most and room < want:
+            status = queue_pop(self.rings[RX], self.ram, chain) if packets else self.rx_chain(HEADER + 1)
+            if status != QUEUE_CHAIN:
+                break
+            if chain.writable_bytes <= HEADER:
+                # It must be returned empty, but not among chains that may still have to be put back.
+                queue_unpop(self.rings[RX])
+                break
+            iov = chain.iov + chain.n_readable
+            heads[packets] = chain.head
+            headers[packets] = header
+            n = 0
+            i = 0
+            while n < HEADER:
+                self.header_iov[header] = iov[i]
+                n += iov[i].iov_len
+                header += 1
+                i += 1
+            n = min(chain.writable_bytes - HEADER, want - room)
+            pieces = iov_part(iov, chain.n_writable, HEADER, n, iov, chain.n_writable)
+            memcpy(&self.data_iov[data], iov, pieces * sizeof(iovec))
+            data += pieces
+            rooms[packets] = n
+            room += n
+            packets += 1
+        if status < 0 or packets == 0:
+            return status
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = self.data_iov
+        message.msg_iovlen = min(data, <uint32_t>IOV_MAX)
+        got = recvmsg(c.fd, &message, MSG_DONTWAIT)
+        failure = errno if got < 0 else 0
+        if 0 < got < <ssize_t>room and data <= IOV_MAX and not c.ending and not message.msg_flags & MSG_CTRUNC:
+            # A short read emptied the socket, so new data causes a new event (epoll(7), Q9). A message with descriptors
+            # (SCM_RIGHTS) also ends a read early, hence the check.
+            c.readable = False
+        n = 0
+        i = 0
+        while i < packets and got > 0:
+            n = min(rooms[i], <size_t>got)
+            self.fill(&h, c, OP_RW)
+            h.len = <uint32_t>n
+            iov_scatter(&self.header_iov[headers[i]], HEADER, 0, &h, HEADER)
+            self.give(heads[i], HEADER + h.len)
+            c.tx_cnt += h.len
+            packet_sent(c)
+            counter_add(&self.count.bytes_rx, n)
+            got -= <ssize_t>n
+            i += 1
+        # Next time twice as many chains if all were filled, otherwise one more than was needed.
+        c.batch = min(c.batch * 2, <uint32_t>BATCH) if i == packets and n == rooms[i - 1] \
+            else min(i + 1, <uint32_t>BATCH)
+        if i == 0:
+            if failure == EAGAIN:
+                c.readable = False
+            elif failure != EINTR:
+                # The end of the socket's data, or an error.
+                self.send_shutdown(c, SHUT_BOTH if failure or peer_closed(c.fd) else SHUT_SEND)
+        while i < packets:
+            queue_unpop(self.rings[RX])
+            i += 1
+        return QUEUE_CHAIN
+
+    cdef int run_rx(self) noexcept nogil:
+        if self.table.turn_head == NONE and self.reply_count == 0:
+            return 0
+        return self.run_queue(RX)
 
     # Packets from the guest
 
@@ -326,20 +553,6 @@ cdef class VsockWorker(VsockRx):
         if c.state != FREE and c.state != LEAVING:
             self.queue_if_ready(c)
 
-    cdef bint credited(self, Conn *c, Header *h) noexcept nogil:
-        # Read the credit fields of a packet. Returns False if it confirms bytes that were never sent.
-        cdef uint32_t under_way = c.tx_cnt - h.fwd_cnt
-        if under_way > c.tx_cnt - c.peer_fwd_cnt:
-            counter_add(&self.count.bad_credit, 1)
-            # An older fwd_cnt is ignored. One ahead of tx_cnt is invalid.
-            return under_way < <uint32_t>1 << 31
-        c.peer_buf_alloc = h.buf_alloc
-        c.peer_fwd_cnt = h.fwd_cnt
-        packets_forwarded(c)
-        if self.credit(c):
-            c.asked = False
-        return True
-
     cdef void open(self, Header *h) noexcept nogil:
         cdef sockaddr_un address
         cdef Conn *c
@@ -366,54 +579,6 @@ cdef class VsockWorker(VsockRx):
         c.pending = 1 << OP_RESPONSE
         self.queue_if_ready(c)
 
-    cdef void accepted(self, Conn *c) noexcept nogil:
-        # The guest has accepted a host program's connection.
-        cdef char[LINE] line
-        cdef int n = snprintf(line, LINE, "OK %u\n", c.host_port)
-        self.set_deadline(c, 0)
-        c.state = OPEN
-        c.readable = True
-        counter_add(&self.count.opened_by_host, 1)
-        if send(c.fd, line, <size_t>n, MSG_DONTWAIT | MSG_NOSIGNAL) != n:
-            self.kill(c)
-
-    cdef void data(self, Conn *c, Header *h, DescChain *chain) noexcept nogil:
-        cdef ssize_t n = 0
-        cdef uint32_t count, at, room
-        cdef size_t i
-        if c.guest_shut & SHUT_SEND or h.len > c.promised - c.rx_cnt:
-            counter_add(&self.count.bad_credit, 1)
-            self.kill(c)
-            return
-        counter_add(&self.count.bytes_tx, h.len)
-        c.rx_cnt += h.len
-        if c.fd < 0 or c.shut & SHUT_RCV:
-            c.fwd_cnt += h.len          # no program reads it any more: discard it
-            return
-        count = iov_part(chain.iov, chain.n_readable, HEADER, h.len, chain.iov, chain.n_readable)
-        if c.used == 0 and count:
-            n = self.write(c, chain.iov, count)
-            if n < 0:
-                c.fwd_cnt += h.len
-                self.host_stopped_reading(c)
-                return
-            self.forwarded(c, <uint32_t>n)
-        if <uint32_t>n == h.len:
-            return
-        if c.buffer == NULL:
-            if not self.make_buffer(c) or self.watch(
-                    c.fd, self.token(c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
-                counter_add(&self.count.full, 1)
-                self.kill(c)
-                return
-        count = iov_part(chain.iov, count, <size_t>n, h.len - <size_t>n, chain.iov, count)
-        for i in range(count):
-            at = (c.start + c.used) % c.size
-            room = min(<uint32_t>chain.iov[i].iov_len, c.size - at)
-            copy_once(c.buffer + at, chain.iov[i].iov_base, room)
-            copy_once(c.buffer, <uint8_t *>chain.iov[i].iov_base + room, chain.iov[i].iov_len - room)
-            c.used += <uint32_t>chain.iov[i].iov_len
-
     cdef void guest_shutdown(self, Conn *c, uint32_t flags) noexcept nogil:
         cdef uint32_t fresh = flags & ~c.guest_shut
         cdef Header h
@@ -431,17 +596,3 @@ cdef class VsockWorker(VsockRx):
             shutdown(c.fd, SHUT_RD_)
         if fresh & SHUT_SEND and c.used == 0:
             shutdown(c.fd, SHUT_WR_)
-
-    cdef void guest_closed(self, Conn *c) noexcept nogil:
-        # The guest has closed the connection. Data that it sent before still goes to the host program.
-        if c.state == CONNECTING:
-            counter_add(&self.count.refused, 1)
-        if c.used == 0 or c.state != OPEN:
-            self.drop(c)
-            return
-        self.table.leave(c)
-        if c.queued:
-            self.table.unqueue(c)
-        c.state = LEAVING
-        c.pending = 0
-        self.set_deadline(c, self.host_wait)

@@ -18,7 +18,7 @@ OURS = """
     boot.acpi boot.aml boot.board boot.bzimage vmm.cmdline boot.cpu boot.elf boot.layout boot.load boot.mptable
     boot.params boot.payload boot.source devices._serial devices.boot_timer devices.exit_port devices.i8042
     devices.pit devices.power devices.pvpanic devices.rtc virtio.blk._worker virtio.fs._worker virtio.fs._dax
-    virtio._limiter virtio.net._worker virtio.vsock._sockets virtio.vsock._rx virtio.vsock._worker virtio.balloon
+    virtio._limiter virtio.net._worker virtio.vsock._sockets virtio.vsock._worker virtio.balloon
     virtio.blk.device virtio.console virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device
     virtio.net.host virtio.rng virtio.spec virtio.transport virtio.vsock.device vmm.kvm._state vmm.machine.attach
     vmm.machine.board vmm.machine.build vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described
