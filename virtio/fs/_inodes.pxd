@@ -9,6 +9,9 @@ from vmm._sys cimport pthread_mutex_t
 cdef enum:
     ROOT = 1                    # FUSE_ROOT_ID; this node is never forgotten
     MASK = 0x1fff               # for statx: STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
+    CHUNK_BITS = 9              # nodes, and handles, are in chunks of 512
+    CHUNK = 1 << CHUNK_BITS
+    CHUNKS = 8192               # most of them: 4 million nodes
 
 cdef struct Node:
     int fd                      # O_PATH; every operation goes through it. -1: closed, opened again when needed
@@ -92,11 +95,8 @@ cdef class Inodes:
     cdef void shrink(self) noexcept nogil
     # Remember the node's name in its directory, of `length` bytes.
     cdef void set_name(self, Node *node, const char *name, uint64_t length) noexcept nogil
-    cdef void clear_nodes(self) noexcept nogil
-    cdef void close_root(self) noexcept nogil   # after clear_nodes
+    cdef void close_root(self) noexcept nogil   # no other node is live
 
-    cdef void _enter_ring(self) noexcept nogil
-    cdef void _leave_ring(self) noexcept nogil
     cdef Node *_node(self, uint32_t index) noexcept nogil
     cdef Node *_new(self) noexcept nogil
     cdef uint32_t _bucket(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
@@ -116,6 +116,8 @@ cdef class Inodes:
     cdef int _open_again(self, Node *node) noexcept nogil
     cdef int _open_child(self, Node *parent, Node *node) noexcept nogil
 
+# Unlock, and then close the descriptor, if it is one: no lock is held during a close.
+cdef void unlock_and_close(pthread_mutex_t *lock, int fd) noexcept nogil
 cdef uint64_t device_of(const statx *st) noexcept nogil
 # Close some unused node descriptors, in any share. Returns False if there were none.
 cdef bint make_room() noexcept nogil

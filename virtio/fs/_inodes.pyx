@@ -23,9 +23,6 @@ from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthre
 from vmm.budget import memory
 
 cdef enum:
-    CHUNK_BITS = 9
-    CHUNK = 1 << CHUNK_BITS
-    CHUNKS = 8192               # of 512: 4 million nodes
     BATCH = 64                  # descriptors closed at once
     STEPS = 1 << 17             # most nodes checked to find them
     DEPTH = 512                 # most closed directories above a node that is opened again
@@ -41,6 +38,11 @@ cdef uint64_t btime_of(const statx *st) noexcept nogil:
 
 cdef uint64_t id_of(const Node *node) noexcept nogil:
     return <uint64_t>node.generation << 32 | node.index
+
+cdef void unlock_and_close(pthread_mutex_t *lock, int fd) noexcept nogil:
+    pthread_mutex_unlock(lock)
+    if fd >= 0:
+        close(fd)
 
 cdef pthread_mutex_t clocks_lock
 cdef Clock *clocks = NULL       # ring of all shares; points to the next that gives up descriptors
@@ -70,6 +72,29 @@ cdef uint32_t close_some(Clock *clock) noexcept nogil:
     for i in range(count):
         close(fds[i])
     return count
+
+cdef void enter_ring(Clock *clock) noexcept nogil:
+    global clocks
+    pthread_mutex_lock(&clocks_lock)
+    if clocks == NULL:
+        clocks = clock.next = clock
+    else:
+        clock.next = clocks.next
+        clocks.next = clock
+    pthread_mutex_unlock(&clocks_lock)
+
+cdef void leave_ring(Clock *clock) noexcept nogil:
+    global clocks
+    cdef Clock *before = clock
+    pthread_mutex_lock(&clocks_lock)
+    if clock.next != NULL:
+        while before.next != clock:
+            before = before.next
+        before.next = clock.next
+        if clocks == clock:
+            clocks = before if before != clock else NULL
+    clock.next = NULL
+    pthread_mutex_unlock(&clocks_lock)
 
 cdef bint make_room() noexcept nogil:
     global clocks
@@ -115,36 +140,12 @@ cdef class Inodes:
         # A look-up must not find the root: a mount below that shows the same directory gets a node of its own.
         self._unhash(self._node(ROOT))
         self.clock.lock, self.clock.chunks, self.clock.slots = &self.lock, self.node_chunks, &self.node_slots
-        self._enter_ring()
-
-    cdef void _enter_ring(self) noexcept nogil:
-        global clocks
-        pthread_mutex_lock(&clocks_lock)
-        if clocks == NULL:
-            clocks = &self.clock
-            clocks.next = clocks
-        else:
-            self.clock.next = clocks.next
-            clocks.next = &self.clock
-        pthread_mutex_unlock(&clocks_lock)
-
-    cdef void _leave_ring(self) noexcept nogil:
-        global clocks
-        cdef Clock *before = &self.clock
-        pthread_mutex_lock(&clocks_lock)
-        if self.clock.next != NULL:
-            while before.next != &self.clock:
-                before = before.next
-            before.next = self.clock.next
-            if clocks == &self.clock:
-                clocks = before if before != &self.clock else NULL
-        self.clock.next = NULL
-        pthread_mutex_unlock(&clocks_lock)
+        enter_ring(&self.clock)
 
     def __dealloc__(self):
         cdef uint32_t i
         cdef Budget budget
-        self._leave_ring()
+        leave_ring(&self.clock)
         if self.node_chunks != NULL:
             for i in range(ROOT, self.node_slots):
                 if self._node(i).live and self._node(i).fd >= 0:
@@ -274,9 +275,7 @@ cdef class Inodes:
             if node.fd < 0:
                 fs_store(&node.fd, fd)
                 fd = -1
-        pthread_mutex_unlock(&self.lock)
-        if fd >= 0:
-            close(fd)
+        unlock_and_close(&self.lock, fd)
         return nodeid
 
     cdef Node *node_twin(self, const statx *st, Node *before) noexcept nogil:
@@ -498,9 +497,7 @@ cdef class Inodes:
         if node.fd < 0:
             fs_store(&node.fd, fd)
             fd = -1
-        pthread_mutex_unlock(&self.lock)
-        if fd >= 0:
-            close(fd)
+        unlock_and_close(&self.lock, fd)
         return 0
 
     # Release
@@ -511,9 +508,7 @@ cdef class Inodes:
         node.refs -= 1
         if node.refs == 0 and node.nlookup == 0:
             fd = self._let_go(node)
-        pthread_mutex_unlock(&self.lock)
-        if fd >= 0:
-            close(fd)
+        unlock_and_close(&self.lock, fd)
 
     cdef int _let_go(self, Node *node) noexcept nogil:
         # The guest has forgotten the node. Returns its descriptor, for the caller to close. The latest GHOSTS such
@@ -571,9 +566,7 @@ cdef class Inodes:
                 node.nlookup -= min(count, node.nlookup)
                 if node.nlookup == 0 and node.refs == 0:
                     fd = self._let_go(node)
-        pthread_mutex_unlock(&self.lock)
-        if fd >= 0:
-            close(fd)
+        unlock_and_close(&self.lock, fd)
         return told
 
     cdef Node *node_on_other_device(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil:
@@ -596,31 +589,9 @@ cdef class Inodes:
             index += 1
         return node
 
-    cdef void clear_nodes(self) noexcept nogil:
-        cdef uint32_t i, slots
-        cdef int fd
-        cdef Node *node
-        pthread_mutex_lock(&self.lock)
-        slots = self.node_slots         # other threads may be looking files up
-        pthread_mutex_unlock(&self.lock)
-        # Lock for each node, so that the lock is not held during a million closes.
-        for i in range(ROOT + 1, slots):
-            pthread_mutex_lock(&self.lock)
-            node = self._node(i)
-            fd = -1
-            if node.live:
-                node.nlookup = 0
-                if node.refs == 0:
-                    fd = self._drop(node)
-            pthread_mutex_unlock(&self.lock)
-            if fd >= 0:
-                close(fd)
-
     cdef void close_root(self) noexcept nogil:
         cdef int fd = -1
         pthread_mutex_lock(&self.lock)
         if self._node(ROOT).live:
             fd = self._drop(self._node(ROOT))
-        pthread_mutex_unlock(&self.lock)
-        if fd >= 0:
-            close(fd)
+        unlock_and_close(&self.lock, fd)

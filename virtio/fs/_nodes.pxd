@@ -4,10 +4,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from virtio.fs._share cimport FuseThread
 from virtio.fs._inodes cimport Node
+from virtio.fs._table cimport Kind
 from virtio.fs._fuse cimport fuse_in_header, fuse_open_out
 
 cdef class NodeOperations(FuseThread):
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil
+    cdef int64_t give_handle(self, fuse_open_out *out, int fd, Kind kind, Node *node, int flags,
+                             uint32_t open_flags) noexcept nogil
     cdef int host_flags(self, uint32_t wanted) noexcept nogil
     cdef int64_t op_lookup(self, Node *node) noexcept nogil
     cdef int opened(self, Node *node, int flags) noexcept nogil

@@ -15,10 +15,9 @@ from libc.string cimport memchr, memmove, memset, strcmp, strlen
 from virtio.fs._host cimport *
 from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room, open_granted
 from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, FuseThread, agreed, foreign_ino
-from virtio.fs._table cimport DIRECTORY, FILE, Handle
+from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
-from vmm._sys cimport counter_add
 
 
 cdef enum:
@@ -208,8 +207,7 @@ cdef class NodeOperations(FuseThread):
         if h.opcode == FUSE_SYMLINK:
             target = self.name2 - <const char *>self.request
             if target >= self.length or memchr(self.name2, 0, self.length - target) == NULL or self.name2[0] == 0:
-                counter_add(&self.counters.bad_requests, 1)
-                return -EINVAL
+                return self.bad_request(-EINVAL)
         if switch:
             error = self.become(h.uid, h.gid)
             if error:
@@ -412,8 +410,7 @@ cdef class NodeOperations(FuseThread):
         cdef ssize_t result
         if opcode != FUSE_LISTXATTR:
             if end == NULL or end == name:
-                counter_add(&self.counters.bad_requests, 1)
-                return -EINVAL
+                return self.bad_request(-EINVAL)
             if end - name > NAME_MAX:
                 return -ERANGE
             if is_acl(name):
@@ -422,16 +419,14 @@ cdef class NodeOperations(FuseThread):
             at = end + 1 - <const char *>self.request
             size = (<const fuse_setxattr_in *>self.request).size
             if size > self.length - at:
-                counter_add(&self.counters.bad_requests, 1)
-                return -EINVAL
+                return self.bad_request(-EINVAL)
             result = setxattr(path, name, end + 1, size, (<const fuse_setxattr_in *>self.request).flags)
             return -errno if result < 0 else 0
         if opcode == FUSE_REMOVEXATTR:
             return -errno if removexattr(path, name) < 0 else 0
         room = (<const fuse_getxattr_in *>self.request).size
         if room > self.room or (room == 0 and self.room < sizeof(fuse_getxattr_out)):
-            counter_add(&self.counters.bad_requests, 1)
-            return -EIO
+            return self.bad_request(-EIO)
         if opcode == FUSE_GETXATTR:
             result = getxattr(path, name, self.out if room else NULL, min(room, <uint64_t>XATTR_MAX))
             if result < 0:
@@ -489,23 +484,24 @@ cdef class NodeOperations(FuseThread):
             return -error
         if node.overlay and flags & (O_ACCMODE | O_TRUNC) and statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
             self.table.set_identity(node, &st)
+        return self.give_handle(out, fd, FILE, node, flags, open_flags)
+
+    cdef int64_t give_handle(self, fuse_open_out *out, int fd, Kind kind, Node *node, int flags,
+                             uint32_t open_flags) noexcept nogil:
+        # Answer with a handle for `fd`, which this takes over.
         memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, FILE, node, flags)
+        out.fh = self.table.handle_add(fd, kind, node, flags)
         out.open_flags = open_flags
         return sizeof(fuse_open_out) if out.fh else -ENFILE
 
     cdef int64_t op_opendir(self, Node *node) noexcept nogil:
-        cdef fuse_open_out *out = <fuse_open_out *>self.out
         cdef int fd
         if node.type != S_IFDIR:
             return -ENOTDIR
         fd = self.opened(node, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         if fd < 0:
             return -errno
-        memset(out, 0, sizeof(fuse_open_out))
-        out.fh = self.table.handle_add(fd, DIRECTORY, node, O_RDONLY)
-        out.open_flags = self.share.dir_flags
-        return sizeof(fuse_open_out) if out.fh else -ENFILE
+        return self.give_handle(<fuse_open_out *>self.out, fd, DIRECTORY, node, O_RDONLY, self.share.dir_flags)
 
     cdef int64_t op_create(self, Node *node, const fuse_in_header *h) noexcept nogil:
         # CREATE and TMPFILE. Without O_EXCL the host could open an existing device or FIFO. So the file is created with
@@ -559,11 +555,8 @@ cdef class NodeOperations(FuseThread):
             if made == NULL:
                 close(fd)
                 return -ESTALE
-            memset(opened, 0, sizeof(fuse_open_out))
-            opened.fh = self.table.handle_add(fd, FILE, made, flags)
+            result = self.give_handle(opened, fd, FILE, made, flags, self.share.open_flags)
             self.table.node_put(made)
-            opened.open_flags = self.share.open_flags
-            result = sizeof(fuse_open_out) if opened.fh else -ENFILE
         elif h.opcode == FUSE_TMPFILE or error != EEXIST or arg.flags & O_EXCL:
             return -error
         else:

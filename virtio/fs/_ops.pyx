@@ -125,24 +125,20 @@ cdef class Server(NodeOperations):
         if opcode <= FUSE_TMPFILE:
             silent = fuse_ops[opcode].flags & OP_SILENT
         if chain.readable_bytes < IN_HEADER or header.len != chain.readable_bytes:
-            counter_add(&self.counters.bad_requests, 1)
-            return NO_REPLY if silent else -EIO
+            return self.bad_request(NO_REPLY if silent else -EIO)
         if opcode > FUSE_TMPFILE or not fuse_ops[opcode].flags & OP_KNOWN:
             return -ENOSYS
         op = &fuse_ops[opcode]
         taken = chain.readable_bytes - IN_HEADER
         self.room = chain.writable_bytes - OUT_HEADER if chain.writable_bytes >= OUT_HEADER else 0
         if not silent and (chain.writable_bytes < OUT_HEADER or self.room < op.out):
-            counter_add(&self.counters.bad_requests, 1)
-            return -EIO
+            return self.bad_request(-EIO)
         if not agreed(self.share, INITIALISED) and opcode != FUSE_INIT:
-            counter_add(&self.counters.bad_requests, 1)
-            return NO_REPLY if silent else -EIO
+            return self.bad_request(NO_REPLY if silent else -EIO)
         if op.flags & OP_CHANGES and self.share.read_only:
             return -EROFS
         if taken < op.size or (opcode != FUSE_WRITE and taken > REQUEST_MAX):
-            counter_add(&self.counters.bad_requests, 1)
-            return NO_REPLY if silent else -EINVAL
+            return self.bad_request(NO_REPLY if silent else -EINVAL)
         if opcode == FUSE_WRITE:
             taken = op.size         # the data is written from guest memory
         iov_gather(chain.iov, chain.n_readable, IN_HEADER, self.request, taken)
@@ -260,8 +256,7 @@ cdef class Server(NodeOperations):
         cdef uint64_t count = (<fuse_batch_forget_in *>self.request).count, i
         cdef const fuse_forget_one *one = <const fuse_forget_one *>(self.request + sizeof(fuse_batch_forget_in))
         if count > (self.length - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one):
-            counter_add(&self.counters.bad_requests, 1)
-            return NO_REPLY
+            return self.bad_request(NO_REPLY)
         for i in range(count):
             if not self.table.node_forget(one[i].nodeid, one[i].nlookup):
                 counter_add(&self.counters.bad_forgets, 1)
@@ -276,8 +271,7 @@ cdef class Server(NodeOperations):
         if self.share.window is None:
             return -ENOSYS
         if arg.count > (self.length - sizeof(fuse_removemapping_in)) // sizeof(fuse_removemapping_one):
-            counter_add(&self.counters.bad_requests, 1)
-            return -EINVAL
+            return self.bad_request(-EINVAL)
         for i in range(arg.count):
             if self.share.window.unmap(one[i].moffset, one[i].len) < 0:
                 result = -EINVAL
@@ -356,8 +350,7 @@ cdef class Server(NodeOperations):
         cdef host_stat st
         cdef ssize_t done
         if arg.size > self.room:
-            counter_add(&self.counters.bad_requests, 1)
-            return -EIO
+            return self.bad_request(-EIO)
         while skip >= iov.iov_len:      # skip the space for the reply header; self.room says that it fits
             skip -= iov.iov_len
             iov += 1
@@ -398,8 +391,7 @@ cdef class Server(NodeOperations):
         cdef ssize_t done
         cdef int error
         if arg.size != size or size > MAX_WRITE:
-            counter_add(&self.counters.bad_requests, 1)
-            return -EIO
+            return self.bad_request(-EIO)
         if (handle.synchronous or flags & RWF_DSYNC) and not self.may_wait:
             return WOULD_WAIT
         count = iov_part(iov, chain.n_readable, IN_HEADER + sizeof(fuse_write_in), size, iov, chain.n_readable)
@@ -532,8 +524,7 @@ cdef class Server(NodeOperations):
         cdef bint dots
         cdef Node *node = handle.node
         if arg.size > self.room:
-            counter_add(&self.counters.bad_requests, 1)
-            return -EIO
+            return self.bad_request(-EIO)
         cdef uint64_t fh = nodeid if agreed(self.share, NO_OPEN) else arg.fh
         if self.entries_fh != fh or self.entries_next != arg.offset or arg.offset == 0:
             self.entries_fh, self.entries_next = fh, arg.offset

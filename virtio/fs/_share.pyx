@@ -15,7 +15,7 @@ from virtio.fs._table cimport Table
 from virtio.fs._types cimport fs_is_overlay, fs_is_remote, fs_stores_files
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP
-from vmm._sys cimport counter_read
+from vmm._sys cimport counter_add, counter_read
 
 
 cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
@@ -153,6 +153,11 @@ cdef class FuseThread:
         if agreed(self.share, CHECKS_SGID):
             return fs_become(uid, gid, self.credentials.create_sgid)
         return fs_become(uid, gid, self.credentials.create)
+
+    cdef int64_t bad_request(self, int64_t result) noexcept nogil:
+        # Count a malformed request. Returns `result`, the answer to it.
+        counter_add(&self.counters.bad_requests, 1)
+        return result
 
     cdef const char *path_of(self, int fd) noexcept nogil:
         # The magic link of `fd`, which leads to exactly that inode. Callers check the node's type first.

@@ -5,14 +5,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from virtio.fs._host cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY
-from virtio.fs._inodes cimport ROOT, Inodes, Node
+from virtio.fs._inodes cimport CHUNK, CHUNK_BITS, CHUNKS, ROOT, Inodes, Node, unlock_and_close
 from vmm._sys cimport close, counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
-
-
-cdef enum:
-    CHUNK_BITS = 9
-    CHUNK = 1 << CHUNK_BITS
-    CHUNKS = 8192               # of 512: 4 million handles
 
 
 cdef class Table(Inodes):
@@ -67,9 +61,7 @@ cdef class Table(Inodes):
             self.handle_open(handle, fd, kind, node, flags)
             fh = <uint64_t>handle.generation << 32 | handle.index
             fd = -1
-        pthread_mutex_unlock(&self.lock)
-        if fd >= 0:
-            close(fd)
+        unlock_and_close(&self.lock, fd)
         return fh
 
     cdef void handle_open(self, Handle *handle, int fd, Kind kind, Node *node, int flags) noexcept nogil:
@@ -185,7 +177,7 @@ cdef class Table(Inodes):
         pthread_mutex_lock(&self.lock)
         slots = self.handle_slots       # other threads may be opening files
         pthread_mutex_unlock(&self.lock)
-        # Lock for each handle, so that the lock is not held during a million closes.
+        # Lock for each handle and each node, so that the lock is not held during a million closes.
         for i in range(ROOT, slots):
             pthread_mutex_lock(&self.lock)
             handle = self._handle(i)
@@ -200,4 +192,15 @@ cdef class Table(Inodes):
             if fd >= 0:
                 close(fd)
                 self.node_put(node)
-        self.clear_nodes()
+        pthread_mutex_lock(&self.lock)
+        slots = self.node_slots         # other threads may be looking files up
+        pthread_mutex_unlock(&self.lock)
+        for i in range(ROOT + 1, slots):
+            pthread_mutex_lock(&self.lock)
+            node = self._node(i)
+            fd = -1
+            if node.live:
+                node.nlookup = 0
+                if node.refs == 0:
+                    fd = self._drop(node)
+            unlock_and_close(&self.lock, fd)
