@@ -39,11 +39,8 @@ class Printed(Structure):
 
 class kvm_userspace_memory_region(Structure):
     _fields_ = (
-        ("slot", c_uint32),
-        ("flags", c_uint32),
-        ("guest_phys_addr", c_uint64),
-        ("memory_size", c_uint64),
-        ("userspace_addr", c_uint64),
+        *((name, c_uint32) for name in "slot flags".split()),
+        *((name, c_uint64) for name in "guest_phys_addr memory_size userspace_addr".split()),
     )
 
 
@@ -58,16 +55,7 @@ class kvm_segment(Printed):
         ("base", c_uint64),
         ("limit", c_uint32),
         ("selector", c_uint16),
-        ("type", c_uint8),
-        ("present", c_uint8),
-        ("dpl", c_uint8),
-        ("db", c_uint8),
-        ("s", c_uint8),
-        ("l", c_uint8),
-        ("g", c_uint8),
-        ("avl", c_uint8),
-        ("unusable", c_uint8),
-        ("padding", c_uint8),
+        *((name, c_uint8) for name in "type present dpl db s l g avl unusable padding".split()),
     )
 
 
@@ -97,13 +85,7 @@ class kvm_msrs(Structure):
 
 class kvm_cpuid_entry2(Structure):
     _fields_ = (
-        ("function", c_uint32),
-        ("index", c_uint32),
-        ("flags", c_uint32),
-        ("eax", c_uint32),
-        ("ebx", c_uint32),
-        ("ecx", c_uint32),
-        ("edx", c_uint32),
+        *((name, c_uint32) for name in "function index flags eax ebx ecx edx".split()),
         ("padding", c_uint32 * 3),
     )
 
@@ -115,13 +97,7 @@ class kvm_cpuid2(Structure):
 
 
 class kvm_irqfd(Structure):
-    _fields_ = (
-        ("fd", c_uint32),
-        ("gsi", c_uint32),
-        ("flags", c_uint32),
-        ("resamplefd", c_uint32),
-        ("pad", c_uint8 * 16),
-    )
+    _fields_ = (*((name, c_uint32) for name in "fd gsi flags resamplefd".split()), ("pad", c_uint8 * 16))
 
 
 class kvm_ioeventfd(Structure):
