@@ -8,6 +8,7 @@ import fcntl
 import os
 
 from vmm import undertaker
+from vmm.closing import Closers
 from vmm.errors import ConfigError, HostError, KvmError, VmmError
 from vmm.kvm import abi
 from vmm.kvm.abi import kvm_ioctl
@@ -187,20 +188,12 @@ def prepare(path: str = "/dev/kvm") -> Vm | None:
     waits (12 ms). So they are made as early as can be.
     What is wrong with this KVM, the machine finds out and says.
     """
+    made = Closers()
     try:
-        kvm = Kvm(path)
-    except ConfigError:
-        return None
-    try:
-        vm = kvm.create_vm()
-    except VmmError:
-        kvm.close()
-        return None
-    try:
+        vm = made.own(made.own(Kvm(path)).create_vm())
         vm.create_irqchip()
     except VmmError:
-        vm.close()
-        kvm.close()
+        made.close()
         return None
     return vm
 
