@@ -49,7 +49,6 @@ cdef extern from *:
     #define policy_leave(reading) __atomic_fetch_add(reading, 1, __ATOMIC_RELEASE)
     #define policy_table(table) __atomic_load_n(table, __ATOMIC_SEQ_CST)
     #define policy_swap(table, new) __atomic_exchange_n(table, new, __ATOMIC_SEQ_CST)
-    #define policy_get(from) __atomic_load_n(from, __ATOMIC_RELAXED)
     #define policy_set(to, value) __atomic_store_n(to, value, __ATOMIC_RELAXED)
     static inline void policy_wait(uint64_t *reading) {
         uint64_t seen = __atomic_load_n(reading, __ATOMIC_SEQ_CST);
@@ -61,7 +60,6 @@ cdef extern from *:
     uint64_t policy_leave(uint64_t *reading) noexcept nogil
     Table *policy_table(Table **table) noexcept nogil
     Table *policy_swap(Table **table, Table *new) noexcept nogil
-    uint64_t policy_get(uint64_t *source) noexcept nogil
     void policy_set(uint64_t *to, uint64_t value) noexcept nogil
     void policy_wait(uint64_t *reading) noexcept nogil
 
@@ -216,7 +214,7 @@ cdef class Policy:
         for i in range(table.n_learned):
             each = &table.learned[i]
             address = (<object>each.high << 64 | each.low).to_bytes(16, "big")
-            found.append((address, each.first, each.last, each.until, policy_get(&each.used)))
+            found.append((address, each.first, each.last, each.until, counter_read(&each.used)))
         return found
 
     cdef int _publish(self, list rules, size_t n_deny, list learned) except -1:
@@ -271,14 +269,10 @@ cdef class Policy:
             return SPECIAL if is_hosts(head, kind) else ALLOWED
         if size < ETH_HEADER:
             return MALFORMED
-        if kind == 0x0800:
+        if kind == 0x0800 or kind == 0x86dd:
             policy_enter(&self.reading)
-            verdict = self.check_ipv4(&head[ETH_HEADER], size - ETH_HEADER)
-            policy_leave(&self.reading)
-            return verdict
-        if kind == 0x86dd:
-            policy_enter(&self.reading)
-            verdict = self.check_ipv6(&head[ETH_HEADER], size - ETH_HEADER)
+            verdict = self.check_ipv4(&head[ETH_HEADER], size - ETH_HEADER) if kind == 0x0800 \
+                else self.check_ipv6(&head[ETH_HEADER], size - ETH_HEADER)
             policy_leave(&self.reading)
             return verdict
         if kind != 0x0806:
