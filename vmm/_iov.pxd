@@ -18,8 +18,8 @@ cdef extern from *:
     void copy_once(void *to, const void *source, size_t n) noexcept nogil
 
 
-cdef inline size_t iov_gather(const iovec *iov, uint32_t count, size_t skip, void *to, size_t size) noexcept nogil:
-    # Copy up to `size` bytes out of the buffers, from byte `skip` on. Returns the number of bytes copied.
+cdef inline size_t iov_copy(const iovec *iov, uint32_t count, size_t skip, uint8_t *ours, size_t size,
+                            bint inward) noexcept nogil:
     cdef size_t done = 0, n
     cdef uint32_t i
     for i in range(count):
@@ -29,28 +29,24 @@ cdef inline size_t iov_gather(const iovec *iov, uint32_t count, size_t skip, voi
             skip -= iov[i].iov_len
             continue
         n = min(iov[i].iov_len - skip, size - done)
-        copy_once(<uint8_t *>to + done, <uint8_t *>iov[i].iov_base + skip, n)
+        if inward:
+            memcpy(<uint8_t *>iov[i].iov_base + skip, ours + done, n)
+        else:
+            copy_once(ours + done, <uint8_t *>iov[i].iov_base + skip, n)
         done += n
         skip = 0
     return done
+
+
+cdef inline size_t iov_gather(const iovec *iov, uint32_t count, size_t skip, void *to, size_t size) noexcept nogil:
+    # Copy up to `size` bytes out of the buffers, from byte `skip` on. Returns the number of bytes copied.
+    return iov_copy(iov, count, skip, <uint8_t *>to, size, False)
 
 
 cdef inline size_t iov_scatter(const iovec *iov, uint32_t count, size_t skip, const void *source,
                                size_t size) noexcept nogil:
     # Copy up to `size` bytes into the buffers, from byte `skip` on. Returns the number of bytes copied.
-    cdef size_t done = 0, n
-    cdef uint32_t i
-    for i in range(count):
-        if done == size:
-            break
-        if skip >= iov[i].iov_len:
-            skip -= iov[i].iov_len
-            continue
-        n = min(iov[i].iov_len - skip, size - done)
-        memcpy(<uint8_t *>iov[i].iov_base + skip, <const uint8_t *>source + done, n)
-        done += n
-        skip = 0
-    return done
+    return iov_copy(iov, count, skip, <uint8_t *>source, size, True)
 
 
 cdef inline uint32_t iov_part(const iovec *iov, uint32_t count, size_t skip, size_t size, iovec *into,
