@@ -271,29 +271,11 @@ def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t 
                     raise OSError(errno, os.strerror(errno))
                 if got == 0:
                     return written                              # end of the source file: the rest is zeros
-                written += _write_pages(target, buffer, <size_t>got, offset + (data - start))
+                written += <uint64_t>copy_pages(<uintptr_t>buffer, <size_t>got, target, offset + (data - start))
                 data += <uint64_t>got
             at = max(hole, at + 1)
     finally:
         free(buffer)
-    return written
-
-
-cdef uint64_t _write_pages(int target, uint8_t *data, size_t size, uint64_t offset) except? 0:
-    # Write the pages that are not all zeros, in runs. Returns the bytes written.
-    cdef size_t first = 0, next, page
-    cdef uint64_t written = 0
-    while first < size:
-        page = min(<size_t>PAGE, size - first)
-        if is_zero(data + first, page):
-            first += page
-            continue
-        next = first + page
-        while next < size and not is_zero(data + next, min(<size_t>PAGE, size - next)):
-            next += min(<size_t>PAGE, size - next)
-        copy_out(<uintptr_t>(data + first), next - first, target, offset + first)
-        written += next - first
-        first = next
     return written
 
 
@@ -304,7 +286,21 @@ def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
     :returns: bytes written
     :raises OSError: a write failed
     """
-    return _write_pages(fd, <uint8_t *>address, size, offset)
+    cdef uint8_t *data = <uint8_t *>address
+    cdef size_t first = 0, next, page
+    cdef uint64_t written = 0
+    while first < size:
+        page = min(<size_t>PAGE, size - first)
+        if is_zero(data + first, page):
+            first += page
+            continue
+        next = first + page
+        while next < size and not is_zero(data + next, min(<size_t>PAGE, size - next)):
+            next += min(<size_t>PAGE, size - next)
+        copy_out(address + first, next - first, fd, offset + first)
+        written += next - first
+        first = next
+    return written
 
 
 def copy_out(uintptr_t address, size_t size, int fd, uint64_t offset):
