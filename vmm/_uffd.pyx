@@ -32,23 +32,13 @@ cdef extern from *:
         errno = error;
         return fd;
     }
-    static int uffd_call(void) { return (int)syscall(SYS_userfaultfd, UFFD_FLAGS); }
-    static int uffd_api(int fd) {
-        struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE };
+    static int uffd_call(int flags) { return (int)syscall(SYS_userfaultfd, UFFD_FLAGS | flags); }
+    static int uffd_api(int fd, unsigned long features) {
+        struct uffdio_api api = { .api = UFFD_API, .features = features };
         return ioctl(fd, UFFDIO_API, &api);
     }
-    /* UFFD_FEATURE_WP_ASYNC is in <linux/userfaultfd.h> since Linux 6.7. With it the kernel reports no fault to user
-       space, so UFFD_USER_MODE_ONLY, which needs no privilege, is enough. */
-    static int uffd_marks(void) {
-        struct uffdio_api api = { .api = UFFD_API, .features = 1 << 15 /* UFFD_FEATURE_WP_ASYNC */ };
-        int fd = (int)syscall(SYS_userfaultfd, UFFD_FLAGS | 1 /* UFFD_USER_MODE_ONLY */), error;
-        if (fd < 0 || !ioctl(fd, UFFDIO_API, &api))
-            return fd;
-        error = errno;
-        close(fd);
-        errno = error;
-        return -1;
-    }
+    #define UFFD_USER_ONLY 1        /* UFFD_USER_MODE_ONLY: needs no privilege */
+    #define UFFD_ASYNC (1 << 15)    /* UFFD_FEATURE_WP_ASYNC, in <linux/userfaultfd.h> since Linux 6.7 */
     static int uffd_register(int fd, unsigned long address, unsigned long size, unsigned long mode) {
         struct uffdio_register range = { .range = { address, size }, .mode = mode };
         return ioctl(fd, UFFDIO_REGISTER, &range);
@@ -77,9 +67,10 @@ cdef extern from *:
     }
     """
     int uffd_device() nogil
-    int uffd_call() nogil
-    int uffd_api(int fd) nogil
-    int uffd_marks() nogil
+    int uffd_call(int flags) nogil
+    int uffd_api(int fd, unsigned long features) nogil
+    int UFFD_USER_ONLY
+    unsigned long UFFD_ASYNC, UFFD_FEATURE_EVENT_REMOVE
     int uffd_register(int fd, unsigned long address, unsigned long size, unsigned long mode) nogil
     unsigned long UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
     int uffd_watch(int peer, int process, int stop) nogil
@@ -100,12 +91,16 @@ def create(bint by_call):
     """
     cdef int fd = uffd_device()
     if fd < 0 and errno == ENOENT and by_call:
-        fd = uffd_call()
-    if fd < 0:
-        raise OSError(errno, os.strerror(errno))
-    if uffd_api(fd) < 0:
+        fd = uffd_call(0)
+    return _agreed(fd, UFFD_FEATURE_EVENT_REMOVE)
+
+
+cdef int _agreed(int fd, unsigned long features) except -1:
+    # `fd` with these features, owned by the caller; closed where the kernel has them not. -1: it could not be made.
+    if fd < 0 or uffd_api(fd, features) < 0:
         error = errno
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
         raise OSError(error, os.strerror(error))
     return fd
 
@@ -125,10 +120,8 @@ def create_marks():
     :returns: a descriptor, owned by the caller; closing it removes all marks
     :raises OSError: the kernel is older than Linux 6.7, or this process may not use userfaultfd
     """
-    cdef int fd = uffd_marks()
-    if fd < 0:
-        raise OSError(errno, os.strerror(errno))
-    return fd
+    # With UFFD_ASYNC the kernel reports no fault to user space, so UFFD_USER_ONLY is enough.
+    return _agreed(uffd_call(UFFD_USER_ONLY), UFFD_ASYNC)
 
 
 def register_marks(int fd, uintptr_t address, size_t size):
