@@ -16,7 +16,8 @@ from libc.string cimport memcpy
 
 from vmm._bus cimport ACCESS_DONE, NativeDevice
 from vmm._sys cimport (
-    CLOCK_MONOTONIC, clock_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    CLOCK_MONOTONIC, clock_ns, eventfd_write, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock,
 )
 
 cdef extern from "<pthread.h>" nogil:
@@ -26,7 +27,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_broadcast(pthread_cond_t *c)
 
 cdef extern from "<unistd.h>" nogil:
-    ssize_t write(int fd, const void *data, size_t size)
     int usleep(unsigned int microseconds)
 
 # Registers, by offset.
@@ -103,11 +103,9 @@ cdef int cause(State *s) noexcept nogil:
 cdef void update(State *s) noexcept nogil:
     # The line is edge triggered at the IOAPIC. The pin stays high while any cause is pending. Drivers serve causes
     # until IIR reports none, so they miss nothing between two edges.
-    cdef uint64_t one = 1
     cdef int level = cause(s) != IIR_NONE
     if level and not s.level:
-        if write(s.irq_fd, &one, 8) < 0:
-            pass                        # the eventfd's counter is full, so an edge is already pending
+        eventfd_write(s.irq_fd, 1)      # if the counter is full, an edge is already pending
     s.level = level
 
 
