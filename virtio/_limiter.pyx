@@ -2,7 +2,7 @@
 # cython: language_level=3
 """Rate limits by token buckets, with Firecracker's parameters: size, one-time burst, refill time."""
 from libc.stdint cimport uint64_t
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, counter_add, counter_read
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, counter_add, counter_read, flag_read, flag_set
 
 cdef extern from *:
     """
@@ -11,13 +11,9 @@ cdef extern from *:
         while (__atomic_exchange_n(p, 1, __ATOMIC_ACQUIRE)) __builtin_ia32_pause();
     }
     static inline void limiter_unlock(int *p) { __atomic_store_n(p, 0, __ATOMIC_RELEASE); }
-    static inline int limiter_active(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-    static inline void limiter_set_active(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
     """
     void limiter_lock(int *p) noexcept nogil
     void limiter_unlock(int *p) noexcept nogil
-    bint limiter_active(const int *p) noexcept nogil
-    void limiter_set_active(int *p, bint v) noexcept nogil
 
 
 cdef uint64_t wait_for(Bucket *b, uint64_t want, uint64_t now) noexcept nogil:
@@ -58,11 +54,11 @@ cdef class RateLimiter:
             self.bandwidth = new_bandwidth
         if ops is not None:
             self.ops = new_ops
-        limiter_set_active(&self.active, self.bandwidth.size or self.ops.size)
+        flag_set(&self.active, self.bandwidth.size or self.ops.size)
         limiter_unlock(&self.lock)
 
     cdef bint limited(self) noexcept nogil:
-        return limiter_active(&self.active)
+        return flag_read(&self.active)
 
     cdef void charge(self, uint64_t nbytes) noexcept nogil:
         limiter_lock(&self.lock)

@@ -9,18 +9,14 @@ from libc.string cimport memcpy
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, NativeDevice
 
 from virtio._interrupt cimport MAX_QUEUES, Interrupt
-from vmm._sys cimport and32, counter_add, counter_read, eventfd_write, load32
+from vmm._sys cimport and32, counter_add, counter_read, eventfd_write, flag_read, flag_set, load32
 
 cdef extern from *:
     """
     #include <stdint.h>
     typedef volatile uint32_t volatile_u32;
-    static inline int mmio_fd(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-    static inline void mmio_set_fd(int *p, int fd) { __atomic_store_n(p, fd, __ATOMIC_RELAXED); }
     """
     ctypedef uint32_t volatile_u32
-    int mmio_fd(const int *p) noexcept nogil
-    void mmio_set_fd(int *p, int fd) noexcept nogil
 
 cdef extern from "<linux/virtio_mmio.h>" nogil:
     enum: VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_CONFIG
@@ -41,7 +37,7 @@ cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is
             and32(registers.call.status, ~value)
             return ACCESS_DONE
         if offset == VIRTIO_MMIO_QUEUE_NOTIFY and value < MAX_QUEUES:
-            fd = mmio_fd(&registers.notify[value])
+            fd = flag_read(&registers.notify[value])
             if fd >= 0:
                 counter_add(&registers.notified, 1)
                 eventfd_write(fd, 1)
@@ -97,4 +93,4 @@ cdef class MmioRegisters(NativeDevice):
     def set_notify(self, int queue, int fd):
         """Make a QueueNotify write for `queue` signal the eventfd `fd` (borrowed); -1: Python handles the write."""
         if 0 <= queue < MAX_QUEUES:
-            mmio_set_fd(&self.registers.notify[queue], fd)
+            flag_set(&self.registers.notify[queue], fd)

@@ -12,7 +12,9 @@ from vmm._fastpath cimport (
     Ring, VirtQueue, load_relaxed16, queue_disable_notify, queue_enable_notify, queue_flush, queue_mute,
 )
 from vmm._gate cimport gate_await, gate_destroy, gate_init, gate_pass, gate_set
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write, name_thread
+from vmm._sys cimport (
+    CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write, flag_read, flag_set, name_thread,
+)
 from vmm.errors import HostError
 from vmm.threads import spawn
 
@@ -23,8 +25,6 @@ cdef extern from *:
     #include <sys/eventfd.h>
     #include <sys/timerfd.h>
     #include <unistd.h>
-    static inline int worker_stop_seen(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void worker_set_stop(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline void worker_pause(void) { __builtin_ia32_pause(); }
     static inline int worker_ctl(int epoll, int op, int fd, uint32_t events, uint32_t token) {
         struct epoll_event e = { .events = events, .data = { .u32 = token } };
@@ -35,8 +35,6 @@ cdef extern from *:
         timerfd_settime(timer, 0, &t, NULL);
     }
     """
-    int worker_stop_seen(const int *p) noexcept nogil
-    void worker_set_stop(int *p, int v) noexcept nogil
     void worker_pause() noexcept nogil
     int worker_ctl(int epoll, int op, int fd, uint32_t events, uint32_t token) noexcept nogil
     void worker_arm(int timer, uint64_t ns) noexcept nogil
@@ -150,7 +148,7 @@ cdef class QueueWorker:
         self._polling[0] = self._polling[1] = Polling(self.poll_ns, 0, 0)
         self._again = 0
         self.in_flight = False
-        worker_set_stop(&self._stop, 0)
+        flag_set(&self._stop, 0)
         self.begin()
         if self._thread is not None:
             gate_set(&self._gate, False, False)
@@ -174,7 +172,7 @@ cdef class QueueWorker:
         if self._thread is None:
             return
         gate_set(&self._gate, not leaving, leaving)
-        worker_set_stop(&self._stop, 1 + leaving)
+        flag_set(&self._stop, 1 + leaving)
         eventfd_write(self._stop_fd, 1)
         while not leaving and not there:
             with nogil:
@@ -351,10 +349,10 @@ cdef class QueueWorker:
         worker_arm(self._timer, nanoseconds)
 
     cdef bint stopping(self) noexcept nogil:
-        return worker_stop_seen(&self._stop)
+        return flag_read(&self._stop)
 
     cdef bint leaving(self) noexcept nogil:
-        return worker_stop_seen(&self._stop) > 1
+        return flag_read(&self._stop) > 1
 
     # Overridden by devices
 

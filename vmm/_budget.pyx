@@ -11,7 +11,7 @@ import resource
 from libc.errno cimport EMFILE, ENFILE, errno
 from libc.stdint cimport uint64_t
 
-from vmm._sys cimport close
+from vmm._sys cimport close, counter_read, flag_read, flag_set
 
 cdef extern from *:
     """
@@ -26,22 +26,15 @@ cdef extern from *:
         } while (!__atomic_compare_exchange_n(taken, &now, now + amount, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
         return 1;
     }
-    static inline uint64_t budget_load(const uint64_t *taken) { return __atomic_load_n(taken, __ATOMIC_RELAXED); }
     static inline void budget_give(uint64_t *taken, uint64_t amount) {
         __atomic_fetch_sub(taken, amount, __ATOMIC_RELAXED);
-    }
-    static int granted_below[2];        /* numbers, by purpose */
-    static inline int budget_below(int purpose) { return __atomic_load_n(&granted_below[purpose], __ATOMIC_RELAXED); }
-    static inline void budget_set_below(int purpose, int n) {
-        __atomic_store_n(&granted_below[purpose], n, __ATOMIC_RELAXED);
     }
     """
     void set_errno(int number) noexcept nogil
     bint budget_take(uint64_t *taken, uint64_t limit, uint64_t amount) noexcept nogil
-    uint64_t budget_load(const uint64_t *taken) noexcept nogil
     void budget_give(uint64_t *taken, uint64_t amount) noexcept nogil
-    int budget_below(int purpose) noexcept nogil
-    void budget_set_below(int purpose, int number) noexcept nogil
+
+cdef int[2] granted_below   # numbers, by purpose; atomic
 
 KEPT = 512      # descriptors reserved for the VMM itself
 
@@ -49,8 +42,8 @@ KEPT = 512      # descriptors reserved for the VMM itself
 def set_descriptor_limit(int limit):
     """Set the limits: guests may use all but ``KEPT`` of `limit` descriptors, and look-ups three quarters of those."""
     cdef int below = max(limit - <int>KEPT, 0)
-    budget_set_below(FOR_OPEN, below)
-    budget_set_below(FOR_LOOKUP, below * 3 // 4)
+    flag_set(&granted_below[<int>FOR_OPEN], below)
+    flag_set(&granted_below[<int>FOR_LOOKUP], below * 3 // 4)
 
 
 def raise_descriptor_limit():
@@ -74,7 +67,7 @@ cdef int granted(int fd, Purpose purpose) noexcept nogil:
     if fd < 0:
         if errno == EMFILE:
             set_errno(ENFILE)
-    elif fd >= budget_below(purpose):
+    elif fd >= flag_read(&granted_below[<int>purpose]):
         close(fd)
         set_errno(ENFILE)
         return -1
@@ -93,7 +86,7 @@ cdef class Budget:
     @property
     def used(self):
         """The amount currently taken."""
-        return budget_load(&self.taken)
+        return counter_read(&self.taken)
 
     def ask(self, uint64_t amount):
         """Take `amount`; returns False, and takes nothing, if less than that is left."""

@@ -45,6 +45,9 @@ cdef extern from *:
         for (size_t i = 0; i < size / sizeof(uint64_t); i++)
             ((uint64_t *)to)[i] = counter_read((const uint64_t *)from + i);
     }
+    /* A number that one thread sets and others read. */
+    static inline int flag_read(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void flag_set(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
     /* A register that several threads change. */
     static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
@@ -60,6 +63,8 @@ cdef extern from *:
     void counter_add(uint64_t *counter, int64_t n) noexcept nogil
     uint64_t counter_read(const uint64_t *counter) noexcept nogil
     void counters_read(void *to, const void *source, size_t size) noexcept nogil    # a struct or array of them
+    int flag_read(const int *p) noexcept nogil
+    void flag_set(int *p, int value) noexcept nogil
     uint32_t load32(const uint32_t *p) noexcept nogil
     void store32(uint32_t *p, uint32_t v) noexcept nogil
     void or32(uint32_t *p, uint32_t v) noexcept nogil

@@ -19,23 +19,12 @@ from vmm._uring cimport (
 )
 from virtio._worker cimport SERVE_STALLED, QueueWorker
 from vmm._sys cimport (
-    counter_add, counters_read, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
-    table_alloc, table_free,
+    counter_add, counters_read, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, table_alloc, table_free,
 )
 from vmm._fastpath cimport (
     QUEUE_CHAIN, Ring, iovec, load_relaxed16, queue_add_used, queue_pop, queue_unpop, store_release16,
 )
-
-cdef extern from *:
-    """
-    #include <fcntl.h>
-    #include <sys/uio.h>
-    #include <unistd.h>
-    static inline int flag_set(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-    static inline void set_flag(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
-    """
-    bint flag_set(const int *p) noexcept nogil
-    void set_flag(int *p, int value) noexcept nogil
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t preadv2(int fd, const iovec *iov, int count, long offset, int flags)
@@ -129,7 +118,7 @@ cdef class Backend:
         cdef int failed = 0
         with nogil:     # a worker may need the GIL for a warning
             pthread_mutex_lock(&self.gate)
-            set_flag(&self.changing, 1)
+            flag_set(&self.changing, 1)
         for worker in self.workers:
             with nogil:
                 pthread_mutex_lock(&worker.lock)
@@ -144,7 +133,7 @@ cdef class Backend:
                 self.cached = not block_device and not self.file.direct
         for worker in self.workers:
             pthread_mutex_unlock(&worker.lock)
-        set_flag(&self.changing, 0)
+        flag_set(&self.changing, 0)
         pthread_mutex_unlock(&self.gate)
         if failed:
             raise OSError(failed, "dup3")
@@ -238,7 +227,7 @@ cdef class BlockWorker(QueueWorker):
             r = self.idle
             if r == NULL:
                 break                   # all requests are in flight: a completion resumes this queue
-            if flag_set(&self.disk.changing):
+            if flag_read(&self.disk.changing):
                 self.yield_to_change()
             status = queue_pop(ring, self.ram, &r.chain)
             if status != QUEUE_CHAIN:
@@ -285,7 +274,7 @@ cdef class BlockWorker(QueueWorker):
         while r.length and not failed:
             if self.stopping():
                 return False
-            if flag_set(&self.disk.changing):
+            if flag_read(&self.disk.changing):
                 self.yield_to_change()
             failed = EIO if self.disk.generation != generation \
                 else execute_piece(r, &self.disk.file, self.dsync, self.piece_iov)
