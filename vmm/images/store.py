@@ -62,7 +62,7 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
     def make(work: Path) -> None:
         umask = os.umask(0o022)  # modes of the trees are the guest's
         try:
-            _make(name, recipe, size or recipe.size, packages, refresh, work, progress)
+            _make(recipe, size or recipe.size, packages, refresh, work, progress)
         finally:
             os.umask(umask)
 
@@ -150,15 +150,7 @@ def _facts(name: str) -> dict[str, Any]:
     return facts
 
 
-def _make(
-    name: str,
-    recipe: Recipe,
-    size: int,
-    packages: Sequence[str],
-    refresh: bool,
-    work: Path,
-    progress: Progress,
-) -> None:
+def _make(recipe: Recipe, size: int, packages: Sequence[str], refresh: bool, work: Path, progress: Progress) -> None:
     kernel = apt.package(KERNEL, refresh=refresh, progress=progress)
     if refresh:
         apt.package("busybox-static", refresh=True, progress=progress)

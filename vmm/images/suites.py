@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmm.images.host import FetchError, Progress, PullError, run, silent, tried
+from vmm.images.host import FetchError, Progress, PullError, run, tried
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _FIELDS = "$(REPO_URI) $(CODENAME) $(COMPONENT)"
@@ -32,7 +32,7 @@ def own() -> str | None:
 
 
 @contextmanager
-def apt_of(suite: str, progress: Progress = silent) -> Iterator[dict[str, str]]:
+def apt_of(suite: str, progress: Progress) -> Iterator[dict[str, str]]:
     """The environment in which apt knows that suite and nothing else, as long as the context lasts.
 
     A suite as ``bookworm-backports`` comes before ``bookworm``, which is there, too.
@@ -70,7 +70,5 @@ def apt_of(suite: str, progress: Progress = silent) -> Iterator[dict[str, str]]:
 def _update(suite: str, env: dict[str, str]) -> None:
     try:
         run(["apt-get", "update", "--quiet=2", "--error-on=any"], env=env)
-    except FetchError:
-        raise
     except PullError as error:
         raise FetchError(f"cannot get the package lists of Debian {suite}: {error}") from None
