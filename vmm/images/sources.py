@@ -52,12 +52,8 @@ def registry(name: Name, blobs: Path, progress: Progress) -> Content:
     :raises PullError: as ``Registry`` does
     """
     there = Registry(name)
-
-    def document(digest: str) -> tuple[bytes, str]:
-        return there.manifest(digest)
-
     progress(f"{name}: looking it up", None)
-    found = _manifest(str(name), *document(name.digest or name.tag), document)
+    found = _manifest(str(name), *there.manifest(name.digest or name.tag), there.manifest)
     blobs.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, blob in enumerate([found.config, *found.layers]):
@@ -145,10 +141,7 @@ def archive(name: Name) -> Content:
         return cast("BinaryIO", tar.extractfile(found))
 
     def small(path: str) -> bytes:
-        data = member(path).read(manifest.LIMIT + 1)
-        if len(data) > manifest.LIMIT:
-            raise PullError(f"{name.place}: {line(path)} is larger than {manifest.LIMIT} bytes")
-        return data
+        return _limited(f"{name.place}: {line(path)}", member(path))
 
     if "manifest.json" not in members and "oci-layout" in members:
         raise PullError(f"{name.place} is an archive in OCI's layout: unpack it, and name the directory, as oci:DIR")
@@ -196,9 +189,13 @@ def _opened(path: Path) -> BinaryIO:
 
 def _small(path: Path) -> bytes:
     with _opened(path) as file:
-        data = file.read(manifest.LIMIT + 1)
+        return _limited(str(path), file)
+
+
+def _limited(what: str, file: BinaryIO) -> bytes:
+    data = file.read(manifest.LIMIT + 1)
     if len(data) > manifest.LIMIT:
-        raise PullError(f"{path} is larger than {manifest.LIMIT} bytes")
+        raise PullError(f"{what} is larger than {manifest.LIMIT} bytes")
     return data
 
 
@@ -233,15 +230,13 @@ def unpack(what: str, file: BinaryIO, diff_id: str, limit: int, directory: Path)
                 tar.seek(size)
             else:
                 tar.write(piece)
+        if digest.hexdigest() != wanted:
+            raise Damaged(f"{what} does not match its digest: wanted {diff_id}, got {algorithm}:{digest.hexdigest()}")
         tar.truncate(size)
         tar.seek(0)
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
+    except BaseException as error:
         tar.close()
-        raise Damaged(f"{what} is damaged: {line(error)}") from None
-    except BaseException:
-        tar.close()
+        if isinstance(error, (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError)):
+            raise Damaged(f"{what} is damaged: {line(error)}") from None
         raise
-    if digest.hexdigest() != wanted:
-        tar.close()
-        raise Damaged(f"{what} does not match its digest: wanted {diff_id}, got {algorithm}:{digest.hexdigest()}")
     return tar, size
