@@ -74,12 +74,11 @@ def _header(info: tarfile.TarInfo) -> bytes:
 
 def _contents(file: BinaryIO, size: int) -> Iterator[bytes]:
     left = size
-    while left and (piece := file.read(min(left, FRAME_MAX))):
+    while left:
+        most = min(left, FRAME_MAX)
+        piece = file.read(most) or bytes(most)  # a file that has become shorter has zeros at its end
         left -= len(piece)
         yield piece
-    while left:  # a file that has become shorter has zeros at its end
-        yield bytes(min(left, FRAME_MAX))
-        left -= min(left, FRAME_MAX)
     yield bytes(-size % _BLOCK)
 
 
