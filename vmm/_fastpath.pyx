@@ -88,15 +88,12 @@ cdef class GuestRam:
     def slice(self, gpa, size):
         """A writable memoryview over [gpa, gpa + size): no copy, and it keeps the mapping alive."""
         cdef int i
-        cdef uint64_t start, offset
-        if not (0 <= gpa < 1 << 64 and 0 <= size < 1 << 64) or self.host(gpa, size) == NULL:
-            raise GuestMemoryError(gpa, size)
-        start = gpa
-        for i in range(self._count):
-            offset = start - self._regions[i].gpa
-            if start >= self._regions[i].gpa and offset <= self._regions[i].size \
-                    and <uint64_t>size <= self._regions[i].size - offset:
-                return self._maps[i][1][offset:offset + size]
+        cdef uint64_t offset
+        if 0 <= gpa < 1 << 64 and 0 <= size < 1 << 64:
+            for i in range(self._count):
+                if find(&self._regions[i], 1, gpa, size) != NULL:
+                    offset = <uint64_t>gpa - self._regions[i].gpa
+                    return self._maps[i][1][offset:offset + size]
         raise GuestMemoryError(gpa, size)
 
     def write(self, gpa, data):
