@@ -2,12 +2,9 @@
 # The thread of a device's queues, without the GIL: base class of every device's Cython loop.
 from libc.stdint cimport uint32_t, uint64_t
 
-from virtio._interrupt cimport Call
+from virtio._interrupt cimport MAX_QUEUES, Call
 from vmm._fastpath cimport DescChain, GuestRam, Ring
 from vmm._gate cimport gate_t
-
-cdef enum:
-    MAX_WORKER_QUEUES = 8
 
 # Results of serve() and event(). A negative one is a QUEUE_* rule that the driver broke, or WORKER_HOST.
 cdef enum:
@@ -15,6 +12,7 @@ cdef enum:
     SERVE_STALLED = 1           # it must wait (for tokens, space or input); an event() will serve it again
     SERVE_MORE = 2              # its turn is over but there is more work: serve the others, then this one again
     WORKER_HOST = -100          # the host failed permanently; the error is self.host_errno
+    WORKER_RAISED = -101        # the device raised an exception, which a Worker has
 
 # Tokens of event(). A device's own tokens are below TOKEN_OWN_END.
 cdef enum:
@@ -31,10 +29,10 @@ cdef class QueueWorker:
     # Valid on the thread, from begin() to the end of finish():
     cdef GuestRam ram
     cdef Call *call                             # for interrupt_used()
-    cdef uint32_t[MAX_WORKER_QUEUES] numbers    # each queue's number in the device, by slot in this worker
+    cdef uint32_t[MAX_QUEUES] numbers    # each queue's number in the device, by slot in this worker
     cdef uint64_t features                      # as negotiated
-    cdef (Ring *)[MAX_WORKER_QUEUES] rings    # by slot in this worker, not by number in the device
-    cdef (DescChain *)[MAX_WORKER_QUEUES] chains  # scratch chain of each queue
+    cdef (Ring *)[MAX_QUEUES] rings    # by slot in this worker, not by number in the device
+    cdef (DescChain *)[MAX_QUEUES] chains  # scratch chain of each queue
     cdef uint32_t n_queues
     cdef uint32_t broken                        # slot of the queue whose negative status serve() or event() returned
     cdef int host_errno
@@ -67,9 +65,9 @@ cdef class QueueWorker:
     cdef int _stop_fd
     cdef int _timer
     cdef int _stop                              # atomic: 1: to stop, 2: the driver leaves, too
-    cdef bint[MAX_WORKER_QUEUES] _stalled
-    cdef uint64_t[MAX_WORKER_QUEUES] _notified  # by slot
-    cdef uint32_t _again                        # bit mask of the slots that returned SERVE_MORE
+    cdef bint[MAX_QUEUES] _stalled
+    cdef uint64_t[MAX_QUEUES] _notified  # by slot
+    cdef uint64_t _again                        # bit mask of the slots that returned SERVE_MORE
     cdef Polling[2] _polling                    # after the driver's work; after an event of the host's
     cdef bint _host_first                       # which of them is next
     cdef void _close_fds(self) noexcept

@@ -3,8 +3,6 @@ from collections.abc import Callable, Sequence
 
 from virtio.device import ActivateContext, VirtioDevice
 
-def set_thread_name(name: str) -> None: ...
-
 class QueueWorker:
     device: VirtioDevice
     name: str
@@ -25,3 +23,14 @@ class QueueWorker:
     @property
     def notified(self) -> dict[int, int]: ...
     def wake(self) -> None: ...
+
+class Worker(QueueWorker):
+    def __init__(
+        self,
+        device: VirtioDevice,
+        indices: Sequence[int],
+        notify_fds: Sequence[int],
+        on_failure: Callable[[Exception], None],
+        name: str | None = None,
+    ) -> None: ...
+    def serve_only(self, index: int) -> None: ...

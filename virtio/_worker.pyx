@@ -7,7 +7,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 
-from virtio._interrupt cimport Interrupt, interrupt_used
+from virtio._interrupt cimport MAX_QUEUES, Interrupt, interrupt_used
 from vmm._fastpath cimport (
     Ring, VirtQueue, load_relaxed16, queue_disable_notify, queue_enable_notify, queue_flush, queue_mute,
 )
@@ -68,17 +68,11 @@ cdef enum:
     POLL_SKIP_MOST = 64             # sleeps without polling before the next try, after many tries in vain
 
 
-def set_thread_name(str name):
-    """Name the calling thread, for ``top -H``; truncated to 15 bytes."""
-    cdef bytes first = name.encode()[:15]
-    name_thread(first)
-
-
 cdef class QueueWorker:
     """A thread for some of a device's queues: base class of the devices' Cython loops. The transport uses it.
 
     :param device: its ``name`` names the thread; its ``poll_us`` is the longest busy polling before a sleep
-    :param indices: the queues' numbers in the device, at most 8
+    :param indices: the queues' numbers in the device, at most 64
     :param notify_fds: an eventfd for each queue; borrowed
     :param on_failure: called on the thread with ``BadChain`` or ``HostError``; the thread ends after it
     :param name: the thread's name, instead of the device's
@@ -99,8 +93,8 @@ cdef class QueueWorker:
         self.indices = tuple(indices)
         self._on_failure = on_failure
         self.n_queues = len(self.indices)
-        if self.n_queues > MAX_WORKER_QUEUES:
-            raise ValueError(f"a worker serves at most {MAX_WORKER_QUEUES} queues")
+        if self.n_queues > MAX_QUEUES:
+            raise ValueError(f"a worker serves at most {MAX_QUEUES} queues")
         self._epoll = epoll_create1(EPOLL_CLOEXEC)
         self._stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         self._timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
@@ -201,7 +195,8 @@ cdef class QueueWorker:
 
     def _run(self):
         cdef int status
-        set_thread_name(self.name)
+        cdef bytes name = self.name.encode()[:15]
+        name_thread(name)
         try:
             with nogil:
                 while True:
@@ -230,8 +225,8 @@ cdef class QueueWorker:
 
     cdef int _loop(self) noexcept nogil:
         cdef epoll_event[EVENTS] events
-        cdef uint32_t token, slot, again
-        cdef uint64_t expired
+        cdef uint32_t token, slot
+        cdef uint64_t again, expired
         cdef int count, i, status
         # No notification comes for chains made available before DRIVER_OK or while the thread was stopped.
         for slot in range(self.n_queues):
@@ -329,7 +324,7 @@ cdef class QueueWorker:
                 return status
             self._stalled[slot] = status != SERVE_EMPTY
             if status == SERVE_MORE:
-                self._again |= <uint32_t>1 << slot
+                self._again |= <uint64_t>1 << slot
             if status != SERVE_EMPTY or self.stopping() or not queue_enable_notify(ring):
                 return status
 
@@ -364,3 +359,54 @@ cdef class QueueWorker:
 
     cdef void finish(self) noexcept nogil:
         pass
+
+
+cdef class Worker(QueueWorker):
+    """A thread that calls ``process(index)`` of a device in Python when there may be work in queue `index`.
+
+    What ``process`` raises is for ``on_failure``, and ends the thread.
+    """
+    cdef tuple _notify_fds
+    cdef Ring _none                 # a ring that is never ready, for queues that others serve
+    cdef object _raised
+
+    def __init__(self, device, indices, notify_fds, on_failure, str name=None):
+        super().__init__(device, indices, notify_fds, on_failure, name)
+        self._notify_fds = tuple(notify_fds)
+
+    def begin(self):
+        """Prepare for a new driver."""
+        self.poll_ns = 0            # for loops without the GIL
+        self._context.stopping = False
+
+    def serve_only(self, uint32_t index):
+        """Leave all queues but `index` to others while this driver is there; for ``begin`` of a subclass."""
+        cdef uint32_t slot
+        for slot in range(self.n_queues):
+            if self.numbers[slot] == index:
+                self._must_watch(self._notify_fds[slot], TOKEN_QUEUE + slot, EPOLLIN | EPOLLET)
+            else:
+                self.unwatch(self._notify_fds[slot])
+                self.rings[slot] = &self._none
+
+    def stop(self, bint leaving=False):
+        """Likewise; the device's loop sees ``context.stopping``."""
+        if self._thread is not None:
+            self._context.stopping = True
+        QueueWorker.stop(self, leaving)
+
+    cdef int _kicked(self, uint32_t slot) noexcept nogil:
+        # KVM's ioeventfd also fires for queues that are not ready. Notifications are the device's to turn off and on.
+        return self._process(self.numbers[slot]) if self.rings[slot].size else 0
+
+    cdef int _process(self, uint32_t index) noexcept with gil:
+        try:
+            self.device.process(index)
+        except BaseException as failure:    # the thread's boundary: this device stops, the VM lives
+            self._raised = failure
+            return WORKER_RAISED
+        return 0
+
+    def _failure(self, int status):
+        raised, self._raised = self._raised, None
+        return QueueWorker._failure(self, status) if raised is None else raised

@@ -11,7 +11,8 @@ import threading
 from functools import partial
 
 from virtio import spec
-from virtio.device import VirtioDevice, Worker
+from virtio._worker import Worker
+from virtio.device import VirtioDevice
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base class of virtio devices, what one gets when its driver is ready, and its worker thread."""
+"""The base class of virtio devices, and what one gets when its driver is ready."""
 
 from __future__ import annotations
 
 import os
-import select
 import threading
 
 from virtio import spec
-from virtio._worker import set_thread_name
+from virtio._worker import Worker
 from vmm import logger
 from vmm.errors import ConfigError, GuestError
-from vmm.threads import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from vmm._fastpath import Chain, GuestRam, VirtQueue
 
     class AnyWorker(Protocol):
-        """A thread that serves some queues of a device; ``Worker`` and ``virtio._worker.QueueWorker`` are."""
+        """A thread that serves some queues of a device: a ``virtio._worker.QueueWorker``."""
 
         @property
         def notified(self) -> dict[int, int]: ...
@@ -160,7 +158,7 @@ class VirtioDevice:
         self.config = config
 
     def process(self, queue_index: int) -> None:
-        """Serve a queue, usually by ``drain``. Called on the worker's thread after a notification.
+        """Serve a queue, usually by ``drain``. Called on the worker's thread after a notification, and when it starts.
 
         :raises GuestError: a ring is invalid; the transport sets DEVICE_NEEDS_RESET
         """
@@ -220,112 +218,6 @@ class VirtioDevice:
         with self.waking:
             if self.notify_fds:
                 os.eventfd_write(self.notify_fds[queue_index], 1)
-
-
-class Worker:
-    """A thread that calls ``process(index)`` of a device whenever the eventfd of queue `index` is written to.
-
-    :param indices: the queues that it serves
-    :param notify_fds: an eventfd for each of them; not owned
-    :param on_failure: called on the thread, which then ends, with what ``process`` raised
-    :raises OSError: no file descriptor is left
-    """
-
-    def __init__(
-        self,
-        device: VirtioDevice,
-        indices: Sequence[int],
-        notify_fds: Sequence[int],
-        on_failure: Callable[[Exception], None],
-    ) -> None:
-        self._device = device
-        self._on_failure = on_failure
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll = select.epoll()
-        self._queue_of = dict(zip(notify_fds, indices, strict=True))
-        self.notified = dict.fromkeys(indices, 0)  # how often the driver's notification woke the thread, by queue
-        for fd in (*notify_fds, self._stop):
-            self._epoll.register(fd, select.EPOLLIN)
-        self._context: ActivateContext
-        self._thread: threading.Thread | None = None
-        self._rests = threading.Event()  # the thread serves nobody
-        self._go_on = threading.Event()  # it is to serve again, or to end
-        self._ending = False
-
-    def start(self, context: ActivateContext) -> None:
-        """Serve the driver of `context`: by the thread that waits since ``stop``, or else by a new one.
-
-        :raises RuntimeError: the host has no thread left
-        """
-        self._context = context
-        context.stopping = False
-        self._rests.clear()
-        if self._thread is not None:
-            self._go_on.set()
-            return
-        self._go_on.clear()
-        self._ending = False
-        device = self._device
-        self._thread = spawn(
-            device.thread_kind, device.name, self._run, below=device.below, unconfined=self._unconfined
-        )
-
-    def _run(self) -> None:
-        set_thread_name(self._device.name)
-        try:
-            while not self._ending:
-                self._serve()
-                self._rests.set()
-                self._go_on.wait()
-                self._go_on.clear()
-        except Exception as failure:  # the thread's boundary: this device stops, the VM lives
-            self._unconfined(failure)
-        finally:
-            self._rests.set()  # it may be told to end before it has begun to serve again
-
-    def _serve(self) -> None:
-        device, context = self._device, self._context
-        while not context.stopping:
-            for fd, _ in self._epoll.poll():
-                if fd == self._stop:
-                    return
-                os.eventfd_read(fd)
-                index = self._queue_of[fd]
-                self.notified[index] += 1
-                if context.queues[index].ready:  # KVM's ioeventfd fires for any queue
-                    device.process(index)
-
-    def _unconfined(self, failure: Exception) -> None:
-        self._ending = True
-        self._on_failure(failure)
-        self._rests.set()
-
-    def stop(self, leaving: bool = False) -> None:
-        """Serve nobody from here on; returns once the present request is finished. Idempotent.
-
-        :param leaving: the driver is gone for good, and the thread ends. False: the thread waits for ``start``
-        """
-        if self._thread is None:
-            return
-        self._ending |= leaving
-        if not self._rests.is_set():
-            self._context.stopping = True
-            os.eventfd_write(self._stop, 1)
-            self._rests.wait()
-            os.eventfd_read(self._stop)
-        if self._ending:
-            self._go_on.set()
-            self._thread.join()
-            self._thread = None
-
-    def forget(self) -> None:
-        """The driver is gone; nothing of it is kept here."""
-
-    def close(self) -> None:
-        """End the thread and give its file descriptors back; once."""
-        self.stop(leaving=True)
-        self._epoll.close()
-        os.close(self._stop)
 
 
 def describe(failure: Exception) -> str:

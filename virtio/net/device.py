@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import struct
 
 from virtio import spec
 from virtio._limiter import RateLimiter
-from virtio.device import VirtioDevice, Worker
+from virtio._worker import Worker
+from virtio.device import VirtioDevice
 from virtio.net._worker import NetWorker
 from vmm.errors import ConfigError
 
@@ -272,12 +272,10 @@ class Net(VirtioDevice):
 
 
 class _ControlWorker(Worker):
-    def start(self, context: ActivateContext) -> None:
-        # The other queue, if there is one, is a pair's: to read its eventfd would take its notification away.
-        for fd, index in self._queue_of.items():
-            mine = index == self._device.control_queue(context.features)  # type: ignore[attr-defined]
-            self._epoll.modify(fd, select.EPOLLIN if mine else 0)
-        super().start(context)
+    def begin(self) -> None:
+        # The other queue, if there is one, is a pair's.
+        super().begin()
+        self.serve_only(self.device.control_queue(self.device.context.features))  # type: ignore[attr-defined]
 
 
 def _is_two_tables(data: bytes) -> bool:
