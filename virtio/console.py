@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from virtio.device import ActivateContext, AnyWorker
+    from virtio.device import ActivateContext
     from vmm._fastpath import Chain
 
 MAX_PORTS = 16
@@ -204,7 +204,7 @@ class Console(VirtioDevice):
 
     # The driver
 
-    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[Worker]:
         """One thread for what goes to the guest, and one for each port's output, so that none holds up another."""
         outputs = [index for index in range(len(notify_fds)) if index & 1 and index != _CONTROL_OUT]
         others = [index for index in range(len(notify_fds)) if index not in outputs]

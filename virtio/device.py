@@ -18,17 +18,8 @@ if TYPE_CHECKING:
 
     from virtio._interrupt import Interrupt
     from virtio._limiter import Bucket, RateLimiter
+    from virtio._worker import QueueWorker
     from vmm._fastpath import Chain, GuestRam, VirtQueue
-
-    class AnyWorker(Protocol):
-        """A thread that serves some queues of a device: a ``virtio._worker.QueueWorker``."""
-
-        @property
-        def notified(self) -> dict[int, int]: ...
-        def start(self, context: ActivateContext) -> None: ...
-        def stop(self, leaving: bool = False) -> None: ...
-        def forget(self) -> None: ...
-        def close(self) -> None: ...
 
     class PublishConfig(Protocol):
         """Shows the driver another configuration space, and tells it unless it knows."""
@@ -144,7 +135,7 @@ class VirtioDevice:
         for worker in self._workers:
             worker.wake()
 
-    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
         """Make the threads that serve the queues. Each transport calls this once, and owns them.
 
         Those of a transport before have ended: the device forgets them.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from virtio._limiter import Bucket
-    from virtio.device import ActivateContext, AnyWorker
+    from virtio._worker import QueueWorker
+    from virtio.device import ActivateContext
     from virtio.net._policy import Policy
     from virtio.net.mmds import Endpoint
     from virtio.net.resolver import Resolver
@@ -153,7 +154,7 @@ class Net(VirtioDevice):
         total["tx_rate_limiter_throttled"] = self.tx_limiter.throttled
         return total
 
-    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[AnyWorker]:
+    def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
         """A thread a pair, and one for the control queue."""
         self._workers = [
             NetWorker(
