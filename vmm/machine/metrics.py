@@ -104,7 +104,6 @@ class Metrics:
         self._file: logger.LineFile | None = None
         self._machine: Machine | None = None
         self._own: dict[tuple[str, str], int] = {}
-        self._ids: dict[str, str] = {}  # what the API calls a device, by its name here
         self._sources: dict[str, Callable[[], Values]] = {}
         self._written: dict[tuple[str, str], int] = {}
         self._end = threading.Event()
@@ -167,8 +166,6 @@ class Metrics:
     def attach(self, machine: Machine) -> None:
         """From here on count what `machine` does: a line now, one every 60 seconds, and one at its end."""
         self._machine = machine
-        named = {**machine.blocks, **machine.nets, **machine.shares}
-        self._ids = {device.name: name for name, device in named.items()}
         for attached in machine.devices.values():
             self._add_device(attached)
         for name, net in machine.nets.items():
@@ -184,13 +181,12 @@ class Metrics:
             self._timer = spawn("metrics", "metrics", self._every_period)
 
     def _add_device(self, attached: Attached) -> None:
-        transport, device = attached.transport, attached.device
         kind = _KINDS.get(attached.kind)
         if kind is not None:
             group, per_device, translate = kind
             if per_device:
-                group = f"{group}_{self._ids.get(device.name, device.name)}"
-            self.add_source(group, lambda: translate(device.stats, transport.notifications))
+                group = f"{group}_{attached.name}"
+            self.add_source(group, lambda: translate(attached.device.stats, attached.transport.notifications))
 
     def _every_period(self) -> None:
         while not self._end.wait(PERIOD_SECONDS):
@@ -291,10 +287,10 @@ class Metrics:
             for vcpu in machine.vcpus:
                 for kind, count in vcpu.exits.items():
                     add("pyvmm_vcpu_exits_total", "counter", "KVM exits.", count, vcpu=str(vcpu.index), kind=kind)
-            for device, counters in machine.stats.items():
-                about = "Counted by virtio devices."
-                for counter, count in counters.items():
-                    labels = {"device": device, "id": self._ids.get(device, device)}
+            about = "Counted by virtio devices."
+            for each in machine.devices.values():
+                for counter, count in {**each.device.stats, **each.transport.stats}.items():
+                    labels = {"device": each.device.name, "id": each.name}
                     add(f"pyvmm_virtio_{counter}_total", "counter", about, count, **labels)
         lines = []
         for name, (kind, about, samples) in families.items():
