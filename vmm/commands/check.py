@@ -12,6 +12,7 @@ import time
 from boot import cpu
 from vmm import _uring
 from vmm._bus import Bus
+from vmm.closing import Closers
 from vmm.commands.parser import paint
 from vmm.errors import ConfigError, VmmError
 from vmm.kvm import abi
@@ -98,12 +99,13 @@ def ring0_speed(kvm: Kvm) -> float:
 
     :raises VmmError: the guest did not run
     """
-    vm, memory = kvm.create_vm(), GuestMemory(2 << 20)
-    vcpu: Vcpu | None = None
+    closers = Closers()
     try:
+        memory = closers.own(GuestMemory(2 << 20))
+        vm = closers.own(kvm.create_vm())
         vm.create_irqchip()
         vm.map_memory(memory)
-        vcpu = Vcpu(vm, 0, Bus("pio", 1 << 16), Bus("mmio", 1 << 52))
+        vcpu = closers.own(Vcpu(vm, 0, Bus("pio", 1 << 16), Bus("mmio", 1 << 52)))
         vcpu.set_cpuid(kvm.supported_cpuid())
         loop_of_two = bytes.fromhex("41ebfd")  # inc ecx; jmp back to it
         memory.write(0x100000, loop_of_two)
@@ -111,19 +113,18 @@ def ring0_speed(kvm: Kvm) -> float:
         cpu.enter_pvh(memory, sregs, regs, entry=0x100000, start_info=0)
         regs.rcx = 0
         vcpu.sregs, vcpu.regs = sregs, regs
-        runner = vcpu
         result: list[float | BaseException] = []
 
         def run() -> None:
-            runner.loop.attach("ring0 speed")
+            vcpu.loop.attach("ring0 speed")
             try:
                 start = time.perf_counter()
-                runner.run()
+                vcpu.run()
                 result.append(time.perf_counter() - start)
             except Exception as error:  # handed to the caller below
                 result.append(error)
             finally:
-                runner.loop.detach()
+                vcpu.loop.detach()
 
         thread = threading.Thread(target=run)
         try:
@@ -138,10 +139,7 @@ def ring0_speed(kvm: Kvm) -> float:
         instructions: int = 2 * vcpu.regs.rcx
         return instructions / (result[0] * 1e6)
     finally:
-        if vcpu is not None:
-            vcpu.close()
-        vm.close()
-        memory.close()
+        closers.close()
 
 
 def _device(path: str, what: str, remedy: str) -> Line:
