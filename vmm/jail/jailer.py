@@ -403,6 +403,5 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
     :raises HostError: the mount failed
     """
-    words = [None if word is None else word.encode() for word in (source, target, kind)]
-    if _libc.mount(*words, ctypes.c_ulong(flags), None if options is None else options.encode()) < 0:
-        raise HostError(ctypes.get_errno(), "mount", target)
+    *words, data = (None if word is None else word.encode() for word in (source, target, kind, options))
+    call("mount", *words, ctypes.c_ulong(flags), data, path=target)
