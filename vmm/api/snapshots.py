@@ -109,7 +109,7 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
             write_files(body, image, state_of(image), vmm.unsaved if diff else None)
     except OSError as error:
         what = "snapshot" if error.filename == body.snapshot_path else "memory"
-        raise ApiError(f"Create snapshot error: Cannot perform {_opening(error, what)}") from None
+        raise ApiError(f"Create snapshot error: Cannot perform open on the {what} backing file: {_io(error)}") from None
     finally:
         if over is not None:
             over.close()
@@ -167,14 +167,10 @@ def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
 
 def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     try:
-        data = read_state(body.snapshot_path)
+        image, _ = decode(read_state(body.snapshot_path), body.snapshot_path)
+        shown = msgspec.json.decode(image.api, type=types.VmConfiguration)
     except OSError as error:
         raise ApiError(f"{_STATE}Failed to open snapshot file: {_io(error)}") from None
-    except SnapshotError as error:
-        raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
-    try:
-        image, _ = decode(data, body.snapshot_path)
-        shown = msgspec.json.decode(image.api, type=types.VmConfiguration)
     except SnapshotError as error:
         raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
     except msgspec.MsgspecError as error:
@@ -240,7 +236,3 @@ def _override(image: Image, shown: types.VmConfiguration, body: types.SnapshotLo
 def _io(error: OSError) -> str:
     # As Rust's std::io::Error says it.
     return f"{os.strerror(error.errno or 0)} (os error {error.errno})"
-
-
-def _opening(error: OSError, what: str) -> str:
-    return f"open on the {what} backing file: {_io(error)}"

@@ -64,9 +64,8 @@ def shown_limiter(body: types.RateLimiter | None, old: types.RateLimiter | None 
     def shown(new: types.TokenBucket | None, before: types.TokenBucket | None) -> types.TokenBucket | None:
         if new is None:
             return before
-        if bucket(new) == (0, 0, 0):
-            return None
-        return types.TokenBucket(size=new.size, one_time_burst=new.one_time_burst or None, refill_time=new.refill_time)
+        limits = bucket(new)
+        return None if limits == (0, 0, 0) else _bucket_body(limits)
 
     given, before = body or types.RateLimiter(), old or types.RateLimiter()
     found = types.RateLimiter(bandwidth=shown(given.bandwidth, before.bandwidth), ops=shown(given.ops, before.ops))
