@@ -26,8 +26,7 @@ def datagram(asked: bytes, port: int, data: bytes, identity: int) -> bytes:
     source, target = asked[30:34], asked[26:30]
     size = 8 + len(data)
     segment = _UDP.pack(int.from_bytes(asked[36:38], "big"), port, size, 0) + data
-    found = checksum(source + target + struct.pack(">HH", 17, size) + segment)
-    segment = segment[:6] + found.to_bytes(2, "big") + data
+    segment = with_checksum(segment, 6, source + target + struct.pack(">HH", 17, size))
     return asked[6:12] + asked[:6] + b"\x08\0" + ipv4(17, source, target, segment, identity)
 
 
@@ -41,20 +40,23 @@ def unreachable(head: bytes, kind: int = 0, code: int = 0) -> bytes:
     if not kind:
         kind, code = _PROHIBITED[head[14] >> 4]
     if head[14] >> 4 == 4:
-        message = struct.pack(">BBHI", kind, code, 0, 0) + head[14:42]
-        message = message[:2] + checksum(message).to_bytes(2, "big") + message[4:]
+        message = with_checksum(struct.pack(">BBHI", kind, code, 0, 0) + head[14:42], 2)
         return macs + b"\x08\0" + ipv4(1, head[30:34], head[26:30], message, 0)
     addresses = head[38:54] + head[22:38]
     message = struct.pack(">BBHI", kind, code, 0, 0) + head[14:74]
-    found = checksum(addresses + struct.pack(">II", len(message), 58) + message)
-    message = message[:2] + found.to_bytes(2, "big") + message[4:]
+    message = with_checksum(message, 2, addresses + struct.pack(">II", len(message), 58))
     return macs + b"\x86\xdd" + struct.pack(">IHBB", 6 << 28, len(message), 58, 64) + addresses + message
 
 
 def ipv4(protocol: int, source: bytes, target: bytes, data: bytes, identity: int) -> bytes:
     """A packet without options, which no router may take apart."""
     ip = IPV4.pack(0x45, 0, 20 + len(data), identity, 0x4000, 64, protocol, 0, source, target)
-    return ip[:10] + checksum(ip).to_bytes(2, "big") + ip[12:] + data
+    return with_checksum(ip, 10) + data
+
+
+def with_checksum(packet: bytes, at: int, pseudo: bytes = b"") -> bytes:
+    """`packet` with its checksum in the two bytes from `at`, which are 0; of its pseudo header, too."""
+    return packet[:at] + checksum(pseudo + packet).to_bytes(2, "big") + packet[at + 2 :]
 
 
 def checksum(data: bytes) -> int:

@@ -348,10 +348,10 @@ class Endpoint:
     ) -> bytes:  # fmt: skip
         peer, peer_port = key
         options = struct.pack(">BBH", 2, 4, MSS) if flags & SYN else b""
-        head = [port, peer_port, number & _MASK, acknowledged & _MASK, (20 + len(options)) << 2, flags, window, 0, 0]
-        segment = _TCP.pack(*head) + options + data
-        head[7] = frames.checksum(self.address + peer + struct.pack(">HH", 6, len(segment)) + segment)
-        segment = _TCP.pack(*head) + options + data
+        offset = (20 + len(options)) << 2
+        head = _TCP.pack(port, peer_port, number & _MASK, acknowledged & _MASK, offset, flags, window, 0, 0)
+        segment = head + options + data
+        segment = frames.with_checksum(segment, 16, self.address + peer + struct.pack(">HH", 6, len(segment)))
         self._identity = self._identity + 1 & 0xFFFF
         self.counters["tx_count"] += 1
         return mac + MAC + b"\x08\0" + frames.ipv4(6, self.address, peer, segment, self._identity)
