@@ -8,7 +8,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from virtio.fs._host cimport fs_store
+from virtio.fs._host cimport fs_store, read
 from virtio.fs._ops cimport HAND_OVER, Server, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, Counters, Share
 from virtio.fs._fuse cimport fuse_in_header
@@ -28,9 +28,6 @@ cdef extern from "<sys/eventfd.h>" nogil:
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum: EPOLLIN
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t read(int fd, void *buf, size_t count)
 
 cdef enum:
     JOBS = 64                   # most slow requests for helpers; the queue's thread executes further ones

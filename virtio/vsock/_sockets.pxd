@@ -15,7 +15,7 @@ cdef enum:
     TICK = SECOND // 8          # time between two looks at the deadlines, ns
     RETRY = SECOND // 100       # time until a guest is asked for credit again, ns
 
-cdef struct Counters:           # as COUNTERS
+cdef struct Counters:
     uint64_t packets_tx         # tx: guest to host
     uint64_t packets_rx
     uint64_t bytes_tx

@@ -80,7 +80,8 @@ class Vsock(VirtioDevice):
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[VsockWorker]:
         """One thread for all three queues and every connection."""
         self._worker = VsockWorker(self, range(len(notify_fds)), notify_fds, on_failure)
-        return [self._worker]
+        self._workers = [self._worker]
+        return self._workers
 
     def save(self) -> dict[str, Any]:
         """The connections, for ``keep``."""
@@ -127,8 +128,3 @@ class Vsock(VirtioDevice):
     def connections(self) -> int:
         """Connections there are now, open or on their way in or out."""
         return self._worker.connections if self._worker else 0
-
-    @property
-    def stats(self) -> dict[str, int]:
-        """Counters by name."""
-        return self.counters | (self._worker.counters if self._worker else {})
