@@ -7,10 +7,9 @@ cdef extern from "<linux/fuse.h>" nogil:
         FUSE_LOOKUP, FUSE_FORGET, FUSE_GETATTR, FUSE_SETATTR, FUSE_READLINK, FUSE_SYMLINK, FUSE_MKNOD, FUSE_MKDIR
         FUSE_UNLINK, FUSE_RMDIR, FUSE_RENAME, FUSE_LINK, FUSE_OPEN, FUSE_READ, FUSE_WRITE, FUSE_STATFS, FUSE_RELEASE
         FUSE_FSYNC, FUSE_SETXATTR, FUSE_GETXATTR, FUSE_LISTXATTR, FUSE_REMOVEXATTR, FUSE_FLUSH, FUSE_INIT
-        FUSE_OPENDIR, FUSE_READDIR, FUSE_RELEASEDIR, FUSE_FSYNCDIR, FUSE_GETLK, FUSE_SETLK, FUSE_SETLKW, FUSE_ACCESS
-        FUSE_CREATE, FUSE_INTERRUPT, FUSE_BMAP, FUSE_DESTROY, FUSE_IOCTL, FUSE_POLL, FUSE_BATCH_FORGET
-        FUSE_FALLOCATE, FUSE_READDIRPLUS, FUSE_RENAME2, FUSE_LSEEK, FUSE_COPY_FILE_RANGE, FUSE_SETUPMAPPING
-        FUSE_REMOVEMAPPING, FUSE_SYNCFS, FUSE_TMPFILE
+        FUSE_OPENDIR, FUSE_READDIR, FUSE_RELEASEDIR, FUSE_FSYNCDIR, FUSE_ACCESS, FUSE_CREATE, FUSE_INTERRUPT
+        FUSE_DESTROY, FUSE_IOCTL, FUSE_BATCH_FORGET, FUSE_FALLOCATE, FUSE_READDIRPLUS, FUSE_RENAME2, FUSE_LSEEK
+        FUSE_COPY_FILE_RANGE, FUSE_SETUPMAPPING, FUSE_REMOVEMAPPING, FUSE_SYNCFS, FUSE_TMPFILE
     # INIT flags
     enum:
         FUSE_ASYNC_READ, FUSE_ATOMIC_O_TRUNC, FUSE_BIG_WRITES, FUSE_AUTO_INVAL_DATA, FUSE_DO_READDIRPLUS
@@ -111,8 +110,6 @@ cdef extern from "<linux/fuse.h>" nogil:
         uint32_t rdev
     struct fuse_mkdir_in:
         uint32_t mode
-    struct fuse_rename_in:
-        uint64_t newdir
     struct fuse_rename2_in:
         uint64_t newdir
         uint32_t flags
@@ -126,8 +123,6 @@ cdef extern from "<linux/fuse.h>" nogil:
         uint32_t mode
         uint32_t open_flags
     struct fuse_release_in:
-        uint64_t fh
-    struct fuse_flush_in:
         uint64_t fh
     struct fuse_read_in:
         uint64_t fh

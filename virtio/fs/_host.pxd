@@ -200,7 +200,7 @@ cdef extern from "<fcntl.h>" nogil:
     int fcntl(int fd, int command, ...)
     int fallocate(int fd, int mode, int64_t offset, int64_t length)
     enum:
-        FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
+        FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
 
 cdef extern from "<sys/stat.h>" nogil:
     enum: STATX_BASIC_STATS, STATX_BTIME, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
