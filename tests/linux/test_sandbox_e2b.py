@@ -237,9 +237,12 @@ def test_the_async_twin(sbx: Sandbox) -> None:
                 await handle.wait()
             assert [handle.exit_code, handle.error] == [4, "exit status 4"]
             task = asyncio.create_task(twin.commands.run("echo >/tmp/there; sleep 7531", timeout=None))
+            # The program may have begun before the host knows of it.
+            while not (there := [each.pid for each in await twin.commands.list() if each.args[-1].endswith("7531")]):
+                await asyncio.sleep(0.005)
+            (alone,) = there
             while not await twin.files.exists("/tmp/there"):
                 await asyncio.sleep(0.005)
-            (alone,) = (each.pid for each in await twin.commands.list() if each.args[-1].endswith("7531"))
             with pytest.raises(NotFoundException):  # which another task waits for
                 await twin.commands.connect(alone)
             task.cancel()
