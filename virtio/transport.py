@@ -91,8 +91,11 @@ class Transport:
     @property
     def notifications(self) -> tuple[int, ...]:
         """How often the driver's notifications woke the device, by queue."""
-        counts = {index: count for worker in self._workers for index, count in worker.notified.items()}
-        return tuple(counts.get(index, 0) for index in range(len(self.queues)))
+        counts = [0] * len(self.queues)
+        for worker in self._workers:  # two of them may serve a queue, each for other drivers
+            for index, count in worker.notified.items():
+                counts[index] += count
+        return tuple(counts)
 
     # The configuration space
 

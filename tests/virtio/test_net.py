@@ -265,6 +265,8 @@ def test_both_pairs_carry_traffic_both_ways(namespace: None, stack: Any) -> None
             for port in range(1000, 1010):
                 udp.sendto(b"to one of the queues", (GUEST, port))
             time.sleep(0.01)
+    counts = vm.driver.transport.notifications
+    assert counts[2] and counts[3], "the control queue of a driver without MQ is the third one, too"
 
 
 def answered(vm: Vm) -> bool:
