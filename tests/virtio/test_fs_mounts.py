@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -83,6 +84,16 @@ def test_kernel_file_systems_are_not_entered(tree: Path, mount: Mount, kind: str
 def test_kernel_file_systems_are_not_shared_themselves(tree: Path, kind: str) -> None:
     kernel_file_system(kind, tree)
     with pytest.raises(ConfigError, match="is on a kernel pseudo file system"):
+        FuseVm(tree)
+    assert held(tree) == 0
+
+
+def test_a_file_system_that_has_lost_its_server_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(fd: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("virtio.fs.device.stores_files", stale)
+    with pytest.raises(ConfigError, match="cannot be used: Stale file handle"):
         FuseVm(tree)
     assert held(tree) == 0
 

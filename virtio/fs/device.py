@@ -99,11 +99,14 @@ class ShareDevice(VirtioDevice):
         self._dax_slots = 0
         if raise_descriptor_limit() < 2 * KEPT:
             raise ConfigError("share", path, f"needs RLIMIT_NOFILE of {2 * KEPT} or more")
+        root = -1
         try:
             root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stores, f_type = stores_files(root)  # a network's file system may have lost its server
         except OSError as error:
+            if root >= 0:
+                os.close(root)
             raise ConfigError("share", path, f"cannot be used: {error.strerror}") from None
-        stores, f_type = stores_files(root)
         if not stores:
             os.close(root)
             problem = f"is on a kernel pseudo file system (type {f_type:#x}); share one that stores files"
