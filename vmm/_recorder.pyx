@@ -9,7 +9,7 @@ from libc.string cimport memset
 
 from vmm import _uffd, threads
 
-from vmm._sys cimport eventfd_write, table_alloc, table_free
+from vmm._sys cimport eventfd_write, flag_read, flag_set, table_alloc, table_free
 
 cdef extern from *:
     """
@@ -83,9 +83,9 @@ cdef class Recorder:
     """
 
     cdef Span[MOST_REGIONS] _spans
-    cdef int _count, _fd, _file, _stop, _error
-    cdef bint _noting
-    cdef size_t _pages, _noted
+    cdef int _count, _fd, _file, _stop
+    cdef int _error, _noting, _noted    # flags that the thread and others share: errno, whether, how many pages
+    cdef size_t _pages
     cdef uint8_t *_state                # a byte a page of the file
     cdef uint32_t *_order               # numbers of pages
     cdef object _thread, _source
@@ -106,7 +106,7 @@ cdef class Recorder:
         self._order = <uint32_t *>table_alloc(self._pages * sizeof(uint32_t))
         if self._state == NULL or self._order == NULL:
             raise MemoryError
-        self._noting = True
+        flag_set(&self._noting, True)
         try:
             self._fd = _uffd.create(threads.guard is None)      # no filter allows the system call
             self._stop = os.eventfd(0, os.EFD_CLOEXEC)
@@ -124,7 +124,7 @@ cdef class Recorder:
     def fetch(self):
         """Bring all pages that are missing, and note none of them."""
         cdef int i
-        self._noting = False
+        flag_set(&self._noting, False)
         for i in range(self._count):
             _uffd.touch(self._spans[i].address, self._spans[i].size)
 
@@ -133,12 +133,13 @@ cdef class Recorder:
 
         :raises OSError: a page could not be read
         """
-        cdef size_t i, start = 0
+        cdef size_t i, start = 0, count = flag_read(&self._noted)
+        cdef int error = flag_read(&self._error)
         cdef list runs = []
-        if self._error:
-            raise OSError(self._error, os.strerror(self._error))
-        for i in range(1, self._noted + 1):
-            if i == self._noted or self._order[i] != self._order[i - 1] + 1:
+        if error:
+            raise OSError(error, os.strerror(error))
+        for i in range(1, count + 1):
+            if i == count or self._order[i] != self._order[i - 1] + 1:
                 runs.append((<size_t>self._order[start] * PAGE, (i - start) * PAGE))
                 start = i
         return runs
@@ -192,16 +193,16 @@ cdef class Recorder:
         if span == NULL:
             return
         page = (span.offset + address - span.address) // PAGE
-        if self._noting and not self._state[page]:
+        if flag_read(&self._noting) and not self._state[page]:
             self._order[self._noted] = <uint32_t>page
-            self._noted += 1
+            flag_set(&self._noted, self._noted + 1)
         self._state[page] |= NOTED
         while got < PAGE and not self._state[page] & FREED:
             count = pread(self._file, data + got, PAGE - got, page * PAGE + got)
             if count < 0 and errno == EINTR:
                 continue
             if count <= 0:
-                self._error = errno if count < 0 else EIO       # EIO: somebody has cut the file
+                flag_set(&self._error, errno if count < 0 else EIO)     # EIO: somebody has cut the file
                 if recorder_poison(self._fd, address) == 0:
                     return
                 break
