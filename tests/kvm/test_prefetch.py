@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.cached import forget, is_cached
 from tests.kvm.guests import PATIENCE
 from tests.waiting import until
 from vmm import HostError, Image, Machine, SnapshotError, StopReason
@@ -31,21 +30,6 @@ def saved(tmp_path: Path, guest: MakeGuest) -> Path:
     vm.memory.write(0x400000, b"\x05" * (SIZE - 0x400000))
     vm.freeze().save(str(tmp_path / "image"))
     return tmp_path / "image"
-
-
-def _forget(memory: int) -> None:
-    """Take the file out of the page cache."""
-    os.fsync(memory)
-    os.posix_fadvise(memory, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _is_cached(memory: int, at: int) -> bool:
-    # By mincore(2): a read that may not wait starts to read ahead.
-    with mmap.mmap(memory, SIZE, flags=mmap.MAP_PRIVATE) as shown:
-        there = ctypes.create_string_buffer(1)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(shown))
-        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(base + at), ctypes.c_size_t(PAGE), there)
-        return bool(there.raw[0] & 1)
 
 
 def test_what_was_touched_is_recorded_in_order(saved: Path) -> None:
@@ -94,22 +78,22 @@ def test_a_file_that_was_cut_is_an_error_of_the_machine(saved: Path) -> None:
 
 def test_what_was_touched_is_there_at_the_next_load(saved: Path) -> None:
     memory = os.open(saved / "memory", os.O_RDONLY)
-    _forget(memory)
-    if _is_cached(memory, FAR):
+    forget(memory)
+    if is_cached(memory, FAR):
         os.close(memory)
         pytest.skip("LAYER MISSING: prefetch: a file system whose files can be out of memory")
     with Machine(image=Image.load(str(saved), record=True)) as vm:
         for address in ADDRESSES:
             assert vm.memory.read(address, 1) == b"\x05"
         vm.record_touched(str(saved))
-    _forget(memory)
-    assert not any(_is_cached(memory, address) for address in (*ADDRESSES, FAR))
+    forget(memory)
+    assert not any(is_cached(memory, address) for address in (*ADDRESSES, FAR))
     image = Image.load(str(saved))
     end = time.monotonic() + PATIENCE
-    while not all(_is_cached(memory, address) for address in ADDRESSES):
+    while not all(is_cached(memory, address) for address in ADDRESSES):
         assert time.monotonic() < end
         time.sleep(0.002)
-    assert not _is_cached(memory, FAR), "nobody has touched it"
+    assert not is_cached(memory, FAR), "nobody has touched it"
     os.close(memory)
     image.save(str(saved))
     assert sorted(os.listdir(saved)) == ["memory", "state"], "of another snapshot nothing is recorded"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.cached import forget
 from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import ROOT, FuseError, FuseVm
 from virtio._limiter import RateLimiter
@@ -639,27 +640,30 @@ def test_a_users_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_read_that_would_wait_for_the_disk_is_handed_over(tree: Path, mount: Callable[..., FuseVm]) -> None:
     data = os.urandom(1 << 20)
     for name in ("a", "b"):
-        with open(tree / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        (tree / name).write_bytes(data)
     vm = mount()
     node = vm.lookup("a").nodeid
     fh = vm.open(node)
-    with open(tree / "b", "rb") as file:  # not a: who asks has the host begin to read
-        page = bytearray(1)
-        try:
-            os.preadv(file.fileno(), [page], 0, os.RWF_NOWAIT)
-            cold = False
-        except BlockingIOError:
-            cold = True
-        except OSError:
-            cold = False  # the file system here cannot tell
+    waits = 0
+    with open(tree / "a", "rb") as first, open(tree / "b", "rb") as second:
+        # Who asks has the host begin to read, and a fast disk may have it before the answer: so more than once.
+        for _ in range(40):
+            if vm.device.stats["handed_over"] or not forget(second.fileno()):
+                break
+            try:
+                os.preadv(second.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+                continue  # this time it was
+            except BlockingIOError:
+                waits += 1
+            except OSError:
+                break  # the file system here cannot tell
+            forget(first.fileno())
+            assert vm.read(node, fh, 65536) == data[:65536]
     assert vm.read(node, fh, 65536) == data[:65536]
-    assert vm.device.stats["handed_over"] == int(cold)
+    handed_over = vm.device.stats["handed_over"]
+    assert handed_over or waits < 20
     assert vm.read(node, fh, 65536) == data[:65536]  # now it is in memory
-    assert vm.device.stats["handed_over"] == int(cold)
+    assert vm.device.stats["handed_over"] == handed_over
     assert vm.read(node, fh, 1 << 20, 4096) == data[4096:]  # to the file's end, partly cold
     for size, offset in ((10, 5), (100, (1 << 20) - 50), (10, 1 << 20)):
         assert vm.read(node, fh, size, offset) == data[offset : offset + size]
