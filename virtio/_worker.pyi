@@ -25,12 +25,4 @@ class QueueWorker:
     def wake(self) -> None: ...
 
 class Worker(QueueWorker):
-    def __init__(
-        self,
-        device: VirtioDevice,
-        indices: Sequence[int],
-        notify_fds: Sequence[int],
-        on_failure: Callable[[Exception], None],
-        name: str | None = None,
-    ) -> None: ...
     def serve_only(self, index: int) -> None: ...

@@ -366,13 +366,8 @@ cdef class Worker(QueueWorker):
 
     What ``process`` raises is for ``on_failure``, and ends the thread.
     """
-    cdef tuple _notify_fds
     cdef Ring _none                 # a ring that is never ready, for queues that others serve
     cdef object _raised
-
-    def __init__(self, device, indices, notify_fds, on_failure, str name=None):
-        super().__init__(device, indices, notify_fds, on_failure, name)
-        self._notify_fds = tuple(notify_fds)
 
     def begin(self):
         """Prepare for a new driver."""
@@ -382,11 +377,13 @@ cdef class Worker(QueueWorker):
     def serve_only(self, uint32_t index):
         """Leave all queues but `index` to others while this driver is there; for ``begin`` of a subclass."""
         cdef uint32_t slot
+        cdef int fd
         for slot in range(self.n_queues):
+            fd = self.device.notify_fds[self.numbers[slot]]
             if self.numbers[slot] == index:
-                self._must_watch(self._notify_fds[slot], TOKEN_QUEUE + slot, EPOLLIN | EPOLLET)
+                self._must_watch(fd, TOKEN_QUEUE + slot, EPOLLIN | EPOLLET)
             else:
-                self.unwatch(self._notify_fds[slot])
+                self.unwatch(fd)
                 self.rings[slot] = &self._none
 
     def stop(self, bint leaving=False):
