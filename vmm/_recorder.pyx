@@ -121,12 +121,9 @@ cdef class Recorder:
         table_free(self._state, self._pages)
         table_free(self._order, self._pages * sizeof(uint32_t))
 
-    def fetch(self):
-        """Bring all pages that are missing, and note none of them."""
-        cdef int i
+    def stop_noting(self):
+        """Go on bringing pages, and note none of them."""
         flag_set(&self._noting, False)
-        for i in range(self._count):
-            _uffd.touch(self._spans[i].address, self._spans[i].size)
 
     def order(self):
         """(offset in the file, bytes) of each run of pages, in the order in which they were first touched.

@@ -194,6 +194,7 @@ class GuestMemory(GuestRam, Closing):
         self.regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] | None = None if pieces is None or handler else list(pieces)
         self._handler: FaultHandler | Recorder | None = None
+        self._recorder: Recorder | None = None  # the same one, where it is of this kind
         self._hot = hot
         self._marks = -1  # userfaultfd of the marks; whether all of RAM can be marked, and something was
         self._markable = self._marked = False
@@ -231,7 +232,8 @@ class GuestMemory(GuestRam, Closing):
                 return FaultHandler(handler, mappings)
             from vmm._recorder import Recorder
 
-            return Recorder(handler, mappings)
+            self._recorder = Recorder(handler, mappings)
+            return self._recorder
         except HostError:
             self.close()
             raise
@@ -291,13 +293,16 @@ class GuestMemory(GuestRam, Closing):
 
     def _gathered(self) -> list[MemoryFile]:
         # All that the handler has, and what was written over it: a memfd a region, with holes for zeros.
-        if self._handler is not None:
-            self._handler.fetch()
+        from vmm._uffd import touch
+
+        if self._recorder is not None:
+            self._recorder.stop_noting()
         files = []
         for region in self.regions:
             files.append(MemoryFile(os.memfd_create("guest-ram", os.MFD_CLOEXEC)))
             os.ftruncate(files[-1].fd, region.size)
             address = self.host_address(region.gpa, region.size)
+            touch(address, region.size)
             copy_pages(address, region.size, files[-1].fd, 0)
         return files
 
@@ -343,12 +348,10 @@ class GuestMemory(GuestRam, Closing):
         :raises SnapshotError: this memory is not brought by a thread of ours
         :raises HostError: a page could not be read
         """
-        from vmm._recorder import Recorder
-
-        if not isinstance(self._handler, Recorder):
+        if self._recorder is None:
             raise SnapshotError("memory", "is not recorded: load the image with record=True")
         try:
-            return self._handler.order()
+            return self._recorder.order()
         except OSError as error:
             raise HostError(error.errno or 0, "read a page of guest memory") from None
 
@@ -433,7 +436,7 @@ class GuestMemory(GuestRam, Closing):
             self._hot = None
         if self._handler is not None:
             self._handler.close()
-            self._handler = None
+            self._handler = self._recorder = None
         if self._marks >= 0:
             os.close(self._marks)
             self._marks = -1

@@ -48,7 +48,6 @@ class FaultHandler:
     """
 
     def __init__(self, path: str, regions: Sequence[tuple[int, int, int]]) -> None:
-        self._regions = regions
         self._socket: socket | None = None
         self._fd = -1
         self._stop = self._process = -1
@@ -86,11 +85,6 @@ class FaultHandler:
         self._watcher = threads.spawn(
             "undertaker", "page fault handler", _uffd.watch, peer.fileno(), self._process, self._stop
         )
-
-    def fetch(self) -> None:
-        """Have the handler bring all pages that are missing."""
-        for address, size, _ in self._regions:
-            _uffd.touch(address, size)
 
     def release(self) -> None:
         """Need the handler no more; pages that are still missing are zeros once it has gone, too. Idempotent.
