@@ -64,8 +64,7 @@ def vmlinux(kernel: Path) -> bytes:
 
 
 def _prepare(directory: Path) -> None:
-    if shutil.which("cc") is None:
-        raise Missing("cc: apt-get install gcc")
+    common.need_compiler()
     kernel, _ = apt.kernel_of(apt.package(KERNEL_PACKAGE).tree)
     shutil.copyfile(kernel, directory / "bzImage")
     (directory / "vmlinux").write_bytes(vmlinux(kernel))

@@ -146,6 +146,15 @@ def qemu_command(
     ]  # fmt: skip
 
 
+def need_compiler() -> None:
+    """Check that there is a C compiler.
+
+    :raises Missing: there is none
+    """
+    if shutil.which("cc") is None:
+        raise Missing("cc: apt-get install gcc")
+
+
 def need_kvm() -> None:
     """Check that /dev/kvm is there.
 

@@ -9,7 +9,6 @@ hands over by up to 1024 accesses an exit: what the VMM does for each is not los
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -153,8 +152,7 @@ def through_python(vm: Machine, vcpu: Vcpu) -> int:
 def rows() -> list[Row]:
     """What an exit costs in Cython and in Python, as a multiple of KVM's own cost and in ns on top of it."""
     common.need_kvm()
-    if shutil.which("cc") is None:
-        raise Missing("cc: apt-get install gcc")
+    common.need_compiler()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         library = directory / "bare.so"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from benches.peers import common
 from benches.peers.api import Client, connected, serving
 from benches.peers.common import FIRECRACKER_NAME, Row, alone, compare
-from benches.peers.firecracker import Missing, firecracker
+from benches.peers.firecracker import firecracker
 from vmm import Machine, Pool, undertaker
 from vmm.testing import tiny_elf
 
@@ -60,8 +59,7 @@ def _resident_kib() -> int:
 
 
 def _compiled(directory: str) -> list[str]:
-    if shutil.which("cc") is None:
-        raise Missing("cc: apt-get install gcc")
+    common.need_compiler()
     program = os.path.join(directory, "copies")
     subprocess.run(["cc", "-O2", "-pthread", "-o", program, str(Path(__file__).with_name("copies.c"))], check=True)
     return [program, str(COPIES), str(PARENT_MIB)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -54,8 +53,7 @@ class Starter:
     """
 
     def __init__(self, directory: Path) -> None:
-        if shutil.which("cc") is None:
-            raise Missing("cc: apt-get install gcc")
+        common.need_compiler()
         self.directory = directory
         self._program = directory / "start"
         source = Path(__file__).with_name("start.c")
