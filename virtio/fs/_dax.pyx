@@ -12,10 +12,10 @@ from libc.errno cimport EINVAL, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from virtio.fs._host cimport F_DUPFD_CLOEXEC, fcntl, fs_load, fs_store, fstat, host_stat
+from virtio.fs._host cimport F_DUPFD_CLOEXEC, fcntl, fstat, host_stat
 from vmm._budget cimport FOR_OPEN, granted
 from vmm._sys cimport (
-    close, counter_add, counter_read, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    close, counter_add, counter_read, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -170,7 +170,7 @@ cdef class Window:
                     found = True
             if found:
                 counter_add(&self._repairs, 1)
-                fs_store(&self.patched, 1)
+                flag_set(&self.patched, 1)
             pthread_mutex_unlock(&self.lock)
         return found
 
@@ -178,10 +178,10 @@ cdef class Window:
         # The reply to this request may report a larger file size, after which the guest touches those pages.
         cdef uint64_t i
         cdef Slot *slot
-        if not fs_load(&self.patched):
+        if not flag_read(&self.patched):
             return
         pthread_mutex_lock(&self.lock)
-        fs_store(&self.patched, 0)
+        flag_set(&self.patched, 0)
         for i in range(self.size >> DAX_SHIFT):
             slot = &self.slots[i]
             if slot.fd >= 0 and slot.backed < slot.length:

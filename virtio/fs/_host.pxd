@@ -91,8 +91,6 @@ cdef extern from *:
     #undef IN
     #undef OUT
     static inline void set_errno(int number) { errno = number; }
-    static inline int fs_load(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void fs_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 
     struct linux_dirent64 { uint64_t d_ino; int64_t d_off; uint16_t d_reclen; uint8_t d_type; char d_name[]; };
     static inline long fs_getdents(int fd, void *buffer, size_t size) {
@@ -179,8 +177,6 @@ cdef extern from *:
         uint8_t d_type
         char *d_name
     void set_errno(int number) noexcept nogil
-    int fs_load(const int *p) noexcept nogil
-    void fs_store(int *p, int v) noexcept nogil
     long fs_getdents(int fd, void *buffer, size_t size) noexcept nogil
     int fs_capset(const __user_cap_data_struct *data) noexcept nogil
     bint fs_may_all(bint reading) noexcept nogil

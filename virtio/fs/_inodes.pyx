@@ -18,7 +18,9 @@ from libc.string cimport memcpy, strcmp, strlen
 
 from virtio.fs._host cimport *
 from vmm._budget cimport FOR_LOOKUP, Purpose, granted
-from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from vmm._sys cimport (
+    counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
 
 from vmm.budget import memory
 
@@ -273,7 +275,7 @@ cdef class Inodes:
             nodeid = self._count_lookup(node)
             self._rename(node, parent, name)
             if node.fd < 0:
-                fs_store(&node.fd, fd)
+                flag_set(&node.fd, fd)
                 fd = -1
         unlock_and_close(&self.lock, fd)
         return nodeid
@@ -297,7 +299,7 @@ cdef class Inodes:
             pthread_mutex_unlock(&self.lock)
             if before != NULL:
                 self.node_put(before)
-            if node == NULL or fs_load(&node.fd) >= 0 or self._open_again(node) == 0:
+            if node == NULL or flag_read(&node.fd) >= 0 or self._open_again(node) == 0:
                 return node
             before = node           # its file is gone: go on to the next
 
@@ -442,7 +444,7 @@ cdef class Inodes:
         # The pinned node with its descriptor, opened again if it was closed. NULL if it is NULL, or cannot be opened.
         cdef int error = ESTALE
         if node != NULL:
-            error = self._open_again(node) if fs_load(&node.fd) < 0 else 0
+            error = self._open_again(node) if flag_read(&node.fd) < 0 else 0
             if error:
                 self.node_put(node)
                 node = NULL
@@ -456,11 +458,11 @@ cdef class Inodes:
         cdef Node *at = node
         cdef uint32_t n = 0, i
         cdef int error = 0
-        while at != NULL and fs_load(&at.fd) < 0 and n < DEPTH:
+        while at != NULL and flag_read(&at.fd) < 0 and n < DEPTH:
             way[n] = at
             n += 1
             at = self._pin(at.parent, True)
-        if at == NULL or fs_load(&at.fd) < 0:
+        if at == NULL or flag_read(&at.fd) < 0:
             error = ESTALE
         else:
             while n and error == 0:
@@ -495,7 +497,7 @@ cdef class Inodes:
         pthread_mutex_lock(&self.lock)
         counter_add(&self.reopened, 1)
         if node.fd < 0:
-            fs_store(&node.fd, fd)
+            flag_set(&node.fd, fd)
             fd = -1
         unlock_and_close(&self.lock, fd)
         return 0

@@ -22,7 +22,9 @@ from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
 from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
-from vmm._sys cimport counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from vmm._sys cimport (
+    counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
 
 
 cdef bint is_slow(uint32_t opcode) noexcept nogil:
@@ -172,7 +174,7 @@ cdef class Server(NodeOperations):
         if opcode == FUSE_IOCTL:
             return -ENOTTY
         if opcode == FUSE_DESTROY:
-            fs_store(&self.share.session, 0)
+            flag_set(&self.share.session, 0)
             if self.share.window is not None:
                 self.share.window.clear()
             self.table.clear()
@@ -244,7 +246,7 @@ cdef class Server(NodeOperations):
         out.max_write = MAX_WRITE
         out.max_pages = MAX_WRITE // 4096
         out.time_gran = 1
-        fs_store(&self.share.session, session)
+        flag_set(&self.share.session, session)
         return sizeof(fuse_init_out)
 
     cdef int64_t op_forget(self, uint64_t nodeid) noexcept nogil:
@@ -360,12 +362,12 @@ cdef class Server(NodeOperations):
         self.narrowed, self.before = iov, iov[0]
         count = <uint32_t>(end - iov)
         count = iov_part(iov, count, skip, arg.size, iov, count)
-        if self.may_wait or fs_load(&self.share.no_nowait) or arg.offset > <uint64_t>INT64_MAX:
+        if self.may_wait or flag_read(&self.share.no_nowait) or arg.offset > <uint64_t>INT64_MAX:
             done = read_all(handle.fd, iov, count, arg.offset, arg.size)
         else:
             done = preadv2(handle.fd, iov, <int>count, arg.offset, RWF_NOWAIT)
             if done < 0 and errno == EOPNOTSUPP:
-                fs_store(&self.share.no_nowait, True)
+                flag_set(&self.share.no_nowait, True)
                 done = read_all(handle.fd, iov, count, arg.offset, arg.size)
             elif done < 0 and errno == EAGAIN:
                 return WOULD_WAIT
@@ -476,7 +478,7 @@ cdef class Server(NodeOperations):
             at += piece
             if at >= arg.length:
                 break
-            if fs_load(self.ending):
+            if flag_read(self.ending):
                 return -EINTR
         if arg.length > PIECE:
             self.limiter.charge(arg.length - PIECE)     # the first PIECE bytes were charged before

@@ -19,7 +19,7 @@ from virtio.fs._inodes cimport ROOT, Node, open_granted
 from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NAME_MAX, NO_OPEN, Share, agreed
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind, Table
 from vmm._budget cimport FOR_OPEN
-from vmm._sys cimport counter_add, pthread_mutex_lock, pthread_mutex_unlock
+from vmm._sys cimport counter_add, flag_read, flag_set, pthread_mutex_lock, pthread_mutex_unlock
 
 cdef struct saved_node:
     uint64_t dev
@@ -105,7 +105,7 @@ def nameless(Share share not None):
 def save(Share share not None):
     """What the guest knows of the share, for ``restore``. The device's threads are held."""
     return {
-        "session": fs_load(&share.session),
+        "session": flag_read(&share.session),
         "nodes": save_nodes(share.table),
         "handles": save_handles(share.table),
         "slots": slots(share.table),
@@ -191,7 +191,7 @@ def restore(Share share not None, dict state not None):
         share.clear()
         table.shrink()
         raise
-    fs_store(&share.session, session & SESSION)
+    flag_set(&share.session, session & SESSION)
 
 
 cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
@@ -321,7 +321,7 @@ cdef int opened(Share share, Node *node, uint32_t kind, int flags) noexcept nogi
     if node.type != <uint32_t>(S_IFDIR if kind == DIRECTORY else S_IFREG) \
             or (share.read_only and flags & O_ACCMODE != O_RDONLY):
         return -1
-    if fs_load(&node.fd) < 0 and share.table._open_again(node):
+    if flag_read(&node.fd) < 0 and share.table._open_again(node):
         return -1
     snprintf(number, sizeof(number), b"%d", node.fd)
     flags |= O_CLOEXEC | O_NOCTTY | (O_DIRECTORY if kind == DIRECTORY else 0)

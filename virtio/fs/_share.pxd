@@ -3,12 +3,13 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from virtio.fs._dax cimport Window
-from virtio.fs._host cimport __user_cap_data_struct, fs_load, statx
+from virtio.fs._host cimport __user_cap_data_struct, statx
 from virtio.fs._inodes cimport Node
 from virtio.fs._table cimport Table
 from virtio.fs._fuse cimport fuse_attr, fuse_entry_out
 from virtio._limiter cimport RateLimiter
 from vmm._fastpath cimport iovec
+from vmm._sys cimport flag_read
 
 cdef enum:
     IN_HEADER = 40
@@ -52,7 +53,7 @@ cdef class Share:
     cdef int no_nowait          # atomic: the host's file system does not support RWF_NOWAIT
 
 cdef inline bint agreed(Share share, int what) noexcept nogil:
-    return fs_load(&share.session) & what != 0
+    return flag_read(&share.session) & what != 0
 
 # Permissions of the thread, and capability sets for acting as a user.
 cdef struct Credentials:

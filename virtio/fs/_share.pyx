@@ -15,7 +15,7 @@ from virtio.fs._table cimport Table
 from virtio.fs._types cimport fs_is_overlay, fs_is_remote, fs_stores_files
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP
-from vmm._sys cimport counter_add, counter_read
+from vmm._sys cimport counter_add, counter_read, flag_set
 
 
 cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
@@ -81,7 +81,7 @@ cdef class Share:
 
     def clear(self):
         """Drop all nodes, handles and mappings: the driver is gone."""
-        fs_store(&self.session, 0)
+        flag_set(&self.session, 0)
         if self.window is not None:
             self.window.clear()
         self.table.clear()

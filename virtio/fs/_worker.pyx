@@ -8,7 +8,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from virtio.fs._host cimport fs_store, read
+from virtio.fs._host cimport read
 from virtio.fs._ops cimport HAND_OVER, Server, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, Counters, Share
 from virtio.fs._fuse cimport fuse_in_header
@@ -18,8 +18,8 @@ from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST
 from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
 from vmm._iov cimport iov_gather
 from vmm._sys cimport (
-    close, counter_add, counters_read, eventfd_write, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, table_alloc, table_free,
+    close, counter_add, counters_read, eventfd_write, flag_set, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, table_alloc, table_free,
 )
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -114,7 +114,7 @@ cdef class Backlog:
     cdef void end(self) noexcept nogil:
         # Drop the waiting jobs: their driver is gone or will be.
         cdef Job *job
-        fs_store(&self.ending, 1)
+        flag_set(&self.ending, 1)
         while True:
             job = self.take()
             if job == NULL:
@@ -213,7 +213,7 @@ cdef class FsWorker(FsThread):
 
     def begin(self):
         """Let helpers accept requests again."""
-        fs_store(&self.backlog.ending, 0)
+        flag_set(&self.backlog.ending, 0)
 
     cdef void finish(self) noexcept nogil:
         # Queue threads are stopped before helpers.
