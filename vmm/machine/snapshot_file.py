@@ -392,10 +392,9 @@ def _remove_left_behind(path: str, *, directories: bool) -> None:
         beside = os.listdir(above or ".")
     except OSError:
         return
-    for each in beside:
+    unfinished = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.new")
+    for each in filter(unfinished.fullmatch, beside):
         left = os.path.join(above, each)
-        if not re.fullmatch(re.escape(name) + r"\.[0-9a-f]{8}\.new", each):
-            continue
         lock = -1
         try:
             if not (_is_ours(left) if directories else stat.S_ISREG(os.lstat(left).st_mode)):
