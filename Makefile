@@ -138,7 +138,8 @@ asan: install
 RACES = build/thread/races
 RACED_TESTS ?= tests/virtio tests/devices tests/vmm/test_bus.py tests/vmm/test_memory.py tests/vmm/test_budget.py \
 	tests/vmm/test_console.py tests/vmm/test_uffd.py tests/kvm/test_devices.py tests/kvm/test_virtio.py \
-	tests/kvm/test_vcpu.py tests/kvm/test_run.py tests/kvm/test_discard.py tests/kvm/test_fs_dax.py tests/kvm/test_fork.py tests/kvm/test_prefetch.py
+	tests/kvm/test_vcpu.py tests/kvm/test_run.py tests/kvm/test_discard.py tests/kvm/test_fs_dax.py tests/kvm/test_fork.py \
+	tests/kvm/test_prefetch.py
 # ThreadSanitizer has no address space for a guest of 1 TiB; what a share's Landlock refuses.
 UNRACED = tests/vmm/test_memory.py::test_ram_goes_on_above_the_hole[1099511627776-regions3] \
 	tests/virtio/test_fs_hostile.py::test_what_the_host_has_moved_out_is_opened_no_more

@@ -273,10 +273,12 @@ class Net(VirtioDevice):
 
 
 class _ControlWorker(Worker):
+    device: Net
+
     def begin(self) -> None:
         # The other queue, if there is one, is a pair's.
         super().begin()
-        self.serve_only(self.device.control_queue(self.device.context.features))  # type: ignore[attr-defined]
+        self.serve_only(self.device.control_queue(self.device.context.features))
 
 
 def _is_two_tables(data: bytes) -> bool:
