@@ -75,6 +75,9 @@ class Bell:
         self._before = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
         self._poll = select.poll()
         self._poll.register(self._out, select.POLLIN)
+        # A signal that another thread took just before this wrote to no descriptor, and Python (before 3.13) tells the
+        # main thread of it only when that takes the GIL again: as it does once if there is something to hear.
+        self.ring()
         return self
 
     def __exit__(self, *_: object) -> None:
