@@ -490,6 +490,38 @@ def test_the_same_file_grown_at_run_time(vm: Vm, image: Path) -> None:
     assert problem(image).startswith("is in use by another VM")
 
 
+def test_a_change_between_many_requests_loses_no_place_for_one(vm: Vm, image: Path) -> None:
+    """A queue has 256 places for requests. Each must be free again, however often the disk changes meanwhile."""
+    ring = vm.driver.queues[0]
+    status = vm.buffer(1, device_writes=True)
+    read = [vm.header(spec.BLK_T_IN), vm.buffer(512, device_writes=True), status]
+    write = [vm.header(spec.BLK_T_OUT), vm.buffer(image.read_bytes()), status]  # takes long enough for a change
+    chains = [read, write] * 15
+    end = threading.Event()
+
+    def change() -> None:
+        while not end.is_set():
+            vm.device._backend.change(SECTORS * 512)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(500):
+            for chain in chains:
+                ring.add(chain)
+            vm.driver.set(spec.MMIO_QUEUE_NOTIFY, 0)
+            left, limit = len(chains), time.monotonic() + 30
+            while left:
+                select.select([vm.irq.fd], [], [], 0.001)
+                vm.irq.take()
+                left -= len(ring.reap())
+                assert time.monotonic() < limit, f"{left} requests were not served"
+    finally:
+        end.set()
+        thread.join()
+    alive(vm)
+
+
 def test_a_file_that_is_no_disk_changes_nothing(vm: Vm, tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(bytes(100))
     for path in (tmp_path / "odd", tmp_path / "none", tmp_path):

@@ -224,11 +224,11 @@ cdef class BlockWorker(QueueWorker):
         pthread_mutex_lock(&self.lock)
         while True:
             status = SERVE_STALLED
+            if flag_read(&self.disk.changing):
+                self.yield_to_change()  # completes requests, which are idle then
             r = self.idle
             if r == NULL:
                 break                   # all requests are in flight: a completion resumes this queue
-            if flag_read(&self.disk.changing):
-                self.yield_to_change()
             status = queue_pop(ring, self.ram, &r.chain)
             if status != QUEUE_CHAIN:
                 if status < 0:
