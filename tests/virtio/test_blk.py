@@ -1261,6 +1261,16 @@ def test_disk_size_not_a_multiple_of_512(tmp_path: Path, size: int) -> None:
     assert problem(tmp_path / "odd") == f"has {size} bytes; a disk has a multiple of 512"
 
 
+def test_bytes_after_the_last_whole_sector_stay_as_they_are(tmp_path: Path) -> None:
+    """They are no part of the disk. What the file can do is tried after them."""
+    path = tmp_path / "odd"
+    path.write_bytes(b"x" * 1000)
+    with Disk(str(path), any_size=True) as disk:
+        assert disk.size == 512
+        Block(disk)
+    assert path.read_bytes() == b"x" * 1000
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
 def test_disk_that_cannot_be_written_names_ro(image: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """As root every file can be opened, so the kernel's refusal is put in."""

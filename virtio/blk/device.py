@@ -189,7 +189,7 @@ class Disk(Closing):
                     return int(file.read()) > 0
             except (OSError, ValueError):
                 return False  # a partition, or no /sys: nothing is lost but space
-        return punch_hole(self.fd, self.size, _PAGE) == 0
+        return punch_hole(self.fd, os.lseek(self.fd, 0, os.SEEK_END), _PAGE) == 0
 
     def can_wait_aside(self) -> bool:
         """Whether a read that would have to wait says so (RWF_NOWAIT): without it io_uring takes a detour."""
