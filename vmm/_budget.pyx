@@ -43,7 +43,7 @@ def set_descriptor_limit(int limit):
     """Set the limits: guests may use all but ``KEPT`` of `limit` descriptors, and look-ups three quarters of those."""
     cdef int below = max(limit - <int>KEPT, 0)
     flag_set(&granted_below[<int>FOR_OPEN], below)
-    flag_set(&granted_below[<int>FOR_LOOKUP], below * 3 // 4)
+    flag_set(&granted_below[<int>FOR_LOOKUP], below // 4 * 3)    # limits of 2^30 are usual: no product above
 
 
 def raise_descriptor_limit():

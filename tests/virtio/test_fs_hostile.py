@@ -486,6 +486,15 @@ def test_a_guest_that_opens_everything_runs_out_and_not_the_host(
     first.opendir()
 
 
+@pytest.mark.usefixtures("few_descriptors")
+def test_look_ups_where_the_host_has_descriptors_in_plenty(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    """systemd raises fs.nr_open to 2^30, which is then a container's limit, too."""
+    (tree / "a").touch()
+    vm = mount()
+    set_descriptor_limit(1 << 30)
+    assert vm.lookup("a").nodeid
+
+
 @pytest.mark.large
 def test_what_is_looked_up_does_not_keep_what_is_known_from_being_opened(
     tree: Path, mount: Callable[..., FuseVm], few_descriptors: int
