@@ -54,7 +54,7 @@ cdef class RateLimiter:
             self.bandwidth = new_bandwidth
         if ops is not None:
             self.ops = new_ops
-        flag_set(&self.active, self.bandwidth.size or self.ops.size)
+        flag_set(&self.active, self.bandwidth.size != 0 or self.ops.size != 0)
         limiter_unlock(&self.lock)
 
     cdef bint limited(self) noexcept nogil:

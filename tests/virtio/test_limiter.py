@@ -42,6 +42,14 @@ def test_a_request_larger_than_the_bucket_waits_for_a_full_one_and_is_paid_for_a
     assert limiter.ask(1000) > 4900 * MS
 
 
+@pytest.mark.parametrize("size", [1 << 32, 3 << 32, (1 << 64) - 1])
+def test_a_bucket_of_gigabytes_is_a_limit(size: int) -> None:
+    limiter = RateLimiter(bandwidth=(size, 0, 60_000))
+    assert limiter.is_limited
+    assert limiter.ask(size) == 0
+    assert limiter.ask(size) > 0
+
+
 @pytest.mark.parametrize("taken_away", [(0, 0, 0), (0, 0, 100), (100, 0, 0)])
 def test_limits_change_while_in_use(taken_away: tuple[int, int, int]) -> None:
     limiter = RateLimiter(ops=(1, 0, 60_000))
