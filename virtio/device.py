@@ -58,7 +58,8 @@ class ActivateContext:
     :ivar features: the feature bits that the driver accepted
     :ivar interrupt: ``interrupt(queue)`` tells the driver to check the used ring of that number; from any thread
     :ivar warn: ``warn(kind, message)`` logs a message, with a limit for each kind
-    :ivar stopping: True when the driver has reset the device; a loop over a queue must then return
+    :ivar stopping: True when the threads are to stop; a loop over a queue must then return. The driver has reset the
+        device, or taken a queue back, or its machine is copied. In the last two cases the device goes on after that
     """
 
     __slots__ = ("features", "interrupt", "memory", "queues", "stopping", "warn")

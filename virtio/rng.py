@@ -55,7 +55,7 @@ class Entropy(VirtioDevice):
             return 0
         wanted = min(chain.writable_bytes, REQUEST_MAX)
         if not self._granted(wanted):
-            return 0
+            wanted = 1  # §5.4.6.2: at least one. Linux waits for ever for the next after an answer of 0 bytes
         data = os.getrandom(wanted)
         while len(data) < wanted:  # short where a signal came in between
             data += os.getrandom(wanted - len(data))
@@ -64,7 +64,7 @@ class Entropy(VirtioDevice):
         return written
 
     def _granted(self, size: int) -> bool:
-        """Wait until the limiter grants `size` bytes; False: the driver resets the device meanwhile."""
+        """Wait until the limiter grants `size` bytes; False: this thread is to stop meanwhile."""
         while self.limiter is not None and (wait_ns := self.limiter.ask(size)):
             if self.context.stopping:
                 return False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,6 +103,21 @@ def test_a_broken_chain_stops_this_device_until_its_driver_resets_it(boot: Boot,
     assert host.device.stats["needs_reset"] == 1 and len(host.log) == 1
     host.driver.bring_up()
     alive(host)
+
+
+def test_5_4_6_2_a_request_gets_a_byte_though_its_machine_is_copied(boot: Boot) -> None:
+    """Linux's driver takes 0 bytes for its own end, and asks for no more."""
+    host = boot(limiter=RateLimiter(bandwidth=(1024, 0, 3_600_000)))
+    assert host.submit(0, [host.room(1024)]) == 1024
+    ring = host.driver.queues[0]
+    ring.want_interrupt()
+    head = ring.add([host.room(512)])
+    host.driver.kick()
+    while host.device.stats["requests"] < 2:
+        time.sleep(0.001)
+    host.transport.stop()
+    assert ring.reap() == [(head, 1)]
+    host.transport.go_on()
 
 
 def test_a_limited_device_gives_what_the_limiter_grants_and_stops_in_the_middle_of_a_wait(boot: Boot) -> None:
