@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmm._fastpath import Chain
 
 MAX_PORTS = 16
-# A guest whose output nobody takes waits, as on a serial line that is held up.
+# A guest whose output nobody takes waits, as on a serial line that is held up. What is taken then may be a piece more.
 OUTPUT_MAX = 256 << 10
 TAKE_MAX = 64 << 10
 PIECE = 64 << 10  # of the guest's output that is copied at once
@@ -116,37 +116,23 @@ class ConsolePort:
             self._change.notify_all()
         return taken
 
-    def put(self, data: bytes, context: ActivateContext) -> bool:
-        """Take all of the guest's `data`, waiting for room while the driver stays; False: the rest is lost."""
-        rest = memoryview(data)
-        while rest:
-            with self._change:
-                while len(self._output) >= OUTPUT_MAX and not (self._closed or context.stopping):
-                    self._change.wait(_NAP)
-                taken = self._append(rest)
-            if not taken:
-                return False
-            rest = rest[taken:]
-        return True
-
-    def count_lost(self, count: int) -> None:
-        """Count `count` bytes of output that nobody took."""
+    def wait_room(self, context: ActivateContext) -> bool:
+        """Wait until there is room for output; False: this thread is to stop first."""
         with self._change:
-            self.lost += count
+            while len(self._output) >= OUTPUT_MAX and not (self._closed or context.stopping):
+                self._change.wait(_NAP)
+            return self._closed or len(self._output) < OUTPUT_MAX
 
-    def put_at_once(self, data: bytes) -> None:
-        """Take the guest's `data` if there is room: for a vCPU, which must not wait."""
+    def put(self, data: bytes, left: int) -> bool:
+        """Take the guest's `data` if there is room, without waiting: for a vCPU, too. False: `left` bytes are lost."""
         with self._change:
-            self._append(memoryview(data))
-
-    def _append(self, data: memoryview) -> int:
-        room = 0 if self._closed else OUTPUT_MAX - len(self._output)
-        if room <= 0:
-            self.lost += len(data)
-            return 0
-        self._output += data[:room]
-        self._change.notify_all()
-        return min(room, len(data))
+            room = not self._closed and len(self._output) < OUTPUT_MAX
+            if room:
+                self._output += data
+                self._change.notify_all()
+            else:
+                self.lost += left
+        return room
 
 
 class Console(VirtioDevice):
@@ -254,7 +240,7 @@ class Console(VirtioDevice):
         """Take the character of an emergency write (§5.3.5.1), whatever state the device is in."""
         at = spec.CONSOLE_CONFIG_EMERG_WR - offset
         if 0 <= at < len(data):
-            self.ports[0].put_at_once(data[at : at + 1])
+            self.ports[0].put(data[at : at + 1], 1)
 
     def process(self, queue_index: int) -> None:
         """Serve one queue (§5.3.2): even ones go to the guest, 2 and 3 are the control queues."""
@@ -267,7 +253,8 @@ class Console(VirtioDevice):
         elif queue_index == _CONTROL_OUT:
             self.drain(queue, self._serve_control)
         elif queue_index & 1:
-            self.drain(queue, partial(self._serve_output, port))
+            # A chain is taken only where there is room: one that is begun must be ended when this thread is to stop.
+            self.drain(queue, partial(self._serve_output, port), partial(port.wait_room, self.context))
         else:
             self.drain(queue, partial(self._give, port.take_input), port.has_input)
 
@@ -278,10 +265,10 @@ class Console(VirtioDevice):
             return 0
         done = 0
         while part := chain.gather(PIECE, done):
+            port.wait_room(self.context)
+            if not port.put(part, chain.readable_bytes - done):
+                break  # nobody takes the rest of gigabytes either
             done += len(part)
-            if not port.put(part, self.context):
-                port.count_lost(chain.readable_bytes - done)  # nobody takes the rest of gigabytes either
-                break
         return 0
 
     def _give(self, take: Callable[[int], bytes], chain: Chain) -> int:

@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.waiting import PATIENCE
 from virtio import spec
 from virtio.balloon import Balloon
 from virtio.blk.device import Block, Disk
-from virtio.console import Console
+from virtio.console import OUTPUT_MAX, Console
 from virtio.device import VirtioDevice
 from virtio.fs.device import ShareDevice
 from virtio.mmio import VirtioMmio
@@ -200,6 +201,39 @@ def test_a_console_goes_on_with_its_ports(ram: GuestMemory) -> None:
     data = host.driver.queues[4].buffer(16, device_writes=True)
     assert host.submit(4, [data]) == 5
     assert ram.read(data.addr, 5) == b"hello"
+    host.close()
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_output_without_room_waits_while_its_machine_is_copied(ram: GuestMemory, moves: bool) -> None:
+    """It is neither lost nor there twice, and the copy has what its guest had not got rid of."""
+    host = DeviceHost(Console(), ram, Allocator(0x1000, ram.size - 0x1000))
+    host.driver.bring_up(without=spec.CONSOLE_F_MULTIPORT)
+    ports = [host.device.ports[0]]
+    ring = host.driver.queues[1]
+    whole = random.Random(3).randbytes(OUTPUT_MAX + 3 * 1000)
+    text = ring.buffer(whole)
+    host.submit(1, [text._replace(size=OUTPUT_MAX)])
+    for at in range(OUTPUT_MAX, len(whole), 1000):
+        ring.add([text._replace(addr=text.addr + at, size=1000)])
+    host.driver.kick(1)
+    for _ in range(3):
+        time.sleep(0.05)  # it waits for room
+        if moves:
+            _move(host, Console())
+            ports.append(host.device.ports[0])
+        else:
+            host.transport.stop()
+            host.transport.go_on()
+    got = b""
+    for port in ports[:-1]:  # they have no guest any more
+        port.close()
+        while part := port.wait_output():
+            got += part
+    while len(got) < len(whole):
+        got += ports[-1].wait_output()
+    assert got == whole
+    assert [port.lost for port in ports] == [0] * len(ports)
     host.close()
 
 
