@@ -63,7 +63,7 @@ cdef extern from "<unistd.h>" nogil:
 cdef enum:
     EVENTS = 32
     TOKEN_QUEUE = 0xffff_0100       # plus the queue's slot
-    TOKEN_STOP = 0xffff_0000
+    TOKEN_STOP = 0xffff_0000        # of stop() or wake()
     POLL_LEAST_NS = 2000
     POLL_SKIP_MOST = 64             # sleeps without polling before the next try, after many tries in vain
 
@@ -191,7 +191,7 @@ cdef class QueueWorker:
 
     def wake(self):
         """Make the thread call ``event(TOKEN_TIMER)`` soon. Any thread."""
-        self.wake_after(1)
+        eventfd_write(self._stop_fd, 1)     # not by the timer, which the thread may be about to set
 
     def _run(self):
         cdef int status
@@ -258,10 +258,8 @@ cdef class QueueWorker:
                 return WORKER_HOST
             for i in range(count):
                 token = events[i].data.u32
-                if token == TOKEN_STOP:
-                    if self.stopping():
-                        return 0
-                    continue            # the event of an earlier stop
+                if token == TOKEN_STOP and self.stopping():
+                    return 0
                 if token >= TOKEN_QUEUE:
                     counter_add(&self._notified[token - TOKEN_QUEUE], 1)
                     self._host_first = False
@@ -271,7 +269,7 @@ cdef class QueueWorker:
                         continue        # the timer was set again in the meantime
                     self.events = events[i].events
                     self._host_first = True
-                    status = self.event(token)
+                    status = self.event(TOKEN_TIMER if token == TOKEN_STOP else token)
                 if status < 0:
                     return status
         return 0
