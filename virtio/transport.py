@@ -255,7 +255,7 @@ class Transport:
             return
         try:
             self._make_context()
-        except OSError as failure:
+        except (RuntimeError, OSError) as failure:  # as below
             self._fail(failure)
             return
         self._start_workers()

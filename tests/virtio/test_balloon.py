@@ -397,6 +397,21 @@ def test_only_actual_and_the_poison_are_the_drivers_to_write(boot: Boot) -> None
     assert host.device.statistics()["actual_mib"] == 0xFFFF_FF01 // 256
 
 
+def test_a_host_without_a_thread_left_stops_this_device_until_its_driver_resets_it(
+    boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    host = boot(stats_polling_interval_s=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(balloon, "spawn", refuse)
+        host.driver.bring_up()
+    assert host.broken() and "can't start new thread" in host.log[0]
+    host.driver.bring_up()
+    alive(host)
+
+
 def test_a_host_that_takes_no_page_back_is_told_of_and_the_guest_goes_on() -> None:
     ram = GuestRam()
     ram.map_region(0, mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))  # no memfd: EINVAL
