@@ -70,11 +70,15 @@ class VirtioMmio(MmioRegisters, Transport):
         self, device: VirtioDevice, memory: GuestRam, irq: IrqLine, warn: Callable[[str], None] = logger.warn
     ) -> None:
         MmioRegisters.__init__(self, irq)
-        # For KVM to take acknowledgements of used rings by; nobody reads it.
-        self.ack_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.ack_fd = -1
         self._select = dict.fromkeys(_SELECTORS.values(), 0)
         Transport.__init__(self, device, memory, warn)
         self._show()
+
+    def make_descriptors(self) -> None:
+        super().make_descriptors()
+        # For KVM to take acknowledgements of used rings by; nobody reads it.
+        self.ack_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     # The page follows what changed.
 

@@ -15,10 +15,11 @@ from vmm.errors import BadChain, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from virtio._interrupt import Interrupt
+    from virtio._worker import QueueWorker
     from vmm._fastpath import GuestRam
 
 _LOW = 0xFFFF_FFFF
@@ -58,7 +59,7 @@ class Transport:
         self.device = device
         self.memory = memory
         self.queues = tuple(VirtQueue(memory, size, i) for i, size in enumerate(device.queue_sizes))
-        self.notify_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.queues]
+        self.notify_fds: list[int] = []
         self.stats = {"bad_access": 0, "bad_status": 0, "bad_features": 0, "bad_queue": 0, "bad_notify": 0}
         self.offered = device.features | RING_FEATURES
         self.generation = 0
@@ -70,9 +71,20 @@ class Transport:
         self._needs_reset = False
         self._serving = False  # the workers have been started, and not stopped since
         self._closed = False
+        self._workers: Sequence[QueueWorker] = ()
         device.notify_fds = self.notify_fds
-        self._workers = device.make_workers(self.notify_fds, self._fail)
+        try:
+            self.make_descriptors()
+            self._workers = device.make_workers(self.notify_fds, self._fail)
+        except BaseException:
+            self.close()
+            raise
         device.publish_config = self.publish_config
+
+    def make_descriptors(self) -> None:
+        """Open those that ``close`` closes; a subclass adds its own."""
+        for _ in self.queues:
+            self.notify_fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
     # What the registers show without being asked; a subclass whose registers are a page follows here.
 

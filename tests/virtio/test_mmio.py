@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import threading
@@ -336,6 +337,31 @@ def test_close_is_idempotent_and_gives_descriptors_back(ram: GuestMemory, irq: I
     host.transport.close()
     host.transport.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_one_that_gets_no_descriptor_gives_those_back_that_it_has(
+    ram: GuestMemory, irq: IrqLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made again once there are some."""
+    real, device = os.eventfd, Echo()
+    before = len(os.listdir("/proc/self/fd"))
+    for least in range(3):
+        left = iter(range(least))
+
+        def few(*how: int, left: Iterator[int] = left) -> int:
+            if next(left, None) is None:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(*how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "eventfd", few)
+            with pytest.raises(OSError, match="Too many open files"):
+                VirtioMmio(device, ram, irq)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(device, "make_workers", few)
+        VirtioMmio(device, ram, irq)
+    assert len(os.listdir("/proc/self/fd")) == before
+    VirtioMmio(device, ram, irq).close()
 
 
 # Broken rings
