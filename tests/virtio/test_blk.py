@@ -482,6 +482,21 @@ def test_another_file_at_run_time(vm: Vm, image: Path, tmp_path: Path) -> None:
     assert vm.read(3, 512) == bytes([3]) * 512
 
 
+@pytest.mark.parametrize("said", [None, "raw"])
+def test_another_file_that_looks_like_qcow2(image: Path, tmp_path: Path, said: str | None) -> None:
+    """It is taken where the disk was said to be raw, as at the start."""
+    other = tmp_path / "other.img"
+    other.write_bytes(b"QFI\xfb".ljust(1024))
+    with Disk(str(image), image_format=said) as disk:
+        device = Block(disk)
+        if said is None:
+            with pytest.raises(ConfigError, match="is a qcow2 image"):
+                device.replace(str(other))
+        else:
+            device.replace(str(other))
+            assert device.capacity == 2
+
+
 def test_the_same_file_grown_at_run_time(vm: Vm, image: Path) -> None:
     os.truncate(image, 3 * SECTORS * 512)
     vm.device.replace(str(image))

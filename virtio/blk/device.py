@@ -65,6 +65,7 @@ class Disk(Closing):
         discard_block: int = 0,
     ) -> None:
         self.path = path
+        self.image_format = image_format
         self.discard_block = discard_block
         self.any_size = any_size
         self.read_only = read_only
@@ -336,7 +337,9 @@ class Block(VirtioDevice):
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(disk.fd)):
             self.set_capacity(disk.measure())
             return
-        with Disk(path, read_only=disk.read_only, direct=disk.direct, any_size=disk.any_size) as other:
+        with Disk(
+            path, read_only=disk.read_only, direct=disk.direct, image_format=disk.image_format, any_size=disk.any_size
+        ) as other:
             if other.block_size > disk.block_size:
                 allowed = f"has blocks of {other.block_size} bytes; the guest was told {disk.block_size}"
                 raise ConfigError("disk", path, allowed)
