@@ -115,16 +115,16 @@ cdef class Backend:
         :raises OSError: `fd` cannot be duplicated
         """
         cdef BlockWorker worker
-        cdef int failed = 0
+        cdef int failed
         with nogil:     # a worker may need the GIL for a warning
             pthread_mutex_lock(&self.gate)
             flag_set(&self.changing, 1)
         for worker in self.workers:
             with nogil:
                 pthread_mutex_lock(&worker.lock)
-        if fd >= 0 and dup3(fd, self.file.fd, O_CLOEXEC) < 0:
-            failed = errno
-        else:
+        with nogil:     # the old file is closed: of a block device, what is not written is written first
+            failed = errno if fd >= 0 and dup3(fd, self.file.fd, O_CLOEXEC) < 0 else 0
+        if not failed:
             self.file.sectors = size // SECTOR
             self.generation += 1
             if fd >= 0:
