@@ -70,6 +70,7 @@ class Transport:
         self._driver_features = 0
         self._needs_reset = False
         self._serving = False  # the workers have been started, and not stopped since
+        self._stopping = False  # they have been told to stop, and not all have
         self._closed = False
         self._workers: Sequence[QueueWorker] = ()
         device.notify_fds = self.notify_fds
@@ -286,9 +287,10 @@ class Transport:
             self._fail(failure)
 
     def _stop_workers(self, *, leaving: bool = False) -> None:
+        self._stopping = True
         for worker in self._workers:
-            worker.stop(leaving)
-        self._serving = False
+            worker.stop(leaving)  # raises what a signal's handler raises
+        self._stopping = self._serving = False
         if self._status & spec.DRIVER_OK and not self._needs_reset:
             self.device.release()
 
@@ -313,6 +315,8 @@ class Transport:
         for each queue and change that it may not have seen.
         """
         with self.lock:
+            if self._stopping:  # a signal ended that
+                self._stop_workers()
             if not self._status & spec.DRIVER_OK or self._closed or self._serving:
                 return
             if self._needs_reset:

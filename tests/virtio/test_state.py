@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import select
+import signal
 import socket
 import struct
 import threading
@@ -246,6 +248,39 @@ def test_what_serves_already_gets_no_second_thread(host: DeviceHost[Entropy]) ->
     host.transport.stop()
     host.transport.go_on()
     assert threading.active_count() == before
+
+
+def test_a_device_goes_on_after_a_stop_that_a_signal_ended(ram: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a Ctrl-C while a machine is frozen: KeyboardInterrupt comes out, and the guest goes on.
+    host = DeviceHost(Entropy(), ram, Allocator(0x1000, ram.size - 0x1000))
+    ring = host.driver.bring_up()[0]
+    begun, may_end = threading.Event(), threading.Event()
+
+    def busy(size: int) -> bool:
+        begun.set()
+        return may_end.wait(PATIENCE)
+
+    def interrupt(*_: object) -> None:
+        may_end.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(host.device, "_granted", busy)
+    head = ring.add([host.room(16)])
+    host.driver.kick()
+    assert begun.wait(PATIENCE)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            host.transport.stop()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    host.transport.go_on()
+    host.reap(0, head)
+    assert host.submit(0, [host.room(16)]) == 16
+    host.close()
 
 
 @pytest.mark.parametrize("kind", ["in C", "in Python"])
