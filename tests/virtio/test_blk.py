@@ -152,6 +152,16 @@ def test_5_2_4_config(vm: Vm) -> None:
     assert struct.unpack("<5IB", vm.driver.config(36, 21)) == (1 << 22, 1, 8, 1 << 17, 1, 1)
 
 
+def test_5_2_4_a_host_that_wants_larger_transfers_than_can_be_said(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a RAID with large chunks: min_io_size has 16 bits."""
+    monkeypatch.setattr(Disk, "topology", lambda self: (4096, 64 << 20, 128 << 20))
+    with Disk(str(image)) as disk:
+        *_, least, best, _, _ = struct.unpack_from("<QIIHBBIBBHIBxH", Block(disk).config)
+    assert (least, best) == (0xFFFF, 128 << 20 >> 9)
+
+
 def test_5_2_3_features(boot: Callable[..., Vm]) -> None:
     ring = spec.F_VERSION_1 | spec.F_EVENT_IDX | spec.F_INDIRECT_DESC
     common = ring | spec.BLK_F_FLUSH | spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_TOPOLOGY

@@ -312,7 +312,8 @@ class Block(VirtioDevice):
         physical, least, best = self.disk.topology()
         return spec.BLK_CONFIG.pack(
             self.capacity, 0, seg_max, 0, 0, 0, block,
-            max(0, (physical // block).bit_length() - 1), 0, least // block, best // block, 0, len(self.queue_sizes),
+            max(0, (physical // block).bit_length() - 1), 0, min(least // block, 0xFFFF), best // block, 0,
+            len(self.queue_sizes),
             MAX_DISCARD_SECTORS, 1, max(physical, self.disk.discard_block) // spec.BLK_SECTOR,
             MAX_WRITE_ZEROES_SECTORS, 1, 1,
         )  # fmt: skip
