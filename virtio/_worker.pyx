@@ -4,7 +4,7 @@
 import os
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EEXIST, EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 
 from virtio._interrupt cimport MAX_QUEUES, Interrupt, interrupt_used
@@ -333,7 +333,7 @@ cdef class QueueWorker:
     cdef int watch(self, int fd, uint32_t token, uint32_t events) noexcept nogil:
         if worker_ctl(self._epoll, EPOLL_CTL_ADD, fd, events, token) == 0:
             return 0
-        return worker_ctl(self._epoll, EPOLL_CTL_MOD, fd, events, token)
+        return worker_ctl(self._epoll, EPOLL_CTL_MOD, fd, events, token) if errno == EEXIST else -1
 
     cdef void unwatch(self, int fd) noexcept nogil:
         worker_ctl(self._epoll, EPOLL_CTL_DEL, fd, 0, 0)

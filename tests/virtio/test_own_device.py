@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from virtio._worker import Worker
 from virtio.device import VirtioDevice, check
 from virtio.testing import Allocator, DeviceHost
 from vmm.errors import ConfigError
@@ -109,6 +112,17 @@ def test_what_is_not_declared_is_named() -> None:
 def test_what_is_no_device_is_named(device: Any, what: str) -> None:
     with pytest.raises(ConfigError, match=f"^device {what}: must be an object of a class that is derived from Virtio"):
         check(device)
+
+
+def test_a_descriptor_that_epoll_refuses_is_refused_with_its_reason(host: DeviceHost[Sender]) -> None:
+    with contextlib.ExitStack() as stack:
+        fd = host.irq.fd
+        for _ in range(5):
+            outer = stack.enter_context(select.epoll())
+            outer.register(fd)
+            fd = outer.fileno()
+        with pytest.raises(OSError, match="Too many levels"):
+            Worker(host.device, [0], [fd], print)
 
 
 def test_a_device_is_in_one_place_at_a_time(host: DeviceHost[Sender]) -> None:
