@@ -233,8 +233,8 @@ _OWN_FEATURES = (1 << 24) - 1 | ((1 << 64) - (1 << 50))
 _DECLARED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("name", lambda name: isinstance(name, str) and name != "", "must be a string, the name of the device's thread"),
     ("device_type", lambda n: type(n) is int and 0 < n < 1 << 32, "must be a number, such as those of §5"),
-    ("queue_sizes", lambda all: isinstance(all, tuple) and all != () and min(map(_is_queue, all)),
-     "must be a tuple of powers of two up to 32768, one for each queue"),
+    ("queue_sizes", lambda all: isinstance(all, tuple) and 0 < len(all) <= 64 and min(map(_is_queue, all)),
+     "must be a tuple of powers of two up to 32768, one for each of 1 to 64 queues"),
     ("features", lambda bits: type(bits) is int and bits >= 0 and not bits & ~_OWN_FEATURES,
      "must have no bits but 0 to 23 and 50 to 63; the others are the transport's"),
     ("config", lambda config: isinstance(config, bytes) and len(config) <= 3840, "must be bytes, 3840 at most"),

@@ -86,6 +86,7 @@ def test_a_device_that_stops_ends_the_wait_with_its_reason(host: DeviceHost[Send
         ({"queue_sizes": (8, 7)}, r"Wrong.queue_sizes \(8, 7\): must be a tuple of powers of two up to 32768, one "),
         ({"queue_sizes": [8]}, r"Wrong.queue_sizes \[8\]: must be a tuple"),
         ({"queue_sizes": ()}, r"Wrong.queue_sizes \(\): must be a tuple"),
+        ({"queue_sizes": (8,) * 65}, r"Wrong.queue_sizes \(8.*: must be a tuple .*, one for each of 1 to 64 queues"),
         ({"device_type": "rng"}, "Wrong.device_type 'rng': must be a number"),
         ({"device_type": 0}, "Wrong.device_type 0: must be a number"),
         ({"features": 1 << 34}, "Wrong.features 17179869184: must have no bits but 0 to 23 and 50 to 63"),
