@@ -367,5 +367,5 @@ class Block(VirtioDevice):
         self.context.warn(f"{number} {seen}", f"{self.name}: {self.disk.path}: {problem}{more}")
 
     def report_no_ring(self, number: int) -> None:
-        """Warn that a worker does without io_uring; on its thread."""
+        """Warn that a worker does without io_uring; before its thread starts."""
         self.context.warn("no ring", f"{self.name}: no io_uring, goes on with system calls: {os.strerror(number)}")
