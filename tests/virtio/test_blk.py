@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import random
 import select
@@ -526,7 +527,7 @@ def test_a_change_between_many_requests_loses_no_place_for_one(vm: Vm, image: Pa
 
     def change() -> None:
         while not end.is_set():
-            vm.device._backend.change(SECTORS * 512)
+            vm.device._backend.change(vm.device._workers, SECTORS * 512)
 
     thread = threading.Thread(target=change)
     thread.start()
@@ -719,6 +720,16 @@ def test_a_thread_that_gets_no_ring_goes_on_without(image: Path, tmp_path: Path)
     without = f"['virtio-blk: no io_uring, goes on with system calls: {os.strerror(errno.EMFILE)}']"
     assert told.stdout.splitlines() == ["[]", without, "[]"]
     assert [path.read_bytes()[9 * 512 : 10 * 512] for path in (image, other)] == [b"n" * 512] * 2
+
+
+def test_a_device_that_was_attached_before_keeps_nothing_of_it(image: Path, ram: GuestMemory) -> None:
+    with Disk(str(image)) as disk, contextlib.closing(IrqLine(5)) as irq:
+        device = Block(disk)
+        for _ in range(3):
+            VirtioMmio(device, ram, irq).close()
+        gc.collect()
+        workers = [each for each in gc.get_objects() if isinstance(each, _blk.BlockWorker) and each.device is device]
+        assert len(workers) == 1
 
 
 def test_the_engine_follows_the_file(image: Path) -> None:

@@ -83,7 +83,6 @@ cdef class Backend:
     cdef readonly RateLimiter limiter
     cdef int changing                   # atomic: a worker that sees it waits for change()
     cdef pthread_mutex_t gate           # held by change(); workers hold it only for an instant
-    cdef list workers
 
     def __init__(self, int fd, uint64_t size, bytes serial, RateLimiter limiter not None, *, bint read_only,
                  bint block_device, bint direct, bint unsafe, bint use_uring, uint64_t discard_block=0):
@@ -99,15 +98,15 @@ cdef class Backend:
         self.file.unsafe = unsafe
         self.use_uring = use_uring
         self.cached = not block_device and not direct
-        self.workers = []
         pthread_mutex_init(&self.gate, NULL)
 
-    def change(self, uint64_t size, int fd=-1, bint block_device=False):
+    def change(self, workers, uint64_t size, int fd=-1, bint block_device=False):
         """Set the disk's size and, if `fd` is given, replace the file by a duplicate of `fd`. Any thread but the
         workers.
 
         The change takes effect between two requests. Requests already submitted to io_uring finish on the old file.
 
+        :param workers: all that the disk has now
         :param size: bytes
         :param fd: borrowed; -1: keep the file
         :param block_device: whether `fd` is a block device
@@ -119,7 +118,7 @@ cdef class Backend:
         with nogil:     # a worker may need the GIL for a warning
             pthread_mutex_lock(&self.gate)
             flag_set(&self.changing, 1)
-        for worker in self.workers:
+        for worker in workers:
             with nogil:
                 pthread_mutex_lock(&worker.lock)
         with nogil:     # the old file is closed: of a block device, what is not written is written first
@@ -131,7 +130,7 @@ cdef class Backend:
                 self.file.block_device = block_device
                 self.file.discard_block = 0
                 self.cached = not block_device and not self.file.direct
-        for worker in self.workers:
+        for worker in workers:
             pthread_mutex_unlock(&worker.lock)
         flag_set(&self.changing, 0)
         pthread_mutex_unlock(&self.gate)
@@ -190,7 +189,6 @@ cdef class BlockWorker(QueueWorker):
             self.requests[i].chain.iov = self.iov + <size_t>i * size
             self.requests[i].next = self.idle
             self.idle = &self.requests[i]
-        backend.workers.append(self)
 
     def __dealloc__(self):
         uring_close(&self.ring)

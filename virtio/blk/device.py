@@ -325,7 +325,7 @@ class Block(VirtioDevice):
         """
         if size < (0 if self.disk.any_size else 1) or size % spec.BLK_SECTOR:
             raise ConfigError("disk size", size, "must be a positive multiple of 512 bytes")
-        self._backend.change(size)
+        self._backend.change(self._workers, size)
         self.disk.size = size
         self._tell_size()
 
@@ -344,7 +344,7 @@ class Block(VirtioDevice):
             if other.block_size > disk.block_size:
                 allowed = f"has blocks of {other.block_size} bytes; the guest was told {disk.block_size}"
                 raise ConfigError("disk", path, allowed)
-            self._backend.change(other.size, other.fd, other.block_device)
+            self._backend.change(self._workers, other.size, other.fd, other.block_device)
             disk.path, disk.size, disk.block_device = path, other.size, other.block_device
             disk.discard_block = 0
         self._tell_size()
