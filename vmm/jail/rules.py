@@ -147,7 +147,7 @@ KINDS["blk-uring"] = (*KINDS["blk"], *_allow("io_uring_enter"))
 # It asks the host's nameservers for a guest. It is started where no filter is: passt, which it is for, could not be.
 KINDS["resolver"] = (
     *_ints("socket", 0, _AF_INET, _AF_INET6),
-    *_allow("connect getsockname sendto recvfrom timerfd_settime"),
+    *_allow("connect getsockname sendto recvfrom"),
 )
 # Whose descriptors are open already. By Landlock, too, where the kernel has it, they open, make and remove no file.
 FILELESS = tuple(
