@@ -385,17 +385,19 @@ cdef class BlockWorker(QueueWorker):
         # page cache: io_uring runs those on a kernel thread, one at a time for each file, four times slower (measured;
         # Linux 6.18, tmpfs and ext4).
         cdef io_uring_sqe *sqe
+        cdef ssize_t done
         if r.type == T_OUT and self.disk.cached and not self.dsync:
             return False
         if r.type == T_IN and self.warm and self.written == 0 \
                 and load_relaxed16(self.rings[0].avail + 2) == self.rings[0].last_avail:
             # Read a single request directly if its data is probably cached, as the last one's was: cheaper than
             # io_uring.
-            if preadv2(self.disk.file.fd, r.data, r.count, r.offset, RWF_NOWAIT) == <ssize_t>r.length:
+            done = preadv2(self.disk.file.fd, r.data, r.count, r.offset, RWF_NOWAIT)
+            if done == <ssize_t>r.length:
                 self.complete(r, 0)
                 return True
             self.warm = False
-            self.no_nowait = errno == EOPNOTSUPP
+            self.no_nowait = done < 0 and errno == EOPNOTSUPP
         if r.type == T_GET_ID or (r.type == T_FLUSH and self.disk.file.unsafe) \
                 or (r.type == T_DISCARD and (self.disk.file.block_device or self.disk.file.discard_block)) \
                 or (r.type == T_WRITE_ZEROES and self.dsync):
