@@ -3,6 +3,7 @@ Bucket = tuple[int, int, int]
 
 class RateLimiter:
     throttled: int
+    buckets: tuple[Bucket, Bucket]
     @property
     def is_limited(self) -> bool: ...
     def __init__(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None: ...

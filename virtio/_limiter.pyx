@@ -67,6 +67,11 @@ cdef class RateLimiter:
         limiter_unlock(&self.lock)
 
     @property
+    def buckets(self):
+        """Both, as ``update`` takes them, with what is left of their one-time bursts. A size of 0: no limit."""
+        return given(&self.bandwidth), given(&self.ops)
+
+    @property
     def throttled(self):
         """Times that it said wait."""
         return counter_read(&self._throttled)
@@ -99,6 +104,10 @@ cdef class RateLimiter:
         :returns: 0, or the nanoseconds to wait before asking again; then nothing was taken
         """
         return self.take(nbytes, ops)
+
+
+cdef tuple given(Bucket *b):
+    return b.size, b.burst, b.refill_ns // 1000000
 
 
 cdef Bucket bucket(parameters):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +19,8 @@ import pytest
 from tests.guide import programs
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
-from vmm import Machine, Pool, StopReason, undertaker
+from vmm import DriveConfig, Image, Machine, Pool, StopReason, undertaker
+from vmm.config.devices import BalloonConfig, RateLimiterConfig, ShareConfig
 from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.kvm.abi import kvm_ioctl
 from vmm.kvm.vm import software_kvm
@@ -459,3 +462,31 @@ def test_a_bus_device_in_ram_is_refused(guest: MakeGuest) -> None:
     vm.mmio.add(at, 4096, vm.rtc, "mine")
     with pytest.raises(ConfigError, match=f"mmio range {at:#x}-{at + 4095:#x}: of mine is in guest RAM"):
         vm.start()
+
+
+def test_a_copy_has_what_was_changed_since_the_start(tmp_path: Path, guest: MakeGuest) -> None:
+    for name in ("first", "second", "other"):
+        (tmp_path / name).write_bytes(name.encode().ljust(4096, b"\0"))
+    (tmp_path / "share").mkdir()
+    drives = [DriveConfig(str(tmp_path / "first"), read_only=True), DriveConfig(str(tmp_path / "other"))]
+    vm = guest(
+        COUNTER, drives=drives, balloon=BalloonConfig(0, stats_interval_s=1),
+        shares=[ShareConfig("tag", str(tmp_path / "share"), rate_limiter=RateLimiterConfig((1 << 20, 0, 100)))],
+    )  # fmt: skip
+    assert vm.freeze().config == vm.config
+    vm.blocks["drive_0"].replace(str(tmp_path / "second"))
+    vm.blocks["drive_1"].set_rate_limit((1 << 20, 5, 100), None)
+    vm.shares["tag"].set_rate_limit((0, 0, 0), (7, 0, 1000))
+    assert vm.balloon is not None
+    vm.balloon.set_amount(2)
+    vm.balloon.set_polling_interval(9)
+    vm.freeze().save(str(tmp_path / "image"))
+    config = Image.load(str(tmp_path / "image")).config
+    assert [drive.path for drive in config.drives] == [str(tmp_path / name) for name in ("second", "other")]
+    assert [drive.rate_limiter for drive in config.drives] == [None, RateLimiterConfig((1 << 20, 5, 100))]
+    assert config.shares[0].rate_limiter == RateLimiterConfig(None, (7, 0, 1000))
+    assert config.balloon is not None and (config.balloon.amount_mib, config.balloon.stats_interval_s) == (2, 9)
+    (child,) = vm.fork()
+    assert os.pread(child.blocks["drive_0"].disk.fd, 6, 0) == b"second"
+    assert child.balloon is not None and child.balloon.amount_mib == 2
+    child.close()

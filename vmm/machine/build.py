@@ -166,6 +166,7 @@ class Builder:
                 any_size=config.any_size, discard_block=discard_block,
             )
         )  # fmt: skip
+        disk.path = config.path  # also where QEMU shows another one for it
         return Block(
             disk, serial=config.id or "", name=f"virtio-blk{number}", queues=config.queues,
             engine=config.engine, unsafe=config.cache == "unsafe", limiter=make_limiter(config.rate_limiter),

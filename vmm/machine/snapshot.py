@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from devices.acpi_events import GENERATION_CHANGED
+from vmm.config.devices import RateLimiterConfig
 from vmm.errors import SnapshotError, VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.private_disk import private_copy
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from virtio._limiter import RateLimiter
     from virtio.device import VirtioDevice
     from vmm.config.vm import VmConfig
     from vmm.machine.attach import Attached
@@ -107,6 +109,36 @@ def _refuse_unsavable(machine: Machine) -> None:
             raise SnapshotError(transport.device.name, why)
 
 
+def _present_config(machine: Machine) -> VmConfig:
+    # With what was changed since the start: the files of disks, limits, and the balloon's size and interval.
+    config = machine.config
+    drives = []
+    for drive, block in zip(config.drives, machine.blocks.values(), strict=True):
+        if drive.path != block.disk.path:  # ``Block.replace`` takes a raw disk
+            drive = drive.replaced(path=block.disk.path, format="raw", backing=None, backing_format=None)
+        drives.append(drive.replaced(rate_limiter=_present_limits(block.limiter)))
+    nets = [
+        net.replaced(
+            rx_rate_limiter=_present_limits(device.rx_limiter), tx_rate_limiter=_present_limits(device.tx_limiter)
+        )
+        for net, device in zip(config.nets, machine.nets.values(), strict=True)
+    ]
+    shares = [
+        share.replaced(rate_limiter=_present_limits(device.limiter))
+        for share, device in zip(config.shares, machine.shares.values(), strict=True)
+    ]
+    balloon, device = config.balloon, machine.balloon
+    if balloon is not None and device is not None:
+        balloon = balloon.replaced(amount_mib=device.amount_mib, stats_interval_s=device.stats_polling_interval_s)
+    present = {"drives": drives, "nets": nets, "shares": shares, "balloon": balloon}
+    return config.replaced(**{name: value for name, value in present.items() if value})  # each costs a check
+
+
+def _present_limits(limiter: RateLimiter) -> RateLimiterConfig | None:
+    limits = [each if each[0] and each[2] else None for each in limiter.buckets]
+    return RateLimiterConfig(*limits) if any(limits) else None
+
+
 def freeze(
     machine: Machine, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None
 ) -> Image:
@@ -137,7 +169,7 @@ def freeze(
         vcpus = [access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus]
         vm["clock"] = access.get_clock(machine.vm.fd)
         image = Image(
-            machine.config,
+            _present_config(machine),
             cmdline=machine.cmdline,
             vcpus=vcpus,
             vm=vm,
