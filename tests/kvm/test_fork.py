@@ -490,3 +490,25 @@ def test_a_copy_has_what_was_changed_since_the_start(tmp_path: Path, guest: Make
     assert os.pread(child.blocks["drive_0"].disk.fd, 6, 0) == b"second"
     assert child.balloon is not None and child.balloon.amount_mib == 2
     child.close()
+
+
+def test_a_copy_of_a_qcow2_disk_has_what_is_in_it(tmp_path: Path, guest: MakeGuest) -> None:
+    if not shutil.which("qemu-img") or not shutil.which("qemu-storage-daemon"):
+        pytest.skip("LAYER MISSING: qcow2: apt install qemu-utils qemu-system-common")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK) or (os.geteuid() and not shutil.which("fusermount3")):
+        pytest.skip("LAYER MISSING: qcow2: no /dev/fuse for this user")
+    (tmp_path / "base").write_bytes(b"base" * 16384)
+    image = tmp_path / "disk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", tmp_path / "base", image], check=True)
+    vm = guest(COUNTER, drives=[DriveConfig(str(image), format="qcow2", backing=str(tmp_path / "base"))])
+    os.pwrite(vm.blocks["drive_0"].disk.fd, b"mine", 512)
+    assert vm.freeze().config == vm.config
+    (child,) = vm.fork()
+    assert os.pread(child.blocks["drive_0"].disk.fd, 8, 510) == b"semineba"
+    child.close()
+    frozen = vm.freeze()
+    with pytest.raises(SnapshotError, match="disk: is a qcow2 image: only a running machine shows what is in it"):
+        Pool(frozen)
+    (tmp_path / "other").write_bytes(bytes(4096))
+    vm.blocks["drive_0"].replace(str(tmp_path / "other"))
+    assert vm.freeze().config.drives == (DriveConfig(str(tmp_path / "other"), format="raw"),)

@@ -271,6 +271,8 @@ def child_of(
         _refuse_taps(image.config, change)
         for index, drive in enumerate(image.config.drives):
             if not drive.read_only:
+                if drive.format == "qcow2":
+                    raise SnapshotError(drive.path, "is a qcow2 image: only a running machine shows what is in it")
                 disks[index] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC), at_once=True)
     else:
         if devices is None:
@@ -324,7 +326,8 @@ def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmCon
     drives = list(config.drives)
     for index, fd in disks.items():
         # The child opens it by this name while it is made, and is then the only one that has it.
-        drives[index] = drives[index].replaced(path=f"/proc/self/fd/{fd}", format="raw")
+        raw = {"format": "raw", "backing": None, "backing_format": None}
+        drives[index] = drives[index].replaced(path=f"/proc/self/fd/{fd}", **raw)
     vsock = config.vsock
     if vsock is not None:
         vsock = vsock.replaced(path=f"{vsock.path}.{number}")
