@@ -19,6 +19,7 @@ from tests.kvm.guests import PATIENCE
 from tests.kvm.test_fork import COUNTER
 from tests.waiting import until
 from vmm import DriveConfig, Machine, Pool, undertaker
+from vmm.config.devices import VsockConfig
 from vmm.errors import ConfigError, SnapshotError, VmmError
 
 MakeGuest = Callable[..., Machine]
@@ -147,3 +148,10 @@ def test_nothing_is_left(counter: Machine) -> None:
                 pool.take(PATIENCE).close()
     del pool
     assert count() == before
+
+
+def test_copies_of_a_pool_and_of_forks_have_sockets_of_their_own(tmp_path: Path, guest: MakeGuest) -> None:
+    vm = guest(COUNTER, vsock=VsockConfig(3, str(tmp_path / "v")))
+    with Pool(vm, size=1) as pool, vm.fork()[0], pool.take(PATIENCE), pool.take(PATIENCE), vm.fork()[0]:
+        assert pool.wait_until_full(PATIENCE)
+        assert sorted(path.name for path in tmp_path.glob("v*")) == ["v", *(f"v.{number}" for number in range(5))]

@@ -8,6 +8,7 @@ with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 
@@ -120,7 +121,7 @@ class Machine(Closing):
         self._run = Run(lambda: self._devices.windows, lambda: self.console.panic_seen)
         self._detached = False  # a configured device was
         self._hot: HotPages | None = None if image is None else image.hot  # of its copies; made by the first freeze
-        self.children = 0  # made by ``fork``, for the names of their sockets
+        self.children = itertools.count()  # of the copies by ``fork`` and pools: numbers for their sockets' names
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one
         try:

@@ -285,14 +285,12 @@ def child_of(
                     disks[index] = MemoryFile(private_copy(block.disk.fd, block.disk.path), at_once=True)
 
         image = source._freeze(copy_disks)
-    first = 0 if isinstance(source, Image) else source.children
 
     def make(number: int) -> Machine | Isolated:
-        if isinstance(source, Machine):
-            source.children += 1
+        of_all = next(source.children) if isinstance(source, Machine) else number
         own = {index: private_copy(file.fd, image.config.drives[index].path) for index, file in disks.items()}
         try:
-            config = _child_config(image.config, own, first + number)
+            config = _child_config(image.config, own, of_all)
             config = config if change is None else change(config, number)
             if isolated:
                 from vmm.machine.isolated import Isolated
