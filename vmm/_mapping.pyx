@@ -73,7 +73,7 @@ cdef extern from *:
     ssize_t pread(int fd, void *data, size_t size, long offset) nogil
     ssize_t pwrite(int fd, const void *data, size_t size, long offset) nogil
     enum: MADV_POPULATE_WRITE
-    enum: PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
+    enum: PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_SHARED, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
     enum: MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP
 
 cdef enum:
@@ -85,14 +85,16 @@ cdef enum:
     UNMAPPED = 8 << 20  # bytes at a time, so that nobody waits long for the address space
 
 
-def map_over(uintptr_t address, size_t size, int fd, uint64_t offset):
+def map_over(uintptr_t address, size_t size, int fd, uint64_t offset, bint shared=False):
     """Replace [`address`, `address` + `size`), whole pages that this process has mapped, by a private mapping.
 
     :param fd: the file that the new mapping shows until it is written to, from `offset` (bytes) on; -1: zeros. The
         mapping stays valid after the descriptor is closed
+    :param shared: make it a shared one
     :raises OSError: the kernel refused
     """
-    cdef int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE | (MAP_ANONYMOUS if fd < 0 else 0)
+    cdef int kind = MAP_SHARED if shared else MAP_PRIVATE
+    cdef int flags = kind | MAP_FIXED | MAP_NORESERVE | (MAP_ANONYMOUS if fd < 0 else 0)
     cdef void *got
     with nogil:
         got = mmap(<void *>address, size, PROT_READ | PROT_WRITE, flags, fd, <long>offset)

@@ -273,22 +273,29 @@ class GuestMemory(GuestRam, Closing):
         """
         if self.huge:
             raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
-        if self._pieces is None:
+        pieces = self._pieces
+        if pieces is None:
             gathered = self._gathered() if self._handler is not None else [region.file for region in self.regions]
             pieces = [Piece(region.gpa, region.size, file) for region, file in zip(self.regions, gathered, strict=True)]
-            for piece in pieces:
-                if self._handler is None:
-                    undertaker.bury_pages(self.host_address(piece.gpa, piece.size), piece.size)
-                self._map_piece(piece)
+            try:
+                for piece in pieces:
+                    if self._handler is None:
+                        undertaker.bury_pages(self.host_address(piece.gpa, piece.size), piece.size)
+                    self._map_piece(piece)
+            except OSError:
+                for region in self.regions:  # or what is written from here on would not be in its file
+                    if region.file is not None:
+                        address = self.host_address(region.gpa, region.size)
+                        map_over(address, region.size, region.file.fd, 0, shared=True)
+                raise
             if self._handler is not None:
                 self._handler.release()
             for region in self.regions:
                 region.file = None
+            self._pieces = pieces
         else:
-            pieces = list(self._pieces)
             for region in self.regions:
                 self._move_to_file(region, pieces)
-        self._pieces = pieces
         return list(pieces)
 
     def _gathered(self) -> list[MemoryFile]:
@@ -366,7 +373,8 @@ class GuestMemory(GuestRam, Closing):
         return unmarked_runs(pagemap(), self.host_address(region.gpa, region.size), region.size, mark)
 
     def _move_to_file(self, region: Region, pieces: list[Piece]) -> None:
-        # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there.
+        # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there. `pieces` has
+        # each as soon as it is mapped: if the next cannot be, nobody would find this one again.
         runs = self._private(region)
         if not runs:
             return

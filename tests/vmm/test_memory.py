@@ -450,3 +450,30 @@ def test_others_read_and_write_while_memory_is_frozen_or_moved_aside() -> None:
     assert view[3 * MIB] == 7, "a view outlives its memory, whose pages were moved aside"
     del view
     assert not mapped() - before
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the first", "a later one"])
+def test_a_freeze_that_fails_midway_loses_nothing(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with GuestMemory(3 * GIB + MIB) as memory:
+        places = 0, MIB, 4 * GIB
+        if again:
+            memory.freeze()
+        for gpa in places:
+            memory.write(gpa, b"before")
+        calls: list[int] = []
+
+        def no_room(*arguments: object, **how: bool) -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+            _mapping.map_over(*arguments, **how)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr("vmm.memory.map_over", no_room)
+            with pytest.raises(OSError, match="Cannot allocate"):
+                memory.freeze()
+        memory.write(8192, b"meanwhile")
+        with GuestMemory(memory.size, pieces=memory.freeze()) as copy:
+            for each in (memory, copy):
+                assert [each.read(gpa, 6) for gpa in places] == [b"before"] * 3
+                assert each.read(8192, 9) == b"meanwhile"
