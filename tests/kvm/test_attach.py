@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from boot.board import VIRTIO_GSIS
 from boot.layout import VIRTIO_MMIO, VIRTIO_MMIO_STRIDE
 from tests.kvm import guests
 from tests.kvm.test_virtio import BRING_UP, DATA, EXIT, REQUEST, place_request
+from tests.waiting import until
 from virtio import spec
 from virtio.console import Console
 from virtio.device import VirtioDevice
@@ -286,6 +288,29 @@ def test_what_cannot_be_changed_says_so(guest: MakeGuest) -> None:
         with pytest.raises(VmmError, match="has ended"):
             vm.attach(device)
     assert list(vm.devices) == ["virtio-console"]
+
+
+def test_a_device_that_is_not_there_yet_is_not_seen(guest: MakeGuest) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    class Slow:
+        def read(self, offset: int, data: memoryview) -> None:
+            asked.set()
+            answer.wait(guests.PATIENCE)
+
+        def write(self, offset: int, data: memoryview) -> None: ...
+
+    vm = guest("mov dx, 0x510; in al, dx\nagain: jmp again")
+    vm.pio.add(0x510, 1, Slow(), "slow")
+    vm.start()
+    assert asked.wait(guests.PATIENCE)
+    attaching = threading.Thread(target=vm.attach, args=(EntropyConfig(),))
+    attaching.start()
+    until(lambda: vm._run.holds)
+    assert (vm.stats, vm.devices, vm.virtio) == ({}, {}, ())
+    answer.set()
+    attaching.join(guests.PATIENCE)
+    assert list(vm.stats) == ["virtio-rng"]
 
 
 if __name__ == "__main__":

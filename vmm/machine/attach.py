@@ -132,7 +132,7 @@ class Devices:
     :param first: guest address of the first slot
     :param window: guest address from which on there is nothing, for windows
 
-    ``by_id`` has them in the order in which they came.
+    ``by_id`` has them in the order in which they came. It is replaced and not changed: any thread may read it.
     """
 
     def __init__(self, first: int, window: int) -> None:
@@ -141,8 +141,8 @@ class Devices:
         self._window = window
         self.windows: tuple[Window, ...] = ()  # of those that have one; read by vCPUs' threads
 
-    def add(self, made: Made) -> Attached:
-        """Give `made` an id and the first slot that is free; its host's parts are owned from here on.
+    def place(self, made: Made) -> Attached:
+        """Give `made` an id and the first slot that is free, for ``add``; its host's parts are owned from here on.
 
         :raises ConfigError: no slot is left, or a device of its kind has its name
         """
@@ -158,10 +158,11 @@ class Devices:
         slot = next(number for number in range(len(VIRTIO_GSIS)) if number not in taken)
         names = (made.id, made.device.name, f"{made.device.name}.{slot}")
         id = next(name for name in names if name not in self.by_id)
-        attached = Attached(made, id, slot, self._first + slot * layout.VIRTIO_MMIO_STRIDE)
-        self.by_id[id] = attached
-        self._list_windows()
-        return attached
+        return Attached(made, id, slot, self._first + slot * layout.VIRTIO_MMIO_STRIDE)
+
+    def add(self, attached: Attached) -> None:
+        """It is one of them from here on."""
+        self._are({**self.by_id, attached.id: attached})
 
     def window_address(self, attached: Attached) -> int:
         """Where the window of `attached` fits, if it has one: above RAM and the other windows' lower ones."""
@@ -176,10 +177,10 @@ class Devices:
 
     def remove(self, attached: Attached) -> None:
         """Forget it."""
-        del self.by_id[attached.id]
-        self._list_windows()
+        self._are({id: each for id, each in self.by_id.items() if each is not attached})
 
-    def _list_windows(self) -> None:
+    def _are(self, by_id: dict[str, Attached]) -> None:
+        self.by_id = by_id
         self.windows = tuple(each.window for each in self.by_id.values() if each.window is not None)
 
     def named(self, kind: str) -> dict[str, Any]:

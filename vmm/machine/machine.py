@@ -149,11 +149,13 @@ class Machine(Closing):
 
             self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, BootTimer(), "boot timer")
         for made in self._builder.all():
-            self._devices.add(made).configured = True
+            attached = self._devices.place(made)
+            attached.configured = True
+            self._devices.add(attached)
             if made.kind == "console":
                 self._hvc = made.device.ports[0]  # type: ignore[attr-defined]  # VirtioDevice is its base
         for device in devices:
-            self._devices.add(own(device))
+            self._devices.add(self._devices.place(own(device)))
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
         hot = None if image is None or handler else image.hot
         huge = config.huge_pages is not None
@@ -491,11 +493,10 @@ class Machine(Closing):
 
         made = own(device) if isinstance(device, VirtioDevice) else self._builder.make(device)
         with self._devices_lock:
-            attached = self._devices.add(made)
+            attached = self._devices.place(made)
             try:
                 self._change_devices(lambda: self._connect(attached))
             except BaseException:
-                self._devices.remove(attached)
                 attached.close()
                 raise
         return attached
@@ -526,6 +527,7 @@ class Machine(Closing):
         except BaseException:
             attached.detach()
             raise
+        self._devices.add(attached)
 
     def detach(self, id: str) -> None:
         """Remove a device. Its requests are finished, and then its resources are freed.
