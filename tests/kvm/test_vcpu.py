@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -14,7 +15,8 @@ import pytest
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
 from vmm import Exit, Machine, StopReason, threads
-from vmm.errors import HostError
+from vmm.config.devices import EntropyConfig
+from vmm.errors import HostError, VmmError
 from vmm.kvm import abi
 from vmm.kvm.vcpu import Vcpu
 
@@ -324,3 +326,71 @@ def test_ram_above_four_gib_is_a_slot_of_its_own(guest: MakeGuest) -> None:
     assert [(r.gpa, r.size) for r in vm.memory.regions] == [(0, 3 << 30), (4 << 30, 2 << 30)]
     vm.memory.write((6 << 30) - 4, b"last")
     assert run(vm).code == 1
+
+
+def test_exit_callback_that_raises_is_reported_and_holds_nobody_up(guest: MakeGuest, capfd: Any) -> None:
+    def mine(stop: Exit) -> None:
+        raise ZeroDivisionError("a bug in my callback")
+
+    ends: list[Exit] = []
+    vm = guest("again: jmp again")
+    vm.on_exit(mine)
+    vm.on_exit(ends.append)
+    vm.start()
+    vm.close()
+    assert vm.vcpus[0].fd == -1 and len(ends) == 1
+    assert "ZeroDivisionError: a bug in my callback" in capfd.readouterr().err
+
+
+def test_wait_returns_after_the_exit_callbacks_of_another_thread(guest: MakeGuest) -> None:
+    vm = guest("again: jmp again")
+    called = []
+
+    def late(stop: Exit) -> None:
+        time.sleep(0.3)
+        called.append(stop)
+
+    vm.on_exit(late)
+    vm.start()
+    other = threading.Thread(target=vm.stop)
+    other.start()
+    assert vm.wait(PATIENCE) == called[0]
+    other.join()
+
+
+@pytest.mark.parametrize("seccomp", [False, True])
+def test_exit_callback_may_wait_and_close(guest: MakeGuest, seccomp: bool, capfd: Any) -> None:
+    vm = guest(EXIT)
+    vm.seccomp = seccomp
+    done = threading.Event()
+
+    def close(stop: Exit) -> None:
+        assert vm.wait() is stop
+        vm.close()
+        done.set()
+
+    vm.on_exit(close)
+    vm.start()
+    assert done.wait(PATIENCE)
+    for thread in vm._run._threads:
+        thread.join(PATIENCE)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_callback_for_which_no_thread_is_left_is_one_line(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    spawn = threads.spawn
+
+    def scarce(kind: str, name: str, *rest: Any, **how: Any) -> Any:
+        if name == "on_exit":
+            raise RuntimeError("can't start new thread")
+        return spawn(kind, name, *rest, **how)
+
+    vm = guest(EXIT)
+    vm.on_exit(print)
+    vm.start(paused=True)
+    monkeypatch.setattr(threads, "spawn", scarce)
+    vm.resume()
+    assert vm.wait(PATIENCE) is not None
+    assert capfd.readouterr().err == "pyvmm: Nobody is told that the VM ended: can't start new thread\n"

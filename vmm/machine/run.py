@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 
 from vmm import logger, threads
@@ -43,6 +44,8 @@ class Run:
         self.holds: set[str] = set()
         self.callbacks: list[Callable[[Exit], object]] = []
         self._threads: list[threading.Thread] = []
+        self._teller: threading.Thread | None = None  # who calls the callbacks
+        self._told = threading.Event()  # they have returned
         self._change = threading.Condition()
         self._bells: list[Bell] = []  # of the main thread's wait(), inside `_change`
         self._gate = Gate()
@@ -89,20 +92,25 @@ class Run:
                 return
             if stop.reason is StopReason.RESET and self._panicked():
                 stop = Exit(StopReason.PANIC)
-            self.ended, self.failure = stop, failure
+            self.ended, self.failure, self._teller = stop, failure, threading.current_thread()
             self._gate.end()
             self._change.notify_all()
             for bell in self._bells:
                 bell.ring()
-        for vcpu in self.vcpus:
-            vcpu.kick()
-        logger.info(f"The VM ended: {stop if failure is None else failure}")
-        if not self.callbacks:
-            return
-        if threads.guard is None or threads.guard.alone or not threads.guard.confines():
-            self._tell(stop)
-        else:  # they are the program's, and no filter is
-            self._threads.append(threads.spawn(None, "on_exit", self._tell, stop))
+        try:
+            for vcpu in self.vcpus:
+                vcpu.kick()
+            logger.info(f"The VM ended: {stop if failure is None else failure}")
+            if not self.callbacks or threads.guard is None or threads.guard.alone or not threads.guard.confines():
+                self._tell(stop)
+            else:  # they are the program's, and no filter is
+                self._threads.append(threads.spawn(None, "on_exit", self._tell, stop))
+        except (RuntimeError, HostError) as error:  # no thread is left
+            self._told.set()
+            logger.error(f"Nobody is told that the VM ended: {error}")
+        except BaseException:  # a signal's handler's
+            self._told.set()
+            raise
 
     def wait(self, timeout: float | None) -> bool:
         """Whether it has ended within `timeout` seconds; None: however long it takes.
@@ -122,10 +130,12 @@ class Run:
                     self._bells.remove(bell)
 
     def join(self) -> None:
-        """Wait for its threads, but the one that asks."""
+        """Once it has ended: wait for its threads, and until the callbacks have returned; but not for who asks."""
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+        if self._teller is not threading.current_thread():
+            self._told.wait()
 
     def is_own_thread(self) -> bool:
         """Whether a thread of its own asks."""
@@ -161,8 +171,9 @@ class Run:
     # On a vCPU's thread
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
+        loop = vcpu.loop  # a callback may close the machine
         try:
-            vcpu.loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0, gate=self._gate)
+            loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0, gate=self._gate)
             while self._run_once(vcpu) and self.ended is None:
                 pass
         except Stop as stop:
@@ -170,7 +181,7 @@ class Run:
         except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
             self.end(failure=failure)
         finally:
-            vcpu.loop.detach()
+            loop.detach()
 
     def _run_once(self, vcpu: Vcpu) -> bool:
         while True:
@@ -187,5 +198,12 @@ class Run:
                     raise
 
     def _tell(self, stop: Exit) -> None:
-        for callback in self.callbacks:
-            callback(stop)
+        self._teller = threading.current_thread()
+        try:
+            for callback in self.callbacks:
+                try:
+                    callback(stop)
+                except Exception:  # of the program's: whoever ends the machine goes on, and so do the others
+                    sys.excepthook(*sys.exc_info())
+        finally:
+            self._told.set()
