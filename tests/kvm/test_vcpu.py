@@ -394,3 +394,19 @@ def test_a_callback_for_which_no_thread_is_left_is_one_line(
     vm.resume()
     assert vm.wait(PATIENCE) is not None
     assert capfd.readouterr().err == "pyvmm: Nobody is told that the VM ended: can't start new thread\n"
+
+
+def test_a_vcpus_own_thread_is_refused_what_would_hold_it(guest: MakeGuest) -> None:
+    told: list[str] = []
+
+    class Hypercall(Recorder):
+        def write(self, offset: int, data: memoryview) -> None:
+            for call in (vm.pause, vm.freeze, vm.fork, lambda: vm.detach("virtio-rng")):
+                with pytest.raises(VmmError) as error:
+                    call()
+                told.append(str(error.value))
+
+    vm = guest("mov dx, 0x510\n out dx, al\n" + EXIT, entropy=EntropyConfig())
+    vm.pio.add(0x510, 1, Hypercall(), "hypercall")
+    run(vm)
+    assert told == ["a vCPU's own thread cannot hold the vCPUs; let another thread do this"] * 4

@@ -215,7 +215,7 @@ class Machine(Closing):
         contain disks: copy the writable ones yourself while this machine is paused.
 
         :raises SnapshotError: a device or RAM, which it names, cannot be saved; nothing was stopped
-        :raises VmmError: the machine has ended
+        :raises VmmError: the machine has ended, or the caller is a vCPU's own thread
         """
         return self._freeze(lambda: None)
 
@@ -388,7 +388,10 @@ class Machine(Closing):
         self._run.end()
 
     def pause(self) -> None:
-        """Hold every vCPU before its next instruction; returns when all are held. Devices finish their requests."""
+        """Hold every vCPU before its next instruction; returns when all are held. Devices finish their requests.
+
+        :raises VmmError: the machine is not running, or the caller is a vCPU's own thread
+        """
         if not self._run.running:
             raise VmmError("only a running machine can be paused")
         self._run.hold("pause")
@@ -550,8 +553,6 @@ class Machine(Closing):
 
     def _change_devices(self, change: Callable[[], None]) -> None:
         # With no vCPU in a device or on its way there.
-        if self._run.is_own_thread():
-            raise VmmError("a vCPU's own thread cannot change the devices")
         self._run.hold("devices")
         try:
             if self._run.ended is not None or self.closed:

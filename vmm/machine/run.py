@@ -8,7 +8,7 @@ import sys
 import threading
 
 from vmm import logger, threads
-from vmm.errors import HostError, KvmError
+from vmm.errors import HostError, KvmError, VmmError
 from vmm.exits import Exit, Stop, StopReason
 from vmm.kvm._vcpu import Gate
 from vmm.signals import Bell
@@ -44,6 +44,7 @@ class Run:
         self.holds: set[str] = set()
         self.callbacks: list[Callable[[Exit], object]] = []
         self._threads: list[threading.Thread] = []
+        self._own: set[threading.Thread] = set()  # those of vCPUs, from their beginning
         self._teller: threading.Thread | None = None  # who calls the callbacks
         self._told = threading.Event()  # they have returned
         self._change = threading.Condition()
@@ -137,15 +138,14 @@ class Run:
         if self._teller is not threading.current_thread():
             self._told.wait()
 
-    def is_own_thread(self) -> bool:
-        """Whether a thread of its own asks."""
-        return threading.current_thread() in self._threads
-
     def hold(self, reason: str) -> None:
         """Let no vCPU run until each reason is released; returns when none does.
 
+        :raises VmmError: a vCPU's own thread asks, which would wait for itself
         :raises BaseException: what a handler of a signal raised meanwhile, as KeyboardInterrupt; nothing is held for it
         """
+        if threading.current_thread() in self._own:
+            raise VmmError("a vCPU's own thread cannot hold the vCPUs; let another thread do this")
         with self._change:
             known = reason in self.holds
             self.holds.add(reason)
@@ -171,6 +171,7 @@ class Run:
     # On a vCPU's thread
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
+        self._own.add(threading.current_thread())
         loop = vcpu.loop  # a callback may close the machine
         try:
             loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0, gate=self._gate)
