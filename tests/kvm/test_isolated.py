@@ -8,17 +8,23 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from socket import AF_UNIX, SOCK_SEQPACKET, socketpair
+from typing import Any
 
 import pytest
 
 from tests.kvm.guests import PATIENCE, write_guest
 from tests.waiting import has_ended, until
-from vmm import DriveConfig, Machine, Pool, StopReason, undertaker
+from vmm import DriveConfig, Image, Machine, Pool, StopReason, undertaker
 from vmm.config.devices import NetConfig, VsockConfig
 from vmm.errors import HostError, SnapshotError, VmmError
+from vmm.machine import isolated
 from vmm.machine.isolated import Isolated
+from vmm.machine.snapshot import child_of
+from vmm.machine.snapshot_file import encode
 
 MakeGuest = Callable[..., Machine]
 ROOT = Path(__file__).parents[2]
@@ -219,3 +225,14 @@ def test_they_end_with_whoever_has_asked_for_them(tmp_path: Path) -> None:
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_a_pool_does_not_give_what_was_killed_while_it_waited(guest: MakeGuest) -> None:
+    vm = guest(IDLE)
+    with Pool(vm, size=1, limit=2, isolated=True) as pool:
+        for _ in range(3):
+            assert pool.wait_until_full(PATIENCE)
+            os.kill(pool._ready[0].pid, signal.SIGKILL)
+            until(lambda: pool._ready[0].state == "Stopped")
+            with pool.take(PATIENCE) as copy:
+                assert copy.state == "Running"

@@ -155,3 +155,17 @@ def test_copies_of_a_pool_and_of_forks_have_sockets_of_their_own(tmp_path: Path,
     with Pool(vm, size=1) as pool, vm.fork()[0], pool.take(PATIENCE), pool.take(PATIENCE), vm.fork()[0]:
         assert pool.wait_until_full(PATIENCE)
         assert sorted(path.name for path in tmp_path.glob("v*")) == ["v", *(f"v.{number}" for number in range(5))]
+
+
+def test_a_copy_that_cannot_start_is_closed(counter: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Machine] = []
+
+    def start(self: Machine, *, paused: bool) -> None:
+        made.append(self)
+        raise VmmError("no thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Machine, "start", start)
+        with Pool(counter, size=1) as pool, pytest.raises(VmmError, match="no thread"):
+            pool.take(PATIENCE)
+    assert made and all(machine.closed for machine in made)

@@ -87,22 +87,31 @@ class Pool(Closing):
         :raises VmmError: the pool is closed
         :raises Exception: the exception with which making copies failed
         """
-        with self._change:
-            self._change.notify_all()  # a limit may have become free: nobody tells of a copy that was closed
-            if not self._change.wait_for(lambda: self._ready or self._closed or self._failure, timeout):
-                raise TimeoutError(f"no copy was ready within {timeout} s")
-            if self._closed:
-                raise VmmError("the pool is closed")
-            if not self._ready and self._failure is not None:
-                failure, self._failure = self._failure, None
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._change:
+                self._change.notify_all()  # a limit may have become free: nobody tells of a copy that was closed
+                left = None if end is None else end - time.monotonic()
+                if not self._change.wait_for(lambda: self._ready or self._closed or self._failure, left):
+                    raise TimeoutError(f"no copy was ready within {timeout} s")
+                if self._closed:
+                    raise VmmError("the pool is closed")
+                if not self._ready and self._failure is not None:
+                    failure, self._failure = self._failure, None
+                    self._change.notify_all()
+                    raise failure
+                machine = self._ready.pop(0)
+                self._taken.append(machine)
+                self._taken_at = time.monotonic()
                 self._change.notify_all()
-                raise failure
-            machine = self._ready.pop(0)
-            self._taken.append(machine)
-            self._taken_at = time.monotonic()
-            self._change.notify_all()
-        machine.wake()
-        return machine
+            try:
+                machine.wake()
+                return machine
+            except VmmError:
+                killed = machine.state == "Stopped"  # its process, while it waited here: another may be well
+                machine.close()
+                if not killed:
+                    raise
 
     @property
     def ready(self) -> int:
@@ -121,7 +130,11 @@ class Pool(Closing):
                 self._number += 1
             try:
                 machine = self._make(number)
-                machine.start(paused=True)
+                try:
+                    machine.start(paused=True)
+                except BaseException:
+                    machine.close()
+                    raise
             except BaseException as failure:  # who takes hears of it
                 with self._change:
                     self._failure = failure
