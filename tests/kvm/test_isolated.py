@@ -236,3 +236,33 @@ def test_a_pool_does_not_give_what_was_killed_while_it_waited(guest: MakeGuest) 
             until(lambda: pool._ready[0].state == "Stopped")
             with pool.take(PATIENCE) as copy:
                 assert copy.state == "Running"
+
+
+def test_a_limit_of_processes_is_said_and_the_server_lives(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+    code = (
+        "import os, sys; from vmm.machine import fork_server; fork = os.fork; left = [1]\n"
+        "def scarce():\n"
+        "    if left: raise BlockingIOError(left.pop() and 11, 'Resource temporarily unavailable')\n"
+        "    return fork()\n"
+        "os.fork = scarce; fork_server.main(int(sys.argv[1]))"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno())], cwd=ROOT, pass_fds=[theirs.fileno()])
+    theirs.close()
+    monkeypatch.setattr(isolated, "_server", ours)
+    monkeypatch.setattr(isolated, "_server_pid", os.getpid())
+    vm = guest(IDLE)
+    with pytest.raises(VmmError, match=r"^make a process for the copy: Resource temporarily unavailable$"):
+        _fork(vm)
+    (child,) = _fork(vm)
+    assert Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1] == str(server.pid)
+    child.close()
+    ours.close()
+    assert server.wait(PATIENCE) == 0
+
+
+def test_what_the_host_refuses_the_copy_is_said(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = guest(IDLE)
+    monkeypatch.setattr(os, "getcwd", lambda: "/nowhere")  # where the copy is to go
+    with pytest.raises(VmmError, match=r"^/nowhere: No such file or directory$"):
+        _fork(vm)

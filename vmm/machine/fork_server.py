@@ -16,7 +16,7 @@ from array import array
 import msgspec
 
 from vmm import _uring
-from vmm.errors import VmmError, line
+from vmm.errors import VmmError, host_problem, line
 from vmm.jail import jailer, preload, seccomp
 from vmm.machine.isolated import DESCRIPTORS_MAX
 from vmm.machine.machine import Machine
@@ -41,13 +41,18 @@ def main(number: int) -> None:
     gc.freeze()  # what is here is shared by all copies, as long as nobody writes to it
     server = socket(AF_UNIX, SOCK_SEQPACKET, fileno=number)
     while True:
-        data, control, _, _ = server.recvmsg(16, CMSG_LEN(4 * DESCRIPTORS_MAX), MSG_CMSG_CLOEXEC)
+        data, received, _, _ = server.recvmsg(16, CMSG_LEN(4 * DESCRIPTORS_MAX), MSG_CMSG_CLOEXEC)
         if not data:
             return
         descriptors = array("i")
-        for _, _, numbers in control:
+        for _, _, numbers in received:
             descriptors.frombytes(numbers)
-        if not os.fork():
+        try:
+            is_copy = not os.fork()
+        except OSError as error:  # a limit of processes or of memory
+            is_copy, control = False, descriptors[-3]
+            os.write(control, f"!make a process for the copy: {error.strerror}".encode())
+        if is_copy:
             server.close()
             try:
                 _be_a_copy(list(descriptors))
@@ -61,8 +66,8 @@ def _be_a_copy(descriptors: list[int]) -> NoReturn:
     *files, control, end, order = descriptors
     try:
         vm = _made(files, order)
-    except VmmError as error:
-        os.write(control, f"!{error}".encode())
+    except Exception as error:
+        os.write(control, f"!{host_problem(error) or line(repr(error))}".encode())
         os._exit(1)
 
     answering = threading.RLock()  # a guest may end while its start is not answered yet
