@@ -266,3 +266,16 @@ def test_what_the_host_refuses_the_copy_is_said(guest: MakeGuest, monkeypatch: p
     monkeypatch.setattr(os, "getcwd", lambda: "/nowhere")  # where the copy is to go
     with pytest.raises(VmmError, match=r"^/nowhere: No such file or directory$"):
         _fork(vm)
+
+
+def test_an_image_stays_as_it_is_while_a_copy_is_made(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = guest(IDLE).freeze()
+    before, seen = image.config, []
+
+    def look(image: Image, *arguments: Any, **how: Any) -> bytes:
+        seen.append(image.config)
+        return encode(image, *arguments, **how)
+
+    monkeypatch.setattr(isolated, "encode", look)
+    child_of(image, lambda config, number: config.replaced(console="none", cpus=1), isolated=True)(0).close()
+    assert len(seen) == 1 and seen[0] is before, "another thread may make a copy of it, too"

@@ -199,12 +199,7 @@ def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, en
     for net in config.nets:
         if net.fd is not None:
             raise SnapshotError(net.id or "network interface", "is a descriptor of this process: name the tap")
-    before = image.config
-    image.config = config
-    try:
-        state = encode(image, bytes(16))
-    finally:
-        image.config = before
+    state = encode(image, bytes(16), config=config)
     pieces = [
         (piece.gpa, piece.size, -1 if piece.file is None else files[piece.file.fd], piece.offset)
         for piece in image.memory

@@ -145,14 +145,15 @@ def read_state(path: str) -> bytes:
         return file.read(_STATE_MAX)
 
 
-def encode(image: Image, mark: bytes, *, api: bytes = b"") -> bytes:
+def encode(image: Image, mark: bytes, *, config: VmConfig | None = None, api: bytes = b"") -> bytes:
     """The file ``state``.
 
+    :param config: in place of the image's
     :param api: what the API keeps with it; ``Image.api`` when it is read
     """
     document = {
         "pyvmm": __version__,
-        "config": _plain(image.config),
+        "config": _plain(config or image.config),
         "cmdline": image.cmdline,
         "vcpus": image.vcpus,
         "vm": image.vm,
