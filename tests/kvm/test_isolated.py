@@ -279,3 +279,32 @@ def test_an_image_stays_as_it_is_while_a_copy_is_made(guest: MakeGuest, monkeypa
     monkeypatch.setattr(isolated, "encode", look)
     child_of(image, lambda config, number: config.replaced(console="none", cpus=1), isolated=True)(0).close()
     assert len(seen) == 1 and seen[0] is before, "another thread may make a copy of it, too"
+
+
+def test_who_waits_when_it_is_closed_is_told(guest: MakeGuest) -> None:
+    vm = guest(IDLE)
+    for _ in range(20):
+        (child,) = _fork(vm)
+        told: list[str] = []
+
+        def wait(child: Isolated = child, told: list[str] = told) -> None:
+            with pytest.raises(VmmError) as error:
+                child.wait()
+            told.append(str(error.value))
+
+        waiting = [threading.Thread(target=wait) for _ in range(4)]
+        for thread in waiting:
+            thread.start()
+        child.close()
+        for thread in waiting:
+            thread.join()
+        assert told == [f"the copy's process {child.pid} was killed"] * 4
+
+
+@pytest.mark.parametrize("seconds", [-1, -1e9])
+def test_time_that_is_over_is_not_waited_for(guest: MakeGuest, seconds: float) -> None:
+    (child,) = _fork(guest(IDLE))
+    assert child.wait(seconds) is None
+    child.stop()
+    assert child.wait(1e9) is not None
+    child.close()

@@ -39,3 +39,17 @@ def test_what_another_thread_took_before_the_bell_was_there_is_heard(heard: list
             pass
         assert bell.wait(lambda: bool(heard), 30)
         assert time.monotonic() < end + 15  # and not when the 30 s were over
+
+
+def test_a_month_is_waited_for_in_parts() -> None:
+    rung: list[int] = []
+    with signals.Bell() as bell:
+
+        def ring() -> None:
+            rung.append(1)
+            bell.ring()
+
+        other = threading.Timer(0.05, ring)
+        other.start()
+        assert bell.wait(lambda: bool(rung), 90 * 86400)
+        other.join()

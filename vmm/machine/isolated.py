@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vmm.machine.snapshot import Image
 
 DESCRIPTORS_MAX = 253  # SCM_MAX_FD of Linux
+_LONGEST_MS = (1 << 31) - 1  # that poll(2) waits
 _server: socket | None = None
 _server_pid = 0  # of the process that has it
 _lock = threading.Lock()
@@ -60,7 +61,7 @@ class Isolated(Closing):
         self.closed = False
         self._started = self._paused = False
         self._stop: Exit | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pidfd = self._end = -1
         self._control, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
         self._end, end = os.pipe2(os.O_CLOEXEC)
@@ -139,11 +140,12 @@ class Isolated(Closing):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             _wait_for(self._pidfd, None)
-            os.close(self._pidfd)
-        if self._end >= 0:
-            os.close(self._end)
-        self._pidfd = self._end = -1
-        self._control.close()
+        with self._lock:  # another thread may read them, and its wait ends with the process
+            for fd in (self._pidfd, self._end):
+                if fd >= 0:
+                    os.close(fd)
+            self._pidfd = self._end = -1
+            self._control.close()
 
     def _has_ended(self, timeout: float | None) -> bool:
         return self._stop is not None or self._end < 0 or _wait_for(self._end, timeout)
@@ -183,7 +185,7 @@ class Isolated(Closing):
 def _wait_for(fd: int, timeout: float | None) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout is None else timeout * 1000))
+    return bool(poll.poll(None if timeout is None else min(max(timeout, 0) * 1000, _LONGEST_MS)))
 
 
 def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, end: int) -> None:
