@@ -3,7 +3,7 @@
 """userfaultfd(2): memory whose missing pages another process supplies, and memory whose writes are tracked."""
 import os
 
-from libc.errno cimport EINTR, ENOENT, errno
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport uintptr_t
 
 cdef extern from *:
@@ -85,12 +85,12 @@ IOCTLS = (0xAA00, 0xC018AA3F, 0xC020AA00)       # USERFAULTFD_IOC_NEW, UFFDIO_AP
 def create(bint by_call):
     """Create a userfaultfd that also reports faults inside the kernel, and freed pages (UFFD_EVENT_REMOVE).
 
-    :param by_call: use the system call if there is no /dev/userfaultfd (before Linux 6.1)
+    :param by_call: use the system call if /dev/userfaultfd is missing (before Linux 6.1) or may not be used
     :returns: a non-blocking descriptor, owned by the caller
     :raises OSError: the host has no userfaultfd, or this process may not use it
     """
     cdef int fd = uffd_device()
-    if fd < 0 and errno == ENOENT and by_call:
+    if fd < 0 and by_call:
         fd = uffd_call(0)
     return _agreed(fd, UFFD_FEATURE_EVENT_REMOVE)
 

@@ -71,10 +71,11 @@ class FaultHandler:
             if sent != len(data):
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
             self._watch(self._socket)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             self.close()
-            # A path that is too long has no number.
-            raise HandlerError(step, error.errno or errno.ENAMETOOLONG, path) from None
+            # A path that is too long has no number; no thread is left where it is no OSError.
+            number = error.errno or errno.ENAMETOOLONG if isinstance(error, OSError) else errno.EAGAIN
+            raise HandlerError(step, number, path) from None
 
     def _watch(self, peer: socket) -> None:
         try:

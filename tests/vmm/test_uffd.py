@@ -244,3 +244,27 @@ def test_a_handler_that_serves_on_without_its_connection_is_left_alone(tmp_path:
             vmm.close()
             time.sleep(0.05)
             os.close(fd)
+
+
+def test_without_a_thread_there_is_no_memory_either(
+    handler: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = handler(_contents())
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("vmm.threads.spawn", _no_thread)
+    with pytest.raises(HandlerError, match=r"page fault handler: send .*: Resource temporarily unavailable"):
+        GuestMemory(SIZE, handler=path)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def _no_thread(*_: object, **__: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_device_file_that_cannot_be_used_is_not_needed() -> None:
+    if os.geteuid():
+        pytest.skip("LAYER MISSING: root")
+    code = "from vmm import _uffd; import os; os.close(_uffd.create(True))"
+    words = 'mount --bind /dev/null /dev/userfaultfd && exec "$0" -c "$1"'
+    if os.path.exists("/dev/userfaultfd"):
+        subprocess.run(["unshare", "-m", "sh", "-ec", words, sys.executable, code], cwd=HANDLER.parents[1], check=True)
