@@ -30,7 +30,7 @@ class AcpiEvents:
 
     def __init__(self, interrupt: Callable[[], None] = lambda: None) -> None:
         self._interrupt = interrupt
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler presses the button, even during another's
         self._pending = 0
 
     def tell(self, event: int) -> None:

@@ -46,3 +46,11 @@ def test_what_was_not_heard_is_told_by_a_copy() -> None:
     data = bytearray(1)
     copy.read(0, memoryview(data))
     assert (data[0], len(edges)) == (POWER_BUTTON, 1)
+
+
+def test_a_signals_handler_may_tell_while_another_does() -> None:
+    events = AcpiEvents()
+    events.tell(GENERATION_CHANGED)
+    with events._lock:  # as the handler that was interrupted has it
+        events.tell(POWER_BUTTON)
+    assert events.save() == {"pending": GENERATION_CHANGED | POWER_BUTTON}
