@@ -591,3 +591,27 @@ def test_the_commands(tmp_path: Path, guest: MakeGuest) -> None:
     ):
         done = _pyvmm(*words)
         assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path, guest: MakeGuest) -> None:
+    image, count = _frozen(guest)
+    (tmp_path / "link").symlink_to("first")
+    for _ in range(2):
+        image.save(str(tmp_path / "link"))
+        _goes_on(Image.load(str(tmp_path / "first")), count)
+    assert sorted(os.listdir(tmp_path)) == ["first", "guest.elf", "link"] and (tmp_path / "link").is_symlink()
+    (tmp_path / "file").symlink_to("target")
+    for text in (b"1", b"2"):
+        write_whole((str(tmp_path / "file"), lambda fd, text=text: write_all(fd, text)))  # type: ignore[misc]
+        assert (tmp_path / "target").read_bytes() == text and (tmp_path / "file").is_symlink()
+
+
+def test_no_device_is_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("fifo")
+    for name, number in (("fifo", errno.EINVAL), ("link", errno.EINVAL), ("directory", errno.EISDIR)):
+        with pytest.raises(OSError) as caught:
+            write_whole((str(tmp_path / "new"), lambda fd: None), (str(tmp_path / name), lambda fd: None))
+        assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / name))
+    assert (tmp_path / "fifo").is_fifo() and not (tmp_path / "new").exists()

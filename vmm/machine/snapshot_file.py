@@ -14,6 +14,7 @@ bytes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -61,9 +62,9 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
     :raises ConfigError: something else is there
     :raises HostError: the image cannot be written; a previous one is unchanged
     """
-    directory = os.path.abspath(directory)
     if "\0" in directory:
         raise ConfigError("snapshot", repr(directory), "must have no NUL in it")
+    directory = os.path.realpath(directory)  # a link stays, and what it names is replaced
     if os.path.lexists(directory) and not _is_ours(directory):
         raise ConfigError("snapshot", directory, "exists and is not a snapshot of pyvmm: it is left alone")
     try:
@@ -312,18 +313,23 @@ def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
     :param files: path, and what is given the descriptor of the new file
     :raises OSError: a file cannot be written, ``filename`` is its path; what was there before is as it was
     """
-    made: list[tuple[str, int, str]] = []
+    made: list[tuple[str, int, str, str]] = []
     path = ""
     try:
         for path, fill in files:
-            _remove_left_behind(path, directories=False)
-            made.append((*_make_beside(path, directory=False), path))
+            target = os.path.realpath(path)  # a link stays
+            if os.path.exists(target) and not os.path.isfile(target):  # a device would be gone
+                number = errno.EISDIR if os.path.isdir(target) else errno.EINVAL
+                raise OSError(number, os.strerror(number))
+            _remove_left_behind(target, directories=False)
+            made.append((*_make_beside(target, directory=False), target, path))
             fill(made[-1][1])
             os.fsync(made[-1][1])
-        for new, _, path in made:
-            os.rename(new, path)
+        for new, _, target, name in made:
+            path = name
+            os.rename(new, target)
     except OSError as error:
-        for new, _, _ in made:
+        for new, *_ in made:
             try:
                 os.unlink(new)
             except OSError:
@@ -331,9 +337,9 @@ def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
         error.filename = path
         raise
     finally:
-        for _, fd, _ in made:
+        for _, fd, *_ in made:
             os.close(fd)
-    for directory in {os.path.dirname(path) or "." for path, _ in files}:
+    for directory in {os.path.dirname(target) for _, _, target, _ in made}:
         _sync(directory)
 
 
