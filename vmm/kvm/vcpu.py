@@ -59,8 +59,9 @@ class Vcpu:
     @property
     def exits(self) -> dict[str, int]:
         """Exits so far by kind: ``io_in``, ``io_out``, ``mmio_read``, ``mmio_write``."""
-        if self._loop is not None:
-            self._exits = self._loop.accesses
+        loop = self._loop  # another thread may close this
+        if loop is not None:
+            self._exits = loop.accesses
         return self._exits
 
     @property
@@ -148,8 +149,9 @@ class Vcpu:
 
     def kick(self) -> None:
         """Make ``run`` return True soon; from any thread."""
-        if self._loop is not None:
-            self._loop.kick()
+        loop = self._loop  # another thread may close this
+        if loop is not None:
+            loop.kick()
 
     def close(self) -> None:
         """Idempotent; not while the vCPU runs."""
