@@ -57,6 +57,26 @@ class HostError(VmmError, OSError):
         return f"{self.what}{where}: {self.strerror}"
 
 
+class host_errors:
+    """A context in which an OSError becomes a ``HostError``.
+
+    :param what: as for ``HostError``
+    :param path: likewise; None: the file that the OSError is about
+    """
+
+    __slots__ = ("_path", "_what")
+
+    def __init__(self, what: str, path: str | None = None) -> None:
+        self._what = what
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, HostError):
+            raise HostError(error.errno or errno.EIO, self._what, self._path or path_of(error) or None) from None
+
+
 class KvmError(HostError):
     """An ioctl on a KVM file descriptor failed; ``what`` is its name in ``<linux/kvm.h>``."""
 

@@ -12,7 +12,7 @@ from vmm import undertaker
 from vmm._fastpath import GuestRam
 from vmm._mapping import copy_out, copy_pages, map_over, populate, private_runs, unmarked_runs
 from vmm.closing import Closing
-from vmm.errors import ConfigError, HostError, SnapshotError
+from vmm.errors import ConfigError, HostError, SnapshotError, host_errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -226,20 +226,18 @@ class GuestMemory(GuestRam, Closing):
             mappings.append((self.host_address(region.gpa, region.size), region.size, offset))
             offset += region.size
         try:
-            if isinstance(handler, str):
-                from vmm.uffd import FaultHandler
+            with host_errors("record which pages are touched"):
+                if isinstance(handler, str):
+                    from vmm.uffd import FaultHandler
 
-                return FaultHandler(handler, mappings)
-            from vmm._recorder import Recorder
+                    return FaultHandler(handler, mappings)
+                from vmm._recorder import Recorder
 
-            self._recorder = Recorder(handler, mappings)
-            return self._recorder
+                self._recorder = Recorder(handler, mappings)
+                return self._recorder
         except HostError:
             self.close()
             raise
-        except OSError as error:
-            self.close()
-            raise HostError(error.errno or 0, "record which pages are touched") from None
 
     def _files(self) -> list[MemoryFile] | None:
         # A memfd a region; None: the limit on the size of files, which a memfd is, allows none so large.
@@ -357,10 +355,8 @@ class GuestMemory(GuestRam, Closing):
         """
         if self._recorder is None:
             raise SnapshotError("memory", "is not recorded: load the image with record=True")
-        try:
+        with host_errors("read a page of guest memory"):
             return self._recorder.order()
-        except OSError as error:
-            raise HostError(error.errno or 0, "read a page of guest memory") from None
 
     def _runs(self, find: Callable[[Region], list[tuple[int, int]]]) -> list[tuple[int, int]]:
         # What `find` gives of each region, by guest address.

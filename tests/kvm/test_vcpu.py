@@ -284,9 +284,9 @@ def test_a_host_without_threads_ends_the_machine(guest: MakeGuest, monkeypatch: 
         return spawn(kind, name, *rest, **how)
 
     monkeypatch.setattr(threads, "spawn", scarce)
-    with pytest.raises(HostError, match="start a vCPU's thread"):
+    with pytest.raises(HostError, match="start the machine's threads"):
         vm.start()
-    with pytest.raises(HostError, match="start a vCPU's thread"):
+    with pytest.raises(HostError, match="start the machine's threads"):
         vm.wait(PATIENCE)
 
 
@@ -410,3 +410,45 @@ def test_a_vcpus_own_thread_is_refused_what_would_hold_it(guest: MakeGuest) -> N
     vm.pio.add(0x510, 1, Hypercall(), "hypercall")
     run(vm)
     assert told == ["a vCPU's own thread cannot hold the vCPUs; let another thread do this"] * 4
+
+
+def test_a_machine_that_was_closed_is_not_started(guest: MakeGuest) -> None:
+    vm = guest(EXIT)
+    vm.close()
+    with pytest.raises(VmmError, match="only once, and not after it was stopped"):
+        vm.start()
+    with pytest.raises(VmmError, match="ended cannot be frozen"):
+        vm.freeze()
+
+
+def test_a_host_without_threads_for_the_console_ends_the_machine(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(kind: str, name: str, *rest: Any, **how: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    vm = guest("again: jmp again")
+    vm.on_console(print)
+    monkeypatch.setattr("vmm.machine.console.spawn", none_left)
+    with pytest.raises(HostError, match=r"^start the machine's threads: Resource temporarily unavailable$"):
+        vm.start()
+    assert vm.state == "Stopped"
+    with pytest.raises(HostError, match="start the machine's threads"):
+        vm.wait(PATIENCE)
+
+
+def test_a_host_without_descriptors_is_a_host_error(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*arguments: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    vm = guest(EXIT)
+    monkeypatch.setattr(os, "eventfd", none_left)
+    for call, what in (
+        (lambda: guest(EXIT), "make the machine"),
+        (lambda: vm.attach(EntropyConfig()), "attach virtio-rng"),
+        (lambda: vm.irq_line(3), "make an interrupt line"),
+    ):
+        with pytest.raises(HostError, match=f"^{what}: Too many open files$"):
+            call()
+    monkeypatch.undo()
+    assert vm.attach(EntropyConfig()).id == "virtio-rng"

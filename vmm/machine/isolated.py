@@ -21,7 +21,7 @@ from array import array
 import msgspec
 
 from vmm.closing import Closing
-from vmm.errors import HostError, SnapshotError, VmmError
+from vmm.errors import SnapshotError, VmmError, host_errors
 from vmm.exits import Exit, StopReason
 from vmm.machine.snapshot_file import encode, write_all
 from vmm.memory import MemoryFile
@@ -66,16 +66,14 @@ class Isolated(Closing):
         self._control, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
         self._end, end = os.pipe2(os.O_CLOEXEC)
         try:
-            try:
-                _send(config, image, disks, theirs.fileno(), end)
-            finally:
-                theirs.close()
-                os.close(end)
-            self.pid = int(self._answer())
-            self._pidfd = os.pidfd_open(self.pid)
-        except OSError as error:
-            self.close()
-            raise HostError(error.errno or 0, "make a process for the copy") from None
+            with host_errors("make a process for the copy"):
+                try:
+                    _send(config, image, disks, theirs.fileno(), end)
+                finally:
+                    theirs.close()
+                    os.close(end)
+                self.pid = int(self._answer())
+                self._pidfd = os.pidfd_open(self.pid)
         except BaseException:
             self.close()
             raise

@@ -8,6 +8,7 @@ with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -20,7 +21,7 @@ from vmm._bus import Bus
 from vmm.closing import Closers, Closing
 from vmm.config.option import check_type
 from vmm.config.vm import VmConfig
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError, HostError, VmmError, host_errors
 from vmm.exits import Exit
 from vmm.irq import IrqLine
 from vmm.kvm.vcpu import Vcpu
@@ -125,7 +126,8 @@ class Machine(Closing):
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one
         try:
-            self._build(devices, image, prepared)
+            with host_errors("make the machine"):
+                self._build(devices, image, prepared)
         except BaseException:
             self.close()
             raise
@@ -264,7 +266,7 @@ class Machine(Closing):
     def _freeze(self, while_held: Callable[[], None], without_memory: Callable[[Image], None] | None = None) -> Image:
         from vmm.machine.snapshot import freeze
 
-        if self._run.ended is not None:
+        if self._run.ended is not None or self.closed:
             raise VmmError("a machine that has ended cannot be frozen")
         with self._devices_lock:
             return freeze(self, while_held, without_memory)
@@ -295,20 +297,27 @@ class Machine(Closing):
         :param paused: start as if ``pause`` had been called
         :raises VmmError: the machine was started or stopped before
         :raises ConfigError: a bus device of yours is where guest RAM is
-        :raises HostError: the host has no thread left; the machine has ended, and ``wait`` raises this, too
+        :raises HostError: the host has no thread or descriptor left; the machine has ended, and ``wait`` raises it
         """
-        if self._run.started or self._run.ended is not None:
+        if self._run.started or self._run.ended is not None or self.closed:
             raise VmmError("a machine can be started only once, and not after it was stopped")
         if self._ranges != self._count_ranges():
             self._refuse_ranges_in_ram()
         if paused:
             self._run.hold("pause")
         self._run.started = True
-        vcpu_kind, console_kind = self._confine()
-        self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
-        for transport in self.virtio:
-            transport.go_on()
-        self._run.start(vcpu_kind)
+        what = "start the machine's threads"
+        try:
+            with host_errors(what):
+                vcpu_kind, console_kind = self._confine()
+                self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
+                for transport in self.virtio:
+                    transport.go_on()
+                self._run.start(vcpu_kind)
+        except (RuntimeError, HostError) as error:  # a RuntimeError: no thread is left
+            failure = error if isinstance(error, HostError) else HostError(errno.EAGAIN, what)
+            self._run.end(failure=failure)
+            raise failure from None
 
     def _refuse_ranges_in_ram(self) -> None:
         for start, size, _, name in self.mmio.claims:
@@ -498,7 +507,8 @@ class Machine(Closing):
         with self._devices_lock:
             attached = self._devices.place(made)
             try:
-                self._change_devices(lambda: self._connect(attached))
+                with host_errors(f"attach {attached.name}"):
+                    self._change_devices(lambda: self._connect(attached))
             except BaseException:
                 attached.close()
                 raise
@@ -516,7 +526,8 @@ class Machine(Closing):
             raise ConfigError(
                 "gsi", gsi, f"is not free for a device of your own; use {' or '.join(map(str, OWN_GSIS))}"
             )
-        line = self._closers.own(IrqLine(gsi))
+        with host_errors("make an interrupt line"):
+            line = self._closers.own(IrqLine(gsi))
         self.vm.irqfd(line.fd, gsi)
         return line
 

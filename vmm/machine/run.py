@@ -69,18 +69,13 @@ class Run:
         """Let every vCPU run, each on a thread of its own.
 
         :param kind: kind of thread, as for ``vmm.threads.spawn``
-        :raises HostError: the host has no thread left; the machine has ended
+        :raises RuntimeError, HostError: the host has no thread left
         """
-        try:
-            for vcpu in self.vcpus:
-                name = f"fc_vcpu {vcpu.index}"
-                self._threads.append(
-                    threads.spawn(kind, name, self._run_vcpu, vcpu, unconfined=lambda error: self.end(failure=error))
-                )
-        except (RuntimeError, HostError) as error:
-            failure = error if isinstance(error, HostError) else HostError(errno.EAGAIN, "start a vCPU's thread")
-            self.end(failure=failure)
-            raise failure from None
+        for vcpu in self.vcpus:
+            name = f"fc_vcpu {vcpu.index}"
+            self._threads.append(
+                threads.spawn(kind, name, self._run_vcpu, vcpu, unconfined=lambda error: self.end(failure=error))
+            )
 
     def end(self, stop: Exit | None = None, failure: BaseException | None = None) -> None:
         """End it, unless it has ended; from any thread.

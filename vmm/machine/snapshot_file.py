@@ -29,7 +29,7 @@ from vmm._mapping import copy_sparse
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig
 from vmm.config.option import type_stored
 from vmm.config.vm import VmConfig
-from vmm.errors import ConfigError, HostError, SnapshotError
+from vmm.errors import ConfigError, SnapshotError, host_errors
 from vmm.memory import MemoryFile, Piece, spans
 
 TYPE_CHECKING = False
@@ -67,7 +67,7 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
     directory = os.path.realpath(directory)  # a link stays, and what it names is replaced
     if os.path.lexists(directory) and not _is_ours(directory):
         raise ConfigError("snapshot", directory, "exists and is not a snapshot of pyvmm: it is left alone")
-    try:
+    with host_errors("write the snapshot", directory):
         _remove_left_behind(directory, directories=True)
         made, lock = _make_beside(directory, directory=True)
         try:
@@ -82,8 +82,6 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
             _remove(made)
             os.close(lock)
         _sync(os.path.dirname(directory))
-    except OSError as error:
-        raise HostError(error.errno or 0, "write the snapshot", directory) from None
 
 
 def load(directory: str, *, record: bool = False) -> Image:
@@ -93,19 +91,15 @@ def load(directory: str, *, record: bool = False) -> Image:
     :raises HostError: the files cannot be read
     :raises SnapshotError: this is not an image, or it is damaged or has another format; the message says which
     """
-    try:
+    with host_errors("read the snapshot", directory):
         data = read_state(os.path.join(directory, STATE))
         file_of_memory = MemoryFile(open_regular(os.path.join(directory, MEMORY)), at_once=True)
-    except OSError as error:
-        raise HostError(error.errno or 0, "read the snapshot", directory) from None
     memory = file_of_memory.fd
     image, mark = decode(data, directory)
     size = image.config.memory
-    try:
+    with host_errors("read the snapshot", directory):
         end = os.fstat(memory).st_size
         there = os.pread(memory, len(mark), size + _PAGE - len(mark))
-    except OSError as error:
-        raise HostError(error.errno or 0, "read the snapshot", directory) from None
     wanted = size + _PAGE if any(mark) else size  # the API's files have no mark
     if end != wanted:
         raise SnapshotError(directory, f"{MEMORY} has {end} bytes; the guest's memory has {wanted}")
@@ -229,10 +223,8 @@ def record(touched: list[tuple[int, int]], path: str) -> None:
     :param touched: offset in the file and bytes of each run of pages, in order, from ``GuestMemory.touched``
     :raises HostError: the file cannot be written
     """
-    try:
+    with host_errors("write the list of touched pages", path):
         write_whole((path, lambda fd: write_all(fd, msgspec.msgpack.encode(touched))))
-    except OSError as error:
-        raise HostError(error.errno or 0, "write the list of touched pages", path) from None
 
 
 def prefetch(memory: MemoryFile, path: str, size: int) -> None:
