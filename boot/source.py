@@ -8,7 +8,7 @@ import os
 import stat
 
 from vmm.closing import Closing
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, HostError, host_errors
 
 _USERS_MISTAKES = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
@@ -88,10 +88,8 @@ class Source(Closing):
             raise self._truncated(offset + size, what)
         if offset + size <= len(self._head):
             return self._head[offset : offset + size]
-        try:
+        with host_errors(f"read {self.field}", self.path):
             data = _pread(self._fd, size, offset)
-        except OSError as error:
-            raise HostError(error.errno or errno.EIO, f"read {self.field}", self.path) from error
         if len(data) < size:  # it shrank since it was opened
             raise self._truncated(offset + size, what)
         return data
@@ -105,10 +103,8 @@ class Source(Closing):
             raise self._truncated(offset + len(view), what)
         done = 0
         while done < len(view):
-            try:
+            with host_errors(f"read {self.field}", self.path):
                 count = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise HostError(error.errno or errno.EIO, f"read {self.field}", self.path) from error
             if count == 0:  # it shrank since it was opened
                 raise self._truncated(offset + len(view), what)
             done += count
