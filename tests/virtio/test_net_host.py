@@ -296,6 +296,31 @@ def test_what_passt_does_not_like_is_said(namespace: None, stack: Any, monkeypat
     assert "passt has ended with 1: " in vm.log[0]
 
 
+def test_the_end_of_passt_is_told_by_a_thread_with_a_filter(tmp_path: Path) -> None:
+    passt = tmp_path / "passt"
+    passt.write_text("#!/bin/sh\necho not for you >&2\nexit 3\n")
+    passt.chmod(0o755)
+    code = """
+import contextlib
+from tests.virtio.net_driver import Vm
+from tests.waiting import until
+from virtio.net.host import Passt
+from vmm.jail import seccomp
+with contextlib.ExitStack() as stack:
+    passt = Passt()
+    stack.callback(passt.close)
+    seccomp.guard(alone=False)
+    vm = Vm(stack, tap=passt)
+    vm.offer()
+    until(lambda: vm.log)
+    print(*vm.log)
+"""
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "virtio-net: passt has ended with 3: not for you; the link is down\n"
+
+
 def test_without_passt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="apt-get install passt"):

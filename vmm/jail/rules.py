@@ -131,7 +131,8 @@ KINDS: dict[str, tuple[Rule, ...]] = {
         *_EVENTS, *_allow("preadv preadv2 pread64 pwritev pwritev2 pwrite64 fsync fdatasync fallocate"),
         *_ioctl(*_BLOCK_CHANGE),
     ),
-    "net": (*_EVENTS, *_allow("readv recvmsg sendmsg"), *_ioctl(*_TUN)),
+    # It says why passt has ended, which takes wait4.
+    "net": (*_EVENTS, *_allow("readv recvmsg sendmsg wait4"), *_ioctl(*_TUN)),
     "vsock": (*_EVENTS, *_STREAM, *_SOCKETS),
     "fs": (*_EVENTS, *_SHARE),
     # Devices in Python: random numbers, balloon, console.
