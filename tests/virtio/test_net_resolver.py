@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import os
 import socket
 import struct
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -283,6 +286,24 @@ def test_an_address_of_this_host_is_kept(stack: Any) -> None:
     assert allowed.ask(ask("good.example")) == (0, [here, PUBLIC])
     known = Guest(stack, hosts={"good.example": [socket.inet_aton(here)]})  # its administrator says so
     assert known.ask(ask("good.example")) == (0, [here])
+
+
+@pytest.mark.parametrize(("number", "found"), [(errno.EAFNOSUPPORT, ["2001:db8::7"]), (errno.EMFILE, [])])
+def test_a_host_that_has_no_socket_for_an_address(
+    stack: Any, monkeypatch: pytest.MonkeyPatch, number: int, found: list[str]
+) -> None:
+    """Without IPv6 (ipv6.disable=1) the address is nobody's here; without a descriptor nobody knows. Both go on."""
+    server = Server(stack, addresses(("good.example", A, PUBLIC), ("good.example", AAAA, "2001:db8::7")))
+    guest = Guest(stack, servers=[server.address])
+
+    def made(family: int, *how: Any) -> Any:
+        if family == socket.AF_INET6:
+            raise OSError(number, os.strerror(number))
+        return socket.socket(family, *how)
+
+    monkeypatch.setattr(resolver, "socket", types.SimpleNamespace(**vars(socket) | {"socket": made}))
+    assert guest.ask(ask("good.example", AAAA)) == (0, found)
+    assert guest.ask(ask("good.example", A)) == (0, [PUBLIC])
 
 
 def test_aliases(stack: Any) -> None:

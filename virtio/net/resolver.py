@@ -11,6 +11,7 @@ Source: RFC 6890 (special addresses).
 from __future__ import annotations
 
 import _socket as socket  # which imports more
+import errno
 import os
 import select
 import struct
@@ -370,7 +371,10 @@ class Resolver:
 def _is_here(address: bytes) -> bool:
     # Whether it is this host's, whatever its network: then it is where a connection to it would come from.
     family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-    probe = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        probe = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        return error.errno != errno.EAFNOSUPPORT  # a host without IPv6 has no such address; else nobody can tell
     try:
         probe.connect((socket.inet_ntop(family, address), dns.PORT))  # which sends nothing
         return bool(probe.getsockname()[0] == socket.inet_ntop(family, address))
