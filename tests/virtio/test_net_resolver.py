@@ -483,6 +483,7 @@ def test_our_queries_are_what_glibc_reads() -> None:
 def test_files_of_the_host(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     servers = (
         "# no\nsearch x\nnameserver 192.0.2.53\nnameserver\nnameserver fe80::1%eth0\nnameserver 2001:db8::53 # x\n"
+        "nameserver dns.example\nnameserver 192.0.2.1,192.0.2.2\n"
     )
     hosts = "127.0.0.1 localhost\n\n::1 localhost ip6\nbad x\n203.0.113.7 Good.Example good\n"
     lines = {"/etc/resolv.conf": servers, "/etc/hosts": hosts}

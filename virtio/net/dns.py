@@ -173,21 +173,26 @@ def read_name(data: bytes, at: int, *, pointers: bool = True) -> tuple[str, int]
 
 def nameservers() -> list[tuple[str, int]]:
     """Those of the host, as a program of its user asks them."""
-    found = [(words[1], PORT) for words in _lines("/etc/resolv.conf") if words[0] == "nameserver" and len(words) > 1]
-    return [server for server in found if "%" not in server[0]] or [("127.0.0.1", PORT)]
+    found = [words[1] for words in _lines("/etc/resolv.conf") if words[0] == "nameserver" and len(words) > 1]
+    return [(server, PORT) for server in found if _packed(server)] or [("127.0.0.1", PORT)]
 
 
 def host_names() -> dict[str, list[bytes]]:
     """The addresses of names that the host has in its own file."""
     found: dict[str, list[bytes]] = {}
     for words in _lines("/etc/hosts"):
-        try:
-            address = socket.inet_pton(socket.AF_INET6 if ":" in words[0] else socket.AF_INET, words[0])
-        except OSError:
-            continue
-        for name in words[1:]:
-            found.setdefault(name.lower(), []).append(address)
+        if address := _packed(words[0]):
+            for name in words[1:]:
+                found.setdefault(name.lower(), []).append(address)
     return found
+
+
+def _packed(text: str) -> bytes:
+    # Empty: not an address. connect(2) of a name would look it up.
+    try:
+        return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except OSError:
+        return b""
 
 
 def _lines(path: str) -> list[list[str]]:
