@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -10,6 +11,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,41 @@ def test_nat_left_by_a_killed_machine_is_taken_away(nft: None, stack: Any) -> No
     subprocess.run(["nft", "flush", "ruleset"], check=True)
     nat.close()  # somebody else was there before
     assert forwarding(wire.name) == "1" or tables() == ""
+
+
+def test_an_uplink_that_is_gone_keeps_no_other_forwarding(nft: None, stack: Any) -> None:
+    wires = [Wire(stack, f"10.7.{number}.1", f"10.7.{number}.2") for number in range(8)]
+    tap = Tap("tap%d", make=True)
+    stack.callback(tap.close)
+    nat = Nat("10.3.0.1/24", tap.name)
+    wires[0].tap.close()
+    nat.close()
+    assert [forwarding(wire.name) for wire in wires[1:]] == ["0"] * 7
+
+
+def test_two_machines_that_end_at_once_leave_nothing(nft: None, stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither may take the other's table for one that stays."""
+    wire = Wire(stack, OUT, NEIGHBOUR)
+    both, nats = threading.Barrier(2), []
+    for number in range(2):
+        tap = Tap("tap%d", make=True)
+        stack.callback(tap.close)
+        nats.append(Nat(f"10.3.{number}.1/24", tap.name))
+    real = Nat._others
+
+    def others(nat: Nat) -> set[str]:
+        found = real(nat)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1)  # where the other looks, too, before either table is gone
+        return found
+
+    monkeypatch.setattr(Nat, "_others", others)
+    threads = [threading.Thread(target=nat.close) for nat in nats]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (forwarding(wire.name), tables()) == ("0", "")
 
 
 def test_nat_without_nft(namespace: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ Source: Linux Documentation/networking/ip-sysctl.rst (conf/interface/forwarding)
 
 from __future__ import annotations
 
+import fcntl
+import io
 import re
 
 from virtio.net.host import network_of
@@ -60,23 +62,24 @@ class Nat:
             raise ConfigError("nat", tap, "needs a tap whose name has only letters, digits, - _ and .")
         network = network_of(address)
         self.table = PREFIX + tap
-        others = self._others()
-        # Those that do not forward yet, or only for other VMs.
-        self._uplinks = sorted(
-            name
-            for name in _with_routes() - {"lo", tap}
-            if _is_plain(name) and (_forwards(name) is False or name in others)
-        )
-        elements = ", ".join(f'"{name}"' for name in self._uplinks)
-        self._nft(
-            f"table inet {self.table}; delete table inet {self.table}\n"  # one of a VM that was killed
-            + _RULES.format(
-                table=self.table, tap=tap, network=network, elements=f"elements = {{ {elements} }}" if elements else ""
-            )
-        )
+        self._uplinks: list[str] = []
         try:
-            for name in (*self._uplinks, tap):
-                _forward(name, True)
+            with _alone():
+                others = self._others()
+                # Those that do not forward yet, or only for other VMs.
+                self._uplinks = sorted(
+                    name
+                    for name in _with_routes() - {"lo", tap}
+                    if _is_plain(name) and (_forwards(name) is False or name in others)
+                )
+                names = ", ".join(f'"{name}"' for name in self._uplinks)
+                elements = f"elements = {{ {names} }}" if names else ""
+                self._nft(
+                    f"table inet {self.table}; delete table inet {self.table}\n"  # one of a VM that was killed
+                    + _RULES.format(table=self.table, tap=tap, network=network, elements=elements)
+                )
+                for name in (*self._uplinks, tap):
+                    _forward(name, True)
         except OSError as error:
             self.close()
             raise ConfigError("nat", tap, f"forwarding cannot be enabled: {error.strerror}") from None
@@ -111,15 +114,23 @@ class Nat:
         if not self.table:
             return
         try:
-            for name in set(self._uplinks) - self._others() if not _forwards("all") else ():
-                _forward(name, False)
+            with _alone():
+                try:
+                    for name in set(self._uplinks) - self._others() if not _forwards("all") else ():
+                        if _forwards(name):  # else it is gone
+                            _forward(name, False)
+                finally:
+                    self._nft(f"delete table inet {self.table}")
         except (ConfigError, OSError):
-            pass  # an interface that is gone
-        try:
-            self._nft(f"delete table inet {self.table}")
-        except ConfigError:
-            pass  # somebody has taken it away before
+            pass  # somebody has taken the table away before
         self.table = ""
+
+
+def _alone() -> io.FileIO:
+    # A lock of the network namespace, until it is closed: what one VM needs must not change while another looks.
+    lock = open("/proc/thread-self/ns/net", "rb", buffering=0)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def _is_plain(name: str) -> bool:
