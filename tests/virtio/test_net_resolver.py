@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.virtio.net_driver import Stream, Vm, checksum, ipv4, tcp, udp
+from tests.virtio.net_driver import TX, Stream, Vm, checksum, ipv4, tcp, udp
 from tests.virtio.test_net_policy import ME, RESOLVER, mine, policy, whole
 from tests.waiting import until
+from virtio._limiter import RateLimiter
 from virtio.net import dns, resolver
 from virtio.net._policy import REASONS
 from virtio.net.resolver import Resolver
@@ -529,6 +530,35 @@ def test_a_guest_asks_and_reaches_what_it_was_told(served: Any) -> None:
         "the policy keeps the guest from 203.0.113.7 port 80 (TCP): not allowed",
         "the policy keeps the guest from the name bad.example",
     ]
+
+
+def test_an_answer_is_not_lost_where_the_device_sets_its_timer(stack: Any) -> None:
+    server = Server(stack, lambda name, kind, query: reply(query, record("", A, socket.inet_aton(PUBLIC), ttl=0)))
+    guest = Guest(stack, servers=[server.address])
+    limiter = RateLimiter(ops=(1, 0, 3_600_000))
+    vm = Vm(stack, tap=Stream(stack), policy=guest.policy, resolver=guest.resolver, tx_limiter=limiter)
+    vm.offer()
+    question = mine(udp, RESOLVER, 53, ask("good.example"))
+    vm.send(question)
+    vm.receive(lambda frame: frame[23] == 17)
+    for _ in range(2):
+        vm.send(mine(tcp, PUBLIC, 80))
+    until(lambda: limiter.throttled)
+    ended = threading.Event()
+
+    def kick() -> None:
+        while not ended.is_set():
+            os.eventfd_write(vm.transport.notify_fds[TX], 1)
+
+    kicks = threading.Thread(target=kick)
+    kicks.start()
+    try:
+        for _ in range(200):
+            guest.resolver.receive(question)
+            vm.receive(lambda frame: frame[23] == 17)
+    finally:
+        ended.set()
+        kicks.join()
 
 
 def test_a_storm_of_dropped_frames_is_told_in_part(served: Any) -> None:
