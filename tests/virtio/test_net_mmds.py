@@ -187,6 +187,34 @@ def test_an_answer_waits_for_buffers(namespace: None, stack: Any) -> None:
     assert Guest(vm).open().fetch("/large") == b"x" * 50_000
 
 
+def test_an_answer_that_waits_outlives_a_pause(namespace: None, stack: Any) -> None:
+    vm = vm_with(stack)
+    vm.send(to_service())
+    until(lambda: vm.device.stats["mmds_tx_frames"] == 1)
+    vm.transport.stop()
+    vm.transport.go_on()
+    vm.offer()
+    vm.receive(is_arp_reply)
+    guest = Guest(vm).open()
+    guest.send(ACK | PSH, b"GET /name HTTP/1.1\r\n\r\n")
+    first = guest.next()
+    vm.transport.stop()
+    vm.transport.go_on()
+    again = guest.next()  # by the clock
+    assert (again.number, again.data) == (first.number, first.data)
+
+
+def test_an_answer_that_waits_is_not_the_next_drivers(namespace: None, stack: Any) -> None:
+    vm = vm_with(stack)
+    vm.send(to_service())
+    until(lambda: vm.device.stats["mmds_tx_frames"] == 1)
+    vm.bring_up()
+    vm.offer()
+    vm.send(arp_request())
+    _, frame = vm.receive(is_arp_reply)
+    assert frame[28:32] == socket.inet_aton(HOST)
+
+
 def test_buffers_that_are_too_small_for_an_answer(namespace: None, stack: Any) -> None:
     vm = vm_with(stack, without=spec.NET_F_MRG_RXBUF)
     vm.offer(4, 40)

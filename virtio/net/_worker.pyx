@@ -169,11 +169,14 @@ cdef class NetWorker(QueueWorker):
         self.held_bytes = self.received = 0
         self.patient = True
         self.resume[RX] = self.resume[TX] = self.resume[SERVICES] = 0
-        self.frames_due = self.resolves
-        self.answer_size = 0
+        self.frames_due = self.resolves or self.detour
         self.paid = False
         self.passt.dropping = self.passt.length_got == 4
         self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
+
+    def forget(self):
+        """Drop the frame that waits for buffers: its driver is gone."""
+        self.answer_size = 0
 
     cdef int serve(self, uint32_t slot) noexcept nogil:
         cdef int status, answered
