@@ -355,12 +355,18 @@ def test_a_token_is_of_one_instance() -> None:
         ("GET / HTTP/1.1", ["Content-Length: 1", "Content-Length: 2"], 400),
         ("GET / HTTP/1.1", ["Content-Length: 5000"], 413),
         ("PUT / HTTP/1.1", ["Transfer-Encoding: chunked"], 400),
-        ("GET / HTTP/1.1", ["Connection: upgrade", "Upgrade: h2c"], 400),
     ],
 )
 def test_what_is_no_request_ends_the_connection(request_line: str, headers: list[str], status: int) -> None:
     found, _, named = ask(service(), request_line, *headers)
     assert (found, named["Connection"]) == (status, "close")
+
+
+def test_an_offer_of_another_protocol_is_ignored() -> None:
+    """Java's HttpClient makes it with its first request."""
+    offer = "Connection: Upgrade, HTTP2-Settings", "Content-Length: 0", "HTTP2-Settings: AAEA", "Upgrade: h2c"
+    found, body, named = ask(service(), "GET /name/first HTTP/1.1", *offer)
+    assert (found, body, named["Connection"]) == (200, "John", "keep-alive")
 
 
 def test_lines_without_a_carriage_return_are_no_request() -> None:

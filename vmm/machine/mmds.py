@@ -257,7 +257,9 @@ class _Request:
             raise _Refusal(501, "Unsupported HTTP version.")
         try:
             httptools.HttpRequestParser(self).feed_data(head)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+        except httptools.HttpParserUpgrade:
+            pass  # a server may ignore the offer of another protocol (RFC 9110, 7.8), as Firecracker does
+        except httptools.HttpParserError as error:
             raise _Refusal(400, f"Invalid request: {error}." if str(error) else "Invalid request.") from None
         if b"transfer-encoding" in self.headers:
             raise _Refusal(400, "Invalid header. Reason: Unsupported value. Key:Transfer-Encoding")
