@@ -121,6 +121,25 @@ def test_a_guest_that_does_not_tell_what_it_has_read_is_asked_again(vm: Vm) -> N
     assert got == sent
 
 
+def test_connections_that_come_and_go_do_not_keep_it_from_asking_again(vm: Vm) -> None:
+    """Each sets a deadline, and is gone before the device looks at it."""
+    client, host_port = vm.host_open()
+    guest = Guest(vm, 5000, host_port)
+    while not guest.asked:
+        client.sendall(b"x")
+        guest.take(vm.receive())
+    full = vm.device.stats["packets_rx"]
+    ended = time.monotonic() + 1
+    asked = []
+    while time.monotonic() < ended:
+        vm.host_socket().close()
+        vm.wait_for_connections(1)
+        time.sleep(0.02)
+        vm.collect()
+        asked.append(vm.device.stats["packets_rx"] - full)
+    assert asked[-1] - asked[len(asked) // 2] > 5, asked
+
+
 def test_a_small_buffer_holds_one_packet(vm: Vm) -> None:
     client, _ = vm.host_open(buf_alloc=1000)
     client.sendall(b"one")

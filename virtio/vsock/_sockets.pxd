@@ -37,7 +37,7 @@ cdef class VsockSockets(QueueWorker):
     cdef uint32_t stuck                 # about how many conns wait for credit and may have to ask again
     cdef Budget memory                  # budget for the conns' buffers, bytes
     cdef uint32_t last_port
-    cdef bint tx_timed                  # the timer is set for an interrupt, and not to be moved
+    cdef uint64_t tick_at               # when the timer calls tick(), CLOCK_MONOTONIC, ns; 0: it is not set
     cdef bint listening
     cdef bint settling                  # host programs wait until the driver has handled it: it closes all connections
     cdef int listener
@@ -54,6 +54,7 @@ cdef class VsockSockets(QueueWorker):
     cdef void free_buffer(self, Conn *c) noexcept nogil
     cdef void drop(self, Conn *c) noexcept nogil
     cdef void kill(self, Conn *c) noexcept nogil
+    cdef void tick_after(self, uint64_t nanoseconds) noexcept nogil
     cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil
     cdef void end_overdue(self) noexcept nogil
     cdef void listen(self) noexcept nogil

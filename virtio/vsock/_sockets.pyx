@@ -155,14 +155,22 @@ cdef class VsockSockets(QueueWorker):
         c.pending = 1 << OP_RST
         self.queue_if_ready(c)
 
+    cdef void tick_after(self, uint64_t nanoseconds) noexcept nogil:
+        # Have tick() called after this time at the latest. An earlier time stays, or connections that come and go would
+        # put off the others' for ever.
+        cdef uint64_t at = clock_ns(CLOCK_MONOTONIC) + nanoseconds
+        if self.tick_at == 0 or at < self.tick_at:
+            self.tick_at = at
+            self.wake_after(nanoseconds)
+
     cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil:
         if c.deadline:
             self.deadlines -= 1
         c.deadline = 0
         if nanoseconds:
             c.deadline = clock_ns(CLOCK_MONOTONIC) + nanoseconds
-            if self.deadlines == 0 and not self.tx_timed:
-                self.wake_after(TICK)
+            if self.deadlines == 0:
+                self.tick_after(TICK)
             self.deadlines += 1
 
     cdef void end_overdue(self) noexcept nogil:
@@ -198,8 +206,7 @@ cdef class VsockSockets(QueueWorker):
                     counter_add(&self.count.full, 1)
                     self.unwatch(self.listener)
                     self.listening = False
-                    if not self.tx_timed:
-                        self.wake_after(TICK)
+                    self.tick_after(TICK)
                 return
             c = self.make(fd, GREETING)
             if c != NULL:
@@ -438,8 +445,8 @@ cdef class VsockSockets(QueueWorker):
                 c.asked = True
                 c.pending |= 1 << OP_CREDIT_REQUEST
                 if self.waits_for_packets(c):
-                    if self.stuck == 0 and not self.tx_timed:
-                        self.wake_after(RETRY)
+                    if self.stuck == 0:
+                        self.tick_after(RETRY)
                     self.stuck += 1
         if not c.queued and (data or c.pending):
             self.table.queue(c)

@@ -67,6 +67,7 @@ cdef class VsockWorker(VsockSockets):
     cdef uint32_t unpublished
     cdef bint tx_waits                  # the tx queue waits for room in `replies`
     cdef bint tx_owed                   # an interrupt for returned tx chains is due: see return_tx
+    cdef bint tx_timed                  # tick() will send it
     cdef uint32_t tx_returned           # tx chains returned since the last interrupt
     cdef uint64_t guest_cid
     cdef int notify_tx
@@ -100,7 +101,8 @@ cdef class VsockWorker(VsockSockets):
         self.line_wait, self.guest_wait, self.host_wait, self.end_wait, self.tx_delay = (
             int(getattr(self.device, name) * SECOND)
             for name in ("line_wait", "guest_wait", "host_wait", "end_wait", "tx_delay"))
-        self.listening = False
+        self.listening = self.tx_timed = False
+        self.tick_at = 0
         self.poll_ns = 0                # no busy polling of the rings: the sockets would have to wait
         self.settling = self.reset_due
         self.settle_until = clock_ns(CLOCK_MONOTONIC) + <uint64_t>int(self.device.settle_wait * SECOND)
@@ -109,9 +111,9 @@ cdef class VsockWorker(VsockSockets):
             self.kept = self.lost = None
         self.listen()
         if self.settling:
-            self.wake_after(SETTLE)
+            self.tick_after(SETTLE)
         elif self.table.live:
-            self.wake_after(1)          # continue the deadlines after a stop
+            self.tick_after(1)          # continue the deadlines after a stop
 
     def forget(self):
         """Close every connection: their driver is gone."""
@@ -121,7 +123,7 @@ cdef class VsockWorker(VsockSockets):
     cdef void clear(self) noexcept nogil:
         self.table.forget()
         self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = self.stuck = 0
-        self.tx_waits = self.tx_owed = self.tx_timed = self.reset_due = self.settling = False
+        self.tx_waits = self.tx_owed = self.reset_due = self.settling = False
 
     def save(self):
         """The connections that the driver knows. The thread has stopped.
@@ -213,9 +215,7 @@ cdef class VsockWorker(VsockSockets):
             self.show()
         if self.tx_owed:
             self.interrupt()
-        self.tx_timed = False
         self.unwatch(self.listener)
-        self.wake_after(0)
         if self.leaving():
             self.deliver()
 
@@ -237,6 +237,7 @@ cdef class VsockWorker(VsockSockets):
 
     cdef void tick(self) noexcept nogil:
         self.tx_timed = False
+        self.tick_at = 0
         if self.tx_owed:
             self.interrupt()
         self.settling = self.settling and not self.settled()
@@ -245,11 +246,11 @@ cdef class VsockWorker(VsockSockets):
         if self.stuck:
             self.ask_again()
         if self.settling:
-            self.wake_after(SETTLE)
+            self.tick_after(SETTLE)
         elif self.stuck:
-            self.wake_after(RETRY)
+            self.tick_after(RETRY)
         elif self.deadlines or not self.listening:
-            self.wake_after(TICK)
+            self.tick_after(TICK)
 
     # Packets to the guest: connections take turns, in a list that is never longer than their pool. So none is served
     # twice before the others.
@@ -333,7 +334,7 @@ cdef class VsockWorker(VsockSockets):
             self.interrupt()
         elif not self.tx_timed:
             self.tx_timed = True
-            self.wake_after(self.tx_delay)
+            self.tick_after(self.tx_delay)
 
     cdef void fill(self, Header *h, Conn *c, uint16_t op) noexcept nogil:
         # Every packet carries our credit, so a separate credit update is rarely needed.
