@@ -391,7 +391,7 @@ def test_an_answer_that_no_frame_holds(namespace: None, stack: Any) -> None:
     vm = Vm(stack, mmds=Wordy(store(1).serve, SERVICE))
     vm.offer()
     vm.send(to_service())
-    until(lambda: vm.device.stats["mmds_errors"] == 1)
+    until(lambda: vm.device.stats["mmds_errors"] >= 2)  # it is asked at the start, too
     assert_alive(vm)
 
 
