@@ -9,21 +9,16 @@ cdef extern from *:
     #define _GNU_SOURCE
     #endif
     #include <poll.h>
+    static inline int poll_one(int fd, short events, int most) {
+        struct pollfd p = { .fd = fd, .events = events };
+        return poll(&p, 1, most) > 0;
+    }
     /* Whether the peer has closed its socket, not only shut down writing. */
-    static inline int peer_closed(int fd) {
-        struct pollfd p = { .fd = fd, .events = 0 };
-        return poll(&p, 1, 0) > 0;
-    }
-    /* Wait until the socket has room or its peer is gone; at most `most` milliseconds. */
-    static inline void wait_for_room(int fd, int most) {
-        struct pollfd p = { .fd = fd, .events = POLLOUT };
-        poll(&p, 1, most);
-    }
+    #define peer_closed(fd) poll_one(fd, 0, 0)
     /* Whether the peer will write no more. */
-    static inline int peer_shut_down(int fd) {
-        struct pollfd p = { .fd = fd, .events = POLLRDHUP };
-        return poll(&p, 1, 0) > 0;
-    }
+    #define peer_shut_down(fd) poll_one(fd, POLLRDHUP, 0)
+    /* Wait until the socket has room or its peer is gone; at most `most` milliseconds. */
+    #define wait_for_room(fd, most) poll_one(fd, POLLOUT, most)
     static inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
     """
     bint peer_closed(int fd) noexcept nogil

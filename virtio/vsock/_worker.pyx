@@ -94,7 +94,6 @@ cdef class VsockWorker(VsockSockets):
         self.prefix = os.fsencode(device.listener.path)
         self.path = self.prefix
         self.last_port = FIRST_HOST_PORT - 1
-        self.clear()
 
     def begin(self):
         """Accept connections from host programs."""
@@ -118,9 +117,6 @@ cdef class VsockWorker(VsockSockets):
     def forget(self):
         """Close every connection: their driver is gone."""
         self.close_all()
-        self.clear()
-
-    cdef void clear(self) noexcept nogil:
         self.table.forget()
         self.reply_head = self.reply_count = self.deadlines = self.unpublished = self.tx_returned = self.stuck = 0
         self.tx_waits = self.tx_owed = self.reset_due = self.settling = False

@@ -73,19 +73,17 @@ class Vsock(VirtioDevice):
         self.listener = listener
         self.guest_cid = guest_cid
         self.config = spec.VSOCK_CONFIG.pack(guest_cid)
-        self._worker: VsockWorker | None = None
         self._saved: list[tuple[int, ...]] = []  # connections of the device whose state this one has
         raise_descriptor_limit()
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[VsockWorker]:
         """One thread for all three queues and every connection."""
-        self._worker = VsockWorker(self, range(len(notify_fds)), notify_fds, on_failure)
-        self._workers = [self._worker]
+        self._workers = [VsockWorker(self, range(len(notify_fds)), notify_fds, on_failure)]
         return self._workers
 
     def save(self) -> dict[str, Any]:
         """The connections, for ``keep``."""
-        return {"connections": [] if self._worker is None else [list(numbers) for numbers in self._worker.save()]}
+        return {"connections": [list(numbers) for worker in self._workers for numbers in worker.save()]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Tell the driver that its connections are gone: no copy has the sockets of another machine.
@@ -103,8 +101,8 @@ class Vsock(VirtioDevice):
                 or not (promised - received & _U32) <= left <= MAX_WINDOW
             ):
                 raise ValueError(f"connection {guest_port} to {host_port}")
-        if self._worker is not None:
-            self._worker.reset_transport()
+        for worker in self._workers:
+            worker.reset_transport()
 
     def keep(self, host_port: int) -> socket.socket | None:
         """Let one of the saved connections go on, and reset only the others; in a copy, before it starts.
@@ -113,18 +111,18 @@ class Vsock(VirtioDevice):
         :returns: the host's end, the caller's to close; None: it was not there, or something of it was under way
         """
         kept = next((numbers for numbers in self._saved if numbers[1:3] == (host_port, 1)), None)
-        if kept is None or self._worker is None:
+        if kept is None or not self._workers:
             return None
         lost = [(numbers[0], numbers[1]) for numbers in self._saved if numbers is not kept]
         import socket  # a launch has no time for it
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
-        self._worker.keep(ours, kept, lost)
+        self._workers[0].keep(ours, kept, lost)
         self._saved = []
         return theirs
 
     @property
     def connections(self) -> int:
         """Connections there are now, open or on their way in or out."""
-        return self._worker.connections if self._worker else 0
+        return sum(worker.connections for worker in self._workers)
