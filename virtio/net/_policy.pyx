@@ -112,9 +112,6 @@ cdef class Policy:
     cdef uint64_t filled            # time of its last refill, milliseconds
     cdef PolicyCalls _calls
 
-    def __cinit__(self):
-        self.table = NULL
-
     def __init__(self, bytes guest=bytes(4), bytes gateway=bytes(4), bytes resolver=bytes(4), allow=(), deny=(),
                  *, bint only_special=False, int guest_bits=32):
         if not len(guest) == len(gateway) == len(resolver) == 4:
@@ -148,8 +145,6 @@ cdef class Policy:
         cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
         cdef dict known = {entry[:3]: entry[3:] for entry in self._learned_now()}
         for address, first, last in entries:
-            if len(address) != 16:
-                raise ValueError(f"a learned address must have 16 bytes, not {len(address)}")
             until, used = known.get((address, first, last), (0, 0))
             known[address, first, last] = max(until, now + seconds), max(used, now)
         learned = [(*key, *value) for key, value in known.items()]
@@ -164,18 +159,16 @@ cdef class Policy:
         cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
         return [(address, first, last, max(0, until - now)) for address, first, last, until, _ in self._learned_now()]
 
-    def allows(self, bytes address, uint32_t port=0):
-        """Whether a rule allows an address of 16 bytes, at some port or at `port`. Learned addresses do not count."""
+    def allows(self, bytes address):
+        """Whether a rule allows an address of 16 bytes at some port. Learned addresses do not count."""
         cdef Table *table = self.table
         cdef uint64_t high, low
         high, low = _halves(address)
         for i in range(table.n_deny + table.n_allow):
-            if matches(&table.rules[i], high, low) and (
-                port == 0 or table.rules[i].first == 0 or table.rules[i].first <= port <= table.rules[i].last
-            ):
+            if matches(&table.rules[i], high, low):
                 if i >= table.n_deny:
                     return True
-                if table.rules[i].first == 0 or port:
+                if table.rules[i].first == 0:
                     return False
         return False
 

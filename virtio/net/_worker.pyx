@@ -5,7 +5,7 @@
 Source: virtio 1.2 §5.1; passt(1) for the stream.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, errno
+from libc.errno cimport EAGAIN, EBADFD, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
@@ -13,7 +13,7 @@ from virtio._limiter cimport RateLimiter
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
 from virtio.net._policy cimport ALLOWED, DROPPED, ETH_HEADER, HEAD, PolicyCalls
 from virtio.net._stream cimport (
-    PARTS, UIO_MAXIOV, VNET_HEADER, Stream, net_set_errno, readv, stream_read, stream_write,
+    PARTS, UIO_MAXIOV, VNET_HEADER, Stream, readv, stream_read, stream_write,
 )
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
@@ -123,9 +123,7 @@ cdef class NetWorker(QueueWorker):
     cdef uint64_t tx_head                   # bytes of the frame in `head`
     # For the services in this process: the metadata service and the resolver.
     cdef object resolver
-    cdef bint resolves
     cdef object mmds
-    cdef bint detour
     cdef uint8_t[4] mmds_address
     cdef bint frames_due                    # the services may have frames for the guest
     cdef uint32_t answer_size               # bytes in `answer`, which waits for buffers; 0: none waits
@@ -144,10 +142,8 @@ cdef class NetWorker(QueueWorker):
         self.policy = policy
         self.rules = NULL if policy is None else <PolicyCalls *><uintptr_t>policy.pointer
         self.resolver = resolver
-        self.resolves = resolver is not None
         self.mmds = mmds
-        self.detour = mmds is not None
-        if self.detour:
+        if mmds is not None:
             address = bytes(mmds.address)
             memcpy(self.mmds_address, <const char *>address, 4)
         self.pcap = pcap
@@ -169,7 +165,7 @@ cdef class NetWorker(QueueWorker):
         self.held_bytes = self.received = 0
         self.patient = True
         self.resume[RX] = self.resume[TX] = self.resume[SERVICES] = 0
-        self.frames_due = self.resolves or self.detour
+        self.frames_due = self.resolver is not None or self.mmds is not None
         self.paid = False
         self.passt.dropping = self.passt.length_got == 4
         self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
@@ -199,7 +195,7 @@ cdef class NetWorker(QueueWorker):
                 status = self._kicked(slot)
                 if status < 0:
                     return status
-        if token == TOKEN_TIMER and (self.resume[SERVICES] or self.resolves):
+        if token == TOKEN_TIMER and (self.resume[SERVICES] or self.resolver is not None):
             self.resume[SERVICES] = 0
             self.frames_due = True
             return self._kicked(RX)
@@ -388,20 +384,20 @@ cdef class NetWorker(QueueWorker):
                 return status
             budget -= 1
             if chain.n_writable or not VNET_HEADER + ETH_HEADER <= chain.readable_bytes <= VNET_HEADER + FRAME_MAX \
-                    or chain.n_readable > UIO_MAXIOV:
+                    or chain.n_readable >= PARTS:
                 counter_add(&self.counters.tx_bad, 1)
                 queue_add_used(ring, chain.head, 0)
                 continue
             verdict = ALLOWED
             if self.passt.tx_left == 0:     # otherwise part of this frame was sent
-                if self.detour and self.is_for_mmds(chain):
+                if self.mmds is not None and self.is_for_mmds(chain):
                     verdict = TO_MMDS
                 elif self.rules != NULL:
                     verdict = self.check(chain)
             if verdict != ALLOWED:
                 if verdict < DROPPED:
                     self.pass_to_service(chain, verdict)
-                elif self.resolves and self.rules.may_tell(self.rules.policy):
+                elif self.resolver is not None and self.rules.may_tell(self.rules.policy):
                     self.report_dropped(verdict)
                 if self.pcap >= 0:
                     self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
@@ -456,9 +452,6 @@ cdef class NetWorker(QueueWorker):
         cdef iovec[UIO_MAXIOV + 1] whole
         cdef uint64_t done = VNET_HEADER + self.tx_head
         cdef uint32_t n = 1
-        if chain.n_readable >= UIO_MAXIOV - 1:
-            net_set_errno(EINVAL)   # more iovecs than one write takes, with our own in front
-            return -1
         memset(self.head, 0, VNET_HEADER)
         whole[0] = iovec(<void *>self.head, done)
         if done < chain.readable_bytes:

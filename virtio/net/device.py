@@ -170,10 +170,6 @@ class Net(VirtioDevice):
         control = sorted({2, 2 * self.pairs})
         return [*self._workers, _ControlWorker(self, control, [notify_fds[index] for index in control], on_failure)]
 
-    def control_queue(self, features: int) -> int:
-        """Its number: without MQ it is the third, whatever we have (§5.1.2)."""
-        return 2 * self.pairs if features & spec.NET_F_MQ else 2
-
     def activate(self, context: ActivateContext) -> None:
         """Let the tap do what the driver negotiated."""
         if self.mmds is not None:
@@ -276,9 +272,9 @@ class _ControlWorker(Worker):
     device: Net
 
     def begin(self) -> None:
-        # The other queue, if there is one, is a pair's.
+        # Without MQ its queue is the third, whatever we have (§5.1.2); the other, if there is one, is a pair's.
         super().begin()
-        self.serve_only(self.device.control_queue(self.device.context.features))
+        self.serve_only(2 * self.device.pairs if self.device.context.features & spec.NET_F_MQ else 2)
 
 
 def _is_two_tables(data: bytes) -> bool:

@@ -14,7 +14,7 @@ MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address: the same as an IPv6 
 NO_PORT = (3, 3)
 _PROHIBITED = {4: (3, 13), 6: (1, 1)}
 IPV4 = struct.Struct(">BBHHHBBH4s4s")
-_UDP = struct.Struct(">HHHH")
+UDP = struct.Struct(">HHHH")
 
 
 def datagram(asked: bytes, port: int, data: bytes, identity: int) -> bytes:
@@ -25,7 +25,7 @@ def datagram(asked: bytes, port: int, data: bytes, identity: int) -> bytes:
     """
     source, target = asked[30:34], asked[26:30]
     size = 8 + len(data)
-    segment = _UDP.pack(int.from_bytes(asked[36:38], "big"), port, size, 0) + data
+    segment = UDP.pack(int.from_bytes(asked[36:38], "big"), port, size, 0) + data
     segment = with_checksum(segment, 6, source + target + struct.pack(">HH", 17, size))
     return asked[6:12] + asked[:6] + b"\x08\0" + ipv4(17, source, target, segment, identity)
 

@@ -89,8 +89,6 @@ class Tap:
 
         :raises ConfigError: the descriptor is not a tap with IFF_VNET_HDR
         """
-        tap = cls.__new__(cls)
-        tap.fds, tap._attached = [], 1
         try:
             name, flags = _IFREQ.unpack(fcntl.ioctl(fd, TUNGETIFF, bytes(_IFREQ.size)))
             if not flags & IFF_TAP or not flags & IFF_VNET_HDR:
@@ -100,8 +98,8 @@ class Tap:
             fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER))
         except OSError as error:
             raise ConfigError("tap fd", fd, f"is not a tap: {error.strerror}") from None
-        tap.name = name.rstrip(b"\0").decode()
-        tap.fds.append(fd)
+        tap = cls.__new__(cls)
+        tap.name, tap.fds, tap._attached = name.rstrip(b"\0").decode(), [fd], 1
         return tap
 
     def gone(self) -> str:

@@ -14,7 +14,6 @@ import _socket as socket  # which imports more
 import errno
 import os
 import select
-import struct
 import threading
 import time
 from _collections import deque  # type: ignore[import-not-found]  # `collections` takes long to import
@@ -40,7 +39,6 @@ MAX_KNOWN = 1024
 TRIES = 3
 PATIENCE = 1.5  # seconds for an answer; a guest's own resolver waits 5
 LEAST, LONGEST = 60, 86400  # seconds that new connections to what a name has are allowed
-_UDP = struct.Struct(">HHHH")
 # Addresses of networks that are somebody's own: they are reached by rules for them alone.
 _OWN = [
     (socket.inet_pton(socket.AF_INET6, address), bits)
@@ -129,9 +127,6 @@ class Resolver:
 
     # From the network device
 
-    def timeout(self) -> None:
-        """It has no frame by the clock alone."""
-
     def reset(self) -> None:
         """Forget the frames for the driver before."""
         with self._lock:
@@ -175,7 +170,7 @@ class Resolver:
             return False
         if frame[23] != 17:
             return False
-        port, target, length, _ = _UDP.unpack_from(frame, 34)
+        port, target, length, _ = frames.UDP.unpack_from(frame, 34)
         if target != dns.PORT or not 8 <= length <= size - 20:
             return False
         try:
