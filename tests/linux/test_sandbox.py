@@ -254,6 +254,12 @@ def test_a_terminal_has_a_size_keys_and_an_end(sandbox: Sandbox) -> None:
         assert process.wait(10).exit_code == 0
 
 
+def test_the_last_words_on_a_terminal_are_heard(sandbox: Sandbox) -> None:
+    for _ in range(5):
+        with sandbox.exec("seq 1 10000", terminal=(24, 80)) as process:
+            assert process.wait(30).stdout.endswith("\r\n10000\r\n")
+
+
 def test_a_handle_is_like_popen(sandbox: Sandbox) -> None:
     with sandbox.exec(["cat"]) as process:
         assert process.poll() is None

@@ -248,10 +248,13 @@ static size_t from_command(int *fd, short events, char type, size_t most)
     return 0;
 }
 
-// Send the output that is in the pipe when the command has ended. Processes that still hold the pipe may write more;
-// that is not read.
-static void drain(int *fd, char type)
+// Send the output that is in the pipe or terminal when the command has ended. Processes that still hold it may write
+// more; that is not read.
+static void drain(int *fd, char type, int terminal)
 {
+    // FIONREAD counts 4 KiB at most of the 12 KiB that a terminal may hold.
+    for (int i = 0; terminal && i < 4 && *fd >= 0; i++)
+        from_command(fd, POLLIN, type, FRAME_MAX);
     int left = 0;
     if (*fd < 0 || CALL(ioctl, *fd, FIONREAD, &left))
         return;
@@ -344,8 +347,8 @@ void run(const struct request *request)
     int memory = killed && out_of_memory() != before;
     if (killed && !memory && !before)
         keep_free(1);
-    drain(&command.out, F_STDOUT);
-    drain(&command.err, F_STDERR);
+    drain(&command.out, F_STDOUT, command.terminal);
+    drain(&command.err, F_STDERR, 0);
     struct {
         uint8_t signalled;
         uint8_t code;
