@@ -180,6 +180,8 @@ def test_users_groups_and_limits_are_the_kernels(sandbox: Sandbox) -> None:
         sandbox.run("id", user="nobody-here")
     with pytest.raises(ConfigError, match="nofile"):
         sandbox.run("id", limits={"nofiles": 3})
+    with pytest.raises(ConfigError, match=r"limits .*: one is more than the guest's kernel allows"):
+        sandbox.run("id", limits={"nofile": 1 << 40})
 
 
 def test_a_read_only_sandbox(runtime: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ class Process(Closing):
         self._pumping = threading.Lock()
         self.stdin.closed = self.stdin.sent = not input
         self._terminal = terminal
-        self._user, self._cwd = request.get("user"), request.get("cwd")
+        self._user, self._cwd, self._limits = (request.get(key) for key in ("user", "cwd", "limit"))
         self.ended = False
         self.channel = link.take(deadline, command)
         try:
@@ -253,6 +253,8 @@ class Process(Closing):
     def _refused(self, number: int, what: str) -> None:
         if what == "user" and number == errno.EINVAL:
             raise ConfigError("user", self._user, "the guest does not have this user or group")
+        if what == "limits" and number == errno.EPERM:
+            raise ConfigError("limits", self._limits, "one is more than the guest's kernel allows")
         if self._cwd and what.startswith("cwd="):
             raise ConfigError("cwd", self._cwd, NO_DIRECTORY.get(number, os.strerror(number)))
         self._result.exit_code = 127 if number in _MISSING else 126

@@ -60,16 +60,16 @@ static void make_environment(const struct request *request, int terminal)
     }
 }
 
-static void limit(const char *text)
+static int limit(const char *text)
 {
     char copy[64];
     join(copy, sizeof copy, text, NULL);
     char *soft = strchr(copy, ':'), *hard = soft ? strchr(soft + 1, ':') : NULL;
     if (!hard)
-        return;
+        return 0;
     *soft++ = *hard++ = 0;
     uint64_t limits[2] = {(uint64_t)number(soft, -1), (uint64_t)number(hard, -1)}; // -1: no limit
-    CALL(prlimit64, 0, number(copy, 0), limits, NULL);
+    return (int)CALL(prlimit64, 0, number(copy, 0), limits, NULL);
 }
 
 // The child's parameters and its error. The child shares its parent's memory.
@@ -98,7 +98,8 @@ static void become(void)
     spit("/proc/self/oom_score_adj", "0"); // the agent has -999, so that its commands are killed first
     const char *text;
     for (int i = 0; (text = next_value(request, "limit", &i));)
-        limit(text);
+        if (limit(text))
+            fail("limits");
     const char *cwd = value(request, "cwd");
     if ((user.uid || user.gid || user.groups > 1) &&
         (CALL(setgroups, user.groups, user.group) || CALL(setresgid, user.gid, user.gid, user.gid) ||
