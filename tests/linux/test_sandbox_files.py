@@ -57,6 +57,8 @@ def test_files_there_and_back(sandbox: Sandbox) -> None:
 
 def test_files_fail_as_the_kernel_says(sandbox: Sandbox) -> None:
     files = sandbox.files
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.read_bytes("/proc/version", offset=1 << 64)
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         files.read("/nowhere")
     with pytest.raises(IsADirectoryError):
@@ -81,6 +83,15 @@ def test_files_fail_as_the_kernel_says(sandbox: Sandbox) -> None:
     with pytest.raises(CommandTimeout):
         files.read("/dev/zero", "bytes", timeout=0.2)
     assert files.exists("/etc/passwd")  # and goes on
+
+
+def test_a_directory_that_cannot_be_read_is_not_empty(sandbox: Sandbox) -> None:
+    with sandbox.exec("mkdir /tmp/gone; cd /tmp/gone; rmdir /tmp/gone; echo ready; sleep 100") as process:
+        assert process.stdout.readline(10) == b"ready\n"
+        with pytest.raises(FileNotFoundError):
+            sandbox.files.list(f"/proc/{process.pid}/cwd")
+        with pytest.raises(FileNotFoundError):
+            list(sandbox.files.get_archive(f"/proc/{process.pid}/cwd"))
 
 
 def test_root_does_not_follow_what_a_user_has_left_in_tmp(sandbox: Sandbox) -> None:

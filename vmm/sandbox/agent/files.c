@@ -78,7 +78,8 @@ static int list(const char *path)
     int fd = open_file(AT_FDCWD, path, O_RDONLY | O_DIRECTORY, 0);
     if (fd < 0)
         return -1;
-    for (long done; (done = CALL(getdents64, fd, names, sizeof names)) > 0;)
+    long done;
+    while ((done = CALL(getdents64, fd, names, sizeof names)) > 0)
         for (long at = 0; at < done;) {
             struct directory_entry *each = (void *)(names + at);
             if (strcmp(each->name, ".") && strcmp(each->name, ".."))
@@ -86,7 +87,7 @@ static int list(const char *path)
             at += each->length;
         }
     close(fd);
-    return 0;
+    return (int)done;
 }
 
 static int remove_all(int directory, const char *name, int depth)
@@ -121,7 +122,8 @@ static int remove_all(int directory, const char *name, int depth)
 static int read_file(const struct request *request, const char *path)
 {
     int fd = open_file(AT_FDCWD, path, O_RDONLY | O_NONBLOCK, 0); // O_NONBLOCK: opening a pipe must not wait
-    long at = number(value(request, "offset"), 0);
+    const char *offset = value(request, "offset");
+    long at = offset ? number(offset, -1) : 0;
     uint64_t left = (uint64_t)number(value(request, "length"), INT64_MAX);
     ssize_t done = 1;
     if (fd < 0 || (at && CALL(lseek, fd, at, SEEK_SET) < 0))

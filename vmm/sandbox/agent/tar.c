@@ -158,7 +158,8 @@ static int pack(int directory, const char *entry, char *name, size_t length, int
     int fd = open_file(directory, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0), failed = fd < 0;
     if (!failed)
         send_member(name, &status, '5', 0, "");
-    for (long done; !failed && (done = CALL(getdents64, fd, names, sizeof names)) > 0;)
+    long done = 0;
+    while (!failed && (done = CALL(getdents64, fd, names, sizeof names)) > 0)
         for (long at = 0; !failed && at < done;) {
             struct directory_entry *each = (void *)(names + at);
             at += each->length;
@@ -173,7 +174,7 @@ static int pack(int directory, const char *entry, char *name, size_t length, int
             }
         }
     close(fd);
-    return failed ? -1 : 0;
+    return failed || done < 0 ? -1 : 0;
 }
 
 static char failed_at[NAME_ROOM]; // what F_FAILED names
