@@ -25,6 +25,9 @@ static void pass_on(int one, int other)
             if (length[i])
                 fds[!i].events |= POLLOUT;
         }
+        for (int i = 0; i < 2; i++)
+            if (length[i] && !length[!i])
+                fds[i].fd = -1; // it may have hung up, which poll would report until what it sent is written
         wait_for(fds, 2, -1);
         for (int i = 0; i < 2; i++) {
             if (!open[i] && !length[i] && fds[i].revents & (POLLHUP | POLLERR))
