@@ -34,7 +34,7 @@ FRAME_MAX = 1 << 18  # bytes the agent takes in one frame
 ANSWER_MAX = FRAME_MAX + 64
 _CHUNK = 1 << 19
 _KEPT = 4  # idle connections of a sandbox
-_LONGEST = threading.TIMEOUT_MAX / 2  # seconds
+_LONGEST = 0x7FFFFFFF / 1000  # seconds: what poll(2) can wait
 _PATIENCE = 0.5  # seconds from the end of a VM's connections to that of the VM
 _LOOKS = 10
 _HEAD = struct.Struct("<BI")
@@ -47,7 +47,7 @@ _ANSWERS = frozenset((F_DATA, F_STARTED, F_STDOUT, F_STDERR, F_EXIT, F_ENTRY, F_
 class Deadline:
     """When a wait is over.
 
-    :param seconds: the time until then; None, or more than a thread can wait: no limit
+    :param seconds: the time until then; None, or more than 24 days: no limit
     :raises ConfigError: `seconds` is not a number
     :raises TypeError: likewise
     """
@@ -75,6 +75,21 @@ class Deadline:
     def over(self, doing: str) -> CommandTimeout:
         """The error for what was not done in time."""
         return CommandTimeout(f"{doing}: not done within {self.seconds:g} s")
+
+    @contextlib.contextmanager
+    def holding(self, lock: threading.Lock, doing: str) -> Iterator[None]:
+        """A context manager that holds `lock`, which another thread may hold while it waits for the guest.
+
+        :raises CommandTimeout: it is not free in time
+        """
+        if not lock.acquire(blocking=False):
+            left = self.left(doing)
+            if not lock.acquire(timeout=-1 if left is None else left):
+                raise self.over(doing)
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 class Link:
@@ -229,12 +244,15 @@ class Channel(Closing):
         self._room = memoryview(b"")  # what has come, from _at to _end; pages of it are touched as that needs them
         self._at = self._end = 0
         self._closing = threading.Lock()
+        self._sending = threading.Lock()
+        self.unsent = memoryview(b"")  # of a frame that was begun
 
     def connect(self, deadline: Deadline, doing: str) -> bool:
         """Whether the agent has taken the connection."""
         try:
             self._socket.settimeout(deadline.left(doing))
             self._socket.connect(self._link.path)
+            self._socket.settimeout(None)  # for good: threads that send and receive at once have different limits
             self._socket.sendall(b"CONNECT %d\n" % PORT)
             while b"\n" not in bytes(self._room[: min(self._end, 64)]):
                 if self._end > 64 or not self._receive(deadline, doing):
@@ -287,9 +305,7 @@ class Channel(Closing):
         """
         if self.buffered:
             raise AgentError("the guest sent more than was asked")
-        taken = self._socket.dup()
-        taken.settimeout(None)
-        return taken
+        return self._socket.dup()
 
     def cut(self) -> None:
         """End it from another thread: who waits there is woken."""
@@ -332,17 +348,27 @@ class Channel(Closing):
         self.send(deadline, doing, struct.pack("<I", len(data)) + data)
 
     def send(self, deadline: Deadline, doing: str, data: bytes) -> None:
-        """Send all of `data`.
+        """Send all of `data`. What has begun to go when the time is over goes before the next data.
 
+        :raises CommandTimeout: the guest does not take it in time
         :raises SandboxGone: the sandbox has ended
         """
-        try:
-            self._socket.settimeout(deadline.left(doing))
-            self._socket.sendall(data)
-        except TimeoutError:
-            raise deadline.over(doing) from None
-        except OSError:
-            raise self._gone() from None
+        with deadline.holding(self._sending, doing):
+            self._send_rest(deadline, doing)
+            self.unsent = memoryview(data)
+            try:
+                self._send_rest(deadline, doing)
+            finally:
+                if len(self.unsent) == len(data):
+                    self.unsent = memoryview(b"")
+
+    def _send_rest(self, deadline: Deadline, doing: str) -> None:
+        while self.unsent:
+            left = deadline.left(doing)
+            if sent := self.send_some(self.unsent):
+                self.unsent = self.unsent[sent:]
+            else:
+                self._poll(select.POLLOUT, left)
 
     def send_some(self, data: bytes | memoryview) -> int:
         """Send what can be sent at once, and return how much that was.
@@ -370,19 +396,20 @@ class Channel(Closing):
     def _speaks(self) -> bool:
         return self.buffered or self.fileno() < 0  # of a closed one ``read`` says why
 
-    def _poll(self, events: int, milliseconds: float | None) -> int:
+    def _poll(self, events: int, left: float | None) -> int:
         poll = select.poll()
-        poll.register(self._socket, events)
-        ready = poll.poll(milliseconds)
+        try:
+            poll.register(self._socket, events)
+        except ValueError:  # another thread has closed it
+            return select.POLLHUP
+        ready = poll.poll(None if left is None else left * 1000)
         return ready[0][1] if ready else 0
 
     def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
         """Wait until a frame has begun to come, or until something can be sent; whether each is so."""
         if self._speaks:
             return True, False
-        left = deadline.left(doing)
-        events = select.POLLIN | (select.POLLOUT if writable else 0)
-        seen = self._poll(events, None if left is None else left * 1000 + 1)
+        seen = self._poll(select.POLLIN | (select.POLLOUT if writable else 0), deadline.left(doing))
         return bool(seen & ~select.POLLOUT), bool(seen & select.POLLOUT)
 
     def read(self, deadline: Deadline, doing: str, *, last: bool = False) -> tuple[int, bytes]:
@@ -421,15 +448,17 @@ class Channel(Closing):
         if there == 0 or len(self._room) - self._at < _HEAD.size + ANSWER_MAX:
             self._room[:there] = self._room[self._at : self._end]
             self._at, self._end = 0, there
-        try:
-            self._socket.settimeout(deadline.left(doing))
-            count = self._socket.recv_into(self._room[self._end :], most)
-        except TimeoutError:
-            raise deadline.over(doing) from None
-        except OSError:
-            return False
-        self._end += count
-        return count > 0
+        while True:
+            left = deadline.left(doing)
+            try:
+                count = self._socket.recv_into(self._room[self._end :], most, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._poll(select.POLLIN, left)
+            except OSError:
+                return False
+            else:
+                self._end += count
+                return count > 0
 
     def _gone(self) -> SandboxGone:
         return SandboxGone(self._link.why or "the agent has closed the connection")

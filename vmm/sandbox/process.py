@@ -166,12 +166,12 @@ class Input:
     def close(self) -> None:
         """Close the command's standard input; at a terminal, press the key Ctrl-D. Idempotent."""
         if not self.closed:
-            self.closed = True
             try:
                 self._process.channel.send(Deadline(10), self._process.command, CLOSE)
                 self.sent = True
             except SandboxGone:
                 pass  # the command has ended
+            self.closed = True
 
 
 class Process(Closing):
@@ -224,31 +224,33 @@ class Process(Closing):
         :raises CommandTimeout: no frame came in time
         :raises SandboxGone: the sandbox has ended
         """
-        with self._pumping:
-            if self.ended:
-                return
-            try:
-                kind, data = self.channel.read(deadline, self.command)
-            except SandboxGone as error:
-                self.channel.close()  # nothing more will come, and nobody may call `close`
-                raise self._link.explained(error) from None
-            match kind:
-                case wire.F_STDOUT:
-                    self.stdout._add(data)
-                case wire.F_STDERR:
-                    self.stderr._add(data)
-                case wire.F_STARTED if len(data) == 4 and not self.pid:
-                    self.pid = struct.unpack("<I", data)[0]
-                case wire.F_EXIT if len(data) == 3:
-                    signalled, code, memory = data
-                    self._result.exit_code = (128 + code) & 255 if signalled else code
-                    self._result.signal = code if signalled else None
-                    self._result.out_of_memory = bool(memory)
-                    self._end()
-                case wire.F_FAILED if not self.pid:
-                    self._refused(*failure(data))
-                case _:
-                    raise AgentError(f"{self.command}: the guest sent {chr(kind)!r} out of turn")
+        with deadline.holding(self._pumping, self.command):
+            if not self.ended:
+                self._receive(deadline)
+
+    def _receive(self, deadline: Deadline) -> None:
+        try:
+            kind, data = self.channel.read(deadline, self.command)
+        except SandboxGone as error:
+            self.channel.close()  # nothing more will come, and nobody may call `close`
+            raise self._link.explained(error) from None
+        match kind:
+            case wire.F_STDOUT:
+                self.stdout._add(data)
+            case wire.F_STDERR:
+                self.stderr._add(data)
+            case wire.F_STARTED if len(data) == 4 and not self.pid:
+                self.pid = struct.unpack("<I", data)[0]
+            case wire.F_EXIT if len(data) == 3:
+                signalled, code, memory = data
+                self._result.exit_code = (128 + code) & 255 if signalled else code
+                self._result.signal = code if signalled else None
+                self._result.out_of_memory = bool(memory)
+                self._end()
+            case wire.F_FAILED if not self.pid:
+                self._refused(*failure(data))
+            case _:
+                raise AgentError(f"{self.command}: the guest sent {chr(kind)!r} out of turn")
 
     def _refused(self, number: int, what: str) -> None:
         if what == "user" and number == errno.EINVAL:
@@ -274,8 +276,13 @@ class Process(Closing):
 
     def poll(self) -> int | None:
         """Its exit status if it has ended, else None. Receives output that has arrived."""
-        while not self.ended and self.channel.readable:
-            self.pump(Deadline(1))
+        while self._pumping.acquire(blocking=False):  # otherwise another thread receives it
+            try:
+                if self.ended or not self.channel.readable:
+                    break
+                self._receive(Deadline(1))
+            finally:
+                self._pumping.release()
         return self._result.exit_code if self.ended else None
 
     def communicate(self, input: bytes | str | None = None, timeout: float | None = None) -> Result:
@@ -288,12 +295,14 @@ class Process(Closing):
 
     def communicate_until(self, deadline: Deadline, input: bytes | str | None = None) -> Result:
         """``communicate``, with a time limit that began before."""
+        if input and self.stdin.closed:
+            raise ValueError("standard input is closed")
         frames = [*wire.frames(wire.F_STDIN, input or b"")]
-        if input is not None or not self.stdin.closed:
+        if not self.stdin.closed:
             frames.append(CLOSE)
         frames.reverse()
         try:
-            left = memoryview(b"")
+            left = self.channel.unsent
             while not self.ended:
                 if not left and frames:
                     left = memoryview(frames.pop())
@@ -376,7 +385,8 @@ class Process(Closing):
         self.channel.send(Deadline(10), self.command, wire.frame(wire.F_WINDOW, struct.pack("<HH", rows, columns)))
 
     def close(self) -> None:
-        """Give up the command, and kill it if it still runs. Idempotent."""
+        """Give up the command, and kill it if it still runs; wakes who waits for it in another thread. Idempotent."""
+        self.channel.cut()
         self.channel.close()
 
 

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The handle of a command that several threads use at once, and time limits of what they do."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.vmm import test_sandbox_host as lying
+from tests.vmm.test_sandbox_host import STARTED, Answer, frame
+from tests.waiting import until
+from vmm.sandbox import CommandTimeout, SandboxGone, Session
+from vmm.sandbox.channel import Deadline
+
+agent = lying.agent
+
+
+def read_frames(stream: socket.socket) -> Iterator[tuple[bytes, bytes]]:
+    """Each frame from the host, until it disconnects."""
+    with stream.makefile("rb") as file:
+        while head := file.read(5):
+            yield head[:1], file.read(struct.unpack("<I", head[1:])[0])
+
+
+def echo(stream: socket.socket) -> None:
+    """A command that writes what it reads, until the end of its input."""
+    stream.sendall(STARTED)
+    for kind, data in read_frames(stream):
+        if kind == b"i" and not data:
+            break
+        stream.sendall(frame(b"o", data))
+    stream.sendall(frame(b"x", bytes(3)))
+
+
+def silent(stream: socket.socket) -> None:
+    """A command that says nothing until its connection ends."""
+    stream.sendall(STARTED)
+    while stream.recv(1 << 16):
+        pass
+
+
+def in_background(work: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
+    """A thread that does `work`, and what came of it."""
+    came: list[object] = []
+
+    def body() -> None:
+        try:
+            came.append(work())
+        except BaseException as error:
+            came.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    return thread, came
+
+
+def test_a_thread_reads_without_a_limit_while_another_writes_with_one(agent: Callable[[Answer], Session]) -> None:
+    def slow(stream: socket.socket) -> None:
+        stream.sendall(STARTED)
+        for _, data in read_frames(stream):
+            time.sleep(0.2)
+            stream.sendall(frame(b"o", data))
+
+    class Between(socket.socket):
+        def recv_into(self, *args: Any) -> int:
+            if writes:
+                writes.pop()()
+            return super().recv_into(*args)
+
+    with agent(slow).exec("x", timeout=None) as process:
+        writes = [lambda: process.stdin.write(b"late", timeout=0.05)]  # when the other thread is about to receive
+        process.channel._socket = Between(fileno=process.channel._socket.detach())
+        assert process.stdout.read(4) == b"late"
+
+
+def test_a_wait_has_its_limit_while_another_thread_reads(agent: Callable[[Answer], Session]) -> None:
+    with agent(silent).exec("x", timeout=None) as process:
+        thread, came = in_background(process.stdout.read)
+        until(process._pumping.locked)
+        assert process.poll() is None
+        with pytest.raises(CommandTimeout):
+            process.wait(0.05)
+        process.close()  # which ends the other thread's wait
+        thread.join(10)
+        assert isinstance(came[0], SandboxGone)
+
+
+def test_a_write_that_was_not_done_in_time_does_no_harm_to_what_follows(agent: Callable[[Answer], Session]) -> None:
+    go = threading.Event()
+    seen: list[tuple[bytes, int]] = []
+
+    def answer(stream: socket.socket) -> None:
+        stream.sendall(STARTED)
+        go.wait(30)
+        seen.extend((kind, len(data)) for kind, data in read_frames(stream))
+
+    with agent(answer).exec("x", timeout=None) as process:
+        for _ in range(2):  # of the second one nothing goes
+            with pytest.raises(CommandTimeout):
+                process.stdin.write(bytes(8 << 20), timeout=0.05)
+        go.set()
+        process.resize(1, 2)
+        process.stdin.close()
+    until(lambda: (b"i", 0) in seen)
+    assert seen[-2:] == [(b"w", 4), (b"i", 0)]
+    assert {length for kind, length in seen[:-2]} == {1 << 18}
+
+
+def test_an_end_of_input_that_was_not_taken_is_sent_again(
+    agent: Callable[[Answer], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(deadline: Deadline, doing: str, data: bytes) -> None:
+        raise deadline.over(doing)
+
+    process = agent(echo).exec("x", timeout=None)
+    with monkeypatch.context() as patch, pytest.raises(CommandTimeout):
+        patch.setattr(process.channel, "send", late)
+        process.stdin.close()
+    process.stdin.close()
+    assert process.wait(10).exit_code == 0
+
+
+def test_input_behind_its_end_is_refused(agent: Callable[[Answer], Session]) -> None:
+    with agent(echo).exec("x", timeout=None) as process:
+        process.stdin.close()
+        with pytest.raises(ValueError, match="standard input is closed"):
+            process.communicate(b"more")
+        assert process.communicate(b"").exit_code == 0
+
+
+def test_a_limit_of_weeks_is_none(agent: Callable[[bytes], Session]) -> None:
+    said = STARTED + frame(b"x", bytes(3))
+    for seconds in (3e6, 1e9, 4294967.5):
+        assert agent(said).run("x", timeout=seconds).exit_code == 0
