@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+import time
 
 from vmm import threads
 from vmm.closing import Closing
@@ -20,12 +21,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vmm.sandbox.channel import Link
+    from vmm.sandbox.channel import Channel, Link
     from vmm.sandbox.session import Session
 
 _CHUNK = 1 << 16
 MOST = 256  # connections at once; who comes then waits
 _FIRST = 1 << 20  # of the host's vsock ports that lead to TCP ports
+_BACK_OFF = 0.1  # seconds until it is tried again
 
 
 class Relay(Closing):
@@ -43,29 +45,34 @@ class Relay(Closing):
         self._room = threading.Semaphore(MOST)
         self._streams: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self._closed = False
         threads.spawn(None, name, self._accept)
 
     def _accept(self) -> None:
         while True:
             self._room.acquire()
             try:
-                outside, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threads.spawn(None, self._name, self._serve, outside)
+                threads.spawn(None, self._name, self._serve, self._listener.accept()[0])
+            except (OSError, RuntimeError):
+                if self._closed:
+                    return
+                self._room.release()
+                time.sleep(_BACK_OFF)  # the host has no descriptor or no thread for it
 
     def _serve(self, outside: socket.socket) -> None:
         try:
             with outside, self._kept(outside), self._connect() as inside, self._kept(inside):
                 _relay(outside, inside)
-        except (OSError, VmmError):
-            pass  # nobody listens there, or one side has gone: the other sees its connection closed
+        except (OSError, VmmError, RuntimeError):
+            pass  # nobody listens there, one side has gone, or the host has no thread: the other side is closed, too
         finally:
             self._room.release()
 
     @contextlib.contextmanager
     def _kept(self, stream: socket.socket) -> Iterator[None]:
         with self._lock:
+            if self._closed:
+                raise ConnectionAbortedError
             self._streams.add(stream)
         try:
             yield
@@ -76,6 +83,7 @@ class Relay(Closing):
     def close(self) -> None:
         """Listen no more, and end the connections; idempotent."""
         with self._lock:
+            self._closed = True
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
             for stream in self._streams:
@@ -112,10 +120,11 @@ class Provided(Relay):
     def __init__(self, link: Link, host_port: int, port: int, host: str) -> None:
         deadline, doing = Deadline(30), f"port {port}"
         listener, number, self._path = _listen_beside(link.path)
-        self._channel = link.connect(deadline, doing)
+        self._channel: Channel | None = None
         try:
-            self._channel.request(deadline, doing, "listen", port=port, to=number)
-            kind, data = self._channel.read(deadline, doing)
+            channel = self._channel = link.connect(deadline, doing)
+            channel.request(deadline, doing, "listen", port=port, to=number)
+            kind, data = channel.read(deadline, doing)
             if kind == F_FAILED:
                 raise OSError(failure(data)[0], os.strerror(failure(data)[0]), f"port {port} of the guest")
             if kind != F_STARTED or len(data) != 4:
@@ -128,7 +137,8 @@ class Provided(Relay):
             raise
 
     def _leave(self) -> None:
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
 
