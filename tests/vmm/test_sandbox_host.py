@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
+import json
 import os
 import random
 import re
@@ -462,6 +464,36 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [(each["name"], each["ended"]) for each in registry.all_running()] == [("five", "")]
     place.close()
     assert not list((tmp_path / "pyvmm/sandboxes").iterdir())
+
+
+def test_a_name_whose_directory_cannot_be_written_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(json, "dump", full)
+        registry.Place("box", ABOUT)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    registry.Place("box", ABOUT).close()
+
+
+def test_two_threads_that_close_a_place_close_one_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    place = registry.Place("box", ABOUT)
+    with registry._alone(registry.root()):
+        threads = [threading.Thread(target=place.close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)  # until each waits, or is done
+    others = [os.open("/", os.O_RDONLY) for _ in range(20)]
+    for thread in threads:
+        thread.join()
+    for fd in others:
+        os.close(fd)  # none of them was taken for the place's
 
 
 def test_processes_that_start_list_and_end_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:

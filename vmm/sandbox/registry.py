@@ -72,8 +72,12 @@ class Place:
             os.mkdir(self.path, 0o700)
             self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with open(os.path.join(self.path, "about.json"), "w", encoding="utf-8") as file:
-            json.dump({**about, "pid": os.getpid()}, file)
+        try:
+            with open(os.path.join(self.path, "about.json"), "w", encoding="utf-8") as file:
+                json.dump({**about, "pid": os.getpid()}, file)
+        except BaseException:
+            self.close()
+            raise
 
     def tell(self, why: str) -> None:
         """Tell other processes why the sandbox has ended. The first reason counts."""
@@ -85,11 +89,11 @@ class Place:
 
     def close(self) -> None:
         """Remove the directory; idempotent."""
-        if self._lock >= 0:
+        lock, self._lock = self._lock, -1  # first: two threads may close it at once
+        if lock >= 0:
             with _alone(os.path.dirname(self.path)):
                 shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
+            os.close(lock)
 
 
 def check(name: str) -> None:
