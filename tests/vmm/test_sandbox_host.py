@@ -28,6 +28,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import until
 from vmm import Sandbox
 from vmm.errors import ConfigError, VmmError
 from vmm.images import Image
@@ -130,6 +131,16 @@ def test_a_watch_tells_lost_changes_goes_on_and_ends(agent: Callable[[bytes], Se
             seen += [event.name for event in handle.get_new_events()]
     assert seen == ["file"]
     handle.stop()
+    made_one = threading.Event()
+
+    def stop(_: object) -> None:
+        made_one.wait(10)
+        own.stop()
+
+    ends: list[BaseException | None] = []
+    own = WatchHandle(agent(STARTED + made + frame(b"k")).files.watch("/x", timeout=5), stop, ends.append)
+    made_one.set()
+    until(lambda: ends == [None])
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,17 @@ async def in_thread(
     loop = asyncio.get_running_loop()
     future: asyncio.Future[R] = loop.create_future()
 
+    def drop(result: R | None) -> None:
+        if undo is not None and result is not None:
+            undo(result)
+
+    def drop_in_thread(result: R | None) -> None:
+        threads.spawn(None, "sandbox call", drop, result)
+
     def settle(result: R | None, error: BaseException | None) -> None:
         if future.done():
-            return
-        if error is not None:
+            drop_in_thread(result)
+        elif error is not None:
             future.set_exception(error)
         else:
             future.set_result(result)  # type: ignore[arg-type]
@@ -52,20 +59,21 @@ async def in_thread(
             result = work()
         except BaseException as caught:
             error = caught
-        if undo is not None and result is not None and future.cancelled():
-            undo(result)
+        if future.cancelled():
+            drop(result)
             return
         try:
             loop.call_soon_threadsafe(settle, result, error)
         except RuntimeError:  # the loop is closed
-            if undo is not None and result is not None:
-                undo(result)
+            drop(result)
 
     threads.spawn(None, "sandbox call", body)
     try:
         return await future
     except asyncio.CancelledError:
         cancel()
+        if not future.cancelled() and future.done() and future.exception() is None:  # it was done, not yet returned
+            drop_in_thread(future.result())
         raise
 
 

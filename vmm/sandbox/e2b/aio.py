@@ -12,6 +12,7 @@ from vmm.sandbox.e2b.commands import CommandHandle, Commands, Pty
 from vmm.sandbox.e2b.errors import NotFoundException, translated
 from vmm.sandbox.e2b.files import Filesystem, WatchHandle, refuse_watch
 from vmm.sandbox.e2b.sandbox import Paginator, Sandbox, SandboxInfo, _Both
+from vmm.sandbox.files import Watch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -201,7 +202,9 @@ class AsyncFilesystem:
         """
         refuse_watch(recursive, include_entry)
         with translated():
-            changes = await in_thread(lambda: self.sync._files.watch(path, user=user, timeout=timeout or None))
+            changes = await in_thread(
+                lambda: self.sync._files.watch(path, user=user, timeout=timeout or None), undo=Watch.close
+            )
         heard, ended = _on_the_loop(on_event), _on_the_loop(on_exit)
         return AsyncWatchHandle(WatchHandle(changes, heard, ended))
 

@@ -87,7 +87,7 @@ class WatchHandle:
         self._why: BaseException | None = None
         self._on_event = on_event or self._add
         self._on_exit = on_exit
-        self._thread = threads.spawn(None, "watch", self._watch)
+        threads.spawn(None, "watch", self._watch)
 
     def _add(self, event: FilesystemEvent) -> None:
         with self._lock:
@@ -121,7 +121,6 @@ class WatchHandle:
         """Watch no more; idempotent."""
         self._stopped = True
         self._changes.close()
-        self._thread.join()
 
 
 class Filesystem:
