@@ -162,10 +162,25 @@ def test_endless_header_is_not_read(kind: bytes, size: int, tmp_path: Path) -> N
         sources.archive(name)
 
 
+def test_headers_of_headers_are_one_line(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5
+    data = (info.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")) * 2000
+    with pytest.raises(PullError, match="layer 0 is not a valid tar archive"):
+        merged(data)
+    (tmp_path / "saved.tar").write_bytes(data)
+    name = reference.parse(f"docker-archive:{tmp_path}/saved.tar")
+    assert name is not None
+    with pytest.raises(PullError, match=r"saved\.tar is not an archive of `docker save`"):
+        sources.archive(name)
+
+
 def test_number_of_files_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "MAX_ENTRIES", 3)
     with pytest.raises(PullError, match="more than 3 files"):
         merged(layer(*(entry(f"f{i}") for i in range(4))))
+    with pytest.raises(PullError, match="more than 3 files"):  # directories that no entry has are made, too
+        merged(layer(entry("a/b/c/d")))
 
 
 def test_marks_of_overlays_and_what_squashfs_lacks_stay_out() -> None:

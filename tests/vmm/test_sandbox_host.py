@@ -381,6 +381,21 @@ def test_a_copys_archive_that_is_damaged_or_endless(agent: Callable[[Answer], Se
     assert refused > 10  # what is changed in a file is the file
 
 
+def test_a_member_that_says_it_is_huge_holds_nobody_up(agent: Callable[[Answer], Session], tmp_path: Path) -> None:
+    top, huge = archive(TOP)[:512], tarfile.TarInfo("./a")
+    for number, kind in enumerate((tarfile.REGTYPE, b"Z")):
+        huge.type, huge.size = kind, 1 << 70
+        with pytest.raises(AgentError, match="no archive"):
+            copy_of(agent, top + huge.tobuf(tarfile.GNU_FORMAT) + bytes(1024), tmp_path / f"{number}")
+    huge.type, huge.size = tarfile.GNUTYPE_SPARSE, 0
+    header = bytearray(huge.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"\x80" + (1 << 60).to_bytes(11, "big")  # bytes of the file, all of them a hole
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(AgentError, match="holes"):
+        copy_of(agent, top + header + bytes(1024), tmp_path / "sparse")
+
+
 def test_random_answers_end_in_an_error_of_ours(
     agent: Callable[[Answer], Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ _MAX_HEADER = 1 << 20  # bytes of an extended header: names and attributes
 _EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
+DAMAGED = (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, IndexError)  # by tarfile
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _XATTR = "SCHILY.xattr."
 # What a squashfs can hold. An overlay's own marks would mean something else below another overlay.
@@ -110,9 +111,7 @@ class Tree:
         try:
             archive = tarfile.open(fileobj=tar, mode="r:", tarinfo=Header, errors="surrogateescape")
             for member in archive:
-                self._entries += 1
-                if self._entries > MAX_ENTRIES:
-                    raise PullError(f"the image has more than {MAX_ENTRIES} files")
+                self._count()
                 if member.isreg() and member.offset_data + _stored(member) > size:
                     raise PullError(f"it ends in the middle of {line(member.name)}")
                 self._apply(archive, member)
@@ -121,7 +120,7 @@ class Tree:
                 raise PullError(f"there is no tar header at offset {archive.offset}")
         except PullError as error:
             raise PullError(f"{what}: {error}") from None
-        except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, IndexError) as error:
+        except DAMAGED as error:
             raise PullError(f"{what} is not a valid tar archive: {line(error)}") from None
 
     def walk(self) -> Iterator[tuple[str, Inode]]:
@@ -181,6 +180,11 @@ class Tree:
         else:
             siblings[name] = Node(inode, self._layer)
 
+    def _count(self) -> None:
+        self._entries += 1
+        if self._entries > MAX_ENTRIES:
+            raise PullError(f"the image has more than {MAX_ENTRIES} files")
+
     def _hide(self, siblings: dict[str, Node], name: str) -> None:
         # a name of a lower layer goes, with all below it that this layer did not bring
         node = siblings[name]
@@ -213,6 +217,7 @@ class Tree:
             if node is None:
                 if not make:
                     return None
+                self._count()
                 node = children[name] = Node(Inode(_implicit()), self._layer)
             if node.inode.header.issym() and (pending or follow):
                 links += 1

@@ -24,7 +24,7 @@ import zstandard
 from vmm.errors import line
 from vmm.images import manifest, reference
 from vmm.images.host import Progress, PullError
-from vmm.images.layers import Header
+from vmm.images.layers import DAMAGED, Header
 from vmm.images.reference import Name
 from vmm.images.registry import Registry
 
@@ -127,7 +127,7 @@ def archive(name: Name) -> Content:
         members = {os.path.normpath(member.name): member for member in tar}
     except PullError as error:
         raise PullError(f"{name.place}: {error}") from None
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+    except DAMAGED as error:
         raise PullError(
             f"{name.place} is not an archive of `docker save`: {line(error)} (unpack it, if compressed)"
         ) from None

@@ -10,7 +10,7 @@ import tarfile
 from typing import cast
 
 from vmm.images.host import PullError
-from vmm.images.layers import Header
+from vmm.images.layers import DAMAGED, Header
 from vmm.sandbox.channel import FRAME_MAX
 from vmm.sandbox.errors import AgentError
 
@@ -83,10 +83,12 @@ def _contents(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 class _Pieces:
-    # A file for tarfile, which reads it once from its beginning to its end.
+    # A file for tarfile, which reads it once from its beginning to its end. Where a member says that it is longer than
+    # the archive, tarfile would go on to read for as long as that says.
     def __init__(self, pieces: Iterable[bytes | memoryview]) -> None:
         self._pieces = iter(pieces)
         self._rest = b""
+        self._ended = False
 
     def read(self, size: int) -> bytes:
         parts, there = [self._rest], len(self._rest)
@@ -94,6 +96,9 @@ class _Pieces:
             parts.append(piece)
             there += len(piece)
         whole = b"".join(parts)
+        if not whole and self._ended:
+            raise EOFError("it ends in the middle of a member")
+        self._ended = not whole
         self._rest = whole[size:]
         return whole[:size]
 
@@ -115,10 +120,10 @@ def unpack(pieces: Iterable[bytes | memoryview], target: str) -> None:
             for info in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # it keeps all, of an archive without end, too
                 _make(tar, info, target, modes)
-    except (tarfile.TarError, PullError, ValueError, EOFError, RecursionError) as error:
+        while source.read(FRAME_MAX):
+            pass
+    except (PullError, *DAMAGED) as error:
         raise AgentError(f"the guest sent no archive: {error}") from None
-    while source.read(FRAME_MAX):
-        pass
     if not modes:
         raise AgentError("the guest sent an archive without a directory")
     for path, mode in reversed(modes.items()):
@@ -126,6 +131,8 @@ def unpack(pieces: Iterable[bytes | memoryview], target: str) -> None:
 
 
 def _make(tar: tarfile.TarFile, info: tarfile.TarInfo, target: str, modes: dict[str, int]) -> None:
+    if info.sparse is not None:  # a few bytes could be a file that fills the disk
+        raise AgentError(f"the guest sent {info.name!r} with holes, which its agent does not make")
     top, *parts = info.name.split("/")
     path = "/".join((target, *parts))
     above = path.rpartition("/")[0]
