@@ -15,7 +15,7 @@ from tests.images.layouts import Made, descriptor, digest, directory, entry, lay
 from tests.virtio.mounts import bind, mounted, private_mounts
 from vmm import images
 from vmm.errors import ConfigError
-from vmm.images import reference, users
+from vmm.images import oci, reference, users
 from vmm.images.host import PullError
 
 BASE = layer(
@@ -97,6 +97,11 @@ def test_disk_without_an_image_goes(kernel: Path, tmp_path: Path) -> None:
     Made([BASE, layer(entry("x"))]).write(tmp_path / "a")
     images.pull(f"oci:{tmp_path}/a", refresh=True)
     assert len(list((kernel / "disks").iterdir())) == 1
+
+
+def test_a_disk_that_another_pull_removes_first_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "gone.squashfs"]))
+    oci._sweep()
 
 
 def test_tree_becomes_an_image(kernel: Path, tmp_path: Path) -> None:

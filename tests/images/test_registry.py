@@ -234,6 +234,7 @@ def _garbage(handler: _Handler) -> bool:
         (_answering(b"", 500), "answered 500 Internal Server Error"),
         (_answering(b"", 418), "answered 418"),
         (_answering(b"", 307, Location="file:///etc/passwd"), "answered 307"),
+        (_answering(b"", 307, Location="http://a..b/"), "cannot reach .*: a host name that cannot be"),
         (_answering(b"x" * ((4 << 20) + 1)), "a manifest of more than 4194304 bytes was sent"),
         (_answering(b"<html>", kind="text/html"), "is damaged: JSON is malformed"),
         (_layer(b"short", length=5), "ended in the middle of sha256:"),

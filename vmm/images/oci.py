@@ -153,5 +153,6 @@ def _of_layers(name: Name, limit: int, work: Path, progress: Progress) -> ImageC
 def _sweep() -> None:
     # disks that no image has any more
     for disk in (cache_root() / "disks").glob("*.squashfs"):
-        if disk.stat().st_nlink == 1:
-            disk.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another pull was first
+            if disk.stat().st_nlink == 1:
+                disk.unlink()

@@ -135,6 +135,8 @@ class Registry:
             if isinstance(why, TimeoutError):
                 raise FetchError(f"{place} sent nothing for {STALL:.0f} s") from None
             raise FetchError(f"cannot reach {place}: {line(why)}") from None
+        except UnicodeError as error:
+            raise PullError(f"cannot reach {place}: a host name that cannot be: {line(error)}") from None
         except (http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
             raise FetchError(f"{place} closed the connection early: {line(error) or type(error).__name__}") from None
 
