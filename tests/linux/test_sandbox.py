@@ -365,6 +365,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(runtime: Path, sandbox: Sandbo
         ({"image": "busybox", "mounts": {"/x": ("/tmp",)}}, "mounts"),
         ({"image": "busybox", "memory": "1K"}, "memory"),
         ({"image": "busybox", "mounts": {"x": "/tmp"}}, "mounts"),
+        ({"image": "busybox", "mounts": {Path("/x"): "/tmp"}}, "mounts"),
         ({"image": "busybox", "mounts": {"/x": str(tmp_path / "none")}}, "none"),
     ):
         with pytest.raises(ConfigError, match=message):

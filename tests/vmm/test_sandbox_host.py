@@ -30,11 +30,12 @@ import pytest
 
 from tests.waiting import until
 from vmm import Sandbox
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.images import Image
 from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
 from vmm.sandbox.channel import Link
 from vmm.sandbox.e2b import SandboxException, WatchHandle
+from vmm.sandbox.e2b.files import _names
 
 Answer = Callable[[socket.socket], None]
 ABOUT: dict[str, Any] = {"env": {}, "cwd": None, "user": None}
@@ -442,6 +443,18 @@ def test_an_image_that_is_not_here_says_how_to_get_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=f"run `pyvmm pull {pull}`"):
         guest.find_image(name)
+
+
+def test_a_snapshot_with_a_damaged_time_limit_is_one_line(tmp_path: Path) -> None:
+    about = {"timeout": "soon", "image": "x", "protocol": 2, **ABOUT}
+    (tmp_path / "sandbox.json").write_text(json.dumps(about))
+    with pytest.raises(SnapshotError, match="is not a snapshot of a sandbox"):
+        Sandbox.restore(str(tmp_path))
+
+
+def test_names_of_users_that_cannot_be_are_left_out(agent: Callable[[bytes], Session]) -> None:
+    line = b"x:x:" + b"9" * 5000 + b":\nnobody:x:65534:\n"
+    assert _names(agent(frame(b"d", line) + frame(b"k")).files, "/etc/passwd") == {65534: "nobody"}
 
 
 def test_a_name_is_claimed_once_and_a_killed_owner_leaves_nothing(

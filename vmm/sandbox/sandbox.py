@@ -341,6 +341,7 @@ class Sandbox(Session):
         try:
             with open(os.path.join(directory, ABOUT), encoding="utf-8") as file:
                 about = json.load(file)
+            _check_timeout(about["timeout"])
             limit = about["timeout"] if timeout is None else timeout
             dict(about["env"]), about["image"], about["cwd"], about["user"]
             port, protocol = int(about.pop("connection", None) or 0), about.pop("protocol", 1)
@@ -403,7 +404,7 @@ def _shares(mounts: Mapping[str, Mount]) -> list[tuple[str, ShareConfig]]:
                 pass
             case _:
                 directory, mode = "", ""
-        if mode not in ("rw", "ro") or not path.startswith("/"):
+        if mode not in ("rw", "ro") or not isinstance(path, str) or not path.startswith("/"):
             raise ConfigError("mounts", f"{path} {what}", 'must be {"/IN/GUEST": "DIRECTORY" or ("DIRECTORY", "ro")}')
         shares.append((path, ShareConfig(f"mount{number}", directory, read_only=mode == "ro")))
     return shares

@@ -277,7 +277,7 @@ def _names(files: Files, path: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for line in lines:
         name, _, number, *_ = (*line.split(":"), "", "", "")
-        if number.isascii() and number.isdigit():
+        if number.isascii() and number.isdigit() and len(number) < 11:
             found.setdefault(int(number), name)
     return found
 
