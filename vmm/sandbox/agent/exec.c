@@ -289,8 +289,8 @@ void run(const struct request *request)
     const char *argument;
     for (int i = 0; (argument = next_value(request, "arg", &i));)
         add(arguments, &count, argument);
-    if (!count || count == WORDS) {
-        send_failed(count ? E2BIG : EINVAL, "command");
+    if (!count) {
+        send_failed(EINVAL, "command");
         skip_input(0);
         return;
     }
