@@ -17,10 +17,8 @@ SETUP = "mkdir -p /src && echo 'test $LEVEL$MODE != 2fast && echo ok $LEVEL $MOD
 
 async def job(sandbox: AsyncSandbox, variables: dict[str, str]) -> Result:
     """One cell, in a sandbox of its own."""
-    async with asyncio.timeout(60):
-        result = await sandbox.run("sh /src/run-tests", env=variables)
-    await sandbox.close()
-    return result
+    async with sandbox, asyncio.timeout(60):
+        return await sandbox.run("sh /src/run-tests", env=variables)
 
 
 async def main(image: str = "debian") -> int:
