@@ -80,7 +80,7 @@ class Deadline:
     def holding(self, lock: threading.Lock, doing: str) -> Iterator[None]:
         """A context manager that holds `lock`, which another thread may hold while it waits for the guest.
 
-        :raises CommandTimeout: it is not free in time
+        :raises CommandTimeout: the other thread does not release the lock in time
         """
         if not lock.acquire(blocking=False):
             left = self.left(doing)
