@@ -267,6 +267,16 @@ def test_a_file_is_no_longer_than_was_asked(agent: Callable[[Answer], Session]) 
         agent(flood).files.read_bytes("/x", length=10, timeout=20)
 
 
+def test_a_directory_has_no_endless_names(agent: Callable[[Answer], Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    def flood(stream: socket.socket) -> None:
+        while True:
+            stream.sendall(frame(b"n", struct.pack("<IIIIQq", 0o120777, 0, 0, 1, 0, 0) + b"a\0" + bytes(200_000)))
+
+    monkeypatch.setattr("vmm.sandbox.files._ENTRIES_SIZE", 1 << 20)
+    with pytest.raises(AgentError, match="list /x: the guest sent more than 1048576 entries, or too long ones"):
+        agent(flood).files.list("/x", timeout=20)
+
+
 def test_values_of_file_calls_are_one_line(agent: Callable[[bytes], Session]) -> None:
     files = agent(b"").files
     with pytest.raises(TypeError, match="Files: mode must be a whole number, not '0644'"):

@@ -51,7 +51,7 @@ _CHANGES = {
 _LOST = 0x4000  # IN_Q_OVERFLOW
 DEFAULT_TIMEOUT = 60.0
 _NO_LIMIT = 1e9
-_ENTRIES_MAX = 1 << 20  # of one directory
+_ENTRIES_MAX, _ENTRIES_SIZE = 1 << 20, 1 << 29  # of one directory, and bytes of them
 
 
 class Entry:
@@ -224,12 +224,13 @@ class Files:
     get_info = stat
 
     def _entries(self, verb: str, path: str, timeout: float, **more: Parameter) -> Iterator[Entry]:
-        count = 0
+        count = size = 0
         for kind, data in self._ask(verb, path, timeout, (), **more):
             if kind != F_ENTRY:
                 raise out_of_turn(f"{verb} {path}")
-            if (count := count + 1) > _ENTRIES_MAX:
-                raise AgentError(f"{verb} {path}: the guest sent more than {_ENTRIES_MAX} entries")
+            count, size = count + 1, size + len(data)
+            if count > _ENTRIES_MAX or size > _ENTRIES_SIZE:
+                raise AgentError(f"{verb} {path}: the guest sent more than {_ENTRIES_MAX} entries, or too long ones")
             yield Entry(path, bytes(data))
 
     def exists(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> bool:
