@@ -8,7 +8,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -68,13 +67,18 @@ def test_a_thread_reads_without_a_limit_while_another_writes_with_one(agent: Cal
             stream.sendall(frame(b"o", data))
 
     class Between(socket.socket):
-        def recv_into(self, *args: Any) -> int:
+        def settimeout(self, value: float | None) -> None:
+            super().settimeout(value)
+            self.fileno()
+
+        def fileno(self) -> int:
             if writes:
                 writes.pop()()
-            return super().recv_into(*args)
+            return super().fileno()
 
     with agent(slow).exec("x", timeout=None) as process:
-        writes = [lambda: process.stdin.write(b"late", timeout=0.05)]  # when the other thread is about to receive
+        # As another thread, when this one is about to receive.
+        writes = [lambda: process.stdin.write(b"late", timeout=0.05)]
         process.channel._socket = Between(fileno=process.channel._socket.detach())
         assert process.stdout.read(4) == b"late"
 

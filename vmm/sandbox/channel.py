@@ -448,17 +448,15 @@ class Channel(Closing):
         if there == 0 or len(self._room) - self._at < _HEAD.size + ANSWER_MAX:
             self._room[:there] = self._room[self._at : self._end]
             self._at, self._end = 0, there
-        while True:
-            left = deadline.left(doing)
-            try:
-                count = self._socket.recv_into(self._room[self._end :], most, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._poll(select.POLLIN, left)
-            except OSError:
-                return False
-            else:
-                self._end += count
-                return count > 0
+        # The poll comes first: while it sleeps more comes, which then takes one call.
+        while not self._poll(select.POLLIN, deadline.left(doing)):
+            pass
+        try:
+            count = self._socket.recv_into(self._room[self._end :], most)
+        except OSError:
+            return False
+        self._end += count
+        return count > 0
 
     def _gone(self) -> SandboxGone:
         return SandboxGone(self._link.why or "the agent has closed the connection")
