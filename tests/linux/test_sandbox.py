@@ -173,6 +173,13 @@ def test_what_is_left_in_the_background_holds_nobody_up(sandbox: Sandbox) -> Non
 def test_users_groups_and_limits_are_the_kernels(sandbox: Sandbox) -> None:
     assert "uid=65534(nobody) gid=65534(nogroup)" in sandbox.run("id", user="nobody").stdout
     assert "uid=1234 gid=5(tty)" in sandbox.run("id", user="1234:tty").stdout
+    user, group = "u" * 32, "g" * 32  # the longest that useradd and groupadd make
+    added = f"echo {user}:x:77:77::/:/bin/sh >>/etc/passwd; echo {group}:x:78: >>/etc/group"
+    sandbox.run(f"cp -p /etc/passwd /etc/group /tmp; {added}", check=True)
+    assert sandbox.run("id -u; id -g", user=f"{user}:{group}").stdout == "77\n78\n"
+    with pytest.raises(ConfigError, match="does not have this user or group"):
+        sandbox.run("id", user=f"root:{'0' * 300}5")
+    sandbox.run("mv /tmp/passwd /tmp/group /etc", check=True)
     assert sandbox.run("grep CapEff /proc/self/status", user="nobody").stdout.split()[1] == "0" * 16
     assert sandbox.run("ulimit -n; ulimit -f", limits={"nofile": 33, "fsize": 2048}).stdout.split() == ["33", "4"]
     assert sandbox.run("while :; do :; done", limits={"cpu": 1}, timeout=60).signal in (24, 9)

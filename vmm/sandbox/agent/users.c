@@ -36,8 +36,10 @@ static int in_list(const char *list, const char *name)
 // Parse USER or USER:GROUP, each a name or a number; a number need not be in the files. -1: unknown user or group.
 static int read_user(const char *who, struct identity *found)
 {
-    char user[64], *fields[7];
+    char user[256], *fields[7];
     memset(found, 0, sizeof *found);
+    if (strlen(who) >= sizeof user)
+        return -1; // cut, it could be another one
     join(user, sizeof user, who, NULL);
     char *group = strchr(user, ':');
     if (group)
