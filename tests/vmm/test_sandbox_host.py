@@ -34,6 +34,7 @@ from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.images import Image
 from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
 from vmm.sandbox.channel import Link
+from vmm.sandbox.e2b import Sandbox as E2B
 from vmm.sandbox.e2b import SandboxException, WatchHandle
 from vmm.sandbox.e2b.files import _names
 
@@ -460,6 +461,13 @@ def test_a_snapshot_with_a_damaged_time_limit_is_one_line(tmp_path: Path) -> Non
     (tmp_path / "sandbox.json").write_text(json.dumps(about))
     with pytest.raises(SnapshotError, match="is not a snapshot of a sandbox"):
         Sandbox.restore(str(tmp_path))
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12])
+def test_a_sandbox_that_never_ends_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout: float) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with contextlib.closing(registry.Place("box", {**ABOUT, "image": "x", "began": 0.0, "timeout": timeout})):
+        assert [each.end_at for each in E2B.list().next_items()] == [None]
 
 
 def test_names_of_users_that_cannot_be_are_left_out(agent: Callable[[bytes], Session]) -> None:

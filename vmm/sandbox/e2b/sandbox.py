@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from vmm.config.devices import NetworkPolicy
@@ -200,7 +201,7 @@ class Sandbox:
         config, end = native.machine.config, native.time_left
         return SandboxInfo(
             self.sandbox_id, native._about["image"], native._about["image"], dict(self._metadata), self._began,
-            None if end is None else datetime.now(UTC) + timedelta(seconds=end),
+            _end_of(time.time(), end),
             SandboxState.PAUSED if native.machine.state == "Paused" else SandboxState.RUNNING,
             config.cpus, config.memory >> 20,
         )  # fmt: skip
@@ -274,9 +275,15 @@ class Paginator:
 
 
 def _info(about: Mapping[str, Any], name: str, metadata: Mapping[str, str]) -> SandboxInfo:
-    began, timeout = about["began"], about.get("timeout")
-    end = None if timeout is None else datetime.fromtimestamp(began + timeout, UTC)
+    began = about["began"]
     return SandboxInfo(
-        name, about["image"], about["image"], dict(metadata), datetime.fromtimestamp(began, UTC), end,
-        SandboxState.RUNNING, None, None,
+        name, about["image"], about["image"], dict(metadata), datetime.fromtimestamp(began, UTC),
+        _end_of(began, about.get("timeout")), SandboxState.RUNNING, None, None,
     )  # fmt: skip
+
+
+def _end_of(began: float, timeout: float | None) -> datetime | None:
+    try:
+        return None if timeout is None else datetime.fromtimestamp(began + timeout, UTC)
+    except (ValueError, OverflowError):  # never, as of a limit of infinity
+        return None
