@@ -25,10 +25,9 @@ _pid = 0
 _lock = threading.Lock()
 
 
-def bury(fds: list[int]) -> None:
-    """Close `fds` soon, in this order, on a thread that waits in the caller's place."""
-    for fd in fds:
-        _do(lambda fd=fd: os.close(fd))  # type: ignore[misc]
+def bury(fd: int) -> None:
+    """Close `fd` soon, on a thread that waits in the caller's place; failures are not reported."""
+    _do(lambda: os.close(fd))
 
 
 def bury_from_finalizer(
@@ -98,9 +97,8 @@ def sync_and_bury(fd: int) -> None:
     def run() -> None:
         try:
             os.fsync(fd)
-        except OSError:
-            pass
-        os.close(fd)
+        finally:
+            os.close(fd)
 
     _do(run)
 
@@ -118,7 +116,14 @@ def _do(task: Callable[[], object]) -> None:
     if there and _queue.qsize() < _MOST:
         _queue.put(task)
     else:
+        _perform(task)
+
+
+def _perform(task: Callable[[], object]) -> None:
+    try:
         task()
+    except OSError:
+        pass  # a close, as on a network's full disk: the descriptor is gone all the same
 
 
 def wait() -> None:
@@ -131,4 +136,4 @@ def wait() -> None:
 
 def _run() -> None:
     while True:
-        _queue.get()()
+        _perform(_queue.get())

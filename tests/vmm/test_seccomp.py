@@ -250,7 +250,7 @@ def fails(thread): raise RuntimeError("can't start new thread")
 threads.guard.start = fails
 from vmm import undertaker
 out, into = os.pipe()
-undertaker.bury([into])
+undertaker.bury(into)
 assert os.read(out, 1) == b""
 undertaker.wait()
 """

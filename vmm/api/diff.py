@@ -111,7 +111,7 @@ class Diff:
                 pass
         undertaker.sync_and_bury(self._fd)
         if self._state_fd is not None:
-            undertaker.bury([self._state_fd])
+            undertaker.bury(self._state_fd)
 
 
 class _Named:

@@ -158,7 +158,7 @@ class Vcpu:
         if self.fd >= 0:
             self._exits = self.exits
             self._loop = None
-            undertaker.bury([self.fd])
+            undertaker.bury(self.fd)
             self.fd = -1
 
 

@@ -291,5 +291,5 @@ class Vm:
     def close(self) -> None:
         """Idempotent. The VM goes soon after its vCPUs' descriptors are closed too: the last close waits for KVM."""
         if self.fd >= 0:
-            undertaker.bury([self.fd])
+            undertaker.bury(self.fd)
             self.fd = -1
