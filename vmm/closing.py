@@ -41,6 +41,9 @@ class Closers(list["Callable[[], object]"]):
         return thing
 
     def close(self) -> None:
-        """Make the calls, the last one first; idempotent."""
-        while self:
-            self.pop()()
+        """Make the calls, the last one first; idempotent. One that raises keeps no other from being made."""
+        if self:
+            try:
+                self.pop()()
+            finally:
+                self.close()
