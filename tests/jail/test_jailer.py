@@ -83,7 +83,9 @@ def test_help_and_version() -> None:
         ("--exec-file /nowhere", "--exec-file /nowhere: must be an existing program"),
         ("--uid -1", "--uid -1: must be a number"),
         ("--gid root", "--gid root: must be a number"),
-        ("--gid 4294967296", "--gid 4294967296: must be a number below 2^32"),
+        ("--gid 4294967296", "--gid 4294967296: must be a number from 0 to 4294967294"),
+        ("--uid 4294967295", "--uid 4294967295: must be a number from 0 to 4294967294"),
+        (f"--uid {'9' * 5000}", "must be a number from 0 to 4294967294"),
         ("--chroot-base-dir /nowhere", "--chroot-base-dir /nowhere: must be an existing directory"),
         ("--netns /nowhere", "open /nowhere: No such file"),
         ("--netns /dev/null", "setns /dev/null: Invalid argument"),
@@ -99,6 +101,9 @@ def test_help_and_version() -> None:
         ("--resource-limit cpu=1", "--resource-limit cpu=1: must be fsize=BYTES or no-file=NUMBER"),
         ("--resource-limit fsize", "must be fsize=BYTES"),
         ("--resource-limit fsize=x", "--resource-limit fsize=x: must be a number"),
+        ("--resource-limit fsize=18446744073709551616", "fsize=18446744073709551616: must be a number below 2^64"),
+        (f"--resource-limit no-file={'9' * 5000}", "must be a number below 2^64"),
+        ("--resource-limit no-file=18446744073709551615", "setrlimit no-file: "),
     ],
 )
 def test_a_mistake_in_a_value_is_named(jail: Jailed, options: str, problem: str) -> None:
@@ -183,6 +188,14 @@ def test_resource_limits(jail: Jailed) -> None:
     limits = Path(f"/proc/{jail.pid}/limits").read_text()
     assert re.search(r"^Max file size +250000000 +250000000 ", limits, re.MULTILINE)
     assert re.search(r"^Max open files +1500 +1500 ", limits, re.MULTILINE)
+
+
+def test_no_limit_is_a_limit_too(jail: Jailed) -> None:
+    """The largest number that Firecracker takes means that to the kernel."""
+    jail.start(f"--resource-limit=fsize={(1 << 64) - 1}")
+    jail.request("GET", "/")
+    limits = Path(f"/proc/{jail.pid}/limits").read_text()
+    assert re.search(r"^Max file size +unlimited +unlimited ", limits, re.MULTILINE)
 
 
 QCOW2 = {"drives": [{"drive_id": "d", "path_on_host": "/image", "is_root_device": False, "is_read_only": False,

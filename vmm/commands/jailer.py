@@ -8,7 +8,7 @@ import shutil
 import sys
 
 from vmm import __version__
-from vmm.config import attribute, parse_plain
+from vmm.config import attribute, parse_count, parse_plain
 from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 STATUS_OK = 0
 STATUS_GENERIC = STATUS_ARGUMENTS = 1
+# Of a user or a group; the next means "no change" to the kernel.
+MAX_ID = (1 << 32) - 2
 
 OPTIONS: Table = (
     ("--id", "ID", None, "the VM's id, 1 to 64 letters, digits and hyphens"),
@@ -95,9 +97,9 @@ def _run(args: Arguments) -> int:
         return vmm
     serve.from_files(vmm)
     jail = jailer.Jail(
-        args.exec_file, args.id, _number("--uid", args.uid), _number("--gid", args.gid),
+        args.exec_file, args.id, parse_count("--uid", args.uid, 0, MAX_ID), parse_count("--gid", args.gid, 0, MAX_ID),
         chroot_base_dir=args.chroot_base_dir, netns=args.netns, cgroups=args.cgroup,
-        cgroup_version=_number("--cgroup-version", args.cgroup_version),
+        cgroup_version=parse_count("--cgroup-version", args.cgroup_version, 0, None),
         parent_cgroup=args.parent_cgroup, resource_limits=args.resource_limit,
         daemonize=args.daemonize, new_pid_ns=args.new_pid_ns,
     )  # fmt: skip
@@ -123,9 +125,3 @@ def check_program(path: str) -> None:
         raise ConfigError("--exec-file", path, "must be an existing program")
     if not is_link(path) and not any(each and os.path.exists(each) and os.path.samefile(each, path) for each in own):
         raise ConfigError("--exec-file", path, "must be pyvmm or a link to it (pyvmm link firecracker DIR makes one)")
-
-
-def _number(option: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 1 << 32):
-        raise ConfigError(option, text, "must be a number below 2^32")
-    return int(text)

@@ -141,7 +141,8 @@ class Jail:
 
         for what, value in self.limits.items():
             limit = {"fsize": resource.RLIMIT_FSIZE, "no-file": resource.RLIMIT_NOFILE}[what]
-            _reach("setrlimit", what, resource.setrlimit, limit, (value, value))
+            most = resource.RLIM_INFINITY if value >> 63 else value
+            _reach("setrlimit", what, resource.setrlimit, limit, (most, most))
 
     def _pivot(self) -> None:
         # What the host mounts below the jail's root later comes in, too: runtimes hot-plug drives so. Nothing goes out.
@@ -218,8 +219,8 @@ def _limits(given: Sequence[str]) -> dict[str, int]:
         what, equals, value = word.partition("=")
         if what not in ("fsize", "no-file") or not equals:
             raise ConfigError("--resource-limit", word, "must be fsize=BYTES or no-file=NUMBER")
-        if not (value.isascii() and value.isdigit()):
-            raise ConfigError("--resource-limit", word, "must be a number")
+        if not (value.isascii() and value.isdigit() and len(value) < 21 and int(value) < 1 << 64):
+            raise ConfigError("--resource-limit", word, "must be a number below 2^64")
         limits[what] = int(value)
     return limits
 
