@@ -182,6 +182,16 @@ def test_the_parent_cgroup_of_version_2_is_joined(jail: Jailed, hierarchies: Non
     jail.end()
 
 
+def test_the_files_of_every_cgroup_of_version_2_need_no_controller(jail: Jailed, hierarchies: None) -> None:
+    jail.start("--cgroup-version", "2", "--parent-cgroup", PARENT, "--cgroup", "cgroup.max.descendants=5")
+    jail.request("GET", "/")
+    (place,) = Path("/sys/fs/cgroup").rglob(f"{PARENT}/{ID}")
+    assert (place / "cgroup.max.descendants").read_text() == "5\n"
+    assert str(jail.pid) in (place / "cgroup.procs").read_text().split()
+    os.kill(jail.pid, signal.SIGTERM)
+    jail.end()
+
+
 def test_resource_limits(jail: Jailed) -> None:
     jail.start("--resource-limit=fsize=250000000", "--resource-limit", "no-file=1500")
     jail.request("GET", "/")

@@ -253,10 +253,10 @@ class _Cgroups:
         for hierarchy, file, value in self.settings:
             path = os.path.join(hierarchy, self.parent, self.id)
             _reach("make cgroup", path, os.makedirs, path, exist_ok=True)
-            if self.version == 2:
-                self._delegate(hierarchy, file.partition(".")[0])
-            else:
+            if self.version == 1:
                 _inherit(hierarchy, path, file)
+            elif (controller := file.partition(".")[0]) != "cgroup":  # whose files every cgroup has
+                self._delegate(hierarchy, controller)
             _write(os.path.join(path, file), value)
             joined.add(path)
         for path in sorted(joined):
