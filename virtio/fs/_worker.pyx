@@ -167,6 +167,11 @@ cdef class FsThread(QueueWorker):
             return WORKER_HOST
         return QueueWorker._loop(self)
 
+    cdef void finish(self) noexcept nogil:
+        # A queue's thread that has failed did not drop what it had put there, so each thread does it.
+        if self.leaving():
+            self.backlog.end()
+
     cdef void give_back(self, Ring *ring, uint32_t queue, uint32_t head, uint32_t written) noexcept nogil:
         cdef bint wanted
         pthread_mutex_lock(&self.backlog.used_locks[queue])
@@ -215,11 +220,6 @@ cdef class FsWorker(FsThread):
         """Let helpers accept requests again."""
         flag_set(&self.backlog.ending, 0)
 
-    cdef void finish(self) noexcept nogil:
-        # Queue threads are stopped before helpers.
-        if self.leaving():
-            self.backlog.end()
-
     cdef int event(self, uint32_t token) noexcept nogil:
         cdef uint32_t slot
         cdef int status
@@ -252,9 +252,10 @@ cdef class FsHelper(FsThread):
         return 0
 
     cdef void finish(self) noexcept nogil:
-        # Whoever is only held leaves nothing in flight.
+        # Whoever is only held leaves nothing in flight. Queue threads are stopped before helpers.
         while not self.leaving() and self.run_one():
             pass
+        FsThread.finish(self)
 
     cdef bint run_one(self) noexcept nogil:
         cdef Job *job = self.backlog.take()
