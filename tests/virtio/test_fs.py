@@ -357,6 +357,20 @@ def test_squash_makes_every_access_that_users(tree: Path, mount: Callable[..., F
 
 
 @root_only
+def test_a_squashed_share_goes_on_after_a_hold(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    """As for a snapshot: its threads become that user only once, and cannot become it again."""
+    tree.chmod(0o777)
+    vm = mount(squash=(1234, 5678))
+    for name in ("a", "b", "c"):
+        vm.transport.stop()
+        vm.transport.go_on()
+        assert not vm.log
+        found, fh = vm.create(name)
+        vm.ask(fuse.FSYNC, found.nodeid, struct.pack("<QII", fh, 0, 0))
+        assert (os.stat(tree / name).st_uid, os.stat(tree / name).st_gid) == (1234, 5678)
+
+
+@root_only
 def test_set_id_bits_go_when_the_guest_says_that_a_user_writes(tree: Path, mount: Callable[..., FuseVm]) -> None:
     path = tree / "suid"
     path.write_bytes(b"x")

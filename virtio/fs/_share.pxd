@@ -101,7 +101,7 @@ cdef class FuseThread:
     cdef char[40] path          # path of a descriptor in /proc/self/fd
     cdef const char *path_format    # of `path`; the number alone if the working directory is /proc/self/fd
 
-    cdef int enter(self) noexcept nogil         # call it once, on the thread; returns 0 or an errno
+    cdef int enter(self) noexcept nogil         # call it on the thread, before it serves; returns 0 or an errno
     cdef int64_t bad_request(self, int64_t result) noexcept nogil
     cdef const char *path_of(self, int fd) noexcept nogil
     cdef bint may_read(self, const statx *st) noexcept nogil
