@@ -94,6 +94,18 @@ def test_copied_up_a_node_stays_what_it_is(tree: Path) -> None:
 
 
 @private_mounts
+def test_a_link_has_the_number_of_its_file(tree: Path) -> None:
+    merged, below = overlay(tree)
+    ext4(below, tree / "image")
+    (below / "file").touch()
+    overlaid(tree)
+    with FuseVm(merged) as vm:
+        node = vm.lookup("file").nodeid
+        linked = vm.make(fuse.LINK, "link", node.to_bytes(8, "little"))
+        assert linked.attr.ino == vm.getattr(node).ino == vm.lookup("link").attr.ino
+
+
+@private_mounts
 def test_files_of_two_layers_have_two_numbers(tree: Path) -> None:
     """Equal numbers of two devices on one mount: the guest sees one device, so the numbers differ; old kernels, too."""
     merged, below = overlay(tree)

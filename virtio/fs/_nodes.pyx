@@ -14,7 +14,7 @@ from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio.fs._host cimport *
 from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room, open_granted
-from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, FuseThread, agreed, foreign_ino
+from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, FuseThread, agreed
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
@@ -99,15 +99,13 @@ cdef class NodeOperations(FuseThread):
         if statx_call(node.fd, b".." if above and nodeid != ROOT else b"", AT_EMPTY_PATH, MASK, &st) < 0:
             result = -errno
         elif not above or nodeid == ROOT:
-            self.fill_entry(entry, nodeid, &st)
-            if node.foreign:
-                entry.attr.ino = foreign_ino(&st)
+            self.fill_entry(entry, nodeid, &st, node.foreign)
         else:
             root = self.table._node(ROOT)
             if root.dev == device_of(&st) and root.ino == st.stx_ino and root.mnt == st.stx_mnt_id:
-                self.fill_entry(entry, ROOT, &st)
+                self.fill_entry(entry, ROOT, &st, False)
             else:
-                self.fill_entry(entry, self.table.node_find(&st, NULL, NULL), &st)
+                self.fill_entry(entry, self.table.node_find(&st, NULL, NULL), &st, False)
                 if entry.nodeid == 0:
                     result = -ESTALE
         if above or result < 0:
@@ -128,9 +126,7 @@ cdef class NodeOperations(FuseThread):
             self.table.set_identity(node, &st)
         memset(out, 0, sizeof(fuse_attr_out))
         out.attr_valid = self.share.valid
-        self.fill_attr(&out.attr, &st)
-        if node.foreign:
-            out.attr.ino = foreign_ino(&st)
+        self.fill_attr(&out.attr, &st, node.foreign)
         return sizeof(fuse_attr_out)
 
     cdef int64_t op_setattr(self, Node *node, uint64_t nodeid) noexcept nogil:
@@ -305,7 +301,7 @@ cdef class NodeOperations(FuseThread):
         else:
             if old.overlay:
                 self.table.set_identity(old, &st)
-            self.fill_entry(entry, self.table.count_lookup(old), &st)
+            self.fill_entry(entry, self.table.count_lookup(old), &st, old.foreign)
             result = sizeof(fuse_entry_out)
         self.table.node_put(old)
         return result

@@ -73,8 +73,6 @@ cdef struct Counters:
     uint64_t bytes_written
     uint64_t handed_over        # requests passed to a helper thread
 
-cdef uint64_t foreign_ino(const statx *st) noexcept nogil
-
 cdef class FuseThread:
     cdef Share share
     cdef Table table
@@ -105,8 +103,9 @@ cdef class FuseThread:
     cdef int64_t bad_request(self, int64_t result) noexcept nogil
     cdef const char *path_of(self, int fd) noexcept nogil
     cdef bint may_read(self, const statx *st) noexcept nogil
-    cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil
-    cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil
+    # `foreign`: as in Node
+    cdef void fill_attr(self, fuse_attr *attr, const statx *st, bint foreign) noexcept nogil
+    cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st, bint foreign) noexcept nogil
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil
     cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil
     cdef uint64_t add_linked(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil

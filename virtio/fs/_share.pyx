@@ -173,8 +173,8 @@ cdef class FuseThread:
             mode >>= 3
         return self.credentials.reads_all or mode & 4
 
-    cdef void fill_attr(self, fuse_attr *attr, const statx *st) noexcept nogil:
-        attr.ino = st.stx_ino
+    cdef void fill_attr(self, fuse_attr *attr, const statx *st, bint foreign) noexcept nogil:
+        attr.ino = foreign_ino(st) if foreign else st.stx_ino
         attr.size = st.stx_size
         attr.blocks = st.stx_blocks
         attr.atime = st.stx_atime.tv_sec
@@ -194,12 +194,12 @@ cdef class FuseThread:
         attr.flags = FUSE_ATTR_DAX if agreed(self.share, DAX_INODES) and st.stx_mode & S_IFMT == S_IFREG \
             and self.may_read(st) else 0
 
-    cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st) noexcept nogil:
+    cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st, bint foreign) noexcept nogil:
         entry.nodeid = nodeid
         entry.generation = 0            # node ids are never used again
         entry.entry_valid = entry.attr_valid = self.share.valid
         entry.entry_valid_nsec = entry.attr_valid_nsec = 0
-        self.fill_attr(&entry.attr, st)
+        self.fill_attr(&entry.attr, st, foreign)
 
     cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil:
         # Whether the guest may see `fd`, which was found in `parent`. Checks the descriptor, not the path, so a mount
@@ -252,11 +252,9 @@ cdef class FuseThread:
                          const statx *st) noexcept nogil:
         cdef bint directory = st.stx_mode & S_IFMT == S_IFDIR
         cdef uint64_t dev = device_of(st)
-        self.fill_entry(entry, nodeid, st)
+        self.fill_entry(entry, nodeid, st, dev != parent.dev and not directory)
         if directory and (dev != parent.dev or st.stx_mnt_id != parent.mnt):
             entry.attr.flags |= FUSE_ATTR_SUBMOUNT
-        elif dev != parent.dev:
-            entry.attr.ino = foreign_ino(st)
 
     cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
                         bint likely) noexcept nogil:
