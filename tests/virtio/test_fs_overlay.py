@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
 from tests.virtio import fuse_client as fuse
-from tests.virtio.fuse_client import LINUX_FLAGS, ROOT, FuseVm
+from tests.virtio.fuse_client import ALL_FLAGS, LINUX_FLAGS, ROOT, FuseVm
 from tests.virtio.mounts import ext4, overlaid, overlay, private_mounts
 from tests.virtio.test_fs import tree
 
@@ -91,6 +92,29 @@ def test_copied_up_a_node_stays_what_it_is(tree: Path) -> None:
         vm.setattr(top, fuse.FATTR_MODE, mode=0o700)
         assert vm.lookup("file").nodeid == node and vm.lookup("dir").nodeid == top
         assert vm.read(node, vm.open(node), 9) == b"new"
+
+
+@pytest.mark.parametrize("way", ["write", "map", "allocate", "copy", "attribute"])
+@private_mounts
+def test_copied_up_without_being_opened_a_node_stays_what_it_is(tree: Path, way: str) -> None:
+    merged, below = overlay(tree)
+    (below / "file").write_text("old")
+    os.link(below / "file", below / "other")
+    overlaid(tree)
+    with FuseVm(merged, cache="always", dax=2 << 20, flags=ALL_FLAGS) as vm:
+        node, other = vm.lookup("file").nodeid, vm.lookup("other").nodeid
+        if way == "write":
+            vm.write(node, 0, b"new")
+        elif way == "map":
+            vm.setupmapping(node, 0, 2 << 20, 0, 3)
+        elif way == "allocate":
+            vm.ask(fuse.FALLOCATE, node, struct.pack("<QQQII", 0, 0, 3, 0, 0))
+        elif way == "attribute":
+            vm.ask(fuse.SETXATTR, node, struct.pack("<II", 1, 0) + b"trusted.a\0x")
+        else:
+            vm.ask(fuse.COPY_FILE_RANGE, other, struct.pack("<7Q", 0, 0, node, 0, 0, 3, 0))
+        assert vm.lookup("file").nodeid == node
+        assert vm.lookup("other").nodeid == other
 
 
 @private_mounts

@@ -14,6 +14,7 @@ cdef class NodeOperations(FuseThread):
     cdef int host_flags(self, uint32_t wanted) noexcept nogil
     cdef int64_t op_lookup(self, Node *node) noexcept nogil
     cdef int opened(self, Node *node, int flags) noexcept nogil
+    cdef void changed(self, Node *node) noexcept nogil
     cdef void moved(self, Node *parent, const char *name) noexcept nogil
     cdef int64_t op_again(self, uint64_t nodeid, bint above) noexcept nogil
     cdef int64_t op_getattr(self, Node *node) noexcept nogil

@@ -115,7 +115,16 @@ cdef class NodeOperations(FuseThread):
 
     cdef int opened(self, Node *node, int flags) noexcept nogil:
         # Open the node for reading or writing. Returns the descriptor, owned by the caller, or -1 and errno.
-        return open_granted(AT_FDCWD, self.path_of(node.fd), flags, FOR_OPEN)
+        cdef int fd = open_granted(AT_FDCWD, self.path_of(node.fd), flags, FOR_OPEN)
+        if fd >= 0 and flags & (O_ACCMODE | O_TRUNC):
+            self.changed(node)
+        return fd
+
+    cdef void changed(self, Node *node) noexcept nogil:
+        # On an overlayfs the first change copies a file up, and may give it another identity.
+        cdef statx st
+        if node.overlay and statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
+            self.table.set_identity(node, &st)
 
     cdef int64_t op_getattr(self, Node *node) noexcept nogil:
         cdef fuse_attr_out *out = <fuse_attr_out *>self.out
@@ -417,9 +426,13 @@ cdef class NodeOperations(FuseThread):
             if size > self.length - at:
                 return self.bad_request(-EINVAL)
             result = setxattr(path, name, end + 1, size, (<const fuse_setxattr_in *>self.request).flags)
-            return -errno if result < 0 else 0
-        if opcode == FUSE_REMOVEXATTR:
-            return -errno if removexattr(path, name) < 0 else 0
+        elif opcode == FUSE_REMOVEXATTR:
+            result = removexattr(path, name)
+        if opcode == FUSE_SETXATTR or opcode == FUSE_REMOVEXATTR:
+            if result < 0:
+                return -errno
+            self.changed(node)
+            return 0
         room = (<const fuse_getxattr_in *>self.request).size
         if room > self.room or (room == 0 and self.room < sizeof(fuse_getxattr_out)):
             return self.bad_request(-EIO)
@@ -460,7 +473,6 @@ cdef class NodeOperations(FuseThread):
     cdef int64_t open_node(self, Node *node, uint32_t wanted, bint kill, fuse_open_out *out) noexcept nogil:
         cdef int flags = self.host_flags(wanted), fd, error
         cdef uint32_t open_flags = self.share.open_flags
-        cdef statx st
         if node.type != S_IFREG:
             return -EISDIR if node.type == S_IFDIR else -ELOOP if node.type == S_IFLNK else -ENXIO
         if self.share.read_only and (wanted & O_ACCMODE != O_RDONLY or wanted & (O_TRUNC | O_CREAT)):
@@ -478,8 +490,6 @@ cdef class NodeOperations(FuseThread):
             fs_capset(self.credentials.full)
         if fd < 0:
             return -error
-        if node.overlay and flags & (O_ACCMODE | O_TRUNC) and statx_call(node.fd, b"", AT_EMPTY_PATH, MASK, &st) == 0:
-            self.table.set_identity(node, &st)
         return self.give_handle(out, fd, FILE, node, flags, open_flags)
 
     cdef int64_t give_handle(self, fuse_open_out *out, int fd, Kind kind, Node *node, int flags,
