@@ -21,11 +21,13 @@ import pytest
 from tests.virtio.fuse_client import (
     ALL_FLAGS,
     FSYNC,
+    LINK,
     OPENDIR,
     READ,
     RELEASEDIR,
     ROOT,
     SYMLINK,
+    TMPFILE,
     UNLINK,
     FuseError,
     FuseVm,
@@ -199,6 +201,39 @@ def test_a_guest_that_opens_no_files(tmp_path: Path) -> None:
         vm.ask(UNLINK, ROOT, b"file\0")
         with pytest.raises(SnapshotError, match="that it has removed"):
             saved(vm)
+
+
+def link(vm: FuseVm, nodeid: int, name: str) -> None:
+    assert vm.make(LINK, name, nodeid.to_bytes(8, "little")).nodeid == nodeid
+
+
+def test_a_file_without_a_name_that_was_linked_goes_on(vm: FuseVm) -> None:
+    made, fh = vm.create("", opcode=TMPFILE, flags=os.O_RDWR)
+    vm.write(made.nodeid, fh, b"data")
+    link(vm, made.nodeid, "final")
+    move(vm)
+    assert vm.read(made.nodeid, fh, 10) == b"data"
+    assert vm.lookup("final").nodeid == made.nodeid
+
+
+@pytest.mark.parametrize("way", ["remove", "remove and look up", "rename to itself", "replace"])
+def test_a_file_that_is_not_opened_goes_on_by_a_name_that_is_left(tmp_path: Path, way: str) -> None:
+    (tmp_path / "file").write_bytes(b"contents")
+    (tmp_path / "new").write_bytes(b"new")
+    with FuseVm(tmp_path, cache="always", flags=ALL_FLAGS) as vm:
+        node = vm.lookup("file").nodeid
+        link(vm, node, "link")
+        if way == "remove":
+            vm.ask(UNLINK, ROOT, b"file\0")
+        elif way == "remove and look up":
+            vm.ask(UNLINK, ROOT, b"link\0")
+            assert vm.lookup("file").nodeid == node
+        elif way == "rename to itself":
+            vm.rename("link", "file")
+        elif way == "replace":
+            vm.rename("new", "file")
+        move(vm, cache="always")
+        assert vm.read(node, 0, 100) == b"contents"
 
 
 def test_read_only_stays_so(vm: FuseVm, tmp_path: Path) -> None:

@@ -84,10 +84,12 @@ cdef class Inodes:
     cdef Node *node_on_other_device(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil
     # The guest has renamed the file that `st` describes: it is `name` in `parent` now.
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil
+    # The guest has linked the file as `name` in `parent`. `instead`: the node takes this name even if it has one.
+    cdef void node_linked(self, Node *node, const Node *parent, const char *name, bint instead) noexcept nogil
     # Return the id of the node that `st` describes; 0: the guest does not know it.
     cdef uint64_t node_id(self, const statx *st) noexcept nogil
-    # The file has no name any more, so its descriptor stays open while the guest knows it.
-    cdef void node_unnamed(self, Node *node) noexcept nogil
+    # The file has lost this name. Was it the one that the node has, its descriptor stays open while the guest knows it.
+    cdef void node_unnamed(self, Node *node, const Node *parent, const char *name) noexcept nogil
     cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil     # False: more than its look-up count
     # The memory of slot `index`, whether it is in use or not; NULL: there is none for it.
     cdef Node *node_slot(self, uint32_t index) noexcept nogil

@@ -247,7 +247,7 @@ cdef class Inodes:
         node = self._same(st)
         if node != NULL:
             nodeid = self._count_lookup(node)
-            if node.fd < 0:
+            if node.fd < 0 or node.name == NULL:
                 self._rename(node, parent, name)
         pthread_mutex_unlock(&self.lock)
         return nodeid
@@ -395,6 +395,12 @@ cdef class Inodes:
             self._rename(node, parent, name)
         pthread_mutex_unlock(&self.lock)
 
+    cdef void node_linked(self, Node *node, const Node *parent, const char *name, bint instead) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        if instead or node.name == NULL:
+            self._rename(node, parent, name)
+        pthread_mutex_unlock(&self.lock)
+
     cdef void _forget_name(self, Node *node) noexcept nogil:
         if node.name != NULL:
             self.memory.give(strlen(node.name) + 1)
@@ -412,9 +418,10 @@ cdef class Inodes:
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
-    cdef void node_unnamed(self, Node *node) noexcept nogil:
+    cdef void node_unnamed(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        self._forget_name(node)
+        if node.name != NULL and node.parent == id_of(parent) and strcmp(node.name, name) == 0:
+            self._forget_name(node)
         pthread_mutex_unlock(&self.lock)
 
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil:

@@ -240,7 +240,7 @@ cdef class NodeOperations(FuseThread):
         status = -errno if unlinkat(node.fd, self.name, flags) < 0 else 0
         if victim != NULL:
             if status == 0:
-                self.table.node_unnamed(victim)
+                self.table.node_unnamed(victim, node, self.name)
             self.table.node_put(victim)
         return status
 
@@ -280,14 +280,14 @@ cdef class NodeOperations(FuseThread):
             status = -errno if renameat2(node.fd, self.name, newdir.fd, self.name2, flags) < 0 else 0
             if switch:
                 fs_return(h.uid)
-        if status == 0:
+        if victim != NULL:
+            if status == 0:
+                self.table.node_unnamed(victim, newdir, self.name2)
+            self.table.node_put(victim)
+        if status == 0:             # after the victim, which may be the same file: then it keeps both names
             self.moved(newdir, self.name2)
             if flags & RENAME_EXCHANGE:
                 self.moved(node, self.name)
-        if victim != NULL:
-            if status == 0:
-                self.table.node_unnamed(victim)
-            self.table.node_put(victim)
         self.table.node_put(newdir)
         return status
 
@@ -310,6 +310,8 @@ cdef class NodeOperations(FuseThread):
         else:
             if old.overlay:
                 self.table.set_identity(old, &st)
+            # Often the name before goes next, as git's of a new object; with no_open it is seen that it does.
+            self.table.node_linked(old, node, self.name, agreed(self.share, NO_OPEN))
             self.fill_entry(entry, self.table.count_lookup(old), &st, old.foreign)
             result = sizeof(fuse_entry_out)
         self.table.node_put(old)
