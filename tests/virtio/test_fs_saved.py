@@ -303,6 +303,21 @@ def test_no_damaged_state_does_more_than_be_refused(vm: FuseVm, tmp_path: Path) 
     assert vm.read(deep, next(iter(handles)), 10) == b"deep"
 
 
+def test_directories_that_are_in_one_another_are_nowhere(vm: FuseVm) -> None:
+    """As the host may have moved them meanwhile. Once they are forgotten nothing is left of them."""
+    below, above = vm.walk("dir/below").nodeid, vm.lookup("dir").nodeid
+    state = saved(vm)
+    nodes = bytearray(state["device"]["nodes"])
+    parent = 72 + 32  # of the second node
+    assert struct.unpack_from("<Q", nodes, parent) == (ROOT,)
+    struct.pack_into("<Q", nodes, parent, below)
+    move(vm, state={**state, "device": {**state["device"], "nodes": bytes(nodes)}})
+    for node, count in ((above, 2), (below, 1)):
+        fails(errno.ESTALE, partial(vm.getattr, node))
+        vm.forget(node, count)
+    assert vm.device.stats["nodes"] == 1 and vm.device.stats["bad_forgets"] == 0
+
+
 @pytest.mark.parametrize("name", [b"..", b".", b"a/b", b"../outside", b"a\0b"])
 def test_a_damaged_name_leads_nowhere(vm: FuseVm, tmp_path: Path, name: bytes) -> None:
     vm.walk("dir/below/deep")

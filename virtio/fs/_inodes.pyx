@@ -477,7 +477,7 @@ cdef class Inodes:
                 error = self._open_child(at, way[n])
                 self.node_put(at)
                 at = way[n]
-        if at != NULL and at != node:
+        if at != NULL and n:
             self.node_put(at)
         for i in range(1, n):           # the caller unpins way[0]
             self.node_put(way[i])
