@@ -14,11 +14,12 @@ import pytest
 from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import FuseVm
 from tests.virtio.test_fs import held, mount, refused, tree
+from tests.virtio.test_fs_hostile import few_descriptors
 from virtio import spec
-from vmm.budget import dax_slots
+from vmm.budget import KEPT, dax_slots, set_descriptor_limit
 from vmm.errors import ConfigError
 
-__all__ = ["mount", "tree"]
+__all__ = ["few_descriptors", "mount", "tree"]
 
 MIB = 1 << 20
 SLOT = 2 * MIB
@@ -218,6 +219,22 @@ def test_a_window_that_cannot_be(tree: Path, mount: Callable[..., FuseVm]) -> No
     for size in (1, 4096, MIB, 3 * MIB, 1 << 60):
         with pytest.raises(ConfigError):
             mount(dax=size)
+
+
+def test_a_mapping_of_an_open_file_makes_room_for_its_descriptor(
+    tree: Path, mount: Callable[..., FuseVm], few_descriptors: int
+) -> None:
+    for i in range(200):
+        (tree / f"{i}").write_bytes(b"x")
+    vm = mount(dax=WINDOW)
+    set_descriptor_limit(KEPT + few_descriptors)
+    nodes = [vm.lookup(f"{i}").nodeid for i in range(200)]
+    while (next_number := os.dup(0)) < few_descriptors:
+        os.close(next_number)
+        vm.open(nodes[0])
+    os.close(next_number)
+    vm.setupmapping(nodes[0], 0, SLOT, 0)
+    assert at(vm, 0, 1) == b"x"
 
 
 def test_more_slots_than_the_process_may_have_are_refused(tree: Path) -> None:

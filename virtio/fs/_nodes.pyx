@@ -394,17 +394,16 @@ cdef class NodeOperations(FuseThread):
             return -EROFS
         # Use a file that the guest already has open: opening it again might be refused.
         handle = self.table.handle_of(node, writable)
-        if handle != NULL:
-            result = self.share.window.map(handle.fd, arg.foffset, arg.len, arg.moffset, writable)
-            self.table.handle_put(handle)
-            return result
-        fd = self.opened(node, (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
+        fd = handle.fd if handle != NULL else self.opened(node, (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
         if fd < 0:
             return -errno
         result = self.share.window.map(fd, arg.foffset, arg.len, arg.moffset, writable)
         if result == -ENFILE and make_room():
             result = self.share.window.map(fd, arg.foffset, arg.len, arg.moffset, writable)
-        close(fd)
+        if handle != NULL:
+            self.table.handle_put(handle)
+        else:
+            close(fd)
         return result
     cdef int64_t op_xattr(self, Node *node, uint32_t opcode) noexcept nogil:
         # GETXATTR, LISTXATTR, SETXATTR, REMOVEXATTR. ACLs are hidden: FUSE_POSIX_ACL is not negotiated, so the guest
