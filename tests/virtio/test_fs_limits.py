@@ -93,6 +93,30 @@ def test_an_allocation_costs_its_length_once_it_is_done(tree: Path, mount: Calla
     assert not files.held_back(files.copy_request(1))
 
 
+@pytest.mark.parametrize("name", ["copy", "allocate"])
+def test_a_length_that_the_guest_changes_later_costs_what_is_done(
+    tree: Path, mount: Callable[..., FuseVm], name: str
+) -> None:
+    count = 40
+    vm = mount(limiter=RateLimiter(bandwidth=(count * 2 * PIECE + 8 * MIB, 0, SLOW)))
+    files = Copying(vm, tree, PIECE)
+    vm.driver.allocator.next = vm.base
+    small = files.copy_request(1) if name == "copy" else files.allocate_request(1)
+    for opcode, node, body in [files.copy_request(PIECE)] * count + [small]:
+        data = vm.buffer(vm.header(opcode, node, len(body)) + body)
+        vm.driver.queues[1].add_indirect([data, vm.buffer(64, device_writes=True)])
+    vm.driver.set(spec.MMIO_QUEUE_NOTIFY, 1)
+    while vm.device.stats["handed_over"] < count + 1:
+        time.sleep(0.0001)
+    at = data.addr + fuse.IN_HEADER.size + (40 if name == "copy" else 16)
+    assert struct.unpack("<Q", vm.ram.read(at, 8)) == (1,)
+    vm.ram.write(at, struct.pack("<Q", PIECE))  # helpers have the other copies to do first
+    done = 0
+    while done <= count:
+        done += len(vm.driver.queues[1].reap())
+    assert files.held_back(files.copy_request(1))
+
+
 def test_a_dax_window_cannot_be_limited(mount: Callable[..., FuseVm]) -> None:
     for limiter in (RateLimiter(bandwidth=(1, 0, 1)), RateLimiter(ops=(1, 0, 1))):
         with pytest.raises(ConfigError, match="exclude"):

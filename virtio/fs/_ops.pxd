@@ -28,6 +28,7 @@ cdef class Server(NodeOperations):
                            Handle *passing) noexcept nogil
     cdef void done_with(self, Handle *handle, Handle *passing) noexcept nogil
     cdef int write_flags(self, uint32_t wanted) noexcept nogil
+    cdef void pay(self, uint64_t size) noexcept nogil
     cdef int64_t op_copy(self, Handle *handle) noexcept nogil
     cdef int64_t op_fallocate(self, Handle *handle) noexcept nogil
     cdef int64_t op_file(self, Handle *handle, const fuse_in_header *h) noexcept nogil

@@ -36,7 +36,7 @@ cdef bint is_counted(uint32_t opcode) noexcept nogil:
     return opcode <= FUSE_TMPFILE and (fuse_ops[opcode].flags & (OP_SLOW | OP_CHANGES) or opcode == FUSE_READ)
 
 cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil:
-    """Bytes that the host will move for the request, as far as the request shows."""
+    """Bytes that the host will move for the request, as far as the request shows now: the guest may change it."""
     cdef fuse_copy_file_range_in copy
     cdef fuse_fallocate_in space
     if opcode == FUSE_READ:
@@ -48,7 +48,7 @@ cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil:
         return 2 * min(copy.len, <uint64_t>PIECE)       # read and written
     if opcode == FUSE_FALLOCATE \
             and iov_gather(chain.iov, chain.n_readable, IN_HEADER, &space, sizeof(space)) == sizeof(space):
-        return min(space.length, <uint64_t>PIECE)       # op_fallocate charges the rest
+        return min(space.length, <uint64_t>PIECE)       # op_fallocate pays the rest
     return 0
 
 cdef int64_t component(const uint8_t *p, uint64_t room, bint dots) noexcept nogil:
@@ -480,9 +480,13 @@ cdef class Server(NodeOperations):
                 break
             if flag_read(self.ending):
                 return -EINTR
-        if arg.length > PIECE:
-            self.limiter.charge(arg.length - PIECE)     # the first PIECE bytes were charged before
+        self.pay(arg.length)
         return 0
+
+    cdef void pay(self, uint64_t size) noexcept nogil:
+        # What was not paid before: it was not known, or it was another number when `cost` read it.
+        if size > self.paid:
+            self.limiter.charge(size - self.paid)
 
     cdef int64_t op_copy(self, Handle *handle) noexcept nogil:
         cdef const fuse_copy_file_range_in *arg = <const fuse_copy_file_range_in *>self.request
@@ -497,6 +501,7 @@ cdef class Server(NodeOperations):
         self.done_with(target, &passing)
         if result < 0:
             return result
+        self.pay(2 * min(arg.len, <uint64_t>PIECE))
         memset(self.out, 0, sizeof(fuse_write_out))
         (<fuse_write_out *>self.out).size = <uint32_t>result
         return sizeof(fuse_write_out)

@@ -79,6 +79,7 @@ cdef class FuseThread:
     cdef Counters counters
     cdef Credentials credentials
     cdef RateLimiter limiter
+    cdef uint64_t paid          # bytes for which the limiter gave tokens before this request was begun
     cdef const int *ending      # atomic: the device stops, so unfinished work may be dropped
     cdef uint8_t *request       # copy of the request after its header, and a NUL
     cdef uint8_t *out           # the reply after its header

@@ -40,6 +40,7 @@ cdef struct Job:
     DescChain chain             # its iov is owned by the job
     Ring *ring
     uint32_t queue              # number in the device
+    uint64_t paid               # as in FuseThread
     Job *next
 
 
@@ -85,8 +86,8 @@ cdef class Backlog:
         free(self.jobs)
         table_free(self.iovs, self.iovs_bytes)
 
-    cdef bint put(self, const fuse_in_header *header, const DescChain *chain, Ring *ring,
-                  uint32_t queue) noexcept nogil:
+    cdef bint put(self, const fuse_in_header *header, const DescChain *chain, Ring *ring, uint32_t queue,
+                  uint64_t paid) noexcept nogil:
         cdef Job *job
         cdef iovec *iov
         pthread_mutex_lock(&self.lock)
@@ -100,6 +101,7 @@ cdef class Backlog:
             job.header = header[0]
             job.ring = ring
             job.queue = queue
+            job.paid = paid
             job.next = NULL
             if self.last != NULL:
                 self.last.next = job
@@ -198,8 +200,10 @@ cdef class FsWorker(FsThread):
                 return status
             memset(&header, 0, sizeof(header))
             iov_gather(chain.iov, chain.n_readable, 0, &header, IN_HEADER)
+            self.server.paid = 0
             if self.server.limiter.limited() and is_counted(header.opcode):
-                wait = self.server.limiter.take(cost(header.opcode, chain), 1)
+                self.server.paid = cost(header.opcode, chain)
+                wait = self.server.limiter.take(self.server.paid, 1)
                 if wait:
                     queue_unpop(ring)
                     self.wake_after(wait)
@@ -208,7 +212,7 @@ cdef class FsWorker(FsThread):
             written = HAND_OVER if is_slow(header.opcode) else self.server.answer(&header, chain)
             if written == HAND_OVER:
                 counter_add(&self.server.counters.handed_over, 1)
-                if self.backlog.put(&header, chain, ring, self.numbers[slot]):
+                if self.backlog.put(&header, chain, ring, self.numbers[slot], self.server.paid):
                     continue
                 counter_add(&self.server.counters.handed_over, -1)
                 self.server.may_wait = True
@@ -261,6 +265,7 @@ cdef class FsHelper(FsThread):
         cdef Job *job = self.backlog.take()
         if job == NULL:
             return False
+        self.server.paid = job.paid
         self.give_back(job.ring, job.queue, job.chain.head, self.server.answer(&job.header, &job.chain))
         self.backlog.done(job)
         return True
