@@ -289,19 +289,17 @@ def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
     :raises OSError: a write failed
     """
     cdef uint8_t *data = <uint8_t *>address
-    cdef size_t first = 0, next, page
+    cdef size_t first, next = 0
     cdef uint64_t written = 0
-    while first < size:
-        page = min(<size_t>PAGE, size - first)
-        if is_zero(data + first, page):
-            first += page
-            continue
-        next = first + page
-        while next < size and not is_zero(data + next, min(<size_t>PAGE, size - next)):
-            next += min(<size_t>PAGE, size - next)
+    while next < size:
+        with nogil:
+            while next < size and is_zero(data + next, min(<size_t>PAGE, size - next)):
+                next += min(<size_t>PAGE, size - next)
+            first = next
+            while next < size and not is_zero(data + next, min(<size_t>PAGE, size - next)):
+                next += min(<size_t>PAGE, size - next)
         copy_out(address + first, next - first, fd, offset + first)
         written += next - first
-        first = next
     return written
 
 
