@@ -147,6 +147,7 @@ def test_no_room_for_a_reply_is_counted_and_nothing_is_done(
     body = b"a\0new\0" + bytes(200)
     written, reply = raw(vm, vm.header(opcode, ROOT, len(body)) + body, room)
     assert (written, reply) == (0, b"\xee" * room)
+    assert vm.device.stats["bad_requests"] == 1
     assert vm.device.stats["nodes"] == 1 and vm.device.stats["handles"] == 0
     assert content(tree) == before
 

@@ -104,7 +104,6 @@ cdef class Server(NodeOperations):
         if result == NO_REPLY:
             return 0
         if chain.writable_bytes < OUT_HEADER:
-            counter_add(&self.counters.bad_requests, 1)
             return 0
         out.unique = header.unique
         out.error = <int>result if result < 0 else 0
@@ -126,14 +125,15 @@ cdef class Server(NodeOperations):
         self.length = 0
         if opcode <= FUSE_TMPFILE:
             silent = fuse_ops[opcode].flags & OP_SILENT
-        if chain.readable_bytes < IN_HEADER or header.len != chain.readable_bytes:
+        if chain.readable_bytes < IN_HEADER or header.len != chain.readable_bytes \
+                or (not silent and chain.writable_bytes < OUT_HEADER):
             return self.bad_request(NO_REPLY if silent else -EIO)
         if opcode > FUSE_TMPFILE or not fuse_ops[opcode].flags & OP_KNOWN:
             return -ENOSYS
         op = &fuse_ops[opcode]
         taken = chain.readable_bytes - IN_HEADER
         self.room = chain.writable_bytes - OUT_HEADER if chain.writable_bytes >= OUT_HEADER else 0
-        if not silent and (chain.writable_bytes < OUT_HEADER or self.room < op.out):
+        if not silent and self.room < op.out:
             return self.bad_request(-EIO)
         if not agreed(self.share, INITIALISED) and opcode != FUSE_INIT:
             return self.bad_request(NO_REPLY if silent else -EIO)
