@@ -16,6 +16,9 @@ cdef extern from *:
     void limiter_unlock(int *p) noexcept nogil
 
 
+cdef uint64_t MOST_MS = <uint64_t>1 << 42  # 139 years, in which no number of nanoseconds overflows
+
+
 cdef uint64_t wait_for(Bucket *b, uint64_t want, uint64_t now) noexcept nogil:
     # Nanoseconds until `want` tokens may be taken. A request larger than the bucket needs a full one and leaves a debt.
     cdef double need, rate
@@ -27,7 +30,7 @@ cdef uint64_t wait_for(Bucket *b, uint64_t want, uint64_t now) noexcept nogil:
     need = <double>min(want - b.burst, b.size)
     if b.tokens >= need:
         return 0
-    return <uint64_t>((need - b.tokens) / rate) + 1
+    return <uint64_t>min((need - b.tokens) / rate, <double>MOST_MS * 1e6) + 1
 
 
 cdef void spend(Bucket *b, uint64_t want) noexcept nogil:
@@ -115,7 +118,7 @@ cdef Bucket bucket(parameters):
     cdef Bucket b
     b.size = size if refill_ms else 0
     b.burst = burst
-    b.refill_ns = <uint64_t>(refill_ms or 1) * 1000000
+    b.refill_ns = <uint64_t>min(refill_ms or 1, MOST_MS) * 1000000
     b.tokens = <double>b.size
     b.filled_at = clock_ns(CLOCK_MONOTONIC)
     return b

@@ -59,3 +59,11 @@ def test_limits_change_while_in_use(taken_away: tuple[int, int, int]) -> None:
     assert limiter.ask(0) > 0  # operations as they were
     limiter.update(bandwidth=taken_away, ops=taken_away)
     assert all(limiter.ask(1000) == 0 for _ in range(100))
+
+
+@pytest.mark.parametrize("refill_ms", [1 << 58, (1 << 63) - 1, 10**17])
+def test_a_time_that_nobody_lives_to_see_is_waited_for(refill_ms: int) -> None:
+    limiter = RateLimiter(bandwidth=(1000, 0, refill_ms))
+    assert limiter.ask(1000) == 0
+    assert 1 << 50 < limiter.ask(1000) < 1 << 63
+    assert limiter.ask(1 << 62) < 1 << 63
