@@ -3,7 +3,8 @@ Bucket = tuple[int, int, int]
 
 class RateLimiter:
     throttled: int
-    buckets: tuple[Bucket, Bucket]
+    @property
+    def buckets(self) -> tuple[Bucket | None, Bucket | None]: ...
     @property
     def is_limited(self) -> bool: ...
     def __init__(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None: ...

@@ -60,6 +60,15 @@ cdef class RateLimiter:
         flag_set(&self.active, self.bandwidth.size != 0 or self.ops.size != 0)
         limiter_unlock(&self.lock)
 
+    @property
+    def buckets(self):
+        """The limits of bytes and operations by now, with what is left of their bursts; None: no limit. Any thread."""
+        cdef Bucket b[2]
+        limiter_lock(&self.lock)
+        b[0], b[1] = self.bandwidth, self.ops
+        limiter_unlock(&self.lock)
+        return told(&b[0]), told(&b[1])
+
     cdef bint limited(self) noexcept nogil:
         return flag_read(&self.active)
 
@@ -68,11 +77,6 @@ cdef class RateLimiter:
         if self.bandwidth.size:
             spend(&self.bandwidth, nbytes)
         limiter_unlock(&self.lock)
-
-    @property
-    def buckets(self):
-        """Both, as ``update`` takes them, with what is left of their one-time bursts. A size of 0: no limit."""
-        return given(&self.bandwidth), given(&self.ops)
 
     @property
     def throttled(self):
@@ -109,10 +113,6 @@ cdef class RateLimiter:
         return self.take(nbytes, ops)
 
 
-cdef tuple given(Bucket *b):
-    return b.size, b.burst, b.refill_ns // 1000000
-
-
 cdef Bucket bucket(parameters):
     size, burst, refill_ms = parameters
     cdef Bucket b
@@ -122,3 +122,7 @@ cdef Bucket bucket(parameters):
     b.tokens = <double>b.size
     b.filled_at = clock_ns(CLOCK_MONOTONIC)
     return b
+
+
+cdef told(Bucket *b):
+    return (b.size, b.burst, b.refill_ns // 1000000) if b.size else None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -257,6 +258,33 @@ def test_copies_have_sockets_of_their_own(pair: Start) -> None:
         assert answer.status == 400 and "must be at most" in answer.json["fault_message"]
     finally:
         third.close()
+
+
+def test_a_copy_has_the_disks_and_limits_of_that_moment(pair: Start) -> None:
+    both = pair()
+    limiter = {"bandwidth": {"size": 1000, "refill_time": 100}}
+    drive = {"drive_id": "a", "path_on_host": "a.img", "is_root_device": False, "is_read_only": False}
+    balloon = {"amount_mib": 1, "deflate_on_oom": False, "stats_polling_interval_s": 1}
+    _same(both, "PUT", "/drives/a", drive)
+    _same(both, "PUT", "/network-interfaces/a", {"iface_id": "a", "host_dev_name": "tap0"})
+    _same(both, "PUT", "/balloon", balloon)
+    _boot(both)
+    _same(both, "PATCH", "/drives/a", {"drive_id": "a", "path_on_host": "b.img", "rate_limiter": limiter})
+    _same(both, "PATCH", "/network-interfaces/a", {"iface_id": "a", "rx_rate_limiter": limiter})
+    _same(both, "PATCH", "/vm", PAUSE)
+    _same(both, "PUT", "/snapshot/create", FULL)
+    others: list[Process] = []
+    try:
+        others = [_go_on(process, LOAD, "second") for process in both]
+        shown = [process.request("GET", "/vm/config").json for process in others]
+        assert shown[0]["drives"] == shown[1]["drives"]
+        assert shown[0]["network-interfaces"] == shown[1]["network-interfaces"]
+        for process in others:
+            opened = {os.path.basename(os.readlink(path)) for path in Path(f"/proc/{process.process.pid}/fd").iterdir()}
+            assert {"a.img", "b.img"} & opened == {"b.img"}
+    finally:
+        for process in others:
+            process.close()
 
 
 def test_diffs_over_a_full_one_are_what_a_full_one_would_be(pair: Start) -> None:

@@ -19,11 +19,12 @@ import pytest
 from tests.guide import programs
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
-from vmm import DriveConfig, Image, Machine, Pool, StopReason, undertaker
+from vmm import DriveConfig, Image, Machine, Pool, StopReason, VmConfig, undertaker
 from vmm.config.devices import BalloonConfig, RateLimiterConfig, ShareConfig
 from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.kvm.abi import kvm_ioctl
 from vmm.kvm.vm import software_kvm
+from vmm.machine.snapshot import _child_config
 
 KVM_CLOCK_REALTIME, IA32_TSC = 4, 0x10
 KVM_SET_DEBUGREGS, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS = 0x4080_AEA2, 0x8040_AE9F, 0x4040_AEA0
@@ -314,8 +315,6 @@ def test_copies_have_devices_of_their_own(guest: MakeGuest) -> None:
 
 
 def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> None:
-    from vmm import DriveConfig
-
     image = tmp_path / "disk"
     image.write_bytes(b"parent" * 1024)
     read_only = tmp_path / "ro"
@@ -330,6 +329,11 @@ def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> No
         assert os.pread(child.blocks["drive_1"].disk.fd, 6, 0) == b"shared"
         child.close()
     assert image.read_bytes() == b"parent" * 1024
+
+
+def test_a_copy_of_a_qcow2_disk_is_raw_and_whole() -> None:
+    config = VmConfig("kernel", drives=[DriveConfig("a", format="qcow2", backing="b", backing_format="qcow2")])
+    assert _child_config(config, {0: 7}, 0).drives == (DriveConfig("/proc/self/fd/7", format="raw"),)
 
 
 def test_a_thousand_forks_leave_nothing(guest: MakeGuest) -> None:

@@ -33,7 +33,7 @@ from vmm.api import ApiError
 from vmm.api.diff import Diff
 from vmm.api.snapshots import _memory_file, create, write_files
 from vmm.api.types import BootSource, SnapshotCreate, VmConfiguration
-from vmm.config.devices import NetConfig, RateLimiterConfig, VsockConfig
+from vmm.config.devices import BalloonConfig, NetConfig, RateLimiterConfig, ShareConfig, VsockConfig
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.machine.snapshot_file import FORMAT, decode, encode, write_all, write_whole
@@ -136,6 +136,30 @@ def test_the_configuration_comes_back_as_it_was(tmp_path: Path, guest: MakeGuest
     (drive,) = back.config.drives
     assert (drive.path, drive.queues) == ("d", 2)
     assert drive.rate_limiter is not None and drive.rate_limiter.bandwidth == (1, 2, 3)
+
+
+def test_what_was_changed_while_it_ran_is_in_the_image(tmp_path: Path, guest: MakeGuest) -> None:
+    for name, size in (("a", 1 << 20), ("b", 2 << 20)):
+        (tmp_path / name).write_bytes(bytes(size))
+    limits = RateLimiterConfig(ops=(10, 5, 100))
+    vm = guest(
+        COUNTER, drives=[DriveConfig(tmp_path / "a", id="d", rate_limiter=limits)],
+        balloon=BalloonConfig(1, stats_interval_s=1), shares=[ShareConfig("work", tmp_path)],
+    )  # fmt: skip
+    assert vm.freeze().config == vm.config
+    assert vm.balloon is not None
+    vm.blocks["d"].replace(str(tmp_path / "b"))
+    vm.blocks["d"].set_rate_limit((1 << 20, 0, 100), (0, 0, 0))
+    vm.shares["work"].set_rate_limit(None, (7, 0, 100))
+    vm.balloon.set_amount(2)
+    vm.balloon.set_polling_interval(9)
+    vm.freeze().save(str(tmp_path / "image"))
+    vm.close()
+    with Machine(image=Image.load(str(tmp_path / "image"))) as copy:
+        assert copy.blocks["d"].disk.path == str(tmp_path / "b") and copy.blocks["d"].capacity == 4096
+        assert copy.blocks["d"].limiter.buckets == ((1 << 20, 0, 100), None)
+        assert copy.shares["work"].limiter.buckets == (None, (7, 0, 100))
+        assert copy.balloon is not None and copy.balloon.amount_mib == 2 and copy.balloon.stats_polling_interval_s == 9
 
 
 def test_whatever_byte_is_changed_it_is_refused(tmp_path: Path, guest: MakeGuest) -> None:

@@ -67,3 +67,13 @@ def test_a_time_that_nobody_lives_to_see_is_waited_for(refill_ms: int) -> None:
     assert limiter.ask(1000) == 0
     assert 1 << 50 < limiter.ask(1000) < 1 << 63
     assert limiter.ask(1 << 62) < 1 << 63
+
+
+def test_it_tells_its_limits() -> None:
+    limiter = RateLimiter(ops=(10, 3, 100))
+    assert list(limiter.buckets) == [None, (10, 3, 100)]
+    assert limiter.ask(0, 2) == 0
+    limiter.update(bandwidth=(1 << 20, 0, 1000))
+    assert list(limiter.buckets) == [(1 << 20, 0, 1000), (10, 1, 100)]
+    limiter.update((0, 0, 0), (0, 0, 0))
+    assert list(limiter.buckets) == [None, None]

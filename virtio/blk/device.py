@@ -228,6 +228,8 @@ class Block(VirtioDevice):
     :param unsafe: the guest is offered no flush, and one does nothing: what it wrote may be lost with the host
     :param limiter: limits all queues together; None: no limit
     :raises ConfigError: io_uring was asked for, and the kernel has none
+
+    :ivar replaced: whether ``replace`` has given it another file or path since
     """
 
     device_type = spec.TYPE_BLOCK
@@ -261,6 +263,7 @@ class Block(VirtioDevice):
         else:
             self.features |= spec.BLK_F_WRITE_ZEROES | (spec.BLK_F_DISCARD if disk.can_discard() else 0)
         self.limiter = limiter or RateLimiter()
+        self.replaced = False
         # Only a thread that has a ring may enter one.
         self.thread_kind = "blk-uring" if self.engine == "io_uring" else "blk"
         self._backend = Backend(
@@ -337,6 +340,7 @@ class Block(VirtioDevice):
         disk = self.disk
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(disk.fd)):
             self.set_capacity(disk.measure())
+            disk.path, self.replaced = path, True
             return
         with Disk(
             path, read_only=disk.read_only, direct=disk.direct, image_format=disk.image_format, any_size=disk.any_size
@@ -347,6 +351,7 @@ class Block(VirtioDevice):
             self._backend.change(self._workers, other.size, other.fd, other.block_device)
             disk.path, disk.size, disk.block_device = path, other.size, other.block_device
             disk.discard_block = 0
+        self.replaced = True
         self._tell_size()
 
     def _tell_size(self) -> None:

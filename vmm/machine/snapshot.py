@@ -15,14 +15,17 @@ from vmm.memory import HotPages, MemoryFile
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
+    from typing import Any, TypeVar
 
     from virtio._limiter import RateLimiter
     from virtio.device import VirtioDevice
+    from vmm.config.option import Config
     from vmm.config.vm import VmConfig
     from vmm.machine.attach import Attached
     from vmm.machine.isolated import Isolated
     from vmm.memory import Piece
+
+    _C = TypeVar("_C", bound=Config)
 
 
 class Image:
@@ -103,40 +106,40 @@ def _saved(attached: Attached) -> dict[str, Any]:
     return state
 
 
+def _present(machine: Machine) -> VmConfig:
+    # Its configuration, with what was changed since it was made: files of disks, limits, the balloon.
+    config = machine.config
+    drives, nets, shares, balloon = list(config.drives), list(config.nets), list(config.shares), config.balloon
+    for index, block in enumerate(machine.blocks.values()):
+        if block.replaced:
+            path = block.disk.path
+            drives[index] = drives[index].replaced(path=path, format="raw", backing=None, backing_format=None)
+        drives[index] = _limited(drives[index], rate_limiter=block.limiter)
+    for index, net in enumerate(machine.nets.values()):
+        nets[index] = _limited(nets[index], rx_rate_limiter=net.rx_limiter, tx_rate_limiter=net.tx_limiter)
+    for index, share in enumerate(machine.shares.values()):
+        shares[index] = _limited(shares[index], rate_limiter=share.limiter)
+    if balloon is not None and (device := machine.balloon) is not None:
+        interval = device.stats_polling_interval_s
+        balloon = balloon.replaced(amount_mib=device.amount_mib, stats_interval_s=interval)
+    present = {"drives": tuple(drives), "nets": tuple(nets), "shares": tuple(shares), "balloon": balloon}
+    changes = {name: value for name, value in present.items() if value != getattr(config, name)}
+    return config.replaced(**changes) if changes else config
+
+
+def _limited(config: _C, **limiters: RateLimiter) -> _C:
+    # The configuration of a device with the limits that it has by now.
+    for name, limiter in limiters.items():
+        before = getattr(config, name)
+        if limiter.buckets != ((before.bandwidth, before.ops) if before else (None, None)):
+            config = config.replaced(**{name: RateLimiterConfig(*limiter.buckets)})
+    return config
+
+
 def _refuse_unsavable(machine: Machine) -> None:
     for transport in machine.virtio:
         if transport.status and (why := transport.device.unsavable):
             raise SnapshotError(transport.device.name, why)
-
-
-def _present_config(machine: Machine) -> VmConfig:
-    # With what was changed since the start: the files of disks, limits, and the balloon's size and interval.
-    config = machine.config
-    drives = []
-    for drive, block in zip(config.drives, machine.blocks.values(), strict=True):
-        if drive.path != block.disk.path:  # ``Block.replace`` takes a raw disk
-            drive = drive.replaced(path=block.disk.path, format="raw", backing=None, backing_format=None)
-        drives.append(drive.replaced(rate_limiter=_present_limits(block.limiter)))
-    nets = [
-        net.replaced(
-            rx_rate_limiter=_present_limits(device.rx_limiter), tx_rate_limiter=_present_limits(device.tx_limiter)
-        )
-        for net, device in zip(config.nets, machine.nets.values(), strict=True)
-    ]
-    shares = [
-        share.replaced(rate_limiter=_present_limits(device.limiter))
-        for share, device in zip(config.shares, machine.shares.values(), strict=True)
-    ]
-    balloon, device = config.balloon, machine.balloon
-    if balloon is not None and device is not None:
-        balloon = balloon.replaced(amount_mib=device.amount_mib, stats_interval_s=device.stats_polling_interval_s)
-    present = {"drives": drives, "nets": nets, "shares": shares, "balloon": balloon}
-    return config.replaced(**{name: value for name, value in present.items() if value})  # each costs a check
-
-
-def _present_limits(limiter: RateLimiter) -> RateLimiterConfig | None:
-    limits = [each if each[0] and each[2] else None for each in limiter.buckets]
-    return RateLimiterConfig(*limits) if any(limits) else None
 
 
 def freeze(
@@ -169,7 +172,7 @@ def freeze(
         vcpus = [access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus]
         vm["clock"] = access.get_clock(machine.vm.fd)
         image = Image(
-            _present_config(machine),
+            _present(machine),
             cmdline=machine.cmdline,
             vcpus=vcpus,
             vm=vm,
@@ -324,8 +327,8 @@ def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmCon
     drives = list(config.drives)
     for index, fd in disks.items():
         # The child opens it by this name while it is made, and is then the only one that has it.
-        raw = {"format": "raw", "backing": None, "backing_format": None}
-        drives[index] = drives[index].replaced(path=f"/proc/self/fd/{fd}", **raw)
+        path = f"/proc/self/fd/{fd}"
+        drives[index] = drives[index].replaced(path=path, format="raw", backing=None, backing_format=None)
     vsock = config.vsock
     if vsock is not None:
         vsock = vsock.replaced(path=f"{vsock.path}.{number}")
