@@ -460,6 +460,37 @@ def test_sigterm_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
         assert not (tmp_path / "v").exists()
 
 
+def test_sigterm_while_a_request_makes_the_machine_ends_that_too(tmp_path: Path) -> None:
+    program = """
+import time
+from vmm.commands.cli import entry
+from vmm.machine import machine
+
+class Machine(machine.Machine):
+    def __init__(self, *words, **more):
+        super().__init__(*words, **more)
+        print("made", flush=True)
+        time.sleep(1)
+
+    def close(self):
+        super().close()
+        print("closed", flush=True)
+
+machine.Machine = Machine
+entry()
+"""
+    with Process((sys.executable, "-c", program, "serve"), tmp_path, ["--no-seccomp"]) as process:
+        process.await_socket()
+        kernel_path = {"kernel_image_path": write_guest(tmp_path, HALT)}
+        assert process.request("PUT", "/boot-source", kernel_path).status == 204
+        process.client.send(b'PUT /actions HTTP/1.1\r\nContent-Length: 32\r\n\r\n{"action_type": "InstanceStart"}')
+        while b"made" not in process.output.read_bytes():
+            assert process.process.poll() is None
+        process.process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert b"closed" in process.output.read_bytes()
+
+
 def test_a_start_at_any_moment_of_our_own_start(tmp_path: Path) -> None:
     # InstanceStart meets the imports, KVM's part of the VM and the filters, which are made behind the first answer.
     for number in range(8):

@@ -225,10 +225,14 @@ class _Serve:
                     raise  # a mistake of ours, which a traceback says best
                 return STATUS_GENERIC
             finally:
-                threads.give_up_guard()  # nothing at the end waits for what failed
-                if server is not None:
-                    self._early.set_answer(None)
-                    server.close()
+                self._stop_serving()
+
+    def _stop_serving(self) -> None:
+        # Returns once the last request is answered.
+        threads.give_up_guard()  # nothing at the end waits for what failed
+        if self._server is not None:
+            self._early.set_answer(None)
+            self._server.close()
 
     def _listen(self) -> Server:
         # There before anything else is imported: a runtime waits for it.
@@ -282,7 +286,7 @@ class _Serve:
             self._bell.wait(self._is_over)
             return self._status()
         finally:
-            threads.give_up_guard()
+            self._stop_serving()  # first: a machine that a request is making is closed, too
             self._vmm.close()
 
     def _heed_signals(self) -> None:
