@@ -491,6 +491,19 @@ entry()
         assert b"closed" in process.output.read_bytes()
 
 
+def test_a_start_that_failed_leaves_the_next_one_its_socket_device(tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(b"no kernel")
+    start = {"action_type": "InstanceStart"}
+    with Process(PYVMM, tmp_path) as process:
+        process.await_socket()
+        assert process.request("PUT", "/vsock", {"guest_cid": 3, "uds_path": "v"}).status == 204
+        assert process.request("PUT", "/boot-source", {"kernel_image_path": "junk"}).status == 204
+        assert process.request("PUT", "/actions", start).status == 400
+        assert process.request("PUT", "/boot-source", {"kernel_image_path": write_guest(tmp_path, HALT)}).status == 204
+        assert process.request("PUT", "/actions", start).status == 204
+        Client(tmp_path / "v").close()
+
+
 def test_a_start_at_any_moment_of_our_own_start(tmp_path: Path) -> None:
     # InstanceStart meets the imports, KVM's part of the VM and the filters, which are made behind the first answer.
     for number in range(8):

@@ -343,11 +343,11 @@ class Vmm:
             config.boot_timer = self._boot_timer
             config.keyboard = True
             prepared = self._prepared.pop() if self._prepared else None
-            listener, self._listener = self._listener, None  # the machine's, also if it cannot be made
+            # The machine's, also if it cannot be made: then the next one makes the socket again.
+            listener, self._listener = self._listener, None
             machine = Machine(
-                config, listener=listener, metadata=self.mmds, prepared=prepared,
-                seccomp=threads.guard is not None,
-            )  # fmt: skip
+                config, listener=listener, metadata=self.mmds, prepared=prepared, seccomp=threads.guard is not None
+            )
             if (why := why_no_linux()) and machine.loaded.needs_ring0:
                 logger.warn(f"{config.kvm} {why}")
             self._run(machine)
