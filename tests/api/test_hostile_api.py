@@ -504,6 +504,29 @@ def test_a_start_that_failed_leaves_the_next_one_its_socket_device(tmp_path: Pat
         Client(tmp_path / "v").close()
 
 
+def test_who_cannot_be_watched_is_refused_alone(tmp_path: Path) -> None:
+    class Poll:  # as at the limit of /proc/sys/fs/epoll/max_user_watches
+        def __init__(self, poll: Any) -> None:
+            self.poll, self.modify, self.close = poll.poll, poll.modify, poll.close
+            self.full = True
+
+        def register(self, *words: Any) -> None:
+            if self.full:
+                self.full = False
+                raise OSError(28, "No space left on device")
+            watch(*words)
+
+    server = Server(bind(str(tmp_path / "s")), lambda method, path, body: (200, b"{}", ()))
+    watch = server._poll.register
+    server._poll = Poll(server._poll)  # type: ignore[assignment]
+    server.start()
+    try:
+        assert ask(tmp_path / "s", b"GET / HTTP/1.1\r\n\r\n") == b""
+        assert b"200" in ask(tmp_path / "s", b"GET / HTTP/1.1\r\n\r\n")
+    finally:
+        server.close()
+
+
 def test_a_start_at_any_moment_of_our_own_start(tmp_path: Path) -> None:
     # InstanceStart meets the imports, KVM's part of the VM and the filters, which are made behind the first answer.
     for number in range(8):

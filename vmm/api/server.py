@@ -308,15 +308,15 @@ class Server:
         if sock is None:
             return
         sock.setblocking(False)
-        if len(self._connections) < MAX_CONNECTIONS or self._make_room():
-            self._connections[sock.fileno()] = _Connection(sock, self)
-            self._poll.register(sock, select.EPOLLIN)
-            return
-        self.refused += 1
         try:
+            if len(self._connections) < MAX_CONNECTIONS or self._make_room():
+                self._poll.register(sock, select.EPOLLIN)
+                self._connections[sock.fileno()] = _Connection(sock, self)
+                return
+            self.refused += 1
             sock.send(FULL)
         except OSError:
-            pass
+            pass  # it is gone, or the host can watch no more
         sock.close()
         self._keep_spare()
 
