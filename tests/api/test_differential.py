@@ -121,6 +121,43 @@ def test_same_answers_to_what_is_seldom_asked(pair: Callable[..., Pair], path: s
     assert difference(CONFIG, *told) is None
 
 
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        [
+            *(put(f"/network-interfaces/{name}", {"iface_id": name, "host_dev_name": tap})
+              for name, tap in (("a", "tap0"), ("b", "tap1"), ("c", "tap2"), ("a", "tap0"))),
+        ],
+        [put("/vsock", _VSOCK), put("/boot-source", {"kernel_image_path": "junk"}), START, KERNEL, START],
+    ],
+    ids=["an interface once more", "a second start"],
+)  # fmt: skip
+def test_same_answers_to_what_is_said_twice(pair: Callable[..., Pair], sequence: list[Request]) -> None:
+    play(*pair(), sequence)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        START, KERNEL, put("/cpu-config", {}), put("/entropy", {}), put("/vsock", _VSOCK), put("/mmds", {}),
+        put("/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}), put("/metrics", {"metrics_path": "metrics"}),
+        Request("PATCH", "/machine-config", b'{"vcpu_count": 1}'), put("/logger", {}),
+        put("/balloon", {"amount_mib": 0, "deflate_on_oom": False}), put("/mmds/config", {"network_interfaces": ["x"]}),
+        put("/drives/a", {**_DRIVE, "drive_id": "a"}),
+        put("/drives/a", {**_DRIVE, "drive_id": "a", "path_on_host": "x"}),
+    ],
+    ids=lambda first: str(first)[:40],
+)  # fmt: skip
+def test_what_comes_before_a_load(pair: Callable[..., Pair], first: Request) -> None:
+    backend = {"backend_type": "File", "backend_path": "mem"}
+    load = put("/snapshot/load", {"snapshot_path": "snap", "mem_backend": backend})
+    both = pair()
+    answers = [[send(process, request) for request in (first, load)] for process in both]
+    assert kind(answers[0][0]) == kind(answers[1][0])
+    theirs, ours = (answer.json for _, answer in answers if answer is not None)
+    assert theirs == ours
+
+
 def test_a_target_that_is_no_utf_8_and_one_in_pieces(pair: Callable[..., Pair]) -> None:
     for process in pair():
         client = Client(process.socket)

@@ -46,8 +46,10 @@ NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 PRE_BOOT, POST_BOOT, ANY = "pre-boot", "post-boot", "any"
 _AFTER = "The requested operation is not supported after starting the microVM."
 _BEFORE = "The requested operation is not supported before starting the microVM."
-# Configuration that goes with any machine, one from a snapshot, too.
-_NOT_OF_BOOT = {"ConfigureLogger", "ConfigureMetrics", "ConfigureSerial", "LoadSnapshot"}
+# What goes with any machine, one from a snapshot, too.
+_NOT_OF_BOOT = {
+    "ConfigureLogger", "ConfigureMetrics", "ConfigureSerial", "LoadSnapshot", "PutCpuConfiguration", "StartMicroVm",
+}  # fmt: skip
 MAX_BOOT_ARGS = 2048  # COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h
 SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
 HUGE_RULE = "huge pages cannot be given back one by one, as a balloon does it"
@@ -268,7 +270,12 @@ class Vmm:
             body, rx_rate_limiter=translate.shown_limiter(body.rx_rate_limiter),
             tx_rate_limiter=translate.shown_limiter(body.tx_rate_limiter),
         )  # fmt: skip
-        self.whole.network_interfaces = [*others, shown]
+        interfaces = self.whole.network_interfaces
+        if len(others) < len(interfaces):  # the last one takes its position, as in Firecracker
+            index = next(index for index, each in enumerate(interfaces) if each.iface_id == body.iface_id)
+            interfaces[index] = interfaces[-1]
+            interfaces.pop()
+        interfaces.append(shown)
 
     def _insert_share(self, body: types.SharedFs) -> None:
         with _refusing("Filesystem config error"):
