@@ -62,6 +62,8 @@ def test_what_a_person_does(ctl: Ctl, tmp_path: Path) -> None:
     assert drive["path_on_host"] == str(tmp_path / "other")
     assert drive["rate_limiter"]["bandwidth"] == {"size": 1 << 20, "one_time_burst": None, "refill_time": 100}
     ctl("fs", "work", "--iops", "1000")
+    limiter = json.loads(ctl("config"))["fs"][0]["rate_limiter"]
+    assert limiter == {"bandwidth": None, "ops": {"size": 100, "one_time_burst": None, "refill_time": 100}}
     ctl("balloon", "2")
     assert "amount_mib" in ctl("balloon") and "2" in ctl("balloon")
     assert "target_mib" in ctl("balloon", "--stats")

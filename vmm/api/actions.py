@@ -282,7 +282,8 @@ class Vmm:
             config = translate.config_of(ShareConfig, body)
             if not os.path.isdir(config.path):
                 raise ConfigError("shared_dir", config.path, "is not a directory")
-        shares = {each.tag: each for each in self.whole.fs or []} | {body.tag: body}
+        shown = msgspec.structs.replace(body, rate_limiter=translate.shown_limiter(body.rate_limiter))
+        shares = {each.tag: each for each in self.whole.fs or []} | {body.tag: shown}
         self.whole.fs = list(shares.values())
 
     def _vsock_is(self, body: types.Vsock) -> None:
@@ -423,6 +424,8 @@ class Vmm:
             raise ApiError(f"Filesystem config error: tag {body.tag}: there is no such share")
         with _refusing("Filesystem config error"):
             self._limit(body.rate_limiter, fs.set_rate_limit)
+        shown = next(each for each in self.whole.fs or [] if each.tag == body.tag)
+        shown.rate_limiter = translate.shown_limiter(body.rate_limiter, shown.rate_limiter)
 
     @staticmethod
     def _limit(body: types.RateLimiter | None, change: Callable[..., None]) -> None:
