@@ -329,7 +329,6 @@ class Vmm:
         with _refusing("Serial error"):
             if body.serial_out_path is not None:
                 logger.LineFile.open("serial_out_path", body.serial_out_path).close()
-            translate.limiter(body.rate_limiter)
         self.whole.serial = body
 
     def _openapi(self, _: None) -> object:
@@ -399,7 +398,6 @@ class Vmm:
         if body.path_on_host is None and body.rate_limiter is None:
             raise ApiError("Drive config error: nothing to update; give path_on_host or rate_limiter")
         with _refusing("Drive config error"):
-            translate.limiter(body.rate_limiter)
             if body.path_on_host is not None:
                 block.replace(body.path_on_host)
             self._limit(body.rate_limiter, block.set_rate_limit)
@@ -430,7 +428,6 @@ class Vmm:
     @staticmethod
     def _limit(body: types.RateLimiter | None, change: Callable[..., None]) -> None:
         if body is not None:
-            translate.limiter(body)  # refuses what no limiter can count to
             change(translate.bucket(body.bandwidth), translate.bucket(body.ops))
 
     # The balloon

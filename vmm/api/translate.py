@@ -48,10 +48,7 @@ def bucket(body: types.TokenBucket | None) -> Bucket | None:
 
 
 def limiter(body: types.RateLimiter | None) -> devices.RateLimiterConfig | None:
-    """The limits of a device.
-
-    :raises ConfigError: a number is too large for a limiter
-    """
+    """The limits of a device."""
     if body is None:
         return None
     buckets = bucket(body.bandwidth), bucket(body.ops)
@@ -83,7 +80,7 @@ def shown_drive(body: types.Drive) -> types.Drive:
 def values_of(kind: type[Config], body: Struct) -> dict[str, Any]:
     """The parameters of `kind` by name, as a body of the API has them; those that it has no field for are left out.
 
-    :raises ConfigError: a parameter is missing, or a limiter's number is too large
+    :raises ConfigError: a parameter is missing, or out of its range
     """
     values: dict[str, Any] = {}
     for name, each in kind.OPTIONS.items():
