@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.api import translate, types
+from vmm.api import ApiError, translate, types
+from vmm.api.actions import Vmm
 from vmm.commands import run
 from vmm.config.devices import (
     BalloonConfig,
@@ -151,3 +152,9 @@ def test_what_no_file_can_say() -> None:
 def test_vhost_user_drives_are_refused() -> None:
     with pytest.raises(ConfigError, match="vhost-user"):
         translate.drive(types.Drive(drive_id="a", is_root_device=False, socket="/s"))
+
+
+def test_a_cpu_template_whose_name_no_file_has_is_one_line() -> None:
+    whole = types.VmConfiguration(boot_source=types.BootSource(kernel_image_path="k"), cpu_config="a\0b")
+    with pytest.raises(ApiError, match="Configure CPU error: a\0b: embedded null byte"):
+        Vmm().configure(whole)

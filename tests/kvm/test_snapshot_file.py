@@ -29,10 +29,11 @@ from tests.killed import killed_at
 from tests.kvm.guests import PATIENCE
 from tests.kvm.test_fork import COUNTER
 from vmm import DriveConfig, Image, Machine, undertaker
-from vmm.api import ApiError
+from vmm.api import ApiError, FatalError
+from vmm.api.actions import Vmm
 from vmm.api.diff import Diff
-from vmm.api.snapshots import _memory_file, create, write_files
-from vmm.api.types import BootSource, SnapshotCreate, VmConfiguration
+from vmm.api.snapshots import _memory_file, create, load, write_files
+from vmm.api.types import BootSource, SnapshotCreate, SnapshotLoad, VmConfiguration
 from vmm.config.devices import BalloonConfig, NetConfig, RateLimiterConfig, ShareConfig, VsockConfig
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
@@ -222,6 +223,33 @@ def test_damage_is_told_in_one_line(victim: Victim, where: tuple[Any, ...], valu
     part[where[-1]] = value
     said = victim.try_(sealed(victim.good[:32] + msgspec.msgpack.encode(document)))
     assert why in said
+
+
+@pytest.mark.parametrize(
+    ("api", "why"),
+    [
+        (b"", "was not made by the API: pyvmm run --restore takes it"),
+        (b'{"x": ' + b"[" * 100_000, "recursion"),
+    ],
+    ids=["library", "depth"],
+)
+def test_the_api_refuses_by_one_line_what_it_did_not_write(
+    tmp_path: Path, guest: MakeGuest, api: bytes, why: str
+) -> None:
+    image, _ = _frozen(guest)
+    (tmp_path / "state").write_bytes(encode(image, bytes(16), api=api))
+    body = SnapshotLoad(snapshot_path=str(tmp_path / "state"), mem_file_path=str(tmp_path / "memory"))
+    with pytest.raises(FatalError, match=why):
+        load(Vmm(), body)
+
+
+def test_a_machine_that_has_just_ended_is_refused_by_the_api_too(tmp_path: Path, guest: MakeGuest) -> None:
+    vm = guest(COUNTER)
+    vm.start()
+    vm.stop()
+    body = SnapshotCreate(snapshot_path=str(tmp_path / "state"), mem_file_path=str(tmp_path / "memory"))
+    with pytest.raises(ApiError, match=r"Create snapshot error: .* a machine that has ended cannot be frozen"):
+        create(Vmm(), vm, body)
 
 
 def test_a_path_with_a_nul_is_refused(guest: MakeGuest) -> None:

@@ -528,8 +528,8 @@ def _cpu_config_of(config: types.CpuConfig | str | None) -> types.CpuConfig | No
     try:
         with open(config, "rb") as file:
             body: types.CpuConfig = decode(types.CpuConfig, file.read())
-    except OSError as error:
-        raise ApiError(f"Configure CPU error: {config}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise ApiError(f"Configure CPU error: {config}: {_why(error)}") from None
     return body
 
 

@@ -73,7 +73,9 @@ def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
     try:
         check_names(snapshot_path=body.snapshot_path, mem_file_path=body.mem_file_path)
         _write(vmm, machine, body, diff=diff)
-    except (ConfigError, SnapshotError) as error:
+    except ApiError:
+        raise
+    except VmmError as error:  # also of a machine that has just ended
         raise ApiError(f"Create snapshot error: Cannot save the microVM state: {error}") from None
     vmm.metrics.store(
         "latencies_us", f"{body.snapshot_type.lower()}_create_snapshot", (time.monotonic_ns() - begun) // 1000
@@ -168,12 +170,14 @@ def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
 def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     try:
         image, _ = decode(read_state(body.snapshot_path), body.snapshot_path)
+        if not image.api:
+            raise SnapshotError(body.snapshot_path, "was not made by the API: pyvmm run --restore takes it")
         shown = msgspec.json.decode(image.api, type=types.VmConfiguration)
     except OSError as error:
         raise ApiError(f"{_STATE}Failed to open snapshot file: {_io(error)}") from None
     except SnapshotError as error:
         raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ApiError(f"{_STATE}Failed to load snapshot state from file: {body.snapshot_path}: {error}") from None
     _override(image, shown, body)
     diffs = body.enable_diff_snapshots or body.track_dirty_pages
