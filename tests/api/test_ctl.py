@@ -6,13 +6,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.kvm.guests import write_guest
+from vmm.api.server import Server
 from vmm.commands.cli import main
+from vmm.commands.ctl import Client, _snapshot
+from vmm.errors import HostError
+from vmm.unix_socket import Listener
 
 HALT = "1: hlt\njmp 1b"
 Ctl = Callable[..., str]
@@ -81,6 +87,8 @@ def test_what_a_person_does(ctl: Ctl, tmp_path: Path) -> None:
 def test_what_is_refused_is_said_in_one_line(ctl: Ctl, tmp_path: Path) -> None:
     assert ctl("start", status=1).startswith("pyvmm ctl: PUT /actions: The requested operation is not supported")
     assert "nosuch" in ctl("drive", "nosuch", "--path", "/dev/null", status=1)
+    assert "é: there is no such drive" in ctl("drive", "é", "--path", "/dev/null", status=1)
+    assert "must have no spaces" in ctl("drive", "a b", "--path", "/dev/null", status=2)
     for words in (("drive", "d"), ("net", "n"), ("drive", "d", "--bps", "5"), ("drive", "d", "--bps", "x")):
         assert ctl(*words, status=2).count("\n") == 1
     assert "is not valid JSON" in ctl("mmds", "put", "{", status=2)
@@ -90,3 +98,26 @@ def test_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path = tmp_path / "nobody"
     assert main(["ctl", "--api-sock", str(path), "status"]) == 1
     assert capsys.readouterr().err == f"pyvmm ctl: ask the API {path}: No such file or directory\n"
+    path = tmp_path / ("x" * 120)
+    assert main(["ctl", "--api-sock", str(path), "status"]) == 2
+    assert capsys.readouterr().err == f"pyvmm ctl: --api-sock {path}: is too long for a unix socket\n"
+
+
+def test_a_slow_answer_is_waited_for_where_it_takes_long(tmp_path: Path) -> None:
+    asked = []
+
+    def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
+        asked.append(path)
+        time.sleep(0.5 if path in ("/snapshot/create", "/mmds") else 0)
+        return 200, b'{"state": "Running"}', ()
+
+    server = Server(Listener("socket", str(tmp_path / "s"), 8), answer)
+    server.start()
+    try:
+        with pytest.raises(HostError, match="Connection timed out"):
+            Client(str(tmp_path / "s"), 0.1).ask("GET", "/mmds")
+        time.sleep(0.5)
+        _snapshot(Client(str(tmp_path / "s"), 0.3), SimpleNamespace(directory=str(tmp_path / "d"), diff=False))  # type: ignore[arg-type]
+        assert asked[1:] == ["/", "/vm", "/snapshot/create", "/vm"]
+    finally:
+        server.close()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import http.client
 import json
 import os
@@ -68,9 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str, patience: float) -> None:
+    def __init__(self, path: str, patience: float | None) -> None:
         super().__init__("localhost", timeout=patience)
         self._path = path
+
+    def _encode_request(self, request: str) -> bytes:
+        return request.encode()  # the library's takes ASCII alone; an id may have any letters
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
@@ -86,10 +90,10 @@ class Client:
     """The API of one VM.
 
     :param path: its unix socket
-    :param patience: seconds to wait for an answer
+    :param patience: seconds to wait for an answer; None: however long it takes
     """
 
-    def __init__(self, path: str, patience: float = PATIENCE) -> None:
+    def __init__(self, path: str, patience: float | None = PATIENCE) -> None:
         self.path = path
         self.patience = patience
 
@@ -97,6 +101,7 @@ class Client:
         """The answer's body.
 
         :raises Refused: the answer is an error
+        :raises ConfigError: no request can have this path, or no socket its own
         :raises HostError: no VMM answers
         """
         connection = _Connection(self.path, self.patience)
@@ -105,10 +110,16 @@ class Client:
             connection.request(method, path, text, {} if text is None else {"Content-Type": "application/json"})
             response = connection.getresponse()
             answer = response.read().decode(errors="replace")
+        except http.client.InvalidURL:
+            raise ConfigError("path", path, "must have no spaces or control characters") from None
         except http.client.HTTPException as error:
             raise Refused(f"{path}: the answer is not HTTP: {error}") from None
+        except TimeoutError:
+            raise HostError(errno.ETIMEDOUT, "ask the API", self.path) from None
         except OSError as error:
-            raise HostError(error.errno or 0, "ask the API", self.path) from None
+            if not error.errno:
+                raise ConfigError("--api-sock", self.path, "is too long for a unix socket") from None
+            raise HostError(error.errno, "ask the API", self.path) from None
         finally:
             connection.close()
         if response.status >= 300:
@@ -251,6 +262,7 @@ def _snapshot(client: Client, args: argparse.Namespace) -> None:
     running = json.loads(client.ask("GET", "/"))["state"] == "Running"
     if running:
         client.ask("PATCH", "/vm", {"state": "Paused"})
+    client.patience = None  # all of the guest's memory goes to the disk
     try:
         body = _files(directory) | {"snapshot_type": "Diff" if args.diff else "Full"}
         client.ask("PUT", "/snapshot/create", body)
