@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 import pytest
 
 from tests.api.oracle import Process
+from vmm.commands import running, stop
+from vmm.commands.cli import main
 from vmm.testing import tiny_guest
 
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
@@ -109,6 +113,57 @@ def test_logs_are_the_files_that_it_writes(start: Start, tmp_path: Path) -> None
     assert pyvmm("logs", WORD).stdout == "up\n"
     assert pyvmm("stop", WORD).returncode == 0
     assert following.communicate(timeout=10)[0] == b"up\n"
+
+
+def test_what_a_shell_or_a_terminal_would_obey_is_no_name(start: Start) -> None:
+    process = start(DEAF, "a\x1b[31m$(id)")
+    seen = listed(process.pid)
+    assert seen is not None and seen["name"] == f"run-{process.pid}"
+    assert "a\\x1b[31m$(id)\n" in pyvmm("ps").stdout
+
+
+def test_one_that_does_not_end_is_said(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stop, "_PATIENCE", 0.1)
+    process = start(DEAF)
+    process.send_signal(signal.SIGSTOP)
+    assert main(["stop", "--timeout", "0", str(process.pid)]) == 1
+    assert capsys.readouterr().err == f"pyvmm stop: PID {process.pid} did not end within 10 s after SIGTERM\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [(b'HTTP/1.1 200 \r\n\r\n{"state":"Paused"}', "paused"), (b'{"state": "\x1b[2J"}', ""), (b"", ""), (None, "")],
+)
+def test_an_api_that_is_not_what_it_was_holds_nobody_up(tmp_path: Path, answer: bytes | None, state: str) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        try:
+            for piece in [b"x"] * 100 if answer is None else [answer]:
+                client.sendall(piece)
+                time.sleep(0.1 if answer is None else 0)
+        except OSError:
+            pass  # it has given up
+        client.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    began = time.monotonic()
+    assert running._asked(str(tmp_path / "s")) == state
+    assert time.monotonic() - began < 5
+    thread.join()
+    listener.close()
+
+
+def test_a_thread_that_ends_meanwhile_hides_no_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = os.listdir("/proc/self/task")
+    monkeypatch.setattr(os, "listdir", lambda path: ["4194305", *threads])
+    assert running._state(os.getpid(), "run", ()) == "not started"
 
 
 def test_two_of_one_name_are_told_apart_by_pid(start: Start) -> None:

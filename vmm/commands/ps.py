@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 
 from vmm.commands import running
+from vmm.errors import line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,9 +35,8 @@ def main(args: argparse.Namespace) -> int:
             facts = {name: getattr(each, name) for name in ("name", "kind", "pid", "state", "image", "began", "memory")}
             print(json.dumps(facts | {"cpu_percent": round(percent, 1)}))
         memory = f"{each.memory >> 20} MiB"
-        rows.append(
-            (each.name, each.kind, str(each.pid), each.state, _span(uptime), memory, f"{percent:.0f}%", each.image)
-        )
+        cpu, image = f"{percent:.0f}%", line(each.image)
+        rows.append((each.name, each.kind, str(each.pid), each.state, _span(uptime), memory, cpu, image))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if not (args.json or args.quiet) else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vmm.commands.cli import COMMANDS, PROGRAMS
 from vmm.config import did_you_mean
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError
 from vmm.machine.console_socket import MARK
 from vmm.sandbox import registry
 
@@ -142,6 +142,8 @@ def _look(pid: int) -> Running | None:
         name = os.path.basename(image)
         if kind == "copy":  # several of one program
             name = f"{name}-{pid}"
+    if not all(each.isalnum() or each in "-_.:@+" for each in name):
+        name = ""  # another user's, perhaps: no terminal may obey it, and no shell that completes it
     return Running(
         name or f"{kind}-{pid}", kind, pid, _state(pid, kind, words), image, since,
         int(fields[21]) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS, ticks, words,
@@ -181,21 +183,40 @@ def _command(line: list[str]) -> tuple[str, tuple[str, ...]]:
 
 def _state(pid: int, kind: str, words: tuple[str, ...]) -> str:
     if kind in ("serve", "jailer") and "--no-api" not in words:
-        import json
-
-        from vmm.commands.ctl import Client, Refused
         from vmm.commands.serve import DEFAULT_SOCKET
 
-        try:
-            path = path_in(pid, option(words, "--api-sock") or DEFAULT_SOCKET)
-            return str(json.loads(Client(path, patience=1).ask("GET", "/"))["state"]).lower()
-        except (VmmError, Refused, ValueError, KeyError):
-            pass  # it is busy, or ends
+        if said := _asked(path_in(pid, option(words, "--api-sock") or DEFAULT_SOCKET)):
+            return said
     for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/comm", encoding="utf-8", errors="replace") as file:
-            if file.read().startswith("fc_vcpu"):
-                return "running"
+        try:
+            with open(f"/proc/{pid}/task/{thread}/comm", encoding="utf-8", errors="replace") as file:
+                if file.read().startswith("fc_vcpu"):
+                    return "running"
+        except OSError:
+            pass  # this thread has ended
     return "not started"
+
+
+def _asked(path: str) -> str:
+    # The state that an API tells; "" if it does not in a second: it is busy, or ends, or is not what it was.
+    import re
+    import socket
+
+    end, answer = time.monotonic() + 1, b""
+    try:
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.settimeout(1)
+            stream.connect(path)
+            stream.sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+            while len(answer) < 4096 and (left := end - time.monotonic()) > 0:
+                stream.settimeout(left)
+                if not (data := stream.recv(4096)):
+                    break
+                answer += data
+    except OSError:
+        pass
+    found = re.search(rb'"state": *"(Not started|Running|Paused)"', answer)
+    return found[1].decode().lower() if found else ""
 
 
 def outputs(each: Running) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ import signal
 
 from vmm.commands import running
 from vmm.config import parse_count
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     if timeout and each.kind != "sandbox" and _ended(process, signal.SIGPWR, timeout):
         return 0
     if not _ended(process, signal.SIGTERM, _PATIENCE):
-        raise HostError(0, _SLOW, f"PID {each.pid}")
+        raise VmmError(f"PID {each.pid} {_SLOW}")
     return 0
 
 
