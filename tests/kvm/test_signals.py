@@ -15,6 +15,7 @@ import pytest
 
 from tests.api.oracle import PYVMM, Process
 from tests.kvm.guests import PATIENCE, write_guest
+from vmm.testing import tiny_guest
 
 # Says so, and then nothing for ever.
 STUCK = "mov edx, 0x3f8; mov al, '!'; out dx, al; cli; 1: hlt; jmp 1b"
@@ -215,3 +216,17 @@ def test_a_true_fault_is_in_the_log_too(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 150
     assert log.read_text() == done.stderr == "pyvmm: Shutting down VM after intercepting signal 11.\n"
+
+
+def test_a_signal_just_before_the_start_is_an_end_as_any_other(tmp_path: Path) -> None:
+    program = """
+import os, signal
+from vmm import launched
+from vmm.commands import cli
+finish_start = launched.finish_start
+launched.finish_start = lambda: (finish_start(), os.kill(os.getpid(), signal.SIGTERM))
+cli.entry()
+"""
+    command = [sys.executable, "-c", program, "run", tiny_guest(tmp_path, "again: jmp again"), "--memory", "16M"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -10,7 +10,7 @@ from vmm import launched, signals, threads
 from vmm.cmdline import Cmdline
 from vmm.config import attribute, did_you_mean, fill_from_files, parse_plain
 from vmm.config.vm import VmConfig
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, VmmError
 from vmm.exits import StopReason
 
 TYPE_CHECKING = False
@@ -254,8 +254,12 @@ def _run(vm: Machine, *, verbose: bool) -> int:
     signals.on(signals.CONTINUED, lambda number, frame: vm.console.continued())
     signals.on_power(vm.press_power_button)
     launched.finish_start()
-    vm.start()
-    threads.enter(None if _starts_programs(vm.config) else "vmm")
+    try:
+        vm.start()
+        threads.enter(None if _starts_programs(vm.config) else "vmm")
+    except VmmError:
+        if not interrupts:  # else it was stopped before it could start
+            raise
     stop = vm.wait()
     assert stop is not None  # wait() without a time limit
     vm.close()
