@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,10 @@ def test_a_copy_makes_further_copies_and_is_a_jails_program(tmp_path: Path) -> N
             [made, *options, "--exec-file", str(tmp_path / program)], capture_output=True, text=True
         )  # fmt: skip
         assert done.returncode == 1 and done.stderr.startswith(f"pyvmm jailer: {says}"), done.stderr
+
+
+def test_a_disk_that_is_full_has_no_half_of_one(tmp_path: Path) -> None:
+    limited = f"ulimit -f 8; exec {shlex.join(LINK)} firecracker {tmp_path}"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert list(tmp_path.iterdir()) == []

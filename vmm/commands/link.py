@@ -6,6 +6,7 @@ A regular file: a runtime that resolves symbolic links (Kata's) would start ``py
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -50,6 +51,8 @@ def main(args: argparse.Namespace) -> int:
         os.chmod(new, 0o755)
         os.replace(new, path)  # the old one may be running
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
         raise HostError(error.errno or 0, "make the program", path) from None
     print(path)
     return 0
