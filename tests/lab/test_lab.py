@@ -17,7 +17,7 @@ import pytest
 from vmm import lab
 from vmm.errors import ConfigError
 from vmm.lab import image
-from vmm.lab.machine import CPU, PORTS, missing, qemu_argv
+from vmm.lab.machine import CPU, PORTS, Boot, Died, missing, qemu_argv
 from vmm.lab.qemu import Qemu
 
 IMAGE = image.LabImage("/kernel", "/initramfs", "6.1.0-0-test", "/modules")
@@ -275,3 +275,17 @@ def test_the_image_is_made_anew_when_it_would_differ(name: str, monkeypatch: pyt
 def test_a_host_without_qemu_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert any("apt-get install qemu-system-x86" in line for line in missing())
+
+
+def test_a_reader_that_ends_after_the_machine_is_no_error_of_its_own() -> None:
+    out, sink = os.pipe()
+    os.close(out)
+
+    def command(ports: dict[str, int]) -> list[str]:
+        return [sys.executable, "-c", f"import os; os.write({ports['out']}, b'said')"]
+
+    with Boot(command, {}, None, sink, 2, framed=True) as boot:
+        boot._process.wait()
+        with pytest.raises(Died, match="it ended under the command"):
+            boot.run(time.monotonic() + 10)
+    os.close(sink)

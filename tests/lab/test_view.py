@@ -25,7 +25,7 @@ def look(tmp_path: Path) -> Iterator[Look]:
     (tmp_path / "view").mkdir()
 
     def call(paths: list[Path | str], script: str, before: str = "") -> str:
-        (tmp_path / "list").write_text("".join(f"{path}\n" for path in paths))
+        (tmp_path / "list").write_bytes(b"".join(os.fsencode(path) + b"\n" for path in paths))
         command = [sys.executable, "-I", view.__file__, str(tmp_path / "view"), str(tmp_path / "list")]
         command += ["sh", "-c", script, "sh", str(tmp_path / "view")]
         if before:
@@ -52,6 +52,12 @@ def tree(tmp_path: Path) -> Path:
 def test_what_is_named_is_there_and_nothing_else(look: Look, tree: Path) -> None:
     said = look([tree / "link/deep/file"], f'cd "$1{tree}"; find . | sort; cat link/deep/file')
     assert said == ".\n./chain\n./link\n./shown\n./shown/deep\n./shown/deep/file\nshown/deep"
+
+
+def test_a_name_may_be_any_bytes_of_one_line(look: Look, tree: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tree) + b"/a\xff\x0cb\r"))
+    odd.write_text("odd")
+    assert look([odd], f'cat "$1{tree}"/a*') == "odd"
 
 
 def test_it_is_not_written(look: Look, tree: Path) -> None:

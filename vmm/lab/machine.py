@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -170,7 +171,8 @@ class Boot(Closing):
             self._process.kill()
 
     def _signal(self, name: str) -> None:
-        self._ours["control"].send(f"{name}\n".encode())
+        with contextlib.suppress(OSError):  # the machine is gone
+            self._ours["control"].send(f"{name}\n".encode())
 
     def run(self, deadline: float) -> int | None:
         """Pump until the machine is gone.

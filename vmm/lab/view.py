@@ -114,7 +114,8 @@ class View:
             make(at)
 
     def _mount(self, source: str, target: str, kind: str | None, flags: int) -> None:
-        if self._libc.mount(source.encode(), os.fsencode(target), kind and kind.encode(), ctypes.c_ulong(flags), None):
+        places = os.fsencode(source), os.fsencode(target)
+        if self._libc.mount(*places, kind and kind.encode(), ctypes.c_ulong(flags), None):
             raise OSError(ctypes.get_errno(), f"mount {target}")
 
 
@@ -122,8 +123,8 @@ def main(argv: list[str]) -> None:
     """Make the view, and become the command."""
     root, listing, *command = argv
     try:
-        with open(listing, encoding="utf-8", errors="surrogateescape") as file:
-            paths = file.read().splitlines()
+        with open(listing, "rb") as file:
+            paths = [os.fsdecode(path) for path in file.read().split(b"\n") if path]
         view = View(root)
         for path in sorted(paths, key=lambda path: path.count("/")):
             view.show(path)
