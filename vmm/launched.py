@@ -124,7 +124,11 @@ def forget_current_directory() -> None:
 
     It stays where it is ours: a checkout that was not installed.
     """
-    here, ours = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        here = ""  # it has been removed
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if not sys.flags.safe_path and sys.path[:1] in ([""], [here]):
         del sys.path[0]
     sys.path = [place for place in sys.path if place]
@@ -146,7 +150,10 @@ def drop_socket() -> None:
     global _waits
     if _waits is not None:
         (fd, path), _waits = _waits, None
-        os.unlink(path)
+        try:
+            os.unlink(path)
+        except OSError:
+            pass  # somebody has removed it already
         os.close(fd)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -73,3 +74,18 @@ def test_code_is_of_the_source_that_is_there(tmp_path: Path, monkeypatch: pytest
         except (EOFError, ValueError):
             assert damaged == whole[:-20]  # as the library itself
         compiled.write_bytes(whole)
+
+
+def test_a_socket_that_somebody_has_removed_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    monkeypatch.setattr(launched, "_waits", (fd, str(tmp_path / "gone")))
+    launched.drop_socket()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_directory_that_was_removed_is_no_mistake(tmp_path: Path) -> None:
+    command = f"cd {tmp_path} && rmdir {tmp_path} && exec {sys.executable} -m vmm --version"
+    environment = {**os.environ, "PYTHONPATH": str(Path(launched.__file__).parents[1])}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
