@@ -141,14 +141,17 @@ def test_serve_takes_its_table(etc: Path, capsys: pytest.CaptureFixture[str]) ->
     args = serve.parse_quickly(["--id", "a"])
     assert args is not None
     assert list(serve.from_files(args)) == ["--level", "--show-level", "--http-api-max-payload-size"]
-    assert (args.level, args.show_level, args.http_api_max_payload_size) == ("Debug", True, 4096)
+    assert (args.level, args.show_level, args.http_api_max_payload_size) == ("Debug", True, "4096")
+    args = serve.parse_quickly(["--http-api-max-payload-size", "51200"])  # the default, but said
+    assert args is not None
+    assert "--http-api-max-payload-size" not in serve.from_files(args) and args.http_api_max_payload_size == "51200"
     args = serve.parse_quickly(["--level", "Off"])
     assert args is not None
     assert "--level" not in serve.from_files(args) and args.level == "Off"
     for text, problem in (
         ('level = "Loud"', "level Loud: "),
         ('mmds-size-limit = "x"', "--mmds-size-limit x: must be a number"),
-        ("http-api-max-payload-size = -1", "http-api-max-payload-size -1: must be a number from 0"),
+        ("http-api-max-payload-size = -1", "--http-api-max-payload-size -1: must be a number from 0"),
         ('log-path = "x"', "log-path: cannot be set in"),
     ):
         path.write_text(f"[serve]\n{text}\n")

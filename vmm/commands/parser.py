@@ -120,9 +120,8 @@ def declare(parser: argparse.ArgumentParser, table: Table) -> None:
         if metavar is None:
             parser.add_argument(*names, action="store_true", help=text)
             continue
-        kind = int if isinstance(default, int) else str
         action = "append" if isinstance(default, list) else "store"
-        parser.add_argument(option, metavar=metavar, type=kind, action=action, default=default, help=text)
+        parser.add_argument(option, metavar=metavar, action=action, default=default, help=text)
 
 
 def whole(names: Sequence[str] = tuple(COMMANDS)) -> Parser:

@@ -32,6 +32,7 @@ STATUS_ARGUMENTS = 153
 MAX_GUEST_STATUS = 127
 DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
+MAX_PAYLOAD = 51200
 _BACKLOG = 128
 FIRST_SECONDS = 0.02
 
@@ -62,7 +63,7 @@ OPTIONS: Table = (
     ("--version", None, False, "print the versions of the API and of pyvmm"),
     ("--snapshot-version", None, False, "print the version of the snapshots that it writes"),
     ("--describe-snapshot", "FILE", None, "print the version of a snapshot's state file"),
-    ("--http-api-max-payload-size", "BYTES", 51200, "limit of a request's body (default: 51200)"),
+    ("--http-api-max-payload-size", "BYTES", None, "limit of a request's body (default: 51200)"),
 )
 
 
@@ -89,8 +90,9 @@ def from_files(args: Arguments) -> dict[str, str]:
 
     if "--level" in sources:
         named(sources["--level"], lambda: logger.parse_level(args.level or ""))
-    if "--mmds-size-limit" in sources:
-        named(sources["--mmds-size-limit"], lambda: _number(args, "--mmds-size-limit"))
+    for option in _LIMITS:
+        if option in sources:
+            named(sources[option], lambda option=option: _number(args, option))  # type: ignore[misc]
     return sources
 
 
@@ -119,10 +121,7 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
         if args.no_api and args.config_file is None:
             raise ConfigError("--no-api", "", "needs --config-file: without an API, it says what to run")
         times = [_number(args, option) for option in _TIMES]
-        limit = _number(args, "--mmds-size-limit")
-        payload = args.http_api_max_payload_size
-        if payload < 0:  # only from argparse: `parse_plain` takes no negative number
-            raise ConfigError("--http-api-max-payload-size", payload, "must be 0 or more")
+        payload, document = (_number(args, option) for option in _LIMITS)
         if args.seccomp_filter is not None:
             fits = "is for Firecracker's threads; leave it out: pyvmm's have their own"
             raise ConfigError("--seccomp-filter", args.seccomp_filter, fits)
@@ -135,7 +134,8 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
     except ConfigError as error:
         _complain(args, f"--{error}")
         return _leave(STATUS_BAD_CONFIGURATION)
-    serve = _Serve(args, times, args.http_api_max_payload_size if limit is None else limit, on_ready)
+    payload = MAX_PAYLOAD if payload is None else payload
+    serve = _Serve(args, times, payload, payload if document is None else document, on_ready)
     return _leave(serve.run())
 
 
@@ -179,6 +179,7 @@ def _tell_snapshot_version(path: str | None) -> int:
 
 
 _SHOW = ("show_level", "show_log_origin")
+_LIMITS = ("--http-api-max-payload-size", "--mmds-size-limit")
 _TIMES = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us")
 
 
@@ -189,9 +190,10 @@ def _number(args: Arguments, option: str) -> int | None:
 
 class _Serve:
     def __init__(
-        self, args: Arguments, times: list[int | None], mmds_limit: int, on_ready: Callable[[], object]
+        self, args: Arguments, times: list[int | None], payload: int, mmds_limit: int, on_ready: Callable[[], object]
     ) -> None:
         self._args = args
+        self._payload = payload
         self._mmds_limit = mmds_limit
         self._times = times
         self._on_ready = on_ready
@@ -243,7 +245,7 @@ class _Serve:
         launched.spare_httptools()
         from vmm.api.server import Server
 
-        return Server(listener, self._early, max_payload=self._args.http_api_max_payload_size)
+        return Server(listener, self._early, max_payload=self._payload)
 
     def _run(self, server: Server | None) -> int:
         args = self._args

@@ -70,10 +70,6 @@ def parse_plain(words: Sequence[str], table: Table, positional: Sequence[str] = 
                 return None
         if isinstance(default, list):
             getattr(parsed, attribute(option)).append(value)
-        elif isinstance(default, int):
-            if not (value.isascii() and value.isdigit()):
-                return None
-            setattr(parsed, attribute(option), int(value))
         else:
             setattr(parsed, attribute(option), value)
     return parsed

@@ -132,8 +132,4 @@ def _value(field: str, value: Any, metavar: str | None, default: Any) -> Any:
         return list(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(field, value, "must be a string or a number")
-    if not isinstance(default, int):
-        return str(value)
-    if not isinstance(value, int) or value < 0:
-        raise ConfigError(field, value, "must be a number from 0")
-    return value
+    return str(value)
