@@ -151,7 +151,7 @@ def test_an_api_that_is_not_what_it_was_holds_nobody_up(tmp_path: Path, answer: 
             pass  # it has given up
         client.close()
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     began = time.monotonic()
     assert running._asked(str(tmp_path / "s")) == state
