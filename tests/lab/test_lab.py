@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -270,6 +272,25 @@ def test_the_image_is_made_anew_when_it_would_differ(name: str, monkeypatch: pyt
     assert before == image.image_key("6.1.1") != image.image_key("6.1.2")
     monkeypatch.setattr(image, name, getattr(image, name) * 2)
     assert image.image_key("6.1.1") != before
+
+
+def test_a_full_disk_has_no_half_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "modules/6.1.0").mkdir(parents=True)
+    (tmp_path / "modules/6.1.0/modules.dep").touch()
+    monkeypatch.setattr("vmm.images.apt.package", lambda *_, **__: SimpleNamespace(tree=tmp_path, version="6.1"))
+    monkeypatch.setattr("vmm.images.apt.kernel_of", lambda tree: (tree / "vmlinuz", "6.1.0"))
+    monkeypatch.setattr("vmm.images.apt.modules_root", lambda tree: tree / "modules")
+    monkeypatch.setattr(image, "cache_root", lambda: str(tmp_path))
+    monkeypatch.setattr("vmm.images.initramfs.build_initramfs", lambda *_, **__: bytes(1 << 16))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            image.lab_image()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "lab") == []
+    assert Path(image.lab_image().initramfs).stat().st_size == 1 << 16
 
 
 def test_a_host_without_qemu_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

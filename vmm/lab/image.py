@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from vmm.images import apt, cache_root, initramfs
 from vmm.images.host import Progress, run, silent
+from vmm.machine.snapshot_file import write_all, write_whole
 
 KERNEL_PACKAGE = "linux-image-amd64"
 MODULES = (
@@ -131,9 +131,7 @@ def lab_image(progress: Progress = silent) -> LabImage:
     if not path.exists():
         data = initramfs.build_initramfs(package.tree, MODULES, INIT, optional=OPTIONAL_MODULES, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")
-        new.write_bytes(data)
-        new.rename(path)
+        write_whole((str(path), lambda fd: write_all(fd, data)))
         for old in path.parent.glob("*.cpio"):
             if old != path:
                 old.unlink()
