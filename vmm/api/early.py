@@ -9,6 +9,8 @@ from vmm.api import API_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.api.server import Answer
 
 _ENDING = b'{"fault_message":"The VMM is ending."}'
@@ -39,12 +41,14 @@ class Early:
         self._ready.wait()
         return (500, _ENDING, ()) if self._answer is None else self._answer(method, path, body)
 
-    def set_answer(self, answer: Answer | None) -> list[str]:
+    def set_answer(self, answer: Answer | None, count: Callable[[str], None] = lambda field: None) -> None:
         """From here on, `answer` answers all requests; None: each gets status 500, because the VMM ends.
 
-        :returns: of each answer before, the field of the metrics' ``get_api_requests`` that counts it
+        :param count: called before that, for each answer so far, with the field of the metrics' ``get_api_requests``
+            that counts it
         """
         with self._lock:
+            for field in self._answered:
+                count(field)
             self._answer = answer
             self._ready.set()
-            return self._answered

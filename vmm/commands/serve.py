@@ -272,8 +272,7 @@ class _Serve:
                 self._start_from(args.config_file)
                 logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
-                for field in self._early.set_answer(self._answer):
-                    self._vmm.metrics.count("get_api_requests", field)
+                self._early.set_answer(self._answer, lambda field: self._vmm.metrics.count("get_api_requests", field))
                 if not self._hasty:
                     server.start(self._on_api_thread)
             self._on_ready()
