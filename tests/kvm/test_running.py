@@ -161,9 +161,10 @@ def test_an_api_that_is_not_what_it_was_holds_nobody_up(tmp_path: Path, answer: 
 
 
 def test_a_thread_that_ends_meanwhile_hides_no_vm(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = os.listdir("/proc/self/task")
-    monkeypatch.setattr(os, "listdir", lambda path: ["4194305", *threads])
-    assert running._state(os.getpid(), "run", ()) == "not started"
+    with subprocess.Popen(["sleep", "60"]) as process:  # this process may have another test's vCPU
+        monkeypatch.setattr(os, "listdir", lambda path: ["4194305", str(process.pid)])
+        assert running._state(process.pid, "run", ()) == "not started"
+        process.kill()
 
 
 def test_two_of_one_name_are_told_apart_by_pid(start: Start) -> None:
