@@ -58,7 +58,7 @@ class HostError(VmmError, OSError):
 
 
 class host_errors:
-    """A context in which an OSError becomes a ``HostError``.
+    """A context in which an OSError, or that no thread is left, becomes a ``HostError``.
 
     :param what: as for ``HostError``
     :param path: likewise; None: the file that the OSError is about
@@ -75,6 +75,8 @@ class host_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and not isinstance(error, HostError):
             raise HostError(error.errno or errno.EIO, self._what, self._path or path_of(error) or None) from None
+        if error is not None and _is_no_thread(error):
+            raise HostError(errno.EAGAIN, self._what, self._path) from None
 
 
 class KvmError(HostError):
@@ -134,6 +136,10 @@ def path_of(error: OSError) -> str:
     return os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
 
 
+def _is_no_thread(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+
+
 def host_problem(error: BaseException) -> str | None:
     """One line for what the host or its limits did, whoever met it; None: `error` is a mistake of ours."""
     match error:
@@ -144,7 +150,7 @@ def host_problem(error: BaseException) -> str | None:
             return f"{path}: {error.strerror}" if path else error.strerror or str(error)
         case MemoryError():
             return "the host has no memory for it"
-        case RuntimeError() if "can't start new thread" in str(error):
+        case _ if _is_no_thread(error):
             return "the host has no thread for it: a limit of processes or of memory is reached"
         case ImportError() if "Too many open files" in str(error):
             return "Too many open files"

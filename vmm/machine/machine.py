@@ -8,7 +8,6 @@ with Machine(kernel="vmlinux", memory="512M", console="stdio") as vm:
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import threading
@@ -306,18 +305,16 @@ class Machine(Closing):
         if paused:
             self._run.hold("pause")
         self._run.started = True
-        what = "start the machine's threads"
         try:
-            with host_errors(what):
+            with host_errors("start the machine's threads"):
                 vcpu_kind, console_kind = self._confine()
                 self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
                 for transport in self.virtio:
                     transport.go_on()
                 self._run.start(vcpu_kind)
-        except (RuntimeError, HostError) as error:  # a RuntimeError: no thread is left
-            failure = error if isinstance(error, HostError) else HostError(errno.EAGAIN, what)
+        except HostError as failure:
             self._run.end(failure=failure)
-            raise failure from None
+            raise
 
     def _refuse_ranges_in_ram(self) -> None:
         for start, size, _, name in self.mmio.claims:
