@@ -33,7 +33,7 @@ CONTINUED, CPU_LIMIT, BROKEN_PIPE, POWER = signal.SIGCONT, signal.SIGXCPU, signa
 # Blocked, these could only kill.
 _FAULTS = {signal.SIGSYS, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _OTHERS = signal.valid_signals() - _FAULTS
-_LONGEST = 1e6  # seconds that poll(2) waits at most at a time: it takes an int of milliseconds
+LONGEST_POLL = 0x7FFFFFFF // 1000  # seconds: poll(2) takes an int of milliseconds
 
 
 def deaf() -> None:
@@ -103,7 +103,7 @@ class Bell:
         end = None if timeout is None else time.monotonic() + timeout
         while not ready():
             left = None if end is None else max(0.0, end - time.monotonic())
-            if self._poll.poll(None if left is None else min(left, _LONGEST) * 1000 + 1):
+            if self._poll.poll(None if left is None else min(left, LONGEST_POLL) * 1000 + 1):
                 heard = os.read(self._out, 512)
                 if self._before >= 0:
                     _write(self._before, heard.replace(b"\0", b""))

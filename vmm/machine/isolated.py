@@ -25,6 +25,7 @@ from vmm.errors import SnapshotError, VmmError, host_errors
 from vmm.exits import Exit, StopReason
 from vmm.machine.snapshot_file import encode, write_all
 from vmm.memory import MemoryFile
+from vmm.signals import LONGEST_POLL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from vmm.machine.snapshot import Image
 
 DESCRIPTORS_MAX = 253  # SCM_MAX_FD of Linux
-_LONGEST_MS = (1 << 31) - 1  # that poll(2) waits
 _server: socket | None = None
 _server_pid = 0  # of the process that has it
 _lock = threading.Lock()
@@ -183,7 +183,7 @@ class Isolated(Closing):
 def _wait_for(fd: int, timeout: float | None) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout is None else min(max(timeout, 0) * 1000, _LONGEST_MS)))
+    return bool(poll.poll(None if timeout is None else min(max(timeout, 0), LONGEST_POLL) * 1000))
 
 
 def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, end: int) -> None:

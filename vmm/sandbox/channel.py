@@ -18,6 +18,7 @@ from vmm.closing import Closing
 from vmm.config.option import check_type
 from vmm.errors import ConfigError, HostError
 from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
+from vmm.signals import LONGEST_POLL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ FRAME_MAX = 1 << 18  # bytes the agent takes in one frame
 ANSWER_MAX = FRAME_MAX + 64
 _CHUNK = 1 << 19
 _KEPT = 4  # idle connections of a sandbox
-_LONGEST = 0x7FFFFFFF / 1000  # seconds: what poll(2) can wait
 _PATIENCE = 0.5  # seconds from the end of a VM's connections to that of the VM
 _LOOKS = 10
 _HEAD = struct.Struct("<BI")
@@ -57,7 +57,7 @@ class Deadline:
         if seconds is not None and seconds != seconds:
             raise ConfigError("timeout", seconds, "must be a number of seconds, or None")
         self.seconds = seconds
-        self._end = None if seconds is None or seconds > _LONGEST else time.monotonic() + seconds
+        self._end = None if seconds is None or seconds > LONGEST_POLL else time.monotonic() + seconds
 
     def left(self, doing: str) -> float | None:
         """Seconds that are left, or None: without limit.
