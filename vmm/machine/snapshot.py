@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from devices.acpi_events import GENERATION_CHANGED
-from vmm.config.devices import RateLimiterConfig
+from vmm.config.devices import DriveConfig, RateLimiterConfig
 from vmm.errors import SnapshotError, VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.private_disk import private_copy
@@ -112,8 +112,7 @@ def _present(machine: Machine) -> VmConfig:
     drives, nets, shares, balloon = list(config.drives), list(config.nets), list(config.shares), config.balloon
     for index, block in enumerate(machine.blocks.values()):
         if block.replaced:
-            path = block.disk.path
-            drives[index] = drives[index].replaced(path=path, format="raw", backing=None, backing_format=None)
+            drives[index] = _raw(drives[index], block.disk.path)
         drives[index] = _limited(drives[index], rate_limiter=block.limiter)
     for index, net in enumerate(machine.nets.values()):
         nets[index] = _limited(nets[index], rx_rate_limiter=net.rx_limiter, tx_rate_limiter=net.tx_limiter)
@@ -125,6 +124,11 @@ def _present(machine: Machine) -> VmConfig:
     present = {"drives": tuple(drives), "nets": tuple(nets), "shares": tuple(shares), "balloon": balloon}
     changes = {name: value for name, value in present.items() if value != getattr(config, name)}
     return config.replaced(**changes) if changes else config
+
+
+def _raw(drive: DriveConfig, path: str) -> DriveConfig:
+    # The same drive with another file, which is raw whatever the one before was.
+    return drive.replaced(path=path, format="raw", backing=None, backing_format=None)
 
 
 def _limited(config: _C, **limiters: RateLimiter) -> _C:
@@ -327,8 +331,7 @@ def _child_config(config: VmConfig, disks: dict[int, int], number: int) -> VmCon
     drives = list(config.drives)
     for index, fd in disks.items():
         # The child opens it by this name while it is made, and is then the only one that has it.
-        path = f"/proc/self/fd/{fd}"
-        drives[index] = drives[index].replaced(path=path, format="raw", backing=None, backing_format=None)
+        drives[index] = _raw(drives[index], f"/proc/self/fd/{fd}")
     vsock = config.vsock
     if vsock is not None:
         vsock = vsock.replaced(path=f"{vsock.path}.{number}")
