@@ -43,7 +43,8 @@ async def in_thread(
             undo(result)
 
     def drop_in_thread(result: R | None) -> None:
-        threads.spawn(None, "sandbox call", drop, result)
+        if undo is not None:
+            threads.spawn(None, "sandbox call", drop, result)
 
     def settle(result: R | None, error: BaseException | None) -> None:
         if future.done():
