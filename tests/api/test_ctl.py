@@ -117,6 +117,7 @@ def test_a_slow_answer_is_waited_for_where_it_takes_long(tmp_path: Path) -> None
         with pytest.raises(HostError, match="Connection timed out"):
             Client(str(tmp_path / "s"), 0.1).ask("GET", "/mmds")
         time.sleep(0.5)
+        # A stand-in for argparse's Namespace.
         _snapshot(Client(str(tmp_path / "s"), 0.3), SimpleNamespace(directory=str(tmp_path / "d"), diff=False))  # type: ignore[arg-type]
         assert asked[1:] == ["/", "/vm", "/snapshot/create", "/vm"]
     finally:

@@ -518,7 +518,7 @@ def test_who_cannot_be_watched_is_refused_alone(tmp_path: Path) -> None:
 
     server = Server(bind(str(tmp_path / "s")), lambda method, path, body: (200, b"{}", ()))
     watch = server._poll.register
-    server._poll = Poll(server._poll)  # type: ignore[assignment]
+    server._poll = Poll(server._poll)  # type: ignore[assignment]  # a stand-in that fails
     server.start()
     try:
         assert ask(tmp_path / "s", b"GET / HTTP/1.1\r\n\r\n") == b""

@@ -654,6 +654,7 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path, guest: MakeG
     assert sorted(os.listdir(tmp_path)) == ["first", "guest.elf", "link"] and (tmp_path / "link").is_symlink()
     (tmp_path / "file").symlink_to("target")
     for text in (b"1", b"2"):
+        # mypy infers no type for a lambda's default.
         write_whole((str(tmp_path / "file"), lambda fd, text=text: write_all(fd, text)))  # type: ignore[misc]
         assert (tmp_path / "target").read_bytes() == text and (tmp_path / "file").is_symlink()
 

@@ -466,7 +466,7 @@ def test_a_freeze_that_fails_midway_loses_nothing(again: bool, monkeypatch: pyte
             calls.append(1)
             if len(calls) == 2:
                 raise OSError(errno.ENOMEM, "Cannot allocate memory")
-            _mapping.map_over(*arguments, **how)  # type: ignore[arg-type]
+            _mapping.map_over(*arguments, **how)  # type: ignore[arg-type]  # what it got, passed on
 
         with monkeypatch.context() as patch:
             patch.setattr("vmm.memory.map_over", no_room)

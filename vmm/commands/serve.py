@@ -92,6 +92,7 @@ def from_files(args: Arguments) -> dict[str, str]:
         named(sources["--level"], lambda: logger.parse_level(args.level or ""))
     for option in _LIMITS:
         if option in sources:
+            # mypy infers no type for a lambda's default.
             named(sources[option], lambda option=option: _number(args, option))  # type: ignore[misc]
     return sources
 

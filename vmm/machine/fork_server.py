@@ -66,7 +66,7 @@ def _be_a_copy(descriptors: list[int]) -> NoReturn:
     *files, control, end, order = descriptors
     try:
         vm = _made(files, order)
-    except Exception as error:
+    except Exception as error:  # of whatever kind: who asked for the copy hears of it
         os.write(control, f"!{host_problem(error) or line(repr(error))}".encode())
         os._exit(1)
 
