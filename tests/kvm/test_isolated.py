@@ -51,6 +51,11 @@ def _fork(vm: Machine, count: int = 1, **settings: object) -> list[Isolated]:
     return children
 
 
+def _wait_gone(*pids: int) -> None:
+    # The kernel tells of the end of a process a moment before it forgets it.
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
 def test_each_goes_on_in_a_process_of_its_own_and_says_how_it_ended(tmp_path: Path, guest: MakeGuest) -> None:
     vm = guest(GUEST)
     vm.start()
@@ -103,7 +108,7 @@ def test_one_that_is_killed_is_told_and_the_others_go_on(guest: MakeGuest) -> No
     assert (second.state, vm.state) == ("Running", "Running")
     first.close()
     second.close()
-    assert not Path(f"/proc/{second.pid}").exists()
+    _wait_gone(second.pid)
 
 
 def test_a_fork_server_that_was_killed_is_started_again(guest: MakeGuest) -> None:
@@ -208,7 +213,7 @@ def test_nothing_is_left(guest: MakeGuest) -> None:
         for child in _fork(vm, 2):
             pids.append(child.pid)
             child.close()
-        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        _wait_gone(*pids)
         undertaker.wait()
         counts.append(len(os.listdir("/proc/self/fd")))
     assert counts[1] == counts[2], "the first one has opened what is kept"
@@ -224,7 +229,7 @@ def test_they_end_with_whoever_has_asked_for_them(tmp_path: Path) -> None:
     )
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2, done.stderr
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    _wait_gone(*pids)
 
 
 def test_a_pool_does_not_give_what_was_killed_while_it_waited(guest: MakeGuest) -> None:
