@@ -7,13 +7,14 @@ import http.server
 import os
 import pwd
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.images.conftest import Repository
-from vmm.images import apt, host
+from vmm.images import apt, host, suites
 from vmm.images.host import PullError
 
 KERNEL = "linux-image-6.1.0-9-cloud-amd64"
@@ -39,6 +40,29 @@ def test_cached_package_needs_neither_network_nor_apt(
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(host, "SBIN", "")
     assert apt.package("thing") == first
+
+
+def test_several_get_the_lists_of_another_suite_once(
+    cache: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two", "three"):
+        repository.add(name, "1.0", {name: "1"})
+    repository.update()
+    suites_of: list[str] = []
+
+    def apt_of(suite: str, progress: host.Progress) -> AbstractContextManager[dict[str, str]]:
+        suites_of.append(suite)
+        return nullcontext({})
+
+    monkeypatch.setattr(suites, "apt_of", apt_of)
+    assert apt.package("two", suite="other").name == "two"
+    for _ in range(2):
+        found = apt.packages(["one", "two", "three"], suite="other")
+        assert [(package.name, (package.tree / package.name).read_text()) for package in found] == [
+            ("one", "1"), ("two", "1"), ("three", "1"),
+        ]  # fmt: skip
+        assert suites_of == ["other", "other"], "the second time all of them are in the cache"
+    assert (cache / "debs/three@other.chosen").exists()
 
 
 def test_refresh_takes_the_newer_version(cache: Path, repository: Repository) -> None:

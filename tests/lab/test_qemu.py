@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,16 +39,16 @@ def backports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     _program(tmp_path / "qemu-system-x86/usr/bin" / qemu.NAME, "10.0.2")
     asked = []
 
-    def package(name: str, *, suite: str, progress: object) -> apt.Package:
-        asked.append((name, suite))
-        return apt.Package(name, "1", tmp_path / name)
+    def packages(names: Sequence[str], *, suite: str, progress: object) -> list[apt.Package]:
+        asked.append(suite)
+        return [apt.Package(name, "1", tmp_path / name) for name in names]
 
     monkeypatch.setattr(suites, "own", lambda: "bookworm")
-    monkeypatch.setattr(apt, "package", package)
+    monkeypatch.setattr(apt, "packages", packages)
     monkeypatch.setattr(apt, "depends", lambda name, suite: ["libc6", "seabios", "libnew1"])
     monkeypatch.setattr(qemu, "_installed", lambda name: name == "libc6")
     yield tmp_path
-    assert {suite for _, suite in asked} <= {"bookworm-backports"}
+    assert set(asked) <= {"bookworm-backports"}
 
 
 def test_a_new_one_of_this_host_is_taken(own: Path) -> None:

@@ -26,7 +26,7 @@ SSH = 22
 
 def _proxy() -> list[str]:
     try:
-        trees = [apt.package(name, suite="trixie").tree for name in PACKAGES]
+        trees = [package.tree for package in apt.packages(PACKAGES, suite="trixie")]
     except PullError as error:
         pytest.fail(f"LAYER MISSING: linux: systemd's ssh proxy: {error}", pytrace=False)
     libraries = [str(tree / "usr/lib/x86_64-linux-gnu" / sub) for tree in trees for sub in ("", "systemd")]

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -61,24 +61,43 @@ def package(name: str, *, suite: str | None = None, refresh: bool = False, progr
     :param refresh: ask apt again, and fetch its candidate if that is another version than the cached one
     :raises PullError: apt is missing, knows no such package, or cannot reach its sources
     """
-    check_name(name)
+    return packages([name], suite=suite, refresh=refresh, progress=progress)[0]
+
+
+def packages(
+    names: Sequence[str], *, suite: str | None = None, refresh: bool = False, progress: Progress = silent
+) -> list[Package]:
+    """Return each as ``package`` does; the package lists of another suite are fetched only once.
+
+    :raises PullError: as ``package``
+    """
+    for name in names:
+        check_name(name)
     debs = cache_root() / "debs"
-    key = name if suite is None else f"{name}@{suite}"
-    if not refresh and (cached := _chosen(debs, key)):
-        return cached
-    debs.mkdir(parents=True, exist_ok=True)
-    with locked(debs / "lock"):
-        if not refresh and (cached := _chosen(debs, key)):
-            return cached
-        with _apt_of(suite, progress) as env:
-            offer = _candidate(name, env)
-            tree = debs / f"{offer.name}_{offer.version.replace(':', '%3a')}"
-            if not tree.is_dir():
-                parts = [_show(part, env) for part in _parts(offer)]
-                _fetch([offer, *parts], tree, env, progress)
-        chosen = Package(offer.name, offer.version, tree)
-        _choose(debs, key, chosen)
-    return chosen
+    keys = {name: name if suite is None else f"{name}@{suite}" for name in names}
+
+    def known() -> dict[str, Package]:
+        found = {} if refresh else {name: _chosen(debs, key) for name, key in keys.items()}
+        return {name: cached for name, cached in found.items() if cached}
+
+    if len(found := known()) < len(keys):
+        debs.mkdir(parents=True, exist_ok=True)
+        with locked(debs / "lock"):
+            if len(found := known()) < len(keys):
+                with _apt_of(suite, progress) as env:
+                    for name in [name for name in keys if name not in found]:
+                        found[name] = _get(name, debs, env, progress)
+                        _choose(debs, keys[name], found[name])
+    return [found[name] for name in names]
+
+
+def _get(name: str, debs: Path, env: Mapping[str, str], progress: Progress) -> Package:
+    offer = _candidate(name, env)
+    tree = debs / f"{offer.name}_{offer.version.replace(':', '%3a')}"
+    if not tree.is_dir():
+        parts = [_show(part, env) for part in _parts(offer)]
+        _fetch([offer, *parts], tree, env, progress)
+    return Package(offer.name, offer.version, tree)
 
 
 def depends(name: str, *, suite: str | None = None) -> list[str]:

@@ -74,15 +74,15 @@ def _of_backports(progress: Progress) -> Qemu:
     if release is None:
         raise PullError("this host is not a Debian, so there is no backport for it")
     suite = f"{release}-backports"
-    trees = [apt.package(name, suite=suite, progress=progress).tree for name in PACKAGES]
+    trees = [package.tree for package in apt.packages(PACKAGES, suite=suite, progress=progress)]
     program = trees[0] / "usr/bin" / NAME
-    missing = _lacks(program)
-    for name in apt.depends(PACKAGES[0], suite=suite) if missing else ():
-        if name.startswith("lib") and not _installed(name):
-            trees.append(apt.package(name, suite=suite, progress=progress).tree)
+    if _lacks(program):
+        libraries = [name for name in apt.depends(PACKAGES[0], suite=suite) if name.startswith("lib")]
+        wanted = [name for name in libraries if not _installed(name)]
+        trees += [package.tree for package in apt.packages(wanted, suite=suite, progress=progress)]
     data = [option for tree in trees for path in _DATA if (tree / path).is_dir() for option in ("-L", str(tree / path))]
-    libraries = [str(tree / path) for tree in trees[len(PACKAGES) :] for path in _LIBRARIES if (tree / path).is_dir()]
-    qemu = _tried((str(program), *data), {"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {})
+    places = [str(tree / path) for tree in trees[len(PACKAGES) :] for path in _LIBRARIES if (tree / path).is_dir()]
+    qemu = _tried((str(program), *data), {"LD_LIBRARY_PATH": ":".join(places)} if places else {})
     if qemu.version < WANTED:
         raise PullError(f"{suite}'s QEMU does not run here")
     return qemu
