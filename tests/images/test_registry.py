@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
 import json
 import os
 import socket
@@ -235,6 +237,7 @@ def _garbage(handler: _Handler) -> bool:
         (_answering(b"", 418), "answered 418"),
         (_answering(b"", 307, Location="file:///etc/passwd"), "answered 307"),
         (_answering(b"", 307, Location="http://a..b/"), "cannot reach .*: a host name that cannot be"),
+        (_answering(b"", 307, Location="http://[::1/"), "cannot reach .*: a host name that cannot be"),
         (_answering(b"x" * ((4 << 20) + 1)), "a manifest of more than 4194304 bytes was sent"),
         (_answering(b"<html>", kind="text/html"), "is damaged: JSON is malformed"),
         (_layer(b"short", length=5), "ended in the middle of sha256:"),
@@ -257,21 +260,91 @@ def test_bad_registry_is_one_line(
     images.pull(f"oci:{server.place}/a")  # what was left does no harm
 
 
-def test_registry_that_drips_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["layer", "manifest"])
+def test_registry_that_drips_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setattr(registry, "STALL", 0.1)
     monkeypatch.setattr(host, "TRIES", 1)
 
     def answer(handler: _Handler) -> bool:
-        if _is_layer(handler):
+        drips = _is_layer(handler) if what == "layer" else "/manifests/" in handler.path
+        if drips:
             handler.send(b"", length=1000)
             for _ in range(10):
                 handler.wfile.write(b"x")
                 time.sleep(0.03)
-        return _is_layer(handler)
+        return drips
 
     server.answer = answer
     with pytest.raises(PullError, match=r"sent \d+ bytes in 0 s"):
         images.pull(f"oci:{server.place}/a")
+
+
+@pytest.mark.parametrize("what", ["config", "layer"])
+def test_a_blob_has_its_name_when_it_is_whole(
+    server: Server, kernel: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:  # fmt: skip
+    """Whoever is killed, or finds the disk full, at the rename or just after it, leaves no half of a blob."""
+    named: list[int] = []
+    rename = Path.rename
+
+    def renamed(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            named.append(self.stat().st_size)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    images.pull(f"oci:{server.place}/a")
+    manifest = server.made.manifest
+    assert named == [each["size"] for each in (manifest["config"], *manifest["layers"])]
+
+    # As a pyvmm of before, or a power failure, may have left it: it is fetched again.
+    blob = {"config": manifest["config"], "layer": manifest["layers"][1]}[what]
+    (kernel / "blobs" / blob["digest"].replace(":", "-")).write_bytes(b"")
+    for path in (kernel / "disks").iterdir():
+        path.unlink()
+    with pytest.raises(PullError, match="does not match its digest"):
+        images.pull(f"oci:{server.place}/a", refresh=True)
+    images.pull(f"oci:{server.place}/a", refresh=True)
+
+
+@pytest.mark.parametrize("what", ["manifests", "token"])
+def test_a_document_that_breaks_off_is_asked_for_again(server: Server, what: str) -> None:
+    broken: list[str] = []
+
+    def answer(handler: _Handler) -> bool:
+        if handler.path.startswith("/token"):
+            data = json.dumps({"token": "t0ken"}).encode()
+        elif handler.headers.get("Authorization") != "Bearer t0ken":
+            handler.send(b"", 401, WWW_Authenticate=f'Bearer realm="http://{server.place}/token"')
+            return True
+        elif "/manifests/" in handler.path:
+            data = handler.server.made.document()
+        else:
+            return False
+        half = what in handler.path and not broken
+        handler.send(data[: len(data) // 2] if half else data, kind="application/json", length=len(data))
+        broken.extend([what] * half)
+        return True
+
+    server.answer = answer
+    images.pull(f"oci:{server.place}/a")
+    assert broken == [what]
+
+
+def test_a_route_that_goes_away_is_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop changes its network in the middle of a layer: recv(2) says EHOSTUNREACH, which is no ConnectionError."""
+    read1 = http.client.HTTPResponse.read1
+    lost: list[int] = []
+
+    def lossy(self: http.client.HTTPResponse, size: int = -1) -> bytes:
+        if self.length and self.length > 1 << 19 and not lost:
+            lost.append(errno.EHOSTUNREACH)
+            raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+        return read1(self, size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", lossy)
+    images.pull(f"oci:{server.place}/a")
+    assert lost
 
 
 def test_manifest_by_digest_is_checked(server: Server) -> None:

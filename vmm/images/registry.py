@@ -7,6 +7,7 @@ Source: OCI Distribution Specification 1.1, "Pull"; docker's "Token Authenticati
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -18,7 +19,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar
 from urllib.error import HTTPError, URLError
@@ -37,6 +38,7 @@ _CHUNK = 1 << 20
 _TOKEN_LIMIT = 1 << 20
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _AGAIN = (408, 429, 500, 502, 503, 504)
+_NO_WAY = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 _T = TypeVar("_T")
 
@@ -60,7 +62,7 @@ class Registry:
 
         def fetch() -> tuple[bytes, str]:
             with self._open(f"manifests/{reference}", {"Accept": _ACCEPT}) as answer:
-                data = _read(answer, documents.LIMIT, "a manifest")
+                data = self._read(answer, documents.LIMIT, "a manifest")
                 return data, answer.headers.get_content_type()
 
         data, kind = tried(lambda: self._told(fetch))
@@ -82,6 +84,8 @@ class Registry:
                     part.unlink(missing_ok=True)
                 else:
                     self._fetch(blob, file, progress, step)
+                    file.flush()
+                    os.fsync(file.fileno())  # what has the name is whole, whatever comes now
                     part.rename(path)
 
         tried(lambda: self._told(fetch))
@@ -102,12 +106,8 @@ class Registry:
                 if have and answer.status != 206:  # it sends all of it
                     file.truncate(0)
                     digest, have, resumed = hashlib.new(algorithm), 0, False
-                before, began = have, time.monotonic()
-                while piece := answer.read1(_CHUNK):
+                for piece in self._pieces(answer, blob.digest):
                     have += len(piece)
-                    spent = time.monotonic() - began
-                    if spent > STALL and have - before < SLOWEST * spent:
-                        raise FetchError(f"{self._name.place} sent {have - before} bytes in {spent:.0f} s")
                     if have > blob.size:
                         break
                     file.write(piece)
@@ -122,6 +122,26 @@ class Registry:
             how = f"is longer than {blob.size} bytes" if have > blob.size else "has another digest"
             raise PullError(f"{self._name.place} sent something else as {blob.digest}: it {how}")
 
+    def _pieces(self, answer: http.client.HTTPResponse, what: str) -> Iterator[bytes]:
+        # An answer's bytes, as long as they come, and not too slowly.
+        size, began = 0, time.monotonic()
+        while piece := answer.read1(_CHUNK):
+            size += len(piece)
+            spent = time.monotonic() - began
+            if spent > STALL and size < SLOWEST * spent:
+                raise FetchError(f"{self._name.place} sent {size} bytes in {spent:.0f} s")
+            yield piece
+        if answer.length:  # http.client takes this for an end
+            raise FetchError(f"{self._name.place} ended in the middle of {what}")
+
+    def _read(self, answer: http.client.HTTPResponse, limit: int, what: str) -> bytes:
+        data = bytearray()
+        for piece in self._pieces(answer, what):
+            data += piece
+            if len(data) > limit:
+                raise PullError(f"{what} of more than {limit} bytes was sent")
+        return bytes(data)
+
     def _told(self, fetch: Callable[[], _T]) -> _T:
         # every way in which HTTP fails, as one line
         place = self._name.place
@@ -135,10 +155,14 @@ class Registry:
             if isinstance(why, TimeoutError):
                 raise FetchError(f"{place} sent nothing for {STALL:.0f} s") from None
             raise FetchError(f"cannot reach {place}: {line(why)}") from None
-        except UnicodeError as error:
-            raise PullError(f"cannot reach {place}: a host name that cannot be: {line(error)}") from None
         except (http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
             raise FetchError(f"{place} closed the connection early: {line(error) or type(error).__name__}") from None
+        except OSError as error:
+            if error.errno not in _NO_WAY:  # the disk's
+                raise
+            raise FetchError(f"cannot reach {place}: {line(error)}") from None
+        except ValueError as error:
+            raise PullError(f"cannot reach {place}: a host name that cannot be: {line(error)}") from None
 
     def _refused(self, error: HTTPError) -> PullError:
         name, place = self._name, self._name.place
@@ -199,7 +223,7 @@ class Registry:
             query["service"] = challenge["service"]
         url = realm + ("&" if "?" in realm else "?") + urllib.parse.urlencode(query)
         with self._request(url, {}, basic) as answer:
-            data = _read(answer, _TOKEN_LIMIT, "a token")
+            data = self._read(answer, _TOKEN_LIMIT, "a token")
         found = documents.decode(f"the token of {self._name.place}", data, dict[str, Any])
         token = found.get("token") or found.get("access_token")
         if not isinstance(token, str) or not token.isprintable() or not token.isascii():
@@ -232,13 +256,6 @@ def _opener(*, proxies: bool) -> urllib.request.OpenerDirector:
     ):  # fmt: skip
         opener.add_handler(handler)
     return opener
-
-
-def _read(answer: http.client.HTTPResponse, limit: int, what: str) -> bytes:
-    data = answer.read(limit + 1)
-    if len(data) > limit:
-        raise PullError(f"{what} of more than {limit} bytes was sent")
-    return data
 
 
 def credentials(place: str, repository: str = "") -> str:

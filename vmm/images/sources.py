@@ -63,7 +63,11 @@ def registry(name: Name, blobs: Path, progress: Progress) -> Content:
             there.blob(blob, path, progress, f"{name}: {what} ({blob.size / 1e6:.1f} MB)")
         paths.append(path)
     config = paths[0].read_bytes()
-    manifest.check(f"the config of {name}", config, found.config.digest)
+    try:
+        manifest.check(f"the config of {name}", config, found.config.digest)
+    except PullError:
+        paths[0].unlink()  # the next pull fetches it again
+        raise
     return Content(config, [lambda path=path: open(path, "rb") for path in paths[1:]], paths)  # type: ignore[misc]
 
 
