@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.killed import killed_at
 from vmm import images
 from vmm.errors import ConfigError
 from vmm.images import apt, rootfs, store
@@ -110,6 +112,64 @@ def test_leftovers_of_a_killed_pull_go(made: Made, cache: Path) -> None:
     assert not left.exists()
 
 
+def test_an_image_is_there_whenever_its_refresh_is_killed(made: Made, cache: Path) -> None:
+    images.pull("debian")
+    made.count = 5
+    step = 1
+    while killed_at(step, lambda: images.pull("debian", refresh=True)):
+        found = images.resolve("debian")
+        assert found is not None, f"killed at system call {step}"
+        assert Path(found.rootfs).read_text()[0] in "16"
+        step += 1
+    assert step > 50
+    images.pull("debian")
+    assert {path.name for path in (cache / "images").iterdir()} <= {"debian", "debian.lock"}
+
+
+def test_an_image_is_on_the_disk_before_it_has_its_name(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power failure a file that was not synced may be empty, and a name that is younger be there."""
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def watched(fd: int) -> None:
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    put = store.put_whole
+    before: list[set[str]] = []
+
+    def putting(new: str, place: str) -> None:
+        before.append({*synced})
+        put(new, place)
+
+    monkeypatch.setattr(store, "put_whole", putting)
+    images.pull("debian")
+    assert before == [{"kernel", "initrd", "rootfs.ext4", "image.json", "image"}]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root mounts an overlay")
+def test_an_image_of_an_overlays_lower_layer_is_replaced(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """As in a container whose image has it: there no directory of the lower layer can be renamed, or change places."""
+    images.pull("debian")
+    upper, work, merged = (tmp_path / name for name in ("upper", "work", "merged"))
+    for each in (upper, work, merged):
+        each.mkdir()
+    options = f"lowerdir={tmp_path / 'cache'},upperdir={upper},workdir={work}"
+    done = subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, merged], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"LAYER MISSING: overlayfs: {done.stderr.strip()}")
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(merged))
+        images.pull("debian", refresh=True)
+        found = images.resolve("debian")
+        assert found is not None and Path(found.rootfs).read_text().startswith("2 ")
+    finally:
+        subprocess.run(["umount", merged], check=True)
+
+
 def test_two_pulls_at_once_make_it_once(made: Made) -> None:
     made.seconds = 0.3
     waited: list[str] = []
@@ -203,8 +263,6 @@ def test_available_tells_what_is_cached(made: Made) -> None:
 
 
 def test_umask_of_the_caller_is_back(made: Made) -> None:
-    import os
-
     before = os.umask(0o077)
     try:
         images.pull("debian")

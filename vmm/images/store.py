@@ -21,6 +21,7 @@ from vmm.errors import ConfigError, line, path_of
 from vmm.images import FORMAT, NAMES, Image, apt, guest, reference, resolve, rootfs
 from vmm.images.host import Progress, PullError, cache_root, locked
 from vmm.images.initramfs import build_initramfs
+from vmm.machine.snapshot_file import put_whole, sync
 
 KERNEL = "linux-image-cloud-amd64"
 MIN_SIZE = 16 << 20  # bytes; below this mke2fs makes no useful journal
@@ -193,16 +194,17 @@ def finish(
 def making(place: Path) -> Iterator[Path]:
     """Yield a directory to work in, whose ``image`` then takes its place at `place`; for who holds its lock.
 
-    Whoever has files of the image before open keeps them. What a pull that was killed has left is removed.
+    Whoever looks there finds the image of before or the new one, also after a kill or a power failure. Whoever has files
+    of the image before open keeps them. What a pull that was killed has left is removed.
     """
     for left in place.parent.glob(f".{place.name}-*"):
         shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
         yield work
-        # rename() does not replace a directory that holds files
-        if place.exists():
-            place.rename(work / "old")
-        (work / "image").rename(place)
+        made = work / "image"
+        for path in (*made.iterdir(), made):
+            sync(str(path))
+        put_whole(str(made), str(place))
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -76,12 +76,12 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
             _write(os.path.join(made, STATE), lambda fd: write_all(fd, encode(image, mark)))
             if about:
                 _write(os.path.join(made, ABOUT), lambda fd: write_all(fd, about))
-            _sync(made)
-            _put(made, directory)
+            sync(made)
+            put_whole(made, directory)
         finally:
             _remove(made)
             os.close(lock)
-        _sync(os.path.dirname(directory))
+        sync(os.path.dirname(directory))
 
 
 def load(directory: str, *, record: bool = False) -> Image:
@@ -332,7 +332,7 @@ def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
         for _, fd, *_ in made:
             os.close(fd)
     for directory in {os.path.dirname(target) for _, _, target, _ in made}:
-        _sync(directory)
+        sync(directory)
 
 
 def _write(path: str, fill: Callable[[int], None]) -> None:
@@ -424,22 +424,31 @@ def _remove(directory: str) -> None:
         pass
 
 
-def _sync(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def put_whole(made: str, directory: str) -> None:
+    """Give the directory `made` the name `directory`, in one step: whoever looks finds the old one whole, or the new one.
+
+    What had the name before is `made` then, or gone.
+    """
+    if os.path.exists(directory):
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not libc.renameat2(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(directory), _RENAME_EXCHANGE):
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV):
+            raise OSError(number, os.strerror(number), directory)
+        # NFS exchanges no names, and an overlayfs none of its lower layer, which it does not rename, either.
+        import shutil
+
+        shutil.rmtree(directory)
+    os.rename(made, directory)
+
+
+def sync(path: str) -> None:
+    """Have the disk keep what a file, or a directory, has now."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _put(made: str, directory: str) -> None:
-    # In one step: whoever looks finds the old image whole, or the new one. The old one is `made` then.
-    if not os.path.exists(directory):
-        os.rename(made, directory)
-        return
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(directory), _RENAME_EXCHANGE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
