@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,60 @@ def test_disk_without_an_image_goes(kernel: Path, tmp_path: Path) -> None:
 
 def test_a_disk_that_another_pull_removes_first_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "gone.squashfs"]))
+    oci._sweep()
+
+
+def test_a_disk_that_images_share_is_on_the_disk_before(
+    kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """One that a power failure left empty would be every later image's with these layers, refreshed or not."""
+    synced: list[str] = []
+    linked: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    link = os.link
+
+    def linking(source: Path, target: Path) -> None:
+        link(source, target)
+        linked.append("disk" in synced)
+
+    monkeypatch.setattr(os, "link", linking)
+    images.pull(f"oci:{Made([BASE]).write(tmp_path / 'a')}")
+    assert linked == [True]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EMLINK, errno.EXDEV])
+def test_a_disk_is_shared_where_that_can_be(
+    kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:  # fmt: skip
+    """Not on exFAT, between two file systems, or by more images than a file may have names."""
+
+    def refused(source: Path, target: Path) -> None:
+        if not source.exists():
+            raise FileNotFoundError(errno.ENOENT, "", str(source))
+        raise OSError(number, os.strerror(number), str(source))
+
+    monkeypatch.setattr(os, "link", refused)
+    home = Made([BASE]).write(tmp_path / "a")
+    assert listed(images.pull(f"oci:{home}").rootfs)
+    shared = kernel / "disks"
+    for disk in kernel.glob("images/*/rootfs.squashfs"):
+        shutil.copy(disk, shared / _name_of(BASE))
+    assert listed(images.pull(f"oci:{home}", refresh=True).rootfs)
+
+
+def _name_of(*tars: bytes) -> str:
+    words = ["1", "-comp", "lz4", *map(digest, tars)]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest() + ".squashfs"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "disks").mkdir(parents=True)
+    (cache / "disks/old.squashfs").touch()
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "unlink", refused)
     oci._sweep()
 
 

@@ -23,6 +23,7 @@ from vmm.images import Image, apt, guest, layers, manifest, sources, squashfs, s
 from vmm.images.container import ImageConfig
 from vmm.images.host import Progress, PullError, cache_root, need, tool
 from vmm.images.reference import Name
+from vmm.machine.snapshot_file import sync
 
 LIMIT = 8 << 30  # bytes of an image, unpacked, if its user says no other
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "squashfs", "overlay")
@@ -143,9 +144,10 @@ def _of_layers(name: Name, limit: int, work: Path, progress: Progress) -> ImageC
         user = users.look_up(config.user, tree.read("etc/passwd"), tree.read("etc/group"))
         try:
             os.link(shared, work / "disk")
-        except FileNotFoundError:
+        except OSError:  # it is not there, or cannot be shared
             squashfs.write(tree, work / "disk", progress)
-            with contextlib.suppress(FileExistsError):
+            sync(str(work / "disk"))
+            with contextlib.suppress(OSError):
                 os.link(work / "disk", shared)
     return msgspec.structs.replace(config, uid=user.uid, gid=user.gid, groups=user.groups, home=user.home)
 
@@ -153,6 +155,6 @@ def _of_layers(name: Name, limit: int, work: Path, progress: Progress) -> ImageC
 def _sweep() -> None:
     # disks that no image has any more
     for disk in (cache_root() / "disks").glob("*.squashfs"):
-        with contextlib.suppress(FileNotFoundError):  # another pull was first
+        with contextlib.suppress(OSError):  # another pull was first, or the cache is read-only
             if disk.stat().st_nlink == 1:
                 disk.unlink()
