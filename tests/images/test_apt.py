@@ -10,6 +10,7 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +121,33 @@ def test_kernels_as_each_debian_packs_them(cache: Path, repository: Repository, 
     assert (path.read_text(), found) == ("kernel", version)
     assert (apt.modules_root(package.tree) / version / "kernel/virtio.ko").read_text() == "module"
     assert (apt.modules_root(package.tree) / version / "modules.builtin").exists()
+
+
+def test_leftovers_of_a_killed_fetch_go(cache: Path, repository: Repository) -> None:
+    repository.add("thing", "1.0", {"usr/share/thing": "one"})
+    repository.update()
+    left = cache / "debs/.linux-image-6.1-abc"
+    (left / "tree/boot").mkdir(parents=True)
+    apt.package("thing")
+    assert sorted(path.name for path in (cache / "debs").iterdir()) == ["lock", "thing.chosen", "thing_1.0"]
+
+
+def test_a_package_is_on_the_disk_before_it_has_its_name(
+    cache: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """One that a power failure left empty would be taken for whole, with --refresh, too."""
+    repository.add("thing", "1.0", {"usr/share/thing": "one"})
+    repository.update()
+    run, synced = apt.run, []
+
+    def watched(argv: list[str], **more: Any) -> str:
+        if argv[0] == "sync":
+            synced.append((Path(argv[-1], "tree/usr/share/thing").exists(), (cache / "debs/thing_1.0").exists()))
+        return run(argv, **more)
+
+    monkeypatch.setattr(apt, "run", watched)
+    apt.package("thing")
+    assert synced == [(True, False)]
 
 
 def test_no_kernel_in_the_package(cache: Path, repository: Repository) -> None:

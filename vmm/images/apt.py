@@ -210,6 +210,8 @@ def _knows_any(env: Mapping[str, str]) -> bool:
 
 
 def _fetch(offers: list[_Offer], tree: Path, env: Mapping[str, str], progress: Progress) -> None:
+    for left in tree.parent.glob(".*"):  # by who was killed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{offers[0].name}-", dir=tree.parent))
     try:
         for offer in offers:
@@ -220,6 +222,7 @@ def _fetch(offers: list[_Offer], tree: Path, env: Mapping[str, str], progress: P
             _check(work / "deb", offer)
             progress(f"unpacking {offer.name}", None)
             run(["dpkg-deb", "--extract", str(work / "deb"), str(work / "tree")])
+        run(["sync", "--file-system", str(work)])  # after a power failure, too, what has the name is whole
         (work / "tree").rename(tree)
     finally:
         shutil.rmtree(work, ignore_errors=True)
