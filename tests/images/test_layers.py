@@ -8,6 +8,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -189,19 +190,97 @@ def test_marks_of_overlays_and_what_squashfs_lacks_stay_out() -> None:
     assert [inode.header.pax_headers for _, inode in tree.walk()] == [{"SCHILY.xattr.security.capability": "c"}]
 
 
-def test_sparse_file_keeps_its_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["gnu", "0.0", "0.1", "1.0"])
+def test_sparse_file_keeps_its_bytes(tmp_path: Path, form: str) -> None:
     path = tmp_path / "sparse"
     with open(path, "wb") as file:
-        file.seek(1 << 18)
-        file.write(b"end")
+        for number in range(1, 60):
+            file.seek(number << 16)
+            file.write(b"piece")
+        file.truncate(61 << 16)
+    options = ["--format=gnu"] if form == "gnu" else ["--format=posix", f"--sparse-version={form}"]
     tar = subprocess.run(
-        ["tar", "-cSf", "-", "-C", tmp_path, "sparse"], check=True, capture_output=True
+        ["tar", *options, "-cSf", "-", "-C", tmp_path, "sparse"], check=True, capture_output=True
     ).stdout  # fmt: skip
-    assert len(tar) < 1 << 18
+    assert len(tar) < 1 << 19
     image = tmp_path / "image"
-    squashfs.write(merged(tar), image, silent)
+    squashfs.write(merged(tar, limit=1 << 23), image, silent)
     cat = subprocess.run(["unsquashfs", "-cat", image, "sparse"], check=True, capture_output=True).stdout
     assert cat == path.read_bytes()
+
+
+def sparse(pieces: str, size: int = 100, stored: bytes = b"") -> bytes:
+    """A layer with a sparse file, in the format 1.0."""
+    headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+    table = pieces.replace(" ", "\n").encode() + b"\n"
+    return layer(entry("f", table.ljust(-(-len(table) // 512) * 512, b"\0") + stored, pax_headers=headers))
+
+
+def old_sparse(blocks: int) -> bytes:
+    """A layer with a sparse file whose map has so many blocks, in the old format."""
+    head = bytearray(entry("f", type=tarfile.GNUTYPE_SPARSE)[0].tobuf(tarfile.GNU_FORMAT))
+    head[482:495] = b"\1" + b"%011o\0" % (1 << 30)
+    head[148:156] = b"        "
+    head[148:156] = b"%06o\0 " % sum(head)
+    block = (b"%011o\0" % 512 + b"%011o\0" % 1) * 21
+    return bytes(head) + (block + b"\1" + bytes(7)) * blocks + block + bytes(8 + 1024)
+
+
+@pytest.mark.parametrize(
+    ("tar", "problem"),
+    [
+        (sparse("1 0 -5"), "f has a damaged sparse map"),
+        (sparse("2 50 10 0 10", stored=bytes(20)), "f has a damaged sparse map"),
+        (sparse("2 0 10 5 10", stored=bytes(20)), "f has a damaged sparse map"),
+        (sparse("1 95 10", stored=bytes(10)), "f has a damaged sparse map"),
+        (sparse(f"{1 << 40} " + "1 " * (1 << 20)), "a sparse map of more than 1048576 bytes"),
+        (old_sparse(2200), "a sparse map of more than 1048576 bytes"),
+    ],
+)
+def test_maps_of_sparse_files_are_checked(tar: bytes, problem: str) -> None:
+    with pytest.raises(PullError, match=problem):
+        merged(tar, limit=1 << 40)
+
+
+def negative(header: tarfile.TarInfo, size: int) -> bytes:
+    """A header whose stored size is below zero."""
+    data = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = size.to_bytes(12, "big", signed=True)
+    data[148:156] = b"        "
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, b"9", "size"])
+def test_a_member_that_ends_before_its_beginning_is_not_read_for_ever(kind: bytes | str, tmp_path: Path) -> None:
+    data = entry("a")[0].tobuf(tarfile.GNU_FORMAT)
+    if isinstance(kind, bytes):
+        data += negative(entry("f", type=kind)[0], -512)
+    else:
+        data += layer(entry("f", pax_headers={"size": "-1536"}))
+    data += bytes(1024)
+    with pytest.raises(PullError, match=r"layer 0: f has -\d+ bytes"):
+        merged(data)
+    (tmp_path / "saved.tar").write_bytes(data)
+    name = reference.parse(f"docker-archive:{tmp_path}/saved.tar")
+    assert name is not None
+    with pytest.raises(PullError, match=r"saved.tar: f has -\d+ bytes"):
+        sources.archive(name)
+
+
+def test_of_headers_only_what_is_needed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 8 GiB of headers is one of a few MB, compressed."""
+    tracemalloc.start()
+    tree = merged(layer(*(entry(f"f{i}", b"x", pax_headers={"comment": "x" * (1 << 19)}) for i in range(40))))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(names(tree)) == 40
+    assert kept < 1 << 20
+    monkeypatch.setattr(layers, "_MAX_TEXT", 1000)
+    for each in (symlink("l", "t" * 1001), entry("f", pax_headers={"SCHILY.xattr.user.a": "v" * 1001})):
+        with pytest.raises(PullError, match="its links, attributes and sparse maps are larger than 0 MiB"):
+            merged(layer(each))
 
 
 def test_failing_sqfstar_is_one_line(tmp_path: Path) -> None:

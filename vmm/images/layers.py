@@ -19,7 +19,8 @@ from vmm.images.host import PullError
 MAX_ENTRIES = 1 << 20
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4095  # bytes
-_MAX_HEADER = 1 << 20  # bytes of an extended header: names and attributes
+_MAX_HEADER = 1 << 20  # bytes of an extended header: names and attributes; of a sparse file's map
+_MAX_TEXT = 1 << 27  # bytes of all that is kept of headers beside names
 _EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
@@ -71,10 +72,28 @@ class _Member:
         return cast("BinaryIO", self.archive.extractfile(self.member))
 
 
+class _Map:
+    # What tarfile reads a sparse file's map from, as if it was a TarFile, too.
+
+    def __init__(self, archive: tarfile.TarFile) -> None:
+        self.fileobj = self
+        self.offset = 0
+        self._file = cast("BinaryIO", archive.fileobj)
+        self._left = _MAX_HEADER
+        self.tell = self._file.tell
+
+    def read(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0:
+            raise PullError(f"a sparse map of more than {_MAX_HEADER} bytes")
+        return self._file.read(size)
+
+
 class Header(tarfile.TarInfo):
     """A header of a tar whose maker is not trusted. tarfile reads an extended header whole, so a long one is refused.
 
-    :raises PullError: an extended header is longer than 1 MiB
+    :raises PullError: an extended header, or the map of a sparse file, is longer than 1 MiB; a member ends before its
+        beginning, where tarfile would go on for ever
     """
 
     __slots__ = ()
@@ -82,7 +101,19 @@ class Header(tarfile.TarInfo):
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _EXTENDED and not 0 <= self.size <= _MAX_HEADER:
             raise PullError(f"an extended header of {self.size} bytes; at most {_MAX_HEADER} are read")
-        return cast("tarfile.TarInfo", super()._proc_member(archive))  # type: ignore[misc]
+        member = cast("tarfile.TarInfo", super()._proc_member(archive))  # type: ignore[misc]
+        if archive.offset < member.offset_data:
+            raise PullError(f"{line(member.name)} has {archive.offset - member.offset_data} bytes")
+        return member
+
+    def _proc_sparse(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        limited = _Map(archive)
+        super()._proc_sparse(limited)  # type: ignore[misc]
+        archive.offset = limited.offset
+        return self
+
+    def _proc_gnusparse_10(self, next: tarfile.TarInfo, headers: dict[str, str], archive: tarfile.TarFile) -> None:
+        super()._proc_gnusparse_10(next, headers, _Map(archive))  # type: ignore[misc]
 
 
 class Tree:
@@ -96,6 +127,7 @@ class Tree:
         self._limit = limit
         self._bytes = 0
         self._entries = 0
+        self._text = 0
         self._layer = -1
 
     def add(self, what: str, tar: BinaryIO, size: int) -> None:
@@ -110,11 +142,15 @@ class Tree:
             return
         try:
             archive = tarfile.open(fileobj=tar, mode="r:", tarinfo=Header, errors="surrogateescape")
-            for member in archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep all
                 self._count()
                 if member.isreg() and member.offset_data + _stored(member) > size:
                     raise PullError(f"it ends in the middle of {line(member.name)}")
                 self._apply(archive, member)
+                # Only where its bytes are is needed from here on.
+                member.name = member.linkname = ""
+                member.pax_headers = {}
             tar.seek(archive.offset)
             if tar.read(512).strip(b"\0"):  # tarfile takes what is not a header for the end
                 raise PullError(f"there is no tar header at offset {archive.offset}")
@@ -169,6 +205,11 @@ class Tree:
             siblings[name] = Node(target.inode, self._layer)
             return
         inode = Inode(_header(member))
+        attributes = inode.header.pax_headers
+        self._text += len(inode.header.linkname) + sum(map(len, attributes)) + sum(map(len, attributes.values()))
+        self._text += 128 * len(member.sparse or ())
+        if self._text > _MAX_TEXT:
+            raise PullError(f"its links, attributes and sparse maps are larger than {_MAX_TEXT >> 20} MiB")
         if member.isreg():
             self._bytes += member.size
             if self._bytes > self._limit:
@@ -243,8 +284,17 @@ def _parts(path: str) -> list[str]:
 
 def _stored(member: tarfile.TarInfo) -> int:
     # bytes in the archive; of a sparse file only the pieces are there
-    pieces: list[tuple[int, int]] | None = member.sparse  # type: ignore[assignment]
-    return member.size if pieces is None else sum(size for _, size in pieces)
+    if member.sparse is None:
+        return member.size
+    pieces: list[tuple[int, int]] = member.sparse  # type: ignore[assignment]
+    pieces = [piece for piece in pieces if piece[1]]
+    at = 0
+    for offset, size in pieces:
+        if not at <= offset <= offset + size <= member.size:
+            raise PullError(f"{line(member.name)} has a damaged sparse map")
+        at = offset + size
+    member.sparse = pieces  # type: ignore[assignment]
+    return sum(size for _, size in pieces)
 
 
 def _header(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -194,7 +194,7 @@ def finish(
 def making(place: Path) -> Iterator[Path]:
     """Yield a directory to work in, whose ``image`` then takes its place at `place`; for who holds its lock.
 
-    Whoever looks there finds the image of before or the new one, also after a kill or a power failure. Whoever has files
+    Whoever looks there finds the image before or the new one, after a kill or a power failure, too. Whoever has files
     of the image before open keeps them. What a pull that was killed has left is removed.
     """
     for left in place.parent.glob(f".{place.name}-*"):

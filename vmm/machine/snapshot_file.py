@@ -425,9 +425,9 @@ def _remove(directory: str) -> None:
 
 
 def put_whole(made: str, directory: str) -> None:
-    """Give the directory `made` the name `directory`, in one step: whoever looks finds the old one whole, or the new one.
+    """Give the directory `made` the name `directory`. What had that name before is `made` then, or gone.
 
-    What had the name before is `made` then, or gone.
+    In one step, where the file system can: whoever looks finds the old one whole, or the new one.
     """
     if os.path.exists(directory):
         import ctypes
