@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 
 from vmm.errors import HostError
+from vmm.machine.snapshot_file import write_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _FICLONE = 0x40049409  # <linux/fs.h>
 _PIECE = 1 << 30
+_READ = 1 << 20
 
 
 def private_copy(source: int, path: str) -> int:
@@ -29,11 +36,8 @@ def private_copy(source: int, path: str) -> int:
             return copy
         size = os.lseek(source, 0, os.SEEK_END)
         os.ftruncate(copy, size)
-        at = 0
-        while at < size and (start := _next_data(source, at)) is not None:
-            end = os.lseek(source, start, os.SEEK_HOLE)
+        for start, end in _pieces(source, size):
             _copy(source, copy, start, end)
-            at = end
     except OSError as error:
         os.close(copy)
         raise HostError(error.errno or 0, "copy the disk", path) from None
@@ -57,15 +61,21 @@ def _reflink(source: int, copy: int) -> bool:
     return True
 
 
-def _next_data(source: int, at: int) -> int | None:
-    try:
-        return os.lseek(source, at, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return None  # a hole to the end
-        if error.errno == errno.EINVAL:
-            return at  # a block device, which has no holes
-        raise
+def _pieces(source: int, size: int) -> Iterator[tuple[int, int]]:
+    # Where the source has data.
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(source, at, os.SEEK_DATA)
+            end = os.lseek(source, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # a hole to the end
+            if error.errno != errno.EINVAL:
+                raise
+            start, end = at, size  # a block device, which knows no holes
+        yield start, end
+        at = end
 
 
 def _copy(source: int, copy: int, start: int, end: int) -> None:
@@ -75,8 +85,16 @@ def _copy(source: int, copy: int, start: int, end: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            data = os.pread(source, min(end - start, 1 << 20), start)
-            done = os.pwrite(copy, data, start)
+            return _read_and_write(source, copy, start, end)
         if not done:
             return  # it was made shorter meanwhile
         start += done
+
+
+def _read_and_write(source: int, copy: int, start: int, end: int) -> None:
+    # By whole blocks in memory of whole pages, as a source that bypasses the page cache wants it.
+    with mmap.mmap(-1, _READ) as pages, memoryview(pages) as view:
+        while start < end and (done := os.preadv(source, [view], start)):
+            done = min(done, end - start)
+            write_all(copy, view[:done], start)
+            start += done
