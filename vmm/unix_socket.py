@@ -13,6 +13,7 @@ from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
 from vmm.errors import ConfigError
 
 _LONGEST = 107  # bytes of sun_path, less the NUL
+_IN_USE = "is in use by another program; give an unused path"
 
 
 class Listener:
@@ -88,10 +89,13 @@ def _listen(listener: socket, field: str, path: str, backlog: int) -> None:
             listener.bind(made)
             try:
                 listener.listen(backlog)
-                os.rename(made, path)
+                _rename(made, path)
             except OSError:
                 os.unlink(made)
                 raise
+    except FileExistsError:
+        listener.close()
+        raise ConfigError(field, path, _IN_USE) from None
     except (OSError, ValueError) as error:
         listener.close()
         if isinstance(error, ConfigError):
@@ -99,6 +103,18 @@ def _listen(listener: socket, field: str, path: str, backlog: int) -> None:
         # An over-long path and one with a NUL are Python's own messages.
         problem = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise ConfigError(field, path, f"cannot be made: {problem}") from None
+
+
+def _rename(made: str, path: str) -> None:
+    # As rename(2), but it takes the place of nobody who was faster.
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise
+    except OSError:  # on this file system a file has one name
+        os.rename(made, path)
+    else:
+        os.unlink(made)
 
 
 def _clear(field: str, path: str) -> None:
@@ -115,4 +131,4 @@ def _clear(field: str, path: str) -> None:
     if answer == errno.ECONNREFUSED:
         os.unlink(path)
     elif answer != errno.ENOENT:  # 0, or EAGAIN: its backlog is full
-        raise ConfigError(field, path, "is in use by another program; give an unused path")
+        raise ConfigError(field, path, _IN_USE)

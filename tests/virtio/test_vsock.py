@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -39,6 +40,7 @@ from virtio import spec
 from virtio.testing import Buffer
 from virtio.vsock._worker import MAX_CONNECTIONS
 from virtio.vsock.device import Listener
+from vmm import unix_socket
 from vmm.budget import raise_descriptor_limit
 from vmm.config.devices import VsockConfig
 from vmm.errors import ConfigError
@@ -820,6 +822,24 @@ def test_live_socket_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="in use by another program"):
             Listener(str(path))
         assert path.exists()
+
+
+def test_of_two_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have found the path free: the second took the first one's place, whose clients then reached the wrong VM."""
+    path = str(tmp_path / "v.sock")
+    monkeypatch.setattr(unix_socket, "_clear", lambda field, path: None)
+    with Listener(path), pytest.raises(ConfigError, match="is in use by another program; give an unused path"):
+        Listener(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_file_has_one_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    with Listener(str(tmp_path / "v.sock")):
+        assert [each.name for each in tmp_path.iterdir()] == ["v.sock"]
 
 
 def test_another_file_is_refused_and_kept(tmp_path: Path) -> None:

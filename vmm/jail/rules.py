@@ -168,7 +168,7 @@ _BUILD = (
     *_allow(
         "memfd_create eventfd2 timerfd_create epoll_create1 pipe2 getdents64 readlinkat access faccessat2 stat lstat"
         " getuid geteuid getgid getegid uname sysinfo rt_sigaction sigaltstack bind listen statfs fstatfs fadvise64"
-        " unlinkat rename sched_getaffinity getrusage mincore mlock mkdir umask chmod times statx dup dup2 select"
+        " unlinkat link rename sched_getaffinity getrusage mincore mlock mkdir umask chmod times statx dup dup2 select"
         " getpgrp fgetxattr"
     ),
     *_allow("mmap mprotect"),  # executable, too: extension modules of devices are imported when they are needed
