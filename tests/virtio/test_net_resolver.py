@@ -262,12 +262,15 @@ def test_an_address_of_a_network_of_the_hosts_own_is_kept(stack: Any) -> None:
     ]
     records = [("good.example", A, text) for text in (*own, PUBLIC)]
     records += [("good.example", AAAA, text) for text in ("::1", "fd00::1", "fe80::1", "::ffff:127.0.0.1", "::")]
+    # By a gateway from IPv6 to IPv4 (NAT64), where the host has one.
+    public = "64:ff9b::cb00:7107"
+    records += [("good.example", AAAA, text) for text in ("64:ff9b::10.0.0.1", "64:ff9b::169.254.169.254", public)]
     server = Server(stack, addresses(*records))
     guest = Guest(stack, servers=[server.address])
     assert guest.ask(ask("good.example")) == (0, [PUBLIC])
-    assert guest.ask(ask("good.example", AAAA)) == (0, [])
-    assert [each[0] for each in guest.policy.learned()] == [whole(PUBLIC)]
-    assert guest.resolver.counters["own"] == 13
+    assert guest.ask(ask("good.example", AAAA)) == (0, [public])
+    assert sorted(each[0] for each in guest.policy.learned()) == sorted(map(whole, (PUBLIC, public)))
+    assert guest.resolver.counters["own"] == 15
     both = Guest(stack, servers=[server.address], allow=[("10.0.0.0/8", 443), ("192.168.1.1/32",)])
     assert both.ask(ask("good.example")) == (0, ["10.0.0.1", "192.168.1.1", PUBLIC])
     assert both.policy.verdict(mine(tcp, "10.0.0.1", 443)) == "allowed"
@@ -372,6 +375,22 @@ def test_a_nameserver_that_is_silent_refuses_or_is_not_there(stack: Any, monkeyp
         assert guest.ask(ask("good.example")) == (dns.FAILED, [])
         assert guest.resolver.counters["failed"] == 1
     assert len(silent.asked) == 1 + resolver.TRIES
+
+
+@pytest.mark.parametrize("code", [1, 4])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_nameserver_that_knows_no_edns(stack: Any, code: int, whole: bool) -> None:
+    """As many a router: it refuses the format, with the question or without, and is asked in the plain one."""
+
+    def answer(name: str, kind: int, query: bytes) -> bytes:
+        if query[11]:  # additional records
+            refusal = reply(query, flags=0x8180 | code)
+            return refusal if whole else refusal[:4] + bytes(8)
+        return reply(query, record("", kind, socket.inet_aton(PUBLIC)))
+
+    guest = Guest(stack, servers=[Server(stack, answer).address])
+    assert guest.ask(ask("good.example")) == (0, [PUBLIC])
+    assert guest.resolver.counters["upstream"] == 2
 
 
 def test_many_addresses_and_a_long_name(stack: Any) -> None:
@@ -483,8 +502,9 @@ def test_our_queries_are_what_glibc_reads() -> None:
 
 def test_files_of_the_host(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     servers = (
-        "# no\nsearch x\nnameserver 192.0.2.53\nnameserver\nnameserver fe80::1%eth0\nnameserver 2001:db8::53 # x\n"
-        "nameserver dns.example\nnameserver 192.0.2.1,192.0.2.2\n"
+        "# no\nsearch x\nnameserver 192.0.2.53\nnameserver\nnameserver fe80::1%lo\nnameserver 2001:db8::53 # x\n"
+        "nameserver dns.example\nnameserver 192.0.2.1,192.0.2.2\nnameserver fe80::1%nosuch\nnameserver fe80::1%7\n"
+        "nameserver 192.0.2.1%lo\nnameserver fe80::1%\nnameserver fe80::1%" + "9" * 30 + "\n"
     )
     hosts = "127.0.0.1 localhost\n\n::1 localhost ip6\nbad x\n203.0.113.7 Good.Example good\n"
     lines = {"/etc/resolv.conf": servers, "/etc/hosts": hosts}
@@ -492,7 +512,10 @@ def test_files_of_the_host(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> No
         tmp_path.joinpath(path.replace("/", "")).write_text(lines[path])
     real = dns._lines
     monkeypatch.setattr(dns, "_lines", lambda path: real(str(tmp_path / path.replace("/", ""))))
-    assert dns.nameservers() == [("192.0.2.53", 53), ("2001:db8::53", 53)]
+    lo = socket.if_nametoindex("lo")
+    assert dns.nameservers() == [
+        ("192.0.2.53", 53), ("fe80::1", 53, 0, lo), ("2001:db8::53", 53), ("fe80::1", 53, 0, 7),
+    ]  # fmt: skip
     assert dns.host_names()["localhost"] == [socket.inet_aton("127.0.0.1"), whole("::1")]
     assert dns.host_names()["good.example"] == [socket.inet_aton(PUBLIC)]
     (tmp_path / "etcresolv.conf").unlink()

@@ -13,6 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    # What connect(2) takes: an address and a port; of a link's own IPv6 address, 0 and the interface's number, too.
+    Server = tuple[str, int] | tuple[str, int, int, int]
+
 PORT = 53
 A, CNAME, OPT, AAAA = 1, 5, 41, 28
 NO_ERROR, BAD_FORMAT, FAILED, NO_SUCH_NAME, NOT_IMPLEMENTED = 0, 1, 2, 3, 4
@@ -88,11 +91,14 @@ def fitting(question: Question) -> int:
     return (MOST - _HEAD.size - len(question.text)) // (12 + SIZES.get(question.kind, 4))
 
 
-def query(number: int, name: str, kind: int) -> bytes:
-    """A question of ours for a nameserver."""
+def query(number: int, name: str, kind: int, *, plain: bool = False) -> bytes:
+    """A question of ours for a nameserver.
+
+    :param plain: without EDNS
+    """
     labels = b"".join(bytes([len(label)]) + label.encode("ascii") for label in name.split(".") if label)
-    head = _HEAD.pack(number, _RD, 1, 0, 0, 1)
-    return head + labels + b"\0" + struct.pack(">HH", kind, _INTERNET) + b"\0" + _RECORD.pack(OPT, ROOM, 0, 0)
+    question = _HEAD.pack(number, _RD, 1, 0, 0, not plain) + labels + b"\0" + struct.pack(">HH", kind, _INTERNET)
+    return question if plain else question + b"\0" + _RECORD.pack(OPT, ROOM, 0, 0)
 
 
 def read_answer(data: bytes, number: int, name: str, kind: int) -> tuple[int, list[bytes], int]:
@@ -108,6 +114,8 @@ def read_answer(data: bytes, number: int, name: str, kind: int) -> tuple[int, li
 
 def _read_answer(data: bytes, number: int, name: str, kind: int) -> tuple[int, list[bytes], int]:
     found, flags, questions, count, _, _ = _HEAD.unpack_from(data)
+    if found == number and flags & _QR and not questions and flags & _RCODE in (BAD_FORMAT, NOT_IMPLEMENTED):
+        return flags & _RCODE, [], 0  # by who could not read the question
     if found != number or not flags & _QR or flags & _OPCODE or questions != 1:
         raise ValueError("not the answer")
     asked, at = read_name(data, _HEAD.size)
@@ -171,10 +179,22 @@ def read_name(data: bytes, at: int, *, pointers: bool = True) -> tuple[str, int]
         at += 1 + length
 
 
-def nameservers() -> list[tuple[str, int]]:
+def nameservers() -> list[Server]:
     """Those of the host, as a program of its user asks them."""
     found = [words[1] for words in _lines("/etc/resolv.conf") if words[0] == "nameserver" and len(words) > 1]
-    return [(server, PORT) for server in found if _packed(server)] or [("127.0.0.1", PORT)]
+    return [server for text in found if (server := _server(text))] or [("127.0.0.1", PORT)]
+
+
+def _server(text: str) -> Server | None:
+    # fe80::1%eth0, or %2: what a router tells of itself on an IPv6 network is an address of the link.
+    address, percent, scope = text.partition("%")
+    if not _packed(address) or not percent:
+        return (address, PORT) if _packed(address) else None
+    try:
+        index = int(scope) if scope.isascii() and scope.isdigit() else socket.if_nametoindex(scope)
+    except (OSError, ValueError):
+        return None  # there is no such interface
+    return (address, PORT, 0, index) if ":" in address and index >> 32 == 0 else None
 
 
 def host_names() -> dict[str, list[bytes]]:

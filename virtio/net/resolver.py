@@ -5,7 +5,7 @@ A thread looks up an allowed name with the host's nameservers. From then on the 
 name does not exist. Addresses of this host and of private networks are left out unless a rule allows them, so that the
 owner of a name cannot open them. The nameserver also tells the guest, and the log, of dropped frames.
 
-Source: RFC 6890 (special addresses).
+Sources: RFC 6890 (special addresses), RFC 6052 (IPv4 addresses in IPv6).
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ _OWN = [
     )
 ]  # fmt: skip
 
+_NAT64 = bytes.fromhex("0064ff9b") + bytes(8)  # RFC 6052: behind it is an IPv4 address, which a gateway translates to
+
 
 class _Asked:
     # A name that a nameserver is asked for, and who waits for it.
@@ -59,6 +61,7 @@ class _Asked:
         self.kind = kind
         self.clients: list[tuple[Client, dns.Question]] = []
         self.tries = 0
+        self.plain = False  # it was asked with EDNS, and a nameserver does not know that
         self.number = 0
         self.socket: socket.socket | None = None
         self.deadline = 0.0
@@ -84,7 +87,7 @@ class Resolver:
 
     def __init__(
         self, policy: Policy, address: bytes, names: Sequence[Name], *,
-        servers: Sequence[tuple[str, int]] | None = None, hosts: Mapping[str, Sequence[bytes]] | None = None,
+        servers: Sequence[dns.Server] | None = None, hosts: Mapping[str, Sequence[bytes]] | None = None,
         log: Callable[[str, str], None] = lambda kind, line: None,
     ) -> None:  # fmt: skip
         self.policy = policy
@@ -314,7 +317,8 @@ class Resolver:
                 family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
                 asked.socket = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
                 asked.socket.connect(server)
-                asked.socket.send(dns.query(asked.number, asked.name, asked.kind), socket.MSG_DONTWAIT)
+                query = dns.query(asked.number, asked.name, asked.kind, plain=asked.plain)
+                asked.socket.send(query, socket.MSG_DONTWAIT)
             except OSError:
                 self._shut(asked)
                 continue
@@ -344,6 +348,7 @@ class Resolver:
             self.counters["upstream_bad"] += 1
             return False
         if code not in (dns.NO_ERROR, dns.NO_SUCH_NAME) and asked.tries < TRIES:
+            asked.plain = asked.plain or code in (dns.BAD_FORMAT, dns.NOT_IMPLEMENTED)
             asked.deadline = 0.0
             return False
         self._done(asked, code, addresses, min(ttl, LONGEST))
@@ -386,6 +391,8 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _is_own(address: bytes) -> bool:
+    if address.startswith(_NAT64):
+        address = frames.MAPPED + address[12:]
     number = int.from_bytes(address, "big")
     return any((number ^ int.from_bytes(network, "big")) >> 128 - bits == 0 for network, bits in _OWN)
 
