@@ -116,6 +116,8 @@ CASES = [
     ("resolver6", ipv6("2001:db8::1", segment(53)), "nameserver"),
     ("neighbour", ipv6("ff02::1:ff00:1", NEIGHBOUR, 58, source="fe80::1", hops=255), "allowed"),
     ("neighbour-of-nobody", ipv6("ff02::1:ff00:1", NEIGHBOUR, 58, source="::", hops=255), "allowed"),
+    ("neighbour-here", ipv6("fe80::1", NEIGHBOUR, 58, source="fe80::2", hops=255), "allowed"),
+    ("neighbours-afar", ipv6("ff0e::1", NEIGHBOUR, 58, source="fe80::1", hops=255), "special"),
     ("neighbour-routed", ipv6("ff02::1:ff00:1", NEIGHBOUR, 58, source="fe80::1", hops=254), "special"),
     ("redirect", ipv6("ff02::1", b"\x89" + bytes(39), 58, source="fe80::1", hops=255), "special"),
     ("dhcp6", ipv6("ff02::1:2", bytes(30), 17, source="fe80::1"), "special"),
@@ -141,6 +143,17 @@ CASES = [
 @pytest.mark.parametrize(("frame", "verdict"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_where_everything_is_allowed(frame: bytes, verdict: str) -> None:
     assert ALL.verdict(frame) == verdict
+
+
+def test_neighbours_are_on_the_link() -> None:
+    """A host that forwards IPv6 from a tap forwards these, too: to a forbidden address they would carry anything."""
+    found = policy(("2001:db8:1::/48",), ("2001:db8:2::/48", 443))
+    for kind in (133, 135, 136):
+        message = bytes([kind]) + bytes(1000)
+        for target, verdict in (("2001:db8:1::1", "allowed"), ("2001:db8:2::1", "address"), ("2001:db8:3::1", "address")):
+            assert found.verdict(ipv6(target, message, 58, hops=255)) == verdict, (kind, target)
+    assert found.verdict(ipv6("2001:db8:1::1", b"\x89" + bytes(39), 58, hops=255)) == "protocol"
+    assert found.verdict(mine(ipv4, "9.9.9.9", b"\x87" + bytes(27), 1)) == "protocol"
 
 
 def test_where_nothing_is_allowed() -> None:

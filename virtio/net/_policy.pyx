@@ -302,8 +302,9 @@ cdef class Policy:
             return FRAGMENT
         if ip[6] == 0 or ip[6] == 43 or ip[6] == 50 or ip[6] == 51 or ip[6] == 60 or ip[6] == 135:
             return OPTIONS
-        if ip[6] == ICMPV6 and ip[7] == 255 and payload >= 8 and (ip[40] == 133 or ip[40] == 135 or ip[40] == 136):
-            return ALLOWED          # neighbour discovery, which the other end of the link answers
+        if ip[6] == ICMPV6 and ip[7] == 255 and payload >= 8 and is_neighbour(ip[40]) \
+                and (high >> 48 == 0xff02 or high >> 54 == 0x3fa):
+            return ALLOWED          # neighbour discovery on the link, whose other end answers it
         if is_special6(be64(&ip[8]), be64(&ip[16])):
             return SOURCE
         if is_special6(high, low) or high >> 54 == 0x3fa:   # fe80::/10 also reaches the host
@@ -324,7 +325,7 @@ cdef class Policy:
         if protocol == (ICMP if v4 else ICMPV6):
             if size < 8:
                 return MALFORMED
-            if segment[0] == (8 if v4 else 128):
+            if segment[0] == (8 if v4 else 128) or (not v4 and is_neighbour(segment[0])):
                 return self.look_up(high, low, 0, True, False)
         return PROTOCOL
 
@@ -401,6 +402,11 @@ cdef inline uint64_t be64(const uint8_t *at) noexcept nogil:
 
 cdef inline bint matches(const Rule *rule, uint64_t high, uint64_t low) noexcept nogil:
     return high & rule.high_mask == rule.high and low & rule.low_mask == rule.low
+
+
+cdef inline bint is_neighbour(uint8_t kind) noexcept nogil:
+    # Whether an ICMPv6 message is a router's or a neighbour's solicitation, or a neighbour's advertisement.
+    return kind == 133 or kind == 135 or kind == 136
 
 
 cdef inline bint is_special4(uint32_t address) noexcept nogil:
