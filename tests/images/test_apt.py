@@ -138,12 +138,12 @@ def test_a_package_is_on_the_disk_before_it_has_its_name(
     """One that a power failure left empty would be taken for whole, with --refresh, too."""
     repository.add("thing", "1.0", {"usr/share/thing": "one"})
     repository.update()
-    run, synced = apt.run, []
+    synced = []
 
     def watched(argv: list[str], **more: Any) -> str:
         if argv[0] == "sync":
             synced.append((Path(argv[-1], "tree/usr/share/thing").exists(), (cache / "debs/thing_1.0").exists()))
-        return run(argv, **more)
+        return host.run(argv, **more)
 
     monkeypatch.setattr(apt, "run", watched)
     apt.package("thing")

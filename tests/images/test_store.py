@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.killed import killed_at
-from vmm import images
+from vmm import durable, images
 from vmm.errors import ConfigError
 from vmm.images import apt, rootfs, store
 from vmm.images.host import Progress, PullError, silent
@@ -136,12 +136,11 @@ def test_an_image_is_on_the_disk_before_it_has_its_name(made: Made, monkeypatch:
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", watched)
-    put = store.put_whole
     before: list[set[str]] = []
 
     def putting(new: str, place: str) -> None:
         before.append({*synced})
-        put(new, place)
+        durable.put_whole(new, place)
 
     monkeypatch.setattr(store, "put_whole", putting)
     images.pull("debian")

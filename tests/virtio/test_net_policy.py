@@ -150,8 +150,8 @@ def test_neighbours_are_on_the_link() -> None:
     found = policy(("2001:db8:1::/48",), ("2001:db8:2::/48", 443))
     for kind in (133, 135, 136):
         message = bytes([kind]) + bytes(1000)
-        for target, verdict in (("2001:db8:1::1", "allowed"), ("2001:db8:2::1", "address"), ("2001:db8:3::1", "address")):
-            assert found.verdict(ipv6(target, message, 58, hops=255)) == verdict, (kind, target)
+        for network, verdict in enumerate(("allowed", "address", "address"), 1):
+            assert found.verdict(ipv6(f"2001:db8:{network}::1", message, 58, hops=255)) == verdict, (kind, network)
     assert found.verdict(ipv6("2001:db8:1::1", b"\x89" + bytes(39), 58, hops=255)) == "protocol"
     assert found.verdict(mine(ipv4, "9.9.9.9", b"\x87" + bytes(27), 1)) == "protocol"
 

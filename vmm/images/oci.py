@@ -19,11 +19,11 @@ from typing import Any
 
 import msgspec
 
+from vmm.durable import sync
 from vmm.images import Image, apt, guest, layers, manifest, sources, squashfs, store, users
 from vmm.images.container import ImageConfig
 from vmm.images.host import Progress, PullError, cache_root, need, tool
 from vmm.images.reference import Name
-from vmm.machine.snapshot_file import sync
 
 LIMIT = 8 << 30  # bytes of an image, unpacked, if its user says no other
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "squashfs", "overlay")

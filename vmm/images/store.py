@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmm.config import did_you_mean
+from vmm.durable import put_whole, sync
 from vmm.errors import ConfigError, line, path_of
 from vmm.images import FORMAT, NAMES, Image, apt, guest, reference, resolve, rootfs
 from vmm.images.host import Progress, PullError, cache_root, locked
 from vmm.images.initramfs import build_initramfs
-from vmm.machine.snapshot_file import put_whole, sync
 
 KERNEL = "linux-image-cloud-amd64"
 MIN_SIZE = 16 << 20  # bytes; below this mke2fs makes no useful journal

@@ -29,6 +29,7 @@ from vmm._mapping import copy_sparse
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig
 from vmm.config.option import type_stored
 from vmm.config.vm import VmConfig
+from vmm.durable import put_whole, sync
 from vmm.errors import ConfigError, SnapshotError, host_errors
 from vmm.memory import MemoryFile, Piece, spans
 
@@ -48,8 +49,6 @@ _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
 _STATE_MAX = 1 << 30  # 64 vCPUs and all devices take 1 MiB, and each file that a guest knows of a share 0.1 KiB
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 _CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig)}
 # Not in a file: a template is in the vCPUs' state already, and a descriptor is this process's.
 _LEFT_OUT = {"cpu_template", "fd"}
@@ -422,33 +421,3 @@ def _remove(directory: str) -> None:
         os.rmdir(directory)
     except FileNotFoundError:
         pass
-
-
-def put_whole(made: str, directory: str) -> None:
-    """Give the directory `made` the name `directory`. What had that name before is `made` then, or gone.
-
-    In one step, where the file system can: whoever looks finds the old one whole, or the new one.
-    """
-    if os.path.exists(directory):
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        if not libc.renameat2(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(directory), _RENAME_EXCHANGE):
-            return
-        number = ctypes.get_errno()
-        if number not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV):
-            raise OSError(number, os.strerror(number), directory)
-        # NFS exchanges no names, and an overlayfs none of its lower layer, which it does not rename, either.
-        import shutil
-
-        shutil.rmtree(directory)
-    os.rename(made, directory)
-
-
-def sync(path: str) -> None:
-    """Have the disk keep what a file, or a directory, has now."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
