@@ -14,7 +14,7 @@ system-packages:
 
 $(VENV)/.made: pyproject.toml | system-packages
 	@echo "make: virtual environment in $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) # also after one that was interrupted
 	@tools/thrice $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
 	@touch $@
 
