@@ -134,5 +134,5 @@ def lab_image(progress: Progress = silent) -> LabImage:
         write_whole((str(path), lambda fd: write_all(fd, data)))
         for old in path.parent.glob("*.cpio"):
             if old != path:
-                old.unlink()
+                old.unlink(missing_ok=True)  # another lab may be at it, too
     return LabImage(str(kernel), str(path), version, str(modules / version))
