@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 
 from tests.forked import fork
 from tests.virtio.test_blk import Vm, engine, image, part
+from tests.waiting import until
 from virtio import spec
 from virtio.blk.device import Disk
 from virtio.blk.qcow2 import Qcow2
@@ -124,6 +126,34 @@ def test_what_was_flushed_to_qcow2_survives_kill_9(qcow2: Path, tmp_path: Path) 
         time.sleep(0.01)
     data = raw_of(qcow2)
     assert data[: 200 * 4096] == b"".join(n.to_bytes(4, "little") * 1024 for n in range(200))
+
+
+def test_what_watches_it_ends_where_nobody_reaps(qcow2: Path) -> None:
+    """In a container whose process 1 is no init, what a killed VMM leaves becomes a zombie, which kill(2) finds."""
+    code = f"""
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+from virtio.blk.qcow2 import Qcow2
+if not os.fork():
+    Qcow2({str(qcow2)!r})
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(-1, 0)
+print("killed", flush=True)
+while True:
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"killed\n"
+            children = f"/proc/{process.pid}/task/{process.pid}/children"
+
+            def states() -> set[str]:
+                pids = Path(children).read_text().split()
+                return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids}
+
+            until(lambda: states() == {"Z"})
+        finally:
+            process.kill()
 
 
 def test_qcow2_that_is_none(image: Path, qcow2: Path) -> None:

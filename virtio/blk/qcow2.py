@@ -68,7 +68,7 @@ exec chroot . setpriv --reuid "$uid" --regid "$gid" --clear-groups \
     --inh-caps=-all,+sys_admin --ambient-caps=-all,+sys_admin --bounding-set=-all,+sys_admin -- "$@"
 """
 _GUARD = r"""
-read _; kill "$1"; while kill -0 "$1" 2>/dev/null; do sleep 0.1; done
+read _; kill "$1"; while [ -e "/proc/$1/exe" ]; do sleep 0.1; done  # of a zombie, which kill finds, nothing is there
 rm -f "$2/raw" "$2/${2##*/}"; rmdir "$2"
 """
 
