@@ -259,7 +259,7 @@ cdef class QueueWorker:
             for i in range(count):
                 token = events[i].data.u32
                 if token == TOKEN_STOP and self.stopping():
-                    return 0
+                    continue            # the others' edges come only once
                 if token >= TOKEN_QUEUE:
                     counter_add(&self._notified[token - TOKEN_QUEUE], 1)
                     self._host_first = False

@@ -354,6 +354,29 @@ def test_connections_survive_a_stop_and_a_copy_hears_that_they_are_gone(tmp_path
         vm.close()
 
 
+def test_what_comes_right_after_a_stop_is_seen_when_it_goes_on(tmp_path: Path, ram: GuestMemory) -> None:
+    # The thread finds the stop and then the bytes in one look, because it runs only when this one sleeps.
+    vm = Vm(tmp_path / "v", ram)
+    cpus = os.sched_getaffinity(0)
+    try:
+        client, _ = vm.host_open()
+        (tid,) = [each.native_id for each in threading.enumerate() if each.name == "virtio-vsock"]
+        assert tid is not None
+        os.sched_setscheduler(tid, os.SCHED_IDLE, os.sched_param(0))
+        for each in (0, tid):
+            os.sched_setaffinity(each, {min(cpus)})
+        for number in range(20):
+            time.sleep(0.01)  # it sleeps by then
+            vm.device._workers[0].wake()
+            client.send(b"%d" % number)
+            vm.transport.stop()
+            vm.transport.go_on()
+            assert vm.receive(spec.VSOCK_OP_RW).data == b"%d" % number
+    finally:
+        os.sched_setaffinity(0, cpus)
+        vm.close()
+
+
 def test_a_copy_goes_on_with_one_connection_and_resets_the_others(tmp_path: Path, ram: GuestMemory) -> None:
     vm = Vm(tmp_path / "v", ram)
     try:
