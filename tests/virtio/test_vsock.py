@@ -458,6 +458,18 @@ def test_a_guest_that_ends_is_heard_to_its_last_byte(vm: Vm) -> None:
     vm.wait_for_connections(0)
 
 
+def test_what_a_guest_sends_right_before_its_end_is_heard(vm: Vm) -> None:
+    # The thread has not looked yet, as where the host has much to do.
+    client, port = vm.host_open()
+    queue = vm.queue(TX)
+    for number in range(200):
+        queue.reap()
+        queue.add([queue.buffer(vm.packet(RW, 5000, port, b"%03d" % number).pack())])
+    vm.driver.set(spec.MMIO_STATUS, 0)
+    assert read_exactly(client, 600) == b"".join(b"%03d" % number for number in range(200))
+    assert ended(client)
+
+
 def test_a_guest_that_ends_waits_for_no_host_program_for_ever(make: Make) -> None:
     vm = make()
     vm.device.end_wait = 0.05

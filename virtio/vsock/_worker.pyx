@@ -213,7 +213,17 @@ cdef class VsockWorker(VsockSockets):
             self.interrupt()
         self.unwatch(self.listener)
         if self.leaving():
+            self.take_the_rest()
             self.deliver()
+
+    cdef void take_the_rest(self) noexcept nogil:
+        # What the guest sent right before its end, while this thread was busy. Nobody looks at the used ring again.
+        cdef DescChain *chain = self.chains[TX]
+        cdef uint32_t _
+        for _ in range(self.rings[TX].size):
+            if self.reply_count == REPLIES or queue_pop(self.rings[TX], self.ram, chain) != QUEUE_CHAIN:
+                return
+            self.packet(chain)
 
     cdef int serve(self, uint32_t slot) noexcept nogil:
         if slot == RX:
