@@ -37,7 +37,7 @@ cdef extern from *:
         pthread_mutex_unlock(&g->lock);
         return ended;
     }
-    /* Wait at most 50 ms. Returns whether `count` threads wait at the gate, or it was ended for good. */
+    /* Wait at most 50 ms. Returns whether `count` threads wait at the gate, or it was opened or ended. */
     static int gate_await(struct gate *g, int count)
     {
         struct timespec end;
@@ -46,7 +46,7 @@ cdef extern from *:
         end.tv_nsec += 50000000;
         if (end.tv_nsec >= 1000000000) { end.tv_nsec -= 1000000000; end.tv_sec++; }
         pthread_mutex_lock(&g->lock);
-        while (!(there = g->waiting >= count || g->ended) && !late)
+        while (!(there = g->waiting >= count || g->ended || !g->shut) && !late)
             late = pthread_cond_timedwait(&g->changed, &g->lock, &end);
         pthread_mutex_unlock(&g->lock);
         return there;

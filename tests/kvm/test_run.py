@@ -156,6 +156,22 @@ def test_a_pause_that_waits_for_a_device_can_be_interrupted(tmp_path: Path) -> N
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_pause_that_another_thread_takes_back_is_over(tmp_path: Path) -> None:
+    slow = Slow()
+    with Machine(write_guest(tmp_path, f"mov dx, 0x510; in al, dx; {FOREVER}"), memory="4M") as vm:
+        vm.pio.add(0x510, 1, slow, "slow")
+        vm.start()
+        assert slow.asked.wait(30)
+        pause = threading.Thread(target=vm.pause, daemon=True)
+        pause.start()
+        while vm.state != "Paused":
+            time.sleep(0.001)
+        vm.resume()
+        slow.answer.set()
+        pause.join(10)
+        assert not pause.is_alive() and vm.state == "Running"
+
+
 def test_a_paused_vcpu_has_what_its_last_access_read(tmp_path: Path) -> None:
     slow = Slow()
     with Machine(write_guest(tmp_path, f"mov dx, 0x510; in al, dx; read: {FOREVER}"), memory="4M") as vm:
