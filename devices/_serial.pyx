@@ -421,7 +421,8 @@ cdef class Serial(NativeDevice):
                 s.thre_pending = 1      # the ring was full: the transmitter is ready again
             s.ring_head = (s.ring_head + count) % RING_SIZE
             s.ring_count -= count
-            update(s)
+            if not s.closed:            # its owner closes the line after the port
+                update(s)
             pthread_mutex_unlock(&s.lock)
         return taken
 

@@ -501,6 +501,17 @@ def test_close_ends_every_wait(port: Port) -> None:
     assert not taker.is_alive() and not feeder.is_alive()
 
 
+def test_who_takes_output_after_the_end_touches_no_descriptor(port: Port) -> None:
+    # Its owner closes the line after the port; a console whose reader was slow takes the rest whenever that reads.
+    while port[LSR] & THRE:
+        port[THR] = 0
+    port[IER] = THRI
+    port.serial.close()
+    port.irq.take()
+    assert len(port.serial.wait_output()) == 65536
+    assert port.irq.take() == 0
+
+
 @settings(max_examples=300)
 @given(
     st.lists(
