@@ -65,12 +65,15 @@ cdef class QueueWorker:
     cdef int _stop_fd
     cdef int _timer
     cdef int _stop                              # atomic: 1: to stop, 2: the driver leaves, too
+    cdef int _gone                              # atomic: the thread does nothing any more
     cdef bint[MAX_QUEUES] _stalled
     cdef uint64_t[MAX_QUEUES] _notified  # by slot
     cdef uint64_t _again                        # bit mask of the slots that returned SERVE_MORE
     cdef Polling[2] _polling                    # after the driver's work; after an event of the host's
     cdef bint _host_first                       # which of them is next
     cdef void _close_fds(self) noexcept
+    cdef _join(self)
+    cdef _end(self)
     cdef int _must_watch(self, int fd, uint32_t token, uint32_t events) except -1
     cdef int _loop(self) noexcept nogil
     cdef int _kicked(self, uint32_t slot) noexcept nogil

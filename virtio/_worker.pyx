@@ -2,6 +2,7 @@
 # cython: language_level=3
 """The thread of a device's queues: it sleeps in epoll and runs the device's loop, without the GIL."""
 import os
+from threading import current_thread
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EEXIST, EINTR, errno
@@ -14,6 +15,7 @@ from vmm._fastpath cimport (
 from vmm._gate cimport gate_await, gate_destroy, gate_init, gate_pass, gate_set
 from vmm._sys cimport (
     CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write, flag_read, flag_set, name_thread,
+    nap_ns,
 )
 from vmm.errors import HostError
 from vmm.threads import spawn
@@ -62,6 +64,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef enum:
     EVENTS = 32
+    NAP_NS = 1_000_000              # of who waits for a thread that Python takes for ended
     TOKEN_QUEUE = 0xffff_0100       # plus the queue's slot
     TOKEN_STOP = 0xffff_0000        # of stop() or wake()
     POLL_LEAST_NS = 2000
@@ -143,6 +146,7 @@ cdef class QueueWorker:
         self._again = 0
         self.in_flight = False
         flag_set(&self._stop, 0)
+        flag_set(&self._gone, 0)
         self.begin()
         if self._thread is not None:
             gate_set(&self._gate, False, False)
@@ -173,16 +177,38 @@ cdef class QueueWorker:
                 there = gate_await(&self._gate, 1)
             PyErr_CheckSignals()
         if self._gate.ended:            # by us, or because it failed
+            self._join()
+
+    cdef _join(self):
+        # Returns only once the thread has ended, as what it uses may be closed next. Before Python 3.13, join() takes it
+        # for ended when the handler of a signal raises.
+        try:
             self._thread.join()
+        except BaseException:
+            while not flag_read(&self._gone) and not self.is_here():
+                with nogil:
+                    nap_ns(NAP_NS)
+                try:
+                    PyErr_CheckSignals()
+                except BaseException:
+                    pass                # an earlier one is raised
+            raise
+        finally:
             self._thread = None
+
+    def is_here(self):
+        """Whether this is the calling thread."""
+        return self._thread is current_thread()
 
     def forget(self):
         """Drop the state of the driver, which is gone. The thread has stopped. A subclass may override this."""
 
     def close(self):
         """End the thread and close its file descriptors. Idempotent."""
-        self.stop(True)
-        self._close_fds()
+        try:
+            self.stop(True)
+        finally:
+            self._close_fds()
 
     @property
     def notified(self):
@@ -196,6 +222,7 @@ cdef class QueueWorker:
     def _run(self):
         cdef int status
         cdef bytes name = self.name.encode()[:15]
+        self._thread = current_thread()     # it may be asked for before start() has it
         name_thread(name)
         try:
             with nogil:
@@ -208,11 +235,15 @@ cdef class QueueWorker:
                 self.forget()           # tells waiters that no answer will come
                 self._on_failure(self._failure(status))
         finally:
-            gate_set(&self._gate, False, True)
+            self._end()
 
     def _unconfined(self, error):
         self._on_failure(error)
+        self._end()
+
+    cdef _end(self):
         gate_set(&self._gate, False, True)
+        flag_set(&self._gone, 1)
 
     def _failure(self, int status):
         cdef VirtQueue queue

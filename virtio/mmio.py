@@ -80,6 +80,12 @@ class VirtioMmio(MmioRegisters, Transport):
         # For KVM to take acknowledgements of used rings by; nobody reads it.
         self.ack_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
+    def close_descriptors(self) -> None:
+        super().close_descriptors()
+        if self.ack_fd >= 0:
+            os.close(self.ack_fd)
+            self.ack_fd = -1
+
     # The page follows what changed.
 
     def _show(self) -> None:
@@ -195,13 +201,6 @@ class VirtioMmio(MmioRegisters, Transport):
     def reset(self) -> None:
         super().reset()
         self._select = dict.fromkeys(self._select, 0)
-
-    def close(self) -> None:
-        """Stop the workers and give the eventfds back; idempotent. Device and line are others' to close."""
-        super().close()
-        if self.ack_fd >= 0:
-            os.close(self.ack_fd)
-            self.ack_fd = -1
 
     def save(self) -> dict[str, Any]:
         """Likewise, with the selectors."""

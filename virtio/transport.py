@@ -11,6 +11,7 @@ from virtio import spec
 from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, check, describe
 from vmm import logger
 from vmm._fastpath import VirtQueue
+from vmm.closing import Closers
 from vmm.errors import BadChain, SnapshotError
 
 TYPE_CHECKING = False
@@ -83,9 +84,15 @@ class Transport:
         device.publish_config = self.publish_config
 
     def make_descriptors(self) -> None:
-        """Open those that ``close`` closes; a subclass adds its own."""
+        """Open those that ``close_descriptors`` closes; a subclass adds its own."""
         for _ in self.queues:
             self.notify_fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+
+    def close_descriptors(self) -> None:
+        """Give them back; likewise."""
+        with self.device.waking:
+            while self.notify_fds:
+                os.close(self.notify_fds.pop())
 
     # What the registers show without being asked; a subclass whose registers are a page follows here.
 
@@ -109,6 +116,11 @@ class Transport:
             for index, count in worker.notified.items():
                 counts[index] += count
         return tuple(counts)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the calling thread is one of the workers'."""
+        return any(worker.is_here() for worker in self._workers)
 
     # The configuration space
 
@@ -334,10 +346,10 @@ class Transport:
         self._stop_workers(leaving=True)
         for worker in self._workers:
             worker.forget()
-        if self._status & spec.DRIVER_OK:
-            self.device.reset()
-        self._status = 0
+        status, self._status = self._status, 0
         self._driver_features = 0
+        if status & spec.DRIVER_OK:
+            self.device.reset()
         for queue in self.queues:
             queue.reset()
             self.queue_is(queue.index, -1)
@@ -350,12 +362,7 @@ class Transport:
             if self._closed:
                 return
             self._closed = True
-            self.reset()
-            for worker in self._workers:
-                worker.close()
-            with self.device.waking:
-                while self.notify_fds:
-                    os.close(self.notify_fds.pop())
+            Closers((self.close_descriptors, *(worker.close for worker in self._workers), self.reset)).close()
 
     # State: what the driver can see. The host's part (files, taps, sockets) is the device's configuration.
 

@@ -283,6 +283,54 @@ def test_a_device_goes_on_after_a_stop_that_a_signal_ended(ram: GuestMemory, mon
     host.close()
 
 
+def test_an_interrupted_close_waits_for_the_devices_thread(ram: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the thread uses is closed next: guest memory, the disk's descriptor.
+    host = DeviceHost(Entropy(), ram, Allocator(0x1000, ram.size - 0x1000))
+    ring = host.driver.bring_up()[0]
+    begun, over = threading.Event(), threading.Event()
+
+    def busy(size: int) -> bool:
+        begun.set()
+        time.sleep(0.5)
+        over.set()
+        return True
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(host.device, "_granted", busy)
+    ring.add([host.room(16)])
+    host.driver.kick()
+    assert begun.wait(PATIENCE)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # one is not enough for the impatient
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            host.transport.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert over.is_set() and not host.transport.notify_fds
+    host.irq.close()
+
+
+def test_a_reset_that_raises_keeps_nothing_open(ram: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    host = DeviceHost(Console(), ram, Allocator(0x1000, ram.size - 0x1000))
+    host.driver.bring_up()
+
+    def reset() -> None:
+        raise ZeroDivisionError("a bug in my device")
+
+    monkeypatch.setattr(host.device, "reset", reset)
+    with pytest.raises(ZeroDivisionError):
+        host.close()
+    host.close()
+    host.irq.close()
+    assert not host.transport.status
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, descriptors)
+
+
 @pytest.mark.parametrize("kind", ["in C", "in Python"])
 def test_the_same_thread_serves_after_a_stop(tmp_path: Path, ram: GuestMemory, kind: str) -> None:
     # However soon one call follows the other; a hold must not end and make threads, which the host may refuse.
