@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -311,6 +311,32 @@ def test_a_device_that_is_not_there_yet_is_not_seen(guest: MakeGuest) -> None:
     answer.set()
     attaching.join(guests.PATIENCE)
     assert list(vm.stats) == ["virtio-rng"]
+
+
+def test_a_devices_own_thread_is_refused_what_would_wait_for_it(guest: MakeGuest) -> None:
+    told: Queue[str] = Queue()
+
+    class Hypercall(Entropy):
+        thread_kind: Any = None
+
+        def process(self, queue_index: int) -> None:
+            for call in (vm.freeze, lambda: vm.fork(devices=lambda _: ()), lambda: vm.detach(self.name), vm.close):
+                with pytest.raises(VmmError) as error:
+                    call()
+                told.put(str(error.value))
+            super().process(queue_index)
+
+    device = Hypercall(name="hypercall")
+    vm = guest(BUSY, devices=[device])
+    vm.start()
+    driver = MmioDriver(vm.devices["hypercall"].transport, Allocator(0x200000, 0x180000))
+    ring = driver.bring_up(size=8)[0]
+    ring.add([ring.buffer(8, device_writes=True)])
+    driver.kick()
+    answer = "a device's own thread would wait for itself; let another thread do this"
+    assert [told.get(timeout=guests.PATIENCE) for _ in range(4)] == [answer] * 4
+    until(ring.reap)  # and the device goes on
+    vm.detach("hypercall")
 
 
 if __name__ == "__main__":

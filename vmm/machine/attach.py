@@ -6,7 +6,7 @@ from __future__ import annotations
 from boot import layout
 from boot.board import VIRTIO_GSIS
 from vmm.closing import Closers
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, VmmError
 from vmm.irq import IrqLine
 from vmm.kvm import abi
 
@@ -57,6 +57,11 @@ class Attached:
         """Its registers, queues and workers."""
         assert self._transport is not None
         return self._transport
+
+    def refuse_own_threads(self) -> None:
+        """:raises VmmError: the calling thread is the device's, which would wait for itself"""
+        if self._transport is not None and self._transport.is_here:
+            raise VmmError("a device's own thread would wait for itself; let another thread do this")
 
     @property
     def window(self) -> Window | None:
@@ -186,6 +191,11 @@ class Devices:
     def named(self, kind: str) -> dict[str, Any]:
         """Devices of `kind` by name."""
         return {each.name: each.device for each in self.by_id.values() if each.kind == kind}
+
+    def refuse_own_threads(self) -> None:
+        """:raises VmmError: the calling thread is that of a device"""
+        for attached in self.by_id.values():
+            attached.refuse_own_threads()
 
     def close(self) -> None:
         """Close all, the last one first; idempotent. For a VM that has ended."""

@@ -216,7 +216,7 @@ class Machine(Closing):
         contain disks: copy the writable ones yourself while this machine is paused.
 
         :raises SnapshotError: a device or RAM, which it names, cannot be saved; nothing was stopped
-        :raises VmmError: the machine has ended, or the caller is a vCPU's own thread
+        :raises VmmError: the machine has ended, or the caller is a vCPU's or a device's own thread
         """
         return self._freeze(lambda: None)
 
@@ -267,6 +267,7 @@ class Machine(Closing):
 
         if self._run.ended is not None or self.closed:
             raise VmmError("a machine that has ended cannot be frozen")
+        self._devices.refuse_own_threads()
         with self._devices_lock:
             return freeze(self, while_held, without_memory)
 
@@ -547,7 +548,7 @@ class Machine(Closing):
 
         :param id: a key of ``devices``
         :raises VmmError: no device has this id, it is the machine's console, the machine has ended, or the caller is a
-            vCPU's own thread
+            vCPU's own thread or the device's
         """
         with self._devices_lock:
             attached = self._devices.by_id.get(id)
@@ -555,6 +556,7 @@ class Machine(Closing):
                 raise VmmError(f"device {id} does not exist; devices: {', '.join(self._devices.by_id) or 'none'}")
             if attached.kind == "console":
                 raise VmmError(f"device {id} is the machine's console, which cannot be detached")
+            attached.refuse_own_threads()
             self._change_devices(attached.detach)
             self._devices.remove(attached)
             self._detached = self._detached or attached.configured
@@ -587,7 +589,8 @@ class Machine(Closing):
         return {each.device.name: {**each.device.stats, **each.stats} for each in self.virtio}
 
     def close(self) -> None:
-        """End the VM and free its resources; idempotent."""
+        """End the VM and free its resources; idempotent. A device's own thread may only ``stop`` it."""
+        self._devices.refuse_own_threads()
         self.closed = True
         if self._run.started:
             self.stop()
