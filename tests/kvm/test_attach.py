@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -33,6 +34,7 @@ from vmm import Machine, undertaker
 from vmm.config.devices import BalloonConfig, DriveConfig, EntropyConfig, ShareConfig, VsockConfig
 from vmm.errors import ConfigError, KvmError, SnapshotError, VmmError
 from vmm.machine.attach import Attached
+from vmm.machine.build import Builder, Made
 
 if TYPE_CHECKING:
     from vmm.machine.build import DeviceConfig
@@ -337,6 +339,32 @@ def test_a_devices_own_thread_is_refused_what_would_wait_for_it(guest: MakeGuest
     assert [told.get(timeout=guests.PATIENCE) for _ in range(4)] == [answer] * 4
     until(ring.reap)  # and the device goes on
     vm.detach("hypercall")
+
+
+def test_devices_that_are_attached_at_once_have_each_their_own(
+    guest: MakeGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = guest(BUSY)
+    both = threading.Barrier(2)
+    made = Builder._made
+
+    def slowly(self: Builder, *what: Any) -> Made:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return made(self, *what)
+
+    monkeypatch.setattr(Builder, "_made", slowly)
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(512))
+    drives = [DriveConfig(str(tmp_path / name), id=name) for name in "ab"]
+    attaching = [threading.Thread(target=vm.attach, args=(drive,)) for drive in drives]
+    for thread in attaching:
+        thread.start()
+    for thread in attaching:
+        thread.join(guests.PATIENCE)
+    disks = {name: block.disk for name, block in vm.blocks.items()}
+    vm.detach("a")
+    assert disks["a"].fd == -1 and os.fstat(disks["b"].fd).st_ino == (tmp_path / "b").stat().st_ino
 
 
 if __name__ == "__main__":

@@ -501,8 +501,8 @@ class Machine(Closing):
         """
         from virtio.device import VirtioDevice
 
-        made = own(device) if isinstance(device, VirtioDevice) else self._builder.make(device)
         with self._devices_lock:
+            made = own(device) if isinstance(device, VirtioDevice) else self._builder.make(device)
             attached = self._devices.place(made)
             try:
                 with host_errors(f"attach {attached.name}"):
