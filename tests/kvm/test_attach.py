@@ -315,6 +315,32 @@ def test_a_device_that_is_not_there_yet_is_not_seen(guest: MakeGuest) -> None:
     assert list(vm.stats) == ["virtio-rng"]
 
 
+def test_devices_that_are_attached_at_once_have_each_their_own(
+    guest: MakeGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = guest(BUSY)
+    both = threading.Barrier(2)
+    made = Builder._made
+
+    def slowly(self: Builder, *what: Any) -> Made:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return made(self, *what)
+
+    monkeypatch.setattr(Builder, "_made", slowly)
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(512))
+    drives = [DriveConfig(str(tmp_path / name), id=name) for name in "ab"]
+    attaching = [threading.Thread(target=vm.attach, args=(drive,)) for drive in drives]
+    for thread in attaching:
+        thread.start()
+    for thread in attaching:
+        thread.join(guests.PATIENCE)
+    disks = {name: block.disk for name, block in vm.blocks.items()}
+    vm.detach("a")
+    assert disks["a"].fd == -1 and os.fstat(disks["b"].fd).st_ino == (tmp_path / "b").stat().st_ino
+
+
 def test_a_devices_own_thread_is_refused_what_would_wait_for_it(guest: MakeGuest) -> None:
     told: Queue[str] = Queue()
 
@@ -341,30 +367,24 @@ def test_a_devices_own_thread_is_refused_what_would_wait_for_it(guest: MakeGuest
     vm.detach("hypercall")
 
 
-def test_devices_that_are_attached_at_once_have_each_their_own(
-    guest: MakeGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_device_that_cannot_be_closed_keeps_no_other_from_it(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm = guest(BUSY)
-    both = threading.Barrier(2)
-    made = Builder._made
+    devices = [Entropy(name=name) for name in ("first", "second")]
+    vm = guest(BUSY, devices=devices)
+    vm.start()
+    allocator = Allocator(0x200000, 0x180000)
+    for each in vm.virtio:
+        MmioDriver(each, allocator).bring_up(size=8)
 
-    def slowly(self: Builder, *what: Any) -> Made:
-        with contextlib.suppress(threading.BrokenBarrierError):
-            both.wait(0.5)
-        return made(self, *what)
+    def reset() -> None:
+        raise ZeroDivisionError("a bug in my device")
 
-    monkeypatch.setattr(Builder, "_made", slowly)
-    for name in "ab":
-        (tmp_path / name).write_bytes(bytes(512))
-    drives = [DriveConfig(str(tmp_path / name), id=name) for name in "ab"]
-    attaching = [threading.Thread(target=vm.attach, args=(drive,)) for drive in drives]
-    for thread in attaching:
-        thread.start()
-    for thread in attaching:
-        thread.join(guests.PATIENCE)
-    disks = {name: block.disk for name, block in vm.blocks.items()}
-    vm.detach("a")
-    assert disks["a"].fd == -1 and os.fstat(disks["b"].fd).st_ino == (tmp_path / "b").stat().st_ino
+    monkeypatch.setattr(devices[1], "reset", reset)
+    with pytest.raises(ZeroDivisionError):
+        vm.close()
+    assert not {"first", "second"} & {thread.name for thread in threading.enumerate()}
+    assert not devices[0].notify_fds and not devices[1].notify_fds
 
 
 if __name__ == "__main__":

@@ -331,6 +331,30 @@ def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> No
     assert image.read_bytes() == b"parent" * 1024
 
 
+def test_a_fork_that_fails_closes_all_that_it_has_made(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = guest(COUNTER)
+    started: list[Machine] = []
+    closed: list[Machine] = []
+    close = Machine.close
+
+    def start(self: Machine, **how: object) -> None:
+        started.append(self)
+        if len(started) == 3:
+            raise VmmError("no thread")
+
+    def fail(self: Machine) -> None:
+        close(self)
+        closed.append(self)
+        raise OSError(5, "no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Machine, "start", start)
+        patch.setattr(Machine, "close", fail)
+        with pytest.raises(OSError, match="no more"):
+            vm.fork(5)
+    assert sorted(closed, key=id) == sorted(started, key=id)
+
+
 def test_a_copy_of_a_qcow2_disk_is_raw_and_whole() -> None:
     config = VmConfig("kernel", drives=[DriveConfig("a", format="qcow2", backing="b", backing_format="qcow2")])
     assert _child_config(config, {0: 7}, 0).drives == (DriveConfig("/proc/self/fd/7", format="raw"),)

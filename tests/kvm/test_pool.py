@@ -157,6 +157,23 @@ def test_copies_of_a_pool_and_of_forks_have_sockets_of_their_own(tmp_path: Path,
         assert sorted(path.name for path in tmp_path.glob("v*")) == ["v", *(f"v.{number}" for number in range(5))]
 
 
+def test_a_copy_that_cannot_be_closed_keeps_no_other_from_it(counter: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Machine] = []
+    close = Machine.close
+
+    def fail(self: Machine) -> None:
+        close(self)
+        closed.append(self)
+        raise OSError(5, "no more")
+
+    pool = Pool(counter, size=3)
+    assert pool.wait_until_full(PATIENCE)
+    monkeypatch.setattr(Machine, "close", fail)
+    with pytest.raises(OSError, match="no more"):
+        pool.close()
+    assert len(closed) == 3
+
+
 def test_a_copy_that_cannot_start_is_closed(counter: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Machine] = []
 

@@ -199,5 +199,4 @@ class Devices:
 
     def close(self) -> None:
         """Close all, the last one first; idempotent. For a VM that has ended."""
-        for attached in reversed(self.by_id.values()):
-            attached.close()
+        Closers(attached.close for attached in self.by_id.values()).close()

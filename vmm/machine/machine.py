@@ -114,7 +114,8 @@ class Machine(Closing):
         self._devices = Devices(first, layout.dax_windows(config.memory))
         self._devices_lock = threading.Lock()  # one change of the devices, or one look at all of them, at a time
         self._hvc: ConsolePort | None = None
-        self._closers = Closers()
+        # The devices again below, in their turn: here for a constructor that fails before that.
+        self._closers = Closers((self._builder.close, self._devices.close))
         self.seccomp = seccomp
         self._unconfined = False
         self._console_callbacks: list[Callable[[bytes], None]] = []
@@ -597,5 +598,3 @@ class Machine(Closing):
             self._run.join()
         with self._devices_lock:
             self._closers.close()
-            self._devices.close()  # where the constructor failed before they had transports
-        self._builder.close()

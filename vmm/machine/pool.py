@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 
-from vmm.closing import Closing
+from vmm.closing import Closers, Closing
 from vmm.config import parse_size, size_text
 from vmm.config.option import check_call
 from vmm.errors import ConfigError, VmmError
@@ -174,5 +174,5 @@ class Pool(Closing):
             self._change.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join()
-        while self._ready:
-            self._ready.pop().close()
+        ready, self._ready = self._ready, []
+        Closers(machine.close for machine in ready).close()

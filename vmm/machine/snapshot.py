@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from devices.acpi_events import GENERATION_CHANGED
+from vmm.closing import Closers
 from vmm.config.devices import DriveConfig, RateLimiterConfig
 from vmm.errors import SnapshotError, VmmError
 from vmm.machine.machine import Machine
@@ -250,8 +251,7 @@ def fork(
             children.append(make(number))
             children[-1].start()
     except BaseException:
-        for child in children:
-            child.close()
+        Closers(child.close for child in children).close()
         raise
     return children
 
