@@ -21,10 +21,12 @@ from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
 from vmm import DriveConfig, Image, Machine, Pool, StopReason, VmConfig, undertaker
 from vmm.config.devices import BalloonConfig, RateLimiterConfig, ShareConfig
-from vmm.errors import ConfigError, SnapshotError, VmmError
+from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.kvm.abi import kvm_ioctl
 from vmm.kvm.vm import software_kvm
-from vmm.machine.snapshot import _child_config
+from vmm.machine import snapshot
+from vmm.machine.private_disk import private_copy
+from vmm.machine.snapshot import _child_config, child_of
 
 KVM_CLOCK_REALTIME, IA32_TSC = 4, 0x10
 KVM_SET_DEBUGREGS, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS = 0x4080_AEA2, 0x8040_AE9F, 0x4040_AEA0
@@ -329,6 +331,30 @@ def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> No
         assert os.pread(child.blocks["drive_1"].disk.fd, 6, 0) == b"shared"
         child.close()
     assert image.read_bytes() == b"parent" * 1024
+
+
+def test_a_disk_that_cannot_be_copied_leaves_no_copy_of_another(
+    tmp_path: Path, guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drives = []
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(512))
+        drives.append(DriveConfig(str(tmp_path / name)))
+    vm = guest(COUNTER, drives=drives)
+    make = child_of(vm)
+    before = len(os.listdir("/proc/self/fd"))
+    copied: list[str] = []
+
+    def copy(source: int, path: str) -> int:
+        copied.append(path)
+        if len(copied) == 2:
+            raise HostError(28, "copy the disk", path)
+        return private_copy(source, path)
+
+    monkeypatch.setattr(snapshot, "private_copy", copy)
+    with pytest.raises(HostError, match="No space left"):
+        make(0)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_fork_that_fails_closes_all_that_it_has_made(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:

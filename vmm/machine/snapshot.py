@@ -295,8 +295,10 @@ def child_of(
 
     def make(number: int) -> Machine | Isolated:
         of_all = next(source.children) if isinstance(source, Machine) else number
-        own = {index: private_copy(file.fd, image.config.drives[index].path) for index, file in disks.items()}
+        own: dict[int, int] = {}
         try:
+            for index, file in disks.items():
+                own[index] = private_copy(file.fd, image.config.drives[index].path)
             config = _child_config(image.config, own, of_all)
             config = config if change is None else change(config, number)
             if isolated:
