@@ -19,8 +19,10 @@ import pytest
 from tests.guide import programs
 from tests.kvm.guests import PATIENCE, run
 from tests.waiting import until
+from virtio.mmio import VirtioMmio
+from virtio.testing import Allocator, MmioDriver
 from vmm import DriveConfig, Image, Machine, Pool, StopReason, VmConfig, undertaker
-from vmm.config.devices import BalloonConfig, RateLimiterConfig, ShareConfig
+from vmm.config.devices import BalloonConfig, EntropyConfig, RateLimiterConfig, ShareConfig
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.kvm.abi import kvm_ioctl
 from vmm.kvm.vm import software_kvm
@@ -379,6 +381,37 @@ def test_a_fork_that_fails_closes_all_that_it_has_made(guest: MakeGuest, monkeyp
         with pytest.raises(OSError, match="no more"):
             vm.fork(5)
     assert sorted(closed, key=id) == sorted(started, key=id)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_devices_go_on_after_a_freeze_where_the_machine_was_started(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    # Also where it ends meanwhile: a guest may have sent something right before.
+    vm = guest(COUNTER, entropy=EntropyConfig())
+    vm.start()
+    driver = MmioDriver(vm.devices["virtio-rng"].transport, Allocator(0x210000, 0x100000))
+    driver.bring_up(size=8)
+    image = vm.freeze()
+    went_on: list[object] = []
+    go_on = VirtioMmio.go_on
+
+    def note(self: VirtioMmio) -> None:
+        went_on.append(self)
+        go_on(self)
+
+    with Machine(image=image) as copy:
+        monkeypatch.setattr(VirtioMmio, "go_on", note)
+        threads = threading.active_count()
+        copy.freeze()
+        assert not went_on and threading.active_count() == threads, "it was not started"
+        if ends:
+            vm._freeze(vm.stop)
+        else:
+            vm.freeze()
+        assert went_on == [*vm.virtio]
+        copy.start()
+        _end(copy, 6)
 
 
 def test_a_copy_of_a_qcow2_disk_is_raw_and_whole() -> None:

@@ -193,9 +193,8 @@ def freeze(
         return image
     finally:
         try:
-            if machine._run.ended is None:
-                for transport in machine.virtio:
-                    transport.go_on()
+            if machine._run.started:  # also where it has ended: what the guest sent last is still to be served
+                Closers(transport.go_on for transport in machine.virtio).close()
         finally:  # whatever failed, the guest is not held for good
             machine._run.release("freeze")
 
