@@ -289,6 +289,23 @@ def test_full_disk_is_named(guest: Guest, capfd: Any) -> None:
     assert capfd.readouterr().err == ("pyvmm: 100 bytes of the console's output are lost: No space left on device\n")
 
 
+def test_a_file_that_tells_at_its_end_what_it_could_not_store(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    console = Console(guest.serial, mode=f"file:{tmp_path / 'log'}")
+    console.start()
+    close = os.close
+
+    def full(fd: int) -> None:
+        close(fd)
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "close", full)
+    console.close()
+    monkeypatch.undo()
+    assert capfd.readouterr().err == "pyvmm: some of the console's output may be lost: No space left on device\n"
+
+
 def test_reader_that_does_not_read_holds_up_no_one_for_long(
     guest: Guest, join: Any, pipes: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

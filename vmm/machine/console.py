@@ -363,7 +363,10 @@ class Console:
                 why = self._write_error or "nobody took them"
                 logger.warn(f"{self.lost} bytes of the console's output are lost: {why}")
             if self._owned is not None:
-                os.close(self._owned)
+                try:
+                    os.close(self._owned)
+                except OSError as error:  # a network's or FUSE's file system says only now what it could not store
+                    logger.warn(f"some of the console's output may be lost: {error.strerror}")
         if self._socket is not None:
             self._socket.close(DRAIN_SECONDS)
         # A thread that is still there keeps its descriptors until the process ends.
