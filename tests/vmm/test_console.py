@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from devices._serial import Serial
 from tests.vmm.serial_guest import LSR, PATIENCE, THRE, Guest
 from tests.waiting import until
+from vmm.budget import raise_descriptor_limit
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
 from vmm.machine import console as console_module
@@ -207,6 +209,34 @@ def test_terminal_that_goes_away(guest: Guest, join: Any, terminal: Any) -> None
     guest.write(b"into the void\n")
     console.close()
     assert console.lost == 14
+
+
+def test_a_terminal_of_another_job_in_a_program_with_many_descriptors(
+    guest: Guest, join: Any, terminal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raise_descriptor_limit()
+    eventfd = os.eventfd
+    looked = threading.Event()
+
+    def high(*how: int) -> int:
+        fd = eventfd(*how)
+        above = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1024)
+        os.close(fd)
+        return above
+
+    def refuse(fd: int, size: int) -> bytes:
+        looked.set()
+        raise OSError(5, os.strerror(5))
+
+    console = join(guest, terminal[1], terminal[1])
+    monkeypatch.setattr(os, "eventfd", high)
+    console.start()
+    monkeypatch.setattr(os, "read", refuse)
+    os.write(terminal[0], b"a")
+    assert looked.wait(PATIENCE)
+    time.sleep(0.05)
+    assert [each.name for each in console._readers if each.is_alive()] == ["console keys", "console in"]
+    monkeypatch.undo()
 
 
 def test_window_that_changes_its_size_interrupts_nothing(guest: Guest, join: Any, terminal: Any) -> None:

@@ -257,6 +257,8 @@ class Console:
         poll = select.poll()
         poll.register(self._in, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        awake = select.poll()  # select(2) takes no descriptor above 1023
+        awake.register(self._wake, select.POLLIN)
         while not any(fd == self._wake for fd, _ in poll.poll()):
             try:
                 data = os.read(self._in, 4096)
@@ -266,7 +268,7 @@ class Console:
                 # This thread blocks SIGTTIN, so a read in the background fails instead of stopping us.
                 if error.errno != errno.EIO or not os.isatty(self._in):
                     return  # the terminal is gone
-                select.select([self._wake], [], [], BACKGROUND_SECONDS)
+                awake.poll(BACKGROUND_SECONDS * 1000)
                 continue
             if not data:
                 return  # end of the input; the guest runs on
