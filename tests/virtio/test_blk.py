@@ -477,6 +477,28 @@ def test_capacity_that_no_disk_has(vm: Vm, size: int) -> None:
         vm.device.set_capacity(size)
 
 
+def test_a_disk_that_is_being_replaced_is_closed_after_that(vm: Vm, tmp_path: Path) -> None:
+    # Or the other file would take the place of whatever has its descriptor's number by then.
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(512))
+    disk = vm.disk
+    open_then: list[int] = []
+
+    class Changing:
+        def change(self, *_: object) -> None:
+            closing.start()
+            closing.join(0.2)
+            open_then.append(disk.fd)
+
+    closing = threading.Thread(target=disk.close)
+    vm.device._backend = Changing()  # type: ignore[assignment]
+    vm.device.replace(str(other))
+    closing.join()
+    assert open_then[0] >= 0 and disk.fd == -1
+    with pytest.raises(ConfigError, match="is closed"):
+        vm.device.replace(str(other))
+
+
 def test_another_file_at_run_time(vm: Vm, image: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.img"
     other.write_bytes(b"o" * 512 * 2 * SECTORS)

@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 import time
 
 from virtio import spec
@@ -71,6 +72,7 @@ class Disk(Closing):
         self.read_only = read_only
         self.direct = direct
         self.fd = -1
+        self.changing = threading.Lock()  # around what ends with `fd` being another file
         flags = os.O_RDONLY if read_only else os.O_RDWR
         try:
             self.fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -211,10 +213,11 @@ class Disk(Closing):
         return f"cannot be opened: {os.strerror(error.errno or 0)}"
 
     def close(self) -> None:
-        """Give the file and its lock back; idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Give the file and its lock back; idempotent. Waits for who changes the disk."""
+        with self.changing:
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 class Block(VirtioDevice):
@@ -335,9 +338,14 @@ class Block(VirtioDevice):
     def replace(self, path: str) -> None:
         """Go on with the file `path`, which may be the same, grown or shrunk; the driver is told its size.
 
-        :raises ConfigError: the file is not a disk, or is in use; the disk stays as it was
+        :raises ConfigError: the file is not a disk, or is in use, or the disk is closed; it stays as it was
         """
-        disk = self.disk
+        with self.disk.changing:
+            self._replace(self.disk, path)
+
+    def _replace(self, disk: Disk, path: str) -> None:
+        if disk.fd < 0:
+            raise ConfigError("disk", disk.path, "is closed")
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(disk.fd)):
             self.set_capacity(disk.measure())
             disk.path, self.replaced = path, True
