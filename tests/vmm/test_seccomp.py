@@ -189,6 +189,21 @@ time.sleep(20)
     assert done.returncode in (STATUS_BAD_SYSCALL, -31), "glibc has blocked even SIGSYS where it makes a thread"
 
 
+def test_a_thread_for_which_there_is_no_memory_is_refused() -> None:
+    done = run("""
+class Poor(threading.Thread):
+    def start(self):
+        raise MemoryError
+
+for _ in range(2):  # and the one that makes threads lives
+    try:
+        threads.guard.start(Poor())
+    except MemoryError:
+        print("refused")
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "refused\n" * 2, "")
+
+
 def test_filters_only_take_away() -> None:
     done = run("threads.enter('vcpu'); threads.enter('base'); print(1); os.open('/etc/hosts', os.O_RDONLY)")
     assert done.returncode in (STATUS_BAD_SYSCALL, 1), done

@@ -108,7 +108,7 @@ class Filters:
             try:
                 thread.start()
                 done.put(None)
-            except RuntimeError as error:
+            except Exception as error:  # no memory for it, too: this thread makes all others
                 done.put(error)
             del thread, done
 
