@@ -83,15 +83,16 @@ class Bell:
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._before, warn_on_full_buffer=False)
-        os.close(self._in)
-        os.close(self._out)
+        ends, self._in = (self._in, self._out), -1  # who rings late writes to nobody's descriptor
+        for fd in ends:
+            os.close(fd)
 
     def fileno(self) -> int:
         """What a byte is written to, to ring it; borrowed."""
         return self._in
 
     def ring(self) -> None:
-        """Wake who waits; any thread, while the context lasts."""
+        """Wake who waits; any thread. After the end of the context it does nothing."""
         _write(self._in, b"\0")
 
     def wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
@@ -115,5 +116,5 @@ class Bell:
 def _write(fd: int, data: bytes) -> None:
     try:
         os.write(fd, data)
-    except BlockingIOError:
-        pass  # there is enough in it to wake anybody
+    except OSError:
+        pass  # there is enough in it to wake anybody, or nobody waits any more

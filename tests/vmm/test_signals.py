@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 import threading
@@ -53,3 +55,14 @@ def test_a_month_is_waited_for_in_parts() -> None:
         other.start()
         assert bell.wait(lambda: bool(rung), 90 * 86400)
         other.join()
+
+
+def test_one_that_rings_late_writes_to_nobodys_descriptor() -> None:
+    with signals.Bell() as bell:
+        pass
+    out, into = os.pipe()  # of the same numbers
+    bell.ring()
+    assert not select.select([out], [], [], 0)[0]
+    os.close(into)
+    os.close(out)
+    bell.ring()
