@@ -306,6 +306,29 @@ def test_who_waits_when_it_is_closed_is_told(guest: MakeGuest) -> None:
         assert told == [f"the copy's process {child.pid} was killed"] * 4
 
 
+def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = guest(IDLE)
+    vm.start()
+    (child,) = _fork(vm)
+    control = child._control
+
+    class Interrupted:
+        send = control.send
+
+        def recv(self, size: int) -> bytes:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "_control", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            child.pause()
+    with pytest.raises(VmmError, match="can be started only once"):
+        child.start()
+    child.close()
+
+
 @pytest.mark.parametrize("seconds", [-1, -1e9])
 def test_time_that_is_over_is_not_waited_for(guest: MakeGuest, seconds: float) -> None:
     (child,) = _fork(guest(IDLE))

@@ -63,6 +63,7 @@ class Isolated(Closing):
         self._stop: Exit | None = None
         self._lock = threading.RLock()
         self._pidfd = self._end = -1
+        self._owed = 1  # answers to come; more than one where a signal's handler ended a wait
         self._control, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
         self._end, end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -166,15 +167,18 @@ class Isolated(Closing):
                 self._control.send(word.encode())
             except OSError:
                 raise VmmError("the copy has ended") from None
+            self._owed += 1
             self._answer()
 
     def _answer(self) -> str:
-        try:
-            data = self._control.recv(4096).decode()
-        except ConnectionResetError:
-            data = ""
-        if not data:
-            raise VmmError("the copy has ended")
+        while self._owed:
+            try:
+                data = self._control.recv(4096).decode()
+            except ConnectionResetError:
+                data = ""
+            if not data:
+                raise VmmError("the copy has ended")
+            self._owed -= 1
         if data.startswith("!"):
             raise VmmError(data[1:])
         return data
