@@ -39,8 +39,7 @@ class Listener:
             if private:
                 os.fchmod(self.socket.fileno(), 0o600)  # which bind gives to the file
             _listen(self.socket, field, path, backlog)
-        status = os.lstat(path)
-        self._file = status.st_dev, status.st_ino
+        self._file = file_at(path)
 
     @property
     def fd(self) -> int:
@@ -62,15 +61,27 @@ class Listener:
 
     def remove_file(self) -> None:
         """Remove the file, if it is still ours, so that nobody new connects; idempotent."""
-        if self._file is None:
-            return
-        try:
-            status = os.lstat(self.path)
-            if (status.st_dev, status.st_ino) == self._file:
-                os.unlink(self.path)
-        except OSError:
-            pass  # gone already, or its directory is, or out of a jail's reach
-        self._file = None
+        if self._file is not None:
+            remove_file(self.path, self._file)
+            self._file = None
+
+
+def file_at(path: str) -> tuple[int, int]:
+    """What tells the file at `path` from others.
+
+    :raises OSError: nothing is there
+    """
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def remove_file(path: str, file: tuple[int, int]) -> None:
+    """Remove what is at `path`, if it is still `file`."""
+    try:
+        if file_at(path) == file:
+            os.unlink(path)
+    except OSError:
+        pass  # gone already, or its directory is, or out of a jail's reach
 
 
 def _listen(listener: socket, field: str, path: str, backlog: int) -> None:

@@ -306,6 +306,18 @@ def test_who_waits_when_it_is_closed_is_told(guest: MakeGuest) -> None:
         assert told == [f"the copy's process {child.pid} was killed"] * 4
 
 
+def test_its_socket_goes_with_it(tmp_path: Path, guest: MakeGuest) -> None:
+    vm = guest(IDLE, vsock=VsockConfig(3, str(tmp_path / "v")))
+    vm.start()
+    first, second = _fork(vm, 2)
+    assert sorted(path.name for path in tmp_path.glob("v*")) == ["v", "v.0", "v.1"]
+    first.close()
+    (tmp_path / "v.1").rename(tmp_path / "kept")
+    (tmp_path / "v.1").write_bytes(b"somebody else's")
+    second.close()
+    assert sorted(path.name for path in tmp_path.glob("v*")) == ["v", "v.1"]
+
+
 def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(
     guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from vmm.exits import Exit, StopReason
 from vmm.machine.snapshot_file import encode, write_all
 from vmm.memory import MemoryFile
 from vmm.signals import LONGEST_POLL
+from vmm.unix_socket import file_at, remove_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Isolated(Closing):
         self._lock = threading.RLock()
         self._pidfd = self._end = -1
         self._owed = 1  # answers to come; more than one where a signal's handler ended a wait
+        self._made: list[tuple[str, tuple[int, int]]] = []  # the file of its socket
         self._control, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
         self._end, end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -75,6 +77,9 @@ class Isolated(Closing):
                     os.close(end)
                 self.pid = int(self._answer())
                 self._pidfd = os.pidfd_open(self.pid)
+                if config.vsock is not None:
+                    path = os.path.abspath(config.vsock.path)
+                    self._made.append((path, file_at(path)))
         except BaseException:
             self.close()
             raise
@@ -145,6 +150,8 @@ class Isolated(Closing):
                     os.close(fd)
             self._pidfd = self._end = -1
             self._control.close()
+            while self._made:
+                remove_file(*self._made.pop())
 
     def _has_ended(self, timeout: float | None) -> bool:
         return self._stop is not None or self._end < 0 or _wait_for(self._end, timeout)
