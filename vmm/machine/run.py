@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import sys
 import threading
+import time
 
 from vmm import logger, threads
 from vmm.errors import HostError, KvmError, VmmError
@@ -44,7 +45,8 @@ class Run:
         self.holds: set[str] = set()
         self.callbacks: list[Callable[[Exit], object]] = []
         self._threads: list[threading.Thread] = []
-        self._own: set[threading.Thread] = set()  # those of vCPUs, from their beginning
+        self._own: set[threading.Thread] = set()  # those of vCPUs, from their beginning to their end
+        self._doubted = False  # whether they have ended, though join() returns
         self._teller: threading.Thread | None = None  # who calls the callbacks
         self._told = threading.Event()  # they have returned
         self._change = threading.Condition()
@@ -127,9 +129,15 @@ class Run:
 
     def join(self) -> None:
         """Once it has ended: wait for its threads, and until the callbacks have returned; but not for who asks."""
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        try:
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join()
+        except BaseException:  # a signal's handler's: before Python 3.13 that thread seems to have ended now
+            self._doubted = True
+            raise
+        while self._doubted and self._own - {threading.current_thread()}:
+            time.sleep(0.001)
         if self._teller is not threading.current_thread():
             self._told.wait()
 
@@ -178,6 +186,7 @@ class Run:
             self.end(failure=failure)
         finally:
             loop.detach()
+            self._own.discard(threading.current_thread())
 
     def _run_once(self, vcpu: Vcpu) -> bool:
         while True:
