@@ -41,9 +41,15 @@ class Closers(list["Callable[[], object]"]):
         return thing
 
     def close(self) -> None:
-        """Make the calls, the last one first; idempotent. One that raises keeps no other from being made."""
-        if self:
+        """Make the calls, the last one first; idempotent. One that raises keeps no other from being made.
+
+        :raises BaseException: the first one's
+        """
+        failure: BaseException | None = None
+        while self:
             try:
                 self.pop()()
-            finally:
-                self.close()
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
