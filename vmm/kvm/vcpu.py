@@ -113,10 +113,9 @@ class Vcpu:
             raise KvmError(22, f"KVM_GET_MSRS {indices[done]:#x}")
         return {entry.index: entry.data for entry in table.entries[:done]}
 
-    def run(self) -> bool:
-        """Run the guest until it was kicked or ended.
+    def run(self) -> None:
+        """Run the guest until it is kicked.
 
-        :returns: True: kicked
         :raises Stop: the guest ended, by a device's word or by an exit that ends it
         :raises KvmError: KVM_RUN failed
         """
@@ -126,7 +125,6 @@ class Vcpu:
             if handler is None:
                 raise Stop(StopReason.INTERNAL_ERROR, detail=f"vCPU {self.index}: unexpected exit reason {reason}")
             handler(self)
-        return True
 
     def _shutdown(self) -> None:
         raise Stop(StopReason.TRIPLE_FAULT, detail=f"vCPU {self.index} at {self.regs.rip:#x}")
@@ -148,7 +146,7 @@ class Vcpu:
         return text
 
     def kick(self) -> None:
-        """Make ``run`` return True soon; from any thread."""
+        """Make ``run`` return soon; from any thread."""
         loop = self._loop  # another thread may close this
         if loop is not None:
             loop.kick()

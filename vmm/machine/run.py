@@ -178,8 +178,8 @@ class Run:
         loop = vcpu.loop  # a callback may close the machine
         try:
             loop.attach(f"fc_vcpu {vcpu.index}", boots=vcpu.index == 0, gate=self._gate)
-            while self._run_once(vcpu) and self.ended is None:
-                pass
+            while self.ended is None:
+                self._run_once(vcpu)
         except Stop as stop:
             self.end(stop.exit)
         except BaseException as failure:  # a device's bug or the host's failure: wait() raises it
@@ -188,12 +188,13 @@ class Run:
             loop.detach()
             self._own.discard(threading.current_thread())
 
-    def _run_once(self, vcpu: Vcpu) -> bool:
+    def _run_once(self, vcpu: Vcpu) -> None:
         while True:
             windows = self._windows()
             seen = [window.repairs for window in windows]
             try:
-                return vcpu.run()
+                vcpu.run()
+                return
             except KvmError as error:
                 # Somebody truncated a file that the guest has mapped, and it touched what is gone: it gets zeros there.
                 # Another vCPU that touched it too may have been first.
