@@ -409,6 +409,32 @@ def test_a_vcpus_own_thread_is_refused_what_would_hold_it(guest: MakeGuest) -> N
     assert told == ["a vCPU's own thread cannot hold the vCPUs; let another thread do this"] * 4
 
 
+def test_a_vcpus_own_thread_is_refused_while_another_holds_the_vcpus(guest: MakeGuest) -> None:
+    told: list[str] = []
+    asked, answer = threading.Event(), threading.Event()
+
+    class Hypercall(Recorder):
+        def write(self, offset: int, data: memoryview) -> None:
+            asked.set()
+            answer.wait(PATIENCE)
+            for call in (vm.freeze, lambda: vm.attach(EntropyConfig()), lambda: vm.detach("virtio-rng")):
+                with pytest.raises(VmmError) as error:
+                    call()
+                told.append(str(error.value))
+
+    vm = guest("mov dx, 0x510\n out dx, al\n" + EXIT, entropy=EntropyConfig())
+    vm.pio.add(0x510, 1, Hypercall(), "hypercall")
+    vm.start()
+    assert asked.wait(PATIENCE)
+    other = threading.Thread(target=vm.freeze)
+    other.start()
+    until(lambda: vm._run.holds)
+    answer.set()
+    other.join(10)
+    assert told == ["a vCPU's own thread cannot hold the vCPUs; let another thread do this"] * 3
+    assert vm.wait(PATIENCE) is not None
+
+
 def test_a_machine_that_was_closed_is_not_started(guest: MakeGuest) -> None:
     vm = guest(EXIT)
     vm.close()

@@ -269,8 +269,12 @@ class Machine(Closing):
         if self._run.ended is not None or self.closed:
             raise VmmError("a machine that has ended cannot be frozen")
         self._devices.refuse_own_threads()
-        with self._devices_lock:
+        with self._locked():
             return freeze(self, while_held, without_memory)
+
+    def _locked(self) -> threading.Lock:
+        self._run.refuse_own_threads()  # who has the lock may wait for them
+        return self._devices_lock
 
     def _new_generation(self) -> None:
         self.memory.write(layout.VM_GENERATION, os.urandom(16))
@@ -502,7 +506,7 @@ class Machine(Closing):
         """
         from virtio.device import VirtioDevice
 
-        with self._devices_lock:
+        with self._locked():
             made = own(device) if isinstance(device, VirtioDevice) else self._builder.make(device)
             attached = self._devices.place(made)
             try:
@@ -551,7 +555,7 @@ class Machine(Closing):
         :raises VmmError: no device has this id, it is the machine's console, the machine has ended, or the caller is a
             vCPU's own thread or the device's
         """
-        with self._devices_lock:
+        with self._locked():
             attached = self._devices.by_id.get(id)
             if attached is None:
                 raise VmmError(f"device {id} does not exist; devices: {', '.join(self._devices.by_id) or 'none'}")

@@ -147,8 +147,7 @@ class Run:
         :raises VmmError: a vCPU's own thread asks, which would wait for itself
         :raises BaseException: what a handler of a signal raised meanwhile, as KeyboardInterrupt; nothing is held for it
         """
-        if threading.current_thread() in self._own:
-            raise VmmError("a vCPU's own thread cannot hold the vCPUs; let another thread do this")
+        self.refuse_own_threads()
         with self._change:
             known = reason in self.holds
             self.holds.add(reason)
@@ -163,6 +162,11 @@ class Run:
             if not known:
                 self.release(reason)
             raise
+
+    def refuse_own_threads(self) -> None:
+        """:raises VmmError: the caller is a vCPU's own thread, so it may not wait for who holds the vCPUs"""
+        if threading.current_thread() in self._own:
+            raise VmmError("a vCPU's own thread cannot hold the vCPUs; let another thread do this")
 
     def release(self, reason: str) -> None:
         """The reason is gone."""
