@@ -17,12 +17,14 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.jail.jailed import ROOT
 from tests.jail.terminal import Terminal
 from tests.waiting import has_ended, until
+from vmm.machine.terminal import raw
 from vmm.sandbox.process import CLOSE
 from vmm.sandbox.registry import Place
 
@@ -301,3 +303,22 @@ def test_by_nohup_a_pull_outlives_its_terminal(place: Path, start: Start) -> Non
     terminal.hang_up()
     (place / "go").touch()
     assert terminal.end() == 1 and (place / "unpacked").exists()
+
+
+def test_a_signal_as_soon_as_a_terminal_is_raw_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    set_handler = signal.signal
+
+    def late(number: int, handler: Any) -> object:
+        if number == signal.SIGCONT:
+            raise SystemExit(128 + signal.SIGTERM)
+        return set_handler(number, handler)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", late)
+        with pytest.raises(SystemExit), raw(slave, {}):
+            pass
+    assert (termios.tcgetattr(slave), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == before
+    os.close(slave)
+    os.close(master)

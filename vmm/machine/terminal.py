@@ -35,12 +35,13 @@ def raw(terminal: int | None, handlers: Mapping[int, Handler]) -> Iterator[None]
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
 
-    for number, handler in {signal.SIGTERM: _end, signal.SIGHUP: _end, **handlers}.items():
-        heed(number, handler)
-    mode = None if terminal is None else _make_raw(terminal)
-    if terminal is not None:
-        heed(signal.SIGCONT, lambda *_: _make_raw(terminal))  # the shell has set its own mode
+    mode = None
     try:
+        for number, handler in {signal.SIGTERM: _end, signal.SIGHUP: _end, **handlers}.items():
+            heed(number, handler)
+        if terminal is not None:
+            mode = _make_raw(terminal)
+            heed(signal.SIGCONT, lambda *_: _make_raw(terminal))  # the shell has set its own mode
         yield
     finally:
         if signal.SIGCONT in before:
