@@ -184,7 +184,8 @@ def test_a_name_that_is_not_there(command: str) -> None:
 
 def test_a_served_vm_says_its_state_by_its_api(tmp_path: Path) -> None:
     guest = tiny_guest(tmp_path, BUTTON)
-    with Process([PYVMM, "serve", "--id", WORD], tmp_path) as process:
+    (tmp_path / "log").touch()
+    with Process([PYVMM, "serve", "--id", WORD, "--log-path", str(tmp_path / "log")], tmp_path) as process:
         boot = {"kernel_image_path": guest}
         assert process.request("PUT", "/boot-source", boot).status == 204
         assert process.request("PUT", "/actions", {"action_type": "InstanceStart"}).status == 204
@@ -204,6 +205,7 @@ def test_a_program_with_vms_is_listed_and_not_stopped(tmp_path: Path) -> None:
     program.write_text(f"""
 from vmm import Machine
 with Machine({guest!r}, memory="16M") as vm:
+        assert "] Running Firecracker v" in pyvmm("logs", WORD).stdout
     vm.start()
     print("up", flush=True)
     input()

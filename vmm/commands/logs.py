@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     files = []
     for path in paths:
         try:
-            files.append((os.readlink(path) if path.startswith("/proc/") else path, open(path, "rb")))
+            files.append((os.readlink(path) if os.path.islink(path) else path, open(path, "rb")))
         except OSError as error:
             raise HostError(error.errno or 0, "read", path) from None
     shown = ""
