@@ -182,6 +182,16 @@ def test_a_name_that_is_not_there(command: str) -> None:
     assert done.stderr.startswith(f"pyvmm {command}: NAME no-such-vm: is not the name or PID of a VM that runs here; ")
 
 
+def test_where_sandboxes_have_no_place_vms_are_listed(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pyvmm").write_text("no directory can be made here")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    process = start(DEAF)
+    assert pyvmm("stop", "--timeout", "0", WORD).returncode == 0
+    assert process.wait(timeout=10) == 130
+
+
 def test_a_served_vm_says_its_state_by_its_api(tmp_path: Path) -> None:
     guest = tiny_guest(tmp_path, BUTTON)
     (tmp_path / "log").touch()
@@ -195,6 +205,7 @@ def test_a_served_vm_says_its_state_by_its_api(tmp_path: Path) -> None:
         assert process.request("PATCH", "/vm", {"state": "Paused"}).status == 204
         assert (seen := listed(pid)) is not None and seen["state"] == "paused"
         assert process.request("PATCH", "/vm", {"state": "Resumed"}).status == 204
+        assert "] Running Firecracker v" in pyvmm("logs", WORD).stdout
         assert pyvmm("stop", "--timeout", "60", str(pid)).returncode == 0
         assert process.process.wait(timeout=10) == 0 and listed(pid) is None
 
@@ -205,7 +216,6 @@ def test_a_program_with_vms_is_listed_and_not_stopped(tmp_path: Path) -> None:
     program.write_text(f"""
 from vmm import Machine
 with Machine({guest!r}, memory="16M") as vm:
-        assert "] Running Firecracker v" in pyvmm("logs", WORD).stdout
     vm.start()
     print("up", flush=True)
     input()

@@ -53,7 +53,11 @@ class Running(NamedTuple):
 def find() -> list[Running]:
     """All of them, by name."""
     sandboxes: dict[int, list[dict[str, object]]] = {}
-    for each in registry.all_running():
+    try:
+        registered = registry.all_running()
+    except (ConfigError, OSError):
+        registered = []  # their place is not ours or cannot be made, as on a full disk: then there are none
+    for each in registered:
         sandboxes.setdefault(each["pid"], []).append(each)
     found = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
