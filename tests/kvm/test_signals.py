@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.oracle import PYVMM, Process
+from tests.api.oracle import PYVMM, Client, Process
 from tests.kvm.guests import PATIENCE, write_guest
+from tests.waiting import until
 from vmm.testing import tiny_guest
 
 # Says so, and then nothing for ever.
@@ -198,6 +199,27 @@ def test_the_signal_is_logged_and_counted_as_firecracker_does(
     assert f"] Shutting down VM after intercepting signal {int(number)}, code 0.\n" in log
     metrics = (tmp_path / "metrics").read_text().replace(" ", "")
     assert f'"{field}":1' in metrics and '"sigpipe":1' in metrics
+
+
+def test_a_log_whose_reader_went_away_holds_up_nobody(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics"
+    metrics.touch()
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ["--api-sock", "s", "--level", "Info", "--metrics-path", "metrics"]
+    process = subprocess.Popen([*PYVMM, *words], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer)
+    os.close(writer)
+    try:
+        until((tmp_path / "s").exists)
+        client = Client(tmp_path / "s")
+        assert client.request("PUT", "/mmds", b"{}").status == 204
+        client.close()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert '"sigpipe":0' not in metrics.read_text()
 
 
 def test_a_true_fault_ends_it_with_one_line() -> None:

@@ -304,9 +304,9 @@ class _Serve:
         signals.on_power(self._press_power_button)
 
     def _is_over(self) -> bool:
-        while self._broken_pipes:
-            self._broken_pipes -= 1
-            self._vmm.metrics.count("signals", "sigpipe")
+        if self._broken_pipes:
+            self._vmm.metrics.count("signals", "sigpipe", self._broken_pipes)
+            self._broken_pipes = 0  # with the next one, where it was the log's own reader that went away
             logger.error("Received signal 13, code 0.")
         self._signal = self._signal or self._faults.sent()
         return self._ended or self._signal > 0
