@@ -169,6 +169,35 @@ def test_a_name_that_is_not_utf_8(room: Path) -> None:
             assert done.stderr.count(b"\n") == 1
 
 
+# A runtime that has closed its end, and a disk that is full; the status, and a part of the log.
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (["run", "kernel", "--memory", "4M", "--any-kernel"], 80, ""),
+        (["run", "kernel", "--nonsense"], 2, ""),
+        (["serve", "--log-path", "log", "--level", "loud"], 152, "--level loud: must be"),
+        (["serve", "--log-path", "log", "--no-api"], 153, "--no-api: needs --config-file"),
+        (["serve", "--log-path", "log", "--api-sock", "no/s"], 1, "--api-sock no/s: cannot be made"),
+    ],
+)
+def test_standard_error_that_nobody_reads_changes_no_end(
+    room: Path, words: list[str], status: int, told: str, where: str
+) -> None:
+    (room / "log").touch()
+    reader, writer = os.pipe()
+    os.close(reader)
+    sink = os.open(where, os.O_WRONLY) if where.startswith("/") else writer
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], cwd=room, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=sink, timeout=60,
+    )  # fmt: skip
+    for fd in {sink, writer}:
+        os.close(fd)
+    assert done.returncode == status
+    assert told in (room / "log").read_text()
+
+
 def test_nowhere_to_put_images_is_said(room: Path) -> None:
     for host, words in itertools.product(
         ("no home, no passwd entry", "empty home"), (["run", "debian"], ["pull", "busybox"])

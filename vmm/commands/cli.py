@@ -67,6 +67,15 @@ def parse(name: str, module: ModuleType, words: list[str]) -> Any:
         return end.code
 
 
+class _Unheard(io.FileIO):
+    # Standard error whose reader is gone, or whose disk is full: what it cannot say keeps nothing from being done.
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
 def _hold_standard_descriptors() -> None:
     # Started with stdin or stdout closed, the next open would become them: a guest's memory as our terminal.
     for fd in range(3):
@@ -76,7 +85,9 @@ def _hold_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)
     # The interpreter has none where the descriptor was closed.
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    if sys.stderr is sys.__stderr__:  # else it is that of a test
+        unheard = io.BufferedWriter(_Unheard(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(unheard, errors="backslashreplace", line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
 
@@ -117,10 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell(name: str, problem: str, status: int) -> int:
-    try:
-        print(f"pyvmm {name}".strip() + f": {problem}", file=sys.stderr)
-    except (OSError, ValueError):
-        pass  # nobody listens
+    print(f"pyvmm {name}".strip() + f": {problem}", file=sys.stderr)
     return status
 
 

@@ -108,11 +108,8 @@ class _Progress:
 
     @staticmethod
     def _draw(line: str) -> None:
-        try:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-        except OSError:
-            pass  # the terminal is gone: nobody looks on
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
 
     def __call__(self, step: str, done: float | None) -> None:
         percent = -1 if done is None else int(done * 100)
