@@ -169,6 +169,16 @@ def test_a_name_that_is_not_utf_8(room: Path) -> None:
             assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--log-path", "--metrics-path"])
+def test_what_the_api_could_not_tell_is_refused_at_the_start(room: Path, option: str) -> None:
+    (room / "w\udcff").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "serve", "--api-sock", "s", option, "w\udcff"], cwd=room, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "pyvmm serve: 'w\\udcff' is not UTF-8, which is needed here\n")
+
+
 # A runtime that has closed its end, and a disk that is full; the status, and a part of the log.
 @pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
 @pytest.mark.parametrize(

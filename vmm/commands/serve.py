@@ -316,18 +316,20 @@ class _Serve:
         from typing import Any
 
         from vmm.api import ApiError, types
-        from vmm.api.bodies import decode
+        from vmm.api.bodies import decode, encode
         from vmm.api.routes import VmmAction
 
         args = self._args
         start, start_cpu, parent = self._times
         self._vmm.metrics.report_start(start, start_cpu, parent or 0)
+        # Names go by JSON, as the API tells them: one that is not UTF-8 is refused here, and not when somebody asks.
         chosen = {name: getattr(args, name) or None for name in ("log_path", "level", "module", *_SHOW)}
         if any(chosen.values()):
-            self._vmm.handle(VmmAction("ConfigureLogger", types.Logger(**chosen)))
+            self._vmm.handle(VmmAction("ConfigureLogger", decode(types.Logger, encode(chosen))))
         logger.info(f"Running Firecracker v{API_VERSION}")
         if args.metrics_path is not None:
-            self._vmm.handle(VmmAction("ConfigureMetrics", types.Metrics(metrics_path=args.metrics_path)))
+            body = decode(types.Metrics, encode({"metrics_path": args.metrics_path}))
+            self._vmm.handle(VmmAction("ConfigureMetrics", body))
         if args.metadata is not None:
             try:
                 with open(args.metadata, "rb") as file:
