@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.kvm.guests import write_guest
+from vmm.commands.cli import main
 from vmm.errors import host_problem
 
 NOBODY = 54321  # in no password file
@@ -206,6 +207,14 @@ def test_standard_error_that_nobody_reads_changes_no_end(
         os.close(fd)
     assert done.returncode == status
     assert told in (room / "log").read_text()
+
+
+def test_a_file_that_is_too_large_for_a_state_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory"
+    path.touch()
+    os.truncate(path, 1 << 42)
+    assert main(["serve", "--describe-snapshot", str(path)]) == 1
+    assert "is not a snapshot of pyvmm: it is too large" in capsys.readouterr().err
 
 
 def test_nowhere_to_put_images_is_said(room: Path) -> None:

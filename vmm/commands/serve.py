@@ -163,14 +163,13 @@ def _leave(status: int) -> int:
 
 def _tell_snapshot_version(path: str | None) -> int:
     from vmm.errors import SnapshotError
-    from vmm.machine.snapshot_file import FORMAT, format_of
+    from vmm.machine.snapshot_file import FORMAT, format_of, read_state
 
     try:
         if path is None:
             number = FORMAT
         else:
-            with open(path, "rb") as file:
-                number = format_of(file.read(), path)
+            number = format_of(read_state(path), path)
     except (OSError, SnapshotError) as error:
         why = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"pyvmm serve: --describe-snapshot {why}", file=sys.stderr)
@@ -306,8 +305,8 @@ class _Serve:
     def _is_over(self) -> bool:
         if self._broken_pipes:
             self._vmm.metrics.count("signals", "sigpipe", self._broken_pipes)
-            self._broken_pipes = 0  # with the next one, where it was the log's own reader that went away
             logger.error("Received signal 13, code 0.")
+            self._broken_pipes = 0  # with the next one, where it was the log's own reader that went away
         self._signal = self._signal or self._faults.sent()
         return self._ended or self._signal > 0
 
@@ -322,8 +321,8 @@ class _Serve:
         args = self._args
         start, start_cpu, parent = self._times
         self._vmm.metrics.report_start(start, start_cpu, parent or 0)
-        # Names go by JSON, as the API tells them: one that is not UTF-8 is refused here, and not when somebody asks.
         chosen = {name: getattr(args, name) or None for name in ("log_path", "level", "module", *_SHOW)}
+        # Names go by JSON, as the API tells them: one that is not UTF-8 is refused here, and not when somebody asks.
         if any(chosen.values()):
             self._vmm.handle(VmmAction("ConfigureLogger", decode(types.Logger, encode(chosen))))
         logger.info(f"Running Firecracker v{API_VERSION}")
