@@ -39,6 +39,7 @@ BYTES = [
         b"GET  / HTTP/1.1",
         b"GET / HTTP/1.1 ", b" GET / HTTP/1.1", b"GET /\tHTTP/1.1", b"GET / http/1.1", b"GET /\x80 HTTP/1.1",
         b"GET /a b HTTP/1.1", b"GET * HTTP/1.1", b"GET version HTTP/1.1", b"GET http://localhost/version HTTP/1.1",
+        b"GET /a://b/version HTTP/1.1", b"GET /version?x=http://a/b HTTP/1.1",
         b"garbage", b"\r\n\r\nGET / HTTP/1.1",
     )),
     b"GET / HTTP/1.1\n\n", b"\r\n\r\n", b"GET /", GET, bytes(20), bytes(range(256)) + b"\r\n\r\n",

@@ -110,6 +110,14 @@ def test_requests_one_after_the_other_and_in_pieces(echo: tuple[Path, Server]) -
     assert [client.receive().json for _ in range(3)] == [["GET", "/a", 0], ["PUT", "/b", 3], ["GET", "/c", 0]]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [("http://a/b/c", "/b/c"), ("http://a", "/"), ("/a://b/c", "/a://b/c"), ("/b?c=http://d/e", "/b?c=http://d/e")],
+)
+def test_only_a_whole_uri_has_a_host(echo: tuple[Path, Server], target: str, path: str) -> None:
+    assert Client(echo[0]).request("GET", target).json == ["GET", path, 0]
+
+
 def test_a_client_that_asks_first_may_go_on(echo: tuple[Path, Server]) -> None:
     answer = ask(echo[0], b"PUT /b HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc")
     assert answer.startswith(b"HTTP/1.1 100 ")

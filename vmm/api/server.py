@@ -151,7 +151,7 @@ class _Connection:
         self.read_by = None
         self.in_line = True
         method, path = self.parser.get_method().decode(), self._path()
-        if "://" in path:
+        if "://" in path and not path.startswith("/"):
             path = "/" + path.partition("://")[2].partition("/")[2]
         self.requests.append((method, path, b"".join(self.body), self.parser.should_keep_alive()))
 
@@ -240,7 +240,6 @@ class Server:
         self.answer = answer
         self.patience = patience
         self.max_payload = max_payload
-        self.refused = 0
         self._listener = listener
         self._connections: dict[int, _Connection] = {}
         self._accepting_from: float | None = None  # None: it accepts
@@ -313,7 +312,6 @@ class Server:
                 self._poll.register(sock, select.EPOLLIN)
                 self._connections[sock.fileno()] = _Connection(sock, self)
                 return
-            self.refused += 1
             sock.send(FULL)
         except OSError:
             pass  # it is gone, or the host can watch no more
