@@ -96,7 +96,7 @@ _mmds_value = st.recursive(
     lambda inner: st.dictionaries(_SOME(("a", "b", "c")), inner, max_size=2) | st.lists(inner, max_size=2),
     max_leaves=4,
 )
-_mmds = st.dictionaries(_SOME(("a", "b", "latest")), _mmds_value, max_size=3)
+_mmds = st.dictionaries(_SOME(("a", "b", "latest")), _mmds_value, max_size=3) | _mmds_value
 _fields = st.fixed_dictionaries
 # (method, path, strategy of the body, weight): a {name} in the path is that field of the body.
 BODIES: tuple[tuple[str, str, st.SearchStrategy[Any], int], ...] = (

@@ -80,8 +80,8 @@ def _answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, 
     except Exception as error:  # a mistake of ours must cost neither the VM nor the API
         sys.excepthook(*sys.exc_info())
         return 500, encode(types.Fault(fault_message=f"Internal error: {type(error).__name__}: {error}")), ()
-    if isinstance(result, str):
-        return 200, result.encode(), (PROMETHEUS,)
+    if action.name == "GetPrometheusMetrics":
+        return 200, str(result).encode(), (PROMETHEUS,)
     return (204, b"", headers) if result is None else (200, encode(result), headers)
 
 
