@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shlex
 import signal
 import socket
@@ -23,7 +24,7 @@ import pytest
 
 from tests.jail.jailed import ROOT
 from tests.jail.terminal import Terminal
-from tests.waiting import has_ended, until
+from tests.waiting import PATIENCE, has_ended, until
 from vmm.machine.terminal import raw
 from vmm.sandbox.process import CLOSE
 from vmm.sandbox.registry import Place
@@ -269,6 +270,38 @@ def test_a_signal_gives_the_terminal_back(start: Start, box: None) -> None:
     os.kill(terminal.job(), signal.SIGHUP)
     assert terminal.end() == 128 + signal.SIGHUP
     assert termios.tcgetattr(terminal.slave) == terminal.before
+
+
+def test_a_signal_passes_what_the_command_does_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    box = Place("box", {"env": {}, "cwd": None, "user": None})
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(box.socket)
+        listener.listen()
+        listener.settimeout(PATIENCE)
+        process = subprocess.Popen([PYVMM, "exec", "box", "sh"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        try:
+            command, _ = listener.accept()
+            assert command.recv(64)
+            command.sendall(b"OK 1\n")
+            assert command.recv(4096)
+            command.sendall(b"p\4\0\0\0\1\0\0\0")
+            assert process.stdin is not None
+            keys = process.stdin.fileno()
+            while select.select([], [keys], [], 0.3)[1]:
+                os.write(keys, bytes(4096))
+            process.terminate()
+            other, _ = listener.accept()
+            assert other.recv(64)
+            other.sendall(b"OK 2\n")
+            assert b'"signal"' in other.recv(4096)
+            other.sendall(b"k\0\0\0\0")
+            command.sendall(b"x\3\0\0\0\0\7\0")
+            assert process.wait(PATIENCE) == 7
+        finally:
+            process.kill()
+            process.wait()
+    box.close()
 
 
 def test_by_nohup_a_command_in_a_sandbox_outlives_its_terminal(start: Start, box: None) -> None:

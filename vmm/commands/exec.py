@@ -105,7 +105,7 @@ def connect(process: Process, *, terminal: bool) -> int:
 def _bridge(process: Process, bell: int, *, terminal: bool) -> int:
     channel = process.channel
     left = memoryview(b"")
-    more = True
+    more, resized = True, False
     while not process.ended:
         if channel.buffered:
             process.pump(_FOREVER)
@@ -114,11 +114,12 @@ def _bridge(process: Process, bell: int, *, terminal: bool) -> int:
         poll.register(channel, select.POLLIN | (select.POLLOUT if left else 0))
         if more and not left:
             poll.register(0, select.POLLIN)
-        if not left:
-            poll.register(bell, select.POLLIN)
+        poll.register(bell, select.POLLIN)
         ready = dict(poll.poll())
         rung = os.read(bell, 4096) if bell in ready else b""
-        if b"w" in rung:
+        resized |= b"w" in rung
+        if resized and not left:  # it goes the way that the keys go, and not into one of their frames
+            resized = False
             try:
                 size = os.get_terminal_size(0)
                 process.resize(size.lines, size.columns)
