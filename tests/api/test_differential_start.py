@@ -106,6 +106,7 @@ COMMAND_LINES = [shlex.split(line) for line in (
     "--id a-b", "--id a_b", "--id ''", "--id " + "a" * 64, "--id " + "a" * 65, "--id a --id b", "--id=a", "--no-api",
     "--config-file missing", "--no-seccomp", "--no-seccomp --no-seccomp", "--no-seccomp=1", "--seccomp-level 0",
     "--level Info", "--level debug", "--level loud", "--level", "--log-path log", "--log-path missing",
+    "--log-path ''", "--metrics-path ''",
     "--log-path log --show-level --show-log-origin --module api", "--metrics-path metrics", "--metrics-path missing",
     "--boot-timer", "--boot-timer 1", "--http-api-max-payload-size 100", "--http-api-max-payload-size x",
     "--http-api-max-payload-size -1", "--mmds-size-limit 100", "--mmds-size-limit x",

@@ -190,6 +190,7 @@ def test_what_the_api_could_not_tell_is_refused_at_the_start(room: Path, option:
         (["serve", "--log-path", "log", "--level", "loud"], 152, "--level loud: must be"),
         (["serve", "--log-path", "log", "--no-api"], 153, "--no-api: needs --config-file"),
         (["serve", "--log-path", "log", "--api-sock", "no/s"], 1, "--api-sock no/s: cannot be made"),
+        (["serve", "--log-path", "log", "--metadata", "kernel"], 1, "--metadata kernel: An error occurred when"),
     ],
 )
 def test_standard_error_that_nobody_reads_changes_no_end(

@@ -188,6 +188,19 @@ def _number(args: Arguments, option: str) -> int | None:
     return None if text is None else parse_count(option, text, 0, (1 << 63) - 1)
 
 
+def _use(option: str, path: str, use: Callable[[bytes], object]) -> None:
+    # What goes wrong with the file of an option is told with its name.
+    from vmm.api import ApiError
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+        use(text)
+    except (OSError, ApiError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ApiError(f"{option} {path}: {why}") from error
+
+
 class _Serve:
     def __init__(
         self, args: Arguments, times: list[int | None], payload: int, mmds_limit: int, on_ready: Callable[[], object]
@@ -204,7 +217,7 @@ class _Serve:
         self._server: Server | None = None
         # What is logged from the first line on, or starts at once, is not answered before that.
         early_words = (args.config_file, args.log_path, args.level, args.module, args.metrics_path, args.metadata)
-        self._hasty = not any(early_words)
+        self._hasty = all(word is None for word in early_words)
 
     def run(self) -> int:
         """From the socket to the exit code."""
@@ -269,7 +282,7 @@ class _Serve:
             if args.config_file is not None:
                 self._vmm.prepare()
                 self._confine()
-                self._start_from(args.config_file)
+                _use("--config-file", args.config_file, self._start_from)
                 logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
                 self._early.set_answer(self._answer, lambda field: self._vmm.metrics.count("get_api_requests", field))
@@ -314,28 +327,24 @@ class _Serve:
         # The logger and the metrics, as far as the command line says where they go.
         from typing import Any
 
-        from vmm.api import ApiError, types
+        from vmm.api import types
         from vmm.api.bodies import decode, encode
         from vmm.api.routes import VmmAction
 
         args = self._args
         start, start_cpu, parent = self._times
         self._vmm.metrics.report_start(start, start_cpu, parent or 0)
-        chosen = {name: getattr(args, name) or None for name in ("log_path", "level", "module", *_SHOW)}
+        names = ("log_path", "level", "module", *_SHOW)
+        chosen = {name: value for name in names if (value := getattr(args, name)) not in (None, False)}
         # Names go by JSON, as the API tells them: one that is not UTF-8 is refused here, and not when somebody asks.
-        if any(chosen.values()):
+        if chosen:
             self._vmm.handle(VmmAction("ConfigureLogger", decode(types.Logger, encode(chosen))))
         logger.info(f"Running Firecracker v{API_VERSION}")
         if args.metrics_path is not None:
             body = decode(types.Metrics, encode({"metrics_path": args.metrics_path}))
             self._vmm.handle(VmmAction("ConfigureMetrics", body))
         if args.metadata is not None:
-            try:
-                with open(args.metadata, "rb") as file:
-                    text = file.read()
-            except OSError as error:
-                raise ApiError(f"--metadata {args.metadata}: {error.strerror}") from None
-            self._vmm.handle(VmmAction("PutMMDS", decode(Any, text)))
+            _use("--metadata", args.metadata, lambda text: self._vmm.handle(VmmAction("PutMMDS", decode(Any, text))))
 
     def _confine(self) -> None:
         if not self._args.no_seccomp:
@@ -355,19 +364,13 @@ class _Serve:
             self._server.then(self._end)
         return answer
 
-    def _start_from(self, path: str) -> None:
-        from vmm.api import ApiError, types
+    def _start_from(self, text: bytes) -> None:
+        from vmm.api import types
         from vmm.api.bodies import decode
         from vmm.api.routes import VmmAction
 
-        try:
-            with open(path, "rb") as file:
-                text = file.read()
-            self._vmm.configure(decode(types.VmConfiguration, text))
-            self._vmm.handle(VmmAction("StartMicroVm"))
-        except (OSError, ApiError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise ApiError(f"--config-file {path}: {why}") from error
+        self._vmm.configure(decode(types.VmConfiguration, text))
+        self._vmm.handle(VmmAction("StartMicroVm"))
 
     def _on_start(self, machine: Machine) -> None:
         self._machine = machine
