@@ -218,6 +218,19 @@ def test_a_file_that_is_too_large_for_a_state_is_not_read(tmp_path: Path, capsys
     assert "is not a snapshot of pyvmm: it is too large" in capsys.readouterr().err
 
 
+def test_a_configuration_that_cannot_be_written_is_what_it_was(room: Path) -> None:
+    (room / "vm.json").write_text("mine")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    for name in ("vm.json", "new.json"):
+        done = subprocess.run(
+            [sys.executable, "-c", limit + PROGRAM, "run", "kernel", "--write-config", name], cwd=room, text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "File too large" in done.stderr, done.stderr
+    assert (room / "vm.json").read_text() == "mine"
+    assert sorted(os.listdir(room)) == ["config.json", "kernel", "vm.json"]
+
+
 def test_nowhere_to_put_images_is_said(room: Path) -> None:
     for host, words in itertools.product(
         ("no home, no passwd entry", "empty home"), (["run", "debian"], ["pull", "busybox"])

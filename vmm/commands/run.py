@@ -227,12 +227,16 @@ def _write_config(config: VmConfig, path: str) -> int:
     import msgspec
 
     from vmm.api.translate import vm_body
+    from vmm.machine.snapshot_file import write_all, write_whole
 
-    text = msgspec.json.format(msgspec.json.encode(vm_body(config)), indent=2)
+    text = msgspec.json.format(msgspec.json.encode(vm_body(config)), indent=2) + b"\n"
     try:
-        # For its owner alone, as all that we make: an address, a path or a boot argument may be somebody's secret.
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(text + b"\n")
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as file:  # a pipe, as /dev/stdout may be
+                file.write(text)
+        else:
+            # For its owner alone, as all that we make: an address, a path or a boot argument may be somebody's secret.
+            write_whole((path, lambda fd: write_all(fd, text)))
     except OSError as error:
         raise ConfigError("--write-config", path, f"cannot be written: {error.strerror}") from None
     return 0
