@@ -92,6 +92,7 @@ def test_what_is_refused_is_said_in_one_line(ctl: Ctl, tmp_path: Path) -> None:
     for words in (("drive", "d"), ("net", "n"), ("drive", "d", "--bps", "5"), ("drive", "d", "--bps", "x")):
         assert ctl(*words, status=2).count("\n") == 1
     assert "is not valid JSON" in ctl("mmds", "put", "{", status=2)
+    assert "is not valid JSON" in ctl("mmds", "put", "[" * 100_000, status=2)
 
 
 def test_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 
 from vmm import __version__, launched
-from vmm.errors import ConfigError, host_problem
+from vmm.errors import ConfigError, host_problem, line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _run(arguments: list[str]) -> int:
             from vmm.config import did_you_mean
 
             guess, program = did_you_mean(name, COMMANDS) or ";", paint("pyvmm:", 1, sys.stderr)
-            print(f"{program} {name} is not a command{guess} allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+            print(f"{program} {line(name)} is not a command{guess} allowed: {', '.join(COMMANDS)}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments
     if name in STARTS:

@@ -237,7 +237,7 @@ def _metrics(client: Client, args: argparse.Namespace) -> None:
 def _document(text: str | None) -> object:
     try:
         return json.loads(sys.stdin.read() if text in (None, "-") else text or "")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("JSON", text or "", f"is not valid JSON: {error}") from None
 
 

@@ -11,6 +11,7 @@ import sys
 from vmm.commands import guide
 from vmm.commands.cli import COMMANDS, STATUS_CONFIG
 from vmm.config import did_you_mean
+from vmm.errors import line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             elif "--disk" in _options(self):
                 message += f"; a second disk is: --disk {word}"
         name = paint(f"{self.prog}:", 1, sys.stderr)
-        self.exit(self.error_status, f"{name} {message} (see {self.prog} --help)\n")
+        self.exit(self.error_status, f"{name} {line(message)} (see {self.prog} --help)\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
