@@ -201,7 +201,10 @@ def _valid(draw: st.DrawFn) -> Request:
 def _damaged(draw: st.DrawFn) -> Request:
     # A body with one thing wrong: with two, which one is told of is nobody's business.
     method, path, strategy, _ = draw(_SOME(BODIES))
-    body = copy.deepcopy(draw(strategy.filter(lambda body: not any(each in json.dumps(body) for each in _UNREADABLE))))
+    whole = strategy.filter(
+        lambda body: isinstance(body, dict) and not any(each in json.dumps(body) for each in _UNREADABLE)
+    )
+    body = copy.deepcopy(draw(whole))
     inside = body
     while True:
         deeper = [value for value in inside.values() if isinstance(value, dict) and value]
