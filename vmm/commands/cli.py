@@ -166,11 +166,10 @@ def entry() -> NoReturn:
     status = main()
     launched.hear_interrupts(False)
     launched.drop_socket()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass  # its reader is gone, or it was closed from the start
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        pass  # its reader is gone, or it was closed from the start
     os._exit(status)
 
 

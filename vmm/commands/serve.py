@@ -10,7 +10,7 @@ import threading
 from vmm import __version__, launched, logger, signals, threads
 from vmm.api import API_VERSION
 from vmm.config import attribute, fill_from_files, parse_count, parse_plain
-from vmm.errors import ConfigError, host_problem
+from vmm.errors import ConfigError, host_errors, host_problem
 from vmm.exits import StopReason
 
 TYPE_CHECKING = False
@@ -162,18 +162,12 @@ def _leave(status: int) -> int:
 
 
 def _tell_snapshot_version(path: str | None) -> int:
-    from vmm.errors import SnapshotError
     from vmm.machine.snapshot_file import FORMAT, format_of, read_state
 
-    try:
-        if path is None:
-            number = FORMAT
-        else:
+    number = FORMAT
+    if path is not None:
+        with host_errors("--describe-snapshot", path):
             number = format_of(read_state(path), path)
-    except (OSError, SnapshotError) as error:
-        why = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"pyvmm serve: --describe-snapshot {why}", file=sys.stderr)
-        return STATUS_GENERIC
     print(f"v{number}.0.0")
     return STATUS_OK
 

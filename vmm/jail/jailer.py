@@ -347,10 +347,6 @@ def _mount_proc() -> None:
         print(f"pyvmm jailer: no /proc in the jail, so no shares (needs Linux 5.8): {error}", file=sys.stderr)
 
 
-class _CapHeader(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
 def drop_privileges(uid: int, gid: int) -> None:
     """Be this user in this group, without capabilities and for good; root keeps CAP_DAC_OVERRIDE.
 
@@ -367,10 +363,10 @@ def drop_privileges(uid: int, gid: int) -> None:
         os.setresuid(uid, uid, uid)
     except OSError as error:
         raise HostError(error.errno or 0, f"become {uid}:{gid}") from None
-    header = _CapHeader(CAPABILITY_VERSION_3, 0)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3)  # and 0: this process
     # A jail of root's opens what root opens: a file of another user's, a FIFO of mode 0, as Kata makes them.
     kept = CAP_DAC_OVERRIDE if uid == 0 else 0
-    call("capset", ctypes.byref(header), (ctypes.c_uint32 * 6)(kept, kept))
+    call("capset", header, (ctypes.c_uint32 * 6)(kept, kept))
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
