@@ -201,6 +201,17 @@ def test_the_signal_is_logged_and_counted_as_firecracker_does(
     assert f'"{field}":1' in metrics and '"sigpipe":1' in metrics
 
 
+@pytest.mark.parametrize("option", ["--config-file", "--metadata"])
+def test_what_never_ends_is_not_read_on_after_a_signal(tmp_path: Path, option: str) -> None:
+    os.mkfifo(tmp_path / "f")
+    words = ["--api-sock", "s", option, "f"]
+    process = subprocess.Popen([*PYVMM, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "f", "wb"):  # which waits until it is read
+        process.terminate()
+        assert process.communicate(timeout=PATIENCE)[1] == f"pyvmm serve: {option} f: Interrupted system call\n"
+    assert process.returncode == 1 and not (tmp_path / "s").exists()
+
+
 def test_a_log_whose_reader_went_away_holds_up_nobody(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics"
     metrics.touch()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -182,19 +183,6 @@ def _number(args: Arguments, option: str) -> int | None:
     return None if text is None else parse_count(option, text, 0, (1 << 63) - 1)
 
 
-def _use(option: str, path: str, use: Callable[[bytes], object]) -> None:
-    # What goes wrong with the file of an option is told with its name.
-    from vmm.api import ApiError
-
-    try:
-        with open(path, "rb") as file:
-            text = file.read()
-        use(text)
-    except (OSError, ApiError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ApiError(f"{option} {path}: {why}") from error
-
-
 class _Serve:
     def __init__(
         self, args: Arguments, times: list[int | None], payload: int, mmds_limit: int, on_ready: Callable[[], object]
@@ -204,7 +192,7 @@ class _Serve:
         self._mmds_limit = mmds_limit
         self._times = times
         self._on_ready = on_ready
-        self._ended = False
+        self._ended = self._reads = False
         self._machine: Machine | None = None
         self._signal = 0
         self._broken_pipes = 0
@@ -276,7 +264,7 @@ class _Serve:
             if args.config_file is not None:
                 self._vmm.prepare()
                 self._confine()
-                _use("--config-file", args.config_file, self._start_from)
+                self._use("--config-file", args.config_file, self._start_from)
                 logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
                 self._early.set_answer(self._answer, lambda field: self._vmm.metrics.count("get_api_requests", field))
@@ -325,20 +313,34 @@ class _Serve:
         from vmm.api.bodies import decode, encode
         from vmm.api.routes import VmmAction
 
-        args = self._args
+        args, handle = self._args, self._vmm.handle
         start, start_cpu, parent = self._times
         self._vmm.metrics.report_start(start, start_cpu, parent or 0)
         names = ("log_path", "level", "module", *_SHOW)
         chosen = {name: value for name in names if (value := getattr(args, name)) not in (None, False)}
         # Names go by JSON, as the API tells them: one that is not UTF-8 is refused here, and not when somebody asks.
         if chosen:
-            self._vmm.handle(VmmAction("ConfigureLogger", decode(types.Logger, encode(chosen))))
+            handle(VmmAction("ConfigureLogger", decode(types.Logger, encode(chosen))))
         logger.info(f"Running Firecracker v{API_VERSION}")
         if args.metrics_path is not None:
             body = decode(types.Metrics, encode({"metrics_path": args.metrics_path}))
-            self._vmm.handle(VmmAction("ConfigureMetrics", body))
+            handle(VmmAction("ConfigureMetrics", body))
         if args.metadata is not None:
-            _use("--metadata", args.metadata, lambda text: self._vmm.handle(VmmAction("PutMMDS", decode(Any, text))))
+            self._use("--metadata", args.metadata, lambda text: handle(VmmAction("PutMMDS", decode(Any, text))))
+
+    def _use(self, option: str, path: str, use: Callable[[bytes], object]) -> None:
+        # What goes wrong with the file of an option is told with its name.
+        from vmm.api import ApiError
+
+        try:
+            self._reads = True  # perhaps of a pipe or a terminal, where no end may come
+            with open(path, "rb") as file:
+                text = file.read()
+            self._reads = False
+            use(text)
+        except (OSError, ApiError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ApiError(f"{option} {path}: {why}") from error
 
     def _confine(self) -> None:
         if not self._args.no_seccomp:
@@ -377,6 +379,8 @@ class _Serve:
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
         self._end()
+        if self._reads:
+            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))  # or Python reads on
 
     def _on_broken_pipe(self, number: int, frame: object) -> None:
         self._broken_pipes += 1
