@@ -33,6 +33,7 @@ from vmm import Sandbox
 from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.images import Image
 from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
+from vmm.sandbox.archive import unpack
 from vmm.sandbox.channel import Link
 from vmm.sandbox.e2b import Sandbox as E2B
 from vmm.sandbox.e2b import SandboxException, WatchHandle
@@ -406,6 +407,34 @@ def test_a_member_that_says_it_is_huge_holds_nobody_up(agent: Callable[[Answer],
     header[148:156] = b"%06o\0 " % sum(header)
     with pytest.raises(AgentError, match="holes"):
         copy_of(agent, top + header + bytes(1024), tmp_path / "sparse")
+
+
+def test_an_archive_without_end_is_given_up_before_it_takes_the_memory(tmp_path: Path) -> None:
+    def endless(kind: str) -> Iterator[bytes]:
+        directory = archive(TOP)[:512]
+        for number in range(200):
+            taken.append(number)
+            if kind == "pieces":  # of a sparse file: each block of them says that another follows
+                yield directory + bytes(sparse) if number == 0 else block * 512
+            else:
+                records = (b"15 %010d=\n" % (number * 4096 + key) for key in range(4096))
+                header = tarfile.TarInfo("more")
+                header.type, header.size = tarfile.XGLTYPE, 15 * 4096
+                yield header.tobuf(tarfile.USTAR_FORMAT) + b"".join(records)
+                yield archive((f"./{number}" if number else ".", tarfile.DIRTYPE, ""))[:512]
+
+    hole = tarfile.TarInfo("./a")
+    hole.type = tarfile.GNUTYPE_SPARSE
+    sparse = bytearray(hole.tobuf(tarfile.GNU_FORMAT))
+    sparse[482] = 1
+    sparse[148:156] = b" " * 8
+    sparse[148:156] = b"%06o\0 " % sum(sparse)
+    block = b"%011o\0%011o\0" % (1, 1) * 21 + b"\1" + bytes(7)
+    for kind in ("pieces", "keys"):
+        taken: list[int] = []
+        with pytest.raises(AgentError, match="no archive"):
+            unpack(endless(kind), str(tmp_path / kind))
+        assert len(taken) < 20
 
 
 def test_random_answers_end_in_an_error_of_ours(

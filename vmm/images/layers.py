@@ -19,8 +19,9 @@ from vmm.images.host import PullError
 MAX_ENTRIES = 1 << 20
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4095  # bytes
-_MAX_HEADER = 1 << 20  # bytes of an extended header: names and attributes; of a sparse file's map
-_MAX_TEXT = 1 << 27  # bytes of all that is kept of headers beside names
+_MAX_HEADER = 1 << 20  # bytes of the extended headers of a member: names and attributes; and of where its pieces are
+_MAX_COMMON = 16  # keys of headers that are about all members: each member gets them
+_WEIGHT = 256  # bytes of names and attributes that take as much memory as a file
 _EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
@@ -90,17 +91,25 @@ class _Map:
 
 
 class Header(tarfile.TarInfo):
-    """A header of a tar whose maker is not trusted. tarfile reads an extended header whole, so a long one is refused.
+    """A header of a tar whose maker is not trusted. What tarfile would read whole has limits.
 
-    :raises PullError: an extended header, or the map of a sparse file, is longer than 1 MiB; a member ends before its
-        beginning, where tarfile would go on for ever
+    ``pax_headers`` has only the attributes that a squashfs can hold.
+
+    :raises PullError: the extended headers of a member, or the map of a sparse file, are longer than 1 MiB; a member
+        ends before its beginning, where tarfile would go on for ever
     """
 
     __slots__ = ()
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in _EXTENDED and not 0 <= self.size <= _MAX_HEADER:
-            raise PullError(f"an extended header of {self.size} bytes; at most {_MAX_HEADER} are read")
+        ahead = 0
+        if self.type in _EXTENDED:  # tarfile goes on to the next header before it forgets this one
+            ahead = self.size + getattr(archive, "ahead", 0)
+            if self.size < 0 or ahead > _MAX_HEADER:
+                raise PullError(f"an extended header of {ahead} bytes; at most {_MAX_HEADER} are read")
+        archive.ahead = ahead  # type: ignore[attr-defined]
+        if len(archive.pax_headers) > _MAX_COMMON:
+            raise PullError(f"a header for all files with more than {_MAX_COMMON} keys")
         member = cast("tarfile.TarInfo", super()._proc_member(archive))  # type: ignore[misc]
         if archive.offset < member.offset_data:
             raise PullError(f"{line(member.name)} has {archive.offset - member.offset_data} bytes")
@@ -115,6 +124,15 @@ class Header(tarfile.TarInfo):
     def _proc_gnusparse_10(self, next: tarfile.TarInfo, headers: dict[str, str], archive: tarfile.TarFile) -> None:
         super()._proc_gnusparse_10(next, headers, _Map(archive))  # type: ignore[misc]
 
+    def _apply_pax_info(self, pax_headers: dict[str, str], encoding: str, errors: str) -> None:
+        super()._apply_pax_info(pax_headers, encoding, errors)  # type: ignore[misc]
+        self.pax_headers = {key: value for key, value in pax_headers.items() if _is_attribute(key)}
+
+
+def _is_attribute(key: str) -> bool:
+    name = key.removeprefix(_XATTR)
+    return name != key and name.startswith(_XATTRS) and not name.startswith(_NO_XATTRS)
+
 
 class Tree:
     """The merged tree; layers are added from the lowest to the highest.
@@ -127,7 +145,6 @@ class Tree:
         self._limit = limit
         self._bytes = 0
         self._entries = 0
-        self._text = 0
         self._layer = -1
 
     def add(self, what: str, tar: BinaryIO, size: int) -> None:
@@ -144,7 +161,7 @@ class Tree:
             archive = tarfile.open(fileobj=tar, mode="r:", tarinfo=Header, errors="surrogateescape")
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep all
-                self._count()
+                self._count(_weight(member))
                 if member.isreg() and member.offset_data + _stored(member) > size:
                     raise PullError(f"it ends in the middle of {line(member.name)}")
                 self._apply(archive, member)
@@ -205,11 +222,6 @@ class Tree:
             siblings[name] = Node(target.inode, self._layer)
             return
         inode = Inode(_header(member))
-        attributes = inode.header.pax_headers
-        self._text += len(inode.header.linkname) + sum(map(len, attributes)) + sum(map(len, attributes.values()))
-        self._text += 128 * len(member.sparse or ())
-        if self._text > _MAX_TEXT:
-            raise PullError(f"its links, attributes and sparse maps are larger than {_MAX_TEXT >> 20} MiB")
         if member.isreg():
             self._bytes += member.size
             if self._bytes > self._limit:
@@ -221,8 +233,8 @@ class Tree:
         else:
             siblings[name] = Node(inode, self._layer)
 
-    def _count(self) -> None:
-        self._entries += 1
+    def _count(self, weight: int = 1) -> None:
+        self._entries += weight
         if self._entries > MAX_ENTRIES:
             raise PullError(f"the image has more than {MAX_ENTRIES} files")
 
@@ -297,6 +309,13 @@ def _stored(member: tarfile.TarInfo) -> int:
     return sum(size for _, size in pieces)
 
 
+def _weight(member: tarfile.TarInfo) -> int:
+    # as how many files it counts: what is kept of it takes memory
+    attributes = sum(len(key) + len(value) for key, value in member.pax_headers.items())
+    pieces = len(member.sparse or ())
+    return 1 + len(member.pax_headers) + pieces + (len(member.name) + len(member.linkname) + attributes) // _WEIGHT
+
+
 def _header(member: tarfile.TarInfo) -> tarfile.TarInfo:
     # numbers as a squashfs has them; owners by number alone
     if not (member.isreg() or member.type in _KINDS):
@@ -320,10 +339,7 @@ def _header(member: tarfile.TarInfo) -> tarfile.TarInfo:
         header.devmajor, header.devminor = member.devmajor, member.devminor
         if not (0 <= header.devmajor < 1 << 12 and 0 <= header.devminor < 1 << 20):
             raise PullError(f"{line(member.name)} has the device number {header.devmajor}:{header.devminor}")
-    for key, value in member.pax_headers.items():
-        name = key.removeprefix(_XATTR)
-        if name != key and name.startswith(_XATTRS) and not name.startswith(_NO_XATTRS):
-            header.pax_headers[key] = value  # type: ignore[index]
+    header.pax_headers = member.pax_headers
     return header
 
 
