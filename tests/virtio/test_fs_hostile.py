@@ -190,6 +190,26 @@ def test_reads_beyond_the_room_and_beyond_the_end(tree: Path, mount: Callable[..
     assert refused(vm.ask, fuse.READDIRPLUS, ROOT, body, room=100) == "EIO"
 
 
+def test_a_read_of_more_than_a_guest_asks_for_is_refused(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    """A driver can describe 4 GiB with few pages. A machine is held once such a read is done, and the 64 after it."""
+    (tree / "a").touch()
+    os.truncate(tree / "a", 4 << 30)
+    vm = mount()
+    node = vm.lookup("a").nodeid
+    fh = vm.open(node)
+    assert vm.read(node, fh, 1 << 20) == bytes(1 << 20)
+
+    def read(size: int) -> bytes:
+        vm.driver.allocator.next = vm.base
+        body = struct.pack("<QQIIQII", fh, 0, size, 0, 0, 0, 0)
+        request = vm.buffer(vm.header(fuse.READ, node, len(body)) + body)
+        head, data = vm.buffer(16, device_writes=True), vm.buffer(8 << 20, device_writes=True)
+        return vm.reply(vm.submit([request, head, *[data] * 100]), head, None)
+
+    for size in ((1 << 20) + 1, 800 << 20):
+        assert refused(read, size) == "EIO"
+
+
 def test_a_write_whose_size_is_not_its_datas(tree: Path, mount: Callable[..., FuseVm]) -> None:
     vm = mount()
     found, fh = vm.create("a")

@@ -14,7 +14,7 @@ from vmm._sys cimport flag_read
 cdef enum:
     IN_HEADER = 40
     OUT_HEADER = 16
-    MAX_WRITE = 1 << 20             # bytes of a WRITE; 256 pages, the most that Linux sends
+    MAX_WRITE = 1 << 20             # bytes of a READ or WRITE; 256 pages, the most that Linux asks for
     PIECE = 16 << 20                # most bytes that one request copies, so that stopping the device never waits long
     ALLOCATED = 256 << 20           # bytes allocated between two checks whether the device stops
     REQUEST_MAX = 65536 + 8192      # bytes: an extended attribute's value and name, and the structures around them
