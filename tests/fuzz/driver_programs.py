@@ -228,11 +228,13 @@ class Victim:
     """A device of one kind behind its transport, and random programs against it.
 
     :param cuts: how often, of 1, a step is followed by a move of the device to another transport by its state
+    :param races: another processor of the guest changes descriptors and buffers meanwhile
     """
 
-    def __init__(self, name: str, *, cuts: float = 0.0) -> None:
+    def __init__(self, name: str, *, cuts: float = 0.0, races: bool = False) -> None:
         self.kind = KINDS[name]
         self.cuts = cuts
+        self.races = races
         self.cut_count = 0
         self._stack = contextlib.ExitStack()
         directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -283,15 +285,44 @@ class Victim:
             ring = driver.queues[index]
             ring.add([ring.buffer(part) for part in readable] + [ring.buffer(n, device_writes=True) for n in writable])
             driver.set(spec.MMIO_QUEUE_NOTIFY, index)
-        for _ in range(rng.randrange(1, 12)):
-            index = rng.randrange(len(driver.queues))
-            try:
-                self._step(rng, driver, driver.queues[index], index)
-            except (MemoryError, IndexError):
-                break  # the driver's own memory or descriptors are used up
-            if rng.random() < self.cuts:
-                self.cut(driver)
-        self._finish(driver)
+        with self._racing(driver, random.Random(~seed)):
+            for _ in range(rng.randrange(1, 12)):
+                index = rng.randrange(len(driver.queues))
+                try:
+                    self._step(rng, driver, driver.queues[index], index)
+                except (MemoryError, IndexError):
+                    break  # the driver's own memory or descriptors are used up
+                if rng.random() < self.cuts:
+                    self.cut(driver)
+            self._finish(driver)
+
+    @contextlib.contextmanager
+    def _racing(self, driver: MmioDriver, rng: random.Random) -> Iterator[None]:
+        # The other processor. The available rings are left alone, or `_finish` could not tell when all is served.
+        stop = threading.Event()
+        buffers = max(ring.used + 6 + 8 * ring.size for ring in driver.queues)
+
+        def run() -> None:
+            while not stop.wait(0):
+                for _ in range(20):
+                    if rng.random() < 0.05:
+                        ring = rng.choice(driver.queues)
+                        self.ram.write(
+                            ring.desc + rng.randrange(16 * ring.size - 4), rng.randbytes(rng.choice((1, 2, 4)))
+                        )
+                    else:
+                        at = min(driver.allocator.next, RAM) - rng.randrange(1, 8192)
+                        self.ram.write(max(at, buffers), rng.choice((bytes(4), rng.randbytes(rng.choice((1, 4, 8))))))
+
+        thread = threading.Thread(target=run)
+        if self.races:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if self.races:
+                thread.join()
 
     def _step(self, rng: random.Random, driver: MmioDriver, ring: SplitDriver, index: int) -> None:
         readable, writable = self.kind.request(rng)

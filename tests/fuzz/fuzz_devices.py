@@ -19,13 +19,16 @@ def main() -> int:
     parser.add_argument("names", metavar="DEVICE", nargs="*", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--programs", type=int, default=10_000, help="for each device (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first program; the next ones count up")
+    parser.add_argument(
+        "--races", action="store_true", help="another processor changes descriptors and buffers meanwhile"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(KINDS):
         parser.error(f"{', '.join(sorted(unknown))}: unknown; there are {', '.join(KINDS)}")
     for name in arguments.names or KINDS:
         start = time.monotonic()
         seed = arguments.seed
-        with Victim(name) as victim:
+        with Victim(name, races=arguments.races) as victim:
             try:
                 for seed in range(arguments.seed, arguments.seed + arguments.programs):
                     if seed % 1000 == 0:

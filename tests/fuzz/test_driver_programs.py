@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 
@@ -40,3 +41,15 @@ def test_a_conversation_goes_on_with_another_device(name: str) -> None:
     del victim
     gc.collect()
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_no_guest_that_changes_what_is_being_read_harms_the_host(name: str) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with Victim(name, races=True) as victim:
+            for seed in range(PROGRAMS // 10):
+                victim.run(seed)
+    finally:
+        sys.setswitchinterval(before)
