@@ -13,7 +13,7 @@ import threading
 
 from virtio import spec
 from virtio.device import VirtioDevice
-from vmm import _uffd  # noqa: F401  # what memory.discard() needs: the device's thread may not import
+from vmm import _uffd, budget  # noqa: F401  # what memory.discard() needs: the device's thread may not import
 from vmm.errors import ConfigError, GuestMemoryError
 from vmm.memory import joined
 from vmm.threads import spawn

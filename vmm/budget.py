@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from vmm._budget import KEPT, Budget, raise_descriptor_limit, set_descriptor_limit
 
-__all__ = ["KEPT", "Budget", "dax_slots", "memory", "raise_descriptor_limit", "set_descriptor_limit"]
+__all__ = ["KEPT", "Budget", "dax_slots", "holes", "memory", "raise_descriptor_limit", "set_descriptor_limit"]
 
 # Bytes of heap whose amount guests decide: tables of what they know, data on its way to who does not read it.
 memory = Budget(256 << 20)
+# In the RAM of copies, where guests have given pages back. Each is two mappings, of which a process has 65,530.
+holes = Budget(12288)
 # Of vm.max_map_count, for threads' stacks, libraries and the allocator.
 _KEPT_MAPS = 8192
 _dax_slots: Budget | None = None

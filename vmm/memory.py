@@ -196,6 +196,7 @@ class GuestMemory(GuestRam, Closing):
         self._handler: FaultHandler | Recorder | None = None
         self._recorder: Recorder | None = None  # the same one, where it is of this kind
         self._hot = hot
+        self._holes = 0  # taken from vmm.budget.holes
         self._marks = -1  # userfaultfd of the marks; whether all of RAM can be marked, and something was
         self._markable = self._marked = False
         try:
@@ -406,8 +407,11 @@ class GuestMemory(GuestRam, Closing):
             if size:
                 drop(self.host_address(gpa, size), size)
             return size
+        from vmm.budget import holes  # no launch needs it
+
         # The file below is others', too, and shows through a page that is merely dropped.
-        if size >= _HOLE_LEAST and len(self._pieces) < _PIECES_MAX:
+        if size >= _HOLE_LEAST and len(self._pieces) < _PIECES_MAX and holes.ask(1):
+            self._holes += 1
             piece = Piece(gpa, size, None)
             self._map_piece(piece)
             overlay(self._pieces, piece)
@@ -452,6 +456,11 @@ class GuestMemory(GuestRam, Closing):
             undertaker.close_mapping(mapping, at_once=at_once)
         self.regions = ()
         self._pieces = None
+        if self._holes:
+            from vmm.budget import holes
+
+            holes.put_back(self._holes)
+            self._holes = 0
 
 
 def joined(runs: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:

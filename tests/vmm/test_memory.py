@@ -19,7 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vmm.budget
 from vmm import _mapping, undertaker
+from vmm._budget import Budget
 from vmm.errors import ConfigError, GuestMemoryError
 from vmm.memory import GIB, GuestMemory, HotPages, MemoryFile, Piece, joined, overlay, pagemap
 
@@ -133,6 +135,29 @@ def test_discard_makes_holes_of_whole_pages_only(start: int, size: int) -> None:
         for page in range(16):
             inside = holes and first <= page < end
             assert memory.read(page * 4096, 4096) == (b"\0" if inside else b"\xff") * 4096
+
+
+def test_holes_of_all_copies_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole is two mappings: 16 copies of a guest that gives back every other 64 KiB took all that a process has."""
+    monkeypatch.setattr("vmm.budget.holes", Budget(5))
+    with GuestMemory(1 << 20) as original:
+        original.write(0, b"\xee" * (1 << 20))
+        pieces = original.freeze()
+        for _ in range(2):
+            with GuestMemory(1 << 20, pieces=pieces) as one, GuestMemory(1 << 20, pieces=pieces) as other:
+                made = []
+                for memory in (one, other):
+                    before = _mappings()
+                    for at in range(0, 4 * 128 << 10, 128 << 10):
+                        assert memory.discard(memory.slice(at, 64 << 10)) == 64 << 10
+                        assert memory.read(at, 128 << 10) == bytes(64 << 10) + b"\xee" * (64 << 10)
+                    made.append(_mappings() - before)
+                assert made[0] > 6 > made[1]
+    assert vmm.budget.holes.used == 0
+
+
+def _mappings() -> int:
+    return len(Path("/proc/self/maps").read_bytes().splitlines())
 
 
 def test_discard_in_the_second_region_reaches_its_memfd() -> None:

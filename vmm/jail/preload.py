@@ -28,7 +28,7 @@ OURS = """
     vmm.machine.metrics vmm.machine.mmds vmm.jail.preload vmm.machine.private_disk vmm.jail.seccomp
     vmm.machine.snapshot vmm.machine.run vmm.machine.snapshot_file vmm.threads vmm.undertaker vmm.uffd
     vmm.unix_socket vmm._faults vmm._uffd vmm._uring vmm.api.diff vmm.closing vmm.machine.console_socket
-    vmm.config.policy vmm.machine.first_boot
+    vmm.budget vmm.config.policy vmm.machine.first_boot
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """
