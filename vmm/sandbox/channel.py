@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import socket
 import struct
@@ -107,7 +108,9 @@ class Link:
         self._idle: list[Channel] = []
         self._why = ""
         self._failed = threading.Event()
-        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        # Reentrant, as a channel's `_closing` is: the garbage collector may end an abandoned `files.stream` anywhere.
+        self._lock = threading.RLock()
 
     @property
     def why(self) -> str:
@@ -146,6 +149,8 @@ class Link:
 
     def take(self, deadline: Deadline, doing: str) -> Channel:
         """A connection that was kept, or a new one. Errors are those of ``connect``."""
+        if self._pid != os.getpid():  # in a forked child they are its parent's
+            self._pid, self._idle = os.getpid(), []
         while self._idle:
             with self._lock:
                 channel = self._idle.pop() if self._idle else None
@@ -211,12 +216,16 @@ class Link:
         patience = 0.001
         while True:
             channel = Channel(self)
-            with self._lock:
-                self.must_run()
-                self._open.add(channel)
-            if channel.connect(deadline, doing):
-                self.ready = True
-                return channel
+            try:
+                with self._lock:
+                    self.must_run()
+                    self._open.add(channel)
+                if channel.connect(deadline, doing):
+                    self.ready = True
+                    return channel
+            except BaseException:
+                channel.close()
+                raise
             channel.close()
             if self.look():
                 raise SandboxGone(self._why)
@@ -239,11 +248,12 @@ class Channel(Closing):
 
     def __init__(self, link: Link, stream: socket.socket | None = None, port: int = 0) -> None:
         self._link = link
+        self._pid = os.getpid()
         self.port = port
         self._socket = stream or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._room = memoryview(b"")  # what has come, from _at to _end; pages of it are touched as that needs them
         self._at = self._end = 0
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()
         self._sending = threading.Lock()
         self.unsent = memoryview(b"")  # of a frame that was begun
 
@@ -253,19 +263,20 @@ class Channel(Closing):
             self._socket.settimeout(deadline.left(doing))
             self._socket.connect(self._link.path)
             self._socket.settimeout(None)  # for good: threads that send and receive at once have different limits
-            self._socket.sendall(b"CONNECT %d\n" % PORT)
+            with contextlib.suppress(ConnectionError):  # it was taken and closed: then there is no answer, either
+                self._socket.sendall(b"CONNECT %d\n" % PORT)
             while b"\n" not in bytes(self._room[: min(self._end, 64)]):
                 if self._end > 64 or not self._receive(deadline, doing):
                     return False
         except TimeoutError:
-            self.close()
             raise CommandTimeout(f"{doing}: the agent did not answer within {deadline.seconds:g} s") from None
+        except BlockingIOError:  # more than the backlog holds wait to be taken
+            return False
         except (FileNotFoundError, ConnectionError):
             if self._link.ready and not self._link.why:
                 raise SandboxGone(self._link.look() or "the sandbox has ended") from None
             return False
         except OSError as error:
-            self.close()
             raise HostError(error.errno or 0, "connect to", self._link.path) from None
         first = bytes(self._room[: min(self._end, 64)])
         self._at = first.index(b"\n") + 1
@@ -308,7 +319,9 @@ class Channel(Closing):
         return self._socket.dup()
 
     def cut(self) -> None:
-        """End it from another thread: who waits there is woken."""
+        """End it from another thread: who waits there is woken. In a forked child it is the parent's, and goes on."""
+        if self._pid != os.getpid():
+            return
         with self._closing:
             try:
                 self._socket.shutdown(socket.SHUT_RDWR)
