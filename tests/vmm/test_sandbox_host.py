@@ -33,7 +33,7 @@ from vmm import Sandbox
 from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.images import Image
 from vmm.sandbox import AgentError, CommandTimeout, SandboxGone, Session, guest, registry
-from vmm.sandbox.archive import unpack
+from vmm.sandbox.archive import pack, unpack
 from vmm.sandbox.channel import Link
 from vmm.sandbox.e2b import Sandbox as E2B
 from vmm.sandbox.e2b import SandboxException, WatchHandle
@@ -640,3 +640,122 @@ def test_a_command_and_a_file_refuse_values_of_another_type(agent: Callable[[byt
     for call, told in calls:
         with pytest.raises(TypeError, match=re.escape(told)):
             call()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_copy_from_the_host_follows_no_link_that_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # As a guest does that has the directory in a mount.
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/key").write_text("secret")
+    (tmp_path / "tree").mkdir()
+    place = tmp_path / "tree/place"
+    place.touch() if kind == "file" else place.mkdir()
+    look = os.lstat
+
+    def lstat(path: str, **settings: Any) -> os.stat_result:
+        found = look(path, **settings)
+        if os.path.basename(path) == "place":
+            place.unlink() if kind == "file" else place.rmdir()
+            place.symlink_to("../secret/key" if kind == "file" else "../secret")
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=str(place)):
+        patch.setattr(os, "lstat", lstat)
+        assert b"secret" not in b"".join(pack(str(tmp_path / "tree")))
+
+
+def test_a_copy_from_the_host_leaves_out_what_has_gone_meanwhile(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    pieces = pack(str(tmp_path))
+    first = next(pieces)
+    (tmp_path / "b").unlink()
+    with tarfile.open(fileobj=io.BytesIO(first + b"".join(pieces))) as tar:
+        assert tar.getnames() == [".", "./a", "./c"]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        next(pack(str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_copy_to_the_host_follows_no_link_that_comes_meanwhile(
+    agent: Callable[[Answer], Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    outside, copy = tmp_path / "outside", tmp_path / "copy"
+    (outside / "b").mkdir(parents=True)
+    outside.chmod(0o755)
+    place = [copy / "a", copy / "a/b"][at]
+    make = os.mkdir
+
+    def mkdir(path: str, *args: Any, **settings: Any) -> None:
+        make(path, *args, **settings)
+        if os.path.basename(path) == "b":
+            place.rename(tmp_path / "aside")
+            place.symlink_to(outside)
+
+    members = [TOP, ("./a", tarfile.DIRTYPE, ""), ("./a/b", tarfile.DIRTYPE, ""), ("./a/b/evil", tarfile.REGTYPE, "x")]
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "mkdir", mkdir)
+        copy_of(agent, archive(*members), copy)
+    assert [path.name for path in outside.rglob("*")] == ["b"]
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o755
+
+
+def test_a_time_limit_whose_thread_could_not_be_made_is_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    sandbox = Sandbox.__new__(Sandbox)
+    sandbox._begin({}, None, None)
+    stopped = threading.Event()
+    sandbox.machine = SimpleNamespace(stop=stopped.set, close=stopped.set)  # type: ignore[assignment]
+    with sandbox:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr("vmm.threads.threading.Thread.start", none_left)
+            sandbox.set_timeout(0.01)
+        sandbox.set_timeout(0.01)
+        assert stopped.wait(10)
+
+
+def none_left(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_who_is_attached_is_told_whether_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    place = registry.Place("box", {**ABOUT, "image": "none", "began": 0, "timeout": None})
+    attached = E2B.connect("box")
+    assert attached.is_running()
+    place.close()
+    assert not attached.is_running()
+
+
+def test_a_watch_ends_with_what_its_callback_raises(agent: Callable[[bytes], Session]) -> None:
+    made = frame(b"c", struct.pack("<I", 0x100) + b"file")
+    ends: list[BaseException | None] = []
+    seen: dict[str, None] = {}
+    session = agent(STARTED + made + made)
+    handle = WatchHandle(session.files.watch("/x", timeout=5), lambda event: seen[event.name], ends.append)
+    until(lambda: ends)
+    assert isinstance(ends[0], KeyError) and not session._link._open
+    handle.stop()
+
+
+def test_a_copy_of_one_file_follows_no_link_that_comes_meanwhile(
+    agent: Callable[[bytes], Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    place = tmp_path / "place"
+    place.touch()
+    look = os.lstat
+
+    def lstat(path: str) -> os.stat_result:
+        found = look(path)
+        place.unlink()
+        place.symlink_to("secret")
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=str(place)):
+        patch.setattr(os, "lstat", lstat)
+        agent(frame(b"k")).files.copy_in(str(place), "/x")

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import tarfile
 from typing import cast
 
+from vmm.closing import Closing
 from vmm.images.host import PullError
 from vmm.images.layers import DAMAGED, Header
 from vmm.sandbox.channel import FRAME_MAX
 from vmm.sandbox.errors import AgentError
+from vmm.sandbox.files import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ def pack(directory: str) -> Iterator[bytes]:
     :raises OSError: a file cannot be read, or directories are nested more than 256 deep
     """
     waiting = bytearray()  # small members, which leave together
-    for piece in _members(directory, "."):
+    for piece in _members(None, directory, "."):
         waiting += piece
         if len(waiting) >= FRAME_MAX:
             yield bytes(waiting)
@@ -41,28 +44,38 @@ def pack(directory: str) -> Iterator[bytes]:
     yield bytes(waiting) + bytes(2 * _BLOCK)
 
 
-def _members(path: str, name: str) -> Iterator[bytes]:
+def _members(above: int | None, entry: str, name: str) -> Iterator[bytes]:
+    # Of what is named `entry` in the directory `above`. A guest may have it in a mount, and put a link in its place.
     if name.count("/") > _DEEPEST:
-        raise OSError(errno.ELOOP, f"has directories nested more than {_DEEPEST} deep", path)
-    status = os.lstat(path)
+        raise OSError(errno.ELOOP, f"has directories nested more than {_DEEPEST} deep", entry)
+    status = os.lstat(entry, dir_fd=above)
     kind = _TYPES.get(stat.S_IFMT(status.st_mode))
     if kind is None:
         return
     info = tarfile.TarInfo(name)
     info.type, info.mode, info.mtime = kind, stat.S_IMODE(status.st_mode) & 0o777, int(status.st_mtime)
     if kind == tarfile.SYMTYPE:
-        info.linkname = os.readlink(path)
+        info.linkname = os.readlink(entry, dir_fd=above)
         yield _header(info)
     elif kind == tarfile.REGTYPE:
-        with open(path, "rb") as file:
+        with open(os.open(entry, READ, dir_fd=above), "rb") as file:
             info.size = os.fstat(file.fileno()).st_size
             yield _header(info)
             yield from _contents(file, info.size)
     else:
         mode, info.mode = info.mode, info.mode | stat.S_IRWXU  # so that its owner can make files in it
         yield _header(info)
-        for each in sorted(os.listdir(path)):
-            yield from _members(os.path.join(path, each), f"{name}/{each}")
+        directory = os.open(entry, READ | os.O_DIRECTORY, dir_fd=above)
+        try:
+            for each in sorted(os.listdir(directory)):
+                with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
+                    yield from _members(directory, each, f"{name}/{each}")
+        except OSError as error:
+            if isinstance(error.filename, str):
+                error.filename = os.path.join(entry, error.filename)
+            raise
+        finally:
+            os.close(directory)
         if mode != info.mode:
             info.mode = mode
             yield _header(info)
@@ -112,46 +125,78 @@ def unpack(pieces: Iterable[bytes | memoryview], target: str) -> None:
     :raises OSError: a file cannot be made, as where one name is there twice
     """
     source = _Pieces(pieces)
-    modes: dict[str, int] = {}  # of the directories that were made
-    try:
-        with tarfile.open(
-            fileobj=cast("Any", source), mode="r|", tarinfo=Header, errors="surrogateescape", bufsize=FRAME_MAX
-        ) as tar:
-            for info in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # it keeps all, of an archive without end, too
-                _make(tar, info, target, modes)
-        while source.read(FRAME_MAX):
-            pass
-    except (PullError, *DAMAGED) as error:
-        raise AgentError(f"the guest sent no archive: {error}") from None
-    if not modes:
-        raise AgentError("the guest sent an archive without a directory")
-    for path, mode in reversed(modes.items()):
-        os.chmod(path, mode)
+    with _Tree(target) as tree:
+        try:
+            with tarfile.open(
+                fileobj=cast("Any", source), mode="r|", tarinfo=Header, errors="surrogateescape", bufsize=FRAME_MAX
+            ) as tar:
+                for info in tar:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it keeps all, of an archive without end, too
+                    tree.make(tar, info)
+            while source.read(FRAME_MAX):
+                pass
+        except (PullError, *DAMAGED) as error:
+            raise AgentError(f"the guest sent no archive: {error}") from None
+        tree.set_modes()
 
 
-def _make(tar: tarfile.TarFile, info: tarfile.TarInfo, target: str, modes: dict[str, int]) -> None:
-    if info.sparse is not None:  # a few bytes could be a file that fills the disk
-        raise AgentError(f"the guest sent {info.name!r} with holes, which its agent does not make")
-    top, *parts = info.name.split("/")
-    path = "/".join((target, *parts))
-    above = path.rpartition("/")[0]
-    # Each directory was made here, so nothing is written through a link that the guest sent.
-    if top != "." or not {"", ".", ".."}.isdisjoint(parts) or (parts and above not in modes) or len(parts) > _DEEPEST:
-        raise AgentError(f"the guest sent the name {info.name!r}, which is not in a directory that it sent")
-    mode = info.mode & 0o777
-    if info.isdir():
-        os.mkdir(path, 0o700)
-        modes[path] = mode
-    elif info.issym():
-        os.symlink(info.linkname, path)
-    elif info.isreg():
-        contents = tar.extractfile(info)
-        how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(path, how, 0o600), "wb") as file:
-            while contents is not None and (piece := contents.read(FRAME_MAX)):
-                file.write(piece)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            if 0 <= info.mtime < _NEWEST:
-                os.utime(file.fileno(), (info.mtime, info.mtime))
+class _Tree(Closing):
+    # What is made of an archive at `target`. The guest may have that place in a mount, and put a link there for a
+    # directory of ours: each is entered from above, part by part, and no link is followed below `target`.
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._modes: dict[tuple[str, ...], int] = {}  # of the directories that were made
+        self._entered: tuple[str, ...] = ()  # one of them
+        self._fd = -1
+
+    def _enter(self, parts: tuple[str, ...]) -> int:
+        if self._fd < 0 or parts != self._entered:
+            self.close()
+            self._fd, self._entered = os.open(self._target, READ | os.O_DIRECTORY), parts
+            for part in parts:
+                above = self._fd
+                self._fd = os.open(part, READ | os.O_DIRECTORY, dir_fd=above)
+                os.close(above)
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def make(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+        if info.sparse is not None:  # a few bytes could be a file that fills the disk
+            raise AgentError(f"the guest sent {info.name!r} with holes, which its agent does not make")
+        top, *rest = info.name.split("/")
+        parts, fd = tuple(rest), -1
+        known = parts[:-1] in self._modes if parts else info.isdir()
+        if top != "." or not {"", ".", ".."}.isdisjoint(parts) or not known or len(parts) > _DEEPEST:
+            raise AgentError(f"the guest sent the name {info.name!r}, which is not in a directory that it sent")
+        mode = info.mode & 0o777
+        try:
+            above, name = (self._enter(parts[:-1]), parts[-1]) if parts else (None, self._target)
+            if info.isdir():
+                os.mkdir(name, 0o700, dir_fd=above)
+                self._modes[parts] = mode
+            elif info.issym():
+                os.symlink(info.linkname, name, dir_fd=above)
+            elif info.isreg():
+                fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=above)
+        except OSError as error:
+            error.filename = "/".join((self._target, *parts))
+            raise
+        if fd >= 0:
+            with open(fd, "wb") as file:
+                contents = tar.extractfile(info)
+                while contents is not None and (piece := contents.read(FRAME_MAX)):
+                    file.write(piece)
+                file.flush()
+                os.fchmod(fd, mode)
+                if 0 <= info.mtime < _NEWEST:
+                    os.utime(fd, (info.mtime, info.mtime))
+
+    def set_modes(self) -> None:
+        if not self._modes:
+            raise AgentError("the guest sent an archive without a directory")
+        for parts, mode in reversed(self._modes.items()):
+            os.fchmod(self._enter(parts), mode)

@@ -51,6 +51,8 @@ _CHANGES = {
 _LOST = 0x4000  # IN_Q_OVERFLOW
 DEFAULT_TIMEOUT = 60.0
 _NO_LIMIT = 1e9
+# How to open a file of the host that a guest may have in a mount: a link or a FIFO may be in its place by now.
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ENTRIES_MAX, _ENTRIES_SIZE = 1 << 20, 1 << 29  # of one directory, and bytes of them
 
 
@@ -274,7 +276,8 @@ class Files:
 
         :param path: the new name of `source`, not a directory to put it into
         :param timeout: seconds for all of it
-        :raises OSError: `source` is a socket, a device or a FIFO; within a directory they are left out
+        :raises OSError: `source` is a socket, a device or a FIFO; within a directory they are left out, as what is
+            removed meanwhile
         """
         mode = os.lstat(source).st_mode
         if stat.S_IFMT(mode) not in _TYPES:
@@ -287,7 +290,7 @@ class Files:
 
             self.put_archive(path, pack(source), user=user, timeout=left)
         else:
-            with open(source, "rb") as file:
+            with open(os.open(source, READ), "rb") as file:
                 self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
 
     def copy_out(self, path: str, target: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
