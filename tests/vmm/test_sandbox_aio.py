@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests.vmm.test_sandbox_host import ABOUT
 from tests.waiting import until
+from vmm.sandbox import AsyncSandbox, CommandTimeout, Session
 from vmm.sandbox.aio import in_thread
+from vmm.sandbox.channel import Link
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["as it comes", "after it came"])
@@ -37,3 +44,49 @@ def test_a_result_that_a_cancelled_task_does_not_take_is_undone(late: bool) -> N
 
     asyncio.run(scenario())
     until(lambda: undone == ["thing"])
+
+
+def test_a_port_that_a_cancelled_task_does_not_take_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = AsyncSandbox.__new__(AsyncSandbox)
+    sandbox.sync = Session(Link(str(tmp_path / "v")), ABOUT)  # type: ignore[assignment]  # a port needs no more of it
+    made: list[socket.socket] = []
+
+    def create_server(*args: Any) -> socket.socket:
+        made.append(socket.create_server(*args))
+        return made[0]
+
+    async def scenario() -> None:
+        task = asyncio.create_task(sandbox.publish(80))
+        await asyncio.sleep(0)
+        until(lambda: made)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vmm.sandbox.ports.socket", SimpleNamespace(**{**vars(socket), "create_server": create_server}))
+        asyncio.run(scenario())
+        until(lambda: made[0].fileno() < 0)
+
+
+def test_a_time_limit_is_for_the_start_and_the_command_together(tmp_path: Path) -> None:
+    def serve(listener: socket.socket) -> None:
+        stream, _ = listener.accept()
+        with stream:
+            time.sleep(0.4)
+            stream.sendall(b"OK 1\n")
+            while stream.recv(1 << 16):
+                pass
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "v"))
+        listener.listen()
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        sandbox = AsyncSandbox.__new__(AsyncSandbox)
+        sandbox.sync = Session(Link(str(tmp_path / "v")), ABOUT)  # type: ignore[assignment]
+        begun = time.monotonic()
+        with pytest.raises(CommandTimeout):
+            asyncio.run(sandbox.run("x", timeout=0.5))
+        assert time.monotonic() - begun < 0.8

@@ -78,12 +78,14 @@ async def in_thread(
         raise
 
 
-def twin(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
-    """The method of ``self.sync``, awaited."""
+def twin(
+    method: Callable[Concatenate[S, P], R], *, undo: Callable[[R], object] | None = None
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
+    """The method of ``self.sync``, awaited; `undo` is that of ``in_thread``."""
 
     @functools.wraps(method)
     async def call(self: Any, /, *args: P.args, **settings: P.kwargs) -> R:
-        return await in_thread(lambda: method(self.sync, *args, **settings))
+        return await in_thread(lambda: method(self.sync, *args, **settings), undo=undo)
 
     return call
 
@@ -244,17 +246,17 @@ class AsyncSandbox:
         **settings: Any,
     ) -> Result:  # fmt: skip
         """Run a command to its end, as ``Sandbox.run``; a task that is cancelled kills it."""
-        limit = settings.pop("limit", DEFAULT_LIMIT)
+        limit, deadline = settings.pop("limit", DEFAULT_LIMIT), Deadline(timeout)
         work = functools.partial(
-            Session._exec, self.sync, command, limit, Deadline(timeout), input=input is not None, quiet=True, **settings
+            Session._exec, self.sync, command, limit, deadline, input=input is not None, quiet=True, **settings
         )
-        async with AsyncProcess(await in_thread(work, undo=Process.close)) as process:
-            result = await process.communicate(input, timeout)
+        with await in_thread(work, undo=Process.close) as process:
+            result = await in_thread(lambda: process.communicate_until(deadline, input), cancel=process.channel.cut)
         return result.check() if check else result
 
-    connect = twin(Session.connect)
-    publish = twin(Session.publish)
-    provide = twin(Session.provide)
+    connect = twin(Session.connect, undo=lambda stream: stream.close())
+    publish = twin(Session.publish, undo=lambda port: port.close())
+    provide = twin(Session.provide, undo=lambda port: port.close())
     pause = twin(Sandbox.pause)
     resume = twin(Sandbox.resume)
     set_timeout = twin(Sandbox.set_timeout)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from vmm.sandbox.e2b.commands import CommandResult, ProcessInfo, PtySize
+    from vmm.sandbox.e2b.commands import CommandResult, PtySize
 
 
 def _on_the_loop(callback: Callable[[Any], Any] | None) -> Callable[[Any], None] | None:
@@ -135,12 +135,15 @@ class AsyncCommands(_AsyncRunning):
         finally:
             await handle.disconnect()
 
-    async def list(self, request_timeout: float | None = None) -> list[ProcessInfo]:
-        """As :meth:`Commands.list`."""
-        found: list[ProcessInfo] = self.sync.list()
-        return found
-
+    list = twin(Commands.list)
     close_stdin = twin(Commands.close_stdin)
+
+
+def _end(handle: CommandHandle) -> None:
+    try:
+        handle.kill()
+    finally:
+        handle.disconnect()
 
 
 class AsyncPty(_AsyncRunning):
@@ -152,7 +155,7 @@ class AsyncPty(_AsyncRunning):
     ) -> AsyncCommandHandle:  # fmt: skip
         """A shell on a terminal of its own; `on_data` gets its output."""
         make = functools.partial(self.sync.create, size, user, cwd, envs, timeout)
-        return self._keep(AsyncCommandHandle(await in_thread(make, undo=CommandHandle.kill), on_pty=on_data))
+        return self._keep(AsyncCommandHandle(await in_thread(make, undo=_end), on_pty=on_data))
 
     resize = twin(Pty.resize)
 
