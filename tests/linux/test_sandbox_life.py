@@ -15,7 +15,7 @@ from tests.linux.command import pyvmm
 from tests.waiting import until
 from vmm import Sandbox
 from vmm.errors import ConfigError, SnapshotError
-from vmm.sandbox import AsyncSandbox, CommandTimeout, SandboxGone, attach
+from vmm.sandbox import AsyncSandbox, CommandTimeout, SandboxGone, attach, registry
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
 
@@ -113,6 +113,20 @@ def test_a_mount_goes_on_in_copies_and_snapshots(runtime: Path, tmp_path: Path) 
         (copy,) = sandbox.fork()
         with copy:
             assert copy.run("mount -t virtiofs mount0 /host && cat /host/made2").stdout == "2\n"
+
+
+def test_a_copys_snapshot_has_the_copys_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved")
+    (copy,) = sandbox.fork(timeout=500)
+    with copy:
+        assert [each["timeout"] for each in registry.all_running() if each["name"] == copy.name] == [500]
+        copy.snapshot(saved)
+        with Sandbox.restore(saved) as again:
+            assert again.time_left is not None and again.time_left < 500
+        copy.set_timeout(None)
+        copy.snapshot(saved)
+        with Sandbox.restore(saved) as again:
+            assert again.time_left is None
 
 
 def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -142,3 +142,18 @@ def test_a_limit_of_weeks_is_none(agent: Callable[[bytes], Session]) -> None:
     said = STARTED + frame(b"x", bytes(3))
     for seconds in (3e6, 1e9, 4294967.5):
         assert agent(said).run("x", timeout=seconds).exit_code == 0
+
+
+def test_a_look_at_a_part_of_a_frame_is_no_error(agent: Callable[[Answer], Session]) -> None:
+    go = threading.Event()
+
+    def answer(stream: socket.socket) -> None:
+        stream.sendall(STARTED + frame(b"o", b"word")[:7])
+        go.wait(30)
+        stream.sendall(frame(b"o", b"word")[7:] + frame(b"x", bytes(3)))
+
+    with agent(answer).exec("x", timeout=None) as process:
+        until(lambda: process.channel.readable)
+        assert process.poll() is None
+        go.set()
+        assert process.wait(10).stdout == "word"

@@ -281,6 +281,8 @@ class Process(Closing):
                 if self.ended or not self.channel.readable:
                     break
                 self._receive(Deadline(1))
+            except CommandTimeout:  # a part of a frame has arrived
+                break
             finally:
                 self._pumping.release()
         return self._result.exit_code if self.ended else None

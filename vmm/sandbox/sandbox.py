@@ -105,7 +105,7 @@ class Sandbox(Session):
         found = guest.find_image(image)
         shares = _shares(mounts or {})
         about = guest.commands_of(found.config, env or {}, cwd, user)
-        self._begin({"image": found.name, "timeout": timeout, **about}, name, timeout)
+        self._begin({"image": found.name, **about}, name, timeout)
         try:
             kernel, initrd = guest.kernel_and_initrd(found, kernel, self._place.path)
             config = VmConfig(
@@ -144,6 +144,7 @@ class Sandbox(Session):
         self._end: float | None = None  # by time.monotonic(), of its time limit
         self._watched = False
         self._console = bytearray()
+        about = {**about, "timeout": timeout}
         self._place = Place(name, {**about, "began": time.time()})
         self.name = self._place.name
         super().__init__(Link(self._place.socket), about)
@@ -200,10 +201,9 @@ class Sandbox(Session):
             self._timeout = timeout
             self._end = None if timeout is None else time.monotonic() + timeout
             self._alarm.notify()
-            if self._watched or timeout is None:
-                return
-            self._watched = True
-        threads.spawn(None, f"time limit of {self.name}", self._limit)
+            if not self._watched and timeout is not None:
+                threads.spawn(None, f"time limit of {self.name}", self._limit)
+                self._watched = True
 
     @property
     def time_left(self) -> float | None:
@@ -286,7 +286,7 @@ class Sandbox(Session):
 
         def change(config: VmConfig, number: int) -> VmConfig:
             copy = Sandbox.__new__(Sandbox)
-            copy._begin(dict(self._about), None, self._timeout if timeout is None else timeout)
+            copy._begin(self._about, None, self._timeout if timeout is None else timeout)
             copies.append(copy)
             return config.replaced(vsock=VsockConfig(3, copy._place.socket))
 
@@ -326,7 +326,8 @@ class Sandbox(Session):
         self._link.must_run()
         with self._link.resting() as port:
             frozen = self.machine.freeze()
-        save(frozen, directory, about=json.dumps({**self._about, "connection": port, "protocol": PROTOCOL}).encode())
+        about = {**self._about, "timeout": self._timeout, "connection": port, "protocol": PROTOCOL}
+        save(frozen, directory, about=json.dumps(about).encode())
 
     @classmethod
     def restore(
