@@ -13,7 +13,7 @@ import pytest
 
 from vmm import Sandbox
 from vmm.errors import ConfigError
-from vmm.sandbox import CommandTimeout
+from vmm.sandbox import CommandTimeout, SandboxError
 from vmm.sandbox.files import Watch
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
@@ -53,6 +53,32 @@ def test_files_there_and_back(sandbox: Sandbox) -> None:
     assert len(files.list("/many/3")) == 9
     files.remove("/many")
     assert not files.exists("/many")
+
+
+def test_a_directory_is_made_where_no_file_is(sandbox: Sandbox) -> None:
+    files = sandbox.files
+    files.write("/made/file", "")
+    files.symlink("/made/link", "nowhere")
+    files.make_dir("/made")
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError, match=f"/made/{name}"):
+            files.make_dir(f"/made/{name}")
+    with pytest.raises(SandboxError, match="/made/file: File exists"):
+        sandbox.make_read_only("/made/file")
+    files.remove("/made")
+
+
+def test_a_directory_is_removed_whatever_others_remove(sandbox: Sandbox) -> None:
+    files = sandbox.files
+    for _ in range(5):
+        sandbox.run("mkdir -p /many; cd /many; for i in $(seq 1500); do : >$i; done", check=True)
+        with sandbox.exec("cd /many; ls -r | xargs -n 20 rm -f") as other:
+            files.remove("/many")
+            other.wait(20)
+    sandbox.run("mkdir -p -m 777 /mine/theirs; chmod 700 /mine/theirs; chown nobody /mine")
+    with pytest.raises(PermissionError, match="/mine/theirs"):
+        files.remove("/mine/theirs", user="nobody")
+    files.remove("/mine")
 
 
 def test_files_fail_as_the_kernel_says(sandbox: Sandbox) -> None:

@@ -45,10 +45,21 @@ const char *enter(const char *path, int make)
     }
 }
 
+// Make a directory, which may be there already.
+static int make_one(const char *path)
+{
+    struct stat status;
+    int failed = CALL(mkdir, path, 0755) != 0, error = errno;
+    if (failed && error == EEXIST && !look(AT_FDCWD, path, 0, &status) && S_ISDIR(status.st_mode))
+        return 0;
+    errno = error;
+    return failed ? -1 : 0;
+}
+
 int make_directory(const char *path)
 {
     const char *name = enter(path, 1);
-    int failed = !name || (CALL(mkdir, name, 0755) && errno != EEXIST), error = errno;
+    int failed = !name || make_one(name), error = errno;
     CALL(chdir, "/");
     errno = error;
     return failed ? -1 : 0;
@@ -90,10 +101,11 @@ static int list(const char *path)
     return (int)done;
 }
 
+// What is in a directory may be removed by others meanwhile.
 static int remove_all(int directory, const char *name, int depth)
 {
     char names[1024];
-    if (!CALL(unlinkat, directory, name, 0))
+    if (!CALL(unlinkat, directory, name, 0) || (depth && errno == ENOENT))
         return 0;
     if (errno != EISDIR)
         return -1;
@@ -101,8 +113,8 @@ static int remove_all(int directory, const char *name, int depth)
         errno = ELOOP;
         return -1;
     }
-    int fd = open_file(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0), failed = fd < 0, removed;
-    do { // read the directory again after each round, because removing entries moves the others
+    int fd = open_file(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0), failed = fd < 0, removed = 1;
+    while (removed && !failed) { // read the directory again after each round, because removing entries moves the others
         removed = 0;
         CALL(lseek, fd, 0, SEEK_SET);
         for (long done; !failed && (done = CALL(getdents64, fd, names, sizeof names)) > 0;)
@@ -114,9 +126,9 @@ static int remove_all(int directory, const char *name, int depth)
                 }
                 at += each->length;
             }
-    } while (removed && !failed);
+    }
     close(fd);
-    return failed ? -1 : (int)CALL(unlinkat, directory, name, AT_REMOVEDIR);
+    return (failed || CALL(unlinkat, directory, name, AT_REMOVEDIR)) && !(depth && errno == ENOENT) ? -1 : 0;
 }
 
 static int read_file(const struct request *request, const char *path)
@@ -248,7 +260,7 @@ static int do_verb(const struct request *request, const char *path, const struct
         return 0;
     }
     if (!strcmp(verb, "mkdir"))
-        return CALL(mkdir, path, 0755) && !(errno == EEXIST && value(request, "parents")) ? -1 : 0;
+        return value(request, "parents") ? make_one(path) : (int)CALL(mkdir, path, 0755);
     if (!strcmp(verb, "remove"))
         return remove_all(AT_FDCWD, path, 0);
     if (!strcmp(verb, "chmod"))
