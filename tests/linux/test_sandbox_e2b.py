@@ -92,6 +92,9 @@ def test_commands_in_the_background(sbx: Sandbox) -> None:
     with pytest.raises(CommandExitException, match="SIGKILL"):
         sleeper.wait()
     assert not sbx.commands.kill(999_999)
+    brief = sbx.commands.run("true", background=True)
+    _until(lambda: brief.pid not in [each.pid for each in sbx.commands.list()])  # though nobody has read of its end
+    assert not sbx.commands.kill(brief.pid) and brief.wait().exit_code == 0
     with pytest.raises(NotFoundException):
         sbx.commands.connect(999_999)
     forgotten = sbx.commands.run("sleep 0.05; echo on >/tmp/forgotten", background=True)
@@ -119,11 +122,17 @@ def test_files(sbx: Sandbox) -> None:
     assert entries["/work/a"].type == FileType.DIR and abs(entry.modified_time.timestamp() - time.time()) < 60
     assert files.rename("/work/b", "/work/new").path == "/work/new" and not files.exists("/work/b")
     assert files.make_dir("/work/d/e") and not files.make_dir("/work/d/e")
-    for missing in (files.read, files.get_info, files.remove, files.list, files.watch_dir):
+    for missing in (files.read, files.get_info, files.list, files.watch_dir):
         with pytest.raises(FileNotFoundException, match="/nowhere"):
             missing("/nowhere")
+    files.remove("/nowhere")
     with pytest.raises(FileNotFoundException):
-        next(files.read("/nowhere", format="stream"))
+        files.read("/nowhere", format="stream")
+    assert list(files.read("/dev/null", format="stream")) == []
+    for call, path in ((files.make_dir, "/work/new"), (files.list, "/work/new"), (files.read, "/work")):
+        with pytest.raises(InvalidArgumentException, match=path):
+            call(path)
+    assert files.rename("/work/new", "/work/far/away").path == "/work/far/away"
     with pytest.raises(NotEnoughSpaceException):
         files.write("/dev/full", b"x")
     with pytest.raises(InvalidArgumentException, match="depth 0"):

@@ -202,7 +202,12 @@ class _Running:
 
     def kill(self, pid: int, request_timeout: float | None = None) -> bool:
         """Send SIGKILL to a command that was started here; whether it ran."""
-        return pid in self._handles and self._handles[pid].kill()
+        return pid in self._handles and self._runs(self._handles[pid]) and self._handles[pid].kill()
+
+    def _runs(self, handle: CommandHandle) -> bool:
+        # Its end may be among the output that nobody has read.
+        with translated():
+            return not handle.ended and self._session.files.exists(f"/proc/{handle.pid}")
 
     def send_stdin(self, pid: int, data: str | bytes, request_timeout: float | None = None) -> None:
         """Give a command's standard input all of `data`; it was started with ``stdin=True``."""
@@ -263,7 +268,7 @@ class Commands(_Running):
 
     def list(self, request_timeout: float | None = None) -> list[ProcessInfo]:
         """The commands that were started here and run."""
-        return [handle.info for handle in list(self._handles.values()) if not handle.ended]
+        return [handle.info for handle in list(self._handles.values()) if self._runs(handle)]
 
     def close_stdin(self, pid: int, request_timeout: float | None = None) -> None:
         """Close a command's standard input."""

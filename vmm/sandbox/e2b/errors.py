@@ -76,7 +76,9 @@ def translated() -> Iterator[None]:
         raise SandboxNotRunningException(str(error)) from error
     except ConfigError as error:
         raise InvalidArgumentException(str(error)) from error
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise InvalidArgumentException(str(error)) from error
+    except FileNotFoundError as error:
         raise FileNotFoundException(str(error)) from error
     except (VmmError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import posixpath
 import stat
 import threading
 from dataclasses import dataclass
@@ -98,8 +100,9 @@ class WatchHandle:
             with translated():
                 for change in self._changes:
                     self._on_event(FilesystemEvent(change.name, FilesystemEventType(_EVENTS[change.kind])))
-        except SandboxException as error:
+        except Exception as error:  # of `on_event`, too
             self._why = error
+            self._changes.close()
         if self._on_exit is not None:
             self._on_exit(self._why)
 
@@ -161,7 +164,10 @@ class Filesystem:
             raise InvalidArgumentException(f"format {format}: must be text, bytes or stream")
         limit = _seconds(request_timeout)
         if format == "stream":
-            return _stream(self._files.stream(path, user=user, timeout=limit))
+            pieces = self._files.stream(path, user=user, timeout=limit)
+            with translated():  # an error is told here, not by the first piece
+                first = next(pieces, b"")
+            return _stream(first, pieces)
         with translated():
             data = self._files.read_bytes(path, user=user, timeout=limit)
         return data.decode(errors="replace") if format == "text" else bytearray(data)
@@ -203,26 +209,33 @@ class Filesystem:
             return _infos(self._files, [self._files.stat(path, user=user, timeout=_seconds(request_timeout))])[0]
 
     def remove(self, path: str, user: str | None = None, request_timeout: float | None = None) -> None:
-        """Remove a file, or a directory with all that is in it."""
-        with translated():
+        """Remove a file, or a directory with all that is in it; it need not exist."""
+        with translated(), contextlib.suppress(FileNotFoundError):
             self._files.remove(path, user=user, timeout=_seconds(request_timeout))
 
     def rename(
         self, old_path: str, new_path: str, user: str | None = None, request_timeout: float | None = None
     ) -> EntryInfo:
-        """Give a file another path, in place of what is there."""
+        """Give a file another path, in place of what is there; directories above that are made."""
         with translated():
+            if above := posixpath.dirname(new_path):
+                self._files.make_dir(above, user=user, timeout=_seconds(request_timeout))
             self._files.rename(old_path, new_path, user=user, timeout=_seconds(request_timeout))
         return self.get_info(new_path, user, request_timeout)
 
     def make_dir(self, path: str, user: str | None = None, request_timeout: float | None = None) -> bool:
-        """Make a directory and those above it; whether it was not there."""
+        """Make a directory and those above it; whether it was not there.
+
+        :raises InvalidArgumentException: what is there is not a directory
+        """
         limit = _seconds(request_timeout)
         with translated():
-            if self._files.exists(path, user=user, timeout=limit):
-                return False
-            self._files.make_dir(path, user=user, timeout=limit)
-        return True
+            there = self._files.exists(path, user=user, timeout=limit)
+            try:
+                self._files.make_dir(path, user=user, timeout=limit)
+            except FileExistsError as error:
+                raise InvalidArgumentException(str(error)) from error
+        return not there
 
     def watch_dir(
         self, path: str, user: str | None = None, request_timeout: float | None = None, recursive: bool = False,
@@ -297,6 +310,8 @@ def _type(entry: Entry) -> FileType | None:
     return FileType(entry.type) if entry.type != "other" else None
 
 
-def _stream(pieces: Iterator[bytes]) -> Iterator[bytes]:
+def _stream(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    if first:
+        yield first
     with translated():
         yield from pieces

@@ -186,7 +186,7 @@ class Sandbox:
 
     def is_running(self, request_timeout: float | None = None) -> bool:
         """Whether it has not ended."""
-        return not self.native._link.why
+        return not self.native._link.look()
 
     def set_timeout(self, /, timeout: float, **others: Any) -> None:
         """End it so many seconds from now on."""
