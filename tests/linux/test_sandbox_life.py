@@ -115,6 +115,26 @@ def test_a_mount_goes_on_in_copies_and_snapshots(runtime: Path, tmp_path: Path) 
             assert copy.run("mount -t virtiofs mount0 /host && cat /host/made2").stdout == "2\n"
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupt_as_a_copy_is_made_leaves_the_devices_at_work(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    first, calls = sandbox.machine.virtio[0], []
+    go_on = first.go_on
+
+    def interrupted() -> None:
+        calls.append(before)
+        if len(calls) > 1 or not before:
+            go_on()
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(first, "go_on", interrupted)
+        sandbox.fork()
+    assert sandbox.run("echo on", timeout=10).stdout == "on\n"
+
+
 def test_a_copys_snapshot_has_the_copys_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:
     saved = str(tmp_path / "saved")
     (copy,) = sandbox.fork(timeout=500)

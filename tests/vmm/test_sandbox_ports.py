@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from tests.vmm.test_sandbox_host import ABOUT
 from tests.waiting import until
-from vmm.sandbox import SandboxGone
+from vmm.sandbox import SandboxGone, Session
 from vmm.sandbox.channel import Link
 from vmm.sandbox.ports import Provided, Relay
 
@@ -57,3 +59,18 @@ def test_a_port_that_cannot_be_provided_leaves_no_socket(tmp_path: Path) -> None
     with pytest.raises(SandboxGone):
         Provided(link, 80, 80, "127.0.0.1")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_port_whose_thread_was_interrupted_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    session = Session(Link(str(tmp_path / "v")), ABOUT)
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupted)
+        session.publish(80)
+    until(lambda: set(threading.enumerate()) <= before)

@@ -154,9 +154,9 @@ class Run:
             self._gate.shut()
             if not self.started:
                 return
-        for vcpu in self.vcpus:
-            vcpu.kick()
         try:
+            for vcpu in self.vcpus:
+                vcpu.kick()
             self._gate.wait(len(self.vcpus))
         except BaseException:
             if not known:

@@ -164,8 +164,8 @@ def freeze(
     if machine.memory.huge:
         raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
     access = machine.kvm.state_access()
-    machine._run.hold("freeze")
     try:
+        machine._run.hold("freeze")
         _refuse_unsavable(machine)  # the guest may have begun to use a device meanwhile
         for transport in machine.virtio:
             transport.stop()
@@ -194,9 +194,17 @@ def freeze(
     finally:
         try:
             if machine._run.started:  # also where it has ended: what the guest sent last is still to be served
-                Closers(transport.go_on for transport in machine.virtio).close()
+                _go_on(machine.virtio)
         finally:  # whatever failed, the guest is not held for good
             machine._run.release("freeze")
+
+
+def _go_on(transports: Sequence[Transport]) -> None:
+    try:
+        Closers(transport.go_on for transport in transports).close()
+    except BaseException:  # a signal's handler's, as KeyboardInterrupt: no device stays as it was then
+        Closers(step for transport in transports for step in (transport.go_on, transport.stop)).close()
+        raise
 
 
 def restore(machine: Machine, image: Image) -> None:

@@ -46,7 +46,11 @@ class Relay(Closing):
         self._streams: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
-        threads.spawn(None, name, self._accept)
+        try:
+            threads.spawn(None, name, self._accept)
+        except BaseException:  # where it was a signal's handler, the thread may be there
+            Relay.close(self)
+            raise
 
     def _accept(self) -> None:
         while True:
