@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -157,3 +159,34 @@ def test_a_look_at_a_part_of_a_frame_is_no_error(agent: Callable[[Answer], Sessi
         assert process.poll() is None
         go.set()
         assert process.wait(10).stdout == "word"
+
+
+def test_who_waits_for_a_command_that_is_closed_waits_for_no_other(
+    agent: Callable[[Answer], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = agent(silent).exec("x", timeout=None)
+    others: list[socket.socket] = []
+    real = select.poll
+
+    class Late:
+        # A thread that gets no processor between its look at the descriptor and its wait.
+        def __init__(self) -> None:
+            self._poll = real()
+            self.register = self._poll.register
+
+        def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+            if not others:
+                number = process.channel.fileno()
+                process.close()
+                while len(others) < 2 or max(each.fileno() for each in others) < number:
+                    others.extend(socket.socketpair())
+            return self._poll.poll(timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vmm.sandbox.channel.select", SimpleNamespace(**{**vars(select), "poll": Late}))
+        thread, came = in_background(process.stdout.read)
+        thread.join(10)
+    assert isinstance(came[0], SandboxGone)
+    for each in others:
+        each.close()
+    assert process.channel._socket.fileno() < 0

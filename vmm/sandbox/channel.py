@@ -253,7 +253,9 @@ class Channel(Closing):
         self._socket = stream or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._room = memoryview(b"")  # what has come, from _at to _end; pages of it are touched as that needs them
         self._at = self._end = 0
-        self._closing = threading.RLock()
+        self._closing = threading.RLock()  # guards the next two
+        self._closed = False
+        self._users = 0  # calls that use the socket; the last one closes it, or another's would have its number
         self._sending = threading.Lock()
         self.unsent = memoryview(b"")  # of a frame that was begun
 
@@ -287,8 +289,8 @@ class Channel(Closing):
         return True
 
     def fileno(self) -> int:
-        """Of its socket."""
-        return self._socket.fileno()
+        """Of its socket; -1: it is closed."""
+        return -1 if self._closed else self._socket.fileno()
 
     @property
     def quiet(self) -> bool:
@@ -302,9 +304,12 @@ class Channel(Closing):
         return False
 
     def succeed(self) -> Channel | None:
-        """Another channel with the same socket, in place of this one, which is closed; None: it was closed before."""
+        """Another channel with the same socket, in place of this one, which is closed.
+
+        :returns: None: it was closed before, or another thread waits for it
+        """
         with self._closing:
-            if self._socket.fileno() < 0:
+            if self.fileno() < 0 or self._users:
                 return None
             stream = socket.socket(fileno=self._socket.detach())
         return Channel(self._link, stream, self.port)
@@ -332,7 +337,25 @@ class Channel(Closing):
         """Close it; a command of this connection is killed by the agent. Idempotent."""
         self._link.forget(self)
         with self._closing:
-            self._socket.close()
+            self._closed = True
+            if self._users:
+                self.cut()
+            else:
+                self._socket.close()
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        with self._closing:
+            if self._closed:
+                raise BrokenPipeError
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._closing:
+                self._users -= 1
+                if self._closed and not self._users:
+                    self._socket.close()
 
     def free_room(self) -> None:
         """Free the memory for what comes; nothing is read from here on. For the thread that reads."""
@@ -389,7 +412,8 @@ class Channel(Closing):
         :raises SandboxGone: the sandbox has ended
         """
         try:
-            return self._socket.send(data, socket.MSG_DONTWAIT)
+            with self._using():
+                return self._socket.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         except OSError:
@@ -412,10 +436,11 @@ class Channel(Closing):
     def _poll(self, events: int, left: float | None) -> int:
         poll = select.poll()
         try:
-            poll.register(self._socket, events)
-        except ValueError:  # another thread has closed it
+            with self._using():
+                poll.register(self._socket, events)
+                ready = poll.poll(None if left is None else left * 1000)
+        except (ValueError, BrokenPipeError):  # another thread has closed it
             return select.POLLHUP
-        ready = poll.poll(None if left is None else left * 1000)
         return ready[0][1] if ready else 0
 
     def wait(self, deadline: Deadline, doing: str, *, writable: bool = False) -> tuple[bool, bool]:
@@ -461,11 +486,14 @@ class Channel(Closing):
         if there == 0 or len(self._room) - self._at < _HEAD.size + ANSWER_MAX:
             self._room[:there] = self._room[self._at : self._end]
             self._at, self._end = 0, there
-        # The poll comes first: while it sleeps more comes, which then takes one call.
-        while not self._poll(select.POLLIN, deadline.left(doing)):
-            pass
         try:
-            count = self._socket.recv_into(self._room[self._end :], most)
+            with self._using():
+                # The poll comes first: while it sleeps more comes, which then takes one call.
+                while not self._poll(select.POLLIN, deadline.left(doing)):
+                    pass
+                count = self._socket.recv_into(self._room[self._end :], most)
+        except CommandTimeout:
+            raise
         except OSError:
             return False
         self._end += count
