@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.forked import fork
 from tests.linux.command import pyvmm
 from tests.waiting import until
 from vmm import Sandbox
@@ -133,6 +135,27 @@ def test_an_interrupt_as_a_copy_is_made_leaves_the_devices_at_work(
         patch.setattr(first, "go_on", interrupted)
         sandbox.fork()
     assert sandbox.run("echo on", timeout=10).stdout == "on\n"
+
+
+def test_a_forked_child_uses_a_sandbox_and_does_not_end_it(sandbox: Sandbox) -> None:
+    def work() -> int:
+        with sandbox:
+            return sandbox.run("exit 7", timeout=20).exit_code
+
+    sandbox.run("true")
+    with sandbox.exec("cat") as process:
+        children = []
+        for _ in range(3):
+            if not (child := fork()):
+                status = 1
+                try:
+                    status = work()
+                finally:
+                    os._exit(status)
+            children.append(child)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7, 7, 7]
+        assert sandbox.run("echo on", timeout=20).stdout == "on\n"
+        assert process.communicate("word", timeout=20).stdout == "word"
 
 
 def test_a_copys_snapshot_has_the_copys_time_limit(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class Place:
         if name is not None:
             check(name)
         directory = root()
+        self._pid = os.getpid()
         self.name = name or f"sb-{secrets.token_hex(4)}"
         self.path = os.path.join(directory, self.name)
         self.socket = os.path.join(self.path, SOCKET)
@@ -78,6 +79,11 @@ class Place:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process has made it, and is no forked child of that."""
+        return self._pid == os.getpid()
 
     def tell(self, why: str) -> None:
         """Tell other processes why the sandbox has ended. The first reason counts."""

@@ -374,7 +374,9 @@ class Sandbox(Session):
         return not self._link.why
 
     def close(self) -> None:
-        """End it as if its power were cut, and free its resources; idempotent."""
+        """End it as if its power were cut, and free its resources; idempotent. A forked child ends nothing."""
+        if not self._place.is_ours:
+            return
         with self._alarm:
             self._closed = True
             self._alarm.notify()
