@@ -144,6 +144,9 @@ def test_what_is_there_is_replaced_or_named(sandbox: Sandbox) -> None:
     assert files.read("/srv/t/abs") == "put"
     with pytest.raises(NotADirectoryError):
         files.put_archive("/srv/t/other", one("x"))
+    for text in (b"first", b"second"):  # as git's objects, which not even their owner may write
+        files.put_archive("/tmp/mine", one("object", text, mode=0o444), user="nobody")
+        assert files.read("/tmp/mine/object") == text.decode()
     files.put_archive("/srv/t", one("device", type=tarfile.CHRTYPE, devmajor=1, devminor=3))
     assert not files.exists("/srv/t/device")
 

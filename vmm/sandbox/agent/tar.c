@@ -382,7 +382,8 @@ static int unpack_file(const char *name, const struct member *member, long mode,
     if (!look(AT_FDCWD, name, AT_SYMLINK_NOFOLLOW, &status) && !S_ISREG(status.st_mode) && CALL(unlink, name))
         return -1;
     int fd = open_file(AT_FDCWD, name, how, 0600);
-    if (fd < 0 && errno == ETXTBSY && !CALL(unlink, name)) // a program that runs keeps its file
+    // A program that runs keeps its file; one that its owner may not write, as git has, is replaced.
+    if (fd < 0 && (errno == ETXTBSY || errno == EACCES) && !CALL(unlink, name))
         fd = open_file(AT_FDCWD, name, how, 0600);
     if (fd < 0)
         return -1;
