@@ -759,3 +759,17 @@ def test_a_copy_of_one_file_follows_no_link_that_comes_meanwhile(
     with monkeypatch.context() as patch, pytest.raises(OSError, match=str(place)):
         patch.setattr(os, "lstat", lstat)
         agent(frame(b"k")).files.copy_in(str(place), "/x")
+
+
+def test_a_path_may_be_one_of_pathlib(agent: Callable[[Answer], Session], tmp_path: Path) -> None:
+    entry = frame(b"n", struct.pack("<IIIIQq", 0o100644, 0, 0, 1, 0, 0) + b"\0") + frame(b"k")
+
+    def answer(stream: socket.socket) -> None:
+        stream.sendall(entry)
+        stream.recv(1 << 16)
+
+    assert agent(answer).files.stat(Path("/etc/file")).name == "file"  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(FileExistsError, match="copy/a"):
+        copy_of(agent, archive(TOP, ("./a", tarfile.DIRTYPE, ""), ("./a", tarfile.DIRTYPE, "")), tmp_path / "copy")
+    with pytest.raises(FileExistsError, match="copy"):
+        unpack([archive(TOP)], tmp_path / "copy")  # type: ignore[arg-type]

@@ -146,6 +146,11 @@ def test_a_limit_of_weeks_is_none(agent: Callable[[bytes], Session]) -> None:
         assert agent(said).run("x", timeout=seconds).exit_code == 0
 
 
+def test_a_read_of_nothing_waits_for_nothing(agent: Callable[[Answer], Session]) -> None:
+    with agent(silent).exec("x", timeout=None) as process:
+        assert process.stdout.read(0, timeout=1) == b""
+
+
 def test_a_look_at_a_part_of_a_frame_is_no_error(agent: Callable[[Answer], Session]) -> None:
     go = threading.Event()
 

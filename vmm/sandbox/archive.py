@@ -144,7 +144,7 @@ class _Tree(Closing):
     # What is made of an archive at `target`. The guest may have that place in a mount, and put a link there for a
     # directory of ours: each is entered from above, part by part, and no link is followed below `target`.
     def __init__(self, target: str) -> None:
-        self._target = target
+        self._target = os.fsdecode(target)
         self._modes: dict[tuple[str, ...], int] = {}  # of the directories that were made
         self._entered: tuple[str, ...] = ()  # one of them
         self._fd = -1

@@ -227,6 +227,7 @@ class Files:
 
     def _entries(self, verb: str, path: str, timeout: float, **more: Parameter) -> Iterator[Entry]:
         count = size = 0
+        path = os.fsdecode(path)
         for kind, data in self._ask(verb, path, timeout, (), **more):
             if kind != F_ENTRY:
                 raise out_of_turn(f"{verb} {path}")

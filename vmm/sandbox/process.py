@@ -118,7 +118,7 @@ class Stream:
         :raises CommandTimeout: nothing came in time; the command goes on
         """
         deadline = Deadline(timeout)
-        while not self._process.ended and (size < 0 or not self._bytes):
+        while size and not self._process.ended and (size < 0 or not self._bytes):
             self._process.pump(deadline)
         return self.take(len(self._bytes) if size < 0 else size)
 
