@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from virtio._limiter import RateLimiter
     from virtio.device import VirtioDevice
+    from virtio.transport import Transport
     from vmm.config.option import Config
     from vmm.config.vm import VmConfig
     from vmm.machine.attach import Attached

@@ -82,7 +82,7 @@ class Place:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process has made it, and is no forked child of that."""
+        """Whether this process has made it; a forked child of that has not."""
         return self._pid == os.getpid()
 
     def tell(self, why: str) -> None:
