@@ -533,6 +533,26 @@ def test_half_of_a_diff_is_refused_until_a_whole_one_is_there(
         assert _is_whole(other, tmp_path / "mem")
 
 
+def test_half_of_a_diff_is_refused_by_whatever_loads_it(
+    tmp_path: Path, api: tuple[Machine, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `pyvmm ctl snapshot --diff DIR` writes what `pyvmm run --restore DIR` and Image.load take.
+    vm, take = api
+    names = {"snapshot_path": str(tmp_path / "image" / "state"), "mem_file_path": str(tmp_path / "image" / "memory")}
+    (tmp_path / "image").mkdir()
+    take("Full", **names)
+    assert Image.load(str(tmp_path / "image")).config == vm.config
+    vm.memory.write(0x310000, b"\1" * 4096)
+    with monkeypatch.context() as patch:
+        patch.setattr("vmm.api.diff.write_all", lambda *_: os.pread(-1, 1, 0))
+        with pytest.raises(ApiError):
+            take(**names)
+    with pytest.raises(SnapshotError, match=r"image: memory has half of a Diff, whose writer was killed$"):
+        Image.load(str(tmp_path / "image"))
+    take(**names)
+    assert Image.load(str(tmp_path / "image")).config == vm.config
+
+
 @pytest.mark.parametrize("snap", ["snap", "other"])
 def test_no_page_of_a_diff_is_written_before_its_mark_is_on_the_disk(
     tmp_path: Path, api: tuple[Machine, Callable[..., None]], monkeypatch: pytest.MonkeyPatch, snap: str

@@ -12,22 +12,12 @@ import os
 import stat
 
 from vmm import undertaker
-from vmm.machine.snapshot_file import offset_of, write_all, write_whole
+from vmm.machine.snapshot_file import MERGING, is_merging, offset_of, write_all, write_whole
 from vmm.memory import spans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_MARK = "user.pyvmm.merging"
-
-
-def is_marked(fd: int) -> bool:
-    """Whether the memory file `fd` has half of a Diff."""
-    try:
-        return bool(os.getxattr(fd, _MARK))
-    except OSError:  # it has not, or the file system has no such attributes
-        return False
 
 
 class Diff:
@@ -42,9 +32,9 @@ class Diff:
         self._path = path
         self._fd = fd
         self._size = size
-        self._whole = not is_marked(fd)
+        self._whole = not is_merging(fd)
         try:
-            os.setxattr(fd, _MARK, b"1")
+            os.setxattr(fd, MERGING, b"1")
             self._has_mark = True
         except OSError:
             self._has_mark = False
@@ -106,7 +96,7 @@ class Diff:
         """Take the mark off, unless half is written."""
         if self._whole:
             try:
-                os.removexattr(self._fd, _MARK)
+                os.removexattr(self._fd, MERGING)
             except OSError:
                 pass
         undertaker.sync_and_bury(self._fd)

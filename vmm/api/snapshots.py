@@ -16,11 +16,12 @@ import msgspec
 from vmm import undertaker
 from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
-from vmm.api.diff import Diff, is_marked
+from vmm.api.diff import Diff
 from vmm.config import check_names
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.machine.snapshot_file import (
     decode,
+    is_merging,
     open_regular,
     pieces_of,
     prefetch,
@@ -211,7 +212,7 @@ def _memory_file(path: str, size: int) -> MemoryFile:
     if os.fstat(fd).st_size < size:
         short = "The specified file offset and length is greater then file length"
         raise ApiError(f"{_MEMORY}Failed to restore guest memory: Cannot create mmap region: {short}")
-    if is_marked(fd):
+    if is_merging(fd):
         raise ApiError(f"{_MEMORY}{path}: has half of a Diff, whose writer was killed")
     return file
 

@@ -48,6 +48,7 @@ _FILES = (STATE, MEMORY, TOUCHED, ABOUT)
 _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
+MERGING = "user.pyvmm.merging"  # the attribute of a memory file into which a Diff is written: see vmm.api.diff
 _STATE_MAX = 1 << 30  # 64 vCPUs and all devices take 1 MiB, and each file that a guest knows of a share 0.1 KiB
 _CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig)}
 # Not in a file: a template is in the vCPUs' state already, and a descriptor is this process's.
@@ -104,11 +105,21 @@ def load(directory: str, *, record: bool = False) -> Image:
         raise SnapshotError(directory, f"{MEMORY} has {end} bytes; the guest's memory has {wanted}")
     if any(mark) and there != mark:
         raise SnapshotError(directory, f"{MEMORY} and {STATE} belong to different snapshots")
+    if is_merging(memory):
+        raise SnapshotError(directory, f"{MEMORY} has half of a Diff, whose writer was killed")
     prefetch(file_of_memory, os.path.join(directory, TOUCHED), size)
     image.memory = pieces_of(file_of_memory, size)
     if record:
         image.handler = file_of_memory
     return image
+
+
+def is_merging(fd: int) -> bool:
+    """Whether the memory file `fd` has half of a Diff."""
+    try:
+        return bool(os.getxattr(fd, MERGING))
+    except OSError:  # it has not, or the file system has no such attributes
+        return False
 
 
 def open_regular(path: str) -> int:
