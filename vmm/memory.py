@@ -193,6 +193,7 @@ class GuestMemory(GuestRam, Closing):
         self.huge = huge
         self.regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] | None = None if pieces is None or handler else list(pieces)
+        self._given_back: list[Piece] = []  # zeros since ``written`` began, in order of address
         self._handler: FaultHandler | Recorder | None = None
         self._recorder: Recorder | None = None  # the same one, where it is of this kind
         self._hot = hot
@@ -295,6 +296,7 @@ class GuestMemory(GuestRam, Closing):
         else:
             for region in self.regions:
                 self._move_to_file(region, pieces)
+        self._given_back = []
         return list(pieces)
 
     def _gathered(self) -> list[MemoryFile]:
@@ -313,13 +315,14 @@ class GuestMemory(GuestRam, Closing):
         return files
 
     def written(self) -> list[tuple[int, int]]:
-        """(guest address, bytes) of ranges written since the last ``freeze``, or ``take_written`` that returned True.
+        """(guest address, bytes) of ranges written or given back since the last ``freeze``, or ``take_written`` that
+        returned True.
 
         Before the first of these, all of RAM.
         """
         if self._pieces is None:
             return [(region.gpa, region.size) for region in self.regions]
-        return self._runs(self._unmarked if self._marked else self._private)
+        return self._changed(self._unmarked if self._marked else self._private)
 
     def prepare_marks(self) -> None:
         """Prepare for ``take_written``. Call it before entering a jail without userfaultfd."""
@@ -346,7 +349,9 @@ class GuestMemory(GuestRam, Closing):
                 register_marks(self._marks, self.host_address(region.gpa, region.size), region.size)
             self._markable = True
         self._marked = True
-        return self._runs(lambda region: self._unmarked(region, mark=True)), True
+        changed = self._changed(lambda region: self._unmarked(region, mark=True))
+        self._given_back = []
+        return changed, True
 
     def touched(self) -> list[tuple[int, int]]:
         """(offset in this memory's file, bytes) of each run of pages, in the order in which they were first touched.
@@ -359,9 +364,10 @@ class GuestMemory(GuestRam, Closing):
         with host_errors("read a page of guest memory"):
             return self._recorder.order()
 
-    def _runs(self, find: Callable[[Region], list[tuple[int, int]]]) -> list[tuple[int, int]]:
-        # What `find` gives of each region, by guest address.
-        return [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
+    def _changed(self, find: Callable[[Region], list[tuple[int, int]]]) -> list[tuple[int, int]]:
+        # What `find` gives of each region, by guest address, and what was given back.
+        runs = [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
+        return joined(sorted(runs + [(piece.gpa, piece.size) for piece in self._given_back]))
 
     def _private(self, region: Region) -> list[tuple[int, int]]:
         return private_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
@@ -415,6 +421,7 @@ class GuestMemory(GuestRam, Closing):
             piece = Piece(gpa, size, None)
             self._map_piece(piece)
             overlay(self._pieces, piece)
+            overlay(self._given_back, piece)
         elif size:
             self.slice(gpa, size)[:] = bytes(size)
         return size
@@ -438,6 +445,7 @@ class GuestMemory(GuestRam, Closing):
         """Give the mappings and memfds back."""
         if self._hot is not None and self.regions:
             try:
+                self._given_back = []  # no copy is to have these
                 self._hot.learn(self.written())
             except OSError:
                 pass  # no descriptor left for /proc/self/pagemap, or no /proc

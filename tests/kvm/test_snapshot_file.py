@@ -601,6 +601,48 @@ def test_no_page_of_a_diff_is_written_before_its_mark_is_on_the_disk(
     assert _is_whole(vm, tmp_path / "mem")
 
 
+def test_a_diff_has_what_was_given_back_since(tmp_path: Path, api: tuple[Machine, Callable[..., None]]) -> None:
+    # By a balloon, or by a guest that reports what it does not use. As holes, where the file system has them.
+    vm, take = api
+    part = vm.memory.slice(0x300000, 0x40000)
+    part[:] = b"\7" * len(part)
+    take()
+    room = os.stat(tmp_path / "mem").st_blocks
+    vm.memory.discard(part)
+    vm.memory.write(0x302000, b"\1")
+    take()
+    assert _is_whole(vm, tmp_path / "mem")
+    assert os.stat(tmp_path / "mem").st_blocks < room
+    vm.memory.discard(part)
+    take()
+    assert _is_whole(vm, tmp_path / "mem")
+
+
+def test_a_diff_into_a_new_file_has_all_that_changed_and_nothing_else_but_holes(
+    tmp_path: Path, api: tuple[Machine, Callable[..., None]]
+) -> None:
+    # As a client lays it over the snapshot before: what is a hole there is left as it was.
+    vm, take = api
+    at, size = 0x300000, 0x20000
+    vm.memory.write(at, b"\7" * 2 * size)
+    take()
+    vm.memory.write(at, bytes(8192))
+    vm.memory.discard(vm.memory.slice(at + size, size))
+    vm.memory.write(0x200000, b"x")
+    take(mem_file_path=str(tmp_path / "diff"), snapshot_path=str(tmp_path / "snap2"))
+    assert os.stat(tmp_path / "diff").st_blocks * 512 < 4 * size
+    with open(tmp_path / "diff", "rb") as diff, open(tmp_path / "mem", "r+b") as base:
+        end = 0
+        while True:
+            try:
+                start = os.lseek(diff.fileno(), end, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(diff.fileno(), start, os.SEEK_HOLE)
+            os.pwrite(base.fileno(), os.pread(diff.fileno(), end - start, start), start)
+    assert _is_whole(vm, tmp_path / "mem")
+
+
 def test_a_longer_state_gives_way_to_a_shorter_one(tmp_path: Path, api: tuple[Machine, Callable[..., None]]) -> None:
     vm, take = api
     state = (tmp_path / "snap").read_bytes()

@@ -336,7 +336,9 @@ def test_marks_stand_beside_pages_that_were_given_back() -> None:
         memory.write(2 * MIB, b"z")
         with open("/proc/self/exe", "rb", buffering=0) as file:
             file.readinto(memory.slice(3 * MIB, 4096))  # as a device does, by the kernel
-        assert memory.take_written() == ([(4096, 4096), (2 * MIB, 4096), (3 * MIB, 4096)], True)
+        assert memory.written() == [(0, MIB), (2 * MIB, 4096), (3 * MIB, 4096)]
+        assert memory.take_written() == ([(0, MIB), (2 * MIB, 4096), (3 * MIB, 4096)], True)
+        assert memory.take_written() == ([], True)
         assert memory.read(0, 4096) == bytes(4096) and memory.read(MIB, 1) == b"x"
 
 

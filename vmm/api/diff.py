@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 
+from virtio.blk._request import punch_hole
 from vmm import undertaker
 from vmm.machine.snapshot_file import MERGING, is_merging, offset_of, write_all, write_whole
 from vmm.memory import spans
@@ -18,6 +19,8 @@ from vmm.memory import spans
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_BLOCK = 1 << 16  # bytes of zeros that are worth a hole
 
 
 class Diff:
@@ -71,7 +74,7 @@ class Diff:
             self._wait_for_mark()
             runs, self._whole = written if self._whole else spans(self._size), False
             for gpa, length in runs:
-                write_all(self._fd, read(gpa, length), offset_of(gpa, self._size))
+                self._put(read(gpa, length), offset_of(gpa, self._size))
         self._wait_for_pages = undertaker.sync(self._fd)
         if self._state_fd is None:
             write_whole((state_path, lambda fd: write_all(fd, state)))
@@ -79,6 +82,16 @@ class Diff:
         with _Named(state_path):
             write_all(self._state_fd, state)
             os.ftruncate(self._state_fd, len(state))
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        # What the guest has given back takes no room, where the file system has holes.
+        if len(data) < _BLOCK:
+            write_all(self._fd, data, offset)
+            return
+        for at in range(0, len(data), _BLOCK):
+            part = data[at : at + _BLOCK]
+            if any(part[:64]) or part.tobytes() != bytes(len(part)) or punch_hole(self._fd, offset + at, len(part)):
+                write_all(self._fd, part, offset + at)
 
     def wait(self) -> None:
         """Return once all that was written is on the disk.

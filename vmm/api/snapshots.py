@@ -108,8 +108,9 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
             machine._freeze(look, write)  # beside the disk, which writes meanwhile
             over.wait()
         else:
+            never = machine.memory.regions[0].file is not None  # was it frozen: before it there were zeros
             image = machine._freeze(look)
-            write_files(body, image, state_of(image), vmm.unsaved if diff else None)
+            write_files(body, image, state_of(image), vmm.unsaved if diff and not never else None)
     except OSError as error:
         what = "snapshot" if error.filename == body.snapshot_path else "memory"
         raise ApiError(f"Create snapshot error: Cannot perform open on the {what} backing file: {_io(error)}") from None
@@ -133,16 +134,10 @@ def write_files(
     :param written: (guest address, bytes) of what a Diff has; None: a Full one
     :raises OSError: a file cannot be written, ``filename`` is its path
     """
-    size = image.config.memory
-    pieces = [piece for piece in image.memory if written is None or _overlaps(written, piece.gpa, piece.size)]
     write_whole(
         (body.snapshot_path, lambda fd: write_all(fd, state)),
-        (body.mem_file_path, lambda fd: write_memory(pieces, size, fd)),
+        (body.mem_file_path, lambda fd: write_memory(image.memory, image.config.memory, fd, written)),
     )
-
-
-def _overlaps(runs: list[tuple[int, int]], gpa: int, size: int) -> bool:
-    return any(start < gpa + size and gpa < start + length for start, length in runs)
 
 
 def load(vmm: Vmm, body: types.SnapshotLoad) -> None:

@@ -48,6 +48,7 @@ _FILES = (STATE, MEMORY, TOUCHED, ABOUT)
 _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
+_CHUNK = 1 << 20
 MERGING = "user.pyvmm.merging"  # the attribute of a memory file into which a Diff is written: see vmm.api.diff
 _STATE_MAX = 1 << 30  # 64 vCPUs and all devices take 1 MiB, and each file that a guest knows of a share 0.1 KiB
 _CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig)}
@@ -212,12 +213,29 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
         raise SnapshotError(name, f"is damaged: {error}") from None
 
 
-def write_memory(pieces: list[Piece], size: int, fd: int) -> None:
-    """Write `pieces` of `size` bytes of guest RAM to the new file `fd`, which reads as zeros elsewhere."""
+def write_memory(pieces: list[Piece], size: int, fd: int, runs: list[tuple[int, int]] | None = None) -> None:
+    """Write `pieces`, in order of address, of `size` bytes of guest RAM to the new file `fd`, which has holes elsewhere.
+
+    :param runs: (guest address, bytes) of what of them, in order: all of that, as a hole means that nothing has changed
+        there. None: all but zeros
+    """
     os.ftruncate(fd, size)
-    for piece in pieces:
-        if piece.file is not None:
-            copy_sparse(piece.file.fd, piece.offset, piece.size, fd, offset_of(piece.gpa, size))
+    if runs is None:
+        for piece in pieces:
+            if piece.file is not None:
+                copy_sparse(piece.file.fd, piece.offset, piece.size, fd, offset_of(piece.gpa, size))
+        return
+    parts = iter(pieces)
+    piece = next(parts)
+    for gpa, length in runs:
+        end = gpa + length
+        while gpa < end:
+            while piece.gpa + piece.size <= gpa:
+                piece = next(parts)
+            part = piece.part(gpa, min(end, gpa + _CHUNK))
+            data = b"" if part.file is None else os.pread(part.file.fd, part.size, part.offset)
+            write_all(fd, data.ljust(part.size, b"\0"), offset_of(gpa, size))
+            gpa += part.size
 
 
 def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
