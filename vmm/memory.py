@@ -10,7 +10,7 @@ import os
 
 from vmm import undertaker
 from vmm._fastpath import GuestRam
-from vmm._mapping import copy_out, copy_pages, map_over, populate, private_runs, unmarked_runs
+from vmm._mapping import copy_pages, map_over, populate, private_runs, unmarked_runs
 from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, SnapshotError, host_errors
 
@@ -32,9 +32,10 @@ HOLE_END = 4 * GIB
 _MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0x4000)
 _PRIVATE_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
 # A process has 65,530 mappings (vm.max_map_count): so many pieces at most for what was written since the last freeze,
-# and for what the guest has given back, which from this size on is worth one.
+# in all, and for what the guest has given back, which from this size on is worth one. A message takes 253 descriptors.
 _RUNS_MAX = 512
 _PIECES_MAX = 4096
+_FILES_MAX = 200
 _HOLE_LEAST = 64 << 10
 _HOT_MAX = 2 << 20  # bytes
 _HUGE_2MB = os.MFD_HUGETLB | os.MFD_HUGE_2MB
@@ -381,6 +382,8 @@ class GuestMemory(GuestRam, Closing):
         runs = self._private(region)
         if not runs:
             return
+        if len(pieces) > _PIECES_MAX or len({piece.file for piece in pieces}) > _FILES_MAX:
+            runs = joined(sorted(runs + _moved_before(region, pieces)))
         gap = mmap.PAGESIZE
         while len(runs) > _RUNS_MAX:  # each is a mapping in every copy: pages between near ones go with them
             gap *= 2
@@ -389,7 +392,7 @@ class GuestMemory(GuestRam, Closing):
         os.ftruncate(file.fd, region.size)
         address = self.host_address(region.gpa, region.size)
         for at, size in runs:
-            copy_out(address + at, size, file.fd, at)
+            copy_pages(address + at, size, file.fd, at)
         for at, size in runs:
             piece = Piece(region.gpa + at, size, file, at)
             self._map_piece(piece)
@@ -469,6 +472,16 @@ class GuestMemory(GuestRam, Closing):
 
             holes.put_back(self._holes)
             self._holes = 0
+
+
+def _moved_before(region: Region, pieces: list[Piece]) -> list[tuple[int, int]]:
+    # Of `region`, what is in any file but the one with the most of it.
+    inside = [piece for piece in pieces if 0 <= piece.gpa - region.gpa < region.size and piece.file is not None]
+    sizes: dict[MemoryFile | None, int] = {}
+    for piece in inside:
+        sizes[piece.file] = sizes.get(piece.file, 0) + piece.size
+    most = max(sizes, key=lambda file: sizes[file], default=None)
+    return [(piece.gpa - region.gpa, piece.size) for piece in inside if piece.file is not most]
 
 
 def joined(runs: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:

@@ -255,6 +255,23 @@ def test_what_is_given_back_after_a_freeze_is_zeros_here_and_as_it_was_there(siz
             assert copy.read(4 * MIB + size, 10) == b"\x5a" * 10
 
 
+def test_however_often_it_is_frozen_it_has_few_mappings_and_files() -> None:
+    rng = random.Random(4)
+    with GuestMemory(256 * MIB) as memory:
+        now: dict[int, bytes] = {}
+        for _ in range(30):
+            _fill(memory, rng, now, 600)
+            pieces = memory.freeze()
+        assert len(pieces) <= 6000, "a process may have 65,530"
+        _same(memory, now)
+        for number in range(300):
+            memory.write(number * 8192, b"%d" % number)
+            pieces = memory.freeze()
+        assert len({piece.file.fd for piece in pieces if piece.file is not None}) <= 210
+        with GuestMemory(memory.size, pieces=pieces) as copy:
+            assert copy.read(0, 256 * MIB) == memory.read(0, 256 * MIB)
+
+
 def test_slices_and_addresses_survive_a_freeze() -> None:
     with GuestMemory(4 * MIB) as memory:
         view, address = memory.slice(0, 4096), memory.host_address(0, 4096)

@@ -205,8 +205,6 @@ def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, en
             files.setdefault(piece.file.fd, len(files))
     for fd in disks:
         files.setdefault(fd, len(files))
-    if len(files) + 3 > DESCRIPTORS_MAX:
-        raise SnapshotError("memory", f"is in {len(files)} files: too many for another process; save it, and load that")
     for net in config.nets:
         if net.fd is not None:
             raise SnapshotError(net.id or "network interface", "is a descriptor of this process: name the tap")
