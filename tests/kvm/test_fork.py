@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
@@ -316,6 +317,59 @@ def test_copies_have_devices_of_their_own(guest: MakeGuest) -> None:
         assert copy.devices["mine"].device in made[2:]
     with pytest.raises(ValueError, match="process of its own"):
         vm.fork(devices=devices, isolated=True)
+
+
+def test_devices_of_ones_own_are_in_copies_where_they_were(tmp_path: Path, guest: MakeGuest) -> None:
+    # Though one that came before them has gone, and another has taken its place.
+    from virtio.rng import Entropy
+
+    def devices(number: int) -> list[Entropy]:
+        return [Entropy(name=name) for name in vm.devices]
+
+    vm = guest(COUNTER, devices=[Entropy(name=name) for name in ("one", "two", "three")])
+    for name in ("two", "one"):
+        vm.detach(name)
+        (child,) = vm.fork(devices=devices)
+        assert {id: each.base for id, each in child.devices.items()} == {id: each.base for id, each in vm.devices.items()}
+        child.close()
+    assert vm.attach(Entropy(name="four")).slot == 0
+    vm.freeze().save(str(tmp_path / "image"))
+    for image in (vm.freeze(), Image.load(str(tmp_path / "image"))):
+        with Machine(image=image, devices=devices(0)) as copy:
+            assert [(id, each.slot) for id, each in copy.devices.items()] == [("three", 2), ("four", 0)]
+    for damaged in (2, -1, 99, 1.0, "1", [0]):  # in use, or no slot
+        image.virtio[1]["slot"] = damaged
+        with Machine(image=image, devices=devices(0)) as copy:
+            assert [each.slot for each in copy.devices.values()] == [2, 0]
+
+
+def test_a_fork_that_fails_leaves_no_disk(tmp_path: Path, guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(4096))
+    vm = guest(COUNTER, drives=[DriveConfig(str(tmp_path / name)) for name in ("a", "b")])
+    image = vm.freeze()
+    copied: list[str] = []
+
+    def private_copy(source: int, path: str) -> int:
+        if path.endswith("b") and len(copied) > 1:
+            raise HostError(errno.ENOSPC, "copy the disk", path)
+        copied.append(path)
+        return snapshot_copy(source, path)
+
+    snapshot_copy = snapshot.private_copy
+    monkeypatch.setattr(snapshot, "private_copy", private_copy)
+    gc.collect()
+    undertaker.wait()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(HostError, match="copy the disk .*b: No space left"):
+            vm.fork()
+    gc.collect()
+    undertaker.wait()
+    assert len(os.listdir("/proc/self/fd")) == before
+    (tmp_path / "b").unlink()
+    with pytest.raises(HostError, match="open the disk .*b: No such file"):
+        Pool(image)
 
 
 def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> None:

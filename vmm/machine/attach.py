@@ -146,9 +146,10 @@ class Devices:
         self._window = window
         self.windows: tuple[Window, ...] = ()  # of those that have one; read by vCPUs' threads
 
-    def place(self, made: Made) -> Attached:
-        """Give `made` an id and the first slot that is free, for ``add``; its host's parts are owned from here on.
+    def place(self, made: Made, slot: int | None = None) -> Attached:
+        """Give `made` an id and a slot, for ``add``; its host's parts are owned from here on.
 
+        :param slot: the one to take if it is free; None: the first that is
         :raises ConfigError: no slot is left, or a device of its kind has its name
         """
         taken = {each.slot: each for each in self.by_id.values()}
@@ -160,7 +161,8 @@ class Devices:
         except ConfigError:
             made.closers.close()
             raise
-        slot = next(number for number in range(len(VIRTIO_GSIS)) if number not in taken)
+        free = [number for number in range(len(VIRTIO_GSIS)) if number not in taken]
+        slot = slot if type(slot) is int and slot in free else free[0]
         names = (made.id, made.device.name, f"{made.device.name}.{slot}")
         id = next(name for name in names if name not in self.by_id)
         return Attached(made, id, slot, self._first + slot * layout.VIRTIO_MMIO_STRIDE)

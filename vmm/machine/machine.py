@@ -156,8 +156,9 @@ class Machine(Closing):
             self._devices.add(attached)
             if made.kind == "console":
                 self._hvc = made.device.ports[0]  # type: ignore[attr-defined]  # VirtioDevice is its base
-        for device in devices:
-            self._devices.add(self._devices.place(own(device)))
+        slots = [] if image is None else image.slots[len(self._devices.by_id) :]
+        for device, slot in itertools.zip_longest(devices, slots[: len(devices)]):
+            self._devices.add(self._devices.place(own(device), slot))
         pieces, handler = (None, "") if image is None else (image.memory, image.handler)
         hot = None if image is None or handler else image.hot
         huge = config.huge_pages is not None

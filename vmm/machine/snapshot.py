@@ -8,7 +8,7 @@ import os
 from devices.acpi_events import GENERATION_CHANGED
 from vmm.closing import Closers
 from vmm.config.devices import DriveConfig, RateLimiterConfig
-from vmm.errors import SnapshotError, VmmError
+from vmm.errors import SnapshotError, VmmError, host_errors
 from vmm.machine.machine import Machine
 from vmm.machine.private_disk import private_copy
 from vmm.memory import HotPages, MemoryFile
@@ -71,6 +71,11 @@ class Image:
         self.handler: str | MemoryFile = ""
         self.hot: HotPages | None = None
 
+    @property
+    def slots(self) -> list[Any]:
+        """The position of each virtio device that is of the embedding program's own; None: it is by its order."""
+        return [state.get("slot") if isinstance(state, dict) else None for state in self.virtio]
+
     def save(self, directory: str) -> None:
         """Write the image to `directory`, completely or not at all; see :mod:`vmm.machine.snapshot_file`.
 
@@ -98,6 +103,7 @@ class Image:
 def _saved(attached: Attached) -> dict[str, Any]:
     state = attached.transport.save()
     if not attached.kind:
+        state["slot"] = attached.slot  # others may have come and gone
         # A device of the embedding program's own may change later what it has returned: copied, as through a file.
         import msgspec
 
@@ -288,7 +294,9 @@ def child_of(
             if not drive.read_only:
                 if drive.format == "qcow2":
                     raise SnapshotError(drive.path, "is a qcow2 image: only a running machine shows what is in it")
-                disks[index] = MemoryFile(os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC), at_once=True)
+                with host_errors("open the disk", drive.path):
+                    fd = os.open(drive.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                disks[index] = MemoryFile(fd, at_once=True)
     else:
         if devices is None:
             _refuse_devices(source)
