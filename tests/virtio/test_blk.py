@@ -34,6 +34,7 @@ from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm import _uring
 from vmm.errors import ConfigError
+from vmm.machine.private_disk import private_copy
 from vmm.irq import IrqLine
 from vmm.machine.private_disk import private_copy
 from vmm.memory import GuestMemory
@@ -633,6 +634,32 @@ def loop_device(tmp_path: Path, *options: str) -> Iterator[tuple[str, Path]]:
 def loop(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     with loop_device(tmp_path) as device:
         yield device
+
+
+def test_a_direct_disk_is_copied_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_reflink(*_: object) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    (tmp_path / "disk").write_bytes(b"12345678" * 8192)
+    os.truncate(tmp_path / "disk", 1 << 20)
+    with Disk(str(tmp_path / "disk"), direct=True) as disk:
+        monkeypatch.setattr("fcntl.ioctl", no_reflink)
+        monkeypatch.setattr("os.copy_file_range", no_reflink)
+        copy = private_copy(disk.fd, disk.path)
+        assert os.pread(copy, 1 << 21, 0) == b"12345678" * 8192 + bytes((1 << 20) - 65536)
+        os.close(copy)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_copy_of_a_block_device_is_not_in_the_memory_of_dev(loop: tuple[str, Path], direct: bool) -> None:
+    device, _ = loop
+    with Disk(device, direct=direct) as disk:
+        copy = private_copy(disk.fd, device)
+        try:
+            assert not os.readlink(f"/proc/self/fd/{copy}").startswith("/dev/")
+            assert os.pread(copy, 1 << 21, 0) == b"".join(bytes([i % 251]) * 4096 for i in range(256))
+        finally:
+            os.close(copy)
 
 
 @pytest.mark.parametrize("direct", [False, True])

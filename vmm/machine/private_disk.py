@@ -29,10 +29,10 @@ def private_copy(source: int, path: str) -> int:
     :returns: the descriptor of a file without a name; ``/proc/self/fd/N`` opens it, the caller closes it
     :raises HostError: the disk cannot be read, or there is no room for the copy
     """
-    status = os.fstat(source)
-    copy = _nameless(os.path.dirname(path) or ".")
+    regular = stat.S_ISREG(os.fstat(source).st_mode)
+    copy = _nameless(os.path.dirname(path) or "." if regular else "")  # beside a block device, in /dev, is only memory
     try:
-        if stat.S_ISREG(status.st_mode) and _reflink(source, copy):
+        if regular and _reflink(source, copy):
             return copy
         size = os.lseek(source, 0, os.SEEK_END)
         os.ftruncate(copy, size)
