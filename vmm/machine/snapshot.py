@@ -323,7 +323,12 @@ def child_of(
                 return Isolated(config, image, own.values())
             own_devices = () if devices is None else devices(number)
             seccomp = isinstance(source, Image) or source.seccomp
-            return Machine(config, image=image, devices=own_devices, seccomp=seccomp)
+            machine = Machine(config, image=image, devices=own_devices, seccomp=seccomp)
+            for index, block in enumerate(machine.blocks.values()):
+                if index in own and config.drives[index].path == f"/proc/self/fd/{own[index]}":
+                    # Its number will be another file's. The kernel's name for a file without one is nobody's.
+                    block.disk.path, block.replaced = os.readlink(config.drives[index].path), True
+            return machine
         finally:
             for fd in own.values():
                 os.close(fd)
