@@ -285,6 +285,48 @@ def test_a_frozen_machine_before_its_start(guest: MakeGuest) -> None:
     assert run(vm).code == 5
 
 
+def _driven(vm: Machine, name: str) -> MmioDriver:
+    driver = MmioDriver(vm.devices[name].transport, Allocator(0x300000, 0x10000))
+    driver.bring_up(size=16)
+    return driver
+
+
+def test_devices_of_a_machine_that_was_not_started_do_nothing_after_a_freeze(guest: MakeGuest) -> None:
+    # Their threads would have begun before there were filters.
+    vm = guest(COUNTER, entropy=True)
+    _driven(vm, "virtio-rng")
+    image = vm.freeze()
+    assert vm.devices["virtio-rng"].transport.serving, "it served before"
+    with Machine(image=image) as copy:
+        (child,) = copy.fork()
+        assert not copy.devices["virtio-rng"].transport.serving
+        copy.start()
+        assert copy.devices["virtio-rng"].transport.serving and child.devices["virtio-rng"].transport.serving
+        child.close()
+
+
+def test_devices_go_on_after_a_freeze_of_a_guest_that_has_just_ended(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has sent before is on its way, and what is held at the end is lost."""
+    vm = guest(COUNTER, entropy=True)
+    driver = _driven(vm, "virtio-rng")
+    vm.start()
+    hold = vm._run.hold
+
+    def held(reason: str) -> None:
+        hold(reason)
+        vm.stop()  # as by a power-off that was under way
+
+    monkeypatch.setattr(vm._run, "hold", held)
+    with pytest.raises(VmmError, match="a machine that has ended cannot be frozen"):
+        vm.freeze()
+    ring = driver.queues[0]
+    ring.add([ring.buffer(16, device_writes=True)])
+    driver.kick()
+    until(ring.reap)
+
+
 def test_an_ended_machine_is_refused(guest: MakeGuest) -> None:
     vm = guest("hlt")
     vm.start()
