@@ -37,6 +37,7 @@ from vmm.api.types import BootSource, SnapshotCreate, SnapshotLoad, VmConfigurat
 from vmm.config.devices import BalloonConfig, NetConfig, RateLimiterConfig, ShareConfig, VsockConfig
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, HostError, SnapshotError
+from vmm.machine import snapshot_file
 from vmm.machine.snapshot_file import FORMAT, decode, encode, write_all, write_whole
 
 MakeGuest = Callable[..., Machine]
@@ -105,6 +106,30 @@ def test_ram_above_the_hole_and_what_was_written_since_a_freeze(tmp_path: Path, 
         for gpa in written:
             assert other.memory.read(gpa, 64) == vm.memory.read(gpa, 64), hex(gpa)
         assert other.memory.read(0x12345000, 13) == b"written since"
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_load_beside_a_save_has_one_of_the_two_images(
+    tmp_path: Path, guest: MakeGuest, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    image, count = _frozen(guest)
+    image.save(str(tmp_path / "image"))
+    calls = itertools.count()
+
+    def opened(path: str) -> int:
+        if next(calls) == at:
+            image.save(str(tmp_path / "image"))
+        return regular(path)
+
+    regular = snapshot_file.open_regular
+    monkeypatch.setattr(snapshot_file, "open_regular", opened)
+    _goes_on(Image.load(str(tmp_path / "image")), count)
+    shutil.rmtree(tmp_path / "image")
+    with pytest.raises(HostError, match=r"read the snapshot .*image: No such file"):
+        Image.load(str(tmp_path / "image"))
+    (tmp_path / "image").mkdir()
+    with pytest.raises(HostError, match=r"read the snapshot .*image: No such file"):
+        Image.load(str(tmp_path / "image"))
 
 
 def test_a_new_image_takes_the_place_of_an_old_one_and_of_nothing_else(tmp_path: Path, guest: MakeGuest) -> None:

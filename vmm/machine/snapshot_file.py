@@ -92,9 +92,10 @@ def load(directory: str, *, record: bool = False) -> Image:
     :raises HostError: the files cannot be read
     :raises SnapshotError: this is not an image, or it is damaged or has another format; the message says which
     """
+    if "\0" in directory:
+        raise SnapshotError(repr(directory), "must have no NUL in it")
     with host_errors("read the snapshot", directory):
-        data = read_state(os.path.join(directory, STATE))
-        file_of_memory = MemoryFile(open_regular(os.path.join(directory, MEMORY)), at_once=True)
+        data, file_of_memory = _read_both(directory)
     memory = file_of_memory.fd
     image, mark = decode(data, directory)
     size = image.config.memory
@@ -113,6 +114,21 @@ def load(directory: str, *, record: bool = False) -> Image:
     if record:
         image.handler = file_of_memory
     return image
+
+
+def _read_both(directory: str) -> tuple[bytes, MemoryFile]:
+    # Of one image: another may take its place meanwhile.
+    while True:
+        before = os.stat(directory)
+        try:
+            data = read_state(os.path.join(directory, STATE))
+            file = MemoryFile(open_regular(os.path.join(directory, MEMORY)), at_once=True)
+        except FileNotFoundError:
+            if os.path.samestat(before, os.stat(directory)):
+                raise
+        else:
+            if os.path.samestat(before, os.stat(directory)):
+                return data, file
 
 
 def is_merging(fd: int) -> bool:
