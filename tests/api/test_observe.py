@@ -191,6 +191,31 @@ def test_serial_output_goes_to_a_fifo(serve: Serve, tmp_path: Path) -> None:
         assert reader.read(1) == b"x"
 
 
+def test_serial_output_of_a_loaded_snapshot_goes_where_its_process_says(serve: Serve, tmp_path: Path) -> None:
+    """Not into the file of the machine that was saved, as in Firecracker."""
+    before, after = touched(tmp_path / "before"), touched(tmp_path / "after")
+    vm = serve()
+    vm.put("/serial", serial_out_path=str(before))
+    vm.boot("again: mov al, 'x'; mov dx, 0x3f8; out dx, al; mov ecx, 100000; w: loop w; jmp again;")
+    until(lambda: before.stat().st_size)
+    assert vm.ask("PATCH", "/vm", {"state": "Paused"})[0] == 204
+    names = {"snapshot_path": str(tmp_path / "snap"), "mem_file_path": str(tmp_path / "mem")}
+    vm.put("/snapshot/create", **names)
+    vm.end()
+    said = before.read_bytes()
+    for path in (after, None):
+        other = serve()
+        if path is not None:
+            other.put("/serial", serial_out_path=str(path))
+        other.put("/snapshot/load", **names, resume_vm=True)
+        shown = json.loads(other.ask("GET", "/vm/config")[1])
+        assert shown.get("serial", {}).get("serial_out_path") == (path and str(path))
+        if path is not None:
+            until(lambda: after.stat().st_size)
+        other.end()
+    assert before.read_bytes() == said
+
+
 def test_serial_output_is_limited(serve: Serve, tmp_path: Path) -> None:
     output = touched(tmp_path / "serial")
     vm = serve()

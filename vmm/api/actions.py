@@ -502,8 +502,9 @@ class Vmm:
         """
         from vmm.machine.machine import Machine
 
-        shown.logger, shown.metrics = self.whole.logger, self.whole.metrics
+        shown.logger, shown.metrics, shown.serial = self.whole.logger, self.whole.metrics, self.whole.serial
         self.whole = shown
+        image.config = image.config.replaced(**translate.console_of(shown))
         self._run(Machine(image=image, metadata=self.mmds, seccomp=threads.guard is not None), paused=not resume)
 
 

@@ -93,7 +93,7 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
         vmm.unsaved = joined(sorted(vmm.unsaved + written))
 
     def state_of(image: Image) -> bytes:
-        shown = msgspec.structs.replace(vmm.whole, logger=None, metrics=None)
+        shown = msgspec.structs.replace(vmm.whole, logger=None, metrics=None, serial=msgspec.UNSET)
         return encode_state(image, _NO_MARK, api=encode(shown))
 
     def write(image: Image) -> None:

@@ -118,6 +118,16 @@ def drive(body: types.Drive) -> devices.DriveConfig:
     return config_of(devices.DriveConfig, body)
 
 
+def console_of(whole: types.VmConfiguration) -> dict[str, Any]:
+    """The parameters of ``VmConfig`` for where the console's output goes."""
+    serial, host = _given(whole.serial, types.Serial()), _given(whole.pyvmm, types.Host())
+    path = serial.serial_out_path
+    return {
+        "console": f"file:{path}" if path is not None else _given(host.console, "raw"),
+        "console_rate_limiter": limiter(serial.rate_limiter),
+    }
+
+
 def vm_config(whole: types.VmConfiguration) -> VmConfig:
     """The machine's configuration.
 
@@ -126,7 +136,6 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
     :raises ConfigError: a value is invalid
     """
     boot, machine = whole.boot_source, whole.machine_config or DEFAULT_MACHINE
-    serial = _given(whole.serial, types.Serial())
     drives = sorted(whole.drives, key=lambda each: not each.is_root_device)
     line = Cmdline(DEFAULT_BOOT_ARGS if boot.boot_args is None else boot.boot_args)
     if drives and drives[0].is_root_device:
@@ -140,9 +149,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
     values = values_of(VmConfig, boot) | values_of(VmConfig, machine) | values_of(VmConfig, host)
     if host.memory is UNSET:
         values["memory"] = machine.mem_size_mib * _MIB
-    values["cmdline"] = str(line)
-    if serial.serial_out_path is not None:
-        values["console"] = f"file:{serial.serial_out_path}"
+    values |= console_of(whole) | {"cmdline": str(line)}
     return VmConfig(
         cpu_template=whole.cpu_config.template() if isinstance(whole.cpu_config, types.CpuConfig) else None,
         drives=[drive(each) for each in drives],
@@ -152,7 +159,6 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
         shares=[config_of(devices.ShareConfig, each) for each in _given(whole.fs, [])],
         entropy=None if whole.entropy is None else config_of(devices.EntropyConfig, whole.entropy),
         balloon=None if whole.balloon is None else config_of(devices.BalloonConfig, whole.balloon),
-        console_rate_limiter=limiter(serial.rate_limiter),
         **values,
     )
 
