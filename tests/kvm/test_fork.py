@@ -597,6 +597,22 @@ def test_the_clock_has_gone_on_in_a_copy(guest: MakeGuest, paired: bool) -> None
         assert 0 <= cycles / vcpu["tsc_khz"] / 1000 - 1000 < 60
 
 
+def test_a_guest_is_told_that_it_was_paused(guest: MakeGuest) -> None:
+    """As in Firecracker: or Linux takes a long pause for a CPU that hangs, and may panic (softlockup_panic)."""
+    # A kvm-clock at 0x210000, and then the counter. 0x4b564d01 is MSR_KVM_SYSTEM_TIME_NEW.
+    vm = guest("mov ecx, 0x4b564d01; mov eax, 0x210001; xor edx, edx; wrmsr;" + COUNTER)
+    flags = 0x210000 + 29  # of struct pvclock_vcpu_time_info
+    vm.start()
+    _until_it_counts(vm, 100)
+    for _ in range(2):
+        assert not vm.memory.read(flags, 1)[0] & 2, "PVCLOCK_GUEST_STOPPED"
+        vm.pause()
+        vm.resume()
+        until(lambda: vm.memory.read(flags, 1)[0] & 2)
+        vm.memory.write(flags, bytes((vm.memory.read(flags, 1)[0] & ~2,)))  # as Linux does
+    _end(vm, 3)
+
+
 def test_every_part_of_a_vcpu_is_in_the_copy(guest: MakeGuest) -> None:
     # Parts that are as in a new vCPU are not set: whether they are has to be found out each time.
     vm = guest(COUNTER, cpus=2)

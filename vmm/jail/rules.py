@@ -31,7 +31,7 @@ _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 15, 38
 _SECCOMP_SET_MODE_FILTER = 1
 _FCNTL = (1, 2, 3, 4, 1030)  # F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
 _LOCKS = (5, 36, 37)  # F_GETLK, F_OFD_GETLK, F_OFD_SETLK
-_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS = 0xAE80, 0x8090_AE81, 0x8138_AE83
+_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS, _KVM_KVMCLOCK_CTRL = 0xAE80, 0x8090_AE81, 0x8138_AE83, 0xAEAD
 _PIT = (0x4040_AE77, 0x4070_AEA0)  # KVM_CREATE_PIT2, KVM_SET_PIT2: a guest's timer is made when it uses it
 _TUN = (0x4004_54D0, 0x4004_54D9)  # TUNSETOFFLOAD, TUNSETQUEUE
 _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ
@@ -125,7 +125,8 @@ KINDS: dict[str, tuple[Rule, ...]] = {
     ),
     # It activates and resets devices, too, and says why a guest ended.
     "vcpu": (
-        *_EVENTS, *_ints("rt_sigaction", 0, _KICK), *_ioctl(_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS, *_PIT, *_TUN),
+        *_EVENTS, *_ints("rt_sigaction", 0, _KICK),
+        *_ioctl(_KVM_RUN, _KVM_GET_REGS, _KVM_GET_SREGS, _KVM_KVMCLOCK_CTRL, *_PIT, *_TUN),
     ),
     "blk": (
         *_EVENTS, *_allow("preadv preadv2 pread64 pwritev pwritev2 pwrite64 fsync fdatasync fallocate"),

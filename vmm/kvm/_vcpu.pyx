@@ -73,6 +73,8 @@ cdef extern from *:
     }
     static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }
     static int enter_guest(int fd) { return ioctl(fd, KVM_RUN, 0); }
+    /* Fails where the guest has no kvm-clock. */
+    static void tell_pause(int fd) { ioctl(fd, KVM_KVMCLOCK_CTRL, 0); }
     """
     ctypedef unsigned long pthread_t
     uint16_t io_port(kvm_run *r) nogil
@@ -93,6 +95,7 @@ cdef extern from *:
     int arm_kick() nogil
     void send_kick(pthread_t thread) nogil
     int enter_guest(int fd) nogil
+    void tell_pause(int fd) nogil
     pthread_t pthread_self() nogil
     void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
     int munmap(void *address, size_t length) nogil
@@ -239,6 +242,7 @@ cdef class VcpuLoop:
                 if (errno == EINTR or errno == EAGAIN) and take_immediate_exit(run):
                     if gate == NULL or not gate_is_shut(gate) or gate_pass(gate):
                         return -1       # KICKED
+                    tell_pause(self._fd)        # or the guest's watchdog takes it for a CPU that hangs
                     continue
                 if errno == EINTR:
                     continue            # a stray signal
