@@ -28,7 +28,7 @@ from vmm.config.devices import BalloonConfig, EntropyConfig, RateLimiterConfig, 
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.kvm.abi import kvm_ioctl
 from vmm.kvm.vm import software_kvm
-from vmm.machine import snapshot
+from vmm.machine import private_disk, snapshot
 from vmm.machine.private_disk import private_copy
 from vmm.machine.snapshot import _child_config, child_of
 
@@ -296,12 +296,12 @@ def test_devices_of_a_machine_that_was_not_started_do_nothing_after_a_freeze(gue
     vm = guest(COUNTER, entropy=True)
     _driven(vm, "virtio-rng")
     image = vm.freeze()
-    assert vm.devices["virtio-rng"].transport.serving, "it served before"
+    assert vm.devices["virtio-rng"].transport._serving, "it served before"
     with Machine(image=image) as copy:
         (child,) = copy.fork()
-        assert not copy.devices["virtio-rng"].transport.serving
+        assert not copy.devices["virtio-rng"].transport._serving
         copy.start()
-        assert copy.devices["virtio-rng"].transport.serving and child.devices["virtio-rng"].transport.serving
+        assert copy.devices["virtio-rng"].transport._serving and child.devices["virtio-rng"].transport._serving
         child.close()
 
 
@@ -373,7 +373,9 @@ def test_devices_of_ones_own_are_in_copies_where_they_were(tmp_path: Path, guest
     for name in ("two", "one"):
         vm.detach(name)
         (child,) = vm.fork(devices=devices)
-        assert {id: each.base for id, each in child.devices.items()} == {id: each.base for id, each in vm.devices.items()}
+        assert {id: each.base for id, each in child.devices.items()} == {
+            id: each.base for id, each in vm.devices.items()
+        }
         child.close()
     assert vm.attach(Entropy(name="four")).slot == 0
     vm.freeze().save(str(tmp_path / "image"))
@@ -395,20 +397,19 @@ def test_a_fork_that_fails_leaves_no_disk(tmp_path: Path, guest: MakeGuest, monk
     def private_copy(source: int, path: str) -> int:
         if path.endswith("b") and "copy_disks" not in {frame.name for frame in traceback.extract_stack()}:
             raise HostError(errno.ENOSPC, "copy the disk", path)
-        return snapshot_copy(source, path)
+        return private_disk.private_copy(source, path)
 
-    snapshot_copy = snapshot.private_copy
-    monkeypatch.setattr(snapshot, "private_copy", private_copy)
+    monkeypatch.setattr("vmm.machine.snapshot.private_copy", private_copy)
     counts = []
     for _ in range(4):
-        with pytest.raises(HostError, match="copy the disk .*b: No space left"):
+        with pytest.raises(HostError, match=r"copy the disk .*b: No space left"):
             vm.fork()
         gc.collect()
         undertaker.wait()
         counts.append(len(os.listdir("/proc/self/fd")))
     assert len(set(counts)) == 1
     (tmp_path / "b").unlink()
-    with pytest.raises(HostError, match="open the disk .*b: No such file"):
+    with pytest.raises(HostError, match=r"open the disk .*b: No such file"):
         Pool(image)
 
 

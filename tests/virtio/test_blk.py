@@ -34,7 +34,6 @@ from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm import _uring
 from vmm.errors import ConfigError
-from vmm.machine.private_disk import private_copy
 from vmm.irq import IrqLine
 from vmm.machine.private_disk import private_copy
 from vmm.memory import GuestMemory

@@ -230,7 +230,7 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
 
 
 def write_memory(pieces: list[Piece], size: int, fd: int, runs: list[tuple[int, int]] | None = None) -> None:
-    """Write `pieces`, in order of address, of `size` bytes of guest RAM to the new file `fd`, which has holes elsewhere.
+    """Write `pieces`, in order of address, of `size` bytes of guest RAM to the new file `fd`; elsewhere it has holes.
 
     :param runs: (guest address, bytes) of what of them, in order: all of that, as a hole means that nothing has changed
         there. None: all but zeros
