@@ -303,11 +303,7 @@ def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
     return written
 
 
-def copy_out(uintptr_t address, size_t size, int fd, uint64_t offset):
-    """Write [`address`, `address` + `size`) to the file `fd` at `offset`.
-
-    :raises OSError: a write failed
-    """
+cdef int copy_out(uintptr_t address, size_t size, int fd, uint64_t offset) except -1:
     cdef ssize_t done
     while size:
         with nogil:
@@ -319,3 +315,4 @@ def copy_out(uintptr_t address, size_t size, int fd, uint64_t offset):
         address += <size_t>done
         offset += <size_t>done
         size -= <size_t>done
+    return 0
