@@ -466,6 +466,18 @@ def test_a_copy_goes_on_with_one_connection_and_resets_the_others(tmp_path: Path
         vm.close()
 
 
+def test_a_connection_whose_guest_has_no_answer_yet_is_not_kept(tmp_path: Path, ram: GuestMemory) -> None:
+    vm = Vm(tmp_path / "v", ram, posted=0)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{tmp_path}/v_80")
+        server.listen()
+        vm.raw([vm.queue(1).buffer(vm.packet(spec.VSOCK_OP_REQUEST, 1025, 80).pack())])
+        vm.transport.stop()
+        ((guest_port, host_port, idle, *_),) = vm.transport.save()["device"]["connections"]
+        assert (guest_port, host_port, idle) == (1025, 80, 0)
+        vm.close()
+
+
 def test_no_damaged_connection_is_kept(tmp_path: Path, ram: GuestMemory) -> None:
     vm = Vm(tmp_path / "v", ram)
     try:

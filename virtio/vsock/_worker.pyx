@@ -136,7 +136,7 @@ cdef class VsockWorker(VsockSockets):
             if c.state != FREE and c.entered:
                 found.append((
                     c.guest_port, c.host_port,
-                    int(c.state == OPEN and not c.shut and not c.guest_shut and not c.used),
+                    int(c.state == OPEN and not (c.shut or c.guest_shut or c.used or c.pending & 1 << OP_RESPONSE)),
                     c.peer_buf_alloc, c.peer_fwd_cnt, c.tx_cnt, c.rx_cnt, c.fwd_cnt, c.promised))
         return found
 
