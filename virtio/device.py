@@ -86,6 +86,7 @@ class VirtioDevice:
     :ivar device_type: its number in §5
     :ivar queue_sizes: the largest size of each queue, powers of two
     :ivar features: the feature bits that it offers; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
+    :ivar tolerated: feature bits with which it can go on for a driver of a saved machine, though it does not offer them
     :ivar config: the configuration space as the driver reads it, little endian
     :ivar shm_regions: (guest address, bytes) of each shared memory region by its id (§2.10)
     :ivar thread_kind: the system call filter of its threads, one of ``vmm.jail.seccomp.KINDS``. None: its threads have
@@ -106,6 +107,7 @@ class VirtioDevice:
     device_type: int
     queue_sizes: tuple[int, ...]
     features: int = 0
+    tolerated: int = 0
     config: bytes = b""
     poll_us: float = 0
     unsavable: str = ""

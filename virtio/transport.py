@@ -400,7 +400,7 @@ class Transport:
                 raise SnapshotError(name, f"the state is that of a device of type {state['type']}")
             if len(state["queues"]) != len(self.queues):
                 raise SnapshotError(name, f"has {len(self.queues)} queues, the state {len(state['queues'])}")
-            if unknown := state["features"] & ~self.offered:
+            if unknown := state["features"] & ~(self.offered | self.device.tolerated):
                 raise SnapshotError(name, f"does not offer feature bits {unknown:#x}, which the driver has accepted")
             with self.lock:
                 self._restore(state)

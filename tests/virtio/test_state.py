@@ -164,6 +164,26 @@ def test_the_driver_hears_of_a_changed_configuration(tmp_path: Path, ram: GuestM
         host.close()
 
 
+def test_a_disk_goes_on_where_the_host_gives_no_blocks_back(
+    tmp_path: Path, ram: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As one that was copied to a file system without holes, or replaced by one there before the snapshot.
+    (tmp_path / "disk").write_bytes(bytes(8 * 512))
+    with Disk(str(tmp_path / "disk")) as disk:
+        host = DeviceHost(Block(disk), ram, Allocator(0x1000, ram.size - 0x1000))
+        host.driver.bring_up()
+        assert host.device.features & spec.BLK_F_DISCARD
+        monkeypatch.setattr(Disk, "can_discard", lambda self: False)
+        _move(host, Block(disk))
+        assert not host.device.features & spec.BLK_F_DISCARD
+        ring = host.driver.queues[0]
+        status = ring.buffer(b"\xff")._replace(device_writes=True)
+        sectors = ring.buffer(512, device_writes=True)
+        host.submit(0, [ring.buffer(struct.pack("<IIQ", spec.BLK_T_IN, 0, 0)), sectors, status])
+        assert ram.read(status.addr, 1) == b"\0"
+        host.close()
+
+
 def test_the_balloon_hands_its_buffer_back(ram: GuestMemory) -> None:
     host = DeviceHost(Balloon(stats_polling_interval_s=3600), ram, Allocator(0x1000, 1 << 20))
     host.driver.bring_up()

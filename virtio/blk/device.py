@@ -265,6 +265,7 @@ class Block(VirtioDevice):
             self.features |= spec.BLK_F_RO
         else:
             self.features |= spec.BLK_F_WRITE_ZEROES | (spec.BLK_F_DISCARD if disk.can_discard() else 0)
+            self.tolerated = spec.BLK_F_DISCARD  # without holes the answer is that it is unsupported
         self.limiter = limiter or RateLimiter()
         self.replaced = False
         # Only a thread that has a ring may enter one.
