@@ -216,12 +216,15 @@ def test_a_file_without_a_name_that_was_linked_goes_on(vm: FuseVm) -> None:
     assert vm.lookup("final").nodeid == made.nodeid
 
 
+@pytest.mark.parametrize("cache", ["auto", "always"])
 @pytest.mark.parametrize("way", ["remove", "remove and look up", "rename to itself", "replace"])
-def test_a_file_that_is_not_opened_goes_on_by_a_name_that_is_left(tmp_path: Path, way: str) -> None:
+def test_a_file_goes_on_by_a_name_that_is_left(tmp_path: Path, way: str, cache: str) -> None:
+    """Whether the guest opens it, or uses it unopened (cache=always)."""
     (tmp_path / "file").write_bytes(b"contents")
     (tmp_path / "new").write_bytes(b"new")
-    with FuseVm(tmp_path, cache="always", flags=ALL_FLAGS) as vm:
+    with FuseVm(tmp_path, cache=cache, flags=ALL_FLAGS) as vm:
         node = vm.lookup("file").nodeid
+        fh = vm.open(node) if cache == "auto" else 0
         link(vm, node, "link")
         if way == "remove":
             vm.ask(UNLINK, ROOT, b"file\0")
@@ -232,8 +235,27 @@ def test_a_file_that_is_not_opened_goes_on_by_a_name_that_is_left(tmp_path: Path
             vm.rename("link", "file")
         elif way == "replace":
             vm.rename("new", "file")
-        move(vm, cache="always")
-        assert vm.read(node, 0, 100) == b"contents"
+        move(vm, cache=cache)
+        assert vm.read(node, fh, 100) == b"contents"
+
+
+@pytest.mark.parametrize("way", ["remove", "replace"])
+def test_an_open_file_whose_known_name_is_removed_is_refused(vm: FuseVm, tmp_path: Path, way: str) -> None:
+    """Not saved by a name that it does not have, or another file has: in a copy it would be lost."""
+    os.link(tmp_path / "share/file", tmp_path / "share/other")
+    (tmp_path / "share/new").touch()
+    node = vm.lookup("file").nodeid
+    fh = vm.open(node)
+    if way == "remove":
+        vm.ask(UNLINK, ROOT, b"file\0")
+    else:
+        vm.rename("new", "file")
+    with pytest.raises(SnapshotError, match="that it has removed"):
+        saved(vm)
+    vm.transport.go_on()
+    assert vm.lookup("other").nodeid == node
+    move(vm)
+    assert vm.read(node, fh, 10) == b"contents"
 
 
 def test_read_only_stays_so(vm: FuseVm, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ cdef class Inodes:
     cdef Node *node_on_other_device(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil
     # The guest has renamed the file that `st` describes: it is `name` in `parent` now.
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil
-    # The guest has linked the file as `name` in `parent`. `instead`: the node takes this name even if it has one.
-    cdef void node_linked(self, Node *node, const Node *parent, const char *name, bint instead) noexcept nogil
+    # The guest has linked the file as `name` in `parent`: the node takes this name, even if it has one.
+    cdef void node_linked(self, Node *node, const Node *parent, const char *name) noexcept nogil
     # Return the id of the node that `st` describes; 0: the guest does not know it.
     cdef uint64_t node_id(self, const statx *st) noexcept nogil
     # The file has lost this name. Was it the one that the node has, its descriptor stays open while the guest knows it.

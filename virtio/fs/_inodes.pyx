@@ -393,10 +393,9 @@ cdef class Inodes:
             self._rename(node, parent, name)
         pthread_mutex_unlock(&self.lock)
 
-    cdef void node_linked(self, Node *node, const Node *parent, const char *name, bint instead) noexcept nogil:
+    cdef void node_linked(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        if instead or node.name == NULL:
-            self._rename(node, parent, name)
+        self._rename(node, parent, name)
         pthread_mutex_unlock(&self.lock)
 
     cdef void _forget_name(self, Node *node) noexcept nogil:

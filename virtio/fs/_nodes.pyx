@@ -245,18 +245,20 @@ cdef class NodeOperations(FuseThread):
         return status
 
     cdef bint victim(self, Node *parent, const char *name, Node **node) noexcept nogil:
-        # With no_open the file that is about to lose `name` may be in use without a handle. So pin its node: after the
-        # operation its descriptor is the only way to the file. *node NULL: the guest does not know it. Returns False,
-        # and errno, if the node cannot be pinned.
+        # Pin the node of the file that is about to lose `name`: it must not be opened, or saved, by that name any more.
+        # With no_open the file may be in use without a handle. Then its descriptor is the only way to it after the
+        # operation, so it is opened before. *node NULL: the guest does not know it. Returns False, and errno, if it
+        # cannot be opened.
         cdef statx st
         cdef uint64_t nodeid
         node[0] = NULL
-        if agreed(self.share, NO_OPEN) \
-                and statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
+        if statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
             nodeid = self.table.node_id(&st)
-            if nodeid:
+            if nodeid and agreed(self.share, NO_OPEN):
                 node[0] = self.table.node_get(nodeid)
                 return node[0] != NULL
+            if nodeid:
+                node[0] = self.table._pin(nodeid, False)
         return True
 
     cdef int64_t op_rename(self, Node *node, const fuse_in_header *h) noexcept nogil:
@@ -310,8 +312,7 @@ cdef class NodeOperations(FuseThread):
         else:
             if old.overlay:
                 self.table.set_identity(old, &st)
-            # Often the name before goes next, as git's of a new object; with no_open it is seen that it does.
-            self.table.node_linked(old, node, self.name, agreed(self.share, NO_OPEN))
+            self.table.node_linked(old, node, self.name)    # often the name before goes next, as git's of a new object
             self.fill_entry(entry, self.table.count_lookup(old), &st, old.foreign)
             result = sizeof(fuse_entry_out)
         self.table.node_put(old)
