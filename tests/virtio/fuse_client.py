@@ -240,9 +240,12 @@ class FuseClient:
         body = struct.pack("<QQIIQII", fh, offset, len(data), write_flags, 0, flags, 0) + data
         return int(struct.unpack_from("<I", self.ask(WRITE, nodeid, body))[0])
 
-    def readdir(self, nodeid: int, fh: int, offset: int = 0, *, size: int = 4096) -> list[tuple[str, int, int]]:
+    def readdir(
+        self, nodeid: int, fh: int, offset: int = 0, *, size: int = 4096, queue: int = 1
+    ) -> list[tuple[str, int, int]]:
         """(name, offset of the next, type) of each entry."""
-        data = self.ask(READDIR, nodeid, struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0), room=size)
+        body = struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0)
+        data = self.ask(READDIR, nodeid, body, room=size, queue=queue)
         return [(name, off, kind) for name, off, kind, _ in dirents(data, plus=False)]
 
     def setupmapping(self, nodeid: int, foffset: int, size: int, moffset: int, flags: int = 2) -> None:

@@ -519,6 +519,31 @@ def test_readdir_starts_again_and_goes_on_where_it_is_told(tree: Path, mount: Ca
     assert vm.readdir(ROOT, fh, first[3][1], size=1000)[0] == first[4]
 
 
+@pytest.mark.parametrize("flags", [fuse.LINUX_FLAGS, fuse.ALL_FLAGS], ids=["opened", "not opened"])
+def test_a_directory_that_is_listed_again_is_what_it_is_now(
+    tree: Path, mount: Callable[..., FuseVm], flags: int
+) -> None:
+    """Whichever thread lists: what one of them has read ahead is of an earlier listing."""
+    (tree / "many").mkdir()
+    for number in range(300):
+        (tree / f"many/{number}").touch()
+    vm = mount(threads=2, cache="always", flags=flags)
+    node = vm.lookup("many").nodeid
+    fh = vm.opendir(node) if flags == fuse.LINUX_FLAGS else 0
+
+    def listed(offset: int, queue: int) -> list[tuple[str, int, int]]:
+        return vm.readdir(node, fh, offset, size=1000, queue=queue)
+
+    first = listed(0, 2)  # that thread has read the rest ahead
+    after = first[-1][1]
+    kept = [name for name, _, _ in (*first, listed(after, 1)[0])]
+    for number in range(300):
+        if str(number) not in kept:
+            (tree / f"many/{number}").unlink()
+    assert listed(0, 1) == first
+    assert {name for name, _, _ in listed(after, 2)} - {".", ".."} == set(kept[-1:])
+
+
 def test_readdirplus_looks_up_what_it_lists(tree: Path, mount: Callable[..., FuseVm]) -> None:
     (tree / "sub").mkdir()
     for i in range(300):

@@ -28,6 +28,7 @@ cdef struct Node:
     uint32_t index
     uint32_t next               # next node in the hash chain or in the free list
     uint32_t opened             # its first open handle that can be read; 0: none
+    uint32_t listings           # atomic: how often a listing of this directory was begun
     bint hashed                 # it is in a hash chain, so a look-up can find it
     bint recent                 # it was used since the clock hand last passed it
     bint ghost                  # the guest has forgotten it, but may have a file handle (as knfsd) with its id

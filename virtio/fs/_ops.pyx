@@ -23,7 +23,7 @@ from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm._sys cimport (
-    counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    counter_add, flag_read, flag_set, load32, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store32,
 )
 
 
@@ -533,8 +533,13 @@ cdef class Server(NodeOperations):
         if arg.size > self.room:
             return self.bad_request(-EIO)
         cdef uint64_t fh = nodeid if agreed(self.share, NO_OPEN) else arg.fh
-        if self.entries_fh != fh or self.entries_next != arg.offset or arg.offset == 0:
-            self.entries_fh, self.entries_next = fh, arg.offset
+        cdef uint32_t listing = load32(&node.listings)
+        if arg.offset == 0:
+            listing += 1
+            store32(&node.listings, listing)
+        # What was read ahead is of an earlier listing, if another thread has begun one since.
+        if self.entries_fh != fh or self.entries_next != arg.offset or self.entries_listing != listing:
+            self.entries_fh, self.entries_next, self.entries_listing = fh, arg.offset, listing
             self.entries_at = self.entries_have = 0
         while True:
             if self.entries_at >= self.entries_have:

@@ -86,6 +86,7 @@ cdef class FuseThread:
     cdef int inotify            # for same_inode; -1: not open yet
     cdef uint8_t *entries       # directory entries read ahead (linux_dirent64); DIRENTS bytes
     cdef uint64_t entries_fh    # the handle from which they were read
+    cdef uint32_t entries_listing       # Node.listings at that time
     cdef uint64_t entries_next  # directory offset of the next entry
     cdef uint32_t entries_at    # byte offset of the next entry in `entries`
     cdef uint32_t entries_have  # bytes in `entries`
