@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import struct
@@ -18,7 +19,7 @@ from tests.virtio.test_fs_kernel import small_disk
 
 __all__ = ["mount", "tree"]
 
-WRITE_CACHE = 1
+WRITE_CACHE = DIRECT_IO = 1
 NOBODY = (1 << 32) - 1
 
 
@@ -43,6 +44,33 @@ def test_a_guest_that_keeps_pages_says_where_the_file_ends(tree: Path, mount: Ca
     found, fh = vm.create("a", os.O_RDWR | os.O_CREAT | os.O_APPEND)
     vm.write(found.nodeid, fh, b"later", 10, flags=os.O_APPEND)
     assert (tree / "a").read_bytes() == bytes(10) + b"later"
+
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_APPEND_FL = 0x8008_6601, 0x4008_6602, 0x20
+
+
+@root_only
+@pytest.mark.parametrize("cache", ["auto", "always", "none"])
+def test_a_file_that_can_only_be_appended_to(tree: Path, mount: Callable[..., FuseVm], cache: str) -> None:
+    """``chattr +a``: the host opens it with O_APPEND alone."""
+    (tree / "log").write_text("old ")
+    with open(tree / "log") as file:
+        try:
+            flags = struct.unpack("l", fcntl.ioctl(file, FS_IOC_GETFLAGS, bytes(8)))[0]
+            fcntl.ioctl(file, FS_IOC_SETFLAGS, struct.pack("l", flags | FS_APPEND_FL))
+        except OSError:
+            pytest.fail("LAYER MISSING: a file system with attributes of files, such as ext4")
+        try:
+            vm = mount(cache=cache)
+            node = vm.lookup("log").nodeid
+            assert refused(vm.open, node, os.O_WRONLY) == "EPERM"
+            assert refused(vm.open, node, os.O_RDWR | os.O_APPEND) == "EPERM"  # it could be mapped
+            fh = vm.open(node, os.O_WRONLY | os.O_APPEND)
+            assert vm.open_flags(node, os.O_WRONLY | os.O_APPEND) & DIRECT_IO
+            vm.write(node, fh, b"new", 4, flags=os.O_WRONLY | os.O_APPEND)
+            assert (tree / "log").read_text() == "old new"
+        finally:
+            fcntl.ioctl(file, FS_IOC_SETFLAGS, struct.pack("l", flags))
 
 
 def test_a_write_waits_for_the_disk_if_it_says_so(tree: Path, mount: Callable[..., FuseVm]) -> None:

@@ -483,8 +483,9 @@ cdef class NodeOperations(FuseThread):
         if kill:
             fs_capset(self.credentials.no_fsetid)
         fd = self.opened(node, flags)
-        if fd < 0 and errno == EACCES and wanted & O_ACCMODE == O_WRONLY and flags & O_ACCMODE == O_RDWR:
-            flags = flags & ~O_ACCMODE | O_WRONLY       # the user may not read it: bypass the guest's cache
+        if fd < 0 and wanted & O_ACCMODE == O_WRONLY and (errno == EACCES or (errno == EPERM and wanted & O_APPEND)):
+            # The user may not read it, or one can only append to it (chattr +a): bypass the guest's cache.
+            flags = flags & ~O_ACCMODE | O_WRONLY | (O_APPEND if errno == EPERM else 0)
             open_flags |= FOPEN_DIRECT_IO
             fd = self.opened(node, flags)
         error = errno
