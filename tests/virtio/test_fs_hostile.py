@@ -499,7 +499,9 @@ def test_a_guest_that_opens_everything_runs_out_and_not_the_host(
     with pytest.raises(FuseError, match="Too many open files in system"):
         while True:
             second.opendir()
-    assert refused(first.create, "new") == refused(second.create, "new") == "ENFILE"
+    assert refused(first.create, "new") == refused(second.create, "new") == refused(first.mkdir, "new") == "ENFILE"
+    assert refused(first.make, fuse.SYMLINK, "new", rest=b"target\0") == "ENFILE"
+    assert refused(first.make, fuse.MKNOD, "new", struct.pack("<4I", 0o100644, 0, 0, 0)) == "ENFILE"
     assert "new" not in os.listdir(tree)
     assert highest() <= few_descriptors, "the rest of the process has its own"
     os.close(os.dup(0))

@@ -20,6 +20,7 @@ cdef class NodeOperations(FuseThread):
     cdef int64_t op_getattr(self, Node *node) noexcept nogil
     cdef int64_t op_setattr(self, Node *node, uint64_t nodeid) noexcept nogil
     cdef int64_t op_readlink(self, Node *node) noexcept nogil
+    cdef bint has_descriptor(self, Node *node) noexcept nogil
     cdef int64_t op_make(self, Node *node, const fuse_in_header *h) noexcept nogil
     cdef bint victim(self, Node *parent, const char *name, Node **node) noexcept nogil
     cdef int64_t op_remove(self, Node *node, int flags) noexcept nogil

@@ -203,6 +203,15 @@ cdef class NodeOperations(FuseThread):
             return -errno
         return size if <uint64_t>size <= self.room else -EIO
 
+    cdef bint has_descriptor(self, Node *node) noexcept nogil:
+        # Whether a descriptor is free for a file: asked before one is made, or it would be there in spite of the error.
+        cdef int fd = granted(dup(node.fd), FOR_LOOKUP)
+        if fd < 0 and make_room():
+            fd = granted(dup(node.fd), FOR_LOOKUP)
+        if fd >= 0:
+            close(fd)
+        return fd >= 0
+
     cdef int64_t op_make(self, Node *node, const fuse_in_header *h) noexcept nogil:
         # SYMLINK, MKNOD, MKDIR
         cdef const fuse_mknod_in *arg = <const fuse_mknod_in *>self.request
@@ -213,6 +222,8 @@ cdef class NodeOperations(FuseThread):
             target = self.name2 - <const char *>self.request
             if target >= self.length or memchr(self.name2, 0, self.length - target) == NULL or self.name2[0] == 0:
                 return self.bad_request(-EINVAL)
+        if not self.has_descriptor(node):
+            return -ENFILE
         if switch:
             error = self.become(h.uid, h.gid)
             if error:
@@ -525,13 +536,8 @@ cdef class NodeOperations(FuseThread):
         cdef Node *made
         if h.opcode == FUSE_TMPFILE:
             name = NULL
-        # Check that a descriptor is free before the file is created.
-        fd = granted(dup(node.fd), FOR_LOOKUP)
-        if fd < 0 and make_room():
-            fd = granted(dup(node.fd), FOR_LOOKUP)
-        if fd < 0:
+        if not self.has_descriptor(node):
             return -ENFILE
-        close(fd)
         if h.opcode == FUSE_TMPFILE and (node.type != S_IFDIR or flags & O_ACCMODE == O_RDONLY):
             return -EINVAL
         if switch:
