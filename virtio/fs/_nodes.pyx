@@ -256,20 +256,17 @@ cdef class NodeOperations(FuseThread):
         return status
 
     cdef bint victim(self, Node *parent, const char *name, Node **node) noexcept nogil:
-        # Pin the node of the file that is about to lose `name`: it must not be opened, or saved, by that name any more.
-        # With no_open the file may be in use without a handle. Then its descriptor is the only way to it after the
-        # operation, so it is opened before. *node NULL: the guest does not know it. Returns False, and errno, if it
-        # cannot be opened.
+        # Pin the node of the file that is about to lose `name`: it must not be opened, or saved, by that name any more,
+        # and its descriptor may soon be the only way to it, as to a FIFO that the guest has open. *node NULL: the guest
+        # does not know it. Returns False, and errno, if it cannot be pinned and may be in use without a handle.
         cdef statx st
         cdef uint64_t nodeid
         node[0] = NULL
         if statx_call(parent.fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, &st) == 0:
             nodeid = self.table.node_id(&st)
-            if nodeid and agreed(self.share, NO_OPEN):
-                node[0] = self.table.node_get(nodeid)
-                return node[0] != NULL
             if nodeid:
-                node[0] = self.table._pin(nodeid, False)
+                node[0] = self.table.node_get(nodeid)
+                return node[0] != NULL or not agreed(self.share, NO_OPEN)
         return True
 
     cdef int64_t op_rename(self, Node *node, const fuse_in_header *h) noexcept nogil:
