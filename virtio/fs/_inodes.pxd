@@ -76,8 +76,8 @@ cdef class Inodes:
     # Iterate over the nodes with the identity in `st`: returns the next one after `before`, pinned, or NULL. Unpins
     # `before`; NULL: start.
     cdef Node *node_twin(self, const statx *st, Node *before) noexcept nogil
-    # Count a look-up of a pinned node. Returns its id.
-    cdef uint64_t count_lookup(self, Node *node) noexcept nogil
+    # Count a look-up of a pinned node, which is `name` in `parent` now; NULL: its name stays. Returns its id.
+    cdef uint64_t count_lookup(self, Node *node, const Node *parent, const char *name) noexcept nogil
     # Give a pinned node the identity in `st`, after an overlayfs copy-up.
     cdef void set_identity(self, Node *node, const statx *st) noexcept nogil
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
@@ -85,8 +85,6 @@ cdef class Inodes:
     cdef Node *node_on_other_device(self, uint32_t index, const uint64_t *devices, uint32_t count) noexcept nogil
     # The guest has renamed the file that `st` describes: it is `name` in `parent` now.
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil
-    # The guest has linked the file as `name` in `parent`: the node takes this name, even if it has one.
-    cdef void node_linked(self, Node *node, const Node *parent, const char *name) noexcept nogil
     # Return the id of the node that `st` describes; 0: the guest does not know it.
     cdef uint64_t node_id(self, const statx *st) noexcept nogil
     # The file has lost this name. Was it the one that the node has, its descriptor stays open while the guest knows it.

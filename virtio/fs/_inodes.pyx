@@ -231,10 +231,11 @@ cdef class Inodes:
         node.recent = True
         return id_of(node)
 
-    cdef uint64_t count_lookup(self, Node *node) noexcept nogil:
+    cdef uint64_t count_lookup(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         cdef uint64_t nodeid
         pthread_mutex_lock(&self.lock)
         nodeid = self._count_lookup(node)
+        self._rename(node, parent, name)
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
@@ -393,11 +394,6 @@ cdef class Inodes:
             self._rename(node, parent, name)
         pthread_mutex_unlock(&self.lock)
 
-    cdef void node_linked(self, Node *node, const Node *parent, const char *name) noexcept nogil:
-        pthread_mutex_lock(&self.lock)
-        self._rename(node, parent, name)
-        pthread_mutex_unlock(&self.lock)
-
     cdef void _forget_name(self, Node *node) noexcept nogil:
         if node.name != NULL:
             self.memory.give(strlen(node.name) + 1)
@@ -441,7 +437,7 @@ cdef class Inodes:
     cdef Node *node_recall(self, uint64_t nodeid) noexcept nogil:
         cdef Node *node = self._opened(self._pin(nodeid, True))
         if node != NULL:
-            self.count_lookup(node)
+            self.count_lookup(node, NULL, NULL)
         return node
 
     cdef Node *_opened(self, Node *node) noexcept nogil:

@@ -320,8 +320,8 @@ cdef class NodeOperations(FuseThread):
         else:
             if old.overlay:
                 self.table.set_identity(old, &st)
-            self.table.node_linked(old, node, self.name)    # often the name before goes next, as git's of a new object
-            self.fill_entry(entry, self.table.count_lookup(old), &st, old.foreign)
+            # It is known by this name from here on: often the name before goes next, as git's of a new object.
+            self.fill_entry(entry, self.table.count_lookup(old, node, self.name), &st, old.foreign)
             result = sizeof(fuse_entry_out)
         self.table.node_put(old)
         return result

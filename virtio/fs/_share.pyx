@@ -243,7 +243,7 @@ cdef class FuseThread:
             node = self.table.node_twin(st, node)
         if node == NULL:
             return self.table.node_add(fd, st, parent, name, True, True)
-        nodeid = self.table.count_lookup(node)
+        nodeid = self.table.count_lookup(node, parent, name)
         self.table.node_put(node)
         close(fd)
         return nodeid

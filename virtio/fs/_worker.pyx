@@ -229,10 +229,9 @@ cdef class FsWorker(FsThread):
         cdef int status
         if token == TOKEN_TIMER:
             for slot in range(self.n_queues):
-                if self.rings[slot].size:
-                    status = self.run_queue(slot)
-                    if status < 0:
-                        return status
+                status = self._kicked(slot)
+                if status < 0:
+                    return status
         return 0
 
 
