@@ -92,13 +92,6 @@ def test_a_file_without_a_name_stays_until_the_guest_forgets_it(
     Where files are opened, a guest uses it so if it is a FIFO, a directory that it is in, or opened by O_PATH.
     """
 
-    def contents(node: int) -> bytes:
-        fh = vm.open(node) if cache == "auto" else 0
-        data = vm.read(node, fh, 10)
-        if fh:
-            vm.release(node, fh)
-        return data
-
     count = 3 * few_descriptors
     for i in range(count):
         (tree / f"{i}").write_text(f"{i}")
@@ -106,6 +99,14 @@ def test_a_file_without_a_name_stays_until_the_guest_forgets_it(
     for i in replaced:
         (tree / f"new{i}").write_text("new")
     vm = mount(cache=cache, flags=fuse.ALL_FLAGS)
+
+    def contents(node: int) -> bytes:
+        fh = vm.open(node) if cache == "auto" else 0
+        data = vm.read(node, fh, 10)
+        if fh:
+            vm.release(node, fh)
+        return data
+
     set_descriptor_limit(KEPT + few_descriptors)
     nodes = [vm.lookup(f"{i}").nodeid for i in range(count)]  # the first are closed by now
     for i in gone:
