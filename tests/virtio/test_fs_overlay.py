@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import ALL_FLAGS, LINUX_FLAGS, ROOT, FuseVm
 from tests.virtio.mounts import ext4, overlaid, overlay, private_mounts
 from tests.virtio.test_fs import tree
+from tests.virtio.test_fs_saved import move
 
 __all__ = ["tree"]
 
@@ -115,6 +117,40 @@ def test_copied_up_without_being_opened_a_node_stays_what_it_is(tree: Path, way:
             vm.ask(fuse.COPY_FILE_RANGE, other, struct.pack("<7Q", 0, 0, node, 0, 0, 3, 0))
         assert vm.lookup("file").nodeid == node
         assert vm.lookup("other").nodeid == other
+
+
+@pytest.mark.parametrize("way", ["create", "make", "remove", "rename", "link", "write"])
+@private_mounts
+def test_a_directory_that_is_copied_up_is_found_again(tree: Path, way: str) -> None:
+    """By a copy of the machine, as where descriptors are few: its time of creation is the copy's."""
+    merged, below = overlay(tree)
+    for name in ("dir", "from"):
+        (below / name).mkdir()
+        (below / name / "file").write_text("text")
+    (below / "dir" / "gone").touch()
+    overlaid(tree)
+    with FuseVm(merged) as vm:
+        top, source = vm.lookup("dir").nodeid, vm.lookup("from").nodeid
+        node = vm.lookup("file", top).nodeid
+        moved = vm.lookup("file", source).nodeid
+        fh, other = vm.open(node), vm.open(moved)
+        time.sleep(0.05)  # the kernel's clock of files is a coarse one
+        if way == "create":
+            vm.create("new", parent=top)
+        elif way == "make":
+            vm.mkdir("new", parent=top)
+        elif way == "remove":
+            vm.ask(fuse.UNLINK, top, b"gone\0")
+        elif way == "write":
+            vm.release(node, vm.open(node, os.O_RDWR))
+        elif way == "rename":
+            vm.rename("file", "new", parent=source, newdir=top)
+        else:
+            vm.make(fuse.LINK, "new", moved.to_bytes(8, "little"), parent=top)
+        move(vm)
+        assert vm.read(node, fh, 9) == b"text"
+        assert vm.read(moved, other, 9) == b"text"
+        assert vm.lookup("dir").nodeid == top
 
 
 @private_mounts

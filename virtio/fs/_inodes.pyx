@@ -36,6 +36,11 @@ cdef uint64_t device_of(const statx *st) noexcept nogil:
 cdef uint64_t btime_of(const statx *st) noexcept nogil:
     return <uint64_t>st.stx_btime.tv_sec * 1000000000 + st.stx_btime.tv_nsec if st.stx_mask & STATX_BTIME else 0
 
+cdef bint other_time(const Node *node, const statx *st) noexcept nogil:
+    # Whether the inode was made at another time than the node's. A directory of an overlayfs gets another time when it
+    # is copied up, as by a change of any file below it.
+    return node.btime != btime_of(st) and not (node.overlay and node.type == S_IFDIR)
+
 cdef uint64_t id_of(const Node *node) noexcept nogil:
     return <uint64_t>node.generation << 32 | node.index
 
@@ -181,9 +186,11 @@ cdef class Inodes:
 
     cdef Node *_same(self, const statx *st) noexcept nogil:
         cdef Node *node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id)
-        if node != NULL and node.fd < 0 and node.btime != btime_of(st):
+        if node != NULL and node.fd < 0 and other_time(node, st):
             self._unhash(node)      # the inode number was reused: this node's file is gone
             return NULL
+        if node != NULL:
+            node.btime = btime_of(st)       # on an overlayfs it may have been copied up since
         return node
 
     cdef void _hash(self, Node *node) noexcept nogil:
@@ -491,7 +498,7 @@ cdef class Inodes:
         if fd < 0:
             return ENFILE if errno == ENFILE else ESTALE
         if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or device_of(&st) != node.dev or st.stx_ino != node.ino \
-                or st.stx_mode & S_IFMT != node.type or st.stx_mnt_id != node.mnt or btime_of(&st) != node.btime:
+                or st.stx_mode & S_IFMT != node.type or st.stx_mnt_id != node.mnt or other_time(node, &st):
             close(fd)
             return ESTALE
         pthread_mutex_lock(&self.lock)
