@@ -36,38 +36,43 @@ cdef struct Stream:
     uint8_t[4] length
     uint32_t length_got         # bytes received of the length
     uint64_t frame_size
-    uint64_t frame_got          # bytes received of the frame
+    uint64_t frame_got          # bytes received of the frame, and then of the next one's length
     bint dropping               # discard the rest of this frame: its driver is gone
+    bint cut                    # there were no buffers for a part of this frame: it is lost, even if more come now
     uint8_t[4] tx_length
     uint64_t tx_size
     uint64_t tx_left            # bytes left to send of the length and the frame
 
 
 cdef inline ssize_t stream_read_rest(Stream *s, int fd, const iovec *iov, uint32_t n_iov, uint64_t held) noexcept nogil:
-    # Read the rest of a frame. Returns 1 when it is complete, or the result of the failed read.
+    # Read the rest of a frame, and the next one's length if that is there: one call for each frame of a flood. Returns
+    # 1 when the frame is complete, or the result of the failed read.
     cdef ssize_t got
     cdef uint8_t[4096] scrap
     cdef uint64_t room
     cdef iovec[UIO_MAXIOV] rest
-    cdef iovec one
     cdef uint32_t n
     while s.length_got < 4:
-        one = iovec(<void *>&s.length[s.length_got], 4 - s.length_got)
-        got = readv(fd, &one, 1)
+        rest[0] = iovec(<void *>&s.length[s.length_got], 4 - s.length_got)
+        got = readv(fd, rest, 1)
         if got <= 0:
             return got
         s.length_got += <uint32_t>got
-        if s.length_got == 4:
-            s.frame_size = <uint64_t>s.length[0] << 24 | s.length[1] << 16 | s.length[2] << 8 | s.length[3]
-            s.frame_got = 0
+    if s.frame_got == 0:
+        s.cut = False
+        s.frame_size = <uint64_t>s.length[0] << 24 | s.length[1] << 16 | s.length[2] << 8 | s.length[3]
     while s.frame_got < s.frame_size:
         room = 0 if s.dropping else held - VNET_HEADER
         if s.frame_got < room:
             n = iov_part(iov, n_iov, VNET_HEADER + s.frame_got, s.frame_size - s.frame_got, rest, PARTS)
-            got = readv(fd, rest, n)
+            if s.frame_size <= room and n < PARTS:
+                rest[n] = iovec(<void *>s.length, 4)
+                n += 1
         else:
-            one = iovec(<void *>scrap, min(<uint64_t>sizeof(scrap), s.frame_size - s.frame_got))
-            got = readv(fd, &one, 1)
+            rest[0] = iovec(<void *>scrap, min(<uint64_t>sizeof(scrap), s.frame_size - s.frame_got))
+            n = 1
+            s.cut = True
+        got = readv(fd, rest, n)
         if got <= 0:
             return got
         s.frame_got += got
@@ -86,13 +91,14 @@ cdef inline ssize_t stream_read(Stream *s, int fd, const iovec *iov, uint32_t n_
         if got == 0:
             net_set_errno(ECONNRESET)
             return -1
-        s.length_got = 0
+        s.length_got = <uint32_t>(s.frame_got - s.frame_size)
+        s.frame_got = 0
         if not s.dropping:
             break
         s.dropping = False
     memset(header, 0, VNET_HEADER)
     iov_scatter(iov, n_iov, 0, header, VNET_HEADER)
-    return VNET_HEADER + s.frame_size
+    return held + 1 if s.cut else VNET_HEADER + s.frame_size
 
 
 cdef inline ssize_t stream_write(Stream *s, int fd, const DescChain *chain, uint8_t *head,

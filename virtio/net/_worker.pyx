@@ -167,7 +167,7 @@ cdef class NetWorker(QueueWorker):
         self.resume[RX] = self.resume[TX] = self.resume[SERVICES] = 0
         self.frames_due = self.resolver is not None or self.mmds is not None
         self.paid = False
-        self.passt.dropping = self.passt.length_got == 4
+        self.passt.dropping = self.passt.frame_got > 0
         self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
 
     def forget(self):
@@ -232,7 +232,7 @@ cdef class NetWorker(QueueWorker):
                 if budget == 0:
                     return SERVE_MORE
                 # Not while the buffers hold a part of a frame.
-                if self.frames_due and (self.passt.length_got < 4 or self.passt.dropping) \
+                if self.frames_due and (self.passt.frame_got == 0 or self.passt.dropping) \
                         and (self.answer_size or self.ask_services()):
                     status = self.give_answer()
                     if status <= 0:

@@ -216,6 +216,9 @@ def _explain(error: OSError) -> str:
     return f"cannot be opened: {error.strerror}"
 
 
+_SOCKET_BYTES = 4 << 20  # as the host's limit allows
+
+
 class Passt:
     """The user's own network, by a passt process of ours: no privileges; owns the process and the socket to it.
 
@@ -234,6 +237,10 @@ class Passt:
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
+        # passt drops frames for which there is no room, and lets TCP send them again. It makes that room itself only
+        # where it has made the socket.
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
         self._said, said = os.pipe()
         os.set_blocking(self._said, False)
         os.set_blocking(said, False)  # what nobody reads must not hold passt up
