@@ -70,7 +70,7 @@ class Transport:
         self._status = 0
         self._driver_features = 0
         self._needs_reset = False
-        self._serving = False  # the workers have been started, and not stopped since
+        self.serving = False  # the workers have been started, and not stopped since
         self._stopping = False  # they have been told to stop, and not all have
         self._closed = False
         self._workers: Sequence[QueueWorker] = ()
@@ -291,7 +291,7 @@ class Transport:
         device.activate(device.context)
 
     def _start_workers(self) -> None:
-        self._serving = True
+        self.serving = True
         try:
             for worker in self._workers:
                 worker.start(self.device.context)
@@ -302,7 +302,7 @@ class Transport:
         self._stopping = True
         for worker in self._workers:
             worker.stop(leaving)  # raises what a signal's handler raises
-        self._stopping = self._serving = False
+        self._stopping = self.serving = False
         if self._status & spec.DRIVER_OK and not self._needs_reset:
             self.device.release()
 
@@ -329,7 +329,7 @@ class Transport:
         with self.lock:
             if self._stopping:  # a signal ended that
                 self._stop_workers()
-            if not self._status & spec.DRIVER_OK or self._closed or self._serving:
+            if not self._status & spec.DRIVER_OK or self._closed or self.serving:
                 return
             if self._needs_reset:
                 self.interrupt.config()

@@ -296,12 +296,12 @@ def test_devices_of_a_machine_that_was_not_started_do_nothing_after_a_freeze(gue
     vm = guest(COUNTER, entropy=True)
     _driven(vm, "virtio-rng")
     image = vm.freeze()
-    assert vm.devices["virtio-rng"].transport._serving, "it served before"
+    assert vm.devices["virtio-rng"].transport.serving, "it served before"
     with Machine(image=image) as copy:
         (child,) = copy.fork()
-        assert not copy.devices["virtio-rng"].transport._serving
+        assert not copy.devices["virtio-rng"].transport.serving
         copy.start()
-        assert copy.devices["virtio-rng"].transport._serving and child.devices["virtio-rng"].transport._serving
+        assert copy.devices["virtio-rng"].transport.serving and child.devices["virtio-rng"].transport.serving
         child.close()
 
 

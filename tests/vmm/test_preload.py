@@ -34,6 +34,7 @@ NEVER = {
     "virtio.net.dns": "the same",
     "vmm.bus": "protocols, for type checkers",
     "socket": "Vsock.keep(), of sandboxes, whose programs have it already",
+    "shutil": "save() of a snapshot, and images, where a file system exchanges no names",
     "difflib": "a mistake on the command line, before the jail",
     "vmm.config.settings": "type checkers",
     "vmm.config.typed": "the same",

@@ -171,8 +171,10 @@ def freeze(
     if machine.memory.huge:
         raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
     access = machine.kvm.state_access()
+    serving: list[Transport] = []
     try:
         machine._run.hold("freeze")
+        serving = [transport for transport in machine.virtio if transport.serving]  # none of one that was not started
         _refuse_unsavable(machine)  # the guest may have begun to use a device meanwhile
         for transport in machine.virtio:
             transport.stop()
@@ -200,8 +202,7 @@ def freeze(
         return image
     finally:
         try:
-            if machine._run.started:  # also where it has ended: what the guest sent last is still to be served
-                _go_on(machine.virtio)
+            _go_on(serving)  # also where the guest has ended: what it sent last is still to be served
         finally:  # whatever failed, the guest is not held for good
             machine._run.release("freeze")
 
