@@ -180,7 +180,7 @@ cdef class QueueWorker:
             self._join()
 
     cdef _join(self):
-        # Returns only once the thread has ended, as what it uses may be closed next. Before Python 3.13, join() takes it
+        # Returns only once the thread has ended: what it uses may be closed next. Before Python 3.13, join() takes it
         # for ended when the handler of a signal raises.
         try:
             self._thread.join()

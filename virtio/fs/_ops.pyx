@@ -351,7 +351,7 @@ cdef class Server(NodeOperations):
         cdef uint32_t count
         cdef host_stat st
         cdef ssize_t done
-        if arg.size > min(self.room, <uint64_t>MAX_WRITE):      # a driver can describe gigabytes, which would hold us up
+        if arg.size > min(self.room, <uint64_t>MAX_WRITE):     # a driver can describe gigabytes, which would hold us up
             return self.bad_request(-EIO)
         while skip >= iov.iov_len:      # skip the space for the reply header; self.room says that it fits
             skip -= iov.iov_len
