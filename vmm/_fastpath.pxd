@@ -103,6 +103,8 @@ cdef struct DescChain:
     uint64_t writable_bytes
     uint16_t head
     uint16_t index              # the last descriptor read; if a rule was broken, the one that broke it
+    const RamRegion *window     # memory beside RAM that buffers may be in, the caller's; NULL: none
+    bint in_window              # whether one is. Its pages may be gone: only a system call may touch them
 
 # The queue protocol without the GIL and without exceptions. VirtQueue's docstring shows the loop that calls them.
 cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil

@@ -192,6 +192,7 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
     cdef bint inside_indirect = False
     chain.head = 0
     chain.index = 0
+    chain.in_window = False
     if size == 0:
         return QUEUE_NOT_READY
     # pairs with the driver's write barrier between avail.ring[] and avail.idx (§2.7.13.3.1)
@@ -231,7 +232,11 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
             return QUEUE_TOO_LONG
         host = find(regions, n_regions, d.addr, d.len)
         if host == NULL:
-            return QUEUE_ADDRESS
+            if chain.window != NULL:
+                host = find(chain.window, 1, d.addr, d.len)
+            if host == NULL:
+                return QUEUE_ADDRESS
+            chain.in_window = True
         total += d.len
         if total > <uint64_t>1 << 32:
             return QUEUE_TOTAL

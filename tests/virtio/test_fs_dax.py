@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import FuseVm
 from tests.virtio.test_fs import held, mount, refused, tree
 from tests.virtio.test_fs_hostile import few_descriptors
+from tests.waiting import until
 from virtio import spec
+from virtio.testing import Buffer
 from vmm.budget import KEPT, dax_slots, set_descriptor_limit
 from vmm.errors import ConfigError
 
@@ -192,6 +195,76 @@ def test_a_truncated_file_is_repaired_and_comes_back(tree: Path, mount: Callable
     assert vm.getattr(vm.lookup("small").nodeid).size == 10100  # from here on the guest may look there
     assert at(vm, SLOT, 10100) == b"s" * 100 + b"t" * 10000
     assert vm.device.stats["dax_repairs"] == 1
+
+
+PLACE = 0x1_4000_0000
+
+
+def shown(mount: Callable[..., FuseVm]) -> FuseVm:
+    """A guest that knows where the window is, as one of a machine does."""
+    vm = mount(dax=WINDOW, init=False)
+    vm.device.shm_regions[0] = (PLACE, WINDOW)
+    vm.driver.bring_up()
+    vm.base = vm.driver.allocator.next
+    vm.init()
+    return vm
+
+
+def transfer(vm: FuseVm, opcode: int, node: int, fh: int, at: int, size: int) -> int:
+    """A READ or WRITE of the start of a file whose data is at `at` of the window; the count in the reply."""
+    vm.driver.allocator.next = vm.base
+    writes = opcode == fuse.WRITE
+    body = struct.pack("<QQIIQII", fh, 0, size, 0, 0, 0, 0)
+    data = Buffer(PLACE + at, size, not writes)
+    parts = [vm.buffer(vm.header(opcode, node, len(body) + size * writes)), vm.buffer(body)]
+    head, told = vm.buffer(16, device_writes=True), vm.buffer(8, device_writes=True)
+    written = vm.submit([*parts, data, head, told] if writes else [*parts, head, data])
+    answer = vm.reply(written, head, told if writes else None) if writes or written == 16 else b""
+    return int.from_bytes(answer[:4], "little") if writes else written - 16
+
+
+def test_pages_of_a_mapped_file_are_the_data_of_a_write_or_a_read(tree: Path, mount: Callable[..., FuseVm]) -> None:
+    """As git does: it writes from a mapping of one file to another one."""
+    text = os.urandom(SLOT)
+    (tree / "a").write_bytes(text)
+    (tree / "b").write_bytes(b"")
+    vm = shown(mount)
+    source, target = vm.lookup("a").nodeid, vm.lookup("b").nodeid
+    vm.setupmapping(source, 0, SLOT, SLOT, 3)
+    fh = vm.open(target, os.O_RDWR)
+    assert transfer(vm, fuse.WRITE, target, fh, SLOT + 100, 5000) == 5000
+    assert (tree / "b").read_bytes() == text[100:5100]
+    assert transfer(vm, fuse.READ, target, fh, SLOT + 7, 5000) == 5000
+    assert (tree / "a").read_bytes() == text[:7] + text[100:5100] + text[5007:]
+    os.truncate(tree / "a", 0)  # by the host: the pages are gone
+    assert refused(transfer, vm, fuse.WRITE, target, fh, SLOT, 5000) == "EFAULT"
+    assert refused(transfer, vm, fuse.READ, target, fh, SLOT, 5000) == "EFAULT"
+    assert transfer(vm, fuse.WRITE, target, fh, 0, 4096) == 4096, "unused parts are memory"
+
+
+@pytest.mark.parametrize("opcode", [fuse.READ, fuse.WRITE, fuse.GETATTR, fuse.LOOKUP, fuse.SETXATTR, fuse.READDIR])
+@pytest.mark.parametrize("place", range(5))
+def test_nothing_else_is_in_the_window(tree: Path, mount: Callable[..., FuseVm], opcode: int, place: int) -> None:
+    """The pages are gone: whoever touched them would end the process."""
+    (tree / "a").write_bytes(b"a" * SLOT)
+    vm = shown(mount)
+    node = vm.lookup("a").nodeid
+    vm.setupmapping(node, 0, SLOT, 0, 3)
+    os.truncate(tree / "a", 0)
+    body = b"a".ljust(41, b"\0")
+    parts = [
+        vm.buffer(vm.header(opcode, node, len(body))), vm.buffer(body[:20]), vm.buffer(body[20:]),
+        vm.buffer(16, device_writes=True), vm.buffer(4096, device_writes=True),
+    ]  # fmt: skip
+    if place == 4 and opcode == fuse.READ:
+        return
+    parts[place] = Buffer(PLACE, parts[place].size, parts[place].device_writes)
+    ring = vm.driver.queues[1]
+    ring.add(parts)
+    vm.driver.kick(1)
+    until(lambda: vm.device.stats["needs_reset"] == 1)
+    assert vm.log[-1].endswith("the buffer is not inside guest memory (§2.7.5)")
+    assert not ring.reap()
 
 
 def test_random_mappings_are_what_a_model_says(tree: Path, mount: Callable[..., FuseVm]) -> None:

@@ -3,7 +3,8 @@
 """The DAX window of a share: host memory with files mapped into it, which KVM maps into the guest.
 
 Source: virtio 1.2 §5.11.6.4. To the devices the window is not guest RAM: they refuse a descriptor that points into it.
-So no thread of this process touches a page that disappears when a file is truncated. Unused parts are anonymous memory,
+So no thread of this process touches a page that disappears when a file is truncated; of the share itself, only system
+calls do, for the data of a READ or WRITE. Unused parts are anonymous memory,
 which the guest may use. A read-only mapping is private, so that a guest's write changes only its own copy.
 """
 import os

@@ -4,18 +4,20 @@
 import os
 
 from libc.errno cimport errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from virtio.fs._host cimport read
 from virtio.fs._ops cimport HAND_OVER, Server, cost, is_counted, is_slow
-from virtio.fs._share cimport IN_HEADER, Counters, Share
-from virtio.fs._fuse cimport fuse_in_header
+from virtio.fs._share cimport IN_HEADER, OUT_HEADER, Counters, Share
+from virtio.fs._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header, fuse_write_in
 from virtio._limiter cimport RateLimiter
 from virtio._interrupt cimport interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
-from vmm._fastpath cimport DescChain, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop, QUEUE_CHAIN
+from vmm._fastpath cimport (
+    QUEUE_ADDRESS, QUEUE_CHAIN, DescChain, RamRegion, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
+)
 from vmm._iov cimport iov_gather
 from vmm._sys cimport (
     close, counter_add, counters_read, eventfd_write, flag_set, pthread_mutex_init, pthread_mutex_lock,
@@ -186,6 +188,7 @@ cdef class FsThread(QueueWorker):
 
 cdef class FsWorker(FsThread):
     """A thread for some queues of a share."""
+    cdef RamRegion window       # the share's own, whose pages may be the data of a READ or WRITE; size 0: none
 
     cdef int serve(self, uint32_t slot) noexcept nogil:
         cdef Ring *ring = self.rings[slot]
@@ -199,7 +202,10 @@ cdef class FsWorker(FsThread):
             if status != QUEUE_CHAIN:
                 return status
             memset(&header, 0, sizeof(header))
-            iov_gather(chain.iov, chain.n_readable, 0, &header, IN_HEADER)
+            if not chain.in_window:
+                iov_gather(chain.iov, chain.n_readable, 0, &header, IN_HEADER)
+            elif not self.is_data_in_window(chain, &header):
+                return QUEUE_ADDRESS
             self.server.paid = 0
             if self.server.limiter.limited() and is_counted(header.opcode):
                 self.server.paid = cost(header.opcode, chain)
@@ -220,9 +226,39 @@ cdef class FsWorker(FsThread):
             self.give_back(ring, self.numbers[slot], chain.head, written)
         return SERVE_EMPTY
 
+    cdef bint is_data_in_window(self, DescChain *chain, fuse_in_header *header) noexcept nogil:
+        # A program of the guest may give a mapped file's pages to read() or write(). They may be gone by now, of which a
+        # system call tells, and what copies by itself would die. So they are the data of a READ or WRITE, or refused.
+        cdef uint64_t given = self.before_window(chain.iov, chain.n_readable)
+        cdef uint64_t room = self.before_window(chain.iov + chain.n_readable, chain.n_writable)
+        if given < IN_HEADER:
+            return False
+        iov_gather(chain.iov, chain.n_readable, 0, header, IN_HEADER)
+        if given < chain.readable_bytes:
+            return header.opcode == FUSE_WRITE and given >= IN_HEADER + sizeof(fuse_write_in) \
+                and room == chain.writable_bytes
+        return header.opcode == FUSE_READ and room >= OUT_HEADER
+
+    cdef uint64_t before_window(self, const iovec *iov, uint32_t count) noexcept nogil:
+        # Bytes before the first buffer that is in the window; of all, if none is.
+        cdef uint64_t size = 0
+        cdef uint32_t i
+        for i in range(count):
+            if <uint64_t>(<uint8_t *>iov[i].iov_base - self.window.host) < self.window.size:
+                break
+            size += iov[i].iov_len
+        return size
+
     def begin(self):
-        """Let helpers accept requests again."""
+        """Let helpers accept requests again; know where the window is."""
+        cdef Share share = self.server.share
+        cdef uint32_t slot
         flag_set(&self.backlog.ending, 0)
+        if share.window is not None and 0 in self.device.shm_regions:
+            gpa, size = self.device.shm_regions[0]
+            self.window = RamRegion(gpa, size, share.window.base)
+            for slot in range(self.n_queues):
+                self.chains[slot].window = &self.window
 
     cdef int event(self, uint32_t token) noexcept nogil:
         cdef uint32_t slot
