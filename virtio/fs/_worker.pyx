@@ -227,8 +227,8 @@ cdef class FsWorker(FsThread):
         return SERVE_EMPTY
 
     cdef bint is_data_in_window(self, DescChain *chain, fuse_in_header *header) noexcept nogil:
-        # A program of the guest may give a mapped file's pages to read() or write(). They may be gone by now, of which a
-        # system call tells, and what copies by itself would die. So they are the data of a READ or WRITE, or refused.
+        # A program of the guest may give a mapped file's pages to read() or write(). They may be gone by now: a system
+        # call says so, where a copy of our own would die. So they are the data of a READ or WRITE, or refused.
         cdef uint64_t given = self.before_window(chain.iov, chain.n_readable)
         cdef uint64_t room = self.before_window(chain.iov + chain.n_readable, chain.n_writable)
         if given < IN_HEADER:
