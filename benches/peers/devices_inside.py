@@ -51,7 +51,7 @@ measure() {{
         --output=/tmp/fio "$@" >/dev/null || {{ cat /tmp/fio; return 1; }}
     awk -F';' '/^3;/ {{ print $8 + $49, ($8 * $9 + $49 * $50) / 1000 }}' /tmp/fio
 }}
-blk() {{ measure --filename=$(disk) --direct=1 --ioengine=libaio --rw=$1 --bs=$2 --iodepth=$3; }}
+blk() {{ measure --filename=$(disk) --direct=1 --ioengine=libaio --rw=$1 --rwmixread=70 --bs=$2 --iodepth=$3; }}
 fs() {{ measure --filename=/mnt/a/big --size={FILE_MIB}m --ioengine=psync --rw=$1 --bs=$2 --direct=${{3-1}}; }}
 # A second of it first, unmeasured: the emulated machine translates what it runs for the first time.
 warm() {{
@@ -73,6 +73,62 @@ unpack() {{
     find /mnt/a/unpacked -type f | wc -l | awk "{{ print \$1 / ($end - $start), \$1 }}"
 }}
 create() {{ rm -rf /mnt/a/small; mkdir /mnt/a/small && timed probe create /mnt/a/small {FILES}; }}
+# pace COUNT COMMAND...: how fast it does that many.
+pace() {{
+    count=$1
+    shift
+    mark go
+    start=$(date +%s.%N)
+    "$@" >/dev/null
+    result=$?
+    end=$(date +%s.%N)
+    mark stop
+    [ $result = 0 ] && awk "BEGIN {{ print $count / ($end - $start), $count }}"
+}}
+clone() {{
+    rm -rf /mnt/a/clone
+    pace "$(git -C /tmp/repo ls-files | wc -l)" git clone -q --no-hardlinks /tmp/repo /mnt/a/clone
+}}
+find_again() {{
+    [ -d /mnt/a/found ] || {{ mkdir /mnt/a/found && tar -xf /tmp/headers.tar -C /mnt/a/found; }}
+    echo 3 >/proc/sys/vm/drop_caches
+    pace "$(tar -tf /tmp/headers.tar | wc -l)" find /mnt/a/found -size +1000000
+}}
+compile() {{
+    rm -rf /mnt/a/source && mkdir /mnt/a/source && cd /mnt/a/source || return
+    for i in 1 2 3 4; do
+        echo "#include <stdio.h>
+            #include <linux/kvm.h>
+            int f$i(void) {{ return printf(\"%d\", $i) + sizeof(struct kvm_sregs); }}" >f$i.c
+    done
+    echo 'int main(void) {{ return 0; }}' >main.c
+    pace 5 gcc -O1 -o program f1.c f2.c f3.c f4.c main.c
+    result=$?
+    cd /
+    return $result
+}}
+open_again() {{
+    [ -d /mnt/a/again ] || {{ mkdir /mnt/a/again && probe create /mnt/a/again 50 >/dev/null; }}
+    timed probe again /mnt/a/again 50 $RUNTIME
+}}
+# Of iperf3, and of ping, a whole number of seconds.
+seconds() {{ awk "BEGIN {{ print int($RUNTIME + 0.999) }}"; }}
+iperf() {{
+    mark go
+    iperf3 -J -c $HOST -t $(seconds) -P "$@" >/tmp/iperf
+    result=$?
+    mark stop
+    [ $result = 0 ] || {{ cat /tmp/iperf; return 1; }}
+    awk -F'[:,]' '/"sum_received"/ {{ found = 1 }} found && /"seconds"/ {{ took = $2 }} found && /"bytes"/ {{ n = $2 }}
+        found && /"bits_per_second"/ {{ print n / took, n; exit }}
+        END {{ if (!took) {{ print "no sum"; exit 1 }} }}' /tmp/iperf || {{ cat /tmp/iperf; return 1; }}
+}}
+flood() {{
+    mark go
+    ping -f -q -w $(seconds) $HOST >/tmp/ping
+    mark stop
+    awk '/ received/ {{ print $4 * 1000 / $10, $4 }}' /tmp/ping
+}}
 stat_again() {{ echo 3 >/proc/sys/vm/drop_caches; timed probe stat /mnt/a/small {FILES}; }}
 """
 # A program, because fio sends what a command of it writes to a file.
@@ -142,12 +198,17 @@ def _blk_phases() -> list[Phase]:
         for rw in ("randread", "randwrite")
         for depth in (1, 8, 32)
     ]
+    phases += _mixed("blk")
     return [*phases, *(Phase(f"blk {rw} 1m", "MB/s", f"blk {rw} 1m 4", 1.048576) for rw in ("read", "write"))]
 
 
-def _disk(name: str) -> Path:
+def _mixed(name: str) -> list[Phase]:
+    # Seven reads to three writes.
+    return [Phase(f"{name} mixed 4k QD{depth}", "IOPS", f"blk randrw 4k {depth}") for depth in (1, 8, 32)]
+
+
+def _disk(path: Path) -> Path:
     # Written, not sparse: the same pages for all.
-    path = SHM / name
     block = os.urandom(1 << 20)
     with path.open("wb") as file:
         for _ in range(DISK_MIB):
@@ -156,13 +217,25 @@ def _disk(name: str) -> Path:
 
 
 def _blk(files: Path, servers: Servers) -> dict[str, Vmm]:
+    return _disks_in(SHM, files)
+
+
+def _ext4(files: Path, servers: Servers) -> dict[str, Vmm]:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", files], capture_output=True, text=True, check=True).stdout.strip()
+    if kind != "ext2/ext3":  # the name of all three
+        raise Missing(f"disks on ext4: {files} is on {kind}; TMPDIR says where to measure")
+    return _disks_in(files, files)
+
+
+def _disks_in(place: Path, files: Path) -> dict[str, Vmm]:
     def pyvmm(name: str, options: str) -> Vmm:
-        return Vmm(lambda: Guest(name, _pyvmm(files, "--disk", f"{_disk(name)}{options}")))
+        return Vmm(lambda: Guest(name, _pyvmm(files, "--disk", f"{_disk(place / f'{name}.disk')}{options}")))
 
     def fire(name: str, engine: str) -> Vmm:
         def start() -> Guest:
+            disk = str(_disk(place / f"{name}.disk"))
             drive = {
-                "drive_id": "d", "path_on_host": str(_disk(name)), "is_root_device": False, "is_read_only": False,
+                "drive_id": "d", "path_on_host": disk, "is_root_device": False, "is_read_only": False,
                 "io_engine": engine, "cache_type": "Writeback",
             }  # fmt: skip
             return Guest(name, _firecracker(files, name, {}, [drive]))
@@ -170,7 +243,7 @@ def _blk(files: Path, servers: Servers) -> dict[str, Vmm]:
         return Vmm(start)
 
     def qemu() -> Guest:
-        drive = f"file={_disk('qemu')},if=none,id=d,format=raw,aio=io_uring,cache=writeback"
+        drive = f"file={_disk(place / 'qemu.disk')},if=none,id=d,format=raw,aio=io_uring,cache=writeback"
         device = "virtio-blk-device,drive=d,iothread=io"
         return Guest("qemu", _qemu(files, "-object", "iothread,id=io", "-drive", drive, "-device", device))
 
@@ -193,7 +266,20 @@ def _net_phases() -> list[Phase]:
         Phase("net TCP round trip", "1/s", "timed probe ping tcp:$HOST:7000 $RUNTIME"),
         Phase("net UDP 64 B guest to host", "packets/s", "timed probe udp udp:$HOST:7000 $RUNTIME 64"),
         Phase("net UDP 64 B host to guest", "packets/s", "", host="udp udp:{guest}:7000 {seconds} 64"),
+        *_users("net"),
+        Phase("net ping", "1/s", "flood"),
     ]
+
+
+def _users(name: str) -> list[Phase]:
+    # What users measure: iperf3 and HTTP.
+    ways = (("guest to host", ""), ("host to guest", " -R"))
+    streams = [
+        Phase(f"{name} iperf3 {way}, streams {count}", "MB/s", f"iperf {count}{option}", 1e-6)
+        for way, option in ways
+        for count in (1, 4)
+    ]
+    return [*streams, Phase(f"{name} HTTP requests", "1/s", "timed probe http tcp:$HOST:7080 $RUNTIME")]
 
 
 def _tap(name: str, address: str) -> str:
@@ -230,8 +316,62 @@ def _net(files: Path, servers: Servers) -> dict[str, Vmm]:
             " && { probe serve udp:0.0.0.0:7000 & }"
         )
         found[name] = Vmm(start, setup, {"guest": guest})
-    servers += [_probe(files, "tcp:0.0.0.0:7000"), _probe(files, "udp:0.0.0.0:7000")]
+    servers += [_probe(files, "tcp:0.0.0.0:7000"), _probe(files, "udp:0.0.0.0:7000"), *_of_users(files)]
     return found
+
+
+def _of_users(files: Path) -> Servers:
+    place = SHM / "http"  # nginx gives the directory of its temporary files to its user
+    place.mkdir(exist_ok=True)
+    (place / "index.html").write_text("small\n")
+    temporary = " ".join(f"{kind}_temp_path {place};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (place / "nginx.conf").write_text(f"""
+        daemon off; master_process off; pid {place}/pid;
+        events {{}}
+        http {{ access_log off; {temporary} server {{ listen 7080 backlog=1024; root {place}; }} }}
+    """)
+    nginx = subprocess.Popen([files / "nginx", "-c", place / "nginx.conf", "-e", place / "log"])
+    return [nginx, subprocess.Popen([files / "iperf3", "-s"], stdout=subprocess.DEVNULL)]
+
+
+def _passt_phases() -> list[Phase]:
+    return _users("passt")
+
+
+def _passt(files: Path, servers: Servers) -> dict[str, Vmm]:
+    # An address of this host's own that its guests do not have.
+    host = "10.77.9.1"
+    subprocess.run(["ip", "addr", "replace", f"{host}/32", "dev", "lo"], check=True)
+    servers += _of_users(files)
+
+    def qemu() -> Guest:
+        path = SHM / "passt"
+        command = ["passt", "--foreground", "--quiet", "--no-map-gw", "--runas", "0", "--socket", str(path)]
+        daemon = subprocess.Popen(command, start_new_session=True)
+        _wait_for(path, daemon, "passt")
+        netdev = f"stream,id=n,server=off,addr.type=unix,addr.path={path}"
+        return Guest("qemu", _qemu(files, "-netdev", netdev, "-device", "virtio-net-device,netdev=n"), [daemon])
+
+    setup = (
+        f"HOST={host}; ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up && ip route add default via 10.0.2.2"
+    )
+    return {
+        "pyvmm": Vmm(lambda: Guest("pyvmm", _pyvmm(files, "--net", "user")), setup),
+        "qemu": Vmm(qemu, setup),
+    }
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes], name: str) -> None:
+    """Wait for a socket of a program.
+
+    :raises Missing: the program ended, or there is no socket after 20 s
+    """
+    end = time.monotonic() + 20
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise Missing(f"{name}: no socket")
+        time.sleep(0.05)
 
 
 # -- vsock
@@ -247,7 +387,8 @@ def _vsock_phases() -> list[Phase]:
     ]
 
 
-def _vsock(files: Path, servers: Servers) -> dict[str, Vmm]:
+def vsock_guests(files: Path, servers: Servers) -> dict[str, Vmm]:
+    """VMMs with a socket device, and in `servers` what runs on this side."""
     # 4294967295 is VMADDR_CID_ANY
     setup = "{ probe serve vsock:4294967295:7000 & }; sleep 1"
     found = {}
@@ -285,6 +426,10 @@ def _fs_phases() -> list[Phase]:
         Phase("fs files created", "1/s", "create"),
         Phase("fs stat", "1/s", "stat_again"),
         Phase("fs files unpacked", "1/s", "unpack"),
+        Phase("fs files cloned by git", "1/s", "clone"),
+        Phase("fs files found", "1/s", "find_again"),
+        Phase("fs files compiled", "1/s", "compile"),
+        Phase("fs small files again", "1/s", "open_again"),
     ]
 
 
@@ -298,8 +443,8 @@ def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
                 file.write(os.urandom(1 << 20))
         return path
 
-    def pyvmm(name: str, options: str) -> Guest:
-        return Guest(name, _pyvmm(files, "--share", f"share={share(name)},cache=auto{options}"))
+    def pyvmm(name: str, cache: str) -> Guest:
+        return Guest(name, _pyvmm(files, "--share", f"share={share(name)},cache={cache}"))
 
     def qemu() -> Guest:
         path, listens = share("qemu"), SHM / "virtiofsd"
@@ -312,12 +457,7 @@ def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
             [VIRTIOFSD, f"--socket-path={listens}", "-o", f"source={path}", "-o", "cache=auto", *sandbox],
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-        end = time.monotonic() + 20
-        while not listens.exists():
-            if daemon.poll() is not None or time.monotonic() > end:
-                daemon.kill()
-                raise Missing(f"virtiofsd: {(files / 'virtiofsd.log').read_text()[-500:]}")
-            time.sleep(0.05)
+        _wait_for(listens, daemon, f"virtiofsd ({log.name})")
         command = _qemu(
             files, "-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on", "-chardev",
             f"socket,id=fs,path={listens}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
@@ -325,18 +465,25 @@ def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
         )  # fmt: skip
         return Guest("qemu", command, [daemon])
 
-    setup = "mount -t virtiofs {options} share /mnt/a && tar -cf /tmp/headers.tar -C /usr/include linux"
+    setup = (
+        "mount -t virtiofs {options} share /mnt/a && tar -cf /tmp/headers.tar -C /usr/include linux && "
+        "git init -q /tmp/repo && cp -r /usr/include/linux /tmp/repo && git -C /tmp/repo add linux && "
+        "git -C /tmp/repo -c user.name=a -c user.email=a@b commit -q -m all"
+    )
     return {
-        "pyvmm": Vmm(lambda: pyvmm("pyvmm", ""), setup.format(options="")),
-        "pyvmm_dax": Vmm(lambda: pyvmm("pyvmm_dax", f",dax={DAX_MIB}M"), setup.format(options="-o dax=always")),
+        "pyvmm": Vmm(lambda: pyvmm("pyvmm", "auto"), setup.format(options="")),
+        "pyvmm_always": Vmm(lambda: pyvmm("pyvmm_always", "always"), setup.format(options="")),
+        "pyvmm_dax": Vmm(lambda: pyvmm("pyvmm_dax", f"auto,dax={DAX_MIB}M"), setup.format(options="-o dax=always")),
         "qemu": Vmm(qemu, setup.format(options="")),
     }
 
 
 TABLES: dict[str, tuple[Callable[[], list[Phase]], Callable[[Path, Servers], dict[str, Vmm]]]] = {
     "blk": (_blk_phases, _blk),
+    "ext4": (lambda: _mixed("ext4"), _ext4),
     "net": (_net_phases, _net),
-    "vsock": (_vsock_phases, _vsock),
+    "passt": (_passt_phases, _passt),
+    "vsock": (_vsock_phases, vsock_guests),
     "fs": (_fs_phases, _fs),
 }
 

@@ -23,25 +23,24 @@ PATIENCE = 120.0  # for 50 at once
 MARK = b"@"
 # mov dx, 0x3f8; mov al, '@'; out dx, al; cli; hlt; jmp to the hlt
 IDLE = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, MARK[0], 0xEE, 0xFA, 0xF4, 0xEB, 0xFD))
-# The guest's RAM is mapped whole, and nothing else in a VMM is as large.
-GUEST_RAM_KIB = MEMORY_MIB << 10
 
 
-def resident_mib(pid: int, share: str = "Rss") -> float:
+def resident_mib(pid: int, share: str = "Rss", ram_mib: int = MEMORY_MIB) -> float:
     """Memory of a process in MiB, less the mappings that are guest RAM.
 
+    :param ram_mib: the size of that; nothing else in a VMM is as large
     :param share: ``Rss``, or ``Pss``: what several processes share is counted once in all
     :raises Missing: no mapping is large enough to be guest RAM
     """
     total = guests = 0
     text = Path(f"/proc/{pid}/smaps").read_text()
     for size, kib in re.findall(rf"^Size: +(\d+) kB\n(?:.*\n)*?{share}: +(\d+) kB", text, re.MULTILINE):
-        if int(size) >= GUEST_RAM_KIB:
+        if int(size) >= ram_mib << 10:
             guests += 1
         else:
             total += int(kib)
     if not guests:
-        raise Missing(f"process {pid} maps no {MEMORY_MIB} MiB of guest RAM")
+        raise Missing(f"process {pid} maps no {ram_mib} MiB of guest RAM")
     return total / 1024
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scale: 50 idle VMs, 20 busy VMs and a neighbour's latency, and the start time by a VM's size and devices.
+"""Scale: 50 idle VMs, 20 busy VMs and a neighbour's latency, the start by a VM's size, and many vsock connections.
 
 Compared with Firecracker, on this host's own /dev/kvm. An idle guest is Linux (r3 on a software KVM) that wakes once a
 second. Memory is each process's proportional set size (PSS) without guest RAM, which counts shared pages once in total.
@@ -8,20 +8,27 @@ Draws bench-results/scale.svg.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import socket
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from benches.peers import common, start
+from benches.peers import common, devices, start
 from benches.peers.common import FIRECRACKER_NAME, MEMORY_MIB, ROOT, Row, compare
+from benches.peers.devices_inside import MEMORY_MIB as DEVICES_MIB
+from benches.peers.devices_inside import SHM, Servers, vsock_guests
 from benches.peers.firecracker import Missing, firecracker
 from benches.peers.memory import resident_mib, running
 from benches.peers.native import CMDLINE, kernel
 from tests.linux import kernels
+from tests.linux.tools_guest import GuestFailed
+from vmm.budget import raise_descriptor_limit
 from vmm.testing import tiny_elf
 
 IDLE, BUSY = 50, 20
@@ -30,6 +37,8 @@ SECONDS = 5.0
 GETS = 500
 MEMORIES = (1, 4, 16, 64)
 DISKS = (1, 4, 8, 17)
+VCPUS = (1, 4, 16, 32)
+CONNECTIONS = (1, 100, 1000, 4000)  # Firecracker has at most 1,023
 # 1: out 0x80, al; jmp 1b: a port that nobody has, so that each turn is an exit to user space.
 SPIN = bytes((0x66, 0xBA, 0xF8, 0x03, 0xB0, ord(start.BYTE), 0xEE, 0xE6, 0x80, 0xEB, 0xFC))
 Commands = dict[str, Callable[[int], list[str]]]
@@ -174,7 +183,78 @@ def _curves(directory: Path) -> list[Row]:
             "Error",
         ],
     }
-    return _curve(starter, "GiB", MEMORIES, memory) + _curve(starter, "disks", DISKS, disks)
+    vcpus: dict[str, Callable[[int], list[str]]] = {
+        "pyvmm": lambda count: [*run, f"{MEMORY_MIB}M", "--cpus", str(count), str(guest)],
+        "firecracker": lambda count: [
+            *common.firecracker_command(
+                directory, guest, more={"machine-config": {"vcpu_count": count, "mem_size_mib": MEMORY_MIB}}
+            ),
+            "--level",
+            "Error",
+        ],
+    }
+    return [
+        *_curve(starter, "GiB", MEMORIES, memory), *_curve(starter, "disks", DISKS, disks),
+        *_curve(starter, "vCPUs", VCPUS, vcpus),
+    ]  # fmt: skip
+
+
+def _connected(path: Path, count: int, stack: contextlib.ExitStack) -> None:
+    # Connections that are open and say nothing.
+    for _ in range(count):
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.settimeout(10)
+        client.connect(str(path))
+        client.sendall(b"CONNECT 7000\n")
+        if not client.recv(64).startswith(b"OK"):
+            raise Missing(f"{path.name}: no {count} connections")
+        client.sendall(b"h")
+
+
+def _connections(directory: Path) -> list[Row]:
+    devices.prepare(directory)
+    shutil.rmtree(SHM, ignore_errors=True)
+    SHM.mkdir()
+    servers: Servers = []
+    took: dict[tuple[str, int], list[float]] = {}
+    memory: dict[tuple[str, int], list[float]] = {}
+    raise_descriptor_limit()
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, SHM, ignore_errors=True)
+        guests = {}
+        for name, vmm in vsock_guests(directory, servers).items():
+            if name in ("pyvmm", "firecracker"):
+                guests[name] = stack.enter_context(vmm.start())
+                guests[name].wait_ready()
+                guests[name].ask("ulimit -n 8192")
+                guests[name].ask(vmm.setup)
+        for server in servers:
+            stack.callback(server.wait)
+            stack.callback(server.kill)
+        for _ in range(ROUNDS):
+            for count in CONNECTIONS:
+                for name, guest in guests.items():
+                    if name == "firecracker" and count > 1000:
+                        continue
+                    path = SHM / f"{name}.vsock"
+                    time.sleep(1)  # those before are closed on both sides
+                    with contextlib.ExitStack() as open_ones:
+                        _connected(path, count - 1, open_ones)
+                        ping = [str(directory / "probe"), "ping", f"hybrid:{path}:7000", "1"]
+                        done = subprocess.run(ping, capture_output=True, text=True, check=True)
+                        took.setdefault((name, count), []).append(1e6 / float(done.stdout.split()[0]))
+                        memory.setdefault((name, count), []).append(resident_mib(guest.process.pid, "Pss", DEVICES_MIB))
+    rows = []
+    for what, unit, found in (("round trip", "us", took), ("memory", "MiB", memory)):
+        for count in CONNECTIONS:
+            name, ours = f"scale, vsock {what} beside {count} connections", found["pyvmm", count]
+            theirs = found.get(("firecracker", count))
+            rows.append(
+                compare(name, unit, ours, theirs, FIRECRACKER_NAME, None)
+                if theirs
+                else common.alone(name, unit, ours, None)
+            )
+    return rows
 
 
 def _draw(rows: Sequence[Row]) -> None:
@@ -183,14 +263,21 @@ def _draw(rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), squeeze=False)
-    for what, ax in zip(("GiB", "disks"), axes[0], strict=True):
-        points = [(int(row.name.split()[-2]), row) for row in rows if row.name.endswith(f" {what}")]
-        values = [value for value, _ in points]
-        ax.plot(values, [row.ours for _, row in points], marker="o", label="pyvmm")
-        ax.plot(values, [row.peer for _, row in points], marker="o", label=FIRECRACKER_NAME)
+    start, trip = "ms to the guest's first byte", "us for a vsock round trip"
+    pictures = {"GiB": start, "disks": start, "vCPUs": start, "connections": trip}
+    figure, axes = pyplot.subplots(1, len(pictures), figsize=(14, 3), squeeze=False)
+    for (what, label), ax in zip(pictures.items(), axes[0], strict=True):
+        points = [
+            (int(row.name.split()[-2]), row)
+            for row in rows
+            if row.name.endswith(f" {what}") and row.unit == label.split()[0]
+        ]
+        ours = [(value, row.ours) for value, row in points]
+        theirs = [(value, row.peer) for value, row in points if row.peer is not None]
+        for name, curve in (("pyvmm", ours), (FIRECRACKER_NAME, theirs)):
+            ax.plot(*zip(*curve, strict=True), marker="o", label=name)
         ax.set_xlabel(what)
-        ax.set_ylabel("ms to the guest's first byte")
+        ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
         ax.legend()
     figure.tight_layout()
@@ -204,6 +291,10 @@ def rows() -> list[Row | Missing]:
     found: list[Row | Missing] = []
     with tempfile.TemporaryDirectory(prefix="pyvmm-scale-", dir="/dev/shm") as name:
         curves = _curves(Path(name))
+        try:
+            curves += _connections(Path(name))
+        except (Missing, GuestFailed, OSError, subprocess.CalledProcessError) as problem:
+            found.append(Missing(f"connections: {problem}"))
         for part in (_idle, _busy):
             try:
                 found += part(Path(name))

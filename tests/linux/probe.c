@@ -4,7 +4,9 @@
 //   probe serve ADDRESS                     answer the modes below, until killed
 //   probe send|recv|ping|connect|udp ADDRESS SECONDS [SIZE]
 //   probe check ADDRESS CONNECTIONS BYTES   all connections at once, both directions, every byte compared
+//   probe http ADDRESS SECONDS              GET /, a connection each
 //   probe create|stat|unlink DIRECTORY COUNT
+//   probe again DIRECTORY COUNT SECONDS     open, read and close the files of `create`, over and over
 //   probe map FILE BYTES                    write through a shared mapping and read() it, and the other way round
 //   probe lie ADDRESS                       drive the virtio-mmio device at that address, with invalid rings
 //
@@ -22,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -32,7 +35,7 @@
 enum { BUFFER = 256 << 10, BACKLOG = 1024, STACK = 512 << 10 };
 
 struct request {
-    char mode;  // s(ink), z(ero: a source), e(cho), c(onnect), x(change)
+    char mode;  // s(ink), z(ero: a source), e(cho), c(onnect), h(old), x(change)
     uint32_t seed;
     uint64_t bytes;
 } __attribute__((packed));
@@ -249,12 +252,20 @@ static void serve_udp(int fd)
     }
 }
 
+// Closes what its other side has closed. One thread for all: thousands would be too many for a small guest.
+static void *hold(void *argument)
+{
+    struct epoll_event event;
+    while (epoll_wait((intptr_t)argument, &event, 1, -1) >= 0) close(event.data.fd);
+    return NULL;
+}
+
 static void serve(const char *text)
 {
     union address address;
     socklen_t size;
     unsigned port;
-    int one = 1, room = 1 << 20, listener = make(text, &address, &size, &port);
+    int one = 1, room = 1 << 20, held = -1, listener = make(text, &address, &size, &port);
     if (address.any.sa_family == AF_UNIX) unlink(address.un.sun_path);
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (bind(listener, &address.any, size)) fail(text);
@@ -266,7 +277,7 @@ static void serve(const char *text)
     for (;;) {
         int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         if (fd < 0) fail("accept");
-        char mode;
+        char mode = 0;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         // A connection without data is handled here, so that no thread's start is measured.
         if (recv(fd, &mode, 1, MSG_PEEK) == 1 && mode == 'c') {
@@ -275,6 +286,13 @@ static void serve(const char *text)
             continue;
         }
         pthread_t id;
+        if (mode == 'h') {
+            struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+            read(fd, &mode, 1);
+            if (held < 0) thread(&id, hold, (void *)(intptr_t)(held = epoll_create1(EPOLL_CLOEXEC)));
+            epoll_ctl(held, EPOLL_CTL_ADD, fd, &event);
+            continue;
+        }
         thread(&id, serve_one, (void *)(intptr_t)fd);
         pthread_detach(id);
     }
@@ -314,6 +332,24 @@ static void connections(const char *text, double seconds)
         char c = 'c';
         int fd = dial(text);
         if (write_all(fd, &c, 1) || read_all(fd, &c, 1)) fail("connect");
+        close(fd);
+    }
+    result(count, now() - start);
+}
+
+static void http(const char *text, double seconds)
+{
+    static const char ask[] = "GET / HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n", good[] = "HTTP/1.1 200 ";
+    char said[4096];
+    uint64_t count = 0;
+    double start = now();
+    for (; now() < start + seconds; count++) {
+        size_t size = 0;
+        ssize_t n;
+        int fd = dial(text);
+        if (write_all(fd, ask, sizeof ask - 1)) fail("http");
+        while ((n = read(fd, said + size, sizeof said - size)) > 0) size += n;
+        if (n < 0 || size < sizeof good || memcmp(said, good, sizeof good - 1)) fail("http");
         close(fd);
     }
     result(count, now() - start);
@@ -401,6 +437,19 @@ static void files(const char *what, const char *directory, long count)
     result(count, now() - start);
 }
 
+static void again(const char *directory, long count, double seconds)
+{
+    char path[4096], data[4096];
+    uint64_t done = 0;
+    double start = now();
+    for (; now() < start + seconds; done++) {
+        snprintf(path, sizeof path, "%s/f%ld", directory, (long)(done % count));
+        int fd = open(path, O_RDONLY);
+        if (fd < 0 || read(fd, data, sizeof data) != 1000 || close(fd)) fail(path);
+    }
+    result(done, now() - start);
+}
+
 // Both ways: read() returns what was stored in the mapping, and the mapping shows what was written.
 static void map(const char *path, size_t size)
 {
@@ -465,6 +514,8 @@ int main(int argc, char **argv)
     else if (!strcmp(mode, "udp")) packets(address, number, argc > 4 ? size : 64);
     else if (!strcmp(mode, "check")) check(address, number, size);
     else if (!strcmp(mode, "create") || !strcmp(mode, "stat") || !strcmp(mode, "unlink")) files(mode, address, number);
+    else if (!strcmp(mode, "http")) http(address, number);
+    else if (!strcmp(mode, "again") && argc > 4) again(address, number, atof(argv[4]));
     else if (!strcmp(mode, "map")) map(address, number);
     else if (!strcmp(mode, "lie")) lie(strtoul(address, NULL, 16));
     else return 2;
