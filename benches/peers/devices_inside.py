@@ -63,15 +63,6 @@ warm() {{
     return $result
 }}
 timed() {{ mark go; said=$("$@" 2>&1); result=$?; mark stop; echo "$said"; return $result; }}
-unpack() {{
-    rm -rf /mnt/a/unpacked && mkdir /mnt/a/unpacked || return
-    mark go
-    start=$(cut -d' ' -f1 /proc/uptime)
-    tar -xf /tmp/headers.tar -C /mnt/a/unpacked && sync -f /mnt/a || return
-    end=$(cut -d' ' -f1 /proc/uptime)
-    mark stop
-    find /mnt/a/unpacked -type f | wc -l | awk "{{ print \$1 / ($end - $start), \$1 }}"
-}}
 create() {{ rm -rf /mnt/a/small; mkdir /mnt/a/small && timed probe create /mnt/a/small {FILES}; }}
 # pace COUNT COMMAND...: how fast it does that many.
 pace() {{
@@ -84,6 +75,11 @@ pace() {{
     end=$(date +%s.%N)
     mark stop
     [ $result = 0 ] && awk "BEGIN {{ print $count / ($end - $start), $count }}"
+}}
+extract() {{ tar -xf /tmp/headers.tar -C /mnt/a/unpacked && sync -f /mnt/a; }}
+unpack() {{
+    rm -rf /mnt/a/unpacked && mkdir /mnt/a/unpacked || return
+    pace "$(tar -tf /tmp/headers.tar | grep -vc '/$')" extract
 }}
 clone() {{
     rm -rf /mnt/a/clone
@@ -334,10 +330,6 @@ def _of_users(files: Path) -> Servers:
     return [nginx, subprocess.Popen([files / "iperf3", "-s"], stdout=subprocess.DEVNULL)]
 
 
-def _passt_phases() -> list[Phase]:
-    return _users("passt")
-
-
 def _passt(files: Path, servers: Servers) -> dict[str, Vmm]:
     # An address of this host's own that its guests do not have.
     host = "10.77.9.1"
@@ -348,7 +340,7 @@ def _passt(files: Path, servers: Servers) -> dict[str, Vmm]:
         path = SHM / "passt"
         command = ["passt", "--foreground", "--quiet", "--no-map-gw", "--runas", "0", "--socket", str(path)]
         daemon = subprocess.Popen(command, start_new_session=True)
-        _wait_for(path, daemon, "passt")
+        _wait_for(path, daemon, lambda: "passt: no socket")
         netdev = f"stream,id=n,server=off,addr.type=unix,addr.path={path}"
         return Guest("qemu", _qemu(files, "-netdev", netdev, "-device", "virtio-net-device,netdev=n"), [daemon])
 
@@ -361,7 +353,7 @@ def _passt(files: Path, servers: Servers) -> dict[str, Vmm]:
     }
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes], name: str) -> None:
+def _wait_for(path: Path, process: subprocess.Popen[bytes], why: Callable[[], str]) -> None:
     """Wait for a socket of a program.
 
     :raises Missing: the program ended, or there is no socket after 20 s
@@ -370,7 +362,7 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes], name: str) -> None:
     while not path.exists():
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
-            raise Missing(f"{name}: no socket")
+            raise Missing(why())
         time.sleep(0.05)
 
 
@@ -457,7 +449,7 @@ def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
             [VIRTIOFSD, f"--socket-path={listens}", "-o", f"source={path}", "-o", "cache=auto", *sandbox],
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-        _wait_for(listens, daemon, f"virtiofsd ({log.name})")
+        _wait_for(listens, daemon, lambda: f"virtiofsd: {(files / 'virtiofsd.log').read_text()[-500:]}")
         command = _qemu(
             files, "-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on", "-chardev",
             f"socket,id=fs,path={listens}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
@@ -482,7 +474,7 @@ TABLES: dict[str, tuple[Callable[[], list[Phase]], Callable[[Path, Servers], dic
     "blk": (_blk_phases, _blk),
     "ext4": (lambda: _mixed("ext4"), _ext4),
     "net": (_net_phases, _net),
-    "passt": (_passt_phases, _passt),
+    "passt": (lambda: _users("passt"), _passt),
     "vsock": (_vsock_phases, vsock_guests),
     "fs": (_fs_phases, _fs),
 }
