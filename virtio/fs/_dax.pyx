@@ -4,8 +4,8 @@
 
 Source: virtio 1.2 §5.11.6.4. To the devices the window is not guest RAM: they refuse a descriptor that points into it.
 So no thread of this process touches a page that disappears when a file is truncated; of the share itself, only system
-calls do, for the data of a READ or WRITE. Unused parts are anonymous memory,
-which the guest may use. A read-only mapping is private, so that a guest's write changes only its own copy.
+calls do, for the data of a READ or WRITE. Unused parts are anonymous memory, which the guest may use. A read-only
+mapping is private, so that a guest's write changes only its own copy.
 """
 import os
 

@@ -93,7 +93,7 @@ def packages(
 
 def _get(name: str, debs: Path, env: Mapping[str, str], progress: Progress) -> Package:
     offer = _candidate(name, env)
-    tree = debs / f"{offer.name}_{offer.version.replace(':', '%3a')}"
+    tree = _tree(debs, offer.name, offer.version)
     if not tree.is_dir():
         parts = [_show(part, env) for part in _parts(offer)]
         _fetch([offer, *parts], tree, env, progress)
@@ -150,12 +150,16 @@ def _apt_of(suite: str | None, progress: Progress) -> AbstractContextManager[dic
     return suites.apt_of(suite, progress)
 
 
+def _tree(debs: Path, name: str, version: str) -> Path:
+    return debs / f"{name}_{version.replace(':', '%3a')}"
+
+
 def _chosen(debs: Path, name: str) -> Package | None:
     try:
         real, version = (debs / f"{name}.chosen").read_text().split()
     except (OSError, ValueError):
         return None
-    tree = debs / f"{real}_{version.replace(':', '%3a')}"
+    tree = _tree(debs, real, version)
     return Package(real, version, tree) if tree.is_dir() else None
 
 

@@ -101,13 +101,15 @@ class Header(tarfile.TarInfo):
 
     __slots__ = ()
 
+    # TarInfo's own ways to read a header, which no stub has.
+
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         ahead = 0
         if self.type in _EXTENDED:  # tarfile goes on to the next header before it forgets this one
             ahead = self.size + getattr(archive, "ahead", 0)
             if self.size < 0 or ahead > _MAX_HEADER:
                 raise PullError(f"an extended header of {ahead} bytes; at most {_MAX_HEADER} are read")
-        archive.ahead = ahead  # type: ignore[attr-defined]
+        archive.ahead = ahead  # type: ignore[attr-defined]  # ours, kept with the archive
         if len(archive.pax_headers) > _MAX_COMMON:
             raise PullError(f"a header for all files with more than {_MAX_COMMON} keys")
         member = cast("tarfile.TarInfo", super()._proc_member(archive))  # type: ignore[misc]
