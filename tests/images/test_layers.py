@@ -30,6 +30,14 @@ def merged(*tars: bytes, limit: int = 1 << 20) -> layers.Tree:
     return tree
 
 
+def saved(tmp_path: Path, data: bytes) -> reference.Name:
+    """`data` as a file that is said to be of `docker save`."""
+    (tmp_path / "saved.tar").write_bytes(data)
+    name = reference.parse(f"docker-archive:{tmp_path}/saved.tar")
+    assert name is not None
+    return name
+
+
 def names(tree: layers.Tree) -> list[str]:
     return [path for path, _ in tree.walk()]
 
@@ -156,12 +164,8 @@ def test_endless_header_is_not_read(kind: bytes, size: int, tmp_path: Path) -> N
     data = info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
     with pytest.raises(PullError, match=f"layer 0: an extended header of {size} bytes"):
         merged(data)
-    archive = tmp_path / "saved.tar"
-    archive.write_bytes(data)
-    name = reference.parse(f"docker-archive:{archive}")
-    assert name is not None
     with pytest.raises(PullError, match=f"saved.tar: an extended header of {size} bytes"):
-        sources.archive(name)
+        sources.archive(saved(tmp_path, data))
 
 
 def test_headers_of_headers_are_one_line(tmp_path: Path) -> None:
@@ -170,11 +174,8 @@ def test_headers_of_headers_are_one_line(tmp_path: Path) -> None:
     data = (info.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")) * 2000
     with pytest.raises(PullError, match="layer 0 is not a valid tar archive"):
         merged(data)
-    (tmp_path / "saved.tar").write_bytes(data)
-    name = reference.parse(f"docker-archive:{tmp_path}/saved.tar")
-    assert name is not None
     with pytest.raises(PullError, match=r"saved\.tar is not an archive of `docker save`"):
-        sources.archive(name)
+        sources.archive(saved(tmp_path, data))
 
 
 def test_number_of_files_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,11 +338,8 @@ def test_a_member_that_ends_before_its_beginning_is_not_read_for_ever(kind: byte
     data += bytes(1024)
     with pytest.raises(PullError, match=r"layer 0: f has -\d+ bytes"):
         merged(data)
-    (tmp_path / "saved.tar").write_bytes(data)
-    name = reference.parse(f"docker-archive:{tmp_path}/saved.tar")
-    assert name is not None
     with pytest.raises(PullError, match=r"saved.tar: f has -\d+ bytes"):
-        sources.archive(name)
+        sources.archive(saved(tmp_path, data))
 
 
 def test_of_headers_only_what_is_needed_is_kept() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,7 +145,7 @@ class Run:
             Path(names["mem_file_path"]).unlink(missing_ok=True)
         if self.vm.state == "Running":
             self.vm.pause()
-        create(self.vmm, self.vm, SnapshotCreate(**names, snapshot_type=kind))  # type: ignore[arg-type]
+        create(self.vmm, self.vm, SnapshotCreate(**names, snapshot_type=kind))  # type: ignore[arg-type]  # the words are known
         undertaker.wait()
         if merged:
             lay_over(self.place / "memory.diff", self.place / "memory")
@@ -191,8 +190,7 @@ def lay_over(diff: Path, base: Path) -> None:
 @pytest.mark.parametrize("seed", range(int(os.environ.get("PYVMM_CUTS", "6"))))
 def test_what_is_cut_ends_as_what_was_never_cut(tmp_path: Path, seed: int) -> None:
     kernel = write_guest(tmp_path, "1: hlt\njmp 1b")
-    make: Callable[[str, bool], Run] = lambda name, cut: Run(tmp_path / name, kernel, seed, cut=cut)  # noqa: E731
-    whole, cut = make("whole", False), make("cut", True)
+    whole, cut = (Run(tmp_path / name, kernel, seed, cut=name == "cut") for name in ("whole", "cut"))
     try:
         for _ in range(40):
             whole.step()

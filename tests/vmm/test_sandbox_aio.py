@@ -85,7 +85,7 @@ def test_a_time_limit_is_for_the_start_and_the_command_together(tmp_path: Path) 
         listener.listen()
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         sandbox = AsyncSandbox.__new__(AsyncSandbox)
-        sandbox.sync = Session(Link(str(tmp_path / "v")), ABOUT)  # type: ignore[assignment]
+        sandbox.sync = Session(Link(str(tmp_path / "v")), ABOUT)  # type: ignore[assignment]  # run() needs no more of it
         begun = time.monotonic()
         with pytest.raises(CommandTimeout):
             asyncio.run(sandbox.run("x", timeout=0.5))

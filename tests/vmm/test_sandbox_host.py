@@ -709,7 +709,7 @@ def test_a_time_limit_whose_thread_could_not_be_made_is_no_limit(
     sandbox = Sandbox.__new__(Sandbox)
     sandbox._begin({}, None, None)
     stopped = threading.Event()
-    sandbox.machine = SimpleNamespace(stop=stopped.set, close=stopped.set)  # type: ignore[assignment]
+    sandbox.machine = SimpleNamespace(stop=stopped.set, close=stopped.set)  # type: ignore[assignment]  # a stand-in
     with sandbox:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr("vmm.threads.threading.Thread.start", none_left)
@@ -772,4 +772,4 @@ def test_a_path_may_be_one_of_pathlib(agent: Callable[[Answer], Session], tmp_pa
     with pytest.raises(FileExistsError, match="copy/a"):
         copy_of(agent, archive(TOP, ("./a", tarfile.DIRTYPE, ""), ("./a", tarfile.DIRTYPE, "")), tmp_path / "copy")
     with pytest.raises(FileExistsError, match="copy"):
-        unpack([archive(TOP)], tmp_path / "copy")  # type: ignore[arg-type]
+        unpack([archive(TOP)], tmp_path / "copy")  # type: ignore[arg-type]  # what is tested
