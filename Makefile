@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard $(foreach room,vmm vmm/* devices virtio virtio/*,$(room)/*.pyx $(room)/*.pxd) vmm/sandbox/agent/*.[ch] vmm/images/*.c) vmm/jail/rules.py setup.py pyproject.toml
+SOURCES := $(wildcard $(foreach room,vmm vmm/* devices virtio virtio/*,$(room)/*.pyx $(room)/*.pxd) vmm/sandbox/agent/*.[ch] vmm/images/*.c) vmm/start_image.h vmm/jail/rules.py setup.py pyproject.toml
 
 .PHONY: install demo test unit kvm linux ray notebook lab-test check coverage docs wheel try-wheel bench bench-peers debug asan tsan clean distclean system-packages
 
@@ -19,7 +19,7 @@ $(VENV)/.made: pyproject.toml | system-packages
 	@touch $@
 
 # What pip knows of the checkout: dependencies, the command, where the packages are. It builds no extension.
-$(VENV)/.linked: $(VENV)/.made setup.py vmm/launcher.c
+$(VENV)/.linked: $(VENV)/.made setup.py vmm/launcher.c vmm/start_image.c vmm/start_image.h
 	@echo "make: installing what pyvmm needs from PyPI (a minute the first time)"
 	@tools/thrice $(BIN)/python -m pip install --quiet --disable-pip-version-check "cython>=3.1"
 	@PYVMM_NO_EXTENSIONS=1 PYTHONWARNINGS=ignore tools/thrice $(BIN)/python -m pip install --quiet \
@@ -31,6 +31,7 @@ $(VENV)/.built: $(VENV)/.linked $(SOURCES)
 	@echo "make: building pyvmm (half a minute the first time)"
 	@$(BIN)/python setup.py -q build_ext --inplace --parallel 2
 	@$(BIN)/python -m compileall -q vmm boot devices virtio
+	@$(BIN)/pyvmm prepare >/dev/null || true # it says why starts are slower then
 	@touch $@
 
 demo: install

@@ -43,6 +43,7 @@ if SANITIZER == "coverage":
 if SANITIZER == "thread":
     SANITIZED.append("-Wno-tsan")  # it does not see fences: what they order is not seen as ordered
 LAUNCHER = "vmm/launcher.c"
+START_IMAGE = "vmm/start_image.c"  # the other half of that program
 MANUAL = "build/man/pyvmm.1"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
 HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
@@ -55,6 +56,7 @@ BARE = [
     "-fcf-protection=none", "-fno-pie", "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns",
 ]  # fmt: skip
 FILTERS = "vmm/jail/_seccomp_filters.h"
+DEPENDS = {"vmm.jail._seccomp": [FILTERS], "vmm._start_image": ["vmm/start_image.h"]}
 ROOMS = ("vmm", "devices", "virtio")
 FILES = {f"{place}/{file}" for room in ROOMS for place, _, files in os.walk(room) for file in files}
 MODULES = sorted(name[:-4].replace("/", ".") for name in FILES if name.endswith(".pyx"))
@@ -92,14 +94,16 @@ class BuildLauncher(build_scripts):
         }
         with tempfile.TemporaryDirectory() as directory:  # nothing but the program may be in build_dir
             objects = compiler.compile(
-                [LAUNCHER],
+                [LAUNCHER, START_IMAGE],
                 output_dir=directory,
                 macros=[(macro, f'"{text}"') for macro, text in macros.items()],
-                extra_preargs=["-O2", "-Wall", *HARD],
+                extra_preargs=["-O2", "-Wall", "-fPIE", *HARD],
             )
-            link = ["-s", *RELRO]
+            # Anywhere but where interpreters are, which a start image puts back into their places.
+            link = ["-s", "-pie", *RELRO]
+            static = ["-s", "-static-pie", *RELRO]
             try:
-                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=[*link, "-static"])
+                compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=static)
             except LinkError:
                 compiler.link_executable(objects, "pyvmm", output_dir=self.build_dir, extra_preargs=link)
 
@@ -166,7 +170,7 @@ setup(
             [name.replace(".", "/") + ".pyx"],
             extra_compile_args=["-O2", "-g", "-Wall", "-Wno-unused-function", *(SANITIZED or HARD)],
             extra_link_args=SANITIZED or RELRO,
-            depends=[FILTERS] if name == "vmm.jail._seccomp" else [],
+            depends=DEPENDS.get(name, []),
             define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
         )
         for name in MODULES

@@ -59,7 +59,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sdist_makes_a_wheel_that_can_be_imported(source: Path, tmp_path: Path) -> None:
     have = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     want = {f"{room}/{path.name}" for room in ROOMS for path in (ROOT / room).glob("*.p[yx][xdi]*")} - {"vmm/py.typed"}
-    assert {name for name in want if name.endswith((".pyx", ".pxd", ".pyi"))} | {"vmm/launcher.c"} <= have
+    launcher = {"vmm/launcher.c", "vmm/start_image.c", "vmm/start_image.h"}
+    assert {name for name in want if name.endswith((".pyx", ".pxd", ".pyi"))} | launcher <= have
     assert not [name for name in have if name.endswith((".so", ".elf")) or Path(name).match("_*.c")]
     library = source / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

@@ -13,6 +13,10 @@ if "pyvmm" in sys._xoptions:
     from vmm import launched
 
     launched.begin()
+    if "pyvmm_save" in sys._xoptions:
+        from vmm.commands import prepare
+
+        prepare.save(str(sys._xoptions["pyvmm_save"]))  # returns in every process that starts from the image
 else:
     from vmm import launched
 

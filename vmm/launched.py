@@ -25,6 +25,7 @@ FOLDERS = "virtio.blk virtio.fs virtio.net virtio.vsock vmm.api vmm.commands vmm
 PACKAGES = (*ROOMS, *FOLDERS.split())
 EVERY_LAUNCH = ("_weakrefset", "struct", "threading", "types")
 _USUAL_SWITCH_SECONDS = sys.getswitchinterval()
+warm = False  # whether this process started from the image of `pyvmm prepare`
 _waits: tuple[int, str] | None = None  # the socket that nobody has taken yet, and its path
 
 
@@ -111,10 +112,46 @@ def begin() -> None:
         os.set_inheritable(int(number), False)
 
 
+def resume() -> None:
+    """Go on as the launcher's process, from the start image that `pyvmm prepare` saved: with that process's arguments,
+    environment, streams, signals, time zone and socket in place of the saved one's."""
+    global _waits, warm
+    warm = True
+    import _signal  # type: ignore[import-not-found]  # `signal` makes enumerations first
+    import time
+
+    from vmm import _start_image
+
+    words, environment, name, path, fd, ignored, held = _start_image.handed_over()
+    sys.argv[:] = map(os.fsdecode, (name, *words[1:]))
+    del sys._xoptions["pyvmm_save"]
+    sys._xoptions |= {"pyvmm": sys.argv[0]} | ({"pyvmm_held": True} if held else {})
+    # The C library has it already. os.environ.update() would give it a copy of each variable.
+    os.environ._data.clear()  # type: ignore[attr-defined]
+    pairs = (each.partition(b"=") for each in reversed(environment))  # of two with one name the first one counts
+    os.environ._data.update({key: value for key, sign, value in pairs if sign})  # type: ignore[attr-defined]
+    time.tzset()
+    for number in range(1, _signal.NSIG):
+        if ignored >> (number - 1) & 1 or number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # the interpreter's own two
+            _signal.signal(number, _signal.SIG_IGN)
+        elif number == _signal.SIGINT:
+            _signal.signal(number, _signal.default_int_handler)
+    for number, standard in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)
+        except OSError:
+            stream = None  # a directory, perhaps; the interpreter has none then, either
+        setattr(sys, standard, stream)
+        setattr(sys, f"__{standard}__", stream)
+    if fd >= 0:
+        _waits = fd, os.fsdecode(path)
+        os.set_inheritable(fd, False)
+
+
 def hear_interrupts(hear: bool) -> None:
     """Let Ctrl-C raise KeyboardInterrupt from here on, or hold it again; nothing where the launcher did not hold it."""
     if "pyvmm_held" in sys._xoptions:
-        import _signal  # type: ignore[import-not-found]  # `signal` makes enumerations first
+        import _signal
 
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK if hear else _signal.SIG_BLOCK, (_signal.SIGINT,))
 

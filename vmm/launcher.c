@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The program pyvmm, also installed as firecracker and jailer. It does the few things that must not wait for the Python
-   interpreter, and then executes the interpreter in the same process.
+   interpreter, and then goes on in a start image (start_image.h), or executes the interpreter in the same process.
 
    It prints --version and --help (for firecracker and jailer), makes the API's socket, and executes `python -I -S
    vmm/__main__.py`. -I: PYTHON* variables and the current directory do not affect what runs. -S: without `site`, whose
@@ -14,6 +14,9 @@
    in PATH. The packages are in the site-packages beside that directory, or where an editable installation points. A
    copy made by `pyvmm link` has both at its end: "interpreter\0path\0", their length as 8 hexadecimal digits, and
    MAGIC.
+
+   PYVMM_START=cold in the environment starts an interpreter in any case; with PYVMM_START=warm it is an error, which
+   says why, if there is no start image that fits.
 
    Anything unusual (an invalid command line, a socket path that is in use) is left to Python, which does the same more
    slowly and reports errors. The socket is the only file that this program creates. */
@@ -31,6 +34,8 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
+
+#include "start_image.h"
 
 #define API_VERSION "1.12.1"
 #define MAGIC "pyvmm-link-1"
@@ -129,6 +134,44 @@ static bool find_python(void)
     for (size_t i = 0; i < sizeof below / sizeof *below; i++)
         if (there(directory, below[i], place) && packages_in(place)) return true;
     return false;
+}
+
+/* Whether the interpreter decodes names and texts as UTF-8, as the one in the image does. */
+static bool speaks_utf8(void)
+{
+    const char *name = getenv("LC_ALL");
+    if (!name || !*name) name = getenv("LC_CTYPE");
+    if (!name || !*name) name = getenv("LANG");
+    if (!name || !*name || !strcmp(name, "C") || !strcmp(name, "POSIX")) return true;
+    const char *code = strchr(name, '.');
+    return code && (!strncasecmp(code, ".UTF-8", 6) || !strncasecmp(code, ".UTF8", 5));
+}
+
+/* Whether the environment has no wishes of the dynamic linker and the C library, which are obeyed at a start alone. */
+static bool plain_environment(void)
+{
+    static const char *const wishes[] = {"LD_", "GLIBC_", "MALLOC_"};
+    for (char **each = environ; *each; each++)
+        for (size_t i = 0; i < sizeof wishes / sizeof *wishes; i++)
+            if (!strncmp(*each, wishes[i], strlen(wishes[i]))) return false;
+    return true;
+}
+
+/* Go on from the start image, or return why not; `what` is what that is said of. */
+static const char *start_warm(struct image_given *given, const char **what)
+{
+    char directory[ROOM], image[2 * ROOM];
+    snprintf(directory, sizeof directory, "%.*s", (int)(strrchr(interpreter, '/') - interpreter), interpreter);
+    snprintf(image, sizeof image, "%s/vmm/__pycache__/start-" PYTHON ".image", packages);
+    *what = "LC_ALL, LC_CTYPE or LANG";
+    if (!speaks_utf8()) return "is a locale without UTF-8";
+    *what = "LD_*, GLIBC_* or MALLOC_*";
+    if (getauxval(AT_SECURE) || !plain_environment()) return "asks for something at the start of a program";
+    for (int number = 1; number < NSIG; number++) {
+        struct sigaction now;
+        if (!sigaction(number, NULL, &now) && now.sa_handler == SIG_IGN) given->ignored |= 1ull << (number - 1);
+    }
+    return start_from_image(image, directory, given, what);
 }
 
 static bool among(const char *const *words, size_t count, const char *word, size_t length)
@@ -232,6 +275,22 @@ int main(int argc, char **argv)
     sigemptyset(&held);
     sigaddset(&held, SIGINT);
     sigprocmask(SIG_BLOCK, &held, &before);
+
+    const char *how = getenv("PYVMM_START"), *what;
+    bool prepares = argc > 1 && !strcmp(argv[1], "prepare"); /* it must not need what it replaces */
+    if (!prepares && (how == NULL || strcmp(how, "cold"))) {
+        static struct image_given given; /* it outlives this function */
+        given = (struct image_given){
+            .argc = argc, .argv = argv, .environ = environ, .name = name, .socket = fd < 0 ? "" : place, .fd = fd,
+            .held = !sigismember(&before, SIGINT),
+        };
+        const char *problem = start_warm(&given, &what);
+        if (how != NULL && !strcmp(how, "warm")) {
+            fprintf(stderr, "pyvmm: PYVMM_START warm: %s %s\n", what, problem);
+            if (fd >= 0) unlink(place);
+            return STATUS_HOST;
+        }
+    }
 
     char **words = calloc(argc + 14, sizeof *words), **word = words;
     if (words == NULL) return STATUS_HOST;

@@ -73,14 +73,20 @@ class Run(NamedTuple):
 
 
 def pyvmm() -> list[str]:
-    """Command line of ``pyvmm run``, with its byte code made, as pip makes it for an installed package.
+    """Command line of ``pyvmm run``, with its byte code made, as pip makes it, and prepared (``pyvmm prepare``).
 
-    :raises Missing: pyvmm is not installed
+    PYVMM_START=cold in the environment is obeyed: the figures are then those of an interpreter.
+
+    :raises Missing: pyvmm is not installed, or cannot be prepared
     """
     if not os.access(PYVMM[0], os.X_OK):
         raise Missing(f"{PYVMM[0]}: run `make install`")
     for room in ("vmm", "boot", "devices", "virtio"):
         compileall.compile_dir(ROOT / room, quiet=2)
+    if subprocess.run([PYVMM[0], "--version"], env={"PYVMM_START": "warm"}, capture_output=True).returncode:
+        done = subprocess.run([PYVMM[0], "prepare"], capture_output=True, text=True)
+        if done.returncode:
+            raise Missing(done.stderr.strip())
     return PYVMM
 
 

@@ -155,8 +155,10 @@ def test_kvm_without_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_command_and_image() -> None:
-    assert "allowed: run, serve, jailer, pull, config, ctl, link, vsock, check, lab" in complaint("fly")
-    assert "allowed: run, serve, jailer, pull, config, ctl, link, vsock, check, lab" in complaint("fly", "away")
+    assert "allowed: run, serve, jailer, pull, config, ctl, link, prepare, vsock, check, lab" in complaint("fly")
+    assert "allowed: run, serve, jailer, pull, config, ctl, link, prepare, vsock, check, lab" in complaint(
+        "fly", "away"
+    )
     assert "nosuchimage" in complaint("run", "nosuchimage")
     assert complaint("fly\naway").startswith("pyvmm: fly\\naway is not a command")
     assert complaint("ps", "a\x1b[2Jb\n").startswith("pyvmm ps: unrecognized arguments: a\\x1b[2Jb\\n (")

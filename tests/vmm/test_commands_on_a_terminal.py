@@ -212,7 +212,8 @@ def begun(terminal: Terminal, name: str) -> None:
     terminal.hear(WAITS[name][1])
     if not WAITS[name][1]:  # it says nothing, and sleeps at its terminal
         process = Path("/proc", str(terminal.job()))
-        until(lambda: b"vmm/__main__" in (process / "cmdline").read_bytes())
+        mark = f"\nSigCgt:\t{1 << signal.SIGINT - 1:016x}\n"
+        until(lambda: mark in (process / "status").read_text())
         until(lambda: "S (sleeping)" in (process / "status").read_text())
 
 
@@ -245,7 +246,9 @@ def _is_held(process: subprocess.Popen[bytes]) -> bool:
             return False
 
 
-def test_ctrl_c_while_it_is_imported(place: Path, guest: Path) -> None:
+@pytest.mark.parametrize("how", ["cold", "warm"])
+def test_ctrl_c_while_it_starts(place: Path, guest: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setenv("PYVMM_START", how)
     # As early as the launcher has held it: the signal waits until somebody catches it. With a stdin that does not end.
     pipe, command = subprocess.PIPE, [PYVMM, "vsock", str(guest), "1"]
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)

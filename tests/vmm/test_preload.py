@@ -43,6 +43,7 @@ NEVER = {
     "importlib": "vmm/__init__.py, for programs that import us",
     "vmm.machine.pool": "the same",
     "vmm.machine.isolated": "the same",
+    "vmm._start_image": "starts from what `pyvmm prepare` has saved, before the jail",
 }
 
 

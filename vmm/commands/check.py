@@ -10,7 +10,7 @@ import threading
 import time
 
 from boot import cpu
-from vmm import _uring
+from vmm import _uring, launched
 from vmm._bus import Bus
 from vmm.closing import Closers
 from vmm.commands.parser import paint
@@ -66,6 +66,7 @@ def findings(path: str) -> Iterator[Line]:
     yield _io_uring()
     yield _landlock()
     yield _hugepages()
+    yield ("ok", "fast starts", "yes") if launched.warm else ("lack", "fast starts", "pyvmm prepare makes them")
 
 
 def _kvm_findings(kvm: Kvm) -> Iterator[Line]:

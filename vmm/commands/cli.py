@@ -27,6 +27,7 @@ COMMANDS = {
     "config": "show the configuration that run would use, and the source of each value",
     "ctl": "show and change a served VM while it runs",
     "link": "make the file by which a runtime starts pyvmm as firecracker or jailer",
+    "prepare": "make later starts of pyvmm on this host faster",
     "vsock": "connect this terminal or a pipe to a port of a guest",
     "check": "tell what this host offers",
     "lab": "run a command on an emulated machine that has real KVM",

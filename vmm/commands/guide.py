@@ -8,7 +8,7 @@ from vmm.commands.cli import COMMANDS
 _OVERVIEW = {
     "Run a VM": ("run", "config", "pull", "check", "lab"),
     "Sandboxes": ("sandbox", "exec", "cp"),
-    "Under a runtime": ("serve", "jailer", "link"),
+    "Under a runtime": ("serve", "jailer", "link", "prepare"),
     "While a VM runs": ("ps", "attach", "logs", "stop", "ctl", "vsock"),
 }
 
@@ -59,6 +59,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "pyvmm ctl --api-sock /run/vm.sock snapshot /var/lib/snapshots/one",
     ),
     "link": ("pyvmm link firecracker /usr/local/bin",),
+    "prepare": ("pyvmm prepare", "pyvmm prepare --remove"),
     "sandbox": (
         "pyvmm sandbox debian",
         "pyvmm sandbox --memory 1G --mount /work=. --timeout 60 debian sh -c 'make -C /work test'",

@@ -40,14 +40,14 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("NAME", args.name, f"must be {' or '.join(PROGRAMS)}")
     if not os.path.isdir(args.directory):
         raise ConfigError("DIR", args.directory, "is not a directory")
-    program = _program()
+    source = program()
     path = os.path.join(args.directory, args.name)
     if os.path.lexists(path) and not is_link(path):
         raise ConfigError("DIR", path, "exists, and was not made by pyvmm link")
     new = f"{path}.{os.getpid()}"
     try:
-        with open(program, "rb") as source, open(new, "xb") as file:
-            file.write(source.read() + _tail())
+        with open(source, "rb") as itself, open(new, "xb") as file:
+            file.write(itself.read() + _tail())
         os.chmod(new, 0o755)
         os.replace(new, path)  # the old one may be running
     except OSError as error:
@@ -70,8 +70,8 @@ def is_link(path: str) -> bool:
         return False
 
 
-def _tail() -> bytes:
-    # Where it will find its interpreter and what it imports, wherever it is.
+def import_path() -> list[str]:
+    """The directories of pyvmm and of what it imports."""
     from importlib.util import find_spec
 
     places = [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
@@ -79,12 +79,20 @@ def _tail() -> bytes:
         spec = find_spec(name)
         if spec is not None and spec.origin is not None:
             places.append(os.path.dirname(os.path.dirname(spec.origin)))
-    text = b"%b\0%b\0" % (os.fsencode(sys.executable), os.fsencode(":".join(dict.fromkeys(places))))
+    return list(dict.fromkeys(places))
+
+
+def _tail() -> bytes:
+    # Where it will find its interpreter and what it imports, wherever it is.
+    text = b"%b\0%b\0" % (os.fsencode(sys.executable), os.fsencode(":".join(import_path())))
     return text + b"%08x" % len(text) + MAGIC
 
 
-def _program() -> str:
-    # The installed program: this one, or where we were started as a module, the one beside the interpreter.
+def program() -> str:
+    """The installed program: this one, or where we were started as a module, the one beside the interpreter.
+
+    :raises ConfigError: pyvmm is not installed as a program
+    """
     for path in (sys.argv[0], os.path.join(os.path.dirname(sys.executable), "pyvmm"), shutil.which("pyvmm")):
         if path and os.path.basename(path) == "pyvmm" and os.access(path, os.X_OK):
             with open(path, "rb") as file:

@@ -132,7 +132,9 @@ def _look(pid: int) -> Running | None:
         if not any("/vmm/kvm/_vcpu." in line for line in file):
             return None
     with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="surrogateescape") as file:
-        kind, words = _command(file.read().split("\0")[:-1])
+        line = file.read().split("\0")[:-1]
+    program = os.path.basename(os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)"))
+    kind, words = _command(program, line)
     fields = _stat(pid)
     with open("/proc/uptime", encoding="ascii") as file:
         up = float(file.read().split()[0])
@@ -169,8 +171,10 @@ def consoles(pid: int) -> list[str]:
     return [path_in(pid, name.removesuffix(" (deleted)")) for name in names]
 
 
-def _command(line: list[str]) -> tuple[str, tuple[str, ...]]:
+def _command(program: str, line: list[str]) -> tuple[str, tuple[str, ...]]:
     # The subcommand, and what follows it; of another program its script, and what follows that.
+    if program in ("pyvmm", *PROGRAMS):  # from a start image, so that no interpreter was executed
+        return _subcommand(program, line[1:])
     starts = [index for index, word in enumerate(line) if word.endswith(("/vmm/__main__.py", "/vmm/commands/cli.py"))]
     if not starts and "-c" in line:
         code, *words = line[line.index("-c") + 1 :]
@@ -178,10 +182,13 @@ def _command(line: list[str]) -> tuple[str, tuple[str, ...]]:
     if not starts:
         words = [word for word in line[1:] if not word.startswith("-")] or line[:1]
         return "python", tuple(words)
-    words = line[starts[0] + 1 :]
+    named = next((word.rpartition("/")[2] for word in line if word.startswith("pyvmm=")), "")
+    return _subcommand(named, line[starts[0] + 1 :])
+
+
+def _subcommand(program: str, words: list[str]) -> tuple[str, tuple[str, ...]]:
     if words and words[0] in COMMANDS:
         return words[0], tuple(words[1:])
-    program = next((word.rpartition("/")[2] for word in line if word.startswith("pyvmm=")), "")
     return PROGRAMS.get(program, "serve"), tuple(words)
 
 

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The launcher's half of a start image (vmm/start_image.h): maps what `pyvmm prepare` saved, and goes on there.
+
+   Every address is the one of the process that was saved, because its memory is full of pointers. Nothing that is
+   already mapped is replaced: if a place is taken, this start is an ordinary one. The same holds if a file that was
+   mapped or imported has changed, if the CPU has other instructions, and if the kernel is another one. */
+#define _GNU_SOURCE
+#include "start_image.h"
+
+#include <asm/prctl.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define CHANGED "has changed since `pyvmm prepare`"
+
+enum { RSEQ_BYTES = 32, RSEQ_UNREGISTER = 1, RSEQ_SIGNATURE = 0x53053053, KERNEL_SIGSET_BYTES = 8 };
+
+/* Of glibc 2.35 and newer. */
+extern const ptrdiff_t __rseq_offset __attribute__((weak));
+extern const unsigned int __rseq_size __attribute__((weak));
+
+static bool same_directory(const char *one, const char *other)
+{
+    struct stat first, second;
+    return !stat(one, &first) && !stat(other, &second) && first.st_dev == second.st_dev && first.st_ino == second.st_ino;
+}
+
+static bool unchanged(const struct image_file *file, const struct stat *now)
+{
+    return (uint64_t)now->st_size == file->bytes && (uint64_t)now->st_mtim.tv_sec == file->seconds &&
+           (uint64_t)now->st_mtim.tv_nsec == file->nanoseconds;
+}
+
+static bool map(const struct image_segment *segment, int fd)
+{
+    int flags = MAP_PRIVATE | MAP_FIXED_NOREPLACE | (fd < 0 ? MAP_ANONYMOUS | MAP_NORESERVE : 0);
+    void *at = (void *)segment->start;
+    /* A kernel before 4.17 takes the address for a hint. */
+    return mmap(at, segment->length, segment->prot, flags, fd, segment->offset) == at;
+}
+
+/* Move the kernel's vDSO to where the C library of the image calls it. */
+static bool move_vdso(const char *base, const struct image_head *head, const struct image_part *parts)
+{
+    const struct image_part *code = parts + head->parts - 1;
+    char *now = (char *)getauxval(AT_SYSINFO_EHDR);
+    if (now == NULL || memcmp(now, base + head->vdso, code->length)) return false;
+    for (const struct image_part *part = parts; part <= code; part++) {
+        void *to = (void *)part->start;
+        char *from = now - (code->start - part->start);
+        int reserve = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE;
+        if (mmap(to, part->length, PROT_NONE, reserve, -1, 0) != to) return false;
+        if (mremap(from, part->length, part->length, MREMAP_MAYMOVE | MREMAP_FIXED, to) != to) return false;
+    }
+    return true;
+}
+
+/* From here on there is no way back, no stack protector, whose value is the other thread's, and no C library. */
+__attribute__((noreturn, noinline, optimize("no-stack-protector"))) static void enter(const struct image_head *head)
+{
+    uint64_t frame = head->frame, instruction = head->instruction, stack = head->stack;
+    long result = SYS_arch_prctl;
+    __asm__ volatile("syscall" : "+a"(result) : "D"(ARCH_SET_FS), "S"(head->thread) : "rcx", "r11", "memory");
+    __asm__ volatile("mov %0, %%rbp\n\tmov %1, %%rsp\n\tjmp *%2" ::"r"(frame), "r"(stack), "r"(instruction), "a"(1));
+    __builtin_unreachable();
+}
+
+const char *start_from_image(const char *path, const char *place, struct image_given *given, const char **what)
+{
+    struct stat now;
+    *what = path;
+    int image = open(path, O_RDONLY | O_CLOEXEC);
+    if (image < 0) return "there is none; `pyvmm prepare` makes it";
+    if (fstat(image, &now) || now.st_size < (off_t)sizeof(struct image_head)) return "is damaged";
+    /* Whoever may write it decides what runs here. */
+    if ((now.st_uid != 0 && now.st_uid != geteuid()) || now.st_mode & (S_IWGRP | S_IWOTH))
+        return "belongs to somebody else, or others may write it";
+    const char *base = mmap(NULL, now.st_size, PROT_READ, MAP_PRIVATE, image, 0);
+    if (base == MAP_FAILED) return "cannot be mapped";
+    const struct image_head *head = (const void *)base;
+    if (memcmp(head->magic, IMAGE_MAGIC, sizeof head->magic) || head->bytes != (uint64_t)now.st_size)
+        return "is damaged, or of another version";
+
+    uint64_t cpu[IMAGE_CPU_WORDS];
+    image_cpu(cpu);
+    if (memcmp(cpu, head->cpu, sizeof cpu)) return "was made on another CPU";
+    *what = base + head->place;
+    if (!same_directory(place, *what)) return "is the place of the image's interpreter, not of this one";
+    const struct image_segment *segments = (const void *)(head + 1);
+    const struct image_part *parts = (const void *)(segments + head->segments);
+    const struct image_file *files = (const void *)(parts + head->parts);
+    uint64_t opened = IMAGE_ZEROS;
+    int library = -1;
+    for (const struct image_segment *segment = segments; segment < segments + head->segments; segment++) {
+        if (segment->source >= IMAGE_FILES && segment->source != opened) { /* a library's follow one another */
+            const struct image_file *file = files + segment->source - IMAGE_FILES;
+            if (library >= 0) close(library);
+            library = open(*what = base + file->name, O_RDONLY | O_CLOEXEC);
+            if (library < 0 || fstat(library, &now) || !unchanged(file, &now)) return CHANGED;
+            opened = segment->source;
+        }
+        int fd = segment->source == IMAGE_ZEROS ? -1 : segment->source == IMAGE_ITSELF ? image : library;
+        *what = "memory";
+        if (!map(segment, fd)) return "is in use where the image has its own";
+    }
+    if (library >= 0) close(library);
+    for (const struct image_file *file = files + head->libraries; file < files + head->files; file++)
+        if (stat(*what = base + file->name, &now) || !unchanged(file, &now)) return CHANGED;
+    *what = "the kernel";
+    if (!move_vdso(base, head, parts)) return "is another one than that of `pyvmm prepare`";
+    close(image);
+    struct image_head last = *head;
+    munmap((void *)base, head->bytes);
+    sigset_t all;
+    sigfillset(&all);
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &given->mask, KERNEL_SIGSET_BYTES);
+    if (&__rseq_size != NULL && __rseq_size)
+        syscall(SYS_rseq, (char *)__builtin_thread_pointer() + __rseq_offset, RSEQ_BYTES, RSEQ_UNREGISTER, RSEQ_SIGNATURE);
+    *(struct image_given **)last.given = given;
+    enter(&last);
+}
