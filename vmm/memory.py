@@ -283,7 +283,9 @@ class GuestMemory(GuestRam, Closing):
                     if self._handler is None:
                         undertaker.bury_pages(self.host_address(piece.gpa, piece.size), piece.size)
                     self._map_piece(piece)
-            except OSError:
+                self._pieces = pieces
+            except BaseException:  # a signal's handler's, too
+                self._pieces = None
                 for region in self.regions:  # or what is written from here on would not be in its file
                     if region.file is not None:
                         address = self.host_address(region.gpa, region.size)
@@ -293,7 +295,6 @@ class GuestMemory(GuestRam, Closing):
                 self._handler.release()
             for region in self.regions:
                 region.file = None
-            self._pieces = pieces
         else:
             for region in self.regions:
                 self._move_to_file(region, pieces)
@@ -378,7 +379,7 @@ class GuestMemory(GuestRam, Closing):
 
     def _move_to_file(self, region: Region, pieces: list[Piece]) -> None:
         # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there. `pieces` has
-        # each as soon as it is mapped: if the next cannot be, nobody would find this one again.
+        # each before it is mapped: if that fails, or a signal's handler raises, it is found again as written.
         runs = self._private(region)
         if not runs:
             return
@@ -395,8 +396,8 @@ class GuestMemory(GuestRam, Closing):
             copy_pages(address + at, size, file.fd, at)
         for at, size in runs:
             piece = Piece(region.gpa + at, size, file, at)
-            self._map_piece(piece)
             overlay(pieces, piece)
+            self._map_piece(piece)
 
     def discard(self, part: memoryview) -> int:
         """Return to the host all pages that lie completely inside `part`. They read as zeros from here on.
