@@ -145,8 +145,11 @@ def spans(size: int) -> list[tuple[int, int]]:
     return [(0, min(size, HOLE_START)), *([(HOLE_END, size - HOLE_START)] if size > HOLE_START else [])]
 
 
-def overlay(pieces: list[Piece], new: Piece) -> None:
-    """Put `new` over what was there of `pieces`, which are in order of address and disjoint, and stay so."""
+def overlay(pieces: list[Piece], new: Piece) -> int:
+    """Put `new` over what was there of `pieces`, which are in order of address and disjoint, and stay so.
+
+    :returns: how many pieces of zeros are gone
+    """
     from bisect import bisect_left, bisect_right  # no launch needs it
 
     end = new.gpa + new.size
@@ -157,7 +160,10 @@ def overlay(pieces: list[Piece], new: Piece) -> None:
         parts.insert(0, pieces[first].part(0, new.gpa))
     if first < after and (last := pieces[after - 1]).gpa + last.size > end:
         parts.append(last.part(end, 1 << 64))
+    kept = (part.file is None for part in parts if part is not new)
+    gone = sum(piece.file is None for piece in pieces[first:after]) - sum(kept)
     pieces[first:after] = parts
+    return gone
 
 
 class GuestMemory(GuestRam, Closing):
@@ -396,7 +402,7 @@ class GuestMemory(GuestRam, Closing):
             copy_pages(address + at, size, file.fd, at)
         for at, size in runs:
             piece = Piece(region.gpa + at, size, file, at)
-            overlay(pieces, piece)
+            self._put_back_holes(overlay(pieces, piece))
             self._map_piece(piece)
 
     def discard(self, part: memoryview) -> int:
@@ -417,18 +423,46 @@ class GuestMemory(GuestRam, Closing):
             if size:
                 drop(self.host_address(gpa, size), size)
             return size
-        from vmm.budget import holes  # no launch needs it
-
-        # The file below is others', too, and shows through a page that is merely dropped.
-        if size >= _HOLE_LEAST and len(self._pieces) < _PIECES_MAX and holes.ask(1):
-            self._holes += 1
-            piece = Piece(gpa, size, None)
-            self._map_piece(piece)
-            overlay(self._pieces, piece)
-            overlay(self._given_back, piece)
+        hole = Piece(gpa, size, None)
+        if size >= _HOLE_LEAST and self._make_hole(hole, self._pieces):
+            overlay(self._given_back, hole)
+            if len(self._given_back) > _PIECES_MAX:  # so many are not told apart until ``written`` begins anew
+                self._given_back = [Piece(region.gpa, region.size, None) for region in self.regions]
         elif size:
             self.slice(gpa, size)[:] = bytes(size)
         return size
+
+    def _make_hole(self, hole: Piece, pieces: list[Piece]) -> bool:
+        # Give its pages back; False: there are too many holes.
+        from bisect import bisect_right
+
+        from vmm._uffd import drop
+        from vmm.budget import holes  # no launch needs these
+
+        around = pieces[bisect_right(pieces, hole.gpa, key=lambda piece: piece.gpa) - 1]
+        if around.file is None and hole.gpa + hole.size <= around.gpa + around.size:
+            drop(self.host_address(hole.gpa, hole.size), hole.size)
+            return True
+        # Elsewhere a file is below, which is others', too, and shows through a page that is merely dropped.
+        if len(pieces) >= _PIECES_MAX or not holes.ask(1):
+            return False
+        self._holes += 1
+        try:
+            self._map_piece(hole)
+        except OSError:
+            self._put_back_holes(1)
+            raise
+        self._put_back_holes(overlay(pieces, hole))
+        return True
+
+    def _put_back_holes(self, count: int) -> None:
+        # Those of the image that this memory was made of were not taken.
+        count = min(count, self._holes)
+        if count > 0:
+            from vmm.budget import holes
+
+            self._holes -= count
+            holes.put_back(count)
 
     def view(self, gpa: int = 0, size: int | None = None, dtype: Any = "u1") -> npt.NDArray[Any]:
         """A numpy array over guest RAM: shared with the running guest, not copied.
@@ -468,11 +502,7 @@ class GuestMemory(GuestRam, Closing):
             undertaker.close_mapping(mapping, at_once=at_once)
         self.regions = ()
         self._pieces = None
-        if self._holes:
-            from vmm.budget import holes
-
-            holes.put_back(self._holes)
-            self._holes = 0
+        self._put_back_holes(self._holes)
 
 
 def _moved_before(region: Region, pieces: list[Piece]) -> list[tuple[int, int]]:

@@ -147,20 +147,74 @@ def test_holes_of_all_copies_have_a_limit_together(monkeypatch: pytest.MonkeyPat
             with GuestMemory(1 << 20, pieces=pieces) as one, GuestMemory(1 << 20, pieces=pieces) as other:
                 made = []
                 for memory in (one, other):
-                    before = _mappings(memory)
+                    before = _mappings()
                     for at in range(0, 4 * 128 << 10, 128 << 10):
                         assert memory.discard(memory.slice(at, 64 << 10)) == 64 << 10
                         assert memory.read(at, 128 << 10) == bytes(64 << 10) + b"\xee" * (64 << 10)
-                    made.append(_mappings(memory) - before)
+                    made.append(_mappings() - before)
                 assert made[0] > 6 > made[1]
     assert vmm.budget.holes.used == 0
 
 
-def _mappings(memory: GuestMemory) -> int:
-    # Its own alone: what was closed before is unmapped in the background.
-    start = memory.host_address(0, memory.size)
-    places = (line.split("-", 1)[0] for line in Path("/proc/self/maps").read_text().splitlines())
-    return sum(start <= int(place, 16) < start + memory.size for place in places)
+def test_a_hole_counts_once_however_often_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that reports its free pages gives the same ones back again and again: they took the whole limit."""
+    monkeypatch.setattr("vmm.budget.holes", budget := Budget(8))
+    with GuestMemory(4 * MIB) as memory:
+        memory.write(0, b"\xee" * memory.size)
+        memory.freeze()
+        for round in range(10):
+            for at in (0, MIB, MIB + (128 << 10)):
+                memory.write(at, b"used again")
+                memory.discard(memory.slice(at, 128 << 10))
+                assert memory.read(at, 128 << 10) == bytes(128 << 10)
+            assert budget.used == 3
+        memory.discard(memory.slice(64 << 10, 64 << 10))
+        memory.discard(memory.slice(MIB, 256 << 10))
+        memory.discard(memory.slice(0, 128 << 10))
+        assert budget.used == 2
+        assert not memory._private(memory.regions[0]), "none of it takes memory"
+        memory.write(MIB, b"x" * (256 << 10))
+        memory.freeze()
+        assert budget.used == 1, "a freeze has put a file in a hole's place"
+        with pytest.raises(OSError, match="no room"), monkeypatch.context() as patch:
+            patch.setattr("vmm.memory.map_over", _no_room)
+            memory.discard(memory.slice(2 * MIB, 128 << 10))
+        assert budget.used == 1
+    assert budget.used == 0
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOMEM, "no room")
+
+
+def test_what_is_given_back_in_a_hole_is_told_as_written() -> None:
+    with GuestMemory(4 * MIB) as memory:
+        memory.prepare_marks()
+        memory.write(0, b"\xee" * memory.size)
+        memory.freeze()
+        memory.discard(memory.slice(0, MIB))
+        memory.write(256 << 10, b"used again")
+        memory.take_written()
+        memory.discard(memory.slice(256 << 10, 128 << 10))
+        assert memory.written() == [(256 << 10, 128 << 10)]
+
+
+def test_what_is_given_back_in_a_hole_takes_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmm.memory._PIECES_MAX", 6)
+    with GuestMemory(4 * MIB) as memory:
+        memory.freeze()
+        memory.discard(memory.slice(0, 4 * MIB))
+        for at in range(0, 4 * MIB, 128 << 10):
+            memory.write(at, b"\xee" * (64 << 10))
+            memory.discard(memory.slice(at, 64 << 10))
+            assert len(memory._given_back) <= 6
+        assert not memory._private(memory.regions[0])
+        assert memory.written() == [(0, 4 * MIB)]
+
+
+def _mappings() -> int:
+    undertaker.wait()  # for those of memory that was closed before
+    return len(Path("/proc/self/maps").read_bytes().splitlines())
 
 
 def test_discard_in_the_second_region_reaches_its_memfd() -> None:
