@@ -295,6 +295,13 @@ def test_another_format_is_named(guest: MakeGuest) -> None:
         decode(bytes(data), "x")
 
 
+@pytest.mark.parametrize("number", [FORMAT, FORMAT + 1])
+def test_a_document_that_is_nested_without_end_is_refused(number: int) -> None:
+    header = struct.pack("<8sII16s", b"PYVMMIMG", number, 0, b"m" * 16)
+    with pytest.raises(SnapshotError, match="recursion" if number == FORMAT else "written by another pyvmm in format"):
+        decode(sealed(header + b"\x91" * 100_000), "x")
+
+
 @pytest.mark.parametrize("name", ["state", "memory"])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, guest: MakeGuest, name: str) -> None:
     image, _ = _frozen(guest)

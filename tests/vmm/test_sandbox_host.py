@@ -487,9 +487,10 @@ def test_an_image_that_is_not_here_says_how_to_get_it(
 
 def test_a_snapshot_with_a_damaged_time_limit_is_one_line(tmp_path: Path) -> None:
     about = {"timeout": "soon", "image": "x", "protocol": 2, **ABOUT}
-    (tmp_path / "sandbox.json").write_text(json.dumps(about))
-    with pytest.raises(SnapshotError, match="is not a snapshot of a sandbox"):
-        Sandbox.restore(str(tmp_path))
+    for text in json.dumps(about), "[" * 100_000:
+        (tmp_path / "sandbox.json").write_text(text)
+        with pytest.raises(SnapshotError, match="is not a snapshot of a sandbox"):
+            Sandbox.restore(str(tmp_path))
 
 
 @pytest.mark.parametrize("timeout", [float("inf"), 1e12])

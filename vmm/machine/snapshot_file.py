@@ -225,7 +225,7 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
         document.pop("pyvmm")
         _check(vars(Image)["__init__"].__annotations__, document)
         return Image(config, memory=[], **document), mark
-    except (msgspec.DecodeError, ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (msgspec.DecodeError, RecursionError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(name, f"is damaged: {error}") from None
 
 
@@ -339,7 +339,7 @@ def _fits(value: Any, wanted: str) -> bool:
 def _writer(body: bytes) -> str:
     try:
         return f"pyvmm {msgspec.msgpack.decode(body)['pyvmm']}"
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
         return "another pyvmm"
 
 

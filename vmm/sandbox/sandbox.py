@@ -346,7 +346,7 @@ class Sandbox(Session):
             limit = about["timeout"] if timeout is None else timeout
             dict(about["env"]), about["image"], about["cwd"], about["user"]
             port, protocol = int(about.pop("connection", None) or 0), about.pop("protocol", 1)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise SnapshotError(directory, "is not a snapshot of a sandbox") from None
         if protocol != PROTOCOL:
             raise SnapshotError(directory, f"its agent speaks protocol {protocol}, this pyvmm speaks {PROTOCOL}")
