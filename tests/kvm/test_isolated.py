@@ -145,6 +145,22 @@ def test_what_a_limit_on_files_cuts_short_is_said(guest: MakeGuest) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_machine_that_writes_between_forks_has_further_copies(guest: MakeGuest) -> None:
+    """What it wrote is a piece of RAM with one file's pieces on both sides: that file was closed in the copy."""
+    vm = guest(GUEST)
+    vm.start()
+    for number in range(3):
+        until(lambda: vm.memory.read(0x200004, 4) != bytes(4))
+        vm.pause()
+        vm.memory.write(0x200000, bytes([number + 5]))
+        (child,) = _fork(vm)
+        vm.memory.write(0x200000, bytes(8))
+        vm.resume()
+        with child:
+            stop = child.wait(PATIENCE)
+            assert stop is not None and (stop.reason, stop.code) == (StopReason.GUEST_EXIT, number + 5)
+
+
 def _tap() -> NetConfig:
     return NetConfig(mode="fd", fd=0, id="tap0")
 

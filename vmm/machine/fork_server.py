@@ -108,7 +108,7 @@ def _made(files: list[int], order: int) -> Machine:
         for drive, index in zip(image.config.drives, drives, strict=True)
     ]
     image.config = image.config.replaced(drives=disks)
-    memory = {index: MemoryFile(files[index]) for _, _, index, _ in pieces if index >= 0}
+    memory = {index: MemoryFile(files[index]) for index in {piece[2] for piece in pieces} - {-1}}  # one each owns it
     image.memory = [Piece(gpa, size, memory.get(index), offset) for gpa, size, index, offset in pieces]
     _uring.stock(seccomp.RINGS)
     vm = Machine(image=image)
