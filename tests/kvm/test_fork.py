@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -411,6 +412,29 @@ def test_a_fork_that_fails_leaves_no_disk(tmp_path: Path, guest: MakeGuest, monk
     (tmp_path / "b").unlink()
     with pytest.raises(HostError, match=r"open the disk .*b: No such file"):
         Pool(image)
+
+
+def test_without_a_descriptor_left_the_host_is_named(tmp_path: Path, guest: MakeGuest) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    plain, vm = guest(COUNTER), guest(COUNTER, drives=[DriveConfig(str(tmp_path / "disk"))])
+    make, isolate = child_of(vm), child_of(plain, isolated=True)
+    vm.start()
+    _until_it_counts(vm)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.dup(0))
+    for call, what in (
+        (vm.freeze, "freeze guest memory"),
+        (lambda: make(0), f"copy the disk {tmp_path}/disk"),
+        (lambda: isolate(0), "make a process for the copy"),
+    ):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            with pytest.raises(HostError, match=f"^{what}.*: Too many open files$"):
+                call()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    _until_it_counts(vm, _count(vm))
+    _end(vm, 3)
 
 
 def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> None:

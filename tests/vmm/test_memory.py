@@ -162,7 +162,7 @@ def test_a_hole_counts_once_however_often_it_is_given_back(monkeypatch: pytest.M
     with GuestMemory(4 * MIB) as memory:
         memory.write(0, b"\xee" * memory.size)
         memory.freeze()
-        for round in range(10):
+        for _ in range(10):
             for at in (0, MIB, MIB + (128 << 10)):
                 memory.write(at, b"used again")
                 memory.discard(memory.slice(at, 128 << 10))

@@ -21,7 +21,7 @@ from array import array
 import msgspec
 
 from vmm.closing import Closing
-from vmm.errors import SnapshotError, VmmError, host_errors
+from vmm.errors import SnapshotError, VmmError
 from vmm.exits import Exit, StopReason
 from vmm.machine.snapshot_file import encode, write_all
 from vmm.memory import MemoryFile
@@ -69,17 +69,16 @@ class Isolated(Closing):
         self._control, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
         self._end, end = os.pipe2(os.O_CLOEXEC)
         try:
-            with host_errors("make a process for the copy"):
-                try:
-                    _send(config, image, disks, theirs.fileno(), end)
-                finally:
-                    theirs.close()
-                    os.close(end)
-                self.pid = int(self._answer())
-                self._pidfd = os.pidfd_open(self.pid)
-                if config.vsock is not None:
-                    path = os.path.abspath(config.vsock.path)
-                    self._made.append((path, file_at(path)))
+            try:
+                _send(config, image, disks, theirs.fileno(), end)
+            finally:
+                theirs.close()
+                os.close(end)
+            self.pid = int(self._answer())
+            self._pidfd = os.pidfd_open(self.pid)
+            if config.vsock is not None:
+                path = os.path.abspath(config.vsock.path)
+                self._made.append((path, file_at(path)))
         except BaseException:
             self.close()
             raise

@@ -218,6 +218,7 @@ class Machine(Closing):
         contain disks: copy the writable ones yourself while this machine is paused.
 
         :raises SnapshotError: a device or RAM, which it names, cannot be saved; nothing was stopped
+        :raises HostError: the host has no descriptor or memory left, or failed
         :raises VmmError: the machine has ended, or the caller is a vCPU's or a device's own thread
         """
         return self._freeze(lambda: None)
@@ -237,6 +238,7 @@ class Machine(Closing):
         :param change: called with a copy's configuration and its number, from 0; returns the configuration to use
         :param devices: called with a copy's number; returns your own devices for it, in the order of this machine's
         :raises SnapshotError: a device or RAM, which it names, cannot be saved or shared
+        :raises HostError: the host has no descriptor, thread or room for a disk left, or failed; there are no copies
         :raises VmmError: the machine has ended
 
         By default, a copy has a copy of every writable disk, by reflink if the file system can, which is deleted with

@@ -9,7 +9,7 @@ import mmap
 import os
 import stat
 
-from vmm.errors import HostError
+from vmm.errors import host_errors
 from vmm.machine.snapshot_file import write_all
 
 TYPE_CHECKING = False
@@ -29,19 +29,20 @@ def private_copy(source: int, path: str) -> int:
     :returns: the descriptor of a file without a name; ``/proc/self/fd/N`` opens it, the caller closes it
     :raises HostError: the disk cannot be read, or there is no room for the copy
     """
-    regular = stat.S_ISREG(os.fstat(source).st_mode)
-    copy = _nameless(os.path.dirname(path) or "." if regular else "")  # beside a block device, in /dev, is only memory
-    try:
-        if regular and _reflink(source, copy):
-            return copy
-        size = os.lseek(source, 0, os.SEEK_END)
-        os.ftruncate(copy, size)
-        for start, end in _pieces(source, size):
-            _copy(source, copy, start, end)
-    except OSError as error:
-        os.close(copy)
-        raise HostError(error.errno or 0, "copy the disk", path) from None
-    return copy
+    with host_errors("copy the disk", path):
+        regular = stat.S_ISREG(os.fstat(source).st_mode)
+        # Beside a block device, in /dev, is only memory.
+        copy = _nameless(os.path.dirname(path) or "." if regular else "")
+        try:
+            if not (regular and _reflink(source, copy)):
+                size = os.lseek(source, 0, os.SEEK_END)
+                os.ftruncate(copy, size)
+                for start, end in _pieces(source, size):
+                    _copy(source, copy, start, end)
+        except BaseException:
+            os.close(copy)
+            raise
+        return copy
 
 
 def _nameless(directory: str) -> int:

@@ -196,7 +196,8 @@ def freeze(
         )
         image.hot = machine._hot = machine._hot or HotPages()
         if without_memory is None:
-            image.memory = machine.memory.freeze()
+            with host_errors("freeze guest memory"):
+                image.memory = machine.memory.freeze()
         else:
             without_memory(image)
         return image
@@ -319,9 +320,10 @@ def child_of(
             config = _child_config(image.config, own, of_all)
             config = config if change is None else change(config, number)
             if isolated:
-                from vmm.machine.isolated import Isolated
+                with host_errors("make a process for the copy"):
+                    from vmm.machine.isolated import Isolated
 
-                return Isolated(config, image, own.values())
+                    return Isolated(config, image, own.values())
             own_devices = () if devices is None else devices(number)
             seccomp = isinstance(source, Image) or source.seccomp
             machine = Machine(config, image=image, devices=own_devices, seccomp=seccomp)
