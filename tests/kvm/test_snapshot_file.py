@@ -534,6 +534,19 @@ def test_a_snapshot_that_failed_leaves_its_pages_to_the_next_diff(
     assert _is_whole(vm, tmp_path / "mem")
 
 
+def test_what_the_host_refused_beside_the_files_is_no_fault_of_theirs(
+    api: tuple[Machine, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, take = api
+
+    def none_left(self: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(type(vm.memory), "freeze", none_left)
+    with pytest.raises(ApiError, match=r"Cannot save the microVM state: freeze guest memory: Too many open files$"):
+        take("Full")
+
+
 def test_half_of_a_diff_is_refused_until_a_whole_one_is_there(
     tmp_path: Path, api: tuple[Machine, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,8 @@ def _write(vmm: Vmm, machine: Machine, body: types.SnapshotCreate, *, diff: bool
             never = machine.memory.regions[0].file is not None  # was it frozen: before it there were zeros
             image = machine._freeze(look)
             write_files(body, image, state_of(image), vmm.unsaved if diff and not never else None)
+    except HostError:  # of the machine, not of a file
+        raise
     except OSError as error:
         what = "snapshot" if error.filename == body.snapshot_path else "memory"
         raise ApiError(f"Create snapshot error: Cannot perform open on the {what} backing file: {_io(error)}") from None
