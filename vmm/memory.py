@@ -182,7 +182,7 @@ class GuestMemory(GuestRam, Closing):
         :mod:`vmm.uffd`; or the file of this memory, then a thread of ours does, which notes their order; ``""``: none
     :raises ConfigError: the size is invalid
     :raises HostError: the host has no room to map it; a ``vmm.uffd.HandlerError`` for a failure of the handler
-    :raises SnapshotError: a handler together with huge pages
+    :raises SnapshotError: a handler together with huge pages, or `pieces` of another size
     """
 
     def __init__(
@@ -196,6 +196,8 @@ class GuestMemory(GuestRam, Closing):
         page = 2 << 20 if huge else mmap.PAGESIZE
         if size <= 0 or size % page:
             raise ConfigError("memory", size, f"bytes of RAM must be a positive multiple of {page}")
+        if pieces and (there := sum(piece.size for piece in pieces)) != size:
+            raise SnapshotError("memory", f"the state has {there >> 20} MiB, the configuration {size >> 20} MiB")
         self.size = size
         self.huge = huge
         self.regions: tuple[Region, ...] = ()

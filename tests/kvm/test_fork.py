@@ -679,6 +679,13 @@ def test_what_a_wrong_argument_is_told(guest: MakeGuest) -> None:
         assert str(error.value) == told
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("size", ["2M", "8M"])
+def test_a_copy_has_the_memory_of_its_image(guest: MakeGuest, size: str, isolated: bool) -> None:
+    with pytest.raises(VmmError, match=rf"^memory: the state has 4 MiB, the configuration {size[0]} MiB$"):
+        guest(COUNTER).fork(change=lambda config, _: config.replaced(memory=size), isolated=isolated)
+
+
 def test_a_bus_device_in_ram_is_refused(guest: MakeGuest) -> None:
     vm = guest(COUNTER)
     at = vm.memory.size - 4096
