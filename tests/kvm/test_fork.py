@@ -454,6 +454,29 @@ def test_each_child_has_disks_of_its_own(tmp_path: Path, guest: MakeGuest) -> No
     assert image.read_bytes() == b"parent" * 1024
 
 
+def test_a_disk_is_copied_as_one_file_or_the_other(
+    tmp_path: Path, guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"a" * 4096)
+    (tmp_path / "b").write_bytes(b"b" * 4096)
+    vm = guest(COUNTER, drives=[DriveConfig(str(tmp_path / "a"))])
+    vm.start()
+    threads: list[threading.Thread] = []
+
+    def copy(source: int, path: str) -> int:
+        if not threads:
+            threads.append(threading.Thread(target=vm.blocks["drive_0"].replace, args=[str(tmp_path / "b")]))
+            threads[0].start()
+            threads[0].join(0.1)
+        return private_copy(source, path)
+
+    monkeypatch.setattr(snapshot, "private_copy", copy)
+    (child,) = vm.fork()
+    threads[0].join(PATIENCE)
+    assert [os.pread(each.blocks["drive_0"].disk.fd, 1, 0) for each in (vm, child)] == [b"b", b"a"]
+    child.close()
+
+
 def test_a_fork_that_fails_closes_all_that_it_has_made(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     vm = guest(COUNTER)
     started: list[Machine] = []

@@ -307,7 +307,8 @@ def child_of(
         def copy_disks() -> None:
             for index, (drive, block) in enumerate(zip(source.config.drives, source.blocks.values(), strict=True)):
                 if not drive.read_only:
-                    disks[index] = MemoryFile(private_copy(block.disk.fd, block.disk.path), at_once=True)
+                    with block.disk.changing:  # or half of the copy is another file's
+                        disks[index] = MemoryFile(private_copy(block.disk.fd, block.disk.path), at_once=True)
 
         image = source._freeze(copy_disks)
 
