@@ -305,6 +305,23 @@ def test_devices_of_a_machine_that_was_not_started_do_nothing_after_a_freeze(gue
         child.close()
 
 
+def test_a_start_beside_a_freeze_begins_after_it(guest: MakeGuest) -> None:
+    vm = guest(COUNTER, entropy=True)
+    _driven(vm, "virtio-rng")
+    with Machine(image=vm.freeze()) as copy:
+        starts = threading.Thread(target=copy.start)
+        rng = copy.devices["virtio-rng"].transport
+
+        def meanwhile() -> None:
+            starts.start()
+            starts.join(0.1)
+            assert not rng.serving, "it would write to RAM that is read"
+
+        copy._freeze(meanwhile)
+        starts.join(PATIENCE)
+        assert rng.serving
+
+
 def test_devices_go_on_after_a_freeze_of_a_guest_that_has_just_ended(
     guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

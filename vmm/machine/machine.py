@@ -307,6 +307,14 @@ class Machine(Closing):
         :raises ConfigError: a bus device of yours is where guest RAM is
         :raises HostError: the host has no thread or descriptor left; the machine has ended, and ``wait`` raises it
         """
+        try:
+            with self._devices_lock:  # no freeze may be under way: devices would write, and be stopped by it
+                self._start(paused)
+        except HostError as failure:
+            self._run.end(failure=failure)
+            raise
+
+    def _start(self, paused: bool) -> None:
         if self._run.started or self._run.ended is not None or self.closed:
             raise VmmError("a machine can be started only once, and not after it was stopped")
         if self._ranges != self._count_ranges():
@@ -314,16 +322,12 @@ class Machine(Closing):
         if paused:
             self._run.hold("pause")
         self._run.started = True
-        try:
-            with host_errors("start the machine's threads"):
-                vcpu_kind, console_kind = self._confine()
-                self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
-                for transport in self.virtio:
-                    transport.go_on()
-                self._run.start(vcpu_kind)
-        except HostError as failure:
-            self._run.end(failure=failure)
-            raise
+        with host_errors("start the machine's threads"):
+            vcpu_kind, console_kind = self._confine()
+            self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
+            for transport in self.virtio:
+                transport.go_on()
+            self._run.start(vcpu_kind)
 
     def _refuse_ranges_in_ram(self) -> None:
         for start, size, _, name in self.mmio.claims:
