@@ -10,6 +10,7 @@ import resource
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -342,6 +343,52 @@ def test_devices_go_on_after_a_freeze_of_a_guest_that_has_just_ended(
     ring.add([ring.buffer(16, device_writes=True)])
     driver.kick()
     until(ring.reap)
+
+
+class _Interrupt(BaseException):
+    """What the handler of a signal raises, as KeyboardInterrupt."""
+
+
+def _interrupted(call: Callable[[], object], number: int) -> bool:
+    """Raise at the `number`-th of the places of `call` where handlers of signals run; whether there are so many."""
+    left = [number]
+
+    def look(frame: Any, event: str, argument: object) -> None:
+        if event not in ("call", "c_return") or frame.f_code.co_filename == threading.__file__:
+            return  # a Condition that is interrupted in its own code stays locked: Python's limitation
+        left[0] -= 1
+        if left[0] < 0:
+            raise _Interrupt  # and nothing is looked at any more
+
+    try:
+        sys.setprofile(look)
+        call()
+    except _Interrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    return left[0] < 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised where a file is given back
+@pytest.mark.parametrize("what", ["freeze", "pause"])
+def test_wherever_a_signals_handler_raises_the_guest_and_its_devices_go_on(guest: MakeGuest, what: str) -> None:
+    vm = guest(COUNTER, entropy=True)
+    _driven(vm, "virtio-rng")
+    vm.start()
+    rng = vm.devices["virtio-rng"].transport
+    call: Callable[[], object] = getattr(vm, what)
+    number, again = 0, True
+    while again:
+        call()  # once whole, so that the next one has as much to do as those before
+        vm.resume()
+        again = _interrupted(call, number)
+        assert rng.serving and (not vm._run.holds or not again), number
+        number += 1
+    vm.resume()
+    assert number > 5
+    _until_it_counts(vm, _count(vm))
+    _end(vm, 3)
 
 
 def test_an_ended_machine_is_refused(guest: MakeGuest) -> None:

@@ -575,8 +575,8 @@ class Machine(Closing):
 
     def _change_devices(self, change: Callable[[], None]) -> None:
         # With no vCPU in a device or on its way there.
-        self._run.hold("devices")
         try:
+            self._run.hold("devices")
             if self._run.ended is not None or self.closed:
                 raise VmmError("the devices of a machine that has ended stay as they are")
             try:
@@ -584,7 +584,11 @@ class Machine(Closing):
             finally:
                 self.mmio.reclaim()
         finally:
-            self._run.release("devices")
+            try:
+                self._run.release("devices")
+            except BaseException:  # a signal's handler's, as the call began
+                self._run.release("devices")
+                raise
 
     @property
     def mmds(self) -> Mmds:

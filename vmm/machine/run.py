@@ -148,13 +148,13 @@ class Run:
         :raises BaseException: what a handler of a signal raised meanwhile, as KeyboardInterrupt; nothing is held for it
         """
         self.refuse_own_threads()
-        with self._change:
-            known = reason in self.holds
-            self.holds.add(reason)
-            self._gate.shut()
-            if not self.started:
-                return
+        known = reason in self.holds
         try:
+            with self._change:
+                self.holds.add(reason)
+                self._gate.shut()
+                if not self.started:
+                    return
             for vcpu in self.vcpus:
                 vcpu.kick()
             self._gate.wait(len(self.vcpus))

@@ -202,18 +202,18 @@ def freeze(
             without_memory(image)
         return image
     finally:
-        try:
-            _go_on(serving)  # also where the guest has ended: what it sent last is still to be served
+        # The handler of a signal may raise anywhere, as KeyboardInterrupt, also where a call begins: then once more.
+        try:  # also where the guest has ended: what it sent last is still to be served
+            Closers(transport.go_on for transport in serving).close()
+        except BaseException:
+            Closers(step for transport in serving for step in (transport.go_on, transport.stop)).close()
+            raise
         finally:  # whatever failed, the guest is not held for good
-            machine._run.release("freeze")
-
-
-def _go_on(transports: Sequence[Transport]) -> None:
-    try:
-        Closers(transport.go_on for transport in transports).close()
-    except BaseException:  # a signal's handler's, as KeyboardInterrupt: no device stays as it was then
-        Closers(step for transport in transports for step in (transport.go_on, transport.stop)).close()
-        raise
+            try:
+                machine._run.release("freeze")
+            except BaseException:
+                machine._run.release("freeze")
+                raise
 
 
 def restore(machine: Machine, image: Image) -> None:
