@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -321,6 +322,33 @@ def test_a_start_beside_a_freeze_begins_after_it(guest: MakeGuest) -> None:
         copy._freeze(meanwhile)
         starts.join(PATIENCE)
         assert rng.serving
+
+
+def test_a_machine_that_is_being_started_is_closed_by_a_signals_handler(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = guest(COUNTER)
+    confine = vm._confine
+    monkeypatch.setattr(vm, "_confine", lambda: (vm.close(), confine())[1])
+    with contextlib.suppress(VmmError):
+        vm.start()
+    assert vm.state == "Stopped"
+
+
+def test_a_close_beside_a_start_ends_what_has_begun(guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = guest(COUNTER)
+    closes, count = threading.Thread(target=vm.close), vm._count_ranges
+
+    def meanwhile() -> int:
+        if not vm.closed:
+            closes.start()
+            closes.join(0.1)
+        return count()
+
+    monkeypatch.setattr(vm, "_count_ranges", meanwhile)
+    vm.start()
+    closes.join(PATIENCE)
+    assert vm.state == "Stopped" and not vm._run._own, "no vCPU runs in memory that was given back"
 
 
 def test_devices_go_on_after_a_freeze_of_a_guest_that_has_just_ended(

@@ -113,6 +113,7 @@ class Machine(Closing):
         first = layout.VIRTIO_MMIO + config.boot_timer * layout.VIRTIO_MMIO_STRIDE
         self._devices = Devices(first, layout.dax_windows(config.memory))
         self._devices_lock = threading.Lock()  # one change of the devices, or one look at all of them, at a time
+        self._starting = threading.RLock()  # a start, or a freeze; a signal's handler may close what is being started
         self._hvc: ConsolePort | None = None
         # The devices again below, in their turn: here for a constructor that fails before that.
         self._closers = Closers((self._builder.close, self._devices.close))
@@ -272,7 +273,7 @@ class Machine(Closing):
         if self._run.ended is not None or self.closed:
             raise VmmError("a machine that has ended cannot be frozen")
         self._devices.refuse_own_threads()
-        with self._locked():
+        with self._locked(), self._starting:
             return freeze(self, while_held, without_memory)
 
     def _locked(self) -> threading.Lock:
@@ -308,7 +309,7 @@ class Machine(Closing):
         :raises HostError: the host has no thread or descriptor left; the machine has ended, and ``wait`` raises it
         """
         try:
-            with self._devices_lock:  # no freeze may be under way: devices would write, and be stopped by it
+            with self._starting:  # no freeze may be under way: devices would write, and be stopped by it
                 self._start(paused)
         except HostError as failure:
             self._run.end(failure=failure)
@@ -608,6 +609,8 @@ class Machine(Closing):
         """End the VM and free its resources; idempotent. A device's own thread may only ``stop`` it."""
         self._devices.refuse_own_threads()
         self.closed = True
+        with self._starting:
+            pass  # a start of another thread is over, and none comes any more
         if self._run.started:
             self.stop()
             self._run.join()

@@ -74,6 +74,8 @@ class Run:
         :raises RuntimeError, HostError: the host has no thread left
         """
         for vcpu in self.vcpus:
+            if self.ended is not None:
+                return  # a signal's handler may have closed the vCPUs, too
             name = f"fc_vcpu {vcpu.index}"
             self._threads.append(
                 threads.spawn(kind, name, self._run_vcpu, vcpu, unconfined=lambda error: self.end(failure=error))
