@@ -329,7 +329,12 @@ def test_a_machine_that_is_being_started_is_closed_by_a_signals_handler(
 ) -> None:
     vm = guest(COUNTER)
     confine = vm._confine
-    monkeypatch.setattr(vm, "_confine", lambda: (vm.close(), confine())[1])
+
+    def handled() -> tuple[str | None, str | None]:
+        vm.close()
+        return confine()
+
+    monkeypatch.setattr(vm, "_confine", handled)
     with contextlib.suppress(VmmError):
         vm.start()
     assert vm.state == "Stopped"
