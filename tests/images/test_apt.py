@@ -43,6 +43,24 @@ def test_cached_package_needs_neither_network_nor_apt(
     assert apt.package("thing") == first
 
 
+def test_the_apt_of_another_suite_keeps_what_it_has_read(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it reads the lists anew for each question; a container's own apt keeps nothing."""
+    parts = repository.root / "etc/apt.conf.d"
+    parts.mkdir()
+    (parts / "docker-clean").write_text(
+        'Dir::Cache::pkgcache ""; Dir::Cache::srcpkgcache ""; Acquire::http::Proxy "x";'
+    )
+    monkeypatch.setattr(suites, "sources", lambda: [["http://m/d/", "bookworm", "main"]])
+    monkeypatch.setattr(suites, "_update", lambda suite, env: None)
+    with suites.apt_of("trixie", host.silent) as env:
+        said = host.run(["apt-config", "dump"], env=env)
+    assert 'Dir::Cache::pkgcache "pkgcache.bin";' in said
+    assert 'Dir::Cache::srcpkgcache "srcpkgcache.bin";' in said
+    assert 'Acquire::http::Proxy "x";' in said, "what the host says besides holds"
+
+
 def test_several_get_the_lists_of_another_suite_once(
     cache: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,11 +52,19 @@ def apt_of(suite: str, progress: Progress) -> Iterator[dict[str, str]]:
             (place / directory).mkdir(parents=True)
         names = dict.fromkeys((suite, suite.removesuffix("-backports")))
         (place / "sources.list").write_text("".join(f"deb{signed} {mirrors[0]} {name} main\n" for name in names))
+        # The host's settings, and after them that apt keeps what it has read: a container's keeps nothing, and reads
+        # the lists anew for each question, in a second and a half.
+        (place / "parts").mkdir()
+        own_parts = run(["apt-config", "shell", "parts", "Dir::Etc::parts/d"]).partition("'")[2].rpartition("'")[0]
+        (place / "parts/pyvmm").write_text(
+            (f'#include "{own_parts}";\n' if os.path.isdir(own_parts) else "")
+            + 'Dir::Cache::pkgcache "pkgcache.bin"; Dir::Cache::srcpkgcache "srcpkgcache.bin";\n'
+        )
         before = os.environ.get("APT_CONFIG")
         (place / "apt.conf").write_text(
             (f'#include "{before}";\n' if before else "")
             + f"""Dir::State::lists "{place}/lists"; Dir::Cache "{place}/cache";
-            Dir::Etc::sourcelist "{place}/sources.list"; Dir::Etc::sourceparts "-";
+            Dir::Etc::sourcelist "{place}/sources.list"; Dir::Etc::sourceparts "-"; Dir::Etc::parts "{place}/parts";
             APT::Default-Release "{suite}"; Acquire::Languages "none";
             Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false"; Acquire::Retries "2";
             """
