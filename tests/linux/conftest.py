@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.linux import in_lab, kernels, r3
+from tests.linux import begun, in_lab, kernels, r3
 from tests.linux.scenarios import STOCK
 from tests.linux.tools_guest import tools_image
 from vmm import Sandbox, images, lab
@@ -24,33 +23,42 @@ from vmm.errors import ConfigError
 from vmm.images.host import PullError
 from vmm.kvm.vm import runs_linux
 
-ROOT = Path(__file__).parents[2]
-# Processes of the session: the build of r3, and the lab's boots, which begin when it is there.
+# The process of the session that is beside the tests, and the directory of its results.
 _begun: list[subprocess.Popen[bytes]] = []
-_lab_directory: list[Path] = []
+_directory: list[Path] = []
 _again: list[str] = []
-# r3's own end: its kernel takes an interrupt that comes at its IRET for a fault of that IRET (error_entry).
-# Seen in pyvmm and in Firecracker, a few times in a hundred runs under a storm of interrupts.
-R3_FAULT = "fixup_bad_iret"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put this layer last, and in it the lab: it runs beside the others."""
+    """Put this layer last, and in it what is run beside the others."""
     here = Path(__file__).parent
-    items.sort(key=lambda item: (here in item.path.parents) + (item.get_closest_marker("lab") is not None))
+    items.sort(key=lambda item: (here in item.path.parents) + (_in_the_lab(item) or _of_devices(item)))
+
+
+def _in_the_lab(item: pytest.Item) -> bool:
+    return item.get_closest_marker("lab") is not None
+
+
+def _of_devices(item: pytest.Item) -> bool:
+    return "device_scenario" in getattr(item, "fixturenames", ())
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin with what takes long while other layers' tests run: r3's build, if it is not there, and the lab's boots."""
+    """Begin with what takes long while other layers' tests run: r3's build, if it is not there, and scenarios."""
     here = Path(__file__).parent
     wanted = [item for item in session.items if here in item.path.parents]
-    if runs_linux() or session.config.option.collectonly or not wanted:
+    if session.config.option.collectonly or not wanted:
         return
-    if any("scenario" in getattr(item, "fixturenames", ()) and item.get_closest_marker("lab") for item in wanted):
-        if not lab.missing():
-            _lab_directory.append(Path(tempfile.mkdtemp(prefix="pyvmm-lab-")))
-            _begun.append(in_lab.start(_lab_directory[0]))
-    else:
+    scenarios = [item for item in wanted if "scenario" in getattr(item, "fixturenames", ())]
+    parts = []
+    if not runs_linux() and any(map(_in_the_lab, scenarios)) and not lab.missing():
+        parts.append("lab")
+    if not os.geteuid() and any(map(_of_devices, wanted)):
+        parts.append("devices")
+    if parts:
+        _directory.append(Path(tempfile.mkdtemp(prefix="pyvmm-begun-")))
+        _begun.append(begun.start(_directory[0], *parts))
+    elif not runs_linux():
         _begun.append(r3.start())
 
 
@@ -60,9 +68,9 @@ def pytest_sessionfinish() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()
-    for directory in _lab_directory:
-        if (directory / in_lab.AGAIN).exists():
-            _again.extend((directory / in_lab.AGAIN).read_text().split())
+    for directory in _directory:
+        for names in directory.glob(f"*/{in_lab.AGAIN}"):
+            _again.extend(names.read_text().split())
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -93,63 +101,45 @@ def runtime(tmp_path_factory: pytest.TempPathFactory, native: None) -> Iterator[
 @pytest.fixture(scope="session")
 def scenario(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Callable[[str], dict[str, Any]]:
+) -> Iterator[Callable[[str], dict[str, Any]]]:
     """The result of one scenario, by name; run when the first test asks for it, those of the lab all at once."""
     directory = tmp_path_factory.mktemp("scenarios")
     said: dict[str, str] = {}
 
     def result(name: str) -> dict[str, Any]:
         if name in STOCK and not runs_linux():
-            return _found(name, *_in_the_lab())
+            if lacks := lab.missing():
+                pytest.fail(f"LAYER MISSING: lab: {'; '.join(lacks)}", pytrace=False)
+            return _found(name, *_beside("lab"))
         if name not in said:
             request.getfixturevalue("native")
-            said[name] = _here("tests.linux.scenarios", directory, name)
+            said[name] = begun.here("tests.linux.scenarios", directory, name)
+            print(said[name])
         return _found(name, directory, said[name])
 
-    return result
+    yield result
+    if (directory / in_lab.AGAIN).exists():
+        _again.extend((directory / in_lab.AGAIN).read_text().split())
 
 
 @pytest.fixture(scope="session")
-def device_scenario(tmp_path_factory: pytest.TempPathFactory, native: None) -> Callable[[str], dict[str, Any]]:
-    """Likewise of the device scenarios, which share a guest and need root."""
+def device_scenario(native: None) -> Callable[[str], dict[str, Any]]:
+    """Likewise of the device scenarios, which share a guest, need root, and are run beside the tests."""
     if os.geteuid():
         pytest.fail("LAYER MISSING: linux: root, for a tap", pytrace=False)
+    directory, said = _beside("devices")
     try:
         tools_image(kernels.kernel())
     except PullError as error:
         pytest.fail(f"LAYER MISSING: linux: {error}", pytrace=False)
-    directory = tmp_path_factory.mktemp("device-scenarios")
-    said = _here("tests.linux.device_scenarios", directory)
     return lambda name: _found(name, directory, said)
 
 
-def _here(module: str, directory: Path, *names: str) -> str:
-    """Run scenarios here, and once more those whose guest ended by r3's own fault; what was said."""
-    said = _run(module, directory, *names)
-    faulty = [path.stem for path in directory.glob("*.json") if R3_FAULT in path.read_text()]
-    if again := [name for name in faulty if not names or name in names]:
-        _again.extend(again)
-        said += _run(module, directory, *again)
-    return said
-
-
-def _run(module: str, directory: Path, *names: str) -> str:
-    command = [sys.executable, "-m", module, str(directory), *names]
-    if os.geteuid() == 0:  # taps, routes and filters are made in a network of their own
-        command = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = done.stdout.decode(errors="replace")
-    print(said)
-    return said
-
-
-def _in_the_lab() -> tuple[Path, str]:
-    if lacks := lab.missing():
-        pytest.fail(f"LAYER MISSING: lab: {'; '.join(lacks)}", pytrace=False)
+def _beside(part: str) -> tuple[Path, str]:
     _begun[0].wait()
-    directory = _lab_directory[0]
+    directory = _directory[0] / part
     log = directory / in_lab.LOG
-    return directory, log.read_text(errors="replace") if log.exists() else "the lab was not booted"
+    return directory, log.read_text(errors="replace") if log.exists() else "it was not begun"
 
 
 def _found(name: str, directory: Path, said: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -529,6 +530,7 @@ SCENARIOS: dict[str, Callable[[World], dict[str, Any]]] = {
 
 def main(directory: str, *names: str) -> int:
     """Run the scenarios; a scenario's own failure is written down, not raised."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the session ends: so does the world
     world = World(Path(directory))
     try:
         for name in names or SCENARIOS:

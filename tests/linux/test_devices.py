@@ -13,8 +13,8 @@ from tests.linux.device_scenarios import CONNECTIONS, DISK, DISKS, MIB, STRESSOR
 from tests.linux.kernels import cpus
 from tests.virtio.test_fs_mounts import CONFIGFS
 
-# The session's first test here waits for every scenario.
-pytestmark = pytest.mark.timeout(1500)
+# The first test here waits for every scenario, and for the lab's before them.
+pytestmark = pytest.mark.timeout(1800)
 
 # How often the driver lies, in probe.c.
 LIES = 4

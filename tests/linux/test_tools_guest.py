@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.linux.conftest import R3_FAULT
+from tests.linux.begun import R3_FAULT
 from tests.linux.tools_guest import Asked, GuestFailed
 
 
