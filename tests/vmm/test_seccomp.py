@@ -146,8 +146,8 @@ def test_threads_are_made_by_one_that_may_do_what_each_of_them_may() -> None:
 @pytest.mark.parametrize("kind", [*KINDS])
 def test_every_kind_of_thread_lives_and_ends(kind: str) -> None:
     code = f"""
-def work():
-    for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24):
+def work(*sizes):
+    for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, *sizes):
         blocks = [bytearray(size) for _ in range(4)]
         del blocks
     time.sleep(0.001)
@@ -156,10 +156,12 @@ def work():
         raise ValueError("caught")
     except ValueError as error:
         print(error)
+def large():
+    work(1 << 24)
 for _ in range(5):
-    thread = threads.spawn({kind!r}, "worker", work)
+    thread = threads.spawn({kind!r}, "worker", large)
     thread.join()
-every = [threads.spawn({kind!r}, "worker", work) for _ in range(20)]
+every = [threads.spawn({kind!r}, "worker", target) for target in [large] * 4 + [work] * 16]
 for thread in every:
     thread.join()
 print("all ended")
