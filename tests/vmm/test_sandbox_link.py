@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,25 @@ def test_a_forked_child_ends_no_command_of_its_parent(agent: Callable[[Answer], 
         assert in_child(lambda: close_all(session, process))
         process.stdin.write("word")
         assert process.stdout.read(4, timeout=10) == b"word"
+
+
+def test_a_connection_ends_also_while_a_forked_child_has_it(agent: Callable[[Answer], Session]) -> None:
+    ended = threading.Event()
+
+    def flood(stream: socket.socket) -> None:
+        try:
+            while True:
+                stream.sendall(frame(b"d", bytes(1 << 16)))
+        except OSError:
+            ended.set()
+
+    pieces = agent(flood).files.stream("/x", timeout=10)
+    next(pieces)
+    if not (child := fork()):
+        signal.pause()
+    try:
+        pieces.close()  # type: ignore[attr-defined]  # a generator's
+        assert ended.wait(10)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

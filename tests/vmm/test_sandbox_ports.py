@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from tests.vmm.test_sandbox_host import ABOUT
+from tests.vmm import test_sandbox_host as lying
+from tests.vmm.test_sandbox_host import ABOUT, STARTED, Answer
+from tests.vmm.test_sandbox_link import in_child
 from tests.waiting import until
 from vmm.sandbox import SandboxGone, Session
 from vmm.sandbox.channel import Link
 from vmm.sandbox.ports import Provided, Relay
+
+agent = lying.agent
 
 
 def test_a_port_outlives_a_host_without_a_descriptor_or_a_thread() -> None:
@@ -74,3 +80,34 @@ def test_a_port_whose_thread_was_interrupted_is_free_again(tmp_path: Path, monke
         patch.setattr(threading.Thread, "start", interrupted)
         session.publish(80)
     until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_a_forked_child_ends_no_port_of_its_parent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as listener:
+        with Relay(listener, partial(socket.create_connection, server.getsockname()), "port") as relay:
+            for _ in range(2):
+                with socket.create_connection(listener.getsockname(), timeout=10) as client:
+                    server.settimeout(10)
+                    inside, _ = server.accept()
+                    with inside:
+                        assert in_child(lambda: [relay.close()])
+                        inside.sendall(b"x")
+                        assert client.recv(1) == b"x"
+
+
+def test_a_forked_child_ends_nothing_that_its_parent_provides(agent: Callable[[Answer], Session]) -> None:
+    ended = threading.Event()
+
+    def listen(stream: socket.socket) -> None:
+        stream.sendall(STARTED)
+        stream.recv(1)
+        ended.set()
+
+    session = agent(listen)
+    with session.provide(80, 0) as port:
+        assert in_child(lambda: [port.close()])
+        assert not ended.wait(0.2)
+        with socket.socket(socket.AF_UNIX) as guest:
+            guest.connect(f"{session._link.path}_{1 << 20}")
+    assert ended.wait(10)
+    assert not os.path.exists(f"{session._link.path}_{1 << 20}")

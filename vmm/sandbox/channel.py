@@ -315,13 +315,14 @@ class Channel(Closing):
         return Channel(self._link, stream, self.port)
 
     def take(self) -> socket.socket:
-        """The connection itself, behind the last frame; the caller's to close.
+        """The connection itself, behind the last frame; the caller's to close. For the channel it is closed.
 
         :raises AgentError: the guest had said something before it was asked
         """
         if self.buffered:
             raise AgentError("the guest sent more than was asked")
-        return self._socket.dup()
+        with self._closing:
+            return socket.socket(fileno=self._socket.detach())
 
     def cut(self) -> None:
         """End it from another thread: who waits there is woken. In a forked child it is the parent's, and goes on."""
@@ -338,9 +339,8 @@ class Channel(Closing):
         self._link.forget(self)
         with self._closing:
             self._closed = True
-            if self._users:
-                self.cut()
-            else:
+            self.cut()  # a forked child has the socket, too, and would keep the connection
+            if not self._users:
                 self._socket.close()
 
     @contextlib.contextmanager

@@ -427,7 +427,6 @@ class Watch(Closing):
     def close(self) -> None:
         """Watch no more: iteration ends, in another thread, too. Idempotent."""
         self._closed = True
-        self._channel.cut()
         self._channel.close()
 
 

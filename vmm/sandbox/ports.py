@@ -46,6 +46,7 @@ class Relay(Closing):
         self._streams: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
+        self._pid = os.getpid()
         try:
             threads.spawn(None, name, self._accept)
         except BaseException:  # where it was a signal's handler, the thread may be there
@@ -85,7 +86,9 @@ class Relay(Closing):
                 self._streams.discard(stream)
 
     def close(self) -> None:
-        """Listen no more, and end the connections; idempotent."""
+        """Listen no more, and end the connections; idempotent. A forked child ends nothing."""
+        if self._pid != os.getpid():
+            return
         with self._lock:
             self._closed = True
             with contextlib.suppress(OSError):
@@ -147,8 +150,9 @@ class Provided(Relay):
             os.unlink(self._path)
 
     def close(self) -> None:
-        """Listen no more, and end the connections; idempotent."""
-        self._leave()
+        """Listen no more, and end the connections; idempotent. A forked child ends nothing."""
+        if self._pid == os.getpid():
+            self._leave()
         super().close()
 
 

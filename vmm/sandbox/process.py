@@ -388,7 +388,6 @@ class Process(Closing):
 
     def close(self) -> None:
         """Give up the command, and kill it if it still runs; wakes who waits for it in another thread. Idempotent."""
-        self.channel.cut()
         self.channel.close()
 
 
