@@ -186,6 +186,26 @@ def test_number_of_files_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         merged(layer(entry("a/b/c/d")))
 
 
+def test_links_that_take_long_count_as_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "MAX_ENTRIES", 1000)
+    far = [directory("x"), symlink("far", "x/../" * 800)]
+    assert len(names(merged(layer(*far, *(entry(f"far/{number}") for number in range(60)))))) == 62
+    with pytest.raises(PullError, match="the image has more than 1000 files"):
+        merged(layer(*far, *(entry(f"far/{number}") for number in range(70))))
+
+
+def test_names_that_are_long_by_links_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = "a/" * 500
+    entries = [entry(deep + "b"), symlink("one", deep), entry("one/" + deep + "b"), symlink("two", "one/" + deep)]
+    tree = merged(layer(*entries, *(entry(f"two/{number}") for number in range(500))))
+    assert max(map(len, names(tree))) == 2003
+    monkeypatch.setattr(layers, "MAX_ENTRIES", 1 << 13)
+    assert len(names(tree)) == 1504
+    monkeypatch.setattr(layers, "MAX_ENTRIES", 1 << 12)
+    with pytest.raises(PullError, match=r"^the image has names of more than 1048576 bytes$"):
+        names(tree)
+
+
 def extended(kind: bytes, data: bytes) -> bytes:
     """An extended header by itself, for the member that follows."""
     head = tarfile.TarInfo("more")

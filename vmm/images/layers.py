@@ -21,7 +21,7 @@ MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4095  # bytes
 _MAX_HEADER = 1 << 20  # bytes of the extended headers of a member: names and attributes; and of where its pieces are
 _MAX_COMMON = 16  # keys of headers that are about all members: each member gets them
-_WEIGHT = 256  # bytes of names and attributes that take as much memory as a file
+_WEIGHT = 256  # bytes of names and attributes that take as much memory, or time, as a file
 _EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
@@ -179,14 +179,21 @@ class Tree:
             raise PullError(f"{what} is not a valid tar archive: {line(error)}") from None
 
     def walk(self) -> Iterator[tuple[str, Inode]]:
-        """Yield every name below the root, without a slash in front, and what it stands for; a directory first."""
+        """Yield every name below the root, without a slash in front, and what it stands for; a directory first.
+
+        :raises PullError: the names are too long together: by links a short name in a layer is one that is long here
+        """
         pending = [("", self.root)]
+        left = MAX_ENTRIES * _WEIGHT
         while pending:
             path, node = pending.pop()
             if path:
                 yield path, node.inode
             for name in sorted(node.children or (), reverse=True):
                 pending.append((f"{path}/{name}" if path else name, (node.children or {})[name]))
+                left -= len(pending[-1][0])
+                if left < 0:
+                    raise PullError(f"the image has names of more than {MAX_ENTRIES * _WEIGHT} bytes")
 
     def read(self, path: str, limit: int = 1 << 20) -> bytes:
         """Return a small file's bytes; empty if there is no such file."""
@@ -279,6 +286,7 @@ class Tree:
                 if links > MAX_LINKS:
                     raise PullError(f"{line('/'.join(parts))} has more than {MAX_LINKS} symbolic links in it")
                 target = node.inode.header.linkname
+                self._count(len(target) // _WEIGHT)  # or a short name could be hours of work
                 if target.startswith("/"):
                     trail = [self.root]
                 pending += [part for part in target.split("/") if part not in ("", ".")][::-1]
