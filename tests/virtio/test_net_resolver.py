@@ -264,24 +264,42 @@ def test_an_address_of_a_network_of_the_hosts_own_is_kept(stack: Any) -> None:
     records += [("good.example", AAAA, text) for text in ("::1", "fd00::1", "fe80::1", "::ffff:127.0.0.1", "::")]
     # By a gateway from IPv6 to IPv4 (NAT64), where the host has one.
     public = "64:ff9b::cb00:7107"
-    records += [("good.example", AAAA, text) for text in ("64:ff9b::10.0.0.1", "64:ff9b::169.254.169.254", public)]
+    gateways = ("64:ff9b::10.0.0.1", "64:ff9b::169.254.169.254", "64:ff9b:1::cb00:7107", public)
+    records += [("good.example", AAAA, text) for text in gateways]
     server = Server(stack, addresses(*records))
     guest = Guest(stack, servers=[server.address])
     assert guest.ask(ask("good.example")) == (0, [PUBLIC])
     assert guest.ask(ask("good.example", AAAA)) == (0, [public])
     assert sorted(each[0] for each in guest.policy.learned()) == sorted(map(whole, (PUBLIC, public)))
-    assert guest.resolver.counters["own"] == 15
+    assert guest.resolver.counters["own"] == 16
     both = Guest(stack, servers=[server.address], allow=[("10.0.0.0/8", 443), ("192.168.1.1/32",)])
     assert both.ask(ask("good.example")) == (0, ["10.0.0.1", "192.168.1.1", PUBLIC])
     assert both.policy.verdict(mine(tcp, "10.0.0.1", 443)) == "allowed"
     assert both.policy.verdict(mine(tcp, "10.0.0.1", 80)) == "address"  # the name opens no more than the rule
 
 
-def test_an_address_of_this_host_is_kept(stack: Any) -> None:
-    """One of a public network, too."""
+def own_address() -> str:
+    """One of this host's."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         route.connect(("192.0.2.200", 9))
-        here = route.getsockname()[0]
+        found: str = route.getsockname()[0]
+        return found
+
+
+def without(family: int, number: int = errno.EAFNOSUPPORT) -> Any:
+    """The module of sockets, which makes none of that family."""
+
+    def made(this: int, *how: Any) -> Any:
+        if this == family:
+            raise OSError(number, os.strerror(number))
+        return socket.socket(this, *how)
+
+    return types.SimpleNamespace(**vars(socket) | {"socket": made})
+
+
+def test_an_address_of_this_host_is_kept(stack: Any) -> None:
+    """One of a public network, too."""
+    here = own_address()
     server = Server(stack, addresses(("good.example", A, here), ("good.example", A, PUBLIC)))
     guest = Guest(stack, servers=[server.address])
     assert guest.ask(ask("good.example")) == (0, [PUBLIC])
@@ -292,6 +310,21 @@ def test_an_address_of_this_host_is_kept(stack: Any) -> None:
     assert known.ask(ask("good.example")) == (0, [here])
 
 
+@pytest.mark.parametrize("has_ipv6", [True, False])
+def test_an_ipv4_address_of_this_host_in_ipv6_is_kept(
+    stack: Any, monkeypatch: pytest.MonkeyPatch, *, has_ipv6: bool
+) -> None:
+    """As ::ffff:A.B.C.D it is the same to the policy, and a gateway's way to it leads here, too."""
+    here = own_address()
+    ways = [("good.example", AAAA, network + here) for network in ("::ffff:", "64:ff9b::")]
+    server = Server(stack, addresses(*ways, ("good.example", AAAA, "2001:db8::7")))
+    guest = Guest(stack, servers=[server.address])
+    if not has_ipv6:
+        monkeypatch.setattr(resolver, "socket", without(socket.AF_INET6))
+    assert guest.ask(ask("good.example", AAAA)) == (0, ["2001:db8::7"])
+    assert guest.policy.verdict(mine(tcp, here, 80)) == "address"
+
+
 @pytest.mark.parametrize(("number", "found"), [(errno.EAFNOSUPPORT, ["2001:db8::7"]), (errno.EMFILE, [])])
 def test_a_host_that_has_no_socket_for_an_address(
     stack: Any, monkeypatch: pytest.MonkeyPatch, number: int, found: list[str]
@@ -300,12 +333,7 @@ def test_a_host_that_has_no_socket_for_an_address(
     server = Server(stack, addresses(("good.example", A, PUBLIC), ("good.example", AAAA, "2001:db8::7")))
     guest = Guest(stack, servers=[server.address])
 
-    def made(family: int, *how: Any) -> Any:
-        if family == socket.AF_INET6:
-            raise OSError(number, os.strerror(number))
-        return socket.socket(family, *how)
-
-    monkeypatch.setattr(resolver, "socket", types.SimpleNamespace(**vars(socket) | {"socket": made}))
+    monkeypatch.setattr(resolver, "socket", without(socket.AF_INET6, number))
     assert guest.ask(ask("good.example", AAAA)) == (0, found)
     assert guest.ask(ask("good.example", A)) == (0, [PUBLIC])
 
@@ -455,6 +483,19 @@ def test_a_copy_goes_on_with_what_was_learned(stack: Any) -> None:
     assert copy.policy.verdict(mine(tcp, OTHER, 443)) == "address"
     with pytest.raises(ValueError, match="no such addresses"):
         copy.resolver.restore([("good.example", A, [b"12345"], 9)])
+
+
+def test_a_copy_on_another_host_does_not_reach_that_host(stack: Any) -> None:
+    """What a nameserver said was no address of the first one's."""
+    here = own_address()
+    state = [("good.example", A, [socket.inet_aton(here), socket.inet_aton(PUBLIC)], 100)]
+    copy = Guest(stack)
+    copy.resolver.restore(state)
+    assert copy.policy.verdict(mine(tcp, here, 443)) == "address"
+    assert copy.policy.verdict(mine(tcp, PUBLIC, 443)) == "allowed"
+    known = Guest(stack, hosts={"good.example": [socket.inet_aton(here)]})
+    known.resolver.restore(state)
+    assert known.policy.verdict(mine(tcp, here, 443)) == "allowed"
 
 
 def test_word_of_a_dropped_frame(stack: Any) -> None:

@@ -5,7 +5,7 @@ A thread looks up an allowed name with the host's nameservers. From then on the 
 name does not exist. Addresses of this host and of private networks are left out unless a rule allows them, so that the
 owner of a name cannot open them. The nameserver also tells the guest, and the log, of dropped frames.
 
-Sources: RFC 6890 (special addresses), RFC 6052 (IPv4 addresses in IPv6).
+Sources: RFC 6890 (special addresses), RFC 6052 and RFC 8215 (IPv4 addresses in IPv6).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OWN = [
         ("::ffff:0.0.0.0", 104), ("::ffff:10.0.0.0", 104), ("::ffff:100.64.0.0", 106), ("::ffff:127.0.0.0", 104),
         ("::ffff:169.254.0.0", 112), ("::ffff:172.16.0.0", 108), ("::ffff:192.0.0.0", 120),
         ("::ffff:192.168.0.0", 112), ("::ffff:198.18.0.0", 111), ("::ffff:224.0.0.0", 99), ("::", 96),
-        ("fc00::", 7), ("fe80::", 10), ("fec0::", 10), ("ff00::", 8),
+        ("64:ff9b:1::", 48), ("fc00::", 7), ("fe80::", 10), ("fec0::", 10), ("ff00::", 8),
     )
 ]  # fmt: skip
 
@@ -273,7 +273,8 @@ class Resolver:
                 if kind not in dns.SIZES or not all(len(each) == dns.SIZES[kind] for each in addresses):
                     raise ValueError("no such addresses")
                 if self.ports(name):
-                    self._learn((name, kind), list(addresses), max(0, min(seconds, LONGEST)))
+                    seconds = max(0, min(seconds, LONGEST))
+                    self._learn((name, kind), list(addresses), seconds, known=name in self._hosts)
 
     # The thread
 
@@ -370,6 +371,7 @@ class Resolver:
 
 def _is_here(address: bytes) -> bool:
     # Whether it is this host's, whatever its network: then it is where a connection to it would come from.
+    address = address[12:] if address.startswith((_NAT64, frames.MAPPED)) else address
     family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
     try:
         probe = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
