@@ -118,6 +118,34 @@ def test_a_write_that_was_not_done_in_time_does_no_harm_to_what_follows(agent: C
     assert {length for kind, length in seen[:-2]} == {1 << 18}
 
 
+def test_a_size_is_not_put_into_the_input_that_another_thread_sends(agent: Callable[[Answer], Session]) -> None:
+    go = threading.Event()
+    seen: list[tuple[bytes, int]] = []
+
+    def answer(stream: socket.socket) -> None:
+        stream.sendall(STARTED)
+        go.wait(30)
+        for kind, data in read_frames(stream):
+            seen.append((kind, len(data)))
+            if (kind, data) == (b"i", b""):
+                stream.sendall(frame(b"x", bytes(3)))
+
+    with agent(answer).exec("x", timeout=None) as process:
+        with pytest.raises(CommandTimeout):
+            process.stdin.write(bytes(1 << 18), timeout=0.05)
+        _, done = in_background(lambda: process.communicate(bytes(3 << 20), 30))
+        until(lambda: not select.select([], [process.channel], [], 0)[1])
+        _, resized = in_background(lambda: process.resize(1, 2))
+        time.sleep(0.1)
+        go.set()
+        until(lambda: done and resized)
+        assert resized == [None]
+        assert done[0].exit_code == 0  # type: ignore[attr-defined]
+    assert [each for each in seen if each[0] == b"i"] == [(b"i", 1 << 18)] * 13 + [(b"i", 0)]
+    assert (b"w", 4) in seen
+    assert len(seen) == 15
+
+
 def test_an_end_of_input_that_was_not_taken_is_sent_again(
     agent: Callable[[Answer], Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:

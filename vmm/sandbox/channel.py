@@ -406,6 +406,22 @@ class Channel(Closing):
             else:
                 self._poll(select.POLLOUT, left)
 
+    def push(self, data: bytes) -> bool:
+        """Send what goes at once of what has begun to go, and else of `data`; whether `data` has begun to go.
+
+        :raises SandboxGone: the sandbox has ended
+        """
+        if not self._sending.acquire(blocking=False):
+            return False  # another thread sends a frame of its own
+        try:
+            begun = not self.unsent
+            if begun:
+                self.unsent = memoryview(data)
+            self.unsent = self.unsent[self.send_some(self.unsent) :]
+            return begun
+        finally:
+            self._sending.release()
+
     def send_some(self, data: bytes | memoryview) -> int:
         """Send what can be sent at once, and return how much that was.
 

@@ -304,17 +304,16 @@ class Process(Closing):
             frames.append(CLOSE)
         frames.reverse()
         try:
-            left = self.channel.unsent
             while not self.ended:
-                if not left and frames:
-                    left = memoryview(frames.pop())
-                readable, writable = self.channel.wait(deadline, self.command, writable=bool(left))
+                sends = bool(frames or self.channel.unsent)
+                readable, writable = self.channel.wait(deadline, self.command, writable=sends)
                 if writable:
                     try:
-                        left = left[self.channel.send_some(left) :]
-                        self.stdin.sent = not left and not frames
+                        if self.channel.push(frames[-1] if frames else b"") and frames:
+                            frames.pop()
+                        self.stdin.sent = not frames and not self.channel.unsent
                     except SandboxGone:  # but it may have said something before
-                        left, frames = memoryview(b""), []
+                        frames, self.channel.unsent = [], memoryview(b"")
                 if readable:
                     self.pump(deadline)
         except CommandTimeout as error:
