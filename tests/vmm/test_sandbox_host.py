@@ -762,6 +762,34 @@ def test_a_copy_of_one_file_follows_no_link_that_comes_meanwhile(
         agent(frame(b"k")).files.copy_in(str(place), "/x")
 
 
+def test_a_directory_that_comes_in_a_files_place_leaves_no_descriptor(
+    agent: Callable[[bytes], Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "tree/place"
+    look = os.lstat
+
+    def lstat(path: str, **settings: Any) -> os.stat_result:
+        found = look(path, **settings)
+        if os.path.basename(path) == "place":
+            place.unlink()
+            place.mkdir()
+        return found
+
+    (tmp_path / "tree").mkdir()
+    files = agent(frame(b"k")).files
+    copies: list[Callable[[], object]] = [
+        lambda: list(pack(str(tmp_path / "tree"))), lambda: files.copy_in(str(place), "/x"),
+    ]  # fmt: skip
+    for copy in copies:
+        place.touch()
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch, pytest.raises(IsADirectoryError, match="place"):
+            patch.setattr(os, "lstat", lstat)
+            copy()
+        assert len(os.listdir("/proc/self/fd")) == before
+        place.rmdir()
+
+
 def test_a_path_may_be_one_of_pathlib(agent: Callable[[Answer], Session], tmp_path: Path) -> None:
     entry = frame(b"n", struct.pack("<IIIIQq", 0o100644, 0, 0, 1, 0, 0) + b"\0") + frame(b"k")
 

@@ -82,6 +82,11 @@ def test_a_port_whose_thread_was_interrupted_is_free_again(tmp_path: Path, monke
     until(lambda: set(threading.enumerate()) <= before)
 
 
+def closed(port: Relay) -> bool:
+    port.close()
+    return True
+
+
 def test_a_forked_child_ends_no_port_of_its_parent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as listener:
         with Relay(listener, partial(socket.create_connection, server.getsockname()), "port") as relay:
@@ -90,7 +95,7 @@ def test_a_forked_child_ends_no_port_of_its_parent() -> None:
                     server.settimeout(10)
                     inside, _ = server.accept()
                     with inside:
-                        assert in_child(lambda: [relay.close()])
+                        assert in_child(partial(closed, relay))
                         inside.sendall(b"x")
                         assert client.recv(1) == b"x"
 
@@ -105,7 +110,7 @@ def test_a_forked_child_ends_nothing_that_its_parent_provides(agent: Callable[[A
 
     session = agent(listen)
     with session.provide(80, 0) as port:
-        assert in_child(lambda: [port.close()])
+        assert in_child(partial(closed, port))
         assert not ended.wait(0.2)
         with socket.socket(socket.AF_UNIX) as guest:
             guest.connect(f"{session._link.path}_{1 << 20}")

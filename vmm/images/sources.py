@@ -182,7 +182,7 @@ def _manifest(what: str, data: bytes, kind: str, document: Callable[[str], tuple
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+        file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
     except OSError as error:
         raise PullError(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -15,12 +15,12 @@ from vmm.images.host import PullError
 from vmm.images.layers import DAMAGED, Header
 from vmm.sandbox.channel import FRAME_MAX
 from vmm.sandbox.errors import AgentError
-from vmm.sandbox.files import READ
+from vmm.sandbox.files import READ, opened
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from typing import Any, BinaryIO
+    from typing import IO, Any
 
 _BLOCK = 512
 _DEEPEST = 256  # directories below the copied one
@@ -58,7 +58,7 @@ def _members(above: int | None, entry: str, name: str) -> Iterator[bytes]:
         info.linkname = os.readlink(entry, dir_fd=above)
         yield _header(info)
     elif kind == tarfile.REGTYPE:
-        with open(os.open(entry, READ, dir_fd=above), "rb") as file:
+        with opened(entry, above) as file:
             info.size = os.fstat(file.fileno()).st_size
             yield _header(info)
             yield from _contents(file, info.size)
@@ -85,7 +85,7 @@ def _header(info: tarfile.TarInfo) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-def _contents(file: BinaryIO, size: int) -> Iterator[bytes]:
+def _contents(file: IO[bytes], size: int) -> Iterator[bytes]:
     left = size
     while left:
         most = min(left, FRAME_MAX)

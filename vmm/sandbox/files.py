@@ -291,7 +291,7 @@ class Files:
 
             self.put_archive(path, pack(source), user=user, timeout=left)
         else:
-            with open(os.open(source, READ), "rb") as file:
+            with opened(source) as file:
                 self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
 
     def copy_out(self, path: str, target: str, *, user: str | int | None = None, timeout: float | None = None) -> None:
@@ -428,6 +428,12 @@ class Watch(Closing):
         """Watch no more: iteration ends, in another thread, too. Idempotent."""
         self._closed = True
         self._channel.close()
+
+
+def opened(path: str, above: int | None = None) -> IO[bytes]:
+    """A file of the host, by ``READ``; `above` is the directory that `path` begins in."""
+    # Python closes a directory that is there by now only if the descriptor is its own.
+    return open(path, "rb", opener=lambda path, _: os.open(path, READ, dir_fd=above))
 
 
 def _no_file(path: str) -> OSError:
