@@ -236,6 +236,7 @@ def _garbage(handler: _Handler) -> bool:
         (_answering(b"", 500), "answered 500 Internal Server Error"),
         (_answering(b"", 418), "answered 418"),
         (_answering(b"", 307, Location="file:///etc/passwd"), "answered 307"),
+        (_answering(b"", 307, Location="ftp://127.0.0.1/x"), "redirects to ftp://127.0.0.1/x, which is not http://"),
         (_answering(b"", 307, Location="http://a..b/"), "cannot reach .*: a host name that cannot be"),
         (_answering(b"", 307, Location="http://[::1/"), "cannot reach .*: a host name that cannot be"),
         (_answering(b"x" * ((4 << 20) + 1)), "a manifest of more than 4194304 bytes was sent"),

@@ -241,8 +241,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        if req.type == "https" and not newurl.lower().startswith("https://"):
-            raise URLError(f"it redirects to {line(newurl)}, which is not https:")
+        allowed = ("https://",) if req.type == "https" else ("https://", "http://")
+        if not newurl.lower().startswith(allowed):  # ftp:, too, is a redirection for urllib
+            raise URLError(f"it redirects to {line(newurl)}, which is not {allowed[-1]}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
