@@ -137,6 +137,17 @@ def test_an_interrupt_as_a_copy_is_made_leaves_the_devices_at_work(
     assert sandbox.run("echo on", timeout=10).stdout == "on\n"
 
 
+def test_a_command_that_goes_on_gets_nothing_that_was_not_sent(sandbox: Sandbox) -> None:
+    process = sandbox.exec("cat >/tmp/cut", keep=True)
+    process.stdin.write("whole")
+    process.channel.send_some(b"i" + (1000).to_bytes(4, "little") + b"part")
+    process.close()
+    until(lambda: sandbox.files.read("/tmp/cut"))
+    time.sleep(0.3)
+    assert sandbox.files.read("/tmp/cut") == "whole"
+    sandbox.run(f"kill {process.pid}", check=True)
+
+
 def test_a_forked_child_uses_a_sandbox_and_does_not_end_it(sandbox: Sandbox) -> None:
     def work() -> int:
         with sandbox:

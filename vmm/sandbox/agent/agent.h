@@ -64,12 +64,12 @@ int read_request(struct request *request);
 const char *pair(const struct request *request, const char *key); // "KEY=VALUE" until the next call, for F_FAILED
 long number(const char *text, long otherwise); // of decimal digits; otherwise: of anything else
 void say(const char *what, int error); // on the console; error 0: no number
-size_t read_frame(char *type, char *bytes);
+size_t read_frame(char *type, char *bytes); // type 0: the host has gone before its end
 void send_frame(char type, const void *head, size_t head_length, const void *bytes, size_t length);
 void flush(void); // send the frames that send_frame holds back; call it before waiting. The read functions call it
 void send_ok(void);
 void send_failed(int error, const char *what);
-void read_all(void *to, size_t length);
+int read_all(void *to, size_t length); // -1: the host has gone before
 int has_read_ahead(void); // whether bytes from the host are already read, so that poll does not report them
 
 // json.c

@@ -315,7 +315,7 @@ void run(const struct request *request)
     for (;;) {
         short more = (short)(command.in >= 0 && pending ? POLLOUT : 0);
         struct pollfd fds[5] = {
-            {gone ? -1 : host, (short)(pending ? POLLRDHUP : POLLIN | POLLRDHUP), 0},
+            {gone || (keep && pending) ? -1 : host, (short)(pending ? POLLRDHUP : POLLIN | POLLRDHUP), 0},
             {signals, POLLIN, 0},
             {command.out, (short)(POLLIN | (command.terminal ? more : 0)), 0},
             {command.err, POLLIN, 0},
@@ -323,11 +323,10 @@ void run(const struct request *request)
         };
         flush();
         wait_for(fds, 5, has_read_ahead() && !pending ? 0 : -1);
-        if (fds[0].revents & (POLLRDHUP | POLLHUP | POLLERR)) {
+        if (fds[0].revents & (POLLRDHUP | POLLHUP | POLLERR) && !keep)
             host_gone();
-        } else if ((fds[0].revents & POLLIN || has_read_ahead()) && !pending) {
+        else if ((fds[0].revents || has_read_ahead()) && !pending) // what came before the end is input of the command
             from_host(&command);
-        }
         if (fds[2].revents & POLLOUT || fds[4].revents)
             to_command(&command);
         if (fds[2].revents & (POLLIN | POLLHUP) && !from_command(&command.out, fds[2].revents, F_STDOUT, FRAME_MAX) &&

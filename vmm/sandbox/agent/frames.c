@@ -20,17 +20,21 @@ void host_gone(void)
     host = open_file(AT_FDCWD, "/dev/null", O_RDWR, 0);
 }
 
+static int deaf; // the host takes no more. With `keep` what it has sent before is still read
+
 static char waiting[1 << 14]; // small frames, held back until the next wait, so that they are sent as one packet
 static size_t waiting_length;
 
 static void send_all(struct iovec *parts, int count)
 {
-    while (count) {
+    while (count && !deaf) {
         ssize_t done = CALL(writev, host, parts, count);
         if (done < 0 && errno == EINTR)
             continue;
         if (done < 0) {
-            host_gone();
+            deaf = 1;
+            if (!keep)
+                host_gone();
             return;
         }
         for (; count && (size_t)done >= parts->iov_len; parts++, count--)
@@ -59,7 +63,7 @@ int has_read_ahead(void)
     return ahead_at < ahead_length;
 }
 
-void read_all(void *to, size_t length)
+int read_all(void *to, size_t length)
 {
     flush();
     for (char *at = to; length;) {
@@ -78,14 +82,14 @@ void read_all(void *to, size_t length)
             continue;
         if (done <= 0) {
             host_gone();
-            memset(at, 0, length);
-            return;
+            return -1;
         }
         ahead_at = 0;
         ahead_length = small ? (size_t)done : 0;
         at += small ? 0 : done;
         length -= small ? 0 : (size_t)done;
     }
+    return 0;
 }
 
 // Returns 0 if the request is invalid: it was read, and F_FAILED was sent.
@@ -122,11 +126,14 @@ size_t read_frame(char *type, char *bytes)
 {
     char head[5];
     uint32_t length;
-    read_all(head, sizeof head);
+    *type = 0;
+    if (read_all(head, sizeof head))
+        return 0;
     memcpy(&length, head + 1, sizeof length);
     if (length > FRAME_MAX)
         _exit(0);
-    read_all(bytes, length);
+    if (read_all(bytes, length))
+        return 0;
     *type = head[0];
     return length;
 }
