@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,6 +202,15 @@ def test_files_that_change_while_they_are_packed(sandbox: Sandbox, tmp_path: Pat
     for number in range(20):
         sandbox.files.copy_out("/tmp/busy", str(tmp_path / f"{number}"))
     process.kill()
+
+
+def test_files_that_are_removed_while_they_are_packed(sandbox: Sandbox) -> None:
+    fill = "i=0; while [ $i -lt 99 ]; do echo x >$i; ln -s x l$i; mkdir -p d$i/e; i=$((i+1)); done"
+    sandbox.run("mkdir -p /tmp/gone", check=True)
+    with sandbox.exec(["sh", "-c", f"cd /tmp/gone; while :; do {fill}; rm -rf *; done"]):
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            assert b"".join(sandbox.files.get_archive("/tmp/gone"))
 
 
 def test_a_tree_of_many_files(sandbox: Sandbox, tmp_path: Path) -> None:

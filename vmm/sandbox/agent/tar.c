@@ -104,12 +104,18 @@ static void send_member(const char *name, const struct stat *status, char type, 
     send_header(name, status, type, size, link);
 }
 
+// The result for what cannot be read: that it was removed since its directory was read is no error.
+static int unless_gone(void)
+{
+    return errno == ENOENT ? 0 : -1;
+}
+
 static int pack_file(int directory, const char *entry, const char *name, const struct stat *status)
 {
     static char start[PROBED];
     int fd = open_file(directory, entry, O_RDONLY | O_NONBLOCK | O_NOFOLLOW, 0);
     if (fd < 0)
-        return -1;
+        return unless_gone();
     size_t known = 0;
     ssize_t done = 1;
     while (known < sizeof start && (done = read(fd, start + known, sizeof start - known)) > 0)
@@ -138,13 +144,13 @@ static int pack(int directory, const char *entry, char *name, size_t length, int
     struct stat status;
     char names[4096];
     if (look(directory, entry, AT_SYMLINK_NOFOLLOW, &status))
-        return errno == ENOENT ? 0 : -1; // it was removed meanwhile
+        return unless_gone();
     if (S_ISREG(status.st_mode))
         return pack_file(directory, entry, name, &status);
     if (S_ISLNK(status.st_mode)) {
         ssize_t done = CALL(readlinkat, directory, entry, target, sizeof target - 1);
         if (done < 0)
-            return -1;
+            return unless_gone();
         target[done] = 0;
         send_member(name, &status, '2', 0, target);
         return 0;
@@ -155,9 +161,10 @@ static int pack(int directory, const char *entry, char *name, size_t length, int
         errno = ELOOP;
         return -1;
     }
-    int fd = open_file(directory, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0), failed = fd < 0;
-    if (!failed)
-        send_member(name, &status, '5', 0, "");
+    int fd = open_file(directory, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0), failed = 0;
+    if (fd < 0)
+        return unless_gone();
+    send_member(name, &status, '5', 0, "");
     long done = 0;
     while (!failed && (done = CALL(getdents64, fd, names, sizeof names)) > 0)
         for (long at = 0; !failed && at < done;) {
@@ -174,7 +181,7 @@ static int pack(int directory, const char *entry, char *name, size_t length, int
             }
         }
     close(fd);
-    return failed || done < 0 ? -1 : 0;
+    return failed || (done < 0 && !(depth && errno == ENOENT)) ? -1 : 0;
 }
 
 static char failed_at[NAME_ROOM]; // what F_FAILED names
