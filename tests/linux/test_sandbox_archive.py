@@ -165,6 +165,34 @@ def test_what_is_no_archive(sandbox: Sandbox) -> None:
     assert sandbox.files.stat("/tmp/tail/file").size == 3000
 
 
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_a_file_with_holes_is_refused(sandbox: Sandbox, tmp_path: Path, form: str) -> None:
+    """It was left out if it had nothing but holes, and made of what is between them."""
+    for number, data in enumerate((b"", b"x")):
+        place = tmp_path / f"holes{number}"
+        place.mkdir()
+        with open(place / "file", "wb") as file:
+            file.truncate(1 << 20)
+            file.write(data)
+        command = ["tar", f"--format={form}", "-cS", "-C", place, "."]
+        packed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        assert len(packed) < 1 << 16
+        with pytest.raises(OSError) as refused:
+            sandbox.files.put_archive(f"/tmp/holes{number}", packed)
+        assert refused.value.errno == errno.EBADMSG
+
+
+def test_other_names_of_a_file_keep_its_contents(sandbox: Sandbox) -> None:
+    files = sandbox.files
+    sandbox.run("mkdir -p /srv/n && cd /srv/n && echo old > one && ln one two", check=True)
+    files.put_archive("/srv/n", one("one", b"new"))
+    assert [files.read(f"/srv/n/{name}") for name in ("one", "two")] == ["new", "old\n"]
+    # Who may write the file, but not its directory, writes it in place.
+    sandbox.run("cd /srv/n && rm one && ln two one && chmod 666 one && chown nobody one", check=True)
+    files.put_archive("/srv/n", one("one", b"new"), user="nobody")
+    assert files.read("/srv/n/two") == "new"
+
+
 def test_what_cannot_be_read_or_made_is_named(sandbox: Sandbox, tmp_path: Path) -> None:
     (tmp_path / "deep" / "/".join("d" * 300)).mkdir(parents=True)
     with pytest.raises(OSError, match="nested more than 256 deep"):

@@ -346,7 +346,8 @@ class Files:
         Files that exist are replaced, and other files stay. All files belong to `user`. Devices and FIFOs are left out.
 
         :param data: an archive without compression: bytes, an open file or pieces
-        :raises OSError: `data` is not an archive (EBADMSG), a name has ``..`` (EINVAL), or a file cannot be made
+        :raises OSError: `data` is not an archive, or has a sparse file (EBADMSG), a name has ``..`` (EINVAL), or a file
+            cannot be made
         """
         self._do("put", path, timeout, _data_frames(data), user=user, parents=True)
 

@@ -283,6 +283,8 @@ static int read_records(struct member *member, char *text, size_t length)
         *text_of++ = 0;
         if (strlen(text_of) >= NAME_ROOM)
             return no_archive();
+        if (!strncmp(key, "GNU.sparse.", 11))
+            return no_archive(); // of a file with holes only the pieces are here
         if (!strcmp(key, "path"))
             member->has_name = (int)join(member->name, NAME_ROOM, text_of, NULL);
         else if (!strcmp(key, "linkpath"))
@@ -346,6 +348,8 @@ static int read_member(struct member *member, struct header *header)
                 return -1;
             continue;
         }
+        if (header->type == 'S')
+            return no_archive(); // GNU tar's for such a file
         if (!member->has_size)
             member->size = size;
         if (!member->has_link)
@@ -386,8 +390,9 @@ static int unpack_file(const char *name, const struct member *member, long mode,
 {
     struct stat status;
     int how = O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_NONBLOCK;
-    if (!look(AT_FDCWD, name, AT_SYMLINK_NOFOLLOW, &status) && !S_ISREG(status.st_mode) && CALL(unlink, name))
-        return -1;
+    if (!look(AT_FDCWD, name, AT_SYMLINK_NOFOLLOW, &status) && (!S_ISREG(status.st_mode) || status.st_nlink > 1) &&
+        CALL(unlink, name) && !S_ISREG(status.st_mode))
+        return -1; // a file's other names keep its contents, where that can be
     int fd = open_file(AT_FDCWD, name, how, 0600);
     // A program that runs keeps its file; one that its owner may not write, as git has, is replaced.
     if (fd < 0 && (errno == ETXTBSY || errno == EACCES) && !CALL(unlink, name))
