@@ -353,6 +353,24 @@ def test_manifest_by_digest_is_checked(server: Server) -> None:
         images.pull(f"oci:{server.place}/a@sha256:{'0' * 64}")
 
 
+def test_a_config_is_not_larger_than_a_document(server: Server, kernel: Path) -> None:
+    """A registry could fill the memory; and name a layer, which is in the cache, as the config of another image."""
+    made = server.made
+    made.config["config"] = {**PROGRAM, "Labels": {"a": "x" * (5 << 20)}}
+    made.seal()
+    problem = r"the config of oci:.* is larger than 4194304 bytes"
+    with pytest.raises(PullError, match=problem):
+        images.pull(f"oci:{server.place}/a")
+    assert not server.blobs_asked
+    config = made.manifest["config"]
+    kept = kernel / "blobs" / config["digest"].replace(":", "-")
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_bytes(made.blobs[config["digest"]])
+    config["size"] = 7
+    with pytest.raises(PullError, match="is larger than 4194304 bytes"):
+        images.pull(f"oci:{server.place}/a")
+
+
 def test_nobody_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -54,6 +54,9 @@ def registry(name: Name, blobs: Path, progress: Progress) -> Content:
     there = Registry(name)
     progress(f"{name}: looking it up", None)
     found = _manifest(str(name), *there.manifest(name.digest or name.tag), there.manifest)
+    of = f"the config of {name}"
+    if found.config.size > manifest.LIMIT:
+        raise _too_large(of)
     blobs.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, blob in enumerate([found.config, *found.layers]):
@@ -62,9 +65,10 @@ def registry(name: Name, blobs: Path, progress: Progress) -> Content:
             what = f"layer {number} of {len(found.layers)}" if number else "the config"
             there.blob(blob, path, progress, f"{name}: {what} ({blob.size / 1e6:.1f} MB)")
         paths.append(path)
-    config = paths[0].read_bytes()
+    with open(paths[0], "rb") as file:
+        config = _limited(of, file)  # what is in the cache may be a layer
     try:
-        manifest.check(f"the config of {name}", config, found.config.digest)
+        manifest.check(of, config, found.config.digest)
     except PullError:
         paths[0].unlink()  # the next pull fetches it again
         raise
@@ -199,8 +203,12 @@ def _small(path: Path) -> bytes:
 def _limited(what: str, file: BinaryIO) -> bytes:
     data = file.read(manifest.LIMIT + 1)
     if len(data) > manifest.LIMIT:
-        raise PullError(f"{what} is larger than {manifest.LIMIT} bytes")
+        raise _too_large(what)
     return data
+
+
+def _too_large(what: str) -> PullError:
+    return PullError(f"{what} is larger than {manifest.LIMIT} bytes")
 
 
 def unpack(what: str, file: BinaryIO, diff_id: str, limit: int, directory: Path) -> tuple[BinaryIO, int]:
