@@ -118,6 +118,9 @@ def test_a_directory_that_cannot_be_read_is_not_empty(sandbox: Sandbox) -> None:
             sandbox.files.list(f"/proc/{process.pid}/cwd")
         with pytest.raises(FileNotFoundError):
             list(sandbox.files.get_archive(f"/proc/{process.pid}/cwd"))
+    sandbox.run("mkdir -m 744 /tmp/listed; touch /tmp/listed/file", check=True)  # whose names alone others may read
+    with pytest.raises(PermissionError, match="/tmp/listed"):
+        sandbox.files.list("/tmp/listed", user="nobody")
 
 
 def test_root_does_not_follow_what_a_user_has_left_in_tmp(sandbox: Sandbox) -> None:

@@ -65,11 +65,11 @@ int make_directory(const char *path)
     return failed ? -1 : 0;
 }
 
-static void send_entry(int directory, const char *path, const char *name, int flags)
+static int send_entry(int directory, const char *path, const char *name, int flags)
 {
     struct stat status;
     if (look(directory, path, flags, &status))
-        return;
+        return -1;
     struct entry entry = {
         status.st_mode, status.st_uid, status.st_gid, (uint32_t)status.st_nlink, (uint64_t)status.st_size,
         status.st_mtim.tv_sec * 1000000000 + status.st_mtim.tv_nsec,
@@ -81,6 +81,7 @@ static void send_entry(int directory, const char *path, const char *name, int fl
         length += more > 0 ? (size_t)more : 0;
     }
     send_frame(F_ENTRY, &entry, sizeof entry, text, length);
+    return 0;
 }
 
 static int list(const char *path)
@@ -90,15 +91,16 @@ static int list(const char *path)
     if (fd < 0)
         return -1;
     long done;
-    while ((done = CALL(getdents64, fd, names, sizeof names)) > 0)
-        for (long at = 0; at < done;) {
+    int failed = 0;
+    while (!failed && (done = CALL(getdents64, fd, names, sizeof names)) > 0)
+        for (long at = 0; !failed && at < done;) {
             struct directory_entry *each = (void *)(names + at);
             if (strcmp(each->name, ".") && strcmp(each->name, ".."))
-                send_entry(fd, each->name, each->name, AT_SYMLINK_NOFOLLOW);
+                failed = send_entry(fd, each->name, each->name, AT_SYMLINK_NOFOLLOW) && errno == EACCES; // for all
             at += each->length;
         }
     close(fd);
-    return (int)done;
+    return failed || done < 0 ? -1 : 0;
 }
 
 // What is in a directory may be removed by others meanwhile.
@@ -251,14 +253,8 @@ static int do_verb(const struct request *request, const char *path, const struct
         return list(path);
     if (!strcmp(verb, "watch"))
         return watch(path);
-    if (!strcmp(verb, "stat")) {
-        struct stat status;
-        int flags = value(request, "follow") ? 0 : AT_SYMLINK_NOFOLLOW;
-        if (look(AT_FDCWD, path, flags, &status))
-            return -1;
-        send_entry(AT_FDCWD, path, "", flags);
-        return 0;
-    }
+    if (!strcmp(verb, "stat"))
+        return send_entry(AT_FDCWD, path, "", value(request, "follow") ? 0 : AT_SYMLINK_NOFOLLOW);
     if (!strcmp(verb, "mkdir"))
         return value(request, "parents") ? make_one(path) : (int)CALL(mkdir, path, 0755);
     if (!strcmp(verb, "remove"))
