@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -122,6 +123,22 @@ def test_a_fork_server_that_was_killed_is_started_again(guest: MakeGuest) -> Non
     assert (first.state, second.state) == ("Running", "Running")
     first.close()
     second.close()
+
+
+def test_a_time_limit_of_the_programs_own_sockets_is_not_ours(
+    guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = guest(IDLE)
+    vm.start()
+    monkeypatch.setattr(isolated, "_server", None)  # it is started anew
+    socket.setdefaulttimeout(0.01)
+    try:
+        (child,) = _fork(vm)
+        with child:
+            child.pause()
+            child.resume()
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_what_cannot_be_made_there_says_why_here(tmp_path: Path, guest: MakeGuest) -> None:

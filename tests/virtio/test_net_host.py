@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
@@ -198,6 +199,23 @@ def dhcp_discover() -> bytes:
     header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0)
     header = header[:10] + struct.pack(">H", checksum(header + addresses))
     return b"\xff" * 6 + GUEST_MAC + b"\x08\0" + header + addresses + udp
+
+
+def test_passts_socket_waits_whatever_limit_the_programs_own_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocking: list[bool] = []
+
+    def popen(*_: object, pass_fds: tuple[int], **__: object) -> None:
+        blocking.append(os.get_blocking(*pass_fds))
+        raise FileNotFoundError(errno.ENOENT, "passt")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    socket.setdefaulttimeout(1)
+    try:
+        with pytest.raises(ConfigError, match="needs the program passt"):
+            Passt()
+    finally:
+        socket.setdefaulttimeout(None)
+    assert blocking == [True]
 
 
 @pytest.mark.parametrize("without", [0, 1 << 15])

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,34 @@ def test_a_connection_ends_also_while_a_forked_child_has_it(agent: Callable[[Ans
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_time_limit_of_the_programs_own_sockets_is_not_ours(agent: Callable[[Answer], Session]) -> None:
+    def answer(stream: socket.socket) -> None:
+        stream.settimeout(None)
+        stream.sendall(frame(b"x", bytes(3)))
+        while stream.recv(1 << 16):
+            pass
+
+    def speak_late(stream: socket.socket) -> None:
+        stream.settimeout(None)
+        stream.sendall(frame(b"k"))
+        stream.recv(1)
+        time.sleep(0.3)
+        stream.sendall(b"late")
+
+    session = agent(answer)
+    server = agent(speak_late)
+    socket.setdefaulttimeout(0.1)
+    try:
+        session.run("x", timeout=10)
+        began = time.monotonic()
+        assert session._link._idle[0].quiet
+        assert time.monotonic() - began < 0.05
+        with server.connect(80) as stream:
+            assert stream.gettimeout() is None
+        with server.publish(80) as port, socket.create_connection(port.address, timeout=10) as client:
+            client.sendall(b"x")
+            assert client.recv(4) == b"late"
+    finally:
+        socket.setdefaulttimeout(None)

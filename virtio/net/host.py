@@ -237,6 +237,7 @@ class Passt:
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
+        theirs.setblocking(True)  # as passt expects it, whatever socket.setdefaulttimeout says
         # passt drops frames for which there is no room, and lets TCP send them again. It makes that room itself only
         # where it has made the socket.
         for end in (ours, theirs):

@@ -66,7 +66,7 @@ class Isolated(Closing):
         self._pidfd = self._end = -1
         self._owed = 1  # answers to come; more than one where a signal's handler ended a wait
         self._made: list[tuple[str, tuple[int, int]]] = []  # the file of its socket
-        self._control, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
+        self._control, theirs = _pair()
         self._end, end = os.pipe2(os.O_CLOEXEC)
         try:
             try:
@@ -196,6 +196,13 @@ def _wait_for(fd: int, timeout: float | None) -> bool:
     return bool(poll.poll(None if timeout is None else min(max(timeout, 0), LONGEST_POLL) * 1000))
 
 
+def _pair() -> tuple[socket, socket]:
+    ends = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
+    for end in ends:
+        end.settimeout(None)  # that of socket.setdefaulttimeout is for the program's own
+    return ends
+
+
 def _send(config: VmConfig, image: Image, disks: Iterable[int], control: int, end: int) -> None:
     """Have the server make the process: a message with the descriptors, whose last one has all else."""
     files: dict[int, int] = {}  # our descriptors, by their index in the message
@@ -232,7 +239,7 @@ def _server_of_ours(*, anew: bool = False) -> socket:
             import subprocess
             import sys
 
-            _server, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
+            _server, theirs = _pair()
             _server_pid = os.getpid()
             main = "from vmm.machine.fork_server import main"
             code = f"import sys; sys.path[:] = {sys.path!r}; {main}; main({theirs.fileno()})"

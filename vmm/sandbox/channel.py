@@ -251,6 +251,7 @@ class Channel(Closing):
         self._pid = os.getpid()
         self.port = port
         self._socket = stream or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(None)  # that of socket.setdefaulttimeout is for the program's own
         self._room = memoryview(b"")  # what has come, from _at to _end; pages of it are touched as that needs them
         self._at = self._end = 0
         self._closing = threading.RLock()  # guards the next two
@@ -321,8 +322,10 @@ class Channel(Closing):
         """
         if self.buffered:
             raise AgentError("the guest sent more than was asked")
-        with self._closing:
-            return socket.socket(fileno=self._socket.detach())
+        successor = self.succeed()
+        if successor is None:
+            raise self._gone()
+        return successor._socket
 
     def cut(self) -> None:
         """End it from another thread: who waits there is woken. In a forked child it is the parent's, and goes on."""

@@ -173,6 +173,8 @@ def _listen_beside(path: str) -> tuple[socket.socket, int, str]:
 
 
 def _relay(one: socket.socket, other: socket.socket) -> None:
+    for stream in (one, other):
+        stream.settimeout(None)  # that of socket.setdefaulttimeout is for the program's own
     there = threads.spawn(None, "port", _copy, one, other)
     _copy(other, one)
     there.join()
