@@ -174,7 +174,7 @@ def test_a_file_with_holes_is_refused(sandbox: Sandbox, tmp_path: Path, form: st
         with open(place / "file", "wb") as file:
             file.truncate(1 << 20)
             file.write(data)
-        command = ["tar", f"--format={form}", "-cS", "-C", place, "."]
+        command = ["tar", f"--format={form}", "-cS", "-C", str(place), "."]
         packed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         assert len(packed) < 1 << 16
         with pytest.raises(OSError) as refused:
