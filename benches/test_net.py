@@ -141,8 +141,8 @@ def test_guest_to_a_stream(benchmark: Any, kind: str) -> None:
         made = policies[kind]()
         if kind == "4000 addresses":
             assert made is not None
-            made.learn([(address[:13] + number.to_bytes(3, "big"), 0, 0) for number in range(3999)], 600)
-            made.learn([(address, 80, 80)], 600)
+            made.learn([(address[:13] + number.to_bytes(3, "big"), 0, 0, 600) for number in range(3999)])
+            made.learn([(address, 80, 80, 600)])
         vm = Vm(stack, tap=backend, policy=made)
         ring = vm.driver.queues[TX]
         header, frame = ring.buffer(bytes(12)), ring.buffer(mine(tcp, "9.9.9.9", 80) + bytes(1446))

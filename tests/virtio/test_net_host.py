@@ -354,7 +354,7 @@ def learned(address: str, seconds: int) -> Policy:
     guest, gateway, resolver = map(socket.inet_aton, ("10.0.2.15", "10.0.2.2", "10.0.2.3"))
     policy = Policy(guest, gateway, resolver)
     packed = socket.inet_pton(socket.AF_INET6, address if ":" in address else f"::ffff:{address}")
-    policy.learn([(packed, 0, 0)], seconds)
+    policy.learn([(packed, 0, 0, seconds)])
     return policy
 
 

@@ -192,16 +192,16 @@ def test_rules() -> None:
 def test_what_is_learned_has_its_time() -> None:
     found = policy()
     address, other = "203.0.113.7", "203.0.113.8"
-    found.learn([(whole(address), 443, 443), (whole(other), 0, 0)], 60)
+    found.learn([(whole(address), 443, 443, 60), (whole(other), 0, 0, 60)])
     assert found.verdict(mine(tcp, address, 443)) == "allowed"
     assert found.verdict(mine(tcp, address, 80)) == "address"
     assert found.verdict(mine(tcp, other, 80)) == "allowed"
     assert found.verdict(mine(udp, other, 53)) == "nameserver"
     assert found.verdict(mine(udp, other, 9)) == "allowed"
-    found.learn([(whole(address), 443, 443)], 10)  # no shorter than before
+    found.learn([(whole(address), 443, 443, 10)])  # no shorter than before
     assert [each[3] in (59, 60) for each in found.learned()] == [True, True]
     again = policy()
-    again.learn([(whole(address), 443, 443)], 0)
+    again.learn([(whole(address), 443, 443, 0)])
     assert again.verdict(mine(tcp, address, 443)) == "address"  # over: nothing new
     for flags in (0x10, 0x12, 0x11, 0x04, 0x18):
         assert again.verdict(mine(tcp, address, 443, flags=flags)) == "allowed"  # but what is open goes on
@@ -213,9 +213,9 @@ def test_what_is_learned_has_its_time() -> None:
 
 def test_no_more_than_so_many_are_learned() -> None:
     found = policy()
-    found.learn([(whole("203.0.113.7"), 0, 0)], 9)
-    many = [(bytes(10) + b"\xff\xff\x0b\0" + struct.pack(">H", number), 0, 0) for number in range(MOST_LEARNED)]
-    found.learn(many, 60)
+    found.learn([(whole("203.0.113.7"), 0, 0, 9)])
+    many = [(bytes(10) + b"\xff\xff\x0b\0" + struct.pack(">H", number), 0, 0, 60) for number in range(MOST_LEARNED)]
+    found.learn(many)
     assert len(found.learned()) == MOST_LEARNED
     assert found.counters["evicted"] == 1
 
@@ -225,7 +225,7 @@ def test_bad_rules() -> None:
         with pytest.raises((ValueError, OverflowError)):
             Policy(bytes(4), bytes(4), bytes(4), *words)
     with pytest.raises(ValueError, match="16 bytes"):
-        policy().learn([(b"1234", 0, 0)], 1)
+        policy().learn([(b"1234", 0, 0, 1)])
 
 
 # Against another reading of the same frames
@@ -298,7 +298,7 @@ def test_the_table_changes_under_the_reader() -> None:
         number = 0
         while not stop.is_set():
             number += 1
-            found.learn([(whole(f"203.0.113.{number % 250}"), 0, 0)], 60)
+            found.learn([(whole(f"203.0.113.{number % 250}"), 0, 0, 60)])
 
     thread = threading.Thread(target=write)
     thread.start()

@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -496,6 +497,15 @@ def test_a_copy_on_another_host_does_not_reach_that_host(stack: Any) -> None:
     known = Guest(stack, hosts={"good.example": [socket.inet_aton(here)]})
     known.resolver.restore(state)
     assert known.policy.verdict(mine(tcp, here, 443)) == "allowed"
+
+
+def test_a_copy_of_who_has_asked_for_much_is_not_held_up(stack: Any) -> None:
+    copy = Guest(stack, [("*", 0, 0)])
+    addresses = [[bytes([203, number >> 8, number & 255, which]) for which in range(4)] for number in range(1000)]
+    began = time.process_time()
+    copy.resolver.restore((f"n{number}.example", A, each, 100 + number) for number, each in enumerate(addresses))
+    assert time.process_time() - began < 2
+    assert len(copy.policy.learned()) == 4000
 
 
 def test_word_of_a_dropped_frame(stack: Any) -> None:

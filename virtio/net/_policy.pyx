@@ -132,11 +132,10 @@ cdef class Policy:
 
     # Called from Python, by one thread at a time: the GIL is held while a table is replaced.
 
-    def learn(self, entries, uint64_t seconds):
+    def learn(self, entries):
         """Allow addresses for some time. An address that is already known keeps the longer time.
 
-        :param entries: ``(address, first, last)`` each, as in a rule
-        :param seconds: how long new connections are allowed
+        :param entries: ``(address, first, last, seconds)`` each: as in a rule, and how long new connections are allowed
         :raises ValueError: an address does not have 16 bytes
 
         After that, new connections are refused. Open TCP connections continue, and so do other flows that had a frame
@@ -144,7 +143,7 @@ cdef class Policy:
         """
         cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
         cdef dict known = {entry[:3]: entry[3:] for entry in self._learned_now()}
-        for address, first, last in entries:
+        for address, first, last, seconds in entries:
             until, used = known.get((address, first, last), (0, 0))
             known[address, first, last] = max(until, now + seconds), max(used, now)
         learned = [(*key, *value) for key, value in known.items()]

@@ -220,14 +220,24 @@ class Resolver:
         asked.clients.append((client, question))
 
     def _learn(self, key: tuple[str, int], addresses: list[bytes], ttl: int, *, known: bool = True) -> list[bytes]:
-        # What of a name's addresses the guest may have, which it can reach from here on. Those that are not known were
-        # a nameserver's words.
+        # What of a name's addresses the guest may have, which it can reach from here on.
+        found, entries = self._admit(key, addresses, ttl, known=known)
+        if entries:
+            self.policy.learn(entries)
+        return found
+
+    def _admit(
+        self, key: tuple[str, int], addresses: list[bytes], ttl: int, *, known: bool
+    ) -> tuple[list[bytes], list[tuple[bytes, int, int, int]]]:
+        # What of a name's addresses the guest may have, and the policy is to learn. Those that are not known were a
+        # nameserver's words.
         fitting = dns.fitting(dns.Question(0, "", key[1], bytes(len(key[0]) + 6)))
+        lifetime = max(ttl, LEAST)
         found, entries = [], []
         for address in addresses:
             whole = address if len(address) == 16 else frames.MAPPED + address
             if not _is_own(whole) and (known or not _is_here(address)):
-                entries += [(whole, first, last) for first, last in self.ports(key[0])]
+                entries += [(whole, first, last, lifetime) for first, last in self.ports(key[0])]
             elif not self.policy.allows(whole):
                 self.counters["own"] += 1
                 self.log("policy own", f"the policy keeps the guest from {frames.text(whole)}, which {key[0]} has")
@@ -235,16 +245,13 @@ class Resolver:
             found.append(address)
             if len(found) == fitting:
                 break
-        lifetime = max(ttl, LEAST)
-        if entries:
-            self.policy.learn(entries, lifetime)
         now = time.monotonic()
         if len(self._known) >= MAX_KNOWN:
             self._known = {key: each for key, each in self._known.items() if each[2] > now}
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
         self._known[key] = found, now + ttl, now + lifetime
-        return found
+        return found, entries
 
     def _reply(
         self, client: Client, question: dns.Question, error: int = dns.NO_ERROR, addresses: Sequence[bytes] = (),
@@ -268,13 +275,15 @@ class Resolver:
 
         :raises ValueError: the state is invalid
         """
+        learned = []
         with self._lock:
             for name, kind, addresses, seconds in state:
                 if kind not in dns.SIZES or not all(len(each) == dns.SIZES[kind] for each in addresses):
                     raise ValueError("no such addresses")
                 if self.ports(name):
                     seconds = max(0, min(seconds, LONGEST))
-                    self._learn((name, kind), list(addresses), seconds, known=name in self._hosts)
+                    learned += self._admit((name, kind), list(addresses), seconds, known=name in self._hosts)[1]
+            self.policy.learn(learned)  # all at once: each time the whole table is made anew
 
     # The thread
 
