@@ -10,7 +10,7 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -279,6 +279,29 @@ def test_a_file_that_changed_after_apt_looked_is_refused(
     monkeypatch.setattr(apt, "_download", then_changed)
     with pytest.raises(PullError, match="cannot fetch thing: Hash Sum mismatch"):
         apt.package("thing")
+
+
+def test_who_has_the_file_open_cannot_change_what_was_looked_at(
+    cache: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.add("thing", "1.0", {"x": "1"})
+    repository.update()
+    download, check = apt._download, apt._check
+    still: list[BinaryIO] = []
+
+    def then_open(offer: apt._Offer, spool: Path, *rest: object) -> None:
+        download(offer, spool, *rest)  # type: ignore[arg-type]
+        (deb,) = spool.glob("*.deb")
+        still.append(open(deb, "r+b"))
+
+    def then_changed(deb: Path, offer: apt._Offer) -> None:
+        check(deb, offer)
+        still[0].truncate(0)
+
+    monkeypatch.setattr(apt, "_download", then_open)
+    monkeypatch.setattr(apt, "_check", then_changed)
+    assert (apt.package("thing").tree / "x").read_text() == "1"
+    still[0].close()
 
 
 def test_unsigned_archive_is_refused(cache: Path, repository: Repository) -> None:

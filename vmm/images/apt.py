@@ -222,7 +222,8 @@ def _fetch(offers: list[_Offer], tree: Path, env: Mapping[str, str], progress: P
             with _spool(work) as spool:
                 tried(lambda offer=offer, spool=spool: _download(offer, spool, env, progress))  # type: ignore[misc]
                 (deb,) = spool.glob("*.deb")
-                shutil.move(deb, work / "deb")
+                shutil.copyfile(deb, work / "deb")  # a new file: who has made the other may have it open
+                deb.unlink()
             _check(work / "deb", offer)
             progress(f"unpacking {offer.name}", None)
             run(["dpkg-deb", "--extract", str(work / "deb"), str(work / "tree")])
