@@ -211,6 +211,21 @@ def test_what_is_learned_has_its_time() -> None:
     assert again.verdict(mine(tcp, "203.0.113.6", 443, flags=0x10)) == "address"
 
 
+def test_what_is_denied_is_not_reached_by_a_gateway_from_ipv6() -> None:
+    """By NAT64, where the host's network has it."""
+    found = policy(("0.0.0.0/0",), ("::/0",), deny=[("10.0.0.0/8",), ("203.0.113.7/32", 22)])
+    for target, port, verdict in (
+        ("64:ff9b::10.1.2.3", 80, "address"), ("64:ff9b::203.0.113.7", 22, "address"),
+        ("64:ff9b::203.0.113.7", 80, "allowed"), ("64:ff9b:1::a01:203", 80, "allowed"),
+        ("64:ff9b::169.254.169.254", 80, "address"),
+    ):  # fmt: skip
+        assert found.verdict(ipv6(target, segment(port))) == verdict, (target, port)
+    found.learn([(whole("64:ff9b::10.1.2.3"), 0, 0, 60)])
+    assert found.verdict(ipv6("64:ff9b::10.1.2.3", segment(443))) == "address"
+    alone = policy(("64:ff9b::a9fe:a9fe/128",))
+    assert alone.verdict(ipv6("64:ff9b::169.254.169.254", segment(80))) == "allowed"
+
+
 def test_no_more_than_so_many_are_learned() -> None:
     found = policy()
     found.learn([(whole("203.0.113.7"), 0, 0, 9)])

@@ -6,7 +6,7 @@ The network device's thread (the reader) loads the table's pointer once for each
 builds a new table, publishes it by one store, and frees the old one once the reader has left it.
 
 Sources: RFC 791 (IPv4), RFC 8200 (IPv6), RFC 826 (ARP), RFC 4861 (neighbour discovery), RFC 2131 (DHCP), RFC 6890
-(special-purpose addresses).
+(special-purpose addresses), RFC 6052 (IPv4 addresses in IPv6).
 """
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -49,6 +49,7 @@ cdef extern from *:
     #define policy_leave(reading) __atomic_fetch_add(reading, 1, __ATOMIC_RELEASE)
     #define policy_table(table) __atomic_load_n(table, __ATOMIC_SEQ_CST)
     #define policy_swap(table, new) __atomic_exchange_n(table, new, __ATOMIC_SEQ_CST)
+    #define NAT64 0x0064ff9b00000000u  /* 64:ff9b::/96: behind it is an IPv4 address, to which a gateway translates */
     #define policy_set(to, value) __atomic_store_n(to, value, __ATOMIC_RELAXED)
     static inline void policy_wait(uint64_t *reading) {
         uint64_t seen = __atomic_load_n(reading, __ATOMIC_SEQ_CST);
@@ -56,6 +57,7 @@ cdef extern from *:
             sched_yield();
     }
     """
+    const uint64_t NAT64
     uint64_t policy_enter(uint64_t *reading) noexcept nogil
     uint64_t policy_leave(uint64_t *reading) noexcept nogil
     Table *policy_table(Table **table) noexcept nogil
@@ -333,15 +335,15 @@ cdef class Policy:
         cdef Table *table = policy_table(&self.table)
         cdef bint nameserver = port == 53 or port == 853
         # Only rules with a prefix of 16 bits or more allow 169.254.0.0/16.
-        cdef bint local = high == 0 and low >> 16 == <uint64_t>0xffff_a9fe
+        cdef bint local = (high == 0 and low >> 16 == <uint64_t>0xffff_a9fe) or (high == NAT64 and low >> 16 == 0xa9fe)
         cdef uint64_t now
         cdef size_t i, first = 0, last = table.n_learned, middle
         cdef Rule *rule
         cdef Learned *each
-        for i in range(table.n_deny):
-            rule = &table.rules[i]
-            if (rule.first == 0 or rule.first <= port <= rule.last) and matches(rule, high, low):
-                return ADDRESS
+        if is_denied(table, high, low, port):
+            return ADDRESS
+        if high == NAT64 and low >> 32 == 0 and is_denied(table, 0, <uint64_t>0xffff << 32 | low, port):
+            return ADDRESS
         for i in range(table.n_deny, table.n_deny + table.n_allow):
             rule = &table.rules[i]
             if not matches(rule, high, low) or (local and not rule.low_mask >> 16 & 1):
@@ -401,6 +403,16 @@ cdef inline uint64_t be64(const uint8_t *at) noexcept nogil:
 
 cdef inline bint matches(const Rule *rule, uint64_t high, uint64_t low) noexcept nogil:
     return high & rule.high_mask == rule.high and low & rule.low_mask == rule.low
+
+
+cdef bint is_denied(const Table *table, uint64_t high, uint64_t low, uint32_t port) noexcept nogil:
+    cdef const Rule *rule
+    cdef size_t i
+    for i in range(table.n_deny):
+        rule = &table.rules[i]
+        if (rule.first == 0 or rule.first <= port <= rule.last) and matches(rule, high, low):
+            return True
+    return False
 
 
 cdef inline bint is_neighbour(uint8_t kind) noexcept nogil:
