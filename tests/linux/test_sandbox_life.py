@@ -138,6 +138,7 @@ def test_an_interrupt_as_a_copy_is_made_leaves_the_devices_at_work(
 
 
 def test_a_command_that_goes_on_gets_nothing_that_was_not_sent(sandbox: Sandbox) -> None:
+    sandbox.files.write("/tmp/cut", "")
     process = sandbox.exec("cat >/tmp/cut", keep=True)
     process.stdin.write("whole")
     process.channel.send_some(b"i" + (1000).to_bytes(4, "little") + b"part")
