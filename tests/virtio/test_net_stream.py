@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import struct
+import termios
 import threading
 from random import Random
 from typing import Any
@@ -51,7 +53,7 @@ def test_frames_in_any_pieces(stack: Any, seed: int, without: int) -> None:
     random, stream = Random(seed), Stream(stack)
     vm = Vm(stack, tap=stream, without=without)
     vm.offer(32)  # a large frame may come when there are too few, and more of them while it is read
-    frames = [_frame(number, random.choice((1, 40, 1400, 1480, 20_000))) for number in range(300)]
+    frames = [_frame(number, random.choice((1, 40, 1400, 1480, 2034, 2035, 20_000))) for number in range(300)]
     frames.append(_frame(len(frames), 0))
     thread = _send(stream, frames, random)
     got = [_receive(vm, frames)]
@@ -67,7 +69,7 @@ def test_frames_in_any_pieces(stack: Any, seed: int, without: int) -> None:
 def test_after_a_reset_frames_are_whole(stack: Any, seed: int) -> None:
     random, stream = Random(seed), Stream(stack)
     vm = Vm(stack, tap=stream)
-    frames = [_frame(number, random.choice((0, 40, 1400, 20_000))) for number in range(400)]
+    frames = [_frame(number, random.choice((0, 40, 1400, 2035, 20_000))) for number in range(400)]
     frames.append(_frame(len(frames), 0))
     thread = _send(stream, frames, random)
     got: list[int] = []
@@ -80,3 +82,15 @@ def test_after_a_reset_frames_are_whole(stack: Any, seed: int) -> None:
             vm.offer(32)
     thread.join()
     assert got == sorted(set(got))
+
+
+def test_small_frames_are_read_ahead(stack: Any) -> None:
+    stream = Stream(stack)
+    vm = Vm(stack, tap=stream)
+    frames = [_frame(number, 1400) for number in range(40)]
+    stream.other.sendall(b"".join(struct.pack(">I", len(frame)) + frame for frame in frames))
+    vm.offer(1)
+    assert _receive(vm, frames) == 0
+    (unread,) = struct.unpack("i", fcntl.ioctl(stream.other, termios.TIOCOUTQ, bytes(4)))
+    assert unread == 0  # one call has read them all; no event comes for the rest
+    assert [_receive(vm, frames) for _ in frames[1:]] == list(range(1, len(frames)))

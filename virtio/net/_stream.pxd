@@ -3,7 +3,7 @@
 # header. In the guest's buffers a frame is behind a virtio header. Source: passt(1).
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_part, iov_scatter
@@ -31,12 +31,19 @@ cdef enum:
     VNET_HEADER = sizeof(virtio_net_hdr_mrg_rxbuf)
     UIO_MAXIOV = 1024
     PARTS = UIO_MAXIOV - 1      # iovecs of a chain, beside one of our own
+    LENGTH = 4
+    # To read a frame of an Ethernet by a call of its own takes longer than to copy it. So after such a frame the next
+    # ones are read ahead, into memory of our own. After a larger frame, only the next one's length is.
+    AHEAD = 1 << 16
+    COPIED = 2048
 
 cdef struct Stream:
-    uint8_t[4] length
-    uint32_t length_got         # bytes received of the length
-    uint64_t frame_size
-    uint64_t frame_got          # bytes received of the frame, and then of the next one's length
+    uint8_t *ahead              # AHEAD bytes, of which [ahead_at, ahead_end) were received and are still to be taken
+    uint32_t ahead_at
+    uint32_t ahead_end
+    bint inside                 # the frame's length was received, and the frame is not complete
+    uint64_t frame_size         # of the last frame or this one
+    uint64_t frame_got          # bytes received of this frame
     bint dropping               # discard the rest of this frame: its driver is gone
     bint cut                    # there were no buffers for a part of this frame: it is lost, even if more come now
     uint8_t[4] tx_length
@@ -44,38 +51,75 @@ cdef struct Stream:
     uint64_t tx_left            # bytes left to send of the length and the frame
 
 
-cdef inline ssize_t stream_read_rest(Stream *s, int fd, const iovec *iov, uint32_t n_iov, uint64_t held) noexcept nogil:
-    # Read the rest of a frame, and the next one's length if that is there: one call for each frame of a flood. Returns
-    # 1 when the frame is complete, or the result of the failed read.
+cdef inline uint32_t stream_room(Stream *s, uint32_t least) noexcept nogil:
+    # How many bytes to read to `ahead`.
+    return AHEAD if s.frame_size <= COPIED else least
+
+
+cdef inline ssize_t stream_read_length(Stream *s, int fd) noexcept nogil:
+    # Take a frame's length. Returns 1, or the result of the failed read.
+    cdef uint32_t held
+    cdef const uint8_t *length
+    cdef iovec room
     cdef ssize_t got
-    cdef uint8_t[4096] scrap
-    cdef uint64_t room
-    cdef iovec[UIO_MAXIOV] rest
-    cdef uint32_t n
-    while s.length_got < 4:
-        rest[0] = iovec(<void *>&s.length[s.length_got], 4 - s.length_got)
-        got = readv(fd, rest, 1)
+    while s.ahead_end - s.ahead_at < LENGTH:
+        held = s.ahead_end - s.ahead_at
+        memmove(s.ahead, &s.ahead[s.ahead_at], held)
+        s.ahead_at = 0
+        s.ahead_end = held
+        room = iovec(&s.ahead[held], stream_room(s, LENGTH) - held)
+        got = readv(fd, &room, 1)
         if got <= 0:
             return got
-        s.length_got += <uint32_t>got
-    if s.frame_got == 0:
-        s.cut = False
-        s.frame_size = <uint64_t>s.length[0] << 24 | s.length[1] << 16 | s.length[2] << 8 | s.length[3]
+        s.ahead_end += <uint32_t>got
+    length = &s.ahead[s.ahead_at]
+    s.frame_size = <uint64_t>length[0] << 24 | length[1] << 16 | length[2] << 8 | length[3]
+    s.ahead_at += LENGTH
+    s.inside = True
+    s.cut = False
+    return 1
+
+
+cdef inline ssize_t stream_read_rest(Stream *s, int fd, const iovec *iov, uint32_t n_iov, uint64_t held) noexcept nogil:
+    # Take the rest of a frame: what was read ahead, and then from the socket. Returns 1 when the frame is complete, or
+    # the result of the failed read.
+    cdef ssize_t got
+    cdef uint8_t[4096] scrap
+    cdef uint64_t room, want
+    cdef iovec[UIO_MAXIOV] rest
+    cdef uint32_t n
+    if not s.inside:
+        got = stream_read_length(s, fd)
+        if got <= 0:
+            return got
     while s.frame_got < s.frame_size:
         room = 0 if s.dropping else held - VNET_HEADER
-        if s.frame_got < room:
-            n = iov_part(iov, n_iov, VNET_HEADER + s.frame_got, s.frame_size - s.frame_got, rest, PARTS)
+        want = s.frame_size - s.frame_got
+        if s.frame_got >= room:
+            s.cut = True
+        if s.ahead_at < s.ahead_end:
+            want = min(want, <uint64_t>(s.ahead_end - s.ahead_at))
+            if not s.cut:
+                want = iov_scatter(iov, n_iov, VNET_HEADER + s.frame_got, &s.ahead[s.ahead_at], want)
+            s.ahead_at += <uint32_t>want
+            s.frame_got += want
+            continue
+        if not s.cut:
+            n = iov_part(iov, n_iov, VNET_HEADER + s.frame_got, want, rest, PARTS)
             if s.frame_size <= room and n < PARTS:
-                rest[n] = iovec(<void *>s.length, 4)
+                rest[n] = iovec(s.ahead, stream_room(s, LENGTH))
                 n += 1
         else:
-            rest[0] = iovec(<void *>scrap, min(<uint64_t>sizeof(scrap), s.frame_size - s.frame_got))
+            want = min(want, <uint64_t>sizeof(scrap))
+            rest[0] = iovec(<void *>scrap, want)
             n = 1
-            s.cut = True
         got = readv(fd, rest, n)
         if got <= 0:
             return got
-        s.frame_got += got
+        s.ahead_at = 0
+        s.ahead_end = <uint32_t>(got - want) if <uint64_t>got > want else 0
+        s.frame_got += got - s.ahead_end
+    s.inside = False
     return 1
 
 
@@ -91,7 +135,6 @@ cdef inline ssize_t stream_read(Stream *s, int fd, const iovec *iov, uint32_t n_
         if got == 0:
             net_set_errno(ECONNRESET)
             return -1
-        s.length_got = <uint32_t>(s.frame_got - s.frame_size)
         s.frame_got = 0
         if not s.dropping:
             break

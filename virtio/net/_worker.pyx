@@ -13,13 +13,15 @@ from virtio._limiter cimport RateLimiter
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
 from virtio.net._policy cimport ALLOWED, DROPPED, ETH_HEADER, HEAD, PolicyCalls
 from virtio.net._stream cimport (
-    PARTS, UIO_MAXIOV, VNET_HEADER, Stream, readv, stream_read, stream_write,
+    AHEAD, PARTS, UIO_MAXIOV, VNET_HEADER, Stream, readv, stream_read, stream_write,
 )
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
-from vmm._sys cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read, nap_ns
+from vmm._sys cimport (
+    CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read, nap_ns, table_alloc, table_free,
+)
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum: EPOLLIN, EPOLLOUT, EPOLLET
@@ -136,6 +138,10 @@ cdef class NetWorker(QueueWorker):
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.fd = fd
         self.stream = stream
+        if stream:
+            self.passt.ahead = <uint8_t *>table_alloc(AHEAD)
+            if self.passt.ahead == NULL:
+                raise MemoryError
         self.pair = pair
         self.rx_limiter = rx_limiter
         self.tx_limiter = tx_limiter
@@ -147,6 +153,9 @@ cdef class NetWorker(QueueWorker):
             address = bytes(mmds.address)
             memcpy(self.mmds_address, <const char *>address, 4)
         self.pcap = pcap
+
+    def __dealloc__(self):
+        table_free(self.passt.ahead, AHEAD)
 
     @property
     def stats(self):
