@@ -459,6 +459,24 @@ def test_many_requests_in_one_notification(vm: Vm) -> None:
         assert (written, vm.ram.read(data.addr, 512)) == (513, bytes([sector]) * 512)
 
 
+def test_interrupts_of_long_writes(boot: Callable[..., Vm], image: Path) -> None:
+    """One when as many are done as still wait: after two of four, one of the other two, and the last."""
+    os.truncate(image, 1 << 20)
+    vm = boot(without=spec.F_EVENT_IDX)
+    ring = vm.driver.queues[0]
+    data = vm.buffer(1 << 18)
+    for _ in range(4):
+        ring.add([vm.header(spec.BLK_T_OUT), data, vm.buffer(1, device_writes=True)])
+    ring.want_interrupt()
+    vm.driver.kick()
+    deadline = time.monotonic() + 30
+    while vm.device.stats["writes"] < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    vm.transport.stop()  # the last interrupt has come
+    assert len(ring.reap()) == 4
+    assert int.from_bytes(os.read(vm.irq.fd, 8), "little") == 3
+
+
 def test_capacity_change_at_run_time(vm: Vm, image: Path) -> None:
     os.truncate(image, 2 * SECTORS * 512)
     assert vm.request(spec.BLK_T_IN, SECTORS, vm.buffer(512, device_writes=True)) == spec.BLK_S_IOERR
