@@ -59,9 +59,11 @@ def test_interrupt_controllers_are_made_long_before_memory(tmp_path: Path, monke
     monkeypatch.setattr(kvm, "kvm_ioctl", kvm_ioctl)
     prepared = kvm.prepare()
     assert asked.count(kvm_abi.KVM_CREATE_IRQCHIP) == 1
-    with Machine(write_guest(tmp_path, EXIT_7), memory="4M", prepared=prepared):
-        pass
-    assert kvm_abi.KVM_SET_USER_MEMORY_REGION in asked
+    with Machine(write_guest(tmp_path, EXIT_7), memory="4M", prepared=prepared) as vm:
+        assert kvm_abi.KVM_SET_USER_MEMORY_REGION not in asked, "not before it is needed"
+        vm.start()
+        assert vm.wait(10) == Exit(StopReason.GUEST_EXIT, 7)
+    assert asked.count(kvm_abi.KVM_SET_USER_MEMORY_REGION) == 1
     assert asked.count(kvm_abi.KVM_CREATE_VM) == asked.count(kvm_abi.KVM_CREATE_IRQCHIP) == 1
 
 

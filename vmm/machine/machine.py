@@ -176,8 +176,11 @@ class Machine(Closing):
             self.cmdline = image.cmdline
             self.kvm = Kvm.shared(config.kvm)
         self.vm = self._closers.own(self.kvm.create_vm()) if prepared is None else prepared
-        # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers.
-        self.vm.map_memory(self.memory)
+        # In this order: a memory slot that comes right after the irqchip makes KVM wait twice for its readers. Where
+        # the irqchip is there already, the slot comes as late as can be, when the machine starts.
+        self._maps_late = prepared is not None and image is None
+        if not self._maps_late:
+            self.vm.map_memory(self.memory)
         self._closers.own(self._devices)
         for attached in self.devices.values():
             attached.make(self.memory, self._devices.window_address(attached))
@@ -328,6 +331,8 @@ class Machine(Closing):
             self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
             for transport in self.virtio:
                 transport.go_on()
+            if self._maps_late:
+                self.vm.map_memory(self.memory)
             self._run.start(vcpu_kind)
 
     def _refuse_ranges_in_ram(self) -> None:
