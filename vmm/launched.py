@@ -113,15 +113,17 @@ def begin() -> None:
 
 
 def resume() -> None:
-    """Go on as the launcher's process, from the start image that `pyvmm prepare` saved: with that process's arguments,
-    environment, streams, signals, time zone and socket in place of the saved one's."""
+    """Go on from the start image that `pyvmm prepare` saved, as the launcher's process.
+
+    With that process's arguments, environment, streams, signals, time zone and socket in place of the saved one's.
+    """
     global _waits, warm
-    warm = True
     import _signal  # type: ignore[import-not-found]  # `signal` makes enumerations first
     import time
 
     from vmm import _start_image
 
+    warm = True
     words, environment, name, path, fd, ignored, held = _start_image.handed_over()
     sys.argv[:] = map(os.fsdecode, (name, *words[1:]))
     del sys._xoptions["pyvmm_save"]

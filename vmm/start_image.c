@@ -86,7 +86,8 @@ const char *start_from_image(const char *path, const char *place, struct image_g
     const char *base = mmap(NULL, now.st_size, PROT_READ, MAP_PRIVATE, image, 0);
     if (base == MAP_FAILED) return "cannot be mapped";
     const struct image_head *head = (const void *)base;
-    if (memcmp(head->magic, IMAGE_MAGIC, sizeof head->magic) || head->bytes != (uint64_t)now.st_size)
+    if (memcmp(head->magic, IMAGE_MAGIC, sizeof head->magic) || head->bytes != (uint64_t)now.st_size ||
+        head->head != sizeof *head)
         return "is damaged, or of another version";
 
     uint64_t cpu[IMAGE_CPU_WORDS];

@@ -18,7 +18,7 @@ enum { IMAGE_CPU_WORDS = 3, IMAGE_ZEROS = 0, IMAGE_ITSELF = 1, IMAGE_FILES = 2 }
 struct image_head {
     char magic[8];
     uint64_t bytes;       /* of the whole file */
-    uint64_t tables;      /* bytes up to the first page of memory */
+    uint64_t head;        /* bytes of this structure: another pyvmm's may have another one */
     uint64_t segments, parts, files;
     uint64_t libraries;   /* how many of the files, the first ones, are mapped */
     uint64_t place;       /* offset of the name of the interpreter's directory */

@@ -228,7 +228,7 @@ def test_what_has_changed_is_not_started(prepared: Program) -> None:
 
 def test_what_is_damaged_is_not_started(prepared: Program) -> None:
     whole = prepared.image.read_bytes()
-    for damaged in (b"", whole[:100], whole[:-1], whole + b"\0", b"X" + whole[1:]):
+    for damaged in (b"", whole[:100], whole[:-1], whole + b"\0", b"X" + whole[1:], whole[:16] + b"\1" + whole[17:]):
         prepared.image.write_bytes(damaged)
         assert "is damaged" in prepared.problem()
     prepared.image.write_bytes(whole)

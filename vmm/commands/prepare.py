@@ -177,7 +177,8 @@ class _Writer:
         with open(path, "xb") as image:
             os.fchmod(image.fileno(), 0o644)
             image.write(MAGIC)
-            numbers = (vdso + len(code), memory, *counts, libraries, names[-1], vdso, *cpu, self._thread, self._given)
+            head = len(MAGIC) + struct.calcsize(_HEAD)
+            numbers = (vdso + len(code), head, *counts, libraries, names[-1], vdso, *cpu, self._thread, self._given)
             image.write(struct.pack(_HEAD, *numbers, *self._registers))
             for start, length, protection, source, offset in self._segments:
                 at = offset + memory if source == _ITSELF else offset
