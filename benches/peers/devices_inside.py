@@ -29,6 +29,7 @@ CMDLINE = native.CMDLINE if native.here() else STOCK_CMDLINE
 QEMU_CPU, QEMU_MACHINE = (native.QEMU_CPU, native.QEMU_MACHINE) if native.here() else ("host", "microvm")
 MEMORY_MIB = 256
 DISK_MIB = 128
+CPUS = 4  # where there are several queues
 FILE_MIB = 64
 DAX_MIB = 128
 RUNTIME = float(os.environ.get("PYVMM_BENCH_SECONDS", "2"))
@@ -51,7 +52,14 @@ measure() {{
         --output=/tmp/fio "$@" >/dev/null || {{ cat /tmp/fio; return 1; }}
     awk -F';' '/^3;/ {{ print $8 + $49, ($8 * $9 + $49 * $50) / 1000 }}' /tmp/fio
 }}
-blk() {{ measure --filename=$(disk) --direct=1 --ioengine=libaio --rw=$1 --rwmixread=70 --bs=$2 --iodepth=$3; }}
+# blk WAY SIZE DEPTH OPTION...
+blk() {{
+    rw=$1 bs=$2 depth=$3
+    shift 3
+    measure --filename=$(disk) --direct=1 --ioengine=libaio --rw=$rw --rwmixread=70 --bs=$bs --iodepth=$depth "$@"
+}}
+# A job for each CPU, which each would mark its own begin and end.
+blk_jobs() {{ timed blk "$@" --numjobs={CPUS} --group_reporting --exec_prerun=true --exec_postrun=true; }}
 fs() {{ measure --filename=/mnt/a/big --size={FILE_MIB}m --ioengine=psync --rw=$1 --bs=$2 --direct=${{3-1}}; }}
 # A second of it first, unmeasured: the emulated machine translates what it runs for the first time.
 warm() {{
@@ -216,6 +224,16 @@ def _blk(files: Path, servers: Servers) -> dict[str, Vmm]:
     return _disks_in(SHM, files)
 
 
+def _queues(files: Path, servers: Servers) -> dict[str, Vmm]:
+    return _disks_in(SHM, files, CPUS)
+
+
+def _queues_phases() -> list[Phase]:
+    return [
+        Phase(f"{CPUS} queues, blk mixed 4k QD{depth}", "IOPS", f"blk_jobs randrw 4k {depth}") for depth in (1, 8, 32)
+    ]
+
+
 def _ext4(files: Path, servers: Servers) -> dict[str, Vmm]:
     kind = subprocess.run(["stat", "-f", "-c", "%T", files], capture_output=True, text=True, check=True).stdout.strip()
     if kind != "ext2/ext3":  # the name of all three
@@ -223,9 +241,14 @@ def _ext4(files: Path, servers: Servers) -> dict[str, Vmm]:
     return _disks_in(files, files)
 
 
-def _disks_in(place: Path, files: Path) -> dict[str, Vmm]:
+def _disks_in(place: Path, files: Path, queues: int = 1) -> dict[str, Vmm]:
+    # With a CPU and a queue for each; Firecracker's disks have one queue.
     def pyvmm(name: str, options: str) -> Vmm:
-        return Vmm(lambda: Guest(name, _pyvmm(files, "--disk", f"{_disk(place / f'{name}.disk')}{options}")))
+        def start() -> Guest:
+            disk = f"{_disk(place / f'{name}.disk')},queues={queues}{options}"
+            return Guest(name, _pyvmm(files, "--cpus", str(queues), "--disk", disk))
+
+        return Vmm(start)
 
     def fire(name: str, engine: str) -> Vmm:
         def start() -> Guest:
@@ -234,14 +257,16 @@ def _disks_in(place: Path, files: Path) -> dict[str, Vmm]:
                 "drive_id": "d", "path_on_host": disk, "is_root_device": False, "is_read_only": False,
                 "io_engine": engine, "cache_type": "Writeback",
             }  # fmt: skip
-            return Guest(name, _firecracker(files, name, {}, [drive]))
+            machine = {"vcpu_count": queues, "mem_size_mib": MEMORY_MIB}
+            return Guest(name, _firecracker(files, name, {"machine-config": machine}, [drive]))
 
         return Vmm(start)
 
     def qemu() -> Guest:
         drive = f"file={_disk(place / 'qemu.disk')},if=none,id=d,format=raw,aio=io_uring,cache=writeback"
-        device = "virtio-blk-device,drive=d,iothread=io"
-        return Guest("qemu", _qemu(files, "-object", "iothread,id=io", "-drive", drive, "-device", device))
+        device = f"virtio-blk-device,drive=d,iothread=io,num-queues={queues}"
+        more = ("-smp", str(queues), "-object", "iothread,id=io", "-drive", drive, "-device", device)
+        return Guest("qemu", _qemu(files, *more))
 
     # pyvmm's engines, by the name of a program each, as the environment may choose others to compare.
     engines = json.loads(os.environ.get("PYVMM_BENCH_BLK", '{"pyvmm": ""}'))
@@ -473,6 +498,7 @@ def _fs(files: Path, servers: Servers) -> dict[str, Vmm]:
 TABLES: dict[str, tuple[Callable[[], list[Phase]], Callable[[Path, Servers], dict[str, Vmm]]]] = {
     "blk": (_blk_phases, _blk),
     "ext4": (lambda: _mixed("ext4"), _ext4),
+    "queues": (_queues_phases, _queues),
     "net": (_net_phases, _net),
     "passt": (lambda: _users("passt"), _passt),
     "vsock": (_vsock_phases, vsock_guests),
