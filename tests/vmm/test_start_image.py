@@ -72,7 +72,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 @pytest.fixture
 def prepared(program: Program) -> Program:
     if program.run("--version").returncode:  # or the test before left a good one
-        done = program.run("prepare")
+        # As by nohup: what is ignored here need not be where it goes on.
+        done = program.run("prepare", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
         assert (done.returncode, done.stdout.decode().strip(), done.stderr) == (0, str(program.image), b"")
     return program
 

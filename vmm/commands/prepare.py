@@ -104,6 +104,9 @@ def save(path: str) -> None:
     from vmm import _start_image
 
     _import_all()
+    for number in _signal.valid_signals() - {_signal.SIGPIPE, _signal.SIGXFSZ}:  # those two are the interpreter's
+        if _signal.getsignal(number) == _signal.SIG_IGN:  # as after nohup: here, and not where it goes on
+            _signal.signal(number, _signal.SIG_DFL)
     gc.collect()
     gc.freeze()
     status = 1
