@@ -46,13 +46,15 @@ def seconds(command: Sequence[str], requests: Sequence[tuple[str, object]] = (),
             start = time.perf_counter()
             assert client is not None
             client.request("PUT", where, body)
-        while MARK not in heard:
+        while True:
+            ended = process.poll() is not None  # then its last words are there to be read
             heard += process.stdout.read(65536) or b""
-            if process.poll() is not None or time.perf_counter() - start > PATIENCE:
+            if MARK in heard:
+                return time.perf_counter() - start
+            if ended or time.perf_counter() - start > PATIENCE:
                 tail = heard[-2000:].decode(errors="replace")
                 raise Missing(f"no sign of its guest's init: {' '.join(command)}\n{tail}")
             time.sleep(0.002)
-        return time.perf_counter() - start
     finally:
         process.kill()
         process.wait()
