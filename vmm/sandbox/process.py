@@ -300,8 +300,8 @@ class Process(Closing):
         if input and self.stdin.closed:
             raise ValueError("standard input is closed")
         frames = [*wire.frames(wire.F_STDIN, input or b"")]
-        if not self.stdin.closed:
-            frames.append(CLOSE)
+        if not self.stdin.closed:  # at once: a command that ends before it leaves no connection to the next
+            frames.append(frames.pop() + CLOSE if frames else CLOSE)
         frames.reverse()
         try:
             while not self.ended:
