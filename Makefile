@@ -6,7 +6,7 @@ SOURCES := $(wildcard $(foreach room,vmm vmm/* devices virtio virtio/*,$(room)/*
 
 .PHONY: install demo test unit kvm linux ray notebook lab-test check coverage docs wheel try-wheel bench bench-peers debug asan tsan clean distclean system-packages
 
-install: $(VENV)/.built
+install: $(VENV)/.prepared
 
 # Debian packages, asked for only where their programs are missing.
 system-packages:
@@ -31,6 +31,10 @@ $(VENV)/.built: $(VENV)/.linked $(SOURCES)
 	@echo "make: building pyvmm (half a minute the first time)"
 	@$(BIN)/python setup.py -q build_ext --inplace --parallel 2
 	@$(BIN)/python -m compileall -q vmm boot devices virtio
+	@touch $@
+
+# A start image is stale once any module has changed.
+$(VENV)/.prepared: $(VENV)/.built $(shell find vmm boot devices virtio -name '*.py')
 	@$(BIN)/pyvmm prepare >/dev/null || true # it says why starts are slower then
 	@touch $@
 
