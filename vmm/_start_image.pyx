@@ -18,12 +18,10 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include "start_image.h"
 
-    enum { TID_OFFSET = 0x2d0, ROBUST_LIST_BYTES = 24, RSEQ_BYTES = 32, RSEQ_SIGNATURE = 0x53053053 };
+    enum { TID_OFFSET = 0x2d0, ROBUST_LIST_BYTES = 24 };
 
     /* Where the C library believes the heap to end. No other C library has this name. */
     extern void *__curbrk __attribute__((weak));
-    extern const ptrdiff_t __rseq_offset __attribute__((weak));
-    extern const unsigned int __rseq_size __attribute__((weak));
 
     static struct image_given *image_handed;
     static uint64_t image_registers[3];

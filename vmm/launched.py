@@ -99,14 +99,18 @@ class _Finder:
 
 def begin() -> None:
     """Take over from the launcher, first thing in the process, which looks for no garbage yet."""
-    global _waits
-    options = sys._xoptions
-    sys.argv[0] = str(options["pyvmm"])
+    _take_name_and_socket()
     sys.meta_path.append(_Site)
-    ours = str(options["pyvmm_path"]).partition(":")[0]
+    ours = str(sys._xoptions["pyvmm_path"]).partition(":")[0]
     sys.meta_path.insert(0, _Finder(ours, os.path.dirname(os.__file__)))
     sys.setswitchinterval(SWITCH_SECONDS)
-    if place := options.get("pyvmm_socket"):
+
+
+def _take_name_and_socket() -> None:
+    # What the launcher's options say of them.
+    global _waits
+    sys.argv[0] = str(sys._xoptions["pyvmm"])
+    if place := sys._xoptions.get("pyvmm_socket"):
         number, _, path = str(place).partition(":")
         _waits = int(number), path
         os.set_inheritable(int(number), False)
@@ -117,7 +121,7 @@ def resume() -> None:
 
     With that process's arguments, environment, streams, signals, time zone and socket in place of the saved one's.
     """
-    global _waits, warm
+    global warm
     import _signal  # type: ignore[import-not-found]  # `signal` makes enumerations first
     import time
 
@@ -125,10 +129,17 @@ def resume() -> None:
 
     warm = True
     words, environment, name, path, fd, ignored, held = _start_image.handed_over()
-    sys.argv[:] = map(os.fsdecode, (name, *words[1:]))
+    sys.argv[1:] = map(os.fsdecode, words[1:])
+    # As the launcher gives them to an interpreter.
     del sys._xoptions["pyvmm_save"]
-    sys._xoptions |= {"pyvmm": sys.argv[0]} | ({"pyvmm_held": True} if held else {})
-    # The C library has it already. os.environ.update() would give it a copy of each variable.
+    sys._xoptions["pyvmm"] = os.fsdecode(name)
+    if held:
+        sys._xoptions["pyvmm_held"] = True
+    if fd >= 0:
+        sys._xoptions["pyvmm_socket"] = f"{fd}:{os.fsdecode(path)}"
+    _take_name_and_socket()
+    # The C library has it already. os.environ.update() would give it a copy of each variable; so what is behind, which
+    # no stub has.
     os.environ._data.clear()  # type: ignore[attr-defined]
     pairs = (each.partition(b"=") for each in reversed(environment))  # of two with one name the first one counts
     os.environ._data.update({key: value for key, sign, value in pairs if sign})  # type: ignore[attr-defined]
@@ -145,9 +156,6 @@ def resume() -> None:
             stream = None  # a directory, perhaps; the interpreter has none then, either
         setattr(sys, standard, stream)
         setattr(sys, f"__{standard}__", stream)
-    if fd >= 0:
-        _waits = fd, os.fsdecode(path)
-        os.set_inheritable(fd, False)
 
 
 def hear_interrupts(hear: bool) -> None:

@@ -21,11 +21,7 @@
 
 #define CHANGED "has changed since `pyvmm prepare`"
 
-enum { RSEQ_BYTES = 32, RSEQ_UNREGISTER = 1, RSEQ_SIGNATURE = 0x53053053, KERNEL_SIGSET_BYTES = 8 };
-
-/* Of glibc 2.35 and newer. */
-extern const ptrdiff_t __rseq_offset __attribute__((weak));
-extern const unsigned int __rseq_size __attribute__((weak));
+enum { RSEQ_UNREGISTER = 1, KERNEL_SIGSET_BYTES = 8 };
 
 static bool same_directory(const char *one, const char *other)
 {

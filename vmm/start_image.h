@@ -13,6 +13,11 @@
 #include <stdint.h>
 
 #define IMAGE_MAGIC "pyvmmSI1"
+/* Of glibc 2.35 and newer: where a thread's restartable sequence is, and what the kernel is told of it. */
+extern const ptrdiff_t __rseq_offset __attribute__((weak));
+extern const unsigned int __rseq_size __attribute__((weak));
+enum { RSEQ_BYTES = 32, RSEQ_SIGNATURE = 0x53053053 };
+
 enum { IMAGE_CPU_WORDS = 3, IMAGE_ZEROS = 0, IMAGE_ITSELF = 1, IMAGE_FILES = 2 };
 
 struct image_head {

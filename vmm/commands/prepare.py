@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import os
 import struct
 import sys
@@ -45,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def image_path() -> str:
     """Where the launcher looks for it: beside what Python compiles."""
-    packages = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from vmm.commands.link import import_path
+
     python = f"python{sys.version_info[0]}.{sys.version_info[1]}{'t' * ('t' in sys.abiflags)}"
-    return f"{packages}/vmm/__pycache__/start-{python}.image"
+    return f"{import_path()[0]}/vmm/__pycache__/start-{python}.image"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -67,14 +69,14 @@ def main(args: argparse.Namespace) -> int:
         return 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
     new = f"{path}.{os.getpid()}"
-    start = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "__main__.py")
-    options = {"pyvmm": "pyvmm", "pyvmm_path": ":".join(import_path()), "pyvmm_save": new}
+    places = import_path()
+    options = {"pyvmm": "pyvmm", "pyvmm_path": ":".join(places), "pyvmm_save": new}
     words = [word for name, value in options.items() for word in ("-X", f"{name}={value}")]
+    command = [sys.executable, "-I", "-S", *words, f"{places[0]}/vmm/__main__.py"]
     # By UTF-8, whatever the language is here, and with no wish of a linker.
     saved = subprocess.run(
-        [sys.executable, "-I", "-S", *words, start], env={"LC_ALL": "C.UTF-8"}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, errors="replace",
-    )  # fmt: skip
+        command, env={"LC_ALL": "C.UTF-8"}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     try:
         if saved.returncode:
             return _tell(saved)
@@ -173,14 +175,14 @@ class _Writer:
         named = [os.fsencode(name) + b"\0" for name in (*self._files, os.path.dirname(sys.executable))]
         tables = ((_SEGMENT, self._segments), (_PART, self._parts), (_FILE, self._files))
         counts = [len(rows) for _, rows in tables]
-        first = len(MAGIC) + struct.calcsize(_HEAD) + sum(struct.calcsize(form) * len(rows) for form, rows in tables)
-        names = [first + sum(map(len, named[:number])) for number in range(len(named))]
-        memory = _up_to_page(first + len(b"".join(named)))
+        head = len(MAGIC) + struct.calcsize(_HEAD)
+        first = head + sum(struct.calcsize(form) * len(rows) for form, rows in tables)
+        *names, end = itertools.accumulate(map(len, named), initial=first)
+        memory = _up_to_page(end)
         vdso = memory + len(self._saved)
         with open(path, "xb") as image:
             os.fchmod(image.fileno(), 0o644)
             image.write(MAGIC)
-            head = len(MAGIC) + struct.calcsize(_HEAD)
             numbers = (vdso + len(code), head, *counts, libraries, names[-1], vdso, *cpu, self._thread, self._given)
             image.write(struct.pack(_HEAD, *numbers, *self._registers))
             for start, length, protection, source, offset in self._segments:
