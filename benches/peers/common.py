@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import compileall
+import functools
 import json
 import os
 import shutil
@@ -72,6 +73,7 @@ class Run(NamedTuple):
     cpu_ms: float
 
 
+@functools.cache  # not once more between two starts that are measured
 def pyvmm() -> list[str]:
     """Command line of ``pyvmm run``, with its byte code made, as pip makes it, and prepared (``pyvmm prepare``).
 
