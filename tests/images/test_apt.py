@@ -289,8 +289,8 @@ def test_who_has_the_file_open_cannot_change_what_was_looked_at(
     download, check = apt._download, apt._check
     still: list[BinaryIO] = []
 
-    def then_open(offer: apt._Offer, spool: Path, *rest: object) -> None:
-        download(offer, spool, *rest)  # type: ignore[arg-type]
+    def then_open(offer: apt._Offer, spool: Path, *rest: Any) -> None:
+        download(offer, spool, *rest)
         (deb,) = spool.glob("*.deb")
         still.append(open(deb, "r+b"))
 

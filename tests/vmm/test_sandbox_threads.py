@@ -16,7 +16,7 @@ import pytest
 from tests.vmm import test_sandbox_host as lying
 from tests.vmm.test_sandbox_host import STARTED, Answer, frame
 from tests.waiting import until
-from vmm.sandbox import CommandTimeout, SandboxGone, Session
+from vmm.sandbox import CommandTimeout, Result, SandboxGone, Session
 from vmm.sandbox.channel import Deadline
 
 agent = lying.agent
@@ -140,7 +140,7 @@ def test_a_size_is_not_put_into_the_input_that_another_thread_sends(agent: Calla
         go.set()
         until(lambda: done and resized)
         assert resized == [None]
-        assert done[0].exit_code == 0  # type: ignore[attr-defined]
+        assert isinstance(done[0], Result) and done[0].exit_code == 0
     assert [each for each in seen if each[0] == b"i"] == [(b"i", 1 << 18)] * 13 + [(b"i", 0)]
     assert (b"w", 4) in seen
     assert len(seen) == 15

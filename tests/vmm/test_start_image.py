@@ -15,12 +15,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.waiting import until
 from vmm.commands import link, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +45,13 @@ class Program:
         self.path.chmod(0o755)
         self.image = self.packages / Path(prepare.image_path()).relative_to(ROOT)
 
-    def run(self, *words: str | bytes, how: str = "warm", env: dict[str, str] | None = None, **options: object) -> Done:
+    def run(self, *words: str | bytes, how: str = "warm", env: dict[str, str] | None = None, **options: Any) -> Done:
         """A start that is over; `how`: PYVMM_START."""
         environment = {**os.environ, **(env or {}), "PYVMM_START": how}
         while True:
             done: Done = subprocess.run(
                 [self.path, *words], env=environment, capture_output=True, timeout=PATIENCE, **options
-            )  # type: ignore[call-overload]
+            )
             # The kernel's own choice of addresses: once in a thousand starts one is taken.
             if b"is in use where the image has its own" not in done.stderr:
                 return done
@@ -124,18 +125,12 @@ class Served:
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )  # fmt: skip
         self.words, self.proc = words, Path("/proc", str(self.process.pid))
-        self.until(self.socket.exists)
+        until(self.socket.exists, self.process.poll)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(self.socket))
             client.sendall(b"GET /version HTTP/1.1\r\n\r\n")
             assert client.recv(4096).startswith(b"HTTP/1.1 200")
-        self.until(lambda: "seccomp" in self.signals() and self.signals()["seccomp"] == "2")
-
-    def until(self, true: object) -> None:
-        end = time.monotonic() + PATIENCE
-        while not true():  # type: ignore[operator]
-            assert self.process.poll() is None and time.monotonic() < end
-            time.sleep(0.005)
+        until(lambda: "seccomp" in self.signals() and self.signals()["seccomp"] == "2")
 
     def signals(self) -> dict[str, str]:
         rows = (line.split(":", 1) for line in (self.proc / "status").read_text().splitlines())
@@ -167,11 +162,10 @@ def test_the_kernel_sees_the_same_process(both: list[Served], tmp_path: Path) ->
     warm, cold = both
     # The main thread goes to sleep a moment after the filters are there.
     names = ("ppid", "uid", "sigign", "sigcgt", "sigblk", "nonewprivs", "seccomp", "capeff", "umask", "name")
-    for one in both:
-        one.until(lambda one=one: one.signals()["sigblk"] == "0" * 16)
+    until(lambda: all(one.signals()["sigblk"] == "0" * 16 for one in both))
     assert {name: warm.signals()[name] for name in names} == {name: cold.signals()[name] for name in names}
     assert int(warm.signals()["sigign"], 16) & 1 << signal.SIGUSR1 - 1, "it was ignored, and stays so"
-    warm.until(lambda: warm.files() == [name.replace("cold", "warm") for name in cold.files()])
+    until(lambda: warm.files() == [name.replace("cold", "warm") for name in cold.files()])
     assert (warm.proc / "limits").read_text() == (cold.proc / "limits").read_text()
     assert (warm.proc / "cgroup").read_text() == (cold.proc / "cgroup").read_text()
     assert (warm.proc / "cmdline").read_bytes() == b"".join(word.encode() + b"\0" for word in warm.words)
