@@ -82,6 +82,12 @@ class Vm:
         assert [h for h, _ in done] == [head]
         return done[0][1]
 
+    def until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not done():
+            assert time.monotonic() < deadline, self.device.stats
+            time.sleep(0.001)
+
     def buffer(self, data: bytes | int, *, device_writes: bool = False) -> Buffer:
         return self.driver.queues[0].buffer(data, device_writes=device_writes)
 
@@ -397,15 +403,61 @@ def test_a_stop_between_the_pieces_of_a_request(boot: Callable[..., Vm]) -> None
         assert vm.device.stats["write_zeroes"] == 4
 
 
-def test_several_queues_with_a_thread_each(boot: Callable[..., Vm], image: Path) -> None:
-    vm = boot(queues=4)
+@pytest.mark.parametrize("threads", [0, 1, 3, 9])
+def test_several_queues(boot: Callable[..., Vm], image: Path, threads: int) -> None:
+    vm = boot(queues=4, threads=threads)
     for queue in range(4):
         assert vm.request(spec.BLK_T_OUT, queue, vm.buffer(bytes([90 + queue]) * 512), queue=queue) == 0
     assert image.read_bytes()[: 4 * 512] == b"".join(bytes([90 + i]) * 512 for i in range(4))
     assert vm.driver.config(34, 2) == b"\4\0"
+    number = min(threads or max(1, len(os.sched_getaffinity(0)) // 2), 4)
     names = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")}
-    assert names >= {f"virtio-blk.{queue}" for queue in range(4)}
+    expected = {f"virtio-blk.{thread}" for thread in range(number)} if number > 1 else {"virtio-blk"}
+    assert {name for name in names if name.startswith("virtio-blk")} == expected
     assert vm.device.stats["requests"] == 4
+
+
+def test_a_full_queue_does_not_keep_the_others_of_its_thread_waiting(boot: Callable[..., Vm]) -> None:
+    """A limit lets 150 of 201 requests through. The full queue comes first; the thread takes 128 of it at a time."""
+    vm = boot(queues=2, threads=1, limiter=RateLimiter(ops=(150, 0, 1 << 40)))
+    vm.transport.stop()
+    statuses = []
+    for queue, number in ((0, 200), (1, 1)):
+        for _ in range(number):
+            statuses.append(vm.buffer(b"\xee", device_writes=True))
+            vm.driver.queues[queue].add_indirect([vm.header(spec.BLK_T_FLUSH), statuses[-1]])
+    vm.transport.go_on()
+    vm.until(lambda: vm.device.stats["throttled"] > 0)
+    vm.until(lambda: vm.ram.read(statuses[-1].addr, 1) == b"\0")
+    assert [vm.ram.read(status.addr, 1) for status in statuses].count(b"\0") == 150
+    vm.device.set_rate_limit(ops=(0, 0, 0))
+    vm.until(lambda: all(vm.ram.read(status.addr, 1) == b"\0" for status in statuses))
+
+
+def test_requests_of_several_queues_are_in_flight_together(boot: Callable[..., Vm]) -> None:
+    """More than the thread has room for; each answer is in the ring that its request came from."""
+    vm = boot(queues=4, threads=1, direct=True)
+    block = vm.disk.block_size
+    places = [vm.driver.allocator.alloc(block, block) for _ in range(4)]
+    vm.transport.stop()
+    heads: list[set[int]] = []
+    done: list[list[tuple[int, int]]] = [[], [], [], []]
+
+    def all_done() -> bool:
+        for ring, used in zip(vm.driver.queues, done, strict=True):
+            used += ring.reap()
+        return all(len(used) >= 100 for used in done)
+
+    for queue, place in enumerate(places):
+        ring = vm.driver.queues[queue]
+        parts = [vm.header(spec.BLK_T_IN, queue * block // 512), Buffer(place, block, True)]
+        heads.append({ring.add_indirect([*parts, vm.buffer(b"\xee", device_writes=True)]) for _ in range(100)})
+    vm.transport.go_on()
+    vm.until(all_done)
+    for queue, place in enumerate(places):
+        assert {head for head, _ in done[queue]} == heads[queue]
+        assert {length for _, length in done[queue]} == {block + 1}
+        assert vm.ram.read(place, 512) == bytes([queue * block // 512]) * 512
 
 
 def test_direct_io_takes_aligned_buffers_and_others(boot: Callable[..., Vm], image: Path) -> None:
@@ -597,9 +649,12 @@ def test_a_file_that_is_no_disk_changes_nothing(vm: Vm, tmp_path: Path) -> None:
     alive(vm)
 
 
-def test_files_that_change_while_the_driver_reads(boot: Callable[..., Vm], image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_files_that_change_while_the_driver_reads(
+    boot: Callable[..., Vm], image: Path, tmp_path: Path, threads: int
+) -> None:
     """Each read is of one file or the other, and none is beyond the end of the smaller."""
-    vm = boot(queues=2)
+    vm = boot(queues=2, threads=threads)
     small = tmp_path / "small.img"
     small.write_bytes(b"s" * 512 * 8)
     stop = threading.Event()
@@ -886,7 +941,7 @@ def test_rate_limit_within_a_tenth(
     boot: Callable[..., Vm], limit: dict[str, tuple[int, int, int]], size: int, expected: int
 ) -> None:
     """Shared by the queues; what is counted is requests, and the clock is that of the limiter."""
-    vm = boot(queues=2, limiter=RateLimiter(**limit))
+    vm = boot(queues=2, threads=2, limiter=RateLimiter(**limit))
     heads = [
         ring.add_indirect(
             [vm.header(spec.BLK_T_IN), vm.buffer(size, device_writes=True), vm.buffer(1, device_writes=True)]
@@ -926,8 +981,9 @@ def test_a_limit_is_changed_while_a_request_waits_for_it(boot: Callable[..., Vm]
     assert vm.device.stats["throttled"] >= 1
 
 
-def test_a_limit_is_changed_though_the_driver_uses_one_queue_of_two(boot: Callable[..., Vm]) -> None:
-    vm = boot(queues=2)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_limit_is_changed_though_the_driver_uses_one_queue_of_two(boot: Callable[..., Vm], threads: int) -> None:
+    vm = boot(queues=2, threads=threads)
     vm.driver.set(spec.MMIO_QUEUE_SEL, 1)
     vm.driver.set(spec.MMIO_QUEUE_READY, 0)
     vm.device.set_rate_limit(ops=(0, 0, 0))

@@ -53,6 +53,7 @@ cdef struct BlockFile:
 # One request. chain.iov has as many entries as the ring; validate() narrows it to the data buffers.
 cdef struct Request:
     DescChain chain
+    uint32_t slot           # of its queue, in the worker
     uint32_t type
     uint8_t *status         # the status byte in guest memory; NULL: the chain has none
     iovec *data             # points into chain.iov

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The threads of a block device's queues, without the GIL: requests run by system calls or by io_uring."""
+"""The threads of a block device, without the GIL: they run requests by system calls or by io_uring."""
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EOPNOTSUPP, errno
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
@@ -17,7 +17,7 @@ from vmm._uring cimport (
     IORING_OP_WRITEV, RING_ENTRIES, Uring, io_uring_cqe, io_uring_sqe, uring_close, uring_next, uring_open, uring_peek,
     uring_seen, uring_submit,
 )
-from virtio._worker cimport SERVE_STALLED, QueueWorker
+from virtio._worker cimport SERVE_MORE, SERVE_STALLED, QueueWorker
 from vmm._sys cimport (
     counter_add, counters_read, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, table_alloc, table_free,
@@ -46,6 +46,7 @@ cdef enum:
     BATCH = 32
     BATCH_BYTES = 1 << 18
     COPIED_BYTES = 1 << 21      # for writes to the page cache, which do not take long
+    TURN = 128                  # requests of a queue before the thread's other queues are served
 
 MAX_DISCARD_SECTORS = MAX_DISCARD
 MAX_WRITE_ZEROES_SECTORS = MAX_WRITE_ZEROES
@@ -140,10 +141,10 @@ cdef class Backend:
 
 
 cdef class BlockWorker(QueueWorker):
-    """The thread of one queue of a block device.
+    """A thread of a block device, for one or more of its queues.
 
     :param backend: the device's backend
-    :param size: the queue's maximum size, in entries
+    :param size: the queues' maximum size, in entries
     """
     cdef Backend disk
     cdef pthread_mutex_t lock           # held while requests are validated and submitted; Backend.change takes it
@@ -159,8 +160,10 @@ cdef class BlockWorker(QueueWorker):
     cdef uint32_t n_requests
     cdef uint32_t flying                # requests in flight in the kernel
     cdef uint32_t written               # submissions prepared since the last uring_submit
-    cdef uint32_t done                  # requests completed since the used ring was last published
+    cdef uint32_t done                  # requests completed since the used rings were last published
     cdef uint64_t done_bytes
+    cdef uint64_t done_slots            # bit mask of the queues that they are of
+    cdef uint32_t first                 # slot of the queue that the next event serves first
     cdef bint by_ring                   # use the ring: the backend asks for it and it could be opened
     cdef bint warm                      # the last reads were in the page cache
     cdef bint no_nowait                 # the file system has no RWF_NOWAIT
@@ -198,7 +201,7 @@ cdef class BlockWorker(QueueWorker):
 
     @property
     def stats(self):
-        """Counters of this queue, by name."""
+        """Counters of this thread's queues, by name."""
         cdef Counters now
         counters_read(&now, &self.counters, sizeof(Counters))
         return now
@@ -219,6 +222,7 @@ cdef class BlockWorker(QueueWorker):
         cdef Ring *ring = self.rings[slot]
         cdef Request *r
         cdef uint64_t wait
+        cdef uint32_t left = TURN
         cdef int status, refusal
         pthread_mutex_lock(&self.lock)
         while True:
@@ -228,6 +232,10 @@ cdef class BlockWorker(QueueWorker):
             r = self.idle
             if r == NULL:
                 break                   # all requests are in flight: a completion resumes this queue
+            if left == 0 and self.n_queues > 1:
+                status = SERVE_MORE
+                break
+            left -= 1
             status = queue_pop(ring, self.ram, &r.chain)
             if status != QUEUE_CHAIN:
                 if status < 0:
@@ -243,6 +251,7 @@ cdef class BlockWorker(QueueWorker):
                     status = SERVE_STALLED
                     break
             self.idle = r.next
+            r.slot = slot
             counter_add(&self.counters.requests, 1)
             if refusal != S_OK:
                 counter_add(&self.counters.bad_requests, 1)
@@ -268,7 +277,7 @@ cdef class BlockWorker(QueueWorker):
     cdef bint is_enough(self, const Request *last) noexcept nogil:
         # Whether to interrupt the driver for BATCH_BYTES. Of what is only copied, once as many requests are done as
         # still wait: then the driver and this thread work at the same time, and it is woken less often.
-        cdef Ring *ring = self.rings[0]
+        cdef Ring *ring = self.rings[last.slot]
         return not self.is_copied(last) or self.done_bytes >= COPIED_BYTES \
             or self.done >= <uint16_t>(load_relaxed16(ring.avail + 2) - ring.last_avail)
 
@@ -315,8 +324,24 @@ cdef class BlockWorker(QueueWorker):
             pthread_mutex_lock(&self.lock)
             self.submit_and_reap()
             pthread_mutex_unlock(&self.lock)
-        # set_rate_limit also wakes the threads of queues that the driver does not use.
-        return self.run_queue(0) if self.rings[0].size else 0
+        return self.run_waiting()
+
+    cdef int run_waiting(self) noexcept nogil:
+        # Serve each queue that waits for requests to complete or for tokens, or has new requests. Another one is the
+        # first each time, as it may take all that is free.
+        cdef uint32_t i, slot
+        cdef Ring *ring
+        cdef int status
+        self.first += 1
+        for i in range(self.n_queues):
+            slot = (self.first + i) % self.n_queues
+            ring = self.rings[slot]
+            # set_rate_limit also wakes the threads of queues that the driver does not use: those have no size.
+            if ring.size and (self._stalled[slot] or load_relaxed16(ring.avail + 2) != ring.last_avail):
+                status = self.run_queue(slot)
+                if status < 0:
+                    return status
+        return 0
 
     cdef void finish(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)
@@ -358,7 +383,7 @@ cdef class BlockWorker(QueueWorker):
     cdef void answer(self, Request *r, int status) noexcept nogil:
         # The used length counts a contiguous prefix (§2.7.8.2). The status byte comes last, so it counts only if all
         # bytes before it were written.
-        cdef Ring *ring = self.rings[0]
+        cdef Ring *ring = self.rings[r.slot]
         cdef uint64_t filled = 0
         if r.status != NULL:
             r.status[0] = status
@@ -372,14 +397,18 @@ cdef class BlockWorker(QueueWorker):
         # A driver that is running sees the request before any interrupt; show() checks whether it wants one.
         store_release16(ring.used + 2, ring.next_used)
         self.done += 1
+        self.done_slots |= <uint64_t>1 << r.slot
         r.next = self.idle
         self.idle = r
 
     cdef void show(self) noexcept nogil:
+        cdef uint32_t slot
         if self.done:
+            for slot in range(self.n_queues):
+                if self.done_slots >> slot & 1:
+                    self.publish(slot)
             self.done = 0
-            self.done_bytes = 0
-            self.publish(0)
+            self.done_bytes = self.done_slots = 0
 
     cdef void report(self, int failed, uint64_t end) noexcept nogil:
         # Take the GIL only for the 1st, 2nd, 4th, 8th, ... failure with the same errno.
@@ -400,7 +429,7 @@ cdef class BlockWorker(QueueWorker):
         if self.is_copied(r):
             return False
         if r.type == T_IN and self.warm and self.written == 0 \
-                and load_relaxed16(self.rings[0].avail + 2) == self.rings[0].last_avail:
+                and load_relaxed16(self.rings[r.slot].avail + 2) == self.rings[r.slot].last_avail:
             # Read a single request directly if its data is probably cached, as the last one's was: cheaper than
             # io_uring.
             done = preadv2(self.disk.file.fd, r.data, r.count, r.offset, RWF_NOWAIT)

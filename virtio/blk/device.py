@@ -226,7 +226,8 @@ class Block(VirtioDevice):
     :param disk: open and locked; not owned
     :param serial: answer to GET_ID, at most 20 bytes
     :param name: name of the device in messages, and of its threads
-    :param queues: each with a thread of its own
+    :param queues: number of virtqueues
+    :param threads: number of worker threads; 0: one for each queue, but no more than half of this process's CPUs
     :param engine: ``sync``: system calls; ``io_uring``; None: what is faster for the file
     :param unsafe: the guest is offered no flush, and one does nothing: what it wrote may be lost with the host
     :param limiter: limits all queues together; None: no limit
@@ -245,6 +246,7 @@ class Block(VirtioDevice):
         serial: str = "",
         name: str = "virtio-blk",
         queues: int = 1,
+        threads: int = 0,
         engine: str | None = None,
         unsafe: bool = False,
         limiter: RateLimiter | None = None,
@@ -255,6 +257,8 @@ class Block(VirtioDevice):
         self.disk = disk
         self.serial = (serial or "pyvmm").encode()[: spec.BLK_ID_BYTES]
         self.queue_sizes = (QUEUE_SIZE,) * queues
+        # The guest's vCPUs have the other half. With more threads than that, each waits for its turn (measured).
+        self._threads = min(queues, threads or max(1, len(os.sched_getaffinity(0)) // 2))
         self.engine = self._choose(engine)
         self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_TOPOLOGY
         if not unsafe:  # as in Firecracker: a guest that is offered none does not wait for any
@@ -291,14 +295,14 @@ class Block(VirtioDevice):
         return "sync"
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[BlockWorker]:
-        """A thread a queue."""
-        many = len(notify_fds) > 1
+        """The queues are dealt out to the threads in turn."""
+        number = self._threads
         self._workers = [
             BlockWorker(
-                self, [queue], [fd], on_failure, f"{self.name}.{queue}" if many else self.name,
-                backend=self._backend, size=QUEUE_SIZE,
+                self, range(len(notify_fds))[thread::number], notify_fds[thread::number], on_failure,
+                f"{self.name}.{thread}" if number > 1 else self.name, backend=self._backend, size=QUEUE_SIZE,
             )
-            for queue, fd in enumerate(notify_fds)
+            for thread in range(number)
         ]  # fmt: skip
         return self._workers
 

@@ -91,7 +91,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
         default=None, word="id=", api="drive_id", api_default=REQUIRED,
     )  # fmt: skip
     queues: int = option(
-        help="virtqueues, each with a thread, 1 to 8 (default: 1)",
+        help="virtqueues, 1 to 8, with at most as many threads as half of the CPUs (default: 1)",
         default=1, least=1, most=MAX_QUEUES, word="queues=", api="num_queues", extension=True,
     )  # fmt: skip
     engine: str | None = option(
