@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.forked import fork
+from tests.waiting import until
 from virtio import spec
 from virtio._limiter import RateLimiter
 from virtio.blk import _worker as _blk
@@ -81,12 +82,6 @@ class Vm:
             ring.want_interrupt()
         assert [h for h, _ in done] == [head]
         return done[0][1]
-
-    def until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
-        while not done():
-            assert time.monotonic() < deadline, self.device.stats
-            time.sleep(0.001)
 
     def buffer(self, data: bytes | int, *, device_writes: bool = False) -> Buffer:
         return self.driver.queues[0].buffer(data, device_writes=device_writes)
@@ -427,11 +422,11 @@ def test_a_full_queue_does_not_keep_the_others_of_its_thread_waiting(boot: Calla
             statuses.append(vm.buffer(b"\xee", device_writes=True))
             vm.driver.queues[queue].add_indirect([vm.header(spec.BLK_T_FLUSH), statuses[-1]])
     vm.transport.go_on()
-    vm.until(lambda: vm.device.stats["throttled"] > 0)
-    vm.until(lambda: vm.ram.read(statuses[-1].addr, 1) == b"\0")
+    until(lambda: vm.device.stats["throttled"] > 0)
+    until(lambda: vm.ram.read(statuses[-1].addr, 1) == b"\0")
     assert [vm.ram.read(status.addr, 1) for status in statuses].count(b"\0") == 150
     vm.device.set_rate_limit(ops=(0, 0, 0))
-    vm.until(lambda: all(vm.ram.read(status.addr, 1) == b"\0" for status in statuses))
+    until(lambda: all(vm.ram.read(status.addr, 1) == b"\0" for status in statuses))
 
 
 def test_requests_of_several_queues_are_in_flight_together(boot: Callable[..., Vm]) -> None:
@@ -453,7 +448,7 @@ def test_requests_of_several_queues_are_in_flight_together(boot: Callable[..., V
         parts = [vm.header(spec.BLK_T_IN, queue * block // 512), Buffer(place, block, True)]
         heads.append({ring.add_indirect([*parts, vm.buffer(b"\xee", device_writes=True)]) for _ in range(100)})
     vm.transport.go_on()
-    vm.until(all_done)
+    until(all_done)
     for queue, place in enumerate(places):
         assert {head for head, _ in done[queue]} == heads[queue]
         assert {length for _, length in done[queue]} == {block + 1}
