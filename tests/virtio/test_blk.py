@@ -424,7 +424,7 @@ def test_a_full_queue_does_not_keep_the_others_of_its_thread_waiting(boot: Calla
     vm.transport.go_on()
     until(lambda: vm.device.stats["throttled"] > 0)
     until(lambda: vm.ram.read(statuses[-1].addr, 1) == b"\0")
-    assert [vm.ram.read(status.addr, 1) for status in statuses].count(b"\0") == 150
+    until(lambda: [vm.ram.read(status.addr, 1) for status in statuses].count(b"\0") == 150)
     vm.device.set_rate_limit(ops=(0, 0, 0))
     until(lambda: all(vm.ram.read(status.addr, 1) == b"\0" for status in statuses))
 
