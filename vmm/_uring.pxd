@@ -15,12 +15,30 @@ cdef extern from "<linux/io_uring.h>" nogil:
     struct io_uring_cqe:
         uint64_t user_data
         int32_t res                 # what the system call would have returned, or -errno
+    struct io_sqring_offsets:
+        uint32_t head
+        uint32_t tail
+        uint32_t ring_mask
+        uint32_t array
+    struct io_cqring_offsets:
+        uint32_t head
+        uint32_t tail
+        uint32_t ring_mask
+        uint32_t cqes
+    struct io_uring_params:
+        uint32_t sq_entries
+        uint32_t cq_entries
+        uint32_t flags
+        uint32_t features
+        io_sqring_offsets sq_off
+        io_cqring_offsets cq_off
     enum:
         IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_READ, IORING_OP_WRITE, IORING_OP_FSYNC, IORING_OP_FALLOCATE
         IORING_FSYNC_DATASYNC
 
 cdef struct Uring:
     int fd                          # -1: not open; readable when there is a completion
+    io_uring_params made            # what the kernel said of it
     unsigned int *sq_head           # written by the kernel
     unsigned int *sq_tail           # written by us
     unsigned int sq_mask

@@ -45,23 +45,6 @@ cdef extern from *:
     static inline unsigned load_acquire(const unsigned *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void store_release(unsigned *p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     """
-    struct io_sqring_offsets:
-        uint32_t head
-        uint32_t tail
-        uint32_t ring_mask
-        uint32_t array
-    struct io_cqring_offsets:
-        uint32_t head
-        uint32_t tail
-        uint32_t ring_mask
-        uint32_t cqes
-    struct io_uring_params:
-        uint32_t sq_entries
-        uint32_t cq_entries
-        uint32_t flags
-        uint32_t features
-        io_sqring_offsets sq_off
-        io_cqring_offsets cq_off
     enum:
         IORING_SETUP_CLAMP, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_R_DISABLED, IORING_ENTER_GETEVENTS
         IORING_OFF_SQ_RING, IORING_OFF_SQES
@@ -83,50 +66,61 @@ cdef int _refusal = 0                   # errno of the failure if stock() could 
 
 cdef int uring_open(Uring *ring) noexcept:
     global _stocked
+    cdef int status
     if _stocked < 0:
-        return _make(ring)
-    if _stocked == 0:
+        status = _make(ring)
+        if status < 0:
+            return status
+    elif _stocked == 0:
         ring.fd = -1
         return -EMFILE
-    _stocked -= 1
-    ring[0] = _stock[_stocked]
-    return 0
+    else:
+        _stocked -= 1
+        ring[0] = _stock[_stocked]
+    status = _map(ring)
+    if status < 0:
+        uring_close(ring)
+    return status
 
 
 cdef int _make(Uring *ring) noexcept nogil:
-    cdef io_uring_params p
-    cdef unsigned int *array
-    cdef unsigned int i
+    # A ring that is not mapped yet.
+    cdef io_uring_params *p = &ring.made
     cdef int status
-    cdef char *base
     memset(ring, 0, sizeof(Uring))
-    memset(&p, 0, sizeof(p))
     # COOP_TASKRUN (Linux 5.19): a completion does not interrupt this thread, which polls the ring anyway. DEFER_TASKRUN
     # would save more, but does not wake a thread that sleeps in epoll on the ring.
     p.flags = IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_R_DISABLED
-    ring.fd = uring_setup(RING_ENTRIES, &p)
+    ring.fd = uring_setup(RING_ENTRIES, p)
     if ring.fd < 0 and errno == EINVAL:
-        memset(&p, 0, sizeof(p))
+        memset(p, 0, sizeof(io_uring_params))
         p.flags = IORING_SETUP_CLAMP | IORING_SETUP_R_DISABLED      # Linux 5.10
-        ring.fd = uring_setup(RING_ENTRIES, &p)
+        ring.fd = uring_setup(RING_ENTRIES, p)
     if ring.fd < 0:
         return -errno
     status = uring_restrict(ring.fd)
     if status < 0:
-        _free(ring)
-        return status
+        close(ring.fd)
+        ring.fd = -1
+    return status
+
+
+cdef int _map(Uring *ring) noexcept nogil:
+    cdef io_uring_params *p = &ring.made
+    cdef unsigned int *array
+    cdef unsigned int i
+    cdef char *base
     ring.rings_size = max(p.sq_off.array + p.sq_entries * sizeof(unsigned int),
                           p.cq_off.cqes + p.cq_entries * sizeof(io_uring_cqe))
     ring.sqes_size = p.sq_entries * sizeof(io_uring_sqe)
     ring.rings = uring_map(ring.fd, ring.rings_size, IORING_OFF_SQ_RING)
     ring.sqes = <io_uring_sqe *>uring_map(ring.fd, ring.sqes_size, IORING_OFF_SQES)
     if ring.rings == NULL or ring.sqes == NULL:
-        status = -errno
-        _free(ring)
-        return status
+        return -errno
     base = <char *>ring.rings
     ring.sq_head = <unsigned int *>(base + p.sq_off.head)
     ring.sq_tail = <unsigned int *>(base + p.sq_off.tail)
+    ring.tail = ring.sq_tail[0]
     ring.sq_mask = (<unsigned int *>(base + p.sq_off.ring_mask))[0]
     ring.cq_head = <unsigned int *>(base + p.cq_off.head)
     ring.cq_tail = <unsigned int *>(base + p.cq_off.tail)
@@ -142,20 +136,15 @@ cdef void uring_close(Uring *ring) noexcept:
     global _stocked
     if ring.fd < 0:
         return
-    if 0 <= _stocked < 64:
-        _stock[_stocked] = ring[0]
-        _stocked += 1
-        ring.fd = -1
-    else:
-        _free(ring)
-
-
-cdef void _free(Uring *ring) noexcept nogil:
     if ring.rings != NULL:
         munmap(ring.rings, ring.rings_size)
     if ring.sqes != NULL:
         munmap(ring.sqes, ring.sqes_size)
-    close(ring.fd)
+    if 0 <= _stocked < 64:
+        _stock[_stocked] = ring[0]
+        _stocked += 1
+    else:
+        close(ring.fd)
     ring.fd = -1
 
 
@@ -206,7 +195,8 @@ def probe():
 
 
 def stock(int count):
-    """Make up to `count` rings, at most 64. After this the process makes no others: closed rings are used again.
+    """Make up to `count` rings, at most 64. After this the process makes no others: closed rings are used again. A ring
+    is mapped while it is open.
 
     :returns: the number of rings made
     """
