@@ -168,6 +168,16 @@ def test_endless_header_is_not_read(kind: bytes, size: int, tmp_path: Path) -> N
         sources.archive(saved(tmp_path, data))
 
 
+def test_an_archive_does_not_end_where_a_header_is_damaged(tmp_path: Path) -> None:
+    whole = layer(entry("a", b"x"), entry("b", b"y"))
+    assert names(merged(whole[:2048])) == ["a", "b"], "zeros at its end may be missing"
+    for damaged in (whole[:1024] + b"\xff" * 512 + whole[1536:], whole[:1024] + b"b"):
+        with pytest.raises(PullError, match="layer 0 is not a valid tar archive"):
+            merged(damaged)
+        with pytest.raises(PullError, match=r"saved\.tar is not an archive of `docker save`"):
+            sources.archive(saved(tmp_path, damaged))
+
+
 def test_headers_of_headers_are_one_line(tmp_path: Path) -> None:
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, cast
+from typing import BinaryIO, Self, cast
 
 from vmm.errors import line
 from vmm.images.host import PullError
@@ -95,11 +95,21 @@ class Header(tarfile.TarInfo):
 
     ``pax_headers`` has only the attributes that a squashfs can hold.
 
+    :raises ReadError: a header is damaged, which tarfile takes for the end of the archive
     :raises PullError: the extended headers of a member, or the map of a sparse file, are longer than 1 MiB; a member
         ends before its beginning, where tarfile would go on for ever
     """
 
     __slots__ = ()
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf.strip(b"\0"):
+                raise tarfile.ReadError(str(error)) from None
+            raise  # the end
 
     # TarInfo's own ways to read a header, which no stub has.
 
@@ -170,9 +180,6 @@ class Tree:
                 # Only where its bytes are is needed from here on.
                 member.name = member.linkname = ""
                 member.pax_headers = {}
-            tar.seek(archive.offset)
-            if tar.read(512).strip(b"\0"):  # tarfile takes what is not a header for the end
-                raise PullError(f"there is no tar header at offset {archive.offset}")
         except PullError as error:
             raise PullError(f"{what}: {error}") from None
         except DAMAGED as error:
