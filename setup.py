@@ -48,7 +48,7 @@ MANUAL = "build/man/pyvmm.1"
 # What a distribution's own packages are built with: checks of stacks and buffers, branch targets, no writable GOT.
 HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
 RELRO = ["-Wl,-z,relro,-z,now"]
-AGENT = [f"vmm/sandbox/agent/{name}.c" for name in "boot exec files frames json libc main ports tar users".split()]
+AGENT = [f"vmm/sandbox/agent/{name}.c" for name in "boot exec files frames json libc main ports tree users".split()]
 ENTER = ["vmm/images/enter.c", "vmm/sandbox/agent/libc.c"]
 # No function of the compiler's or the C library's, and nothing that needs one at the start.
 BARE = [

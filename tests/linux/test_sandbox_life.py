@@ -206,7 +206,7 @@ def test_a_snapshot_goes_on_and_has_its_time_limit(sandbox: Sandbox, tmp_path: P
             again.publish(80)
     about = json.loads((tmp_path / "shot" / "sandbox.json").read_text())
     (tmp_path / "shot" / "sandbox.json").write_text(json.dumps({**about, "protocol": 1}))
-    with pytest.raises(SnapshotError, match=r"shot: its agent speaks protocol 1, this pyvmm speaks 2$"):
+    with pytest.raises(SnapshotError, match=r"shot: its agent speaks protocol 1, this pyvmm speaks 3$"):
         Sandbox.restore(str(tmp_path / "shot"))
 
 

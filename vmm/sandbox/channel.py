@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Parameter: TypeAlias = str | int | Sequence[str] | None
 
 PORT = 521
-PROTOCOL = 2  # 1 had words in place of JSON
+PROTOCOL = 3  # 1 had words in place of JSON, 2 tar archives
 REQUEST_MAX = 1 << 20  # bytes
 PARAMETERS_MAX = 8192  # values in a request; an array has several
 FRAME_MAX = 1 << 18  # bytes the agent takes in one frame

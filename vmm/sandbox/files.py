@@ -35,13 +35,13 @@ from vmm.sandbox.errors import AgentError, SandboxGone
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from typing import IO, Literal, TypeAlias, overload
+    from typing import IO, Any, Literal, TypeAlias, overload
 
     from vmm.sandbox.channel import Parameter
 
     Data: TypeAlias = str | bytes | IO[str] | IO[bytes] | Iterable[str | bytes]
 
-_ENTRY = struct.Struct("<IIIIQq")
+ENTRY = struct.Struct("<IIIIQq")
 _TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink"}
 # Of inotify(7).
 _CHANGES = {
@@ -54,6 +54,17 @@ _NO_LIMIT = 1e9
 # How to open a file of the host that a guest may have in a mount: a link or a FIFO may be in its place by now.
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ENTRIES_MAX, _ENTRIES_SIZE = 1 << 20, 1 << 29  # of one directory, and bytes of them
+
+
+def fields(data: bytes) -> tuple[Any, ...]:
+    """The fields of an F_ENTRY frame: six numbers as agent/agent.h has them, the name, the target of a symbolic link.
+
+    :raises AgentError: the frame cannot be one
+    """
+    name, end, target = data[ENTRY.size :].partition(b"\0")
+    if not end or b"\0" in target:
+        raise AgentError("the guest sent an entry that is cut short, or has a name that no file has")
+    return *ENTRY.unpack_from(data), os.fsdecode(name), os.fsdecode(target)
 
 
 class Entry:
@@ -73,18 +84,15 @@ class Entry:
     __slots__ = ("gid", "mode", "modified", "name", "path", "size", "target", "type", "uid")
 
     def __init__(self, directory: str, data: bytes) -> None:
-        if len(data) <= _ENTRY.size:
-            raise AgentError("the guest sent an entry that is cut short")
-        mode, self.uid, self.gid, _, self.size, changed = _ENTRY.unpack_from(data)
-        name, end, target = data[_ENTRY.size :].partition(b"\0")
-        if not end or b"/" in name or name in (b".", b".."):
+        mode, self.uid, self.gid, _, self.size, changed, name, target = fields(data)
+        if "/" in name or name in (".", ".."):
             raise AgentError("the guest sent a name that no file has")
-        self.path = posixpath.join(directory, os.fsdecode(name)) if name else directory
+        self.path = posixpath.join(directory, name) if name else directory
         self.name = posixpath.basename(self.path.rstrip("/")) or "/"
         self.type = _TYPES.get(stat.S_IFMT(mode), "other")
         self.mode = stat.S_IMODE(mode)
         self.modified = changed / 1e9
-        self.target = os.fsdecode(target) if self.type == "symlink" else None
+        self.target = target if self.type == "symlink" else None
 
     def __repr__(self) -> str:
         return f"Entry({self.path!r}, {self.type!r}, size={self.size}, mode={self.mode:#o})"
@@ -208,7 +216,7 @@ class Files:
         :param mode: permission bits; None: unchanged, and 0644 for a new file
         """
         mode = None if mode is None else _mode(mode)
-        self._do("write", path, timeout, _data_frames(data), user=user, mode=mode, append=append, parents=True)
+        self._do("write", path, timeout, _data_frames(_pieces(data)), user=user, mode=mode, append=append, parents=True)
 
     def list(self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Entry]:
         """The entries of a directory, by name."""
@@ -289,7 +297,7 @@ class Files:
         elif stat.S_ISDIR(mode):
             from vmm.sandbox.archive import pack
 
-            self.put_archive(path, pack(source), user=user, timeout=left)
+            self._do("put", path, left, pack(source), user=user, parents=True)
         else:
             with opened(source) as file:
                 self.write(path, file, mode=stat.S_IMODE(mode) & 0o777, user=user, timeout=left)
@@ -331,7 +339,7 @@ class Files:
         elif entry.type == "dir":
             from vmm.sandbox.archive import unpack
 
-            unpack(self._archive(entry.path, user, left), target)
+            unpack(self._ask("get", entry.path, left, user=user), target)
         elif entry.type == "file":
             with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
                 for piece in self._pieces(entry.path, 0, None, user, left):
@@ -349,7 +357,10 @@ class Files:
         :raises OSError: `data` is not an archive, or has a sparse file (EBADMSG), a name has ``..`` (EINVAL), or a file
             cannot be made
         """
-        self._do("put", path, timeout, _data_frames(data), user=user, parents=True)
+        from vmm.sandbox.archive import from_tar
+
+        path = os.fsdecode(path)
+        self._do("put", path, timeout, from_tar(path, _pieces(data)), user=user, parents=True)
 
     def get_archive(
         self, path: str, *, user: str | int | None = None, timeout: float = DEFAULT_TIMEOUT
@@ -358,13 +369,9 @@ class Files:
 
         :raises OSError: `path` is not a directory, or a file cannot be read
         """
-        yield from map(bytes, self._archive(path, user, timeout))
+        from vmm.sandbox.archive import to_tar
 
-    def _archive(self, path: str, user: str | int | None, timeout: float) -> Iterator[memoryview]:
-        for kind, data in self._ask("get", path, timeout, user=user):
-            if kind != F_DATA:
-                raise out_of_turn(f"get {path}")
-            yield data
+        yield from to_tar(self._ask("get", path, timeout, user=user))
 
     def watch(self, path: str, *, user: str | int | None = None, timeout: float | None = None) -> Watch:
         """Changes in a directory from here on, as they happen: an iterator, which you close.
@@ -456,7 +463,7 @@ def _mode(mode: int) -> int:
     return mode
 
 
-def _data_frames(data: Data) -> Iterator[bytes]:
+def _pieces(data: Data) -> Iterable[bytes | memoryview]:
     pieces: Iterable[str | bytes | memoryview]
     if isinstance(data, (str, bytes, bytearray, memoryview)):
         pieces = (data,)
@@ -466,10 +473,10 @@ def _data_frames(data: Data) -> Iterator[bytes]:
         pieces = data
     else:
         raise TypeError(f"data of a file must be text, bytes, an open file or pieces of them, not {data!r}")
-    return _piece_frames(pieces)
+    return (piece.encode() if isinstance(piece, str) else piece for piece in pieces)
 
 
-def _piece_frames(pieces: Iterable[str | bytes | memoryview]) -> Iterator[bytes]:
+def _data_frames(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     for piece in pieces:
         yield from frames(F_DATA, piece)
-    yield frame(F_DATA)
+    yield frame(F_DONE)

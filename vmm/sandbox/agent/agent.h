@@ -9,6 +9,7 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 
 enum {
@@ -16,7 +17,8 @@ enum {
     REQUEST_MAX = 1 << 20,
     PARAMETERS_MAX = 8192,
     FRAME_MAX = 1 << 18,
-    DEEPEST = 256, // directories that are removed or packed below one another
+    DEEPEST = 256, // directories that are removed or sent below one another
+    NAME_ROOM = 8192, // of a name in F_ENTRY and of a directory's path
     RESERVE = 2048, // KiB that programs leave free, until one was killed because they have filled the memory
 };
 
@@ -24,15 +26,16 @@ enum {
     // from the host
     F_STDIN = 'i', // input of the command; length 0: end of input
     F_WINDOW = 'w', // u16 rows, u16 columns
-    F_DATA = 'd', // both directions: data of a file; from the host with length 0: end of file
+    // both directions
+    F_DATA = 'd', // data of a file
+    F_ENTRY = 'n', // struct entry, the name, a NUL, and the target of a symbolic link
+    F_DONE = 'k', // from the host: the end of what is written
     // from the agent
     F_STARTED = 'p', // u32 process id
     F_STDOUT = 'o',
     F_STDERR = 'e',
     F_EXIT = 'x', // u8 ended by a signal, u8 status or signal, u8 killed because the guest was out of memory
-    F_ENTRY = 'n', // entry of a directory: see files.c
     F_CHANGE = 'c', // u32 inotify's mask, name
-    F_DONE = 'k',
     F_FAILED = 'f', // u32 errno, what failed: a path, a program, or KEY=VALUE of the request
 };
 
@@ -44,6 +47,13 @@ struct request {
     const char *verb;
     int count;
     struct parameter parameters[PARAMETERS_MAX];
+};
+
+struct entry {
+    uint32_t mode, uid, gid;
+    uint32_t links;
+    uint64_t size;
+    int64_t changed; // nanoseconds since 1970
 };
 
 struct identity {
@@ -102,12 +112,13 @@ struct directory_entry { // struct linux_dirent64
     char name[];
 };
 void serve_files(const struct request *request);
+int send_entry(int directory, const char *path, const char *name, const struct stat *status);
 const char *enter(const char *path, int make);
 int store(int fd, const char *from, size_t length);
 
-// tar.c: `what` becomes the path at which they failed
-int get_archive(const struct request *request, const char *path, const char **what);
-int put_archive(const struct request *request, const char *path, const char **what);
+// tree.c: `what` becomes the path at which they failed
+int get_tree(const struct request *request, const char *path, const char **what);
+int put_tree(const struct request *request, const char *path, const char **what);
 
 // ports.c
 void relay(const struct request *request);

@@ -1,16 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Verbs for files: path=..., and user=... to act as that user. F_ENTRY is struct entry, the name, a NUL, and the target
-// of a symbolic link.
+// Verbs for files: path=..., and user=... to act as that user.
 #include "agent.h"
 #include "libc.h"
 #include <sys/inotify.h>
-
-struct entry {
-    uint32_t mode, uid, gid;
-    uint32_t links;
-    uint64_t size;
-    int64_t changed; // nanoseconds since 1970
-};
 
 static char bytes[FRAME_MAX];
 
@@ -65,23 +57,28 @@ int make_directory(const char *path)
     return failed ? -1 : 0;
 }
 
-static int send_entry(int directory, const char *path, const char *name, int flags)
+int send_entry(int directory, const char *path, const char *name, const struct stat *status)
 {
-    struct stat status;
-    if (look(directory, path, flags, &status))
-        return -1;
     struct entry entry = {
-        status.st_mode, status.st_uid, status.st_gid, (uint32_t)status.st_nlink, (uint64_t)status.st_size,
-        status.st_mtim.tv_sec * 1000000000 + status.st_mtim.tv_nsec,
+        status->st_mode, status->st_uid, status->st_gid, (uint32_t)status->st_nlink, (uint64_t)status->st_size,
+        status->st_mtim.tv_sec * 1000000000 + status->st_mtim.tv_nsec,
     };
-    static char text[256 + 4096 + 2];
-    size_t length = join(text, 256, name, NULL) + 1;
-    if (S_ISLNK(status.st_mode)) {
+    static char text[NAME_ROOM + 4096];
+    size_t length = join(text, NAME_ROOM, name, NULL) + 1;
+    if (S_ISLNK(status->st_mode)) {
         ssize_t more = CALL(readlinkat, directory, path, text + length, 4096);
-        length += more > 0 ? (size_t)more : 0;
+        if (more < 0)
+            return -1;
+        length += (size_t)more;
     }
     send_frame(F_ENTRY, &entry, sizeof entry, text, length);
     return 0;
+}
+
+static int look_and_send(int directory, const char *path, const char *name, int flags)
+{
+    struct stat status;
+    return look(directory, path, flags, &status) || send_entry(directory, path, name, &status) ? -1 : 0;
 }
 
 static int list(const char *path)
@@ -96,7 +93,7 @@ static int list(const char *path)
         for (long at = 0; !failed && at < done;) {
             struct directory_entry *each = (void *)(names + at);
             if (strcmp(each->name, ".") && strcmp(each->name, ".."))
-                failed = send_entry(fd, each->name, each->name, AT_SYMLINK_NOFOLLOW) && errno == EACCES; // for all
+                failed = look_and_send(fd, each->name, each->name, AT_SYMLINK_NOFOLLOW) && errno == EACCES; // for all
             at += each->length;
         }
     close(fd);
@@ -182,14 +179,10 @@ static int write_file(const struct request *request, const char *path)
     int how = O_WRONLY | O_CREAT | O_NONBLOCK | (value(request, "append") ? O_APPEND : O_TRUNC), fd = -1, error = 0;
     if ((fd = open_file(AT_FDCWD, path, how, 0644)) < 0 || (mode >= 0 && CALL(fchmod, fd, mode & 07777)))
         error = errno;
-    for (size_t length;;) {
-        char type;
-        length = read_frame(&type, bytes);
-        if (!length)
-            break;
+    char type;
+    for (size_t length; (length = read_frame(&type, bytes)), type == F_DATA;)
         if (!error)
             error = store(fd, bytes, length);
-    }
     if (fd >= 0)
         close(fd);
     errno = error;
@@ -246,15 +239,15 @@ static int do_verb(const struct request *request, const char *path, const struct
     if (!strcmp(verb, "write"))
         return write_file(request, path);
     if (!strcmp(verb, "get"))
-        return get_archive(request, path, what);
+        return get_tree(request, path, what);
     if (!strcmp(verb, "put"))
-        return put_archive(request, path, what);
+        return put_tree(request, path, what);
     if (!strcmp(verb, "list"))
         return list(path);
     if (!strcmp(verb, "watch"))
         return watch(path);
     if (!strcmp(verb, "stat"))
-        return send_entry(AT_FDCWD, path, "", value(request, "follow") ? 0 : AT_SYMLINK_NOFOLLOW);
+        return look_and_send(AT_FDCWD, path, "", value(request, "follow") ? 0 : AT_SYMLINK_NOFOLLOW);
     if (!strcmp(verb, "mkdir"))
         return value(request, "parents") ? make_one(path) : (int)CALL(mkdir, path, 0755);
     if (!strcmp(verb, "remove"))
@@ -303,8 +296,8 @@ void serve_files(const struct request *request)
     const char *name = bad ? NULL : enter(path, value(request, "parents") != NULL);
     int failed = !name || do_verb(request, name, &owner, base, &what), error = errno;
     if (!name && (!strcmp(request->verb, "write") || !strcmp(request->verb, "put")))
-        for (char type; read_frame(&type, bytes);)
-            continue;
+        for (char type = F_DATA; type && type != F_DONE;)
+            read_frame(&type, bytes);
     if (who) {
         CALL(setresuid, -1, 0, -1);
         act_as(&root);

@@ -54,7 +54,7 @@ void flush(void)
         send_all(&all, 1);
 }
 
-static char ahead[4096]; // bytes read in advance, so that a small frame takes one call
+static char ahead[1 << 14]; // bytes read in advance, so that a small frame takes one call
 static size_t ahead_at, ahead_length;
 static char request_bytes[REQUEST_MAX + 1];
 
