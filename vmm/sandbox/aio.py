@@ -248,8 +248,9 @@ class AsyncSandbox:
         """Run a command to its end, as ``Sandbox.run``; a task that is cancelled kills it."""
         limit, deadline = settings.pop("limit", DEFAULT_LIMIT), Deadline(timeout)
         work = functools.partial(
-            Session._exec, self.sync, command, limit, deadline, input=input is not None, quiet=True, **settings
-        )
+            Process, self.sync._link, self.sync._about, command, limit, deadline, input=input is not None, quiet=True,
+            **settings,
+        )  # fmt: skip
         with await in_thread(work, undo=Process.close) as process:
             result = await in_thread(lambda: process.communicate_until(deadline, input), cancel=process.channel.cut)
         return result.check() if check else result

@@ -20,6 +20,7 @@ from vmm.sandbox.errors import AgentError, CommandTimeout, SandboxGone
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Any
 
 DEFAULT_LIMIT = 16 << 20  # bytes of each stream that are kept
 _NOT_PERMITTED = (errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ETXTBSY, errno.EISDIR)
@@ -185,33 +186,54 @@ class Process(Closing):
     Both streams share one connection: while you read one, the other is kept, up to `limit` bytes. If you read neither,
     the command stops when its pipes are full.
 
+    Parameters are those of ``Session.exec``, and:
+
+    :param about: what holds where they say nothing else
     :param input: give the command a standard input; otherwise it is empty
     :param quiet: neither wait for its start nor ask for its `pid`
-    :param terminal: give the command a terminal, whose input ends only with the connection
-    :param stop_signal: the signal that ``stop`` sends
     """
 
     def __init__(
-        self, link: Link, command: str, request: Mapping[str, wire.Parameter], limit: int, deadline: Deadline, *,
-        input: bool = True, quiet: bool = False, terminal: bool = False, stop_signal: int = signals.SIGTERM,
+        self, link: Link, about: Mapping[str, Any], command: str | Sequence[str | os.PathLike[str]], limit: int,
+        deadline: Deadline, *, env: Mapping[str, str] | None = None, cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None, terminal: tuple[int, int] | None = None,
+        limits: Mapping[str, int | tuple[int, int]] | None = None, keep: bool = False, input: bool = True,
+        quiet: bool = False,
     ) -> None:  # fmt: skip
-        self.command = command
+        argv = ["/bin/sh", "-c", command] if isinstance(command, str) else [os.fspath(word) for word in command]
+        if not argv or not argv[0]:
+            raise ConfigError("command", "", "is empty")
+        env = {**about["env"], **(env or {})}
+        check_env(env)
+        size = None
+        if terminal is not None:  # its input ends only with the connection
+            rows, columns = terminal
+            if not (0 < rows < 65536 and 0 < columns < 65536):
+                raise ConfigError("terminal", terminal, "must be rows and columns, 1 to 65535")
+            size = f"{rows}x{columns}"
+        self._limits = [_limit(name, limit) for name, limit in (limits or {}).items()]
+        self._user = about["user"] if user is None else user
+        where = cwd or about["cwd"]
+        self._cwd = None if where is None else os.fspath(where)
+        self.command = line(command if isinstance(command, str) else " ".join(argv))
         self.limit = limit
         self.pid = 0
-        self.stop_signal = stop_signal
+        self.stop_signal = about.get("stop_signal", signals.SIGTERM)
         self.stdout, self.stderr = Stream(self), Stream(self)
         self.stdin = Input(self)
         self._link = link
-        self._result = Result(line(command))
+        self._result = Result(self.command)
         self._begun = time.monotonic()
         self._pumping = threading.Lock()
         self.stdin.closed = self.stdin.sent = not input
-        self._terminal = terminal
-        self._user, self._cwd, self._limits = (request.get(key) for key in ("user", "cwd", "limit"))
+        self._terminal = terminal is not None
         self.ended = False
-        self.channel = link.take(deadline, command)
+        self.channel = link.take(deadline, self.command)
         try:
-            self.channel.request(deadline, command, "run", **request, nostdin=not input, quiet=quiet)
+            self.channel.request(
+                deadline, self.command, "run", arg=argv, env=[f"{name}={value}" for name, value in env.items()],
+                user=self._user, cwd=self._cwd, tty=size, limit=self._limits, keep=keep, nostdin=not input, quiet=quiet,
+            )  # fmt: skip
             while not quiet and not self.pid and not self.ended:
                 self.pump(deadline)
         except BaseException:
@@ -403,32 +425,6 @@ def check_env(env: Mapping[str, str]) -> None:
             raise ConfigError("env", name, "must be a name, not empty, without = and without a NUL byte")
         if "\0" in value:
             raise ConfigError("env", f"{name}={value}", "must not have a NUL byte")
-
-
-def request_of(
-    command: str | Sequence[str | os.PathLike[str]], env: Mapping[str, str], *, cwd: str | os.PathLike[str] | None,
-    user: str | int | None,
-    terminal: tuple[int, int] | None, limits: Mapping[str, int | tuple[int, int]] | None, keep: bool,
-) -> dict[str, wire.Parameter]:  # fmt: skip
-    """The parameters of the request for a command. See ``Sandbox.exec``.
-
-    :raises ConfigError: a value that cannot be
-    """
-    argv = ["/bin/sh", "-c", command] if isinstance(command, str) else [os.fspath(word) for word in command]
-    if not argv or not argv[0]:
-        raise ConfigError("command", "", "is empty")
-    check_env(env)
-    size = None
-    if terminal is not None:
-        rows, columns = terminal
-        if not (0 < rows < 65536 and 0 < columns < 65536):
-            raise ConfigError("terminal", terminal, "must be rows and columns, 1 to 65535")
-        size = f"{rows}x{columns}"
-    return {
-        "arg": argv, "env": [f"{name}={value}" for name, value in env.items()], "user": user, "tty": size, "keep": keep,
-        "cwd": None if cwd is None else os.fspath(cwd),
-        "limit": [_limit(name, limit) for name, limit in (limits or {}).items()],
-    }  # fmt: skip
 
 
 def _limit(name: str, limit: int | tuple[int, int]) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import signal
 
 from vmm.closing import Closing
 from vmm.config.option import check_call
@@ -13,7 +12,7 @@ from vmm.sandbox import registry
 from vmm.sandbox.channel import F_DONE, F_FAILED, Deadline, Link, failure, out_of_turn
 from vmm.sandbox.errors import SandboxError
 from vmm.sandbox.files import Files
-from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result, request_of
+from vmm.sandbox.process import DEFAULT_LIMIT, Process, Result
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,9 +83,10 @@ class Session(Closing):
         """
         check_call("Sandbox.run", Session.run, locals())
         deadline = Deadline(timeout)
-        with self._exec(
-            command, limit, deadline, env=env, cwd=cwd, user=user, limits=limits, input=input is not None, quiet=True
-        ) as process:
+        with Process(
+            self._link, self._about, command, limit, deadline, env=env, cwd=cwd, user=user, limits=limits,
+            input=input is not None, quiet=True,
+        ) as process:  # fmt: skip
             process.stdout.on_data, process.stderr.on_data = on_stdout, on_stderr
             result = process.communicate_until(deadline, input)
         return result.check() if check else result
@@ -119,24 +119,9 @@ class Session(Closing):
         :raises SandboxGone: the sandbox has ended
         """
         check_call("Sandbox.exec", Session.exec, locals())
-        return self._exec(
-            command, limit, Deadline(timeout), env=env, cwd=cwd, user=user, terminal=terminal, limits=limits, keep=keep
-        )
-
-    def _exec(
-        self, command: str | Sequence[str | os.PathLike[str]], limit: int, deadline: Deadline, *,
-        env: Mapping[str, str] | None = None, cwd: str | os.PathLike[str] | None = None, user: str | int | None = None,
-        limits: Mapping[str, int | tuple[int, int]] | None = None,
-        terminal: tuple[int, int] | None = None, keep: bool = False, input: bool = True, quiet: bool = False,
-    ) -> Process:  # fmt: skip
-        request = request_of(
-            command, {**self._about["env"], **(env or {})}, cwd=cwd or self._about["cwd"],
-            user=self._about["user"] if user is None else user, terminal=terminal, limits=limits, keep=keep,
-        )  # fmt: skip
-        doing = command if isinstance(command, str) else " ".join(map(str, command))
         return Process(
-            self._link, line(doing), request, limit, deadline, input=input, quiet=quiet, terminal=terminal is not None,
-            stop_signal=self._about.get("stop_signal", signal.SIGTERM),
+            self._link, self._about, command, limit, Deadline(timeout), env=env, cwd=cwd, user=user, terminal=terminal,
+            limits=limits, keep=keep,
         )  # fmt: skip
 
     @property

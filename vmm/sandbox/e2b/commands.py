@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from vmm.sandbox.channel import Deadline
 from vmm.sandbox.e2b.errors import CommandExitException, NotFoundException, SandboxException, translated
-from vmm.sandbox.process import DEFAULT_LIMIT
+from vmm.sandbox.process import DEFAULT_LIMIT, Process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any
 
-    from vmm.sandbox.process import Process
     from vmm.sandbox.session import Session
 
     Output = tuple[str | None, str | None, bytes | None]
@@ -259,9 +258,9 @@ class Commands(_Running):
         with translated():
             shell = self._shell()
             words = [shell, *(["-l"] if shell == "/bin/bash" else []), "-c", cmd]
-            process = self._session._exec(
-                words, DEFAULT_LIMIT, Deadline(timeout or None), env=envs, cwd=cwd, user=user, keep=background,
-                input=bool(stdin),
+            process = Process(
+                self._session._link, self._session._about, words, DEFAULT_LIMIT, Deadline(timeout or None), env=envs,
+                cwd=cwd, user=user, keep=background, input=bool(stdin),
             )  # fmt: skip
         info = ProcessInfo(0, None, words[0], words[1:], dict(envs or {}), cwd)
         return self._keep(CommandHandle(process, timeout, terminal=False, info=info))
