@@ -212,7 +212,6 @@ class AsyncSandbox:
     """
 
     sync: Sandbox
-    _commands: AsyncCommands | None = None
 
     def __init__(self, image: Any = "debian", **settings: Any) -> None:
         self._make = functools.partial(Sandbox, image, **settings)
@@ -266,14 +265,12 @@ class AsyncSandbox:
     close = twin(Sandbox.close)
     kill = close
 
-    @property
+    @functools.cached_property
     def commands(self) -> AsyncCommands:
         """The same by E2B's names."""
         from vmm.sandbox.e2b.aio import AsyncCommands
 
-        if self._commands is None:
-            self._commands = AsyncCommands(self.sync.commands)
-        return self._commands
+        return AsyncCommands(self.sync.commands)
 
     @property
     def network_counters(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from vmm.closing import Closing
@@ -54,7 +55,6 @@ class Session(Closing):
         self._link = link
         self._about = about
         self.files = Files(link)
-        self._commands: Commands | None = None
 
     def run(
         self,
@@ -138,14 +138,12 @@ class Session(Closing):
         """Close the connections to the agent that are kept for the next call; idempotent."""
         self._link.close()
 
-    @property
+    @functools.cached_property
     def commands(self) -> Commands:
         """The same by E2B's names."""
         from vmm.sandbox.e2b.commands import Commands
 
-        if self._commands is None:
-            self._commands = Commands(self)
-        return self._commands
+        return Commands(self)
 
     def connect(self, port: int, timeout: float | None = 10) -> socket.socket:
         """Connect to a TCP port of the guest's loopback.
