@@ -61,7 +61,7 @@ struct identity {
     gid_t gid;
     int groups;
     gid_t group[64]; // gid is the first
-    char name[64], home[256], shell[256];
+    char name[64], home[256];
 };
 
 // frames.c: all of these call host_gone when the host has disconnected

@@ -36,7 +36,7 @@ static int in_list(const char *list, const char *name)
 // Parse USER or USER:GROUP, each a name or a number; a number need not be in the files. -1: unknown user or group.
 static int read_user(const char *who, struct identity *found)
 {
-    char user[256], *fields[7];
+    char user[256], *fields[6];
     memset(found, 0, sizeof *found);
     if (strlen(who) >= sizeof user)
         return -1; // cut, it could be another one
@@ -49,10 +49,9 @@ static int read_user(const char *who, struct identity *found)
         return -1;
     int known = 0;
     join(found->home, sizeof found->home, "/", NULL);
-    join(found->shell, sizeof found->shell, "/bin/sh", NULL);
     if (slurp("/etc/passwd", text, sizeof text) < 0)
         text[0] = 0;
-    for (char *at = text; !known && (at = fields_of(at, fields, 7));) {
+    for (char *at = text; !known && (at = fields_of(at, fields, 6));) {
         if (uid >= 0 ? number(fields[2], -1) != uid : strcmp(fields[0], user) != 0)
             continue;
         known = 1;
@@ -61,8 +60,6 @@ static int read_user(const char *who, struct identity *found)
         join(found->name, sizeof found->name, fields[0], NULL);
         if (*fields[5])
             join(found->home, sizeof found->home, fields[5], NULL);
-        if (*fields[6])
-            join(found->shell, sizeof found->shell, fields[6], NULL);
     }
     if (!known && !strcmp(user, "root"))
         uid = 0; // root, for an image without users
