@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Verb "run", a command: arg (an array), env (an array of NAME=VALUE), cwd, user, tty (ROWSxCOLUMNS), term, limit (an
-// array of NUMBER:SOFT:HARD), keep (continue when the host disconnects), nostdin, quiet (no F_STARTED). Replies:
+// Verb "run", a command: arg (an array), env (an array of NAME=VALUE), cwd, user, tty (ROWSxCOLUMNS), limit (an array of
+// NUMBER:SOFT:HARD), keep (continue when the host disconnects), nostdin, quiet (no F_STARTED). Replies:
 // F_STARTED, output, F_EXIT; or F_FAILED. Without nostdin the host sends F_STDIN of length 0 before the next request.
 #include "agent.h"
 #include "libc.h"
@@ -42,10 +42,9 @@ static int has(char **list, const char *pair)
 static void make_environment(const struct request *request, int terminal)
 {
     static const char *const names[] = {"PATH=", "HOME=", "USER=", "LOGNAME=", "TERM="};
-    const char *term = value(request, "term");
     const char *const values[] = {
         "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", user.home, user.name, user.name,
-        term ? term : "xterm-256color",
+        "xterm-256color",
     };
     int count = 0;
     environment[0] = NULL;
@@ -289,13 +288,8 @@ void run(const struct request *request)
     const char *argument;
     for (int i = 0; (argument = next_value(request, "arg", &i));)
         add(arguments, &count, argument);
-    if (!count) {
-        send_failed(EINVAL, "command");
-        skip_input(0);
-        return;
-    }
-    if (find_user(who ? who : "0", &user)) {
-        send_failed(EINVAL, "user");
+    if (!count || find_user(who ? who : "0", &user)) {
+        send_failed(EINVAL, count ? "user" : "command");
         skip_input(0);
         return;
     }
@@ -349,14 +343,9 @@ void run(const struct request *request)
         keep_free(1);
     drain(&command.out, F_STDOUT, command.terminal);
     drain(&command.err, F_STDERR, 0);
-    struct {
-        uint8_t signalled;
-        uint8_t code;
-        uint8_t memory;
-    } end = {
-        WIFSIGNALED(status), (uint8_t)(WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status)), (uint8_t)memory,
-    };
-    send_frame(F_EXIT, &end, sizeof end, NULL, 0);
+    int signalled = WIFSIGNALED(status), code = signalled ? WTERMSIG(status) : WEXITSTATUS(status);
+    uint8_t end[] = {(uint8_t)signalled, (uint8_t)code, (uint8_t)memory};
+    send_frame(F_EXIT, end, sizeof end, NULL, 0);
     if (gone)
         _exit(0);
     if (!command.terminal)
