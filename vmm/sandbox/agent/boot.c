@@ -120,15 +120,6 @@ static void mount_rest(void)
         die("cannot change to the root");
 }
 
-static void put_file(const char *path, const char *text)
-{
-    int fd = open_file(AT_FDCWD, path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-    if (fd >= 0) {
-        write(fd, text, strlen(text));
-        close(fd);
-    }
-}
-
 static uint32_t ipv4(const char **at)
 {
     uint32_t address = 0;
@@ -185,7 +176,7 @@ static void bring_network_up(void)
         }
         join(server, sizeof server, "nameserver ", at, "\n", NULL);
         CALL(unlink, "/etc/resolv.conf");
-        put_file("/etc/resolv.conf", server);
+        spit("/etc/resolv.conf", server);
     }
     close(fd);
 }
@@ -205,11 +196,9 @@ void keep_free(int more)
 // The number in a file, or `otherwise`.
 static long number_in(const char *path, long otherwise)
 {
-    char text[24] = "", *end;
-    slurp(path, text, sizeof text);
-    if ((end = strchr(text, '\n')))
-        *end = 0;
-    return number(text, otherwise);
+    char text[24];
+    const char *at = text;
+    return slurp(path, text, sizeof text) > 0 ? digits(&at) : otherwise;
 }
 
 static void make_reserve(void)
@@ -264,7 +253,7 @@ void boot(void)
     CALL(sethostname, *name ? name : "sandbox", strlen(*name ? name : "sandbox"));
     CALL(mkdir, "/etc", 0755);
     if (look(AT_FDCWD, "/etc/hosts", 0, &status) || !status.st_size)
-        put_file("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n");
+        spit("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n");
     bring_network_up();
     CALL(umask, 022);
 }

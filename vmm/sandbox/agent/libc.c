@@ -184,7 +184,7 @@ ssize_t slurp(const char *path, char *to, size_t room)
 
 int spit(const char *path, const char *text)
 {
-    int fd = open_file(AT_FDCWD, path, O_WRONLY, 0);
+    int fd = open_file(AT_FDCWD, path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
     if (fd < 0)
         return -1;
     ssize_t done = write(fd, text, strlen(text));

@@ -26,7 +26,7 @@ size_t join(char *to, size_t room, ...);
 char *decimal(unsigned long value, char buffer[24]);
 long digits(const char **at); // the decimal number there, whose end *at becomes; INT64_MAX: it is too large
 ssize_t slurp(const char *path, char *to, size_t room);
-int spit(const char *path, const char *text);
+int spit(const char *path, const char *text); // replace what is in a file, which need not be there
 // The number behind `name` at the start of a line of `text`, or `otherwise`.
 long field(const char *text, const char *name, long otherwise);
 unsigned long free_memory(void); // KiB, without what the kernel could reclaim
