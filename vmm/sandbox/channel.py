@@ -98,6 +98,7 @@ class Link:
 
     :param path: path of the VM's unix socket
     :param ask_why: why the sandbox has ended, or empty, where another process has it, which does not call ``fail``
+    :ivar why: why the sandbox is gone; empty: it is there
     """
 
     def __init__(self, path: str, ask_why: Callable[[], str] | None = None) -> None:
@@ -106,29 +107,24 @@ class Link:
         self.ready = False  # the agent has answered before
         self._open: set[Channel] = set()
         self._idle: list[Channel] = []
-        self._why = ""
+        self.why = ""
         self._failed = threading.Event()
         self._pid = os.getpid()
         # Reentrant, as a channel's `_closing` is: the garbage collector may end an abandoned `files.stream` anywhere.
         self._lock = threading.RLock()
-
-    @property
-    def why(self) -> str:
-        """Why the sandbox is gone; empty: it is there."""
-        return self._why
 
     def must_run(self) -> None:
         """Refuse what only a sandbox that has not ended can do.
 
         :raises SandboxGone: the sandbox has ended
         """
-        if self._why:
-            raise SandboxGone(self._why)
+        if self.why:
+            raise SandboxGone(self.why)
 
     def fail(self, why: str) -> None:
         """The sandbox is gone: fail every call that waits, and every one from here on. The first reason counts."""
         with self._lock:
-            self._why = self._why or why
+            self.why = self.why or why
             channels = list(self._open)
         self._failed.set()
         for channel in channels:
@@ -139,13 +135,13 @@ class Link:
         for _ in range(_LOOKS):
             if self.look() or self._failed.wait(_PATIENCE / _LOOKS):
                 break
-        return SandboxGone(self._why) if self._why else error
+        return SandboxGone(self.why) if self.why else error
 
     def look(self) -> str:
         """Why the sandbox is gone, or empty; another process that has it is asked."""
-        if self._ask_why is not None and not self._why and (why := self._ask_why()):
+        if self._ask_why is not None and not self.why and (why := self._ask_why()):
             self.fail(why)
-        return self._why
+        return self.why
 
     def take(self, deadline: Deadline, doing: str) -> Channel:
         """A connection that was kept, or a new one. Errors are those of ``connect``."""
@@ -162,15 +158,10 @@ class Link:
 
     def keep(self, channel: Channel) -> None:
         """Keep a connection whose last request is done for the next one; for the caller it is closed."""
-        successor = None if channel.buffered else channel.succeed()
-        with self._lock:
-            kept = successor is not None and len(self._idle) < _KEPT and not self._why
-            self._open.discard(channel)
-            if successor is not None and kept:
-                self._open.add(successor)
-                self._idle.append(successor)
-        if not kept:
-            (successor or channel).close()
+        stream = None if channel.buffered else channel.release()
+        channel.close()
+        if stream is not None:
+            self.adopt(stream, channel.port)
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[int]:
@@ -188,16 +179,20 @@ class Link:
                 self.keep(channel)
 
     def adopt(self, stream: socket.socket, port: int) -> None:
-        """Keep a connection to the agent that somebody else made, for the next request.
+        """Keep a connection to the agent for the next request, or close it if there are enough.
 
         :param stream: its socket, which becomes this link's
         :param port: its port on the host's side
         """
         channel = Channel(self, stream, port)
         with self._lock:
-            self.ready = True
-            self._open.add(channel)
-            self._idle.append(channel)
+            kept = len(self._idle) < _KEPT and not self.why
+            if kept:
+                self.ready = True
+                self._open.add(channel)
+                self._idle.append(channel)
+        if not kept:
+            channel.close()
 
     def close(self) -> None:
         """Close the connections that are kept; idempotent."""
@@ -228,7 +223,7 @@ class Link:
                 raise
             channel.close()
             if self.look():
-                raise SandboxGone(self._why)
+                raise SandboxGone(self.why)
             left = deadline.left(doing)
             time.sleep(patience if left is None else min(patience, left))
             patience = min(patience * 1.5, 0.02)
@@ -304,16 +299,13 @@ class Channel(Closing):
             pass
         return False
 
-    def succeed(self) -> Channel | None:
-        """Another channel with the same socket, in place of this one, which is closed.
+    def release(self) -> socket.socket | None:
+        """Its socket, which is the caller's from here on.
 
         :returns: None: it was closed before, or another thread waits for it
         """
         with self._closing:
-            if self.fileno() < 0 or self._users:
-                return None
-            stream = socket.socket(fileno=self._socket.detach())
-        return Channel(self._link, stream, self.port)
+            return None if self.fileno() < 0 or self._users else socket.socket(fileno=self._socket.detach())
 
     def take(self) -> socket.socket:
         """The connection itself, behind the last frame; the caller's to close. For the channel it is closed.
@@ -322,10 +314,11 @@ class Channel(Closing):
         """
         if self.buffered:
             raise AgentError("the guest sent more than was asked")
-        successor = self.succeed()
-        if successor is None:
+        stream = self.release()
+        if stream is None:
             raise self._gone()
-        return successor._socket
+        stream.settimeout(None)  # as of every channel's
+        return stream
 
     def cut(self) -> None:
         """End it from another thread: who waits there is woken. In a forked child it is the parent's, and goes on."""
