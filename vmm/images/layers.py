@@ -9,6 +9,7 @@ Source: OCI Image Format Specification 1.1, layer.md: "Applying Changesets", "Wh
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Self, cast
@@ -41,7 +42,14 @@ class Inode:
 
     def __init__(self, header: tarfile.TarInfo) -> None:
         self.header = header
-        self.source: _Member | None = None
+        self.source: tuple[tarfile.TarFile, tarfile.TarInfo] | None = None  # the layer, and its member
+
+    def open(self) -> BinaryIO:
+        """The bytes of a file; of no bytes where it has none."""
+        if self.source is None:
+            return io.BytesIO()
+        archive, member = self.source
+        return cast("BinaryIO", archive.extractfile(member))
 
 
 class Node:
@@ -53,24 +61,6 @@ class Node:
         self.inode = inode
         self.layer = layer
         self.children: dict[str, Node] | None = {} if inode.header.isdir() else None
-
-
-class _Member:
-    # a regular file with bytes, in a layer's tar
-    __slots__ = ("archive", "member")
-
-    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        self.archive = archive
-        self.member = member
-
-    def extent(self) -> tuple[int, int] | None:
-        """The descriptor and the offset of its bytes; None: they are not in one piece."""
-        if self.member.sparse is not None:
-            return None
-        return cast("BinaryIO", self.archive.fileobj).fileno(), self.member.offset_data
-
-    def open(self) -> BinaryIO:
-        return cast("BinaryIO", self.archive.extractfile(self.member))
 
 
 class _Map:
@@ -205,9 +195,9 @@ class Tree:
     def read(self, path: str, limit: int = 1 << 20) -> bytes:
         """Return a small file's bytes; empty if there is no such file."""
         node = self._find(_parts(path))
-        if node is None or node.inode.source is None:
+        if node is None:
             return b""
-        with node.inode.source.open() as file:
+        with node.inode.open() as file:
             return file.read(limit)
 
     def _apply(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -242,7 +232,7 @@ class Tree:
             self._bytes += member.size
             if self._bytes > self._limit:
                 raise PullError(f"its files are larger than {self._limit >> 20} MiB")
-            inode.source = _Member(archive, member) if member.size else None
+            inode.source = (archive, member) if member.size else None
         there = siblings.get(name)
         if there is not None and there.children is not None and member.isdir():
             there.inode, there.layer = inode, self._layer

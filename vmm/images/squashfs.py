@@ -73,22 +73,11 @@ def _entry(pipe: int, path: str, inode: Inode, names: dict[int, str]) -> None:
     if first != path and header.isreg():
         header.type, header.linkname, header.size = tarfile.LNKTYPE, first, 0
     _write(pipe, header.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
-    if not header.size or inode.source is None:
-        return
-    extent = inode.source.extent()
-    if extent is None:
-        with inode.source.open() as file:
+    if header.size:  # of a further name it is 0
+        with inode.open() as file:
             while piece := file.read(_PIPE):
                 _write(pipe, piece)
-    else:
-        fd, offset = extent
-        end = offset + header.size
-        while offset < end:
-            sent = os.sendfile(pipe, fd, offset, min(end - offset, 1 << 30))
-            if not sent:
-                raise PullError(f"{path}: the layer became shorter")
-            offset += sent
-    _write(pipe, bytes(-header.size % tarfile.BLOCKSIZE))
+        _write(pipe, bytes(-header.size % tarfile.BLOCKSIZE))
 
 
 def _write(pipe: int, data: bytes) -> None:
