@@ -43,14 +43,11 @@ if TYPE_CHECKING:
     from ray.experimental.sandbox.config import SandboxConfig
 
     from vmm.images import Image
-    from vmm.sandbox.sandbox import Sandbox
 
 DEFAULT_MEMORY = 512 << 20  # bytes; of a sandbox that Ray gives none
 MOST_OUTPUT = 256 << 20  # bytes of each stream of a command
 _MIB = 1 << 20
 _NETWORKS = {"none": "none", "public": "user"}
-# Sandboxes of this process, by Ray's id.
-_alive: dict[str, Sandbox] = {}
 
 
 def use_pyvmm() -> None:
@@ -65,13 +62,7 @@ def use_pyvmm() -> None:
             raise ConfigError("ray", ray.__version__, f"has no {name} in its sandbox's runtime: 2.60 has")
     runtime.GVisorSandboxBackend = PyvmmSandboxBackend
     runtime.ImageManager = PyvmmImageManager
-    atexit.register(_end_all)
     registry.all_running()  # removes what killed workers have left
-
-
-def _end_all() -> None:
-    for sandbox in list(_alive.values()):
-        sandbox.close()
 
 
 def image_name(image: str) -> str:
@@ -179,15 +170,15 @@ class PyvmmSandboxBackend(BaseSandboxBackend):  # type: ignore[misc]
                 sandbox.close()
                 raise
         self._sandbox_metadata[sandbox.name] = {"config": config, "cwd": cwd, "sandbox": sandbox}
-        _alive[sandbox.name] = sandbox
+        atexit.register(sandbox.close)
         return sandbox.name
 
     def delete_sandbox(self, sandbox_id: str) -> None:
         """End the sandbox and give back all that it held; does nothing if no sandbox has this id."""
         about = self._sandbox_metadata.pop(sandbox_id, None)
         if about is not None:
-            _alive.pop(sandbox_id, None)
             about["sandbox"].close()
+            atexit.unregister(about["sandbox"].close)
 
     def exec_command(
         self,
