@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -40,20 +38,6 @@ def pull(name: Name, *, refresh: bool, limit: int | None, progress: Progress) ->
     )  # fmt: skip
     _sweep()
     return image
-
-
-def available() -> list[dict[str, Any]]:
-    """Return what is in the cache, as ``vmm.images.available`` does."""
-    found = []
-    for path in sorted((cache_root() / "images").glob("oci-*/image.json")):
-        try:
-            facts = json.loads(path.read_bytes())
-            entry = {key: facts[key] for key in ("name", "kernel_version", "built", "size")}
-            entry["bytes"] = sum(each.stat().st_blocks * 512 for each in path.parent.iterdir())
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # of another pyvmm, or half deleted
-        found.append(entry | {"summary": "container image", "cached": True, "packages": []})
-    return found
 
 
 def _make(name: Name, limit: int, refresh: bool, work: Path, progress: Progress) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,20 +120,24 @@ def available() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, recipe in RECIPES.items():
         entry: dict[str, Any] = {"name": name, "summary": recipe.summary, "cached": False}
-        directory = cache_root() / "images" / name
         try:
-            facts = _facts(name) if resolve(name) else None
+            if resolve(name):
+                entry |= _cached(name)
         except ConfigError as error:
             entry["damaged"] = str(error)
-            facts = None
-        if facts is not None:
-            used = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
-            entry |= {"cached": True, "bytes": used}
-            entry |= {key: facts[key] for key in ("kernel_version", "built", "packages", "size")}
         found.append(entry)
-    from vmm.images import oci
+    for path in sorted((cache_root() / "images").glob("oci-*/image.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # of another pyvmm, or half deleted
+            name = path.parent.name
+            found.append({"name": _facts(name)["name"], "summary": "container image", **_cached(name)})
+    return found
 
-    return found + oci.available()
+
+def _cached(directory: str) -> dict[str, Any]:
+    facts = _facts(directory)
+    used = sum(path.stat().st_blocks * 512 for path in (cache_root() / "images" / directory).iterdir())
+    about = {key: facts[key] for key in ("kernel_version", "built", "size")}
+    return {"cached": True, "bytes": used, "packages": facts.get("packages", []), **about}
 
 
 def _check_cached(name: str, size: int | None, packages: Sequence[str]) -> None:
