@@ -170,10 +170,8 @@ static void bring_network_up(void)
         if (CALL(ioctl, fd, SIOCADDRT, &route))
             say("default route", errno);
         at += *at == ',';
-        if (!*at) {
-            close(fd);
-            return;
-        }
+    }
+    if (*at) {
         join(server, sizeof server, "nameserver ", at, "\n", NULL);
         CALL(unlink, "/etc/resolv.conf");
         spit("/etc/resolv.conf", server);
