@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import threading
 from dataclasses import dataclass
 from signal import SIGKILL
@@ -175,13 +176,10 @@ class _Running:
         self._session = session
         self._handles: dict[int, CommandHandle] = {}
         self._lock = threading.Lock()
-        self._found = ""
 
+    @functools.cached_property
     def _shell(self) -> str:
-        # Looked for once.
-        if not self._found:
-            self._found = "/bin/bash" if self._session.files.exists("/bin/bash") else "/bin/sh"
-        return self._found
+        return "/bin/bash" if self._session.files.exists("/bin/bash") else "/bin/sh"
 
     def _keep(self, handle: CommandHandle) -> CommandHandle:
         with self._lock:
@@ -256,8 +254,7 @@ class Commands(_Running):
     ) -> CommandHandle:  # fmt: skip
         """Start it, as ``run`` does; what is not in the background is killed with its handle."""
         with translated():
-            shell = self._shell()
-            words = [shell, *(["-l"] if shell == "/bin/bash" else []), "-c", cmd]
+            words = [self._shell, *(["-l"] if self._shell == "/bin/bash" else []), "-c", cmd]
             process = Process(
                 self._session._link, self._session._about, words, DEFAULT_LIMIT, Deadline(timeout or None), env=envs,
                 cwd=cwd, user=user, keep=background, input=bool(stdin),
@@ -286,7 +283,7 @@ class Pty(_Running):
         :param timeout: seconds, after which it is killed; 0 or None: no limit
         """
         with translated():
-            words = [self._shell(), "-i", "-l"]
+            words = [self._shell, "-i", "-l"]
             process = self._session.exec(
                 words, env={"TERM": "xterm-256color", **(envs or {})}, cwd=cwd, user=user, keep=True,
                 terminal=(size.rows, size.cols), timeout=timeout or None,

@@ -197,7 +197,7 @@ class Sandbox:
         """What it is."""
         native = self.native
         if not isinstance(native, Native):
-            return _info(native._about, self.sandbox_id, {})
+            return _info(native._about, self.sandbox_id)
         config, end = native.machine.config, native.time_left
         return SandboxInfo(
             self.sandbox_id, native._about["image"], native._about["image"], dict(self._metadata), self._began,
@@ -271,13 +271,13 @@ class Paginator:
     def next_items(self, **others: Any) -> list[SandboxInfo]:
         """All of them."""
         self.has_next = False
-        return [_info(each, each["name"], {}) for each in registry.all_running()]
+        return [_info(each, each["name"]) for each in registry.all_running()]
 
 
-def _info(about: Mapping[str, Any], name: str, metadata: Mapping[str, str]) -> SandboxInfo:
+def _info(about: Mapping[str, Any], name: str) -> SandboxInfo:
     began = about["began"]
     return SandboxInfo(
-        name, about["image"], about["image"], dict(metadata), datetime.fromtimestamp(began, UTC),
+        name, about["image"], about["image"], {}, datetime.fromtimestamp(began, UTC),
         _end_of(began, about.get("timeout")), SandboxState.RUNNING, None, None,
     )  # fmt: skip
 
