@@ -218,7 +218,10 @@ class Tree:
             elif not name.startswith(".wh..wh.") and name[4:] in parent.children:
                 self._hide(parent.children, name[4:])
             return
-        siblings = self._directory(parts[:-1])
+        above = self._find(parts[:-1], make=True)
+        if above is None or above.children is None:
+            raise PullError(f"{line('/'.join(parts[:-1]))} is not a directory, but has files in it")
+        siblings = above.children
         if member.islnk():
             target = self._find(_parts(member.linkname), follow=False)
             if target is None or target.children is not None:
@@ -251,13 +254,6 @@ class Tree:
             self._hide(node.children or {}, child)
         if node.layer < self._layer and not node.children:
             del siblings[name]
-
-    def _directory(self, parts: list[str]) -> dict[str, Node]:
-        # the directory of that path, made where it is missing
-        node = self._find(parts, make=True)
-        if node is None or node.children is None:
-            raise PullError(f"{line('/'.join(parts))} is not a directory, but has files in it")
-        return node.children
 
     def _find(self, parts: list[str], *, follow: bool = True, make: bool = False) -> Node | None:
         # as a process whose root the tree is would; a dangling link's target is made, too

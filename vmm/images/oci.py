@@ -96,13 +96,12 @@ def _mounts_below(place: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _of_layers(name: Name, limit: int, work: Path, progress: Progress) -> ImageConfig:
-    match name:
-        case Name(repository=str(repository)) if repository:
-            content = sources.registry(name, cache_root() / "blobs", progress)
-        case Name(kind="oci"):
-            content = sources.layout(name)
-        case _:
-            content = sources.archive(name)
+    if name.repository:
+        content = sources.registry(name, cache_root() / "blobs", progress)
+    elif name.kind == "oci":
+        content = sources.layout(name)
+    else:
+        content = sources.archive(name)
     config, diff_ids = manifest.read_config(str(name), content.config)
     if len(diff_ids) != len(content.layers):
         raise PullError(f"{name} has {len(content.layers)} layers, and its config says {len(diff_ids)}")
