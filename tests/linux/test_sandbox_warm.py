@@ -56,8 +56,8 @@ def test_only_the_last_that_were_used_are_kept(
     image, kept = places
     monkeypatch.setattr(warm, "KEPT", 1)
     (kept / "old").mkdir(parents=True)
-    (kept / "new-of-a-killed-process").mkdir()
-    os.utime(kept / "new-of-a-killed-process", (0, 0))
+    (kept / "key.0123abcd.new").mkdir()  # of a process that was killed
+    os.utime(kept / "key.0123abcd.new", (0, 0))
     with _start(image):
         pass
     assert len(list(kept.iterdir())) == 1 and not (kept / "old").exists()

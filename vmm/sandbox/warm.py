@@ -11,8 +11,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
-import time
 
 from vmm import __version__
 from vmm.errors import VmmError
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from vmm.images import Image
 
 KEPT = 8
-_STALE = 3600  # seconds; it takes a few to write one
 
 
 def start(image: Image, *, memory: int, cpus: int, network: str, boot_timeout: float) -> Sandbox:
@@ -62,13 +59,7 @@ def _key(image: Image, memory: int, cpus: int) -> str:
 def _keep(sandbox: Sandbox, directory: str) -> None:
     above = os.path.dirname(directory)
     os.makedirs(above, 0o700, exist_ok=True)
-    for name in os.listdir(above):  # of a process that was killed while it made one
-        path = os.path.join(above, name)
-        if name.startswith("new-") and time.time() - os.path.getmtime(path) > _STALE:
-            shutil.rmtree(path, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="new-", dir=above) as made:
-        sandbox.snapshot(os.path.join(made, "snapshot"))
-        os.rename(os.path.join(made, "snapshot"), directory)  # fails where another process was first
-    found = [os.path.join(above, name) for name in os.listdir(above) if not name.startswith("new-")]
+    sandbox.snapshot(directory)
+    found = [os.path.join(above, name) for name in os.listdir(above)]  # what killed processes have begun, too
     for old in sorted(found, key=os.path.getmtime)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
