@@ -21,6 +21,29 @@ from vmm.sandbox.aio import in_thread
 from vmm.sandbox.channel import Link
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_result_that_comes_when_the_loop_is_closed_is_undone_once(cancelled: bool) -> None:
+    undone: list[str] = []
+    goes_on = threading.Event()
+
+    def work() -> str:
+        goes_on.wait(10)
+        return "thing"
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(in_thread(work, undo=undone.append))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # what asyncio would say is meant here
+    loop.run_until_complete(asyncio.sleep(0.01))
+    if cancelled:
+        task.cancel()
+        loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    goes_on.set()
+    until(lambda: undone == ["thing"])
+    until(lambda: "sandbox call" not in [each.name for each in threading.enumerate()])
+    assert undone == ["thing"]
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["as it comes", "after it came"])
 def test_a_result_that_a_cancelled_task_does_not_take_is_undone(late: bool) -> None:
     undone: list[str] = []

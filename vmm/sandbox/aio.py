@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from concurrent.futures import Future
 
 from vmm import threads
 from vmm.sandbox.channel import Deadline
@@ -35,47 +36,33 @@ async def in_thread(
     :param cancel: ends the work when the task is cancelled
     :param undo: gets a result that nobody waits for any more
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[R] = loop.create_future()
+    loop, ended, given_up = asyncio.get_running_loop(), asyncio.Event(), False
+    done: Future[R] = Future()
 
-    def drop(result: R | None) -> None:
-        if undo is not None and result is not None:
-            undo(result)
-
-    def drop_in_thread(result: R | None) -> None:
-        if undo is not None:
-            threads.spawn(None, "sandbox call", drop, result)
-
-    def settle(result: R | None, error: BaseException | None) -> None:
-        if future.done():
-            drop_in_thread(result)
-        elif error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
+    def drop() -> None:
+        if undo is not None and done.exception() is None:  # which waits for the end
+            undo(done.result())
 
     def body() -> None:
-        result, error = None, None
         try:
-            result = work()
-        except BaseException as caught:
-            error = caught
-        if future.cancelled():
-            drop(result)
-            return
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
         try:
-            loop.call_soon_threadsafe(settle, result, error)
+            loop.call_soon_threadsafe(ended.set)
         except RuntimeError:  # the loop is closed
-            drop(result)
+            if not given_up:
+                drop()
 
     threads.spawn(None, "sandbox call", body)
     try:
-        return await future
+        await ended.wait()
     except asyncio.CancelledError:
+        given_up = True
         cancel()
-        if not future.cancelled() and future.done() and future.exception() is None:  # it was done, not yet returned
-            drop_in_thread(future.result())
+        threads.spawn(None, "sandbox call", drop)
         raise
+    return done.result()
 
 
 def twin(
