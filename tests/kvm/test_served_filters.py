@@ -60,6 +60,22 @@ def test_a_running_vm_answers_what_needs_more_of_the_library(tmp_path: Path) -> 
         process.wait()
 
 
+def test_kvm_prepares_one_vm_for_a_machine_that_a_file_configures(tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(tiny_elf(b"\xb0\xfe\xe6\x64\xf4"))  # mov al, 0xfe; out 0x64, al: a reset
+    (tmp_path / "vm.json").write_text('{"boot-source": {"kernel_image_path": "kernel"}}')
+    code = """
+import os
+from vmm.commands import cli
+from vmm.kvm import vm
+made, prepare = [], vm.prepare
+vm.prepare = lambda: (made.append(prepare()), made[-1])[1]
+print(cli.main(["serve", "--no-api", "--config-file", "vm.json"]), len(made), flush=True)
+os._exit(0)  # as cli.entry
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("0 1\n", "")
+
+
 def test_an_interface_of_the_api_has_a_policy(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(tiny_elf(b"\xf4\xeb\xfd"))

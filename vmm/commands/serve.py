@@ -275,7 +275,8 @@ class _Serve:
             launched.spare_collections("vmm.machine.machine")
             import vmm.machine.machine  # noqa: F401
 
-            self._vmm.prepare()
+            if self._vmm.machine is None:
+                self._vmm.prepare()
             self._confine()
             launched.finish_start()
             threads.enter("vmm")
