@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT)]
 
 from vmm.config import devices  # noqa: E402
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig  # noqa: E402
-from vmm.config.option import REQUIRED, Config, Option, type_stored  # noqa: E402
+from vmm.config.option import REQUIRED, Config, Option  # noqa: E402
 from vmm.config.vm import VmConfig  # noqa: E402
 
 _SETTINGS = '''\
@@ -56,6 +56,12 @@ def settings() -> str:
     """The keywords of ``Machine``."""
     lines = [f"        {name}: {type_taken(VmConfig, name)}\n" for name in VmConfig.OPTIONS]
     return _SETTINGS + "".join(lines)
+
+
+def type_stored(config: type[Config], name: str) -> str:
+    """The type of an attribute, as text."""
+    text: str = config.__annotations__[name]
+    return text.removeprefix("Given[").partition(", ")[0] if text.startswith("Given[") else text
 
 
 def type_taken(config: type[Config], name: str) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tools.declared import type_stored
 from vmm.config import parse_size
 from vmm.config.cpu_template import CpuTemplate
 from vmm.config.devices import DEVICES, DriveConfig, NetworkPolicy, RateLimiterConfig, ShareConfig
-from vmm.config.option import REQUIRED, Config, type_stored
+from vmm.config.option import REQUIRED, Config
 from vmm.config.vm import DEFAULT_CMDLINE, VmConfig
 from vmm.errors import ConfigError
 

@@ -101,12 +101,6 @@ if not TYPE_CHECKING:
     option = Option
 
 
-def type_stored(config: type[Config], name: str) -> str:
-    """The type of an attribute, as text."""
-    text: str = config.__annotations__[name]
-    return text.removeprefix("Given[").partition(", ")[0] if text.startswith("Given[") else text
-
-
 # What an error calls a type: one value, and several.
 _CALLED = {
     "str": "a string", "int": "a whole number", "float": "a number", "bool": "True or False", "None": "None",

@@ -27,7 +27,7 @@ import msgspec
 from vmm import __version__
 from vmm._mapping import copy_sparse
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig
-from vmm.config.option import type_stored
+from vmm.config.option import check_call
 from vmm.config.vm import VmConfig
 from vmm.durable import put_whole, sync
 from vmm.errors import ConfigError, SnapshotError, host_errors
@@ -223,7 +223,7 @@ def decode(data: bytes, name: str) -> tuple[Image, bytes]:
         if not isinstance(config, VmConfig):
             raise TypeError("no configuration")
         document.pop("pyvmm")
-        _check(vars(Image)["__init__"].__annotations__, document)
+        check_call("snapshot", Image.__init__, document)
         return Image(config, memory=[], **document), mark
     except (msgspec.DecodeError, RecursionError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(name, f"is damaged: {error}") from None
@@ -311,29 +311,8 @@ def _plain(value: Any) -> Any:
 def _configuration(value: Any) -> Any:
     if isinstance(value, dict):
         kind = _CONFIGS[value.pop("is")]
-        fields = {name: _configuration(field) for name, field in value.items()}
-        _check({name: type_stored(kind, name) for name in fields}, fields)
-        return kind(**fields)
+        return kind(**{name: _configuration(field) for name, field in value.items()})
     return tuple(_configuration(each) for each in value) if isinstance(value, list) else value
-
-
-def _check(wanted: dict[str, str], fields: dict[str, Any]) -> None:
-    """See that `fields` have the types that `wanted` has as text.
-
-    :raises TypeError: a field has another type
-    """
-    for name, value in fields.items():
-        if not any(_fits(value, each) for each in wanted[name].split(" | ")):
-            raise TypeError(f"{name} is not {wanted[name]}")
-
-
-def _fits(value: Any, wanted: str) -> bool:
-    name, _, inside = wanted.rstrip("]").partition("[")
-    if name in ("Sequence", "tuple"):
-        each = inside.split(", ")
-        counted = name == "Sequence" or len(value) == len(each) if isinstance(value, tuple) else False
-        return counted and all(type(item).__name__ in each for item in value)
-    return type(value).__name__ == name or (value is None and name == "None")
 
 
 def _writer(body: bytes) -> str:
