@@ -22,7 +22,7 @@ PYVMM = Path(sys.executable).with_name("pyvmm")
 
 
 def test_a_running_vm_answers_what_needs_more_of_the_library(tmp_path: Path) -> None:
-    from vmm.api.openapi import document
+    from tools.openapi import document
 
     kernel, path = tmp_path / "kernel", tmp_path / "s"
     kernel.write_bytes(tiny_elf(b"\xf4\xeb\xfd"))  # hlt, for ever

@@ -227,7 +227,7 @@ launched.spare_msgspec()
 import msgspec, uuid, decimal, datetime
 assert msgspec.json.decode(b'{"a": [1, null]}') == {"a": [1, None]}
 assert uuid.uuid4() != uuid.uuid4() and decimal.Decimal(1) == 1 and datetime.date(2020, 1, 1).day == 1
-from vmm.api.openapi import document
+from tools.openapi import document
 document()
 """
     done = run(sys.executable, "-c", code, cwd=ROOT)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The API's OpenAPI document as text, in memory: a jail has no files, and a filter lets nothing more be imported.
 
-``python -m vmm.api.openapi >vmm/api/openapi.json`` makes it; ``tests/api/test_schema.py`` compares the two.
+``python -m tools.openapi >vmm/api/openapi.json`` makes it; ``tests/api/test_schema.py`` compares the two.
 """
 
 from __future__ import annotations
