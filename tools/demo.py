@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from vmm import images
 from vmm.commands.check import findings
 from vmm.commands.cli import STATUS_INTERRUPTED
 from vmm.kvm.vm import runs_linux
+from vmm.testing import tiny_elf
 
 PYVMM = str(Path(sys.executable).with_name("pyvmm"))
 TINY_STATUS = 42
@@ -31,19 +31,6 @@ exit 0
 """
 
 
-def tiny_guest() -> bytes:
-    """A PVH ELF of one segment whose code writes 42 to the exit port: mov al, 42; out 0xf4, al; hlt."""
-    code = bytes((0xB0, TINY_STATUS, 0xE6, 0xF4, 0xF4))
-    start = 1 << 20
-    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", start)
-    code_at = 64 + 2 * 56
-    header = b"\x7fELF\2\1\1".ljust(16, b"\0")
-    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, start, 64, 0, 0, 64, 56, 2, 0, 0, 0)
-    load = struct.pack("<IIQQQQQQ", 1, 5, code_at, start, start, len(code), len(code), 1)
-    notes = struct.pack("<IIQQQQQQ", 4, 4, code_at + len(code), 0, 0, len(note), len(note), 4)
-    return header + load + notes + code + note
-
-
 def say(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
@@ -51,7 +38,7 @@ def say(text: str) -> None:
 def run_tiny() -> int:
     with tempfile.TemporaryDirectory() as directory:
         guest = Path(directory, "tiny.elf")
-        guest.write_bytes(tiny_guest())
+        guest.write_bytes(tiny_elf(bytes((0xB0, TINY_STATUS, 0xE6, 0xF4, 0xF4))))  # mov al, 42; out 0xf4, al; hlt
         start = time.perf_counter()
         status = subprocess.run([PYVMM, "run", str(guest)]).returncode
         took = (time.perf_counter() - start) * 1e3
