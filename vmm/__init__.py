@@ -55,30 +55,20 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BalloonConfig": "vmm.config.devices",
-    "ConfigError": "vmm.errors",
-    "CpuTemplate": "vmm.config.cpu_template",
-    "DriveConfig": "vmm.config.devices",
-    "EntropyConfig": "vmm.config.devices",
-    "Exit": "vmm.exits",
-    "ShareConfig": "vmm.config.devices",
-    "GuestError": "vmm.errors",
-    "HostError": "vmm.errors",
-    "Image": "vmm.machine.snapshot",
-    "KvmError": "vmm.errors",
-    "Machine": "vmm.machine.machine",
-    "MmdsConfig": "vmm.config.devices",
-    "NetConfig": "vmm.config.devices",
-    "NetworkPolicy": "vmm.config.devices",
-    "Pool": "vmm.machine.pool",
-    "RateLimiterConfig": "vmm.config.devices",
-    "Sandbox": "vmm.sandbox",
-    "SnapshotError": "vmm.errors",
-    "Stop": "vmm.exits",
-    "StopReason": "vmm.exits",
-    "VmConfig": "vmm.config.vm",
-    "VmmError": "vmm.errors",
-    "VsockConfig": "vmm.config.devices",
+    name: home
+    for home, names in {
+        "vmm.config.cpu_template": "CpuTemplate",
+        "vmm.config.devices": "BalloonConfig DriveConfig EntropyConfig MmdsConfig NetConfig NetworkPolicy "
+        "RateLimiterConfig ShareConfig VsockConfig",
+        "vmm.config.vm": "VmConfig",
+        "vmm.errors": "ConfigError GuestError HostError KvmError SnapshotError VmmError",
+        "vmm.exits": "Exit Stop StopReason",
+        "vmm.machine.machine": "Machine",
+        "vmm.machine.pool": "Pool",
+        "vmm.machine.snapshot": "Image",
+        "vmm.sandbox": "Sandbox",
+    }.items()
+    for name in names.split()
 }
 
 
