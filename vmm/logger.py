@@ -246,7 +246,7 @@ def log(level: int, text: str) -> None:
     if level > settings.level:
         return
     if settings.sink is None:
-        _tell(text)
+        tell(text)
         return
     origin = ""
     if settings.show_log_origin or settings.module:
@@ -288,13 +288,14 @@ def debug(text: str) -> None:
     log(DEBUG, text)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Print a line on stderr, whatever the log is; nothing where nobody listens."""
     try:
         # On a raw terminal the cursor may stand in the middle of a line.
         sys.stderr.write(f"\rpyvmm: {text}\r\n" if sys.stderr.isatty() else f"pyvmm: {text}\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
-        pass  # stderr is closed, full or none: nobody listens
+        pass  # stderr is closed, full or none
 
 
 def _timestamp() -> str:

@@ -150,7 +150,7 @@ class Console:
             if self._own_keys:
                 from _queue import SimpleQueue  # `queue` itself imports more
 
-                _tell(HELP)
+                logger.tell(HELP)
                 self._typed = SimpleQueue()
                 self._readers.append(spawn(kind, "console keys", self._pump_typed))
         with self._output_lock:
@@ -295,7 +295,7 @@ class Console:
                 elif key == ESCAPE:
                     kept.append(ESCAPE)
                 else:
-                    _tell(HELP)
+                    logger.tell(HELP)
                 continue
             if key == ESCAPE:
                 continue
@@ -405,11 +405,3 @@ def set_mode(fd: int, mode: list[Any]) -> None:
         except termios.error as error:
             if error.args[0] != errno.EINTR:
                 return  # the terminal is gone, or an orphaned job's
-
-
-def _tell(text: str) -> None:
-    try:
-        # On a raw terminal the cursor may stand in the middle of a line.
-        os.write(2, f"\rpyvmm: {text}\r\n".encode() if os.isatty(2) else f"pyvmm: {text}\n".encode())
-    except OSError:
-        pass  # nobody listens
