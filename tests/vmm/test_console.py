@@ -299,7 +299,8 @@ def test_closed_stdin_and_dev_null(guest: Guest, join: Any, pipes: Any) -> None:
 def test_broken_pipe_stops_the_writing_only(guest: Guest, join: Any, pipes: Any, capfd: Any) -> None:
     stdin, _, shown, stdout = pipes
     heard: list[bytes] = []
-    console = join(guest, stdin, stdout, on_output=heard.append)
+    console = join(guest, stdin, stdout)
+    console.listen(heard.append)
     console.start()
     os.close(shown)
     guest.write(b"one")
@@ -485,7 +486,8 @@ def test_limit_loses_what_is_too_much(guest: Guest, tmp_path: Path) -> None:
 
 def test_none_has_callbacks_all_the_same(guest: Guest) -> None:
     heard: list[bytes] = []
-    console = Console(guest.serial, mode="none", on_output=heard.append)
+    console = Console(guest.serial, mode="none")
+    console.listen(heard.append)
     console.start()
     guest.write(b"quiet")
     console.close()
@@ -497,18 +499,21 @@ def test_callback_that_raises_is_reported_once_and_stops_nothing(
     guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[object] = []
+    heard: list[bytes] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: reported.append(error))
 
     def callback(data: bytes) -> None:
         raise ZeroDivisionError
 
-    console = Console(guest.serial, mode=f"file:{tmp_path}/log", on_output=callback)
+    console = Console(guest.serial, mode=f"file:{tmp_path}/log")
+    console.listen(callback)
+    console.listen(heard.append)
     console.start()
     guest.write(b"one")
     assert comes_true(lambda: bool(reported))
     guest.write(b"two")
     console.close()
-    assert (tmp_path / "log").read_bytes() == b"onetwo"
+    assert (tmp_path / "log").read_bytes() == b"".join(heard) == b"onetwo"
     assert [type(error) for error in reported] == [ZeroDivisionError]
 
 
@@ -561,11 +566,11 @@ def test_output_that_nobody_hears_takes_no_thread_and_holds_nobody_up(guest: Gue
 
 def test_who_listens_later_hears_what_comes_then(guest: Guest) -> None:
     heard: list[bytes] = []
-    console = Console(guest.serial, mode="none", on_output=heard.append)
+    console = Console(guest.serial, mode="none")
     console.start(quiet=guest.serial)
     guest.write(b"before\n")
-    console.listen()
-    console.listen()
+    console.listen(lambda data: None)
+    console.listen(heard.append)
     guest.write(b"after\n")
     console.close()
     assert b"".join(heard) == b"after\n"
@@ -573,8 +578,8 @@ def test_who_listens_later_hears_what_comes_then(guest: Guest) -> None:
 
 def test_who_listens_before_the_start_hears_all(guest: Guest, tmp_path: Path) -> None:
     heard: list[bytes] = []
-    console = Console(guest.serial, mode="none", on_output=heard.append)
-    console.listen()
+    console = Console(guest.serial, mode="none")
+    console.listen(heard.append)
     console.start(quiet=guest.serial)
     guest.write(b"all\n")
     console.close()

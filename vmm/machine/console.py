@@ -68,8 +68,6 @@ class Console:
     :param mode: ``"stdio"``; ``"raw"``, the same without keys of our own; ``"file:PATH"`` (a FIFO, or a file, created
         for its owner alone, or emptied); ``"unix:PATH"`` (see ``vmm.machine.console_socket``); or ``"none"``
     :param limit: called with a number of bytes, it says whether they have to wait: those are lost; None: no limit
-    :param on_output: also called with the output as it comes, on the console's thread; one that raises is
-        reported and not called again
     :param on_quit: called when the person at the terminal asks for the end, on a thread of the console's;
         again where they ask again
     :raises ConfigError: the file cannot be written, or the socket cannot be made
@@ -82,12 +80,10 @@ class Console:
         serial: Port,
         *,
         mode: str = "stdio",
-        on_output: Callable[[bytes], None] | None = None,
         on_quit: Callable[[], None] = lambda: None,
         limit: Callable[[int], int] | None = None,
     ) -> None:
         self._serial = serial
-        self._on_output = on_output
         self._on_quit = on_quit
         self._limit = limit
         self._own_keys = mode == "stdio"
@@ -108,7 +104,7 @@ class Console:
         self._pressed = 0  # the key before: Ctrl-A opens an escape, Ctrl-C may be the first of two
         self._pressed_at = 0.0
         self._output_lock = threading.Lock()  # around the four that follow
-        self._heard = False
+        self._listeners: list[Callable[[bytes], object]] = []
         self._quiet: QuietPort | None = None
         self._kind: str | None = None
         self._started = False
@@ -155,7 +151,7 @@ class Console:
                 self._readers.append(spawn(kind, "console keys", self._pump_typed))
         with self._output_lock:
             self._started, self._kind = True, kind
-            unheard = not self._heard and self._out is None and self._socket is None and self._limit is None
+            unheard = not self._listeners and self._out is None and self._socket is None and self._limit is None
             if quiet is not None and unheard:
                 quiet.drop_output(PANIC)
                 self._quiet = quiet
@@ -174,10 +170,13 @@ class Console:
         """Whether Linux's last words of a panic went by."""
         return self._panic_seen or (self._quiet is not None and self._quiet.said)
 
-    def listen(self) -> None:
-        """Have ``on_output`` called from here on, whatever ``start`` is told of a quiet port; idempotent."""
+    def listen(self, callback: Callable[[bytes], object]) -> None:
+        """Call `callback` with the output as it comes, on the console's thread; before ``start``, or from here on.
+
+        One that raises is reported and not called again.
+        """
         with self._output_lock:
-            self._heard = True
+            self._listeners.append(callback)
             if self._started and self._writer is None and not self._closed:
                 assert self._quiet is not None
                 self._quiet.keep_output()
@@ -189,12 +188,12 @@ class Console:
             self._panic_seen = self._panic_seen or PANIC in window
             self._tail = window[-len(PANIC) :]
             self._write(data if self._limit is None else self._limited(data))
-            if self._on_output is not None:
+            for callback in tuple(self._listeners):
                 try:
-                    self._on_output(data)
+                    callback(data)
                 except Exception:
                     # The guest would stop at a full ring if this thread ended.
-                    self._on_output = None
+                    self._listeners.remove(callback)
                     sys.excepthook(*sys.exc_info())
 
     def _limited(self, data: bytes) -> bytes:

@@ -119,7 +119,6 @@ class Machine(Closing):
         self._closers = Closers((self._builder.close, self._devices.close))
         self.seccomp = seccomp
         self._unconfined = False
-        self._console_callbacks: list[Callable[[bytes], None]] = []
         self._run = Run(lambda: self._devices.windows, lambda: self.console.panic_seen)
         self._detached = False  # a configured device was
         self._hot: HotPages | None = None if image is None else image.hot  # of its copies; made by the first freeze
@@ -206,9 +205,7 @@ class Machine(Closing):
         port = self.serial if self._hvc is None else self._hvc
         limiter = make_limiter(self.config.console_rate_limiter)
         limit = None if limiter is None else limiter.ask
-        self.console = self._closers.own(
-            Console(port, mode=self.config.console, on_output=self._on_output, on_quit=self.stop, limit=limit)
-        )
+        self.console = self._closers.own(Console(port, mode=self.config.console, on_quit=self.stop, limit=limit))
         if self._hvc is not None:
             self.serial.drop_output()
 
@@ -296,12 +293,7 @@ class Machine(Closing):
     def on_console(self, callback: Callable[[bytes], None]) -> None:
         """Call `callback` with the serial port's output as it arrives, on the console's thread."""
         _check_callable("on_console", callback)
-        self._console_callbacks.append(callback)
-        self.console.listen()
-
-    def _on_output(self, data: bytes) -> None:
-        for callback in self._console_callbacks:
-            callback(data)
+        self.console.listen(callback)
 
     def start(self, *, paused: bool = False) -> None:
         """Run every vCPU, each on its own thread.
