@@ -120,6 +120,16 @@ class Attached:
         vm.ioeventfd(fd, self.base + register, value)
         self._undo.append(lambda: vm.ioeventfd(fd, self.base + register, value, bind=False))
 
+    def connect(self, memory: GuestMemory, window_address: int, vm: Vm, bus: Bus) -> None:
+        """``make``, ``map`` and ``bind`` it, for a VM that is whole. If one of them fails, nothing of it is left."""
+        try:
+            self.make(memory, window_address)
+            self.map(vm)
+            self.bind(vm, bus)
+        except BaseException:
+            self.detach()
+            raise
+
     def detach(self) -> None:
         """Remove it from a VM that goes on, and close it. No vCPU may run meanwhile."""
         self._undo.close()

@@ -542,13 +542,7 @@ class Machine(Closing):
     def _connect(self, attached: Attached) -> None:
         if self._unconfined:
             attached.device.thread_kind = None
-        try:
-            attached.make(self.memory, self._devices.window_address(attached))
-            attached.map(self.vm)
-            attached.bind(self.vm, self.mmio)
-        except BaseException:
-            attached.detach()
-            raise
+        attached.connect(self.memory, self._devices.window_address(attached), self.vm, self.mmio)
         self._devices.add(attached)
 
     def detach(self, id: str) -> None:
@@ -573,20 +567,15 @@ class Machine(Closing):
 
     def _change_devices(self, change: Callable[[], None]) -> None:
         # With no vCPU in a device or on its way there.
-        try:
-            self._run.hold("devices")
+        def do() -> None:
             if self._run.ended is not None or self.closed:
                 raise VmmError("the devices of a machine that has ended stay as they are")
             try:
                 change()
             finally:
                 self.mmio.reclaim()
-        finally:
-            try:
-                self._run.release("devices")
-            except BaseException:  # a signal's handler's, as the call began
-                self._run.release("devices")
-                raise
+
+        self._run.while_held("devices", do)
 
     @property
     def mmds(self) -> Mmds:

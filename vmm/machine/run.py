@@ -17,9 +17,11 @@ from vmm.signals import Bell
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any
+    from typing import Any, TypeVar
 
     from vmm.kvm.vcpu import Vcpu
+
+    _T = TypeVar("_T")
 
 
 class Run:
@@ -176,6 +178,18 @@ class Run:
             self.holds.discard(reason)
             if not self.holds:
                 self._gate.open()
+
+    def while_held(self, reason: str, do: Callable[[], _T]) -> _T:
+        """Call `do` while no vCPU runs; see ``hold``."""
+        try:
+            self.hold(reason)
+            return do()
+        finally:  # whatever failed, the guest is not held for good
+            try:
+                self.release(reason)
+            except BaseException:  # a signal's handler's, as KeyboardInterrupt, where the call began: then once more
+                self.release(reason)
+                raise
 
     # On a vCPU's thread
 

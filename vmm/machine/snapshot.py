@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from virtio._limiter import RateLimiter
     from virtio.device import VirtioDevice
-    from virtio.transport import Transport
     from vmm.config.option import Config
     from vmm.config.vm import VmConfig
     from vmm.machine.attach import Attached
@@ -171,49 +170,41 @@ def freeze(
     if machine.memory.huge:
         raise SnapshotError("memory", "in huge pages cannot be shared copy-on-write")
     access = machine.kvm.state_access()
-    serving: list[Transport] = []
-    try:
-        machine._run.hold("freeze")
+
+    def held() -> Image:
         serving = [transport for transport in machine.virtio if transport.serving]  # none of one that was not started
-        _refuse_unsavable(machine)  # the guest may have begun to use a device meanwhile
-        for transport in machine.virtio:
-            transport.stop()
-        if machine._run.ended is not None:
-            raise VmmError("a machine that has ended cannot be frozen")
-        while_held()
-        # Before the vCPUs: an interrupt of KVM's timer that comes meanwhile comes twice in a copy, and is not lost.
-        vm = access.save_vm(machine.vm.fd, timer=machine._board.pit.save())
-        vcpus = [access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus]
-        vm["clock"] = access.get_clock(machine.vm.fd)
-        image = Image(
-            _present(machine),
-            cmdline=machine.cmdline,
-            vcpus=vcpus,
-            vm=vm,
-            board=machine._board.save(),
-            virtio=[_saved(each) for each in machine.devices.values()],
-            memory=[],
-        )
-        image.hot = machine._hot = machine._hot or HotPages()
-        if without_memory is None:
-            with host_errors("freeze guest memory"):
-                image.memory = machine.memory.freeze()
-        else:
-            without_memory(image)
-        return image
-    finally:
-        # The handler of a signal may raise anywhere, as KeyboardInterrupt, also where a call begins: then once more.
-        try:  # also where the guest has ended: what it sent last is still to be served
-            Closers(transport.go_on for transport in serving).close()
-        except BaseException:
-            Closers(step for transport in serving for step in (transport.go_on, transport.stop)).close()
-            raise
-        finally:  # whatever failed, the guest is not held for good
+        try:
+            _refuse_unsavable(machine)  # the guest may have begun to use a device meanwhile
+            for transport in machine.virtio:
+                transport.stop()
+            if machine._run.ended is not None:
+                raise VmmError("a machine that has ended cannot be frozen")
+            while_held()
+            # Before the vCPUs: an interrupt of KVM's timer that comes meanwhile comes twice in a copy, and is not lost.
+            vm = access.save_vm(machine.vm.fd, timer=machine._board.pit.save())
+            vcpus = [access.save_vcpu(vcpu.fd) for vcpu in machine.vcpus]
+            vm["clock"] = access.get_clock(machine.vm.fd)
+            image = Image(
+                _present(machine), cmdline=machine.cmdline, vcpus=vcpus, vm=vm, board=machine._board.save(),
+                virtio=[_saved(each) for each in machine.devices.values()], memory=[],
+            )  # fmt: skip
+            image.hot = machine._hot = machine._hot or HotPages()
+            if without_memory is None:
+                with host_errors("freeze guest memory"):
+                    image.memory = machine.memory.freeze()
+            else:
+                without_memory(image)
+            return image
+        finally:
+            # The handler of a signal may raise anywhere, as KeyboardInterrupt, also where a call begins: then once
+            # more. Also where the guest has ended: what it sent last is still to be served.
             try:
-                machine._run.release("freeze")
+                Closers(transport.go_on for transport in serving).close()
             except BaseException:
-                machine._run.release("freeze")
+                Closers(step for transport in serving for step in (transport.go_on, transport.stop)).close()
                 raise
+
+    return machine._run.while_held("freeze", held)
 
 
 def restore(machine: Machine, image: Image) -> None:
