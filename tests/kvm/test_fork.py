@@ -787,6 +787,7 @@ def test_what_a_wrong_argument_is_told(guest: MakeGuest) -> None:
         (lambda: Machine(image=5), "Machine: image must be an Image, not 5"),  # type: ignore[arg-type]
         (lambda: vm.fork("3"), "Machine.fork: count must be a whole number, not '3'"),
         (lambda: vm.fork(-1), "Machine.fork: count must be 0 or more, not -1"),
+        (lambda: Pool(vm, change=5), "Pool: change must be a function or None, not 5"),  # type: ignore[arg-type]
         (lambda: vm.on_exit(None), "Machine.on_exit: callback must be a function, not None"),
         (lambda: vm.on_console("x"), "Machine.on_console: callback must be a function, not 'x'"),
         (lambda: Pool("vm"), "Pool: source must be a Machine or an Image, not 'vm'"),  # type: ignore[arg-type]

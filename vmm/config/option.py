@@ -105,7 +105,7 @@ if not TYPE_CHECKING:
 _CALLED = {
     "str": "a string", "int": "a whole number", "float": "a number", "bool": "True or False", "None": "None",
     "os.PathLike[str]": "a path", "tuple[int, int]": "two whole numbers", "tuple[int, int, int]": "three whole numbers",
-    "Mapping[str, str]": "a mapping of strings to strings",
+    "Mapping[str, str]": "a mapping of strings to strings", "Mapping": "a mapping", "Callable": "a function",
 }  # fmt: skip
 _LISTED = {"str": "strings", "str | os.PathLike[str]": "strings or paths", "int": "whole numbers"}
 
@@ -146,13 +146,15 @@ def _is(value: Any, annotation: str) -> bool:
     if kind == "Mapping":
         key, item = _parts(inner, ", ")
         return hasattr(value, "items") and all(_is(k, key) and _is(v, item) for k, v in value.items())
+    if kind == "Callable":
+        return callable(value)
     return value is None if kind == "None" else any(each.__name__ == kind for each in type(value).__mro__)
 
 
 def _called(kind: str) -> str:
     if kind.startswith("Sequence["):
         return f"a list of {_LISTED.get(kind[9:-1], kind[9:-1])}"
-    return _CALLED.get(kind) or ("a mapping" if kind.startswith("Mapping[") else _one(kind))
+    return _CALLED.get(kind) or _CALLED.get(kind.partition("[")[0]) or _one(kind)
 
 
 def _one(noun: str) -> str:
@@ -174,7 +176,7 @@ def check_type(title: str, name: str, annotation: str, value: object) -> None:
 def check_call(title: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """As ``check_type`` for the parameters of `function`, with ``locals()`` at its start."""
     for name, annotation in function.__annotations__.items():
-        if name in values and "Callable[" not in annotation:
+        if name in values:
             check_type(title, name, annotation, values[name])
 
 

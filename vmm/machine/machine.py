@@ -54,11 +54,6 @@ if TYPE_CHECKING:
     from vmm.memory import HotPages
 
 
-def _check_callable(name: str, callback: object) -> None:
-    if not callable(callback):
-        raise TypeError(f"Machine.{name}: callback must be a function, not {callback!r:.60}")
-
-
 class Machine(Closing):
     """A virtual machine. The constructor builds it, ``start`` runs it, and ``close`` ends it. A context manager.
 
@@ -287,12 +282,12 @@ class Machine(Closing):
 
     def on_exit(self, callback: Callable[[Exit], object]) -> None:
         """Call `callback` once with the ``Exit`` of the VM, on any thread, before ``wait`` returns."""
-        _check_callable("on_exit", callback)
+        check_type("Machine.on_exit", "callback", "Callable", callback)
         self._run.callbacks.append(callback)
 
     def on_console(self, callback: Callable[[bytes], None]) -> None:
         """Call `callback` with the serial port's output as it arrives, on the console's thread."""
-        _check_callable("on_console", callback)
+        check_type("Machine.on_console", "callback", "Callable", callback)
         self.console.listen(callback)
 
     def start(self, *, paused: bool = False) -> None:
@@ -531,9 +526,8 @@ class Machine(Closing):
         :raises HostError: the host failed
         """
         if gsi not in OWN_GSIS:
-            raise ConfigError(
-                "gsi", gsi, f"is not free for a device of your own; use {' or '.join(map(str, OWN_GSIS))}"
-            )
+            allowed = " or ".join(map(str, OWN_GSIS))
+            raise ConfigError("gsi", gsi, f"is not free for a device of your own; use {allowed}")
         with host_errors("make an interrupt line"):
             line = self._closers.own(IrqLine(gsi))
         self.vm.irqfd(line.fd, gsi)
