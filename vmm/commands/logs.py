@@ -8,7 +8,7 @@ import select
 import sys
 
 from vmm.commands import running
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, host_errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,12 +32,8 @@ def main(args: argparse.Namespace) -> int:
         problem = f"writes to no file, but to {', '.join(others) or 'nothing'}: redirect its output, or give --log-path"
         raise ConfigError("NAME", args.name, problem)
     process = os.pidfd_open(each.pid) if args.follow else -1
-    files = []
-    for path in paths:
-        try:
-            files.append((os.readlink(path) if os.path.islink(path) else path, open(path, "rb")))
-        except OSError as error:
-            raise HostError(error.errno or 0, "read", path) from None
+    with host_errors("read"):
+        files = [(os.readlink(path) if os.path.islink(path) else path, open(path, "rb")) for path in paths]
     shown = ""
     ended = not args.follow
     while True:

@@ -15,7 +15,7 @@ import os
 import stat
 import sys
 
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, HostError, host_errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -357,12 +357,10 @@ def drop_privileges(uid: int, gid: int) -> None:
     while not _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
         capability += 1  # up to the last that this kernel has
     call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    try:
+    with host_errors(f"become {uid}:{gid}"):
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
-    except OSError as error:
-        raise HostError(error.errno or 0, f"become {uid}:{gid}") from None
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3)  # and 0: this process
     # A jail of root's opens what root opens: a file of another user's, a FIFO of mode 0, as Kata makes them.
     kept = CAP_DAC_OVERRIDE if uid == 0 else 0

@@ -21,7 +21,7 @@ import threading
 from _queue import SimpleQueue  # `queue` itself imports more, on the path of a launch
 
 from vmm import logger, threads
-from vmm.errors import HostError
+from vmm.errors import host_errors
 from vmm.jail import _seccomp
 from vmm.signals import deaf
 
@@ -52,22 +52,18 @@ class Filters:
         :param below: as for ``vmm.threads.spawn``
         :raises HostError: the kernel refused it
         """
-        try:
+        with host_errors(f"confine a thread of kind {kind}"):
             if kind in KINDS:  # what makes threads would hand it down
                 _seccomp.confine(KINDS[kind] or below is not None, *(below or ()))
             _seccomp.install(kind)
-        except OSError as error:
-            raise HostError(error.errno or 0, f"confine a thread of kind {kind}") from None
 
     def enforce(self) -> None:
         """Put ``base`` on every thread there is, and begin to make threads.
 
         :raises HostError: the kernel refused
         """
-        try:
+        with host_errors("install seccomp filters"):
             _seccomp.install("base", whole_process=True)
-        except OSError as error:
-            raise HostError(error.errno or 0, "install seccomp filters") from None
         self._have_maker()
 
     def confines(self) -> bool:
@@ -93,10 +89,8 @@ class Filters:
             if self._maker == os.getpid():
                 return
             self._wanted = SimpleQueue()
-            try:
+            with host_errors("start a thread"):
                 threading.Thread(target=self._make_threads, name="fc_spawn", daemon=True).start()
-            except RuntimeError:
-                raise HostError(errno.EAGAIN, "start a thread") from None
             self._maker = os.getpid()
 
     def _make_threads(self) -> None:
@@ -117,10 +111,8 @@ def _ready(*, alone: bool) -> None:
     # What has to be so before there is a filter; in the main thread.
     import time
 
-    try:
+    with host_errors("use seccomp filters; --no-seccomp or seccomp=False turns them off"):
         _seccomp.catch_faults(alone)
-    except OSError as error:
-        raise HostError(error.errno or 0, "use seccomp filters; --no-seccomp or seccomp=False turns them off") from None
     logger.watch(_seccomp.log_to)
     # The C library reads files for these, once.
     time.localtime()
