@@ -53,11 +53,6 @@ class Cmdline:
         if rest is not None:
             self._for_init = _joined(self._for_init or b"", rest)
 
-    def default(self, part: str) -> None:
-        """Add the parameter ``part`` unless one of the same name is there already."""
-        if not self.has(part.split("=", 1)[0]):
-            self.append(part)
-
     def remove(self, *names: str) -> None:
         """Take away every parameter of one of these names; init's stay."""
         unwanted = {_plain(name.encode()) for name in names}

@@ -72,18 +72,11 @@ def test_a_quoted_double_dash_is_not_the_end_of_the_kernels_parameters() -> None
     assert str(line) == 'dyndbg="file a.c -- +p" ro quiet'
 
 
-def test_default_does_not_override_the_user() -> None:
-    line = Cmdline("console=hvc0 no-kvmclock")
-    line.default("console=ttyS0")
-    line.default("no_kvmclock")
-    line.default("reboot=t")
-    assert str(line) == "console=hvc0 no-kvmclock reboot=t"
-
-
 def test_a_name_is_not_found_inside_another() -> None:
     assert not Cmdline("earlyconsole=x").has("console")
     assert not Cmdline("console2=x").has("console")
     assert Cmdline("a console=x").has("console")
+    assert Cmdline("console=hvc0 no-kvmclock").has("no_kvmclock")
 
 
 def test_white_space_inside_quotes_stays_and_outside_too() -> None:
