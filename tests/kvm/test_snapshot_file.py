@@ -36,9 +36,10 @@ from vmm.api.snapshots import _memory_file, create, load, write_files
 from vmm.api.types import BootSource, SnapshotCreate, SnapshotLoad, VmConfiguration
 from vmm.config.devices import BalloonConfig, NetConfig, RateLimiterConfig, ShareConfig, VsockConfig
 from vmm.config.vm import VmConfig
+from vmm.durable import write_all, write_whole
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.machine import snapshot_file
-from vmm.machine.snapshot_file import FORMAT, decode, encode, write_all, write_whole
+from vmm.machine.snapshot_file import FORMAT, decode, encode
 
 MakeGuest = Callable[..., Machine]
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import stat
 
 from virtio.blk._request import punch_hole
 from vmm import undertaker
-from vmm.machine.snapshot_file import MERGING, is_merging, offset_of, write_all, write_whole
+from vmm.durable import write_all, write_whole
+from vmm.machine.snapshot_file import MERGING, is_merging, offset_of
 from vmm.memory import spans
 
 TYPE_CHECKING = False

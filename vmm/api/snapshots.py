@@ -18,6 +18,7 @@ from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.api.diff import Diff
 from vmm.config import check_names
+from vmm.durable import write_all, write_whole
 from vmm.errors import ConfigError, HostError, SnapshotError, VmmError
 from vmm.machine.snapshot_file import (
     decode,
@@ -26,9 +27,7 @@ from vmm.machine.snapshot_file import (
     pieces_of,
     prefetch,
     read_state,
-    write_all,
     write_memory,
-    write_whole,
 )  # fmt: skip
 from vmm.machine.snapshot_file import encode as encode_state
 from vmm.memory import MemoryFile, joined

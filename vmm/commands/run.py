@@ -227,7 +227,7 @@ def _write_config(config: VmConfig, path: str) -> int:
     import msgspec
 
     from vmm.api.translate import vm_body
-    from vmm.machine.snapshot_file import write_all, write_whole
+    from vmm.durable import write_all, write_whole
 
     text = msgspec.json.format(msgspec.json.encode(vm_body(config)), indent=2) + b"\n"
     try:

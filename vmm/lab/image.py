@@ -7,9 +7,9 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from vmm.durable import write_all, write_whole
 from vmm.images import apt, cache_root, initramfs
 from vmm.images.host import Progress, run, silent
-from vmm.machine.snapshot_file import write_all, write_whole
 
 KERNEL_PACKAGE = "linux-image-amd64"
 MODULES = (

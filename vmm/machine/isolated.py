@@ -21,9 +21,10 @@ from array import array
 import msgspec
 
 from vmm.closing import Closing
+from vmm.durable import write_all
 from vmm.errors import SnapshotError, VmmError
 from vmm.exits import Exit, StopReason
-from vmm.machine.snapshot_file import encode, write_all
+from vmm.machine.snapshot_file import encode
 from vmm.memory import MemoryFile
 from vmm.signals import LONGEST_POLL
 from vmm.unix_socket import file_at, remove_file

@@ -9,8 +9,8 @@ import mmap
 import os
 import stat
 
+from vmm.durable import write_all
 from vmm.errors import host_errors
-from vmm.machine.snapshot_file import write_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

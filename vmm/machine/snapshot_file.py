@@ -14,10 +14,7 @@ bytes.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import re
 import stat
 import struct
 import zlib
@@ -29,7 +26,7 @@ from vmm._mapping import copy_sparse
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig
 from vmm.config.option import check_call
 from vmm.config.vm import VmConfig
-from vmm.durable import put_whole, sync
+from vmm.durable import make_beside, put_whole, remove_left_behind, sync, write_all, write_whole
 from vmm.errors import ConfigError, SnapshotError, host_errors
 from vmm.memory import MemoryFile, Piece, spans
 
@@ -69,8 +66,8 @@ def save(image: Image, directory: str, *, about: bytes = b"") -> None:
     if os.path.lexists(directory) and not _is_ours(directory):
         raise ConfigError("snapshot", directory, "exists and is not a snapshot of pyvmm: it is left alone")
     with host_errors("write the snapshot", directory):
-        _remove_left_behind(directory, directories=True)
-        made, lock = _make_beside(directory, directory=True)
+        remove_left_behind(directory, _remove_ours)
+        made, lock = make_beside(directory, directory=True)
         try:
             mark = os.urandom(16)
             _write(os.path.join(made, MEMORY), lambda fd: _write_marked_memory(image, fd, mark))
@@ -322,42 +319,6 @@ def _writer(body: bytes) -> str:
         return "another pyvmm"
 
 
-def write_whole(*files: tuple[str, Callable[[int], None]]) -> None:
-    """Let files be filled that have their names once all of them are whole; who has one before open keeps that.
-
-    :param files: path, and what is given the descriptor of the new file
-    :raises OSError: a file cannot be written, ``filename`` is its path; what was there before is as it was
-    """
-    made: list[tuple[str, int, str, str]] = []
-    path = ""
-    try:
-        for path, fill in files:
-            target = os.path.realpath(path)  # a link stays
-            if os.path.exists(target) and not os.path.isfile(target):  # a device would be gone
-                number = errno.EISDIR if os.path.isdir(target) else errno.EINVAL
-                raise OSError(number, os.strerror(number))
-            _remove_left_behind(target, directories=False)
-            made.append((*_make_beside(target, directory=False), target, path))
-            fill(made[-1][1])
-            os.fsync(made[-1][1])
-        for new, _, target, name in made:
-            path = name
-            os.rename(new, target)
-    except OSError as error:
-        for new, *_ in made:
-            try:
-                os.unlink(new)
-            except OSError:
-                pass
-        error.filename = path
-        raise
-    finally:
-        for _, fd, *_ in made:
-            os.close(fd)
-    for directory in {os.path.dirname(target) for _, _, target, _ in made}:
-        sync(directory)
-
-
 def _write(path: str, fill: Callable[[int], None]) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -367,17 +328,6 @@ def _write(path: str, fill: Callable[[int], None]) -> None:
         os.close(fd)
 
 
-def write_all(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
-    """Write all of `data` at `offset`.
-
-    :raises OSError: the file cannot be written
-    """
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
 def _is_ours(directory: str) -> bool:
     try:
         return set(os.listdir(directory)) <= {*_FILES}
@@ -385,53 +335,9 @@ def _is_ours(directory: str) -> bool:
         return False
 
 
-def _make_beside(path: str, *, directory: bool) -> tuple[str, int]:
-    # A new directory or file, and the descriptor that holds its lock, which says that its process lives.
-    made = f"{path}.{os.urandom(4).hex()}.new"
-    if directory:
-        os.mkdir(made, 0o700)
-    try:
-        flags = os.O_RDONLY | os.O_DIRECTORY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        lock = os.open(made, flags | os.O_CLOEXEC, 0o600)
-    except OSError:
-        if directory:
-            os.rmdir(made)
-        raise
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        pass  # this file system has no locks: then nobody gets one to remove it, either
-    if os.path.exists(made):
-        return made, lock
-    os.close(lock)  # another process has taken it for one that was left behind, in the moment before the lock
-    return _make_beside(path, directory=directory)
-
-
-def _remove_left_behind(path: str, *, directories: bool) -> None:
-    # What was left beside `path` by who was killed: half of something new, or, of directories, all of something old.
-    above, name = os.path.split(path)
-    try:
-        beside = os.listdir(above or ".")
-    except OSError:
-        return
-    unfinished = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.new")
-    for each in filter(unfinished.fullmatch, beside):
-        left = os.path.join(above, each)
-        lock = -1
-        try:
-            if not (_is_ours(left) if directories else stat.S_ISREG(os.lstat(left).st_mode)):
-                continue
-            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if directories:
-                _remove(left)
-            else:
-                os.unlink(left)
-        except OSError:
-            pass  # its process lives, or has removed it meanwhile
-        finally:
-            if lock >= 0:
-                os.close(lock)
+def _remove_ours(directory: str) -> None:
+    if _is_ours(directory):
+        _remove(directory)
 
 
 def _remove(directory: str) -> None:
