@@ -106,30 +106,6 @@ def _writable(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-class Throttle:
-    """Lets `burst` messages through in each `seconds`, for what a guest can bring about; counts the others."""
-
-    def __init__(self, burst: int = 10, seconds: float = 5.0) -> None:
-        self._burst = burst
-        self._seconds = seconds
-        self._since = float("-inf")
-        self._passed = 0
-        self._held_back = 0
-
-    def log(self, level: int, text: str) -> None:
-        """Log `text`, unless there were too many; the first after those tells how many. Any thread."""
-        now = time.monotonic()
-        if now - self._since >= self._seconds:
-            self._since, self._passed = now, 0
-        if self._passed >= self._burst:
-            self._held_back += 1
-            return
-        self._passed += 1
-        if self._held_back:
-            text, self._held_back = f"{text} ({self._held_back} such messages were held back)", 0
-        log(level, text)
-
-
 class _Settings:
     """How lines look and where they go; replaced whole, so that no line is half of one and half of the other."""
 

@@ -241,22 +241,6 @@ def test_closed_stderr_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logger.error("nobody hears it")
 
 
-def test_throttle_holds_back_and_says_so(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    logger.configure(log_path=str(log))
-    throttle = logger.Throttle(3, 5.0)
-    for _ in range(10):
-        throttle.log(logger.INFO, "again")
-    assert len(log.read_text().splitlines()) == 3
-    now[0] += 5
-    throttle.log(logger.INFO, "again")
-    throttle.log(logger.INFO, "again")
-    last = log.read_text().splitlines()[-2:]
-    assert last[0].endswith("] again (7 such messages were held back)")
-    assert last[1].endswith("] again")
-
-
 def test_import_is_cheap() -> None:
     code = "import sys, os, threading, time; had = set(sys.modules); import vmm.logger; print(*set(sys.modules) - had)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
