@@ -54,7 +54,7 @@ sys.path += PATH
 gc.disable()
 from vmm import launched
 launched.spare_threading()
-import vmm.commands.cli, vmm.commands.serve, vmm.unix_socket, vmm.api.early
+import vmm.commands.cli, vmm.commands.serve, vmm.unix_socket
 launched.spare_httptools()
 import vmm.api.server
 launched.spare_msgspec()

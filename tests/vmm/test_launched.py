@@ -27,7 +27,7 @@ def _load(spec: ModuleSpec | None) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "name", ["vmm.kvm.abi", "vmm.api.early", "devices._serial", "boot.elf", "struct", "threading", "boot", "vmm.api"]
+    "name", ["vmm.kvm.abi", "vmm.api.types", "devices._serial", "boot.elf", "struct", "threading", "boot", "vmm.api"]
 )
 def test_finds_what_the_library_finds(name: str) -> None:
     parent = name.rpartition(".")[0]

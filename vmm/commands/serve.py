@@ -197,9 +197,7 @@ class _Serve:
         self._signal = 0
         self._broken_pipes = 0
         self._server: Server | None = None
-        # What is logged from the first line on, or starts at once, is not answered before that.
-        early_words = (args.config_file, args.log_path, args.level, args.module, args.metrics_path, args.metadata)
-        self._hasty = all(word is None for word in early_words)
+        self._answered = threading.Event()  # a first request
 
     def run(self) -> int:
         """From the socket to the exit code."""
@@ -207,14 +205,10 @@ class _Serve:
             self._heed_signals()
             if not self._args.no_seccomp:
                 threads.expect_guard()
-            server = None
             try:
                 if not self._args.no_api:
-                    from vmm.api.early import Early
-
-                    self._early = Early(self._args.id)
-                    server = self._server = self._listen()
-                return self._run(server)
+                    self._server = self._listen()
+                return self._run()
             except Exception as error:
                 problem = host_problem(error)
                 _complain(self._args, problem or f"{type(error).__name__}: {error}")
@@ -228,7 +222,6 @@ class _Serve:
         # Returns once the last request is answered.
         threads.give_up_guard()  # nothing at the end waits for what failed
         if self._server is not None:
-            self._early.set_answer(None)
             self._server.close()
 
     def _listen(self) -> Server:
@@ -240,18 +233,12 @@ class _Serve:
         launched.spare_httptools()
         from vmm.api.server import Server
 
-        return Server(listener, self._early, max_payload=self._payload)
+        return Server(listener, self._answer, max_payload=self._payload)
 
-    def _run(self, server: Server | None) -> int:
-        args = self._args
+    def _run(self) -> int:
+        args, server = self._args, self._server
         self._faults.set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
-        # Before the first answer, which needs it not: clients allow a later request less (250 ms for PUT /drives).
         launched.spare_msgspec()
-        if server is not None and self._hasty:
-            waits = server.somebody_waits()
-            server.start(self._on_api_thread)
-            if waits:  # who is there first is not to wait for what is imported for the second question
-                self._early.first.wait(FIRST_SECONDS)
         from vmm.api.actions import Vmm
         from vmm.api.answer import answerer
 
@@ -267,9 +254,10 @@ class _Serve:
                 self._use("--config-file", args.config_file, self._start_from)
                 logger.info("Successfully started microvm that was configured from one single json")
             if server is not None:
-                self._early.set_answer(self._answer, lambda field: self._vmm.metrics.count("get_api_requests", field))
-                if not self._hasty:
-                    server.start(self._on_api_thread)
+                waits = server.somebody_waits()
+                server.start(self._on_api_thread)
+                if waits:  # who is there already is not to wait for what comes next
+                    self._answered.wait(FIRST_SECONDS)
             self._on_ready()
             # While a runtime makes up its mind: the start of the VM will not wait for them.
             launched.spare_collections("vmm.machine.machine")
@@ -357,6 +345,7 @@ class _Serve:
 
     def _answer(self, method: str, path: str, body: bytes) -> Any:
         answer = self._answerer(method, path, body)
+        self._answered.set()
         if self._vmm.lost and self._server is not None:
             self._server.then(self._end)
         return answer

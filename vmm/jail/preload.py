@@ -22,7 +22,7 @@ OURS = """
     virtio.blk.device virtio.console virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device
     virtio.net.host virtio.rng virtio.spec virtio.transport virtio.vsock.device vmm.kvm._state vmm.machine.attach
     vmm.machine.board vmm.machine.build vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described
-    vmm.api.early vmm.api.routes vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types
+    vmm.api.routes vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types
     vmm.commands.cli vmm.commands.serve vmm.config.devices vmm.config.option vmm.config vmm.config.vm
     vmm.machine.console vmm.config.cpu_template vmm.exits vmm.kvm.vm vmm.logger vmm.machine.machine vmm.memory
     vmm.machine.metrics vmm.machine.mmds vmm.jail.preload vmm.machine.private_disk vmm.jail.seccomp
