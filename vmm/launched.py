@@ -7,23 +7,15 @@ Without the launcher (``python -m vmm``, a program that imports pyvmm) this does
 from __future__ import annotations
 
 import gc
-import marshal
 import os
 import sys
-from _frozen_importlib import ModuleSpec
-from _frozen_importlib_external import EXTENSION_SUFFIXES, MAGIC_NUMBER, ExtensionFileLoader, SourceFileLoader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import CodeType
+    from importlib.machinery import ModuleSpec
 
 # While the main thread imports, the API's waits no longer than this for its turn.
 SWITCH_SECONDS = 0.0001
-# Where our modules are, and those of the library that every launch imports.
-ROOMS = ("boot", "devices", "virtio", "vmm")
-FOLDERS = "virtio.blk virtio.fs virtio.net virtio.vsock vmm.api vmm.commands vmm.jail vmm.kvm vmm.machine"
-PACKAGES = (*ROOMS, *FOLDERS.split())
-EVERY_LAUNCH = ("_weakrefset", "struct", "threading", "types")
 _USUAL_SWITCH_SECONDS = sys.getswitchinterval()
 warm = False  # whether this process started from the image of `pyvmm prepare`
 _waits: tuple[int, str] | None = None  # the socket that nobody has taken yet, and its path
@@ -42,67 +34,10 @@ class _Site:
         return PathFinder.find_spec(name, path if isinstance(path, list) else None)
 
 
-class _Loader(SourceFileLoader):
-    # What is plain in a tenth of the library's lines: code compiled from this very source. Else as ever.
-    def __init__(self, name: str, path: str, compiled: str, source: os.stat_result) -> None:
-        self.name, self.path, self._compiled, self._source = name, path, compiled, source
-
-    def get_code(self, name: str) -> CodeType | None:
-        try:
-            fd = os.open(self._compiled, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = os.read(fd, os.fstat(fd).st_size)
-            finally:
-                os.close(fd)
-            # Source: PEP 552: magic, flags, the source's time and size.
-            words = (0, int(self._source.st_mtime), self._source.st_size)
-            if data[:16] == MAGIC_NUMBER + b"".join((word & 0xFFFF_FFFF).to_bytes(4, "little") for word in words):
-                code: CodeType = marshal.loads(memoryview(data)[16:])
-                return code
-        except (OSError, EOFError, ValueError, TypeError):
-            pass
-        return super().get_code(name)
-
-
-class _Finder:
-    # The first finder: modules of ours, and of the library those that every launch imports. It knows where they are.
-    def __init__(self, ours: str, library: str) -> None:
-        self._places = dict.fromkeys(ROOMS, ours) | dict.fromkeys(EVERY_LAUNCH, library)
-        self._tag = f".{sys.implementation.cache_tag}.pyc"
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        room, dot, _ = name.partition(".")
-        if (place := self._places.get(room)) is None:
-            return None
-        base = f"{place}/{name.replace('.', '/')}"
-        loader: ExtensionFileLoader | _Loader
-        compiled = inside = None
-        try:
-            if dot and base[base.rindex("/") + 1] == "_":
-                base += EXTENSION_SUFFIXES[0]
-                os.stat(base)
-                loader = ExtensionFileLoader(name, base)
-            else:
-                if name in PACKAGES:
-                    inside, base = [base], f"{base}/__init__"
-                directory, _, leaf = base.rpartition("/")
-                base += ".py"
-                compiled = f"{directory}/__pycache__/{leaf}{self._tag}"
-                loader = _Loader(name, base, compiled, os.stat(base))
-        except OSError:
-            return None  # a package that no launch needs, or not here
-        spec = ModuleSpec(name, loader, origin=base, is_package=inside is not None)
-        spec.submodule_search_locations = inside
-        spec.has_location, spec.cached = True, compiled
-        return spec
-
-
 def begin() -> None:
     """Take over from the launcher, first thing in the process, which looks for no garbage yet."""
     _take_name_and_socket()
     sys.meta_path.append(_Site)
-    ours = str(sys._xoptions["pyvmm_path"]).partition(":")[0]
-    sys.meta_path.insert(0, _Finder(ours, os.path.dirname(os.__file__)))
     sys.setswitchinterval(SWITCH_SECONDS)
 
 
