@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "virtio": {"vmm"},
     "vmm.config": {"vmm", "vmm.kvm.abi"},
     "vmm.machine": {"vmm", "vmm.kvm", "vmm.jail", "vmm.config", "boot", "devices", "virtio"},
+    "vmm.observe": {"vmm", "vmm.machine", "virtio"},
     "vmm.testing": {"vmm", "vmm.machine"},
     "vmm.images": {"vmm", "vmm.config"},
     "vmm.lab": {"vmm", "vmm.config", "vmm.images", "vmm.machine"},
     "vmm.sandbox": {"vmm", "vmm.kvm", "vmm.config", "vmm.images", "vmm.machine"},
-    "vmm.api": {"vmm", "vmm.kvm", "vmm.config", "vmm.machine", "virtio"},
+    "vmm.api": {"vmm", "vmm.kvm", "vmm.config", "vmm.machine", "vmm.observe", "virtio"},
 }
 MAY_IMPORT["vmm.commands"] = set(MAY_IMPORT)
 # What a user imports and what a process starts with.

@@ -16,7 +16,7 @@ from tests.kvm.guests import PATIENCE, run
 from tests.kvm.ring3 import Ring3
 from vmm import Machine, logger
 from vmm.config.devices import DriveConfig
-from vmm.machine.metrics import Metrics
+from vmm.observe.metrics import Metrics
 
 Guest = Callable[..., Machine]
 DISK = 1 << 20

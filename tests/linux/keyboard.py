@@ -16,7 +16,7 @@ from typing import Any
 from tests.linux.kernels import kernel
 from tests.linux.small_devices import INIT, PATIENCE, Guest
 from vmm import logger
-from vmm.machine.metrics import Metrics
+from vmm.observe.metrics import Metrics
 
 BASE = "console=ttyS0 reboot=k panic=-1 i8042.noaux i8042.nomux quiet"
 # What Kata and Firecracker's own documents give a guest, in the point of its keyboard.

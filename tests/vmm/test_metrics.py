@@ -16,8 +16,8 @@ from virtio.rng import Entropy
 from vmm import logger
 from vmm.errors import ConfigError, HostError
 from vmm.exits import Exit, StopReason
-from vmm.machine import metrics
-from vmm.machine.metrics import Metrics
+from vmm.observe import metrics
+from vmm.observe.metrics import Metrics
 
 # What the real one wrote with a drive "disk0", a drive "_2" and an interface "eth0", in its order.
 FIRECRACKER = json.loads(Path(__file__).with_name("firecracker-1.12.1-metrics.json").read_text())

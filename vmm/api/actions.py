@@ -29,8 +29,8 @@ from vmm.config.devices import (
     check_amount,
 )
 from vmm.errors import ConfigError, VmmError
-from vmm.machine.metrics import Metrics
 from vmm.machine.mmds import SIZE_LIMIT, Mmds, MmdsError
+from vmm.observe.metrics import Metrics
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from vmm import logger
 from vmm.api import ApiError, FatalError, types
 from vmm.api.bodies import encode
 from vmm.api.routes import parse
-from vmm.machine.metrics import FIELDS
+from vmm.observe.metrics import FIELDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.api.actions import Vmm
-    from vmm.machine.metrics import Metrics
+    from vmm.observe.metrics import Metrics
 
 # How the metrics call what a request is about: a field of {put,get,patch}_api_requests is NAME_count or NAME_fails.
 _METRICS = {

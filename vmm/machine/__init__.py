@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine: built, run, frozen, forked, observed."""
+"""A machine: built, run, frozen, forked."""
