@@ -14,9 +14,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
-# While the main thread imports, the API's waits no longer than this for its turn.
-SWITCH_SECONDS = 0.0001
-_USUAL_SWITCH_SECONDS = sys.getswitchinterval()
 warm = False  # whether this process started from the image of `pyvmm prepare`
 _waits: tuple[int, str] | None = None  # the socket that nobody has taken yet, and its path
 
@@ -38,7 +35,6 @@ def begin() -> None:
     """Take over from the launcher, first thing in the process, which looks for no garbage yet."""
     _take_name_and_socket()
     sys.meta_path.append(_Site)
-    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def _take_name_and_socket() -> None:
@@ -294,6 +290,5 @@ def finish_start() -> None:
     if not gc.isenabled():
         if _Site in sys.meta_path:  # behind a filter or in a jail there is nothing to be found
             sys.meta_path.remove(_Site)
-        sys.setswitchinterval(_USUAL_SWITCH_SECONDS)
         gc.freeze()
         gc.enable()

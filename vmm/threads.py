@@ -6,7 +6,6 @@ Only the main thread gets signals: see ``vmm.signals``.
 
 from __future__ import annotations
 
-import errno
 import sys
 import threading
 
@@ -28,59 +27,9 @@ if TYPE_CHECKING:
         def install(self, kind: str, below: tuple[int, bool] | None = None) -> None: ...
 
 
-class _Coming:
-    # In the guard's place until it is there: who wants a thread waits.
-    alone = True
-
-    def __init__(self) -> None:
-        self._there = threading.Event()
-        self._guard: Guard | None = None
-
-    def set(self, guard: Guard | None) -> None:
-        self._guard = guard
-        self._there.set()
-
-    def _wait(self) -> Guard:
-        self._there.wait()
-        if self._guard is None:
-            raise HostError(errno.ECANCELED, "start a thread")
-        return self._guard
-
-    def confines(self) -> bool:
-        return self._wait().confines()
-
-    def start(self, thread: threading.Thread) -> None:
-        self._wait().start(thread)
-
-    def install(self, kind: str, below: tuple[int, bool] | None = None) -> None:
-        self._wait().install(kind, below)
-
-
-# Of the whole process.
-guard: Guard | None = None
+guard: Guard | None = None  # of the whole process
 # Why it can start no other program: a clause for a ConfigError; empty: it can.
 no_programs = ""
-
-
-def expect_guard() -> None:
-    """Let every thread that is wanted from here on wait for ``set_guard``."""
-    global guard
-    guard = _Coming()
-
-
-def set_guard(new: Guard) -> None:
-    """From here on every thread passes `new`."""
-    global guard
-    before = guard
-    guard = new
-    if isinstance(before, _Coming):
-        before.set(new)
-
-
-def give_up_guard() -> None:
-    """Wake all callers that wait for an expected guard: they get a HostError that no thread could be made."""
-    if isinstance(guard, _Coming):
-        guard.set(None)
 
 
 def traced() -> bool:

@@ -85,7 +85,7 @@ class Vmm:
         self._on_start = on_start
         self._lock = threading.RLock()
         self._listener: Listener | None = None
-        self._prepared: list[Vm] = []  # one at most; without the lock, whose holder may wait for who prepares
+        self._prepared: Vm | None = None
         # As ``GET /vm/config`` shows it; before a boot source was given, with one that names no kernel.
         self.whole = types.VmConfiguration(
             boot_source=types.BootSource(kernel_image_path=""), machine_config=translate.DEFAULT_MACHINE
@@ -146,17 +146,16 @@ class Vmm:
             self.machine.close()
         elif self._listener is not None:
             self._listener.close()
-        while self._prepared:
-            prepared = self._prepared.pop()
-            prepared.close()
-            prepared.kvm.close()
+        if self._prepared is not None:
+            self._prepared.close()
+            self._prepared.kvm.close()
+            self._prepared = None
 
     def prepare(self) -> None:
         """Have KVM's part of a VM made while nobody waits for it; it has no memory yet."""
         from vmm.kvm.vm import prepare
 
-        if (prepared := prepare()) is not None:
-            self._prepared.append(prepared)
+        self._prepared = prepare()
 
     # What is told
 
@@ -349,7 +348,7 @@ class Vmm:
             config = translate.vm_config(self.whole)
             config.boot_timer = self._boot_timer
             config.keyboard = True
-            prepared = self._prepared.pop() if self._prepared else None
+            prepared, self._prepared = self._prepared, None
             # The machine's, also if it cannot be made: then the next one makes the socket again.
             listener, self._listener = self._listener, None
             machine = Machine(

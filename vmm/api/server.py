@@ -255,10 +255,6 @@ class Server:
         self._then: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
 
-    def somebody_waits(self) -> bool:
-        """Whether a client is there already; before ``start``."""
-        return bool(self._knocking.poll(0))
-
     def start(self, on_thread: Callable[[], None] = lambda: None) -> None:
         """Serve on a thread of its own, named ``fc_api``, which calls `on_thread` first."""
 

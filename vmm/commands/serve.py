@@ -35,7 +35,6 @@ DEFAULT_SOCKET = "/run/firecracker.socket"
 MAX_ID = 64
 MAX_PAYLOAD = 51200
 _BACKLOG = 128
-FIRST_SECONDS = 0.02
 
 OPTIONS: Table = (
     ("--api-sock", "PATH", DEFAULT_SOCKET, f"the API's unix socket (default: {DEFAULT_SOCKET})"),
@@ -197,14 +196,11 @@ class _Serve:
         self._signal = 0
         self._broken_pipes = 0
         self._server: Server | None = None
-        self._answered = threading.Event()  # a first request
 
     def run(self) -> int:
         """From the socket to the exit code."""
         with signals.Bell() as self._bell:
             self._heed_signals()
-            if not self._args.no_seccomp:
-                threads.expect_guard()
             try:
                 if not self._args.no_api:
                     self._server = self._listen()
@@ -220,7 +216,6 @@ class _Serve:
 
     def _stop_serving(self) -> None:
         # Returns once the last request is answered.
-        threads.give_up_guard()  # nothing at the end waits for what failed
         if self._server is not None:
             self._server.close()
 
@@ -236,7 +231,7 @@ class _Serve:
         return Server(listener, self._answer, max_payload=self._payload)
 
     def _run(self) -> int:
-        args, server = self._args, self._server
+        args = self._args
         self._faults.set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
         launched.spare_msgspec()
         from vmm.api.actions import Vmm
@@ -246,27 +241,21 @@ class _Serve:
         self._answerer = answerer(self._vmm)
         try:
             self._observe()
-            if server is not None:
+            if self._server is not None:
                 logger.info(f'Listening on API socket ("{args.api_sock}").')
-            if args.config_file is not None:
-                self._vmm.prepare()
-                self._confine()
-                self._use("--config-file", args.config_file, self._start_from)
-                logger.info("Successfully started microvm that was configured from one single json")
-            if server is not None:
-                waits = server.somebody_waits()
-                server.start(self._on_api_thread)
-                if waits:  # who is there already is not to wait for what comes next
-                    self._answered.wait(FIRST_SECONDS)
-            self._on_ready()
-            # While a runtime makes up its mind: the start of the VM will not wait for them.
+            # Before the first request: no start of a VM waits for them.
+            self._vmm.prepare()
             launched.spare_collections("vmm.machine.machine")
             import vmm.machine.machine  # noqa: F401
 
-            if self._vmm.machine is None:
-                self._vmm.prepare()
             self._confine()
+            if args.config_file is not None:
+                self._use("--config-file", args.config_file, self._start_from)
+                logger.info("Successfully started microvm that was configured from one single json")
             launched.finish_start()
+            if self._server is not None:
+                self._server.start(self._on_api_thread)
+            self._on_ready()
             threads.enter("vmm")
             self._bell.wait(self._is_over)
             return self._status()
@@ -345,7 +334,6 @@ class _Serve:
 
     def _answer(self, method: str, path: str, body: bytes) -> Any:
         answer = self._answerer(method, path, body)
-        self._answered.set()
         if self._vmm.lost and self._server is not None:
             self._server.then(self._end)
         return answer

@@ -129,7 +129,7 @@ def guard(*, alone: bool) -> None:
         _ready(alone=alone)
         if not alone and _seccomp.collect_elsewhere not in gc.callbacks:
             gc.callbacks.append(_seccomp.collect_elsewhere)
-        threads.set_guard(Filters(alone=alone))
+        threads.guard = Filters(alone=alone)
 
 
 def enable() -> None:
@@ -139,21 +139,15 @@ def enable() -> None:
 
     :raises HostError: the kernel refuses
     """
-    if isinstance(threads.guard, Filters):
+    if threads.guard is not None:
         return
-    try:
-        from vmm import _uring
-        from vmm.jail.preload import preload_later
+    from vmm import _uring
+    from vmm.jail.preload import preload_later
 
-        filters = Filters(alone=True, whole=True)
-        _uring.stock(RINGS)
-        _ready(alone=True)
-        filters.enforce()
-    except BaseException:
-        threads.give_up_guard()
-        raise
+    filters = Filters(alone=True, whole=True)
+    _uring.stock(RINGS)
+    _ready(alone=True)
+    filters.enforce()
+    threads.guard = filters
     threads.no_programs = threads.no_programs or "and seccomp, which is on, forbids that"
-    try:
-        preload_later()
-    finally:
-        threads.set_guard(filters)  # who waits for a thread waits no longer, whatever came of that
+    preload_later()
