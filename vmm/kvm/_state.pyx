@@ -361,10 +361,9 @@ cdef class StateAccess:
             (<uint64_t *>&data)[REALTIME] = time_ns()
         return (<char *>&data)[:sizeof(data)]
 
-    def restore_vm(self, int fd, dict state, *, bint realtime):
+    def restore_vm(self, int fd, dict state):
         """Write `state`, from ``save_vm``, to a VM whose vCPUs have not run. It has KVM's timer if the saved VM had it.
 
-        :param realtime: whether to advance kvm-clock by the time since the save; False: it continues where it stopped
         :raises SnapshotError: a part has the wrong size or number
         :raises KvmError: KVM refused a part; ``what`` names it
         """
@@ -375,12 +374,11 @@ cdef class StateAccess:
         for chip in state["irqchips"]:
             _set(fd, KVM_SET_IRQCHIP, chip, sizeof(kvm_irqchip), "KVM_SET_IRQCHIP")
         _lower_lines(fd, state["irqchips"])
-        self.set_clock(fd, state["clock"], realtime=realtime)
+        self.set_clock(fd, state["clock"])
 
-    def set_clock(self, int fd, clock, *, bint realtime):
-        """Set kvm-clock to `clock`, from ``get_clock``.
+    def set_clock(self, int fd, clock):
+        """Set kvm-clock to `clock`, from ``get_clock``, advanced by the time since then.
 
-        :param realtime: as for ``restore_vm``
         :raises SnapshotError: `clock` has the wrong size
         :raises KvmError: KVM refused
         """
@@ -388,10 +386,10 @@ cdef class StateAccess:
         if not isinstance(clock, bytes) or len(clock) != sizeof(data):
             raise SnapshotError("KVM_SET_CLOCK", f"KVM takes a structure of {sizeof(data)} bytes")
         memcpy(&data, <char *>clock, sizeof(data))
-        data.flags = data.flags & KVM_CLOCK_REALTIME if realtime else 0
+        data.flags &= KVM_CLOCK_REALTIME
         # KVM advances the clock itself only if it had read the host's time with it (KVM_CLOCK_REALTIME), which it does
         # only if the host's clock source is the TSC.
-        if realtime and not data.flags:
+        if not data.flags:
             data.clock += <uint64_t>_passed_since((<uint64_t *>&data)[REALTIME])
         if kvm_call(fd, KVM_SET_CLOCK, &data) < 0:
             raise KvmError(errno, "KVM_SET_CLOCK")

@@ -415,7 +415,7 @@ class Machine(Closing):
     def wake(self) -> None:
         """Let a machine go on that was made of an image and started paused. Its clock is set to the host's."""
         if self._clock:
-            self.kvm.state_access().set_clock(self.vm.fd, self._clock, realtime=True)
+            self.kvm.state_access().set_clock(self.vm.fd, self._clock)
         self.resume()
 
     def send_ctrl_alt_del(self) -> None:
