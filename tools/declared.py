@@ -171,7 +171,7 @@ _KINDS = {
 
 def _field(config: type[Config], name: str, each: Option) -> str:
     # Its type, and its default if it has one.
-    default = each.default_of_api
+    default = each.default if each.api_default is Option.api_default else each.api_default
     mapped = each.choices if isinstance(each.choices, dict) else None
     if each.choices:
         words = mapped.values() if mapped else each.choices

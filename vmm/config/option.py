@@ -59,11 +59,6 @@ class Option(SimpleNamespace):
         return {self.word: self.help} if self.word else {}
 
     @property
-    def default_of_api(self) -> Any:
-        """Its default in the API, or ``REQUIRED``."""
-        return self.default if self.api_default is _SAME else self.api_default
-
-    @property
     def meaning_of_none(self) -> Any:
         """What a missing or null value of the API means."""
         return self.default if self.api_means is _SAME else self.api_means
