@@ -103,11 +103,10 @@ class Console:
         self._tail = b""
         self._pressed = 0  # the key before: Ctrl-A opens an escape, Ctrl-C may be the first of two
         self._pressed_at = 0.0
-        self._output_lock = threading.Lock()  # around the four that follow
+        self._output_lock = threading.Lock()  # around the three that follow
         self._listeners: list[Callable[[bytes], object]] = []
         self._quiet: QuietPort | None = None
         self._kind: str | None = None
-        self._started = False
         self._panic_seen = False
         self.lost = 0
         if mode in ("stdio", "raw"):
@@ -150,7 +149,7 @@ class Console:
                 self._typed = SimpleQueue()
                 self._readers.append(spawn(kind, "console keys", self._pump_typed))
         with self._output_lock:
-            self._started, self._kind = True, kind
+            self._kind = kind
             unheard = not self._listeners and self._out is None and self._socket is None and self._limit is None
             if quiet is not None and unheard:
                 quiet.drop_output(PANIC)
@@ -177,8 +176,7 @@ class Console:
         """
         with self._output_lock:
             self._listeners.append(callback)
-            if self._started and self._writer is None and not self._closed:
-                assert self._quiet is not None
+            if self._quiet is not None and self._writer is None and not self._closed:
                 self._quiet.keep_output()
                 self._writer = spawn(self._kind, "console out", self._pump_output)
 
