@@ -9,8 +9,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from virtio.fs._host cimport read
-from virtio.fs._ops cimport HAND_OVER, Server, cost, is_counted, is_slow
-from virtio.fs._share cimport IN_HEADER, OUT_HEADER, Counters, Share
+from virtio.fs._ops cimport HAND_OVER, answer, cost, is_counted, is_slow
+from virtio.fs._share cimport IN_HEADER, OUT_HEADER, Counters, FuseThread, Share
 from virtio.fs._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header, fuse_write_in
 from virtio._limiter cimport RateLimiter
 from virtio._interrupt cimport interrupt_used
@@ -146,14 +146,14 @@ cdef class Backlog:
 cdef class FsThread(QueueWorker):
     """Base class of a share's threads: sets up the thread's credentials and returns replies to the driver."""
 
-    cdef Server server
+    cdef FuseThread server
     cdef Backlog backlog
 
     def __init__(self, device, indices, notify_fds, on_failure, Share share not None, Backlog backlog not None, name,
                  RateLimiter limiter not None):
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.backlog = backlog
-        self.server = Server(share)
+        self.server = FuseThread(share)
         self.server.limiter = limiter
         self.server.ending = &backlog.ending
 
@@ -215,14 +215,14 @@ cdef class FsWorker(FsThread):
                     self.wake_after(wait)
                     return SERVE_STALLED
             self.server.may_wait = False
-            written = HAND_OVER if is_slow(header.opcode) else self.server.answer(&header, chain)
+            written = HAND_OVER if is_slow(header.opcode) else answer(self.server, &header, chain)
             if written == HAND_OVER:
                 counter_add(&self.server.counters.handed_over, 1)
                 if self.backlog.put(&header, chain, ring, self.numbers[slot], self.server.paid):
                     continue
                 counter_add(&self.server.counters.handed_over, -1)
                 self.server.may_wait = True
-                written = self.server.answer(&header, chain)
+                written = answer(self.server, &header, chain)
             self.give_back(ring, self.numbers[slot], chain.head, written)
         return SERVE_EMPTY
 
@@ -301,6 +301,6 @@ cdef class FsHelper(FsThread):
         if job == NULL:
             return False
         self.server.paid = job.paid
-        self.give_back(job.ring, job.queue, job.chain.head, self.server.answer(&job.header, &job.chain))
+        self.give_back(job.ring, job.queue, job.chain.head, answer(self.server, &job.header, &job.chain))
         self.backlog.done(job)
         return True
