@@ -82,28 +82,19 @@ cdef struct Counters:
 
 
 cdef class NetWorker(QueueWorker):
-    """The thread of one pair of queues, the receive queue first.
+    """The thread of one pair of queues of a :class:`virtio.net.device.Net`, the receive queue first.
 
-    :param fd: a tap with a 12-byte virtio header, or with `stream` a socket to passt; non-blocking; borrowed
-    :param stream: whether each frame has a 4-byte big-endian length in front and no virtio header
-    :param pair: the pair's number, from 0
-    :param rx_limiter: limits what the guest receives
-    :param tx_limiter: limits what the guest sends
-    :param mmds: the metadata service's endpoint; frames to its address never reach `fd`; None: no metadata service
-    :param policy: decides which of the guest's frames may leave; None: all
-    :param resolver: receives the frames to the policy's resolver address and copies of dropped frames; None: nothing
-        does
-    :param pcap: descriptor of a pcap file for copies of all frames, opened for appending; borrowed; -1: none
+    All that it uses of the host's is the device's.
     """
-    cdef int fd
-    cdef int pcap
+    cdef int fd                             # a tap, whose frames have a virtio header, or passt's socket; non-blocking
+    cdef bint stream                        # that socket: each frame has a 4-byte length in front, and no virtio header
+    cdef int pcap                           # a file for copies of all frames; -1: none, or it could not be written
     cdef uint32_t pair
-    cdef bint stream
     cdef bint lost                          # the stream has ended, or the tap was deleted
     cdef bint mergeable
     cdef Ring none                          # a ring that is never ready, for further pairs if the driver has no MQ
-    cdef readonly RateLimiter rx_limiter
-    cdef readonly RateLimiter tx_limiter
+    cdef RateLimiter rx_limiter
+    cdef RateLimiter tx_limiter
     cdef bint patient                       # wait for more RX buffers; False: use those that are there
     cdef uint64_t[3] resume                 # when a stalled queue may continue, CLOCK_MONOTONIC; 0: no time is set
     cdef bint paid                          # the tokens for the next TX chain were taken
@@ -132,27 +123,24 @@ cdef class NetWorker(QueueWorker):
     cdef uint8_t[VNET_HEADER + ANSWER_MAX] answer
     cdef Counters counters
 
-    def __init__(self, device, indices, notify_fds, on_failure, name=None, *, int fd, bint stream, uint32_t pair,
-                 RateLimiter rx_limiter not None, RateLimiter tx_limiter not None, mmds=None,
-                 policy=None, resolver=None, int pcap=-1):
+    def __init__(self, device, indices, notify_fds, on_failure, name=None):
         super().__init__(device, indices, notify_fds, on_failure, name)
-        self.fd = fd
-        self.stream = stream
-        if stream:
+        self.pair = self.indices[0] // 2
+        self.fd = device.backend.fds[self.pair]
+        self.stream = device.backend.stream
+        if self.stream:
             self.passt.ahead = <uint8_t *>table_alloc(AHEAD)
             if self.passt.ahead == NULL:
                 raise MemoryError
-        self.pair = pair
-        self.rx_limiter = rx_limiter
-        self.tx_limiter = tx_limiter
-        self.policy = policy
-        self.rules = NULL if policy is None else <PolicyCalls *><uintptr_t>policy.pointer
-        self.resolver = resolver
-        self.mmds = mmds
-        if mmds is not None:
-            address = bytes(mmds.address)
+        self.rx_limiter, self.tx_limiter = device.rx_limiter, device.tx_limiter
+        self.policy = device.policy
+        self.rules = NULL if self.policy is None else <PolicyCalls *><uintptr_t>self.policy.pointer
+        self.resolver = device.resolver
+        self.mmds = device.mmds
+        if self.mmds is not None:
+            address = bytes(self.mmds.address)
             memcpy(self.mmds_address, <const char *>address, 4)
-        self.pcap = pcap
+        self.pcap = device.pcap_fd
 
     def __dealloc__(self):
         table_free(self.passt.ahead, AHEAD)

@@ -138,7 +138,7 @@ class Net(VirtioDevice):
         self.counters |= {"control": 0, "bad_control": 0}
         self._offloads = self._pairs_used = 0
         self.config = self._config_space()
-        self._pcap = -1 if pcap is None else _open_pcap(pcap)
+        self.pcap_fd = -1 if pcap is None else _open_pcap(pcap)
 
     def _config_space(self) -> bytes:
         return spec.NET_CONFIG.pack(self.mac, spec.NET_S_LINK_UP * self.link_up, self.pairs, self.mtu or DEFAULT_MTU)
@@ -159,11 +159,9 @@ class Net(VirtioDevice):
         self._workers = [
             NetWorker(
                 self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
-                f"{self.name}.{pair}" if pair else self.name, fd=fd, stream=self.backend.stream, pair=pair,
-                rx_limiter=self.rx_limiter, tx_limiter=self.tx_limiter, mmds=self.mmds,
-                policy=self.policy, resolver=self.resolver, pcap=self._pcap,
+                f"{self.name}.{pair}" if pair else self.name,
             )
-            for pair, fd in enumerate(self.backend.fds)
+            for pair in range(self.pairs)
         ]  # fmt: skip
         if self.resolver is not None:
             self.resolver.on_frame = self._workers[0].wake
@@ -263,9 +261,9 @@ class Net(VirtioDevice):
         """Close the pcap file and the resolver; idempotent. The transport is closed before."""
         if self.resolver is not None:
             self.resolver.close()
-        if self._pcap >= 0:
-            os.close(self._pcap)
-            self._pcap = -1
+        if self.pcap_fd >= 0:
+            os.close(self.pcap_fd)
+            self.pcap_fd = -1
 
 
 class _ControlWorker(Worker):
