@@ -11,13 +11,11 @@ class Share:
         proc_fd: int,
         *,
         read_only: bool,
-        writeback: bool,
+        cache: str,
         valid: int,
-        direct_io: bool,
-        keep_cache: bool,
         squash: tuple[int, int] | None,
-        submounts: bool = False,
-        dax: int = 0,
+        submounts: bool,
+        dax: int,
     ) -> None: ...
     window: Window | None
     def clear(self) -> None: ...

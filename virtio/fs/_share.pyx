@@ -48,18 +48,17 @@ cdef class Share:
     :param root_fd: O_PATH descriptor of the directory; owned by this object
     :param proc_fd: descriptor of /proc/self/fd; borrowed
     :param read_only: whether the guest may change nothing
-    :param writeback: whether the guest may cache writes
+    :param cache: ``always``: the guest may cache writes, and keeps cached data when it opens a file again; ``none``: it
+        must not cache data; ``auto``
     :param valid: seconds that the guest may cache names and attributes
-    :param direct_io: whether the guest must not cache data
-    :param keep_cache: whether the guest keeps cached data when it opens a file again
     :param squash: ``(uid, gid)`` for every access; None: root acts as the user of each request
     :param submounts: whether mounts below the directory are shared, too
     :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: no window
     :raises OSError: no address space is left for the window, or fstatfs failed
     """
 
-    def __init__(self, int root_fd, int proc_fd, *, bint read_only, bint writeback, uint64_t valid,
-                 bint direct_io, bint keep_cache, squash, bint submounts=False, uint64_t dax=0):
+    def __init__(self, int root_fd, int proc_fd, *, bint read_only, str cache, uint64_t valid, squash,
+                 bint submounts, uint64_t dax):
         cdef host_statfs fs
         if fstatfs(root_fd, &fs) < 0:
             raise OSError(errno, os.strerror(errno))
@@ -68,14 +67,14 @@ cdef class Share:
         self.table = Table(root_fd, fs_is_overlay(<uint32_t>fs.f_type))
         self.proc_fd = proc_fd
         self.read_only = read_only
-        self.writeback = writeback and not read_only
+        self.writeback = cache == "always" and not read_only
         self.valid = valid
-        if direct_io:
+        if cache == "none":
             self.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
-        if keep_cache:
+        elif cache == "always":
             self.open_flags, self.dir_flags = FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR
         self.window = Window(dax) if dax else None
-        self.may_not_open = keep_cache and not self.flush_matters
+        self.may_not_open = cache == "always" and not self.flush_matters
         self.squash = squash is not None
         self.uid, self.gid = squash or (os.geteuid(), os.getegid())
 

@@ -12,8 +12,7 @@ from virtio.fs._host cimport read
 from virtio.fs._ops cimport HAND_OVER, answer, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, OUT_HEADER, Counters, FuseThread, Share
 from virtio.fs._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header, fuse_write_in
-from virtio._limiter cimport RateLimiter
-from virtio._interrupt cimport interrupt_used
+from virtio._interrupt cimport MAX_QUEUES, interrupt_used
 from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport (
     QUEUE_ADDRESS, QUEUE_CHAIN, DescChain, RamRegion, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
@@ -33,7 +32,6 @@ cdef extern from "<sys/epoll.h>" nogil:
 
 cdef enum:
     JOBS = 64                   # most slow requests for helpers; the queue's thread executes further ones
-    MAX_SHARE_QUEUES = 64
     TOKEN_JOB = 1
 
 # A request for a helper.
@@ -54,7 +52,7 @@ cdef class Backlog:
     """
 
     cdef pthread_mutex_t lock
-    cdef pthread_mutex_t[MAX_SHARE_QUEUES] used_locks   # one for each queue's used ring
+    cdef pthread_mutex_t[MAX_QUEUES] used_locks   # one for each queue's used ring
     cdef Job *jobs
     cdef iovec *iovs
     cdef size_t iovs_bytes
@@ -70,7 +68,7 @@ cdef class Backlog:
         if self.wake < 0:
             raise OSError(errno, os.strerror(errno))
         pthread_mutex_init(&self.lock, NULL)
-        for i in range(MAX_SHARE_QUEUES):
+        for i in range(MAX_QUEUES):
             pthread_mutex_init(&self.used_locks[i], NULL)
         self.jobs = <Job *>calloc(JOBS, sizeof(Job))
         self.iovs_bytes = <size_t>JOBS * queue_size * sizeof(iovec)
@@ -149,12 +147,11 @@ cdef class FsThread(QueueWorker):
     cdef FuseThread server
     cdef Backlog backlog
 
-    def __init__(self, device, indices, notify_fds, on_failure, Share share not None, Backlog backlog not None, name,
-                 RateLimiter limiter not None):
+    def __init__(self, device, indices, notify_fds, on_failure, name, Backlog backlog not None):
         super().__init__(device, indices, notify_fds, on_failure, name)
         self.backlog = backlog
-        self.server = FuseThread(share)
-        self.server.limiter = limiter
+        self.server = FuseThread(device.share)
+        self.server.limiter = device.limiter
         self.server.ending = &backlog.ending
 
     @property
@@ -274,15 +271,11 @@ cdef class FsWorker(FsThread):
 cdef class FsHelper(FsThread):
     """A thread for requests that may wait long: fsync, syncfs, fallocate, copies, uncached reads."""
 
-    def __init__(self, device, on_failure, share, backlog, name, limiter):
-        super().__init__(device, (), (), on_failure, share, backlog, name, limiter)
-        self.server.may_wait = True
-        if self.watch(self.backlog.wake, TOKEN_JOB, EPOLLIN) < 0:
-            raise OSError(errno, os.strerror(errno))
-
     def begin(self):
-        """Disable busy polling: a helper has no queue."""
+        """Wait for requests from the queues' threads. A helper has no queue of its own, and so no busy polling."""
         self.poll_ns = 0
+        self.server.may_wait = True
+        self._must_watch(self.backlog.wake, TOKEN_JOB, EPOLLIN)
 
     cdef int event(self, uint32_t token) noexcept nogil:
         cdef uint64_t one

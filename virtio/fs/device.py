@@ -126,8 +126,8 @@ class ShareDevice(VirtioDevice):
         self._dax_slots = dax // DAX_ALIGNMENT
         try:
             self.share = Share(
-                root, self._proc, read_only=read_only, writeback=cache == "always", valid=_VALID[cache],
-                direct_io=cache == "none", keep_cache=cache == "always", squash=squash, submounts=submounts, dax=dax,
+                root, self._proc, read_only=read_only, cache=cache, valid=_VALID[cache], squash=squash,
+                submounts=submounts, dax=dax,
             )  # fmt: skip
         except (OSError, MemoryError):
             os.close(self._proc)
@@ -156,10 +156,9 @@ class ShareDevice(VirtioDevice):
         for number, group in enumerate(groups):
             fds = [notify_fds[index] for index in group]
             name = f"{self.name}.{number}" if number else self.name
-            worker = FsWorker(self, group, fds, on_failure, self.share, backlog, name, self.limiter)
-            self._workers.append(worker)
+            self._workers.append(FsWorker(self, group, fds, on_failure, name, backlog))
         for _ in range(max(_HELPERS, len(groups))):
-            self._workers.append(FsHelper(self, on_failure, self.share, backlog, f"{self.name}.slow", self.limiter))
+            self._workers.append(FsHelper(self, (), (), on_failure, f"{self.name}.slow", backlog))
         return tuple(self._workers)
 
     def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
