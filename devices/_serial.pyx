@@ -17,10 +17,12 @@ from libc.string cimport memcpy
 from vmm._bus cimport ACCESS_DONE, NativeDevice
 from vmm._sys cimport (
     CLOCK_MONOTONIC, clock_ns, eventfd_write, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock,
+    pthread_mutex_t, pthread_mutex_unlock,
 )
 
 cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_cond_t:
+        pass
     int pthread_cond_init(pthread_cond_t *c, void *attributes)
     int pthread_cond_destroy(pthread_cond_t *c)
     int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
@@ -29,45 +31,21 @@ cdef extern from "<pthread.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int microseconds)
 
-# Registers, by offset.
-cdef enum:
-    RBR_THR = 0
-    IER = 1
-    IIR_FCR = 2
-    LCR = 3
-    MCR = 4
-    LSR = 5
-    MSR = 6
-    SCR = 7
+cdef extern from "<linux/serial_reg.h>" nogil:
+    # Registers, by offset.
+    enum: UART_RX, UART_TX, UART_IER, UART_IIR, UART_FCR, UART_LCR, UART_MCR, UART_LSR, UART_MSR, UART_SCR
+    enum: UART_IER_RDI, UART_IER_THRI, UART_IER_MSI
+    enum: UART_IIR_NO_INT, UART_IIR_MSI, UART_IIR_THRI, UART_IIR_RDI, UART_IIR_RX_TIMEOUT
+    enum: UART_FCR_ENABLE_FIFO, UART_FCR_CLEAR_RCVR, UART_LCR_DLAB
+    enum: UART_MCR_DTR, UART_MCR_RTS, UART_MCR_OUT1, UART_MCR_OUT2, UART_MCR_LOOP
+    enum: UART_LSR_DR, UART_LSR_THRE, UART_LSR_TEMT
+    enum: UART_MSR_ANY_DELTA, UART_MSR_CTS, UART_MSR_DSR, UART_MSR_RI, UART_MSR_DCD
 
 cdef enum:
-    IER_RDA = 0x01
-    IER_THRE = 0x02
-    IER_MSI = 0x08
-    IIR_NONE = 0x01
-    IIR_MSI = 0x00
-    IIR_THRE = 0x02
-    IIR_RDA = 0x04
-    IIR_TIMEOUT = 0x0c
-    IIR_FIFO = 0xc0
-    FCR_ENABLE = 0x01
-    FCR_CLEAR_RX = 0x02
-    LCR_DLAB = 0x80
-    MCR_DTR = 0x01
-    MCR_RTS = 0x02
-    MCR_OUT1 = 0x04
-    MCR_OUT2 = 0x08
-    MCR_LOOP = 0x10
-    LSR_DR = 0x01
-    LSR_THRE = 0x20
-    LSR_TEMT = 0x40
-    MSR_DELTA = 0x0f
-    MSR_CTS = 0x10
-    MSR_DSR = 0x20
-    MSR_RI = 0x40
-    MSR_DCD = 0x80
-
-cdef enum:
+    FIFO_SIZE = 16
+    WIRE_SIZE = 4096            # bytes that the host has sent and the FIFO has not taken; a power of two
+    RING_SIZE = 65536           # bytes that the guest has sent and the host has not taken; a power of two
+    IIR_FIFO = 0xc0             # in IIR while the FIFO is enabled
     # A driver that waits for the transmitter reads LSR once or twice. A driver that reads it this many times in a
     # row polls for input.
     POLLING = 16
@@ -76,34 +54,62 @@ cdef enum:
     # output gather: a boot log takes hundreds of writes instead of thousands.
     GATHER_US = 1000
 
+# State of one 16550A. `lock` guards every field: several vCPUs and the two console threads use them.
+cdef struct State:
+    pthread_mutex_t lock
+    pthread_cond_t output_cond  # signals output, or that the port was closed
+    pthread_cond_t input_cond   # signals room on the wire, or that the port was closed
+    int irq_fd                  # borrowed from the IrqLine
+    int level                   # level of the interrupt pin; a rise sends an edge
+    int thre_pending            # the transmitter is empty and the guest has not yet read that from IIR
+    int sending                 # the last access was a write to THR
+    int closed
+    uint64_t reads, writes      # accesses by the guest
+    int rts_seen                # the guest has raised RTS once, so a low RTS means "wait"
+    int iir_read                # since the last refill the guest has read a cause from IIR
+    uint32_t polls              # LSR reads with no other access in between
+    uint8_t ier, fcr, lcr, mcr, msr, scr, dll, dlm
+    uint8_t fifo[FIFO_SIZE]     # what the guest reads next is fifo[fifo_head]
+    uint32_t fifo_head, fifo_count
+    uint32_t looped             # the number of loopback bytes, always the last in the FIFO
+    uint8_t wire[WIRE_SIZE]
+    uint32_t wire_head, wire_count
+    uint8_t *ring               # RING_SIZE bytes; pages that were never written take no memory
+    uint32_t ring_head, ring_count
+    uint64_t taken_ns           # when output was last taken, CLOCK_MONOTONIC
+    int dropping                # output is discarded at once
+    const char *words           # searched for in discarded output; borrowed from the Serial's `_words`
+    uint32_t matched            # bytes of `words` matched so far
+    int said                    # `words` was found
+
 
 cdef inline int wants_input(State *s) noexcept nogil:
     # Linux reads and discards RBR while it opens and closes the port, with interrupts off. So input must stay on the
     # wire until the guest listens, or the first bytes typed (or piped) are lost.
-    if s.mcr & MCR_LOOP or (s.rts_seen and not s.mcr & MCR_RTS):
+    if s.mcr & UART_MCR_LOOP or (s.rts_seen and not s.mcr & UART_MCR_RTS):
         return 0
-    return s.ier & IER_RDA or s.polls >= POLLING
+    return s.ier & UART_IER_RDI or s.polls >= POLLING
 
 
 cdef int cause(State *s) noexcept nogil:
     # The pending interrupt with the highest priority, as IIR shows it. There are no line errors.
     cdef uint32_t trigger
-    if s.ier & IER_RDA and s.fifo_count:
-        if not s.fcr & FCR_ENABLE:
-            return IIR_RDA
+    if s.ier & UART_IER_RDI and s.fifo_count:
+        if not s.fcr & UART_FCR_ENABLE_FIFO:
+            return UART_IIR_RDI
         trigger = 1 if s.fcr >> 6 == 0 else 4 if s.fcr >> 6 == 1 else 8 if s.fcr >> 6 == 2 else 14
-        return IIR_RDA if s.fifo_count >= trigger else IIR_TIMEOUT
-    if s.ier & IER_THRE and s.thre_pending:
-        return IIR_THRE
-    if s.ier & IER_MSI and s.msr & MSR_DELTA:
-        return IIR_MSI
-    return IIR_NONE
+        return UART_IIR_RDI if s.fifo_count >= trigger else UART_IIR_RX_TIMEOUT
+    if s.ier & UART_IER_THRI and s.thre_pending:
+        return UART_IIR_THRI
+    if s.ier & UART_IER_MSI and s.msr & UART_MSR_ANY_DELTA:
+        return UART_IIR_MSI
+    return UART_IIR_NO_INT
 
 
 cdef void update(State *s) noexcept nogil:
     # The line is edge triggered at the IOAPIC. The pin stays high while any cause is pending. Drivers serve causes
     # until IIR reports none, so they miss nothing between two edges.
-    cdef int level = cause(s) != IIR_NONE
+    cdef int level = cause(s) != UART_IIR_NO_INT
     if level and not s.level:
         eventfd_write(s.irq_fd, 1)      # if the counter is full, an edge is already pending
     s.level = level
@@ -121,7 +127,7 @@ cdef void refill(State *s) noexcept nogil:
     # Move input from the wire to the FIFO, only when the FIFO is empty. If the guest reads IIR, wait until it has read
     # "no cause": a FIFO that fills while Linux's handler reads it keeps the handler in its loop until it gives up, with
     # the pin high and no further edge.
-    cdef uint32_t room = FIFO_SIZE if s.fcr & FCR_ENABLE else 1
+    cdef uint32_t room = FIFO_SIZE if s.fcr & UART_FCR_ENABLE_FIFO else 1
     if s.fifo_count or not s.wire_count or not wants_input(s):
         return
     while s.wire_count and s.fifo_count < room:
@@ -153,7 +159,7 @@ cdef void look_for_words(State *s, uint8_t byte) noexcept nogil:
 
 
 cdef void transmit(State *s, uint8_t byte) noexcept nogil:
-    if s.mcr & MCR_LOOP:
+    if s.mcr & UART_MCR_LOOP:
         s.looped += receive(s, byte)
     elif s.dropping:
         look_for_words(s, byte)
@@ -168,24 +174,24 @@ cdef void transmit(State *s, uint8_t byte) noexcept nogil:
 
 cdef void set_modem_lines(State *s) noexcept nogil:
     # The terminal is always present and ready. In loopback mode the outputs are wired to the inputs.
-    cdef uint8_t lines = MSR_CTS | MSR_DSR | MSR_DCD
+    cdef uint8_t lines = UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD
     cdef uint8_t changed
-    if s.mcr & MCR_LOOP:
-        lines = (MSR_CTS if s.mcr & MCR_RTS else 0) | (MSR_DSR if s.mcr & MCR_DTR else 0) \
-            | (MSR_RI if s.mcr & MCR_OUT1 else 0) | (MSR_DCD if s.mcr & MCR_OUT2 else 0)
+    if s.mcr & UART_MCR_LOOP:
+        lines = (UART_MSR_CTS if s.mcr & UART_MCR_RTS else 0) | (UART_MSR_DSR if s.mcr & UART_MCR_DTR else 0) \
+            | (UART_MSR_RI if s.mcr & UART_MCR_OUT1 else 0) | (UART_MSR_DCD if s.mcr & UART_MCR_OUT2 else 0)
     changed = (s.msr ^ lines) >> 4
-    if changed & 4 and lines & MSR_RI:
+    if changed & 4 and lines & UART_MSR_RI:
         changed &= ~4       # the delta bit of the ring indicator is set by the trailing edge only
-    s.msr = lines | (s.msr & MSR_DELTA) | changed
+    s.msr = lines | (s.msr & UART_MSR_ANY_DELTA) | changed
 
 
 cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
     cdef uint8_t value
     cdef int pending
     s.sending = 0
-    s.polls = s.polls + 1 if offset == LSR else 0
-    if offset == RBR_THR:
-        if s.lcr & LCR_DLAB:
+    s.polls = s.polls + 1 if offset == UART_LSR else 0
+    if offset == UART_RX:
+        if s.lcr & UART_LCR_DLAB:
             return s.dll
         if not s.fifo_count:
             return 0
@@ -193,33 +199,34 @@ cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
         s.fifo_head = (s.fifo_head + 1) % FIFO_SIZE
         s.fifo_count -= 1
         s.looped = min(s.looped, s.fifo_count)
-        if not s.fifo_count and not s.iir_read and s.ier & IER_RDA:
+        if not s.fifo_count and not s.iir_read and s.ier & UART_IER_RDI:
             update(s)       # for drivers that never read IIR: the pin falls and rises again
             refill(s)
         return value
-    if offset == IER:
-        return s.dlm if s.lcr & LCR_DLAB else s.ier
-    if offset == IIR_FCR:
+    if offset == UART_IER:
+        return s.dlm if s.lcr & UART_LCR_DLAB else s.ier
+    if offset == UART_IIR:
         pending = cause(s)
         s.iir_read = 1
-        if pending == IIR_THRE:
+        if pending == UART_IIR_THRI:
             s.thre_pending = 0
-        elif pending == IIR_NONE:
+        elif pending == UART_IIR_NO_INT:
             s.iir_read = 0
             refill(s)       # the handler read "no cause" and returns, so the refill raises a new edge
-        return pending | (IIR_FIFO if s.fcr & FCR_ENABLE else 0)
-    if offset == LCR:
+        return pending | (IIR_FIFO if s.fcr & UART_FCR_ENABLE_FIFO else 0)
+    if offset == UART_LCR:
         return s.lcr
-    if offset == MCR:
+    if offset == UART_MCR:
         return s.mcr
-    if offset == LSR:
-        value = (LSR_THRE | LSR_TEMT if s.ring_count < RING_SIZE else 0) | (LSR_DR if s.fifo_count else 0)
-        if not s.ier & IER_RDA or s.polls >= POLLING:
+    if offset == UART_LSR:
+        value = UART_LSR_THRE | UART_LSR_TEMT if s.ring_count < RING_SIZE else 0
+        value |= UART_LSR_DR if s.fifo_count else 0
+        if not s.ier & UART_IER_RDI or s.polls >= POLLING:
             refill(s)       # a polling guest has just seen the FIFO empty
         return value
-    if offset == MSR:
+    if offset == UART_MSR:
         value = s.msr
-        s.msr &= ~MSR_DELTA
+        s.msr &= ~UART_MSR_ANY_DELTA
         return value
     return s.scr
 
@@ -228,8 +235,8 @@ cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogi
     cdef int sending = s.sending
     s.sending = 0
     s.polls = 0
-    if offset == RBR_THR:
-        if s.lcr & LCR_DLAB:
+    if offset == UART_TX:
+        if s.lcr & UART_LCR_DLAB:
             s.dll = value
         else:
             if not sending:
@@ -239,28 +246,28 @@ cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogi
                 update(s)
             s.sending = 1
             transmit(s, value)
-    elif offset == IER:
-        if s.lcr & LCR_DLAB:
+    elif offset == UART_IER:
+        if s.lcr & UART_LCR_DLAB:
             s.dlm = value
         else:
             # Enabling the transmitter interrupt while the transmitter is empty raises it at once; Linux tests for that.
-            if value & IER_THRE and not s.ier & IER_THRE and s.ring_count < RING_SIZE:
+            if value & UART_IER_THRI and not s.ier & UART_IER_THRI and s.ring_count < RING_SIZE:
                 s.thre_pending = 1
             s.ier = value & 0x0f
             refill(s)
-    elif offset == IIR_FCR:
-        if (value ^ s.fcr) & FCR_ENABLE or value & FCR_CLEAR_RX:
+    elif offset == UART_FCR:
+        if (value ^ s.fcr) & UART_FCR_ENABLE_FIFO or value & UART_FCR_CLEAR_RCVR:
             give_back(s)
-        s.fcr = value & 0xc9 if value & FCR_ENABLE else 0
-    elif offset == LCR:
+        s.fcr = value & 0xc9 if value & UART_FCR_ENABLE_FIFO else 0
+    elif offset == UART_LCR:
         s.lcr = value
-    elif offset == MCR:
+    elif offset == UART_MCR:
         s.mcr = value & 0x1f
         set_modem_lines(s)
-        if not s.mcr & MCR_LOOP and s.mcr & MCR_RTS:
+        if not s.mcr & UART_MCR_LOOP and s.mcr & UART_MCR_RTS:
             s.rts_seen = 1
             refill(s)
-    elif offset == SCR:
+    elif offset == UART_SCR:
         s.scr = value
 
 
@@ -287,6 +294,9 @@ cdef class Serial(NativeDevice):
 
     :param irq: its interrupt line; borrowed: the owner closes it after this device
     """
+    cdef State state
+    cdef object _irq            # keeps state.irq_fd open
+    cdef bytes _words
 
     def __cinit__(self, irq):
         cdef State *s = &self.state
@@ -301,7 +311,7 @@ cdef class Serial(NativeDevice):
         s.dll = 1               # 115200 baud, for a guest that asks
         s.lcr = 3               # 8 bits, no parity
         s.thre_pending = 1
-        s.msr = MSR_CTS | MSR_DSR | MSR_DCD
+        s.msr = UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD
         self.access = serial_access
         self.ctx = s
 
