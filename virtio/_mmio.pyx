@@ -8,21 +8,20 @@ from libc.string cimport memcpy
 
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, NativeDevice
 
-from virtio._interrupt cimport MAX_QUEUES, Interrupt
-from vmm._sys cimport and32, counter_add, counter_read, eventfd_write, flag_read, flag_set, load32
-
-cdef extern from *:
-    """
-    #include <stdint.h>
-    typedef volatile uint32_t volatile_u32;
-    """
-    ctypedef uint32_t volatile_u32
+from virtio._interrupt cimport MAX_QUEUES, Call, Interrupt
+from vmm._sys cimport and32, counter_add, counter_read, eventfd_write, flag_read, flag_set, load32, store32
 
 cdef extern from "<linux/virtio_mmio.h>" nogil:
     enum: VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_CONFIG
 
 cdef enum:
     PAGE = 4096
+
+# The registers that vCPUs access without the GIL.
+cdef struct Registers:
+    Call *call
+    uint64_t notified           # QueueNotify writes that KVM's ioeventfd did not take; not exact (no lock)
+    int[MAX_QUEUES] notify      # eventfd of each queue; borrowed; -1: the queue is not ready or does not exist; atomic
 
 
 cdef int access(void *ctx, uint64_t offset, uint8_t *data, uint32_t size, int is_write) noexcept nogil:
@@ -54,6 +53,10 @@ cdef class MmioRegisters(NativeDevice):
 
     :param owner: the device's :class:`vmm.irq.IrqLine`; borrowed
     """
+    cdef readonly Interrupt interrupt
+    cdef Registers registers
+    cdef object mapping         # an mmap of one page, from which a guest reads all registers
+    cdef uint8_t *page
 
     def __init__(self, owner):
         cdef int queue
@@ -83,7 +86,7 @@ cdef class MmioRegisters(NativeDevice):
     def show(self, uint32_t offset, uint32_t value):
         """Show `value` in the register at `offset` (bytes); InterruptStatus is ignored."""
         if offset <= PAGE - 4 and not offset & 3 and offset != VIRTIO_MMIO_INTERRUPT_STATUS:
-            (<volatile_u32 *>(self.page + offset))[0] = value
+            store32(<uint32_t *>(self.page + offset), value)
 
     def show_config(self, const uint8_t[::1] config):
         """Show `config` as the configuration space."""
