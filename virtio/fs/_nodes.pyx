@@ -530,58 +530,51 @@ cdef int64_t op_create(FuseThread self, Node *node, const fuse_in_header *h) noe
     cdef fuse_open_out *opened = <fuse_open_out *>(self.out + sizeof(fuse_entry_out))
     cdef int flags = host_flags(self, arg.flags) & ~O_TRUNC, fd, path_fd, error
     cdef bint switch = self.credentials.switches and (h.uid or h.gid)
-    cdef int64_t result
     cdef const char *name = self.name
-    cdef Node *made
+    cdef int64_t result
+    cdef Node *made = NULL
     if h.opcode == FUSE_TMPFILE:
         name = NULL
     if not has_descriptor(node):
         return -ENFILE
-    if h.opcode == FUSE_TMPFILE and (node.type != S_IFDIR or flags & O_ACCMODE == O_RDONLY):
+    if name == NULL and (node.type != S_IFDIR or flags & O_ACCMODE == O_RDONLY):
         return -EINVAL
     if switch:
         error = self.become(h.uid, h.gid)
         if error:
             return -error
-    if h.opcode == FUSE_TMPFILE:
+    if name == NULL:
         fd = openat(AT_FDCWD, self.path_of(node.fd), flags | O_TMPFILE, arg.mode & 0o7777)
     else:
-        fd = openat(node.fd, self.name, flags | O_CREAT | O_EXCL | O_NOFOLLOW, arg.mode & 0o7777)
+        fd = openat(node.fd, name, flags | O_CREAT | O_EXCL | O_NOFOLLOW, arg.mode & 0o7777)
     error = errno
     if switch:
         fs_return(h.uid)
     if fd >= 0:
         path_fd = openat(AT_FDCWD, self.path_of(fd), O_PATH | O_CLOEXEC)
-        if path_fd < 0:
-            error = errno
-            close(fd)
-            return -error
-        result = self.adopt(node, name, path_fd, entry)
-        if result < 0:
-            close(fd)
-            return result
-        if agreed(self.share, NO_OPEN):
-            close(fd)       # TMPFILE: its node is enough, as for any other file
-            memset(opened, 0, sizeof(fuse_open_out))
-            opened.open_flags = self.share.open_flags
-            return sizeof(fuse_entry_out) + sizeof(fuse_open_out)
-        made = self.table.node_get(entry.nodeid)
-        if made == NULL:
-            close(fd)
-            return -ESTALE
-        result = give_handle(self, opened, fd, FILE, made, flags, self.share.open_flags)
-        self.table.node_put(made)
-    elif h.opcode == FUSE_TMPFILE or error != EEXIST or arg.flags & O_EXCL:
+        result = self.adopt(node, name, path_fd, entry) if path_fd >= 0 else -errno
+    elif name == NULL or error != EEXIST or arg.flags & O_EXCL:
         return -error
     else:
-        result = self.lookup(node, node.fd, self.name, entry, True)
-        if result < 0:
-            return result
+        result = self.lookup(node, node.fd, name, entry, True)
+    if result >= 0:
         made = self.table.node_get(entry.nodeid)
         if made == NULL:
-            return -ESTALE
+            self.table.node_forget(entry.nodeid, 1)
+            result = -ESTALE
+    if made == NULL:
+        if fd >= 0:
+            close(fd)
+        return result
+    if fd < 0:
         result = open_node(self, made, arg.flags, arg.open_flags & FUSE_OPEN_KILL_SUIDGID, opened)
-        self.table.node_put(made)
+    elif agreed(self.share, NO_OPEN):
+        close(fd)               # TMPFILE: its node is enough, as for any other file
+        memset(opened, 0, sizeof(fuse_open_out))
+        opened.open_flags = self.share.open_flags
+    else:
+        result = give_handle(self, opened, fd, FILE, made, flags, self.share.open_flags)
+    self.table.node_put(made)
     if result < 0:
         self.table.node_forget(entry.nodeid, 1)
         return result
