@@ -49,4 +49,4 @@ cdef class Table(Inodes):
     cdef Handle *_handle(self, uint32_t index) noexcept nogil
     cdef void _join(self, Handle *handle) noexcept nogil
     cdef void _part(self, Handle *handle) noexcept nogil
-    cdef int _drop_handle(self, Handle *handle) noexcept nogil
+    cdef void _release(self, Handle *handle) noexcept nogil

@@ -144,34 +144,34 @@ cdef class Table(Inodes):
         pthread_mutex_lock(&self.lock)
         handle.refs -= 1
         if handle.refs == 0 and not handle.open:
-            fd = self._drop_handle(handle)
+            handle.live = False
+            handle.next = self.free_handle
+            self.free_handle = handle.index
+            counter_add(&self.handles, -1)
+            fd = handle.fd
         pthread_mutex_unlock(&self.lock)
         if fd >= 0:
             close(fd)
             self.node_put(node)
 
-    cdef int _drop_handle(self, Handle *handle) noexcept nogil:
-        self._part(handle)
-        handle.live = False
-        handle.next = self.free_handle
-        self.free_handle = handle.index
-        counter_add(&self.handles, -1)
-        return handle.fd
-
-    cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil:
-        cdef Handle *handle = self.handle_get(fh, nodeid, kind)
-        if handle == NULL:
-            return False
+    cdef void _release(self, Handle *handle) noexcept nogil:
+        # A pinned handle: the guest uses it no more.
         pthread_mutex_lock(&self.lock)
         handle.open = False
         self._part(handle)
         pthread_mutex_unlock(&self.lock)
         self.handle_put(handle)
-        return True
+
+    cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, Kind kind) noexcept nogil:
+        cdef Handle *handle = self.handle_get(fh, nodeid, kind)
+        if handle != NULL:
+            self._release(handle)
+        return handle != NULL
 
     cdef void clear(self) noexcept nogil:
         cdef uint32_t i, slots
         cdef int fd
+        cdef bint live
         cdef Node *node
         cdef Handle *handle
         pthread_mutex_lock(&self.lock)
@@ -181,17 +181,11 @@ cdef class Table(Inodes):
         for i in range(ROOT, slots):
             pthread_mutex_lock(&self.lock)
             handle = self._handle(i)
-            fd = -1
-            if handle.live:
-                handle.open = False
-                self._part(handle)
-                node = handle.node
-                if handle.refs == 0:
-                    fd = self._drop_handle(handle)
+            live = handle.live
+            handle.refs += live
             pthread_mutex_unlock(&self.lock)
-            if fd >= 0:
-                close(fd)
-                self.node_put(node)
+            if live:
+                self._release(handle)
         pthread_mutex_lock(&self.lock)
         slots = self.node_slots         # other threads may be looking files up
         pthread_mutex_unlock(&self.lock)
