@@ -3,7 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from virtio.fs._host cimport statx
-from vmm._budget cimport Budget, Purpose
+from vmm._budget cimport Purpose
 from vmm._sys cimport pthread_mutex_t
 
 cdef enum:
@@ -36,14 +36,6 @@ cdef struct Node:
     bint foreign                # not a directory, and on another file system than its parent
     bint live
 
-# A table's entry in the ring of all shares of the process, whose unused descriptors any thread may close (make_room).
-cdef struct Clock:
-    pthread_mutex_t *lock
-    Node **chunks
-    uint32_t *slots
-    uint32_t hand               # the node to check next
-    Clock *next
-
 cdef class Inodes:
     cdef pthread_mutex_t lock   # guards all fields below; never held during a system call
     cdef Node **node_chunks
@@ -51,11 +43,10 @@ cdef class Inodes:
     cdef uint32_t n_buckets
     cdef uint32_t node_slots    # number of slots used at least once
     cdef uint32_t free_node
-    cdef Clock clock
+    cdef uint32_t clock_hand    # the node to check next when descriptors run out
+    cdef void *after            # the next table of the process, whose unused descriptors any thread may close: a ring
     cdef uint32_t ghost_hand    # the node to check next when there are too many ghosts
     cdef uint32_t ghosts
-    cdef Budget memory          # the process's budget for nodes and their names, bytes
-    cdef uint64_t charged       # bytes that this table has taken from it
     cdef uint64_t nodes         # a counter
     cdef uint64_t reopened      # number of descriptors opened again
 
@@ -101,7 +92,7 @@ cdef class Inodes:
     cdef Node *_node(self, uint32_t index) noexcept nogil
     cdef Node *_new(self) noexcept nogil
     cdef uint32_t _bucket(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
-    cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
+    cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt, const Node *before) noexcept nogil
     cdef Node *_same(self, const statx *st) noexcept nogil
     cdef void _hash(self, Node *node) noexcept nogil
     cdef void _unhash(self, Node *node) noexcept nogil
@@ -112,6 +103,9 @@ cdef class Inodes:
     cdef int _let_go(self, Node *node) noexcept nogil
     cdef int _drop(self, Node *node) noexcept nogil
     cdef void _drop_a_ghost(self) noexcept nogil
+    cdef void _free_chunks(self, uint32_t first) noexcept nogil
+    cdef uint32_t _close_some(self) noexcept nogil
+    cdef Node *_by_id(self, uint64_t nodeid) noexcept nogil
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil
     cdef Node *_opened(self, Node *node) noexcept nogil
     cdef int _open_again(self, Node *node) noexcept nogil

@@ -17,10 +17,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, strcmp, strlen
 
 from virtio.fs._host cimport *
-from vmm._budget cimport FOR_LOOKUP, Purpose, granted
+from vmm._budget cimport FOR_LOOKUP, Budget, Purpose, granted
 from vmm._sys cimport counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 from vmm.budget import memory
+
+cdef Budget heap = memory       # for nodes and their names, bytes
 
 cdef enum:
     BATCH = 64                  # descriptors closed at once
@@ -49,70 +51,44 @@ cdef void unlock_and_close(pthread_mutex_t *lock, int fd) noexcept nogil:
     if fd >= 0:
         close(fd)
 
-cdef pthread_mutex_t clocks_lock
-cdef Clock *clocks = NULL       # ring of all shares; points to the next that gives up descriptors
-pthread_mutex_init(&clocks_lock, NULL)
+cdef pthread_mutex_t ring_lock
+cdef void *ring = NULL          # the Inodes that gives up descriptors next; all of the process are in a ring
+pthread_mutex_init(&ring_lock, NULL)
 
-cdef uint32_t close_some(Clock *clock) noexcept nogil:
-    cdef int[BATCH] fds
-    cdef uint32_t count = 0, i
-    cdef uint32_t steps = 0
-    cdef Node *node
-    pthread_mutex_lock(clock.lock)
-    while count < BATCH and steps < STEPS and steps < 2 * clock.slots[0]:
-        steps += 1
-        clock.hand += 1
-        if clock.hand >= clock.slots[0]:
-            clock.hand = ROOT
-        node = &clock.chunks[clock.hand >> CHUNK_BITS][clock.hand & (CHUNK - 1)]
-        if not node.live or node.fd < 0 or node.refs or node.name == NULL or node.btime == 0:
-            continue
-        if node.recent:
-            node.recent = False
-            continue
-        fds[count] = node.fd
-        node.fd = -1
-        count += 1
-    pthread_mutex_unlock(clock.lock)
-    for i in range(count):
-        close(fds[i])
-    return count
-
-cdef void enter_ring(Clock *clock) noexcept nogil:
-    global clocks
-    pthread_mutex_lock(&clocks_lock)
-    if clocks == NULL:
-        clocks = clock.next = clock
+cdef void enter_ring(Inodes self) noexcept nogil:
+    global ring
+    pthread_mutex_lock(&ring_lock)
+    if ring == NULL:
+        ring = self.after = <void *>self
     else:
-        clock.next = clocks.next
-        clocks.next = clock
-    pthread_mutex_unlock(&clocks_lock)
+        self.after = (<Inodes>ring).after
+        (<Inodes>ring).after = <void *>self
+    pthread_mutex_unlock(&ring_lock)
 
-cdef void leave_ring(Clock *clock) noexcept nogil:
-    global clocks
-    cdef Clock *before = clock
-    pthread_mutex_lock(&clocks_lock)
-    if clock.next != NULL:
-        while before.next != clock:
-            before = before.next
-        before.next = clock.next
-        if clocks == clock:
-            clocks = before if before != clock else NULL
-    clock.next = NULL
-    pthread_mutex_unlock(&clocks_lock)
+cdef void leave_ring(Inodes self) noexcept nogil:
+    global ring
+    cdef void *before = <void *>self
+    pthread_mutex_lock(&ring_lock)
+    if self.after != NULL:
+        while (<Inodes>before).after != <void *>self:
+            before = (<Inodes>before).after
+        (<Inodes>before).after = self.after
+        if ring == <void *>self:
+            ring = before if before != <void *>self else NULL
+    pthread_mutex_unlock(&ring_lock)
 
 cdef bint make_room() noexcept nogil:
-    global clocks
+    global ring
     cdef uint32_t count = 0
-    cdef Clock *first
-    pthread_mutex_lock(&clocks_lock)
-    first = clocks
+    cdef void *first
+    pthread_mutex_lock(&ring_lock)
+    first = ring
     while first != NULL:
-        count = close_some(clocks)
-        clocks = clocks.next
-        if count or clocks == first:
+        count = (<Inodes>ring)._close_some()
+        ring = (<Inodes>ring).after
+        if count or ring == first:
             break
-    pthread_mutex_unlock(&clocks_lock)
+    pthread_mutex_unlock(&ring_lock)
     return count != 0
 
 cdef int open_granted(int dirfd, const char *path, int flags, Purpose purpose) noexcept nogil:
@@ -132,9 +108,8 @@ cdef class Inodes:
     def __cinit__(self, int root_fd, bint overlay):
         cdef statx st
         pthread_mutex_init(&self.lock, NULL)
-        self.memory = memory
         self.n_buckets = 1024
-        self.node_slots = self.clock.hand = self.ghost_hand = ROOT      # no id is 0
+        self.node_slots = self.clock_hand = self.ghost_hand = ROOT      # no id is 0
         self.node_chunks = <Node **>calloc(CHUNKS, sizeof(Node *))
         self.buckets = <uint32_t *>calloc(self.n_buckets, sizeof(uint32_t))
         if self.node_chunks == NULL or self.buckets == NULL:
@@ -144,26 +119,19 @@ cdef class Inodes:
             raise MemoryError()
         # A look-up must not find the root: a mount below that shows the same directory gets a node of its own.
         self._unhash(self._node(ROOT))
-        self.clock.lock, self.clock.chunks, self.clock.slots = &self.lock, self.node_chunks, &self.node_slots
-        enter_ring(&self.clock)
+        enter_ring(self)
 
     def __dealloc__(self):
         cdef uint32_t i
-        cdef Budget budget
-        leave_ring(&self.clock)
+        leave_ring(self)
         if self.node_chunks != NULL:
             for i in range(ROOT, self.node_slots):
                 if self._node(i).live and self._node(i).fd >= 0:
                     close(self._node(i).fd)
-                free(self._node(i).name)
-            for i in range(<uint32_t>CHUNKS):
-                free(self.node_chunks[i])
+                self._forget_name(self._node(i))
+            self._free_chunks(0)
         free(self.node_chunks)
         free(self.buckets)
-        # Not self.memory: the garbage collector may have cleared it already.
-        budget = memory
-        if budget is not None:
-            budget.give(self.charged)
 
     cdef Node *_node(self, uint32_t index) noexcept nogil:
         return &self.node_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
@@ -174,8 +142,9 @@ cdef class Inodes:
         cdef uint64_t mixed = (ino ^ (dev << 32 | dev >> 32) ^ mnt << 17) * <uint64_t>0x9e3779b97f4a7c15
         return <uint32_t>(mixed >> 32) & (self.n_buckets - 1)
 
-    cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
-        cdef uint32_t index = self.buckets[self._bucket(dev, ino, mnt)]
+    cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt, const Node *before) noexcept nogil:
+        # The node with this identity, or the next one after `before`, which is in a hash chain.
+        cdef uint32_t index = self.buckets[self._bucket(dev, ino, mnt)] if before == NULL else before.next
         cdef Node *node
         while index:
             node = self._node(index)
@@ -185,7 +154,7 @@ cdef class Inodes:
         return NULL
 
     cdef Node *_same(self, const statx *st) noexcept nogil:
-        cdef Node *node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id)
+        cdef Node *node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id, NULL)
         if node != NULL and node.fd < 0 and other_time(node, st):
             self._unhash(node)      # the inode number was reused: this node's file is gone
             return NULL
@@ -224,7 +193,7 @@ cdef class Inodes:
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
         cdef bint known
         pthread_mutex_lock(&self.lock)
-        known = self._find(dev, ino, mnt) != NULL
+        known = self._find(dev, ino, mnt, NULL) != NULL
         pthread_mutex_unlock(&self.lock)
         return known
 
@@ -287,19 +256,13 @@ cdef class Inodes:
         return nodeid
 
     cdef Node *node_twin(self, const statx *st, Node *before) noexcept nogil:
-        cdef uint64_t dev = device_of(st)
         cdef Node *node = before
-        cdef uint32_t index
         while True:
             pthread_mutex_lock(&self.lock)
-            if node == NULL:
-                index = self.buckets[self._bucket(dev, st.stx_ino, st.stx_mnt_id)]
+            if node == NULL or node.hashed:
+                node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id, node)
             else:
-                index = node.next if node.hashed else 0
-            while index and (self._node(index).ino != st.stx_ino or self._node(index).dev != dev
-                             or self._node(index).mnt != st.stx_mnt_id):
-                index = self._node(index).next
-            node = self._node(index) if index else NULL
+                node = NULL
             if node != NULL:
                 node.refs += 1
             pthread_mutex_unlock(&self.lock)
@@ -349,25 +312,26 @@ cdef class Inodes:
             return NULL
         chunk = &self.node_chunks[index >> CHUNK_BITS]
         if chunk[0] == NULL:
-            if not self.memory.take(size):
+            if not heap.take(size):
                 return NULL
             chunk[0] = <Node *>calloc(CHUNK, sizeof(Node))
             if chunk[0] == NULL:
-                self.memory.give(size)
+                heap.give(size)
                 return NULL
-            self.charged += size
         return self._node(index)
 
-    cdef void shrink(self) noexcept nogil:
+    cdef void _free_chunks(self, uint32_t first) noexcept nogil:
         cdef uint32_t i
-        pthread_mutex_lock(&self.lock)
-        self.node_slots, self.free_node = ROOT + 1, 0
-        for i in range(1, <uint32_t>CHUNKS):
+        for i in range(first, <uint32_t>CHUNKS):
             if self.node_chunks[i] != NULL:
                 free(self.node_chunks[i])
                 self.node_chunks[i] = NULL
-                self.memory.give(CHUNK * sizeof(Node))
-                self.charged -= CHUNK * sizeof(Node)
+                heap.give(CHUNK * sizeof(Node))
+
+    cdef void shrink(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.node_slots, self.free_node = ROOT + 1, 0
+        self._free_chunks(1)
         pthread_mutex_unlock(&self.lock)
 
     # Names and opening again
@@ -383,14 +347,13 @@ cdef class Inodes:
     cdef void set_name(self, Node *node, const char *name, uint64_t length) noexcept nogil:
         cdef uint64_t size = length + 1
         cdef char *copy = NULL
-        if size <= <uint64_t>NAME_SIZE and self.memory.take(size):
+        if size <= <uint64_t>NAME_SIZE and heap.take(size):
             copy = <char *>calloc(1, size)
             if copy == NULL:
-                self.memory.give(size)
+                heap.give(size)
             else:
                 memcpy(copy, name, length)
-                self.charged += size
-        self._forget_name(node)
+            self._forget_name(node)
         node.name = copy
 
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil:
@@ -403,8 +366,7 @@ cdef class Inodes:
 
     cdef void _forget_name(self, Node *node) noexcept nogil:
         if node.name != NULL:
-            self.memory.give(strlen(node.name) + 1)
-            self.charged -= strlen(node.name) + 1
+            heap.give(strlen(node.name) + 1)
             free(node.name)
             node.name = NULL
 
@@ -424,17 +386,22 @@ cdef class Inodes:
             self._forget_name(node)
         pthread_mutex_unlock(&self.lock)
 
-    cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil:
-        cdef uint32_t index = <uint32_t>nodeid
+    cdef Node *_by_id(self, uint64_t nodeid) noexcept nogil:
+        # The node, or ghost, with this id; NULL: there is none any more.
         cdef Node *node = NULL
+        if 0 < <uint32_t>nodeid < self.node_slots:
+            node = self._node(<uint32_t>nodeid)
+        return node if node != NULL and node.live and node.generation == nodeid >> 32 else NULL
+
+    cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil:
+        cdef Node *node
         pthread_mutex_lock(&self.lock)
-        if 0 < index < self.node_slots:
-            node = self._node(index)
-            if node.live and node.generation == nodeid >> 32 and (node.nlookup or (ghosts and node.ghost)):
-                node.refs += 1
-                node.recent = True
-            else:
-                node = NULL
+        node = self._by_id(nodeid)
+        if node != NULL and not node.nlookup and not (ghosts and node.ghost):
+            node = NULL
+        if node != NULL:
+            node.refs += 1
+            node.recent = True
         pthread_mutex_unlock(&self.lock)
         return node
 
@@ -511,6 +478,31 @@ cdef class Inodes:
 
     # Release
 
+    cdef uint32_t _close_some(self) noexcept nogil:
+        # Close descriptors that were not used since the clock hand last passed them. Returns their number.
+        cdef int[BATCH] fds
+        cdef uint32_t count = 0, steps = 0, i
+        cdef Node *node
+        pthread_mutex_lock(&self.lock)
+        while count < BATCH and steps < STEPS and steps < 2 * self.node_slots:
+            steps += 1
+            self.clock_hand += 1
+            if self.clock_hand >= self.node_slots:
+                self.clock_hand = ROOT
+            node = self._node(self.clock_hand)
+            if not node.live or node.fd < 0 or node.refs or node.name == NULL or node.btime == 0:
+                continue
+            if node.recent:
+                node.recent = False
+                continue
+            fds[count] = node.fd
+            node.fd = -1
+            count += 1
+        pthread_mutex_unlock(&self.lock)
+        for i in range(count):
+            close(fds[i])
+        return count
+
     cdef void node_put(self, Node *node) noexcept nogil:
         cdef int fd = -1
         pthread_mutex_lock(&self.lock)
@@ -561,20 +553,18 @@ cdef class Inodes:
         return fd
 
     cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil:
-        cdef uint32_t index = <uint32_t>nodeid
         cdef Node *node
         cdef int fd = -1
         cdef bint told = False
         if nodeid == ROOT:
             return True
         pthread_mutex_lock(&self.lock)
-        if 0 < index < self.node_slots:
-            node = self._node(index)
-            if node.live and node.generation == nodeid >> 32 and not node.ghost:
-                told = count <= node.nlookup
-                node.nlookup -= min(count, node.nlookup)
-                if node.nlookup == 0 and node.refs == 0:
-                    fd = self._let_go(node)
+        node = self._by_id(nodeid)
+        if node != NULL and not node.ghost:
+            told = count <= node.nlookup
+            node.nlookup -= min(count, node.nlookup)
+            if node.nlookup == 0 and node.refs == 0:
+                fd = self._let_go(node)
         unlock_and_close(&self.lock, fd)
         return told
 
