@@ -6,6 +6,9 @@ from virtio._interrupt cimport MAX_QUEUES, Call
 from vmm._fastpath cimport DescChain, GuestRam, Ring
 from vmm._gate cimport gate_t
 
+cdef extern from "<sys/epoll.h>" nogil:
+    enum: EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET     # for watch()
+
 # Results of serve() and event(). A negative one is a QUEUE_* rule that the driver broke, or WORKER_HOST.
 cdef enum:
     SERVE_EMPTY = 0             # the queue is empty: enable notifications, check it once more, sleep

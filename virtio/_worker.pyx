@@ -14,8 +14,8 @@ from vmm._fastpath cimport (
 )
 from vmm._gate cimport gate_await, gate_destroy, gate_init, gate_pass, gate_set
 from vmm._sys cimport (
-    CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, eventfd_write, flag_read, flag_set, name_thread,
-    nap_ns,
+    CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, clock_ns, close, counter_add, counter_read, eventfd, eventfd_write,
+    flag_read, flag_set, name_thread, nap_ns,
 )
 from vmm.errors import HostError
 from vmm.threads import spawn
@@ -24,7 +24,6 @@ cdef extern from *:
     """
     #include <stdint.h>
     #include <sys/epoll.h>
-    #include <sys/eventfd.h>
     #include <sys/timerfd.h>
     #include <unistd.h>
     static inline void worker_pause(void) { __builtin_ia32_pause(); }
@@ -49,15 +48,11 @@ cdef extern from "<sys/epoll.h>" nogil:
         epoll_data_t data
     int epoll_create1(int flags)
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout)
-    enum: EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLET, EPOLL_CLOEXEC
+    enum: EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLL_CLOEXEC
 
 cdef extern from "<sys/timerfd.h>" nogil:
     int timerfd_create(int clockid, int flags)
     enum: TFD_CLOEXEC, TFD_NONBLOCK
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int initval, int flags)
-    enum: EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t count)

@@ -11,13 +11,11 @@ import resource
 from libc.errno cimport EMFILE, ENFILE, errno
 from libc.stdint cimport uint64_t
 
-from vmm._sys cimport close, counter_read, flag_read, flag_set
+from vmm._sys cimport close, counter_read, flag_read, flag_set, set_errno
 
 cdef extern from *:
     """
-    #include <errno.h>
     #include <stdint.h>
-    static inline void set_errno(int number) { errno = number; }
     static inline int budget_take(uint64_t *taken, uint64_t limit, uint64_t amount) {
         uint64_t now = __atomic_load_n(taken, __ATOMIC_RELAXED);
         do {
@@ -30,7 +28,6 @@ cdef extern from *:
         __atomic_fetch_sub(taken, amount, __ATOMIC_RELAXED);
     }
     """
-    void set_errno(int number) noexcept nogil
     bint budget_take(uint64_t *taken, uint64_t limit, uint64_t amount) noexcept nogil
     void budget_give(uint64_t *taken, uint64_t amount) noexcept nogil
 

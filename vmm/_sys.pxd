@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <stdint.h>
     #include <stdlib.h>
     #include <sys/mman.h>
@@ -35,6 +36,7 @@ cdef extern from *:
         if (table) munmap(table, size);
     #endif
     }
+    static inline void set_errno(int number) { errno = number; }
     static inline void name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
     /* A number that one thread counts up, or several one after the other, while any reads it. */
     static inline void counter_add(uint64_t *counter, int64_t n) {
@@ -59,6 +61,7 @@ cdef extern from *:
     void nap_ns(uint64_t ns) noexcept nogil
     void *table_alloc(size_t size) noexcept nogil           # zeros; NULL: the host has no memory left
     void table_free(void *table, size_t size) noexcept nogil
+    void set_errno(int number) noexcept nogil
     void name_thread(const char *name) noexcept nogil       # the calling thread; truncated to 15 bytes
     void counter_add(uint64_t *counter, int64_t n) noexcept nogil
     uint64_t counter_read(const uint64_t *counter) noexcept nogil
@@ -71,7 +74,9 @@ cdef extern from *:
     void and32(uint32_t *p, uint32_t v) noexcept nogil
 
 cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initval, int flags)
     int eventfd_write(int fd, uint64_t value)
+    enum: EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)

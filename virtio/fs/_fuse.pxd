@@ -24,7 +24,6 @@ cdef extern from "<linux/fuse.h>" nogil:
         FUSE_OPEN_KILL_SUIDGID, FUSE_WRITE_KILL_SUIDGID, FUSE_WRITE_CACHE, FUSE_FSYNC_FDATASYNC, FUSE_ATTR_DAX
         FUSE_ATTR_SUBMOUNT
         FUSE_SETUPMAPPING_FLAG_WRITE, FUSE_SETUPMAPPING_FLAG_READ
-        FUSE_COMPAT_SETXATTR_IN_SIZE
 
     struct fuse_in_header:
         uint32_t len
@@ -149,7 +148,6 @@ cdef extern from "<linux/fuse.h>" nogil:
     struct fuse_statfs_out:
         fuse_kstatfs st
     struct fuse_fsync_in:
-        uint64_t fh
         uint32_t fsync_flags
     struct fuse_setxattr_in:
         uint32_t size
@@ -158,35 +156,29 @@ cdef extern from "<linux/fuse.h>" nogil:
         uint32_t size
     struct fuse_getxattr_out:
         uint32_t size
-        uint32_t padding
     struct fuse_access_in:
         uint32_t mask
     struct fuse_fallocate_in:
-        uint64_t fh
         uint64_t offset
         uint64_t length
         uint32_t mode
     struct fuse_lseek_in:
-        uint64_t fh
         uint64_t offset
         uint32_t whence
     struct fuse_lseek_out:
         uint64_t offset
     struct fuse_copy_file_range_in:
-        uint64_t fh_in
         uint64_t off_in
         uint64_t nodeid_out
         uint64_t fh_out
         uint64_t off_out
         uint64_t len
-        uint64_t flags
     struct fuse_dirent:
         uint64_t ino
         uint64_t off
         uint32_t namelen
         uint32_t type
     struct fuse_setupmapping_in:
-        uint64_t fh
         uint64_t foffset
         uint64_t len
         uint64_t flags

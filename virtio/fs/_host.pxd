@@ -90,7 +90,6 @@ cdef extern from *:
     #undef OP
     #undef IN
     #undef OUT
-    static inline void set_errno(int number) { errno = number; }
 
     struct linux_dirent64 { uint64_t d_ino; int64_t d_off; uint16_t d_reclen; uint8_t d_type; char d_name[]; };
     static inline long fs_getdents(int fd, void *buffer, size_t size) {
@@ -178,7 +177,6 @@ cdef extern from *:
         uint16_t d_reclen
         uint8_t d_type
         char *d_name
-    void set_errno(int number) noexcept nogil
     long fs_getdents(int fd, void *buffer, size_t size) noexcept nogil
     int fs_capset(const __user_cap_data_struct *data) noexcept nogil
     bint fs_may_all(bint reading) noexcept nogil

@@ -18,7 +18,9 @@ from libc.string cimport memcpy, strcmp, strlen
 
 from virtio.fs._host cimport *
 from vmm._budget cimport FOR_LOOKUP, Budget, Purpose, granted
-from vmm._sys cimport counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from vmm._sys cimport (
+    counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, set_errno,
+)
 
 from vmm.budget import memory
 

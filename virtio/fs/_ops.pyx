@@ -25,7 +25,8 @@ from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm._sys cimport (
-    counter_add, flag_read, flag_set, load32, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store32,
+    counter_add, flag_read, flag_set, load32, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, set_errno,
+    store32,
 )
 
 

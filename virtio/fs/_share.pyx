@@ -12,7 +12,7 @@ from virtio.fs._dax cimport Window
 from virtio.fs._host cimport *
 from virtio.fs._inodes cimport MASK, Node, device_of, open_granted
 from virtio.fs._table cimport Table
-from virtio.fs._types cimport fs_is_overlay, fs_is_remote, fs_stores_files
+from virtio.fs._types cimport FS_REMOTE, fs_is_overlay, fs_kind
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP
 from vmm._sys cimport counter_add, counter_read, flag_set
@@ -28,7 +28,7 @@ def type_stores_files(uint32_t f_type):
 
     :param f_type: the type, from statfs(2)
     """
-    return bool(fs_stores_files(f_type))
+    return fs_kind(f_type) != 0
 
 
 def stores_files(int fd):
@@ -62,7 +62,7 @@ cdef class Share:
         cdef host_statfs fs
         if fstatfs(root_fd, &fs) < 0:
             raise OSError(errno, os.strerror(errno))
-        self.flush_matters = submounts or fs_is_remote(<uint32_t>fs.f_type)
+        self.flush_matters = submounts or fs_kind(<uint32_t>fs.f_type) == FS_REMOTE
         self.submounts = submounts
         self.table = Table(root_fd, fs_is_overlay(<uint32_t>fs.f_type))
         self.proc_fd = proc_fd
@@ -215,7 +215,7 @@ cdef class FuseThread:
         if not self.share.submounts or not agreed(self.share, ANNOUNCES) or fstatfs(fd, &fs) < 0:
             return False
         overlay[0] = fs_is_overlay(<uint32_t>fs.f_type)
-        return fs_stores_files(<uint32_t>fs.f_type)
+        return fs_kind(<uint32_t>fs.f_type) != 0
 
     cdef bint same_inode(self, int one, int other) noexcept nogil:
         # Ask the kernel if stat is not enough: two inotify watches on the same inode get the same number.

@@ -63,10 +63,8 @@ cdef extern from *:
             return 0;
         }
     }
-    static inline int fs_stores_files(uint32_t type) { return fs_kind(type) != 0; }
-    static inline int fs_is_remote(uint32_t type) { return fs_kind(type) == FS_REMOTE; }
     static inline int fs_is_overlay(uint32_t type) { return type == 0x794C7630; }
     """
-    bint fs_stores_files(uint32_t type) noexcept nogil
+    enum: FS_REMOTE
+    int fs_kind(uint32_t type) noexcept nogil               # 0: it does not store files
     bint fs_is_overlay(uint32_t type) noexcept nogil
-    bint fs_is_remote(uint32_t type) noexcept nogil

@@ -13,22 +13,15 @@ from virtio.fs._ops cimport HAND_OVER, answer, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, OUT_HEADER, Counters, FuseThread, Share
 from virtio.fs._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header, fuse_write_in
 from virtio._interrupt cimport MAX_QUEUES, interrupt_used
-from virtio._worker cimport SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
+from virtio._worker cimport EPOLLIN, SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport (
     QUEUE_ADDRESS, QUEUE_CHAIN, DescChain, RamRegion, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather
 from vmm._sys cimport (
-    close, counter_add, counters_read, eventfd_write, flag_set, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, table_alloc, table_free,
+    EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, close, counter_add, counters_read, eventfd, eventfd_write, flag_set,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, table_alloc, table_free,
 )
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int initval, int flags)
-    enum: EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum: EPOLLIN
 
 cdef enum:
     JOBS = 64                   # most slow requests for helpers; the queue's thread executes further ones

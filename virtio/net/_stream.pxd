@@ -7,19 +7,17 @@ from libc.string cimport memmove, memset
 
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_part, iov_scatter
+from vmm._sys cimport set_errno
 
 cdef extern from *:
     """
-    #include <errno.h>
     #include <sys/socket.h>
     #include <sys/uio.h>
-    static inline void net_set_errno(int value) { errno = value; }
     static inline ssize_t net_send(int fd, struct iovec *iov, size_t n) {
         struct msghdr m = { .msg_iov = iov, .msg_iovlen = n };
         return sendmsg(fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
     }
     """
-    void net_set_errno(int value) noexcept nogil
     ssize_t net_send(int fd, iovec *iov, size_t n) noexcept nogil
     ssize_t readv(int fd, const iovec *iov, int count) noexcept nogil
 
@@ -133,7 +131,7 @@ cdef inline ssize_t stream_read(Stream *s, int fd, const iovec *iov, uint32_t n_
         if got < 0:
             return -1
         if got == 0:
-            net_set_errno(ECONNRESET)
+            set_errno(ECONNRESET)
             return -1
         s.frame_got = 0
         if not s.dropping:

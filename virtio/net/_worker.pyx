@@ -10,7 +10,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 from virtio._limiter cimport RateLimiter
-from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker
+from virtio._worker cimport (
+    EPOLLET, EPOLLIN, EPOLLOUT, SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker,
+)
 from virtio.net._policy cimport ALLOWED, DROPPED, ETH_HEADER, HEAD, PolicyCalls
 from virtio.net._stream cimport (
     AHEAD, PARTS, UIO_MAXIOV, VNET_HEADER, Stream, readv, stream_read, stream_write,
@@ -22,9 +24,6 @@ from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm._sys cimport (
     CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read, nap_ns, table_alloc, table_free,
 )
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum: EPOLLIN, EPOLLOUT, EPOLLET
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int count)

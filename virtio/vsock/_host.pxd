@@ -51,6 +51,3 @@ cdef extern from "<sys/un.h>" nogil:
     struct sockaddr_un:
         unsigned short sun_family
         char[108] sun_path
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum: EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLET
