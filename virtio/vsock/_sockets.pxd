@@ -5,7 +5,6 @@ from libc.stdint cimport uint32_t, uint64_t
 from virtio._worker cimport QueueWorker
 from virtio.vsock._conns cimport Conn, Connections, State
 from virtio.vsock._packet cimport Header
-from vmm._budget cimport Budget
 from vmm._fastpath cimport DescChain, iovec
 
 cdef enum:
@@ -35,7 +34,8 @@ cdef class VsockSockets(QueueWorker):
     cdef Connections table
     cdef uint32_t deadlines             # number of conns with a deadline
     cdef uint32_t stuck                 # about how many conns wait for credit and may have to ask again
-    cdef Budget memory                  # budget for the conns' buffers, bytes
+    cdef const char *path               # of the listener, and before the port of those that the guest connects to
+    cdef bytes prefix                   # keeps `path`
     cdef uint32_t last_port
     cdef uint64_t tick_at               # when the timer calls tick(), CLOCK_MONOTONIC, ns; 0: it is not set
     cdef bint listening
@@ -59,6 +59,7 @@ cdef class VsockSockets(QueueWorker):
     cdef void end_overdue(self) noexcept nogil
     cdef void listen(self) noexcept nogil
     cdef void accept_some(self) noexcept nogil
+    cdef Conn *connect_to(self, uint32_t port) noexcept nogil
     cdef void read_connect_line(self, Conn *c) noexcept nogil
     cdef void socket_event(self, Conn *c) noexcept nogil
     cdef void send_shutdown(self, Conn *c, uint32_t flags) noexcept nogil

@@ -16,18 +16,22 @@ from virtio.vsock._conns cimport (
     BUFFER, CLOSING, CONNECTING, Conn, FREE, GREETING, KILLED, LEAVING, OPEN, State, packets_forwarded,
 )
 from virtio.vsock._host cimport (
-    MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR_, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_SNDBUF, accept4,
-    msghdr, peer_closed, peer_shut_down, recv, send, sendmsg, setsockopt, shutdown, wait_for_room,
+    AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR_, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET,
+    SO_SNDBUF, accept4, connect, msghdr, peer_closed, peer_shut_down, recv, send, sendmsg, setsockopt, shutdown,
+    sockaddr, sockaddr_un, socket, wait_for_room,
 )
 from virtio.vsock._packet cimport (
     HEADER, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RST, OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV,
     SHUT_SEND,
 )
 from virtio._worker cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, QueueWorker
-from vmm._budget cimport FOR_OPEN, granted
+from vmm._budget cimport FOR_OPEN, Budget, granted
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport copy_once, iov_part
 from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, counter_read, counters_read
+from vmm.budget import memory
+
+cdef Budget heap = memory       # for data that waits for host programs, bytes
 
 cdef enum:
     ACCEPTS = 64
@@ -121,17 +125,17 @@ cdef class VsockSockets(QueueWorker):
         # Make the buffer as large as the credit that the guest may still use.
         c.start = 0
         c.size = c.promised - c.fwd_cnt
-        if not self.memory.take(c.size):
+        if not heap.take(c.size):
             return False
         c.buffer = <uint8_t *>malloc(c.size)
         if c.buffer == NULL:
-            self.memory.give(c.size)
+            heap.give(c.size)
         return c.buffer != NULL
 
     cdef void free_buffer(self, Conn *c) noexcept nogil:
         if c.buffer != NULL:
             free(c.buffer)
-            self.memory.give(c.size)
+            heap.give(c.size)
         c.buffer = NULL
         c.used = 0
 
@@ -211,6 +215,23 @@ cdef class VsockSockets(QueueWorker):
             if c != NULL:
                 self.set_deadline(c, self.line_wait)
                 self.read_connect_line(c)
+
+    cdef Conn *connect_to(self, uint32_t port) noexcept nogil:
+        # Connect to the host program that listens for a port of the guest's. Returns an open Conn without ports, or
+        # NULL.
+        cdef sockaddr_un address
+        cdef int fd, length
+        address.sun_family = AF_UNIX
+        length = snprintf(address.sun_path, sizeof(address.sun_path), "%s_%u", self.path, port)
+        fd = granted(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), FOR_OPEN)
+        if fd < 0:
+            counter_add(&self.count.full, 1)
+            return NULL
+        if length >= <int>sizeof(address.sun_path) or connect(fd, <sockaddr *>&address, sizeof(address)) < 0:
+            counter_add(&self.count.refused, 1)
+            close(fd)
+            return NULL
+        return self.make(fd, OPEN)
 
     cdef void read_connect_line(self, Conn *c) noexcept nogil:
         # Read the CONNECT line and no byte after it: the following data is for the guest.

@@ -10,7 +10,6 @@ import os
 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
-from libc.stdio cimport snprintf
 from libc.string cimport memcpy, memset
 
 from virtio._interrupt cimport interrupt_used
@@ -18,8 +17,7 @@ from virtio.vsock._conns cimport (
     BUFFER, CONNECTING, CONNECTIONS, Conn, Connections, FREE, KILLED, LEAVING, NONE, OPEN, packet_sent,
 )
 from virtio.vsock._host cimport (
-    AF_UNIX, MSG_CTRUNC, MSG_DONTWAIT, SHUT_RD_, SHUT_WR_, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, connect,
-    lowest_bit, msghdr, peer_closed, recvmsg, shutdown, sockaddr, sockaddr_un, socket,
+    MSG_CTRUNC, MSG_DONTWAIT, SHUT_RD_, SHUT_WR_, lowest_bit, msghdr, peer_closed, recvmsg, shutdown,
 )
 from virtio.vsock._packet cimport (
     HEADER, HOST_CID, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
@@ -27,13 +25,11 @@ from virtio.vsock._packet cimport (
 )
 from virtio.vsock._sockets cimport FIRST_HOST_PORT, RETRY, SECOND, TICK, TOKEN_LISTENER, VsockSockets
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER
-from vmm._budget cimport FOR_OPEN, granted
 from vmm._fastpath cimport (
     QUEUE_CHAIN, QUEUE_EMPTY, DescChain, iovec, load_acquire16, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, close, counter_add, eventfd_write
-from vmm.budget import memory
+from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, counter_add, eventfd_write
 
 MAX_CONNECTIONS = CONNECTIONS
 MAX_WINDOW = BUFFER     # bytes that the guest may send at most before they are forwarded, for each connection
@@ -79,12 +75,9 @@ cdef class VsockWorker(VsockSockets):
     cdef object lost                    # the ports of those that do not: pairs of the guest's and the host's
     cdef uint64_t settle_until
     cdef uint16_t events_given          # number of event buffers the driver had offered when the event was sent
-    cdef bytes prefix                   # path prefix of the sockets for guest-initiated connections
-    cdef const char *path
 
     def __init__(self, device, indices, notify_fds, on_failure, name=None):
         super().__init__(device, indices, notify_fds, on_failure, name)
-        self.memory = memory
         self.table = Connections()
         if max(device.queue_sizes) > MAX_CHAIN:
             raise ValueError(f"a queue of the socket device has at most {MAX_CHAIN} entries")
@@ -561,22 +554,7 @@ cdef class VsockWorker(VsockSockets):
             self.queue_if_ready(c)
 
     cdef void open(self, Header *h) noexcept nogil:
-        cdef sockaddr_un address
-        cdef Conn *c
-        cdef int length, fd
-        address.sun_family = AF_UNIX
-        length = snprintf(address.sun_path, sizeof(address.sun_path), "%s_%u", self.path, h.dst_port)
-        fd = granted(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), FOR_OPEN)
-        if fd < 0 or length >= <int>sizeof(address.sun_path) \
-                or connect(fd, <sockaddr *>&address, sizeof(address)) < 0:
-            if fd < 0:
-                counter_add(&self.count.full, 1)
-            else:
-                close(fd)
-                counter_add(&self.count.refused, 1)
-            self.reply_reset(h)
-            return
-        c = self.make(fd, OPEN)
+        cdef Conn *c = self.connect_to(h.dst_port)
         if c == NULL:
             self.reply_reset(h)
             return
