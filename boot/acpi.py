@@ -11,7 +11,6 @@ import struct
 
 from boot import aml, layout
 from boot.board import BY_NAME, PARTS
-from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ SLEEP_TYPE_S5 = 5
 GENERATION_CHANGED, POWER_BUTTON = 1, 2
 _NOTIFY_CHANGED = 0x80  # both devices' own meaning of it: a new value; pressed
 RTC_CENTURY = 0x32
-
-#: Local APIC ids are 8 bits wide and 255 means all of them.
-MAX_CPUS = 255
 
 _OEM = b"PYVMM "
 _CREATOR = b"PYVM"
@@ -51,23 +47,19 @@ def write(
 ) -> int:
     """Write all tables to guest memory, from 0xe0000; return the RSDP's address, which is ``layout.RSDP``.
 
-    :param cpus: processors; processor i has local APIC id i
+    :param cpus: processors, at most ``vmm.config.vm.MAX_VCPUS``; processor i has local APIC id i
     :param virtio: address, bytes and interrupt (GSI) of each virtio-mmio window, below 4 GiB
     :param parts: the board's parts that the tables describe; behind ``events`` are the VM generation counter at
         ``layout.VM_GENERATION`` and the power button
-    :raises ConfigError: more processors than have an id, or more devices than the tables' room holds
     :raises GuestMemoryError: the guest has less than 1 MiB
     """
-    if not 1 <= cpus <= MAX_CPUS:
-        raise ConfigError("cpus", cpus, f"must be 1 to {MAX_CPUS}")
     end = layout.RSDP + 36
-    blobs: list[tuple[int, bytes]] = []
 
     def place(table: bytes) -> int:
         nonlocal end
         at = (end + 15) & ~15
         end = at + len(table)
-        blobs.append((at, table))
+        memory.write(at, table)
         return at
 
     dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, virtio, parts)))
@@ -75,11 +67,6 @@ def write(
     fadt = place(_table(b"FACP", 6, _fadt(dsdt, _VGA_NOT_PRESENT | keyboard)))
     madt = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
-    if end > layout.HIMEM:
-        room = layout.HIMEM - layout.ACPI
-        raise ConfigError("drives", len(virtio), f"their ACPI tables need more than {room} bytes")
-    for at, table in blobs:
-        memory.write(at, table)
     memory.write(layout.RSDP, _rsdp(xsdt))
     return layout.RSDP
 

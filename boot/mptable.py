@@ -11,13 +11,11 @@ import struct
 
 from boot import layout
 from boot.board import GSIS
-from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
-MAX_CPUS = 254  # and an id for the IOAPIC, which is not the broadcast's, 255
 ISA_BUS = 0
 
 _LAPIC_VERSION = 0x14
@@ -41,12 +39,9 @@ def write(memory: GuestMemory, *, cpus: int) -> int:
 
     IOAPIC pin i is ISA interrupt i, as KVM wires it, so that an interrupt's number in Linux is its GSI.
 
-    :param cpus: processors; processor i has local APIC id i, and 0 boots
-    :raises ConfigError: more processors than have an id
+    :param cpus: processors, at most ``vmm.config.vm.MAX_VCPUS``; processor i has local APIC id i, and 0 boots
     :raises GuestMemoryError: the guest has less than 1 MiB
     """
-    if not 1 <= cpus <= MAX_CPUS:
-        raise ConfigError("cpus", cpus, f"must be 1 to {MAX_CPUS}")
     entries = [
         _PROCESSOR.pack(0, cpu, _LAPIC_VERSION, _CPU_ENABLED | (0 if cpu else _CPU_BOOT), _CPU_SIGNATURE, _CPU_FEATURES)
         for cpu in range(cpus)
