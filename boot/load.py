@@ -36,18 +36,18 @@ _NOT_KERNELS = (
 class Kind:
     """What a kernel file is, told from its headers.
 
-    :ivar format: ``elf`` or ``bzimage``
+    :ivar kind: ``elf`` or ``bzimage``
     """
 
-    __slots__ = ("_cpl3", "_linux", "_path", "format")
+    __slots__ = ("_cpl3", "_linux", "_path", "kind")
 
     def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
         self._path = source.path
-        self.format = "bzimage"
+        self.kind = "bzimage"
         self._linux: bool | None = True
         self._cpl3 = False
         if isinstance(image, elf.Elf):
-            self.format = "elf"
+            self.kind = "elf"
             self._cpl3 = image.cpl3
             self._linux = image.linux_notes or None
 
@@ -92,11 +92,6 @@ class Loaded(Kind):
         self.initrd = (0, 0)
         self.highest_used = 0
         self.unpacked = ""
-
-    @property
-    def kind(self) -> str:
-        """``elf`` or ``bzimage``."""
-        return self.format
 
 
 def probe(kernel_path: Path) -> Kind:

@@ -83,11 +83,6 @@ cdef class RateLimiter:
         """Times that it said wait."""
         return counter_read(&self._throttled)
 
-    @property
-    def is_limited(self):
-        """Whether bytes or operations are limited."""
-        return self.limited()
-
     cdef uint64_t take(self, uint64_t nbytes, uint64_t ops) noexcept nogil:
         cdef uint64_t now, wait, other
         if not self.limited():

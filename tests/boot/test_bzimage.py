@@ -56,7 +56,7 @@ def test_a_preferred_address_below_1_mib_is_moved_up_where_the_kernel_can_be(
 @pytest.mark.parametrize("release", [b"6.1.0-test", b""])
 def test_a_bzimage_is_a_linux(kernel: KernelFile, release: bytes) -> None:
     kind = probe(kernel(bzimage(compress("xz", vmlinux()), release=release)))
-    assert (kind.format, kind.is_linux, kind.needs_ring0) == ("bzimage", True, True)
+    assert (kind.kind, kind.is_linux, kind.needs_ring0) == ("bzimage", True, True)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_32_bit_elf_boots_by_pvh_only(memory: GuestMemory, kernel: KernelFile)
 def test_vmlinux_by_both_protocols(kernel: KernelFile) -> None:
     path = kernel(vmlinux(b"text" * 16))
     kind = probe(path)
-    assert (kind.format, kind.is_linux) == ("elf", True)
+    assert (kind.kind, kind.is_linux) == ("elf", True)
     for protocol, entry in (("auto", 16 * MIB + 0x10), ("pvh", 16 * MIB + 0x10), ("linux64", 16 * MIB)):
         with GuestMemory(64 * MIB) as memory:
             loaded = load(memory, path, protocol=protocol)

@@ -91,7 +91,7 @@ class ShareDevice(VirtioDevice):
         self.path = path
         self.name = name
         self.limiter = limiter or RateLimiter()
-        if dax and self.limiter.is_limited:
+        if dax and any(self.limiter.buckets):
             raise ConfigError("share dax", dax, _DAX_LIMIT)
         self.queue_sizes = (QUEUE_SIZE,) * (1 + threads)
         self.config = _CONFIG.pack(tag.encode(), threads)
