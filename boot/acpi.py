@@ -44,8 +44,8 @@ def write(
     cpus: int,
     virtio: Sequence[tuple[int, int, int]],
     parts: Sequence[Part] = PARTS,
-) -> int:
-    """Write all tables to guest memory, from 0xe0000; return the RSDP's address, which is ``layout.RSDP``.
+) -> None:
+    """Write all tables to guest memory, from the RSDP at ``layout.RSDP`` on.
 
     :param cpus: processors, at most ``vmm.config.vm.MAX_VCPUS``; processor i has local APIC id i
     :param virtio: address, bytes and interrupt (GSI) of each virtio-mmio window, below 4 GiB
@@ -68,7 +68,6 @@ def write(
     madt = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
     memory.write(layout.RSDP, _rsdp(xsdt))
-    return layout.RSDP
 
 
 def _checksum(data: bytes | bytearray) -> int:

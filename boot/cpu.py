@@ -73,7 +73,7 @@ def _tables(memory: GuestMemory, sregs: kvm_sregs, code: int, *, long: bool) -> 
     _segment(sregs.tr, BOOT_TSS, 0xB, system=True)
 
 
-def enter_linux64(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entry: int, zero_page: int) -> None:
+def enter_linux64(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entry: int) -> None:
     """Long mode with the first 4 GiB mapped to themselves, `rsi` at the zero page.
 
     :param memory: gets the GDT and three levels of page tables (0x500 and 0x9000 to 0xefff)
@@ -95,11 +95,11 @@ def enter_linux64(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entr
     sregs.efer = EFER_LME | EFER_LMA
     regs.rflags = RFLAGS_RESERVED
     regs.rip = entry
-    regs.rsi = zero_page
+    regs.rsi = layout.ZERO_PAGE
     regs.rsp = regs.rbp = layout.BOOT_STACK
 
 
-def enter_pvh(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entry: int, start_info: int) -> None:
+def enter_pvh(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entry: int) -> None:
     """32-bit protected mode, no paging, flat segments, `ebx` at the start info.
 
     :param memory: gets the GDT (0x500)
@@ -112,7 +112,7 @@ def enter_pvh(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entry: i
     sregs.efer = 0
     regs.rflags = RFLAGS_RESERVED
     regs.rip = entry
-    regs.rbx = start_info
+    regs.rbx = layout.PVH_START_INFO
 
 
 def shape_cpuid(

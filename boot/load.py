@@ -72,25 +72,21 @@ class Loaded(Kind):
     """What was loaded where: all that the first vCPU's registers and the report to the user need.
 
     :ivar entry: guest physical address of the first instruction
-    :ivar protocol: ``linux64`` (64-bit mode, rsi = ``boot_info``) or ``pvh`` (32-bit mode, ebx =
-        ``boot_info``)
-    :ivar boot_info: guest physical address of the zero page, or of PVH's start info
+    :ivar protocol: ``linux64``, with the zero page at ``layout.ZERO_PAGE``, or ``pvh``, with the start info at
+        ``layout.PVH_START_INFO``
     :ivar kernel: address and bytes of guest memory that the kernel takes, from its first to its last byte
     :ivar initrd: address and bytes, (0, 0) without one
-    :ivar highest_used: end of the highest thing loaded
     :ivar unpacked: the method by which the host unpacked a bzImage, empty where it did not
     """
 
-    __slots__ = ("boot_info", "entry", "highest_used", "initrd", "kernel", "protocol", "unpacked")
+    __slots__ = ("entry", "initrd", "kernel", "protocol", "unpacked")
 
     def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
         super().__init__(source, image)
         self.entry = 0
         self.protocol = ""
-        self.boot_info = 0
         self.kernel = (0, 0)
         self.initrd = (0, 0)
-        self.highest_used = 0
         self.unpacked = ""
 
 
@@ -112,7 +108,6 @@ def load(
     cmdline: str = "",
     protocol: str = "auto",
     unpack: str = "auto",
-    rsdp: int = layout.RSDP,
 ) -> Loaded:
     """Load a kernel into fresh guest memory, and all that it expects there except firmware tables.
 
@@ -122,7 +117,6 @@ def load(
     :param protocol: ``linux64``, ``pvh``, or ``auto``: PVH where an ELF file offers it, else 64-bit Linux
     :param unpack: whether the host unpacks a bzImage, which is faster: ``always``, ``never``, or ``auto``:
         where it can. A kernel unpacked by the host has no KASLR; it runs at the address it was linked at
-    :param rsdp: guest physical address of the ACPI RSDP that will be there, 0 for none
     :raises ConfigError: when a file, the command line or their size cannot be; one line says what and where
     :raises HostError: when the host fails to read a file
     """
@@ -144,16 +138,13 @@ def load(
             taken = _load_bzimage(image, source, memory, loaded, protocol, unpack)
             header, initrd_max = image.header, image.initrd_addr_max
     loaded.kernel = (taken[0][0], taken[-1][1] - taken[0][0])
-    loaded.highest_used = taken[-1][1]
     if initrd_path is not None:
         loaded.initrd = _load_initrd(initrd_path, memory, taken, initrd_max)
-        loaded.highest_used = max(loaded.highest_used, sum(loaded.initrd))
     memory.write(layout.CMDLINE, text)
     if loaded.protocol == "pvh":
-        loaded.boot_info = params.write_start_info(memory, initrd=loaded.initrd, rsdp=rsdp)
+        params.write_start_info(memory, initrd=loaded.initrd)
     else:
-        loaded.boot_info = layout.ZERO_PAGE
-        page = params.zero_page(memory, header, load_address=loaded.kernel[0], initrd=loaded.initrd, rsdp=rsdp)
+        page = params.zero_page(memory, header, load_address=loaded.kernel[0], initrd=loaded.initrd)
         memory.write(layout.ZERO_PAGE, page)
     return loaded
 

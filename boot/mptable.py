@@ -34,8 +34,8 @@ _IOAPIC = struct.Struct("<BBBBI")
 _INTERRUPT = struct.Struct("<BBHBBBB")
 
 
-def write(memory: GuestMemory, *, cpus: int) -> int:
-    """Write floating pointer and table to guest memory; return the pointer's address, ``layout.MPTABLE``.
+def write(memory: GuestMemory, *, cpus: int) -> None:
+    """Write floating pointer and table to guest memory, from ``layout.MPTABLE`` on.
 
     IOAPIC pin i is ISA interrupt i, as KVM wires it, so that an interrupt's number in Linux is its GSI.
 
@@ -76,7 +76,6 @@ def write(memory: GuestMemory, *, cpus: int) -> int:
     pointer[10] = -sum(pointer) & 0xFF
     memory.write(at, table)
     memory.write(layout.MPTABLE, pointer)
-    return layout.MPTABLE
 
 
 def virtio_mmio_parameter(base: int, size: int, gsi: int) -> str:

@@ -74,15 +74,12 @@ def elf_setup_header() -> bytes:
     return bytes(page[HDR:])
 
 
-def zero_page(
-    memory: GuestMemory, header: bytes, *, load_address: int, initrd: tuple[int, int] = (0, 0), rsdp: int = 0
-) -> bytes:
+def zero_page(memory: GuestMemory, header: bytes, *, load_address: int, initrd: tuple[int, int] = (0, 0)) -> bytes:
     """Return the 4096 bytes of the zero page.
 
     :param header: the kernel's setup header, from 0x1f1 on; all else starts as zero, as the protocol demands
     :param load_address: load address of the kernel
     :param initrd: guest physical address and bytes
-    :param rsdp: guest physical address of the ACPI RSDP, 0 for none
     """
     page = bytearray(SIZE)
     page[HDR : HDR + len(header)] = header
@@ -97,7 +94,7 @@ def zero_page(
     _U32.pack_into(page, RAMDISK_SIZE, size & 0xFFFF_FFFF)
     _U32.pack_into(page, EXT_RAMDISK_IMAGE, address >> 32)
     _U32.pack_into(page, EXT_RAMDISK_SIZE, size >> 32)
-    _U64.pack_into(page, ACPI_RSDP_ADDR, rsdp)
+    _U64.pack_into(page, ACPI_RSDP_ADDR, layout.RSDP)
     entries = e820(memory)
     page[E820_ENTRIES] = len(entries)
     for index, entry in enumerate(entries):
@@ -105,13 +102,12 @@ def zero_page(
     return bytes(page)
 
 
-def write_start_info(memory: GuestMemory, *, initrd: tuple[int, int] = (0, 0), rsdp: int = 0) -> int:
-    """Write PVH's start info, its memory map and module list to guest memory; return the address for ebx.
+def write_start_info(memory: GuestMemory, *, initrd: tuple[int, int] = (0, 0)) -> None:
+    """Write PVH's start info, its memory map and module list to guest memory.
 
     The command line is the caller's to write, at ``layout.CMDLINE``.
 
     :param initrd: guest physical address and bytes of the one module, size 0 for none
-    :param rsdp: guest physical address of the ACPI RSDP, 0 for none
     """
     entries = e820(memory)  # Xen took the types of e820
     memory.write(layout.PVH_MEMMAP, b"".join(_MEMMAP.pack(*entry, 0) for entry in entries))
@@ -122,8 +118,7 @@ def write_start_info(memory: GuestMemory, *, initrd: tuple[int, int] = (0, 0), r
     memory.write(
         layout.PVH_START_INFO,
         _START_INFO.pack(
-            PVH_MAGIC, PVH_VERSION, 0, modules, layout.PVH_MODLIST if modules else 0, layout.CMDLINE, rsdp,
+            PVH_MAGIC, PVH_VERSION, 0, modules, layout.PVH_MODLIST if modules else 0, layout.CMDLINE, layout.RSDP,
             layout.PVH_MEMMAP, len(entries), 0,
         ),
     )  # fmt: skip
-    return layout.PVH_START_INFO

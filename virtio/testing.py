@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from vmm._fastpath import GuestRam, VirtQueue
 
 U16 = struct.Struct("<H")
-USED = struct.Struct("<HHII")
 
 
 class Buffer(NamedTuple):

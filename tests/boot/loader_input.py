@@ -199,12 +199,12 @@ def _check(memory: GuestMemory, loaded: Loaded, initrd_size: int) -> None:
     start, size = loaded.kernel
     assert start <= loaded.entry < start + size
     assert start + size <= RAM
-    assert loaded.highest_used <= RAM
+    assert sum(loaded.initrd) <= RAM
     assert loaded.protocol in ("linux64", "pvh")
     if loaded.protocol == "pvh":
-        assert memory.read(loaded.boot_info, 4) == struct.pack("<I", 0x336E_C578)
+        assert memory.read(layout.PVH_START_INFO, 4) == struct.pack("<I", 0x336E_C578)
     else:
-        assert memory.read(loaded.boot_info + 0x202, 4) == b"HdrS"
+        assert memory.read(layout.ZERO_PAGE + 0x202, 4) == b"HdrS"
     at, size = loaded.initrd
     assert size == initrd_size
     if size:

@@ -28,8 +28,7 @@ def written(cpus: int = 1, virtio: int = 0, keyboard: bool = False, events: bool
     with GuestMemory(2 << 20) as memory:
         absent = {name for name, there in (("i8042", keyboard), ("events", events)) if not there}
         parts = [part for part in PARTS if part.name not in absent]
-        start = acpi.write(memory, cpus=cpus, virtio=windows(virtio), parts=parts)
-        assert start == layout.RSDP
+        acpi.write(memory, cpus=cpus, virtio=windows(virtio), parts=parts)
 
         def table(at: int) -> bytes:
             assert layout.ACPI <= at and at % 16 == 0

@@ -93,7 +93,7 @@ def test_unpacked_every_segment_is_in_its_place_and_nothing_else_is_written(kern
             assert memory.read(paddr, filesz) == elf[offset : offset + filesz]
             assert zero(memory, paddr + filesz, memsz - filesz), ".bss is zero"
             at = paddr + memsz
-        assert at == loaded.highest_used
+        assert at == sum(loaded.kernel)
         assert zero(memory, at, (256 << 20) - at)
 
 

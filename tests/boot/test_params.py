@@ -150,7 +150,7 @@ def test_the_zero_page_of_a_bzimage(tmp_path: Path) -> None:
     path.write_bytes(image)
     initrd.write_bytes(b"i" * 5000)
     with GuestMemory(64 * MIB) as memory:
-        loaded = load(memory, path, initrd_path=initrd, cmdline="quiet", unpack="never", rsdp=0xE0000)
+        loaded = load(memory, path, initrd_path=initrd, cmdline="quiet", unpack="never")
         page = page_of(memory)
         assert memory.read(layout.CMDLINE, 6) == b"quiet\0"
     assert page[0x240:0x248] == b"hardware"
@@ -171,7 +171,7 @@ def test_the_zero_page_of_an_elf_kernel_says_what_a_header_would(tmp_path: Path)
     path = tmp_path / "vmlinux"
     path.write_bytes(vmlinux())
     with GuestMemory(64 * MIB) as memory:
-        load(memory, path, protocol="linux64", rsdp=0)
+        load(memory, path, protocol="linux64")
         page = page_of(memory)
     assert number(page, params.BOOT_FLAG, "<H") == 0xAA55
     assert page[params.HEADER : params.HEADER + 4] == b"HdrS"
@@ -179,7 +179,7 @@ def test_the_zero_page_of_an_elf_kernel_says_what_a_header_would(tmp_path: Path)
     assert page[params.TYPE_OF_LOADER] == 0xFF
     assert page[params.LOADFLAGS] == 1
     assert number(page, params.RAMDISK_SIZE) == 0
-    assert number(page, params.ACPI_RSDP_ADDR, "<Q") == 0
+    assert number(page, params.ACPI_RSDP_ADDR, "<Q") == layout.RSDP
 
 
 def test_an_unpacked_kernel_gets_the_header_of_its_bzimage(tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_pvh_start_info(tmp_path: Path) -> None:
     path.write_bytes(pvh_elf())
     initrd.write_bytes(b"i" * 5000)
     with GuestMemory(4 * GIB) as memory:
-        loaded = load(memory, path, initrd_path=initrd, cmdline="a=b", rsdp=0xE0000)
-        start = memory.read(loaded.boot_info, 56)
+        loaded = load(memory, path, initrd_path=initrd, cmdline="a=b")
+        start = memory.read(layout.PVH_START_INFO, 56)
         assert start[0:4] == b"xEn3".replace(b"E", bytes((0x80 | ord("E"),)))
         assert start[4:8] == b"\1\0\0\0"
         assert start[8:12] == bytes(4)
@@ -237,13 +237,14 @@ def test_pvh_start_info(tmp_path: Path) -> None:
         assert memmap + 24 * entries <= layout.PVH_END
 
 
-def test_pvh_start_info_without_initrd_and_acpi(tmp_path: Path) -> None:
+def test_pvh_start_info_without_initrd(tmp_path: Path) -> None:
     path = tmp_path / "guest"
     path.write_bytes(pvh_elf())
     with GuestMemory(2 * MIB) as memory:
-        start = memory.read(load(memory, path, rsdp=0).boot_info, 56)
+        load(memory, path)
+        start = memory.read(layout.PVH_START_INFO, 56)
     assert number(start, 12) == 0
-    assert struct.unpack_from("<4Q", start, 16) == (0, layout.CMDLINE, 0, layout.PVH_MEMMAP)
+    assert struct.unpack_from("<4Q", start, 16) == (0, layout.CMDLINE, layout.RSDP, layout.PVH_MEMMAP)
 
 
 def test_the_boot_areas_do_not_overlap_and_lie_in_low_memory() -> None:
@@ -259,8 +260,8 @@ def test_what_the_cpu_is_set_up_with_lies_in_the_boot_areas() -> None:
     from vmm.kvm.abi import kvm_regs, kvm_sregs
 
     with Watched(2 * MIB) as memory:
-        cpu.enter_linux64(memory, kvm_sregs(), kvm_regs(), entry=MIB, zero_page=layout.ZERO_PAGE)
-        cpu.enter_pvh(memory, kvm_sregs(), kvm_regs(), entry=MIB, start_info=layout.PVH_START_INFO)
+        cpu.enter_linux64(memory, kvm_sregs(), kvm_regs(), entry=MIB)
+        cpu.enter_pvh(memory, kvm_sregs(), kvm_regs(), entry=MIB)
         assert memory.writes
         for start, end in memory.writes:
             names = [name for name, low, high in layout.BOOT_AREAS if low <= start and end <= high]

@@ -76,7 +76,7 @@ def set_up_vcpus(vcpus: Sequence[Vcpu], kvm: Kvm, config: VmConfig, memory: Gues
     first = vcpus[0]
     sregs, regs = first.sregs, first.regs
     if loaded.protocol == "pvh":
-        cpu.enter_pvh(memory, sregs, regs, entry=loaded.entry, start_info=loaded.boot_info)
+        cpu.enter_pvh(memory, sregs, regs, entry=loaded.entry)
     else:
-        cpu.enter_linux64(memory, sregs, regs, entry=loaded.entry, zero_page=loaded.boot_info)
+        cpu.enter_linux64(memory, sregs, regs, entry=loaded.entry)
     first.sregs, first.regs = sregs, regs
