@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+from mmap import mmap
+
 from virtio._interrupt import Interrupt
 from vmm._bus import NativeDevice
 from vmm.irq import IrqLine
 
 class MmioRegisters(NativeDevice):
     interrupt: Interrupt
+    mapping: mmap
     def __init__(self, owner: IrqLine) -> None: ...
     @property
     def page_address(self) -> int: ...

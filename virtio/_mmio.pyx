@@ -55,7 +55,7 @@ cdef class MmioRegisters(NativeDevice):
     """
     cdef readonly Interrupt interrupt
     cdef Registers registers
-    cdef object mapping         # an mmap of one page, from which a guest reads all registers
+    cdef readonly object mapping    # an mmap of one page: the registers as the driver reads them
     cdef uint8_t *page
 
     def __init__(self, owner):

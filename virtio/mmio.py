@@ -90,7 +90,7 @@ class VirtioMmio(MmioRegisters, Transport):
 
     def _show(self) -> None:
         for offset in _READABLE:
-            self.show(offset, self._read_register(offset) & _LOW)
+            self.show(offset, self._register(offset) & _LOW)
         self.show_status()
         self.show_whole_config()
 
@@ -112,24 +112,15 @@ class VirtioMmio(MmioRegisters, Transport):
     def read(self, offset: int, data: memoryview) -> None:
         """Answer a vCPU's read; an access that §4.2.2.2 forbids reads as all ones."""
         size = len(data)
-        if offset >= spec.MMIO_CONFIG:
-            data[:] = self.read_config(offset - spec.MMIO_CONFIG, size)
-            return
-        if size != 4 or offset & 3:
+        if offset < spec.MMIO_CONFIG and (size != 4 or offset & 3):
             self.stats["bad_access"] += 1
             data[:] = b"\xff" * size
             return
-        with self.lock:
-            data[:] = (self._read_register(offset) & _LOW).to_bytes(4, "little")
+        with self.lock if offset < spec.MMIO_CONFIG else self._config_lock:
+            data[:] = self.mapping[offset : offset + size].ljust(size, b"\0")
 
-    def _read_register(self, offset: int) -> int:
+    def _register(self, offset: int) -> int:
         match offset:
-            case spec.MMIO_INTERRUPT_STATUS:
-                return self.interrupt.status
-            case spec.MMIO_STATUS:
-                return self.status
-            case spec.MMIO_CONFIG_GENERATION:
-                return self.generation
             case spec.MMIO_MAGIC_VALUE:
                 return spec.MMIO_MAGIC
             case spec.MMIO_VERSION:

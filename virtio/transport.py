@@ -149,11 +149,6 @@ class Transport:
             self.show_config(self.device.config)
             self.show_generation()
 
-    def read_config(self, offset: int, size: int) -> bytes:
-        """`size` bytes of the configuration space; zeros past its end."""
-        with self._config_lock:
-            return self.device.config[offset : offset + size].ljust(size, b"\0")
-
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes to the configuration space; past its end that is counted and changes nothing."""
         if offset + len(data) > len(self.device.config):
