@@ -144,33 +144,21 @@ def _dsdt(cpus: int, virtio: Sequence[tuple[int, int, int]], parts: Sequence[Par
 def _event_devices(part: Part) -> list[bytes]:
     assert part.acpi is not None and part.gsi is not None
     segment, hid, uid = part.acpi
+    # Source: Microsoft, "Virtual Machine Generation ID", for the name by which drivers find it.
+    counter = aml.string("VM_Gen_Counter")
     address = aml.package(aml.integer(layout.VM_GENERATION), aml.integer(0))
-    counter = (
-        "VM_Gen_Counter"  # what drivers look for; its specification is Microsoft's "Virtual Machine Generation ID"
-    )
+    method = aml.method(
+        "_EVT", 1,
+        aml.store("EVTS", aml.LOCAL0),  # once: to read it forgets it
+        aml.notify_if(aml.LOCAL0, GENERATION_CHANGED, "VGEN", _NOTIFY_CHANGED),
+        aml.notify_if(aml.LOCAL0, POWER_BUTTON, "PWRB", _NOTIFY_CHANGED),
+    )  # fmt: skip
+    port = aml.byte_port("EVTR", "EVTS", part.ports[0][0])
+    names = aml.name("_CID", counter), aml.name("_DDN", counter), aml.name("ADDR", address)
     return [
-        aml.device(
-            "VGEN",
-            aml.name("_HID", aml.string("PYVM0001")),
-            aml.name("_CID", aml.string(counter)),
-            aml.name("_DDN", aml.string(counter)),
-            aml.name("ADDR", address),
-        ),
+        aml.device("VGEN", aml.name("_HID", aml.string("PYVM0001")), *names),
         aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.integer(0))),
-        _device(
-            segment,
-            hid,
-            uid,
-            [aml.interrupt(part.gsi)],
-            aml.byte_port("EVTR", "EVTS", part.ports[0][0]),
-            aml.method(
-                "_EVT",
-                1,
-                aml.store("EVTS", aml.LOCAL0),  # once: to read it forgets it
-                aml.notify_if(aml.LOCAL0, GENERATION_CHANGED, "VGEN", _NOTIFY_CHANGED),
-                aml.notify_if(aml.LOCAL0, POWER_BUTTON, "PWRB", _NOTIFY_CHANGED),
-            ),
-        ),
+        _device(segment, hid, uid, [aml.interrupt(part.gsi)], port, method),
     ]
 
 

@@ -53,23 +53,10 @@ def write(memory: GuestMemory, *, cpus: int) -> None:
     entries.append(_INTERRUPT.pack(4, _EXTINT, 0, ISA_BUS, 0, _ALL_LAPICS, 0))
     entries.append(_INTERRUPT.pack(4, _NMI, 0, ISA_BUS, 0, _ALL_LAPICS, 1))
     body = b"".join(entries)
-    table = bytearray(
-        _CONFIG.pack(
-            b"PCMP",
-            _CONFIG.size + len(body),
-            4,
-            0,
-            b"PYVMM   ",
-            b"PYVMM       ",
-            0,
-            0,
-            len(entries),
-            layout.LAPIC,
-            0,
-            0,
-        )
-        + body
+    config = _CONFIG.pack(
+        b"PCMP", _CONFIG.size + len(body), 4, 0, b"PYVMM   ", b"PYVMM       ", 0, 0, len(entries), layout.LAPIC, 0, 0
     )
+    table = bytearray(config + body)
     table[7] = -sum(table) & 0xFF
     at = layout.MPTABLE + _FLOATING.size
     pointer = bytearray(_FLOATING.pack(b"_MP_", at, 1, 4, 0, bytes(5)))
