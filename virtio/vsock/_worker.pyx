@@ -71,8 +71,6 @@ cdef class VsockWorker(VsockSockets):
     cdef iovec[BATCH * MAX_CHAIN] data_iov
     cdef iovec[BATCH * HEADER] header_iov
     cdef bint reset_due                 # a TRANSPORT_RESET event must be sent to the driver
-    cdef object kept                    # a connection that goes on in this copy: its socket and its numbers; or None
-    cdef object lost                    # the ports of those that do not: pairs of the guest's and the host's
     cdef uint64_t settle_until
     cdef uint16_t events_given          # number of event buffers the driver had offered when the event was sent
 
@@ -98,9 +96,6 @@ cdef class VsockWorker(VsockSockets):
         self.poll_ns = 0                # no busy polling of the rings: the sockets would have to wait
         self.settling = self.reset_due
         self.settle_until = clock_ns(CLOCK_MONOTONIC) + <uint64_t>int(self.device.settle_wait * SECOND)
-        if self.kept is not None:
-            self.go_on_with(self.kept, self.lost)
-            self.kept = self.lost = None
         self.listen()
         if self.settling:
             self.tick_after(SETTLE)
@@ -140,12 +135,8 @@ cdef class VsockWorker(VsockSockets):
         :param kept: the connection's nine integers, from ``save``
         :param lost: the ports of all others: pairs of the guest's and the host's. The driver gets an RST for each
         """
-        self.kept = stream, kept
-        self.lost = lost
-        self.reset_due = False
-
-    cdef go_on_with(self, kept, lost):
         cdef Conn *c
+        self.reset_due = False
         for guest_port, host_port in lost:
             c = self.table.take()
             if c != NULL:               # there is room: the other device had as many
@@ -154,14 +145,12 @@ cdef class VsockWorker(VsockSockets):
                 c.pending = 1 << OP_RST
                 self.table.enter(c, guest_port, host_port)
                 self.queue_if_ready(c)
-        stream, numbers = kept
         c = self.make(stream.detach(), OPEN)
         if c == NULL:                   # the socket was closed, which its host program sees
-            self.reset_due = self.settling = True
+            self.reset_due = True
             return
-        guest_port, host_port = numbers[:2]
-        self.table.enter(c, guest_port, host_port)
-        c.peer_buf_alloc, c.peer_fwd_cnt, c.tx_cnt, c.rx_cnt, c.fwd_cnt, c.promised = numbers[3:]
+        self.table.enter(c, kept[0], kept[1])
+        c.peer_buf_alloc, c.peer_fwd_cnt, c.tx_cnt, c.rx_cnt, c.fwd_cnt, c.promised = kept[3:]
         c.readable = True
         self.forwarded(c, 0)            # a credit update may have been due
         self.queue_if_ready(c)
