@@ -16,7 +16,7 @@ from libc.string cimport memcpy
 
 from vmm._bus cimport ACCESS_DONE, NativeDevice
 from vmm._sys cimport (
-    CLOCK_MONOTONIC, clock_ns, eventfd_write, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    CLOCK_MONOTONIC, clock_ns, eventfd_write, nap_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock,
 )
 
@@ -27,9 +27,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_destroy(pthread_cond_t *c)
     int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
     int pthread_cond_broadcast(pthread_cond_t *c)
-
-cdef extern from "<unistd.h>" nogil:
-    int usleep(unsigned int microseconds)
 
 cdef extern from "<linux/serial_reg.h>" nogil:
     # Registers, by offset.
@@ -52,7 +49,7 @@ cdef enum:
     WIRE_LIMIT = WIRE_SIZE - FIFO_SIZE
     # The console thread takes the first bytes of a burst at once, so that a key's echo does not wait. Then it lets
     # output gather: a boot log takes hundreds of writes instead of thousands.
-    GATHER_US = 1000
+    GATHER_NS = 1_000_000
 
 # State of one 16550A. `lock` guards every field: several vCPUs and the two console threads use them.
 cdef struct State:
@@ -411,10 +408,10 @@ cdef class Serial(NativeDevice):
             pthread_mutex_lock(&s.lock)
             while not s.ring_count and not s.closed:
                 pthread_cond_wait(&s.output_cond, &s.lock)
-            since = (clock_ns(CLOCK_MONOTONIC) - s.taken_ns) / 1000
-            if since < GATHER_US and not s.closed and s.ring_count < RING_SIZE / 2:
+            since = clock_ns(CLOCK_MONOTONIC) - s.taken_ns
+            if since < GATHER_NS and not s.closed and s.ring_count < RING_SIZE / 2:
                 pthread_mutex_unlock(&s.lock)
-                usleep(<unsigned int>(GATHER_US - since))
+                nap_ns(GATHER_NS - since)
                 pthread_mutex_lock(&s.lock)
             s.taken_ns = clock_ns(CLOCK_MONOTONIC)
             count = s.ring_count
