@@ -104,12 +104,13 @@ class SplitDriver:
         """Write descriptor `index` of the main table; the values may be invalid."""
         self.ram.write(self.desc + 16 * index, spec.DESC.pack(addr, size, flags, following))
 
-    def write_chain(self, buffers: Sequence[Buffer], indices: Sequence[int]) -> None:
-        """Write `buffers` as a chain over `indices` of the main table."""
+    def write_chain(self, buffers: Sequence[Buffer], indices: Sequence[int], *, table: int | None = None) -> None:
+        """Write `buffers` as a chain over `indices` of the main table, or of the one at guest address `table`."""
         for at, (index, buffer) in enumerate(zip(indices, buffers, strict=True)):
             more = at + 1 < len(buffers)
             flags = spec.DESC_F_NEXT * more | spec.DESC_F_WRITE * buffer.device_writes
-            self.write_desc(index, buffer.addr, buffer.size, flags, indices[at + 1] if more else 0)
+            descriptor = spec.DESC.pack(buffer.addr, buffer.size, flags, indices[at + 1] if more else 0)
+            self.ram.write((self.desc if table is None else table) + 16 * index, descriptor)
 
     def add(self, buffers: Sequence[Buffer]) -> int:
         """Make `buffers` available as one chain; the index of its head."""
@@ -122,11 +123,7 @@ class SplitDriver:
         indices = [self.free.pop() for _ in range(direct + 1)]
         rest = buffers[direct:]
         table = self.allocator.alloc(16 * len(rest), 16)
-        for at, buffer in enumerate(rest):
-            more = at + 1 < len(rest)
-            flags = spec.DESC_F_NEXT * more | spec.DESC_F_WRITE * buffer.device_writes
-            descriptor = spec.DESC.pack(buffer.addr, buffer.size, flags, at + 1 if more else 0)
-            self.ram.write(table + 16 * at, descriptor)
+        self.write_chain(rest, range(len(rest)), table=table)
         self.write_chain([*buffers[:direct], Buffer(table, 16 * len(rest))], indices)
         self.write_desc(indices[-1], table, 16 * len(rest), spec.DESC_F_INDIRECT)
         return self.offer(indices[0], indices)
