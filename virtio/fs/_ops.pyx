@@ -18,7 +18,7 @@ from virtio.fs._inodes cimport ROOT, Node
 from virtio.fs._nodes cimport on_node, open_fd
 from virtio.fs._share cimport (
     ALLOCATED, ANNOUNCES, CHECKS_SGID, DAX_INODES, DIRENTS, FuseThread, IN_HEADER, INITIALISED, MAX_WRITE, MINOR_LEAST,
-    MINOR_SGID, NAME_MAX, NO_OPEN, OUT_HEADER, OUT_MAX, PIECE, REQUEST_MAX, agreed,
+    MINOR_SGID, NAME_MAX, NO_OPEN, OUT_HEADER, OUT_MAX, PIECE, REQUEST_MAX, agreed, is_component,
 )
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
 from virtio.fs._fuse cimport *
@@ -55,8 +55,7 @@ cdef uint64_t cost(uint32_t opcode, DescChain *chain) noexcept nogil:
     return 0
 
 cdef int64_t component(const uint8_t *p, uint64_t room, bint dots) noexcept nogil:
-    # Returns the length of the name at `p`, which must be one path component, or -errno. `dots`: "." and ".." are
-    # allowed.
+    # Returns the length of the name at `p`, which must be one path component, or -errno.
     cdef const uint8_t *end = <const uint8_t *>memchr(p, 0, room)
     cdef uint64_t length
     if end == NULL:
@@ -64,11 +63,7 @@ cdef int64_t component(const uint8_t *p, uint64_t room, bint dots) noexcept nogi
     length = end - p
     if length > NAME_MAX:
         return -ENAMETOOLONG
-    if length == 0 or memchr(p, c'/', length) != NULL:
-        return -EINVAL
-    if not dots and p[0] == c'.' and (length == 1 or (length == 2 and p[1] == c'.')):
-        return -EINVAL
-    return length
+    return length if is_component(p, length, dots) else -EINVAL
 
 cdef int64_t or_errno(int64_t result) noexcept nogil:
     return -errno if result < 0 else result

@@ -16,7 +16,7 @@ from libc.string cimport memchr, memcpy, memset, strlen
 
 from virtio.fs._host cimport *
 from virtio.fs._inodes cimport ROOT, Node, open_granted
-from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NAME_MAX, NO_OPEN, Share, agreed
+from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NO_OPEN, Share, agreed, is_component
 from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind, Table
 from vmm._budget cimport FOR_OPEN
 from vmm._sys cimport counter_add, flag_read, flag_set, pthread_mutex_lock, pthread_mutex_unlock
@@ -54,12 +54,6 @@ cdef int OPEN_FLAGS = O_ACCMODE | O_APPEND | O_SYNC | O_DSYNC | O_NONBLOCK
 
 cdef bint is_kept(const Node *node) noexcept nogil:
     return node.live and (node.index == <uint32_t>ROOT or node.nlookup or node.ghost)
-
-cdef bint is_name(const uint8_t *name, uint32_t length) noexcept nogil:
-    # Whether it is one component of a path, below its directory.
-    if length > <uint32_t>NAME_MAX or memchr(name, 0, length) != NULL or memchr(name, c'/', length) != NULL:
-        return False
-    return not (name[0] == c'.' and (length == 1 or (length == 2 and name[1] == c'.')))
 
 
 def nameless(Share share not None):
@@ -207,7 +201,8 @@ cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
             raise ValueError("nodes are cut short")
         memcpy(&one, at, sizeof(one))
         at += sizeof(one)
-        if one.name_length > <size_t>(end - at) or not is_name(at, one.name_length):
+        if one.name_length > <size_t>(end - at) or (one.name_length and (
+                not is_component(at, one.name_length, False) or memchr(at, 0, one.name_length) != NULL)):
             raise ValueError("a node's name")
         if first:
             if one.index != <uint32_t>ROOT:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The state that all threads of a share have in common, and the state of each thread.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memchr
 
 from virtio.fs._dax cimport Window
 from virtio.fs._host cimport __user_cap_data_struct, statx
@@ -54,6 +55,12 @@ cdef class Share:
 
 cdef inline bint agreed(Share share, int what) noexcept nogil:
     return flag_read(&share.session) & what != 0
+
+cdef inline bint is_component(const uint8_t *name, uint64_t length, bint dots) noexcept nogil:
+    # Whether it is one component of a path. `dots`: "." and ".." are allowed.
+    if length == 0 or length > NAME_MAX or memchr(name, c'/', length) != NULL:
+        return False
+    return dots or name[0] != c'.' or (length > 1 and (length > 2 or name[1] != c'.'))
 
 # Permissions of the thread, and capability sets for acting as a user.
 cdef struct Credentials:
