@@ -289,9 +289,8 @@ def test_random_mappings_are_what_a_model_says(tree: Path, mount: Callable[..., 
 
 
 def test_a_window_that_cannot_be(tree: Path, mount: Callable[..., FuseVm]) -> None:
-    for size in (1, 4096, MIB, 3 * MIB, 1 << 60):
-        with pytest.raises(ConfigError):
-            mount(dax=size)
+    with pytest.raises(ConfigError):
+        mount(dax=1 << 60)
 
 
 def test_a_mapping_of_an_open_file_makes_room_for_its_descriptor(

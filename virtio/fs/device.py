@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from virtio._limiter import Bucket
     from virtio._worker import QueueWorker
 
-TAG_BYTES = 36
-MAX_THREADS = 32
 DAX_ALIGNMENT = 2 << 20
 # So that a request of 256 pages, the most that Linux sends, fits with its headers.
 QUEUE_SIZE = 1024
@@ -39,6 +37,8 @@ _VALID = {"auto": 1, "always": 86400, "none": 0}
 class ShareDevice(VirtioDevice):
     """A virtio-fs device over a directory; owns the descriptors by which it is reached.
 
+    The parameters are those of ``vmm.config.devices.ShareConfig``, which has checked their ranges.
+
     :param tag: the tag by which the guest mounts it, 1 to 36 bytes
     :param path: the directory; later changes of this path itself do not matter
     :param read_only: nothing that the guest sends changes anything below the directory
@@ -46,7 +46,7 @@ class ShareDevice(VirtioDevice):
         what it writes until it has to write it, so nobody else may change the files; ``none``: it asks each time
     :param submounts: what is mounted below the directory is shown, too, as mounts of the guest's; otherwise such a
         mount point is refused with EXDEV. File systems that store no files, as proc, are refused in any case
-    :param threads: request queues, each with a thread
+    :param threads: request queues, each with a thread, 1 to 32
     :param squash: ``(uid, gid)`` of every access; needs root. None: as root, files belong to the guest's users;
         otherwise every access is that of the VMM's own user
     :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: none. Whoever has the VM shows ``window`` to the guest
@@ -54,7 +54,7 @@ class ShareDevice(VirtioDevice):
     :param limiter: limits bytes read, written, copied and allocated, and requests that do so, change or sync; not
         with ``dax``, where a guest sends no requests
     :param name: name of the threads
-    :raises ConfigError: a parameter, or the directory, cannot be used
+    :raises ConfigError: the directory, or a parameter on this host, cannot be used
     """
 
     device_type = spec.TYPE_FS
@@ -75,14 +75,6 @@ class ShareDevice(VirtioDevice):
         name: str = "virtio-fs",
     ) -> None:
         super().__init__()
-        if not 0 < len(tag.encode()) <= TAG_BYTES:
-            raise ConfigError("share tag", tag, f"must have 1 to {TAG_BYTES} bytes")
-        if cache not in _VALID:
-            raise ConfigError("share cache", cache, f"must be one of {', '.join(_VALID)}")
-        if not 1 <= threads <= MAX_THREADS:
-            raise ConfigError("share threads", threads, f"must be 1 to {MAX_THREADS}")
-        if dax % DAX_ALIGNMENT:
-            raise ConfigError("share dax", dax, "bytes must be a multiple of 2 MiB")
         if squash is not None and os.geteuid() != 0:
             raise ConfigError(
                 "share squash", "{}:{}".format(*squash), "needs root; otherwise every access is made as your user"
