@@ -136,17 +136,6 @@ VSOCK_F_STREAM = 1 << 0
 VSOCK_CONFIG = struct.Struct("<Q")  # guest_cid
 # src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt: 44 bytes
 VSOCK_HEADER = struct.Struct("<QQIIIHHIII")
-VSOCK_HOST_CID = 2
-VSOCK_TYPE_STREAM = 1
-VSOCK_OP_REQUEST = 1
-VSOCK_OP_RESPONSE = 2
-VSOCK_OP_RST = 3
-VSOCK_OP_SHUTDOWN = 4
-VSOCK_OP_RW = 5
-VSOCK_OP_CREDIT_UPDATE = 6
-VSOCK_OP_CREDIT_REQUEST = 7
-VSOCK_SHUTDOWN_RCV = 1
-VSOCK_SHUTDOWN_SEND = 2
 
 # Network device, §5.1
 NET_F_CSUM = 1 << 0

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from tests.virtio.fuse_client import DESTROY, FuseError, FuseVm
-from tests.virtio.vsock_driver import EVENT, Vm
+from tests.virtio.vsock_driver import CREDIT_UPDATE, EVENT, REQUEST, RST, RW, Vm
 from tests.waiting import PATIENCE
 from virtio import spec
 from virtio.balloon import Balloon
@@ -390,7 +390,7 @@ def test_connections_survive_a_stop_and_a_copy_hears_that_they_are_gone(tmp_path
         vm.transport.stop()
         client.sendall(b"while it stands")
         vm.transport.go_on()
-        assert vm.receive(spec.VSOCK_OP_RW).data == b"while it stands"
+        assert vm.receive(RW).data == b"while it stands"
         assert vm.device.connections == 1
         events = vm.queue(EVENT)
         events.want_interrupt()
@@ -416,7 +416,7 @@ def test_connections_survive_a_stop_and_a_copy_hears_that_they_are_gone(tmp_path
         assert vm.device.connections == 0
         events.add([events.buffer(b"\xff" * 4)._replace(device_writes=True)])
         # A program that still has its end of an earlier one has that one's ports.
-        assert vm.receive(spec.VSOCK_OP_REQUEST).src_port != port
+        assert vm.receive(REQUEST).src_port != port
         vm.host_open()
     finally:
         vm.close()
@@ -439,7 +439,7 @@ def test_what_comes_right_after_a_stop_is_seen_when_it_goes_on(tmp_path: Path, r
             client.send(b"%d" % number)
             vm.transport.stop()
             vm.transport.go_on()
-            assert vm.receive(spec.VSOCK_OP_RW).data == b"%d" % number
+            assert vm.receive(RW).data == b"%d" % number
     finally:
         os.sched_setaffinity(0, cpus)
         vm.close()
@@ -453,11 +453,11 @@ def test_a_copy_goes_on_with_one_connection_and_resets_the_others(tmp_path: Path
         kept, port = vm.host_open()
         _, lost_port = vm.host_open()
         kept.sendall(b"asked")
-        before = vm.receive(spec.VSOCK_OP_RW)
-        vm.send(spec.VSOCK_OP_RW, before.dst_port, port, b"answered", fwd_cnt=5)
+        before = vm.receive(RW)
+        vm.send(RW, before.dst_port, port, b"answered", fwd_cnt=5)
         assert kept.recv(100) == b"answered"
         kept.sendall(b"read by the guest later")
-        assert vm.receive(spec.VSOCK_OP_RW).data == b"read by the guest later"
+        assert vm.receive(RW).data == b"read by the guest later"
         vm.transport.stop()
         state = msgspec.msgpack.decode(msgspec.msgpack.encode(vm.transport.save()))
         vm.transport.close()
@@ -469,19 +469,19 @@ def test_a_copy_goes_on_with_one_connection_and_resets_the_others(tmp_path: Path
         assert stream is not None and vm.device.keep(lost_port) is None
         vm.sockets.append(stream)
         vm.transport.go_on()
-        assert vm.receive(spec.VSOCK_OP_RST).src_port == lost_port
+        assert vm.receive(RST).src_port == lost_port
         stream.sendall(b"asked again")
-        after = vm.receive(spec.VSOCK_OP_RW)
+        after = vm.receive(RW)
         assert (after.src_port, after.dst_port, after.data) == (port, before.dst_port, b"asked again")
         assert (after.fwd_cnt, after.buf_alloc) == (8, before.buf_alloc)
         for number in range(40):  # more than the device granted before: credit goes on, too
-            vm.send(spec.VSOCK_OP_RW, before.dst_port, port, bytes([number]) * 10_000, fwd_cnt=39)
+            vm.send(RW, before.dst_port, port, bytes([number]) * 10_000, fwd_cnt=39)
             assert stream.recv(10_000, socket.MSG_WAITALL) == bytes([number]) * 10_000
         assert vm.device.connections == 1 and not events.reap()
         vm.host_socket().sendall(b"CONNECT 1024\n")  # is taken at once: there is nothing to settle
-        while (packet := vm.receive()).op == spec.VSOCK_OP_CREDIT_UPDATE:
+        while (packet := vm.receive()).op == CREDIT_UPDATE:
             pass
-        assert packet.op == spec.VSOCK_OP_REQUEST and packet.src_port not in (port, lost_port)
+        assert packet.op == REQUEST and packet.src_port not in (port, lost_port)
     finally:
         vm.close()
 
@@ -491,7 +491,7 @@ def test_a_connection_whose_guest_has_no_answer_yet_is_not_kept(tmp_path: Path, 
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{tmp_path}/v_80")
         server.listen()
-        vm.raw([vm.queue(1).buffer(vm.packet(spec.VSOCK_OP_REQUEST, 1025, 80).pack())])
+        vm.raw([vm.queue(1).buffer(vm.packet(REQUEST, 1025, 80).pack())])
         vm.transport.stop()
         ((guest_port, host_port, idle, *_),) = vm.transport.save()["device"]["connections"]
         assert (guest_port, host_port, idle) == (1025, 80, 0)

@@ -21,6 +21,7 @@ from tests.virtio.vsock_driver import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
     EVENT,
+    HOST_CID,
     RCV,
     REQUEST,
     RESPONSE,
@@ -133,7 +134,7 @@ def test_configuration_space(vm: Vm) -> None:
 @pytest.mark.parametrize("verb", ["CONNECT", "connect", "Connect", "cOnNeCt"])
 def test_connect_in_any_letter_case(vm: Vm, verb: str) -> None:
     client, request = vm.host_connect(5000, verb)
-    assert request[:8] == (spec.VSOCK_HOST_CID, CID, request.src_port, 5000, 0, 1, REQUEST, 0)
+    assert request[:8] == (HOST_CID, CID, request.src_port, 5000, 0, 1, REQUEST, 0)
     assert request.src_port >= 1 << 30
     assert (request.buf_alloc, request.fwd_cnt) == (BUF_ALLOC, 0)
     vm.send(RESPONSE, 5000, request.src_port)
@@ -189,7 +190,7 @@ def test_guest_connects(vm: Vm) -> None:
     server = vm.host_listen(1234)
     vm.send(REQUEST, 777, 1234)
     packet = vm.receive(RESPONSE)
-    assert packet[:5] == (spec.VSOCK_HOST_CID, CID, 1234, 777, 0)
+    assert packet[:5] == (HOST_CID, CID, 1234, 777, 0)
     client, _ = server.accept()
     vm.send(RW, 777, 1234, b"from the guest")
     assert client.recv(100) == b"from the guest"

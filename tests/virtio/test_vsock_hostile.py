@@ -19,6 +19,7 @@ from tests.virtio.vsock_driver import (
     CID,
     CREDIT_REQUEST,
     CREDIT_UPDATE,
+    HOST_CID,
     RCV,
     REQUEST,
     RESPONSE,
@@ -154,7 +155,7 @@ def test_data_descriptor_that_the_device_may_only_write(vm: Vm, bystander: None)
 def test_unknown_connection_is_reset(vm: Vm, bystander: None, op: int) -> None:
     vm.send(op, 31, 32)
     packet = vm.receive(RST)
-    assert packet[:8] == (spec.VSOCK_HOST_CID, CID, 32, 31, 0, 1, RST, 0)
+    assert packet[:8] == (HOST_CID, CID, 32, 31, 0, 1, RST, 0)
 
 
 def test_reset_is_not_answered(vm: Vm, bystander: None) -> None:
@@ -163,7 +164,7 @@ def test_reset_is_not_answered(vm: Vm, bystander: None) -> None:
 
 
 def test_foreign_destination(vm: Vm, bystander: None) -> None:
-    for cid in (0, 1, CID, CID + 1, 0xFFFF_FFFF, 1 << 32 | spec.VSOCK_HOST_CID, (1 << 64) - 1):
+    for cid in (0, 1, CID, CID + 1, 0xFFFF_FFFF, 1 << 32 | HOST_CID, (1 << 64) - 1):
         before = bad(vm)
         vm.send(REQUEST, 31, 32, dst_cid=cid)
         packet = vm.receive(RST)

@@ -22,10 +22,10 @@ CID = 52
 BUF_ALLOC = 1 << 18  # what the driver grants, and what the device does
 RX, TX, EVENT = 0, 1, 2
 
-REQUEST, RESPONSE, RST = spec.VSOCK_OP_REQUEST, spec.VSOCK_OP_RESPONSE, spec.VSOCK_OP_RST
-SHUTDOWN, RW = spec.VSOCK_OP_SHUTDOWN, spec.VSOCK_OP_RW
-CREDIT_UPDATE, CREDIT_REQUEST = spec.VSOCK_OP_CREDIT_UPDATE, spec.VSOCK_OP_CREDIT_REQUEST
-RCV, SEND = spec.VSOCK_SHUTDOWN_RCV, spec.VSOCK_SHUTDOWN_SEND
+# virtio 1.2 §5.10.6
+HOST_CID, STREAM = 2, 1
+REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
+RCV, SEND = 1, 2
 
 
 _barrier = threading.Lock()  # Python has no fence; this is a locked instruction on x86
@@ -134,8 +134,8 @@ class Vm:
         buf_alloc: int = BUF_ALLOC,
         flags: int = 0,
         src_cid: int = CID,
-        dst_cid: int = spec.VSOCK_HOST_CID,
-        kind: int = spec.VSOCK_TYPE_STREAM,
+        dst_cid: int = HOST_CID,
+        kind: int = STREAM,
         length: int | None = None,
     ) -> Packet:
         size = len(data) if length is None else length
