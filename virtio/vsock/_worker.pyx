@@ -47,17 +47,11 @@ cdef enum:
     IOV_MAX = 1024              # Linux UIO_MAXIOV
     SETTLE = SECOND // 4000
 
-cdef struct Reply:
-    uint64_t src_cid
-    uint32_t src_port
-    uint32_t dst_port
-    uint16_t type
-
 
 cdef class VsockWorker(VsockSockets):
     """The thread of a :class:`virtio.vsock.device.Vsock`, which has the guest's CID and the listening socket."""
 
-    cdef Reply[REPLIES] replies
+    cdef Header[REPLIES] replies        # resets for packets of unknown connections: a ring
     cdef uint32_t reply_head
     cdef uint32_t reply_count
     cdef uint32_t unpublished
@@ -357,16 +351,10 @@ cdef class VsockWorker(VsockSockets):
 
     cdef int send_reply(self) noexcept nogil:
         cdef DescChain *chain = self.chains[RX]
-        cdef Reply *r = &self.replies[self.reply_head]
-        cdef Header h
         cdef int status = self.rx_chain(HEADER)
         if status != QUEUE_CHAIN:
             return status
-        memset(&h, 0, HEADER)
-        h.src_cid, h.dst_cid = r.src_cid, self.guest_cid
-        h.src_port, h.dst_port = r.src_port, r.dst_port
-        h.type, h.op = r.type, OP_RST
-        iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &h, HEADER)
+        iov_scatter(chain.iov + chain.n_readable, chain.n_writable, 0, &self.replies[self.reply_head], HEADER)
         self.give(chain.head, HEADER)
         counter_add(&self.count.resets_sent, 1)
         self.reply_head = (self.reply_head + 1) % REPLIES
@@ -375,11 +363,14 @@ cdef class VsockWorker(VsockSockets):
 
     cdef void reply_reset(self, Header *h) noexcept nogil:
         # serve_tx has checked that there is room.
-        cdef Reply *r
+        cdef Header *reply
         if h.op == OP_RST:
             return
-        r = &self.replies[(self.reply_head + self.reply_count) % REPLIES]
-        r.src_cid, r.src_port, r.dst_port, r.type = h.dst_cid, h.dst_port, h.src_port, h.type
+        reply = &self.replies[(self.reply_head + self.reply_count) % REPLIES]
+        memset(reply, 0, HEADER)
+        reply.src_cid, reply.dst_cid = h.dst_cid, self.guest_cid
+        reply.src_port, reply.dst_port = h.dst_port, h.src_port
+        reply.type, reply.op = h.type, OP_RST
         self.reply_count += 1
 
     cdef int send_data(self, Conn *c) noexcept nogil:
@@ -536,7 +527,7 @@ cdef class VsockWorker(VsockSockets):
         elif h.op == OP_RW:
             self.data(c, h, chain)
         elif h.op == OP_SHUTDOWN:
-            self.guest_shutdown(c, h.flags & SHUT_BOTH)
+            self.guest_shutdown(c, h)
         elif h.op == OP_CREDIT_REQUEST:
             c.pending |= 1 << OP_CREDIT_UPDATE
         if c.state != FREE and c.state != LEAVING:
@@ -553,15 +544,12 @@ cdef class VsockWorker(VsockSockets):
         c.pending = 1 << OP_RESPONSE
         self.queue_if_ready(c)
 
-    cdef void guest_shutdown(self, Conn *c, uint32_t flags) noexcept nogil:
-        cdef uint32_t fresh = flags & ~c.guest_shut
-        cdef Header h
-        c.guest_shut |= flags           # a guest cannot revoke it (§5.10.6.6)
+    cdef void guest_shutdown(self, Conn *c, Header *h) noexcept nogil:
+        cdef uint32_t fresh = h.flags & SHUT_BOTH & ~c.guest_shut
+        c.guest_shut |= fresh           # a guest cannot revoke it (§5.10.6.6)
         if c.guest_shut == SHUT_BOTH:
             # Reply with RST, after which the guest may use its port again.
-            h.src_port, h.dst_port, h.dst_cid = c.guest_port, c.host_port, HOST_CID
-            h.type, h.op = TYPE_STREAM, OP_SHUTDOWN
-            self.reply_reset(&h)
+            self.reply_reset(h)
             self.guest_closed(c)
             return
         if c.fd < 0:
