@@ -57,10 +57,11 @@ cdef extern from *:
         pid_t child = fork();
         if (child != 0) return child;
         int goes_on;
+        uint64_t *to = image_registers;
         __asm__ volatile("movq %%rbp, (%[to]); movq %%rsp, 16(%[to]); leaq 1f(%%rip), %%rax; movq %%rax, 8(%[to]);"
                          "xorl %%eax, %%eax; 1:"
-                         : "=&a"(goes_on) : [to] "b"(image_registers)
-                         : "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory",
+                         : "=&a"(goes_on), [to] "+b"(to) /* which is another value where it goes on */
+                         : : "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory",
                            "cc");
         if (!goes_on) {
             prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody else would wake or end it */

@@ -65,7 +65,7 @@ __attribute__((noreturn, noinline, optimize("no-stack-protector"))) static void 
     uint64_t frame = head->frame, instruction = head->instruction, stack = head->stack;
     long result = SYS_arch_prctl;
     __asm__ volatile("syscall" : "+a"(result) : "D"(ARCH_SET_FS), "S"(head->thread) : "rcx", "r11", "memory");
-    __asm__ volatile("mov %0, %%rbp\n\tmov %1, %%rsp\n\tjmp *%2" ::"r"(frame), "r"(stack), "r"(instruction), "a"(1));
+    __asm__ volatile("mov %0, %%rbp\n\tmov %1, %%rsp\n\tjmp *%2" ::"c"(frame), "d"(stack), "S"(instruction), "a"(1));
     __builtin_unreachable();
 }
 
