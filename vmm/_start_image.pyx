@@ -12,6 +12,7 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <signal.h>
+    #include <string.h>
     #include <unistd.h>
     #include <asm/prctl.h>
     #include <sys/prctl.h>
@@ -19,6 +20,8 @@ cdef extern from *:
     #include "start_image.h"
 
     enum { TID_OFFSET = 0x2d0, ROBUST_LIST_BYTES = 24 };
+    /* The index of cpu_id in a restartable sequence, and what it is without a CPU's number. */
+    enum { RSEQ_CPU = 1, RSEQ_UNKNOWN = -1, RSEQ_FAILED = -2 };
 
     /* Where the C library believes the heap to end. No other C library has this name. */
     extern void *__curbrk __attribute__((weak));
@@ -45,8 +48,12 @@ cdef extern from *:
         environ = image_handed->environ;
         *(volatile int *)(image_thread + TID_OFFSET) = syscall(SYS_set_tid_address, image_thread + TID_OFFSET);
         syscall(SYS_set_robust_list, image_robust_list, ROBUST_LIST_BYTES);
-        if (&__rseq_size != NULL && __rseq_size)
-            syscall(SYS_rseq, image_thread + __rseq_offset, RSEQ_BYTES, 0, RSEQ_SIGNATURE);
+        if (rseq_bytes()) {
+            uint32_t *sequence = (void *)(image_thread + __rseq_offset);
+            memset(sequence, 0, rseq_bytes()); /* the kernel refuses what looks as if it were in use */
+            sequence[RSEQ_CPU] = RSEQ_UNKNOWN;
+            if (syscall(SYS_rseq, sequence, rseq_bytes(), 0, RSEQ_SIGNATURE)) sequence[RSEQ_CPU] = RSEQ_FAILED;
+        }
         syscall(SYS_rt_sigprocmask, SIG_SETMASK, &image_handed->mask, NULL, sizeof image_handed->mask);
     }
 

@@ -112,6 +112,9 @@ const char *start_from_image(const char *path, const char *place, struct image_g
     for (const struct image_file *file = files + head->libraries; file < files + head->files; file++)
         if (stat(*what = base + file->name, &now) || !unchanged(file, &now)) return CHANGED;
     *what = "the kernel";
+    char *sequence = (char *)__builtin_thread_pointer() + (rseq_bytes() ? __rseq_offset : 0);
+    if (rseq_bytes() && syscall(SYS_rseq, sequence, rseq_bytes(), RSEQ_UNREGISTER, RSEQ_SIGNATURE))
+        return "does not forget this thread's restartable sequence";
     if (!move_vdso(base, head, parts)) return "is another one than that of `pyvmm prepare`";
     close(image);
     struct image_head last = *head;
@@ -119,8 +122,6 @@ const char *start_from_image(const char *path, const char *place, struct image_g
     sigset_t all;
     sigfillset(&all);
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &given->mask, KERNEL_SIGSET_BYTES);
-    if (&__rseq_size != NULL && __rseq_size)
-        syscall(SYS_rseq, (char *)__builtin_thread_pointer() + __rseq_offset, RSEQ_BYTES, RSEQ_UNREGISTER, RSEQ_SIGNATURE);
     *(struct image_given **)last.given = given;
     enter(&last);
 }

@@ -16,7 +16,7 @@
 /* Of glibc 2.35 and newer: where a thread's restartable sequence is, and what the kernel is told of it. */
 extern const ptrdiff_t __rseq_offset __attribute__((weak));
 extern const unsigned int __rseq_size __attribute__((weak));
-enum { RSEQ_BYTES = 32, RSEQ_SIGNATURE = 0x53053053 };
+enum { RSEQ_LEAST = 32, RSEQ_SIGNATURE = 0x53053053 };
 
 enum { IMAGE_CPU_WORDS = 3, IMAGE_ZEROS = 0, IMAGE_ITSELF = 1, IMAGE_FILES = 2 };
 
@@ -49,6 +49,13 @@ struct image_given {
     uint64_t ignored;     /* signals that were ignored at the start */
     int held;             /* SIGINT is blocked by the launcher alone */
 };
+
+/* How many bytes of it the kernel was told of, as a call that takes it back must repeat; 0: there is none. */
+static inline unsigned int rseq_bytes(void)
+{
+    if (&__rseq_size == NULL || !__rseq_size) return 0;
+    return __rseq_size < RSEQ_LEAST ? RSEQ_LEAST : __rseq_size;
+}
 
 /* What the C library chose its functions by. It differs between two CPUs only if their instructions do. */
 static inline void image_cpu(uint64_t words[IMAGE_CPU_WORDS])
