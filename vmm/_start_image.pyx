@@ -98,7 +98,8 @@ cdef extern from *:
 
 
 def hold():
-    """Copy this process; the copy stops itself. Only for a process with one thread and no open file.
+    """Copy this process; the copy stops itself. Only for a process with one thread. Of its descriptors the
+    launcher opens those of libraries again.
 
     :returns: the copy's pid, which is the caller's to wait for and to kill; 0 wherever the copy goes on
     :raises HostError: the process cannot be copied, or its C library is not glibc

@@ -35,6 +35,16 @@ static bool unchanged(const struct image_file *file, const struct stat *now)
            (uint64_t)now->st_mtim.tv_nsec == file->nanoseconds;
 }
 
+/* A descriptor of the file; -1: it is another one now. */
+static int open_unchanged(const struct image_file *file, const char *name)
+{
+    struct stat now;
+    int fd = open(name, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || (!fstat(fd, &now) && unchanged(file, &now))) return fd;
+    close(fd);
+    return -1;
+}
+
 static bool map(const struct image_segment *segment, int fd)
 {
     int flags = MAP_PRIVATE | MAP_FIXED_NOREPLACE | (fd < 0 ? MAP_ANONYMOUS | MAP_NORESERVE : 0);
@@ -94,23 +104,32 @@ const char *start_from_image(const char *path, const char *place, struct image_g
     const struct image_segment *segments = (const void *)(head + 1);
     const struct image_part *parts = (const void *)(segments + head->segments);
     const struct image_file *files = (const void *)(parts + head->parts);
+    const struct image_descriptor *descriptors = (const void *)(files + head->files);
     uint64_t opened = IMAGE_ZEROS;
     int library = -1;
     for (const struct image_segment *segment = segments; segment < segments + head->segments; segment++) {
         if (segment->source >= IMAGE_FILES && segment->source != opened) { /* a library's follow one another */
             const struct image_file *file = files + segment->source - IMAGE_FILES;
             if (library >= 0) close(library);
-            library = open(*what = base + file->name, O_RDONLY | O_CLOEXEC);
-            if (library < 0 || fstat(library, &now) || !unchanged(file, &now)) return CHANGED;
+            library = open_unchanged(file, *what = base + file->name);
+            if (library < 0) return CHANGED;
             opened = segment->source;
         }
-        int fd = segment->source == IMAGE_ZEROS ? -1 : segment->source == IMAGE_ITSELF ? image : library;
+        int fd = segment->source >= IMAGE_FILES ? library : segment->source == IMAGE_ITSELF ? image : -1;
         *what = "memory";
         if (!map(segment, fd)) return "is in use where the image has its own";
     }
     if (library >= 0) close(library);
     for (const struct image_file *file = files + head->libraries; file < files + head->files; file++)
         if (stat(*what = base + file->name, &now) || !unchanged(file, &now)) return CHANGED;
+    for (const struct image_descriptor *each = descriptors; each < descriptors + head->descriptors; each++) {
+        const struct image_file *file = files + each->file;
+        int number = each->number, fd = open_unchanged(file, *what = base + file->name);
+        if (fd < 0) return CHANGED;
+        if (fcntl(number, F_GETFD) >= 0) return "has a descriptor in the image whose number is in use";
+        if (dup3(fd, number, O_CLOEXEC) < 0) return "has a descriptor in the image above the limit of open files";
+        close(fd);
+    }
     *what = "the kernel";
     char *sequence = (char *)__builtin_thread_pointer() + (rseq_bytes() ? __rseq_offset : 0);
     if (rseq_bytes() && syscall(SYS_rseq, sequence, rseq_bytes(), RSEQ_UNREGISTER, RSEQ_SIGNATURE))

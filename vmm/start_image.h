@@ -3,8 +3,9 @@
    that stands still in vmm/_start_image.pyx. The launcher maps it (vmm/start_image.c) and goes on there, in its own
    process: with its own pid, parent, descriptors, cgroup, limits and signal mask.
 
-   The file begins with `struct image_head`; behind it are the segments, the parts of the vDSO, the files, and their
-   names. Then comes the memory. Numbers are 64 bits wide, in the order in which vmm/commands/prepare.py packs them. */
+   The file begins with `struct image_head`; behind it are the segments, the parts of the vDSO, the files, the
+   descriptors, and the files' names. Then comes the memory. Numbers are 64 bits wide, in the order in which
+   vmm/commands/prepare.py packs them. */
 #ifndef VMM_START_IMAGE_H
 #define VMM_START_IMAGE_H
 
@@ -24,7 +25,7 @@ struct image_head {
     char magic[8];
     uint64_t bytes;       /* of the whole file */
     uint64_t head;        /* bytes of this structure: another pyvmm's may have another one */
-    uint64_t segments, parts, files;
+    uint64_t segments, parts, files, descriptors;
     uint64_t libraries;   /* how many of the files, the first ones, are mapped */
     uint64_t place;       /* offset of the name of the interpreter's directory */
     uint64_t vdso;        /* offset of a copy of the vDSO's code, the last of the parts */
@@ -37,6 +38,7 @@ struct image_head {
 struct image_segment { uint64_t start, length, prot, source, offset; };
 struct image_part { uint64_t start, length; };
 struct image_file { uint64_t bytes, seconds, nanoseconds, name; };
+struct image_descriptor { uint64_t number, file; }; /* a library's own, to map more of a file */
 
 /* What the launcher hands to the interpreter. It stays the launcher's memory, for as long as the process runs. */
 struct image_given {

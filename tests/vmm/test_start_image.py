@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import resource
 import shutil
 import signal
@@ -184,22 +185,90 @@ def test_interrupts_and_ends(prepared: Program, tmp_path: Path) -> None:
         assert not served.socket.exists()
 
 
+@contextlib.contextmanager
+def extended(file: Path, code: str) -> Iterator[None]:
+    source = file.read_text()
+    file.write_text(f"{source}\n\n{code}\n")
+    try:
+        yield
+    finally:
+        file.write_text(source)
+
+
+def checking(program: Program, code: str) -> contextlib.AbstractContextManager[None]:
+    """`pyvmm check` executes `code` in place of what it does."""
+    return extended(
+        program.packages / "vmm" / "commands" / "check.py", f"def main(args):\n    exec({code!r}, {{}})\n    return 0"
+    )
+
+
+def imported(program: Program, code: str) -> contextlib.AbstractContextManager[None]:
+    """A module that is in any image executes `code` when it is imported."""
+    return extended(program.packages / "boot" / "layout.py", code)
+
+
 def test_children_of_it_have_its_environment(prepared: Program, tmp_path: Path) -> None:
     # The pager, editor or ssh that a command starts: by os.environ and by the C library's own.
     code = (
         "import os, subprocess, sys; os.environ['B'] = '2'; "
         "print(subprocess.check_output(['env']).decode().count('A=1'), os.environ['A'], os.environ.get('LC_ALL'))"
     )
-    hook = prepared.packages / "vmm" / "commands" / "check.py"
-    source = hook.read_text()
-    hook.write_text(f"{source}\n\ndef main(args):\n    exec({code!r})\n    return 0\n")
-    try:
+    with checking(prepared, code):
         assert prepared.run("prepare").returncode == 0
         env = {"A": "1"}
         done = prepared.run("check", env=env)
         assert done.stdout == prepared.run("check", how="cold", env=env).stdout and done.stdout.startswith(b"1 1 ")
-    finally:
-        hook.write_text(source)
+
+
+def test_a_library_keeps_its_descriptor(prepared: Program) -> None:
+    # As libffi does, which is mapped in any image; here a library of ours.
+    opens = "import os\nfrom vmm import _bus\nFD = os.open(_bus.__file__, os.O_RDONLY)"
+    code = (
+        "import fcntl, os; from boot.layout import FD; from vmm import _bus; "
+        "print(FD, os.path.samestat(os.fstat(FD), os.stat(_bus.__file__)), fcntl.fcntl(FD, fcntl.F_GETFD))"
+    )
+    with imported(prepared, opens), checking(prepared, code):
+        assert prepared.run("prepare").returncode == 0
+        done = prepared.run("check")
+        assert done.stdout.split()[1:] == [b"True", b"1"]
+        number = int(done.stdout.split()[0])
+        done = prepared.run("--version", close_fds=False, preexec_fn=lambda: os.dup2(1, number))
+        assert b"has a descriptor in the image whose number is in use" in done.stderr
+        limits = number, number
+        done = prepared.run("--version", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+        assert b"has a descriptor in the image above the limit of open files" in done.stderr
+
+
+def test_callbacks_without_end(prepared: Program) -> None:
+    # libffi maps its file again for each hundred.
+    code = (
+        "from ctypes import *; made = [CFUNCTYPE(c_int, c_int)(lambda x, i=i: x + i) for i in range(1000)]; "
+        "print(sum(each(1) for each in made))"
+    )
+    with checking(prepared, code):
+        assert prepared.run("prepare").returncode == 0
+        assert prepared.run("check").stdout == b"500500\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()", "with 2 threads"),
+        ("import os\nFD = os.open('/dev/zero', os.O_RDONLY)", r"whose descriptor 20\d is /dev/zero"),
+        (
+            "import os\nfrom vmm import _bus\nFD = os.open(_bus.__file__, os.O_RDWR)",
+            r"whose descriptor 20\d is /.*_bus.*\.so",
+        ),
+    ],
+    ids=["thread", "descriptor", "to write"],
+)
+def test_what_cannot_be_saved_is_named(prepared: Program, code: str, what: str) -> None:
+    with imported(prepared, code):
+        done = prepared.run("prepare")
+    assert (done.returncode, done.stdout) == (1, b"")
+    (line,) = done.stderr.decode().splitlines()
+    expected = f"pyvmm prepare: starts stay as they are: copy a process {what}: Device or resource busy"
+    assert re.fullmatch(expected, line)
 
 
 def test_twenty_at_once(prepared: Program) -> None:
@@ -238,7 +307,7 @@ def test_what_is_damaged_is_not_started(prepared: Program) -> None:
 
 def test_an_image_of_another_cpu_or_kernel_is_not_started(prepared: Program) -> None:
     whole = prepared.image.read_bytes()
-    prepared.image.write_bytes(whole[:72] + bytes(each ^ 255 for each in whole[72:80]) + whole[80:])
+    prepared.image.write_bytes(whole[:80] + bytes(each ^ 255 for each in whole[80:88]) + whole[88:])
     assert "was made on another CPU" in prepared.problem()
     prepared.image.write_bytes(whole[:-4096] + bytes(4096))  # the vDSO's code is at the end
     assert prepared.problem() == "the kernel is another one than that of `pyvmm prepare`"

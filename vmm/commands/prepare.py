@@ -30,12 +30,15 @@ MAGIC = b"pyvmmSI1"
 PAGE = 4096
 # The main thread's stack goes on at the address where the saved one was, and cannot grow as the kernel's does.
 STACK_BYTES = 8 << 20
-# Of vmm/start_image.h: the head behind its magic, a segment, a part of the vDSO, a file.
-_HEAD, _SEGMENT, _PART, _FILE = "16Q", "5Q", "2Q", "4Q"
+# Of vmm/start_image.h: the head behind its magic, a segment, a part of the vDSO, a file, a descriptor.
+_HEAD, _SEGMENT, _PART, _FILE, _DESCRIPTOR = "17Q", "5Q", "2Q", "4Q", "2Q"
 _ZEROS, _ITSELF, _FILES = range(3)
 _READ, _WRITE, _EXECUTE = 1, 2, 4  # PROT_*
 _TRIES = 3
 _STANDARD = 3  # stdin, stdout, stderr
+# A library's own descriptor has a number from here on: a lower one is the socket's, or whose the launcher inherits.
+_FREE = 200
+_LARGEFILE = 0o100000  # the kernel's O_LARGEFILE, which any open() sets
 _SEEDED = {"random", "_random", "_ssl", "_hashlib", "tempfile"}  # what has random numbers, or names by them, of its own
 
 
@@ -105,7 +108,12 @@ def save(path: str) -> None:
     """Import what any VM needs, and write the image; then the process ends. Returns wherever it is started from."""
     from vmm import _start_image
 
+    taken = [os.dup(0)]
+    while taken[-1] < _FREE - 1:
+        taken.append(os.dup(0))
     _import_all()
+    for number in taken:
+        os.close(number)
     for number in _signal.valid_signals() - {_signal.SIGPIPE, _signal.SIGXFSZ}:  # those two are the interpreter's
         if _signal.getsignal(number) == _signal.SIG_IGN:  # as after nohup: here, and not where it goes on
             _signal.signal(number, _signal.SIG_DFL)
@@ -113,16 +121,17 @@ def save(path: str) -> None:
     gc.freeze()
     status = 1
     try:
-        # A thread would be missing where it goes on, a descriptor would be another file's, and random numbers the same.
-        if len(os.listdir("/proc/self/task")) > 1 or len(os.listdir("/proc/self/fd")) > _STANDARD + 1:
-            raise HostError(errno.EBUSY, "copy a process with threads or open files")
+        # A thread would be missing where it goes on, and random numbers would be the same.
+        if (threads := len(os.listdir("/proc/self/task"))) > 1:
+            raise HostError(errno.EBUSY, f"copy a process with {threads} threads")
+        descriptors = _descriptors()
         if same := _SEEDED & sys.modules.keys():
             raise HostError(errno.EBUSY, f"copy a process that has imported {' and '.join(sorted(same))}")
         if (child := _start_image.hold()) == 0:
             return launched.resume()
         try:
             os.waitpid(child, os.WUNTRACED)
-            _Writer(child, *_start_image.addresses()).write(path, _start_image.cpu_words())
+            _Writer(child, *_start_image.addresses()).write(path, _start_image.cpu_words(), descriptors)
             status = 0
         finally:
             os.kill(child, _signal.SIGKILL)
@@ -146,6 +155,28 @@ def _import_all() -> None:
     preload.load(("vmm.commands.run", *preload.OURS, *preload.LATER))
 
 
+def _descriptors() -> list[tuple[int, str]]:
+    # The descriptors of libraries, and their files: since CPython 3.14 `_ctypes` has libffi open its own, to map more
+    # of it once a program has many callbacks (cpython#135893). Any other would be another file's at a start.
+    import fcntl
+
+    with open("/proc/self/maps") as maps:
+        mapped = {line.rstrip("\n").split(maxsplit=5)[-1] for line in maps}
+    found = []
+    for number in sorted(map(int, os.listdir("/proc/self/fd"))):
+        try:
+            file = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:
+            continue  # by which listdir() has read them
+        if number < _STANDARD:
+            continue
+        flags = fcntl.fcntl(number, fcntl.F_GETFL) & ~_LARGEFILE
+        if file not in mapped or flags != os.O_RDONLY or os.lseek(number, 0, os.SEEK_CUR):
+            raise HostError(errno.EBUSY, f"copy a process whose descriptor {number} is", file)
+        found.append((number, file))
+    return found
+
+
 class _Writer:
     # Reads the memory of a stopped copy of this process.
 
@@ -158,22 +189,24 @@ class _Writer:
         self._files: dict[str, int] = {}
         self._saved = bytearray()
 
-    def write(self, path: str, cpu: tuple[int, ...]) -> None:
+    def write(self, path: str, cpu: tuple[int, ...], descriptors: list[tuple[int, str]]) -> None:
         """Write the image.
 
         :param path: a new file
         :param cpu: ``_start_image.cpu_words``
+        :param descriptors: ``_descriptors``
         """
         with open(f"/proc/{self._child}/maps") as maps:
             for line in maps:
                 self._take(line)
+        own = [(number, self._number(file)) for number, file in descriptors]
         libraries = len(self._files)
         for module in list(sys.modules.values()):
             if file := getattr(module, "__file__", None):
                 self._number(file)
         code = self._read(*self._parts[-1])
         named = [os.fsencode(name) + b"\0" for name in (*self._files, os.path.dirname(sys.executable))]
-        tables = ((_SEGMENT, self._segments), (_PART, self._parts), (_FILE, self._files))
+        tables = ((_SEGMENT, self._segments), (_PART, self._parts), (_FILE, self._files), (_DESCRIPTOR, own))
         counts = [len(rows) for _, rows in tables]
         head = len(MAGIC) + struct.calcsize(_HEAD)
         first = head + sum(struct.calcsize(form) * len(rows) for form, rows in tables)
@@ -192,6 +225,7 @@ class _Writer:
             for file, at in zip(self._files, names, strict=False):
                 now = os.stat(file)
                 image.write(struct.pack(_FILE, now.st_size, *divmod(now.st_mtime_ns, 10**9), at))
+            image.writelines(struct.pack(_DESCRIPTOR, *each) for each in own)
             image.write(b"".join(named).ljust(memory - first, b"\0"))
             image.write(self._saved)
             image.write(code)
