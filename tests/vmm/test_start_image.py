@@ -271,6 +271,17 @@ def test_what_cannot_be_saved_is_named(prepared: Program, code: str, what: str) 
     assert re.fullmatch(expected, line)
 
 
+def test_a_deep_recursion_is_an_error_of_python(prepared: Program) -> None:
+    # However far the stack could grow where the image was made.
+    code = "x = []\nfor _ in range(10**6): x = [x]\ntry: repr(x)\nexcept RecursionError: print('deep')"
+    with checking(prepared, code):
+        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        done = prepared.run("prepare", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (hard, hard)))
+        assert done.returncode == 0
+        done = prepared.run("check")
+        assert (done.returncode, done.stdout) == (0, b"deep\n")
+
+
 def test_twenty_at_once(prepared: Program) -> None:
     all_of_them = [
         subprocess.Popen([prepared.path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
     :raises OSError: the image cannot be replaced or removed
     """
     import contextlib
+    import resource
     import subprocess
 
     from vmm.commands.link import import_path, program
@@ -76,10 +77,14 @@ def main(args: argparse.Namespace) -> int:
     options = {"pyvmm": "pyvmm", "pyvmm_path": ":".join(places), "pyvmm_save": new}
     words = [word for name, value in options.items() for word in ("-X", f"{name}={value}")]
     command = [sys.executable, "-I", "-S", *words, f"{places[0]}/vmm/__main__.py"]
+    # CPython 3.14 asks once how far the stack may grow.
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
     # By UTF-8, whatever the language is here, and with no wish of a linker.
     saved = subprocess.run(
-        command, env={"LC_ALL": "C.UTF-8"}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
+        command, env={"LC_ALL": "C.UTF-8"}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (stack, hard)),
+    )  # fmt: skip
     try:
         if saved.returncode:
             return _tell(saved)
