@@ -50,7 +50,8 @@ static bool map(const struct image_segment *segment, int fd)
     int flags = MAP_PRIVATE | MAP_FIXED_NOREPLACE | (fd < 0 ? MAP_ANONYMOUS | MAP_NORESERVE : 0);
     void *at = (void *)segment->start;
     /* A kernel before 4.17 takes the address for a hint. */
-    return mmap(at, segment->length, segment->prot, flags, fd, segment->offset) == at;
+    if (mmap(at, segment->length, segment->prot, flags, fd, segment->offset) != at) return false;
+    return segment->source != IMAGE_WIPED || !madvise(at, segment->length, MADV_WIPEONFORK);
 }
 
 /* Move the kernel's vDSO to where the C library of the image calls it. */

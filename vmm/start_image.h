@@ -19,7 +19,8 @@ extern const ptrdiff_t __rseq_offset __attribute__((weak));
 extern const unsigned int __rseq_size __attribute__((weak));
 enum { RSEQ_LEAST = 32, RSEQ_SIGNATURE = 0x53053053 };
 
-enum { IMAGE_CPU_WORDS = 3, IMAGE_ZEROS = 0, IMAGE_ITSELF = 1, IMAGE_FILES = 2 };
+/* IMAGE_WIPED: zeros, and in each child of fork() zeros again, as the C library wants its random numbers' state. */
+enum { IMAGE_CPU_WORDS = 3, IMAGE_ZEROS = 0, IMAGE_ITSELF = 1, IMAGE_WIPED = 2, IMAGE_FILES = 3 };
 
 struct image_head {
     char magic[8];

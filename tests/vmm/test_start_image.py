@@ -220,6 +220,19 @@ def test_children_of_it_have_its_environment(prepared: Program, tmp_path: Path) 
         assert done.stdout == prepared.run("check", how="cold", env=env).stdout and done.stdout.startswith(b"1 1 ")
 
 
+def test_its_children_have_other_random_numbers(prepared: Program) -> None:
+    # The C library's state for them is in a mapping that the kernel empties in a child; so is this one.
+    state = "import mmap\nSTATE = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE)\nSTATE.madvise(18)  # MADV_WIPEONFORK"
+    code = (
+        "import os, sys; from boot.layout import STATE; STATE[:2] = b'no'; os.urandom(1); reads, writes = os.pipe()\n"
+        "if not os.fork(): os.write(writes, STATE[:2] + os.urandom(16)); os._exit(0)\n"
+        "said = os.read(reads, 18); print(said[:2] == bytes(2), said[2:] != os.urandom(16), STATE[:2])"
+    )
+    with imported(prepared, state), checking(prepared, code):
+        assert prepared.run("prepare").returncode == 0
+        assert prepared.run("check").stdout == b"True True b'no'\n"
+
+
 def test_a_library_keeps_its_descriptor(prepared: Program) -> None:
     # As libffi does, which is mapped in any image; here a library of ours.
     opens = "import os\nfrom vmm import _bus\nFD = os.open(_bus.__file__, os.O_RDONLY)"

@@ -32,7 +32,7 @@ PAGE = 4096
 STACK_BYTES = 8 << 20
 # Of vmm/start_image.h: the head behind its magic, a segment, a part of the vDSO, a file, a descriptor.
 _HEAD, _SEGMENT, _PART, _FILE, _DESCRIPTOR = "17Q", "5Q", "2Q", "4Q", "2Q"
-_ZEROS, _ITSELF, _FILES = range(3)
+_ZEROS, _ITSELF, _WIPED, _FILES = range(4)
 _READ, _WRITE, _EXECUTE = 1, 2, 4  # PROT_*
 _TRIES = 3
 _STANDARD = 3  # stdin, stdout, stderr
@@ -201,9 +201,14 @@ class _Writer:
         :param cpu: ``_start_image.cpu_words``
         :param descriptors: ``_descriptors``
         """
-        with open(f"/proc/{self._child}/maps") as maps:
+        with open(f"/proc/{self._child}/smaps") as maps:
+            mapping = ""
             for line in maps:
-                self._take(line)
+                word, *flags = line.split()
+                if word == "VmFlags:":
+                    self._take(mapping, "wf" in flags)
+                elif not word.endswith(":"):
+                    mapping = line
         own = [(number, self._number(file)) for number, file in descriptors]
         libraries = len(self._files)
         for module in list(sys.modules.values()):
@@ -237,8 +242,8 @@ class _Writer:
             image.flush()
             os.fsync(image.fileno())  # a start from a file that lost its pages would crash
 
-    def _take(self, line: str) -> None:
-        # One line of /proc/PID/maps.
+    def _take(self, line: str, wiped: bool) -> None:
+        # One line of /proc/PID/maps; `wiped`: the child of a fork has zeros there, as this child of one has, too.
         place, permissions, offset, _, _, *rest = line.rstrip("\n").split(maxsplit=5)
         start, end = (int(each, 16) for each in place.split("-"))
         length, name = end - start, "".join(rest)
@@ -246,8 +251,8 @@ class _Writer:
         protection = sum(bit for letter, bit in bits if letter != "-")
         if name.startswith(("[vvar", "[vdso")):
             self._parts.append((start, length))
-        elif not protection:
-            self._segments.append((start, length, protection, _ZEROS, 0))
+        elif wiped or not protection:
+            self._segments.append((start, length, protection, _WIPED if wiped else _ZEROS, 0))
         elif name != "[vsyscall]":
             data = self._read(start, length)
             # What the linker has written to, and protected then, differs from its file.
