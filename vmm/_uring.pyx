@@ -6,7 +6,6 @@ A seccomp filter does not see submissions, so a ring could do what its thread ma
 restricted, for good, to the operations that disks need, and ``stock`` makes all rings before the filters are installed.
 """
 from libc.errno cimport EINTR, EINVAL, EMFILE, errno
-from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
 from vmm._sys cimport close
