@@ -73,11 +73,14 @@ def tool(name: str) -> str:
 
     :raises PullError: the program is not installed; the message names its Debian package
     """
-    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + SBIN)
+    path = _found(name)
     if path is None:
-        package = PACKAGE_OF.get(name, name)
-        raise PullError(f"{name} is not installed: run `apt-get install {package}`")
+        raise PullError(f"{name} is not installed: run `apt-get install {PACKAGE_OF.get(name, name)}`")
     return path
+
+
+def _found(name: str) -> str | None:
+    return shutil.which(name, path=os.environ.get("PATH", os.defpath) + SBIN)
 
 
 def need(*names: str) -> None:
@@ -85,12 +88,7 @@ def need(*names: str) -> None:
 
     :raises PullError: a program is missing; the message is one line with the command that installs all that are
     """
-    packages = []
-    for name in names:
-        try:
-            tool(name)
-        except PullError:
-            packages.append(PACKAGE_OF.get(name, name))
+    packages = [PACKAGE_OF.get(name, name) for name in names if _found(name) is None]
     if packages:
         raise PullError(
             f"missing programs: run `apt-get update && apt-get install {' '.join(dict.fromkeys(packages))}`"
