@@ -120,7 +120,8 @@ def _said(sources: dict[str, str], option: str, text: Any, make: Callable[..., A
         return make(*words, text)
     from vmm.config.files import named
 
-    return named(sources[option], lambda: make(*words, text))
+    with named(sources[option]):
+        return make(*words, text)
 
 
 def _devices(args: Arguments, rootfs: str | None, sources: dict[str, str], *, read_only: bool) -> dict[str, Any]:

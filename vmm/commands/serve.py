@@ -88,12 +88,12 @@ def from_files(args: Arguments) -> dict[str, str]:
         return {}
     from vmm.config.files import named
 
-    if "--level" in sources:
-        named(sources["--level"], lambda: logger.parse_level(args.level or ""))
-    for option in _LIMITS:
-        if option in sources:
-            # mypy infers no type for a lambda's default.
-            named(sources[option], lambda option=option: _number(args, option))  # type: ignore[misc]
+    for option, source in sources.items():
+        with named(source):
+            if option == "--level":
+                logger.parse_level(args.level or "")
+            elif option in _LIMITS:
+                _number(args, option)
     return sources
 
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from contextlib import contextmanager
 
 from vmm.config import attribute, did_you_mean
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, TypeVar
-
-    _T = TypeVar("_T")
+    from collections.abc import Iterator
+    from typing import Any
 
 # What a file may say. Not what is one VM's own, as its kernel or its socket, nor what makes it less safe.
 ALLOWED = {
@@ -88,13 +87,11 @@ def _source(path: str, text: str, command: str, key: str) -> str:
     return path
 
 
-def named(source: str, make: Callable[[], _T]) -> _T:
-    """What `make` makes of a file's value.
-
-    :raises ConfigError: the value is invalid; the message names the file and line
-    """
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """A context in which a ConfigError is about a file's value: it names the file and line."""
     try:
-        return make()
+        yield
     except ConfigError as error:
         raise ConfigError(f"{source}: {error.field}", error.value, error.problem) from None
 
