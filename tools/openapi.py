@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the API's own OpenAPI 3.1 document, of the routes and of the types that judge what comes in:
-``python -m tools.openapi >vmm/api/openapi.json``. ``vmm.api.described`` has it.
+``python -m tools.openapi >vmm/api/openapi.json``. ``vmm.api.actions`` has it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from openapi_spec_validator import validate
 
 from tests.api.oracle import Client
 from tools.openapi import document
-from vmm.api.described import TEXT
+from vmm.api.actions import OPENAPI
 from vmm.api.routes import ROUTES
 
 # Of each operation; 20 take half a minute for all.
@@ -95,7 +95,7 @@ def test_document_is_valid_and_whole() -> None:
 
 def test_the_file_is_of_these_routes_and_types() -> None:
     how = "python -m tools.openapi >vmm/api/openapi.json"
-    assert json.loads(TEXT) == json.loads(json.dumps(document())), how
+    assert json.loads(OPENAPI) == json.loads(json.dumps(document())), how
 
 
 def test_it_is_served(served: tuple[str, str]) -> None:

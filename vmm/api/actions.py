@@ -52,6 +52,9 @@ _NOT_OF_BOOT = {
 }  # fmt: skip
 MAX_BOOT_ARGS = 2048  # COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h
 SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
+# In memory: a jail has no files. ``tools/openapi.py`` makes it; ``tests/api/test_schema.py`` compares the two.
+with open(os.path.join(os.path.dirname(__file__), "openapi.json"), "rb") as _file:
+    OPENAPI = _file.read()
 HUGE_RULE = "huge pages cannot be given back one by one, as a balloon does it"
 
 
@@ -329,9 +332,7 @@ class Vmm:
         self.whole.serial = body
 
     def _openapi(self, _: None) -> object:
-        from vmm.api.described import TEXT
-
-        return msgspec.Raw(TEXT)
+        return msgspec.Raw(OPENAPI)
 
     def _prometheus(self, _: None) -> str:
         return self.metrics.prometheus()

@@ -21,7 +21,7 @@ OURS = """
     virtio._limiter virtio.net._worker virtio.vsock._sockets virtio.vsock._worker virtio.balloon
     virtio.blk.device virtio.console virtio.device virtio.fs.device virtio.net.mmds virtio.mmio virtio.net.device
     virtio.net.host virtio.rng virtio.spec virtio.transport virtio.vsock.device vmm.kvm._state vmm.machine.attach
-    vmm.machine.board vmm.machine.build vmm.api.actions vmm.api.answer vmm.api.bodies vmm.api.described
+    vmm.machine.board vmm.machine.build vmm.api.actions vmm.api.answer vmm.api.bodies
     vmm.api.routes vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types
     vmm.commands.cli vmm.commands.serve vmm.config.devices vmm.config.option vmm.config vmm.config.vm
     vmm.machine.console vmm.config.cpu_template vmm.exits vmm.kvm.vm vmm.logger vmm.machine.machine vmm.memory
@@ -32,7 +32,7 @@ OURS = """
 """.split()  # fmt: skip
 # Of the standard library, what is imported where it is used: in a thread of a running machine,
 LATER = """
-    _json _queue atexit bisect mmap resource select termios vmm.kvm._state vmm._uffd vmm.api.described vmm.api.snapshots
+    _json _queue atexit bisect mmap resource select termios vmm.kvm._state vmm._uffd vmm.api.snapshots
     vmm.machine.snapshot zlib
 """.split()
 # of one with the metadata service,
