@@ -23,11 +23,19 @@ _queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
 _thread: threading.Thread | None = None
 _pid = 0
 _lock = threading.Lock()
+_leaving = False
+
+
+def leave() -> None:
+    """The process ends next, and its end closes and unmaps all: nothing is buried from here on."""
+    global _leaving
+    _leaving = True
 
 
 def bury(fd: int) -> None:
     """Close `fd` soon, on a thread that waits in the caller's place; failures are not reported."""
-    _do(lambda: os.close(fd))
+    if not _leaving:
+        _do(lambda: os.close(fd))
 
 
 def bury_from_finalizer(
@@ -54,13 +62,13 @@ def close_mapping(mapping: mmap, *, at_once: bool) -> None:
 
     if at_once:
         close()
-    else:
+    elif not _leaving:
         _do(close)
 
 
 def bury_pages(address: int, size: int) -> None:
     """Take the pages of a shared mapping away; they are unmapped soon. The mapping stays, without pages."""
-    if aside := move_aside(address, size):
+    if not _leaving and (aside := move_aside(address, size)):
         _do(lambda: unmap(aside, size))
 
 

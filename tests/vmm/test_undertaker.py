@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 
@@ -43,3 +44,23 @@ def test_a_caller_that_closes_itself_meets_no_failure_either() -> None:
     finally:
         hold.set()
     undertaker.wait()
+
+
+def test_a_process_that_ends_leaves_it_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What must be written is written, and its owner alone lets go of a mapping that is closed at once."""
+    monkeypatch.setattr(undertaker, "_leaving", False)
+    monkeypatch.setattr(undertaker, "_do", lambda task: pytest.fail("a thread was made for it"))
+    undertaker.leave()
+    ours = os.dup(0)
+    soon, at_once = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
+    undertaker.bury(ours)
+    undertaker.close_mapping(soon, at_once=False)
+    undertaker.close_mapping(at_once, at_once=True)
+    undertaker.bury_pages(1, 4096)  # no such address: it is not looked at
+    os.close(ours)
+    assert (soon.closed, at_once.closed) == (False, True)
+    soon.close()
+    done: list[object] = []
+    monkeypatch.setattr(undertaker, "_do", done.append)
+    undertaker.sync_and_bury(0)
+    assert len(done) == 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vmm import launched, signals, threads
+from vmm import launched, signals, threads, undertaker
 from vmm.cmdline import Cmdline
 from vmm.config import attribute, did_you_mean, fill_from_files, parse_plain
 from vmm.config.vm import VmConfig
@@ -267,6 +267,7 @@ def _run(vm: Machine, *, verbose: bool) -> int:
             raise
     stop = vm.wait()
     assert stop is not None  # wait() without a time limit
+    undertaker.leave()
     vm.close()
     if verbose:
         for name, counters in vm.stats.items():

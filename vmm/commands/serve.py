@@ -261,6 +261,9 @@ class _Serve:
             return self._status()
         finally:
             self._stop_serving()  # first: a machine that a request is making is closed, too
+            from vmm import undertaker
+
+            undertaker.leave()
             self._vmm.close()
 
     def _heed_signals(self) -> None:
