@@ -102,3 +102,16 @@ def test_a_share_that_is_collected_gives_its_memory_back(tmp_path: Path) -> None
     del device
     gc.collect()
     assert memory.used == before
+
+
+def test_a_name_that_there_is_no_room_for_takes_the_room_of_none(tree: Path, mount: Mount) -> None:
+    (tree / "a").touch()
+    vm = mount()
+    vm.lookup("a")
+    left = memory.limit - memory.used
+    assert memory.ask(left)
+    try:
+        vm.rename("a", "b" * 100)
+        assert memory.used == memory.limit - len("a\0"), "the name before is gone"
+    finally:
+        memory.put_back(left)

@@ -355,7 +355,7 @@ cdef class Inodes:
                 heap.give(size)
             else:
                 memcpy(copy, name, length)
-            self._forget_name(node)
+        self._forget_name(node)
         node.name = copy
 
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil:
