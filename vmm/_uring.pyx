@@ -200,12 +200,11 @@ def stock(int count):
     :returns: the number of rings made
     """
     global _refusal, _stocked
-    cdef int status = 0, made = 0, most = min(count, 64)
+    cdef int status = 0
     if _stocked < 0:
-        with nogil:             # the kernel needs a millisecond for all, in which another thread may begin a VM
-            while status == 0 and made < most:
-                status = _make(&_stock[made])
-                made += status == 0
-        _refusal = 0 if made else -status
-        _stocked = made
+        _stocked = 0
+        while status == 0 and _stocked < min(count, 64):
+            status = _make(&_stock[_stocked])
+            _stocked += status == 0
+        _refusal = 0 if _stocked else -status
     return _stocked
