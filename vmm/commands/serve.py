@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 
-from vmm import __version__, launched, logger, signals, threads
+from vmm import __version__, launched, logger, signals, threads, undertaker
 from vmm.api import API_VERSION
 from vmm.config import attribute, fill_from_files, parse_count, parse_plain
 from vmm.errors import ConfigError, host_errors, host_problem
@@ -261,8 +261,6 @@ class _Serve:
             return self._status()
         finally:
             self._stop_serving()  # first: a machine that a request is making is closed, too
-            from vmm import undertaker
-
             undertaker.leave()
             self._vmm.close()
 
