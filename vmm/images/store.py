@@ -122,19 +122,19 @@ def available() -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"name": name, "summary": recipe.summary, "cached": False}
         try:
             if resolve(name):
-                entry |= _cached(name)
+                entry |= _cached(name, _facts(name))
         except ConfigError as error:
             entry["damaged"] = str(error)
         found.append(entry)
     for path in sorted((cache_root() / "images").glob("oci-*/image.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):  # of another pyvmm, or half deleted
-            name = path.parent.name
-            found.append({"name": _facts(name)["name"], "summary": "container image", **_cached(name)})
+            facts = _facts(path.parent.name)
+            cached = _cached(path.parent.name, facts)
+            found.append({"name": facts["name"], "summary": "container image", **cached})
     return found
 
 
-def _cached(directory: str) -> dict[str, Any]:
-    facts = _facts(directory)
+def _cached(directory: str, facts: dict[str, Any]) -> dict[str, Any]:
     used = sum(path.stat().st_blocks * 512 for path in (cache_root() / "images" / directory).iterdir())
     about = {key: facts[key] for key in ("kernel_version", "built", "size")}
     return {"cached": True, "bytes": used, "packages": facts.get("packages", []), **about}
