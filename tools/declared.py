@@ -17,6 +17,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
+# Behind the path, which says where they are.
 from vmm.config import devices  # noqa: E402
 from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig  # noqa: E402
 from vmm.config.option import REQUIRED, Config, Option  # noqa: E402

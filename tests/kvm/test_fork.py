@@ -784,6 +784,7 @@ def test_an_image_stays_as_it_is_when_a_device_of_ones_own_goes_on(
 def test_what_a_wrong_argument_is_told(guest: MakeGuest) -> None:
     vm: Any = guest(COUNTER)
     calls: list[tuple[Callable[[], object], str]] = [
+        # What mypy refuses, too, is what is tested.
         (lambda: Machine(image=5), "Machine: image must be an Image, not 5"),  # type: ignore[arg-type]
         (lambda: vm.fork("3"), "Machine.fork: count must be a whole number, not '3'"),
         (lambda: vm.fork(-1), "Machine.fork: count must be 0 or more, not -1"),
