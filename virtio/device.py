@@ -50,6 +50,15 @@ class Warner:
             self._sink(message if count == 1 else f"{message} (seen {count} times)")
 
 
+def threads_for(queues: int, threads: int) -> int:
+    """How many threads serve `queues` queues, or pairs of them.
+
+    :param threads: as many as asked for; 0: one for each queue, but no more than half of this process's CPUs
+    """
+    # The guest's vCPUs have the other half. With more threads than that, each waits for its turn (measured).
+    return min(queues, threads or max(1, len(os.sched_getaffinity(0)) // 2))
+
+
 class ActivateContext:
     """The parts of the VM that a device may use while a driver is active.
 

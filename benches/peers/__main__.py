@@ -20,7 +20,7 @@ from pathlib import Path
 from benches.peers.common import ROOT, Row
 from benches.peers.firecracker import Missing
 
-DEVICES = ("blk", "ext4", "queues", "net", "passt", "vsock", "fs")
+DEVICES = ("blk", "ext4", "queues", "net", "netqueues", "passt", "vsock", "fs")
 ALONE = ("start", "launch", "memory", "exits", "boot", "ring3", "api", "snapshots", "restore", "scale", "sandbox")
 NAMES = (*ALONE, *DEVICES)
 

@@ -119,7 +119,7 @@ def rows(table: str) -> list[Row | Missing]:
 
     :raises Missing: it cannot be measured here
     """
-    if table == "queues" and native.here():
+    if table in ("queues", "netqueues") and native.here():
         raise Missing("several queues: r3 has one CPU, and so one queue; PYVMM_BENCH_LAB=1 measures them in the lab")
     common.pyvmm()
     firecracker()  # fetched out here: the lab has no network

@@ -303,25 +303,36 @@ def _users(name: str) -> list[Phase]:
     return [*streams, Phase(f"{name} HTTP requests", "1/s", "timed probe http tcp:$HOST:7080 $RUNTIME")]
 
 
-def _tap(name: str, address: str) -> str:
+def _net_queues_phases() -> list[Phase]:
+    return [
+        *_users(f"{CPUS} pairs, net"),
+        Phase(f"{CPUS} pairs, net TCP round trip", "1/s", "timed probe ping tcp:$HOST:7000 $RUNTIME"),
+    ]
+
+
+def _tap(name: str, address: str, pairs: int) -> str:
+    several = ["multi_queue"] if pairs > 1 else []
     subprocess.run(["ip", "link", "del", name], stderr=subprocess.DEVNULL, check=False)
-    subprocess.run(["ip", "tuntap", "add", "dev", name, "mode", "tap"], check=True)
+    subprocess.run(["ip", "tuntap", "add", "dev", name, "mode", "tap", *several], check=True)
     subprocess.run(["ip", "addr", "add", f"{address}/24", "dev", name], check=True)
     subprocess.run(["ip", "link", "set", name, "up"], check=True)
     return name
 
 
-def _net(files: Path, servers: Servers) -> dict[str, Vmm]:
+def _net(files: Path, servers: Servers, pairs: int = 1) -> dict[str, Vmm]:
+    # With a CPU for each pair of queues; Firecracker has one pair.
     def pyvmm(tap: str, mac: str) -> list[str]:
-        return _pyvmm(files, "--net", f"tap={tap},mac={mac}")
+        return _pyvmm(files, "--cpus", str(pairs), "--net", f"tap={tap},mac={mac},queues={pairs}")
 
     def qemu(tap: str, mac: str) -> list[str]:
-        netdev = f"tap,id=n,ifname={tap},script=no,downscript=no,vhost=off"
-        return _qemu(files, "-netdev", netdev, "-device", f"virtio-net-device,netdev=n,mac={mac}")
+        netdev = f"tap,id=n,ifname={tap},script=no,downscript=no,vhost=off,queues={pairs}"
+        device = f"virtio-net-device,netdev=n,mac={mac},mq={'on' if pairs > 1 else 'off'}"
+        return _qemu(files, "-smp", str(pairs), "-netdev", netdev, "-device", device)
 
     def fire(tap: str, mac: str) -> list[str]:
         interface = {"iface_id": "eth0", "host_dev_name": tap, "guest_mac": mac}
-        return _firecracker(files, "firecracker", {"network-interfaces": [interface]})
+        machine = {"vcpu_count": pairs, "mem_size_mib": MEMORY_MIB}
+        return _firecracker(files, "firecracker", {"machine-config": machine, "network-interfaces": [interface]})
 
     found = {}
     for number, (name, command) in enumerate((("pyvmm", pyvmm), ("qemu", qemu), ("firecracker", fire)), start=1):
@@ -330,7 +341,12 @@ def _net(files: Path, servers: Servers) -> dict[str, Vmm]:
         def start(
             name: str = name, command: Callable[[str, str], list[str]] = command, host: str = host, number: int = number
         ) -> Guest:
-            return Guest(name, command(_tap(f"bench{number}", host), f"06:00:00:00:00:0{number}"))
+            return Guest(
+                name,
+                command(
+                    _tap(f"bench{number}", host, 1 if name == "firecracker" else pairs), f"06:00:00:00:00:0{number}"
+                ),
+            )
 
         setup = (
             f"HOST={host}; ip addr add {guest}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 5 {host} >/dev/null"
@@ -500,6 +516,7 @@ TABLES: dict[str, tuple[Callable[[], list[Phase]], Callable[[Path, Servers], dic
     "ext4": (lambda: _mixed("ext4"), _ext4),
     "queues": (_queues_phases, _queues),
     "net": (_net_phases, _net),
+    "netqueues": (_net_queues_phases, lambda files, servers: _net(files, servers, CPUS)),
     "passt": (lambda: _users("passt"), _passt),
     "vsock": (_vsock_phases, vsock_guests),
     "fs": (_fs_phases, _fs),

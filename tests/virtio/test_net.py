@@ -229,9 +229,10 @@ def test_the_control_queue(namespace: None, stack: Any) -> None:
     vm.receive(is_arp_reply)
 
 
-def test_without_mq_the_control_queue_is_the_third(namespace: None, stack: Any) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_without_mq_the_control_queue_is_the_third(namespace: None, stack: Any, threads: int) -> None:
     """It is notified as often as it asks for it, though another driver's second pair has a thread on it."""
-    vm = Vm(stack, queues=2, without=spec.NET_F_MQ)
+    vm = Vm(stack, queues=2, threads=threads, without=spec.NET_F_MQ)
     for last in range(20):
         assert command(vm, spec.NET_CTRL_MAC, spec.NET_CTRL_MAC_ADDR_SET, bytes((2, 0, 0, 0, 0, last)), 2) == 0
         assert vm.driver.config(5, 1) == bytes((last,))
@@ -243,30 +244,74 @@ def test_without_mq_the_control_queue_is_the_third(namespace: None, stack: Any) 
     assert command(vm, spec.NET_CTRL_MQ, 0, b"\2\0") == spec.NET_OK
 
 
-def test_both_pairs_carry_traffic_both_ways(namespace: None, stack: Any) -> None:
-    vm = Vm(stack, queues=2)
-    first, second = (worker.stats for worker in vm.device._workers)
-    assert (first, second) == (dict.fromkeys(first, 0), dict.fromkeys(second, 0))
-    assert command(vm, spec.NET_CTRL_MQ, 0, b"\2\0") == spec.NET_OK
-    vm.offer(128)
-    ring = vm.driver.queues[2]
-    for _ in range(128):
+def offer(vm: Vm, index: int, count: int) -> None:
+    ring = vm.driver.queues[index]
+    for _ in range(count):
         ring.add([ring.buffer(1536, device_writes=True)])
-    vm.driver.kick(2)
-    vm.send(arp_request())
-    ring = vm.driver.queues[3]
+    vm.driver.kick(index)
+
+
+def send(vm: Vm, index: int) -> None:
+    ring = vm.driver.queues[index]
     ring.add([ring.buffer(bytes(12)), ring.buffer(arp_request())])
-    vm.driver.kick(3)
-    workers = vm.device._workers
-    end = time.monotonic() + 10
+    vm.driver.kick(index)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_both_pairs_carry_traffic_both_ways(namespace: None, stack: Any, threads: int) -> None:
+    vm = Vm(stack, queues=2, threads=threads)
+    assert [worker.indices for worker in vm.device._workers] == [[(0, 1, 2, 3)], [(0, 1), (2, 3)]][threads - 1]
+    assert command(vm, spec.NET_CTRL_MQ, 0, b"\2\0") == spec.NET_OK
+    done: dict[int, list[tuple[int, int]]] = {index: [] for index in range(4)}
+    offer(vm, 0, 128)
+    offer(vm, 2, 128)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        while not all(worker.stats["rx_packets"] and worker.stats["tx_packets"] for worker in workers):
-            assert time.monotonic() < end, [worker.stats for worker in workers]
+
+        def all_four_went() -> bool:
+            for index in (1, 3):
+                send(vm, index)
             for port in range(1000, 1010):
                 udp.sendto(b"to one of the queues", (GUEST, port))
-            time.sleep(0.01)
+            for index, ring in enumerate(vm.driver.queues[:4]):
+                done[index] += ring.reap()
+            return all(done.values())
+
+        until(all_four_went, lambda: (done, vm.device.stats))
     counts = vm.driver.transport.notifications
     assert counts[2] and counts[3], "the control queue of a driver without MQ is the third one, too"
+
+
+def test_a_pair_that_waits_holds_no_other_of_its_thread(namespace: None, stack: Any) -> None:
+    """One for tokens of a limit, one for buffers: a third receives. All go on once they may."""
+    limiter = RateLimiter(ops=(3, 0, 1 << 40))  # three frames in 35 years
+    vm = Vm(stack, queues=3, threads=1, tx_limiter=limiter)
+    assert command(vm, spec.NET_CTRL_MQ, 0, b"\3\0", 6) == spec.NET_OK
+    for _ in range(8):
+        send(vm, 3)
+    until(lambda: vm.device.stats["tx_rate_limiter_throttled"])
+    offer(vm, 4, 128)
+    first, last = vm.driver.queues[0], vm.driver.queues[4]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+
+        def came() -> bool:
+            for port in range(1000, 1020):
+                udp.sendto(b"to one of the queues", (GUEST, port))
+            return bool(last.reap())
+
+        until(came, lambda: vm.device.stats)
+    offer(vm, 0, 128)  # whose frames have waited in the tap
+    until(first.reap, lambda: vm.device.stats)
+    assert len(vm.driver.queues[3].reap()) == 3
+    vm.device.set_rate_limit(limiter, ops=(0, 0, 0))
+    send(vm, 5)
+    went = {3: 0, 5: 0}
+
+    def all_went() -> bool:
+        for index in went:
+            went[index] += len(vm.driver.queues[index].reap())
+        return went == {3: 5, 5: 1}
+
+    until(all_went, lambda: (went, vm.device.stats))
 
 
 def answered(vm: Vm) -> bool:

@@ -224,10 +224,10 @@ def test_tap_goes_down_and_comes_back(namespace: None, stack: Any) -> None:
     assert vm.log == []
 
 
-@pytest.mark.parametrize("queues", [1, 2])
-def test_tap_is_deleted(namespace: None, stack: Any, queues: int) -> None:
+@pytest.mark.parametrize(("queues", "threads"), [(1, 1), (2, 1), (2, 2)])
+def test_tap_is_deleted(namespace: None, stack: Any, queues: int, threads: int) -> None:
     """The cable is out, with one line, whatever the guest goes on to send."""
-    vm = Vm(stack, queues=queues)
+    vm = Vm(stack, queues=queues, threads=threads)
     assert_alive(vm)
     subprocess.run(["ip", "link", "del", vm.tap.name], check=True)
     for _ in range(50):

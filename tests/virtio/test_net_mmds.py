@@ -281,8 +281,9 @@ def test_a_reset_forgets_the_connections(namespace: None, stack: Any) -> None:
     assert Guest(vm).open().fetch("/large") == b"x" * 50_000
 
 
-def test_a_connection_may_change_its_queue(namespace: None, stack: Any) -> None:
-    vm = vm_with(stack, queues=2)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_connection_may_change_its_queue(namespace: None, stack: Any, threads: int) -> None:
+    vm = vm_with(stack, queues=2, threads=threads)
     assert command(vm, spec.NET_CTRL_MQ, 0, b"\2\0") == spec.NET_OK
     vm.offer(64)
     guest = Guest(vm).open()

@@ -15,7 +15,7 @@ from virtio import spec
 from virtio._limiter import RateLimiter
 from virtio.blk._request import punch_hole
 from virtio.blk._worker import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Backend, BlockWorker
-from virtio.device import VirtioDevice
+from virtio.device import VirtioDevice, threads_for
 from vmm.closing import Closing
 from vmm.errors import ConfigError
 
@@ -257,8 +257,7 @@ class Block(VirtioDevice):
         self.disk = disk
         self.serial = (serial or "pyvmm").encode()[: spec.BLK_ID_BYTES]
         self.queue_sizes = (QUEUE_SIZE,) * queues
-        # The guest's vCPUs have the other half. With more threads than that, each waits for its turn (measured).
-        self._threads = min(queues, threads or max(1, len(os.sched_getaffinity(0)) // 2))
+        self._threads = threads_for(queues, threads)
         self.engine = self._choose(engine)
         self.features = spec.BLK_F_SEG_MAX | spec.BLK_F_BLK_SIZE | spec.BLK_F_TOPOLOGY
         if not unsafe:  # as in Firecracker: a guest that is offered none does not wait for any

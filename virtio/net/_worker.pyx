@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""A pair of network queues, without the GIL: moves frames between the guest's buffers and a tap or a passt socket.
+"""Pairs of network queues, without the GIL: moves frames between the guest's buffers and a tap or a passt socket.
 
 Source: virtio 1.2 §5.1; passt(1) for the stream.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.errno cimport EAGAIN, EBADFD, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from virtio._interrupt cimport MAX_QUEUES
 from virtio._limiter cimport RateLimiter
 from virtio._worker cimport (
     EPOLLET, EPOLLIN, EPOLLOUT, SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER, QueueWorker,
@@ -38,13 +40,13 @@ cdef enum:
     TO_MMDS = -1                # a verdict in addition to the policy's
     RX = 0
     TX = 1
-    TOKEN_HOST = 1
+    TOKEN_HOST = 1              # plus the number of the pair in this worker
     NUM_BUFFERS = sizeof(virtio_net_hdr)    # offset of num_buffers, which follows it
     FRAME_MAX = 65535 + ETH_HEADER + 4
     RX_IOV = UIO_MAXIOV - 2     # iovecs of the held chains, beside the scrap byte and a pcap record's head
     DETOUR_HEAD = VNET_HEADER + 42  # bytes of a frame that show its destination: up to an ARP packet for IPv4
     ANSWER_MAX = ETH_HEADER + 1500
-    SERVICES = 2                # a slot in NetWorker.resume only
+    SERVICES = MAX_QUEUES       # a slot in NetWorker.resume only
     HELD = 256                  # most RX chains taken in advance
     BUDGET = 64                 # frames in one direction before the other has its turn
     LEAST_NS = 5_000_000        # longest wait for buffers for the largest frame, before fewer are used
@@ -62,8 +64,21 @@ cdef enum:
 # An RX chain taken from the ring and not yet returned.
 cdef struct Held:
     uint16_t head
-    uint32_t n_iov              # number of its buffers, which are consecutive in NetWorker.iov
+    uint32_t n_iov              # number of its buffers, which are consecutive in Pair.iov
     uint64_t size
+
+cdef struct Pair:
+    int fd                      # a tap, whose frames have a virtio header, or passt's socket; non-blocking
+    uint32_t rx                 # slots of its queues
+    uint32_t tx
+    bint patient                # wait for more RX buffers; False: use those that are there
+    bint paid                   # the tokens for the next TX chain were taken
+    uint64_t received           # bytes of a frame that was read and waits for tokens
+    Held[HELD] held
+    uint32_t n_held
+    iovec[UIO_MAXIOV + 1] iov   # one extra entry, for the stream's length
+    uint32_t n_iov
+    uint64_t held_bytes
 
 cdef struct Counters:
     uint64_t rx_packets
@@ -81,30 +96,22 @@ cdef struct Counters:
 
 
 cdef class NetWorker(QueueWorker):
-    """The thread of one pair of queues of a :class:`virtio.net.device.Net`, the receive queue first.
+    """A thread for one or more pairs of queues of a :class:`virtio.net.device.Net`, each with the receive queue first.
 
     All that it uses of the host's is the device's.
     """
-    cdef int fd                             # a tap, whose frames have a virtio header, or passt's socket; non-blocking
-    cdef bint stream                        # that socket: each frame has a 4-byte length in front, and no virtio header
+    cdef Pair *pairs
+    cdef uint32_t n_pairs
+    cdef bint stream                        # passt's socket: each frame has a 4-byte length in front, no virtio header
     cdef int pcap                           # a file for copies of all frames; -1: none, or it could not be written
-    cdef uint32_t pair
     cdef bint lost                          # the stream has ended, or the tap was deleted
     cdef bint mergeable
     cdef Ring none                          # a ring that is never ready, for further pairs if the driver has no MQ
     cdef RateLimiter rx_limiter
     cdef RateLimiter tx_limiter
-    cdef bint patient                       # wait for more RX buffers; False: use those that are there
-    cdef uint64_t[3] resume                 # when a stalled queue may continue, CLOCK_MONOTONIC; 0: no time is set
-    cdef bint paid                          # the tokens for the next TX chain were taken
-    cdef uint64_t received                  # bytes of a frame that was read and waits for tokens
-    cdef Held[HELD] held
-    cdef uint32_t n_held
-    cdef iovec[UIO_MAXIOV + 1] iov          # one extra entry, for the stream's length
-    cdef uint32_t n_iov
-    cdef uint64_t held_bytes
-    cdef Stream passt                       # the state of `fd`, if that is a stream
-    cdef uint32_t flood                     # times that the tap was emptied, as for FLOOD
+    cdef uint64_t[MAX_QUEUES + 1] resume    # when a stalled queue may continue, CLOCK_MONOTONIC; 0: no time is set
+    cdef Stream passt                       # the state of the one pair's `fd`, if that is a stream
+    cdef uint32_t flood                     # times that a tap was emptied, as for FLOOD
     cdef uint64_t emptied                   # when the last of them was, CLOCK_MONOTONIC
     cdef uint64_t came                      # frames to the guest until then
     cdef uint64_t went                      # frames from it
@@ -123,9 +130,16 @@ cdef class NetWorker(QueueWorker):
     cdef Counters counters
 
     def __init__(self, device, indices, notify_fds, on_failure, name=None):
+        cdef uint32_t i
         super().__init__(device, indices, notify_fds, on_failure, name)
-        self.pair = self.indices[0] // 2
-        self.fd = device.backend.fds[self.pair]
+        self.n_pairs = self.n_queues // 2
+        self.pairs = <Pair *>PyMem_Calloc(self.n_pairs, sizeof(Pair))
+        if self.pairs == NULL:
+            raise MemoryError
+        for i in range(self.n_pairs):
+            self.pairs[i].fd = device.backend.fds[self.indices[2 * i] // 2]
+            self.pairs[i].rx = 2 * i + RX
+            self.pairs[i].tx = 2 * i + TX
         self.stream = device.backend.stream
         if self.stream:
             self.passt.ahead = <uint8_t *>table_alloc(AHEAD)
@@ -142,56 +156,63 @@ cdef class NetWorker(QueueWorker):
         self.pcap = device.pcap_fd
 
     def __dealloc__(self):
+        PyMem_Free(self.pairs)
         table_free(self.passt.ahead, AHEAD)
 
     @property
     def stats(self):
-        """Counters of this pair, by name."""
+        """Counters of these pairs together, by name."""
         cdef Counters now
         counters_read(&now, &self.counters, sizeof(Counters))
         return now
 
     def begin(self):
         """Prepare for a new driver."""
-        if self.pair > 0 and not self.features & F_MQ:
-            # Without MQ one of these numbers may be the control queue, which another thread serves.
-            self.rings[RX] = self.rings[TX] = &self.none
+        cdef Pair *pair
+        cdef uint32_t i
         self.mergeable = self.features & F_MRG_RXBUF != 0
-        self.n_held = self.n_iov = 0
-        self.held_bytes = self.received = 0
-        self.patient = True
-        self.resume[RX] = self.resume[TX] = self.resume[SERVICES] = 0
+        memset(self.resume, 0, sizeof(self.resume))
         self.frames_due = self.resolver is not None or self.mmds is not None
-        self.paid = False
         self.passt.dropping = self.passt.frame_got > 0
-        self._must_watch(self.fd, TOKEN_HOST, EPOLLIN | EPOLLOUT | EPOLLET)
+        for i in range(self.n_pairs):
+            pair = &self.pairs[i]
+            if self.numbers[pair.rx] > 0 and not self.features & F_MQ:
+                # Without MQ one of these numbers may be the control queue, which another thread serves.
+                self.rings[pair.rx] = self.rings[pair.tx] = &self.none
+            pair.n_held = pair.n_iov = 0
+            pair.held_bytes = pair.received = 0
+            pair.patient = True
+            pair.paid = False
+            self._must_watch(pair.fd, TOKEN_HOST + i, EPOLLIN | EPOLLOUT | EPOLLET)
 
     def forget(self):
         """Drop the frame that waits for buffers: its driver is gone."""
         self.answer_size = 0
 
     cdef int serve(self, uint32_t slot) noexcept nogil:
+        cdef Pair *pair = &self.pairs[slot // 2]
         cdef int status, answered
         self.resume[slot] = 0
-        status = self.receive() if slot == RX else self.transmit()
+        status = self.receive(pair) if slot == pair.rx else self.transmit(pair)
         self.publish(slot)
-        if slot == TX and status >= 0 and self.frames_due:
-            answered = self._kicked(RX)
+        if slot == pair.tx and status >= 0 and self.frames_due:
+            answered = self._kicked(pair.rx)
             if answered < 0:
                 return answered
         return status
 
     cdef int event(self, uint32_t token) noexcept nogil:
-        # An event of `fd` (input, or room for output) resumes the queues that wait for no time; TOKEN_TIMER resumes the
-        # others. set_rate_limit triggers the timer early; a queue that must still wait sets it again.
-        cdef uint32_t slot
+        # An event of a pair's `fd` (input, or room for output) resumes its queues that wait for no time; TOKEN_TIMER
+        # resumes all others. set_rate_limit triggers the timer early; a queue that must still wait sets it again.
+        cdef bint timer = token == TOKEN_TIMER
+        cdef uint32_t first = 0 if timer else 2 * (token - TOKEN_HOST), slot
         cdef int status
-        for slot in range(2):
-            if (self.resume[slot] != 0) == (token == TOKEN_TIMER):
+        for slot in range(first, self.n_queues if timer else first + 2):
+            if (self.resume[slot] != 0) == timer:
                 status = self._kicked(slot)
                 if status < 0:
                     return status
-        if token == TOKEN_TIMER and (self.resume[SERVICES] or self.resolver is not None):
+        if timer and (self.resume[SERVICES] or self.resolver is not None):
             self.resume[SERVICES] = 0
             self.frames_due = True
             return self._kicked(RX)
@@ -200,10 +221,14 @@ cdef class NetWorker(QueueWorker):
     cdef void finish(self) noexcept nogil:
         # Put the held chains back, because a later thread may serve this queue. If a bad chain was returned between
         # them, the driver gets that one back twice.
-        while self.n_held and self.rings[RX].size:
-            queue_unpop(self.rings[RX])
-            self.n_held -= 1
-        self.n_held = self.n_iov = 0
+        cdef Pair *pair
+        cdef uint32_t i
+        for i in range(self.n_pairs):
+            pair = &self.pairs[i]
+            while pair.n_held and self.rings[pair.rx].size:
+                queue_unpop(self.rings[pair.rx])
+                pair.n_held -= 1
+            pair.n_held = pair.n_iov = 0
 
     cdef void stall(self, uint32_t slot, uint64_t nanoseconds) noexcept nogil:
         # All slots share one timer: set it to the earliest time.
@@ -211,44 +236,44 @@ cdef class NetWorker(QueueWorker):
         cdef uint32_t other
         self.resume[slot] = now + nanoseconds
         first = self.resume[slot]
-        for other in range(3):
+        for other in range(MAX_QUEUES + 1):
             if self.resume[other]:
                 first = min(first, self.resume[other])
         self.wake_after(first - now if first > now else 1)
 
     # To the guest
 
-    cdef int receive(self) noexcept nogil:
+    cdef int receive(self, Pair *pair) noexcept nogil:
         cdef uint32_t budget = BUDGET
         cdef uint64_t wait
         cdef ssize_t size
         cdef int status
         while not self.stopping():
-            if self.received == 0:
+            if pair.received == 0:
                 if budget == 0:
                     return SERVE_MORE
                 # Not while the buffers hold a part of a frame.
                 if self.frames_due and (self.passt.frame_got == 0 or self.passt.dropping) \
                         and (self.answer_size or self.ask_services()):
-                    status = self.give_answer()
+                    status = self.give_answer(pair)
                     if status <= 0:
                         return status
                     budget -= 1
                     continue
-                status = self.gather()
+                status = self.gather(pair)
                 if status <= 0:
                     return status
                 budget -= 1
                 if self.stream:
-                    size = stream_read(&self.passt, self.fd, self.iov, self.n_iov, self.held_bytes)
+                    size = stream_read(&self.passt, pair.fd, pair.iov, pair.n_iov, pair.held_bytes)
                 else:
-                    size = self.read_tap()
+                    size = self.read_tap(pair)
                 if size < 0:
                     if errno == EINTR:
                         continue
                     if errno == EAGAIN:
                         if self.is_flood():
-                            self.publish(RX)
+                            self.publish(pair.rx)
                             nap_ns(NAP_NS)
                             return SERVE_MORE
                         return SERVE_STALLED
@@ -257,19 +282,19 @@ cdef class NetWorker(QueueWorker):
                         self.drop_link()
                         return SERVE_STALLED
                     continue            # an error of this frame only; there may be no further event
-                if <uint64_t>size > self.held_bytes:
+                if <uint64_t>size > pair.held_bytes:
                     counter_add(&self.counters.rx_too_long, 1)
                     continue
                 if size < VNET_HEADER + ETH_HEADER:
                     counter_add(&self.counters.rx_errors, 1)
                     continue
-                self.received = size
-            wait = self.rx_limiter.take(self.received - VNET_HEADER, 1)
+                pair.received = size
+            wait = self.rx_limiter.take(pair.received - VNET_HEADER, 1)
             if wait:
-                self.stall(RX, wait)
+                self.stall(pair.rx, wait)
                 return SERVE_STALLED
-            self.deliver(self.received)
-            self.received = 0
+            self.deliver(pair, pair.received)
+            pair.received = 0
         return SERVE_STALLED
 
     cdef bint is_flood(self) noexcept nogil:
@@ -289,25 +314,25 @@ cdef class NetWorker(QueueWorker):
         self.flood = min(self.flood + 1, <uint32_t>FLOOD_MOST)
         return self.flood >= FLOOD
 
-    cdef int gather(self) noexcept nogil:
+    cdef int gather(self, Pair *pair) noexcept nogil:
         # Take chains until they hold the largest possible frame. Returns 1, or SERVE_EMPTY if the driver must add more,
         # or a QUEUE_* rule.
-        cdef Ring *ring = self.rings[RX]
-        cdef DescChain *chain = self.chains[RX]
+        cdef Ring *ring = self.rings[pair.rx]
+        cdef DescChain *chain = self.chains[pair.rx]
         cdef uint32_t n
         cdef int status
-        while self.n_held == 0 or (self.mergeable and self.held_bytes < VNET_HEADER + FRAME_MAX):
-            if self.n_held == HELD:
+        while pair.n_held == 0 or (self.mergeable and pair.held_bytes < VNET_HEADER + FRAME_MAX):
+            if pair.n_held == HELD:
                 return 1
             status = queue_pop(ring, self.ram, chain)
             if status < 0:
                 return status
             if status != QUEUE_CHAIN:
-                if self.n_held == 0:
+                if pair.n_held == 0:
                     return SERVE_EMPTY
-                if self.patient:        # wait once: a driver with few buffers may never offer enough
-                    self.patient = False
-                    self.stall(RX, LEAST_NS)
+                if pair.patient:        # wait once: a driver with few buffers may never offer enough
+                    pair.patient = False
+                    self.stall(pair.rx, LEAST_NS)
                     return SERVE_EMPTY
                 return 1
             n = chain.n_writable
@@ -315,59 +340,59 @@ cdef class NetWorker(QueueWorker):
                 counter_add(&self.counters.rx_bad_buffers, 1)
                 queue_add_used(ring, chain.head, 0)
                 continue
-            if self.n_iov + n > RX_IOV:
+            if pair.n_iov + n > RX_IOV:
                 queue_unpop(ring)
                 return 1
-            memcpy(&self.iov[self.n_iov], chain.iov, n * sizeof(iovec))
-            self.held[self.n_held] = Held(chain.head, n, chain.writable_bytes)
-            self.n_iov += n
-            self.n_held += 1
-            self.held_bytes += chain.writable_bytes
-        self.patient = True
+            memcpy(&pair.iov[pair.n_iov], chain.iov, n * sizeof(iovec))
+            pair.held[pair.n_held] = Held(chain.head, n, chain.writable_bytes)
+            pair.n_iov += n
+            pair.n_held += 1
+            pair.held_bytes += chain.writable_bytes
+        pair.patient = True
         return 1
 
-    cdef void deliver(self, uint64_t size) noexcept nogil:
+    cdef void deliver(self, Pair *pair, uint64_t size) noexcept nogil:
         # Return to the driver the held chains that hold the first `size` bytes: a header and a frame.
-        cdef Ring *ring = self.rings[RX]
+        cdef Ring *ring = self.rings[pair.rx]
         cdef uint64_t left = size, part
         cdef uint32_t used = 0, iovs = 0
         cdef uint8_t[2] count
         if self.pcap >= 0:
-            self.capture(self.iov, self.n_iov, size)
+            self.capture(pair.iov, pair.n_iov, size)
         while left:
-            part = min(left, self.held[used].size)
+            part = min(left, pair.held[used].size)
             left -= part
             used += 1
         count[0] = <uint8_t>used
         count[1] = <uint8_t>(used >> 8)
-        iov_scatter(self.iov, self.n_iov, NUM_BUFFERS, count, 2)
+        iov_scatter(pair.iov, pair.n_iov, NUM_BUFFERS, count, 2)
         left = size
         for i in range(used):
-            part = min(left, self.held[i].size)
+            part = min(left, pair.held[i].size)
             left -= part
-            queue_add_used(ring, self.held[i].head, <uint32_t>part)
-            iovs += self.held[i].n_iov
-            self.held_bytes -= self.held[i].size
-        self.n_held -= used
-        self.n_iov -= iovs
-        memmove(self.held, &self.held[used], self.n_held * sizeof(Held))
-        memmove(self.iov, &self.iov[iovs], self.n_iov * sizeof(iovec))
+            queue_add_used(ring, pair.held[i].head, <uint32_t>part)
+            iovs += pair.held[i].n_iov
+            pair.held_bytes -= pair.held[i].size
+        pair.n_held -= used
+        pair.n_iov -= iovs
+        memmove(pair.held, &pair.held[used], pair.n_held * sizeof(Held))
+        memmove(pair.iov, &pair.iov[iovs], pair.n_iov * sizeof(iovec))
         counter_add(&self.counters.rx_packets, 1)
         counter_add(&self.counters.rx_bytes, size - VNET_HEADER)
 
-    cdef ssize_t read_tap(self) noexcept nogil:
+    cdef ssize_t read_tap(self, Pair *pair) noexcept nogil:
         # Read a header and a frame into the held chains. Returns the size, which exceeds theirs if the frame did not
         # fit; or -1 and errno.
         cdef uint8_t scrap
         # A tap truncates silently: one extra byte shows that a frame was too long.
-        self.iov[self.n_iov] = iovec(<void *>&scrap, 1)
-        return readv(self.fd, self.iov, <int>self.n_iov + 1)
+        pair.iov[pair.n_iov] = iovec(<void *>&scrap, 1)
+        return readv(pair.fd, pair.iov, <int>pair.n_iov + 1)
 
     # From the guest
 
-    cdef int transmit(self) noexcept nogil:
-        cdef Ring *ring = self.rings[TX]
-        cdef DescChain *chain = self.chains[TX]
+    cdef int transmit(self, Pair *pair) noexcept nogil:
+        cdef Ring *ring = self.rings[pair.tx]
+        cdef DescChain *chain = self.chains[pair.tx]
         cdef uint32_t budget = BUDGET
         cdef uint64_t wait
         cdef ssize_t sent
@@ -397,23 +422,23 @@ cdef class NetWorker(QueueWorker):
                     self.report_dropped(verdict)
                 if self.pcap >= 0:
                     self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
-                self.paid = False
+                pair.paid = False
                 queue_add_used(ring, chain.head, 0)
                 continue
-            if not self.paid:
+            if not pair.paid:
                 wait = self.tx_limiter.take(chain.readable_bytes - VNET_HEADER, 1)
                 if wait:
                     queue_unpop(ring)
-                    self.stall(TX, wait)
+                    self.stall(pair.tx, wait)
                     return SERVE_STALLED
-                self.paid = True
+                pair.paid = True
             if self.stream:
-                sent = stream_write(&self.passt, self.fd, chain, &self.head[VNET_HEADER], self.tx_head)
+                sent = stream_write(&self.passt, pair.fd, chain, &self.head[VNET_HEADER], self.tx_head)
             elif self.rules != NULL:
-                sent = self.write_checked(chain)
+                sent = self.write_checked(pair, chain)
             else:
                 # The kernel validates the header: the tap copies it once and refuses an invalid one.
-                sent = writev(self.fd, chain.iov, chain.n_readable)
+                sent = writev(pair.fd, chain.iov, chain.n_readable)
             if sent < 0:
                 if errno == EINTR:
                     queue_unpop(ring)
@@ -431,7 +456,7 @@ cdef class NetWorker(QueueWorker):
                     self.rules.count(self.rules.policy, ALLOWED, chain.readable_bytes - VNET_HEADER)
                 if self.pcap >= 0:
                     self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
-            self.paid = False
+            pair.paid = False
             queue_add_used(ring, chain.head, 0)
         return SERVE_STALLED
 
@@ -442,7 +467,7 @@ cdef class NetWorker(QueueWorker):
             with gil:
                 self.device.drop_link()
 
-    cdef ssize_t write_checked(self, DescChain *chain) noexcept nogil:
+    cdef ssize_t write_checked(self, Pair *pair, DescChain *chain) noexcept nogil:
         # Send a checked frame to the tap, with an empty header: with the guest's header the kernel would write a
         # checksum at an offset of the guest's choice, after the frame was checked.
         cdef iovec[UIO_MAXIOV + 1] whole
@@ -452,7 +477,7 @@ cdef class NetWorker(QueueWorker):
         whole[0] = iovec(<void *>self.head, done)
         if done < chain.readable_bytes:
             n += iov_part(chain.iov, chain.n_readable, done, chain.readable_bytes - done, &whole[1], PARTS)
-        return writev(self.fd, whole, n)
+        return writev(pair.fd, whole, n)
 
     cdef int check(self, DescChain *chain) noexcept nogil:
         # Check a copy of the frame's start; that copy is sent later.
@@ -527,16 +552,16 @@ cdef class NetWorker(QueueWorker):
             self.count_failure(service, error)
         return False
 
-    cdef int give_answer(self) noexcept nogil:
+    cdef int give_answer(self, Pair *pair) noexcept nogil:
         # Deliver self.answer to the guest. Returns 1, or gather()'s result if there are no buffers.
-        cdef int status = self.gather()
+        cdef int status = self.gather(pair)
         if status <= 0:
             return status
-        if self.answer_size > self.held_bytes:
+        if self.answer_size > pair.held_bytes:
             counter_add(&self.counters.rx_too_long, 1)
         else:
-            iov_scatter(self.iov, self.n_iov, 0, self.answer, self.answer_size)
-            self.deliver(self.answer_size)
+            iov_scatter(pair.iov, pair.n_iov, 0, self.answer, self.answer_size)
+            self.deliver(pair, self.answer_size)
         self.answer_size = 0
         return 1
 

@@ -10,7 +10,7 @@ import struct
 from virtio import spec
 from virtio._limiter import RateLimiter
 from virtio._worker import Worker
-from virtio.device import VirtioDevice
+from virtio.device import VirtioDevice, threads_for
 from virtio.net._worker import NetWorker
 from vmm.errors import ConfigError
 
@@ -91,6 +91,7 @@ class Net(VirtioDevice):
     :param policy: which frames of the guest's reach `backend`, which has one pair then; None: all
     :param resolver: the policy's; owned. None: nobody answers names
     :param name: name of the threads
+    :param threads: number of worker threads; 0: one for each pair, but no more than half of this process's CPUs
     :raises ConfigError: the pcap file cannot be made
     """
 
@@ -110,6 +111,7 @@ class Net(VirtioDevice):
         policy: Policy | None = None,
         resolver: Resolver | None = None,
         name: str = "virtio-net",
+        threads: int = 0,
     ) -> None:
         if policy is not None and len(backend.fds) > 1:
             raise ValueError("one thread checks frames by a policy: the backend must have one pair of queues")
@@ -125,6 +127,7 @@ class Net(VirtioDevice):
         self.resolver = resolver
         self.link_up = True
         self.pairs = len(backend.fds)
+        self._threads = threads_for(self.pairs, threads)
         self.queue_sizes = (QUEUE_SIZE,) * (2 * self.pairs) + (CTRL_QUEUE_SIZE,)
         self.features = spec.NET_F_MAC | spec.NET_F_STATUS | spec.NET_F_MRG_RXBUF | _CTRL_FEATURES
         if not backend.stream:
@@ -155,14 +158,13 @@ class Net(VirtioDevice):
         return total
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
-        """A thread a pair, and one for the control queue."""
-        self._workers = [
-            NetWorker(
-                self, (2 * pair, 2 * pair + 1), notify_fds[2 * pair : 2 * pair + 2], on_failure,
-                f"{self.name}.{pair}" if pair else self.name,
-            )
-            for pair in range(self.pairs)
-        ]  # fmt: skip
+        """The pairs are dealt out to the threads in turn; the control queue has one of its own."""
+        self._workers = []
+        for thread in range(self._threads):
+            indices = [2 * pair + way for pair in range(self.pairs)[thread :: self._threads] for way in (0, 1)]
+            fds = [notify_fds[index] for index in indices]
+            name = f"{self.name}.{thread}" if thread else self.name
+            self._workers.append(NetWorker(self, indices, fds, on_failure, name))
         if self.resolver is not None:
             self.resolver.on_frame = self._workers[0].wake
         control = sorted({2, 2 * self.pairs})

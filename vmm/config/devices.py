@@ -195,7 +195,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         default=None, word="mac=", api="guest_mac", api_default=None,
     )  # fmt: skip
     queues: int = option(
-        help="pairs of virtqueues, each with a thread, 1 to 8 (default: 1)",
+        help="pairs of virtqueues, 1 to 8, with at most as many threads as half of the CPUs (default: 1)",
         default=1, least=1, most=MAX_QUEUES, word="queues=", api="num_queues", extension=True,
     )  # fmt: skip
     mtu: int | None = option(
