@@ -28,6 +28,9 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
     int pthread_cond_broadcast(pthread_cond_t *c)
 
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int fd, const void *buf, size_t count)
+
 cdef extern from "<linux/serial_reg.h>" nogil:
     # Registers, by offset.
     enum: UART_RX, UART_TX, UART_IER, UART_IIR, UART_FCR, UART_LCR, UART_MCR, UART_LSR, UART_MSR, UART_SCR
@@ -399,8 +402,17 @@ cdef class Serial(NativeDevice):
 
         :returns: at most 64 KiB; ``b""`` once the port is closed and all output was taken
         """
+        return self.write_output(-1)[0]
+
+    def write_output(self, int fd):
+        """As ``wait_output``, and write it, before this waits for the GIL, which may take longer than the guest took.
+
+        :param fd: borrowed
+        :returns: the output, and how many of its bytes were written: all, some, or none where writing failed
+        """
         cdef State *s = &self.state
         cdef uint32_t count, first
+        cdef ssize_t written = 0
         cdef uint64_t since
         cdef bytes taken
         cdef char *room
@@ -416,12 +428,14 @@ cdef class Serial(NativeDevice):
             s.taken_ns = clock_ns(CLOCK_MONOTONIC)
             count = s.ring_count
             pthread_mutex_unlock(&s.lock)
+            # Only this thread removes bytes from the ring, so `count` bytes are still there.
+            first = min(count, RING_SIZE - s.ring_head)
+            if fd >= 0 and count:
+                written = max(0, write(fd, &s.ring[s.ring_head], first))
         taken = PyBytes_FromStringAndSize(NULL, count)
         room = PyBytes_AS_STRING(taken)
         with nogil:
-            # Only this thread removes bytes from the ring, so `count` bytes are still there.
             pthread_mutex_lock(&s.lock)
-            first = min(count, RING_SIZE - s.ring_head)
             memcpy(room, &s.ring[s.ring_head], first)
             memcpy(room + first, &s.ring[0], count - first)
             if count and s.ring_count == RING_SIZE:
@@ -431,7 +445,7 @@ cdef class Serial(NativeDevice):
             if not s.closed:            # its owner closes the line after the port
                 update(s)
             pthread_mutex_unlock(&s.lock)
-        return taken
+        return taken, written
 
     def drop_output(self, bytes words=b""):
         """Discard the guest's output from now on, and the output that no thread has taken yet.

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import random
 import select
+import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -94,6 +98,53 @@ def test_output_in_order(port: Port) -> None:
     assert port.serial.wait_output() == b"hello"
     port.serial.close()
     assert port.serial.wait_output() == b""
+
+
+def test_output_is_written_while_another_thread_holds_the_gil(port: Port) -> None:
+    reader, writer = os.pipe()
+    taken: list[tuple[bytes, int]] = []
+    thread = threading.Thread(target=lambda: taken.append(port.serial.write_output(writer)))
+    thread.start()
+    waits = struct.pack("ihh", reader, select.POLLIN, 0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)
+    try:
+        time.sleep(0.05)  # without the GIL: the thread waits in the port
+        port[THR] = ord("x")
+        came = ctypes.PyDLL(None).poll(waits, 1, 10_000)  # with it
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+    assert (came, taken) == (1, [(b"x", 1)])
+    os.close(reader)
+    os.close(writer)
+
+
+def test_output_that_cannot_be_written_is_returned_all_the_same(port: Port) -> None:
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    room = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    sent = random.Random(1).randbytes(room + 100)
+    for byte in sent:
+        port[THR] = byte
+    assert port.serial.write_output(writer) == (sent, room)
+    assert os.read(reader, 2 * room) == sent[:room]
+    os.close(reader)
+    port[THR] = 1
+    assert port.serial.write_output(writer) == (b"\1", 0), "nobody reads"
+    os.close(writer)
+
+
+def test_output_around_the_end_of_the_ring_is_written_in_order(port: Port) -> None:
+    for _ in range(40_000):
+        port[THR] = 0
+    assert len(port.serial.wait_output()) == 40_000
+    sent = random.Random(2).randbytes(40_000)
+    for byte in sent:
+        port[THR] = byte
+    file = os.memfd_create("output")
+    assert port.serial.write_output(file) == (sent, 25_536), "up to the ring's end; the rest is the caller's to write"
+    assert os.pread(file, 65_536, 0) == sent[:25_536]
+    os.close(file)
 
 
 def test_linux_detects_a_16550a(port: Port) -> None:

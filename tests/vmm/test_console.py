@@ -557,7 +557,7 @@ def test_panic_is_seen_across_pieces(pieces: list[bytes], seen: bool) -> None:
 def test_output_that_nobody_hears_takes_no_thread_and_holds_nobody_up(guest: Guest, said: bytes, seen: bool) -> None:
     before = threading.active_count()
     console = Console(guest.serial, mode="none")
-    console.start(quiet=guest.serial)
+    console.start(native=guest.serial)
     assert threading.active_count() == before
     guest.write(said)
     assert console.panic_seen is seen
@@ -567,7 +567,7 @@ def test_output_that_nobody_hears_takes_no_thread_and_holds_nobody_up(guest: Gue
 def test_who_listens_later_hears_what_comes_then(guest: Guest) -> None:
     heard: list[bytes] = []
     console = Console(guest.serial, mode="none")
-    console.start(quiet=guest.serial)
+    console.start(native=guest.serial)
     guest.write(b"before\n")
     console.listen(lambda data: None)
     console.listen(heard.append)
@@ -580,7 +580,7 @@ def test_who_listens_before_the_start_hears_all(guest: Guest, tmp_path: Path) ->
     heard: list[bytes] = []
     console = Console(guest.serial, mode="none")
     console.listen(heard.append)
-    console.start(quiet=guest.serial)
+    console.start(native=guest.serial)
     guest.write(b"all\n")
     console.close()
     assert b"".join(heard) == b"all\n"

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
         def wait_output(self) -> bytes: ...
         def close(self) -> None: ...
 
-    class QuietPort(Port, Protocol):
-        """A port that does without a thread that takes its output."""
+    class NativePort(Port, Protocol):
+        """A port in C: it writes its output itself, and needs no thread where that goes nowhere."""
 
+        def write_output(self, fd: int) -> tuple[bytes, int]: ...
         def drop_output(self, words: bytes) -> None: ...
         def keep_output(self) -> None: ...
         @property
@@ -105,7 +106,8 @@ class Console:
         self._pressed_at = 0.0
         self._output_lock = threading.Lock()  # around the three that follow
         self._listeners: list[Callable[[bytes], object]] = []
-        self._quiet: QuietPort | None = None
+        self._quiet: NativePort | None = None
+        self._native: NativePort | None = None
         self._kind: str | None = None
         self._panic_seen = False
         self.lost = 0
@@ -129,11 +131,11 @@ class Console:
 
             self._socket = ConsoleSocket(mode.removeprefix("unix:"), serial.feed)
 
-    def start(self, kind: str | None = "console", *, quiet: QuietPort | None = None) -> None:
+    def start(self, kind: str | None = "console", *, native: NativePort | None = None) -> None:
         """Empty the file, make the terminal raw if stdin is one, and let the bytes flow.
 
         :param kind: kind of its threads; see ``vmm.threads.spawn``
-        :param quiet: the port, if output that goes nowhere may be lost there until ``listen`` is called
+        :param native: the port, if it is one in C. Output that goes nowhere is lost there until ``listen`` is called
         """
         if self._owned is not None:
             try:
@@ -151,10 +153,12 @@ class Console:
         with self._output_lock:
             self._kind = kind
             unheard = not self._listeners and self._out is None and self._socket is None and self._limit is None
-            if quiet is not None and unheard:
-                quiet.drop_output(PANIC)
-                self._quiet = quiet
+            if native is not None and unheard:
+                native.drop_output(PANIC)
+                self._quiet = native
             else:
+                if not self._lossy and self._limit is None and self._socket is None:
+                    self._native = native
                 self._writer = spawn(kind, "console out", self._pump_output)
         if self._in is not None:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -181,11 +185,12 @@ class Console:
                 self._writer = spawn(self._kind, "console out", self._pump_output)
 
     def _pump_output(self) -> None:
-        while data := self._serial.wait_output():
+        while taken := self._take_output():
+            data, written = taken
             window = self._tail + data
             self._panic_seen = self._panic_seen or PANIC in window
             self._tail = window[-len(PANIC) :]
-            self._write(data if self._limit is None else self._limited(data))
+            self._write(data[written:] if self._limit is None else self._limited(data))
             for callback in tuple(self._listeners):
                 try:
                     callback(data)
@@ -193,6 +198,14 @@ class Console:
                     # The guest would stop at a full ring if this thread ended.
                     self._listeners.remove(callback)
                     sys.excepthook(*sys.exc_info())
+
+    def _take_output(self) -> tuple[bytes, int] | None:
+        # With how many bytes are written already; None: the end.
+        if self._native is not None and self._out is not None:
+            data, written = self._native.write_output(self._out)
+        else:
+            data, written = self._serial.wait_output(), 0
+        return (data, written) if data else None
 
     def _limited(self, data: bytes) -> bytes:
         assert self._limit is not None

@@ -315,7 +315,7 @@ class Machine(Closing):
         self._run.started = True
         with host_errors("start the machine's threads"):
             vcpu_kind, console_kind = self._confine()
-            self.console.start(console_kind, quiet=self.serial if self._hvc is None else None)
+            self.console.start(console_kind, native=self.serial if self._hvc is None else None)
             for transport in self.virtio:
                 transport.go_on()
             if self._maps_late:
