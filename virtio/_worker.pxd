@@ -15,7 +15,7 @@ cdef enum:
     SERVE_STALLED = 1           # it must wait (for tokens, space or input); an event() will serve it again
     SERVE_MORE = 2              # its turn is over but there is more work: serve the others, then this one again
     WORKER_HOST = -100          # the host failed permanently; the error is self.host_errno
-    WORKER_RAISED = -101        # the device raised an exception, which a Worker has
+    WORKER_RAISED = -101        # the device raised an exception, which the worker keeps
 
 # Tokens of event(). A device's own tokens are below TOKEN_OWN_END.
 cdef enum:
@@ -55,6 +55,7 @@ cdef class QueueWorker:
     cdef void unwatch(self, int fd) noexcept nogil
     cdef void wake_after(self, uint64_t nanoseconds) noexcept nogil     # one TOKEN_TIMER; 0: cancel it
     cdef bint stopping(self) noexcept nogil     # every long loop must return when this is true
+    cdef int process(self, uint32_t slot) noexcept nogil       # device.process() in Python, which handles notifications
     cdef bint leaving(self) noexcept nogil      # for finish(): the driver is gone for good and is not served again
 
     cdef readonly object device
@@ -62,6 +63,7 @@ cdef class QueueWorker:
     cdef readonly tuple indices                 # its queues' numbers in the device
     cdef object _on_failure
     cdef object _context
+    cdef object _raised
     cdef object _thread
     cdef gate_t _gate                           # where the thread waits between `stop` and `start`
     cdef int _epoll
@@ -81,3 +83,4 @@ cdef class QueueWorker:
     cdef int _loop(self) noexcept nogil
     cdef int _kicked(self, uint32_t slot) noexcept nogil
     cdef bint _look(self, Polling *how) noexcept nogil
+    cdef int _process(self, uint32_t index) noexcept with gil

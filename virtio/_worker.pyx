@@ -140,6 +140,7 @@ cdef class QueueWorker:
         self._polling[0] = self._polling[1] = Polling(self.poll_ns, 0, 0)
         self._again = 0
         self.in_flight = False
+        context.stopping = False
         flag_set(&self._stop, 0)
         flag_set(&self._gone, 0)
         self.begin()
@@ -164,6 +165,7 @@ cdef class QueueWorker:
         cdef bint there = False
         if self._thread is None:
             return
+        self._context.stopping = True
         gate_set(&self._gate, not leaving, leaving)
         flag_set(&self._stop, 1 + leaving)
         eventfd_write(self._stop_fd, 1)
@@ -242,6 +244,9 @@ cdef class QueueWorker:
 
     def _failure(self, int status):
         cdef VirtQueue queue
+        if status == WORKER_RAISED:
+            raised, self._raised = self._raised, None
+            return raised
         if status == WORKER_HOST:
             return HostError(self.host_errno, self.name)
         queue = self._context.queues[self.indices[self.broken]]
@@ -373,6 +378,18 @@ cdef class QueueWorker:
     cdef bint leaving(self) noexcept nogil:
         return flag_read(&self._stop) > 1
 
+    cdef int process(self, uint32_t slot) noexcept nogil:
+        # KVM's ioeventfd also fires for queues that are not ready.
+        return self._process(self.numbers[slot]) if self.rings[slot].size else 0
+
+    cdef int _process(self, uint32_t index) noexcept with gil:
+        try:
+            self.device.process(index)
+        except BaseException as failure:    # the thread's boundary: this device stops, the VM lives
+            self._raised = failure
+            return WORKER_RAISED
+        return 0
+
     # Overridden by devices
 
     cdef int serve(self, uint32_t slot) noexcept nogil:
@@ -390,44 +407,10 @@ cdef class Worker(QueueWorker):
 
     What ``process`` raises is for ``on_failure``, and ends the thread.
     """
-    cdef Ring _none                 # a ring that is never ready, for queues that others serve
-    cdef object _raised
 
     def begin(self):
         """Prepare for a new driver."""
         self.poll_ns = 0            # for loops without the GIL
-        self._context.stopping = False
-
-    def serve_only(self, uint32_t index):
-        """Leave all queues but `index` to others while this driver is there; for ``begin`` of a subclass."""
-        cdef uint32_t slot
-        cdef int fd
-        for slot in range(self.n_queues):
-            fd = self.device.notify_fds[self.numbers[slot]]
-            if self.numbers[slot] == index:
-                self._must_watch(fd, TOKEN_QUEUE + slot, EPOLLIN | EPOLLET)
-            else:
-                self.unwatch(fd)
-                self.rings[slot] = &self._none
-
-    def stop(self, bint leaving=False):
-        """Likewise; the device's loop sees ``context.stopping``."""
-        if self._thread is not None:
-            self._context.stopping = True
-        QueueWorker.stop(self, leaving)
 
     cdef int _kicked(self, uint32_t slot) noexcept nogil:
-        # KVM's ioeventfd also fires for queues that are not ready. Notifications are the device's to turn off and on.
-        return self._process(self.numbers[slot]) if self.rings[slot].size else 0
-
-    cdef int _process(self, uint32_t index) noexcept with gil:
-        try:
-            self.device.process(index)
-        except BaseException as failure:    # the thread's boundary: this device stops, the VM lives
-            self._raised = failure
-            return WORKER_RAISED
-        return 0
-
-    def _failure(self, int status):
-        raised, self._raised = self._raised, None
-        return QueueWorker._failure(self, status) if raised is None else raised
+        return self.process(slot)

@@ -260,7 +260,7 @@ def send(vm: Vm, index: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_both_pairs_carry_traffic_both_ways(namespace: None, stack: Any, threads: int) -> None:
     vm = Vm(stack, queues=2, threads=threads)
-    assert [worker.indices for worker in vm.device._workers] == [[(0, 1, 2, 3)], [(0, 1), (2, 3)]][threads - 1]
+    assert [worker.indices for worker in vm.device._workers] == [[(0, 1, 2, 3, 4)], [(0, 1, 4), (2, 3)]][threads - 1]
     assert command(vm, spec.NET_CTRL_MQ, 0, b"\2\0") == spec.NET_OK
     done: dict[int, list[tuple[int, int]]] = {index: [] for index in range(4)}
     offer(vm, 0, 128)

@@ -96,7 +96,8 @@ cdef struct Counters:
 
 
 cdef class NetWorker(QueueWorker):
-    """A thread for one or more pairs of queues of a :class:`virtio.net.device.Net`, each with the receive queue first.
+    """A thread for one or more pairs of queues of a :class:`virtio.net.device.Net`, each with the receive queue first,
+    and after them perhaps for the control queue, which the device serves in Python.
 
     All that it uses of the host's is the device's.
     """
@@ -106,7 +107,8 @@ cdef class NetWorker(QueueWorker):
     cdef int pcap                           # a file for copies of all frames; -1: none, or it could not be written
     cdef bint lost                          # the stream has ended, or the tap was deleted
     cdef bint mergeable
-    cdef Ring none                          # a ring that is never ready, for further pairs if the driver has no MQ
+    cdef Ring none                          # a ring that is never ready, for what a driver without MQ does not have
+    cdef uint32_t control                   # number of the control queue
     cdef RateLimiter rx_limiter
     cdef RateLimiter tx_limiter
     cdef uint64_t[MAX_QUEUES + 1] resume    # when a stalled queue may continue, CLOCK_MONOTONIC; 0: no time is set
@@ -170,15 +172,18 @@ cdef class NetWorker(QueueWorker):
         """Prepare for a new driver."""
         cdef Pair *pair
         cdef uint32_t i
+        # Without MQ the third queue is the control queue, whatever we have (§5.1.2), and the last one.
+        self.control = 2 * self.device.pairs if self.features & F_MQ else 2
+        if not self.features & F_MQ:
+            for i in range(self.n_queues):
+                if self.numbers[i] > 2:
+                    self.rings[i] = &self.none
         self.mergeable = self.features & F_MRG_RXBUF != 0
         memset(self.resume, 0, sizeof(self.resume))
         self.frames_due = self.resolver is not None or self.mmds is not None
         self.passt.dropping = self.passt.frame_got > 0
         for i in range(self.n_pairs):
             pair = &self.pairs[i]
-            if self.numbers[pair.rx] > 0 and not self.features & F_MQ:
-                # Without MQ one of these numbers may be the control queue, which another thread serves.
-                self.rings[pair.rx] = self.rings[pair.tx] = &self.none
             pair.n_held = pair.n_iov = 0
             pair.held_bytes = pair.received = 0
             pair.patient = True
@@ -188,6 +193,11 @@ cdef class NetWorker(QueueWorker):
     def forget(self):
         """Drop the frame that waits for buffers: its driver is gone."""
         self.answer_size = 0
+
+    cdef int _kicked(self, uint32_t slot) noexcept nogil:
+        if self.numbers[slot] == self.control:
+            return self.process(slot)
+        return QueueWorker._kicked(self, slot)
 
     cdef int serve(self, uint32_t slot) noexcept nogil:
         cdef Pair *pair = &self.pairs[slot // 2]

@@ -9,7 +9,6 @@ import struct
 
 from virtio import spec
 from virtio._limiter import RateLimiter
-from virtio._worker import Worker
 from virtio.device import VirtioDevice, threads_for
 from virtio.net._worker import NetWorker
 from vmm.errors import ConfigError
@@ -158,17 +157,18 @@ class Net(VirtioDevice):
         return total
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
-        """The pairs are dealt out to the threads in turn; the control queue has one of its own."""
+        """The pairs are dealt out to the threads in turn; the first one has the control queue, too."""
         self._workers = []
         for thread in range(self._threads):
             indices = [2 * pair + way for pair in range(self.pairs)[thread :: self._threads] for way in (0, 1)]
+            if thread == 0:
+                indices.append(2 * self.pairs)
             fds = [notify_fds[index] for index in indices]
             name = f"{self.name}.{thread}" if thread else self.name
             self._workers.append(NetWorker(self, indices, fds, on_failure, name))
         if self.resolver is not None:
             self.resolver.on_frame = self._workers[0].wake
-        control = sorted({2, 2 * self.pairs})
-        return [*self._workers, _ControlWorker(self, control, [notify_fds[index] for index in control], on_failure)]
+        return self._workers
 
     def activate(self, context: ActivateContext) -> None:
         """Let the tap do what the driver negotiated."""
@@ -266,15 +266,6 @@ class Net(VirtioDevice):
         if self.pcap_fd >= 0:
             os.close(self.pcap_fd)
             self.pcap_fd = -1
-
-
-class _ControlWorker(Worker):
-    device: Net
-
-    def begin(self) -> None:
-        # Without MQ its queue is the third, whatever we have (§5.1.2); the other, if there is one, is a pair's.
-        super().begin()
-        self.serve_only(2 * self.device.pairs if self.device.context.features & spec.NET_F_MQ else 2)
 
 
 def _is_two_tables(data: bytes) -> bool:
