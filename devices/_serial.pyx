@@ -28,6 +28,19 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
     int pthread_cond_broadcast(pthread_cond_t *c)
 
+cdef extern from *:
+    """
+    #include <limits.h>
+    #include <poll.h>
+    /* Whether a write of PIPE_BUF bytes would not wait. */
+    static inline int serial_room(int fd) {
+        struct pollfd p = { .fd = fd, .events = POLLOUT };
+        return poll(&p, 1, 0) == 1 && p.revents == POLLOUT;
+    }
+    """
+    bint serial_room(int fd) noexcept nogil
+    enum: PIPE_BUF
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *buf, size_t count)
 
@@ -404,10 +417,11 @@ cdef class Serial(NativeDevice):
         """
         return self.write_output(-1)[0]
 
-    def write_output(self, int fd):
+    def write_output(self, int fd, bint wait=True):
         """As ``wait_output``, and write it, before this waits for the GIL, which may take longer than the guest took.
 
         :param fd: borrowed
+        :param wait: False: write only as much as a pipe takes at once
         :returns: the output, and how many of its bytes were written: all, some, or none where writing failed
         """
         cdef State *s = &self.state
@@ -430,8 +444,8 @@ cdef class Serial(NativeDevice):
             pthread_mutex_unlock(&s.lock)
             # Only this thread removes bytes from the ring, so `count` bytes are still there.
             first = min(count, RING_SIZE - s.ring_head)
-            if fd >= 0 and count:
-                written = max(0, write(fd, &s.ring[s.ring_head], first))
+            if fd >= 0 and count and (wait or serial_room(fd)):
+                written = max(0, write(fd, &s.ring[s.ring_head], first if wait else min(first, <uint32_t>PIPE_BUF)))
         taken = PyBytes_FromStringAndSize(NULL, count)
         room = PyBytes_AS_STRING(taken)
         with nogil:

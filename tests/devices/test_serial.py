@@ -134,6 +134,20 @@ def test_output_that_cannot_be_written_is_returned_all_the_same(port: Port) -> N
     os.close(writer)
 
 
+def test_output_for_which_there_is_no_room_is_returned_at_once(port: Port) -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    sent = random.Random(3).randbytes(5000)
+    for byte in sent:
+        port[THR] = byte
+    assert port.serial.write_output(writer, False) == (sent, select.PIPE_BUF)
+    port[THR] = 1
+    assert port.serial.write_output(writer, False) == (b"\1", 0)
+    assert os.read(reader, 8192) == sent[: select.PIPE_BUF]
+    os.close(reader)
+    os.close(writer)
+
+
 def test_output_around_the_end_of_the_ring_is_written_in_order(port: Port) -> None:
     for _ in range(40_000):
         port[THR] = 0

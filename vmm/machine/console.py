@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     class NativePort(Port, Protocol):
         """A port in C: it writes its output itself, and needs no thread where that goes nowhere."""
 
-        def write_output(self, fd: int) -> tuple[bytes, int]: ...
+        def write_output(self, fd: int, wait: bool = True) -> tuple[bytes, int]: ...
         def drop_output(self, words: bytes) -> None: ...
         def keep_output(self) -> None: ...
         @property
@@ -157,7 +157,7 @@ class Console:
                 native.drop_output(PANIC)
                 self._quiet = native
             else:
-                if not self._lossy and self._limit is None and self._socket is None:
+                if self._limit is None and self._socket is None:
                     self._native = native
                 self._writer = spawn(kind, "console out", self._pump_output)
         if self._in is not None:
@@ -202,7 +202,9 @@ class Console:
     def _take_output(self) -> tuple[bytes, int] | None:
         # With how many bytes are written already; None: the end.
         if self._native is not None and self._out is not None:
-            data, written = self._native.write_output(self._out)
+            data, written = self._native.write_output(self._out, not self._lossy)
+            if written:
+                self._patience_ms = PATIENCE_MS
         else:
             data, written = self._serial.wait_output(), 0
         return (data, written) if data else None
