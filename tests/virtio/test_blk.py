@@ -615,7 +615,7 @@ def test_a_change_between_many_requests_loses_no_place_for_one(vm: Vm, image: Pa
 
     def change() -> None:
         while not end.is_set():
-            vm.device._backend.change(vm.device._workers, SECTORS * 512)
+            vm.device.backend.change(vm.device._workers, SECTORS * 512)
 
     thread = threading.Thread(target=change)
     thread.start()

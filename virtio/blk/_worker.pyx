@@ -67,14 +67,9 @@ cdef struct Counters:
 cdef class Backend:
     """The state that the workers of one disk share: the file, its size and its options.
 
-    :param fd: descriptor of the disk's file; borrowed
-    :param size: the disk's size in bytes
+    :param disk: the open disk; its descriptor is borrowed
     :param serial: the answer to GET_ID; truncated to 20 bytes
     :param limiter: rate limiter for all queues
-    :param read_only: whether writes fail
-    :param block_device: whether `fd` is a block device, not a regular file
-    :param discard_block: bytes, a power of two: of a DISCARD only whole blocks are given back; 0: any range
-    :param direct: whether `fd` was opened with O_DIRECT
     :param unsafe: whether a flush does nothing
     :param use_uring: whether to use io_uring instead of system calls
     """
@@ -82,24 +77,23 @@ cdef class Backend:
     cdef uint64_t generation            # number of change() calls
     cdef bint use_uring
     cdef bint cached                    # a regular file that uses the host's page cache
-    cdef readonly RateLimiter limiter
+    cdef RateLimiter limiter
     cdef int changing                   # atomic: a worker that sees it waits for change()
     cdef pthread_mutex_t gate           # held by change(); workers hold it only for an instant
 
-    def __init__(self, int fd, uint64_t size, bytes serial, RateLimiter limiter not None, *, bint read_only,
-                 bint block_device, bint direct, bint unsafe, bint use_uring, uint64_t discard_block=0):
+    def __init__(self, disk, bytes serial, RateLimiter limiter not None, *, bint unsafe, bint use_uring):
         cdef bytes padded = serial[:ID_BYTES].ljust(ID_BYTES, b"\0")
-        self.file.fd = fd
-        self.file.sectors = size // SECTOR
+        self.file.fd = disk.fd
+        self.file.sectors = disk.size // SECTOR
         memcpy(self.file.serial, <const char *>padded, ID_BYTES)
         self.limiter = limiter
-        self.file.read_only = read_only
-        self.file.block_device = block_device
-        self.file.discard_block = discard_block
-        self.file.direct = direct
+        self.file.read_only = disk.read_only
+        self.file.block_device = disk.block_device
+        self.file.discard_block = disk.discard_block
+        self.file.direct = disk.direct
         self.file.unsafe = unsafe
         self.use_uring = use_uring
-        self.cached = not block_device and not direct
+        self.cached = not self.file.block_device and not self.file.direct
         pthread_mutex_init(&self.gate, NULL)
 
     def change(self, workers, uint64_t size, int fd=-1, bint block_device=False):
@@ -141,11 +135,7 @@ cdef class Backend:
 
 
 cdef class BlockWorker(QueueWorker):
-    """A thread of a block device, for one or more of its queues.
-
-    :param backend: the device's backend
-    :param size: the queues' maximum size, in entries
-    """
+    """A thread of a block device, for one or more of its queues."""
     cdef Backend disk
     cdef pthread_mutex_t lock           # held while requests are validated and submitted; Backend.change takes it
     cdef Uring ring                     # open if backend.use_uring; kept when the driver changes
@@ -173,11 +163,11 @@ cdef class BlockWorker(QueueWorker):
         self.ring.fd = -1
         pthread_mutex_init(&self.lock, NULL)
 
-    def __init__(self, device, indices, notify_fds, on_failure, name=None, *, Backend backend, uint32_t size):
-        cdef uint32_t i
+    def __init__(self, device, indices, notify_fds, on_failure, name=None):
+        cdef uint32_t i, size = max(device.queue_sizes)
         super().__init__(device, indices, notify_fds, on_failure, name)
-        self.disk = backend
-        if backend.use_uring:
+        self.disk = device.backend
+        if self.disk.use_uring:
             self.no_ring = -uring_open(&self.ring)
             self.by_ring = self.no_ring == 0
             if self.by_ring:

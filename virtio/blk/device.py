@@ -255,7 +255,6 @@ class Block(VirtioDevice):
         self.counters["updates"] = 0
         self.name = name
         self.disk = disk
-        self.serial = (serial or "pyvmm").encode()[: spec.BLK_ID_BYTES]
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self._threads = threads_for(queues, threads)
         self.engine = self._choose(engine)
@@ -273,11 +272,9 @@ class Block(VirtioDevice):
         self.replaced = False
         # Only a thread that has a ring may enter one.
         self.thread_kind = "blk-uring" if self.engine == "io_uring" else "blk"
-        self._backend = Backend(
-            disk.fd, disk.size, self.serial, self.limiter, read_only=disk.read_only, block_device=disk.block_device,
-            direct=disk.direct, unsafe=unsafe, use_uring=self.engine == "io_uring",
-            discard_block=disk.discard_block,
-        )  # fmt: skip
+        self.backend = Backend(
+            disk, (serial or "pyvmm").encode(), self.limiter, unsafe=unsafe, use_uring=self.engine == "io_uring"
+        )
         self.config = self._config_space()
 
     def _choose(self, engine: str | None) -> str:
@@ -299,7 +296,7 @@ class Block(VirtioDevice):
         self._workers = [
             BlockWorker(
                 self, range(len(notify_fds))[thread::number], notify_fds[thread::number], on_failure,
-                f"{self.name}.{thread}" if number > 1 else self.name, backend=self._backend, size=QUEUE_SIZE,
+                f"{self.name}.{thread}" if number > 1 else self.name,
             )
             for thread in range(number)
         ]  # fmt: skip
@@ -335,7 +332,7 @@ class Block(VirtioDevice):
         """
         if size < (0 if self.disk.any_size else 1) or size % spec.BLK_SECTOR:
             raise ConfigError("disk size", size, "must be a positive multiple of 512 bytes")
-        self._backend.change(self._workers, size)
+        self.backend.change(self._workers, size)
         self.disk.size = size
         self._tell_size()
 
@@ -360,7 +357,7 @@ class Block(VirtioDevice):
             if other.block_size > disk.block_size:
                 allowed = f"has blocks of {other.block_size} bytes; the guest was told {disk.block_size}"
                 raise ConfigError("disk", path, allowed)
-            self._backend.change(self._workers, other.size, other.fd, other.block_device)
+            self.backend.change(self._workers, other.size, other.fd, other.block_device)
             disk.path, disk.size, disk.block_device = path, other.size, other.block_device
             disk.discard_block = 0
         self.replaced = True
