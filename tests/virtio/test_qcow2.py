@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -257,7 +256,7 @@ def test_a_header_that_changes_after_it_was_read(
     if not walled:
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={data}", qcow2, "1M")
-    monkeypatch.setattr("virtio.blk.qcow2._read_header", lambda *_: SimpleNamespace(cluster=1 << 16))
+    monkeypatch.setattr("virtio.blk.qcow2._cluster", lambda *_: 1 << 16)
     with pytest.raises(ConfigError, match=r"cannot be opened: .*|names another file"):
         Qcow2(str(qcow2))
 

@@ -25,7 +25,6 @@ from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
 PROGRAM = "qemu-storage-daemon"
@@ -73,49 +72,6 @@ rm -f "$2/raw" "$2/${2##*/}"; rmdir "$2"
 """
 
 
-class Header:
-    """What a qcow2 image says of other files.
-
-    :param fd: the open image, which is read from its start
-    :param path: the image's path, for messages
-    :raises ConfigError: the image is not qcow2, or is damaged
-
-    :ivar cluster: bytes of a cluster
-    :ivar backing: the name of a backing file; empty: it has none
-    :ivar backing_format: format of the backing file by the image; empty: not given
-    :ivar data_file: its data is in an external file
-    :ivar encrypted: encrypted by QEMU
-    """
-
-    def __init__(self, fd: int, path: str) -> None:
-        head = os.pread(fd, 104, 0)
-        if len(head) < 72 or head[:4] != MAGIC:
-            raise ConfigError("disk", path, "cannot be opened: it is not in qcow2 format")
-        _, version, at, size, bits, _, crypt = _V2.unpack_from(head)
-        features, length = _V3_AT.unpack_from(head, 72) if version >= 3 and len(head) == 104 else (0, 72)
-        if version not in (2, 3) or not 9 <= bits <= 21 or length > _EXTENSIONS_MAX or size > 1023 or at >> 32:
-            raise ConfigError("disk", path, "cannot be opened: its qcow2 header is damaged or of a later version")
-        self.cluster = 1 << bits
-        self.backing = os.pread(fd, size, at).decode(errors="replace") if at else ""
-        self.backing_format = ""
-        self.data_file = bool(features & _EXTERNAL_DATA)
-        self.encrypted = crypt != 0
-        for kind, data in self._extensions(os.pread(fd, _EXTENSIONS_MAX, length)):
-            if kind == _BACKING_FORMAT:
-                self.backing_format = data.decode(errors="replace")
-            self.data_file = self.data_file or kind == _DATA_FILE
-
-    @staticmethod
-    def _extensions(table: bytes) -> Iterator[tuple[int, bytes]]:
-        at = 0
-        while at + 8 <= len(table):
-            kind, size = _EXTENSION.unpack_from(table, at)
-            if kind == 0:
-                return
-            yield kind, table[at + 8 : at + 8 + size]
-            at += 8 + size + -size % 8
-
-
 class Qcow2(Closing):
     """An image and the process that shows it, until ``close``. It needs /dev/fuse, and root or ``fusermount3``.
 
@@ -139,11 +95,11 @@ class Qcow2(Closing):
         self._daemon: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._files = [(os.path.abspath(path), read_only)]
-        self.cluster = _read_header(path, backing_file, backing_format).cluster
+        self.cluster = _cluster(path, backing_file, backing_format)
         if backing_file is not None:
             self._files.append((os.path.abspath(backing_file), True))
             if backing_format == "qcow2":
-                _read_header(backing_file, None, "")
+                _cluster(backing_file, None, "")
         self._directory = tempfile.mkdtemp(prefix="pyvmm-qcow2-")
         self.raw = os.path.join(self._directory, "raw")
         try:
@@ -236,10 +192,10 @@ class Qcow2(Closing):
             shutil.rmtree(self._directory)
 
 
-def _read_header(path: str, backing_file: str | None, backing_format: str) -> Header:
-    """Read the image's header, and return it.
+def _cluster(path: str, backing_file: str | None, backing_format: str) -> int:
+    """Bytes of the image's clusters, once its header was read for what it says of other files.
 
-    :raises ConfigError: the image names files that the user did not
+    :raises ConfigError: the image is not qcow2, or is damaged, or names files that the user did not
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -249,28 +205,50 @@ def _read_header(path: str, backing_file: str | None, backing_format: str) -> He
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ConfigError("disk", path, "is neither a file nor a block device")
-        header = Header(fd, path)
+        head = os.pread(fd, 104, 0)
+        if len(head) < 72 or head[:4] != MAGIC:
+            raise ConfigError("disk", path, "cannot be opened: it is not in qcow2 format")
+        _, version, at, size, bits, _, crypt = _V2.unpack_from(head)
+        features, length = _V3_AT.unpack_from(head, 72) if version >= 3 and len(head) == 104 else (0, 72)
+        if version not in (2, 3) or not 9 <= bits <= 21 or length > _EXTENSIONS_MAX or size > 1023 or at >> 32:
+            raise ConfigError("disk", path, "cannot be opened: its qcow2 header is damaged or of a later version")
+        backing = os.pread(fd, size, at).decode(errors="replace") if at else ""
+        extensions = _extensions(os.pread(fd, _EXTENSIONS_MAX, length))
     except OSError as error:
         raise ConfigError("disk", path, f"cannot be read: {os.strerror(error.errno or 0)}") from None
     finally:
         os.close(fd)
-    if header.data_file:
+    if features & _EXTERNAL_DATA or _DATA_FILE in extensions:
         raise ConfigError(
             "disk", path, "has its data in an external file, which is not opened; qemu-img convert joins them"
         )
-    if header.encrypted:
+    if crypt:
         raise ConfigError("disk", path, "is encrypted by QEMU; only plain qcow2 images are supported")
-    if header.backing and backing_file is None:
+    if backing and backing_file is None:
         allowed = "backing=FILE (and backing_format=qcow2) says which may be opened in its place"
         if not backing_format:
             allowed = "a backing file cannot have a backing file of its own; qemu-img rebase or commit joins them"
-        raise ConfigError("disk", path, f"has the backing file {header.backing!r}, which is not opened: {allowed}")
-    if backing_file is not None and not header.backing:
+        raise ConfigError("disk", path, f"has the backing file {backing!r}, which is not opened: {allowed}")
+    if backing_file is not None and not backing:
         raise ConfigError("backing", backing_file, f"is named, but the image {path} has no backing file")
-    if backing_file is not None and header.backing_format not in ("", backing_format):
-        said = f"is {header.backing_format!r} by the image {path}, not {backing_format}; say backing_format="
+    named = extensions.get(_BACKING_FORMAT, b"").decode(errors="replace")
+    if backing_file is not None and named not in ("", backing_format):
+        said = f"is {named!r} by the image {path}, not {backing_format}; say backing_format="
         raise ConfigError("backing", backing_file, said)
-    return header
+    return 1 << bits
+
+
+def _extensions(table: bytes) -> dict[int, bytes]:
+    """The header's extensions by their type."""
+    found = {}
+    at = 0
+    while at + 8 <= len(table):
+        kind, size = _EXTENSION.unpack_from(table, at)
+        if kind == 0:
+            break
+        found[kind] = table[at + 8 : at + 8 + size]
+        at += 8 + size + -size % 8
+    return found
 
 
 def _node(image_format: str, host_path: str, path: str, read_only: bool) -> dict[str, Any]:
