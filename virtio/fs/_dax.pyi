@@ -3,8 +3,6 @@ from typing import Self
 
 class Window:
     size: int
-    mapped: int
-    repairs: int
     def __new__(cls, size: int) -> Self: ...
     @property
     def address(self) -> int: ...

@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free
 from virtio.fs._host cimport F_DUPFD_CLOEXEC, fcntl, fstat, host_stat
 from vmm._budget cimport FOR_OPEN, granted
 from vmm._sys cimport (
-    close, counter_add, counter_read, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    close, counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -70,16 +70,6 @@ cdef class Window:
         """Host address of the window, for ``KVM_SET_USER_MEMORY_REGION``."""
         return <uintptr_t>self.base
 
-    @property
-    def mapped(self):
-        """Slots in use."""
-        return counter_read(&self._mapped)
-
-    @property
-    def repairs(self):
-        """Times that files had lost their ends."""
-        return counter_read(&self._repairs)
-
     cdef bint _aligned(self, uint64_t where, uint64_t length) noexcept nogil:
         # The start is slot aligned, the end page aligned, and the range is inside the window. No sum can overflow.
         return not where & (SLOT - 1) and length and not length & (PAGE - 1) and where < self.size \
@@ -93,7 +83,7 @@ cdef class Window:
         if slot.fd >= 0:
             close(slot.fd)
             slot.fd = -1
-            counter_add(&self._mapped, -1)
+            counter_add(&self.mapped, -1)
         slot.length = slot.backed = 0
 
     cdef int _put(self, uint64_t where, Slot *slot, uint64_t at) noexcept nogil:
@@ -119,7 +109,7 @@ cdef class Window:
             if slot.fd < 0:
                 result = -errno
             else:
-                counter_add(&self._mapped, 1)
+                counter_add(&self.mapped, 1)
                 slot.writable, slot.offset, slot.length = writable, offset + at, min(length - at, <uint64_t>SLOT)
                 result = self._put(where + at, slot, 0)
             if result < 0:
@@ -170,7 +160,7 @@ cdef class Window:
                     slot.backed = left
                     found = True
             if found:
-                counter_add(&self._repairs, 1)
+                counter_add(&self.repairs, 1)
                 flag_set(&self.patched, 1)
             pthread_mutex_unlock(&self.lock)
         return found

@@ -96,19 +96,16 @@ cdef class Share:
         return agreed(self, INITIALISED)
 
     @property
-    def nodes(self):
-        """Number of files that the guest knows, including the shared directory."""
-        return counter_read(&self.table.nodes)
-
-    @property
-    def reopened(self):
-        """Number of descriptors that were opened again, after they had been closed to make room."""
-        return counter_read(&self.table.reopened)
-
-    @property
-    def handles(self):
-        """Number of files and directories that the guest has open."""
-        return counter_read(&self.table.handles)
+    def stats(self):
+        """What the guest holds now, and counters, by name."""
+        cdef Window window = self.window
+        return {
+            "nodes": counter_read(&self.table.nodes),           # files that it knows, with the shared directory
+            "handles": counter_read(&self.table.handles),       # files and directories that it has open
+            "reopened": counter_read(&self.table.reopened),     # descriptors that had been closed to make room
+            "dax_mapped": 0 if window is None else counter_read(&window.mapped),
+            "dax_repairs": 0 if window is None else counter_read(&window.repairs),
+        }
 
 
 cdef class FuseThread:

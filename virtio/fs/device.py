@@ -131,14 +131,7 @@ class ShareDevice(VirtioDevice):
     @property
     def stats(self) -> dict[str, int]:
         """Counters by name, with what the guest holds now."""
-        return super().stats | {
-            "nodes": self.share.nodes,
-            "handles": self.share.handles,
-            "reopened": self.share.reopened,
-            "dax_mapped": self.window.mapped if self.window else 0,
-            "dax_repairs": self.window.repairs if self.window else 0,
-            "throttled": self.limiter.throttled,
-        }
+        return super().stats | self.share.stats | {"throttled": self.limiter.throttled}
 
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
         """A thread a request queue, the first with the queue of forgets too, and helpers for what waits for a disk."""
