@@ -87,7 +87,6 @@ cdef class Inodes:
     cdef void shrink(self) noexcept nogil
     # Remember the node's name in its directory, of `length` bytes.
     cdef void set_name(self, Node *node, const char *name, uint64_t length) noexcept nogil
-    cdef void close_root(self) noexcept nogil   # no other node is live
 
     cdef Node *_node(self, uint32_t index) noexcept nogil
     cdef Node *_new(self) noexcept nogil

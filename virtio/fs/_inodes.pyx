@@ -103,7 +103,7 @@ cdef int open_granted(int dirfd, const char *path, int flags, Purpose purpose) n
 cdef class Inodes:
     """The nodes of one share; safe from any thread.
 
-    :param root_fd: O_PATH descriptor of the shared directory; owned by this object
+    :param root_fd: O_PATH descriptor of the shared directory; borrowed
     :param overlay: whether the directory is on an overlayfs
     """
 
@@ -117,8 +117,9 @@ cdef class Inodes:
         if self.node_chunks == NULL or self.buckets == NULL:
             raise MemoryError()
         if statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or \
-                self.node_add(root_fd, &st, NULL, NULL, overlay, True) != ROOT:
+                self.node_add(-1, &st, NULL, NULL, overlay, True) != ROOT:
             raise MemoryError()
+        self._node(ROOT).fd = root_fd
         # A look-up must not find the root: a mount below that shows the same directory gets a node of its own.
         self._unhash(self._node(ROOT))
         enter_ring(self)
@@ -127,7 +128,7 @@ cdef class Inodes:
         cdef uint32_t i
         leave_ring(self)
         if self.node_chunks != NULL:
-            for i in range(ROOT, self.node_slots):
+            for i in range(ROOT + 1, self.node_slots):
                 if self._node(i).live and self._node(i).fd >= 0:
                     close(self._node(i).fd)
                 self._forget_name(self._node(i))
@@ -589,10 +590,3 @@ cdef class Inodes:
             node = NULL if known else self.node_get(nodeid)
             index += 1
         return node
-
-    cdef void close_root(self) noexcept nogil:
-        cdef int fd = -1
-        pthread_mutex_lock(&self.lock)
-        if self._node(ROOT).live:
-            fd = self._drop(self._node(ROOT))
-        unlock_and_close(&self.lock, fd)

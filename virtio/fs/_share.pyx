@@ -43,17 +43,11 @@ def stores_files(int fd):
 
 
 cdef class Share:
-    """The state that all threads of one share have in common.
+    """The state that all threads of one share have in common. The other parameters are ``ShareDevice``'s.
 
-    :param root_fd: O_PATH descriptor of the directory; owned by this object
+    :param root_fd: O_PATH descriptor of the directory; borrowed
     :param proc_fd: descriptor of /proc/self/fd; borrowed
-    :param read_only: whether the guest may change nothing
-    :param cache: ``always``: the guest may cache writes, and keeps cached data when it opens a file again; ``none``: it
-        must not cache data; ``auto``
     :param valid: seconds that the guest may cache names and attributes
-    :param squash: ``(uid, gid)`` for every access; None: root acts as the user of each request
-    :param submounts: whether mounts below the directory are shared, too
-    :param dax: bytes of the DAX window, a multiple of 2 MiB; 0: no window
     :raises OSError: no address space is left for the window, or fstatfs failed
     """
 
@@ -84,11 +78,6 @@ cdef class Share:
         if self.window is not None:
             self.window.clear()
         self.table.clear()
-
-    def close(self):
-        """``clear``, and close the directory. No thread of the share may run any more."""
-        self.clear()
-        self.table.close_root()
 
     @property
     def mounted(self):

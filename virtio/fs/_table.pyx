@@ -12,7 +12,7 @@ from vmm._sys cimport close, counter_add, pthread_mutex_init, pthread_mutex_lock
 cdef class Table(Inodes):
     """Nodes and handles of one share; safe from any thread.
 
-    :param root_fd: O_PATH descriptor of the shared directory; owned by this object
+    :param root_fd: O_PATH descriptor of the shared directory; borrowed
     :param overlay: whether the directory is on an overlayfs
     """
 

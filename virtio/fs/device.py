@@ -13,6 +13,7 @@ from virtio.fs._saved import nameless, restore, save
 from virtio.fs._share import Share, stores_files
 from virtio.fs._worker import Backlog, FsHelper, FsWorker
 from vmm.budget import KEPT, dax_slots, raise_descriptor_limit
+from vmm.closing import Closers
 from vmm.errors import ConfigError, HostError, SnapshotError
 
 TYPE_CHECKING = False
@@ -87,46 +88,50 @@ class ShareDevice(VirtioDevice):
             raise ConfigError("share dax", dax, _DAX_LIMIT)
         self.queue_sizes = (QUEUE_SIZE,) * (1 + threads)
         self.config = _CONFIG.pack(tag.encode(), threads)
-        self._proc = -1
-        self._dax_slots = 0
         if raise_descriptor_limit() < 2 * KEPT:
             raise ConfigError("share", path, f"needs RLIMIT_NOFILE of {2 * KEPT} or more")
-        root = -1
+        self._closers = Closers()
         try:
-            root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            stores, f_type = stores_files(root)  # a network's file system may have lost its server
-        except OSError as error:
-            if root >= 0:
-                os.close(root)
-            raise ConfigError("share", path, f"cannot be used: {error.strerror}") from None
-        if not stores:
-            os.close(root)
-            problem = f"is on a kernel pseudo file system (type {f_type:#x}); share one that stores files"
-            raise ConfigError("share", path, problem)
-        try:
-            # Held, so that a jail without /proc is as good.
-            self._proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            os.close(root)
-            raise HostError(error.errno or 0, "open /proc/self/fd") from None
-        if dax and not dax_slots().ask(dax // DAX_ALIGNMENT):
-            os.close(root)
-            os.close(self._proc)
+            try:
+                root = self._open(path)
+                stores, f_type = stores_files(root)  # a network's file system may have lost its server
+            except OSError as error:
+                raise ConfigError("share", path, f"cannot be used: {error.strerror}") from None
+            if not stores:
+                problem = f"is on a kernel pseudo file system (type {f_type:#x}); share one that stores files"
+                raise ConfigError("share", path, problem)
+            try:
+                proc = self._open("/proc/self/fd")  # held, so that a jail without /proc is as good
+            except OSError as error:
+                raise HostError(error.errno or 0, "open /proc/self/fd") from None
+            if dax:
+                self._take_slots(dax)
+            try:
+                self.share = Share(
+                    root, proc, read_only=read_only, cache=cache, valid=_VALID[cache], squash=squash,
+                    submounts=submounts, dax=dax,
+                )  # fmt: skip
+            except (OSError, MemoryError):
+                raise ConfigError("share dax", dax, "bytes exceed this host's address space") from None
+        except BaseException:
+            self._closers.close()
+            raise
+        self._closers.append(self.share.clear)
+        self.window = self.share.window
+        self.below = root, not read_only
+
+    def _open(self, path: str) -> int:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._closers.append(lambda: os.close(fd))
+        return fd
+
+    def _take_slots(self, dax: int) -> None:
+        slots = dax // DAX_ALIGNMENT
+        if not dax_slots().ask(slots):
             left = (dax_slots().limit - dax_slots().used) * DAX_ALIGNMENT >> 20
             problem = f"bytes need more mappings and descriptors than this process may have; at most {left}M"
             raise ConfigError("share dax", dax, problem)
-        self._dax_slots = dax // DAX_ALIGNMENT
-        try:
-            self.share = Share(
-                root, self._proc, read_only=read_only, cache=cache, valid=_VALID[cache], squash=squash,
-                submounts=submounts, dax=dax,
-            )  # fmt: skip
-        except (OSError, MemoryError):
-            os.close(self._proc)
-            dax_slots().put_back(self._dax_slots)
-            raise ConfigError("share dax", dax, "bytes exceed this host's address space") from None
-        self.window = self.share.window
-        self.below = root, not read_only
+        self._closers.append(lambda: dax_slots().put_back(slots))
 
     @property
     def stats(self) -> dict[str, int]:
@@ -188,10 +193,4 @@ class ShareDevice(VirtioDevice):
 
     def close(self) -> None:
         """Give the descriptors back; idempotent. The transport is closed before."""
-        self.share.close()
-        if self._proc >= 0:
-            os.close(self._proc)
-            self._proc = -1
-        if self._dax_slots:
-            dax_slots().put_back(self._dax_slots)
-            self._dax_slots = 0
+        self._closers.close()
