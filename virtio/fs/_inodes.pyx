@@ -12,7 +12,7 @@ it is not, the guest gets ESTALE and looks the path up again. File handles (open
 CAP_DAC_READ_SEARCH, which ordinary users lack and which would defeat a jail.
 """
 from libc.errno cimport ENFILE, ESTALE, errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, strcmp, strlen
 
@@ -45,8 +45,70 @@ cdef bint other_time(const Node *node, const statx *st) noexcept nogil:
     # is copied up, as by a change of any file below it.
     return node.btime != btime_of(st) and not (node.overlay and node.type == S_IFDIR)
 
-cdef uint64_t id_of(const Node *node) noexcept nogil:
-    return <uint64_t>node.generation << 32 | node.index
+# Slots
+
+cdef bint slots_begin(Slots *slots, size_t size) noexcept nogil:
+    slots.size, slots.count = size, 1
+    slots.chunks = <uint8_t **>calloc(CHUNKS, sizeof(uint8_t *))
+    return slots.chunks != NULL
+
+cdef Slot *slot_added(Slots *slots, uint32_t generation) noexcept nogil:
+    cdef uint64_t size = CHUNK * slots.size
+    cdef uint8_t **chunk = &slots.chunks[slots.count >> CHUNK_BITS]
+    cdef Slot *slot
+    if slots.count >= <uint32_t>CHUNK * CHUNKS:
+        return NULL                 # by then the guest's own caches are a hundred times as large
+    if chunk[0] == NULL:
+        if not heap.take(size):
+            return NULL
+        chunk[0] = <uint8_t *>calloc(CHUNK, slots.size)
+        if chunk[0] == NULL:
+            heap.give(size)
+            return NULL
+    slot = slot_at(slots, slots.count)
+    slot.index, slot.generation = slots.count, generation
+    slots.count += 1
+    return slot
+
+cdef Slot *slot_take(Slots *slots) noexcept nogil:
+    cdef Slot *slot
+    if slots.free:
+        slot = slot_at(slots, slots.free)
+        slots.free = slot.next
+        slot.generation += 1
+    else:
+        slot = slot_added(slots, 0)
+    if slot != NULL:
+        slot.live = True
+    return slot
+
+cdef void slot_give(Slots *slots, Slot *slot) noexcept nogil:
+    slot.live = False
+    slot.next = slots.free
+    slots.free = slot.index
+
+cdef bint slots_skip(Slots *slots, uint32_t until, uint32_t generation) noexcept nogil:
+    cdef Slot *slot
+    while slots.count < until:
+        slot = slot_added(slots, generation)
+        if slot == NULL:
+            return False
+        slot_give(slots, slot)
+    return True
+
+cdef void slots_keep(Slots *slots, uint32_t count) noexcept nogil:
+    cdef uint32_t i
+    if slots.chunks == NULL:
+        return
+    for i in range(count != 0, <uint32_t>CHUNKS):
+        if slots.chunks[i] != NULL:
+            free(slots.chunks[i])
+            slots.chunks[i] = NULL
+            heap.give(CHUNK * slots.size)
+    slots.count, slots.free = count, 0
+    if count == 0:
+        free(slots.chunks)
+        slots.chunks = NULL
 
 cdef void unlock_and_close(pthread_mutex_t *lock, int fd) noexcept nogil:
     pthread_mutex_unlock(lock)
@@ -111,33 +173,27 @@ cdef class Inodes:
         cdef statx st
         pthread_mutex_init(&self.lock, NULL)
         self.n_buckets = 1024
-        self.node_slots = self.clock_hand = self.ghost_hand = ROOT      # no id is 0
-        self.node_chunks = <Node **>calloc(CHUNKS, sizeof(Node *))
+        self.clock_hand = self.ghost_hand = ROOT
         self.buckets = <uint32_t *>calloc(self.n_buckets, sizeof(uint32_t))
-        if self.node_chunks == NULL or self.buckets == NULL:
+        if not slots_begin(&self.node_slots, sizeof(Node)) or self.buckets == NULL:
             raise MemoryError()
         if statx_call(root_fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or \
                 self.node_add(-1, &st, NULL, NULL, overlay, True) != ROOT:
             raise MemoryError()
-        self._node(ROOT).fd = root_fd
+        node_at(self, ROOT).fd = root_fd
         # A look-up must not find the root: a mount below that shows the same directory gets a node of its own.
-        self._unhash(self._node(ROOT))
+        self._unhash(node_at(self, ROOT))
         enter_ring(self)
 
     def __dealloc__(self):
         cdef uint32_t i
         leave_ring(self)
-        if self.node_chunks != NULL:
-            for i in range(ROOT + 1, self.node_slots):
-                if self._node(i).live and self._node(i).fd >= 0:
-                    close(self._node(i).fd)
-                self._forget_name(self._node(i))
-            self._free_chunks(0)
-        free(self.node_chunks)
+        for i in range(ROOT + 1, self.node_slots.count):
+            if node_at(self, i).slot.live and node_at(self, i).fd >= 0:
+                close(node_at(self, i).fd)
+            self._forget_name(node_at(self, i))
+        slots_keep(&self.node_slots, 0)
         free(self.buckets)
-
-    cdef Node *_node(self, uint32_t index) noexcept nogil:
-        return &self.node_chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
 
     # Look-up by identity
 
@@ -147,13 +203,13 @@ cdef class Inodes:
 
     cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt, const Node *before) noexcept nogil:
         # The node with this identity, or the next one after `before`, which is in a hash chain.
-        cdef uint32_t index = self.buckets[self._bucket(dev, ino, mnt)] if before == NULL else before.next
+        cdef uint32_t index = self.buckets[self._bucket(dev, ino, mnt)] if before == NULL else before.slot.next
         cdef Node *node
         while index:
-            node = self._node(index)
+            node = node_at(self, index)
             if node.ino == ino and node.dev == dev and node.mnt == mnt:
                 return node
-            index = node.next
+            index = node.slot.next
         return NULL
 
     cdef Node *_same(self, const statx *st) noexcept nogil:
@@ -167,17 +223,17 @@ cdef class Inodes:
 
     cdef void _hash(self, Node *node) noexcept nogil:
         cdef uint32_t bucket = self._bucket(node.dev, node.ino, node.mnt)
-        node.next = self.buckets[bucket]
-        self.buckets[bucket] = node.index
+        node.slot.next = self.buckets[bucket]
+        self.buckets[bucket] = node.slot.index
         node.hashed = True
 
     cdef void _unhash(self, Node *node) noexcept nogil:
         cdef uint32_t *link = &self.buckets[self._bucket(node.dev, node.ino, node.mnt)]
         if not node.hashed:
             return
-        while link[0] != node.index:
-            link = &self._node(link[0]).next
-        link[0] = node.next
+        while link[0] != node.slot.index:
+            link = &node_at(self, link[0]).slot.next
+        link[0] = node.slot.next
         node.hashed = False
 
     cdef void _grow(self) noexcept nogil:
@@ -189,9 +245,9 @@ cdef class Inodes:
         free(self.buckets)
         self.buckets = buckets
         self.n_buckets *= 2
-        for i in range(ROOT + 1, self.node_slots):
-            if self._node(i).hashed:
-                self._hash(self._node(i))
+        for i in range(ROOT + 1, self.node_slots.count):
+            if node_at(self, i).hashed:
+                self._hash(node_at(self, i))
 
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
         cdef bint known
@@ -208,7 +264,7 @@ cdef class Inodes:
             counter_add(&self.nodes, 1)
         node.nlookup += 1
         node.recent = True
-        return id_of(node)
+        return id_of(&node.slot)
 
     cdef uint64_t count_lookup(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         cdef uint64_t nodeid
@@ -237,9 +293,10 @@ cdef class Inodes:
         pthread_mutex_lock(&self.lock)
         node = NULL if alone else self._same(st)
         if node == NULL:
-            node = self._new()
+            node = <Node *>slot_take(&self.node_slots)
             if node != NULL:
                 node.fd = -1
+                node.parent = 0
                 node.type = st.stx_mode & S_IFMT
                 node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
                 node.btime = btime_of(st)
@@ -285,56 +342,9 @@ cdef class Inodes:
             node.btime = btime_of(st)
         pthread_mutex_unlock(&self.lock)
 
-    cdef Node *_new(self) noexcept nogil:
-        # Take a free slot, or add one. Returns NULL if there is no memory.
-        cdef uint32_t index = self.free_node, generation = <uint32_t>-1     # incremented to 0 below
-        cdef Node *node
-        if index:
-            node = self._node(index)
-            self.free_node = node.next
-            generation = node.generation
-        else:
-            index = self.node_slots
-            node = self.node_slot(index)
-            if node == NULL:
-                return NULL             # by then the guest's own caches are a hundred times as large
-            self.node_slots += 1
-        node.generation = generation + 1
-        node.index = index
-        node.nlookup = node.refs = node.opened = 0
-        node.parent = 0
-        node.name = NULL
-        node.hashed = node.ghost = False
-        node.live = True
-        return node
-
-    cdef Node *node_slot(self, uint32_t index) noexcept nogil:
-        cdef uint64_t size = CHUNK * sizeof(Node)
-        cdef Node **chunk
-        if index >= <uint32_t>CHUNK * CHUNKS:
-            return NULL
-        chunk = &self.node_chunks[index >> CHUNK_BITS]
-        if chunk[0] == NULL:
-            if not heap.take(size):
-                return NULL
-            chunk[0] = <Node *>calloc(CHUNK, sizeof(Node))
-            if chunk[0] == NULL:
-                heap.give(size)
-                return NULL
-        return self._node(index)
-
-    cdef void _free_chunks(self, uint32_t first) noexcept nogil:
-        cdef uint32_t i
-        for i in range(first, <uint32_t>CHUNKS):
-            if self.node_chunks[i] != NULL:
-                free(self.node_chunks[i])
-                self.node_chunks[i] = NULL
-                heap.give(CHUNK * sizeof(Node))
-
     cdef void shrink(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        self.node_slots, self.free_node = ROOT + 1, 0
-        self._free_chunks(1)
+        slots_keep(&self.node_slots, ROOT + 1)
         pthread_mutex_unlock(&self.lock)
 
     # Names and opening again
@@ -343,7 +353,7 @@ cdef class Inodes:
         # Remember the node's directory and name. Without memory for the name its descriptor stays open.
         if parent == NULL or name == NULL:
             return
-        node.parent = id_of(parent)
+        node.parent = id_of(&parent.slot)
         if node.name == NULL or strcmp(node.name, name) != 0:
             self.set_name(node, name, strlen(name))
 
@@ -379,27 +389,20 @@ cdef class Inodes:
         pthread_mutex_lock(&self.lock)
         node = self._same(st)
         if node != NULL and node.nlookup:
-            nodeid = id_of(node)
+            nodeid = id_of(&node.slot)
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
     cdef void node_unnamed(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        if node.name != NULL and node.parent == id_of(parent) and strcmp(node.name, name) == 0:
+        if node.name != NULL and node.parent == id_of(&parent.slot) and strcmp(node.name, name) == 0:
             self._forget_name(node)
         pthread_mutex_unlock(&self.lock)
-
-    cdef Node *_by_id(self, uint64_t nodeid) noexcept nogil:
-        # The node, or ghost, with this id; NULL: there is none any more.
-        cdef Node *node = NULL
-        if 0 < <uint32_t>nodeid < self.node_slots:
-            node = self._node(<uint32_t>nodeid)
-        return node if node != NULL and node.live and node.generation == nodeid >> 32 else NULL
 
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil:
         cdef Node *node
         pthread_mutex_lock(&self.lock)
-        node = self._by_id(nodeid)
+        node = <Node *>slot_of(&self.node_slots, nodeid)
         if node != NULL and not node.nlookup and not (ghosts and node.ghost):
             node = NULL
         if node != NULL:
@@ -487,13 +490,13 @@ cdef class Inodes:
         cdef uint32_t count = 0, steps = 0, i
         cdef Node *node
         pthread_mutex_lock(&self.lock)
-        while count < BATCH and steps < STEPS and steps < 2 * self.node_slots:
+        while count < BATCH and steps < STEPS and steps < 2 * self.node_slots.count:
             steps += 1
             self.clock_hand += 1
-            if self.clock_hand >= self.node_slots:
+            if self.clock_hand >= self.node_slots.count:
                 self.clock_hand = ROOT
-            node = self._node(self.clock_hand)
-            if not node.live or node.fd < 0 or node.refs or node.name == NULL or node.btime == 0:
+            node = node_at(self, self.clock_hand)
+            if not node.slot.live or node.fd < 0 or node.refs or node.name == NULL or node.btime == 0:
                 continue
             if node.recent:
                 node.recent = False
@@ -532,12 +535,12 @@ cdef class Inodes:
     cdef void _drop_a_ghost(self) noexcept nogil:
         cdef uint32_t _step
         cdef Node *node
-        for _step in range(self.node_slots):
+        for _step in range(self.node_slots.count):
             self.ghost_hand += 1
-            if self.ghost_hand >= self.node_slots:
+            if self.ghost_hand >= self.node_slots.count:
                 self.ghost_hand = ROOT
-            node = self._node(self.ghost_hand)
-            if node.live and node.ghost and node.refs == 0:
+            node = node_at(self, self.ghost_hand)
+            if node.slot.live and node.ghost and node.refs == 0:
                 self._drop(node)
                 return
 
@@ -549,10 +552,9 @@ cdef class Inodes:
             self.ghosts -= 1
         else:
             counter_add(&self.nodes, -1)
-        node.live = node.ghost = False
+        node.ghost = False
         node.fd = -1
-        node.next = self.free_node
-        self.free_node = node.index
+        slot_give(&self.node_slots, &node.slot)
         return fd
 
     cdef bint node_forget(self, uint64_t nodeid, uint64_t count) noexcept nogil:
@@ -562,7 +564,7 @@ cdef class Inodes:
         if nodeid == ROOT:
             return True
         pthread_mutex_lock(&self.lock)
-        node = self._by_id(nodeid)
+        node = <Node *>slot_of(&self.node_slots, nodeid)
         if node != NULL and not node.ghost:
             told = count <= node.nlookup
             node.nlookup -= min(count, node.nlookup)
@@ -578,14 +580,14 @@ cdef class Inodes:
         cdef bint known
         while node == NULL:
             pthread_mutex_lock(&self.lock)
-            if index >= self.node_slots:
+            if index >= self.node_slots.count:
                 pthread_mutex_unlock(&self.lock)
                 return NULL
-            node = self._node(index)
-            known = not node.live or not node.nlookup or (node.type != S_IFDIR and node.type != S_IFREG)
+            node = node_at(self, index)
+            known = not node.slot.live or not node.nlookup or (node.type != S_IFDIR and node.type != S_IFREG)
             for i in range(count):
                 known = known or node.dev == devices[i]
-            nodeid = id_of(node)
+            nodeid = id_of(&node.slot)
             pthread_mutex_unlock(&self.lock)
             node = NULL if known else self.node_get(nodeid)
             index += 1

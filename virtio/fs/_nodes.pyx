@@ -15,9 +15,9 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memmove, memset, strcmp, strlen
 
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room, open_granted
+from virtio.fs._inodes cimport MASK, ROOT, Node, device_of, make_room, node_at, open_granted
 from virtio.fs._share cimport NAME_MAX, NO_OPEN, PATH_MAX, XATTR_MAX, FuseThread, agreed
-from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
+from virtio.fs._table cimport Handle
 from virtio.fs._fuse cimport *
 from vmm._budget cimport FOR_LOOKUP, FOR_OPEN, granted
 
@@ -101,7 +101,7 @@ cdef int64_t op_again(FuseThread self, uint64_t nodeid, bint above) noexcept nog
     elif not above or nodeid == ROOT:
         self.fill_entry(entry, nodeid, &st, node.foreign)
     else:
-        root = self.table._node(ROOT)
+        root = node_at(self.table, ROOT)
         if root.dev == device_of(&st) and root.ino == st.stx_ino and root.mnt == st.stx_mnt_id:
             self.fill_entry(entry, ROOT, &st, False)
         else:
@@ -151,7 +151,7 @@ cdef int64_t op_setattr(FuseThread self, Node *node, uint64_t nodeid) noexcept n
     if (valid & FATTR_UID and arg.uid == <uint32_t>-1) or (valid & FATTR_GID and arg.gid == <uint32_t>-1):
         return -EINVAL      # -1 means "no change" to the host
     if valid & FATTR_FH and not agreed(self.share, NO_OPEN):
-        handle = self.table.handle_get(arg.fh, nodeid, FILE)
+        handle = self.table.handle_get(arg.fh, nodeid, S_IFREG)
         if handle == NULL:
             return -EBADF
     if valid & FATTR_MODE:
@@ -359,14 +359,14 @@ cdef int64_t op_syncfs(FuseThread self, Node *node) noexcept nogil:
     if node.type != S_IFDIR:
         return -EINVAL
     worst = sync_of(self, node)
-    if node.index == ROOT and self.share.submounts:
+    if node.slot.index == ROOT and self.share.submounts:
         devices[0] = node.dev
         count = 1
         while count < MAX_SYNCED:
             other = self.table.node_on_other_device(index, devices, count)
             if other == NULL:
                 break
-            index = other.index + 1
+            index = other.slot.index + 1
             result = sync_of(self, other)
             if result == 0:
                 devices[count] = other.dev
@@ -503,13 +503,13 @@ cdef int64_t open_node(FuseThread self, Node *node, uint32_t wanted, bint kill, 
         fs_capset(self.credentials.full)
     if fd < 0:
         return -error
-    return give_handle(self, out, fd, FILE, node, flags, open_flags)
+    return give_handle(self, out, fd, node, flags, open_flags)
 
-cdef int64_t give_handle(FuseThread self, fuse_open_out *out, int fd, Kind kind, Node *node, int flags,
+cdef int64_t give_handle(FuseThread self, fuse_open_out *out, int fd, Node *node, int flags,
                          uint32_t open_flags) noexcept nogil:
     # Answer with a handle for `fd`, which this takes over.
     memset(out, 0, sizeof(fuse_open_out))
-    out.fh = self.table.handle_add(fd, kind, node, flags)
+    out.fh = self.table.handle_add(fd, node, flags)
     out.open_flags = open_flags
     return sizeof(fuse_open_out) if out.fh else -ENFILE
 
@@ -520,7 +520,7 @@ cdef int64_t op_opendir(FuseThread self, Node *node) noexcept nogil:
     fd = open_fd(self, node, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
     if fd < 0:
         return -errno
-    return give_handle(self, <fuse_open_out *>self.out, fd, DIRECTORY, node, O_RDONLY, self.share.dir_flags)
+    return give_handle(self, <fuse_open_out *>self.out, fd, node, O_RDONLY, self.share.dir_flags)
 
 cdef int64_t op_create(FuseThread self, Node *node, const fuse_in_header *h) noexcept nogil:
     # CREATE and TMPFILE. Without O_EXCL the host could open an existing device or FIFO. So the file is created with
@@ -573,7 +573,7 @@ cdef int64_t op_create(FuseThread self, Node *node, const fuse_in_header *h) noe
         memset(opened, 0, sizeof(fuse_open_out))
         opened.open_flags = self.share.open_flags
     else:
-        result = give_handle(self, opened, fd, FILE, made, flags, self.share.open_flags)
+        result = give_handle(self, opened, fd, made, flags, self.share.open_flags)
     self.table.node_put(made)
     if result < 0:
         self.table.node_forget(entry.nodeid, 1)

@@ -14,13 +14,13 @@ from libc.string cimport memchr, memcpy, memset, strlen
 
 from virtio.fs._dax cimport DAX_SHIFT
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport ROOT, Node
+from virtio.fs._inodes cimport ROOT, Node, node_at
 from virtio.fs._nodes cimport on_node, open_fd
 from virtio.fs._share cimport (
     ALLOCATED, ANNOUNCES, CHECKS_SGID, DAX_INODES, DIRENTS, FuseThread, IN_HEADER, INITIALISED, MAX_WRITE, MINOR_LEAST,
     MINOR_SGID, NAME_MAX, NO_OPEN, OUT_HEADER, OUT_MAX, PIECE, REQUEST_MAX, agreed, is_component,
 )
-from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind
+from virtio.fs._table cimport Handle
 from virtio.fs._fuse cimport *
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_gather, iov_part, iov_scatter
@@ -178,7 +178,7 @@ cdef int64_t dispatch(FuseThread self, const fuse_in_header *h, DescChain *chain
         return op_removemapping(self)
     if opcode == FUSE_RELEASE or opcode == FUSE_RELEASEDIR:
         if self.table.handle_release((<fuse_release_in *>self.request).fh, h.nodeid,
-                                     FILE if opcode == FUSE_RELEASE else DIRECTORY):
+                                     S_IFREG if opcode == FUSE_RELEASE else S_IFDIR):
             return 0
         return 0 if agreed(self.share, NO_OPEN) else -EBADF
     if agreed(self.share, NO_OPEN) and (opcode == FUSE_OPEN or opcode == FUSE_OPENDIR or opcode == FUSE_CREATE):
@@ -287,7 +287,7 @@ cdef int64_t on_handle(FuseThread self, const fuse_in_header *h, DescChain *chai
         return -ENOSYS      # Linux then sends no more FLUSH, which saves a round trip at every close
     # The argument of each of these operations begins with the handle.
     handle = handle_of(
-        self, (<fuse_read_in *>self.request).fh, h.nodeid, DIRECTORY if directory else FILE,
+        self, (<fuse_read_in *>self.request).fh, h.nodeid, S_IFDIR if directory else S_IFREG,
         O_RDWR if opcode == FUSE_WRITE or opcode == FUSE_FALLOCATE else O_RDONLY, &passing)
     if handle == NULL:
         return -errno
@@ -302,7 +302,7 @@ cdef int64_t on_handle(FuseThread self, const fuse_in_header *h, DescChain *chai
     done_with(self, handle, &passing)
     return result
 
-cdef Handle *handle_of(FuseThread self, uint64_t fh, uint64_t nodeid, Kind kind, int access,
+cdef Handle *handle_of(FuseThread self, uint64_t fh, uint64_t nodeid, uint32_t type, int access,
                        Handle *passing) noexcept nogil:
     # Returns the guest's handle, pinned, or with no_open `passing`, opened for this request only; or NULL and
     # errno.
@@ -310,7 +310,7 @@ cdef Handle *handle_of(FuseThread self, uint64_t fh, uint64_t nodeid, Kind kind,
     cdef Node *node
     cdef int error
     if not agreed(self.share, NO_OPEN):
-        handle = self.table.handle_get(fh, nodeid, kind)
+        handle = self.table.handle_get(fh, nodeid, type)
         if handle == NULL:
             set_errno(EBADF)
         return handle
@@ -319,11 +319,11 @@ cdef Handle *handle_of(FuseThread self, uint64_t fh, uint64_t nodeid, Kind kind,
         return NULL
     memset(passing, 0, sizeof(Handle))
     pthread_mutex_init(&passing.lock, NULL)
-    if node.type != <uint32_t>(S_IFDIR if kind == DIRECTORY else S_IFREG):
+    if node.type != type:
         passing.fd = -1
         error = EBADF
     else:
-        passing.fd = open_fd(self, node, access | O_CLOEXEC | (O_DIRECTORY if kind == DIRECTORY else 0))
+        passing.fd = open_fd(self, node, access | O_CLOEXEC | (O_DIRECTORY if type == S_IFDIR else 0))
         error = errno
     passing.node = node
     if passing.fd < 0:
@@ -487,7 +487,7 @@ cdef void pay(FuseThread self, uint64_t size) noexcept nogil:
 cdef int64_t op_copy(FuseThread self, Handle *handle) noexcept nogil:
     cdef const fuse_copy_file_range_in *arg = <const fuse_copy_file_range_in *>self.request
     cdef Handle passing
-    cdef Handle *target = handle_of(self, arg.fh_out, arg.nodeid_out, FILE, O_RDWR, &passing)
+    cdef Handle *target = handle_of(self, arg.fh_out, arg.nodeid_out, S_IFREG, O_RDWR, &passing)
     cdef int64_t off_in = arg.off_in, off_out = arg.off_out
     cdef int64_t result
     if target == NULL:
@@ -552,7 +552,7 @@ cdef int64_t op_readdir(FuseThread self, Handle *handle, uint64_t nodeid, bint p
         entry = <fuse_dirent *>(self.out + at + prefix)
         entry.ino = d.d_ino
         if nodeid == ROOT and dots:
-            entry.ino = self.table._node(ROOT).ino      # do not show the inode above the root
+            entry.ino = node_at(self.table, ROOT).ino      # do not show the inode above the root
         entry.off = d.d_off
         entry.namelen = <uint32_t>length
         entry.type = d.d_type

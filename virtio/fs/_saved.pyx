@@ -15,9 +15,9 @@ from libc.stdio cimport snprintf
 from libc.string cimport memchr, memcpy, memset, strlen
 
 from virtio.fs._host cimport *
-from virtio.fs._inodes cimport ROOT, Node, open_granted
+from virtio.fs._inodes cimport ROOT, Node, Slots, id_of, node_at, open_granted, slot_added, slot_at, slots_skip
 from virtio.fs._share cimport ANNOUNCES, CHECKS_SGID, INITIALISED, NO_OPEN, Share, agreed, is_component
-from virtio.fs._table cimport DIRECTORY, FILE, Handle, Kind, Table
+from virtio.fs._table cimport Handle, Table, handle_at
 from vmm._budget cimport FOR_OPEN
 from vmm._sys cimport counter_add, flag_read, flag_set, pthread_mutex_lock, pthread_mutex_unlock
 
@@ -47,13 +47,15 @@ cdef enum:
     OVERLAY = 2
     FOREIGN = 4
     HASHED = 8
+    FILE = 1                    # saved_handle.kind
+    DIRECTORY = 2
     SESSION = INITIALISED | NO_OPEN | CHECKS_SGID | ANNOUNCES
 
 cdef int OPEN_FLAGS = O_ACCMODE | O_APPEND | O_SYNC | O_DSYNC | O_NONBLOCK
 
 
 cdef bint is_kept(const Node *node) noexcept nogil:
-    return node.live and (node.index == <uint32_t>ROOT or node.nlookup or node.ghost)
+    return node.slot.live and (node.slot.index == <uint32_t>ROOT or node.nlookup or node.ghost)
 
 
 def nameless(Share share not None):
@@ -68,13 +70,13 @@ def nameless(Share share not None):
     cdef Node *node
     cdef host_stat st
     cdef bint pinned, named
-    for i in range(ROOT, table.handle_slots):
+    for i in range(ROOT, table.handle_slots.count):
         pthread_mutex_lock(&table.lock)
-        handle = table._handle(i)
-        pinned = handle.live and handle.open
+        handle = handle_at(table, i)
+        pinned = handle.slot.live and handle.open
         if pinned:
             handle.refs += 1
-            named = handle.node.name != NULL or handle.node.index == <uint32_t>ROOT
+            named = handle.node.name != NULL or handle.node.slot.index == <uint32_t>ROOT
         pthread_mutex_unlock(&table.lock)
         if pinned:
             # Not statx, which the API's thread may not call.
@@ -85,9 +87,9 @@ def nameless(Share share not None):
             return found
     if agreed(share, NO_OPEN):          # then any node may be an open file
         pthread_mutex_lock(&table.lock)
-        for i in range(ROOT + 1, table.node_slots):
-            node = table._node(i)
-            if node.live and node.nlookup and node.name == NULL and node.type == S_IFREG:
+        for i in range(ROOT + 1, table.node_slots.count):
+            node = node_at(table, i)
+            if node.slot.live and node.nlookup and node.name == NULL and node.type == S_IFREG:
                 found = node.ino
         pthread_mutex_unlock(&table.lock)
     return found
@@ -102,7 +104,7 @@ def save(Share share not None):
         "session": flag_read(&share.session),
         "nodes": save_nodes(share.table),
         "handles": save_handles(share.table),
-        "slots": slots(share.table),
+        "slots": slots(&share.table.node_slots) + slots(&share.table.handle_slots),
     }
 
 
@@ -113,19 +115,19 @@ cdef bytes save_nodes(Table table):
     cdef saved_node one
     cdef bytes made
     cdef char *to
-    for i in range(ROOT, table.node_slots):
-        node = table._node(i)
+    for i in range(ROOT, table.node_slots.count):
+        node = node_at(table, i)
         if is_kept(node):
             room += sizeof(saved_node) + (0 if node.name == NULL else strlen(node.name))
     made = PyBytes_FromStringAndSize(NULL, room)
     to = PyBytes_AS_STRING(made)
-    for i in range(ROOT, table.node_slots):
-        node = table._node(i)
+    for i in range(ROOT, table.node_slots.count):
+        node = node_at(table, i)
         if not is_kept(node):
             continue
         one.dev, one.ino, one.mnt, one.btime = node.dev, node.ino, node.mnt, node.btime
         one.parent, one.nlookup = node.parent, node.nlookup
-        one.index, one.generation, one.type = node.index, node.generation, node.type
+        one.index, one.generation, one.type = node.slot.index, node.slot.generation, node.type
         one.flags = (GHOST if node.ghost else 0) | (OVERLAY if node.overlay else 0) \
             | (FOREIGN if node.foreign else 0) | (HASHED if node.hashed else 0)
         one.name_length = 0 if node.name == NULL else <uint32_t>strlen(node.name)
@@ -142,24 +144,22 @@ cdef bytes save_handles(Table table):
     cdef Handle *handle
     cdef saved_handle one
     parts = []
-    for i in range(ROOT, table.handle_slots):
-        handle = table._handle(i)
-        if not handle.live or not handle.open or not is_kept(handle.node):
+    for i in range(ROOT, table.handle_slots.count):
+        handle = handle_at(table, i)
+        if not handle.slot.live or not handle.open or not is_kept(handle.node):
             continue
-        one.nodeid = handle.nodeid
-        one.index, one.generation, one.kind = handle.index, handle.generation, handle.kind
+        one.nodeid = id_of(&handle.node.slot)
+        one.index, one.generation, one.kind = handle.slot.index, handle.slot.generation, kind_of(handle.node)
         one.flags = <uint32_t>(fcntl(handle.fd, F_GETFL) & OPEN_FLAGS)
         parts.append((<char *>&one)[:sizeof(one)])
     return b"".join(parts)
 
-cdef tuple slots(Table table):
-    # The numbers of nodes' and handles' slots, and the highest generations in them: an id is never used again.
-    cdef uint32_t i, nodes = 0, handles = 0
-    for i in range(ROOT, table.node_slots):
-        nodes = max(nodes, table._node(i).generation)
-    for i in range(ROOT, table.handle_slots):
-        handles = max(handles, table._handle(i).generation)
-    return table.node_slots, nodes, table.handle_slots, handles
+cdef tuple slots(const Slots *table):
+    # The number of slots, and the highest generation in them: an id is never used again.
+    cdef uint32_t i, newest = 0
+    for i in range(ROOT, table.count):
+        newest = max(newest, slot_at(table, i).generation)
+    return table.count, newest
 
 
 # Restore
@@ -178,9 +178,9 @@ def restore(Share share not None, dict state not None):
     table.shrink()
     try:
         restore_nodes(table, state["nodes"], newest_node)
-        free_nodes(table, n_nodes, newest_node)
+        skip(table, &table.node_slots, n_nodes, newest_node)
         restore_handles(share, state["handles"], newest_handle)
-        free_handles(table, n_handles, newest_handle)
+        skip(table, &table.handle_slots, n_handles, newest_handle)
     except BaseException:
         share.clear()
         table.shrink()
@@ -191,7 +191,7 @@ def restore(Share share not None, dict state not None):
 cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
     cdef const uint8_t *at = <const uint8_t *>PyBytes_AS_STRING(saved)
     cdef const uint8_t *end = at + len(saved)
-    cdef Node *root = table._node(ROOT)
+    cdef Node *root = node_at(table, ROOT)
     cdef Node *node
     cdef saved_node one, before
     cdef bint first = True
@@ -209,25 +209,23 @@ cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
                 raise ValueError("no node of the directory itself")
             before, first = one, False
             continue
-        if one.index < table.node_slots or one.type & ~<uint32_t>S_IFMT or not (one.nlookup or one.flags & GHOST):
+        if one.index < table.node_slots.count or one.type & ~<uint32_t>S_IFMT or not (one.nlookup or one.flags & GHOST):
             raise ValueError(f"node {one.index}")
-        free_nodes(table, one.index, newest)
+        skip(table, &table.node_slots, one.index, newest)
         pthread_mutex_lock(&table.lock)         # other shares' threads look for descriptors that can be closed
-        node = table.node_slot(one.index)
+        node = <Node *>slot_added(&table.node_slots, one.generation)
         if node == NULL:
             pthread_mutex_unlock(&table.lock)
             raise OSError(ENOMEM, os.strerror(ENOMEM))
-        node.index = one.index
-        table.node_slots += 1
         # Device and mount may have other numbers by now.
         node.dev = root.dev if one.dev == before.dev else one.dev
         node.mnt = root.mnt if one.mnt == before.mnt else one.mnt
         node.ino, node.btime, node.parent = one.ino, one.btime, one.parent
-        node.generation, node.type, node.nlookup = one.generation, one.type, one.nlookup
+        node.type, node.nlookup = one.type, one.nlookup
         node.ghost = one.nlookup == 0
         node.overlay, node.foreign = bool(one.flags & OVERLAY), bool(one.flags & FOREIGN)
         node.fd = -1
-        node.live = True
+        node.slot.live = True
         if one.name_length:
             table.set_name(node, <const char *>at, one.name_length)
         at += one.name_length
@@ -242,32 +240,17 @@ cdef int restore_nodes(Table table, bytes saved, uint32_t newest) except -1:
         pthread_mutex_unlock(&table.lock)
     return 0
 
-cdef int free_nodes(Table table, uint32_t until, uint32_t newest) except -1:
-    # Slots that are free, up to `until`.
-    cdef Node *node = NULL
+cdef int skip(Table table, Slots *slots, uint32_t until, uint32_t newest) except -1:
+    cdef bint done
     pthread_mutex_lock(&table.lock)
-    while table.node_slots < until:
-        node = table.node_slot(table.node_slots)
-        if node == NULL:
-            break
-        node.index, node.generation, node.next = table.node_slots, newest, table.free_node
-        table.free_node = node.index
-        table.node_slots += 1
+    done = slots_skip(slots, until, newest)
     pthread_mutex_unlock(&table.lock)
-    if table.node_slots < until:
+    if not done:
         raise OSError(ENOMEM, os.strerror(ENOMEM))
     return 0
 
-cdef int free_handles(Table table, uint32_t until, uint32_t newest) except -1:
-    cdef Handle *handle
-    while table.handle_slots < until:
-        handle = table.handle_slot(table.handle_slots)
-        if handle == NULL:
-            raise OSError(ENOMEM, os.strerror(ENOMEM))
-        handle.index, handle.generation, handle.next = table.handle_slots, newest, table.free_handle
-        table.free_handle = handle.index
-        table.handle_slots += 1
-    return 0
+cdef uint32_t kind_of(const Node *node) noexcept nogil:
+    return DIRECTORY if node.type == S_IFDIR else FILE if node.type == S_IFREG else 0
 
 cdef int restore_handles(Share share, bytes saved, uint32_t newest) except -1:
     cdef const uint8_t *at = <const uint8_t *>PyBytes_AS_STRING(saved)
@@ -283,41 +266,38 @@ cdef int restore_handles(Share share, bytes saved, uint32_t newest) except -1:
         memcpy(&one, at, sizeof(one))
         at += sizeof(one)
         node = table._pin(one.nodeid, True)
-        if node == NULL or one.index < table.handle_slots or (one.kind != FILE and one.kind != DIRECTORY):
+        if node == NULL or one.index < table.handle_slots.count or kind_of(node) == 0 or one.kind != kind_of(node):
             if node != NULL:
                 table.node_put(node)
             raise ValueError(f"handle {one.index}")
         try:
-            free_handles(table, one.index, newest)
-            handle = table.handle_slot(one.index)
+            skip(table, &table.handle_slots, one.index, newest)
+            handle = <Handle *>slot_added(&table.handle_slots, one.generation)
             if handle == NULL:
                 raise OSError(ENOMEM, os.strerror(ENOMEM))
         except BaseException:
             table.node_put(node)
             raise
-        handle.index = one.index
-        table.handle_slots += 1
         flags = <int>one.flags & OPEN_FLAGS
-        fd = opened(share, node, one.kind, flags)
+        fd = opened(share, node, flags)
         if fd < 0:                      # of this descriptor nothing can be read, and no other operation uses it
-            fd = fcntl(table._node(ROOT).fd, F_DUPFD_CLOEXEC, 0)
+            fd = fcntl(node_at(table, ROOT).fd, F_DUPFD_CLOEXEC, 0)
             flags = O_WRONLY
         if fd < 0:
             table.node_put(node)
             raise OSError(errno, os.strerror(errno))
-        handle.generation = one.generation
-        table.handle_open(handle, fd, <Kind>one.kind, node, flags)
+        handle.slot.live = True
+        table.handle_open(handle, fd, node, flags)
         table.node_put(node)
     return 0
 
-cdef int opened(Share share, Node *node, uint32_t kind, int flags) noexcept nogil:
+cdef int opened(Share share, Node *node, int flags) noexcept nogil:
     # A descriptor of a pinned node's file, by its name; -1: it is not there any more, or is not what it was.
     cdef char[16] number
-    if node.type != <uint32_t>(S_IFDIR if kind == DIRECTORY else S_IFREG) \
-            or (share.read_only and flags & O_ACCMODE != O_RDONLY):
+    if share.read_only and flags & O_ACCMODE != O_RDONLY:
         return -1
     if flag_read(&node.fd) < 0 and share.table._open_again(node):
         return -1
     snprintf(number, sizeof(number), b"%d", node.fd)
-    flags |= O_CLOEXEC | O_NOCTTY | (O_DIRECTORY if kind == DIRECTORY else 0)
+    flags |= O_CLOEXEC | O_NOCTTY | (O_DIRECTORY if node.type == S_IFDIR else 0)
     return open_granted(share.proc_fd, number, flags, FOR_OPEN)
