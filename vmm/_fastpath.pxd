@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Guest memory and memory ordering for the hot path; every device's Cython loop cimports this file.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from posix.uio cimport iovec
 
 cdef extern from *:
     """
@@ -42,11 +43,6 @@ cdef extern from *:
     void copy_desc(vring_desc *to, const void *source) noexcept nogil
     enum: VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT, VRING_USED_F_NO_NOTIFY
     enum: VRING_AVAIL_F_NO_INTERRUPT
-
-cdef extern from "sys/uio.h" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
 
 cdef enum:
     MAX_REGIONS = 8

@@ -4,6 +4,9 @@
 from libc.errno cimport EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
+from posix.stdlib cimport posix_memalign
+from posix.uio cimport preadv, pwritev2
+from posix.unistd cimport fdatasync, pread, pwrite
 
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_cut, iov_gather, iov_part, iov_scatter, iov_take
@@ -27,21 +30,9 @@ cdef extern from *:
     const void *zeroes
     int discard_device(int fd, uint64_t start, uint64_t length) noexcept nogil
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t preadv(int fd, const iovec *iov, int count, long offset)
-    ssize_t pwritev2(int fd, const iovec *iov, int count, long offset, int flags)
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t pread(int fd, void *buf, size_t count, long offset)
-    ssize_t pwrite(int fd, const void *buf, size_t count, long offset)
-    int fdatasync(int fd)
-
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int fd, int mode, long offset, long length)
     enum: FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
-
-cdef extern from "<stdlib.h>" nogil:
-    int posix_memalign(void **p, size_t alignment, size_t size)
 
 cdef enum:
     NO_TYPE = 0xffff_ffff

@@ -5,6 +5,9 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EOPNOTSUPP, errno
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
+from posix.fcntl cimport O_CLOEXEC
+from posix.uio cimport RWF_DSYNC, RWF_NOWAIT, preadv2
+from posix.unistd cimport usleep
 
 from virtio.blk._request cimport (
     F_FLUSH, FILE_ENDS, HEADER_BYTES, ID_BYTES, MAX_DISCARD, MAX_WRITE_ZEROES, PIECE, S_IOERR, S_OK, S_UNSUPP, SECTOR,
@@ -17,7 +20,7 @@ from vmm._uring cimport (
     IORING_OP_WRITEV, RING_ENTRIES, Uring, io_uring_cqe, io_uring_sqe, uring_close, uring_next, uring_open, uring_peek,
     uring_seen, uring_submit,
 )
-from virtio._worker cimport SERVE_MORE, SERVE_STALLED, QueueWorker
+from virtio._worker cimport EPOLLIN, SERVE_MORE, SERVE_STALLED, QueueWorker
 from vmm._sys cimport (
     counter_add, counters_read, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, table_alloc, table_free,
@@ -26,19 +29,8 @@ from vmm._fastpath cimport (
     QUEUE_CHAIN, Ring, iovec, load_relaxed16, queue_add_used, queue_pop, queue_unpop, store_release16,
 )
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t preadv2(int fd, const iovec *iov, int count, long offset, int flags)
-    enum: RWF_DSYNC, RWF_NOWAIT
-
 cdef extern from "<unistd.h>" nogil:
     int dup3(int old, int new, int flags)
-    int usleep(unsigned int microseconds)
-
-cdef extern from "<fcntl.h>" nogil:
-    enum: O_CLOEXEC
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum: EPOLLIN
 
 cdef enum:
     TOKEN_RING = 1

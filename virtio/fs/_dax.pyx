@@ -13,17 +13,17 @@ from libc.errno cimport EINVAL, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from virtio.fs._host cimport F_DUPFD_CLOEXEC, fcntl, fstat, host_stat
+from posix.fcntl cimport F_DUPFD_CLOEXEC, fcntl
+from posix.mman cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE,
+    mmap, munmap,
+)
+from posix.stat cimport fstat, struct_stat
+
 from vmm._budget cimport FOR_OPEN, granted
 from vmm._sys cimport (
     close, counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-
-cdef extern from "<sys/mman.h>" nogil:
-    enum: PROT_NONE, PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
-    void *MAP_FAILED
-    void *mmap(void *addr, size_t length, int prot, int flags, int fd, int64_t offset)
-    int munmap(void *addr, size_t length)
 
 cdef enum:
     PAGE = 4096
@@ -145,7 +145,7 @@ cdef class Window:
         :returns: whether any page was replaced: then a vCPU whose KVM_RUN failed with EFAULT may run again
         """
         cdef uint64_t i, end, left
-        cdef host_stat st
+        cdef struct_stat st
         cdef bint found = False
         cdef Slot *slot
         with nogil:

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Host calls of the share's operations: system calls, and wrappers for those that glibc lacks.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-
-from vmm._fastpath cimport iovec
+from posix.fcntl cimport (
+    AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW, AT_SYMLINK_NOFOLLOW, F_DUPFD_CLOEXEC, F_GETFL, O_ACCMODE, O_APPEND,
+    O_CLOEXEC, O_CREAT, O_DIRECTORY, O_DSYNC, O_EXCL, O_NOCTTY, O_NONBLOCK, O_RDONLY, O_RDWR, O_SYNC, O_TRUNC,
+    O_WRONLY, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, fcntl, openat,
+)
+from posix.stat cimport fchmod, fchmodat, fstat, mkdirat, mknodat, struct_stat, timespec, utimensat
+from posix.uio cimport RWF_APPEND, RWF_DSYNC, RWF_NOWAIT, RWF_SYNC, preadv, preadv2, pwritev, pwritev2
+from posix.unistd cimport close, dup, fdatasync, fsync, ftruncate, lseek, read, truncate
 
 cdef extern from "<linux/capability.h>" nogil:
     struct __user_cap_data_struct:
@@ -188,33 +194,14 @@ cdef extern from *:
     void fs_return(uint32_t uid) noexcept nogil
 
 cdef extern from "<fcntl.h>" nogil:
-    enum:
-        O_ACCMODE, O_RDONLY, O_WRONLY, O_RDWR, O_TRUNC, O_APPEND, O_SYNC, O_DSYNC, O_CLOEXEC, O_NOFOLLOW, O_NOCTTY
-        O_NONBLOCK, O_DIRECTORY, O_PATH, O_CREAT, O_EXCL, O_TMPFILE, F_GETFL, F_DUPFD_CLOEXEC
-        AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_SYMLINK_FOLLOW, AT_NO_AUTOMOUNT, AT_REMOVEDIR
-    int openat(int dirfd, const char *path, int flags, ...)
-    int fcntl(int fd, int command, ...)
+    enum: O_NOFOLLOW, O_PATH, O_TMPFILE, AT_EMPTY_PATH, AT_NO_AUTOMOUNT
+    enum: FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
     int fallocate(int fd, int mode, int64_t offset, int64_t length)
-    enum:
-        FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
 
 cdef extern from "<sys/stat.h>" nogil:
-    enum: STATX_BASIC_STATS, STATX_BTIME, S_IFMT, S_IFREG, S_IFDIR, S_IFLNK
+    enum: STATX_BASIC_STATS, STATX_BTIME, UTIME_NOW, UTIME_OMIT
     # In C `statx` is both the structure above and this function, hence the other name.
     int statx_call "statx"(int dirfd, const char *path, int flags, unsigned int mask, statx *st)
-    struct host_stat "stat":
-        int64_t st_size, st_blocks
-        uint64_t st_ino, st_nlink
-    int fstat(int fd, host_stat *st)
-    struct timespec:
-        int64_t tv_sec
-        long tv_nsec
-    enum: UTIME_NOW, UTIME_OMIT
-    int fchmod(int fd, unsigned int mode)
-    int fchmodat(int dirfd, const char *path, unsigned int mode, int flags)
-    int mkdirat(int dirfd, const char *path, unsigned int mode)
-    int mknodat(int dirfd, const char *path, unsigned int mode, uint64_t dev)
-    int utimensat(int dirfd, const char *path, const timespec *times, int flags)
 
 cdef extern from "<sys/inotify.h>" nogil:
     enum: IN_NONBLOCK, IN_CLOEXEC, IN_MOVE_SELF
@@ -231,13 +218,6 @@ cdef extern from "<sys/statfs.h>" nogil:
         uint64_t f_blocks, f_bfree, f_bavail, f_files, f_ffree
     int fstatfs(int fd, host_statfs *st)
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t preadv(int fd, const iovec *iov, int count, int64_t offset)
-    ssize_t preadv2(int fd, const iovec *iov, int count, int64_t offset, int flags)
-    enum: RWF_NOWAIT, RWF_APPEND, RWF_DSYNC, RWF_SYNC
-    ssize_t pwritev2(int fd, const iovec *iov, int count, int64_t offset, int flags)
-    ssize_t pwritev(int fd, const iovec *iov, int count, int64_t offset)
-
 cdef extern from "<sys/xattr.h>" nogil:
     ssize_t getxattr(const char *path, const char *name, void *value, size_t size)
     ssize_t listxattr(const char *path, char *names, size_t size)
@@ -249,18 +229,10 @@ cdef extern from "<stdio.h>" nogil:
     enum: RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT
 
 cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
-    int dup(int fd)
-    ssize_t read(int fd, void *buffer, size_t size)
-    int fsync(int fd)
-    int fdatasync(int fd)
     int syncfs(int fd)
-    int ftruncate(int fd, int64_t length)
-    int truncate(const char *path, int64_t length)
     int fchownat(int dirfd, const char *path, uint32_t uid, uint32_t gid, int flags)
     int linkat(int olddir, const char *old, int newdir, const char *new, int flags)
     int symlinkat(const char *target, int newdir, const char *path)
     int unlinkat(int dirfd, const char *path, int flags)
-    int64_t lseek(int fd, int64_t offset, int whence)
     ssize_t readlinkat(int dirfd, const char *path, char *buffer, size_t size)
     ssize_t copy_file_range(int fd_in, int64_t *off_in, int fd_out, int64_t *off_out, size_t len, unsigned int flags)

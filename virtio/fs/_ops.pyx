@@ -345,7 +345,7 @@ cdef int64_t op_read(FuseThread self, Handle *handle, DescChain *chain) noexcept
     cdef iovec *end = iov + chain.n_writable
     cdef uint64_t skip = OUT_HEADER
     cdef uint32_t count
-    cdef host_stat st
+    cdef struct_stat st
     cdef ssize_t done
     if arg.size > min(self.room, <uint64_t>MAX_WRITE):     # a driver can describe gigabytes, which would hold us up
         return self.bad_request(-EIO)
@@ -459,7 +459,7 @@ cdef int64_t op_fallocate(FuseThread self, Handle *handle) noexcept nogil:
     # first piece: an error does not free the pieces before it.
     cdef const fuse_fallocate_in *arg = <const fuse_fallocate_in *>self.request
     cdef uint64_t piece = arg.length, at = 0
-    cdef host_stat st
+    cdef struct_stat st
     cdef host_statfs disk
     if arg.length > ALLOCATED and arg.length <= <uint64_t>INT64_MAX and arg.offset <= INT64_MAX - arg.length \
             and not arg.mode & (FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_INSERT_RANGE):

@@ -68,7 +68,7 @@ def nameless(Share share not None):
     cdef uint32_t i
     cdef Handle *handle
     cdef Node *node
-    cdef host_stat st
+    cdef struct_stat st
     cdef bint pinned, named
     for i in range(ROOT, table.handle_slots.count):
         pthread_mutex_lock(&table.lock)

@@ -2,8 +2,8 @@
 # cython: language_level=3
 """The open files (handles) of a share, besides its nodes. A handle's id is an index and its slot's generation."""
 from libc.stdint cimport uint32_t, uint64_t
+from posix.fcntl cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY, S_IFREG
 
-from virtio.fs._host cimport O_ACCMODE, O_DSYNC, O_RDWR, O_WRONLY, S_IFREG
 from virtio.fs._inodes cimport (
     ROOT, Inodes, Node, id_of, node_at, slot_give, slot_of, slot_take, slots_begin, slots_keep, unlock_and_close,
 )

@@ -7,8 +7,8 @@ from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+from posix.unistd cimport read
 
-from virtio.fs._host cimport read
 from virtio.fs._ops cimport HAND_OVER, answer, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, OUT_HEADER, Counters, FuseThread, Share
 from virtio.fs._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header, fuse_write_in

@@ -5,9 +5,6 @@ from vmm._fastpath cimport iovec
 
 cdef extern from *:
     """
-    #ifndef _GNU_SOURCE
-    #define _GNU_SOURCE
-    #endif
     #include <poll.h>
     static inline int poll_one(int fd, short events, int most) {
         struct pollfd p = { .fd = fd, .events = events };
