@@ -140,12 +140,12 @@ cdef class FsThread(QueueWorker):
     cdef FuseThread server
     cdef Backlog backlog
 
-    def __init__(self, device, indices, notify_fds, on_failure, name, Backlog backlog not None):
+    def __init__(self, device, indices, notify_fds, on_failure, name=None):
         super().__init__(device, indices, notify_fds, on_failure, name)
-        self.backlog = backlog
+        self.backlog = device.backlog
         self.server = FuseThread(device.share)
         self.server.limiter = device.limiter
-        self.server.ending = &backlog.ending
+        self.server.ending = &self.backlog.ending
 
     @property
     def stats(self):

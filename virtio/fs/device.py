@@ -141,14 +141,14 @@ class ShareDevice(VirtioDevice):
     def make_workers(self, notify_fds: Sequence[int], on_failure: Callable[[Exception], None]) -> Sequence[QueueWorker]:
         """A thread a request queue, the first with the queue of forgets too, and helpers for what waits for a disk."""
         self._workers = []
-        backlog = Backlog(QUEUE_SIZE)
+        self.backlog = Backlog(QUEUE_SIZE)
         groups = [(0, 1), *((index,) for index in range(2, len(notify_fds)))]
         for number, group in enumerate(groups):
             fds = [notify_fds[index] for index in group]
             name = f"{self.name}.{number}" if number else self.name
-            self._workers.append(FsWorker(self, group, fds, on_failure, name, backlog))
+            self._workers.append(FsWorker(self, group, fds, on_failure, name))
         for _ in range(max(_HELPERS, len(groups))):
-            self._workers.append(FsHelper(self, (), (), on_failure, f"{self.name}.slow", backlog))
+            self._workers.append(FsHelper(self, (), (), on_failure, f"{self.name}.slow"))
         return tuple(self._workers)
 
     def set_rate_limit(self, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
