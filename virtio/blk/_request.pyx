@@ -238,12 +238,10 @@ cdef int execute_piece(Request *r, const BlockFile *disk, int dsync, iovec *room
         if failed == 0:
             advance(r, size)
         return failed
-    failed = clear(&piece, disk, True)
-    if failed:
-        return failed
+    failed = execute(&piece, disk, dsync if size == r.length else 0)
     r.offset += size
     r.length -= size
-    return errno if dsync and r.length == 0 and fdatasync(disk.fd) < 0 else 0
+    return failed
 
 
 def punch_hole(int fd, uint64_t offset, uint64_t length):
