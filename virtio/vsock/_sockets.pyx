@@ -11,6 +11,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memset
+from posix.strings cimport strncasecmp
 
 from virtio.vsock._conns cimport (
     BUFFER, CLOSING, CONNECTING, Conn, FREE, GREETING, KILLED, LEAVING, OPEN, State, packets_forwarded,
@@ -45,16 +46,13 @@ cdef int64_t PORT_ANY = 4294967295      # VMADDR_PORT_ANY: nobody can listen the
 cdef int64_t parse_line(const char *line, size_t length) noexcept nogil:
     # The port in "CONNECT port" (any letter case), or a negative number if `line` is not valid. Source: Firecracker
     # docs/vsock.md.
-    cdef const char *verb = b"connect"
-    cdef size_t i
+    cdef size_t i = 8
     cdef int64_t port = 0
-    for i in range(7):
-        if i >= length or (line[i] | 0x20) != verb[i]:
-            return -1
-    i = 7
+    if length < i or strncasecmp(line, b"connect ", i) != 0:
+        return -1
     while i < length and line[i] == c" ":
         i += 1
-    if i == 7 or i == length or not c"0" <= line[i] <= c"9":
+    if i == length or not c"0" <= line[i] <= c"9":
         return -1
     while i < length and c"0" <= line[i] <= c"9":
         if port < PORT_ANY:             # stop adding digits, which would overflow
