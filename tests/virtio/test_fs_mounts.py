@@ -17,7 +17,7 @@ from tests.virtio import fuse_client as fuse
 from tests.virtio.fuse_client import LINUX_FLAGS, ROOT, FuseVm
 from tests.virtio.mounts import bind, ext4, mounted, private_mounts, unmount
 from tests.virtio.test_fs import held, mount, refused, tree
-from virtio.fs._share import type_stores_files
+from virtio.fs._share import stores_files
 from vmm.errors import ConfigError
 
 __all__ = ["mount", "tree"]
@@ -56,12 +56,12 @@ def test_file_systems_are_judged_by_their_numbers() -> None:
     header = Path("/usr/include/linux/magic.h").read_text()
     found = re.findall(r"#define (\w+_MAGIC\w*)\s+(0x[\da-fA-F]+)", header)
     numbers = {name: int(number, 16) for name, number in found}
-    allowed = {name for name, number in numbers.items() if type_stores_files(number)}
+    allowed = {name for name, number in numbers.items() if stores_files(number)}
     names = {re.sub(r"(_SUPER|_FS)?_MAGIC(_V1)?$", "", name) for name in allowed}
     assert names - LATER_STORES == set(STORES)
     doors = {"PROC_SUPER_MAGIC", "SYSFS_MAGIC", "DEBUGFS_MAGIC", "TRACEFS_MAGIC", "BPF_FS_MAGIC", "NSFS_MAGIC"}
     assert doors <= set(numbers) - allowed, "the header is read right"
-    assert not [name for name, number in OWN_NUMBERS.items() if type_stores_files(number)]
+    assert not [name for name, number in OWN_NUMBERS.items() if stores_files(number)]
 
 
 @pytest.mark.parametrize("submounts", [False, True])
@@ -92,7 +92,7 @@ def test_a_file_system_that_has_lost_its_server_is_refused(tree: Path, monkeypat
     def stale(fd: int) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    monkeypatch.setattr("virtio.fs.device.stores_files", stale)
+    monkeypatch.setattr("virtio.fs.device.file_system", stale)
     with pytest.raises(ConfigError, match="cannot be used: Stale file handle"):
         FuseVm(tree)
     assert held(tree) == 0

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from virtio.fs._dax import Window
 
-def type_stores_files(f_type: int) -> bool: ...
-def stores_files(fd: int) -> tuple[bool, int]: ...
+def file_system(fd: int) -> int: ...
+def stores_files(f_type: int) -> bool: ...
 
 class Share:
     def __init__(
         self,
         root_fd: int,
+        f_type: int,
         proc_fd: int,
         *,
         read_only: bool,
         cache: str,
-        valid: int,
         squash: tuple[int, int] | None,
         submounts: bool,
         dax: int,

@@ -23,50 +23,46 @@ cdef uint64_t foreign_ino(const statx *st) noexcept nogil:
     return (st.stx_ino ^ device_of(st) * <uint64_t>0x9e3779b97f4a7c15) | <uint64_t>1 << 63
 
 
-def type_stores_files(uint32_t f_type):
-    """Whether file systems of this type store files.
-
-    :param f_type: the type, from statfs(2)
-    """
-    return fs_kind(f_type) != 0
-
-
-def stores_files(int fd):
-    """Whether `fd` is on a file system that stores files, rather than one such as procfs; and its ``f_type``.
+def file_system(int fd):
+    """The type of the file system that `fd` is on: ``f_type`` of statfs(2).
 
     :raises OSError: fstatfs failed
     """
     cdef host_statfs fs
     if fstatfs(fd, &fs) < 0:
         raise OSError(errno, os.strerror(errno))
-    return type_stores_files(<uint32_t>fs.f_type), <uint32_t>fs.f_type
+    return <uint32_t>fs.f_type
+
+
+def stores_files(uint32_t f_type):
+    """Whether file systems of this type store files, unlike procfs and its kin."""
+    return fs_kind(f_type) != 0
 
 
 cdef class Share:
     """The state that all threads of one share have in common. The other parameters are ``ShareDevice``'s.
 
     :param root_fd: O_PATH descriptor of the directory; borrowed
+    :param f_type: the type of the file system that it is on
     :param proc_fd: descriptor of /proc/self/fd; borrowed
-    :param valid: seconds that the guest may cache names and attributes
-    :raises OSError: no address space is left for the window, or fstatfs failed
+    :raises OSError: no address space is left for the window
     """
 
-    def __init__(self, int root_fd, int proc_fd, *, bint read_only, str cache, uint64_t valid, squash,
+    def __init__(self, int root_fd, uint32_t f_type, int proc_fd, *, bint read_only, str cache, squash,
                  bint submounts, uint64_t dax):
-        cdef host_statfs fs
-        if fstatfs(root_fd, &fs) < 0:
-            raise OSError(errno, os.strerror(errno))
-        self.flush_matters = submounts or fs_kind(<uint32_t>fs.f_type) == FS_REMOTE
+        self.flush_matters = submounts or fs_kind(f_type) == FS_REMOTE
         self.submounts = submounts
-        self.table = Table(root_fd, fs_is_overlay(<uint32_t>fs.f_type))
+        self.table = Table(root_fd, fs_is_overlay(f_type))
         self.proc_fd = proc_fd
         self.read_only = read_only
         self.writeback = cache == "always" and not read_only
-        self.valid = valid
         if cache == "none":
             self.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
         elif cache == "always":
+            self.valid = 86400
             self.open_flags, self.dir_flags = FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR
+        else:
+            self.valid = 1
         self.window = Window(dax) if dax else None
         self.may_not_open = cache == "always" and not self.flush_matters
         self.squash = squash is not None

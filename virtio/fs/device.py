@@ -10,7 +10,7 @@ from virtio import spec
 from virtio._limiter import RateLimiter
 from virtio.device import VirtioDevice
 from virtio.fs._saved import nameless, restore, save
-from virtio.fs._share import Share, stores_files
+from virtio.fs._share import Share, file_system, stores_files
 from virtio.fs._worker import Backlog, FsHelper, FsWorker
 from vmm.budget import KEPT, dax_slots, raise_descriptor_limit
 from vmm.closing import Closers
@@ -31,8 +31,6 @@ _CONFIG = struct.Struct("<36sI")  # §5.11.4: tag, num_request_queues
 # Requests that wait for the host's disk at once, at least.
 _HELPERS = 4
 _DAX_LIMIT = "and limits exclude one another: DAX accesses are not counted"
-# Seconds that the guest may believe what it was told, by cache policy.
-_VALID = {"auto": 1, "always": 86400, "none": 0}
 
 
 class ShareDevice(VirtioDevice):
@@ -94,10 +92,10 @@ class ShareDevice(VirtioDevice):
         try:
             try:
                 root = self._open(path)
-                stores, f_type = stores_files(root)  # a network's file system may have lost its server
+                f_type = file_system(root)  # a network's may have lost its server
             except OSError as error:
                 raise ConfigError("share", path, f"cannot be used: {error.strerror}") from None
-            if not stores:
+            if not stores_files(f_type):
                 problem = f"is on a kernel pseudo file system (type {f_type:#x}); share one that stores files"
                 raise ConfigError("share", path, problem)
             try:
@@ -108,9 +106,8 @@ class ShareDevice(VirtioDevice):
                 self._take_slots(dax)
             try:
                 self.share = Share(
-                    root, proc, read_only=read_only, cache=cache, valid=_VALID[cache], squash=squash,
-                    submounts=submounts, dax=dax,
-                )  # fmt: skip
+                    root, f_type, proc, read_only=read_only, cache=cache, squash=squash, submounts=submounts, dax=dax
+                )
             except (OSError, MemoryError):
                 raise ConfigError("share dax", dax, "bytes exceed this host's address space") from None
         except BaseException:
