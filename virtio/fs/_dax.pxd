@@ -29,7 +29,3 @@ cdef class Window:
     cdef int64_t unmap(self, uint64_t where, uint64_t length) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef void map_regrown(self) noexcept nogil         # called before each request: map the ends of regrown files
-    cdef bint _aligned(self, uint64_t where, uint64_t length) noexcept nogil
-    cdef bint _blank(self, uint64_t where, uint64_t length) noexcept nogil
-    cdef int _put(self, uint64_t where, Slot *slot, uint64_t at) noexcept nogil
-    cdef void _drop(self, Slot *slot) noexcept nogil

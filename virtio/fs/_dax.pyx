@@ -30,6 +30,32 @@ cdef enum:
     SLOT = 1 << DAX_SHIFT
 
 
+cdef bint is_aligned(Window self, uint64_t where, uint64_t length) noexcept nogil:
+    # The start is slot aligned, the end page aligned, and the range is inside the window. No sum can overflow.
+    return not where & (SLOT - 1) and length and not length & (PAGE - 1) and where < self.size \
+        and length <= self.size - where
+
+cdef bint blank(Window self, uint64_t where, uint64_t length) noexcept nogil:
+    return mmap(self.base + where, length, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED
+
+cdef void drop(Window self, Slot *slot) noexcept nogil:
+    if slot.fd >= 0:
+        close(slot.fd)
+        slot.fd = -1
+        counter_add(&self.mapped, -1)
+    slot.length = slot.backed = 0
+
+cdef int put(Window self, uint64_t where, Slot *slot, uint64_t at) noexcept nogil:
+    # Map the slot's file from byte `at` of the slot on. KVM's MMU notifier unmaps the old pages from the guest.
+    if mmap(self.base + where + at, slot.length - at, PROT_READ | PROT_WRITE,
+            MAP_FIXED | (MAP_SHARED if slot.writable else MAP_PRIVATE | MAP_NORESERVE), slot.fd,
+            slot.offset + at) == MAP_FAILED:
+        return -errno
+    slot.backed = slot.length
+    return 0
+
+
 cdef class Window:
     """A window for file mappings; safe from any thread.
 
@@ -56,7 +82,7 @@ cdef class Window:
             raise OSError(errno, os.strerror(errno))
         self.reserved = <uint8_t *>p
         self.base = <uint8_t *>((<uintptr_t>p + SLOT - 1) & ~<uintptr_t>(SLOT - 1))
-        if not self._blank(0, size):
+        if not blank(self, 0, size):
             raise OSError(errno, os.strerror(errno))
 
     def __dealloc__(self):
@@ -70,52 +96,27 @@ cdef class Window:
         """Host address of the window, for ``KVM_SET_USER_MEMORY_REGION``."""
         return <uintptr_t>self.base
 
-    cdef bint _aligned(self, uint64_t where, uint64_t length) noexcept nogil:
-        # The start is slot aligned, the end page aligned, and the range is inside the window. No sum can overflow.
-        return not where & (SLOT - 1) and length and not length & (PAGE - 1) and where < self.size \
-            and length <= self.size - where
-
-    cdef bint _blank(self, uint64_t where, uint64_t length) noexcept nogil:
-        return mmap(self.base + where, length, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED
-
-    cdef void _drop(self, Slot *slot) noexcept nogil:
-        if slot.fd >= 0:
-            close(slot.fd)
-            slot.fd = -1
-            counter_add(&self.mapped, -1)
-        slot.length = slot.backed = 0
-
-    cdef int _put(self, uint64_t where, Slot *slot, uint64_t at) noexcept nogil:
-        # Map the slot's file from byte `at` of the slot on. KVM's MMU notifier unmaps the old pages from the guest.
-        if mmap(self.base + where + at, slot.length - at, PROT_READ | PROT_WRITE,
-                MAP_FIXED | (MAP_SHARED if slot.writable else MAP_PRIVATE | MAP_NORESERVE), slot.fd,
-                slot.offset + at) == MAP_FAILED:
-            return -errno
-        slot.backed = slot.length
-        return 0
-
     cdef int64_t map(self, int fd, uint64_t offset, uint64_t length, uint64_t where, bint writable) noexcept nogil:
         cdef uint64_t at = 0
         cdef int64_t result = 0
         cdef Slot *slot
-        if not self._aligned(where, length) or offset & (SLOT - 1) or offset > <uint64_t>INT64_MAX - length:
+        if not is_aligned(self, where, length) or offset & (SLOT - 1) or offset > <uint64_t>INT64_MAX - length:
             return -EINVAL
         pthread_mutex_lock(&self.lock)
         while at < length and result == 0:
             slot = &self.slots[(where + at) >> DAX_SHIFT]
-            self._drop(slot)
+            drop(self, slot)
             slot.fd = granted(fcntl(fd, F_DUPFD_CLOEXEC, 0), FOR_OPEN)
             if slot.fd < 0:
                 result = -errno
             else:
                 counter_add(&self.mapped, 1)
                 slot.writable, slot.offset, slot.length = writable, offset + at, min(length - at, <uint64_t>SLOT)
-                result = self._put(where + at, slot, 0)
+                result = put(self, where + at, slot, 0)
             if result < 0:
-                self._drop(slot)
+                drop(self, slot)
             if slot.length < SLOT:
-                self._blank(where + at + slot.length, SLOT - slot.length)
+                blank(self, where + at + slot.length, SLOT - slot.length)
             at += SLOT
         pthread_mutex_unlock(&self.lock)
         return result
@@ -123,15 +124,15 @@ cdef class Window:
     cdef int64_t unmap(self, uint64_t where, uint64_t length) noexcept nogil:
         cdef uint64_t at = 0
         cdef int64_t result = 0
-        if not self._aligned(where, length):
+        if not is_aligned(self, where, length):
             return -EINVAL
         length = (length + SLOT - 1) & ~<uint64_t>(SLOT - 1)
         pthread_mutex_lock(&self.lock)
-        if not self._blank(where, length):
+        if not blank(self, where, length):
             result = -errno
         else:
             while at < length:
-                self._drop(&self.slots[(where + at) >> DAX_SHIFT])
+                drop(self, &self.slots[(where + at) >> DAX_SHIFT])
                 at += SLOT
         pthread_mutex_unlock(&self.lock)
         return result
@@ -156,7 +157,7 @@ cdef class Window:
                     continue
                 end = (<uint64_t>st.st_size + PAGE - 1) & ~<uint64_t>(PAGE - 1)
                 left = end - slot.offset if end > slot.offset else 0
-                if left < slot.backed and self._blank((i << DAX_SHIFT) + left, slot.backed - left):
+                if left < slot.backed and blank(self, (i << DAX_SHIFT) + left, slot.backed - left):
                     slot.backed = left
                     found = True
             if found:
@@ -176,5 +177,5 @@ cdef class Window:
         for i in range(self.size >> DAX_SHIFT):
             slot = &self.slots[i]
             if slot.fd >= 0 and slot.backed < slot.length:
-                self._put(i << DAX_SHIFT, slot, slot.backed)
+                put(self, i << DAX_SHIFT, slot, slot.backed)
         pthread_mutex_unlock(&self.lock)

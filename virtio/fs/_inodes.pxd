@@ -95,23 +95,11 @@ cdef class Inodes:
     # Remember the node's name in its directory, of `length` bytes.
     cdef void set_name(self, Node *node, const char *name, uint64_t length) noexcept nogil
 
-    cdef uint32_t _bucket(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil
-    cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt, const Node *before) noexcept nogil
-    cdef Node *_same(self, const statx *st) noexcept nogil
     cdef void _hash(self, Node *node) noexcept nogil
-    cdef void _unhash(self, Node *node) noexcept nogil
     cdef void _grow(self) noexcept nogil
-    cdef void _rename(self, Node *node, const Node *parent, const char *name) noexcept nogil
-    cdef void _forget_name(self, Node *node) noexcept nogil
-    cdef uint64_t _count_lookup(self, Node *node) noexcept nogil
-    cdef int _let_go(self, Node *node) noexcept nogil
     cdef int _drop(self, Node *node) noexcept nogil
-    cdef void _drop_a_ghost(self) noexcept nogil
-    cdef uint32_t _close_some(self) noexcept nogil
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil
-    cdef Node *_opened(self, Node *node) noexcept nogil
     cdef int _open_again(self, Node *node) noexcept nogil
-    cdef int _open_child(self, Node *parent, Node *node) noexcept nogil
 
 cdef inline Slot *slot_at(const Slots *slots, uint32_t index) noexcept nogil:
     return <Slot *>(slots.chunks[index >> CHUNK_BITS] + (index & (CHUNK - 1)) * slots.size)

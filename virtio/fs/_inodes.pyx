@@ -148,7 +148,7 @@ cdef bint make_room() noexcept nogil:
     pthread_mutex_lock(&ring_lock)
     first = ring
     while first != NULL:
-        count = (<Inodes>ring)._close_some()
+        count = close_some(<Inodes>ring)
         ring = (<Inodes>ring).after
         if count or ring == first:
             break
@@ -160,6 +160,154 @@ cdef int open_granted(int dirfd, const char *path, int flags, Purpose purpose) n
     if fd < 0 and errno == ENFILE and make_room():
         fd = granted(openat(dirfd, path, flags), purpose)
     return fd
+
+
+cdef uint32_t bucket_of(Inodes self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
+    cdef uint64_t mixed = (ino ^ (dev << 32 | dev >> 32) ^ mnt << 17) * <uint64_t>0x9e3779b97f4a7c15
+    return <uint32_t>(mixed >> 32) & (self.n_buckets - 1)
+
+cdef Node *find(Inodes self, uint64_t dev, uint64_t ino, uint64_t mnt, const Node *before) noexcept nogil:
+    # The node with this identity, or the next one after `before`, which is in a hash chain.
+    cdef uint32_t index = self.buckets[bucket_of(self, dev, ino, mnt)] if before == NULL else before.slot.next
+    cdef Node *node
+    while index:
+        node = node_at(self, index)
+        if node.ino == ino and node.dev == dev and node.mnt == mnt:
+            return node
+        index = node.slot.next
+    return NULL
+
+cdef Node *find_same(Inodes self, const statx *st) noexcept nogil:
+    cdef Node *node = find(self, device_of(st), st.stx_ino, st.stx_mnt_id, NULL)
+    if node != NULL and node.fd < 0 and other_time(node, st):
+        unhash(self, node)      # the inode number was reused: this node's file is gone
+        return NULL
+    if node != NULL:
+        node.btime = btime_of(st)       # on an overlayfs it may have been copied up since
+    return node
+
+cdef void unhash(Inodes self, Node *node) noexcept nogil:
+    cdef uint32_t *link = &self.buckets[bucket_of(self, node.dev, node.ino, node.mnt)]
+    if not node.hashed:
+        return
+    while link[0] != node.slot.index:
+        link = &node_at(self, link[0]).slot.next
+    link[0] = node.slot.next
+    node.hashed = False
+
+cdef uint64_t counted(Inodes self, Node *node) noexcept nogil:
+    # Count a look-up. Returns the node's id.
+    if node.ghost:
+        node.ghost = False
+        self.ghosts -= 1
+        counter_add(&self.nodes, 1)
+    node.nlookup += 1
+    node.recent = True
+    return id_of(&node.slot)
+
+cdef void rename(Inodes self, Node *node, const Node *parent, const char *name) noexcept nogil:
+    # Remember the node's directory and name. Without memory for the name its descriptor stays open.
+    if parent == NULL or name == NULL:
+        return
+    node.parent = id_of(&parent.slot)
+    if node.name == NULL or strcmp(node.name, name) != 0:
+        self.set_name(node, name, strlen(name))
+
+cdef void forget_name(Node *node) noexcept nogil:
+    if node.name != NULL:
+        heap.give(strlen(node.name) + 1)
+        free(node.name)
+        node.name = NULL
+
+cdef Node *opened(Inodes self, Node *node) noexcept nogil:
+    # The pinned node with its descriptor, opened again if it was closed. NULL if it is NULL, or cannot be opened.
+    cdef int error = ESTALE
+    if node != NULL:
+        error = self._open_again(node) if flag_read(&node.fd) < 0 else 0
+        if error:
+            self.node_put(node)
+            node = NULL
+    if node == NULL:
+        set_errno(error)
+    return node
+
+cdef int open_child(Inodes self, Node *parent, Node *node) noexcept nogil:
+    cdef char[NAME_SIZE] name
+    cdef statx st
+    cdef int fd
+    pthread_mutex_lock(&self.lock)
+    name[0] = 0
+    if node.name != NULL:
+        memcpy(name, node.name, strlen(node.name) + 1)
+    pthread_mutex_unlock(&self.lock)
+    if name[0] == 0:
+        return ESTALE
+    fd = open_granted(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, FOR_LOOKUP)
+    if fd < 0:
+        return ENFILE if errno == ENFILE else ESTALE
+    if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or device_of(&st) != node.dev or st.stx_ino != node.ino \
+            or st.stx_mode & S_IFMT != node.type or st.stx_mnt_id != node.mnt or other_time(node, &st):
+        close(fd)
+        return ESTALE
+    pthread_mutex_lock(&self.lock)
+    counter_add(&self.reopened, 1)
+    if node.fd < 0:
+        flag_set(&node.fd, fd)
+        fd = -1
+    unlock_and_close(&self.lock, fd)
+    return 0
+
+cdef uint32_t close_some(Inodes self) noexcept nogil:
+    # Close descriptors that were not used since the clock hand last passed them. Returns their number.
+    cdef int[BATCH] fds
+    cdef uint32_t count = 0, steps = 0, i
+    cdef Node *node
+    pthread_mutex_lock(&self.lock)
+    while count < BATCH and steps < STEPS and steps < 2 * self.node_slots.count:
+        steps += 1
+        self.clock_hand += 1
+        if self.clock_hand >= self.node_slots.count:
+            self.clock_hand = ROOT
+        node = node_at(self, self.clock_hand)
+        if not node.slot.live or node.fd < 0 or node.refs or node.name == NULL or node.btime == 0:
+            continue
+        if node.recent:
+            node.recent = False
+            continue
+        fds[count] = node.fd
+        node.fd = -1
+        count += 1
+    pthread_mutex_unlock(&self.lock)
+    for i in range(count):
+        close(fds[i])
+    return count
+
+cdef int let_go(Inodes self, Node *node) noexcept nogil:
+    # The guest has forgotten the node. Returns its descriptor, for the caller to close. The latest GHOSTS such
+    # nodes are kept, for file handles.
+    cdef int fd = node.fd
+    if node.name == NULL or node.btime == 0 or not node.hashed:
+        return self._drop(node)
+    node.fd = -1
+    if not node.ghost:
+        node.ghost = True
+        self.ghosts += 1
+        counter_add(&self.nodes, -1)
+        if self.ghosts > GHOSTS:
+            drop_a_ghost(self)
+    return fd
+
+cdef void drop_a_ghost(Inodes self) noexcept nogil:
+    cdef uint32_t _step
+    cdef Node *node
+    for _step in range(self.node_slots.count):
+        self.ghost_hand += 1
+        if self.ghost_hand >= self.node_slots.count:
+            self.ghost_hand = ROOT
+        node = node_at(self, self.ghost_hand)
+        if node.slot.live and node.ghost and node.refs == 0:
+            self._drop(node)
+            return
 
 
 cdef class Inodes:
@@ -182,7 +330,7 @@ cdef class Inodes:
             raise MemoryError()
         node_at(self, ROOT).fd = root_fd
         # A look-up must not find the root: a mount below that shows the same directory gets a node of its own.
-        self._unhash(node_at(self, ROOT))
+        unhash(self, node_at(self, ROOT))
         enter_ring(self)
 
     def __dealloc__(self):
@@ -191,50 +339,17 @@ cdef class Inodes:
         for i in range(ROOT + 1, self.node_slots.count):
             if node_at(self, i).slot.live and node_at(self, i).fd >= 0:
                 close(node_at(self, i).fd)
-            self._forget_name(node_at(self, i))
+            forget_name(node_at(self, i))
         slots_keep(&self.node_slots, 0)
         free(self.buckets)
 
     # Look-up by identity
 
-    cdef uint32_t _bucket(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
-        cdef uint64_t mixed = (ino ^ (dev << 32 | dev >> 32) ^ mnt << 17) * <uint64_t>0x9e3779b97f4a7c15
-        return <uint32_t>(mixed >> 32) & (self.n_buckets - 1)
-
-    cdef Node *_find(self, uint64_t dev, uint64_t ino, uint64_t mnt, const Node *before) noexcept nogil:
-        # The node with this identity, or the next one after `before`, which is in a hash chain.
-        cdef uint32_t index = self.buckets[self._bucket(dev, ino, mnt)] if before == NULL else before.slot.next
-        cdef Node *node
-        while index:
-            node = node_at(self, index)
-            if node.ino == ino and node.dev == dev and node.mnt == mnt:
-                return node
-            index = node.slot.next
-        return NULL
-
-    cdef Node *_same(self, const statx *st) noexcept nogil:
-        cdef Node *node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id, NULL)
-        if node != NULL and node.fd < 0 and other_time(node, st):
-            self._unhash(node)      # the inode number was reused: this node's file is gone
-            return NULL
-        if node != NULL:
-            node.btime = btime_of(st)       # on an overlayfs it may have been copied up since
-        return node
-
     cdef void _hash(self, Node *node) noexcept nogil:
-        cdef uint32_t bucket = self._bucket(node.dev, node.ino, node.mnt)
+        cdef uint32_t bucket = bucket_of(self, node.dev, node.ino, node.mnt)
         node.slot.next = self.buckets[bucket]
         self.buckets[bucket] = node.slot.index
         node.hashed = True
-
-    cdef void _unhash(self, Node *node) noexcept nogil:
-        cdef uint32_t *link = &self.buckets[self._bucket(node.dev, node.ino, node.mnt)]
-        if not node.hashed:
-            return
-        while link[0] != node.slot.index:
-            link = &node_at(self, link[0]).slot.next
-        link[0] = node.slot.next
-        node.hashed = False
 
     cdef void _grow(self) noexcept nogil:
         # Double the number of buckets. Without memory for that the chains just get longer.
@@ -252,25 +367,15 @@ cdef class Inodes:
     cdef bint node_known(self, uint64_t dev, uint64_t ino, uint64_t mnt) noexcept nogil:
         cdef bint known
         pthread_mutex_lock(&self.lock)
-        known = self._find(dev, ino, mnt, NULL) != NULL
+        known = find(self, dev, ino, mnt, NULL) != NULL
         pthread_mutex_unlock(&self.lock)
         return known
-
-    cdef uint64_t _count_lookup(self, Node *node) noexcept nogil:
-        # Count a look-up. Returns the node's id.
-        if node.ghost:
-            node.ghost = False
-            self.ghosts -= 1
-            counter_add(&self.nodes, 1)
-        node.nlookup += 1
-        node.recent = True
-        return id_of(&node.slot)
 
     cdef uint64_t count_lookup(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         cdef uint64_t nodeid
         pthread_mutex_lock(&self.lock)
-        nodeid = self._count_lookup(node)
-        self._rename(node, parent, name)
+        nodeid = counted(self, node)
+        rename(self, node, parent, name)
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
@@ -278,11 +383,11 @@ cdef class Inodes:
         cdef uint64_t nodeid = 0
         cdef Node *node
         pthread_mutex_lock(&self.lock)
-        node = self._same(st)
+        node = find_same(self, st)
         if node != NULL:
-            nodeid = self._count_lookup(node)
+            nodeid = counted(self, node)
             if node.fd < 0 or node.name == NULL:
-                self._rename(node, parent, name)
+                rename(self, node, parent, name)
         pthread_mutex_unlock(&self.lock)
         return nodeid
 
@@ -291,7 +396,7 @@ cdef class Inodes:
         cdef uint64_t nodeid = 0
         cdef Node *node
         pthread_mutex_lock(&self.lock)
-        node = NULL if alone else self._same(st)
+        node = NULL if alone else find_same(self, st)
         if node == NULL:
             node = <Node *>slot_take(&self.node_slots)
             if node != NULL:
@@ -307,8 +412,8 @@ cdef class Inodes:
                     self._grow()
                 self._hash(node)
         if node != NULL:
-            nodeid = self._count_lookup(node)
-            self._rename(node, parent, name)
+            nodeid = counted(self, node)
+            rename(self, node, parent, name)
             if node.fd < 0:
                 flag_set(&node.fd, fd)
                 fd = -1
@@ -320,7 +425,7 @@ cdef class Inodes:
         while True:
             pthread_mutex_lock(&self.lock)
             if node == NULL or node.hashed:
-                node = self._find(device_of(st), st.stx_ino, st.stx_mnt_id, node)
+                node = find(self, device_of(st), st.stx_ino, st.stx_mnt_id, node)
             else:
                 node = NULL
             if node != NULL:
@@ -336,7 +441,7 @@ cdef class Inodes:
         pthread_mutex_lock(&self.lock)
         if node.hashed:
             if node.ino != st.stx_ino or node.dev != device_of(st):
-                self._unhash(node)
+                unhash(self, node)
                 node.dev, node.ino, node.mnt = device_of(st), st.stx_ino, st.stx_mnt_id
                 self._hash(node)
             node.btime = btime_of(st)
@@ -349,14 +454,6 @@ cdef class Inodes:
 
     # Names and opening again
 
-    cdef void _rename(self, Node *node, const Node *parent, const char *name) noexcept nogil:
-        # Remember the node's directory and name. Without memory for the name its descriptor stays open.
-        if parent == NULL or name == NULL:
-            return
-        node.parent = id_of(&parent.slot)
-        if node.name == NULL or strcmp(node.name, name) != 0:
-            self.set_name(node, name, strlen(name))
-
     cdef void set_name(self, Node *node, const char *name, uint64_t length) noexcept nogil:
         cdef uint64_t size = length + 1
         cdef char *copy = NULL
@@ -366,28 +463,22 @@ cdef class Inodes:
                 heap.give(size)
             else:
                 memcpy(copy, name, length)
-        self._forget_name(node)
+        forget_name(node)
         node.name = copy
 
     cdef void node_moved(self, const statx *st, const Node *parent, const char *name) noexcept nogil:
         cdef Node *node
         pthread_mutex_lock(&self.lock)
-        node = self._same(st)
+        node = find_same(self, st)
         if node != NULL:
-            self._rename(node, parent, name)
+            rename(self, node, parent, name)
         pthread_mutex_unlock(&self.lock)
-
-    cdef void _forget_name(self, Node *node) noexcept nogil:
-        if node.name != NULL:
-            heap.give(strlen(node.name) + 1)
-            free(node.name)
-            node.name = NULL
 
     cdef uint64_t node_id(self, const statx *st) noexcept nogil:
         cdef Node *node
         cdef uint64_t nodeid = 0
         pthread_mutex_lock(&self.lock)
-        node = self._same(st)
+        node = find_same(self, st)
         if node != NULL and node.nlookup:
             nodeid = id_of(&node.slot)
         pthread_mutex_unlock(&self.lock)
@@ -396,7 +487,7 @@ cdef class Inodes:
     cdef void node_unnamed(self, Node *node, const Node *parent, const char *name) noexcept nogil:
         pthread_mutex_lock(&self.lock)
         if node.name != NULL and node.parent == id_of(&parent.slot) and strcmp(node.name, name) == 0:
-            self._forget_name(node)
+            forget_name(node)
         pthread_mutex_unlock(&self.lock)
 
     cdef Node *_pin(self, uint64_t nodeid, bint ghosts) noexcept nogil:
@@ -412,24 +503,12 @@ cdef class Inodes:
         return node
 
     cdef Node *node_get(self, uint64_t nodeid) noexcept nogil:
-        return self._opened(self._pin(nodeid, False))
+        return opened(self, self._pin(nodeid, False))
 
     cdef Node *node_recall(self, uint64_t nodeid) noexcept nogil:
-        cdef Node *node = self._opened(self._pin(nodeid, True))
+        cdef Node *node = opened(self, self._pin(nodeid, True))
         if node != NULL:
             self.count_lookup(node, NULL, NULL)
-        return node
-
-    cdef Node *_opened(self, Node *node) noexcept nogil:
-        # The pinned node with its descriptor, opened again if it was closed. NULL if it is NULL, or cannot be opened.
-        cdef int error = ESTALE
-        if node != NULL:
-            error = self._open_again(node) if flag_read(&node.fd) < 0 else 0
-            if error:
-                self.node_put(node)
-                node = NULL
-        if node == NULL:
-            set_errno(error)
         return node
 
     cdef int _open_again(self, Node *node) noexcept nogil:
@@ -447,7 +526,7 @@ cdef class Inodes:
         else:
             while n and error == 0:
                 n -= 1
-                error = self._open_child(at, way[n])
+                error = open_child(self, at, way[n])
                 self.node_put(at)
                 at = way[n]
         if at != NULL and n:
@@ -456,98 +535,20 @@ cdef class Inodes:
             self.node_put(way[i])
         return error
 
-    cdef int _open_child(self, Node *parent, Node *node) noexcept nogil:
-        cdef char[NAME_SIZE] name
-        cdef statx st
-        cdef int fd
-        pthread_mutex_lock(&self.lock)
-        name[0] = 0
-        if node.name != NULL:
-            memcpy(name, node.name, strlen(node.name) + 1)
-        pthread_mutex_unlock(&self.lock)
-        if name[0] == 0:
-            return ESTALE
-        fd = open_granted(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, FOR_LOOKUP)
-        if fd < 0:
-            return ENFILE if errno == ENFILE else ESTALE
-        if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0 or device_of(&st) != node.dev or st.stx_ino != node.ino \
-                or st.stx_mode & S_IFMT != node.type or st.stx_mnt_id != node.mnt or other_time(node, &st):
-            close(fd)
-            return ESTALE
-        pthread_mutex_lock(&self.lock)
-        counter_add(&self.reopened, 1)
-        if node.fd < 0:
-            flag_set(&node.fd, fd)
-            fd = -1
-        unlock_and_close(&self.lock, fd)
-        return 0
-
     # Release
-
-    cdef uint32_t _close_some(self) noexcept nogil:
-        # Close descriptors that were not used since the clock hand last passed them. Returns their number.
-        cdef int[BATCH] fds
-        cdef uint32_t count = 0, steps = 0, i
-        cdef Node *node
-        pthread_mutex_lock(&self.lock)
-        while count < BATCH and steps < STEPS and steps < 2 * self.node_slots.count:
-            steps += 1
-            self.clock_hand += 1
-            if self.clock_hand >= self.node_slots.count:
-                self.clock_hand = ROOT
-            node = node_at(self, self.clock_hand)
-            if not node.slot.live or node.fd < 0 or node.refs or node.name == NULL or node.btime == 0:
-                continue
-            if node.recent:
-                node.recent = False
-                continue
-            fds[count] = node.fd
-            node.fd = -1
-            count += 1
-        pthread_mutex_unlock(&self.lock)
-        for i in range(count):
-            close(fds[i])
-        return count
 
     cdef void node_put(self, Node *node) noexcept nogil:
         cdef int fd = -1
         pthread_mutex_lock(&self.lock)
         node.refs -= 1
         if node.refs == 0 and node.nlookup == 0:
-            fd = self._let_go(node)
+            fd = let_go(self, node)
         unlock_and_close(&self.lock, fd)
-
-    cdef int _let_go(self, Node *node) noexcept nogil:
-        # The guest has forgotten the node. Returns its descriptor, for the caller to close. The latest GHOSTS such
-        # nodes are kept, for file handles.
-        cdef int fd = node.fd
-        if node.name == NULL or node.btime == 0 or not node.hashed:
-            return self._drop(node)
-        node.fd = -1
-        if not node.ghost:
-            node.ghost = True
-            self.ghosts += 1
-            counter_add(&self.nodes, -1)
-            if self.ghosts > GHOSTS:
-                self._drop_a_ghost()
-        return fd
-
-    cdef void _drop_a_ghost(self) noexcept nogil:
-        cdef uint32_t _step
-        cdef Node *node
-        for _step in range(self.node_slots.count):
-            self.ghost_hand += 1
-            if self.ghost_hand >= self.node_slots.count:
-                self.ghost_hand = ROOT
-            node = node_at(self, self.ghost_hand)
-            if node.slot.live and node.ghost and node.refs == 0:
-                self._drop(node)
-                return
 
     cdef int _drop(self, Node *node) noexcept nogil:
         cdef int fd = node.fd
-        self._unhash(node)
-        self._forget_name(node)
+        unhash(self, node)
+        forget_name(node)
         if node.ghost:
             self.ghosts -= 1
         else:
@@ -569,7 +570,7 @@ cdef class Inodes:
             told = count <= node.nlookup
             node.nlookup -= min(count, node.nlookup)
             if node.nlookup == 0 and node.refs == 0:
-                fd = self._let_go(node)
+                fd = let_go(self, node)
         unlock_and_close(&self.lock, fd)
         return told
 

@@ -111,16 +111,10 @@ cdef class FuseThread:
     cdef int enter(self) noexcept nogil         # call it on the thread, before it serves; returns 0 or an errno
     cdef int64_t bad_request(self, int64_t result) noexcept nogil
     cdef const char *path_of(self, int fd) noexcept nogil
-    cdef bint may_read(self, const statx *st) noexcept nogil
     # `foreign`: as in Node
     cdef void fill_attr(self, fuse_attr *attr, const statx *st, bint foreign) noexcept nogil
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st, bint foreign) noexcept nogil
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil
-    cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil
-    cdef uint64_t add_linked(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil
-    cdef bint same_inode(self, int one, int other) noexcept nogil
     cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
                         bint likely) noexcept nogil
     cdef int64_t adopt(self, const Node *parent, const char *name, int fd, fuse_entry_out *entry) noexcept nogil
-    cdef void fill_found(self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
-                         const statx *st) noexcept nogil

@@ -93,6 +93,71 @@ cdef class Share:
         }
 
 
+cdef bint may_read(FuseThread self, const statx *st) noexcept nogil:
+    # Checked by the mode only: supplementary groups and ACLs are not considered.
+    cdef uint32_t mode = st.stx_mode
+    if st.stx_uid == self.share.uid:
+        mode >>= 6
+    elif st.stx_gid == self.share.gid:
+        mode >>= 3
+    return self.credentials.reads_all or mode & 4
+
+cdef bint enters(FuseThread self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil:
+    # Whether the guest may see `fd`, which was found in `parent`. Checks the descriptor, not the path, so a mount
+    # made in the meantime makes no difference.
+    cdef host_statfs fs
+    overlay[0] = parent.overlay
+    if device_of(st) == parent.dev and st.stx_mnt_id == parent.mnt:
+        return True
+    # The same mount with another device number: a file in an overlayfs layer, or a btrfs subvolume. Its inode
+    # numbers may repeat, so a directory is shown only if the guest supports FUSE_ATTR_SUBMOUNT. Before Linux 5.8
+    # mnt_id is 0.
+    if st.stx_mnt_id == parent.mnt and parent.mnt:
+        return agreed(self.share, ANNOUNCES) or st.stx_mode & S_IFMT != S_IFDIR
+    if not self.share.submounts or not agreed(self.share, ANNOUNCES) or fstatfs(fd, &fs) < 0:
+        return False
+    overlay[0] = fs_is_overlay(<uint32_t>fs.f_type)
+    return fs_kind(<uint32_t>fs.f_type) != 0
+
+cdef bint same_inode(FuseThread self, int one, int other) noexcept nogil:
+    # Ask the kernel if stat is not enough: two inotify watches on the same inode get the same number.
+    cdef char[4096] events
+    cdef int a, b
+    if self.inotify < 0:
+        self.inotify = inotify_init1(IN_NONBLOCK | IN_CLOEXEC)
+    a = inotify_add_watch(self.inotify, self.path_of(one), IN_MOVE_SELF)
+    b = inotify_add_watch(self.inotify, self.path_of(other), IN_MOVE_SELF)
+    if a >= 0:
+        inotify_rm_watch(self.inotify, a)
+    if b >= 0 and a != b:
+        inotify_rm_watch(self.inotify, b)
+    while self.inotify >= 0 and read(self.inotify, events, sizeof(events)) > 0:
+        pass                    # discard the IN_IGNORED events
+    return a >= 0 and a == b
+
+cdef uint64_t add_linked(FuseThread self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil:
+    # On an overlayfs two hard links in a lower layer have the same stat, but they are two inodes: a write to one
+    # copies only that one up.
+    cdef uint64_t nodeid
+    cdef Node *node = self.table.node_twin(st, NULL)
+    while node != NULL and not same_inode(self, node.fd, fd):
+        node = self.table.node_twin(st, node)
+    if node == NULL:
+        return self.table.node_add(fd, st, parent, name, True, True)
+    nodeid = self.table.count_lookup(node, parent, name)
+    self.table.node_put(node)
+    close(fd)
+    return nodeid
+
+cdef void fill_found(FuseThread self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
+                     const statx *st) noexcept nogil:
+    cdef bint directory = st.stx_mode & S_IFMT == S_IFDIR
+    cdef uint64_t dev = device_of(st)
+    self.fill_entry(entry, nodeid, st, dev != parent.dev and not directory)
+    if directory and (dev != parent.dev or st.stx_mnt_id != parent.mnt):
+        entry.attr.flags |= FUSE_ATTR_SUBMOUNT
+
+
 cdef class FuseThread:
     """The state of one thread: buffers and credentials. It also turns descriptors into FUSE entries and attributes."""
 
@@ -145,15 +210,6 @@ cdef class FuseThread:
         snprintf(self.path, sizeof(self.path), self.path_format, fd)
         return self.path
 
-    cdef bint may_read(self, const statx *st) noexcept nogil:
-        # Checked by the mode only: supplementary groups and ACLs are not considered.
-        cdef uint32_t mode = st.stx_mode
-        if st.stx_uid == self.share.uid:
-            mode >>= 6
-        elif st.stx_gid == self.share.gid:
-            mode >>= 3
-        return self.credentials.reads_all or mode & 4
-
     cdef void fill_attr(self, fuse_attr *attr, const statx *st, bint foreign) noexcept nogil:
         attr.ino = foreign_ino(st) if foreign else st.stx_ino
         attr.size = st.stx_size
@@ -173,7 +229,7 @@ cdef class FuseThread:
         attr.blksize = st.stx_blksize
         # Mappings are always readable, so DAX needs a readable file.
         attr.flags = FUSE_ATTR_DAX if agreed(self.share, DAX_INODES) and st.stx_mode & S_IFMT == S_IFREG \
-            and self.may_read(st) else 0
+            and may_read(self, st) else 0
 
     cdef void fill_entry(self, fuse_entry_out *entry, uint64_t nodeid, const statx *st, bint foreign) noexcept nogil:
         entry.nodeid = nodeid
@@ -181,61 +237,6 @@ cdef class FuseThread:
         entry.entry_valid = entry.attr_valid = self.share.valid
         entry.entry_valid_nsec = entry.attr_valid_nsec = 0
         self.fill_attr(&entry.attr, st, foreign)
-
-    cdef bint enters(self, const Node *parent, int fd, const statx *st, bint *overlay) noexcept nogil:
-        # Whether the guest may see `fd`, which was found in `parent`. Checks the descriptor, not the path, so a mount
-        # made in the meantime makes no difference.
-        cdef host_statfs fs
-        overlay[0] = parent.overlay
-        if device_of(st) == parent.dev and st.stx_mnt_id == parent.mnt:
-            return True
-        # The same mount with another device number: a file in an overlayfs layer, or a btrfs subvolume. Its inode
-        # numbers may repeat, so a directory is shown only if the guest supports FUSE_ATTR_SUBMOUNT. Before Linux 5.8
-        # mnt_id is 0.
-        if st.stx_mnt_id == parent.mnt and parent.mnt:
-            return agreed(self.share, ANNOUNCES) or st.stx_mode & S_IFMT != S_IFDIR
-        if not self.share.submounts or not agreed(self.share, ANNOUNCES) or fstatfs(fd, &fs) < 0:
-            return False
-        overlay[0] = fs_is_overlay(<uint32_t>fs.f_type)
-        return fs_kind(<uint32_t>fs.f_type) != 0
-
-    cdef bint same_inode(self, int one, int other) noexcept nogil:
-        # Ask the kernel if stat is not enough: two inotify watches on the same inode get the same number.
-        cdef char[4096] events
-        cdef int a, b
-        if self.inotify < 0:
-            self.inotify = inotify_init1(IN_NONBLOCK | IN_CLOEXEC)
-        a = inotify_add_watch(self.inotify, self.path_of(one), IN_MOVE_SELF)
-        b = inotify_add_watch(self.inotify, self.path_of(other), IN_MOVE_SELF)
-        if a >= 0:
-            inotify_rm_watch(self.inotify, a)
-        if b >= 0 and a != b:
-            inotify_rm_watch(self.inotify, b)
-        while self.inotify >= 0 and read(self.inotify, events, sizeof(events)) > 0:
-            pass                    # discard the IN_IGNORED events
-        return a >= 0 and a == b
-
-    cdef uint64_t add_linked(self, int fd, const statx *st, const Node *parent, const char *name) noexcept nogil:
-        # On an overlayfs two hard links in a lower layer have the same stat, but they are two inodes: a write to one
-        # copies only that one up.
-        cdef uint64_t nodeid
-        cdef Node *node = self.table.node_twin(st, NULL)
-        while node != NULL and not self.same_inode(node.fd, fd):
-            node = self.table.node_twin(st, node)
-        if node == NULL:
-            return self.table.node_add(fd, st, parent, name, True, True)
-        nodeid = self.table.count_lookup(node, parent, name)
-        self.table.node_put(node)
-        close(fd)
-        return nodeid
-
-    cdef void fill_found(self, const Node *parent, fuse_entry_out *entry, uint64_t nodeid,
-                         const statx *st) noexcept nogil:
-        cdef bint directory = st.stx_mode & S_IFMT == S_IFDIR
-        cdef uint64_t dev = device_of(st)
-        self.fill_entry(entry, nodeid, st, dev != parent.dev and not directory)
-        if directory and (dev != parent.dev or st.stx_mnt_id != parent.mnt):
-            entry.attr.flags |= FUSE_ATTR_SUBMOUNT
 
     cdef int64_t lookup(self, const Node *parent, int dirfd, const char *name, fuse_entry_out *entry,
                         bint likely) noexcept nogil:
@@ -251,7 +252,7 @@ cdef class FuseThread:
             if not parent.overlay or st.stx_nlink == 1 or st.stx_mode & S_IFMT == S_IFDIR:
                 nodeid = self.table.node_find(&st, parent, name)
             if nodeid:
-                self.fill_found(parent, entry, nodeid, &st)
+                fill_found(self, parent, entry, nodeid, &st)
                 return sizeof(fuse_entry_out)
         fd = open_granted(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, FOR_LOOKUP)
         if fd < 0:
@@ -267,16 +268,16 @@ cdef class FuseThread:
         cdef bint overlay = False
         if statx_call(fd, b"", AT_EMPTY_PATH, MASK, &st) < 0:
             error = errno
-        elif not self.enters(parent, fd, &st, &overlay):
+        elif not enters(self, parent, fd, &st, &overlay):
             error = EXDEV
         if error:
             close(fd)
             return -error
         if overlay and st.stx_nlink > 1 and st.stx_mode & S_IFMT != S_IFDIR:
-            nodeid = self.add_linked(fd, &st, parent, name)
+            nodeid = add_linked(self, fd, &st, parent, name)
         else:
             nodeid = self.table.node_add(fd, &st, parent, name, overlay, False)
         if nodeid == 0:
             return -ENFILE
-        self.fill_found(parent, entry, nodeid, &st)
+        fill_found(self, parent, entry, nodeid, &st)
         return sizeof(fuse_entry_out)

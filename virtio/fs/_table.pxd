@@ -34,9 +34,5 @@ cdef class Table(Inodes):
     cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, uint32_t type) noexcept nogil
     cdef void clear(self) noexcept nogil        # drop all handles and nodes
 
-    cdef void _join(self, Handle *handle) noexcept nogil
-    cdef void _part(self, Handle *handle) noexcept nogil
-    cdef void _release(self, Handle *handle) noexcept nogil
-
 cdef inline Handle *handle_at(Table table, uint32_t index) noexcept nogil:
     return <Handle *>slot_at(&table.handle_slots, index)

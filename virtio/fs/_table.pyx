@@ -10,6 +10,37 @@ from virtio.fs._inodes cimport (
 from vmm._sys cimport close, counter_add, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
+cdef void join(Table self, Handle *handle) noexcept nogil:
+    # Insert at the end of the ring. A writable handle becomes the first.
+    cdef Handle *first
+    if handle.node.opened == 0:
+        handle.before = handle.after = handle.node.opened = handle.slot.index
+        return
+    first = handle_at(self, handle.node.opened)
+    handle.before, handle.after = first.before, first.slot.index
+    handle_at(self, first.before).after = handle.slot.index
+    first.before = handle.slot.index
+    if handle.writes:
+        handle.node.opened = handle.slot.index
+
+cdef void part(Table self, Handle *handle) noexcept nogil:
+    if handle.after == 0:
+        return
+    handle_at(self, handle.before).after = handle.after
+    handle_at(self, handle.after).before = handle.before
+    if handle.node.opened == handle.slot.index:
+        handle.node.opened = handle.after if handle.after != handle.slot.index else 0
+    handle.after = handle.before = 0
+
+cdef void release(Table self, Handle *handle) noexcept nogil:
+    # A pinned handle: the guest uses it no more.
+    pthread_mutex_lock(&self.lock)
+    handle.open = False
+    part(self, handle)
+    pthread_mutex_unlock(&self.lock)
+    self.handle_put(handle)
+
+
 cdef class Table(Inodes):
     """Nodes and handles of one share; safe from any thread.
 
@@ -53,7 +84,7 @@ cdef class Table(Inodes):
         handle.open = True
         handle.after = handle.before = 0
         if node.type == S_IFREG and flags & O_ACCMODE != O_WRONLY:
-            self._join(handle)
+            join(self, handle)
         counter_add(&self.handles, 1)
 
     cdef Handle *handle_get(self, uint64_t fh, uint64_t nodeid, uint32_t type) noexcept nogil:
@@ -84,28 +115,6 @@ cdef class Table(Inodes):
         slots_keep(&self.handle_slots, ROOT)
         Inodes.shrink(self)
 
-    cdef void _join(self, Handle *handle) noexcept nogil:
-        # Insert at the end of the ring. A writable handle becomes the first.
-        cdef Handle *first
-        if handle.node.opened == 0:
-            handle.before = handle.after = handle.node.opened = handle.slot.index
-            return
-        first = handle_at(self, handle.node.opened)
-        handle.before, handle.after = first.before, first.slot.index
-        handle_at(self, first.before).after = handle.slot.index
-        first.before = handle.slot.index
-        if handle.writes:
-            handle.node.opened = handle.slot.index
-
-    cdef void _part(self, Handle *handle) noexcept nogil:
-        if handle.after == 0:
-            return
-        handle_at(self, handle.before).after = handle.after
-        handle_at(self, handle.after).before = handle.before
-        if handle.node.opened == handle.slot.index:
-            handle.node.opened = handle.after if handle.after != handle.slot.index else 0
-        handle.after = handle.before = 0
-
     cdef void handle_put(self, Handle *handle) noexcept nogil:
         cdef int fd = -1
         cdef Node *node = handle.node
@@ -120,18 +129,10 @@ cdef class Table(Inodes):
             close(fd)
             self.node_put(node)
 
-    cdef void _release(self, Handle *handle) noexcept nogil:
-        # A pinned handle: the guest uses it no more.
-        pthread_mutex_lock(&self.lock)
-        handle.open = False
-        self._part(handle)
-        pthread_mutex_unlock(&self.lock)
-        self.handle_put(handle)
-
     cdef bint handle_release(self, uint64_t fh, uint64_t nodeid, uint32_t type) noexcept nogil:
         cdef Handle *handle = self.handle_get(fh, nodeid, type)
         if handle != NULL:
-            self._release(handle)
+            release(self, handle)
         return handle != NULL
 
     cdef void clear(self) noexcept nogil:
@@ -151,7 +152,7 @@ cdef class Table(Inodes):
             handle.refs += live
             pthread_mutex_unlock(&self.lock)
             if live:
-                self._release(handle)
+                release(self, handle)
         pthread_mutex_lock(&self.lock)
         slots = self.node_slots.count         # other threads may be looking files up
         pthread_mutex_unlock(&self.lock)
