@@ -46,26 +46,17 @@ cdef class VsockSockets(QueueWorker):
     cdef uint64_t guest_wait
     cdef uint64_t host_wait
     cdef uint64_t end_wait
-    cdef uint32_t token(self, Conn *c) noexcept nogil
     cdef Conn *make(self, int fd, State state) noexcept nogil
-    cdef void close_host(self, Conn *c) noexcept nogil
     cdef void close_all(self) noexcept nogil
-    cdef bint make_buffer(self, Conn *c) noexcept nogil
-    cdef void free_buffer(self, Conn *c) noexcept nogil
     cdef void drop(self, Conn *c) noexcept nogil
     cdef void kill(self, Conn *c) noexcept nogil
     cdef void tick_after(self, uint64_t nanoseconds) noexcept nogil
-    cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil
     cdef void end_overdue(self) noexcept nogil
     cdef void listen(self) noexcept nogil
     cdef void accept_some(self) noexcept nogil
     cdef Conn *connect_to(self, uint32_t port) noexcept nogil
-    cdef void read_connect_line(self, Conn *c) noexcept nogil
     cdef void socket_event(self, Conn *c) noexcept nogil
     cdef void send_shutdown(self, Conn *c, uint32_t flags) noexcept nogil
-    cdef void host_stopped_reading(self, Conn *c) noexcept nogil
-    cdef ssize_t write(self, Conn *c, iovec *iov, size_t count) noexcept nogil
-    cdef void flush(self, Conn *c) noexcept nogil
     cdef void forwarded(self, Conn *c, uint32_t n) noexcept nogil
     cdef void deliver(self) noexcept nogil
     cdef void accepted(self, Conn *c) noexcept nogil
@@ -73,7 +64,6 @@ cdef class VsockSockets(QueueWorker):
     cdef void guest_closed(self, Conn *c) noexcept nogil
     cdef uint32_t credit(self, Conn *c) noexcept nogil
     cdef uint32_t packet_credit(self, Conn *c) noexcept nogil
-    cdef bint waits_for_packets(self, Conn *c) noexcept nogil
     cdef bint has_data(self, Conn *c) noexcept nogil
     cdef uint32_t window(self, Conn *c) noexcept nogil
     cdef void queue_if_ready(self, Conn *c) noexcept nogil

@@ -65,6 +65,128 @@ cdef int64_t parse_line(const char *line, size_t length) noexcept nogil:
     return port
 
 
+cdef uint32_t token(VsockSockets self, Conn *c) noexcept nogil:
+    return <uint32_t>(c - self.table.conns)
+
+cdef void close_host(Conn *c) noexcept nogil:
+    # Close the descriptor, which also removes it from epoll, and drop the data for it.
+    if c.fd >= 0:
+        close(c.fd)
+    c.fd = -1
+    free_buffer(c)
+    c.readable = False
+
+cdef bint make_buffer(Conn *c) noexcept nogil:
+    # Make the buffer as large as the credit that the guest may still use.
+    c.start = 0
+    c.size = c.promised - c.fwd_cnt
+    if not heap.take(c.size):
+        return False
+    c.buffer = <uint8_t *>malloc(c.size)
+    if c.buffer == NULL:
+        heap.give(c.size)
+    return c.buffer != NULL
+
+cdef void free_buffer(Conn *c) noexcept nogil:
+    if c.buffer != NULL:
+        free(c.buffer)
+        heap.give(c.size)
+    c.buffer = NULL
+    c.used = 0
+
+cdef void set_deadline(VsockSockets self, Conn *c, uint64_t nanoseconds) noexcept nogil:
+    if c.deadline:
+        self.deadlines -= 1
+    c.deadline = 0
+    if nanoseconds:
+        c.deadline = clock_ns(CLOCK_MONOTONIC) + nanoseconds
+        if self.deadlines == 0:
+            self.tick_after(TICK)
+        self.deadlines += 1
+
+cdef void read_connect_line(VsockSockets self, Conn *c) noexcept nogil:
+    # Read the CONNECT line and no byte after it: the following data is for the guest.
+    cdef char[LINE] line
+    cdef ssize_t n = recv(c.fd, line, LINE, MSG_PEEK)
+    cdef const char *end
+    cdef int64_t port
+    if n <= 0:
+        if n == 0 or (errno != EAGAIN and errno != EINTR):
+            self.drop(c)
+        return
+    end = <const char *>memchr(line, 10, <size_t>n)
+    if end == NULL and n < LINE and not peer_shut_down(c.fd):
+        return                      # wait for the rest of the line
+    port = parse_line(line, <size_t>(end - line)) if end != NULL else -1
+    if port < 0 or recv(c.fd, line, <size_t>(end - line) + 1, 0) != end - line + 1:
+        counter_add(&self.count.bad_lines, 1)
+        self.drop(c)
+        return
+    while True:
+        self.last_port = FIRST_HOST_PORT | ((self.last_port + 1) & (FIRST_HOST_PORT - 1))
+        if self.table.find(<uint32_t>port, self.last_port) == NULL:
+            break
+    self.table.enter(c, <uint32_t>port, self.last_port)
+    c.state = CONNECTING
+    c.pending = 1 << OP_REQUEST
+    set_deadline(self, c, self.guest_wait)
+    self.queue_if_ready(c)
+
+cdef void host_stopped_reading(VsockSockets self, Conn *c) noexcept nogil:
+    # The host program reads no more. The data that it sent before still goes to the guest.
+    c.fwd_cnt += c.used
+    free_buffer(c)
+    if c.state == LEAVING:
+        self.drop(c)
+    else:
+        self.send_shutdown(c, SHUT_RCV)
+        self.queue_if_ready(c)
+
+cdef ssize_t write(Conn *c, iovec *iov, size_t count) noexcept nogil:
+    # Write to the socket. Returns the bytes written, or -1 if the socket will never take more.
+    cdef msghdr message
+    cdef ssize_t n
+    memset(&message, 0, sizeof(message))
+    message.msg_iov = iov
+    message.msg_iovlen = count
+    n = sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+    if n < 0 and (errno == EAGAIN or errno == EINTR):
+        return 0
+    return n
+
+cdef void flush(VsockSockets self, Conn *c) noexcept nogil:
+    cdef iovec[2] iov
+    cdef uint32_t first
+    cdef ssize_t n = 1
+    while c.used and n > 0:
+        first = min(c.used, c.size - c.start)
+        iov[0].iov_base = c.buffer + c.start
+        iov[0].iov_len = first
+        iov[1].iov_base = c.buffer
+        iov[1].iov_len = c.used - first
+        n = write(c, iov, 2)
+        if n < 0:
+            host_stopped_reading(self, c)
+            return
+        c.start = (c.start + <uint32_t>n) % c.size
+        c.used -= <uint32_t>n
+        self.forwarded(c, <uint32_t>n)
+        if n and c.state == LEAVING:
+            set_deadline(self, c, self.host_wait)
+    if c.used:
+        return
+    free_buffer(c)
+    if c.state == LEAVING:
+        self.drop(c)
+        return
+    self.watch(c.fd, token(self, c), EPOLLIN | EPOLLRDHUP | EPOLLET)
+    if c.guest_shut & SHUT_SEND:
+        shutdown(c.fd, SHUT_WR_)
+
+cdef bint waits_for_packets(VsockSockets self, Conn *c) noexcept nogil:
+    return c.peer_buf_alloc > c.tx_cnt - c.peer_fwd_cnt and self.packet_credit(c) == 0
+
+
 cdef class VsockSockets(QueueWorker):
     """The part of a :class:`virtio.vsock._worker.VsockWorker` that knows host programs. It has no queue."""
 
@@ -79,9 +201,6 @@ cdef class VsockSockets(QueueWorker):
         cdef Counters now
         counters_read(&now, &self.count, sizeof(Counters))
         return now
-
-    cdef uint32_t token(self, Conn *c) noexcept nogil:
-        return <uint32_t>(c - self.table.conns)
 
     cdef Conn *make(self, int fd, State state) noexcept nogil:
         # Take a Conn for fd. If there is none, close fd and return NULL.
@@ -98,60 +217,34 @@ cdef class VsockSockets(QueueWorker):
         if self.table.window < BUFFER:
             # Otherwise the kernel would buffer as much again as we do.
             setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
-        if self.watch(fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
+        if self.watch(fd, token(self, c), EPOLLIN | EPOLLRDHUP | EPOLLET) < 0:
             counter_add(&self.count.full, 1)
             self.drop(c)
             return NULL
         return c
 
-    cdef void close_host(self, Conn *c) noexcept nogil:
-        # Close the descriptor, which also removes it from epoll, and drop the data for it.
-        if c.fd >= 0:
-            close(c.fd)
-        c.fd = -1
-        self.free_buffer(c)
-        c.readable = False
-
     cdef void close_all(self) noexcept nogil:
         cdef uint32_t i
         for i in range(self.table.fresh):
             if self.table.conns[i].state != FREE:
-                self.close_host(&self.table.conns[i])
+                close_host(&self.table.conns[i])
                 counter_add(&self.count.closed, 1)
-
-    cdef bint make_buffer(self, Conn *c) noexcept nogil:
-        # Make the buffer as large as the credit that the guest may still use.
-        c.start = 0
-        c.size = c.promised - c.fwd_cnt
-        if not heap.take(c.size):
-            return False
-        c.buffer = <uint8_t *>malloc(c.size)
-        if c.buffer == NULL:
-            heap.give(c.size)
-        return c.buffer != NULL
-
-    cdef void free_buffer(self, Conn *c) noexcept nogil:
-        if c.buffer != NULL:
-            free(c.buffer)
-            heap.give(c.size)
-        c.buffer = NULL
-        c.used = 0
 
     cdef void drop(self, Conn *c) noexcept nogil:
         # Free a connection. Every connection ends here.
-        self.close_host(c)
+        close_host(c)
         self.table.leave(c)
         if c.queued:
             self.table.unqueue(c)
-        self.set_deadline(c, 0)
+        set_deadline(self, c, 0)
         self.table.give_back(c)
         counter_add(&self.count.closed, 1)
         self.listen()
 
     cdef void kill(self, Conn *c) noexcept nogil:
         # Reset a connection. The host program sees the end now, the guest when the RST is sent.
-        self.close_host(c)
-        self.set_deadline(c, 0)
+        close_host(c)
+        set_deadline(self, c, 0)
         c.state = KILLED
         c.pending = 1 << OP_RST
         self.queue_if_ready(c)
@@ -163,16 +256,6 @@ cdef class VsockSockets(QueueWorker):
         if self.tick_at == 0 or at < self.tick_at:
             self.tick_at = at
             self.wake_after(nanoseconds)
-
-    cdef void set_deadline(self, Conn *c, uint64_t nanoseconds) noexcept nogil:
-        if c.deadline:
-            self.deadlines -= 1
-        c.deadline = 0
-        if nanoseconds:
-            c.deadline = clock_ns(CLOCK_MONOTONIC) + nanoseconds
-            if self.deadlines == 0:
-                self.tick_after(TICK)
-            self.deadlines += 1
 
     cdef void end_overdue(self) noexcept nogil:
         # End the connections whose deadline has passed.
@@ -211,8 +294,8 @@ cdef class VsockSockets(QueueWorker):
                 return
             c = self.make(fd, GREETING)
             if c != NULL:
-                self.set_deadline(c, self.line_wait)
-                self.read_connect_line(c)
+                set_deadline(self, c, self.line_wait)
+                read_connect_line(self, c)
 
     cdef Conn *connect_to(self, uint32_t port) noexcept nogil:
         # Connect to the host program that listens for a port of the guest's. Returns an open Conn without ports, or
@@ -231,34 +314,6 @@ cdef class VsockSockets(QueueWorker):
             return NULL
         return self.make(fd, OPEN)
 
-    cdef void read_connect_line(self, Conn *c) noexcept nogil:
-        # Read the CONNECT line and no byte after it: the following data is for the guest.
-        cdef char[LINE] line
-        cdef ssize_t n = recv(c.fd, line, LINE, MSG_PEEK)
-        cdef const char *end
-        cdef int64_t port
-        if n <= 0:
-            if n == 0 or (errno != EAGAIN and errno != EINTR):
-                self.drop(c)
-            return
-        end = <const char *>memchr(line, 10, <size_t>n)
-        if end == NULL and n < LINE and not peer_shut_down(c.fd):
-            return                      # wait for the rest of the line
-        port = parse_line(line, <size_t>(end - line)) if end != NULL else -1
-        if port < 0 or recv(c.fd, line, <size_t>(end - line) + 1, 0) != end - line + 1:
-            counter_add(&self.count.bad_lines, 1)
-            self.drop(c)
-            return
-        while True:
-            self.last_port = FIRST_HOST_PORT | ((self.last_port + 1) & (FIRST_HOST_PORT - 1))
-            if self.table.find(<uint32_t>port, self.last_port) == NULL:
-                break
-        self.table.enter(c, <uint32_t>port, self.last_port)
-        c.state = CONNECTING
-        c.pending = 1 << OP_REQUEST
-        self.set_deadline(c, self.guest_wait)
-        self.queue_if_ready(c)
-
     cdef void socket_event(self, Conn *c) noexcept nogil:
         # Handle an event of its descriptor. It may be a late event of the previous Conn at this index: only a hint.
         if c.fd < 0:
@@ -266,10 +321,10 @@ cdef class VsockSockets(QueueWorker):
         if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             c.ending = True
         if c.state == GREETING:
-            self.read_connect_line(c)
+            read_connect_line(self, c)
             return
         if c.used:
-            self.flush(c)
+            flush(self, c)
         if c.state == OPEN:
             c.readable = True
             # The peer closed both directions, which reading would not show.
@@ -287,60 +342,9 @@ cdef class VsockSockets(QueueWorker):
         c.shut |= flags
         c.pending |= 1 << OP_SHUTDOWN
         if c.shut == SHUT_BOTH:
-            self.close_host(c)
+            close_host(c)
             c.state = CLOSING
-            self.set_deadline(c, self.guest_wait)
-
-    cdef void host_stopped_reading(self, Conn *c) noexcept nogil:
-        # The host program reads no more. The data that it sent before still goes to the guest.
-        c.fwd_cnt += c.used
-        self.free_buffer(c)
-        if c.state == LEAVING:
-            self.drop(c)
-        else:
-            self.send_shutdown(c, SHUT_RCV)
-            self.queue_if_ready(c)
-
-    cdef ssize_t write(self, Conn *c, iovec *iov, size_t count) noexcept nogil:
-        # Write to the socket. Returns the bytes written, or -1 if the socket will never take more.
-        cdef msghdr message
-        cdef ssize_t n
-        memset(&message, 0, sizeof(message))
-        message.msg_iov = iov
-        message.msg_iovlen = count
-        n = sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
-        if n < 0 and (errno == EAGAIN or errno == EINTR):
-            return 0
-        return n
-
-    cdef void flush(self, Conn *c) noexcept nogil:
-        cdef iovec[2] iov
-        cdef uint32_t first
-        cdef ssize_t n = 1
-        while c.used and n > 0:
-            first = min(c.used, c.size - c.start)
-            iov[0].iov_base = c.buffer + c.start
-            iov[0].iov_len = first
-            iov[1].iov_base = c.buffer
-            iov[1].iov_len = c.used - first
-            n = self.write(c, iov, 2)
-            if n < 0:
-                self.host_stopped_reading(c)
-                return
-            c.start = (c.start + <uint32_t>n) % c.size
-            c.used -= <uint32_t>n
-            self.forwarded(c, <uint32_t>n)
-            if n and c.state == LEAVING:
-                self.set_deadline(c, self.host_wait)
-        if c.used:
-            return
-        self.free_buffer(c)
-        if c.state == LEAVING:
-            self.drop(c)
-            return
-        self.watch(c.fd, self.token(c), EPOLLIN | EPOLLRDHUP | EPOLLET)
-        if c.guest_shut & SHUT_SEND:
-            shutdown(c.fd, SHUT_WR_)
+            set_deadline(self, c, self.guest_wait)
 
     cdef void forwarded(self, Conn *c, uint32_t n) noexcept nogil:
         c.fwd_cnt += n
@@ -361,7 +365,7 @@ cdef class VsockSockets(QueueWorker):
             while c.state != FREE and c.used:
                 now = clock_ns(CLOCK_MONOTONIC)
                 wait_for_room(c.fd, <int>((until - now) // 1000000) + 1 if now < until else 0)
-                self.flush(c)
+                flush(self, c)
                 if now >= until:
                     break
 
@@ -371,7 +375,7 @@ cdef class VsockSockets(QueueWorker):
         # The guest has accepted a host program's connection.
         cdef char[LINE] line
         cdef int n = snprintf(line, LINE, "OK %u\n", c.host_port)
-        self.set_deadline(c, 0)
+        set_deadline(self, c, 0)
         c.state = OPEN
         c.readable = True
         counter_add(&self.count.opened_by_host, 1)
@@ -393,17 +397,17 @@ cdef class VsockSockets(QueueWorker):
             return
         count = iov_part(chain.iov, chain.n_readable, HEADER, h.len, chain.iov, chain.n_readable)
         if c.used == 0 and count:
-            n = self.write(c, chain.iov, count)
+            n = write(c, chain.iov, count)
             if n < 0:
                 c.fwd_cnt += h.len
-                self.host_stopped_reading(c)
+                host_stopped_reading(self, c)
                 return
             self.forwarded(c, <uint32_t>n)
         if <uint32_t>n == h.len:
             return
         if c.buffer == NULL:
-            if not self.make_buffer(c) or self.watch(
-                    c.fd, self.token(c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
+            if not make_buffer(c) or self.watch(
+                    c.fd, token(self, c), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0:
                 counter_add(&self.count.full, 1)
                 self.kill(c)
                 return
@@ -427,7 +431,7 @@ cdef class VsockSockets(QueueWorker):
             self.table.unqueue(c)
         c.state = LEAVING
         c.pending = 0
-        self.set_deadline(c, self.host_wait)
+        set_deadline(self, c, self.host_wait)
 
     # Credit of the guest, and ours
 
@@ -444,9 +448,6 @@ cdef class VsockSockets(QueueWorker):
         cdef uint32_t room = c.peer_buf_alloc // <uint32_t>OVERHEAD
         return room - c.packets if room > c.packets else c.packets == 0
 
-    cdef bint waits_for_packets(self, Conn *c) noexcept nogil:
-        return c.peer_buf_alloc > c.tx_cnt - c.peer_fwd_cnt and self.packet_credit(c) == 0
-
     cdef bint has_data(self, Conn *c) noexcept nogil:
         return c.readable and c.state == OPEN and not c.shut & SHUT_SEND and not c.guest_shut & SHUT_RCV
 
@@ -462,7 +463,7 @@ cdef class VsockSockets(QueueWorker):
             if not c.asked:
                 c.asked = True
                 c.pending |= 1 << OP_CREDIT_REQUEST
-                if self.waits_for_packets(c):
+                if waits_for_packets(self, c):
                     if self.stuck == 0:
                         self.tick_after(RETRY)
                     self.stuck += 1
@@ -490,6 +491,6 @@ cdef class VsockSockets(QueueWorker):
         self.stuck = 0
         for i in range(self.table.fresh):
             c = &self.table.conns[i]
-            if c.asked and self.has_data(c) and self.waits_for_packets(c):
+            if c.asked and self.has_data(c) and waits_for_packets(self, c):
                 c.asked = False
                 self.queue_if_ready(c)
