@@ -50,6 +50,7 @@ cdef class QueueWorker:
 
     # A subclass calls these.
     cdef int run_queue(self, uint32_t slot) noexcept nogil     # serve() until empty; handles notifications
+    cdef int run_waiting(self) noexcept nogil   # run_queue() of those that wait for an event, or have new chains
     cdef void publish(self, uint32_t slot) noexcept nogil      # show the used ring; interrupt if the driver wants one
     cdef int watch(self, int fd, uint32_t token, uint32_t events) noexcept nogil    # add or change; -1 and errno
     cdef void unwatch(self, int fd) noexcept nogil
@@ -74,6 +75,7 @@ cdef class QueueWorker:
     cdef bint[MAX_QUEUES] _stalled
     cdef uint64_t[MAX_QUEUES] _notified  # by slot
     cdef uint64_t _again                        # bit mask of the slots that returned SERVE_MORE
+    cdef uint32_t _first                        # slot of the queue that run_waiting() serves first
     cdef Polling[2] _polling                    # after the driver's work; after an event of the host's
     cdef bint _host_first                       # which of them is next
     cdef void _close_fds(self) noexcept

@@ -357,6 +357,22 @@ cdef class QueueWorker:
             if status != SERVE_EMPTY or self.stopping() or not queue_enable_notify(ring):
                 return status
 
+    cdef int run_waiting(self) noexcept nogil:
+        # Another queue is the first each time, as it may take all that is free.
+        cdef uint32_t i, slot
+        cdef Ring *ring
+        cdef int status
+        self._first += 1
+        for i in range(self.n_queues):
+            slot = (self._first + i) % self.n_queues
+            ring = self.rings[slot]
+            # set_rate_limit also wakes the threads of queues that the driver does not use: those have no size.
+            if ring.size and (self._stalled[slot] or load_relaxed16(ring.avail + 2) != ring.last_avail):
+                status = self.run_queue(slot)
+                if status < 0:
+                    return status
+        return 0
+
     cdef void publish(self, uint32_t slot) noexcept nogil:
         if queue_flush(self.rings[slot]):
             interrupt_used(self.call, self.numbers[slot])

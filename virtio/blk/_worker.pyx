@@ -145,7 +145,6 @@ cdef class BlockWorker(QueueWorker):
     cdef uint32_t done                  # requests completed since the used rings were last published
     cdef uint64_t done_bytes
     cdef uint64_t done_slots            # bit mask of the queues that they are of
-    cdef uint32_t first                 # slot of the queue that the next event serves first
     cdef bint by_ring                   # use the ring: the backend asks for it and it could be opened
     cdef bint warm                      # the last reads were in the page cache
     cdef bint no_nowait                 # the file system has no RWF_NOWAIT
@@ -307,23 +306,6 @@ cdef class BlockWorker(QueueWorker):
             self.submit_and_reap()
             pthread_mutex_unlock(&self.lock)
         return self.run_waiting()
-
-    cdef int run_waiting(self) noexcept nogil:
-        # Serve each queue that waits for requests to complete or for tokens, or has new requests. Another one is the
-        # first each time, as it may take all that is free.
-        cdef uint32_t i, slot
-        cdef Ring *ring
-        cdef int status
-        self.first += 1
-        for i in range(self.n_queues):
-            slot = (self.first + i) % self.n_queues
-            ring = self.rings[slot]
-            # set_rate_limit also wakes the threads of queues that the driver does not use: those have no size.
-            if ring.size and (self._stalled[slot] or load_relaxed16(ring.avail + 2) != ring.last_avail):
-                status = self.run_queue(slot)
-                if status < 0:
-                    return status
-        return 0
 
     cdef void finish(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)

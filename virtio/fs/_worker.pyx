@@ -13,7 +13,7 @@ from virtio.fs._ops cimport HAND_OVER, answer, cost, is_counted, is_slow
 from virtio.fs._share cimport IN_HEADER, OUT_HEADER, Counters, FuseThread, Share
 from virtio.fs._fuse cimport FUSE_READ, FUSE_WRITE, fuse_in_header, fuse_write_in
 from virtio._interrupt cimport MAX_QUEUES, interrupt_used
-from virtio._worker cimport EPOLLIN, SERVE_EMPTY, SERVE_STALLED, TOKEN_TIMER, WORKER_HOST, QueueWorker
+from virtio._worker cimport EPOLLIN, SERVE_EMPTY, SERVE_STALLED, WORKER_HOST, QueueWorker
 from vmm._fastpath cimport (
     QUEUE_ADDRESS, QUEUE_CHAIN, DescChain, RamRegion, Ring, iovec, queue_add_used, queue_flush, queue_pop, queue_unpop,
 )
@@ -251,14 +251,7 @@ cdef class FsWorker(FsThread):
                 self.chains[slot].window = &self.window
 
     cdef int event(self, uint32_t token) noexcept nogil:
-        cdef uint32_t slot
-        cdef int status
-        if token == TOKEN_TIMER:
-            for slot in range(self.n_queues):
-                status = self._kicked(slot)
-                if status < 0:
-                    return status
-        return 0
+        return self.run_waiting()       # there are tokens again, or wake() was called
 
 
 cdef class FsHelper(FsThread):
