@@ -60,15 +60,12 @@ cdef class Window:
     """A window for file mappings; safe from any thread.
 
     :param size: bytes, a multiple of 2 MiB
-    :raises ValueError: `size` is not a multiple of 2 MiB
     :raises OSError: no address space is left
     """
 
     def __cinit__(self, uint64_t size):
         cdef void *p
         cdef uint64_t i
-        if size == 0 or size & (SLOT - 1):
-            raise ValueError(f"DAX window of {size} bytes: must be a multiple of 2 MiB")
         pthread_mutex_init(&self.lock, NULL)
         self.size = size
         self.slots = <Slot *>calloc(size >> DAX_SHIFT, sizeof(Slot))
