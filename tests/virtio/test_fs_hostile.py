@@ -234,10 +234,13 @@ def test_unknown_nodes(mount: Callable[..., FuseVm], nodeid: int) -> None:
 def test_unknown_handles(tree: Path, mount: Callable[..., FuseVm]) -> None:
     (tree / "b").touch()
     vm = mount()
-    found, fh = vm.create("a")
+    found, before = vm.create("a")
     other, directory = vm.lookup("b").nodeid, vm.opendir()
     node = found.nodeid
-    for bad in (0, fh + 1, fh ^ 1 << 32, fh & 0xFFFF_FFFF, directory, (1 << 64) - 1):
+    vm.release(node, before)
+    fh = vm.open(node, os.O_RDWR)
+    assert fh & 0xFFFF_FFFF == before & 0xFFFF_FFFF, "the same slot"
+    for bad in (0, fh + 1, fh ^ 1 << 33, before, directory, (1 << 64) - 1):
         assert refused(vm.read, node, bad, 10) == "EBADF"
         assert refused(vm.write, node, bad, b"x") == "EBADF"
         assert refused(vm.release, node, bad) == "EBADF"
