@@ -556,7 +556,7 @@ def test_a_disk_that_is_being_replaced_is_closed_after_that(vm: Vm, tmp_path: Pa
             open_then.append(disk.fd)
 
     closing = threading.Thread(target=disk.close)
-    vm.device._backend = Changing()  # type: ignore[assignment]  # a stand-in, which looks meanwhile
+    vm.device.backend = Changing()  # type: ignore[assignment]  # a stand-in, which looks meanwhile
     vm.device.replace(str(other))
     closing.join()
     assert open_then[0] >= 0 and disk.fd == -1
