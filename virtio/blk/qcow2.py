@@ -235,7 +235,7 @@ def _cluster(path: str, backing_file: str | None, backing_format: str) -> int:
     if backing_file is not None and named not in ("", backing_format):
         said = f"is {named!r} by the image {path}, not {backing_format}; say backing_format="
         raise ConfigError("backing", backing_file, said)
-    return 1 << bits
+    return 1 << int(bits)
 
 
 def _extensions(table: bytes) -> dict[int, bytes]:
