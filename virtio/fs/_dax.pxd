@@ -21,7 +21,7 @@ cdef class Window:
     cdef uint8_t *base          # start of the window; aligned to a slot, so that the host may use large pages
     cdef readonly uint64_t size
     cdef Slot *slots
-    cdef uint64_t mapped, repairs       # slots in use; repairs after a mapped file was truncated
+    cdef uint64_t mapped, _repairs      # slots in use; repairs after a mapped file was truncated
     cdef int patched                    # atomic: anonymous memory replaces the end of some file
 
     # Map [offset, offset + length) of `fd` (borrowed) at offset `where` of the window. Returns 0 or -errno.

@@ -3,6 +3,7 @@ from typing import Self
 
 class Window:
     size: int
+    repairs: int
     def __new__(cls, size: int) -> Self: ...
     @property
     def address(self) -> int: ...

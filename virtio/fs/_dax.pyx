@@ -22,7 +22,7 @@ from posix.stat cimport fstat, struct_stat
 
 from vmm._budget cimport FOR_OPEN, granted
 from vmm._sys cimport (
-    close, counter_add, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    close, counter_add, counter_read, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 
 cdef enum:
@@ -93,6 +93,11 @@ cdef class Window:
         """Host address of the window, for ``KVM_SET_USER_MEMORY_REGION``."""
         return <uintptr_t>self.base
 
+    @property
+    def repairs(self):
+        """Times that files had lost their ends."""
+        return counter_read(&self._repairs)
+
     cdef int64_t map(self, int fd, uint64_t offset, uint64_t length, uint64_t where, bint writable) noexcept nogil:
         cdef uint64_t at = 0
         cdef int64_t result = 0
@@ -158,7 +163,7 @@ cdef class Window:
                     slot.backed = left
                     found = True
             if found:
-                counter_add(&self.repairs, 1)
+                counter_add(&self._repairs, 1)
                 flag_set(&self.patched, 1)
             pthread_mutex_unlock(&self.lock)
         return found

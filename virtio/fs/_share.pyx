@@ -89,7 +89,7 @@ cdef class Share:
             "handles": counter_read(&self.table.handles),       # files and directories that it has open
             "reopened": counter_read(&self.table.reopened),     # descriptors that had been closed to make room
             "dax_mapped": 0 if window is None else counter_read(&window.mapped),
-            "dax_repairs": 0 if window is None else counter_read(&window.repairs),
+            "dax_repairs": 0 if window is None else counter_read(&window._repairs),
         }
 
 
