@@ -7,6 +7,7 @@ from threading import current_thread
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EEXIST, EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
+from posix.unistd cimport read
 
 from virtio._interrupt cimport MAX_QUEUES, Interrupt, interrupt_used
 from vmm._fastpath cimport (
@@ -53,9 +54,6 @@ cdef extern from "<sys/epoll.h>" nogil:
 cdef extern from "<sys/timerfd.h>" nogil:
     int timerfd_create(int clockid, int flags)
     enum: TFD_CLOEXEC, TFD_NONBLOCK
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t read(int fd, void *buf, size_t count)
 
 cdef enum:
     EVENTS = 32

@@ -11,14 +11,10 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
+from posix.mman cimport MADV_REMOVE, madvise
 
 from vmm._iov cimport iov_gather, iov_scatter
 from vmm.errors import BadChain, GuestMemoryError
-
-cdef extern from "<sys/mman.h>" nogil:
-    int madvise(void *address, size_t size, int advice)
-    enum:
-        MADV_REMOVE
 
 cdef enum:
     PAGE_SIZE = 4096

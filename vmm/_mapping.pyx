@@ -6,6 +6,11 @@ import os
 from libc.errno cimport EINTR, EINVAL, ENOTTY, ENXIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from posix.mman cimport (
+    MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, madvise, mmap,
+    munmap,
+)
+from posix.unistd cimport lseek, pread, pwrite
 
 cdef extern from *:
     """
@@ -63,17 +68,10 @@ cdef extern from *:
     int pm_scan(int fd, pm_arg *arg) nogil
     uint64_t PM_WP_MATCHING, PM_CHECK_WPASYNC, PM_IS_WRITTEN, PM_IS_FILE, PM_IS_PRESENT, PM_IS_SWAPPED
     uint64_t PAGEMAP_PRESENT, PAGEMAP_SWAPPED, PAGEMAP_FILE
-    int madvise(void *address, size_t size, int advice) nogil
-    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
     void *mremap(void *address, size_t old, size_t size, int flags, void *target) nogil
-    int munmap(void *address, size_t size) nogil
     int is_zero(const void *data, size_t size) nogil
-    long lseek(int fd, long offset, int whence) nogil
     enum: SEEK_DATA, SEEK_HOLE
-    ssize_t pread(int fd, void *data, size_t size, long offset) nogil
-    ssize_t pwrite(int fd, const void *data, size_t size, long offset) nogil
     enum: MADV_POPULATE_WRITE
-    enum: PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_SHARED, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE
     enum: MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP
 
 cdef enum:

@@ -6,6 +6,7 @@ import os
 from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memset
+from posix.unistd cimport pread
 
 from vmm import _uffd, threads
 
@@ -54,9 +55,6 @@ cdef extern from *:
     bint recorder_next(int fd, uintptr_t *start, uintptr_t *end) nogil
     void recorder_bring(int fd, uintptr_t address, const void *page) nogil
     int recorder_poison(int fd, uintptr_t address) nogil
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t pread(int fd, void *buf, size_t count, long offset)
 
 cdef enum:
     PAGE = 4096

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Host calls that several Cython loops share.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.unistd cimport close
 
 cdef extern from *:
     """
@@ -77,9 +78,6 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
     int eventfd_write(int fd, uint64_t value)
     enum: EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:

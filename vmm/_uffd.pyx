@@ -5,6 +5,7 @@ import os
 
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uintptr_t
+from posix.mman cimport MADV_DONTNEED, madvise
 
 cdef extern from *:
     """
@@ -75,8 +76,6 @@ cdef extern from *:
     unsigned long UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
     int uffd_watch(int peer, int process, int stop) nogil
     void uffd_touch(unsigned long address, size_t size) nogil
-    int madvise(void *address, size_t size, int advice) nogil
-    int MADV_DONTNEED
 
 # For the seccomp filters.
 IOCTLS = (0xAA00, 0xC018AA3F, 0xC020AA00)       # USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER

@@ -7,6 +7,7 @@ restricted, for good, to the operations that disks need, and ``stock`` makes all
 """
 from libc.errno cimport EINTR, EINVAL, EMFILE, errno
 from libc.string cimport memset
+from posix.mman cimport munmap
 
 from vmm._sys cimport close
 
@@ -53,9 +54,6 @@ cdef extern from *:
     void *uring_map(int fd, size_t size, long what) noexcept nogil
     unsigned int load_acquire(const unsigned int *p) noexcept nogil
     void store_release(unsigned int *p, unsigned int v) noexcept nogil
-
-cdef extern from "<sys/mman.h>" nogil:
-    int munmap(void *addr, size_t length)
 
 
 cdef Uring[64] _stock

@@ -4,6 +4,7 @@
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memmove, memset
+from posix.uio cimport readv
 
 from vmm._fastpath cimport DescChain, iovec
 from vmm._iov cimport iov_part, iov_scatter
@@ -19,7 +20,6 @@ cdef extern from *:
     }
     """
     ssize_t net_send(int fd, iovec *iov, size_t n) noexcept nogil
-    ssize_t readv(int fd, const iovec *iov, int count) noexcept nogil
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     struct virtio_net_hdr_mrg_rxbuf:

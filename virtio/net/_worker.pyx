@@ -9,6 +9,7 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.errno cimport EAGAIN, EBADFD, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memmove, memset
+from posix.uio cimport readv, writev
 
 from virtio._interrupt cimport MAX_QUEUES
 from virtio._limiter cimport RateLimiter
@@ -17,7 +18,7 @@ from virtio._worker cimport (
 )
 from virtio.net._policy cimport ALLOWED, DROPPED, ETH_HEADER, HEAD, PolicyCalls
 from virtio.net._stream cimport (
-    AHEAD, PARTS, UIO_MAXIOV, VNET_HEADER, Stream, readv, stream_read, stream_write,
+    AHEAD, PARTS, UIO_MAXIOV, VNET_HEADER, Stream, stream_read, stream_write,
 )
 from vmm._fastpath cimport (
     QUEUE_CHAIN, DescChain, Ring, iovec, queue_add_used, queue_pop, queue_unpop,
@@ -26,9 +27,6 @@ from vmm._iov cimport iov_gather, iov_part, iov_scatter
 from vmm._sys cimport (
     CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, counter_add, counters_read, nap_ns, table_alloc, table_free,
 )
-
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t writev(int fd, const iovec *iov, int count)
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     struct virtio_net_hdr:

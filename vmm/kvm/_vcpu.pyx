@@ -12,6 +12,7 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
+from posix.mman cimport MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 
 from vmm._bus cimport ACCESS_DONE, ACCESS_PYTHON, Bus, Range, bus_find, bus_table
 from vmm._gate cimport gate_await, gate_destroy, gate_init, gate_is_shut, gate_pass, gate_set, gate_t
@@ -97,12 +98,6 @@ cdef extern from *:
     int enter_guest(int fd) nogil
     void tell_pause(int fd) nogil
     pthread_t pthread_self() nogil
-    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset) nogil
-    int munmap(void *address, size_t length) nogil
-    enum:
-        PROT_READ
-        PROT_WRITE
-        MAP_SHARED
 
 
 KICKED = -1     # run() returned because of kick(); all other results are KVM_EXIT_* numbers
