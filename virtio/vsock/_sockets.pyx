@@ -16,15 +16,8 @@ from posix.strings cimport strncasecmp
 from virtio.vsock._conns cimport (
     BUFFER, CLOSING, CONNECTING, Conn, FREE, GREETING, KILLED, LEAVING, OPEN, State, packets_forwarded,
 )
-from virtio.vsock._host cimport (
-    AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR_, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET,
-    SO_SNDBUF, accept4, connect, msghdr, peer_closed, peer_shut_down, recv, send, sendmsg, setsockopt, shutdown,
-    sockaddr, sockaddr_un, socket, wait_for_room,
-)
-from virtio.vsock._packet cimport (
-    HEADER, Header, LINE, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RST, OP_SHUTDOWN, SHUT_BOTH, SHUT_RCV,
-    SHUT_SEND,
-)
+from virtio.vsock._host cimport *
+from virtio.vsock._packet cimport *
 from virtio._worker cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, QueueWorker
 from vmm._budget cimport FOR_OPEN, Budget, granted
 from vmm._fastpath cimport DescChain, iovec

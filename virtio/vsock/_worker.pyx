@@ -16,13 +16,8 @@ from virtio._interrupt cimport interrupt_used
 from virtio.vsock._conns cimport (
     BUFFER, CONNECTING, CONNECTIONS, Conn, Connections, FREE, KILLED, LEAVING, NONE, OPEN, packet_sent,
 )
-from virtio.vsock._host cimport (
-    MSG_CTRUNC, MSG_DONTWAIT, SHUT_RD_, SHUT_WR_, lowest_bit, msghdr, peer_closed, recvmsg, shutdown,
-)
-from virtio.vsock._packet cimport (
-    HEADER, HOST_CID, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
-    SHUT_BOTH, SHUT_RCV, SHUT_SEND, TYPE_STREAM,
-)
+from virtio.vsock._host cimport *
+from virtio.vsock._packet cimport *
 from virtio.vsock._sockets cimport FIRST_HOST_PORT, RETRY, SECOND, TICK, TOKEN_LISTENER, VsockSockets
 from virtio._worker cimport SERVE_EMPTY, SERVE_MORE, SERVE_STALLED, TOKEN_TIMER
 from vmm._fastpath cimport (
