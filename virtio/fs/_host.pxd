@@ -97,11 +97,6 @@ cdef extern from *:
     #undef IN
     #undef OUT
 
-    struct linux_dirent64 { uint64_t d_ino; int64_t d_off; uint16_t d_reclen; uint8_t d_type; char d_name[]; };
-    static inline long fs_getdents(int fd, void *buffer, size_t size) {
-        return syscall(SYS_getdents64, fd, buffer, size);
-    }
-
     /* Raw system calls: in the kernel each thread has its own credentials, but glibc's functions change all threads. */
     static int fs_capget(struct __user_cap_data_struct *data) {
         struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
@@ -177,13 +172,6 @@ cdef extern from *:
     int64_t NO_REPLY, WOULD_WAIT
     uint64_t DIRECT_IO_ALLOW_MMAP
     enum: OP_KNOWN, OP_CHANGES, OP_SLOW, OP_SILENT, OP_HANDLE
-    struct linux_dirent64:
-        uint64_t d_ino
-        int64_t d_off
-        uint16_t d_reclen
-        uint8_t d_type
-        char *d_name
-    long fs_getdents(int fd, void *buffer, size_t size) noexcept nogil
     int fs_capset(const __user_cap_data_struct *data) noexcept nogil
     bint fs_may_all(bint reading) noexcept nogil
     bint fs_own(int proc_fd) noexcept nogil
@@ -192,6 +180,15 @@ cdef extern from *:
                     __user_cap_data_struct *create_sgid, __user_cap_data_struct *no_fsetid) noexcept nogil
     int fs_become(uint32_t uid, uint32_t gid, const __user_cap_data_struct *caps) noexcept nogil
     void fs_return(uint32_t uid) noexcept nogil
+
+cdef extern from "<dirent.h>" nogil:
+    struct dirent64:
+        uint64_t d_ino
+        int64_t d_off
+        uint16_t d_reclen
+        uint8_t d_type
+        char *d_name
+    ssize_t getdents64(int fd, void *buffer, size_t size)
 
 cdef extern from "<fcntl.h>" nogil:
     enum: O_NOFOLLOW, O_PATH, O_TMPFILE, AT_EMPTY_PATH, AT_NO_AUTOMOUNT

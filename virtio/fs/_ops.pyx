@@ -508,7 +508,7 @@ cdef int64_t read_ahead(FuseThread self, Handle *handle) noexcept nogil:
     pthread_mutex_lock(&handle.lock)
     result = lseek(handle.fd, self.entries_next, 0)
     if result >= 0:
-        result = fs_getdents(handle.fd, self.entries, DIRENTS)
+        result = getdents64(handle.fd, self.entries, DIRENTS)
     if result < 0:
         result = -errno
     pthread_mutex_unlock(&handle.lock)
@@ -521,7 +521,7 @@ cdef int64_t op_readdir(FuseThread self, Handle *handle, uint64_t nodeid, bint p
     cdef const fuse_read_in *arg = <const fuse_read_in *>self.request
     cdef uint64_t room = min(min(<uint64_t>arg.size, self.room), <uint64_t>OUT_MAX), at = 0, size, length
     cdef uint32_t prefix = sizeof(fuse_entry_out) if plus else 0
-    cdef linux_dirent64 *d
+    cdef dirent64 *d
     cdef fuse_dirent *entry
     cdef int64_t result = 0
     cdef bint dots
@@ -542,7 +542,7 @@ cdef int64_t op_readdir(FuseThread self, Handle *handle, uint64_t nodeid, bint p
             result = read_ahead(self, handle)
             if result <= 0:
                 break
-        d = <linux_dirent64 *>(self.entries + self.entries_at)
+        d = <dirent64 *>(self.entries + self.entries_at)
         length = strlen(d.d_name)
         size = prefix + sizeof(fuse_dirent) + (length + 7 & ~<uint64_t>7)
         if at + size > room:

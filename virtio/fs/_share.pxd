@@ -91,7 +91,7 @@ cdef class FuseThread:
     cdef uint8_t *request       # copy of the request after its header, and a NUL
     cdef uint8_t *out           # the reply after its header
     cdef int inotify            # for same_inode; -1: not open yet
-    cdef uint8_t *entries       # directory entries read ahead (linux_dirent64); DIRENTS bytes
+    cdef uint8_t *entries       # directory entries read ahead (dirent64); DIRENTS bytes
     cdef uint64_t entries_fh    # the handle from which they were read
     cdef uint32_t entries_listing       # Node.listings at that time
     cdef uint64_t entries_next  # directory offset of the next entry
