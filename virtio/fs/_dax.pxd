@@ -16,8 +16,7 @@ cdef struct Slot:
 
 cdef class Window:
     cdef pthread_mutex_t lock
-    cdef uint8_t *reserved      # the whole reservation
-    cdef size_t reserved_size
+    cdef uint8_t *reserved      # the whole reservation: a slot more than `size`
     cdef uint8_t *base          # start of the window; aligned to a slot, so that the host may use large pages
     cdef readonly uint64_t size
     cdef Slot *slots

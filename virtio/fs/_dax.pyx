@@ -73,8 +73,7 @@ cdef class Window:
             raise MemoryError()
         for i in range(size >> DAX_SHIFT):
             self.slots[i].fd = -1
-        self.reserved_size = size + SLOT
-        p = mmap(NULL, self.reserved_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        p = mmap(NULL, size + SLOT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if p == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
         self.reserved = <uint8_t *>p
@@ -85,7 +84,7 @@ cdef class Window:
     def __dealloc__(self):
         if self.reserved != NULL:
             self.clear()
-            munmap(self.reserved, self.reserved_size)
+            munmap(self.reserved, self.size + SLOT)
         free(self.slots)
 
     @property
