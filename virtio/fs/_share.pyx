@@ -179,20 +179,17 @@ cdef class FuseThread:
             close(self.inotify)
 
     cdef int enter(self) noexcept nogil:
-        cdef int error
+        cdef int error = 0
         self.path_format = b"%d" if fs_own(self.share.proc_fd) else b"/proc/self/fd/%d"
-        self.credentials.switches = False
         if self.share.squash:
             error = fs_squash(self.share.uid, self.share.gid)
-            if error:
-                return error
         else:
             self.credentials.switches = fs_prepare(
                 self.credentials.full, self.credentials.create, self.credentials.create_sgid,
                 self.credentials.no_fsetid)
         self.credentials.reads_all = fs_may_all(True)
         self.credentials.writes_all = fs_may_all(False)
-        return 0
+        return error
 
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
         # Act as that user while creating a file; fs_return() ends it. Returns 0 or an errno.
