@@ -33,7 +33,6 @@ cdef extern from *:
     #include <linux/fuse.h>
     #include <sched.h>
     #include <stdint.h>
-    #include <string.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <unistd.h>
@@ -102,8 +101,17 @@ cdef extern from *:
         struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
         return syscall(SYS_capget, &header, data);
     }
-    static int fs_capset(const struct __user_cap_data_struct *data) {
+    /* The effective capabilities: those of `full` that are in `kept`, by their numbers. */
+    #define CAPS_ALL UINT64_MAX
+    #define CAPS_NO_FSETID (~(UINT64_C(1) << CAP_FSETID))       /* makes the host's kernel clear set-id bits */
+    /* As a user creating a file: the guest's kernel has checked permissions; or also set-group-id bits. */
+    #define CAPS_CREATE (UINT64_C(1) << CAP_DAC_OVERRIDE)
+    #define CAPS_CREATE_SGID (CAPS_CREATE | UINT64_C(1) << CAP_FSETID)
+    static int fs_capset(const struct __user_cap_data_struct *full, uint64_t kept) {
         struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct data[2] = { full[0], full[1] };
+        data[0].effective &= (uint32_t)kept;
+        data[1].effective &= (uint32_t)(kept >> 32);
         return syscall(SYS_capset, &header, data);
     }
     static inline int fs_has(const struct __user_cap_data_struct *d, int cap) {
@@ -129,27 +137,19 @@ cdef extern from *:
             return errno;
         return 0;
     }
-    static int fs_prepare(struct __user_cap_data_struct *full, struct __user_cap_data_struct *create,
-                          struct __user_cap_data_struct *create_sgid, struct __user_cap_data_struct *no_fsetid) {
+    static int fs_prepare(struct __user_cap_data_struct *full) {
         if (syscall(SYS_geteuid) != 0 || fs_capget(full) < 0
                 || !fs_has(full, CAP_SETUID) || !fs_has(full, CAP_SETGID))
             return 0;
         syscall(SYS_setgroups, 0, NULL);
-        memcpy(create, full, 2 * sizeof(*full));
-        memcpy(create_sgid, full, 2 * sizeof(*full));
-        memcpy(no_fsetid, full, 2 * sizeof(*full));
-        create[0].effective &= 1u << CAP_DAC_OVERRIDE;
-        create_sgid[0].effective &= 1u << CAP_DAC_OVERRIDE | 1u << CAP_FSETID;
-        create[1].effective = create_sgid[1].effective = 0;
-        no_fsetid[0].effective &= ~(1u << CAP_FSETID);
         return 1;
     }
-    static int fs_become(uint32_t uid, uint32_t gid, const struct __user_cap_data_struct *caps) {
+    static int fs_become(uint32_t uid, uint32_t gid, const struct __user_cap_data_struct *full, uint64_t kept) {
         if (uid == (uint32_t)-1 || gid == (uint32_t)-1)
             return EINVAL;                          /* -1 means "no change" to the kernel */
         if (syscall(SYS_setresgid, -1, gid, -1) < 0)
             return errno;
-        if (uid && (syscall(SYS_setresuid, -1, uid, -1) < 0 || fs_capset(caps) < 0)) {
+        if (uid && (syscall(SYS_setresuid, -1, uid, -1) < 0 || fs_capset(full, kept) < 0)) {
             int error = errno;
             syscall(SYS_setresuid, -1, 0, -1);
             syscall(SYS_setresgid, -1, 0, -1);
@@ -172,13 +172,13 @@ cdef extern from *:
     int64_t NO_REPLY, WOULD_WAIT
     uint64_t DIRECT_IO_ALLOW_MMAP
     enum: OP_KNOWN, OP_CHANGES, OP_SLOW, OP_SILENT, OP_HANDLE
-    int fs_capset(const __user_cap_data_struct *data) noexcept nogil
+    uint64_t CAPS_ALL, CAPS_NO_FSETID, CAPS_CREATE, CAPS_CREATE_SGID
+    int fs_capset(const __user_cap_data_struct *full, uint64_t kept) noexcept nogil
     bint fs_may_all(bint reading) noexcept nogil
     bint fs_own(int proc_fd) noexcept nogil
     int fs_squash(uint32_t uid, uint32_t gid) noexcept nogil
-    bint fs_prepare(__user_cap_data_struct *full, __user_cap_data_struct *create,
-                    __user_cap_data_struct *create_sgid, __user_cap_data_struct *no_fsetid) noexcept nogil
-    int fs_become(uint32_t uid, uint32_t gid, const __user_cap_data_struct *caps) noexcept nogil
+    bint fs_prepare(__user_cap_data_struct *full) noexcept nogil
+    int fs_become(uint32_t uid, uint32_t gid, const __user_cap_data_struct *full, uint64_t kept) noexcept nogil
     void fs_return(uint32_t uid) noexcept nogil
 
 cdef extern from "<dirent.h>" nogil:

@@ -163,13 +163,13 @@ cdef int64_t op_setattr(FuseThread self, Node *node, uint64_t nodeid) noexcept n
     if status == 0 and valid & FATTR_SIZE:
         kill = valid & FATTR_KILL_SUIDGID and self.credentials.switches
         if kill:
-            fs_capset(self.credentials.no_fsetid)
+            fs_capset(self.credentials.full, CAPS_NO_FSETID)
         status = ftruncate(handle.fd, arg.size) if handle != NULL \
             else truncate(self.path_of(node.fd), arg.size)
         if status < 0:
             error = errno
         if kill:
-            fs_capset(self.credentials.full)
+            fs_capset(self.credentials.full, CAPS_ALL)
     if status == 0 and valid & (FATTR_ATIME | FATTR_MTIME):
         times[0].tv_sec, times[0].tv_nsec = arg.atime, arg.atimensec
         times[1].tv_sec, times[1].tv_nsec = arg.mtime, arg.mtimensec
@@ -284,7 +284,7 @@ cdef int64_t op_rename(FuseThread self, Node *node, const fuse_in_header *h) noe
     if not flags & RENAME_EXCHANGE and not pin_victim(self, newdir, self.name2, &victim):
         status = -errno
     if switch and status == 0:
-        status = -fs_become(h.uid, h.gid, self.credentials.full)
+        status = -fs_become(h.uid, h.gid, self.credentials.full, CAPS_ALL)
     if status == 0:
         status = -errno if renameat2(node.fd, self.name, newdir.fd, self.name2, flags) < 0 else 0
         if switch:
@@ -491,7 +491,7 @@ cdef int64_t open_node(FuseThread self, Node *node, uint32_t wanted, bint kill, 
         return -EROFS
     kill = kill and flags & O_TRUNC and self.credentials.switches
     if kill:
-        fs_capset(self.credentials.no_fsetid)
+        fs_capset(self.credentials.full, CAPS_NO_FSETID)
     fd = open_fd(self, node, flags)
     if fd < 0 and wanted & O_ACCMODE == O_WRONLY and (errno == EACCES or (errno == EPERM and wanted & O_APPEND)):
         # The user may not read it, or one can only append to it (chattr +a): bypass the guest's cache.
@@ -500,7 +500,7 @@ cdef int64_t open_node(FuseThread self, Node *node, uint32_t wanted, bint kill, 
         fd = open_fd(self, node, flags)
     error = errno
     if kill:
-        fs_capset(self.credentials.full)
+        fs_capset(self.credentials.full, CAPS_ALL)
     if fd < 0:
         return -error
     return give_handle(self, out, fd, node, flags, open_flags)

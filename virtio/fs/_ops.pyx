@@ -394,7 +394,7 @@ cdef int64_t op_write(FuseThread self, Handle *handle, DescChain *chain) noexcep
         return WOULD_WAIT
     count = iov_part(iov, chain.n_readable, IN_HEADER + sizeof(fuse_write_in), size, iov, chain.n_readable)
     if kill:
-        fs_capset(self.credentials.no_fsetid)
+        fs_capset(self.credentials.full, CAPS_NO_FSETID)
     while True:
         done = pwritev2(handle.fd, iov, <int>count, arg.offset + total, flags) if flags \
             else pwritev(handle.fd, iov, <int>count, arg.offset + total)
@@ -404,7 +404,7 @@ cdef int64_t op_write(FuseThread self, Handle *handle, DescChain *chain) noexcep
             break
         count = iov_part(iov, count, <size_t>done, size - total, iov, count)
     if kill:
-        fs_capset(self.credentials.full)
+        fs_capset(self.credentials.full, CAPS_ALL)
     counter_add(&self.counters.bytes_written, total)
     if done < 0 or (cached and total < size):
         return -error
@@ -431,7 +431,7 @@ cdef int64_t op_file(FuseThread self, Handle *handle, const fuse_in_header *h) n
         and (opcode == FUSE_FALLOCATE or opcode == FUSE_COPY_FILE_RANGE)
     cdef int64_t result = 0
     if kill:
-        fs_capset(self.credentials.no_fsetid)
+        fs_capset(self.credentials.full, CAPS_NO_FSETID)
     if opcode == FUSE_FSYNC or opcode == FUSE_FSYNCDIR:
         result = or_errno(
             fdatasync(handle.fd) if (<const fuse_fsync_in *>self.request).fsync_flags & FUSE_FSYNC_FDATASYNC
@@ -451,7 +451,7 @@ cdef int64_t op_file(FuseThread self, Handle *handle, const fuse_in_header *h) n
     else:
         result = op_copy(self, handle)
     if kill:
-        fs_capset(self.credentials.full)
+        fs_capset(self.credentials.full, CAPS_ALL)
     return result
 
 cdef int64_t op_fallocate(FuseThread self, Handle *handle) noexcept nogil:

@@ -62,15 +62,12 @@ cdef inline bint is_component(const uint8_t *name, uint64_t length, bint dots) n
         return False
     return dots or name[0] != c'.' or (length > 1 and (length > 2 or name[1] != c'.'))
 
-# Permissions of the thread, and capability sets for acting as a user.
+# Permissions of the thread.
 cdef struct Credentials:
     bint reads_all              # it may read every file, whatever its mode
     bint writes_all
     bint switches               # it can act as the user of a request
-    __user_cap_data_struct[2] full
-    __user_cap_data_struct[2] create        # as a user creating a file: the guest's kernel has checked permissions
-    __user_cap_data_struct[2] create_sgid   # the same if the guest's kernel has also checked set-group-id bits
-    __user_cap_data_struct[2] no_fsetid     # makes the host's kernel clear set-id bits
+    __user_cap_data_struct[2] full          # its capabilities, if it switches
 
 cdef struct Counters:
     uint64_t requests

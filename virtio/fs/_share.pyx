@@ -184,18 +184,15 @@ cdef class FuseThread:
         if self.share.squash:
             error = fs_squash(self.share.uid, self.share.gid)
         else:
-            self.credentials.switches = fs_prepare(
-                self.credentials.full, self.credentials.create, self.credentials.create_sgid,
-                self.credentials.no_fsetid)
+            self.credentials.switches = fs_prepare(self.credentials.full)
         self.credentials.reads_all = fs_may_all(True)
         self.credentials.writes_all = fs_may_all(False)
         return error
 
     cdef int become(self, uint32_t uid, uint32_t gid) noexcept nogil:
         # Act as that user while creating a file; fs_return() ends it. Returns 0 or an errno.
-        if agreed(self.share, CHECKS_SGID):
-            return fs_become(uid, gid, self.credentials.create_sgid)
-        return fs_become(uid, gid, self.credentials.create)
+        cdef uint64_t kept = CAPS_CREATE_SGID if agreed(self.share, CHECKS_SGID) else CAPS_CREATE
+        return fs_become(uid, gid, self.credentials.full, kept)
 
     cdef int64_t bad_request(self, int64_t result) noexcept nogil:
         # Count a malformed request. Returns `result`, the answer to it.
