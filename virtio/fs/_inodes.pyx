@@ -124,9 +124,7 @@ cdef void enter_ring(Inodes self) noexcept nogil:
     pthread_mutex_lock(&ring_lock)
     if ring == NULL:
         ring = self.after = <void *>self
-    else:
-        self.after = (<Inodes>ring).after
-        (<Inodes>ring).after = <void *>self
+    self.after, (<Inodes>ring).after = (<Inodes>ring).after, <void *>self
     pthread_mutex_unlock(&ring_lock)
 
 cdef void leave_ring(Inodes self) noexcept nogil:
