@@ -8,6 +8,7 @@ can harm a guest that uses it too early.
 
 from __future__ import annotations
 
+import bisect  # noqa: F401  # what memory.discard() needs, as below
 import struct
 import threading
 

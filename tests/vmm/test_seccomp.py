@@ -55,6 +55,21 @@ def test_a_start_compiles_no_filter() -> None:
     assert "libseccomp" not in done.stdout and "vmm.jail.rules" not in done.stdout
 
 
+def test_a_balloon_of_a_copy_gives_pages_back() -> None:
+    # What this takes is imported before there is a filter.
+    code = """
+from vmm import threads
+from vmm.jail import seccomp
+from vmm.memory import GuestMemory
+import virtio.balloon
+seccomp.guard(alone=False)
+with GuestMemory(4 << 20) as memory, GuestMemory(4 << 20, pieces=memory.freeze()) as copy:
+    threads.spawn("device", "balloon", copy.discard, copy.slice(1 << 20, 1 << 20)).join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_a_program_dropped_is_finalized_on_a_thread_without_a_filter() -> None:
     # A socket that nobody closed asks for its name when it is collected, for the warning: no filter allows that.
     code = """
