@@ -360,9 +360,10 @@ def test_a_devices_own_thread_is_refused_what_would_wait_for_it(guest: MakeGuest
     driver = MmioDriver(vm.devices["hypercall"].transport, Allocator(0x200000, 0x180000))
     ring = driver.bring_up(size=8)[0]
     ring.add([ring.buffer(8, device_writes=True)])
-    driver.kick()
     answer = "a device's own thread would wait for itself; let another thread do this"
-    assert [told.get(timeout=guests.PATIENCE) for _ in range(4)] == [answer] * 4
+    with vm._devices_lock:  # as who detaches it has it, and waits for its threads
+        driver.kick()
+        assert [told.get(timeout=guests.PATIENCE) for _ in range(4)] == [answer] * 4
     until(ring.reap)  # and the device goes on
     vm.detach("hypercall")
 

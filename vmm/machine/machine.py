@@ -548,13 +548,14 @@ class Machine(Closing):
         :raises VmmError: no device has this id, it is the machine's console, the machine has ended, or the caller is a
             vCPU's own thread or the device's
         """
+        if (attached := self._devices.by_id.get(id)) is not None:
+            attached.refuse_own_threads()  # before the lock: who has it may wait for them
         with self._locked():
             attached = self._devices.by_id.get(id)
             if attached is None:
                 raise VmmError(f"device {id} does not exist; devices: {', '.join(self._devices.by_id) or 'none'}")
             if attached.kind == "console":
                 raise VmmError(f"device {id} is the machine's console, which cannot be detached")
-            attached.refuse_own_threads()
             self._change_devices(attached.detach)
             self._devices.remove(attached)
             self._detached = self._detached or attached.configured
