@@ -34,7 +34,6 @@ cdef struct Range:
 cdef struct Table:
     size_t count
     Range *ranges               # sorted by start, disjoint
-    Table *before               # the table that this one replaced, and a vCPU may still be reading; NULL: it was freed
 
 cdef class Bus:
     cdef Table *table           # replaced whole by add and remove; readers have it by bus_table()
@@ -42,6 +41,7 @@ cdef class Bus:
     cdef readonly uint64_t limit  # first address past the space
     cdef uint64_t _unclaimed    # accesses outside every range, or across the end of one; not exact, as `hits`
     cdef list _claims           # (start, size, device, name), sorted; owns the devices
+    cdef list _tables           # bytearrays: `table`, behind those that it replaced and a vCPU may still be reading
     cdef list _left             # removed devices that a vCPU may still be in
     cdef object _publish(self)
 

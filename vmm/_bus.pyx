@@ -5,7 +5,7 @@
 A reader (a vCPU thread without the GIL) loads the table's pointer once, and a table never changes. `add` and `remove`
 build a new table. The old one is freed by `reclaim`, which is called while no vCPU runs, or with the bus.
 """
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -35,14 +35,6 @@ cdef Range *bus_find(Table *table, uint64_t address, uint32_t size) noexcept nog
     return NULL
 
 
-cdef void _free_tables(Table *table) noexcept:
-    cdef Table *before
-    while table != NULL:
-        before = table.before
-        PyMem_RawFree(table)
-        table = before
-
-
 cdef str _where(uint64_t start, uint64_t size):
     return f"{start:#x}-{start + size - 1:#x}" if size else f"{start:#x}"
 
@@ -61,13 +53,9 @@ cdef class Bus:
         self.name = name
         self.limit = limit
         self._claims = []
+        self._tables = []
         self._left = []
-        self.table = NULL
         self._publish()
-
-    def __dealloc__(self):
-        # The tables are not in a list: the garbage collector would have cleared it already.
-        _free_tables(self.table)
 
     def add(self, uint64_t start, uint64_t size, device, str name):
         """Give [start, start+size) to `device`.
@@ -105,19 +93,13 @@ cdef class Bus:
 
     def reclaim(self):
         """Free the replaced tables. No vCPU may be inside an access: either none has started, or all are paused."""
-        _free_tables(self.table.before)
-        self.table.before = NULL
+        self._tables = [self._tables.pop()]
         self._left = []
 
     @property
     def retired(self):
         """Number of replaced tables that ``reclaim`` would free."""
-        cdef Table *table = self.table.before
-        cdef size_t count = 0
-        while table != NULL:
-            count += 1
-            table = table.before
-        return count
+        return len(self._tables) - 1
 
     @property
     def claims(self):
@@ -140,10 +122,8 @@ cdef class Bus:
 
     cdef object _publish(self):
         cdef size_t count = len(self._claims), i
-        cdef Table *table = <Table *>PyMem_RawMalloc(sizeof(Table) + count * sizeof(Range))
-        if table == NULL:
-            raise MemoryError()
-        table.before = self.table
+        cdef bytearray memory = bytearray(sizeof(Table) + count * sizeof(Range))    # zeros; it is never resized
+        cdef Table *table = <Table *>PyByteArray_AS_STRING(memory)
         table.count = count
         table.ranges = <Range *>(table + 1)
         for i in range(count):
@@ -151,12 +131,10 @@ cdef class Bus:
             table.ranges[i].start = start
             table.ranges[i].size = size
             table.ranges[i].device = <PyObject *>device
-            table.ranges[i].access = NULL
-            table.ranges[i].ctx = NULL
-            table.ranges[i].hits = 0
             if isinstance(device, NativeDevice):
                 table.ranges[i].access = (<NativeDevice>device).access
                 table.ranges[i].ctx = (<NativeDevice>device).ctx
+        self._tables.append(memory)
         bus_store(<void **>&self.table, table)      # a reader has the old table or the new one, never half
 
     def access(self, uint64_t address, data, bint is_write):
