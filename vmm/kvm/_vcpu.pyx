@@ -22,13 +22,31 @@ from vmm.errors import KvmError
 
 
 cdef extern from "<linux/kvm.h>" nogil:
-    cdef struct kvm_run:
+    struct kvm_run_io "":           # these have no names there
+        uint8_t direction
+        uint8_t size
+        uint16_t port
+        uint32_t count
+        uint64_t data_offset
+    struct kvm_run_mmio "":
+        uint64_t phys_addr
+        uint8_t[8] data
+        uint32_t len
+        uint8_t is_write
+    struct kvm_run_fail_entry "":
+        uint64_t hardware_entry_failure_reason
+    struct kvm_run_internal "":
+        uint32_t suberror
+        uint32_t ndata
+        uint64_t[16] data
+    struct kvm_run:
         uint8_t immediate_exit
         uint32_t exit_reason
-    enum:
-        KVM_EXIT_IO
-        KVM_EXIT_MMIO
-        KVM_EXIT_INTR
+        kvm_run_io io
+        kvm_run_mmio mmio
+        kvm_run_fail_entry fail_entry
+        kvm_run_internal internal
+    enum: KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, KVM_EXIT_INTR
 
 cdef extern from *:
     """
@@ -39,20 +57,6 @@ cdef extern from *:
     #include <sys/mman.h>
     #include <time.h>
 
-    /* Accessors for kvm_run's union: Cython cannot name an anonymous member. */
-    static inline uint16_t io_port(struct kvm_run *r) { return r->io.port; }
-    static inline uint8_t io_size(struct kvm_run *r) { return r->io.size; }
-    static inline uint32_t io_count(struct kvm_run *r) { return r->io.count; }
-    static inline int io_out(struct kvm_run *r) { return r->io.direction == KVM_EXIT_IO_OUT; }
-    static inline uint8_t *io_data(struct kvm_run *r) { return (uint8_t *)r + r->io.data_offset; }
-    static inline uint64_t mmio_addr(struct kvm_run *r) { return r->mmio.phys_addr; }
-    static inline uint8_t *mmio_data(struct kvm_run *r) { return r->mmio.data; }
-    static inline uint32_t mmio_len(struct kvm_run *r) { return r->mmio.len; }
-    static inline int mmio_out(struct kvm_run *r) { return r->mmio.is_write; }
-    static inline uint64_t fail_reason(struct kvm_run *r) { return r->fail_entry.hardware_entry_failure_reason; }
-    static inline uint32_t suberror(struct kvm_run *r) { return r->internal.suberror; }
-    static inline uint32_t internal_ndata(struct kvm_run *r) { return r->internal.ndata; }
-    static inline uint64_t internal_data(struct kvm_run *r, int i) { return r->internal.data[i]; }
     static inline void set_immediate_exit(struct kvm_run *r, uint8_t v)
     { __atomic_store_n(&r->immediate_exit, v, __ATOMIC_SEQ_CST); }
     static inline uint8_t take_immediate_exit(struct kvm_run *r)
@@ -60,17 +64,15 @@ cdef extern from *:
 
     #define KICK_SIGNAL SIGRTMIN
     static void on_kick(int signal) { (void)signal; }
-    /* No SA_RESTART: the kick must interrupt KVM_RUN. Signals other than faults are left to Python's main thread. */
+    /* No SA_RESTART: the kick must interrupt KVM_RUN. */
     static int arm_kick(void)
     {
         struct sigaction action = { .sa_handler = on_kick };
-        sigset_t mask;
+        sigset_t kick;
         if (sigaction(KICK_SIGNAL, &action, NULL)) return -1;
-        sigfillset(&mask);
-        sigdelset(&mask, KICK_SIGNAL);
-        sigdelset(&mask, SIGSEGV); sigdelset(&mask, SIGBUS); sigdelset(&mask, SIGFPE); sigdelset(&mask, SIGILL);
-        sigdelset(&mask, SIGSYS);
-        return pthread_sigmask(SIG_SETMASK, &mask, NULL);
+        sigemptyset(&kick);
+        sigaddset(&kick, KICK_SIGNAL);
+        return pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
     }
     static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }
     static int enter_guest(int fd) { return ioctl(fd, KVM_RUN, 0); }
@@ -78,19 +80,6 @@ cdef extern from *:
     static void tell_pause(int fd) { ioctl(fd, KVM_KVMCLOCK_CTRL, 0); }
     """
     ctypedef unsigned long pthread_t
-    uint16_t io_port(kvm_run *r) nogil
-    uint8_t io_size(kvm_run *r) nogil
-    uint32_t io_count(kvm_run *r) nogil
-    int io_out(kvm_run *r) nogil
-    uint8_t *io_data(kvm_run *r) nogil
-    uint64_t mmio_addr(kvm_run *r) nogil
-    uint8_t *mmio_data(kvm_run *r) nogil
-    uint32_t mmio_len(kvm_run *r) nogil
-    int mmio_out(kvm_run *r) nogil
-    uint64_t fail_reason(kvm_run *r) nogil
-    uint32_t suberror(kvm_run *r) nogil
-    uint32_t internal_ndata(kvm_run *r) nogil
-    uint64_t internal_data(kvm_run *r, int i) nogil
     void set_immediate_exit(kvm_run *r, uint8_t v) nogil
     uint8_t take_immediate_exit(kvm_run *r) nogil
     int arm_kick() nogil
@@ -178,17 +167,16 @@ cdef class VcpuLoop:
             munmap(self._run, self._run_size)
 
     def attach(self, str name, bint boots=False, Gate gate=None):
-        """Make the calling thread this vCPU's thread. It blocks all signals but the kick and faults.
+        """Make the calling thread this vCPU's thread. It blocks no kick from here on.
 
         :param name: the thread's name; truncated to 15 bytes
         :param boots: whether this is the boot processor, which does not wait for an INIT
         :param gate: where it waits while it is paused; None: it cannot be paused
         :raises KvmError: the kick's signal handler cannot be installed
         """
-        cdef bytes c_name = name.encode()[:15]
         if arm_kick() != 0:
             raise KvmError(errno, "sigaction of the kick signal")
-        name_thread(c_name)
+        name_thread(name.encode())
         self._boots = boots
         self._gate = gate
         self._thread = pthread_self()
@@ -250,13 +238,13 @@ cdef class VcpuLoop:
             counter_add(&self._exits, 1)
             if run.exit_reason == KVM_EXIT_IO:
                 self._done = 0
-                counter_add(&self._accesses[io_out(run)], 1)
+                counter_add(&self._accesses[run.io.direction == KVM_EXIT_IO_OUT], 1)
                 if self._port_access() != ACCESS_DONE:
                     return NEEDS_PYTHON
             elif run.exit_reason == KVM_EXIT_MMIO:
-                counter_add(&self._accesses[2 + mmio_out(run)], 1)
-                if self._access(self._mmio, mmio_addr(run), mmio_data(run), mmio_len(run),
-                                mmio_out(run)) != ACCESS_DONE:
+                counter_add(&self._accesses[2 + run.mmio.is_write], 1)
+                if self._access(self._mmio, run.mmio.phys_addr, run.mmio.data, run.mmio.len,
+                                run.mmio.is_write) != ACCESS_DONE:
                     return NEEDS_PYTHON
             elif run.exit_reason != KVM_EXIT_INTR:
                 return run.exit_reason
@@ -275,25 +263,25 @@ cdef class VcpuLoop:
         return r.access(r.ctx, address - r.start, data, size, is_write)
 
     cdef int _port_access(self) noexcept nogil:
-        # One exit of string I/O has io_count() items for the same port, packed one after the other.
+        # One exit of string I/O has several items for the same port, packed one after the other.
         cdef kvm_run *run = self._run
-        cdef uint32_t size = io_size(run)
-        while self._done < io_count(run):
-            if self._access(self._pio, io_port(run), io_data(run) + self._done * size, size,
-                            io_out(run)) != ACCESS_DONE:
+        cdef uint32_t size = run.io.size
+        while self._done < run.io.count:
+            if self._access(self._pio, run.io.port, <uint8_t *>run + run.io.data_offset + self._done * size, size,
+                            run.io.direction == KVM_EXIT_IO_OUT) != ACCESS_DONE:
                 return ACCESS_PYTHON
             self._done += 1
         return ACCESS_DONE
 
     cdef _python_access(self):
         cdef kvm_run *run = self._run
-        cdef uint32_t size
+        cdef uint32_t size = run.io.size
         if run.exit_reason == KVM_EXIT_MMIO:
-            self._call(self._mmio, mmio_addr(run), mmio_data(run), mmio_len(run), mmio_out(run))
+            self._call(self._mmio, run.mmio.phys_addr, run.mmio.data, run.mmio.len, run.mmio.is_write)
             return
-        size = io_size(run)
-        while self._done < io_count(run):
-            self._call(self._pio, io_port(run), io_data(run) + self._done * size, size, io_out(run))
+        while self._done < run.io.count:
+            self._call(self._pio, run.io.port, <uint8_t *>run + run.io.data_offset + self._done * size, size,
+                       run.io.direction == KVM_EXIT_IO_OUT)
             self._done += 1
 
     cdef _call(self, Bus bus, uint64_t address, uint8_t *data, uint32_t size, int is_write):
@@ -327,15 +315,15 @@ cdef class VcpuLoop:
     @property
     def suberror(self):
         """After ``KVM_EXIT_INTERNAL_ERROR``: its kind, a ``KVM_INTERNAL_ERROR_*`` number."""
-        return suberror(self._run)
+        return self._run.internal.suberror
 
     @property
     def internal_data(self):
         """After ``KVM_EXIT_INTERNAL_ERROR``: KVM's data about it, a tuple of at most 16 64-bit integers."""
         cdef int i
-        return tuple([internal_data(self._run, i) for i in range(min(<int>internal_ndata(self._run), 16))])
+        return tuple([self._run.internal.data[i] for i in range(min(<int>self._run.internal.ndata, 16))])
 
     @property
     def fail_entry_reason(self):
         """After ``KVM_EXIT_FAIL_ENTRY``: the hardware's reason code."""
-        return fail_reason(self._run)
+        return self._run.fail_entry.hardware_entry_failure_reason
