@@ -20,6 +20,7 @@ cdef extern from *:
     #include <linux/kvm.h>
     #include <sys/ioctl.h>
     static inline int kvm_call(int fd, unsigned long request, void *argument) { return ioctl(fd, request, argument); }
+    static inline size_t kvm_size(unsigned long request) { return _IOC_SIZE(request); }
     #ifndef KVM_CLOCK_REALTIME
     #define KVM_CLOCK_REALTIME (1 << 2)
     #endif
@@ -29,6 +30,7 @@ cdef extern from *:
     #endif
     """
     int kvm_call(int fd, unsigned long request, void *argument) nogil
+    size_t kvm_size(unsigned long request) nogil        # of its structure, in bytes
     struct kvm_msr_entry:
         uint32_t index
         uint32_t reserved
@@ -36,33 +38,9 @@ cdef extern from *:
     struct kvm_msrs:
         uint32_t nmsrs
         uint32_t pad
-    struct kvm_msr_list:
-        uint32_t nmsrs
-    struct kvm_cpuid_entry2:
-        uint32_t function
     struct kvm_cpuid2:
         uint32_t nent
         uint32_t padding
-    struct kvm_mp_state:
-        uint32_t mp_state
-    struct kvm_regs:
-        uint64_t rip
-    struct kvm_sregs:
-        uint64_t cr0
-    struct kvm_sregs2:
-        uint64_t cr0
-    struct kvm_xsave:
-        uint32_t region[1024]
-    struct kvm_xcrs:
-        uint32_t nr_xcrs
-    struct kvm_debugregs:
-        uint64_t dr6
-    struct kvm_lapic_state:
-        char regs[1024]
-    struct kvm_vcpu_events:
-        uint32_t flags
-    struct kvm_pit_state2:
-        uint32_t flags
     struct kvm_pic_state:
         uint8_t last_irr
     struct kvm_ioapic_state:
@@ -119,15 +97,17 @@ cdef struct CpuidTable:
     uint8_t[CPUID_ENTRIES * 40] entries
 
 
-cdef bytes _get(int fd, unsigned long request, size_t size, str name):
-    cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
+cdef bytes _get(int fd, unsigned long request, str name, size_t size=0):
+    # `size`: the structure's, where the request does not have it.
+    cdef bytes data = PyBytes_FromStringAndSize(NULL, size or kvm_size(request))
     if kvm_call(fd, request, PyBytes_AS_STRING(data)) < 0:
         raise KvmError(errno, name)
     return data
 
 
-cdef int _set(int fd, unsigned long request, data, size_t size, str name) except -1:
+cdef int _set(int fd, unsigned long request, data, str name, size_t size=0) except -1:
     # `data` may come from a file: check its size here; KVM checks the contents.
+    size = size or kvm_size(request)
     if not isinstance(data, bytes) or <size_t>len(data) != size:
         raise SnapshotError(name, f"has {len(data) if isinstance(data, bytes) else 'no'} bytes, KVM takes {size}")
     # KVM only reads the buffer, so the bytes object does not change.
@@ -173,7 +153,7 @@ cdef class StateAccess:
         cdef uint32_t[MSRS + 1] indices
         cdef int size = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_XSAVE2)
         self.has_xsave2 = size > 0
-        self.xsave_bytes = max(<size_t>(size if size > 0 else 0), sizeof(kvm_xsave))
+        self.xsave_bytes = max(<size_t>max(size, 0), kvm_size(KVM_GET_XSAVE))
         self.has_sregs2 = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_SREGS2) > 0
         self.has_xcrs = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_XCRS) > 0
         self.has_tsc_control = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_TSC_CONTROL) > 0
@@ -190,16 +170,16 @@ cdef class StateAccess:
         :raises KvmError: KVM refused a part; ``what`` names it
         """
         state = {
-            "mp_state": _get(fd, KVM_GET_MP_STATE, sizeof(kvm_mp_state), "KVM_GET_MP_STATE"),
-            "regs": _get(fd, KVM_GET_REGS, sizeof(kvm_regs), "KVM_GET_REGS"),
+            "mp_state": _get(fd, KVM_GET_MP_STATE, "KVM_GET_MP_STATE"),
+            "regs": _get(fd, KVM_GET_REGS, "KVM_GET_REGS"),
         }
         if self.has_sregs2:
-            state["sregs2"] = _get(fd, KVM_GET_SREGS2, sizeof(kvm_sregs2), "KVM_GET_SREGS2")
+            state["sregs2"] = _get(fd, KVM_GET_SREGS2, "KVM_GET_SREGS2")
         else:
-            state["sregs"] = _get(fd, KVM_GET_SREGS, sizeof(kvm_sregs), "KVM_GET_SREGS")
+            state["sregs"] = _get(fd, KVM_GET_SREGS, "KVM_GET_SREGS")
         state["xsave"] = _get(
-            fd, KVM_GET_XSAVE2 if self.has_xsave2 else KVM_GET_XSAVE, self.xsave_bytes, "KVM_GET_XSAVE")
-        state["lapic"] = _get(fd, KVM_GET_LAPIC, sizeof(kvm_lapic_state), "KVM_GET_LAPIC")
+            fd, KVM_GET_XSAVE2 if self.has_xsave2 else KVM_GET_XSAVE, "KVM_GET_XSAVE", self.xsave_bytes)
+        state["lapic"] = _get(fd, KVM_GET_LAPIC, "KVM_GET_LAPIC")
         state["tsc_khz"] = max(kvm_call(fd, KVM_GET_TSC_KHZ, NULL), 0)
         state["cpuid"] = self._cpuid(fd)
         state["realtime"], state["msrs"] = time_ns(), self._msrs(fd)
@@ -207,10 +187,10 @@ cdef class StateAccess:
         return state
 
     cdef dict _rarely_changed(self, int fd):
-        parts = {"debugregs": _get(fd, KVM_GET_DEBUGREGS, sizeof(kvm_debugregs), "KVM_GET_DEBUGREGS")}
+        parts = {"debugregs": _get(fd, KVM_GET_DEBUGREGS, "KVM_GET_DEBUGREGS")}
         if self.has_xcrs:
-            parts["xcrs"] = _get(fd, KVM_GET_XCRS, sizeof(kvm_xcrs), "KVM_GET_XCRS")
-        parts["vcpu_events"] = _get(fd, KVM_GET_VCPU_EVENTS, sizeof(kvm_vcpu_events), "KVM_GET_VCPU_EVENTS")
+            parts["xcrs"] = _get(fd, KVM_GET_XCRS, "KVM_GET_XCRS")
+        parts["vcpu_events"] = _get(fd, KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS")
         return parts
 
     cdef bytes _cpuid(self, int fd):
@@ -229,8 +209,7 @@ cdef class StateAccess:
             batch.header.nmsrs = len(indices)
             batch.header.pad = 0
             for i in range(len(indices)):
-                batch.entries[i].index = indices[i]
-                batch.entries[i].reserved = 0
+                batch.entries[i] = kvm_msr_entry(indices[i], 0, 0)
             got = kvm_call(fd, KVM_GET_MSRS, &batch)
             if got < 0:
                 raise KvmError(errno, "KVM_GET_MSRS")
@@ -260,22 +239,22 @@ cdef class StateAccess:
             self.new_tsc_khz = kvm_call(fd, KVM_GET_TSC_KHZ, NULL)
             self.new = self._rarely_changed(fd)
         self._set_tsc_khz(fd, state["tsc_khz"])
-        _set(fd, KVM_SET_MP_STATE, state["mp_state"], sizeof(kvm_mp_state), "KVM_SET_MP_STATE")
-        _set(fd, KVM_SET_REGS, state["regs"], sizeof(kvm_regs), "KVM_SET_REGS")
+        _set(fd, KVM_SET_MP_STATE, state["mp_state"], "KVM_SET_MP_STATE")
+        _set(fd, KVM_SET_REGS, state["regs"], "KVM_SET_REGS")
         if "sregs2" in state:
-            _set(fd, KVM_SET_SREGS2, state["sregs2"], sizeof(kvm_sregs2), "KVM_SET_SREGS2")
+            _set(fd, KVM_SET_SREGS2, state["sregs2"], "KVM_SET_SREGS2")
         else:
-            _set(fd, KVM_SET_SREGS, state["sregs"], sizeof(kvm_sregs), "KVM_SET_SREGS")
-        _set(fd, KVM_SET_XSAVE, state["xsave"], self.xsave_bytes, "KVM_SET_XSAVE")
+            _set(fd, KVM_SET_SREGS, state["sregs"], "KVM_SET_SREGS")
+        _set(fd, KVM_SET_XSAVE, state["xsave"], "KVM_SET_XSAVE", self.xsave_bytes)
         # Each call loads the vCPU, which is most of its cost: skip the parts that have a new vCPU's values.
         if "xcrs" in state and state["xcrs"] != self.new["xcrs"]:
-            _set(fd, KVM_SET_XCRS, state["xcrs"], sizeof(kvm_xcrs), "KVM_SET_XCRS")
+            _set(fd, KVM_SET_XCRS, state["xcrs"], "KVM_SET_XCRS")
         if state["debugregs"] != self.new["debugregs"]:
-            _set(fd, KVM_SET_DEBUGREGS, state["debugregs"], sizeof(kvm_debugregs), "KVM_SET_DEBUGREGS")
-        _set(fd, KVM_SET_LAPIC, state["lapic"], sizeof(kvm_lapic_state), "KVM_SET_LAPIC")
+            _set(fd, KVM_SET_DEBUGREGS, state["debugregs"], "KVM_SET_DEBUGREGS")
+        _set(fd, KVM_SET_LAPIC, state["lapic"], "KVM_SET_LAPIC")
         self._set_msrs(fd, state["msrs"], state.get("realtime", 0), state["tsc_khz"])
         if state["vcpu_events"] != self.new["vcpu_events"]:
-            _set(fd, KVM_SET_VCPU_EVENTS, state["vcpu_events"], sizeof(kvm_vcpu_events), "KVM_SET_VCPU_EVENTS")
+            _set(fd, KVM_SET_VCPU_EVENTS, state["vcpu_events"], "KVM_SET_VCPU_EVENTS")
         # KVM_KVMCLOCK_CTRL keeps a guest's watchdog from taking the pause for a hang. EINVAL: kvm-clock is not in use.
         has_clock = state["msrs"].get(MSR_KVM_SYSTEM_TIME, 0) | state["msrs"].get(MSR_KVM_SYSTEM_TIME_NEW, 0)
         if has_clock & 1 and kvm_call(fd, KVM_KVMCLOCK_CTRL, NULL) < 0 and errno != EINVAL:
@@ -298,21 +277,16 @@ cdef class StateAccess:
             raise SnapshotError("KVM_SET_MSRS", f"has {len(msrs)} registers, at most {MSRS - 1} are allowed")
         for index, value in msrs.items():
             if index != MSR_IA32_TSC_DEADLINE and index != MSR_IA32_TSC:
-                batch.entries[count].index = index
-                batch.entries[count].reserved = 0
-                batch.entries[count].data = value
+                batch.entries[count] = kvm_msr_entry(index, 0, value)
                 count += 1
         # Computed as late as possible: the guest's TSC loses the time until KVM_SET_MSRS.
-        batch.entries[0].index = MSR_IA32_TSC
-        batch.entries[0].reserved = 0
         cycles = _passed_since(then) * tsc_khz // 1000000
-        batch.entries[0].data = msrs.get(MSR_IA32_TSC, 0) + cycles & 0xFFFF_FFFF_FFFF_FFFF
+        batch.entries[0] = kvm_msr_entry(MSR_IA32_TSC, 0, msrs.get(MSR_IA32_TSC, 0) + cycles & 0xFFFF_FFFF_FFFF_FFFF)
         if MSR_IA32_TSC_DEADLINE in msrs:
             # 0: the deadline has passed, but its interrupt may not be in a register yet. A deadline in the past raises
             # it.
-            batch.entries[count].index = MSR_IA32_TSC_DEADLINE
-            batch.entries[count].reserved = 0
-            batch.entries[count].data = msrs[MSR_IA32_TSC_DEADLINE] or batch.entries[0].data
+            deadline = msrs[MSR_IA32_TSC_DEADLINE] or batch.entries[0].data
+            batch.entries[count] = kvm_msr_entry(MSR_IA32_TSC_DEADLINE, 0, deadline)
             count += 1
         batch.header.nmsrs = count
         batch.header.pad = 0
@@ -342,7 +316,7 @@ cdef class StateAccess:
                 raise KvmError(errno, "KVM_GET_IRQCHIP")
             chips.append(data)
         return {
-            "pit2": _get(fd, KVM_GET_PIT2, sizeof(kvm_pit_state2), "KVM_GET_PIT2") if timer else b"",
+            "pit2": _get(fd, KVM_GET_PIT2, "KVM_GET_PIT2") if timer else b"",
             "clock": self.get_clock(fd),
             "irqchips": chips,
         }
@@ -370,9 +344,9 @@ cdef class StateAccess:
         if len(state["irqchips"]) != IRQCHIPS:
             raise SnapshotError("KVM_SET_IRQCHIP", f"has {len(state['irqchips'])} chips, KVM takes {IRQCHIPS}")
         if state["pit2"] != b"":
-            _set(fd, KVM_SET_PIT2, state["pit2"], sizeof(kvm_pit_state2), "KVM_SET_PIT2")
+            _set(fd, KVM_SET_PIT2, state["pit2"], "KVM_SET_PIT2")
         for chip in state["irqchips"]:
-            _set(fd, KVM_SET_IRQCHIP, chip, sizeof(kvm_irqchip), "KVM_SET_IRQCHIP")
+            _set(fd, KVM_SET_IRQCHIP, chip, "KVM_SET_IRQCHIP")
         _lower_lines(fd, state["irqchips"])
         self.set_clock(fd, state["clock"])
 
