@@ -298,7 +298,7 @@ cdef class StateAccess:
         return 0
 
     def save_vm(self, int fd, *, bint timer):
-        """Read the state of a VM's interrupt controllers, timer and clock. Its vCPUs must be paused.
+        """Read the state of a VM's interrupt controllers and timer. Its vCPUs must be paused.
 
         :param fd: the VM's descriptor; borrowed
         :param timer: whether the VM has KVM's timer; if not, ``pit2`` is empty
@@ -317,7 +317,6 @@ cdef class StateAccess:
             chips.append(data)
         return {
             "pit2": _get(fd, KVM_GET_PIT2, "KVM_GET_PIT2") if timer else b"",
-            "clock": self.get_clock(fd),
             "irqchips": chips,
         }
 
@@ -348,7 +347,6 @@ cdef class StateAccess:
         for chip in state["irqchips"]:
             _set(fd, KVM_SET_IRQCHIP, chip, "KVM_SET_IRQCHIP")
         _lower_lines(fd, state["irqchips"])
-        self.set_clock(fd, state["clock"])
 
     def set_clock(self, int fd, clock):
         """Set kvm-clock to `clock`, from ``get_clock``, advanced by the time since then.

@@ -230,10 +230,11 @@ def _restore(machine: Machine, image: Image) -> None:
         machine._board.pit.make()
     machine._clock = image.vm["clock"]
     # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
-    access.set_clock(machine.vm.fd, image.vm["clock"])
+    access.set_clock(machine.vm.fd, machine._clock)
     for vcpu, state in zip(machine.vcpus, image.vcpus, strict=True):
         access.restore_vcpu(vcpu.fd, state)
     access.restore_vm(machine.vm.fd, image.vm)
+    access.set_clock(machine.vm.fd, machine._clock)
     machine._board.restore(image.board)
     for transport, saved in zip(machine.virtio, image.virtio, strict=True):
         transport.restore(saved)
