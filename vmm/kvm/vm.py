@@ -28,23 +28,18 @@ TSS_ADDRESS = 0xFFFBD000
 
 _DESCRIPTORS = 1024
 
+
+def _numbers(names: str) -> dict[str, int]:
+    return {name: getattr(abi, name) for name in names.split()}
+
+
 # Without any of these no guest of ours runs. All are older than the oldest kernel we boot (Linux 4.11, 2017).
-REQUIRED = {
-    "KVM_CAP_IRQCHIP": abi.KVM_CAP_IRQCHIP,
-    "KVM_CAP_USER_MEMORY": abi.KVM_CAP_USER_MEMORY,
-    "KVM_CAP_SET_TSS_ADDR": abi.KVM_CAP_SET_TSS_ADDR,
-    "KVM_CAP_EXT_CPUID": abi.KVM_CAP_EXT_CPUID,
-    "KVM_CAP_IRQFD": abi.KVM_CAP_IRQFD,
-    "KVM_CAP_PIT2": abi.KVM_CAP_PIT2,
-    "KVM_CAP_IOEVENTFD": abi.KVM_CAP_IOEVENTFD,
-    "KVM_CAP_IMMEDIATE_EXIT": abi.KVM_CAP_IMMEDIATE_EXIT,
-}
+REQUIRED = _numbers(
+    "KVM_CAP_IRQCHIP KVM_CAP_USER_MEMORY KVM_CAP_SET_TSS_ADDR KVM_CAP_EXT_CPUID KVM_CAP_IRQFD KVM_CAP_PIT2 "
+    "KVM_CAP_IOEVENTFD KVM_CAP_IMMEDIATE_EXIT"
+)
 # Used where they are there.
-OPTIONAL = {
-    "KVM_CAP_CLOCKSOURCE": abi.KVM_CAP_CLOCKSOURCE,
-    "KVM_CAP_TSC_DEADLINE_TIMER": abi.KVM_CAP_TSC_DEADLINE_TIMER,
-    "KVM_CAP_SET_IDENTITY_MAP_ADDR": abi.KVM_CAP_SET_IDENTITY_MAP_ADDR,
-}
+OPTIONAL = _numbers("KVM_CAP_CLOCKSOURCE KVM_CAP_TSC_DEADLINE_TIMER KVM_CAP_SET_IDENTITY_MAP_ADDR")
 
 
 def software_kvm() -> str | None:
@@ -111,7 +106,6 @@ class Kvm:
         except ValueError:
             raise ConfigError("--kvm", path, "must have no NUL in it") from None
         self.path = path
-        self._checked: dict[int, int] = {}
         try:
             version = kvm_ioctl(self.fd, abi.KVM_GET_API_VERSION)
         except KvmError as error:
@@ -125,9 +119,7 @@ class Kvm:
 
     def check(self, capability: int) -> int:
         """What ``KVM_CHECK_EXTENSION`` says of one ``KVM_CAP_*``: 0 means no, else yes or a number."""
-        if capability not in self._checked:
-            self._checked[capability] = kvm_ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
-        return self._checked[capability]
+        return kvm_ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
 
     def lacking(self, more: Sequence[int] = (), less: Sequence[int] = ()) -> list[str]:
         """Names of the required capabilities that this KVM has not.
@@ -144,16 +136,9 @@ class Kvm:
 
     def supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """The CPUID leaves that KVM can show a guest; the entries are the caller's to change."""
-        for room in (128, 256, 512):
-            table = abi.cpuid(room)
-            try:
-                kvm_ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, table.buffer)
-            except KvmError as error:
-                if error.errno != errno.E2BIG:
-                    raise
-                continue
-            return list(table.entries[: table.header.nent])
-        raise KvmError(errno.E2BIG, "KVM_GET_SUPPORTED_CPUID")
+        table = abi.cpuid(256)  # KVM_MAX_CPUID_ENTRIES: more it does not have
+        kvm_ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, table.buffer)
+        return list(table.entries[: table.header.nent])
 
     def state_access(self) -> StateAccess:
         """How the state of vCPUs and VMs is read and set here; made once a device path."""
