@@ -14,31 +14,16 @@ from posix.unistd cimport lseek, pread, pwrite
 
 cdef extern from *:
     """
-    #include <stdint.h>
     #include <string.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
     #include <unistd.h>
-    /* <linux/fs.h> since Linux 6.7 */
-    struct pm_region { uint64_t start, end, categories; };
-    struct pm_arg {
-        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-        uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-    };
     #ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
     #define MADV_POPULATE_WRITE 23
     #endif
     #ifndef MREMAP_DONTUNMAP /* Linux 5.7; of shared files 5.13 */
     #define MREMAP_DONTUNMAP 4
     #endif
-    #define PM_SCAN _IOWR('f', 16, struct pm_arg)
-    #define PM_WP_MATCHING (1 << 0)
-    #define PM_CHECK_WPASYNC (1 << 1)
-    #define PM_IS_WRITTEN (1 << 1)
-    #define PM_IS_FILE (1 << 2)
-    #define PM_IS_PRESENT (1 << 3)
-    #define PM_IS_SWAPPED (1 << 4)
-    static inline int pm_scan(int fd, struct pm_arg *arg) { return ioctl(fd, PM_SCAN, arg); }
     static inline int is_zero(const void *data, size_t size) {
         const unsigned char *p = data;
         return !p[0] && (size == 1 || !memcmp(p, p + 1, size - 1));
@@ -48,31 +33,30 @@ cdef extern from *:
     #define PAGEMAP_SWAPPED (1ull << 62)
     #define PAGEMAP_FILE (1ull << 61)
     """
-    struct pm_region:
-        uint64_t start
-        uint64_t end
-        uint64_t categories
-    struct pm_arg:
-        uint64_t size
-        uint64_t flags
-        uint64_t start
-        uint64_t end
-        uint64_t walk_end
-        uint64_t vec
-        uint64_t vec_len
-        uint64_t max_pages
-        uint64_t category_inverted
-        uint64_t category_mask
-        uint64_t category_anyof_mask
-        uint64_t return_mask
-    int pm_scan(int fd, pm_arg *arg) nogil
-    uint64_t PM_WP_MATCHING, PM_CHECK_WPASYNC, PM_IS_WRITTEN, PM_IS_FILE, PM_IS_PRESENT, PM_IS_SWAPPED
+    int ioctl(int fd, unsigned long request, void *argument) nogil
     uint64_t PAGEMAP_PRESENT, PAGEMAP_SWAPPED, PAGEMAP_FILE
     void *mremap(void *address, size_t old, size_t size, int flags, void *target) nogil
     int is_zero(const void *data, size_t size) nogil
     enum: SEEK_DATA, SEEK_HOLE
     enum: MADV_POPULATE_WRITE
     enum: MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP
+
+# <linux/fs.h> since Linux 6.7: PAGEMAP_SCAN, its flags, the categories of a page, and its structures.
+cdef enum:
+    PM_SCAN = 0xc0606610
+    PM_WP_MATCHING = 1 << 0
+    PM_CHECK_WPASYNC = 1 << 1
+    PM_IS_WRITTEN = 1 << 1
+    PM_IS_FILE = 1 << 2
+    PM_IS_PRESENT = 1 << 3
+    PM_IS_SWAPPED = 1 << 4
+
+cdef struct pm_region:
+    uint64_t start, end, categories
+
+cdef struct pm_arg:
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask
 
 cdef enum:
     PAGE = 4096
@@ -194,7 +178,7 @@ cdef list _scan(int pagemap, uintptr_t address, size_t size, uint64_t flags, uin
     while arg.start < arg.end:
         arg.walk_end = 0
         with nogil:
-            count = pm_scan(pagemap, &arg)
+            count = ioctl(pagemap, PM_SCAN, &arg)
         if count < 0:
             if errno == EINTR:
                 continue
