@@ -3,7 +3,8 @@
 """Mappings of guest RAM: map a file privately, find the pages written since, and copy those to a file."""
 import os
 
-from libc.errno cimport EINTR, EINVAL, ENOTTY, ENXIO, errno
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, EINVAL, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP, EXDEV, errno
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from posix.mman cimport (
@@ -14,6 +15,7 @@ from posix.unistd cimport lseek, pread, pwrite
 
 cdef extern from *:
     """
+    #include <stdlib.h>
     #include <string.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
@@ -38,6 +40,8 @@ cdef extern from *:
     void *mremap(void *address, size_t old, size_t size, int flags, void *target) nogil
     int is_zero(const void *data, size_t size) nogil
     enum: SEEK_DATA, SEEK_HOLE
+    ssize_t copy_file_range(int source, int64_t *start, int target, int64_t *at, size_t size, unsigned flags) nogil
+    void *aligned_alloc(size_t alignment, size_t size) nogil
     enum: MADV_POPULATE_WRITE
     enum: MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP
 
@@ -63,6 +67,7 @@ cdef enum:
     REGIONS = 512
     ENTRIES = 8192
     CHUNK = 1 << 20
+    MOST = 1 << 30      # bytes that the kernel copies before a signal is heard
     TABLE = 2 << 20     # bytes that one page of page tables maps
     UNMAPPED = 8 << 20  # bytes at a time, so that nobody waits long for the address space
 
@@ -224,17 +229,17 @@ cdef int _add(list runs, uint64_t offset, uint64_t size) except -1:
     return 0
 
 
-def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t offset):
+def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t offset, bint by_kernel=False):
     """Copy [`start`, `start` + `size`) of one file to `offset` in another. Skip holes and pages of zeros.
 
-    :param source: file descriptor to read; borrowed, and its offset moves
+    :param source: file descriptor to read, which may bypass the page cache; borrowed, and its offset moves
     :param target: file descriptor to write; borrowed. The file must read as zeros in the target range
-    :returns: bytes written
+    :param by_kernel: let the kernel copy, pages of zeros, too, where it can copy from this file to that one
     :raises OSError: a read or a write failed
     """
-    cdef uint8_t *buffer = <uint8_t *>malloc(CHUNK)
-    cdef uint64_t end = start + size, at = start, data, hole, written = 0
-    cdef int64_t found
+    cdef uint8_t *buffer = <uint8_t *>aligned_alloc(PAGE, CHUNK)
+    cdef uint64_t end = start + size, at = start, data, hole
+    cdef int64_t found, from_here, to_there
     cdef ssize_t got
     if buffer == NULL:
         raise MemoryError()
@@ -247,32 +252,38 @@ def copy_sparse(int source, uint64_t start, uint64_t size, int target, uint64_t 
             found = lseek(source, <long>data, SEEK_HOLE) if found >= 0 else <int64_t>end
             hole = min(<uint64_t>found if found > 0 else end, end)
             while data < hole:
+                PyErr_CheckSignals()
+                from_here, to_there = data, offset + (data - start)
                 with nogil:
-                    got = pread(source, buffer, min(<size_t>CHUNK, hole - data), <long>data)
-                if got < 0 and errno == EINTR:
-                    continue
-                if got < 0:
-                    raise OSError(errno, os.strerror(errno))
+                    if by_kernel:
+                        got = copy_file_range(source, &from_here, target, &to_there, min(hole - data, <size_t>MOST), 0)
+                    else:   # whole pages, or a source that bypasses the page cache refuses
+                        got = pread(source, buffer, min(<size_t>CHUNK, hole - data + PAGE - 1 & ~(PAGE - 1)), data)
                 if got == 0:
-                    return written                              # end of the source file: the rest is zeros
-                written += <uint64_t>copy_pages(<uintptr_t>buffer, <size_t>got, target, offset + (data - start))
+                    return                                      # end of the source file: the rest is zeros
+                if got < 0:
+                    if by_kernel and errno in (EXDEV, EINVAL, EOPNOTSUPP, ENOSYS):
+                        by_kernel = False
+                    elif errno != EINTR:
+                        raise OSError(errno, os.strerror(errno))
+                    continue
+                got = min(got, <ssize_t>(hole - data))
+                if not by_kernel:
+                    copy_pages(<uintptr_t>buffer, <size_t>got, target, offset + (data - start))
                 data += <uint64_t>got
             at = max(hole, at + 1)
     finally:
         free(buffer)
-    return written
 
 
 def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
     """Write [`address`, `address` + `size`) to the file `fd` at `offset`. Skip pages of zeros.
 
     :param fd: borrowed; the file must read as zeros in the target range
-    :returns: bytes written
     :raises OSError: a write failed
     """
     cdef uint8_t *data = <uint8_t *>address
     cdef size_t first, next = 0
-    cdef uint64_t written = 0
     while next < size:
         with nogil:
             while next < size and is_zero(data + next, min(<size_t>PAGE, size - next)):
@@ -281,8 +292,6 @@ def copy_pages(uintptr_t address, size_t size, int fd, uint64_t offset):
             while next < size and not is_zero(data + next, min(<size_t>PAGE, size - next)):
                 next += min(<size_t>PAGE, size - next)
         copy_out(address + first, next - first, fd, offset + first)
-        written += next - first
-    return written
 
 
 cdef int copy_out(uintptr_t address, size_t size, int fd, uint64_t offset) except -1:

@@ -711,16 +711,11 @@ def loop(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield device
 
 
-def test_a_direct_disk_is_copied_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_reflink(*_: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
+def test_a_direct_disk_is_copied_to_another_file_system(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(b"12345678" * 8192)
     os.truncate(tmp_path / "disk", 1 << 20)
     with Disk(str(tmp_path / "disk"), direct=True) as disk:
-        monkeypatch.setattr("fcntl.ioctl", no_reflink)
-        monkeypatch.setattr("os.copy_file_range", no_reflink)
-        copy = private_copy(disk.fd, disk.path)
+        copy = private_copy(disk.fd, "/dev/shm/disk")
         assert os.pread(copy, 1 << 21, 0) == b"12345678" * 8192 + bytes((1 << 20) - 65536)
         os.close(copy)
 
