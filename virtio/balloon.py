@@ -14,7 +14,7 @@ import threading
 
 from virtio import spec
 from virtio.device import VirtioDevice
-from vmm import _uffd, budget  # noqa: F401  # what memory.discard() needs: the device's thread may not import
+from vmm import budget  # noqa: F401  # what memory.discard() needs: the device's thread may not import
 from vmm.errors import ConfigError, GuestMemoryError
 from vmm.memory import joined
 from vmm.threads import spawn
@@ -260,7 +260,7 @@ class Balloon(VirtioDevice):
             self.counters["bytes_discarded"] += self.context.memory.discard(part)
         except OSError as error:
             self.counters["io_errors"] += 1
-            self.context.warn(f"discard: {error.errno}", f"{self.name}: {error.strerror}")
+            self.context.warn(f"discard: {error.errno}", f"{self.name}: discard guest memory: {error.strerror}")
 
     def _report(self, chain: Chain) -> int:
         """Free pages: the buffers are the pages themselves (§5.5.6.7)."""

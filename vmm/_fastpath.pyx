@@ -8,12 +8,12 @@ C functions that run without the GIL (``queue_*``), and ``VirtQueue``, which wra
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
-from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memcpy, strerror
-from posix.mman cimport MADV_REMOVE, madvise
+from libc.string cimport memcpy
+from posix.mman cimport MADV_REMOVE
 
 from vmm._iov cimport iov_gather, iov_scatter
+from vmm._mapping import advise
 from vmm.errors import BadChain, GuestMemoryError
 
 cdef enum:
@@ -142,17 +142,9 @@ cdef class GuestRam:
 
         Runs without the GIL. Source: Linux madvise(2), MADV_REMOVE.
         """
-        cdef uint64_t gpa, size
-        cdef int failed
-        cdef uint8_t *start
         gpa, size = self.whole_pages(part)
-        if not size:
-            return 0
-        start = self.host(gpa, size)
-        with nogil:
-            failed = madvise(start, size, MADV_REMOVE)
-        if failed:
-            raise OSError(errno, f"discard guest memory: {strerror(errno).decode()}")
+        if size:
+            advise(self.host_address(gpa, size), size, MADV_REMOVE)
         return size
 
 

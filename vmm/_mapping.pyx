@@ -130,6 +130,20 @@ def unmap(uintptr_t address, size_t size):
             size -= part
 
 
+def advise(uintptr_t address, size_t size, int advice):
+    """Call madvise(2) for [`address`, `address` + `size`).
+
+    :raises OSError: the kernel refused
+    """
+    cdef int failed
+    with nogil:
+        failed = madvise(<void *>address, size, advice)
+        while failed and errno == EINTR:
+            failed = madvise(<void *>address, size, advice)
+    if failed:
+        raise OSError(errno, os.strerror(errno))
+
+
 def populate(uintptr_t address, size_t size):
     """Allocate the pages of [`address`, `address` + `size`), as writes would. Before Linux 5.14 it does nothing."""
     with nogil:

@@ -16,7 +16,6 @@ cdef extern from *:
     #include <linux/userfaultfd.h>
     #include <poll.h>
     #include <sys/ioctl.h>
-    #include <sys/mman.h>
     #include <sys/syscall.h>
     #include <unistd.h>
     #ifndef USERFAULTFD_IOC_NEW /* Linux 6.1 */
@@ -129,20 +128,6 @@ def register_marks(int fd, uintptr_t address, size_t size):
     :raises OSError: the kernel refused
     """
     if uffd_register(fd, address, size, UFFDIO_REGISTER_MODE_WP) < 0:
-        raise OSError(errno, os.strerror(errno))
-
-
-def drop(uintptr_t address, size_t size):
-    """Free the pages of [`address`, `address` + `size`). Returns once the handler has read the event.
-
-    :raises OSError: the kernel refused
-    """
-    cdef int failed
-    with nogil:
-        failed = madvise(<void *>address, size, MADV_DONTNEED)
-        while failed and errno == EINTR:
-            failed = madvise(<void *>address, size, MADV_DONTNEED)
-    if failed:
         raise OSError(errno, os.strerror(errno))
 
 

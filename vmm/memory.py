@@ -10,7 +10,7 @@ import os
 
 from vmm import undertaker
 from vmm._fastpath import GuestRam
-from vmm._mapping import copy_pages, map_over, populate, private_runs, unmarked_runs
+from vmm._mapping import advise, copy_pages, map_over, populate, private_runs, unmarked_runs
 from vmm.closing import Closing
 from vmm.errors import ConfigError, HostError, SnapshotError, host_errors
 
@@ -419,11 +419,8 @@ class GuestMemory(GuestRam, Closing):
             return super().discard(part)
         gpa, size = self.whole_pages(part)
         if self._pieces is None:
-            # The handler hears of it, and brings zeros from then on.
-            from vmm._uffd import drop
-
-            if size:
-                drop(self.host_address(gpa, size), size)
+            if size:  # the handler hears of it, before this returns, and brings zeros from then on
+                advise(self.host_address(gpa, size), size, mmap.MADV_DONTNEED)
             return size
         hole = Piece(gpa, size, None)
         if size >= _HOLE_LEAST and self._make_hole(hole, self._pieces):
@@ -438,12 +435,11 @@ class GuestMemory(GuestRam, Closing):
         # Give its pages back; False: there are too many holes.
         from bisect import bisect_right
 
-        from vmm._uffd import drop
         from vmm.budget import holes  # no launch needs these
 
         around = pieces[bisect_right(pieces, hole.gpa, key=lambda piece: piece.gpa) - 1]
         if around.file is None and hole.gpa + hole.size <= around.gpa + around.size:
-            drop(self.host_address(hole.gpa, hole.size), hole.size)
+            advise(self.host_address(hole.gpa, hole.size), hole.size, mmap.MADV_DONTNEED)
             return True
         # Elsewhere a file is below, which is others', too, and shows through a page that is merely dropped.
         if len(pieces) >= _PIECES_MAX or not holes.ask(1):
