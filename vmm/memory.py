@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from vmm._recorder import Recorder
+    from vmm._uffd import Recorder
     from vmm.uffd import FaultHandler
 
 GIB = 1 << 30
@@ -242,7 +242,7 @@ class GuestMemory(GuestRam, Closing):
                     from vmm.uffd import FaultHandler
 
                     return FaultHandler(handler, mappings)
-                from vmm._recorder import Recorder
+                from vmm._uffd import Recorder
 
                 self._recorder = Recorder(handler, mappings)
                 return self._recorder

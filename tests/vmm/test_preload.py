@@ -29,7 +29,6 @@ NEVER = {
     "virtio.net.nat": "the same",
     "virtio.net._policy": "passt",
     "virtio.net.resolver": "the same",
-    "vmm._recorder": "Image.load(record=True), of programs that import us",
     "virtio.net.frames": "the same",
     "virtio.net.dns": "the same",
     "vmm.bus": "protocols, for type checkers",

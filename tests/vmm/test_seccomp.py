@@ -296,12 +296,9 @@ def test_no_such_system_call_is_an_error() -> None:
 
 
 def test_numbers_of_ioctls_are_those_of_who_uses_them() -> None:
-    from vmm import _recorder, _uffd
     from vmm.kvm import _state as _kvm_state
 
     assert set(seccomp_rules._KVM_READS) == set(_kvm_state.READS)
-    assert set(seccomp_rules._UFFD) == set(_uffd.IOCTLS)
-    assert set(seccomp_rules._RECORD) == set(_recorder.IOCTLS)
 
 
 def test_a_fault_is_in_the_log_too(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _TUN_OPEN = (0x4004_54CA, 0x8004_54D2, 0x4004_54D8)  # TUNSETIFF, TUNGETIFF, TUN
 _SIOCGIFINDEX = 0x8933
 _PAGEMAP_SCAN = 0xC060_6610
 _MARKS = 0o2004000 | 1  # O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY
-# As they are in vmm.kvm._state, vmm._uffd and vmm._recorder, whose import would cost a launch more than the filters.
+# As they are in vmm.kvm._state, and in <linux/userfaultfd.h> for vmm._uffd.
 _KVM_READS = (
     0xAE03, 0xC004_AE02, 0xC008_AE88, 0xC008_AE91, 0x8004_AE98, 0x8090_AE81, 0x8138_AE83, 0x8140_AECC, 0x9000_AEA4,
     0x9000_AECF, 0x8188_AEA6, 0x8080_AEA1, 0x8400_AE8E, 0x8040_AE9F, 0x8070_AE9F, 0xC208_AE62, 0x8030_AE7C, 0xAEA3,
