@@ -66,10 +66,6 @@ cdef extern from *:
         if (write(2, last, sizeof last - 1) < 0) {}
         _exit(1);
     }
-    static void uffd_touch(unsigned long address, size_t size) {
-        for (size_t at = 0; at < size; at += 4096)
-            (void)*(const volatile char *)(address + at);
-    }
     /* For _UFFDIO_POISON of Linux 6.6. */
     struct uffd_range_mode { struct uffdio_range range; unsigned long long mode; long long updated; };
     static int recorder_wait(int fd, int stop) {
@@ -111,7 +107,6 @@ cdef extern from *:
     int uffd_register(int fd, unsigned long address, unsigned long size, unsigned long mode) nogil
     unsigned long UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
     int uffd_watch(int peer, int process, int stop) nogil
-    void uffd_touch(unsigned long address, size_t size) nogil
     bint recorder_wait(int fd, int stop) nogil
     bint recorder_next(int fd, uintptr_t *start, uintptr_t *end) nogil
     void recorder_bring(int fd, uintptr_t address, const void *page) nogil
@@ -188,12 +183,6 @@ def watch(int peer, int process, int stop):
     """
     with nogil:
         uffd_watch(peer, process, stop)
-
-
-def touch(uintptr_t address, size_t size):
-    """Read one byte of each page of [`address`, `address` + `size`), so that the handler supplies the missing ones."""
-    with nogil:
-        uffd_touch(address, size)
 
 
 cdef struct Span:

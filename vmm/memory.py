@@ -310,9 +310,8 @@ class GuestMemory(GuestRam, Closing):
         return list(pieces)
 
     def _gathered(self) -> list[MemoryFile]:
-        # All that the handler has, and what was written over it: a memfd a region, with holes for zeros.
-        from vmm._uffd import touch
-
+        # All that the handler has, as the copy touches each page, and what was written over it: a memfd a region, with
+        # holes for zeros.
         if self._recorder is not None:
             self._recorder.stop_noting()
         files = []
@@ -320,7 +319,6 @@ class GuestMemory(GuestRam, Closing):
             files.append(MemoryFile(os.memfd_create("guest-ram", os.MFD_CLOEXEC)))
             os.ftruncate(files[-1].fd, region.size)
             address = self.host_address(region.gpa, region.size)
-            touch(address, region.size)
             copy_pages(address, region.size, files[-1].fd, 0)
         return files
 
