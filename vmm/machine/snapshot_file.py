@@ -28,7 +28,7 @@ from vmm.config.option import check_call
 from vmm.config.vm import VmConfig
 from vmm.durable import make_beside, put_whole, remove_left_behind, sync, write_all, write_whole
 from vmm.errors import ConfigError, SnapshotError, host_errors
-from vmm.memory import MemoryFile, Piece, spans
+from vmm.memory import GuestMemory, MemoryFile, Piece, spans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ _FILES = (STATE, MEMORY, TOUCHED, ABOUT)
 _MAGIC = b"PYVMMIMG"
 _HEADER = struct.Struct("<8sII16s")
 _PAGE = 4096
-_CHUNK = 1 << 20
 MERGING = "user.pyvmm.merging"  # the attribute of a memory file into which a Diff is written: see vmm.api.diff
 _STATE_MAX = 1 << 30  # 64 vCPUs and all devices take 1 MiB, and each file that a guest knows of a share 0.1 KiB
 _CONFIGS = {kind.__name__: kind for kind in (VmConfig, *DEVICES, NetworkPolicy, RateLimiterConfig)}
@@ -238,17 +237,9 @@ def write_memory(pieces: list[Piece], size: int, fd: int, runs: list[tuple[int, 
             if piece.file is not None:
                 copy_sparse(piece.file.fd, piece.offset, piece.size, fd, offset_of(piece.gpa, size))
         return
-    parts = iter(pieces)
-    piece = next(parts)
-    for gpa, length in runs:
-        end = gpa + length
-        while gpa < end:
-            while piece.gpa + piece.size <= gpa:
-                piece = next(parts)
-            part = piece.part(gpa, min(end, gpa + _CHUNK))
-            data = b"" if part.file is None else os.pread(part.file.fd, part.size, part.offset)
-            write_all(fd, data.ljust(part.size, b"\0"), offset_of(gpa, size))
-            gpa += part.size
+    with GuestMemory(size, pieces=pieces) as memory:
+        for gpa, length in runs:
+            write_all(fd, memory.slice(gpa, length), offset_of(gpa, size))
 
 
 def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
