@@ -131,11 +131,6 @@ class Region:
         self.size = size
         self.file = file
 
-    @property
-    def fd(self) -> int:
-        """The memfd; -1: the pages are this process's own."""
-        return self.file.fd if self.file is not None else -1
-
     def __repr__(self) -> str:
         return f"Region({self.gpa:#x}, {self.size:#x})"
 

@@ -68,7 +68,7 @@ class Guest:
         """Bytes of guest RAM in the host's memory: of the memfds, and mapped into this process."""
         status = Path("/proc/self/status").read_text()
         mapped = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssShmem"))
-        blocks = sum(os.fstat(region.fd).st_blocks for region in self.vm.memory.regions)
+        blocks = sum(os.fstat(region.file.fd).st_blocks for region in self.vm.memory.regions if region.file)
         return {"memfd": blocks * 512, "mapped": mapped * 1024}
 
 

@@ -44,7 +44,7 @@ def boot(ram: GuestMemory) -> Iterator[Boot]:
 
 def resident(ram: GuestMemory) -> int:
     """Bytes of guest RAM that the host has memory for."""
-    return sum(os.fstat(region.fd).st_blocks * 512 for region in ram.regions)
+    return sum(os.fstat(region.file.fd).st_blocks * 512 for region in ram.regions if region.file)
 
 
 def named(host: Host, pages: Sequence[int]) -> Buffer:
