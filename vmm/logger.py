@@ -79,7 +79,7 @@ class LineFile:
         # What is left, and why.
         while data:
             try:
-                if not self._owned and not _writable(self._fd):
+                if not self._owned and not is_writable(self._fd, 0):
                     raise BlockingIOError(11, "full")
                 data = data[os.write(self._fd, data if self._owned else data[:PIPE_BUF]) :]
             except OSError as error:
@@ -98,12 +98,13 @@ class LineFile:
                 self._fd = -1
 
 
-def _writable(fd: int) -> bool:
+def is_writable(fd: int, milliseconds: int | None) -> bool:
+    """Whether `fd` takes ``PIPE_BUF`` bytes within this time; None: however long it takes."""
     import select
 
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
+    return bool(poll.poll(milliseconds))
 
 
 class _Settings:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from queue import SimpleQueue
     from typing import Any, Protocol
 
+    from devices._serial import Serial
     from vmm.machine.console_socket import ConsoleSocket
 
     class Port(Protocol):
@@ -36,15 +37,6 @@ if TYPE_CHECKING:
         def feed(self, data: bytes) -> None: ...
         def wait_output(self) -> bytes: ...
         def close(self) -> None: ...
-
-    class NativePort(Port, Protocol):
-        """A port in C: it writes its output itself, and needs no thread where that goes nowhere."""
-
-        def write_output(self, fd: int, wait: bool = True) -> tuple[bytes, int]: ...
-        def drop_output(self, words: bytes) -> None: ...
-        def keep_output(self) -> None: ...
-        @property
-        def said(self) -> bool: ...
 
 
 ESCAPE = 0x01  # Ctrl-A, as in QEMU
@@ -106,8 +98,8 @@ class Console:
         self._pressed_at = 0.0
         self._output_lock = threading.Lock()  # around the three that follow
         self._listeners: list[Callable[[bytes], object]] = []
-        self._quiet: NativePort | None = None
-        self._native: NativePort | None = None
+        self._quiet: Serial | None = None  # the port, while nobody takes its output
+        self._native: Serial | None = None  # the port, where it writes its output itself
         self._kind: str | None = None
         self._panic_seen = False
         self.lost = 0
@@ -131,7 +123,7 @@ class Console:
 
             self._socket = ConsoleSocket(mode.removeprefix("unix:"), serial.feed)
 
-    def start(self, kind: str | None = "console", *, native: NativePort | None = None) -> None:
+    def start(self, kind: str | None = "console", *, native: Serial | None = None) -> None:
         """Empty the file, make the terminal raw if stdin is one, and let the bytes flow.
 
         :param kind: kind of its threads; see ``vmm.threads.spawn``
@@ -239,9 +231,7 @@ class Console:
                     self.lost += len(view)
                     return
                 # Somebody made our stdout non-blocking, as a shell's other jobs may.
-                import select
-
-                select.select([], [self._out], [])
+                logger.is_writable(self._out, None)
             except OSError as error:
                 # A broken pipe, a full disk, a terminal that is gone: the guest runs on without us.
                 self._out = None
@@ -251,12 +241,8 @@ class Console:
 
     def _taken(self) -> bool:
         # Whether there is room for PIPE_BUF bytes; a reader who was too slow once gets no time again until he is not.
-        import select
-
         assert self._out is not None
-        poll = select.poll()
-        poll.register(self._out, select.POLLOUT)
-        room = bool(poll.poll(self._patience_ms))
+        room = logger.is_writable(self._out, self._patience_ms)
         self._patience_ms = PATIENCE_MS if room else 0
         return room
 

@@ -17,6 +17,7 @@ from _queue import SimpleQueue
 # Not `socket`, which imports more, on the path of a launch.
 from _socket import MSG_DONTWAIT, MSG_NOSIGNAL
 
+from vmm.logger import is_writable
 from vmm.threads import spawn
 from vmm.unix_socket import Listener
 
@@ -181,12 +182,10 @@ class ConsoleSocket:
             self._accept()  # who connected right before the end
         if self._client is None:
             return
-        poll = select.poll()
-        poll.register(self._client, select.POLLOUT)
         while self._output:
             sent = self._send(self._client)
             # Asked only then: poll is slower to find room.
-            if sent < 0 or (sent == 0 and not poll.poll(_PATIENCE_MS)):
+            if sent < 0 or (sent == 0 and not is_writable(self._client.fileno(), _PATIENCE_MS)):
                 return
 
     def _hang_up(self) -> None:
