@@ -130,21 +130,18 @@ cdef extern from *:
         close(fd);
         return status;
     }
-    /* Copy the filter for `kind`, with this process's id filled in. Returns its instruction count; 0: unknown kind. */
-    static int filter_of(const char *kind, struct sock_filter *code) {
-        for (int i = 0; i < FILTERS; i++) {
-            if (strcmp(filters[i].kind, kind) || filters[i].count > MOST) continue;
-            memcpy(code, filter_code + filters[i].start, filters[i].count * sizeof *code);
-            for (int at = 0; at < filters[i].count; at++)
-                if (code[at].code == (BPF_JMP | BPF_JEQ | BPF_K) && code[at].k == PID) code[at].k = (unsigned)getpid();
-            return filters[i].count;
-        }
-        return 0;
-    }
+    /* The filter for `kind` with this process's id filled in. EINVAL: there is no such kind. */
     static int filter_install(const char *kind, int whole_process) {
         struct sock_filter code[MOST];
-        struct sock_fprog program = { (unsigned short)filter_of(kind, code), code };
+        struct sock_fprog program = { 0, code };
         unsigned long flags = whole_process ? SECCOMP_FILTER_FLAG_TSYNC : 0;
+        for (int i = 0; i < FILTERS; i++)
+            if (!strcmp(filters[i].kind, kind) && filters[i].count <= MOST) {
+                program.len = filters[i].count;
+                memcpy(code, filter_code + filters[i].start, program.len * sizeof *code);
+            }
+        for (int at = 0; at < program.len; at++)
+            if (code[at].code == (BPF_JMP | BPF_JEQ | BPF_K) && code[at].k == PID) code[at].k = (unsigned)getpid();
         if (!program.len) {
             errno = EINVAL;
             return -1;
@@ -154,9 +151,7 @@ cdef extern from *:
         return (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
     }
     """
-    enum: FILTERS, MOST
-    struct sock_filter:
-        pass
+    enum: FILTERS
     struct filter:
         char[16] kind
         bint thread
@@ -170,26 +165,12 @@ cdef extern from *:
     void prepare_malloc() noexcept nogil
     int landlock_abi() noexcept nogil
     int landlock_confine(bint no_files, int below, bint changes) noexcept nogil
-    int filter_of(const char *kind, sock_filter *code) noexcept nogil
     long filter_install(const char *kind, bint whole_process) noexcept nogil
 
 
 def kinds():
     """Every kind of thread, and whether it opens no files."""
     return {filters[i].kind.decode(): filters[i].fileless for i in range(FILTERS) if filters[i].thread}
-
-
-def program(str kind):
-    """The filter for `kind` in this process, as a BPF program.
-
-    :param kind: a key of ``kinds``, or ``base`` or ``spawn``
-    :raises ValueError: unknown kind
-    """
-    cdef sock_filter[MOST] code
-    cdef int count = filter_of(kind.encode(), code)
-    if count == 0:
-        raise ValueError(f"no filter for threads of kind {kind}")
-    return (<char *>code)[:count * sizeof(sock_filter)]
 
 
 def is_confined():
@@ -259,12 +240,9 @@ def confine(bint no_files, int below=-1, bint changes=False):
 def install(str kind, bint whole_process=False):
     """Install a filter on the calling thread, or on all threads. It is permanent; a further filter only forbids more.
 
-    :param kind: as for ``program``
+    :param kind: a key of ``kinds``, or ``base`` or ``spawn``
     :raises OSError: the kernel refused, or the kind is unknown
     """
-    cdef bytes name = kind.encode()
-    cdef const char *of = name
-    cdef long status
-    status = filter_install(of, whole_process)
+    cdef long status = filter_install(kind.encode(), whole_process)
     if status:
         raise OSError(errno, f"seccomp: {os.strerror(errno) if status < 0 else 'another thread has another filter'}")

@@ -180,16 +180,14 @@ _BUILD = (
 )  # fmt: skip
 
 
-def rules_of(kind: str, pid: int = PID) -> list[Rule]:
+def rules_of(kind: str) -> list[Rule]:
     """All rules of a kind of thread, or of ``spawn`` and ``base``.
 
     There are no duplicates, and no tests of arguments where all arguments are allowed.
-
-    :param pid: the process that its threads may signal
     """
     union = [rule for name, rules in KINDS.items() if name != "resolver" for rule in rules]
     own = {"spawn": (*union, *_SPAWN), "base": (*union, *_SPAWN, *_BUILD)}.get(kind) or KINDS[kind]
-    rules = dict.fromkeys((*_COMMON, *own, *_ints("tgkill", 0, pid)))
+    rules = dict.fromkeys((*_COMMON, *own, *_ints("tgkill", 0, PID)))
     whole = {name for name, tests in rules if not tests}
     return [rule for rule in rules if not rule[1] or rule[0] not in whole]
 
