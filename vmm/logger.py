@@ -189,16 +189,6 @@ def _tell_watchers() -> None:
         callback(-1 if sink is None else sink.fileno())
 
 
-def reset() -> None:
-    """Be as before the first ``configure``."""
-    global _settings, _missed
-    with _lock:
-        before, _settings, _missed = _settings, _Settings(), 0
-    _tell_watchers()
-    if before.sink is not None:
-        before.sink.close()
-
-
 def configured() -> bool:
     """Whether ``configure`` was called: there is a log, apart from stderr."""
     return _settings.sink is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from devices.boot_timer import MOST, BootTimer
+from tests.logs import forget_log
 from vmm import logger
 
 
@@ -18,7 +19,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
     path.touch()
     logger.configure(log_path=str(path), show_level=True)
     yield path
-    logger.reset()
+    forget_log()
 
 
 def write(timer: BootTimer, data: bytes, offset: int = 0) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.kvm.guests import PATIENCE, run
 from tests.kvm.ring3 import Ring3
+from tests.logs import forget_log
 from vmm import Machine, logger
 from vmm.config.devices import DriveConfig
 from vmm.observe.metrics import Metrics
@@ -87,7 +88,7 @@ def test_guest_says_when_it_is_up(guest: Guest, tmp_path: Path) -> None:
         )
         assert run(vm).status == 0, "the timer reads as 0, and the disk's magic value is one window further up"
     finally:
-        logger.reset()
+        forget_log()
     text = (tmp_path / "log").read_text()
     line = r".* \[vm1:fc_vcpu 0\] Guest-boot-time = +(\d+) us (\d+) ms, +(\d+) CPU us (\d+) CPU ms\n"
     match = re.match(line, text)

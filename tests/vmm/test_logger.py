@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.logs import forget_log
 from virtio.device import Warner
 from vmm import logger
 from vmm.errors import ConfigError
@@ -25,9 +26,9 @@ HERE = __file__ if "PYVMM_SANITIZER" in os.environ else "tests/vmm/test_logger.p
 
 @pytest.fixture(autouse=True)
 def _unconfigured() -> Iterator[None]:
-    logger.reset()
+    forget_log()
     yield
-    logger.reset()
+    forget_log()
 
 
 @pytest.fixture

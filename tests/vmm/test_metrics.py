@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.logs import forget_log
 from virtio.rng import Entropy
 from vmm import logger
 from vmm.errors import ConfigError, HostError
@@ -102,7 +103,7 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
     reader = Reader(tmp_path / "metrics")
     yield reader
     reader.metrics.close()
-    logger.reset()
+    forget_log()
 
 
 def paths(tree: dict[str, Any], before: str = "") -> list[str]:
@@ -317,7 +318,7 @@ def test_full_disk_is_logged_and_ends_nothing(tmp_path: Path) -> None:
     counted.attach(FakeMachine())  # type: ignore[arg-type]
     counted.close()
     assert (tmp_path / "log").read_text().endswith("Failed to write metrics: No space left on device\n")
-    logger.reset()
+    forget_log()
 
 
 def test_start_is_measured_from_what_the_parent_says(reader: Reader) -> None:
