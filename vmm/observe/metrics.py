@@ -25,6 +25,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from virtio.device import VirtioDevice
+    from virtio.mmio import VirtioMmio
     from virtio.net.device import Net
     from vmm.exits import Exit
     from vmm.machine.attach import Attached
@@ -185,10 +187,8 @@ class Metrics:
     def _add_device(self, attached: Attached) -> None:
         kind = _KINDS.get(attached.kind)
         if kind is not None:
-            group, per_device, translate = kind
-            if per_device:
-                group = f"{group}_{attached.name}"
-            self.add_source(group, lambda: translate(attached.device.stats, attached.transport.notifications))
+            group = f"{kind.group}_{attached.name}" if kind.per_device else kind.group
+            self.add_source(group, lambda: kind.values(attached.device, attached.transport))
 
     def _every_period(self) -> None:
         while not self._end.wait(PERIOD_SECONDS):
@@ -298,95 +298,65 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-# What devices count, by the names that Firecracker has for it; `events` are notifications by queue.
+class _Kind:
+    # What devices of a kind count, under Firecracker's names.
+    def __init__(self, group: str, fields: str, *, per_device: bool = False) -> None:
+        self.group = group
+        self.per_device = per_device  # each device has a group of its own besides
+        self._fields = [field.split("=") for field in fields.split()]
+
+    def values(self, device: VirtioDevice, transport: VirtioMmio) -> Values:
+        events = transport.notifications
+        counts = {**device.stats, **{name: sum(events[queues]) for name, queues in _QUEUES.items()}}
+        return {field: sum(counts.get(name, 0) for name in ours.split("+")) for field, ours in self._fields}
 
 
-def _block(stats: Values, events: tuple[int, ...]) -> Values:
-    return {
-        "execute_fails": stats["io_errors"],
-        "invalid_reqs_count": stats["bad_requests"],
-        "flush_count": stats["flushes"],
-        "queue_event_count": sum(events),
-        "event_fails": stats["needs_reset"],
-        "update_count": stats.get("updates", 0),
-        "read_bytes": stats["bytes_read"],
-        "write_bytes": stats["bytes_written"],
-        "read_count": stats["reads"],
-        "write_count": stats["writes"],
-        "rate_limiter_throttled_events": stats["throttled"],
-    }
-
-
-def _net(stats: Values, events: tuple[int, ...]) -> Values:
-    return {
-        "event_fails": stats["needs_reset"],
-        "rx_queue_event_count": sum(events[0:-1:2]),
-        "rx_rate_limiter_throttled": stats["rx_rate_limiter_throttled"],
-        "rx_bytes_count": stats.get("rx_bytes", 0),
-        "rx_packets_count": stats.get("rx_packets", 0),
-        "rx_count": stats.get("rx_packets", 0),
-        "rx_fails": stats.get("rx_bad_buffers", 0) + stats.get("rx_too_long", 0),
-        "tap_read_fails": stats.get("rx_errors", 0),
-        "tap_write_fails": stats.get("tx_errors", 0),
-        "tx_bytes_count": stats.get("tx_bytes", 0),
-        "tx_malformed_frames": stats.get("tx_bad", 0),
-        "tx_fails": stats.get("tx_bad", 0) + stats.get("tx_errors", 0),
-        "tx_count": stats.get("tx_packets", 0),
-        "tx_packets_count": stats.get("tx_packets", 0),
-        "tx_queue_event_count": sum(events[1:-1:2]),
-        "tx_rate_limiter_throttled": stats["tx_rate_limiter_throttled"],
-    }
+# How often drivers notified, of all queues or some.
+_QUEUES = {
+    "@all": slice(None), "@0": slice(0, 1), "@1": slice(1, 2), "@rx": slice(0, -1, 2), "@tx": slice(1, -1, 2),
+}  # fmt: skip
+# FIELD=COUNTER: Firecracker's, and ours, which are added up where there are several.
+_KINDS = {
+    "net": _Kind(
+        "net",
+        "event_fails=needs_reset rx_queue_event_count=@rx rx_rate_limiter_throttled=rx_rate_limiter_throttled "
+        "rx_bytes_count=rx_bytes rx_packets_count=rx_packets rx_count=rx_packets "
+        "rx_fails=rx_bad_buffers+rx_too_long tap_read_fails=rx_errors tap_write_fails=tx_errors "
+        "tx_bytes_count=tx_bytes tx_malformed_frames=tx_bad tx_fails=tx_bad+tx_errors tx_count=tx_packets "
+        "tx_packets_count=tx_packets tx_queue_event_count=@tx tx_rate_limiter_throttled=tx_rate_limiter_throttled",
+        per_device=True,
+    ),
+    "drive": _Kind(
+        "block",
+        "execute_fails=io_errors invalid_reqs_count=bad_requests flush_count=flushes queue_event_count=@all "
+        "event_fails=needs_reset update_count=updates read_bytes=bytes_read write_bytes=bytes_written "
+        "read_count=reads write_count=writes rate_limiter_throttled_events=throttled",
+        per_device=True,
+    ),
+    "entropy": _Kind(
+        "entropy",
+        "entropy_event_count=@0 entropy_event_fails=bad_requests+needs_reset entropy_bytes=bytes "
+        "entropy_rate_limiter_throttled=throttled",
+    ),
+    "balloon": _Kind(
+        "balloon",
+        "inflate_count=@0 deflate_count=@1 stats_updates_count=stats_updates stats_update_fails=bad_stats "
+        "event_fails=needs_reset",
+    ),
+    # Firecracker's rx is what the guest receives, its tx what it sends.
+    "vsock": _Kind(
+        "vsock",
+        "rx_queue_event_count=@0 tx_queue_event_count=@1 rx_bytes_count=bytes_rx tx_bytes_count=bytes_tx "
+        "rx_packets_count=packets_rx tx_packets_count=packets_tx conns_added=opened_by_guest+opened_by_host "
+        "conns_killed=resets_sent conns_removed=closed tx_queue_event_fails=needs_reset",
+    ),
+}
+_DEVICE_GROUPS = {"policy", *(kind.group for kind in _KINDS.values())}
 
 
 def _policy(net: Net) -> Callable[[], Values]:
     names = ("policy_", "dns_")
     return lambda: {key.removeprefix("policy_"): value for key, value in net.stats.items() if key.startswith(names)}
-
-
-def _vsock(stats: Values, events: tuple[int, ...]) -> Values:
-    # Firecracker's rx is what the guest receives, its tx what it sends.
-    return {
-        "rx_queue_event_count": events[0],
-        "tx_queue_event_count": events[1],
-        "rx_bytes_count": stats.get("bytes_rx", 0),
-        "tx_bytes_count": stats.get("bytes_tx", 0),
-        "rx_packets_count": stats.get("packets_rx", 0),
-        "tx_packets_count": stats.get("packets_tx", 0),
-        "conns_added": stats.get("opened_by_guest", 0) + stats.get("opened_by_host", 0),
-        "conns_killed": stats.get("resets_sent", 0),
-        "conns_removed": stats.get("closed", 0),
-        "tx_queue_event_fails": stats["needs_reset"],
-    }
-
-
-def _balloon(stats: Values, events: tuple[int, ...]) -> Values:
-    return {
-        "inflate_count": events[0],
-        "deflate_count": events[1],
-        "stats_updates_count": stats["stats_updates"],
-        "stats_update_fails": stats["bad_stats"],
-        "event_fails": stats["needs_reset"],
-    }
-
-
-def _entropy(stats: Values, events: tuple[int, ...]) -> Values:
-    return {
-        "entropy_event_count": events[0],
-        "entropy_event_fails": stats["bad_requests"] + stats["needs_reset"],
-        "entropy_bytes": stats["bytes"],
-        "entropy_rate_limiter_throttled": stats.get("throttled", 0),
-    }
-
-
-# By kind of device: the group, whether each device has one of its own besides, and the translation.
-_KINDS: dict[str, tuple[str, bool, Callable[[Values, tuple[int, ...]], Values]]] = {
-    "net": ("net", True, _net),
-    "drive": ("block", True, _block),
-    "entropy": ("entropy", False, _entropy),
-    "balloon": ("balloon", False, _balloon),
-    "vsock": ("vsock", False, _vsock),
-}
-_DEVICE_GROUPS = {"policy", *(group for group, _, _ in _KINDS.values())}
 
 
 def _vcpus(machine: Machine) -> Values:
