@@ -89,8 +89,7 @@ class Vcpu:
     def set_cpuid(self, entries: list[abi.kvm_cpuid_entry2]) -> None:
         """What CPUID answers in the guest; before the first run only."""
         table = abi.cpuid(len(entries))
-        for index, entry in enumerate(entries):
-            table.entries[index] = entry
+        table.entries[:] = entries
         kvm_ioctl(self.fd, abi.KVM_SET_CPUID2, table.buffer)
 
     def set_msrs(self, values: dict[int, int]) -> None:
@@ -133,17 +132,14 @@ class Vcpu:
         detail = f"vCPU {self.index}, hardware reason {self.loop.fail_entry_reason:#x}"
         raise Stop(StopReason.FAIL_ENTRY, detail=detail)
 
-    def _stop_on_internal_error(self) -> None:
-        raise Stop(StopReason.INTERNAL_ERROR, detail=self._internal_error())
-
-    def _internal_error(self) -> str:
+    def _internal_error(self) -> None:
         loop = self.loop
         text = f"vCPU {self.index}, suberror {loop.suberror}, rip {self.regs.rip:#x}"
         data = loop.internal_data
         if loop.suberror == abi.KVM_INTERNAL_ERROR_EMULATION and len(data) >= 3 and data[0] & _EMULATION_HAS_BYTES:
             packed = data[1].to_bytes(8, "little") + data[2].to_bytes(8, "little")
             text += f", cannot emulate {packed[1 : 1 + min(packed[0], 15)].hex(' ')}"
-        return text
+        raise Stop(StopReason.INTERNAL_ERROR, detail=text)
 
     def kick(self) -> None:
         """Make ``run`` return soon; from any thread."""
@@ -162,6 +158,6 @@ class Vcpu:
 
 _HANDLERS: dict[int, Callable[[Vcpu], None]] = {
     abi.KVM_EXIT_SHUTDOWN: Vcpu._shutdown,
-    abi.KVM_EXIT_INTERNAL_ERROR: Vcpu._stop_on_internal_error,
+    abi.KVM_EXIT_INTERNAL_ERROR: Vcpu._internal_error,
     abi.KVM_EXIT_FAIL_ENTRY: Vcpu._fail_entry,
 }
