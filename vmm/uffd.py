@@ -15,6 +15,8 @@ import struct
 # Not `socket`, which imports more, on the path of a restore.
 from _socket import AF_UNIX, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
 
+import msgspec
+
 from vmm import _uffd, threads
 from vmm.errors import HostError
 
@@ -114,10 +116,7 @@ class FaultHandler:
 
 def _mappings(regions: Sequence[tuple[int, int, int]]) -> bytes:
     page = mmap.PAGESIZE  # in bytes under both names: the second one is Firecracker's mistake, and handlers read it
-    return "[{}]".format(
-        ",".join(
-            f'{{"base_host_virt_addr":{address},"size":{size},"offset":{offset},"page_size":{page},'
-            f'"page_size_kib":{page}}}'
-            for address, size, offset in regions
-        )
-    ).encode()
+    return msgspec.json.encode([
+        {"base_host_virt_addr": address, "size": size, "offset": offset, "page_size": page, "page_size_kib": page}
+        for address, size, offset in regions
+    ])  # fmt: skip
