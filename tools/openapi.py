@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 
 from vmm.api import API_VERSION, types
-from vmm.api.routes import ROUTES, Route
+from vmm.api.actions import ACTIONS, Route
 
 _FAULTS = {
     400: "The request is refused, and nothing of it was done.",
     413: "The document would be larger than its limit.",
     503: "There are too many connections.",
 }
+_ROUTES = [route for route in ACTIONS.values() if route.path]
 _ID = {"type": "string", "pattern": "^[A-Za-z0-9_]+$"}
 
 
@@ -37,7 +38,7 @@ def _operation(route: Route, schemas: dict[Any, dict[str, Any]]) -> dict[str, An
     kind = route.body or route.result
     about = getattr(kind, "__doc__", None) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else None
     operation: dict[str, Any] = {
-        "operationId": route.action or "DoAction",
+        "operationId": route.action,
         "tags": [route.path.split("/")[1] or "vm"],
         "description": _sentence(about) or "Any JSON.",
     }
@@ -62,7 +63,7 @@ def _operation(route: Route, schemas: dict[Any, dict[str, Any]]) -> dict[str, An
 
 def document() -> dict[str, Any]:
     """The document, for JSON."""
-    kinds = [kind for route in ROUTES for kind in (route.body, route.result) if isinstance(kind, type)]
+    kinds = [kind for route in _ROUTES for kind in (route.body, route.result) if isinstance(kind, type)]
     structs = list(dict.fromkeys([*(kind for kind in kinds if issubclass(kind, msgspec.Struct)), types.Fault]))
     structs.append(types.HttpFault)
     found, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
@@ -70,7 +71,7 @@ def document() -> dict[str, Any]:
         schema["description"] = inspect.cleandoc(schema["description"])
     schemas = dict(zip(structs, found, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
+    for route in _ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     return {
         "openapi": "3.1.0",

@@ -12,11 +12,12 @@ import msgspec
 import msgspec.inspect
 import pytest
 
-from vmm.api import actions, bodies
-from vmm.api.routes import ROUTES, Route
+from vmm.api import bodies
+from vmm.api.actions import ACTIONS, Route
 
 ROOT = Path(__file__).parents[2]
-BODIES = [kind for route in ROUTES for kind in (route.body, route.result) if hasattr(kind, "__struct_fields__")]
+KINDS = [kind for route in ACTIONS.values() for kind in (route.body, route.result)]
+BODIES = [kind for kind in KINDS if hasattr(kind, "__struct_fields__")]
 
 
 def _compare(kind: Any, path: str, info: Any) -> None:
@@ -39,11 +40,10 @@ def test_what_a_refusal_calls_allowed_is_what_msgspec_allows(kind: Any) -> None:
     assert bodies._type_at(kind, "[0].nothing") is None
 
 
-@pytest.mark.parametrize("route", [each for each in ROUTES if each.action], ids=lambda each: each.action)
+@pytest.mark.parametrize("route", [each for each in ACTIONS.values() if each.path], ids=lambda each: each.action)
 def test_who_handles_a_route_says_the_types_that_the_route_has(route: Route) -> None:
     # Between the two every body is of any type, so that mypy compares nothing.
-    said = actions.ACTIONS[route.action][1].__annotations__
-    for text, kind in zip(said.values(), (route.body, route.result), strict=True):
+    for text, kind in zip(route.do.__annotations__.values(), (route.body, route.result), strict=True):
         if kind is not Any:
             assert text.removeprefix("types.") == ("None" if kind is None else kind.__name__)
 

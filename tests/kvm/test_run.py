@@ -17,7 +17,6 @@ from tests.kvm.guests import write_guest
 from vmm import Exit, Machine, StopReason
 from vmm.api import ApiError, types
 from vmm.api.actions import Vmm
-from vmm.api.routes import VmmAction
 from vmm.kvm import abi as kvm_abi
 from vmm.kvm import vm as kvm
 
@@ -221,12 +220,12 @@ def test_a_start_of_the_apis_may_fail_and_be_tried_again(tmp_path: Path) -> None
     kernel = Path(write_guest(tmp_path, FOREVER))
     code = kernel.read_bytes()
     vmm = Vmm()
-    vmm.handle(VmmAction("ConfigureBootSource", types.BootSource(kernel_image_path=str(kernel))))
-    vmm.handle(VmmAction("SetVsockDevice", types.Vsock(guest_cid=3, uds_path=str(tmp_path / "v"))))
+    vmm.handle("ConfigureBootSource", types.BootSource(kernel_image_path=str(kernel)))
+    vmm.handle("SetVsockDevice", types.Vsock(guest_cid=3, uds_path=str(tmp_path / "v")))
     kernel.write_bytes(b"no kernel")
     with pytest.raises(ApiError, match="Start microvm error"):
-        vmm.handle(VmmAction("StartMicroVm"))
+        vmm.handle("StartMicroVm")
     kernel.write_bytes(code)
-    vmm.handle(VmmAction("StartMicroVm"))
+    vmm.handle("StartMicroVm")
     assert (tmp_path / "v").is_socket(), "the host's programs connect to it"
     vmm.close()

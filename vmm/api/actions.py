@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be asked of a VMM, one ``VmmAction`` at a time, and the state machine that does it or refuses.
+"""What can be asked of a VMM, one action at a time, by which request, and the state machine that does it or refuses.
 
 Nothing of an action that was refused is applied. Source: Firecracker 1.12's behaviour, compared with the real one in
 ``tests/api/test_differential.py``.
@@ -17,7 +17,6 @@ import msgspec
 from vmm import logger, threads
 from vmm.api import API_VERSION, ApiError, translate, types
 from vmm.api.bodies import decode
-from vmm.api.routes import VmmAction
 from vmm.cmdline import Cmdline
 from vmm.config.devices import (
     BalloonConfig,
@@ -35,6 +34,7 @@ from vmm.observe.metrics import Metrics
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeVar
 
     from virtio.balloon import Balloon
     from virtio.vsock.device import Listener
@@ -42,20 +42,53 @@ if TYPE_CHECKING:
     from vmm.machine.machine import Machine
     from vmm.machine.snapshot import Image
 
+    _Do = TypeVar("_Do", bound=Callable[..., object])
+
 NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
-PRE_BOOT, POST_BOOT, ANY = "pre-boot", "post-boot", "any"
+ANY, PRE_BOOT, CONFIGURING, POST_BOOT = "any", "pre-boot", "configuring", "post-boot"
 _AFTER = "The requested operation is not supported after starting the microVM."
 _BEFORE = "The requested operation is not supported before starting the microVM."
-# What goes with any machine, one from a snapshot, too.
-_NOT_OF_BOOT = {
-    "ConfigureLogger", "ConfigureMetrics", "ConfigureSerial", "LoadSnapshot", "PutCpuConfiguration", "StartMicroVm",
-}  # fmt: skip
 MAX_BOOT_ARGS = 2048  # COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h
 SMT_RULE = "The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled."
 # In memory: a jail has no files. ``tools/openapi.py`` makes it; ``tests/api/test_schema.py`` compares the two.
 with open(os.path.join(os.path.dirname(__file__), "openapi.json"), "rb") as _file:
     OPENAPI = _file.read()
 HUGE_RULE = "huge pages cannot be given back one by one, as a balloon does it"
+
+
+class Route(msgspec.Struct, frozen=True):
+    """An action, and the request that asks for it.
+
+    :param action: its name; Firecracker's
+    :param when: ``ANY``, ``PRE_BOOT``, ``POST_BOOT``, or ``CONFIGURING``, after which no snapshot is loaded
+    :param do: the method of ``Vmm``
+    :param method: GET, PUT or PATCH; empty: ``PUT /actions`` asks for it
+    :param path: ``{name}`` stands for an id, which must be the body's field of that name
+    :param body: type of the request's body, or None
+    :param result: type of the answer's body, or None: 204
+    """
+
+    action: str
+    when: str
+    do: Callable[[Vmm, Any], object]
+    method: str
+    path: str
+    body: Any
+    result: Any
+
+
+ACTIONS: dict[str, Route] = {}  # by name
+
+
+def _asked(action: str, when: str, request: str = "", body: Any = None, result: Any = None) -> Callable[[_Do], _Do]:
+    # Makes a method an action; `request` is method and path.
+    method, _, path = request.partition(" ")
+
+    def add(do: _Do) -> _Do:
+        ACTIONS[action] = Route(action, when, do, method, path, body, result)
+        return do
+
+    return add
 
 
 class Vmm:
@@ -101,21 +134,23 @@ class Vmm:
             return NOT_STARTED
         return PAUSED if self.machine.state == PAUSED else RUNNING
 
-    def handle(self, action: VmmAction) -> object:
+    def handle(self, action: str, body: Any = None) -> object:
         """Do it.
 
+        :param action: the name of one of ``ACTIONS``
+        :param body: its body, of the type that the action has
         :returns: the answer's body, or None
         :raises ApiError: the action is refused
         """
-        when, do = ACTIONS[action.name]
+        route = ACTIONS[action]
         with self._lock:
-            if when == PRE_BOOT and self.machine is not None:
+            if route.when in (PRE_BOOT, CONFIGURING) and self.machine is not None:
                 raise ApiError(_AFTER)
-            if when == POST_BOOT and self.machine is None:
+            if route.when == POST_BOOT and self.machine is None:
                 raise ApiError(_BEFORE)
-            self.configured = self.configured or (when == PRE_BOOT and action.name not in _NOT_OF_BOOT)
+            self.configured = self.configured or route.when == CONFIGURING
             try:
-                return do(self, action.body)
+                return route.do(self, body)
             except MmdsError as error:
                 raise ApiError(str(error), error.status) from None
 
@@ -141,7 +176,7 @@ class Vmm:
             ("ConfigureSerial", whole.serial or None),
         ):
             if body is not None:
-                self.handle(VmmAction(name, body))
+                self.handle(name, body)
 
     def close(self) -> None:
         """End the VM and give everything back; idempotent."""
@@ -162,6 +197,7 @@ class Vmm:
 
     # What is told
 
+    @_asked("GetVmInstanceInfo", ANY, "GET /", result=types.InstanceInfo)
     def _get_info(self, _: None) -> types.InstanceInfo:
         return types.InstanceInfo(
             id=self.vmm_id,
@@ -170,9 +206,11 @@ class Vmm:
             app_name="Firecracker",
         )
 
+    @_asked("GetVmmVersion", ANY, "GET /version", result=types.Version)
     def _get_version(self, _: None) -> types.Version:
         return types.Version(firecracker_version=API_VERSION)
 
+    @_asked("GetVmMachineConfig", ANY, "GET /machine-config", result=types.MachineConfiguration)
     def _get_machine_config(self, _: None) -> types.MachineConfiguration:
         return self._machine_config
 
@@ -180,11 +218,13 @@ class Vmm:
     def _machine_config(self) -> types.MachineConfiguration:
         return self.whole.machine_config or translate.DEFAULT_MACHINE
 
+    @_asked("GetFullVmConfig", ANY, "GET /vm/config", result=types.VmConfiguration)
     def _get_whole(self, _: None) -> types.VmConfiguration:
         return self.whole
 
     # Before the start
 
+    @_asked("ConfigureBootSource", CONFIGURING, "PUT /boot-source", types.BootSource)
     def _boot_source_is(self, body: types.BootSource) -> None:
         for what, path in (("kernel", body.kernel_image_path), ("initrd", body.initrd_path)):
             if path is None:
@@ -199,10 +239,12 @@ class Vmm:
             Cmdline(body.boot_args or "")
         self.whole.boot_source = body
 
+    @_asked("PutMachineConfiguration", CONFIGURING, "PUT /machine-config", types.MachineConfiguration)
     def _machine_config_is(self, body: types.MachineConfiguration) -> None:
         self._check_machine(body)
         self.whole.machine_config = msgspec.structs.replace(body, cpu_template=msgspec.UNSET)  # it can only be "None"
 
+    @_asked("UpdateMachineConfiguration", CONFIGURING, "PATCH /machine-config", types.MachineConfigurationUpdate)
     def _update_machine_config(self, body: types.MachineConfigurationUpdate) -> None:
         given = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
         self._machine_config_is(msgspec.structs.replace(self._machine_config, **given))
@@ -225,9 +267,11 @@ class Vmm:
         if balloon is not None and body.huge_pages != "None":
             raise refuse(f"huge_pages {body.huge_pages}: {HUGE_RULE}")
 
+    @_asked("PutCpuConfiguration", PRE_BOOT, "PUT /cpu-config", types.CpuConfig)
     def _cpu_config_is(self, body: types.CpuConfig) -> None:
         self.whole.cpu_config = body  # which has judged itself
 
+    @_asked("InsertBlockDevice", CONFIGURING, "PUT /drives/{drive_id}", types.Drive)
     def _insert_drive(self, body: types.Drive) -> None:
         roots = [each for each in self.whole.drives if each.is_root_device and each.drive_id != body.drive_id]
         if body.is_root_device and roots:
@@ -250,6 +294,7 @@ class Vmm:
             if body.is_root_device:
                 drives[0], drives[index] = shown, drives[0]
 
+    @_asked("InsertNetworkDevice", CONFIGURING, "PUT /network-interfaces/{iface_id}", types.NetworkInterface)
     def _insert_interface(self, body: types.NetworkInterface) -> None:
         others = [each for each in self.whole.network_interfaces if each.iface_id != body.iface_id]
         with _refusing("Network config error"):
@@ -277,6 +322,7 @@ class Vmm:
             interfaces.pop()
         interfaces.append(shown)
 
+    @_asked("InsertFsDevice", CONFIGURING, "PUT /fs/{tag}", types.SharedFs)
     def _insert_share(self, body: types.SharedFs) -> None:
         with _refusing("Filesystem config error"):
             config = translate.config_of(ShareConfig, body)
@@ -286,6 +332,7 @@ class Vmm:
         shares = {each.tag: each for each in self.whole.fs or []} | {body.tag: shown}
         self.whole.fs = list(shares.values())
 
+    @_asked("SetVsockDevice", CONFIGURING, "PUT /vsock", types.Vsock)
     def _vsock_is(self, body: types.Vsock) -> None:
         from virtio.vsock.device import Listener
 
@@ -299,6 +346,7 @@ class Vmm:
             self._listener = Listener(config.path)
         self.whole.vsock = types.Vsock(guest_cid=body.guest_cid, uds_path=body.uds_path)
 
+    @_asked("SetBalloonDevice", CONFIGURING, "PUT /balloon", types.Balloon)
     def _balloon_is(self, body: types.Balloon) -> None:
         with _refusing("Balloon config error"):
             self._check_amount(body)
@@ -310,33 +358,44 @@ class Vmm:
     def _check_amount(self, body: types.Balloon | types.BalloonUpdate) -> None:
         check_amount(body.amount_mib, self._machine_config.mem_size_mib)
 
+    @_asked("SetEntropyDevice", CONFIGURING, "PUT /entropy", types.EntropyDevice)
     def _entropy_is(self, body: types.EntropyDevice) -> None:
         with _refusing("Entropy device error"):
             translate.config_of(EntropyConfig, body)
         self.whole.entropy = types.EntropyDevice(rate_limiter=translate.shown_limiter(body.rate_limiter))
 
+    @_asked("ConfigureLogger", PRE_BOOT, "PUT /logger", types.Logger)
     def _logger_is(self, body: types.Logger) -> None:
         with _refusing("Logger error"):
             logger.configure(**msgspec.structs.asdict(body), vmm_id=self.vmm_id)
         self.whole.logger = body
 
+    @_asked("ConfigureMetrics", PRE_BOOT, "PUT /metrics", types.Metrics)
     def _metrics_is(self, body: types.Metrics) -> None:
         with _refusing("Metrics error"):
             self.metrics.configure(body.metrics_path)
         self.whole.metrics = body
 
+    @_asked("ConfigureSerial", PRE_BOOT, "PUT /serial", types.Serial)
     def _serial_is(self, body: types.Serial) -> None:
         with _refusing("Serial error"):
             if body.serial_out_path is not None:
                 logger.LineFile.open("serial_out_path", body.serial_out_path).close()
         self.whole.serial = body
 
+    @_asked("GetOpenApi", ANY, "GET /openapi.json", result=Any)
     def _openapi(self, _: None) -> object:
         return msgspec.Raw(OPENAPI)
 
+    @_asked("GetPrometheusMetrics", ANY, "GET /metrics/prometheus", result=str)
     def _prometheus(self, _: None) -> str:
         return self.metrics.prometheus()
 
+    @_asked("DoAction", ANY, "PUT /actions", types.Action)
+    def _act(self, body: types.Action) -> None:
+        self.handle("StartMicroVm" if body.action_type == "InstanceStart" else body.action_type, body)
+
+    @_asked("StartMicroVm", PRE_BOOT)
     def _start(self, _: types.Action) -> None:
         from vmm.kvm.vm import why_no_linux
         from vmm.machine.machine import Machine
@@ -371,6 +430,7 @@ class Vmm:
         assert self.machine is not None  # handle() has seen to it
         return self.machine
 
+    @_asked("SetVmState", POST_BOOT, "PATCH /vm", types.VmState)
     def _set_state(self, body: types.VmState) -> None:
         machine, begun = self._running(), time.monotonic_ns()
         if body.state == "Resumed":
@@ -381,14 +441,17 @@ class Vmm:
         field = "pause_vm" if body.state == "Paused" else "resume_vm"
         self.metrics.store("latencies_us", field, (time.monotonic_ns() - begun) // 1000)
 
+    @_asked("FlushMetrics", POST_BOOT)
     def _flush_metrics(self, _: types.Action) -> None:
         with _refusing("Internal VMM error: Metrics error"):
             self.metrics.flush()  # where no path was configured, nothing is written, and that is no error
 
+    @_asked("SendCtrlAltDel", POST_BOOT)
     def _ctrl_alt_del(self, _: types.Action) -> None:
         with _refusing("Internal VMM error"):
             self._running().send_ctrl_alt_del()
 
+    @_asked("UpdateBlockDevice", POST_BOOT, "PATCH /drives/{drive_id}", types.PartialDrive)
     def _update_drive(self, body: types.PartialDrive) -> None:
         block = self._running().blocks.get(body.drive_id)
         if block is None:
@@ -403,6 +466,7 @@ class Vmm:
         shown.path_on_host = body.path_on_host or shown.path_on_host
         shown.rate_limiter = translate.shown_limiter(body.rate_limiter, shown.rate_limiter)
 
+    @_asked("UpdateNetworkInterface", POST_BOOT, "PATCH /network-interfaces/{iface_id}", types.PartialNetworkInterface)
     def _update_interface(self, body: types.PartialNetworkInterface) -> None:
         net = self._running().nets.get(body.iface_id)
         if net is None:
@@ -414,6 +478,7 @@ class Vmm:
         shown.rx_rate_limiter = translate.shown_limiter(body.rx_rate_limiter, shown.rx_rate_limiter)
         shown.tx_rate_limiter = translate.shown_limiter(body.tx_rate_limiter, shown.tx_rate_limiter)
 
+    @_asked("UpdateFsDevice", POST_BOOT, "PATCH /fs/{tag}", types.PartialFs)
     def _update_share(self, body: types.PartialFs) -> None:
         fs = self._running().shares.get(body.tag)
         if fs is None:
@@ -430,6 +495,7 @@ class Vmm:
 
     # The balloon
 
+    @_asked("GetBalloonConfig", ANY, "GET /balloon", result=types.Balloon)
     def _get_balloon(self, _: None) -> types.Balloon:
         if self.whole.balloon is None:
             raise ApiError("Balloon config error: there is no balloon")
@@ -440,6 +506,7 @@ class Vmm:
         assert device is not None
         return shown, device
 
+    @_asked("UpdateBalloon", POST_BOOT, "PATCH /balloon", types.BalloonUpdate)
     def _update_balloon(self, body: types.BalloonUpdate) -> None:
         shown, device = self._balloon()
         with _refusing("Balloon config error"):
@@ -447,12 +514,14 @@ class Vmm:
             device.set_amount(body.amount_mib)
         shown.amount_mib = body.amount_mib
 
+    @_asked("GetBalloonStats", POST_BOOT, "GET /balloon/statistics", result=types.BalloonStats)
     def _get_balloon_stats(self, _: None) -> types.BalloonStats:
         shown, device = self._balloon()
         if not shown.stats_polling_interval_s:
             raise ApiError("Balloon config error: statistics are not enabled; stats_polling_interval_s is 0")
         return types.BalloonStats(**device.statistics())
 
+    @_asked("UpdateBalloonStatistics", POST_BOOT, "PATCH /balloon/statistics", types.BalloonStatsUpdate)
     def _update_balloon_stats(self, body: types.BalloonStatsUpdate) -> None:
         shown, device = self._balloon()
         with _refusing("Balloon config error"):
@@ -461,6 +530,7 @@ class Vmm:
 
     # The metadata service
 
+    @_asked("SetMmdsConfiguration", CONFIGURING, "PUT /mmds/config", types.MmdsConfig)
     def _mmds_config_is(self, body: types.MmdsConfig) -> None:
         with _refusing("MMMDS config error"):
             config = translate.config_of(MmdsConfig, body)
@@ -470,22 +540,27 @@ class Vmm:
         self.mmds.configure(config)
         self.whole.mmds_config = body
 
+    @_asked("GetMMDS", ANY, "GET /mmds", result=Any)
     def _get_mmds(self, _: None) -> object:
         return self.mmds.get()
 
+    @_asked("PutMMDS", ANY, "PUT /mmds", Any)
     def _put_mmds(self, body: Any) -> None:
         self.mmds.put(body)
 
+    @_asked("PatchMMDS", ANY, "PATCH /mmds", Any)
     def _patch_mmds(self, body: Any) -> None:
         self.mmds.patch(body)
 
     # Snapshots
 
+    @_asked("CreateSnapshot", POST_BOOT, "PUT /snapshot/create", types.SnapshotCreate)
     def _create_snapshot(self, body: types.SnapshotCreate) -> None:
         from vmm.api.snapshots import create
 
         create(self, self._running(), body)
 
+    @_asked("LoadSnapshot", PRE_BOOT, "PUT /snapshot/load", types.SnapshotLoad)
     def _load_snapshot(self, body: types.SnapshotLoad) -> None:
         from vmm.api.snapshots import load
 
@@ -534,44 +609,3 @@ def _cpu_config_of(config: types.CpuConfig | str | None) -> types.CpuConfig | No
 
 def _why(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-# By name: when, and what.
-ACTIONS: dict[str, tuple[str, Callable[[Vmm, Any], object]]] = {
-    "GetVmInstanceInfo": (ANY, Vmm._get_info),
-    "GetVmmVersion": (ANY, Vmm._get_version),
-    "GetVmMachineConfig": (ANY, Vmm._get_machine_config),
-    "GetFullVmConfig": (ANY, Vmm._get_whole),
-    "ConfigureBootSource": (PRE_BOOT, Vmm._boot_source_is),
-    "PutMachineConfiguration": (PRE_BOOT, Vmm._machine_config_is),
-    "UpdateMachineConfiguration": (PRE_BOOT, Vmm._update_machine_config),
-    "PutCpuConfiguration": (PRE_BOOT, Vmm._cpu_config_is),
-    "InsertBlockDevice": (PRE_BOOT, Vmm._insert_drive),
-    "UpdateBlockDevice": (POST_BOOT, Vmm._update_drive),
-    "InsertNetworkDevice": (PRE_BOOT, Vmm._insert_interface),
-    "UpdateNetworkInterface": (POST_BOOT, Vmm._update_interface),
-    "SetVsockDevice": (PRE_BOOT, Vmm._vsock_is),
-    "SetBalloonDevice": (PRE_BOOT, Vmm._balloon_is),
-    "GetBalloonConfig": (ANY, Vmm._get_balloon),
-    "UpdateBalloon": (POST_BOOT, Vmm._update_balloon),
-    "GetBalloonStats": (POST_BOOT, Vmm._get_balloon_stats),
-    "UpdateBalloonStatistics": (POST_BOOT, Vmm._update_balloon_stats),
-    "SetEntropyDevice": (PRE_BOOT, Vmm._entropy_is),
-    "InsertFsDevice": (PRE_BOOT, Vmm._insert_share),
-    "UpdateFsDevice": (POST_BOOT, Vmm._update_share),
-    "ConfigureLogger": (PRE_BOOT, Vmm._logger_is),
-    "ConfigureMetrics": (PRE_BOOT, Vmm._metrics_is),
-    "ConfigureSerial": (PRE_BOOT, Vmm._serial_is),
-    "GetOpenApi": (ANY, Vmm._openapi),
-    "GetPrometheusMetrics": (ANY, Vmm._prometheus),
-    "SetMmdsConfiguration": (PRE_BOOT, Vmm._mmds_config_is),
-    "GetMMDS": (ANY, Vmm._get_mmds),
-    "PutMMDS": (ANY, Vmm._put_mmds),
-    "PatchMMDS": (ANY, Vmm._patch_mmds),
-    "StartMicroVm": (PRE_BOOT, Vmm._start),
-    "FlushMetrics": (POST_BOOT, Vmm._flush_metrics),
-    "SendCtrlAltDel": (POST_BOOT, Vmm._ctrl_alt_del),
-    "SetVmState": (POST_BOOT, Vmm._set_state),
-    "CreateSnapshot": (POST_BOOT, Vmm._create_snapshot),
-    "LoadSnapshot": (PRE_BOOT, Vmm._load_snapshot),
-}

@@ -69,18 +69,18 @@ def _quoted(text: str) -> str:
 def _answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
     headers: tuple[str, ...] = ()
     try:
-        action = parse(method, path, body)
-        if _deprecated(action.body):
+        action, asked = parse(method, path, body)
+        if _deprecated(asked):
             headers = ("Deprecation: true",)
             vmm.metrics.count("deprecated_api", "deprecated_http_api_calls")
-        result = vmm.handle(action)
+        result = vmm.handle(action, asked)
     except ApiError as error:
         vmm.lost = vmm.lost or isinstance(error, FatalError)
         return error.status, encode(types.Fault(fault_message=error.message)), headers
     except Exception as error:  # a mistake of ours must cost neither the VM nor the API
         sys.excepthook(*sys.exc_info())
         return 500, encode(types.Fault(fault_message=f"Internal error: {type(error).__name__}: {error}")), ()
-    if action.name == "GetPrometheusMetrics":
+    if action == "GetPrometheusMetrics":
         return 200, str(result).encode(), (PROMETHEUS,)
     return (204, b"", headers) if result is None else (200, encode(result), headers)
 

@@ -1,88 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which request is which action: the table that requests are answered by and the OpenAPI document is made of."""
+"""Which request asks for which action."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Struct
-
 from vmm.api import ApiError, types
+from vmm.api.actions import ACTIONS, Route
 from vmm.api.bodies import decode
-
-
-class VmmAction(Struct, frozen=True):
-    """One thing to do.
-
-    :param name: one of ``vmm.api.actions.ACTIONS``; Firecracker's names
-    :param body: an object of the type that the action's route names, or None
-    """
-
-    name: str
-    body: Any = None
-
-
-class Route(Struct, frozen=True):
-    """One request.
-
-    :param method: GET, PUT or PATCH
-    :param path: ``{name}`` stands for an id, which must be the body's field of that name
-    :param action: its name; of ``/actions``, the body says which
-    :param body: type of the request's body, or None
-    :param result: type of the answer's body, or None: 204
-    """
-
-    method: str
-    path: str
-    action: str
-    body: Any = None
-    result: Any = None
-
-
-ROUTES = (
-    Route("GET", "/", "GetVmInstanceInfo", None, types.InstanceInfo),
-    Route("GET", "/version", "GetVmmVersion", None, types.Version),
-    Route("GET", "/vm/config", "GetFullVmConfig", None, types.VmConfiguration),
-    Route("PATCH", "/vm", "SetVmState", types.VmState),
-    Route("PUT", "/actions", "", types.Action),
-    Route("PUT", "/boot-source", "ConfigureBootSource", types.BootSource),
-    Route("GET", "/machine-config", "GetVmMachineConfig", None, types.MachineConfiguration),
-    Route("PUT", "/machine-config", "PutMachineConfiguration", types.MachineConfiguration),
-    Route("PATCH", "/machine-config", "UpdateMachineConfiguration", types.MachineConfigurationUpdate),
-    Route("PUT", "/cpu-config", "PutCpuConfiguration", types.CpuConfig),
-    Route("PUT", "/drives/{drive_id}", "InsertBlockDevice", types.Drive),
-    Route("PATCH", "/drives/{drive_id}", "UpdateBlockDevice", types.PartialDrive),
-    Route("PUT", "/network-interfaces/{iface_id}", "InsertNetworkDevice", types.NetworkInterface),
-    Route("PATCH", "/network-interfaces/{iface_id}", "UpdateNetworkInterface", types.PartialNetworkInterface),
-    Route("PUT", "/vsock", "SetVsockDevice", types.Vsock),
-    Route("GET", "/balloon", "GetBalloonConfig", None, types.Balloon),
-    Route("PUT", "/balloon", "SetBalloonDevice", types.Balloon),
-    Route("PATCH", "/balloon", "UpdateBalloon", types.BalloonUpdate),
-    Route("GET", "/balloon/statistics", "GetBalloonStats", None, types.BalloonStats),
-    Route("PATCH", "/balloon/statistics", "UpdateBalloonStatistics", types.BalloonStatsUpdate),
-    Route("PUT", "/entropy", "SetEntropyDevice", types.EntropyDevice),
-    Route("PUT", "/fs/{tag}", "InsertFsDevice", types.SharedFs),
-    Route("PATCH", "/fs/{tag}", "UpdateFsDevice", types.PartialFs),
-    Route("GET", "/mmds", "GetMMDS", None, Any),
-    Route("PUT", "/mmds", "PutMMDS", Any),
-    Route("PATCH", "/mmds", "PatchMMDS", Any),
-    Route("PUT", "/mmds/config", "SetMmdsConfiguration", types.MmdsConfig),
-    Route("PUT", "/logger", "ConfigureLogger", types.Logger),
-    Route("PUT", "/metrics", "ConfigureMetrics", types.Metrics),
-    Route("PUT", "/serial", "ConfigureSerial", types.Serial),
-    Route("GET", "/metrics/prometheus", "GetPrometheusMetrics", None, str),
-    Route("GET", "/openapi.json", "GetOpenApi", None, Any),
-    Route("PUT", "/snapshot/create", "CreateSnapshot", types.SnapshotCreate),
-    Route("PUT", "/snapshot/load", "LoadSnapshot", types.SnapshotLoad),
-)
-_START = {"InstanceStart": "StartMicroVm"}
 
 
 def _key(method: str, path: str) -> tuple[str, ...]:
     return (method, *("{" if part.startswith("{") else part for part in path.strip("/").split("/")))
 
 
-_BY_KEY = {_key(route.method, route.path): route for route in ROUTES}
+_BY_KEY = {_key(route.method, route.path): route for route in ACTIONS.values() if route.path}
 
 
 def find(method: str, path: str) -> tuple[Route, str | None]:
@@ -108,8 +40,8 @@ def find(method: str, path: str) -> tuple[Route, str | None]:
     raise ApiError(f"Invalid request method and/or path: {method} {words[0]}.")
 
 
-def parse(method: str, path: str, body: bytes) -> VmmAction:
-    """The action that a request means.
+def parse(method: str, path: str, body: bytes) -> tuple[str, Any]:
+    """The name of the action that a request means, and its body.
 
     :raises ApiError: no action fits the request
     """
@@ -119,7 +51,7 @@ def parse(method: str, path: str, body: bytes) -> VmmAction:
         raise ApiError(f"Empty {method} request.")
     route, identity = find(method, path)
     if route.body is None:
-        return VmmAction(route.action)
+        return route.action, None
     value = decode(route.body, body)
     if identity is not None:
         name = route.path.partition("{")[2].rstrip("}")
@@ -128,5 +60,4 @@ def parse(method: str, path: str, body: bytes) -> VmmAction:
             raise ApiError(f"The id from the path [{identity}] does not match the id from the body [{found}]!")
     if isinstance(value, types.MachineConfigurationUpdate) and value == types.MachineConfigurationUpdate():
         raise ApiError("Empty PATCH request.")
-    action = route.action or _START.get(value.action_type, value.action_type)
-    return VmmAction(action, value)
+    return route.action, value

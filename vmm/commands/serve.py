@@ -290,7 +290,6 @@ class _Serve:
 
         from vmm.api import types
         from vmm.api.bodies import decode, encode
-        from vmm.api.routes import VmmAction
 
         args, handle = self._args, self._vmm.handle
         start, start_cpu, parent = self._times
@@ -299,13 +298,12 @@ class _Serve:
         chosen = {name: value for name in names if (value := getattr(args, name)) not in (None, False)}
         # Names go by JSON, as the API tells them: one that is not UTF-8 is refused here, and not when somebody asks.
         if chosen:
-            handle(VmmAction("ConfigureLogger", decode(types.Logger, encode(chosen))))
+            handle("ConfigureLogger", decode(types.Logger, encode(chosen)))
         logger.info(f"Running Firecracker v{API_VERSION}")
         if args.metrics_path is not None:
-            body = decode(types.Metrics, encode({"metrics_path": args.metrics_path}))
-            handle(VmmAction("ConfigureMetrics", body))
+            handle("ConfigureMetrics", decode(types.Metrics, encode({"metrics_path": args.metrics_path})))
         if args.metadata is not None:
-            self._use("--metadata", args.metadata, lambda text: handle(VmmAction("PutMMDS", decode(Any, text))))
+            self._use("--metadata", args.metadata, lambda text: handle("PutMMDS", decode(Any, text)))
 
     def _use(self, option: str, path: str, use: Callable[[bytes], object]) -> None:
         # What goes wrong with the file of an option is told with its name.
@@ -342,10 +340,9 @@ class _Serve:
     def _start_from(self, text: bytes) -> None:
         from vmm.api import types
         from vmm.api.bodies import decode
-        from vmm.api.routes import VmmAction
 
         self._vmm.configure(decode(types.VmConfiguration, text))
-        self._vmm.handle(VmmAction("StartMicroVm"))
+        self._vmm.handle("StartMicroVm")
 
     def _on_start(self, machine: Machine) -> None:
         self._machine = machine
