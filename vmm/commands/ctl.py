@@ -15,6 +15,10 @@ from typing import Any
 from vmm.config import parse_size
 from vmm.errors import ConfigError, HostError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 STATUS_REFUSED = 1
 PATIENCE = 30.0
 _MILLISECONDS = 100  # a limit by the second is a bucket of a tenth of it
@@ -26,43 +30,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the API's answers unchanged")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(name: str, do: Callable[[Client, argparse.Namespace], object], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(do=do)
+        return command
 
-    add("status", "tell id and state")
-    add("config", "the whole configuration, as a file for --config-file")
-    add("start", "start the configured VM")
-    add("pause", "hold the VM")
-    add("resume", "let the VM go on")
-    snapshot = add("snapshot", "hold the VM, write a snapshot, and let the VM go on")
+    add("status", _status, "tell id and state")
+    add("config", _config, "the whole configuration, as a file for --config-file")
+    add("start", _act("InstanceStart"), "start the configured VM")
+    add("pause", _state("Paused"), "hold the VM")
+    add("resume", _state("Resumed"), "let the VM go on")
+    snapshot = add("snapshot", _snapshot, "hold the VM, write a snapshot, and let the VM go on")
     snapshot.add_argument("directory", metavar="DIR", help="directory for state and memory; created if missing")
     snapshot.add_argument(
         "--diff", action="store_true", help="only the memory that was written since the last snapshot"
     )
-    restore = add("restore", "load a snapshot into a VM that is not configured")
+    restore = add("restore", _restore, "load a snapshot into a VM that is not configured")
     restore.add_argument("directory", metavar="DIR")
     restore.add_argument("--paused", action="store_true", help="wait for resume")
-    add("ctrl-alt-del", "press Ctrl-Alt-Del")
-    drive = add("drive", "change the file or the limits of a disk")
+    add("ctrl-alt-del", _act("SendCtrlAltDel"), "press Ctrl-Alt-Del")
+    drive = add("drive", _drive, "change the file or the limits of a disk")
     drive.add_argument("id")
     drive.add_argument("--path", help="the new file, or the same file after its size has changed")
-    net = add("net", "change the limits of an interface")
+    net = add("net", _net, "change the limits of an interface")
     net.add_argument("id")
-    share = add("fs", "change the limits of a share")
+    share = add("fs", _fs, "change the limits of a share")
     share.add_argument("tag")
     for each, directions in ((drive, ("",)), (share, ("",)), (net, ("rx-", "tx-"))):
         for direction in directions:
             each.add_argument(f"--{direction}bps", metavar="BYTES", help="bytes a second, with K, M, G; 0: no limit")
             each.add_argument(f"--{direction}iops", metavar="N", help="operations a second; 0: no limit")
-    balloon = add("balloon", "show or change the size of the balloon")
+    balloon = add("balloon", _balloon, "show or change the size of the balloon")
     balloon.add_argument("mib", nargs="?", type=int, help="the new size in MiB")
     balloon.add_argument("--stats", action="store_true", help="show the guest's memory statistics")
-    metrics = add("metrics", "show the metrics in Prometheus' text format")
+    metrics = add("metrics", _metrics, "show the metrics in Prometheus' text format")
     metrics.add_argument("--flush", action="store_true", help="write a line to the configured file instead")
-    mmds = add("mmds", "show or change the metadata service's document")
+    mmds = add("mmds", _mmds, "show or change the metadata service's document")
     mmds.add_argument("action", nargs="?", choices=("get", "put", "patch"), default="get")
     mmds.add_argument("document", nargs="?", metavar="JSON", help="for put and patch; - or nothing: stdin")
-    request = add("request", "send any request")
+    request = add("request", _request, "send any request")
     request.add_argument("method", choices=("GET", "PUT", "PATCH"))
     request.add_argument("path")
     request.add_argument("body", nargs="?", metavar="JSON", help="-: stdin")
@@ -136,7 +142,7 @@ def main(args: argparse.Namespace) -> int:
     """Do what was asked for; 0, or 1: the API refused it."""
     client = Client(args.api_sock)
     try:
-        _COMMANDS[args.command](client, args)
+        args.do(client, args)
     except Refused as error:
         print(f"pyvmm ctl: {error}", file=sys.stderr)
         return STATUS_REFUSED
@@ -281,22 +287,3 @@ def _restore(client: Client, args: argparse.Namespace) -> None:
 def _files(directory: str) -> dict[str, str]:
     # As pyvmm's own images have them: `pyvmm run --restore DIR` takes them, too.
     return {"snapshot_path": os.path.join(directory, "state"), "mem_file_path": os.path.join(directory, "memory")}
-
-
-_COMMANDS = {
-    "status": _status,
-    "config": _config,
-    "start": _act("InstanceStart"),
-    "pause": _state("Paused"),
-    "resume": _state("Resumed"),
-    "snapshot": _snapshot,
-    "restore": _restore,
-    "ctrl-alt-del": _act("SendCtrlAltDel"),
-    "drive": _drive,
-    "net": _net,
-    "fs": _fs,
-    "balloon": _balloon,
-    "metrics": _metrics,
-    "mmds": _mmds,
-    "request": _request,
-}
