@@ -182,18 +182,12 @@ class Boot(Closing):
         :raises NotUp: the command was never started
         :raises Died: the machine ended under the command, or one of its CPUs stood still
         """
-        poll = select.poll()
         names = {sock.fileno(): name for name, sock in self._ours.items() if name != "in"}
-        for fd in names:
-            poll.register(fd, select.POLLIN)
-        feeding = False
-        pending = b"0\n" if self._stdin is None else b""
+        pending = b"0\n" if self._stdin is None else b""  # for the command
         up_deadline = time.monotonic() + UP_SECONDS
         pulse = _Pulse(self._process.pid)
         source = self._ours["in"]
         source.setblocking(False)
-        if pending:
-            poll.register(source, select.POLLOUT)
         while names:
             now = time.monotonic()
             if now >= deadline:
@@ -202,32 +196,28 @@ class Boot(Closing):
                 raise NotUp(f"it was not up after {UP_SECONDS} s")
             if self._up and (cpu := pulse.lost()):
                 raise Died(f"its {cpu} has stood still for {STILL_SECONDS:g} s, a fault of the emulation; try again")
-            if self._up and not feeding and self._stdin is not None and not pending:
+            poll = select.poll()
+            for fd in names:
+                poll.register(fd, select.POLLIN)
+            if pending:
+                poll.register(source, select.POLLOUT)
+            elif self._up and self._stdin is not None:
                 poll.register(self._stdin, select.POLLIN)
-                feeding = True
             wait = min(deadline, deadline if self._up else up_deadline) - now
             for fd, _ in poll.poll(max(1, min(wait, 1.0) * 1000)):
-                if self._stdin is not None and fd == self._stdin and feeding:
-                    poll.unregister(fd)
-                    feeding = False
-                    pending = _read(fd)
-                    if not pending:
+                if fd == self._stdin:
+                    data = _read(fd)
+                    if not data:
                         self._stdin = None
-                    if self._framed:
-                        pending = b"%d\n" % len(pending) + pending
-                    if pending:
-                        poll.register(source, select.POLLOUT)
+                    pending = b"%d\n" % len(data) + data if self._framed else data
                 elif fd == source.fileno():
                     try:
                         pending = pending[source.send(pending) :]
                     except BlockingIOError:
-                        continue
+                        pass
                     except OSError:
                         pending, self._stdin = b"", None
-                    if not pending:
-                        poll.unregister(source)
-                elif fd in names and not self._take(names[fd]):
-                    poll.unregister(fd)
+                elif not self._take(names[fd]):
                     del names[fd]
         self._process.wait()
         if self._ended:
