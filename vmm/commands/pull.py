@@ -51,22 +51,12 @@ def main(args: Namespace) -> int:
         raise ConfigError("image", "", "name an image, e.g. `pyvmm pull debian`; `pyvmm pull --list` shows them")
     packages = [name for name in args.packages.split(",") if name]
     size = None if args.size is None else parse_size("--size", args.size)
-    there = None if args.refresh else _quietly_resolve(args.image)
     with _Progress() as progress:
         image = images.pull(args.image, refresh=args.refresh, size=size, packages=packages, progress=progress)
-    state = "is in the cache (--refresh makes it again)" if there else "is ready"
+    state = "is ready" if progress.step or args.refresh else "is in the cache (--refresh makes it again)"
     print(f"{image.name} {state}: {os.path.dirname(image.kernel)}")
     print(f"run it with: pyvmm run {image.name}")
     return 0
-
-
-def _quietly_resolve(name: str) -> images.Image | None:
-    from vmm.errors import ConfigError
-
-    try:
-        return images.resolve(name)
-    except ConfigError:  # damaged: pull makes it again
-        return None
 
 
 def _list() -> None:
@@ -89,14 +79,14 @@ class _Progress:
 
     def __init__(self) -> None:
         self._tty = sys.stderr.isatty()
-        self._step = ""
+        self.step = ""  # the last one; an image that is in the cache takes none
         self._drawn = -1
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._tty and self._step:
+        if self._tty and self.step:
             self._draw("")
 
     @staticmethod
@@ -113,13 +103,13 @@ class _Progress:
 
     def __call__(self, step: str, done: float | None) -> None:
         percent = -1 if done is None else int(done * 100)
-        if step == self._step and percent == self._drawn:
+        if step == self.step and percent == self._drawn:
             return
         if not self._tty:
-            if step != self._step:
+            if step != self.step:
                 print(step, file=sys.stderr, flush=True)
         else:
             bar = "" if percent < 0 else f" [{'#' * (percent // 5):<20}] {percent:3d} %"
             width = self._width()
             self._draw((step[: max(width - len(bar) - 1, 10)] + bar)[: width - 1])
-        self._step, self._drawn = step, percent
+        self.step, self._drawn = step, percent
