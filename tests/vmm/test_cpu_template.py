@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.config.cpu_template import Bits, CpuTemplate, parse_number, parse_template
+from vmm.api.types import CpuConfig, CpuidLeafModifier, CpuidRegisterModifier, RegisterModifier
+from vmm.config.cpu_template import Bits, CpuTemplate, parse_number
 from vmm.errors import ConfigError
 from vmm.kvm.abi import kvm_cpuid_entry2
 
@@ -39,7 +40,12 @@ def test_what_is_no_number(text: str) -> None:
 
 def test_a_template_changes_the_leaf_it_names_and_no_other() -> None:
     entries = [kvm_cpuid_entry2(function=7, index=index, ebx=0xF0) for index in (0, 1)]
-    template = parse_template(["171", "!56"], [("0x7", "0x0", 1, [("ebx", "0bxx1100")])], [("0x10a", "0b1")])
+    bits = [CpuidRegisterModifier(register="ebx", bitmap="0bxx1100")]
+    template = CpuConfig(
+        kvm_capabilities=["171", "!56"],
+        cpuid_modifiers=[CpuidLeafModifier(leaf="0x7", subleaf="0x0", flags=1, modifiers=bits)],
+        msr_modifiers=[RegisterModifier(addr="0x10a", bitmap="0b1")],
+    ).template()
     template.change_cpuid(entries)
     assert [entry.ebx for entry in entries] == [0xFC, 0xF0]
     assert (template.capabilities, template.not_required) == ((171,), (56,))
@@ -54,4 +60,4 @@ def test_a_leaf_that_kvm_has_not_is_refused() -> None:
 
 def test_what_is_no_capability() -> None:
     with pytest.raises(ConfigError, match="must be a capability number"):
-        parse_template(["!x"], [], [])
+        CpuConfig(kvm_capabilities=["!x"])

@@ -16,6 +16,8 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from vmm.errors import ConfigError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.config.cpu_template import CpuTemplate
@@ -83,14 +85,27 @@ class CpuConfig(Body, kw_only=True):
 
     def template(self) -> "CpuTemplate":
         """:raises ConfigError: a number or a bitmap is malformed"""
-        from vmm.config.cpu_template import parse_template
+        from vmm.config.cpu_template import Bits, CpuTemplate, parse_number
 
-        return parse_template(
-            self.kvm_capabilities,
-            [(leaf.leaf, leaf.subleaf, leaf.flags, [(each.register, each.bitmap) for each in leaf.modifiers])
-             for leaf in self.cpuid_modifiers],
-            [(each.addr, each.bitmap) for each in self.msr_modifiers],
-        )  # fmt: skip
+        required: list[int] = []
+        dropped: list[int] = []
+        for word in self.kvm_capabilities:
+            number = word.removeprefix("!")
+            if not (number.isascii() and number.isdigit() and int(number) < 1 << 32):
+                raise ConfigError("kvm_capabilities", word, "must be a capability number, optionally after a !")
+            (dropped if word.startswith("!") else required).append(int(number))
+        leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}
+        for leaf in self.cpuid_modifiers:
+            names = "cpuid_modifiers leaf", "cpuid_modifiers subleaf"
+            key = parse_number(names[0], leaf.leaf), parse_number(names[1], leaf.subleaf), leaf.flags
+            leaves[key] = {
+                each.register: Bits.written("cpuid_modifiers bitmap", each.bitmap, 32) for each in leaf.modifiers
+            }
+        msrs = {
+            parse_number("msr_modifiers addr", each.addr): Bits.written("msr_modifiers bitmap", each.bitmap, 64)
+            for each in self.msr_modifiers
+        }
+        return CpuTemplate(capabilities=required, not_required=dropped, cpuid=leaves, msrs=msrs)
 
 
 class Logger(Body, kw_only=True):

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from vmm.kvm.abi import kvm_cpuid_entry2
 
-_CPUID_BITS = 32
-_MSR_BITS = 64
-
 
 class Bits(Config):
     """Changed bits of a register: the new value is ``old & ~mask | value``."""
@@ -76,37 +73,3 @@ class CpuTemplate(Config):
                 raise ConfigError("cpuid_modifiers", f"{leaf:#x}/{subleaf:#x}", "this KVM does not have this leaf")
             for name, bits in registers.items():
                 setattr(entry, name, bits(getattr(entry, name)))
-
-
-def parse_template(
-    capabilities: Sequence[str],
-    cpuid: Sequence[tuple[str, str, int, Sequence[tuple[str, str]]]],
-    msrs: Sequence[tuple[str, str]],
-) -> CpuTemplate:
-    """A template from its words in Firecracker's JSON.
-
-    :param capabilities: decimal numbers; ``!`` before one takes it from what is required
-    :param cpuid: leaf, subleaf, flags, and pairs of a register's name and its bits
-    :param msrs: pairs of an address and its bits
-    :raises ConfigError: an invalid word
-    """
-    added: list[int] = []
-    removed: list[int] = []
-    for word in capabilities:
-        number = word.removeprefix("!")
-        if not (number.isascii() and number.isdigit() and int(number) < 1 << 32):
-            raise ConfigError("kvm_capabilities", word, "must be a capability number, optionally after a !")
-        (removed if word.startswith("!") else added).append(int(number))
-    leaves: dict[tuple[int, int, int], dict[str, Bits]] = {}
-    for leaf, subleaf, flags, registers in cpuid:
-        key = parse_number("cpuid_modifiers leaf", leaf), parse_number("cpuid_modifiers subleaf", subleaf), flags
-        leaves[key] = {name: Bits.written("cpuid_modifiers bitmap", text, _CPUID_BITS) for name, text in registers}
-    return CpuTemplate(
-        capabilities=added,
-        not_required=removed,
-        cpuid=leaves,
-        msrs={
-            parse_number("msr_modifiers addr", address): Bits.written("msr_modifiers bitmap", text, _MSR_BITS)
-            for address, text in msrs
-        },
-    )
