@@ -23,40 +23,18 @@ from vmm.config.devices import DEVICES, NetworkPolicy, RateLimiterConfig  # noqa
 from vmm.config.option import REQUIRED, Config, Option  # noqa: E402
 from vmm.config.vm import VmConfig  # noqa: E402
 
-_SETTINGS = '''\
-# SPDX-License-Identifier: Apache-2.0
-"""``VmConfig``'s parameters as keywords of ``Machine``, for type checkers; ``python -m tools.declared`` writes it."""
-
-from __future__ import annotations
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Sequence
-    from typing import TypedDict
-
-    from vmm.config.cpu_template import CpuTemplate
-    from vmm.config.devices import (
-        BalloonConfig,
-        DriveConfig,
-        EntropyConfig,
-        MmdsConfig,
-        NetConfig,
-        RateLimiterConfig,
-        ShareConfig,
-        VsockConfig,
-    )
-
-    class VmSettings(TypedDict, total=False):
-        """See :class:`vmm.config.vm.VmConfig`."""
-
-'''
-
 
 def settings() -> str:
-    """The keywords of ``Machine``."""
+    """The module of ``VmConfig``, with its parameters as keywords of ``Machine``."""
     lines = [f"        {name}: {type_taken(VmConfig, name)}\n" for name in VmConfig.OPTIONS]
-    return _SETTINGS + "".join(lines)
+    return _replaced("vmm/config/vm.py", "".join(lines), "        ")
+
+
+def _replaced(path: str, made: str, indent: str = "") -> str:
+    # The file, with `made` between its two comments that say so.
+    whole = (ROOT / path).read_text()
+    begin, end = f"{indent}# Written by ``python -m tools.declared``, from here\n", f"{indent}# to here.\n"
+    return f"{whole.partition(begin)[0]}{begin}{made}{end}{whole.partition(end)[2]}"
 
 
 def type_stored(config: type[Config], name: str) -> str:
@@ -159,7 +137,6 @@ BODIES = (
          "The network interfaces that reach the metadata service, its address and its version.",
          "version *", "_check_mmds"),
 )  # fmt: skip
-_BEGIN, _END = "# Written by ``python -m tools.declared``, from here\n", "# to here.\n"
 # What a parameter's type is in a body, if not a number or text.
 _KINDS = {
     "bool": "bool",
@@ -218,13 +195,11 @@ def _body(made: Made) -> str:
 
 def bodies() -> str:
     """The module of all bodies of the API, of which a part follows from the declarations."""
-    whole = (ROOT / "vmm/api/types.py").read_text()
-    made = "\n\n\n".join(map(_body, BODIES))
-    return f"{whole.partition(_BEGIN)[0]}{_BEGIN}\n\n{made}\n\n\n{_END}{whole.partition(_END)[2]}"
+    return _replaced("vmm/api/types.py", "\n\n{}\n\n\n".format("\n\n\n".join(map(_body, BODIES))))
 
 
 FILES = {
-    "vmm/config/settings.py": settings,
+    "vmm/config/vm.py": settings,
     "vmm/api/types.py": bodies,
     "docs/reference/configuration.md": page,
 }

@@ -15,7 +15,7 @@ from vmm.errors import ConfigError
 from vmm.kvm.vm import Kvm
 
 if TYPE_CHECKING:
-    from vmm.config.settings import VmSettings
+    from vmm.config.vm import VmSettings
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from vmm import Machine
 from vmm.exits import StopReason
 
 if TYPE_CHECKING:
-    from vmm.config.settings import VmSettings
+    from vmm.config.vm import VmSettings
     from vmm.machine.mmds import Mmds
 
 DRIVER = Path(__file__).parent / "driver"

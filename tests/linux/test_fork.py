@@ -26,7 +26,7 @@ from vmm.kvm.vm import Kvm, software_kvm
 from vmm.lab.image import KERNEL_PACKAGE
 
 if TYPE_CHECKING:
-    from vmm.config.settings import VmSettings
+    from vmm.config.vm import VmSettings
 
 pytestmark = pytest.mark.timeout(900)  # the first one may build r3
 PATIENCE = 60

@@ -13,7 +13,7 @@ from vmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any
+    from typing import Any, TypedDict
 
     from vmm.config.cpu_template import CpuTemplate
     from vmm.config.devices import (
@@ -27,6 +27,40 @@ if TYPE_CHECKING:
         VsockConfig,
     )
     from vmm.config.typed import Given
+
+    class VmSettings(TypedDict, total=False):
+        """The parameters of ``VmConfig`` as keywords of ``Machine``."""
+
+        # Written by ``python -m tools.declared``, from here
+        kernel: str | os.PathLike[str]
+        initrd: str | os.PathLike[str] | None
+        cmdline: str | None
+        append: str
+        cpus: int
+        smt: bool
+        cpu_template: CpuTemplate | None
+        memory: int | str
+        huge_pages: str | None
+        track_dirty_pages: bool
+        drives: Sequence[DriveConfig]
+        nets: Sequence[NetConfig]
+        vsock: VsockConfig | None
+        shares: Sequence[ShareConfig]
+        entropy: EntropyConfig | bool | None
+        balloon: BalloonConfig | None
+        mmds: MmdsConfig | None
+        virtio_console: bool
+        poll_us: int
+        console: str
+        console_rate_limiter: RateLimiterConfig | None
+        keyboard: bool
+        boot_timer: bool
+        kvm: str | os.PathLike[str]
+        exit_port: int | None
+        protocol: str
+        unpack: str
+        # to here.
+
 
 MAX_VCPUS = 64
 MAX_EXIT_PORT = 0xFFFC  # the device has four bytes

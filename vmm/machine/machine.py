@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from virtio.mmio import VirtioMmio
     from virtio.net.device import Net
     from virtio.vsock.device import Listener, Vsock
-    from vmm.config.settings import VmSettings
+    from vmm.config.vm import VmSettings
     from vmm.machine.attach import Attached
     from vmm.machine.build import DeviceConfig
     from vmm.machine.mmds import Mmds
