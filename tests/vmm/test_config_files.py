@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vmm.commands import cli, run, serve
+from vmm.config import fill_from_files
 from vmm.config.files import ALLOWED, fill, paths
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
@@ -56,7 +57,7 @@ def test_a_later_file_goes_before_and_the_command_line_before_all(etc: Path) -> 
 @pytest.mark.parametrize("directory", ["", "/nonexistent"])
 def test_without_files_there_are_none(monkeypatch: pytest.MonkeyPatch, directory: str) -> None:
     monkeypatch.setenv("PYVMM_CONFIG", directory)
-    assert run.from_files(parsed()) == {}
+    assert fill_from_files(parsed(), "run", run.OPTIONS) == {}
     assert config() == VmConfig("kernel", console="stdio")
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vmm.commands import run, serve
-from vmm.config import Arguments, attribute
+from vmm.config import Arguments, attribute, fill_from_files
 from vmm.config.vm import VmConfig
 
 TYPE_CHECKING = False
@@ -31,7 +31,7 @@ def parse_quickly(words: list[str]) -> Arguments | None:
 
 def main(args: Arguments) -> int:
     """Print it."""
-    sources = run.from_files(args)
+    sources = fill_from_files(args, "run", run.OPTIONS)
     kernel, args.kernel = args.kernel, args.kernel or _NO_KERNEL
     config = run.config_from(args, sources)
     lines = list(_lines(args, config, sources))

@@ -13,8 +13,6 @@ from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
-
     from vmm.config import Arguments, Table
 
 STATUS_OK = 0
@@ -43,13 +41,6 @@ OPTIONS: Table = (
     ("--version", None, False, "print the versions of the jailer and of pyvmm"),
 )
 REQUIRED = ("--id", "--exec-file", "--uid", "--gid")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``pyvmm jailer``."""
-    from vmm.commands.parser import declare
-
-    declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:

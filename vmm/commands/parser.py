@@ -111,7 +111,10 @@ def fill(parser: Parser, name: str, module: ModuleType) -> None:
     """Declare the arguments of the subcommand `name`, in their groups."""
     parser.error_status = getattr(module, "STATUS_ARGUMENTS", STATUS_CONFIG)
     parser.group(guide.GROUPS.get(name, {}))
-    module.add_arguments(parser)
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+    else:
+        declare(parser, module.OPTIONS)
 
 
 def declare(parser: argparse.ArgumentParser, table: Table) -> None:

@@ -67,22 +67,14 @@ def parse_quickly(words: list[str]) -> Arguments | None:
     return parse_plain(words, OPTIONS, ("kernel", "rootfs"))
 
 
-def from_files(args: Arguments) -> dict[str, str]:
-    """Give `args` what files have for options that are left out; by option where it comes from (``vmm.config.files``).
-
-    :raises ConfigError: a file cannot be read, or says what it may not
-    """
-    return fill_from_files(args, "run", OPTIONS)
-
-
 def config_from(args: Arguments, sources: dict[str, str] | None = None) -> VmConfig:
     """The configuration that the command line means, and what files say of what it leaves out.
 
-    :param sources: what `from_files` has returned already
+    :param sources: what ``fill_from_files`` has returned already
     :raises ConfigError: the words mean no VM
     """
     if sources is None:
-        sources = from_files(args)
+        sources = fill_from_files(args, "run", OPTIONS)
     kernel, initrd, rootfs, append = args.kernel, args.initrd, args.rootfs, args.append or ""
     if kernel is None:
         raise ConfigError("KERNEL", "", "is missing: give a kernel file, a pulled image, or --restore DIR")

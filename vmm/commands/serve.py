@@ -16,7 +16,6 @@ from vmm.exits import StopReason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable
     from typing import Any
 
@@ -65,13 +64,6 @@ OPTIONS: Table = (
     ("--describe-snapshot", "FILE", None, "print the version of a snapshot's state file"),
     ("--http-api-max-payload-size", "BYTES", None, "limit of a request's body (default: 51200)"),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``pyvmm serve``."""
-    from vmm.commands.parser import declare
-
-    declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
