@@ -458,40 +458,31 @@ class Vmm:
             raise ApiError(f"Drive config error: drive_id {body.drive_id}: there is no such drive")
         if body.path_on_host is None and body.rate_limiter is None:
             raise ApiError("Drive config error: nothing to update; give path_on_host or rate_limiter")
+        shown = next(each for each in self.whole.drives if each.drive_id == body.drive_id)
         with _refusing("Drive config error"):
             if body.path_on_host is not None:
                 block.replace(body.path_on_host)
-            self._limit(body.rate_limiter, block.set_rate_limit)
-        shown = next(each for each in self.whole.drives if each.drive_id == body.drive_id)
-        shown.path_on_host = body.path_on_host or shown.path_on_host
-        shown.rate_limiter = translate.shown_limiter(body.rate_limiter, shown.rate_limiter)
+                shown.path_on_host = body.path_on_host
+            _limit(body, shown, "rate_limiter", block.set_rate_limit)
 
     @_asked("UpdateNetworkInterface", POST_BOOT, "PATCH /network-interfaces/{iface_id}", types.PartialNetworkInterface)
     def _update_interface(self, body: types.PartialNetworkInterface) -> None:
         net = self._running().nets.get(body.iface_id)
         if net is None:
             raise ApiError(f"Network config error: iface_id {body.iface_id}: there is no such interface")
-        with _refusing("Network config error"):
-            for limits, limiter in ((body.rx_rate_limiter, net.rx_limiter), (body.tx_rate_limiter, net.tx_limiter)):
-                self._limit(limits, lambda *buckets, limiter=limiter: net.set_rate_limit(limiter, *buckets))
         shown = next(each for each in self.whole.network_interfaces if each.iface_id == body.iface_id)
-        shown.rx_rate_limiter = translate.shown_limiter(body.rx_rate_limiter, shown.rx_rate_limiter)
-        shown.tx_rate_limiter = translate.shown_limiter(body.tx_rate_limiter, shown.tx_rate_limiter)
+        with _refusing("Network config error"):
+            _limit(body, shown, "rx_rate_limiter", lambda *buckets: net.set_rate_limit(net.rx_limiter, *buckets))
+            _limit(body, shown, "tx_rate_limiter", lambda *buckets: net.set_rate_limit(net.tx_limiter, *buckets))
 
     @_asked("UpdateFsDevice", POST_BOOT, "PATCH /fs/{tag}", types.PartialFs)
     def _update_share(self, body: types.PartialFs) -> None:
         fs = self._running().shares.get(body.tag)
         if fs is None:
             raise ApiError(f"Filesystem config error: tag {body.tag}: there is no such share")
-        with _refusing("Filesystem config error"):
-            self._limit(body.rate_limiter, fs.set_rate_limit)
         shown = next(each for each in self.whole.fs or [] if each.tag == body.tag)
-        shown.rate_limiter = translate.shown_limiter(body.rate_limiter, shown.rate_limiter)
-
-    @staticmethod
-    def _limit(body: types.RateLimiter | None, change: Callable[..., None]) -> None:
-        if body is not None:
-            change(translate.bucket(body.bandwidth), translate.bucket(body.ops))
+        with _refusing("Filesystem config error"):
+            _limit(body, shown, "rate_limiter", fs.set_rate_limit)
 
     # The balloon
 
@@ -593,6 +584,13 @@ class _refusing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, VmmError) and not isinstance(error, ApiError):
             raise ApiError(f"{self._prefix}: {error}") from error
+
+
+def _limit(body: Any, shown: Any, field: str, change: Callable[..., None]) -> None:
+    # Limits of a running device, if the body has any; a bucket that it does not have stays as it is.
+    if (limits := getattr(body, field)) is not None:
+        change(translate.bucket(limits.bandwidth), translate.bucket(limits.ops))
+        setattr(shown, field, translate.shown_limiter(limits, getattr(shown, field)))
 
 
 def _cpu_config_of(config: types.CpuConfig | str | None) -> types.CpuConfig | None:

@@ -57,15 +57,11 @@ def limiter(body: types.RateLimiter | None) -> devices.RateLimiterConfig | None:
 
 def shown_limiter(body: types.RateLimiter | None, old: types.RateLimiter | None = None) -> types.RateLimiter | None:
     """A limiter as it is told of: what limits nothing is left out, what was not given is as it was."""
-
-    def shown(new: types.TokenBucket | None, before: types.TokenBucket | None) -> types.TokenBucket | None:
-        if new is None:
-            return before
-        limits = bucket(new)
-        return None if limits == (0, 0, 0) else _bucket_body(limits)
-
-    given, before = body or types.RateLimiter(), old or types.RateLimiter()
-    found = types.RateLimiter(bandwidth=shown(given.bandwidth, before.bandwidth), ops=shown(given.ops, before.ops))
+    found = old or types.RateLimiter()
+    if body is not None and body.bandwidth is not None:
+        found = replace(found, bandwidth=_bucket_body(bucket(body.bandwidth)))
+    if body is not None and body.ops is not None:
+        found = replace(found, ops=_bucket_body(bucket(body.ops)))
     return None if found == types.RateLimiter() else found
 
 
@@ -167,7 +163,7 @@ def vm_config(whole: types.VmConfiguration) -> VmConfig:
 
 
 def _bucket_body(each: Bucket | None) -> types.TokenBucket | None:
-    if each is None:
+    if each is None or each == (0, 0, 0):
         return None
     return types.TokenBucket(size=each[0], one_time_burst=each[1] or None, refill_time=each[2])
 
