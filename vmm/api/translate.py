@@ -215,7 +215,7 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         root = roots.index(True) if True in roots else None
     if root:  # neither none nor the first, where Firecracker would put it
         added, root = "", None
-    boot_args = config.rootless_cmdline if added else config.full_cmdline
+    boot_args = config.cmdline_with("") if added else config.full_cmdline
     host = body_of(types.Host, config, **{} if config.memory % _MIB else {"memory": UNSET})
     return types.VmConfiguration(
         boot_source=body_of(types.BootSource, config, boot_args=boot_args),

@@ -124,9 +124,7 @@ def parse_size(field: str, text: str | int) -> int:
     number = number[: len(number) - len(unit)].strip()
     whole, point, part = number.partition(".")
     # str.isdigit() takes other scripts' digits; int() would too, and a size in them is a typing mistake.
-    if not whole.isascii() or not whole.isdigit() or (point and not (part.isascii() and part.isdigit())):
-        raise ConfigError(field, text, allowed)
-    if len(number) > 18:
+    if not number.isascii() or not whole.isdigit() or (point and not part.isdigit()) or len(number) > 18:
         raise ConfigError(field, text, allowed)
     scale = 10 ** len(part)
     return int(int(whole + part) * _UNITS[unit] // scale)

@@ -81,7 +81,7 @@ class Option(SimpleNamespace):
 
         :raises ConfigError: `value` is out of range; `field` names it
         """
-        if value is None and self.default is None:
+        if value is None and (self.default is None or self.nullable):
             return None
         if self.choices and value not in self.choices:
             *others, last = filter(None, self.choices)

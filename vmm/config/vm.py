@@ -84,12 +84,6 @@ def _memory(field: str, size: int | str) -> int:
     return size & -4096  # KVM's slots are whole pages
 
 
-def _port(field: str, port: int | None) -> int | None:
-    if port is not None and not 0 <= port <= MAX_EXIT_PORT:
-        raise ConfigError(field, port, f"must be 0 to {MAX_EXIT_PORT}")
-    return port
-
-
 def _entropy(field: str, given: EntropyConfig | bool) -> EntropyConfig | None:
     if given is True:
         from vmm.config.devices import EntropyConfig
@@ -182,7 +176,7 @@ class VmConfig(Config):
     )
     exit_port: int | None = option(
         help="port of the exit device, or None for no such device", default=DEFAULT_EXIT_PORT,
-        check=_port, api="exit_port", api_means=None, api_bits=16, nullable=True, extension=True,
+        least=0, most=MAX_EXIT_PORT, api="exit_port", api_means=None, api_bits=16, nullable=True, extension=True,
     )  # fmt: skip
     protocol: str = option(
         help="boot protocol: linux64, pvh or auto (default: auto)", default="auto",
@@ -244,14 +238,10 @@ class VmConfig(Config):
     @property
     def full_cmdline(self) -> str:
         """The command line of the guest's kernel, without the words that the machine adds about its own devices."""
-        return self._words(self.root_parameters)
+        return self.cmdline_with(self.root_parameters)
 
-    @property
-    def rootless_cmdline(self) -> str:
-        """The same without ``root_parameters``, for callers that add these."""
-        return self._words("")
-
-    def _words(self, root: str) -> str:
+    def cmdline_with(self, root: str) -> str:
+        """The same with other words about the root device, or ``""``, in the place of ``root_parameters``."""
         default = DEFAULT_CMDLINE.replace("ttyS0", "hvc0") if self.virtio_console else DEFAULT_CMDLINE
         line = Cmdline(default if self.cmdline is None else self.cmdline)
         line.append(root)
