@@ -18,6 +18,14 @@ _FAULTS = {
     413: "The document would be larger than its limit.",
     503: "There are too many connections.",
 }
+
+
+class HttpFault(types.Body, kw_only=True):
+    """Why the HTTP request was malformed."""
+
+    error: str
+
+
 _ROUTES = [route for route in ACTIONS.values() if route.path]
 _ID = {"type": "string", "pattern": "^[A-Za-z0-9_]+$"}
 
@@ -49,10 +57,10 @@ def _operation(route: Route, schemas: dict[Any, dict[str, Any]]) -> dict[str, An
         operation["requestBody"] = {"required": True, **_body(schemas, route.body)}
     faults = {}
     for status in _statuses(route):
-        kind = types.Fault if status < 500 else types.HttpFault
+        kind = types.Fault if status < 500 else HttpFault
         faults[str(status)] = {"description": _FAULTS[status], **_body(schemas, kind)}
     # The answer to what is not a request for this API has another shape.
-    faults["400"]["content"]["application/json"]["schema"] = {"anyOf": [schemas[types.Fault], schemas[types.HttpFault]]}
+    faults["400"]["content"]["application/json"]["schema"] = {"anyOf": [schemas[types.Fault], schemas[HttpFault]]}
     if route.result is None:
         good: dict[str, Any] = {"204": {"description": "Done."}}
     else:
@@ -65,7 +73,7 @@ def document() -> dict[str, Any]:
     """The document, for JSON."""
     kinds = [kind for route in _ROUTES for kind in (route.body, route.result) if isinstance(kind, type)]
     structs = list(dict.fromkeys([*(kind for kind in kinds if issubclass(kind, msgspec.Struct)), types.Fault]))
-    structs.append(types.HttpFault)
+    structs.append(HttpFault)
     found, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     for schema in components.values():  # docstrings, which msgspec takes as they are before 0.23
         schema["description"] = inspect.cleandoc(schema["description"])

@@ -434,12 +434,6 @@ class Fault(Body, kw_only=True):
     fault_message: str
 
 
-class HttpFault(Body, kw_only=True):
-    """Why the HTTP request was malformed."""
-
-    error: str
-
-
 class BalloonStats(Body, kw_only=True):
     """The balloon's target and actual size, and the guest's memory statistics."""
 
