@@ -113,8 +113,7 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
         check_id(args.id)
         if args.no_api and args.config_file is None:
             raise ConfigError("--no-api", "", "needs --config-file: without an API, it says what to run")
-        times = [_number(args, option) for option in _TIMES]
-        payload, document = (_number(args, option) for option in _LIMITS)
+        serve = _Serve(args, on_ready)
         if args.seccomp_filter is not None:
             fits = "is for Firecracker's threads; leave it out: pyvmm's have their own"
             raise ConfigError("--seccomp-filter", args.seccomp_filter, fits)
@@ -127,8 +126,6 @@ def main(args: Arguments, on_ready: Callable[[], object] = lambda: None, *, file
     except ConfigError as error:
         _complain(args, f"--{error}")
         return _leave(STATUS_BAD_CONFIGURATION)
-    payload = MAX_PAYLOAD if payload is None else payload
-    serve = _Serve(args, times, payload, payload if document is None else document, on_ready)
     return _leave(serve.run())
 
 
@@ -175,13 +172,13 @@ def _number(args: Arguments, option: str) -> int | None:
 
 
 class _Serve:
-    def __init__(
-        self, args: Arguments, times: list[int | None], payload: int, mmds_limit: int, on_ready: Callable[[], object]
-    ) -> None:
+    # :raises ConfigError: an option that is a number is not one
+    def __init__(self, args: Arguments, on_ready: Callable[[], object]) -> None:
         self._args = args
-        self._payload = payload
-        self._mmds_limit = mmds_limit
-        self._times = times
+        self._times = [_number(args, option) for option in _TIMES]
+        payload, document = (_number(args, option) for option in _LIMITS)
+        self._payload = MAX_PAYLOAD if payload is None else payload
+        self._mmds_limit = self._payload if document is None else document
         self._on_ready = on_ready
         self._ended = self._reads = False
         self._machine: Machine | None = None
@@ -240,7 +237,10 @@ class _Serve:
             launched.spare_collections("vmm.machine.machine")
             import vmm.machine.machine  # noqa: F401
 
-            self._confine()
+            if not args.no_seccomp:
+                from vmm.jail import seccomp
+
+                seccomp.enable()
             if args.config_file is not None:
                 self._use("--config-file", args.config_file, self._start_from)
                 logger.info("Successfully started microvm that was configured from one single json")
@@ -310,12 +310,6 @@ class _Serve:
         except (OSError, ApiError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ApiError(f"{option} {path}: {why}") from error
-
-    def _confine(self) -> None:
-        if not self._args.no_seccomp:
-            from vmm.jail import seccomp
-
-            seccomp.enable()
 
     def _on_api_thread(self) -> None:
         self._faults.set_thread_name("fc_api")
