@@ -96,10 +96,63 @@ def unpack(name: str, source: Source, setup: Setup, memory: GuestMemory) -> elf.
     if size > memory.size or (setup.init_size and size > setup.init_size):
         room = min(memory.size, setup.init_size or memory.size)
         raise fail(f"unpacks to {size} bytes, more than the {room} that it may take")
-    scatter = _Scatter(memory, size, fail)
-    for chunk in packed:
-        scatter.feed(chunk)
-    return scatter.finish()
+    chunk = next(packed, b"")
+    if len(chunk) < _HEADERS:
+        chunk = bytes(chunk)
+        for more in packed:
+            chunk += more
+            if len(chunk) >= _HEADERS:
+                break
+    found, pieces, notes = _pieces(memoryview(chunk), size, memory, fail)
+    at = 0
+    while True:
+        end = at + len(chunk)
+        if end > size:
+            raise fail(f"unpacks to more than the {size} bytes it declares")
+        view = memoryview(chunk)
+        for offset, target in pieces:
+            if offset >= end:
+                break
+            first = max(offset, at)
+            last = min(offset + len(target), end)
+            if first < last:
+                target[first - offset : last - offset] = view[first - at : last - at]
+        at = end
+        if (following := next(packed, None)) is None:
+            break
+        chunk = following
+    if at != size:
+        raise fail(f"ends early: {at} of {size} bytes")
+    for data, align in notes:
+        found.add_notes(bytes(data), align, _kernel_failing(fail))
+    return found
+
+
+def _kernel_failing(fail: Fail) -> Fail:
+    return lambda problem: fail(f"unpacks to a file that {problem}")
+
+
+def _pieces(
+    start: memoryview, size: int, memory: GuestMemory, fail: Fail
+) -> tuple[elf.Elf, list[tuple[int, memoryview]], list[tuple[bytearray, int]]]:
+    """What an ELF file's headers say, where which of its bytes go, and the notes among them with their alignment.
+
+    :param start: its first bytes, with all headers
+    :param size: bytes in the whole file
+    """
+    fail = _kernel_failing(fail)
+
+    def read(offset: int, size: int, what: str) -> bytes:
+        if offset + size > len(start):
+            raise fail(f"has no room for {what}: it ends at byte {offset + size}")
+        return bytes(start[offset : offset + size])
+
+    found = elf.parse(read, size, fail)
+    elf.check_room(found, memory, fail)
+    notes = [(bytearray(length), align) for _, length, align in found.note_spans]
+    pieces = [(s.offset, memory.slice(s.start, s.filesz)) for s in found.segments if s.filesz]
+    pieces += [(span[0], memoryview(data)) for span, (data, _) in zip(found.note_spans, notes, strict=True)]
+    return found, sorted(pieces, key=lambda piece: piece[0]), notes
 
 
 class _Input:
@@ -123,76 +176,6 @@ class _Input:
         self._source.read_into(self._at, view, "the payload")
         self._at += len(view)
         self.left -= len(view)
-
-
-class _Scatter:
-    """Takes the bytes of an ELF file in order and puts those of its segments into guest memory."""
-
-    def __init__(self, memory: GuestMemory, size: int, fail: Fail) -> None:
-        self._memory = memory
-        self._size = size
-        self._fail = fail
-        self._at = 0
-        self._start = b""
-        self._elf: elf.Elf | None = None
-        self._notes: list[tuple[bytearray, int]] = []
-        self._pieces: list[tuple[int, memoryview]] = []
-
-    def feed(self, chunk: Chunk) -> None:
-        """Take the next bytes of the file; they are not kept."""
-        if self._elf is None:
-            if self._start or len(chunk) < _HEADERS:
-                self._start += bytes(chunk)
-                if len(self._start) < _HEADERS:
-                    return
-                chunk, self._start = self._start, b""
-            self._begin(memoryview(chunk))
-        end = self._at + len(chunk)
-        if end > self._size:
-            raise self._fail(f"unpacks to more than the {self._size} bytes it declares")
-        view = memoryview(chunk)
-        for offset, target in self._pieces:
-            if offset >= end:
-                break
-            first = max(offset, self._at)
-            last = min(offset + len(target), end)
-            if first < last:
-                target[first - offset : last - offset] = view[first - self._at : last - self._at]
-        self._at = end
-
-    def finish(self) -> elf.Elf:
-        """Return the headers after the last byte.
-
-        :raises ConfigError: when bytes are missing
-        """
-        if self._elf is None:  # all of it is shorter than the room for headers
-            start, self._start = self._start, b""
-            self._begin(memoryview(start))
-            self.feed(start)
-        if self._at != self._size or self._elf is None:
-            raise self._fail(f"ends early: {self._at} of {self._size} bytes")
-        for data, align in self._notes:
-            self._elf.add_notes(bytes(data), align, self._kernel_fail)
-        return self._elf
-
-    def _kernel_fail(self, problem: str) -> ConfigError:
-        return self._fail(f"unpacks to a file that {problem}")
-
-    def _begin(self, start: memoryview) -> None:
-        def read(offset: int, size: int, what: str) -> bytes:
-            if offset + size > len(start):
-                raise self._kernel_fail(f"has no room for {what}: it ends at byte {offset + size}")
-            return bytes(start[offset : offset + size])
-
-        found = elf.parse(read, self._size, self._kernel_fail)
-        elf.check_room(found, self._memory, self._kernel_fail)
-        self._pieces = [(s.offset, self._memory.slice(s.start, s.filesz)) for s in found.segments if s.filesz]
-        for offset, size, align in found.note_spans:
-            data = bytearray(size)
-            self._notes.append((data, align))
-            self._pieces.append((offset, memoryview(data)))
-        self._pieces.sort(key=lambda piece: piece[0])
-        self._elf = found
 
 
 def _library(name: str) -> ctypes.CDLL:
