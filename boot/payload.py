@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import bz2
     import ctypes
     import lzma
+    import zlib
     from collections.abc import Callable, Iterator
 
     from boot.bzimage import Setup
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
     Chunk = bytes | memoryview
+    Unpacker = bz2.BZ2Decompressor | lzma.LZMADecompressor | zlib._Decompress
     Fail = Callable[[str], ConfigError]
 
 _MAGICS = (
@@ -166,7 +168,7 @@ class _Input:
         self.left = size
 
     def read(self, size: int = _IN) -> bytes:
-        size = min(size, self.left) if size >= 0 else self.left
+        size = min(size, self.left)
         data = self._source.read(self._at, size, "the payload")
         self._at += size
         self.left -= size
@@ -202,38 +204,26 @@ def _gzip(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import zlib
 
     unpacker = zlib.decompressobj(31)  # 31: with gzip's header and checksum
-    while not unpacker.eof:
-        data = unpacker.unconsumed_tail or packed.read()
-        try:
-            chunk = unpacker.decompress(data, _OUT)
-        except zlib.error as error:
-            raise fail(f"is broken: {error}") from None
-        if not data and not chunk:
-            raise fail("is broken: it has no end")
-        yield chunk
+    return _stream(unpacker, zlib.error, lambda: unpacker.unconsumed_tail or packed.read(), fail)
 
 
 def _xz(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import lzma
 
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=_WINDOW + (32 << 20))
-    return _stream(unpacker, lzma.LZMAError, packed, fail)
+    return _stream(unpacker, lzma.LZMAError, lambda: packed.read() if unpacker.needs_input else b"", fail)
 
 
 def _bzip2(packed: _Input, fail: Fail) -> Iterator[Chunk]:
     import bz2
 
-    return _stream(bz2.BZ2Decompressor(), OSError, packed, fail)
+    unpacker = bz2.BZ2Decompressor()
+    return _stream(unpacker, OSError, lambda: packed.read() if unpacker.needs_input else b"", fail)
 
 
-def _stream(
-    unpacker: lzma.LZMADecompressor | bz2.BZ2Decompressor,
-    broken: type[Exception],
-    packed: _Input,
-    fail: Fail,
-) -> Iterator[Chunk]:
+def _stream(unpacker: Unpacker, broken: type[Exception], take: Callable[[], bytes], fail: Fail) -> Iterator[Chunk]:
     while not unpacker.eof:
-        data = packed.read() if unpacker.needs_input else b""
+        data = take()
         try:
             chunk = unpacker.decompress(data, _OUT)
         except broken as error:
