@@ -13,17 +13,6 @@ from vmm.errors import ConfigError, HostError, host_errors
 _USERS_MISTAKES = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
 )  # fmt: skip
-_HEAD = 4096
-
-
-def _pread(fd: int, size: int, offset: int) -> bytes:
-    """As os.pread, but fewer bytes mean the end of the file: a 9p or FUSE file system, or a read of more than 2 GiB,
-    gives some of them and the rest when asked again.
-    """
-    data = os.pread(fd, size, offset)
-    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 class Source(Closing):
@@ -32,10 +21,10 @@ class Source(Closing):
     :param field: the option that named it, for messages
     :param path: the path as the user wrote it
     :raises ConfigError: missing, not permitted, not a regular file, empty
-    :raises HostError: when the host fails to open or read it
+    :raises HostError: when the host fails to open it
     """
 
-    __slots__ = ("_fd", "_head", "field", "path", "size")
+    __slots__ = ("_fd", "field", "path", "size")
 
     def __init__(self, field: str, path: str | os.PathLike[str]) -> None:
         self._fd = -1
@@ -52,7 +41,6 @@ class Source(Closing):
             if status.st_size == 0:
                 raise self.fail("is empty")
             self.size = status.st_size
-            self._head = _pread(self._fd, min(_HEAD, self.size), 0)
         except ConfigError:
             self.close()
             raise
@@ -75,8 +63,8 @@ class Source(Closing):
         return ConfigError(self.field, self.path, problem)
 
     def head(self, size: int) -> bytes:
-        """Return the first ``size`` bytes (at most 4096), or fewer where the file is shorter."""
-        return self._head[:size]
+        """Return the first ``size`` bytes, or fewer where the file is shorter."""
+        return self.read(0, min(size, self.size), "the head")
 
     def read(self, offset: int, size: int, what: str) -> bytes:
         """Return exactly ``size`` bytes at ``offset``; the caller bounds ``size``.
@@ -86,10 +74,11 @@ class Source(Closing):
         """
         if offset + size > self.size:
             raise self._truncated(offset + size, what)
-        if offset + size <= len(self._head):
-            return self._head[offset : offset + size]
+        data = b""
         with host_errors(f"read {self.field}", self.path):
-            data = _pread(self._fd, size, offset)
+            # A 9p or FUSE file system, or a read of more than 2 GiB, gives some of them, and the rest when asked again.
+            while len(data) < size and (more := os.pread(self._fd, size - len(data), offset + len(data))):
+                data += more
         if len(data) < size:  # it shrank since it was opened
             raise self._truncated(offset + size, what)
         return data

@@ -87,7 +87,7 @@ def test_what_the_host_fails_at_is_not_the_users_mistake(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "pread", broken)
-    with pytest.raises(HostError, match=r"open kernel .*Input/output error"):
+    with pytest.raises(HostError, match=r"read kernel .*Input/output error"):
         load(memory, kernel)
     monkeypatch.undo()
     monkeypatch.setattr(os, "preadv", broken)
