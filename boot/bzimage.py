@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bzImage: check the setup header, choose a load address, and load the kernel unchanged.
+"""bzImage: check the setup header, and choose a load address.
 
 Source: Documentation/arch/x86/boot.rst. Offsets are those in the file; the zero page shares them from 0x1f1
 on.
@@ -122,8 +122,3 @@ def choose_address(setup: Setup, memory: GuestMemory, source: Source) -> int:
             f" there are {memory.size >> 20} MiB"
         )
     return address
-
-
-def load(setup: Setup, address: int, source: Source, memory: GuestMemory) -> None:
-    """Read the protected-mode kernel to ``address`` as it is; it unpacks itself when it runs."""
-    source.read_into(setup.kernel, memory.slice(address, setup.size), "the kernel")

@@ -211,7 +211,7 @@ def _load_bzimage(
             loaded.unpacked = method
             _choose_protocol(image, loaded, protocol, source, prefer="linux64")
             return [(segment.start, segment.end) for segment in image.segments]
-    bzimage.load(setup, address, source, memory)
+    source.read_into(setup.kernel, memory.slice(address, setup.size), "the kernel")  # it unpacks itself
     loaded.protocol = "linux64"
     loaded.entry = address + bzimage.ENTRY_64
     return [(address, address + setup.needs)]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MP table and the virtio-mmio words of the command line, for kernels without ACPI (``acpi=off``).
+"""The MP table, for kernels without ACPI (``acpi=off``).
 
-Source: Intel MultiProcessor Specification 1.4, chapter 4; Linux arch/x86/kernel/mpparse.c,
-drivers/virtio/virtio_mmio.c.
+Source: Intel MultiProcessor Specification 1.4, chapter 4; Linux arch/x86/kernel/mpparse.c.
 """
 
 from __future__ import annotations
@@ -63,13 +62,3 @@ def write(memory: GuestMemory, *, cpus: int) -> None:
     pointer[10] = -sum(pointer) & 0xFF
     memory.write(at, table)
     memory.write(layout.MPTABLE, pointer)
-
-
-def virtio_mmio_parameter(base: int, size: int, gsi: int) -> str:
-    """Return the kernel parameter for one virtio-mmio window, as ``virtio_mmio.device=4K@0xd0000000:5``.
-
-    :param base: guest physical address
-    :param size: bytes, a multiple of 1024
-    :param gsi: interrupt
-    """
-    return f"virtio_mmio.device={size >> 10}K@{base:#x}:{gsi}"

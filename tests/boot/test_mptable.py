@@ -66,8 +66,3 @@ def test_every_pin_is_the_isa_interrupt_of_its_number() -> None:
 def test_local_interrupts() -> None:
     _, entries = written(1)
     assert entries[27:] == [b"\x04\x03\x00\x00\x00\x00\xff\x00", b"\x04\x01\x00\x00\x00\x00\xff\x01"]
-
-
-def test_kernel_parameter() -> None:
-    assert mptable.virtio_mmio_parameter(0xD000_0000, 4096, 5) == "virtio_mmio.device=4K@0xd0000000:5"
-    assert mptable.virtio_mmio_parameter(0xD001_3000, 512 << 10, 23) == "virtio_mmio.device=512K@0xd0013000:23"

@@ -41,8 +41,8 @@ def load_kernel(memory: GuestMemory, config: VmConfig, virtio: list[tuple[int, i
     :raises ConfigError: a file or the command line cannot be used
     """
     cmdline = Cmdline(config.full_cmdline)
-    for window in virtio:
-        cmdline.append(mptable.virtio_mmio_parameter(*window))
+    for base, size, gsi in virtio:  # for kernels without ACPI; source: Linux drivers/virtio/virtio_mmio.c
+        cmdline.append(f"virtio_mmio.device={size >> 10}K@{base:#x}:{gsi}")
     loaded = load.load(
         memory, config.kernel, initrd_path=config.initrd, cmdline=str(cmdline),
         protocol=config.protocol, unpack=config.unpack,
