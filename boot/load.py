@@ -6,7 +6,6 @@ from __future__ import annotations
 from boot import elf, layout, params
 from boot.source import Source
 from vmm.cmdline import Cmdline
-from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,7 +111,8 @@ def load(
     """Load a kernel into fresh guest memory, and all that it expects there except firmware tables.
 
     Fresh, because memory that a kernel wants zero is not written. On an error guest memory may be half
-    written; it is of no use then.
+    written; it is of no use then. ``VmConfig`` has checked that there is 1 MiB at least, and `protocol` and
+    `unpack`.
 
     :param protocol: ``linux64``, ``pvh``, or ``auto``: PVH where an ELF file offers it, else 64-bit Linux
     :param unpack: whether the host unpacks a bzImage, which is faster: ``always``, ``never``, or ``auto``:
@@ -120,12 +120,6 @@ def load(
     :raises ConfigError: when a file, the command line or their size cannot be; one line says what and where
     :raises HostError: when the host fails to read a file
     """
-    if protocol not in ("auto", "linux64", "pvh"):
-        raise ConfigError("protocol", protocol, "auto, linux64 or pvh are allowed")
-    if unpack not in ("auto", "always", "never"):
-        raise ConfigError("unpack", unpack, "auto, always or never are allowed")
-    if memory.regions[0].size < layout.HIMEM:
-        raise ConfigError("memory", memory.size, "bytes are too few to boot a kernel; give more than 1 MiB")
     with Source("kernel", kernel_path) as source:
         image = _identify(source)
         loaded = Loaded(source, image)

@@ -141,17 +141,6 @@ def test_files_that_are_no_kernels(memory: GuestMemory, tmp_path: Path, data: by
     assert found in refused("kernel", path, probe, path)
 
 
-@pytest.mark.parametrize(("option", "value"), [("protocol", "multiboot"), ("unpack", "yes"), ("protocol", "")])
-def test_options_that_do_not_exist(memory: GuestMemory, kernel: Path, option: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=option):
-        load(memory, kernel, **{option: value})
-
-
-def test_memory_too_small_to_boot_in(kernel: Path) -> None:
-    with GuestMemory(512 << 10) as memory, pytest.raises(ConfigError, match="memory"):
-        load(memory, kernel)
-
-
 def test_the_initrd_lies_as_high_as_it_can(memory: GuestMemory, kernel: Path, tmp_path: Path) -> None:
     initrd = tmp_path / "initrd"
     initrd.write_bytes(os.urandom(10_000))
