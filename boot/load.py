@@ -125,7 +125,10 @@ def load(
         loaded = Loaded(source, image)
         if isinstance(image, elf.Elf):
             text = Cmdline(cmdline).encode()
-            taken = _load_elf(image, source, memory, loaded, protocol)
+            elf.check_room(image, memory, source.fail)
+            pvh = protocol == "pvh" or (protocol == "auto" and image.pvh_entry is not None)
+            taken = _enter(loaded, image, pvh, source)
+            elf.load_file(image, source, memory)
             header, initrd_max = params.elf_setup_header(), layout.MMIO_HOLE - 1
         else:
             text = Cmdline(cmdline).encode(min(image.cmdline_size, layout.CMDLINE_END - layout.CMDLINE - 1))
@@ -166,22 +169,11 @@ def _identify(source: Source) -> elf.Elf | Setup:
     raise source.fail("is neither an ELF kernel nor a bzImage")
 
 
-def _load_elf(
-    image: elf.Elf, source: Source, memory: GuestMemory, loaded: Loaded, protocol: str
-) -> list[tuple[int, int]]:
-    """Load the segments, settle the protocol; return the stretches of memory taken, by rising address."""
-    elf.check_room(image, memory, source.fail)
-    _choose_protocol(image, loaded, protocol, source, prefer="pvh")
-    elf.load_file(image, source, memory)
+def _enter(loaded: Loaded, image: elf.Elf, pvh: bool, source: Source) -> list[tuple[int, int]]:
+    """Settle protocol and entry; return the stretches of memory that an ELF kernel takes, by rising address."""
+    loaded.protocol = "pvh" if pvh else "linux64"
+    loaded.entry = image.checked_pvh_entry(source.fail) if pvh else image.linux64_entry(source.fail)
     return [(segment.start, segment.end) for segment in image.segments]
-
-
-def _choose_protocol(image: elf.Elf, loaded: Loaded, protocol: str, source: Source, prefer: str) -> None:
-    if protocol == "auto":
-        protocol = prefer if image.pvh_entry is not None else "linux64"
-    pvh_wanted = protocol == "pvh"
-    loaded.protocol = protocol
-    loaded.entry = image.checked_pvh_entry(source.fail) if pvh_wanted else image.linux64_entry(source.fail)
 
 
 def _load_bzimage(
@@ -203,8 +195,7 @@ def _load_bzimage(
                 raise source.fail(f"cannot be unpacked: {error}") from None
         else:
             loaded.unpacked = method
-            _choose_protocol(image, loaded, protocol, source, prefer="linux64")
-            return [(segment.start, segment.end) for segment in image.segments]
+            return _enter(loaded, image, protocol == "pvh", source)
     source.read_into(setup.kernel, memory.slice(address, setup.size), "the kernel")  # it unpacks itself
     loaded.protocol = "linux64"
     loaded.entry = address + bzimage.ENTRY_64
