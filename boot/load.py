@@ -38,33 +38,28 @@ class Kind:
     :ivar kind: ``elf`` or ``bzimage``
     """
 
-    __slots__ = ("_cpl3", "_linux", "_path", "kind")
+    __slots__ = ("_path", "_ring0", "kind")
 
     def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
         self._path = source.path
         self.kind = "bzimage"
-        self._linux: bool | None = True
-        self._cpl3 = False
+        self._ring0: bool | None = True
         if isinstance(image, elf.Elf):
             self.kind = "elf"
-            self._cpl3 = image.cpl3
-            self._linux = image.linux_notes or None
-
-    @property
-    def is_linux(self) -> bool:
-        """Whether this is a Linux kernel; searches an ELF file without Linux's notes for its banner, once.
-
-        :raises ConfigError, HostError: when the file has gone since
-        """
-        if self._linux is None:
-            with Source("kernel", self._path) as source:
-                self._linux = elf.has_linux_banner(source)
-        return self._linux
+            self._ring0 = False if image.cpl3 else image.linux_notes or None
 
     @property
     def needs_ring0(self) -> bool:
-        """Whether this is a Linux, and no note in it says that its code runs in ring 3; as :attr:`is_linux`."""
-        return not self._cpl3 and self.is_linux
+        """Whether this is a Linux, and no note in it says that its code runs in ring 3.
+
+        An ELF file without such notes and Linux's is searched for Linux's banner, once.
+
+        :raises ConfigError, HostError: when the file has gone since
+        """
+        if self._ring0 is None:
+            with Source("kernel", self._path) as source:
+                self._ring0 = elf.has_linux_banner(source)
+        return self._ring0
 
 
 class Loaded(Kind):

@@ -159,7 +159,7 @@ def run(data: bytes) -> Loaded | None:
         os.ftruncate(initrd, initrd_size)
         with Watched(RAM) as memory:
             try:
-                probe(f"/proc/self/fd/{kernel}").is_linux  # noqa: B018 - reading it is the point
+                probe(f"/proc/self/fd/{kernel}").needs_ring0  # noqa: B018 - reading it is the point
                 loaded = load(
                     memory, f"/proc/self/fd/{kernel}", cmdline=cmdline, protocol=protocol, unpack=unpack,
                     initrd_path=f"/proc/self/fd/{initrd}" if flags & 32 else None,

@@ -66,7 +66,7 @@ def zero(memory: GuestMemory, gpa: int, size: int) -> bool:
 
 def test_its_headers(kernel: Path) -> None:
     kind = probe(kernel)
-    assert (kind.kind, kind.is_linux) == ("bzimage", True)
+    assert (kind.kind, kind.needs_ring0) == ("bzimage", True)
 
 
 def test_packed(kernel: Path) -> None:

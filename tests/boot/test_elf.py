@@ -21,7 +21,7 @@ def test_a_pvh_guest_of_one_instruction(memory: GuestMemory, kernel: KernelFile)
     loaded = load(memory, kernel(pvh_elf(b"\xf4")), cmdline="hello")
     assert (loaded.protocol, loaded.entry) == ("pvh", MIB)
     assert (loaded.kind, loaded.unpacked, loaded.kernel, loaded.initrd) == ("elf", "", (MIB, 1), (0, 0))
-    assert not loaded.is_linux
+    assert not loaded.needs_ring0
     assert memory.read(MIB, 2) == b"\xf4\0"
     assert memory.read(layout.CMDLINE, 6) == b"hello\0"
 
@@ -36,7 +36,7 @@ def test_a_32_bit_elf_boots_by_pvh_only(memory: GuestMemory, kernel: KernelFile)
 def test_vmlinux_by_both_protocols(kernel: KernelFile) -> None:
     path = kernel(vmlinux(b"text" * 16))
     kind = probe(path)
-    assert (kind.kind, kind.is_linux) == ("elf", True)
+    assert (kind.kind, kind.needs_ring0) == ("elf", True)
     for protocol, entry in (("auto", 16 * MIB + 0x10), ("pvh", 16 * MIB + 0x10), ("linux64", 16 * MIB)):
         with GuestMemory(64 * MIB) as memory:
             loaded = load(memory, path, protocol=protocol)
@@ -222,12 +222,12 @@ def test_a_linux_needs_ring_0_unless_its_note_says_otherwise(kernel: KernelFile)
 
 
 def test_linux_is_told_by_its_notes_or_its_banner(kernel: KernelFile) -> None:
-    assert probe(kernel(pvh_elf(notes=note(b"Linux", 0x101, b"6.1\0")))).is_linux
-    assert probe(kernel(pvh_elf(notes=note(b"Xen", 6, b"linux\0")))).is_linux
-    assert not probe(kernel(pvh_elf(notes=note(b"Xen", 6, b"NetBSD\0")))).is_linux
+    assert probe(kernel(pvh_elf(notes=note(b"Linux", 0x101, b"6.1\0")))).needs_ring0
+    assert probe(kernel(pvh_elf(notes=note(b"Xen", 6, b"linux\0")))).needs_ring0
+    assert not probe(kernel(pvh_elf(notes=note(b"Xen", 6, b"NetBSD\0")))).needs_ring0
     across = bytes((1 << 20) - 300) + b"Linux version 6.1"
     for cut in range(0, 20):
         text = across[cut:] + bytes(300 << 10)
-        assert probe(kernel(elf([Phdr(data=text)]))).is_linux
-    assert not probe(kernel(elf([Phdr(data=bytes(2 << 20))]))).is_linux
-    assert not probe(kernel(elf([Phdr(data=b"Linux version")]))).is_linux, "too small to be searched"
+        assert probe(kernel(elf([Phdr(data=text)]))).needs_ring0
+    assert not probe(kernel(elf([Phdr(data=bytes(2 << 20))]))).needs_ring0
+    assert not probe(kernel(elf([Phdr(data=b"Linux version")]))).needs_ring0, "too small to be searched"

@@ -243,14 +243,14 @@ def test_a_host_that_reads_a_little_at_a_time(
     elf_path.write_bytes(image)
     path.write_bytes(bzimage(compress("gzip", image)))
     initrd.write_bytes(os.urandom(100_000))
-    whole = [probe(file).is_linux for file in (elf_path, path)]
+    whole = [probe(file).needs_ring0 for file in (elf_path, path)]
     with GuestMemory(64 * MIB) as other:
         load(other, path, initrd_path=initrd, unpack=unpack)
         expected = other.read(16 * MIB, 8 * MIB)
     pread, preadv = os.pread, os.preadv
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 300), offset))
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:4999]], offset))
-    assert [probe(file).is_linux for file in (elf_path, path)] == whole
+    assert [probe(file).needs_ring0 for file in (elf_path, path)] == whole
     loaded = load(memory, path, initrd_path=initrd, unpack=unpack)
     assert memory.read(16 * MIB, 8 * MIB) == expected
     assert memory.read(*loaded.initrd) == initrd.read_bytes()
