@@ -72,11 +72,10 @@ class Elf:
     :ivar entry: ``e_entry`` as it stands; :meth:`linux64_entry` checks it
     :ivar segments: non-empty PT_LOADs, by rising address
     :ivar pvh_entry: where a PVH boot starts, None without the note
-    :ivar linux_notes: whether a note says that this is Linux
-    :ivar cpl3: whether a note says that it needs no ring 0
+    :ivar ring0: what its notes say of that: a Linux needs it, unless one of ours says no; None: nothing
     """
 
-    __slots__ = ("bits", "cpl3", "entry", "linux_notes", "note_spans", "pvh_entry", "segments")
+    __slots__ = ("bits", "entry", "note_spans", "pvh_entry", "ring0", "segments")
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -84,8 +83,7 @@ class Elf:
         self.segments: list[Segment] = []
         self.note_spans: list[tuple[int, int, int]] = []
         self.pvh_entry: int | None = None
-        self.linux_notes = False
-        self.cpl3 = False
+        self.ring0: bool | None = None
 
     def add_notes(self, data: bytes, align: int, fail: Fail) -> None:
         """Take what matters from the notes ``data`` of one PT_NOTE.
@@ -99,12 +97,11 @@ class Elf:
         if notes is None:
             raise fail(f"has a broken ELF note segment: a note runs past its {len(data)} bytes")
         for name, kind, desc in notes:
-            if name == b"Linux":
-                self.linux_notes = True
-            elif name == b"pyvmm" and kind == PYVMM_ELFNOTE_CPL3:
-                self.cpl3 = True
-            elif name == b"Xen" and kind == XEN_ELFNOTE_GUEST_OS:
-                self.linux_notes |= desc.rstrip(b"\0").lower() == b"linux"
+            is_system = name == b"Xen" and kind == XEN_ELFNOTE_GUEST_OS
+            if name == b"pyvmm" and kind == PYVMM_ELFNOTE_CPL3:
+                self.ring0 = False
+            elif name == b"Linux" or (is_system and desc.rstrip(b"\0").lower() == b"linux"):
+                self.ring0 = self.ring0 is not False
             elif name == b"Xen" and kind == XEN_ELFNOTE_PHYS32_ENTRY:
                 if len(desc) not in (4, 8):
                     raise fail(f"has a PVH entry note of {len(desc)} bytes; 4 or 8 are allowed")

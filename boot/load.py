@@ -42,11 +42,7 @@ class Kind:
 
     def __init__(self, source: Source, image: elf.Elf | Setup) -> None:
         self._path = source.path
-        self.kind = "bzimage"
-        self._ring0: bool | None = True
-        if isinstance(image, elf.Elf):
-            self.kind = "elf"
-            self._ring0 = False if image.cpl3 else image.linux_notes or None
+        self.kind, self._ring0 = ("elf", image.ring0) if isinstance(image, elf.Elf) else ("bzimage", True)
 
     @property
     def needs_ring0(self) -> bool:
