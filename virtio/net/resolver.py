@@ -288,31 +288,26 @@ class Resolver:
     # The thread
 
     def _serve(self) -> None:
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
         waiting: dict[int, _Asked] = {}
         while not self._closing:
+            poll = select.poll()
+            for fd in (self._wake, *waiting):
+                poll.register(fd, select.POLLIN)
             now = time.monotonic()
             wait = min((each.deadline - now for each in waiting.values()), default=None)
             for fd, _ in poll.poll(None if wait is None else max(0, int(wait * 1000) + 1)):
                 if fd == self._wake:
                     os.eventfd_read(fd)
                 elif self._hear(waiting[fd]):
-                    poll.unregister(fd)
                     self._shut(waiting.pop(fd))
-            due = []
+            now = time.monotonic()
+            due = [waiting.pop(fd) for fd, asked in tuple(waiting.items()) if asked.deadline <= now]
             while self._new:
                 due.append(self._new.popleft())
-            now = time.monotonic()
-            for fd, asked in list(waiting.items()):
-                if asked.deadline <= now:
-                    poll.unregister(fd)
-                    self._shut(waiting.pop(fd))
-                    due.append(asked)
             for asked in due:
+                self._shut(asked)
                 if (fd := self._send(asked)) >= 0:
                     waiting[fd] = asked
-                    poll.register(fd, select.POLLIN)
         for asked in waiting.values():
             self._shut(asked)
 
