@@ -78,7 +78,7 @@ class Tap:
             raise ConfigError("tap", name, "does not exist: make it with ip tuntap add, or use auto") from None
         try:
             for index in range(queues):
-                self.fds.append(self._open(IFF_MULTI_QUEUE * (queues > 1) | IFF_TUN_EXCL * (make and index == 0)))
+                self._open(IFF_MULTI_QUEUE * (queues > 1) | IFF_TUN_EXCL * (make and index == 0))
         except OSError as error:
             self.close()
             raise ConfigError("tap", name, _explain(error)) from None
@@ -106,26 +106,20 @@ class Tap:
         """Say why nothing comes any more."""
         return f"its tap {self.name} is gone"
 
-    def _open(self, options: int) -> int:
+    def _open(self, options: int) -> None:
         fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.fds.append(fd)
         try:
-            flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-            try:
-                made = self._attach(fd, flags | options)
-            except OSError as error:
-                if error.errno != errno.EINVAL or options:
-                    raise
-                made = self._attach(fd, flags | IFF_MULTI_QUEUE)  # made by somebody for several
-            self.name = made.rstrip(b"\0").decode()
-            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER))
-        except OSError:
-            os.close(fd)
-            raise
-        return fd
+            self._attach(fd, options)
+        except OSError as error:
+            if error.errno != errno.EINVAL or options:
+                raise
+            self._attach(fd, IFF_MULTI_QUEUE)  # made by somebody for several
+        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER))
 
-    def _attach(self, fd: int, flags: int) -> bytes:
-        name: bytes = _IFREQ.unpack(fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(self.name.encode(), flags)))[0]
-        return name
+    def _attach(self, fd: int, options: int) -> None:
+        request = _IFREQ.pack(self.name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | options)
+        self.name = _IFREQ.unpack(fcntl.ioctl(fd, TUNSETIFF, request))[0].rstrip(b"\0").decode()
 
     def set_offloads(self, features: int) -> None:
         """Let the host leave to the guest what of VIRTIO_NET_F_GUEST_* is in `features`.
