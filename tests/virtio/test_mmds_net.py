@@ -23,7 +23,7 @@ from tests.virtio.net_driver import checksum
 from virtio import spec
 from virtio.net import mmds as mmds_net
 from virtio.net.host import Tap
-from virtio.net.mmds import ACK, FIN, IDLE, MAC, MAX_CONNECTIONS, MAX_RESETS, MSS, PSH, RECEIVE, RST, SYN, Endpoint
+from virtio.net.mmds import ACK, FIN, IDLE, MAC, MAX_CONNECTIONS, MAX_FRAMES, MSS, PSH, RECEIVE, RST, SYN, Endpoint
 from vmm.config.devices import MmdsConfig
 from vmm.machine.mmds import MAX_REQUEST, Mmds
 
@@ -566,13 +566,13 @@ def test_a_flood_of_connections_leaves_those_that_are_used() -> None:
     flood(peer, 1000)
     endpoint = peer.endpoint
     assert len(endpoint._connections) == MAX_CONNECTIONS
-    assert len(endpoint._frames) == MAX_RESETS
+    assert len(endpoint._frames) == MAX_FRAMES
     peer.all()
     assert peer.alive
     peer.now += IDLE + 1
     flood(peer, 20_000)
     assert len(endpoint._connections) == MAX_CONNECTIONS
-    assert len(endpoint._frames) <= MAX_RESETS
+    assert len(endpoint._frames) <= MAX_FRAMES
     counters = endpoint.counters
     assert counters["connections_created"] - counters["connections_destroyed"] == MAX_CONNECTIONS
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAC = bytes.fromhex("060123456701")
 PORT = 80
 MAX_CONNECTIONS = 30
-MAX_RESETS = 100  # waiting to be sent
+MAX_FRAMES = 100  # resets and the like, waiting to be sent
 RECEIVE = 4096  # bytes of a connection's requests, held until they are answered
 MSS = 1460
 MIN_MSS = 64
@@ -185,8 +185,7 @@ class Endpoint:
         self._clock = clock
         self._lock = threading.Lock()
         self._connections: dict[Key, _Connection] = {}
-        self._frames: deque[bytes] = deque(maxlen=MAX_RESETS)
-        self._arp: bytes | None = None
+        self._frames: deque[bytes] = deque(maxlen=MAX_FRAMES)
         self._identity = 0
 
     def reset(self) -> None:
@@ -195,7 +194,6 @@ class Endpoint:
             self.counters["connections_destroyed"] += len(self._connections)
             self._connections.clear()
             self._frames.clear()
-            self._arp = None
 
     def timeout(self) -> float | None:
         """Seconds until ``next_frame`` may have one by the clock alone; None: it will not."""
@@ -213,9 +211,6 @@ class Endpoint:
             return frame
 
     def _next_frame(self) -> bytes | None:
-        if self._arp is not None:
-            frame, self._arp = self._arp, None
-            return frame
         now = self._clock()
         for key, connection in list(self._connections.items()):
             if not connection.expire(now):
@@ -238,7 +233,9 @@ class Endpoint:
         with self._lock:
             self.counters["rx_accepted"] += 1
             if frame[12:22] == _ARP_REQUEST and len(frame) >= 42 and frame[38:42] == self.address:
-                self._arp = frame[22:28] + MAC + b"\x08\x06" + _ARP_REPLY + MAC + self.address + frame[22:32]
+                answer = frame[22:28] + MAC + b"\x08\x06" + _ARP_REPLY + MAC + self.address + frame[22:32]
+                if answer not in self._frames:
+                    self._frames.append(answer)
             elif frame[12:14] != b"\x08\0" or len(frame) < 34:
                 self.counters["rx_bad_eth"] += 1
             else:
