@@ -19,15 +19,13 @@ import time
 from _collections import deque  # type: ignore[import-not-found]  # `collections` takes long to import
 
 from virtio.net import dns, frames
-from virtio.net._policy import REASONS
+from virtio.net._policy import REASONS, Policy
 from vmm import threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
-
-    from virtio.net._policy import Policy
 
     Client = tuple[bytes, int]  # the headers of a question's frame, and its source port
     Name = tuple[str, int, int]  # a name or a pattern, and ports
@@ -40,16 +38,14 @@ TRIES = 3
 PATIENCE = 1.5  # seconds for an answer; a guest's own resolver waits 5
 LEAST, LONGEST = 60, 86400  # seconds that new connections to what a name has are allowed
 # Addresses of networks that are somebody's own: they are reached by rules for them alone.
-_OWN = [
-    (socket.inet_pton(socket.AF_INET6, address), bits)
-    for address, bits in (
+_OWN = Policy(
+    allow=[(socket.inet_pton(socket.AF_INET6, address), bits, 0, 0) for address, bits in (
         ("::ffff:0.0.0.0", 104), ("::ffff:10.0.0.0", 104), ("::ffff:100.64.0.0", 106), ("::ffff:127.0.0.0", 104),
         ("::ffff:169.254.0.0", 112), ("::ffff:172.16.0.0", 108), ("::ffff:192.0.0.0", 120),
         ("::ffff:192.168.0.0", 112), ("::ffff:198.18.0.0", 111), ("::ffff:224.0.0.0", 99), ("::", 96),
         ("64:ff9b:1::", 48), ("fc00::", 7), ("fe80::", 10), ("fec0::", 10), ("ff00::", 8),
-    )
-]  # fmt: skip
-
+    )]
+)  # fmt: skip
 _NAT64 = bytes.fromhex("0064ff9b") + bytes(8)  # RFC 6052: behind it is an IPv4 address, which a gateway translates to
 
 
@@ -397,10 +393,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _is_own(address: bytes) -> bool:
-    if address.startswith(_NAT64):
-        address = frames.MAPPED + address[12:]
-    number = int.from_bytes(address, "big")
-    return any((number ^ int.from_bytes(network, "big")) >> 128 - bits == 0 for network, bits in _OWN)
+    return _OWN.allows(frames.MAPPED + address[12:] if address.startswith(_NAT64) else address)
 
 
 _WHY = {
