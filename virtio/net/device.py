@@ -194,7 +194,6 @@ class Net(VirtioDevice):
         self.config = self._config_space()
         self._use(state["pairs"], state["offloads"] & self.context.features)
         if self.resolver is not None:
-            self.resolver.log = self.context.warn
             self.resolver.restore(state.get("names", ()))
 
     def set_rate_limit(self, limiter: RateLimiter, bandwidth: Bucket | None = None, ops: Bucket | None = None) -> None:
