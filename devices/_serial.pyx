@@ -4,7 +4,7 @@
 
 Output goes to a ring from which a console thread takes it (``wait_output``). While the ring is full, THRE stays clear
 and the guest waits, as on a slow line: Linux's tty layer for ever, its printk for 10 ms a byte. Input from ``feed``
-stays "on the wire", a second buffer, until the FIFO is empty and the guest is ready for it.
+stays "on the wire" until the FIFO is empty and the guest is ready for it. Then the FIFO is the first bytes of the wire.
 
 Source: National Semiconductor PC16550D data sheet, section 8 (registers); Linux
 drivers/tty/serial/8250/8250_port.c.
@@ -12,7 +12,7 @@ drivers/tty/serial/8250/8250_port.c.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memmove
 
 from vmm._bus cimport ACCESS_DONE, NativeDevice
 from vmm._sys cimport (
@@ -56,13 +56,12 @@ cdef extern from "<linux/serial_reg.h>" nogil:
 
 cdef enum:
     FIFO_SIZE = 16
-    WIRE_SIZE = 4096            # bytes that the host has sent and the FIFO has not taken; a power of two
+    WIRE_SIZE = 4096            # bytes that the host has sent and the guest has not read; a power of two
     RING_SIZE = 65536           # bytes that the guest has sent and the host has not taken; a power of two
     IIR_FIFO = 0xc0             # in IIR while the FIFO is enabled
     # A driver that waits for the transmitter reads LSR once or twice. A driver that reads it this many times in a
     # row polls for input.
     POLLING = 16
-    WIRE_LIMIT = WIRE_SIZE - FIFO_SIZE
     # The console thread takes the first bytes of a burst at once, so that a key's echo does not wait. Then it lets
     # output gather: a boot log takes hundreds of writes instead of thousands.
     GATHER_NS = 1_000_000
@@ -82,9 +81,9 @@ cdef struct State:
     int iir_read                # since the last refill the guest has read a cause from IIR
     uint32_t polls              # LSR reads with no other access in between
     uint8_t ier, fcr, lcr, mcr, msr, scr, dll, dlm
-    uint8_t fifo[FIFO_SIZE]     # what the guest reads next is fifo[fifo_head]
-    uint32_t fifo_head, fifo_count
-    uint32_t looped             # the number of loopback bytes, always the last in the FIFO
+    uint32_t fifo_count         # bytes in the FIFO: the first ones of the wire, and behind them those of `loop`
+    uint8_t loop[FIFO_SIZE]
+    uint32_t looped             # the number of bytes in `loop`: what the guest sent to itself
     uint8_t wire[WIRE_SIZE]
     uint32_t wire_head, wire_count
     uint8_t *ring               # RING_SIZE bytes; pages that were never written take no memory
@@ -128,14 +127,6 @@ cdef void update(State *s) noexcept nogil:
     s.level = level
 
 
-cdef bint receive(State *s, uint8_t byte) noexcept nogil:
-    if s.fifo_count == FIFO_SIZE:
-        return False
-    s.fifo[(s.fifo_head + s.fifo_count) % FIFO_SIZE] = byte
-    s.fifo_count += 1
-    return True
-
-
 cdef void refill(State *s) noexcept nogil:
     # Move input from the wire to the FIFO, only when the FIFO is empty. If the guest reads IIR, wait until it has read
     # "no cause": a FIFO that fills while Linux's handler reads it keeps the handler in its loop until it gives up, with
@@ -143,24 +134,9 @@ cdef void refill(State *s) noexcept nogil:
     cdef uint32_t room = FIFO_SIZE if s.fcr & UART_FCR_ENABLE_FIFO else 1
     if s.fifo_count or not s.wire_count or not wants_input(s):
         return
-    while s.wire_count and s.fifo_count < room:
-        receive(s, s.wire[s.wire_head])
-        s.wire_head = (s.wire_head + 1) % WIRE_SIZE
-        s.wire_count -= 1
+    s.fifo_count = min(room, s.wire_count)
     s.iir_read = 0
-    pthread_cond_broadcast(&s.input_cond)
-
-
-cdef void give_back(State *s) noexcept nogil:
-    # A guest that resets its FIFO is not ready for input yet, so the bytes go back to the wire, where feed() leaves
-    # room. Loopback bytes (always the last in the FIFO) are dropped: there may be no room for them.
-    s.fifo_count -= s.looped
-    s.looped = 0
-    while s.fifo_count:
-        s.fifo_count -= 1
-        s.wire_head = (s.wire_head - 1) % WIRE_SIZE
-        s.wire[s.wire_head] = s.fifo[(s.fifo_head + s.fifo_count) % FIFO_SIZE]
-        s.wire_count += 1
+    pthread_cond_broadcast(&s.input_cond)   # what was in the FIFO before left room on the wire
 
 
 cdef void look_for_words(State *s, uint8_t byte) noexcept nogil:
@@ -173,7 +149,10 @@ cdef void look_for_words(State *s, uint8_t byte) noexcept nogil:
 
 cdef void transmit(State *s, uint8_t byte) noexcept nogil:
     if s.mcr & UART_MCR_LOOP:
-        s.looped += receive(s, byte)
+        if s.fifo_count < FIFO_SIZE:
+            s.loop[s.looped] = byte
+            s.looped += 1
+            s.fifo_count += 1
     elif s.dropping:
         look_for_words(s, byte)
     elif s.ring_count < RING_SIZE:
@@ -208,10 +187,15 @@ cdef uint8_t read_register(State *s, uint64_t offset) noexcept nogil:
             return s.dll
         if not s.fifo_count:
             return 0
-        value = s.fifo[s.fifo_head]
-        s.fifo_head = (s.fifo_head + 1) % FIFO_SIZE
+        if s.fifo_count > s.looped:
+            value = s.wire[s.wire_head]
+            s.wire_head = (s.wire_head + 1) % WIRE_SIZE
+            s.wire_count -= 1
+        else:
+            value = s.loop[0]
+            s.looped -= 1
+            memmove(s.loop, &s.loop[1], s.looped)
         s.fifo_count -= 1
-        s.looped = min(s.looped, s.fifo_count)
         if not s.fifo_count and not s.iir_read and s.ier & UART_IER_RDI:
             update(s)       # for drivers that never read IIR: the pin falls and rises again
             refill(s)
@@ -270,7 +254,8 @@ cdef void write_register(State *s, uint64_t offset, uint8_t value) noexcept nogi
             refill(s)
     elif offset == UART_FCR:
         if (value ^ s.fcr) & UART_FCR_ENABLE_FIFO or value & UART_FCR_CLEAR_RCVR:
-            give_back(s)
+            # A guest that resets its FIFO is not ready for input yet: what came by the wire stays there.
+            s.fifo_count = s.looped = 0
         s.fcr = value & 0xc9 if value & UART_FCR_ENABLE_FIFO else 0
     elif offset == UART_LCR:
         s.lcr = value
@@ -357,28 +342,29 @@ cdef class Serial(NativeDevice):
             "thre_pending": s.thre_pending or s.ring_count == RING_SIZE,
             "rts_seen": s.rts_seen, "ier": s.ier, "fcr": s.fcr, "lcr": s.lcr,
             "mcr": s.mcr, "msr": s.msr, "scr": s.scr, "dll": s.dll, "dlm": s.dlm, "looped": s.looped,
-            "fifo": bytes([s.fifo[(s.fifo_head + i) % FIFO_SIZE] for i in range(s.fifo_count)]),
+            "fifo": bytes([s.wire[(s.wire_head + i) % WIRE_SIZE] for i in range(s.fifo_count - s.looped)])
+            + bytes([s.loop[i] for i in range(s.looped)]),
         }
         pthread_mutex_unlock(&s.lock)
         return state
 
     def restore(self, state):
-        """Restore the dict from ``save``, and raise the interrupt if a cause is pending.
+        """Restore the dict from ``save`` in a new port, and raise the interrupt if a cause is pending.
 
         :raises ValueError: the FIFO is too long
         """
         cdef State *s = &self.state
         cdef bytes fifo = state["fifo"]
-        cdef uint32_t i
         if len(fifo) > FIFO_SIZE:
             raise ValueError(f"the serial port's FIFO has {len(fifo)} bytes, at most {FIFO_SIZE} are allowed")
         s.thre_pending, s.rts_seen = bool(state["thre_pending"]), bool(state["rts_seen"])
         s.ier, s.fcr, s.lcr, s.mcr = state["ier"], state["fcr"], state["lcr"], state["mcr"]
         s.msr, s.scr, s.dll, s.dlm = state["msr"], state["scr"], state["dll"], state["dlm"]
-        s.fifo_head, s.fifo_count = 0, len(fifo)
+        s.fifo_count = len(fifo)
         s.looped = min(state.get("looped", 0), len(fifo))   # states of earlier versions lack it
-        for i in range(s.fifo_count):
-            s.fifo[i] = fifo[i]
+        s.wire_head, s.wire_count = 0, s.fifo_count - s.looped
+        memcpy(s.wire, <const char *>fifo, s.wire_count)
+        memcpy(s.loop, <const char *>fifo + s.wire_count, s.looped)
         # Raise a new edge if a cause is pending: the interrupt controller may have been saved before the last one
         # arrived.
         s.level = 0
@@ -399,13 +385,13 @@ cdef class Serial(NativeDevice):
         with nogil:
             pthread_mutex_lock(&s.lock)
             while done < size and not s.closed:
-                if s.wire_count >= WIRE_LIMIT:
+                if s.wire_count == WIRE_SIZE:
                     pthread_cond_wait(&s.input_cond, &s.lock)
                     continue
                 s.wire[(s.wire_head + s.wire_count) % WIRE_SIZE] = view[done]
                 s.wire_count += 1
                 done += 1
-                if done == size or s.wire_count >= WIRE_LIMIT:
+                if done == size or s.wire_count == WIRE_SIZE:
                     refill(s)
                     update(s)
             pthread_mutex_unlock(&s.lock)
