@@ -92,7 +92,6 @@ cdef struct State:
     int dropping                # output is discarded at once
     const char *words           # searched for in discarded output; borrowed from the Serial's `_words`
     uint32_t matched            # bytes of `words` matched so far
-    int said                    # `words` was found
 
 
 cdef inline int wants_input(State *s) noexcept nogil:
@@ -141,10 +140,8 @@ cdef void refill(State *s) noexcept nogil:
 
 cdef void look_for_words(State *s, uint8_t byte) noexcept nogil:
     # The first byte of `words` occurs only once in it, so after a mismatch a match can only begin at this byte.
-    if s.said or not s.words[0]:
-        return
-    s.matched = s.matched + 1 if byte == <uint8_t>s.words[s.matched] else byte == <uint8_t>s.words[0]
-    s.said = not s.words[s.matched]
+    if s.words[s.matched]:      # else there are none, or they were found
+        s.matched = s.matched + 1 if byte == <uint8_t>s.words[s.matched] else byte == <uint8_t>s.words[0]
 
 
 cdef void transmit(State *s, uint8_t byte) noexcept nogil:
@@ -476,7 +473,7 @@ cdef class Serial(NativeDevice):
     @property
     def said(self):
         """Whether the guest has sent the ``words`` given to ``drop_output``."""
-        return bool(self.state.said)
+        return bool(self._words) and self.state.matched == <uint32_t>len(self._words)
 
     def close(self):
         """Wake ``feed`` and ``wait_output``. The guest can still access the port. Idempotent."""
