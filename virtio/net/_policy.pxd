@@ -29,4 +29,3 @@ cdef struct PolicyCalls:
     void *policy
     int (*check)(void *policy, const uint8_t *head, uint64_t size) noexcept nogil
     void (*count)(void *policy, int verdict, uint64_t size) noexcept nogil
-    bint (*may_tell)(void *policy) noexcept nogil

@@ -74,13 +74,10 @@ cdef enum:
     TCP = 6
     UDP = 17
     ICMPV6 = 58
-    MILLISECOND = 1_000_000
     SECOND = 1_000_000_000
     # Seconds since the last frame for which a flow other than TCP may continue after its address expired (as in
     # nf_conntrack).
     STREAM_SECONDS = 180
-    TELLS = 16          # burst of dropped frames that Python may look at
-    TELL_EVERY = 50     # milliseconds until one more
 
 
 cdef class Policy:
@@ -110,8 +107,6 @@ cdef class Policy:
     cdef uint64_t bytes_allowed
     cdef uint64_t bytes_dropped
     cdef uint64_t evicted
-    cdef uint64_t tokens            # token bucket of may_tell
-    cdef uint64_t filled            # time of its last refill, milliseconds
     cdef PolicyCalls _calls
 
     def __init__(self, bytes guest=bytes(4), bytes gateway=bytes(4), bytes resolver=bytes(4), allow=(), deny=(),
@@ -125,8 +120,7 @@ cdef class Policy:
         memcpy(self.gateway, <const char *>gateway, 4)
         memcpy(self.resolver, <const char *>resolver, 4)
         self.only_special = only_special
-        self.tokens = TELLS
-        self._calls = PolicyCalls(<void *>self, call_check, call_count, call_may_tell)
+        self._calls = PolicyCalls(<void *>self, call_check, call_count)
         self._publish([*deny, *allow], len(deny), [])
 
     def __dealloc__(self):
@@ -376,18 +370,6 @@ cdef class Policy:
         elif verdict >= DROPPED:
             counter_add(&self.bytes_dropped, size)
 
-    cdef bint may_tell(self) noexcept nogil:
-        # Rate limit: whether Python may look at this dropped frame. TELLS at once, then one every TELL_EVERY.
-        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // MILLISECOND
-        cdef uint64_t more = (now - self.filled) // TELL_EVERY
-        if more:
-            self.tokens = min(<uint64_t>TELLS, self.tokens + more)
-            self.filled = now
-        if self.tokens == 0:
-            return False
-        self.tokens -= 1
-        return True
-
 
 cdef inline uint32_t be16(const uint8_t *at) noexcept nogil:
     return <uint32_t>at[0] << 8 | at[1]
@@ -457,7 +439,3 @@ cdef int call_check(void *policy, const uint8_t *head, uint64_t size) noexcept n
 
 cdef void call_count(void *policy, int verdict, uint64_t size) noexcept nogil:
     (<Policy>policy).count(verdict, size)
-
-
-cdef bint call_may_tell(void *policy) noexcept nogil:
-    return (<Policy>policy).may_tell()

@@ -118,6 +118,7 @@ cdef class NetWorker(QueueWorker):
     # For the policy: `head` is the copy of the frame's start that was checked; it is sent instead of guest memory.
     cdef object policy
     cdef PolicyCalls *rules                 # the policy's functions; NULL: all frames may leave
+    cdef RateLimiter telling                # limits the dropped frames that Python looks at
     cdef uint8_t[VNET_HEADER + HEAD] head
     cdef uint64_t tx_head                   # bytes of the frame in `head`
     # For the services in this process: the metadata service and the resolver.
@@ -148,6 +149,7 @@ cdef class NetWorker(QueueWorker):
         self.rx_limiter, self.tx_limiter = device.rx_limiter, device.tx_limiter
         self.policy = device.policy
         self.rules = NULL if self.policy is None else <PolicyCalls *><uintptr_t>self.policy.pointer
+        self.telling = RateLimiter(None, (16, 0, 800))     # 16 at once, then one every 50 ms
         self.resolver = device.resolver
         self.mmds = device.mmds
         if self.mmds is not None:
@@ -426,7 +428,7 @@ cdef class NetWorker(QueueWorker):
             if verdict != ALLOWED:
                 if verdict < DROPPED:
                     self.pass_to_service(chain, verdict)
-                elif self.resolver is not None and self.rules.may_tell(self.rules.policy):
+                elif self.resolver is not None and self.telling.take(0, 1) == 0:
                     self.report_dropped(verdict)
                 if self.pcap >= 0:
                     self.capture(chain.iov, chain.n_readable, chain.readable_bytes)
