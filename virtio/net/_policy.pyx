@@ -2,8 +2,9 @@
 # cython: language_level=3
 """Decides which of a guest's frames may leave, from a copy of their first bytes, without the GIL and without a lock.
 
-The network device's thread (the reader) loads the table's pointer once for each frame; a table never changes. `learn`
-builds a new table, publishes it by one store, and frees the old one once the reader has left it.
+The rules never change. What is learned is in a table, whose pointer the network device's thread (the reader) loads once
+for each frame; a table never changes. `learn` builds a new table, publishes it by one store, and frees the old one once
+the reader has left it.
 
 Sources: RFC 791 (IPv4), RFC 8200 (IPv6), RFC 826 (ARP), RFC 4861 (neighbour discovery), RFC 2131 (DHCP), RFC 6890
 (special-purpose addresses), RFC 6052 (IPv4 addresses in IPv6).
@@ -33,10 +34,7 @@ cdef struct Learned:
     uint64_t used       # time of the last frame to it; written by the reader
 
 cdef struct Table:
-    size_t n_deny
-    size_t n_allow
     size_t n_learned
-    Rule *rules         # the deny rules, then the allow rules
     Learned *learned    # sorted by address, then by port
 
 cdef extern from *:
@@ -96,6 +94,9 @@ cdef class Policy:
     Loopback, multicast and broadcast addresses are never allowed. Link-local addresses need a rule for them alone, and
     nameservers a rule for their port. Only one thread checks frames.
     """
+    cdef Rule *rules                # the deny rules, then the allow rules
+    cdef size_t n_deny
+    cdef size_t n_rules
     cdef Table *table               # replaced whole; the reader loads the pointer once
     cdef uint64_t reading           # odd while the reader has a table
     cdef readonly bint only_special
@@ -111,6 +112,8 @@ cdef class Policy:
 
     def __init__(self, bytes guest=bytes(4), bytes gateway=bytes(4), bytes resolver=bytes(4), allow=(), deny=(),
                  *, bint only_special=False, int guest_bits=32):
+        cdef Rule *rule
+        cdef size_t i
         if not len(guest) == len(gateway) == len(resolver) == 4:
             raise ValueError("guest, gateway and resolver must be IPv4 addresses of four bytes")
         if not 0 <= guest_bits <= 32:
@@ -121,9 +124,24 @@ cdef class Policy:
         memcpy(self.resolver, <const char *>resolver, 4)
         self.only_special = only_special
         self._calls = PolicyCalls(<void *>self, call_check, call_count)
-        self._publish([*deny, *allow], len(deny), [])
+        self.n_deny, self.n_rules = len(deny), len(deny) + len(allow)
+        self.rules = <Rule *>PyMem_RawMalloc(self.n_rules * sizeof(Rule))
+        if self.rules == NULL:
+            raise MemoryError()
+        for i, (address, bits, first, last) in enumerate([*deny, *allow]):
+            if not 0 <= bits <= 128:
+                raise ValueError("a rule's prefix length must be 0 to 128")
+            rule = &self.rules[i]
+            mask = ((1 << bits) - 1) << (128 - bits)
+            rule.high_mask, rule.low_mask = mask >> 64, mask & 0xffff_ffff_ffff_ffff
+            rule.high, rule.low = _halves(address)
+            rule.high &= rule.high_mask
+            rule.low &= rule.low_mask
+            rule.first, rule.last = first, last
+        self._publish([])
 
     def __dealloc__(self):
+        PyMem_RawFree(self.rules)
         PyMem_RawFree(self.table)
 
     # Called from Python, by one thread at a time: the GIL is held while a table is replaced.
@@ -147,7 +165,7 @@ cdef class Policy:
             learned.sort(key=lambda entry: entry[4], reverse=True)
             self.evicted += <uint64_t>(len(learned) - MOST_LEARNED)
             del learned[MOST_LEARNED:]
-        self._publish(None, 0, sorted(learned))
+        self._publish(sorted(learned))
 
     def learned(self):
         """The learned addresses: a list of ``(address, first, last, seconds left)``; 0: only for open flows."""
@@ -156,14 +174,13 @@ cdef class Policy:
 
     def allows(self, bytes address):
         """Whether a rule allows an address of 16 bytes at some port. Learned addresses do not count."""
-        cdef Table *table = self.table
         cdef uint64_t high, low
         high, low = _halves(address)
-        for i in range(table.n_deny + table.n_allow):
-            if matches(&table.rules[i], high, low):
-                if i >= table.n_deny:
+        for i in range(self.n_rules):
+            if matches(&self.rules[i], high, low):
+                if i >= self.n_deny:
                     return True
-                if table.rules[i].first == 0:
+                if self.rules[i].first == 0:
                     return False
         return False
 
@@ -205,34 +222,15 @@ cdef class Policy:
             found.append((address, each.first, each.last, each.until, counter_read(&each.used)))
         return found
 
-    cdef int _publish(self, list rules, size_t n_deny, list learned) except -1:
-        # `rules` None: keep the current rules.
-        cdef Table *old = self.table
-        cdef size_t n_rules = len(rules) if rules is not None else old.n_deny + old.n_allow
+    cdef int _publish(self, list learned) except -1:
         cdef size_t n_learned = len(learned), i
-        cdef Table *new = <Table *>PyMem_RawMalloc(
-            sizeof(Table) + n_rules * sizeof(Rule) + n_learned * sizeof(Learned))
+        cdef Table *old
+        cdef Table *new = <Table *>PyMem_RawMalloc(sizeof(Table) + n_learned * sizeof(Learned))
         if new == NULL:
             raise MemoryError()
-        new.rules = <Rule *>(new + 1)
-        new.learned = <Learned *>(new.rules + n_rules)
         new.n_learned = n_learned
+        new.learned = <Learned *>(new + 1)
         try:
-            if rules is None:
-                new.n_deny, new.n_allow = old.n_deny, old.n_allow
-                memcpy(new.rules, old.rules, n_rules * sizeof(Rule))
-            else:
-                new.n_deny, new.n_allow = n_deny, n_rules - n_deny
-                for i in range(n_rules):
-                    address, bits, first, last = rules[i]
-                    if not 0 <= bits <= 128:
-                        raise ValueError("a rule's prefix length must be 0 to 128")
-                    mask = ((1 << bits) - 1) << (128 - bits)
-                    new.rules[i].high_mask, new.rules[i].low_mask = mask >> 64, mask & 0xffff_ffff_ffff_ffff
-                    new.rules[i].high, new.rules[i].low = _halves(address)
-                    new.rules[i].high &= new.rules[i].high_mask
-                    new.rules[i].low &= new.rules[i].low_mask
-                    new.rules[i].first, new.rules[i].last = first, last
             for i in range(n_learned):
                 address, first, last, until, used = learned[i]
                 new.learned[i].high, new.learned[i].low = _halves(address)
@@ -334,12 +332,12 @@ cdef class Policy:
         cdef size_t i, first = 0, last = table.n_learned, middle
         cdef Rule *rule
         cdef Learned *each
-        if is_denied(table, high, low, port):
+        if self.is_denied(high, low, port):
             return ADDRESS
-        if high == NAT64 and low >> 32 == 0 and is_denied(table, 0, <uint64_t>0xffff << 32 | low, port):
+        if high == NAT64 and low >> 32 == 0 and self.is_denied(0, <uint64_t>0xffff << 32 | low, port):
             return ADDRESS
-        for i in range(table.n_deny, table.n_deny + table.n_allow):
-            rule = &table.rules[i]
+        for i in range(self.n_deny, self.n_rules):
+            rule = &self.rules[i]
             if not matches(rule, high, low) or (local and not rule.low_mask >> 16 & 1):
                 continue
             if rule.first <= port <= rule.last or (rule.first == 0 and not nameserver):
@@ -363,6 +361,15 @@ cdef class Policy:
                 return ALLOWED
         return NAMESERVER if nameserver else ADDRESS
 
+    cdef bint is_denied(self, uint64_t high, uint64_t low, uint32_t port) noexcept nogil:
+        cdef Rule *rule
+        cdef size_t i
+        for i in range(self.n_deny):
+            rule = &self.rules[i]
+            if (rule.first == 0 or rule.first <= port <= rule.last) and matches(rule, high, low):
+                return True
+        return False
+
     cdef void count(self, int verdict, uint64_t size) noexcept nogil:
         counter_add(&self.frames[verdict], 1)
         if verdict == ALLOWED:
@@ -385,16 +392,6 @@ cdef inline uint64_t be64(const uint8_t *at) noexcept nogil:
 
 cdef inline bint matches(const Rule *rule, uint64_t high, uint64_t low) noexcept nogil:
     return high & rule.high_mask == rule.high and low & rule.low_mask == rule.low
-
-
-cdef bint is_denied(const Table *table, uint64_t high, uint64_t low, uint32_t port) noexcept nogil:
-    cdef const Rule *rule
-    cdef size_t i
-    for i in range(table.n_deny):
-        rule = &table.rules[i]
-        if (rule.first == 0 or rule.first <= port <= rule.last) and matches(rule, high, low):
-            return True
-    return False
 
 
 cdef inline bint is_neighbour(uint8_t kind) noexcept nogil:
