@@ -42,7 +42,6 @@ cdef enum:
     NUM_BUFFERS = sizeof(virtio_net_hdr)    # offset of num_buffers, which follows it
     FRAME_MAX = 65535 + ETH_HEADER + 4
     RX_IOV = UIO_MAXIOV - 2     # iovecs of the held chains, beside the scrap byte and a pcap record's head
-    DETOUR_HEAD = VNET_HEADER + 42  # bytes of a frame that show its destination: up to an ARP packet for IPv4
     ANSWER_MAX = ETH_HEADER + 1500
     SERVICES = MAX_QUEUES       # a slot in NetWorker.resume only
     HELD = 256                  # most RX chains taken in advance
@@ -420,11 +419,8 @@ cdef class NetWorker(QueueWorker):
                 queue_add_used(ring, chain.head, 0)
                 continue
             verdict = ALLOWED
-            if self.passt.tx_left == 0:     # otherwise part of this frame was sent
-                if self.mmds is not None and self.is_for_mmds(chain):
-                    verdict = TO_MMDS
-                elif self.rules != NULL:
-                    verdict = self.check(chain)
+            if self.passt.tx_left == 0 and (self.mmds is not None or self.rules != NULL):
+                verdict = self.check(chain)     # otherwise part of this frame was sent
             if verdict != ALLOWED:
                 if verdict < DROPPED:
                     self.pass_to_service(chain, verdict)
@@ -495,6 +491,11 @@ cdef class NetWorker(QueueWorker):
         cdef int verdict
         self.tx_head = iov_gather(chain.iov, chain.n_readable, 0, self.head, VNET_HEADER + HEAD) - VNET_HEADER
         memset(&self.head[VNET_HEADER + self.tx_head], 0, HEAD - self.tx_head)
+        if self.mmds is not None and self.is_for_mmds(&self.head[VNET_HEADER]):
+            return TO_MMDS
+        if self.rules == NULL:
+            self.tx_head = 0
+            return ALLOWED
         verdict = self.rules.check(self.rules.policy, &self.head[VNET_HEADER], size)
         if verdict != ALLOWED:          # allowed frames are counted when they are sent
             self.rules.count(self.rules.policy, verdict, size)
@@ -502,19 +503,14 @@ cdef class NetWorker(QueueWorker):
 
     # Services in this process: a slow path, which takes the GIL for each frame
 
-    cdef bint is_for_mmds(self, DescChain *chain) noexcept nogil:
-        # Checks a copy of the frame's start. The driver may change the frame after this; the endpoint checks it again.
-        cdef uint8_t[DETOUR_HEAD] head
-        cdef uint8_t *frame = &head[VNET_HEADER]
-        cdef uint64_t size
-        memset(head, 0, DETOUR_HEAD)
-        size = iov_gather(chain.iov, chain.n_readable, 0, head, DETOUR_HEAD) - VNET_HEADER
+    cdef bint is_for_mmds(self, const uint8_t *frame) noexcept nogil:
+        # By a copy of the frame's start. The driver may change the frame after this; the endpoint checks it again.
         if frame[12] != 0x08:
             return False
         if frame[13] == 0x00:
-            return size >= 34 and memcmp(&frame[30], self.mmds_address, 4) == 0
+            return self.tx_head >= 34 and memcmp(&frame[30], self.mmds_address, 4) == 0
         # An ARP request for Ethernet and IPv4.
-        return frame[13] == 0x06 and size >= 42 and memcmp(&frame[14], b"\0\1\x08\0\6\4\0\1", 8) == 0 \
+        return frame[13] == 0x06 and self.tx_head >= 42 and memcmp(&frame[14], b"\0\1\x08\0\6\4\0\1", 8) == 0 \
             and memcmp(&frame[38], self.mmds_address, 4) == 0
 
     cdef void report_dropped(self, int verdict) noexcept with gil:
