@@ -87,8 +87,6 @@ cdef struct Counters:
     uint64_t tx_bytes
     uint64_t tx_bad             # chains that are not readable, too short or too long
     uint64_t tx_errors          # frames dropped because the host refused them
-    uint64_t mmds_errors        # frames that made the metadata service raise an exception: a bug in pyvmm
-    uint64_t resolver_errors    # frames that made the resolver raise an exception: a bug in pyvmm
     uint64_t pcap_errors        # 1 after a frame could not be recorded: recording has stopped
 
 
@@ -572,10 +570,8 @@ cdef class NetWorker(QueueWorker):
         return 1
 
     cdef object count_failure(self, object service, object error):
-        if service is self.mmds:
-            counter_add(&self.counters.mmds_errors, 1)
-        else:
-            counter_add(&self.counters.resolver_errors, 1)
+        # A bug in pyvmm.
+        self.device.counters["mmds_errors" if service is self.mmds else "resolver_errors"] += 1
         self.device.context.warn(service.what, f"{self.name}: {service.what}: {type(error).__name__}: {error}")
 
     # Packet capture

@@ -134,7 +134,7 @@ class Net(VirtioDevice):
             self.features |= spec.NET_F_MQ
         if mtu is not None:
             self.features |= spec.NET_F_MTU
-        self.counters |= {"control": 0, "bad_control": 0}
+        self.counters |= {"control": 0, "bad_control": 0, "mmds_errors": 0, "resolver_errors": 0}
         self._offloads = self._pairs_used = 0
         self.config = self._config_space()
         self.pcap_fd = -1 if pcap is None else _open_pcap(pcap)
