@@ -42,8 +42,8 @@ cdef struct Stream:
     bint inside                 # the frame's length was received, and the frame is not complete
     uint64_t frame_size         # of the last frame or this one
     uint64_t frame_got          # bytes received of this frame
-    bint dropping               # discard the rest of this frame: its driver is gone
-    bint cut                    # there were no buffers for a part of this frame: it is lost, even if more come now
+    bint cut                    # there were no buffers for a part of this frame, or the driver that had its beginning
+                                # is gone: it is lost, even if more come now
     uint8_t[4] tx_length
     uint64_t tx_size
     uint64_t tx_left            # bytes left to send of the length and the frame
@@ -91,7 +91,7 @@ cdef inline ssize_t stream_read_rest(Stream *s, int fd, const iovec *iov, uint32
         if got <= 0:
             return got
     while s.frame_got < s.frame_size:
-        room = 0 if s.dropping else held - VNET_HEADER
+        room = held - VNET_HEADER
         want = s.frame_size - s.frame_got
         if s.frame_got >= room:
             s.cut = True
@@ -124,19 +124,14 @@ cdef inline ssize_t stream_read_rest(Stream *s, int fd, const iovec *iov, uint32
 cdef inline ssize_t stream_read(Stream *s, int fd, const iovec *iov, uint32_t n_iov, uint64_t held) noexcept nogil:
     # Read a frame into the buffers, which hold `held` bytes, behind an empty header. Returns the size of both, which
     # exceeds theirs if the frame did not fit; or -1 and errno. The end of the stream is reported as ECONNRESET.
-    cdef ssize_t got
+    cdef ssize_t got = stream_read_rest(s, fd, iov, n_iov, held)
     cdef uint8_t[VNET_HEADER] header
-    while True:
-        got = stream_read_rest(s, fd, iov, n_iov, held)
-        if got < 0:
-            return -1
-        if got == 0:
-            set_errno(ECONNRESET)
-            return -1
-        s.frame_got = 0
-        if not s.dropping:
-            break
-        s.dropping = False
+    if got < 0:
+        return -1
+    if got == 0:
+        set_errno(ECONNRESET)
+        return -1
+    s.frame_got = 0
     memset(header, 0, VNET_HEADER)
     iov_scatter(iov, n_iov, 0, header, VNET_HEADER)
     return held + 1 if s.cut else VNET_HEADER + s.frame_size

@@ -81,7 +81,7 @@ cdef struct Counters:
     uint64_t rx_packets
     uint64_t rx_bytes
     uint64_t rx_bad_buffers     # chains that are not writable or too short for the header
-    uint64_t rx_too_long        # frames dropped because the guest's buffers were too short
+    uint64_t rx_too_long        # frames dropped because the guest's buffers were too short, or it took them back
     uint64_t rx_errors
     uint64_t tx_packets
     uint64_t tx_bytes
@@ -178,7 +178,7 @@ cdef class NetWorker(QueueWorker):
         self.mergeable = self.features & F_MRG_RXBUF != 0
         memset(self.resume, 0, sizeof(self.resume))
         self.frames_due = self.resolver is not None or self.mmds is not None
-        self.passt.dropping = self.passt.frame_got > 0
+        self.passt.cut = self.passt.frame_got > 0
         for i in range(self.n_pairs):
             pair = &self.pairs[i]
             pair.n_held = pair.n_iov = 0
@@ -260,7 +260,7 @@ cdef class NetWorker(QueueWorker):
                 if budget == 0:
                     return SERVE_MORE
                 # Not while the buffers hold a part of a frame.
-                if self.frames_due and (self.passt.frame_got == 0 or self.passt.dropping) \
+                if self.frames_due and (self.passt.frame_got == 0 or self.passt.cut) \
                         and (self.answer_size or self.ask_services()):
                     status = self.give_answer(pair)
                     if status <= 0:
