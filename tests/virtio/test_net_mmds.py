@@ -180,7 +180,7 @@ def test_an_answer_waits_for_buffers(namespace: None, stack: Any) -> None:
     vm = vm_with(stack)
     for _ in range(20):
         vm.send(to_service())
-    until(lambda: vm.device.stats["mmds_tx_frames"] >= 1)
+    until(lambda: vm.device.stats["mmds_rx_accepted"] >= 1)
     vm.offer(1)
     vm.receive(is_arp_reply)
     vm.offer(16)
@@ -190,7 +190,7 @@ def test_an_answer_waits_for_buffers(namespace: None, stack: Any) -> None:
 def test_an_answer_that_waits_outlives_a_pause(namespace: None, stack: Any) -> None:
     vm = vm_with(stack)
     vm.send(to_service())
-    until(lambda: vm.device.stats["mmds_tx_frames"] == 1)
+    until(lambda: vm.device.stats["mmds_rx_accepted"] == 1)
     vm.transport.stop()
     vm.transport.go_on()
     vm.offer()
@@ -207,7 +207,7 @@ def test_an_answer_that_waits_outlives_a_pause(namespace: None, stack: Any) -> N
 def test_an_answer_that_waits_is_not_the_next_drivers(namespace: None, stack: Any) -> None:
     vm = vm_with(stack)
     vm.send(to_service())
-    until(lambda: vm.device.stats["mmds_tx_frames"] == 1)
+    until(lambda: vm.device.stats["mmds_rx_accepted"] == 1)
     vm.bring_up()
     vm.offer()
     vm.send(arp_request())

@@ -123,8 +123,6 @@ cdef class NetWorker(QueueWorker):
     cdef object mmds
     cdef uint8_t[4] mmds_address
     cdef bint frames_due                    # the services may have frames for the guest
-    cdef uint32_t answer_size               # bytes in `answer`, which waits for buffers; 0: none waits
-    cdef uint8_t[VNET_HEADER + ANSWER_MAX] answer
     cdef Counters counters
 
     def __init__(self, device, indices, notify_fds, on_failure, name=None):
@@ -186,10 +184,6 @@ cdef class NetWorker(QueueWorker):
             pair.patient = True
             pair.paid = False
             self._must_watch(pair.fd, TOKEN_HOST + i, EPOLLIN | EPOLLOUT | EPOLLET)
-
-    def forget(self):
-        """Drop the frame that waits for buffers: its driver is gone."""
-        self.answer_size = 0
 
     cdef int _kicked(self, uint32_t slot) noexcept nogil:
         if self.numbers[slot] == self.control:
@@ -259,18 +253,19 @@ cdef class NetWorker(QueueWorker):
             if pair.received == 0:
                 if budget == 0:
                     return SERVE_MORE
-                # Not while the buffers hold a part of a frame.
-                if self.frames_due and (self.passt.frame_got == 0 or self.passt.cut) \
-                        and (self.answer_size or self.ask_services()):
-                    status = self.give_answer(pair)
-                    if status <= 0:
-                        return status
-                    budget -= 1
-                    continue
                 status = self.gather(pair)
                 if status <= 0:
                     return status
                 budget -= 1
+                # Not while the buffers hold a part of a frame.
+                if self.frames_due and (self.passt.frame_got == 0 or self.passt.cut):
+                    size = self.ask_services(pair)
+                    if size > 0:
+                        if <uint64_t>size <= pair.held_bytes:
+                            self.deliver(pair, size)
+                        else:
+                            counter_add(&self.counters.rx_too_long, 1)
+                        continue
                 if self.stream:
                     size = stream_read(&self.passt, pair.fd, pair.iov, pair.n_iov, pair.held_bytes)
                 else:
@@ -531,8 +526,10 @@ cdef class NetWorker(QueueWorker):
         except Exception as error:
             self.count_failure(service, error)
 
-    cdef bint ask_services(self) noexcept with gil:
-        # Get one frame from the services. Returns whether self.answer has one.
+    cdef ssize_t ask_services(self, Pair *pair) noexcept with gil:
+        # Put one frame of the services into the buffers, behind an empty header. Returns the size of both, which
+        # exceeds theirs if the frame did not fit; 0: there is none.
+        cdef uint8_t[VNET_HEADER] header
         cdef bytes frame
         cdef object service = None
         try:
@@ -541,10 +538,10 @@ cdef class NetWorker(QueueWorker):
                 if frame is not None:
                     if len(frame) > ANSWER_MAX:
                         raise ValueError(f"a frame of {len(frame)} bytes, at most {ANSWER_MAX} are allowed")
-                    memset(self.answer, 0, VNET_HEADER)
-                    memcpy(&self.answer[VNET_HEADER], <const char *>frame, <size_t>len(frame))
-                    self.answer_size = VNET_HEADER + <uint32_t>len(frame)
-                    return True
+                    memset(header, 0, VNET_HEADER)
+                    iov_scatter(pair.iov, pair.n_iov, 0, header, VNET_HEADER)
+                    iov_scatter(pair.iov, pair.n_iov, VNET_HEADER, <const char *>frame, <size_t>len(frame))
+                    return VNET_HEADER + len(frame)
             self.frames_due = False
             self.resume[SERVICES] = 0
             service = self.mmds
@@ -554,20 +551,7 @@ cdef class NetWorker(QueueWorker):
         except Exception as error:
             self.frames_due = False
             self.count_failure(service, error)
-        return False
-
-    cdef int give_answer(self, Pair *pair) noexcept nogil:
-        # Deliver self.answer to the guest. Returns 1, or gather()'s result if there are no buffers.
-        cdef int status = self.gather(pair)
-        if status <= 0:
-            return status
-        if self.answer_size > pair.held_bytes:
-            counter_add(&self.counters.rx_too_long, 1)
-        else:
-            iov_scatter(pair.iov, pair.n_iov, 0, self.answer, self.answer_size)
-            self.deliver(pair, self.answer_size)
-        self.answer_size = 0
-        return 1
+        return 0
 
     cdef object count_failure(self, object service, object error):
         # A bug in pyvmm.
