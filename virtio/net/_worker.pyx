@@ -249,6 +249,7 @@ cdef class NetWorker(QueueWorker):
         cdef uint64_t wait
         cdef ssize_t size
         cdef int status
+        cdef uint8_t scrap
         while not self.stopping():
             if pair.received == 0:
                 if budget == 0:
@@ -269,7 +270,9 @@ cdef class NetWorker(QueueWorker):
                 if self.stream:
                     size = stream_read(&self.passt, pair.fd, pair.iov, pair.n_iov, pair.held_bytes)
                 else:
-                    size = self.read_tap(pair)
+                    # A tap truncates silently: one extra byte shows that a frame was too long.
+                    pair.iov[pair.n_iov] = iovec(<void *>&scrap, 1)
+                    size = readv(pair.fd, pair.iov, <int>pair.n_iov + 1)
                 if size < 0:
                     if errno == EINTR:
                         continue
@@ -381,14 +384,6 @@ cdef class NetWorker(QueueWorker):
         memmove(pair.iov, &pair.iov[iovs], pair.n_iov * sizeof(iovec))
         counter_add(&self.counters.rx_packets, 1)
         counter_add(&self.counters.rx_bytes, size - VNET_HEADER)
-
-    cdef ssize_t read_tap(self, Pair *pair) noexcept nogil:
-        # Read a header and a frame into the held chains. Returns the size, which exceeds theirs if the frame did not
-        # fit; or -1 and errno.
-        cdef uint8_t scrap
-        # A tap truncates silently: one extra byte shows that a frame was too long.
-        pair.iov[pair.n_iov] = iovec(<void *>&scrap, 1)
-        return readv(pair.fd, pair.iov, <int>pair.n_iov + 1)
 
     # From the guest
 
