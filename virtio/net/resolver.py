@@ -101,7 +101,6 @@ class Resolver:
         # By name and kind: addresses, and until when they may be told again, and reached.
         self._known: dict[tuple[str, int], tuple[list[bytes], float, float]] = {}
         self._asked: dict[tuple[str, int], _Asked] = {}
-        self._new: deque[_Asked] = deque()
         self._closing = False
         self._identity = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -211,7 +210,6 @@ class Resolver:
             return
         if asked is None:
             asked = self._asked[key] = _Asked(*key)
-            self._new.append(asked)
             os.eventfd_write(self._wake, 1)
         asked.clients.append((client, question))
 
@@ -284,31 +282,28 @@ class Resolver:
     # The thread
 
     def _serve(self) -> None:
-        waiting: dict[int, _Asked] = {}
         while not self._closing:
+            with self._lock:
+                pending = tuple(self._asked.values())
+            now = time.monotonic()
+            for asked in pending:
+                if asked.deadline <= now:
+                    self._shut(asked)
+                    self._send(asked)
+            waiting = {asked.socket.fileno(): asked for asked in pending if asked.socket is not None}
             poll = select.poll()
             for fd in (self._wake, *waiting):
                 poll.register(fd, select.POLLIN)
-            now = time.monotonic()
-            wait = min((each.deadline - now for each in waiting.values()), default=None)
+            wait = min((asked.deadline - time.monotonic() for asked in waiting.values()), default=None)
             for fd, _ in poll.poll(None if wait is None else max(0, int(wait * 1000) + 1)):
                 if fd == self._wake:
                     os.eventfd_read(fd)
                 elif self._hear(waiting[fd]):
-                    self._shut(waiting.pop(fd))
-            now = time.monotonic()
-            due = [waiting.pop(fd) for fd, asked in tuple(waiting.items()) if asked.deadline <= now]
-            while self._new:
-                due.append(self._new.popleft())
-            for asked in due:
-                self._shut(asked)
-                if (fd := self._send(asked)) >= 0:
-                    waiting[fd] = asked
-        for asked in waiting.values():
+                    self._shut(waiting[fd])
+        for asked in tuple(self._asked.values()):
             self._shut(asked)
 
-    def _send(self, asked: _Asked) -> int:
-        # The descriptor that the answer comes to; -1: there are no more servers to ask.
+    def _send(self, asked: _Asked) -> None:
         while asked.tries < TRIES and self._servers:
             server = self._servers[asked.tries % len(self._servers)]
             asked.tries += 1
@@ -325,9 +320,8 @@ class Resolver:
                 continue
             self.counters["upstream"] += 1
             asked.deadline = time.monotonic() + PATIENCE
-            return int(asked.socket.fileno())
+            return
         self._done(asked, dns.FAILED, [], 0)
-        return -1
 
     def _shut(self, asked: _Asked) -> None:
         if asked.socket is not None:
