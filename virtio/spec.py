@@ -81,22 +81,8 @@ BLK_F_MQ = 1 << 12
 BLK_F_DISCARD = 1 << 13
 BLK_F_WRITE_ZEROES = 1 << 14
 
-BLK_T_IN = 0
-BLK_T_OUT = 1
-BLK_T_FLUSH = 4
-BLK_T_GET_ID = 8
-BLK_T_DISCARD = 11
-BLK_T_WRITE_ZEROES = 13
-
-BLK_S_OK = 0
-BLK_S_IOERR = 1
-BLK_S_UNSUPP = 2
-
 BLK_SECTOR = 512
 BLK_ID_BYTES = 20
-BLK_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
-BLK_RANGE = struct.Struct("<QII")  # of DISCARD and WRITE_ZEROES: sector, sectors, flags
-BLK_RANGE_UNMAP = 1
 # capacity; size_max, seg_max; cylinders, heads, sectors; blk_size; physical_block_exp, alignment_offset,
 # min_io_size, opt_io_size; writeback, unused, num_queues; discard and write-zeroes limits: 60 bytes
 BLK_CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
@@ -161,7 +147,6 @@ NET_F_CTRL_MAC_ADDR = 1 << 23
 
 NET_S_LINK_UP = 1
 NET_CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
-NET_HEADER = struct.Struct("<BBHHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
 # class and command of a request on the control queue, §5.1.6.5
 NET_CTRL_RX = 0  # commands 0 to 5: PROMISC, ALLMULTI, ALLUNI, NOMULTI, NOUNI, NOBCAST
 NET_CTRL_MAC = 1

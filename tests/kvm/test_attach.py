@@ -23,6 +23,7 @@ from boot.board import VIRTIO_GSIS
 from boot.layout import VIRTIO_MMIO, VIRTIO_MMIO_STRIDE
 from tests.kvm import guests
 from tests.kvm.test_virtio import BRING_UP, DATA, EXIT, REQUEST, place_request
+from tests.virtio import blk_driver
 from tests.waiting import until
 from virtio import spec
 from virtio.console import Console
@@ -196,7 +197,7 @@ def test_guest_reads_a_disk_that_came_later(guest: MakeGuest, tmp_path: Path) ->
     (tmp_path / "disk").write_bytes(b"".join(bytes([i]) * 512 for i in range(64)))
     wait = f"waits:\n pause\n cmp dword ptr [{VIRTIO_MMIO:#x}], {spec.MMIO_MAGIC:#x}\n jne waits\n"
     vm = guest(f"{wait}{BRING_UP}{REQUEST}mov al, byte ptr [{DATA + 511:#x}]\nend:\n{EXIT}")
-    place_request(vm, spec.BLK_T_IN, 42, None)
+    place_request(vm, blk_driver.T_IN, 42, None)
     vm.start()
     attached = vm.attach(DriveConfig(str(tmp_path / "disk"), id="late"))
     stop = vm.wait(guests.PATIENCE)

@@ -14,6 +14,7 @@ import pytest
 
 from boot.layout import VIRTIO_MMIO
 from tests.kvm.guests import run
+from tests.virtio import blk_driver
 from virtio import spec
 from vmm import Machine
 from vmm.config.devices import DriveConfig
@@ -82,7 +83,7 @@ def place_request(vm: Machine, kind: int, sector: int, data: bytes | None) -> No
     table += spec.DESC.pack(DATA, 512, spec.DESC_F_NEXT | write, 2)
     table += spec.DESC.pack(STATUS, 1, spec.DESC_F_WRITE, 0)
     vm.memory.write(DESC, table)
-    vm.memory.write(HEADER, spec.BLK_HEADER.pack(kind, 0, sector))
+    vm.memory.write(HEADER, blk_driver.HEADER.pack(kind, 0, sector))
     vm.memory.write(DATA, (data or bytes(512)) + b"\xee")
 
 
@@ -96,7 +97,7 @@ def image(tmp_path: Path) -> Path:
 def test_guest_reads_a_sector(guest: MakeGuest, image: Path) -> None:
     code = BRING_UP + REQUEST + f"mov al, byte ptr [{DATA + 511:#x}]\nend:\n" + EXIT
     vm = guest(code, drives=(DriveConfig(str(image)),))
-    place_request(vm, spec.BLK_T_IN, 42, None)
+    place_request(vm, blk_driver.T_IN, 42, None)
     assert run(vm).code == 42
     assert vm.memory.read(DATA, 513) == bytes([42]) * 512 + b"\0"
     assert struct.unpack("<II", vm.memory.read(USED + 4, 8)) == (0, 513)
@@ -111,8 +112,8 @@ def test_guest_reads_a_sector(guest: MakeGuest, image: Path) -> None:
 def test_guest_writes_a_sector(guest: MakeGuest, image: Path, options: str) -> None:
     code = BRING_UP + REQUEST + f"mov al, byte ptr [{STATUS:#x}]\nend:\n" + EXIT
     vm = guest(code, drives=(DriveConfig.parse(f"{image}{options}"),))
-    place_request(vm, spec.BLK_T_OUT, 7, b"guest-- " * 64)
-    assert run(vm).code == spec.BLK_S_OK
+    place_request(vm, blk_driver.T_OUT, 7, b"guest-- " * 64)
+    assert run(vm).code == blk_driver.S_OK
     assert image.read_bytes()[7 * 512 : 8 * 512] == b"guest-- " * 64
 
 
@@ -130,8 +131,8 @@ def test_guest_writes_a_sector_of_a_qcow2_image(
     vm = guest(code, drives=(DriveConfig.parse(f"{image},format=qcow2"),))
     (disk,) = vm.blocks.values()
     assert spec.BLK_CONFIG.unpack(disk.config)[-4] == (64 << 10) // 512, "discard_sector_alignment is a cluster"
-    place_request(vm, spec.BLK_T_OUT, 7, b"guest-- " * 64)
-    assert run(vm).code == spec.BLK_S_OK
+    place_request(vm, blk_driver.T_OUT, 7, b"guest-- " * 64)
+    assert run(vm).code == blk_driver.S_OK
     vm.close()
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw], check=True)
     assert raw.read_bytes() == bytes(7 * 512) + b"guest-- " * 64 + bytes((1 << 20) - 8 * 512)

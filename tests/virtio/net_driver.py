@@ -17,6 +17,7 @@ from virtio.testing import Allocator, Buffer, MmioDriver
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
 
+NET_HEADER = struct.Struct("<BBHHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
 GUEST_MAC = bytes.fromhex("025600000002")
 HOST, GUEST = "10.9.8.1", "10.9.8.2"
 RX, TX = 0, 1
@@ -108,7 +109,7 @@ class Vm:
         buffers = [self.buffers.pop(head) for head, _ in done]
         for buffer, (_, size) in zip(buffers, done, strict=True):
             self._parts.append(self.ram.read(buffer.addr, size))
-            if len(self._parts) == spec.NET_HEADER.unpack(self._parts[0][:12])[6]:
+            if len(self._parts) == NET_HEADER.unpack(self._parts[0][:12])[6]:
                 whole = b"".join(self._parts)
                 self._parts.clear()
                 self.frames.append((whole[:12], whole[12:]))

@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.forked import fork
+from tests.virtio import blk_driver
 from tests.waiting import until
 from virtio import spec
 from virtio._limiter import RateLimiter
@@ -87,7 +88,7 @@ class Vm:
         return self.driver.queues[0].buffer(data, device_writes=device_writes)
 
     def header(self, kind: int, sector: int = 0) -> Buffer:
-        return self.buffer(spec.BLK_HEADER.pack(kind, 0, sector))
+        return self.buffer(blk_driver.HEADER.pack(kind, 0, sector))
 
     def request(self, kind: int, sector: int = 0, *data: Buffer, **how: Any) -> int:
         """Header, `data`, status byte: the status, 0xee where the device wrote none."""
@@ -97,7 +98,7 @@ class Vm:
 
     def read(self, sector: int, size: int) -> bytes:
         data = self.buffer(size, device_writes=True)
-        assert self.request(spec.BLK_T_IN, sector, data) == spec.BLK_S_OK
+        assert self.request(blk_driver.T_IN, sector, data) == blk_driver.S_OK
         return self.ram.read(data.addr, size)
 
 
@@ -185,7 +186,7 @@ def test_read(vm: Vm) -> None:
 
 
 def test_write(vm: Vm, image: Path) -> None:
-    assert vm.request(spec.BLK_T_OUT, 7, vm.buffer(b"w" * 512), vm.buffer(b"x" * 512)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 7, vm.buffer(b"w" * 512), vm.buffer(b"x" * 512)) == blk_driver.S_OK
     assert vm.written == 1
     assert image.read_bytes()[7 * 512 : 9 * 512] == b"w" * 512 + b"x" * 512
 
@@ -197,7 +198,7 @@ def test_whole_disk_in_one_request(vm: Vm, image: Path) -> None:
 def test_2_7_4_1_any_framing(boot: Callable[..., Vm], image: Path) -> None:
     """Header, data and status cut anywhere, direct and indirect."""
     vm = boot()
-    header = spec.BLK_HEADER.pack(spec.BLK_T_OUT, 0, 9)
+    header = blk_driver.HEADER.pack(blk_driver.T_OUT, 0, 9)
     message = header + bytes(range(256)) * 4
     for cut in (1, 7, 15, 16, 17, 300, len(message)):
         for indirect in (False, True):
@@ -209,7 +210,7 @@ def test_2_7_4_1_any_framing(boot: Callable[..., Vm], image: Path) -> None:
             assert vm.ram.read(status.addr, 1) == b"\0"
             assert image.read_bytes()[9 * 512 : 11 * 512] == bytes(range(256)) * 4
     data = vm.buffer(513, device_writes=True)  # the data and the status byte in one descriptor
-    assert vm.submit([vm.header(spec.BLK_T_IN, 4), data]) == 513
+    assert vm.submit([vm.header(blk_driver.T_IN, 4), data]) == 513
     assert vm.ram.read(data.addr, 513) == bytes([4]) * 512 + b"\0"
 
 
@@ -226,34 +227,34 @@ def dirty_pages(path: Path) -> int:
 
 
 def test_flush_is_fdatasync(vm: Vm, image: Path) -> None:
-    assert vm.request(spec.BLK_T_OUT, 0, vm.buffer(512)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 0, vm.buffer(512)) == blk_driver.S_OK
     assert dirty_pages(image) > 0
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
     assert dirty_pages(image) == 0
     assert vm.device.stats["flushes"] == 1
 
 
 def test_5_2_6_2_writes_are_stable_for_a_driver_that_cannot_flush(boot: Callable[..., Vm], image: Path) -> None:
     vm = boot(without=spec.BLK_F_FLUSH)
-    assert vm.request(spec.BLK_T_OUT, 0, vm.buffer(512)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 0, vm.buffer(512)) == blk_driver.S_OK
     assert dirty_pages(image) == 0
-    assert vm.request(spec.BLK_T_OUT, 8, vm.buffer(512), vm.buffer(512)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 8, vm.buffer(512), vm.buffer(512)) == blk_driver.S_OK
     assert dirty_pages(image) == 0
-    assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 8, 16)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 8, 16)) == blk_driver.S_OK
     assert dirty_pages(image) == 0
 
 
 def test_unsafe_cache_leaves_it_to_the_host(boot: Callable[..., Vm], image: Path) -> None:
     vm = boot(unsafe=True)
     assert not vm.device.features & spec.BLK_F_FLUSH
-    assert vm.request(spec.BLK_T_OUT, 0, vm.buffer(512)) == spec.BLK_S_OK
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 0, vm.buffer(512)) == blk_driver.S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
     assert dirty_pages(image) > 0
 
 
 def part(vm: Vm, sector: int, count: int, flags: int = 0) -> Buffer:
     """The segment of a DISCARD or WRITE_ZEROES."""
-    return vm.buffer(spec.BLK_RANGE.pack(sector, count, flags))
+    return vm.buffer(blk_driver.RANGE.pack(sector, count, flags))
 
 
 def blocks_of(path: Path) -> int:
@@ -263,7 +264,7 @@ def blocks_of(path: Path) -> int:
 
 def test_discard_frees_the_hosts_blocks(vm: Vm, image: Path) -> None:
     before = blocks_of(image)
-    assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 8, 40)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_DISCARD, 0, part(vm, 8, 40)) == blk_driver.S_OK
     assert vm.written == 1
     assert blocks_of(image) <= before - 40 * 512
     assert vm.read(7, 512) + vm.read(48, 512) == bytes([7]) * 512 + bytes([48]) * 512
@@ -288,27 +289,27 @@ def test_discard_of_a_file_that_gives_back_whole_blocks(
     os.truncate(image, 60 * 512)  # its last block is shorter
     vm = boot(discard_block=16 * 512)
     assert spec.BLK_CONFIG.unpack(vm.device.config)[-4] == 16, "discard_sector_alignment"
-    assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, sector, count)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_DISCARD, 0, part(vm, sector, count)) == blk_driver.S_OK
     assert image.read_bytes() == b"".join(bytes([0 if i in gone else i]) * 512 for i in range(60))
 
 
-@pytest.mark.parametrize("flags", [0, spec.BLK_RANGE_UNMAP])
+@pytest.mark.parametrize("flags", [0, blk_driver.RANGE_UNMAP])
 def test_write_zeroes(vm: Vm, image: Path, flags: int) -> None:
     before = blocks_of(image)
-    assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 3, 47, flags)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 3, 47, flags)) == blk_driver.S_OK
     expected = b"".join(bytes([i if not 3 <= i < 50 else 0]) * 512 for i in range(SECTORS))
     assert image.read_bytes() == expected
     assert (blocks_of(image) < before) == bool(flags), "unmap says whether the blocks may go"
     assert vm.device.stats["write_zeroes"] == 1
 
 
-@pytest.mark.parametrize("flags", [0, spec.BLK_RANGE_UNMAP])
+@pytest.mark.parametrize("flags", [0, blk_driver.RANGE_UNMAP])
 def test_write_zeroes_where_the_file_system_has_no_such_call(boot: Callable[..., Vm], flags: int) -> None:
     """tmpfs has no FALLOC_FL_ZERO_RANGE."""
     with in_memory(1 << 20) as path:
         vm = boot(path=path)
-        assert vm.request(spec.BLK_T_OUT, 0, vm.buffer(b"x" * 512 * 400)) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 1, 398, flags)) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_OUT, 0, vm.buffer(b"x" * 512 * 400)) == blk_driver.S_OK
+        assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 1, 398, flags)) == blk_driver.S_OK
         assert vm.read(0, 512 * 400) == b"x" * 512 + bytes(512 * 398) + b"x" * 512
 
 
@@ -321,14 +322,14 @@ def in_memory(size: int) -> Iterator[str]:
     os.close(fd)
 
 
-@pytest.mark.parametrize("kind", [spec.BLK_T_DISCARD, spec.BLK_T_WRITE_ZEROES, spec.BLK_T_OUT])
+@pytest.mark.parametrize("kind", [blk_driver.T_DISCARD, blk_driver.T_WRITE_ZEROES, blk_driver.T_OUT])
 def test_a_range_costs_its_length(boot: Callable[..., Vm], kind: int) -> None:
     """The host may have to write every byte of it, so the limiter counts as many."""
     vm = boot(limiter=RateLimiter(bandwidth=(20 * 512, 0, 1 << 40)))
-    data = vm.buffer(bytes(20 * 512)) if kind == spec.BLK_T_OUT else part(vm, 8, 20)
+    data = vm.buffer(bytes(20 * 512)) if kind == blk_driver.T_OUT else part(vm, 8, 20)
     assert vm.device.limiter.ask(1, 0) == 0
     vm.device.set_rate_limit(bandwidth=(20 * 512, 0, 1 << 40))
-    assert vm.request(kind, 0, data) == spec.BLK_S_OK
+    assert vm.request(kind, 0, data) == blk_driver.S_OK
     assert vm.device.limiter.ask(1, 0) > 0
 
 
@@ -339,29 +340,29 @@ def test_long_requests_are_done_in_pieces(boot: Callable[..., Vm]) -> None:
         vm.ram.write(at, random.Random(1).randbytes(2 << 20))
         pieces = [Buffer(at + 512 * i, (1 << 20) + 512 * i) for i in range(6)]
         expected = b"".join(vm.ram.read(each.addr, each.size) for each in pieces)
-        assert vm.request(spec.BLK_T_OUT, 3, *pieces) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_OUT, 3, *pieces) == blk_driver.S_OK
         assert vm.device.stats["bytes_written"] == len(expected)
         assert Path(path).read_bytes()[3 * 512 : 3 * 512 + len(expected)] == expected
-        for flags in (0, spec.BLK_RANGE_UNMAP):
-            assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 4, 10_000, flags)) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 10_004, 1000)) == spec.BLK_S_OK
+        for flags in (0, blk_driver.RANGE_UNMAP):
+            assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 4, 10_000, flags)) == blk_driver.S_OK
+        assert vm.request(blk_driver.T_DISCARD, 0, part(vm, 10_004, 1000)) == blk_driver.S_OK
         start = 11_004 * 512
         assert Path(path).read_bytes()[:start] == bytes(1536) + expected[:512] + bytes(start - 2048)
         assert Path(path).read_bytes()[start : 1536 + len(expected)] == expected[start - 1536 :]
         vm.ram.write(at, bytes(2 << 20))
-        assert vm.request(spec.BLK_T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 5) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 5) == blk_driver.S_OK
         last = start + (4 << 20)
         assert vm.ram.read(at, 4096) == Path(path).read_bytes()[last : last + 4096]
-        assert vm.request(spec.BLK_T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 16) == spec.BLK_S_IOERR
+        assert vm.request(blk_driver.T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 16) == blk_driver.S_IOERR
         os.truncate(path, 12 << 20)
-        assert vm.request(spec.BLK_T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 10) == spec.BLK_S_IOERR
+        assert vm.request(blk_driver.T_IN, 11_004, *[Buffer(at, 1 << 20, True)] * 10) == blk_driver.S_IOERR
         assert vm.log == [f"virtio-blk: {path}: the file ends before byte {start + (10 << 20)}"]
 
 
 def _zeroings(vm: Vm, count: int) -> dict[int, int]:
     """Ranges to be zeroed, each 64 MiB, which tmpfs has no call for; where their status goes, by head."""
     ring = vm.driver.queues[0]
-    header, range_ = vm.header(spec.BLK_T_WRITE_ZEROES), part(vm, 0, 1 << 17)
+    header, range_ = vm.header(blk_driver.T_WRITE_ZEROES), part(vm, 0, 1 << 17)
     statuses = {}
     for _ in range(count):
         status = vm.buffer(b"\xee", device_writes=True)
@@ -383,7 +384,7 @@ def test_what_nobody_has_begun_is_dropped_at_the_end(boot: Callable[..., Vm]) ->
 def test_a_stop_between_the_pieces_of_a_request(boot: Callable[..., Vm]) -> None:
     with in_memory(64 << 20) as path:
         vm = boot(path=path)
-        assert vm.request(spec.BLK_T_OUT, 131_000, vm.buffer(b"x" * 512)) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_OUT, 131_000, vm.buffer(b"x" * 512)) == blk_driver.S_OK
         statuses = _zeroings(vm, 4)
         for _ in range(10):
             vm.transport.stop()
@@ -392,7 +393,7 @@ def test_a_stop_between_the_pieces_of_a_request(boot: Callable[..., Vm]) -> None
         deadline = time.monotonic() + 30
         while len(done) < 4 and time.monotonic() < deadline:
             done |= {head for head, _ in vm.driver.queues[0].reap()}
-        assert {vm.ram.read(at, 1) for at in statuses.values()} == {bytes([spec.BLK_S_OK])}
+        assert {vm.ram.read(at, 1) for at in statuses.values()} == {bytes([blk_driver.S_OK])}
         assert done == set(statuses)
         assert not any(Path(path).read_bytes())
         assert vm.device.stats["write_zeroes"] == 4
@@ -402,7 +403,7 @@ def test_a_stop_between_the_pieces_of_a_request(boot: Callable[..., Vm]) -> None
 def test_several_queues(boot: Callable[..., Vm], image: Path, threads: int) -> None:
     vm = boot(queues=4, threads=threads)
     for queue in range(4):
-        assert vm.request(spec.BLK_T_OUT, queue, vm.buffer(bytes([90 + queue]) * 512), queue=queue) == 0
+        assert vm.request(blk_driver.T_OUT, queue, vm.buffer(bytes([90 + queue]) * 512), queue=queue) == 0
     assert image.read_bytes()[: 4 * 512] == b"".join(bytes([90 + i]) * 512 for i in range(4))
     assert vm.driver.config(34, 2) == b"\4\0"
     number = min(threads or max(1, len(os.sched_getaffinity(0)) // 2), 4)
@@ -420,7 +421,7 @@ def test_a_full_queue_does_not_keep_the_others_of_its_thread_waiting(boot: Calla
     for queue, number in ((0, 200), (1, 1)):
         for _ in range(number):
             statuses.append(vm.buffer(b"\xee", device_writes=True))
-            vm.driver.queues[queue].add_indirect([vm.header(spec.BLK_T_FLUSH), statuses[-1]])
+            vm.driver.queues[queue].add_indirect([vm.header(blk_driver.T_FLUSH), statuses[-1]])
     vm.transport.go_on()
     until(lambda: vm.device.stats["throttled"] > 0)
     until(lambda: vm.ram.read(statuses[-1].addr, 1) == b"\0")
@@ -445,7 +446,7 @@ def test_requests_of_several_queues_are_in_flight_together(boot: Callable[..., V
 
     for queue, place in enumerate(places):
         ring = vm.driver.queues[queue]
-        parts = [vm.header(spec.BLK_T_IN, queue * block // 512), Buffer(place, block, True)]
+        parts = [vm.header(blk_driver.T_IN, queue * block // 512), Buffer(place, block, True)]
         heads.append({ring.add_indirect([*parts, vm.buffer(b"\xee", device_writes=True)]) for _ in range(100)})
     vm.transport.go_on()
     until(all_done)
@@ -465,24 +466,24 @@ def test_direct_io_takes_aligned_buffers_and_others(boot: Callable[..., Vm], ima
         payload = os.urandom(2 * size)
         vm.ram.write(at, payload)
         halves = Buffer(at, size + 8), Buffer(at + size + 8, size - 8)
-        assert vm.request(spec.BLK_T_OUT, 8, *halves) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_OUT, 8, *halves) == blk_driver.S_OK
         assert image.read_bytes()[8 * 512 : 8 * 512 + 2 * size] == payload
         vm.ram.write(at, bytes(2 * size))
         back = Buffer(at, 100, True), Buffer(at + 100, 2 * size - 100, True)
-        assert vm.request(spec.BLK_T_IN, 8, *back) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_IN, 8, *back) == blk_driver.S_OK
         assert vm.ram.read(at, 2 * size) == payload
 
 
 def test_get_id(vm: Vm) -> None:
     data = vm.buffer(b"\xff" * 20, device_writes=True)
-    assert vm.request(spec.BLK_T_GET_ID, 0, data) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_GET_ID, 0, data) == blk_driver.S_OK
     assert vm.ram.read(data.addr, 20) == b"serial-0123456789abcdef"[:20]
     assert vm.written == 21
 
 
 def test_get_id_in_pieces(vm: Vm) -> None:
     parts = [vm.buffer(n, device_writes=True) for n in (3, 10, 30)]
-    assert vm.request(spec.BLK_T_GET_ID, 0, *parts) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_GET_ID, 0, *parts) == blk_driver.S_OK
     assert b"".join(vm.ram.read(p.addr, p.size) for p in parts)[:20] == b"serial-0123456789abcdef"[:20]
     assert vm.written == 20, "the buffer's end was not written"
 
@@ -492,7 +493,7 @@ def test_many_requests_in_one_notification(vm: Vm) -> None:
     reads = {}
     for sector in range(40):
         data, status = vm.buffer(512, device_writes=True), vm.buffer(b"\xee", device_writes=True)
-        reads[ring.add([vm.header(spec.BLK_T_IN, sector), data, status])] = (sector, data)
+        reads[ring.add([vm.header(blk_driver.T_IN, sector), data, status])] = (sector, data)
     ring.want_interrupt(after=39)
     vm.driver.kick()
     done: list[tuple[int, int]] = []
@@ -516,7 +517,7 @@ def test_interrupts_of_long_writes(boot: Callable[..., Vm], image: Path) -> None
     for _ in range(20):
         wanted = vm.device.stats["writes"] + 4
         for _ in range(4):
-            ring.add([vm.header(spec.BLK_T_OUT), data, vm.buffer(1, device_writes=True)])
+            ring.add([vm.header(blk_driver.T_OUT), data, vm.buffer(1, device_writes=True)])
         ring.want_interrupt()
         vm.driver.kick()
         while vm.device.stats["writes"] < wanted:
@@ -534,7 +535,7 @@ def test_interrupts_of_long_writes(boot: Callable[..., Vm], image: Path) -> None
 
 def test_capacity_change_at_run_time(vm: Vm, image: Path) -> None:
     os.truncate(image, 2 * SECTORS * 512)
-    assert vm.request(spec.BLK_T_IN, SECTORS, vm.buffer(512, device_writes=True)) == spec.BLK_S_IOERR
+    assert vm.request(blk_driver.T_IN, SECTORS, vm.buffer(512, device_writes=True)) == blk_driver.S_IOERR
     vm.driver.take_interrupt()
     generation = vm.driver.get(spec.MMIO_CONFIG_GENERATION)
     vm.device.set_capacity(2 * SECTORS * 512)
@@ -579,13 +580,13 @@ def test_another_file_at_run_time(vm: Vm, image: Path, tmp_path: Path) -> None:
     assert vm.driver.take_interrupt() == spec.INTERRUPT_CONFIG
     assert vm.driver.config(0, 8) == (2 * SECTORS).to_bytes(8, "little")
     assert vm.read(2 * SECTORS - 1, 512) == b"o" * 512
-    assert vm.request(spec.BLK_T_OUT, 1, vm.buffer(b"n" * 512)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 1, vm.buffer(b"n" * 512)) == blk_driver.S_OK
     assert other.read_bytes()[512:1024] == b"n" * 512
     Disk(str(image)).close()  # its lock is gone
     assert problem(other).startswith("is in use by another VM")
     vm.device.replace(str(image))
     assert vm.driver.config(0, 8) == SECTORS.to_bytes(8, "little")
-    assert vm.request(spec.BLK_T_IN, SECTORS, vm.buffer(512, device_writes=True)) == spec.BLK_S_IOERR
+    assert vm.request(blk_driver.T_IN, SECTORS, vm.buffer(512, device_writes=True)) == blk_driver.S_IOERR
     assert vm.read(3, 512) == bytes([3]) * 512
 
 
@@ -616,8 +617,8 @@ def test_a_change_between_many_requests_loses_no_place_for_one(vm: Vm, image: Pa
     """A queue has 256 places for requests. Each must be free again, however often the disk changes meanwhile."""
     ring = vm.driver.queues[0]
     status = vm.buffer(1, device_writes=True)
-    read = [vm.header(spec.BLK_T_IN), vm.buffer(512, device_writes=True), status]
-    write = [vm.header(spec.BLK_T_OUT), vm.buffer(image.read_bytes()), status]  # takes long enough for a change
+    read = [vm.header(blk_driver.T_IN), vm.buffer(512, device_writes=True), status]
+    write = [vm.header(blk_driver.T_OUT), vm.buffer(image.read_bytes()), status]  # takes long enough for a change
     chains = [read, write] * 15
     end = threading.Event()
 
@@ -675,10 +676,10 @@ def test_files_that_change_while_the_driver_reads(
         for turn in range(400):
             vm.driver.allocator.next = starts[turn % 2]
             data = vm.buffer(512, device_writes=True)
-            assert vm.request(spec.BLK_T_IN, 5, data, queue=turn % 2) == spec.BLK_S_OK
+            assert vm.request(blk_driver.T_IN, 5, data, queue=turn % 2) == blk_driver.S_OK
             assert vm.ram.read(data.addr, 512) in (bytes([5]) * 512, b"s" * 512)
             data = vm.buffer(b"\xee" * 512, device_writes=True)
-            if vm.request(spec.BLK_T_IN, 20, data, queue=turn % 2) == spec.BLK_S_OK:
+            if vm.request(blk_driver.T_IN, 20, data, queue=turn % 2) == blk_driver.S_OK:
                 assert vm.ram.read(data.addr, 512) == bytes([20]) * 512
     finally:
         stop.set()
@@ -728,21 +729,21 @@ def test_block_device(boot: Callable[..., Vm], loop: tuple[str, Path], direct: b
     assert vm.driver.offered() & spec.BLK_F_DISCARD
     at = vm.driver.allocator.alloc(8192, 4096)
     vm.ram.write(at, b"w" * 4096)
-    assert vm.request(spec.BLK_T_OUT, 8, Buffer(at, 4096)) == spec.BLK_S_OK
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 8, Buffer(at, 4096)) == blk_driver.S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
     assert backing.read_bytes()[4096:8192] == b"w" * 4096
-    assert vm.request(spec.BLK_T_IN, 80, Buffer(at, 4096, True)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_IN, 80, Buffer(at, 4096, True)) == blk_driver.S_OK
     assert vm.ram.read(at, 4096) == bytes([10]) * 4096
     before = blocks_of(backing)
-    assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 1024, 1024)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_DISCARD, 0, part(vm, 1024, 1024)) == blk_driver.S_OK
     assert blocks_of(backing) <= before - (1 << 19)
-    for flags in (0, spec.BLK_RANGE_UNMAP):
-        assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 80 + 8 * flags, 8, flags)) == spec.BLK_S_OK
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    for flags in (0, blk_driver.RANGE_UNMAP):
+        assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 80 + 8 * flags, 8, flags)) == blk_driver.S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
     assert backing.read_bytes()[80 * 512 : 96 * 512] == bytes(8192)
     os.truncate(backing, 1 << 18)
     data = Buffer(at, 4096, True)
-    assert vm.request(spec.BLK_T_IN, 1000, data) == spec.BLK_S_IOERR
+    assert vm.request(blk_driver.T_IN, 1000, data) == blk_driver.S_IOERR
     assert vm.log == [f"virtio-blk: {device}: {os.strerror(errno.EIO)}"]
 
 
@@ -799,13 +800,13 @@ def test_a_block_device_of_4_kib_sectors(boot: Callable[..., Vm], tmp_path: Path
             assert vm.driver.config(20, 4) == (4096).to_bytes(4, "little"), "what the guest's requests are multiples of"
             assert vm.device.capacity == 2048
             before = blocks_of(backing)
-            assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, 1024, 1024)) == spec.BLK_S_OK
+            assert vm.request(blk_driver.T_DISCARD, 0, part(vm, 1024, 1024)) == blk_driver.S_OK
             assert blocks_of(backing) < before
-            for flags in (0, spec.BLK_RANGE_UNMAP):
-                assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 80 + 8 * flags, 8, flags)) == spec.BLK_S_OK
-            assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+            for flags in (0, blk_driver.RANGE_UNMAP):
+                assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 80 + 8 * flags, 8, flags)) == blk_driver.S_OK
+            assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
             assert backing.read_bytes()[80 * 512 : 96 * 512] == bytes(8192)
-            assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 1, 1)) == spec.BLK_S_IOERR
+            assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 1, 1)) == blk_driver.S_IOERR
         finally:
             vm.close()
 
@@ -827,8 +828,8 @@ NO_RING = """
 import sys
 from pathlib import Path
 from virtio.testing import Allocator
+from tests.virtio import blk_driver
 from tests.virtio.test_blk import Vm, alive
-from virtio import spec
 from vmm import _uring
 from vmm.memory import GuestMemory
 assert _uring.stock(1) == _uring.stock(5) == 1
@@ -838,7 +839,7 @@ with GuestMemory(1 << 20) as ram:
     for vm in vms:
         vm.driver.bring_up()
         vm.driver.bring_up()
-        assert vm.request(spec.BLK_T_OUT, 9, vm.buffer(b"n" * 512)) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_OUT, 9, vm.buffer(b"n" * 512)) == blk_driver.S_OK
         alive(vm)
         print(vm.log)
     for vm in vms:
@@ -892,7 +893,7 @@ def test_reset_waits_for_what_is_under_way(boot: Callable[..., Vm], image: Path)
         data = [vm.driver.allocator.alloc(4096, 4096) for _ in range(16)]
         for at in data:
             status = vm.buffer(1, device_writes=True)
-            ring.add_indirect([vm.header(spec.BLK_T_IN, 8), Buffer(at, 4096, True), status])
+            ring.add_indirect([vm.header(blk_driver.T_IN, 8), Buffer(at, 4096, True), status])
         vm.driver.kick()
         vm.driver.set(spec.MMIO_STATUS, 0)
         for at in data:
@@ -910,7 +911,7 @@ def test_more_requests_than_there_are_places(boot: Callable[..., Vm]) -> None:
     vm = boot()
     ring = vm.driver.queues[0]
     data, status = vm.buffer(512, device_writes=True), vm.buffer(b"\xee", device_writes=True)
-    ring.write_chain([vm.header(spec.BLK_T_IN, 3), data, status], [0, 1, 2])
+    ring.write_chain([vm.header(blk_driver.T_IN, 3), data, status], [0, 1, 2])
     ring.want_interrupt(after=5 * ring.size - 1)
     for _ in range(5):
         before = vm.device.stats["requests"]
@@ -942,7 +943,7 @@ def test_rate_limit_within_a_tenth(
     vm = boot(queues=2, threads=2, limiter=RateLimiter(**limit))
     heads = [
         ring.add_indirect(
-            [vm.header(spec.BLK_T_IN), vm.buffer(size, device_writes=True), vm.buffer(1, device_writes=True)]
+            [vm.header(blk_driver.T_IN), vm.buffer(size, device_writes=True), vm.buffer(1, device_writes=True)]
         )
         for ring in vm.driver.queues
     ]
@@ -971,10 +972,10 @@ def test_rate_limit_within_a_tenth(
 
 def test_a_limit_is_changed_while_a_request_waits_for_it(boot: Callable[..., Vm]) -> None:
     vm = boot(limiter=RateLimiter(ops=(1, 0, 1 << 40)))  # one operation in 35 years
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
     timer = threading.Timer(0.2, lambda: vm.device.set_rate_limit(ops=(0, 0, 0)))
     timer.start()
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
     timer.join()
     assert vm.device.stats["throttled"] >= 1
 
@@ -991,9 +992,9 @@ def test_a_limit_is_changed_though_the_driver_uses_one_queue_of_two(boot: Callab
 
 def test_reset_while_a_request_waits_for_the_limit(boot: Callable[..., Vm]) -> None:
     vm = boot(limiter=RateLimiter(ops=(1, 0, 1 << 40)))
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
     status = vm.buffer(b"\xee", device_writes=True)
-    vm.driver.queues[0].add([vm.header(spec.BLK_T_FLUSH), status])
+    vm.driver.queues[0].add([vm.header(blk_driver.T_FLUSH), status])
     vm.driver.kick()
     vm.driver.bring_up()
     assert vm.ram.read(status.addr, 1) == b"\xee"
@@ -1004,7 +1005,7 @@ def test_reset_while_a_request_waits_for_the_limit(boot: Callable[..., Vm]) -> N
 # hostile-guest: block. Each request comes back, with a status where there is room for one.
 
 
-def refused(vm: Vm, status: int, expected: int = spec.BLK_S_IOERR) -> None:
+def refused(vm: Vm, status: int, expected: int = blk_driver.S_IOERR) -> None:
     assert status == expected
     assert vm.device.stats["bad_requests"] == 1
     alive(vm)
@@ -1026,18 +1027,18 @@ def test_header_short(vm: Vm, size: int) -> None:
 
 
 def test_header_alone_has_no_data_and_no_status(vm: Vm) -> None:
-    assert vm.submit([vm.header(spec.BLK_T_IN)]) == 0
+    assert vm.submit([vm.header(blk_driver.T_IN)]) == 0
     assert vm.device.stats["bad_requests"] == 1
     alive(vm)
 
 
-@pytest.mark.parametrize("kind", [spec.BLK_T_IN, spec.BLK_T_OUT, spec.BLK_T_GET_ID])
+@pytest.mark.parametrize("kind", [blk_driver.T_IN, blk_driver.T_OUT, blk_driver.T_GET_ID])
 def test_no_data(vm: Vm, kind: int) -> None:
     refused(vm, vm.request(kind))
 
 
 def test_no_status(vm: Vm, image: Path) -> None:
-    assert vm.submit([vm.header(spec.BLK_T_OUT, 1), vm.buffer(b"n" * 512)]) == 0
+    assert vm.submit([vm.header(blk_driver.T_OUT, 1), vm.buffer(b"n" * 512)]) == 0
     assert image.read_bytes()[512:1024] == bytes([1]) * 512, "a write that cannot be answered is not done"
     assert vm.device.stats["bad_requests"] == 1
     alive(vm)
@@ -1045,41 +1046,41 @@ def test_no_status(vm: Vm, image: Path) -> None:
 
 def test_status_read_only(vm: Vm) -> None:
     status = vm.buffer(b"\xee")
-    assert vm.submit([vm.header(spec.BLK_T_OUT, 1), vm.buffer(512), status]) == 0
+    assert vm.submit([vm.header(blk_driver.T_OUT, 1), vm.buffer(512), status]) == 0
     assert vm.ram.read(status.addr, 1) == b"\xee"
     alive(vm)
 
 
 def test_status_zero_length(vm: Vm) -> None:
     status = vm.buffer(b"\xee", device_writes=True)._replace(size=0)
-    assert vm.submit([vm.header(spec.BLK_T_FLUSH), status]) == 0
+    assert vm.submit([vm.header(blk_driver.T_FLUSH), status]) == 0
     assert vm.ram.read(status.addr, 1) == b"\xee"
     assert vm.device.stats["flushes"] == 0
     alive(vm)
 
 
-@pytest.mark.parametrize("kind", [spec.BLK_T_IN, spec.BLK_T_GET_ID])
+@pytest.mark.parametrize("kind", [blk_driver.T_IN, blk_driver.T_GET_ID])
 def test_data_in_the_wrong_direction_for_in_and_get_id(vm: Vm, kind: int) -> None:
     refused(vm, vm.request(kind, 0, vm.buffer(b"d" * 512)))
 
 
 def test_data_in_the_wrong_direction_for_out(vm: Vm) -> None:
-    refused(vm, vm.request(spec.BLK_T_OUT, 0, vm.buffer(b"d" * 512, device_writes=True)))
+    refused(vm, vm.request(blk_driver.T_OUT, 0, vm.buffer(b"d" * 512, device_writes=True)))
 
 
-@pytest.mark.parametrize("kind", [spec.BLK_T_IN, spec.BLK_T_OUT])
+@pytest.mark.parametrize("kind", [blk_driver.T_IN, blk_driver.T_OUT])
 def test_data_in_both_directions(vm: Vm, kind: int) -> None:
     data = vm.buffer(512), vm.buffer(512, device_writes=True)
     refused(vm, vm.request(kind, 0, *data))
 
 
 @pytest.mark.parametrize("size", [1, 511, 513, 1000])
-@pytest.mark.parametrize("kind", [spec.BLK_T_IN, spec.BLK_T_OUT])
+@pytest.mark.parametrize("kind", [blk_driver.T_IN, blk_driver.T_OUT])
 def test_length_not_a_multiple_of_512(vm: Vm, kind: int, size: int) -> None:
-    refused(vm, vm.request(kind, 0, vm.buffer(size, device_writes=kind == spec.BLK_T_IN)))
+    refused(vm, vm.request(kind, 0, vm.buffer(size, device_writes=kind == blk_driver.T_IN)))
 
 
-@pytest.mark.parametrize("kind", [spec.BLK_T_IN, spec.BLK_T_OUT])
+@pytest.mark.parametrize("kind", [blk_driver.T_IN, blk_driver.T_OUT])
 @pytest.mark.parametrize(
     ("sector", "count"),
     [
@@ -1096,35 +1097,35 @@ def test_sector_beyond_the_end_crossing_it_or_overflowing(
     vm: Vm, image: Path, kind: int, sector: int, count: int
 ) -> None:
     before = image.read_bytes()
-    refused(vm, vm.request(kind, sector, vm.buffer(512 * count, device_writes=kind == spec.BLK_T_IN)))
+    refused(vm, vm.request(kind, sector, vm.buffer(512 * count, device_writes=kind == blk_driver.T_IN)))
     assert image.read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", [2, 3, 5, 7, 9, 10, 12, 14, 0x8000_0000, 0xFFFF_FFFF])
 def test_unknown_type(vm: Vm, kind: int) -> None:
-    refused(vm, vm.request(kind, 0, vm.buffer(16)), spec.BLK_S_UNSUPP)
+    refused(vm, vm.request(kind, 0, vm.buffer(16)), blk_driver.S_UNSUPP)
 
 
 @pytest.mark.parametrize("size", [1, 19])
 def test_get_id_under_20_bytes(vm: Vm, size: int) -> None:
-    refused(vm, vm.request(spec.BLK_T_GET_ID, 0, vm.buffer(size, device_writes=True)))
+    refused(vm, vm.request(blk_driver.T_GET_ID, 0, vm.buffer(size, device_writes=True)))
 
 
 @pytest.mark.parametrize("device_writes", [False, True])
 def test_flush_with_data(vm: Vm, device_writes: bool) -> None:
-    refused(vm, vm.request(spec.BLK_T_FLUSH, 0, vm.buffer(512, device_writes=device_writes)))
+    refused(vm, vm.request(blk_driver.T_FLUSH, 0, vm.buffer(512, device_writes=device_writes)))
     assert vm.device.stats["flushes"] == 0
 
 
 def test_write_to_a_read_only_disk(boot: Callable[..., Vm], image: Path) -> None:
     before = image.read_bytes()
     vm = boot(read_only=True)
-    refused(vm, vm.request(spec.BLK_T_OUT, 0, vm.buffer(b"w" * 512)))
+    refused(vm, vm.request(blk_driver.T_OUT, 0, vm.buffer(b"w" * 512)))
     assert image.read_bytes() == before
-    assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
 
 
-RANGES = [spec.BLK_T_DISCARD, spec.BLK_T_WRITE_ZEROES]
+RANGES = [blk_driver.T_DISCARD, blk_driver.T_WRITE_ZEROES]
 
 
 @pytest.mark.parametrize("kind", RANGES)
@@ -1148,7 +1149,7 @@ def test_range_beyond_the_end(vm: Vm, image: Path, kind: int, sector: int, count
 @pytest.mark.parametrize("kind", RANGES)
 @pytest.mark.parametrize("size", [1, 8, 15, 17, 31])
 def test_range_malformed(vm: Vm, kind: int, size: int) -> None:
-    refused(vm, vm.request(kind, 0, vm.buffer((spec.BLK_RANGE.pack(0, 1, 0) * 2)[:size])))
+    refused(vm, vm.request(kind, 0, vm.buffer((blk_driver.RANGE.pack(0, 1, 0) * 2)[:size])))
 
 
 @pytest.mark.parametrize("kind", RANGES)
@@ -1172,26 +1173,29 @@ def test_range_in_the_wrong_direction(vm: Vm, kind: int) -> None:
 def test_range_longer_than_the_device_takes(boot: Callable[..., Vm], kind: int) -> None:
     with in_memory(1 << 40) as path:
         vm = boot(path=path)
-        most = {spec.BLK_T_DISCARD: _blk.MAX_DISCARD_SECTORS, spec.BLK_T_WRITE_ZEROES: _blk.MAX_WRITE_ZEROES_SECTORS}
-        assert vm.request(kind, 0, part(vm, 0, most[kind] + 1)) == spec.BLK_S_IOERR
-        assert vm.request(kind, 0, part(vm, 0, most[kind], kind == spec.BLK_T_WRITE_ZEROES)) == spec.BLK_S_OK
+        most = {
+            blk_driver.T_DISCARD: _blk.MAX_DISCARD_SECTORS,
+            blk_driver.T_WRITE_ZEROES: _blk.MAX_WRITE_ZEROES_SECTORS,
+        }
+        assert vm.request(kind, 0, part(vm, 0, most[kind] + 1)) == blk_driver.S_IOERR
+        assert vm.request(kind, 0, part(vm, 0, most[kind], kind == blk_driver.T_WRITE_ZEROES)) == blk_driver.S_OK
 
 
 @pytest.mark.parametrize("kind", RANGES)
 @pytest.mark.parametrize("flags", [2, 3, 0x8000_0000])
 def test_5_2_6_2_unknown_flags(vm: Vm, kind: int, flags: int) -> None:
-    refused(vm, vm.request(kind, 0, part(vm, 0, 1, flags)), spec.BLK_S_UNSUPP)
+    refused(vm, vm.request(kind, 0, part(vm, 0, 1, flags)), blk_driver.S_UNSUPP)
 
 
 def test_5_2_6_2_discard_with_unmap(vm: Vm) -> None:
-    refused(vm, vm.request(spec.BLK_T_DISCARD, 0, part(vm, 0, 1, spec.BLK_RANGE_UNMAP)), spec.BLK_S_UNSUPP)
+    refused(vm, vm.request(blk_driver.T_DISCARD, 0, part(vm, 0, 1, blk_driver.RANGE_UNMAP)), blk_driver.S_UNSUPP)
 
 
 @pytest.mark.parametrize("kind", RANGES)
 def test_range_that_was_not_negotiated(boot: Callable[..., Vm], image: Path, kind: int) -> None:
     before = image.read_bytes()
     vm = boot(without=spec.BLK_F_DISCARD | spec.BLK_F_WRITE_ZEROES)
-    refused(vm, vm.request(kind, 0, part(vm, 0, 1)), spec.BLK_S_UNSUPP)
+    refused(vm, vm.request(kind, 0, part(vm, 0, 1)), blk_driver.S_UNSUPP)
     assert image.read_bytes() == before
 
 
@@ -1199,7 +1203,7 @@ def test_range_that_was_not_negotiated(boot: Callable[..., Vm], image: Path, kin
 def test_range_of_a_read_only_disk(boot: Callable[..., Vm], image: Path, kind: int) -> None:
     before = image.read_bytes()
     vm = boot(read_only=True)
-    refused(vm, vm.request(kind, 0, part(vm, 0, 1)), spec.BLK_S_UNSUPP)  # it is not even offered
+    refused(vm, vm.request(kind, 0, part(vm, 0, 1)), blk_driver.S_UNSUPP)  # it is not even offered
     assert image.read_bytes() == before
 
 
@@ -1207,7 +1211,7 @@ def test_range_of_a_read_only_disk(boot: Callable[..., Vm], image: Path, kind: i
 
 
 def failed(vm: Vm, status: int, message: str) -> None:
-    assert status == spec.BLK_S_IOERR
+    assert status == blk_driver.S_IOERR
     assert vm.device.stats["io_errors"] == 1
     assert vm.log == [f"virtio-blk: {vm.disk.path}: {message}"]
 
@@ -1216,10 +1220,10 @@ def test_backing_file_truncated(vm: Vm, image: Path) -> None:
     os.truncate(image, 10 * 512)
     failed(
         vm,
-        vm.request(spec.BLK_T_IN, 20, vm.buffer(512, device_writes=True)),
+        vm.request(blk_driver.T_IN, 20, vm.buffer(512, device_writes=True)),
         "the file ends before byte 10752",
     )
-    assert vm.request(spec.BLK_T_IN, 9, vm.buffer(1024, device_writes=True)) == spec.BLK_S_IOERR
+    assert vm.request(blk_driver.T_IN, 9, vm.buffer(1024, device_writes=True)) == blk_driver.S_IOERR
     assert vm.written == 0
     alive(vm)
 
@@ -1227,7 +1231,7 @@ def test_backing_file_truncated(vm: Vm, image: Path) -> None:
 def test_backing_file_deleted(vm: Vm, image: Path) -> None:
     image.unlink()
     alive(vm)
-    assert vm.request(spec.BLK_T_OUT, 1, vm.buffer(b"d" * 512)) == spec.BLK_S_OK
+    assert vm.request(blk_driver.T_OUT, 1, vm.buffer(b"d" * 512)) == blk_driver.S_OK
     assert vm.read(1, 512) == b"d" * 512
 
 
@@ -1240,28 +1244,28 @@ def stand_in(vm: Vm, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "kind", "number"),
     [
-        pytest.param("/dev/full", spec.BLK_T_OUT, errno.ENOSPC, id="full"),
-        pytest.param("/proc/self/mem", spec.BLK_T_IN, errno.EIO, id="EIO on read"),
-        pytest.param("/proc/self/mem", spec.BLK_T_OUT, errno.EIO, id="EIO on write"),
-        pytest.param("/proc/self/mem", spec.BLK_T_FLUSH, errno.EINVAL, id="failing flush"),
-        pytest.param("/dev/full", spec.BLK_T_WRITE_ZEROES, errno.ENODEV, id="failing fallocate"),
-        pytest.param("/dev/full", spec.BLK_T_DISCARD, errno.ENODEV, id="failing discard"),
+        pytest.param("/dev/full", blk_driver.T_OUT, errno.ENOSPC, id="full"),
+        pytest.param("/proc/self/mem", blk_driver.T_IN, errno.EIO, id="EIO on read"),
+        pytest.param("/proc/self/mem", blk_driver.T_OUT, errno.EIO, id="EIO on write"),
+        pytest.param("/proc/self/mem", blk_driver.T_FLUSH, errno.EINVAL, id="failing flush"),
+        pytest.param("/dev/full", blk_driver.T_WRITE_ZEROES, errno.ENODEV, id="failing fallocate"),
+        pytest.param("/dev/full", blk_driver.T_DISCARD, errno.ENODEV, id="failing discard"),
     ],
 )
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_backing_file_full_or_returning_eio(vm: Vm, path: str, kind: int, number: int, buffers: int) -> None:
     """/dev/full has no space, and no page is mapped at the start of a process, where /proc/self/mem gives EIO."""
-    if kind == spec.BLK_T_FLUSH:
+    if kind == blk_driver.T_FLUSH:
         data = []
     elif kind in RANGES:
         data = [part(vm, 0, 1)]
     else:
-        data = [vm.buffer(512, device_writes=kind == spec.BLK_T_IN) for _ in range(buffers)]
+        data = [vm.buffer(512, device_writes=kind == blk_driver.T_IN) for _ in range(buffers)]
     kept = os.dup(vm.disk.fd)
     stand_in(vm, path)
     failed(vm, vm.request(kind, 0, *data), os.strerror(number))
     for _ in range(20):
-        assert vm.request(kind, 0, *data) == spec.BLK_S_IOERR
+        assert vm.request(kind, 0, *data) == blk_driver.S_IOERR
     assert len(vm.log) == 5, "1st, 2nd, 4th, 8th and 16th"
     assert vm.log[-1].endswith(f"{os.strerror(number)} (seen 16 times)")
     assert vm.device.stats["io_errors"] == 21
@@ -1282,7 +1286,7 @@ def test_backing_file_full_in_the_middle_of_a_write(boot: Callable[..., Vm], ima
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
     try:
-        status = vm.request(spec.BLK_T_OUT, 1020, vm.buffer(b"f" * 4096))
+        status = vm.request(blk_driver.T_OUT, 1020, vm.buffer(b"f" * 4096))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -1292,7 +1296,7 @@ def test_backing_file_full_in_the_middle_of_a_write(boot: Callable[..., Vm], ima
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("kind", [spec.BLK_T_IN, spec.BLK_T_OUT])
+@pytest.mark.parametrize("kind", [blk_driver.T_IN, blk_driver.T_OUT])
 def test_short_reads_and_writes(engine: str, kind: int) -> None:
     """No call moves more than 2 GiB less a page: one request of 3 GiB, in which buffers are one piece of memory."""
     piece, count = 12 << 20, 252
@@ -1301,18 +1305,18 @@ def test_short_reads_and_writes(engine: str, kind: int) -> None:
         vm.driver.bring_up()
         memory = vm.driver.allocator.alloc(piece, 4096)
         offset = piece * (count - 1) + 12345  # in the last piece, after the cut
-        data = [Buffer(memory, piece, kind == spec.BLK_T_IN)] * count
-        if kind == spec.BLK_T_IN:
+        data = [Buffer(memory, piece, kind == blk_driver.T_IN)] * count
+        if kind == blk_driver.T_IN:
             os.pwrite(vm.disk.fd, b"mark", offset)
-            assert vm.request(kind, 0, *data) == spec.BLK_S_OK
+            assert vm.request(kind, 0, *data) == blk_driver.S_OK
             assert vm.written == piece * count + 1
             assert ram.read(memory + 12345, 4) == b"mark"
         else:
             # Only the last pieces hold something, or the test would need 3 GiB: the first are cut to a sector.
             ram.write(memory + 12345, b"mark")
-            assert vm.request(kind, 0, *data) == spec.BLK_S_OK
+            assert vm.request(kind, 0, *data) == blk_driver.S_OK
             assert os.pread(vm.disk.fd, 4, offset) == b"mark"
-        assert vm.device.stats["bytes_read" if kind == spec.BLK_T_IN else "bytes_written"] == piece * count
+        assert vm.device.stats["bytes_read" if kind == blk_driver.T_IN else "bytes_written"] == piece * count
         vm.close()
 
 
@@ -1329,37 +1333,37 @@ def validated(out: bytes, room: int, capacity: int, read_only: bool) -> int | No
         return None
     room -= 1
     if len(out) < 16:
-        return spec.BLK_S_IOERR
-    kind, _, sector = spec.BLK_HEADER.unpack(out[:16])
+        return blk_driver.S_IOERR
+    kind, _, sector = blk_driver.HEADER.unpack(out[:16])
     data = out[16:]
     match kind:
-        case spec.BLK_T_IN | spec.BLK_T_OUT:
-            size, other = (room, data) if kind == spec.BLK_T_IN else (len(data), room)
+        case blk_driver.T_IN | blk_driver.T_OUT:
+            size, other = (room, data) if kind == blk_driver.T_IN else (len(data), room)
             good = size and not size % 512 and not other and sector + size // 512 <= capacity
-            good = good and not (read_only and kind == spec.BLK_T_OUT)
-        case spec.BLK_T_FLUSH:
+            good = good and not (read_only and kind == blk_driver.T_OUT)
+        case blk_driver.T_FLUSH:
             good = not data and not room
-        case spec.BLK_T_GET_ID:
+        case blk_driver.T_GET_ID:
             good = not data and room >= 20
-        case spec.BLK_T_DISCARD | spec.BLK_T_WRITE_ZEROES if not read_only:
+        case blk_driver.T_DISCARD | blk_driver.T_WRITE_ZEROES if not read_only:
             if room or len(data) != 16:
-                return spec.BLK_S_IOERR
-            sector, count, flags = spec.BLK_RANGE.unpack(data)
-            if flags > 1 or (flags and kind == spec.BLK_T_DISCARD):
-                return spec.BLK_S_UNSUPP
+                return blk_driver.S_IOERR
+            sector, count, flags = blk_driver.RANGE.unpack(data)
+            if flags > 1 or (flags and kind == blk_driver.T_DISCARD):
+                return blk_driver.S_UNSUPP
             good = count and sector + count <= capacity
         case _:
-            return spec.BLK_S_UNSUPP
-    return spec.BLK_S_OK if good else spec.BLK_S_IOERR
+            return blk_driver.S_UNSUPP
+    return blk_driver.S_OK if good else blk_driver.S_IOERR
 
 
 sectors = st.integers(0, 10) | st.integers(0, (1 << 64) - 1)
 headers = st.builds(
-    lambda kind, sector: spec.BLK_HEADER.pack(kind, 0, sector),
+    lambda kind, sector: blk_driver.HEADER.pack(kind, 0, sector),
     st.sampled_from([0, 1, 4, 8, 11, 13]) | st.integers(0, (1 << 32) - 1),
     sectors,
 )
-ranges = st.builds(spec.BLK_RANGE.pack, sectors, st.integers(0, 9), st.sampled_from([0, 0, 1, 2]))
+ranges = st.builds(blk_driver.RANGE.pack, sectors, st.integers(0, 9), st.sampled_from([0, 0, 1, 2]))
 blocks = st.sampled_from([b"", bytes(20), bytes(512), bytes(1024)]) | st.binary(max_size=40)
 
 
@@ -1393,7 +1397,7 @@ def test_any_request_is_answered_as_the_standard_says(boot: Callable[..., Vm], r
             assert written == 0
             return
         assert vm.ram.read(whole.addr + room - 1, 1)[0] == expected
-        if expected != spec.BLK_S_OK:
+        if expected != blk_driver.S_OK:
             assert vm.ram.read(whole.addr, room - 1) == b"\xee" * (room - 1), "only the status is written"
         assert written <= room
 

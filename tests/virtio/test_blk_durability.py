@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import fork
-from virtio import spec
+from tests.virtio import blk_driver
 from virtio.blk.device import Block, Disk
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, MmioDriver
@@ -49,7 +49,7 @@ def write_until_killed(path: Path, engine: str, direct: bool, told: int) -> None
         ring.allocator.next = start
         statuses = []
         for kind, sector, data in requests:
-            buffers = [ring.buffer(spec.BLK_HEADER.pack(kind, 0, sector))]
+            buffers = [ring.buffer(blk_driver.HEADER.pack(kind, 0, sector))]
             if data:
                 at = ring.allocator.alloc(len(data), 4096)
                 ram.write(at, data)
@@ -69,8 +69,8 @@ def write_until_killed(path: Path, engine: str, direct: bool, told: int) -> None
     round_ = 0
     while True:
         round_ += 1
-        run([(spec.BLK_T_OUT, 8 * block, STAMP.pack(round_) * 512) for block in blocks(round_)])
-        run([(spec.BLK_T_FLUSH, 0, b"")])
+        run([(blk_driver.T_OUT, 8 * block, STAMP.pack(round_) * 512) for block in blocks(round_)])
+        run([(blk_driver.T_FLUSH, 0, b"")])
         os.write(told, STAMP.pack(round_))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, RX, TX, Vm, arp_request, checksum, is_arp_reply
+from tests.virtio.net_driver import GUEST, GUEST_MAC, HOST, NET_HEADER, RX, TX, Vm, arp_request, checksum, is_arp_reply
 from tests.waiting import until
 from virtio import spec
 from virtio._limiter import RateLimiter
@@ -82,7 +82,7 @@ class Tcp:
         tcp = tcp[:16] + struct.pack(">H", total) + tcp[18:]
         ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + size, 0, 0, 64, 6, 0) + addresses
         ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
-        header = spec.NET_HEADER.pack(1, 1, 54, gso_size, 34, 16, 0) if gso_size else bytes(12)
+        header = NET_HEADER.pack(1, 1, 54, gso_size, 34, 16, 0) if gso_size else bytes(12)
         self.vm.send(self.host_mac + GUEST_MAC + b"\x08\0" + ip + tcp + data, header)
 
 
@@ -109,7 +109,7 @@ def test_a_datagram_comes_with_its_checksum_left_to_the_guest_and_both_ways_are_
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.sendto(b"x" * 1400, (GUEST, 9))
     header, frame = vm.receive(lambda frame: frame[12:14] == b"\x08\0" and frame[23] == 17)
-    flags, gso_type, _, _, csum_start, csum_offset, _ = spec.NET_HEADER.unpack(header)
+    flags, gso_type, _, _, csum_start, csum_offset, _ = NET_HEADER.unpack(header)
     assert (flags & 1, gso_type, csum_start, csum_offset) == (1, 0, 34, 6)
     assert frame.endswith(b"x" * 1400)
 
@@ -141,7 +141,7 @@ def test_a_stream_from_the_host_comes_in_frames_of_many_segments(namespace: None
             data = frame[start : 14 + struct.unpack_from(">H", frame, 16)[0]]
             if not data or struct.unpack_from(">I", frame, 38)[0] != tcp.ack:
                 continue
-            flags, gso_type, _, gso_size, _, _, _ = spec.NET_HEADER.unpack(header)
+            flags, gso_type, _, gso_size, _, _, _ = NET_HEADER.unpack(header)
             assert flags & 1
             if len(data) > 1460:
                 assert gso_type == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST, RX, TX, Vm, arp_request, is_arp_reply
+from tests.virtio.net_driver import GUEST, NET_HEADER, RX, TX, Vm, arp_request, is_arp_reply
 from tests.waiting import until
 from virtio import spec
 from virtio.net.host import SIOCSIFFLAGS
@@ -194,7 +194,7 @@ def test_tx_header_that_makes_no_sense(namespace: None, stack: Any, name: str) -
     """The kernel judges it."""
     vm = Vm(stack)
     for _ in range(3):
-        vm.send(arp_request(), spec.NET_HEADER.pack(*HEADERS[name], 0))
+        vm.send(arp_request(), NET_HEADER.pack(*HEADERS[name], 0))
     returned(vm, TX, 3)
     assert vm.device.stats["tx_errors"] == 3
     assert vm.device.stats["tx_packets"] == 0

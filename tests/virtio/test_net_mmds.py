@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import HOST, RX, TX, Stream, Vm, arp_request, is_arp_reply
+from tests.virtio.net_driver import HOST, NET_HEADER, RX, TX, Stream, Vm, arp_request, is_arp_reply
 from tests.virtio.test_mmds_net import ADDRESS, MASK, SERVICE, Peer, Segment, packet, store
 from tests.virtio.test_net import command, read_pcap
 from tests.virtio.test_net_hostile import OUTSIDE, assert_alive, assert_broken_and_revived, returned
@@ -21,7 +21,7 @@ from virtio._limiter import RateLimiter
 from virtio.net.mmds import ACK, MAC, PSH, SYN, Endpoint
 
 DOCUMENT = {"name": "value", "large": "x" * 50_000}
-PARTIAL = spec.NET_HEADER.pack(1, 0, 0, 0, 34, 16, 0)
+PARTIAL = NET_HEADER.pack(1, 0, 0, 0, 34, 16, 0)
 ETH_P_ALL = 3
 
 
@@ -154,7 +154,7 @@ def test_a_frame_to_be_cut_is_taken_whole(namespace: None, stack: Any) -> None:
     vm = vm_with(stack)
     vm.offer()
     guest = Guest(vm).open()
-    guest.header = spec.NET_HEADER.pack(1, 1, 54, 1460, 34, 16, 0)  # TCP over IPv4, in segments of 1460
+    guest.header = NET_HEADER.pack(1, 1, 54, 1460, 34, 16, 0)  # TCP over IPv4, in segments of 1460
     guest.send(ACK | PSH, b"GET /name HTTP/1.1\r\nX: " + b"x" * 3000 + b"\r\n\r\n")
     assert guest.next().data.endswith(b"\r\n\r\nvalue")
 

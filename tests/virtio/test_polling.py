@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.virtio import blk_driver
 from virtio import spec
 from virtio.blk.device import Block, Disk
 from virtio.testing import Allocator, DeviceHost, SplitDriver
@@ -42,7 +43,7 @@ def read(host: DeviceHost[Block], *, kick: bool) -> None:
     data, status = host.room(512), host.room(1)
     ring = host.driver.queues[0]
     ring.want_interrupt()
-    head = ring.add([host.data(spec.BLK_HEADER.pack(spec.BLK_T_IN, 0, 0)), data, status])
+    head = ring.add([host.data(blk_driver.HEADER.pack(blk_driver.T_IN, 0, 0)), data, status])
     if kick:
         host.driver.kick()
     assert host.reap(0, head) == 513

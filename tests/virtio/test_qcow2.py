@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.forked import fork
+from tests.virtio import blk_driver
 from tests.virtio.test_blk import Vm, engine, image, part
 from tests.waiting import until
-from virtio import spec
 from virtio.blk.device import Disk
 from virtio.blk.qcow2 import Qcow2
 from virtio.testing import Allocator
@@ -51,16 +51,16 @@ def test_qcow2_read_and_written(qcow2: Path, ram: GuestMemory, allocator: Alloca
         vm = Vm(image.raw, ram, allocator, engine=engine, discard_block=image.cluster)
         vm.driver.bring_up()
         assert vm.device.capacity == (64 << 20) // 512
-        assert vm.request(spec.BLK_T_OUT, 100, vm.buffer(b"q" * 4096), vm.buffer(b"r" * 512)) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_OUT, 9999, vm.buffer(b"z" * 1024)) == spec.BLK_S_OK
-        assert vm.request(spec.BLK_T_FLUSH) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_OUT, 100, vm.buffer(b"q" * 4096), vm.buffer(b"r" * 512)) == blk_driver.S_OK
+        assert vm.request(blk_driver.T_OUT, 9999, vm.buffer(b"z" * 1024)) == blk_driver.S_OK
+        assert vm.request(blk_driver.T_FLUSH) == blk_driver.S_OK
         # Clusters of 128 sectors: none in the first range, one in the second.
         for sector in (128, 256):
-            assert vm.request(spec.BLK_T_OUT, sector, vm.buffer(b"c" * 512)) == spec.BLK_S_OK
+            assert vm.request(blk_driver.T_OUT, sector, vm.buffer(b"c" * 512)) == blk_driver.S_OK
         for sector, count in ((0, 64), (1, 300)):
-            assert vm.request(spec.BLK_T_DISCARD, 0, part(vm, sector, count)) == spec.BLK_S_OK
+            assert vm.request(blk_driver.T_DISCARD, 0, part(vm, sector, count)) == blk_driver.S_OK
         assert vm.read(128, 512) + vm.read(256, 512) == bytes(512) + b"c" * 512
-        assert vm.request(spec.BLK_T_WRITE_ZEROES, 0, part(vm, 10000, 1)) == spec.BLK_S_OK
+        assert vm.request(blk_driver.T_WRITE_ZEROES, 0, part(vm, 10000, 1)) == blk_driver.S_OK
         assert vm.read(100, 4608) == b"q" * 4096 + b"r" * 512
         assert vm.read(9999, 1024) == b"z" * 512 + bytes(512)
         with pytest.raises(ConfigError, match="Is another process using the image"):

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.virtio import blk_driver
 from tests.virtio.fuse_client import DESTROY, FuseError, FuseVm
 from tests.virtio.vsock_driver import CREDIT_UPDATE, EVENT, REQUEST, RST, RW, Vm
 from tests.waiting import PATIENCE
@@ -179,7 +180,7 @@ def test_a_disk_goes_on_where_the_host_gives_no_blocks_back(
         ring = host.driver.queues[0]
         status = ring.buffer(b"\xff")._replace(device_writes=True)
         sectors = ring.buffer(512, device_writes=True)
-        host.submit(0, [ring.buffer(struct.pack("<IIQ", spec.BLK_T_IN, 0, 0)), sectors, status])
+        host.submit(0, [ring.buffer(struct.pack("<IIQ", blk_driver.T_IN, 0, 0)), sectors, status])
         assert ram.read(status.addr, 1) == b"\0"
         host.close()
 
