@@ -51,7 +51,7 @@ BUSY = "again:\n" + "".join(
     mov ebx, {VIRTIO_MMIO + slot * VIRTIO_MMIO_STRIDE:#x}
     mov eax, dword ptr [ebx]
     mov eax, dword ptr [ebx + {spec.MMIO_INTERRUPT_STATUS}]
-    mov dword ptr [ebx + {spec.MMIO_DEVICE_FEATURES_SEL}], 0
+    mov dword ptr [ebx + {spec.MMIO_SHM_SEL}], 0
     """
     for slot in range(4)
 ) + "jmp again\n"  # fmt: skip
