@@ -496,8 +496,10 @@ def _mmds(stack: contextlib.ExitStack) -> Endpoint:
 
 
 def _check_mmds(device: VirtioDevice) -> None:
-    assert device.stats["mmds_errors"] == 0
-    assert not device.stats["mmds_rx_count"] or device.stats["mmds_tx_frames"]
+    stats = device.stats
+    assert stats["mmds_errors"] == 0
+    # Its answers wait for buffers, which a random driver may never give.
+    assert not stats["mmds_rx_count"] or stats["mmds_tx_count"] or stats["mmds_connections_created"]
 
 
 class StreamBackend:

@@ -42,8 +42,7 @@ cdef struct Stream:
     bint inside                 # the frame's length was received, and the frame is not complete
     uint64_t frame_size         # of the last frame or this one
     uint64_t frame_got          # bytes received of this frame
-    bint cut                    # there were no buffers for a part of this frame, or the driver that had its beginning
-                                # is gone: it is lost, even if more come now
+    bint cut                    # a part of this frame found no buffers, or its driver is gone: the frame is lost
     uint8_t[4] tx_length
     uint64_t tx_size
     uint64_t tx_left            # bytes left to send of the length and the frame
