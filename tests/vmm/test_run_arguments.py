@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.commands import cli
+from vmm.commands.parser import declare
 from vmm.commands.run import OPTIONS, add_arguments, config_from, parse_quickly
 from vmm.config.vm import DEFAULT_CMDLINE
 
@@ -53,6 +54,7 @@ def test_quick_parse_agrees_with_argparse(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)
+    declare(parser, OPTIONS, {})
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             full = parser.parse_intermixed_args(words)

@@ -18,6 +18,9 @@ _DEVICES = {"drives": "--disk", "nets": "--net", "shares": "--share", "vsock": "
 _NO_KERNEL = "(none)"
 
 
+OPTIONS = run.OPTIONS
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments: those of ``pyvmm run``."""
     parser.add_argument("what", metavar="show", choices=("show",), help="print the configuration")

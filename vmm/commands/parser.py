@@ -47,27 +47,13 @@ def with_headings(text: str, stream: IO[str] | None) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options are grouped by ``guide.GROUPS``; ``--help`` ends with the command's words, examples and exit statuses."""
+    """``--help`` ends with the command's words, examples and exit statuses."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        self._titles: dict[str, argparse._ArgumentGroup] = {}
         self.error_status = STATUS_CONFIG
         super().__init__(*args, **options)
         self.color = False  # of Python 3.14: the headings are painted here, for every version
-
-    def group(self, groups: dict[str, tuple[str, ...]]) -> None:
-        """Show the options that are added from here on under these titles."""
-        for title, names in groups.items():
-            shown = self.add_argument_group(title)
-            self._titles |= dict.fromkeys(names, shown)
-
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """argparse's own, in the option's group."""
-        for name in names:
-            if name in self._titles:
-                return self._titles[name].add_argument(*names, **options)
-        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         """End with one line, where argparse would print its usage too."""
@@ -108,24 +94,29 @@ def make_parser(name: str, module: ModuleType) -> Parser:
 
 
 def fill(parser: Parser, name: str, module: ModuleType) -> None:
-    """Declare the arguments of the subcommand `name`, in their groups."""
+    """Declare the arguments of the subcommand `name`, and its table of options, if it has any."""
     parser.error_status = getattr(module, "STATUS_ARGUMENTS", STATUS_CONFIG)
-    parser.group(guide.GROUPS.get(name, {}))
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)
-    else:
-        declare(parser, module.OPTIONS)
+    declare(parser, getattr(module, "OPTIONS", ()), guide.GROUPS.get(name, {}))
 
 
-def declare(parser: argparse.ArgumentParser, table: Table) -> None:
-    """Give `parser` the options."""
+def declare(parser: argparse.ArgumentParser, table: Table, groups: dict[str, tuple[str, ...]]) -> None:
+    """Give `parser` the options.
+
+    :param groups: options by the title under which they are shown; the others stay with --help
+    """
+    places: dict[str, argparse._ArgumentGroup] = {}
+    for title, options in groups.items():
+        places |= dict.fromkeys(options, parser.add_argument_group(title))
     for option, metavar, default, text in table:
+        place = places.get(option, parser)
         names = ("-v", option) if option == "--verbose" else (option,)
         if metavar is None:
-            parser.add_argument(*names, action="store_true", help=text)
+            place.add_argument(*names, action="store_true", help=text)
             continue
         action = "append" if isinstance(default, list) else "store"
-        parser.add_argument(option, metavar=metavar, action=action, default=default, help=text)
+        place.add_argument(option, metavar=metavar, action=action, default=default, help=text)
 
 
 def whole(names: Sequence[str] = tuple(COMMANDS)) -> Parser:

@@ -48,7 +48,7 @@ OPTIONS: Table = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``pyvmm run``."""
+    """Declare the arguments of ``pyvmm run`` that are not in its table of options."""
     add = parser.add_argument
     add(
         "kernel",
@@ -57,9 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, such as debian or oci:python:3.12",
     )
     add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, dir:DIRECTORY, or oci:REF")
-    from vmm.commands.parser import declare
-
-    declare(parser, OPTIONS)
 
 
 def parse_quickly(words: list[str]) -> Arguments | None:
