@@ -24,7 +24,7 @@ from vmm._sys cimport (
 
 from vmm.budget import memory
 
-cdef Budget heap = memory       # for nodes and their names, bytes
+cdef Budget heap = memory       # for slots and names, bytes
 
 cdef enum:
     BATCH = 64                  # descriptors closed at once
