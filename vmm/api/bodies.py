@@ -11,7 +11,6 @@ import msgspec
 from vmm.api import ApiError
 
 encode = msgspec.json.Encoder().encode
-_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 
 def decode(kind: Any, body: bytes) -> Any:
@@ -19,11 +18,8 @@ def decode(kind: Any, body: bytes) -> Any:
 
     :raises ApiError: the body is invalid; names the field, the value and what is allowed
     """
-    decoder = _decoders.get(kind)
-    if decoder is None:
-        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
     try:
-        return decoder.decode(body)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         problem = explain(kind, body, error)
         raise ApiError(f"An error occurred when deserializing the json body of a request: {problem}.") from None
