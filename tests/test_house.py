@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "devices": {"vmm"},
     "virtio": {"vmm"},
     "vmm.config": {"vmm", "vmm.kvm.abi"},
-    "vmm.machine": {"vmm", "vmm.kvm", "vmm.jail", "vmm.config", "boot", "devices", "virtio"},
+    "vmm.mmds": {"vmm", "vmm.config"},
+    "vmm.machine": {"vmm", "vmm.kvm", "vmm.jail", "vmm.config", "vmm.mmds", "boot", "devices", "virtio"},
     "vmm.observe": {"vmm", "vmm.machine", "virtio"},
     "vmm.testing": {"vmm", "vmm.machine"},
     "vmm.images": {"vmm", "vmm.config"},
     "vmm.lab": {"vmm", "vmm.config", "vmm.images", "vmm.machine"},
     "vmm.sandbox": {"vmm", "vmm.kvm", "vmm.config", "vmm.images", "vmm.machine"},
-    "vmm.api": {"vmm", "vmm.kvm", "vmm.config", "vmm.machine", "vmm.observe", "virtio"},
+    "vmm.api": {"vmm", "vmm.kvm", "vmm.config", "vmm.mmds", "vmm.machine", "vmm.observe", "virtio"},
 }
 MAY_IMPORT["vmm.commands"] = set(MAY_IMPORT)
 # What a user imports and what a process starts with.

@@ -486,7 +486,7 @@ def make_net_mmds(stack: contextlib.ExitStack, directory: Path) -> VirtioDevice:
 
 
 def _mmds(stack: contextlib.ExitStack) -> Endpoint:
-    from vmm.machine.mmds import Mmds
+    from vmm.mmds.store import Mmds
 
     store = Mmds()
     store.put({"x": "value", "large": "y" * 20_000})

@@ -16,7 +16,7 @@ from vmm.exits import StopReason
 
 if TYPE_CHECKING:
     from vmm.config.vm import VmSettings
-    from vmm.machine.mmds import Mmds
+    from vmm.mmds.store import Mmds
 
 DRIVER = Path(__file__).parent / "driver"
 # SSE would need its registers saved, and ring 0 of a software KVM has no SSE at all.

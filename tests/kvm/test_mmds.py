@@ -10,7 +10,7 @@ import pytest
 from tests.kvm.guests import PATIENCE
 from tests.kvm.ring3 import Ring3
 from vmm.config.devices import MmdsConfig, NetConfig
-from vmm.machine.mmds import Mmds
+from vmm.mmds.store import Mmds
 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "169.254.42.1"])

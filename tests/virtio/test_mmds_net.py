@@ -25,7 +25,7 @@ from virtio.net import mmds as mmds_net
 from virtio.net.host import Tap
 from virtio.net.mmds import ACK, FIN, IDLE, MAC, MAX_CONNECTIONS, MAX_FRAMES, MSS, PSH, RECEIVE, RST, SYN, Endpoint
 from vmm.config.devices import MmdsConfig
-from vmm.machine.mmds import MAX_REQUEST, Mmds
+from vmm.mmds.store import MAX_REQUEST, Mmds
 
 ADDRESS = "169.254.169.254"
 SERVICE = socket.inet_aton(ADDRESS)

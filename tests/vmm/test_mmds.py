@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vmm.config.devices import MmdsConfig, NetConfig
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError
-from vmm.machine.mmds import MAX_REQUEST, Mmds, MmdsError
+from vmm.mmds.store import MAX_REQUEST, Mmds, MmdsError
 
 DOCUMENT = {
     "name": {"first": "John", "second": "Doe"},

@@ -28,7 +28,7 @@ from vmm.config.devices import (
     check_amount,
 )
 from vmm.errors import ConfigError, VmmError
-from vmm.machine.mmds import SIZE_LIMIT, Mmds, MmdsError
+from vmm.mmds.store import SIZE_LIMIT, Mmds, MmdsError
 from vmm.observe.metrics import Metrics
 
 TYPE_CHECKING = False

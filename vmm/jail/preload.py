@@ -25,7 +25,7 @@ OURS = """
     vmm.api.routes vmm.api.server vmm.api.snapshots vmm.api.translate vmm.api.types
     vmm.commands.cli vmm.commands.serve vmm.config.devices vmm.config.option vmm.config vmm.config.vm
     vmm.machine.console vmm.config.cpu_template vmm.exits vmm.kvm.vm vmm.logger vmm.machine.machine vmm.memory
-    vmm.observe.metrics vmm.machine.mmds vmm.jail.preload vmm.machine.private_disk vmm.jail.seccomp
+    vmm.observe.metrics vmm.mmds.store vmm.jail.preload vmm.machine.private_disk vmm.jail.seccomp
     vmm.machine.snapshot vmm.machine.run vmm.machine.snapshot_file vmm.threads vmm.undertaker vmm.uffd
     vmm.unix_socket vmm._faults vmm._uffd vmm._uring vmm.api.diff vmm.closing vmm.machine.console_socket
     vmm.budget vmm.config.policy vmm.machine.first_boot

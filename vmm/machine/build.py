@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         VsockConfig,
     )
     from vmm.config.vm import VmConfig
-    from vmm.machine.mmds import Mmds
+    from vmm.mmds.store import Mmds
 
     DeviceConfig = DriveConfig | NetConfig | ShareConfig | VsockConfig | EntropyConfig | BalloonConfig
 

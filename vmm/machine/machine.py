@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from vmm.config.vm import VmSettings
     from vmm.machine.attach import Attached
     from vmm.machine.build import DeviceConfig
-    from vmm.machine.mmds import Mmds
     from vmm.machine.snapshot import Image
     from vmm.memory import HotPages
+    from vmm.mmds.store import Mmds
 
 
 class Machine(Closing):
@@ -76,7 +76,7 @@ class Machine(Closing):
     ``vm.pio.add(port, size, device, name)`` adds a bus device of your own, and ``irq_line`` returns its interrupt line.
     Snapshots leave it out: add it to each copy before ``start``. ``devices`` has the virtio devices;
     ``attach`` adds one, and ``detach`` removes one. These and the document of the metadata service, ``mmds``
-    (:class:`vmm.machine.mmds.Mmds`), can be changed while the guest runs.
+    (:class:`vmm.mmds.store.Mmds`), can be changed while the guest runs.
     """
 
     def __init__(
@@ -576,7 +576,7 @@ class Machine(Closing):
     def mmds(self) -> Mmds:
         """The document of the metadata service, which the guest can read if the configuration has an ``MmdsConfig``."""
         if self._mmds is None:
-            from vmm.machine.mmds import Mmds
+            from vmm.mmds.store import Mmds
 
             self._mmds = Mmds()
         return self._mmds
