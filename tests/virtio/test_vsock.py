@@ -749,6 +749,23 @@ def test_an_answer_is_one_interrupt(make: Make) -> None:
     assert vm.receive(RW).data == b"answer"
 
 
+def test_the_answer_of_a_polled_guest_is_found_without_a_notification(make: Make) -> None:
+    """After a packet for the guest its answer is looked for (``poll_us``), and no longer than until it is there."""
+    vm = make()
+    vm.device.poll_us = 1e9
+    vm.up()
+    client, port = vm.host_open()
+    before = vm.transport.notifications[TX]
+    for number in range(3):
+        question, answer = b"question %d" % number, b"answer %d" % number
+        client.sendall(question)
+        assert vm.receive(RW).data == question
+        vm.queue(TX).reap()
+        vm.queue(TX).add([vm.queue(TX).buffer(vm.packet(RW, 5000, port, answer).pack())])
+        assert client.recv(100) == answer
+    assert vm.transport.notifications[TX] == before
+
+
 def test_a_packet_without_an_answer_is_heard_of(vm: Vm) -> None:
     _client, port = vm.host_open()
     vm.receive_nothing_more()

@@ -82,7 +82,7 @@ cdef class VsockWorker(VsockSockets):
             for name in ("line_wait", "guest_wait", "host_wait", "end_wait", "tx_delay"))
         self.listening = self.tx_timed = False
         self.tick_at = 0
-        self.poll_ns = 0                # no busy polling of the rings: the sockets would have to wait
+        self.in_flight = True           # poll only for the guest's answer to a packet: else the next event is a socket's
         self.settling = self.reset_due
         self.settle_until = clock_ns(CLOCK_MONOTONIC) + <uint64_t>int(self.device.settle_wait * SECOND)
         self.listen()
@@ -210,6 +210,7 @@ cdef class VsockWorker(VsockSockets):
             self.tick()
         elif token < self.table.fresh:
             self.socket_event(&self.table.conns[token])
+        self.in_flight = self.table.turn_head == NONE
         return self.run_rx()
 
     cdef void tick(self) noexcept nogil:
@@ -464,6 +465,7 @@ cdef class VsockWorker(VsockSockets):
             self.tx_returned += 1
             if taken % PUBLISH == 0:
                 self.return_tx()
+        self.in_flight = True
         if queue_flush(self.rings[TX]):
             self.tx_owed = True         # set it before any interrupt for rx
         if status < 0:
