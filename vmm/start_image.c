@@ -9,11 +9,13 @@
 
 #include <asm/prctl.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/auxv.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -22,6 +24,10 @@
 #define CHANGED "has changed since `pyvmm prepare`"
 
 enum { RSEQ_UNREGISTER = 1, KERNEL_SIGSET_BYTES = 8 };
+/* A descriptor that no program of today expects; below are those that callers hand over by number. */
+enum { HIGH_DESCRIPTOR = 300 };
+/* Of Linux 5.11 and 6.7, in case the headers are older. */
+enum { FOR_USER_MODE = 1, ASYNCHRONOUS = 1 << 15 };
 
 static bool same_directory(const char *one, const char *other)
 {
@@ -52,6 +58,24 @@ static bool map(const struct image_segment *segment, int fd)
     /* A kernel before 4.17 takes the address for a hint. */
     if (mmap(at, segment->length, segment->prot, flags, fd, segment->offset) != at) return false;
     return segment->source != IMAGE_WIPED || !madvise(at, segment->length, MADV_WIPEONFORK);
+}
+
+/* Have the kernel map only those pages of the image that are touched, not each with its 15 neighbours: a third less
+   resident memory, at about 1 us for each page. It does so for memory that a userfaultfd watches, until that is closed. No
+   page is ever protected, so nothing is reported. Before Linux 6.7, and where the call is forbidden, nothing changes. */
+static void map_touched_alone(const struct image_segment *segment, uint64_t segments)
+{
+    struct uffdio_api api = {.api = UFFD_API, .features = ASYNCHRONOUS};
+    int low = syscall(SYS_userfaultfd, O_CLOEXEC | FOR_USER_MODE);
+    int watch = low < 0 ? -1 : fcntl(low, F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR);
+    if (low >= 0) close(low);
+    if (watch < 0) return;
+    bool able = !ioctl(watch, UFFDIO_API, &api);
+    for (; able && segments--; segment++) {
+        struct uffdio_register of = {{segment->start, segment->length}, .mode = UFFDIO_REGISTER_MODE_WP};
+        if (segment->source == IMAGE_ITSELF) able = !ioctl(watch, UFFDIO_REGISTER, &of);
+    }
+    if (!able) close(watch);
 }
 
 /* Move the kernel's vDSO to where the C library of the image calls it. */
@@ -131,6 +155,7 @@ const char *start_from_image(const char *path, const char *place, struct image_g
         if (dup3(fd, number, O_CLOEXEC) < 0) return "has a descriptor in the image above the limit of open files";
         close(fd);
     }
+    map_touched_alone(segments, head->segments);
     *what = "the kernel";
     char *sequence = (char *)__builtin_thread_pointer() + (rseq_bytes() ? __rseq_offset : 0);
     if (rseq_bytes() && syscall(SYS_rseq, sequence, rseq_bytes(), RSEQ_UNREGISTER, RSEQ_SIGNATURE))

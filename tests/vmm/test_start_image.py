@@ -7,6 +7,7 @@ The oracle is the interpreter: what it says and how the kernel describes its pro
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import re
@@ -27,6 +28,7 @@ from vmm.commands import link, prepare
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60
+SYS_USERFAULTFD = 323
 Done = subprocess.CompletedProcess[bytes]
 
 
@@ -114,6 +116,15 @@ def test_a_standard_descriptor_may_be_closed(prepared: Program, closed: int) -> 
     assert said[0] == said[1]
 
 
+def userfaultfd_allowed() -> bool:
+    """Whether userfaultfd(2) with UFFD_USER_MODE_ONLY is there; a container may forbid it."""
+    libc = ctypes.CDLL(None)
+    fd: int = libc.syscall(SYS_USERFAULTFD, os.O_CLOEXEC | 1)
+    if fd >= 0:
+        os.close(fd)
+    return fd >= 0
+
+
 class Served:
     """A `pyvmm serve` with its API up."""
 
@@ -142,7 +153,7 @@ class Served:
         found = []
         for fd in (self.proc / "fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                found.append(os.readlink(fd).split(":[")[0])
+                found.append(re.sub(r":\[\d+\]$", "", os.readlink(fd)))
         return sorted(found)
 
     def close(self) -> None:
@@ -159,6 +170,20 @@ def both(prepared: Program, tmp_path: Path) -> Iterator[list[Served]]:
         one.process.wait()
 
 
+def test_only_what_is_touched_of_the_image_is_mapped(prepared: Program, both: list[Served]) -> None:
+    warm, _ = both
+    if "anon_inode:[userfaultfd]" not in warm.files():
+        assert tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (6, 7) or not userfaultfd_allowed()
+        return
+    pages: list[int] = []
+    for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", (warm.proc / "smaps").read_text()):
+        if str(prepared.image) in mapping:
+            assert re.search(r"^VmFlags:.* uw", mapping, re.MULTILINE), mapping
+            size, resident = (int(re.findall(rf"^{key}: +(\d+)", mapping, re.MULTILINE)[0]) for key in ("Size", "Rss"))
+            pages += [size, resident]
+    assert sum(pages[1::2]) < sum(pages[::2]) * 2 / 3
+
+
 def test_the_kernel_sees_the_same_process(both: list[Served], tmp_path: Path) -> None:
     warm, cold = both
     # The main thread goes to sleep a moment after the filters are there.
@@ -166,7 +191,9 @@ def test_the_kernel_sees_the_same_process(both: list[Served], tmp_path: Path) ->
     until(lambda: all(one.signals()["sigblk"] == "0" * 16 for one in both))
     assert {name: warm.signals()[name] for name in names} == {name: cold.signals()[name] for name in names}
     assert int(warm.signals()["sigign"], 16) & 1 << signal.SIGUSR1 - 1, "it was ignored, and stays so"
-    until(lambda: warm.files() == [name.replace("cold", "warm") for name in cold.files()])
+    # One descriptor more, where the kernel has them, has the image's pages mapped one by one.
+    ours = "anon_inode:[userfaultfd]"
+    until(lambda: [name for name in warm.files() if name != ours] == [n.replace("cold", "warm") for n in cold.files()])
     assert (warm.proc / "limits").read_text() == (cold.proc / "limits").read_text()
     assert (warm.proc / "cgroup").read_text() == (cold.proc / "cgroup").read_text()
     assert (warm.proc / "cmdline").read_bytes() == b"".join(word.encode() + b"\0" for word in warm.words)
