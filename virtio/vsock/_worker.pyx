@@ -82,7 +82,7 @@ cdef class VsockWorker(VsockSockets):
             for name in ("line_wait", "guest_wait", "host_wait", "end_wait", "tx_delay"))
         self.listening = self.tx_timed = False
         self.tick_at = 0
-        self.in_flight = True           # poll only for the guest's answer to a packet: else the next event is a socket's
+        self.in_flight = True           # poll only for the guest's answer to a packet: other events are of sockets
         self.settling = self.reset_due
         self.settle_until = clock_ns(CLOCK_MONOTONIC) + <uint64_t>int(self.device.settle_wait * SECOND)
         self.listen()
