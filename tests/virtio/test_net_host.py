@@ -22,7 +22,7 @@ from tests.virtio.test_net import is_udp
 from tests.virtio.test_net_policy import ipv6, segment
 from tests.waiting import until
 from virtio.net._policy import Policy
-from virtio.net.host import Passt, Tap, network_of, parse_address
+from virtio.net.host import Passt, Tap, parse_address
 from vmm.config.devices import NetConfig
 from vmm.config.policy import PASST
 from vmm.errors import ConfigError
@@ -144,12 +144,6 @@ def test_inherited_descriptors_that_are_no_tap(namespace: None, tmp_path: Path) 
 def test_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"10\.0\.0\.1/24"):
         parse_address(text)
-
-
-def test_network_of_an_address() -> None:
-    assert network_of("10.9.8.7/24") == "10.9.8.0/24"
-    assert network_of("10.9.8.7/30") == "10.9.8.4/30"
-    assert network_of("192.168.255.1/8") == "192.0.0.0/8"
 
 
 @pytest.mark.parametrize(

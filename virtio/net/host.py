@@ -188,16 +188,6 @@ def parse_address(text: str) -> tuple[bytes, int]:
     return packed, int(bits)
 
 
-def network_of(text: str) -> str:
-    """The network of an address: ``10.0.0.0/24`` for ``10.0.0.1/24``.
-
-    :raises ConfigError: the text is not an IPv4 address with a prefix length
-    """
-    packed, bits = parse_address(text)
-    network = int.from_bytes(packed, "big") & 0xFFFF_FFFF << (32 - bits)
-    return f"{socket.inet_ntoa((network & 0xFFFF_FFFF).to_bytes(4, 'big'))}/{bits}"
-
-
 def _explain(error: OSError) -> str:
     if error.errno == errno.ENOENT:
         return f"{TUN} is not here: modprobe tun"

@@ -14,7 +14,7 @@ import fcntl
 import io
 import re
 
-from virtio.net.host import network_of
+from virtio.net.host import parse_address
 from vmm.errors import ConfigError
 
 PREFIX = "pyvmm_"
@@ -60,7 +60,7 @@ class Nat:
     def __init__(self, address: str, tap: str) -> None:
         if not _is_plain(tap):
             raise ConfigError("nat", tap, "needs a tap whose name has only letters, digits, - _ and .")
-        network = network_of(address)
+        parse_address(address)  # the rules have its text; nft makes a network of it
         self.table = PREFIX + tap
         self._uplinks: list[str] = []
         try:
@@ -76,7 +76,7 @@ class Nat:
                 elements = f"elements = {{ {names} }}" if names else ""
                 self._nft(
                     f"table inet {self.table}; delete table inet {self.table}\n"  # one of a VM that was killed
-                    + _RULES.format(table=self.table, tap=tap, network=network, elements=elements)
+                    + _RULES.format(table=self.table, tap=tap, network=address, elements=elements)
                 )
                 for name in (*self._uplinks, tap):
                     _forward(name, True)
