@@ -104,15 +104,8 @@ def query(number: int, name: str, kind: int, *, plain: bool = False) -> bytes:
 def read_answer(data: bytes, number: int, name: str, kind: int) -> tuple[int, list[bytes], int]:
     """The response code, the addresses and their time to live in seconds, of the answer to ``query``.
 
-    :raises ValueError: this is not that answer, or it is invalid
+    :raises ValueError, struct.error: this is not that answer, or it is invalid or cut short
     """
-    try:
-        return _read_answer(data, number, name, kind)
-    except struct.error:
-        raise ValueError("cut short") from None
-
-
-def _read_answer(data: bytes, number: int, name: str, kind: int) -> tuple[int, list[bytes], int]:
     found, flags, questions, count, _, _ = _HEAD.unpack_from(data)
     if found == number and flags & _QR and not questions and flags & _RCODE in (BAD_FORMAT, NOT_IMPLEMENTED):
         return flags & _RCODE, [], 0  # by who could not read the question

@@ -14,6 +14,7 @@ import _socket as socket  # which imports more
 import errno
 import os
 import select
+import struct
 import threading
 import time
 from _collections import deque  # type: ignore[import-not-found]  # `collections` takes long to import
@@ -339,7 +340,7 @@ class Resolver:
         except OSError:
             asked.deadline = 0.0
             return False
-        except ValueError:
+        except (ValueError, struct.error):
             self.counters["upstream_bad"] += 1
             return False
         if code not in (dns.NO_ERROR, dns.NO_SUCH_NAME) and asked.tries < TRIES:
