@@ -79,16 +79,16 @@ def read_question(data: bytes) -> Question:
 
 def answer(question: Question, error: int = NO_ERROR, addresses: Sequence[bytes] = (), ttl: int = 0) -> bytes:
     """The message for the client: at most `MOST` bytes, with as many of the addresses as ``fitting`` says."""
-    addresses = addresses[: fitting(question)]
+    addresses = addresses[: fitting(question.kind, len(question.text))]
     flags = _QR | _RD * question.recursive | _RA | error
     head = _HEAD.pack(question.number, flags, bool(question.text), len(addresses), 0, 0)
     records = [b"\xc0\x0c" + _RECORD.pack(question.kind, _INTERNET, ttl, len(each)) + each for each in addresses]
     return b"".join((head, question.text, *records))
 
 
-def fitting(question: Question) -> int:
-    """How many addresses there is room for in an answer."""
-    return (MOST - _HEAD.size - len(question.text)) // (12 + SIZES.get(question.kind, 4))
+def fitting(kind: int, size: int) -> int:
+    """How many addresses there is room for in an answer to a question of `size` bytes."""
+    return (MOST - _HEAD.size - size) // (12 + SIZES.get(kind, 4))
 
 
 def query(number: int, name: str, kind: int, *, plain: bool = False) -> bytes:

@@ -226,7 +226,7 @@ class Resolver:
     ) -> tuple[list[bytes], list[tuple[bytes, int, int, int]]]:
         # What of a name's addresses the guest may have, and the policy is to learn. Those that are not known were a
         # nameserver's words.
-        fitting = dns.fitting(dns.Question(0, "", key[1], bytes(len(key[0]) + 6)))
+        fitting = dns.fitting(key[1], len(key[0]) + 6)
         lifetime = max(ttl, LEAST)
         found, entries = [], []
         for address in addresses:
