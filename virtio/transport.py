@@ -221,17 +221,15 @@ class Transport:
             return False
         return True
 
-    def set_queue(self, queue: VirtQueue | None, field: str, value: int, shift: int | None = None) -> None:
+    def set_queue(self, queue: VirtQueue | None, field: str, value: int, shift: int = 0) -> None:
         """The driver sets ``size``, ``desc``, ``avail`` or ``used`` of a queue.
 
-        :param shift: the lowest bit of an address's 32 bits that `value` replaces; None: it replaces all
+        :param shift: the lowest of the 32 bits that `value` replaces
         """
         if not self._may_set_up(queue) or queue is None:
             return
         if queue.ready:
             self.stats["bad_queue"] += 1  # §4.2.2.2: not while QueueReady is not 0
-        elif shift is None:
-            setattr(queue, field, value)
         else:
             setattr(queue, field, getattr(queue, field) & ~(_LOW << shift) | value << shift)
 
