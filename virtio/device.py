@@ -14,17 +14,12 @@ from vmm.errors import ConfigError, GuestError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any, Protocol
+    from typing import Any
 
     from virtio._interrupt import Interrupt
     from virtio._limiter import Bucket, RateLimiter
     from virtio._worker import QueueWorker
     from vmm._fastpath import Chain, GuestRam, VirtQueue
-
-    class PublishConfig(Protocol):
-        """Shows the driver another configuration space, and tells it unless it knows."""
-
-        def __call__(self, config: bytes, *, tell: bool = True) -> None: ...
 
 
 class Counters(dict[str, int]):
@@ -105,9 +100,6 @@ class VirtioDevice:
     :ivar poll_us: microseconds that a native worker checks its queues before it sleeps; 0: it sleeps at once
     :ivar unsavable: one clause: why it cannot be saved now; empty: it can
     :ivar counters: the counters of Python code, under any names; read all counters by ``stats``
-    :ivar publish_config: ``publish_config(config, tell=True)`` changes ``config`` and, if `tell`, interrupts the
-        driver; any thread. In ``__init__``, ``write_config`` and ``restore``, assign to ``config`` instead. The guest
-        does not see an assignment anywhere else
     """
 
     name: str = "virtio"
@@ -129,8 +121,6 @@ class VirtioDevice:
         # Of the transport, while there is one: an eventfd for each queue. It empties the list under the lock.
         self.notify_fds: list[int] = []
         self.waking = threading.Lock()
-        # Set by the transport: `config` becomes what it is given, and the driver is told. Any thread.
-        self.publish_config: PublishConfig = self._set_config
 
     @property
     def stats(self) -> dict[str, int]:
@@ -157,8 +147,13 @@ class VirtioDevice:
         """
         return [Worker(self, range(len(notify_fds)), notify_fds, on_failure)]
 
-    def _set_config(self, config: bytes, *, tell: bool = True) -> None:
-        self.config = config
+    def publish_config(self, config: bytes, *, tell: bool = True) -> None:
+        """Change ``config`` and, if `tell`, interrupt the driver. Any thread.
+
+        In ``__init__``, ``write_config`` and ``restore``, assign to ``config`` instead; the guest does not see an
+        assignment anywhere else.
+        """
+        self.config = config  # until a transport puts its own in the place of this
 
     def process(self, queue_index: int) -> None:
         """Serve a queue, usually by ``drain``. Called on the worker's thread after a notification, and when it starts.

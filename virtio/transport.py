@@ -81,7 +81,7 @@ class Transport:
         except BaseException:
             self.close()
             raise
-        device.publish_config = self.publish_config
+        device.publish_config = self.publish_config  # type: ignore[method-assign]
 
     def make_descriptors(self) -> None:
         """Open those that ``close_descriptors`` closes; a subclass adds its own."""
