@@ -97,11 +97,6 @@ cdef class Bus:
         self._left = []
 
     @property
-    def retired(self):
-        """Number of replaced tables that ``reclaim`` would free."""
-        return len(self._tables) - 1
-
-    @property
     def claims(self):
         """The claimed ranges: a tuple of (start, size, device, name), sorted by address."""
         return tuple(self._claims)

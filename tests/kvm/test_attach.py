@@ -130,7 +130,6 @@ def held(vm: Machine) -> tuple[dict[str, int], dict[str, int]]:
         "threads": len(os.listdir("/proc/self/task")),
         "slots": len(vm.vm.slots),
         "ranges": len(vm.mmio.claims) + len(vm.pio.claims),
-        "retired": vm.mmio.retired,
         "devices": len(vm.devices),
     }
     return exact, {"C": mallinfo2().uordblks, "Python": sys.getallocatedblocks() * 32}
