@@ -93,7 +93,7 @@ cdef class MmioRegisters(NativeDevice):
         if 0 < config.shape[0] <= PAGE - VIRTIO_MMIO_CONFIG:
             memcpy(self.page + VIRTIO_MMIO_CONFIG, &config[0], config.shape[0])
 
-    def set_notify(self, int queue, int fd):
-        """Make a QueueNotify write for `queue` signal the eventfd `fd` (borrowed); -1: Python handles the write."""
-        if 0 <= queue < MAX_QUEUES:
-            flag_set(&self.registers.notify[queue], fd)
+    def queue_is(self, int index, int notify_fd):
+        """Make a QueueNotify write for queue `index` signal that eventfd (borrowed); -1: Python handles the write."""
+        if 0 <= index < MAX_QUEUES:
+            flag_set(&self.registers.notify[index], notify_fd)

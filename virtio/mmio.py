@@ -104,9 +104,6 @@ class VirtioMmio(MmioRegisters, Transport):
     def show_generation(self) -> None:
         self.show(spec.MMIO_CONFIG_GENERATION, self.generation)
 
-    def queue_is(self, index: int, notify_fd: int) -> None:
-        self.set_notify(index, notify_fd)
-
     # From the driver
 
     def read(self, offset: int, data: memoryview) -> None:
