@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
 from virtio import spec
 from virtio.mmio import VirtioMmio
+from virtio.net._policy import REASONS, Policy
 from virtio.net.device import Net
 from virtio.net.host import Tap
 from virtio.testing import Allocator, Buffer, MmioDriver
@@ -28,6 +31,30 @@ def checksum(data: bytes) -> int:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total ^ 0xFFFF
+
+
+class _Calls(ctypes.Structure):
+    """``PolicyCalls`` of ``virtio/net/_policy.pxd``."""
+
+    _fields_ = (
+        ("policy", ctypes.c_void_p),
+        ("check", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64)),
+        ("count", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)),
+    )
+
+
+def verdict_on(policy: Policy, frame: bytes | bytearray) -> str:
+    """What the device's thread does with a frame of the guest's: ``allowed``, ``resolver`` or one of `REASONS`."""
+    calls = _Calls.from_address(policy.pointer)
+    verdict = calls.check(calls.policy, bytes(frame[:74]).ljust(74, b"\0"), len(frame))
+    calls.count(calls.policy, verdict, len(frame))
+    return str(("allowed", "resolver", *REASONS)[verdict])
+
+
+def seconds_left(policy: Policy) -> list[int]:
+    """How long new connections to each learned address are allowed."""
+    now = int(time.clock_gettime(6))  # CLOCK_MONOTONIC_COARSE, as there
+    return [max(0, until - now) for _, _, _, until, _ in policy.learned()]
 
 
 class Stream:

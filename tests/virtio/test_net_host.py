@@ -17,7 +17,18 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.net_driver import GUEST_MAC, HOST, TX, Vm, arp_request, checksum, is_arp_reply, tcp
+from tests.virtio.net_driver import (
+    GUEST_MAC,
+    HOST,
+    TX,
+    Vm,
+    arp_request,
+    checksum,
+    is_arp_reply,
+    seconds_left,
+    tcp,
+    verdict_on,
+)
 from tests.virtio.test_net import is_udp
 from tests.virtio.test_net_policy import ipv6, segment
 from tests.waiting import until
@@ -387,8 +398,8 @@ def test_a_connection_outlives_its_addresses_time(passt: Passt, stack: Any) -> N
     stream, _ = server.accept()
     _, answer = vm.receive(lambda frame: frame[23] == 6 and frame[34:36] == port.to_bytes(2, "big"))
     theirs = int.from_bytes(answer[38:42], "big") + 1
-    until(lambda: not policy.learned()[0][3])
-    assert policy.verdict(tcp("10.7.7.5", port, source="10.0.2.15")) == "address"
+    until(lambda: not any(seconds_left(policy)))
+    assert verdict_on(policy, tcp("10.7.7.5", port, source="10.0.2.15")) == "address"
     for flags, data in ((0x10, b""), (0x18, b"still here")):
         vm.send(tcp("10.7.7.5", port, source="10.0.2.15", flags=flags, number=1001, acknowledged=theirs, data=data))
     stream.settimeout(10)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.virtio.net_driver import GUEST_MAC, TX, Stream, Vm, ipv4, tcp, udp
+from tests.virtio.net_driver import GUEST_MAC, TX, Stream, Vm, ipv4, seconds_left, tcp, udp, verdict_on
 from tests.waiting import until
 from virtio import spec
 from virtio.net._policy import MOST_LEARNED, REASONS, Policy
@@ -142,7 +142,7 @@ CASES = [
 
 @pytest.mark.parametrize(("frame", "verdict"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_where_everything_is_allowed(frame: bytes, verdict: str) -> None:
-    assert ALL.verdict(frame) == verdict
+    assert verdict_on(ALL, frame) == verdict
 
 
 def test_neighbours_are_on_the_link() -> None:
@@ -151,16 +151,16 @@ def test_neighbours_are_on_the_link() -> None:
     for kind in (133, 135, 136):
         message = bytes([kind]) + bytes(1000)
         for network, verdict in enumerate(("allowed", "address", "address"), 1):
-            assert found.verdict(ipv6(f"2001:db8:{network}::1", message, 58, hops=255)) == verdict, (kind, network)
-    assert found.verdict(ipv6("2001:db8:1::1", b"\x89" + bytes(39), 58, hops=255)) == "protocol"
-    assert found.verdict(mine(ipv4, "9.9.9.9", b"\x87" + bytes(27), 1)) == "protocol"
+            assert verdict_on(found, ipv6(f"2001:db8:{network}::1", message, 58, hops=255)) == verdict, (kind, network)
+    assert verdict_on(found, ipv6("2001:db8:1::1", b"\x89" + bytes(39), 58, hops=255)) == "protocol"
+    assert verdict_on(found, mine(ipv4, "9.9.9.9", b"\x87" + bytes(27), 1)) == "protocol"
 
 
 def test_where_nothing_is_allowed() -> None:
     nothing = policy()
     for name, frame, verdict in CASES:
         quiet = name.startswith(("arp", "dhcp", "neighbour", "resolver"))
-        assert nothing.verdict(frame) == (verdict if verdict != "allowed" or quiet else "address"), name
+        assert verdict_on(nothing, frame) == (verdict if verdict != "allowed" or quiet else "address"), name
 
 
 def test_rules() -> None:
@@ -178,9 +178,9 @@ def test_rules() -> None:
         ("2001:db8::1", 7999, "address"), ("2001:db9::1", 8000, "address"),
     ):  # fmt: skip
         frame = ipv6(target, segment(port)) if ":" in target else mine(tcp, target, port)
-        assert found.verdict(frame) == verdict, (target, port)
-    assert found.verdict(mine(ipv4, "10.1.2.3", ICMP_ECHO, 1)) == "allowed"
-    assert found.verdict(mine(ipv4, "1.2.3.4", ICMP_ECHO, 1)) == "address"  # the rule is for a port
+        assert verdict_on(found, frame) == verdict, (target, port)
+    assert verdict_on(found, mine(ipv4, "10.1.2.3", ICMP_ECHO, 1)) == "allowed"
+    assert verdict_on(found, mine(ipv4, "1.2.3.4", ICMP_ECHO, 1)) == "address"  # the rule is for a port
     assert found.allows(whole("1.2.3.4"))
     assert not found.allows(whole("10.1.9.1"))
     counters = found.counters
@@ -193,22 +193,22 @@ def test_what_is_learned_has_its_time() -> None:
     found = policy()
     address, other = "203.0.113.7", "203.0.113.8"
     found.learn([(whole(address), 443, 443, 60), (whole(other), 0, 0, 60)])
-    assert found.verdict(mine(tcp, address, 443)) == "allowed"
-    assert found.verdict(mine(tcp, address, 80)) == "address"
-    assert found.verdict(mine(tcp, other, 80)) == "allowed"
-    assert found.verdict(mine(udp, other, 53)) == "nameserver"
-    assert found.verdict(mine(udp, other, 9)) == "allowed"
+    assert verdict_on(found, mine(tcp, address, 443)) == "allowed"
+    assert verdict_on(found, mine(tcp, address, 80)) == "address"
+    assert verdict_on(found, mine(tcp, other, 80)) == "allowed"
+    assert verdict_on(found, mine(udp, other, 53)) == "nameserver"
+    assert verdict_on(found, mine(udp, other, 9)) == "allowed"
     found.learn([(whole(address), 443, 443, 10)])  # no shorter than before
-    assert [each[3] in (59, 60) for each in found.learned()] == [True, True]
+    assert [left in (59, 60) for left in seconds_left(found)] == [True, True]
     again = policy()
     again.learn([(whole(address), 443, 443, 0)])
-    assert again.verdict(mine(tcp, address, 443)) == "address"  # over: nothing new
+    assert verdict_on(again, mine(tcp, address, 443)) == "address"  # over: nothing new
     for flags in (0x10, 0x12, 0x11, 0x04, 0x18):
-        assert again.verdict(mine(tcp, address, 443, flags=flags)) == "allowed"  # but what is open goes on
+        assert verdict_on(again, mine(tcp, address, 443, flags=flags)) == "allowed"  # but what is open goes on
     for flags in (0x02, 0x03, 0x42, 0xC2):
-        assert again.verdict(mine(tcp, address, 443, flags=flags)) == "address"
-    assert again.verdict(mine(udp, address, 443)) == "allowed"  # not so long after the last frame
-    assert again.verdict(mine(tcp, "203.0.113.6", 443, flags=0x10)) == "address"
+        assert verdict_on(again, mine(tcp, address, 443, flags=flags)) == "address"
+    assert verdict_on(again, mine(udp, address, 443)) == "allowed"  # not so long after the last frame
+    assert verdict_on(again, mine(tcp, "203.0.113.6", 443, flags=0x10)) == "address"
 
 
 def test_what_is_denied_is_not_reached_by_a_gateway_from_ipv6() -> None:
@@ -219,11 +219,11 @@ def test_what_is_denied_is_not_reached_by_a_gateway_from_ipv6() -> None:
         ("64:ff9b::203.0.113.7", 80, "allowed"), ("64:ff9b:1::a01:203", 80, "allowed"),
         ("64:ff9b::169.254.169.254", 80, "address"),
     ):  # fmt: skip
-        assert found.verdict(ipv6(target, segment(port))) == verdict, (target, port)
+        assert verdict_on(found, ipv6(target, segment(port))) == verdict, (target, port)
     found.learn([(whole("64:ff9b::10.1.2.3"), 0, 0, 60)])
-    assert found.verdict(ipv6("64:ff9b::10.1.2.3", segment(443))) == "address"
+    assert verdict_on(found, ipv6("64:ff9b::10.1.2.3", segment(443))) == "address"
     alone = policy(("64:ff9b::a9fe:a9fe/128",))
-    assert alone.verdict(ipv6("64:ff9b::169.254.169.254", segment(80))) == "allowed"
+    assert verdict_on(alone, ipv6("64:ff9b::169.254.169.254", segment(80))) == "allowed"
 
 
 def test_no_more_than_so_many_are_learned() -> None:
@@ -283,7 +283,7 @@ def second_opinion(allow: Any, deny: Any, target: str, port: int) -> str:
 @given(RULES, RULES, TARGETS, st.sampled_from([1, 22, 53, 443, 853]), st.booleans())
 def test_rules_by_another_reading(allow: Any, deny: Any, target: str, port: int, stream: bool) -> None:
     frame = mine(tcp if stream else udp, target, port)
-    assert policy(*allow, deny=deny).verdict(frame) == second_opinion(allow, deny, target, port)
+    assert verdict_on(policy(*allow, deny=deny), frame) == second_opinion(allow, deny, target, port)
 
 
 @settings(max_examples=300, deadline=None)
@@ -295,7 +295,7 @@ def test_bytes_of_any_kind(data: Any) -> None:
     for _ in range(data.draw(st.integers(0, 4))):
         frame[data.draw(st.integers(12, len(frame) - 1))] = data.draw(st.integers(0, 255))
     del frame[data.draw(st.integers(0, len(frame))) :]
-    if found.verdict(frame) == "allowed" and frame[12:14] == b"\x08\0" and frame[30:34] != b"\xff" * 4:
+    if verdict_on(found, frame) == "allowed" and frame[12:14] == b"\x08\0" and frame[30:34] != b"\xff" * 4:
         assert frame[14] == 0x45
         assert frame[23] == 6
         assert frame[26:34] == socket.inet_aton(ME) + socket.inet_aton("9.9.9.9")
@@ -320,8 +320,8 @@ def test_the_table_changes_under_the_reader() -> None:
     try:
         frames = mine(tcp, "9.9.9.9", 80), mine(tcp, "8.8.8.8", 80)
         for _ in range(5000):
-            assert found.verdict(frames[0]) == "allowed"
-            assert found.verdict(frames[1]) == "address"
+            assert verdict_on(found, frames[0]) == "allowed"
+            assert verdict_on(found, frames[1]) == "address"
     finally:
         stop.set()
         thread.join()
@@ -455,16 +455,16 @@ def test_plain_frames_to_the_host_itself(only_special: bool) -> None:
     """What passt makes connections to the host's own loopback of, whatever the gateway is mapped to."""
     found = Policy(only_special=only_special) if only_special else ALL
     for target in ("127.0.0.1", "127.5.5.5", "0.0.0.0", "0.1.2.3"):
-        assert found.verdict(mine(tcp, target, 80)) == "special"
+        assert verdict_on(found, mine(tcp, target, 80)) == "special"
     for target in ("::1", "::", "::ffff:127.0.0.1", "::127.0.0.1"):
-        assert found.verdict(ipv6(target, segment(80))) == "special"
-    assert found.verdict(mine(tcp, "10.1.2.3", 80)) == "allowed"
-    assert found.verdict(ipv6("2001:db8::1", segment(80))) == "allowed"
+        assert verdict_on(found, ipv6(target, segment(80))) == "special"
+    assert verdict_on(found, mine(tcp, "10.1.2.3", 80)) == "allowed"
+    assert verdict_on(found, ipv6("2001:db8::1", segment(80))) == "allowed"
     if only_special:
         for name, frame, _ in CASES:
-            assert found.verdict(frame) in ("allowed", "special"), name
-        assert found.verdict(udp("224.0.0.251", 5353)) == "allowed"
-        assert found.verdict(ipv6("ff02::16", bytes(8), 0, source="::")) == "allowed"
+            assert verdict_on(found, frame) in ("allowed", "special"), name
+        assert verdict_on(found, udp("224.0.0.251", 5353)) == "allowed"
+        assert verdict_on(found, ipv6("ff02::16", bytes(8), 0, source="::")) == "allowed"
 
 
 def test_reasons_are_those_of_the_counters() -> None:

@@ -11,7 +11,7 @@ Sources: RFC 791 (IPv4), RFC 8200 (IPv6), RFC 826 (ARP), RFC 4861 (neighbour dis
 """
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy
 
 from vmm._sys cimport CLOCK_MONOTONIC_COARSE, clock_ns, counter_add, counter_read, counters_read
 
@@ -156,7 +156,7 @@ cdef class Policy:
         within the last three minutes. At most `MOST_LEARNED` addresses are kept; the least recently used go first.
         """
         cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
-        cdef dict known = {entry[:3]: entry[3:] for entry in self._learned_now()}
+        cdef dict known = {entry[:3]: entry[3:] for entry in self.learned()}
         for address, first, last, seconds in entries:
             until, used = known.get((address, first, last), (0, 0))
             known[address, first, last] = max(until, now + seconds), max(used, now)
@@ -168,9 +168,15 @@ cdef class Policy:
         self._publish(sorted(learned))
 
     def learned(self):
-        """The learned addresses: a list of ``(address, first, last, seconds left)``; 0: only for open flows."""
-        cdef uint64_t now = clock_ns(CLOCK_MONOTONIC_COARSE) // SECOND
-        return [(address, first, last, max(0, until - now)) for address, first, last, until, _ in self._learned_now()]
+        """The learned addresses: a list of ``(address, first, last, until, used)``, two times of CLOCK_MONOTONIC."""
+        cdef Table *table = self.table
+        cdef Learned *each
+        found = []
+        for i in range(table.n_learned):
+            each = &table.learned[i]
+            address = (<object>each.high << 64 | each.low).to_bytes(16, "big")
+            found.append((address, each.first, each.last, each.until, counter_read(&each.used)))
+        return found
 
     def allows(self, bytes address):
         """Whether a rule allows an address of 16 bytes at some port. Learned addresses do not count."""
@@ -183,16 +189,6 @@ cdef class Policy:
                 if self.rules[i].first == 0:
                     return False
         return False
-
-    def verdict(self, const uint8_t[::1] frame not None):
-        """Check `frame` as if the guest had sent it, and count it: ``allowed``, ``resolver`` or one of `REASONS`."""
-        cdef uint8_t[HEAD] head
-        memset(head, 0, HEAD)
-        if frame.shape[0]:
-            memcpy(head, &frame[0], min(<size_t>HEAD, <size_t>frame.shape[0]))
-        verdict = self.check(head, <uint64_t>frame.shape[0])
-        self.count(verdict, <uint64_t>frame.shape[0])
-        return ("allowed", "resolver", *REASONS)[verdict]
 
     @property
     def pointer(self):
@@ -211,16 +207,6 @@ cdef class Policy:
             "dropped_bytes": counter_read(&self.bytes_dropped), "evicted": self.evicted,
         }
         return found | {f"dropped_{name}": frames[DROPPED + i] for i, name in enumerate(REASONS)}
-
-    cdef list _learned_now(self):
-        cdef Table *table = self.table
-        cdef Learned *each
-        found = []
-        for i in range(table.n_learned):
-            each = &table.learned[i]
-            address = (<object>each.high << 64 | each.low).to_bytes(16, "big")
-            found.append((address, each.first, each.last, each.until, counter_read(&each.used)))
-        return found
 
     cdef int _publish(self, list learned) except -1:
         cdef size_t n_learned = len(learned), i
