@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.virtio.vsock_driver import RESPONSE, RST, RW, RX, TX, Vm, read_line
+from tests.virtio.vsock_driver import RESPONSE, RST, RW, RX, TX, VSOCK_HEADER, Vm, read_line
 from tests.waiting import PATIENCE
 from virtio import spec
 from vmm.memory import GuestMemory
@@ -125,7 +125,7 @@ def test_host_to_guest(benchmark: Any, vm: Vm, size: int) -> None:
     sender = threading.Thread(target=send)
     sender.start()
     try:
-        benchmark.extra_info["bytes"] = (size - spec.VSOCK_HEADER.size) * CHAINS
+        benchmark.extra_info["bytes"] = (size - VSOCK_HEADER.size) * CHAINS
         benchmark.pedantic(work, rounds=50, warmup_rounds=2)
     finally:
         stop.set()

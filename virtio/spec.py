@@ -82,7 +82,6 @@ BLK_F_DISCARD = 1 << 13
 BLK_F_WRITE_ZEROES = 1 << 14
 
 BLK_SECTOR = 512
-BLK_ID_BYTES = 20
 # capacity; size_max, seg_max; cylinders, heads, sectors; blk_size; physical_block_exp, alignment_offset,
 # min_io_size, opt_io_size; writeback, unused, num_queues; discard and write-zeroes limits: 60 bytes
 BLK_CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
@@ -120,8 +119,6 @@ BALLOON_STAT = struct.Struct("<HQ")  # tag, val
 VSOCK_F_STREAM = 1 << 0
 
 VSOCK_CONFIG = struct.Struct("<Q")  # guest_cid
-# src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt: 44 bytes
-VSOCK_HEADER = struct.Struct("<QQIIIHHIII")
 
 # Network device, §5.1
 NET_F_CSUM = 1 << 0

@@ -31,6 +31,7 @@ from tests.virtio.vsock_driver import (
     SEND,
     SHUTDOWN,
     TX,
+    VSOCK_HEADER,
     Packet,
     Vm,
     read_exactly,
@@ -257,7 +258,7 @@ def test_with_and_without_ring_features(make: Make, without: int) -> None:
 
 
 def test_large_receive_buffers_are_filled(make: Make) -> None:
-    vm = make(posted=4, size=65536 + spec.VSOCK_HEADER.size)
+    vm = make(posted=4, size=65536 + VSOCK_HEADER.size)
     client, port = vm.host_open()
     data = pattern(60000)
     client.sendall(data)

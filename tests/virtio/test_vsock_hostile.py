@@ -29,6 +29,7 @@ from tests.virtio.vsock_driver import (
     SEND,
     SHUTDOWN,
     TX,
+    VSOCK_HEADER,
     Vm,
     read_exactly,
     read_line,
@@ -39,7 +40,7 @@ from vmm import undertaker
 from vmm.memory import GuestMemory
 
 Make = Callable[..., Vm]
-HEADER = spec.VSOCK_HEADER.size
+HEADER = VSOCK_HEADER.size
 
 
 @pytest.fixture

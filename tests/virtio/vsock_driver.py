@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.waiting import PATIENCE, until
-from virtio import spec
 from virtio.mmio import VirtioMmio
 from virtio.testing import Allocator, Buffer, MmioDriver, SplitDriver
 from virtio.vsock.device import Listener, Vsock
@@ -23,6 +23,8 @@ BUF_ALLOC = 1 << 18  # what the driver grants, and what the device does
 RX, TX, EVENT = 0, 1, 2
 
 # virtio 1.2 §5.10.6
+# src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt: 44 bytes
+VSOCK_HEADER = struct.Struct("<QQIIIHHIII")
 HOST_CID, STREAM = 2, 1
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
 RCV, SEND = 1, 2
@@ -48,10 +50,10 @@ class Packet(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes) -> Packet:
-        return cls._make([*spec.VSOCK_HEADER.unpack_from(raw), raw[spec.VSOCK_HEADER.size :]])
+        return cls._make([*VSOCK_HEADER.unpack_from(raw), raw[VSOCK_HEADER.size :]])
 
     def pack(self) -> bytes:
-        return spec.VSOCK_HEADER.pack(*self[:-1]) + self.data
+        return VSOCK_HEADER.pack(*self[:-1]) + self.data
 
 
 class Vm:
@@ -145,7 +147,7 @@ class Vm:
         """Send one packet, header and payload in buffers of their own as Linux does it."""
         packet = self.packet(op, guest_port, host_port, data, **fields).pack()
         queue = self.queue(TX)
-        parts = [queue.buffer(packet[: spec.VSOCK_HEADER.size])]
+        parts = [queue.buffer(packet[: VSOCK_HEADER.size])]
         if data:
             parts.append(queue.buffer(data))
         self.raw(parts)
@@ -171,7 +173,7 @@ class Vm:
         """Take what has come into the inbox; the lengths in the used entries."""
         done = [(self.rx.pop(head), written) for head, written in self.queue(RX).reap()]
         for buffer, written in done:
-            if written >= spec.VSOCK_HEADER.size:
+            if written >= VSOCK_HEADER.size:
                 self.inbox.append(Packet.unpack(self.ram.read(buffer.addr, written)))
             if repost:
                 self.rx[self.queue(RX).add([buffer])] = buffer
