@@ -20,7 +20,6 @@ SIZE = 4096
 ACPI_RSDP_ADDR = 0x070
 EXT_RAMDISK_IMAGE = 0x0C0
 EXT_RAMDISK_SIZE = 0x0C4
-EXT_CMD_LINE_PTR = 0x0C8
 E820_ENTRIES = 0x1E8
 HDR = 0x1F1
 BOOT_FLAG = 0x1FE
@@ -88,7 +87,6 @@ def zero_page(memory: GuestMemory, header: bytes, *, load_address: int, initrd: 
     page[LOADFLAGS] = page[LOADFLAGS] & ~KASLR_FLAG | LOADED_HIGH
     _U32.pack_into(page, CODE32_START, load_address & 0xFFFF_FFFF)
     _U32.pack_into(page, CMD_LINE_PTR, layout.CMDLINE)
-    _U32.pack_into(page, EXT_CMD_LINE_PTR, 0)
     address, size = initrd
     _U32.pack_into(page, RAMDISK_IMAGE, address & 0xFFFF_FFFF)
     _U32.pack_into(page, RAMDISK_SIZE, size & 0xFFFF_FFFF)
