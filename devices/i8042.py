@@ -50,10 +50,9 @@ _WITH_PARAMETER = frozenset({WRITE_OUTPUT_PORT, LOOP_KEYBOARD, LOOP_AUX, WRITE_A
 # The keyboard: what it is told, and what it answers.
 KEYBOARD_SET_LEDS, KEYBOARD_SCAN_CODES, KEYBOARD_SET_RATE = 0xED, 0xF0, 0xF3  # a parameter follows
 KEYBOARD_ECHO, KEYBOARD_ID, KEYBOARD_RESET = 0xEE, 0xF2, 0xFF
-KEYBOARD_FIRST = KEYBOARD_SET_LEDS  # below it there are no commands
-KEYBOARD_ACK, KEYBOARD_WHAT, KEYBOARD_PASSED = 0xFA, 0xFE, 0xAA
+KEYBOARD_ACK, KEYBOARD_WHAT, KEYBOARD_PASSED = b"\xfa", b"\xfe", b"\xaa"
 KEYBOARD_BUFFER = 16  # bytes, as in the real one
-SCAN_CODE_SET = 2
+SCAN_CODE_SET, SCAN_CODE_SET_TRANSLATED = b"\2", b"\x41"
 # Three keys down, and up: in set 2, and as the controller turns that into set 1.
 CTRL_ALT_DEL = bytes.fromhex("14 11 e071"), bytes.fromhex("e0f071 f011 f014")
 CTRL_ALT_DEL_TRANSLATED = bytes.fromhex("1d 38 e053"), bytes.fromhex("e0d3 b8 9d")
@@ -213,21 +212,20 @@ class I8042:
     def _tell_keyboard(self, value: int) -> None:
         command, self._keyboard_command = self._keyboard_command, None
         translated = self._ram[0] & CTR_TRANSLATE
+        answer = KEYBOARD_ACK
         if command is not None:
-            answer = bytes((KEYBOARD_ACK,))
             if command == KEYBOARD_SCAN_CODES and value == 0:
-                answer += b"\x41" if translated else bytes((SCAN_CODE_SET,))
+                answer += SCAN_CODE_SET_TRANSLATED if translated else SCAN_CODE_SET
+        elif value in (KEYBOARD_SET_LEDS, KEYBOARD_SCAN_CODES, KEYBOARD_SET_RATE):
+            self._keyboard_command = value
         elif value == KEYBOARD_ECHO:
             answer = bytes((KEYBOARD_ECHO,))
         elif value == KEYBOARD_ID:
-            answer = bytes((KEYBOARD_ACK,)) + (_TRANSLATED_ID if translated else _ID)
+            answer += _TRANSLATED_ID if translated else _ID
         elif value == KEYBOARD_RESET:
-            answer = bytes((KEYBOARD_ACK, KEYBOARD_PASSED))
-        elif value in (KEYBOARD_SET_LEDS, KEYBOARD_SCAN_CODES, KEYBOARD_SET_RATE):
-            self._keyboard_command = value
-            answer = bytes((KEYBOARD_ACK,))
-        else:
-            answer = bytes((KEYBOARD_ACK if value > KEYBOARD_FIRST else KEYBOARD_WHAT,))
+            answer += KEYBOARD_PASSED
+        elif value < KEYBOARD_SET_LEDS:  # the first command
+            answer = KEYBOARD_WHAT
         # It drops what it was about to say for the answer.
         if self._of_keyboard:
             self._output = None
