@@ -74,7 +74,7 @@ cdef class QueueWorker:
     cdef int _gone                              # atomic: the thread does nothing any more
     cdef bint[MAX_QUEUES] _stalled
     cdef uint64_t[MAX_QUEUES] _notified  # by slot
-    cdef uint64_t _again                        # bit mask of the slots that returned SERVE_MORE
+    cdef uint64_t _again                        # bit mask of the slots to serve without a notification
     cdef uint32_t _first                        # slot of the queue that run_waiting() serves first
     cdef Polling[2] _polling                    # after the driver's work; after an event of the host's
     cdef bint _host_first                       # which of them is next

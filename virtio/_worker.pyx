@@ -136,7 +136,7 @@ cdef class QueueWorker:
             self._stalled[slot] = False
         self.poll_ns = <uint64_t>int(self.device.poll_us * 1000)
         self._polling[0] = self._polling[1] = Polling(self.poll_ns, 0, 0)
-        self._again = 0
+        self._again = ~<uint64_t>0      # none is notified of what came before DRIVER_OK or while the thread was stopped
         self.in_flight = False
         context.stopping = False
         flag_set(&self._stop, 0)
@@ -257,29 +257,18 @@ cdef class QueueWorker:
         cdef uint32_t token, slot
         cdef uint64_t again, expired
         cdef int count, i, status
-        # No notification comes for chains made available before DRIVER_OK or while the thread was stopped.
-        for slot in range(self.n_queues):
-            status = self._kicked(slot)
-            if status < 0:
-                return status
         while not self.stopping():
-            if self._again:
-                again = self._again
-                self._again = 0
-                for slot in range(self.n_queues):
-                    status = self._kicked(slot) if again >> slot & 1 else 0
-                    if status < 0:
-                        return status
-                count = epoll_wait(self._epoll, events, EVENTS, 0 if self._again else -1)
-            elif self.poll_ns and not self.in_flight and self._look(&self._polling[self._host_first]):
+            if not self._again and self.poll_ns and not self.in_flight and self._look(
+                    &self._polling[self._host_first]):
                 self._host_first = False
-                count = epoll_wait(self._epoll, events, EVENTS, 0)
                 for slot in range(self.n_queues):
-                    status = 0 if self._stalled[slot] else self._kicked(slot)
-                    if status < 0:
-                        return status
-            else:
-                count = epoll_wait(self._epoll, events, EVENTS, -1)
+                    self._again |= <uint64_t>(not self._stalled[slot]) << slot
+            again, self._again = self._again, 0
+            for slot in range(self.n_queues):
+                status = self._kicked(slot) if again >> slot & 1 else 0
+                if status < 0:
+                    return status
+            count = epoll_wait(self._epoll, events, EVENTS, 0 if again else -1)
             if count < 0:
                 if errno == EINTR:
                     continue
