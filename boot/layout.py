@@ -33,7 +33,6 @@ CMDLINE_END = 0x30000
 EBDA = 0x9FC00
 MPTABLE = EBDA
 VM_GENERATION = 0xDF000  # 16 random bytes, another value in every copy of the VM
-ACPI = 0xE0000
 RSDP = 0xE0000  # Linux scans 0xe0000..0xfffff on 16-byte steps where no protocol field names the RSDP
 HIMEM = 0x100000
 

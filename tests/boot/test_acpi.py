@@ -31,7 +31,7 @@ def written(cpus: int = 1, virtio: int = 0, keyboard: bool = False, events: bool
         acpi.write(memory, cpus=cpus, virtio=windows(virtio), parts=parts)
 
         def table(at: int) -> bytes:
-            assert layout.ACPI <= at and at % 16 == 0
+            assert layout.RSDP <= at and at % 16 == 0
             data = memory.read(at, struct.unpack("<I", memory.read(at + 4, 4))[0])
             assert at + len(data) <= layout.HIMEM
             assert sum(data) & 0xFF == 0

@@ -25,7 +25,7 @@ def written(cpus: int) -> tuple[bytes, list[bytes]]:
         table = struct.unpack_from("<I", pointer, 4)[0]
         header = memory.read(table, 44)
         length = struct.unpack_from("<H", header, 4)[0]
-        assert layout.EBDA <= table and table + length <= layout.ACPI
+        assert layout.EBDA <= table and table + length <= layout.RSDP
         whole = memory.read(table, length)
         assert sum(whole) & 0xFF == 0
         assert not any(memory.read(table + length, 0x1000))
