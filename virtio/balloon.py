@@ -41,8 +41,7 @@ STATISTICS = (
     "async_reclaim", "direct_reclaim",
 )  # fmt: skip
 _STATS_QUEUE = 2
-_ACTUAL = range(4, 8)  # what the driver may write of the configuration space
-_POISON = range(12, 16)
+_WRITABLE = frozenset((*range(4, 8), *range(12, 16)))  # by the driver, of the configuration space: actual, poison_val
 
 
 class Balloon(VirtioDevice):
@@ -103,12 +102,7 @@ class Balloon(VirtioDevice):
     @property
     def amount_mib(self) -> int:
         """What the guest is asked to hand back, in MiB."""
-        return self._field(0) // _PAGES_PER_MIB
-
-    @property
-    def actual_pages(self) -> int:
-        """Pages of 4 KiB that the guest says it has handed back."""
-        return self._field(4)
+        return self.statistics()["target_mib"]
 
     def set_amount(self, amount_mib: int) -> None:
         """Ask the guest for so many MiB in all, more or less than before; it takes its time. Any thread.
@@ -157,9 +151,6 @@ class Balloon(VirtioDevice):
             raise ConfigError("stats_polling_interval_s", seconds, f"must be 0 to {INTERVAL_MAX_S} seconds")
         return seconds
 
-    def _field(self, offset: int) -> int:
-        return int.from_bytes(self.config[offset : offset + 4], "little")
-
     # The driver
 
     def activate(self, context: ActivateContext) -> None:
@@ -173,7 +164,8 @@ class Balloon(VirtioDevice):
         if context.features & spec.BALLOON_F_PAGE_REPORTING:
             self._serves.append(self._report)
         # §5.5.6.5.1: it is not changed after this
-        self._poison = self._field(_POISON.start) if context.features & spec.BALLOON_F_PAGE_POISON else 0
+        _, _, _, poison = spec.BALLOON_CONFIG.unpack(self.config)
+        self._poison = poison if context.features & spec.BALLOON_F_PAGE_POISON else 0
 
     def release(self) -> None:
         """Give the statistics' buffer back: the driver answers with another."""
@@ -184,12 +176,13 @@ class Balloon(VirtioDevice):
         """Take what the driver has handed back, and its poison."""
         actual, poison = state["actual"], state["poison"]
         with self._lock:
-            self.config = self.config[:4] + struct.pack("<I", actual) + self.config[8:12] + struct.pack("<I", poison)
+            self.config = self.config[:4] + struct.pack("<III", actual, 0, poison)
         self._poison = poison if self.context.features & spec.BALLOON_F_PAGE_POISON else 0
 
     def save(self) -> dict[str, Any]:
         """What the driver wrote to the configuration space."""
-        return {"actual": self._field(_ACTUAL.start), "poison": self._field(_POISON.start)}
+        _, actual, _, poison = spec.BALLOON_CONFIG.unpack(self.config)
+        return {"actual": actual, "poison": poison}
 
     def reset(self) -> None:
         """Forget the driver: what was in its balloon is its guest's again."""
@@ -209,7 +202,7 @@ class Balloon(VirtioDevice):
         with self._lock:
             config = bytearray(self.config)
             for at, byte in enumerate(data, offset):
-                if at in _ACTUAL or at in _POISON:
+                if at in _WRITABLE:
                     config[at] = byte
             self.config = bytes(config)
 

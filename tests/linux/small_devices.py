@@ -109,19 +109,19 @@ def small(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
         facts["free_before"] = int(guest.run(free))
         start = time.monotonic()
         balloon.set_amount(96)
-        facts["inflated"] = until(lambda: balloon.actual_pages == 96 * 256)
+        facts["inflated"] = until(lambda: balloon.statistics()["actual_pages"] == 96 * 256)
         facts["inflate_seconds"] = round(time.monotonic() - start, 2)
         facts["before"], facts["after"] = before, guest.resident()
         facts["free_after"] = int(guest.run(free))
         facts["statistics_came"] = until(lambda: 0 < balloon.statistics().get("free_memory", 0) < 96 * MIB)
         facts["statistics"] = balloon.statistics()
         balloon.set_amount(0)
-        facts["deflated"] = until(lambda: balloon.actual_pages == 0)
+        facts["deflated"] = until(lambda: balloon.statistics()["actual_pages"] == 0)
         facts["used_again"] = guest.run(f"{FILL} && echo yes")
         balloon.set_amount(32)
-        until(lambda: balloon.actual_pages == 32 * 256)
+        until(lambda: balloon.statistics()["actual_pages"] == 32 * 256)
         facts["reloaded"] = guest.run("reload virtio_balloon && reload virtio_rng\nhead -c 100 /dev/hwrng | wc -c")
-        facts["inflated_after_reload"] = until(lambda: balloon.actual_pages == 32 * 256)
+        facts["inflated_after_reload"] = until(lambda: balloon.statistics()["actual_pages"] == 32 * 256)
         facts["stats"] = {"rng": rng.stats, "balloon": balloon.stats, "console": console.stats}
     finally:
         for one in console.ports:
@@ -143,7 +143,7 @@ def reporting(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
 
 
 def _holds(balloon: Balloon, amount_mib: int) -> bool:
-    return balloon.actual_pages == amount_mib << 8
+    return balloon.statistics()["actual_pages"] == amount_mib << 8
 
 
 def hungry(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def hungry(kernel: str, initrd: str, facts: dict[str, Any]) -> None:
             # One buffer of its own, which nothing can reclaim.
             ended = guest.run("dd if=/dev/zero of=/dev/null bs=64M count=1 >/dev/null 2>&1; echo status $?")
             facts[name] = {
-                "inflated": inflated, "amount_mib": amount, "actual_mib": balloon.actual_pages >> 8,
+                "inflated": inflated, "amount_mib": amount, "actual_mib": balloon.statistics()["actual_pages"] >> 8,
                 "ended": ended.splitlines()[-1],
             }  # fmt: skip
         finally:

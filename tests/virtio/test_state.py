@@ -206,7 +206,7 @@ def test_the_balloon_remembers_what_it_was_given(ram: GuestMemory) -> None:
     host.driver.bring_up()
     host.transport.write(spec.MMIO_CONFIG + 4, memoryview((512).to_bytes(4, "little")))
     _move(host, Balloon(2))
-    assert host.device.actual_pages == 512
+    assert host.device.statistics()["actual_pages"] == 512
     assert host.driver.config(4, 4) == (512).to_bytes(4, "little")
     host.close()
 
