@@ -326,7 +326,6 @@ cdef class Serial(NativeDevice):
 
     @property
     def stats(self):
-        """The guest's accesses: ``read_count`` and ``write_count``."""
         return {"read_count": self.state.reads, "write_count": self.state.writes}
 
     def save(self):

@@ -40,7 +40,6 @@ class AcpiEvents:
         self._interrupt()
 
     def read(self, offset: int, data: memoryview) -> None:
-        """Answer what there is, and forget it."""
         data[:] = bytes(len(data))
         with self._lock:
             data[0], self._pending = self._pending, 0
@@ -49,11 +48,9 @@ class AcpiEvents:
         """Ignore it: a guest has nothing to say here."""
 
     def save(self) -> dict[str, Any]:
-        """What the guest has not heard of yet."""
         return {"pending": self._pending}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what ``save`` told of another one."""
         self._pending = int(state["pending"]) & (GENERATION_CHANGED | POWER_BUTTON)
         if self._pending:
             self._interrupt()

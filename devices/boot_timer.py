@@ -29,11 +29,9 @@ class BootTimer:
         self._left = MOST
 
     def read(self, offset: int, data: memoryview) -> None:
-        """Answer 0."""
         data[:] = bytes(len(data))
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Log the time since the start, on the clock and on the CPUs, for ``BOOTED``."""
         if offset == 0 and len(data) == 1 and data[0] == BOOTED and self._left:
             self._left -= 1
             wall = (time.monotonic_ns() - self._start) // 1000

@@ -91,7 +91,6 @@ class I8042:
         self.command = _Port(self, self._read_status, self._write_command)
 
     def save(self) -> dict[str, Any]:
-        """The controller's registers and buffers, and the keyboard's."""
         with self._lock:
             return {
                 name: bytes(value) if isinstance(value := getattr(self, f"_{name}"), bytearray) else value
@@ -99,7 +98,6 @@ class I8042:
             }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what ``save`` told of another one."""
         ram, keys, release = (bytes(memoryview(state[name])) for name in ("ram", "keys", "release"))  # bytes alone
         if len(ram) != len(self._ram):
             raise ValueError(f"{len(ram)} bytes of RAM")

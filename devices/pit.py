@@ -130,7 +130,6 @@ class Pit:
                 self._ensure_made()
 
     def write(self, offset: int, data: memoryview) -> None:
-        """A control word, or a byte of a count."""
         word = data[0]
         with self._lock:
             if self._made:
@@ -158,7 +157,6 @@ class Pit:
             return out << 5 | (time.monotonic_ns() >> 14 & 1) << 4 | self._flags & SPEAKER_ON | channel.gate
 
     def write_gate(self, value: int) -> None:
-        """Port 0x61."""
         with self._lock:
             if not self._made:
                 self._channels[2].gate, self._flags = value & 1, value & SPEAKER_ON

@@ -19,7 +19,6 @@ class PvPanic:
     __slots__ = ()
 
     def read(self, offset: int, data: memoryview) -> None:
-        """Answer the events that this device knows."""
         data[:] = bytes(len(data))
         if offset == 0:
             data[0] = SUPPORTED

@@ -68,7 +68,6 @@ class Rtc:
         return {"index": self._index, "ram": bytes(self._ram), "offset": self._offset}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what ``save`` told of another one."""
         if len(state["ram"]) != len(self._ram):
             raise ValueError(f"{len(state['ram'])} bytes of RAM")
         self._index = int(state["index"]) & 0x7F

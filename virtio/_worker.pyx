@@ -412,7 +412,6 @@ cdef class Worker(QueueWorker):
     """
 
     def begin(self):
-        """Prepare for a new driver."""
         self.poll_ns = 0            # for loops without the GIL
 
     cdef int _kicked(self, uint32_t slot) noexcept nogil:

@@ -154,7 +154,6 @@ class Balloon(VirtioDevice):
     # The driver
 
     def activate(self, context: ActivateContext) -> None:
-        """Number the queues, and let the clock run if the driver gives statistics."""
         # §5.5.2 numbers the queues; Linux, and devices after it, count only those that were negotiated.
         self._serves = [self._inflate, self._deflate]
         if context.features & spec.BALLOON_F_STATS_VQ:
@@ -173,14 +172,12 @@ class Balloon(VirtioDevice):
             self._hold(self.context.queues[_STATS_QUEUE], None)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what the driver has handed back, and its poison."""
         actual, poison = state["actual"], state["poison"]
         with self._lock:
             self.config = self.config[:4] + struct.pack("<III", actual, 0, poison)
         self._poison = poison if self.context.features & spec.BALLOON_F_PAGE_POISON else 0
 
     def save(self) -> dict[str, Any]:
-        """What the driver wrote to the configuration space."""
         _, actual, _, poison = spec.BALLOON_CONFIG.unpack(self.config)
         return {"actual": actual, "poison": poison}
 
@@ -207,7 +204,6 @@ class Balloon(VirtioDevice):
             self.config = bytes(config)
 
     def process(self, queue_index: int) -> None:
-        """Serve inflation, deflation, statistics or reports."""
         if queue_index >= len(self._serves):
             return
         queue, serve = self.context.queues[queue_index], self._serves[queue_index]

@@ -198,7 +198,6 @@ class Console(VirtioDevice):
         return [Worker(self, group, [notify_fds[index] for index in group], on_failure) for group in groups]
 
     def activate(self, context: ActivateContext) -> None:
-        """Let input flow."""
         self._multiport = bool(context.features & spec.CONSOLE_F_MULTIPORT)
         for number, port in enumerate(self.ports if self._multiport else self.ports[:1]):
             port.attach(partial(self.wake, 2 * number + 2 * bool(number)))
@@ -215,7 +214,6 @@ class Console(VirtioDevice):
             self._ready.clear()
 
     def save(self) -> dict[str, Any]:
-        """Which ports the driver knows and has open, and the messages for it."""
         with self._messages_lock:
             return {
                 "announced": self._announced,
@@ -225,7 +223,6 @@ class Console(VirtioDevice):
             }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with that driver."""
         known = range(len(self.ports))
         if not {*state["ready"], *state["open"]} <= {*known}:
             raise ValueError("more ports than there are")

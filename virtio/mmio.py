@@ -191,7 +191,6 @@ class VirtioMmio(MmioRegisters, Transport):
         self._select = dict.fromkeys(self._select, 0)
 
     def save(self) -> dict[str, Any]:
-        """Likewise, with the selectors."""
         return {**super().save(), "select": dict(self._select)}
 
     def _restore(self, state: dict[str, Any]) -> None:

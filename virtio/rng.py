@@ -41,11 +41,9 @@ class Entropy(VirtioDevice):
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters by name."""
         return self.counters | ({"throttled": self.limiter.throttled} if self.limiter else {})
 
     def process(self, queue_index: int) -> None:
-        """Fill the buffers of each request."""
         self.drain(self.context.queues[queue_index], self._serve)
 
     def _serve(self, chain: Chain) -> int:

@@ -89,7 +89,6 @@ class Transport:
             self.notify_fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
     def close_descriptors(self) -> None:
-        """Give them back; likewise."""
         with self.device.waking:
             while self.notify_fds:
                 os.close(self.notify_fds.pop())

@@ -158,13 +158,11 @@ cdef class NetWorker(QueueWorker):
 
     @property
     def stats(self):
-        """Counters of these pairs together, by name."""
         cdef Counters now
         counters_read(&now, &self.counters, sizeof(Counters))
         return now
 
     def begin(self):
-        """Prepare for a new driver."""
         cdef Pair *pair
         cdef uint32_t i
         # Without MQ the third queue is the control queue, whatever we have (§5.1.2), and the last one.

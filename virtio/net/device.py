@@ -144,7 +144,6 @@ class Net(VirtioDevice):
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters by name, of all pairs together."""
         total = super().stats
         for name, part in (("mmds", self.mmds), ("policy", self.policy), ("dns", self.resolver)):
             if part is not None:
@@ -168,7 +167,6 @@ class Net(VirtioDevice):
         return self._workers
 
     def activate(self, context: ActivateContext) -> None:
-        """Let the tap do what the driver negotiated."""
         if self.mmds is not None:
             self.mmds.reset()
         if self.resolver is not None:
@@ -182,7 +180,6 @@ class Net(VirtioDevice):
         self._pairs_used, self._offloads = pairs, offloads
 
     def save(self) -> dict[str, Any]:
-        """The address, pairs and offloads that the driver has chosen, and the names that the guest has asked for."""
         state = {"mac": self.mac, "pairs": self._pairs_used, "offloads": self._offloads & GUEST_OFFLOADS}
         return state if self.resolver is None else state | {"names": self.resolver.save()}
 
@@ -207,7 +204,6 @@ class Net(VirtioDevice):
         self.publish_config(self._config_space())
 
     def process(self, queue_index: int) -> None:
-        """Serve the control queue."""
         self.drain(self.context.queues[queue_index], self._control)
 
     def _control(self, chain: Chain) -> int:

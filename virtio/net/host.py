@@ -103,7 +103,6 @@ class Tap:
         return tap
 
     def gone(self) -> str:
-        """Say why nothing comes any more."""
         return f"its tap {self.name} is gone"
 
     def _open(self, options: int) -> None:
