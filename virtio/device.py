@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import threading
+from _collections import defaultdict  # type: ignore[import-not-found]  # `collections` takes long to import
 
-from virtio import spec
 from virtio._worker import Worker
 from vmm import logger
 from vmm.errors import ConfigError, GuestError
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from virtio._limiter import Bucket, RateLimiter
     from virtio._worker import QueueWorker
     from vmm._fastpath import Chain, GuestRam, VirtQueue
-
-
-class Counters(dict[str, int]):
-    """Counters by name. A new one is 0. ``collections`` has the like, but a start does not import it."""
-
-    def __missing__(self, name: str) -> int:
-        return 0
 
 
 class Warner:
@@ -115,7 +108,7 @@ class VirtioDevice:
     context: ActivateContext
 
     def __init__(self) -> None:
-        self.counters: dict[str, int] = Counters(requests=0, bad_requests=0, needs_reset=0)
+        self.counters: dict[str, int] = defaultdict(int, requests=0, bad_requests=0, needs_reset=0)
         self.shm_regions: dict[int, tuple[int, int]] = {}
         self._workers: list[Any] = []  # threads in Cython that have ``stats`` and ``wake``
         # Of the transport, while there is one: an eventfd for each queue. It empties the list under the lock.
@@ -265,7 +258,3 @@ def check(device: VirtioDevice) -> None:
             raise ConfigError(f"{kind.__name__}.{field}", "", f"is missing: {allowed}")
         if not good(value := getattr(device, field)):
             raise ConfigError(f"{kind.__name__}.{field}", repr(value)[:60], allowed)
-
-
-# What the transport offers for every device.
-RING_FEATURES = spec.F_VERSION_1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX

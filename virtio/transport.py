@@ -8,7 +8,7 @@ import struct
 import threading
 
 from virtio import spec
-from virtio.device import RING_FEATURES, ActivateContext, VirtioDevice, Warner, check, describe
+from virtio.device import ActivateContext, VirtioDevice, Warner, check, describe
 from vmm import logger
 from vmm._fastpath import VirtQueue
 from vmm.closing import Closers
@@ -62,7 +62,7 @@ class Transport:
         self.queues = tuple(VirtQueue(memory, size, i) for i, size in enumerate(device.queue_sizes))
         self.notify_fds: list[int] = []
         self.stats = {"bad_access": 0, "bad_status": 0, "bad_features": 0, "bad_queue": 0, "bad_notify": 0}
-        self.offered = device.features | RING_FEATURES
+        self.offered = device.features | spec.F_VERSION_1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX
         self.generation = 0
         self.lock = threading.Lock()  # registers: several vCPUs at once
         self._config_lock = threading.Lock()  # the configuration space and its generation; inside lock, never around
