@@ -8,21 +8,7 @@ from __future__ import annotations
 
 import struct
 
-_NAME_OP = b"\x08"
-_SCOPE_OP = b"\x10"
-_BUFFER_OP = b"\x11"
-_PACKAGE_OP = b"\x12"
-_METHOD_OP = b"\x14"
-_OPERATION_REGION_OP = b"\x5b\x80"
-_FIELD_OP = b"\x5b\x81"
-_STORE_OP = b"\x70"
-_AND_OP = b"\x7b"
-_NOTIFY_OP = b"\x86"
-_IF_OP = b"\xa0"
 LOCAL0 = b"\x60"
-_DEVICE_OP = b"\x5b\x82"
-_STRING_PREFIX = b"\x0d"
-_END_TAG = b"\x79\0"  # checksum 0: not checked
 
 
 def _sized(op: bytes, body: bytes) -> bytes:
@@ -49,7 +35,7 @@ def integer(value: int) -> bytes:
 
 def string(text: str) -> bytes:
     """Encode `text`, ASCII without NUL."""
-    return _STRING_PREFIX + text.encode("ascii") + b"\0"
+    return b"\x0d" + text.encode("ascii") + b"\0"
 
 
 def eisa_id(text: str) -> bytes:
@@ -62,53 +48,51 @@ def eisa_id(text: str) -> bytes:
 
 def package(*elements: bytes) -> bytes:
     """Encode a Package of at most 255 `elements`."""
-    return _sized(_PACKAGE_OP, bytes((len(elements),)) + b"".join(elements))
+    return _sized(b"\x12", bytes((len(elements),)) + b"".join(elements))
 
 
 def name(segment: str, value: bytes) -> bytes:
     """Encode ``Name (segment, value)``; shorter segments are filled up with ``_``."""
-    return _NAME_OP + segment.ljust(4, "_").encode("ascii") + value
+    return b"\x08" + segment.ljust(4, "_").encode("ascii") + value
 
 
 def scope(path: str, *body: bytes) -> bytes:
     """Encode ``Scope (path) {...}`` for one segment from the root, as ``\\_SB``."""
-    return _sized(_SCOPE_OP, b"\\" + path[1:].ljust(4, "_").encode("ascii") + b"".join(body))
+    return _sized(b"\x10", b"\\" + path[1:].ljust(4, "_").encode("ascii") + b"".join(body))
 
 
 def device(segment: str, *body: bytes) -> bytes:
     """Encode ``Device (segment) {...}``; `segment` has four characters."""
-    return _sized(_DEVICE_OP, segment.encode("ascii") + b"".join(body))
+    return _sized(b"\x5b\x82", segment.encode("ascii") + b"".join(body))
 
 
 def byte_port(region: str, field: str, port: int) -> bytes:
     """Encode a SystemIO OperationRegion of one byte, and a Field of 8 bits over it. Section 20.2.5.2."""
-    head = _OPERATION_REGION_OP + region.encode("ascii") + b"\x01" + integer(port) + integer(1)
-    byte_access_no_lock_preserve = b"\x01"
-    return head + _sized(
-        _FIELD_OP, region.encode("ascii") + byte_access_no_lock_preserve + field.encode("ascii") + b"\x08"
-    )
+    name, byte_access_no_lock_preserve = region.encode("ascii"), b"\x01"
+    head = b"\x5b\x80" + name + b"\x01" + integer(port) + integer(1)
+    return head + _sized(b"\x5b\x81", name + byte_access_no_lock_preserve + field.encode("ascii") + b"\x08")
 
 
 def method(segment: str, arguments: int, *terms: bytes) -> bytes:
     """Encode ``Method (segment, arguments, Serialized) {...}``."""
-    return _sized(_METHOD_OP, segment.encode("ascii") + bytes((arguments | 8,)) + b"".join(terms))
+    return _sized(b"\x14", segment.encode("ascii") + bytes((arguments | 8,)) + b"".join(terms))
 
 
 def store(source: str, target: bytes) -> bytes:
     """Encode ``Store (source, target)`` of a named object."""
-    return _STORE_OP + source.encode("ascii") + target
+    return b"\x70" + source.encode("ascii") + target
 
 
 def notify_if(value: bytes, bit: int, segment: str, code: int) -> bytes:
     """Encode ``If (value & bit) { Notify (segment, code) }``."""
-    test = _AND_OP + value + integer(bit) + b"\0"
-    return _sized(_IF_OP, test + _NOTIFY_OP + segment.encode("ascii") + integer(code))
+    test = b"\x7b" + value + integer(bit) + b"\0"
+    return _sized(b"\xa0", test + b"\x86" + segment.encode("ascii") + integer(code))
 
 
 def resources(*descriptors: bytes) -> bytes:
     """Encode ``ResourceTemplate () {...}``, the value of ``_CRS``."""
-    body = b"".join(descriptors) + _END_TAG
-    return _sized(_BUFFER_OP, integer(len(body)) + body)
+    body = b"".join(descriptors) + b"\x79\0"  # the end tag, with a checksum of 0: not checked
+    return _sized(b"\x11", integer(len(body)) + body)
 
 
 def io(port: int, size: int) -> bytes:
