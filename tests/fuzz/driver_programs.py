@@ -609,7 +609,8 @@ def make_net_policy_stream(stack: contextlib.ExitStack, directory: Path) -> Virt
     backend = PolicyBackend(stack)
     allowed = bytes(10) + b"\xff\xff" + b"\x09" * 4, 128, 80, 80
     policy = Policy(b"\x0a\0\2\x0f", b"\x0a\0\2\2", RESOLVER, [allowed])
-    resolver = Resolver(policy, RESOLVER, [("x", 0, 0), ("*.y", 0, 0)], servers=[], hosts={"x": [b"\x09\x09\x09\x08"]})
+    resolver = Resolver(policy, RESOLVER, [("x", 0, 0), ("*.y", 0, 0)])
+    resolver.servers, resolver.hosts = [], {"x": [b"\x09\x09\x09\x08"]}
     device = Net(backend, b"\2\x56\0\0\0\2", policy=policy, resolver=resolver)
     stack.callback(device.close)
 

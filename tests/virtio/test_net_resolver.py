@@ -95,10 +95,9 @@ class Guest:
         self.policy = policy(*allow)
         self.log: list[str] = []
         self.came = threading.Event()
-        self.resolver = Resolver(
-            self.policy, socket.inet_aton(RESOLVER), names, servers=servers, hosts=hosts or {},
-            log=lambda kind, line: self.log.append(line),
-        )  # fmt: skip
+        self.resolver = Resolver(self.policy, socket.inet_aton(RESOLVER), names)
+        self.resolver.servers, self.resolver.hosts = list(servers), hosts or {}
+        self.resolver.log = lambda kind, line: self.log.append(line)
         self.resolver.on_frame = self.came.set
         stack.callback(self.resolver.close)
 

@@ -25,7 +25,7 @@ from vmm import threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
     Client = tuple[bytes, int]  # the headers of a question's frame, and its source port
@@ -71,32 +71,26 @@ class Resolver:
     :param address: four bytes
     :param names: the allowed ones, as ``("pypi.org", 443, 443)`` or ``("*.pypi.org", 0, 0)``: with their ports, 0 for
         all; ``*`` is any name, ``*.`` any name below
-    :param servers: addresses of nameservers, with ports; None: those of the host's /etc/resolv.conf
-    :param hosts: addresses by name; None: those of the host's /etc/hosts
-    :param log: takes a line of a kind
     :raises OSError: no file descriptor is left
 
+    ``servers`` and ``hosts`` are those of the host's /etc/resolv.conf and /etc/hosts. ``log`` takes a line of a kind.
     ``on_frame`` is called by the thread when there is a frame for the guest, which ``next_frame`` gives. All else may
     be called by any thread.
     """
 
     what = "resolver"
 
-    def __init__(
-        self, policy: Policy, address: bytes, names: Sequence[Name], *,
-        servers: Sequence[dns.Server] | None = None, hosts: Mapping[str, Sequence[bytes]] | None = None,
-        log: Callable[[str, str], None] = lambda kind, line: None,
-    ) -> None:  # fmt: skip
+    def __init__(self, policy: Policy, address: bytes, names: Sequence[Name]) -> None:
         self.policy = policy
         self.address = address
         self.counters = dict.fromkeys(
             ("asked", "answered", "refused", "failed", "bad", "limited", "own", "upstream", "upstream_bad"), 0
         )
         self.on_frame: Callable[[], object] = lambda: None
-        self.log = log
+        self.log: Callable[[str, str], None] = lambda kind, line: None
         self._names = list(names)
-        self._servers = dns.nameservers() if servers is None else list(servers)
-        self._hosts = dns.host_names() if hosts is None else hosts
+        self.servers = dns.nameservers()
+        self.hosts = dns.host_names()
         self._lock = threading.Lock()
         self._frames: deque[bytes] = deque(maxlen=MAX_FRAMES)
         # By name and kind: addresses, and until when they may be told again, and reached.
@@ -193,9 +187,9 @@ class Resolver:
             self._reply(client, question, dns.NO_SUCH_NAME)  # what every client takes for an answer, at once
         elif kind not in dns.SIZES:
             self._reply(client, question)
-        elif name in self._hosts:
+        elif name in self.hosts:
             size = dns.SIZES[kind]
-            addresses = self._learn(key, [each for each in self._hosts[name] if len(each) == size], LEAST)
+            addresses = self._learn(key, [each for each in self.hosts[name] if len(each) == size], LEAST)
             self._reply(client, question, addresses=addresses, ttl=LEAST)
         elif (known := self._known.get(key)) and known[1] > time.monotonic():
             self._reply(client, question, addresses=known[0], ttl=int(known[1] - time.monotonic()))
@@ -277,7 +271,7 @@ class Resolver:
                     raise ValueError("no such addresses")
                 if self.ports(name):
                     seconds = max(0, min(seconds, LONGEST))
-                    learned += self._admit((name, kind), list(addresses), seconds, known=name in self._hosts)[1]
+                    learned += self._admit((name, kind), list(addresses), seconds, known=name in self.hosts)[1]
             self.policy.learn(learned)  # all at once: each time the whole table is made anew
 
     # The thread
@@ -305,8 +299,8 @@ class Resolver:
             self._shut(asked)
 
     def _send(self, asked: _Asked) -> None:
-        while asked.tries < TRIES and self._servers:
-            server = self._servers[asked.tries % len(self._servers)]
+        while asked.tries < TRIES and self.servers:
+            server = self.servers[asked.tries % len(self.servers)]
             asked.tries += 1
             asked.number = int.from_bytes(os.urandom(2), "big")
             try:
