@@ -2,6 +2,8 @@
 # Token buckets for the threads of a device.
 from libc.stdint cimport uint64_t
 
+from vmm._sys cimport pthread_mutex_t
+
 cdef struct Bucket:
     uint64_t size               # capacity in tokens; 0: no limit
     uint64_t refill_ns          # time in which an empty bucket becomes full
@@ -12,7 +14,7 @@ cdef struct Bucket:
 cdef class RateLimiter:
     cdef Bucket bandwidth       # bytes
     cdef Bucket ops
-    cdef int lock
+    cdef pthread_mutex_t lock
     cdef int active             # atomic: there is a limit
     cdef uint64_t _throttled    # number of times that take() returned a wait
     # Take tokens for `ops` operations of `nbytes` bytes in total. Returns 0, or the nanoseconds to wait before asking

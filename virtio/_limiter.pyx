@@ -2,19 +2,10 @@
 # cython: language_level=3
 """Rate limits by token buckets, with Firecracker's parameters: size, one-time burst, refill time."""
 from libc.stdint cimport uint64_t
-from vmm._sys cimport CLOCK_MONOTONIC, clock_ns, counter_add, counter_read, flag_read, flag_set
-
-cdef extern from *:
-    """
-    #include <stdint.h>
-    static inline void limiter_lock(int *p) {
-        while (__atomic_exchange_n(p, 1, __ATOMIC_ACQUIRE)) __builtin_ia32_pause();
-    }
-    static inline void limiter_unlock(int *p) { __atomic_store_n(p, 0, __ATOMIC_RELEASE); }
-    """
-    void limiter_lock(int *p) noexcept nogil
-    void limiter_unlock(int *p) noexcept nogil
-
+from vmm._sys cimport (
+    CLOCK_MONOTONIC, clock_ns, counter_add, counter_read, flag_read, flag_set, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
 
 cdef uint64_t MOST_MS = <uint64_t>1 << 42  # 139 years, in which no number of nanoseconds overflows
 
@@ -46,37 +37,40 @@ cdef class RateLimiter:
     :param ops: the same for operations
     """
 
+    def __cinit__(self):
+        pthread_mutex_init(&self.lock, NULL)
+
     def __init__(self, bandwidth=None, ops=None):
         self.update(bandwidth or (0, 0, 1), ops or (0, 0, 1))
 
     def update(self, bandwidth=None, ops=None):
         """Replace buckets by full ones. ``(0, 0, 0)`` removes a limit, None leaves it unchanged. Any thread."""
         cdef Bucket new_bandwidth = bucket(bandwidth or (0, 0, 0)), new_ops = bucket(ops or (0, 0, 0))
-        limiter_lock(&self.lock)
+        pthread_mutex_lock(&self.lock)
         if bandwidth is not None:
             self.bandwidth = new_bandwidth
         if ops is not None:
             self.ops = new_ops
         flag_set(&self.active, self.bandwidth.size != 0 or self.ops.size != 0)
-        limiter_unlock(&self.lock)
+        pthread_mutex_unlock(&self.lock)
 
     @property
     def buckets(self):
         """The limits of bytes and operations by now, with what is left of their bursts; None: no limit. Any thread."""
         cdef Bucket b[2]
-        limiter_lock(&self.lock)
+        pthread_mutex_lock(&self.lock)
         b[0], b[1] = self.bandwidth, self.ops
-        limiter_unlock(&self.lock)
+        pthread_mutex_unlock(&self.lock)
         return told(&b[0]), told(&b[1])
 
     cdef bint limited(self) noexcept nogil:
         return flag_read(&self.active)
 
     cdef void charge(self, uint64_t nbytes) noexcept nogil:
-        limiter_lock(&self.lock)
+        pthread_mutex_lock(&self.lock)
         if self.bandwidth.size:
             spend(&self.bandwidth, nbytes)
-        limiter_unlock(&self.lock)
+        pthread_mutex_unlock(&self.lock)
 
     @property
     def throttled(self):
@@ -87,7 +81,7 @@ cdef class RateLimiter:
         cdef uint64_t now, wait, other
         if not self.limited():
             return 0
-        limiter_lock(&self.lock)
+        pthread_mutex_lock(&self.lock)
         now = clock_ns(CLOCK_MONOTONIC)
         wait = wait_for(&self.bandwidth, nbytes, now)
         other = wait_for(&self.ops, ops, now)
@@ -97,7 +91,7 @@ cdef class RateLimiter:
             spend(&self.ops, ops)
         else:
             counter_add(&self._throttled, 1)
-        limiter_unlock(&self.lock)
+        pthread_mutex_unlock(&self.lock)
         return wait
 
     def ask(self, uint64_t nbytes, uint64_t ops=1):
