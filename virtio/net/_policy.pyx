@@ -9,7 +9,7 @@ the reader has left it.
 Sources: RFC 791 (IPv4), RFC 8200 (IPv6), RFC 826 (ARP), RFC 4861 (neighbour discovery), RFC 2131 (DHCP), RFC 6890
 (special-purpose addresses), RFC 6052 (IPv4 addresses in IPv6).
 """
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy
 
@@ -98,6 +98,8 @@ cdef class Policy:
     cdef size_t n_deny
     cdef size_t n_rules
     cdef Table *table               # replaced whole; the reader loads the pointer once
+    cdef bytearray rules_memory     # behind `rules`
+    cdef bytearray table_memory     # behind `table`
     cdef uint64_t reading           # odd while the reader has a table
     cdef readonly bint only_special
     cdef uint32_t guest
@@ -125,9 +127,8 @@ cdef class Policy:
         self.only_special = only_special
         self._calls = PolicyCalls(<void *>self, call_check, call_count)
         self.n_deny, self.n_rules = len(deny), len(deny) + len(allow)
-        self.rules = <Rule *>PyMem_RawMalloc(self.n_rules * sizeof(Rule))
-        if self.rules == NULL:
-            raise MemoryError()
+        self.rules_memory = bytearray(self.n_rules * sizeof(Rule))
+        self.rules = <Rule *>PyByteArray_AS_STRING(self.rules_memory)
         for i, (address, bits, first, last) in enumerate([*deny, *allow]):
             if not 0 <= bits <= 128:
                 raise ValueError("a rule's prefix length must be 0 to 128")
@@ -139,10 +140,6 @@ cdef class Policy:
             rule.low &= rule.low_mask
             rule.first, rule.last = first, last
         self._publish([])
-
-    def __dealloc__(self):
-        PyMem_RawFree(self.rules)
-        PyMem_RawFree(self.table)
 
     # Called from Python, by one thread at a time: the GIL is held while a table is replaced.
 
@@ -208,27 +205,18 @@ cdef class Policy:
         }
         return found | {f"dropped_{name}": frames[DROPPED + i] for i, name in enumerate(REASONS)}
 
-    cdef int _publish(self, list learned) except -1:
-        cdef size_t n_learned = len(learned), i
-        cdef Table *old
-        cdef Table *new = <Table *>PyMem_RawMalloc(sizeof(Table) + n_learned * sizeof(Learned))
-        if new == NULL:
-            raise MemoryError()
-        new.n_learned = n_learned
-        new.learned = <Learned *>(new + 1)
-        try:
-            for i in range(n_learned):
-                address, first, last, until, used = learned[i]
-                new.learned[i].high, new.learned[i].low = _halves(address)
-                new.learned[i].first, new.learned[i].last = first, last
-                new.learned[i].until, new.learned[i].used = until, used
-        except BaseException:
-            PyMem_RawFree(new)
-            raise
-        old = policy_swap(&self.table, new)
+    cdef _publish(self, list learned):
+        cdef bytearray memory = bytearray(sizeof(Table) + len(learned) * sizeof(Learned))
+        cdef Table *new = <Table *>PyByteArray_AS_STRING(memory)
+        cdef Learned *each = <Learned *>(new + 1)
+        new.n_learned, new.learned = len(learned), each
+        for address, first, last, until, used in learned:
+            each.high, each.low = _halves(address)
+            each.first, each.last, each.until, each.used = first, last, until, used
+            each += 1
+        policy_swap(&self.table, new)
         policy_wait(&self.reading)
-        PyMem_RawFree(old)
-        return 0
+        self.table_memory = memory      # which frees that of the table before
 
     # The reader
 
