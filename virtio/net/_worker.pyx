@@ -360,22 +360,19 @@ cdef class NetWorker(QueueWorker):
         cdef uint64_t left = size, part
         cdef uint32_t used = 0, iovs = 0
         cdef uint8_t[2] count
+        cdef Held *held
         if self.pcap >= 0:
             self.capture(pair.iov, pair.n_iov, size)
         while left:
-            part = min(left, pair.held[used].size)
+            held = &pair.held[used]
+            part = min(left, held.size)
             left -= part
+            queue_add_used(ring, held.head, <uint32_t>part)
+            iovs += held.n_iov
+            pair.held_bytes -= held.size
             used += 1
-        count[0] = <uint8_t>used
-        count[1] = <uint8_t>(used >> 8)
+        count[0], count[1] = <uint8_t>used, <uint8_t>(used >> 8)
         iov_scatter(pair.iov, pair.n_iov, NUM_BUFFERS, count, 2)
-        left = size
-        for i in range(used):
-            part = min(left, pair.held[i].size)
-            left -= part
-            queue_add_used(ring, pair.held[i].head, <uint32_t>part)
-            iovs += pair.held[i].n_iov
-            pair.held_bytes -= pair.held[i].size
         pair.n_held -= used
         pair.n_iov -= iovs
         memmove(pair.held, &pair.held[used], pair.n_held * sizeof(Held))
