@@ -36,7 +36,7 @@ LATER = """
     vmm.machine.snapshot zlib
 """.split()
 # of one with the metadata service,
-METADATA = "base64 hmac httptools msgspec secrets".split()
+METADATA = "base64 hmac httptools msgspec".split()
 # and before it runs.
 EARLIER = """
     _socket bz2 collections.abc ctypes json.decoder lzma re signal traceback zlib

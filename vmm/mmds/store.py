@@ -7,6 +7,7 @@ compared with the real one's in ``tests/vmm/test_mmds.py``; RFC 7396 (merge patc
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -78,9 +79,7 @@ class Mmds:
         """Serve the guest by `config`'s version; with a version of before, its tokens stay valid."""
         with self._lock:
             if config.version == "V2" and not self._key:
-                import secrets
-
-                self._key = secrets.token_bytes(32)
+                self._key = os.urandom(32)
             elif config.version == "V1":
                 self._key = b""
             self.version = config.version
@@ -120,10 +119,8 @@ class Mmds:
 
     def make_token(self, ttl_seconds: int) -> str:
         """A token for so many seconds, 1 to 21600; of version 2."""
-        import secrets
-
         expiry = int((self._age() + ttl_seconds) * 1000)
-        return self._sign(expiry.to_bytes(8, "big") + secrets.token_bytes(12))
+        return self._sign(expiry.to_bytes(8, "big") + os.urandom(12))
 
     def _age(self) -> float:
         # Not the clock itself, which would tell the guest how long the host has been up.
