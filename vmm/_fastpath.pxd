@@ -24,11 +24,6 @@ cdef extern from *:
     static inline void fence_seq_cst(void) {
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
     }
-    /* Copy one descriptor exactly once; the clobber keeps the compiler from reading guest memory again. */
-    static inline void copy_desc(struct vring_desc *to, const void *from) {
-        __builtin_memcpy(to, from, sizeof *to);
-        __asm__ __volatile__("" : "+r"(to) : : "memory");
-    }
     """
     uint16_t load_acquire16(const void *p) noexcept nogil
     uint16_t load_relaxed16(const void *p) noexcept nogil
@@ -40,7 +35,6 @@ cdef extern from *:
         uint32_t len
         uint16_t flags
         uint16_t next
-    void copy_desc(vring_desc *to, const void *source) noexcept nogil
     enum: VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT, VRING_USED_F_NO_NOTIFY
     enum: VRING_AVAIL_F_NO_INTERRUPT
 

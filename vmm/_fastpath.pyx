@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr
 from libc.string cimport memcpy
 from posix.mman cimport MADV_REMOVE
 
-from vmm._iov cimport iov_gather, iov_scatter
+from vmm._iov cimport copy_once, iov_gather, iov_scatter
 from vmm._mapping import advise
 from vmm.errors import BadChain, GuestMemoryError
 
@@ -195,7 +195,7 @@ cdef int queue_pop(Ring *ring, GuestRam ram, DescChain *chain) noexcept nogil:
     if index >= size:
         return QUEUE_HEAD
     while True:
-        copy_desc(&d, table + 16 * <size_t>index)
+        copy_once(&d, table + 16 * <size_t>index, sizeof(vring_desc))
         if d.flags & VRING_DESC_F_INDIRECT:
             chain.index = index
             # §2.7.5.3.2: direct descriptors may come first, and the device ignores WRITE here.
