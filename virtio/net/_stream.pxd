@@ -48,9 +48,9 @@ cdef struct Stream:
     uint64_t tx_left            # bytes left to send of the length and the frame
 
 
-cdef inline uint32_t stream_room(Stream *s, uint32_t least) noexcept nogil:
+cdef inline uint32_t stream_room(Stream *s) noexcept nogil:
     # How many bytes to read to `ahead`.
-    return AHEAD if s.frame_size <= COPIED else least
+    return AHEAD if s.frame_size <= COPIED else LENGTH
 
 
 cdef inline ssize_t stream_read_length(Stream *s, int fd) noexcept nogil:
@@ -64,7 +64,7 @@ cdef inline ssize_t stream_read_length(Stream *s, int fd) noexcept nogil:
         memmove(s.ahead, &s.ahead[s.ahead_at], held)
         s.ahead_at = 0
         s.ahead_end = held
-        room = iovec(&s.ahead[held], stream_room(s, LENGTH) - held)
+        room = iovec(&s.ahead[held], stream_room(s) - held)
         got = readv(fd, &room, 1)
         if got <= 0:
             return got
@@ -104,7 +104,7 @@ cdef inline ssize_t stream_read_rest(Stream *s, int fd, const iovec *iov, uint32
         if not s.cut:
             n = iov_part(iov, n_iov, VNET_HEADER + s.frame_got, want, rest, PARTS)
             if s.frame_size <= room and n < PARTS:
-                rest[n] = iovec(s.ahead, stream_room(s, LENGTH))
+                rest[n] = iovec(s.ahead, stream_room(s))
                 n += 1
         else:
             want = min(want, <uint64_t>sizeof(scrap))
