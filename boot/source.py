@@ -62,10 +62,6 @@ class Source(Closing):
         """Return the error that blames this file."""
         return ConfigError(self.field, self.path, problem)
 
-    def head(self, size: int) -> bytes:
-        """Return the first ``size`` bytes, or fewer where the file is shorter."""
-        return self.read(0, min(size, self.size), "the head")
-
     def read(self, offset: int, size: int, what: str) -> bytes:
         """Return exactly ``size`` bytes at ``offset``; the caller bounds ``size``.
 
