@@ -270,21 +270,18 @@ class Transport:
         if self._needs_reset:
             self.interrupt.config()
             return
-        try:
-            self._make_context()
-        except (RuntimeError, OSError) as failure:  # as below
-            self._fail(failure)
-            return
-        self._start_workers()
+        self._start_workers(activate=True)
 
     def _make_context(self) -> None:
         device = self.device
         device.context = ActivateContext(self.memory, self.queues, self._driver_features, self.interrupt, self._warn)
         device.activate(device.context)
 
-    def _start_workers(self) -> None:
+    def _start_workers(self, *, activate: bool = False) -> None:
         self.serving = True
         try:
+            if activate:
+                self._make_context()
             for worker in self._workers:
                 worker.start(self.device.context)
         except (RuntimeError, OSError) as failure:  # no thread or no descriptor to be had
