@@ -266,8 +266,8 @@ cdef bint queue_enable_notify(Ring *ring) noexcept nogil:
 
 cdef void queue_disable_notify(Ring *ring) noexcept nogil:
     """Tell the driver not to notify; only a hint. With EVENT_IDX, an avail_event that stays behind does the same."""
-    if ring.size and not ring.event_idx:
-        store_release16(ring.used, VRING_USED_F_NO_NOTIFY)
+    if not ring.event_idx:
+        queue_mute(ring)
 
 
 cdef void queue_mute(Ring *ring) noexcept nogil:
