@@ -50,6 +50,14 @@ IFNAMSIZ = 16
 _IFREQ = struct.Struct("16sH22x")  # ifr_name, ifr_flags
 _IFREQ_INT = struct.Struct("16si20x")
 _IFREQ_ADDR = struct.Struct("=16sHH4s16x")  # ifr_name and a struct sockaddr_in
+_NOT_PERMITTED = "is not yours to open, which takes CAP_NET_ADMIN; or use user, which takes nothing"
+_PROBLEMS: dict[int | None, str] = {
+    errno.ENOENT: f"{TUN} is not here: modprobe tun",
+    errno.EPERM: _NOT_PERMITTED,
+    errno.EACCES: _NOT_PERMITTED,
+    errno.EBUSY: "is in use",
+    errno.EINVAL: "is not a tap, or has another number of queues",
+}
 
 
 class Tap:
@@ -81,7 +89,8 @@ class Tap:
                 self._open(IFF_MULTI_QUEUE * (queues > 1) | IFF_TUN_EXCL * (make and index == 0))
         except OSError as error:
             self.close()
-            raise ConfigError("tap", name, _explain(error)) from None
+            problem = _PROBLEMS.get(error.errno, f"cannot be opened: {error.strerror}")
+            raise ConfigError("tap", name, problem) from None
 
     @classmethod
     def inherited(cls, fd: int) -> Tap:
@@ -185,18 +194,6 @@ def parse_address(text: str) -> tuple[bytes, int]:
     if not packed or not bits.isascii() or not bits.isdigit() or not 1 <= int(bits) <= 30:
         raise ConfigError("addr", text, "must be an IPv4 address with a prefix length, e.g. 10.0.0.1/24")
     return packed, int(bits)
-
-
-def _explain(error: OSError) -> str:
-    if error.errno == errno.ENOENT:
-        return f"{TUN} is not here: modprobe tun"
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return "is not yours to open, which takes CAP_NET_ADMIN; or use user, which takes nothing"
-    if error.errno == errno.EBUSY:
-        return "is in use"
-    if error.errno == errno.EINVAL:
-        return "is not a tap, or has another number of queues"
-    return f"cannot be opened: {error.strerror}"
 
 
 _SOCKET_BYTES = 4 << 20  # as the host's limit allows
