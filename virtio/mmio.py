@@ -45,11 +45,6 @@ _SELECTORS = {
     spec.MMIO_QUEUE_SEL: "queue",
     spec.MMIO_SHM_SEL: "shm",
 }
-# What a driver reads that only its own writes change.
-_READABLE = (
-    spec.MMIO_MAGIC_VALUE, spec.MMIO_VERSION, spec.MMIO_DEVICE_ID, spec.MMIO_VENDOR_ID, spec.MMIO_DEVICE_FEATURES,
-    spec.MMIO_QUEUE_NUM_MAX, spec.MMIO_QUEUE_READY, *_SHM,
-)  # fmt: skip
 
 
 class VirtioMmio(MmioRegisters, Transport):
@@ -73,6 +68,10 @@ class VirtioMmio(MmioRegisters, Transport):
         self.ack_fd = -1
         self._select = dict.fromkeys(_SELECTORS.values(), 0)
         Transport.__init__(self, device, memory, warn)
+        self.show(spec.MMIO_MAGIC_VALUE, spec.MMIO_MAGIC)
+        self.show(spec.MMIO_VERSION, 2)
+        self.show(spec.MMIO_DEVICE_ID, device.device_type)
+        self.show(spec.MMIO_VENDOR_ID, _VENDOR)
         self._show()
 
     def make_descriptors(self) -> None:
@@ -89,8 +88,13 @@ class VirtioMmio(MmioRegisters, Transport):
     # The page follows what changed.
 
     def _show(self) -> None:
-        for offset in _READABLE:
-            self.show(offset, self._register(offset) & _LOW)
+        queue = self._queue()
+        self.show(spec.MMIO_DEVICE_FEATURES, self.offered_word(self._select["device_features"]))
+        self.show(spec.MMIO_QUEUE_NUM_MAX, queue.max_size if queue else 0)
+        self.show(spec.MMIO_QUEUE_READY, queue.ready if queue else 0)
+        region = self.device.shm_regions.get(self._select["shm"], _NO_REGION)
+        for offset, (which, shift) in _SHM.items():
+            self.show(offset, region[which] >> shift & _LOW)
         self.show_status()
         self.show_whole_config()
 
@@ -115,28 +119,6 @@ class VirtioMmio(MmioRegisters, Transport):
             return
         with self.lock if offset < spec.MMIO_CONFIG else self._config_lock:
             data[:] = self.mapping[offset : offset + size].ljust(size, b"\0")
-
-    def _register(self, offset: int) -> int:
-        match offset:
-            case spec.MMIO_MAGIC_VALUE:
-                return spec.MMIO_MAGIC
-            case spec.MMIO_VERSION:
-                return 2
-            case spec.MMIO_DEVICE_ID:
-                return self.device.device_type
-            case spec.MMIO_VENDOR_ID:
-                return _VENDOR
-            case spec.MMIO_DEVICE_FEATURES:
-                return self.offered_word(self._select["device_features"])
-            case spec.MMIO_QUEUE_NUM_MAX:
-                return queue.max_size if (queue := self._queue()) else 0
-            case spec.MMIO_QUEUE_READY:
-                return int(queue.ready) if (queue := self._queue()) else 0
-            case offset if offset in _SHM:
-                which, shift = _SHM[offset]
-                return self.device.shm_regions.get(self._select["shm"], _NO_REGION)[which] >> shift
-            case _:
-                return 0
 
     def _queue(self) -> VirtQueue | None:
         selected = self._select["queue"]
