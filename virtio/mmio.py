@@ -134,17 +134,14 @@ class VirtioMmio(MmioRegisters, Transport):
             return
         value = int.from_bytes(data, "little")
         if offset == spec.MMIO_QUEUE_NOTIFY:
-            self._notify(value)
+            if value < len(self.notify_fds) and self.queues[value].ready:
+                os.eventfd_write(self.notify_fds[value], 1)
+            else:
+                self.stats["bad_notify"] += 1
             return
         with self.lock:
             self._write_register(offset, value)
             self._show()
-
-    def _notify(self, index: int) -> None:
-        if index < len(self.notify_fds) and self.queues[index].ready:
-            os.eventfd_write(self.notify_fds[index], 1)
-        else:
-            self.stats["bad_notify"] += 1
 
     def _write_register(self, offset: int, value: int) -> None:
         match offset:

@@ -179,12 +179,15 @@ class Transport:
             if self._status & before != before:
                 self.stats["bad_status"] += 1
                 return
-            if bit == spec.FEATURES_OK and not self._features_fit():
+            accepted = self._driver_features
+            if bit == spec.FEATURES_OK and (accepted & ~self.offered or not accepted & spec.F_VERSION_1):
                 self.stats["bad_features"] += 1
                 return  # §2.2.2, §6.2: FEATURES_OK stays clear and the driver sees it
             self._status |= bit
-            if bit == spec.DRIVER_OK:
-                self._activate()
+            if bit == spec.DRIVER_OK and self._needs_reset:
+                self.interrupt.config()
+            elif bit == spec.DRIVER_OK:
+                self._start_workers(activate=True)
 
     def offered_word(self, word: int) -> int:
         """32 bits of what the device offers; word 0 is the lowest."""
@@ -197,9 +200,6 @@ class Transport:
             self.stats["bad_features"] += 1
             return
         self._driver_features = self._driver_features & ~(_LOW << 32 * word) | value << 32 * word
-
-    def _features_fit(self) -> bool:
-        return not self._driver_features & ~self.offered and bool(self._driver_features & spec.F_VERSION_1)
 
     def _fail(self, failure: Exception) -> None:
         """Set DEVICE_NEEDS_RESET: this device stops until its driver resets it, the VM lives (§2.1.2)."""
@@ -265,12 +265,6 @@ class Transport:
             self._go_on()
 
     # Life
-
-    def _activate(self) -> None:
-        if self._needs_reset:
-            self.interrupt.config()
-            return
-        self._start_workers(activate=True)
 
     def _make_context(self) -> None:
         device = self.device
