@@ -85,4 +85,3 @@ cdef class QueueWorker:
     cdef int _loop(self) noexcept nogil
     cdef int _kicked(self, uint32_t slot) noexcept nogil
     cdef bint _look(self, Polling *how) noexcept nogil
-    cdef int _process(self, uint32_t index) noexcept with gil

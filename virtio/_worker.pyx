@@ -383,14 +383,13 @@ cdef class QueueWorker:
 
     cdef int process(self, uint32_t slot) noexcept nogil:
         # KVM's ioeventfd also fires for queues that are not ready.
-        return self._process(self.numbers[slot]) if self.rings[slot].size else 0
-
-    cdef int _process(self, uint32_t index) noexcept with gil:
-        try:
-            self.device.process(index)
-        except BaseException as failure:    # the thread's boundary: this device stops, the VM lives
-            self._raised = failure
-            return WORKER_RAISED
+        if self.rings[slot].size:
+            with gil:
+                try:
+                    self.device.process(self.numbers[slot])
+                except BaseException as failure:    # the thread's boundary: this device stops, the VM lives
+                    self._raised = failure
+                    return WORKER_RAISED
         return 0
 
     # Overridden by devices
