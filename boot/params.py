@@ -67,7 +67,6 @@ def elf_setup_header() -> bytes:
     page[BOOT_FLAG : BOOT_FLAG + 2] = b"\x55\xaa"
     page[HEADER : HEADER + 4] = b"HdrS"
     page[VERSION : VERSION + 2] = b"\x0f\x02"
-    page[LOADFLAGS] = LOADED_HIGH
     _U32.pack_into(page, KERNEL_ALIGNMENT, 0x20_0000)
     _U32.pack_into(page, CMDLINE_SIZE, DEFAULT_LIMIT)
     return bytes(page[HDR:])
