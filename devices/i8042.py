@@ -44,6 +44,13 @@ SELF_TEST_PASSED = 0x55
 LINE_OK = 0x00
 CLOCK_STUCK_LOW = 0x01  # what an interface test answers for a line with no device
 
+# Commands that are questions, with the answers; and those that stop a line or let it go on, with its bit of CTR.
+_ANSWERS = {
+    TEST_KEYBOARD: LINE_OK, TEST_AUX: CLOCK_STUCK_LOW, READ_INPUT_PORT: 0,
+    READ_OUTPUT_PORT: OUTPUT_NOT_RESET | OUTPUT_A20,
+}  # fmt: skip
+_DISABLE = {DISABLE_AUX: CTR_AUX_DISABLED, DISABLE_KEYBOARD: CTR_KEYBOARD_DISABLED}
+_ENABLE = {ENABLE_AUX: CTR_AUX_DISABLED, ENABLE_KEYBOARD: CTR_KEYBOARD_DISABLED}
 # Commands whose parameter comes by the data port.
 _WITH_PARAMETER = frozenset({WRITE_OUTPUT_PORT, LOOP_KEYBOARD, LOOP_AUX, WRITE_AUX})
 
@@ -165,23 +172,13 @@ class I8042:
         elif command == SELF_TEST:
             ram[0] |= CTR_SYSTEM
             self._answer(SELF_TEST_PASSED)
-        elif command == TEST_KEYBOARD:
-            self._answer(LINE_OK)
-        elif command == TEST_AUX:
-            self._answer(CLOCK_STUCK_LOW)
-        elif command == DISABLE_AUX:
-            ram[0] |= CTR_AUX_DISABLED
-        elif command == ENABLE_AUX:
-            ram[0] &= 0xFF ^ CTR_AUX_DISABLED
-        elif command == DISABLE_KEYBOARD:
-            ram[0] |= CTR_KEYBOARD_DISABLED
-        elif command == ENABLE_KEYBOARD:
-            ram[0] &= 0xFF ^ CTR_KEYBOARD_DISABLED
+        elif command in _ANSWERS:
+            self._answer(_ANSWERS[command])
+        elif command in _DISABLE:
+            ram[0] |= _DISABLE[command]
+        elif command in _ENABLE:
+            ram[0] &= 0xFF ^ _ENABLE[command]
             self._take_key()
-        elif command == READ_INPUT_PORT:
-            self._answer(0)
-        elif command == READ_OUTPUT_PORT:
-            self._answer(OUTPUT_NOT_RESET | OUTPUT_A20)
         elif command >= PULSE_OUTPUT_PORT and not command & OUTPUT_NOT_RESET:
             self._reset()
 
