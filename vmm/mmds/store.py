@@ -171,11 +171,11 @@ class Mmds:
             return len(data), _response(refusal, last=True), True
         if whole > len(data):
             return 0, b"", False
+        last = not request.keep_alive
         try:
-            answer: _Refusal | tuple[bytes, str] = self._answer(request)
+            return whole, _response(self._answer(request), last=last), last
         except _Refusal as refusal:
-            answer = refusal
-        return whole, _response(answer, last=not request.keep_alive), not request.keep_alive
+            return whole, _response(refusal, last=last), last
 
     def _answer(self, request: _Request) -> tuple[bytes, str]:
         path = request.path
@@ -274,12 +274,10 @@ class _Request:
 
 
 def _response(answer: _Refusal | tuple[bytes, str], *, last: bool) -> bytes:
-    status = 200
-    headers: tuple[str, ...] = ()
     if isinstance(answer, _Refusal):
         status, headers, body, kind = answer.status, answer.headers, str(answer).encode(), _TEXT
     else:
-        body, kind = answer
+        status, headers, (body, kind) = 200, (), answer
     lines = [
         f"HTTP/1.1 {status} {_REASONS[status]}", "Server: Firecracker API",
         f"Connection: {'close' if last else 'keep-alive'}", *headers, f"Content-Type: {kind}",
