@@ -76,8 +76,10 @@ class Rtc:
 
     def read(self, offset: int, data: memoryview) -> None:
         """Answer the register last named; the index port itself is write-only and reads as 0xff."""
+        if self._index in _TIME and not self._ram[REG_B] & B_SET:
+            self._show_time()
         for at in range(len(data)):
-            data[at] = self._get(self._index) if offset + at == 1 else 0xFF
+            data[at] = self._ram[self._index] if offset + at == 1 else 0xFF
 
     def write(self, offset: int, data: memoryview) -> None:
         """Take an index or a register's value; bit 7 of the index masks NMI on a PC and nothing here."""
@@ -86,11 +88,6 @@ class Rtc:
                 self._index = value & 0x7F
             elif offset + at == 1:
                 self._put(self._index, value)
-
-    def _get(self, register: int) -> int:
-        if register in _TIME and not self._ram[REG_B] & B_SET:
-            self._show_time()
-        return self._ram[register]
 
     def _put(self, register: int, value: int) -> None:
         ram = self._ram
