@@ -31,6 +31,13 @@ cdef inline uint8_t *find(const RamRegion *region, int count, uint64_t gpa, uint
     return NULL
 
 
+cdef uint8_t *checked(GuestRam ram, gpa, size) except NULL:
+    cdef uint8_t *host = ram.host(gpa, size) if 0 <= gpa < 1 << 64 and 0 <= size < 1 << 64 else NULL
+    if host == NULL:
+        raise GuestMemoryError(gpa, size)
+    return host
+
+
 cdef class GuestRam:
     """The guest's RAM: up to 8 mapped regions. ``vmm.memory.GuestMemory`` creates the mappings.
 
@@ -74,12 +81,9 @@ cdef class GuestRam:
         self._maps = []
         return mappings
 
-    def host_address(self, uint64_t gpa, uint64_t size):
+    def host_address(self, gpa, size):
         """Host virtual address of [gpa, gpa + size), for ``KVM_SET_USER_MEMORY_REGION``."""
-        cdef uint8_t *p = self.host(gpa, size)
-        if p == NULL:
-            raise GuestMemoryError(gpa, size)
-        return <uintptr_t>p
+        return <uintptr_t>checked(self, gpa, size)
 
     def slice(self, gpa, size):
         """A writable memoryview over [gpa, gpa + size): no copy, and it keeps the mapping alive."""
@@ -95,22 +99,14 @@ cdef class GuestRam:
     def write(self, gpa, data):
         """Copy `data` (bytes-like) to guest memory at `gpa`."""
         cdef const uint8_t[::1] source
-        cdef uint8_t *p
         if not len(data):
             return
         source = memoryview(data).cast("B")
-        p = self.host(gpa, <uint64_t>source.shape[0]) if 0 <= gpa < 1 << 64 else NULL
-        if p == NULL:
-            raise GuestMemoryError(gpa, len(source))
-        memcpy(p, &source[0], <size_t>source.shape[0])
+        memcpy(checked(self, gpa, source.shape[0]), &source[0], <size_t>source.shape[0])
 
     def read(self, gpa, size):
         """The `size` bytes of guest memory at `gpa`, copied."""
-        cdef uint8_t *p
-        p = self.host(gpa, size) if 0 <= gpa < 1 << 64 and 0 <= size < 1 << 64 else NULL
-        if p == NULL:
-            raise GuestMemoryError(gpa, size)
-        return (<char *>p)[:<Py_ssize_t>size]
+        return (<char *>checked(self, gpa, size))[:<Py_ssize_t>size]
 
     def whole_pages(self, part):
         """The whole pages inside `part`, a slice of this RAM, as (guest address, bytes).
