@@ -269,13 +269,8 @@ def load_file(elf: Elf, source: Source, memory: GuestMemory) -> None:
 
 def has_linux_banner(source: Source) -> bool:
     """Search the whole file for the text that every Linux kernel greets with; slow (the file is read)."""
-    if source.size < _MIN_LINUX:
-        return False
-    step = 1 << 20
-    tail = b""
-    for offset in range(0, source.size, step):
-        data = tail + source.read(offset, min(step, source.size - offset), "the file")
-        if LINUX_BANNER in data:
-            return True
-        tail = data[-len(LINUX_BANNER) :]
-    return False
+    step, more = 1 << 20, len(LINUX_BANNER)
+    return source.size >= _MIN_LINUX and any(
+        LINUX_BANNER in source.read(offset, min(step + more, source.size - offset), "the file")
+        for offset in range(0, source.size, step)
+    )
