@@ -138,7 +138,6 @@ def load(
 
 
 def _identify(source: Source) -> elf.Elf | Setup:
-    """Read the headers of the kernel ``source``, whichever of the two formats it has."""
     head = source.read(0, min(0x240, source.size), "the head")
     if head.startswith(elf.MAGIC):
         return elf.read_file(source)

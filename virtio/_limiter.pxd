@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# Token buckets for the threads of a device.
 from libc.stdint cimport uint64_t
 
 from vmm._sys cimport pthread_mutex_t

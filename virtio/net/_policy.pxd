@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# Decides which of a guest's frames may leave, from a copy of their first bytes, without the GIL and without a lock.
 from libc.stdint cimport uint8_t, uint64_t
 
 cdef extern from "<linux/if_ether.h>" nogil:
