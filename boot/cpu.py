@@ -77,6 +77,8 @@ def enter_linux64(memory: GuestMemory, sregs: kvm_sregs, regs: kvm_regs, *, entr
     """Long mode with the first 4 GiB mapped to themselves, `rsi` at the zero page.
 
     :param memory: gets the GDT and three levels of page tables (0x500 and 0x9000 to 0xefff)
+    :param sregs: changed in place
+    :param regs: changed in place
 
     Source: Linux Documentation/arch/x86/boot.rst, "64-bit Boot Protocol".
     """
