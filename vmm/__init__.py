@@ -4,53 +4,31 @@
 from __future__ import annotations
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from vmm.config.cpu_template import CpuTemplate
-    from vmm.config.devices import (
-        BalloonConfig,
-        DriveConfig,
-        EntropyConfig,
-        MmdsConfig,
-        NetConfig,
-        NetworkPolicy,
-        RateLimiterConfig,
-        ShareConfig,
-        VsockConfig,
-    )
-    from vmm.config.vm import VmConfig
-    from vmm.errors import ConfigError, GuestError, HostError, KvmError, SnapshotError, VmmError
-    from vmm.exits import Exit, Stop, StopReason
-    from vmm.machine.machine import Machine
-    from vmm.machine.pool import Pool
-    from vmm.machine.snapshot import Image
-    from vmm.sandbox import Sandbox
-
-__all__ = [
-    "BalloonConfig",
-    "ConfigError",
-    "CpuTemplate",
-    "DriveConfig",
-    "EntropyConfig",
-    "Exit",
-    "GuestError",
-    "HostError",
-    "Image",
-    "KvmError",
-    "Machine",
-    "MmdsConfig",
-    "NetConfig",
-    "NetworkPolicy",
-    "Pool",
-    "RateLimiterConfig",
-    "Sandbox",
-    "ShareConfig",
-    "SnapshotError",
-    "Stop",
-    "StopReason",
-    "VmConfig",
-    "VmmError",
-    "VsockConfig",
-]
+if TYPE_CHECKING:  # each as itself: it is of this module, too
+    from vmm.config.cpu_template import CpuTemplate as CpuTemplate
+    from vmm.config.devices import BalloonConfig as BalloonConfig
+    from vmm.config.devices import DriveConfig as DriveConfig
+    from vmm.config.devices import EntropyConfig as EntropyConfig
+    from vmm.config.devices import MmdsConfig as MmdsConfig
+    from vmm.config.devices import NetConfig as NetConfig
+    from vmm.config.devices import NetworkPolicy as NetworkPolicy
+    from vmm.config.devices import RateLimiterConfig as RateLimiterConfig
+    from vmm.config.devices import ShareConfig as ShareConfig
+    from vmm.config.devices import VsockConfig as VsockConfig
+    from vmm.config.vm import VmConfig as VmConfig
+    from vmm.errors import ConfigError as ConfigError
+    from vmm.errors import GuestError as GuestError
+    from vmm.errors import HostError as HostError
+    from vmm.errors import KvmError as KvmError
+    from vmm.errors import SnapshotError as SnapshotError
+    from vmm.errors import VmmError as VmmError
+    from vmm.exits import Exit as Exit
+    from vmm.exits import Stop as Stop
+    from vmm.exits import StopReason as StopReason
+    from vmm.machine.machine import Machine as Machine
+    from vmm.machine.pool import Pool as Pool
+    from vmm.machine.snapshot import Image as Image
+    from vmm.sandbox import Sandbox as Sandbox
 
 __version__ = "0.1.0"
 
@@ -70,6 +48,7 @@ _HOMES = {
     }.items()
     for name in names.split()
 }
+__all__ = [*_HOMES]
 
 
 if not TYPE_CHECKING:  # a checker knows every name, and tells a misspelt one
