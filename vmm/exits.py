@@ -15,6 +15,7 @@ class StopReason:
 
     :ivar name: its name below
     :ivar value: its text in messages and in the API
+    :ivar status: the exit status of ``pyvmm run``; 1 is a host failure, 2 bad configuration. ``GUEST_EXIT`` has its own
     """
 
     POWEROFF: ClassVar[StopReason]
@@ -28,6 +29,7 @@ class StopReason:
 
     name: str
     value: str
+    status: int
 
     def __new__(cls, value: str) -> StopReason:
         if value not in _REASONS:
@@ -42,31 +44,19 @@ class StopReason:
 
 
 _REASONS: dict[str, StopReason] = {}
-for _name, _value in {
-    "POWEROFF": "power-off",
-    "RESET": "reset",
-    "GUEST_EXIT": "guest exit",
-    "PANIC": "panic",
-    "TRIPLE_FAULT": "triple fault",
-    "INTERNAL_ERROR": "KVM internal error",
-    "FAIL_ENTRY": "KVM entry failure",
-    "REQUESTED": "requested",
-}.items():
+for _name, _value, _status in (
+    ("POWEROFF", "power-off", 0),
+    ("RESET", "reset", 80),
+    ("GUEST_EXIT", "guest exit", 0),
+    ("PANIC", "panic", 81),
+    ("TRIPLE_FAULT", "triple fault", 82),
+    ("INTERNAL_ERROR", "KVM internal error", 83),
+    ("FAIL_ENTRY", "KVM entry failure", 84),
+    ("REQUESTED", "requested", 130),
+):
     _REASONS[_value] = _reason = object.__new__(StopReason)
-    _reason.name, _reason.value = _name, _value
+    _reason.name, _reason.value, _reason.status = _name, _value, _status
     setattr(StopReason, _name, _reason)
-
-
-# Exit statuses of `pyvmm run`; 1 is a host failure, 2 bad configuration, 130 a VM ended from the keyboard.
-EXIT_STATUS = {
-    StopReason.POWEROFF: 0,
-    StopReason.RESET: 80,
-    StopReason.PANIC: 81,
-    StopReason.TRIPLE_FAULT: 82,
-    StopReason.INTERNAL_ERROR: 83,
-    StopReason.FAIL_ENTRY: 84,
-    StopReason.REQUESTED: 130,
-}
 
 
 class Exit:
@@ -87,7 +77,7 @@ class Exit:
     @property
     def status(self) -> int:
         """The exit status with which ``pyvmm run`` reports it."""
-        return self.code if self.reason is StopReason.GUEST_EXIT else EXIT_STATUS[self.reason]
+        return self.code if self.reason is StopReason.GUEST_EXIT else self.reason.status
 
     def __str__(self) -> str:
         code = f" {self.code}" if self.reason is StopReason.GUEST_EXIT else ""

@@ -9,11 +9,11 @@ import pickle
 import pytest
 
 from vmm import Stop, StopReason
-from vmm.exits import EXIT_STATUS
+from vmm.exits import _REASONS
 
 
 def test_there_is_one_of_each_reason() -> None:
-    for reason in {*EXIT_STATUS, StopReason.GUEST_EXIT}:
+    for reason in _REASONS.values():
         assert getattr(StopReason, reason.name) is StopReason(reason.value) is reason
         assert pickle.loads(pickle.dumps(reason)) is copy.deepcopy(reason) is reason
         assert repr(reason) == f"StopReason.{reason.name}"

@@ -68,8 +68,8 @@ def test_help_has_examples_that_parse_and_statuses(name: str, capsys: pytest.Cap
 
 def test_every_end_of_a_guest_is_told() -> None:
     text = guide.epilog("run")
-    for reason, status in exits.EXIT_STATUS.items():
-        assert f"\n  {status} " in text, reason
+    for reason in exits._REASONS.values():
+        assert f"\n  {reason.status} " in text, reason
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def _terminal_size() -> str:
 
 
 def main(args: Arguments) -> int:
-    """Run the VM; see ``vmm.exits.EXIT_STATUS`` for what is returned."""
+    """Run the VM; see ``vmm.exits.Exit.status`` for what is returned."""
     if args.restore is not None:
         return _restore(args)
     config = config_from(args)
