@@ -108,7 +108,7 @@ class Metrics:
         self._file: logger.LineFile | None = None
         self._machine: Machine | None = None
         self._own: dict[tuple[str, str], int] = {}
-        self._sources: dict[str, Callable[[], Values]] = {}
+        self._sources: list[tuple[str, Callable[[], Values]]] = []
         self._written: dict[tuple[str, str], int] = {}
         self._end = threading.Event()
         self._timer: threading.Thread | None = None
@@ -160,12 +160,12 @@ class Metrics:
             self.store("api_server", "process_startup_time_cpu_us", spent + parent_cpu_time_us)
 
     def add_source(self, group: str, source: Callable[[], Values]) -> None:
-        """Take the fields of `group` from `source`, which returns what was counted in all; unknown names are left out.
+        """Take the fields of `group` from `source` too, which returns what it counted in all, unknown names included.
 
         :param group: as ``mmds``; or of a device, as ``block_ID``, whose fields count for ``block`` too
         """
         with self._lock:
-            self._sources[group] = source
+            self._sources.append((group, source))
 
     def attach(self, machine: Machine) -> None:
         """From here on count what `machine` does: a line now, one every 60 seconds, and one at its end."""
@@ -173,12 +173,13 @@ class Metrics:
         for attached in machine.devices.values():
             self._add_device(attached)
         for name, net in machine.nets.items():
+            self.add_source("mmds", _named(net, "mmds_"))
             if "policy_allowed" in net.stats:
-                self.add_source(f"policy_{name}", _policy(net))
+                self.add_source(f"policy_{name}", _named(net, "policy_", "dns_"))
         self.add_source("i8042", lambda: machine.i8042.stats)
         self.add_source("uart", lambda: {**machine.serial.stats, "missed_write_count": machine.console.lost})
-        self.add_source("vcpu", lambda: _vcpus(machine))
-        self.add_source("mmds", lambda: _mmds(machine))
+        for index in range(len(machine.vcpus)):
+            self.add_source("vcpu", _exits(machine, index))
         machine.on_exit(self._last)
         if self._file is not None:
             self._try()
@@ -232,7 +233,7 @@ class Metrics:
         # All that was counted since the beginning, by group and field.
         values = dict(self._own)
         values["logger", "missed_log_count"] = logger.missed()
-        for group, source in self._sources.items():
+        for group, source in self._sources:
             whole = _whole(group)
             for field, value in source().items():
                 if field in FIELDS[whole]:
@@ -244,7 +245,7 @@ class Metrics:
     def _line(self, values: dict[tuple[str, str], int]) -> dict[str, object]:
         line: dict[str, object] = {"utc_timestamp_ms": time.time_ns() // 1_000_000}
         for whole, fields in FIELDS.items():
-            of_devices = sorted(group for group in self._sources if group != whole == _whole(group))
+            of_devices = sorted({group for group, _ in self._sources if group != whole == _whole(group)})
             for group in (*of_devices, whole) if of_devices or whole != "policy" else ():
                 line[group] = {name: value for name, value in self._group(values, group, fields)}
         return line
@@ -354,27 +355,14 @@ _KINDS = {
 _DEVICE_GROUPS = {"policy", *(kind.group for kind in _KINDS.values())}
 
 
-def _policy(net: Net) -> Callable[[], Values]:
-    names = ("policy_", "dns_")
-    return lambda: {key.removeprefix("policy_"): value for key, value in net.stats.items() if key.startswith(names)}
+def _named(net: Net, dropped: str, *kept: str) -> Callable[[], Values]:
+    # What it counts under names that begin so, without `dropped`.
+    names = (dropped, *kept)
+    return lambda: {key.removeprefix(dropped): value for key, value in net.stats.items() if key.startswith(names)}
 
 
-def _vcpus(machine: Machine) -> Values:
-    total: Values = {}
-    for vcpu in machine.vcpus:
-        for kind, count in vcpu.exits.items():
-            total[f"exit_{kind}"] = total.get(f"exit_{kind}", 0) + count
-    return total
-
-
-def _mmds(machine: Machine) -> Values:
-    total: Values = {}
-    for net in machine.nets.values():
-        for name, count in net.stats.items():
-            if name.startswith("mmds_"):
-                field = name.removeprefix("mmds_")
-                total[field] = total.get(field, 0) + count
-    return total
+def _exits(machine: Machine, index: int) -> Callable[[], Values]:
+    return lambda: {f"exit_{kind}": count for kind, count in machine.vcpus[index].exits.items()}
 
 
 def _whole(group: str) -> str:
