@@ -35,7 +35,7 @@ from vmm import Machine, undertaker
 from vmm.config.devices import BalloonConfig, DriveConfig, EntropyConfig, ShareConfig, VsockConfig
 from vmm.errors import ConfigError, KvmError, SnapshotError, VmmError
 from vmm.machine.attach import Attached
-from vmm.machine.build import Builder, Made
+from vmm.machine.build import Builder
 
 if TYPE_CHECKING:
     from vmm.machine.build import DeviceConfig
@@ -322,7 +322,7 @@ def test_devices_that_are_attached_at_once_have_each_their_own(
     both = threading.Barrier(2)
     made = Builder._made
 
-    def slowly(self: Builder, *what: Any) -> Made:
+    def slowly(self: Builder, *what: Any) -> Attached:
         with contextlib.suppress(threading.BrokenBarrierError):
             both.wait(0.5)
         return made(self, *what)

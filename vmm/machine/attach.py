@@ -14,16 +14,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from virtio.device import VirtioDevice
     from virtio.fs._dax import Window
     from virtio.mmio import VirtioMmio
     from vmm._bus import Bus
     from vmm.kvm.vm import Vm
-    from vmm.machine.build import Made
     from vmm.memory import GuestMemory
 
 
 class Attached:
     """A virtio device in a machine, with its resources. ``Machine.attach`` and the machine itself make it.
+
+    :param closers: what closes the host's parts that were opened for it, the last one first
 
     :ivar id: the id that ``Machine.detach`` takes
     :ivar name: the ``id`` or ``tag`` of its configuration, or the device's name; ``id`` differs if two share it
@@ -36,17 +38,14 @@ class Attached:
     :ivar configured: whether it is in the machine's configuration
     """
 
-    def __init__(self, made: Made, id: str, slot: int, base: int) -> None:
-        self.id = id
-        self.name = made.id
-        self.kind = made.kind
-        self.device = made.device
-        self.slot = slot
-        self.base = base
-        self.gsi = VIRTIO_GSIS[slot]
+    def __init__(self, kind: str, name: str, device: VirtioDevice, closers: Closers) -> None:
+        self.id = self.name = name
+        self.kind = kind
+        self.device = device
+        self.slot = self.base = self.gsi = -1  # until ``Devices.place``
         self.configured = False
         self._transport: VirtioMmio | None = None
-        self._closers = made.closers
+        self._closers = closers
         self._undo = Closers()  # what the VM and the bus have of it
 
     def __repr__(self) -> str:
@@ -156,26 +155,29 @@ class Devices:
         self._window = window
         self.windows: tuple[Window, ...] = ()  # of those that have one; read by vCPUs' threads
 
-    def place(self, made: Made, slot: int | None = None) -> Attached:
-        """Give `made` an id and a slot, for ``add``; its host's parts are owned from here on.
+    def place(self, attached: Attached, slot: int | None = None) -> Attached:
+        """Give `attached` an id and a slot, for ``add``; returns it.
 
         :param slot: the one to take if it is free; None: the first that is
-        :raises ConfigError: no slot is left, or a device of its kind has its name
+        :raises ConfigError: no slot is left, or a device of its kind has its name; it is closed
         """
         taken = {each.slot: each for each in self.by_id.values()}
         try:
             if len(taken) == len(VIRTIO_GSIS):
                 raise ConfigError("devices", len(taken) + 1, f"at most {len(VIRTIO_GSIS)} virtio devices fit")
-            if made.kind and any((each.kind, each.name) == (made.kind, made.id) for each in taken.values()):
-                raise ConfigError(made.kind, made.id, "is in use; choose another name, or detach that device")
+            kind, name = attached.kind, attached.name
+            if kind and any((each.kind, each.name) == (kind, name) for each in taken.values()):
+                raise ConfigError(kind, name, "is in use; choose another name, or detach that device")
         except ConfigError:
-            made.closers.close()
+            attached.close()
             raise
         free = [number for number in range(len(VIRTIO_GSIS)) if number not in taken]
-        slot = slot if type(slot) is int and slot in free else free[0]
-        names = (made.id, made.device.name, f"{made.device.name}.{slot}")
-        id = next(name for name in names if name not in self.by_id)
-        return Attached(made, id, slot, self._first + slot * layout.VIRTIO_MMIO_STRIDE)
+        attached.slot = slot = slot if type(slot) is int and slot in free else free[0]
+        names = (name, attached.device.name, f"{attached.device.name}.{slot}")
+        attached.id = next(each for each in names if each not in self.by_id)
+        attached.base = self._first + slot * layout.VIRTIO_MMIO_STRIDE
+        attached.gsi = VIRTIO_GSIS[slot]
+        return attached
 
     def add(self, attached: Attached) -> None:
         """It is one of them from here on."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from vmm import threads
 from vmm.closing import Closers
 from vmm.errors import ConfigError
+from vmm.machine.attach import Attached
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,24 +39,7 @@ if TYPE_CHECKING:
     DeviceConfig = DriveConfig | NetConfig | ShareConfig | VsockConfig | EntropyConfig | BalloonConfig
 
 
-class Made:
-    """A device that was made of its configuration.
-
-    :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``
-    :ivar id: as its configuration names it, or by its number
-    :ivar closers: what closes the host's parts that were opened for it, the last one first
-    """
-
-    __slots__ = ("closers", "device", "id", "kind")
-
-    def __init__(self, kind: str, id: str, device: VirtioDevice, closers: Closers) -> None:
-        self.kind = kind
-        self.id = id
-        self.device = device
-        self.closers = closers
-
-
-def own(device: VirtioDevice) -> Made:
+def own(device: VirtioDevice) -> Attached:
     """A device of the embedding program's, which closes it.
 
     :raises ConfigError: the device cannot work
@@ -63,7 +47,7 @@ def own(device: VirtioDevice) -> Made:
     from virtio.device import check
 
     check(device)
-    return Made("", device.name, device, Closers())
+    return Attached("", device.name, device, Closers())
 
 
 class Builder:
@@ -81,7 +65,7 @@ class Builder:
         self._numbers: dict[str, int] = {}
         self._closers = Closers()
 
-    def all(self) -> Iterator[Made]:
+    def all(self) -> Iterator[Attached]:
         """Every configured device, in the order in which the guest finds them.
 
         :raises ConfigError: a file or other resource that a configuration names cannot be used
@@ -98,7 +82,7 @@ class Builder:
 
             yield self._made("console", "", Console())
 
-    def make(self, config: DeviceConfig) -> Made:
+    def make(self, config: DeviceConfig) -> Attached:
         """The device that `config` describes.
 
         :raises ConfigError: something that it names cannot be used
@@ -135,10 +119,10 @@ class Builder:
         if self._listener is not None:
             self._listener.close()
 
-    def _made(self, kind: str, id: str, device: VirtioDevice) -> Made:
+    def _made(self, kind: str, id: str, device: VirtioDevice) -> Attached:
         device.poll_us = self._config.poll_us
         closers, self._closers = self._closers, Closers()
-        return Made(kind, id or device.name, device, closers)
+        return Attached(kind, id or device.name, device, closers)
 
     def _number(self, kind: str) -> int:
         number = self._numbers.get(kind, 0)

@@ -145,12 +145,11 @@ class Machine(Closing):
             from devices.boot_timer import BootTimer
 
             self.mmio.add(layout.VIRTIO_MMIO, layout.VIRTIO_MMIO_STRIDE, BootTimer(), "boot timer")
-        for made in self._builder.all():
-            attached = self._devices.place(made)
+        for attached in self._builder.all():
             attached.configured = True
-            self._devices.add(attached)
-            if made.kind == "console":
-                self._hvc = made.device.ports[0]  # type: ignore[attr-defined]  # VirtioDevice is its base
+            self._devices.add(self._devices.place(attached))
+            if attached.kind == "console":
+                self._hvc = attached.device.ports[0]  # type: ignore[attr-defined]  # VirtioDevice is its base
         slots = [] if image is None else image.slots[len(self._devices.by_id) :]
         for device, slot in itertools.zip_longest(devices, slots[: len(devices)]):
             self._devices.add(self._devices.place(own(device), slot))
