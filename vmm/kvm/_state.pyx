@@ -97,11 +97,17 @@ cdef struct CpuidTable:
     uint8_t[CPUID_ENTRIES * 40] entries
 
 
+cdef int _do(int fd, unsigned long request, void *argument, str name) except -1:
+    cdef int result = kvm_call(fd, request, argument)
+    if result < 0:
+        raise KvmError(errno, name)
+    return result
+
+
 cdef bytes _get(int fd, unsigned long request, str name, size_t size=0):
     # `size`: the structure's, where the request does not have it.
     cdef bytes data = PyBytes_FromStringAndSize(NULL, size or kvm_size(request))
-    if kvm_call(fd, request, PyBytes_AS_STRING(data)) < 0:
-        raise KvmError(errno, name)
+    _do(fd, request, PyBytes_AS_STRING(data), name)
     return data
 
 
@@ -111,8 +117,7 @@ cdef int _set(int fd, unsigned long request, data, str name, size_t size=0) exce
     if not isinstance(data, bytes) or <size_t>len(data) != size:
         raise SnapshotError(name, f"has {len(data) if isinstance(data, bytes) else 'no'} bytes, KVM takes {size}")
     # KVM only reads the buffer, so the bytes object does not change.
-    if kvm_call(fd, request, PyBytes_AS_STRING(data)) < 0:
-        raise KvmError(errno, name)
+    _do(fd, request, PyBytes_AS_STRING(data), name)
     return 0
 
 
@@ -130,8 +135,8 @@ cdef _lower_lines(int fd, list chips):
             high |= <uint32_t>chip.chip.pic.last_irr << (8 if chip.chip_id == KVM_IRQCHIP_PIC_SLAVE else 0)
     line.level = 0
     for line.irq in range(KVM_IOAPIC_NUM_PINS):
-        if high >> line.irq & 1 and kvm_call(fd, KVM_IRQ_LINE, &line) < 0:
-            raise KvmError(errno, "KVM_IRQ_LINE")
+        if high >> line.irq & 1:
+            _do(fd, KVM_IRQ_LINE, &line, "KVM_IRQ_LINE")
 
 
 cdef class StateAccess:
@@ -158,8 +163,7 @@ cdef class StateAccess:
         self.has_xcrs = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_XCRS) > 0
         self.has_tsc_control = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, <void *><size_t>KVM_CAP_TSC_CONTROL) > 0
         indices[0] = MSRS
-        if kvm_call(kvm_fd, KVM_GET_MSR_INDEX_LIST, indices) < 0:
-            raise KvmError(errno, "KVM_GET_MSR_INDEX_LIST")
+        _do(kvm_fd, KVM_GET_MSR_INDEX_LIST, indices, "KVM_GET_MSR_INDEX_LIST")
         self.msr_indices = [indices[1 + i] for i in range(indices[0])]
 
     def save_vcpu(self, int fd):
@@ -197,8 +201,7 @@ cdef class StateAccess:
         cdef CpuidTable table
         table.header.nent = CPUID_ENTRIES
         table.header.padding = 0
-        if kvm_call(fd, KVM_GET_CPUID2, &table) < 0:
-            raise KvmError(errno, "KVM_GET_CPUID2")
+        _do(fd, KVM_GET_CPUID2, &table, "KVM_GET_CPUID2")
         return (<char *>table.entries)[:40 * table.header.nent]
 
     cdef dict _msrs(self, int fd):
@@ -210,9 +213,7 @@ cdef class StateAccess:
             batch.header.pad = 0
             for i in range(len(indices)):
                 batch.entries[i] = kvm_msr_entry(indices[i], 0, 0)
-            got = kvm_call(fd, KVM_GET_MSRS, &batch)
-            if got < 0:
-                raise KvmError(errno, "KVM_GET_MSRS")
+            got = _do(fd, KVM_GET_MSRS, &batch, "KVM_GET_MSRS")
             if got == len(indices):
                 break
             # KVM lists this MSR but cannot read it: leave it out from now on.
@@ -233,8 +234,7 @@ cdef class StateAccess:
         table.header.nent = len(cpuid) // 40
         table.header.padding = 0
         memcpy(table.entries, <char *>cpuid, len(cpuid))
-        if kvm_call(fd, KVM_SET_CPUID2, &table) < 0:
-            raise KvmError(errno, "KVM_SET_CPUID2")
+        _do(fd, KVM_SET_CPUID2, &table, "KVM_SET_CPUID2")
         if self.new is None:
             self.new_tsc_khz = kvm_call(fd, KVM_GET_TSC_KHZ, NULL)
             self.new = self._rarely_changed(fd)
@@ -290,9 +290,7 @@ cdef class StateAccess:
             count += 1
         batch.header.nmsrs = count
         batch.header.pad = 0
-        done = kvm_call(fd, KVM_SET_MSRS, &batch)
-        if done < 0:
-            raise KvmError(errno, "KVM_SET_MSRS")
+        done = _do(fd, KVM_SET_MSRS, &batch, "KVM_SET_MSRS")
         if <uint32_t>done < count:
             raise KvmError(EINVAL, f"KVM_SET_MSRS {batch.entries[done].index:#x}")
         return 0
@@ -312,8 +310,7 @@ cdef class StateAccess:
             data = bytes(sizeof(kvm_irqchip))
             chip = <kvm_irqchip *>PyBytes_AS_STRING(data)
             chip.chip_id = i
-            if kvm_call(fd, KVM_GET_IRQCHIP, chip) < 0:
-                raise KvmError(errno, "KVM_GET_IRQCHIP")
+            _do(fd, KVM_GET_IRQCHIP, chip, "KVM_GET_IRQCHIP")
             chips.append(data)
         return {
             "pit2": _get(fd, KVM_GET_PIT2, "KVM_GET_PIT2") if timer else b"",
@@ -328,8 +325,7 @@ cdef class StateAccess:
         """
         cdef kvm_clock_data data
         memset(&data, 0, sizeof(data))
-        if kvm_call(fd, KVM_GET_CLOCK, &data) < 0:
-            raise KvmError(errno, "KVM_GET_CLOCK")
+        _do(fd, KVM_GET_CLOCK, &data, "KVM_GET_CLOCK")
         if not data.flags & KVM_CLOCK_REALTIME:
             (<uint64_t *>&data)[REALTIME] = time_ns()
         return (<char *>&data)[:sizeof(data)]
@@ -363,5 +359,4 @@ cdef class StateAccess:
         # only if the host's clock source is the TSC.
         if not data.flags:
             data.clock += <uint64_t>_passed_since((<uint64_t *>&data)[REALTIME])
-        if kvm_call(fd, KVM_SET_CLOCK, &data) < 0:
-            raise KvmError(errno, "KVM_SET_CLOCK")
+        _do(fd, KVM_SET_CLOCK, &data, "KVM_SET_CLOCK")
