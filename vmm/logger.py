@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from _functools import partial  # type: ignore[import-not-found]  # in no stubs; `functools` imports more
 
 from vmm.errors import ConfigError
 
@@ -110,15 +111,12 @@ def is_writable(fd: int, milliseconds: int | None) -> bool:
 class _Settings:
     """How lines look and where they go; replaced whole, so that no line is half of one and half of the other."""
 
-    __slots__ = ("level", "module", "show_level", "show_log_origin", "sink", "vmm_id")
-
-    def __init__(self) -> None:
-        self.sink: LineFile | None = None
-        self.level = WARN
-        self.show_level = False
-        self.show_log_origin = False
-        self.module = ""
-        self.vmm_id = "anonymous-instance"
+    sink: LineFile | None = None
+    level = WARN
+    show_level = False
+    show_log_origin = False
+    module = ""
+    vmm_id = "anonymous-instance"
 
 
 _settings = _Settings()
@@ -161,16 +159,13 @@ def configure(
     global _settings
     with _lock:
         before, now = _settings, _Settings()
-        now.level = before.level if before.sink else INFO
-        if level is not None:
-            now.level = parse_level(level)
-        now.sink = before.sink or LineFile(1)
-        if log_path is not None:
-            now.sink = LineFile.open("log_path", log_path)
-        now.show_level = before.show_level if show_level is None else show_level
-        now.show_log_origin = before.show_log_origin if show_log_origin is None else show_log_origin
-        now.module = before.module if module is None else module.replace("::", ".")
-        now.vmm_id = before.vmm_id if vmm_id is None else vmm_id
+        given = {"show_level": show_level, "show_log_origin": show_log_origin, "module": module, "vmm_id": vmm_id}
+        vars(now).update(vars(before) | {name: value for name, value in given.items() if value is not None})
+        now.module = now.module.replace("::", ".")
+        if level is not None or before.sink is None:
+            now.level = INFO if level is None else parse_level(level)
+        if log_path is not None or before.sink is None:
+            now.sink = LineFile(1) if log_path is None else LineFile.open("log_path", log_path)
         _settings = now
     _tell_watchers()
     if before.sink is not None and before.sink is not now.sink:
@@ -235,24 +230,10 @@ def log(level: int, text: str) -> None:
             _missed += 1
 
 
-def error(text: str) -> None:
-    """Log at level Error."""
-    log(ERROR, text)
-
-
-def warn(text: str) -> None:
-    """Log at level Warn."""
-    log(WARN, text)
-
-
-def info(text: str) -> None:
-    """Log at level Info."""
-    log(INFO, text)
-
-
-def debug(text: str) -> None:
-    """Log at level Debug."""
-    log(DEBUG, text)
+error: Callable[[str], None] = partial(log, ERROR)
+warn: Callable[[str], None] = partial(log, WARN)
+info: Callable[[str], None] = partial(log, INFO)
+debug: Callable[[str], None] = partial(log, DEBUG)
 
 
 def tell(text: str) -> None:
