@@ -72,9 +72,7 @@ class Builder:
         :raises HostError: the host failed
         """
         config = self._config
-        several: tuple[DeviceConfig, ...] = (*config.drives, *config.nets, *config.shares)
-        single: tuple[DeviceConfig | None, ...] = (config.vsock, config.entropy, config.balloon)
-        for one in (*several, *single):
+        for one in (*config.drives, *config.nets, *config.shares, config.vsock, config.entropy, config.balloon):
             if one is not None:
                 yield self.make(one)
         if config.virtio_console:
