@@ -219,24 +219,19 @@ class Console:
         view = memoryview(data)
         while view and self._out is not None:
             try:
-                if not self._lossy:
-                    view = view[os.write(self._out, view) :]
-                elif self._taken():
-                    view = view[os.write(self._out, view[: logger.PIPE_BUF]) :]
-                else:
-                    self.lost += len(view)
-                    return
+                if self._lossy and not self._taken():
+                    break
+                view = view[os.write(self._out, view[: logger.PIPE_BUF] if self._lossy else view) :]
             except BlockingIOError:
                 if self._lossy:
-                    self.lost += len(view)
-                    return
+                    break
                 # Somebody made our stdout non-blocking, as a shell's other jobs may.
                 logger.is_writable(self._out, None)
             except OSError as error:
                 # A broken pipe, a full disk, a terminal that is gone: the guest runs on without us.
                 self._out = None
                 self._write_error = error.strerror or str(error)
-        if self._write_error:
+        if self._out is not None or self._write_error:
             self.lost += len(view)
 
     def _taken(self) -> bool:
