@@ -40,8 +40,6 @@ _HOLE_LEAST = 64 << 10
 _HOT_MAX = 2 << 20  # bytes
 _HUGE_2MB = os.MFD_HUGETLB | os.MFD_HUGE_2MB
 _MAP_HUGE_2MB = 0x4_0000 | 21 << 26  # MAP_HUGETLB and its MAP_HUGE_2MB
-
-
 _pagemap = -1
 
 
@@ -119,16 +117,17 @@ class HotPages:
 
 
 class Region:
-    """One stretch of guest RAM: ``gpa`` and ``size`` in bytes.
+    """One stretch of guest RAM: ``gpa`` and ``size`` in bytes, mapped at ``address``.
 
     ``file`` is a memfd that backs all of it from offset 0, mapped shared, until ``GuestMemory.freeze``.
     """
 
-    __slots__ = ("file", "gpa", "size")
+    __slots__ = ("address", "file", "gpa", "size")
 
-    def __init__(self, gpa: int, size: int, file: MemoryFile | None) -> None:
+    def __init__(self, gpa: int, size: int, address: int, file: MemoryFile | None) -> None:
         self.gpa = gpa
         self.size = size
+        self.address = address
         self.file = file
 
     def __repr__(self) -> str:
@@ -138,6 +137,11 @@ class Region:
 def spans(size: int) -> list[tuple[int, int]]:
     """(guest address, bytes) of each stretch of `size` bytes of RAM."""
     return [(0, min(size, HOLE_START)), *([(HOLE_END, size - HOLE_START)] if size > HOLE_START else [])]
+
+
+def offset_of(gpa: int) -> int:
+    """Where `gpa` is in a file of RAM: the stretches follow each other, without the hole."""
+    return gpa if gpa < HOLE_START else gpa - HOLE_END + HOLE_START
 
 
 def overlay(pieces: list[Piece], new: Piece) -> int:
@@ -213,8 +217,8 @@ class GuestMemory(GuestRam, Closing):
             lone = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_HUGE_2MB if huge and pieces is None else _PRIVATE_FLAGS
             for index, (gpa, length) in enumerate(spans(size)):
                 file = files[index] if files is not None else None
-                self.regions += (Region(gpa, length, file),)
                 self.map_region(gpa, mmap.mmap(file.fd if file else -1, length, flags=shared if file else lone))
+                self.regions += (Region(gpa, length, self.host_address(gpa, length), file),)
             for piece in pieces or ():
                 self._map_piece(piece)
             for gpa, length in hot.runs if hot is not None else ():
@@ -227,10 +231,7 @@ class GuestMemory(GuestRam, Closing):
             self._handler = self._connected(handler)
 
     def _connected(self, handler: str | MemoryFile) -> FaultHandler | Recorder:
-        offset, mappings = 0, []
-        for region in self.regions:
-            mappings.append((self.host_address(region.gpa, region.size), region.size, offset))
-            offset += region.size
+        mappings = [(region.address, region.size, offset_of(region.gpa)) for region in self.regions]
         try:
             with host_errors("record which pages are touched"):
                 if isinstance(handler, str):
@@ -291,8 +292,7 @@ class GuestMemory(GuestRam, Closing):
                 self._pieces = None
                 for region in self.regions:  # or what is written from here on would not be in its file
                     if region.file is not None:
-                        address = self.host_address(region.gpa, region.size)
-                        map_over(address, region.size, region.file.fd, 0, shared=True)
+                        map_over(region.address, region.size, region.file.fd, 0, shared=True)
                 raise
             if self._handler is not None:
                 self._handler.release()
@@ -313,8 +313,7 @@ class GuestMemory(GuestRam, Closing):
         for region in self.regions:
             files.append(MemoryFile(os.memfd_create("guest-ram", os.MFD_CLOEXEC)))
             os.ftruncate(files[-1].fd, region.size)
-            address = self.host_address(region.gpa, region.size)
-            copy_pages(address, region.size, files[-1].fd, 0)
+            copy_pages(region.address, region.size, files[-1].fd, 0)
         return files
 
     def written(self) -> list[tuple[int, int]]:
@@ -324,7 +323,7 @@ class GuestMemory(GuestRam, Closing):
         Before the first of these, all of RAM.
         """
         if self._pieces is None:
-            return [(region.gpa, region.size) for region in self.regions]
+            return spans(self.size)
         return self._changed(self._unmarked if self._marked else self._private)
 
     def prepare_marks(self) -> None:
@@ -349,7 +348,7 @@ class GuestMemory(GuestRam, Closing):
             from vmm._uffd import register_marks
 
             for region in self.regions:
-                register_marks(self._marks, self.host_address(region.gpa, region.size), region.size)
+                register_marks(self._marks, region.address, region.size)
             self._markable = True
         self._marked = True
         changed = self._changed(lambda region: self._unmarked(region, mark=True))
@@ -373,10 +372,10 @@ class GuestMemory(GuestRam, Closing):
         return joined(sorted(runs + [(piece.gpa, piece.size) for piece in self._given_back]))
 
     def _private(self, region: Region) -> list[tuple[int, int]]:
-        return private_runs(pagemap(), self.host_address(region.gpa, region.size), region.size)
+        return private_runs(pagemap(), region.address, region.size)
 
     def _unmarked(self, region: Region, *, mark: bool = False) -> list[tuple[int, int]]:
-        return unmarked_runs(pagemap(), self.host_address(region.gpa, region.size), region.size, mark)
+        return unmarked_runs(pagemap(), region.address, region.size, mark)
 
     def _move_to_file(self, region: Region, pieces: list[Piece]) -> None:
         # What was written since goes to a file of its own, with holes elsewhere, and is mapped from there. `pieces` has
@@ -392,9 +391,8 @@ class GuestMemory(GuestRam, Closing):
             runs = joined(runs, gap)
         file = MemoryFile(os.memfd_create("guest-ram-written", os.MFD_CLOEXEC))
         os.ftruncate(file.fd, region.size)
-        address = self.host_address(region.gpa, region.size)
         for at, size in runs:
-            copy_pages(address + at, size, file.fd, at)
+            copy_pages(region.address + at, size, file.fd, at)
         for at, size in runs:
             piece = Piece(region.gpa + at, size, file, at)
             self._put_back_holes(overlay(pieces, piece))
@@ -419,7 +417,7 @@ class GuestMemory(GuestRam, Closing):
         if size >= _HOLE_LEAST and self._make_hole(hole, self._pieces):
             overlay(self._given_back, hole)
             if len(self._given_back) > _PIECES_MAX:  # so many are not told apart until ``written`` begins anew
-                self._given_back = [Piece(region.gpa, region.size, None) for region in self.regions]
+                self._given_back = [Piece(*span, None) for span in spans(self.size)]
         elif size:
             self.slice(gpa, size)[:] = bytes(size)
         return size
@@ -485,9 +483,9 @@ class GuestMemory(GuestRam, Closing):
         if self._marks >= 0:
             os.close(self._marks)
             self._marks = -1
-        shared = [(region.gpa, region.size) for region in self.regions if region.file is not None and not self.huge]
-        for gpa, size in shared:  # in steps, which hold up the address space for less
-            undertaker.bury_pages(self.host_address(gpa, size), size)
+        for region in self.regions:
+            if region.file is not None and not self.huge:  # in steps, which hold up the address space for less
+                undertaker.bury_pages(region.address, region.size)
         at_once = self.huge or any(piece.file.at_once for piece in self._pieces or () if piece.file is not None)
         for mapping in self.unmap_all():
             undertaker.close_mapping(mapping, at_once=at_once)

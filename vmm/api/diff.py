@@ -14,8 +14,8 @@ import stat
 from virtio.blk._request import punch_hole
 from vmm import undertaker
 from vmm.durable import write_all, write_whole
-from vmm.machine.snapshot_file import MERGING, is_merging, offset_of
-from vmm.memory import spans
+from vmm.machine.snapshot_file import MERGING, is_merging
+from vmm.memory import offset_of, spans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Diff:
             self._wait_for_mark()
             runs, self._whole = written if self._whole else spans(self._size), False
             for gpa, length in runs:
-                self._put(read(gpa, length), offset_of(gpa, self._size))
+                self._put(read(gpa, length), offset_of(gpa))
         self._wait_for_pages = undertaker.sync(self._fd)
         if self._state_fd is None:
             write_whole((state_path, lambda fd: write_all(fd, state)))

@@ -217,7 +217,7 @@ class Vm:
     def map_memory(self, memory: GuestMemory) -> None:
         """Give the guest `memory`, one slot a region. The mappings must outlive the VM."""
         for region in memory.regions:
-            self.map_window(region.gpa, region.size, memory.host_address(region.gpa, region.size))
+            self.map_window(region.gpa, region.size, region.address)
 
     def map_window(self, gpa: int, size: int, address: int, *, read_only: bool = False) -> int:
         """Show the guest [`address`, `address` + `size`) of this process at `gpa`, in a slot of its own.

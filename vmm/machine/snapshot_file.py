@@ -28,7 +28,7 @@ from vmm.config.option import check_call
 from vmm.config.vm import VmConfig
 from vmm.durable import make_beside, put_whole, remove_left_behind, sync, write_all, write_whole
 from vmm.errors import ConfigError, SnapshotError, host_errors
-from vmm.memory import GuestMemory, MemoryFile, Piece, spans
+from vmm.memory import GuestMemory, MemoryFile, Piece, offset_of, spans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -235,11 +235,11 @@ def write_memory(pieces: list[Piece], size: int, fd: int, runs: list[tuple[int, 
     if runs is None:
         for piece in pieces:
             if piece.file is not None:
-                copy_sparse(piece.file.fd, piece.offset, piece.size, fd, offset_of(piece.gpa, size))
+                copy_sparse(piece.file.fd, piece.offset, piece.size, fd, offset_of(piece.gpa))
         return
     with GuestMemory(size, pieces=pieces) as memory:
         for gpa, length in runs:
-            write_all(fd, memory.slice(gpa, length), offset_of(gpa, size))
+            write_all(fd, memory.slice(gpa, length), offset_of(gpa))
 
 
 def _write_marked_memory(image: Image, fd: int, mark: bytes) -> None:
@@ -271,19 +271,9 @@ def prefetch(memory: MemoryFile, path: str, size: int) -> None:
         pass  # nobody has recorded it, or what is there is damaged
 
 
-def offset_of(gpa: int, size: int) -> int:
-    """Where `gpa` of `size` bytes of guest RAM is in a file of it: regions follow each other, without the hole."""
-    offset = 0
-    for start, length in spans(size):
-        if start <= gpa < start + length:
-            return offset + gpa - start
-        offset += length
-    raise ValueError(f"{gpa:#x} is not in {size} bytes of guest memory")
-
-
 def pieces_of(file: MemoryFile, size: int) -> list[Piece]:
     """Guest RAM as it is in `file`."""
-    return [Piece(start, length, file, offset_of(start, size)) for start, length in spans(size)]
+    return [Piece(start, length, file, offset_of(start)) for start, length in spans(size)]
 
 
 def _plain(value: Any) -> Any:
