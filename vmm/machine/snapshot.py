@@ -212,32 +212,28 @@ def restore(machine: Machine, image: Image) -> None:
 
     :raises SnapshotError: the image is damaged, or of another configuration
     """
-    try:
-        _restore(machine, image)
-    except VmmError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise SnapshotError("snapshot", f"is damaged: {type(error).__name__}: {error}") from None
-
-
-def _restore(machine: Machine, image: Image) -> None:
     if len(image.vcpus) != len(machine.vcpus):
         raise SnapshotError("vcpus", f"the state has {len(image.vcpus)}, the configuration {len(machine.vcpus)}")
     if len(image.virtio) != len(machine.virtio):
         raise SnapshotError("devices", f"the state has {len(image.virtio)}, the configuration {len(machine.virtio)}")
-    access = machine.kvm.state_access()
-    if image.vm["pit2"]:
-        machine._board.pit.make()
-    machine._clock = image.vm["clock"]
-    # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
-    access.set_clock(machine.vm.fd, machine._clock)
-    for vcpu, state in zip(machine.vcpus, image.vcpus, strict=True):
-        access.restore_vcpu(vcpu.fd, state)
-    access.restore_vm(machine.vm.fd, image.vm)
-    access.set_clock(machine.vm.fd, machine._clock)
-    machine._board.restore(image.board)
-    for transport, saved in zip(machine.virtio, image.virtio, strict=True):
-        transport.restore(saved)
+    try:
+        access = machine.kvm.state_access()
+        if image.vm["pit2"]:
+            machine._board.pit.make()
+        machine._clock = image.vm["clock"]
+        # First, so that what vCPUs compute from the clock is right, and again, because their TSCs may move it.
+        access.set_clock(machine.vm.fd, machine._clock)
+        for vcpu, state in zip(machine.vcpus, image.vcpus, strict=True):
+            access.restore_vcpu(vcpu.fd, state)
+        access.restore_vm(machine.vm.fd, image.vm)
+        access.set_clock(machine.vm.fd, machine._clock)
+        machine._board.restore(image.board)
+        for transport, saved in zip(machine.virtio, image.virtio, strict=True):
+            transport.restore(saved)
+    except VmmError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SnapshotError("snapshot", f"is damaged: {type(error).__name__}: {error}") from None
     # Before its first instruction: the guest's kernel takes new random numbers.
     machine._new_generation()
     machine.events.tell(GENERATION_CHANGED)
@@ -292,8 +288,9 @@ def child_of(
                     fd = os.open(drive.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 disks[index] = MemoryFile(fd, at_once=True)
     else:
-        if devices is None:
-            _refuse_devices(source)
+        names = ", ".join(each.device.name for each in source.devices.values() if not each.kind)
+        if names and devices is None:
+            raise SnapshotError(names, "is a device of your program: give each copy its own by devices=")
         _refuse_taps(source.config, change)
 
         def copy_disks() -> None:
@@ -330,12 +327,6 @@ def child_of(
                 os.close(fd)
 
     return make
-
-
-def _refuse_devices(parent: Machine) -> None:
-    if own := [each.device.name for each in parent.devices.values() if not each.kind]:
-        names = ", ".join(own)
-        raise SnapshotError(names, "is a device of your program: give each copy its own by devices=")
 
 
 def _refuse_taps(config: VmConfig, change: Callable[[VmConfig, int], VmConfig] | None) -> None:
