@@ -57,15 +57,6 @@ class Filters:
                 _seccomp.confine(KINDS[kind] or below is not None, *(below or ()))
             _seccomp.install(kind)
 
-    def enforce(self) -> None:
-        """Put ``base`` on every thread there is, and begin to make threads.
-
-        :raises HostError: the kernel refused
-        """
-        with host_errors("install seccomp filters"):
-            _seccomp.install("base", whole_process=True)
-        self._have_maker()
-
     def confines(self) -> bool:
         """Whether the calling thread has a filter."""
         return self._whole or _seccomp.is_confined()
@@ -147,7 +138,9 @@ def enable() -> None:
     filters = Filters(alone=True, whole=True)
     _uring.stock(RINGS)
     _ready(alone=True)
-    filters.enforce()
+    with host_errors("install seccomp filters"):
+        _seccomp.install("base", whole_process=True)
+    filters._have_maker()
     threads.guard = filters
     threads.no_programs = threads.no_programs or "and seccomp, which is on, forbids that"
     preload_later()
