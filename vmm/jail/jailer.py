@@ -198,7 +198,7 @@ class Jail:
 
 def close_what_was_inherited() -> None:
     """Close every descriptor but the standard ones, and forget the environment, in /proc/self/environ, too."""
-    os.closerange(3, _highest_descriptor() + 1)
+    os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
     strings = ctypes.POINTER(ctypes.c_void_p).in_dll(_libc, "environ")
     index = 0
     while address := strings[index]:
@@ -206,11 +206,6 @@ def close_what_was_inherited() -> None:
         index += 1
     _libc.clearenv()
     os.environ.clear()
-
-
-def _highest_descriptor() -> int:
-    with os.scandir("/proc/self/fd") as entries:
-        return max(int(entry.name) for entry in entries)
 
 
 def _limits(given: Sequence[str]) -> dict[str, int]:
