@@ -33,6 +33,7 @@ CONTINUED, CPU_LIMIT, BROKEN_PIPE, POWER = signal.SIGCONT, signal.SIGXCPU, signa
 # Blocked, these could only kill.
 _FAULTS = {signal.SIGSYS, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _OTHERS = signal.valid_signals() - _FAULTS
+on = signal.signal  # (number, handler); in the main thread
 LONGEST_POLL = 0x7FFFFFFF // 1000  # seconds: poll(2) takes an int of milliseconds
 
 
@@ -58,11 +59,6 @@ def on_power(press: Callable[[], object]) -> None:
             pass
 
     on(POWER, handler)
-
-
-def on(number: int, handler: Handler) -> None:
-    """Call `handler` when signal `number` comes; in the main thread."""
-    signal.signal(number, handler)
 
 
 class Bell:
