@@ -120,15 +120,14 @@ cdef enum:
     FREED = 2                           # it is zeros from now on
 
 
-def create(bint by_call):
+def create():
     """Create a userfaultfd that also reports faults inside the kernel, and freed pages (UFFD_EVENT_REMOVE).
 
-    :param by_call: use the system call if /dev/userfaultfd is missing (before Linux 6.1) or may not be used
     :returns: a non-blocking descriptor, owned by the caller
     :raises OSError: the host has no userfaultfd, or this process may not use it
     """
-    cdef int fd = uffd_device()
-    if fd < 0 and by_call:
+    cdef int fd = uffd_device()         # missing before Linux 6.1; and a filter may be here, which allows no call
+    if fd < 0 and threads.guard is None:
         fd = uffd_call(0)
     return _agreed(fd, UFFD_FEATURE_EVENT_REMOVE)
 
@@ -226,7 +225,7 @@ cdef class Recorder:
             raise MemoryError
         flag_set(&self._noting, True)
         try:
-            self._fd = create(threads.guard is None)            # no filter allows the system call
+            self._fd = create()
             self._stop = os.eventfd(0, os.EFD_CLOEXEC)
             for address, size, _ in regions:
                 register(self._fd, address, size)

@@ -56,8 +56,7 @@ class FaultHandler:
         self._watcher: Thread | None = None
         step = "create"
         try:
-            # No filter allows the system call.
-            self._fd = _uffd.create(threads.guard is None)
+            self._fd = _uffd.create()
             step = "register"
             for address, size, _ in regions:
                 _uffd.register(self._fd, address, size)

@@ -264,7 +264,7 @@ def _no_thread(*_: object, **__: object) -> None:
 def test_a_device_file_that_cannot_be_used_is_not_needed() -> None:
     if os.geteuid():
         pytest.skip("LAYER MISSING: root")
-    code = "from vmm import _uffd; import os; os.close(_uffd.create(True))"
+    code = "from vmm import _uffd; import os; os.close(_uffd.create())"
     words = 'mount --bind /dev/null /dev/userfaultfd && exec "$0" -c "$1"'
     if os.path.exists("/dev/userfaultfd"):
         subprocess.run(["unshare", "-m", "sh", "-ec", words, sys.executable, code], cwd=HANDLER.parents[1], check=True)
