@@ -313,15 +313,10 @@ cdef class VcpuLoop:
         return dict(zip(("io_in", "io_out", "mmio_read", "mmio_write"), now))
 
     @property
-    def suberror(self):
-        """After ``KVM_EXIT_INTERNAL_ERROR``: its kind, a ``KVM_INTERNAL_ERROR_*`` number."""
-        return self._run.internal.suberror
-
-    @property
-    def internal_data(self):
-        """After ``KVM_EXIT_INTERNAL_ERROR``: KVM's data about it, a tuple of at most 16 64-bit integers."""
-        cdef int i
-        return tuple([self._run.internal.data[i] for i in range(min(<int>self._run.internal.ndata, 16))])
+    def internal_error(self):
+        """After ``KVM_EXIT_INTERNAL_ERROR``: a ``KVM_INTERNAL_ERROR_*``, and at most 16 64-bit integers about it."""
+        data = [self._run.internal.data[i] for i in range(min(<int>self._run.internal.ndata, 16))]
+        return self._run.internal.suberror, data
 
     @property
     def fail_entry_reason(self):

@@ -133,10 +133,9 @@ class Vcpu:
         raise Stop(StopReason.FAIL_ENTRY, detail=detail)
 
     def _internal_error(self) -> None:
-        loop = self.loop
-        text = f"vCPU {self.index}, suberror {loop.suberror}, rip {self.regs.rip:#x}"
-        data = loop.internal_data
-        if loop.suberror == abi.KVM_INTERNAL_ERROR_EMULATION and len(data) >= 3 and data[0] & _EMULATION_HAS_BYTES:
+        suberror, data = self.loop.internal_error
+        text = f"vCPU {self.index}, suberror {suberror}, rip {self.regs.rip:#x}"
+        if suberror == abi.KVM_INTERNAL_ERROR_EMULATION and len(data) >= 3 and data[0] & _EMULATION_HAS_BYTES:
             packed = data[1].to_bytes(8, "little") + data[2].to_bytes(8, "little")
             text += f", cannot emulate {packed[1 : 1 + min(packed[0], 15)].hex(' ')}"
         raise Stop(StopReason.INTERNAL_ERROR, detail=text)
