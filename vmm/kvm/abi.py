@@ -8,11 +8,13 @@ of them, every size and every offset with the host's own headers.
 from __future__ import annotations
 
 import fcntl
+from _functools import partial  # type: ignore[import-not-found]  # in no stubs; `functools` imports more
 
 from vmm.errors import KvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from ctypes import Array, Structure, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
     from typing import Any
 else:
@@ -115,29 +117,18 @@ class kvm_pit_config(Structure):
     _fields_ = (("flags", c_uint32), ("pad", c_uint32 * 15))
 
 
-_PIT_STATE2_SIZE = 112  # struct kvm_pit_state2, which devices/pit.py fills
+kvm_pit_state2 = c_uint8 * 112  # which devices/pit.py fills
 
 
-def _ioc(direction: int, number: int, size: int) -> int:
+def _ioc(direction: int, number: int, kind: type | None = None) -> int:
     # Source: <asm-generic/ioctl.h>: 8 bits number, 8 bits type, 14 bits size, 2 bits direction.
-    return direction << 30 | size << 16 | KVMIO << 8 | number
+    return direction << 30 | (sizeof(kind) if kind else 0) << 16 | KVMIO << 8 | number
 
 
-def _io(number: int) -> int:
-    return _ioc(0, number, 0)
-
-
-def _iow(number: int, kind: type) -> int:
-    return _ioc(1, number, sizeof(kind))
-
-
-def _ior(number: int, kind: type) -> int:
-    return _ioc(2, number, sizeof(kind))
-
-
-def _iowr(number: int, kind: type) -> int:
-    return _ioc(3, number, sizeof(kind))
-
+_io: Callable[..., int] = partial(_ioc, 0)
+_iow: Callable[..., int] = partial(_ioc, 1)
+_ior: Callable[..., int] = partial(_ioc, 2)
+_iowr: Callable[..., int] = partial(_ioc, 3)
 
 # On /dev/kvm
 KVM_GET_API_VERSION = _io(0x00)
@@ -154,8 +145,8 @@ KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_IRQFD = _iow(0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = _iow(0x77, kvm_pit_config)
 KVM_IOEVENTFD = _iow(0x79, kvm_ioeventfd)
-KVM_GET_PIT2 = _ioc(2, 0x9F, _PIT_STATE2_SIZE)
-KVM_SET_PIT2 = _ioc(1, 0xA0, _PIT_STATE2_SIZE)
+KVM_GET_PIT2 = _ior(0x9F, kvm_pit_state2)
+KVM_SET_PIT2 = _iow(0xA0, kvm_pit_state2)
 # On a vCPU
 KVM_GET_REGS = _ior(0x81, kvm_regs)
 KVM_SET_REGS = _iow(0x82, kvm_regs)
