@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
 TSS_ADDRESS = 0xFFFBD000
 
-_DESCRIPTORS = 1024
-
 
 def _numbers(names: str) -> dict[str, int]:
     return {name: getattr(abi, name) for name in names.split()}
@@ -61,15 +59,6 @@ def runs_linux() -> bool:
     return os.access("/dev/kvm", os.R_OK | os.W_OK) and software_kvm() is None
 
 
-def _widen_descriptor_table(fd: int) -> None:
-    # A process's first threads make it costly to double this table: the kernel waits for RCU each time, 5 to 10 ms.
-    # Copies take five descriptors each, so it grows once, to what a limit of 1,024 descriptors allows.
-    try:
-        os.close(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _DESCRIPTORS - 1))
-    except OSError:
-        pass  # the limit is lower
-
-
 class Kvm:
     """An open /dev/kvm; owns its file descriptor.
 
@@ -89,7 +78,12 @@ class Kvm:
             kvm = cls._shared[path] = cls(path)
         elif not cls._widened:  # the second copy: many may follow
             cls._widened = True
-            _widen_descriptor_table(kvm.fd)
+            # A process's first threads make it costly to double the table of descriptors: the kernel waits for RCU each
+            # time, 5 to 10 ms. Copies take five each, so it grows once, to what a limit of 1,024 allows.
+            try:
+                os.close(fcntl.fcntl(kvm.fd, fcntl.F_DUPFD_CLOEXEC, 1023))
+            except OSError:
+                pass  # the limit is lower
         return kvm
 
     def __init__(self, path: str = "/dev/kvm") -> None:
