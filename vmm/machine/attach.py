@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 class Attached:
     """A virtio device in a machine, with its resources. ``Machine.attach`` and the machine itself make it.
 
-    :param closers: what closes the host's parts that were opened for it, the last one first
-
     :ivar id: the id that ``Machine.detach`` takes
     :ivar name: the ``id`` or ``tag`` of its configuration, or the device's name; ``id`` differs if two share it
     :ivar kind: ``drive``, ``net``, ``share``, ``vsock``, ``entropy``, ``balloon`` or ``console``; ``""``: a device of
@@ -45,7 +43,7 @@ class Attached:
         self.slot = self.base = self.gsi = -1  # until ``Devices.place``
         self.configured = False
         self._transport: VirtioMmio | None = None
-        self._closers = closers
+        self._closers = closers  # what closes the host's parts that were opened for it, the last one first
         self._undo = Closers()  # what the VM and the bus have of it
 
     def __repr__(self) -> str:
