@@ -243,12 +243,21 @@ class Machine(Closing):
         A copy has none of your bus devices. If it needs one, make it by ``Machine(image=vm.freeze())`` and add the
         device before ``start``.
         """
-        from vmm.machine.snapshot import fork
+        from vmm.machine.snapshot import child_of
 
         check_type("Machine.fork", "count", "int", count)
         if count < 0:
             raise ValueError(f"Machine.fork: count must be 0 or more, not {count}")
-        return fork(self, count, change, devices, isolated=isolated)
+        make = child_of(self, change, devices, isolated=isolated)
+        children: list[Any] = []
+        try:
+            for number in range(count):
+                children.append(make(number))
+                children[-1].start()
+        except BaseException:
+            Closers(child.close for child in children).close()
+            raise
+        return children
 
     def record_touched(self, directory: str) -> None:
         """Record the pages that this machine has touched, in order; later loads of the snapshot read them beforehand.

@@ -239,27 +239,6 @@ def restore(machine: Machine, image: Image) -> None:
     machine.events.tell(GENERATION_CHANGED)
 
 
-def fork(
-    parent: Machine,
-    count: int,
-    change: Callable[[VmConfig, int], VmConfig] | None,
-    devices: Callable[[int], Sequence[VirtioDevice]] | None,
-    *,
-    isolated: bool,
-) -> list[Any]:
-    """See :meth:`vmm.machine.machine.Machine.fork`."""
-    make = child_of(parent, change, devices, isolated=isolated)
-    children: list[Machine | Isolated] = []
-    try:
-        for number in range(count):
-            children.append(make(number))
-            children[-1].start()
-    except BaseException:
-        Closers(child.close for child in children).close()
-        raise
-    return children
-
-
 def child_of(
     source: Machine | Image,
     change: Callable[[VmConfig, int], VmConfig] | None = None,
