@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vmm._uffd import Recorder
     from vmm.uffd import FaultHandler
 
+    Runs = list[tuple[int, int]]  # (guest address, or offset in a region; bytes), in order
+
 GIB = 1 << 30
 # Between these no RAM is mapped: IOAPIC, local APICs, the TSS of KVM and every virtio-mmio window are there.
 HOLE_START = 3 * GIB
@@ -96,26 +98,6 @@ class Piece:
         return f"Piece({self.gpa:#x}, {self.size:#x}, {source})"
 
 
-class HotPages:
-    """What copies of one machine write to as soon as they run: of those that have ended, for those that come.
-
-    A copy gets these pages as its own before it runs, in one call for neighbours in place of several faults for each.
-
-    :ivar runs: (guest address, bytes)
-    """
-
-    __slots__ = ("runs",)
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[int, int]] = []
-
-    def learn(self, runs: list[tuple[int, int]]) -> None:
-        """A copy has ended, and had written to these. One that did a lot of work tells nothing about its beginning."""
-        known, found = (sum(size for _, size in each) for each in (self.runs, runs))
-        if known < found <= _HOT_MAX:
-            self.runs = runs
-
-
 class Region:
     """One stretch of guest RAM: ``gpa`` and ``size`` in bytes, mapped at ``address``.
 
@@ -134,7 +116,7 @@ class Region:
         return f"Region({self.gpa:#x}, {self.size:#x})"
 
 
-def spans(size: int) -> list[tuple[int, int]]:
+def spans(size: int) -> Runs:
     """(guest address, bytes) of each stretch of `size` bytes of RAM."""
     return [(0, min(size, HOLE_START)), *([(HOLE_END, size - HOLE_START)] if size > HOLE_START else [])]
 
@@ -176,7 +158,8 @@ class GuestMemory(GuestRam, Closing):
     :param pieces: what is in it, disjoint and in order of address, as ``freeze`` returns it; it is mapped and not
         copied, and stays as it is. None: zeros, in a memfd a region; in memory without a file where RLIMIT_FSIZE
         allows no memfd of that size
-    :param hot: pages of `pieces` to have at once, which learns from this memory when it is closed
+    :param hot: what copies of a machine write to as soon as they run: had as pages of its own at once, in one call for
+        neighbours in place of several faults for each. Closing this memory sets it to what was written, if that is more
     :param handler: what brings each page when it is first touched, whatever `pieces` are: the socket of a program, see
         :mod:`vmm.uffd`; or the file of this memory, then a thread of ours does, which notes their order; ``""``: none
     :raises ConfigError: the size is invalid
@@ -185,7 +168,7 @@ class GuestMemory(GuestRam, Closing):
     """
 
     def __init__(
-        self, size: int, *, huge: bool = False, pieces: Sequence[Piece] | None = None, hot: HotPages | None = None,
+        self, size: int, *, huge: bool = False, pieces: Sequence[Piece] | None = None, hot: Runs | None = None,
         handler: str | MemoryFile = "",
     ) -> None:  # fmt: skip
         if huge and handler:
@@ -221,7 +204,7 @@ class GuestMemory(GuestRam, Closing):
                 self.regions += (Region(gpa, length, self.host_address(gpa, length), file),)
             for piece in pieces or ():
                 self._map_piece(piece)
-            for gpa, length in hot.runs if hot is not None else ():
+            for gpa, length in tuple(hot or ()):
                 populate(self.host_address(gpa, length), length)
         except OSError as error:
             self.close()
@@ -316,7 +299,7 @@ class GuestMemory(GuestRam, Closing):
             copy_pages(region.address, region.size, files[-1].fd, 0)
         return files
 
-    def written(self) -> list[tuple[int, int]]:
+    def written(self) -> Runs:
         """(guest address, bytes) of ranges written or given back since the last ``freeze``, or ``take_written`` that
         returned True.
 
@@ -335,7 +318,7 @@ class GuestMemory(GuestRam, Closing):
         except OSError:
             pass  # before Linux 6.7: every ``take_written`` is followed by ``freeze``
 
-    def take_written(self) -> tuple[list[tuple[int, int]], bool]:
+    def take_written(self) -> tuple[Runs, bool]:
         """The result of ``written``, and whether it starts anew from here on. If not, only a ``freeze`` does that.
 
         Nothing may write to RAM meanwhile. No byte is copied: pages are marked, and a write removes the mark.
@@ -355,7 +338,7 @@ class GuestMemory(GuestRam, Closing):
         self._given_back = []
         return changed, True
 
-    def touched(self) -> list[tuple[int, int]]:
+    def touched(self) -> Runs:
         """(offset in this memory's file, bytes) of each run of pages, in the order in which they were first touched.
 
         :raises SnapshotError: this memory is not brought by a thread of ours
@@ -366,15 +349,15 @@ class GuestMemory(GuestRam, Closing):
         with host_errors("read a page of guest memory"):
             return self._recorder.order()
 
-    def _changed(self, find: Callable[[Region], list[tuple[int, int]]]) -> list[tuple[int, int]]:
+    def _changed(self, find: Callable[[Region], Runs]) -> Runs:
         # What `find` gives of each region, by guest address, and what was given back.
         runs = [(region.gpa + at, size) for region in self.regions for at, size in find(region)]
         return joined(sorted(runs + [(piece.gpa, piece.size) for piece in self._given_back]))
 
-    def _private(self, region: Region) -> list[tuple[int, int]]:
+    def _private(self, region: Region) -> Runs:
         return private_runs(pagemap(), region.address, region.size)
 
-    def _unmarked(self, region: Region, *, mark: bool = False) -> list[tuple[int, int]]:
+    def _unmarked(self, region: Region, *, mark: bool = False) -> Runs:
         return unmarked_runs(pagemap(), region.address, region.size, mark)
 
     def _move_to_file(self, region: Region, pieces: list[Piece]) -> None:
@@ -473,7 +456,10 @@ class GuestMemory(GuestRam, Closing):
         if self._hot is not None and self.regions:
             try:
                 self._given_back = []  # no copy is to have these
-                self._hot.learn(self.written())
+                runs = self.written()
+                known, found = (sum(size for _, size in each) for each in (self._hot, runs))
+                if known < found <= _HOT_MAX:  # one that did a lot of work tells nothing about its beginning
+                    self._hot[:] = runs
             except OSError:
                 pass  # no descriptor left for /proc/self/pagemap, or no /proc
             self._hot = None
@@ -494,7 +480,7 @@ class GuestMemory(GuestRam, Closing):
         self._put_back_holes(self._holes)
 
 
-def _moved_before(region: Region, pieces: list[Piece]) -> list[tuple[int, int]]:
+def _moved_before(region: Region, pieces: list[Piece]) -> Runs:
     # Of `region`, what is in any file but the one with the most of it.
     inside = [piece for piece in pieces if 0 <= piece.gpa - region.gpa < region.size and piece.file is not None]
     sizes: dict[MemoryFile | None, int] = {}
@@ -504,9 +490,9 @@ def _moved_before(region: Region, pieces: list[Piece]) -> list[tuple[int, int]]:
     return [(piece.gpa - region.gpa, piece.size) for piece in inside if piece.file is not most]
 
 
-def joined(runs: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
+def joined(runs: Iterable[tuple[int, int]], gap: int = 0) -> Runs:
     """Runs (start, length), in order, with those made one that overlap or have at most `gap` between them."""
-    found: list[tuple[int, int]] = []
+    found: Runs = []
     for at, size in runs:
         if found and at - sum(found[-1]) <= gap:
             start, length = found[-1]

@@ -23,7 +23,7 @@ import vmm.budget
 from vmm import _mapping, undertaker
 from vmm._budget import Budget
 from vmm.errors import ConfigError, GuestMemoryError
-from vmm.memory import GIB, GuestMemory, HotPages, MemoryFile, Piece, joined, overlay, pagemap
+from vmm.memory import GIB, GuestMemory, MemoryFile, Piece, joined, overlay, pagemap
 
 MIB = 1 << 20
 
@@ -435,7 +435,7 @@ def test_without_marks_what_was_written_is_told_until_a_freeze(monkeypatch: pyte
 
 
 def test_a_copy_has_the_pages_at_once_that_one_before_wrote_to() -> None:
-    hot = HotPages()
+    hot: list[tuple[int, int]] = []
     with GuestMemory(64 * MIB) as memory:
         memory.write(0, b"x" * MIB)
         pieces = memory.freeze()

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vmm.machine.attach import Attached
     from vmm.machine.build import DeviceConfig
     from vmm.machine.snapshot import Image
-    from vmm.memory import HotPages
+    from vmm.memory import Runs
     from vmm.mmds.store import Mmds
 
 
@@ -116,7 +116,7 @@ class Machine(Closing):
         self._unconfined = False
         self._run = Run(lambda: self._devices.windows, lambda: self.console.panic_seen)
         self._detached = False  # a configured device was
-        self._hot: HotPages | None = None if image is None else image.hot  # of its copies; made by the first freeze
+        self._hot: Runs | None = None if image is None else image.hot  # of its copies; made by the first freeze
         self.children = itertools.count()  # of the copies by ``fork`` and pools: numbers for their sockets' names
         self.closed = False
         self._clock = b""  # the image's, of a machine that was made of one

@@ -11,7 +11,7 @@ from vmm.config.devices import DriveConfig, RateLimiterConfig
 from vmm.errors import SnapshotError, VmmError, host_errors
 from vmm.machine.machine import Machine
 from vmm.machine.private_disk import private_copy
-from vmm.memory import HotPages, MemoryFile
+from vmm.memory import MemoryFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmm.config.vm import VmConfig
     from vmm.machine.attach import Attached
     from vmm.machine.isolated import Isolated
-    from vmm.memory import Piece
+    from vmm.memory import Piece, Runs
 
     _C = TypeVar("_C", bound=Config)
 
@@ -42,7 +42,7 @@ class Image:
     :ivar api: what the API has kept with it, or nothing
     :ivar handler: what brings it to machines, in place of ``memory``: the socket of a page fault handler, or a file
         from which a thread of ours does; ``""``: none
-    :ivar hot: pages that its machines write to as soon as they run (:class:`vmm.memory.HotPages`); None: not learnt
+    :ivar hot: what its machines write to as soon as they run, (guest address, bytes); None: not learnt
     """
 
     __slots__ = ("api", "board", "cmdline", "config", "handler", "hot", "memory", "vcpus", "virtio", "vm")
@@ -68,7 +68,7 @@ class Image:
         self.memory = memory
         self.api = api
         self.handler: str | MemoryFile = ""
-        self.hot: HotPages | None = None
+        self.hot: Runs | None = None
 
     @property
     def slots(self) -> list[Any]:
@@ -188,7 +188,7 @@ def freeze(
                 _present(machine), cmdline=machine.cmdline, vcpus=vcpus, vm=vm, board=machine._board.save(),
                 virtio=[_saved(each) for each in machine.devices.values()], memory=[],
             )  # fmt: skip
-            image.hot = machine._hot = machine._hot or HotPages()
+            machine._hot = image.hot = [] if machine._hot is None else machine._hot
             if without_memory is None:
                 with host_errors("freeze guest memory"):
                     image.memory = machine.memory.freeze()
@@ -257,7 +257,7 @@ def child_of(
     disks: dict[int, MemoryFile] = {}
     if isinstance(source, Image):
         image = source
-        image.hot = image.hot or HotPages()
+        image.hot = [] if image.hot is None else image.hot
         _refuse_taps(image.config, change)
         for index, drive in enumerate(image.config.drives):
             if not drive.read_only:
