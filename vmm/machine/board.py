@@ -12,7 +12,6 @@ from devices.pit import Pit
 from devices.power import AcpiPower
 from devices.pvpanic import PvPanic
 from devices.rtc import Rtc
-from vmm.closing import Closers
 from vmm.irq import IrqLine
 
 TYPE_CHECKING = False
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from vmm._bus import Bus
     from vmm.bus import BusDevice
+    from vmm.closing import Closers
     from vmm.config.vm import VmConfig
     from vmm.kvm.vm import Vm
 
@@ -31,34 +31,31 @@ class Board:
     :param vm: the VM, which has its interrupt controllers
     :param pio: the ports
     :param config: has the size of RAM, for the clock, and the exit port
+    :param closers: gets what gives the interrupt lines back
     """
 
-    def __init__(self, vm: Vm, pio: Bus, config: VmConfig) -> None:
+    def __init__(self, vm: Vm, pio: Bus, config: VmConfig, closers: Closers) -> None:
         self._vm = vm
-        self._closers = Closers()
-        try:
-            self.serial = self._closers.own(Serial(self._irq("serial")))
-            self.i8042 = I8042(self._irq("i8042").trigger)
-            self.rtc = Rtc(config.memory)
-            self.events = AcpiEvents(self._irq("events").trigger)
-            self.pit = Pit(vm.create_pit)
-            behind: dict[str, tuple[BusDevice, ...]] = {
-                "serial": (self.serial,),
-                "i8042": (self.i8042.data, self.i8042.command),
-                "rtc": (self.rtc,),
-                "pvpanic": (PvPanic(),),
-                "events": (self.events,),
-                "power": (AcpiPower(),),
-                "timer": (self.pit, self.pit.speaker),
-            }
-            for part in PARTS:
-                for (port, count), device in zip(part.ports, behind[part.name], strict=True):
-                    pio.add(port, count, device, part.title)
-            if config.exit_port is not None:
-                pio.add(config.exit_port, 4, ExitPort(), "exit port")
-        except BaseException:
-            self.close()
-            raise
+        self._closers = closers
+        self.serial = closers.own(Serial(self._irq("serial")))
+        self.i8042 = I8042(self._irq("i8042").trigger)
+        self.rtc = Rtc(config.memory)
+        self.events = AcpiEvents(self._irq("events").trigger)
+        self.pit = Pit(vm.create_pit)
+        behind: dict[str, tuple[BusDevice, ...]] = {
+            "serial": (self.serial,),
+            "i8042": (self.i8042.data, self.i8042.command),
+            "rtc": (self.rtc,),
+            "pvpanic": (PvPanic(),),
+            "events": (self.events,),
+            "power": (AcpiPower(),),
+            "timer": (self.pit, self.pit.speaker),
+        }
+        for part in PARTS:
+            for (port, count), device in zip(part.ports, behind[part.name], strict=True):
+                pio.add(port, count, device, part.title)
+        if config.exit_port is not None:
+            pio.add(config.exit_port, 4, ExitPort(), "exit port")
 
     def _irq(self, name: str) -> IrqLine:
         gsi = BY_NAME[name].gsi
@@ -76,7 +73,3 @@ class Board:
         for part in PARTS:
             if part.state:
                 getattr(self, part.name).restore(state[part.name])
-
-    def close(self) -> None:
-        """Give the interrupt lines back; idempotent."""
-        self._closers.close()

@@ -193,7 +193,7 @@ class Machine(Closing):
             restore(self, image)
 
     def _add_platform(self) -> None:
-        self._board = self._closers.own(Board(self.vm, self.pio, self.config))
+        self._board = Board(self.vm, self.pio, self.config, self._closers)
         self.serial, self.i8042 = self._board.serial, self._board.i8042
         self.rtc, self.events = self._board.rtc, self._board.events
         port = self.serial if self._hvc is None else self._hvc
