@@ -18,12 +18,12 @@ from _socket import AF_UNIX, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, 
 import msgspec
 
 from vmm import _uffd, threads
+from vmm.closing import Closers
 from vmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from threading import Thread
 
 SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
 
@@ -51,15 +51,14 @@ class FaultHandler:
 
     def __init__(self, path: str, regions: Sequence[tuple[int, int, int]]) -> None:
         self._socket: socket | None = None
-        self._fd = -1
-        self._stop = self._process = -1
-        self._watcher: Thread | None = None
+        self._closers = Closers()
         step = "create"
         try:
-            self._fd = _uffd.create()
+            fd = _uffd.create()
+            self._closers.append(lambda: os.close(fd))
             step = "register"
             for address, size, _ in regions:
-                _uffd.register(self._fd, address, size)
+                _uffd.register(fd, address, size)
             step = "connect"
             # Kept as long as the machine, as Firecracker does: its end tells the handler of ours.
             self._socket = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
@@ -68,7 +67,7 @@ class FaultHandler:
             self._socket.connect(path)
             step = "send"
             data = _mappings(regions)
-            sent = self._socket.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, struct.pack("i", self._fd))])
+            sent = self._socket.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, struct.pack("i", fd))])
             if sent != len(data):
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
             self._watch(self._socket)
@@ -80,30 +79,22 @@ class FaultHandler:
 
     def _watch(self, peer: socket) -> None:
         try:
-            self._process = peer.getsockopt(SOL_SOCKET, SO_PEERPIDFD)
+            process = peer.getsockopt(SOL_SOCKET, SO_PEERPIDFD)
         except OSError:
             return  # before Linux 6.5, or it has ended already
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._watcher = threads.spawn(
-            "undertaker", "page fault handler", _uffd.watch, peer.fileno(), self._process, self._stop
-        )
+        self._closers.append(lambda: os.close(process))
+        stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._closers.append(lambda: os.close(stop))
+        watcher = threads.spawn("undertaker", "page fault handler", _uffd.watch, peer.fileno(), process, stop)
+        self._closers.append(watcher.join)
+        self._closers.append(lambda: os.eventfd_write(stop, 1))
 
     def release(self) -> None:
         """Need the handler no more; pages that are still missing are zeros once it has gone, too. Idempotent.
 
         The connection stays: Firecracker's own handlers kill the VMM, by the number of its process, when it ends.
         """
-        if self._watcher is not None:
-            os.eventfd_write(self._stop, 1)
-            self._watcher.join()
-            self._watcher = None
-        for fd in (self._stop, self._process):
-            if fd >= 0:
-                os.close(fd)
-        self._stop = self._process = -1
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._closers.close()
 
     def close(self) -> None:
         """End the connection, too. Idempotent."""
