@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -71,7 +72,7 @@ class Pool(Closing):
         self._limit = limit
         self._ready: list[Any] = []  # Machine, or Isolated
         self._taken: list[Any] = []
-        self._number = 0
+        self._numbers = itertools.count()
         self._taken_at = 0.0
         self._failure: BaseException | None = None
         self._closed = False
@@ -126,10 +127,8 @@ class Pool(Closing):
                     self._change.wait(_QUIET if self._is_busy() else 0.05 if self._is_full() else None)
                 if self._closed:
                     return
-                number = self._number
-                self._number += 1
             try:
-                machine = self._make(number)
+                machine = self._make(next(self._numbers))
                 try:
                     machine.start(paused=True)
                 except BaseException:
@@ -163,9 +162,8 @@ class Pool(Closing):
 
     def wait_until_full(self, timeout: float) -> bool:
         """Wait until `size` copies are ready, at most `timeout` seconds; whether they are."""
-        end = time.monotonic() + timeout
         with self._change:
-            return self._change.wait_for(lambda: len(self._ready) >= self._size, end - time.monotonic())
+            return self._change.wait_for(lambda: len(self._ready) >= self._size, timeout)
 
     def close(self) -> None:
         """Close the copies that nobody has taken, and make no more; idempotent."""

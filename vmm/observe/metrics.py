@@ -247,7 +247,7 @@ class Metrics:
         for whole, fields in FIELDS.items():
             of_devices = sorted({group for group, _ in self._sources if group != whole == _whole(group)})
             for group in (*of_devices, whole) if of_devices or whole != "policy" else ():
-                line[group] = {name: value for name, value in self._group(values, group, fields)}
+                line[group] = dict(self._group(values, group, fields))
         return line
 
     def _group(
