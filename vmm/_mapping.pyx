@@ -163,7 +163,7 @@ def private_runs(int pagemap, uintptr_t address, size_t size):
 def unmarked_runs(int pagemap, uintptr_t address, size_t size, bint mark):
     """Find the pages of a private mapping that were written to since they were last marked.
 
-    A page that was never marked counts as written to. ``vmm._uffd.register_marks`` must have been called for all of
+    A page that was never marked counts as written to. ``vmm._uffd.register`` must have been called for all of
     [`address`, `address` + `size`).
 
     :param mark: whether to mark the pages found

@@ -142,12 +142,13 @@ cdef int _agreed(int fd, unsigned long features) except -1:
     return fd
 
 
-def register(int fd, uintptr_t address, size_t size):
+def register(int fd, uintptr_t address, size_t size, bint marks=False):
     """Make `fd` report every access to a missing page of [`address`, `address` + `size`).
 
+    :param marks: instead, allow ``vmm._mapping.unmarked_runs`` to mark these pages
     :raises OSError: the kernel refused
     """
-    if uffd_register(fd, address, size, UFFDIO_REGISTER_MODE_MISSING) < 0:
+    if uffd_register(fd, address, size, UFFDIO_REGISTER_MODE_WP if marks else UFFDIO_REGISTER_MODE_MISSING) < 0:
         raise OSError(errno, os.strerror(errno))
 
 
@@ -159,15 +160,6 @@ def create_marks():
     """
     # With UFFD_ASYNC the kernel reports no fault to user space, so UFFD_USER_ONLY is enough.
     return _agreed(uffd_call(UFFD_USER_ONLY), UFFD_ASYNC)
-
-
-def register_marks(int fd, uintptr_t address, size_t size):
-    """Allow ``vmm._mapping.unmarked_runs`` to mark the pages of [`address`, `address` + `size`).
-
-    :raises OSError: the kernel refused
-    """
-    if uffd_register(fd, address, size, UFFDIO_REGISTER_MODE_WP) < 0:
-        raise OSError(errno, os.strerror(errno))
 
 
 def watch(int peer, int process, int stop):

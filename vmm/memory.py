@@ -328,10 +328,10 @@ class GuestMemory(GuestRam, Closing):
         if self._pieces is None or self._marks < 0:
             return self.written(), False
         if not self._markable:
-            from vmm._uffd import register_marks
+            from vmm import _uffd
 
             for region in self.regions:
-                register_marks(self._marks, region.address, region.size)
+                _uffd.register(self._marks, region.address, region.size, marks=True)
             self._markable = True
         self._marked = True
         changed = self._changed(lambda region: self._unmarked(region, mark=True))
