@@ -113,9 +113,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_metrics_come_at_the_start_by_the_action_and_at_the_end(serve: Serve, tmp_path: Path) -> None:
     path = touched(tmp_path / "metrics")
-    vm = serve("--metrics-path", str(path), "--start-time-us", "0", "--start-time-cpu-us", "0")
+    start = ("--start-time-us", "0", "--start-time-cpu-us", "0")
+    vm = serve("--metrics-path", str(path), *start, stdout=subprocess.PIPE)
     vm.boot("mov al, 'x'; mov dx, 0x3f8; out dx, al;" + IDLE)
-    until(lambda: path.stat().st_size)
+    assert vm.process.stdout is not None
+    with vm.process.stdout as output:
+        assert output.read(1) == b"x"
     assert vm.act("FlushMetrics") == (204, "")
     assert len(lines(path)) == 2
     assert vm.end() == 0
