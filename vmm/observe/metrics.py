@@ -160,7 +160,7 @@ class Metrics:
             self.store("api_server", "process_startup_time_cpu_us", spent + parent_cpu_time_us)
 
     def add_source(self, group: str, source: Callable[[], Values]) -> None:
-        """Take the fields of `group` from `source` too, which returns what it counted in all, unknown names included.
+        """Take fields of `group` from `source`, too, which returns what was counted in all; unknown names are left out.
 
         :param group: as ``mmds``; or of a device, as ``block_ID``, whose fields count for ``block`` too
         """
