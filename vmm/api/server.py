@@ -38,7 +38,6 @@ MAX_HEAD = 8192  # bytes of a request line and its headers
 REQUEST_SECONDS = 10.0  # from a request's first byte to its last, and for an answer to be read
 # Read of one client in one turn: what it holds has to be taken apart before anybody else is heard.
 _CHUNK = 4096
-_ACCEPTS = 16  # new clients in one turn
 BACK_OFF = 0.1  # seconds without new clients after the host had no descriptor for one
 FULL = (
     b"HTTP/1.1 503 \r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n"
@@ -249,8 +248,6 @@ class Server:
         self._poll = select.epoll()
         self._poll.register(listener.fd, select.EPOLLIN)
         self._poll.register(self._wake, select.EPOLLIN)
-        self._knocking = select.poll()
-        self._knocking.register(listener.fd, select.POLLIN)
         self._closing = False
         self._then: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
@@ -273,7 +270,7 @@ class Server:
             waiting = [each for each in self._connections.values() if each.requests and not each.out]
             for fd, events in self._poll.poll(0 if waiting else self._patience()):
                 if fd == self._listener.fd:
-                    self._accept_some()
+                    self._accept()
                 elif (connection := self._connections.get(fd)) is not None and connection not in waiting:
                     self._serve(connection, events)
             for connection in waiting:
@@ -290,13 +287,6 @@ class Server:
         if self._accepting_from is not None:
             ends.append(self._accepting_from)
         return max(0.0, min(ends) - time.monotonic()) if ends else None
-
-    def _accept_some(self) -> None:
-        for _ in range(_ACCEPTS):
-            # Asked first: accept(2) wants a descriptor before it looks whether there is anybody.
-            if self._accepting_from is not None or not self._knocking.poll(0):
-                return
-            self._accept()
 
     def _accept(self) -> None:
         sock = self._accepted()
