@@ -110,6 +110,32 @@ def test_requests_one_after_the_other_and_in_pieces(echo: tuple[Path, Server]) -
     assert [client.receive().json for _ in range(3)] == [["GET", "/a", 0], ["PUT", "/b", 3], ["GET", "/c", 0]]  # type: ignore[union-attr]
 
 
+def test_bytes_beyond_ascii_stay_as_they_are_however_they_come(tmp_path: Path) -> None:
+    text = "ä€"
+
+    def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
+        return 200, json.dumps([path, body.decode()]).encode(), ()
+
+    server = Server(bind(str(tmp_path / "api.sock")), answer)
+    server.start()
+    body = text.encode()
+    head = f"PUT /{text} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    plain = b"PUT /b HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+    pieces = [bytes([byte]) for byte in b"\r\n" + head + body], [head + body + plain, body], [head, body, plain, body]
+    try:
+        for each in pieces:
+            client = Client(tmp_path / "api.sock")
+            for piece in each:
+                client.send(piece)
+                time.sleep(0.01)
+            for path in ["/" + text, "/b"][: 1 if len(each) > 4 else 2]:
+                answered = client.receive()
+                assert answered is not None and answered.json == [path, text]
+            client.close()
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize(
     ("target", "path"),
     [("http://a/b/c", "/b/c"), ("http://a", "/"), ("/a://b/c", "/a://b/c"), ("/b?c=http://d/e", "/b?c=http://d/e")],

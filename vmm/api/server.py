@@ -43,8 +43,8 @@ FULL = (
     b"HTTP/1.1 503 \r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n"
     b'{ "error": "Too many open connections" }'
 )
-
-_HEX = b"0123456789ABCDEF"
+# A target as the parser takes it, which is of ASCII only.
+_MASK = bytes(range(128)) + b"?" * 128
 
 
 class _Refused(Exception):
@@ -60,8 +60,7 @@ class _Connection:
         self.keep_alive = True
         self.out = memoryview(b"")
         self.closing = False
-        self.in_line = True  # of a request, what comes next is its first line
-        self.disguised = False
+        self.line = b""  # a request's first line, as far as it has come
         self.asked = False
         self.heard = time.monotonic()
         self.interest = select.EPOLLIN
@@ -85,28 +84,19 @@ class _Connection:
         self.url += url
         self.measure(len(url))
 
-    def _escaped(self, data: bytes) -> bytes:
-        # The parser takes a target of ASCII only, Firecracker one of UTF-8: the rest goes past it in disguise.
-        if not self.in_line:
-            return data
-        at = 0
-        while at < len(data) and data[at] in b"\r\n":
-            at += 1  # empty lines before a request
-        end = data.find(b"\n", at) + 1 or len(data)
-        self.in_line = not data[at:end].endswith(b"\n")
-        if data[:end].isascii():
-            return data
-        self.disguised = True
-        return b"".join(b"%%~%02X" % byte if byte > 0x7F else b"%c" % byte for byte in data[:end]) + data[end:]
+    def _masked(self, data: bytes) -> bytes:
+        # Firecracker takes a target of UTF-8: the parser gets it masked, and `line` has it as it is.
+        if self.line.endswith(b"\n") or (not self.line and self.read_by is not None):
+            return data  # of what follows the line, or of a request that began behind another
+        line, end, rest = (data if self.line else data.lstrip(b"\r\n")).partition(b"\n")
+        self.line += line + end
+        return line.translate(_MASK) + end + rest
 
     def _path(self) -> str:
         url = self.url
-        if self.disguised:
-            url, *rest = url.split(b"%~")
-            for part in rest:
-                known = len(part) > 1 and part[0] in _HEX and part[1] in _HEX
-                url += bytes((int(part[:2], 16),)) + part[2:] if known else b"%~" + part
-        self.disguised = False
+        if not self.line.isascii():
+            at = self.line.translate(_MASK).find(url, self.line.find(b" "))
+            url = self.line[at : at + len(url)]
         try:
             return url.decode()
         except UnicodeDecodeError:
@@ -148,8 +138,8 @@ class _Connection:
 
     def on_message_complete(self) -> None:
         self.read_by = None
-        self.in_line = True
         method, path = self.parser.get_method().decode(), self._path()
+        self.line = b""
         if "://" in path and not path.startswith("/"):
             path = "/" + path.partition("://")[2].partition("/")[2]
         self.requests.append((method, path, b"".join(self.body), self.parser.should_keep_alive()))
@@ -174,7 +164,7 @@ class _Connection:
         self.asked = True
         self.heard = time.monotonic()
         try:
-            self.parser.feed_data(self._escaped(data))
+            self.parser.feed_data(self._masked(data))
             if self.in_head and not self.begun:
                 self.pending += len(data)  # of a field that does not end, which only the parser has
                 self.measure(0)
