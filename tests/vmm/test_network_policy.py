@@ -77,6 +77,8 @@ def test_rules(text: str, rule: object) -> None:
         ("a b", "must be a name"),
         ("a\0b", "must be a name"),
         ("\ud800.org", "must be a name"),
+        ("2001:db8::\0", "must be a name"),
+        ("2001:db8::\ud800", "must be a name"),
     ],
 )
 def test_words_that_are_no_rule(text: str, said: str) -> None:

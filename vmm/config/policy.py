@@ -51,7 +51,7 @@ def _network(field: str, text: str, address: str, bits: str | None) -> tuple[byt
     version, most = (socket.AF_INET6, 128) if ":" in address else (socket.AF_INET, 32)
     try:
         packed = socket.inet_pton(version, address)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL, or no UTF-8
         raise ConfigError(field, text, _ALLOWED) from None
     prefix = most if bits is None else parse_count(f"{field} network", bits, 0, most)
     number = int.from_bytes(packed, "big")
