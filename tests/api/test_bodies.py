@@ -59,14 +59,13 @@ launched.spare_httptools()
 import vmm.api.server
 launched.spare_msgspec()
 from vmm.api import actions, answer
-vmm = actions.Vmm("first", on_start=None, boot_timer=False, mmds_limit=1 << 10)
-ask = answer.answerer(vmm)
+served = actions.Vmm("first", on_start=None, boot_timer=False, mmds_limit=1 << 10)
 launched.spare_collections("vmm.machine.machine")
 import vmm.machine.machine, vmm.jail.preload
 vmm.jail.preload.preload_later()
 known = set(sys.modules)
 for method, path, body, status in REQUESTS:
-    got, text, _ = ask(method, path, body)
+    got, text, _ = answer.answer(served, method, path, body)
     assert got == status, (method, path, got, text)
 print(*sorted(set(sys.modules) - known), file=sys.stderr)
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.unix_http import Connection
 from tests.waiting import PATIENCE
 from vmm.api.actions import Vmm
-from vmm.api.answer import answerer
+from vmm.api.answer import answer
 from vmm.testing import tiny_elf
 
 PYVMM = Path(sys.executable).with_name("pyvmm")
@@ -81,16 +81,15 @@ def test_an_interface_of_the_api_has_a_policy(tmp_path: Path) -> None:
     kernel.write_bytes(tiny_elf(b"\xf4\xeb\xfd"))
     rules = {"allow": ["pypi.org:443", "10.1.0.0/16"], "deny": ["10.1.9.0/24"]}
     with contextlib.closing(Vmm()) as vmm:
-        ask = answerer(vmm)
 
         def put(url: str, **body: object) -> tuple[int, bytes]:
-            status, text, _ = ask("PUT", url, json.dumps(body).encode())
+            status, text, _ = answer(vmm, "PUT", url, json.dumps(body).encode())
             return status, text
 
         status, text = put("/network-interfaces/n", iface_id="n", mode="auto", policy={"allow": ["https://pypi.org"]})
         assert (status, b"allow port //pypi.org: must be a number" in text) == (400, True), text
         assert put("/network-interfaces/n", iface_id="n", mode="auto", policy=rules)[0] == 204
-        assert json.loads(ask("GET", "/vm/config", b"")[1])["network-interfaces"][0]["policy"] == rules
+        assert json.loads(answer(vmm, "GET", "/vm/config", b"")[1])["network-interfaces"][0]["policy"] == rules
         assert put("/boot-source", kernel_image_path=str(kernel))[0] == 204
         assert put("/actions", action_type="InstanceStart") == (204, b"")
         assert vmm.machine is not None

@@ -39,26 +39,23 @@ def _count(metrics: Metrics, method: str, path: str, *, failed: bool) -> None:
             metrics.count(group, f"{name}_{suffix}")
 
 
-def answerer(vmm: Vmm) -> Any:
+def answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
     """What ``vmm.api.server.Server`` asks: request in, answer out, for `vmm`."""
-
-    def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
-        begun = time.monotonic_ns()
-        if logger.enabled(logger.INFO):
-            shown = f" with body {_quoted(body.decode(errors='replace'))}" if body and path != "/mmds" else ""
-            logger.info(f"The API server received a {method.capitalize()} request on {_quoted(path)}{shown}.")
-        status, answered, headers = _answer(vmm, method, path, body)
-        _count(vmm.metrics, method, path, failed=status >= 400)
-        if status >= 400:
-            fault = msgspec.json.decode(answered, type=types.Fault).fault_message
-            logger.error(f"Received Error. Status code: {status} {_REASON.get(status, '')}. Message: {fault}")
-        else:
-            logger.info(f"The request was executed successfully. Status code: {status} {_REASON.get(status, '')}.")
-        if logger.enabled(logger.DEBUG):
-            logger.debug(f"Total previous API call duration: {(time.monotonic_ns() - begun) // 1000} us.")
-        return status, answered, headers
-
-    return answer
+    begun = time.monotonic_ns()
+    if logger.enabled(logger.INFO):
+        shown = f" with body {_quoted(body.decode(errors='replace'))}" if body and path != "/mmds" else ""
+        logger.info(f"The API server received a {method.capitalize()} request on {_quoted(path)}{shown}.")
+    status, answered, headers = _answer(vmm, method, path, body)
+    _count(vmm.metrics, method, path, failed=status >= 400)
+    told = f"Status code: {status} {_REASON.get(status, '')}."
+    if status >= 400:
+        fault = msgspec.json.decode(answered, type=types.Fault).fault_message
+        logger.error(f"Received Error. {told} Message: {fault}")
+    else:
+        logger.info(f"The request was executed successfully. {told}")
+    if logger.enabled(logger.DEBUG):
+        logger.debug(f"Total previous API call duration: {(time.monotonic_ns() - begun) // 1000} us.")
+    return status, answered, headers
 
 
 def _quoted(text: str) -> str:

@@ -224,10 +224,10 @@ class _Serve:
         self._faults.set_thread_name(os.path.basename(sys.argv[0]) if sys.argv[0] else "pyvmm")
         launched.spare_msgspec()
         from vmm.api.actions import Vmm
-        from vmm.api.answer import answerer
+        from vmm.api.answer import answer
 
+        self._ask = answer
         self._vmm = Vmm(args.id, on_start=self._on_start, boot_timer=args.boot_timer, mmds_limit=self._mmds_limit)
-        self._answerer = answerer(self._vmm)
         try:
             self._observe()
             if self._server is not None:
@@ -318,10 +318,10 @@ class _Serve:
             threads.enter("api")
 
     def _answer(self, method: str, path: str, body: bytes) -> Any:
-        answer = self._answerer(method, path, body)
+        answered = self._ask(self._vmm, method, path, body)
         if self._vmm.lost and self._server is not None:
             self._server.then(self._end)
-        return answer
+        return answered
 
     def _start_from(self, text: bytes) -> None:
         from vmm.api import types
