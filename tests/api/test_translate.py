@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vmm.api import ApiError, translate, types
 from vmm.api.actions import Vmm
-from vmm.commands import run
+from vmm.commands import cli, run
 from vmm.config.devices import (
     BalloonConfig,
     DriveConfig,
@@ -96,8 +96,7 @@ def test_a_machine_by_a_file_is_the_machine(
 def test_the_command_line_as_a_file() -> None:
     devices = ["--disk", "/d,queues=2", "--share", "work=/srv,ro", "--net", "auto,addr=10.0.0.1/24", "--rng"]
     more = ["--vsock", "cid=7,uds=/v", "--balloon", "16", "--append", "quiet"]
-    args = run.parse_quickly(["/kernel", "/root.img,ro", *devices, *more])
-    assert args is not None
+    args = cli.parse("run", run, ["/kernel", "/root.img,ro", *devices, *more])
     body = translate.vm_body(run.config_from(args))
     assert [drive.is_root_device for drive in body.drives] == [True, False]
     assert "root=" not in (body.boot_source.boot_args or "")
@@ -120,8 +119,7 @@ def test_the_root_device_is_named_before_inits_own_words() -> None:
     config = translate.vm_config(types.VmConfiguration(boot_source=source, drives=[root]))
     assert config.full_cmdline == 'a="x  y" root=/dev/vda rw -- b'
     # And a command line that was written as a file means the same.
-    args = run.parse_quickly(["/kernel", "/root.img", "--append", 'a="x  y" -- b'])
-    assert args is not None
+    args = cli.parse("run", run, ["/kernel", "/root.img", "--append", 'a="x  y" -- b'])
     again = translate.vm_config(translate.vm_body(run.config_from(args))).full_cmdline
     assert again.endswith(' a="x  y" root=/dev/vda rw -- b')
 

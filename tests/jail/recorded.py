@@ -35,8 +35,7 @@ def main() -> int:
         return status
 
     serve.main = recorded
-    args = jailer.parse_quickly(sys.argv[1:])
-    assert args is not None
+    args = cli.parse("jailer", jailer, sys.argv[1:])
     return jailer.main(args)
 
 

@@ -15,7 +15,6 @@ import pytest
 from tests.jail.jailed import ID, ROOT, Jailed
 from vmm.commands import cli
 from vmm.commands import jailer as command
-from vmm.commands.jailer import parse_quickly
 from vmm.errors import ConfigError
 from vmm.jail.jailer import Jail
 
@@ -45,13 +44,15 @@ def stopped(jail: Jailed, *options: str, uid: int | None = None) -> str:
 def test_both_ways_to_write_an_option() -> None:
     words = "--id=a --exec-file /x --uid 1 --gid=2 --cgroup cpu.shares=3 --cgroup=pids.max=4"
     words += " --daemonize -- --a=b --id c"
-    parsed = parse_quickly(words.split())
-    assert parsed is not None
+    parsed = cli.parse("jailer", command, words.split())
     assert [parsed.id, parsed.exec_file, parsed.uid, parsed.gid] == ["a", "/x", "1", "2"]
     assert parsed.cgroup == ["cpu.shares=3", "pids.max=4"]
     assert parsed.daemonize and not parsed.new_pid_ns
     assert parsed.chroot_base_dir == "/srv/jailer" and parsed.cgroup_version == "1"
     assert parsed.vmm == ["--a=b", "--id", "c"]
+    # Left to argparse, which takes a hyphen for a value.
+    parsed = cli.parse("jailer", command, ["--id", "a", "--parent-cgroup", "-", "--", "--a=b"])
+    assert (parsed.parent_cgroup, parsed.vmm) == ("-", ["--a=b"])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_mistake_in_a_value_is_named(jail: Jailed, options: str, problem: str)
 
 def test_a_missing_option_is_named(jail: Jailed) -> None:
     for name in command.REQUIRED:
-        words = parse_quickly([f"{each}=1" for each in command.REQUIRED if each != name])
+        words = cli.parse("jailer", command, [f"{each}=1" for each in command.REQUIRED if each != name])
         assert words is not None
         assert command.main(words) == 1
 

@@ -29,8 +29,7 @@ def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def parsed(*words: str) -> Arguments:
-    args = run.parse_quickly(["kernel", *words])
-    assert args is not None
+    args: Arguments = cli.parse("run", run, ["kernel", *words])
     return args
 
 
@@ -139,15 +138,12 @@ def test_show_says_where_each_value_comes_from(etc: Path, capsys: pytest.Capture
 def test_serve_takes_its_table(etc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = etc / "config.toml"
     path.write_text('[serve]\nlevel = "Debug"\nshow-level = true\nhttp-api-max-payload-size = 4096\n')
-    args = serve.parse_quickly(["--id", "a"])
-    assert args is not None
+    args = cli.parse("serve", serve, ["--id", "a"])
     assert list(serve.from_files(args)) == ["--level", "--show-level", "--http-api-max-payload-size"]
     assert (args.level, args.show_level, args.http_api_max_payload_size) == ("Debug", True, "4096")
-    args = serve.parse_quickly(["--http-api-max-payload-size", "51200"])  # the default, but said
-    assert args is not None
+    args = cli.parse("serve", serve, ["--http-api-max-payload-size", "51200"])  # the default, but said
     assert "--http-api-max-payload-size" not in serve.from_files(args) and args.http_api_max_payload_size == "51200"
-    args = serve.parse_quickly(["--level", "Off"])
-    assert args is not None
+    args = cli.parse("serve", serve, ["--level", "Off"])
     assert "--level" not in serve.from_files(args) and args.level == "Off"
     for text, problem in (
         ('level = "Loud"', "level Loud: "),

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from vmm.commands import cli
 from vmm.commands.parser import declare
-from vmm.commands.run import OPTIONS, add_arguments, config_from, parse_quickly
+from vmm.commands.run import OPTIONS, POSITIONAL, add_arguments, config_from
+from vmm.config import parse_plain
 from vmm.config.vm import DEFAULT_CMDLINE
 
 WORDS = st.one_of(
@@ -49,7 +50,7 @@ WORDS = st.one_of(
 
 @given(st.lists(WORDS, max_size=8))
 def test_quick_parse_agrees_with_argparse(words: list[str]) -> None:
-    quick = parse_quickly(words)
+    quick = parse_plain(words, OPTIONS, POSITIONAL)
     if quick is None:
         return
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -67,7 +68,7 @@ def test_every_plain_command_line_is_quick() -> None:
     words = ["kernel", "rootfs"]
     for option, metavar, default, _ in OPTIONS:
         words += [option] if metavar is None else [option, "2" if isinstance(default, int) else "value"]
-    assert parse_quickly(words) is not None
+    assert parse_plain(words, OPTIONS, POSITIONAL) is not None
 
 
 def test_a_directory_is_a_root_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,13 +76,13 @@ def test_a_directory_is_a_root_file_system(tmp_path: Path, monkeypatch: pytest.M
 
     image = types.SimpleNamespace(kernel="K", initrd="I", rootfs="R", cmdline="root=/dev/vda rw quiet", config=None)
     monkeypatch.setattr(images, "resolve", lambda name: image)
-    args = parse_quickly(["debian", "dir:/srv/root,cache=always"])
+    args = parse_plain(["debian", "dir:/srv/root,cache=always"], OPTIONS, POSITIONAL)
     assert args is not None
     config = config_from(args)
     assert [(s.tag, s.path, s.cache, s.root) for s in config.shares] == [("rootfs", "/srv/root", "always", True)]
     assert not config.drives
     assert config.full_cmdline == f"{DEFAULT_CMDLINE} root=rootfs rootfstype=virtiofs rw quiet"
-    args = parse_quickly(["debian", "--share", "t=/srv"])
+    args = parse_plain(["debian", "--share", "t=/srv"], OPTIONS, POSITIONAL)
     assert args is not None
     config = config_from(args)
     assert config.full_cmdline == f"{DEFAULT_CMDLINE} root=/dev/vda rw quiet"

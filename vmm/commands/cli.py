@@ -54,18 +54,25 @@ STATUS_INTERRUPTED = 130
 
 def parse(name: str, module: ModuleType, words: list[str]) -> Any:
     """The parsed arguments of a subcommand, or an exit status: after --help, or a mistake, which was told."""
-    quick = getattr(module, "parse_quickly", None)
-    if quick is not None and (parsed := quick(words)) is not None:
-        return parsed
-    from vmm.commands.parser import make_parser
+    # A jailer's words after -- are the VMM's.
+    own = words[: words.index("--")] if name == "jailer" and "--" in words else words
+    parsed: Any = None
+    if name in STARTS:
+        from vmm.config import parse_plain
 
-    parser = make_parser(name, module)
-    try:
-        # Intermixed: KERNEL --option value ROOTFS. What `lab` takes, the rest of its line, argparse cannot mix.
-        own = getattr(module, "own_words", list)(words)
-        return parser.parse_intermixed_args(own) if quick is not None else parser.parse_args(own)
-    except SystemExit as end:
-        return end.code
+        parsed = parse_plain(own, module.OPTIONS, getattr(module, "POSITIONAL", ()))
+    if parsed is None:
+        from vmm.commands.parser import make_parser
+
+        parser = make_parser(name, module)
+        try:
+            # Intermixed: KERNEL --option value ROOTFS. What `lab` takes, the rest of its line, argparse cannot mix.
+            parsed = parser.parse_intermixed_args(own) if hasattr(module, "OPTIONS") else parser.parse_args(own)
+        except SystemExit as end:
+            return end.code
+    if name == "jailer":
+        parsed.vmm = words[len(own) + 1 :]
+    return parsed
 
 
 class _Unheard(io.FileIO):

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 _DEVICES = {"drives": "--disk", "nets": "--net", "shares": "--share", "vsock": "--vsock", "balloon": "--balloon"}
 _NO_KERNEL = "(none)"
-
-
 OPTIONS = run.OPTIONS
 
 
@@ -25,11 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments: those of ``pyvmm run``."""
     parser.add_argument("what", metavar="show", choices=("show",), help="print the configuration")
     run.add_arguments(parser)
-
-
-def parse_quickly(words: list[str]) -> Arguments | None:
-    """The arguments, where `words` are plain; None: leave it to argparse."""
-    return run.parse_quickly(words[1:]) if words[:1] == ["show"] else None
 
 
 def main(args: Arguments) -> int:

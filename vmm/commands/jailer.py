@@ -8,7 +8,7 @@ import shutil
 import sys
 
 from vmm import __version__
-from vmm.config import attribute, parse_count, parse_plain
+from vmm.config import attribute, parse_count
 from vmm.errors import ConfigError, VmmError
 
 TYPE_CHECKING = False
@@ -41,20 +41,6 @@ OPTIONS: Table = (
     ("--version", None, False, "print the versions of the jailer and of pyvmm"),
 )
 REQUIRED = ("--id", "--exec-file", "--uid", "--gid")
-
-
-def parse_quickly(words: list[str]) -> Arguments | None:
-    """The arguments, where `words` are plain, with ``vmm``, the options after ``--``; None: leave it to argparse."""
-    own = own_words(words)
-    parsed = parse_plain(own, OPTIONS)
-    if parsed is not None:
-        parsed.vmm = words[len(own) + 1 :]
-    return parsed
-
-
-def own_words(words: list[str]) -> list[str]:
-    """`words` up to ``--``; those after it are the VMM's."""
-    return words[: words.index("--")] if "--" in words else words
 
 
 def main(args: Arguments) -> int:

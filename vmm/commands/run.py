@@ -8,7 +8,7 @@ import sys
 
 from vmm import launched, signals, threads, undertaker
 from vmm.cmdline import Cmdline
-from vmm.config import attribute, did_you_mean, fill_from_files, parse_plain
+from vmm.config import attribute, did_you_mean, fill_from_files
 from vmm.config.vm import VmConfig
 from vmm.errors import ConfigError, VmmError
 from vmm.exits import StopReason
@@ -45,6 +45,7 @@ OPTIONS: Table = (
     ("--dry-run", None, False, "check everything, print the VM; run nothing"),
     ("--verbose", None, False, "print what runs and how it ended"),
 )
+POSITIONAL = ("kernel", "rootfs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vmlinux, PVH ELF or bzImage; or the name of a pulled image, such as debian or oci:python:3.12",
     )
     add("rootfs", metavar="ROOTFS", nargs="?", help="the root file system: a raw image, dir:DIRECTORY, or oci:REF")
-
-
-def parse_quickly(words: list[str]) -> Arguments | None:
-    """The arguments, where `words` are plain; None: leave it to argparse."""
-    return parse_plain(words, OPTIONS, ("kernel", "rootfs"))
 
 
 def config_from(args: Arguments, sources: dict[str, str] | None = None) -> VmConfig:

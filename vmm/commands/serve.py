@@ -10,7 +10,7 @@ import threading
 
 from vmm import __version__, launched, logger, signals, threads, undertaker
 from vmm.api import API_VERSION
-from vmm.config import attribute, fill_from_files, parse_count, parse_plain
+from vmm.config import attribute, fill_from_files, parse_count
 from vmm.errors import ConfigError, host_errors, host_problem
 from vmm.exits import StopReason
 
@@ -64,11 +64,6 @@ OPTIONS: Table = (
     ("--describe-snapshot", "FILE", None, "print the version of a snapshot's state file"),
     ("--http-api-max-payload-size", "BYTES", None, "limit of a request's body (default: 51200)"),
 )
-
-
-def parse_quickly(words: list[str]) -> Arguments | None:
-    """The arguments, where `words` are plain; None: leave it to argparse."""
-    return parse_plain(words, OPTIONS)
 
 
 def from_files(args: Arguments) -> dict[str, str]:
