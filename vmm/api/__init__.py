@@ -23,3 +23,17 @@ class ApiError(VmmError):
 
 class FatalError(ApiError):
     """Refused, and the process ends with status 1 once that was answered: nothing is left to try again with."""
+
+
+class refusing:
+    """A context in which what is wrong with the request or the host becomes an ``ApiError`` that begins so."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, VmmError) and not isinstance(error, ApiError):
+            raise ApiError(f"{self._prefix}: {error}") from error

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from vmm import logger, threads
-from vmm.api import API_VERSION, ApiError, translate, types
+from vmm.api import API_VERSION, ApiError, refusing, translate, types
 from vmm.api.bodies import decode
 from vmm.cmdline import Cmdline
 from vmm.config.devices import (
@@ -27,7 +27,7 @@ from vmm.config.devices import (
     VsockConfig,
     check_amount,
 )
-from vmm.errors import ConfigError, VmmError
+from vmm.errors import ConfigError
 from vmm.mmds.store import SIZE_LIMIT, Mmds, MmdsError
 from vmm.observe.metrics import Metrics
 
@@ -235,7 +235,7 @@ class Vmm:
                 raise ApiError(f"Boot source error: The {what} file {path} cannot be opened: {_why(error)}") from None
         if len((body.boot_args or "").encode()) >= MAX_BOOT_ARGS:
             raise ApiError(f"Boot source error: boot_args: must be shorter than {MAX_BOOT_ARGS} bytes")
-        with _refusing("Boot source error: boot_args"):
+        with refusing("Boot source error: boot_args"):
             Cmdline(body.boot_args or "")
         self.whole.boot_source = body
 
@@ -276,7 +276,7 @@ class Vmm:
         roots = [each for each in self.whole.drives if each.is_root_device and each.drive_id != body.drive_id]
         if body.is_root_device and roots:
             raise ApiError(f"Drive config error: A root block device already exists: {roots[0].drive_id}")
-        with _refusing("Drive config error"):
+        with refusing("Drive config error"):
             from virtio.blk.device import Disk
 
             config = translate.drive(body)
@@ -297,7 +297,7 @@ class Vmm:
     @_asked("InsertNetworkDevice", CONFIGURING, "PUT /network-interfaces/{iface_id}", types.NetworkInterface)
     def _insert_interface(self, body: types.NetworkInterface) -> None:
         others = [each for each in self.whole.network_interfaces if each.iface_id != body.iface_id]
-        with _refusing("Network config error"):
+        with refusing("Network config error"):
             config = translate.config_of(NetConfig, body)
             if body.guest_mac is not None:
                 from virtio.net.device import parse_mac
@@ -324,7 +324,7 @@ class Vmm:
 
     @_asked("InsertFsDevice", CONFIGURING, "PUT /fs/{tag}", types.SharedFs)
     def _insert_share(self, body: types.SharedFs) -> None:
-        with _refusing("Filesystem config error"):
+        with refusing("Filesystem config error"):
             config = translate.config_of(ShareConfig, body)
             if not os.path.isdir(config.path):
                 raise ConfigError("shared_dir", config.path, "is not a directory")
@@ -336,7 +336,7 @@ class Vmm:
     def _vsock_is(self, body: types.Vsock) -> None:
         from virtio.vsock.device import Listener
 
-        with _refusing("Vsock config error"):
+        with refusing("Vsock config error"):
             config = translate.config_of(VsockConfig, body)
             # Firecracker makes the socket now. The one before goes first: it may be of the same name.
             if self._listener is not None:
@@ -348,7 +348,7 @@ class Vmm:
 
     @_asked("SetBalloonDevice", CONFIGURING, "PUT /balloon", types.Balloon)
     def _balloon_is(self, body: types.Balloon) -> None:
-        with _refusing("Balloon config error"):
+        with refusing("Balloon config error"):
             self._check_amount(body)
             if self._machine_config.huge_pages != "None":
                 raise ConfigError("huge_pages", self._machine_config.huge_pages, HUGE_RULE)
@@ -360,25 +360,25 @@ class Vmm:
 
     @_asked("SetEntropyDevice", CONFIGURING, "PUT /entropy", types.EntropyDevice)
     def _entropy_is(self, body: types.EntropyDevice) -> None:
-        with _refusing("Entropy device error"):
+        with refusing("Entropy device error"):
             translate.config_of(EntropyConfig, body)
         self.whole.entropy = types.EntropyDevice(rate_limiter=translate.shown_limiter(body.rate_limiter))
 
     @_asked("ConfigureLogger", PRE_BOOT, "PUT /logger", types.Logger)
     def _logger_is(self, body: types.Logger) -> None:
-        with _refusing("Logger error"):
+        with refusing("Logger error"):
             logger.configure(**msgspec.structs.asdict(body), vmm_id=self.vmm_id)
         self.whole.logger = body
 
     @_asked("ConfigureMetrics", PRE_BOOT, "PUT /metrics", types.Metrics)
     def _metrics_is(self, body: types.Metrics) -> None:
-        with _refusing("Metrics error"):
+        with refusing("Metrics error"):
             self.metrics.configure(body.metrics_path)
         self.whole.metrics = body
 
     @_asked("ConfigureSerial", PRE_BOOT, "PUT /serial", types.Serial)
     def _serial_is(self, body: types.Serial) -> None:
-        with _refusing("Serial error"):
+        with refusing("Serial error"):
             if body.serial_out_path is not None:
                 logger.LineFile.open("serial_out_path", body.serial_out_path).close()
         self.whole.serial = body
@@ -402,7 +402,7 @@ class Vmm:
 
         if not self.whole.boot_source.kernel_image_path:
             raise ApiError("Start microvm error: Cannot start microvm without kernel configuration.")
-        with _refusing("Start microvm error"):
+        with refusing("Start microvm error"):
             config = translate.vm_config(self.whole)
             config.boot_timer = self._boot_timer
             config.keyboard = True
@@ -436,19 +436,19 @@ class Vmm:
         if body.state == "Resumed":
             machine.resume()
         elif machine.state != PAUSED:
-            with _refusing("Internal VMM error"):
+            with refusing("Internal VMM error"):
                 machine.pause()
         field = "pause_vm" if body.state == "Paused" else "resume_vm"
         self.metrics.store("latencies_us", field, (time.monotonic_ns() - begun) // 1000)
 
     @_asked("FlushMetrics", POST_BOOT)
     def _flush_metrics(self, _: types.Action) -> None:
-        with _refusing("Internal VMM error: Metrics error"):
+        with refusing("Internal VMM error: Metrics error"):
             self.metrics.flush()  # where no path was configured, nothing is written, and that is no error
 
     @_asked("SendCtrlAltDel", POST_BOOT)
     def _ctrl_alt_del(self, _: types.Action) -> None:
-        with _refusing("Internal VMM error"):
+        with refusing("Internal VMM error"):
             self._running().send_ctrl_alt_del()
 
     @_asked("UpdateBlockDevice", POST_BOOT, "PATCH /drives/{drive_id}", types.PartialDrive)
@@ -459,7 +459,7 @@ class Vmm:
         if body.path_on_host is None and body.rate_limiter is None:
             raise ApiError("Drive config error: nothing to update; give path_on_host or rate_limiter")
         shown = next(each for each in self.whole.drives if each.drive_id == body.drive_id)
-        with _refusing("Drive config error"):
+        with refusing("Drive config error"):
             if body.path_on_host is not None:
                 block.replace(body.path_on_host)
                 shown.path_on_host = body.path_on_host
@@ -471,7 +471,7 @@ class Vmm:
         if net is None:
             raise ApiError(f"Network config error: iface_id {body.iface_id}: there is no such interface")
         shown = next(each for each in self.whole.network_interfaces if each.iface_id == body.iface_id)
-        with _refusing("Network config error"):
+        with refusing("Network config error"):
             _limit(body, shown, "rx_rate_limiter", lambda *buckets: net.set_rate_limit(net.rx_limiter, *buckets))
             _limit(body, shown, "tx_rate_limiter", lambda *buckets: net.set_rate_limit(net.tx_limiter, *buckets))
 
@@ -481,7 +481,7 @@ class Vmm:
         if fs is None:
             raise ApiError(f"Filesystem config error: tag {body.tag}: there is no such share")
         shown = next(each for each in self.whole.fs or [] if each.tag == body.tag)
-        with _refusing("Filesystem config error"):
+        with refusing("Filesystem config error"):
             _limit(body, shown, "rate_limiter", fs.set_rate_limit)
 
     # The balloon
@@ -500,7 +500,7 @@ class Vmm:
     @_asked("UpdateBalloon", POST_BOOT, "PATCH /balloon", types.BalloonUpdate)
     def _update_balloon(self, body: types.BalloonUpdate) -> None:
         shown, device = self._balloon()
-        with _refusing("Balloon config error"):
+        with refusing("Balloon config error"):
             self._check_amount(body)
             device.set_amount(body.amount_mib)
         shown.amount_mib = body.amount_mib
@@ -515,7 +515,7 @@ class Vmm:
     @_asked("UpdateBalloonStatistics", POST_BOOT, "PATCH /balloon/statistics", types.BalloonStatsUpdate)
     def _update_balloon_stats(self, body: types.BalloonStatsUpdate) -> None:
         shown, device = self._balloon()
-        with _refusing("Balloon config error"):
+        with refusing("Balloon config error"):
             device.set_polling_interval(body.stats_polling_interval_s)
         shown.stats_polling_interval_s = body.stats_polling_interval_s
 
@@ -523,7 +523,7 @@ class Vmm:
 
     @_asked("SetMmdsConfiguration", CONFIGURING, "PUT /mmds/config", types.MmdsConfig)
     def _mmds_config_is(self, body: types.MmdsConfig) -> None:
-        with _refusing("MMMDS config error"):
+        with refusing("MMMDS config error"):
             config = translate.config_of(MmdsConfig, body)
             known = [each.iface_id for each in self.whole.network_interfaces]
             if unknown := [name for name in config.interfaces if name not in known]:
@@ -570,20 +570,6 @@ class Vmm:
         self.whole = shown
         image.config = image.config.replaced(**translate.console_of(shown))
         self._run(Machine(image=image, metadata=self.mmds, seccomp=threads.guard is not None), paused=not resume)
-
-
-class _refusing:
-    """A context in which what is wrong with the request or the host becomes an ``ApiError`` that begins so."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, VmmError) and not isinstance(error, ApiError):
-            raise ApiError(f"{self._prefix}: {error}") from error
 
 
 def _limit(body: Any, shown: Any, field: str, change: Callable[..., None]) -> None:

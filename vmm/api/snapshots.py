@@ -14,7 +14,7 @@ import time
 import msgspec
 
 from vmm import undertaker
-from vmm.api import ApiError, FatalError, types
+from vmm.api import ApiError, FatalError, refusing, types
 from vmm.api.bodies import encode
 from vmm.api.diff import Diff
 from vmm.config import check_names
@@ -49,7 +49,7 @@ _JSON = "An error occurred when deserializing the json body of a request: "
 _NO_MEMORY = "missing field: either `mem_backend` or `mem_file_path` is required."
 _TWO_MEMORIES = "too many fields: either `mem_backend` or `mem_file_path` exclusively is required."
 _RESTORE = "Failed to restore from snapshot: "
-_STATE = f"{_RESTORE}Failed to get snapshot state from file: "
+_STATE = f"{_RESTORE}Failed to get snapshot state from file"
 _MEMORY = f"{_RESTORE}Failed to load guest memory: Error creating guest memory from file: "
 _HANDLER = f"{_RESTORE}Failed to load guest memory: Error creating guest memory from uffd: "
 _STEPS = {
@@ -70,13 +70,9 @@ def create(vmm: Vmm, machine: Machine, body: types.SnapshotCreate) -> None:
         raise ApiError(_NO_DIFF)
     if machine.state == "Running":
         raise ApiError(f"Create snapshot error: {_RUNNING}")
-    try:
+    with refusing("Create snapshot error: Cannot save the microVM state"):  # also of a machine that has just ended
         check_names(snapshot_path=body.snapshot_path, mem_file_path=body.mem_file_path)
         _write(vmm, machine, body, diff=diff)
-    except ApiError:
-        raise
-    except VmmError as error:  # also of a machine that has just ended
-        raise ApiError(f"Create snapshot error: Cannot save the microVM state: {error}") from None
     vmm.metrics.store(
         "latencies_us", f"{body.snapshot_type.lower()}_create_snapshot", (time.monotonic_ns() - begun) // 1000
     )
@@ -151,10 +147,8 @@ def load(vmm: Vmm, body: types.SnapshotLoad) -> None:
     if (body.mem_backend is None) == (body.mem_file_path is None):
         raise ApiError(_JSON + (_NO_MEMORY if body.mem_backend is None else _TWO_MEMORIES))
     backend = body.mem_backend.backend_path if body.mem_backend is not None else None
-    try:
+    with refusing("Load snapshot error"):
         check_names(snapshot_path=body.snapshot_path, mem_file_path=body.mem_file_path, backend_path=backend)
-    except ConfigError as error:
-        raise ApiError(f"Load snapshot error: {error}") from None
     if vmm.configured:
         raise ApiError(f"Load snapshot error: {_CONFIGURED}")
     try:
@@ -171,11 +165,11 @@ def _load(vmm: Vmm, body: types.SnapshotLoad) -> None:
             raise SnapshotError(body.snapshot_path, "was not made by the API: pyvmm run --restore takes it")
         shown = msgspec.json.decode(image.api, type=types.VmConfiguration)
     except OSError as error:
-        raise ApiError(f"{_STATE}Failed to open snapshot file: {_io(error)}") from None
+        raise ApiError(f"{_STATE}: Failed to open snapshot file: {_io(error)}") from None
     except SnapshotError as error:
-        raise ApiError(f"{_STATE}Failed to load snapshot state from file: {error}") from None
+        raise ApiError(f"{_STATE}: Failed to load snapshot state from file: {error}") from None
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise ApiError(f"{_STATE}Failed to load snapshot state from file: {body.snapshot_path}: {error}") from None
+        raise ApiError(f"{_STATE}: Failed to load snapshot state from file: {body.snapshot_path}: {error}") from None
     _override(image, shown, body)
     diffs = body.enable_diff_snapshots or body.track_dirty_pages
     backend = body.mem_backend
@@ -217,15 +211,13 @@ def _override(image: Image, shown: types.VmConfiguration, body: types.SnapshotLo
     taps = {each.iface_id: each.host_dev_name for each in body.network_overrides}
     names = [each.iface_id for each in shown.network_interfaces]
     if any(name not in names for name in taps):
-        raise ApiError(f"{_STATE}Unknown Network Device.")
+        raise ApiError(f"{_STATE}: Unknown Network Device.")
     if body.vsock_override is not None:
         if shown.vsock is None or image.config.vsock is None:
-            raise ApiError(f"{_STATE}Unknown Vsock Device.")
+            raise ApiError(f"{_STATE}: Unknown Vsock Device.")
         uds_path = body.vsock_override.uds_path
-        try:
+        with refusing(_STATE):
             image.config = image.config.replaced(vsock=image.config.vsock.replaced(path=uds_path))
-        except ConfigError as error:
-            raise ApiError(f"{_STATE}{error}") from None
         shown.vsock.uds_path = uds_path
     if taps:
         for each in shown.network_interfaces:
