@@ -148,7 +148,7 @@ class Vmm:
                 raise ApiError(_AFTER)
             if route.when == POST_BOOT and self.machine is None:
                 raise ApiError(_BEFORE)
-            self.configured = self.configured or route.when == CONFIGURING
+            self.configured |= route.when == CONFIGURING
             try:
                 return route.do(self, body)
             except MmdsError as error:
@@ -211,11 +211,7 @@ class Vmm:
         return types.Version(firecracker_version=API_VERSION)
 
     @_asked("GetVmMachineConfig", ANY, "GET /machine-config", result=types.MachineConfiguration)
-    def _get_machine_config(self, _: None) -> types.MachineConfiguration:
-        return self._machine_config
-
-    @property
-    def _machine_config(self) -> types.MachineConfiguration:
+    def _get_machine_config(self, _: None = None) -> types.MachineConfiguration:
         return self.whole.machine_config or translate.DEFAULT_MACHINE
 
     @_asked("GetFullVmConfig", ANY, "GET /vm/config", result=types.VmConfiguration)
@@ -241,31 +237,26 @@ class Vmm:
 
     @_asked("PutMachineConfiguration", CONFIGURING, "PUT /machine-config", types.MachineConfiguration)
     def _machine_config_is(self, body: types.MachineConfiguration) -> None:
-        self._check_machine(body)
+        balloon = self.whole.balloon
+        with refusing("Machine config error"):
+            if not 1 <= body.vcpu_count <= translate.MAX_VCPUS:
+                raise ConfigError("vcpu_count", body.vcpu_count, f"must be 1 to {translate.MAX_VCPUS}")
+            if body.smt and body.vcpu_count > 1 and body.vcpu_count % 2:
+                raise ConfigError("vcpu_count", body.vcpu_count, SMT_RULE)
+            if (template := body.cpu_template) not in (None, "None", msgspec.UNSET):
+                raise ConfigError("cpu_template", template, "static templates are not supported; use /cpu-config")
+            if not body.mem_size_mib or (body.huge_pages == "2M" and body.mem_size_mib % 2):
+                raise ConfigError("mem_size_mib", body.mem_size_mib, "The memory size (MiB) is invalid.")
+            if balloon is not None and balloon.amount_mib > body.mem_size_mib:
+                raise ConfigError("mem_size_mib", body.mem_size_mib, f"the balloon is {balloon.amount_mib} MiB large")
+            if balloon is not None and body.huge_pages != "None":
+                raise ConfigError("huge_pages", body.huge_pages, HUGE_RULE)
         self.whole.machine_config = msgspec.structs.replace(body, cpu_template=msgspec.UNSET)  # it can only be "None"
 
     @_asked("UpdateMachineConfiguration", CONFIGURING, "PATCH /machine-config", types.MachineConfigurationUpdate)
     def _update_machine_config(self, body: types.MachineConfigurationUpdate) -> None:
         given = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
-        self._machine_config_is(msgspec.structs.replace(self._machine_config, **given))
-
-    def _check_machine(self, body: types.MachineConfiguration) -> None:
-        def refuse(problem: str) -> ApiError:
-            return ApiError(f"Machine config error: {problem}")
-
-        if not 1 <= body.vcpu_count <= translate.MAX_VCPUS:
-            raise refuse(f"vcpu_count {body.vcpu_count}: must be 1 to {translate.MAX_VCPUS}")
-        if body.smt and body.vcpu_count > 1 and body.vcpu_count % 2:
-            raise refuse(f"vcpu_count {body.vcpu_count}: {SMT_RULE}")
-        if body.cpu_template not in (None, "None", msgspec.UNSET):
-            raise refuse(f"cpu_template {body.cpu_template}: static templates are not supported; use /cpu-config")
-        if not body.mem_size_mib or (body.huge_pages == "2M" and body.mem_size_mib % 2):
-            raise refuse(f"mem_size_mib {body.mem_size_mib}: The memory size (MiB) is invalid.")
-        balloon = self.whole.balloon
-        if balloon is not None and balloon.amount_mib > body.mem_size_mib:
-            raise refuse(f"mem_size_mib {body.mem_size_mib}: the balloon is {balloon.amount_mib} MiB large")
-        if balloon is not None and body.huge_pages != "None":
-            raise refuse(f"huge_pages {body.huge_pages}: {HUGE_RULE}")
+        self._machine_config_is(msgspec.structs.replace(self._get_machine_config(), **given))
 
     @_asked("PutCpuConfiguration", PRE_BOOT, "PUT /cpu-config", types.CpuConfig)
     def _cpu_config_is(self, body: types.CpuConfig) -> None:
@@ -350,13 +341,13 @@ class Vmm:
     def _balloon_is(self, body: types.Balloon) -> None:
         with refusing("Balloon config error"):
             self._check_amount(body)
-            if self._machine_config.huge_pages != "None":
-                raise ConfigError("huge_pages", self._machine_config.huge_pages, HUGE_RULE)
+            if (pages := self._get_machine_config().huge_pages) != "None":
+                raise ConfigError("huge_pages", pages, HUGE_RULE)
             translate.config_of(BalloonConfig, body)
         self.whole.balloon = body
 
     def _check_amount(self, body: types.Balloon | types.BalloonUpdate) -> None:
-        check_amount(body.amount_mib, self._machine_config.mem_size_mib)
+        check_amount(body.amount_mib, self._get_machine_config().mem_size_mib)
 
     @_asked("SetEntropyDevice", CONFIGURING, "PUT /entropy", types.EntropyDevice)
     def _entropy_is(self, body: types.EntropyDevice) -> None:
