@@ -36,10 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return command
 
     add("status", _status, "tell id and state")
-    add("config", _config, "the whole configuration, as a file for --config-file")
-    add("start", _act("InstanceStart"), "start the configured VM")
-    add("pause", _state("Paused"), "hold the VM")
-    add("resume", _state("Resumed"), "let the VM go on")
+    add(
+        "config",
+        lambda client, args: _document_at(client, "/vm/config", args),
+        "the whole configuration, as a file for --config-file",
+    )
+    add("start", _ask("PUT", "/actions", action_type="InstanceStart"), "start the configured VM")
+    add("pause", _ask("PATCH", "/vm", state="Paused"), "hold the VM")
+    add("resume", _ask("PATCH", "/vm", state="Resumed"), "let the VM go on")
     snapshot = add("snapshot", _snapshot, "hold the VM, write a snapshot, and let the VM go on")
     snapshot.add_argument("directory", metavar="DIR", help="directory for state and memory; created if missing")
     snapshot.add_argument(
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     restore = add("restore", _restore, "load a snapshot into a VM that is not configured")
     restore.add_argument("directory", metavar="DIR")
     restore.add_argument("--paused", action="store_true", help="wait for resume")
-    add("ctrl-alt-del", _act("SendCtrlAltDel"), "press Ctrl-Alt-Del")
+    add("ctrl-alt-del", _ask("PUT", "/actions", action_type="SendCtrlAltDel"), "press Ctrl-Alt-Del")
     drive = add("drive", _drive, "change the file or the limits of a disk")
     drive.add_argument("id")
     drive.add_argument("--path", help="the new file, or the same file after its size has changed")
@@ -149,20 +153,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(answer: str, args: argparse.Namespace) -> None:
-    # Plain, a name and its value a line.
-    if args.json or not answer:
-        print(answer, end="\n" if answer else "")
-        return
-    facts = json.loads(answer)
-    if not isinstance(facts, dict):
-        print(answer)
-        return
-    width = max(map(len, facts), default=0)
-    for name, value in facts.items():
-        print(f"{name:{width}}  {value if isinstance(value, str) else json.dumps(value)}")
-
-
 def _status(client: Client, args: argparse.Namespace) -> None:
     answer = client.ask("GET", "/")
     if args.json:
@@ -172,17 +162,13 @@ def _status(client: Client, args: argparse.Namespace) -> None:
         print(f"{facts['id']}: {facts['state']} ({facts['app_name']} API {facts['vmm_version']})")
 
 
-def _config(client: Client, args: argparse.Namespace) -> None:
-    answer = client.ask("GET", "/vm/config")
+def _document_at(client: Client, path: str, args: argparse.Namespace) -> None:
+    answer = client.ask("GET", path)
     print(answer if args.json else json.dumps(json.loads(answer), indent=2))
 
 
-def _act(name: str) -> Any:
-    return lambda client, args: client.ask("PUT", "/actions", {"action_type": name})
-
-
-def _state(name: str) -> Any:
-    return lambda client, args: client.ask("PATCH", "/vm", {"state": name})
+def _ask(method: str, path: str, **body: str) -> Any:
+    return lambda client, args: client.ask(method, path, body)
 
 
 def _bucket(option: str, text: str | None) -> dict[str, int] | None:
@@ -229,8 +215,15 @@ def _fs(client: Client, args: argparse.Namespace) -> None:
 def _balloon(client: Client, args: argparse.Namespace) -> None:
     if args.mib is not None:
         client.ask("PATCH", "/balloon", {"amount_mib": args.mib})
-    else:
-        _show(client.ask("GET", "/balloon/statistics" if args.stats else "/balloon"), args)
+        return
+    answer = client.ask("GET", "/balloon/statistics" if args.stats else "/balloon")
+    if args.json:
+        print(answer)
+        return
+    facts = json.loads(answer)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {json.dumps(value)}")
 
 
 def _metrics(client: Client, args: argparse.Namespace) -> None:
@@ -249,8 +242,7 @@ def _document(text: str | None) -> object:
 
 def _mmds(client: Client, args: argparse.Namespace) -> None:
     if args.action == "get":
-        answer = client.ask("GET", "/mmds")
-        print(answer if args.json else json.dumps(json.loads(answer), indent=2))
+        _document_at(client, "/mmds", args)
     else:
         client.ask(args.action.upper(), "/mmds", _document(args.document))
 
