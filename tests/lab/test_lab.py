@@ -98,7 +98,8 @@ def test_directory_and_environment(run: Fake, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("SECRET", "not for the lab")
     status, out, _ = run("sh", "-c", 'pwd; echo "$PYVMM_WORD;$PYVMM_LAB;$SECRET"')
     assert (status, out.decode()) == (0, f"{there}\na 'b' $c;1;\n")
-    assert run("env", env={"ONLY": "this"})[1] == b"ONLY=this\nPYVMM_LAB=1\n"
+    monkeypatch.setattr(lab, "_environment", lambda: {"ONLY": "this"})
+    assert run("env")[1] == b"ONLY=this\nPYVMM_LAB=1\n"
 
 
 def test_it_is_shown_what_it_needs_or_all(run: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

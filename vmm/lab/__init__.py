@@ -29,7 +29,6 @@ from vmm.machine.terminal import raw
 __all__ = ["LabError", "missing", "run"]
 
 STATUS_TIME = 124
-TRIES = 2
 # Of the environment, what a command may need to run as it would here.
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TERM", "TMPDIR", "USER", "VIRTUAL_ENV", "CI", "COLUMNS")
 _KEPT_PREFIXES = ("XDG_", "PYTHON", "PYVMM_", "PYTEST_")
@@ -50,7 +49,6 @@ def run(
     memory: str = "3G",
     cpu: str = CPU,
     qemu: str | None = None,
-    env: Mapping[str, str] | None = None,
     stdin: int | None = 0,
     stdout: int = 1,
     stderr: int = 2,
@@ -66,7 +64,6 @@ def run(
     :param memory: memory of the machine, as for QEMU's -m
     :param cpu: the machine's, as QEMU's -cpu takes it
     :param qemu: the QEMU to use; None for the best there is
-    :param env: the command's environment; None for what matters of ours
     :param stdin: descriptor it reads; None for none. A terminal gives it a terminal
     :param stdout: descriptor for its output, which comes byte for byte
     :param stderr: likewise for its errors
@@ -94,7 +91,7 @@ def run(
     say = _progress()
     image = lab_image(say)
     emulator = qemus.choose(qemu, say)
-    environment = _environment() if env is None else dict(env)
+    environment = _environment()
     deadline = time.monotonic() + timeout
     terminal = stdin is not None and os.isatty(stdin) and os.isatty(stdout)
     with tempfile.TemporaryDirectory(prefix="pyvmm-lab-") as place:
@@ -117,14 +114,16 @@ def run(
             )  # fmt: skip
             return machine if host_root else in_view(machine, view, listing)
 
-        for attempt in range(1, TRIES + 1):
+        again = True
+        while True:
             boot = Boot(command, emulator.env, stdin, stdout, stderr, framed=not terminal)
             try:
                 # If we are to end, the machine is first.
                 with boot, raw(stdin if terminal else None, {signal.SIGINT: boot.interrupt}):
                     status = boot.run(deadline)
             except Died as failure:
-                if attempt < TRIES and isinstance(failure, NotUp):
+                if again and isinstance(failure, NotUp):
+                    again = False
                     print(f"pyvmm lab: the machine failed ({failure}); trying once more", file=sys.stderr)
                     continue
                 tail = "\n".join(console_of(job).splitlines()[-20:])
@@ -136,7 +135,6 @@ def run(
                 print(f"pyvmm lab: the time limit of {timeout:g} s is over", file=sys.stderr)
                 return STATUS_TIME
             return status
-    raise LabError("the machine failed")
 
 
 def _size_of(terminal: int) -> tuple[int, int]:
