@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the Cython extensions, the program `pyvmm` (vmm/launcher.c) and what runs in guests without a C library:
-the agent of sandboxes (vmm/sandbox/agent) and what starts a container image's program (vmm/images/enter.c). Installs
-the manual page that tools/man_page.py writes.
+the agent of sandboxes (vmm/sandbox/agent) and programs of images (vmm/images/*.c). Installs the manual page that
+tools/man_page.py writes.
 
 The rest of the package is in pyproject.toml.
 
@@ -49,7 +49,10 @@ MANUAL = "build/man/pyvmm.1"
 HARD = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fcf-protection"]
 RELRO = ["-Wl,-z,relro,-z,now"]
 AGENT = [f"vmm/sandbox/agent/{name}.c" for name in "boot exec files frames json libc main ports tree users".split()]
-ENTER = ["vmm/images/enter.c", "vmm/sandbox/agent/libc.c"]
+BARE_PROGRAMS = {
+    "vmm/sandbox/agent.elf": AGENT,
+    **{f"vmm/images/{name}.elf": [f"vmm/images/{name}.c", "vmm/sandbox/agent/libc.c"] for name in ("enter", "exit")},
+}
 # No function of the compiler's or the C library's, and nothing that needs one at the start.
 BARE = [
     "-Os", "-g0", "-Wall", "-Wextra", "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-U_FORTIFY_SOURCE",
@@ -148,7 +151,7 @@ class BuildBare(build_ext):  # type: ignore[misc]
         compiler = new_compiler()
         customize_compiler(compiler)
         options = ["-static", "-no-pie", "-nostdlib", "-s", "-Wl,-z,noexecstack"]
-        for sources, program in ((AGENT, "vmm/sandbox/agent.elf"), (ENTER, "vmm/images/enter.elf")):
+        for program, sources in BARE_PROGRAMS.items():
             place, name = os.path.split(os.path.join("." if self.inplace else self.build_lib, program))
             os.makedirs(place, exist_ok=True)
             with tempfile.TemporaryDirectory() as directory:

@@ -82,8 +82,9 @@ def test_the_sdist_makes_a_wheel_that_can_be_imported(source: Path, tmp_path: Pa
     assert [name for name in names if name.endswith("data/share/man/man1/pyvmm.1")]
     agent = (tmp_path / "installed/vmm/sandbox/agent.elf").read_bytes()
     assert agent[:4] == b"\x7fELF" and len(agent) < 150_000 and b"ld-linux" not in agent  # static
-    enter = (tmp_path / "installed/vmm/images/enter.elf").read_bytes()
-    assert enter[:4] == b"\x7fELF" and len(enter) < 20_000
+    for name in ("enter", "exit"):
+        program = (tmp_path / f"installed/vmm/images/{name}.elf").read_bytes()
+        assert program[:4] == b"\x7fELF" and len(program) < 20_000
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(tmp_path / "installed")!r})

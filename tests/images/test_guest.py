@@ -17,6 +17,7 @@ import pytest
 
 from tests.images.test_cpio import read
 from vmm import images
+from vmm.config.vm import DEFAULT_EXIT_PORT
 from vmm.images import apt, guest
 from vmm.images.host import PullError
 from vmm.images.initramfs import build_initramfs
@@ -112,11 +113,15 @@ def test_exit_program_runs_and_ends_with_1_where_it_may_not_use_ports() -> None:
     with tempfile.TemporaryDirectory() as directory:  # tmp_path is closed to another user
         os.chmod(directory, 0o755)
         program = Path(directory, "exit")
-        program.write_bytes(guest.exit_program())
+        data = guest.session_files("h")["usr/lib/pyvmm/exit"]
+        assert isinstance(data, bytes)
+        program.write_bytes(data)
         program.chmod(0o755)
         user = {} if os.geteuid() else {"user": 65534, "group": 65534, "extra_groups": []}
         for arguments in ([], ["3"], ["255"], ["x"]):
             assert subprocess.run([program, *arguments], **user).returncode == 1  # type: ignore[call-overload]
+    source = Path(guest.__file__).with_name("exit.c").read_text()
+    assert f"EXIT_PORT = {DEFAULT_EXIT_PORT:#x}" in source
 
 
 @pytest.fixture(scope="module")

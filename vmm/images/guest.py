@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmm.config.vm import DEFAULT_EXIT_PORT
 from vmm.images.container import ImageConfig
 from vmm.images.host import PullError
 from vmm.images.initramfs import LOAD_MODULES
@@ -240,12 +238,22 @@ ExecStart=-/sbin/agetty --autologin root --noclear --keep-baud %I 115200,38400,9
 """
 
 
+def _program(name: str) -> bytes:
+    path = Path(__file__).with_name(f"{name}.elf")
+    if not path.is_file():
+        raise PullError(f"{path} is missing: install pyvmm again, or run `make install`")
+    return path.read_bytes()
+
+
 def session_files(hostname: str) -> dict[str, str | bytes]:
-    """Return the files of process 1 and what it reads, by path in the guest."""
+    """Return the files of process 1 and what it reads, by path in the guest.
+
+    :raises PullError: pyvmm was not built whole
+    """
     return {
         "usr/lib/pyvmm/init": ROOT_INIT,
         "usr/lib/pyvmm/poweroff": POWEROFF,
-        "usr/lib/pyvmm/exit": exit_program(),
+        "usr/lib/pyvmm/exit": _program("exit"),
         "etc/fstab": FSTAB,
         "etc/hostname": f"{hostname}\n",
         "etc/hosts": f"127.0.0.1 localhost {hostname}\n::1 localhost\n",
@@ -265,20 +273,14 @@ def busybox_files(hostname: str) -> dict[str, str | bytes]:
 
 
 def container_files(config: ImageConfig) -> dict[str, str | bytes]:
-    """Return the initramfs's files for a container image; what starts its program is ``enter.c``.
-
-    :raises PullError: pyvmm was not built whole
-    """
-    path = Path(__file__).with_name("enter.elf")
-    if not path.is_file():
-        raise PullError(f"{path} is missing: install pyvmm again, or run `make install`")
+    """Return the initramfs's files for a container image; what starts its program is ``enter.c``."""
     env = {"HOME": config.home, "TERM": "linux"} | config.env
     env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     groups = ",".join(map(str, (config.gid, *config.groups)))
     head = [str(config.uid), str(config.gid), groups, config.working_dir, str(len(env))]
     words = [*head, *(f"{name}={value}" for name, value in env.items()), *config.entrypoint]
     return busybox_files("container") | {
-        "usr/lib/pyvmm/enter": path.read_bytes(),
+        "usr/lib/pyvmm/enter": _program("enter"),
         "etc/pyvmm/enter": _words(words),
         "etc/pyvmm/cmd": _words(config.cmd or (() if config.entrypoint else ("/bin/sh",))),
     }
@@ -286,31 +288,3 @@ def container_files(config: ImageConfig) -> dict[str, str | bytes]:
 
 def _words(words: Iterable[str]) -> bytes:
     return b"".join(word.encode(errors="surrogateescape") + b"\0" for word in words)
-
-
-def exit_program() -> bytes:
-    """Return /usr/lib/pyvmm/exit: a static x86-64 ELF that writes its argument, 0 to 255, to the exit port.
-
-    A program and no script, because Debian's cloud kernel has no /dev/port. Where nothing answers at the port
-    (or ioperm is refused) it ends with status 1 and the machine goes on.
-    """
-    port = struct.pack("<I", DEFAULT_EXIT_PORT).hex()
-    code = bytes.fromhex(
-        "488b742410"  # mov rsi, [rsp+16]      argv[1]
-        "31db"  # xor ebx, ebx
-        "4885f6 7415"  # test rsi, rsi; jz write
-        "0fb606 48ffc6"  # digit: movzx eax, byte [rsi]; inc rsi
-        "83e830 83f809 7707"  # sub eax, '0'; cmp eax, 9; ja write
-        "6bdb0a 01c3 ebeb"  # imul ebx, ebx, 10; add ebx, eax; jmp digit
-        f"b8ad000000 bf{port}"  # write: mov eax, SYS_ioperm; mov edi, port
-        "be01000000 ba01000000 0f05"  # mov esi, 1; mov edx, 1; syscall
-        "85c0 7508"  # test eax, eax; jnz end
-        f"89d8 ba{port} ee"  # mov eax, ebx; mov edx, port; out dx, al
-        "bf01000000 b83c000000 0f05"  # end: mov edi, 1; mov eax, SYS_exit; syscall
-    )
-    base, headers = 0x400000, 64 + 56
-    size = headers + len(code)
-    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    elf = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)  # PT_LOAD, read and execute
-    return elf + segment + code
