@@ -299,7 +299,7 @@ class Config:
 
         :raises ConfigError: a word that is not one of its own
         """
-        words = [word for word in cls.words() if not word.isupper() and not word.startswith("TAG")]
+        words = [word for word in cls.words() if not word.isupper()]
         return parse_words(f"--{cls.TITLE}", text, words, first=len(words) < len(cls.words()))
 
     @classmethod
@@ -318,7 +318,7 @@ class Config:
                 if first or each.default is REQUIRED:
                     values[name] = each.read(f"{cls.TITLE} {words[0]}", first)
             elif any(word in found for word in words):
-                if each.default in (True, False) and isinstance(each.default, bool):
+                if isinstance(each.default, bool):
                     values[name] = not each.default
                 else:
                     values[name] = each.read(cls.field(name), *(found.get(word) for word in words))

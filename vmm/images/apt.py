@@ -8,6 +8,7 @@ package of another suite than this host's it is ``NAME@SUITE.chosen``.
 
 from __future__ import annotations
 
+import email
 import hashlib
 import os
 import pwd
@@ -195,14 +196,10 @@ def _show(name: str, env: Mapping[str, str]) -> _Offer:
         if not _knows_any(env):
             raise PullError("apt has no package lists: run `apt-get update` as root") from None
         raise PullError(f"apt knows no package {name}: run `apt-get update` as root, or check the name") from None
-    fields = {}
-    for line in text.split("\n\n")[0].splitlines():
-        key, colon, value = line.partition(": ")
-        if colon and not line.startswith(" "):
-            fields[key] = value
+    fields = email.message_from_string(text)
     if "Size" not in fields:  # installed by hand, in no list
         raise PullError(f"no apt source has {name}: run `apt-get update` as root")
-    return _Offer(name, fields["Version"], int(fields["Size"]), fields.get("SHA256", ""), fields.get("Depends", ""))
+    return _Offer(name, fields["Version"], int(fields["Size"]), fields["SHA256"] or "", fields["Depends"] or "")
 
 
 def _knows_any(env: Mapping[str, str]) -> bool:
