@@ -9,15 +9,10 @@ API_VERSION = "1.12.1"
 
 
 class ApiError(VmmError):
-    """A request is refused, and nothing of it was done.
-
-    :param message: the ``fault_message``
-    :param status: status of the answer
-    """
+    """A request is refused with that ``fault_message`` and status, and nothing of it was done."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
-        self.message = message
         self.status = status
 
 

@@ -73,7 +73,7 @@ def _answer(vmm: Vmm, method: str, path: str, body: bytes) -> tuple[int, bytes, 
         result = vmm.handle(action, asked)
     except ApiError as error:
         vmm.lost = vmm.lost or isinstance(error, FatalError)
-        return error.status, encode(types.Fault(fault_message=error.message)), headers
+        return error.status, encode(types.Fault(fault_message=str(error))), headers
     except Exception as error:  # a mistake of ours must cost neither the VM nor the API
         sys.excepthook(*sys.exc_info())
         return 500, encode(types.Fault(fault_message=f"Internal error: {type(error).__name__}: {error}")), ()

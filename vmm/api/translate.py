@@ -207,21 +207,15 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         raise ConfigError("cpu_template", "", "was read from a file; name that file")
     if config.kvm != "/dev/kvm":
         raise ConfigError("--kvm", config.kvm, "cannot be expressed in a configuration file")
-    # The command line names the root device by itself, unless its words were all given.
-    added = config.root_parameters
-    root = None
-    if added:
-        roots = [each.root for each in config.drives]
-        root = roots.index(True) if True in roots else None
-    if root:  # neither none nor the first, where Firecracker would put it
-        added, root = "", None
+    # The API adds the root device's words, too, but puts a root disk before the others.
+    added = config.root_parameters != "" and not any(each.root for each in config.drives[1:])
     boot_args = config.cmdline_with("") if added else config.full_cmdline
     host = body_of(types.Host, config, **{} if config.memory % _MIB else {"memory": UNSET})
     return types.VmConfiguration(
         boot_source=body_of(types.BootSource, config, boot_args=boot_args),
         machine_config=body_of(types.MachineConfiguration, config, mem_size_mib=config.memory // _MIB),
         drives=[
-            body_of(types.Drive, each, drive_id=each.id or f"drive_{index}", is_root_device=index == root)
+            body_of(types.Drive, each, drive_id=each.id or f"drive_{index}", is_root_device=added and each.root)
             for index, each in enumerate(config.drives)
         ],
         network_interfaces=[
@@ -230,7 +224,7 @@ def vm_body(config: VmConfig) -> types.VmConfiguration:
         ],
         mmds_config=body_of(types.MmdsConfig, config.mmds) if config.mmds else None,
         vsock=body_of(types.Vsock, config.vsock) if config.vsock else None,
-        fs=[body_of(types.SharedFs, each, is_root_device=bool(added) and each.root) for each in config.shares] or UNSET,
+        fs=[body_of(types.SharedFs, each, is_root_device=added and each.root) for each in config.shares] or UNSET,
         entropy=body_of(types.EntropyDevice, config.entropy) if config.entropy else None,
         balloon=body_of(types.Balloon, config.balloon) if config.balloon else None,
         serial=types.Serial(rate_limiter=_limiter_body(limits)) if (limits := config.console_rate_limiter) else UNSET,
