@@ -8,15 +8,17 @@ import os
 import subprocess
 import tarfile
 import tempfile
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
 from vmm.images.host import Progress, PullError, tool
-from vmm.images.layers import Inode, Tree
+from vmm.images.layers import Tree
 
 # lz4: half the size, and a guest reads it as quickly as a plain file
 COMPRESSION = ("-comp", "lz4")
 _PIPE = 1 << 20  # bytes; what a pipe may have at most without privileges
+_BUFFER = 1 << 16  # bytes; tarfile copies all of it for every piece that it writes
 
 
 def write(tree: Tree, image: Path, progress: Progress) -> None:
@@ -39,48 +41,34 @@ def write(tree: Tree, image: Path, progress: Progress) -> None:
         ) as sqfstar,
     ):
         assert sqfstar.stdin is not None
-        pipe = sqfstar.stdin.fileno()
+        with suppress(OSError):  # a user's pipes have a limit
+            fcntl.fcntl(sqfstar.stdin, fcntl.F_SETPIPE_SZ, _PIPE)
         try:
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
-        except OSError:
-            pass  # a user's pipes have a limit
-        try:
-            done = 0
-            names: dict[int, str] = {}
-            for path, inode in entries:
-                _entry(pipe, path, inode, names)
-                done += inode.header.size
-                progress("making the file system", done / total)
-            _write(pipe, bytes(2 * tarfile.BLOCKSIZE))
+            with sqfstar.stdin, tarfile.open(
+                fileobj=sqfstar.stdin, mode="w|", bufsize=_BUFFER, format=tarfile.PAX_FORMAT, encoding="utf-8",
+                errors="surrogateescape",
+            ) as tar:  # fmt: skip
+                tar.copybufsize = 4 * _BUFFER  # type: ignore[attr-defined]  # no stub has it
+                done = 0
+                names: dict[int, str] = {}
+                for path, inode in entries:
+                    header = copy(inode.header)
+                    header.name = path
+                    first = names.setdefault(id(inode), path)
+                    if first != path and header.isreg():
+                        header.type, header.linkname, header.size = tarfile.LNKTYPE, first, 0
+                    with inode.open() as file:
+                        tar.addfile(header, file)
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
+                    done += inode.header.size
+                    progress("making the file system", done / total)
         except BrokenPipeError:
             pass  # it says why
         except BaseException:
             sqfstar.kill()
             raise
-        finally:
-            sqfstar.stdin.close()
         status = sqfstar.wait()
         errors.seek(0)
         said = errors.read(1 << 16).decode(errors="replace").strip().splitlines()
     if status:
         raise PullError(f"sqfstar: {said[-1] if said else f'exit status {status}'}")
-
-
-def _entry(pipe: int, path: str, inode: Inode, names: dict[int, str]) -> None:
-    header = copy(inode.header)
-    header.name = path
-    first = names.setdefault(id(inode), path)
-    if first != path and header.isreg():
-        header.type, header.linkname, header.size = tarfile.LNKTYPE, first, 0
-    _write(pipe, header.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
-    if header.size:  # of a further name it is 0
-        with inode.open() as file:
-            while piece := file.read(_PIPE):
-                _write(pipe, piece)
-        _write(pipe, bytes(-header.size % tarfile.BLOCKSIZE))
-
-
-def _write(pipe: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(pipe, view) :]
