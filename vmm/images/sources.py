@@ -109,8 +109,7 @@ def layout(name: Name) -> Content:
 
     def layer(blob: manifest.Descriptor) -> BinaryIO:
         file = _opened(path(blob.digest))
-        algorithm, _, wanted = blob.digest.partition(":")
-        if hashlib.file_digest(file, algorithm).hexdigest() != wanted:  # type: ignore[arg-type]
+        if not manifest.matches(file, blob.digest):
             file.close()
             raise PullError(f"{home}: {blob.digest} does not match its digest")
         file.seek(0)
