@@ -13,7 +13,7 @@ import pytest
 from boot.load import load
 from tests.images.test_cpio import read
 from vmm.images import apt, guest, rootfs, suites
-from vmm.images.host import PullError
+from vmm.images.host import PullError, silent
 from vmm.images.initramfs import build_initramfs
 from vmm.memory import GuestMemory
 
@@ -48,18 +48,23 @@ def test_the_initramfs_has_what_a_guest_needs(kernel: apt.Package) -> None:
     assert f"{version}/virtio_mmio.ko" in order
 
 
-def test_the_root_file_system_is_of_the_hosts_release(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_file_system_is_of_the_hosts_release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program, archive = tmp_path / "mmdebstrap", tmp_path / "root.tar"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >words\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(rootfs, "tool", lambda name: str(program))
+
+    def asked() -> list[str]:
+        rootfs._mmdebstrap(archive, (), silent)
+        words = (tmp_path / "words").read_text().splitlines()
+        return words[words.index(str(archive)) - 1 :]
+
     main, updates = ["http://m/d/", "trixie", "main"], ["http://m/d/", "trixie-updates", "main"]
     monkeypatch.setattr(suites, "sources", lambda: [updates, main])
-    assert (rootfs._suite(), rootfs._sources("trixie")) == (
-        "trixie",
-        [
-            "deb http://m/d/ trixie-updates main",
-            "deb http://m/d/ trixie main",
-        ],
-    )
+    mirrors = ["deb http://m/d/ trixie-updates main", "deb http://m/d/ trixie main"]
+    assert asked() == ["trixie", str(archive), *mirrors]
     monkeypatch.setattr(suites, "sources", list)
-    assert (rootfs._suite(), rootfs._sources("bookworm")) == ("bookworm", [])
+    assert asked() == ["bookworm", str(archive)]
 
 
 def test_a_suite_that_is_not_there_is_one_line(cache: Path) -> None:

@@ -87,10 +87,9 @@ def run(session: Session, args: argparse.Namespace, command: list[str]) -> int:
 def connect(process: Process, *, terminal: bool) -> int:
     """Copy this process's standard streams to and from a command, until it ends; returns its status."""
     process.limit = 0
-    process.stdout.on_data, process.stderr.on_data = _writer(1), _writer(2)
-    said = process.stdout.take(), process.stderr.take()  # before it was asked where to
-    for fd, data in zip((1, 2), said, strict=True):
-        _writer(fd)(data)
+    for fd, stream in ((1, process.stdout), (2, process.stderr)):
+        stream.on_data = _writer(fd)
+        stream.on_data(stream.take())  # what was said before it was asked where to
     bell, ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     ring_with: dict[int, bytes] = {signal.SIGTERM: b"t", **({signal.SIGWINCH: b"w"} if terminal else {})}
     handlers = dict.fromkeys(ring_with, lambda number, _: os.write(ring, ring_with[number]))

@@ -62,16 +62,13 @@ def main(args: Namespace) -> int:
 def _list() -> None:
     for entry in images.available():
         if entry["cached"]:
-            state = f"cached: kernel {entry['kernel_version']}, {_size(entry['bytes'])} on disk, {entry['built']}"
+            size = f"{entry['bytes'] / (1 << 20):.0f} MiB on disk"
+            state = f"cached: kernel {entry['kernel_version']}, {size}, {entry['built']}"
             if entry["packages"]:
                 state += f", with {', '.join(entry['packages'])}"
         else:
             state = f"damaged: {entry['damaged']}" if "damaged" in entry else "not pulled"
         print(f"{entry['name']:<9} {entry['summary']}\n{'':<10}{state}")
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 20):.0f} MiB"
 
 
 class _Progress:

@@ -96,8 +96,8 @@ def _get(name: str, debs: Path, env: Mapping[str, str], progress: Progress) -> P
     offer = _candidate(name, env)
     tree = _tree(debs, offer.name, offer.version)
     if not tree.is_dir():
-        parts = [_show(part, env) for part in _parts(offer)]
-        _fetch([offer, *parts], tree, env, progress)
+        parts = _KERNEL_PARTS.findall(offer.depends) if offer.name.startswith("linux-image-") else []
+        _fetch([offer, *(_show(part, env) for part in parts)], tree, env, progress)
     return Package(offer.name, offer.version, tree)
 
 
@@ -179,11 +179,6 @@ def _candidate(name: str, env: Mapping[str, str]) -> _Offer:
             raise PullError(f"apt's {name} depends on {len(kernels)} kernels, one is expected: name one yourself")
         offer = _show(kernels[0], env)
     return offer
-
-
-def _parts(offer: _Offer) -> list[str]:
-    # the further packages that make up a kernel
-    return _KERNEL_PARTS.findall(offer.depends) if offer.name.startswith("linux-image-") else []
 
 
 def _show(name: str, env: Mapping[str, str]) -> _Offer:

@@ -102,8 +102,10 @@ def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> N
     argv = [tool("mmdebstrap"), "--variant=minbase", f"--include={','.join(names)}"]
     if os.path.exists(suites.KEYRING):
         argv.append(f"--keyring={suites.KEYRING}")
-    suite = _suite()
-    argv += [suite, str(archive), *_sources(suite)]
+    suite = suites.own() or DEBIAN_SUITE  # this host's, whose kernel it is, too
+    # the Debian sources that this host uses, perhaps a mirror nearby; none means mmdebstrap's own default
+    mirrors = [f"deb {uri} {name} {part}" for uri, name, part in suites.sources() if name.startswith(suite)]
+    argv += [suite, str(archive), *mirrors]
     errors = []
     last = ""
     with subprocess.Popen(
@@ -128,16 +130,6 @@ def _mmdebstrap(archive: Path, packages: Sequence[str], progress: Progress) -> N
     if mmdebstrap.returncode:
         fetching = last in tuple(_MMDEBSTRAP_STEPS)[:2]
         raise (FetchError if fetching else PullError)(f"cannot make the Debian root: {apt.reason(errors)}")
-
-
-def _suite() -> str:
-    """The Debian of the image: this host's, whose kernel it is, too; elsewhere the one named here."""
-    return suites.own() or DEBIAN_SUITE
-
-
-def _sources(suite: str) -> list[str]:
-    # the Debian sources that this host uses, perhaps a mirror nearby; none means mmdebstrap's own default
-    return [f"deb {uri} {name} {part}" for uri, name, part in suites.sources() if name.startswith(suite)]
 
 
 def _finish(work: Path, unpack: str, image: Path, size: int, label: str) -> None:
