@@ -108,6 +108,18 @@ def check_names(**names: str | None) -> None:
             raise ConfigError(field, repr(name), "must have no NUL in it")
 
 
+def check_path(field: str, path: str | os.PathLike[str]) -> str:
+    """`path` as text.
+
+    :raises ConfigError: the path is empty, or has a NUL byte in it
+    """
+    path = os.fspath(path)
+    if not path:
+        raise ConfigError(field, "", "is empty")
+    check_names(**{field: path})
+    return path
+
+
 def parse_size(field: str, text: str | int) -> int:
     """Bytes of a size as people write it: ``512M``, ``2G``, ``1.5GiB``, ``65536``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from vmm.config import check_names, parse_count, parse_size
+from vmm.config import check_names, check_path, parse_count, parse_size
 from vmm.config.option import REQUIRED, Config, option
 from vmm.errors import ConfigError
 
@@ -23,13 +23,6 @@ MIN_CID = 3
 MAX_CID = 0xFFFF_FFFF
 MAX_UDS_PATH = 107  # sockaddr_un, less its final NUL
 _BPS, _IOPS = "limit of bytes a second, with K, M or G", "limit of operations a second"
-
-
-def _path(field: str, path: str | os.PathLike[str]) -> str:
-    path = os.fspath(path)
-    if not path:
-        raise ConfigError(field, "", "is empty")
-    return _name(field, path)
 
 
 def _name(field: str, name: str) -> str:
@@ -78,7 +71,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
 
     path: Given[str, str | os.PathLike[str]] = option(
         help="a raw image, a block device or a qcow2 image; write a comma in the path twice",
-        kw_only=False, word="PATH", check=_path, api="path_on_host", api_default=None,
+        kw_only=False, word="PATH", check=check_path, api="path_on_host", api_default=None,
     )  # fmt: skip
     read_only: bool = option(
         help="the guest cannot write it", default=False, word="ro", api="is_read_only", api_default=None
@@ -117,7 +110,7 @@ class DriveConfig(Config, title="disk", usage="PATH[,ro][,...]"):
     )  # fmt: skip
     backing: Given[str | None, str | os.PathLike[str] | None] = option(
         help="the backing file of a qcow2 image; without this, an image that names one is refused",
-        default=None, word="backing=", check=_path, api="backing_file", extension=True,
+        default=None, word="backing=", check=check_path, api="backing_file", extension=True,
     )  # fmt: skip
     backing_format: str | None = option(
         help="format of the backing file: raw (default) or qcow2",
@@ -203,7 +196,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
         default=None, least=68, most=65535, word="mtu=", api="mtu", api_bits=16, extension=True,
     )  # fmt: skip
     pcap: Given[str | None, str | os.PathLike[str] | None] = option(
-        help="a file that records every frame", default=None, word="pcap=", check=_path, api="pcap", extension=True
+        help="a file that records every frame", default=None, word="pcap=", check=check_path, api="pcap", extension=True
     )
     address: str | None = option(
         help="the host's address on a new tap, such as 10.0.0.1/24",
@@ -269,9 +262,7 @@ class NetConfig(Config, title="net", usage="tap=NAME|auto|user[,...]"):
 
 
 def _socket_path(field: str, path: str) -> str:
-    path = os.fspath(path)
-    if not path or "\0" in path:
-        raise ConfigError(field, repr(path), "must be the path of a unix socket")
+    path = check_path(field, path)
     if len(os.fsencode(path)) > MAX_UDS_PATH:
         raise ConfigError(field, path, f"must be at most {MAX_UDS_PATH} bytes long")
     return path
@@ -326,7 +317,7 @@ class ShareConfig(Config, title="share", usage="TAG=DIR[,ro][,...]"):
         words={"TAG=DIR": "the tag by which the guest mounts it, and the directory"}, api="tag",
     )  # fmt: skip
     path: Given[str, str | os.PathLike[str]] = option(
-        help="the directory", kw_only=False, check=_path, api="shared_dir"
+        help="the directory", kw_only=False, check=check_path, api="shared_dir"
     )
     read_only: bool = option(help="the guest cannot change anything", default=False, word="ro", api="read_only")
     submounts: bool = option(

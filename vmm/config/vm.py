@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from vmm.cmdline import Cmdline, parameter
-from vmm.config import did_you_mean, parse_size, size_text
+from vmm.config import check_path, did_you_mean, parse_size, size_text
 from vmm.config.option import REQUIRED, Config, option
 from vmm.errors import ConfigError
 
@@ -73,10 +73,6 @@ DEFAULT_EXIT_PORT = 0xF4
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd"
 
 
-def _path(field: str, path: str | os.PathLike[str]) -> str:
-    return os.fspath(path)
-
-
 def _memory(field: str, size: int | str) -> int:
     size = parse_size(field, size)
     if not MIN_MEMORY <= size <= MAX_MEMORY:
@@ -104,10 +100,10 @@ class VmConfig(Config):
     """The configuration of a VM."""
 
     kernel: Given[str, str | os.PathLike[str]] = option(
-        help="path of a vmlinux or any PVH ELF, or a bzImage", kw_only=False, check=_path, api="kernel_image_path"
+        help="path of a vmlinux or any PVH ELF, or a bzImage", kw_only=False, check=check_path, api="kernel_image_path"
     )
     initrd: Given[str | None, str | os.PathLike[str] | None] = option(
-        help="initial ramdisk", default=None, check=_path, word="--initrd", metavar="F", api="initrd_path"
+        help="initial ramdisk", default=None, check=check_path, word="--initrd", metavar="F", api="initrd_path"
     )
     cmdline: str | None = option(
         help=f"kernel command line, instead of {DEFAULT_CMDLINE!r}",
@@ -172,7 +168,7 @@ class VmConfig(Config):
         help="a byte 123 at 0xd0000000 logs how long the guest took; devices are one window further up", default=False
     )
     kvm: Given[str, str | os.PathLike[str]] = option(
-        help="the KVM device (default: /dev/kvm)", default="/dev/kvm", word="--kvm", metavar="PATH", check=_path
+        help="the KVM device (default: /dev/kvm)", default="/dev/kvm", word="--kvm", metavar="PATH", check=check_path
     )
     exit_port: int | None = option(
         help="port of the exit device, or None for no such device", default=DEFAULT_EXIT_PORT,
