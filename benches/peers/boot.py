@@ -72,7 +72,7 @@ def _prepare(directory: Path) -> None:
     compiler = ["cc", "-O2", "-static", "-nostdlib", "-fno-stack-protector", "-o", str(init), "-xc", "-"]
     subprocess.run(compiler, input=INIT.encode(), check=True)
     archive = Archive()
-    archive.node("dev/console", "c", 5, 1)
+    archive.console()
     archive.file("init", init.read_bytes(), 0o755)
     (directory / "initrd").write_bytes(archive.to_bytes())
 

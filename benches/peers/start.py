@@ -218,7 +218,7 @@ def _linux(starter: Starter, count: int) -> list[Row]:
     compiler = ["cc", "-O2", "-static", "-nostdlib", "-fno-stack-protector", "-o", str(init), "-xc", "-"]
     subprocess.run(compiler, input=INIT.replace(r"\n@init@\n", r"\1       ").encode(), check=True)
     archive = Archive()
-    archive.node("dev/console", "c", 5, 1)
+    archive.console()
     archive.file("init", init.read_bytes(), 0o755)
     initrd = directory / "initrd"
     initrd.write_bytes(archive.to_bytes())

@@ -337,7 +337,7 @@ def _initrd(kernel: Path | None) -> bytes:
     archive = Archive()
     for directory in ("proc", "sys", "dev", "run", "mnt", "tmp", "root", "etc"):
         archive.directory(directory)
-    archive.node("dev/console", "c", 5, 1)
+    archive.console()
     add_busybox(archive)
     archive.file("init", INIT.encode(), 0o755)
     archive.file("own/reload", RELOAD.encode(), 0o755)

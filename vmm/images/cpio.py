@@ -32,12 +32,12 @@ class Archive:
     def __contains__(self, path: str) -> bool:
         return _normal(path) in self._entries
 
-    def directory(self, path: str, mode: int = 0o755) -> None:
+    def directory(self, path: str) -> None:
         """Add a directory.
 
         :raises ValueError: the path exists, or one above it is not a directory
         """
-        self._add(path, stat.S_IFDIR | mode)
+        self._add(path, stat.S_IFDIR | 0o755)
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Add a regular file that holds ``data``.
@@ -52,12 +52,9 @@ class Archive:
         """Add a symbolic link to ``target``, which need not exist."""
         self._add(path, stat.S_IFLNK | 0o777, target.encode())
 
-    def node(self, path: str, kind: str, major: int, minor: int, mode: int = 0o600) -> None:
-        """Add a device node.
-
-        :param kind: ``c`` or ``b``, as mknod(1) has it
-        """
-        self._add(path, {"c": stat.S_IFCHR, "b": stat.S_IFBLK}[kind] | mode, device=(major, minor))
+    def console(self) -> None:
+        """Add /dev/console, which the kernel opens for /init before devtmpfs is mounted."""
+        self._add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
 
     def to_bytes(self) -> bytes:
         """Return the archive, padded to 512 bytes as cpio does."""

@@ -51,7 +51,7 @@ def build_initramfs(
     archive = Archive()
     for directory in ("proc", "sys", "dev", "run", "mnt", "tmp", "root", "etc"):
         archive.directory(directory)
-    archive.node("dev/console", "c", 5, 1)  # devtmpfs is not mounted yet when the kernel opens it for /init
+    archive.console()
     add_busybox(archive, progress)
     names = list(module_names)
     contents = {"lib/modules/order": b""}

@@ -50,7 +50,7 @@ def archive() -> bytes:
     made = Archive()
     for directory in ("proc", "sys", "dev"):
         made.directory(directory)
-    made.node("dev/console", "c", 5, 1)
+    made.console()
     made.file("init", agent(), 0o755)
     return made.to_bytes()
 
