@@ -153,10 +153,10 @@ def _run(arguments: list[str]) -> int:
             return 0
         case [str(name), *_] if name not in COMMANDS:
             from vmm.commands.parser import paint
-            from vmm.config import did_you_mean
+            from vmm.config import only
 
-            guess, program = did_you_mean(name, COMMANDS) or ";", paint("pyvmm:", 1, sys.stderr)
-            print(f"{program} {line(name)} is not a command{guess} allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+            program = paint("pyvmm:", 1, sys.stderr)
+            print(f"{program} {line(name)} is not a command{only(name, tuple(COMMANDS))}", file=sys.stderr)
             return STATUS_CONFIG
     name, *rest = arguments
     if name in STARTS:

@@ -10,7 +10,7 @@ import sys
 
 from vmm.commands import guide
 from vmm.commands.cli import COMMANDS, STATUS_CONFIG
-from vmm.config import did_you_mean
+from vmm.config import did_you_mean, only
 from vmm.errors import line
 
 TYPE_CHECKING = False
@@ -69,8 +69,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             allowed = [str(choice) for choice in action.choices]
-            guess = did_you_mean(str(value), allowed) or ";"
-            raise argparse.ArgumentError(action, f"{value!r} is not one of them{guess} allowed: {', '.join(allowed)}")
+            raise argparse.ArgumentError(action, f"{value!r} is not one of them{only(str(value), allowed)}")
 
     def print_help(self, file: Any = None) -> None:
         """Print it where argparse would pass over that it cannot be written."""

@@ -98,6 +98,11 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def only(word: str, allowed: Sequence[str]) -> str:
+    """``; did you mean X? allowed: X, Y``, where `word` is not one of `allowed`."""
+    return f"{did_you_mean(word, allowed) or ';'} allowed: {', '.join(allowed)}"
+
+
 def check_names(**names: str | None) -> None:
     """Refuse names of files and interfaces that hold a NUL byte: the kernel would read only up to it.
 
@@ -156,8 +161,7 @@ def parse_words(option: str, text: str, words: Sequence[str], *, first: bool = F
     for word in given[1:] if first else given:
         key, equals, value = word.partition("=")
         if key + equals not in words or (equals and not value):
-            guess = did_you_mean(key + equals, words)
-            raise ConfigError(option, text, f"unknown option {word!r}{guess or ';'} allowed: {', '.join(words)}")
+            raise ConfigError(option, text, f"unknown option {word!r}{only(key + equals, words)}")
         if key in found:
             raise ConfigError(option, text, f"has {key} more than once")
         found[key] = value

@@ -12,7 +12,7 @@ import re
 import tomllib
 from contextlib import contextmanager
 
-from vmm.config import attribute, did_you_mean
+from vmm.config import attribute, only
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -64,14 +64,11 @@ def read(path: str) -> dict[str, dict[str, tuple[Any, str]]]:
     found: dict[str, dict[str, tuple[Any, str]]] = {}
     for command, table in document.items():
         if command not in ALLOWED or not isinstance(table, dict):
-            guess = did_you_mean(command, ALLOWED)
-            raise ConfigError(f"{path}:", command, f"is not a table of options{guess or ';'} allowed: [run], [serve]")
+            raise ConfigError(f"{path}:", command, f"is not a table of options{only(command, tuple(ALLOWED))}")
         for key, value in table.items():
             source = _source(path, text, command, key)
             if key not in ALLOWED[command]:
-                guess = did_you_mean(key, ALLOWED[command]) or ";"
-                allowed = ", ".join(ALLOWED[command])
-                raise ConfigError(f"{source}:", key, f"cannot be set in [{command}]{guess} allowed: {allowed}")
+                raise ConfigError(f"{source}:", key, f"cannot be set in [{command}]{only(key, ALLOWED[command])}")
             found.setdefault(command, {})[key] = value, source
     return found
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmm.config import did_you_mean
+from vmm.config import only
 from vmm.durable import put_whole, sync
 from vmm.errors import ConfigError, line, path_of
 from vmm.images import FORMAT, NAMES, Image, apt, guest, reference, resolve, rootfs
@@ -54,9 +54,7 @@ def pull(name: str, *, refresh: bool, size: int | None, packages: Sequence[str],
         return oci.pull(container, refresh=refresh, limit=size, progress=progress)
     recipe = RECIPES.get(name)
     if recipe is None:
-        guess = did_you_mean(name, NAMES) or ";"
-        allowed = f"{', '.join(NAMES)}, and oci:REF for any container image"
-        raise ConfigError("image", name, f"not known{guess} allowed: {allowed}")
+        raise ConfigError("image", name, f"not known{only(name, NAMES)}, and oci:REF for any container image")
     if size is not None and (size < MIN_SIZE or size % 4096):
         raise ConfigError("--size", size, f"must be a multiple of 4096 and at least {MIN_SIZE >> 20}M")
 
