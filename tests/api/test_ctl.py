@@ -112,7 +112,7 @@ def test_a_slow_answer_is_waited_for_where_it_takes_long(tmp_path: Path) -> None
         time.sleep(0.5 if path in ("/snapshot/create", "/mmds") else 0)
         return 200, b'{"state": "Running"}', ()
 
-    server = Server(Listener("socket", str(tmp_path / "s"), 8), answer)
+    server = Server(Listener("socket", str(tmp_path / "s"), 8), answer, 1 << 10)
     server.start()
     try:
         with pytest.raises(HostError, match="Connection timed out"):

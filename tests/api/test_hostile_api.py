@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from tests.api.oracle import PYVMM, Client, Process
 from tests.kvm.guests import write_guest
 from tests.kvm.ring3 import kernel
-from vmm.api.server import MAX_CONNECTIONS, MAX_HEAD, MAX_PAYLOAD, Server
+from vmm.api.server import MAX_CONNECTIONS, MAX_HEAD, Server
+from vmm.commands.serve import MAX_PAYLOAD
 from vmm.errors import ConfigError
 from vmm.unix_socket import Listener
 
@@ -35,14 +36,15 @@ def bind(path: str) -> Listener:
 
 
 @pytest.fixture
-def echo(tmp_path: Path) -> Iterator[tuple[Path, Server]]:
+def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Server]]:
     """A server in this process that answers with what it was asked, and has no patience."""
     path = tmp_path / "api.sock"
 
     def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
         return 200, json.dumps([method, path, len(body)]).encode() + bytes(1 << 20 if path == "/long" else 0), ()
 
-    server = Server(bind(str(path)), answer, patience=0.2)
+    monkeypatch.setattr("vmm.api.server.REQUEST_SECONDS", 0.2)
+    server = Server(bind(str(path)), answer, MAX_PAYLOAD)
     server.start()
     yield path, server
     server.close()
@@ -116,7 +118,7 @@ def test_bytes_beyond_ascii_stay_as_they_are_however_they_come(tmp_path: Path) -
     def answer(method: str, path: str, body: bytes) -> tuple[int, bytes, tuple[str, ...]]:
         return 200, json.dumps([path, body.decode()]).encode(), ()
 
-    server = Server(bind(str(tmp_path / "api.sock")), answer)
+    server = Server(bind(str(tmp_path / "api.sock")), answer, MAX_PAYLOAD)
     server.start()
     body = text.encode()
     head = f"PUT /{text} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -203,7 +205,7 @@ def test_who_asks_very_much_at_once_waits_behind_who_asks_little(tmp_path: Path)
         time.sleep(0.002)
         return 200, bytes(2000), ()
 
-    server = Server(bind(str(tmp_path / "s")), answer)
+    server = Server(bind(str(tmp_path / "s")), answer, MAX_PAYLOAD)
     server.start()
     flood, polite = Client(tmp_path / "s"), Client(tmp_path / "s")
     many = b"GET /flood HTTP/1.1\r\n\r\n" * (1 << 11)
@@ -230,7 +232,7 @@ def test_without_a_descriptor_left_it_answers_one_and_does_not_spin(tmp_path: Pa
 import os, resource, sys, time
 from vmm.api.server import Server
 from vmm.unix_socket import Listener
-server = Server(Listener("socket", sys.argv[1], 128), lambda method, path, body: (200, b'{}', ()))
+server = Server(Listener("socket", sys.argv[1], 128), lambda method, path, body: (200, b'{}', ()), 1 << 10)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 taken = []
 try:
@@ -374,7 +376,7 @@ def test_nothing_of_a_refused_request_is_applied(served: Process, method: str, p
         ),
         ("/network-interfaces/n", {"iface_id": "n", "host_dev_name": "a\0b"}, ("host_dev_name", "NUL")),
         ("/network-interfaces/n", {"iface_id": "n", "host_dev_name": "tap0", "pcap": "a\0b"}, ("pcap", "NUL")),
-        ("/vsock", {"guest_cid": 3, "uds_path": "a\0b"}, ("uds_path", "unix socket")),
+        ("/vsock", {"guest_cid": 3, "uds_path": "a\0b"}, ("uds_path", "NUL")),
         ("/fs/a", {"tag": "a", "shared_dir": "a\0b"}, ("shared_dir", "NUL")),
         ("/logger", {"log_path": "a\0b"}, ("log_path", "embedded null")),
         ("/metrics", {"metrics_path": "a\0b"}, ("metrics_path", "embedded null")),
@@ -550,7 +552,7 @@ def test_who_cannot_be_watched_is_refused_alone(tmp_path: Path) -> None:
                 raise OSError(28, "No space left on device")
             watch(*words)
 
-    server = Server(bind(str(tmp_path / "s")), lambda method, path, body: (200, b"{}", ()))
+    server = Server(bind(str(tmp_path / "s")), lambda method, path, body: (200, b"{}", ()), MAX_PAYLOAD)
     watch = server._poll.register
     server._poll = Poll(server._poll)  # type: ignore[assignment]  # a stand-in that fails
     server.start()

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 MAX_CONNECTIONS = 10
-MAX_PAYLOAD = 51200
 MAX_HEAD = 8192  # bytes of a request line and its headers
 REQUEST_SECONDS = 10.0  # from a request's first byte to its last, and for an answer to be read
 # Read of one client in one turn: what it holds has to be taken apart before anybody else is heard.
@@ -72,7 +71,7 @@ class _Connection:
         self.read_by = None
 
     def on_message_begin(self) -> None:
-        self.read_by = time.monotonic() + self.server.patience
+        self.read_by = time.monotonic() + REQUEST_SECONDS
         self.url = b""
         self.body: list[bytes] = []
         self.fields = self.pending = 0
@@ -186,7 +185,7 @@ class _Connection:
         if not self.keep_alive:
             self.requests.clear()
         if not self.requests and self.read_by is not None:
-            self.read_by = time.monotonic() + self.server.patience  # the rest of the next is waited for from here
+            self.read_by = time.monotonic() + REQUEST_SECONDS  # the rest of the next is waited for from here
 
     @property
     def idle(self) -> bool:
@@ -215,19 +214,10 @@ class Server:
     :param answer: called with method, path and body, on the server's thread; must not raise. Gives the status, the
         body and further headers
     :param max_payload: bytes of a request's body
-    :param patience: seconds for a client to finish a request that it began, and to take an answer
     """
 
-    def __init__(
-        self,
-        listener: Listener,
-        answer: Answer,
-        *,
-        max_payload: int = MAX_PAYLOAD,
-        patience: float = REQUEST_SECONDS,
-    ) -> None:
+    def __init__(self, listener: Listener, answer: Answer, max_payload: int) -> None:
         self.answer = answer
-        self.patience = patience
         self.max_payload = max_payload
         self._listener = listener
         self._connections: dict[int, _Connection] = {}
@@ -346,7 +336,7 @@ class Server:
             return
         if connection.out:
             # Nothing more is read, so nothing more is done, for a client that does not read its answers.
-            connection.written_by = connection.written_by or time.monotonic() + self.patience
+            connection.written_by = connection.written_by or time.monotonic() + REQUEST_SECONDS
             self._watch(connection, select.EPOLLOUT)
         elif connection.closing:
             self._drop(connection)

@@ -212,7 +212,7 @@ class _Serve:
         launched.spare_httptools()
         from vmm.api.server import Server
 
-        return Server(listener, self._answer, max_payload=self._payload)
+        return Server(listener, self._answer, self._payload)
 
     def _run(self) -> int:
         args = self._args
