@@ -89,19 +89,19 @@ cdef extern from *:
         unsigned action = SECCOMP_RET_TRAP;
         return (int)syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &action);
     }
-    static int trap_sigsys(void) {
+    static void trap_sigsys(void) {
         struct sigaction action;
         sigset_t mask;
         if (!sigaction(SIGSYS, NULL, &action) && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN)
-            return 0;                   /* the embedding program has a handler: keep it */
+            return;                     /* the embedding program has a handler: keep it */
         memset(&action, 0, sizeof(action));
         action.sa_sigaction = on_sigsys;
         action.sa_flags = SA_SIGINFO;
         sigfillset(&action.sa_mask);
-        if (sigaction(SIGSYS, &action, NULL)) return -1;
+        sigaction(SIGSYS, &action, NULL);
         sigemptyset(&mask);
         sigaddset(&mask, SIGSYS);
-        return pthread_sigmask(SIG_UNBLOCK, &mask, NULL);
+        pthread_sigmask(SIG_UNBLOCK, &mask, NULL);
     }
     /* Landlock's numbers are literals (Linux include/uapi/linux/landlock.h): Debian 12's headers lack half of them. */
     static int landlock_abi(void) { return (int)syscall(444, NULL, (size_t)0, 1u); }
@@ -159,7 +159,7 @@ cdef extern from *:
     filter *filters
     char[16] thread_kind
     int trap_log
-    int trap_sigsys() noexcept nogil
+    void trap_sigsys() noexcept nogil
     int can_trap() noexcept nogil
     void calm_malloc() noexcept nogil
     void prepare_malloc() noexcept nogil
@@ -209,8 +209,7 @@ def catch_faults(bint alone):
         calm_malloc()
     else:
         prepare_malloc()
-    if trap_sigsys():
-        raise OSError(errno, os.strerror(errno))
+    trap_sigsys()
 
 
 def log_to(int fd):
