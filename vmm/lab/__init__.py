@@ -21,8 +21,9 @@ from vmm.config import parse_size
 from vmm.errors import ConfigError, VmmError
 from vmm.images.host import Progress
 from vmm.lab import qemu as qemus
+from vmm.lab import view as views
 from vmm.lab.image import lab_image
-from vmm.lab.machine import CPU, Boot, Died, NotUp, console_of, in_view, missing, qemu_argv
+from vmm.lab.machine import CPU, Boot, Died, NotUp, console_of, missing, qemu_argv
 from vmm.lab.needed import needed
 from vmm.machine.terminal import raw
 
@@ -112,7 +113,7 @@ def run(
                 emulator, image, cpu=cpu, cpus=cpus, memory=f"{size >> 20}M", job=job,
                 host="/" if host_root else view, writable=writable, ports=ports,
             )  # fmt: skip
-            return machine if host_root else in_view(machine, view, listing)
+            return machine if host_root else [sys.executable, "-I", views.__file__, view, listing, *machine]
 
         again = True
         while True:

@@ -12,13 +12,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vmm.closing import Closing
-from vmm.lab import view
 from vmm.lab.image import LabImage
 from vmm.lab.qemu import NAME, Qemu
 
@@ -110,11 +108,6 @@ def qemu_argv(
             "-chardev", f"socket,id={name},fd={fd}", "-device", f"virtserialport,chardev={name},name={name}",
         ]  # fmt: skip
     return argv
-
-
-def in_view(argv: list[str], directory: str, listing: str) -> list[str]:
-    """A command line that runs the other one where ``directory`` holds the paths of ``listing`` (view.py)."""
-    return [sys.executable, "-I", view.__file__, directory, listing, *argv]
 
 
 def _die_with_parent() -> None:
