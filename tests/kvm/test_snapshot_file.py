@@ -232,7 +232,7 @@ def test_no_document_does_more_than_be_refused(victim: Victim) -> None:
         (("config", "drives", 0, "rate_limiter", "bandwidth", 0), "x", "bandwidth must be three whole numbers"),
         (("config", "vsock"), b"\0" * 5000, "is damaged: VmConfig: vsock must be a VsockConfig or None"),
         (("config", "exit_port"), -1, "is damaged: exit_port -1: must be 0 to 65532"),
-        (("config", "kvm"), "a\0b", r"--kvm a\x00b: must have no NUL in it"),
+        (("config", "kvm"), "a\0b", r"kvm 'a\x00b': must have no NUL in it"),
         (("cmdline",), 5, "is damaged: snapshot: cmdline must be a string"),
         (("vcpus",), {}, "is damaged: snapshot: vcpus must be a list"),
         (("vcpus", 0, "regs"), b"", "KVM_SET_REGS: has 0 bytes, KVM takes"),
