@@ -89,19 +89,19 @@ cdef extern from *:
         unsigned action = SECCOMP_RET_TRAP;
         return (int)syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &action);
     }
-    static void trap_sigsys(void) {
+    static int trap_sigsys(void) {
         struct sigaction action;
         sigset_t mask;
         if (!sigaction(SIGSYS, NULL, &action) && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN)
-            return;                     /* the embedding program has a handler: keep it */
+            return 0;                   /* the embedding program has a handler: keep it */
         memset(&action, 0, sizeof(action));
         action.sa_sigaction = on_sigsys;
         action.sa_flags = SA_SIGINFO;
         sigfillset(&action.sa_mask);
-        sigaction(SIGSYS, &action, NULL);
+        if (sigaction(SIGSYS, &action, NULL)) return -1;
         sigemptyset(&mask);
         sigaddset(&mask, SIGSYS);
-        pthread_sigmask(SIG_UNBLOCK, &mask, NULL);
+        return pthread_sigmask(SIG_UNBLOCK, &mask, NULL);
     }
     /* Landlock's numbers are literals (Linux include/uapi/linux/landlock.h): Debian 12's headers lack half of them. */
     static int landlock_abi(void) { return (int)syscall(444, NULL, (size_t)0, 1u); }
@@ -159,7 +159,7 @@ cdef extern from *:
     filter *filters
     char[16] thread_kind
     int trap_log
-    void trap_sigsys() noexcept nogil
+    int trap_sigsys() noexcept nogil
     int can_trap() noexcept nogil
     void calm_malloc() noexcept nogil
     void prepare_malloc() noexcept nogil
@@ -209,7 +209,8 @@ def catch_faults(bint alone):
         calm_malloc()
     else:
         prepare_malloc()
-    trap_sigsys()
+    if trap_sigsys():
+        raise OSError(errno, os.strerror(errno))
 
 
 def log_to(int fd):

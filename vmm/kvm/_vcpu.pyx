@@ -65,14 +65,14 @@ cdef extern from *:
     #define KICK_SIGNAL SIGRTMIN
     static void on_kick(int signal) { (void)signal; }
     /* No SA_RESTART: the kick must interrupt KVM_RUN. */
-    static void arm_kick(void)
+    static int arm_kick(void)
     {
         struct sigaction action = { .sa_handler = on_kick };
         sigset_t kick;
-        sigaction(KICK_SIGNAL, &action, NULL);
+        if (sigaction(KICK_SIGNAL, &action, NULL)) return -1;
         sigemptyset(&kick);
         sigaddset(&kick, KICK_SIGNAL);
-        pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+        return pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
     }
     static void send_kick(pthread_t thread) { pthread_kill(thread, KICK_SIGNAL); }
     static int enter_guest(int fd) { return ioctl(fd, KVM_RUN, 0); }
@@ -82,7 +82,7 @@ cdef extern from *:
     ctypedef unsigned long pthread_t
     void set_immediate_exit(kvm_run *r, uint8_t v) nogil
     uint8_t take_immediate_exit(kvm_run *r) nogil
-    void arm_kick() nogil
+    int arm_kick() nogil
     void send_kick(pthread_t thread) nogil
     int enter_guest(int fd) nogil
     void tell_pause(int fd) nogil
@@ -172,8 +172,10 @@ cdef class VcpuLoop:
         :param name: the thread's name; truncated to 15 bytes
         :param boots: whether this is the boot processor, which does not wait for an INIT
         :param gate: where it waits while it is paused; None: it cannot be paused
+        :raises KvmError: the kick's signal handler cannot be installed
         """
-        arm_kick()
+        if arm_kick() != 0:
+            raise KvmError(errno, "sigaction of the kick signal")
         name_thread(name.encode())
         self._boots = boots
         self._gate = gate
