@@ -39,19 +39,21 @@ cdef extern from *:
         if (fault_log >= 0 && write(fault_log, line, sizeof line - 1) < 0) {}
         _exit(fault_status(number));
     }
-    static void catch_all(int wake) {
+    static int catch_all(int wake) {
         static const int numbers[] = { SIGBUS, SIGSEGV, SIGXFSZ, SIGILL };
         struct sigaction action;
         memset(&action, 0, sizeof action);
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK;
         fault_wake = wake;
-        for (int i = 0; i < 4; i++) sigaction(numbers[i], &action, NULL);
+        for (int i = 0; i < 4; i++)
+            if (sigaction(numbers[i], &action, NULL)) return -1;
+        return 0;
     }
     """
     int fault_sent
     int fault_log
-    void catch_all(int wake) noexcept nogil
+    int catch_all(int wake) noexcept nogil
 
 
 def catch_faults(int wake):
@@ -59,8 +61,10 @@ def catch_faults(int wake):
 
     :param wake: a descriptor to which one byte is written when another process sent such a signal; see ``sent``.
         Borrowed for the life of the process
+    :raises OSError: sigaction failed
     """
-    catch_all(wake)
+    if catch_all(wake):
+        raise OSError("sigaction")
 
 
 def log_to(int fd):
