@@ -10,7 +10,7 @@ import hashlib
 import os.path
 import re
 import signal
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -120,13 +120,6 @@ def check(what: str, data: bytes, digest: str) -> None:
     found = hashlib.new(algorithm, data).hexdigest()
     if found != wanted:
         raise PullError(f"{what} does not match its digest: wanted {digest}, got {algorithm}:{found}")
-
-
-def matches(file: BinaryIO, digest: str) -> bool:
-    """Whether a file's bytes, all of them, have the digest."""
-    algorithm, _, wanted = digest.partition(":")
-    file.seek(0)
-    return hashlib.file_digest(file, algorithm).hexdigest() == wanted  # type: ignore[arg-type]
 
 
 def pick(what: str, index: Index) -> Descriptor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import errno
 import fcntl
+import hashlib
 import http.client
 import json
 import os
@@ -90,22 +91,31 @@ class Registry:
         tried(lambda: self._told(fetch))
 
     def _fetch(self, blob: documents.Descriptor, file: BinaryIO, progress: Progress, step: str) -> None:
-        if (have := file.seek(0, os.SEEK_END)) > blob.size:
-            have = file.truncate(0)
+        algorithm, _, wanted = blob.digest.partition(":")
+        digest = hashlib.new(algorithm)
+        file.seek(0)
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+        if file.tell() > blob.size:
+            file.truncate(0)
+            digest = hashlib.new(algorithm)
+        have = file.tell() if file.tell() <= blob.size else 0
         resumed = have > 0
         if have < blob.size:
             with self._open(f"blobs/{blob.digest}", {"Range": f"bytes={have}-"} if have else {}) as answer:
                 if have and answer.status != 206:  # it sends all of it
-                    have, resumed = file.truncate(0), False
+                    file.truncate(0)
+                    digest, have, resumed = hashlib.new(algorithm), 0, False
                 for piece in self._pieces(answer, blob.digest):
                     have += len(piece)
                     if have > blob.size:
                         break
                     file.write(piece)
+                    digest.update(piece)
                     progress(step, have / blob.size)
         if have < blob.size:
             raise FetchError(f"{self._name.place} ended in the middle of {blob.digest}")
-        if have > blob.size or not documents.matches(file, blob.digest):
+        if have > blob.size or digest.hexdigest() != wanted:
             file.truncate(0)
             if resumed and have == blob.size:
                 raise FetchError(f"{self._name.place}: the rest of an earlier download of {blob.digest} was damaged")
