@@ -184,10 +184,8 @@ class Transport:
                 self.stats["bad_features"] += 1
                 return  # §2.2.2, §6.2: FEATURES_OK stays clear and the driver sees it
             self._status |= bit
-            if bit == spec.DRIVER_OK and self._needs_reset:
-                self.interrupt.config()
-            elif bit == spec.DRIVER_OK:
-                self._start_workers(activate=True)
+            if bit == spec.DRIVER_OK:
+                self._activate()
 
     def offered_word(self, word: int) -> int:
         """32 bits of what the device offers; word 0 is the lowest."""
@@ -266,16 +264,25 @@ class Transport:
 
     # Life
 
+    def _activate(self) -> None:
+        if self._needs_reset:
+            self.interrupt.config()
+            return
+        try:
+            self._make_context()
+        except (RuntimeError, OSError) as failure:  # as below
+            self._fail(failure)
+            return
+        self._start_workers()
+
     def _make_context(self) -> None:
         device = self.device
         device.context = ActivateContext(self.memory, self.queues, self._driver_features, self.interrupt, self._warn)
         device.activate(device.context)
 
-    def _start_workers(self, *, activate: bool = False) -> None:
+    def _start_workers(self) -> None:
         self.serving = True
         try:
-            if activate:
-                self._make_context()
             for worker in self._workers:
                 worker.start(self.device.context)
         except (RuntimeError, OSError) as failure:  # no thread or no descriptor to be had
