@@ -102,7 +102,8 @@ class Balloon(VirtioDevice):
     @property
     def amount_mib(self) -> int:
         """What the guest is asked to hand back, in MiB."""
-        return self.statistics()["target_mib"]
+        target, _, _, _ = spec.BALLOON_CONFIG.unpack(self.config)
+        return int(target) // _PAGES_PER_MIB
 
     def set_amount(self, amount_mib: int) -> None:
         """Ask the guest for so many MiB in all, more or less than before; it takes its time. Any thread.
