@@ -54,8 +54,9 @@ STATUS_INTERRUPTED = 130
 
 def parse(name: str, module: ModuleType, words: list[str]) -> Any:
     """The parsed arguments of a subcommand, or an exit status: after --help, or a mistake, which was told."""
-    # A jailer's words after -- are the VMM's.
-    own = words[: words.index("--")] if name == "jailer" and "--" in words else words
+    # Of some, the words after -- are another program's.
+    rest = getattr(module, "REST", "")
+    own = words[: words.index("--")] if rest and "--" in words else words
     parsed: Any = None
     if name in STARTS:
         from vmm.config import parse_plain
@@ -70,8 +71,8 @@ def parse(name: str, module: ModuleType, words: list[str]) -> Any:
             parsed = parser.parse_intermixed_args(own) if hasattr(module, "OPTIONS") else parser.parse_args(own)
         except SystemExit as end:
             return end.code
-    if name == "jailer":
-        parsed.vmm = words[len(own) + 1 :]
+    if rest:
+        setattr(parsed, rest, words[len(own) + 1 :])
     return parsed
 
 

@@ -40,6 +40,7 @@ OPTIONS: Table = (
     ("--new-pid-ns", None, False, "run as the first process of a new pid namespace"),
     ("--version", None, False, "print the versions of the jailer and of pyvmm"),
 )
+REST = "vmm"  # the attribute with the words after --: options of ``serve``
 REQUIRED = ("--id", "--exec-file", "--uid", "--gid")
 
 
