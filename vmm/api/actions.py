@@ -211,7 +211,11 @@ class Vmm:
         return types.Version(firecracker_version=API_VERSION)
 
     @_asked("GetVmMachineConfig", ANY, "GET /machine-config", result=types.MachineConfiguration)
-    def _get_machine_config(self, _: None = None) -> types.MachineConfiguration:
+    def _get_machine_config(self, _: None) -> types.MachineConfiguration:
+        return self._machine_config
+
+    @property
+    def _machine_config(self) -> types.MachineConfiguration:
         return self.whole.machine_config or translate.DEFAULT_MACHINE
 
     @_asked("GetFullVmConfig", ANY, "GET /vm/config", result=types.VmConfiguration)
@@ -256,7 +260,7 @@ class Vmm:
     @_asked("UpdateMachineConfiguration", CONFIGURING, "PATCH /machine-config", types.MachineConfigurationUpdate)
     def _update_machine_config(self, body: types.MachineConfigurationUpdate) -> None:
         given = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
-        self._machine_config_is(msgspec.structs.replace(self._get_machine_config(), **given))
+        self._machine_config_is(msgspec.structs.replace(self._machine_config, **given))
 
     @_asked("PutCpuConfiguration", PRE_BOOT, "PUT /cpu-config", types.CpuConfig)
     def _cpu_config_is(self, body: types.CpuConfig) -> None:
@@ -341,13 +345,13 @@ class Vmm:
     def _balloon_is(self, body: types.Balloon) -> None:
         with refusing("Balloon config error"):
             self._check_amount(body)
-            if (pages := self._get_machine_config().huge_pages) != "None":
-                raise ConfigError("huge_pages", pages, HUGE_RULE)
+            if self._machine_config.huge_pages != "None":
+                raise ConfigError("huge_pages", self._machine_config.huge_pages, HUGE_RULE)
             translate.config_of(BalloonConfig, body)
         self.whole.balloon = body
 
     def _check_amount(self, body: types.Balloon | types.BalloonUpdate) -> None:
-        check_amount(body.amount_mib, self._get_machine_config().mem_size_mib)
+        check_amount(body.amount_mib, self._machine_config.mem_size_mib)
 
     @_asked("SetEntropyDevice", CONFIGURING, "PUT /entropy", types.EntropyDevice)
     def _entropy_is(self, body: types.EntropyDevice) -> None:
